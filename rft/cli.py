@@ -1,0 +1,31 @@
+"""How every command line of rft starts and how it fails.
+
+A user's mistake is a `ValueError` (or an `OSError` from a file they named): it becomes one line on
+stderr and exit code 2. Everything else is a bug and keeps its traceback.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run `main`; turn a user's mistake into one clear line and exit code 2.
+
+    Under torchrun every rank meets the same mistake, so only rank 0 says it.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            message = " ".join(str(error).split())
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
+    """Return the error for a `name` that is none of the `known`, with the nearest suggestion."""
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose one of: {', '.join(known)}"
+    return ValueError(f"unknown {kind} {name!r}; {hint}")

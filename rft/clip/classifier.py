@@ -1,0 +1,109 @@
+"""The model that is fine-tuned: CLIP's image tower and a linear head on normalised features.
+
+State-dict keys are `visual.*` (open_clip's own) and `head.{weight,bias}`. A saved classifier is one
+safetensors file whose metadata rebuilds the tower, so evaluation needs nothing else.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from rft import files
+from rft.clip import vit
+from rft.clip.load import Architecture
+
+SELECTED = Path("checkpoints") / "best.safetensors"  # of a run folder, by held-out accuracy
+
+
+class Classifier(nn.Module):
+    """Image tower f and head g of the paper: logits = g(f(x) / |f(x)|)."""
+
+    def __init__(self, visual: VisionTransformer, head: nn.Linear, architecture: Architecture):
+        super().__init__()
+        self.visual = visual
+        self.head = head
+        self.architecture = architecture
+        # images stay uint8 until they are on the device; these fold the division by 255
+        for name in ("mean", "std"):
+            values_C11 = torch.tensor(getattr(architecture, name)).mul(255)[:, None, None]
+            self.register_buffer(f"_{name}_C11", values_C11, persistent=False)
+
+    def patches(self, images_BCHW: Tensor) -> Tensor:
+        """Return the patch vectors (B, P, D) of uint8 images."""
+        normalised_BCHW = (images_BCHW.float() - self._mean_C11) / self._std_C11
+        return vit.embed_patches(self.visual, normalised_BCHW)
+
+    def features(
+        self,
+        patches_BPD: Tensor,
+        keep_BP: Tensor | None = None,
+        taps: list[vit.AttentionTap] | None = None,
+    ) -> Tensor:
+        """Return projected, un-normalised features (B, E); see `vit.encode`."""
+        return vit.encode(self.visual, patches_BPD, keep_BP, taps)
+
+    def logits(self, features_BE: Tensor) -> Tensor:
+        """Return fp32 logits (B, K); they carry CLIP's scale of about 100."""
+        with torch.autocast(features_BE.device.type, enabled=False):
+            return self.head(F.normalize(features_BE.float(), dim=-1))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return the logits (B, K) of uint8 images."""
+        return self.logits(self.features(self.patches(images_BCHW)))
+
+
+def save_classifier(url: str, model: Classifier, metadata: dict[str, str]) -> None:
+    """Write a classifier as safetensors; `metadata` joins the architecture in its header."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_state(url, state, model.architecture, metadata)
+
+
+def save_state(
+    url: str, state: dict[str, Tensor], architecture: Architecture, metadata: dict[str, str]
+) -> None:
+    """Write a state dict with its architecture as safetensors, whole or not at all."""
+    # one JSON string: safetensors writes several metadata entries in no fixed order
+    header = {"rft": json.dumps({**metadata, "architecture": architecture.to_json()})}
+    # to bytes first: safetensors' own writer ignores the umask
+    files.write_bytes(url, save(state, metadata=header))
+
+
+def checkpoint_path(path: Path) -> Path:
+    """Return the weights file meant by `path`: itself, or the selected one of a run folder."""
+    return path / SELECTED if path.is_dir() else path
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], Architecture, dict[str, str]]:
+    """Read a file of `save_classifier`: tensors, architecture, metadata.
+
+    Raises:
+        ValueError: if it is absent, damaged, or was not written by rft.
+    """
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            header = stream.metadata() or {}
+            # every name, in order: `keys` is the file's own list, not a dict's
+            state = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if "rft" not in header:
+        raise ValueError(f"{path} was not written by rft: its header names no architecture")
+    metadata = json.loads(header["rft"])
+    return state, Architecture.from_json(metadata.pop("architecture")), metadata
+
+
+def build_classifier(state: dict[str, Tensor], architecture: Architecture) -> Classifier:
+    """Return the classifier of a state dict, in evaluation mode."""
+    classes, embed_dim = state["head.weight"].shape
+    head = nn.Linear(embed_dim, classes)
+    model = Classifier(architecture.build_visual(), head, architecture)
+    model.load_state_dict(state)
+    return model.eval()

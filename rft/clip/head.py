@@ -1,0 +1,39 @@
+"""The zero-shot head: a linear layer made of text embeddings, trainable from then on.
+
+The released code's head (and WiSE-FT's): each class's prompts are embedded, normalised, averaged
+and normalised again; the logit scale is folded into the weight and the bias starts at zero.
+"""
+
+from collections.abc import Sequence
+
+import open_clip
+import torch
+from torch import nn
+
+from rft.clip.load import PretrainedClip
+
+
+@torch.no_grad()
+def zero_shot_head(
+    clip: PretrainedClip, classes: Sequence[str], templates: Sequence[str]
+) -> nn.Linear:
+    """Return the linear head E -> K that classifies normalised image features.
+
+    Args:
+        clip: the pre-trained model, both towers.
+        classes: class names in label order, K of them.
+        templates: prompts in which `{c}` stands for the name (80 for ImageNet).
+
+    Raises:
+        ValueError: if there are no templates or one lacks the placeholder.
+    """
+    if bad := [template for template in templates if "{c}" not in template]:
+        raise ValueError(f"prompt template {bad[0]!r} has no placeholder {{c}}")
+    if not templates:
+        raise ValueError("the data set's manifest has no prompt templates; pack it with --classes")
+    prompts = [lambda name, t=template: t.replace("{c}", name) for template in templates]
+    weight_EK = open_clip.build_zero_shot_classifier(clip.model, clip.tokenize, classes, prompts)
+    head = nn.Linear(weight_EK.shape[0], weight_EK.shape[1])
+    head.weight.copy_(weight_EK.T * clip.model.logit_scale.exp())
+    head.bias.zero_()
+    return head

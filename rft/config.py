@@ -1,0 +1,207 @@
+"""What a training run is: a tree of frozen dataclasses, checked when made, round-tripped as JSON.
+
+Everything a run depends on is here and nothing is added to it later. No torch: the report and the
+command line read this too. Numbers are the paper's (appendix A.1) unless a comment says otherwise.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Mask = Literal["none", "random", "context", "object"]
+Fill = Literal["none", "single", "multi"]
+Precision = Literal["fp32", "tf32", "bf16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which pre-trained CLIP is fine-tuned."""
+
+    clip: str = "ViT-B-32-quickgelu"
+    """An open_clip model name, or local-dir:PATH for a folder in open_clip's hub layout."""
+    pretrained: str = "openai"
+    """An open_clip weights tag or a weights file; unused with local-dir:."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How training samples are cut into batches (see rft/data/order.py)."""
+
+    batch_size: int = 512
+    """Images in a global batch, over all ranks and accumulation steps."""
+    held_out: int = 10240
+    """Training images kept out, stratified by class, to select the checkpoint."""
+    streams: int = 1
+    """Sample streams a global batch is drawn from (block shuffle only)."""
+    block_shards: int = 0
+    """Shards shuffled together in each stream; 0 shuffles the whole set."""
+    workers: int = 0
+    """Loader processes of each rank; 0 reads in the training process."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size > 0, "loader.batch_size", self.batch_size, "at least 1")
+        _require(self.held_out >= 0, "loader.held_out", self.held_out, "0 or more")
+        _require(self.block_shards >= 0, "loader.block_shards", self.block_shards, "0 or more")
+        _require(self.workers >= 0, "loader.workers", self.workers, "0 or more")
+        divides = self.streams > 0 and self.batch_size % self.streams == 0
+        _require(divides, "loader.streams", self.streams, f"a divisor of {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The counterfactual image and the feature distillation on it (section 3.2)."""
+
+    mask: Mask = "none"
+    """Which patches are masked: those of the object, of the context, random ones, or none."""
+    fill: Fill = "none"
+    """What replaces them: nothing (dropped), one other image, or several."""
+    threshold: float = 0.3
+    """Object patches are those with relevance / max relevance above this (object, context)."""
+    rate: float = 0.5
+    """Share of patches masked (random)."""
+    distill_weight: float = 30.0
+    """Weight (beta) of the feature MSE to the frozen pre-trained model; 0 is plain fine-tuning."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.threshold <= 1, "method.threshold", self.threshold, "in [0, 1]")
+        _require(0 <= self.rate <= 1, "method.rate", self.rate, "in [0, 1]")
+        _require(self.distill_weight >= 0, "method.distill_weight", self.distill_weight, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, linear warm-up, cosine decay."""
+
+    epochs: int = 10
+    """Passes over the training set; 0 keeps the zero-shot model."""
+    lr: float = 3e-5
+    """Peak learning rate of every parameter."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of every parameter."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    warmup_steps: int = 500
+    """Optimizer steps of linear warm-up."""
+    clip_norm: float = 1.0
+    """Largest L2 norm of the whole gradient."""
+    accumulate: int = 1
+    """Micro-batches of one optimizer step; each is its own donor pool."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 0, "optim.epochs", self.epochs, "0 or more")
+        _require(self.lr > 0, "optim.lr", self.lr, "above 0")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        _require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "above 0")
+        _require(self.accumulate > 0, "optim.accumulate", self.accumulate, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run writes while it runs; never changes its result."""
+
+    every_steps: int = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+    checkpoint_steps: int = 500
+    """Optimizer steps between two checkpoints; every epoch ends with one as well."""
+    keep: int = 2
+    """Checkpoints kept for resuming."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps > 0, "log.every_steps", self.every_steps, "at least 1")
+        _require(self.checkpoint_steps > 0, "log.checkpoint_steps", self.checkpoint_steps, ">= 1")
+        _require(self.keep > 0, "log.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One fine-tuning run."""
+
+    recipe: str
+    """Name of the recipe this configuration started from."""
+    data: str
+    """Data root: the URL under which the tools wrote imagenet-train, imagenet-val, ..."""
+    run: str
+    """Run folder: configuration, metrics, checkpoints, results."""
+    seed: int = 0
+    """Seed of the sample order, the masks and the fills."""
+    split_seed: int | None = None
+    """Seed of the held-out split; the run's seed if not given, as in the paper."""
+    precision: Precision = "fp32"
+    device: Device = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def held_out_seed(self) -> int:
+        """Seed of the held-out split."""
+        return self.seed if self.split_seed is None else self.split_seed
+
+    def micro_batch(self, world_size: int) -> int:
+        """Return how many images one rank forwards at once: its donor pool.
+
+        Raises:
+            ValueError: if the global batch cannot be cut so, or leaves a fill without donors.
+        """
+        parts = world_size * self.optim.accumulate
+        batch = self.loader.batch_size
+        if batch % parts:
+            raise ValueError(
+                f"loader.batch_size {batch} cannot be cut into {world_size} ranks x "
+                f"{self.optim.accumulate} accumulation steps; choose a multiple of {parts}"
+            )
+        micro = batch // parts
+        fills = self.method.mask != "none" and self.method.fill != "none"
+        if fills and self.method.distill_weight > 0 and micro < 2:
+            raise ValueError(
+                f"a {self.method.fill} fill needs another image in the micro-batch, which has only "
+                f"{micro}; use a larger loader.batch_size or fewer ranks x accumulation steps"
+            )
+        return micro
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a JSON document."""
+        return dataclasses.asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the part of the configuration that decides the result.
+
+        Where the data and the run lie, what is logged and how many processes read may change
+        between two starts of one run; the data's own identity is its manifest's hash.
+        """
+        document = self.to_dict()
+        for name in ("data", "run", "log", "device"):
+            del document[name]
+        del document["loader"]["workers"]
+        document["split_seed"] = self.held_out_seed
+        return document
+
+    @staticmethod
+    def from_dict(document: dict[str, Any]) -> "Config":
+        """Rebuild a configuration from `to_dict`'s document.
+
+        Raises:
+            ValueError: for an unknown field or a value out of range.
+        """
+        return _build(Config, document, "config")
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value}; it must be {wanted}")
+
+
+def _build(cls: type, document: dict[str, Any], where: str) -> Any:
+    types = typing.get_type_hints(cls)
+    if surplus := sorted(document.keys() - types.keys()):
+        raise ValueError(f"{where} has unknown fields: {', '.join(surplus)}")
+    values = {}
+    for name, value in document.items():
+        nested = dataclasses.is_dataclass(types[name])
+        values[name] = _build(types[name], value, f"{where}.{name}") if nested else value
+    return cls(**values)

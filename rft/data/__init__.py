@@ -1,0 +1,1 @@
+"""Packing image sets into tar shards, and reading them back."""

@@ -1,0 +1,158 @@
+"""Label spaces: what a class id means, and how a benchmark's own classes map onto it.
+
+A label space is an ordered list of ids (folder names such as WordNet ids); the class id is the
+position in that list. Nothing here imports torch: ImageNet's lists are read from the files that
+timm and open_clip carry, because importing either package costs seconds.
+"""
+
+import importlib.util
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rft import files
+
+MARK = "{c}"  # where a template takes the class name; CLIP_benchmark's convention
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSpace:
+    """Classes in label order: `ids` are folder names, `names` are words for the text encoder.
+
+    `templates` are the prompts, with `{c}` for the class name.
+
+    Raises:
+        ValueError: if the lists do not fit together.
+    """
+
+    ids: tuple[str, ...]
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.ids or not self.templates:
+            raise ValueError("a label space needs at least one class and one template")
+        if len(self.ids) != len(self.names):
+            raise ValueError(f"{len(self.ids)} class ids but {len(self.names)} class names")
+        repeated = [name for name, count in Counter(self.ids).items() if count > 1]
+        if repeated:
+            raise ValueError(f"class id {repeated[0]!r} occurs more than once")
+        for template in self.templates:
+            if MARK not in template:
+                raise ValueError(f"template {template!r} has no {MARK} for the class name")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @staticmethod
+    def imagenet() -> "LabelSpace":
+        """Return ImageNet-1k: WordNet ids in label order, OpenAI's class names and 80 prompts."""
+        package = _package_folder("timm")
+        text = (package / "data" / "_info" / "imagenet_synsets.txt").read_text()
+        metadata = _load_module(_package_folder("open_clip") / "zero_shot_metadata.py")
+        return LabelSpace(
+            ids=tuple(text.split()),
+            names=tuple(metadata.IMAGENET_CLASSNAMES),
+            templates=tuple(template(MARK) for template in metadata.OPENAI_IMAGENET_TEMPLATES),
+        )
+
+    @staticmethod
+    def load(path: str) -> "LabelSpace":
+        """Read a label space from JSON: `{"ids": [...], "names": [...], "templates": [...]}`.
+
+        Raises:
+            ValueError: if the file is absent, is not JSON, or does not describe a label space.
+        """
+        document = files.read_json(path)
+        fields = ("ids", "names", "templates")
+        if not isinstance(document, dict) or sorted(document) != sorted(fields):
+            raise ValueError(f"{path} must be a JSON object with exactly the keys {fields}")
+        for field in fields:
+            if not _is_list_of_str(document[field]):
+                raise ValueError(f"{path}: {field!r} must be a list of strings")
+        try:
+            return LabelSpace(**{field: tuple(document[field]) for field in fields})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Return, for each ObjectNet folder that overlaps ImageNet, the class ids it stands for.
+
+    `mappings` is the `mappings/` folder of ObjectNet's own archive. The chain is: folder -> label
+    -> ImageNet names (joined by "; ") -> 2012 ids (line numbers) -> class ids. Folders are sorted
+    and ids ascend within a folder; in the real files 113 of 313 folders map to 125 classes.
+
+    Raises:
+        ValueError: if a file is absent or malformed, a name is unknown, or two folders share a
+            class (the scoring rule needs disjoint groups).
+    """
+    folder_to_label = _read_mapping(mappings / "folder_to_objectnet_label.json")
+    label_to_names = _read_mapping(mappings / "objectnet_to_imagenet_1k.json")
+    class_to_line = _read_mapping(mappings / "pytorch_to_imagenet_2012_id.json")
+    lines = _read_text(mappings / "imagenet_to_label_2012_v2").splitlines()
+    if sorted(class_to_line, key=int) != [str(n) for n in range(num_classes)]:
+        count = len(class_to_line)
+        raise ValueError(f"{mappings} maps {count} classes, the label space has {num_classes}")
+    line_to_class = {line: int(class_id) for class_id, line in class_to_line.items()}
+    name_to_class = {name.strip(): line_to_class.get(n) for n, name in enumerate(lines)}
+
+    groups: dict[str, tuple[int, ...]] = {}
+    folder_of_class: dict[int, str] = {}
+    for folder, label in sorted(folder_to_label.items()):
+        if label not in label_to_names:
+            continue
+        members = []
+        for name in label_to_names[label].split(";"):
+            class_id = name_to_class.get(name.strip())
+            if class_id is None:
+                raise ValueError(f"{mappings}: {label!r} maps to {name.strip()!r}, no known class")
+            if class_id in folder_of_class:
+                other = folder_of_class[class_id]
+                raise ValueError(f"{mappings}: {folder!r} and {other!r} share class {class_id}")
+            folder_of_class[class_id] = folder
+            members.append(class_id)
+        groups[folder] = tuple(sorted(members))
+    if not groups:
+        raise ValueError(f"{mappings} maps no folder to a class")
+    return groups
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"no such file: {path} (part of ObjectNet's mappings folder)")
+    return path.read_text(encoding="utf-8")
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} must be a JSON object")
+    return document
+
+
+def _is_list_of_str(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def _package_folder(name: str) -> Path:
+    """Return where an installed package lies, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"the package {name} is not installed; it holds ImageNet's class lists")
+    return Path(spec.origin).parent
+
+
+def _load_module(path: Path) -> Any:
+    """Execute one module of a package by its file, so that the package itself is not imported."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,128 @@
+"""What a packed dataset is: `manifest.json` and `index.npz` in one folder of shards.
+
+The manifest is the only thing readers trust. Sample i of the dataset is row i of the index, rows
+are in shard order, and row i says where in its shard the payload lies and which crc32 it must have.
+No torch here: packing tools and reports read this too.
+"""
+
+import dataclasses
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from rft import files
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar file of the dataset."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a packed dataset but its per-sample rows.
+
+    `classes` and `templates` describe the label space (index = class id; `{c}` marks the name).
+    `groups` is the scoring rule: a prediction is the argmax over the classes named in any group,
+    and it is right when it lies in the same group as the label. ImageNet has one group for each
+    class, ImageNet-R and -A one for each of their 200, ObjectNet 113 groups over 125 classes.
+    """
+
+    dataset: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    groups: tuple[tuple[int, ...], ...]
+    encoding: dict[str, Any]  # {"kind": "original"} or {"kind": "pixels", "size": 224, ...}
+    plan_hash: str
+    index_sha256: str
+    shards: tuple[Shard, ...]
+    schema: int = SCHEMA
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in the dataset."""
+        return sum(shard.samples for shard in self.shards)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the manifest's content: the identity of the data."""
+        return files.sha256_json(dataclasses.asdict(self))
+
+    def class_to_group(self) -> np.ndarray:
+        """Return for each class the group it scores in, or -1 if its logit takes no part. (K,)."""
+        table = np.full(len(self.classes), -1, dtype=np.int64)
+        for group, members in enumerate(self.groups):
+            table[list(members)] = group
+        return table
+
+    @staticmethod
+    def load(url: str) -> "Manifest":
+        """Read `url/manifest.json`.
+
+        Raises:
+            ValueError: if it is absent (the folder was not finalised) or of another schema.
+        """
+        path = files.join(url, "manifest.json")
+        if not files.exists(path):
+            raise ValueError(f"no packed dataset at {url}: manifest.json is missing")
+        document = files.read_json(path)
+        if document.get("schema") != SCHEMA:
+            found = document.get("schema")
+            raise ValueError(f"{path} has schema {found}, this rft reads {SCHEMA}; pack it again")
+        document["classes"] = tuple(document["classes"])
+        document["templates"] = tuple(document["templates"])
+        document["groups"] = tuple(tuple(group) for group in document["groups"])
+        document["shards"] = tuple(Shard(**shard) for shard in document["shards"])
+        return Manifest(**document)
+
+    def save(self, url: str) -> None:
+        """Write `url/manifest.json` atomically."""
+        files.write_json(files.join(url, "manifest.json"), dataclasses.asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Per-sample columns, all of length N, in shard order.
+
+    `offset` and `length` (bytes) locate the payload inside its shard's tar; `label` is a class id
+    of the manifest's label space; `width` and `height` are the source image's, in pixels; `key` is
+    the sample's id as ASCII bytes (`n01440764_10026`).
+    """
+
+    offset: np.ndarray  # uint64
+    length: np.ndarray  # uint32
+    crc32: np.ndarray  # uint32
+    label: np.ndarray  # int32
+    width: np.ndarray  # uint16
+    height: np.ndarray  # uint16
+    key: np.ndarray  # S<longest>
+
+    def to_bytes(self) -> bytes:
+        """Return the content of `index.npz`; the same columns give the same bytes."""
+        stream = io.BytesIO()
+        np.savez(stream, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        return stream.getvalue()
+
+    @staticmethod
+    def load(url: str, manifest: Manifest) -> "Index":
+        """Read `url/index.npz` and hold it against the manifest.
+
+        Raises:
+            ValueError: if the file is absent, was changed, or has another number of samples.
+        """
+        path = files.join(url, "index.npz")
+        data = files.read_bytes(path)
+        if files.sha256_bytes(data) != manifest.index_sha256:
+            raise ValueError(f"{path} does not have the sha256 in its manifest; pack the set again")
+        with np.load(io.BytesIO(data), allow_pickle=False) as columns:
+            return Index(**{name: columns[name] for name in columns.files})

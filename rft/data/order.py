@@ -1,0 +1,133 @@
+"""The plan: which samples make up batch t of epoch e. A pure function, no state, no torch.
+
+A batch depends on (shard sizes, batch size, streams, block, seed, epoch, step) and on nothing else:
+not on ranks, loader processes or what was read before. Ranks take slices of it, so the global
+batches are the same for every world size that divides the batch, and resuming is starting at t.
+
+Block mode reads remote shards nearly in sequence: the shards are permuted, their samples are cut
+into C equal streams, each stream is shuffled in blocks of K shards, and every batch takes B/C
+samples from each stream. The tail of fewer than B samples is dropped, another one each epoch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rft.rng import numpy_generator
+
+ALGORITHM = 1  # part of the fingerprint: raise it when the same plan would give other batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What decides the order of samples.
+
+    `shard_sizes` are the samples that take part, shard by shard; `block_shards` 0 shuffles
+    everything at once and ignores `streams`.
+    """
+
+    shard_sizes: tuple[int, ...]
+    batch_size: int
+    seed: int
+    streams: int = 1
+    block_shards: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size > self.samples:
+            raise ValueError(
+                f"a batch of {self.batch_size} is larger than the {self.samples} training samples; "
+                "choose a smaller loader.batch_size or loader.held_out"
+            )
+        assert self.batch_size % self.streams == 0
+
+    @property
+    def samples(self) -> int:
+        """Number of samples that take part."""
+        return sum(self.shard_sizes)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; the same for every rank."""
+        return self.samples // self.batch_size
+
+
+class EpochOrder:
+    """The order of one epoch: `batch(step)` for any step, in any sequence.
+
+    Holds the permuted shard list and the last block of each stream, both recomputable; memory is
+    O(shards + C * K * samples per shard), or O(samples) when everything is shuffled at once.
+    """
+
+    def __init__(self, plan: Plan, epoch: int) -> None:
+        self.plan = plan
+        self.epoch = epoch
+        if plan.block_shards == 0:
+            order = self._generator("global").permutation(plan.samples)
+            self._permutation: np.ndarray | None = order
+            return
+        self._permutation = None
+        sizes = np.asarray(plan.shard_sizes, dtype=np.int64)
+        shard_order = self._generator("shards").permutation(len(sizes))
+        first_position = np.cumsum(sizes) - sizes
+        self._shard_first = first_position[shard_order]
+        self._virtual_ends = np.cumsum(sizes[shard_order])
+        self._cuts = np.arange(plan.streams + 1, dtype=np.int64) * plan.samples // plan.streams
+        self._block_ends = [self._stream_blocks(c) for c in range(plan.streams)]
+        self._blocks: dict[int, tuple[int, np.ndarray]] = {}
+
+    def batch(self, step: int) -> np.ndarray:
+        """Return the positions of global batch `step` of this epoch, int64 (B,)."""
+        assert 0 <= step < self.plan.steps_per_epoch
+        if self._permutation is not None:
+            start = step * self.plan.batch_size
+            return self._permutation[start : start + self.plan.batch_size]
+        share = self.plan.batch_size // self.plan.streams
+        streams = range(self.plan.streams)
+        return np.concatenate([self._stream_items(c, step * share, share) for c in streams])
+
+    def _generator(self, *purpose: int | str) -> np.random.Generator:
+        return numpy_generator(self.plan.seed, "order", self.epoch, *purpose)
+
+    def _stream_blocks(self, stream: int) -> np.ndarray:
+        """Return the virtual positions at which the blocks of a stream end, ascending."""
+        low, high = self._cuts[stream], self._cuts[stream + 1]
+        inside = self._virtual_ends[(self._virtual_ends > low) & (self._virtual_ends < high)]
+        piece_ends = np.append(inside, high)
+        # streams with equal first blocks would all need their next shards at the same step
+        first = int(self._generator("stagger", stream).integers(self.plan.block_shards))
+        return np.unique(np.append(piece_ends[first :: self.plan.block_shards], high))
+
+    def _stream_items(self, stream: int, start: int, count: int) -> np.ndarray:
+        """Return items [start, start + count) of a stream's shuffled order."""
+        ends = self._block_ends[stream]
+        low = int(self._cuts[stream])
+        items = []
+        while count > 0:
+            block = int(np.searchsorted(ends, low + start, side="right"))
+            block_low = low if block == 0 else int(ends[block - 1])
+            order = self._block_order(stream, block, block_low, int(ends[block]))
+            inside = low + start - block_low
+            taken = order[inside : inside + count]
+            items.append(taken)
+            start += len(taken)
+            count -= len(taken)
+        return np.concatenate(items)
+
+    def _block_order(self, stream: int, block: int, low: int, high: int) -> np.ndarray:
+        cached = self._blocks.get(stream)
+        if cached is not None and cached[0] == block:
+            return cached[1]
+        virtual = np.arange(low, high, dtype=np.int64)
+        shard = np.searchsorted(self._virtual_ends, virtual, side="right")
+        shard_low = np.concatenate([[0], self._virtual_ends[:-1]])[shard]
+        positions = self._shard_first[shard] + virtual - shard_low
+        order = self._generator("block", stream, block).permutation(positions)
+        self._blocks[stream] = (block, order)
+        return order
+
+
+def rank_slice(batch: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """Return the slots of a global batch that a rank reads; the world size divides the batch."""
+    assert len(batch) % world_size == 0
+    share = len(batch) // world_size
+    return batch[rank * share : (rank + 1) * share]

@@ -1,0 +1,43 @@
+"""The held-out split: training images that select the checkpoint, chosen by image id.
+
+A split by id never depends on how the images were packed, and it is the released code's own:
+sklearn's stratified split over the images in class and name order (its data/imagenet.py).
+"""
+
+import numpy as np
+
+
+def held_out_split(
+    keys: np.ndarray, labels: np.ndarray, held_out: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sorted sample numbers of the training and the held-out part.
+
+    Args:
+        keys: image ids, (N,).
+        labels: class ids, (N,).
+        held_out: number of images held out, shared among the classes by their sizes.
+        seed: seed of the split.
+
+    Raises:
+        ValueError: if the set is too small for the split.
+    """
+    samples = len(keys)
+    if held_out == 0:
+        return np.arange(samples), np.arange(0)
+    classes = len(np.unique(labels))
+    if not classes <= held_out <= samples - classes:
+        raise ValueError(
+            f"loader.held_out is {held_out}, but {samples} training images of {classes} classes "
+            f"allow {classes} to {samples - classes} (one of each class on both sides)"
+        )
+    # here, because importing sklearn takes a second that no other command needs to spend
+    from sklearn.model_selection import train_test_split
+
+    canonical = np.lexsort((keys, labels))
+    train, held = train_test_split(
+        np.arange(samples),
+        train_size=samples - held_out,
+        random_state=seed,
+        stratify=labels[canonical],
+    )
+    return np.sort(canonical[train]), np.sort(canonical[held])

@@ -1,0 +1,123 @@
+"""The only user of torch.distributed: who am I, sum this, wrap that.
+
+Works the same in one process without torchrun; then nothing is initialised.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The processes of a run and this one's place among them."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes files and prints."""
+        return self.rank == 0
+
+
+def world_from_env() -> World:
+    """Return the world that torchrun describes in the environment; alone without torchrun."""
+    rank, size, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
+    return World(rank=rank, size=size, local_rank=local)
+
+
+def pick_device(choice: str, world: World) -> torch.device:
+    """Return this rank's device for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ValueError: if `cuda` is asked for and absent.
+    """
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch sees no GPU; use --device cpu")
+    if choice == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def process_group(
+    world: World, device: torch.device, timeout: datetime.timedelta = datetime.timedelta(minutes=10)
+) -> Iterator[None]:
+    """Join the other ranks (NCCL on GPU, gloo on CPU) for the length of the body."""
+    if world.size == 1:
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=timeout)
+    try:
+        yield
+        # gloo can abort when a peer is gone before everyone has finished
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    if world.size > 1:
+        torch.distributed.barrier()
+
+
+def gather_objects(world: World, value: Any) -> list[Any]:
+    """Return every rank's `value`, in rank order, on every rank."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of `tensor` over all ranks; exact for int64 counts."""
+    if world.size > 1:
+        tensor = tensor.clone()
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def require_agreement(world: World, what: str, value: Any) -> None:
+    """Check that every rank computed the same `value`.
+
+    Raises:
+        RuntimeError: naming the ranks that differ from rank 0.
+    """
+    values = gather_objects(world, value)
+    if different := [rank for rank, other in enumerate(values) if other != values[0]]:
+        raise RuntimeError(
+            f"ranks {different} have another {what} than rank 0: "
+            f"{values[different[0]]!r} against {values[0]!r}; do all nodes see the same files?"
+        )
+
+
+def data_parallel(world: World, module: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap `module` so that backward averages its gradients over the ranks."""
+    if world.size == 1:
+        return module
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+
+
+def skip_sync(module: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which backward keeps gradients local if `skip` is true."""
+    if skip and isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,1 @@
+"""Exact evaluation: integer counts over every sample, once."""

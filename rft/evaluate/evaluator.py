@@ -1,0 +1,58 @@
+"""Counts correct predictions of one or several models over a packed set.
+
+Each rank takes a contiguous part of the set, without padding, and int64 counts are summed at the
+end: every sample is counted exactly once for any number of ranks, and the total is checked.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from rft import dist
+from rft.data.loader import PackedDataset, to_device
+from rft.dist import World
+from rft.evaluate.accuracy import Count, is_correct
+
+
+@torch.no_grad()
+def count_correct(
+    models: Sequence[nn.Module],
+    packed: PackedDataset,
+    *,
+    image_size: int,
+    world: World,
+    device: torch.device,
+    samples: np.ndarray | None = None,
+    batch_size: int = 256,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Count]:
+    """Return the exact top-1 count of each model, in one pass over the data, on every rank.
+
+    Args:
+        models: modules from uint8 images to logits, in evaluation mode on `device`.
+        packed: the set to evaluate on.
+        image_size: side of the models' input in pixels.
+        world: the ranks that share the work.
+        device: where the models are.
+        samples: sample numbers to evaluate; all of them if not given.
+        batch_size: images in one forward.
+        progress: called with the number of images each time this rank has done some.
+    """
+    if samples is None:
+        samples = np.arange(len(packed))
+    class_to_group_K = torch.from_numpy(packed.manifest.class_to_group()).to(device)
+    first, last = (len(samples) * rank // world.size for rank in (world.rank, world.rank + 1))
+    counts = torch.zeros(len(models) + 1, dtype=torch.int64, device=device)
+    for start in range(first, last, batch_size):
+        chosen = samples[start : min(start + batch_size, last)]
+        batch = to_device(packed.batch(chosen, image_size), device)
+        for number, model in enumerate(models):
+            right_B = is_correct(model(batch.images_BCHW), batch.labels_B, class_to_group_K)
+            counts[number] += right_B.sum()
+        counts[-1] += len(chosen)
+        progress(len(chosen))
+    *correct, total = dist.sum_over_ranks(world, counts).tolist()
+    assert total == len(samples), f"counted {total} of {len(samples)} samples"
+    return [Count(number, total) for number in correct]

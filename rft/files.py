@@ -1,0 +1,177 @@
+"""Files that are whole or absent, on any store that fsspec opens.
+
+Everything is written to a temporary name first and renamed (or uploaded as one finished object)
+last, so that a reader never sees half a file. No URL is ever handed to a shell.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+
+def open_store(url: str) -> tuple[AbstractFileSystem, str]:
+    """Return the fsspec filesystem of `url` and the path inside it.
+
+    Raises:
+        ValueError: for a scheme that fsspec does not know; shell URLs (`pipe:`) are among those.
+    """
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"cannot open {url!r}: {error}") from error
+
+
+def join(url: str, *names: str) -> str:
+    """Append path components to a URL or a local path."""
+    return "/".join([url.rstrip("/"), *names])
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder is at `url`."""
+    fs, path = open_store(url)
+    return fs.exists(path)
+
+
+def list_names(url: str) -> list[str]:
+    """Return the sorted base names in the folder `url`; an absent folder is empty."""
+    fs, path = open_store(url)
+    if not fs.exists(path):
+        return []
+    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
+
+
+def read_bytes(url: str) -> bytes:
+    """Return the whole content of `url`.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    fs, path = open_store(url)
+    try:
+        return fs.cat_file(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"no such file: {url}") from error
+
+
+def read_json(url: str) -> Any:
+    """Return the parsed JSON document at `url`.
+
+    Raises:
+        ValueError: if it is absent or not JSON.
+    """
+    try:
+        return json.loads(read_bytes(url))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{url} is not valid JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def publish(url: str) -> Iterator[Path]:
+    """Yield a local path to write; when the body ends without error, it becomes `url` in one step.
+
+    A local file is renamed within its folder; a remote object is uploaded finished. If the body
+    raises, nothing appears at `url`.
+    """
+    fs, path = open_store(url)
+    local = isinstance(fs, LocalFileSystem)
+    folder = Path(path).parent if local else Path(tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    # not tempfile.mkstemp: its mode 0600 would survive the rename and override the user's umask
+    temporary = folder / f".{Path(path).name}.{uuid.uuid4().hex}.tmp"
+    try:
+        yield temporary
+        if local:
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        else:
+            fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            fs.put_file(str(temporary), path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write `data` to `url`, whole or not at all."""
+    with publish(url) as path:
+        path.write_bytes(data)
+
+
+def write_json(url: str, document: Any) -> None:
+    """Write `document` as indented JSON with sorted keys to `url`, whole or not at all."""
+    text = json.dumps(document, indent=2, sort_keys=True) + "\n"
+    write_bytes(url, text.encode())
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the hex sha256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_json(document: Any) -> str:
+    """Return the hex sha256 of a JSON document in its canonical (sorted, compact) form."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return sha256_bytes(text.encode())
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a local file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Return one readable line for each leaf in which two JSON documents differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            name = f"{prefix}.{key}" if prefix else key
+            lines += difference(old.get(key), new.get(key), name)
+        return lines
+    return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
+
+
+def provenance() -> dict[str, Any]:
+    """Return what produced a result: code version, packages, interpreter, machine kind.
+
+    No environment variable and no host name is recorded.
+    """
+    packages = ("torch", "torchvision", "open_clip_torch", "webdataset", "numpy", "pillow")
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "rft": importlib.metadata.version("rft"),
+        "git": git_revision(),
+        "packages": versions,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def git_revision() -> str | None:
+    """Return the commit of the source tree with `-dirty` if it is changed, or None outside git."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

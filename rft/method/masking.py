@@ -1,0 +1,32 @@
+"""Which patches are masked: the object's, the context's, or random ones (section 3.2).
+
+Each function returns a bool mask, (B, P), True where a patch is masked.
+"""
+
+import torch
+from torch import Tensor
+
+
+def object_mask(relevance_BP: Tensor, threshold: float) -> Tensor:
+    """Mask the patches whose normalised relevance is above the threshold (strictly)."""
+    return relevance_BP > threshold
+
+
+def context_mask(relevance_BP: Tensor, threshold: float) -> Tensor:
+    """Mask all the others: an image without any relevance is masked whole."""
+    return ~object_mask(relevance_BP, threshold)
+
+
+def bernoulli_mask(shape_BP: tuple[int, int], rate: float, generator: torch.Generator) -> Tensor:
+    """Mask each patch on its own with probability `rate`, as the released code does for fills."""
+    return torch.rand(shape_BP, generator=generator) < rate
+
+
+def fixed_count_mask(shape_BP: tuple[int, int], rate: float, generator: torch.Generator) -> Tensor:
+    """Mask the same number of random patches in each image, keeping int(P * (1 - rate)).
+
+    The released code does this where masked patches are dropped, as MAE does.
+    """
+    kept = int(shape_BP[1] * (1 - rate))
+    rank_BP = torch.rand(shape_BP, generator=generator).argsort(dim=1).argsort(dim=1)
+    return rank_BP >= kept

@@ -1,0 +1,1 @@
+"""Fine-tuning: objective, schedule, checkpoints, the run folder and the loop."""

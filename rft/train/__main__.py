@@ -1,0 +1,168 @@
+"""Fine-tune CLIP: `torchrun --nproc_per_node N -m rft.train [RECIPE --data URL --run DIR ...]`."""
+
+import copy
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import torch
+import tyro
+
+from rft import cli, dist, files, recipes
+from rft.clip.classifier import Classifier
+from rft.clip.head import zero_shot_head
+from rft.clip.load import load_clip
+from rft.config import Config
+from rft.data.loader import PackedDataset, TrainingBatches, fingerprint
+from rft.data.order import Plan
+from rft.data.split import held_out_split
+from rft.dist import World
+from rft.train.gallery import one_of_each_class, write_gallery
+from rft.train.loop import Job, train
+from rft.train.objective import Objective
+from rft.train.run import RunFolder, is_finished
+
+USAGE = f"""Fine-tune CLIP so that it stays robust.
+
+usage: torchrun --nproc_per_node N -m rft.train RECIPE --data URL --run DIR [--any.option VALUE]
+
+Without arguments it trains {recipes.DEFAULT} on the embedded miniature world. `--data miniature`
+does so for any recipe. The same command again resumes a run that was stopped.
+
+Recipes:
+{recipes.describe()}
+"""
+
+MINIATURE = "miniature"
+
+
+def parse(arguments: list[str]) -> Config:
+    """Return the configuration of a command line.
+
+    Raises:
+        ValueError: for an unknown recipe, a value out of range, or --data without --run.
+    """
+    named = bool(arguments) and not arguments[0].startswith("-")
+    recipe = arguments[0] if named else recipes.DEFAULT
+    options = arguments[1:] if named else arguments
+    config = recipes.build(recipe, data=MINIATURE, run="")
+    if _value_of(options, "--data", MINIATURE) == MINIATURE:
+        config = recipes.miniature(config)
+    config = tyro.cli(Config, args=options, default=config, description=USAGE, prog="rft.train")
+    if not config.run:
+        if config.data != MINIATURE:
+            raise ValueError("--run is missing; name a folder for this run, e.g. --run runs/first")
+        run = f"runs/miniature-{config.recipe}-seed{config.seed}"
+        config = dataclasses.replace(config, run=run)
+    return config
+
+
+def _value_of(options: list[str], name: str, default: str) -> str:
+    """Return one option's value before the whole line can be parsed."""
+    value = default
+    for option, following in zip(options, [*options[1:], default], strict=True):
+        if option == name:
+            value = following
+        elif option.startswith(f"{name}="):
+            value = option.removeprefix(f"{name}=")
+    return value
+
+
+def prepare(config: Config, world: World, device: torch.device) -> Job:
+    """Load data and model and decide the plan; the same on every rank.
+
+    Raises:
+        ValueError: if the data, the model or the configuration do not fit together.
+    """
+    packed = PackedDataset(files.join(config.data, "imagenet-train"))
+    samples, held_out = held_out_split(
+        packed.index.key, packed.index.label, config.loader.held_out, config.held_out_seed
+    )
+    plan = Plan(
+        shard_sizes=packed.shard_sizes(samples),
+        batch_size=config.loader.batch_size,
+        seed=config.seed,
+        streams=config.loader.streams,
+        block_shards=config.loader.block_shards,
+    )
+    pretrained = load_clip(config.model)
+    head = zero_shot_head(pretrained, packed.manifest.classes, packed.manifest.templates)
+    student = Classifier(pretrained.model.visual, head, pretrained.architecture)
+    teacher = copy.deepcopy(student)
+    batches = TrainingBatches(
+        packed,
+        samples,
+        plan,
+        image_size=pretrained.architecture.image_size,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    # the first image now, so that shards of the wrong size stop the run here and not inside it
+    packed.image(int(samples[0]), batches.image_size)
+    return Job(
+        config=config,
+        world=world,
+        device=device,
+        objective=Objective(student, teacher, config.method).to(device),
+        batches=batches,
+        held_out=held_out,
+        fingerprint=fingerprint(packed, plan, config.loader.held_out, config.held_out_seed),
+    )
+
+
+def run_job(config: Config, world: World, device: torch.device) -> None:
+    """Train one run to its end and leave a finished run folder."""
+    job = prepare(config, world, device)
+    dist.require_agreement(world, "data fingerprint", job.fingerprint)
+    if not world.is_main:
+        train(job, None)
+        return
+    with RunFolder(config) as run:
+        progress = train(job, run)
+        if len(job.held_out):
+            packed = job.batches.packed
+            shown = one_of_each_class(packed.index.label, job.held_out, 8)
+            methods = {name: m for name, m in recipes.METHODS.items() if m.mask != "none"}
+            write_gallery(str(run.path / "gallery.npz"), job.student, packed, shown, methods)
+        run.finish(
+            {"steps": progress.step, "best_step": progress.best_step, "world_size": world.size}
+        )
+    print(f"run finished: {config.run}  (best held-out accuracy at step {progress.best_step})")
+
+
+def main() -> None:
+    """Parse, check, train."""
+    config = parse(sys.argv[1:])
+    world = dist.world_from_env()
+    config.micro_batch(world.size)
+    root = config.data
+    if config.data == MINIATURE:
+        from rft.demo.miniature import DATA, prepare_data
+
+        root = str(DATA)
+        if world.is_main:
+            print(
+                f"No --data given: training {config.recipe} on the embedded miniature world. "
+                f"For ImageNet: torchrun --nproc_per_node 8 -m rft.train {config.recipe} "
+                "--data URL --run DIR",
+                flush=True,
+            )
+            prepare_data(Path("miniature"))
+    if is_finished(config):
+        if world.is_main:
+            print(f"run already finished: {config.run}")
+        return
+    device = dist.pick_device(config.device, world)
+    if config.precision != "fp32":
+        torch.set_float32_matmul_precision("high")
+    with dist.process_group(world, device):
+        dist.barrier(world)
+        run_job(dataclasses.replace(config, data=root), world, device)
+    if world.is_main:
+        print(f"next: torchrun --nproc_per_node {world.size} -m rft.evaluate {config.run} --data {root}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    cli.run(main)

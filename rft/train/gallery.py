@@ -1,0 +1,63 @@
+"""What the method makes of a few images, kept as numbers for the report's gallery (Fig. 5).
+
+Every mask x fill of the recipes is built from one relevance map, by the same functions as in the
+training step.
+"""
+
+import io
+
+import numpy as np
+
+from rft import files
+from rft.clip.classifier import Classifier
+from rft.clip.vit import AttentionTap
+from rft.config import MethodConfig
+from rft.data.loader import PackedDataset
+from rft.method import relevance
+from rft.train.objective import StepAddress, build_donors, build_mask
+
+
+def write_gallery(
+    url: str,
+    model: Classifier,
+    packed: PackedDataset,
+    samples: np.ndarray,
+    methods: dict[str, MethodConfig],
+) -> None:
+    """Write `url` (npz): images, relevance and the donor map of each method.
+
+    Args:
+        url: where to write.
+        model: the student whose relevance is shown.
+        packed: the set the images come from.
+        samples: sample numbers; together they are each other's donor pool.
+        methods: recipe name -> mask and fill.
+    """
+    device = next(model.parameters()).device
+    batch = packed.batch(samples, model.architecture.image_size)
+    images_BCHW, labels_B = batch.images_BCHW.to(device), batch.labels_B.to(device)
+    taps: list[AttentionTap] = []
+    patches_BPD = model.patches(images_BCHW)
+    logits_BK = model.logits(model.features(patches_BPD, taps=taps))
+    relevance_BP = relevance.normalise(relevance.label_relevance(logits_BK, labels_B, taps))
+    columns = {
+        "images_BCHW": batch.images_BCHW.numpy(),
+        "labels_B": batch.labels_B.numpy(),
+        "class_names": np.array(packed.manifest.classes),
+        "relevance_BP": relevance_BP.cpu().numpy(),
+        "patch": np.array(model.visual.patch_size[0]),
+    }
+    for name, method in methods.items():
+        address = StepAddress(seed=0, step=0, rank=0, micro=0)
+        mask_BP = build_mask(method, patches_BPD.shape[:2], relevance_BP, address)
+        columns[f"donor/{name}"] = build_donors(method, mask_BP.to(device), address).cpu().numpy()
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **columns)
+    files.write_bytes(url, stream.getvalue())
+
+
+def one_of_each_class(labels_B: np.ndarray, samples: np.ndarray, count: int) -> np.ndarray:
+    """Return the first sample of each of `count` classes, spread over the label range."""
+    _, first = np.unique(labels_B[samples], return_index=True)
+    chosen = np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)
+    return samples[first[chosen]]

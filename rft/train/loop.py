@@ -1,0 +1,278 @@
+"""The training loop."""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from rft import dist
+from rft.clip.classifier import SELECTED, Classifier, save_classifier
+from rft.config import Config
+from rft.data.loader import Batch, TrainingBatches, training_batches
+from rft.dist import World
+from rft.evaluate.accuracy import Count
+from rft.evaluate.evaluator import count_correct
+from rft.train import checkpoint
+from rft.train.objective import Objective, StepAddress
+from rft.train.optim import build_optimizer, learning_rate
+from rft.train.run import Logs, RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run trains, on what, and where."""
+
+    config: Config
+    world: World
+    device: torch.device
+    objective: Objective
+    batches: TrainingBatches
+    held_out: np.ndarray
+    fingerprint: dict[str, Any]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.optim.epochs * self.batches.plan.steps_per_epoch
+
+    @property
+    def student(self) -> Classifier:
+        """The model that learns."""
+        return self.objective.student
+
+
+def train(job: Job, run: RunFolder | None) -> checkpoint.Progress:
+    """Train to the end, going on from the run folder's newest checkpoint.
+
+    Args:
+        job: what to train.
+        run: the run folder on the main rank, None on the others.
+    """
+    config, world = job.config, job.world
+    optimizer = build_optimizer(job.objective, config.optim)
+    folder = RunFolder(config).checkpoints
+    progress = checkpoint.resume(folder, job.student, optimizer, job.fingerprint)
+    dist.require_agreement(world, "checkpoint", progress)
+    module = dist.data_parallel(world, job.objective, job.device)
+    settle_buckets(job, module)
+
+    logs = run.open_logs(progress.step) if run else None
+    meter = Meter(job)
+    display = Display(job, progress.step) if run else None
+    steps = range(progress.step, job.total_steps)
+    stream = training_batches(
+        job.batches, steps.start, steps.stop, workers=config.loader.workers, device=job.device
+    )
+    for step in steps:
+        batch = meter.wait_for(stream)
+        lr = learning_rate(step, job.total_steps, config.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        terms = accumulate_gradients(job, module, batch, step)
+        grad_norm = nn.utils.clip_grad_norm_(job.student.parameters(), config.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.add(terms, grad_norm)
+
+        progress.step = step + 1
+        ends_epoch = progress.step % job.batches.plan.steps_per_epoch == 0
+        saves = ends_epoch or progress.step % config.log.checkpoint_steps == 0
+        if saves or progress.step % config.log.every_steps == 0:
+            values = meter.read(progress.step)
+            if run:
+                logs.write(progress.step, {**values, "lr": lr})
+                display.update(progress.step, values)
+        if ends_epoch:
+            select(job, progress, run, logs, display)
+        if saves and run:
+            checkpoint.save(
+                folder, job.student, optimizer, progress, job.fingerprint, config.log.keep
+            )
+    if job.total_steps == 0:
+        select(job, progress, run, logs, display)
+    if run:
+        display.close()
+        logs.close()
+    return progress
+
+
+def accumulate_gradients(job: Job, module: nn.Module, batch: Batch, step: int) -> Tensor:
+    """Leave the batch's averaged gradient in the parameters; return (cross-entropy, MSE, replaced).
+
+    Each micro-batch goes backward once for the cross-entropy and once for the counterfactual, so
+    only one graph is alive at a time; gradients are exchanged in the last backward only.
+    """
+    config = job.config
+    parts = config.optim.accumulate
+    terms = torch.zeros(3, device=job.device)
+    micros = zip(batch.images_BCHW.chunk(parts), batch.labels_B.chunk(parts), strict=True)
+    for micro, (images_BCHW, labels_B) in enumerate(micros):
+        last = micro == parts - 1
+        address = StepAddress(config.seed, step, job.world.rank, micro)
+        with dist.skip_sync(module, job.objective.distils or not last), precision(job):
+            cross_entropy, donor_BP = module(images_BCHW, labels_B, address)
+            (cross_entropy / parts).backward()
+        terms[0] += cross_entropy.detach() / parts
+        if donor_BP is None:
+            continue
+        with dist.skip_sync(module, not last), precision(job):
+            mse, _ = module(images_BCHW, labels_B, address, donor_BP)
+            (config.method.distill_weight * mse / parts).backward()
+        own_B1 = torch.arange(len(donor_BP), device=job.device)[:, None]
+        terms[1] += mse.detach() / parts
+        terms[2] += (donor_BP != own_B1).float().mean() / parts
+    return terms
+
+
+def precision(job: Job) -> torch.autocast:
+    """Return the autocast context of the configured precision."""
+    return torch.autocast(job.device.type, torch.bfloat16, enabled=job.config.precision == "bf16")
+
+
+def settle_buckets(job: Job, module: nn.Module) -> None:
+    """Run one step's backward on blank images and throw its gradients away.
+
+    Data parallelism regroups its gradient buckets after the first backward, which changes the order
+    of sums on three or more ranks; a resumed run must regroup before its first step, as the
+    uninterrupted one did.
+    """
+    if job.world.size == 1 or job.total_steps == 0:
+        return
+    count = job.config.micro_batch(job.world.size) * job.config.optim.accumulate
+    size = job.batches.image_size
+    images_BCHW = torch.zeros(count, 3, size, size, dtype=torch.uint8, device=job.device)
+    labels_B = torch.zeros(count, dtype=torch.int64, device=job.device)
+    accumulate_gradients(job, module, Batch(images_BCHW, labels_B, labels_B), step=-1)
+    job.objective.zero_grad()
+
+
+def select(
+    job: Job,
+    progress: checkpoint.Progress,
+    run: RunFolder | None,
+    logs: Logs | None,
+    display: "Display | None",
+) -> None:
+    """Count held-out accuracy; keep the model if it is strictly the best so far."""
+    if len(job.held_out):
+        (count,) = count_correct(
+            [job.student],
+            job.batches.packed,
+            image_size=job.batches.image_size,
+            world=job.world,
+            device=job.device,
+            samples=job.held_out,
+        )
+    else:
+        count = Count(progress.step, 1)  # nothing to select by: the last model is the one
+    if run and len(job.held_out):
+        values = {"held_out_correct": count.correct, "held_out_total": count.total}
+        logs.write(progress.step, values)
+        display.held_out(progress.step, count)
+    if count.correct > progress.best_correct:
+        progress.best_correct, progress.best_step = count.correct, progress.step
+        if run:
+            metadata = {"recipe": job.config.recipe, "step": str(progress.step)}
+            save_classifier(str(run.path / SELECTED), job.student, metadata)
+
+
+class Meter:
+    """Means of the loss terms between two log lines; touches the device only when read."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._reset()
+
+    def _reset(self) -> None:
+        self._terms = torch.zeros(4, device=self._job.device)
+        self._steps = 0
+        self._waited = 0.0
+        self._started = time.perf_counter()
+
+    def wait_for(self, stream: Any) -> Batch:
+        """Return the stream's next batch and remember how long that took."""
+        before = time.perf_counter()
+        batch = next(stream)
+        self._waited += time.perf_counter() - before
+        return batch
+
+    def add(self, terms: Tensor, grad_norm: Tensor) -> None:
+        """Add one step's terms."""
+        self._terms += torch.cat([terms, grad_norm.reshape(1)])
+        self._steps += 1
+
+    def read(self, step: int) -> dict[str, float]:
+        """Return the means since the last read, over all ranks, and start anew.
+
+        Raises:
+            RuntimeError: if a loss or gradient since then was not finite.
+        """
+        job = self._job
+        means = dist.sum_over_ranks(job.world, self._terms) / (self._steps * job.world.size)
+        cross_entropy, mse, replaced, grad_norm = means.tolist()
+        loss = cross_entropy + job.config.method.distill_weight * mse
+        if not math.isfinite(loss + grad_norm):
+            raise RuntimeError(
+                f"the loss or its gradient stopped being finite within the {self._steps} steps "
+                f"before step {step} (cross-entropy {cross_entropy}, MSE {mse}, gradient norm "
+                f"{grad_norm}); the last checkpoint is from before that"
+            )
+        seconds = time.perf_counter() - self._started
+        values = {
+            "epoch": round(step / job.batches.plan.steps_per_epoch, 4),
+            "loss": loss,
+            "ce": cross_entropy,
+            "mse": mse,
+            "replaced": replaced,
+            "grad_norm": grad_norm,
+            "images_per_s": self._steps * job.config.loader.batch_size / seconds,
+            "data_wait_ms": 1000 * self._waited / self._steps,
+        }
+        self._reset()
+        return values
+
+
+class Display:
+    """What a person sees: a bar on a terminal, one plain line an epoch elsewhere."""
+
+    def __init__(self, job: Job, done: int) -> None:
+        self._total = job.total_steps
+        columns = (
+            TextColumn(job.config.recipe),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        console = Console(file=sys.stderr)
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("train", total=self._total, completed=done, status="")
+        self._status = ""
+        self._bar.start()
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Show the newest means."""
+        self._status = (
+            f"loss {values['loss']:.3f} = ce {values['ce']:.3f} + mse {values['mse']:.4f} x beta, "
+            f"{values['images_per_s']:.0f} img/s"
+        )
+        self._bar.update(self._task, completed=step, status=self._status)
+
+    def held_out(self, step: int, count: Count) -> None:
+        """Show a held-out result."""
+        share = f"held-out {100 * count.share:.2f}% ({count.correct}/{count.total})"
+        if self._bar.disable:
+            print(f"step {step}/{self._total}  {share}  {self._status}", flush=True)
+        else:
+            self._bar.console.print(f"step {step}/{self._total}  {share}")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._bar.stop()

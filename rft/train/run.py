@@ -1,0 +1,111 @@
+"""The run folder: what a run is, what it did, and a lock so that only one job writes it.
+
+config.json (its hash is the run's identity), metrics.jsonl, tensorboard/, checkpoints/,
+training.json (written last: the run is finished), results.json (rft.evaluate), gallery.npz,
+provenance.json.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Self
+
+import filelock
+from torch.utils.tensorboard import SummaryWriter
+
+from rft import files
+from rft.config import Config
+
+
+class RunFolder:
+    """One run on disk, opened by the main rank for as long as it trains."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.run)
+        self.checkpoints = self.path / "checkpoints"
+        self._config = config
+        self._lock = filelock.FileLock(self.path / ".lock")
+
+    def __enter__(self) -> Self:
+        """Take the folder.
+
+        Raises:
+            ValueError: if it belongs to another configuration, or another job is in it.
+        """
+        check_identity(self._config)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise ValueError(
+                f"another job is writing {self.path}; wait for it or stop it"
+            ) from error
+        files.write_json(str(self.path / "config.json"), self._config.to_dict())
+        files.write_json(str(self.path / "provenance.json"), files.provenance())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def open_logs(self, step: int) -> "Logs":
+        """Return the metric logs, cut back to what was written up to `step`."""
+        return Logs(self.path, step)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Record that the run is complete."""
+        files.write_json(str(self.path / "training.json"), summary)
+
+
+class Logs:
+    """metrics.jsonl and TensorBoard scalars."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        # a killed run may have logged beyond its last checkpoint, and half a line at the end
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        files.write_bytes(str(self._path), "".join(f"{line}\n" for line in kept).encode())
+        if step == 0:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        self._stream = self._path.open("a")
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        """Append one line and its scalars."""
+        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        self._stream.flush()
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close both logs."""
+        self._stream.close()
+        self._writer.close()
+
+
+def check_identity(config: Config) -> None:
+    """Check that the run folder is new or was made by the same configuration.
+
+    Raises:
+        ValueError: with the differences.
+    """
+    path = Path(config.run) / "config.json"
+    if not path.exists():
+        if (Path(config.run) / "checkpoints").exists():
+            raise ValueError(f"{config.run} has checkpoints but no config.json; use another folder")
+        return
+    old = Config.from_dict(files.read_json(str(path))).identity()
+    if changed := files.difference(old, config.identity()):
+        raise ValueError(
+            f"{config.run} holds a run with another configuration: {'; '.join(changed)}. "
+            "Repeat its options to resume it, or choose another --run"
+        )
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run folder holds this very run, complete."""
+    folder = Path(config.run)
+    if not (folder / "training.json").exists():
+        return False
+    check_identity(config)
+    return True
