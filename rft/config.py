@@ -13,6 +13,7 @@ Mask = Literal["none", "random", "context", "object"]
 Fill = Literal["none", "single", "multi"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
+Scale = Literal["paper", "miniature"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,8 @@ class Config:
     """Data root: the URL under which the tools wrote imagenet-train, imagenet-val, ..."""
     run: str
     """Run folder: configuration, metrics, checkpoints, results."""
+    scale: Scale = "paper"
+    """Whose numbers the recipe starts from: ImageNet's, or those of the embedded world."""
     seed: int = 0
     """Seed of the sample order, the masks and the fills."""
     split_seed: int | None = None

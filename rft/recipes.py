@@ -1,14 +1,14 @@
 """Name -> configuration: the paper's systems.
 
 The settings of each mask x fill are those the released code's example script names; the paper does
-not print its choices. `miniature` scales any recipe to the embedded world (docs/decisions.md).
+not print its choices. Any recipe can be scaled to the embedded world (docs/decisions.md).
 """
 
 import dataclasses
 from dataclasses import replace
 
 from rft.cli import unknown
-from rft.config import Config, LoaderConfig, LogConfig, MethodConfig, ModelConfig
+from rft.config import Config, LoaderConfig, LogConfig, MethodConfig, ModelConfig, Scale
 
 DEFAULT = "object-mask-single-fill"
 
@@ -29,8 +29,8 @@ METHODS: dict[str, MethodConfig] = {
 }
 
 
-def build(name: str, *, data: str, run: str) -> Config:
-    """Return the configuration of a recipe at the paper's scale.
+def build(name: str, *, scale: Scale = "paper", data: str = "", run: str = "") -> Config:
+    """Return the configuration of a recipe.
 
     Raises:
         ValueError: if there is no such recipe.
@@ -38,12 +38,14 @@ def build(name: str, *, data: str, run: str) -> Config:
     if name not in METHODS:
         raise unknown("recipe", name, sorted(METHODS))
     config = Config(recipe=name, data=data, run=run, method=METHODS[name])
+    if scale == "miniature":
+        config = _miniature(config)
     if name == "zero-shot":
         config = replace(config, optim=replace(config.optim, epochs=0))
     return config
 
 
-def miniature(config: Config) -> Config:
+def _miniature(config: Config) -> Config:
     """Scale a recipe to the miniature world and its tiny CLIP.
 
     2000 images instead of 1.28 M and a model 180 times smaller want a smaller batch and a larger
@@ -53,6 +55,7 @@ def miniature(config: Config) -> Config:
     """
     return replace(
         config,
+        scale="miniature",
         model=ModelConfig(clip="rft-miniature", pretrained=""),
         loader=LoaderConfig(batch_size=64, held_out=400),
         method=replace(config.method, distill_weight=config.method.distill_weight / 10),

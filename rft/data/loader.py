@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rft import files
-from rft.data import encode
+from rft.data import encode, order
 from rft.data.manifest import Index, Manifest
 from rft.data.order import EpochOrder, Plan, rank_slice
 
-NPY_HEADER = 128  # bytes before the pixels: encode.py writes version 1.0 headers of this length
-OPEN_FILES = 128
+OPEN_FILES = 128  # descriptors a process keeps; the usual limit is 1024 for everything it opens
 
 
 class Batch(NamedTuple):
@@ -81,9 +80,10 @@ class PackedDataset:
                     f"{self.url} was packed at {encoding['size']} px, the model wants {size} px; "
                     f"pack it again with --size {size} or --encoding original"
                 )
-            pixels = np.frombuffer(data, dtype=np.uint8, offset=NPY_HEADER)
-            return pixels.reshape(3, size, size)
-        return encode.clip_pixels(encode.load_image(data), size, encoding["crop_border"])
+            # the array is the end of the .npy; its header is the same in every sample
+            return np.frombuffer(data, dtype=np.uint8)[-3 * size * size :].reshape(3, size, size)
+        image = encode.load_image(data, name=self.key(sample))
+        return encode.clip_pixels(image, size, encoding["crop_border"])
 
     def batch(self, samples: np.ndarray, size: int) -> Batch:
         """Return the named samples as one batch of uint8 images."""
@@ -208,8 +208,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def fingerprint(packed: PackedDataset, plan: Plan, held_out: int, held_out_seed: int) -> dict:
     """Return everything that decides which samples step t holds; checkpoints carry it."""
-    from rft.data import order
-
     return {
         "algorithm": order.ALGORITHM,
         "manifest_sha256": packed.manifest.sha256,

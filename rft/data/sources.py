@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rft import cli, files
 from rft.data.labels import LabelSpace, objectnet_groups
@@ -117,7 +117,7 @@ def make_keys(paths: Sequence[str]) -> list[str]:
     then folder and stem, then folder, stem and a hash of the path.
     """
     parts = [path.rsplit("/", 1) for path in paths]
-    stems = [_safe(os.path.splitext(name)[0]) for _, name in parts]
+    stems = [_safe(PurePosixPath(name).stem) for _, name in parts]
     if len(set(stems)) == len(stems):
         return stems
     long = [f"{_safe(folder)}_{stem}" for (folder, _), stem in zip(parts, stems, strict=True)]
@@ -208,4 +208,4 @@ def _list_images(folder: Path) -> list[tuple[str, int]]:
 
 
 def _has_image_suffix(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import os
 import sys
-from pathlib import Path
+import typing
 
 import torch
 import tyro
@@ -13,7 +13,7 @@ from rft import cli, dist, files, recipes
 from rft.clip.classifier import Classifier
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
-from rft.config import Config
+from rft.config import Config, Scale
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint
 from rft.data.order import Plan
 from rft.data.split import held_out_split
@@ -23,50 +23,66 @@ from rft.train.loop import Job, train
 from rft.train.objective import Objective
 from rft.train.run import RunFolder, is_finished
 
+SMALL = "miniature"
+
 USAGE = f"""Fine-tune CLIP so that it stays robust.
 
 usage: torchrun --nproc_per_node N -m rft.train RECIPE --data URL --run DIR [--any.option VALUE]
 
-Without arguments it trains {recipes.DEFAULT} on the embedded miniature world. `--data miniature`
-does so for any recipe. The same command again resumes a run that was stopped.
+Without --data it trains on the embedded miniature world, {recipes.DEFAULT} if no recipe is named.
+The same command again resumes a run that was stopped.
 
 Recipes:
 {recipes.describe()}
 """
-
-MINIATURE = "miniature"
 
 
 def parse(arguments: list[str]) -> Config:
     """Return the configuration of a command line.
 
     Raises:
-        ValueError: for an unknown recipe, a value out of range, or --data without --run.
+        ValueError: for an unknown recipe or scale, a value out of range, or --data without --run.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     recipe = arguments[0] if named else recipes.DEFAULT
     options = arguments[1:] if named else arguments
-    config = recipes.build(recipe, data=MINIATURE, run="")
-    if _value_of(options, "--data", MINIATURE) == MINIATURE:
-        config = recipes.miniature(config)
-    config = tyro.cli(Config, args=options, default=config, description=USAGE, prog="rft.train")
-    if not config.run:
-        if config.data != MINIATURE:
-            raise ValueError("--run is missing; name a folder for this run, e.g. --run runs/first")
-        run = f"runs/miniature-{config.recipe}-seed{config.seed}"
-        config = dataclasses.replace(config, run=run)
+    # the recipe and the scale decide the defaults that the whole line is then parsed over
+    scale = _value_of(options, "--scale") or ("paper" if _value_of(options, "--data") else SMALL)
+    if scale not in typing.get_args(Scale):
+        raise cli.unknown("scale", scale, typing.get_args(Scale))
+    default = recipes.build(recipe, scale=scale)
+    config = tyro.cli(Config, args=options, default=default, description=USAGE, prog="rft.train")
+    if config.data and not config.run:
+        raise ValueError("--run is missing; name a folder for this run, e.g. --run runs/first")
+    if not config.data and config.scale != SMALL:
+        raise ValueError("--data is missing; give the URL that tools/shard_imagenet.py wrote to")
     return config
 
 
-def _value_of(options: list[str], name: str, default: str) -> str:
-    """Return one option's value before the whole line can be parsed."""
-    value = default
-    for option, following in zip(options, [*options[1:], default], strict=True):
+def _value_of(options: list[str], name: str) -> str:
+    """Return the value of one option before the whole line can be parsed, or an empty string."""
+    for option, following in zip(options, [*options[1:], ""], strict=True):
         if option == name:
-            value = following
-        elif option.startswith(f"{name}="):
-            value = option.removeprefix(f"{name}=")
-    return value
+            return following
+        if option.startswith(f"{name}="):
+            return option.removeprefix(f"{name}=")
+    return ""
+
+
+def use_embedded_world(config: Config, world: World) -> Config:
+    """Make the miniature world where it is missing and point the run at it."""
+    from rft.demo import miniature
+
+    run = config.run or f"runs/miniature-{config.recipe}-seed{config.seed}"
+    if world.is_main:
+        print(
+            f"No --data given: training {config.recipe} on the embedded miniature world. For "
+            f"ImageNet: torchrun --nproc_per_node 8 -m rft.train {config.recipe} "
+            "--data URL --run DIR",
+            flush=True,
+        )
+        miniature.prepare_data(miniature.FOLDER)
+    return dataclasses.replace(config, data=str(miniature.shards(miniature.FOLDER)), run=run)
 
 
 def prepare(config: Config, world: World, device: torch.device) -> Job:
@@ -136,19 +152,8 @@ def main() -> None:
     config = parse(sys.argv[1:])
     world = dist.world_from_env()
     config.micro_batch(world.size)
-    root = config.data
-    if config.data == MINIATURE:
-        from rft.demo.miniature import DATA, prepare_data
-
-        root = str(DATA)
-        if world.is_main:
-            print(
-                f"No --data given: training {config.recipe} on the embedded miniature world. "
-                f"For ImageNet: torchrun --nproc_per_node 8 -m rft.train {config.recipe} "
-                "--data URL --run DIR",
-                flush=True,
-            )
-            prepare_data(Path("miniature"))
+    if not config.data:
+        config = use_embedded_world(config, world)
     if is_finished(config):
         if world.is_main:
             print(f"run already finished: {config.run}")
@@ -158,9 +163,10 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")
     with dist.process_group(world, device):
         dist.barrier(world)
-        run_job(dataclasses.replace(config, data=root), world, device)
+        run_job(config, world, device)
     if world.is_main:
-        print(f"next: torchrun --nproc_per_node {world.size} -m rft.evaluate {config.run} --data {root}")
+        command = f"torchrun --nproc_per_node {world.size} -m rft.evaluate"
+        print(f"next: {command} {config.run} --data {config.data}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+# Every target needs only python3 (3.11 or newer), make, a compiler and git: it makes .venv itself.
+PYTHON ?= python3
+SEEDS  ?= 1
+DEMO   ?= miniature
+BIN    := .venv/bin
+
+.PHONY: demo test lint bench simd clean
+.DEFAULT_GOAL := demo
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: rft needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/.installed  ## the paper's experiment in miniature, from images to a report
+	$(BIN)/python -m rft.demo --out $(DEMO) --seeds $(SEEDS)
+
+test: .venv/.installed  ## every test
+	$(BIN)/pytest -q
+
+lint: .venv/.installed  ## style, types, module contracts, spelling, shell scripts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/shellcheck .ci/run launch/*.sbatch launch/*.example
+
+bench: .venv/.installed  ## step time of ours against the vanilla and the textbook step
+	$(BIN)/python -m benchmarks.step
+
+simd: .venv/.installed  ## replace Pillow in .venv by Pillow-SIMD, built here for AVX2
+	$(BIN)/pip uninstall -q -y pillow pillow-simd
+	CC="cc -mavx2" $(BIN)/pip install -q --no-binary :all: --no-deps pillow-simd
+	$(BIN)/python -c 'import PIL; print("image core: Pillow-SIMD", PIL.__version__)'
+
+clean:  ## everything that these targets made
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis miniature

@@ -1,0 +1,1 @@
+"""Weight-space merging: checkpoints in, checkpoint out."""

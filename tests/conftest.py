@@ -1,0 +1,48 @@
+"""Small things that many tests need."""
+
+import pytest
+import torch
+from torch import nn
+
+from rft.clip.classifier import Classifier
+from rft.clip.load import Architecture
+
+ARCHITECTURE = Architecture(
+    clip="test",
+    embed_dim=12,
+    vision_cfg={
+        "layers": 3,
+        "width": 32,
+        "head_width": 8,
+        "patch_size": 4,
+        "image_size": 16,
+        "mlp_ratio": 2.0,
+    },
+    quick_gelu=True,
+    mean=(0.48, 0.46, 0.41),
+    std=(0.27, 0.26, 0.28),
+)
+
+
+def build_model(seed: int = 0, classes: int = 5) -> Classifier:
+    """A tiny random classifier with logits of CLIP's scale."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        visual = ARCHITECTURE.build_visual()
+        for parameter in visual.parameters():
+            nn.init.normal_(parameter, std=0.15)
+        head = nn.Linear(ARCHITECTURE.embed_dim, classes)
+        nn.init.normal_(head.weight, std=30 / ARCHITECTURE.embed_dim**0.5)
+        nn.init.zeros_(head.bias)
+    return Classifier(visual, head, ARCHITECTURE)
+
+
+@pytest.fixture
+def images_BCHW() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (6, 3, 16, 16), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture
+def labels_B() -> torch.Tensor:
+    return torch.tensor([0, 1, 2, 3, 4, 1])
