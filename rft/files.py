@@ -62,7 +62,7 @@ def read_bytes(url: str) -> bytes:
     """
     fs, path = open_store(url)
     try:
-        return fs.cat_file(path)
+        return bytes(fs.cat_file(path))
     except FileNotFoundError as error:
         raise ValueError(f"no such file: {url}") from error
 

@@ -6,6 +6,7 @@ not print its choices. Any recipe can be scaled to the embedded world (docs/deci
 
 import dataclasses
 from dataclasses import replace
+from typing import get_args
 
 from rft.cli import unknown
 from rft.config import Config, LoaderConfig, LogConfig, MethodConfig, ModelConfig, Scale
@@ -29,14 +30,16 @@ METHODS: dict[str, MethodConfig] = {
 }
 
 
-def build(name: str, *, scale: Scale = "paper", data: str = "", run: str = "") -> Config:
+def build(name: str, *, scale: str = "paper", data: str = "", run: str = "") -> Config:
     """Return the configuration of a recipe.
 
     Raises:
-        ValueError: if there is no such recipe.
+        ValueError: if there is no such recipe or scale.
     """
     if name not in METHODS:
         raise unknown("recipe", name, sorted(METHODS))
+    if scale not in get_args(Scale):
+        raise unknown("scale", scale, get_args(Scale))
     config = Config(recipe=name, data=data, run=run, method=METHODS[name])
     if scale == "miniature":
         config = _miniature(config)

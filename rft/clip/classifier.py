@@ -24,6 +24,9 @@ SELECTED = Path("checkpoints") / "best.safetensors"  # of a run folder, by held-
 class Classifier(nn.Module):
     """Image tower f and head g of the paper: logits = g(f(x) / |f(x)|)."""
 
+    _mean_C11: Tensor
+    _std_C11: Tensor
+
     def __init__(self, visual: VisionTransformer, head: nn.Linear, architecture: Architecture):
         super().__init__()
         self.visual = visual

@@ -15,9 +15,9 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from rft.clip import vit
 from rft.config import ModelConfig
@@ -59,8 +59,9 @@ class Architecture:
         Raises:
             ValueError: if the tower is not one the method can work with.
         """
-        text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
-        model = CLIP(self.embed_dim, self.vision_cfg, text, quick_gelu=self.quick_gelu)
+        vision = CLIPVisionCfg(**self.vision_cfg)
+        text = CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
+        model = CLIP(self.embed_dim, vision, text, quick_gelu=self.quick_gelu)
         return vit.check_supported(model.visual)
 
 
@@ -68,8 +69,8 @@ class Architecture:
 class PretrainedClip:
     """A whole CLIP, both towers, with what is needed to feed it."""
 
-    model: nn.Module
-    tokenize: Callable[[Sequence[str]], Tensor]
+    model: Any  # open_clip's CLIP, CustomTextCLIP or CoCa, which share no base class
+    tokenize: Callable[[list[str]], Tensor]
     architecture: Architecture
 
 
@@ -85,7 +86,7 @@ def load_clip(config: ModelConfig) -> PretrainedClip:
     local = name.startswith(LOCAL)
     folder = Path(name.removeprefix(LOCAL))
     model_cfg = _local_config(folder) if local else _named_config(config)
-    model = open_clip.create_model(name, pretrained=None if local else config.pretrained)
+    model: Any = open_clip.create_model(name, pretrained=None if local else config.pretrained)
     vit.check_supported(model.visual)
     preprocess = open_clip.get_model_preprocess_cfg(model)
     architecture = Architecture(

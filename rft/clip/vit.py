@@ -39,9 +39,8 @@ def check_supported(visual: nn.Module) -> VisionTransformer:
         reasons.append("attention pooling")
     elif visual.pool_type != "tok":
         reasons.append(f"{visual.pool_type!r} pooling")
-    blocks = visual.transformer.resblocks
-    if any(type(block) is not ResidualAttentionBlock for block in blocks):
-        reasons.append(f"{type(blocks[0]).__name__} layers")
+    kinds = {type(block) for block in blocks(visual)} - {ResidualAttentionBlock}
+    reasons += [f"{kind.__name__} layers" for kind in kinds]
     if not isinstance(visual.patch_dropout, nn.Identity):
         reasons.append("patch dropout")
     if reasons:
@@ -50,6 +49,11 @@ def check_supported(visual: nn.Module) -> VisionTransformer:
             "attention layers, as in ViT-B-32, ViT-B-16 or ViT-L-14"
         )
     return visual
+
+
+def blocks(visual: VisionTransformer) -> list[ResidualAttentionBlock]:
+    """Return the transformer's layers, first to last."""
+    return list(visual.transformer.resblocks)  # pyrefly: ignore[bad-return]
 
 
 def embed_patches(visual: VisionTransformer, images_BCHW: Tensor) -> Tensor:
@@ -78,7 +82,7 @@ def encode(
     mask_B11L = None
     if keep_BP is not None:
         mask_B11L = F.pad(keep_BP, (1, 0), value=True)[:, None, None, :]
-    for block in visual.transformer.resblocks:
+    for block in blocks(visual):
         x_BLD = x_BLD + block.ls_1(_attention(block, block.ln_1(x_BLD), mask_B11L, taps))
         x_BLD = x_BLD + block.ls_2(block.mlp(block.ln_2(x_BLD)))
     # the layer norm works token by token, so norm-then-pool and pool-then-norm are the same

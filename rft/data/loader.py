@@ -127,7 +127,7 @@ class ShardReader:
             self._fs, self._path = files.open_store(self._url)
         path = files.join(self._path, name)
         if not isinstance(self._fs, LocalFileSystem):
-            return self._fs.cat_file(path, start=offset, end=offset + length)
+            return bytes(self._fs.cat_file(path, start=offset, end=offset + length))
         if name in self._descriptors:
             self._descriptors.move_to_end(name)
         else:
@@ -177,8 +177,8 @@ class TrainingBatches(Dataset[Batch]):
             self._order = EpochOrder(self.plan, epoch)
         return self.samples[self._order.batch(step_of_epoch)]
 
-    def __getitem__(self, step: int) -> Batch:
-        samples = rank_slice(self.global_samples(step), self.rank, self.world_size)
+    def __getitem__(self, index: int) -> Batch:
+        samples = rank_slice(self.global_samples(index), self.rank, self.world_size)
         return self.packed.batch(samples, self.image_size)
 
 

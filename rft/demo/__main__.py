@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from rft.demo.miniature import FOLDER, prepare_data, shards
+from rft.report.page import write_report
 
 from rft import cli
 from rft.clip.classifier import SELECTED
 from rft.data.loader import PackedDataset
-from rft.demo.miniature import FOLDER, prepare_data, shards
 from rft.evaluate.__main__ import SETS, is_current
-from rft.report.page import write_report
 from rft.train.__main__ import parse
 from rft.train.run import is_finished
 

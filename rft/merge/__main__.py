@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -27,10 +26,7 @@ class Wise:
 
 def main() -> None:
     """Parse and merge."""
-    arguments = tyro.extras.subcommand_cli_from_dict(
-        {"wise": Annotated[Wise, tyro.conf.arg(name="")]}, prog="rft.merge"
-    )
-    wise(arguments)
+    wise(tyro.extras.subcommand_cli_from_dict({"wise": Wise}, prog="rft.merge"))
 
 
 def wise(arguments: Wise) -> None:

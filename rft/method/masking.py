@@ -3,6 +3,8 @@
 Each function returns a bool mask, (B, P), True where a patch is masked.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,12 +19,12 @@ def context_mask(relevance_BP: Tensor, threshold: float) -> Tensor:
     return ~object_mask(relevance_BP, threshold)
 
 
-def bernoulli_mask(shape_BP: tuple[int, int], rate: float, generator: torch.Generator) -> Tensor:
+def bernoulli_mask(shape_BP: Sequence[int], rate: float, generator: torch.Generator) -> Tensor:
     """Mask each patch on its own with probability `rate`, as the released code does for fills."""
     return torch.rand(shape_BP, generator=generator) < rate
 
 
-def fixed_count_mask(shape_BP: tuple[int, int], rate: float, generator: torch.Generator) -> Tensor:
+def fixed_count_mask(shape_BP: Sequence[int], rate: float, generator: torch.Generator) -> Tensor:
     """Mask the same number of random patches in each image, keeping int(P * (1 - rate)).
 
     The released code does this where masked patches are dropped, as MAE does.

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import os
 import sys
-import typing
 
 import torch
 import tyro
@@ -13,7 +12,7 @@ from rft import cli, dist, files, recipes
 from rft.clip.classifier import Classifier
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
-from rft.config import Config, Scale
+from rft.config import Config
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint
 from rft.data.order import Plan
 from rft.data.split import held_out_split
@@ -48,8 +47,6 @@ def parse(arguments: list[str]) -> Config:
     options = arguments[1:] if named else arguments
     # the recipe and the scale decide the defaults that the whole line is then parsed over
     scale = _value_of(options, "--scale") or ("paper" if _value_of(options, "--data") else SMALL)
-    if scale not in typing.get_args(Scale):
-        raise cli.unknown("scale", scale, typing.get_args(Scale))
     default = recipes.build(recipe, scale=scale)
     config = tyro.cli(Config, args=options, default=default, description=USAGE, prog="rft.train")
     if config.data and not config.run:
@@ -132,10 +129,10 @@ def run_job(config: Config, world: World, device: torch.device) -> None:
     job = prepare(config, world, device)
     dist.require_agreement(world, "data fingerprint", job.fingerprint)
     if not world.is_main:
-        train(job, None)
+        train(job)
         return
     with RunFolder(config) as run:
-        progress = train(job, run)
+        progress = train(job)
         if len(job.held_out):
             packed = job.batches.packed
             shown = one_of_each_class(packed.index.label, job.held_out, 8)

@@ -45,7 +45,7 @@ def write_gallery(
         "labels_B": batch.labels_B.numpy(),
         "class_names": np.array(packed.manifest.classes),
         "relevance_BP": relevance_BP.cpu().numpy(),
-        "patch": np.array(model.visual.patch_size[0]),
+        "patch": np.array(model.architecture.vision_cfg["patch_size"]),
     }
     for name, method in methods.items():
         address = StepAddress(seed=0, step=0, rank=0, micro=0)

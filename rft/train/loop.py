@@ -1,15 +1,13 @@
 """The training loop."""
 
 import math
-import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from rft import dist
@@ -20,9 +18,10 @@ from rft.dist import World
 from rft.evaluate.accuracy import Count
 from rft.evaluate.evaluator import count_correct
 from rft.train import checkpoint
+from rft.train.journal import Journal
 from rft.train.objective import Objective, StepAddress
 from rft.train.optim import build_optimizer, learning_rate
-from rft.train.run import Logs, RunFolder
+from rft.train.run import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +47,8 @@ class Job:
         return self.objective.student
 
 
-def train(job: Job, run: RunFolder | None) -> checkpoint.Progress:
-    """Train to the end, going on from the run folder's newest checkpoint.
-
-    Args:
-        job: what to train.
-        run: the run folder on the main rank, None on the others.
-    """
+def train(job: Job) -> checkpoint.Progress:
+    """Train to the end, going on from the run folder's newest checkpoint."""
     config, world = job.config, job.world
     optimizer = build_optimizer(job.objective, config.optim)
     folder = RunFolder(config).checkpoints
@@ -63,43 +57,37 @@ def train(job: Job, run: RunFolder | None) -> checkpoint.Progress:
     module = dist.data_parallel(world, job.objective, job.device)
     settle_buckets(job, module)
 
-    logs = run.open_logs(progress.step) if run else None
-    meter = Meter(job)
-    display = Display(job, progress.step) if run else None
     steps = range(progress.step, job.total_steps)
     stream = training_batches(
         job.batches, steps.start, steps.stop, workers=config.loader.workers, device=job.device
     )
-    for step in steps:
-        batch = meter.wait_for(stream)
-        lr = learning_rate(step, job.total_steps, config.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        terms = accumulate_gradients(job, module, batch, step)
-        grad_norm = nn.utils.clip_grad_norm_(job.student.parameters(), config.optim.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        meter.add(terms, grad_norm)
+    meter = Meter(job)
+    with Journal(config, progress.step, job.total_steps, writes=world.is_main) as journal:
+        for step in steps:
+            batch = meter.wait_for(stream)
+            lr = learning_rate(step, job.total_steps, config.optim)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            terms = accumulate_gradients(job, module, batch, step)
+            grad_norm = nn.utils.clip_grad_norm_(job.student.parameters(), config.optim.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            meter.add(terms, grad_norm)
 
-        progress.step = step + 1
-        ends_epoch = progress.step % job.batches.plan.steps_per_epoch == 0
-        saves = ends_epoch or progress.step % config.log.checkpoint_steps == 0
-        if saves or progress.step % config.log.every_steps == 0:
-            values = meter.read(progress.step)
-            if run:
-                logs.write(progress.step, {**values, "lr": lr})
-                display.update(progress.step, values)
-        if ends_epoch:
-            select(job, progress, run, logs, display)
-        if saves and run:
-            checkpoint.save(
-                folder, job.student, optimizer, progress, job.fingerprint, config.log.keep
-            )
-    if job.total_steps == 0:
-        select(job, progress, run, logs, display)
-    if run:
-        display.close()
-        logs.close()
+            progress.step = step + 1
+            ends_epoch = progress.step % job.batches.plan.steps_per_epoch == 0
+            saves = ends_epoch or progress.step % config.log.checkpoint_steps == 0
+            # a checkpoint is only written after its losses were seen to be finite
+            if saves or progress.step % config.log.every_steps == 0:
+                journal.metrics(progress.step, {**meter.read(progress.step), "lr": lr})
+            if ends_epoch:
+                select(job, progress, journal)
+            if saves and world.is_main:
+                checkpoint.save(
+                    folder, job.student, optimizer, progress, job.fingerprint, config.log.keep
+                )
+        if job.total_steps == 0:
+            select(job, progress, journal)
     return progress
 
 
@@ -153,14 +141,9 @@ def settle_buckets(job: Job, module: nn.Module) -> None:
     job.objective.zero_grad()
 
 
-def select(
-    job: Job,
-    progress: checkpoint.Progress,
-    run: RunFolder | None,
-    logs: Logs | None,
-    display: "Display | None",
-) -> None:
+def select(job: Job, progress: checkpoint.Progress, journal: Journal) -> None:
     """Count held-out accuracy; keep the model if it is strictly the best so far."""
+    count = Count(progress.step, 1)  # with nothing to select by, the last model is the one
     if len(job.held_out):
         (count,) = count_correct(
             [job.student],
@@ -170,17 +153,12 @@ def select(
             device=job.device,
             samples=job.held_out,
         )
-    else:
-        count = Count(progress.step, 1)  # nothing to select by: the last model is the one
-    if run and len(job.held_out):
-        values = {"held_out_correct": count.correct, "held_out_total": count.total}
-        logs.write(progress.step, values)
-        display.held_out(progress.step, count)
+        journal.held_out(progress.step, count)
     if count.correct > progress.best_correct:
         progress.best_correct, progress.best_step = count.correct, progress.step
-        if run:
+        if job.world.is_main:
             metadata = {"recipe": job.config.recipe, "step": str(progress.step)}
-            save_classifier(str(run.path / SELECTED), job.student, metadata)
+            save_classifier(str(RunFolder(job.config).path / SELECTED), job.student, metadata)
 
 
 class Meter:
@@ -196,7 +174,7 @@ class Meter:
         self._waited = 0.0
         self._started = time.perf_counter()
 
-    def wait_for(self, stream: Any) -> Batch:
+    def wait_for(self, stream: Iterator[Batch]) -> Batch:
         """Return the stream's next batch and remember how long that took."""
         before = time.perf_counter()
         batch = next(stream)
@@ -237,42 +215,3 @@ class Meter:
         }
         self._reset()
         return values
-
-
-class Display:
-    """What a person sees: a bar on a terminal, one plain line an epoch elsewhere."""
-
-    def __init__(self, job: Job, done: int) -> None:
-        self._total = job.total_steps
-        columns = (
-            TextColumn(job.config.recipe),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-        )
-        console = Console(file=sys.stderr)
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("train", total=self._total, completed=done, status="")
-        self._status = ""
-        self._bar.start()
-
-    def update(self, step: int, values: dict[str, float]) -> None:
-        """Show the newest means."""
-        self._status = (
-            f"loss {values['loss']:.3f} = ce {values['ce']:.3f} + mse {values['mse']:.4f} x beta, "
-            f"{values['images_per_s']:.0f} img/s"
-        )
-        self._bar.update(self._task, completed=step, status=self._status)
-
-    def held_out(self, step: int, count: Count) -> None:
-        """Show a held-out result."""
-        share = f"held-out {100 * count.share:.2f}% ({count.correct}/{count.total})"
-        if self._bar.disable:
-            print(f"step {step}/{self._total}  {share}  {self._status}", flush=True)
-        else:
-            self._bar.console.print(f"step {step}/{self._total}  {share}")
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        self._bar.stop()

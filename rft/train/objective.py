@@ -8,6 +8,7 @@ calls with a backward after each, and only one of the two graphs is ever alive:
   counterfactual: student and teacher see the same refilled patches.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +112,7 @@ class Objective(nn.Module):
 
 def build_mask(
     method: MethodConfig,
-    shape_BP: tuple[int, int],
+    shape_BP: Sequence[int],
     relevance_BP: Tensor | None,
     address: StepAddress,
 ) -> Tensor:

@@ -5,13 +5,10 @@ training.json (written last: the run is finished), results.json (rft.evaluate), 
 provenance.json.
 """
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any, Self
 
 import filelock
-from torch.utils.tensorboard import SummaryWriter
 
 from rft import files
 from rft.config import Config
@@ -47,40 +44,9 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def open_logs(self, step: int) -> "Logs":
-        """Return the metric logs, cut back to what was written up to `step`."""
-        return Logs(self.path, step)
-
     def finish(self, summary: dict[str, Any]) -> None:
         """Record that the run is complete."""
         files.write_json(str(self.path / "training.json"), summary)
-
-
-class Logs:
-    """metrics.jsonl and TensorBoard scalars."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self._path = folder / "metrics.jsonl"
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        # a killed run may have logged beyond its last checkpoint, and half a line at the end
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        files.write_bytes(str(self._path), "".join(f"{line}\n" for line in kept).encode())
-        if step == 0:
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        self._stream = self._path.open("a")
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, values: dict[str, float | int]) -> None:
-        """Append one line and its scalars."""
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._stream.flush()
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush and close both logs."""
-        self._stream.close()
-        self._writer.close()
 
 
 def check_identity(config: Config) -> None:

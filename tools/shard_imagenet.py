@@ -1,0 +1,47 @@
+"""Pack ImageNet's train and val folders into tar shards: see --help."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from rft import cli
+from rft.data.labels import LabelSpace
+from rft.data.pack import Options, pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardImagenet(Options):
+    """Pack ImageNet into WebDataset tar shards: OUT/imagenet-train and OUT/imagenet-val.
+
+    The source is the usual folder with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG. A killed or
+    failed run continues when it is started again with the same arguments, and gives the same bytes
+    for any number of workers and tasks. Example, on four machines (I = 0, 1, 2, 3):
+
+    python tools/shard_imagenet.py --source /data/imagenet --out s3://bucket/rft --task I/4
+    """
+
+    source: str
+    """Folder that holds train/ and val/ (or imagenet/ or ILSVRC2012/ with these in it)."""
+    out: str
+    """Where the packed sets go: a folder, or a URL that fsspec opens (s3://, gs://, ...)."""
+    splits: tuple[Literal["train", "val"], ...] = ("train", "val")
+    """Which splits to pack."""
+    classes: str | None = None
+    """JSON file with another label space (keys ids, names, templates); None is ImageNet's 1000."""
+
+
+def main() -> None:
+    """Pack what the command line names."""
+    command = tyro.cli(ShardImagenet, config=(tyro.conf.FlagCreatePairsOff,))
+    labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
+    complete = [
+        pack(f"imagenet-{split}", command.source, command.out, labels, command)
+        for split in command.splits
+    ]
+    if all(complete):
+        print(f"next: torchrun --nproc_per_node 1 -m rft.train --data {command.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,50 @@
+"""Pack an out-of-distribution benchmark of ImageNet into tar shards: see --help."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from rft import cli
+from rft.data.labels import LabelSpace
+from rft.data.pack import Options, pack
+
+Benchmark = Literal["imagenet-v2", "imagenet-r", "imagenet-sketch", "objectnet", "imagenet-a"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOod(Options):
+    """Pack out-of-distribution benchmarks into WebDataset tar shards: OUT/<benchmark>.
+
+    The source is the folder that the benchmark's official archive unpacks to, or the folder above
+    it. A killed or failed run continues when it is started again with the same arguments, and gives
+    the same bytes for any number of workers and tasks. Example:
+
+    python tools/shard_ood.py --benchmark imagenet-v2 objectnet --source /data --out s3://bucket/rft
+    """
+
+    benchmark: tuple[Benchmark, ...]
+    """Which benchmarks; several must lie side by side in the source, as their archives unpack."""
+    source: str
+    """Folder of the benchmark (or above it): <wnid>/*, for imagenet-v2 <class number>/*, for
+    objectnet images/<folder>/* and mappings/."""
+    out: str
+    """Where the packed sets go: a folder, or a URL that fsspec opens (s3://, gs://, ...)."""
+    classes: str | None = None
+    """JSON file with another label space (keys ids, names, templates); None is ImageNet's 1000."""
+
+
+def main() -> None:
+    """Pack what the command line names."""
+    command = tyro.cli(ShardOod, config=(tyro.conf.FlagCreatePairsOff,))
+    labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
+    complete = [
+        pack(benchmark, command.source, command.out, labels, command)
+        for benchmark in command.benchmark
+    ]
+    if all(complete):
+        print(f"next: torchrun --nproc_per_node 1 -m rft.evaluate CHECKPOINT --data {command.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
