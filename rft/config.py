@@ -7,7 +7,9 @@ command line read this too. Numbers are the paper's (appendix A.1) unless a comm
 import dataclasses
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 Mask = Literal["none", "random", "context", "object"]
 Fill = Literal["none", "single", "multi"]
@@ -120,11 +122,12 @@ class LogConfig:
 class Config:
     """One fine-tuning run."""
 
-    recipe: str
+    recipe: tyro.conf.Suppress[tyro.conf.Fixed[str]]
     """Name of the recipe this configuration started from."""
     data: str
     """Data root: the URL under which the tools wrote imagenet-train, imagenet-val, ..."""
-    run: str
+    # torchrun refuses "--run": its own parser takes it for an abbreviation of --run-path
+    run: Annotated[str, tyro.conf.arg(name="run-dir", aliases=("--run",))]
     """Run folder: configuration, metrics, checkpoints, results."""
     scale: Scale = "paper"
     """Whose numbers the recipe starts from: ImageNet's, or those of the embedded world."""

@@ -62,9 +62,11 @@ def read_bytes(url: str) -> bytes:
     """
     fs, path = open_store(url)
     try:
-        return bytes(fs.cat_file(path))
+        data = fs.cat_file(path)
     except FileNotFoundError as error:
         raise ValueError(f"no such file: {url}") from error
+    assert isinstance(data, bytes)
+    return data
 
 
 def read_json(url: str) -> Any:

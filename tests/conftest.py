@@ -1,11 +1,14 @@
 """Small things that many tests need."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from rft.clip.classifier import Classifier
 from rft.clip.load import Architecture
+from tests import tiny
 
 ARCHITECTURE = Architecture(
     clip="test",
@@ -46,3 +49,15 @@ def images_BCHW() -> torch.Tensor:
 @pytest.fixture
 def labels_B() -> torch.Tensor:
     return torch.tensor([0, 1, 2, 3, 4, 1])
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """Data root of the tiny world's shards."""
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> str:
+    """Name of the tiny world's CLIP."""
+    return tiny.write_clip(tmp_path_factory.mktemp("clip") / "clip")

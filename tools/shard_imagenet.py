@@ -1,6 +1,6 @@
 """Pack ImageNet's train and val folders into tar shards: see --help."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import tyro
@@ -11,7 +11,7 @@ from rft.data.pack import Options, pack
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardImagenet(Options):
+class ShardImagenet:
     """Pack ImageNet into WebDataset tar shards: OUT/imagenet-train and OUT/imagenet-val.
 
     The source is the usual folder with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG. A killed or
@@ -29,14 +29,18 @@ class ShardImagenet(Options):
     """Which splits to pack."""
     classes: str | None = None
     """JSON file with another label space (keys ids, names, templates); None is ImageNet's 1000."""
+    packing: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    """How to pack."""
 
 
 def main() -> None:
     """Pack what the command line names."""
     command = tyro.cli(ShardImagenet, config=(tyro.conf.FlagCreatePairsOff,))
+    if not command.splits:
+        raise ValueError("--splits names nothing to pack")
     labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
     complete = [
-        pack(f"imagenet-{split}", command.source, command.out, labels, command)
+        pack(f"imagenet-{split}", command.source, command.out, labels, command.packing)
         for split in command.splits
     ]
     if all(complete):

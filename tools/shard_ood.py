@@ -1,6 +1,6 @@
 """Pack an out-of-distribution benchmark of ImageNet into tar shards: see --help."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import tyro
@@ -13,7 +13,7 @@ Benchmark = Literal["imagenet-v2", "imagenet-r", "imagenet-sketch", "objectnet",
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardOod(Options):
+class ShardOod:
     """Pack out-of-distribution benchmarks into WebDataset tar shards: OUT/<benchmark>.
 
     The source is the folder that the benchmark's official archive unpacks to, or the folder above
@@ -26,20 +26,23 @@ class ShardOod(Options):
     benchmark: tuple[Benchmark, ...]
     """Which benchmarks; several must lie side by side in the source, as their archives unpack."""
     source: str
-    """Folder of the benchmark (or above it): <wnid>/*, for imagenet-v2 <class number>/*, for
-    objectnet images/<folder>/* and mappings/."""
+    """Folder that holds the class folders (for objectnet images/ and mappings/), or one above."""
     out: str
     """Where the packed sets go: a folder, or a URL that fsspec opens (s3://, gs://, ...)."""
     classes: str | None = None
     """JSON file with another label space (keys ids, names, templates); None is ImageNet's 1000."""
+    packing: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    """How to pack."""
 
 
 def main() -> None:
     """Pack what the command line names."""
     command = tyro.cli(ShardOod, config=(tyro.conf.FlagCreatePairsOff,))
+    if not command.benchmark:
+        raise ValueError("--benchmark names nothing to pack")
     labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
     complete = [
-        pack(benchmark, command.source, command.out, labels, command)
+        pack(benchmark, command.source, command.out, labels, command.packing)
         for benchmark in command.benchmark
     ]
     if all(complete):

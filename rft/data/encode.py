@@ -68,11 +68,7 @@ def load_image(data: bytes, name: str = "image") -> Image.Image:
     Raises:
         ValueError: if it is no readable JPEG, PNG or WebP; the message starts with `name`.
     """
-    image = _open(data, name)
-    try:
-        return image.convert("RGB")
-    except UNREADABLE as error:
-        raise ValueError(f"{name} cannot be decoded: {error}") from error
+    return _to_rgb(_open(data, name), name)
 
 
 def clip_pixels(image: Image.Image, size: int, border: int = 0) -> np.ndarray:
@@ -105,18 +101,19 @@ def encode(data: bytes, name: str, encoding: dict[str, Any]) -> Encoded:
     Raises:
         ValueError: if the image cannot be decoded, starting with `name`.
     """
-    header = _open(data, name)
-    format_name, mode, (width, height) = str(header.format), header.mode, header.size
-    if max(width, height) > LONGEST_SIDE:
-        raise ValueError(f"{name} is {width} x {height} pixels; the limit is {LONGEST_SIDE}")
+    image = _open(data, name)
+    format_name, mode, (width, height) = str(image.format), image.mode, image.size
+    border = encoding["crop_border"]
+    if max(width, height) > LONGEST_SIDE or min(width, height) <= 2 * border:
+        raise ValueError(
+            f"{name} is {width} x {height} pixels; a side must have more than {2 * border} "
+            f"and at most {LONGEST_SIDE}"
+        )
     if encoding["kind"] == "pixels":
-        try:
-            pixels = clip_pixels(load_image(data, name), encoding["size"], encoding["crop_border"])
-        except ValueError as error:
-            raise ValueError(str(error) if name in str(error) else f"{name}: {error}") from error
+        pixels = clip_pixels(_to_rgb(image, name), encoding["size"], border)
         payload, suffix = to_npy(pixels), "npy"
     else:
-        _decode_fast(header, name)
+        _decode_fast(image, name)
         payload, suffix = data, SUFFIXES[format_name]
     return Encoded(
         payload=payload, suffix=suffix, format=format_name, mode=mode, width=width, height=height
@@ -145,6 +142,13 @@ def _open(data: bytes, name: str) -> Image.Image:
         raise ValueError(f"{name} is no readable JPEG, PNG or WebP image") from error
     except UNREADABLE as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    try:
+        return image.convert("RGB")
+    except UNREADABLE as error:
+        raise ValueError(f"{name} cannot be decoded: {error}") from error
 
 
 def _decode_fast(image: Image.Image, name: str) -> None:

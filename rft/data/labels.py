@@ -89,15 +89,21 @@ def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, .
         ValueError: if a file is absent or malformed, a name is unknown, or two folders share a
             class (the scoring rule needs disjoint groups).
     """
-    folder_to_label = _read_mapping(mappings / "folder_to_objectnet_label.json")
-    label_to_names = _read_mapping(mappings / "objectnet_to_imagenet_1k.json")
-    class_to_line = _read_mapping(mappings / "pytorch_to_imagenet_2012_id.json")
+    folder_to_label = _read_mapping(mappings / "folder_to_objectnet_label.json", str)
+    label_to_names = _read_mapping(mappings / "objectnet_to_imagenet_1k.json", str)
+    class_to_line = _read_mapping(mappings / "pytorch_to_imagenet_2012_id.json", int)
     lines = _read_text(mappings / "imagenet_to_label_2012_v2").splitlines()
-    if sorted(class_to_line, key=int) != [str(n) for n in range(num_classes)]:
+    if set(class_to_line) != {str(class_id) for class_id in range(num_classes)}:
         count = len(class_to_line)
         raise ValueError(f"{mappings} maps {count} classes, the label space has {num_classes}")
     line_to_class = {line: int(class_id) for class_id, line in class_to_line.items()}
-    name_to_class = {name.strip(): line_to_class.get(n) for n, name in enumerate(lines)}
+    # ImageNet has two classes called "crane": a name that repeats cannot be resolved
+    occurrences = Counter(lines)
+    name_to_class = {
+        name.strip(): line_to_class.get(number)
+        for number, name in enumerate(lines)
+        if occurrences[name] == 1
+    }
 
     groups: dict[str, tuple[int, ...]] = {}
     folder_of_class: dict[int, str] = {}
@@ -108,7 +114,7 @@ def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, .
         for name in label_to_names[label].split(";"):
             class_id = name_to_class.get(name.strip())
             if class_id is None:
-                raise ValueError(f"{mappings}: {label!r} maps to {name.strip()!r}, no known class")
+                raise ValueError(f"{mappings}: {label!r} maps to {name.strip()!r}, not one class")
             if class_id in folder_of_class:
                 other = folder_of_class[class_id]
                 raise ValueError(f"{mappings}: {folder!r} and {other!r} share class {class_id}")
@@ -126,13 +132,14 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path, values: type) -> dict[str, Any]:
     try:
         document = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} must be a JSON object")
+    is_object = isinstance(document, dict)
+    if not is_object or not all(isinstance(value, values) for value in document.values()):
+        raise ValueError(f"{path} must be a JSON object with values of type {values.__name__}")
     return document
 
 

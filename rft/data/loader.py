@@ -127,7 +127,9 @@ class ShardReader:
             self._fs, self._path = files.open_store(self._url)
         path = files.join(self._path, name)
         if not isinstance(self._fs, LocalFileSystem):
-            return bytes(self._fs.cat_file(path, start=offset, end=offset + length))
+            data = self._fs.cat_file(path, start=offset, end=offset + length)
+            assert isinstance(data, bytes)
+            return data
         if name in self._descriptors:
             self._descriptors.move_to_end(name)
         else:

@@ -60,8 +60,7 @@ class Options:
     """How to pack; `workers`, `task` and `finalize` change who does the work, never the bytes."""
 
     encoding: Literal["original", "pixels"] = "original"
-    """original: the image files' own bytes, untouched. pixels: CLIP's input, resized and cropped
-    once, so that training decodes nothing (147 KiB an image at size 224)."""
+    """original: the files' own bytes. pixels: CLIP's input, so that training decodes nothing."""
     size: int = 224
     """Side in pixels of the stored square (pixels only)."""
     shard_mb: float = 100
@@ -71,8 +70,7 @@ class Options:
     workers: int | None = None
     """Processes that write shards; None is one for each core this process may use."""
     task: str | None = None
-    """I/N: write only the shards whose number is I modulo N (for job arrays, I counts from 0). The
-    task that ends last writes the manifest."""
+    """I/N with I from 0 to N-1: this job array's part of the shards; the last adds the manifest."""
     finalize: bool = False
     """Write no shards, only the manifest of shards that are all there."""
 
@@ -186,7 +184,7 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> Plan:
 
 
 def shuffle(items: Sequence[Item], seed: int) -> list[Item]:
-    """Return the items sorted by a hash of seed and key: a shuffle no library version can change."""
+    """Return the items sorted by a hash of seed and key: no library version can change that."""
     salt = hashlib.blake2b(f"rft.data.pack {seed}".encode()).digest()
 
     def position(item: Item) -> tuple[bytes, str]:
@@ -392,8 +390,14 @@ def _check(options: Options) -> tuple[int, tuple[int, int]]:
         raise ValueError(f"--workers must be at least 1, not {options.workers}")
     if options.finalize and options.task is not None:
         raise ValueError("--finalize writes no shards, so it goes without --task")
-    workers = options.workers or len(os.sched_getaffinity(0))
-    return workers, (0, 1) if options.task is None else parse_task(options.task)
+    return options.workers or _cores(), (0, 1) if options.task is None else parse_task(options.task)
+
+
+def _cores() -> int:
+    """Return how many cores this process may use; a cluster job rarely owns the whole machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _is_complete(plan: Plan, url: str, jobs: Sequence[Job]) -> bool:

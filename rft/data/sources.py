@@ -163,10 +163,10 @@ def _class_folders(root: Path) -> list[str]:
 def _require_known(root: Path, present: Sequence[str], class_of: Mapping[str, int]) -> None:
     for name in present:
         if name not in class_of:
-            first, *_, last = class_of
+            known = list(class_of)
             raise ValueError(
-                f"unknown class: folder {name!r} in {root} is none of the {len(class_of)} classes "
-                f"({first} ... {last}); remove it, or give the right label space with --classes"
+                f"unknown class: folder {name!r} in {root} is none of the {len(known)} classes "
+                f"({known[0]} ... {known[-1]}); remove it, or name its label space with --classes"
             )
 
 

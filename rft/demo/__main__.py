@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rft.demo.miniature import FOLDER, prepare_data, shards
-from rft.report.page import write_report
 
 from rft import cli
 from rft.clip.classifier import SELECTED
 from rft.data.loader import PackedDataset
+from rft.demo.miniature import FOLDER, prepare_data, shards
 from rft.evaluate.__main__ import SETS, is_current
+from rft.report.page import write_report
 from rft.train.__main__ import parse
 from rft.train.run import is_finished
 
@@ -76,7 +76,7 @@ def demo(arguments: Demo) -> None:
 def fine_tune(arguments: Demo, data: Path, recipe: str, seed: int) -> Path:
     """Train one recipe unless its run is finished; return the run folder."""
     folder = arguments.out / "runs" / f"{recipe}-seed{seed}"
-    options = [recipe, "--scale", "miniature", "--data", str(data), "--run", str(folder)]
+    options = [recipe, "--scale", "miniature", "--data", str(data), "--run-dir", str(folder)]
     options += ["--seed", str(seed)]
     if arguments.epochs is not None and recipe != "zero-shot":
         options += ["--optim.epochs", str(arguments.epochs)]

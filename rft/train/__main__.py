@@ -1,4 +1,4 @@
-"""Fine-tune CLIP: `torchrun --nproc_per_node N -m rft.train [RECIPE --data URL --run DIR ...]`."""
+"""Fine-tune CLIP: `torchrun --nproc_per_node N -m rft.train [RECIPE --data URL --run-dir DIR]`."""
 
 import copy
 import dataclasses
@@ -26,7 +26,7 @@ SMALL = "miniature"
 
 USAGE = f"""Fine-tune CLIP so that it stays robust.
 
-usage: torchrun --nproc_per_node N -m rft.train RECIPE --data URL --run DIR [--any.option VALUE]
+usage: torchrun --nproc_per_node N -m rft.train RECIPE --data URL --run-dir DIR [--any.option VALUE]
 
 Without --data it trains on the embedded miniature world, {recipes.DEFAULT} if no recipe is named.
 The same command again resumes a run that was stopped.
@@ -40,7 +40,7 @@ def parse(arguments: list[str]) -> Config:
     """Return the configuration of a command line.
 
     Raises:
-        ValueError: for an unknown recipe or scale, a value out of range, or --data without --run.
+        ValueError: for an unknown recipe or scale, a value out of range, or a missing run folder.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     recipe = arguments[0] if named else recipes.DEFAULT
@@ -48,9 +48,13 @@ def parse(arguments: list[str]) -> Config:
     # the recipe and the scale decide the defaults that the whole line is then parsed over
     scale = _value_of(options, "--scale") or ("paper" if _value_of(options, "--data") else SMALL)
     default = recipes.build(recipe, scale=scale)
-    config = tyro.cli(Config, args=options, default=default, description=USAGE, prog="rft.train")
+    if {"-h", "--help"} & set(options):
+        print(USAGE)
+    config = tyro.cli(Config, args=options, default=default, prog="rft.train", description="")
     if config.data and not config.run:
-        raise ValueError("--run is missing; name a folder for this run, e.g. --run runs/first")
+        raise ValueError(
+            "--run-dir is missing; name a folder for this run, e.g. --run-dir runs/first"
+        )
     if not config.data and config.scale != SMALL:
         raise ValueError("--data is missing; give the URL that tools/shard_imagenet.py wrote to")
     return config
@@ -75,7 +79,7 @@ def use_embedded_world(config: Config, world: World) -> Config:
         print(
             f"No --data given: training {config.recipe} on the embedded miniature world. For "
             f"ImageNet: torchrun --nproc_per_node 8 -m rft.train {config.recipe} "
-            "--data URL --run DIR",
+            "--data URL --run-dir DIR",
             flush=True,
         )
         miniature.prepare_data(miniature.FOLDER)

@@ -64,7 +64,7 @@ def check_identity(config: Config) -> None:
     if changed := files.difference(old, config.identity()):
         raise ValueError(
             f"{config.run} holds a run with another configuration: {'; '.join(changed)}. "
-            "Repeat its options to resume it, or choose another --run"
+            "Repeat its options to resume it, or choose another --run-dir"
         )
 
 

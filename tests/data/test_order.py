@@ -1,5 +1,7 @@
 """The plan's invariants, for any shards, streams, blocks and world sizes."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -69,7 +71,7 @@ def test_epochs_and_seeds_differ(block_shards):
 
     orders = [ids(0, 0), ids(0, 1), ids(1, 0)]
     assert orders[0] == ids(0, 0)
-    assert all(a != b for a, b in zip(orders, orders[1:], strict=False))
+    assert all(a != b for a, b in itertools.pairwise(orders))
 
 
 def test_blocks_read_few_shards_at_a_time():

@@ -48,9 +48,7 @@ def test_logit_scale_changes_the_map(images_BCHW, labels_B):
     with torch.no_grad():
         model.head.weight /= 100
     unscaled, _ = fast_relevance(model, images_BCHW, labels_B)
-    assert not torch.allclose(
-        relevance.normalise(scaled), relevance.normalise(unscaled), atol=1e-3
-    )
+    assert not torch.allclose(relevance.normalise(scaled), relevance.normalise(unscaled), atol=1e-3)
 
 
 @settings(deadline=None, max_examples=50)

@@ -1,8 +1,8 @@
 """The method as the paper and the released code describe it: one image at a time, nothing shared.
 
-Slow and obvious on purpose; the fast path must equal it. Attention probabilities are formed and kept
-for every layer, the relevance matrix R is built in full, and pixels are refilled before the tower
-sees them.
+Slow and obvious on purpose; the fast path must equal it. Attention probabilities are formed and
+kept for every layer, the relevance matrix R is built in full, and pixels are refilled before the
+tower sees them.
 """
 
 import torch
@@ -14,7 +14,7 @@ def attention_block(block, x_LD: Tensor, keep_L: Tensor | None, maps: list[Tenso
     heads = block.attn.num_heads
     y = block.ln_1(x_LD)
     q, k, v = F.linear(y, block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, dim=-1)
-    outputs, probabilities = [], []
+    probabilities = []
     width = q.shape[-1] // heads
     for h in range(heads):
         part = slice(h * width, (h + 1) * width)
@@ -24,13 +24,14 @@ def attention_block(block, x_LD: Tensor, keep_L: Tensor | None, maps: list[Tenso
         probabilities.append(scores.softmax(dim=-1))
     stacked = torch.stack(probabilities)
     maps.append(stacked)
-    for h in range(heads):
-        outputs.append(stacked[h] @ v[:, h * width : (h + 1) * width])
+    outputs = [stacked[h] @ v[:, h * width : (h + 1) * width] for h in range(heads)]
     x_LD = x_LD + block.ls_1(block.attn.out_proj(torch.cat(outputs, dim=-1)))
     return x_LD + block.ls_2(block.mlp(block.ln_2(x_LD)))
 
 
-def features(visual, image_CHW: Tensor, keep_P: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+def features(
+    visual, image_CHW: Tensor, keep_P: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """Features (E,) of one normalised image, and every layer's attention (N, L, L)."""
     patches = visual.conv1(image_CHW[None])[0].flatten(1).T
     x_LD = torch.cat([visual.class_embedding[None], patches]) + visual.positional_embedding

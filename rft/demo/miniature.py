@@ -1,0 +1,31 @@
+"""The miniature world on disk: images in the official layouts, and their shards."""
+
+from pathlib import Path
+
+import filelock
+
+from rft.data.labels import LabelSpace
+from rft.data.pack import Options, pack
+from rft.data.sources import LAYOUTS
+from rft.demo.world import IMAGE_SIZE, write_world
+
+FOLDER = Path("miniature")  # where commands that are told nothing else make and find it
+
+
+def prepare_data(folder: Path) -> None:
+    """Make the world and pack its seven sets below `folder`; what is there already stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # several commands may want the world at once
+    with filelock.FileLock(folder / ".lock"):
+        world = folder / "world"
+        write_world(world)
+        labels = LabelSpace.load(str(world / "classes.json"))
+        # small shards, so that the miniature has several of them as a cluster would
+        options = Options(encoding="pixels", size=IMAGE_SIZE, shard_mb=2, workers=1)
+        for dataset in LAYOUTS:
+            pack(dataset, str(world), str(shards(folder)), labels, options)
+
+
+def shards(folder: Path) -> Path:
+    """Return the data root of the miniature kept in `folder`."""
+    return folder / "shards"

@@ -1,0 +1,215 @@
+"""Pre-training of the tiny CLIP: symmetric InfoNCE on captioned scenes, and nothing else.
+
+Classes, contexts and styles are independent here, so what fine-tuning ties together this model has
+seen apart. It is followed on the development bank only; no fine-tuning method and no test image had
+a part in any choice (docs/decisions.md).
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from open_clip.model import CLIP
+from safetensors.torch import save
+from torch import Tensor
+
+from rft import files
+from rft.clip.head import zero_shot_head
+from rft.clip.load import Architecture, PretrainedClip, WordTokenizer
+from rft.config import OptimConfig
+from rft.demo.captions import CONTEXT_LENGTH, TEMPLATES, VOCABULARY, caption
+from rft.demo.objects import CLASSES, load_silhouettes
+from rft.demo.render import IMAGE_SIZE, render
+from rft.demo.scenes import VERSION, Setting, draw_scene
+from rft.rng import derive, numpy_generator
+from rft.train.optim import learning_rate
+
+MODEL = {
+    "embed_dim": 64,
+    "vision_cfg": {
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "layers": 4,
+        "width": 96,
+        "head_width": 24,
+    },
+    "text_cfg": {
+        "context_length": CONTEXT_LENGTH,
+        "vocab_size": len(VOCABULARY),
+        "layers": 2,
+        "width": 64,
+        "heads": 2,
+    },
+}
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+OPTIM = OptimConfig(lr=1e-3, warmup_steps=60, weight_decay=0.1, beta1=0.9, beta2=0.98)
+CLIP_NORM = 1.0
+BATCH_SIZE = 64
+LARGEST_SCALE = math.log(100)  # CLIP's bound on the logit scale
+
+DIVERSE = Setting(
+    bank="pretrain",
+    styles={"photo": 0.48, "cartoon": 0.13, "painting": 0.13, "embroidery": 0.13, "sketch": 0.13},
+    contexts="any",
+    wide_rotation=0.2,
+    size=(22, 38),
+    noise=0.05,
+)
+DEV_SETS = {
+    "dev-usual": Setting(bank="dev", styles={"photo": 1.0}, contexts="usual"),
+    "dev-diverse": replace(DIVERSE, bank="dev"),
+}
+DEV_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Rendered scenes: uint8 images, classes and tokenized captions."""
+
+    images_BCHW: Tensor
+    labels_B: Tensor
+    tokens_BT: Tensor
+
+
+def pretrain(out: Path, seed: int = 0, *, steps: int = 2600, images: int = 30_000) -> None:
+    """Train the tiny CLIP and write it to `out` as open_clip's `local-dir:` reads it."""
+    started = time.perf_counter()
+    data = draw_captioned("pretrain", DIVERSE, images, seed)
+    dev = {name: draw_captioned(name, s, DEV_IMAGES, seed) for name, s in DEV_SETS.items()}
+    print(f"drew {images} captioned images in {time.perf_counter() - started:.0f} s", flush=True)
+    model = build_model(seed)
+    optimizer = build_optimizer(model)
+    contrast = ClipLoss()
+    batches = draw_batches(images, seed)
+    for step in range(steps):
+        if step % 200 == 0:
+            seconds = time.perf_counter() - started
+            print(
+                f"step {step}/{steps}  {seconds:.0f} s  {describe(measure(model, dev))}", flush=True
+            )
+        chosen = next(batches)
+        loss = contrast(*model(normalise(data.images_BCHW[chosen]), data.tokens_BT[chosen]))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, OPTIM)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=LARGEST_SCALE)
+    measured = measure(model, dev)
+    command = f"python -m rft.demo pretrain --out DIR --seed {seed}"
+    card = {"command": command, "seed": seed, "steps": steps, "images": images}
+    save_model(out, model, {**card, "batch_size": BATCH_SIZE, "measured": measured})
+    seconds = time.perf_counter() - started
+    print(f"step {steps}/{steps}  {seconds:.0f} s  {describe(measured)}\nwrote {out}", flush=True)
+
+
+def draw_captioned(name: str, setting: Setting, images: int, seed: int) -> Captioned:
+    """Draw captioned images of a setting; image n is a function of (name, seed, n) alone."""
+    silhouettes = load_silhouettes(setting.bank)
+    pictures, labels, texts = [], [], []
+    for number in range(images):
+        rng = numpy_generator(seed, name, number)
+        scene = draw_scene(setting, number % len(CLASSES), silhouettes, rng)
+        pictures.append(render(scene, rng)[0])
+        labels.append(scene.class_id)
+        texts.append(caption(scene, rng))
+    images_BCHW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    tokenize = WordTokenizer(VOCABULARY, CONTEXT_LENGTH)
+    return Captioned(images_BCHW, torch.tensor(labels), tokenize(texts))
+
+
+def normalise(images_BCHW: Tensor) -> Tensor:
+    """Return uint8 images as the model's fp32 input."""
+    mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (images_BCHW.float() / 255 - mean_C11) / std_C11
+
+
+def draw_batches(images: int, seed: int) -> Iterator[Tensor]:
+    """Yield image numbers batch by batch, without end: whole batches of each epoch's order."""
+    epoch = 0
+    while True:
+        order = numpy_generator(seed, "pretrain-order", epoch).permutation(images)
+        for batch in range(images // BATCH_SIZE):
+            yield torch.from_numpy(order[batch * BATCH_SIZE :][:BATCH_SIZE])
+        epoch += 1
+
+
+def build_model(seed: int) -> CLIP:
+    """Return the untrained CLIP."""
+    with torch.random.fork_rng(devices=[]):
+        # open_clip initialises from the global generator: lend it an addressed state
+        torch.default_generator.manual_seed(derive(seed, "pretrain-weights"))
+        return CLIP(**copy.deepcopy(MODEL))
+
+
+def build_optimizer(model: CLIP) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices only, as CLIP was trained."""
+    parameters = list(model.parameters())
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": OPTIM.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(OPTIM.beta1, OPTIM.beta2), fused=True)
+
+
+@torch.no_grad()
+def measure(model: CLIP, dev: dict[str, Captioned]) -> dict[str, float]:
+    """Return the zero-shot accuracy on each set, and the mean square of a feature's entry.
+
+    The latter (un-normalised features, on fine-tuning's kind of image) is the scale that the
+    weight of feature distillation has to be read against.
+    """
+    model.eval()
+    head = zero_shot_head(to_pretrained(model), CLASSES, TEMPLATES)
+    measured = {}
+    for name, data in dev.items():
+        features_BE = model.encode_image(normalise(data.images_BCHW))
+        guesses_B = head(F.normalize(features_BE, dim=-1)).argmax(dim=-1)
+        measured[f"{name}-correct"] = int((guesses_B == data.labels_B).sum())
+        measured[f"{name}-total"] = len(guesses_B)
+        measured[f"{name}-feature-mean-square"] = round(float(features_BE.square().mean()), 4)
+    model.train()
+    return measured
+
+
+def describe(measured: dict[str, float]) -> str:
+    """Return the accuracies of `measure` in words."""
+    shares = {name: measured[f"{name}-correct"] / measured[f"{name}-total"] for name in DEV_SETS}
+    return "  ".join(f"{name} {share:.1%}" for name, share in shares.items())
+
+
+def to_pretrained(model: CLIP) -> PretrainedClip:
+    """Return the model with its tokenizer, as `rft.clip.load.load_clip` would."""
+    architecture = Architecture(
+        clip="rft-miniature",
+        embed_dim=MODEL["embed_dim"],
+        vision_cfg=MODEL["vision_cfg"],
+        quick_gelu=False,
+        mean=MEAN,
+        std=STD,
+    )
+    return PretrainedClip(model, WordTokenizer(VOCABULARY, CONTEXT_LENGTH), architecture)
+
+
+def save_model(out: Path, model: CLIP, card: dict[str, object]) -> None:
+    """Write weights, configuration, vocabulary and a card that says where they come from."""
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    config = {"model_cfg": MODEL, "preprocess_cfg": {"size": IMAGE_SIZE, **preprocess}}
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    files.write_json(str(out / "open_clip_config.json"), config)
+    files.write_bytes(str(out / "vocab.txt"), ("\n".join(VOCABULARY) + "\n").encode())
+    packages = files.provenance()["packages"]
+    made_with = {"world_version": VERSION, "threads": torch.get_num_threads(), "packages": packages}
+    files.write_json(str(out / "card.json"), {**card, **made_with})
+    files.write_bytes(str(out / "open_clip_model.safetensors"), save(state))

@@ -1,0 +1,41 @@
+"""Compare evaluated runs: `python -m rft.report RUN... --out DIR`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from rft import cli
+from rft.report.page import build, show, write
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Put evaluated runs side by side: tables, pictures, one self-contained page.
+
+    Runs of one recipe with several seeds become one row, mean and spread. Every run must have been
+    evaluated (python -m rft.evaluate), all of them on the same packed sets.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, each with a results.json."""
+    out: Path
+    """Folder for index.html, table.md, table.csv, scatter.png, curves.png and gallery.png."""
+
+
+def main() -> None:
+    """Parse, read, write, print the tables and the page's path last."""
+    arguments = tyro.cli(Arguments, prog="rft.report")
+    report = build(arguments.runs)
+    write(report, arguments.out)
+    console = Console()
+    if console.is_terminal:
+        show(report, console)
+    else:
+        print(report.text())
+    print(arguments.out / "index.html")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,190 @@
+"""What the report reads: run folders, checked once and then plain data.
+
+A run folder comes from rft.train or rft.merge and was counted by rft.evaluate. Nothing in it is
+trusted to be well formed; everything after `load_run` may rely on what the types say.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rft import files
+
+RESULTS_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class SetCount:
+    """How many of how many were right on one packed set."""
+
+    correct: int
+    total: int
+    manifest_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One evaluated run folder."""
+
+    path: Path
+    recipe: str
+    seed: int
+    step: int
+    checkpoint_sha256: str
+    config_sha256: str
+    counts: dict[str, SetCount]
+    """Packed set -> counts."""
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    """rft.files.provenance() of the training; empty where it was not kept."""
+    metrics: tuple[dict[str, float], ...]
+    """Lines of metrics.jsonl; a merged model has none."""
+
+    @property
+    def gallery_path(self) -> Path:
+        """Where the run's gallery lies, if it has one."""
+        return self.path / "gallery.npz"
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read run folders that belong in one table.
+
+    Raises:
+        ValueError: if there is none, one is not an evaluated run folder, two are the same recipe
+            and seed, or they were evaluated on different data.
+    """
+    if not paths:
+        raise ValueError("name at least one run folder to report on")
+    runs = [load_run(path) for path in paths]
+    check_distinct(runs)
+    check_same_data(runs)
+    return runs
+
+
+def load_run(path: Path) -> Run:
+    """Read one run folder.
+
+    Raises:
+        ValueError: if it is not one, was not evaluated, or holds something malformed.
+    """
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} is not a run folder: it has no config.json")
+    if not (path / "results.json").is_file():
+        raise ValueError(
+            f"{path} has no results.json; evaluate it first: "
+            f"python -m rft.evaluate {path} --data URL"
+        )
+    config = files.read_json(str(path / "config.json"))
+    results = files.read_json(str(path / "results.json"))
+    try:
+        return _parse(path, config, results)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is malformed: config.json or results.json has no valid {error}"
+        ) from error
+
+
+def _parse(path: Path, config: dict[str, Any], results: dict[str, Any]) -> Run:
+    if results["schema"] != RESULTS_SCHEMA:
+        raise ValueError(
+            f"{path}/results.json has schema {results['schema']!r}, not {RESULTS_SCHEMA}; "
+            "evaluate the run again with this version"
+        )
+    recipe, seed = config["recipe"], config["seed"]
+    # names go to terminals too: a control character could rewrite what is shown there
+    if not (isinstance(recipe, str) and recipe.isprintable() and recipe.strip()):
+        raise ValueError(f"{path}/config.json: recipe is {recipe!r}; it must be a printable name")
+    if not isinstance(seed, int):
+        raise ValueError(f"{path}/config.json: seed is {seed!r}; it must be an integer")
+    provenance = path / "provenance.json"
+    return Run(
+        path=path,
+        recipe=recipe,
+        seed=seed,
+        step=int(results["step"]),
+        checkpoint_sha256=results["checkpoint_sha256"],
+        config_sha256=results["config_sha256"] or "",
+        counts={name: _count(path, name, entry) for name, entry in results["sets"].items()},
+        config=config,
+        provenance=files.read_json(str(provenance)) if provenance.is_file() else {},
+        metrics=read_metrics(path / "metrics.jsonl"),
+    )
+
+
+def _count(path: Path, name: str, entry: dict[str, Any]) -> SetCount:
+    correct, total = entry["correct"], entry["total"]
+    whole = isinstance(correct, int) and isinstance(total, int)
+    if not (whole and total > 0 and 0 <= correct <= total):
+        raise ValueError(
+            f"{path}/results.json: {name} has {correct!r} correct of {total!r}; evaluate it again"
+        )
+    return SetCount(correct, total, entry["manifest_sha256"])
+
+
+def read_metrics(path: Path) -> tuple[dict[str, float], ...]:
+    """Return the lines of a metrics.jsonl; an absent file has none.
+
+    A last line without its newline is what a killed run leaves behind and does not count.
+
+    Raises:
+        ValueError: if another line is not a JSON object with a step.
+    """
+    if not path.is_file():
+        return ()
+    rows = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            row["step"]
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} line {number} is not a JSON object with a step") from error
+        rows.append(row)
+    return tuple(rows)
+
+
+def check_distinct(runs: Sequence[Run]) -> None:
+    """Check that no recipe has two runs of one seed: they would count twice in its mean.
+
+    Raises:
+        ValueError: naming both folders.
+    """
+    seen: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        other = seen.setdefault((run.recipe, run.seed), run)
+        if other is not run:
+            raise ValueError(
+                f"{other.path} and {run.path} are both {run.recipe} with seed {run.seed}; "
+                "report one of them"
+            )
+
+
+def check_same_data(runs: Sequence[Run]) -> None:
+    """Check that each set was the same data for all runs, and each recipe's seeds have equal sets.
+
+    Raises:
+        ValueError: naming the set and two folders.
+    """
+    first_with: dict[str, Run] = {}
+    for run in runs:
+        for name, count in run.counts.items():
+            other = first_with.setdefault(name, run)
+            before = other.counts[name]
+            if (before.manifest_sha256, before.total) != (count.manifest_sha256, count.total):
+                raise ValueError(
+                    f"{name} is not the same data in all runs: {other.path} has {_data(before)}, "
+                    f"{run.path} has {_data(count)}; evaluate both on the same packed set"
+                )
+    first_of: dict[str, Run] = {}
+    for run in runs:
+        other = first_of.setdefault(run.recipe, run)
+        if missing := sorted(run.counts.keys() ^ other.counts.keys()):
+            raise ValueError(
+                f"the seeds of {run.recipe} were evaluated on different sets: only one of "
+                f"{other.path} and {run.path} has {missing[0]}; evaluate both on the same sets"
+            )
+
+
+def _data(count: SetCount) -> str:
+    return f"manifest {count.manifest_sha256[:12]} ({count.total} images)"

@@ -1,0 +1,312 @@
+"""Counts to percentages, seeds to mean and spread, and both to text. Pure.
+
+The OOD average is the unweighted mean of the five benchmarks' top-1, made for each seed; then the
+mean over seeds (Tables 1 and 3). Spread is the sample standard deviation (n - 1) over seeds: it
+says nothing about the sampling of the test images, which all seeds share.
+"""
+
+import csv
+import html
+import io
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from rft.report.runs import Run, SetCount
+
+ID_SET = "imagenet-val"
+OOD_SETS = ("imagenet-v2", "imagenet-r", "imagenet-sketch", "objectnet", "imagenet-a")
+COLUMNS = ("ImageNet", "V2", "R", "Sketch", "ObjectNet", "A", "OOD avg")
+ID_COLUMN, OOD_COLUMN = 0, 6
+
+BASELINES = ("vanilla", "no-mask")  # what paired differences are taken against
+MASKS = ("random", "context", "object")
+FILLS = ("no", "single", "multi")
+GRID = tuple(f"{mask}-mask-{fill}-fill" for fill in FILLS for mask in MASKS)  # as in Table 1
+
+PLUS_MINUS = "\u00b1"
+ABSENT = "-"
+
+# a rule under the heading and nothing else, in ASCII
+RULED = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over seeds, and their sample standard deviation if there are at least two."""
+
+    mean: float
+    sd: float | None
+
+    def text(self, decimals: int = 1, sign: str = "", join: str = f" {PLUS_MINUS} ") -> str:
+        """Return `mean`, or `mean +- sd`; `sign` is "+" to show it on positive means too."""
+        mean = f"{self.mean:{sign}z.{decimals}f}"
+        return mean if self.sd is None else f"{mean}{join}{self.sd:.{decimals}f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe: a cell for each of COLUMNS, None where a set was not evaluated."""
+
+    recipe: str
+    seeds: tuple[int, ...]
+    cells: tuple[Spread | None, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """OOD average of a recipe minus a baseline's, seed by seed."""
+
+    per_seed: tuple[float, ...]
+    spread: Spread
+
+
+@dataclass(frozen=True)
+class DifferenceRow:
+    """One recipe against each of BASELINES; None where seeds do not match or a set is absent."""
+
+    recipe: str
+    seeds: tuple[int, ...]
+    against: tuple[Difference | None, ...]
+
+
+def top1(count: SetCount) -> float:
+    """Return the top-1 accuracy in percent."""
+    return 100 * count.correct / count.total
+
+
+def summarise(values: Sequence[float]) -> Spread:
+    """Return the mean and, for two values or more, the sample standard deviation."""
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def accuracies(run: Run) -> tuple[float | None, ...]:
+    """Return a run's percentages in the order of COLUMNS."""
+    sets = [run.counts.get(name) for name in (ID_SET, *OOD_SETS)]
+    values = [None if count is None else top1(count) for count in sets]
+    return (*values, ood_average(run))
+
+
+def ood_average(run: Run) -> float | None:
+    """Return the unweighted mean of the five OOD accuracies, or None if one is missing."""
+    if any(name not in run.counts for name in OOD_SETS):
+        return None
+    return statistics.fmean(top1(run.counts[name]) for name in OOD_SETS)
+
+
+def by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return each recipe's runs by seed, recipes in the order of the paper's tables."""
+    recipes = sorted({run.recipe for run in runs}, key=order)
+    return {
+        recipe: sorted((run for run in runs if run.recipe == recipe), key=lambda run: run.seed)
+        for recipe in recipes
+    }
+
+
+def order(recipe: str) -> tuple[int, float, str]:
+    """Return the sort key that puts recipes in the order of the paper's tables, others last."""
+    first = ("zero-shot", "linear-probe", "vanilla", "lp-ft")
+    if recipe in first:
+        return 0, first.index(recipe), ""
+    if recipe.startswith("wise-ft"):
+        return 1, wise_alpha(recipe) or 0.0, recipe
+    if "soup" in recipe:
+        return 2, 0, recipe
+    if recipe == "no-mask":
+        return 3, 0, ""
+    if recipe in GRID:
+        return 4, GRID.index(recipe), ""
+    return 5, 0, recipe
+
+
+def wise_alpha(recipe: str) -> float | None:
+    """Return the mixing coefficient in the name of a WiSE-FT model, or None for other recipes."""
+    match = re.fullmatch(r"wise-ft-(\d+(?:\.\d+)?)", recipe, re.ASCII)
+    return float(match[1]) if match else None
+
+
+def result_rows(runs: Sequence[Run]) -> list[Row]:
+    """Return the result table: one row a recipe."""
+    rows = []
+    for recipe, members in by_recipe(runs).items():
+        columns = zip(*(accuracies(run) for run in members), strict=True)
+        cells = [_cell([value for value in column if value is not None]) for column in columns]
+        rows.append(Row(recipe, tuple(run.seed for run in members), tuple(cells)))
+    return rows
+
+
+def _cell(values: list[float]) -> Spread | None:
+    # all seeds of a recipe have the same sets (runs.check_same_data), so it is all or none
+    return summarise(values) if values else None
+
+
+def best(rows: Sequence[Row]) -> list[set[int]]:
+    """Return for each column the rows that are best in it, by the numbers as they are printed.
+
+    Numbers that look the same are equal: all of them are best. A single row is not best.
+    """
+    winners = []
+    for column in range(len(COLUMNS)):
+        shown = {
+            index: round(cell.mean, 1)
+            for index, row in enumerate(rows)
+            if (cell := row.cells[column]) is not None
+        }
+        top = max(shown.values(), default=math.nan)
+        winners.append({i for i, value in shown.items() if value == top and len(rows) > 1})
+    return winners
+
+
+def difference_rows(runs: Sequence[Run]) -> list[DifferenceRow]:
+    """Return each recipe's paired differences in OOD average; none if nothing can be paired."""
+    groups = by_recipe(runs)
+    averages = {
+        recipe: {run.seed: average for run in members if (average := ood_average(run)) is not None}
+        for recipe, members in groups.items()
+    }
+    rows = []
+    for recipe, values in averages.items():
+        if recipe == BASELINES[0]:
+            continue
+        against = tuple(
+            None if recipe == baseline else paired(values, averages.get(baseline, {}))
+            for baseline in BASELINES
+        )
+        if any(against):
+            rows.append(DifferenceRow(recipe, tuple(values), against))
+    return rows
+
+
+def paired(values: dict[int, float], baseline: dict[int, float]) -> Difference | None:
+    """Return seed -> value minus seed -> baseline, or None unless both have the same seeds."""
+    if not values or values.keys() != baseline.keys():
+        return None
+    per_seed = tuple(values[seed] - baseline[seed] for seed in sorted(values))
+    return Difference(per_seed, summarise(per_seed))
+
+
+def difference_cells(row: DifferenceRow, join: str = f" {PLUS_MINUS} ") -> list[str]:
+    """Return for each baseline the mean difference and the seeds' own, as text."""
+    cells = []
+    for difference in row.against:
+        if difference is None:
+            cells += [ABSENT, ABSENT]
+            continue
+        cells.append(difference.spread.text(2, "+", join))
+        cells.append(" ".join(f"{value:+z.2f}" for value in difference.per_seed))
+    return cells
+
+
+def difference_header() -> list[str]:
+    """Return the headings of `difference_cells`."""
+    return [text for name in BASELINES for text in (f"vs {name}", "by seed")]
+
+
+def markdown(rows: Sequence[Row], differences: Sequence[DifferenceRow]) -> str:
+    """Return both tables as Markdown."""
+    winners = best(rows)
+    lines = _markdown_head("recipe", "n", *COLUMNS)
+    for index, row in enumerate(rows):
+        cells = [
+            f"**{_text(cell)}**" if index in winners[column] else _text(cell)
+            for column, cell in enumerate(row.cells)
+        ]
+        lines.append(_markdown_line(_markdown_escape(row.recipe), str(len(row.seeds)), *cells))
+    lines += ["", caption(rows)]
+    if differences:
+        lines += ["", *_markdown_head("recipe", "n", *difference_header())]
+        for row in differences:
+            name = _markdown_escape(row.recipe)
+            lines.append(_markdown_line(name, str(len(row.seeds)), *difference_cells(row)))
+        lines += ["", DIFFERENCE_CAPTION]
+    return "\n".join(lines) + "\n"
+
+
+def _text(cell: Spread | None) -> str:
+    return ABSENT if cell is None else cell.text()
+
+
+def _markdown_head(*cells: str) -> list[str]:
+    return [_markdown_line(*cells), _markdown_line("---", *["--:" for _ in cells[1:]])]
+
+
+def _markdown_line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown_escape(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(text))
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Return the result table as CSV: means and standard deviations, absent ones empty."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    numbers = [text for name in COLUMNS for text in (name, f"{name} sd")]
+    writer.writerow(["recipe", "n", "seeds", *numbers])
+    for row in rows:
+        values = [text for cell in row.cells for text in _numbers(cell)]
+        writer.writerow([row.recipe, len(row.seeds), " ".join(map(str, row.seeds)), *values])
+    return stream.getvalue()
+
+
+def _numbers(cell: Spread | None) -> tuple[str, str]:
+    if cell is None:
+        return "", ""
+    return f"{cell.mean:.6f}", "" if cell.sd is None else f"{cell.sd:.6f}"
+
+
+def rich_tables(rows: Sequence[Row], differences: Sequence[DifferenceRow]) -> list[RichTable]:
+    """Return both tables for a console of 100 columns, in ASCII for any encoding."""
+    winners = best(rows)
+    table = _rich_table(caption(rows), "n", *COLUMNS)
+    for index, row in enumerate(rows):
+        cells = [
+            Text(
+                ABSENT if cell is None else cell.text(join="+-"),
+                style="bold" if index in winners[column] else "",
+            )
+            for column, cell in enumerate(row.cells)
+        ]
+        table.add_row(Text(row.recipe), Text(str(len(row.seeds))), *cells)
+    if not differences:
+        return [table]
+    paired_table = _rich_table(DIFFERENCE_CAPTION, "n", *difference_header())
+    for row in differences:
+        cells = [Text(text) for text in difference_cells(row, join="+-")]
+        paired_table.add_row(Text(row.recipe), Text(str(len(row.seeds))), *cells)
+    return [table, paired_table]
+
+
+def _rich_table(title: str, *columns: str) -> RichTable:
+    table = RichTable(
+        title=title,
+        title_justify="left",
+        title_style="",
+        header_style="",
+        box=RULED,
+        show_edge=False,
+        padding=0,
+    )
+    table.add_column("recipe", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """Return what the numbers of the result table are."""
+    numbers = sorted({len(row.seeds) for row in rows})
+    spread = ""
+    if numbers[-1] > 1:
+        spread = "; mean and sample standard deviation over n seeds"
+    return f"Top-1 accuracy in %{spread}. OOD avg is the unweighted mean of the five to its left."
+
+
+DIFFERENCE_CAPTION = "Difference in OOD avg, in points, paired by seed: mean, then each seed's own."

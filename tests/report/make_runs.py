@@ -1,0 +1,155 @@
+"""Synthetic run folders: invented numbers, for tests only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rft.report.runs import Run, SetCount
+from rft.report.tables import FILLS, ID_SET, MASKS, OOD_SETS
+
+SETS = (ID_SET, *OOD_SETS)
+
+
+def make_run(
+    folder: Path,
+    recipe: str = "vanilla",
+    seed: int = 0,
+    *,
+    percent: tuple[float, ...] = (70, 60, 50, 40, 30, 20),
+    total: int = 1000,
+    metrics: bool = True,
+    **config: Any,
+) -> Path:
+    """Write a run folder whose accuracies are `percent`, in the order of SETS."""
+    path = folder / f"{recipe.replace('/', '_')}-seed{seed}"
+    path.mkdir(parents=True)
+    sets = {
+        name: {
+            "correct": round(share * total / 100),
+            "total": total,
+            "manifest_sha256": f"{name}-manifest",
+        }
+        for name, share in zip(SETS, percent, strict=False)
+    }
+    results = {
+        "schema": 1,
+        "checkpoint": "checkpoints/best.safetensors",
+        "checkpoint_sha256": "c0ffee" * 10 + "beef",
+        "step": 250,
+        "config_sha256": "facade" * 10 + "cafe",
+        "sets": sets,
+    }
+    provenance = {
+        "rft": "0.1.0",
+        "git": "0123456789ab",
+        "packages": {"torch": "2.0"},
+        "python": "3.11.0",
+        "command": ["rft.train", recipe],
+    }
+    write(path / "config.json", {"recipe": recipe, "seed": seed, **config})
+    write(path / "results.json", results)
+    write(path / "provenance.json", provenance)
+    if metrics:
+        lines = [
+            json.dumps(line) for line in make_metrics(recipe, seed, distils=recipe != "vanilla")
+        ]
+        (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def make_metrics(
+    recipe: str, seed: int, *, distils: bool, steps: int = 250
+) -> list[dict[str, float]]:
+    """Lines as rft.train writes them: losses every 5 steps, held-out counts every 25."""
+    rng = np.random.default_rng([seed, *recipe.encode()])
+    shift = 0.1 * (len(recipe) % 7)
+    lines: list[dict[str, float]] = []
+    for step in range(5, steps + 1, 5):
+        decay = float(np.exp(-step / 60))
+        ce = 0.15 + shift + 0.9 * decay + 0.03 * float(rng.normal())
+        mse = (
+            (0.05 + shift / 10 + 0.1 * (1 - decay) + 0.004 * float(rng.normal()))
+            if distils
+            else 0.0
+        )
+        lines.append({"step": step, "ce": ce, "mse": mse, "loss": ce + 3 * mse, "lr": 1e-4})
+        if step % 25 == 0:
+            correct = int(400 * (0.95 - shift / 20 - 0.12 * decay) + rng.normal())
+            lines.append({"step": step, "held_out_correct": correct, "held_out_total": 400})
+    return lines
+
+
+def make_gallery(
+    path: Path, size: int = 48, patch: int = 8, batch: int = 6, **columns: np.ndarray
+) -> Path:
+    """Write a gallery.npz of coloured blobs, with every mask x fill; `columns` replace its own."""
+    rng = np.random.default_rng(size)
+    grid = size // patch
+    y, x = np.mgrid[:size, :size] / size
+    images, relevances = [], []
+    for _ in range(batch):
+        cx, cy, radius = *rng.uniform(0.35, 0.65, 2), rng.uniform(0.2, 0.3)
+        stripes = 0.5 + 0.2 * np.sin(rng.uniform(15, 40) * (x * rng.normal() + y * rng.normal()))
+        ground = stripes[..., None] * rng.uniform(0.3, 1, 3)
+        blob = ((x - cx) ** 2 + (y - cy) ** 2 < radius**2)[..., None]
+        picture = np.where(blob, rng.uniform(0.6, 1, 3), ground) + rng.normal(0, 0.02, (1, 1, 3))
+        images.append((255 * picture.clip(0, 1)).astype(np.uint8).transpose(2, 0, 1))
+        py, px = (np.mgrid[:grid, :grid] + 0.5) / grid
+        heat = np.exp(-((px - cx) ** 2 + (py - cy) ** 2) / radius**2 * 1.5)
+        relevances.append((heat / heat.max()).ravel())
+    relevance = np.stack(relevances).astype(np.float32)
+    masks = {
+        "random": rng.random(relevance.shape) < 0.5,
+        "context": relevance <= 0.5,
+        "object": relevance > 0.4,
+    }
+    fills = {
+        "no": np.full(relevance.shape, -1),
+        "single": np.broadcast_to(np.roll(np.arange(batch), 1)[:, None], relevance.shape),
+        "multi": rng.integers(0, batch, relevance.shape),
+    }
+    own = np.arange(batch)[:, None]
+    arrays = {
+        "images_BCHW": np.stack(images),
+        "labels_B": np.arange(batch),
+        "class_names": np.array([f"digit {n}" for n in range(batch)]),
+        "relevance_BP": relevance,
+        "patch": np.array(patch),
+    }
+    for mask in MASKS:
+        for fill in FILLS:
+            donors = np.where(masks[mask], fills[fill], own)
+            arrays[f"donor/{mask}-mask-{fill}-fill"] = donors
+    np.savez(path, **{**arrays, **columns})
+    return path
+
+
+def run_of(recipe: str, seed: int = 0, percent: tuple[float, ...] = (), total: int = 1000) -> Run:
+    """A run in memory; `percent` in the order of SETS, shorter where sets are missing."""
+    counts = {
+        name: SetCount(round(share * total / 100), total, f"{name}-manifest")
+        for name, share in zip(SETS, percent, strict=False)
+    }
+    return Run(
+        path=Path(f"{recipe}-{seed}"),
+        recipe=recipe,
+        seed=seed,
+        step=0,
+        checkpoint_sha256="",
+        config_sha256="",
+        counts=counts,
+        config={},
+        provenance={},
+        metrics=(),
+    )
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change entries of a JSON file."""
+    write(path, {**json.loads(path.read_text()), **changes})
+
+
+def write(path: Path, document: Any) -> None:
+    path.write_text(json.dumps(document))

@@ -1,0 +1,183 @@
+"""The packing command lines: what they write, and one clear line for every mistake."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rft import cli
+from rft.data.manifest import Manifest
+
+TOOLS = Path(__file__).parent.parent / "tools"
+CLASSES = {"ids": ["n01", "n02"], "names": ["one", "two"], "templates": ["a {c}."]}
+Result = tuple[int, str, str]
+
+
+def load(name: str) -> Callable[[], None]:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """Return a folder with one or two images a class of ImageNet, V2, R and A."""
+    rng = np.random.default_rng(0)
+    names = [
+        "imagenet/train/n01/n01_1.JPEG",
+        "imagenet/train/n02/n02_1.JPEG",
+        "imagenet/val/n01/ILSVRC2012_val_00000001.JPEG",
+        "imagenet/val/n02/ILSVRC2012_val_00000002.JPEG",
+        "imagenetv2-matched-frequency-format-val/0/a.jpeg",
+        "imagenetv2-matched-frequency-format-val/1/b.jpeg",
+        "imagenet-r/n01/art_0.jpg",
+        "imagenet-r/n02/art_0.jpg",
+    ]
+    root = tmp_path / "world"
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / name, "JPEG")
+    (root / "classes.json").write_text(json.dumps(CLASSES))
+    return root
+
+
+@pytest.fixture
+def run(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> Callable[..., Result]:
+    """Return a function that runs a tool here and gives exit code, stdout and stderr."""
+
+    def run(tool: str, *arguments: str) -> Result:
+        argv = [tool, *arguments, "--classes", str(world / "classes.json"), "--workers", "1"]
+        monkeypatch.setattr(sys, "argv", argv)
+        capfd.readouterr()
+        try:
+            cli.run(load(tool))
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (code, *capfd.readouterr())
+
+    return run
+
+
+def test_imagenet(world: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    arguments = ["--source", str(world / "imagenet"), "--out", str(tmp_path / "out")]
+    code, out, err = run("shard_imagenet", *arguments, "--encoding", "pixels", "--size", "16")
+    assert (code, err) == (0, "")
+    assert "imagenet-train: 2 samples in 1 shards" in out
+    assert out.splitlines()[-1].startswith("next: torchrun")
+    for name in ("imagenet-train", "imagenet-val"):
+        assert Manifest.load(str(tmp_path / "out" / name)).samples == 2
+    code, out, err = run("shard_imagenet", *arguments, "--encoding", "pixels", "--size", "16")
+    assert (code, err, out.count("nothing to do")) == (0, "", 2)
+
+
+def test_several_benchmarks(world: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    arguments = ["--source", str(world), "--out", str(tmp_path / "out")]
+    code, _, err = run("shard_ood", "--benchmark", "imagenet-v2", "imagenet-r", *arguments)
+    assert (code, err) == (0, "")
+    assert Manifest.load(str(tmp_path / "out" / "imagenet-v2")).groups == ((0,), (1,))
+    assert Manifest.load(str(tmp_path / "out" / "imagenet-r")).samples == 2
+
+
+def test_task_array(world: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    arguments = ["--source", str(world / "imagenet"), "--out", str(tmp_path), "--splits", "val"]
+    arguments += ["--shard-mb", "0.0001"]
+    code, out, err = run("shard_imagenet", *arguments, "--task", "1/2")
+    assert (code, err) == (0, "")
+    assert "1 of 2 shards are still to come" in out
+    assert "next:" not in out
+    code, out, err = run("shard_imagenet", *arguments, "--task", "0/2")
+    assert (code, err) == (0, "")
+    assert len(Manifest.load(str(tmp_path / "imagenet-val")).shards) == 2
+
+
+def empty_a_class(world: Path) -> None:
+    (world / "imagenet" / "val" / "n02" / "ILSVRC2012_val_00000002.JPEG").unlink()
+
+
+def add_a_class(world: Path) -> None:
+    shutil.copytree(world / "imagenet" / "val" / "n02", world / "imagenet" / "val" / "n03")
+
+
+def damage_an_image(world: Path) -> None:
+    (world / "imagenet" / "val" / "n02" / "ILSVRC2012_val_00000002.JPEG").write_bytes(b"damaged")
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing folder": (lambda world: shutil.rmtree(world / "imagenet"), "no such folder"),
+    "missing split": (lambda world: shutil.rmtree(world / "imagenet" / "val"), "imagenet-val in"),
+    "missing class": (lambda world: shutil.rmtree(world / "imagenet" / "val" / "n02"), "n02"),
+    "empty class": (empty_a_class, "n02 is empty"),
+    "unknown class": (add_a_class, "unknown class: folder 'n03'"),
+    "unreadable image": (damage_an_image, "ILSVRC2012_val_00000002.JPEG is no readable"),
+    "no label space": (lambda world: (world / "classes.json").unlink(), "no such file"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(world: Path, tmp_path: Path, run: Callable[..., Result], mistake: str) -> None:
+    make, message = MISTAKES[mistake]
+    make(world)
+    out = tmp_path / "out"
+    code, _, err = run(
+        "shard_imagenet", "--source", str(world / "imagenet"), "--out", str(out), "--splits", "val"
+    )
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    # an unreadable image is found while packing: the plan is there, half a shard is not
+    left = {path.name for path in out.rglob("*") if path.is_file()}
+    assert left == ({"plan.json"} if mistake == "unreadable image" else set())
+
+
+def test_another_plan(world: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    arguments = ["--benchmark", "imagenet-r", "--source", str(world), "--out", str(tmp_path)]
+    assert run("shard_ood", *arguments)[0] == 0
+    code, _, err = run("shard_ood", *arguments, "--seed", "7")
+    assert code == 2
+    assert err.startswith(f"error: {tmp_path}/imagenet-r holds another plan (seed: 0 -> 7)")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("shard_ood", ["--benchmark", "--source", "x", "--out", "y"], "--benchmark names nothing"),
+        ("shard_imagenet", ["--splits", "--source", "x", "--out", "y"], "--splits names nothing"),
+        ("shard_imagenet", ["--source", "x", "--out", "y", "--task", "3"], "--task must be I/N"),
+    ],
+)
+def test_wrong_options(
+    run: Callable[..., Result], tool: str, arguments: list[str], message: str
+) -> None:
+    code, _, err = run(tool, *arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("tool", ["shard_imagenet", "shard_ood"])
+def test_as_a_program(tool: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOLS / f"{tool}.py")]
+    usage = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    assert "--task" in usage.stdout
+    arguments = ["--source", str(tmp_path / "absent"), "--out", str(tmp_path / "out")]
+    if tool == "shard_ood":
+        arguments += ["--benchmark", "imagenet-a"]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == f"error: no such folder: {tmp_path / 'absent'}\n"

@@ -1,0 +1,142 @@
+"""A tiny world for tests: coloured squares in the official layouts, and a random CLIP for them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from rft.data.labels import LabelSpace
+from rft.data.pack import Options, pack
+
+SIZE = 16
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200), "grey": (90,) * 3}
+LABELS = LabelSpace(
+    ids=tuple(f"n0000000{n}" for n in range(len(COLOURS))),
+    names=tuple(COLOURS),
+    templates=("a {c} square", "{c}"),
+)
+WORDS = ("", "<start>", "a", "square", *COLOURS, "<end>")
+# odd sizes on purpose: none divides by two or three
+COUNTS = {"imagenet-train": 19, "imagenet-val": 7, "imagenet-r": 5, "imagenet-a": 3}
+
+
+def write_images(root: Path, dataset: str, per_class: int) -> None:
+    folder = {"imagenet-train": "imagenet/train", "imagenet-val": "imagenet/val"}
+    rng = np.random.default_rng(len(dataset))
+    for wnid, colour in zip(LABELS.ids, COLOURS.values(), strict=True):
+        classes = root / folder.get(dataset, dataset) / wnid
+        classes.mkdir(parents=True)
+        for n in range(per_class):
+            pixels = np.array(colour) + rng.normal(0, 60, (SIZE, SIZE, 3))
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            image.save(classes / f"{wnid}_{n}.png")
+
+
+def write_data(root: Path) -> Path:
+    """Images and shards of four small sets; returns the data root."""
+    for dataset, per_class in COUNTS.items():
+        write_images(root / "images", dataset, per_class)
+        options = Options(encoding="pixels", size=SIZE, shard_mb=0.02, workers=1)
+        pack(dataset, str(root / "images"), str(root / "shards"), LABELS, options)
+    return root / "shards"
+
+
+def write_clip(folder: Path) -> str:
+    """A random CLIP in open_clip's folder form; returns its name for --model.clip."""
+    folder.mkdir(parents=True)
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "layers": 2,
+            "width": 24,
+            "head_width": 8,
+            "patch_size": 4,
+            "image_size": SIZE,
+        },
+        "text_cfg": {
+            "context_length": 8,
+            "vocab_size": len(WORDS),
+            "width": 16,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = open_clip.model.CLIP(**config)
+    document = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(document))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    return f"local-dir:{folder}"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment on one thread, as torchrun sets it for several ranks."""
+    root = str(Path(__file__).parents[1])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **extra}
+
+
+def torchrun_command(ranks: int, *module_and_options: str) -> list[str]:
+    """One process is started without torchrun: the same code, and the faster test."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, "-m", *module_and_options]
+
+
+def torchrun(ranks: int, *module_and_options: str) -> subprocess.CompletedProcess[str]:
+    """Run a module on so many ranks to its end."""
+    command = torchrun_command(ranks, *module_and_options)
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    # gloo can abort in teardown when all work is done: callers judge by the files that are there
+    if result.returncode:
+        print(result.stdout[-3000:], result.stderr[-6000:])
+    return result
+
+
+def kill_when(command: list[str], reached: callable) -> None:
+    """Start a command in its own session; SIGKILL all of it as soon as `reached()` holds."""
+    process = subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        while process.poll() is None and not reached():
+            try:
+                process.wait(0.02)
+            except subprocess.TimeoutExpired:
+                continue
+        assert process.poll() is None, "the run ended before it could be killed"
+    finally:
+        # torchrun starts every rank in a session of its own
+        for pid in children(process.pid):
+            kill(pid)
+        kill(process.pid)
+        process.wait()
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [child, *children(child)]
+    return found
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
