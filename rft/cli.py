@@ -4,10 +4,17 @@ A user's mistake is a `ValueError` (or an `OSError` from a file they named): it 
 stderr and exit code 2. Everything else is a bug and keeps its traceback.
 """
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import tyro
+
+T = TypeVar("T")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -26,8 +33,37 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def parse(kind: Callable[..., T], **options: Any) -> T:
+    """Return what `tyro.cli` makes of the command line; options go to it.
+
+    Raises:
+        ValueError: with the first lines of tyro's complaint, which it would print as a box.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, **options)
+    except SystemExit as stopped:
+        if stopped.code != 2:
+            raise
+        raise ValueError(_first_section(complaint.getvalue())) from None
+
+
 def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
     """Return the error for a `name` that is none of the `known`, with the nearest suggestion."""
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose one of: {', '.join(known)}"
     return ValueError(f"unknown {kind} {name!r}; {hint}")
+
+
+def _first_section(box: str) -> str:
+    """Return the text below the title of a box that tyro drew, up to the next rule, on one line."""
+    text: list[str] = []
+    for line in box.splitlines()[1:]:
+        content = line.strip("│| ")
+        is_rule = not content.strip("─-╰╯+")
+        if is_rule and text:
+            break
+        if not is_rule:
+            text.append(content)
+    return f"{' '.join(text)} (--help tells more)"

@@ -11,8 +11,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from rft import cli
 from rft.clip.classifier import SELECTED
 from rft.data.loader import PackedDataset
@@ -111,10 +109,10 @@ def main() -> None:
     if arguments[:1] == ["pretrain"]:
         from rft.demo.pretrain import pretrain
 
-        chosen = tyro.cli(Pretrain, args=arguments[1:], prog="rft.demo pretrain")
+        chosen = cli.parse(Pretrain, args=arguments[1:], prog="rft.demo pretrain")
         pretrain(chosen.out, chosen.seed)
         return
-    demo(tyro.cli(Demo, args=arguments, prog="rft.demo"))
+    demo(cli.parse(Demo, args=arguments, prog="rft.demo"))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class Captioned:
     tokens_BT: Tensor
 
 
-def pretrain(out: Path, seed: int = 0, *, steps: int = 2600, images: int = 30_000) -> None:
+def pretrain(out: Path, seed: int = 0, *, steps: int = 1200, images: int = 30_000) -> None:
     """Train the tiny CLIP and write it to `out` as open_clip's `local-dir:` reads it."""
     started = time.perf_counter()
     data = draw_captioned("pretrain", DIVERSE, images, seed)

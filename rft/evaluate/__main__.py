@@ -126,7 +126,7 @@ def write_results(checkpoint: Path, sets: dict[str, Any], metadata: dict[str, st
 
 def main() -> None:
     """Parse, skip what is done, evaluate the rest."""
-    arguments = tyro.cli(Arguments, prog="rft.evaluate")
+    arguments = cli.parse(Arguments, prog="rft.evaluate")
     if not arguments.checkpoints:
         raise ValueError("name at least one run folder or .safetensors file to evaluate")
     for name in arguments.sets:

@@ -1,5 +1,6 @@
 """Average fine-tuned weights: `python -m rft.merge wise START END --alpha 0.5 --out DIR`."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,13 @@ class Wise:
 
 def main() -> None:
     """Parse and merge."""
-    wise(tyro.extras.subcommand_cli_from_dict({"wise": Wise}, prog="rft.merge"))
+    kind, *options = sys.argv[1:] or ["--help"]
+    if kind in ("-h", "--help"):
+        print("usage: python -m rft.merge wise START END --alpha 0.5 --out DIR   (wise --help)")
+    elif kind != "wise":
+        raise cli.unknown("merge", kind, ["wise"])
+    else:
+        wise(cli.parse(Wise, args=options, prog="rft.merge wise"))
 
 
 def wise(arguments: Wise) -> None:

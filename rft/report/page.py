@@ -165,7 +165,7 @@ def _picture(png: bytes) -> dict[str, Any]:
 
 
 def provenance_lines(runs: Sequence[Run]) -> list[str]:
-    """Return what trained the runs: one line, or one for each different answer with its count."""
+    """Return what made the runs: one line, or one for each different answer with its count."""
     lines = Counter(_provenance(run.provenance) for run in runs)
     if len(lines) == 1:
         return list(lines)

@@ -215,7 +215,7 @@ def place_labels(
 def candidate_boxes(anchor: Point, size: Point) -> list[Box]:
     """Return boxes of a size on rings around an anchor, nearest first, from its right side on."""
     boxes = []
-    for ring in (0.08, 0.13, 0.22, 0.34, 0.5, 0.7, 0.95, 1.25, 1.6):
+    for ring in (0.1, 0.15, 0.22, 0.34, 0.5, 0.7, 0.95, 1.25, 1.6):
         for turn in range(24):
             angle = math.tau * turn / 24
             gap = ring * DPI

@@ -6,7 +6,6 @@ import os
 import sys
 
 import torch
-import tyro
 
 from rft import cli, dist, files, recipes
 from rft.clip.classifier import Classifier
@@ -50,7 +49,7 @@ def parse(arguments: list[str]) -> Config:
     default = recipes.build(recipe, scale=scale)
     if {"-h", "--help"} & set(options):
         print(USAGE)
-    config = tyro.cli(Config, args=options, default=default, prog="rft.train", description="")
+    config = cli.parse(Config, args=options, default=default, prog="rft.train", description="")
     if config.data and not config.run:
         raise ValueError(
             "--run-dir is missing; name a folder for this run, e.g. --run-dir runs/first"

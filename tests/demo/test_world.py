@@ -108,7 +108,9 @@ def test_every_set_is_read_in_its_official_layout(folder, labels):
 
 
 def test_the_layouts_keep_the_traps_of_the_originals(folder):
-    v2 = sorted(path.name for path in (folder / "imagenetv2-matched-frequency-format-val").iterdir())
+    v2 = sorted(
+        path.name for path in (folder / "imagenetv2-matched-frequency-format-val").iterdir()
+    )
     assert v2 != sorted(v2, key=int)
     assert world.SETS["imagenet-r"].classes != world.SETS["imagenet-a"].classes
     for name in ("imagenet-r", "imagenet-a"):
@@ -125,8 +127,8 @@ def test_objectnet_mappings_resolve_to_the_intended_groups(folder):
     groups = objectnet_groups(folder / "objectnet-1.0" / "mappings", len(CLASSES))
     intended = {name: members for name, (_, members) in world.OBJECTNET_FOLDERS.items()}
     assert groups == {name: members for name, members in intended.items() if members}
-    assert [] == sorted(set(world.CLASS_TO_2012) ^ set(range(len(CLASSES))))
-    assert world.CLASS_TO_2012 != tuple(range(len(CLASSES)))
+    assert sorted(set(world.CLASS_TO_2012) ^ set(range(len(CLASSES)))) == []
+    assert tuple(range(len(CLASSES))) != world.CLASS_TO_2012
     folders = {path.name for path in (folder / "objectnet-1.0" / "images").iterdir()}
     assert folders == set(intended)
     assert len(folders - set(groups)) >= 3

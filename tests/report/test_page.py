@@ -1,0 +1,147 @@
+"""The report as a whole: its files, its page, its command line."""
+
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from rft.report.page import provenance_lines, write_report
+from rft.report.runs import load_runs
+from tests.report.make_runs import edit, make_gallery, make_run
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=http://x.test/y>{{ 7*7 }}"
+FILES = {"index.html", "table.md", "table.csv", "scatter.png", "curves.png", "gallery.png"}
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {"meta", "img", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def paths(tmp_path):
+    names = ("vanilla", "no-mask", "object-mask-single-fill")
+    paths = [make_run(tmp_path / "runs", name, seed) for name in names for seed in (0, 1)]
+    make_gallery(paths[3] / "gallery.npz")
+    return paths
+
+
+def test_a_report_is_complete_and_self_contained(paths, tmp_path):
+    out = tmp_path / "deep" / "report"
+    text = write_report(paths, out)
+    assert {path.name for path in out.iterdir()} == FILES
+    assert "object-mask-single-fill" in text
+    assert max(map(len, text.splitlines())) <= 100
+    page = Page((out / "index.html").read_text())
+    assert page.open == []
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 3
+    for attributes in images:
+        assert attributes["src"].startswith("data:image/png;base64,")
+        assert len(attributes["alt"]) > 30
+        assert int(attributes["width"]) > 400
+    assert_no_reference(page)
+    assert "Margins over the baselines" in page.text
+    assert "model of no-mask, seed 1" in page.text
+    assert "Miniature" not in text
+
+
+def assert_no_reference(page: Page) -> None:
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        assert "href" not in attributes
+        assert (attributes.get("src") or "data:").startswith("data:")
+        assert not any(name.startswith("on") for name in attributes)
+
+
+def test_the_same_runs_give_the_same_bytes(paths, tmp_path):
+    for name in ("a", "b"):
+        write_report(paths, tmp_path / name)
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_names_from_files_are_text(tmp_path):
+    path = make_run(tmp_path, "x", note=HOSTILE)
+    edit(path / "config.json", recipe=HOSTILE)
+    edit(path / "provenance.json", git=HOSTILE, command=[HOSTILE])
+    write_report([path], tmp_path / "report")
+    page = Page((tmp_path / "report" / "index.html").read_text())
+    assert_no_reference(page)
+    assert page.text.count(HOSTILE) >= 4
+    assert "<script" not in (tmp_path / "report" / "table.md").read_text()
+
+
+def test_what_cannot_be_drawn_is_said_and_does_not_stay(paths, tmp_path):
+    out = tmp_path / "report"
+    write_report(paths, out)
+    bare = make_run(tmp_path / "bare", percent=(70, 60), metrics=False)
+    write_report([bare], out)
+    assert {path.name for path in out.iterdir()} == {"index.html", "table.md", "table.csv"}
+    page = Page((out / "index.html").read_text())
+    assert page.text.count("Not drawn:") == 3
+    assert "Margins" not in page.text
+
+
+def test_the_miniature_world_is_not_taken_for_imagenet(tmp_path):
+    path = make_run(tmp_path, scale="miniature")
+    assert "Miniature world" in write_report([path], tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "stand-ins named after the benchmarks" in page
+
+
+def test_provenance_is_one_line_for_each_answer(paths):
+    (line,) = provenance_lines(load_runs(paths))
+    assert line == "rft 0.1.0, git 0123456789ab, python 3.11.0, torch 2.0"
+    (paths[0] / "provenance.json").unlink()
+    lines = provenance_lines(load_runs(paths))
+    assert lines[0] == "code and packages not recorded (1 of 6 runs)"
+    assert lines[1].endswith("(5 of 6 runs)")
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "rft.report", *map(str, arguments)]
+    environment = {"PATH": "", "PYTHONIOENCODING": "ascii"}
+    return subprocess.run(line, capture_output=True, text=True, env=environment)
+
+
+def test_command_line_ends_with_the_page(paths, tmp_path):
+    done = command(*paths, "--out", tmp_path / "report")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("vanilla  ") for line in lines)
+    assert lines[-1] == str(tmp_path / "report" / "index.html")
+
+
+def test_command_line_says_a_mistake_in_one_line(paths, tmp_path):
+    (paths[0] / "results.json").unlink()
+    done = command(*paths, "--out", tmp_path / "report")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "evaluate it first" in line
+    assert not (tmp_path / "report").exists()
+
+
+def test_no_torch_is_imported():
+    code = "import sys, rft.report.page; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

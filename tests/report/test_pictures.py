@@ -1,0 +1,178 @@
+"""Pictures: that they are there, whole and not blank; the donor map on pixels; label places."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from rft.report import gallery, plots
+from rft.report.runs import load_runs
+from rft.report.tables import GRID, result_rows
+from tests.report.make_runs import make_gallery, make_run, run_of
+
+ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)
+
+
+def decode(png: bytes) -> np.ndarray:
+    """Pixels of a PNG after checking that they show something."""
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    assert (pixels == 255).all(axis=2).mean() < 0.99
+    return pixels
+
+
+def test_scatter_of_many_recipes():
+    rng = np.random.default_rng(0)
+    names = ["zero-shot", "vanilla", "no-mask", "mine $x_", *GRID]
+    names += [f"wise-ft-0.{tenth}" for tenth in range(1, 10)]
+    runs = [run_of(n, s, tuple(ALL + rng.normal(0, 2, 6))) for n in names for s in range(3)]
+    assert decode(plots.scatter(result_rows(runs))).shape == (1120, 1640, 3)
+
+
+def test_scatter_of_one_run():
+    decode(plots.scatter(result_rows([run_of("vanilla", percent=ALL)])))
+
+
+def test_nothing_to_scatter():
+    assert plots.scatter(result_rows([run_of("vanilla", percent=ALL[:3])])) is None
+
+
+def test_families_differ_without_colour():
+    families = ["zero-shot", "vanilla", "wise-ft-0.5", "no-mask", "object-mask-single-fill"]
+    assert len({plots.style(name).marker for name in families}) == len(families)
+    fills = {plots.style(f"object-mask-{fill}-fill") for fill in ("no", "single", "multi")}
+    assert len({(look.marker, look.hollow) for look in fills}) == 3
+
+
+def test_curves(tmp_path):
+    paths = [make_run(tmp_path, name, s) for name in ("vanilla", "no-mask") for s in (0, 1)]
+    level = make_run(tmp_path, "zero-shot", metrics=False)
+    (level / "metrics.jsonl").write_text('{"step":0,"held_out_correct":3,"held_out_total":4}\n')
+    runs = load_runs([*paths, level])
+    assert decode(plots.curves(runs)).shape == (740, 2400, 3)
+    # vanilla logs an MSE of zero: it has no such term
+    assert plots.curve(runs[0], plots.PANELS[1]) == {}
+    assert plots.curve(runs[4], plots.PANELS[2]) == {0: 75.0}
+
+
+def test_nothing_to_curve():
+    assert plots.curves([run_of("vanilla", percent=ALL)]) is None
+
+
+def test_mean_curve_is_over_common_steps():
+    assert plots.mean_curve([{1: 1.0, 2: 2.0, 3: 5.0}, {3: 7.0, 2: 4.0}]) == {2: 3.0, 3: 6.0}
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.tuples(st.floats(200, 1000), st.floats(200, 700)), min_size=2, max_size=6))
+def test_labels_keep_clear_of_each_other(anchors):
+    bounds = (0.0, 0.0, 1600.0, 1100.0)
+    boxes = plots.place_labels(anchors, [(150, 24)] * len(anchors), [], [], bounds)
+    for index, box in enumerate(boxes):
+        assert plots.overlap(box, bounds) == pytest.approx(150 * 24)
+        assert all(plots.overlap(box, other) == 0 for other in boxes[:index])
+
+
+def test_geometry():
+    box = (0.0, 0.0, 2.0, 1.0)
+    assert plots.overlap(box, (1.0, 0.5, 5.0, 5.0)) == 0.5
+    assert plots.nearest(box, (3.0, -1.0)) == (2.0, 0.0)
+    assert plots.crosses(((-1.0, 0.5), (3.0, 0.5)), box)
+    assert plots.crosses(((1.0, 0.5), (9.0, 9.0)), box)
+    assert not plots.crosses(((-1.0, 2.0), (3.0, 2.0)), box)
+
+
+@st.composite
+def donor_maps(draw):
+    batch, grid = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    donors = st.lists(
+        st.integers(-1, batch - 1), min_size=batch * grid**2, max_size=batch * grid**2
+    )
+    return np.array(draw(donors)).reshape(batch, grid**2), draw(st.integers(1, 5))
+
+
+@given(donor_maps())
+def test_donors_on_pixels_equal_a_loop(case):
+    donor_BP, patch = case
+    batch, count = donor_BP.shape
+    grid = round(count**0.5)
+    size = grid * patch
+    images = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    expected = images.copy()
+    grey = gallery.hatch(size)
+    for n in range(batch):
+        for p in range(count):
+            y, x = p // grid * patch, p % grid * patch
+            source = grey if donor_BP[n, p] == -1 else images[donor_BP[n, p]]
+            expected[n, y : y + patch, x : x + patch] = source[y : y + patch, x : x + patch]
+    np.testing.assert_array_equal(gallery.apply_donors(images, donor_BP, patch), expected)
+
+
+@pytest.mark.parametrize(("size", "patch", "shown"), [(48, 8, 192), (224, 32, 224), (16, 4, 192)])
+def test_gallery(tmp_path, size, patch, shown):
+    loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz", size, patch, batch=3))
+    assert gallery.enlarge(loaded).images_BHWC.shape == (3, shown, shown, 3)
+    names = [(view.group, view.title) for view in gallery.columns(loaded)]
+    assert names[:4] == [
+        ("", "image"), ("", "relevance"), ("", "object mask"), ("random-mask", "no-fill"),
+    ]  # fmt: skip
+    assert len(names) == 12
+    pixels = decode(gallery.picture(loaded))
+    assert pixels.shape[0] > 3 * shown
+    assert pixels.shape[1] > 12 * shown
+
+
+def test_small_images_are_enlarged_without_blur(tmp_path):
+    loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz"))
+    large = gallery.enlarge(loaded)
+    np.testing.assert_array_equal(large.images_BHWC[:, ::4, ::4], loaded.images_BHWC)
+    found = Image.open(io.BytesIO(gallery.picture(loaded))).convert("RGB")
+    top, left = gallery.HEAD, gallery.NAMES
+    tile = np.asarray(found)[top : top + 192, left : left + 192]
+    np.testing.assert_array_equal(tile, large.images_BHWC[0])
+
+
+def test_the_mask_is_read_off_the_drops(tmp_path):
+    loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz"))
+    mask = gallery.columns(loaded)[2].tiles_BHWC
+    dropped = (loaded.donors["object-mask-no-fill"] == -1).reshape(-1, 6, 6)
+    dark = (mask[:, ::8, ::8] == gallery.MASKED).all(axis=3)
+    np.testing.assert_array_equal(dark, dropped)
+
+
+def test_an_unknown_strategy_has_its_own_column(tmp_path):
+    donors = np.zeros((6, 36), dtype=np.int64)
+    path = make_gallery(tmp_path / "g.npz", **{"donor/mosaic": donors})
+    assert gallery.columns(gallery.load_gallery(path))[-1].group == "mosaic"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"patch": np.array(7)}, "cannot be cut"),
+        ({"relevance_BP": np.zeros((6, 35))}, "relevance_BP has shape"),
+        ({"donor/x": np.full((6, 36), 6)}, "outside the batch"),
+        ({"donor/x": np.full((6, 36), -2)}, "outside the batch"),
+        ({"donor/x": np.zeros((6, 36))}, "outside the batch"),
+        ({"images_BCHW": np.zeros((6, 3, 48, 48))}, "uint8"),
+        ({"images_BCHW": np.zeros((3, 48, 48), dtype=np.uint8)}, "not a gallery"),
+        ({"labels_B": np.arange(1, 7)}, "labels_B"),
+        ({"class_names": np.array([{}], dtype=object)}, "not a gallery"),
+    ],
+)
+def test_galleries_that_do_not_fit_are_refused(tmp_path, columns, message):
+    path = make_gallery(tmp_path / "gallery.npz", **columns)
+    with pytest.raises(ValueError, match=message) as caught:
+        gallery.load_gallery(path)
+    assert str(path) in str(caught.value)
+
+
+def test_what_is_not_npz_is_refused(tmp_path):
+    path = tmp_path / "gallery.npz"
+    for content in (b"", b"PK\x03\x04 broken", b"text"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a gallery"):
+            gallery.load_gallery(path)

@@ -1,0 +1,103 @@
+"""What is refused, and how it is said."""
+
+import json
+
+import pytest
+
+from rft.report.runs import load_run, load_runs, read_metrics
+from tests.report.make_runs import edit, make_run
+
+
+def test_a_run_folder_is_read_whole(tmp_path):
+    run = load_run(make_run(tmp_path, "no-mask", 3, percent=(75, 60), total=200))
+    assert (run.recipe, run.seed, run.step) == ("no-mask", 3, 250)
+    assert (run.counts["imagenet-val"].correct, run.counts["imagenet-val"].total) == (150, 200)
+    assert list(run.counts) == ["imagenet-val", "imagenet-v2"]
+    assert len(run.metrics) == 60
+
+
+def test_a_merged_model_has_no_metrics_or_provenance(tmp_path):
+    path = make_run(tmp_path, "wise-ft-0.5", metrics=False, merged_from=[])
+    (path / "provenance.json").unlink()
+    edit(path / "results.json", config_sha256=None)
+    run = load_run(path)
+    assert (run.metrics, run.provenance, run.config_sha256) == ((), {}, "")
+
+
+def test_a_run_must_be_evaluated_first(tmp_path):
+    path = make_run(tmp_path)
+    (path / "results.json").unlink()
+    with pytest.raises(ValueError, match="evaluate it first: python -m rft.evaluate"):
+        load_run(path)
+
+
+def test_a_folder_must_be_a_run(tmp_path):
+    with pytest.raises(ValueError, match="not a run folder"):
+        load_run(tmp_path)
+    with pytest.raises(ValueError, match="at least one run"):
+        load_runs([])
+
+
+def test_a_seed_counts_once(tmp_path):
+    paths = [make_run(tmp_path / name, "vanilla", 0) for name in ("a", "b")]
+    with pytest.raises(ValueError, match="both vanilla with seed 0") as caught:
+        load_runs(paths)
+    assert all(str(path) in str(caught.value) for path in paths)
+
+
+def test_all_runs_must_have_seen_the_same_data(tmp_path):
+    first, second = make_run(tmp_path, "vanilla"), make_run(tmp_path, "no-mask")
+    sets = json.loads((second / "results.json").read_text())["sets"]
+    sets["objectnet"]["manifest_sha256"] = "another"
+    edit(second / "results.json", sets=sets)
+    with pytest.raises(ValueError, match="objectnet is not the same data in all runs"):
+        load_runs([first, second])
+
+
+def test_seeds_of_a_recipe_must_have_the_same_sets(tmp_path):
+    paths = [make_run(tmp_path, seed=0), make_run(tmp_path, seed=1, percent=(1, 2, 3, 4, 5))]
+    with pytest.raises(ValueError, match="has imagenet-a; evaluate both on the same sets"):
+        load_runs(paths)
+
+
+def test_recipes_may_have_other_sets(tmp_path):
+    paths = [make_run(tmp_path, "vanilla"), make_run(tmp_path, "no-mask", percent=(1, 2))]
+    assert len(load_runs(paths)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("results.json", {"schema": 2}, "schema 2, not 1"),
+        ("results.json", {"sets": [1]}, "malformed"),
+        ("results.json", {"sets": {"objectnet": {"correct": 1}}}, "malformed.*total"),
+        ("results.json", {"step": None}, "malformed"),
+        ("config.json", {"recipe": "a\x1b[2Jb"}, "printable name"),
+        ("config.json", {"recipe": 7}, "printable name"),
+        ("config.json", {"seed": "0"}, "seed is '0'"),
+    ],
+)
+def test_malformed_files_are_named(tmp_path, name, changes, message):
+    path = make_run(tmp_path)
+    edit(path / name, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_run(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(11, 10), (-1, 10), (0, 0), (0.5, 10), ("1", 2)])
+def test_impossible_counts_are_refused(tmp_path, correct, total):
+    path = make_run(tmp_path)
+    entry = {"correct": correct, "total": total, "manifest_sha256": "x"}
+    edit(path / "results.json", sets={"objectnet": entry})
+    with pytest.raises(ValueError, match="objectnet has .* correct of"):
+        load_run(path)
+
+
+def test_metrics_end_at_the_last_whole_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_metrics(path)

@@ -1,0 +1,193 @@
+"""The numbers: from counts to means, spreads, order and margins."""
+
+import csv
+import io
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from rft.report import tables
+from rft.report.runs import SetCount
+from rft.report.tables import COLUMNS, OOD_COLUMN, Spread
+from tests.report.make_runs import run_of
+
+# Tables 1 and 3 of the paper: ImageNet, V2, R, Sketch, ObjectNet, A | OOD avg
+PAPER = {
+    "zero-shot": ((63.4, 55.9, 69.3, 42.3, 44.5, 31.4), 48.7),
+    "vanilla": ((75.9, 64.7, 57.0, 39.8, 39.5, 20.0), 44.2),
+    "wise-ft-0.5": ((76.6, 66.6, 70.2, 47.1, 46.3, 31.9), 52.4),
+    "uniform-soup": ((80.0, 68.6, 66.6, 47.7, 46.1, 29.2), 51.6),
+    "no-mask": ((76.9, 66.5, 69.2, 45.6, 45.3, 29.8), 51.3),
+    "random-mask-no-fill": ((77.5, 66.9, 66.4, 45.7, 46.5, 30.8), 51.2),
+    "context-mask-no-fill": ((77.8, 67.4, 66.7, 45.6, 45.9, 30.0), 51.1),
+    "object-mask-no-fill": ((77.7, 67.1, 67.6, 46.2, 46.8, 31.5), 51.9),
+    "random-mask-single-fill": ((77.6, 67.1, 69.0, 46.4, 47.8, 33.4), 52.7),
+    "context-mask-single-fill": ((77.2, 66.9, 68.8, 46.5, 47.8, 32.9), 52.6),
+    "object-mask-single-fill": ((77.5, 67.1, 69.7, 46.9, 48.0, 33.8), 53.1),
+    "random-mask-multi-fill": ((78.0, 67.4, 67.4, 46.1, 46.7, 31.9), 51.9),
+    "context-mask-multi-fill": ((78.2, 67.4, 66.5, 45.5, 45.9, 30.0), 51.1),
+    "object-mask-multi-fill": ((77.9, 67.7, 68.1, 46.6, 47.5, 33.0), 52.6),
+    "B/16 zero-shot": ((68.3, 61.9, 77.6, 48.3, 54.0, 50.1), 58.4),
+    "B/16 vanilla": ((80.7, 70.4, 64.0, 45.1, 49.1, 35.2), 52.8),
+    "B/16 wise-ft": ((81.7, 72.8, 78.7, 53.9, 57.3, 52.2), 63.0),
+    "B/16 multi": ((82.5, 73.4, 76.4, 52.7, 56.8, 52.0), 62.3),
+    "B/16 single": ((82.4, 73.4, 78.1, 53.4, 57.9, 53.5), 63.3),
+}
+ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)
+
+
+@pytest.mark.parametrize("recipe", PAPER)
+def test_ood_average_is_the_papers(recipe):
+    percent, expected = PAPER[recipe]
+    # the paper averages unrounded accuracies, so its own rows agree to 0.06 only
+    assert tables.ood_average(run_of(recipe, percent=percent)) == pytest.approx(expected, abs=0.06)
+
+
+def test_percentages_come_from_counts():
+    assert tables.top1(SetCount(1, 3, "")) == pytest.approx(100 / 3)
+    (row,) = tables.result_rows([run_of("vanilla", percent=ALL)])
+    assert [cell and cell.mean for cell in row.cells] == pytest.approx([*ALL, 40.0])
+    assert all(cell and cell.sd is None for cell in row.cells)
+
+
+def test_sets_weigh_the_same_whatever_their_size():
+    run = run_of("vanilla", percent=ALL)
+    run.counts["imagenet-a"] = SetCount(20_000, 100_000, "")
+    assert tables.ood_average(run) == pytest.approx(40)
+
+
+def test_mean_and_sample_deviation_over_seeds():
+    runs = [run_of("vanilla", seed, (70.0 + seed, *ALL[1:])) for seed in range(3)]
+    (row,) = tables.result_rows(runs)
+    assert row.seeds == (0, 1, 2)
+    assert row.cells[0] == Spread(pytest.approx(71), pytest.approx(1))
+    assert row.cells[0].text() == "71.0 \u00b1 1.0"
+    assert row.cells[0].text(join="+-") == "71.0+-1.0"
+
+
+def test_average_is_made_for_each_seed_first():
+    percents = [(70, 60, 50, 40, 30, 20), (70, 61, 53, 40, 30, 26), (70, 60, 40, 40, 30, 20)]
+    (row,) = tables.result_rows([run_of("x", seed, p) for seed, p in enumerate(percents)])
+    per_seed = [statistics.mean(p[1:]) for p in percents]
+    assert row.cells[OOD_COLUMN].mean == pytest.approx(statistics.mean(per_seed))
+    assert row.cells[OOD_COLUMN].sd == pytest.approx(statistics.stdev(per_seed))
+
+
+def test_a_missing_set_has_no_number_and_no_average():
+    (row,) = tables.result_rows([run_of("vanilla", percent=ALL[:4])])
+    assert [cell is None for cell in row.cells] == [False] * 4 + [True] * 3
+    line = tables.markdown([row], []).splitlines()[2]
+    assert line == "| vanilla | 1 | 70.0 | 60.0 | 50.0 | 40.0 | - | - | - |"
+
+
+def test_rows_stand_in_the_papers_order():
+    expected = [
+        "zero-shot", "linear-probe", "vanilla", "lp-ft", "wise-ft-0.2", "wise-ft-0.5", "wise-ft-1",
+        "greedy-soup", "uniform-soup", "no-mask", *tables.GRID, "another", "zebra",
+    ]  # fmt: skip
+    rows = tables.result_rows([run_of(name, percent=ALL) for name in sorted(expected)])
+    assert [row.recipe for row in rows] == expected
+    assert tables.GRID[:4] == (
+        "random-mask-no-fill",
+        "context-mask-no-fill",
+        "object-mask-no-fill",
+        "random-mask-single-fill",
+    )
+
+
+@pytest.mark.parametrize("name", ["wise-ft-", "wise-ft-nan", "wise-ft-0.5-late", "vanilla"])
+def test_only_numbers_are_mixing_coefficients(name):
+    assert tables.wise_alpha(name) is None
+
+
+def test_best_of_a_column_counts_ties_as_printed():
+    rows = tables.result_rows(
+        [
+            run_of("vanilla", percent=(70.01, *ALL[1:]), total=100_000),
+            run_of("no-mask", percent=(69.99, *ALL[1:]), total=100_000),
+            run_of("zero-shot", percent=(69.9, 61, *ALL[2:5])),
+        ]
+    )
+    assert [row.recipe for row in rows] == ["zero-shot", "vanilla", "no-mask"]
+    winners = tables.best(rows)
+    assert winners[0] == {1, 2}  # 70.01 and 69.99 both read 70.0
+    assert winners[1] == {0}
+    assert winners[OOD_COLUMN] == {1, 2}  # zero-shot has no imagenet-a
+    assert "| **61.0** |" in tables.markdown(rows, [])
+
+
+def test_a_single_row_is_not_best():
+    assert not any(tables.best(tables.result_rows([run_of("vanilla", percent=ALL)])))
+
+
+def test_margins_are_paired_by_seed():
+    def run(recipe, seed, shift):
+        return run_of(recipe, seed, tuple(share + shift for share in ALL))
+
+    runs = [run("vanilla", seed, seed) for seed in (0, 1, 2)]
+    runs += [run("no-mask", seed, 5) for seed in (2, 0, 1)]
+    runs += [run("object-mask-single-fill", seed, 7 - seed) for seed in (1, 2, 0)]
+    runs += [run("zero-shot", 0, 0)]
+    no_mask, ours = tables.difference_rows(runs)  # zero-shot has other seeds: nothing to pair
+    assert no_mask.recipe == "no-mask"
+    assert no_mask.against[1] is None
+    assert no_mask.against[0].per_seed == pytest.approx((5, 4, 3))
+    assert ours.against[0].per_seed == pytest.approx((7, 5, 3))
+    assert ours.against[0].spread == Spread(pytest.approx(5), pytest.approx(2))
+    assert ours.against[1].per_seed == pytest.approx((2, 1, 0))
+    assert tables.difference_cells(ours) == [
+        "+5.00 \u00b1 2.00", "+7.00 +5.00 +3.00", "+1.00 \u00b1 1.00", "+2.00 +1.00 +0.00",
+    ]  # fmt: skip
+
+
+def test_one_seed_has_a_margin_without_spread():
+    runs = [run_of("vanilla", 0, ALL), run_of("no-mask", 0, (70, 61, 51, 41, 31, 21))]
+    (row,) = tables.difference_rows(runs)
+    assert tables.difference_cells(row) == ["+1.00", "+1.00", "-", "-"]
+
+
+def test_no_margins_without_a_baseline_or_an_average():
+    assert tables.difference_rows([run_of("no-mask", 0, ALL), run_of("zero-shot", 1, ALL)]) == []
+    assert tables.difference_rows([run_of("vanilla", 0, ALL[:3]), run_of("x", 0, ALL)]) == []
+
+
+def test_csv_reads_back():
+    runs = [run_of("a,b", seed, (70 + seed, *ALL[1:5])) for seed in (3, 4)]
+    (row,) = csv.DictReader(io.StringIO(tables.csv_text(tables.result_rows(runs))))
+    assert (row["recipe"], row["n"], row["seeds"]) == ("a,b", "2", "3 4")
+    assert float(row["ImageNet"]) == pytest.approx(73.5)
+    assert float(row["ImageNet sd"]) == pytest.approx(0.5**0.5, abs=1e-6)
+    assert row["A"] == row["OOD avg"] == row["OOD avg sd"] == ""
+
+
+def test_markdown_takes_no_markup_from_names():
+    (row,) = tables.result_rows([run_of("<b>*x*</b> | [a](b)", percent=ALL)])
+    line = tables.markdown([row], []).splitlines()[2]
+    assert line.startswith(r"| &lt;b&gt;\*x\*&lt;/b&gt; \| \[a\](b) | 1 |")
+
+
+def test_text_fits_100_columns_and_takes_no_markup_from_names():
+    runs = [run_of(name, seed, ALL) for name in ("vanilla", *tables.GRID) for seed in range(3)]
+    runs += [run_of("[bold]very-long-name-of-something[/bold]", 0, ALL)]
+    stream = io.StringIO()
+    console = Console(file=stream, width=100)
+    for table in tables.rich_tables(tables.result_rows(runs), tables.difference_rows(runs)):
+        console.print(table)
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.isascii()
+    assert "context-mask-single-fill 3 70.0+-0.0" in text
+    assert "[bold]" in text
+    assert all(name in text for name in COLUMNS)
+
+
+@given(st.lists(st.floats(0, 100), min_size=2, max_size=8))
+def test_spread_is_the_textbook_formula(values):
+    spread = tables.summarise(values)
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    assert spread.mean == pytest.approx(mean)
+    assert spread.sd == pytest.approx(variance**0.5, abs=1e-9)

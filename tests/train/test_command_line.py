@@ -1,0 +1,177 @@
+"""What a user gets wrong is one clear line, exit code 2, and nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import filelock
+import pytest
+
+from rft import cli
+from rft.evaluate import __main__ as evaluate_command
+from rft.merge import __main__ as merge_command
+from rft.train import __main__ as train_command
+from tests.tiny import environment
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run a command line in this process; return its one line of complaint."""
+
+    def run(command, *arguments: str, **variables: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["rft", *map(str, arguments)])
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(command.main)
+        assert stopped.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def options(tiny_data, tiny_clip, tmp_path) -> list[str]:
+    return [
+        *("vanilla", "--data", str(tiny_data), "--run-dir", str(tmp_path / "run")),
+        *("--scale", "miniature", "--model.clip", tiny_clip, "--loader.batch-size", "6"),
+        *("--loader.held-out", "8", "--optim.epochs", "1"),
+    ]
+
+
+def test_unknown_recipe(refused):
+    line = refused(train_command, "vanila", "--data", "x", "--run-dir", "y")
+    assert "unknown recipe 'vanila'; did you mean 'vanilla'?" in line
+
+
+def test_unknown_scale(refused):
+    assert "unknown scale 'tiny'" in refused(train_command, "vanilla", "--scale", "tiny")
+
+
+def test_no_run_folder(refused):
+    line = refused(train_command, "vanilla", "--data", "x")
+    assert "--run-dir is missing" in line
+
+
+def test_no_data_there(refused, tmp_path):
+    run = tmp_path / "run"
+    line = refused(train_command, "vanilla", "--data", tmp_path / "none", "--run-dir", run)
+    assert "no packed dataset at" in line
+    assert "imagenet-train" in line
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(("ranks", "message"), [("4", "6 cannot be cut into 4 ranks"), ("6", "")])
+def test_impossible_batch_and_world(refused, options, tmp_path, ranks, message):
+    recipe = ["object-mask-single-fill", *options[1:]]
+    line = refused(train_command, *recipe, WORLD_SIZE=ranks, RANK="0")
+    assert (message or "needs another image in the micro-batch") in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_larger_than_the_set(refused, options, tmp_path):
+    line = refused(train_command, *options, "--loader.batch-size", "500")
+    assert "larger than the 68 training samples" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_value_out_of_range(refused, options):
+    assert "method.threshold is 2" in refused(train_command, *options, "--method.threshold", "2")
+
+
+def test_model_that_does_not_fit_the_shards(refused, options, tmp_path):
+    line = refused(train_command, *options, "--model.clip", "rft-miniature")
+    assert "was packed at 16 px, the model wants 48 px" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_model_and_weights(refused, options):
+    line = refused(train_command, *options, "--model.clip", "ViT-Z-99")
+    assert "open_clip has no model 'ViT-Z-99'" in line
+    names = ("--model.clip", "ViT-B-32", "--model.pretrained")
+    assert "no weights tag of ViT-B-32" in refused(train_command, *options, *names, "nope")
+    line = refused(train_command, *options, *names, "openai")
+    assert "were trained as ViT-B-32-quickgelu; use that model" in line
+
+
+def train(options: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["rft", *options])
+    cli.run(train_command.main)
+
+
+def test_a_run_folder_belongs_to_one_configuration(refused, options, monkeypatch, tmp_path):
+    train(options, monkeypatch)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    line = refused(train_command, *options, "--seed", "5", "--optim.lr", "1e-3")
+    assert "optim.lr: 0.0003 -> 0.001; seed: 0 -> 5" in line
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_other_data_under_a_started_run(refused, options, monkeypatch, tmp_path, tiny_data):
+    train(options, monkeypatch)
+    (tmp_path / "run" / "training.json").unlink()
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for path in (tiny_data / "imagenet-train").iterdir():
+        (changed / "imagenet-train").mkdir(exist_ok=True)
+        if path.is_file():
+            (changed / "imagenet-train" / path.name).write_bytes(path.read_bytes())
+    manifest = json.loads((changed / "imagenet-train" / "manifest.json").read_text())
+    manifest["plan_hash"] = "0" * 64
+    (changed / "imagenet-train" / "manifest.json").write_text(json.dumps(manifest))
+    line = refused(train_command, *options, "--data", changed)
+    assert "was made on other data" in line
+    assert "manifest_sha256" in line
+
+
+def test_two_jobs_on_one_run_folder(refused, options, tmp_path):
+    (tmp_path / "run").mkdir()
+    with filelock.FileLock(tmp_path / "run" / ".lock"):
+        # another process: a lock can be taken again by the one that holds it
+        command = [sys.executable, "-m", "rft.train", *options]
+        result = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "another job is writing" in result.stderr
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_held_lock_dies_with_its_job(tmp_path):
+    code = f"import filelock, time; filelock.FileLock({str(tmp_path / '.lock')!r}).acquire()"
+    job = subprocess.Popen([sys.executable, "-c", f"{code}; print(1, flush=True); time.sleep(60)"])
+    deadline = time.monotonic() + 20
+    while not (tmp_path / ".lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    with filelock.FileLock(tmp_path / ".lock", timeout=5):
+        pass
+
+
+def test_evaluation_and_merge_mistakes(refused, tmp_path, tiny_data):
+    none = tmp_path / "none.safetensors"
+    line = refused(evaluate_command, none, "--data", tiny_data, "--sets", "imagenet-val")
+    assert "no checkpoint at" in line
+    line = refused(evaluate_command, none, "--data", tiny_data, "--sets", "imagenet-w")
+    assert "unknown set 'imagenet-w'" in line
+    line = refused(merge_command, "wise", none, none, "--out", tmp_path / "w", "--alpha", "2")
+    assert "--alpha is 2.0; it must lie in [0, 1]" in line
+    line = refused(merge_command, "wise", none, none, "--out", tmp_path / "w")
+    assert "no checkpoint at" in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_no_option_is_an_abbreviation_of_torchruns():
+    # its parser sees our options too and refuses what could be short for two of its own
+    from torch.distributed.run import get_args_parser
+
+    theirs = [option for action in get_args_parser()._actions for option in action.option_strings]
+    ours = ["--data", "--run-dir", "--seed", "--split-seed", "--scale", "--precision", "--device"]
+    ours += ["--sets", "--batch-size", "--out", "--method.threshold", "--loader.workers"]
+    for option in ours:
+        assert not any(other.startswith(option) for other in theirs), option
