@@ -113,7 +113,7 @@ def data_parallel(world: World, module: nn.Module, device: torch.device) -> nn.M
     if world.size == 1:
         return module
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+    return DistributedDataParallel(module, device_ids=device_ids)
 
 
 def skip_sync(module: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:

@@ -424,7 +424,7 @@ def _uncommitted(jobs: Sequence[Job]) -> list[Job]:
             return False
         commit = files.read_json(job.commit_url)
         shard = commit["shard"]
-        return sizes.get(shard["name"]) == shard["bytes"]
+        return commit["plan_hash"] == job.plan_hash and sizes.get(shard["name"]) == shard["bytes"]
 
     with ThreadPoolExecutor(COMMIT_THREADS) as pool:
         done = list(pool.map(is_done, jobs))

@@ -4,6 +4,7 @@ Runs the commands that a cluster would run (pack, torchrun train, merge, torchru
 on a small procedural world, and prints each. Whatever is already done is skipped.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -67,8 +68,9 @@ def demo(arguments: Demo) -> None:
     manifests = {name: packed.manifest.sha256 for name, packed in sets.items()}
     if waiting := [str(path) for path in runs if not is_current(path, manifests)]:
         torchrun(arguments, "rft.evaluate", *waiting, "--data", str(data))
-    write_report(runs, arguments.out / "report")
-    print(f"demo: {time.perf_counter() - started:.0f} s")
+    table = write_report(runs, arguments.out / "report")
+    print(f"\n{table}\ndone in {time.perf_counter() - started:.0f} s")
+    print(f"report: {arguments.out / 'report' / 'index.html'}")
 
 
 def fine_tune(arguments: Demo, data: Path, recipe: str, seed: int) -> Path:
@@ -99,7 +101,9 @@ def run(*command: str) -> None:
     """
     shown = shlex.join(("python", *command[1:]))
     print(f"\n$ {shown}", flush=True)
-    if code := subprocess.run(command).returncode:
+    # one thread for each rank, which is what torchrun would choose after saying so at length
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    if code := subprocess.run(command, env=environment).returncode:
         raise ValueError(f"exit code {code} from: {shown}")
 
 

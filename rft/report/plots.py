@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
+from operator import itemgetter
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -188,28 +189,50 @@ def place_labels(
     """Return a box for each label: near its anchor, inside bounds, clear of everything else.
 
     Candidates lie on rings around the anchor; each label takes its cheapest one given the others,
-    round after round until none moves. Where there is no room at all, it overlaps least.
+    round after round until none moves. That depends on who begins, so a few orders are tried.
+    Where there is no room at all, labels overlap least.
     """
-    candidates = [
-        candidate_boxes(anchor, size) for anchor, size in zip(anchors, sizes, strict=True)
-    ]
-    own_costs = [
-        [_own_cost(anchor, box, obstacles, lines, bounds) for box in boxes]
-        for anchor, boxes in zip(anchors, candidates, strict=True)
-    ]
+    candidates = []
+    for anchor, size in zip(anchors, sizes, strict=True):
+        boxes = candidate_boxes(anchor, size)
+        # whole pixels: equal distances stay in the order of candidate_boxes
+        costs = [round(_own_cost(anchor, box, obstacles, lines, bounds)) for box in boxes]
+        candidates.append(sorted(zip(costs, boxes, strict=True), key=itemgetter(0)))
+    rightwards = sorted(range(len(anchors)), key=lambda index: anchors[index])
+    upwards = sorted(range(len(anchors)), key=lambda index: anchors[index][::-1])
+    turns = (rightwards, rightwards[::-1], upwards, upwards[::-1])
+    _, boxes = min((_settle(anchors, candidates, turn) for turn in turns), key=itemgetter(0))
+    return boxes
+
+
+def _settle(
+    anchors: Sequence[Point], candidates: Sequence[Sequence[tuple[int, Box]]], turn: Sequence[int]
+) -> tuple[float, list[Box]]:
+    """Return what the labels cost in all and where they are, when they choose in this order."""
     placed: dict[int, Box] = {}
+    costs: dict[int, float] = {}
     for _ in range(8):
         before = dict(placed)
-        for index, anchor in enumerate(anchors):
+        for index in turn:
             others = [(anchors[j], box) for j, box in placed.items() if j != index]
-            costs = [
-                own + sum(_pair_cost(anchor, box, *other) for other in others)
-                for own, box in zip(own_costs[index], candidates[index], strict=True)
-            ]
-            placed[index] = candidates[index][costs.index(min(costs))]
+            costs[index], placed[index] = _cheapest(anchors[index], candidates[index], others)
         if placed == before:
             break
-    return [placed[index] for index in range(len(anchors))]
+    return sum(costs.values()), [placed[index] for index in range(len(anchors))]
+
+
+def _cheapest(
+    anchor: Point, candidates: Sequence[tuple[int, Box]], others: Sequence[tuple[Point, Box]]
+) -> tuple[float, Box]:
+    """Return the candidate that costs least given the other labels; they come by own cost."""
+    least, chosen = math.inf, candidates[0][1]
+    for own, box in candidates:
+        if own >= least:
+            break  # so do all that follow
+        cost = own + sum(_pair_cost(anchor, box, *other) for other in others)
+        if cost < least:
+            least, chosen = cost, box
+    return least, chosen
 
 
 def candidate_boxes(anchor: Point, size: Point) -> list[Box]:

@@ -136,7 +136,7 @@ def run_job(config: Config, world: World, device: torch.device) -> None:
         return
     with RunFolder(config) as run:
         progress = train(job)
-        if len(job.held_out):
+        if len(job.held_out) and config.method.mask != "none":
             packed = job.batches.packed
             shown = one_of_each_class(packed.index.label, job.held_out, 8)
             methods = {name: m for name, m in recipes.METHODS.items() if m.mask != "none"}
@@ -144,7 +144,7 @@ def run_job(config: Config, world: World, device: torch.device) -> None:
         run.finish(
             {"steps": progress.step, "best_step": progress.best_step, "world_size": world.size}
         )
-    print(f"run finished: {config.run}  (best held-out accuracy at step {progress.best_step})")
+    print(f"run finished: {config.run} (model of step {progress.best_step} selected)")
 
 
 def main() -> None:

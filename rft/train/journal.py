@@ -92,8 +92,9 @@ class Display:
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show the newest means."""
+        distilled = values["loss"] - values["ce"]
         self._status = (
-            f"loss {values['loss']:.3f} = ce {values['ce']:.3f} + mse {values['mse']:.4f} x beta, "
+            f"loss {values['loss']:.3f} = ce {values['ce']:.3f} + distillation {distilled:.3f}  "
             f"{values['images_per_s']:.0f} img/s"
         )
         self._bar.update(self._task, completed=step, status=self._status)

@@ -1,5 +1,6 @@
 """The miniature world: layouts that the readers accept, images that are what they claim."""
 
+import dataclasses
 import hashlib
 import json
 from importlib import resources
@@ -17,7 +18,7 @@ from rft.data.sources import read_source
 from rft.demo import world
 from rft.demo.captions import CONTEXT_LENGTH, TEMPLATES, VOCABULARY, caption
 from rft.demo.objects import CLASSES, SHAPE_INSTANCES, SHARES, bank_members, load_silhouettes
-from rft.demo.render import IMAGE_SIZE, render
+from rft.demo.render import IMAGE_SIZE, place, render
 from rft.demo.scenes import (
     NOVEL_CONTEXTS,
     NUM_CONTEXTS,
@@ -30,7 +31,7 @@ from rft.demo.scenes import (
 )
 from rft.rng import numpy_generator
 
-SCALE = 0.02  # 40 training images, 30 of each other set
+SCALE = 0.01  # 20 training images, 16 of each other set
 DIVERSE = Setting(
     bank="dev",
     styles={"photo": 0.2, "cartoon": 0.2, "painting": 0.2, "embroidery": 0.2, "sketch": 0.2},
@@ -88,13 +89,20 @@ def test_a_finished_world_is_left_alone_and_another_is_refused(folder, tmp_path)
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(root: Path, *_):
+        (root / "half").touch()
         raise OSError("disk full")
 
-    monkeypatch.setattr(world, "_write_objectnet_rest", fail)
+    monkeypatch.setattr(world, "_write_image", fail)
     with pytest.raises(OSError, match="disk full"):
         world.write_world(tmp_path / "world", scale=SCALE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_training_set_shares_objects_with_fine_tuning():
+    banks = {name: image_set.setting.bank for name, image_set in world.SETS.items()}
+    assert banks.pop("imagenet-train") == "finetune"
+    assert set(banks.values()) == {"test"}
 
 
 def test_every_set_is_read_in_its_official_layout(folder, labels):
@@ -164,18 +172,19 @@ def test_every_image_has_a_mask_that_covers_its_object(folder):
 
 
 def test_the_mask_is_where_the_silhouette_was_pasted():
-    for scene, rng in scenes(DIVERSE, 20):
-        blank = np.zeros_like(scene.silhouette)
+    photos = Setting(bank="dev", styles={"photo": 1.0}, contexts="any")
+    for scene, rng in scenes(photos, 16):
         state = rng.bit_generator.state
         image, mask = render(scene, rng)
         rng.bit_generator.state = state
-        without, nothing = render(
-            type(scene)(**{**vars(scene), "silhouette": blank, "style": "photo", "noise": 0}), rng
-        )
+        absent = np.zeros_like(scene.silhouette)
+        ground, nothing = render(dataclasses.replace(scene, silhouette=absent), rng)
         assert not nothing.any()
-        if scene.style == "photo":
-            difference = np.abs(image.astype(int) - without).max(axis=-1)
-            assert difference[mask].mean() > 3 * difference[~mask].mean()
+        changed = np.abs(image.astype(int) - ground).max(axis=-1)
+        # the mask is where the object covers more than it lets through
+        assert (changed[place(scene) == 0] == 0).all()
+        assert (mask == (place(scene) > 0.5)).all()
+        assert (changed[mask] > 10).mean() > 0.9
 
 
 def test_contexts_follow_their_rule():

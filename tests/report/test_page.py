@@ -40,7 +40,7 @@ class Page(HTMLParser):
 def paths(tmp_path):
     names = ("vanilla", "no-mask", "object-mask-single-fill")
     paths = [make_run(tmp_path / "runs", name, seed) for name in names for seed in (0, 1)]
-    make_gallery(paths[3] / "gallery.npz")
+    make_gallery(paths[3] / "gallery.npz", batch=2)
     return paths
 
 

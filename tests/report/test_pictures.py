@@ -19,7 +19,7 @@ ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)
 def decode(png: bytes) -> np.ndarray:
     """Pixels of a PNG after checking that they show something."""
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    assert len(np.unique(pixels.astype(np.int32) @ (1, 256, 256**2))) > 20
     assert (pixels == 255).all(axis=2).mean() < 0.99
     return pixels
 
@@ -27,7 +27,7 @@ def decode(png: bytes) -> np.ndarray:
 def test_scatter_of_many_recipes():
     rng = np.random.default_rng(0)
     names = ["zero-shot", "vanilla", "no-mask", "mine $x_", *GRID]
-    names += [f"wise-ft-0.{tenth}" for tenth in range(1, 10)]
+    names += [f"wise-ft-0.{tenth}" for tenth in (1, 3, 5, 9)]
     runs = [run_of(n, s, tuple(ALL + rng.normal(0, 2, 6))) for n in names for s in range(3)]
     assert decode(plots.scatter(result_rows(runs))).shape == (1120, 1640, 3)
 

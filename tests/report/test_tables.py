@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import statistics
 
 import pytest
@@ -43,7 +44,9 @@ ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)
 def test_ood_average_is_the_papers(recipe):
     percent, expected = PAPER[recipe]
     # the paper averages unrounded accuracies, so its own rows agree to 0.06 only
-    assert tables.ood_average(run_of(recipe, percent=percent)) == pytest.approx(expected, abs=0.06)
+    assert tables.ood_average(run_of(recipe, percent=percent)) == pytest.approx(
+        expected, abs=0.0601
+    )
 
 
 def test_percentages_come_from_counts():
@@ -179,7 +182,7 @@ def test_text_fits_100_columns_and_takes_no_markup_from_names():
     text = stream.getvalue()
     assert max(map(len, text.splitlines())) <= 100
     assert text.isascii()
-    assert "context-mask-single-fill 3 70.0+-0.0" in text
+    assert re.search(r"^context-mask-single-fill +3 70\.0\+-0\.0 60\.0", text, re.MULTILINE)
     assert "[bold]" in text
     assert all(name in text for name in COLUMNS)
 
