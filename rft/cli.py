@@ -26,6 +26,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             message = " ".join(str(error).split())

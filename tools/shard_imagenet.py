@@ -35,7 +35,7 @@ class ShardImagenet:
 
 def main() -> None:
     """Pack what the command line names."""
-    command = tyro.cli(ShardImagenet, config=(tyro.conf.FlagCreatePairsOff,))
+    command = cli.parse(ShardImagenet, config=(tyro.conf.FlagCreatePairsOff,))
     if not command.splits:
         raise ValueError("--splits names nothing to pack")
     labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()

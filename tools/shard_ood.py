@@ -37,7 +37,7 @@ class ShardOod:
 
 def main() -> None:
     """Pack what the command line names."""
-    command = tyro.cli(ShardOod, config=(tyro.conf.FlagCreatePairsOff,))
+    command = cli.parse(ShardOod, config=(tyro.conf.FlagCreatePairsOff,))
     if not command.benchmark:
         raise ValueError("--benchmark names nothing to pack")
     labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()

@@ -3,6 +3,8 @@
 Classes, contexts and styles are independent here, so what fine-tuning ties together this model has
 seen apart. It is followed on the development bank only; no fine-tuning method and no test image had
 a part in any choice (docs/decisions.md).
+
+Shape suffixes: B batch, C channel, H W pixels, T tokens of a caption, E embedding.
 """
 
 import copy
@@ -11,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +34,7 @@ from rft.demo.scenes import VERSION, Setting, draw_scene
 from rft.rng import derive, numpy_generator
 from rft.train.optim import learning_rate
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {
         "image_size": IMAGE_SIZE,
@@ -172,7 +175,7 @@ def measure(model: CLIP, dev: dict[str, Captioned]) -> dict[str, float]:
     """
     model.eval()
     head = zero_shot_head(to_pretrained(model), CLASSES, TEMPLATES)
-    measured = {}
+    measured: dict[str, float] = {}
     for name, data in dev.items():
         features_BE = model.encode_image(normalise(data.images_BCHW))
         guesses_B = head(F.normalize(features_BE, dim=-1)).argmax(dim=-1)
@@ -202,7 +205,7 @@ def to_pretrained(model: CLIP) -> PretrainedClip:
     return PretrainedClip(model, WordTokenizer(VOCABULARY, CONTEXT_LENGTH), architecture)
 
 
-def save_model(out: Path, model: CLIP, card: dict[str, object]) -> None:
+def save_model(out: Path, model: CLIP, card: dict[str, Any]) -> None:
     """Write weights, configuration, vocabulary and a card that says where they come from."""
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     config = {"model_cfg": MODEL, "preprocess_cfg": {"size": IMAGE_SIZE, **preprocess}}

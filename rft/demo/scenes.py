@@ -94,11 +94,14 @@ def draw_scene(
     wide = rng.uniform() < setting.wide_rotation
     angle = WIDE_ANGLE if wide else setting.angle
     shift_x, shift_y = rng.uniform(-3, 3, size=2)
+    silhouette = instances[rng.integers(len(instances))]
+    context = draw_context(setting, class_id, rng)
+    styles, shares = list(setting.styles), list(setting.styles.values())
     return Scene(
         class_id=class_id,
-        silhouette=instances[rng.integers(len(instances))],
-        context=draw_context(setting, class_id, rng),
-        style=str(rng.choice(list(setting.styles), p=list(setting.styles.values()))),
+        silhouette=silhouette,
+        context=context,
+        style=styles[rng.choice(len(styles), p=shares)],
         angle=rng.uniform(-angle, angle),
         size=rng.uniform(*setting.size),
         shift=(shift_x, shift_y),

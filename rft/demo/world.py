@@ -10,7 +10,7 @@ import dataclasses
 import json
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,14 +22,14 @@ from rft import files
 from rft.demo.captions import TEMPLATES
 from rft.demo.objects import CLASSES, load_silhouettes
 from rft.demo.render import IMAGE_SIZE, draw_context, render, to_bytes
-from rft.demo.scenes import NOVEL_CONTEXTS, VERSION, Scene, Setting, draw_scene
+from rft.demo.scenes import NOVEL_CONTEXTS, VERSION, Scene, Setting, Style, draw_scene
 from rft.rng import derive, numpy_generator
 
 __all__ = ["IMAGE_SIZE", "ImageSet", "SETS", "write_world"]
 
 IDS = tuple(f"n{class_id + 1:08d}" for class_id in range(len(CLASSES)))
-PHOTOS = {"photo": 1.0}
-RENDITIONS = {"cartoon": 1 / 3, "painting": 1 / 3, "embroidery": 1 / 3}
+PHOTOS: Mapping[Style, float] = {"photo": 1.0}
+RENDITIONS: Mapping[Style, float] = {"cartoon": 1 / 3, "painting": 1 / 3, "embroidery": 1 / 3}
 
 
 @dataclass(frozen=True, kw_only=True)

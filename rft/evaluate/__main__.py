@@ -144,10 +144,9 @@ def main() -> None:
     with dist.process_group(world, device):
         dist.require_agreement(world, "set of packed data", manifests)
         evaluate(waiting, packed, batch_size=arguments.batch_size, world=world, device=device)
-    if world.is_main:
-        print(
-            f"next: python -m rft.report {' '.join(map(str, arguments.checkpoints))} --out report"
-        )
+    runs = [str(path) for path in arguments.checkpoints if path.is_dir()]
+    if world.is_main and runs:
+        print(f"next: python -m rft.report {' '.join(runs)} --out report")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Arguments:
 
 def main() -> None:
     """Parse, read, write, print the tables and the page's path last."""
-    arguments = tyro.cli(Arguments, prog="rft.report")
+    arguments = cli.parse(Arguments, prog="rft.report")
     report = build(arguments.runs)
     write(report, arguments.out)
     console = Console()

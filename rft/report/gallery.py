@@ -6,7 +6,6 @@ pixels. The heat map is the only place where relevance, one number a patch, is u
 
 Shapes: B images, H W pixels, C channels, P = G * G patches in row-major order.
 """
-# ruff: noqa: N803, N806
 
 import io
 import textwrap

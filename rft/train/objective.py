@@ -1,6 +1,6 @@
 """The training objective: cross-entropy plus distillation on counterfactual images.
 
-L = CE(g(f(x)), y) + beta MSE(f(x_cf), f_0(x_cf))   (eq. 4; f_0 is the frozen pre-trained tower)
+L = CE(g(f(x)), y) + beta MSE(f(x_cf), f_0(x_cf))   (eq. 2; f_0 is the frozen pre-trained tower)
 
 One module holds student and teacher so that data parallelism wraps it as a whole. A step is two
 calls with a backward after each, and only one of the two graphs is ever alive:
