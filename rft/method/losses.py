@@ -1,4 +1,4 @@
-"""The loss terms (section 3.3 and appendix A.3)."""
+"""The loss terms (eq. 2, section 3.2)."""
 
 import torch.nn.functional as F
 from torch import Tensor

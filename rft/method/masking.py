@@ -1,4 +1,4 @@
-"""Which patches are masked: the object's, the context's, or random ones (section 3.2).
+"""Which patches are masked: the object's, the context's, or random ones (section 3.2.1).
 
 Each function returns a bool mask, (B, P), True where a patch is masked.
 """

@@ -1,4 +1,4 @@
-"""What replaces masked patches, as an index map (section 3.2).
+"""What replaces masked patches, as an index map (section 3.2.2).
 
 A counterfactual image is a donor for each image n and patch p: n itself where the patch is kept,
 another image m of the batch where it is refilled, DROP where it is dropped. A fill takes the patch
