@@ -4,7 +4,7 @@ SEEDS  ?= 1
 DEMO   ?= miniature
 BIN    := .venv/bin
 
-.PHONY: demo test lint bench simd clean
+.PHONY: demo results test lint bench simd clean
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -16,6 +16,10 @@ BIN    := .venv/bin
 
 demo: .venv/.installed  ## the paper's experiment in miniature, from images to a report
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds $(SEEDS)
+
+results: .venv/.installed  ## the demo on three seeds, into docs/results and the pages that quote it
+	$(BIN)/python -m rft.demo --out $(DEMO) --seeds 3
+	$(BIN)/python docs/update_results.py --demo $(DEMO)
 
 test: .venv/.installed  ## every test
 	$(BIN)/pytest -q
@@ -29,7 +33,7 @@ lint: .venv/.installed  ## style, types, module contracts, spelling, shell scrip
 	$(BIN)/shellcheck -x .ci/run launch/*.sbatch
 
 bench: .venv/.installed  ## step time of ours against the vanilla and the textbook step
-	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.step --save
 
 simd: .venv/.installed  ## replace Pillow in .venv by Pillow-SIMD, built here for AVX2
 	$(BIN)/pip uninstall -q -y pillow pillow-simd

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -53,7 +54,8 @@ def build_classifier(name: str, classes: int) -> Classifier:
     config = open_clip.get_model_config(name)
     if config is None:
         raise cli.unknown("model", name, open_clip.list_models())
-    visual = check_supported(open_clip.create_model(name, pretrained=None).visual)
+    model: Any = open_clip.create_model(name, pretrained=None)
+    visual = check_supported(model.visual)
     head = nn.Linear(config["embed_dim"], classes)
     with torch.no_grad():
         head.weight.mul_(100 / head.weight.norm(dim=1, keepdim=True))

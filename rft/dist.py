@@ -6,6 +6,7 @@ Works the same in one process without torchrun; then nothing is initialised.
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,11 @@ def pick_device(choice: str, world: World) -> torch.device:
 def process_group(
     world: World, device: torch.device, timeout: datetime.timedelta = datetime.timedelta(minutes=10)
 ) -> Iterator[None]:
-    """Join the other ranks (NCCL on GPU, gloo on CPU) for the length of the body."""
+    """Join the other ranks (NCCL on GPU, gloo on CPU) for the length of the body.
+
+    A user's mistake that only another rank than 0 meets, such as a damaged shard, is told here:
+    `cli.run` speaks for rank 0 alone.
+    """
     if world.size == 1:
         yield
         return
@@ -67,6 +72,10 @@ def process_group(
         yield
         # gloo can abort when a peer is gone before everyone has finished
         torch.distributed.barrier()
+    except (ValueError, OSError) as error:
+        if not world.is_main:
+            print(f"error on rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        raise
     finally:
         torch.distributed.destroy_process_group()
 

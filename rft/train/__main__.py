@@ -1,7 +1,9 @@
 """Fine-tune CLIP: `torchrun --nproc_per_node N -m rft.train [RECIPE --data URL --run-dir DIR]`."""
 
+import contextlib
 import copy
 import dataclasses
+import io
 import os
 import sys
 
@@ -81,6 +83,8 @@ def use_embedded_world(config: Config, world: World) -> Config:
             "--data URL --run-dir DIR",
             flush=True,
         )
+    # whichever rank is first makes it, the others wait for its lock; one of them tells
+    with contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(io.StringIO()):
         miniature.prepare_data(miniature.FOLDER)
     return dataclasses.replace(config, data=str(miniature.shards(miniature.FOLDER)), run=run)
 
@@ -103,6 +107,8 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
         block_shards=config.loader.block_shards,
     )
     pretrained = load_clip(config.model)
+    # one image now, so that shards of the wrong size stop the run here and not inside it
+    packed.image(int(samples[0]), pretrained.architecture.image_size)
     head = zero_shot_head(pretrained, packed.manifest.classes, packed.manifest.templates)
     student = Classifier(pretrained.model.visual, head, pretrained.architecture)
     teacher = copy.deepcopy(student)
@@ -114,8 +120,6 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
         rank=world.rank,
         world_size=world.size,
     )
-    # the first image now, so that shards of the wrong size stop the run here and not inside it
-    packed.image(int(samples[0]), batches.image_size)
     return Job(
         config=config,
         world=world,
@@ -127,9 +131,9 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     )
 
 
-def run_job(config: Config, world: World, device: torch.device) -> None:
+def run_job(job: Job) -> None:
     """Train one run to its end and leave a finished run folder."""
-    job = prepare(config, world, device)
+    config, world = job.config, job.world
     dist.require_agreement(world, "data fingerprint", job.fingerprint)
     if not world.is_main:
         train(job)
@@ -161,9 +165,10 @@ def main() -> None:
     device = dist.pick_device(config.device, world)
     if config.precision != "fp32":
         torch.set_float32_matmul_precision("high")
+    # before the ranks join, so that a mistake that all of them see is told once
+    job = prepare(config, world, device)
     with dist.process_group(world, device):
-        dist.barrier(world)
-        run_job(config, world, device)
+        run_job(job)
     if world.is_main:
         command = f"torchrun --nproc_per_node {world.size} -m rft.evaluate"
         print(f"next: {command} {config.run} --data {config.data}")

@@ -1,0 +1,54 @@
+"""Copy a demo's report into docs/results/miniature and its tables into the pages that show them.
+
+`make results` runs the demo on three seeds and then this. A page takes a table between the lines
+`<!-- table: FILE -->` and `<!-- end of table -->`; tests/test_docs.py holds the two equal.
+"""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rft import cli, files
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/decisions.md")
+RESULTS = "docs/results/miniature"
+COPIED = ("table.md", "table.csv", "scatter.png", "curves.png", "gallery.png")
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Take a demo's report into the documentation."""
+
+    demo: Path = Path("miniature")
+    """Folder that `make demo SEEDS=3` wrote."""
+
+
+def with_tables(page: str) -> str:
+    """Return a page's text with every marked table as its file has it now."""
+
+    def table(match: re.Match[str]) -> str:
+        text = (ROOT / match[2]).read_text().strip()
+        return f"{match[1]}\n{text}\n\n{match[3]}"
+
+    return BLOCK.sub(table, page)
+
+
+def main() -> None:
+    """Copy the report's files, then write the pages."""
+    arguments = cli.parse(Arguments, prog="update_results")
+    (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        shutil.copyfile(arguments.demo / "report" / name, ROOT / RESULTS / name)
+    provenance = files.read_json(str(arguments.demo / "runs/zero-shot-seed0/provenance.json"))
+    files.write_json(str(ROOT / RESULTS / "provenance.json"), provenance)
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(with_tables(page.read_text()))
+        print(f"updated {name}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,49 @@
+"""What the pages say is what the files hold."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from rft import recipes
+
+ROOT = Path(__file__).parents[1]
+
+
+def updater():
+    spec = importlib.util.spec_from_file_location("update", ROOT / "docs" / "update_results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md"])
+def test_tables_are_their_files(page):
+    text = (ROOT / page).read_text()
+    assert "<!-- table:" in text
+    assert updater().with_tables(text) == text
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_readme_names_every_recipe():
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"`([a-z-]+)`", text))
+    named |= {f"{m}-mask-{f}-fill" for m in ("random", "context", "object") for f in FILLS}
+    assert set(recipes.names()) <= named
+
+
+FILLS = ("no", "single", "multi")
+
+
+def test_files_the_readme_lists_exist():
+    text = (ROOT / "README.md").read_text()
+    for line in re.findall(r"\| `?(rft/[a-z_/]+\.py)", text):
+        assert (ROOT / line).exists(), line
