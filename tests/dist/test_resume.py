@@ -1,0 +1,59 @@
+"""A killed run, started again, ends with the undisturbed run's weights, bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rft import files
+from tests.tiny import kill_when, torchrun, torchrun_command
+
+
+def options(data: Path, clip: str, run: Path) -> list[str]:
+    return [
+        *("rft.train", "object-mask-single-fill", "--data", str(data), "--run-dir", str(run)),
+        *("--scale", "miniature", "--model.clip", clip, "--method.threshold", "0.5"),
+        *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "6"),
+        *("--log.checkpoint-steps", "4", "--log.every-steps", "3"),
+    ]
+
+
+def leaves(value) -> list:
+    """Every tensor and number of a checkpoint, in order, tensors as their exact bytes."""
+    if isinstance(value, dict):
+        return [leaf for key in sorted(value, key=str) for leaf in leaves(value[key])]
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in leaves(part)]
+    return [value.numpy().tobytes() if isinstance(value, torch.Tensor) else value]
+
+
+def outcome(run: Path) -> tuple[str, list, list[dict]]:
+    """The selected weights' hash, the last checkpoint's content and the held-out counts."""
+    last = max((run / "checkpoints").glob("step-*.pt"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == sorted(set(steps)), "a resumed run logs each step once"
+    return (
+        files.sha256_file(run / "checkpoints" / "best.safetensors"),
+        leaves(torch.load(last, weights_only=True)),
+        [line for line in lines if "held_out_correct" in line],
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_kill_and_resume_is_bit_identical(tmp_path, tiny_data, tiny_clip, ranks):
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    torchrun(ranks, *options(tiny_data, tiny_clip, calm))
+    assert (calm / "training.json").exists()
+
+    command = torchrun_command(ranks, *options(tiny_data, tiny_clip, killed))
+    reached = killed / "checkpoints" / "step-00000012.pt"
+    kill_when(command, lambda: reached.exists())
+    assert not (killed / "training.json").exists()
+    torchrun(ranks, *options(tiny_data, tiny_clip, killed))
+    assert (killed / "training.json").exists()
+    assert outcome(killed) == outcome(calm)
+
+    again = torchrun(1, *options(tiny_data, tiny_clip, killed))
+    assert "already finished" in again.stdout
