@@ -18,7 +18,7 @@ def single(tmp_path_factory) -> dict:
     found = {}
     for recipe in ("vanilla", "no-mask"):
         path = folder / f"{recipe}.pt"
-        torchrun(1, "tests.dist.gradients", recipe, "1", str(path))
+        torchrun(1, "tests.ranks.gradients", recipe, "1", str(path))
         found[recipe] = torch.load(path, weights_only=True)
     return found
 
@@ -28,7 +28,7 @@ def single(tmp_path_factory) -> dict:
 def test_gradients_do_not_depend_on_ranks(tmp_path, single, recipe, ranks, accumulate):
     # masks draw donors from each rank's own images, so only these recipes can be equal
     path = tmp_path / "gradients.pt"
-    torchrun(ranks, "tests.dist.gradients", recipe, str(accumulate), str(path))
+    torchrun(ranks, "tests.ranks.gradients", recipe, str(accumulate), str(path))
     for name, value in torch.load(path, weights_only=True).items():
         expected = single[recipe][name]
         scale = expected.abs().max().clamp(min=1)
