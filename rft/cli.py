@@ -1,7 +1,8 @@
 """How every command line of rft starts and how it fails.
 
 A user's mistake is a `ValueError` (or an `OSError` from a file they named): it becomes one line on
-stderr and exit code 2. Everything else is a bug and keeps its traceback.
+stderr and exit code 2. Everything else is a bug and keeps its traceback; RFT_TRACEBACK=1 in the
+environment shows one for a mistake too.
 """
 
 import contextlib
@@ -29,6 +30,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
+        if os.environ.get("RFT_TRACEBACK"):
+            raise
         if os.environ.get("RANK", "0") == "0":
             message = " ".join(str(error).split())
             print(f"error: {message}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import os
 import sys
 
@@ -63,7 +64,7 @@ def parse(arguments: list[str]) -> Config:
 
 def _value_of(options: list[str], name: str) -> str:
     """Return the value of one option before the whole line can be parsed, or an empty string."""
-    for option, following in zip(options, [*options[1:], ""], strict=True):
+    for option, following in itertools.pairwise([*options, ""]):
         if option == name:
             return following
         if option.startswith(f"{name}="):

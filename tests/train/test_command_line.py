@@ -10,7 +10,7 @@ import time
 import filelock
 import pytest
 
-from rft import cli
+from rft import cli, recipes
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
 from rft.train import __main__ as train_command
@@ -43,6 +43,14 @@ def options(tiny_data, tiny_clip, tmp_path) -> list[str]:
         *("--scale", "miniature", "--model.clip", tiny_clip, "--loader.batch-size", "6"),
         *("--loader.held-out", "8", "--optim.epochs", "1"),
     ]
+
+
+def test_no_argument_means_the_main_recipe_on_the_miniature():
+    config = train_command.parse([])
+    assert (config.recipe, config.scale, config.data) == (recipes.DEFAULT, "miniature", "")
+    assert train_command.parse(["vanilla", "--seed", "3"]).seed == 3
+    assert train_command.parse(["vanilla", "--data=d", "--run-dir=r"]).scale == "paper"
+    assert train_command.parse(["--scale", "miniature", "--data", "d", "--run", "r"]).run == "r"
 
 
 def test_unknown_recipe(refused):
