@@ -21,7 +21,7 @@ T = TypeVar("T")
 def run(main: Callable[[], None]) -> None:
     """Run `main`; turn a user's mistake into one clear line and exit code 2.
 
-    Under torchrun every rank meets the same mistake, so only rank 0 says it.
+    Under torchrun the ranks of a node meet the same mistake, so one of each node says it.
     """
     try:
         main()
@@ -32,9 +32,11 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("RFT_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             message = " ".join(str(error).split())
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            rank = os.environ.get("RANK", "0")
+            where = "" if rank == "0" else f" on rank {rank}"
+            print(f"error{where}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

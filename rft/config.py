@@ -40,7 +40,7 @@ class LoaderConfig:
     """Sample streams a global batch is drawn from (block shuffle only)."""
     block_shards: int = 0
     """Shards shuffled together in each stream; 0 shuffles the whole set."""
-    workers: int = 0
+    workers: int = 4
     """Loader processes of each rank; 0 reads in the training process."""
 
     def __post_init__(self) -> None:

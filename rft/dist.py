@@ -43,12 +43,17 @@ def pick_device(choice: str, world: World) -> torch.device:
     """Return this rank's device for `auto`, `cpu` or `cuda`.
 
     Raises:
-        ValueError: if `cuda` is asked for and absent.
+        ValueError: if `cuda` is asked for and absent, or there are more ranks than GPUs.
     """
     if choice == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees no GPU; use --device cpu")
     if choice == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"rank {world.rank} has no GPU: torchrun started more processes on this machine than "
+            f"its {torch.cuda.device_count()} GPUs; lower --nproc_per_node"
+        )
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     return device
@@ -60,8 +65,9 @@ def process_group(
 ) -> Iterator[None]:
     """Join the other ranks (NCCL on GPU, gloo on CPU) for the length of the body.
 
-    A user's mistake that only another rank than 0 meets, such as a damaged shard, is told here:
-    `cli.run` speaks for rank 0 alone.
+    A mistake that only this rank meets, such as a damaged shard, is told here: `cli.run` speaks for
+    the first rank of each node alone. The group is left as it is then, because taking it down waits
+    for the others, who wait in a collective; torchrun ends them all.
     """
     if world.size == 1:
         yield
@@ -73,11 +79,10 @@ def process_group(
         # gloo can abort when a peer is gone before everyone has finished
         torch.distributed.barrier()
     except (ValueError, OSError) as error:
-        if not world.is_main:
+        if world.local_rank > 0:
             print(f"error on rank {world.rank}: {error}", file=sys.stderr, flush=True)
         raise
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 def barrier(world: World) -> None:

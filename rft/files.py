@@ -35,6 +35,17 @@ def open_store(url: str) -> tuple[AbstractFileSystem, str]:
         raise ValueError(f"cannot open {url!r}: {error}") from error
 
 
+def require_local(path: str | Path, option: str) -> None:
+    """Check that a folder we write piece by piece is local.
+
+    Raises:
+        ValueError: for a URL, which would otherwise become a local folder named after its scheme.
+    """
+    # a Path has already folded the two slashes of a URL into one
+    if ":/" in str(path):
+        raise ValueError(f"{option} is {path}; it must be a local folder, copy it from there later")
+
+
 def join(url: str, *names: str) -> str:
     """Append path components to a URL or a local path."""
     return "/".join([url.rstrip("/"), *names])
@@ -101,7 +112,6 @@ def publish(url: str) -> Iterator[Path]:
                 os.fsync(stream.fileno())
             temporary.replace(path)
         else:
-            fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
             fs.put_file(str(temporary), path)
     finally:
         temporary.unlink(missing_ok=True)

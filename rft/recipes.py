@@ -60,7 +60,7 @@ def _miniature(config: Config) -> Config:
         config,
         scale="miniature",
         model=ModelConfig(clip="rft-miniature", pretrained=""),
-        loader=LoaderConfig(batch_size=64, held_out=400),
+        loader=LoaderConfig(batch_size=64, held_out=400, workers=0),
         method=replace(config.method, distill_weight=config.method.distill_weight / 10),
         optim=replace(config.optim, lr=3e-4, warmup_steps=5),
         log=LogConfig(every_steps=5, checkpoint_steps=25),

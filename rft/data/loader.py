@@ -5,7 +5,9 @@ parsed, so a short or damaged shard is an error with a name, not a shorter epoch
 keep no state: item t of the map-style dataset is this rank's part of global batch t.
 """
 
+import math
 import os
+import resource
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -22,7 +24,8 @@ from rft.data import encode, order
 from rft.data.manifest import Index, Manifest
 from rft.data.order import EpochOrder, Plan, rank_slice
 
-OPEN_FILES = 128  # descriptors a process keeps; the usual limit is 1024 for everything it opens
+# descriptors a process keeps open on shards: half of what the system lets it have
+OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 class Batch(NamedTuple):
@@ -150,7 +153,7 @@ class ShardReader:
                 os.close(descriptor)
 
 
-class TrainingBatches(Dataset[Batch]):
+class TrainingBatches(Dataset[Batch | ValueError]):
     """Item t is one rank's part of global batch t, counted from the start of training."""
 
     def __init__(
@@ -179,26 +182,60 @@ class TrainingBatches(Dataset[Batch]):
             self._order = EpochOrder(self.plan, epoch)
         return self.samples[self._order.batch(step_of_epoch)]
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch | ValueError:
         samples = rank_slice(self.global_samples(index), self.rank, self.world_size)
-        return self.packed.batch(samples, self.image_size)
+        return _batch_or_error(self.packed, samples, self.image_size)
 
 
-def training_batches(
-    dataset: TrainingBatches, start: int, stop: int, *, workers: int, device: torch.device
+class EvaluationBatches(Dataset[Batch | ValueError]):
+    """The given samples in their order, cut into batches; the last one may be short."""
+
+    def __init__(
+        self, packed: PackedDataset, samples: np.ndarray, *, image_size: int, batch_size: int
+    ) -> None:
+        self.packed = packed
+        self.samples = samples
+        self.image_size = image_size
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.samples) / self.batch_size)
+
+    def __getitem__(self, index: int) -> Batch | ValueError:
+        start = index * self.batch_size
+        samples = self.samples[start : start + self.batch_size]
+        return _batch_or_error(self.packed, samples, self.image_size)
+
+
+def read_batches(
+    dataset: Dataset[Batch | ValueError], numbers: range, *, workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Yield this rank's batches of steps [start, stop) in order, on `device`, images uint8."""
+    """Yield the numbered batches of a dataset in order, on `device`, images uint8.
+
+    Raises:
+        ValueError: if a sample is damaged; the message names shard, key and offset.
+    """
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=range(start, stop),
+        sampler=numbers,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         # a forked copy of a process that already runs CUDA, gloo or fsspec threads can hang
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context="forkserver" if workers and len(numbers) else None,
     )
     for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
         yield to_device(batch, device)
+
+
+def _batch_or_error(packed: PackedDataset, samples: np.ndarray, size: int) -> Batch | ValueError:
+    # as a value, because a loader process would raise it again as a whole traceback in one string
+    try:
+        return packed.batch(samples, size)
+    except ValueError as error:
+        return error
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

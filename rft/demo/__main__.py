@@ -67,7 +67,7 @@ def demo(arguments: Demo) -> None:
     sets = {name: PackedDataset(str(data / name)) for name in SETS}
     manifests = {name: packed.manifest.sha256 for name, packed in sets.items()}
     if waiting := [str(path) for path in runs if not is_current(path, manifests)]:
-        torchrun(arguments, "rft.evaluate", *waiting, "--data", str(data))
+        torchrun(arguments, "rft.evaluate", *waiting, "--data", str(data), "--workers", "0")
     table = write_report(runs, arguments.out / "report")
     print(f"\n{table}\ndone in {time.perf_counter() - started:.0f} s")
     print(f"report: {arguments.out / 'report' / 'index.html'}")

@@ -46,6 +46,8 @@ class Arguments:
     """Packed sets to evaluate on."""
     batch_size: int = 256
     """Images in one forward."""
+    workers: int = 4
+    """Loader processes of each rank; 0 reads in the evaluating process."""
     device: Device = "auto"
 
 
@@ -56,15 +58,20 @@ def result_path(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".results.json")
 
 
-def is_current(checkpoint: Path, manifests: dict[str, str]) -> bool:
-    """Whether the recorded counts belong to these weights and these sets (name -> sha256)."""
+def recorded_sets(checkpoint: Path) -> dict[str, Any]:
+    """Return the counts recorded for the weights as they are now; empty if there are none."""
     path, weights = result_path(checkpoint), checkpoint_path(checkpoint)
     if not path.is_file() or not weights.is_file():
-        return False
+        return {}
     recorded = files.read_json(str(path))
-    if recorded["checkpoint_sha256"] != files.sha256_file(weights):
-        return False
-    found = {name: entry["manifest_sha256"] for name, entry in recorded["sets"].items()}
+    same = recorded["checkpoint_sha256"] == files.sha256_file(weights)
+    return recorded["sets"] if same else {}
+
+
+def is_current(checkpoint: Path, manifests: dict[str, str]) -> bool:
+    """Whether the recorded counts belong to these weights and these sets (name -> sha256)."""
+    recorded = recorded_sets(checkpoint)
+    found = {name: entry["manifest_sha256"] for name, entry in recorded.items()}
     return all(found.get(name) == sha256 for name, sha256 in manifests.items())
 
 
@@ -73,6 +80,7 @@ def evaluate(
     packed: dict[str, PackedDataset],
     *,
     batch_size: int,
+    workers: int,
     world: World,
     device: torch.device,
 ) -> None:
@@ -81,6 +89,8 @@ def evaluate(
     sizes = {architecture.image_size for _, architecture, _ in loaded}
     if len(sizes) > 1:
         raise ValueError(f"the checkpoints want images of {sorted(sizes)} px; evaluate them apart")
+    for path, (state, _, _) in zip(checkpoints, loaded, strict=True):
+        require_classes(path, len(state["head.weight"]), packed)
     models = [build_classifier(state, arch).to(device) for state, arch, _ in loaded]
     sets: list[dict[str, Any]] = [{} for _ in models]
     console = Console(file=sys.stderr)
@@ -94,6 +104,7 @@ def evaluate(
                 world=world,
                 device=device,
                 batch_size=batch_size,
+                workers=workers,
                 progress=lambda done, task=task: bar.advance(task, done),
             )
             for entry, count in zip(sets, counts, strict=True):
@@ -107,6 +118,20 @@ def evaluate(
             write_results(path, entry, metadata)
 
 
+def require_classes(checkpoint: Path, classes: int, packed: dict[str, PackedDataset]) -> None:
+    """Check that a checkpoint's head and the sets' label spaces have the same classes.
+
+    Raises:
+        ValueError: naming the checkpoint and the set.
+    """
+    for dataset in packed.values():
+        if len(dataset.manifest.classes) != classes:
+            raise ValueError(
+                f"{checkpoint} tells {classes} classes apart, {dataset.url} was packed with "
+                f"{len(dataset.manifest.classes)}; evaluate it on data of its own label space"
+            )
+
+
 def write_results(checkpoint: Path, sets: dict[str, Any], metadata: dict[str, str]) -> None:
     """Record and print one checkpoint's counts."""
     config = checkpoint / "config.json"
@@ -116,7 +141,8 @@ def write_results(checkpoint: Path, sets: dict[str, Any], metadata: dict[str, st
         "checkpoint_sha256": files.sha256_file(checkpoint_path(checkpoint)),
         "step": int(metadata["step"]),
         "config_sha256": files.sha256_file(config) if config.is_file() else None,
-        "sets": sets,
+        # what an earlier call counted for the same weights stays
+        "sets": {**recorded_sets(checkpoint), **sets},
         "provenance": files.provenance(),
     }
     files.write_json(str(result_path(checkpoint)), document)
@@ -132,18 +158,29 @@ def main() -> None:
     for name in arguments.sets:
         if name not in SETS:
             raise cli.unknown("set", name, SETS)
+    if arguments.batch_size < 1 or arguments.workers < 0:
+        raise ValueError("--batch-size must be at least 1 and --workers at least 0")
     packed = {name: PackedDataset(files.join(arguments.data, name)) for name in arguments.sets}
     manifests = {name: dataset.manifest.sha256 for name, dataset in packed.items()}
-    waiting = [path for path in arguments.checkpoints if not is_current(path, manifests)]
     world = dist.world_from_env()
-    if not waiting:
-        if world.is_main:
-            print("all counts are already there, nothing to do")
-        return
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device):
         dist.require_agreement(world, "set of packed data", manifests)
-        evaluate(waiting, packed, batch_size=arguments.batch_size, world=world, device=device)
+        # rank 0 decides, because files may change while the others look at them
+        waiting = dist.gather_objects(
+            world, [path for path in arguments.checkpoints if not is_current(path, manifests)]
+        )[0]
+        if waiting:
+            evaluate(
+                waiting,
+                packed,
+                batch_size=arguments.batch_size,
+                workers=arguments.workers,
+                world=world,
+                device=device,
+            )
+        elif world.is_main:
+            print("all counts are already there, nothing to do")
     runs = [str(path) for path in arguments.checkpoints if path.is_dir()]
     if world.is_main and runs:
         print(f"next: python -m rft.report {' '.join(runs)} --out report")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rft import dist
-from rft.data.loader import PackedDataset, to_device
+from rft.data.loader import EvaluationBatches, PackedDataset, read_batches
 from rft.dist import World
 from rft.evaluate.accuracy import Count, is_correct
 
@@ -26,6 +26,7 @@ def count_correct(
     device: torch.device,
     samples: np.ndarray | None = None,
     batch_size: int = 256,
+    workers: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Count]:
     """Return the exact top-1 count of each model, in one pass over the data, on every rank.
@@ -38,6 +39,7 @@ def count_correct(
         device: where the models are.
         samples: sample numbers to evaluate; all of them if not given.
         batch_size: images in one forward.
+        workers: loader processes of each rank; 0 reads in this one.
         progress: called with the number of images each time this rank has done some.
     """
     if samples is None:
@@ -45,14 +47,15 @@ def count_correct(
     class_to_group_K = torch.from_numpy(packed.manifest.class_to_group()).to(device)
     first, last = (len(samples) * rank // world.size for rank in (world.rank, world.rank + 1))
     counts = torch.zeros(len(models) + 1, dtype=torch.int64, device=device)
-    for start in range(first, last, batch_size):
-        chosen = samples[start : min(start + batch_size, last)]
-        batch = to_device(packed.batch(chosen, image_size), device)
+    mine = EvaluationBatches(
+        packed, samples[first:last], image_size=image_size, batch_size=batch_size
+    )
+    for batch in read_batches(mine, range(len(mine)), workers=workers, device=device):
         for number, model in enumerate(models):
             right_B = is_correct(model(batch.images_BCHW), batch.labels_B, class_to_group_K)
             counts[number] += right_B.sum()
-        counts[-1] += len(chosen)
-        progress(len(chosen))
+        counts[-1] += len(batch.labels_B)
+        progress(len(batch.labels_B))
     *correct, total = dist.sum_over_ranks(world, counts).tolist()
     assert total == len(samples), f"counted {total} of {len(samples)} samples"
     return [Count(number, total) for number in correct]

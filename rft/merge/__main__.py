@@ -1,7 +1,7 @@
 """Average fine-tuned weights: `python -m rft.merge wise START END --alpha 0.5 --out DIR`."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
@@ -44,9 +44,10 @@ def wise(arguments: Wise) -> None:
     """
     if not 0 <= arguments.alpha <= 1:
         raise ValueError(f"--alpha is {arguments.alpha}; it must lie in [0, 1]")
+    files.require_local(arguments.out, "--out")
     start, architecture, _ = load_state(checkpoint_path(arguments.start))
     end, other, metadata = load_state(checkpoint_path(arguments.end))
-    if changed := files.difference(architecture.to_json(), other.to_json()):
+    if changed := files.difference(asdict(architecture), asdict(other)):
         raise ValueError(f"the models have other architectures: {changed[0]}")
     state = interpolate(start, end, arguments.alpha)
     recipe = f"wise-ft-{arguments.alpha:g}"

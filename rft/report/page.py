@@ -58,6 +58,7 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
     Raises:
         ValueError: if the runs do not belong in one table, or one of them is malformed.
     """
+    files.require_local(out, "--out")
     report = build(runs)
     write(report, out)
     return report.text()

@@ -59,6 +59,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         raise ValueError("name at least one run folder to report on")
     runs = [load_run(path) for path in paths]
     check_distinct(runs)
+    check_same_settings(runs)
     check_same_data(runs)
     return runs
 
@@ -158,6 +159,28 @@ def check_distinct(runs: Sequence[Run]) -> None:
                 f"{other.path} and {run.path} are both {run.recipe} with seed {run.seed}; "
                 "report one of them"
             )
+
+
+def check_same_settings(runs: Sequence[Run]) -> None:
+    """Check that the seeds of a recipe differ in nothing else: their mean would mean nothing.
+
+    Raises:
+        ValueError: naming two folders and what differs.
+    """
+    first_of: dict[str, Run] = {}
+    for run in runs:
+        other = first_of.setdefault(run.recipe, run)
+        if changed := files.difference(_settings(other), _settings(run)):
+            raise ValueError(
+                f"{other.path} and {run.path} are both {run.recipe}, but with other settings: "
+                f"{'; '.join(changed)}; report them apart"
+            )
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Return the configuration but for seeds, places, and what never changes a result."""
+    apart = {"seed", "split_seed", "data", "run", "log", "device", "merged_from"}
+    return {name: value for name, value in run.config.items() if name not in apart}
 
 
 def check_same_data(runs: Sequence[Run]) -> None:

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from rft import cli, dist, files, recipes
-from rft.clip.classifier import Classifier
+from rft.clip.classifier import SELECTED, Classifier, build_classifier, load_state
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import Config
@@ -57,6 +57,7 @@ def parse(arguments: list[str]) -> Config:
         raise ValueError(
             "--run-dir is missing; name a folder for this run, e.g. --run-dir runs/first"
         )
+    files.require_local(config.run, "--run-dir")
     if not config.data and config.scale != SMALL:
         raise ValueError("--data is missing; give the URL that tools/shard_imagenet.py wrote to")
     return config
@@ -110,6 +111,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     pretrained = load_clip(config.model)
     # one image now, so that shards of the wrong size stop the run here and not inside it
     packed.image(int(samples[0]), pretrained.architecture.image_size)
+    pretrained.model.to(device)
     head = zero_shot_head(pretrained, packed.manifest.classes, packed.manifest.templates)
     student = Classifier(pretrained.model.visual, head, pretrained.architecture)
     teacher = copy.deepcopy(student)
@@ -145,7 +147,9 @@ def run_job(job: Job) -> None:
             packed = job.batches.packed
             shown = one_of_each_class(packed.index.label, job.held_out, 8)
             methods = {name: m for name, m in recipes.METHODS.items() if m.mask != "none"}
-            write_gallery(str(run.path / "gallery.npz"), job.student, packed, shown, methods)
+            state, architecture, _ = load_state(run.path / SELECTED)
+            model = build_classifier(state, architecture)
+            write_gallery(str(run.path / "gallery.npz"), model, packed, shown, methods)
         run.finish(
             {"steps": progress.step, "best_step": progress.best_step, "world_size": world.size}
         )
@@ -164,7 +168,9 @@ def main() -> None:
             print(f"run already finished: {config.run}")
         return
     device = dist.pick_device(config.device, world)
-    if config.precision != "fp32":
+    if world.is_main:
+        print(f"{config.run}: {config.recipe} on {world.size} x {device.type}", flush=True)
+    if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     # before the ranks join, so that a mistake that all of them see is told once
     job = prepare(config, world, device)

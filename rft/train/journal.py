@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -14,6 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from rft import files
 from rft.config import Config
 from rft.evaluate.accuracy import Count
+
+SECONDS_PER_LINE = 60.0  # where there is no terminal; each held-out result is a line too
 
 
 class Journal:
@@ -73,7 +76,7 @@ class Logs:
 
 
 class Display:
-    """What a person sees: a bar on a terminal, one plain line an epoch elsewhere."""
+    """What a person sees: a bar on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, name: str, done: int, total: int) -> None:
         self._total = total
@@ -88,6 +91,7 @@ class Display:
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("train", total=self._total, completed=done, status="")
         self._status = ""
+        self._spoke = time.monotonic()
         self._bar.start()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
@@ -98,14 +102,20 @@ class Display:
             f"{values['images_per_s']:.0f} img/s"
         )
         self._bar.update(self._task, completed=step, status=self._status)
+        if self._bar.disable and time.monotonic() - self._spoke > SECONDS_PER_LINE:
+            self._say(f"step {step}/{self._total}  {self._status}")
 
     def held_out(self, step: int, count: Count) -> None:
         """Show a held-out result."""
         share = f"held-out {100 * count.share:.2f}% ({count.correct}/{count.total})"
         if self._bar.disable:
-            print(f"step {step}/{self._total}  {share}  {self._status}", flush=True)
+            self._say(f"step {step}/{self._total}  {share}  {self._status}")
         else:
             self._bar.console.print(f"step {step}/{self._total}  {share}")
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
+        self._spoke = time.monotonic()
 
     def close(self) -> None:
         """Leave the terminal as it was."""

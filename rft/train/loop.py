@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rft import dist
 from rft.clip.classifier import SELECTED, Classifier, save_classifier
 from rft.config import Config
-from rft.data.loader import Batch, TrainingBatches, training_batches
+from rft.data.loader import Batch, TrainingBatches, read_batches
 from rft.dist import World
 from rft.evaluate.accuracy import Count
 from rft.evaluate.evaluator import count_correct
@@ -56,11 +56,11 @@ def train(job: Job) -> checkpoint.Progress:
     dist.require_agreement(world, "checkpoint", progress)
     module = dist.data_parallel(world, job.objective, job.device)
     settle_buckets(job, module)
+    # a job killed right after a checkpoint may not have written the model that it selected
+    keep_selected(job, progress)
 
     steps = range(progress.step, job.total_steps)
-    stream = training_batches(
-        job.batches, steps.start, steps.stop, workers=config.loader.workers, device=job.device
-    )
+    stream = read_batches(job.batches, steps, workers=config.loader.workers, device=job.device)
     meter = Meter(job)
     with Journal(config, progress.step, job.total_steps, writes=world.is_main) as journal:
         for step in steps:
@@ -86,8 +86,12 @@ def train(job: Job) -> checkpoint.Progress:
                 checkpoint.save(
                     folder, job.student, optimizer, progress, job.fingerprint, config.log.keep
                 )
+            keep_selected(job, progress)
+            if saves:
+                meter.restart()
         if job.total_steps == 0:
             select(job, progress, journal)
+            keep_selected(job, progress)
     return progress
 
 
@@ -142,7 +146,7 @@ def settle_buckets(job: Job, module: nn.Module) -> None:
 
 
 def select(job: Job, progress: checkpoint.Progress, journal: Journal) -> None:
-    """Count held-out accuracy; keep the model if it is strictly the best so far."""
+    """Count held-out accuracy; select the model if it is strictly the best so far."""
     count = Count(progress.step, 1)  # with nothing to select by, the last model is the one
     if len(job.held_out):
         (count,) = count_correct(
@@ -152,13 +156,22 @@ def select(job: Job, progress: checkpoint.Progress, journal: Journal) -> None:
             world=job.world,
             device=job.device,
             samples=job.held_out,
+            workers=job.config.loader.workers,
         )
         journal.held_out(progress.step, count)
     if count.correct > progress.best_correct:
         progress.best_correct, progress.best_step = count.correct, progress.step
-        if job.world.is_main:
-            metadata = {"recipe": job.config.recipe, "step": str(progress.step)}
-            save_classifier(str(RunFolder(job.config).path / SELECTED), job.student, metadata)
+
+
+def keep_selected(job: Job, progress: checkpoint.Progress) -> None:
+    """Write the student if this step's is the selected one.
+
+    Comes after the checkpoint that says so: in the other order, a kill in between could leave a
+    selected model that the resumed run does not know of.
+    """
+    if job.world.is_main and progress.best_step == progress.step:
+        metadata = {"recipe": job.config.recipe, "step": str(progress.step)}
+        save_classifier(str(RunFolder(job.config).path / SELECTED), job.student, metadata)
 
 
 class Meter:
@@ -166,9 +179,10 @@ class Meter:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._reset()
+        self.restart()
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
+        """Forget what was added: the clock starts now, evaluation and checkpoint not counted."""
         self._terms = torch.zeros(4, device=self._job.device)
         self._steps = 0
         self._waited = 0.0
@@ -213,5 +227,5 @@ class Meter:
             "images_per_s": self._steps * job.config.loader.batch_size / seconds,
             "data_wait_ms": 1000 * self._waited / self._steps,
         }
-        self._reset()
+        self.restart()
         return values

@@ -69,9 +69,10 @@ def check_identity(config: Config) -> None:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run folder holds this very run, complete."""
-    folder = Path(config.run)
-    if not (folder / "training.json").exists():
-        return False
+    """Whether the run folder holds this very run, complete.
+
+    Raises:
+        ValueError: if it holds another run, complete or not.
+    """
     check_identity(config)
-    return True
+    return (Path(config.run) / "training.json").exists()

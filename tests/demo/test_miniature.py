@@ -121,7 +121,7 @@ def test_a_flipped_byte_a_cut_and_a_missing_shard_name_the_sample(packed, tmp_pa
 
 
 def test_batches_through_loader_processes_are_the_same(packed):
-    from rft.data.loader import TrainingBatches, training_batches
+    from rft.data.loader import TrainingBatches, read_batches
     from rft.data.order import Plan
 
     dataset = packed["original"]["imagenet-train"]
@@ -130,14 +130,14 @@ def test_batches_through_loader_processes_are_the_same(packed):
     plan = Plan(shard_sizes=sizes, batch_size=12, seed=1, streams=3, block_shards=2)
     whole = TrainingBatches(dataset, samples, plan, image_size=48, rank=0, world_size=1)
     device = torch.device("cpu")
-    alone = list(training_batches(whole, 3, 6, workers=0, device=device))
+    alone = list(read_batches(whole, range(3, 6), workers=0, device=device))
     for ranks in (2, 3):
         parts = [
             TrainingBatches(dataset, samples, plan, image_size=48, rank=rank, world_size=ranks)
             for rank in range(ranks)
         ]
         workers = 2 if ranks == 2 else 0
-        streams = [training_batches(p, 3, 6, workers=workers, device=device) for p in parts]
+        streams = [read_batches(p, range(3, 6), workers=workers, device=device) for p in parts]
         for expected, *pieces in zip(alone, *streams, strict=True):
             assert torch.equal(expected.samples_B, torch.cat([p.samples_B for p in pieces]))
             assert torch.equal(expected.images_BCHW, torch.cat([p.images_BCHW for p in pieces]))

@@ -50,7 +50,7 @@ def test_counts_do_not_depend_on_ranks(tmp_path, tiny_data, zero_shot, ranks):
     copy = tmp_path / "model.safetensors"
     copy.write_bytes((zero_shot / "checkpoints" / "best.safetensors").read_bytes())
     sets = ("imagenet-val", "imagenet-r", "imagenet-a")
-    options = ["--data", str(tiny_data), "--batch-size", "5", "--sets", *sets]
+    options = ["--data", str(tiny_data), "--batch-size", "5", "--workers", "0", "--sets", *sets]
     torchrun(ranks, "rft.evaluate", str(copy), *options)
     results = json.loads((tmp_path / "model.results.json").read_text())["sets"]
     assert [results[name]["total"] for name in sets] == [28, 20, 12]

@@ -1,13 +1,14 @@
 """A killed run, started again, ends with the undisturbed run's weights, bit for bit."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from rft import files
-from tests.tiny import kill_when, torchrun, torchrun_command
+from tests.tiny import environment, kill_when, torchrun, torchrun_command
 
 
 def options(data: Path, clip: str, run: Path) -> list[str]:
@@ -57,3 +58,31 @@ def test_kill_and_resume_is_bit_identical(tmp_path, tiny_data, tiny_clip, ranks)
 
     again = torchrun(1, *options(tiny_data, tiny_clip, killed))
     assert "already finished" in again.stdout
+
+
+def test_a_kill_between_checkpoint_and_selected_model(tmp_path, tiny_data, tiny_clip):
+    # the checkpoint says which model is selected; the file of that model is written after it
+    run = tmp_path / "run"
+    command = [*options(tiny_data, tiny_clip, run), "--log.keep", "100"]
+    torchrun(1, *command)
+    before = outcome(run)
+    best_step = json.loads((run / "training.json").read_text())["best_step"]
+    (run / "training.json").unlink()
+    (run / "checkpoints" / "best.safetensors").unlink()
+    for path in (run / "checkpoints").glob("step-*.pt"):
+        if int(path.stem.removeprefix("step-")) > best_step:
+            path.unlink()
+    torchrun(1, *command)
+    assert outcome(run) == before
+
+
+def test_without_any_argument_it_trains_on_the_miniature(tmp_path):
+    command = torchrun_command(2, "rft.train", "--optim.epochs", "1")
+    result = subprocess.run(
+        command, env=environment(), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.stdout.startswith("No --data given: training object-mask-single-fill on the ")
+    assert "--data URL --run-dir DIR" in result.stdout.splitlines()[0]
+    run = tmp_path / "runs" / "miniature-object-mask-single-fill-seed0"
+    assert (run / "training.json").exists()
+    assert (run / "gallery.npz").exists()

@@ -101,3 +101,12 @@ def test_metrics_end_at_the_last_whole_line(tmp_path):
     path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
     with pytest.raises(ValueError, match="line 2"):
         read_metrics(path)
+
+
+def test_seeds_with_other_settings_are_not_averaged(tmp_path):
+    paths = [
+        make_run(tmp_path, seed=0, optim={"lr": 3e-5}),
+        make_run(tmp_path, seed=1, optim={"lr": 1e-3}),
+    ]
+    with pytest.raises(ValueError, match=r"other settings: optim.lr: 3e-05 -> 0.001"):
+        load_runs(paths)

@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import filelock
+import fsspec
+import numpy as np
 import pytest
 
 from rft import cli, recipes
+from rft.data.loader import PackedDataset
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
 from rft.train import __main__ as train_command
@@ -136,6 +140,85 @@ def test_other_data_under_a_started_run(refused, options, monkeypatch, tmp_path,
     line = refused(train_command, *options, "--data", changed)
     assert "was made on other data" in line
     assert "manifest_sha256" in line
+
+
+def test_a_folder_that_is_a_url_is_refused(refused, options, tmp_path):
+    line = refused(train_command, *options, "--run-dir", "s3://bucket/run")
+    assert "--run-dir is s3://bucket/run; it must be a local folder" in line
+    merge = ("wise", tmp_path / "a", tmp_path / "b", "--out", "s3://bucket/merged")
+    assert "it must be a local folder" in refused(merge_command, *merge)
+
+
+def test_a_damaged_shard_is_told_in_one_line_by_a_loader_process(options, tmp_path, tiny_data):
+    shutil.copytree(tiny_data, tmp_path / "data")
+    packed = PackedDataset(str(tmp_path / "data" / "imagenet-train"))
+    # the first sample is read before the run starts, to check its size
+    for sample in range(20, len(packed)):
+        number = int(np.searchsorted(packed.shard_ends, sample, side="right"))
+        path = tmp_path / "data" / "imagenet-train" / packed.manifest.shards[number].name
+        damaged = bytearray(path.read_bytes())
+        damaged[int(packed.index.offset[sample]) + 200] ^= 1
+        path.write_bytes(damaged)
+    arguments = [*options, "--data", str(tmp_path / "data"), "--loader.workers", "1"]
+    command = [sys.executable, "-m", "rft.train", *arguments]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 2
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: damaged bytes (crc32 mismatch) at ")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "training.json").exists()
+
+
+def test_data_on_a_store_that_is_not_the_disk(options, monkeypatch, tmp_path, tiny_data):
+    store = fsspec.filesystem("memory")
+    store.put(str(tiny_data) + "/", "/rft-test-data/", recursive=True)
+    try:
+        train([*options, "--data", "memory://rft-test-data"], monkeypatch)
+    finally:
+        store.rm("/rft-test-data", recursive=True)
+    assert (tmp_path / "run" / "training.json").exists()
+
+
+def test_bfloat16_trains(options, monkeypatch, tmp_path):
+    train(["object-mask-single-fill", *options[1:], "--precision", "bf16"], monkeypatch)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    assert losses
+    assert np.isfinite(losses).all()
+
+
+def test_a_loss_that_explodes_stops_the_run_and_names_the_step(options, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["rft", *options, "--optim.lr", "1e30"])
+    with pytest.raises(
+        RuntimeError, match=r"stopped being finite within the \d+ steps before step"
+    ):
+        train_command.main()
+    assert not (tmp_path / "run" / "training.json").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
+
+
+def test_a_head_of_another_label_space(refused, options, monkeypatch, tmp_path, tiny_data):
+    train(options, monkeypatch)
+    shutil.copytree(tiny_data, tmp_path / "data")
+    path = tmp_path / "data" / "imagenet-val" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["classes"].append("fifth")
+    path.write_text(json.dumps(manifest))
+    sets = ("--sets", "imagenet-val", "--workers", "0")
+    line = refused(evaluate_command, tmp_path / "run", "--data", tmp_path / "data", *sets)
+    assert "tells 4 classes apart" in line
+    assert "packed with 5" in line
+
+
+def test_counts_of_an_earlier_call_stay(options, monkeypatch, tmp_path, tiny_data, capsys):
+    train(options, monkeypatch)
+    for sets in (["imagenet-val"], ["imagenet-r"], ["imagenet-val", "imagenet-r"]):
+        arguments = ["rft", str(tmp_path / "run"), "--data", str(tiny_data), "--sets", *sets]
+        monkeypatch.setattr(sys, "argv", [*arguments, "--workers", "0"])
+        cli.run(evaluate_command.main)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert sorted(results["sets"]) == ["imagenet-r", "imagenet-val"]
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_two_jobs_on_one_run_folder(refused, options, tmp_path):
