@@ -2,6 +2,7 @@
 PYTHON ?= python3
 SEEDS  ?= 1
 DEMO   ?= miniature
+EPOCHS ?=
 BIN    := .venv/bin
 
 .PHONY: demo results test lint bench simd clean
@@ -15,7 +16,7 @@ BIN    := .venv/bin
 	@touch $@
 
 demo: .venv/.installed  ## the paper's experiment in miniature, from images to a report
-	$(BIN)/python -m rft.demo --out $(DEMO) --seeds $(SEEDS)
+	$(BIN)/python -m rft.demo --out $(DEMO) --seeds $(SEEDS) $(if $(EPOCHS),--epochs $(EPOCHS))
 
 results: .venv/.installed  ## the demo on three seeds, into docs/results and the pages that quote it
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds 3
