@@ -44,7 +44,10 @@ def main() -> None:
         for split in command.splits
     ]
     if all(complete):
-        print(f"next: torchrun --nproc_per_node 1 -m rft.train --data {command.out}")
+        print(
+            "next: torchrun --nproc_per_node N -m rft.train object-mask-single-fill "
+            f"--data {command.out} --run-dir runs/first"
+        )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,10 @@ def main() -> None:
         for benchmark in command.benchmark
     ]
     if all(complete):
-        print(f"next: torchrun --nproc_per_node 1 -m rft.evaluate CHECKPOINT --data {command.out}")
+        print(
+            "next: torchrun --nproc_per_node N -m rft.evaluate RUN_FOLDER... "
+            f"--data {command.out} --sets {' '.join(command.benchmark)}"
+        )
 
 
 if __name__ == "__main__":

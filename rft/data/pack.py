@@ -446,7 +446,14 @@ def _write_shards(title: str, jobs: Sequence[Job], workers: int) -> None:
             min(workers, len(jobs)), mp_context=context, initializer=_start_worker
         )
         try:
-            for done in as_completed([executor.submit(write_shard, job) for job in jobs]):
+            # Ctrl-C reaches every process of a terminal; the first submit starts those that
+            # import torch (webdataset does), and they are to inherit that they ignore it
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            try:
+                futures = [executor.submit(write_shard, job) for job in jobs]
+            finally:
+                signal.signal(signal.SIGINT, handler)
+            for done in as_completed(futures):
                 advance(*done.result())
         finally:
             executor.shutdown(cancel_futures=True)

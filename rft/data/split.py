@@ -27,8 +27,9 @@ def held_out_split(
     classes = len(np.unique(labels))
     if not classes <= held_out <= samples - classes:
         raise ValueError(
-            f"loader.held_out is {held_out}, but {samples} training images of {classes} classes "
-            f"allow {classes} to {samples - classes} (one of each class on both sides)"
+            f"--loader.held-out is {held_out}, but {samples} training images of {classes} classes "
+            f"allow {classes} to {samples - classes} (one of each class on both sides); choose "
+            "another, or start from the miniature's numbers with --scale miniature"
         )
     # here, because importing sklearn takes a second that no other command needs to spend
     from sklearn.model_selection import train_test_split

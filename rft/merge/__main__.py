@@ -10,6 +10,13 @@ from rft import cli, files
 from rft.clip.classifier import SELECTED, checkpoint_path, load_state, save_state
 from rft.method.averaging import interpolate
 
+USAGE = """Average the weights of fine-tuned models.
+
+usage: python -m rft.merge wise ZERO_SHOT FINE_TUNED --out DIR [--alpha 0.5]
+
+wise  WiSE-FT: (1 - alpha) x zero-shot + alpha x fine-tuned; `wise --help` tells more
+"""
+
 
 @dataclass(frozen=True)
 class Wise:
@@ -29,7 +36,7 @@ def main() -> None:
     """Parse and merge."""
     kind, *options = sys.argv[1:] or ["--help"]
     if kind in ("-h", "--help"):
-        print("usage: python -m rft.merge wise START END --alpha 0.5 --out DIR   (wise --help)")
+        print(USAGE)
     elif kind != "wise":
         raise cli.unknown("merge", kind, ["wise"])
     else:
@@ -74,6 +81,8 @@ def _seed(path: Path) -> int:
 
 
 def _require_same(path: Path, config: dict) -> None:
+    if path.is_file() and "merged_from" not in files.read_json(str(path)):
+        raise ValueError(f"{path.parent} holds a training run; choose another --out")
     if path.is_file() and (changed := files.difference(files.read_json(str(path)), config)):
         raise ValueError(
             f"{path.parent} holds another merge: {'; '.join(changed)}; choose another --out"

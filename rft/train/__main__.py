@@ -31,6 +31,7 @@ USAGE = f"""Fine-tune CLIP so that it stays robust.
 usage: torchrun --nproc_per_node N -m rft.train RECIPE --data URL --run-dir DIR [--any.option VALUE]
 
 Without --data it trains on the embedded miniature world, {recipes.DEFAULT} if no recipe is named.
+The defaults below are the paper's; --scale miniature starts from those for that world.
 The same command again resumes a run that was stopped.
 
 Recipes:
@@ -48,9 +49,11 @@ def parse(arguments: list[str]) -> Config:
     recipe = arguments[0] if named else recipes.DEFAULT
     options = arguments[1:] if named else arguments
     # the recipe and the scale decide the defaults that the whole line is then parsed over
-    scale = _value_of(options, "--scale") or ("paper" if _value_of(options, "--data") else SMALL)
+    wants_help = bool({"-h", "--help"} & set(options))
+    papers = wants_help or bool(_value_of(options, "--data"))
+    scale = _value_of(options, "--scale") or ("paper" if papers else SMALL)
     default = recipes.build(recipe, scale=scale)
-    if {"-h", "--help"} & set(options):
+    if wants_help:
         print(USAGE)
     config = cli.parse(Config, args=options, default=default, prog="rft.train", description="")
     if config.data and not config.run:
@@ -168,12 +171,12 @@ def main() -> None:
             print(f"run already finished: {config.run}")
         return
     device = dist.pick_device(config.device, world)
-    if world.is_main:
-        print(f"{config.run}: {config.recipe} on {world.size} x {device.type}", flush=True)
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     # before the ranks join, so that a mistake that all of them see is told once
     job = prepare(config, world, device)
+    if world.is_main:
+        print(f"{config.run}: {config.recipe} on {world.size} x {device.type}", flush=True)
     with dist.process_group(world, device):
         run_job(job)
     if world.is_main:

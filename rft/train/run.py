@@ -55,10 +55,16 @@ def check_identity(config: Config) -> None:
     Raises:
         ValueError: with the differences.
     """
-    path = Path(config.run) / "config.json"
+    folder = Path(config.run)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--run-dir {folder} is a file; choose another")
+    path = folder / "config.json"
     if not path.exists():
-        if (Path(config.run) / "checkpoints").exists():
-            raise ValueError(f"{config.run} has checkpoints but no config.json; use another folder")
+        if (folder / "checkpoints").exists():
+            raise ValueError(f"{folder} has checkpoints but no config.json; use another folder")
+        return
+    # a run that stopped before its first checkpoint left nothing that another could spoil
+    if not (folder / "training.json").exists() and not any(folder.glob("checkpoints/*.pt")):
         return
     old = Config.from_dict(files.read_json(str(path))).identity()
     if changed := files.difference(old, config.identity()):

@@ -50,5 +50,5 @@ def test_nothing_held_out_and_too_much():
     keys, labels = world()
     train, held = held_out_split(keys, labels, 0, seed=0)
     assert (len(train), len(held)) == (600, 0)
-    with pytest.raises(ValueError, match=r"loader.held_out is 599, but 600 .* allow 6 to 594"):
+    with pytest.raises(ValueError, match=r"--loader.held-out is 599, but 600 .* allow 6 to 594"):
         held_out_split(keys, labels, 599, seed=0)

@@ -125,6 +125,21 @@ def test_a_run_folder_belongs_to_one_configuration(refused, options, monkeypatch
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
+def test_a_run_that_never_saved_can_be_started_otherwise(refused, options, monkeypatch, tmp_path):
+    (tmp_path / "run").mkdir()
+    config = recipes.build("no-mask", data="elsewhere", run="r")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict()))
+    train(options, monkeypatch)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["recipe"] == "vanilla"
+    merge = ("wise", tmp_path / "run", tmp_path / "run", "--out", tmp_path / "run")
+    assert "holds a training run; choose another --out" in refused(merge_command, *merge)
+
+
+def test_a_run_folder_that_is_a_file(refused, options, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert "is a file; choose another" in refused(train_command, *options)
+
+
 def test_other_data_under_a_started_run(refused, options, monkeypatch, tmp_path, tiny_data):
     train(options, monkeypatch)
     (tmp_path / "run" / "training.json").unlink()
