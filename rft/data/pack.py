@@ -446,13 +446,13 @@ def _write_shards(title: str, jobs: Sequence[Job], workers: int) -> None:
             min(workers, len(jobs)), mp_context=context, initializer=_start_worker
         )
         try:
-            # Ctrl-C reaches every process of a terminal; the first submit starts those that
-            # import torch (webdataset does), and they are to inherit that they ignore it
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # Ctrl-C reaches every process of a terminal; the first submit starts the others, which
+            # inherit the blocked signal, while here it is only put off
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 futures = [executor.submit(write_shard, job) for job in jobs]
             finally:
-                signal.signal(signal.SIGINT, handler)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             for done in as_completed(futures):
                 advance(*done.result())
         finally:
