@@ -85,12 +85,6 @@ def process_group(
     torch.distributed.destroy_process_group()
 
 
-def barrier(world: World) -> None:
-    """Wait until every rank is here."""
-    if world.size > 1:
-        torch.distributed.barrier()
-
-
 def gather_objects(world: World, value: Any) -> list[Any]:
     """Return every rank's `value`, in rank order, on every rank."""
     if world.size == 1:

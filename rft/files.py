@@ -57,14 +57,6 @@ def exists(url: str) -> bool:
     return fs.exists(path)
 
 
-def list_names(url: str) -> list[str]:
-    """Return the sorted base names in the folder `url`; an absent folder is empty."""
-    fs, path = open_store(url)
-    if not fs.exists(path):
-        return []
-    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
-
-
 def read_bytes(url: str) -> bytes:
     """Return the whole content of `url`.
 

@@ -17,17 +17,11 @@ from rft import cli, dist, files
 from rft.clip.classifier import build_classifier, checkpoint_path, load_state
 from rft.config import Device
 from rft.data.loader import PackedDataset
+from rft.data.sources import LAYOUTS
 from rft.dist import World
 from rft.evaluate.evaluator import count_correct
 
-SETS = (
-    "imagenet-val",
-    "imagenet-v2",
-    "imagenet-r",
-    "imagenet-sketch",
-    "objectnet",
-    "imagenet-a",
-)
+SETS = tuple(name for name in LAYOUTS if name != "imagenet-train")
 
 
 @dataclass(frozen=True)
