@@ -15,7 +15,7 @@ Mask = Literal["none", "random", "context", "object"]
 Fill = Literal["none", "single", "multi"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
-Scale = Literal["paper", "miniature"]
+Scale = Literal["paper", "small", "miniature"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,17 @@ class LoaderConfig:
     """Shards shuffled together in each stream; 0 shuffles the whole set."""
     workers: int = 4
     """Loader processes of each rank; 0 reads in the training process."""
+    cache_dir: str = ""
+    """Folder on this node's own disk for shards that lie on remote storage; empty keeps none."""
+    cache_gb: float = 100
+    """Largest size of that folder, in GB; the ranks of a node share it."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size > 0, "loader.batch_size", self.batch_size, "at least 1")
         _require(self.held_out >= 0, "loader.held_out", self.held_out, "0 or more")
         _require(self.block_shards >= 0, "loader.block_shards", self.block_shards, "0 or more")
         _require(self.workers >= 0, "loader.workers", self.workers, "0 or more")
+        _require(self.cache_gb > 0, "loader.cache_gb", self.cache_gb, "above 0")
         divides = self.streams > 0 and self.batch_size % self.streams == 0
         _require(divides, "loader.streams", self.streams, f"a divisor of {self.batch_size}")
 
@@ -129,8 +134,11 @@ class Config:
     # torchrun refuses "--run": its own parser takes it for an abbreviation of --run-path
     run: Annotated[str, tyro.conf.arg(name="run-dir", aliases=("--run",))]
     """Run folder: configuration, metrics, checkpoints, results."""
+    train_set: str = "imagenet-train"
+    """Name of the packed set to train on, below the data root."""
     scale: Scale = "paper"
-    """Whose numbers the recipe starts from: ImageNet's, or those of the embedded world."""
+    """Which numbers the recipe starts from: ImageNet's, those for some thousand photos of one's own
+    (small), or those of the embedded world (miniature)."""
     seed: int = 0
     """Seed of the sample order, the masks and the fills."""
     split_seed: int | None = None
@@ -181,9 +189,10 @@ class Config:
         between two starts of one run; the data's own identity is its manifest's hash.
         """
         document = self.to_dict()
-        for name in ("data", "run", "log", "device"):
+        for name in ("data", "train_set", "run", "log", "device"):
             del document[name]
-        del document["loader"]["workers"]
+        for name in ("workers", "cache_dir", "cache_gb"):
+            del document["loader"][name]
         document["split_seed"] = self.held_out_seed
         return document
 

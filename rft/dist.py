@@ -23,6 +23,13 @@ class World:
     rank: int
     size: int
     local_rank: int
+    local_size: int = 1
+
+    @property
+    def ranks_on_node(self) -> range:
+        """The ranks on this rank's machine."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_size)
 
     @property
     def is_main(self) -> bool:
@@ -32,11 +39,12 @@ class World:
 
 def world_from_env() -> World:
     """Return the world that torchrun describes in the environment; alone without torchrun."""
-    rank, size, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    return World(
+        rank=int(os.environ.get("RANK", "0")),
+        size=int(os.environ.get("WORLD_SIZE", "1")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
-    return World(rank=rank, size=size, local_rank=local)
 
 
 def pick_device(choice: str, world: World) -> torch.device:

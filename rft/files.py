@@ -23,14 +23,14 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 
-def open_store(url: str) -> tuple[AbstractFileSystem, str]:
-    """Return the fsspec filesystem of `url` and the path inside it.
+def open_store(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
+    """Return the fsspec filesystem of `url` and the path inside it; `options` are fsspec's.
 
     Raises:
         ValueError: for a scheme that fsspec does not know; shell URLs (`pipe:`) are among those.
     """
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise ValueError(f"cannot open {url!r}: {error}") from error
 
@@ -49,6 +49,11 @@ def require_local(path: str | Path, option: str) -> None:
 def join(url: str, *names: str) -> str:
     """Append path components to a URL or a local path."""
     return "/".join([url.rstrip("/"), *names])
+
+
+def resolve(url: str, name: str) -> str:
+    """Return where `name` lies: below `url`, unless it is a URL or an absolute path of its own."""
+    return name if "://" in name or name.startswith("/") else join(url, name)
 
 
 def exists(url: str) -> bool:

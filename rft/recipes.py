@@ -43,9 +43,27 @@ def build(name: str, *, scale: str = "paper", data: str = "", run: str = "") -> 
     config = Config(recipe=name, data=data, run=run, method=METHODS[name])
     if scale == "miniature":
         config = _miniature(config)
+    if scale == "small":
+        config = _small(config)
     if name == "zero-shot":
         config = replace(config, optim=replace(config.optim, epochs=0))
     return config
+
+
+def _small(config: Config) -> Config:
+    """Scale a recipe to some hundred or thousand photos of one's own.
+
+    Model, loss and peak learning rate stay the paper's; batch and warm-up shrink with the set, and
+    how many images select the checkpoint is for the user to say (`tools/shard_folder.py` proposes a
+    number). Chosen by reasoning, not measured on any set.
+    """
+    return replace(
+        config,
+        scale="small",
+        loader=LoaderConfig(batch_size=64, held_out=0),
+        optim=replace(config.optim, warmup_steps=50),
+        log=LogConfig(every_steps=10, checkpoint_steps=100),
+    )
 
 
 def _miniature(config: Config) -> Config:

@@ -20,7 +20,11 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar file of the dataset."""
+    """One tar file of the dataset.
+
+    `name` is relative to the manifest's folder, or a whole URL where a manifest was made for shards
+    that lie elsewhere.
+    """
 
     name: str
     bytes: int
@@ -42,10 +46,11 @@ class Manifest:
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
-    encoding: dict[str, Any]  # {"kind": "original"} or {"kind": "pixels", "size": 224, ...}
+    encoding: dict[str, Any]  # {"kind": "original" | "jpeg" | "pixels", ...}
     plan_hash: str
     index_sha256: str
     shards: tuple[Shard, ...]
+    quarantined: int = 0  # images of the source left out because they cannot be decoded
     schema: int = SCHEMA
 
     @property
@@ -125,4 +130,10 @@ class Index:
         if files.sha256_bytes(data) != manifest.index_sha256:
             raise ValueError(f"{path} does not have the sha256 in its manifest; pack the set again")
         with np.load(io.BytesIO(data), allow_pickle=False) as columns:
-            return Index(**{name: columns[name] for name in columns.files})
+            index = Index(**{name: columns[name] for name in columns.files})
+        if len(index.label) != manifest.samples:
+            raise ValueError(
+                f"{path} has {len(index.label)} samples, its manifest {manifest.samples}; "
+                f"pack the set again"
+            )
+        return index

@@ -9,6 +9,7 @@ into C equal streams, each stream is shuffled in blocks of K shards, and every b
 samples from each stream. The tail of fewer than B samples is dropped, another one each epoch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,10 +68,10 @@ class EpochOrder:
             return
         self._permutation = None
         sizes = np.asarray(plan.shard_sizes, dtype=np.int64)
-        shard_order = self._generator("shards").permutation(len(sizes))
+        self._shard_order = self._generator("shards").permutation(len(sizes))
         first_position = np.cumsum(sizes) - sizes
-        self._shard_first = first_position[shard_order]
-        self._virtual_ends = np.cumsum(sizes[shard_order])
+        self._shard_first = first_position[self._shard_order]
+        self._virtual_ends = np.cumsum(sizes[self._shard_order])
         self._cuts = np.arange(plan.streams + 1, dtype=np.int64) * plan.samples // plan.streams
         self._block_ends = [self._stream_blocks(c) for c in range(plan.streams)]
         self._blocks: dict[int, tuple[int, np.ndarray]] = {}
@@ -84,6 +85,37 @@ class EpochOrder:
         share = self.plan.batch_size // self.plan.streams
         streams = range(self.plan.streams)
         return np.concatenate([self._stream_items(c, step * share, share) for c in streams])
+
+    def shards_ahead(self, step: int, ranks: Sequence[int], world_size: int) -> list[int]:
+        """Return the shards that the next batches of some ranks draw from, most urgent first.
+
+        These are, for each of the ranks' streams, the shards of the block that `step` is in, and
+        then those of the blocks after them. Everything at once has no blocks: all shards.
+        """
+        plan = self.plan
+        if plan.block_shards == 0:
+            return list(range(len(plan.shard_sizes)))
+        share = plan.batch_size // plan.streams
+        slots = plan.batch_size // world_size
+        streams: set[int] = set()
+        for rank in ranks:
+            streams.update(range(rank * slots // share, ((rank + 1) * slots - 1) // share + 1))
+        now: list[int] = []
+        later: list[int] = []
+        for stream in sorted(streams):
+            ends, low = self._block_ends[stream], int(self._cuts[stream])
+            block = int(np.searchsorted(ends, low + step * share, side="right"))
+            for number, shards in ((block, now), (block + 1, later)):
+                if number < len(ends):
+                    start = low if number == 0 else int(ends[number - 1])
+                    shards += self._shards_between(start, int(ends[number]))
+        return list(dict.fromkeys(now + later))
+
+    def _shards_between(self, low: int, high: int) -> list[int]:
+        """Return the shards that hold virtual positions low ... high - 1."""
+        first = int(np.searchsorted(self._virtual_ends, low, side="right"))
+        last = int(np.searchsorted(self._virtual_ends, high - 1, side="right"))
+        return self._shard_order[first : last + 1].tolist()
 
     def _generator(self, *purpose: int | str) -> np.random.Generator:
         return numpy_generator(self.plan.seed, "order", self.epoch, *purpose)
@@ -119,7 +151,7 @@ class EpochOrder:
             return cached[1]
         virtual = np.arange(low, high, dtype=np.int64)
         shard = np.searchsorted(self._virtual_ends, virtual, side="right")
-        shard_low = np.concatenate([[0], self._virtual_ends[:-1]])[shard]
+        shard_low = np.where(shard > 0, self._virtual_ends[shard - 1], 0)
         positions = self._shard_first[shard] + virtual - shard_low
         order = self._generator("block", stream, block).permutation(positions)
         self._blocks[stream] = (block, order)

@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from rft.clip.classifier import SELECTED, Classifier, build_classifier, load_sta
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import Config
+from rft.data.fetch import Cache
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint
 from rft.data.order import Plan
 from rft.data.split import held_out_split
@@ -100,16 +102,18 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     Raises:
         ValueError: if the data, the model or the configuration do not fit together.
     """
-    packed = PackedDataset(files.join(config.data, "imagenet-train"))
+    loader = config.loader
+    cache = Cache(Path(loader.cache_dir), int(loader.cache_gb * 1e9)) if loader.cache_dir else None
+    packed = PackedDataset(files.join(config.data, config.train_set), cache=cache)
     samples, held_out = held_out_split(
-        packed.index.key, packed.index.label, config.loader.held_out, config.held_out_seed
+        packed.index.key, packed.index.label, loader.held_out, config.held_out_seed
     )
     plan = Plan(
         shard_sizes=packed.shard_sizes(samples),
-        batch_size=config.loader.batch_size,
+        batch_size=loader.batch_size,
         seed=config.seed,
-        streams=config.loader.streams,
-        block_shards=config.loader.block_shards,
+        streams=loader.streams,
+        block_shards=loader.block_shards,
     )
     pretrained = load_clip(config.model)
     # one image now, so that shards of the wrong size stop the run here and not inside it
@@ -125,6 +129,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
         image_size=pretrained.architecture.image_size,
         rank=world.rank,
         world_size=world.size,
+        ranks_on_node=world.ranks_on_node,
     )
     return Job(
         config=config,
@@ -133,7 +138,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
         objective=Objective(student, teacher, config.method).to(device),
         batches=batches,
         held_out=held_out,
-        fingerprint=fingerprint(packed, plan, config.loader.held_out, config.held_out_seed),
+        fingerprint=fingerprint(packed, plan, loader.held_out, config.held_out_seed),
     )
 
 
@@ -181,7 +186,9 @@ def main() -> None:
         run_job(job)
     if world.is_main:
         command = f"torchrun --nproc_per_node {world.size} -m rft.evaluate"
-        print(f"next: {command} {config.run} --data {config.data}")
+        # a set of the user's own comes with a test set (tools/shard_folder.py), not with ImageNet's
+        sets = "" if config.train_set == "imagenet-train" else " --sets test"
+        print(f"next: {command} {config.run} --data {config.data}{sets}")
 
 
 if __name__ == "__main__":

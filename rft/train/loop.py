@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rft import dist
 from rft.clip.classifier import SELECTED, Classifier, save_classifier
 from rft.config import Config
-from rft.data.loader import Batch, TrainingBatches, read_batches
+from rft.data.loader import Batch, Reading, TrainingBatches, read_batches
 from rft.dist import World
 from rft.evaluate.accuracy import Count
 from rft.evaluate.evaluator import count_correct
@@ -22,6 +22,9 @@ from rft.train.journal import Journal
 from rft.train.objective import Objective, StepAddress
 from rft.train.optim import build_optimizer, learning_rate
 from rft.train.run import RunFolder
+
+COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
+READING = ("wait", "ready", *Reading._fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,15 +187,15 @@ class Meter:
     def restart(self) -> None:
         """Forget what was added: the clock starts now, evaluation and checkpoint not counted."""
         self._terms = torch.zeros(4, device=self._job.device)
+        self._reading = np.zeros(len(READING))
         self._steps = 0
-        self._waited = 0.0
         self._started = time.perf_counter()
 
     def wait_for(self, stream: Iterator[Batch]) -> Batch:
         """Return the stream's next batch and remember how long that took."""
         before = time.perf_counter()
         batch = next(stream)
-        self._waited += time.perf_counter() - before
+        self._reading += (time.perf_counter() - before, batch.ready, *batch.reading)
         return batch
 
     def add(self, terms: Tensor, grad_norm: Tensor) -> None:
@@ -217,6 +220,9 @@ class Meter:
                 f"{grad_norm}); the last checkpoint is from before that"
             )
         seconds = time.perf_counter() - self._started
+        reading_R = torch.from_numpy(self._reading).to(job.device)
+        summed = dict(zip(READING, dist.sum_over_ranks(job.world, reading_R).tolist(), strict=True))
+        batches = self._steps * job.world.size
         values = {
             "epoch": round(step / job.batches.plan.steps_per_epoch, 4),
             "loss": loss,
@@ -225,7 +231,13 @@ class Meter:
             "replaced": replaced,
             "grad_norm": grad_norm,
             "images_per_s": self._steps * job.config.loader.batch_size / seconds,
-            "data_wait_ms": 1000 * self._waited / self._steps,
+            # means over batches and ranks, in milliseconds; then sums over both
+            "data_wait_ms": 1000 * summed["wait"] / batches,
+            "read_ms": 1000 * summed["seconds"] / batches,
+            "decode_ms": 1000 * summed["decode_seconds"] / batches,
+            "queue_depth": summed["ready"] / batches,
+            "read_mb": summed["bytes"] / 1e6,
+            **{name: int(summed[name]) for name in COUNTED},
         }
         self.restart()
         return values

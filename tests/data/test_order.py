@@ -61,6 +61,21 @@ def test_ranks_cut_one_global_batch(world_size, share):
     assert (np.concatenate(slices) == batch).all()
 
 
+@settings(deadline=None)
+@given(plans(), st.integers(1, 3), st.data())
+def test_the_shards_ahead_hold_every_sample_of_the_next_batches(plan, world_size, data):
+    world_size = world_size if plan.batch_size % world_size == 0 else 1
+    rank = data.draw(st.integers(0, world_size - 1))
+    step = data.draw(st.integers(0, plan.steps_per_epoch - 1))
+    order = EpochOrder(plan, 0)
+    ends = np.cumsum(plan.shard_sizes)
+    mine = rank_slice(order.batch(step), rank, world_size)
+    needed = set(np.searchsorted(ends, mine, side="right").tolist())
+    ahead = order.shards_ahead(step, [rank], world_size)
+    assert needed <= set(ahead)
+    assert len(ahead) == len(set(ahead))
+
+
 @pytest.mark.parametrize("block_shards", [0, 2])
 def test_epochs_and_seeds_differ(block_shards):
     def ids(seed, epoch):

@@ -1,0 +1,578 @@
+"""Byte ranges of shards, wherever they lie: local files by descriptor, remote ones by request.
+
+A remote range has a known length, so a dropped or stalled connection is noticed and what is missing
+is asked for again. A node-local cache may hold whole shards. It is filled in the background and
+nobody ever waits for it: a sample whose shard is not there yet is read by its own range. So the
+cache decides how fast a batch comes, never what is in it, and any of its files may go at any time.
+"""
+
+import asyncio
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Coroutine, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fsspec.asyn import get_loop, sync
+from fsspec.implementations.local import LocalFileSystem
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from rft import files
+from rft.data.manifest import Shard
+
+# descriptors a process keeps open on shards: half of what the system lets it have
+OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+REQUEST_BYTES = 8 * 2**20  # longest request: what a dropped connection can cost
+GAP_BYTES = 2**16  # ranges this near to each other are asked for in one request
+REQUESTS = 16  # requests of one process under way at a time
+CLIENT_ERRORS = range(400, 500)  # HTTP answers that another try will not change ...
+BUSY = (408, 429)  # ... but for these
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+Store = tuple[Any, str]  # a fsspec file system and a path there
+PAUSE = 1.0  # seconds until a shard that another process is filling is looked at again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a request may take, and how often it is made.
+
+    A request of n bytes is given up after `stall_seconds` + n / `bytes_per_second`; requests are
+    short (REQUEST_BYTES), so a stalled connection holds nobody for long. Between tries is a random
+    pause, at most 0.1, 0.2, 0.4 ... seconds and never above `longest_pause`.
+    """
+
+    tries: int = 8
+    stall_seconds: float = 15.0
+    bytes_per_second: float = 2**18
+    longest_pause: float = 20.0
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """What reading has cost this process so far; each counts samples unless it says otherwise."""
+
+    bytes: int = 0  # payload bytes
+    requests: int = 0  # ranged requests that were answered
+    range_retries: int = 0  # ranged requests that had to be repeated
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_repairs: int = 0  # found damaged or cut short in the cache, read again from the source
+    cache_refusals: int = 0  # shards for which the disk had no room
+
+    def copy(self) -> "Counters":
+        """Return the counters as they are now."""
+        return dataclasses.replace(self)
+
+
+class Shards:
+    """The shards of one packed set, read by number.
+
+    Clients, descriptors and the filling thread are made on first use in each process, because none
+    of them survives a fork; pickling keeps only what is needed to make them again.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        shards: Sequence[Shard],
+        *,
+        cache: "Cache | None" = None,
+        patience: Patience | None = None,
+    ) -> None:
+        self.url = url
+        self.shards = tuple(shards)
+        self.cache = cache
+        self.patience = patience or Patience()
+        self.counters = Counters()
+        self._process = -1
+
+    def __getstate__(self) -> dict:
+        return {
+            "url": self.url,
+            "shards": self.shards,
+            "cache": self.cache,
+            "patience": self.patience,
+        }
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(
+            state["url"], state["shards"], cache=state["cache"], patience=state["patience"]
+        )
+
+    def location(self, number: int) -> str:
+        """Return the URL of a shard."""
+        return files.resolve(self.url, self.shards[number].name)
+
+    def descriptor(self, number: int) -> int | None:
+        """Return an open descriptor of a local or cached shard, or None for a remote one.
+
+        Raises:
+            FileNotFoundError: if a local shard is not there.
+        """
+        self._enter_process()
+        if number in self._descriptors:
+            self._descriptors.move_to_end(number)
+            return self._descriptors[number]
+        fs, path = self._store(number)
+        if isinstance(fs, LocalFileSystem):
+            descriptor = os.open(path, os.O_RDONLY)
+        elif self.cache is None:
+            return None
+        else:
+            found = self.cache.open(self.shards[number])
+            if found is None:
+                return None
+            descriptor = found
+        if len(self._descriptors) == OPEN_FILES:
+            os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors[number] = descriptor
+        return descriptor
+
+    def is_local(self, number: int) -> bool:
+        """Whether a shard's own place is this machine's file system."""
+        self._enter_process()
+        return isinstance(self._store(number)[0], LocalFileSystem)
+
+    def ranges(self, requests: Sequence[tuple[int, int, int]]) -> list[bytes]:
+        """Return the bytes of (shard number, offset, length) triples of remote shards.
+
+        Neighbouring ranges share a request. Fewer bytes than asked for come only at a shard's end.
+
+        Raises:
+            ValueError: naming the shard, if it cannot be read however often it is tried.
+        """
+        self._enter_process()
+        self._raise_failure()
+        merged = merge(requests)
+        stores = {number: self._store(number) for number, *_ in merged}
+        answers: Any = sync(get_loop(), self._fetch_all, merged, stores)
+        self.counters.requests += len(merged)
+        found = [b""] * len(requests)
+        for (_, start, _, members), data in zip(merged, answers, strict=True):
+            for member in members:
+                _, offset, length = requests[member]
+                found[member] = data[offset - start : offset - start + length]
+        return found
+
+    def look_ahead(self, numbers: Sequence[int]) -> None:
+        """Say which shards are needed next, the most urgent first; the cache fetches them."""
+        if self.cache is None or not self.shards:
+            return
+        self._enter_process()
+        with self._wake:
+            self._wanted = tuple(numbers)
+            self._wake.notify()
+        wanted = set(numbers)
+        # an evicted file keeps its place on the disk for as long as it is open
+        for number in [n for n in self._descriptors if n not in wanted and not self.is_local(n)]:
+            os.close(self._descriptors.pop(number))
+        if self._filler is None:
+            self._filler = threading.Thread(target=self._fill_forever, daemon=True)
+            self._filler.start()
+
+    def repair(self, number: int) -> None:
+        """Throw the cached copy of a shard away, because its bytes are not what they should be."""
+        assert self.cache is not None
+        os.close(self._descriptors.pop(number))
+        self.cache.drop(self.shards[number])
+        self.counters.cache_repairs += 1
+
+    def close(self) -> None:
+        """Close the descriptors that this process has open."""
+        if self._process == os.getpid():
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _enter_process(self) -> None:
+        if self._process == os.getpid():
+            return
+        self._process = os.getpid()
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._stores: dict[str, Any] = {}
+        self._wake = threading.Condition()
+        self._wanted: tuple[int, ...] = ()
+        self._filler: threading.Thread | None = None
+        self._failure: ValueError | None = None
+        self._known = {shard.sha256 for shard in self.shards}
+
+    def _store(self, number: int) -> Store:
+        """Return the file system of a shard and its path there."""
+        url = self.location(number)
+        host = "/".join(url.split("/")[:3]) if "://" in url else ""
+        if host not in self._stores:
+            # a client of our own: its settings are not those of others in this process
+            fs: Any = files.open_store(url, skip_instance_cache=True)[0]
+            if hasattr(fs, "retries"):
+                fs.retries = 1  # repeating is done, and counted, here
+            self._stores[host] = fs
+        fs = self._stores[host]
+        return fs, str(fs._strip_protocol(url))
+
+    async def _fetch_all(
+        self, merged: "Sequence[Request]", stores: dict[int, Store]
+    ) -> list[bytes]:
+        slots = asyncio.Semaphore(REQUESTS)
+
+        async def fetch(request: "Request") -> bytes:
+            async with slots:
+                fs, path = stores[request.number]
+                return await self._fetch(fs, path, request)
+
+        return await _together(fetch(request) for request in merged)
+
+    async def _fetch(self, fs: Any, path: str, request: "Request") -> bytes:
+        """Return one range, repeating what is missing of it."""
+        number, start, stop, _ = request
+        stop = min(stop, self.shards[number].bytes)
+        attempts = AsyncRetrying(
+            stop=stop_after_attempt(self.patience.tries),
+            wait=wait_random_exponential(multiplier=0.1, max=self.patience.longest_pause),
+            retry=retry_if_exception(is_transient),
+            before_sleep=lambda _: self._count_retry(),
+            reraise=True,
+        )
+        data = b""
+        try:
+            async for attempt in attempts:
+                with attempt:
+                    data += await _request(fs, path, start + len(data), stop, self.patience)
+                    if len(data) < stop - start:
+                        raise ConnectionError(f"{len(data)} of {stop - start} bytes came")
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"missing shard: {self.location(number)}; copy or pack it again"
+            ) from error
+        except Exception as error:  # every client library has error classes of its own
+            reason = str(error) or type(error).__name__
+            tries = attempts.statistics.get("attempt_number", 1)
+            raise ValueError(
+                f"cannot read {self.location(number)}, bytes {start} to {stop}: {reason} "
+                f"({tries} tries)"
+            ) from error
+        return data
+
+    def _count_retry(self) -> None:
+        self.counters.range_retries += 1
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _fill_forever(self) -> None:
+        """Bring the wanted shards into the cache, one after another."""
+        assert self.cache is not None
+        self.cache.trim(self._known)
+        skipped: set[int] = set()
+        while True:
+            with self._wake:
+                wanted = self._wanted
+            todo = [n for n in wanted if n not in skipped and self._is_missing(n)]
+            if not todo:
+                with self._wake:
+                    if self._wanted == wanted:
+                        self._wake.wait(PAUSE)
+                skipped.clear()
+                continue
+            try:
+                if not self._fill(todo[0], wanted):
+                    skipped.add(todo[0])
+            except ValueError as error:
+                self._failure = error  # the next batch raises it
+                return
+
+    def _is_missing(self, number: int) -> bool:
+        assert self.cache is not None
+        return not self.is_local(number) and not self.cache.has(self.shards[number])
+
+    def _fill(self, number: int, wanted: Sequence[int]) -> bool:
+        """Bring one shard into the cache; False if it is another's to fill, or has no room."""
+        assert self.cache is not None
+        shard = self.shards[number]
+        part = self.cache.begin(
+            shard, keep={self.shards[n].sha256 for n in wanted}, known=self._known
+        )
+        if part is None:
+            self.counters.cache_refusals = self.cache.refusals
+            return False
+        try:
+            sync(get_loop(), self._fill_part, number, part.descriptor)
+            found = part.sha256()
+            if found != shard.sha256:
+                raise ValueError(
+                    f"{self.location(number)} has sha256 {found[:12]}..., its manifest says "
+                    f"{shard.sha256[:12]}...; the shard was damaged or replaced: pack it again"
+                )
+            part.publish()
+        finally:
+            part.close()
+        return True
+
+    async def _fill_part(self, number: int, descriptor: int) -> None:
+        fs, path = self._store(number)
+        size = self.shards[number].bytes
+        slots = asyncio.Semaphore(REQUESTS // 4)
+
+        async def block(start: int) -> None:
+            async with slots:
+                request = Request(number, start, min(start + REQUEST_BYTES, size), ())
+                os.pwrite(descriptor, await self._fetch(fs, path, request), start)
+
+        await _together(block(start) for start in range(0, size, REQUEST_BYTES))
+
+
+class Request(NamedTuple):
+    """One ranged request: bytes `start` to `stop` of a shard, and which ranges it answers."""
+
+    number: int
+    start: int
+    stop: int
+    members: tuple[int, ...]
+
+
+def merge(ranges: Sequence[tuple[int, int, int]]) -> list[Request]:
+    """Return requests that cover the (shard number, offset, length) ranges.
+
+    Ranges of one shard with at most GAP_BYTES between them share a request of at most
+    REQUEST_BYTES; a longer range has one of its own.
+    """
+    merged: list[Request] = []
+    for member in sorted(range(len(ranges)), key=ranges.__getitem__):
+        number, start, length = ranges[member]
+        stop = start + length
+        if merged:
+            last = merged[-1]
+            near = last.number == number and start - last.stop <= GAP_BYTES
+            if near and max(stop, last.stop) - last.start <= REQUEST_BYTES:
+                merged[-1] = last._replace(
+                    stop=max(stop, last.stop), members=(*last.members, member)
+                )
+                continue
+        merged.append(Request(number, start, stop, (member,)))
+    return merged
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a request that failed so may succeed when it is repeated."""
+    if not isinstance(error, Exception):
+        return False
+    status = getattr(error, "status", None)  # aiohttp's
+    if isinstance(status, int) and status in CLIENT_ERRORS and status not in BUSY:
+        return False
+    permanent = (FileNotFoundError, PermissionError, NotImplementedError, TypeError, ValueError)
+    return not isinstance(error, permanent)
+
+
+async def _request(fs: Any, path: str, start: int, stop: int, patience: Patience) -> bytes:
+    if fs.async_impl:
+        seconds = patience.stall_seconds + (stop - start) / patience.bytes_per_second
+        data = await asyncio.wait_for(fs._cat_file(path, start=start, end=stop), seconds)
+    else:
+        data = await asyncio.to_thread(fs.cat_file, path, start=start, end=stop)
+    if len(data) > stop - start:
+        raise ValueError(
+            f"{len(data)} bytes came where {stop - start} were asked for: "
+            "the server does not serve ranges"
+        )
+    return data
+
+
+async def _together(jobs: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Run coroutines side by side; when one fails, none of the others is left running."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Cache:
+    """Whole shards in a folder of this node, shared by every process there, bounded in bytes.
+
+    A shard's file is named after its sha256, so equal names of two sets never meet. It is written
+    as a `.part` file whose full size is taken at once (so the bound counts it) and whose lock tells
+    a filler that lives from one that was killed. There is no owner and no bookkeeping but the
+    folder itself.
+
+    When room is needed, the files that nobody asks for go: those of other data sets first, then the
+    newest of our own. Shards come round once an epoch, where throwing away the least recently used
+    would always throw away the next one to come; so a fixed part of the set stays.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self.limit = limit
+        self.refusals = 0
+
+    def path(self, shard: Shard) -> Path:
+        """Return where a shard is kept."""
+        return self.folder / f"{shard.sha256}.tar"
+
+    def has(self, shard: Shard) -> bool:
+        """Whether the shard is there."""
+        return self.path(shard).exists()
+
+    def open(self, shard: Shard) -> int | None:
+        """Return a descriptor of a shard's whole file, or None if it is not there."""
+        try:
+            descriptor = os.open(self.path(shard), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        if os.fstat(descriptor).st_size == shard.bytes:
+            return descriptor
+        os.close(descriptor)
+        return None
+
+    def drop(self, shard: Shard) -> None:
+        """Delete a shard's file and give its room back, even where a process has it open."""
+        _delete(self.path(shard))
+
+    def begin(self, shard: Shard, *, keep: Set[str], known: Set[str]) -> "Part | None":
+        """Take room for a shard; None if it is there, is another process's, or finds no room.
+
+        Args:
+            shard: the shard to be filled.
+            keep: sha256 of the shards that must stay.
+            known: sha256 of all shards of this data set.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f".{shard.sha256}.part"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        part = Part(descriptor, path, self.path(shard))
+        if not _lock(descriptor) or not part.is_ours():
+            os.close(descriptor)
+            return None
+        if self.has(shard):
+            part.close()
+            return None
+        with self._lock():
+            try:
+                fits = self._make_room(shard.bytes, part.path, keep, known)
+                if fits:
+                    _allocate(descriptor, shard.bytes)
+                    return part
+            except OSError as error:
+                part.close()
+                if error.errno not in NO_ROOM:
+                    raise
+                self.refusals += 1
+                return None
+        part.close()
+        return None
+
+    def trim(self, known: Set[str]) -> None:
+        """Delete what is above the limit, which may be lower than it was in an earlier run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            self._make_room(0, self.folder, set(), known)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _make_room(self, size: int, own: Path, keep: Set[str], known: Set[str]) -> bool:
+        """Delete what may go until `size` bytes fit; False if they do not."""
+        used, droppable = 0, []
+        for path in self.folder.iterdir():
+            if path == own or path.suffix not in (".part", ".tar"):
+                continue
+            with suppress(FileNotFoundError):
+                if path.suffix == ".part" and _delete_abandoned(path):
+                    continue
+                status = path.stat()
+                used += status.st_size
+                if path.suffix == ".tar" and path.stem not in keep:
+                    age = status.st_mtime_ns
+                    order = (1, -age) if path.stem in known else (0, age)
+                    droppable.append((order, status.st_size, path))
+        for _, freed, path in sorted(droppable):
+            if used + size <= self.limit:
+                break
+            _delete(path)
+            used -= freed
+        return used + size <= self.limit
+
+
+class Part:
+    """A shard's file while it is being filled; the lock on its descriptor makes it ours."""
+
+    def __init__(self, descriptor: int, path: Path, final: Path) -> None:
+        self.descriptor = descriptor
+        self.path = path
+        self._final = final
+
+    def is_ours(self) -> bool:
+        """Whether the path still names the file that we have locked."""
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return False
+        return status.st_ino == os.fstat(self.descriptor).st_ino
+
+    def sha256(self) -> str:
+        """Return the hash of what was written."""
+        with os.fdopen(os.dup(self.descriptor), "rb") as stream:
+            stream.seek(0)
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def publish(self) -> None:
+        """Make it the shard's file."""
+        self.path.replace(self._final)
+
+    def close(self) -> None:
+        """Let go of it; what was not published is deleted."""
+        if self.is_ours():
+            _delete(self.path)
+        os.close(self.descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _delete(path: Path) -> None:
+    # cut first: a reader that has it open sees too few bytes, and the disk has its room at once
+    with suppress(FileNotFoundError):
+        os.truncate(path, 0)
+        path.unlink()
+
+
+def _delete_abandoned(path: Path) -> bool:
+    """Delete a part whose filler was killed; False if one is alive."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        if not _lock(descriptor):
+            return False
+        _delete(path)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Take the disk's room now, so that a full disk is known before anything is fetched."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)

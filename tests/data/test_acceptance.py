@@ -1,0 +1,367 @@
+"""What a data plane must hold: T1 to T6 and T11 to T13 of the list in docs/data.md.
+
+T7 and T8 need servers and are in test_remote.py; T9 and T10 are about packing, in test_pack.py.
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rft.data.labels import LabelSpace
+from rft.data.loader import EvaluationBatches, PackedDataset, read_batches
+from rft.data.manifest import Manifest
+from rft.data.order import EpochOrder
+from rft.data.pack import Options, pack
+from tests import tiny
+from tests.ranks import loading
+from tests.ranks.loading import CPU, batches_of, plan_of
+
+LABELS = LabelSpace(ids=("n01", "n02", "n03"), names=("one", "two", "three"), templates=("{c}",))
+PER_CLASS = 23  # 69 samples: no batch, rank or shard count divides it
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> dict[str, PackedDataset]:
+    """The same images in shards of a few samples, as files and as pixels."""
+    root = tmp_path_factory.mktemp("acceptance")
+    rng = np.random.default_rng(0)
+    for wnid in LABELS.ids:
+        (root / "train" / wnid).mkdir(parents=True)
+        for number in range(PER_CLASS):
+            base = rng.integers(0, 256, 3)
+            pixels = np.clip(base + rng.normal(0, 40, (30, 37, 3)), 0, 255).astype(np.uint8)
+            path = root / "train" / wnid / f"{wnid}_{number}.JPEG"
+            Image.fromarray(pixels).save(path, "JPEG")
+    found = {}
+    for encoding in ("original", "pixels"):
+        options = Options(encoding=encoding, size=24, shard_mb=0.012, workers=1)
+        pack("imagenet-train", str(root), str(root / encoding), LABELS, options)
+        found[encoding] = PackedDataset(str(root / encoding / "imagenet-train"))
+        assert len(found[encoding].manifest.shards) > 5
+    return found
+
+
+def global_batches(
+    packed: PackedDataset, plan, world_size: int, workers: int, steps: range
+) -> list[tuple[list[int], torch.Tensor]]:
+    """Ids and images of the global batches, put together from what each rank reads."""
+    ranks = [
+        [
+            (batch.samples_B.tolist(), batch.images_BCHW.clone())
+            for batch in read_batches(
+                batches_of(packed, plan, rank, world_size), steps, workers=workers, device=CPU
+            )
+        ]
+        for rank in range(world_size)
+    ]
+    return [
+        (
+            list(chain.from_iterable(rank[step][0] for rank in ranks)),
+            torch.cat([rank[step][1] for rank in ranks]),
+        )
+        for step in range(len(steps))
+    ]
+
+
+@pytest.mark.parametrize(("streams", "block_shards"), [(1, 0), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "workers"), [(2, 0), (4, 0), (8, 0), (1, 1), (2, 3), (1, 8), (4, 1)]
+)
+def test_t1_the_same_ordered_global_batches(packed, world_size, workers, streams, block_shards):
+    dataset = packed["original"]
+    plan = plan_of(dataset, BATCH, streams, block_shards)
+    steps = range(plan.steps_per_epoch - 2, plan.steps_per_epoch + 3)  # across an epoch's end
+    expected = global_batches(dataset, plan, 1, 0, steps)
+    found = global_batches(dataset, plan, world_size, workers, steps)
+    assert [ids for ids, _ in found] == [ids for ids, _ in expected]
+
+
+@pytest.mark.parametrize("encoding", ["original", "pixels"])
+@pytest.mark.parametrize(("world_size", "workers"), [(4, 0), (2, 3)])
+def test_t2_the_same_tensors(packed, encoding, world_size, workers):
+    dataset = packed[encoding]
+    plan = plan_of(dataset, BATCH, 2, 2)
+    found = global_batches(dataset, plan, world_size, workers, range(7))
+    for ids, images_BCHW in found:
+        for sample, image_CHW in zip(ids, images_BCHW, strict=True):
+            assert torch.equal(image_CHW, torch.from_numpy(dataset.image(sample, 24)))
+    # and both encodings are the same data
+    by_key = {packed["pixels"].key(s): packed["pixels"].image(s, 24) for s in range(len(dataset))}
+    for sample in range(len(dataset)):
+        key = packed["original"].key(sample)
+        assert (packed["original"].image(sample, 24) == by_key[key]).all()
+
+
+def test_t3_killed_and_resumed_on_another_world_size(packed, tmp_path):
+    dataset = packed["pixels"]
+    plan = plan_of(dataset, 8, 2, 2)
+    expected = batches_of(dataset, plan, 0, 1)
+    chance = random.Random(0)
+    seen: dict[int, list[int]] = {}
+    for world_size in (2, 1, 4):
+        start = len(seen)
+        enough = start + chance.randrange(3, 9)
+        logs = [tmp_path / f"{world_size}-{rank}.txt" for rank in range(world_size)]
+        for rank, log in enumerate(logs):
+            log.touch()
+            arguments = [dataset.url, str(log), str(start), str(rank), str(world_size)]
+            tiny.kill_when(
+                [sys.executable, "-m", "tests.ranks.loading", *arguments],
+                lambda log=log, start=start, enough=enough: (
+                    log.read_text().count("\n") + start >= enough
+                ),
+            )
+        ranks = [
+            {
+                int(line.split()[0]): [int(word) for word in line.split()[1:]]
+                for line in log.read_text().splitlines(keepends=True)
+                if line.endswith("\n")
+            }
+            for log in logs
+        ]
+        # a step counts when every rank has done it
+        for step in sorted(set.intersection(*(set(rank) for rank in ranks))):
+            seen[step] = list(chain.from_iterable(rank[step] for rank in ranks))
+    assert sorted(seen) == list(range(len(seen)))
+    assert len(seen) >= 9
+    assert all(seen[step] == expected.global_samples(step).tolist() for step in seen)
+
+
+@pytest.mark.parametrize(("streams", "block_shards"), [(1, 0), (2, 1), (4, 3)])
+def test_t4_an_epoch_has_every_sample_once(packed, streams, block_shards):
+    dataset = packed["pixels"]
+    plan = plan_of(dataset, BATCH, streams, block_shards)
+    left_out = []
+    for epoch in range(3):
+        first = epoch * plan.steps_per_epoch
+        steps = range(first, first + plan.steps_per_epoch)
+        batches = global_batches(dataset, plan, 2, 0, steps)
+        ids = list(chain.from_iterable(ids for ids, _ in batches))
+        assert len(ids) == len(set(ids)) == len(dataset) // BATCH * BATCH
+        left_out.append(frozenset(range(len(dataset))) - set(ids))
+        assert len(left_out[-1]) == len(dataset) % BATCH  # the declared tail
+    assert len(set(left_out)) > 1  # another one each epoch
+
+
+def test_t5_evaluation_counts_every_sample_once(packed, tmp_path):
+    url = packed["pixels"].url
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rft.data.loader", "tests.ranks.loading"])
+    told = set()
+    for world_size in (1, 3, 7, 8):
+        out = tmp_path / str(world_size)
+        out.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [
+            context.Process(target=loading.count, args=(rank, world_size, port, url, str(out)))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(120)
+        told.update((out / f"{rank}.txt").read_text() for rank in range(world_size))
+    assert len(told) == 1
+    correct, total = map(int, told.pop().split())
+    assert total == packed["pixels"].manifest.samples
+    assert 0 < correct < total
+
+
+def damaged_copy(dataset: PackedDataset, folder: Path) -> tuple[PackedDataset, Path, int]:
+    """A copy of a set, one of its shards, and a sample in that shard's middle."""
+    shutil.copytree(dataset.url, folder / "copy")
+    number = 2
+    sample = int(dataset.shard_ends[number - 1]) + 1
+    shard = folder / "copy" / dataset.manifest.shards[number].name
+    return PackedDataset(str(folder / "copy")), shard, sample
+
+
+@pytest.mark.parametrize("encoding", ["original", "pixels"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_t6_damage_is_an_error_with_shard_key_and_offset(packed, encoding, workers, tmp_path):
+    dataset, shard, sample = damaged_copy(packed[encoding], tmp_path)
+    offset = int(dataset.index.offset[sample])
+    whole = shard.read_bytes()
+    everything = EvaluationBatches(
+        dataset, np.arange(len(dataset)), image_size=24, batch_size=BATCH
+    )
+
+    def message() -> str:
+        with pytest.raises(ValueError, match=r"."):
+            list(read_batches(everything, range(len(everything)), workers=workers, device=CPU))
+        try:
+            dataset.payload(sample)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    flipped = bytearray(whole)
+    flipped[offset + 150] ^= 4
+    shard.write_bytes(flipped)
+    assert f"{shard.name}, sample '{dataset.key(sample)}', offset {offset}" in message()
+    assert "damaged bytes (crc32 mismatch)" in message()
+
+    previous = int(dataset.index.offset[sample - 1] + dataset.index.length[sample - 1])
+    boundary = -(-previous // 512) * 512
+    shard.write_bytes(whole[:boundary])  # as a killed copy would leave it
+    assert f"short read: 0 of {dataset.index.length[sample]} bytes at" in message()
+    assert dataset.key(sample) in message()
+
+    shard.unlink()
+    dataset.shards.close()
+    assert "missing shard" in message()
+    assert shard.name in message()
+
+    index = Path(dataset.url) / "index.npz"
+    flipped = bytearray(index.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    index.write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"index\.npz does not have the sha256 in its manifest"):
+        PackedDataset(dataset.url)
+
+
+def test_t6_a_damaged_header_costs_no_sample(packed, tmp_path):
+    # where tar readers stop or skip, samples are found by their offsets all the same
+    dataset, shard, sample = damaged_copy(packed["pixels"], tmp_path)
+    flipped = bytearray(shard.read_bytes())
+    flipped[int(dataset.index.offset[sample]) - 512] ^= 255
+    shard.write_bytes(flipped)
+    for number in range(len(dataset)):
+        assert (dataset.image(number, 24) == packed["pixels"].image(number, 24)).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_t11_memory_and_descriptors_stay_flat(packed, workers):
+    dataset = packed["pixels"]
+    plan = plan_of(dataset, BATCH, 2, 2)
+    training = batches_of(dataset, plan, 0, 1)
+    after = []
+    for epoch in range(12):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        for batch in read_batches(training, steps, workers=workers, device=CPU):
+            assert batch.images_BCHW.shape == (BATCH, 3, 24, 24)
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        after.append((pages * resource.getpagesize(), len(list(Path("/proc/self/fd").iterdir()))))
+    settled = after[2:]  # the first two start what stays: the fork server, open shards
+    memory = [size for size, _ in settled]
+    assert max(memory) <= 1.05 * memory[0]
+    assert {count for _, count in settled} == {settled[0][1]}
+
+
+def test_t11_a_plan_for_400_million_samples():
+    script = (
+        "import resource, time; began = time.perf_counter();"
+        "from rft.data.order import EpochOrder, Plan;"
+        "plan = Plan(shard_sizes=(1000,) * 400_000, batch_size=1024, seed=0, streams=64,"
+        " block_shards=4);"
+        "assert len(set(EpochOrder(plan, 3).batch(100_000).tolist())) == 1024;"
+        "print(time.perf_counter() - began,"
+        " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    _, memory = map(float, result.stdout.split())
+    assert memory < 1e9
+
+
+def test_t12_nothing_of_the_parent_reaches_the_workers(packed):
+    """Workers are forked from a server that has opened nothing, never from the trainer."""
+    dataset = PackedDataset(packed["pixels"].url)
+    dataset.image(0, 24)
+    assert dataset.shards._descriptors
+    state = dataset.shards.__getstate__()
+    assert set(state) == {"url", "shards", "cache", "patience"}
+    training: Any = _Watching(dataset)
+    stream = read_batches(training, range(2), workers=2, device=CPU)
+    for batch in stream:
+        parent, descriptors, clients = batch.samples_B.tolist()
+        assert parent != os.getpid()
+        assert descriptors == clients == 0
+
+
+class _Watching:
+    """Batches whose sample numbers tell about the process that reads them."""
+
+    image_size, largest = 24, 3
+
+    def __init__(self, packed: PackedDataset) -> None:
+        self.packed = _Told(packed)
+
+    def samples_of(self, number: int) -> np.ndarray:
+        import fsspec.asyn
+
+        shards = self.packed.packed.shards
+        shards._enter_process()
+        return np.array(
+            [os.getppid(), len(shards._descriptors), int(fsspec.asyn.iothread[0] is not None)]
+        )
+
+
+class _Told:
+    def __init__(self, packed: PackedDataset) -> None:
+        self.packed = packed
+
+    def batch(self, samples: np.ndarray, size: int, out_BCHW: torch.Tensor):
+        real = self.packed.batch(np.arange(3), size, out_BCHW)
+        return real._replace(samples_B=torch.from_numpy(samples))
+
+
+def test_t13_another_manifest_or_plan_is_refused_with_the_difference(
+    tiny_data, tiny_clip, tmp_path
+):
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    size = ["--loader.batch-size", "12", "--loader.held-out", "8", "--device", "cpu"]
+    command = ["rft.train", "no-mask", "--scale", "miniature", "--model.clip", tiny_clip]
+    command += ["--data", str(data), "--run-dir", str(run), *size, "--log.checkpoint-steps", "1"]
+    checkpoints = run / "checkpoints"
+    tiny.kill_when(
+        tiny.torchrun_command(1, *command), lambda: len(list(checkpoints.glob("*.pt"))) > 0
+    )
+
+    def refusal(*more: str) -> str:
+        result = tiny.torchrun(1, *command, *more)
+        assert result.returncode == 2
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "loader.streams: 1 -> 2" in refusal("--loader.streams", "2")
+    manifest = json.loads((data / "imagenet-train" / "manifest.json").read_text())
+    manifest["dataset"] = "imagenet-train-cleaned"
+    (data / "imagenet-train" / "manifest.json").write_text(json.dumps(manifest))
+    before, after = (
+        Manifest.load(str(root / "imagenet-train")).sha256 for root in (tiny_data, data)
+    )
+    line = refusal()
+    assert f"manifest_sha256: {before!r} -> {after!r}" in line
+
+
+def test_resume_is_immediate(packed):
+    """The thousandth step costs what the first one does: nothing is read or drawn before it."""
+    dataset = packed["pixels"]
+    plan = plan_of(dataset, BATCH, 2, 2)
+    far = 1000 * plan.steps_per_epoch + 3
+    (ids,) = (ids for ids, _ in global_batches(dataset, plan, 1, 0, range(far, far + 1)))
+    assert ids == EpochOrder(plan, 1000).batch(3).tolist()
+    assert dataset.shards.counters.bytes < 10 * 2**20
