@@ -139,7 +139,9 @@ class Shards:
     def is_local(self, number: int) -> bool:
         """Whether a shard's own place is this machine's file system."""
         self._enter_process()
-        return isinstance(self._store(number)[0], LocalFileSystem)
+        if number not in self._local:
+            self._local[number] = isinstance(self._store(number)[0], LocalFileSystem)
+        return self._local[number]
 
     def ranges(self, requests: Sequence[tuple[int, int, int]]) -> list[bytes]:
         """Return the bytes of (shard number, offset, length) triples of remote shards.
@@ -200,6 +202,7 @@ class Shards:
         self._process = os.getpid()
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._stores: dict[str, Any] = {}
+        self._local: dict[int, bool] = {}
         self._wake = threading.Condition()
         self._wanted: tuple[int, ...] = ()
         self._filler: threading.Thread | None = None

@@ -22,10 +22,12 @@ from isal import isal_zlib
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from rft.config import Config
 from rft.data import encode, order
 from rft.data.fetch import Cache, Patience, Shards
 from rft.data.manifest import Index, Manifest
 from rft.data.order import EpochOrder, Plan, rank_slice
+from rft.data.split import held_out_split
 
 BATCHES_AHEAD = 2  # batches that each loader process may have ready or under way
 
@@ -50,6 +52,16 @@ class Batch(NamedTuple):
     samples_B: Tensor  # int64
     reading: Reading = Reading()
     ready: int = 0  # batches after this one that were waiting to be taken
+
+
+class _Row(NamedTuple):
+    """Where one sample's payload lies and what it must be."""
+
+    sample: int
+    shard: int
+    offset: int
+    length: int
+    crc32: int
 
 
 class PackedDataset:
@@ -82,12 +94,13 @@ class PackedDataset:
         Raises:
             ValueError: naming shard, key and offset if they are not the bytes that were packed.
         """
-        found = [self._from_disk(sample) for sample in samples]
+        rows = self._rows(samples)
+        found = [self._from_disk(row) for row in rows]
         remote = [place for place, data in enumerate(found) if data is None]
         if remote:
-            ranges = [self._range(samples[place]) for place in remote]
+            ranges = [rows[place][1:4] for place in remote]
             for place, data in zip(remote, self.shards.ranges(ranges), strict=True):
-                self._require_whole(samples[place], len(data), isal_zlib.crc32(data))
+                self._require_whole(rows[place], len(data), isal_zlib.crc32(data))
                 found[place] = data
             if self.shards.cache is not None:
                 self.shards.counters.cache_misses += len(remote)
@@ -150,8 +163,8 @@ class PackedDataset:
             # a sample that is on this machine is read to where it belongs, without a copy between
             elsewhere = [
                 place
-                for place, sample in enumerate(samples)
-                if not self._pixels_from_disk(sample, images_BCHW[place])
+                for place, row in enumerate(self._rows(samples))
+                if not self._pixels_from_disk(row, images_BCHW[place])
             ]
             if elsewhere:
                 payloads = self.payloads(samples[elsewhere])
@@ -169,69 +182,71 @@ class PackedDataset:
             image_CHW[:] = encode.clip_pixels(image, size, border)
         return time.perf_counter() - began
 
-    def _from_disk(self, sample: int) -> bytes | None:
+    def _rows(self, samples: np.ndarray) -> "list[_Row]":
+        """Return where some samples lie."""
+        index = self.index
+        columns = (
+            samples,
+            np.searchsorted(self.shard_ends, samples, side="right"),
+            index.offset[samples],
+            index.length[samples],
+            index.crc32[samples],
+        )
+        return list(map(_Row, *(column.tolist() for column in columns)))
+
+    def _from_disk(self, row: "_Row") -> bytes | None:
         """Return a sample's checked bytes from a local or cached shard, None if it is neither."""
-        number, offset, length = self._range(sample)
-        descriptor = self._descriptor(sample, number)
+        descriptor = self._descriptor(row)
         if descriptor is None:
             return None
-        data = os.pread(descriptor, length, offset)
-        good = self._is_good(sample, number, len(data), isal_zlib.crc32(data))
-        return data if good else None
+        data = os.pread(descriptor, row.length, row.offset)
+        return data if self._is_good(row, len(data), isal_zlib.crc32(data)) else None
 
-    def _pixels_from_disk(self, sample: int, image_CHW: np.ndarray) -> bool:
+    def _pixels_from_disk(self, row: "_Row", image_CHW: np.ndarray) -> bool:
         """Read a sample's pixels into their place; False if its shard is neither local nor cached.
 
         A `.npy` payload is a header, the same in every sample, and then the pixels.
         """
-        number, offset, length = self._range(sample)
-        descriptor = self._descriptor(sample, number)
+        descriptor = self._descriptor(row)
         if descriptor is None:
             return False
-        header = bytearray(length - image_CHW.nbytes)
+        header = bytearray(row.length - image_CHW.nbytes)
         buffers: list[Any] = [header, image_CHW]
-        read = os.preadv(descriptor, buffers, offset)
+        read = os.preadv(descriptor, buffers, row.offset)
         crc32 = isal_zlib.crc32(image_CHW, isal_zlib.crc32(header))
-        if not self._is_good(sample, number, read, crc32):
+        if not self._is_good(row, read, crc32):
             return False
         self.shards.counters.bytes += read
         return True
 
-    def _range(self, sample: int) -> tuple[int, int, int]:
-        """Return a sample's shard number, offset and length."""
-        offset, length = int(self.index.offset[sample]), int(self.index.length[sample])
-        return self.shard_of(sample), offset, length
-
-    def _descriptor(self, sample: int, number: int) -> int | None:
+    def _descriptor(self, row: "_Row") -> int | None:
         try:
-            return self.shards.descriptor(number)
+            return self.shards.descriptor(row.shard)
         except FileNotFoundError as error:
-            raise ValueError(
-                f"missing shard: {self._where(sample)}; copy or pack it again"
-            ) from error
+            raise ValueError(f"missing shard: {self._where(row)}; copy or pack it again") from error
 
-    def _is_good(self, sample: int, number: int, length: int, crc32: int) -> bool:
+    def _is_good(self, row: "_Row", length: int, crc32: int) -> bool:
         """Check what came from a disk; bad bytes of the cache are thrown away, others an error."""
-        if self.shards.is_local(number):
-            self._require_whole(sample, length, crc32)
+        if self.shards.is_local(row.shard):
+            self._require_whole(row, length, crc32)
             return True
-        if length == self.index.length[sample] and crc32 == self.index.crc32[sample]:
+        if length == row.length and crc32 == row.crc32:
             self.shards.counters.cache_hits += 1
             return True
-        self.shards.repair(number)
+        self.shards.repair(row.shard)
         return False
 
-    def _require_whole(self, sample: int, length: int, crc32: int) -> None:
-        expected = int(self.index.length[sample])
-        if length != expected:
-            raise ValueError(f"short read: {length} of {expected} bytes at {self._where(sample)}")
-        if crc32 != self.index.crc32[sample]:
-            where = self._where(sample)
+    def _require_whole(self, row: "_Row", length: int, crc32: int) -> None:
+        if length != row.length:
+            where = self._where(row)
+            raise ValueError(f"short read: {length} of {row.length} bytes at {where}")
+        if crc32 != row.crc32:
+            where = self._where(row)
             raise ValueError(f"damaged bytes (crc32 mismatch) at {where}; pack the shard again")
 
-    def _where(self, sample: int) -> str:
-        number, offset, _ = self._range(sample)
-        return f"{self.shards.location(number)}, sample {self.key(sample)!r}, offset {offset}"
+    def _where(self, row: "_Row") -> str:
+        location = self.shards.location(row.shard)
+        return f"{location}, sample {self.key(row.sample)!r}, offset {row.offset}"
 
     def _require_size(self, size: int) -> None:
         packed = self.manifest.encoding.get("size", size)
@@ -323,6 +338,26 @@ class EvaluationBatches:
     def samples_of(self, number: int) -> np.ndarray:
         """Return the sample numbers of batch `number`."""
         return self.samples[number * self.largest : (number + 1) * self.largest]
+
+
+def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarray, np.ndarray]:
+    """Return a run's plan, the sample numbers that it orders, and those held out.
+
+    Raises:
+        ValueError: if the set is too small for the batch or for the held-out part.
+    """
+    loader = config.loader
+    samples, held_out = held_out_split(
+        packed.index.key, packed.index.label, loader.held_out, config.held_out_seed
+    )
+    plan = Plan(
+        shard_sizes=packed.shard_sizes(samples),
+        batch_size=loader.batch_size,
+        seed=config.seed,
+        streams=loader.streams,
+        block_shards=loader.block_shards,
+    )
+    return plan, samples, held_out
 
 
 def read_batches(

@@ -37,7 +37,7 @@ class Arguments:
     data: str
     """Data root: the URL under which the tools wrote the packed sets."""
     sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = SETS
-    """Packed sets to evaluate on."""
+    """Packed sets to evaluate on: these, or any other below the data root."""
     batch_size: int = 256
     """Images in one forward."""
     workers: int = 4
@@ -150,7 +150,8 @@ def main() -> None:
     if not arguments.checkpoints:
         raise ValueError("name at least one run folder or .safetensors file to evaluate")
     for name in arguments.sets:
-        if name not in SETS:
+        manifest = files.join(arguments.data, name, "manifest.json")
+        if name not in SETS and not files.exists(manifest):
             raise cli.unknown("set", name, SETS)
     if arguments.batch_size < 1 or arguments.workers < 0:
         raise ValueError("--batch-size must be at least 1 and --workers at least 0")
@@ -176,7 +177,8 @@ def main() -> None:
         elif world.is_main:
             print("all counts are already there, nothing to do")
     runs = [str(path) for path in arguments.checkpoints if path.is_dir()]
-    if world.is_main and runs:
+    # the report's tables are the paper's: ImageNet and its five benchmarks
+    if world.is_main and runs and set(arguments.sets) & set(SETS):
         print(f"next: python -m rft.report {' '.join(runs)} --out report")
 
 

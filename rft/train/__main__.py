@@ -17,9 +17,7 @@ from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import Config
 from rft.data.fetch import Cache
-from rft.data.loader import PackedDataset, TrainingBatches, fingerprint
-from rft.data.order import Plan
-from rft.data.split import held_out_split
+from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
 from rft.dist import World
 from rft.train.gallery import one_of_each_class, write_gallery
 from rft.train.loop import Job, train
@@ -105,16 +103,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     loader = config.loader
     cache = Cache(Path(loader.cache_dir), int(loader.cache_gb * 1e9)) if loader.cache_dir else None
     packed = PackedDataset(files.join(config.data, config.train_set), cache=cache)
-    samples, held_out = held_out_split(
-        packed.index.key, packed.index.label, loader.held_out, config.held_out_seed
-    )
-    plan = Plan(
-        shard_sizes=packed.shard_sizes(samples),
-        batch_size=loader.batch_size,
-        seed=config.seed,
-        streams=loader.streams,
-        block_shards=loader.block_shards,
-    )
+    plan, samples, held_out = plan_training(packed, config)
     pretrained = load_clip(config.model)
     # one image now, so that shards of the wrong size stop the run here and not inside it
     packed.image(int(samples[0]), pretrained.architecture.image_size)

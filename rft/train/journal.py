@@ -99,7 +99,7 @@ class Display:
         distilled = values["loss"] - values["ce"]
         self._status = (
             f"loss {values['loss']:.3f} = ce {values['ce']:.3f} + distillation {distilled:.3f}  "
-            f"{values['images_per_s']:.0f} img/s"
+            f"{values['images_per_s']:.0f} img/s, {values['data_wait_ms']:.0f} ms wait for data"
         )
         self._bar.update(self._task, completed=step, status=self._status)
         if self._bar.disable and time.monotonic() - self._spoke > SECONDS_PER_LINE:
