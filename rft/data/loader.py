@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from rft.config import Config
 from rft.data import encode, order
-from rft.data.fetch import Cache, Patience, Shards
+from rft.data.cache import Cache
+from rft.data.fetch import Patience, Shards
 from rft.data.manifest import Index, Manifest
 from rft.data.order import EpochOrder, Plan, rank_slice
 from rft.data.split import held_out_split

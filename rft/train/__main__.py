@@ -16,7 +16,7 @@ from rft.clip.classifier import SELECTED, Classifier, build_classifier, load_sta
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import Config
-from rft.data.fetch import Cache
+from rft.data.cache import Cache
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
 from rft.dist import World
 from rft.train.gallery import one_of_each_class, write_gallery

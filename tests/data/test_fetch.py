@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rft.data import fetch
-from rft.data.fetch import Cache, Part, is_transient, merge
+from rft.data.cache import Cache, Part
+from rft.data.fetch import is_transient, merge
 from rft.data.manifest import Shard
 
 RANGES = st.lists(
