@@ -5,7 +5,7 @@ DEMO   ?= miniature
 EPOCHS ?=
 BIN    := .venv/bin
 
-.PHONY: demo results test lint bench simd clean
+.PHONY: demo results test lint bench peers simd clean
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -33,13 +33,21 @@ lint: .venv/.installed  ## style, types, module contracts, spelling, shell scrip
 	$(BIN)/codespell
 	$(BIN)/shellcheck -x .ci/run launch/*.sbatch
 
-bench: .venv/.installed  ## step time of ours against the vanilla and the textbook step
+bench: .venv/.installed  ## the step, the loader and the packer, each against what it is compared with
+	$(BIN)/python -m benchmarks.environments
 	$(BIN)/python -m benchmarks.step --save
+	$(BIN)/python -m benchmarks.loader --save
+	$(BIN)/python -m benchmarks.pack --save
+	$(BIN)/python -m benchmarks.simd_difference --save
+
+peers: .venv/.installed  ## what other loaders do on the thirteen tests of docs/data.md
+	$(BIN)/python -m benchmarks.environments
+	$(BIN)/python -m benchmarks.peers --save
 
 simd: .venv/.installed  ## replace Pillow in .venv by Pillow-SIMD, built here for AVX2
 	$(BIN)/pip uninstall -q -y pillow pillow-simd
 	CC="cc -mavx2" $(BIN)/pip install -q --no-binary :all: --no-deps pillow-simd
-	$(BIN)/python -c 'import PIL; print("image core: Pillow-SIMD", PIL.__version__)'
+	$(BIN)/python -m rft.env
 
 clean:  ## everything that these targets made
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis miniature

@@ -1,0 +1,113 @@
+"""Which libraries are really in use here: `python -m rft.env`.
+
+Pillow and Pillow-SIMD are installed to the same folder, so each overwrites parts of the other: the
+package list may name both, or one whose files are the other's. That is told in a line, with exit
+code 1.
+"""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+import fsspec
+import open_clip
+import PIL
+import torch
+import webdataset
+from PIL import features
+from rich.console import Console
+from rich.table import Table
+
+from rft import files
+
+IMAGE_PACKAGES = ("pillow", "pillow-simd")
+
+
+def image_core() -> str:
+    """Return the image library that is imported, its version and the JPEG library behind it."""
+    # Pillow-SIMD calls itself PIL too; only its version tells, by its suffix
+    name = "Pillow-SIMD" if ".post" in PIL.__version__ else "Pillow"
+    jpeg = "libjpeg-turbo" if features.check_feature("libjpeg_turbo") else "libjpeg"
+    library = features.version("libjpeg_turbo") or features.version("jpg")
+    return f"{name} {PIL.__version__}, {jpeg} {library}"
+
+
+def installed_image_packages() -> dict[str, str]:
+    """Return the version of each of Pillow and Pillow-SIMD that the package list names."""
+    found = {}
+    for name in IMAGE_PACKAGES:
+        for distribution in importlib.metadata.distributions(name=name):
+            found[name] = distribution.version
+    return found
+
+
+def image_core_problem(imported: str, installed: dict[str, str]) -> str | None:
+    """Return what is wrong with the image library, or None.
+
+    Args:
+        imported: version that `import PIL` gives.
+        installed: version of each package that provides PIL.
+    """
+    if len(installed) > 1:
+        both = " and ".join(f"{name} {version}" for name, version in installed.items())
+        return (
+            f"{both} are installed over each other, PIL is {imported}; uninstall both, then "
+            f"install one (make simd does that)"
+        )
+    if imported not in installed.values():
+        named = ", ".join(f"{name} {version}" for name, version in installed.items()) or "none"
+        return f"PIL is {imported}, the package list says {named}; uninstall and install it again"
+    return None
+
+
+def cores() -> int:
+    """Return how many cores this process may use; a cluster job rarely owns the whole machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def has_avx2() -> str:
+    """Return whether the processor has AVX2, which `make simd` builds for."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return "unknown"
+    return "yes" if " avx2 " in path.read_text() else "no"
+
+
+def rows() -> list[tuple[str, str]]:
+    """Return name and value of everything worth knowing."""
+    cuda = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else []
+    revision = files.git_revision()
+    return [
+        ("rft", importlib.metadata.version("rft") + (f", git {revision}" if revision else "")),
+        ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+        ("cores", f"{cores()} for this process of {os.cpu_count()}, AVX2: {has_avx2()}"),
+        ("image core", image_core()),
+        ("torch", f"{torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}"),
+        ("GPUs", f"{len(gpus)}: {', '.join(sorted(set(gpus)))}" if gpus else "none"),
+        ("cuDNN", str(torch.backends.cudnn.version()) if cuda else "not in use"),
+        ("NCCL", ".".join(map(str, torch.cuda.nccl.version())) if cuda else "not in use"),
+        ("open_clip", open_clip.__version__),
+        ("webdataset", webdataset.__version__),
+        ("fsspec", fsspec.__version__),
+    ]
+
+
+def main() -> None:
+    """Print the table; end with 1 if the image library is a mixture."""
+    table = Table(show_header=False, box=None)
+    for name, value in rows():
+        table.add_row(name, value)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    problem = image_core_problem(PIL.__version__, installed_image_packages())
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What `python -m rft.env` says, and that it sees a mixture of Pillow and Pillow-SIMD."""
+
+import subprocess
+import sys
+
+import PIL
+import pytest
+import torch
+
+from rft import env
+
+
+def test_it_prints_what_is_in_use():
+    result = subprocess.run(
+        [sys.executable, "-m", "rft.env"], capture_output=True, text=True, check=True
+    )
+    assert PIL.__version__ in result.stdout
+    assert torch.__version__ in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("imported", "installed", "problem"),
+    [
+        ("13.0.0", {"pillow": "13.0.0"}, None),
+        ("12.1.1.post0", {"pillow-simd": "12.1.1.post0"}, None),
+        ("13.0.0", {"pillow": "13.0.0", "pillow-simd": "12.1.1.post0"}, "over each other"),
+        ("12.1.1.post0", {"pillow": "13.0.0"}, "the package list says pillow 13.0.0"),
+        ("13.0.0", {}, "the package list says none"),
+    ],
+)
+def test_a_mixture_is_seen(imported, installed, problem):
+    found = env.image_core_problem(imported, installed)
+    assert (found is None) == (problem is None)
+    assert problem is None or problem in found
+
+
+def test_both_packages_over_each_other_end_with_one_line(tmp_path):
+    """A second package's metadata in front of the real one, as pip leaves it."""
+    folder = tmp_path / "pillow_simd-12.1.1.post0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Name: pillow-simd\nVersion: 12.1.1.post0\n")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from rft import env; env.main()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "over each other" in result.stderr
