@@ -57,22 +57,31 @@ def resolve(url: str, name: str) -> str:
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder is at `url`."""
+    """Whether a file or folder is at `url`.
+
+    Raises:
+        ValueError: if the store does not let us look.
+    """
     fs, path = open_store(url)
-    return fs.exists(path)
+    try:
+        return fs.exists(path)
+    except PermissionError as error:
+        raise ValueError(f"no permission to read {url}: {error}") from error
 
 
 def read_bytes(url: str) -> bytes:
     """Return the whole content of `url`.
 
     Raises:
-        ValueError: if there is no such file.
+        ValueError: if there is no such file, or the store does not let us read it.
     """
     fs, path = open_store(url)
     try:
         data = fs.cat_file(path)
     except FileNotFoundError as error:
         raise ValueError(f"no such file: {url}") from error
+    except PermissionError as error:
+        raise ValueError(f"no permission to read {url}: {error}") from error
     assert isinstance(data, bytes)
     return data
 

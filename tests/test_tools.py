@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from rft import cli
+from rft.data.labels import LabelSpace
 from rft.data.manifest import Manifest
 
 TOOLS = Path(__file__).parent.parent / "tools"
@@ -122,7 +123,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing split": (lambda world: shutil.rmtree(world / "imagenet" / "val"), "imagenet-val in"),
     "missing class": (lambda world: shutil.rmtree(world / "imagenet" / "val" / "n02"), "n02"),
     "empty class": (empty_a_class, "n02 is empty"),
-    "unknown class": (add_a_class, "unknown class: folder 'n03'"),
+    "unknown class": (add_a_class, "unknown class: 'n03'"),
     "unreadable image": (damage_an_image, "ILSVRC2012_val_00000002.JPEG is no readable"),
     "no label space": (lambda world: (world / "classes.json").unlink(), "no such file"),
 }
@@ -154,12 +155,65 @@ def test_another_plan(world: Path, tmp_path: Path, run: Callable[..., Result]) -
     assert err.count("\n") == 1
 
 
+def test_counts(world: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    """In ImageNet's own label space the published number of images is known."""
+    labels = LabelSpace.imagenet()
+    document = {"ids": labels.ids, "names": labels.names, "templates": labels.templates}
+    (world / "classes.json").write_text(json.dumps(document))
+    image = world / "imagenet-r" / "n01" / "art_0.jpg"
+    for wnid in labels.ids:
+        (world / "sketch" / wnid).mkdir(parents=True)
+        shutil.copy(image, world / "sketch" / wnid / "sketch_0.JPEG")
+    arguments = ["--benchmark", "imagenet-sketch", "--source", str(world), "--out"]
+    arguments += [str(tmp_path / "out")]
+    code, out, err = run("shard_ood", *arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert out == f"imagenet-sketch: 1,000 images in 1,000 class folders of {world / 'sketch'}\n"
+    assert err.startswith("error: imagenet-sketch has 1,000 images here, 50,889 were published")
+    assert "--allow-count imagenet-sketch=1000" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = run("shard_ood", *arguments, "--allow-count", "imagenet-sketch=999")
+    assert (code, "--allow-count says 999" in err) == (2, True)
+    assert run("shard_ood", *arguments, "--allow-count", "imagenet-sketch=1000")[0] == 0
+    assert Manifest.load(str(tmp_path / "out" / "imagenet-sketch")).samples == 1000
+
+
+def test_bad_images(world: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    bad = world / "imagenet-r" / "n02" / "art_1.jpg"
+    bad.write_bytes(b"damaged")
+    arguments = ["--benchmark", "imagenet-r", "--source", str(world), "--out", str(tmp_path)]
+    code, _, err = run("shard_ood", *arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"error: {bad} is no readable JPEG, PNG or WebP image; --max-bad N")
+    code, out, err = run("shard_ood", *arguments, "--max-bad", "1")
+    assert (code, err) == (0, "")
+    assert "1 left out (quarantine.jsonl)" in out
+    (line,) = (tmp_path / "imagenet-r" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "path": "n02/art_1.jpg",
+        "reason": "is no readable JPEG, PNG or WebP image",
+        "shard": "000000.tar",
+    }
+    code, out, _ = run("shard_ood", *arguments, "--max-bad", "1")
+    assert (code, "(1 left out), nothing to do" in out) == (0, True)
+
+
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [
         ("shard_ood", ["--benchmark", "--source", "x", "--out", "y"], "--benchmark names nothing"),
         ("shard_imagenet", ["--splits", "--source", "x", "--out", "y"], "--splits names nothing"),
         ("shard_imagenet", ["--source", "x", "--out", "y", "--task", "3"], "--task must be I/N"),
+        (
+            "shard_imagenet",
+            ["--source", "x", "--out", "y", "--allow-count", "7"],
+            "--allow-count must be SET=N",
+        ),
+        (
+            "shard_imagenet",
+            ["--source", "x", "--out", "y", "--splits", "val", "--allow-count", "imagenet-r=7"],
+            "unknown set in --allow-count 'imagenet-r'",
+        ),
     ],
 )
 def test_wrong_options(

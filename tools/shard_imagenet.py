@@ -1,4 +1,4 @@
-"""Pack ImageNet's train and val folders into tar shards: see --help."""
+"""Pack ImageNet's training and validation images into tar shards: see --help."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,27 +8,35 @@ import tyro
 from rft import cli
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack
+from rft.data.published import parse_allowed_counts
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardImagenet:
     """Pack ImageNet into WebDataset tar shards: OUT/imagenet-train and OUT/imagenet-val.
 
-    The source is the usual folder with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG. A killed or
-    failed run continues when it is started again with the same arguments, and gives the same bytes
-    for any number of workers and tasks. Example, on four machines (I = 0, 1, 2, 3):
+    The source is found by looking, and the same images in any form give the same shards: class
+    folders (train/<wnid>/*.JPEG, val/<wnid>/*.JPEG), or the archives as they are downloaded, which
+    are never extracted (ILSVRC2012_img_train.tar or a folder of its 1000 tars;
+    ILSVRC2012_img_val.tar or its flat files in val/, with ILSVRC2012_devkit_t12.tar.gz or that
+    folder beside them, which has their classes). A killed or failed run continues when it is
+    started again with the same arguments, and gives the same bytes for any number of workers and
+    tasks. Example, on four machines (I = 0, 1, 2, 3):
 
     python tools/shard_imagenet.py --source /data/imagenet --out s3://bucket/rft --task I/4
     """
 
     source: str
-    """Folder that holds train/ and val/ (or imagenet/ or ILSVRC2012/ with these in it)."""
+    """Folder that holds train/ and val/ or the archives, itself or in imagenet/ or ILSVRC2012/."""
     out: str
     """Where the packed sets go: a folder, or a URL that fsspec opens (s3://, gs://, ...)."""
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")
     """Which splits to pack."""
     classes: str | None = None
     """JSON file with another label space (keys ids, names, templates); None is ImageNet's 1000."""
+    allow_count: tuple[str, ...] = ()
+    """SET=N: accept this copy, which has N images and not the published number (for each set one,
+    such as imagenet-val=49999)."""
     packing: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     """How to pack."""
 
@@ -39,9 +47,11 @@ def main() -> None:
     if not command.splits:
         raise ValueError("--splits names nothing to pack")
     labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
+    datasets = [f"imagenet-{split}" for split in command.splits]
+    allowed = parse_allowed_counts(command.allow_count, datasets)
     complete = [
-        pack(f"imagenet-{split}", command.source, command.out, labels, command.packing)
-        for split in command.splits
+        pack(name, command.source, command.out, labels, command.packing, allowed.get(name))
+        for name in datasets
     ]
     if all(complete):
         print(

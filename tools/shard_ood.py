@@ -8,6 +8,7 @@ import tyro
 from rft import cli
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack
+from rft.data.published import parse_allowed_counts
 
 Benchmark = Literal["imagenet-v2", "imagenet-r", "imagenet-sketch", "objectnet", "imagenet-a"]
 
@@ -31,6 +32,9 @@ class ShardOod:
     """Where the packed sets go: a folder, or a URL that fsspec opens (s3://, gs://, ...)."""
     classes: str | None = None
     """JSON file with another label space (keys ids, names, templates); None is ImageNet's 1000."""
+    allow_count: tuple[str, ...] = ()
+    """SET=N: accept this copy, which has N images and not the published number (for each set one,
+    such as imagenet-r=29999)."""
     packing: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     """How to pack."""
 
@@ -41,9 +45,10 @@ def main() -> None:
     if not command.benchmark:
         raise ValueError("--benchmark names nothing to pack")
     labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
+    allowed = parse_allowed_counts(command.allow_count, command.benchmark)
     complete = [
-        pack(benchmark, command.source, command.out, labels, command.packing)
-        for benchmark in command.benchmark
+        pack(name, command.source, command.out, labels, command.packing, allowed.get(name))
+        for name in command.benchmark
     ]
     if all(complete):
         print(

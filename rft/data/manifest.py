@@ -75,20 +75,24 @@ class Manifest:
         """Read `url/manifest.json`.
 
         Raises:
-            ValueError: if it is absent (the folder was not finalised) or of another schema.
+            ValueError: if it is absent (the folder was not finalised), damaged, or of another
+                schema.
         """
         path = files.join(url, "manifest.json")
         if not files.exists(path):
             raise ValueError(f"no packed dataset at {url}: manifest.json is missing")
         document = files.read_json(path)
-        if document.get("schema") != SCHEMA:
-            found = document.get("schema")
+        found = document.get("schema") if isinstance(document, dict) else None
+        if found != SCHEMA:
             raise ValueError(f"{path} has schema {found}, this rft reads {SCHEMA}; pack it again")
-        document["classes"] = tuple(document["classes"])
-        document["templates"] = tuple(document["templates"])
-        document["groups"] = tuple(tuple(group) for group in document["groups"])
-        document["shards"] = tuple(Shard(**shard) for shard in document["shards"])
-        return Manifest(**document)
+        try:
+            document["classes"] = tuple(document["classes"])
+            document["templates"] = tuple(document["templates"])
+            document["groups"] = tuple(tuple(group) for group in document["groups"])
+            document["shards"] = tuple(Shard(**shard) for shard in document["shards"])
+            return Manifest(**document)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); pack or index the set again") from error
 
     def save(self, url: str) -> None:
         """Write `url/manifest.json` atomically."""

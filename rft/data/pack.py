@@ -1,68 +1,63 @@
 """Pack a source of images into WebDataset tar shards that readers address by offset.
 
 Everything is a function of the plan: which samples are in which shard, in which order. `plan.json`
-is written first and guards the folder against a second, different plan. One shard is one idempotent
-task that writes `NNNNNN.tar`, then `commit/NNNNNN.json`; `manifest.json` is written last, when all
-commits are there. So a killed run continues where it was, any split over processes and machines
-gives the same bytes, and a folder without a manifest is not a data set.
+is written first and guards the folder against a second, different plan. Shards are independent
+tasks (`rft.data.shard`); `manifest.json` is written last, when the commit records of all are there.
+So a killed run continues where it was, any split over processes and machines gives the same bytes,
+and a folder without a manifest is not a data set.
 """
 
 import hashlib
 import json
-import math
-import multiprocessing
-import os
 import re
-import signal
-import sys
-import threading
-import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from fsspec.implementations.memory import MemoryFileSystem
 
 from rft import files
 from rft.data import encode
 from rft.data.labels import LabelSpace
 from rft.data.manifest import Index, Manifest, Shard
+from rft.data.published import check_count
+from rft.data.shard import (
+    COLUMNS,
+    TEMPORARY,
+    Job,
+    Quarantined,
+    compact_json,
+    file_sizes,
+    is_committed,
+    too_many,
+    write_shard,
+)
 from rft.data.sources import Item, Source, read_source
+from rft.data.workers import check_workers, each_done, progress
 
-if TYPE_CHECKING:
-    from webdataset import TarWriter
-
-ALGORITHM = 1  # raise it when the order, the cut or the members change: it is part of the plan
-TAR_BLOCK = 512
-TEMPORARY = re.compile(r"\..*\.tmp")  # what rft.files.publish leaves behind when it is killed
+ALGORITHM = 2  # raise it when the order, the cut or the members change: it is part of the plan
 COMMIT_THREADS = 16  # reading commits is latency-bound on object stores
-SECONDS_PER_LINE = 10.0  # how often progress is printed when there is no terminal
-COLUMNS = {
-    "offset": np.uint64,
-    "length": np.uint32,
-    "crc32": np.uint32,
-    "label": np.int32,
-    "width": np.uint16,
-    "height": np.uint16,
-    "key": np.bytes_,
-}
-assert list(COLUMNS) == [field.name for field in fields(Index)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to pack; `workers`, `task` and `finalize` change who does the work, never the bytes."""
+    """How to pack; `workers`, `task` and `finalize` change who does the work, never the bytes.
 
-    encoding: Literal["original", "pixels"] = "original"
-    """original: the files' own bytes. pixels: CLIP's input, so that training decodes nothing."""
+    Nor does `max_bad`, unless it is needed: it says how many images a complete set may lack.
+    """
+
+    encoding: encode.Kind = "original"
+    """original: the files' own bytes. pixels: CLIP's input, so that training decodes nothing. jpeg:
+    the same square as a JPEG, a fifth of the bytes."""
     size: int = 224
-    """Side in pixels of the stored square (pixels only)."""
+    """Side in pixels of the stored square (pixels and jpeg)."""
+    quality: int = 95
+    """Quality of the JPEG, 1 to 100 (jpeg only)."""
     shard_mb: float = 100
     """Size of a shard in MiB."""
     seed: int = 0
@@ -73,6 +68,10 @@ class Options:
     """I/N with I from 0 to N-1: this job array's part of the shards; the last adds the manifest."""
     finalize: bool = False
     """Write no shards, only the manifest of shards that are all there."""
+    max_bad: int = 0
+    """How many images of the whole set may be left out because they cannot be decoded; each is
+    listed with its reason in quarantine.jsonl. A larger number continues, a smaller one tries the
+    images again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,30 +90,28 @@ class Plan:
         return files.sha256_json(self.parameters)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One shard to write."""
-
-    root: Path
-    out: str
-    number: int
-    items: tuple[Item, ...]
-    encoding: dict[str, Any]
-    plan_hash: str
-
-    @property
-    def shard_url(self) -> str:
-        """Where the tar goes."""
-        return files.join(self.out, f"{self.number:06d}.tar")
-
-    @property
-    def commit_url(self) -> str:
-        """Where the record of the finished tar goes."""
-        return files.join(self.out, "commit", f"{self.number:06d}.json")
-
-
-def pack(dataset: str, source: str, out: str, labels: LabelSpace, options: Options) -> bool:
+def pack(
+    dataset: str,
+    source: str,
+    out: str,
+    labels: LabelSpace,
+    options: Options,
+    allowed_count: int | None = None,
+) -> bool:
     """Pack `dataset`, found at or below the folder `source`, into `out/dataset`.
+
+    In ImageNet's label space the number of images must be the published one, or `allowed_count`.
+    See `pack_source` for what else it returns and raises.
+    """
+    _check(options)  # before a listing that may take minutes
+    found = read_source(dataset, Path(source), labels)
+    print(f"{dataset}: {len(found.items):,} images in {found.layout}", flush=True)
+    check_count(dataset, len(found.items), labels, allowed_count)
+    return pack_source(found, out, labels, options)
+
+
+def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) -> bool:
+    """Pack a source whose images are already listed into `out/source.dataset`.
 
     Doing it again continues where it stopped; when everything is there it changes nothing.
 
@@ -124,31 +121,32 @@ def pack(dataset: str, source: str, out: str, labels: LabelSpace, options: Optio
     Raises:
         ValueError: if the source, an image, an option or what is already in `out` is not right.
     """
-    worker_count, task = _check(options)
-    plan = make_plan(read_source(dataset, Path(source), labels), labels, options)
-    url = files.join(out, dataset)
-    claim(plan, url)
-    jobs = make_jobs(plan, url)
+    worker_count, (index, count) = _check(options)
+    plan = make_plan(source, labels, options)
+    url = files.join(out, source.dataset)
+    claim(plan, url, create=not options.finalize)
+    jobs = make_jobs(plan, url, options.max_bad)
     if _is_complete(plan, url, jobs):
-        print(f"{dataset}: already packed at {url}, nothing to do", flush=True)
-        return True
+        return _say_complete(source.dataset, url, options.max_bad)
     if not options.finalize:
-        index, count = task
         todo = _uncommitted(jobs[index::count])
-        _write_shards(dataset, todo, worker_count)
+        if isinstance(files.open_store(url)[0], MemoryFileSystem):
+            worker_count = 1  # no other process sees it
+        _write_shards(source.dataset, todo, worker_count, options.max_bad)
         waiting = _uncommitted(jobs)
         if waiting:
             print(
-                f"{dataset}: task {index}/{count} is done; {len(waiting)} of {len(jobs)} shards "
-                f"are still to come from other tasks, the last of which writes the manifest",
+                f"{source.dataset}: task {index}/{count} is done; {len(waiting)} of {len(jobs)} "
+                f"shards are still to come from other tasks, the last of which writes the manifest",
                 flush=True,
             )
             return False
-    manifest = finalize(plan, url)
+    manifest = finalize(plan, url, options.max_bad)
     total = sum(shard.bytes for shard in manifest.shards)
+    left_out = f", {manifest.quarantined} left out (quarantine.jsonl)"
     print(
-        f"{dataset}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, "
-        f"{total / 2**20:,.1f} MiB at {url}",
+        f"{source.dataset}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, "
+        f"{total / 2**20:,.1f} MiB at {url}{left_out if manifest.quarantined else ''}",
         flush=True,
     )
     return True
@@ -159,11 +157,12 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> Plan:
 
     The order does not depend on that of `source.items`.
     """
-    encoding = encode.encoding_parameters(options.encoding, options.size, source.crop_border)
+    encoding = encode.encoding_parameters(
+        options.encoding, options.size, source.crop_border, options.quality
+    )
     shard_bytes = int(options.shard_mb * 2**20)
     order = shuffle(source.items, options.seed)
-    fixed = encode.payload_bytes(encoding)
-    sizes = [item.bytes if fixed is None else fixed for item in order]
+    sizes = [encode.expected_bytes(encoding, item.bytes) for item in order]
     listing = sorted((item.key, item.path, item.label, item.bytes) for item in order)
     parameters = {
         "algorithm": ALGORITHM,
@@ -207,7 +206,7 @@ def cut(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def make_jobs(plan: Plan, url: str) -> list[Job]:
+def make_jobs(plan: Plan, url: str, max_bad: int = 0) -> list[Job]:
     """Return one job for each shard of the plan."""
     return [
         Job(
@@ -215,107 +214,56 @@ def make_jobs(plan: Plan, url: str) -> list[Job]:
             out=url,
             number=number,
             items=items,
+            classes=plan.labels.names,
             encoding=plan.encoding,
             plan_hash=plan.hash,
+            max_bad=max_bad,
         )
         for number, items in enumerate(plan.shards)
     ]
 
 
-def claim(plan: Plan, url: str) -> None:
+def claim(plan: Plan, url: str, *, create: bool = True) -> None:
     """Make `url` the folder of this plan, or find that it already is.
 
+    A plan that has come to nothing yet gives way to another one.
+
     Raises:
-        ValueError: if the folder holds another plan's data, with what differs, or other files.
+        ValueError: if the folder holds another plan's data, with what differs, or other files, or
+            nothing while it may not be made.
     """
-    names = [name for name in _file_sizes(url) if not TEMPORARY.fullmatch(name)]
     plan_url = files.join(url, "plan.json")
+    names = [name for name in file_sizes(url) if not TEMPORARY.fullmatch(name)]
     if "plan.json" not in names:
         if names:
             raise ValueError(
                 f"{url} is not empty and was not packed by rft (it has {names[0]} but no "
                 f"plan.json); choose another --out or delete that folder"
             )
+        if not create:
+            raise ValueError(f"nothing is packed at {url} yet; run without --finalize first")
         files.write_json(plan_url, plan.parameters)
         return
     found = files.read_json(plan_url)
-    if found != plan.parameters:
-        changes = "; ".join(files.difference(found, plan.parameters))
+    if found == plan.parameters:
+        return
+    changes = "; ".join(files.difference(found, plan.parameters))
+    records = [n for n in file_sizes(files.join(url, "commit")) if not TEMPORARY.fullmatch(n)]
+    if records or set(names) - {"plan.json", "commit"} or not create:
         raise ValueError(
             f"{url} holds another plan ({changes}); choose another --out or delete that folder"
         )
+    print(f"{url} held another plan ({changes}) but no shard yet: replaced", flush=True)
+    files.write_json(plan_url, plan.parameters)
 
 
-def write_shard(job: Job) -> tuple[int, int]:
-    """Write one tar and its commit record; the same job always writes the same bytes.
-
-    Returns:
-        Numbers of samples and of bytes written.
-
-    Raises:
-        ValueError: if an image cannot be read; neither tar nor commit appears then.
-    """
-    # webdataset imports torch: only the processes that write shards pay for it
-    from webdataset import TarWriter
-
-    rows = []
-    with files.publish(job.shard_url) as path:
-        with (
-            path.open("wb") as stream,
-            # a float mtime would cost a PAX header for every member, None the reproducible bytes
-            TarWriter(
-                stream, encoder=False, mtime=0, user="root", group="root", mode=0o444
-            ) as writer,
-        ):
-            for item in job.items:
-                data = _read_source_file(job.root / item.path, item.bytes)
-                name = str(job.root / item.path)
-                rows.append(write_sample(writer, item, encode.encode(data, name, job.encoding)))
-        shard = Shard(
-            name=job.shard_url.rsplit("/", 1)[-1],
-            bytes=path.stat().st_size,
-            sha256=files.sha256_file(path),
-            samples=len(rows),
-        )
-    columns = {name: [row[name] for row in rows] for name in COLUMNS}
-    commit = {"plan_hash": job.plan_hash, "shard": asdict(shard), "columns": columns}
-    files.write_bytes(job.commit_url, _compact_json(commit))
-    return shard.samples, shard.bytes
-
-
-def write_sample(writer: "TarWriter", item: Item, encoded: encode.Encoded) -> dict[str, Any]:
-    """Append one sample's members to a tar and return its index row."""
-    description = {
-        "path": item.path,
-        "format": encoded.format,
-        "mode": encoded.mode,
-        "size": [encoded.width, encoded.height],
-    }
-    meta = {"cls": str(item.label).encode(), "json": _compact_json(description)}
-    writer.write({"__key__": item.key, **meta})
-    # The payload is written by itself and last, so it ends, padded to whole blocks, where the tar
-    # now ends. Its offset then holds for headers of any length (long names take several blocks).
-    writer.write({"__key__": item.key, encoded.suffix: encoded.payload})
-    length = len(encoded.payload)
-    padded = math.ceil(length / TAR_BLOCK) * TAR_BLOCK
-    return {
-        "offset": writer.tarstream.offset - padded,
-        "length": length,
-        "crc32": zlib.crc32(encoded.payload),
-        "label": item.label,
-        "width": encoded.width,
-        "height": encoded.height,
-        "key": item.key,
-    }
-
-
-def finalize(plan: Plan, url: str) -> Manifest:
+def finalize(plan: Plan, url: str, max_bad: int = 0) -> Manifest:
     """Write index, side files and, last, the manifest of a folder whose shards are all there.
 
     Raises:
-        ValueError: if shards are missing.
+        ValueError: if shards are missing, or more than `max_bad` images were left out.
     """
-    jobs = make_jobs(plan, url)
+    jobs = make_jobs(plan, url, max_bad)
     waiting = _uncommitted(jobs)
     if waiting:
         raise ValueError(
@@ -324,6 +272,9 @@ def finalize(plan: Plan, url: str) -> Manifest:
         )
     with ThreadPoolExecutor(COMMIT_THREADS) as pool:
         commits = list(pool.map(lambda job: files.read_json(job.commit_url), jobs))
+    quarantined = [(c["shard"]["name"], entry) for c in commits for entry in c["quarantined"]]
+    if len(quarantined) > max_bad:
+        raise too_many([Quarantined(**entry) for _, entry in quarantined], max_bad)
     columns = {
         name: np.array([value for commit in commits for value in commit["columns"][name]], dtype)
         for name, dtype in COLUMNS.items()
@@ -338,10 +289,14 @@ def finalize(plan: Plan, url: str) -> Manifest:
         plan_hash=plan.hash,
         index_sha256=files.sha256_bytes(index),
         shards=tuple(Shard(**commit["shard"]) for commit in commits),
+        quarantined=len(quarantined),
     )
     files.write_bytes(files.join(url, "index.npz"), index)
     for name, content in side_files(manifest).items():
         files.write_bytes(files.join(url, name), content.encode())
+    if quarantined:
+        lines = [compact_json({**entry, "shard": name}) + b"\n" for name, entry in quarantined]
+        files.write_bytes(files.join(url, "quarantine.jsonl"), b"".join(lines))
     _remove_temporaries(url)
     manifest.save(url)
     return manifest
@@ -351,7 +306,7 @@ def side_files(manifest: Manifest) -> dict[str, str]:
     """Return the files that let timm, open_clip and CLIP_benchmark read the shards."""
     names = [shard.name for shard in manifest.shards]
     lengths = [shard.samples for shard in manifest.shards]
-    split = "train" if manifest.dataset.endswith("-train") else "validation"
+    split = "train" if manifest.dataset.split("-")[-1] == "train" else "validation"
     info = {
         "name": split,
         "num_samples": manifest.samples,
@@ -384,24 +339,20 @@ def _check(options: Options) -> tuple[int, tuple[int, int]]:
     """Return the number of workers and the task, or say which option is wrong."""
     if options.size < 1:
         raise ValueError(f"--size must be at least 1, not {options.size}")
+    if not 1 <= options.quality <= 100:
+        raise ValueError(f"--quality must be 1 to 100, not {options.quality}")
     if options.shard_mb <= 0:
         raise ValueError(f"--shard-mb must be above 0, not {options.shard_mb}")
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers must be at least 1, not {options.workers}")
+    if options.max_bad < 0:
+        raise ValueError(f"--max-bad must be at least 0, not {options.max_bad}")
     if options.finalize and options.task is not None:
         raise ValueError("--finalize writes no shards, so it goes without --task")
-    return options.workers or _cores(), (0, 1) if options.task is None else parse_task(options.task)
-
-
-def _cores() -> int:
-    """Return how many cores this process may use; a cluster job rarely owns the whole machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    task = (0, 1) if options.task is None else parse_task(options.task)
+    return check_workers(options.workers), task
 
 
 def _is_complete(plan: Plan, url: str, jobs: Sequence[Job]) -> bool:
-    sizes = _file_sizes(url)
+    sizes = file_sizes(url)
     if "manifest.json" not in sizes or "index.npz" not in sizes:
         return False
     manifest = Manifest.load(url)
@@ -412,125 +363,52 @@ def _is_complete(plan: Plan, url: str, jobs: Sequence[Job]) -> bool:
     )
 
 
+def _say_complete(dataset: str, url: str, max_bad: int) -> bool:
+    quarantined = Manifest.load(url).quarantined
+    if quarantined > max_bad:
+        raise ValueError(
+            f"{url} is packed without {quarantined} images, --max-bad allows {max_bad}; allow as "
+            f"many, or repair them (quarantine.jsonl), delete that folder and pack again"
+        )
+    left_out = f" ({quarantined} left out)" if quarantined else ""
+    print(f"{dataset}: already packed at {url}{left_out}, nothing to do", flush=True)
+    return True
+
+
 def _uncommitted(jobs: Sequence[Job]) -> list[Job]:
     """Return the jobs that have no valid commit, or whose tar is gone or of another size."""
     if not jobs:
         return []
-    url = jobs[0].out
-    sizes, commits = _file_sizes(url), _file_sizes(files.join(url, "commit"))
+    sizes, records = file_sizes(jobs[0].out), file_sizes(files.join(jobs[0].out, "commit"))
 
     def is_done(job: Job) -> bool:
-        if job.commit_url.rsplit("/", 1)[-1] not in commits:
-            return False
-        commit = files.read_json(job.commit_url)
-        shard = commit["shard"]
-        return commit["plan_hash"] == job.plan_hash and sizes.get(shard["name"]) == shard["bytes"]
+        # most are absent in a first run: a listing costs less than asking for each
+        return job.commit_url.rsplit("/", 1)[-1] in records and is_committed(job, sizes)
 
     with ThreadPoolExecutor(COMMIT_THREADS) as pool:
         done = list(pool.map(is_done, jobs))
     return [job for job, is_done_ in zip(jobs, done, strict=True) if not is_done_]
 
 
-def _write_shards(title: str, jobs: Sequence[Job], workers: int) -> None:
+def _write_shards(title: str, jobs: Sequence[Job], workers: int, max_bad: int) -> None:
     """Write the shards, in this process or in several; the first error stops it."""
-    total = sum(len(job.items) for job in jobs)
-    with _progress(title, total) as advance:
-        if min(workers, len(jobs)) <= 1:
-            for job in jobs:
-                advance(*write_shard(job))
-            return
-        # fork would copy locks that fsspec's or rich's threads may hold
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["rft.data.pack", "webdataset"])
-        executor = ProcessPoolExecutor(
-            min(workers, len(jobs)), mp_context=context, initializer=_start_worker
-        )
-        try:
-            # Ctrl-C reaches every process of a terminal; the first submit starts the others, which
-            # inherit the blocked signal, while here it is only put off
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                futures = [executor.submit(write_shard, job) for job in jobs]
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            for done in as_completed(futures):
-                advance(*done.result())
-        finally:
-            executor.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and never outlive it: a killed parent cannot stop its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def exit_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function to call with the samples and bytes of each shard that was written."""
-    start, samples, size, printed = time.monotonic(), 0, 0, time.monotonic()
-
-    def rate() -> str:
-        seconds = max(time.monotonic() - start, 1e-9)
-        return f"{samples / seconds:,.0f} samples/s, {size / 2**20:,.1f} MiB"
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        disable=not sys.stdout.isatty(),
-    )
-    with bar:
-        row = bar.add_task(title, total=total, rate="")
-
-        def advance(more_samples: int, more_bytes: int) -> None:
-            nonlocal samples, size, printed
-            samples, size = samples + more_samples, size + more_bytes
-            bar.update(row, completed=samples, rate=rate())
-            due = time.monotonic() - printed > SECONDS_PER_LINE or samples == total
-            if due and bar.disable:
-                print(f"{title}: {samples:,} of {total:,} samples, {rate()}", flush=True)
-                printed = time.monotonic()
-
-        yield advance
-
-
-def _read_source_file(path: Path, expected: int) -> bytes:
-    data = path.read_bytes()
-    if len(data) != expected:
-        raise ValueError(
-            f"{path} has {len(data)} bytes, {expected} when it was listed; "
-            f"pack again when nothing writes to the source"
-        )
-    return data
-
-
-def _file_sizes(url: str) -> dict[str, int]:
-    """Return name -> bytes for a folder's entries, as the store sees it now; absent is empty."""
-    fs, path = files.open_store(url)
-    fs.invalidate_cache(path)  # other tasks write here too
-    if not fs.exists(path):
-        return {}
-    entries = fs.ls(path, detail=True)
-    return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in entries}
+    bad: list[Quarantined] = []
+    with (
+        progress(title, "samples", sum(len(job.items) for job in jobs)) as advance,
+        closing(each_done(write_shard, jobs, workers)) as results,
+    ):
+        for _, written in results:
+            advance(written.samples + len(written.quarantined), written.bytes)
+            bad += written.quarantined
+            if len(bad) > max_bad:  # no need to wait for the end to find out
+                raise too_many(bad, max_bad)
 
 
 def _remove_temporaries(url: str) -> None:
-    """Delete what killed runs left; all shards are committed, so nobody is writing one."""
-    fs, path = files.open_store(url)
-    for name in _file_sizes(url):
-        if re.fullmatch(r"\.\d{6}\.tar\.[0-9a-f]{32}\.tmp", name):
-            fs.rm_file(files.join(path, name))
-
-
-def _compact_json(document: Any) -> bytes:
-    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode("ascii")
+    """Delete what killed runs left of shards and records; all are committed, none is needed."""
+    for folder in (url, files.join(url, "commit")):
+        fs, path = files.open_store(folder)
+        for name in file_sizes(folder):
+            if TEMPORARY.fullmatch(name) and re.match(r"\.\d{6}\.", name):
+                with suppress(FileNotFoundError):  # another task may finalise at the same time
+                    fs.rm_file(files.join(path, name))

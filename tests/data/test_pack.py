@@ -12,22 +12,27 @@ import sys
 import tarfile
 import time
 import zlib
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from timm.data.readers.reader_wds import _load_info, _parse_split_info
 
 from rft.data import pack as packing
-from rft.data.encode import clip_pixels, load_image
+from rft.data import workers
+from rft.data.encode import Kind, clip_pixels, clip_square, load_image, to_jpeg
 from rft.data.labels import LabelSpace
+from rft.data.loader import PackedDataset
 from rft.data.manifest import Index, Manifest
-from rft.data.pack import Options, cut, make_jobs, make_plan, pack, parse_task, shuffle, write_shard
+from rft.data.pack import Options, cut, make_jobs, make_plan, pack, parse_task, shuffle
+from rft.data.shard import tar_header, write_shard
 from rft.data.sources import Item, read_source
 
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.", "the {c}."))
@@ -57,10 +62,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 def snapshot(folder: Path) -> dict[str, str]:
     """Return relative path -> sha256 of every file, temporary ones included."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(folder)): digest(path.name, path.read_bytes())
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def digest(name: str, data: bytes) -> str:
+    """Return the sha256 of a file; of a commit record all but how long it took."""
+    if re.fullmatch(r"\d{6}\.json", name):
+        data = re.sub(rb'"seconds":[\d.]+', b"", data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_with_webdataset(folder: Path) -> list[dict]:
@@ -78,7 +90,9 @@ def check_offsets(folder: Path) -> tuple[Manifest, Index]:
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             members = tar.getmembers()
-        payloads = [member for member in members if not member.name.endswith((".cls", ".json"))]
+        payloads = [
+            member for member in members if not member.name.endswith((".cls", ".json", ".txt"))
+        ]
         assert len(payloads) == shard.samples
         for member in payloads:
             offset, length = int(index.offset[row]), int(index.length[row])
@@ -159,6 +173,8 @@ def test_task_errors(text: str) -> None:
         ({"size": 0}, "--size"),
         ({"shard_mb": 0}, "--shard-mb"),
         ({"workers": 0}, "--workers"),
+        ({"quality": 0}, "--quality"),
+        ({"max_bad": -1}, "--max-bad"),
         ({"finalize": True, "task": "0/2"}, "--finalize"),
     ],
 )
@@ -206,7 +222,7 @@ def test_pixels_read_back(source: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.load(io.BytesIO(sample["npy"])), expected)
 
 
-def test_imagenet_a_round_trip_and_long_names(tmp_path: Path) -> None:
+def test_t10_imagenet_a_names_round_trip(tmp_path: Path) -> None:
     """Dotted names, and names over the 100 bytes of a plain tar header."""
     stems = ["0.000116_digital clock _ digital clock_0.865662", "0.5_" + "long " * 30 + "_0.1"]
     for n, stem in enumerate([*stems, "x.y"]):
@@ -251,6 +267,94 @@ def test_objectnet(tmp_path: Path) -> None:
             np.testing.assert_array_equal(np.load(io.BytesIO(sample["npy"])), expected)
         else:
             assert sample["png"] == data
+
+
+def test_jpeg_reads_back(source: str, tmp_path: Path) -> None:
+    options = Options(encoding="jpeg", size=16, quality=80, shard_mb=0.001, workers=1)
+    assert pack("imagenet-train", source, str(tmp_path), LABELS, options)
+    folder = tmp_path / "imagenet-train"
+    manifest, index = check_offsets(folder)
+    assert len(manifest.shards) > 2
+    assert (manifest.encoding["kind"], manifest.encoding["quality"]) == ("jpeg", 80)
+    for row, sample in enumerate(read_with_webdataset(folder)):
+        meta = json.loads(sample["json"])
+        image = load_image((Path(source) / "train" / meta["path"]).read_bytes())
+        assert sample["jpg"] == to_jpeg(clip_square(image, 16), 80)
+        assert load_image(sample["jpg"]).size == (16, 16)
+        assert meta["size"] == list(image.size) == [index.width[row], index.height[row]]
+
+
+@given(st.text("ab0_-.", min_size=1, max_size=130), st.integers(0, 9 * 2**30))
+@example("a" * 100, 8**11 - 1)
+@example("a" * 101, 0)
+@example("a", 8**11)
+def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.uname, member.gname = size, 0o444, "root", "root"
+    assert tar_header(name, size) == member.tobuf(tarfile.PAX_FORMAT)
+
+
+def test_shards_are_those_of_webdataset(source: str, tmp_path: Path) -> None:
+    """Byte for byte what its TarWriter makes of the same samples."""
+    assert pack("imagenet-train", source, str(tmp_path), LABELS, ORIGINAL)
+    for path in sorted((tmp_path / "imagenet-train").glob("*.tar")):
+        stream = io.BytesIO()
+        options = {"encoder": False, "mtime": 0, "user": "root", "group": "root", "mode": 0o444}
+        with webdataset.TarWriter(stream, **options) as writer:
+            for sample in webdataset.WebDataset(str(path), shardshuffle=False):
+                entries = {name: data for name, data in sample.items() if name[0] != "_"}
+                image = next(name for name in entries if name not in ("cls", "json", "txt"))
+                payload = entries.pop(image)
+                writer.write({"__key__": sample["__key__"], **entries})
+                writer.write({"__key__": sample["__key__"], image: payload})
+        assert path.read_bytes() == stream.getvalue()
+
+
+def test_archives_give_the_same_shards(
+    source: str, tmp_path: Path, reference: dict[str, str]
+) -> None:
+    """The official tar of tars, never extracted, against the class folders."""
+    with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as archive:
+        for wnid in LABELS.ids:
+            inner = tmp_path / f"{wnid}.tar"
+            with tarfile.open(inner, "w") as images:
+                for path in sorted((Path(source) / "train" / wnid).iterdir(), reverse=True):
+                    images.add(path, path.name)
+            archive.add(inner, inner.name)
+            inner.unlink()
+    assert pack("imagenet-train", str(tmp_path), str(tmp_path / "out"), LABELS, PIXELS)
+    assert snapshot(tmp_path / "out") == reference
+
+
+def test_commit_records_tell_what_was_packed(source: str, tmp_path: Path) -> None:
+    assert pack("imagenet-train", source, str(tmp_path), LABELS, ORIGINAL)
+    folder = tmp_path / "imagenet-train"
+    commits = [json.loads(path.read_text()) for path in sorted(folder.glob("commit/*.json"))]
+    for commit, shard in zip(commits, Manifest.load(str(folder)).shards, strict=True):
+        assert commit["shard"] == vars(shard)
+        statistics = commit["statistics"]
+        assert statistics["seconds"] >= 0
+        assert statistics["classes"] == len(set(commit["columns"]["label"]))
+        assert statistics["source_bytes"] == sum(commit["columns"]["length"])
+        assert sum(statistics["modes"].values()) == shard.samples
+    formats = sum((Counter(commit["statistics"]["formats"]) for commit in commits), Counter())
+    assert formats == {"JPEG": 13, "PNG": 1}
+
+
+def test_progress_in_plain_lines(source: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(workers, "SECONDS_PER_LINE", 0.0)
+    assert pack("imagenet-train", source, str(tmp_path), LABELS, ORIGINAL)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"imagenet-train: 14 images in 2 folders of {source}/train"
+    count = len(Manifest.load(str(tmp_path / "imagenet-train")).shards)
+    number = r"[\d,]+(\.\d)?"
+    pattern = (
+        rf"imagenet-train: \d+ of 14 samples, {number} MiB, {number} samples/s, {number} MiB/s, "
+        r"\d+:\d\d:\d\d left"
+    )
+    assert all(re.fullmatch(pattern, line) for line in lines[1:-1])
+    assert len(lines) == count + 2
+    assert lines[-2].endswith("0:00:00 left")
 
 
 def test_peers_find_their_side_files(source: str, tmp_path: Path) -> None:
@@ -316,15 +420,31 @@ def test_finalize_waits_for_all_shards(
     assert snapshot(tmp_path) == reference
 
 
-def test_remote_store(source: str, reference: dict[str, str]) -> None:
-    assert pack("imagenet-train", source, "memory://rft-pack", LABELS, PIXELS)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_remote_store(source: str, reference: dict[str, str], workers: int) -> None:
+    options = with_options(workers=workers)
+    assert pack("imagenet-train", source, "memory://rft-pack", LABELS, options)
     fs = fsspec.filesystem("memory")
     found = {
-        name.removeprefix("/rft-pack/"): hashlib.sha256(fs.cat_file(name)).hexdigest()
+        name.removeprefix("/rft-pack/"): digest(Path(name).name, fs.cat_file(name))
         for name in fs.find("/rft-pack")
     }
     fs.rm("/rft-pack", recursive=True)
     assert found == reference
+
+
+@pytest.mark.parametrize("encoding", ["original", "jpeg"])
+def test_remote_and_local_are_the_same(source: str, tmp_path: Path, encoding: Kind) -> None:
+    options = with_options(encoding=encoding)
+    assert pack("imagenet-val", source, "memory://rft-pack-2", LABELS, options)
+    assert pack("imagenet-val", source, str(tmp_path), LABELS, options)
+    fs = fsspec.filesystem("memory")
+    found = {
+        name.removeprefix("/rft-pack-2/"): digest(Path(name).name, fs.cat_file(name))
+        for name in fs.find("/rft-pack-2")
+    }
+    fs.rm("/rft-pack-2", recursive=True)
+    assert found == snapshot(tmp_path)
 
 
 # --- again, after a kill, over other data -------------------------------------------------------
@@ -374,7 +494,7 @@ def test_commits_of_another_plan_do_not_count(
 KILLED = """
 import os, signal, sys
 from rft import files
-from rft.data import pack
+from rft.data import pack, shard
 from rft.data.labels import LabelSpace
 
 where, source, out = sys.argv[1:]
@@ -391,7 +511,7 @@ def die_at(owner, name, call):
 
 match where:
     case "in a tar":
-        die_at(pack, "write_sample", 6)
+        die_at(shard, "write_sample", 6)
     case "before a commit":
         die_at(files, "write_bytes", 3)  # plan.json, the first commit, the second
     case "before the manifest":
@@ -418,17 +538,34 @@ def test_killed_run_continues(
     assert snapshot(tmp_path) == reference
 
 
-STUCK = """
-import sys, time
+LIGHT = """
+import sys
 from rft.data import pack
 from rft.data.labels import LabelSpace
 
+labels = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.", "the {c}."))
+pack.pack("imagenet-train", *sys.argv[1:], labels, pack.Options(workers=1))
+sys.exit("torch" in sys.modules)
+"""
+
+
+def test_packing_needs_no_torch(source: str, tmp_path: Path) -> None:
+    """Every process that packs would pay seconds and hundreds of megabytes for it."""
+    command = [sys.executable, "-c", LIGHT, source, str(tmp_path)]
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+STUCK = """
+import sys, time
+from rft.data import pack, workers
+from rft.data.labels import LabelSpace
+
 def stuck(futures):
-    futures[0].result()
+    next(iter(futures)).result()
     print("ready", flush=True)
     time.sleep(60)
 
-pack.as_completed = stuck
+workers.as_completed = stuck
 labels = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.", "the {c}."))
 options = pack.Options(encoding="pixels", size=16, shard_mb=0.004, workers=2)
 pack.pack("imagenet-train", *sys.argv[1:], labels, options)
@@ -451,6 +588,7 @@ def test_workers_end_with_their_parent(source: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", STUCK, source, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout is not None
+        assert b"images in" in process.stdout.readline()
         assert process.stdout.readline() == b"ready\n"
         assert len(session_members(process.pid)) >= 3
         process.kill()
@@ -483,6 +621,156 @@ def test_foreign_folder_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not empty and was not packed by rft .*000000\.tar"):
         pack("imagenet-val", source, str(tmp_path), LABELS, PIXELS)
     assert snapshot(tmp_path) == before
+
+
+def test_finalize_of_nothing_writes_nothing(source: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing is packed at .*imagenet-val yet"):
+        pack("imagenet-val", source, str(tmp_path), LABELS, with_options(finalize=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_that_came_to_nothing_gives_way(
+    tmp_path: Path, source: str, capsys: pytest.CaptureFixture
+) -> None:
+    found = read_source("imagenet-val", Path(source), LABELS)
+    first = make_plan(found, LABELS, with_options(seed=1))
+    url = tmp_path / "imagenet-val"
+    packing.claim(first, str(url))
+    (url / "commit").mkdir()
+    (url / "commit" / f".000000.json.{'0' * 32}.tmp").write_text("half")
+    with pytest.raises(ValueError, match="holds another plan"):
+        pack("imagenet-val", source, str(tmp_path), LABELS, with_options(finalize=True))
+    assert pack("imagenet-val", source, str(tmp_path), LABELS, PIXELS)
+    assert "held another plan (seed: 1 -> 0) but no shard yet: replaced" in capsys.readouterr().out
+    before = snapshot(tmp_path)
+    # and the first one, which may still be at its first shard, must not spoil it
+    for job in make_jobs(first, str(url)):
+        with pytest.raises(ValueError, match="was taken over by a run with another plan"):
+            write_shard(job)
+    assert snapshot(tmp_path) == before
+
+
+# --- images that cannot be decoded --------------------------------------------------------------
+
+BAD = {
+    "n01/4.jpg": "cannot be decoded: image file is truncated (N bytes not processed)",
+    "n01/7.jpg": "is no readable JPEG, PNG or WebP image",
+    "n02/2.jpg": "is no readable JPEG, PNG or WebP image",
+}
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """Return a folder with ImageNet-R of 18 images, three of which are BAD."""
+    root = tmp_path / "broken"
+    for wnid in LABELS.ids:
+        for n in range(9):
+            write_image(root / "imagenet-r" / wnid / f"{n}.jpg", n)
+    truncated = root / "imagenet-r" / "n01" / "4.jpg"
+    os.truncate(truncated, truncated.stat().st_size - 40)
+    (root / "imagenet-r" / "n01" / "7.jpg").write_bytes(b"<html>")
+    (root / "imagenet-r" / "n02" / "2.jpg").write_bytes(b"")
+    return root
+
+
+def pack_broken(broken: Path, out: Path, **changes) -> bool:
+    return pack("imagenet-r", str(broken), str(out), LABELS, with_options(**changes))
+
+
+@pytest.mark.parametrize("encoding", ["original", "pixels"])
+def test_bad_images_are_left_out_and_listed(broken: Path, tmp_path: Path, encoding: Kind) -> None:
+    out = tmp_path / "out"
+    assert pack_broken(broken, out, encoding=encoding, max_bad=3)
+    manifest, _ = check_offsets(out / "imagenet-r")
+    assert (manifest.samples, manifest.quarantined) == (15, 3)
+    lines = (out / "imagenet-r" / "quarantine.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert {entry["path"] for entry in entries} == set(BAD)
+    for entry in entries:
+        assert re.sub(r"\d+", "N", entry["reason"]) == BAD[entry["path"]]
+        commit = out / "imagenet-r" / "commit" / f"{Path(entry['shard']).stem}.json"
+        recorded = {(e["path"], e["reason"]) for e in json.loads(commit.read_text())["quarantined"]}
+        assert (entry["path"], entry["reason"]) in recorded
+    packed = {
+        json.loads(sample["json"])["path"] for sample in read_with_webdataset(out / "imagenet-r")
+    }
+    listed = {str(path.relative_to(broken / "imagenet-r")) for path in broken.rglob("*.jpg")}
+    assert packed == listed - set(BAD)
+
+
+def test_bad_images_do_not_depend_on_who_packs(broken: Path, tmp_path: Path) -> None:
+    outs = [tmp_path / name for name in ("one", "two", "tasks", "more")]
+    assert pack_broken(broken, outs[0], max_bad=3)
+    assert pack_broken(broken, outs[1], max_bad=3, workers=2)
+    for n in (1, 2, 0):
+        pack_broken(broken, outs[2], max_bad=3, task=f"{n}/3")
+    assert pack_broken(broken, outs[3], max_bad=1000)
+    reference = snapshot(outs[0])
+    assert "imagenet-r/manifest.json" in reference
+    assert all(snapshot(out) == reference for out in outs[1:])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_more_bad_images_than_allowed(broken: Path, tmp_path: Path, workers: int) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"3 images cannot be read, --max-bad allows 2 \(n0\d/"):
+        pack_broken(broken, out, max_bad=2, workers=workers)
+    assert not (out / "imagenet-r" / "manifest.json").exists()
+    # the count is over the whole set, whoever found how many
+    for task in ("0/2", "1/2"):
+        with suppress(ValueError):
+            pack_broken(broken, out, max_bad=2, task=task)
+    with pytest.raises(ValueError, match=r"--max-bad allows 2|are not packed yet"):
+        pack_broken(broken, out, max_bad=2, finalize=True)
+    assert not (out / "imagenet-r" / "manifest.json").exists()
+    # with a larger number the run continues
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    assert pack_broken(broken, out, max_bad=3)
+    assert times.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}.items()
+    fresh = tmp_path / "fresh"
+    assert pack_broken(broken, fresh, max_bad=3)
+    assert snapshot(out) == snapshot(fresh)
+
+
+def test_finalize_counts_over_all_tasks(broken: Path, tmp_path: Path) -> None:
+    """Each task stays below the number; their sum does not."""
+    (broken / "imagenet-r" / "n01" / "7.jpg").unlink()
+    plan = make_plan(read_source("imagenet-r", broken, LABELS), LABELS, PIXELS)
+    packing.claim(plan, str(tmp_path / "imagenet-r"))
+    for job in make_jobs(plan, str(tmp_path / "imagenet-r"), max_bad=1):
+        write_shard(job)
+    with pytest.raises(ValueError, match=r"2 images cannot be read, --max-bad allows 1 \(n0"):
+        packing.finalize(plan, str(tmp_path / "imagenet-r"), max_bad=1)
+    assert packing.finalize(plan, str(tmp_path / "imagenet-r"), max_bad=2).quarantined == 2
+
+
+def test_repaired_images_are_tried_again(broken: Path, tmp_path: Path) -> None:
+    out, bad = tmp_path / "out", broken / "imagenet-r" / "n01" / "4.jpg"
+    for name in ("n01/7.jpg", "n02/2.jpg"):
+        (broken / "imagenet-r" / name).unlink()
+    write_image(bad, 4)
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:30].ljust(len(whole), b"\0"))  # of the same length: the same plan
+    with pytest.raises(ValueError, match=r"n01/4\.jpg .*--max-bad N leaves out up to N such"):
+        pack_broken(broken, out)
+    assert not pack_broken(broken, out, max_bad=1, task="0/2")
+    pack_broken(broken, out, max_bad=1, task="1/2")
+    with pytest.raises(ValueError, match=r"is packed without 1 images, --max-bad allows 0"):
+        pack_broken(broken, out)
+    (out / "imagenet-r" / "manifest.json").unlink()
+    bad.write_bytes(whole)
+    assert pack_broken(broken, out)
+    assert Manifest.load(str(out / "imagenet-r")).quarantined == 0
+
+
+def test_a_shard_of_bad_images_only(broken: Path, tmp_path: Path) -> None:
+    """It stays, empty: what the other shards are called does not depend on it."""
+    assert pack_broken(broken, tmp_path / "out", max_bad=3, encoding="original", shard_mb=1e-6)
+    packed = PackedDataset(str(tmp_path / "out" / "imagenet-r"))
+    assert sorted(shard.samples for shard in packed.manifest.shards) == [0] * 3 + [1] * 15
+    check_offsets(tmp_path / "out" / "imagenet-r")
+    for sample in range(15):
+        assert packed.image(sample, 16).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

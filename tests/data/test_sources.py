@@ -1,18 +1,35 @@
 """Label spaces and the official folder layouts: what is found, and what is refused."""
 
+import dataclasses
+import gzip
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
+import scipy.io
 import timm.data
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rft.data.archives import tar_members
 from rft.data.labels import LabelSpace, objectnet_groups
-from rft.data.sources import make_keys, read_source
+from rft.data.published import (
+    COUNTS,
+    check_count,
+    is_imagenet,
+    parse_allowed_counts,
+    published_classes,
+)
+from rft.data.sources import Source, make_keys, read_item, read_source
 
 MAPPINGS = Path(__file__).parent / "objectnet-mappings"
 LABELS = LabelSpace(ids=("n01", "n02", "n03"), names=("one", "two", "three"), templates=("a {c}.",))
@@ -221,14 +238,14 @@ def test_objectnet_groups_and_unmapped_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "names", "message"),
     [
-        ("imagenet-train", [], "no folder of imagenet-train"),
-        ("imagenet-train", ["train/n01/a.JPEG", "train/n02/b.JPEG"], "1 of 3 class folders are"),
-        ("imagenet-r", ["n01/a.jpg", "n09/b.jpg"], "unknown class: folder 'n09'"),
+        ("imagenet-train", [], "no images of imagenet-train"),
+        ("imagenet-train", ["train/n01/a.JPEG", "train/n02/b.JPEG"], "1 of 3 classes are"),
+        ("imagenet-r", ["n01/a.jpg", "n09/b.jpg"], "unknown class: 'n09'"),
         ("imagenet-r", ["n01/a.jpg", "n01/notes.txt"], "not an image: .*notes.txt"),
         ("imagenet-r", ["n01/deep/a.jpg"], "not an image: .*deep"),
         ("imagenet-r", ["n01/a.jpg", "b.jpg"], "lies in no class folder"),
         ("imagenet-r", ["README.txt"], "holds no class folders"),
-        ("imagenet-v2", ["0/a.jpeg", "01/b.jpeg", "2/c.jpeg"], "unknown class: folder '01'"),
+        ("imagenet-v2", ["0/a.jpeg", "01/b.jpeg", "2/c.jpeg"], "unknown class: '01'"),
         ("objectnet", ["images/clock/a.png"], "no such file: .*folder_to_objectnet_label"),
         ("imagenet-x", [], "did you mean 'imagenet-"),
     ],
@@ -248,8 +265,399 @@ def test_empty_class_folder(tmp_path: Path) -> None:
 def test_mapped_objectnet_folder_missing(tmp_path: Path) -> None:
     write_mappings(tmp_path / "mappings", {"clock": "one", "chair": "two"}, list(LABELS.names))
     touch(tmp_path / "images", "clock/a.png")
-    with pytest.raises(ValueError, match=r"1 of 2 class folders are missing .*chair"):
+    with pytest.raises(ValueError, match=r"1 of 2 classes are missing .*chair"):
         read_source("objectnet", tmp_path, LABELS)
+
+
+# --- archives -----------------------------------------------------------------------------------
+
+TRAINING = {
+    "n01": {"n01_5.JPEG": b"five" * 300, "n01_40.JPEG": b"forty"},
+    "n02": {"n02_7.JPEG": b"seven"},
+    "n03": {"n03_2.JPEG": b"", "n03_1.JPEG": b"one" * 999},
+}
+# image number -> class: not sorted, as the real ones are not
+TRUTH = {1: "n03", 2: "n01", 3: "n01", 4: "n02"}
+ILSVRC_IDS = {"n02": 1, "n03": 2, "n01": 3}
+
+
+def validation_name(number: int) -> str:
+    return f"ILSVRC2012_val_{number:08d}.JPEG"
+
+
+def validation_image(number: int) -> bytes:
+    return b"validation" * number * 60
+
+
+def make_tar(path: Path, entries: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tar_bytes(entries))
+    return path
+
+
+def tar_bytes(entries: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, data in entries.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def write_devkit(folder: Path, compressed: bool = False) -> Path:
+    """Write what rft reads of the devkit, in the devkit's own formats."""
+    synsets = np.zeros(
+        len(ILSVRC_IDS) + 1,
+        dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")],
+    )
+    for row, (wnid, number) in enumerate(ILSVRC_IDS.items()):
+        synsets[row] = (float(number), wnid, f"words of {wnid}", 0.0)
+    synsets[-1] = (4.0, "n00", "an inner node", 3.0)
+    meta = io.BytesIO()
+    scipy.io.savemat(meta, {"synsets": synsets})
+    truth = "".join(f"{ILSVRC_IDS[TRUTH[number]]}\n" for number in sorted(TRUTH))
+    entries = {
+        "ILSVRC2012_devkit_t12/readme.txt": b"read me",
+        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
+        "ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
+    }
+    if compressed:
+        path = folder / "ILSVRC2012_devkit_t12.tar.gz"
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(tar_bytes(entries)))
+        return path
+    for name, data in entries.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder / "ILSVRC2012_devkit_t12"
+
+
+def class_tars() -> dict[str, bytes]:
+    return {f"{wnid}.tar": tar_bytes(images) for wnid, images in TRAINING.items()}
+
+
+def train_folders(root: Path) -> None:
+    for wnid, images in TRAINING.items():
+        for name, data in images.items():
+            path = root / "imagenet" / "train" / wnid / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+
+def train_archive(root: Path) -> None:
+    make_tar(root / "ILSVRC2012_img_train.tar", class_tars())
+
+
+def train_class_tars(root: Path) -> None:
+    for name, data in class_tars().items():
+        (root / "train").mkdir(parents=True, exist_ok=True)
+        (root / "train" / name).write_bytes(data)
+
+
+def train_class_tars_in_the_source(root: Path) -> None:
+    for name, data in class_tars().items():
+        (root / name).write_bytes(data)
+
+
+def val_folders(root: Path) -> None:
+    for number, wnid in TRUTH.items():
+        path = root / "val_in_folder" / wnid / validation_name(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(validation_image(number))
+
+
+def val_flat(root: Path) -> None:
+    for number in TRUTH:
+        path = root / "ILSVRC2012" / "val" / validation_name(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(validation_image(number))
+    write_devkit(root / "ILSVRC2012", compressed=True)
+
+
+def val_archive(root: Path) -> None:
+    images = {validation_name(number): validation_image(number) for number in TRUTH}
+    make_tar(root / "imagenet" / "ILSVRC2012_img_val.tar", images)
+    write_devkit(root)
+
+
+def contents(source: Source) -> list[tuple]:
+    return [
+        (item.key, item.path, item.label, item.bytes, read_item(source.root, item))
+        for item in source.items
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "layout"),
+    [
+        (train_archive, "3 tars in {}/ILSVRC2012_img_train.tar, which is not extracted"),
+        (train_class_tars, "3 tars of {}/train"),
+        (train_class_tars_in_the_source, "3 tars of {}"),
+    ],
+)
+def test_forms_of_the_training_set(
+    tmp_path: Path, form: Callable[[Path], None], layout: str
+) -> None:
+    train_folders(tmp_path / "folders")
+    expected = read_source("imagenet-train", tmp_path / "folders", LABELS)
+    assert expected.layout == f"3 folders of {tmp_path}/folders/imagenet/train"
+    form(tmp_path)
+    source = read_source("imagenet-train", tmp_path, LABELS)
+    assert contents(source) == contents(expected)
+    assert source.groups == expected.groups
+    assert source.layout == layout.format(tmp_path)
+    assert [row[4] for row in contents(source)] == [
+        TRAINING[row[1].split("/")[0]][row[1].split("/")[1]] for row in contents(source)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "layout"),
+    [
+        (
+            val_flat,
+            "flat files of {0}/ILSVRC2012/val with the classes of "
+            "{0}/ILSVRC2012/ILSVRC2012_devkit_t12.tar.gz",
+        ),
+        (
+            val_archive,
+            "{0}/imagenet/ILSVRC2012_img_val.tar, which is not extracted, with the classes of "
+            "{0}/ILSVRC2012_devkit_t12",
+        ),
+    ],
+)
+def test_forms_of_the_validation_set(
+    tmp_path: Path, form: Callable[[Path], None], layout: str
+) -> None:
+    val_folders(tmp_path / "folders")
+    expected = read_source("imagenet-val", tmp_path / "folders", LABELS)
+    form(tmp_path)
+    source = read_source("imagenet-val", tmp_path, LABELS)
+    assert contents(source) == contents(expected)
+    assert [(item.key, item.path.split("/")[0]) for item in source.items] == sorted(
+        ((validation_name(number)[:-5], wnid) for number, wnid in TRUTH.items()),
+        key=lambda row: (row[1], row[0]),
+    )
+    assert source.layout == layout.format(tmp_path)
+
+
+def test_flat_files_may_be_the_source_itself(tmp_path: Path) -> None:
+    val_flat(tmp_path)
+    source = read_source("imagenet-val", tmp_path / "ILSVRC2012" / "val", LABELS)
+    assert source.items == read_source("imagenet-val", tmp_path, LABELS).items
+
+
+def test_folders_go_before_archives(tmp_path: Path) -> None:
+    train_folders(tmp_path)
+    train_archive(tmp_path)
+    train_class_tars(tmp_path)
+    source = read_source("imagenet-train", tmp_path, LABELS)
+    assert source.root == tmp_path / "imagenet" / "train"
+    archive = tmp_path / "ILSVRC2012_img_train.tar"
+    assert source.layout == f"3 folders of {source.root}; {archive} is not read"
+
+
+def rewrite(path: Path, change: Callable[[bytearray], bytes | bytearray]) -> None:
+    path.write_bytes(change(bytearray(path.read_bytes())))
+
+
+def flip_inner_header(data: bytearray) -> bytearray:
+    """Damage the second image's header inside the first class's tar."""
+    data[data.index(b"n01_40.JPEG") + 3] ^= 1
+    return data
+
+
+def with_classes(**changes: dict[str, bytes] | None) -> bytes:
+    classes = {**TRAINING, **changes}
+    return tar_bytes(
+        {f"{wnid}.tar": tar_bytes(images) for wnid, images in classes.items() if images is not None}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flip_inner_header, "img_train.tar: n01.tar: damaged header or foreign bytes after byte"),
+        (lambda data: data[: data.index(b"n02.tar")], "img_train.tar is cut off at byte"),
+        (lambda data: data[: data.index(b"n02.tar") + 600], "img_train.tar is no whole tar"),
+        (lambda data: with_classes(n03=None), r"1 of 3 classes are missing .*first: n03"),
+        (lambda data: with_classes(n09={"a.JPEG": b"a"}), "unknown class: 'n09'"),
+        (lambda data: with_classes(n02={}), "img_train.tar: n02.tar is empty"),
+        (lambda data: with_classes(n02={"notes.txt": b"a"}), "not an image: notes.txt"),
+        (lambda data: with_classes(n02={"deep/a.JPEG": b"a"}), "not an image: deep/a.JPEG"),
+        (lambda data: with_classes(n02={"a.JPEG": b"a", "./a.JPEG": b"b"}), "holds a.JPEG twice"),
+    ],
+)
+def test_training_archive_errors(
+    tmp_path: Path, change: Callable[[bytearray], bytes], message: str
+) -> None:
+    train_archive(tmp_path)
+    rewrite(tmp_path / "ILSVRC2012_img_train.tar", change)
+    with pytest.raises(ValueError, match=message):
+        read_source("imagenet-train", tmp_path, LABELS)
+
+
+def drop_line(data: bytearray) -> bytes:
+    return b"\n".join(bytes(data).split(b"\n")[:-2]) + b"\n"
+
+
+DEVKIT = "ILSVRC2012_devkit_t12"
+
+
+@pytest.mark.parametrize(
+    ("compressed", "name", "change", "message"),
+    [
+        (True, f"{DEVKIT}.tar.gz", lambda data: data[:-9], "devkit_t12.tar.gz is damaged"),
+        (True, f"{DEVKIT}.tar.gz", lambda data: b"text", "devkit_t12.tar.gz is damaged"),
+        (
+            True,
+            f"{DEVKIT}.tar.gz",
+            lambda data: gzip.compress(tar_bytes({"other.txt": b""})),
+            "devkit_t12.tar.gz holds no ILSVRC2012_devkit_t12/data/",
+        ),
+        (False, f"{DEVKIT}/data/meta.mat", lambda data: data[:100], "meta.mat cannot be read"),
+        (
+            False,
+            f"{DEVKIT}/data/ILSVRC2012_validation_ground_truth.txt",
+            lambda data: data.replace(b"3", b"4", 1),  # the id of an inner node
+            r"devkit_t12: image 2 has class '4', none of meta\.mat",
+        ),
+        (
+            False,
+            f"{DEVKIT}/data/ILSVRC2012_validation_ground_truth.txt",
+            drop_line,
+            "ILSVRC2012_val_00000004.JPEG of .* is none of the 3 in",
+        ),
+    ],
+)
+def test_devkit_errors(
+    tmp_path: Path,
+    compressed: bool,
+    name: str,
+    change: Callable[[bytearray], bytes],
+    message: str,
+) -> None:
+    val_flat(tmp_path)
+    (tmp_path / "ILSVRC2012" / f"{DEVKIT}.tar.gz").unlink()
+    write_devkit(tmp_path, compressed)
+    rewrite(tmp_path / name, change)
+    with pytest.raises(ValueError, match=message):
+        read_source("imagenet-val", tmp_path, LABELS)
+
+
+def test_devkit_is_needed_whole(tmp_path: Path) -> None:
+    val_flat(tmp_path)
+    (tmp_path / "ILSVRC2012" / f"{DEVKIT}.tar.gz").unlink()
+    with pytest.raises(ValueError, match=r"put ILSVRC2012_devkit_t12\.tar\.gz beside them"):
+        read_source("imagenet-val", tmp_path, LABELS)
+    devkit = write_devkit(tmp_path)
+    shutil.rmtree(devkit / "data")
+    with pytest.raises(ValueError, match=r"no such file: .*ground_truth\.txt"):
+        read_source("imagenet-val", tmp_path, LABELS)
+
+
+def test_a_stranger_among_the_flat_files(tmp_path: Path) -> None:
+    val_flat(tmp_path)
+    touch(tmp_path / "ILSVRC2012" / "val", "readme.txt")
+    assert len(read_source("imagenet-val", tmp_path, LABELS).items) == len(TRUTH)
+    touch(tmp_path / "ILSVRC2012" / "val", "holiday.jpg")
+    with pytest.raises(ValueError, match=r"holiday\.jpg of .* is none of the 4 in"):
+        read_source("imagenet-val", tmp_path, LABELS)
+
+
+def test_flat_validation_images_of_fewer_classes(tmp_path: Path) -> None:
+    val_flat(tmp_path)
+    (tmp_path / "ILSVRC2012" / "val" / validation_name(4)).unlink()
+    with pytest.raises(ValueError, match=r"1 of 3 classes are missing .*n02"):
+        read_source("imagenet-val", tmp_path, LABELS)
+
+
+def test_a_source_that_is_no_folder(tmp_path: Path) -> None:
+    train_archive(tmp_path)
+    with pytest.raises(ValueError, match="is a file; give the folder that holds it"):
+        read_source("imagenet-train", tmp_path / "ILSVRC2012_img_train.tar", LABELS)
+
+
+def test_an_item_that_changed_in_its_archive(tmp_path: Path) -> None:
+    train_archive(tmp_path)
+    source = read_source("imagenet-train", tmp_path, LABELS)
+    os.truncate(tmp_path / "ILSVRC2012_img_train.tar", source.items[-1].offset + 1)
+    with pytest.raises(ValueError, match=r"img_train\.tar: n03/n03_1\.JPEG has 0 bytes"):
+        contents(source)
+
+
+@given(
+    st.lists(
+        st.tuples(st.text("ab0", min_size=1, max_size=150), st.binary(max_size=1500)),
+        unique_by=lambda entry: entry[0],
+        max_size=8,
+    )
+)
+def test_members_lie_where_tar_members_says(tmp_path_factory, entries) -> None:
+    """A tar inside a tar, long names (PAX headers) included."""
+    inner = tar_bytes(dict(entries))
+    path = tmp_path_factory.mktemp("tars") / "outer.tar"
+    make_tar(path, {"before": b"x" * 700, "inner.tar": inner, "after": b""})
+    data = path.read_bytes()
+    _, part, _ = tar_members(path)
+    assert data[part.offset : part.offset + part.size] == inner
+    found = {m.name: data[m.offset : m.offset + m.size] for m in tar_members(path, part)}
+    assert found == dict(entries)
+
+
+# --- what was published -------------------------------------------------------------------------
+
+
+def test_is_imagenet() -> None:
+    imagenet = LabelSpace.imagenet()
+    assert is_imagenet(imagenet)
+    assert is_imagenet(dataclasses.replace(imagenet, templates=("{c}",)))
+    assert not is_imagenet(dataclasses.replace(imagenet, ids=imagenet.ids[::-1]))
+    assert not is_imagenet(LABELS)
+
+
+@pytest.mark.parametrize("dataset", sorted(COUNTS))
+def test_counts(dataset: str) -> None:
+    imagenet, count = LabelSpace.imagenet(), COUNTS[dataset]
+    check_count(dataset, count, imagenet)
+    check_count(dataset, 3, LABELS)  # somebody's own world
+    check_count(dataset, count - 1, imagenet, allowed=count - 1)
+    message = f"{dataset} has {count - 1:,} images here, {count:,} were published"
+    with pytest.raises(ValueError, match=f"{message}.*--allow-count {dataset}={count - 1}"):
+        check_count(dataset, count - 1, imagenet)
+    for found in (count, count - 2):
+        with pytest.raises(ValueError, match=f"--allow-count says {count - 1:,}"):
+            check_count(dataset, found, imagenet, allowed=count - 1)
+
+
+def test_allowed_counts() -> None:
+    names = ["imagenet-r", "imagenet-a"]
+    assert parse_allowed_counts(["imagenet-a=7"], names) == {"imagenet-a": 7}
+    with pytest.raises(ValueError, match="must be SET=N"):
+        parse_allowed_counts(["7"], names)
+    with pytest.raises(ValueError, match="did you mean 'imagenet-a'"):
+        parse_allowed_counts(["imagenet-aa=7"], names)
+
+
+@pytest.mark.parametrize("dataset", ["imagenet-r", "imagenet-a"])
+def test_sets_of_200_classes_are_whole(tmp_path: Path, dataset: str) -> None:
+    labels = LabelSpace.imagenet()
+    published = published_classes(dataset, labels)
+    assert published is not None
+    assert len(set(published)) == 200
+    touch(tmp_path / dataset, *(f"{wnid}/a.jpg" for wnid in published))
+    source = read_source(dataset, tmp_path, labels)
+    assert len(source.groups) == 200
+    assert [labels.ids[group[0]] for group in source.groups] == sorted(published)
+    extra = next(wnid for wnid in labels.ids if wnid not in published)
+    touch(tmp_path / dataset, f"{extra}/a.jpg")
+    with pytest.raises(ValueError, match=f"unknown class: '{extra}' .* none of the 200 classes"):
+        read_source(dataset, tmp_path, labels)
+    shutil.rmtree(tmp_path / dataset / extra)
+    shutil.rmtree(tmp_path / dataset / published[17])
+    with pytest.raises(ValueError, match=f"1 of 200 classes are missing .*{published[17]}"):
+        read_source(dataset, tmp_path, labels)
 
 
 # --- keys ---------------------------------------------------------------------------------------

@@ -1,0 +1,294 @@
+"""How fast batches arrive: `python -m benchmarks.loader --save`.
+
+rft's loader against a plain memcpy, against a bare decoding loop and against other loaders, on the
+same photographs (benchmarks/photos.py), all confined to the same few CPUs, with everything in the
+page cache. Every contender is a process of its own that is stopped while another is measured;
+rounds are interleaved, so a machine that is busy for a while slows all of them, and medians are
+compared. What each contender does is in benchmarks/contenders.py; `python -m benchmarks.environments`
+makes what the peers need, and whoever is not there is left out with the reason. The last line is
+one JSON object.
+
+    pixels_over_memcpy      rft on --encoding pixels / one thread copying as many random payloads
+    pixels_over_webdataset  rft on --encoding pixels / webdataset on the same tar files
+    jpeg_over_bare          rft on --encoding original / CPUs x one process that only decodes and
+                            crops (the same in so many processes at once is in the table too)
+    simd_over_pillow        rft on --encoding original with Pillow-SIMD / the same with Pillow
+"""
+
+import json
+import os
+import select
+import signal
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environments, machine, photos
+from rft import cli, files
+from rft.data import pack
+
+RESULTS = Path(__file__).parent / "results"
+PATIENCE = 180.0  # seconds to wait for an answer: preparing a peer's format is the longest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Compare loaders on one rank's share of a few CPUs."""
+
+    images: int = 2000
+    """Photographs to make and read."""
+    cpus: int = 2
+    """CPUs all contenders are confined to, and loader processes of those that decode."""
+    batch_size: int = 64
+    """Images in a batch."""
+    rounds: int = 5
+    """Measurements of each contender."""
+    seconds: float = 4.0
+    """Length of a measurement."""
+    work: Path = Path("build/loader")
+    """Folder for the photographs and everything made of them."""
+    quick: bool = False
+    """Only see that everything runs: 200 images, one round of a second."""
+    save: bool = False
+    """Write the result to benchmarks/results/ as well."""
+
+    def __post_init__(self) -> None:
+        available = len(os.sched_getaffinity(0))
+        if not 1 <= self.cpus <= available:
+            raise ValueError(f"--cpus must be 1 to {available}, what there is, not {self.cpus}")
+        if self.rounds < 1 or self.seconds <= 0:
+            raise ValueError("--rounds must be at least 1 and --seconds above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One row of the table: so many processes of a contender, measured at the same time."""
+
+    contender: str
+    workers: int
+    environment: str | None = None
+    processes: int = 1
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a run gave: one figure a round, or the reason why there is none."""
+
+    images_per_second: list[float] = field(default_factory=list)
+    cpus: list[float] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    absent: str | None = None
+
+    def median(self) -> float | None:
+        """Return the median rate in images a second, if there is one."""
+        return statistics.median(self.images_per_second) if self.images_per_second else None
+
+
+def runs(cpus: int) -> dict[str, Run]:
+    """Return the rows of the table by name."""
+    return {
+        "memcpy": Run(contender="memcpy", workers=0),
+        "rft pixels, no worker": Run(contender="rft_pixels", workers=0),
+        f"rft pixels, {cpus} workers": Run(contender="rft_pixels", workers=cpus),
+        "webdataset pixels, no worker": Run(contender="webdataset_pixels", workers=0),
+        f"webdataset pixels, {cpus} workers": Run(contender="webdataset_pixels", workers=cpus),
+        "bare": Run(contender="bare", workers=0),
+        f"bare, {cpus} at once": Run(contender="bare", workers=0, processes=cpus),
+        "rft": Run(contender="rft_original", workers=cpus),
+        "rft, Pillow-SIMD": Run(contender="rft_original", workers=cpus, environment="pillow-simd"),
+        "webdataset": Run(contender="webdataset", workers=cpus),
+        "open_clip": Run(contender="open_clip", workers=cpus, environment="open_clip"),
+        "mosaicml-streaming": Run(
+            contender="mosaicml_streaming", workers=cpus, environment="mosaicml-streaming"
+        ),
+        "litdata": Run(contender="litdata", workers=cpus, environment="litdata"),
+    }
+
+
+def prepare(arguments: Arguments) -> Path:
+    """Make the photographs and pack them both ways, unless they are there; return the folder."""
+    work = (arguments.work / f"{arguments.images}").resolve()
+    labels = photos.write(work / "photos", arguments.images)
+    for encoding in ("original", "pixels"):
+        options = pack.Options(encoding=encoding, shard_mb=16, workers=arguments.cpus)
+        pack.pack("imagenet-train", str(work / "photos"), str(work / encoding), labels, options)
+    return work
+
+
+class Contender:
+    """A process that measures one pass each time it is asked."""
+
+    def __init__(self, run: Run, work: Path, arguments: Arguments, log: Path) -> None:
+        self._log = log
+        options = {
+            "name": run.contender,
+            "work": work,
+            "workers": run.workers,
+            "batch-size": arguments.batch_size,
+            "seconds": arguments.seconds,
+        }
+        command = [sys.executable, "-m", "benchmarks.contenders"]
+        command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        with log.open("w") as stderr:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env={**environments.variables(run.environment), "OMP_NUM_THREADS": "1"},
+                cwd=environments.ROOT,
+                text=True,
+                start_new_session=True,
+            )
+
+    def ask(self) -> None:
+        """Have it start a measurement."""
+        assert self._process.stdin is not None
+        machine.signal_session(self._process.pid, signal.SIGCONT)
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """Return what it says: its versions first, then one measurement for each time it is asked.
+
+        Raises:
+            RuntimeError: with the last line of its log, if it ended or says nothing for long.
+        """
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
+        line = self._process.stdout.readline() if ready else ""
+        if line:
+            # loader processes that stay would go on filling their queues while others are measured
+            machine.signal_session(self._process.pid, signal.SIGSTOP)
+            return json.loads(line)
+        said = self._log.read_text().strip().splitlines() or ["it ended without a word"]
+        raise RuntimeError(said[-1] if ready else f"no answer in {PATIENCE:.0f} s: {said[-1]}")
+
+    def stop(self) -> None:
+        """End the process and those it started."""
+        machine.signal_session(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+
+
+def start(run: Run, work: Path, arguments: Arguments, stack: ExitStack) -> list[Contender]:
+    """Start a run's processes, which the stack will stop."""
+    contenders = []
+    for number in range(run.processes):
+        log = work / f"{run.contender}-{run.environment}-{run.workers}-{number}.log"
+        contender = Contender(run, work, arguments, log)
+        stack.callback(contender.stop)
+        contenders.append(contender)
+    return contenders
+
+
+def measure(arguments: Arguments, work: Path) -> dict[str, Outcome]:
+    """Return what each run gave over all rounds; one that cannot run does not stop the others."""
+    table = runs(arguments.cpus)
+    outcomes = {name: Outcome() for name in table}
+    started: dict[str, list[Contender]] = {}
+    with ExitStack() as stack:
+        for name, run in table.items():
+            outcome = outcomes[name]
+            outcome.absent = run.environment and environments.absence(run.environment)
+            if outcome.absent is None:
+                contenders = start(run, work, arguments, stack)
+                try:
+                    for contender in contenders:
+                        outcome.versions = contender.answer()
+                    started[name] = contenders
+                except RuntimeError as error:
+                    outcome.absent = str(error)
+            print(f"{name}: {outcome.absent or 'ready'}", flush=True)
+        for number in range(arguments.rounds):
+            for name, contenders in list(started.items()):
+                for contender in contenders:
+                    contender.ask()
+                try:
+                    answers = [contender.answer() for contender in contenders]
+                except RuntimeError as error:
+                    outcomes[name] = Outcome(absent=str(error))
+                    del started[name]
+                    continue
+                total = {key: sum(answer[key] for answer in answers) for key in answers[0]}
+                outcomes[name].images_per_second.append(total["images_per_second"])
+                outcomes[name].cpus.append(total["cpus"])
+                print(f"round {number + 1}, {name}: {total['images_per_second']:,.0f} images/s")
+    return outcomes
+
+
+def figures(outcomes: dict[str, Outcome], cpus: int) -> dict[str, float | None]:
+    """Return the ratios that this benchmark is about; None where one side could not run."""
+
+    def best(*names: str) -> float | None:
+        rates = [rate for name in names if (rate := outcomes[name].median()) is not None]
+        return max(rates, default=None)
+
+    def ratio(above: float | None, below: float | None) -> float | None:
+        return None if above is None or below is None else round(above / below, 3)
+
+    pixels = best("rft pixels, no worker", f"rft pixels, {cpus} workers")
+    reader = best("webdataset pixels, no worker", f"webdataset pixels, {cpus} workers")
+    bare = outcomes["bare"].median()
+    return {
+        "pixels_over_memcpy": ratio(pixels, outcomes["memcpy"].median()),
+        "pixels_over_webdataset": ratio(pixels, reader),
+        "jpeg_over_bare": ratio(outcomes["rft"].median(), None if bare is None else cpus * bare),
+        "simd_over_pillow": ratio(outcomes["rft, Pillow-SIMD"].median(), outcomes["rft"].median()),
+    }
+
+
+def row(run: Run, outcome: Outcome) -> dict[str, Any]:
+    """Return a run's line of the result."""
+    if outcome.absent is not None:
+        return {"images_per_second": None, "reason": outcome.absent}
+    rates = outcome.images_per_second
+    return {
+        "images_per_second": round(statistics.median(rates), 1),
+        "lowest": round(min(rates), 1),
+        "highest": round(max(rates), 1),
+        "cpus_busy": round(statistics.median(outcome.cpus), 2),
+        "processes": run.processes * (1 + run.workers),
+        "versions": outcome.versions,
+    }
+
+
+def main() -> None:
+    """Measure, print the table and the result."""
+    arguments = cli.parse(Arguments, prog="benchmarks.loader")
+    if arguments.quick:
+        arguments = replace(arguments, images=200, rounds=1, seconds=1.0)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cpus])
+    work = prepare(arguments)
+    outcomes = measure(arguments, work)
+    rows = {name: row(run, outcomes[name]) for name, run in runs(arguments.cpus).items()}
+    print()
+    for name, line in rows.items():
+        if line["images_per_second"] is None:
+            print(f"{name:30s} {'-':>9s}  {line['reason']}")
+        else:
+            print(
+                f"{name:30s} {line['images_per_second']:9,.0f} images/s, {line['processes']} "
+                f"processes, {line['cpus_busy']} CPUs busy"
+            )
+    result = {
+        "benchmark": "loader",
+        **machine.describe(),
+        "cpus": arguments.cpus,
+        "images": arguments.images,
+        "batch_size": arguments.batch_size,
+        "rounds": arguments.rounds,
+        "seconds": arguments.seconds,
+        **figures(outcomes, arguments.cpus),
+        "rows": rows,
+    }
+    if arguments.save:
+        files.write_json(str(RESULTS / "loader_cpu.json"), result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)

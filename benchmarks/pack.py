@@ -1,0 +1,220 @@
+"""How fast images are packed: `python -m benchmarks.pack --save`.
+
+The same number of processes packs the photographs (benchmarks/photos.py), each its own task of a
+job array as on a cluster, and does the least that anyone could do instead: copies the files, or
+decodes and crops (and compresses) them in memory. The sources are in the page cache, rounds are
+interleaved, medians are compared, and the last line is one JSON object.
+
+    original_over_copy  packing --encoding original / shutil.copyfile of the same files
+    pixels_over_bare    packing --encoding pixels / processes x one that only decodes and crops
+    jpeg_over_bare      packing --encoding jpeg / processes x one that also compresses
+"""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import machine, photos
+from benchmarks.contenders import bare_crop
+from rft import cli, files
+from rft.data.encode import SUBSAMPLING, Kind
+from rft.data.labels import LabelSpace
+from rft.data.pack import Options, pack
+
+RESULTS = Path(__file__).parent / "results"
+ENCODINGS: tuple[Kind, ...] = ("original", "jpeg", "pixels")
+SHARDS_PER_PROCESS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Compare packing with copying and with bare decoding."""
+
+    images: int = 2000
+    """Photographs to make and pack."""
+    processes: int = 2
+    """Processes on either side, and CPUs they are confined to."""
+    rounds: int = 5
+    """Times everything is done, after one that is not timed."""
+    work: Path = Path("build/pack")
+    """Folder for the photographs and for what is written and deleted again."""
+    quick: bool = False
+    """Only see that everything runs: 200 images, one round."""
+    save: bool = False
+    """Write the result to benchmarks/results/ as well."""
+
+    def __post_init__(self) -> None:
+        available = len(os.sched_getaffinity(0))
+        if not 1 <= self.processes <= available:
+            raise ValueError(
+                f"--processes must be 1 to {available}, the CPUs there are, not {self.processes}"
+            )
+        if self.rounds < 1:
+            raise ValueError(f"--rounds must be at least 1, not {self.rounds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One process's share of the work."""
+
+    source: Path
+    out: Path
+    labels: LabelSpace
+    number: int
+    parts: int
+    shard_mb: float
+
+    def paths(self) -> list[Path]:
+        """Return the photographs of this share."""
+        return sorted((self.source / "train").glob("*/*.JPEG"))[self.number :: self.parts]
+
+
+def pack_part(part: Part, encoding: Kind) -> None:
+    """Pack one task of the array; the one that ends last writes the manifest."""
+    options = Options(
+        encoding=encoding,
+        workers=1,
+        shard_mb=part.shard_mb,
+        task=f"{part.number}/{part.parts}",
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        pack("imagenet-train", str(part.source), str(part.out), part.labels, options)
+
+
+def copy_part(part: Part) -> None:
+    """Copy the share's files, as they lie, to another folder."""
+    for path in part.paths():
+        target = part.out / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def crop_part(part: Part) -> None:
+    """Decode and crop the share's files and drop the result."""
+    for path in part.paths():
+        np.ascontiguousarray(bare_crop(path.read_bytes()))
+
+
+def compress_part(part: Part) -> None:
+    """Decode, crop and compress the share's files as --encoding jpeg does and drop the result."""
+    for path in part.paths():
+        crop_HWC = bare_crop(path.read_bytes()).transpose(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(crop_HWC)).save(
+            io.BytesIO(), "JPEG", quality=Options().quality, subsampling=SUBSAMPLING
+        )
+
+
+def parts(arguments: Arguments, labels: LabelSpace, encoding: str) -> list[Part]:
+    """Return the shares of all processes, with shards small enough to share them out evenly."""
+    source, count = photographs(arguments), arguments.processes
+    sizes = [path.stat().st_size for path in (source / "train").glob("*/*.JPEG")]
+    sample = {"original": sum(sizes) / len(sizes), "jpeg": 224 * 224, "pixels": 3 * 224 * 224}
+    total = sample.get(encoding, 0) * len(sizes) / 2**20
+    part = Part(
+        source=source,
+        out=(arguments.work / "out").resolve(),
+        labels=labels,
+        number=0,
+        parts=count,
+        shard_mb=max(total / (count * SHARDS_PER_PROCESS), 0.5),
+    )
+    return [replace(part, number=number) for number in range(count)]
+
+
+def photographs(arguments: Arguments) -> Path:
+    """Return the folder of the photographs."""
+    return (arguments.work / f"{arguments.images}" / "photos").resolve()
+
+
+def measure(arguments: Arguments, labels: LabelSpace) -> dict[str, list[float]]:
+    """Return the seconds that each kind of work took in every round."""
+    todo: dict[str, tuple[Callable[..., None], tuple[Any, ...], list[Part]]] = {
+        "copy": (copy_part, (), parts(arguments, labels, "copy")),
+        "crop": (crop_part, (), parts(arguments, labels, "crop")[:1]),
+        "compress": (compress_part, (), parts(arguments, labels, "compress")[:1]),
+    }
+    for encoding in ENCODINGS:
+        todo[encoding] = (pack_part, (encoding,), parts(arguments, labels, encoding))
+    seconds: dict[str, list[float]] = {name: [] for name in todo}
+    # spawned, and kept, so that no round pays for starting Python
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
+        for number in range(arguments.rounds + 1):
+            for name, (work, options, shares) in todo.items():
+                shutil.rmtree(shares[0].out, ignore_errors=True)
+                os.sync()  # what one wrote must not be on its way to the disk while another writes
+                started = time.perf_counter()
+                for done in [pool.submit(work, share, *options) for share in shares]:
+                    done.result()
+                seconds[name].append(time.perf_counter() - started)
+                print(f"round {number}, {name}: {seconds[name][-1]:.2f} s", flush=True)
+    shutil.rmtree(arguments.work / "out", ignore_errors=True)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def figures(rates: dict[str, float], processes: int) -> dict[str, float]:
+    """Return the ratios that this benchmark is about, from images a second."""
+    return {
+        "original_over_copy": round(rates["original"] / rates["copy"], 3),
+        "pixels_over_bare": round(rates["pixels"] / (processes * rates["crop"]), 3),
+        "jpeg_over_bare": round(rates["jpeg"] / (processes * rates["compress"]), 3),
+    }
+
+
+def main() -> None:
+    """Measure, print the table and the result."""
+    arguments = cli.parse(Arguments, prog="benchmarks.pack")
+    if arguments.quick:
+        arguments = replace(arguments, images=200, rounds=1)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.processes])
+    labels = photos.write(photographs(arguments), arguments.images)
+    seconds = measure(arguments, labels)
+    sources = photographs(arguments).glob("train/*/*.JPEG")
+    weight = sum(path.stat().st_size for path in sources) / 2**20
+    # the bare kinds do one process's share
+    share = {"crop": 1 / arguments.processes, "compress": 1 / arguments.processes}
+    rates = {
+        name: arguments.images * share.get(name, 1) / statistics.median(values)
+        for name, values in seconds.items()
+    }
+    print()
+    rows = {}
+    for name, rate in rates.items():
+        read = rate * weight / arguments.images
+        count = 1 if name in share else arguments.processes
+        rows[name] = {
+            "images_per_second": round(rate, 1),
+            "source_mib_per_second": round(read, 1),
+            "processes": count,
+            "seconds": [round(value, 3) for value in seconds[name]],
+        }
+        print(f"{name:9s} {rate:9,.0f} images/s {read:8,.1f} MiB/s read, {count} processes")
+    result = {
+        "benchmark": "pack",
+        **machine.describe(),
+        "images": arguments.images,
+        "rounds": arguments.rounds,
+        "processes": arguments.processes,
+        **figures(rates, arguments.processes),
+        "rows": rows,
+    }
+    if arguments.save:
+        files.write_json(str(RESULTS / "pack_cpu.json"), result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,296 @@
+"""A manifest and an index for shards that were made elsewhere: they are read, never written.
+
+Every shard is walked strictly and read once. A sample (see `rft.data.samples`) needs one image and
+one label. A suffix nobody knows is refused, so that a second picture (`x.seg.png`) never goes
+unnoticed; `--ignore` names the suffixes that may be passed over. Images are only identified here;
+`tools/verify_shards.py --deep` decodes them.
+"""
+
+import io
+import json
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from braceexpand import braceexpand
+from PIL import Image
+
+from rft import files
+from rft.data import encode, tar
+from rft.data.labels import LabelSpace
+from rft.data.manifest import Index, Manifest, Shard
+from rft.data.pack import COLUMNS
+from rft.data.published import check_count, parse_allowed_counts
+from rft.data.samples import (
+    SIZE_THREADS,
+    Sample,
+    open_whole,
+    read_member,
+    read_samples,
+    shard_size,
+    whole_url,
+)
+from rft.data.scoring import Options, Rule, make_rule, read_label
+from rft.data.workers import check_workers, for_each
+
+ALGORITHM = "index 1"  # raise it when the same shards would get another index
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+OTHER_SUFFIXES = frozenset({"cls", "json", "txt"})
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What one shard holds: its columns of the index, and what was passed over."""
+
+    bytes: int
+    sha256: str = ""
+    rows: dict[str, list] = field(default_factory=lambda: {name: [] for name in COLUMNS})
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+
+def index_shards(
+    patterns: Sequence[str], out: str, labels: LabelSpace, options: Options
+) -> Manifest:
+    """Write `out/manifest.json` and `out/index.npz` for the shards that the patterns name.
+
+    Where all shards lie in `out` or below it, the manifest names them relative to it, so that the
+    folder can be moved. Doing it again changes nothing.
+
+    Raises:
+        ValueError: if a shard, a sample, a label or an option is not right, or `out` already holds
+            another data set.
+    """
+    workers = check_workers(options.workers)
+    urls = [whole_url(url) for url in expand(patterns)]
+    dataset = options.dataset or files.open_store(out)[1].rstrip("/").rsplit("/", 1)[-1]
+    allowed = parse_allowed_counts(options.allow_count, [dataset]).get(dataset)
+    rule = make_rule(dataset, urls, labels, options)
+    with ThreadPoolExecutor(SIZE_THREADS) as pool:
+        sizes = list(pool.map(shard_size, urls))
+    jobs = list(zip(urls, sizes, strict=True))
+    found = for_each(f"{dataset}: shards", partial(read_shard, rule=rule), jobs, workers)
+    _require_different(urls, found)
+    names = shard_names(urls, out)
+    samples = sum(len(shard.rows["key"]) for shard in found)
+    check_count(dataset, samples, labels, allowed)
+    manifest, index, plan = _describe(dataset, names, found, rule)
+    _publish(out, manifest, index, plan)
+    _say(found)
+    return manifest
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Return the URLs that brace patterns name, in their order.
+
+    Raises:
+        ValueError: if braces do not match, nothing or something twice is named, or a URL holds a
+            password (the manifest would publish it).
+    """
+    urls: list[str] = []
+    for pattern in patterns:
+        try:
+            urls += braceexpand(pattern, escape=False)
+        except ValueError as error:
+            raise ValueError(f"braces do not match in {pattern!r}") from error
+    if not urls:
+        raise ValueError("name the shards, such as 'folder/{000..127}.tar'")
+    twice = [url for url, count in Counter(urls).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice")
+    for url in urls:
+        if urlsplit(url).password is not None:
+            raise ValueError("a shard's URL holds a password; give it to fsspec's configuration")
+    return urls
+
+
+def read_shard(job: tuple[str, int], rule: Rule) -> Found:
+    """Walk the shard at a URL of so many bytes and return its rows.
+
+    Raises:
+        ValueError: naming shard and key (or byte) of what is not right.
+    """
+    where, size = job
+    found = Found(bytes=size)
+    with open_whole(where, size) as (stream, found.sha256):
+        for sample in read_samples(stream, where, found.passed_over):
+            image = pick_image(sample, where, rule.ignore, found.passed_over)
+            at = f"{where}, key {sample.key!r}"
+            data = read_member(stream, image)
+            width, height = image_size(data, at, rule.crop_border)
+            row = {
+                "offset": image.offset,
+                "length": image.size,
+                "crc32": zlib.crc32(data),
+                "label": read_label(stream, sample, at, rule),
+                "width": width,
+                "height": height,
+                "key": _encode_key(sample.key, where),
+            }
+            for name, value in row.items():
+                found.rows[name].append(value)
+    if not found.rows["key"]:
+        raise ValueError(f"{where} holds no samples")
+    return found
+
+
+def pick_image(
+    sample: Sample, where: str, ignore: frozenset[str], passed_over: Counter[str]
+) -> tar.Member:
+    """Return the image of a sample; ignored suffixes are counted in `passed_over`.
+
+    Raises:
+        ValueError: if there is no image, there are two, or a suffix is unknown.
+    """
+    images = []
+    for suffix, member in sample.members.items():
+        if suffix in ignore:
+            passed_over[f"members with the ignored suffix .{suffix}"] += 1
+        elif suffix in IMAGE_SUFFIXES:
+            images.append(member)
+        elif suffix not in OTHER_SUFFIXES:
+            known = ", ".join(sorted(IMAGE_SUFFIXES | OTHER_SUFFIXES))
+            raise ValueError(
+                f"{where}: unknown suffix .{suffix} of {member.name!r} (known: {known}); "
+                f"pass over such members with --ignore {suffix}"
+            )
+    if len(images) != 1:
+        names = ", ".join(member.name for member in images)
+        what = f"two images ({names}); drop one with --ignore" if images else "no image"
+        raise ValueError(f"{where}: sample {sample.key!r} has {what}")
+    return images[0]
+
+
+def image_size(data: bytes, where: str, border: int) -> tuple[int, int]:
+    """Return width and height in pixels, from the header.
+
+    Raises:
+        ValueError: if the bytes are no known image, or too small or large.
+    """
+    try:
+        width, height = Image.open(io.BytesIO(data), formats=encode.FORMATS).size
+    except encode.UNREADABLE as error:
+        raise ValueError(f"{where}: no readable JPEG, PNG or WebP image") from error
+    if max(width, height) > encode.LONGEST_SIDE or min(width, height) <= 2 * border:
+        raise ValueError(
+            f"{where}: an image of {width} x {height} pixels; a side must have more than "
+            f"{2 * border} and at most {encode.LONGEST_SIDE}"
+        )
+    return width, height
+
+
+def _encode_key(key: str, where: str) -> bytes:
+    try:
+        return key.encode("ascii")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: key {key!r} is not ASCII; pack the images again") from error
+
+
+def _require_different(urls: Sequence[str], found: Sequence[Found]) -> None:
+    first: dict[str, str] = {}
+    for url, shard in zip(urls, found, strict=True):
+        if shard.sha256 in first:
+            raise ValueError(f"{first[shard.sha256]} and {url} hold the same bytes; name one")
+        first[shard.sha256] = url
+
+
+def _describe(
+    dataset: str, names: Sequence[str], found: Sequence[Found], rule: Rule
+) -> tuple[Manifest, bytes, dict[str, Any]]:
+    """Return manifest, content of index.npz and plan of the shards that were read."""
+    columns = {
+        name: np.concatenate([np.array(shard.rows[name], dtype) for shard in found])
+        for name, dtype in COLUMNS.items()
+    }
+    groups = rule.groups
+    if groups is None:
+        groups = tuple((int(class_id),) for class_id in np.unique(columns["label"]))
+    encoding = encode.encoding_parameters("original", 0, rule.crop_border)
+    plan = {
+        "algorithm": ALGORITHM,
+        "dataset": dataset,
+        "encoding": encoding,
+        "label_field": rule.label_field,
+        "local_labels": rule.local,
+        "ignore": sorted(rule.ignore),
+        "labels": files.sha256_json([asdict(rule.labels), groups])[:16],
+        "shards": files.sha256_json([shard.sha256 for shard in found]),
+    }
+    index = Index(**columns).to_bytes()
+    manifest = Manifest(
+        dataset=dataset,
+        classes=rule.labels.names,
+        templates=rule.labels.templates,
+        groups=groups,
+        encoding=encoding,
+        plan_hash=files.sha256_json(plan),
+        index_sha256=files.sha256_bytes(index),
+        shards=tuple(
+            Shard(name=name, bytes=one.bytes, sha256=one.sha256, samples=len(one.rows["key"]))
+            for name, one in zip(names, found, strict=True)
+        ),
+    )
+    return manifest, index, plan
+
+
+def shard_names(urls: Sequence[str], out: str) -> list[str]:
+    """Return the shards' names in a manifest in `out`: relative if all lie there, else whole."""
+    folder_store, folder = files.open_store(out)
+    prefix = folder.rstrip("/") + "/"
+    names = []
+    for url in urls:
+        place = files.open_store(url)
+        name = place[1].removeprefix(prefix)
+        if place != (folder_store, prefix + name):
+            return list(urls)
+        names.append(name)
+    return names
+
+
+def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -> None:
+    """Write what is not there yet, the manifest last."""
+    index_url, plan_url = files.join(out, "index.npz"), files.join(out, "plan.json")
+    plan = json.loads(json.dumps(plan))
+    if files.exists(files.join(out, "manifest.json")):
+        old = Manifest.load(out)
+        changed = [
+            f.name for f in fields(Manifest) if getattr(old, f.name) != getattr(manifest, f.name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{out} already holds another data set or index (different: {', '.join(changed)}); "
+                f"delete its manifest.json or choose another --out"
+            )
+    elif files.exists(plan_url) and files.read_json(plan_url).get("algorithm") != ALGORITHM:
+        raise ValueError(f"{out} is being packed; finish that or choose another --out")
+    elif files.exists(index_url) and not files.exists(plan_url):
+        raise ValueError(f"{out} has an index.npz that is not ours; choose another --out")
+    if not _holds(plan_url, plan):
+        files.write_json(plan_url, plan)
+    if not files.exists(index_url) or files.read_bytes(index_url) != index:
+        files.write_bytes(index_url, index)
+    if not files.exists(files.join(out, "manifest.json")):
+        manifest.save(out)
+
+
+def _holds(url: str, document: Any) -> bool:
+    return files.exists(url) and files.read_json(url) == document
+
+
+def _say(found: Sequence[Found]) -> None:
+    """Print what was passed over, and whether keys repeat, which the split by image id minds."""
+    total: Counter[str] = Counter()
+    for shard in found:
+        total += shard.passed_over
+    for what, count in sorted(total.items()):
+        print(f"passed over: {count:,} {what}", flush=True)
+    keys = Counter(key for shard in found for key in shard.rows["key"])
+    repeated = [key for key, count in keys.items() if count > 1]
+    if repeated:
+        example = repeated[0].decode()
+        print(f"note: {len(repeated):,} keys are in more than one shard, such as {example!r}")

@@ -1,0 +1,304 @@
+"""What the labels of shards made elsewhere mean, and how a set of them is scored.
+
+Label numbers may be class ids, or count the lines of a list of class names of the set's own
+(`local` labels, as CLIP_benchmark writes for ImageNet-R, -A and ObjectNet).
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO
+
+from rft import files
+from rft.data.labels import LabelSpace, objectnet_groups
+from rft.data.published import SUBSETS, published_classes
+from rft.data.samples import Sample, parent, read_member
+
+OBJECTNET_BORDER = 2  # pixels of red frame on each side, cropped before any resize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How existing shards are understood."""
+
+    dataset: str | None = None
+    """Name of the set (imagenet-train, imagenet-r, ...); None is the last folder name of --out."""
+    label_field: str | None = None
+    """Field of each sample's .json that holds the label; None reads the .cls member."""
+    local_classes: str | None = None
+    """File with one class name a line, which .cls counts; None looks for a classnames.txt beside
+    the shards and takes it when it has another length than the label space."""
+    mappings: str | None = None
+    """The mappings/ folder of ObjectNet's archive (objectnet only)."""
+    crop_border: int | None = None
+    """Pixels to cut from each side before any resize; None is 2 for objectnet and 0 for others."""
+    ignore: tuple[str, ...] = ()
+    """Suffixes of members to pass over, such as seg.png."""
+    allow_count: tuple[str, ...] = ()
+    """SET=N: accept this copy of a benchmark, which has N images and not the published number."""
+    workers: int | None = None
+    """Processes that read shards; None is one for each core this process may use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How a sample is read and scored.
+
+    `local` translates label numbers (None: they are class ids); `groups` is the manifest's scoring
+    rule (None: one group for each class that occurs).
+    """
+
+    labels: LabelSpace
+    groups: tuple[tuple[int, ...], ...] | None
+    local: tuple[int, ...] | None = None
+    label_field: str | None = None
+    ignore: frozenset[str] = frozenset()
+    crop_border: int = 0
+
+    @cached_property
+    def scored(self) -> frozenset[int]:
+        """Class ids that a label may be."""
+        groups = self.groups
+        if groups is None:
+            return frozenset(range(len(self.labels)))
+        return frozenset(class_id for group in groups for class_id in group)
+
+
+def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Options) -> Rule:
+    """Return how labels are read and the set is scored; see Options.
+
+    Raises:
+        ValueError: if local class names do not map onto the label space.
+    """
+    folders = list(dict.fromkeys(folder for url in urls if (folder := parent(url))))
+    _require_nshards(urls, folders)
+    names, source = _local_names(folders, labels, options.local_classes)
+    border = options.crop_border or 0
+    if dataset == "objectnet":
+        if options.mappings is None:
+            raise ValueError("objectnet needs --mappings, the mappings/ folder of its archive")
+        members = objectnet_groups(Path(options.mappings), len(labels))
+        groups = tuple(members.values())
+        border = OBJECTNET_BORDER if options.crop_border is None else border
+        local = None
+        if names is not None:
+            local = _objectnet_labels(names, source, members, Path(options.mappings))
+    else:
+        subset = published_subset(dataset, labels)
+        local = None if names is None else local_labels(names, source, labels, subset)
+        groups = _groups(dataset, labels, subset, local)
+    return Rule(
+        labels=labels,
+        groups=groups,
+        local=local,
+        label_field=options.label_field,
+        ignore=frozenset(suffix.lower().lstrip(".") for suffix in options.ignore),
+        crop_border=border,
+    )
+
+
+def local_labels(
+    names: Sequence[str], source: str, labels: LabelSpace, subset: Sequence[int] | None
+) -> tuple[int, ...]:
+    """Return the class id of each local class, found by its folder name or class name.
+
+    ImageNet has two classes called "missile" and two called "sunglasses": such a name means the one
+    in `subset`, the classes the set is published for, and is refused where that does not decide.
+
+    Raises:
+        ValueError: if a name is no class, several, or another name's class.
+    """
+    classes: dict[str, list[int]] = {}
+    for class_id, (folder, name) in enumerate(zip(labels.ids, labels.names, strict=True)):
+        for text in {_plain(folder), _plain(name)}:
+            classes.setdefault(text, []).append(class_id)
+    found: dict[int, str] = {}
+    for name in names:
+        candidates = classes.get(_plain(name), [])
+        if not candidates:
+            raise ValueError(
+                f"{source}: {name!r} is no class of the label space; "
+                f"name the right one with --classes"
+            )
+        if subset is not None and len(candidates) > 1:
+            candidates = [class_id for class_id in candidates if class_id in subset]
+        if len(candidates) != 1:
+            raise ValueError(
+                f"{source}: {name!r} is the name of several classes; write the folder name of the "
+                f"one that is meant (such as {labels.ids[classes[_plain(name)][0]]}) in its place"
+            )
+        if candidates[0] in found:
+            raise ValueError(f"{source}: {name!r} and {found[candidates[0]]!r} are the same class")
+        found[candidates[0]] = name
+    return tuple(found)
+
+
+def published_subset(dataset: str, labels: LabelSpace) -> tuple[int, ...] | None:
+    """Return the class ids of a set that is published for some of ImageNet's; None for others."""
+    folders = published_classes(dataset, labels)
+    return None if folders is None else tuple(sorted(labels.ids.index(name) for name in folders))
+
+
+def _groups(
+    dataset: str,
+    labels: LabelSpace,
+    subset: tuple[int, ...] | None,
+    local: tuple[int, ...] | None,
+) -> tuple[tuple[int, ...], ...] | None:
+    if subset is not None:
+        if local is not None and set(local) != set(subset):
+            missing = sorted(set(subset) - set(local))
+            example = labels.ids[(missing or sorted(set(local) - set(subset)))[0]]
+            raise ValueError(
+                f"the local classes of {dataset} are not the {len(subset)} it is published for "
+                f"({example} is in only one of the two)"
+            )
+        return tuple((class_id,) for class_id in subset)
+    if local is not None:
+        return tuple((class_id,) for class_id in sorted(local))
+    if dataset in SUBSETS:  # of another label space: what is there
+        return None
+    return tuple((class_id,) for class_id in range(len(labels)))
+
+
+def _objectnet_labels(
+    names: Sequence[str], source: str, groups: dict[str, tuple[int, ...]], mappings: Path
+) -> tuple[int, ...]:
+    """Return a class id for each of ObjectNet's own class names; any of its group is as good."""
+    label_of_folder = files.read_json(str(mappings / "folder_to_objectnet_label.json"))
+    folder_of = {_plain(name): name for name in groups}
+    folder_of |= {_plain(label_of_folder[name]): name for name in groups}
+    found: dict[str, int] = {}
+    for name in names:
+        folder = folder_of.get(_plain(name))
+        if folder is None or folder in found:
+            what = "is none of" if folder is None else "is a second name of one of"
+            raise ValueError(f"{source}: {name!r} {what} ObjectNet's {len(groups)} classes")
+        found[folder] = groups[folder][0]
+    if len(found) != len(groups):
+        missing = next(name for name in groups if name not in found)
+        raise ValueError(
+            f"{source} names {len(found)} of ObjectNet's {len(groups)} classes (not {missing!r})"
+        )
+    return tuple(found.values())
+
+
+def _local_names(
+    folders: Sequence[str], labels: LabelSpace, given: str | None
+) -> tuple[list[str] | None, str]:
+    """Return the names that label numbers count, if they count no class ids, and their file."""
+    if given is not None:
+        return _lines(given), given
+    beside = {}
+    for folder in folders:
+        for place in filter(None, (folder, parent(folder))):
+            path = files.join(place, "classnames.txt")
+            if files.exists(path):
+                beside[path] = _lines(path)
+                break
+    if not beside:
+        return None, ""
+    path, names = next(iter(beside.items()))
+    if any(other != names for other in beside.values()):
+        raise ValueError(f"{path} and {list(beside)[-1]} differ; name one with --local-classes")
+    if len(names) != len(labels):
+        return names, path
+    positions = {_plain(name): number for number, name in enumerate(labels.names)}
+    for number, name in enumerate(names):
+        place = positions.get(_plain(name), number)
+        if place != number and _plain(labels.names[number]) != _plain(name):
+            raise ValueError(
+                f"{path} has {name!r} in place {number}, the label space in place {place}; "
+                f"give the file as --local-classes if the labels count its lines"
+            )
+    return None, ""
+
+
+def _require_nshards(urls: Sequence[str], folders: Sequence[str]) -> None:
+    """Hold the number of shards against the `nshards.txt` that may lie beside them."""
+    for folder in folders:
+        path = files.join(folder, "nshards.txt")
+        if not files.exists(path):
+            continue
+        text = files.read_bytes(path).decode("utf-8", "replace").strip()
+        given = sum(parent(url) == folder for url in urls)
+        if text != str(given):
+            raise ValueError(f"{path} says {text} shards, {given} of that folder are given")
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        text = files.read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _plain(name: str) -> str:
+    """Return letters and digits alone: `Binder (closed)` and `binder_closed` are one name."""
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+
+def read_label(stream: IO[bytes], sample: Sample, where: str, rule: Rule) -> int:
+    """Return a sample's class id.
+
+    Raises:
+        ValueError: if it has no label, or the label is no class.
+    """
+    wanted = "json" if rule.label_field is not None else "cls"
+    if wanted not in sample.members:
+        hint = ""
+        if wanted == "cls" and "json" in sample.members:
+            hint = "; name a field of its .json with --label-field"
+        raise ValueError(f"{where}: no label, there is no .{wanted}{hint}")
+    data = read_member(stream, sample.members[wanted])
+    try:
+        text = data.decode("utf-8").strip()
+        if rule.label_field is not None:
+            text = _json_field(text, rule.label_field, where)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{where}: its .{wanted} is not readable: {error}") from error
+    return resolve_label(text, where, rule)
+
+
+def resolve_label(text: str, where: str, rule: Rule) -> int:
+    """Return the class id that a label means: a number, or a class's folder name or name.
+
+    Raises:
+        ValueError: if it means no class, several, or one that the set is not scored on.
+    """
+    if re.fullmatch(r"-?\d+", text):
+        number, count = int(text), len(rule.labels if rule.local is None else rule.local)
+        if not 0 <= number < count:
+            raise ValueError(f"{where}: label {number} is none of the {count} classes")
+        class_id = number if rule.local is None else rule.local[number]
+    else:
+        class_id = _class_of_name(text, where, rule.labels)
+    if class_id not in rule.scored:
+        raise ValueError(
+            f"{where}: label {text!r} is class {class_id} ({rule.labels.names[class_id]}), which "
+            f"this set is not published for; if its labels count classes of its own, list their "
+            f"names in a file and give it as --local-classes"
+        )
+    return class_id
+
+
+def _class_of_name(text: str, where: str, labels: LabelSpace) -> int:
+    found = [n for n, folder in enumerate(labels.ids) if folder == text]
+    found = found or [n for n, name in enumerate(labels.names) if name == text]
+    if len(found) != 1:
+        what = "several classes" if found else "no class of the label space"
+        raise ValueError(f"{where}: label {text[:80]!r} is {what}")
+    return found[0]
+
+
+def _json_field(text: str, name: str, where: str) -> str:
+    document = json.loads(text)
+    value = document.get(name) if isinstance(document, dict) else None
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        known = ", ".join(sorted(document)) if isinstance(document, dict) else "no fields"
+        raise ValueError(f"{where}: no label, its .json has no number or text {name!r} ({known})")
+    return str(value).strip()

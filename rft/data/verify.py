@@ -1,0 +1,405 @@
+"""Is a packed or indexed set what its manifest says? Every difference found is one line.
+
+The quick check reads manifest and index and asks for the size of every shard. The deep check reads
+every byte: the sha256 of each shard, its tar headers, and each payload, which must be a member of
+the key and place that the index names, have its crc32 and label, and decode. One problem never
+hides another: the check goes on.
+"""
+
+import io
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from rft import files
+from rft.data import encode, tar
+from rft.data.index import ALGORITHM, IMAGE_SUFFIXES, OTHER_SUFFIXES
+from rft.data.manifest import Index, Manifest
+from rft.data.samples import SIZE_THREADS, open_whole, shard_size, split_name
+from rft.data.workers import for_each
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is not as it should be; `offset` is a byte of the shard."""
+
+    what: str
+    shard: str = ""
+    key: str = ""
+    offset: int | None = None
+
+    def __str__(self) -> str:
+        place = [self.shard] if self.shard else []
+        place += [f"key {self.key!r}"] if self.key else []
+        place += [f"offset {self.offset:,}"] if self.offset is not None else []
+        return f"{', '.join(place)}: {self.what}" if place else self.what
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What was found; `per_class` is the number of samples of each class id."""
+
+    url: str
+    deep: bool
+    dataset: str = ""
+    manifest_sha256: str = ""
+    shards: int = 0
+    samples: int = 0
+    bytes: int = 0
+    per_class: list[int] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that `--report` writes."""
+        counts = {name: getattr(self, name) for name in ("shards", "samples", "bytes", "per_class")}
+        return {
+            "schema": SCHEMA,
+            "ok": not self.problems,
+            "url": self.url,
+            "deep": self.deep,
+            "dataset": self.dataset,
+            "manifest_sha256": self.manifest_sha256,
+            "counts": counts,
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The index's rows of one shard, where it is, and what its labels may look like in the tar.
+
+    `size` is what the store says, in bytes; `sha256` is the manifest's; `classes` is their number.
+    `local` translates the numbers of `.cls` (None: they are class ids); `named` allows a class's
+    name or folder name in their place; `field` is the json field that holds the label instead.
+    """
+
+    name: str
+    place: str
+    size: int
+    sha256: str
+    index: Index | None
+    encoding: dict[str, Any]
+    classes: int
+    local: list[int] | None
+    named: bool
+    field: str | None
+    ignore: frozenset[str]
+
+
+def verify(url: str, *, deep: bool, workers: int) -> Report:
+    """Check the set at `url`; see the module's text."""
+    report = Report(url=url, deep=deep)
+    try:
+        manifest = Manifest.load(url)
+    except (ValueError, KeyError, TypeError) as error:
+        report.problems.append(Problem(what=f"manifest.json cannot be used: {error}"))
+        return report
+    report.dataset, report.manifest_sha256 = manifest.dataset, manifest.sha256
+    report.shards, report.samples = len(manifest.shards), manifest.samples
+    report.bytes = sum(shard.bytes for shard in manifest.shards)
+    plan = _read_plan(url, manifest, report)
+    report.problems += check_manifest(manifest)
+    report.problems += _check_quarantine(url, manifest)
+    index = _read_index(url, manifest, report)
+    if index is not None:
+        in_range = index.label[(index.label >= 0) & (index.label < len(manifest.classes))]
+        report.per_class = np.bincount(in_range, minlength=len(manifest.classes)).tolist()
+        report.problems += check_index(manifest, index)
+    _check_shards(manifest, index, plan, report, workers)
+    return report
+
+
+def check_manifest(manifest: Manifest) -> Iterator[Problem]:
+    """Yield what in a manifest does not fit together."""
+    scored = [class_id for group in manifest.groups for class_id in group]
+    if any(not 0 <= class_id < len(manifest.classes) for class_id in scored):
+        yield Problem(what=f"groups name classes beyond the {len(manifest.classes)} there are")
+    if len(set(scored)) != len(scored):
+        yield Problem(what="groups share a class")
+    names = [shard.name for shard in manifest.shards]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Problem(shard=name, what="named more than once in the manifest")
+
+
+def check_index(manifest: Manifest, index: Index) -> Iterator[Problem]:
+    """Yield the rows of an index that cannot be right, whatever the shards hold."""
+    known = (index.label >= 0) & (index.label < len(manifest.classes))
+    scored = np.isin(index.label, [c for group in manifest.groups for c in group])
+    start = 0
+    for shard in manifest.shards:
+        rows = np.arange(start, start + shard.samples)
+        start += shard.samples
+        wrong = [
+            (rows[~known[rows]], f"its label is none of the {len(manifest.classes)} classes"),
+            (rows[known[rows] & ~scored[rows]], "its label lies in no group, so it never scores"),
+            *_misplaced(index, rows, shard.bytes),
+        ]
+        for some, what in wrong:
+            for row in some:
+                key, offset = index.key[row].decode("ascii", "replace"), int(index.offset[row])
+                yield Problem(shard=shard.name, key=key, offset=offset, what=what)
+
+
+def _misplaced(index: Index, rows: np.ndarray, size: int) -> list[tuple[np.ndarray, str]]:
+    """Return the rows of one shard of `size` bytes that share a key or cannot lie where they do."""
+    rows = rows[np.argsort(index.offset[rows], kind="stable")]
+    # as floats, because a damaged uint64 would wrap around
+    starts = index.offset[rows].astype(np.float64)
+    ends = starts + np.ceil(index.length[rows] / tar.BLOCK) * tar.BLOCK
+    aligned = (index.offset[rows] % tar.BLOCK == 0) & (index.offset[rows] > 0)
+    _, first = np.unique(index.key[rows], return_index=True)
+    return [
+        (rows[ends + tar.END > size], f"reaches beyond the shard, which has {size:,} bytes"),
+        (rows[~aligned], "no payload of a tar can start here"),
+        (rows[1:][starts[1:] < ends[:-1] + tar.BLOCK], "overlaps the sample before it"),
+        (np.delete(rows, first), "its key occurs more than once in this shard"),
+    ]
+
+
+class Walked(NamedTuple):
+    """The members of a tar by key and suffix, up to byte `end` if its headers are damaged."""
+
+    members: dict[str, dict[str, tar.Member]]
+    end: float
+    problems: list[Problem]
+
+
+def check_rows(stream: IO[bytes], sha256: str, rows: Rows) -> Iterator[Problem]:
+    """Yield every difference between a whole shard and its rows of the index, if there is one."""
+    if sha256 != rows.sha256:
+        what = f"sha256 is {sha256[:16]}..., the manifest says {rows.sha256[:16]}..."
+        yield Problem(shard=rows.name, what=what)
+    members, end, problems = _walk(stream, rows.name)
+    yield from problems
+    if rows.index is None:
+        return
+    keys = [key.decode("ascii", "replace") for key in rows.index.key]
+    for row, key in enumerate(keys):
+        offset = int(rows.index.offset[row])
+        differences = [*_check_payload(stream, rows.index, row, rows.encoding)]
+        if offset < end:
+            differences += _check_members(stream, members.get(key, {}), rows.index, row, rows)
+        for what in differences:
+            yield Problem(shard=rows.name, key=key, offset=offset, what=what)
+    for key in sorted(members.keys() - set(keys)):
+        first = next(iter(members[key].values()))
+        names = ", ".join(member.name for member in members[key].values())
+        what = f"the index knows nothing of {names}"
+        yield Problem(shard=rows.name, key=key, offset=first.offset, what=what)
+
+
+def _walk(stream: IO[bytes], shard: str) -> Walked:
+    members: dict[str, dict[str, tar.Member]] = {}
+    problems = []
+    end = 0
+    try:
+        for member in tar.walk(stream, "the tar"):
+            end = member.offset + member.size
+            split = split_name(member.name)
+            if split is None:
+                continue
+            key, suffix = split
+            if suffix in members.setdefault(key, {}):
+                what = f"a second member is called {member.name!r}"
+                problems.append(Problem(shard=shard, key=key, offset=member.offset, what=what))
+            members[key][suffix] = member
+    except ValueError as error:
+        problems.append(Problem(shard=shard, offset=end, what=str(error)))
+        return Walked(members, end, problems)
+    return Walked(members, math.inf, problems)
+
+
+def _check_members(
+    stream: IO[bytes], found: dict[str, tar.Member], index: Index, row: int, rows: Rows
+) -> Iterator[str]:
+    """Yield what is wrong with the members of one row's key."""
+    suffixes = frozenset({"npy"}) if rows.encoding["kind"] == "pixels" else IMAGE_SUFFIXES
+    offset, length = int(index.offset[row]), int(index.length[row])
+    is_payload = False
+    for suffix, member in found.items():
+        if suffix in rows.ignore:
+            continue
+        if suffix in suffixes and (member.offset, member.size) == (offset, length):
+            is_payload = True
+        elif suffix in suffixes:
+            yield f"{member.name} lies at {member.offset:,} and has {member.size:,} bytes"
+        elif suffix not in OTHER_SUFFIXES:
+            yield f"the index knows nothing of {member.name}"
+    if not is_payload:
+        yield f"no member of this key with {length:,} bytes lies here"
+    yield from _check_label(stream, found, int(index.label[row]), rows)
+
+
+def _check_label(
+    stream: IO[bytes], found: dict[str, tar.Member], label: int, rows: Rows
+) -> Iterator[str]:
+    suffix = "cls" if rows.field is None else "json"
+    if suffix not in found:
+        yield f"there is no .{suffix} with a label"
+        return
+    stream.seek(found[suffix].offset)
+    data = stream.read(found[suffix].size)
+    try:
+        text = data.decode("utf-8").strip()
+        if rows.field is not None:
+            text = str(json.loads(text)[rows.field]).strip()
+    except (ValueError, KeyError, TypeError):
+        yield f"its .{suffix} has no readable label"
+        return
+    if rows.named and not text.removeprefix("-").isdecimal():
+        return  # the manifest does not hold the folder names that this may be one of
+    local = range(rows.classes) if rows.local is None else rows.local
+    expected = {str(number) for number, class_id in enumerate(local) if class_id == label}
+    if text not in expected:
+        yield f"its .{suffix} says {text[:40]!r}, the index has class {label}"
+
+
+def _check_payload(
+    stream: IO[bytes], index: Index, row: int, encoding: dict[str, Any]
+) -> Iterator[str]:
+    """Yield what is wrong with the bytes of one row."""
+    offset, length = int(index.offset[row]), int(index.length[row])
+    stream.seek(offset)
+    data = stream.read(length)
+    if len(data) != length:
+        yield f"cut off: {len(data):,} of {length:,} bytes are there"
+        return
+    if zlib.crc32(data) != index.crc32[row]:
+        yield "damaged bytes: they do not have the crc32 of the index"
+        return
+    size = (int(index.width[row]), int(index.height[row]))
+    try:
+        yield from _check_image(data, size, encoding)
+    except ValueError as error:
+        yield str(error)
+
+
+def _check_image(
+    data: bytes, source_size: tuple[int, int], encoding: dict[str, Any]
+) -> Iterator[str]:
+    if encoding["kind"] == "pixels":
+        pixels = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        if pixels.shape != (3, encoding["size"], encoding["size"]) or pixels.dtype != np.uint8:
+            yield f"the payload is {pixels.dtype} {pixels.shape}, not pixels of the set's size"
+        return
+    image = encode.load_image(data, "the payload")
+    is_stored = encoding["kind"] == "original"
+    size = source_size if is_stored else (encoding["size"], encoding["size"])
+    if image.size != size:
+        yield f"the image has {image.size} pixels, not {size}"
+    if is_stored and min(size) <= 2 * encoding["crop_border"]:
+        yield f"the image is all border ({size} pixels)"
+
+
+def _read_plan(url: str, manifest: Manifest, report: Report) -> dict[str, Any]:
+    """Return plan.json, or nothing where it is gone, which readers do not mind."""
+    path = files.join(url, "plan.json")
+    if not files.exists(path):
+        return {}
+    try:
+        plan = files.read_json(path)
+    except ValueError as error:
+        report.problems.append(Problem(what=str(error)))
+        return {}
+    if not isinstance(plan, dict) or files.sha256_json(plan) != manifest.plan_hash:
+        report.problems.append(Problem(what="plan.json is not the plan that the manifest names"))
+        return {}
+    return plan
+
+
+def _check_quarantine(url: str, manifest: Manifest) -> Iterator[Problem]:
+    """Yield whether the images that were left out are listed, with their reasons."""
+    path = files.join(url, "quarantine.jsonl")
+    if manifest.quarantined == 0:
+        return
+    listed = len(files.read_bytes(path).splitlines()) if files.exists(path) else 0
+    if listed != manifest.quarantined:
+        what = f"quarantine.jsonl lists {listed} images, the manifest says {manifest.quarantined}"
+        yield Problem(what=what)
+
+
+def _read_index(url: str, manifest: Manifest, report: Report) -> Index | None:
+    try:
+        index = Index.load(url, manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        report.problems.append(Problem(what=f"index.npz cannot be used: {error}"))
+        return None
+    lengths = {column.name: len(getattr(index, column.name)) for column in fields(index)}
+    if set(lengths.values()) == {manifest.samples}:
+        return index
+    report.problems.append(Problem(what=f"index.npz has columns of unequal lengths: {lengths}"))
+    return None
+
+
+def _check_shards(
+    manifest: Manifest,
+    index: Index | None,
+    plan: dict[str, Any],
+    report: Report,
+    workers: int,
+) -> None:
+    """Add what is wrong with the shards themselves."""
+    places = [files.resolve(report.url, shard.name) for shard in manifest.shards]
+    with ThreadPoolExecutor(SIZE_THREADS) as pool:
+        sizes = list(pool.map(_size_or_reason, places))
+    bounds = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
+    jobs = []
+    for number, (shard, place, size) in enumerate(zip(manifest.shards, places, sizes, strict=True)):
+        if isinstance(size, str):
+            report.problems.append(Problem(shard=shard.name, what=size))
+            continue
+        if size != shard.bytes:
+            what = f"has {size:,} bytes, the manifest says {shard.bytes:,}"
+            report.problems.append(Problem(shard=shard.name, what=what))
+        rows = Rows(
+            name=shard.name,
+            place=place,
+            size=size,
+            sha256=shard.sha256,
+            index=None if index is None else _cut(index, bounds[number], bounds[number + 1]),
+            encoding=manifest.encoding,
+            classes=len(manifest.classes),
+            local=plan.get("local_labels"),
+            named=plan.get("algorithm") == ALGORITHM,
+            field=plan.get("label_field"),
+            ignore=frozenset(plan.get("ignore", ())),
+        )
+        jobs.append(rows)
+    if not report.deep:
+        return
+    names = {shard.sha256: shard.name for shard in manifest.shards}
+    for problems in for_each("shards", partial(check_shard, names=names), jobs, workers):
+        report.problems += problems
+
+
+def check_shard(rows: Rows, names: dict[str, str]) -> list[Problem]:
+    """Return what is wrong with one shard, reading all of it; `names` are all shards by sha256."""
+    try:
+        with open_whole(rows.place, rows.size) as (stream, sha256):
+            if sha256 != rows.sha256 and sha256 in names:
+                return [Problem(shard=rows.name, what=f"holds the bytes of {names[sha256]}")]
+            return list(check_rows(stream, sha256, rows))
+    except (ValueError, OSError) as error:
+        return [Problem(shard=rows.name, what=str(error))]
+
+
+def _size_or_reason(url: str) -> int | str:
+    try:
+        return shard_size(url)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def _cut(index: Index, start: int, stop: int) -> Index:
+    return Index(
+        **{column.name: getattr(index, column.name)[start:stop] for column in fields(index)}
+    )

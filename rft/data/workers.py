@@ -1,0 +1,153 @@
+"""The same work on many shards, in several processes, with progress.
+
+Parsing tar headers holds Python's lock, so threads would not help. A process pool of the standard
+library leaves things to do: Ctrl-C must reach only the parent and not wait for a shard to end,
+workers must not outlive it, and one that was killed must be told in a line.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_PER_LINE = 10.0  # how often progress is printed when there is no terminal
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def check_workers(workers: int | None) -> int:
+    """Return the number of processes that `--workers` means; None is one for each core.
+
+    Raises:
+        ValueError: if it is below 1.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers must be at least 1, not {workers}")
+    if workers is not None:
+        return workers
+    if hasattr(os, "sched_getaffinity"):  # a cluster job rarely owns the whole machine
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def for_each(
+    title: str, work: Callable[[Job], Result], jobs: Sequence[Job], workers: int
+) -> list[Result]:
+    """Return `work(job)` for every job, in order, showing progress; see `each_done`."""
+    results: dict[int, Result] = {}
+    with (
+        progress(title, "shards", len(jobs)) as advance,
+        closing(each_done(work, jobs, workers)) as done,
+    ):
+        for number, result in done:
+            results[number] = result
+            advance(1, 0)
+    return [results[number] for number in range(len(jobs))]
+
+
+def each_done(
+    work: Callable[[Job], Result], jobs: Sequence[Job], workers: int
+) -> Generator[tuple[int, Result], None, None]:
+    """Yield the number of a job and `work(job)`, as they end; the first error stops all.
+
+    Work, jobs and results travel between processes unless one worker is enough. Ctrl-C ends work in
+    the middle, so it must leave nothing half done.
+
+    Raises:
+        ValueError: if a worker process is killed; and whatever `work` raises.
+    """
+    if min(workers, len(jobs)) <= 1:
+        for number, job in enumerate(jobs):
+            yield number, work(job)
+        return
+    # fork would copy locks that fsspec's or rich's threads may hold
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rft.cli", work.__module__])
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        min(workers, len(jobs)), mp_context=context, initializer=_start_worker
+    )
+    try:
+        futures = _submit(pool, work, jobs)
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except KeyboardInterrupt:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker process was killed (out of memory?); run again with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _submit(
+    pool: ProcessPoolExecutor, work: Callable[[Job], Result], jobs: Sequence[Job]
+) -> dict[Future[Result], int]:
+    # the first submit starts processes, which inherit the blocked signal until they ignore it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return {pool.submit(work, job): number for number, job in enumerate(jobs)}
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and never outlive it: a killed parent cannot stop its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def exit_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+@contextmanager
+def progress(title: str, unit: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function to call with how many units, and how many bytes of them, were done."""
+    start, done, size, printed = time.monotonic(), 0, 0, time.monotonic()
+
+    def rate() -> str:
+        seconds = max(time.monotonic() - start, 1e-9)
+        speed = f"{done / seconds:,.{0 if unit == 'samples' else 1}f} {unit}/s"
+        mib = size / 2**20
+        return f"{mib:,.1f} MiB, {speed}, {mib / seconds:,.1f} MiB/s" if size else speed
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        disable=not sys.stdout.isatty(),
+    )
+    with bar:
+        row = bar.add_task(title, total=total, rate="")
+
+        def advance(more: int, more_bytes: int) -> None:
+            nonlocal done, size, printed
+            done, size = done + more, size + more_bytes
+            bar.update(row, completed=done, rate=rate())
+            due = time.monotonic() - printed > SECONDS_PER_LINE or done == total
+            if due and bar.disable:
+                seconds = (time.monotonic() - start) / max(done, 1) * (total - done)
+                left = f"{timedelta(seconds=round(seconds))} left"
+                print(f"{title}: {done:,} of {total:,} {unit}, {rate()}, {left}", flush=True)
+                printed = time.monotonic()
+
+        yield advance

@@ -1,0 +1,312 @@
+"""Anyone's own images: what is found, how the test set is chosen, and that packing works."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from rft import cli
+from rft.data.encode import clip_pixels, load_image
+from rft.data.folder import (
+    choose_test,
+    held_out_proposal,
+    name_classes,
+    read_folder,
+    shared_images,
+)
+from rft.data.labels import LabelSpace
+from rft.data.loader import PackedDataset
+from rft.data.split import held_out_split
+from rft.data.verify import verify
+
+LABELS = LabelSpace(
+    ids=("tabby_cat", "dog"), names=("tabby", "a dog"), templates=("a photo of a {c}.",)
+)
+
+
+def write_images(root: Path, *names: str, first_seed: int = 0) -> Path:
+    for seed, name in enumerate(names, first_seed):
+        rng = np.random.default_rng(seed)
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (*rng.integers(20, 40, 2), 3)
+        kind = "PNG" if path.suffix == ".png" else "JPEG"
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path, kind)
+    return root
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Ten images of one class, some in folders below, and six of another."""
+    cats = [f"tabby_cat/{'old/' if n % 3 else ''}IMG {n}.JPG" for n in range(10)]
+    dogs = [f"dog/IMG {n}.png" for n in range(6)]
+    return write_images(tmp_path / "photos", *cats, *dogs)
+
+
+def paths(source) -> set[str]:
+    return {item.path for item in source.items}
+
+
+# --- what is found ------------------------------------------------------------------------------
+
+
+def test_a_share_of_each_class_is_held_out(photos: Path) -> None:
+    (train, test), labels = read_folder(photos, None, 0.2, 0)
+    assert (train.dataset, test.dataset) == ("train", "test")
+    assert labels.ids == ("dog", "tabby_cat")
+    assert labels.names == ("dog", "tabby cat")
+    assert labels.templates == LabelSpace.imagenet().templates
+    assert Counter(item.label for item in train.items) == {0: 5, 1: 8}
+    assert Counter(item.label for item in test.items) == {0: 1, 1: 2}
+    everything = {p.relative_to(photos).as_posix() for p in photos.rglob("*") if p.is_file()}
+    assert paths(train) | paths(test) == everything
+    assert not paths(train) & paths(test)
+    # `IMG 1` is in both classes: keys are distinct over both sets
+    keys = [item.key for item in (*train.items, *test.items)]
+    assert len(set(keys)) == 16
+    assert train.groups == test.groups == ((0,), (1,))
+    again, _ = read_folder(photos, None, 0.2, 0)
+    assert again == [train, test]
+    assert paths(read_folder(photos, None, 0.2, 1)[0][1]) != paths(test)
+
+
+def test_no_test_set_is_asked_for(photos: Path) -> None:
+    (train,), _ = read_folder(photos, LABELS, 0, 0)
+    assert len(train.items) == 16
+    assert {item.label for item in train.items if item.path.startswith("tabby")} == {0}
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("train", "test"), {"train": "train", "test": "test"}),
+        (("train", "val"), {"train": "train", "test": "val"}),
+        (("train", "val", "test"), {"train": "train", "test": "test", "val": "val"}),
+    ],
+)
+def test_a_test_set_that_is_there_is_taken(photos: Path, folders, expected) -> None:
+    root = photos.parent / "split"
+    for folder in folders:
+        shutil.copytree(photos, root / folder)
+    sources, _ = read_folder(root, None, 0.5, 0)
+    assert {source.dataset: source.root.name for source in sources} == expected
+    assert all(len(source.items) == 16 for source in sources)
+
+
+def test_a_class_may_be_called_train(photos: Path) -> None:
+    write_images(photos, "train/1.jpg", "train/2.jpg", first_seed=50)
+    sources, labels = read_folder(photos, None, 0.5, 0)
+    assert labels.ids == ("dog", "tabby_cat", "train")
+    assert [source.dataset for source in sources] == ["train", "test"]
+
+
+def test_hidden_files_are_passed_over_and_counted(photos: Path) -> None:
+    before, _ = read_folder(photos, None, 0.2, 0)
+    (photos / ".cache").mkdir()
+    (photos / "README.txt").write_text("mine")
+    (photos / "dog" / ".DS_Store").write_bytes(b"x")
+    (photos / "dog" / "._1.png").write_bytes(b"x")
+    (photos / "tabby_cat" / "old" / "Thumbs.db").write_bytes(b"x")
+    sources, _ = read_folder(photos, None, 0.2, 0)
+    assert [source.items for source in sources] == [source.items for source in before]
+    assert "(4 hidden files or folders passed over)" in sources[0].layout
+
+
+MISTAKES = {
+    "nothing": (lambda root: shutil.rmtree(root), "no such folder"),
+    "no classes": (lambda root: [shutil.rmtree(p) for p in root.iterdir()], "no class folders"),
+    "beside": (lambda root: write_images(root, "1.jpg"), "1.jpg lies in no class folder"),
+    "other file": (
+        lambda root: (root / "dog" / "a.txt").write_text(""),
+        r"not an image: .*a\.txt;",
+    ),
+    "two others": (
+        lambda root: [(root / "dog" / name).write_text("") for name in ("b.gif", "a.bmp")],
+        r"not an image: .*a\.bmp \(and 1 more\)",
+    ),
+    "empty class": (lambda root: (root / "empty").mkdir(), "empty holds no images"),
+    "unknown class": (lambda root: write_images(root, "cow/1.jpg"), "unknown class: folder 'cow'"),
+    "missing class": (lambda root: shutil.rmtree(root / "dog"), r"1 of 2 .* \(first: dog\)"),
+    "loop": (lambda root: (root / "dog" / "again").symlink_to(root / "dog"), "was read already"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(photos: Path, mistake: str) -> None:
+    make, message = MISTAKES[mistake]
+    make(photos)
+    with pytest.raises(ValueError, match=message):
+        read_folder(photos, LABELS, 0.2, 0)
+
+
+def test_a_class_of_one_image(photos: Path) -> None:
+    write_images(photos, "fox/1.jpg", first_seed=90)
+    with pytest.raises(ValueError, match="class folder 'fox' has one image"):
+        read_folder(photos, None, 0.2, 0)
+    assert len(read_folder(photos, None, 0, 0)[0][0].items) == 17
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_bad_shares(photos: Path, share: float) -> None:
+    with pytest.raises(ValueError, match="--test-share must be from 0"):
+        read_folder(photos, None, share, 0)
+
+
+def test_a_test_set_without_a_class(photos: Path) -> None:
+    root = photos.parent / "split"
+    shutil.copytree(photos, root / "train")
+    write_images(root, "test/dog/1.jpg")
+    with pytest.raises(ValueError, match=r"missing in .*test \(first: tabby_cat\)"):
+        read_folder(root, None, 0.2, 0)
+
+
+# --- the choice ---------------------------------------------------------------------------------
+
+NAMES = st.lists(st.text("ab0_ /", min_size=1, max_size=6), min_size=2, max_size=40, unique=True)
+
+
+@settings(deadline=None)
+@given(NAMES, st.floats(0.01, 0.99), st.integers(0, 3), st.randoms())
+def test_choice(names: list[str], share: float, seed: int, random) -> None:
+    held = choose_test(names, share, seed, "x")
+    assert 1 <= len(held) < len(names)
+    assert abs(len(held) - share * len(names)) <= 1
+    assert held <= set(names)
+    assert choose_test(random.sample(names, len(names)), share, seed, "x") == held
+    # a larger share takes more of the same
+    assert held <= choose_test(names, min(share + 0.1, 0.99), seed, "x")
+
+
+def test_choice_is_frozen() -> None:
+    """A test set must not change sides with a version of rft."""
+    names = [f"dog/{n}.jpg" for n in range(10)]
+    assert sorted(choose_test(names, 0.3, 0, "dog")) == ["dog/1.jpg", "dog/3.jpg", "dog/9.jpg"]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400), st.integers(1, 20))
+def test_proposal_is_one_that_training_takes(samples: int, classes: int) -> None:
+    proposal = held_out_proposal(samples, classes)
+    if proposal == 0:
+        assert samples < 2 * classes
+    else:
+        labels = np.arange(samples) % classes
+        keys = np.array([f"{n:04d}".encode() for n in range(samples)])
+        train, held = held_out_split(keys, labels, proposal, 0)
+        assert (len(train), len(held)) == (samples - proposal, proposal)
+
+
+def test_the_same_image_on_two_sides(photos: Path) -> None:
+    root = photos.parent / "split"
+    shutil.copytree(photos, root / "train")
+    write_images(root, "test/dog/9.jpg", "test/tabby_cat/9.jpg", first_seed=100)
+    assert shared_images(read_folder(root, None, 0.2, 0)[0]) == []
+    shutil.copy(root / "train" / "tabby_cat" / "IMG 0.JPG", root / "test" / "dog" / "copy.jpg")
+    shutil.copy(root / "train" / "dog" / "IMG 1.png", root / "train" / "dog" / "own copy.png")
+    pairs = shared_images(read_folder(root, None, 0.2, 0)[0])
+    assert pairs == [
+        (str(root / "train" / "tabby_cat" / "IMG 0.JPG"), str(root / "test" / "dog" / "copy.jpg"))
+    ]
+
+
+def test_names() -> None:
+    labels = name_classes(["red_fox", "Ape"])
+    assert labels.ids == ("Ape", "red_fox")
+    assert labels.names == ("Ape", "red fox")
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd):
+    path = Path(__file__).parents[2] / "tools" / "shard_folder.py"
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        spec = importlib.util.spec_from_file_location("shard_folder", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "shard_folder", module)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", ["shard_folder", *arguments])
+        capfd.readouterr()
+        try:
+            cli.run(module.main)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (code, *capfd.readouterr())
+
+    return run
+
+
+def test_command(photos: Path, tmp_path: Path, run) -> None:
+    classes = tmp_path / "classes.json"
+    document = {"ids": LABELS.ids, "names": LABELS.names, "templates": LABELS.templates}
+    classes.write_text(json.dumps(document))
+    out = tmp_path / "out"
+    arguments = ["--source", str(photos), "--out", str(out), "--classes", str(classes)]
+    arguments += ["--workers", "1", "--shard-mb", "0.004"]
+    code, said, err = run(*arguments)
+    assert (code, err) == (0, "")
+    assert "class tabby_cat (tabby): 8 train, 2 test" in said
+    assert "class dog (a dog): 5 train, 1 test" in said
+    assert "prompts: 1, such as 'a photo of a {c}.'" in said
+    assert "warning" not in said
+    first, second = said.splitlines()[-2:]
+    assert f"--data {out} --train-set train --scale small --loader.held_out 2 --run-dir" in first
+    assert second.endswith(f"rft.evaluate runs/first --data {out} --sets test")
+    seen = []
+    for name, count in (("train", 13), ("test", 3)):
+        data = PackedDataset(str(out / name))
+        assert data.manifest.dataset == name
+        assert data.manifest.classes == LABELS.names
+        assert len(data) == count
+        assert verify(str(out / name), deep=True, workers=1).problems == []
+        seen += [(int(data.index.label[n]), data.image(n, 16).tobytes()) for n in range(count)]
+    expected = []
+    for label, folder in enumerate(LABELS.ids):
+        for path in (photos / folder).rglob("*.*"):
+            image = load_image(path.read_bytes())
+            expected.append((label, clip_pixels(image, 16).tobytes()))
+    assert sorted(seen) == sorted(expected)
+    assert run(*arguments)[1].count("nothing to do") == 2
+
+
+def test_command_in_tasks(photos: Path, tmp_path: Path, run) -> None:
+    arguments = ["--source", str(photos), "--workers", "1", "--shard-mb", "0.004"]
+    assert run(*arguments, "--out", str(tmp_path / "at once"))[0] == 0
+    code, said, _ = run(*arguments, "--out", str(tmp_path / "tasks"), "--task", "1/2")
+    assert code == 0
+    assert "next:" not in said
+    code, said, _ = run(*arguments, "--out", str(tmp_path / "tasks"), "--task", "0/2")
+    assert code == 0
+    assert "next:" in said
+    for name in ("train", "test"):
+        for file_name in ("manifest.json", "index.npz", "000000.tar"):
+            one, other = (tmp_path / out / name / file_name for out in ("at once", "tasks"))
+            assert one.read_bytes() == other.read_bytes()
+
+
+def test_command_warns_and_refuses(photos: Path, tmp_path: Path, run) -> None:
+    root = tmp_path / "split"
+    shutil.copytree(photos, root / "train")
+    shutil.copytree(photos, root / "val")
+    arguments = ["--source", str(root), "--out", str(tmp_path / "out"), "--workers", "1"]
+    code, said, _ = run(*arguments)
+    assert code == 0
+    assert said.count("hold the same bytes") == 16
+    (root / "val" / "dog" / "IMG 0.png").write_bytes(b"damaged")
+    code, _, err = run(*arguments[:2], "--out", str(tmp_path / "other"), "--workers", "1")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "IMG 0.png" in err

@@ -1,0 +1,572 @@
+"""Shards made elsewhere: each layout is read as it is, and each kind of bad shard is named."""
+
+import gzip
+import importlib.util
+import io
+import json
+import shutil
+import sys
+import tarfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from webdataset.tariterators import base_plus_ext
+
+from rft import cli
+from rft.data.encode import clip_pixels, load_image
+from rft.data.index import index_shards
+from rft.data.labels import LabelSpace, objectnet_groups
+from rft.data.loader import PackedDataset
+from rft.data.manifest import Index, Manifest
+from rft.data.published import published_classes
+from rft.data.samples import parent, split_name
+from rft.data.scoring import Options as AllOptions
+from rft.data.verify import verify
+from tests.servers.faults import Fault, faulty
+from tests.servers.ranges import range_server
+
+MAPPINGS = Path(__file__).parent / "objectnet-mappings"
+LABELS = LabelSpace(
+    ids=("n01", "n02", "n03"), names=("red fox", "toad", "sloth bear"), templates=("a {c}.",)
+)
+IMAGENET = LabelSpace.imagenet()
+Options = partial(AllOptions, workers=1)  # several processes take a second to start
+Members = Sequence[tuple[str, bytes]]
+
+
+def picture(seed: int, kind: str = "JPEG") -> bytes:
+    rng = np.random.default_rng(seed)
+    shape = (*rng.integers(20, 48, 2), 3)
+    stream = io.BytesIO()
+    options = {"lossless": True} if kind == "WEBP" else {}
+    Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def write_tar(path: Path, members: Members) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return str(path)
+
+
+def copy_of(dataset: str, count: int, **options) -> AllOptions:
+    """Options for a small copy of a benchmark."""
+    return Options(dataset=dataset, allow_count=(f"{dataset}={count}",), **options)
+
+
+def plain(key: str, label: int | str, seed: int = 0) -> list[tuple[str, bytes]]:
+    return [(f"{key}.jpg", picture(seed)), (f"{key}.cls", str(label).encode())]
+
+
+def write_clip_benchmark(
+    folder: Path, labels: Sequence[int], classes: Sequence[str], kind: str = "webp"
+) -> str:
+    """Write what clip_benchmark_export_wds writes: two shards below test/, text files beside."""
+    (folder / "test").mkdir(parents=True)
+    half = -(-len(labels) // 2)
+    with webdataset.ShardWriter(str(folder / "test" / "%d.tar"), maxcount=half, verbose=0) as sink:
+        for number, label in enumerate(labels):
+            data = picture(number, "JPEG" if kind == "jpg" else kind.upper())
+            sink.write({"__key__": f"s{number:07d}", kind: data, "cls": int(label)})
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes))
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
+    (folder / "test" / "nshards.txt").write_text("2\n")
+    return str(folder / "test" / "{0..1}.tar")
+
+
+def check(out: str, patterns: Sequence[str]) -> tuple[Manifest, Index, PackedDataset]:
+    """Hold index and loader against what webdataset reads from the same shards."""
+    data = PackedDataset(out)
+    border = data.manifest.encoding["crop_border"]
+    urls = [url for pattern in patterns for url in webdataset.shardlists.expand_urls(pattern)]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [data.key(n) for n in range(len(data))]
+    for number, sample in enumerate(samples):
+        (payload,) = (sample[s] for s in ("jpg", "jpeg", "png", "webp") if s in sample)
+        assert data.payload(number) == payload
+        image = load_image(payload)
+        assert image.size == (data.index.width[number], data.index.height[number])
+        assert np.array_equal(data.image(number, 16), clip_pixels(image, 16, border))
+    return data.manifest, data.index, data
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# --- the layouts --------------------------------------------------------------------------------
+
+
+def test_timm_layout_in_its_own_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "imagenet-train"
+    for shard in range(3):
+        members = []
+        for n in range(4):
+            key, label = f"n01440764_{shard}{n}", (shard * 331 + n * 7) % 1000
+            members += plain(key, label, seed=shard * 10 + n)
+            members += [(f"{key}.json", json.dumps({"label": label, "filename": key}).encode())]
+        write_tar(folder / f"imagenet1k-train-{shard:04d}.tar", members)
+    pattern = str(folder / "imagenet1k-train-{0000..0002}.tar")
+    index_shards([pattern], str(folder), IMAGENET, copy_of("imagenet-train", 12))
+    manifest, index, _ = check(str(folder), [pattern])
+    assert manifest.dataset == "imagenet-train"
+    assert [shard.name for shard in manifest.shards] == [
+        f"imagenet1k-train-{n:04d}.tar" for n in range(3)
+    ]
+    assert manifest.groups == tuple((n,) for n in range(1000))
+    assert manifest.classes == IMAGENET.names
+    assert index.label.tolist() == [(s * 331 + n * 7) % 1000 for s in range(3) for n in range(4)]
+    # relative names: the folder moves as one
+    moved = tmp_path / "elsewhere"
+    shutil.move(folder, moved)
+    check(str(moved), [str(moved / "imagenet1k-train-{0000..0002}.tar")])
+
+
+def test_clip_benchmark_layout_with_global_labels(tmp_path: Path) -> None:
+    labels = [999, 0, 657, 744, 3]
+    pattern = write_clip_benchmark(tmp_path / "wds_imagenetv2", labels, IMAGENET.names)
+    out = str(tmp_path / "imagenet-v2")
+    message = "imagenet-v2 has 5 images here, 10,000 were published"
+    with pytest.raises(ValueError, match=message):
+        index_shards([pattern], out, IMAGENET, Options())
+    index_shards([pattern], out, IMAGENET, copy_of("imagenet-v2", 5))
+    manifest, index, _ = check(out, [pattern])
+    assert index.label.tolist() == labels
+    # shards lie elsewhere: whole names
+    assert manifest.shards[0].name == str(tmp_path / "wds_imagenetv2" / "test" / "0.tar")
+
+
+def test_manifest_above_the_shards_names_them_relatively(tmp_path: Path) -> None:
+    folder = tmp_path / "imagenet-val"
+    pattern = write_clip_benchmark(folder, [1, 2, 0], LABELS.names, "png")
+    index_shards([pattern], str(folder), LABELS, Options())
+    manifest, _, _ = check(str(folder), [pattern])
+    assert [shard.name for shard in manifest.shards] == ["test/0.tar", "test/1.tar"]
+
+
+@pytest.mark.parametrize("dataset", ["imagenet-r", "imagenet-a"])
+def test_local_labels_of_the_200_class_sets(tmp_path: Path, dataset: str) -> None:
+    classes = [IMAGENET.ids.index(wnid) for wnid in published_classes(dataset, IMAGENET) or ()]
+    names = [IMAGENET.names[class_id] for class_id in classes]
+    # R holds one of the two classes called missile
+    local = [0, 199, 57, *[n for n, name in enumerate(names) if name == "missile"]]
+    pattern = write_clip_benchmark(tmp_path / f"wds_{dataset}", local, names, "jpg")
+    out = str(tmp_path / dataset)
+    index_shards([pattern], out, IMAGENET, copy_of(dataset, len(local)))
+    manifest, index, _ = check(out, [pattern])
+    assert index.label.tolist() == [classes[label] for label in local]
+    assert (657 in index.label) == (dataset == "imagenet-r")
+    assert manifest.groups == tuple((class_id,) for class_id in sorted(classes))
+    assert len(manifest.groups) == 200
+
+
+def test_200_class_sets_with_global_labels(tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "0.tar", plain("a", 1) + plain("b", 657, 1))
+    index_shards([url], str(tmp_path / "imagenet-r"), IMAGENET, copy_of("imagenet-r", 2))
+    manifest, index, _ = check(str(tmp_path / "imagenet-r"), [url])
+    assert index.label.tolist() == [1, 657]
+    assert len(manifest.groups) == 200
+    url = write_tar(tmp_path / "1.tar", plain("a", 0))
+    with pytest.raises(ValueError, match=r"class 0 \(tench\), which this set is not published for"):
+        index_shards([url], str(tmp_path / "r"), IMAGENET, Options(dataset="imagenet-r"))
+
+
+def test_200_class_sets_of_another_label_space(tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "0.tar", plain("a", 2) + plain("b", 0, 1))
+    manifest = index_shards([url], str(tmp_path / "imagenet-r"), LABELS, Options())
+    assert manifest.groups == ((0,), (2,))
+
+
+def test_objectnet(tmp_path: Path) -> None:
+    groups = objectnet_groups(MAPPINGS, 1000)
+    label_of_folder = json.loads((MAPPINGS / "folder_to_objectnet_label.json").read_text())
+    names = [label_of_folder[folder].lower() for folder in groups]  # sorted by folder
+    local = [0, 112, list(groups).index("chair")]
+    pattern = write_clip_benchmark(tmp_path / "wds_objectnet", local, names, "png")
+    out = str(tmp_path / "objectnet")
+    with pytest.raises(ValueError, match="objectnet needs --mappings"):
+        index_shards([pattern], out, IMAGENET, Options())
+    index_shards([pattern], out, IMAGENET, copy_of("objectnet", 3, mappings=str(MAPPINGS)))
+    manifest, index, _ = check(out, [pattern])
+    assert manifest.encoding == {"kind": "original", "crop_border": 2}
+    assert manifest.groups == tuple(groups.values())
+    assert manifest.class_to_group()[index.label].tolist() == local
+    # a frame that was cut before needs no cutting
+    options = copy_of("objectnet", 3, mappings=str(MAPPINGS), crop_border=0)
+    manifest = index_shards([pattern], str(tmp_path / "cut"), IMAGENET, options)
+    assert manifest.encoding["crop_border"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda names: names[:-1], "names 112 of ObjectNet's 113 classes"),
+        (lambda names: [*names[:-1], "spaceship"], "'spaceship' is none of ObjectNet's 113"),
+        (lambda names: [*names[:-1], names[0]], "second name of one of ObjectNet's 113"),
+    ],
+)
+def test_objectnet_names_that_do_not_fit(tmp_path: Path, change, message: str) -> None:
+    names = change(list(objectnet_groups(MAPPINGS, 1000)))
+    pattern = write_clip_benchmark(tmp_path / "wds", [0, 1], names, "png")
+    options = Options(mappings=str(MAPPINGS))
+    with pytest.raises(ValueError, match=message):
+        index_shards([pattern], str(tmp_path / "objectnet"), IMAGENET, options)
+
+
+def test_img2dataset_layout(tmp_path: Path) -> None:
+    values: list[int | str] = [2, "n01", "toad", "1"]
+    members = []
+    for n, value in enumerate(values):
+        document = {"caption": "x", "class": value, "key": f"{n:09d}", "status": "success"}
+        members += [
+            (f"{n:09d}.jpg", picture(n)),
+            (f"{n:09d}.txt", b"a caption"),
+            (f"{n:09d}.json", json.dumps(document).encode()),
+        ]
+    url = write_tar(tmp_path / "00000.tar", members)
+    out = str(tmp_path / "own")
+    index_shards([url], out, LABELS, Options(label_field="class"))
+    _, index, _ = check(out, [url])
+    assert index.label.tolist() == [2, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"no \.cls; name a field of its \.json with"):
+        index_shards([url], str(tmp_path / "other"), LABELS, Options())
+    with pytest.raises(ValueError, match=r"no number or text 'label' \(caption, class, key"):
+        index_shards([url], str(tmp_path / "other"), LABELS, Options(label_field="label"))
+
+
+def test_folders_capitals_and_members_without_a_key(tmp_path: Path, capsys) -> None:
+    members = [
+        ("README", b"text"),
+        ("__meta__/info.json", b"{}"),
+        ("n01/a.JPG", picture(1)),
+        ("n01/a.cls", b"0\n"),
+        ("n02/._a.jpg", b"resource fork"),
+        ("n02/a.v1.JPEG", picture(9)),
+        ("n02/a.png", picture(2, "PNG")),
+        ("n02/a.cls", b" 1 "),
+    ]
+    url = write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(ValueError, match=r"unknown suffix \.v1\.jpeg of 'n02/a\.v1\.JPEG'"):
+        index_shards([url], str(tmp_path / "out"), LABELS, Options())
+    index_shards([url], str(tmp_path / "out"), LABELS, Options(ignore=("v1.JPEG",)))
+    data = PackedDataset(str(tmp_path / "out"))
+    assert [data.key(n) for n in range(2)] == ["n01/a", "n02/a"]
+    assert data.index.label.tolist() == [0, 1]
+    assert data.payload(1) == picture(2, "PNG")
+    said = capsys.readouterr().out
+    assert "passed over: 3 members without a key" in said
+    assert "passed over: 1 members with the ignored suffix .v1.jpeg" in said
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["a", "B1", "_", "-", ".", "/", "x/", ".J"]), max_size=6))
+def test_keys_are_those_of_webdataset(parts: list[str]) -> None:
+    name = "".join(parts)
+    key, suffix = base_plus_ext(name)
+    base = name.rpartition("/")[2]
+    if base.startswith(".") or key is None:  # there webdataset makes the folder the key
+        assert split_name(name) is None
+    else:
+        assert split_name(name) == (key, suffix.lower())
+
+
+def test_remote_shards_and_remote_index(tmp_path: Path) -> None:
+    names = [f"memory://h2/shards/{n}.tar" for n in range(3)]
+    fs = fsspec.filesystem("memory")
+    try:
+        for n, name in enumerate(names):
+            path = write_tar(tmp_path / f"{n}.tar", plain(f"a{n}", n, n) + plain(f"b{n}", 0, n))
+            fs.put_file(path, name)
+        pattern = "memory://h2/shards/{0..2}.tar"
+        for out, expected in (("memory://h2/index", names), ("memory://h2/shards", None)):
+            manifest = index_shards([pattern], out, LABELS, Options(dataset="own"))
+            expected = expected or ["0.tar", "1.tar", "2.tar"]
+            assert [shard.name for shard in manifest.shards] == expected
+            data = PackedDataset(out)
+            for n in range(len(data)):
+                image = load_image(picture(n // 2))
+                assert np.array_equal(data.image(n, 16), clip_pixels(image, 16))
+    finally:
+        fs.rm("/h2", recursive=True)
+
+
+def test_web_server_that_drops_connections(tmp_path: Path) -> None:
+    """As CLIP_benchmark's sets on the Hugging Face hub: text files beside, shards by HTTP."""
+    write_clip_benchmark(tmp_path / "wds", list(range(3)) * 4, LABELS.names, "jpg")
+    out = str(tmp_path / "set")
+    with (
+        range_server(tmp_path / "wds") as url,
+        faulty(url, Fault(kind="fin", after=2000)) as proxy,
+    ):
+        pattern = f"{proxy.url}/test/{{0..1}}.tar"
+        for workers in (1, 2):
+            index_shards([pattern], out, LABELS, AllOptions(workers=workers))
+        assert verify(out, deep=True, workers=2).problems == []
+        assert proxy.fired["fin"] >= 3
+        data = PackedDataset(out)
+        assert data.manifest.shards[1].name == f"{proxy.url}/test/1.tar"
+        for n in range(12):
+            assert np.array_equal(data.image(n, 16), clip_pixels(load_image(picture(n)), 16))
+        with pytest.raises(ValueError, match=r"no such shard: .*2\.tar"):
+            index_shards([f"{proxy.url}/test/{{1..2}}.tar"], out, LABELS, Options())
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("s3://bucket/a/0.tar", "s3://bucket/a"),
+        ("s3://bucket/0.tar", "s3://bucket"),
+        ("s3://bucket", None),
+        ("/data/0.tar", "/data"),
+        ("/0.tar", "/"),
+        ("zip://0.tar::s3://bucket/a.zip", "zip://0.tar::s3://bucket"),
+    ],
+)
+def test_parent(url: str, expected: str | None) -> None:
+    assert parent(url) == expected
+
+
+# --- again --------------------------------------------------------------------------------------
+
+
+def test_again_changes_nothing_and_another_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "set" / "0.tar", plain("a", 0))
+    write_tar(tmp_path / "set" / "1.tar", plain("b", 1, 1))
+    pattern, out = str(tmp_path / "set" / "{0..1}.tar"), str(tmp_path / "set")
+    index_shards([pattern], out, LABELS, Options(workers=1))
+    before = snapshot(tmp_path)
+    index_shards([pattern], out, LABELS, Options(workers=3))
+    assert snapshot(tmp_path) == before
+    with pytest.raises(ValueError, match=r"already holds another .* \(different: .*shards\)"):
+        index_shards([str(tmp_path / "set" / "0.tar")], out, LABELS, Options())
+    assert snapshot(tmp_path) == before
+    # a damaged index is written again
+    (tmp_path / "set" / "index.npz").write_bytes(b"damaged")
+    index_shards([pattern], out, LABELS, Options())
+    assert (tmp_path / "set" / "index.npz").read_bytes() == before["set/index.npz"][0]
+
+
+def test_a_folder_that_is_being_packed_is_left_alone(tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "0.tar", plain("a", 0))
+    (tmp_path / "plan.json").write_text('{"algorithm": 1}')
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match="is being packed"):
+        index_shards([url], str(tmp_path), LABELS, Options())
+    assert snapshot(tmp_path) == before
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+BAD_SAMPLES: dict[str, tuple[Members, str]] = {
+    "unknown suffix": ([*plain("a", 0), ("a.pyd", b"x")], r"unknown suffix \.pyd of 'a\.pyd'"),
+    "second picture": ([*plain("a", 0), ("a.seg.png", b"x")], r"--ignore seg\.png"),
+    "array": ([("a.npy", b"x"), ("a.cls", b"0")], r"unknown suffix \.npy"),
+    "no image": ([*plain("a", 0), ("b.cls", b"0")], "'b' has no image"),
+    "no label": ([*plain("a", 0), ("b.jpg", picture(1))], "key 'b': no label"),
+    "two images": (
+        [*plain("a", 0), ("a.png", picture(1, "PNG"))],
+        r"two images \(a\.jpg, a\.png\)",
+    ),
+    "same name twice": ([*plain("a", 0), *plain("a", 0)], "two members are called 'a.jpg'"),
+    "same key twice": (
+        [*plain("a", 0), *plain("b", 0), *plain("a", 1)],
+        "key 'a' comes back at byte",
+    ),
+    "number too large": (plain("a", 3), "key 'a': label 3 is none of the 3 classes"),
+    "number below zero": (plain("a", -1), "label -1 is none of the 3 classes"),
+    "unknown name": (plain("a", "zebra"), "label 'zebra' is no class"),
+    "empty label": (plain("a", ""), "label '' is no class"),
+    "no text": ([("a.jpg", picture(0)), ("a.cls", b"\xff")], r"its \.cls is not readable"),
+    "no image data": ([("a.jpg", b"GIF89a"), ("a.cls", b"0")], "key 'a': no readable JPEG"),
+    "no ASCII": (plain("\u00e4", 0), "is not ASCII"),
+    "nothing": ([], "holds no samples"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SAMPLES)
+def test_bad_samples(tmp_path: Path, kind: str) -> None:
+    members, message = BAD_SAMPLES[kind]
+    url = write_tar(tmp_path / "bad.tar", members)
+    with pytest.raises(ValueError, match=message) as error:
+        index_shards([url], str(tmp_path / "out"), LABELS, Options())
+    assert "bad.tar" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_that_is_none(tmp_path: Path) -> None:
+    for text in ("{", "[1]", '{"y": true}', '{"y": 1.5}', '{"y": null}'):
+        members = [("a.jpg", picture(0)), ("a.json", text.encode())]
+        url = write_tar(tmp_path / "0.tar", members)
+        with pytest.raises(ValueError, match=r"not readable|no number or text 'y'"):
+            index_shards([url], str(tmp_path / "out"), LABELS, Options(label_field="y"))
+
+
+@pytest.mark.parametrize("position", [0, 700, -10240])
+def test_damaged_tar_is_named_with_the_byte(tmp_path: Path, position: int) -> None:
+    url = write_tar(tmp_path / "x.tar", plain("a", 0) + plain("b", 1))
+    data = bytearray(Path(url).read_bytes())
+    if position == 700:
+        del data[position:]
+    else:
+        header = data.index(b"b.jpg") if position else 0
+        data[header + 100] ^= 1
+    Path(url).write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.tar.*byte"):
+        index_shards([url], str(tmp_path / "out"), LABELS, Options())
+
+
+@pytest.mark.parametrize("data", [b"", b"junk" * 300, gzip.compress(b"\0" * 10240)])
+def test_what_is_no_tar(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.tar is no whole tar"):
+        index_shards([str(tmp_path / "x.tar")], str(tmp_path / "out"), LABELS, Options())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ([], "name the shards"),
+        (["{0..1.tar"], "braces do not match"),
+        (["{0..1}.tar", "1.tar"], "1.tar is named twice"),
+        (["gone-{0..1}.tar"], "no such shard: .*gone-0.tar"),
+        (["https://user:secret@host/0.tar"], "holds a password"),
+        (["pipe:cat 0.tar"], "no such shard"),
+        (["nonsense://0.tar"], "cannot open"),
+    ],
+)
+def test_bad_patterns(tmp_path: Path, monkeypatch, patterns: list[str], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        index_shards(patterns, str(tmp_path / "out"), LABELS, Options())
+    assert "secret" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_shard_under_two_names(tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "0.tar", plain("a", 0))
+    shutil.copy(url, tmp_path / "1.tar")
+    with pytest.raises(ValueError, match=r"0\.tar and .*1\.tar hold the same bytes"):
+        index_shards([str(tmp_path / "{0..1}.tar")], str(tmp_path), LABELS, Options())
+
+
+def test_keys_that_come_back_in_another_shard_are_told(tmp_path: Path, capsys) -> None:
+    for n in range(2):
+        write_tar(tmp_path / f"{n}.tar", plain("a", n, n) + plain(f"b{n}", 0, n + 5))
+    index_shards([str(tmp_path / "{0..1}.tar")], str(tmp_path), LABELS, Options())
+    assert "note: 1 keys are in more than one shard, such as 'a'" in capsys.readouterr().out
+    assert verify(str(tmp_path), deep=True, workers=1).problems == []
+
+
+def test_the_folder_names_the_set(tmp_path: Path, monkeypatch) -> None:
+    write_tar(tmp_path / "own" / "0.tar", plain("a", 0))
+    monkeypatch.chdir(tmp_path / "own")
+    manifest = index_shards(["0.tar"], ".", LABELS, Options())
+    assert (manifest.dataset, manifest.shards[0].name) == ("own", "0.tar")
+
+
+def test_wrong_number_of_shards(tmp_path: Path) -> None:
+    write_clip_benchmark(tmp_path, [0, 1], LABELS.names)
+    with pytest.raises(ValueError, match=r"nshards\.txt says 2 shards, 1 of that folder are given"):
+        index_shards([str(tmp_path / "test" / "0.tar")], str(tmp_path / "out"), LABELS, Options())
+
+
+LOCAL: dict[str, tuple[list[str], str]] = {
+    "unknown": (["toad", "zebra"], "'zebra' is no class of the label space"),
+    "twice": (["toad", "Toad"], "'Toad' and 'toad' are the same class"),
+}
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_local_names_that_do_not_fit(tmp_path: Path, kind: str) -> None:
+    names, message = LOCAL[kind]
+    pattern = write_clip_benchmark(tmp_path / "wds", [0, 1], names)
+    with pytest.raises(ValueError, match=message):
+        index_shards([pattern], str(tmp_path / "out"), LABELS, Options())
+
+
+def test_local_names_by_folder_name_and_for_a_subset(tmp_path: Path) -> None:
+    pattern = write_clip_benchmark(tmp_path / "wds", [1, 0, 1], ["n03", "RED FOX"])
+    manifest = index_shards([pattern], str(tmp_path / "out"), LABELS, Options())
+    assert manifest.groups == ((0,), (2,))
+    assert PackedDataset(str(tmp_path / "out")).index.label.tolist() == [0, 2, 0]
+
+
+def test_ambiguous_local_names_are_refused_by_name(tmp_path: Path) -> None:
+    pattern = write_clip_benchmark(tmp_path / "wds", [0, 1], ["zebra", "missile"])
+    with pytest.raises(ValueError, match="'missile' is the name of several classes") as error:
+        index_shards([pattern], str(tmp_path / "some"), IMAGENET, Options())
+    assert IMAGENET.ids[657] in str(error.value)
+    (tmp_path / "wds" / "classnames.txt").write_text(f"zebra\n{IMAGENET.ids[744]}\n")
+    index_shards([pattern], str(tmp_path / "some"), IMAGENET, Options())
+    assert PackedDataset(str(tmp_path / "some")).index.label.tolist() == [340, 744]
+
+
+def test_names_in_another_order_are_not_taken_for_class_ids(tmp_path: Path) -> None:
+    names = list(reversed(LABELS.names))
+    pattern = write_clip_benchmark(tmp_path / "wds", [0, 1, 2], names)
+    out = str(tmp_path / "out")
+    with pytest.raises(ValueError, match="'sloth bear' in place 0, the label space in place 2"):
+        index_shards([pattern], out, LABELS, Options())
+    path = str(tmp_path / "wds" / "classnames.txt")
+    index_shards([pattern], out, LABELS, Options(local_classes=path))
+    assert PackedDataset(out).index.label.tolist() == [2, 1, 0]
+
+
+def test_r_with_another_set_of_classes(tmp_path: Path) -> None:
+    names = [IMAGENET.names[n] for n in range(200)]
+    pattern = write_clip_benchmark(tmp_path / "wds", [0, 1], names)
+    with pytest.raises(ValueError, match="local classes of imagenet-r are not the 200"):
+        index_shards([pattern], str(tmp_path / "imagenet-r"), IMAGENET, Options())
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> int:
+    path = Path(__file__).parents[2] / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    try:
+        cli.run(module.main)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_command(tmp_path: Path, monkeypatch, capsys) -> None:
+    classes = tmp_path / "classes.json"
+    document = {"ids": LABELS.ids, "names": LABELS.names, "templates": LABELS.templates}
+    classes.write_text(json.dumps(document))
+    for n in range(2):
+        write_tar(tmp_path / f"{n}.tar", plain(f"a{n}", n, n))
+    out = tmp_path / "imagenet-val"
+    arguments = [str(tmp_path / "{0..1}.tar"), "--out", str(out), "--classes", str(classes)]
+    assert run_tool(monkeypatch, "index_shards", *arguments) == 0
+    said = capsys.readouterr()
+    assert "imagenet-val: 2 samples in 2 shards, 3 classes scored" in said.out
+    assert said.err == ""
+    assert Manifest.load(str(out)).samples == 2
+    (tmp_path / "1.tar").unlink()
+    assert run_tool(monkeypatch, "index_shards", *arguments) == 2
+    assert capsys.readouterr().err == f"error: no such shard: {tmp_path / '1.tar'}\n"

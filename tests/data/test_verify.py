@@ -1,0 +1,471 @@
+"""Verification: a whole set passes, and each kind of damage is named with its place."""
+
+import importlib.util
+import io
+import json
+import shutil
+import sys
+import tarfile
+import uuid
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from rft import cli, files
+from rft.data import tar
+from rft.data.index import index_shards
+from rft.data.labels import LabelSpace
+from rft.data.manifest import Index, Manifest
+from rft.data.pack import Options, pack
+from rft.data.scoring import Options as Reading
+from rft.data.verify import Problem, Report, verify
+
+LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.",))
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 10 images in original, jpeg and pixels, each in several shards."""
+    root = tmp_path_factory.mktemp("healthy")
+    rng = np.random.default_rng(0)
+    for n in range(10):
+        wnid = LABELS.ids[n % 2]
+        path = root / "source" / "val" / wnid / f"image_{n}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (*rng.integers(20, 40, 2), 3)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path)
+    for kind in ("original", "jpeg", "pixels"):
+        shard_mb = 0.001 if kind == "jpeg" else 0.003
+        options = Options(encoding=kind, size=16, shard_mb=shard_mb, workers=1)
+        pack("imagenet-val", str(root / "source"), str(root / kind), LABELS, options)
+    return root
+
+
+@pytest.fixture
+def packed(healthy: Path, tmp_path: Path) -> Path:
+    """A copy of the original set, to be damaged."""
+    shutil.copytree(healthy / "original" / "imagenet-val", tmp_path / "set")
+    return tmp_path / "set"
+
+
+def check(folder: Path | str, *, deep: bool = True) -> Report:
+    return verify(str(folder), deep=deep, workers=1)
+
+
+def lines(folder: Path | str, *, deep: bool = True) -> list[str]:
+    return [str(problem) for problem in check(folder, deep=deep).problems]
+
+
+def change(path: Path, position: int, data: bytes | None = None) -> None:
+    """Overwrite bytes, or flip one bit."""
+    content = bytearray(path.read_bytes())
+    data = bytes([content[position] ^ 1]) if data is None else data
+    content[position : position + len(data)] = data
+    path.write_bytes(content)
+
+
+def rewrite(folder: Path, change: Callable[[Index], Index]) -> None:
+    """Change the index and let the manifest agree with it."""
+    manifest = Manifest.load(str(folder))
+    content = change(Index.load(str(folder), manifest)).to_bytes()
+    (folder / "index.npz").write_bytes(content)
+    replace(manifest, index_sha256=files.sha256_bytes(content)).save(str(folder))
+
+
+def rewrite_tar(
+    folder: Path, change: Callable[[list[tuple[str, bytes]]], list[tuple[str, bytes]]]
+) -> None:
+    """Write the first shard again with other members, and let the manifest agree with it."""
+    manifest = Manifest.load(str(folder))
+    path = folder / manifest.shards[0].name
+    with tarfile.open(path) as archive:
+        members = [(m.name, archive.extractfile(m).read()) for m in archive]
+    with tarfile.open(path, "w") as archive:
+        for name, data in change(members):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    shard = replace(manifest.shards[0], bytes=path.stat().st_size, sha256=files.sha256_file(path))
+    replace(manifest, shards=(shard, *manifest.shards[1:])).save(str(folder))
+
+
+def first_row(folder: Path, row: int = 0) -> tuple[Path, str, int, int]:
+    """Return shard, key, offset and length of one row of the first shard."""
+    manifest = Manifest.load(str(folder))
+    index = Index.load(str(folder), manifest)
+    assert row < manifest.shards[0].samples
+    shard = folder / manifest.shards[0].name
+    return shard, index.key[row].decode(), int(index.offset[row]), int(index.length[row])
+
+
+# --- what is whole passes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("kind", ["original", "jpeg", "pixels"])
+def test_a_whole_set_has_no_problems(healthy: Path, kind: str, deep: bool) -> None:
+    report = check(healthy / kind / "imagenet-val", deep=deep)
+    assert report.problems == []
+    document = report.to_json()
+    assert document["ok"]
+    assert document["counts"]["per_class"] == [5, 5]
+    assert document["counts"]["samples"] == 10
+    assert document["counts"]["shards"] > 2
+    manifest = Manifest.load(str(healthy / kind / "imagenet-val"))
+    assert document["manifest_sha256"] == manifest.sha256
+    assert document["counts"]["bytes"] == sum(shard.bytes for shard in manifest.shards)
+
+
+def test_a_remote_set(healthy: Path) -> None:
+    url = f"memory://verify-{uuid.uuid4().hex}"
+    fs, path = fsspec.core.url_to_fs(url)
+    try:
+        fs.put(f"{healthy}/original/imagenet-val/", path, recursive=True)
+        assert lines(url) == []
+        shard = Manifest.load(url).shards[1].name
+        fs.pipe_file(f"{path}/{shard}", fs.cat_file(f"{path}/{shard}")[:-1])
+        assert any(line.startswith(f"{shard}: has ") for line in lines(url, deep=False))
+        fs.rm_file(f"{path}/{shard}")
+        assert lines(url) == [f"{shard}: no such shard: {url}/{shard}"]
+    finally:
+        fs.rm(path, recursive=True)
+
+
+def test_an_index_of_shards_made_elsewhere(healthy: Path, packed: Path, tmp_path: Path) -> None:
+    pattern = str(packed / "{000000..000009}.tar")
+    count = len(Manifest.load(str(packed)).shards)
+    pattern = pattern.replace("000009", f"{count - 1:06d}")
+    # labels that count lines of a file, and are not the index's own
+    local = tmp_path / "local.txt"
+    local.write_text("two\none\n")
+    options = Reading(workers=1, local_classes=str(local), dataset="own")
+    index_shards([pattern], str(tmp_path / "local"), LABELS, options)
+    assert lines(tmp_path / "local") == []
+    (tmp_path / "local" / "plan.json").unlink()  # it says which numbers mean which class
+    assert any(
+        "its .cls says '0', the index has class 1" in line for line in lines(tmp_path / "local")
+    )
+    index_shards([pattern], str(tmp_path / "plain"), LABELS, Reading(workers=1, dataset="own"))
+    assert lines(tmp_path / "plain") == []
+    # a label from a json field, as a number and as text
+    members = []
+    for n, label in enumerate((1, "n01", "two")):
+        image = next((healthy / "source" / "val" / "n01").iterdir()).read_bytes()
+        members += [(f"{n}.jpg", image), (f"{n}.json", json.dumps({"class": label}).encode())]
+        members += [(f"{n}.seg.png", b"not looked at")]
+    url = tmp_path / "fields.tar"
+    with tarfile.open(url, "w") as archive:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    options = Reading(workers=1, label_field="class", ignore=("seg.png",), dataset="own")
+    index_shards([str(url)], str(tmp_path / "fields"), LABELS, options)
+    assert lines(tmp_path / "fields") == []
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+def test_a_flipped_header_byte(packed: Path) -> None:
+    shard, key, offset, _ = first_row(packed, 1)
+    change(shard, offset - tar.BLOCK + 20)
+    assert lines(packed, deep=False) == []  # the quick check does not read it
+    found = lines(packed)
+    assert any(line.startswith(f"{shard.name}: sha256 is") for line in found)
+    assert any(f"{shard.name}, offset" in line and "damaged header" in line for line in found)
+    # bytes behind it are still held against the index: they are whole
+    assert not any(key in line for line in found)
+
+
+def test_a_flipped_payload_byte(packed: Path) -> None:
+    shard, key, offset, length = first_row(packed, 1)
+    change(shard, offset + length // 2)
+    found = lines(packed)
+    place = f"{shard.name}, key {key!r}, offset {offset:,}"
+    assert f"{place}: damaged bytes: they do not have the crc32 of the index" in found
+    assert len(found) == 2  # that, and the sha256
+
+
+def test_a_flipped_label_byte(packed: Path) -> None:
+    shard, key, *_ = first_row(packed)
+    with shard.open("rb") as stream:
+        offset = next(m.offset for m in tar.walk(stream, "x") if m.name == f"{key}.cls")
+    change(shard, offset)
+    assert any(f"key {key!r}" in line and "its .cls says" in line for line in lines(packed))
+
+
+def test_a_flipped_index_byte(packed: Path) -> None:
+    path = packed / "index.npz"
+    change(path, path.stat().st_size // 2)
+    for deep in (False, True):
+        (line,) = lines(packed, deep=deep)
+        assert line.startswith("index.npz cannot be used")
+        assert "sha256" in line
+
+
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.integers(0, 10**9))
+def test_every_flipped_byte_of_a_shard_is_found(packed: Path, position: int) -> None:
+    shard = packed / Manifest.load(str(packed)).shards[0].name
+    change(shard, position % shard.stat().st_size)
+    try:
+        assert any(problem.shard == shard.name for problem in check(packed).problems)
+    finally:
+        change(shard, position % shard.stat().st_size)
+
+
+@pytest.mark.parametrize("where", ["anywhere", "member boundary", "empty"])
+def test_a_truncated_shard(packed: Path, where: str) -> None:
+    shard, key, offset, _ = first_row(packed, 1)
+    size = {"anywhere": offset + 100, "member boundary": offset - tar.BLOCK, "empty": 0}[where]
+    with shard.open("r+b") as stream:
+        stream.truncate(size)
+    (line,) = lines(packed, deep=False)
+    assert line.startswith(f"{shard.name}: has {size:,} bytes, the manifest says")
+    found = lines(packed)
+    assert any(f"{shard.name}, key {key!r}, offset {offset:,}: cut off" in line for line in found)
+    assert any(line.startswith(f"{shard.name}, offset") for line in found)  # what the tar walk says
+
+
+def test_a_missing_shard(packed: Path) -> None:
+    shard = first_row(packed)[0]
+    shard.unlink()
+    for deep in (False, True):
+        assert lines(packed, deep=deep) == [f"{shard.name}: no such shard: {shard}"]
+
+
+def test_swapped_shards(packed: Path) -> None:
+    names = [shard.name for shard in Manifest.load(str(packed)).shards[:2]]
+    paths = [packed / name for name in names]
+    paths[0].rename(packed / "x")
+    paths[1].rename(paths[0])
+    (packed / "x").rename(paths[1])
+    found = lines(packed)
+    assert f"{names[0]}: holds the bytes of {names[1]}" in found
+    assert f"{names[1]}: holds the bytes of {names[0]}" in found
+
+
+def test_a_wrong_label(packed: Path) -> None:
+    _, key, offset, _ = first_row(packed)
+
+    def flip(index: Index) -> Index:
+        label = index.label.copy()
+        label[0] = 1 - label[0]
+        return replace(index, label=label)
+
+    rewrite(packed, flip)
+    assert lines(packed, deep=False) == []
+    (line,) = lines(packed)
+    assert f"key {key!r}, offset {offset:,}: its .cls says" in line
+
+
+COLUMNS: dict[str, tuple[str, int, str]] = {
+    "label beyond the classes": ("label", 7, "its label is none of the 2 classes"),
+    "label below zero": ("label", -1, "its label is none of the 2 classes"),
+    "offset beyond the shard": ("offset", 2**40, "reaches beyond the shard"),
+    "offset that would wrap": ("offset", 2**64 - 512, "reaches beyond the shard"),
+    "offset between blocks": ("offset", 1537, "no payload of a tar can start here"),
+    "length over the next": ("length", 5000, "overlaps the sample before it"),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_an_index_that_cannot_be_right(packed: Path, kind: str) -> None:
+    column, value, message = COLUMNS[kind]
+
+    def spoil(index: Index) -> Index:
+        values = getattr(index, column).copy()
+        values[0] = value
+        return replace(index, **{column: values})
+
+    rewrite(packed, spoil)
+    found = lines(packed, deep=False)
+    assert any(message in line for line in found)
+    assert lines(packed)  # and the deep check survives it
+
+
+def test_other_wrong_rows(packed: Path) -> None:
+    def other_key(index: Index) -> Index:
+        return replace(index, key=np.where(np.arange(10) == 0, b"other", index.key))
+
+    key = first_row(packed)[1]
+    rewrite(packed, other_key)
+    found = lines(packed)
+    assert any("key 'other'" in line and "no member of this key" in line for line in found)
+    assert any(f"key {key!r}" in line and "the index knows nothing of" in line for line in found)
+    rewrite(packed, lambda index: replace(index, key=np.full(10, b"same")))
+    assert any("its key occurs more than once" in line for line in lines(packed, deep=False))
+    rewrite(packed, lambda index: replace(index, width=index.width[:-1]))
+    (line,) = lines(packed, deep=False)
+    assert "columns of unequal lengths" in line
+
+
+def test_a_wrong_size(packed: Path) -> None:
+    rewrite(packed, lambda index: replace(index, width=index.width + 1))
+    found = lines(packed)
+    assert len(found) == 10
+    assert all("the image has" in line for line in found)
+
+
+Members = list[tuple[str, bytes]]
+MEMBERS: dict[str, tuple[Callable[[Members], Members], str]] = {
+    "one more sample": (
+        lambda m: [*m, ("new.jpg", b"x"), ("new.cls", b"0")],
+        "knows nothing of new",
+    ),
+    "one more member": (
+        lambda m: [*m, (m[-1][0].replace(".jpg", ".pyd"), b"x")],
+        "the index knows nothing of",
+    ),
+    "one more image": (lambda m: [*m, (m[-1][0].replace(".jpg", ".png"), b"x")], " lies at "),
+    "the same member": (lambda m: [*m, m[-1]], "a second member is called"),
+    "no label": (lambda m: [x for x in m if x != m[0]], "there is no .cls with a label"),
+    "no number": (lambda m: [(m[0][0], b"zebra"), *m[1:]], "its .cls says 'zebra'"),
+    "no text": (lambda m: [(m[0][0], b"\xff"), *m[1:]], "its .cls has no readable label"),
+}
+
+
+@pytest.mark.parametrize("kind", MEMBERS)
+def test_members_that_do_not_fit(packed: Path, kind: str) -> None:
+    edit, message = MEMBERS[kind]
+    rewrite_tar(packed, edit)
+    assert any(message in line for line in lines(packed))
+
+
+def test_an_image_that_was_packed_damaged(packed: Path) -> None:
+    """Index and bytes agree, and still it is no image."""
+    shard, key, offset, length = first_row(packed)
+    change(shard, offset, b"\0" * length)
+    manifest = Manifest.load(str(packed))
+    first = replace(manifest.shards[0], sha256=files.sha256_file(shard))
+    replace(manifest, shards=(first, *manifest.shards[1:])).save(str(packed))
+
+    def accept(index: Index) -> Index:
+        crc32 = index.crc32.copy()
+        crc32[0] = zlib.crc32(b"\0" * length)
+        return replace(index, crc32=crc32)
+
+    rewrite(packed, accept)
+    (line,) = lines(packed)
+    assert f"key {key!r}" in line
+    assert "the payload is no readable JPEG" in line
+
+
+def test_pixels_of_another_size(healthy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(healthy / "pixels" / "imagenet-val", folder)
+    manifest = Manifest.load(str(folder))
+    replace(manifest, encoding={**manifest.encoding, "size": 17}).save(str(folder))
+    found = lines(folder)
+    assert len(found) == 10
+    assert "the payload is uint8 (3, 16, 16), not pixels of the set's size" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "manifest.json is missing"),
+        ("{", "not valid JSON"),
+        ('{"schema": 99}', "schema 99"),
+        ('{"schema": 1}', "manifest.json cannot be used"),
+    ],
+)
+def test_a_bad_manifest(packed: Path, text: str | None, message: str) -> None:
+    if text is None:
+        (packed / "manifest.json").unlink()
+    else:
+        (packed / "manifest.json").write_text(text)
+    (line,) = lines(packed)
+    assert message in line
+
+
+def test_a_manifest_that_contradicts_itself(packed: Path) -> None:
+    manifest = Manifest.load(str(packed))
+    twice = (manifest.shards[0], *manifest.shards)
+    replace(manifest, groups=((0, 1), (1, 2)), shards=twice).save(str(packed))
+    found = lines(packed, deep=False)
+    assert "groups share a class" in found
+    assert "groups name classes beyond the 2 there are" in found
+    assert f"{manifest.shards[0].name}: named more than once in the manifest" in found
+    assert any(line.startswith("index.npz cannot be used") for line in found)
+    replace(manifest, groups=((0,),)).save(str(packed))
+    assert sum("its label lies in no group" in line for line in lines(packed, deep=False)) == 5
+
+
+def test_another_plan(packed: Path) -> None:
+    (packed / "plan.json").write_text('{"seed": 3}')
+    assert lines(packed, deep=False) == ["plan.json is not the plan that the manifest names"]
+
+
+def test_images_that_were_left_out_are_listed(packed: Path) -> None:
+    replace(Manifest.load(str(packed)), quarantined=2).save(str(packed))
+    assert lines(packed) == ["quarantine.jsonl lists 0 images, the manifest says 2"]
+    (packed / "quarantine.jsonl").write_text('{"path": "a"}\n{"path": "b"}\n')
+    assert lines(packed) == []
+
+
+def test_how_a_problem_reads() -> None:
+    problem = Problem(shard="0.tar", key="n01_1", offset=1536, what="cut off")
+    assert str(problem) == "0.tar, key 'n01_1', offset 1,536: cut off"
+    assert str(Problem(what="groups share a class")) == "groups share a class"
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    path = Path(__file__).parents[2] / "tools" / "verify_shards.py"
+    spec = importlib.util.spec_from_file_location("verify_shards", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "verify_shards", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["verify_shards", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(module.main)
+    return int(stop.value.code or 0)
+
+
+def test_command(packed: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    report = tmp_path / "report.json"
+    arguments = [str(packed), "--deep", "--report", str(report), "--workers", "1"]
+    assert run(monkeypatch, *arguments) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "imagenet-val: 10 samples in " in said.out
+    assert "2 classes of 5 samples" in said.out
+    assert "all is as the manifest says (every byte was read)" in said.out
+    assert json.loads(report.read_text())["ok"] is True
+    shard, key, offset, _ = first_row(packed)
+    change(shard, offset)
+    assert run(monkeypatch, *arguments) == 1
+    said = capsys.readouterr().out
+    assert f"{shard.name}, key {key!r}, offset {offset:,}: damaged bytes" in said
+    assert said.splitlines()[-1] == "2 problems (every byte was read)"
+    document = json.loads(report.read_text())
+    assert document["ok"] is False
+    assert {"shard": shard.name, "key": key, "offset": offset} == {
+        name: document["problems"][1][name] for name in ("shard", "key", "offset")
+    }
+    assert run(monkeypatch, str(packed)) == 0
+    assert "quick check" in capsys.readouterr().out
+    assert run(monkeypatch, str(packed), "--workers", "0") == 2
+
+
+def test_the_number_of_processes_changes_nothing(packed: Path) -> None:
+    shard, _, offset, _ = first_row(packed)
+    change(shard, offset)
+    (packed / Manifest.load(str(packed)).shards[1].name).unlink()
+    assert verify(str(packed), deep=True, workers=2) == check(packed)

@@ -1,0 +1,76 @@
+"""Work in several processes: results in order, errors and killed workers told in a line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rft.data.workers import check_workers, for_each
+
+
+def double(number: int) -> int:
+    if number < 0:
+        raise ValueError(f"{number} is below 0")
+    return 2 * number
+
+
+def die(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_are_in_order(workers: int) -> None:
+    assert for_each("work", double, list(range(7)), workers) == list(range(0, 14, 2))
+    assert for_each("work", double, [], workers) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_comes_through(workers: int) -> None:
+    with pytest.raises(ValueError, match="-3 is below 0"):
+        for_each("work", double, [1, -3, 2], workers)
+
+
+def test_a_killed_worker_is_told() -> None:
+    with pytest.raises(ValueError, match="a worker process was killed"):
+        for_each("work", die, [1, 2, 3], 2)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_ends_it_at_once(tmp_path: Path, workers: int) -> None:
+    """Ctrl-C reaches the whole process group; nobody waits for work that takes ten minutes."""
+    program = (
+        "import sys; from rft import cli; from tests.data.test_workers import *\n"
+        "cli.run(lambda: for_each('x', touch_and_sleep, sys.argv[2:], int(sys.argv[1])))"
+    )
+    started = [tmp_path / "a", tmp_path / "b"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(workers), *map(str, started)],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while process.poll() is None and not all(path.exists() for path in started[:workers]):
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, said) == (130, "")
+
+
+def touch_and_sleep(path: str) -> None:
+    Path(path).touch()
+    time.sleep(600)
+
+
+def test_number_of_workers() -> None:
+    assert check_workers(3) == 3
+    assert check_workers(None) >= 1
+    with pytest.raises(ValueError, match="--workers must be at least 1, not 0"):
+        check_workers(0)
