@@ -269,19 +269,18 @@ def test_t11_memory_and_descriptors_stay_flat(packed, workers):
 
 def test_t11_a_plan_for_400_million_samples():
     script = (
-        "import resource, time; began = time.perf_counter();"
+        "from pathlib import Path;"
         "from rft.data.order import EpochOrder, Plan;"
         "plan = Plan(shard_sizes=(1000,) * 400_000, batch_size=1024, seed=0, streams=64,"
         " block_shards=4);"
         "assert len(set(EpochOrder(plan, 3).batch(100_000).tolist())) == 1024;"
-        "print(time.perf_counter() - began,"
-        " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
     )
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    _, memory = map(float, result.stdout.split())
-    assert memory < 1e9
+    # not getrusage: its peak counts the process that this one was forked from
+    assert int(result.stdout) * 1024 < 1e9
 
 
 def test_t12_nothing_of_the_parent_reaches_the_workers(packed):
