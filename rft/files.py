@@ -73,17 +73,24 @@ def read_bytes(url: str) -> bytes:
     """Return the whole content of `url`.
 
     Raises:
-        ValueError: if there is no such file, or the store does not let us read it.
+        ValueError: if there is no such file, or it cannot be read.
     """
     fs, path = open_store(url)
     try:
         data = fs.cat_file(path)
     except FileNotFoundError as error:
         raise ValueError(f"no such file: {url}") from error
-    except PermissionError as error:
-        raise ValueError(f"no permission to read {url}: {error}") from error
+    except Exception as error:  # every client library has error classes of its own
+        raise ValueError(f"cannot read {url}: {reason(error)}") from error
     assert isinstance(data, bytes)
     return data
+
+
+def reason(error: BaseException) -> str:
+    """Return in a few words, on one line, why a client could not read."""
+    if isinstance(error, PermissionError):
+        return "no permission"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_json(url: str) -> Any:

@@ -4,8 +4,8 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Set
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from rft.data.manifest import Shard
@@ -27,6 +27,10 @@ class Cache:
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the cache folder {folder}: {error.strerror}") from error
         self.folder = folder
         self.limit = limit
         self.refusals = 0
@@ -40,15 +44,11 @@ class Cache:
         return self.path(shard).exists()
 
     def open(self, shard: Shard) -> int | None:
-        """Return a descriptor of a shard's whole file, or None if it is not there."""
+        """Return a descriptor of a shard's file, or None if it is not there."""
         try:
-            descriptor = os.open(self.path(shard), os.O_RDONLY)
+            return os.open(self.path(shard), os.O_RDONLY)
         except FileNotFoundError:
             return None
-        if os.fstat(descriptor).st_size == shard.bytes:
-            return descriptor
-        os.close(descriptor)
-        return None
 
     def drop(self, shard: Shard) -> None:
         """Delete a shard's file and give its room back, even where a process has it open."""
@@ -65,7 +65,7 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f".{shard.sha256}.part"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        part = Part(descriptor, path, self.path(shard))
+        part = Part(descriptor, path, self.path(shard), self._lock)
         if not _lock(descriptor) or not part.is_ours():
             os.close(descriptor)
             return None
@@ -128,18 +128,21 @@ class Cache:
 class Part:
     """A shard's file while it is being filled; the lock on its descriptor makes it ours."""
 
-    def __init__(self, descriptor: int, path: Path, final: Path) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        path: Path,
+        final: Path,
+        lock: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         self.descriptor = descriptor
         self.path = path
         self._final = final
+        self._lock = lock
 
     def is_ours(self) -> bool:
         """Whether the path still names the file that we have locked."""
-        try:
-            status = self.path.stat()
-        except FileNotFoundError:
-            return False
-        return status.st_ino == os.fstat(self.descriptor).st_ino
+        return _is_named(self.path, self.descriptor)
 
     def sha256(self) -> str:
         """Return the hash of what was written."""
@@ -149,7 +152,9 @@ class Part:
 
     def publish(self) -> None:
         """Make it the shard's file."""
-        self.path.replace(self._final)
+        # whoever adds up the files now would look for it under neither of its names
+        with self._lock():
+            self.path.replace(self._final)
 
     def close(self) -> None:
         """Let go of it; what was not published is deleted."""
@@ -166,18 +171,32 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
+def _is_named(path: Path, descriptor: int) -> bool:
+    """Whether the path still names the file of the descriptor."""
+    try:
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
+
+
 def _delete(path: Path) -> None:
-    # cut first: a reader that has it open sees too few bytes, and the disk has its room at once
+    # cut too: a reader that has it open sees too few bytes, and the disk has its room at once; but
+    # last, because a process that ends in between must leave no empty file under a shard's name
     with suppress(FileNotFoundError):
-        os.truncate(path, 0)
-        path.unlink()
+        descriptor = os.open(path, os.O_WRONLY)
+        try:
+            path.unlink()
+            os.ftruncate(descriptor, 0)
+        finally:
+            os.close(descriptor)
 
 
 def _delete_abandoned(path: Path) -> bool:
     """Delete a part whose filler was killed; False if one is alive."""
     descriptor = os.open(path, os.O_RDWR)
     try:
-        if not _lock(descriptor):
+        # while we have the lock of the file that the path names, nobody can put another there
+        if not (_lock(descriptor) and _is_named(path, descriptor)):
             return False
         _delete(path)
         return True

@@ -67,6 +67,14 @@ class Counters:
         return dataclasses.replace(self)
 
 
+class RangeError(ValueError):
+    """A remote range that does not come; `place` is where it stands in the list asked for."""
+
+    def __init__(self, message: str, place: int) -> None:
+        super().__init__(message)
+        self.place = place
+
+
 class Shards:
     """The shards of one packed set, read by number.
 
@@ -144,7 +152,8 @@ class Shards:
         Neighbouring ranges share a request. Fewer bytes than asked for come only at a shard's end.
 
         Raises:
-            ValueError: naming the shard, if it cannot be read however often it is tried.
+            RangeError: naming the shard, if it cannot be read however often it is tried.
+            ValueError: if a shard that the cache fetched is not the manifest's.
         """
         self._enter_process()
         self._raise_failure()
@@ -210,9 +219,15 @@ class Shards:
         host = "/".join(url.split("/")[:3]) if "://" in url else ""
         if host not in self._stores:
             # a client of our own: its settings are not those of others in this process
-            fs: Any = files.open_store(url, skip_instance_cache=True)[0]
+            options: dict[str, Any] = {}
+            if url.startswith("http"):  # there are no ranges in a compressed answer
+                options["headers"] = {"Accept-Encoding": "identity"}
+            fs: Any = files.open_store(url, skip_instance_cache=True, **options)[0]
+            # repeating is done, and counted, here: not by s3fs or gcsfs, not by boto below s3fs
             if hasattr(fs, "retries"):
-                fs.retries = 1  # repeating is done, and counted, here
+                fs.retries = 1
+            if hasattr(fs, "config_kwargs"):
+                fs.config_kwargs = {**fs.config_kwargs, "retries": {"total_max_attempts": 1}}
             self._stores[host] = fs
         fs = self._stores[host]
         return fs, str(fs._strip_protocol(url))
@@ -231,7 +246,8 @@ class Shards:
 
     async def _fetch(self, fs: Any, path: str, request: "Request") -> bytes:
         """Return one range, repeating what is missing of it."""
-        number, start, stop, _ = request
+        number, start, stop, members = request
+        place = members[0] if members else 0
         stop = min(stop, self.shards[number].bytes)
         attempts = AsyncRetrying(
             stop=stop_after_attempt(self.patience.tries),
@@ -248,15 +264,15 @@ class Shards:
                     if len(data) < stop - start:
                         raise ConnectionError(f"{len(data)} of {stop - start} bytes came")
         except FileNotFoundError as error:
-            raise ValueError(
-                f"missing shard: {self.location(number)}; copy or pack it again"
+            raise RangeError(
+                f"missing shard: {self.location(number)}; copy or pack it again", place
             ) from error
         except Exception as error:  # every client library has error classes of its own
-            reason = str(error) or type(error).__name__
             tries = attempts.statistics.get("attempt_number", 1)
-            raise ValueError(
-                f"cannot read {self.location(number)}, bytes {start} to {stop}: {reason} "
-                f"({tries} tries)"
+            raise RangeError(
+                f"cannot read {self.location(number)}, bytes {start} to {stop}: "
+                f"{files.reason(error)} ({tries} tries)",
+                place,
             ) from error
         return data
 
@@ -288,6 +304,10 @@ class Shards:
             except ValueError as error:
                 self._failure = error  # the next batch raises it
                 return
+            except OSError:  # of the disk, which a cache can do without
+                self.cache.refusals += 1
+                self.counters.cache_refusals = self.cache.refusals
+                skipped.add(todo[0])
 
     def _is_missing(self, number: int) -> bool:
         assert self.cache is not None

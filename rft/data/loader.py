@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from rft.config import Config
 from rft.data import encode, order
 from rft.data.cache import Cache
-from rft.data.fetch import Patience, Shards
+from rft.data.fetch import Patience, RangeError, Shards
 from rft.data.manifest import Index, Manifest
 from rft.data.order import EpochOrder, Plan, rank_slice
 from rft.data.split import held_out_split
@@ -100,7 +100,12 @@ class PackedDataset:
         remote = [place for place, data in enumerate(found) if data is None]
         if remote:
             ranges = [rows[place][1:4] for place in remote]
-            for place, data in zip(remote, self.shards.ranges(ranges), strict=True):
+            try:
+                answers = self.shards.ranges(ranges)
+            except RangeError as error:
+                row = rows[remote[error.place]]
+                raise ValueError(f"{error}; {self._name(row)}") from error
+            for place, data in zip(remote, answers, strict=True):
                 self._require_whole(rows[place], len(data), isal_zlib.crc32(data))
                 found[place] = data
             if self.shards.cache is not None:
@@ -246,8 +251,10 @@ class PackedDataset:
             raise ValueError(f"damaged bytes (crc32 mismatch) at {where}; pack the shard again")
 
     def _where(self, row: "_Row") -> str:
-        location = self.shards.location(row.shard)
-        return f"{location}, sample {self.key(row.sample)!r}, offset {row.offset}"
+        return f"{self.shards.location(row.shard)}, {self._name(row)}"
+
+    def _name(self, row: "_Row") -> str:
+        return f"sample {self.key(row.sample)!r}, offset {row.offset}"
 
     def _require_size(self, size: int) -> None:
         packed = self.manifest.encoding.get("size", size)

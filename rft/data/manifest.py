@@ -79,9 +79,12 @@ class Manifest:
                 schema.
         """
         path = files.join(url, "manifest.json")
-        if not files.exists(path):
-            raise ValueError(f"no packed dataset at {url}: manifest.json is missing")
-        document = files.read_json(path)
+        try:
+            document = files.read_json(path)
+        except ValueError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise ValueError(f"no packed dataset at {url}: manifest.json is missing") from error
         found = document.get("schema") if isinstance(document, dict) else None
         if found != SCHEMA:
             raise ValueError(f"{path} has schema {found}, this rft reads {SCHEMA}; pack it again")
