@@ -12,7 +12,7 @@ from pathlib import Path
 from rft import cli, files
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/decisions.md")
+PAGES = ("README.md", "docs/decisions.md", "docs/data.md")
 RESULTS = "docs/results/miniature"
 COPIED = ("table.md", "table.csv", "scatter.png", "curves.png", "gallery.png")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)

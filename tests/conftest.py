@@ -9,6 +9,7 @@ from torch import nn
 from rft.clip.classifier import Classifier
 from rft.clip.load import Architecture
 from tests import tiny
+from tests.servers import bucket, store  # noqa: F401
 
 ARCHITECTURE = Architecture(
     clip="test",

@@ -1,0 +1,58 @@
+"""What every server of the tests needs: a free port, its program, a start and a certain end."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ADDRESS = "127.0.0.1"
+# servers are often installed where only root's PATH leads
+PROGRAMS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+
+def program(name: str, package: str) -> str:
+    """Return the path of a program; skip the test, with the reason, where it is not installed."""
+    path = shutil.which(name, path=PROGRAMS)
+    if path is None:
+        pytest.skip(f"{name} is not installed (Debian package {package})")
+    return path
+
+
+def free_port() -> int:
+    with socket.create_server((ADDRESS, 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
+    """Run a server in the foreground while the body runs; what it says goes to `log`.
+
+    It cannot outlive the tests: the kernel kills it with its parent, however that ends.
+    """
+    tied = [program("setpriv", "util-linux"), "--pdeathsig", "KILL", *command]
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            tied, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        # none of them has anything to save, and an orderly end takes seconds
+        process.kill()
+        process.wait()
+
+
+def wait_for_port(port: int, process: subprocess.Popen, log: Path, seconds: float = 60) -> None:
+    """Wait until a server accepts connections; fail with its log if it never does."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((ADDRESS, port), timeout=1):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"no server came up on port {port}: {log.read_text(errors='replace')[-2000:]}")

@@ -1,0 +1,178 @@
+"""The servers of the tests do what their names say: a fault that never fires proves nothing."""
+
+import http.client
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests import tiny
+from tests.servers.faults import Fault, every_third, faulty, first
+from tests.servers.nginx import web_server
+from tests.servers.ranges import range_server
+from tests.servers.s3 import ObjectStore, use_environment
+from tests.servers.tmpfs import small_disk
+
+DATA = bytes(range(256)) * 1024
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "a.tar").write_bytes(DATA)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Iterator[str]:
+    with range_server(folder) as url:
+        yield url
+
+
+def get(url: str, start: int | None = None, stop: int = 0, timeout: float = 10) -> bytes:
+    headers = {} if start is None else {"Range": f"bytes={start}-{stop - 1}"}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        return answer.read()
+
+
+@pytest.fixture(scope="module", params=["nginx", "standard library"])
+def server(request, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if request.param == "nginx":
+        with web_server(folder, tmp_path_factory.mktemp("nginx"), flaky=100) as url:
+            yield url
+    else:
+        yield request.getfixturevalue("plain")
+
+
+def test_ranges(server: str) -> None:
+    url = f"{server}/a.tar"
+    assert get(url) == DATA
+    assert get(url, 0, 1) == DATA[:1]
+    assert get(url, 1000, 5000) == DATA[1000:5000]
+    assert get(url, len(DATA) - 10, len(DATA) + 10) == DATA[-10:]
+    for path, start, status in [("a.tar", len(DATA), 416), ("absent.tar", 0, 404)]:
+        with pytest.raises(urllib.error.HTTPError, match=str(status)):
+            get(f"{server}/{path}", start, start + 10)
+
+
+def test_one_connection_serves_many_requests(server: str) -> None:
+    connection = http.client.HTTPConnection(server.removeprefix("http://"))
+    for headers, expected in [({"Range": "bytes=5-9"}, DATA[5:10]), ({}, DATA)]:
+        connection.request("GET", "/a.tar", headers=headers)
+        assert connection.getresponse().read() == expected
+    connection.close()
+
+
+def test_special_places_of_nginx(folder: Path, tmp_path: Path) -> None:
+    with web_server(folder, tmp_path, flaky=100, slow=2**20) as url:
+        assert get(f"{url}/norange/a.tar", 10, 20) == DATA
+        assert get(f"{url}/slow/a.tar") == DATA
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            get(f"{url}/flaky/a.tar")
+
+
+ERRORS = {
+    "fin": http.client.IncompleteRead,
+    "rst": ConnectionResetError,
+    "stall": TimeoutError,
+    "503": urllib.error.HTTPError,
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_broken_answers(plain: str, kind: str) -> None:
+    with faulty(plain, Fault(kind=kind, after=10_000), first(1)) as proxy:
+        url = f"{proxy.url}/a.tar"
+        assert get(f"{proxy.url}/") != b""  # does not match, so it is no part of the schedule
+        with pytest.raises(ERRORS[kind]) as caught:
+            get(url, timeout=0.5)
+        assert get(url) == DATA
+        assert get(url, 3, 7) == DATA[3:7]
+    assert (proxy.requests, dict(proxy.fired)) == (3, {kind: 1})
+    if kind == "fin":
+        assert caught.value.partial == DATA[:10_000]
+
+
+def test_answers_that_are_short_enough_do_not_count(plain: str) -> None:
+    with faulty(plain, Fault(kind="fin", after=100), first(1)) as proxy:
+        assert get(f"{proxy.url}/a.tar", 0, 100) == DATA[:100]
+    assert (proxy.requests, dict(proxy.fired)) == (1, {})
+
+
+SLOW = [Fault(kind="latency", seconds=30), Fault(kind="throttle", bytes_per_second=1000)]
+
+
+@pytest.mark.parametrize("fault", SLOW, ids=lambda fault: fault.kind)
+def test_slow_answers(plain: str, fault: Fault) -> None:
+    with faulty(plain, fault, every_third) as proxy:
+        with pytest.raises(TimeoutError):
+            get(f"{proxy.url}/a.tar", timeout=0.3)
+        assert get(f"{proxy.url}/a.tar") == DATA
+    assert dict(proxy.fired) == {fault.kind: 1}
+
+
+def test_slow_answers_are_whole(plain: str) -> None:
+    with faulty(plain, Fault(kind="throttle", bytes_per_second=2**22), first(1)) as proxy:
+        assert get(f"{proxy.url}/a.tar") == DATA
+    assert dict(proxy.fired) == {"throttle": 1}
+
+
+def test_object_store(bucket: str, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads, writes and lists by way of a proxy; a wrong secret is refused."""
+    with faulty(store.port, Fault(kind="latency"), first(100), matching="") as proxy:
+        use_environment(monkeypatch, store.environment(proxy.port))
+        fs = fsspec.filesystem("s3")
+        fs.pipe_file(f"{bucket}/folder/a.tar", DATA)
+        assert fs.cat_file(f"{bucket}/folder/a.tar") == DATA
+        assert fs.cat_file(f"{bucket}/folder/a.tar", start=5, end=9) == DATA[5:9]
+        assert fs.find(bucket) == [f"{bucket.removeprefix('s3://')}/folder/a.tar"]
+    assert proxy.fired["latency"] == proxy.requests >= 4
+    use_environment(monkeypatch, store.environment(secret="wrong"))
+    with pytest.raises(PermissionError):
+        fsspec.filesystem("s3").cat_file(f"{bucket}/folder/a.tar")
+
+
+ABANDONED = """
+    import sys, time
+    from pathlib import Path
+    from tests.servers.nginx import web_server
+
+    with web_server(Path(sys.argv[1]), Path(sys.argv[2])) as url:
+        print(url, flush=True)
+        time.sleep(60)
+"""
+
+
+def test_no_server_outlives_killed_tests(folder: Path, tmp_path: Path) -> None:
+    with web_server(folder, tmp_path):  # where it cannot run, this test is skipped
+        pass
+    command = [sys.executable, "-c", textwrap.dedent(ABANDONED), str(folder), str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=tiny.environment()
+    ) as process:
+        url = process.stdout.readline().strip()
+        assert get(f"{url}/a.tar") == DATA
+        process.kill()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            get(f"{url}/a.tar", timeout=1)
+        except OSError:
+            return
+    pytest.fail("nginx still answers")
+
+
+def test_small_disk(tmp_path: Path) -> None:
+    with small_disk(tmp_path, 2**20) as disk:
+        (disk / "half").write_bytes(bytes(2**19))
+        with pytest.raises(OSError, match="No space left"):
+            (disk / "too much").write_bytes(bytes(2**20))
+    assert list(tmp_path.iterdir()) == []
