@@ -39,14 +39,19 @@ bench: .venv/.installed  ## the step, the loader and the packer, each against wh
 	$(BIN)/python -m benchmarks.loader --save
 	$(BIN)/python -m benchmarks.pack --save
 	$(BIN)/python -m benchmarks.simd_difference --save
+	$(BIN)/python -m benchmarks.summary
 
 peers: .venv/.installed  ## what other loaders do on the thirteen tests of docs/data.md
 	$(BIN)/python -m benchmarks.environments
 	$(BIN)/python -m benchmarks.peers --save
 
+# built before anything is removed; never from pip's cache, which forgets the compiler's flags
 simd: .venv/.installed  ## replace Pillow in .venv by Pillow-SIMD, built here for AVX2
+	rm -rf build/simd-wheel
+	CC="cc -mavx2" $(BIN)/pip wheel -q --no-cache-dir --no-binary pillow-simd --no-deps \
+		-w build/simd-wheel pillow-simd
 	$(BIN)/pip uninstall -q -y pillow pillow-simd
-	CC="cc -mavx2" $(BIN)/pip install -q --no-binary :all: --no-deps pillow-simd
+	$(BIN)/pip install -q --no-deps build/simd-wheel/*.whl
 	$(BIN)/python -m rft.env
 
 clean:  ## everything that these targets made

@@ -28,7 +28,7 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from rft import cli
 from rft.data import encode
@@ -118,9 +118,7 @@ def bare(arguments: Arguments) -> Start:
 def bare_crop(data: bytes) -> np.ndarray:
     """Return CLIP's crop of an image file, uint8 (3, 224, 224), with nothing around Pillow."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    width, height = image.size
-    scale = SIZE / min(width, height)
-    width, height = max(SIZE, int(width * scale)), max(SIZE, int(height * scale))
+    width, height = (max(SIZE, SIZE * side // min(image.size)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - SIZE) / 2), round((height - SIZE) / 2)
     image = image.crop((left, top, left + SIZE, top + SIZE))
@@ -260,7 +258,8 @@ def _crop_of_npy(data: bytes) -> np.ndarray:
 
 
 def _collate(samples: list[tuple[np.ndarray, int]]) -> list[torch.Tensor]:
-    return default_collate(samples)
+    images, labels = zip(*samples, strict=True)
+    return [torch.from_numpy(np.stack(images)), torch.tensor(labels)]
 
 
 def _photos(arguments: Arguments) -> list[Path]:

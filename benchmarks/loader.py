@@ -4,9 +4,9 @@ rft's loader against a plain memcpy, against a bare decoding loop and against ot
 same photographs (benchmarks/photos.py), all confined to the same few CPUs, with everything in the
 page cache. Every contender is a process of its own that is stopped while another is measured;
 rounds are interleaved, so a machine that is busy for a while slows all of them, and medians are
-compared. What each contender does is in benchmarks/contenders.py; `python -m benchmarks.environments`
-makes what the peers need, and whoever is not there is left out with the reason. The last line is
-one JSON object.
+compared. What each contender does is in benchmarks/contenders.py. The peers need what
+`python -m benchmarks.environments` installs; one that is not there is left out, with the reason.
+The last line is one JSON object.
 
     pixels_over_memcpy      rft on --encoding pixels / one thread copying as many random payloads
     pixels_over_webdataset  rft on --encoding pixels / webdataset on the same tar files
@@ -18,11 +18,12 @@ one JSON object.
 import json
 import os
 import select
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from rft import cli, files
 from rft.data import pack
 
 RESULTS = Path(__file__).parent / "results"
+PARTING = 10.0  # seconds that a contender has to end by itself
 PATIENCE = 180.0  # seconds to wait for an answer: preparing a peer's format is the longest
 
 
@@ -110,10 +112,11 @@ def runs(cpus: int) -> dict[str, Run]:
 
 
 def prepare(arguments: Arguments) -> Path:
-    """Make the photographs and pack them both ways, unless they are there; return the folder."""
+    """Make the photographs, unless they are there, and pack them both ways; return the folder."""
     work = (arguments.work / f"{arguments.images}").resolve()
     labels = photos.write(work / "photos", arguments.images)
     for encoding in ("original", "pixels"):
+        shutil.rmtree(work / encoding, ignore_errors=True)  # what an older rft packed is not ours
         options = pack.Options(encoding=encoding, shard_mb=16, workers=arguments.cpus)
         pack.pack("imagenet-train", str(work / "photos"), str(work / encoding), labels, options)
     return work
@@ -169,7 +172,10 @@ class Contender:
         raise RuntimeError(said[-1] if ready else f"no answer in {PATIENCE:.0f} s: {said[-1]}")
 
     def stop(self) -> None:
-        """End the process and those it started."""
+        """End the process, which may first give back what its peer shares, and those it started."""
+        machine.signal_session(self._process.pid, signal.SIGCONT)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.communicate(timeout=PARTING)
         machine.signal_session(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 

@@ -5,9 +5,10 @@ job array as on a cluster, and does the least that anyone could do instead: copi
 decodes and crops (and compresses) them in memory. The sources are in the page cache, rounds are
 interleaved, medians are compared, and the last line is one JSON object.
 
-    original_over_copy  packing --encoding original / shutil.copyfile of the same files
-    pixels_over_bare    packing --encoding pixels / processes x one that only decodes and crops
-    jpeg_over_bare      packing --encoding jpeg / processes x one that also compresses
+    original_over_copy         packing --encoding original / shutil.copyfile of the same files
+    original_over_copy_synced  the same / copying and waiting for the disk, as packing does
+    pixels_over_bare           packing --encoding pixels / processes x one that decodes and crops
+    jpeg_over_bare             packing --encoding jpeg / processes x one that also compresses
 """
 
 import contextlib
@@ -36,7 +37,18 @@ from rft.data.pack import Options, pack
 
 RESULTS = Path(__file__).parent / "results"
 ENCODINGS: tuple[Kind, ...] = ("original", "jpeg", "pixels")
+ALONE = ("crop", "compress")  # done by one process, on its share
 SHARDS_PER_PROCESS = 8
+# what is measured, in words
+WORK = {
+    "copy": "copy the files",
+    "copy_synced": "copy the files and have them on the disk, as packed shards are",
+    "original": "pack `original`",
+    "crop": "decode and crop, 1 process",
+    "pixels": "pack `pixels`",
+    "compress": "decode, crop and compress, 1 process",
+    "jpeg": "pack `jpeg`",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +114,12 @@ def copy_part(part: Part) -> None:
         shutil.copyfile(path, target)
 
 
+def copy_part_synced(part: Part) -> None:
+    """Copy the share's files and wait until the disk has them."""
+    copy_part(part)
+    os.sync()
+
+
 def crop_part(part: Part) -> None:
     """Decode and crop the share's files and drop the result."""
     for path in part.paths():
@@ -111,10 +129,15 @@ def crop_part(part: Part) -> None:
 def compress_part(part: Part) -> None:
     """Decode, crop and compress the share's files as --encoding jpeg does and drop the result."""
     for path in part.paths():
-        crop_HWC = bare_crop(path.read_bytes()).transpose(1, 2, 0)
-        Image.fromarray(np.ascontiguousarray(crop_HWC)).save(
-            io.BytesIO(), "JPEG", quality=Options().quality, subsampling=SUBSAMPLING
-        )
+        compress(bare_crop(path.read_bytes()))
+
+
+def compress(crop_CHW: np.ndarray) -> bytes:
+    """Return a square as a JPEG with nothing around Pillow."""
+    stream = io.BytesIO()
+    image = Image.fromarray(np.ascontiguousarray(crop_CHW.transpose(1, 2, 0)))
+    image.save(stream, "JPEG", quality=Options().quality, subsampling=SUBSAMPLING)
+    return stream.getvalue()
 
 
 def parts(arguments: Arguments, labels: LabelSpace, encoding: str) -> list[Part]:
@@ -143,6 +166,7 @@ def measure(arguments: Arguments, labels: LabelSpace) -> dict[str, list[float]]:
     """Return the seconds that each kind of work took in every round."""
     todo: dict[str, tuple[Callable[..., None], tuple[Any, ...], list[Part]]] = {
         "copy": (copy_part, (), parts(arguments, labels, "copy")),
+        "copy_synced": (copy_part_synced, (), parts(arguments, labels, "copy")),
         "crop": (crop_part, (), parts(arguments, labels, "crop")[:1]),
         "compress": (compress_part, (), parts(arguments, labels, "compress")[:1]),
     }
@@ -165,10 +189,25 @@ def measure(arguments: Arguments, labels: LabelSpace) -> dict[str, list[float]]:
     return {name: values[1:] for name, values in seconds.items()}
 
 
+def row(name: str, seconds: list[float], arguments: Arguments, mib: float) -> dict[str, Any]:
+    """Return a kind of work's line of the result; `mib` is the weight of all sources."""
+    processes = 1 if name in ALONE else arguments.processes
+    images = arguments.images * processes / arguments.processes
+    median = images / statistics.median(seconds)
+    return {
+        "images_per_second": round(median, 1),
+        "lowest": round(images / max(seconds), 1),
+        "highest": round(images / min(seconds), 1),
+        "source_mib_per_second": round(median * mib / arguments.images, 1),
+        "processes": processes,
+    }
+
+
 def figures(rates: dict[str, float], processes: int) -> dict[str, float]:
     """Return the ratios that this benchmark is about, from images a second."""
     return {
         "original_over_copy": round(rates["original"] / rates["copy"], 3),
+        "original_over_copy_synced": round(rates["original"] / rates["copy_synced"], 3),
         "pixels_over_bare": round(rates["pixels"] / (processes * rates["crop"]), 3),
         "jpeg_over_bare": round(rates["jpeg"] / (processes * rates["compress"]), 3),
     }
@@ -184,30 +223,20 @@ def main() -> None:
     seconds = measure(arguments, labels)
     sources = photographs(arguments).glob("train/*/*.JPEG")
     weight = sum(path.stat().st_size for path in sources) / 2**20
-    # the bare kinds do one process's share
-    share = {"crop": 1 / arguments.processes, "compress": 1 / arguments.processes}
-    rates = {
-        name: arguments.images * share.get(name, 1) / statistics.median(values)
-        for name, values in seconds.items()
-    }
+    rows = {name: row(name, values, arguments, weight) for name, values in seconds.items()}
     print()
-    rows = {}
-    for name, rate in rates.items():
-        read = rate * weight / arguments.images
-        count = 1 if name in share else arguments.processes
-        rows[name] = {
-            "images_per_second": round(rate, 1),
-            "source_mib_per_second": round(read, 1),
-            "processes": count,
-            "seconds": [round(value, 3) for value in seconds[name]],
-        }
-        print(f"{name:9s} {rate:9,.0f} images/s {read:8,.1f} MiB/s read, {count} processes")
+    for name, line in rows.items():
+        print(
+            f"{name:12s} {line['images_per_second']:9,.0f} images/s "
+            f"{line['source_mib_per_second']:8,.1f} MiB/s read, {line['processes']} processes"
+        )
+    rates = {name: line["images_per_second"] for name, line in rows.items()}
     result = {
         "benchmark": "pack",
         **machine.describe(),
         "images": arguments.images,
         "rounds": arguments.rounds,
-        "processes": arguments.processes,
+        "cpus": arguments.processes,
         **figures(rates, arguments.processes),
         "rows": rows,
     }

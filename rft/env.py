@@ -8,6 +8,7 @@ code 1.
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -16,22 +17,36 @@ import open_clip
 import PIL
 import torch
 import webdataset
-from PIL import features
+from PIL import Image, features
 from rich.console import Console
 from rich.table import Table
 
 from rft import files
 
 IMAGE_PACKAGES = ("pillow", "pillow-simd")
+# vpmaddwd: VEX prefix, then a byte whose low bits say 256 bits and opcode page 0F, then the opcode
+MULTIPLY_256_BITS = re.compile(rb"\xc5[" + re.escape(bytes(range(5, 256, 8))) + rb"]\xf5")
 
 
 def image_core() -> str:
     """Return the image library that is imported, its version and the JPEG library behind it."""
     # Pillow-SIMD calls itself PIL too; only its version tells, by its suffix
     name = "Pillow-SIMD" if ".post" in PIL.__version__ else "Pillow"
+    compiled = Path(Image.core.__file__).read_bytes()
+    avx2 = "with AVX2" if uses_avx2(compiled) else "without AVX2"
     jpeg = "libjpeg-turbo" if features.check_feature("libjpeg_turbo") else "libjpeg"
     library = features.version("libjpeg_turbo") or features.version("jpg")
-    return f"{name} {PIL.__version__}, {jpeg} {library}"
+    webp = "" if features.check("webp") else ", cannot read WebP"
+    return f"{name} {PIL.__version__} {avx2}, {jpeg} {library}{webp}"
+
+
+def uses_avx2(code: bytes) -> bool:
+    """Return whether a library was compiled to resize with AVX2.
+
+    Neither package records it. Pillow-SIMD's resizing multiplies 16-bit numbers pairwise in 256-bit
+    registers; that instruction is there dozens of times or, but for chance, not at all.
+    """
+    return len(MULTIPLY_256_BITS.findall(code)) > 16
 
 
 def installed_image_packages() -> dict[str, str]:

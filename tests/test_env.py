@@ -46,3 +46,19 @@ def test_both_packages_over_each_other_end_with_one_line(tmp_path):
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert "over each other" in result.stderr
+
+
+def test_avx2_is_seen_in_the_code_itself():
+    multiply_ymm = bytes.fromhex("c5fdf5c1")  # vpmaddwd ymm0, ymm0, ymm1
+    multiply_xmm = bytes.fromhex("c5f9f5c1")  # the same on 128 bits, which needs no AVX2
+    assert env.uses_avx2(b"code" + 40 * multiply_ymm)
+    assert not env.uses_avx2(b"code" + 40 * multiply_xmm)
+    assert not env.uses_avx2(b"code" + multiply_ymm)
+
+
+def test_pillow_has_no_avx2_and_its_formats_are_told(monkeypatch):
+    found = env.image_core()
+    assert PIL.__version__ in found
+    assert ("with AVX2" in found) == (".post" in PIL.__version__)
+    monkeypatch.setattr(env.features, "check", lambda name: name != "webp")
+    assert "cannot read WebP" in env.image_core()

@@ -1,0 +1,97 @@
+"""The tables of the pages: `python -m benchmarks.summary` writes benchmarks/results/data.md.
+
+It is made of what the other benchmarks saved; `python docs/update_results.py` takes it into the
+pages that show it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.loader import runs
+from benchmarks.pack import WORK
+from rft import cli, files
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = RESULTS / "data.md"
+RATIOS = {
+    "loader": {
+        "pixels_over_memcpy": "rft on `pixels` / one thread copying random payloads in memory",
+        "pixels_over_webdataset": "rft on `pixels` / webdataset on the same tar files",
+        "jpeg_over_bare": "rft on `original` / {cpus} x one process that only decodes and crops",
+        "simd_over_pillow": "rft on `original` with Pillow-SIMD / with Pillow",
+    },
+    "pack": {
+        "original_over_copy": "packing `original` / copying the files, {cpus} processes each",
+        "original_over_copy_synced": "packing `original` / copying and waiting for the disk",
+        "pixels_over_bare": "packing `pixels` / {cpus} x one process that only decodes and crops",
+        "jpeg_over_bare": "packing `jpeg` / {cpus} x one process that also compresses",
+    },
+}
+
+
+def table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    """Return a Markdown table of two columns, the second one of numbers."""
+    lines = [f"| {header[0]} | {header[1]} |", "|---|--:|"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def rate(row: dict[str, Any]) -> str:
+    """Return images a second with the lowest and the highest round, or why there is none."""
+    if row["images_per_second"] is None:
+        return row["reason"]
+    low, middle, high = row["lowest"], row["images_per_second"], row["highest"]
+    return f"{middle:,.0f} ({low:,.0f} to {high:,.0f})"
+
+
+def ratios(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a benchmark's ratios mean, and their values."""
+    return [
+        (
+            meaning.format(cpus=result["cpus"]),
+            "not measured" if result[name] is None else f"{result[name]:.2f}",
+        )
+        for name, meaning in RATIOS[result["benchmark"]].items()
+    ]
+
+
+def page(loader: dict[str, Any], pack: dict[str, Any], simd: dict[str, Any]) -> str:
+    """Return the page for the saved results of the three benchmarks."""
+    difference, versions = simd["decoded_and_resized"], simd["versions"]
+    parts = [
+        f"{loader['processor']}, {loader['cpus']} CPUs, everything in the page cache; "
+        f"{loader['images']:,} photographs of about 500 x 375 and 80 to 110 KB; medians of "
+        f"{loader['rounds']} interleaved rounds; {loader['date'][:10]}.",
+        table(("ratio", "value"), ratios(loader) + ratios(pack)),
+        table(
+            ("loading batches of 224 x 224", "images/s (lowest to highest round)"),
+            [(name, rate(loader["rows"][name])) for name in runs(loader["cpus"])],
+        ),
+        table(
+            ("packing", "images/s (lowest to highest round)"),
+            [(meaning, rate(pack["rows"][name])) for name, meaning in WORK.items()],
+        ),
+        f"Pillow-SIMD {versions['Pillow-SIMD']} and Pillow {versions['Pillow']} differ by at most "
+        f"{difference['max_levels']} of 255 grey levels, in {difference['share_differing']:.2%} "
+        f"of the values of {simd['images']} images.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def text() -> str:
+    """Return the page for what benchmarks/results holds.
+
+    Raises:
+        ValueError: if one of the benchmarks has not saved a result.
+    """
+    names = ("loader_cpu", "pack_cpu", "simd_difference")
+    return page(*(files.read_json(str(RESULTS / f"{name}.json")) for name in names))
+
+
+def main() -> None:
+    """Write the page."""
+    files.write_bytes(str(PAGE), text().encode())
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
