@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from isal import isal_zlib
+from isal.isal_zlib import crc32
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -106,7 +106,7 @@ class PackedDataset:
                 row = rows[remote[error.place]]
                 raise ValueError(f"{error}; {self._name(row)}") from error
             for place, data in zip(remote, answers, strict=True):
-                self._require_whole(rows[place], len(data), isal_zlib.crc32(data))
+                self._require_whole(rows[place], len(data), crc32(data))
                 found[place] = data
             if self.shards.cache is not None:
                 self.shards.counters.cache_misses += len(remote)
@@ -167,11 +167,7 @@ class PackedDataset:
         size = images_BCHW.shape[-1]
         if self.manifest.encoding["kind"] == "pixels":
             # a sample that is on this machine is read to where it belongs, without a copy between
-            elsewhere = [
-                place
-                for place, row in enumerate(self._rows(samples))
-                if not self._pixels_from_disk(row, images_BCHW[place])
-            ]
+            elsewhere = self._pixels_from_disk(samples, images_BCHW)
             if elsewhere:
                 payloads = self.payloads(samples[elsewhere])
                 for place, data in zip(elsewhere, payloads, strict=True):
@@ -206,24 +202,34 @@ class PackedDataset:
         if descriptor is None:
             return None
         data = os.pread(descriptor, row.length, row.offset)
-        return data if self._is_good(row, len(data), isal_zlib.crc32(data)) else None
+        return data if self._is_good(row, len(data), crc32(data)) else None
 
-    def _pixels_from_disk(self, row: "_Row", image_CHW: np.ndarray) -> bool:
-        """Read a sample's pixels into their place; False if its shard is neither local nor cached.
+    def _pixels_from_disk(self, samples: np.ndarray, images_BCHW: np.ndarray) -> list[int]:
+        """Read pixels to their places; return the places whose shards are not local nor cached.
 
-        A `.npy` payload is a header, the same in every sample, and then the pixels.
+        A `.npy` payload is a header, the same in every sample, and then the pixels. This loop is
+        all that stands between the page cache and a batch, so it does little more than it must.
         """
-        descriptor = self._descriptor(row)
-        if descriptor is None:
-            return False
-        header = bytearray(row.length - image_CHW.nbytes)
-        buffers: list[Any] = [header, image_CHW]
-        read = os.preadv(descriptor, buffers, row.offset)
-        crc32 = isal_zlib.crc32(image_CHW, isal_zlib.crc32(header))
-        if not self._is_good(row, read, crc32):
-            return False
-        self.shards.counters.bytes += read
-        return True
+        rows = self._rows(samples)
+        header = bytearray(rows[0].length - images_BCHW[0].nbytes if rows else 0)
+        elsewhere = []
+        shard, descriptor = -1, None
+        for place in sorted(range(len(rows)), key=lambda place: rows[place].shard):
+            row = rows[place]
+            if row.shard != shard:
+                shard, descriptor = row.shard, self._descriptor(row)
+            if descriptor is None:
+                elsewhere.append(place)
+                continue
+            image_CHW = images_BCHW[place]
+            buffers: list[Any] = [header, image_CHW]
+            read = os.preadv(descriptor, buffers, row.offset)
+            if self._is_good(row, read, crc32(image_CHW, crc32(header))):
+                self.shards.counters.bytes += read
+            else:
+                elsewhere.append(place)
+                shard = -1  # its descriptor is closed
+        return elsewhere
 
     def _descriptor(self, row: "_Row") -> int | None:
         try:
@@ -231,22 +237,24 @@ class PackedDataset:
         except FileNotFoundError as error:
             raise ValueError(f"missing shard: {self._where(row)}; copy or pack it again") from error
 
-    def _is_good(self, row: "_Row", length: int, crc32: int) -> bool:
+    def _is_good(self, row: "_Row", length: int, checksum: int) -> bool:
         """Check what came from a disk; bad bytes of the cache are thrown away, others an error."""
+        good = length == row.length and checksum == row.crc32
         if self.shards.is_local(row.shard):
-            self._require_whole(row, length, crc32)
+            if not good:
+                self._require_whole(row, length, checksum)
             return True
-        if length == row.length and crc32 == row.crc32:
+        if good:
             self.shards.counters.cache_hits += 1
             return True
         self.shards.repair(row.shard)
         return False
 
-    def _require_whole(self, row: "_Row", length: int, crc32: int) -> None:
+    def _require_whole(self, row: "_Row", length: int, checksum: int) -> None:
         if length != row.length:
             where = self._where(row)
             raise ValueError(f"short read: {length} of {row.length} bytes at {where}")
-        if crc32 != row.crc32:
+        if checksum != row.crc32:
             where = self._where(row)
             raise ValueError(f"damaged bytes (crc32 mismatch) at {where}; pack the shard again")
 
