@@ -40,10 +40,12 @@ bench: .venv/.installed  ## the step, the loader and the packer, each against wh
 	$(BIN)/python -m benchmarks.pack --save
 	$(BIN)/python -m benchmarks.simd_difference --save
 	$(BIN)/python -m benchmarks.summary
+	$(BIN)/python docs/update_results.py
 
 peers: .venv/.installed  ## what other loaders do on the thirteen tests of docs/data.md
 	$(BIN)/python -m benchmarks.environments
 	$(BIN)/python -m benchmarks.peers --save
+	$(BIN)/python docs/update_results.py
 
 # built before anything is removed; never from pip's cache, which forgets the compiler's flags
 simd: .venv/.installed  ## replace Pillow in .venv by Pillow-SIMD, built here for AVX2

@@ -1,6 +1,7 @@
-"""Copy a demo's report into docs/results/miniature and its tables into the pages that show them.
+"""Copy a demo's report into docs/results/miniature and every table into the pages that show it.
 
-`make results` runs the demo on three seeds and then this. A page takes a table between the lines
+`make results` runs the demo on three seeds and then this; `make bench` and `make peers` end with
+this too, without a demo. A page takes a table between the lines
 `<!-- table: FILE -->` and `<!-- end of table -->`; tests/test_docs.py holds the two equal.
 """
 
@@ -20,10 +21,10 @@ BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DO
 
 @dataclass(frozen=True)
 class Arguments:
-    """Take a demo's report into the documentation."""
+    """Take measured tables into the documentation."""
 
-    demo: Path = Path("miniature")
-    """Folder that `make demo SEEDS=3` wrote."""
+    demo: Path | None = None
+    """Folder that `make demo SEEDS=3` wrote; None leaves the miniature's results as they are."""
 
 
 def with_tables(page: str) -> str:
@@ -39,11 +40,12 @@ def with_tables(page: str) -> str:
 def main() -> None:
     """Copy the report's files, then write the pages."""
     arguments = cli.parse(Arguments, prog="update_results")
-    (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        shutil.copyfile(arguments.demo / "report" / name, ROOT / RESULTS / name)
-    provenance = files.read_json(str(arguments.demo / "runs/zero-shot-seed0/provenance.json"))
-    files.write_json(str(ROOT / RESULTS / "provenance.json"), provenance)
+    if arguments.demo is not None:
+        (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
+        for name in COPIED:
+            shutil.copyfile(arguments.demo / "report" / name, ROOT / RESULTS / name)
+        provenance = files.read_json(str(arguments.demo / "runs/zero-shot-seed0/provenance.json"))
+        files.write_json(str(ROOT / RESULTS / "provenance.json"), provenance)
     for name in PAGES:
         page = ROOT / name
         page.write_text(with_tables(page.read_text()))

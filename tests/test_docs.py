@@ -18,14 +18,14 @@ def updater():
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md", "docs/data.md"])
 def test_tables_are_their_files(page):
     text = (ROOT / page).read_text()
     assert "<!-- table:" in text
     assert updater().with_tables(text) == text
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md", "docs/data.md"])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)", text):

@@ -1,0 +1,178 @@
+"""Put the thirteen questions to the peers and to rft: `python -m benchmarks.peers --save`.
+
+The peers need what `python -m benchmarks.environments` installs. rft's answers are its own tests,
+found by their names (`test_t1_*` to `test_t13_*`). The last line is one JSON object.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as Xml
+
+from benchmarks import environments
+from benchmarks.peers.experiments import TESTS
+from rft import cli, files
+
+RESULTS = environments.ROOT / "benchmarks" / "results" / "peers.json"
+PAGE = environments.ROOT / "docs" / "results" / "peers.md"
+# peer -> its program and environment
+PEERS = {
+    "webdataset": ("on_webdataset", None),
+    "open_clip": ("on_open_clip", "open_clip"),
+    "timm": ("on_timm", "open_clip"),
+    "mosaicml-streaming": ("on_streaming", "mosaicml-streaming"),
+    "litdata": ("on_litdata", "litdata"),
+}
+PATIENCE = 900.0  # seconds for all questions to one peer
+Answers = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Ask all peers, each in the environment that it needs."""
+
+    peers: tuple[str, ...] = tuple(PEERS)
+    """Which of them."""
+    tests: tuple[str, ...] = TESTS
+    """Which of T1 to T13."""
+    at_once: int = 2
+    """Peers that are asked at the same time."""
+    save: bool = False
+    """Write benchmarks/results/peers.json and docs/results/peers.md as well."""
+
+
+def ask(peer: str, tests: tuple[str, ...], work: Path) -> tuple[dict[str, str], Answers]:
+    """Return a peer's versions and its answers; what did not come is `not run`, with the reason."""
+    module, environment = PEERS[peer]
+    absent = environment and environments.absence(environment)
+    if absent:
+        return {}, {test: {"result": "not run", "seen": absent} for test in tests}
+    command = [sys.executable, "-m", f"benchmarks.peers.{module}", "--work", str(work / peer)]
+    log = work / f"{peer}.log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [*command, "--tests", *tests],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={**environments.variables(environment), "OMP_NUM_THREADS": "1"},
+            cwd=environments.ROOT,
+            text=True,
+        )
+        try:
+            said = process.communicate(timeout=PATIENCE)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = process.communicate()[0]
+    documents = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    versions = documents[0]["versions"] if documents else {}
+    last = (log.read_text().strip().splitlines() or ["it ended without a word"])[-1]
+    answers = {test: {"result": "not run", "seen": last} for test in tests}
+    for document in documents[1:]:
+        answers[document["test"]] = {"result": document["result"], "seen": document["seen"]}
+    return versions, answers
+
+
+def ask_ourselves(tests: tuple[str, ...], work: Path) -> Answers:
+    """Return what pytest says of rft's tests of the same questions."""
+    report = work / "rft.xml"
+    names = " or ".join(f"test_{test.lower()}_" for test in tests)
+    command = [sys.executable, "-m", "pytest", "-q", "tests", "-k", names]
+    with (work / "rft.log").open("w") as log:
+        subprocess.run(
+            [*command, f"--junitxml={report}"],
+            cwd=environments.ROOT,
+            stdout=log,
+            stderr=log,
+            check=False,
+        )
+    outcomes: dict[str, list[str]] = {test: [] for test in tests}
+    for case in Xml.parse(report).iter("testcase"):
+        number = re.match(r"test_(t\d+)_", case.get("name", ""))
+        if number is not None and number[1].upper() in outcomes:
+            children = {child.tag for child in case} & {"failure", "error", "skipped"}
+            outcomes[number[1].upper()].append(next(iter(children), "passed"))
+    answers = {}
+    for test, found in outcomes.items():
+        passed = found.count("passed")
+        good = passed > 0 and not {"failure", "error"} & set(found)
+        skipped = f", {found.count('skipped')} skipped" if "skipped" in found else ""
+        seen = f"{passed} of {len(found)} tests passed{skipped}"
+        answers[test] = {"result": "pass" if good else "fail", "seen": seen}
+    return answers
+
+
+def page(document: dict[str, Any]) -> str:
+    """Return the result as Markdown: a table, then what was seen where a peer did not pass."""
+    answers: dict[str, Answers] = document["answers"]
+    tests = list(answers["rft"])
+    lines = [
+        f"| | {' | '.join(answers)} |",
+        f"|---|{'---|' * len(answers)}",
+        *(
+            f"| {test} | {' | '.join(found[test]['result'] for found in answers.values())} |"
+            for test in tests
+        ),
+    ]
+    own = ", ".join(f"{test} {answers['rft'][test]['seen'].split(' of ')[0]}" for test in tests)
+    lines += ["", f"rft's own tests that passed, by question: {own}. What was seen of the others:"]
+    for peer, found in answers.items():
+        if peer == "rft":
+            continue
+        versions = document["versions"][peer]
+        named = ", ".join(f"{name} {version}" for name, version in versions.items())
+        lines += ["", f"**{peer}** ({named})", ""]
+        lines += [
+            f"- {test} {answer['result']}: {escaped(answer['seen'])}"
+            for test, answer in found.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Return text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text)
+
+
+def main() -> None:
+    """Ask, print, save."""
+    arguments = cli.parse(Arguments, prog="benchmarks.peers")
+    for peer in arguments.peers:
+        if peer not in PEERS:
+            raise cli.unknown("peer", peer, list(PEERS))
+    for test in arguments.tests:
+        if test not in TESTS:
+            raise cli.unknown("test", test, list(TESTS))
+    work = Path(tempfile.mkdtemp(prefix="peers-"))
+    try:
+        with ThreadPoolExecutor(arguments.at_once) as pool:
+            asked = {
+                peer: pool.submit(ask, peer, arguments.tests, work) for peer in arguments.peers
+            }
+            found = {peer: future.result() for peer, future in asked.items()}
+        answers = {"rft": ask_ourselves(arguments.tests, work)}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    answers |= {peer: peers_answers for peer, (_, peers_answers) in found.items()}
+    document = {
+        "benchmark": "peers",
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {peer: versions for peer, (versions, _) in found.items()},
+        "answers": answers,
+    }
+    print(page(document))
+    if arguments.save:
+        files.write_json(str(RESULTS), document)
+        files.write_bytes(str(PAGE), page(document).encode())
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    cli.run(main)
