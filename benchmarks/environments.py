@@ -24,6 +24,9 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "open_clip": ("webdataset==0.2.86", "pandas==2.3.3", "pytz==2026.2"),
     "mosaicml-streaming": (
         "mosaicml-streaming==0.13.0",
+        "boto3==1.44.5",
+        "botocore==1.44.5",
+        "s3transfer==0.19.3",
         "numpy==2.1.3",
         "transformers==4.57.6",
         "huggingface_hub==0.36.2",

@@ -122,7 +122,11 @@ def page(document: dict[str, Any]) -> str:
         ),
     ]
     own = ", ".join(f"{test} {answers['rft'][test]['seen'].split(' of ')[0]}" for test in tests)
-    lines += ["", f"rft's own tests that passed, by question: {own}. What was seen of the others:"]
+    lines += [
+        "",
+        f"rft's own tests that passed, by question: {own}. What was seen of the others "
+        "(an exception is one that reaches the loop; some only log theirs):",
+    ]
     for peer, found in answers.items():
         if peer == "rft":
             continue

@@ -146,7 +146,9 @@ def deliver(
 
         def read(rank: int = rank, path: Path = path) -> None:
             with dist.process_group(dist.world_from_env(), torch.device("cpu")):
-                _write_batches(batches(rank), Path(f"{path}.jsonl"))
+                # a job that is to be killed in the middle must not be done before that
+                pause = 0.0 if kill_after is None else 0.1
+                _write_batches(batches(rank), Path(f"{path}.jsonl"), pause)
 
         words = {name: str(value) for name, value in variables.items()}
         ranks.append((Child(read, path, **words), Path(f"{path}.jsonl")))
@@ -163,13 +165,14 @@ def deliver(
     return [_delivered(log, error) for (_, log), error in zip(ranks, errors, strict=True)]
 
 
-def _write_batches(batches: Iterator[Batch], path: Path) -> None:
+def _write_batches(batches: Iterator[Batch], path: Path, pause: float) -> None:
     with path.open("w") as log:
         for numbers_B, images_BCHW, state in batches:
             numbers = [int(number) for number in numbers_B]
             checksums = [zlib.crc32(image.numpy().tobytes()) for image in images_BCHW]
             log.write(json.dumps([numbers, checksums, state]) + "\n")
             log.flush()
+            time.sleep(pause)
 
 
 def _lines(path: Path) -> list[str]:

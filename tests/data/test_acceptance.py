@@ -249,14 +249,14 @@ def test_t6_a_damaged_header_costs_no_sample(packed, tmp_path):
         assert (dataset.image(number, 24) == packed["pixels"].image(number, 24)).all()
 
 
-def descriptors(expected: int) -> int:
+def descriptors(at_most: int) -> int:
     """How many this process has open, once those of ended workers are collected."""
-    for _ in range(100):
+    for _ in range(20):
         gc.collect()
         count = len(list(Path("/proc/self/fd").iterdir()))
-        if count <= expected:
+        if count <= at_most:
             break
-        time.sleep(0.02)
+        time.sleep(0.05)
     return count
 
 
@@ -271,12 +271,12 @@ def test_t11_memory_and_descriptors_stay_flat(packed, workers):
         for batch in read_batches(training, steps, workers=workers, device=CPU):
             assert batch.images_BCHW.shape == (BATCH, 3, 24, 24)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        expected = after[2][1] if len(after) > 2 else 0
-        after.append((pages * resource.getpagesize(), descriptors(expected)))
+        at_most = after[2][1] if len(after) > 2 else sys.maxsize
+        after.append((pages * resource.getpagesize(), descriptors(at_most)))
     settled = after[2:]  # the first two start what stays: the fork server, open shards
     memory = [size for size, _ in settled]
     assert max(memory) <= 1.05 * memory[0]
-    assert {count for _, count in settled} == {settled[0][1]}
+    assert max(count for _, count in settled) == settled[0][1]
 
 
 def test_t11_a_plan_for_400_million_samples():
