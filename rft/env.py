@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rft import files
+from rft.data.workers import check_workers
 
 IMAGE_PACKAGES = ("pillow", "pillow-simd")
 # vpmaddwd: VEX prefix, then a byte whose low bits say 256 bits and opcode page 0F, then the opcode
@@ -77,13 +78,6 @@ def image_core_problem(imported: str, installed: dict[str, str]) -> str | None:
     return None
 
 
-def cores() -> int:
-    """Return how many cores this process may use; a cluster job rarely owns the whole machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def has_avx2() -> str:
     """Return whether the processor has AVX2, which `make simd` builds for."""
     path = Path("/proc/cpuinfo")
@@ -100,7 +94,10 @@ def rows() -> list[tuple[str, str]]:
     return [
         ("rft", importlib.metadata.version("rft") + (f", git {revision}" if revision else "")),
         ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
-        ("cores", f"{cores()} for this process of {os.cpu_count()}, AVX2: {has_avx2()}"),
+        (
+            "cores",
+            f"{check_workers(None)} of {os.cpu_count()} for this process, AVX2: {has_avx2()}",
+        ),
         ("image core", image_core()),
         ("torch", f"{torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}"),
         ("GPUs", f"{len(gpus)}: {', '.join(sorted(set(gpus)))}" if gpus else "none"),

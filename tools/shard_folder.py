@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from rft import cli
+from rft import cli, recipes
 from rft.data.folder import class_counts, held_out_proposal, read_folder, shared_images
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack_source
@@ -77,10 +77,13 @@ def say(sources: Sequence[Source], labels: LabelSpace) -> None:
 def say_next(sources: Sequence[Source], labels: LabelSpace, out: str) -> None:
     """Print the commands that train on the sets and test on them."""
     held_out = held_out_proposal(len(sources[0].items), len(labels))
+    batch = recipes.build(recipes.DEFAULT, scale="small").loader.batch_size
+    while batch > len(sources[0].items) - held_out:
+        batch //= 2
     print(
         "next: torchrun --nproc_per_node N -m rft.train object-mask-single-fill "
         f"--data {out} --train-set train --scale small --loader.held_out {held_out} "
-        "--run-dir runs/first"
+        f"--loader.batch_size {batch} --run-dir runs/first"
     )
     tests = " ".join(source.dataset for source in sources[1:])
     if tests:
