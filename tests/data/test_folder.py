@@ -263,10 +263,8 @@ def test_command(photos: Path, tmp_path: Path, run) -> None:
     assert "prompts: 1, such as 'a photo of a {c}.'" in said
     assert "warning" not in said
     first, second = said.splitlines()[-2:]
-    assert (
-        f"--data {out} --train-set train --scale small --loader.held_out 2 --loader.batch_size 8 --run-dir"
-        in first
-    )
+    sizes = "--loader.held_out 2 --loader.batch_size 8"
+    assert f"--data {out} --train-set train --scale small {sizes} --run-dir" in first
     assert second.endswith(f"rft.evaluate runs/first --data {out} --sets test")
     seen = []
     for name, count in (("train", 13), ("test", 3)):
