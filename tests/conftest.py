@@ -11,6 +11,9 @@ from rft.clip.load import Architecture
 from tests import tiny
 from tests.servers import bucket, store  # noqa: F401
 
+# the tensors are tiny: more threads only wait for each other, and for the processes of other tests
+torch.set_num_threads(1)
+
 ARCHITECTURE = Architecture(
     clip="test",
     embed_dim=12,
