@@ -16,6 +16,16 @@ Fill = Literal["none", "single", "multi"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 Scale = Literal["paper", "small", "miniature"]
+Preset = Literal["paper", "official-parity"]
+Cam = Literal["relevance", "grad-cam"]
+RandomMask = Literal["auto", "bernoulli", "fixed"]
+SingleFill = Literal["permutation", "derangement"]
+NoFill = Literal["auto", "key-mask", "token-drop"]
+DonorPool = Literal["local", "global"]
+Head = Literal["zero-shot", "random"]
+Trains = Literal["all", "head"]
+Schedule = Literal["cosine", "one-cycle"]
+Clip = Literal["step", "micro-step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +36,11 @@ class ModelConfig:
     """An open_clip model name, or local-dir:PATH for a folder in open_clip's hub layout."""
     pretrained: str = "openai"
     """An open_clip weights tag or a weights file; unused with local-dir:."""
+    start: str = ""
+    """Run folder or .safetensors file that the student starts from (LP-FT: a linear probe's run);
+    empty starts from the pre-trained model."""
+    head: Head = "zero-shot"
+    """The head that the student starts with: text embeddings, or random (a linear probe's own)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +84,61 @@ class MethodConfig:
     """Object patches are those with relevance / max relevance above this (object, context)."""
     rate: float = 0.5
     """Share of patches masked (random)."""
+    cam: Cam = "relevance"
+    """The class activation map: Chefer's relevance over all layers, or GradCAM on the last one."""
+    random_mask: RandomMask = "auto"
+    """Each patch on its own (bernoulli) or the same number in each image (fixed); auto is the
+    released code's: fixed where masked patches are dropped, bernoulli where they are refilled."""
+    single_fill: SingleFill = "permutation"
+    """Donors of a single fill: a permutation, in which an image may be its own, or one without."""
+    no_fill: NoFill = "auto"
+    """How patches are dropped, the result is the same: masked keys, or shorter token lists; auto
+    drops tokens where every image keeps the same number."""
+    donors: DonorPool = "local"
+    """Images that fills take patches from: one rank's micro-batch, as in the released code, or the
+    whole global batch, exchanged by the ranks in every step."""
+    same_draws: bool = False
+    """All ranks draw the same masks and fills, as in the released code."""
     distill_weight: float = 30.0
     """Weight (beta) of the feature MSE to the frozen pre-trained model; 0 is plain fine-tuning."""
+    kd_weight: float = 0.0
+    """Weight (gamma) of the distillation of kd-teacher's logits on clean images (WiSE-KD)."""
+    kd_temperature: float = 10.0
+    """Temperature that softens both models' logits in that distillation."""
+    kd_teacher: str = ""
+    """Run folder or .safetensors file of the second teacher: a WiSE-FT model."""
+
+    @property
+    def masks(self) -> bool:
+        """Whether the images that are distilled on are counterfactual."""
+        return self.distill_weight > 0 and self.mask != "none"
+
+    @property
+    def drops(self) -> bool:
+        """Whether masked patches are left out instead of refilled."""
+        return self.masks and self.fill == "none"
+
+    @property
+    def needs_cam(self) -> bool:
+        """Whether masks come from the class activation map."""
+        return self.masks and self.mask != "random"
+
+    @property
+    def fixed_count(self) -> bool:
+        """Whether random masks have the same number of patches in each image."""
+        return self.random_mask == "fixed" or (self.random_mask == "auto" and self.fill == "none")
 
     def __post_init__(self) -> None:
         _require(0 <= self.threshold <= 1, "method.threshold", self.threshold, "in [0, 1]")
         _require(0 <= self.rate <= 1, "method.rate", self.rate, "in [0, 1]")
         _require(self.distill_weight >= 0, "method.distill_weight", self.distill_weight, ">= 0")
+        _require(self.kd_weight >= 0, "method.kd_weight", self.kd_weight, ">= 0")
+        _require(self.kd_temperature > 0, "method.kd_temperature", self.kd_temperature, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, linear warm-up, cosine decay."""
+    """AdamW and its schedule."""
 
     epochs: int = 10
     """Passes over the training set; 0 keeps the zero-shot model."""
@@ -91,12 +149,20 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    schedule: Schedule = "cosine"
+    """Linear warm-up and half a cosine to zero, or the released code's OneCycle (2% warm-up along a
+    cosine, beta1 swings from 0.95 to 0.85 and back)."""
     warmup_steps: int = 500
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up (cosine)."""
     clip_norm: float = 1.0
     """Largest L2 norm of the whole gradient."""
+    clip: Clip = "step"
+    """Clip once, over the averaged gradient, or after every micro-batch, over what has been added
+    up so far, as the released code does."""
     accumulate: int = 1
-    """Micro-batches of one optimizer step; each is its own donor pool."""
+    """Micro-batches of one optimizer step; each is its own local donor pool."""
+    trains: Trains = "all"
+    """What learns: every weight, or the head on the frozen image tower (linear probe)."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "optim.epochs", self.epochs, "0 or more")
@@ -139,25 +205,50 @@ class Config:
     scale: Scale = "paper"
     """Which numbers the recipe starts from: ImageNet's, those for some thousand photos of one's own
     (small), or those of the embedded world (miniature)."""
+    preset: Preset = "paper"
+    """The paper's text, or what its released code really does where the two differ
+    (docs/paper.md); a preset only chooses other defaults."""
     seed: int = 0
     """Seed of the sample order, the masks and the fills."""
     split_seed: int | None = None
     """Seed of the held-out split; the run's seed if not given, as in the paper."""
+    order_seed: int | None = None
+    """Seed of the sample order; the run's seed if not given."""
     precision: Precision = "fp32"
+    """Of the towers' matrix products; CAM, losses, head and optimizer are fp32 in all three."""
     device: Device = "auto"
+    recompute: bool = False
+    """Keep only each layer's input and compute the layer again in the backward pass (activation
+    checkpointing): a third more time for a fraction of the memory."""
+    compile: bool = False
+    """Compile the forward passes that no CAM looks into (torch.compile)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self) -> None:
+        distils = self.method.distill_weight > 0
+        _require(
+            not (distils and self.optim.trains == "head"),
+            "method.distill_weight",
+            self.method.distill_weight,
+            "0 where only the head is trained, because no feature changes",
+        )
+
     @property
     def held_out_seed(self) -> int:
         """Seed of the held-out split."""
         return self.seed if self.split_seed is None else self.split_seed
 
+    @property
+    def sample_seed(self) -> int:
+        """Seed of the sample order."""
+        return self.seed if self.order_seed is None else self.order_seed
+
     def micro_batch(self, world_size: int) -> int:
-        """Return how many images one rank forwards at once: its donor pool.
+        """Return how many images one rank forwards at once.
 
         Raises:
             ValueError: if the global batch cannot be cut so, or leaves a fill without donors.
@@ -169,14 +260,21 @@ class Config:
                 f"loader.batch_size {batch} cannot be cut into {world_size} ranks x "
                 f"{self.optim.accumulate} accumulation steps; choose a multiple of {parts}"
             )
-        micro = batch // parts
-        fills = self.method.mask != "none" and self.method.fill != "none"
-        if fills and self.method.distill_weight > 0 and micro < 2:
+        micro, method = batch // parts, self.method
+        if method.masks and method.fill != "none" and self.donor_pool(world_size) < 2:
             raise ValueError(
-                f"a {self.method.fill} fill needs another image in the micro-batch, which has only "
-                f"{micro}; use a larger loader.batch_size or fewer ranks x accumulation steps"
+                f"a {method.fill} fill needs another image in the micro-batch, which has only 1; "
+                "use a larger loader.batch_size, fewer ranks x accumulation steps, or "
+                "--method.donors global"
             )
         return micro
+
+    def donor_pool(self, world_size: int) -> int:
+        """Return how many images a fill chooses from."""
+        batch = self.loader.batch_size
+        if self.method.donors == "global":
+            return batch
+        return batch // (world_size * self.optim.accumulate)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a JSON document."""
@@ -185,15 +283,17 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """Return the part of the configuration that decides the result.
 
-        Where the data and the run lie, what is logged and how many processes read may change
-        between two starts of one run; the data's own identity is its manifest's hash.
+        Where data, weights and the run lie, what is logged, how many processes read and how the
+        same numbers are computed may change between two starts of one run; the data's and the
+        weights' own identity is the hash in the checkpoint's fingerprint.
         """
         document = self.to_dict()
-        for name in ("data", "train_set", "run", "log", "device"):
+        for name in ("data", "train_set", "run", "log", "device", "recompute", "compile"):
             del document[name]
         for name in ("workers", "cache_dir", "cache_gb"):
             del document["loader"][name]
-        document["split_seed"] = self.held_out_seed
+        del document["model"]["start"], document["method"]["kd_teacher"]
+        document["split_seed"], document["order_seed"] = self.held_out_seed, self.sample_seed
         return document
 
     @staticmethod

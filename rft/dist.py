@@ -110,6 +110,15 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gather_rows(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """Return all ranks' `tensor`, equally shaped, one after the other in rank order."""
+    if world.size == 1:
+        return tensor
+    rows = tensor.new_empty((world.size * len(tensor), *tensor.shape[1:]))
+    torch.distributed.all_gather_into_tensor(rows, tensor.contiguous())
+    return rows
+
+
 def require_agreement(world: World, what: str, value: Any) -> None:
     """Check that every rank computed the same `value`.
 

@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
-from rft import recipes
+from rft import files, recipes
 from rft.config import Config, LoaderConfig, MethodConfig
+from rft.report import paper
 
 
 @pytest.mark.parametrize("name", recipes.names())
 @pytest.mark.parametrize("scale", ["paper", "miniature"])
-def test_every_recipe_round_trips(name, scale):
-    config = recipes.build(name, scale=scale, data="d", run="r")
+@pytest.mark.parametrize("preset", ["paper", "official-parity"])
+def test_every_recipe_round_trips(name, scale, preset):
+    config = recipes.build(name, scale=scale, preset=preset, data="d", run="r")
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.recipe == name
     assert config.scale == scale
@@ -34,6 +37,55 @@ def test_identity_is_what_decides_the_result():
     assert moved.identity() == config.identity()
     assert dataclasses.replace(config, seed=1).identity() != config.identity()
     assert dataclasses.replace(config, split_seed=0).identity() == config.identity()
+    assert dataclasses.replace(config, order_seed=0).identity() == config.identity()
+    assert dataclasses.replace(config, order_seed=1).identity() != config.identity()
+
+
+def test_the_official_preset_is_the_released_code():
+    paper = recipes.build("object-mask-single-fill")
+    official = recipes.build("object-mask-single-fill", preset="official-parity", data="", run="")
+    changed = files.difference(paper.to_dict(), dataclasses.replace(official, seed=7).to_dict())
+    assert sorted(changed) == [
+        "method.same_draws: False -> True",
+        "optim.clip: 'step' -> 'micro-step'",
+        "optim.schedule: 'cosine' -> 'one-cycle'",
+        "order_seed: None -> 0",
+        "precision: 'fp32' -> 'tf32'",
+        "preset: 'paper' -> 'official-parity'",
+        "seed: 0 -> 7",
+    ]
+    assert dataclasses.replace(official, seed=7).sample_seed == 0
+    assert dataclasses.replace(official, seed=7).held_out_seed == 7
+
+
+def as_told(percent: tuple[float | None, ...]) -> str:
+    """A table row of the paper as recipe docstrings write it."""
+    first, *five, average = ["-" if value is None else f"{value:.1f}" for value in percent]
+    return f"{first} | {' '.join(five)} | {average}"
+
+
+def test_docstrings_tell_the_papers_numbers_and_no_row_lacks_a_recipe():
+    docs = {name: f.__doc__ for name, f in {**recipes.TRAINED, **recipes.MERGED}.items()}
+    docs["wise-ft-0.5"] = docs.pop("wise-ft")
+    told = {
+        (name, model): row
+        for name, doc in docs.items()
+        for model, row in re.findall(r"^ {4}(B/\d\d): (.*)$", doc, re.MULTILINE)
+    }
+    published = {
+        (row.recipe, model): as_told(row.percent)
+        for model, rows in {"B/32": paper.VIT_B_32, "B/16": paper.VIT_B_16}.items()
+        for row in rows
+    }
+    assert told == published
+
+
+def test_help_shows_every_system_and_the_grid():
+    text = recipes.describe()
+    for name in (*recipes.TRAINED, *recipes.MERGED):
+        assert f"  {name} " in text
+    assert "--method.threshold 0.3 0.4 0.5 0.6" in text
+    assert "--method.rate 0.25 0.5 0.75" in text
 
 
 @pytest.mark.parametrize(
@@ -42,6 +94,15 @@ def test_identity_is_what_decides_the_result():
         (lambda: LoaderConfig(batch_size=0), "loader.batch_size is 0"),
         (lambda: LoaderConfig(batch_size=64, streams=3), "loader.streams is 3"),
         (lambda: MethodConfig(threshold=1.5), "method.threshold is 1.5"),
+        (lambda: MethodConfig(kd_temperature=0), "method.kd_temperature is 0"),
+        (lambda: recipes.build("wise-ft"), "not trained but merged: python -m rft.merge"),
+        (lambda: recipes.build("vanilla", preset="official"), "unknown preset 'official'"),
+        (
+            lambda: dataclasses.replace(
+                recipes.build("linear-probe"), method=recipes.build("no-mask").method
+            ),
+            "distill_weight is 30.0; it must be 0 where only the head is trained",
+        ),
         (lambda: recipes.build("object-mask-singlefill"), "did you mean 'object-mask-single-fill'"),
         (lambda: Config.from_dict({"recipes": 1}), "unknown fields: recipes"),
     ],

@@ -19,6 +19,7 @@ from rft.clip import vit
 from rft.clip.load import Architecture
 
 SELECTED = Path("checkpoints") / "best.safetensors"  # of a run folder, by held-out accuracy
+LAST = Path("checkpoints") / "last.safetensors"  # after the last step
 
 
 class Classifier(nn.Module):
@@ -37,19 +38,46 @@ class Classifier(nn.Module):
             values_C11 = torch.tensor(getattr(architecture, name)).mul(255)[:, None, None]
             self.register_buffer(f"_{name}_C11", values_C11, persistent=False)
 
+    @property
+    def patch_side(self) -> int:
+        """Side of a patch in pixels."""
+        return self.visual.conv1.kernel_size[0]
+
     def patches(self, images_BCHW: Tensor) -> Tensor:
-        """Return the patch vectors (B, P, D) of uint8 images."""
-        normalised_BCHW = (images_BCHW.float() - self._mean_C11) / self._std_C11
-        return vit.embed_patches(self.visual, normalised_BCHW)
+        """Return the normalised pixels of every patch (B, P, V) of uint8 images."""
+        return self.normalise(vit.cut_patches(images_BCHW, self.patch_side))
+
+    def normalise(self, patches_BPV: Tensor) -> Tensor:
+        """Return uint8 patches as the tower wants them, fp32."""
+        channels = len(self._mean_C11)
+        pixels_BPCR = patches_BPV.float().unflatten(-1, (channels, -1))
+        mean_C1, std_C1 = self._mean_C11.flatten(1), self._std_C11.flatten(1)
+        return ((pixels_BPCR - mean_C1) / std_C1).flatten(-2)
 
     def features(
         self,
-        patches_BPD: Tensor,
+        patches_BPV: Tensor,
+        *,
         keep_BP: Tensor | None = None,
+        most: int | None = None,
         taps: list[vit.AttentionTap] | None = None,
+        recompute: bool = False,
     ) -> Tensor:
-        """Return projected, un-normalised features (B, E); see `vit.encode`."""
-        return vit.encode(self.visual, patches_BPD, keep_BP, taps)
+        """Return projected, un-normalised features (B, E).
+
+        Args:
+            patches_BPV: normalised pixels from `patches`.
+            keep_BP: bool; patches that are False take no part, as if they were not there.
+            most: with it, tokens are dropped and not only masked: the number of patches that an
+                image keeps, or the largest one where images keep different numbers.
+            taps: if given, one tap on each layer's attention is appended.
+            recompute: compute the layers again in the backward pass to save memory.
+        """
+        tokens_BLD = vit.embed_tokens(self.visual, patches_BPV)
+        if most is not None:
+            assert keep_BP is not None, "nothing says which tokens to keep"
+            tokens_BLD, keep_BP = vit.drop_tokens(tokens_BLD, keep_BP, most)
+        return vit.encode(self.visual, tokens_BLD, keep_BP=keep_BP, taps=taps, recompute=recompute)
 
     def logits(self, features_BE: Tensor) -> Tensor:
         """Return fp32 logits (B, K); they carry CLIP's scale of about 100."""

@@ -369,7 +369,7 @@ def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarr
     plan = Plan(
         shard_sizes=packed.shard_sizes(samples),
         batch_size=loader.batch_size,
-        seed=config.seed,
+        seed=config.sample_seed,
         streams=loader.streams,
         block_shards=loader.block_shards,
     )

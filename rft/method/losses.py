@@ -1,17 +1,28 @@
-"""The loss terms (eq. 2, section 3.2)."""
+"""The loss terms (eq. 2 and 3), fp32 whatever the precision of what comes in."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
+def classification(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+    """Return the mean cross-entropy, without label smoothing."""
+    return F.cross_entropy(logits_BK.float(), labels_B)
+
+
 def feature_mse(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
-    """Return the mean over images and feature dimensions of the squared difference, fp32.
+    """Return the mean over images and feature dimensions of the squared difference.
 
     Features are projected and not normalised; the paper's beta = 30 belongs to this mean.
     """
     return F.mse_loss(student_BE.float(), teacher_BE.float())
 
 
-def classification(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-    """Return the mean cross-entropy, fp32, without label smoothing."""
-    return F.cross_entropy(logits_BK.float(), labels_B)
+def knowledge_distillation(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
+    """Return T^2 KL(teacher || student) of the logits softened by T, mean over the images.
+
+    Hinton et al. 2015, as the released code has it; the paper's eq. 3 writes the arguments the
+    other way round.
+    """
+    student_BK = (student_BK.float() / temperature).log_softmax(dim=1)
+    teacher_BK = (teacher_BK.float() / temperature).log_softmax(dim=1)
+    return temperature**2 * F.kl_div(student_BK, teacher_BK, reduction="batchmean", log_target=True)

@@ -25,10 +25,14 @@ def bernoulli_mask(shape_BP: Sequence[int], rate: float, generator: torch.Genera
 
 
 def fixed_count_mask(shape_BP: Sequence[int], rate: float, generator: torch.Generator) -> Tensor:
-    """Mask the same number of random patches in each image, keeping int(P * (1 - rate)).
+    """Mask the same number of random patches in each image: all but `kept_patches`.
 
     The released code does this where masked patches are dropped, as MAE does.
     """
-    kept = int(shape_BP[1] * (1 - rate))
     rank_BP = torch.rand(shape_BP, generator=generator).argsort(dim=1).argsort(dim=1)
-    return rank_BP >= kept
+    return rank_BP >= kept_patches(shape_BP[1], rate)
+
+
+def kept_patches(patches: int, rate: float) -> int:
+    """Return how many of `patches` a mask of fixed count keeps."""
+    return int(patches * (1 - rate))

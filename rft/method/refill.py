@@ -1,8 +1,11 @@
 """What replaces masked patches, as an index map (section 3.2.2).
 
-A counterfactual image is a donor for each image n and patch p: n itself where the patch is kept,
-another image m of the batch where it is refilled, DROP where it is dropped. A fill takes the patch
-at the same position, so the map can be applied to pixels, to patch vectors or to a picture alike.
+A counterfactual image is a donor for each image and patch: its own number in the donor pool where
+the patch is kept, another image's where it is refilled, DROP where it is dropped. A fill takes the
+patch at the same position, so the map can be applied to pixels, to patch vectors or to a picture
+alike. The pool is the images whose patches may be taken: a rank's own, or the whole global batch.
+
+Shapes: B images, P patches, Z images in the donor pool.
 """
 
 import torch
@@ -11,44 +14,46 @@ from torch import Tensor
 DROP = -1
 
 
-def no_fill(mask_BP: Tensor) -> Tensor:
-    """Drop the masked patches. Donors, int64 (B, P)."""
-    return _donors(mask_BP, torch.full_like(mask_BP, DROP, dtype=torch.int64))
+def single_sources(pool: int, generator: torch.Generator, *, derange: bool = False) -> Tensor:
+    """Return the one image from which all masked patches of each image come, int64 (Z, 1).
 
-
-def single_fill(mask_BP: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill all masked patches of an image from one image of the batch. Donors, int64 (B, P).
-
-    Donors are a random permutation of the batch, so an image may be its own donor (once in a batch
-    on average), as in the released code.
+    A random permutation of the pool, so an image may be its own source (one in a pool on average),
+    as in the released code; with `derange`, a permutation, uniformly drawn, in which none is.
     """
-    source_B = torch.randperm(len(mask_BP), generator=generator).to(mask_BP.device)
-    return _donors(mask_BP, source_B[:, None].expand_as(mask_BP))
+    assert pool > 1 or not derange, "a derangement needs another image in the pool"
+    own_Z = torch.arange(pool)
+    while True:
+        source_Z = torch.randperm(pool, generator=generator)
+        # one in e permutations passes, whatever the pool's size
+        if not derange or not (source_Z == own_Z).any():
+            return source_Z[:, None]
 
 
-def multi_fill(mask_BP: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill each masked patch from any other image of the batch. Donors, int64 (B, P).
+def multi_sources(pool: int, patches: int, generator: torch.Generator) -> Tensor:
+    """Return the image from which each masked patch of each image comes, int64 (Z, P).
 
     Each patch draws on its own, uniformly over the other images, never the image itself.
     """
-    batch = len(mask_BP)
-    assert batch > 1, "multi-fill needs another image in the batch"
-    shift_BP = torch.randint(1, batch, mask_BP.shape, generator=generator).to(mask_BP.device)
-    own_B1 = torch.arange(batch, device=mask_BP.device)[:, None]
-    return _donors(mask_BP, (own_B1 + shift_BP) % batch)
+    assert pool > 1, "multi-fill needs another image in the pool"
+    shift_ZP = torch.randint(1, pool, (pool, patches), generator=generator)
+    return (torch.arange(pool)[:, None] + shift_ZP) % pool
 
 
-def apply_donors(patches_BPD: Tensor, donor_BP: Tensor) -> Tensor:
-    """Return the patch vectors of the counterfactual images, (B, P, D).
+def donors(mask_BP: Tensor, source_BP: Tensor, own_B1: Tensor) -> Tensor:
+    """Return the index map, int64 (B, P).
 
-    Dropped patches keep their own vector: whoever attends must leave them out (`donor_BP != DROP`).
+    Args:
+        mask_BP: bool; True where a patch is masked.
+        source_BP: where a masked patch comes from, or DROP; its sizes may be 1.
+        own_B1: each image's own number in the pool.
     """
-    batch, patches = donor_BP.shape
-    own_B1 = torch.arange(batch, device=donor_BP.device)[:, None]
-    source_BP = torch.where(donor_BP == DROP, own_B1, donor_BP)
-    return patches_BPD[source_BP, torch.arange(patches, device=donor_BP.device)]
-
-
-def _donors(mask_BP: Tensor, source_BP: Tensor) -> Tensor:
-    own_B1 = torch.arange(len(mask_BP), device=mask_BP.device)[:, None]
     return torch.where(mask_BP, source_BP, own_B1)
+
+
+def apply_donors(patches_ZPV: Tensor, donor_BP: Tensor, own_B1: Tensor) -> Tensor:
+    """Return the patches of the counterfactual images, (B, P, V), from those of the pool.
+
+    Dropped patches keep their own pixels: whoever attends must leave them out (`donor_BP != DROP`).
+    """
+    source_BP = torch.where(donor_BP == DROP, own_B1, donor_BP)
+    return patches_ZPV[source_BP, torch.arange(donor_BP.shape[1], device=donor_BP.device)]

@@ -2,50 +2,94 @@
 
 R_0 = I, R_l = R_{l-1} + A_l R_{l-1} with A_l = mean_heads relu(G_l * P_l), G_l = ds/dP_l (Chefer et
 al. 2021, eq. 5 and 6; section 3.2 of the paper). Only the class token's row of R is needed, and it
-obeys r <- r + r A_l from the last layer to the first, so the L x L product is never formed and the
-attention of one layer at a time is recomputed from its queries and keys.
+obeys r <- r + r A_l from the last layer to the first: the order in which a backward pass meets the
+layers. So each A_l is made from its layer's queries, keys and values when the gradient arrives
+there, and let go; neither all maps nor the L x L product ever exist.
 
-Shapes: B batch, N heads, L = 1 + P tokens, P patches, S head width.
+Shapes: B batch, N heads, L = 1 + P tokens, P patches, Q queries (L, or 1 where only the class
+token's output is read), S head width, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-# one layer's query, key, value and attention output, each (B, N, L, S); the output must lie in the
-# graph of the logits
-Tap = tuple[Tensor, Tensor, Tensor, Tensor]
+# query (B, N, Q, S), key and value (B, N, L, S)
+Heads = tuple[Tensor, Tensor, Tensor]
+# one layer: what returns its heads, and its attention's output in the logits' graph, (B, N, Q, S)
+Tap = tuple[Callable[[], Heads], Tensor]
+
+# bytes of one fp32 attention map that may exist at once; more images are worked off in parts
+MAP_BYTES = 2**28
 
 
 def label_relevance(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor:
     """Return the un-normalised relevance of every patch for its image's label, fp32 (B, P).
 
     The graph of `logits_BK` is kept, so the same forward can serve the loss. The logits must carry
-    CLIP's scale: the rule is a product of (I + A), which is not invariant to it.
+    CLIP's scale and no other: the rule is a product of (I + A), which is not invariant to it.
+
+    Args:
+        logits_BK: the student's logits.
+        labels_B: the label of each image.
+        taps: the layers, first to last.
     """
-    score = logits_BK.gather(1, labels_B[:, None]).sum()
-    outputs = [output_BNLS for _, _, _, output_BNLS in taps]
-    gradients = torch.autograd.grad(score, outputs, retain_graph=True)
-    with torch.no_grad(), torch.autocast(score.device.type, enabled=False):
-        row_BL = _class_token_row(outputs[0])
-        for tap, gradient_BNLS in zip(reversed(taps), reversed(gradients), strict=True):
-            attention_BLL = layer_relevance(tap, gradient_BNLS)
-            row_BL = row_BL + torch.einsum("bl,blm->bm", row_BL, attention_BLL)
+    (heads, output_BNQS), *_ = taps
+    batch, _, tokens, _ = heads()[1].shape
+    row_BL = torch.zeros(batch, tokens, device=output_BNQS.device)
+    row_BL[:, 0] = 1
+
+    def consume(heads: Callable[[], Heads], gradient_BNQS: Tensor) -> None:
+        propagate(row_BL, heads(), gradient_BNQS)
+
+    hooks = [output.register_hook(partial(consume, heads)) for heads, output in taps]
+    try:
+        torch.autograd.grad(_score(logits_BK, labels_B), output_BNQS, retain_graph=True)
+    finally:
+        # the loss goes backward through the same layers
+        for hook in hooks:
+            hook.remove()
     return row_BL[:, 1:]
 
 
-def layer_relevance(tap: Tap, output_gradient_BNLS: Tensor) -> Tensor:
-    """Return A = mean_heads relu(G * P) of one layer, fp32 (B, L, L).
+def propagate(row_BL: Tensor, heads: Heads, output_gradient_BNQS: Tensor) -> None:
+    """Take the class token's row of R through one layer, in place: r <- r + r A."""
+    batch, num_heads, queries, _ = output_gradient_BNQS.shape
+    images = max(1, MAP_BYTES // (4 * num_heads * queries * row_BL.shape[1]))
+    with torch.no_grad(), torch.autocast(row_BL.device.type, enabled=False):
+        for first in range(0, batch, images):
+            part = slice(first, first + images)
+            query, key, value = (tensor[part] for tensor in heads)
+            attention_BQL = layer_relevance((query, key, value), output_gradient_BNQS[part])
+            row_B1Q = row_BL[part, None, :queries]
+            row_BL[part] += (row_B1Q @ attention_BQL)[:, 0]
 
-    With O = P V, the gradient of the attention probabilities is G = dO V^T, so fused attention
-    that never exposes P serves as well.
+
+def layer_relevance(heads: Heads, output_gradient_BNQS: Tensor) -> Tensor:
+    """Return A = mean_heads relu(G * P) of one layer, fp32 (B, Q, L)."""
+    probabilities_BNQL, gradient_BNQL = _map_and_gradient(heads, output_gradient_BNQS)
+    return gradient_BNQL.mul_(probabilities_BNQL).relu_().mean(dim=1)
+
+
+def grad_cam(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor:
+    """Return GradCAM over the last layer's attention of the class token, fp32 (B, P).
+
+    Each head's map is weighted by the mean of its gradient over the patches, and what the heads'
+    mean leaves above zero is the map (Selvaraju et al. 2017, as Chefer et al. 2021 compare with).
+    Cheaper than `label_relevance` and blind to all layers but the last.
     """
-    query, key, value = (part.detach().float() for part in tap[:3])
-    scale = query.shape[-1] ** -0.5
-    probabilities_BNLL = (query @ key.transpose(-2, -1) * scale).softmax(dim=-1)
-    gradient_BNLL = output_gradient_BNLS.float() @ value.transpose(-2, -1)
-    return (gradient_BNLL * probabilities_BNLL).relu().mean(dim=1)
+    heads, output_BNQS = taps[-1]
+    (gradient_BNQS,) = torch.autograd.grad(
+        _score(logits_BK, labels_B), output_BNQS, retain_graph=True
+    )
+    with torch.no_grad(), torch.autocast(logits_BK.device.type, enabled=False):
+        query, key, value = heads()
+        maps = _map_and_gradient((query[:, :, :1], key, value), gradient_BNQS[:, :, :1])
+        probabilities_BNP, gradient_BNP = (of_class[:, :, 0, 1:] for of_class in maps)
+        weight_BN1 = gradient_BNP.mean(dim=-1, keepdim=True)
+        return (weight_BN1 * probabilities_BNP).mean(dim=1).relu()
 
 
 def normalise(relevance_BP: Tensor) -> Tensor:
@@ -56,8 +100,17 @@ def normalise(relevance_BP: Tensor) -> Tensor:
     return relevance_BP / (relevance_BP.amax(dim=1, keepdim=True) + 1e-8)
 
 
-def _class_token_row(output_BNLS: Tensor) -> Tensor:
-    batch, _, tokens, _ = output_BNLS.shape
-    row_BL = torch.zeros(batch, tokens, device=output_BNLS.device)
-    row_BL[:, 0] = 1
-    return row_BL
+def _score(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+    # images do not see each other, so one backward pass of the sum gives each its own gradient
+    return logits_BK.gather(1, labels_B[:, None]).sum()
+
+
+def _map_and_gradient(heads: Heads, output_gradient_BNQS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return P and G = ds/dP, fp32, both (B, N, Q, L).
+
+    With O = P V, G = dO V^T, so fused attention that never exposes P serves as well.
+    """
+    query, key, value = (part.detach().float() for part in heads)
+    scale = query.shape[-1] ** -0.5
+    probabilities_BNQL = (query @ key.transpose(-2, -1)).mul_(scale).softmax(dim=-1)
+    return probabilities_BNQL, output_gradient_BNQS.float() @ value.transpose(-2, -1)

@@ -11,30 +11,39 @@ from pathlib import Path
 
 import torch
 
-from rft import cli, dist, files, recipes
-from rft.clip.classifier import SELECTED, Classifier, build_classifier, load_state
+from rft import cli, dist, files, recipes, rng
+from rft.clip.classifier import (
+    SELECTED,
+    Classifier,
+    build_classifier,
+    checkpoint_path,
+    load_state,
+)
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import Config
 from rft.data.cache import Cache
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
 from rft.dist import World
+from rft.method.averaging import require_alike
 from rft.train.gallery import one_of_each_class, write_gallery
 from rft.train.loop import Job, train
 from rft.train.objective import Objective
 from rft.train.run import RunFolder, is_finished
 
 SMALL = "miniature"
+SMALL_POOL = 64  # a donor pool below this is worth a word
 
 USAGE = f"""Fine-tune CLIP so that it stays robust.
 
 usage: torchrun --nproc_per_node N -m rft.train RECIPE --data URL --run-dir DIR [--any.option VALUE]
 
 Without --data it trains on the embedded miniature world, {recipes.DEFAULT} if no recipe is named.
-The defaults below are the paper's; --scale miniature starts from those for that world.
+The defaults below are the paper's; --scale miniature starts from those for that world, and
+--preset official-parity from what the paper's released code does where it differs from its text.
 The same command again resumes a run that was stopped.
 
-Recipes:
+Recipes (the paper's numbers for each: rft/recipes.py):
 {recipes.describe()}
 """
 
@@ -43,16 +52,18 @@ def parse(arguments: list[str]) -> Config:
     """Return the configuration of a command line.
 
     Raises:
-        ValueError: for an unknown recipe or scale, a value out of range, or a missing run folder.
+        ValueError: for an unknown recipe, scale or preset, a value out of range, a missing run
+            folder, or a recipe that builds on a run that was not named.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     recipe = arguments[0] if named else recipes.DEFAULT
     options = arguments[1:] if named else arguments
-    # the recipe and the scale decide the defaults that the whole line is then parsed over
+    # recipe, scale and preset decide the defaults that the whole line is then parsed over
     wants_help = bool({"-h", "--help"} & set(options))
     papers = wants_help or bool(_value_of(options, "--data"))
     scale = _value_of(options, "--scale") or ("paper" if papers else SMALL)
-    default = recipes.build(recipe, scale=scale)
+    preset = _value_of(options, "--preset") or "paper"
+    default = recipes.build(recipe, scale=scale, preset=preset)
     if wants_help:
         print(USAGE)
     config = cli.parse(Config, args=options, default=default, prog="rft.train", description="")
@@ -63,6 +74,7 @@ def parse(arguments: list[str]) -> Config:
     files.require_local(config.run, "--run-dir")
     if not config.data and config.scale != SMALL:
         raise ValueError("--data is missing; give the URL that tools/shard_imagenet.py wrote to")
+    recipes.require_inputs(config)
     return config
 
 
@@ -109,8 +121,16 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     packed.image(int(samples[0]), pretrained.architecture.image_size)
     pretrained.model.to(device)
     head = zero_shot_head(pretrained, packed.manifest.classes, packed.manifest.templates)
-    student = Classifier(pretrained.model.visual, head, pretrained.architecture)
-    teacher = copy.deepcopy(student)
+    teacher = Classifier(pretrained.model.visual, head, pretrained.architecture)
+    student, ensemble = starting_student(config, teacher), second_teacher(config, teacher)
+    objective = Objective(
+        student,
+        teacher,
+        config.method,
+        ensemble=ensemble,
+        recompute=config.recompute,
+        compile=config.compile,
+    )
     batches = TrainingBatches(
         packed,
         samples,
@@ -124,11 +144,76 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
         config=config,
         world=world,
         device=device,
-        objective=Objective(student, teacher, config.method).to(device),
+        objective=objective.to(device),
         batches=batches,
         held_out=held_out,
-        fingerprint=fingerprint(packed, plan, loader.held_out, config.held_out_seed),
+        fingerprint={
+            **fingerprint(packed, plan, loader.held_out, config.held_out_seed),
+            **weights_fingerprint(config),
+        },
     )
+
+
+def starting_student(config: Config, pretrained: Classifier) -> Classifier:
+    """Return the model that learns, as it starts.
+
+    Raises:
+        ValueError: if the weights to start from are not those of such a model.
+    """
+    student = copy.deepcopy(pretrained)
+    if config.model.head == "random":
+        bound = student.head.in_features**-0.5  # torch's own for a linear layer
+        draw = rng.torch_generator(config.seed, "head")
+        weight_KE = torch.rand(student.head.weight.shape, generator=draw) * 2 * bound - bound
+        with torch.no_grad():
+            student.head.weight.copy_(weight_KE)
+    if config.model.start:
+        load_alike(student, config.model.start, "--model.start")
+    if config.optim.trains == "head":
+        student.visual.requires_grad_(False)
+    return student
+
+
+def second_teacher(config: Config, pretrained: Classifier) -> Classifier | None:
+    """Return WiSE-KD's teacher, or None for a method without one.
+
+    Raises:
+        ValueError: if its weights are not those of such a model.
+    """
+    if config.method.kd_weight == 0:
+        return None
+    teacher = copy.deepcopy(pretrained)
+    load_alike(teacher, config.method.kd_teacher, "--method.kd-teacher")
+    return teacher
+
+
+def load_alike(model: Classifier, path: str, option: str) -> None:
+    """Load a run's selected weights into a model of the same architecture.
+
+    Raises:
+        ValueError: naming the option, if the two differ.
+    """
+    state, architecture, _ = load_state(checkpoint_path(Path(path)))
+    mine, theirs = (dataclasses.asdict(a) for a in (model.architecture, architecture))
+    if changed := files.difference(mine, theirs):
+        raise ValueError(f"{option} {path} is another architecture: {changed[0]}")
+    try:
+        require_alike(model.state_dict(), state)
+    except ValueError as error:
+        raise ValueError(f"{option} {path}: {error}") from error
+    model.load_state_dict(state)
+
+
+def weights_fingerprint(config: Config) -> dict[str, str]:
+    """Return the hashes of the weights files that a run builds on."""
+    paths = {"start": config.model.start}
+    if config.method.kd_weight > 0:
+        paths["kd_teacher"] = config.method.kd_teacher
+    return {
+        f"{name}_sha256": files.sha256_file(checkpoint_path(Path(path)))
+        for name, path in paths.items()
+        if path
+    }
 
 
 def run_job(job: Job) -> None:
@@ -143,12 +228,17 @@ def run_job(job: Job) -> None:
         if len(job.held_out) and config.method.mask != "none":
             packed = job.batches.packed
             shown = one_of_each_class(packed.index.label, job.held_out, 8)
-            methods = {name: m for name, m in recipes.METHODS.items() if m.mask != "none"}
             state, architecture, _ = load_state(run.path / SELECTED)
             model = build_classifier(state, architecture)
-            write_gallery(str(run.path / "gallery.npz"), model, packed, shown, methods)
+            gallery = str(run.path / "gallery.npz")
+            write_gallery(gallery, model, packed, shown, recipes.masked_methods())
         run.finish(
-            {"steps": progress.step, "best_step": progress.best_step, "world_size": world.size}
+            {
+                "steps": progress.step,
+                "best_step": progress.best_step,
+                "world_size": world.size,
+                "manifest_sha256": job.fingerprint["manifest_sha256"],
+            }
         )
     print(f"run finished: {config.run} (model of step {progress.best_step} selected)")
 
@@ -171,6 +261,10 @@ def main() -> None:
     job = prepare(config, world, device)
     if world.is_main:
         print(f"{config.run}: {config.recipe} on {world.size} x {device.type}", flush=True)
+        if config.method.masks and not config.method.drops:
+            pool = config.donor_pool(world.size)
+            few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
+            print(f"fills choose from {pool} images{few}", flush=True)
     with dist.process_group(world, device):
         run_job(job)
     if world.is_main:

@@ -13,8 +13,8 @@ from rft.clip.classifier import Classifier
 from rft.clip.vit import AttentionTap
 from rft.config import MethodConfig
 from rft.data.loader import PackedDataset
-from rft.method import relevance
-from rft.train.objective import StepAddress, build_donors, build_mask
+from rft.method import refill, relevance
+from rft.train.objective import StepAddress, cam_mask, draw
 
 
 def write_gallery(
@@ -37,8 +37,8 @@ def write_gallery(
     batch = packed.batch(samples, model.architecture.image_size)
     images_BCHW, labels_B = batch.images_BCHW.to(device), batch.labels_B.to(device)
     taps: list[AttentionTap] = []
-    patches_BPD = model.patches(images_BCHW)
-    logits_BK = model.logits(model.features(patches_BPD, taps=taps))
+    patches_BPV = model.patches(images_BCHW)
+    logits_BK = model.logits(model.features(patches_BPV, taps=taps))
     relevance_BP = relevance.normalise(relevance.label_relevance(logits_BK, labels_B, taps))
     columns = {
         "images_BCHW": batch.images_BCHW.numpy(),
@@ -47,10 +47,13 @@ def write_gallery(
         "relevance_BP": relevance_BP.cpu().numpy(),
         "patch": np.array(model.architecture.vision_cfg["patch_size"]),
     }
+    count, patches = patches_BPV.shape[:2]
     for name, method in methods.items():
-        address = StepAddress(seed=0, step=0, rank=0, micro=0)
-        mask_BP = build_mask(method, patches_BPD.shape[:2], relevance_BP, address)
-        columns[f"donor/{name}"] = build_donors(method, mask_BP.to(device), address).cpu().numpy()
+        draws = draw(method, range(count), patches, count, StepAddress(0, 0, 0, 0))
+        mask_BP = draws.mask_BP
+        if mask_BP is None:
+            mask_BP = cam_mask(method, relevance_BP).cpu()
+        columns[f"donor/{name}"] = refill.donors(mask_BP, draws.source_BP, draws.own_B1).numpy()
     stream = io.BytesIO()
     np.savez_compressed(stream, **columns)
     files.write_bytes(url, stream.getvalue())

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from rft import dist
-from rft.clip.classifier import SELECTED, Classifier, save_classifier
+from rft.clip.classifier import LAST, SELECTED, Classifier, save_classifier
 from rft.config import Config
 from rft.data.loader import Batch, Reading, TrainingBatches, read_batches
 from rft.dist import World
@@ -19,8 +20,8 @@ from rft.evaluate.accuracy import Count
 from rft.evaluate.evaluator import count_correct
 from rft.train import checkpoint
 from rft.train.journal import Journal
-from rft.train.objective import Objective, StepAddress
-from rft.train.optim import build_optimizer, learning_rate
+from rft.train.objective import Draws, Objective, StepAddress, draw
+from rft.train.optim import build_optimizer, set_schedule
 from rft.train.run import RunFolder
 
 COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
@@ -68,13 +69,11 @@ def train(job: Job) -> checkpoint.Progress:
     with Journal(config, progress.step, job.total_steps, writes=world.is_main) as journal:
         for step in steps:
             batch = meter.wait_for(stream)
-            lr = learning_rate(step, job.total_steps, config.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            terms = accumulate_gradients(job, module, batch, step)
-            grad_norm = nn.utils.clip_grad_norm_(job.student.parameters(), config.optim.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            lr = set_schedule(optimizer, step, job.total_steps, config.optim)
+            terms, grad_norm = accumulate_gradients(job, module, batch, step)
+            with record_function("optimizer"):
+                optimizer.step()
+                optimizer.zero_grad()
             meter.add(terms, grad_norm)
 
             progress.step = step + 1
@@ -95,35 +94,79 @@ def train(job: Job) -> checkpoint.Progress:
         if job.total_steps == 0:
             select(job, progress, journal)
             keep_selected(job, progress)
+    if world.is_main:
+        save_classifier(str(folder.parent / LAST), job.student, metadata(job, progress))
     return progress
 
 
-def accumulate_gradients(job: Job, module: nn.Module, batch: Batch, step: int) -> Tensor:
-    """Leave the batch's averaged gradient in the parameters; return (cross-entropy, MSE, replaced).
+def accumulate_gradients(
+    job: Job, module: nn.Module, batch: Batch, step: int
+) -> tuple[Tensor, Tensor]:
+    """Leave the batch's averaged, clipped gradient in the parameters.
 
-    Each micro-batch goes backward once for the cross-entropy and once for the counterfactual, so
-    only one graph is alive at a time; gradients are exchanged in the last backward only.
+    Each micro-batch goes backward once for the clean losses and once for the counterfactual, so
+    only one graph is alive at a time; gradients are exchanged in the last backward only, or with
+    clipping after every micro-batch, in the last one of each.
+
+    Returns:
+        The terms (cross-entropy, logit distillation, MSE, share of patches replaced), and the
+        gradient's norm before it was clipped (for the last time).
     """
-    config = job.config
-    parts = config.optim.accumulate
-    terms = torch.zeros(3, device=job.device)
+    optim, weight = job.config.optim, job.config.method.distill_weight
+    parts = optim.accumulate
+    terms, grad_norm = torch.zeros(4, device=job.device), torch.zeros((), device=job.device)
+    pool_ZCHW = donor_pool(job, batch.images_BCHW)
     micros = zip(batch.images_BCHW.chunk(parts), batch.labels_B.chunk(parts), strict=True)
     for micro, (images_BCHW, labels_B) in enumerate(micros):
-        last = micro == parts - 1
-        address = StepAddress(config.seed, step, job.world.rank, micro)
-        with dist.skip_sync(module, job.objective.distils or not last), precision(job):
-            cross_entropy, donor_BP = module(images_BCHW, labels_B, address)
-            (cross_entropy / parts).backward()
-        terms[0] += cross_entropy.detach() / parts
-        if donor_BP is None:
-            continue
-        with dist.skip_sync(module, not last), precision(job):
-            mse, _ = module(images_BCHW, labels_B, address, donor_BP)
-            (config.method.distill_weight * mse / parts).backward()
-        own_B1 = torch.arange(len(donor_BP), device=job.device)[:, None]
-        terms[1] += mse.detach() / parts
-        terms[2] += (donor_BP != own_B1).float().mean() / parts
-    return terms
+        ends = micro == parts - 1 or optim.clip == "micro-step"
+        draws = draw_micro_batch(job, step, micro, len(images_BCHW))
+        with dist.skip_sync(module, draws is not None or not ends), precision(job):
+            clean = module(images_BCHW, labels_B, draws)
+            with record_function("clean backward"):
+                (clean.loss / parts).backward()
+        terms[0] += clean.cross_entropy.detach() / parts
+        terms[1] += clean.logit_distillation.detach() / parts
+        if draws is not None:
+            pool = images_BCHW if pool_ZCHW is None else pool_ZCHW
+            with dist.skip_sync(module, not ends), precision(job):
+                mse = module(pool, labels_B, draws, clean.donor_BP)
+                with record_function("counterfactual backward"):
+                    (weight * mse / parts).backward()
+            terms[2] += mse.detach() / parts
+            terms[3] += (clean.donor_BP != draws.own_B1).float().mean() / parts
+        if ends:
+            with record_function("clip"):
+                grad_norm = nn.utils.clip_grad_norm_(job.student.parameters(), optim.clip_norm)
+    return terms, grad_norm
+
+
+def donor_pool(job: Job, images_BCHW: Tensor) -> Tensor | None:
+    """Return the whole global batch if fills choose from it; None if from the micro-batch."""
+    if not (job.config.method.masks and job.config.method.donors == "global"):
+        return None
+    with record_function("gather donors"):
+        return dist.gather_rows(job.world, images_BCHW)
+
+
+def draw_micro_batch(job: Job, step: int, micro: int, images: int) -> Draws | None:
+    """Return the draws of one micro-batch of this rank; None without a counterfactual part.
+
+    From a global pool all ranks draw the same numbers for the whole batch, so that the result does
+    not depend on how many ranks or micro-batches it is cut into.
+    """
+    config, world = job.config, job.world
+    if not job.objective.distils:
+        return None
+    pool = config.donor_pool(world.size)
+    own, rank, part = range(images), world.rank, micro
+    if config.method.donors == "global":
+        first = (world.rank * config.optim.accumulate + micro) * images
+        own, rank, part = range(first, first + images), 0, 0
+    if config.method.same_draws:
+        rank = 0
+    address = StepAddress(config.seed, step, rank, part)
+    patches = (job.batches.image_size // job.student.patch_side) ** 2
+    return draw(config.method, own, patches, pool, address).to(job.device)
 
 
 def precision(job: Job) -> torch.autocast:
@@ -173,8 +216,13 @@ def keep_selected(job: Job, progress: checkpoint.Progress) -> None:
     selected model that the resumed run does not know of.
     """
     if job.world.is_main and progress.best_step == progress.step:
-        metadata = {"recipe": job.config.recipe, "step": str(progress.step)}
-        save_classifier(str(RunFolder(job.config).path / SELECTED), job.student, metadata)
+        path = RunFolder(job.config).path / SELECTED
+        save_classifier(str(path), job.student, metadata(job, progress))
+
+
+def metadata(job: Job, progress: checkpoint.Progress) -> dict[str, str]:
+    """Return what a weights file says of where it comes from."""
+    return {"recipe": job.config.recipe, "step": str(progress.step)}
 
 
 class Meter:
@@ -186,7 +234,7 @@ class Meter:
 
     def restart(self) -> None:
         """Forget what was added: the clock starts now, evaluation and checkpoint not counted."""
-        self._terms = torch.zeros(4, device=self._job.device)
+        self._terms = torch.zeros(5, device=self._job.device)
         self._reading = np.zeros(len(READING))
         self._steps = 0
         self._started = time.perf_counter()
@@ -211,13 +259,15 @@ class Meter:
         """
         job = self._job
         means = dist.sum_over_ranks(job.world, self._terms) / (self._steps * job.world.size)
-        cross_entropy, mse, replaced, grad_norm = means.tolist()
-        loss = cross_entropy + job.config.method.distill_weight * mse
+        cross_entropy, kd, mse, replaced, grad_norm = means.tolist()
+        method = job.config.method
+        loss = cross_entropy + method.kd_weight * kd + method.distill_weight * mse
         if not math.isfinite(loss + grad_norm):
             raise RuntimeError(
                 f"the loss or its gradient stopped being finite within the {self._steps} steps "
-                f"before step {step} (cross-entropy {cross_entropy}, MSE {mse}, gradient norm "
-                f"{grad_norm}); the last checkpoint is from before that"
+                f"before step {step} (cross-entropy {cross_entropy}, MSE {mse}, logit "
+                f"distillation {kd}, gradient norm {grad_norm}); the last checkpoint is from "
+                "before that"
             )
         seconds = time.perf_counter() - self._started
         reading_R = torch.from_numpy(self._reading).to(job.device)
@@ -228,6 +278,7 @@ class Meter:
             "loss": loss,
             "ce": cross_entropy,
             "mse": mse,
+            "kd": kd,
             "replaced": replaced,
             "grad_norm": grad_norm,
             "images_per_s": self._steps * job.config.loader.batch_size / seconds,

@@ -1,24 +1,31 @@
 """The training objective: cross-entropy plus distillation on counterfactual images.
 
-L = CE(g(f(x)), y) + beta MSE(f(x_cf), f_0(x_cf))   (eq. 2; f_0 is the frozen pre-trained tower)
+L = CE(g(f(x)), y) + gamma KD(g(f(x)), g_e(f_e(x))) + beta MSE(f(x_cf), f_0(x_cf))   (eq. 2 and 3)
 
-One module holds student and teacher so that data parallelism wraps it as a whole. A step is two
+f_0 is the frozen pre-trained tower; the ensemble (f_e, g_e) is WiSE-KD's second teacher, if there
+is one. One module holds all models so that data parallelism wraps it as a whole. A step is two
 calls with a backward after each, and only one of the two graphs is ever alive:
   clean: one forward of x serves the cross-entropy and the CAM that decides the donors;
   counterfactual: student and teacher see the same refilled patches.
+What chance decides is drawn before the first call, on the CPU, so that nothing waits for a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from rft import rng
+from rft.clip import vit
 from rft.clip.classifier import Classifier
 from rft.clip.vit import AttentionTap
 from rft.config import MethodConfig
 from rft.method import losses, masking, refill, relevance
+
+Features = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,14 +42,64 @@ class StepAddress:
         return rng.torch_generator(self.seed, purpose, self.step, self.rank, self.micro)
 
 
-class Objective(nn.Module):
-    """Student, frozen teacher and the losses between them."""
+class Draws(NamedTuple):
+    """What is known of a micro-batch's counterfactuals before any model has seen it."""
 
-    def __init__(self, student: Classifier, teacher: Classifier, method: MethodConfig) -> None:
+    mask_BP: Tensor | None
+    """Random masks, or none at all; None if the CAM decides."""
+    source_BP: Tensor
+    """Where a masked patch comes from (rft/method/refill.py); its sizes may be 1."""
+    own_B1: Tensor
+    """Each image's own number in the donor pool."""
+    kept: int | None
+    """Patches that every image keeps, where that is the same number and the others are dropped."""
+
+    def to(self, device: torch.device) -> "Draws":
+        """Return the draws on `device`; the copy does not make the host wait."""
+        if device.type == "cpu":
+            return self
+        moved = {
+            name: tensor.pin_memory().to(device, non_blocking=True)
+            for name, tensor in self._asdict().items()
+            if isinstance(tensor, Tensor)
+        }
+        return self._replace(**moved)
+
+
+class Clean(NamedTuple):
+    """What the clean call returns."""
+
+    loss: Tensor
+    """Cross-entropy plus gamma times the distillation of logits; to be sent backward."""
+    cross_entropy: Tensor
+    logit_distillation: Tensor
+    """0 without a second teacher."""
+    donor_BP: Tensor | None
+    """The counterfactuals' index map; None if there is no counterfactual part."""
+
+
+class Objective(nn.Module):
+    """Student, frozen teachers and the losses between them."""
+
+    def __init__(
+        self,
+        student: Classifier,
+        teacher: Classifier,
+        method: MethodConfig,
+        *,
+        ensemble: Classifier | None = None,
+        recompute: bool = False,
+        compile: bool = False,
+    ) -> None:
         super().__init__()
+        assert (ensemble is not None) == (method.kd_weight > 0), "kd_weight and a second teacher"
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
+        self.ensemble = None if ensemble is None else ensemble.eval().requires_grad_(False)
         self.method = method
+        self.recompute = recompute
+        # the clean forward of a step with a CAM stays as it is: its attention is looked into
+        self._features: Features = torch.compile(_features) if compile else _features
 
     @property
     def distils(self) -> bool:
@@ -53,90 +110,121 @@ class Objective(nn.Module):
         self,
         images_BCHW: Tensor,
         labels_B: Tensor,
-        address: StepAddress,
+        draws: Draws | None,
         donor_BP: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return a loss to send backward and, from the clean call, the donors.
+    ) -> Clean | Tensor:
+        """Return the clean losses and the donors, or the MSE on the counterfactuals.
 
         Args:
-            images_BCHW: uint8 images.
+            images_BCHW: uint8; this micro-batch for the clean call, and for the counterfactual call
+                the donor pool that it belongs to.
             labels_B: class ids.
-            address: where this micro-batch's randomness comes from.
+            draws: this micro-batch's; None if there is no counterfactual part.
             donor_BP: None for the clean call; its answer for the counterfactual call.
         """
         if donor_BP is None:
-            return self._clean(images_BCHW, labels_B, address)
-        return self._counterfactual(images_BCHW, donor_BP), None
+            return self._clean(images_BCHW, labels_B, draws)
+        assert draws is not None, "a counterfactual was decided without draws"
+        return self._counterfactual(images_BCHW, draws, donor_BP)
 
-    def _clean(
-        self, images_BCHW: Tensor, labels_B: Tensor, address: StepAddress
-    ) -> tuple[Tensor, Tensor | None]:
-        patches_BPD = self.student.patches(images_BCHW)
-        taps: list[AttentionTap] | None = [] if self._needs_cam else None
-        logits_BK = self.student.logits(self.student.features(patches_BPD, taps=taps))
-        cross_entropy = losses.classification(logits_BK, labels_B)
-        if not self.distils:
-            return cross_entropy, None
-        relevance_BP = None
-        if taps is not None:
-            relevance_BP = relevance.normalise(relevance.label_relevance(logits_BK, labels_B, taps))
-        mask_BP = build_mask(self.method, patches_BPD.shape[:2], relevance_BP, address)
-        donor_BP = build_donors(self.method, mask_BP.to(images_BCHW.device), address)
-        return cross_entropy, donor_BP
+    def _clean(self, images_BCHW: Tensor, labels_B: Tensor, draws: Draws | None) -> Clean:
+        taps: list[AttentionTap] | None = [] if self.method.needs_cam else None
+        with record_function("clean forward"):
+            patches_BPV = self.student.patches(images_BCHW)
+            features = self._features if taps is None else _features
+            features_BE = features(self.student, patches_BPV, taps=taps, recompute=self.recompute)
+            logits_BK = self.student.logits(features_BE)
+            cross_entropy = losses.classification(logits_BK, labels_B)
+        loss, logit_distillation = cross_entropy, torch.zeros_like(cross_entropy)
+        if self.ensemble is not None:
+            with record_function("second teacher"), torch.no_grad():
+                taught_BK = self.ensemble.logits(self._features(self.ensemble, patches_BPV))
+            logit_distillation = losses.knowledge_distillation(
+                logits_BK, taught_BK, self.method.kd_temperature
+            )
+            loss = cross_entropy + self.method.kd_weight * logit_distillation
+        donor_BP = None
+        if draws is not None:
+            mask_BP = draws.mask_BP
+            if taps is not None:
+                with record_function("cam"):
+                    mask_BP = cam_mask(self.method, cam(self.method, logits_BK, labels_B, taps))
+            donor_BP = refill.donors(mask_BP, draws.source_BP, draws.own_B1)
+        return Clean(loss, cross_entropy, logit_distillation, donor_BP)
 
-    def _counterfactual(self, images_BCHW: Tensor, donor_BP: Tensor) -> Tensor:
-        keep_BP = donor_BP != refill.DROP if self._drops else None
-        with torch.no_grad():
-            teacher_BE = self._features(self.teacher, images_BCHW, donor_BP, keep_BP)
-        student_BE = self._features(self.student, images_BCHW, donor_BP, keep_BP)
-        mse = losses.feature_mse(student_BE, teacher_BE)
+    def _counterfactual(self, pool_ZCHW: Tensor, draws: Draws, donor_BP: Tensor) -> Tensor:
+        pool_ZPV = vit.cut_patches(pool_ZCHW, self.student.patch_side)
+        # both towers want the same numbers
+        patches_BPV = self.student.normalise(refill.apply_donors(pool_ZPV, donor_BP, draws.own_B1))
+        dropping: dict = {}
+        if self.method.drops:
+            keep_BP = donor_BP != refill.DROP
+            dropping = {"keep_BP": keep_BP, "most": self._most_kept(draws, keep_BP)}
+        with record_function("teacher forward"), torch.no_grad():
+            teacher_BE = self._features(self.teacher, patches_BPV, **dropping)
+        with record_function("counterfactual forward"):
+            student_BE = self._features(
+                self.student, patches_BPV, recompute=self.recompute, **dropping
+            )
+            mse = losses.feature_mse(student_BE, teacher_BE)
         # data parallelism waits for every parameter: give the unused head its zero gradient
         unused = sum(parameter.sum() for parameter in self.student.head.parameters())
         return mse + 0.0 * unused
 
-    @staticmethod
-    def _features(
-        model: Classifier, images_BCHW: Tensor, donor_BP: Tensor, keep_BP: Tensor | None
-    ) -> Tensor:
-        patches_BPD = refill.apply_donors(model.patches(images_BCHW), donor_BP)
-        return model.features(patches_BPD, keep_BP)
-
-    @property
-    def _needs_cam(self) -> bool:
-        return self.distils and self.method.mask in ("object", "context")
-
-    @property
-    def _drops(self) -> bool:
-        return self.method.mask != "none" and self.method.fill == "none"
+    def _most_kept(self, draws: Draws, keep_BP: Tensor) -> int | None:
+        match self.method.no_fill:
+            case "key-mask":
+                return None
+            case "auto":
+                return draws.kept
+            case "token-drop":
+                if draws.kept is not None:
+                    return draws.kept
+                # the length of a tensor must be known here: this one waits for the GPU
+                return int(keep_BP.sum(dim=1).amax())
 
 
-def build_mask(
-    method: MethodConfig,
-    shape_BP: Sequence[int],
-    relevance_BP: Tensor | None,
-    address: StepAddress,
+def _features(model: Classifier, patches_BPV: Tensor, **options: object) -> Tensor:
+    return model.features(patches_BPV, **options)
+
+
+def cam(
+    method: MethodConfig, logits_BK: Tensor, labels_B: Tensor, taps: list[AttentionTap]
 ) -> Tensor:
-    """Return the mask that `method` asks for, bool (B, P); relevance is normalised."""
-    match method.mask:
-        case "none":
-            return torch.zeros(shape_BP, dtype=torch.bool)
-        case "random":
-            draw = masking.fixed_count_mask if method.fill == "none" else masking.bernoulli_mask
-            return draw(shape_BP, method.rate, address.generator("mask"))
-        case "object":
-            assert relevance_BP is not None
-            return masking.object_mask(relevance_BP, method.threshold)
-        case "context":
-            assert relevance_BP is not None
-            return masking.context_mask(relevance_BP, method.threshold)
+    """Return the class activation map that `method` asks for, each image's maximum 1, (B, P)."""
+    kind = relevance.label_relevance if method.cam == "relevance" else relevance.grad_cam
+    return relevance.normalise(kind(logits_BK, labels_B, taps))
 
 
-def build_donors(method: MethodConfig, mask_BP: Tensor, address: StepAddress) -> Tensor:
-    """Return the donors that `method` asks for, int64 (B, P)."""
-    match method.fill:
-        case "none":
-            return refill.no_fill(mask_BP)
-        case "single":
-            return refill.single_fill(mask_BP, address.generator("fill"))
-        case "multi":
-            return refill.multi_fill(mask_BP, address.generator("fill"))
+def cam_mask(method: MethodConfig, relevance_BP: Tensor) -> Tensor:
+    """Return the mask that `method` makes of a normalised map, bool (B, P)."""
+    kind = masking.object_mask if method.mask == "object" else masking.context_mask
+    return kind(relevance_BP, method.threshold)
+
+
+def draw(method: MethodConfig, own: range, patches: int, pool: int, address: StepAddress) -> Draws:
+    """Draw what chance decides for images `own` of a donor pool, on the CPU.
+
+    The numbers are drawn for the whole pool and each rank takes its images' part, so that they do
+    not depend on who draws them if the address does not.
+    """
+    rows = slice(own.start, own.stop)
+    mask_BP, kept = None, None
+    if not method.masks:
+        mask_BP = torch.zeros(len(own), patches, dtype=torch.bool)
+    elif method.mask == "random":
+        kinds = {True: masking.fixed_count_mask, False: masking.bernoulli_mask}
+        generator = address.generator("mask")
+        mask_BP = kinds[method.fixed_count]((pool, patches), method.rate, generator)[rows]
+        if method.drops and method.fixed_count:
+            kept = masking.kept_patches(patches, method.rate)
+    if not method.masks or method.drops:
+        source_BP = torch.tensor([[refill.DROP]])
+    elif method.fill == "multi":
+        source_BP = refill.multi_sources(pool, patches, address.generator("fill"))[rows]
+    else:
+        derange = method.single_fill == "derangement"
+        source_ZP = refill.single_sources(pool, address.generator("fill"), derange=derange)
+        source_BP = source_ZP[rows]
+    own_B1 = torch.arange(own.start, own.stop)[:, None]
+    return Draws(mask_BP, source_BP, own_B1, kept)

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate, a function of the step (appendix A.1)."""
+"""AdamW and its schedules, functions of the step (appendix A.1)."""
 
 import math
 
@@ -20,6 +20,19 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     )
 
 
+def set_schedule(
+    optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimConfig
+) -> float:
+    """Set learning rate and beta1 of optimizer step `step` (0-based); return the learning rate."""
+    if config.schedule == "one-cycle":
+        lr, beta1 = one_cycle(step, total_steps, config)
+    else:
+        lr, beta1 = learning_rate(step, total_steps, config), config.beta1
+    for group in optimizer.param_groups:
+        group["lr"], group["betas"] = lr, (beta1, config.beta2)
+    return lr
+
+
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """Return the learning rate of optimizer step `step` (0-based).
 
@@ -29,3 +42,23 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def one_cycle(step: int, total_steps: int, config: OptimConfig) -> tuple[float, float]:
+    """Return learning rate and beta1 of torch's OneCycleLR as the released code uses it.
+
+    Along a cosine the rate rises from lr / 25 to lr over 2% of the steps and falls to lr / 250,000,
+    while beta1 does the opposite between 0.95 and 0.85 (the scheduler's default, which overrides
+    the optimizer's own beta1).
+    """
+    low, high = config.lr / 25, config.lr
+    peak, end = 0.02 * total_steps - 1, total_steps - 1
+    if step <= peak:
+        done = step / peak
+        return _cosine(low, high, done), _cosine(0.95, 0.85, done)
+    done = (step - peak) / (end - peak)
+    return _cosine(high, low / 1e4, done), _cosine(0.85, 0.95, done)
+
+
+def _cosine(start: float, end: float, done: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * done))

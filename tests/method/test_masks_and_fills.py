@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rft.clip import vit
 from rft.method import masking, refill
 from tests.reference import textbook
 
@@ -51,53 +52,80 @@ def test_bernoulli_rate():
     assert abs(share - 0.3) < 0.01
 
 
-@given(seeds, batches, patch_counts)
-def test_every_fill_keeps_what_is_not_masked(seed, batch, patches):
+def own(batch: int) -> torch.Tensor:
+    return torch.arange(batch)[:, None]
+
+
+@given(seeds, batches, patch_counts, st.booleans())
+def test_every_fill_keeps_what_is_not_masked(seed, batch, patches, derange):
     mask = random_mask(seed, batch, patches)
-    own = torch.arange(batch)[:, None].expand_as(mask)
-    for donors in (
-        refill.no_fill(mask),
-        refill.single_fill(mask, generator(seed)),
-        refill.multi_fill(mask, generator(seed)),
+    for source in (
+        torch.tensor([[refill.DROP]]),
+        refill.single_sources(batch, generator(seed), derange=derange),
+        refill.multi_sources(batch, patches, generator(seed)),
     ):
-        assert (donors[~mask] == own[~mask]).all()
+        donors = refill.donors(mask, source, own(batch))
+        assert (donors[~mask] == own(batch).expand_as(mask)[~mask]).all()
+        assert (donors[mask] == source.expand_as(mask)[mask]).all()
 
 
-@given(seeds, batches, patch_counts)
-def test_no_fill_drops(seed, batch, patches):
-    mask = random_mask(seed, batch, patches)
-    assert ((refill.no_fill(mask) == refill.DROP) == mask).all()
+@given(seeds, batches)
+def test_single_fill_is_one_permutation_of_the_pool(seed, batch):
+    source = refill.single_sources(batch, generator(seed))
+    assert sorted(source[:, 0].tolist()) == list(range(batch))
 
 
-@given(seeds, batches, patch_counts)
-def test_single_fill_is_one_permutation_of_the_batch(seed, batch, patches):
-    donors = refill.single_fill(torch.ones(batch, patches, dtype=torch.bool), generator(seed))
-    assert (donors == donors[:, :1]).all()
-    assert sorted(donors[:, 0].tolist()) == list(range(batch))
+@given(seeds, batches)
+def test_a_derangement_is_a_permutation_without_fixed_points(seed, batch):
+    source = refill.single_sources(batch, generator(seed), derange=True)
+    assert sorted(source[:, 0].tolist()) == list(range(batch))
+    assert (source != own(batch)).all()
+
+
+def test_permutations_have_one_fixed_point_on_average_and_derangements_are_uniform():
+    draws = generator(1)
+    fixed = [(refill.single_sources(20, draws) == own(20)).sum().item() for _ in range(2000)]
+    assert abs(sum(fixed) / 2000 - 1) < 0.1
+    # three images have two derangements
+    found = [refill.single_sources(3, draws, derange=True)[0].item() for _ in range(2000)]
+    assert abs(found.count(1) / 2000 - 0.5) < 0.05
 
 
 @given(seeds, batches, patch_counts)
 def test_multi_fill_never_takes_the_image_itself(seed, batch, patches):
-    donors = refill.multi_fill(torch.ones(batch, patches, dtype=torch.bool), generator(seed))
-    assert (donors != torch.arange(batch)[:, None]).all()
-    assert ((donors >= 0) & (donors < batch)).all()
+    source = refill.multi_sources(batch, patches, generator(seed))
+    assert (source != own(batch)).all()
+    assert ((source >= 0) & (source < batch)).all()
 
 
 def test_multi_fill_is_uniform_over_the_others():
-    donors = refill.multi_fill(torch.ones(5, 20000, dtype=torch.bool), generator(0))
-    counts = torch.bincount(donors[0], minlength=5)
+    source = refill.multi_sources(5, 20000, generator(0))
+    counts = torch.bincount(source[0], minlength=5)
     assert counts[0] == 0
     assert (counts[1:] / 20000 - 0.25).abs().max() < 0.02
 
 
-@given(seeds, st.integers(2, 5))
-def test_filling_patches_equals_filling_pixels(seed, batch):
-    grid, patch = 3, 2
-    images = torch.rand(batch, 3, grid * patch, grid * patch, generator=generator(seed))
-    donors = refill.multi_fill(random_mask(seed, batch, grid * grid), generator(seed))
-    pixels = textbook.refill_pixels(images, donors, patch)
+@given(seeds, st.integers(2, 5), st.integers(0, 2))
+def test_filling_patches_equals_filling_pixels(seed, batch, first):
+    # the last images of a larger pool, as a rank sees its part of a global batch
+    grid, patch, pool = 3, 2, batch + first
+    images = torch.rand(pool, 3, grid * patch, grid * patch, generator=generator(seed))
+    mask = random_mask(seed, batch, grid * grid)
+    source = refill.multi_sources(pool, grid * grid, generator(seed))[first:]
+    donors = refill.donors(mask, source, own(pool)[first:])
+    pixels = textbook.refill_pixels(images, donors, patch, first)
+    filled = refill.apply_donors(vit.cut_patches(images, patch), donors, own(pool)[first:])
+    assert torch.equal(filled, vit.cut_patches(pixels, patch))
 
-    def patches(x):
-        return torch.nn.functional.unfold(x, patch, stride=patch).transpose(1, 2)
 
-    assert torch.equal(refill.apply_donors(patches(images), donors), patches(pixels))
+def test_dropped_patches_keep_their_own_pixels():
+    patches = torch.arange(12.0).reshape(2, 3, 2)
+    donors = torch.full((2, 3), refill.DROP)
+    assert torch.equal(refill.apply_donors(patches, donors, own(2)), patches)
+
+
+@given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
+def test_patches_are_cut_as_unfold_cuts_them(seed, batch, grid, side):
+    images = torch.rand(batch, 3, grid * side, grid * side, generator=generator(seed))
+    expected = torch.nn.functional.unfold(images, side, stride=side).transpose(1, 2)
+    assert torch.equal(vit.cut_patches(images, side), expected)

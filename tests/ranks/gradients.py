@@ -23,12 +23,13 @@ class FixedBatches:
     plan = types.SimpleNamespace(steps_per_epoch=1)
 
 
-def main(recipe: str, accumulate: int, out: str) -> None:
+def main(recipe: str, donors: str, accumulate: int, out: str) -> None:
     world = dist.world_from_env()
     config = recipes.build(recipe, data="-", run="-")
     config = dataclasses.replace(
         config,
         loader=dataclasses.replace(config.loader, batch_size=BATCH),
+        method=dataclasses.replace(config.method, donors=donors),
         optim=dataclasses.replace(config.optim, accumulate=accumulate),
     )
     generator = torch.Generator().manual_seed(5)
@@ -57,4 +58,4 @@ def main(recipe: str, accumulate: int, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])

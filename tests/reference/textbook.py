@@ -58,11 +58,14 @@ def relevance(model, image_CHW: Tensor, label: int) -> Tensor:
     return matrix[0, 1:].detach()
 
 
-def refill_pixels(images: Tensor, donor_BP: Tensor, patch: int) -> Tensor:
-    """The counterfactual images, pixel by pixel; dropped patches keep their pixels."""
-    out = images.clone()
+def refill_pixels(images: Tensor, donor_BP: Tensor, patch: int, first: int = 0) -> Tensor:
+    """The counterfactuals of images first, first + 1, ..., pixel by pixel.
+
+    Dropped patches keep their pixels.
+    """
+    out = images[first : first + len(donor_BP)].clone()
     grid = images.shape[-1] // patch
-    for n in range(len(images)):
+    for n in range(len(out)):
         for p in range(grid * grid):
             row, column = divmod(p, grid)
             rows = slice(row * patch, (row + 1) * patch)
@@ -73,25 +76,51 @@ def refill_pixels(images: Tensor, donor_BP: Tensor, patch: int) -> Tensor:
     return out
 
 
+def grad_cam(model, image_CHW: Tensor, label: int) -> Tensor:
+    """GradCAM (P,) over the class token's attention in the last layer, head by head."""
+    feature, maps = features(model.visual, image_CHW)
+    (gradient,) = torch.autograd.grad(logits(model, feature)[label], maps[-1:])
+    heads = [
+        gradient[h, 0, 1:].mean() * maps[-1][h, 0, 1:].detach() for h in range(len(gradient))
+    ]
+    return (sum(heads) / len(heads)).clamp(min=0)
+
+
+def kd(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
+    """T^2 sum_k p_k log(p_k / q_k), p the teacher's and q the student's, mean over the images."""
+    p = (teacher_BK / temperature).softmax(dim=1)
+    q = (student_BK / temperature).softmax(dim=1)
+    return temperature**2 * (p * (p / q).log()).sum(dim=1).mean()
+
+
 def normalise_images(model, images_u8: Tensor) -> Tensor:
     mean = torch.tensor(model.architecture.mean, dtype=model.visual.proj.dtype)[:, None, None]
     std = torch.tensor(model.architecture.std, dtype=model.visual.proj.dtype)[:, None, None]
     return (images_u8.to(mean.dtype) / 255 - mean) / std
 
 
-def step_loss(student, teacher, images_u8: Tensor, labels: Tensor, donor_BP, beta: float) -> Tensor:
-    """CE on the clean images plus beta x MSE on the counterfactual ones, image by image."""
+def step_loss(
+    student, teacher, images_u8: Tensor, labels: Tensor, donor_BP, beta: float, ensemble=None
+) -> Tensor:
+    """CE on the clean images plus beta x MSE on the counterfactual ones, image by image.
+
+    With a second teacher, plus its logits' distillation at T = 10.
+    """
     images = normalise_images(student, images_u8)
     patch = student.visual.patch_size[0]
     counterfactual = refill_pixels(images, donor_BP, patch)
-    ce, mse = [], []
+    ce, mse, distilled = [], [], []
     for n in range(len(images)):
         clean, _ = features(student.visual, images[n])
         ce.append(-logits(student, clean).log_softmax(dim=-1)[labels[n]])
+        if ensemble is not None:
+            taught = logits(ensemble, features(ensemble.visual, images[n])[0]).detach()
+            distilled.append(kd(logits(student, clean)[None], taught[None], 10))
         keep = donor_BP[n] >= 0
         drops = None if bool(keep.all()) else keep
         mine, _ = features(student.visual, counterfactual[n], drops)
         with torch.no_grad():
             theirs, _ = features(teacher.visual, counterfactual[n], drops)
         mse.append(((mine - theirs) ** 2).mean())
-    return torch.stack(ce).mean() + beta * torch.stack(mse).mean()
+    gamma = torch.stack(distilled).mean() if distilled else 0
+    return torch.stack(ce).mean() + gamma + beta * torch.stack(mse).mean()

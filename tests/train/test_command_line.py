@@ -121,7 +121,7 @@ def test_a_run_folder_belongs_to_one_configuration(refused, options, monkeypatch
     train(options, monkeypatch)
     before = (tmp_path / "run" / "config.json").read_bytes()
     line = refused(train_command, *options, "--seed", "5", "--optim.lr", "1e-3")
-    assert "optim.lr: 0.0003 -> 0.001; seed: 0 -> 5" in line
+    assert "optim.lr: 0.0003 -> 0.001; order_seed: 0 -> 5; seed: 0 -> 5" in line
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 

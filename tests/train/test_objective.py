@@ -1,92 +1,225 @@
 """The two-call step has the textbook step's gradients."""
 
 import copy
+import dataclasses
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from rft import recipes
 from rft.config import MethodConfig
-from rft.train.objective import Objective, StepAddress
+from rft.train.objective import Draws, Objective, StepAddress, draw
 from tests.conftest import build_model
 from tests.reference import textbook
 
 ADDRESS = StepAddress(seed=0, step=3, rank=0, micro=0)
+DISTILLING = [n for n in recipes.names() if recipes.build(n).method.distill_weight > 0]
+OPTIONS = {
+    "fixed random masks": ("random-mask-single-fill", {"random_mask": "fixed"}),
+    "bernoulli masks dropped": ("random-mask-no-fill", {"random_mask": "bernoulli"}),
+    "derangement": ("object-mask-single-fill", {"single_fill": "derangement"}),
+    "grad-cam": ("object-mask-multi-fill", {"cam": "grad-cam"}),
+}
+
+
+def method_of(recipe: str) -> MethodConfig:
+    return recipes.build(recipe).method
+
+
+def build_objective(method: MethodConfig, **options) -> Objective:
+    ensemble = build_model(2) if method.kd_weight else None
+    return Objective(build_model(0), build_model(1), method, ensemble=ensemble, **options)
+
+
+def draw_for(method: MethodConfig, images, address=ADDRESS) -> Draws:
+    return draw(method, range(len(images)), 16, len(images), address)
 
 
 def step(objective: Objective, images, labels):
-    """One step as the loop does it; returns the losses and donors."""
-    ce, donor_BP = objective(images, labels, ADDRESS)
-    ce.backward()
-    if donor_BP is None:
-        return ce, None, None
-    mse, _ = objective(images, labels, ADDRESS, donor_BP)
+    """One step as the loop does it; returns the clean losses, the MSE and the donors."""
+    draws = draw_for(objective.method, images) if objective.distils else None
+    clean = objective(images, labels, draws)
+    clean.loss.backward()
+    if clean.donor_BP is None:
+        return clean, None, None
+    mse = objective(images, labels, draws, clean.donor_BP)
     (objective.method.distill_weight * mse).backward()
-    return ce, mse, donor_BP
+    return clean, mse, clean.donor_BP
 
 
-@pytest.mark.parametrize("name", [n for n in recipes.names() if n not in ("zero-shot", "vanilla")])
-def test_gradients_equal_the_textbook_step(name, images_BCHW, labels_B):
-    method = recipes.METHODS[name]
-    student, teacher = build_model(0), build_model(1)
-    objective = Objective(student, teacher, method)
-    ce, mse, donor_BP = step(objective, images_BCHW, labels_B)
-
+def check_against_textbook(method, images, labels, **options):
+    objective = build_objective(method, **options)
+    student = objective.student
+    clean, mse, donor_BP = step(objective, images, labels)
     plain = copy.deepcopy(student)
     plain.zero_grad()
     loss = textbook.step_loss(
-        plain, teacher, images_BCHW, labels_B, donor_BP, method.distill_weight
+        plain,
+        objective.teacher,
+        images,
+        labels,
+        donor_BP,
+        method.distill_weight,
+        objective.ensemble,
     )
     loss.backward()
-    torch.testing.assert_close(ce + method.distill_weight * mse, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(clean.loss + method.distill_weight * mse, loss, rtol=1e-5, atol=1e-5)
     for (key, fast), slow in zip(student.named_parameters(), plain.parameters(), strict=True):
         scale = slow.grad.abs().max().clamp(min=1)
         difference = (fast.grad - slow.grad).abs().max() / scale
         assert difference < 1e-5, f"{key}: {difference}"
 
 
+@pytest.mark.parametrize("name", DISTILLING)
+def test_gradients_equal_the_textbook_step(name, images_BCHW, labels_B):
+    check_against_textbook(method_of(name), images_BCHW, labels_B)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_too_have_the_textbook_gradients(option, images_BCHW, labels_B):
+    name, changes = OPTIONS[option]
+    check_against_textbook(replace(method_of(name), **changes), images_BCHW, labels_B)
+
+
+@pytest.mark.parametrize("no_fill", ["key-mask", "token-drop"])
+@pytest.mark.parametrize("name", [n for n in DISTILLING if n.endswith("no-fill")])
+def test_dropped_tokens_equal_masked_keys(name, no_fill, images_BCHW, labels_B):
+    method = replace(method_of(name), no_fill=no_fill, threshold=0.5)
+    check_against_textbook(method, images_BCHW, labels_B)
+    _, auto, _ = step(build_objective(replace(method, no_fill="auto")), images_BCHW, labels_B)
+    _, chosen, _ = step(build_objective(method), images_BCHW, labels_B)
+    assert (auto - chosen).abs() < 1e-6
+
+
+def test_layers_computed_again_give_the_same_bits(images_BCHW, labels_B):
+    method = method_of("object-mask-single-fill")
+    kept, again = build_objective(method), build_objective(method, recompute=True)
+    assert step(kept, images_BCHW, labels_B)[0].loss == step(again, images_BCHW, labels_B)[0].loss
+    for (name, one), two in zip(
+        kept.student.named_parameters(), again.student.parameters(), strict=True
+    ):
+        assert torch.equal(one.grad, two.grad), name
+
+
 def test_object_donors_come_from_the_students_cam(images_BCHW, labels_B):
-    student = build_model(0)
     method = MethodConfig(mask="object", fill="none", threshold=0.3)
-    _, donor_BP = Objective(student, build_model(1), method)(images_BCHW, labels_B, ADDRESS)
-    normalised = textbook.normalise_images(student, images_BCHW)
+    objective = build_objective(method)
+    donor_BP = objective(images_BCHW, labels_B, draw_for(method, images_BCHW)).donor_BP
+    normalised = textbook.normalise_images(objective.student, images_BCHW)
     for n, label in enumerate(labels_B.tolist()):
-        relevance_P = textbook.relevance(student, normalised[n], label)
+        relevance_P = textbook.relevance(objective.student, normalised[n], label)
         expected = relevance_P / (relevance_P.max() + 1e-8) > 0.3
         assert ((donor_BP[n] == -1) == expected).all()
         assert expected.any()
 
 
 def test_vanilla_has_no_counterfactual_part(images_BCHW, labels_B):
-    ce, mse, donors = step(
-        Objective(build_model(0), build_model(1), recipes.METHODS["vanilla"]), images_BCHW, labels_B
-    )
+    clean, mse, donors = step(build_objective(method_of("vanilla")), images_BCHW, labels_B)
     assert mse is None
     assert donors is None
-    assert ce.item() > 0
+    assert clean.loss == clean.cross_entropy > 0
+    assert clean.logit_distillation == 0
 
 
-def test_teacher_never_learns(images_BCHW, labels_B):
-    teacher = build_model(1)
-    step(Objective(build_model(0), teacher, recipes.METHODS["no-mask"]), images_BCHW, labels_B)
-    assert all(parameter.grad is None for parameter in teacher.parameters())
+def test_the_second_teacher_adds_its_loss(images_BCHW, labels_B):
+    method = method_of("wise-kd-vanilla")
+    objective = build_objective(method)
+    clean, mse, _ = step(objective, images_BCHW, labels_B)
+    assert mse is None
+    with torch.no_grad():
+        student, teacher = objective.student(images_BCHW), objective.ensemble(images_BCHW)
+    expected = textbook.kd(student, teacher, 10)
+    torch.testing.assert_close(clean.loss, clean.cross_entropy + expected, rtol=1e-5, atol=1e-5)
+    assert expected > 0.1
 
 
-def test_an_address_replays_its_step(images_BCHW, labels_B):
-    method = recipes.METHODS["random-mask-multi-fill"]
-    objective = Objective(build_model(0), build_model(1), method)
-    first = objective(images_BCHW, labels_B, ADDRESS)[1]
-    again = objective(images_BCHW, labels_B, ADDRESS)[1]
-    other = objective(images_BCHW, labels_B, StepAddress(0, 4, 0, 0))[1]
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+@pytest.mark.parametrize("name", ["no-mask", "wise-kd-object-mask-single-fill"])
+def test_teachers_never_learn(name, images_BCHW, labels_B):
+    objective = build_objective(method_of(name))
+    step(objective, images_BCHW, labels_B)
+    teachers = [t for t in (objective.teacher, objective.ensemble) if t is not None]
+    assert all(parameter.grad is None for t in teachers for parameter in t.parameters())
+
+
+def test_a_frozen_tower_gets_no_gradient_and_the_head_all_of_it(images_BCHW, labels_B):
+    whole, frozen = build_objective(method_of("vanilla")), build_objective(method_of("vanilla"))
+    frozen.student.visual.requires_grad_(False)
+    step(whole, images_BCHW, labels_B)
+    step(frozen, images_BCHW, labels_B)
+    assert all(parameter.grad is None for parameter in frozen.student.visual.parameters())
+    torch.testing.assert_close(frozen.student.head.weight.grad, whole.student.head.weight.grad)
+
+
+def test_an_address_replays_its_draws(images_BCHW):
+    method = method_of("random-mask-multi-fill")
+    first, again = draw_for(method, images_BCHW), draw_for(method, images_BCHW)
+    other = draw_for(method, images_BCHW, StepAddress(0, 4, 0, 0))
+    assert torch.equal(first.source_BP, again.source_BP)
+    assert torch.equal(first.mask_BP, again.mask_BP)
+    assert not torch.equal(first.source_BP, other.source_BP)
+    assert not torch.equal(first.mask_BP, other.mask_BP)
+
+
+@pytest.mark.parametrize("name", ["random-mask-single-fill", "random-mask-multi-fill"])
+def test_parts_of_a_pool_draw_what_the_whole_draws(name):
+    method = method_of(name)
+    whole = draw(method, range(12), 16, 12, ADDRESS)
+    parts = [draw(method, range(n, n + 4), 16, 12, ADDRESS) for n in (0, 4, 8)]
+    for field in ("mask_BP", "source_BP", "own_B1"):
+        assert torch.equal(getattr(whole, field), torch.cat([getattr(p, field) for p in parts]))
 
 
 def test_a_map_without_relevance_still_trains(images_BCHW, labels_B):
-    student = build_model(0)
+    objective = build_objective(method_of("object-mask-single-fill"))
     with torch.no_grad():
-        student.head.weight.zero_()
-    method = recipes.METHODS["object-mask-single-fill"]
-    ce, mse, donors = step(Objective(student, build_model(1), method), images_BCHW, labels_B)
+        objective.student.head.weight.zero_()
+    clean, mse, donors = step(objective, images_BCHW, labels_B)
     assert (donors == torch.arange(6)[:, None]).all()
-    assert torch.isfinite(ce + mse)
+    assert torch.isfinite(clean.loss + mse)
+
+
+@pytest.mark.parametrize("no_fill", ["key-mask", "token-drop"])
+def test_a_context_mask_without_relevance_drops_every_patch(no_fill, images_BCHW, labels_B):
+    method = replace(method_of("context-mask-no-fill"), no_fill=no_fill)
+    objective = build_objective(method)
+    with torch.no_grad():
+        objective.student.head.weight.zero_()
+    _, mse, donors = step(objective, images_BCHW, labels_B)
+    assert (donors == -1).all()
+    # the class token alone is left, the same for each image
+    assert torch.isfinite(mse)
+    assert mse > 0
+
+
+@pytest.mark.parametrize("name", ["vanilla", "no-mask", "object-mask-no-fill"])
+def test_a_batch_of_one_image_trains(name, images_BCHW, labels_B):
+    clean, mse, _ = step(build_objective(method_of(name)), images_BCHW[:1], labels_B[:1])
+    assert torch.isfinite(clean.loss)
+    assert mse is None or torch.isfinite(mse)
+
+
+def test_the_loss_weights_do_not_reach_the_cam(images_BCHW, labels_B):
+    # the relevance rule is not scale-invariant: only the logits' own scale may enter
+    light = method_of("wise-kd-object-mask-single-fill")
+    heavy = dataclasses.replace(light, distill_weight=3000.0, kd_weight=50.0)
+    donors = [
+        build_objective(m)(images_BCHW, labels_B, draw_for(m, images_BCHW)).donor_BP
+        for m in (light, heavy)
+    ]
+    assert torch.equal(*donors)
+
+
+def test_a_compiled_step_has_the_same_gradients(images_BCHW, labels_B, monkeypatch):
+    # the default backend writes C++ for half a minute; benchmarks/step.py --compile uses it
+    backend = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", backend)
+    method = method_of("object-mask-single-fill")
+    plain, compiled = build_objective(method), build_objective(method, compile=True)
+    step(plain, images_BCHW, labels_B)
+    step(compiled, images_BCHW, labels_B)
+    for (name, one), two in zip(
+        plain.student.named_parameters(), compiled.student.parameters(), strict=True
+    ):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5, msg=name)

@@ -1,9 +1,10 @@
-"""The schedule at its landmarks."""
+"""The schedules at their landmarks, and against torch's own."""
 
 import pytest
+import torch
 
 from rft.config import OptimConfig
-from rft.train.optim import learning_rate
+from rft.train.optim import learning_rate, one_cycle, set_schedule
 
 
 def test_landmarks_of_the_papers_schedule():
@@ -19,3 +20,34 @@ def test_landmarks_of_the_papers_schedule():
 
 def test_no_warm_up_and_a_run_of_one_step():
     assert learning_rate(0, 1, OptimConfig(warmup_steps=0)) == pytest.approx(3e-5)
+
+
+def test_landmarks_of_the_released_codes_schedule():
+    config, total = OptimConfig(schedule="one-cycle"), 24_820
+    assert one_cycle(0, total, config) == pytest.approx((1.2e-6, 0.95))
+    assert one_cycle(496, total, config) == pytest.approx((3e-5, 0.85), rel=1e-6)
+    assert one_cycle(total - 1, total, config) == pytest.approx((1.2e-10, 0.95))
+
+
+@pytest.mark.parametrize("total", [150, 1000])
+def test_one_cycle_is_torchs_own(total):
+    config = OptimConfig(schedule="one-cycle")
+    theirs = torch.optim.AdamW([torch.zeros(1)], lr=config.lr)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        theirs, max_lr=config.lr, total_steps=total, pct_start=0.02
+    )
+    ours = torch.optim.AdamW([torch.zeros(1)], lr=config.lr)
+    for step in range(total):
+        assert set_schedule(ours, step, total, config) == ours.param_groups[0]["lr"]
+        for name in ("lr", "betas"):
+            expected = theirs.param_groups[0][name]
+            assert ours.param_groups[0][name] == pytest.approx(expected, rel=1e-9), (step, name)
+        theirs.step()
+        if step + 1 < total:
+            scheduler.step()
+
+
+def test_the_papers_schedule_leaves_beta1_alone():
+    optimizer = torch.optim.AdamW([torch.zeros(1)])
+    set_schedule(optimizer, 3, 100, OptimConfig(beta1=0.8, beta2=0.9))
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)

@@ -1,0 +1,137 @@
+"""The systems that build on other runs, by their commands: LP-FT, WiSE-KD, and the presets."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rft import cli
+from rft.clip.classifier import LAST, SELECTED, load_state
+from rft.merge import __main__ as merge_command
+from rft.train import __main__ as train_command
+
+# a batch of 6 of the 68 training images: 11 steps an epoch
+COMMON = ("--scale", "miniature", "--loader.batch-size", "6", "--loader.held-out", "8")
+
+
+@pytest.fixture
+def train(tiny_data, tiny_clip, tmp_path, monkeypatch):
+    """Train a recipe in this process; returns its run folder."""
+
+    def run(recipe: str, *options: str, name: str = "") -> Path:
+        folder = tmp_path / (name or recipe)
+        fixed = ("--data", str(tiny_data), "--run-dir", str(folder), "--model.clip", tiny_clip)
+        arguments = ["rft.train", recipe, *fixed, *COMMON, "--optim.epochs", "1", *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        cli.run(train_command.main)
+        return folder
+
+    return run
+
+
+def weights(folder: Path, which: Path = SELECTED) -> dict[str, torch.Tensor]:
+    return load_state(folder / which)[0]
+
+
+def metrics(folder: Path, name: str) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line[name] for line in lines if name in line]
+
+
+def test_a_linear_probe_moves_the_head_alone_and_lp_ft_goes_on_from_it(train):
+    zero = weights(train("zero-shot", "--optim.epochs", "0"))
+    probe_run = train("linear-probe")
+    probe = weights(probe_run)
+    for name, value in zero.items():
+        assert torch.equal(probe[name], value) == (not name.startswith("head.")), name
+    # nothing learnt after it, so the run's last weights are those that it started from
+    start = train("lp-ft", "--model.start", str(probe_run), "--optim.epochs", "0", name="start")
+    for name, value in weights(start, LAST).items():
+        assert torch.equal(value, probe[name]), name
+    tuned = weights(train("lp-ft", "--model.start", str(probe_run)))
+    assert not torch.equal(tuned["visual.proj"], probe["visual.proj"])
+
+
+def test_a_random_head_is_drawn_from_the_seed(train):
+    options = ("--model.head", "random", "--optim.epochs", "0")
+    first, again, other = (
+        weights(train("linear-probe", *options, "--seed", seed, name=name))["head.weight"]
+        for name, seed in (("first", "1"), ("again", "1"), ("other", "2"))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.abs().max() <= first.shape[1] ** -0.5
+
+
+def test_wise_kd_learns_from_a_wise_ft_model(train, tmp_path, monkeypatch):
+    zero, vanilla = train("zero-shot", "--optim.epochs", "0"), train("vanilla")
+    teacher = tmp_path / "wise"
+    merge = ("wise", str(zero), str(vanilla), "--out", str(teacher))
+    monkeypatch.setattr(sys, "argv", ["rft.merge", *merge])
+    cli.run(merge_command.main)
+    option = ("--method.kd-teacher", str(teacher))
+    for recipe in ("wise-kd-vanilla", "wise-kd-object-mask-single-fill"):
+        run = train(recipe, *option)
+        distilled, mse = metrics(run, "kd"), metrics(run, "mse")
+        assert min(distilled) > 0
+        assert (max(mse) > 0) == (recipe != "wise-kd-vanilla")
+        loss = np.array(metrics(run, "ce")) + np.array(distilled) + 3 * np.array(mse)
+        np.testing.assert_allclose(metrics(run, "loss"), loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option"),
+    [("lp-ft", "--model.start"), ("wise-kd-vanilla", "--method.kd-teacher")],
+)
+def test_what_a_recipe_builds_on_must_be_named_and_alike(train, capsys, tmp_path, recipe, option):
+    with pytest.raises(SystemExit):
+        train(recipe)
+    assert f"{option} RUN" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train(recipe, option, str(tmp_path / "none"))
+    assert "no checkpoint at" in capsys.readouterr().err
+    assert not (tmp_path / recipe).exists()
+
+
+def test_a_started_run_refuses_other_weights_to_build_on(train, capsys):
+    probes = [train("linear-probe", "--seed", str(seed), name=f"p{seed}") for seed in (0, 1)]
+    run = train("lp-ft", "--model.start", str(probes[0]))
+    (run / "training.json").unlink()
+    with pytest.raises(SystemExit):
+        train("lp-ft", "--model.start", str(probes[1]))
+    assert "start_sha256" in capsys.readouterr().err
+
+
+def test_the_last_weights_are_kept_beside_the_selected_ones(train):
+    run = train("vanilla", "--optim.epochs", "3")
+    steps = {which: load_state(run / which)[2]["step"] for which in (SELECTED, LAST)}
+    assert steps[LAST] == "33"
+    assert int(steps[SELECTED]) % 11 == 0
+
+
+def test_official_parity_trains_by_its_own_schedule(train):
+    every = ("--log.every-steps", "1", "--optim.accumulate", "3")
+    run = train("object-mask-single-fill", "--preset", "official-parity", *every)
+    config = json.loads((run / "config.json").read_text())
+    assert (config["optim"]["schedule"], config["optim"]["clip"]) == ("one-cycle", "micro-step")
+    rates = metrics(run, "lr")
+    assert len(rates) == 11
+    assert rates[-1] == pytest.approx(3e-4 / 25e4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("object-mask-single-fill", "--method.donors", "global", "--optim.accumulate", "2"),
+        ("object-mask-no-fill", "--method.no-fill", "token-drop"),
+        ("object-mask-multi-fill", "--method.cam", "grad-cam", "--recompute"),
+        ("random-mask-single-fill", "--method.single-fill", "derangement"),
+    ],
+)
+def test_options_of_the_method_train(train, options):
+    losses = metrics(train(*options), "loss")
+    assert losses
+    assert np.isfinite(losses).all()
