@@ -21,7 +21,7 @@ class Arguments:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, each with a results.json."""
     out: Path
-    """Folder for index.html, table.md, table.csv, scatter.png, curves.png and gallery.png."""
+    """Folder for index.html with everything, and each table and picture on its own."""
 
 
 def main() -> None:

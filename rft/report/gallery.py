@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from rft import files
-from rft.report.plots import DPI, INK, MASK_COLORS, MUTED, png
+from rft.report.labels import DPI
+from rft.report.plots import INK, MASK_COLORS, MUTED, png
 from rft.report.tables import FILLS, MASKS
 
 DROP = -1

@@ -17,11 +17,14 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from rft import files
-from rft.report import gallery, plots, tables
+from rft.report import beside, gallery, plots, tables
+from rft.report.beside import Beside
+from rft.report.paper import FIGURE_7
 from rft.report.runs import Run, load_runs
 from rft.report.tables import COLUMNS, DifferenceRow, Row
 
 WIDTH = 100  # columns of text that are not a terminal
+FIGURE_SPACE = "\u2007"  # as wide as a digit
 UNKNOWN = "not recorded"
 
 
@@ -31,7 +34,11 @@ class Report:
 
     runs: list[Run]
     rows: list[Row]
+    """Every recipe."""
+    shown: list[Row]
+    """Those of the tables that people read; the CSV has the others too."""
     differences: list[DifferenceRow]
+    beside: Beside | None
     pictures: dict[str, bytes | None]
     """File name -> PNG, or None where the runs have nothing to draw."""
     gallery_run: Run | None
@@ -41,9 +48,15 @@ class Report:
         """Whether a run is at the scale of the embedded miniature world."""
         return any(run.config.get("scale") == "miniature" for run in self.runs)
 
+    @property
+    def hidden(self) -> int:
+        """How many WiSE models only the CSV and Fig. 7 have."""
+        return len(self.rows) - len(self.shown)
+
     def text_tables(self) -> list[RichTable]:
         """Return the tables for a console."""
-        return tables.rich_tables(self.rows, self.differences)
+        found = tables.rich_tables(self.shown, self.differences, self.hidden)
+        return found if self.beside is None else [*found, beside.rich_table(self.beside)]
 
     def text(self) -> str:
         """Return the tables as plain text."""
@@ -72,36 +85,42 @@ def build(paths: Sequence[Path]) -> Report:
     """
     runs = load_runs(paths)
     rows = tables.result_rows(runs)
-    shown = next((run for run in runs if run.gallery_path.is_file()), None)
+    names = tables.shown_recipes(row.recipe for row in rows)
+    example = next((run for run in runs if run.gallery_path.is_file()), None)
     return Report(
         runs=runs,
         rows=rows,
-        differences=tables.difference_rows(runs),
+        shown=[row for row in rows if row.recipe in names],
+        differences=[row for row in tables.difference_rows(runs) if row.recipe in names],
+        beside=beside.beside(runs, rows),
         pictures={
             "scatter.png": plots.scatter(rows),
+            "wise.png": plots.wise_picture(rows),
             "curves.png": plots.curves(runs),
-            "gallery.png": gallery.picture(gallery.load_gallery(shown.gallery_path))
-            if shown
+            "gallery.png": gallery.picture(gallery.load_gallery(example.gallery_path))
+            if example
             else None,
         },
-        gallery_run=shown,
+        gallery_run=example,
     )
 
 
 def write(report: Report, out: Path) -> None:
-    """Write the report's files to a folder; a picture left by an earlier report does not stay."""
-    for name, png in report.pictures.items():
-        if png is not None:
-            files.write_bytes(str(out / name), png)
-        else:
-            (out / name).unlink(missing_ok=True)
+    """Write the report's files to a folder; what an earlier report left there does not stay."""
+    paper = report.beside
     documents = {
-        "table.md": tables.markdown(report.rows, report.differences),
+        "table.md": tables.markdown(report.shown, report.differences, report.hidden),
         "table.csv": tables.csv_text(report.rows),
+        "paper.md": None if paper is None else beside.markdown(paper),
+        "paper.csv": None if paper is None else beside.csv_text(paper),
         "index.html": render(report),
     }
-    for name, text in documents.items():
-        files.write_bytes(str(out / name), text.encode())
+    texts = {name: None if text is None else text.encode() for name, text in documents.items()}
+    for name, content in {**report.pictures, **texts}.items():
+        if content is not None:
+            files.write_bytes(str(out / name), content)
+        else:
+            (out / name).unlink(missing_ok=True)
 
 
 def show(report: Report, console: Console) -> None:
@@ -124,17 +143,20 @@ def render(report: Report) -> str:
     )
     return environment.get_template("page.html").render(
         columns=COLUMNS,
-        rows=_result_cells(report.rows),
-        caption=tables.caption(report.rows),
+        rows=_result_cells(report.shown),
+        caption=tables.caption(report.shown, report.hidden),
         difference_header=tables.difference_header(),
         differences=[
             (row.recipe, len(row.seeds), tables.difference_cells(row)) for row in report.differences
         ],
         difference_caption=tables.DIFFERENCE_CAPTION,
+        beside=None if report.beside is None else _beside(report.beside),
         pictures={
             name.removesuffix(".png"): None if png is None else _picture(png)
             for name, png in report.pictures.items()
         },
+        hidden=report.hidden,
+        figure_7=figure_7_names(report.rows),
         gallery_run=report.gallery_run,
         miniature=report.miniature,
         provenance=provenance_lines(report.runs),
@@ -155,6 +177,32 @@ def _result_cells(rows: Sequence[Row]) -> list[tuple[str, int, list[tuple[str, b
             ],
         )
         for index, row in enumerate(rows)
+    ]
+
+
+def _beside(table: Beside) -> dict[str, Any]:
+    """Return the table beside the paper's; a figure space keeps the numbers below each other."""
+    lines = [
+        {
+            "recipe": line.recipe,
+            "source": line.source,
+            "ours": line.ours,
+            "cells": [
+                text.replace(" ", FIGURE_SPACE, 1) if text[0] == " " else text
+                for text in line.cells
+            ],
+        }
+        for line in beside.table_lines(table.pairs)
+    ]
+    return {"lines": lines, "caption": table.caption}
+
+
+def figure_7_names(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return (ours, the paper's) name of each system of Fig. 7 among the rows, if they differ."""
+    families = {wise.family for row in rows if (wise := tables.wise_model(row.recipe)) is not None}
+    names = families | {row.recipe for row in rows}
+    return [
+        (name, label) for name, label in FIGURE_7.items() if name in names and name != label.lower()
     ]
 
 

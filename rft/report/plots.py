@@ -1,4 +1,4 @@
-"""Accuracy in and out of distribution against each other (Fig. 6), and the course of training.
+"""Accuracy in and out of distribution against each other (Fig. 6 and 7), and the training curves.
 
 Figures are made through matplotlib's object interface and returned as PNG bytes; no global state.
 Recipes differ by marker and fill as well as by colour (Okabe and Ito's, safe for the colour-blind).
@@ -6,10 +6,9 @@ Recipes differ by marker and fill as well as by colour (Okabe and Ito's, safe fo
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
-from operator import itemgetter
+from itertools import chain, pairwise, product
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,16 +17,24 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
+from rft.report.labels import DPI, Box, Point, nearest, place_labels
 from rft.report.runs import Run
-from rft.report.tables import ID_COLUMN, OOD_COLUMN, Row, Spread, by_recipe, order, wise_alpha
+from rft.report.tables import (
+    ID_COLUMN,
+    OOD_COLUMN,
+    Row,
+    Spread,
+    by_recipe,
+    order,
+    shown_recipes,
+    wise_model,
+)
 
-DPI = 200  # pages show the pictures at half their pixels, so they stay sharp on dense screens
 INK, MUTED, GRID_LINE = "#222222", "#6b6b6b", "#e4e4e4"
 
-SOLID = (0.0, ())  # matplotlib's (offset, dashes)
-Box = tuple[float, float, float, float]  # left, bottom, right, top
-Point = tuple[float, float]
-Segment = tuple[Point, Point]
+Dashes = tuple[float, tuple[float, ...]]  # matplotlib's (offset, on and off)
+SOLID: Dashes = (0.0, ())
+DOTTED: Dashes = (0.0, (1, 2))
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Style:
     marker: str
     size: float = 7.5
     hollow: bool = False
-    line: tuple[float, tuple[float, ...]] = SOLID
+    line: Dashes = SOLID
 
 
 MASK_COLORS = {"random": "#009e73", "context": "#0072b2", "object": "#d55e00"}
@@ -53,104 +60,183 @@ def style(recipe: str) -> Style:
     """Return the style of a recipe; unknown ones are grey pentagons."""
     fixed = {
         "zero-shot": Style("#222222", "*", size=11, line=(0.0, (4, 2))),
-        "linear-probe": Style("#56b4e9", "<"),
+        "linear-probe": Style("#56b4e9", "<", line=(0.0, (1, 1.2))),
         "vanilla": Style("#222222", "X", size=8),
         "lp-ft": Style("#56b4e9", ">"),
+        "uniform-soup": Style("#8c6d46", "P", size=8),
+        "greedy-soup": Style("#8c6d46", "P", size=8, hollow=True),
         "no-mask": Style("#aa4a8c", "s", size=6.5),
     }
     if recipe in fixed:
         return fixed[recipe]
-    if recipe.startswith("wise-ft"):
-        return Style("#b8860b", "^")
-    if "soup" in recipe:
-        return Style("#8c6d46", "P")
+    if (wise := wise_model(recipe)) is not None:
+        if wise.end == "vanilla":
+            return Style("#b8860b", "^")
+        return replace(style(wise.end), marker="v", size=7.5)
+    if recipe.startswith("wise-kd-"):
+        student = style(recipe.removeprefix("wise-kd-"))
+        return replace(student, marker="h", size=8.5, line=(0.0, (6, 1.5, 1, 1.5)))
     for mask, fill in product(MASK_COLORS, FILL_STYLES):
         if recipe == f"{mask}-mask-{fill}-fill":
             return replace(FILL_STYLES[fill], color=MASK_COLORS[mask])
     return Style("#777777", "p")
 
 
-def scatter(rows: Sequence[Row]) -> bytes | None:
-    """Return the ID-against-OOD picture, or None if no recipe has both numbers.
+@dataclass(frozen=True)
+class Mark:
+    """One model in a picture of two accuracies."""
 
-    Error bars are one sample standard deviation over seeds.
-    """
-    points = {
+    label: str
+    look: Style
+    x: Spread
+    y: Spread
+    minor: bool = False
+    """One of many on a path: drawn small, without bars."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What joins marks."""
+
+    color: str
+    dashes: Dashes
+    through: tuple[Point, ...]
+
+
+def accuracy_points(rows: Sequence[Row]) -> dict[str, tuple[Spread, Spread]]:
+    """Return recipe -> (ImageNet accuracy, OOD average) where there are both."""
+    return {
         row.recipe: (x, y)
         for row in rows
         if (x := row.cells[ID_COLUMN]) is not None and (y := row.cells[OOD_COLUMN]) is not None
     }
-    if not points:
+
+
+def scatter(rows: Sequence[Row]) -> bytes | None:
+    """Return the ID-against-OOD picture (Fig. 6), or None if no recipe has both numbers.
+
+    Error bars are one sample standard deviation over seeds. Of each WiSE family it has one model.
+    """
+    points = accuracy_points(rows)
+    kept = shown_recipes(points)
+    marks = [Mark(name, style(name), x, y) for name, (x, y) in points.items() if name in kept]
+    return _picture(marks, []) if marks else None
+
+
+def wise_paths(recipes: Collection[str]) -> dict[str, list[str]]:
+    """Return WiSE family -> the recipes on its path, from alpha 0 to alpha 1.
+
+    Its ends are the zero-shot and the fine-tuned model where they are among the recipes: the same
+    weights as the merged models of alpha 0 and 1, which they replace.
+    """
+    paths: dict[str, dict[float, str]] = {}
+    for recipe in sorted(recipes, key=order):
+        if (wise := wise_model(recipe)) is not None:
+            ends = {0.0: "zero-shot", 1.0: wise.end}
+            present = {alpha: end for alpha, end in ends.items() if end in recipes}
+            paths.setdefault(wise.family, present).setdefault(wise.alpha, recipe)
+    return {family: [path[alpha] for alpha in sorted(path)] for family, path in paths.items()}
+
+
+def wise_picture(rows: Sequence[Row]) -> bytes | None:
+    """Return the picture of integrating WiSE-FT (Fig. 7), or None without such a model.
+
+    A line follows a WiSE family over alpha; a dotted one leads from a fine-tuned model to the same
+    training with knowledge distillation from a WiSE-FT model. Bars only on points with a name.
+    """
+    points = accuracy_points(rows)
+    paths = wise_paths(points)
+    students = [name for name in points if name.startswith("wise-kd-")]
+    if not paths and not students:
         return None
+    lines = [_line(points, path, style(f"{family}-0.5"), SOLID) for family, path in paths.items()]
+    drawn = {"zero-shot", *students, *(name for path in paths.values() for name in path)}
+    for student in students:
+        teacherless = student.removeprefix("wise-kd-")
+        drawn.add(teacherless)
+        if teacherless in points:
+            lines.append(_line(points, [teacherless, student], style(student), DOTTED))
+    named = shown_recipes(points)
+    marks = []
+    for name, (x, y) in points.items():
+        if name in drawn:
+            wise = None if name in named else wise_model(name)
+            label = name if wise is None else f"{wise.alpha:g}"
+            marks.append(Mark(label, style(name), x, y, minor=wise is not None))
+    return _picture(marks, lines)
+
+
+def _line(
+    points: dict[str, tuple[Spread, Spread]], names: Sequence[str], look: Style, dashes: Dashes
+) -> Line:
+    """Return the line through some recipes' points."""
+    through = tuple((points[name][0].mean, points[name][1].mean) for name in names)
+    return Line(look.color, dashes, through)
+
+
+def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> bytes:
+    """Return marks and lines in the plane of ImageNet accuracy and OOD average, as PNG."""
     figure, axes = _axes(8.2, 5.6, 1)
     axes[0].set_xlabel("ImageNet top-1 (%)", fontsize=10, color=INK)
     axes[0].set_ylabel("OOD average top-1 (%)", fontsize=10, color=INK)
     axes[0].margins(0.12)
-    for recipe, (x, y) in points.items():
-        look = style(recipe)
-        axes[0].errorbar(
-            x.mean,
-            y.mean,
-            xerr=x.sd,
-            yerr=y.sd,
-            color=look.color,
-            marker=look.marker,
-            markersize=look.size,
-            markerfacecolor="white" if look.hollow else look.color,
-            markeredgewidth=1.4 if look.hollow else 0.6,
-            markeredgecolor=look.color if look.hollow else "white",
-            elinewidth=1,
-            capsize=2,
-            zorder=3,
-        )
-    path = _wise_path(points)
-    if len(path) > 1:
-        axes[0].plot(*zip(*path, strict=True), color=style("wise-ft").color, linewidth=1, zorder=2)
+    for mark in marks:
+        _draw_mark(axes[0], mark)
+    for line in lines:
+        xs, ys = zip(*line.through, strict=True)
+        axes[0].plot(xs, ys, color=line.color, linestyle=line.dashes, linewidth=1, zorder=2)
     figure.tight_layout()
-    _label_points(figure, axes[0], points)
+    _label_marks(figure, axes[0], marks, lines)
     return png(figure)
 
 
-def _wise_path(points: dict[str, tuple[Spread, Spread]]) -> list[Point]:
-    """Return the points of the WiSE-FT models in the order of their mixing coefficient."""
-    path = sorted(
-        (alpha, x.mean, y.mean)
-        for recipe, (x, y) in points.items()
-        if (alpha := wise_alpha(recipe)) is not None
+def _draw_mark(axes: Axes, mark: Mark) -> None:
+    look = mark.look
+    axes.errorbar(
+        mark.x.mean,
+        mark.y.mean,
+        xerr=None if mark.minor else mark.x.sd,
+        yerr=None if mark.minor else mark.y.sd,
+        color=look.color,
+        marker=look.marker,
+        markersize=look.size * (0.6 if mark.minor else 1),
+        markerfacecolor="white" if look.hollow else look.color,
+        markeredgewidth=1.4 if look.hollow else 0.6,
+        markeredgecolor=look.color if look.hollow else "white",
+        elinewidth=1,
+        capsize=2,
+        zorder=3,
     )
-    return [(x, y) for _, x, y in path]
 
 
-def _short_labels(recipes: Sequence[str]) -> list[str]:
-    """Name the points; between the ends of a longer WiSE-FT path, by alpha alone."""
-    alphas = sorted(alpha for name in recipes if (alpha := wise_alpha(name)) is not None)
-    return [
-        f"{alpha:g}"
-        if (alpha := wise_alpha(name)) is not None and alpha in alphas[1:-1] and len(alphas) > 3
-        else name
-        for name in recipes
-    ]
-
-
-def _label_points(figure: Figure, axes: Axes, points: dict[str, tuple[Spread, Spread]]) -> None:
+def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Sequence[Line]) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # text has no size before
-    anchors = [
-        tuple(axes.transData.transform((x.mean, y.mean)).tolist()) for x, y in points.values()
-    ]
+
+    def pixels(point: Point) -> Point:
+        x, y = axes.transData.transform(point)
+        return float(x), float(y)
+
+    anchors = [pixels((mark.x.mean, mark.y.mean)) for mark in marks]
     texts = [
-        axes.text(0, 0, label, fontsize=8.5, color=style(name).color, parse_math=False, zorder=5)
-        for name, label in zip(points, _short_labels(list(points)), strict=True)
+        axes.text(
+            0,
+            0,
+            mark.label,
+            fontsize=7.5 if mark.minor else 8.5,
+            color=mark.look.color,
+            parse_math=False,
+            zorder=5,
+        )
+        for mark in marks
     ]
     extents = [text.get_window_extent(canvas.get_renderer()) for text in texts]
-    obstacles = [box for x, y in points.values() for box in _occupied(axes, x, y)]
-    path = [tuple(axes.transData.transform(point).tolist()) for point in _wise_path(points)]
     frame = axes.bbox
     placed = place_labels(
         anchors,
         [(box.width, box.height) for box in extents],
-        obstacles,
-        list(pairwise(path)),
+        [box for mark in marks for box in _occupied(axes, mark)],
+        list(chain.from_iterable(pairwise(map(pixels, line.through)) for line in lines)),
         (frame.x0, frame.y0, frame.x1, frame.y1),
     )
     for text, anchor, box in zip(texts, anchors, placed, strict=True):
@@ -169,144 +255,17 @@ def _put_label(figure: Figure, axes: Axes, text: Text, anchor: Point, box: Box) 
         axes.add_line(Line2D([x0, x1], [y0, y1], color=color, linewidth=0.6, alpha=0.7, zorder=2))
 
 
-def _occupied(axes: Axes, x: Spread, y: Spread) -> list[Box]:
+def _occupied(axes: Axes, mark: Mark) -> list[Box]:
     """Return the pixels that a marker and its error bars cover."""
+    x, y = mark.x, mark.y
     cx, cy = axes.transData.transform((x.mean, y.mean))
+    pad = DPI / (25 if mark.minor else 15)
+    marker = (cx - pad, cy - pad, cx + pad, cy + pad)
+    if mark.minor:
+        return [marker]
     left, low = axes.transData.transform((x.mean - (x.sd or 0), y.mean - (y.sd or 0)))
     right, high = 2 * cx - left, 2 * cy - low
-    pad = DPI / 15
-    marker = (cx - pad, cy - pad, cx + pad, cy + pad)
     return [marker, (left, cy - pad / 3, right, cy + pad / 3), (cx - pad / 3, low, cx, high)]
-
-
-def place_labels(
-    anchors: Sequence[Point],
-    sizes: Sequence[Point],
-    obstacles: Sequence[Box],
-    lines: Sequence[Segment],
-    bounds: Box,
-) -> list[Box]:
-    """Return a box for each label: near its anchor, inside bounds, clear of everything else.
-
-    Candidates lie on rings around the anchor; each label takes its cheapest one given the others,
-    round after round until none moves. That depends on who begins, so a few orders are tried.
-    Where there is no room at all, labels overlap least.
-    """
-    candidates = []
-    for anchor, size in zip(anchors, sizes, strict=True):
-        boxes = candidate_boxes(anchor, size)
-        # whole pixels: equal distances stay in the order of candidate_boxes
-        costs = [round(_own_cost(anchor, box, obstacles, lines, bounds)) for box in boxes]
-        candidates.append(sorted(zip(costs, boxes, strict=True), key=itemgetter(0)))
-    rightwards = sorted(range(len(anchors)), key=lambda index: anchors[index])
-    upwards = sorted(range(len(anchors)), key=lambda index: anchors[index][::-1])
-    turns = (rightwards, rightwards[::-1], upwards, upwards[::-1])
-    _, boxes = min((_settle(anchors, candidates, turn) for turn in turns), key=itemgetter(0))
-    return boxes
-
-
-def _settle(
-    anchors: Sequence[Point], candidates: Sequence[Sequence[tuple[int, Box]]], turn: Sequence[int]
-) -> tuple[float, list[Box]]:
-    """Return what the labels cost in all and where they are, when they choose in this order."""
-    placed: dict[int, Box] = {}
-    costs: dict[int, float] = {}
-    for _ in range(8):
-        before = dict(placed)
-        for index in turn:
-            others = [(anchors[j], box) for j, box in placed.items() if j != index]
-            costs[index], placed[index] = _cheapest(anchors[index], candidates[index], others)
-        if placed == before:
-            break
-    return sum(costs.values()), [placed[index] for index in range(len(anchors))]
-
-
-def _cheapest(
-    anchor: Point, candidates: Sequence[tuple[int, Box]], others: Sequence[tuple[Point, Box]]
-) -> tuple[float, Box]:
-    """Return the candidate that costs least given the other labels; they come by own cost."""
-    least, chosen = math.inf, candidates[0][1]
-    for own, box in candidates:
-        if own >= least:
-            break  # so do all that follow
-        cost = own + sum(_pair_cost(anchor, box, *other) for other in others)
-        if cost < least:
-            least, chosen = cost, box
-    return least, chosen
-
-
-def candidate_boxes(anchor: Point, size: Point) -> list[Box]:
-    """Return boxes of a size on rings around an anchor, nearest first, from its right side on."""
-    boxes = []
-    for ring in (0.1, 0.15, 0.22, 0.34, 0.5, 0.7, 0.95, 1.25, 1.6):
-        for turn in range(24):
-            angle = math.tau * turn / 24
-            gap = ring * DPI
-            # the box's own corner or side faces the anchor
-            x = anchor[0] + gap * math.cos(angle) + size[0] * (math.cos(angle) - 1) / 2
-            y = anchor[1] + gap * math.sin(angle) + size[1] * (math.sin(angle) - 1) / 2
-            boxes.append((x, y, x + size[0], y + size[1]))
-    return boxes
-
-
-def _own_cost(
-    anchor: Point, box: Box, obstacles: Sequence[Box], lines: Sequence[Segment], bounds: Box
-) -> float:
-    leader = (anchor, nearest(box, anchor))
-    outside = (box[2] - box[0]) * (box[3] - box[1]) - overlap(box, bounds)
-    covered = sum(overlap(box, obstacle) for obstacle in obstacles)
-    passed = sum(crosses(leader, other) for other in obstacles if not inside(anchor, other))
-    struck = sum(crosses(line, box) for line in lines)
-    return math.dist(*leader) + 150 * passed + 400 * struck + 20 * (outside + covered)
-
-
-def _pair_cost(anchor: Point, box: Box, other_anchor: Point, other_box: Box) -> float:
-    leader = (anchor, nearest(box, anchor))
-    other_leader = (other_anchor, nearest(other_box, other_anchor))
-    tangled = crosses(leader, other_box) + crosses(other_leader, box)
-    tangled += intersect(leader, other_leader)
-    return 20 * overlap(grow(box, DPI / 100), other_box) + 400 * tangled
-
-
-def overlap(a: Box, b: Box) -> float:
-    """Return the area that two boxes share."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return max(0.0, width) * max(0.0, height)
-
-
-def grow(box: Box, by: float) -> Box:
-    """Return a box that is larger on every side."""
-    return box[0] - by, box[1] - by, box[2] + by, box[3] + by
-
-
-def nearest(box: Box, point: Point) -> Point:
-    """Return the point of a box that is nearest to a point."""
-    return min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3])
-
-
-def inside(point: Point, box: Box) -> bool:
-    """Whether a point lies in a box."""
-    return nearest(box, point) == point
-
-
-def crosses(segment: Segment, box: Box) -> bool:
-    """Whether a segment enters a box."""
-    left, low, right, high = box
-    corners = [(left, low), (right, low), (right, high), (left, high), (left, low)]
-    if inside(segment[0], box) or inside(segment[1], box):
-        return True
-    return any(intersect(segment, edge) for edge in pairwise(corners))
-
-
-def intersect(first: Segment, second: Segment) -> bool:
-    """Whether two segments cross."""
-    (a, b), (c, d) = first, second
-    return _side(a, b, c) * _side(a, b, d) < 0 and _side(c, d, a) * _side(c, d, b) < 0
-
-
-def _side(a: Point, b: Point, c: Point) -> float:
-    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
 
 
 @dataclass(frozen=True)
@@ -328,6 +287,7 @@ class Panel:
 PANELS = (
     Panel("cross-entropy (training)", "ce"),
     Panel("feature MSE to the frozen model (training)", "mse"),
+    Panel("KL to the WiSE-FT model (training)", "kd"),
     Panel("held-out accuracy (%)", "%"),
 )
 

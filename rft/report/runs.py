@@ -7,7 +7,7 @@ trusted to be well formed; everything after `load_run` may rely on what the type
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from rft import files
@@ -41,6 +41,14 @@ class Run:
     """rft.files.provenance() of the training; empty where it was not kept."""
     metrics: tuple[dict[str, float], ...]
     """Lines of metrics.jsonl; a merged model has none."""
+
+    @property
+    def clip(self) -> str:
+        """Name of the CLIP that was fine-tuned, without a folder; empty for a merged model."""
+        model = self.config.get("model")
+        name = model.get("clip", "") if isinstance(model, dict) else ""
+        # it goes to terminals: no control character, and nothing that theirs cannot show
+        return ascii(PurePath(str(name).removeprefix("local-dir:")).name)[1:-1]
 
     @property
     def gallery_path(self) -> Path:
@@ -177,10 +185,25 @@ def check_same_settings(runs: Sequence[Run]) -> None:
             )
 
 
+# seeds, places, and what never changes a result; each seed builds on runs of its own
+APART: dict[str, set[str]] = {
+    "": {
+        "seed", "split_seed", "order_seed", "data", "run", "log", "device", "recompute", "compile",
+        "merged_from", "soup", "imported_from",
+    },
+    "model": {"start"},
+    "method": {"kd_teacher"},
+    "loader": {"workers", "cache_dir", "cache_gb"},
+}  # fmt: skip
+
+
 def _settings(run: Run) -> dict[str, Any]:
-    """Return the configuration but for seeds, places, and what never changes a result."""
-    apart = {"seed", "split_seed", "data", "run", "log", "device", "merged_from"}
-    return {name: value for name, value in run.config.items() if name not in apart}
+    """Return the configuration without what may differ between the seeds of a recipe."""
+    kept = {name: value for name, value in run.config.items() if name not in APART[""]}
+    for group in APART.keys() & kept.keys():
+        if isinstance(kept[group], dict):
+            kept[group] = {k: v for k, v in kept[group].items() if k not in APART[group]}
+    return kept
 
 
 def check_same_data(runs: Sequence[Run]) -> None:

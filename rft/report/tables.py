@@ -11,10 +11,12 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich import box
+from rich.console import JustifyMethod
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -32,6 +34,7 @@ GRID = tuple(f"{mask}-mask-{fill}-fill" for fill in FILLS for mask in MASKS)  # 
 
 PLUS_MINUS = "\u00b1"
 ABSENT = "-"
+NAME_WIDTH = 28  # what the numbers of a result table leave of 100 columns
 
 # a rule under the heading and nothing else, in ASCII
 RULED = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
@@ -48,6 +51,18 @@ class Spread:
         """Return `mean`, or `mean +- sd`; `sign` is "+" to show it on positive means too."""
         mean = f"{self.mean:{sign}z.{decimals}f}"
         return mean if self.sd is None else f"{mean}{join}{self.sd:.{decimals}f}"
+
+
+@dataclass(frozen=True)
+class Wise:
+    """A model on the line between the zero-shot and a fine-tuned one (rft.merge)."""
+
+    family: str
+    """The name without alpha: wise-ft, wise-object-mask-single-fill."""
+    end: str
+    """Recipe of the fine-tuned model."""
+    alpha: float
+    """Share of the fine-tuned model."""
 
 
 @dataclass(frozen=True)
@@ -109,26 +124,45 @@ def by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
     }
 
 
-def order(recipe: str) -> tuple[int, float, str]:
+def order(recipe: str) -> tuple[int, str, float]:
     """Return the sort key that puts recipes in the order of the paper's tables, others last."""
     first = ("zero-shot", "linear-probe", "vanilla", "lp-ft")
     if recipe in first:
-        return 0, first.index(recipe), ""
-    if recipe.startswith("wise-ft"):
-        return 1, wise_alpha(recipe) or 0.0, recipe
-    if "soup" in recipe:
-        return 2, 0, recipe
+        return 0, "", first.index(recipe)
+    if (wise := wise_model(recipe)) is not None:
+        return (1, "", wise.alpha) if wise.end == "vanilla" else (5, wise.family, wise.alpha)
+    if recipe.endswith("-soup"):
+        return 2, recipe, 0
     if recipe == "no-mask":
-        return 3, 0, ""
+        return 3, "", 0
     if recipe in GRID:
-        return 4, GRID.index(recipe), ""
-    return 5, 0, recipe
+        return 4, "", GRID.index(recipe)
+    if recipe.startswith("wise-kd-"):
+        return 6, "" if recipe == "wise-kd-vanilla" else recipe, 0
+    return 7, recipe, 0
 
 
-def wise_alpha(recipe: str) -> float | None:
-    """Return the mixing coefficient in the name of a WiSE-FT model, or None for other recipes."""
-    match = re.fullmatch(r"wise-ft-(\d+(?:\.\d+)?)", recipe, re.ASCII)
-    return float(match[1]) if match else None
+def wise_model(recipe: str) -> Wise | None:
+    """Return what the name of a WiSE model says, or None for other recipes."""
+    match = re.fullmatch(r"(wise-(.+?))-(\d+(?:\.\d+)?(?:e-\d+)?)", recipe, re.ASCII)
+    if match is None or float(match[3]) > 1:
+        return None
+    return Wise(match[1], "vanilla" if match[2] == "ft" else match[2], float(match[3]))
+
+
+def shown_recipes(recipes: Iterable[str]) -> set[str]:
+    """Return the recipes without a WiSE family's models but the one nearest to alpha 0.5.
+
+    A path over alpha is a picture's; picking its best point would be selecting on test accuracy.
+    """
+    kept = set()
+    families: dict[str, list[tuple[float, str]]] = {}
+    for recipe in sorted(recipes, key=order):
+        if (wise := wise_model(recipe)) is None:
+            kept.add(recipe)
+        else:
+            families.setdefault(wise.family, []).append((abs(wise.alpha - 0.5), recipe))
+    return kept | {min(members)[1] for members in families.values()}
 
 
 def result_rows(runs: Sequence[Run]) -> list[Row]:
@@ -208,22 +242,22 @@ def difference_header() -> list[str]:
     return [text for name in BASELINES for text in (f"vs {name}", "by seed")]
 
 
-def markdown(rows: Sequence[Row], differences: Sequence[DifferenceRow]) -> str:
-    """Return both tables as Markdown."""
+def markdown(rows: Sequence[Row], differences: Sequence[DifferenceRow], hidden: int = 0) -> str:
+    """Return both tables as Markdown; `hidden` WiSE models are left out of `rows`."""
     winners = best(rows)
-    lines = _markdown_head("recipe", "n", *COLUMNS)
+    lines = markdown_head("recipe", "n", *COLUMNS)
     for index, row in enumerate(rows):
         cells = [
             f"**{_text(cell)}**" if index in winners[column] else _text(cell)
             for column, cell in enumerate(row.cells)
         ]
-        lines.append(_markdown_line(_markdown_escape(row.recipe), str(len(row.seeds)), *cells))
-    lines += ["", caption(rows)]
+        lines.append(markdown_line(markdown_escape(row.recipe), str(len(row.seeds)), *cells))
+    lines += ["", caption(rows, hidden)]
     if differences:
-        lines += ["", *_markdown_head("recipe", "n", *difference_header())]
+        lines += ["", *markdown_head("recipe", "n", *difference_header())]
         for row in differences:
-            name = _markdown_escape(row.recipe)
-            lines.append(_markdown_line(name, str(len(row.seeds)), *difference_cells(row)))
+            name = markdown_escape(row.recipe)
+            lines.append(markdown_line(name, str(len(row.seeds)), *difference_cells(row)))
         lines += ["", DIFFERENCE_CAPTION]
     return "\n".join(lines) + "\n"
 
@@ -232,16 +266,19 @@ def _text(cell: Spread | None) -> str:
     return ABSENT if cell is None else cell.text()
 
 
-def _markdown_head(*cells: str) -> list[str]:
-    return [_markdown_line(*cells), _markdown_line("---", *["--:" for _ in cells[1:]])]
+def markdown_head(*cells: str) -> list[str]:
+    """Return the heading of a table whose numbers stand on the right."""
+    return [markdown_line(*cells), markdown_line("---", *["--:" for _ in cells[1:]])]
 
 
-def _markdown_line(*cells: str) -> str:
+def markdown_line(*cells: str) -> str:
+    """Return one line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
-def _markdown_escape(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(text))
+def markdown_escape(text: str) -> str:
+    """Return text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(text, quote=False))
 
 
 def csv_text(rows: Sequence[Row]) -> str:
@@ -251,21 +288,24 @@ def csv_text(rows: Sequence[Row]) -> str:
     numbers = [text for name in COLUMNS for text in (name, f"{name} sd")]
     writer.writerow(["recipe", "n", "seeds", *numbers])
     for row in rows:
-        values = [text for cell in row.cells for text in _numbers(cell)]
+        values = [text for cell in row.cells for text in csv_numbers(cell)]
         writer.writerow([row.recipe, len(row.seeds), " ".join(map(str, row.seeds)), *values])
     return stream.getvalue()
 
 
-def _numbers(cell: Spread | None) -> tuple[str, str]:
+def csv_numbers(cell: Spread | None) -> tuple[str, str]:
+    """Return mean and standard deviation, empty where there is none."""
     if cell is None:
         return "", ""
     return f"{cell.mean:.6f}", "" if cell.sd is None else f"{cell.sd:.6f}"
 
 
-def rich_tables(rows: Sequence[Row], differences: Sequence[DifferenceRow]) -> list[RichTable]:
+def rich_tables(
+    rows: Sequence[Row], differences: Sequence[DifferenceRow], hidden: int = 0
+) -> list[RichTable]:
     """Return both tables for a console of 100 columns, in ASCII for any encoding."""
     winners = best(rows)
-    table = _rich_table(caption(rows), "n", *COLUMNS)
+    table = rich_table(caption(rows, hidden), "n", *COLUMNS)
     for index, row in enumerate(rows):
         cells = [
             Text(
@@ -274,19 +314,20 @@ def rich_tables(rows: Sequence[Row], differences: Sequence[DifferenceRow]) -> li
             )
             for column, cell in enumerate(row.cells)
         ]
-        table.add_row(Text(row.recipe), Text(str(len(row.seeds))), *cells)
+        table.add_row(rich_name(row.recipe), Text(str(len(row.seeds))), *cells)
     if not differences:
         return [table]
-    paired_table = _rich_table(DIFFERENCE_CAPTION, "n", *difference_header())
+    paired_table = rich_table(DIFFERENCE_CAPTION, "n", *difference_header())
     for row in differences:
         cells = [Text(text) for text in difference_cells(row, join="+-")]
-        paired_table.add_row(Text(row.recipe), Text(str(len(row.seeds))), *cells)
+        paired_table.add_row(rich_name(row.recipe), Text(str(len(row.seeds))), *cells)
     return [table, paired_table]
 
 
-def _rich_table(title: str, *columns: str) -> RichTable:
+def rich_table(title: str, *columns: str, justify: JustifyMethod = "right") -> RichTable:
+    """Return an empty table of recipes."""
     table = RichTable(
-        title=title,
+        title=Text(title),
         title_justify="left",
         title_style="",
         header_style="",
@@ -296,17 +337,27 @@ def _rich_table(title: str, *columns: str) -> RichTable:
     )
     table.add_column("recipe", overflow="fold")
     for name in columns:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify=justify, overflow="fold")
     return table
 
 
-def caption(rows: Sequence[Row]) -> str:
+def rich_name(recipe: str) -> Text:
+    """Return a recipe's name, a long one on lines that break at its hyphens."""
+    return Text("\n".join(textwrap.wrap(recipe, NAME_WIDTH)))
+
+
+def caption(rows: Sequence[Row], hidden: int = 0) -> str:
     """Return what the numbers of the result table are."""
     numbers = sorted({len(row.seeds) for row in rows})
     spread = ""
     if numbers[-1] > 1:
         spread = "; mean and sample standard deviation over n seeds"
-    return f"Top-1 accuracy in %{spread}. OOD avg is the unweighted mean of the five to its left."
+    text = f"Top-1 accuracy in %{spread}. OOD avg is the unweighted mean of the five to its left."
+    if hidden:
+        text += (
+            f" Of each WiSE family only the alpha nearest 0.5; table.csv has the other {hidden}."
+        )
+    return text
 
 
 DIFFERENCE_CAPTION = "Difference in OOD avg, in points, paired by seed: mean, then each seed's own."

@@ -74,7 +74,10 @@ def make_metrics(
             if distils
             else 0.0
         )
-        lines.append({"step": step, "ce": ce, "mse": mse, "loss": ce + 3 * mse, "lr": 1e-4})
+        kd = 2 * decay if recipe.startswith("wise-kd-") else 0.0
+        lines.append(
+            {"step": step, "ce": ce, "mse": mse, "kd": kd, "loss": ce + 3 * mse + kd, "lr": 1e-4}
+        )
         if step % 25 == 0:
             correct = int(400 * (0.95 - shift / 20 - 0.12 * decay) + rng.normal())
             lines.append({"step": step, "held_out_correct": correct, "held_out_total": 400})

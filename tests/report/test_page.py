@@ -11,7 +11,8 @@ from rft.report.runs import load_runs
 from tests.report.make_runs import edit, make_gallery, make_run
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://x.test/y>{{ 7*7 }}"
-FILES = {"index.html", "table.md", "table.csv", "scatter.png", "curves.png", "gallery.png"}
+DOCUMENTS = {"index.html", "table.md", "table.csv", "paper.md", "paper.csv"}
+FILES = DOCUMENTS | {"scatter.png", "curves.png", "gallery.png"}
 
 
 class Page(HTMLParser):
@@ -39,7 +40,11 @@ class Page(HTMLParser):
 @pytest.fixture
 def paths(tmp_path):
     names = ("vanilla", "no-mask", "object-mask-single-fill")
-    paths = [make_run(tmp_path / "runs", name, seed) for name in names for seed in (0, 1)]
+    paths = [
+        make_run(tmp_path / "runs", name, seed, percent=(70, 60 + 3 * n, 50, 40, 30, 20))
+        for n, name in enumerate(names)
+        for seed in (0, 1)
+    ]
     make_gallery(paths[3] / "gallery.npz", batch=2)
     return paths
 
@@ -95,17 +100,52 @@ def test_what_cannot_be_drawn_is_said_and_does_not_stay(paths, tmp_path):
     write_report(paths, out)
     bare = make_run(tmp_path / "bare", percent=(70, 60), metrics=False)
     write_report([bare], out)
-    assert {path.name for path in out.iterdir()} == {"index.html", "table.md", "table.csv"}
+    assert {path.name for path in out.iterdir()} == DOCUMENTS
     page = Page((out / "index.html").read_text())
     assert page.text.count("Not drawn:") == 3
     assert "Margins" not in page.text
+    other = make_run(tmp_path / "other", "mine", percent=(70, 60), metrics=False)
+    write_report([other], out)
+    assert {path.name for path in out.iterdir()} == DOCUMENTS - {"paper.md", "paper.csv"}
+    assert "Beside the paper" not in (out / "index.html").read_text()
 
 
 def test_the_miniature_world_is_not_taken_for_imagenet(tmp_path):
     path = make_run(tmp_path, scale="miniature")
-    assert "Miniature world" in write_report([path], tmp_path / "report")
+    text = write_report([path], tmp_path / "report")
+    assert "Miniature world" in text
+    assert "never their levels" in " ".join(text.split())
     page = (tmp_path / "report" / "index.html").read_text()
     assert "stand-ins named after the benchmarks" in page
+
+
+def test_a_sweep_over_alpha_is_a_picture_and_not_a_table(tmp_path):
+    names = ["zero-shot", "vanilla", *(f"wise-ft-{tenth / 10:g}" for tenth in range(1, 10))]
+    paths = [make_run(tmp_path, name) for name in names]
+    out = tmp_path / "report"
+    text = write_report(paths, out)
+    assert (out / "wise.png").is_file()
+    page = Page((out / "index.html").read_text())
+    for shown in (text, (out / "table.md").read_text()):
+        assert "wise-ft-0.5" in shown
+        assert "wise-ft-0.4" not in shown
+        assert "table.csv has the\nother 8" in shown or "table.csv has the other 8" in shown
+    assert "the next picture has all" in page.text
+    assert sum(tag == "img" for tag, _ in page.tags) == 3
+    assert (out / "table.csv").read_text().count("wise-ft-") == 9
+    write_report(paths[:2], out)
+    assert not (out / "wise.png").exists()
+
+
+def test_the_paper_stands_beside_in_every_form(paths, tmp_path):
+    out = tmp_path / "report"
+    text = write_report(paths, out)
+    page = Page((out / "index.html").read_text())
+    for shown in (text, page.text, (out / "paper.md").read_text()):
+        said = " ".join(shown.split())
+        assert "the paper's Tables 1 and 3 (CLIP ViT-B/32)" in said
+        assert "44.2" in said
+        assert "in the paper: 1.00 (n = 3 rows)" in said
 
 
 def test_provenance_is_one_line_for_each_answer(paths):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rft.report import gallery, plots
+from rft.report import gallery, labels, plots
 from rft.report.runs import load_runs
 from rft.report.tables import GRID, result_rows
 from tests.report.make_runs import make_gallery, make_run, run_of
@@ -41,10 +41,82 @@ def test_nothing_to_scatter():
 
 
 def test_families_differ_without_colour():
-    families = ["zero-shot", "vanilla", "wise-ft-0.5", "no-mask", "object-mask-single-fill"]
+    families = [
+        "zero-shot", "linear-probe", "vanilla", "lp-ft", "wise-ft-0.5", "uniform-soup", "no-mask",
+        "object-mask-single-fill", "wise-object-mask-single-fill-0.5", "wise-kd-vanilla", "mine",
+    ]  # fmt: skip
     assert len({plots.style(name).marker for name in families}) == len(families)
     fills = {plots.style(f"object-mask-{fill}-fill") for fill in ("no", "single", "multi")}
     assert len({(look.marker, look.hollow) for look in fills}) == 3
+    assert plots.style("greedy-soup").hollow != plots.style("uniform-soup").hollow
+
+
+def test_models_made_of_others_have_their_colour():
+    ours = plots.style("object-mask-single-fill").color
+    assert plots.style("wise-object-mask-single-fill-0.3").color == ours
+    assert plots.style("wise-kd-object-mask-single-fill").color == ours
+    assert plots.style("wise-kd-vanilla").color == plots.style("vanilla").color
+    # curves have no markers
+    trained = ["zero-shot", "linear-probe", "vanilla", "lp-ft", "no-mask", *GRID]
+    trained += ["wise-kd-vanilla", "wise-kd-object-mask-single-fill"]
+    looks = [plots.style(name) for name in trained]
+    assert len({(look.color, look.line) for look in looks}) == len(trained)
+
+
+def marks_of(monkeypatch, draw, rows):
+    """The marks and lines that a function would draw."""
+    monkeypatch.setattr(plots, "_picture", lambda marks, lines: (marks, lines))
+    return draw(rows)
+
+
+SWEEP = [f"wise-ft-{tenth / 10:g}" for tenth in range(11)]
+
+
+def test_the_scatter_has_one_point_of_a_path(monkeypatch):
+    rows = result_rows([run_of(name, percent=ALL) for name in ["vanilla", *SWEEP]])
+    marks, lines = marks_of(monkeypatch, plots.scatter, rows)
+    assert [mark.label for mark in marks] == ["vanilla", "wise-ft-0.5"]
+    assert lines == []
+
+
+def test_a_path_goes_from_zero_shot_to_the_fine_tuned_end():
+    ours = [f"wise-object-mask-single-fill-{a}" for a in ("0.75", "0.25")]
+    paths = plots.wise_paths({*SWEEP, *ours, "zero-shot", "vanilla", "no-mask"})
+    assert paths == {
+        "wise-ft": ["zero-shot", *SWEEP[1:10], "vanilla"],
+        # its fine-tuned end is not there
+        "wise-object-mask-single-fill": ["zero-shot", *ours[::-1]],
+    }
+    assert plots.wise_paths(set(SWEEP)) == {"wise-ft": SWEEP}
+
+
+def test_what_the_wise_picture_draws(monkeypatch):
+    percents = {name: (70.0 + n, *ALL[1:]) for n, name in enumerate(SWEEP)}
+    names = [*SWEEP, "zero-shot", "vanilla", "no-mask", "lp-ft", "wise-kd-vanilla", "wise-kd-lost"]
+    runs = [run_of(name, seed, percents.get(name, ALL)) for name in names for seed in (0, 1)]
+    marks, lines = marks_of(monkeypatch, plots.wise_picture, result_rows(runs))
+    assert {mark.label for mark in marks if not mark.minor} == {
+        "zero-shot", "vanilla", "wise-ft-0.5", "wise-kd-vanilla", "wise-kd-lost",
+    }  # fmt: skip
+    alphas = [mark.label for mark in marks if mark.minor]
+    assert alphas == ["0.1", "0.2", "0.3", "0.4", "0.6", "0.7", "0.8", "0.9"]
+    path, student = lines  # wise-kd-lost has no fine-tuned end to come from
+    assert [x for x, _ in path.through] == [70, *range(71, 80), 70]
+    assert student.through == ((70, 40), (70, 40))
+    assert (path.dashes, student.dashes) == (plots.SOLID, plots.DOTTED)
+
+
+def test_wise_pictures():
+    rng = np.random.default_rng(1)
+    names = ["zero-shot", "vanilla", *SWEEP, "wise-kd-vanilla", "wise-no-mask-0.5"]
+    runs = [run_of(n, s, tuple(ALL + rng.normal(0, 4, 6))) for n in names for s in range(2)]
+    assert decode(plots.wise_picture(result_rows(runs))).shape == (1120, 1640, 3)
+    decode(plots.wise_picture(result_rows([run_of("wise-kd-vanilla", percent=ALL)])))
+
+
+def test_no_wise_picture_without_such_a_model():
+    runs = [run_of("vanilla", percent=ALL), run_of("wise-ft-0.5", percent=ALL[:3])]
+    assert plots.wise_picture(result_rows(runs)) is None
 
 
 def test_curves(tmp_path):
@@ -55,7 +127,13 @@ def test_curves(tmp_path):
     assert decode(plots.curves(runs)).shape == (740, 2400, 3)
     # vanilla logs an MSE of zero: it has no such term
     assert plots.curve(runs[0], plots.PANELS[1]) == {}
-    assert plots.curve(runs[4], plots.PANELS[2]) == {0: 75.0}
+    assert plots.curve(runs[4], plots.PANELS[3]) == {0: 75.0}
+
+
+def test_distilled_logits_have_a_panel(tmp_path):
+    runs = load_runs([make_run(tmp_path, "wise-kd-vanilla"), make_run(tmp_path, "vanilla")])
+    assert decode(plots.curves(runs)).shape == (740, 3200, 3)
+    assert [bool(plots.curve(run, plots.PANELS[2])) for run in runs] == [True, False]
 
 
 def test_nothing_to_curve():
@@ -70,19 +148,19 @@ def test_mean_curve_is_over_common_steps():
 @given(st.lists(st.tuples(st.floats(200, 1000), st.floats(200, 700)), min_size=2, max_size=6))
 def test_labels_keep_clear_of_each_other(anchors):
     bounds = (0.0, 0.0, 1600.0, 1100.0)
-    boxes = plots.place_labels(anchors, [(150, 24)] * len(anchors), [], [], bounds)
+    boxes = labels.place_labels(anchors, [(150, 24)] * len(anchors), [], [], bounds)
     for index, box in enumerate(boxes):
-        assert plots.overlap(box, bounds) == pytest.approx(150 * 24)
-        assert all(plots.overlap(box, other) == 0 for other in boxes[:index])
+        assert labels.overlap(box, bounds) == pytest.approx(150 * 24)
+        assert all(labels.overlap(box, other) == 0 for other in boxes[:index])
 
 
 def test_geometry():
     box = (0.0, 0.0, 2.0, 1.0)
-    assert plots.overlap(box, (1.0, 0.5, 5.0, 5.0)) == 0.5
-    assert plots.nearest(box, (3.0, -1.0)) == (2.0, 0.0)
-    assert plots.crosses(((-1.0, 0.5), (3.0, 0.5)), box)
-    assert plots.crosses(((1.0, 0.5), (9.0, 9.0)), box)
-    assert not plots.crosses(((-1.0, 2.0), (3.0, 2.0)), box)
+    assert labels.overlap(box, (1.0, 0.5, 5.0, 5.0)) == 0.5
+    assert labels.nearest(box, (3.0, -1.0)) == (2.0, 0.0)
+    assert labels.crosses(((-1.0, 0.5), (3.0, 0.5)), box)
+    assert labels.crosses(((1.0, 0.5), (9.0, 9.0)), box)
+    assert not labels.crosses(((-1.0, 2.0), (3.0, 2.0)), box)
 
 
 @st.composite

@@ -110,3 +110,43 @@ def test_seeds_with_other_settings_are_not_averaged(tmp_path):
     ]
     with pytest.raises(ValueError, match=r"other settings: optim.lr: 3e-05 -> 0.001"):
         load_runs(paths)
+
+
+def test_what_seeds_build_on_may_differ(tmp_path):
+    kd = [
+        make_run(
+            tmp_path,
+            "wise-kd-vanilla",
+            seed,
+            order_seed=seed,
+            method={"kd_weight": 1, "kd_teacher": f"runs/wise-ft-0.5-seed{seed}"},
+            model={"clip": "x", "start": f"runs/probe-seed{seed}"},
+            loader={"batch_size": 512, "workers": seed},
+        )
+        for seed in (0, 1)
+    ]
+    soups = [
+        make_run(tmp_path, "greedy-soup", seed, merged_from=[seed], soup=[seed]) for seed in (0, 1)
+    ]
+    assert len(load_runs([*kd, *soups])) == 4
+    edit(kd[1] / "config.json", method={"kd_weight": 2, "kd_teacher": ""})
+    with pytest.raises(ValueError, match=r"method.kd_weight: 1 -> 2"):
+        load_runs(kd)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"clip": "ViT-B-16-quickgelu"}, "ViT-B-16-quickgelu"),
+        ({"clip": "local-dir:/some/folder/ViT-B-16"}, "ViT-B-16"),
+        ({"clip": "red\x1b[31m \u00e9"}, r"red\x1b[31m \xe9"),
+        ({}, ""),
+        ("ViT-B-16", ""),
+    ],
+)
+def test_the_name_of_the_clip(tmp_path, model, expected):
+    assert load_run(make_run(tmp_path, model=model)).clip == expected
+
+
+def test_a_merged_model_does_not_name_its_clip(tmp_path):
+    assert load_run(make_run(tmp_path, "wise-ft-0.5", merged_from=[])).clip == ""

@@ -12,41 +12,10 @@ from rich.console import Console
 
 from rft.report import tables
 from rft.report.runs import SetCount
-from rft.report.tables import COLUMNS, OOD_COLUMN, Spread
+from rft.report.tables import COLUMNS, OOD_COLUMN, Spread, Wise
 from tests.report.make_runs import run_of
 
-# Tables 1 and 3 of the paper: ImageNet, V2, R, Sketch, ObjectNet, A | OOD avg
-PAPER = {
-    "zero-shot": ((63.4, 55.9, 69.3, 42.3, 44.5, 31.4), 48.7),
-    "vanilla": ((75.9, 64.7, 57.0, 39.8, 39.5, 20.0), 44.2),
-    "wise-ft-0.5": ((76.6, 66.6, 70.2, 47.1, 46.3, 31.9), 52.4),
-    "uniform-soup": ((80.0, 68.6, 66.6, 47.7, 46.1, 29.2), 51.6),
-    "no-mask": ((76.9, 66.5, 69.2, 45.6, 45.3, 29.8), 51.3),
-    "random-mask-no-fill": ((77.5, 66.9, 66.4, 45.7, 46.5, 30.8), 51.2),
-    "context-mask-no-fill": ((77.8, 67.4, 66.7, 45.6, 45.9, 30.0), 51.1),
-    "object-mask-no-fill": ((77.7, 67.1, 67.6, 46.2, 46.8, 31.5), 51.9),
-    "random-mask-single-fill": ((77.6, 67.1, 69.0, 46.4, 47.8, 33.4), 52.7),
-    "context-mask-single-fill": ((77.2, 66.9, 68.8, 46.5, 47.8, 32.9), 52.6),
-    "object-mask-single-fill": ((77.5, 67.1, 69.7, 46.9, 48.0, 33.8), 53.1),
-    "random-mask-multi-fill": ((78.0, 67.4, 67.4, 46.1, 46.7, 31.9), 51.9),
-    "context-mask-multi-fill": ((78.2, 67.4, 66.5, 45.5, 45.9, 30.0), 51.1),
-    "object-mask-multi-fill": ((77.9, 67.7, 68.1, 46.6, 47.5, 33.0), 52.6),
-    "B/16 zero-shot": ((68.3, 61.9, 77.6, 48.3, 54.0, 50.1), 58.4),
-    "B/16 vanilla": ((80.7, 70.4, 64.0, 45.1, 49.1, 35.2), 52.8),
-    "B/16 wise-ft": ((81.7, 72.8, 78.7, 53.9, 57.3, 52.2), 63.0),
-    "B/16 multi": ((82.5, 73.4, 76.4, 52.7, 56.8, 52.0), 62.3),
-    "B/16 single": ((82.4, 73.4, 78.1, 53.4, 57.9, 53.5), 63.3),
-}
 ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)
-
-
-@pytest.mark.parametrize("recipe", PAPER)
-def test_ood_average_is_the_papers(recipe):
-    percent, expected = PAPER[recipe]
-    # the paper averages unrounded accuracies, so its own rows agree to 0.06 only
-    assert tables.ood_average(run_of(recipe, percent=percent)) == pytest.approx(
-        expected, abs=0.0601
-    )
 
 
 def test_percentages_come_from_counts():
@@ -89,7 +58,9 @@ def test_a_missing_set_has_no_number_and_no_average():
 def test_rows_stand_in_the_papers_order():
     expected = [
         "zero-shot", "linear-probe", "vanilla", "lp-ft", "wise-ft-0.2", "wise-ft-0.5", "wise-ft-1",
-        "greedy-soup", "uniform-soup", "no-mask", *tables.GRID, "another", "zebra",
+        "greedy-soup", "uniform-soup", "no-mask", *tables.GRID, "wise-no-mask-0.9",
+        "wise-object-mask-single-fill-0.5", "wise-object-mask-single-fill-1", "wise-kd-vanilla",
+        "wise-kd-object-mask-single-fill", "another", "zebra",
     ]  # fmt: skip
     rows = tables.result_rows([run_of(name, percent=ALL) for name in sorted(expected)])
     assert [row.recipe for row in rows] == expected
@@ -101,9 +72,36 @@ def test_rows_stand_in_the_papers_order():
     )
 
 
-@pytest.mark.parametrize("name", ["wise-ft-", "wise-ft-nan", "wise-ft-0.5-late", "vanilla"])
-def test_only_numbers_are_mixing_coefficients(name):
-    assert tables.wise_alpha(name) is None
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("wise-ft-0.5", Wise("wise-ft", "vanilla", 0.5)),
+        ("wise-ft-0", Wise("wise-ft", "vanilla", 0)),
+        (f"wise-no-mask-{1e-5:g}", Wise("wise-no-mask", "no-mask", 1e-5)),
+        ("wise-wise-kd-vanilla-0.1", Wise("wise-wise-kd-vanilla", "wise-kd-vanilla", 0.1)),
+    ],
+)
+def test_names_of_wise_models(name, expected):
+    assert tables.wise_model(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["wise-ft-", "wise-ft-nan", "wise-ft-0.5-late", "wise-ft-2", "wise-kd-vanilla", "vanilla"],
+)
+def test_other_names_are_no_wise_models(name):
+    assert tables.wise_model(name) is None
+
+
+def test_one_model_of_each_wise_family_is_shown():
+    sweep = [f"wise-ft-{tenth / 10:g}" for tenth in range(11)]
+    others = ["vanilla", "wise-kd-vanilla", "uniform-soup"]
+    ours = [f"wise-object-mask-single-fill-{alpha}" for alpha in ("0.1", "0.4", "0.9")]
+    shown = tables.shown_recipes([*sweep, *others, *ours])
+    assert shown == {*others, "wise-ft-0.5", "wise-object-mask-single-fill-0.4"}
+    row = tables.result_rows([run_of("vanilla", percent=ALL)])
+    assert tables.caption(row, 12).endswith("table.csv has the other 12.")
+    assert "WiSE" not in tables.caption(row)
 
 
 def test_best_of_a_column_counts_ties_as_printed():
@@ -175,6 +173,7 @@ def test_markdown_takes_no_markup_from_names():
 def test_text_fits_100_columns_and_takes_no_markup_from_names():
     runs = [run_of(name, seed, ALL) for name in ("vanilla", *tables.GRID) for seed in range(3)]
     runs += [run_of("[bold]very-long-name-of-something[/bold]", 0, ALL)]
+    runs += [run_of("wise-kd-object-mask-single-fill", seed, ALL) for seed in range(3)]
     stream = io.StringIO()
     console = Console(file=stream, width=100)
     for table in tables.rich_tables(tables.result_rows(runs), tables.difference_rows(runs)):
@@ -183,6 +182,7 @@ def test_text_fits_100_columns_and_takes_no_markup_from_names():
     assert max(map(len, text.splitlines())) <= 100
     assert text.isascii()
     assert re.search(r"^context-mask-single-fill +3 70\.0\+-0\.0 60\.0", text, re.MULTILINE)
+    assert re.search(r"^wise-kd-object-mask-single- +3 .*\nfill +\n", text, re.MULTILINE)
     assert "[bold]" in text
     assert all(name in text for name in COLUMNS)
 
