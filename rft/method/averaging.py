@@ -1,10 +1,12 @@
-"""Averages of weights: WiSE-FT and soups.
+"""Averages of weights: WiSE-FT and soups. Pure.
 
 A state dict maps names to tensors; models are averaged over every entry, the head's included.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 State = Mapping[str, Tensor]
@@ -14,22 +16,136 @@ def interpolate(start: State, end: State, alpha: float) -> dict[str, Tensor]:
     """Return (1 - alpha) start + alpha end (WiSE-FT, Wortsman et al. 2022, eq. 1).
 
     Raises:
-        ValueError: if the two do not have the same entries and shapes.
+        ValueError: if the two do not have the same entries, shapes and types.
     """
     require_alike(start, end)
-    # alpha 0 and 1 must give back the inputs bit for bit, which lerp does not promise
+    # the ends must be the inputs bit for bit, which lerp does not promise, nor 0 x infinity
+    if alpha in (0, 1):
+        return {name: value.clone() for name, value in (end if alpha else start).items()}
     return {name: (1 - alpha) * start[name] + alpha * end[name] for name in start}
+
+
+def uniform_soup(states: Iterable[State]) -> dict[str, Tensor]:
+    """Return the arithmetic mean of models (model soups, Wortsman et al. 2022).
+
+    The models are taken one after the other and only their sum is kept, in fp64: it is rounded
+    once, at the end, so that neither their number nor their order costs precision.
+
+    Raises:
+        ValueError: if there is no model, or not all have the same entries, shapes and types.
+    """
+    total = Sum()
+    for state in states:
+        total.add(state)
+    if total.count == 0:
+        raise ValueError("a soup needs at least one model")
+    return total.mean()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One step of the greedy recipe."""
+
+    model: int
+    """Number of the model that was considered."""
+    score: float
+    """Of the soup with this model in it."""
+    kept: bool
+
+
+def greedy_soup(
+    scores: Sequence[float],
+    load: Callable[[int], State],
+    score_of: Callable[[dict[str, Tensor]], float],
+    tell: Callable[[Trial], None] = lambda _: None,
+) -> tuple[dict[str, Tensor], list[Trial]]:
+    """Return the greedy soup (recipe 1 of Wortsman et al. 2022) and the steps to it.
+
+    The best model is the first soup; each other one, from the second best on, stays in if the mean
+    of all that are in scores strictly higher with it. Of equal models the earlier one comes first.
+
+    Args:
+        scores: each model's own score on the held-out images.
+        load: returns the weights of a model by its number; called once for each.
+        score_of: returns the score of some weights on the same images.
+        tell: called with each step when it is done.
+
+    Raises:
+        ValueError: if there is no model, or not all have the same entries, shapes and types.
+    """
+    if not scores:
+        raise ValueError("a soup needs at least one model")
+    best_first = sorted(range(len(scores)), key=lambda model: -scores[model])
+    soup = Sum()
+    steps: list[Trial] = []
+    best = -torch.inf
+    for model in best_first:
+        state = load(model)
+        # the best one is its own soup, and its score is known
+        score = score_of(soup.mean_with(state)) if steps else scores[model]
+        steps.append(Trial(model, score, kept=score > best))
+        if steps[-1].kept:
+            soup.add(state)
+            best = score
+        tell(steps[-1])
+    return soup.mean(), steps
+
+
+class Sum:
+    """Sum of models, in fp64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._total: dict[str, Tensor] = {}
+        self._like: dict[str, Tensor] = {}
+
+    def add(self, state: State) -> None:
+        """Add a model.
+
+        Raises:
+            ValueError: if it is not like those before it.
+        """
+        if self.count == 0:
+            # shapes and types without the bytes
+            self._like = {name: torch.empty_like(v, device="meta") for name, v in state.items()}
+            self._total = {name: v.to(torch.float64, copy=True) for name, v in state.items()}
+        else:
+            require_alike(self._like, state)
+            for name, value in state.items():
+                self._total[name] += value
+        self.count += 1
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the mean of the models that were added, in their own type."""
+        assert self.count > 0
+        return {n: (total / self.count).to(self._like[n].dtype) for n, total in self._total.items()}
+
+    def mean_with(self, new: State) -> dict[str, Tensor]:
+        """Return what the mean would be with one more model, which is not added.
+
+        Raises:
+            ValueError: if it is not like those before it.
+        """
+        require_alike(self._like, new)
+        return {
+            name: ((total + new[name]) / (self.count + 1)).to(new[name].dtype)
+            for name, total in self._total.items()
+        }
 
 
 def require_alike(first: State, second: State) -> None:
     """Check that two state dicts can be averaged.
 
     Raises:
-        ValueError: naming the first entry that only one has, or whose shapes differ.
+        ValueError: naming the first entry that only one has, or whose shapes or types differ.
     """
     if only := sorted(first.keys() ^ second.keys()):
         raise ValueError(f"the models are not alike: only one of them has {only[0]!r}")
     for name, value in first.items():
-        if value.shape != second[name].shape:
-            shapes = f"{tuple(value.shape)} and {tuple(second[name].shape)}"
+        other = second[name]
+        if value.shape != other.shape:
+            shapes = f"{tuple(value.shape)} and {tuple(other.shape)}"
             raise ValueError(f"the models are not alike: {name!r} has shapes {shapes}")
+        if value.dtype != other.dtype:
+            types = f"{value.dtype} and {other.dtype}"
+            raise ValueError(f"the models are not alike: {name!r} has types {types}")

@@ -12,7 +12,7 @@ What chance decides is drawn before the first call, on the CPU, so that nothing 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +58,13 @@ class Draws(NamedTuple):
         """Return the draws on `device`; the copy does not make the host wait."""
         if device.type == "cpu":
             return self
-        moved = {
-            name: tensor.pin_memory().to(device, non_blocking=True)
-            for name, tensor in self._asdict().items()
-            if isinstance(tensor, Tensor)
-        }
-        return self._replace(**moved)
+        mask_BP, source_BP, own_B1 = (
+            None if tensor is None else tensor.pin_memory().to(device, non_blocking=True)
+            for tensor in self[:3]
+        )
+        assert source_BP is not None
+        assert own_B1 is not None
+        return Draws(mask_BP, source_BP, own_B1, self.kept)
 
 
 class Clean(NamedTuple):
@@ -149,6 +150,7 @@ class Objective(nn.Module):
             if taps is not None:
                 with record_function("cam"):
                     mask_BP = cam_mask(self.method, cam(self.method, logits_BK, labels_B, taps))
+            assert mask_BP is not None, "neither chance nor a CAM decides the masks"
             donor_BP = refill.donors(mask_BP, draws.source_BP, draws.own_B1)
         return Clean(loss, cross_entropy, logit_distillation, donor_BP)
 
@@ -156,7 +158,7 @@ class Objective(nn.Module):
         pool_ZPV = vit.cut_patches(pool_ZCHW, self.student.patch_side)
         # both towers want the same numbers
         patches_BPV = self.student.normalise(refill.apply_donors(pool_ZPV, donor_BP, draws.own_B1))
-        dropping: dict = {}
+        dropping: dict[str, Any] = {}
         if self.method.drops:
             keep_BP = donor_BP != refill.DROP
             dropping = {"keep_BP": keep_BP, "most": self._most_kept(draws, keep_BP)}
@@ -184,7 +186,7 @@ class Objective(nn.Module):
                 return int(keep_BP.sum(dim=1).amax())
 
 
-def _features(model: Classifier, patches_BPV: Tensor, **options: object) -> Tensor:
+def _features(model: Classifier, patches_BPV: Tensor, **options: Any) -> Tensor:
     return model.features(patches_BPV, **options)
 
 
