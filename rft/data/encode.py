@@ -102,11 +102,17 @@ def clip_pixels(image: Image.Image, size: int, border: int = 0) -> np.ndarray:
     return _channels_first(clip_square(image, size, border))
 
 
-def clip_square(image: Image.Image, size: int, border: int = 0) -> Image.Image:
-    """Return what CLIP's evaluation transform leaves of an RGB image, size x size pixels.
+def clip_square(
+    image: Image.Image,
+    size: int,
+    border: int = 0,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Image.Image:
+    """Return what CLIP's evaluation transform leaves of an image, size x size pixels.
 
-    `border` pixels are cut from each side, the shorter side is resized to `size` (bicubic, the
-    longer one rounded down), and the centre is cropped.
+    `border` pixels are cut from each side, the shorter side is resized to `size` (the longer one
+    rounded down), and the centre is cropped. Images are resized bicubically; an object mask goes
+    the same way with NEAREST, and stays on its object.
 
     Raises:
         ValueError: if nothing is left inside the border.
@@ -119,7 +125,7 @@ def clip_square(image: Image.Image, size: int, border: int = 0) -> Image.Image:
     longer = int(size * long / short)
     width, height = (size, longer) if image.width <= image.height else (longer, size)
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), resample)
     # round() takes halves to the even neighbour, and so does torchvision
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))

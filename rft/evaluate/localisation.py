@@ -1,0 +1,424 @@
+"""Does the CAM find the object (Table 2)? `... -m rft.evaluate.localisation RUN... --masks DIR`.
+
+The patches that object masking would mask are held against segmentation masks. The paper averages
+over masks made while training, one run for each threshold; here one checkpoint's CAM is measured,
+for all thresholds, on the images as they are. What a mask is worth is told by its object masking
+rate beside its image masking rate: for random masks of any rate the two are equal in expectation.
+
+Batches are the same for any number of ranks, and the images' integers are gathered before anything
+is divided, so that ranks change no digit of the result.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from rft import cli, dist, files, rng
+from rft.clip.classifier import Classifier, build_classifier, checkpoint_path, load_state
+from rft.clip.vit import AttentionTap
+from rft.config import Cam, Device
+from rft.data.loader import Batch, EvaluationBatches, PackedDataset, read_batches
+from rft.dist import World
+from rft.evaluate.__main__ import require_classes
+from rft.evaluate.masks import SUFFIX, ObjectMask, find_masks, read_mask
+from rft.evaluate.overlap import Pixels, Rates, count_masked, count_object, mean_rates, pooled_rates
+from rft.method import masking, relevance
+
+Classes = Literal["restricted", "all"]
+
+# Restricted ImageNet's dogs, cats and birds among ImageNet's 1000 classes (appendix A.2)
+RESTRICTED = (*range(151, 269), *range(281, 286), *range(80, 101))
+IMAGENET_CLASSES = 1000
+# Table 2, of CLIP ViT-B/32: threshold -> image masking rate, object masking rate, IoU
+TABLE_2 = {
+    0.7: Rates(0.06, 0.17, 0.15),
+    0.6: Rates(0.10, 0.23, 0.21),
+    0.5: Rates(0.15, 0.33, 0.28),
+    0.4: Rates(0.25, 0.48, 0.38),
+    0.3: Rates(0.39, 0.65, 0.45),
+    0.2: Rates(0.55, 0.80, 0.48),
+}
+ROWS = {
+    "image masking rate": "image_masking_rate",
+    "object masking rate": "object_masking_rate",
+    "IoU": "iou",
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure how well the CAM's object mask covers the object (the paper's Table 2).
+
+    Counts and rates go to a run folder's localisation.json, or to FILE.localisation.json; each call
+    measures again. A random mask of any rate has an object masking rate equal to its image masking
+    rate, in expectation: the CAM finds objects as far as its object masking rate is above that.
+    """
+
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders (their selected checkpoint) or .safetensors files."""
+    data: str
+    """Data root: the URL under which the tools wrote the packed sets."""
+    masks: Path
+    """Folder of object masks made by any segmenter: PNG files of one channel, 0 and one other value
+    on the object, each in the size of its image as it is stored (or of the model's centre crop).
+    A mask is called and placed as its image is (n01440764/n01440764_10026.png) or by the sample's
+    key alone. Images without a mask are left out and counted."""
+    set: str = "imagenet-train"
+    """Packed set to measure on."""
+    thresholds: Annotated[tuple[float, ...], tyro.conf.arg(metavar="T...")] = tuple(TABLE_2)
+    """CAM thresholds: patches with relevance / max relevance above one are masked."""
+    classes: Classes = "restricted"
+    """Images of Restricted ImageNet's dogs, cats and birds (144 of ImageNet's classes), or all."""
+    samples: int = 0
+    """Measure only so many images, chosen by chance among those that have a mask; 0 takes all."""
+    seed: int = 0
+    """Seed of that choice."""
+    cam: Cam = "relevance"
+    """The class activation map: Chefer's relevance over all layers, or GradCAM on the last one."""
+    batch_size: int = 128
+    """Images in one forward."""
+    workers: int = 4
+    """Loader processes of each rank, and its threads that read masks; 0 reads in this one."""
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The samples to measure, in the order of the set, and their masks."""
+
+    samples: np.ndarray
+    paths: dict[int, Path]
+    """Sample number -> mask."""
+    missing: int
+    """Images of the chosen classes that have no mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was counted of one checkpoint, and which masks it was."""
+
+    pixels: Pixels
+    masks_sha256: str
+
+
+def select(
+    packed: PackedDataset, masks: Path, classes: Classes, samples: int, seed: int
+) -> Selection:
+    """Choose the images to measure.
+
+    The choice by chance goes over the sorted keys, so it is the same however the set was packed.
+
+    Raises:
+        ValueError: if the set has other classes than ImageNet's, no image has a mask, or fewer have
+            one than are asked for.
+    """
+    candidates = np.arange(len(packed))
+    if classes == "restricted":
+        if len(packed.manifest.classes) != IMAGENET_CLASSES:
+            raise ValueError(
+                f"--classes restricted names some of ImageNet's {IMAGENET_CLASSES} classes, "
+                f"{packed.url} was packed with {len(packed.manifest.classes)}; use --classes all"
+            )
+        candidates = candidates[np.isin(packed.index.label, RESTRICTED)]
+    if len(candidates) == 0:
+        raise ValueError(f"{packed.url} holds no image of the {classes} classes")
+    sample_of = {packed.key(sample): sample for sample in candidates.tolist()}
+    keys = [packed.key(sample) for sample in candidates.tolist()]
+    found = find_masks(masks, keys)
+    if not found:
+        raise ValueError(
+            f"no mask below {masks} belongs to any of the {len(keys):,} images; the first image's "
+            f"would be {masks}/{keys[0]}{SUFFIX}, or lie there under the image's own path"
+        )
+    if samples > len(found):
+        raise ValueError(
+            f"--samples asks for {samples:,} images, only {len(found):,} of the "
+            f"{len(keys):,} have a mask below {masks}"
+        )
+    chosen = sorted(found)
+    if samples:
+        order = rng.numpy_generator(seed, "localisation").permutation(len(chosen))
+        chosen = [chosen[place] for place in order[:samples]]
+    paths = {sample_of[key]: found[key] for key in chosen}
+    return Selection(samples=np.array(sorted(paths)), paths=paths, missing=len(keys) - len(found))
+
+
+def label_map(model: Classifier, images_BCHW: Tensor, labels_B: Tensor, cam: Cam) -> Tensor:
+    """Return each patch's relevance for its image's label, divided by the largest, (B, P).
+
+    Here, and nowhere else in this module, a CAM is made; it is the training step's.
+    """
+    taps: list[AttentionTap] = []
+    # the weights are frozen, so the graph starts at the pixels
+    patches_BPV = model.patches(images_BCHW).requires_grad_()
+    logits_BK = model.logits(model.features(patches_BPV, taps=taps))
+    kind = relevance.label_relevance if cam == "relevance" else relevance.grad_cam
+    return relevance.normalise(kind(logits_BK, labels_B, taps)).detach()
+
+
+def measure(
+    models: Sequence[Classifier],
+    packed: PackedDataset,
+    selection: Selection,
+    thresholds: Sequence[float],
+    *,
+    cam: Cam,
+    world: World,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Measured]:
+    """Return what the masks of each model cover, image by image, on every rank.
+
+    Args:
+        models: classifiers of one image size, frozen, on `device`.
+        packed: the set that the samples are of.
+        selection: samples and masks.
+        thresholds: CAM thresholds.
+        cam: which map.
+        world: the ranks that share the work.
+        device: where the models are.
+        batch_size: images in one forward.
+        workers: loader processes of each rank; 0 reads in this one.
+        progress: called with the number of images each time this rank has done some.
+
+    Raises:
+        ValueError: if an image or a mask is damaged, or a mask has the wrong size.
+    """
+    size = models[0].architecture.image_size
+    # a rank takes whole batches, because a batch's size may change the last digit of a map
+    batches = EvaluationBatches(packed, selection.samples, image_size=size, batch_size=batch_size)
+    first, last = (len(batches) * rank // world.size for rank in (world.rank, world.rank + 1))
+    digests: list[bytes] = []
+    rows: list[list[np.ndarray]] = [
+        [np.empty((2 * len(thresholds) + 1, 0), np.int64)] for _ in models
+    ]
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for batch in read_batches(batches, range(first, last), workers=workers, device=device):
+            masks = _read_masks(pool, packed, selection, batch, size)
+            maps = [label_map(model, batch.images_BCHW, batch.labels_B, cam) for model in models]
+            read = list(masks)
+            digests += [mask.sha256 for mask in read]
+            object_BHW = torch.from_numpy(np.stack([mask.pixels_HW for mask in read])).to(device)
+            for parts, relevance_BP in zip(rows, maps, strict=True):
+                parts.append(_count(relevance_BP, object_BHW, thresholds))
+            progress(len(read))
+    mine = [np.concatenate(parts, axis=1) for parts in rows]
+    return _gather(mine, digests, len(selection.samples), size * size, world)
+
+
+def _gather(
+    rows: Sequence[np.ndarray], digests: Sequence[bytes], samples: int, image: int, world: World
+) -> list[Measured]:
+    """Return all ranks' images in the order of the samples, for each model.
+
+    Args:
+        rows: of each model, this rank's rows of `_count`.
+        digests: hashes of the masks that this rank read.
+        samples: images of all ranks.
+        image: pixels of an image.
+        world: the ranks.
+    """
+    gathered = dist.gather_objects(world, (rows, digests))
+    all_digests = b"".join(digest for _, part in gathered for digest in part)
+    measured = []
+    for number in range(len(rows)):
+        rows_RN = np.concatenate([part[number] for part, _ in gathered], axis=1)
+        assert rows_RN.shape[1] == samples, "an image was lost or counted twice"
+        masked_TN, both_TN = np.split(rows_RN[1:], 2)
+        pixels = Pixels(image=image, object_N=rows_RN[0], masked_TN=masked_TN, both_TN=both_TN)
+        measured.append(Measured(pixels=pixels, masks_sha256=files.sha256_bytes(all_digests)))
+    return measured
+
+
+def _read_masks(
+    pool: ThreadPoolExecutor, packed: PackedDataset, selection: Selection, batch: Batch, size: int
+) -> Iterator[ObjectMask]:
+    """Start to read a batch's masks; the result waits for them."""
+    index, encoding = packed.index, packed.manifest.encoding
+
+    def read(sample: int) -> ObjectMask:
+        source = int(index.width[sample]), int(index.height[sample])
+        return read_mask(selection.paths[sample], source, size, encoding.get("crop_border", 0))
+
+    return pool.map(read, batch.samples_B.tolist())
+
+
+def _count(relevance_BP: Tensor, object_BHW: Tensor, thresholds: Sequence[float]) -> np.ndarray:
+    """Return object, masked and both pixels of a batch as rows, int64 (1 + 2 T, B)."""
+    object_BP = count_object(object_BHW, relevance_BP.shape[1])
+    patch_pixels = object_BHW[0].numel() // relevance_BP.shape[1]
+    mask_TBP = torch.stack([masking.object_mask(relevance_BP, value) for value in thresholds])
+    masked_TB, both_TB = count_masked(mask_TBP, object_BP, patch_pixels)
+    return torch.cat([object_BP.sum(dim=1)[None], masked_TB, both_TB]).cpu().numpy()
+
+
+def localise(
+    arguments: Arguments, packed: PackedDataset, world: World, device: torch.device
+) -> None:
+    """Measure every checkpoint in one pass; the main rank writes and prints."""
+    loaded = [load_state(checkpoint_path(path)) for path in arguments.checkpoints]
+    sizes = {architecture.image_size for _, architecture, _ in loaded}
+    if len(sizes) > 1:
+        raise ValueError(f"the checkpoints want images of {sorted(sizes)} px; measure them apart")
+    for path, (state, _, _) in zip(arguments.checkpoints, loaded, strict=True):
+        require_classes(path, len(state["head.weight"]), {arguments.set: packed})
+    selection = select(
+        packed, arguments.masks, arguments.classes, arguments.samples, arguments.seed
+    )
+    names = [packed.key(sample) for sample in selection.samples.tolist()]
+    dist.require_agreement(world, "list of masks", files.sha256_json(names))
+    models = [build_classifier(state, arch).to(device) for state, arch, _ in loaded]
+    console = Console(file=sys.stderr)
+    with Progress(console=console, disable=not (world.is_main and console.is_terminal)) as bar:
+        task = bar.add_task(arguments.set, total=len(selection.samples) / world.size)
+        found = measure(
+            [model.requires_grad_(False) for model in models],
+            packed,
+            selection,
+            arguments.thresholds,
+            cam=arguments.cam,
+            world=world,
+            device=device,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+            progress=lambda done: bar.advance(task, done),
+        )
+    if not (found[0].pixels.object_N > 0).any():
+        raise ValueError(f"all {len(names):,} masks below {arguments.masks} are empty")
+    if world.is_main:
+        for path, measured, (_, architecture, metadata) in zip(
+            arguments.checkpoints, found, loaded, strict=True
+        ):
+            document = describe(arguments, packed, selection, measured)
+            write_result(path, {**document, "step": int(metadata["step"])})
+            is_b32 = architecture.vision_cfg.get("patch_size") == 32 and sizes == {224}
+            print(format_table(path, document, beside_paper=is_b32), flush=True)
+
+
+def describe(
+    arguments: Arguments, packed: PackedDataset, selection: Selection, measured: Measured
+) -> dict[str, Any]:
+    """Return one checkpoint's counts and rates as a JSON document."""
+    pixels = measured.pixels.with_object()
+    rates = zip(mean_rates(pixels), pooled_rates(pixels), strict=True)
+    images = len(measured.pixels.object_N)
+    return {
+        "set": arguments.set,
+        "manifest_sha256": packed.manifest.sha256,
+        "masks": str(arguments.masks),
+        "masks_sha256": measured.masks_sha256,  # of the measured images' files, in this order
+        "classes": arguments.classes,
+        "cam": arguments.cam,
+        "samples": arguments.samples,
+        "seed": arguments.seed,
+        "images": {
+            "measured": len(pixels.object_N),
+            "empty_mask": images - len(pixels.object_N),
+            "without_mask": selection.missing,
+        },
+        "pixels": {
+            "image": len(pixels.object_N) * pixels.image,
+            "object": int(pixels.object_N.sum()),
+        },
+        "thresholds": [
+            {
+                "threshold": threshold,
+                "pixels": {
+                    "masked": int(pixels.masked_TN[place].sum()),
+                    "both": int(pixels.both_TN[place].sum()),
+                    "either": int(pixels.either[place].sum()),
+                },
+                "mean": asdict(mean),
+                "pooled": asdict(pooled),
+            }
+            for place, (threshold, (mean, pooled)) in enumerate(
+                zip(arguments.thresholds, rates, strict=True)
+            )
+        ],
+    }
+
+
+def result_path(checkpoint: Path) -> Path:
+    """Return where the result of a run folder or weights file is kept."""
+    if checkpoint.is_dir():
+        return checkpoint / "localisation.json"
+    return checkpoint.with_suffix(".localisation.json")
+
+
+def write_result(checkpoint: Path, document: dict[str, Any]) -> None:
+    """Record one checkpoint's document, with what it was made of."""
+    weights, config = checkpoint_path(checkpoint), checkpoint / "config.json"
+    document = {
+        "schema": 1,
+        "checkpoint": str(weights.relative_to(checkpoint.parent)),
+        "checkpoint_sha256": files.sha256_file(weights),
+        "config_sha256": files.sha256_file(config) if config.is_file() else None,
+        **document,
+        "provenance": files.provenance(),
+    }
+    files.write_json(str(result_path(checkpoint)), document)
+
+
+def format_table(checkpoint: Path, document: dict[str, Any], *, beside_paper: bool) -> str:
+    """Return the rates as Table 2 has them; the paper's own only beside the model it is about."""
+    images, entries = document["images"], document["thresholds"]
+    lines = [
+        f"{checkpoint}: {document['set']}, mean over {images['measured']:,} images "
+        f"({images['empty_mask']:,} more have an empty mask, {images['without_mask']:,} have none)",
+        _line("threshold", [f"{entry['threshold']:g}" for entry in entries]),
+    ]
+    for title, name in ROWS.items():
+        lines.append(_line(title, [f"{entry['mean'][name]:.3f}" for entry in entries]))
+        if beside_paper and document["classes"] == "restricted":
+            paper = [TABLE_2.get(entry["threshold"]) for entry in entries]
+            cells = [f"{getattr(rates, name):.2f}" if rates else "-" for rates in paper]
+            lines.append(_line("  the paper's", cells))
+    return "\n".join(lines)
+
+
+def _line(title: str, cells: Sequence[str]) -> str:
+    return f"{title:<20}" + "".join(f"{cell:>8}" for cell in cells)
+
+
+def check(arguments: Arguments) -> None:
+    """Check what can be checked without reading anything.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not arguments.checkpoints:
+        raise ValueError("name at least one run folder or .safetensors file to measure")
+    if arguments.batch_size < 1 or arguments.workers < 0 or arguments.samples < 0:
+        raise ValueError("--batch-size must be at least 1, --workers and --samples at least 0")
+    if not arguments.thresholds or len(set(arguments.thresholds)) < len(arguments.thresholds):
+        raise ValueError("--thresholds needs at least one value, and each only once")
+    if bad := [value for value in arguments.thresholds if not 0 <= value <= 1]:
+        raise ValueError(f"--thresholds has {bad[0]:g}; a threshold lies in [0, 1]")
+
+
+def main() -> None:
+    """Parse, check, measure."""
+    arguments = cli.parse(Arguments, prog="rft.evaluate.localisation")
+    check(arguments)
+    packed = PackedDataset(files.join(arguments.data, arguments.set))
+    world = dist.world_from_env()
+    device = dist.pick_device(arguments.device, world)
+    with dist.process_group(world, device):
+        dist.require_agreement(world, "packed set", packed.manifest.sha256)
+        localise(arguments, packed, world, device)
+
+
+if __name__ == "__main__":
+    cli.run(main)

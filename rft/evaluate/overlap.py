@@ -1,0 +1,109 @@
+"""How much of an image and of its object a patch mask covers (Table 2, appendix A.2). Pure.
+
+Everything is counted in pixels, as int64, and divided at the very end. A patch mask covers whole
+patches, so |M_cam & M_seg| is the sum of the object's pixels in the masked patches, and no mask is
+ever expanded to pixels.
+
+Shapes: B images, P patches, H W pixels, T thresholds, N images of a whole evaluation.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels:
+    """Pixels of N images: an image's, the object's, and per threshold the masked ones; all int64.
+
+    The image masking rate is masked / image, the object masking rate both / object, and the IoU
+    both / either.
+    """
+
+    image: int
+    object_N: np.ndarray
+    """|M_seg|."""
+    masked_TN: np.ndarray
+    """|M_cam|."""
+    both_TN: np.ndarray
+    """|M_cam & M_seg|."""
+
+    @property
+    def either(self) -> np.ndarray:
+        """|M_cam | M_seg|, (T, N)."""
+        return self.masked_TN + self.object_N - self.both_TN
+
+    def with_object(self) -> "Pixels":
+        """Return the images whose object mask is not empty: the others have no object rate."""
+        seen_N = self.object_N > 0
+        return Pixels(
+            image=self.image,
+            object_N=self.object_N[seen_N],
+            masked_TN=self.masked_TN[:, seen_N],
+            both_TN=self.both_TN[:, seen_N],
+        )
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The three numbers of Table 2 for one threshold, each in [0, 1]."""
+
+    image_masking_rate: float
+    object_masking_rate: float
+    iou: float
+
+
+def count_object(object_BHW: Tensor, patches: int) -> Tensor:
+    """Return how many pixels of the object lie in each patch, int64 (B, P).
+
+    Args:
+        object_BHW: bool; the segmentation masks of square images.
+        patches: patches of an image, row-major over a square grid.
+    """
+    grid = math.isqrt(patches)
+    side = object_BHW.shape[-1] // grid
+    assert object_BHW.shape[1:] == (grid * side, grid * side), "not a square of whole patches"
+    grid_BGRGR = object_BHW.unflatten(2, (grid, side)).unflatten(1, (grid, side))
+    return grid_BGRGR.sum(dim=(2, 4), dtype=torch.int64).flatten(1)
+
+
+def count_masked(mask_TBP: Tensor, object_BP: Tensor, patch_pixels: int) -> tuple[Tensor, Tensor]:
+    """Return |M_cam| and |M_cam & M_seg|, both int64 (T, B).
+
+    Args:
+        mask_TBP: bool; the patch masks of several thresholds.
+        object_BP: the object's pixels in each patch, from `count_object`.
+        patch_pixels: pixels of a patch.
+    """
+    masked_TB = mask_TBP.sum(dim=2, dtype=torch.int64) * patch_pixels
+    return masked_TB, (mask_TBP * object_BP).sum(dim=2)
+
+
+def mean_rates(pixels: Pixels) -> list[Rates]:
+    """Return for each threshold the means over images of the images' own rates.
+
+    Every object must have pixels. The sums are fp64 and in the order of the images.
+    """
+    image_T = (pixels.masked_TN / pixels.image).mean(axis=1)
+    object_T = (pixels.both_TN / pixels.object_N).mean(axis=1)
+    iou_T = (pixels.both_TN / pixels.either).mean(axis=1)
+    return [Rates(*map(float, row)) for row in zip(image_T, object_T, iou_T, strict=True)]
+
+
+def pooled_rates(pixels: Pixels) -> list[Rates]:
+    """Return for each threshold the rates of all images' pixels together.
+
+    A large object counts for more here than in `mean_rates`.
+    """
+    images, object_pixels = len(pixels.object_N), int(pixels.object_N.sum())
+    sums = (column_TN.sum(axis=1) for column_TN in (pixels.masked_TN, pixels.both_TN))
+    rates = []
+    for masked, both in zip(*(column_T.tolist() for column_T in sums), strict=True):
+        either = masked + object_pixels - both
+        rates.append(
+            Rates(masked / (images * pixels.image), both / object_pixels, both / either),
+        )
+    return rates

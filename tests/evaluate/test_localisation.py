@@ -1,0 +1,527 @@
+"""Table 2: the counts, the masks' geometry and names, and the command on one and more ranks."""
+
+import dataclasses
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+from rft import cli, files
+from rft.clip.classifier import Classifier, save_classifier
+from rft.clip.head import zero_shot_head
+from rft.clip.load import MINIATURE, load_clip
+from rft.config import ModelConfig
+from rft.data import encode
+from rft.data.labels import LabelSpace
+from rft.data.loader import PackedDataset
+from rft.data.pack import Options, pack
+from rft.demo.world import write_world
+from rft.evaluate import localisation
+from rft.evaluate.masks import find_masks, read_mask
+from rft.evaluate.overlap import Pixels, count_masked, count_object, mean_rates, pooled_rates
+from tests import tiny
+from tests.conftest import ARCHITECTURE, build_model
+from tests.reference import pixels as reference
+from tests.reference import textbook
+
+THRESHOLDS = (0.7, 0.4, 0.2)
+SUMS = ("masked", "both", "either")
+
+
+def blob(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """A rectangle somewhere in the image, bool (H, W)."""
+    left, right = sorted(rng.choice(width + 1, 2, replace=False))
+    top, bottom = sorted(rng.choice(height + 1, 2, replace=False))
+    mask_HW = np.zeros((height, width), dtype=bool)
+    mask_HW[top:bottom, left:right] = True
+    return mask_HW
+
+
+def save_mask(path: Path, mask_HW: np.ndarray, on: int = 255) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask_HW.astype(np.uint8) * on).save(path)
+    return path
+
+
+# --- counting -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([1, 2, 3, 7]), st.sampled_from([1, 2, 4]))
+def test_counts_and_rates_equal_sets_of_pixels(seed, grid, side):
+    rng = np.random.default_rng(seed)
+    size, images = grid * side, 5
+    objects_NHW = np.stack([blob(rng, size, size) for _ in range(images)])
+    objects_NHW[2] = False  # the segmenter saw nothing
+    mask_TNP = torch.from_numpy(rng.random((2, images, grid * grid)) < 0.4)
+    object_NP = count_object(torch.from_numpy(objects_NHW), grid * grid)
+    masked_TN, both_TN = count_masked(mask_TNP, object_NP, side * side)
+    assert {object_NP.dtype, masked_TN.dtype, both_TN.dtype} == {torch.int64}
+    pixels = Pixels(
+        image=size * size,
+        object_N=object_NP.sum(dim=1).numpy(),
+        masked_TN=masked_TN.numpy(),
+        both_TN=both_TN.numpy(),
+    ).with_object()
+    for place, (mean, pooled) in enumerate(
+        zip(mean_rates(pixels), pooled_rates(pixels), strict=True)
+    ):
+        expected = reference.table_2(mask_TNP[place].tolist(), objects_NHW)
+        assert len(pixels.object_N) == expected["images"] == images - 1
+        assert pixels.object_N.sum() == expected["object"]
+        assert pixels.masked_TN[place].sum() == expected["masked"]
+        assert pixels.both_TN[place].sum() == expected["both"]
+        assert pixels.either[place].sum() == expected["either"]
+        assert dataclasses.asdict(mean) == pytest.approx(
+            {name: expected[name] for name in dataclasses.asdict(mean)}, rel=1e-12
+        )
+        assert pooled.image_masking_rate == expected["masked"] / expected["image"]
+        assert pooled.object_masking_rate == expected["both"] / expected["object"]
+        assert pooled.iou == expected["both"] / expected["either"]
+
+
+def test_sums_beyond_32_bits_are_exact():
+    images = 100_000
+    whole_N = np.full(images, 224 * 224 - 1, dtype=np.int64)
+    pixels = Pixels(
+        image=224 * 224, object_N=whole_N, masked_TN=whole_N[None], both_TN=whole_N[None]
+    )
+    assert pixels.either.sum() == images * (224 * 224 - 1) > 2**32
+    assert pooled_rates(pixels)[0].iou == 1
+
+
+def test_patches_are_the_models_patches():
+    # an image that is white where its object is: the lit patches must be the object's
+    model, rng = build_model(), np.random.default_rng(0)
+    objects_BHW = torch.from_numpy(np.stack([blob(rng, 16, 16) for _ in range(20)]))
+    images_BCHW = objects_BHW[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255
+    black_V = model.patches(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))[0, 0]
+    lit_BP = (model.patches(images_BCHW) != black_V).any(dim=2)
+    assert 0 < lit_BP.sum() < lit_BP.numel()
+    assert (lit_BP == (count_object(objects_BHW, 16) > 0)).all()
+
+
+# --- masks --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(*[st.floats(2, 6)] * 2, *[st.floats(10, 14)] * 2),
+    st.integers(20, 90),
+    st.integers(20, 90),
+    st.sampled_from([0, 2]),
+)
+def test_a_mask_stays_on_its_object(tmp_path_factory, place, width, height, border):
+    """The image is its own mask, and both go their ways: they may differ only along the edge."""
+    # where the object lies in the crop of 16 pixels, taken back to the image
+    scale = (min(width, height) - 2 * border) / 16
+    left, right = (round(width / 2 + (x - 8) * scale) for x in (place[0], place[2]))
+    top, bottom = (round(height / 2 + (y - 8) * scale) for y in (place[1], place[3]))
+    mask_HW = np.zeros((height, width), dtype=bool)
+    mask_HW[top:bottom, left:right] = True
+    path = save_mask(tmp_path_factory.getbasetemp() / "mask.png", mask_HW)
+    cut = read_mask(path, (width, height), 16, border)
+    image = encode.load_image(path.read_bytes())
+    seen_HW = encode.clip_pixels(image, 16, border)[0] > 127
+    edge_HW = np.zeros((16, 16), dtype=bool)
+    padded = np.pad(cut.pixels_HW, 1, mode="edge")
+    for down in range(3):
+        for right in range(3):
+            edge_HW |= padded[down : down + 16, right : right + 16] != cut.pixels_HW
+    assert cut.pixels_HW.any()
+    assert not ((seen_HW != cut.pixels_HW) & ~edge_HW).any()
+    assert cut.sha256.hex() == files.sha256_file(path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(5, 90), st.integers(5, 90), st.sampled_from([0, 2]))
+def test_geometry_is_torchvisions(tmp_path_factory, seed, width, height, border):
+    noise_HW = np.random.default_rng(seed).random((height, width)) < 0.5
+    path = save_mask(tmp_path_factory.getbasetemp() / "noise.png", noise_HW)
+    transform = Compose([Resize(16, InterpolationMode.NEAREST), CenterCrop(16)])
+    inside = Image.open(path).crop((border, border, width - border, height - border))
+    expected_HW = np.asarray(transform(inside)) > 0
+    cut = read_mask(path, (width, height), 16, border)
+    np.testing.assert_array_equal(cut.pixels_HW, expected_HW)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16"])
+@pytest.mark.parametrize("on", [1, 255])
+def test_a_mask_may_have_any_one_value_on_the_object(tmp_path, mode, on):
+    mask_HW = blob(np.random.default_rng(3), 16, 16)
+    image = Image.fromarray(mask_HW.astype(np.uint16 if mode == "I;16" else np.uint8) * on)
+    if mode == "P":
+        image.putpalette([0, 0, 0] * 255 + [255, 0, 0])
+    elif mode == "1":
+        image = Image.fromarray(mask_HW)
+    path = tmp_path / "mask.png"
+    image.save(path)
+    assert Image.open(path).mode == mode
+    np.testing.assert_array_equal(read_mask(path, (16, 16), 16).pixels_HW, mask_HW)
+
+
+def test_a_mask_of_the_crop_is_taken_as_it_is(tmp_path):
+    mask_HW = blob(np.random.default_rng(4), 16, 16)
+    path = save_mask(tmp_path / "mask.png", mask_HW)
+    np.testing.assert_array_equal(read_mask(path, (500, 375), 16, 2).pixels_HW, mask_HW)
+
+
+def test_masks_that_are_none(tmp_path):
+    path = save_mask(tmp_path / "mask.png", np.ones((30, 20)))
+    with pytest.raises(ValueError, match=r"mask.png is 20 x 30 pixels, its image 40 x 60; segment"):
+        read_mask(path, (40, 60), 16)
+    with pytest.raises(ValueError, match="its image 30 x 20; it is turned; segment the image as"):
+        read_mask(path, (30, 20), 16)
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(path)
+    with pytest.raises(ValueError, match=r"mask.png is not binary; a mask has 0 and one other"):
+        read_mask(path, (16, 16), 16)
+    Image.new("RGB", (16, 16)).save(path)
+    with pytest.raises(ValueError, match=r"mask.png has several channels \(RGB\)"):
+        read_mask(path, (16, 16), 16)
+    stream = io.BytesIO()
+    Image.effect_noise((40, 40), 50).save(stream, "PNG")
+    for data in (b"", b"not an image", stream.getvalue()[:-900]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"mask.png is no readable PNG"):
+            read_mask(path, (16, 16), 16)
+
+
+def test_masks_are_found_by_name(tmp_path):
+    on = np.ones((2, 2))
+    expected = {
+        "n01440764_10026": "n01440764/n01440764_10026.png",  # the image's own path
+        "n01440764_10027": "n01440764_10027.PNG",
+        "n01443537_art_0": "n01443537/art_0.png",  # names repeat, so keys have the folder
+        "n01443538_art_0": "sets/r/n01443538/art_0.png",
+        "0_000116_digger___crab_0_42": "n01/0.000116_digger _ crab_0.42.png",
+        "train/cat/7": "train/cat/7.png",  # of shards made elsewhere
+    }
+    for path in [*expected.values(), "n01440764/other.png"]:
+        save_mask(tmp_path / path, on)
+    (tmp_path / "n01440764_10028.txt").write_text("")
+    found = find_masks(tmp_path, [*expected, "n01440764_10028"])
+    assert {key: str(path.relative_to(tmp_path)) for key, path in found.items()} == expected
+    save_mask(tmp_path / "val" / "n01440764_10026.png", on)
+    with pytest.raises(ValueError, match="may both be the mask of sample 'n01440764_10026'"):
+        find_masks(tmp_path, list(expected))
+    with pytest.raises(ValueError, match="several samples have the key '7'"):
+        find_masks(tmp_path, ["7", "8", "7"])
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_case(tmp_path_factory, tiny_data) -> dict:
+    """A random model of the tiny world; masks for most of 76 images, two of them empty."""
+    folder = tmp_path_factory.mktemp("localisation")
+    model = build_model(classes=len(tiny.LABELS.ids))
+    checkpoint = folder / "run" / "checkpoints" / "best.safetensors"
+    save_classifier(str(checkpoint), model, {"step": "7"})
+    (folder / "run" / "config.json").write_text("{}\n")
+    packed, rng = PackedDataset(str(tiny_data / "imagenet-train")), np.random.default_rng(5)
+    masks = {}
+    for sample in range(5, len(packed)):
+        key = packed.key(sample)
+        mask_HW = blob(rng, 16, 16) & (sample not in (20, 41))
+        save_mask(folder / "masks" / key.split("_")[0] / f"{key}.png", mask_HW)
+        masks[key] = mask_HW
+    return {"folder": folder, "model": model, "packed": packed, "masks": masks}
+
+
+def arguments(tiny_case, tiny_data, checkpoint: Path, *more: str) -> list[str]:
+    return [
+        *(str(checkpoint), "--data", str(tiny_data), "--masks", str(tiny_case["folder"] / "masks")),
+        *("--classes", "all", "--batch-size", "16", "--workers", "0", "--device", "cpu"),
+        *("--thresholds", *map(str, THRESHOLDS), *more),
+    ]
+
+
+def call(monkeypatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["rft", *options])
+    localisation.main()
+
+
+def test_the_command_equals_the_textbook(tiny_case, tiny_data, tmp_path, monkeypatch, capsys):
+    """CAM with R in full, one image at a time, and masks as sets of pixels."""
+    run = tiny_case["folder"] / "run"
+    call(monkeypatch, *arguments(tiny_case, tiny_data, run))
+    document = json.loads((run / "localisation.json").read_text())
+    model, packed = tiny_case["model"], tiny_case["packed"]
+    objects, maps = list(tiny_case["masks"].values()), []
+    for sample in range(5, len(packed)):
+        image_BCHW = torch.from_numpy(packed.image(sample, 16))[None]
+        image_CHW = textbook.normalise_images(model, image_BCHW)[0]
+        cam_P = textbook.relevance(model, image_CHW, int(packed.index.label[sample]))
+        maps.append(cam_P / cam_P.max())
+    assert document["images"] == {"measured": 69, "empty_mask": 2, "without_mask": 5}
+    for entry, threshold in zip(document["thresholds"], THRESHOLDS, strict=True):
+        masks = [(cam_P > threshold).tolist() for cam_P in maps]
+        expected = reference.table_2(masks, objects)
+        assert entry["threshold"] == threshold
+        assert entry["pixels"] == {name: expected[name] for name in SUMS}
+        assert document["pixels"] == {name: expected[name] for name in ("image", "object")}
+        assert entry["mean"] == pytest.approx({name: expected[name] for name in entry["mean"]})
+        assert entry["pooled"]["iou"] == expected["both"] / expected["either"]
+    assert len({entry["pixels"]["masked"] for entry in document["thresholds"]}) == 3
+    assert document["checkpoint"] == "run/checkpoints/best.safetensors"
+    assert document["checkpoint_sha256"] == files.sha256_file(
+        run / "checkpoints" / "best.safetensors"
+    )
+    assert document["config_sha256"] == files.sha256_file(run / "config.json")
+    assert document["manifest_sha256"] == packed.manifest.sha256
+    assert (document["step"], document["set"], document["cam"]) == (
+        7,
+        "imagenet-train",
+        "relevance",
+    )
+    assert document["provenance"]["packages"]["torch"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "mean over 69 images (2 more have an empty mask, 5 have none)" in lines[0]
+    first = document["thresholds"][0]["mean"]
+    names = ("image_masking_rate", "object_masking_rate", "iou")
+    assert [line.split()[-3] for line in lines[2:]] == [f"{first[name]:.3f}" for name in names]
+    assert not any("paper" in line for line in lines)  # another model, other classes
+
+
+def results(path: Path) -> dict:
+    document = json.loads(path.read_text())
+    del document["provenance"], document["checkpoint"]
+    return document
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_change_no_digit(tiny_case, tiny_data, tmp_path, monkeypatch, ranks):
+    # 71 masks in batches of 16: ranks get unequal numbers of batches, and the last one is short
+    weights = (tiny_case["folder"] / "run" / "checkpoints" / "best.safetensors").read_bytes()
+    (tmp_path / "alone.safetensors").write_bytes(weights)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    call(monkeypatch, *arguments(tiny_case, tiny_data, tmp_path / "alone.safetensors"))
+    options = arguments(tiny_case, tiny_data, tmp_path / "model.safetensors")
+    tiny.torchrun(ranks, "rft.evaluate.localisation", *options)
+    expected = results(tmp_path / "alone.localisation.json")
+    assert results(tmp_path / "model.localisation.json") == expected
+    assert expected["config_sha256"] is None
+
+
+def test_more_ranks_than_batches(tiny_case, tiny_data, tmp_path, monkeypatch):
+    # 20 images are two batches; loader processes and threads change nothing either
+    weights = (tiny_case["folder"] / "run" / "checkpoints" / "best.safetensors").read_bytes()
+    (tmp_path / "alone.safetensors").write_bytes(weights)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    twenty = ("--samples", "20")
+    call(monkeypatch, *arguments(tiny_case, tiny_data, tmp_path / "alone.safetensors", *twenty))
+    options = arguments(tiny_case, tiny_data, tmp_path / "model.safetensors", *twenty)
+    tiny.torchrun(3, "rft.evaluate.localisation", *options, "--workers", "2")
+    expected = results(tmp_path / "alone.localisation.json")
+    assert results(tmp_path / "model.localisation.json") == expected
+    assert expected["images"]["measured"] + expected["images"]["empty_mask"] == 20
+    assert expected["images"]["without_mask"] == 5
+
+
+def test_several_checkpoints_are_measured_in_one_pass(tiny_case, tiny_data, tmp_path, monkeypatch):
+    paths = [tmp_path / f"{seed}.safetensors" for seed in (0, 1)]
+    for seed, path in enumerate(paths):
+        save_classifier(str(path), build_model(seed, len(tiny.LABELS.ids)), {"step": "0"})
+    first, second = map(str, paths)
+    call(monkeypatch, first, *arguments(tiny_case, tiny_data, paths[1]))
+    together = [results(path.with_suffix(".localisation.json")) for path in paths]
+    for path, expected in zip((first, second), together, strict=True):
+        call(monkeypatch, *arguments(tiny_case, tiny_data, Path(path)))
+        assert results(Path(path).with_suffix(".localisation.json")) == expected
+    assert together[0]["masks_sha256"] == together[1]["masks_sha256"]
+    assert together[0]["thresholds"] != together[1]["thresholds"]
+    call(monkeypatch, *arguments(tiny_case, tiny_data, paths[0], "--cam", "grad-cam"))
+    other = results(paths[0].with_suffix(".localisation.json"))
+    assert other["cam"] == "grad-cam"
+    assert other["thresholds"] != together[0]["thresholds"]
+
+
+def with_imagenets_classes(packed: PackedDataset, labels: list[int]) -> PackedDataset:
+    """The same set as if it had been packed with ImageNet's classes; labels repeat."""
+    other = PackedDataset(packed.url)
+    other.manifest = dataclasses.replace(other.manifest, classes=LabelSpace.imagenet().names)
+    other.index = dataclasses.replace(other.index, label=np.resize(labels, len(packed)))
+    return other
+
+
+def test_restricted_imagenet(tiny_case):
+    names = LabelSpace.imagenet().names
+    chosen = localisation.RESTRICTED
+    assert len(set(chosen)) == len(chosen) == 144
+    ends = {151: "Chihuahua", 268: "hairless", 281: "tabby", 285: "Egyptian", 80: "black grouse"}
+    ends |= {100: "black swan"}
+    for class_id, name in ends.items():
+        assert name in names[class_id]
+        assert class_id in chosen
+    assert not {79, 101, 150, 269, 280, 286} & set(chosen)
+    packed = with_imagenets_classes(tiny_case["packed"], [150, 151, 285, 286, 90, 7])
+    selection = localisation.select(packed, tiny_case["folder"] / "masks", "restricted", 0, 0)
+    assert set(packed.index.label[selection.samples]) == {151, 285, 90}
+    inside = np.isin(packed.index.label, [151, 285, 90])
+    assert len(selection.samples) + selection.missing == inside.sum()
+    assert selection.missing == inside[:5].sum() > 0
+
+
+def test_the_paper_stands_beside_its_own_model_alone():
+    thresholds = [
+        {"threshold": value, "mean": dataclasses.asdict(localisation.TABLE_2[0.7])}
+        for value in (0.7, 0.33)
+    ]
+    document = {
+        "set": "imagenet-train",
+        "classes": "restricted",
+        "images": {"measured": 1234, "empty_mask": 0, "without_mask": 5},
+        "thresholds": thresholds,
+    }
+    text = localisation.format_table(Path("runs/a"), document, beside_paper=True)
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[0][-1] == "none)"
+    assert "1,234" in lines[0]
+    assert lines[4:6] == [
+        ["object", "masking", "rate", "0.170", "0.170"],
+        ["the", "paper's", "0.17", "-"],
+    ]
+    document["classes"] = "all"
+    assert "paper" not in localisation.format_table(Path("runs/a"), document, beside_paper=True)
+
+
+def test_the_choice_by_chance_does_not_depend_on_packing(tiny_case):
+    folder, packed = tiny_case["folder"] / "masks", tiny_case["packed"]
+
+    def chosen(packed: PackedDataset, seed: int) -> set[str]:
+        selection = localisation.select(packed, folder, "all", 10, seed)
+        assert list(selection.samples) == sorted(selection.paths)
+        return {packed.key(sample) for sample in selection.samples}
+
+    other = PackedDataset(packed.url)
+    columns = {name: column[::-1] for name, column in vars(packed.index).items()}
+    other.index = dataclasses.replace(packed.index, **columns)
+    assert len(chosen(packed, 0)) == 10
+    assert chosen(packed, 0) == chosen(other, 0) != chosen(packed, 1)
+
+
+def refused(monkeypatch, capsys, *options: str) -> str:
+    """Run the command; return its one line of complaint."""
+    monkeypatch.setattr(sys, "argv", ["rft", *map(str, options)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(localisation.main)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", "0"), "--batch-size must be at least 1"),
+        (("--samples", "-1"), "--workers and --samples at least 0"),
+        (("--thresholds", "0.3", "1.5"), "--thresholds has 1.5; a threshold lies in [0, 1]"),
+        (("--thresholds", "nan"), "--thresholds has nan"),
+        (("--thresholds", "0.3", "0.3"), "each only once"),
+        (("--classes", "dogs"), "--classes"),
+        (("--classes", "restricted"), "was packed with 4; use --classes all"),
+        (("--set", "imagenet-trian"), "no packed dataset at"),
+        (("--samples", "72"), "--samples asks for 72 images, only 71 of the 76 have a mask below"),
+        (("--masks", "/nowhere"), "no folder of masks at /nowhere"),
+        (("--set", "imagenet-a", "--device", "cuda"), "device is cuda, but torch sees no GPU"),
+    ],
+)
+def test_what_the_command_refuses(tiny_case, tiny_data, monkeypatch, capsys, options, message):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run = tiny_case["folder"] / "run"
+    line = refused(monkeypatch, capsys, *arguments(tiny_case, tiny_data, run, *options))
+    assert message in line
+
+
+def test_no_mask_belongs_to_an_image(tiny_case, tiny_data, tmp_path, monkeypatch, capsys):
+    run = tiny_case["folder"] / "run"
+    options = arguments(tiny_case, tiny_data, run, "--masks", str(tmp_path))
+    line = refused(monkeypatch, capsys, *options)
+    first = tiny_case["packed"].key(0)
+    assert f"no mask below {tmp_path} belongs to any of the 76 images" in line
+    assert f"would be {tmp_path}/{first}.png, or lie there under the image's own path" in line
+
+
+def test_masks_of_nothing(tiny_case, tiny_data, tmp_path, monkeypatch, capsys):
+    run = tiny_case["folder"] / "run"
+    for key in list(tiny_case["masks"])[:3]:
+        save_mask(tmp_path / f"{key}.png", np.zeros((16, 16)))
+    options = arguments(tiny_case, tiny_data, run, "--masks", str(tmp_path))
+    assert f"all 3 masks below {tmp_path} are empty" in refused(monkeypatch, capsys, *options)
+    path = save_mask(tmp_path / f"{next(iter(tiny_case['masks']))}.png", np.ones((16, 15)))
+    assert f"{path} is 15 x 16 pixels" in refused(monkeypatch, capsys, *options)
+
+
+def test_checkpoints_that_do_not_fit(tiny_case, tiny_data, tmp_path, monkeypatch, capsys):
+    options = arguments(tiny_case, tiny_data, tmp_path / "none.safetensors")
+    assert "no checkpoint at" in refused(monkeypatch, capsys, *options)
+    assert "name at least one run folder" in refused(monkeypatch, capsys, *options[1:])
+    path = tmp_path / "five.safetensors"
+    save_classifier(str(path), build_model(classes=5), {"step": "0"})
+    options = arguments(tiny_case, tiny_data, path)
+    assert "tells 5 classes apart" in refused(monkeypatch, capsys, *options)
+    large = dataclasses.replace(
+        ARCHITECTURE, vision_cfg={**ARCHITECTURE.vision_cfg, "image_size": 32}
+    )
+    model = Classifier(large.build_visual(), torch.nn.Linear(12, 4), large)
+    save_classifier(str(path), model, {"step": "0"})
+    both = refused(monkeypatch, capsys, str(tiny_case["folder"] / "run"), *options)
+    assert "the checkpoints want images of [16, 32] px; measure them apart" in both
+    assert "was packed at 16 px, the model wants 32 px" in refused(monkeypatch, capsys, *options)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_miniatures_clip_finds_its_objects(tmp_path, monkeypatch):
+    """The world's own masks, at the paths it writes them, and the CLIP that comes with rft."""
+    write_world(tmp_path / "world", scale=0.05)
+    labels = LabelSpace.load(str(tmp_path / "world" / "classes.json"))
+    for encoding in ("pixels", "original"):
+        options = Options(encoding=encoding, size=48, shard_mb=2, workers=1)
+        for dataset in ("imagenet-train", "imagenet-r", "objectnet"):
+            pack(dataset, str(tmp_path / "world"), str(tmp_path / encoding), labels, options)
+    clip = load_clip(ModelConfig(clip=MINIATURE))
+    head = zero_shot_head(clip, labels.names, labels.templates)
+    model = Classifier(clip.model.visual, head, clip.architecture)
+    save_classifier(str(tmp_path / "zero-shot.safetensors"), model, {"step": "0"})
+
+    def run(encoding: str, dataset: str) -> dict:
+        options = ["--data", str(tmp_path / encoding), "--masks", str(tmp_path / "world/masks")]
+        options += ["--set", dataset, "--classes", "all", "--thresholds", "0.1", "0.3", "0.6"]
+        options += ["--workers", "0", "--device", "cpu"]
+        call(monkeypatch, str(tmp_path / "zero-shot.safetensors"), *options)
+        return results(tmp_path / "zero-shot.localisation.json")
+
+    train = run("pixels", "imagenet-train")
+    assert train["images"] == {"measured": 100, "empty_mask": 0, "without_mask": 0}
+    for entry in train["thresholds"]:
+        # for masks that know nothing of the object the two would be equal
+        assert entry["mean"]["object_masking_rate"] > 1.5 * entry["mean"]["image_masking_rate"]
+    masks = list((tmp_path / "world/masks/objectnet-1.0").rglob("*.png"))
+    object_pixels = sum(int((np.asarray(Image.open(path)) > 0).sum()) for path in masks)
+    # without its frame an image of ObjectNet has the model's size: no pixel is lost
+    assert run("pixels", "objectnet")["pixels"]["object"] == object_pixels
+    # the same when images are decoded while reading; in R, keys have their folders
+    for dataset in ("imagenet-train", "imagenet-r", "objectnet"):
+        packed, decoded = run("pixels", dataset), run("original", dataset)
+        assert packed["images"] == decoded["images"]
+        assert packed["images"]["without_mask"] == 0
+        assert packed["pixels"] == decoded["pixels"]
+        assert packed["thresholds"] == [
+            {
+                **entry,
+                "mean": pytest.approx(entry["mean"]),
+                "pooled": pytest.approx(entry["pooled"]),
+            }
+            for entry in decoded["thresholds"]
+        ]
