@@ -1,8 +1,10 @@
 """A pre-trained CLIP by name: its weights, tokenizer and preprocessing, through open_clip.
 
-`clip` is an open_clip model name with a weights tag or file, or `local-dir:PATH`, a folder in
-open_clip's hub layout. Such a folder may hold `vocab.txt` (one word a line) instead of using
-open_clip's BPE tokenizer; `rft-miniature`, the tiny CLIP that comes with rft, does.
+`clip` is an open_clip model name with a weights tag or a file (any format of rft/clip/weights.py
+that has both towers), or names a folder in open_clip's hub layout: `local-dir:PATH`, or
+`hf-hub:ORGANISATION/NAME` on the model hub. A local folder may hold `vocab.txt` (one word a line)
+instead of using open_clip's BPE tokenizer; that of `rft-miniature`, the tiny CLIP that comes with
+rft, does.
 """
 
 import dataclasses
@@ -15,14 +17,24 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import (
+    CLIP,
+    CLIPTextCfg,
+    CLIPVisionCfg,
+    CustomTextCLIP,
+    convert_to_custom_text_state_dict,
+)
+from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.transform import PreprocessCfg
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
-from rft.clip import vit
+from rft.clip import vit, weights
+from rft.clip.weights import Geometry, Weights
 from rft.config import ModelConfig
 
 LOCAL = "local-dir:"
+HUB = "hf-hub:"
 MINIATURE = "rft-miniature"
 
 
@@ -78,32 +90,222 @@ def load_clip(config: ModelConfig) -> PretrainedClip:
     """Load a pre-trained CLIP in fp32 on the CPU.
 
     Raises:
-        ValueError: for an unknown name or tag, a QuickGELU mismatch, or an unsupported tower.
+        ValueError: for an unknown name or tag, an activation or a shape that is not the weights'
+            own, a weights file without both towers, or an unsupported image tower.
     """
-    name = config.clip
-    if name == MINIATURE:
-        name = f"{LOCAL}{resources.files('rft') / 'demo' / 'clip'}"
-    local = name.startswith(LOCAL)
-    folder = Path(name.removeprefix(LOCAL))
-    model_cfg = _local_config(folder) if local else _named_config(config)
-    model: Any = open_clip.create_model(name, pretrained=None if local else config.pretrained)
+    if names_folder(config.clip):
+        return _through_open_clip(config.clip, None)
+    architecture = describe(config.clip)
+    if tag := open_clip.get_pretrained_cfg(config.clip, config.pretrained):
+        what, quick = f"weights {config.pretrained!r}", bool(tag.get("quick_gelu", False))
+        _require_activation(what, quick, architecture)
+        return _through_open_clip(config.clip, config.pretrained)
+    path = Path(config.pretrained)
+    if not config.pretrained or not path.exists():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.clip)) or "none"
+        raise ValueError(
+            f"{config.pretrained!r} is no weights tag of {config.clip} and no file; tags: {tags}"
+        )
+    return from_weights(weights.read(path), config.clip)
+
+
+def from_weights(found: Weights, clip: str) -> PretrainedClip:
+    """Return the CLIP that `clip` names with the weights of a file that has both towers.
+
+    Raises:
+        ValueError: if it lacks the text tower or does not fit the named model.
+    """
+    if not found.text:
+        raise ValueError(
+            f"{found.files[0]} ({found.format}) has no text tower to make a head with; start from "
+            "the pre-trained weights it was made from"
+        )
+    architecture = describe(clip)
+    require_fit(found, architecture)
+    model_cfg = model_config(clip)
+    custom = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
+    model = (CustomTextCLIP if custom else CLIP)(**model_cfg)
     vit.check_supported(model.visual)
-    preprocess = open_clip.get_model_preprocess_cfg(model)
-    architecture = Architecture(
-        clip=config.clip,
+    state = {**found.visual, **found.text}
+    if custom and "positional_embedding" in state:
+        state = convert_to_custom_text_state_dict(state)
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    if "logit_scale" in state:  # one number, with or without a dimension
+        state["logit_scale"] = state["logit_scale"].reshape(expected["logit_scale"])
+    found_shapes = {name: value.shape for name, value in state.items()}
+    if changed := weights.difference(expected, found_shapes):
+        raise ValueError(f"{found.files[0]} does not fit {clip}: it has {changed}")
+    model.load_state_dict(state)
+    return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
+
+
+def names_folder(clip: str) -> bool:
+    """Whether a model's name is a place that holds configuration and weights together."""
+    return clip == MINIATURE or clip.startswith((LOCAL, HUB))
+
+
+def model_config(clip: str) -> dict[str, Any]:
+    """Return open_clip's configuration (its `model_cfg`) of a model.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    return _open_clip_config(clip)["model_cfg"]
+
+
+def describe(clip: str) -> Architecture:
+    """Return the architecture of a model without loading weights.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    config = _open_clip_config(clip)
+    return _architecture(clip, config["model_cfg"], config.get("preprocess_cfg", {}))
+
+
+def require_fit(found: Weights, architecture: Architecture) -> None:
+    """Check that an image tower read from a file is the one that is named.
+
+    Raises:
+        ValueError: with both geometries, and the models that the file would fit, or what else
+            differs.
+    """
+    with torch.device("meta"):
+        visual = architecture.build_visual()
+    expected = {f"visual.{name}": value.shape for name, value in visual.state_dict().items()}
+    shapes = {name: value.shape for name, value in found.visual.items()}
+    if found.geometry != (wanted := Geometry.of(expected)):
+        names = ", ".join(names_of(found)) or "none"
+        raise ValueError(
+            f"{found.files[0]} has another image tower ({found.geometry}) than {architecture.clip} "
+            f"({wanted}); open_clip's models of this shape: {names}"
+        )
+    if changed := weights.difference(expected, shapes):
+        raise ValueError(f"{found.files[0]} does not fit {architecture.clip}: it has {changed}")
+    what = f"{found.files[0]} ({found.format})"
+    if found.quick_gelu is not None:
+        _require_activation(what, found.quick_gelu, architecture)
+    if found.openai:
+        require_openai_tower(architecture, what)
+
+
+def require_openai_tower(architecture: Architecture, what: str) -> None:
+    """Check that an image tower computes what OpenAI's code does with its weights.
+
+    Raises:
+        ValueError: naming `what` is for those towers, and the difference.
+    """
+    ours = dataclasses.asdict(CLIPVisionCfg(**architecture.vision_cfg))
+    free = ("layers", "width", "patch_size", "image_size")
+    theirs = dataclasses.asdict(CLIPVisionCfg(**{name: ours[name] for name in free}))
+    ours, theirs = {"quick_gelu": architecture.quick_gelu} | ours, {"quick_gelu": True} | theirs
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise ValueError(
+                f"{what} is for OpenAI's image towers, which have {name} {theirs[name]}; "
+                f"{architecture.clip} has {value}"
+            )
+
+
+def _require_activation(what: str, quick: bool, architecture: Architecture) -> None:
+    # open_clip only warns here and computes something else than the weights were trained for
+    if architecture.quick_gelu == quick:
+        return
+    clip = architecture.clip
+    other = f"{clip}-quickgelu" if quick else clip.removesuffix("-quickgelu")
+    kind = "QuickGELU" if quick else "GELU"
+    hint = f"as {other}; use that model" if other in open_clip.list_models() else f"with {kind}"
+    raise ValueError(f"{what} were trained {hint}")
+
+
+def names_of(found: Weights) -> list[str]:
+    """Return open_clip's models whose image tower has the geometry of the weights."""
+    names = []
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        assert config is not None, f"open_clip lists {name} and has no configuration of it"
+        vision = CLIPVisionCfg(**config["vision_cfg"])
+        layers, size = vision.layers, vision.image_size
+        if vision.timm_model_name or not isinstance(layers, int) or not isinstance(size, int):
+            continue
+        geometry = Geometry(
+            width=vision.width,
+            patch=vision.patch_size,
+            layers=layers,
+            grid=size // vision.patch_size,
+            embed_dim=config["embed_dim"],
+        )
+        openais = config.get("quick_gelu", False) and "hf_model_name" not in config["text_cfg"]
+        if geometry == found.geometry and (openais or not found.openai):
+            names.append(name)
+    return names
+
+
+def _through_open_clip(clip: str, tag: str | None) -> PretrainedClip:
+    location = _location(clip)
+    model_cfg = model_config(clip)
+    try:
+        model: Any = open_clip.create_model(location, pretrained=tag)
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(f"cannot load {clip}{f' {tag}' if tag else ''}: {lines[0]}") from error
+    vit.check_supported(model.visual)
+    architecture = _architecture(clip, model_cfg, open_clip.get_model_preprocess_cfg(model))
+    return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
+
+
+def _architecture(clip: str, model_cfg: dict[str, Any], preprocess: dict[str, Any]) -> Architecture:
+    default = PreprocessCfg()
+    return Architecture(
+        clip=clip,
         embed_dim=model_cfg["embed_dim"],
         vision_cfg=model_cfg["vision_cfg"],
         quick_gelu=model_cfg.get("quick_gelu", False),
-        mean=tuple(preprocess["mean"]),
-        std=tuple(preprocess["std"]),
+        mean=tuple(preprocess.get("mean", default.mean)),
+        std=tuple(preprocess.get("std", default.std)),
     )
-    vocabulary = folder / "vocab.txt"
-    if local and vocabulary.is_file():
-        words = vocabulary.read_text().split("\n")
-        tokenize = WordTokenizer(words, model.context_length)
-    else:
-        tokenize = open_clip.get_tokenizer(name)
-    return PretrainedClip(model.eval(), tokenize, architecture)
+
+
+def _location(clip: str) -> str:
+    """Return what open_clip calls the model."""
+    if clip == MINIATURE:
+        return f"{LOCAL}{resources.files('rft') / 'demo' / 'clip'}"
+    return clip
+
+
+def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
+    if vocabulary := vocabulary_of(clip):
+        return WordTokenizer(vocabulary.read_text().split("\n"), context_length)
+    return open_clip.get_tokenizer(_location(clip))
+
+
+def vocabulary_of(clip: str) -> Path | None:
+    """Return the word list of a local folder that has its own tokenizer."""
+    location = _location(clip)
+    path = Path(location.removeprefix(LOCAL)) / "vocab.txt"
+    return path if location.startswith(LOCAL) and path.is_file() else None
+
+
+def _open_clip_config(clip: str) -> dict[str, Any]:
+    """Return `model_cfg` and, where it is kept with the weights, `preprocess_cfg`."""
+    location = _location(clip)
+    if location.startswith(LOCAL):
+        path = Path(location.removeprefix(LOCAL)) / weights.HUB_CONFIG
+        if not path.is_file():
+            raise ValueError(f"no CLIP at {path.parent}: {path.name} is missing")
+        return json.loads(path.read_text())
+    if location.startswith(HUB):
+        name = location.removeprefix(HUB)
+        return json.loads(
+            Path(download_pretrained_from_hf(name, filename=weights.HUB_CONFIG)).read_text()
+        )
+    model_cfg = open_clip.get_model_config(location)
+    if model_cfg is None:
+        raise ValueError(
+            f"open_clip has no model {clip!r}; python -c "
+            "'import open_clip; print(open_clip.list_models())' lists them"
+        )
+    return {"model_cfg": model_cfg}
 
 
 class WordTokenizer:
@@ -133,31 +335,3 @@ class WordTokenizer:
                 raise ValueError(f"{text!r} is longer than {self._context_length} tokens")
             row[: len(ids)] = torch.tensor(ids)
         return tokens
-
-
-def _local_config(folder: Path) -> dict[str, Any]:
-    path = folder / "open_clip_config.json"
-    if not path.is_file():
-        raise ValueError(f"no CLIP at {folder}: {path.name} is missing")
-    return json.loads(path.read_text())["model_cfg"]
-
-
-def _named_config(config: ModelConfig) -> dict[str, Any]:
-    model_cfg = open_clip.get_model_config(config.clip)
-    if model_cfg is None:
-        raise ValueError(
-            f"open_clip has no model {config.clip!r}; python -c "
-            "'import open_clip; print(open_clip.list_models())' lists them"
-        )
-    tag = open_clip.get_pretrained_cfg(config.clip, config.pretrained)
-    if not tag and not Path(config.pretrained).is_file():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.clip)) or "none"
-        raise ValueError(
-            f"{config.pretrained!r} is no weights tag of {config.clip} and no file; tags: {tags}"
-        )
-    quick = bool(model_cfg.get("quick_gelu", False))
-    if tag and bool(tag.get("quick_gelu", False)) != quick:
-        # open_clip only warns here and computes something else than the weights were trained for
-        other = config.clip.removesuffix("-quickgelu") if quick else f"{config.clip}-quickgelu"
-        raise ValueError(f"weights {config.pretrained!r} were trained as {other}; use that model")
-    return model_cfg

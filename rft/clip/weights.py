@@ -1,0 +1,364 @@
+"""CLIP weights as others save them: recognised by content, read into one form, written back.
+
+Read are OpenAI's TorchScript files, open_clip's checkpoints, bare state dicts, safetensors files
+and hub-layout folders, model-soups' state dicts, the released code's checkpoints, wise-ft's pickled
+models and rft's own files. Nothing of a file is ever run (rft/clip/unpickle.py).
+
+The names are those of open_clip and rft: the image tower is `visual.*`, the classification head
+`head.{weight,bias}`, everything else belongs to the text tower.
+"""
+
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rft.clip import unpickle
+
+HUB_CONFIG = "open_clip_config.json"
+HUB_WEIGHTS = "open_clip_model.safetensors"
+HUB_HEAD = "head.safetensors"  # rft's export puts it beside; open_clip does not look for it
+CARD = "card.json"
+
+# what open_clip looks for in a folder, in this order
+_HUB_NAMES = (
+    HUB_WEIGHTS,
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+# data parallel and compiled modules are saved under these
+_WRAPPERS = ("module.", "_orig_mod.")
+# OpenAI's archives keep three numbers among their weights
+_OPENAI_NUMBERS = frozenset({"input_resolution", "context_length", "vocab_size"})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a format keeps the image tower, the head and the text tower."""
+
+    format: str
+    visual: str
+    head: str | None
+    text: str | None
+    openai: bool
+    """Whether the code behind the format builds OpenAI's towers, whatever the weights are."""
+
+
+LAYOUTS = (
+    Layout("released", "backbone.", "classifier.", None, True),
+    Layout(
+        "wise-ft",
+        "image_encoder.model.visual.",
+        "classification_head.",
+        "image_encoder.model.",
+        True,
+    ),
+    Layout("model-soups", "model.visual.", "classification_head.", "model.", True),
+    Layout("open_clip", "visual.", "head.", "", False),
+)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the shapes of an image tower's weights tell about it."""
+
+    width: int
+    patch: int
+    layers: int
+    grid: int
+    embed_dim: int
+
+    def __str__(self) -> str:
+        return (
+            f"width {self.width}, {self.layers} layers, {self.grid} x {self.grid} patches of "
+            f"{self.patch} px, {self.embed_dim} features"
+        )
+
+    @staticmethod
+    def of(shapes: Mapping[str, torch.Size]) -> "Geometry":
+        """Infer the geometry from the shapes of `visual.*`.
+
+        Raises:
+            ValueError: if these are not the weights of a CLIP vision transformer.
+        """
+        try:
+            conv = shapes["visual.conv1.weight"]
+            positions = shapes["visual.positional_embedding"][0] - 1
+            embed_dim = shapes["visual.proj"][1]
+        except (KeyError, IndexError):
+            raise ValueError("it has no image tower that is a CLIP vision transformer") from None
+        layers = sum(name.endswith(".attn.in_proj_weight") for name in shapes)
+        return Geometry(conv[0], conv[-1], layers, round(positions**0.5), embed_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The content of one file or folder, fp32."""
+
+    files: tuple[Path, ...]
+    """What was read: the file, or the weights in a folder and the head beside them."""
+    format: str
+    visual: dict[str, Tensor]
+    """Image tower, `visual.*`."""
+    head: dict[str, Tensor]
+    """`head.{weight,bias}`; empty where the file has none."""
+    text: dict[str, Tensor]
+    """Text tower and logit scale; empty where the file has none or not all of it."""
+    openai: bool = False
+    """Whether the weights belong to OpenAI's own architecture: QuickGELU, heads 64 wide."""
+    config: dict[str, Any] | None = None
+    """Content of open_clip_config.json, where the weights came in such a folder."""
+    architecture: str = ""
+    """rft's own description of the tower (JSON), where the file has one."""
+
+    @property
+    def quick_gelu(self) -> bool | None:
+        """Which activation the weights were trained with, where that is known."""
+        if self.openai:
+            return True
+        if self.architecture:
+            return json.loads(self.architecture)["quick_gelu"]
+        return bool(self.config["model_cfg"].get("quick_gelu", False)) if self.config else None
+
+    @property
+    def geometry(self) -> Geometry:
+        """What the shapes tell about the image tower."""
+        return Geometry.of({name: tensor.shape for name, tensor in self.visual.items()})
+
+
+def read(path: Path) -> Weights:
+    """Read weights in any of the formats, from a file or a folder in open_clip's hub layout.
+
+    Raises:
+        ValueError: if there is none, it is damaged, holds something else, or names anything that
+            reading tensors does not need.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}")
+    if _is_safetensors(path):
+        tensors, metadata = read_safetensors(path)
+        own = json.loads(metadata["rft"]) if "rft" in metadata else {}
+        found = _sort(path, tensors)
+        if own:
+            found = dataclasses.replace(found, format="rft", architecture=own["architecture"])
+        return found
+    if not _is_pickle(path):
+        raise ValueError(
+            f"{path} is in no format that is known: safetensors, a file of torch.save or "
+            "torch.jit.save, a pickle"
+        )
+    content, scripted = unpickle.read(path)
+    return _sort(path, _load(path, _model_of(content)), scripted=scripted)
+
+
+def _read_folder(folder: Path) -> Weights:
+    if not (folder / HUB_CONFIG).is_file():
+        raise ValueError(f"{folder} is a folder without {HUB_CONFIG}; name the weights file in it")
+    files = [folder / name for name in _HUB_NAMES if (folder / name).is_file()]
+    if not files:
+        raise ValueError(f"{folder} has none of the weights files {', '.join(_HUB_NAMES)}")
+    found = read(files[0])
+    found = dataclasses.replace(found, config=json.loads((folder / HUB_CONFIG).read_text()))
+    head = folder / HUB_HEAD
+    if head.is_file():
+        tensors, _ = read_safetensors(head)
+        tensors = _as_head(head, tensors, found.visual)
+        found = dataclasses.replace(found, head=tensors, files=(files[0], head))
+    card = json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else {}
+    # anyone may put a card there; ours says that it is one of an export
+    if card.get("format") == "open-clip" and "architecture" in card:
+        found = dataclasses.replace(found, architecture=json.dumps(card["architecture"]))
+    return found
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as stream:
+            # every name, in order: `keys` is the file's own list, not a dict's
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            return tensors, stream.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file starts like one: the length of a header, then the header's brace."""
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as stream:
+        start = stream.read(2)
+    return start == b"PK" or (start[:1] == b"\x80" and 2 <= start[-1] <= 5)
+
+
+def _model_of(content: Any) -> Any:
+    """Return the model inside a checkpoint, which also has an optimizer, a step and the like."""
+    for name in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(
+            content.get(name), (Mapping, unpickle.StandIn)
+        ):
+            return content[name]
+    return content
+
+
+def _load(path: Path, content: Any) -> dict[str, Tensor]:
+    try:
+        _require_normalising(content)
+        named = list(unpickle.named_tensors(content))
+        return {
+            name: tensor.load() if isinstance(tensor, unpickle.StoredTensor) else tensor
+            for name, tensor in named
+        }
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: a module holds itself") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _require_normalising(content: Any) -> None:
+    """Check that a pickled head is one on normalised features, as rft's is."""
+    if isinstance(content, unpickle.StandIn):
+        modules = content.attributes.get("_modules", {})
+        head = modules.get("classification_head")
+        if isinstance(head, unpickle.StandIn) and head.attributes.get("normalize") is False:
+            raise ValueError("its head reads features that are not normalised, rft's does")
+
+
+def _sort(path: Path, tensors: dict[str, Tensor], *, scripted: bool = False) -> Weights:
+    """Tell the format by the tensors' names and give them ours."""
+    for wrapper in _WRAPPERS:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    layouts = [layout for layout in LAYOUTS if f"{layout.visual}conv1.weight" in tensors]
+    if not layouts:
+        some = ", ".join(list(tensors)[:3]) or "no tensors"
+        raise ValueError(f"{path} holds no CLIP image tower in a layout that is known ({some})")
+    layout = layouts[0]
+    openai = layout.openai or (scripted and tensors.keys() >= _OPENAI_NUMBERS)
+    visual, head, text = {}, {}, {}
+    for name, value in tensors.items():
+        value = value.detach().float() if value.is_floating_point() else value
+        if name.startswith(layout.visual):
+            visual[f"visual.{name.removeprefix(layout.visual)}"] = value
+        elif layout.head and name.startswith(layout.head):
+            head[f"head.{name.removeprefix(layout.head)}"] = value
+        elif layout.text is not None and name.startswith(layout.text):
+            text[name.removeprefix(layout.text)] = value
+        else:
+            raise ValueError(f"{path} has a tensor {name!r} that its format does not have")
+    # a scripted module's constants are saved as if they were weights
+    constants = _OPENAI_NUMBERS | {"attn_mask"} if scripted else set()
+    text = {name: value for name, value in text.items() if name not in constants}
+    found = Weights(
+        files=(path,),
+        format="openai" if scripted and openai else layout.format,
+        visual=visual,
+        head=_as_head(path, head, visual) if head else {},
+        text=text if _is_text_tower(text) else {},
+        openai=openai,
+    )
+    try:
+        found.geometry  # noqa: B018
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return found
+
+
+def _as_head(path: Path, head: dict[str, Tensor], visual: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weight and bias; a head without bias has a zero one."""
+    weight = head.get("head.weight")
+    if weight is None or weight.ndim != 2 or head.keys() - {"head.weight", "head.bias"}:
+        raise ValueError(f"{path} has a head that is not one linear layer: {', '.join(head)}")
+    features = visual["visual.proj"].shape[-1]
+    bias = head.get("head.bias", torch.zeros(len(weight)))
+    if weight.shape[1] != features or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{path} has a head of shape {tuple(weight.shape)}, its tower {features} features"
+        )
+    return {"head.weight": weight, "head.bias": bias}
+
+
+def _is_text_tower(text: dict[str, Tensor]) -> bool:
+    """Whether this is more than what fine-tuning code leaves of a text tower it has removed."""
+    return any(name.startswith(("transformer.resblocks.", "text.")) for name in text)
+
+
+def difference(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> str:
+    """Return how two sets of named shapes differ, in a few words; empty if they do not."""
+    if missing := sorted(expected.keys() - found.keys()):
+        return f"no {missing[0]!r}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+    if surplus := sorted(found.keys() - expected.keys()):
+        return f"an unknown {surplus[0]!r}" + (
+            f" and {len(surplus) - 1} more" if surplus[1:] else ""
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            return f"{name} of shape {tuple(found[name])} instead of {tuple(shape)}"
+    return ""
+
+
+def to_released(state: Mapping[str, Tensor], test_accuracy: float | None) -> bytes:
+    """Return a checkpoint that the released code evaluates, starts from and distils from.
+
+    Args:
+        state: `visual.*` and `head.*`.
+        test_accuracy: percent on ImageNet; that code prints it when it loads a teacher.
+    """
+    return _torch_bytes(
+        {
+            "epoch": 0,
+            "best_value": None,
+            "_data_counters": [0, 0, 0, 0],
+            "model": _rename(state, {"visual.": "backbone.", "head.": "classifier."}),
+            "test_acc": test_accuracy,
+        }
+    )
+
+
+def to_model_soups(state: Mapping[str, Tensor], text: Mapping[str, Tensor]) -> bytes:
+    """Return a state dict that model-soups loads.
+
+    Args:
+        state: `visual.*` and `head.*`.
+        text: the text tower; that code keeps all of it but the layers.
+    """
+    rest = {name: value for name, value in text.items() if not name.startswith("transformer.")}
+    names = {"visual.": "model.visual.", "head.": "classification_head."}
+    return _torch_bytes({**_rename(rest, {"": "model."}), **_rename(state, names)})
+
+
+def _rename(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    return {
+        f"{theirs}{name.removeprefix(ours)}": value
+        for name, value in state.items()
+        for ours, theirs in prefixes.items()
+        if name.startswith(ours)
+    }
+
+
+def _torch_bytes(content: dict[str, Any]) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()

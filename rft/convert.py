@@ -1,0 +1,493 @@
+"""Bring weights of other code in, take weights out: `python -m rft.convert import|export ...`.
+
+    python -m rft.convert import FILE --out RUN --clip ViT-B-32-quickgelu [--data URL]
+    python -m rft.convert export RUN --to open-clip --out FOLDER
+
+`import` makes a run folder, which rft.evaluate, rft.merge and rft.report take like one that was
+trained here. The format is told from the file's content; which there are is in rft/clip/weights.py.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import open_clip
+import tyro
+from safetensors.torch import save
+from torch import Tensor
+
+from rft import cli, dist, files
+from rft.clip import load, weights
+from rft.clip.classifier import SELECTED, checkpoint_path, load_state, save_state
+from rft.clip.head import zero_shot_head
+from rft.clip.load import Architecture, PretrainedClip
+from rft.clip.weights import Weights
+from rft.config import Device, ModelConfig
+from rft.data.manifest import Manifest
+from rft.evaluate.__main__ import recorded_sets
+
+Format = Literal["open-clip", "released", "model-soups", "safetensors"]
+SUFFIXES = {"released": ".pt", "model-soups": ".pt", "safetensors": ".safetensors"}
+
+USAGE = """Bring weights of other code in, take weights out.
+
+usage: python -m rft.convert import FILE --out RUN [--clip NAME] [--data URL]
+       python -m rft.convert export RUN_OR_FILE --to FORMAT --out PATH [--text TAG_OR_FILE]
+
+import  OpenAI's .pt, open_clip's .pt, .bin, .safetensors, hub-layout folder, weights tag or
+        hf-hub:NAME, model-soups' state dict, the released code's checkpoint, wise-ft's pickle,
+        safetensors of rft -> a run folder
+export  a run folder or .safetensors file -> open-clip, released, model-soups, safetensors
+
+`import --help` and `export --help` tell more
+"""
+
+
+@dataclass(frozen=True)
+class Import:
+    """Make a run folder of weights that other code saved; nothing in their file is ever run.
+
+    Weights without a classification head (OpenAI, open_clip) get the zero-shot head of the class
+    names and prompts of a packed set: --data URL, and --set if it is not imagenet-val.
+    """
+
+    file: tyro.conf.Positional[str]
+    """Weights file, folder in open_clip's hub layout, weights tag of --clip, or hf-hub:NAME."""
+    out: Path
+    """Run folder to make."""
+    clip: str = ""
+    """open_clip name of the model, e.g. ViT-B-32-quickgelu; needed where the file does not tell."""
+    data: str = ""
+    """Data root whose packed set gives the class names."""
+    packed: Annotated[str, tyro.conf.arg(name="set")] = "imagenet-val"
+    """Name of that set, below the data root."""
+    recipe: str = "imported"
+    """What the report calls it; runs of one recipe with other seeds share a row."""
+    seed: int = 0
+    """Which of these it is."""
+    device: Device = "auto"
+    """Where the text tower makes a head: 80,000 prompts take an hour on one CPU thread."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model in a format of other code, and a card (JSON) that says what it is.
+
+    open-clip: a folder that open_clip.create_model_and_transforms("local-dir:PATH") loads, with the
+    fine-tuned image tower and the original text tower; the classification head lies beside, in
+    head.safetensors.
+
+    released: a checkpoint (.pt) of the code released with the paper.
+
+    model-soups: a state dict (.pt) of model-soups.
+
+    safetensors: rft's own weights file, which rft.evaluate takes too.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """Run folder (its selected checkpoint) or .safetensors file of rft."""
+    to: Annotated[Format, tyro.conf.arg(name="to")]
+    """The format."""
+    out: Path
+    """Folder (open-clip) or file to write."""
+    text: str = ""
+    """Where the text tower comes from, if not from what the run started with: a weights tag or file
+    (open-clip, model-soups)."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `import` works with."""
+
+    architecture: Architecture
+    state: dict[str, Tensor]
+    """`visual.*`, and `head.*` if the source has a head."""
+    source: dict[str, Any]
+    """What config.json tells about it."""
+    text: ModelConfig | None
+    """What loads its text tower; None if it has none."""
+
+
+def main() -> None:
+    """Parse and convert."""
+    kind, *options = sys.argv[1:] or ["--help"]
+    if kind in ("-h", "--help"):
+        print(USAGE)
+    elif kind == "import":
+        import_weights(cli.parse(Import, args=options, prog="rft.convert import"))
+    elif kind == "export":
+        export_weights(cli.parse(Export, args=options, prog="rft.convert export"))
+    else:
+        raise cli.unknown("conversion", kind, ["import", "export"])
+
+
+def import_weights(arguments: Import) -> None:
+    """Write the run folder of weights that other code saved.
+
+    Raises:
+        ValueError: if they cannot be read, do not fit the named model, lack a head that --data does
+            not give, or the folder holds something else.
+    """
+    files.require_local(arguments.out, "--out")
+    # the report refuses other names
+    if not (arguments.recipe.isprintable() and arguments.recipe.strip()):
+        raise ValueError(f"--recipe is {arguments.recipe!r}; it must be a printable name")
+    manifest = None
+    if arguments.data:
+        manifest = Manifest.load(files.join(arguments.data, arguments.packed))
+    found = find(arguments.file, arguments.clip)
+    config: dict[str, Any] = {
+        "recipe": arguments.recipe,
+        "seed": arguments.seed,
+        "model": {"clip": found.architecture.clip},
+        "imported_from": found.source,
+    }
+    if "tag" in found.source:
+        config["model"]["pretrained"] = found.source["tag"]
+    if manifest:
+        config |= {"data": arguments.data, "train_set": arguments.packed}
+        config["imported_from"]["manifest_sha256"] = manifest.sha256
+    out = str(arguments.out)
+    if is_imported(arguments.out, config):
+        print(f"already imported: {out}")
+        return
+    state = with_head(found, manifest, arguments)
+    files.write_json(f"{out}/config.json", config)
+    metadata = {"recipe": arguments.recipe, "step": "0"}
+    save_state(f"{out}/{SELECTED}", state, found.architecture, metadata)
+    files.write_json(f"{out}/provenance.json", files.provenance())
+    classes = len(state["head.weight"])
+    print(
+        f"imported: {out} ({found.source['format']}, {found.architecture.clip}, {classes} classes)"
+    )
+    print(f"next: python -m rft.evaluate {out} --data {arguments.data or 'URL'}")
+
+
+def find(name: str, clip: str) -> Found:
+    """Read what `import` was pointed at.
+
+    Raises:
+        ValueError: if there is no such file, folder or tag, or it does not fit the named model.
+    """
+    path = Path(name.removeprefix(load.LOCAL))
+    if path.exists():
+        return _from_file(path, clip)
+    if name.startswith(load.HUB):
+        return _from_tag(ModelConfig(clip=name, pretrained=""))
+    if clip and open_clip.get_pretrained_cfg(clip, name):
+        return _from_tag(ModelConfig(clip=clip, pretrained=name))
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip)) if clip else ""
+    raise ValueError(f"no weights at {name}" + (f", and no tag of {clip}: {tags}" if tags else ""))
+
+
+def _from_tag(model: ModelConfig) -> Found:
+    loaded = load.load_clip(model)
+    named = loaded.model.state_dict().items()
+    state = {name: value for name, value in named if name.startswith("visual.")}
+    source = {"format": "open_clip", "tag": model.pretrained, "text": True}
+    return Found(loaded.architecture, state, source, model)
+
+
+def _from_file(path: Path, clip: str) -> Found:
+    read = weights.read(path)
+    architecture = _architecture(path, read, clip)
+    load.require_fit(read, architecture)
+    source = {
+        "format": read.format,
+        "path": str(path),
+        "sha256": {file.name: files.sha256_file(file) for file in read.files},
+        "text": bool(read.text),
+    }
+    text = _text_of(source, architecture)
+    return Found(architecture, {**read.visual, **read.head}, source, text)
+
+
+def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
+    """Return the named model, with the preprocessing that the weights come with, if any."""
+    own = None
+    if read.architecture:
+        own = Architecture.from_json(read.architecture)
+    elif read.config:
+        own = load.describe(f"{load.LOCAL}{path}")
+    if clip:
+        named = load.describe(clip)
+        return dataclasses.replace(named, mean=own.mean, std=own.std) if own else named
+    if own is None:
+        names = ", ".join(load.names_of(read)) or "none that open_clip knows"
+        raise ValueError(
+            f"{path} does not name its model ({read.geometry}); add --clip NAME, by its shape one "
+            f"of: {names}"
+        )
+    return own
+
+
+def _text_of(source: dict[str, Any], architecture: Architecture) -> ModelConfig | None:
+    """Return what loads the text tower of an imported file or folder."""
+    if not source.get("text"):
+        return None
+    path = Path(source["path"])
+    if path.is_dir():
+        return ModelConfig(clip=f"{load.LOCAL}{path}", pretrained="")
+    return ModelConfig(clip=architecture.clip, pretrained=str(path))
+
+
+def with_head(found: Found, manifest: Manifest | None, arguments: Import) -> dict[str, Tensor]:
+    """Return image tower and head; the head is made of class names where there is none.
+
+    Raises:
+        ValueError: if there is neither a head nor what makes one, or it has other classes.
+    """
+    file = arguments.file
+    if "head.weight" in found.state:
+        classes = len(found.state["head.weight"])
+        if manifest and len(manifest.classes) != classes:
+            raise ValueError(
+                f"{file} tells {classes} classes apart, {arguments.packed} in {arguments.data} has "
+                f"{len(manifest.classes)}"
+            )
+        return found.state
+    if found.text is None:
+        raise ValueError(f"{file} has neither a classification head nor a text tower to make one")
+    if manifest is None:
+        raise ValueError(
+            f"{file} has no classification head; its text tower makes one of the class names of a "
+            "packed set: --data URL [--set imagenet-val]"
+        )
+    clip = load.load_clip(found.text)
+    clip.model.to(dist.pick_device(arguments.device, dist.world_from_env()))
+    head = zero_shot_head(clip, manifest.classes, manifest.templates).state_dict()
+    return {**found.state, **{f"head.{name}": value.cpu() for name, value in head.items()}}
+
+
+def is_imported(out: Path, config: dict[str, Any]) -> bool:
+    """Whether the run folder already holds this import, complete.
+
+    Raises:
+        ValueError: if it holds anything else.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; choose another")
+    path = out / "config.json"
+    if not path.is_file():
+        # what a killed writer left is hidden
+        if out.is_dir() and any(not found.name.startswith(".") for found in out.iterdir()):
+            raise ValueError(f"{out} has files in it but is no run folder; choose another --out")
+        return False
+    old = files.read_json(str(path))
+    if not isinstance(old, dict) or "imported_from" not in old:
+        raise ValueError(f"{out} holds a run that was not imported; choose another --out")
+    if changed := files.difference(_identity(old), _identity(config)):
+        raise ValueError(f"{out} holds another import: {'; '.join(changed)}; choose another --out")
+    return (out / "provenance.json").is_file()
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """Return an import's configuration without places: a file or a set is known by its hash."""
+    source = {name: value for name, value in config["imported_from"].items() if name != "path"}
+    return {**config, "imported_from": source, "data": ""}
+
+
+def export_weights(arguments: Export) -> None:
+    """Write a model in a format of other code.
+
+    Raises:
+        ValueError: if there is no model, the format cannot express it, its text tower is not to be
+            found, or --out holds something else.
+    """
+    out, to = arguments.out, arguments.to
+    files.require_local(out, "--out")
+    if to in SUFFIXES and out.suffix != SUFFIXES[to]:
+        raise ValueError(f"--out is {out}; a file of this format ends in {SUFFIXES[to]}")
+    weights_path = checkpoint_path(arguments.source)
+    state, architecture, metadata = load_state(weights_path)
+    config_path = arguments.source / "config.json"
+    config = files.read_json(str(config_path)) if config_path.is_file() else {}
+    if to in ("released", "model-soups"):
+        load.require_openai_tower(architecture, f"the format {to}")
+    clip = None
+    if to in ("open-clip", "model-soups"):
+        clip = text_tower(arguments.text, architecture, config)
+        require_same_tower(clip.architecture, architecture)
+    metrics = recorded_sets(arguments.source)
+    card: dict[str, Any] = {
+        "schema": 1,
+        "format": to,
+        "recipe": config.get("recipe", metadata.get("recipe")),
+        "seed": config.get("seed"),
+        "architecture": json.loads(architecture.to_json()),
+        **describe(architecture, state["head.weight"]),
+        "classes": class_names(config, len(state["head.weight"])),
+        "metrics": metrics,
+        "source": {
+            "path": str(arguments.source),
+            "sha256": files.sha256_file(weights_path),
+            "text": arguments.text,
+        },
+        "provenance": files.provenance(),
+    }
+    card_path = out / weights.CARD if to == "open-clip" else out.with_name(f"{out.name}.json")
+    _require_same_export(out, card_path, card)
+    if to == "open-clip":
+        assert clip is not None
+        contents = hub_folder(state, architecture, clip)
+    else:
+        contents = {out.name: file_content(to, state, weights_path, metrics, clip)}
+    folder = out if to == "open-clip" else out.parent
+    card["files"] = {name: files.sha256_bytes(data) for name, data in contents.items()}
+    # first, so that the same command may go on where it was stopped
+    files.write_json(str(card_path), card)
+    for name, data in contents.items():
+        files.write_bytes(str(folder / name), data)
+    print(f"exported: {out}, described in {card_path}")
+
+
+def text_tower(text: str, architecture: Architecture, config: dict[str, Any]) -> PretrainedClip:
+    """Return the CLIP that a model was made from, for its text tower.
+
+    Args:
+        text: what --text says; empty looks at the run.
+        architecture: of the model.
+        config: the run's config.json; empty if there is none.
+
+    Raises:
+        ValueError: if it is not to be found.
+    """
+    if text:
+        clip, pretrained = (text, "") if load.names_folder(text) else (architecture.clip, text)
+        return load.load_clip(ModelConfig(clip=clip, pretrained=pretrained))
+    if origin := next(_origins(config, architecture), None):
+        return load.load_clip(origin)
+    if load.names_folder(architecture.clip):
+        return load.load_clip(ModelConfig(clip=architecture.clip, pretrained=""))
+    raise ValueError(
+        f"nothing tells where the text tower of this {architecture.clip} is; add --text "
+        "TAG_OR_FILE (--text openai for a model that was made from OpenAI's)"
+    )
+
+
+def _origins(config: dict[str, Any], architecture: Architecture) -> Iterator[ModelConfig]:
+    """Yield the CLIPs that a run, or the runs that it is merged from, started with."""
+    if pretrained := config.get("model", {}).get("pretrained"):
+        yield ModelConfig(clip=architecture.clip, pretrained=pretrained)
+    if imported := _text_of(config.get("imported_from", {}), architecture):
+        yield imported
+    for ancestor in config.get("merged_from", []):
+        path = Path(ancestor["path"]) / "config.json"
+        if path.is_file():
+            yield from _origins(files.read_json(str(path)), architecture)
+
+
+def require_same_tower(original: Architecture, ours: Architecture) -> None:
+    """Check that the text tower comes with the image tower that was fine-tuned.
+
+    Raises:
+        ValueError: with the differences.
+    """
+    mine, its = (dataclasses.asdict(a) | {"clip": ""} for a in (ours, original))
+    if changed := files.difference(mine, its):
+        raise ValueError(
+            f"the text tower belongs to another model: {'; '.join(changed)}; name the right one "
+            "with --text"
+        )
+
+
+def describe(architecture: Architecture, head: Tensor) -> dict[str, Any]:
+    """Return the part of the card that says how to compute with the weights."""
+    classes, features = head.shape
+    return {
+        "activation": "QuickGELU" if architecture.quick_gelu else "GELU",
+        "preprocessing": {
+            "size": architecture.image_size,
+            "resize": "bicubic, shorter side to size",
+            "crop": "center",
+            "mean": architecture.mean,
+            "std": architecture.std,
+        },
+        "head": {
+            "classes": classes,
+            "features": features,
+            "logits": "weight @ (features / |features|) + bias",
+            "logit_scale_in_weight": True,
+        },
+    }
+
+
+def class_names(config: dict[str, Any], classes: int) -> list[str] | None:
+    """Return the class names of the set a run was trained on; None, with a line, if unknown."""
+    if "data" in config and "train_set" in config:
+        try:
+            names = Manifest.load(files.join(config["data"], config["train_set"])).classes
+        except ValueError as error:
+            print(f"the card will name no classes: {error}")
+            return None
+        return list(names) if len(names) == classes else None
+    print("the card will name no classes: the run does not tell on which data it was trained")
+    return None
+
+
+def hub_folder(
+    state: dict[str, Tensor], architecture: Architecture, clip: PretrainedClip
+) -> dict[str, bytes]:
+    """Return name -> content of a folder in open_clip's hub layout; its configuration is last."""
+    whole = {name: value.contiguous() for name, value in clip.model.state_dict().items()}
+    whole |= {name: value for name, value in state.items() if name.startswith("visual.")}
+    head = {name: value for name, value in state.items() if name.startswith("head.")}
+    preprocess = {
+        **open_clip.get_model_preprocess_cfg(clip.model),
+        "size": architecture.image_size,
+        "mean": architecture.mean,
+        "std": architecture.std,
+    }
+    config = {
+        "model_cfg": load.model_config(clip.architecture.clip),
+        "preprocess_cfg": preprocess,
+    }
+    contents = {weights.HUB_HEAD: save(head)}
+    if vocabulary := load.vocabulary_of(clip.architecture.clip):
+        contents[vocabulary.name] = vocabulary.read_bytes()
+    contents[weights.HUB_WEIGHTS] = save(whole)
+    contents[weights.HUB_CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    return contents
+
+
+def file_content(
+    to: Format,
+    state: dict[str, Tensor],
+    weights_path: Path,
+    metrics: dict[str, Any],
+    clip: PretrainedClip | None,
+) -> bytes:
+    """Return the content of the file for the formats that are one."""
+    if to == "safetensors":
+        return weights_path.read_bytes()
+    if to == "released":
+        counts = metrics.get("imagenet-val")
+        return weights.to_released(
+            state, 100 * counts["correct"] / counts["total"] if counts else None
+        )
+    assert clip is not None
+    named = clip.model.state_dict().items()
+    return weights.to_model_soups(
+        state, {name: value for name, value in named if not name.startswith("visual.")}
+    )
+
+
+def _require_same_export(out: Path, card_path: Path, card: dict[str, Any]) -> None:
+    """Check that what is at --out, if anything, is this very export."""
+    there = any(out.iterdir()) if out.is_dir() else out.exists()
+    if not there and not card_path.exists():
+        return
+    old = files.read_json(str(card_path)) if card_path.is_file() else {}
+    same = ("format", "source")
+    if not isinstance(old, dict) or any(name not in old for name in same):
+        raise ValueError(f"{out if there else card_path} is there already; choose another --out")
+    if changed := [line for name in same for line in files.difference(old[name], card[name], name)]:
+        raise ValueError(f"{out} holds another export: {'; '.join(changed)}; choose another --out")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,474 @@
+"""Weights of other code become run folders that every command takes, and go out again whole."""
+
+import json
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from rft import cli, files
+from rft import convert as convert_command
+from rft.clip import load, unpickle, weights
+from rft.clip.classifier import SELECTED, build_classifier, load_state, save_state
+from rft.clip.head import zero_shot_head
+from rft.config import ModelConfig
+from rft.data.manifest import Manifest
+from rft.evaluate import __main__ as evaluate_command
+from rft.merge import __main__ as merge_command
+from rft.report import __main__ as report_command
+from rft.train import __main__ as train_command
+from tests import formats
+from tests.formats import known_models  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("known_models")
+
+
+def call(command, *arguments: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rft", *map(str, arguments)])
+        cli.run(command.main)
+
+
+@pytest.fixture
+def convert(capsys):
+    """Run a conversion in this process; return what it printed."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        call(convert_command, *arguments)
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a conversion that is a mistake; return its one line of complaint."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            call(convert_command, *arguments)
+        assert stopped.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return formats.build_state()
+
+
+WRITERS = {
+    "released": formats.write_released,
+    "model-soups": formats.write_model_soups,
+    "wise-ft": formats.write_wise_ft,
+}
+
+
+@pytest.fixture
+def released(tmp_path, state) -> Path:
+    formats.write_released(tmp_path / "ckpt-best.pt", state)
+    return tmp_path / "ckpt-best.pt"
+
+
+@pytest.fixture
+def openai(tmp_path) -> Path:
+    formats.write_openai(tmp_path / "openai.pt")
+    return tmp_path / "openai.pt"
+
+
+@pytest.fixture
+def run(convert, released, tmp_path) -> Path:
+    """An imported run folder."""
+    convert("import", released, "--out", tmp_path / "run", "--clip", formats.NAME)
+    return tmp_path / "run"
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_state(run / SELECTED)[0]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def document(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_import_of_models_with_a_head(convert, state, tmp_path, name):
+    WRITERS[name](tmp_path / "model.pt", state)
+    out = tmp_path / "run"
+    options = ("--clip", formats.NAME, "--recipe", "theirs", "--seed", 2)
+    printed = convert("import", tmp_path / "model.pt", "--out", out, *options)
+    assert f"imported: {out} ({name}, {formats.NAME}, 4 classes)" in printed
+    found, architecture, metadata = load_state(out / SELECTED)
+    assert same(found, state)
+    assert architecture == load.describe(formats.NAME)
+    assert metadata == {"recipe": "theirs", "step": "0"}
+    config = document(out / "config.json")
+    sha256 = files.sha256_file(tmp_path / "model.pt")
+    assert config["imported_from"]["sha256"] == {"model.pt": sha256}
+    assert (config["recipe"], config["seed"]) == ("theirs", 2)
+    assert config["imported_from"]["format"] == name
+    assert (out / "provenance.json").is_file()
+
+
+def test_a_headless_file_gets_the_head_of_a_packed_sets_names(convert, openai, tmp_path, tiny_data):
+    out = tmp_path / "run"
+    options = ("--clip", formats.NAME, "--data", tiny_data, "--recipe", "zero-shot")
+    convert("import", openai, "--out", out, *options)
+    clip = load.load_clip(ModelConfig(clip=formats.NAME, pretrained=str(openai)))
+    manifest = Manifest.load(f"{tiny_data}/imagenet-val")
+    head = zero_shot_head(clip, manifest.classes, manifest.templates)
+    found = state_of(out)
+    assert torch.equal(found["head.weight"], head.weight)
+    assert torch.equal(found["head.bias"], torch.zeros(4))
+    visual = {k: v for k, v in found.items() if k.startswith("visual.")}
+    assert same(visual, weights.read(openai).visual)
+    source = document(out / "config.json")["imported_from"]
+    assert source["manifest_sha256"] == manifest.sha256
+
+
+def test_a_weights_tag(convert, openai, tmp_path, tiny_data, monkeypatch):
+    tag = {"url": "-", "quick_gelu": True, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, formats.NAME, {"tiny": tag})
+    path = tmp_path / "tiny.pt"
+    torch.save(formats.build_clip().state_dict(), path)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(path))
+    options = ("--clip", formats.NAME, "--data", tiny_data, "--out", tmp_path / "run")
+    convert("import", "tiny", *options)
+    _, architecture, _ = load_state(tmp_path / "run" / SELECTED)
+    assert architecture.mean == (0.5,) * 3
+    # the run tells where its text tower is
+    convert("export", tmp_path / "run", "--to", "open-clip", "--out", tmp_path / "hub")
+    exported = load_file(tmp_path / "hub" / "open_clip_model.safetensors")
+    assert same(exported, formats.build_clip().state_dict())
+
+
+def test_imported_runs_are_evaluated_merged_and_reported(convert, released, tmp_path, tiny_data):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        other = {k: v + 0.01 * torch.randn_like(v) for k, v in formats.build_state(0).items()}
+    formats.write_wise_ft(tmp_path / "wise.pt", other)
+    options = ("--clip", formats.NAME, "--data", tiny_data)
+    convert("import", released, "--out", tmp_path / "a", *options, "--recipe", "zero-shot")
+    convert(
+        "import", tmp_path / "wise.pt", "--out", tmp_path / "b", *options, "--recipe", "vanilla"
+    )
+    convert("import", tmp_path / "wise.pt", "--out", tmp_path / "c", *options, "--seed", 7)
+    call(merge_command, "wise", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "m")
+    middle = {k: (v + other[k]) / 2 for k, v in formats.build_state().items()}
+    for name, value in state_of(tmp_path / "m").items():
+        torch.testing.assert_close(value, middle[name])
+    runs = [tmp_path / name for name in "abcm"]
+    sets = ("--sets", "imagenet-val", "imagenet-r", "--workers", 0)
+    call(evaluate_command, *runs, "--data", tiny_data, *sets)
+    counts = document(tmp_path / "a" / "results.json")["sets"]
+    assert counts["imagenet-val"]["total"] == 28
+    assert (
+        document(tmp_path / "b" / "results.json")["sets"]
+        == document(tmp_path / "c" / "results.json")["sets"]
+    )
+    call(report_command, *runs, "--out", tmp_path / "report")
+    table = (tmp_path / "report" / "table.md").read_text()
+    for recipe in ("zero-shot", "vanilla", "imported", "wise-ft-0.5"):
+        assert f"| {recipe} |" in table
+
+
+def test_seeds_of_one_imported_recipe_share_a_row(convert, tmp_path, tiny_data):
+    for seed in range(2):
+        formats.write_released(tmp_path / f"{seed}.pt", formats.build_state(seed))
+        options = ("--out", tmp_path / f"run{seed}", "--clip", formats.NAME, "--seed", seed)
+        convert("import", tmp_path / f"{seed}.pt", *options)
+    runs = [tmp_path / f"run{seed}" for seed in range(2)]
+    call(evaluate_command, *runs, "--data", tiny_data, "--sets", "imagenet-val", "--workers", 0)
+    call(report_command, *runs, "--out", tmp_path / "report")
+    assert "| imported | 2 |" in (tmp_path / "report" / "table.md").read_text()
+
+
+# what import refuses
+
+
+def test_import_needs_the_models_name(refused, released, tmp_path):
+    line = refused("import", released, "--out", tmp_path / "run")
+    assert "does not name its model (width 64, 2 layers, 4 x 4 patches of 4 px, 16 f" in line
+    # the released code knows QuickGELU only
+    assert line.endswith(f"add --clip NAME, by its shape one of: {formats.NAME}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_import_refuses_what_does_not_fit(refused, released, openai, tmp_path, tiny_data):
+    out = ("--out", tmp_path / "run")
+    line = refused("import", released, *out, "--clip", formats.OTHER_NAME)
+    assert "has another image tower" in line
+    line = refused("import", released, *out, "--clip", formats.GELU_NAME)
+    assert f"were trained as {formats.NAME}; use that model" in line
+    line = refused("import", released, *out, "--clip", "ViT-Z")
+    assert "open_clip has no model 'ViT-Z'" in line
+    line = refused("import", openai, *out, "--clip", formats.NAME)
+    assert "has no classification head" in line
+    assert "--data URL [--set imagenet-val]" in line
+    line = refused("import", tmp_path / "none.pt", *out, "--clip", "ViT-B-32")
+    assert "no weights at" in line
+    assert "laion2b_s34b_b79k" in line
+    line = refused("import", released, *out, "--clip", formats.NAME, "--data", tmp_path)
+    assert "no packed dataset at" in line
+    line = refused("import", released, *out, "--clip", formats.NAME, "--recipe", "a\x1bb")
+    assert "must be a printable name" in line
+    line = refused("import", released, "--out", "s3://bucket/run", "--clip", formats.NAME)
+    assert "must be a local folder" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_import_refuses_a_head_of_other_classes(refused, released, tmp_path, tiny_data):
+    shutil.copytree(tiny_data / "imagenet-val", tmp_path / "data" / "imagenet-val")
+    path = tmp_path / "data" / "imagenet-val" / "manifest.json"
+    manifest = document(path)
+    manifest["classes"].append("fifth")
+    path.write_text(json.dumps(manifest))
+    options = ("--clip", formats.NAME, "--data", tmp_path / "data")
+    line = refused("import", released, "--out", tmp_path / "run", *options)
+    assert "tells 4 classes apart, imagenet-val in" in line
+    assert "has 5" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_with_neither_head_nor_text(refused, state, tmp_path, tiny_data):
+    torch.save({k: v for k, v in state.items() if "visual" in k}, tmp_path / "m.pt")
+    options = ("--clip", formats.NAME, "--data", tiny_data)
+    line = refused("import", tmp_path / "m.pt", "--out", tmp_path / "run", *options)
+    assert "has neither a classification head nor a text tower to make one" in line
+
+
+def test_import_never_overwrites(convert, refused, run, released, tmp_path):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    again = ("import", released, "--out", run, "--clip", formats.NAME)
+    assert convert(*again) == f"already imported: {run}\n"
+    moved = released.rename(tmp_path / "moved.pt")
+    assert "imported_from.sha256" in refused("import", moved, *again[2:])
+    moved.rename(released)
+    assert "seed: 0 -> 1" in refused(*again, "--seed", 1)
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "config.json").write_text('{"recipe": "vanilla", "seed": 0}')
+    line = refused("import", released, "--out", tmp_path / "trained", "--clip", formats.NAME)
+    assert "holds a run that was not imported" in line
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    line = refused("import", released, "--out", tmp_path / "other", "--clip", formats.NAME)
+    assert "has files in it but is no run folder" in line
+    line = refused("import", released, "--out", released, "--clip", formats.NAME)
+    assert "is a file; choose another" in line
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_an_import_that_was_stopped_goes_on(convert, run, released, state):
+    (run / "provenance.json").unlink()
+    (run / SELECTED).unlink()
+    convert("import", released, "--out", run, "--clip", formats.NAME)
+    assert same(state_of(run), state)
+
+
+def test_an_attack_is_one_line(refused, tmp_path):
+    data = b"\x80\x02cposix\nsystem\nX\x05\x00\x00\x00touch\x85R."
+    (tmp_path / "evil.pt").write_bytes(data)
+    line = refused("import", tmp_path / "evil.pt", "--out", tmp_path / "run", "--clip", "ViT-B-32")
+    assert "evil.pt is refused: it wants to use posix.system" in line
+
+
+def test_unknown_conversions(refused):
+    assert "did you mean 'import'" in refused("imprt")
+
+
+# export
+
+
+def test_released_and_model_soups_round_trips(convert, run, released, state, tmp_path):
+    text = tmp_path / "text.pt"
+    torch.save(formats.build_clip().state_dict(), text)
+    for to in ("released", "model-soups"):
+        out = tmp_path / f"{to}.pt"
+        convert("export", run, "--to", to, "--out", out, "--text", text)
+        convert("import", out, "--out", tmp_path / to, "--clip", formats.NAME)
+        assert same(state_of(tmp_path / to), state)
+        assert document(tmp_path / to / "config.json")["imported_from"]["format"] == to
+    # what their own code loads: the same names as in files that it wrote, plain tensors only
+    theirs = unpickle.read(released)[0]["model"]
+    ours = torch.load(tmp_path / "released.pt", weights_only=True)
+    assert ours["model"].keys() == theirs.keys()
+    assert ours["test_acc"] is None
+    formats.write_model_soups(tmp_path / "theirs.pt", state)
+    theirs = torch.load(tmp_path / "theirs.pt", weights_only=True)
+    assert same(torch.load(tmp_path / "model-soups.pt", weights_only=True), theirs)
+
+
+def test_released_export_carries_the_accuracy_that_the_teacher_prints(
+    convert, run, tmp_path, tiny_data
+):
+    call(evaluate_command, run, "--data", tiny_data, "--sets", "imagenet-val", "--workers", 0)
+    convert("export", run, "--to", "released", "--out", tmp_path / "m.pt")
+    counts = document(run / "results.json")["sets"]["imagenet-val"]
+    expected = 100 * counts["correct"] / counts["total"]
+    assert torch.load(tmp_path / "m.pt", weights_only=True)["test_acc"] == expected
+    card = document(tmp_path / "m.pt.json")
+    assert card["metrics"]["imagenet-val"] == counts
+
+
+def test_safetensors_export_is_evaluated_and_described(convert, openai, tmp_path, tiny_data):
+    options = ("--clip", formats.NAME, "--data", tiny_data)
+    convert("import", openai, "--out", tmp_path / "run", *options)
+    out = tmp_path / "m.safetensors"
+    convert("export", tmp_path / "run", "--to", "safetensors", "--out", out)
+    assert same(load_state(out)[0], state_of(tmp_path / "run"))
+    call(evaluate_command, out, "--data", tiny_data, "--sets", "imagenet-val", "--workers", 0)
+    card = document(tmp_path / "m.safetensors.json")
+    assert card["files"] == {"m.safetensors": files.sha256_file(out)}
+    assert card["activation"] == "QuickGELU"
+    assert card["architecture"]["embed_dim"] == 16
+    assert card["preprocessing"]["size"] == 16
+    assert card["head"]["logit_scale_in_weight"] is True
+    assert card["classes"] == list(Manifest.load(f"{tiny_data}/imagenet-val").classes)
+    assert card["source"]["sha256"] == files.sha256_file(out)
+    assert card["provenance"]["packages"] == files.provenance()["packages"]
+    # the header has what import needs to know
+    convert("import", out, "--out", tmp_path / "again")
+    assert same(state_of(tmp_path / "again"), state_of(tmp_path / "run"))
+
+
+def test_open_clip_export_gives_the_same_features(convert, run, state, tmp_path, openai):
+    out = tmp_path / "hub"
+    convert("export", run, "--to", "open-clip", "--out", out, "--text", openai)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    pixels_BHWC = torch.randint(256, (5, 16, 16, 3), generator=generator, dtype=torch.uint8)
+    theirs_BCHW = torch.stack([transform(Image.fromarray(p.numpy())) for p in pixels_BHWC])
+    ours = build_classifier(*load_state(run / SELECTED)[:2])
+    images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).contiguous()
+    with torch.no_grad():
+        features_BE = model.encode_image(theirs_BCHW)
+        expected_BE = ours.features(ours.patches(images_BCHW))
+        torch.testing.assert_close(features_BE, expected_BE, rtol=1e-4, atol=1e-5)
+        head = load_file(out / "head.safetensors")
+        normal_BE = torch.nn.functional.normalize(features_BE, dim=-1)
+        logits_BK = normal_BE @ head["head.weight"].T + head["head.bias"]
+        torch.testing.assert_close(logits_BK, ours(images_BCHW), rtol=1e-4, atol=1e-3)
+    # image tower from the run, text tower from the original
+    text = weights.read(openai).text
+    visual = {k: v for k, v in state.items() if k.startswith("visual.")}
+    assert same(model.state_dict(), {**visual, **text})
+    assert open_clip.get_tokenizer(f"local-dir:{out}")(["a cat"]).shape == (1, 12)
+
+
+def test_open_clip_round_trip(convert, run, state, tmp_path, openai):
+    out = tmp_path / "hub"
+    convert("export", run, "--to", "open-clip", "--out", out, "--text", openai)
+    convert("import", f"local-dir:{out}", "--out", tmp_path / "again")
+    assert same(state_of(tmp_path / "again"), state)
+    assert load_state(tmp_path / "again" / SELECTED)[1] == load_state(run / SELECTED)[1]
+    source = document(tmp_path / "again" / "config.json")["imported_from"]
+    assert source["sha256"].keys() == {"open_clip_model.safetensors", "head.safetensors"}
+    # and the folder is a CLIP to fine-tune, or to make other heads with
+    clip = load.load_clip(ModelConfig(clip=f"local-dir:{out}", pretrained=""))
+    assert clip.architecture.quick_gelu
+
+
+def test_a_folder_of_the_users_own_with_its_words(convert, tmp_path, tiny_clip, tiny_data):
+    folder = tiny_clip.removeprefix("local-dir:")
+    convert("import", folder, "--out", tmp_path / "run", "--data", tiny_data)
+    convert("export", tmp_path / "run", "--to", "open-clip", "--out", tmp_path / "hub")
+    clip = load.load_clip(ModelConfig(clip=f"local-dir:{tmp_path / 'hub'}", pretrained=""))
+    assert clip.tokenize(["a red square"]).shape == (1, 8)
+    original = load_file(Path(folder) / "open_clip_model.safetensors")
+    assert same(clip.model.state_dict(), original)
+    assert clip.architecture.mean == (0.5, 0.5, 0.5)
+
+
+def test_a_merged_model_finds_its_text_tower(convert, openai, tmp_path, tiny_data):
+    options = ("--clip", formats.NAME, "--data", tiny_data)
+    convert("import", openai, "--out", tmp_path / "a", *options)
+    formats.write_released(tmp_path / "m.pt", formats.build_state(1))
+    convert("import", tmp_path / "m.pt", "--out", tmp_path / "b", *options)
+    call(merge_command, "wise", tmp_path / "b", tmp_path / "a", "--out", tmp_path / "m")
+    convert("export", tmp_path / "m", "--to", "open-clip", "--out", tmp_path / "hub")
+    found = weights.read(tmp_path / "hub")
+    assert same(found.text, weights.read(openai).text)
+    assert same({**found.visual, **found.head}, state_of(tmp_path / "m"))
+
+
+def test_training_starts_from_an_openai_file_and_its_run_is_exported(
+    convert, openai, tmp_path, tiny_data
+):
+    options = ("--scale", "miniature", "--data", tiny_data, "--run-dir", tmp_path / "run")
+    options += ("--model.clip", formats.NAME, "--model.pretrained", openai)
+    options += ("--loader.held-out", 8, "--loader.batch-size", 34, "--optim.epochs", 1)
+    call(train_command, "vanilla", *options)
+    tuned = state_of(tmp_path / "run")
+    assert not same({**tuned, **weights.read(openai).visual}, tuned)
+    convert("export", tmp_path / "run", "--to", "open-clip", "--out", tmp_path / "hub")
+    found = weights.read(tmp_path / "hub")
+    assert same(found.text, weights.read(openai).text)
+    assert same({**found.visual, **found.head}, tuned)
+    card = document(tmp_path / "hub" / "card.json")
+    assert card["classes"] == ["red", "green", "blue", "grey"]
+    assert (card["recipe"], card["seed"]) == ("vanilla", 0)
+
+
+def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
+    hub = ("--to", "open-clip", "--out", tmp_path / "hub")
+    assert "no checkpoint at" in refused("export", tmp_path / "none.safetensors", *hub)
+    line = refused("export", run, *hub)
+    assert f"where the text tower of this {formats.NAME} is; add --text" in line
+    assert "no file; tags: none" in refused("export", run, *hub, "--text", "nope")
+    line = refused("export", run, *hub, "--text", tmp_path / "ckpt-best.pt")
+    assert "has no text tower" in line
+    line = refused("export", run, "--to", "released", "--out", tmp_path / "m.bin")
+    assert "a file of this format ends in .pt" in line
+    found, _, metadata = load_state(run / SELECTED)
+    gelu = load.describe(formats.GELU_NAME)
+    save_state(str(tmp_path / "gelu.safetensors"), found, gelu, metadata)
+    line = refused(
+        "export", tmp_path / "gelu.safetensors", "--to", "released", "--out", tmp_path / "m.pt"
+    )
+    assert "the format released is for OpenAI's image towers, which have quick_gelu True" in line
+    assert f"{formats.GELU_NAME} has False" in line
+    formats.write_hub_folder(tmp_path / "other")
+    line = refused("export", run, *hub, "--text", f"local-dir:{tmp_path / 'other'}")
+    assert "the text tower belongs to another model: mean: " in line
+    assert not (tmp_path / "hub").exists()
+
+
+def test_export_never_overwrites(convert, refused, run, tmp_path, openai):
+    hub = ("--to", "open-clip", "--out", tmp_path / "hub", "--text", openai)
+    convert("export", run, *hub)
+    before = files.sha256_file(tmp_path / "hub" / "open_clip_model.safetensors")
+    (tmp_path / "hub" / "open_clip_config.json").unlink()
+    convert("export", run, *hub)  # stopped before its end: goes on
+    assert (tmp_path / "hub" / "open_clip_config.json").is_file()
+    assert files.sha256_file(tmp_path / "hub" / "open_clip_model.safetensors") == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "card.json").write_text("{}")
+    line = refused("export", run, "--to", "open-clip", "--out", tmp_path / "mine", "--text", openai)
+    assert "is there already; choose another --out" in line
+    (tmp_path / "m.pt").write_bytes(b"mine")
+    line = refused("export", run, "--to", "released", "--out", tmp_path / "m.pt")
+    assert "is there already" in line
+    assert (tmp_path / "m.pt").read_bytes() == b"mine"
+    formats.write_released(tmp_path / "other.pt", formats.build_state(1))
+    convert("import", tmp_path / "other.pt", "--out", tmp_path / "run2", "--clip", formats.NAME)
+    line = refused("export", tmp_path / "run2", *hub)
+    assert "holds another export: source.path" in line
