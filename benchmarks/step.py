@@ -1,42 +1,56 @@
 """What a counterfactual step costs: `python -m benchmarks.step --model ViT-B-32`.
 
-Three steps on the same random images and weights, interleaved so that a busy machine slows all of
-them alike: a vanilla step through open_clip's own forward, the textbook counterfactual step (three
-student forwards, every attention map stored, the relevance matrix in full), and rft's. The last
-line is one JSON object.
+Three optimizer steps on the same random images and weights, interleaved so that a busy machine
+slows all of them alike:
+  vanilla   cross-entropy through open_clip's own forward;
+  textbook  the counterfactual step in the released code's order: three student forwards with
+            explicit attention, the maps of all layers and the relevance matrix stored in full;
+  step      the training loop's own.
+On a CPU all are fp32; on a GPU vanilla and step run in --precision and textbook in fp32 with TF32,
+as the released code did. The last line is one JSON object.
 """
 
+import contextlib
 import copy
 import json
-import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from rft import cli, files, recipes
+import rft.train.loop
+import rft.train.objective
+from benchmarks import machine
+from rft import cli, dist, files, recipes
 from rft.clip.classifier import Classifier
 from rft.clip.load import Architecture
-from rft.clip.vit import blocks, check_supported
+from rft.clip.vit import blocks, check_supported, cut_patches
+from rft.config import Device, Precision
+from rft.data.loader import Batch
 from rft.method import losses, masking, refill, relevance
+from rft.train.loop import Job, accumulate_gradients
 from rft.train.objective import Objective, StepAddress
 from rft.train.optim import build_optimizer
 
 ADDRESS = StepAddress(seed=0, step=0, rank=0, micro=0)
 RESULTS = Path(__file__).parent / "results"
+WORLD = dist.World(rank=0, size=1, local_rank=0)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Time one optimizer step of three implementations, fp32, object-mask single-fill."""
+    """Time one optimizer step of three implementations, object-mask single-fill."""
 
     model: str = "ViT-B-32"
     """open_clip model name; its weights are random."""
@@ -45,6 +59,11 @@ class Arguments:
     classes: int = 1000
     rounds: int = 5
     """Timed repetitions of each step, after one that is not timed."""
+    device: Device = "auto"
+    precision: Precision = "bf16"
+    """Of vanilla and step on a GPU; a CPU measures fp32."""
+    compile: bool = False
+    """Also time the training loop's step with --compile."""
     save: bool = False
     """Write the result to benchmarks/results/ as well."""
 
@@ -71,50 +90,68 @@ def build_classifier(name: str, classes: int) -> Classifier:
     return Classifier(visual, head, architecture)
 
 
-def normalised(model: Classifier, images_BCHW: Tensor) -> Tensor:
-    """Return the images as the tower wants them."""
-    return (images_BCHW.float() - model._mean_C11) / model._std_C11
+def build_job(
+    arguments: Arguments, device: torch.device, precision: Precision, student: Classifier
+) -> Job:
+    """Return what the training loop needs for one step of the main recipe."""
+    config = recipes.build(recipes.DEFAULT, data="-", run="-")
+    loader = replace(config.loader, batch_size=arguments.batch_size)
+    batches: Any = types.SimpleNamespace(image_size=student.architecture.image_size)
+    return Job(
+        config=replace(config, loader=loader, precision=precision),
+        world=WORLD,
+        device=device,
+        objective=Objective(student, copy.deepcopy(student), config.method).to(device),
+        batches=batches,
+        held_out=np.arange(0),
+        fingerprint={},
+    )
 
 
 def vanilla_step(model: Classifier, images_BCHW: Tensor, labels_B: Tensor) -> None:
     """Leave the cross-entropy's gradient, through open_clip's own forward."""
-    features_BE = model.visual(normalised(model, images_BCHW))
+    features_BE = model.visual((images_BCHW.float() - model._mean_C11) / model._std_C11)
     losses.classification(model.logits(features_BE), labels_B).backward()
 
 
-def our_step(objective: Objective, images_BCHW: Tensor, labels_B: Tensor) -> None:
-    """Leave the counterfactual step's gradient, as the training loop does."""
-    cross_entropy, donor_BP = objective(images_BCHW, labels_B, ADDRESS)
-    cross_entropy.backward()
-    mse, _ = objective(images_BCHW, labels_B, ADDRESS, donor_BP)
-    (objective.method.distill_weight * mse).backward()
-
-
 def textbook_step(objective: Objective, images_BCHW: Tensor, labels_B: Tensor) -> None:
-    """Leave the same gradient by the released code's order of work."""
+    """Leave the counterfactual step's gradient by the released code's order of work."""
     student, method = objective.student, objective.method
-    logits_BK, maps = forward_with_maps(student, student.patches(images_BCHW))
-    score = logits_BK.gather(1, labels_B[:, None]).sum()
+    features_BE, maps = forward_with_maps(student, images_BCHW)
+    score = student.logits(features_BE).gather(1, labels_B[:, None]).sum()
     gradients = torch.autograd.grad(score, maps)
-    matrix_BLL = torch.eye(maps[0].shape[-1]).expand(len(images_BCHW), -1, -1)
+    matrix_BLL = torch.eye(maps[0].shape[-1], device=score.device).expand(len(images_BCHW), -1, -1)
     for map_BNLL, gradient_BNLL in zip(maps, gradients, strict=True):
         attention_BLL = (gradient_BNLL * map_BNLL.detach()).relu().mean(dim=1)
         matrix_BLL = matrix_BLL + attention_BLL @ matrix_BLL
     relevance_BP = relevance.normalise(matrix_BLL[:, 0, 1:])
-    mask_BP = masking.object_mask(relevance_BP, method.threshold)
-    donor_BP = refill.single_fill(mask_BP, ADDRESS.generator("fill"))
+    del maps, gradients, features_BE, score
+    filled_BCHW = fill_pixels(objective, images_BCHW, relevance_BP)
     with torch.no_grad():
-        patches_BPD = refill.apply_donors(objective.teacher.patches(images_BCHW), donor_BP)
-        teacher_BE = objective.teacher.features(patches_BPD)
-    patches_BPD = refill.apply_donors(student.patches(images_BCHW), donor_BP)
-    mse = losses.feature_mse(student.features(patches_BPD), teacher_BE)
-    cross_entropy = losses.classification(student(images_BCHW), labels_B)
+        teacher_BE, _ = forward_with_maps(objective.teacher, filled_BCHW)
+    mse = losses.feature_mse(forward_with_maps(student, filled_BCHW)[0], teacher_BE)
+    logits_BK = student.logits(forward_with_maps(student, images_BCHW)[0])
+    cross_entropy = losses.classification(logits_BK, labels_B)
     (cross_entropy + method.distill_weight * mse).backward()
 
 
-def forward_with_maps(model: Classifier, patches_BPD: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return logits and every layer's attention probabilities, all in one graph."""
+def fill_pixels(objective: Objective, images_BCHW: Tensor, relevance_BP: Tensor) -> Tensor:
+    """Return the counterfactual images."""
+    side, device = objective.student.patch_side, images_BCHW.device
+    mask_BP = masking.object_mask(relevance_BP, objective.method.threshold)
+    own_B1 = torch.arange(len(images_BCHW), device=device)[:, None]
+    sources_B1 = refill.single_sources(len(images_BCHW), ADDRESS.generator("fill")).to(device)
+    donor_BP = refill.donors(mask_BP, sources_B1, own_B1)
+    patches_BPV = refill.apply_donors(cut_patches(images_BCHW, side), donor_BP, own_B1)
+    folded = F.fold(patches_BPV.transpose(1, 2).float(), images_BCHW.shape[-2:], side, stride=side)
+    return folded.to(images_BCHW.dtype)
+
+
+def forward_with_maps(model: Classifier, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return features and every layer's attention probabilities, all in one graph."""
     visual, maps = model.visual, []
+    normalised_BCHW = (images_BCHW.float() - model._mean_C11) / model._std_C11
+    patches_BPD = visual.conv1(normalised_BCHW).flatten(2).transpose(1, 2)
     class_B1D = visual.class_embedding.expand(len(patches_BPD), 1, -1)
     x_BLD = visual.ln_pre(torch.cat([class_B1D, patches_BPD], dim=1) + visual.positional_embedding)
     for block in blocks(visual):
@@ -129,59 +166,191 @@ def forward_with_maps(model: Classifier, patches_BPD: Tensor) -> tuple[Tensor, l
         mixed_BLD = (map_BNLL @ value).transpose(1, 2).flatten(2)
         x_BLD = x_BLD + block.ls_1(attention.out_proj(mixed_BLD))
         x_BLD = x_BLD + block.ls_2(block.mlp(block.ln_2(x_BLD)))
-    return model.logits(visual.ln_post(x_BLD[:, 0]) @ visual.proj), maps
+    return visual.ln_post(x_BLD[:, 0]) @ visual.proj, maps
 
 
-def measure(arguments: Arguments) -> dict[str, float]:
-    """Return the median seconds of each step."""
+def build_steps(
+    arguments: Arguments, device: torch.device, precision: Precision
+) -> dict[str, Callable[[], None]]:
+    """Return each implementation's whole optimizer step, in the order in which they are timed."""
     student = build_classifier(arguments.model, arguments.classes)
-    method = recipes.METHODS[recipes.DEFAULT]
-    objective = Objective(student, copy.deepcopy(student), method)
-    optimizer = build_optimizer(objective, recipes.build(recipes.DEFAULT).optim)
-    size = student.architecture.image_size
+    job = build_job(arguments, device, precision, student)
     generator = torch.Generator().manual_seed(0)
-    shape = (arguments.batch_size, 3, size, size)
-    images_BCHW = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    labels_B = torch.randint(arguments.classes, (arguments.batch_size,), generator=generator)
-    steps: dict[str, Callable[[], None]] = {
-        "vanilla": lambda: vanilla_step(student, images_BCHW, labels_B),
-        "textbook": lambda: textbook_step(objective, images_BCHW, labels_B),
-        "step": lambda: our_step(objective, images_BCHW, labels_B),
+    size, count = student.architecture.image_size, arguments.batch_size
+    shape = (count, 3, size, size)
+    images_BCHW = torch.randint(256, shape, generator=generator, dtype=torch.uint8).to(device)
+    labels_B = torch.randint(arguments.classes, (count,), generator=generator).to(device)
+    optimizer = build_optimizer(job.objective, job.config.optim)
+    batch = Batch(images_BCHW, labels_B, labels_B)
+
+    def whole(gradients: Callable[[], Any], *, bf16: bool, clips: bool = True) -> None:
+        torch.set_float32_matmul_precision("highest" if device.type == "cpu" else "high")
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            gradients()
+        if clips:
+            nn.utils.clip_grad_norm_(student.parameters(), job.config.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def ours(job: Job) -> Callable[[], None]:
+        # the loop enters autocast and clips by itself
+        gradients = lambda: accumulate_gradients(job, job.objective, batch, step=0)  # noqa: E731
+        return lambda: whole(gradients, bf16=False, clips=False)
+
+    steps = {
+        "vanilla": lambda: whole(
+            lambda: vanilla_step(student, images_BCHW, labels_B), bf16=precision == "bf16"
+        ),
+        "textbook": lambda: whole(
+            lambda: textbook_step(job.objective, images_BCHW, labels_B), bf16=False
+        ),
+        "step": ours(job),
     }
+    if arguments.compile:
+        compiled = Objective(student, job.objective.teacher, job.config.method, compile=True)
+        steps["compiled"] = ours(replace(job, objective=compiled))
+    return steps
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_steps(
+    steps: dict[str, Callable[[], None]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Return the seconds of each round of each step; a first round is thrown away."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(arguments.rounds + 1):
+    for _ in range(rounds + 1):
         for name, step in steps.items():
+            synchronize(device)
             started = time.perf_counter()
             step()
-            optimizer.step()
-            optimizer.zero_grad()
+            synchronize(device)
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
+    """Return the most bytes of GPU memory during a step; None on a CPU (see cam_memory.py)."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def phase_seconds(step: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Return the seconds of each phase that the training code names, the rest as "other".
+
+    The device is waited for at both ends of a phase, so the sum is a little more than a step.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def stopwatch(name: str) -> Iterator[None]:
+        synchronize(device)
+        started = time.perf_counter()
+        yield
+        synchronize(device)
+        seconds[name] += time.perf_counter() - started
+
+    modules = (rft.train.loop, rft.train.objective)
+    original = rft.train.loop.record_function
+    try:
+        for module in modules:
+            module.record_function = stopwatch
+        synchronize(device)
+        started = time.perf_counter()
+        step()
+        synchronize(device)
+        whole = time.perf_counter() - started
+    finally:
+        for module in modules:
+            module.record_function = original
+    return {**seconds, "other": whole - sum(seconds.values())}
+
+
+def count_flops(step: Callable[[], None]) -> int:
+    """Return the floating-point operations of a step's matrix products, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def matmul_ceiling(device: torch.device, precision: Precision) -> float:
+    """Return the most floating-point operations a second of a square matrix product here."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    best = 0.0
+    for side in (4096, 8192) if device.type == "cuda" else (1024, 2048):
+        left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(10):
+            synchronize(device)
+            started = time.perf_counter()
+            left @ right
+            synchronize(device)
+            best = max(best, 2 * side**3 / (time.perf_counter() - started))
+    return best
+
+
+def measure(arguments: Arguments) -> dict[str, Any]:
+    """Return everything that the page shows."""
+    device = dist.pick_device(arguments.device, WORLD)
+    precision: Precision = arguments.precision if device.type == "cuda" else "fp32"
+    steps = build_steps(arguments, device, precision)
+    rounds = time_steps(steps, arguments.rounds, device)
+    seconds = {name: statistics.median(values) for name, values in rounds.items()}
+    phases = phase_seconds(steps["step"], device)
+    flops = {name: count_flops(steps[name]) for name in ("vanilla", "textbook", "step")}
+    ceiling = matmul_ceiling(device, precision)
+    count = arguments.batch_size
+    result = {
+        "benchmark": "step",
+        **machine.describe(),
+        "device": device.type,
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": precision,
+        **{name: value for name, value in asdict(arguments).items() if name in SETTINGS},
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "slowest_over_fastest_round": {
+            name: round(max(values) / min(values), 3) for name, values in rounds.items()
+        },
+        "images_per_second": {name: round(count / value, 2) for name, value in seconds.items()},
+        "peak_memory_bytes": {name: peak_memory(step, device) for name, step in steps.items()},
+        "phase_share": {
+            name: round(value / sum(phases.values()), 4) for name, value in phases.items()
+        },
+        "flops": flops,
+        "matmul_ceiling_flops": round(ceiling),
+        "mfu": {name: round(flops[name] / seconds[name] / ceiling, 4) for name in flops},
+        "step_over_vanilla": round(seconds["step"] / seconds["vanilla"], 3),
+        "textbook_over_step": round(seconds["textbook"] / seconds["step"], 3),
+    }
+    if arguments.compile:
+        result["compiled_over_step"] = round(seconds["compiled"] / seconds["step"], 3)
+    return result
+
+
+SETTINGS = ("model", "batch_size", "classes", "rounds")
 
 
 def main() -> None:
     """Measure and print."""
     arguments = cli.parse(Arguments, prog="benchmarks.step")
-    seconds = measure(arguments)
-    for name, value in seconds.items():
-        print(f"{name:9s} {1000 * value:8.1f} ms  {arguments.batch_size / value:7.1f} images/s")
-    result = {
-        "benchmark": "step",
-        "model": arguments.model,
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "precision": "fp32",
-        "batch_size": arguments.batch_size,
-        "rounds": arguments.rounds,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "step_over_vanilla": round(seconds["step"] / seconds["vanilla"], 3),
-        "textbook_over_step": round(seconds["textbook"] / seconds["step"], 3),
-    }
+    result = measure(arguments)
+    for name, value in result["seconds"].items():
+        rate = result["images_per_second"][name]
+        print(f"{name:9s} {1000 * value:8.1f} ms  {rate:7.1f} images/s")
+    for name, share in result["phase_share"].items():
+        print(f"  {name:24s} {share:6.1%}")
     if arguments.save:
-        files.write_json(str(RESULTS / f"step_{arguments.model}_cpu.json"), result)
+        name = f"step_{arguments.model}_{result['device']}.json"
+        files.write_json(str(RESULTS / name), result)
     print(json.dumps(result))
 
 

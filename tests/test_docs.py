@@ -25,7 +25,7 @@ def test_tables_are_their_files(page):
     assert updater().with_tables(text) == text
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md", "docs/data.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md", "docs/data.md", "docs/paper.md"])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)", text):
@@ -47,3 +47,23 @@ def test_files_the_readme_lists_exist():
     text = (ROOT / "README.md").read_text()
     for line in re.findall(r"\| `?(rft/[a-z_/]+\.py)", text):
         assert (ROOT / line).exists(), line
+
+
+def named_functions(page: str) -> list[tuple[Path, str]]:
+    """Every `file: function, function` and every `file` that a page names; no function is ""."""
+    found = []
+    for path, names in re.findall(
+        r"`((?:rft|tests|launch)/[\w/]+\.(?:py|sh))(?:: ([\w, ]+))?`", (ROOT / page).read_text()
+    ):
+        found += [(ROOT / path, name.strip()) for name in (names or "").split(",")]
+    return found
+
+
+@pytest.mark.parametrize("page", ["docs/paper.md", "README.md"])
+def test_functions_that_pages_name_exist(page):
+    named = named_functions(page)
+    assert len(named) > 10
+    for path, name in named:
+        assert path.is_file(), path
+        defined = re.compile(rf"^(?:def |class )?{name}\b", re.MULTILINE)
+        assert not name or defined.search(path.read_text()), (path, name)

@@ -63,10 +63,13 @@ def check_identity(config: Config) -> None:
         if (folder / "checkpoints").exists():
             raise ValueError(f"{folder} has checkpoints but no config.json; use another folder")
         return
+    document = files.read_json(str(path))
+    if {"merged_from", "imported_from"} & document.keys():
+        raise ValueError(f"{folder} holds a merged or imported model; choose another --run-dir")
     # a run that stopped before its first checkpoint left nothing that another could spoil
     if not (folder / "training.json").exists() and not any(folder.glob("checkpoints/*.pt")):
         return
-    old = Config.from_dict(files.read_json(str(path))).identity()
+    old = Config.from_dict(document).identity()
     if changed := files.difference(old, config.identity()):
         raise ValueError(
             f"{config.run} holds a run with another configuration: {'; '.join(changed)}. "

@@ -135,3 +135,15 @@ def test_options_of_the_method_train(train, options):
     losses = metrics(train(*options), "loss")
     assert losses
     assert np.isfinite(losses).all()
+
+
+def test_training_refuses_the_folder_of_a_merged_model(train, tmp_path, monkeypatch, capsys):
+    run = train("vanilla")
+    merge = ("wise", str(run), str(run), "--alpha", "0.3", "--out", str(tmp_path / "no-mask"))
+    monkeypatch.setattr(sys, "argv", ["rft.merge", *merge])
+    cli.run(merge_command.main)
+    before = (tmp_path / "no-mask" / SELECTED).read_bytes()
+    with pytest.raises(SystemExit):
+        train("no-mask")
+    assert "holds a merged or imported model" in capsys.readouterr().err
+    assert (tmp_path / "no-mask" / SELECTED).read_bytes() == before
