@@ -5,7 +5,7 @@ DEMO   ?= miniature
 EPOCHS ?=
 BIN    := .venv/bin
 
-.PHONY: demo results test lint bench peers simd clean
+.PHONY: demo reproduce results test lint bench peers simd clean
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -17,6 +17,10 @@ BIN    := .venv/bin
 
 demo: .venv/.installed  ## the paper's experiment in miniature, from images to a report
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds $(SEEDS) $(if $(EPOCHS),--epochs $(EPOCHS))
+
+reproduce: .venv/.installed  ## every row of the paper's tables and of Fig. 7 in miniature
+	launch/reproduce.sh --miniature --out $(DEMO) --seeds $(SEEDS) \
+		$(if $(EPOCHS),--epochs $(EPOCHS))
 
 results: .venv/.installed  ## the demo on three seeds, into docs/results and the pages that quote it
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds 3
@@ -31,7 +35,7 @@ lint: .venv/.installed  ## style, types, module contracts, spelling, shell scrip
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	$(BIN)/shellcheck -x .ci/run launch/*.sbatch
+	$(BIN)/shellcheck -x .ci/run launch/*.sbatch launch/*.sh
 
 bench: .venv/.installed  ## the step, the loader and the packer, each against what it is compared with
 	$(BIN)/python -m benchmarks.environments

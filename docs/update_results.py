@@ -1,7 +1,8 @@
-"""Copy a demo's report into docs/results/miniature and every table into the pages that show it.
+"""Copy reports into docs/results and every table into the pages that show it.
 
 `make results` runs the demo on three seeds and then this; `make bench` and `make peers` end with
-this too, without a demo. A page takes a table between the lines
+this too, without a demo. After `make reproduce SEEDS=3`, --reproduction takes its report in. A page
+takes a table between the lines
 `<!-- table: FILE -->` and `<!-- end of table -->`; tests/test_docs.py holds the two equal.
 """
 
@@ -14,8 +15,11 @@ from rft import cli, files
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/decisions.md", "docs/data.md")
-RESULTS = "docs/results/miniature"
-COPIED = ("table.md", "table.csv", "scatter.png", "curves.png", "gallery.png")
+RESULTS = "docs/results"
+COPIED = (
+    "table.md", "table.csv", "paper.md", "paper.csv",
+    "scatter.png", "wise.png", "curves.png", "gallery.png",
+)  # fmt: skip
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -24,7 +28,9 @@ class Arguments:
     """Take measured tables into the documentation."""
 
     demo: Path | None = None
-    """Folder that `make demo SEEDS=3` wrote; None leaves the miniature's results as they are."""
+    """Folder that `make demo SEEDS=3` wrote; None leaves its results as they are."""
+    reproduction: Path | None = None
+    """Folder that `make reproduce SEEDS=3` wrote; None leaves its results as they are."""
 
 
 def with_tables(page: str) -> str:
@@ -37,15 +43,24 @@ def with_tables(page: str) -> str:
     return BLOCK.sub(table, page)
 
 
+def copy_report(folder: Path, report: str, name: str) -> None:
+    """Copy a report below `folder` and what made its runs to docs/results/`name`."""
+    results = ROOT / RESULTS / name
+    results.mkdir(parents=True, exist_ok=True)
+    for file in COPIED:
+        shutil.copyfile(folder / report / file, results / file)
+    provenance = files.read_json(str(folder / "runs/zero-shot-seed0/provenance.json"))
+    files.write_json(str(results / "provenance.json"), provenance)
+    print(f"copied {folder / report} to {RESULTS}/{name}")
+
+
 def main() -> None:
-    """Copy the report's files, then write the pages."""
+    """Copy the reports' files, then write the pages."""
     arguments = cli.parse(Arguments, prog="update_results")
     if arguments.demo is not None:
-        (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
-        for name in COPIED:
-            shutil.copyfile(arguments.demo / "report" / name, ROOT / RESULTS / name)
-        provenance = files.read_json(str(arguments.demo / "runs/zero-shot-seed0/provenance.json"))
-        files.write_json(str(ROOT / RESULTS / "provenance.json"), provenance)
+        copy_report(arguments.demo, "report", "miniature")
+    if arguments.reproduction is not None:
+        copy_report(arguments.reproduction, "reproduction", "reproduction")
     for name in PAGES:
         page = ROOT / name
         page.write_text(with_tables(page.read_text()))

@@ -25,7 +25,10 @@ def test_tables_are_their_files(page):
     assert updater().with_tables(text) == text
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md", "docs/data.md", "docs/paper.md"])
+PAGES = ("README.md", "docs/decisions.md", "docs/data.md", "docs/paper.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)", text):

@@ -1,4 +1,4 @@
-"""The paper's experiment in miniature: `python -m rft.demo`.
+"""The paper's experiments in miniature: `python -m rft.demo` some of them, `... paper` all.
 
 Runs the commands that a cluster would run (pack, torchrun train, merge, torchrun evaluate, report)
 on a small procedural world, and prints each. Whatever is already done is skipped.
@@ -9,19 +9,23 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rft import cli
-from rft.clip.classifier import SELECTED
 from rft.data.loader import PackedDataset
 from rft.demo.miniature import FOLDER, prepare_data, shards
 from rft.evaluate.__main__ import SETS, is_current
+from rft.experiments import Experiment, Plan, experiments
 from rft.report.page import write_report
 from rft.train.__main__ import parse
 from rft.train.run import is_finished
 
-FINE_TUNED = ("vanilla", "no-mask", "object-mask-single-fill")
+SHOWN = ("zero-shot", "vanilla", "wise-ft", "no-mask", "object-mask-single-fill")
+PAPER = """Run every experiment of the paper on the miniature world.
+
+All rows of Tables 1 and 3 and all models of Fig. 7; the table beside the paper's comes last. Data
+and runs are shared with the demo in the same folder."""
 
 
 @dataclass(frozen=True)
@@ -51,49 +55,67 @@ class Pretrain:
     seed: int = 0
 
 
+def plan(arguments: Demo, report: Path) -> Plan:
+    """Return the plan of every experiment on the miniature world."""
+    return Plan(
+        runs=str(arguments.out / "runs"),
+        data=str(shards(arguments.out)),
+        report=str(report),
+        scale="miniature",
+        seeds=arguments.seeds,
+        epochs=arguments.epochs,
+    )
+
+
 def demo(arguments: Demo) -> None:
+    """Run the experiments of the README's table."""
+    report = arguments.out / "report"
+    make(arguments, replace(plan(arguments, report), only=SHOWN, alphas=(0.5,)))
+
+
+def paper(arguments: Demo) -> None:
+    """Run the experiments of the paper's tables and of its Fig. 7."""
+    make(arguments, plan(arguments, arguments.out / "reproduction"))
+
+
+def make(arguments: Demo, chosen: Plan) -> None:
     """Run every stage that is not done yet; print the table and the report's path last."""
     started = time.perf_counter()
+    *stages, _ = experiments(chosen)
     prepare_data(arguments.out)
-    data = shards(arguments.out)
-    runs = [fine_tune(arguments, data, "zero-shot", 0)]
-    for seed in range(arguments.seeds):
-        tuned = {name: fine_tune(arguments, data, name, seed) for name in FINE_TUNED}
-        merged = arguments.out / "runs" / f"wise-ft-0.5-seed{seed}"
-        if not (merged / "provenance.json").exists():
-            merge = ("-m", "rft.merge", "wise", str(runs[0]), str(tuned["vanilla"]))
-            run(sys.executable, *merge, "--alpha", "0.5", "--out", str(merged))
-        runs += [*tuned.values(), merged]
-    sets = {name: PackedDataset(str(data / name)) for name in SETS}
-    manifests = {name: packed.manifest.sha256 for name, packed in sets.items()}
-    if waiting := [str(path) for path in runs if not is_current(path, manifests)]:
-        torchrun(arguments, "rft.evaluate", *waiting, "--data", str(data), "--workers", "0")
-    table = write_report(runs, arguments.out / "report")
+    for stage in stages:
+        if not is_done(stage, chosen.data):
+            run(stage.name, local(stage.command, arguments.processes))
+    table = write_report([Path(path) for one in stages for path in one.makes], Path(chosen.report))
     print(f"\n{table}\ndone in {time.perf_counter() - started:.0f} s")
-    print(f"report: {arguments.out / 'report' / 'index.html'}")
+    print(f"report: {Path(chosen.report) / 'index.html'}")
 
 
-def fine_tune(arguments: Demo, data: Path, recipe: str, seed: int) -> Path:
-    """Train one recipe unless its run is finished; return the run folder."""
-    folder = arguments.out / "runs" / f"{recipe}-seed{seed}"
-    options = [recipe, "--scale", "miniature", "--data", str(data), "--run-dir", str(folder)]
-    options += ["--seed", str(seed)]
-    if arguments.epochs is not None and recipe != "zero-shot":
-        options += ["--optim.epochs", str(arguments.epochs)]
-    if not is_finished(parse(options)):
-        torchrun(arguments, "rft.train", *options)
-    assert (folder / SELECTED).exists()
-    return folder
+def is_done(stage: Experiment, data: str) -> bool:
+    """Whether a stage's results are there, which its command would find out more slowly."""
+    module, *options = stage.command[2:]
+    if module == "rft.train":
+        return is_finished(parse(options))
+    if module == "rft.merge":
+        return all((Path(path) / "provenance.json").exists() for path in stage.makes)
+    assert module == "rft.evaluate"
+    models = [Path(path) for path in options[: options.index("--data")]]
+    sets = {name: PackedDataset(f"{data}/{name}") for name in SETS}
+    manifests = {name: packed.manifest.sha256 for name, packed in sets.items()}
+    return all(is_current(path, manifests) for path in models)
 
 
-def torchrun(arguments: Demo, module: str, *options: str) -> None:
-    """Start a module of rft on the configured number of ranks."""
-    launcher = ("-m", "torch.distributed.run", "--standalone")
-    processes = ("--nproc_per_node", str(arguments.processes))
-    run(sys.executable, *launcher, *processes, "-m", module, *options)
+def local(command: tuple[str, ...], processes: int) -> tuple[str, ...]:
+    """Return a command of the plan for this interpreter and so many ranks on this machine."""
+    launcher, *rest = command
+    if launcher == "python":
+        return sys.executable, *rest
+    assert launcher == "torchrun"
+    ranks = ("--standalone", "--nproc_per_node", str(processes))
+    return sys.executable, "-m", "torch.distributed.run", *ranks, *rest
 
 
-def run(*command: str) -> None:
+def run(name: str, command: tuple[str, ...]) -> None:
     """Print a command and run it.
 
     Raises:
@@ -104,7 +126,10 @@ def run(*command: str) -> None:
     # one thread for each rank, which is what torchrun would choose after saying so at length
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     if code := subprocess.run(command, env=environment).returncode:
-        raise ValueError(f"exit code {code} from: {shown}")
+        raise ValueError(
+            f"{name} ended with exit code {code}, what it said is above; started again, "
+            "this goes on from there"
+        )
 
 
 def main() -> None:
@@ -115,6 +140,10 @@ def main() -> None:
 
         chosen = cli.parse(Pretrain, args=arguments[1:], prog="rft.demo pretrain")
         pretrain(chosen.out, chosen.seed)
+        return
+    if arguments[:1] == ["paper"]:
+        options = {"args": arguments[1:], "prog": "rft.demo paper", "description": PAPER}
+        paper(cli.parse(Demo, **options))
         return
     demo(cli.parse(Demo, args=arguments, prog="rft.demo"))
 

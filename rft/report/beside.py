@@ -10,7 +10,7 @@ from rich.text import Text
 from scipy.stats import spearmanr
 
 from rft.report import tables
-from rft.report.paper import Published, model_name, published
+from rft.report.paper import Published, all_published, model_name, published
 from rft.report.runs import Run
 from rft.report.tables import ABSENT, COLUMNS, OOD_COLUMN, PLUS_MINUS, Row
 
@@ -49,19 +49,21 @@ def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
     """Return every row of Tables 1 and 3 for the runs' CLIP with ours, or None.
 
     None if no recipe was run that the paper has, or the runs are of CLIPs that belong to different
-    rows of Table 3. A merged model does not say which CLIP it is of; the others do.
+    rows of Table 3. A merged model does not say which CLIP it is of; the others do. The miniature's
+    CLIP stands for both of the paper's.
     """
     clips = sorted({run.clip for run in runs} - {""})
     models = {model_name(clip) for clip in clips} or {model_name("")}
     if len(models) > 1:
         return None
     (model,) = models
+    scales = {str(run.config.get("scale", "paper")) for run in runs}
     ours = {row.recipe: row for row in rows}
-    pairs = [Pair(row, ours.get(row.recipe)) for row in published(model)]
+    theirs = all_published() if "miniature" in scales else published(model)
+    pairs = [Pair(row, ours.get(row.recipe)) for row in theirs]
     pairs.sort(key=lambda pair: tables.order(pair.published.recipe))
     if all(pair.ours is None for pair in pairs):
         return None
-    scales = {str(run.config.get("scale", "paper")) for run in runs}
     parts = (
         _what(model, clips, pairs),
         _warning(scales),

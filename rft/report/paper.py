@@ -7,7 +7,7 @@ same numbers for the systems that they share. The threshold or rate of each row 
 highest validation accuracy and is not printed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 OURS = "object-mask-single-fill"
 
@@ -93,3 +93,10 @@ def model_name(clip: str) -> str:
 def published(model: str) -> tuple[Published, ...]:
     """Return the rows of Tables 1 and 3 for one of the paper's models."""
     return {"ViT-B/32": VIT_B_32, "ViT-B/16": VIT_B_16}[model]
+
+
+def all_published() -> tuple[Published, ...]:
+    """Return the rows for ViT-B/32 and those that only ViT-B/16 has, which say so."""
+    names = {row.recipe for row in VIT_B_32}
+    others = [row for row in VIT_B_16 if row.recipe not in names]
+    return (*VIT_B_32, *(replace(row, note=f"{row.note}, for ViT-B/16") for row in others))

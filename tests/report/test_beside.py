@@ -99,6 +99,16 @@ def test_a_b16_has_table_3_alone():
     assert "lp-ft is copied from the LP-FT paper" in table.caption
 
 
+def test_the_miniature_has_the_rows_of_both_models():
+    table = of(run_of("lp-ft", 0, ALL), scale="miniature", model={"clip": "rft-miniature"})
+    names = {pair.published.recipe for pair in table.pairs}
+    assert names == {row.recipe for row in (*VIT_B_32, *VIT_B_16)}
+    assert len(table.pairs) == len(VIT_B_32) + 1
+    (lp_ft,) = (pair for pair in table.pairs if pair.ours is not None)
+    assert lp_ft.published.percent == (81.7, 71.6, 72.9, 48.4, None, 49.1, None)
+    assert "lp-ft is copied from the LP-FT paper, for ViT-B/16" in table.caption
+
+
 def test_clips_of_different_rows_do_not_mix():
     runs = [
         replace(run_of(name, 0, ALL), config={"model": {"clip": clip}})

@@ -1,0 +1,272 @@
+"""The paper's experiments as data: every command, and which others must have ended before it.
+
+`python -m rft.experiments --runs DIR --data URL` prints them, `--lines` for a shell script. Every
+command skips what is done, so that all of them can be run twice. One that starts with `torchrun`
+can be given more ranks, one that starts with `python` is a single process.
+
+A run lies at RUNS/<recipe>-seed<N>; of a WiSE family of several alphas, each model lies at
+RUNS/<family>-seed<N>/<family>-<alpha>.
+"""
+
+import shlex
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import tyro
+
+from rft import cli, recipes
+from rft.config import Preset
+
+NAMES = (*recipes.TRAINED, *recipes.MERGED)
+TEACHER_ALPHA = 0.5  # of the WiSE-FT model that WiSE-KD learns from (appendix A.3)
+# options of a training that the plan decides
+PLANNED = (
+    "--data", "--run-dir", "--run", "--seed", "--scale", "--preset", "--optim.epochs", "--optim.lr",
+    "--model.start", "--method.kd-teacher",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One command of the plan."""
+
+    name: str
+    command: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    """Names of the experiments that it needs the results of."""
+    makes: tuple[str, ...] = ()
+    """Run folders that the report shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be run where."""
+
+    runs: str
+    """Folder of the run folders."""
+    data: str
+    """Data root: the URL under which the tools wrote the packed sets."""
+    report: str = ""
+    """Folder of the report; --runs with -report behind it if not given."""
+    scale: Literal["paper", "miniature"] = "paper"
+    """Which numbers the recipes start from."""
+    preset: Preset = "paper"
+    """official-parity also takes the last weights of a fine-tuned model for WiSE."""
+    seeds: int = 3
+    """Fine-tuning seeds, from 0 on; the paper has three."""
+    epochs: int | None = None
+    """Epochs of everything that trains instead of each recipe's own, to try the path."""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RECIPE...")] = ()
+    """These recipes, trained or merged, and what they build on; all if not given."""
+    alphas: tyro.conf.Suppress[tuple[float, ...]] = recipes.ALPHAS
+    """Shares of the fine-tuned model in each WiSE family."""
+    options: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """More options, for every training."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"--seeds is {self.seeds}; it must be at least 1")
+        for name in self.only:
+            if name not in NAMES:
+                raise cli.unknown("recipe", name, sorted(NAMES))
+        for option in self.options:
+            if option.partition("=")[0] in PLANNED:
+                raise ValueError(f"{option} cannot be the same in every training: the plan sets it")
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Option of what counts: the miniature's images need no loader processes."""
+        return ("--workers", "0") if self.scale == "miniature" else ()
+
+    def at(self, name: str) -> str:
+        """Return the path of a run."""
+        return f"{self.runs.rstrip('/')}/{name}"
+
+    def wise_model(self, family: str, alpha: float, seed: int) -> str:
+        """Return the path of one model of a WiSE family."""
+        model = f"{family}-{alpha:g}"
+        if len(self.alphas) == 1:
+            return self.at(with_seed(model, seed))
+        return self.at(f"{with_seed(family, seed)}/{model}")
+
+
+def experiments(plan: Plan) -> list[Experiment]:
+    """Return the plan's experiments, each behind those it needs; the last one is the report."""
+    found = [train(plan, "zero-shot", 0)]  # which no seed changes
+    for seed in range(plan.seeds):
+        found += of_seed(plan, seed)
+    if plan.only:
+        found = with_needed(found, plan.only)
+    evaluations = [evaluate(plan, found, seed) for seed in range(plan.seeds)]
+    # without what is trained for each seed, the later seeds have nothing
+    evaluations = [evaluation for evaluation in evaluations if evaluation.after]
+    return [*found, *evaluations, report(plan, found, evaluations)]
+
+
+def of_seed(plan: Plan, seed: int) -> list[Experiment]:
+    """Return everything that one seed trains and merges."""
+    students = [name for name in recipes.TRAINED if learns_from_wise(name)]
+    others = [name for name in recipes.TRAINED if name not in ("zero-shot", *students)]
+    return [
+        *(train(plan, name, seed) for name in others),
+        *(ingredient(plan, rate, seed) for rate in recipes.SOUP_RATES if rate != 1),
+        *(merge(plan, name, seed) for name in recipes.MERGED),
+        *(train(plan, name, seed) for name in students),
+    ]
+
+
+def with_seed(name: str, seed: int) -> str:
+    """Return the name of an experiment, which is that of its run folder too."""
+    return f"{name}-seed{seed}"
+
+
+def learns_from_wise(recipe: str) -> bool:
+    """Whether a recipe trains with a second teacher."""
+    return recipes.build(recipe).method.kd_weight > 0
+
+
+def train(plan: Plan, recipe: str, seed: int) -> Experiment:
+    """Return the training of a recipe."""
+    name = with_seed(recipe, seed)
+    after, options = (), ()
+    if recipe == "lp-ft":
+        after = (with_seed("linear-probe", seed),)
+        options = ("--model.start", plan.at(after[0]))
+    elif learns_from_wise(recipe):
+        after = (with_seed("wise-ft", seed),)
+        options = ("--method.kd-teacher", plan.wise_model("wise-ft", TEACHER_ALPHA, seed))
+    command = training(plan, recipe, name, seed, *options)
+    return Experiment(name, command, after, makes=(plan.at(name),))
+
+
+def ingredient(plan: Plan, rate: float, seed: int) -> Experiment:
+    """Return vanilla at `rate` times its learning rate, for the soups and not for the report."""
+    recipe, lr = ingredient_of(plan, rate)
+    name = with_seed(f"{recipe}-lr{lr}", seed)
+    return Experiment(name, training(plan, recipe, name, seed, "--optim.lr", lr))
+
+
+def ingredient_of(plan: Plan, rate: float) -> tuple[str, str]:
+    """Return recipe and learning rate of a soup's ingredient."""
+    (recipe,) = recipes.uniform_soup().inputs
+    config = recipes.build(recipe, scale=plan.scale, preset=plan.preset)
+    return recipe, f"{config.optim.lr * rate:g}"
+
+
+def training(plan: Plan, recipe: str, name: str, seed: int, *options: str) -> tuple[str, ...]:
+    """Return the command that trains one run."""
+    command = ["torchrun", "-m", "rft.train", recipe]
+    if plan.scale != "paper":
+        command += ["--scale", plan.scale]
+    if plan.preset != "paper":
+        command += ["--preset", plan.preset]
+    command += ["--data", plan.data, "--run-dir", plan.at(name), "--seed", str(seed), *options]
+    if plan.epochs is not None and recipe != "zero-shot":
+        command += ["--optim.epochs", str(plan.epochs)]
+    return (*command, *plan.options)
+
+
+def merge(plan: Plan, name: str, seed: int) -> Experiment:
+    """Return the merge of a WiSE family or a soup."""
+    if recipes.MERGED[name]().kind == "wise":
+        return wise(plan, name, seed)
+    return soup(plan, name, seed)
+
+
+def wise(plan: Plan, family: str, seed: int) -> Experiment:
+    """Return the merge of all models of a WiSE family."""
+    start, end = recipes.MERGED[family]().inputs
+    name, after = with_seed(family, seed), (with_seed(start, 0), with_seed(end, seed))
+    command = ["python", "-m", "rft.merge", "wise", *map(plan.at, after), "--alpha"]
+    command += [f"{alpha:g}" for alpha in plan.alphas]
+    if plan.preset == "official-parity":
+        command += ["--end-weights", "last"]
+    models = tuple(plan.wise_model(family, alpha, seed) for alpha in plan.alphas)
+    command += ["--out", models[0] if len(models) == 1 else plan.at(name)]
+    return Experiment(name, tuple(command), after, models)
+
+
+def soup(plan: Plan, kind: str, seed: int) -> Experiment:
+    """Return the soup of one seed's ingredients, which share their held-out images."""
+    after = []
+    for rate in recipes.SOUP_RATES:
+        recipe, lr = ingredient_of(plan, rate)
+        after.append(with_seed(recipe if rate == 1 else f"{recipe}-lr{lr}", seed))
+    name, greedy = with_seed(kind, seed), kind == "greedy-soup"
+    command = ["torchrun" if greedy else "python", "-m", "rft.merge", kind, *map(plan.at, after)]
+    if greedy:
+        command += ["--data", plan.data, *plan.workers]
+    command += ["--out", plan.at(name)]
+    return Experiment(name, tuple(command), tuple(after), makes=(plan.at(name),))
+
+
+def with_needed(found: Sequence[Experiment], only: Collection[str]) -> list[Experiment]:
+    """Return the experiments of some recipes and those they need, in the order they had."""
+    wanted = {one.name for one in found if one.name.rpartition("-seed")[0] in only}
+    for one in reversed(found):
+        if one.name in wanted:
+            wanted.update(one.after)
+    return [one for one in found if one.name in wanted]
+
+
+def evaluate(plan: Plan, found: Sequence[Experiment], seed: int) -> Experiment:
+    """Return the evaluation of a seed's models: those are all in memory at once."""
+    mine = [one for one in found if one.makes and one.name.endswith(with_seed("", seed))]
+    models = [path for one in mine for path in one.makes]
+    command = ("torchrun", "-m", "rft.evaluate", *models, "--data", plan.data, *plan.workers)
+    return Experiment(with_seed("evaluate", seed), command, tuple(one.name for one in mine))
+
+
+def report(
+    plan: Plan, found: Sequence[Experiment], evaluations: Sequence[Experiment]
+) -> Experiment:
+    """Return the report on all models."""
+    models = [path for one in found for path in one.makes]
+    out = plan.report or f"{plan.runs.rstrip('/')}-report"
+    command = ("python", "-m", "rft.report", *models, "--out", out)
+    return Experiment("report", command, tuple(one.name for one in evaluations))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Print the commands of the paper's Tables 1 and 3 and Fig. 7, each behind those it needs.
+
+    What follows `--` goes to every training: -- --model.clip ViT-B-16 --precision bf16
+    """
+
+    plan: Annotated[Plan, tyro.conf.arg(name="")]
+    lines: bool = False
+    """One line an experiment: its name, those it needs (commas between), its command; tabs between
+    the three."""
+
+
+def text(found: Sequence[Experiment]) -> str:
+    """Return a plan for people."""
+    lines = []
+    for one in found:
+        needs = f"  (after {', '.join(one.after)})" if one.after else ""
+        lines += [f"{one.name}{needs}", f"    {shlex.join(one.command)}"]
+    return "\n".join(lines)
+
+
+def lines(found: Sequence[Experiment]) -> str:
+    """Return a plan for shell scripts."""
+    return "\n".join(
+        "\t".join((one.name, ",".join(one.after), shlex.join(one.command))) for one in found
+    )
+
+
+def main() -> None:
+    """Parse and print."""
+    words = sys.argv[1:]
+    own = words[: words.index("--")] if "--" in words else words
+    arguments = cli.parse(Arguments, args=own, prog="rft.experiments")
+    plan = replace(arguments.plan, options=tuple(words[len(own) + 1 :]))
+    found = experiments(plan)
+    print(lines(found) if arguments.lines else text(found))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,301 @@
+"""The plan covers the paper, its commands are real, and all of them together give its tables."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from rft import cli, recipes
+from rft import experiments as experiments_command
+from rft.data.labels import LabelSpace
+from rft.data.pack import Options, pack
+from rft.data.sources import LAYOUTS
+from rft.demo import __main__ as demo_command
+from rft.demo.world import IMAGE_SIZE, write_world
+from rft.evaluate import __main__ as evaluate_command
+from rft.experiments import Plan, experiments
+from rft.merge import __main__ as merge_command
+from rft.report import __main__ as report_command
+from rft.report.paper import FIGURE_7, VIT_B_16, VIT_B_32
+from rft.train import __main__ as train_command
+from tests import reproduction
+from tests.test_docs import updater
+from tests.tiny import environment
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {
+    "rft.train": train_command,
+    "rft.merge": merge_command,
+    "rft.evaluate": evaluate_command,
+    "rft.report": report_command,
+}
+PAPER = Plan(runs="runs", data="data")
+
+
+def recipe_of(run: str) -> str:
+    """The recipe of a run folder by its name."""
+    return Path(run).name.partition("-seed")[0]
+
+
+def made(plan: Plan) -> Counter[str]:
+    return Counter(recipe_of(run) for one in experiments(plan) for run in one.makes)
+
+
+@pytest.mark.parametrize("preset", ["paper", "official-parity"])
+def test_every_row_of_the_paper_is_made_by_one_experiment_a_seed(preset):
+    counts = made(Plan(runs="runs", data="data", seeds=3, preset=preset))
+    rows = {row.recipe for row in (*VIT_B_32, *VIT_B_16)} | reproduction.figure_7()
+    assert {name: counts[name] for name in rows} == {
+        name: 1 if name == "zero-shot" else 3 for name in rows
+    }
+    # a WiSE family of Fig. 7 is one merge
+    for family in filter(reproduction.is_family, FIGURE_7):
+        makers = [one for one in experiments(PAPER) if any(family in run for run in one.makes)]
+        assert [one.name for one in makers] == [f"{family}-seed{seed}" for seed in range(3)]
+    assert set(counts) - rows == {"linear-probe", "greedy-soup"}
+
+
+def test_every_recipe_is_in_the_plan():
+    names = {one.name for one in experiments(PAPER)}
+    for name in (*recipes.TRAINED, *recipes.MERGED):
+        assert f"{name}-seed0" in names
+        assert (f"{name}-seed2" in names) == (name != "zero-shot")
+
+
+def test_each_stands_behind_what_makes_the_folders_it_reads():
+    maker: dict[str, str] = {}
+    for one in experiments(PAPER):
+        assert set(one.after) <= set(maker.values()), one.name
+        own = {f"runs/{one.name}", *one.makes}
+        assert not own & maker.keys()
+        named = {word for word in one.command if word.startswith("runs/")}
+        needed = {maker[path] for path in named - own}
+        if one.name != "report":  # which waits for the evaluations of what it reads
+            assert needed == set(one.after), one.name
+        maker |= dict.fromkeys(own, one.name)
+
+
+def test_the_report_waits_for_everything():
+    found = {one.name: one for one in experiments(PAPER)}
+    reached, waiting = set(), ["report"]
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        waiting += found[name].after
+    assert reached == set(found)
+
+
+@pytest.fixture
+def parsed():
+    """What a command line is parsed to, as its own `main` would."""
+
+    def parse(command: tuple[str, ...]):
+        launcher, flag, module, *options = command
+        assert flag == "-m"
+        if module == "rft.train":
+            return launcher, train_command.parse(options)
+        kind = COMMANDS[module].Arguments
+        return launcher, cli.parse(kind, args=options, prog=module)
+
+    return parse
+
+
+@pytest.mark.parametrize("preset", ["paper", "official-parity"])
+@pytest.mark.parametrize("scale", ["paper", "miniature"])
+def test_the_commands_are_those_of_the_real_command_lines(parsed, scale, preset):
+    plan = Plan(runs="R", data="s3://b/d", scale=scale, preset=preset, seeds=2, epochs=4)
+    rates = {}
+    for one in experiments(plan):
+        launcher, arguments = parsed(one.command)
+        module = one.command[2]
+        if module == "rft.train":
+            recipe = recipes.build(arguments.recipe, scale=scale, preset=preset)
+            assert (arguments.scale, arguments.preset, launcher) == (scale, preset, "torchrun")
+            assert arguments.method.mask == recipe.method.mask
+            assert arguments.run == f"R/{one.name}"
+            assert arguments.seed == int(one.name[-1])
+            assert arguments.optim.epochs == (0 if arguments.recipe == "zero-shot" else 4)
+            if arguments.recipe == "vanilla" and arguments.seed == 1:
+                rates[one.name] = arguments.optim.lr / recipe.optim.lr
+        if module == "rft.merge" and one.command[3] == "wise":
+            assert arguments.merge.alpha == recipes.ALPHAS
+            assert arguments.merge.end_weights == ("best" if preset == "paper" else "last")
+        # the others are not made for several ranks
+        assert (launcher == "python") == (
+            module == "rft.report" or one.command[3] in ("wise", "uniform-soup")
+        )
+    assert sorted(rates.values()) == pytest.approx(sorted(recipes.SOUP_RATES))
+    assert rates["vanilla-seed1"] == 1
+
+
+def test_teachers_and_starts_are_those_of_the_same_seed(parsed):
+    found = {one.name: parsed(one.command)[1] for one in experiments(PAPER)}
+    for seed in range(3):
+        assert found[f"lp-ft-seed{seed}"].model.start == f"runs/linear-probe-seed{seed}"
+        for student in ("vanilla", recipes.DEFAULT):
+            config = found[f"wise-kd-{student}-seed{seed}"]
+            assert config.method.kd_teacher == f"runs/wise-ft-seed{seed}/wise-ft-0.5"
+        soup = found[f"greedy-soup-seed{seed}"].merge
+        assert len(soup.runs) == len(recipes.SOUP_RATES)
+        assert {str(path)[-1] for path in soup.runs} == {str(seed)}
+
+
+def test_some_recipes_bring_what_they_build_on():
+    names = [one.name for one in experiments(Plan(runs="R", data="D", seeds=2, only=("lp-ft",)))]
+    assert names == [
+        *("linear-probe-seed0", "lp-ft-seed0", "linear-probe-seed1", "lp-ft-seed1"),
+        *("evaluate-seed0", "evaluate-seed1", "report"),
+    ]
+    soups = experiments(Plan(runs="R", data="D", seeds=1, only=("uniform-soup",)))
+    assert len(soups) == len(recipes.SOUP_RATES) + 3
+    assert soups[-1].command[3:5] == ("R/vanilla-seed0", "R/uniform-soup-seed0")
+    alone = experiments(Plan(runs="R", data="D", only=("zero-shot",)))
+    assert [one.name for one in alone] == ["zero-shot-seed0", "evaluate-seed0", "report"]
+
+
+def test_the_demo_runs_a_part_of_it_in_the_same_folders():
+    demo = Plan(runs="R", data="D", seeds=1, only=demo_command.SHOWN, alphas=(0.5,))
+    found = experiments(demo)
+    assert [one.name for one in found[:-2]] == [
+        *("zero-shot-seed0", "vanilla-seed0", "no-mask-seed0", "object-mask-single-fill-seed0"),
+        "wise-ft-seed0",
+    ]
+    assert found[-3].makes == ("R/wise-ft-0.5-seed0",)
+    everything = {one.command for one in experiments(Plan(runs="R", data="D", seeds=1))}
+    assert {one.command for one in found[:4]} <= everything
+
+
+def printed(capsys, monkeypatch, *options: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["rft.experiments", *options])
+    experiments_command.main()
+    return capsys.readouterr().out
+
+
+def test_lines_are_for_a_shell_script(capsys, monkeypatch):
+    where = ("--runs", "my runs", "--data", "D")
+    lines = printed(capsys, monkeypatch, *where, "--lines", "--seeds", "2").splitlines()
+    found = experiments(Plan(runs="my runs", data="D", seeds=2))
+    fields = [line.split("\t") for line in lines]
+    assert [(one.name, ",".join(one.after)) for one in found] == [(f[0], f[1]) for f in fields]
+    assert [list(one.command) for one in found] == [shlex.split(f[2]) for f in fields]
+
+
+def test_options_behind_the_dashes_reach_every_training(capsys, monkeypatch, parsed):
+    options = ("--lines", "--seeds", "1", "--", "--model.clip", "ViT-B-16", "--precision", "bf16")
+    out = printed(capsys, monkeypatch, "--runs", "R", "--data", "D", *options)
+    for line in out.splitlines():
+        command = tuple(shlex.split(line.split("\t")[2]))
+        if command[2] == "rft.train":
+            config = parsed(command)[1]
+            assert (config.model.clip, config.precision) == ("ViT-B-16", "bf16")
+        else:
+            assert "ViT-B-16" not in line
+
+
+def test_the_plan_for_people_has_every_command(capsys, monkeypatch):
+    out = printed(capsys, monkeypatch, "--runs", "R", "--data", "D", "--seeds", "1")
+    for one in experiments(Plan(runs="R", data="D", seeds=1)):
+        assert f"\n    {shlex.join(one.command)}\n" in out
+        assert f"\n{one.name}" in f"\n{out}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seeds", "0"), "--seeds is 0"),
+        (("--only", "lpft"), "unknown recipe 'lpft'; did you mean 'lp-ft'?"),
+        (("--", "--optim.lr=1"), "--optim.lr=1 cannot be the same in every training"),
+        (("--scale", "tiny"), "tiny"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, monkeypatch, capsys):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        printed(capsys, monkeypatch, "--runs", "R", "--data", "D", *options)
+
+
+def script(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [str(ROOT / "launch" / "reproduce.sh"), *options]
+    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
+
+
+def test_the_script_without_a_cluster_names_what_there_is():
+    result = script()
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "launch/train.sbatch" in line
+    assert "python -m rft.experiments" in line
+
+
+def test_the_script_hands_its_options_on(tmp_path):
+    result = script("--miniature", "--seeds", "0", "--out", str(tmp_path / "out"))
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == ["error: --seeds is 0; it must be at least 1"]
+    assert not (tmp_path / "out").exists()
+    assert script("--help").stdout.startswith("usage: launch/reproduce.sh --miniature")
+
+
+def test_the_first_failure_stops_with_one_line(capfd):
+    with pytest.raises(ValueError, match="vanilla-seed1 ended with exit code 3"):
+        demo_command.run("vanilla-seed1", (sys.executable, "-c", "raise SystemExit(3)"))
+    assert capfd.readouterr().out == "\n$ python -c 'raise SystemExit(3)'\n"
+
+
+@pytest.fixture(scope="module")
+def small_plan(tmp_path_factory) -> Plan:
+    """The whole plan, on a twentieth of the miniature's images."""
+    folder = tmp_path_factory.mktemp("reproduction")
+    write_world(folder / "world", scale=0.05)
+    labels = LabelSpace.load(str(folder / "world" / "classes.json"))
+    options = Options(encoding="pixels", size=IMAGE_SIZE, shard_mb=2, workers=1)
+    for dataset in LAYOUTS:
+        pack(dataset, str(folder / "world"), str(folder / "shards"), labels, options)
+    return Plan(
+        runs=str(folder / "runs"),
+        data=str(folder / "shards"),
+        report=str(folder / "report"),
+        scale="miniature",
+        seeds=1,
+        epochs=1,
+        options=("--loader.batch-size", "16", "--loader.held-out", "16"),
+    )
+
+
+def run_all(plan: Plan, monkeypatch) -> None:
+    """Run every command of a plan in this process, as on one rank."""
+    for one in experiments(plan):
+        _, _, module, *options = one.command
+        monkeypatch.setattr(sys, "argv", [module, *options])
+        COMMANDS[module].main()
+
+
+def weights(plan: Plan) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in Path(plan.runs).rglob("*.safetensors")}
+
+
+def test_all_commands_together_give_the_papers_tables(small_plan, monkeypatch, capsys, tmp_path):
+    *stages, _ = experiments(small_plan)
+    assert not any(demo_command.is_done(stage, small_plan.data) for stage in stages[:-1])
+    run_all(small_plan, monkeypatch)
+    report = Path(small_plan.report)
+    assert reproduction.missing(report) == []
+    assert all(demo_command.is_done(stage, small_plan.data) for stage in stages)
+    # it can be taken into the documentation
+    update = updater()
+    monkeypatch.setattr(update, "ROOT", tmp_path)
+    update.copy_report(report.parent, "report", "reproduction")
+    kept = {path.name for path in (tmp_path / "docs/results/reproduction").iterdir()}
+    assert kept == {path.name for path in report.iterdir()} - {"index.html"} | {"provenance.json"}
+    before, table = weights(small_plan), (report / "paper.md").read_text()
+    shutil.rmtree(report)
+    capsys.readouterr()
+    run_all(small_plan, monkeypatch)  # again, and nothing is done but the report
+    assert weights(small_plan) == before
+    assert (report / "paper.md").read_text() == table
+    # the check would see a row that is not there
+    (report / "paper.md").write_text(table.replace("| lp-ft | here", "| lp | here"))
+    assert reproduction.missing(report) == ["lp-ft in paper.md"]
