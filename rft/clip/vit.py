@@ -10,7 +10,6 @@ tokens, Q queries (L, or 1 in the last layer), N heads, D width, E embedding, S 
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,15 +18,22 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Heads = tuple[Tensor, Tensor, Tensor]  # query (B, N, Q, S), key and value (B, N, L, S)
+Heads = tuple[Tensor, Tensor, Tensor]  # query, key and value, each (B, N, L, S)
+# From normed tokens and a mask to the heads, their outputs (B, N, L, S) and the values (B, L, D);
+# for the class token alone to None, its attention map (B, N, 1, L) and the values (B, 1, D).
+Attend = Callable[
+    [nn.MultiheadAttention, Tensor, Tensor | None], tuple[Heads | None, Tensor, Tensor]
+]
 
 
 class AttentionTap(NamedTuple):
     """One layer's attention in a forward pass."""
 
-    heads: Callable[[], Heads]
-    """Returns query, key and value; computed again where the forward did not keep them."""
-    output_BNQS: Tensor
+    heads: Callable[[], Heads | None]
+    """Returns query, key and value, computed again where the forward did not keep them; None where
+    the attention map itself is in the graph."""
+    watched: Tensor
+    """What a gradient is asked of: the heads' outputs (B, N, L, S), or that map (B, N, 1, L)."""
 
 
 def check_supported(visual: nn.Module) -> VisionTransformer:
@@ -125,68 +131,87 @@ def encode(
     *layers, last = blocks(visual)
     x_BLD = tokens_BLD
     for block in layers:
-        x_BLD = _tapped_layer(block, x_BLD, x_BLD.shape[1], mask_B11L, taps, recompute)
-    class_B1D = _tapped_layer(last, x_BLD, 1, mask_B11L, taps, recompute)
+        x_BLD = _tapped_layer(block, _attention, x_BLD, mask_B11L, taps, recompute)
+    class_B1D = _tapped_layer(last, _class_attention, x_BLD, mask_B11L, taps, recompute)
     return visual.ln_post(class_B1D[:, 0]) @ visual.proj
 
 
 def _tapped_layer(
     block: ResidualAttentionBlock,
+    attend: Attend,
     x_BLD: Tensor,
-    queries: int,
     mask_B11L: Tensor | None,
     taps: list[AttentionTap] | None,
     recompute: bool,
 ) -> Tensor:
-    """Return the layer's output for its first `queries` tokens, (B, Q, D)."""
+    """Return the layer's output for the tokens that `attend` returns, (B, Q, D)."""
     if not (recompute and torch.is_grad_enabled()):
-        x_BQD, heads, output_BNQS = _layer(block, x_BLD, queries, mask_B11L)
+        x_BQD, heads, watched = _layer(block, attend, x_BLD, mask_B11L)
         if taps is not None:
-            taps.append(AttentionTap(lambda: heads, output_BNQS))
+            taps.append(AttentionTap(lambda: heads, watched))
         return x_BQD
 
     def layer(x_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        x_BQD, _, output_BNQS = _layer(block, x_BLD, queries, mask_B11L)
-        return x_BQD, output_BNQS
+        # the heads are not returned, or they would be kept
+        x_BQD, _, watched = _layer(block, attend, x_BLD, mask_B11L)
+        return x_BQD, watched
 
-    x_BQD, output_BNQS = checkpoint(layer, x_BLD, use_reentrant=False, preserve_rng_state=False)
+    x_BQD, watched = checkpoint(layer, x_BLD, use_reentrant=False, preserve_rng_state=False)
     if taps is not None:
         device = x_BLD.device.type
         precision = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
-        again = partial(_heads_again, block, x_BLD, queries, precision)
-        taps.append(AttentionTap(again, output_BNQS))
+
+        def heads_again() -> Heads | None:
+            with torch.no_grad(), precision:
+                return attend(block.attn, block.ln_1(x_BLD), mask_B11L)[0]
+
+        taps.append(AttentionTap(heads_again, watched))
     return x_BQD
 
 
 def _layer(
-    block: ResidualAttentionBlock, x_BLD: Tensor, queries: int, mask_B11L: Tensor | None
-) -> tuple[Tensor, Heads, Tensor]:
-    heads = _heads(block, x_BLD, queries)
-    output_BNQS = F.scaled_dot_product_attention(*heads, attn_mask=mask_B11L)
-    mixed_BQD = block.attn.out_proj(output_BNQS.transpose(1, 2).flatten(2))
-    x_BQD = x_BLD[:, :queries] + block.ls_1(mixed_BQD)
-    return x_BQD + block.ls_2(block.mlp(block.ln_2(x_BQD))), heads, output_BNQS
+    block: ResidualAttentionBlock, attend: Attend, x_BLD: Tensor, mask_B11L: Tensor | None
+) -> tuple[Tensor, Heads | None, Tensor]:
+    heads, watched, values_BQD = attend(block.attn, block.ln_1(x_BLD), mask_B11L)
+    x_BQD = x_BLD[:, : values_BQD.shape[1]] + block.ls_1(block.attn.out_proj(values_BQD))
+    return x_BQD + block.ls_2(block.mlp(block.ln_2(x_BQD))), heads, watched
 
 
-def _heads(block: ResidualAttentionBlock, x_BLD: Tensor, queries: int) -> Heads:
-    attention, y_BLD = block.attn, block.ln_1(x_BLD)
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    width = x_BLD.shape[-1]
-    if queries == x_BLD.shape[1]:
-        parts = F.linear(y_BLD, weight, bias).split(width, dim=-1)
-    else:
-        query_BQD = F.linear(y_BLD[:, :queries], weight[:width], bias[:width])
-        parts = (query_BQD, *F.linear(y_BLD, weight[width:], bias[width:]).split(width, dim=-1))
+def _attention(
+    attention: nn.MultiheadAttention, y_BLD: Tensor, mask_B11L: Tensor | None
+) -> tuple[Heads, Tensor, Tensor]:
+    projected = F.linear(y_BLD, attention.in_proj_weight, attention.in_proj_bias)
     query, key, value = (
-        part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in parts
+        part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for part in projected.chunk(3, dim=-1)
     )
-    return query, key, value
+    output_BNLS = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B11L)
+    return (query, key, value), output_BNLS, output_BNLS.transpose(1, 2).flatten(2)
 
 
-def _heads_again(
-    block: ResidualAttentionBlock, x_BLD: Tensor, queries: int, precision: torch.autocast
-) -> Heads:
-    with torch.no_grad(), precision:
-        return _heads(block, x_BLD, queries)
+def _class_attention(
+    attention: nn.MultiheadAttention, y_BLD: Tensor, mask_B11L: Tensor | None
+) -> tuple[None, Tensor, Tensor]:
+    """Attend from the class token alone, without projecting every token to a key and a value.
+
+    q (W_k y) = (q W_k) y and sum p (W_v y) = W_v (sum p y), so it is enough to carry each head's
+    query back to the tokens' own space, and what it found there forth.
+    """
+    heads = attention.num_heads
+    weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    query_NSD, key_NSD, value_NSD = (weight.unflatten(0, (heads, -1)) for weight in weights)
+    query_BNS = F.linear(y_BLD[:, 0], weights[0], biases[0]).unflatten(-1, (heads, -1))
+    # the key's bias adds one number to all scores of a head: the softmax does not see it
+    carried_BND = torch.einsum("bns,nsd->bnd", query_BNS, key_NSD)
+    scores_BNL = carried_BND @ y_BLD.transpose(1, 2) * query_NSD.shape[1] ** -0.5
+    if mask_B11L is not None:
+        scores_BNL = scores_BNL.masked_fill(~mask_B11L[:, 0], -torch.inf)
+    map_BN1L = scores_BNL.softmax(dim=-1)[:, :, None]
+    found_BND = map_BN1L[:, :, 0] @ y_BLD
+    values_BNS = torch.einsum("bnd,nsd->bns", found_BND, value_NSD)
+    # a map sums to one, but the value's bias is part of the gradient that the CAM takes of it
+    bias_NS = biases[2].unflatten(0, (heads, -1))
+    values_BNS = values_BNS + map_BN1L.sum(dim=-1) * bias_NS
+    return None, map_BN1L, values_BNS.flatten(1)[:, None]

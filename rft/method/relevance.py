@@ -7,7 +7,7 @@ layers. So each A_l is made from its layer's queries, keys and values when the g
 there, and let go; neither all maps nor the L x L product ever exist.
 
 Shapes: B batch, N heads, L = 1 + P tokens, P patches, Q queries (L, or 1 where only the class
-token's output is read), S head width, K classes.
+token attends), S head width, K classes.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-# query (B, N, Q, S), key and value (B, N, L, S)
+# query, key and value, each (B, N, L, S)
 Heads = tuple[Tensor, Tensor, Tensor]
-# one layer: what returns its heads, and its attention's output in the logits' graph, (B, N, Q, S)
-Tap = tuple[Callable[[], Heads], Tensor]
+# One layer: what returns its heads, and their outputs in the logits' graph, (B, N, L, S); or what
+# returns None, and the layer's attention map in that graph, (B, N, Q, L).
+Tap = tuple[Callable[[], Heads | None], Tensor]
 
 # bytes of one fp32 attention map that may exist at once; more images are worked off in parts
 MAP_BYTES = 2**28
@@ -36,17 +37,17 @@ def label_relevance(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) ->
         labels_B: the label of each image.
         taps: the layers, first to last.
     """
-    (heads, output_BNQS), *_ = taps
-    batch, _, tokens, _ = heads()[1].shape
-    row_BL = torch.zeros(batch, tokens, device=output_BNQS.device)
+    heads, first = taps[0]
+    tokens = first.shape[-1] if heads() is None else first.shape[-2]
+    row_BL = torch.zeros(len(first), tokens, device=first.device)
     row_BL[:, 0] = 1
 
-    def consume(heads: Callable[[], Heads], gradient_BNQS: Tensor) -> None:
-        propagate(row_BL, heads(), gradient_BNQS)
+    def consume(heads: Callable[[], Heads | None], watched: Tensor, gradient: Tensor) -> None:
+        propagate(row_BL, (heads, watched), gradient)
 
-    hooks = [output.register_hook(partial(consume, heads)) for heads, output in taps]
+    hooks = [watched.register_hook(partial(consume, heads, watched)) for heads, watched in taps]
     try:
-        torch.autograd.grad(_score(logits_BK, labels_B), output_BNQS, retain_graph=True)
+        torch.autograd.grad(_score(logits_BK, labels_B), first, retain_graph=True)
     finally:
         # the loss goes backward through the same layers
         for hook in hooks:
@@ -54,39 +55,58 @@ def label_relevance(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) ->
     return row_BL[:, 1:]
 
 
-def propagate(row_BL: Tensor, heads: Heads, output_gradient_BNQS: Tensor) -> None:
-    """Take the class token's row of R through one layer, in place: r <- r + r A."""
-    batch, num_heads, queries, _ = output_gradient_BNQS.shape
-    images = max(1, MAP_BYTES // (4 * num_heads * queries * row_BL.shape[1]))
+def propagate(row_BL: Tensor, tap: Tap, gradient: Tensor) -> None:
+    """Take the class token's row of R through one layer, in place: r <- r + r A.
+
+    Args:
+        row_BL: the row, as the layers above left it.
+        tap: the layer.
+        gradient: of the score with respect to the tap's tensor.
+    """
     with torch.no_grad(), torch.autocast(row_BL.device.type, enabled=False):
+        heads, watched = tap[0](), tap[1].detach()
+        batch, num_heads, queries = watched.shape[:3]
+        images = max(1, MAP_BYTES // (4 * num_heads * queries * row_BL.shape[1]))
         for first in range(0, batch, images):
             part = slice(first, first + images)
-            query, key, value = (tensor[part] for tensor in heads)
-            attention_BQL = layer_relevance((query, key, value), output_gradient_BNQS[part])
+            some = None if heads is None else tuple(tensor[part] for tensor in heads)
+            attention_BQL = layer_relevance(some, watched[part], gradient[part])
             row_B1Q = row_BL[part, None, :queries]
             row_BL[part] += (row_B1Q @ attention_BQL)[:, 0]
 
 
-def layer_relevance(heads: Heads, output_gradient_BNQS: Tensor) -> Tensor:
+def layer_relevance(heads: Heads | None, watched: Tensor, gradient: Tensor) -> Tensor:
     """Return A = mean_heads relu(G * P) of one layer, fp32 (B, Q, L)."""
-    probabilities_BNQL, gradient_BNQL = _map_and_gradient(heads, output_gradient_BNQS)
-    return gradient_BNQL.mul_(probabilities_BNQL).relu_().mean(dim=1)
+    probabilities_BNQL, gradient_BNQL = map_and_gradient(heads, watched, gradient)
+    return (gradient_BNQL * probabilities_BNQL).relu_().mean(dim=1)
+
+
+def map_and_gradient(
+    heads: Heads | None, watched: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return P and G = ds/dP of one layer, fp32, both (B, N, Q, L).
+
+    With O = P V, G = dO V^T, so fused attention that never exposes P serves as well.
+    """
+    if heads is None:
+        return watched.float(), gradient.float()
+    query, key, value = (part.detach().float() for part in heads)
+    scale = query.shape[-1] ** -0.5
+    probabilities_BNQL = (query @ key.transpose(-2, -1)).mul_(scale).softmax(dim=-1)
+    return probabilities_BNQL, gradient.float() @ value.transpose(-2, -1)
 
 
 def grad_cam(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor:
     """Return GradCAM over the last layer's attention of the class token, fp32 (B, P).
 
     Each head's map is weighted by the mean of its gradient over the patches, and what the heads'
-    mean leaves above zero is the map (Selvaraju et al. 2017, as Chefer et al. 2021 compare with).
-    Cheaper than `label_relevance` and blind to all layers but the last.
+    mean leaves above zero is the map (Selvaraju et al. 2017, as Chefer et al. 2021 compare with
+    it). Cheaper than `label_relevance` and blind to all layers but the last.
     """
-    heads, output_BNQS = taps[-1]
-    (gradient_BNQS,) = torch.autograd.grad(
-        _score(logits_BK, labels_B), output_BNQS, retain_graph=True
-    )
+    heads, watched = taps[-1]
+    (gradient,) = torch.autograd.grad(_score(logits_BK, labels_B), watched, retain_graph=True)
     with torch.no_grad(), torch.autocast(logits_BK.device.type, enabled=False):
-        query, key, value = heads()
-        maps = _map_and_gradient((query[:, :, :1], key, value), gradient_BNQS[:, :, :1])
+        maps = map_and_gradient(heads(), watched, gradient)
         probabilities_BNP, gradient_BNP = (of_class[:, :, 0, 1:] for of_class in maps)
         weight_BN1 = gradient_BNP.mean(dim=-1, keepdim=True)
         return (weight_BN1 * probabilities_BNP).mean(dim=1).relu()
@@ -103,14 +123,3 @@ def normalise(relevance_BP: Tensor) -> Tensor:
 def _score(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
     # images do not see each other, so one backward pass of the sum gives each its own gradient
     return logits_BK.gather(1, labels_B[:, None]).sum()
-
-
-def _map_and_gradient(heads: Heads, output_gradient_BNQS: Tensor) -> tuple[Tensor, Tensor]:
-    """Return P and G = ds/dP, fp32, both (B, N, Q, L).
-
-    With O = P V, G = dO V^T, so fused attention that never exposes P serves as well.
-    """
-    query, key, value = (part.detach().float() for part in heads)
-    scale = query.shape[-1] ** -0.5
-    probabilities_BNQL = (query @ key.transpose(-2, -1)).mul_(scale).softmax(dim=-1)
-    return probabilities_BNQL, output_gradient_BNQS.float() @ value.transpose(-2, -1)

@@ -133,9 +133,13 @@ def test_masked_keys_and_dropped_tokens_equal_the_tower_without_them(images_BCHW
 def test_dropped_tokens_are_not_computed(images_BCHW, monkeypatch):
     model = build_model()
     lengths = []
-    real = vit._heads
+    real = vit._layer
     monkeypatch.setattr(
-        vit, "_heads", lambda block, x, q: (lengths.append(x.shape[1]), real(block, x, q))[1]
+        vit,
+        "_layer",
+        lambda block, attend, x, mask: (lengths.append(x.shape[1]), real(block, attend, x, mask))[
+            1
+        ],
     )
     patches = model.patches(images_BCHW)
     keep = torch.arange(16).expand(6, 16) < 5

@@ -80,9 +80,7 @@ def grad_cam(model, image_CHW: Tensor, label: int) -> Tensor:
     """GradCAM (P,) over the class token's attention in the last layer, head by head."""
     feature, maps = features(model.visual, image_CHW)
     (gradient,) = torch.autograd.grad(logits(model, feature)[label], maps[-1:])
-    heads = [
-        gradient[h, 0, 1:].mean() * maps[-1][h, 0, 1:].detach() for h in range(len(gradient))
-    ]
+    heads = [gradient[h, 0, 1:].mean() * maps[-1][h, 0, 1:].detach() for h in range(len(gradient))]
     return (sum(heads) / len(heads)).clamp(min=0)
 
 
