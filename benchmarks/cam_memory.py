@@ -7,7 +7,7 @@ beyond the model itself.
   step       the training loop's: maps made again from queries and keys, one layer at a time;
   recompute  the same with --recompute, which keeps each layer's input only.
 Small batches give the memory of an image; then each case is tried at --images under a limit of
---limit-gb. The last line is one JSON object.
+--limit-gb beyond the model. The last line is one JSON object.
 """
 
 import json
@@ -40,17 +40,19 @@ class Arguments:
     small: tuple[int, int] = (2, 4)
     """Two smaller batches, whose difference is the memory of an image."""
     limit_gb: float = 20.0
-    """Memory that a process may have."""
+    """Memory that a process may have beyond the model."""
     save: bool = False
     """Write the result to benchmarks/results/ as well."""
 
 
-def run_case(case: str, model: str, images: int) -> int:
-    """Return the peak bytes of memory beyond the model."""
+def run_case(case: str, model: str, images: int, limit_bytes: int) -> int:
+    """Return the peak bytes of memory beyond the model, of which it may have `limit_bytes`."""
     classifier = build_classifier(model, 1000)
     size = classifier.architecture.image_size
     pixels_BCHW = torch.randint(256, (images, 3, size, size), dtype=torch.uint8)
     labels_B = torch.arange(images)
+    most = memory("VmData") + limit_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     # the peak of building the model does not count
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
@@ -84,9 +86,8 @@ def memory(field: str) -> int:
 
 def child(case: str, model: str, images: int, limit_bytes: int) -> None:
     """Run one case under a limit; print its memory, or exit with FAILED if it has too little."""
-    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     try:
-        print(run_case(case, model, images))
+        print(run_case(case, model, images, limit_bytes))
     except (MemoryError, RuntimeError) as error:
         if "allocate memory" not in str(error):
             raise
@@ -118,10 +119,10 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     few, more = arguments.small
     per_image, whole = {}, {}
     for case in CASES:
-        sizes = [measure_case(case, arguments, images) for images in (few, more)]
-        if None in sizes:
+        low, high = (measure_case(case, arguments, images) for images in (few, more))
+        if low is None or high is None:
             raise ValueError(f"{case} does not even fit {more} images; raise --limit-gb")
-        per_image[case] = (sizes[1] - sizes[0]) / (more - few)
+        per_image[case] = (high - low) / (more - few)
         print(f"{case:10s} {per_image[case] / 1e6:8.0f} MB an image", flush=True)
     for case in CASES:
         whole[case] = measure_case(case, arguments, arguments.images)

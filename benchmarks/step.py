@@ -108,10 +108,14 @@ def build_job(
     )
 
 
-def vanilla_step(model: Classifier, images_BCHW: Tensor, labels_B: Tensor) -> None:
+def vanilla_step(
+    model: Classifier, images_BCHW: Tensor, labels_B: Tensor, precision: Precision = "fp32"
+) -> None:
     """Leave the cross-entropy's gradient, through open_clip's own forward."""
-    features_BE = model.visual((images_BCHW.float() - model._mean_C11) / model._std_C11)
-    losses.classification(model.logits(features_BE), labels_B).backward()
+    with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        features_BE = model.visual((images_BCHW.float() - model._mean_C11) / model._std_C11)
+        cross_entropy = losses.classification(model.logits(features_BE), labels_B)
+    cross_entropy.backward()
 
 
 def textbook_step(objective: Objective, images_BCHW: Tensor, labels_B: Tensor) -> None:
@@ -183,26 +187,26 @@ def build_steps(
     optimizer = build_optimizer(job.objective, job.config.optim)
     batch = Batch(images_BCHW, labels_B, labels_B)
 
-    def whole(gradients: Callable[[], Any], *, bf16: bool, clips: bool = True) -> None:
-        torch.set_float32_matmul_precision("highest" if device.type == "cpu" else "high")
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            gradients()
+    def whole(gradients: Callable[[], Any], precision: Precision, *, clips: bool = True) -> None:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        gradients()
         if clips:
             nn.utils.clip_grad_norm_(student.parameters(), job.config.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
 
     def ours(job: Job) -> Callable[[], None]:
-        # the loop enters autocast and clips by itself
+        # the loop clips by itself
         gradients = lambda: accumulate_gradients(job, job.objective, batch, step=0)  # noqa: E731
-        return lambda: whole(gradients, bf16=False, clips=False)
+        return lambda: whole(gradients, precision, clips=False)
 
     steps = {
         "vanilla": lambda: whole(
-            lambda: vanilla_step(student, images_BCHW, labels_B), bf16=precision == "bf16"
+            lambda: vanilla_step(student, images_BCHW, labels_B, precision), precision
         ),
         "textbook": lambda: whole(
-            lambda: textbook_step(job.objective, images_BCHW, labels_B), bf16=False
+            lambda: textbook_step(job.objective, images_BCHW, labels_B),
+            "fp32" if device.type == "cpu" else "tf32",
         ),
         "step": ours(job),
     }
@@ -258,7 +262,7 @@ def phase_seconds(step: Callable[[], None], device: torch.device) -> dict[str, f
         synchronize(device)
         seconds[name] += time.perf_counter() - started
 
-    modules = (rft.train.loop, rft.train.objective)
+    modules: tuple[Any, ...] = (rft.train.loop, rft.train.objective)
     original = rft.train.loop.record_function
     try:
         for module in modules:

@@ -7,7 +7,6 @@ takes a table between the lines
 """
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +45,8 @@ def with_tables(page: str) -> str:
 def copy_report(folder: Path, report: str, name: str) -> None:
     """Copy a report below `folder` and what made its runs to docs/results/`name`."""
     results = ROOT / RESULTS / name
-    results.mkdir(parents=True, exist_ok=True)
     for file in COPIED:
-        shutil.copyfile(folder / report / file, results / file)
+        files.write_bytes(str(results / file), (folder / report / file).read_bytes())
     provenance = files.read_json(str(folder / "runs/zero-shot-seed0/provenance.json"))
     files.write_json(str(results / "provenance.json"), provenance)
     print(f"copied {folder / report} to {RESULTS}/{name}")
@@ -61,9 +59,10 @@ def main() -> None:
         copy_report(arguments.demo, "report", "miniature")
     if arguments.reproduction is not None:
         copy_report(arguments.reproduction, "reproduction", "reproduction")
-    for name in PAGES:
-        page = ROOT / name
-        page.write_text(with_tables(page.read_text()))
+    # all of them before the first is written: a table may be missing
+    pages = {name: with_tables((ROOT / name).read_text()) for name in PAGES}
+    for name, text in pages.items():
+        files.write_bytes(str(ROOT / name), text.encode())
         print(f"updated {name}")
 
 

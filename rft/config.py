@@ -5,6 +5,7 @@ command line read this too. Numbers are the paper's (appendix A.1) unless a comm
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -133,6 +134,13 @@ class MethodConfig:
         _require(0 <= self.rate <= 1, "method.rate", self.rate, "in [0, 1]")
         _require(self.distill_weight >= 0, "method.distill_weight", self.distill_weight, ">= 0")
         _require(self.kd_weight >= 0, "method.kd_weight", self.kd_weight, ">= 0")
+        # an option without effect is a mistake that nobody would see
+        masks = self.distill_weight > 0 or self.mask == "none"
+        _require(masks, "method.mask", self.mask, "none where distill-weight is 0")
+        fills = self.mask != "none" or self.fill == "none"
+        _require(fills, "method.fill", self.fill, "none where nothing is masked")
+        taught = self.kd_weight > 0 or not self.kd_teacher
+        _require(taught, "method.kd_teacher", self.kd_teacher, "empty where kd-weight is 0")
         _require(self.kd_temperature > 0, "method.kd_temperature", self.kd_temperature, "above 0")
 
 
@@ -166,7 +174,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "optim.epochs", self.epochs, "0 or more")
-        _require(self.lr > 0, "optim.lr", self.lr, "above 0")
+        _require(0 < self.lr < math.inf, "optim.lr", self.lr, "above 0 and finite")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        for name in ("beta1", "beta2"):
+            beta = getattr(self, name)
+            _require(0 <= beta < 1, f"optim.{name}", beta, "in [0, 1)")
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
         _require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "above 0")
         _require(self.accumulate > 0, "optim.accumulate", self.accumulate, "at least 1")
@@ -215,7 +227,8 @@ class Config:
     order_seed: int | None = None
     """Seed of the sample order; the run's seed if not given."""
     precision: Precision = "fp32"
-    """Of the towers' matrix products; CAM, losses, head and optimizer are fp32 in all three."""
+    """tf32 is for every matrix product, bf16 for the towers' alone: CAM, losses and head stay fp32.
+    Weights and optimizer are fp32 in all three."""
     device: Device = "auto"
     recompute: bool = False
     """Keep only each layer's input and compute the layer again in the backward pass (activation
@@ -229,13 +242,13 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        distils = self.method.distill_weight > 0
-        _require(
-            not (distils and self.optim.trains == "head"),
-            "method.distill_weight",
-            self.method.distill_weight,
-            "0 where only the head is trained, because no feature changes",
-        )
+        weight = self.method.distill_weight
+        learns = weight == 0 or self.optim.trains == "all"
+        wanted = "0 where only the head is trained, because no feature changes"
+        _require(learns, "method.distill_weight", weight, wanted)
+        sees = self.model.head == "zero-shot" or not (self.method.needs_cam or self.model.start)
+        wanted = "zero-shot where a CAM looks through it, or another run's head replaces it"
+        _require(sees, "model.head", self.model.head, wanted)
 
     @property
     def held_out_seed(self) -> int:
@@ -283,9 +296,9 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """Return the part of the configuration that decides the result.
 
-        Where data, weights and the run lie, what is logged, how many processes read and how the
-        same numbers are computed may change between two starts of one run; the data's and the
-        weights' own identity is the hash in the checkpoint's fingerprint.
+        Where data and the run lie, what is logged, how many processes read and how the same numbers
+        are computed may change between two starts of one run. The identity of the data and of all
+        weights that a run builds on is their hash in the checkpoint's fingerprint.
         """
         document = self.to_dict()
         for name in ("data", "train_set", "run", "log", "device", "recompute", "compile"):

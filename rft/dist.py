@@ -137,6 +137,9 @@ def data_parallel(world: World, module: nn.Module, device: torch.device) -> nn.M
     """Wrap `module` so that backward averages its gradients over the ranks."""
     if world.size == 1:
         return module
+    # constants, the same everywhere: broadcast in each step they make all ranks wait for the first
+    constants = [name for name, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=device_ids)
 

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rft import cli, recipes
+from rft import cli, files, recipes
 from rft.config import Preset
 
 NAMES = (*recipes.TRAINED, *recipes.MERGED)
@@ -71,8 +71,10 @@ class Plan:
         for name in self.only:
             if name not in NAMES:
                 raise cli.unknown("recipe", name, sorted(NAMES))
+        files.require_local(self.runs, "--runs")
         for option in self.options:
-            if option.partition("=")[0] in PLANNED:
+            # an option may be written with either
+            if option.partition("=")[0].replace("_", "-") in PLANNED:
                 raise ValueError(f"{option} cannot be the same in every training: the plan sets it")
 
     @property

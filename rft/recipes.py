@@ -271,11 +271,16 @@ def build(
 
 
 def require_inputs(config: Config) -> None:
-    """Check that a recipe which builds on another run was told which.
+    """Check that a recipe which builds on another run was told which, and that no other was.
 
     Raises:
         ValueError: naming the option.
     """
+    if config.recipe == "zero-shot" and (config.model.start or config.optim.epochs):
+        raise ValueError(
+            "zero-shot is the pre-trained model as it is: without --model.start or epochs; vanilla "
+            "trains"
+        )
     if config.recipe == "lp-ft" and not config.model.start:
         raise ValueError(
             "lp-ft starts from a linear probe; train linear-probe and give its run with "

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from rft import files, recipes
-from rft.config import Config, LoaderConfig, MethodConfig
+from rft.config import Config, LoaderConfig, MethodConfig, ModelConfig, OptimConfig
 from rft.report import paper
 
 
@@ -95,6 +95,24 @@ def test_help_shows_every_system_and_the_grid():
         (lambda: LoaderConfig(batch_size=64, streams=3), "loader.streams is 3"),
         (lambda: MethodConfig(threshold=1.5), "method.threshold is 1.5"),
         (lambda: MethodConfig(kd_temperature=0), "method.kd_temperature is 0"),
+        (lambda: MethodConfig(mask="object", distill_weight=0), "method.mask is object; it must"),
+        (lambda: MethodConfig(fill="single"), "method.fill is single; it must be none where"),
+        (lambda: MethodConfig(kd_teacher="x"), "method.kd_teacher is x; it must be empty"),
+        (lambda: OptimConfig(lr=float("inf")), "optim.lr is inf"),
+        (lambda: OptimConfig(beta1=1.0), "optim.beta1 is 1.0"),
+        (lambda: OptimConfig(weight_decay=-1), "optim.weight_decay is -1"),
+        (
+            lambda: dataclasses.replace(
+                recipes.build("object-mask-single-fill"), model=ModelConfig(head="random")
+            ),
+            "model.head is random; it must be zero-shot where a CAM",
+        ),
+        (
+            lambda: recipes.require_inputs(
+                dataclasses.replace(recipes.build("zero-shot"), model=ModelConfig(start="x"))
+            ),
+            "zero-shot is the pre-trained model as it is",
+        ),
         (lambda: recipes.build("wise-ft"), "not trained but merged: python -m rft.merge"),
         (lambda: recipes.build("vanilla", preset="official"), "unknown preset 'official'"),
         (

@@ -60,6 +60,7 @@ class Classifier(nn.Module):
         *,
         keep_BP: Tensor | None = None,
         most: int | None = None,
+        ragged: bool = True,
         taps: list[vit.AttentionTap] | None = None,
         recompute: bool = False,
     ) -> Tensor:
@@ -70,6 +71,7 @@ class Classifier(nn.Module):
             keep_BP: bool; patches that are False take no part, as if they were not there.
             most: with it, tokens are dropped and not only masked: the number of patches that an
                 image keeps, or the largest one where images keep different numbers.
+            ragged: whether they do.
             taps: if given, one tap on each layer's attention is appended.
             recompute: compute the layers again in the backward pass to save memory.
         """
@@ -77,6 +79,8 @@ class Classifier(nn.Module):
         if most is not None:
             assert keep_BP is not None, "nothing says which tokens to keep"
             tokens_BLD, keep_BP = vit.drop_tokens(tokens_BLD, keep_BP, most)
+            # no mask at all leaves attention its fastest kernel
+            keep_BP = keep_BP if ragged else None
         return vit.encode(self.visual, tokens_BLD, keep_BP=keep_BP, taps=taps, recompute=recompute)
 
     def logits(self, features_BE: Tensor) -> Tensor:

@@ -164,8 +164,10 @@ def _tapped_layer(
         )
 
         def heads_again() -> Heads | None:
+            if attend is _class_attention:
+                return None
             with torch.no_grad(), precision:
-                return attend(block.attn, block.ln_1(x_BLD), mask_B11L)[0]
+                return _heads(block.attn, block.ln_1(x_BLD))
 
         taps.append(AttentionTap(heads_again, watched))
     return x_BQD
@@ -182,13 +184,18 @@ def _layer(
 def _attention(
     attention: nn.MultiheadAttention, y_BLD: Tensor, mask_B11L: Tensor | None
 ) -> tuple[Heads, Tensor, Tensor]:
+    heads = _heads(attention, y_BLD)
+    output_BNLS = F.scaled_dot_product_attention(*heads, attn_mask=mask_B11L)
+    return heads, output_BNLS, output_BNLS.transpose(1, 2).flatten(2)
+
+
+def _heads(attention: nn.MultiheadAttention, y_BLD: Tensor) -> Heads:
     projected = F.linear(y_BLD, attention.in_proj_weight, attention.in_proj_bias)
     query, key, value = (
         part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
         for part in projected.chunk(3, dim=-1)
     )
-    output_BNLS = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B11L)
-    return (query, key, value), output_BNLS, output_BNLS.transpose(1, 2).flatten(2)
+    return query, key, value
 
 
 def _class_attention(

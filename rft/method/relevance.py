@@ -37,9 +37,9 @@ def label_relevance(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) ->
         labels_B: the label of each image.
         taps: the layers, first to last.
     """
-    heads, first = taps[0]
-    tokens = first.shape[-1] if heads() is None else first.shape[-2]
-    row_BL = torch.zeros(len(first), tokens, device=first.device)
+    heads, last = taps[-1]
+    tokens = last.shape[-1] if heads() is None else last.shape[-2]
+    row_BL = torch.zeros(len(last), tokens, device=last.device)
     row_BL[:, 0] = 1
 
     def consume(heads: Callable[[], Heads | None], watched: Tensor, gradient: Tensor) -> None:
@@ -47,7 +47,7 @@ def label_relevance(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) ->
 
     hooks = [watched.register_hook(partial(consume, heads, watched)) for heads, watched in taps]
     try:
-        torch.autograd.grad(_score(logits_BK, labels_B), first, retain_graph=True)
+        _gradient(logits_BK, labels_B, taps[0][1])
     finally:
         # the loss goes backward through the same layers
         for hook in hooks:
@@ -69,7 +69,7 @@ def propagate(row_BL: Tensor, tap: Tap, gradient: Tensor) -> None:
         images = max(1, MAP_BYTES // (4 * num_heads * queries * row_BL.shape[1]))
         for first in range(0, batch, images):
             part = slice(first, first + images)
-            some = None if heads is None else tuple(tensor[part] for tensor in heads)
+            some = None if heads is None else (heads[0][part], heads[1][part], heads[2][part])
             attention_BQL = layer_relevance(some, watched[part], gradient[part])
             row_B1Q = row_BL[part, None, :queries]
             row_BL[part] += (row_B1Q @ attention_BQL)[:, 0]
@@ -104,7 +104,7 @@ def grad_cam(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor
     it). Cheaper than `label_relevance` and blind to all layers but the last.
     """
     heads, watched = taps[-1]
-    (gradient,) = torch.autograd.grad(_score(logits_BK, labels_B), watched, retain_graph=True)
+    gradient = _gradient(logits_BK, labels_B, watched)
     with torch.no_grad(), torch.autocast(logits_BK.device.type, enabled=False):
         maps = map_and_gradient(heads(), watched, gradient)
         probabilities_BNP, gradient_BNP = (of_class[:, :, 0, 1:] for of_class in maps)
@@ -120,6 +120,10 @@ def normalise(relevance_BP: Tensor) -> Tensor:
     return relevance_BP / (relevance_BP.amax(dim=1, keepdim=True) + 1e-8)
 
 
-def _score(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+def _gradient(logits_BK: Tensor, labels_B: Tensor, tensor: Tensor) -> Tensor:
+    """Return the gradient of the labels' logits; their graph stays."""
     # images do not see each other, so one backward pass of the sum gives each its own gradient
-    return logits_BK.gather(1, labels_B[:, None]).sum()
+    score = logits_BK.gather(1, labels_B[:, None]).sum()
+    # a backward pass has its forward's precision by itself; autocast would lower the head's
+    with torch.autocast(logits_BK.device.type, enabled=False):
+        return torch.autograd.grad(score, tensor, retain_graph=True)[0]

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import io
 import itertools
 import os
@@ -149,7 +150,8 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
         held_out=held_out,
         fingerprint={
             **fingerprint(packed, plan, loader.held_out, config.held_out_seed),
-            **weights_fingerprint(config),
+            **inputs_fingerprint(config),
+            "pretrained_sha256": tower_sha256(teacher),
         },
     )
 
@@ -206,16 +208,40 @@ def load_alike(model: Classifier, path: str, option: str) -> None:
     model.load_state_dict(state)
 
 
-def weights_fingerprint(config: Config) -> dict[str, str]:
-    """Return the hashes of the weights files that a run builds on."""
-    paths = {"start": config.model.start}
-    if config.method.kd_weight > 0:
-        paths["kd_teacher"] = config.method.kd_teacher
+def inputs_fingerprint(config: Config) -> dict[str, str]:
+    """Return the hashes of the runs' weights that a run builds on."""
+    paths = {"start": config.model.start, "kd_teacher": config.method.kd_teacher}
     return {
         f"{name}_sha256": files.sha256_file(checkpoint_path(Path(path)))
         for name, path in paths.items()
         if path
     }
+
+
+def require_same_inputs(config: Config) -> None:
+    """Check that a finished run was built on the weights that are named now.
+
+    Raises:
+        ValueError: with the difference.
+    """
+    finished = files.read_json(str(Path(config.run) / "training.json"))
+    if changed := files.difference(finished.get("inputs", {}), inputs_fingerprint(config)):
+        raise ValueError(
+            f"{config.run} is a finished run that was built on other weights: "
+            f"{'; '.join(changed)}. Name those again, or choose another --run-dir"
+        )
+
+
+def tower_sha256(model: Classifier) -> str:
+    """Return the hash of the image tower's weights, whatever file or name they came from.
+
+    The head is left out: text embeddings may differ in their last bits from device to device.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.visual.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def run_job(job: Job) -> None:
@@ -227,9 +253,10 @@ def run_job(job: Job) -> None:
         return
     with RunFolder(config) as run:
         progress = train(job)
-        if len(job.held_out) and config.method.mask != "none":
-            packed = job.batches.packed
-            shown = one_of_each_class(packed.index.label, job.held_out, 8)
+        packed = job.batches.packed
+        shown = one_of_each_class(packed.index.label, job.held_out, 8)
+        # a picture of a fill needs another image
+        if config.method.masks and len(shown) > 1:
             state, architecture, _ = load_state(run.path / SELECTED)
             model = build_classifier(state, architecture)
             gallery = str(run.path / "gallery.npz")
@@ -240,6 +267,7 @@ def run_job(job: Job) -> None:
                 "best_step": progress.best_step,
                 "world_size": world.size,
                 "manifest_sha256": job.fingerprint["manifest_sha256"],
+                "inputs": inputs_fingerprint(config),
             }
         )
     print(f"run finished: {config.run} (model of step {progress.best_step} selected)")
@@ -253,6 +281,7 @@ def main() -> None:
     if not config.data:
         config = use_embedded_world(config, world)
     if is_finished(config):
+        require_same_inputs(config)
         if world.is_main:
             print(f"run already finished: {config.run}")
         return

@@ -120,16 +120,20 @@ def accumulate_gradients(
     for micro, (images_BCHW, labels_B) in enumerate(micros):
         ends = micro == parts - 1 or optim.clip == "micro-step"
         draws = draw_micro_batch(job, step, micro, len(images_BCHW))
-        with dist.skip_sync(module, draws is not None or not ends), precision(job):
-            clean = module(images_BCHW, labels_B, draws)
+        with dist.skip_sync(module, draws is not None or not ends):
+            # not around backward, which has its forward's precision by itself
+            with precision(job):
+                clean = module(images_BCHW, labels_B, draws)
             with record_function("clean backward"):
                 (clean.loss / parts).backward()
         terms[0] += clean.cross_entropy.detach() / parts
         terms[1] += clean.logit_distillation.detach() / parts
+        terms[2] += clean.mse.detach() / parts
         if draws is not None:
             pool = images_BCHW if pool_ZCHW is None else pool_ZCHW
-            with dist.skip_sync(module, not ends), precision(job):
-                mse = module(pool, labels_B, draws, clean.donor_BP)
+            with dist.skip_sync(module, not ends):
+                with precision(job):
+                    mse = module(pool, labels_B, draws, clean.donor_BP)
                 with record_function("counterfactual backward"):
                     (weight * mse / parts).backward()
             terms[2] += mse.detach() / parts
@@ -149,13 +153,13 @@ def donor_pool(job: Job, images_BCHW: Tensor) -> Tensor | None:
 
 
 def draw_micro_batch(job: Job, step: int, micro: int, images: int) -> Draws | None:
-    """Return the draws of one micro-batch of this rank; None without a counterfactual part.
+    """Return the draws of one micro-batch of this rank; None where nothing is masked.
 
     From a global pool all ranks draw the same numbers for the whole batch, so that the result does
     not depend on how many ranks or micro-batches it is cut into.
     """
     config, world = job.config, job.world
-    if not job.objective.distils:
+    if not config.method.masks:
         return None
     pool = config.donor_pool(world.size)
     own, rank, part = range(images), world.rank, micro

@@ -4,7 +4,8 @@ L = CE(g(f(x)), y) + gamma KD(g(f(x)), g_e(f_e(x))) + beta MSE(f(x_cf), f_0(x_cf
 
 f_0 is the frozen pre-trained tower; the ensemble (f_e, g_e) is WiSE-KD's second teacher, if there
 is one. One module holds all models so that data parallelism wraps it as a whole. A step is two
-calls with a backward after each, and only one of the two graphs is ever alive:
+calls with a backward after each, and only one of the two graphs is ever alive; without masks, where
+x_cf = x, the first is enough:
   clean: one forward of x serves the cross-entropy and the CAM that decides the donors;
   counterfactual: student and teacher see the same refilled patches.
 What chance decides is drawn before the first call, on the CPU, so that nothing waits for a GPU.
@@ -46,7 +47,7 @@ class Draws(NamedTuple):
     """What is known of a micro-batch's counterfactuals before any model has seen it."""
 
     mask_BP: Tensor | None
-    """Random masks, or none at all; None if the CAM decides."""
+    """Random masks; None if the CAM decides."""
     source_BP: Tensor
     """Where a masked patch comes from (rft/method/refill.py); its sizes may be 1."""
     own_B1: Tensor
@@ -71,10 +72,12 @@ class Clean(NamedTuple):
     """What the clean call returns."""
 
     loss: Tensor
-    """Cross-entropy plus gamma times the distillation of logits; to be sent backward."""
+    """All of the step's loss but the counterfactual part, weighted; to be sent backward."""
     cross_entropy: Tensor
     logit_distillation: Tensor
     """0 without a second teacher."""
+    mse: Tensor
+    """Of the features on the clean images; 0 if they are not what is distilled on."""
     donor_BP: Tensor | None
     """The counterfactuals' index map; None if there is no counterfactual part."""
 
@@ -101,11 +104,6 @@ class Objective(nn.Module):
         self.recompute = recompute
         # the clean forward of a step with a CAM stays as it is: its attention is looked into
         self._features: Features = torch.compile(_features) if compile else _features
-
-    @property
-    def distils(self) -> bool:
-        """Whether a step has a counterfactual part."""
-        return self.method.distill_weight > 0
 
     def forward(
         self,
@@ -136,14 +134,20 @@ class Objective(nn.Module):
             features_BE = features(self.student, patches_BPV, taps=taps, recompute=self.recompute)
             logits_BK = self.student.logits(features_BE)
             cross_entropy = losses.classification(logits_BK, labels_B)
-        loss, logit_distillation = cross_entropy, torch.zeros_like(cross_entropy)
+        loss = cross_entropy
+        logit_distillation = mse = torch.zeros_like(cross_entropy)
         if self.ensemble is not None:
             with record_function("second teacher"), torch.no_grad():
                 taught_BK = self.ensemble.logits(self._features(self.ensemble, patches_BPV))
             logit_distillation = losses.knowledge_distillation(
                 logits_BK, taught_BK, self.method.kd_temperature
             )
-            loss = cross_entropy + self.method.kd_weight * logit_distillation
+            loss = loss + self.method.kd_weight * logit_distillation
+        if self.method.distill_weight > 0 and not self.method.masks:
+            with record_function("teacher forward"), torch.no_grad():
+                teacher_BE = self._features(self.teacher, patches_BPV)
+            mse = losses.feature_mse(features_BE, teacher_BE)
+            loss = loss + self.method.distill_weight * mse
         donor_BP = None
         if draws is not None:
             mask_BP = draws.mask_BP
@@ -152,7 +156,7 @@ class Objective(nn.Module):
                     mask_BP = cam_mask(self.method, cam(self.method, logits_BK, labels_B, taps))
             assert mask_BP is not None, "neither chance nor a CAM decides the masks"
             donor_BP = refill.donors(mask_BP, draws.source_BP, draws.own_B1)
-        return Clean(loss, cross_entropy, logit_distillation, donor_BP)
+        return Clean(loss, cross_entropy, logit_distillation, mse, donor_BP)
 
     def _counterfactual(self, pool_ZCHW: Tensor, draws: Draws, donor_BP: Tensor) -> Tensor:
         pool_ZPV = vit.cut_patches(pool_ZCHW, self.student.patch_side)
@@ -162,6 +166,7 @@ class Objective(nn.Module):
         if self.method.drops:
             keep_BP = donor_BP != refill.DROP
             dropping = {"keep_BP": keep_BP, "most": self._most_kept(draws, keep_BP)}
+            dropping["ragged"] = draws.kept is None
         with record_function("teacher forward"), torch.no_grad():
             teacher_BE = self._features(self.teacher, patches_BPV, **dropping)
         with record_function("counterfactual forward"):
@@ -211,16 +216,15 @@ def draw(method: MethodConfig, own: range, patches: int, pool: int, address: Ste
     not depend on who draws them if the address does not.
     """
     rows = slice(own.start, own.stop)
+    assert method.masks, "nothing is decided where nothing is masked"
     mask_BP, kept = None, None
-    if not method.masks:
-        mask_BP = torch.zeros(len(own), patches, dtype=torch.bool)
-    elif method.mask == "random":
+    if method.mask == "random":
         kinds = {True: masking.fixed_count_mask, False: masking.bernoulli_mask}
         generator = address.generator("mask")
         mask_BP = kinds[method.fixed_count]((pool, patches), method.rate, generator)[rows]
         if method.drops and method.fixed_count:
             kept = masking.kept_patches(patches, method.rate)
-    if not method.masks or method.drops:
+    if method.drops:
         source_BP = torch.tensor([[refill.DROP]])
     elif method.fill == "multi":
         source_BP = refill.multi_sources(pool, patches, address.generator("fill"))[rows]

@@ -54,7 +54,7 @@ def one_cycle(step: int, total_steps: int, config: OptimConfig) -> tuple[float, 
     low, high = config.lr / 25, config.lr
     peak, end = 0.02 * total_steps - 1, total_steps - 1
     if step <= peak:
-        done = step / peak
+        done = step / peak if peak else 1.0  # 2% of 50 steps is the first one
         return _cosine(low, high, done), _cosine(0.95, 0.85, done)
     done = (step - peak) / (end - peak)
     return _cosine(high, low / 1e4, done), _cosine(0.85, 0.95, done)

@@ -30,7 +30,8 @@ def main(recipe: str, donors: str, accumulate: int, out: str) -> None:
         config,
         loader=dataclasses.replace(config.loader, batch_size=BATCH),
         method=dataclasses.replace(config.method, donors=donors),
-        optim=dataclasses.replace(config.optim, accumulate=accumulate),
+        # unclipped: clipping would hide a wrong scale
+        optim=dataclasses.replace(config.optim, accumulate=accumulate, clip_norm=1e9),
     )
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(256, (BATCH, 3, 16, 16), generator=generator, dtype=torch.uint8)
@@ -38,12 +39,14 @@ def main(recipe: str, donors: str, accumulate: int, out: str) -> None:
     share = BATCH // world.size
     mine = slice(world.rank * share, (world.rank + 1) * share)
     device = torch.device("cpu")
+    student = build_model(0)
+    student.visual.requires_grad_(config.optim.trains == "all")
     with dist.process_group(world, device):
         job = Job(
             config=config,
             world=world,
             device=device,
-            objective=Objective(build_model(0), build_model(1), config.method),
+            objective=Objective(student, build_model(1), config.method),
             batches=FixedBatches(),
             held_out=[],
             fingerprint={},
@@ -53,7 +56,8 @@ def main(recipe: str, donors: str, accumulate: int, out: str) -> None:
         batch = Batch(images[mine], labels[mine], labels[mine])
         accumulate_gradients(job, module, batch, step=0)
         if world.is_main:
-            gradients = {n: p.grad for n, p in job.student.named_parameters()}
+            named = job.student.named_parameters()
+            gradients = {n: p.grad for n, p in named if p.requires_grad}
             torch.save(gradients, Path(out))
 
 

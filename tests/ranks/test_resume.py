@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rft import files
+from rft.clip.classifier import LAST, SELECTED
 from tests.tiny import environment, kill_when, torchrun, torchrun_command
 
 
@@ -29,14 +30,14 @@ def leaves(value) -> list:
     return [value.numpy().tobytes() if isinstance(value, torch.Tensor) else value]
 
 
-def outcome(run: Path) -> tuple[str, list, list[dict]]:
-    """The selected weights' hash, the last checkpoint's content and the held-out counts."""
+def outcome(run: Path) -> tuple[list[str], list, list[dict]]:
+    """The hashes of both weights files, the last checkpoint's content and the held-out counts."""
     last = max((run / "checkpoints").glob("step-*.pt"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == sorted(set(steps)), "a resumed run logs each step once"
     return (
-        files.sha256_file(run / "checkpoints" / "best.safetensors"),
+        [files.sha256_file(run / which) for which in (SELECTED, LAST)],
         leaves(torch.load(last, weights_only=True)),
         [line for line in lines if "held_out_correct" in line],
     )

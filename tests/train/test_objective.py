@@ -15,7 +15,7 @@ from tests.conftest import build_model
 from tests.reference import textbook
 
 ADDRESS = StepAddress(seed=0, step=3, rank=0, micro=0)
-DISTILLING = [n for n in recipes.names() if recipes.build(n).method.distill_weight > 0]
+MASKED = [n for n in recipes.names() if recipes.build(n).method.masks]
 OPTIONS = {
     "fixed random masks": ("random-mask-single-fill", {"random_mask": "fixed"}),
     "bernoulli masks dropped": ("random-mask-no-fill", {"random_mask": "bernoulli"}),
@@ -39,11 +39,11 @@ def draw_for(method: MethodConfig, images, address=ADDRESS) -> Draws:
 
 def step(objective: Objective, images, labels):
     """One step as the loop does it; returns the clean losses, the MSE and the donors."""
-    draws = draw_for(objective.method, images) if objective.distils else None
+    draws = draw_for(objective.method, images) if objective.method.masks else None
     clean = objective(images, labels, draws)
     clean.loss.backward()
     if clean.donor_BP is None:
-        return clean, None, None
+        return clean, clean.mse, None
     mse = objective(images, labels, draws, clean.donor_BP)
     (objective.method.distill_weight * mse).backward()
     return clean, mse, clean.donor_BP
@@ -53,6 +53,9 @@ def check_against_textbook(method, images, labels, **options):
     objective = build_objective(method, **options)
     student = objective.student
     clean, mse, donor_BP = step(objective, images, labels)
+    whole = clean.loss if donor_BP is None else clean.loss + method.distill_weight * mse
+    if donor_BP is None:
+        donor_BP = torch.arange(len(images))[:, None].expand(-1, 16)
     plain = copy.deepcopy(student)
     plain.zero_grad()
     loss = textbook.step_loss(
@@ -65,14 +68,15 @@ def check_against_textbook(method, images, labels, **options):
         objective.ensemble,
     )
     loss.backward()
-    torch.testing.assert_close(clean.loss + method.distill_weight * mse, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole, loss, rtol=1e-5, atol=1e-5)
     for (key, fast), slow in zip(student.named_parameters(), plain.parameters(), strict=True):
-        scale = slow.grad.abs().max().clamp(min=1)
+        # relative to the tensor's largest entry; a key's bias has no gradient at all
+        scale = slow.grad.abs().max().clamp(min=1e-3)
         difference = (fast.grad - slow.grad).abs().max() / scale
         assert difference < 1e-5, f"{key}: {difference}"
 
 
-@pytest.mark.parametrize("name", DISTILLING)
+@pytest.mark.parametrize("name", [n for n in recipes.names() if n != "linear-probe"])
 def test_gradients_equal_the_textbook_step(name, images_BCHW, labels_B):
     check_against_textbook(method_of(name), images_BCHW, labels_B)
 
@@ -84,7 +88,7 @@ def test_options_too_have_the_textbook_gradients(option, images_BCHW, labels_B):
 
 
 @pytest.mark.parametrize("no_fill", ["key-mask", "token-drop"])
-@pytest.mark.parametrize("name", [n for n in DISTILLING if n.endswith("no-fill")])
+@pytest.mark.parametrize("name", [n for n in MASKED if n.endswith("no-fill")])
 def test_dropped_tokens_equal_masked_keys(name, no_fill, images_BCHW, labels_B):
     method = replace(method_of(name), no_fill=no_fill, threshold=0.5)
     check_against_textbook(method, images_BCHW, labels_B)
@@ -117,7 +121,7 @@ def test_object_donors_come_from_the_students_cam(images_BCHW, labels_B):
 
 def test_vanilla_has_no_counterfactual_part(images_BCHW, labels_B):
     clean, mse, donors = step(build_objective(method_of("vanilla")), images_BCHW, labels_B)
-    assert mse is None
+    assert mse == 0
     assert donors is None
     assert clean.loss == clean.cross_entropy > 0
     assert clean.logit_distillation == 0
@@ -127,7 +131,7 @@ def test_the_second_teacher_adds_its_loss(images_BCHW, labels_B):
     method = method_of("wise-kd-vanilla")
     objective = build_objective(method)
     clean, mse, _ = step(objective, images_BCHW, labels_B)
-    assert mse is None
+    assert mse == 0
     with torch.no_grad():
         student, teacher = objective.student(images_BCHW), objective.ensemble(images_BCHW)
     expected = textbook.kd(student, teacher, 10)
@@ -196,8 +200,7 @@ def test_a_context_mask_without_relevance_drops_every_patch(no_fill, images_BCHW
 @pytest.mark.parametrize("name", ["vanilla", "no-mask", "object-mask-no-fill"])
 def test_a_batch_of_one_image_trains(name, images_BCHW, labels_B):
     clean, mse, _ = step(build_objective(method_of(name)), images_BCHW[:1], labels_B[:1])
-    assert torch.isfinite(clean.loss)
-    assert mse is None or torch.isfinite(mse)
+    assert torch.isfinite(clean.loss + mse)
 
 
 def test_the_loss_weights_do_not_reach_the_cam(images_BCHW, labels_B):
@@ -223,3 +226,32 @@ def test_a_compiled_step_has_the_same_gradients(images_BCHW, labels_B, monkeypat
         plain.student.named_parameters(), compiled.student.parameters(), strict=True
     ):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_heads_gradient_is_fp32_under_bf16(images_BCHW, labels_B):
+    objective = build_objective(method_of("vanilla"))
+    with torch.autocast("cpu", torch.bfloat16):
+        clean = objective(images_BCHW, labels_B, None)
+        features_BE = objective.student.features(objective.student.patches(images_BCHW)).detach()
+    clean.loss.backward()
+    head = copy.deepcopy(objective.student.head)
+    head.zero_grad()
+    logits_BK = head(torch.nn.functional.normalize(features_BE.float(), dim=-1))
+    torch.nn.functional.cross_entropy(logits_BK, labels_B).backward()
+    torch.testing.assert_close(
+        objective.student.head.weight.grad, head.weight.grad, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_tokens_of_one_number_need_no_mask(images_BCHW, labels_B, monkeypatch):
+    masks = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*heads, attn_mask=None):
+        masks.append(attn_mask)
+        return real(*heads, attn_mask=attn_mask)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    step(build_objective(method_of("random-mask-no-fill")), images_BCHW, labels_B)
+    assert len(masks) == 6, "two layers before the last, three forwards"
+    assert all(mask is None for mask in masks)

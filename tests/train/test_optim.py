@@ -29,6 +29,15 @@ def test_landmarks_of_the_released_codes_schedule():
     assert one_cycle(total - 1, total, config) == pytest.approx((1.2e-10, 0.95))
 
 
+def test_one_cycle_is_finite_for_runs_of_any_length():
+    config = OptimConfig(schedule="one-cycle")
+    for total in range(1, 120):  # 2% of 50 steps is exactly the first
+        for step in range(total):
+            lr, beta1 = one_cycle(step, total, config)
+            assert 0 < lr <= config.lr * 1.000001, (step, total)
+            assert 0.85 <= beta1 <= 0.95, (step, total)
+
+
 @pytest.mark.parametrize("total", [150, 1000])
 def test_one_cycle_is_torchs_own(total):
     config = OptimConfig(schedule="one-cycle")

@@ -1,0 +1,60 @@
+"""What only a GPU can show: nothing waits for it within a step, and bf16 leaves the masks alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import step as benchmark
+from rft import recipes
+from rft.method import masking, relevance
+from rft.train.loop import Meter, accumulate_gradients
+from rft.train.objective import Objective
+from rft.train.optim import build_optimizer, set_schedule
+from tests.conftest import build_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+# not with --method.no-fill token-drop on a CAM's masks: the length of a tensor depends on them
+@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_step_waits_for_the_gpu(name, precision, images_BCHW, labels_B):
+    device = torch.device("cuda", 0)
+    arguments = benchmark.Arguments(batch_size=6)
+    student = build_model(0)
+    recipe = recipes.build(name)
+    student.visual.requires_grad_(recipe.optim.trains == "all")
+    job = benchmark.build_job(arguments, device, precision, student)
+    ensemble = build_model(2) if recipe.method.kd_weight else None
+    objective = Objective(student, job.objective.teacher, recipe.method, ensemble=ensemble)
+    config = replace(job.config, method=recipe.method, optim=recipe.optim)
+    job = replace(job, config=config, objective=objective.to(device))
+    optimizer = build_optimizer(job.objective, job.config.optim)
+    meter = Meter(job)
+    batch = benchmark.Batch(images_BCHW.to(device), labels_B.to(device), labels_B)
+    for checked in (False, True):  # the first step may set things up
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if checked else "default")
+        try:
+            set_schedule(optimizer, 0, 10, job.config.optim)
+            meter.add(*accumulate_gradients(job, job.objective, batch, step=0))
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_masks_in_bf16_agree_with_fp32_for_vit_b_32():
+    model = benchmark.build_classifier("ViT-B-32", 1000).cuda()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (64, 3, 224, 224), generator=generator, dtype=torch.uint8).cuda()
+    labels = torch.randint(1000, (64,), generator=generator).cuda()
+    masks = []
+    for bf16 in (False, True):
+        taps: list = []
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            logits = model.logits(model.features(model.patches(images), taps=taps))
+            cam = relevance.normalise(relevance.label_relevance(logits, labels, taps))
+        masks.append(masking.object_mask(cam, 0.3))
+    assert (masks[0] == masks[1]).float().mean() >= 0.99

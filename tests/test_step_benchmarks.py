@@ -1,0 +1,85 @@
+"""The step and memory benchmarks compare the same work, and their page says what was measured."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import cam_memory, method, step
+from tests.conftest import build_model
+from tests.tiny import environment
+
+SMALL = ["--model", "ViT-S-32-alt", "--batch-size", "2", "--classes", "7", "--rounds", "1"]
+
+
+@pytest.fixture(scope="module")
+def job():
+    arguments = step.Arguments(batch_size=6)
+    return step.build_job(arguments, torch.device("cpu"), "fp32", build_model(0))
+
+
+def gradients(student) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad for name, parameter in student.named_parameters()}
+    student.zero_grad()
+    return found
+
+
+def test_textbook_and_training_loop_leave_the_same_gradients(job, images_BCHW, labels_B):
+    batch = step.Batch(images_BCHW, labels_B, labels_B)
+    student = job.student
+    # far above the gradients' norm: only the loop clips here
+    config = step.replace(job.config, optim=step.replace(job.config.optim, clip_norm=1e9))
+    step.accumulate_gradients(
+        step.replace(job, config=config), job.objective, batch, step=step.ADDRESS.step
+    )
+    ours = gradients(student)
+    step.textbook_step(job.objective, images_BCHW, labels_B)
+    for name, slow in gradients(student).items():
+        scale = slow.abs().max().clamp(min=1)
+        assert (ours[name] - slow).abs().max() / scale < 1e-5, name
+
+
+def test_vanilla_is_the_cross_entropy(job, images_BCHW, labels_B):
+    step.vanilla_step(job.student, images_BCHW, labels_B)
+    found = gradients(job.student)
+    job.objective(images_BCHW, labels_B, None).loss.backward()
+    for name, ours in gradients(job.student).items():
+        torch.testing.assert_close(found[name], ours, rtol=1e-4, atol=1e-5)
+
+
+def test_the_step_benchmark_as_a_program():
+    command = [sys.executable, "-m", "benchmarks.step", *SMALL, "--device", "cpu"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert set(found["seconds"]) == {"vanilla", "textbook", "step"}
+    assert found["step_over_vanilla"] > 1
+    assert found["flops"]["vanilla"] < found["flops"]["step"] < found["flops"]["textbook"]
+    phases = {"clean forward", "cam", "clean backward", "teacher forward"}
+    phases |= {"counterfactual forward", "counterfactual backward"}
+    assert phases <= set(found["phase_share"])
+    assert sum(found["phase_share"].values()) == pytest.approx(1, abs=0.01)
+    assert all(share > 0 for share in found["mfu"].values())
+
+
+def test_a_map_at_a_time_needs_less_memory_and_too_much_is_told():
+    arguments = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=4)
+    textbook, ours = (
+        cam_memory.measure_case(case, arguments, 16) for case in ("textbook", "recompute")
+    )
+    assert textbook > 2 * ours > 0
+    tight = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=0.2)
+    assert cam_memory.measure_case("textbook", tight, 16) is None
+
+
+def test_the_page_says_what_was_not_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(method, "RESULTS", tmp_path)
+    page = method.text()
+    assert page.count("not measured") == len(method.STEPS)
+
+
+def test_the_saved_page_is_made_of_the_saved_results():
+    if not method.PAGE.exists():
+        pytest.skip("nothing was saved: make bench")
+    assert method.PAGE.read_text() == method.text()
