@@ -26,9 +26,10 @@ results: .venv/.installed  ## the demo on three seeds, into docs/results and the
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds 3
 	$(BIN)/python docs/update_results.py --demo $(DEMO)
 
-# two at a time, because many tests wait for processes that they started
+# two at a time, because many tests wait for processes that they started; files are not kept whole,
+# so that the slowest one does not end alone
 test: .venv/.installed  ## every test
-	$(BIN)/pytest -q -n 2 --dist loadfile
+	$(BIN)/pytest -q -n 2 --dist worksteal
 
 lint: .venv/.installed  ## style, types, module contracts, spelling, shell scripts
 	$(BIN)/ruff format --check .
@@ -40,7 +41,8 @@ lint: .venv/.installed  ## style, types, module contracts, spelling, shell scrip
 
 bench: .venv/.installed  ## the step, the loader and the packer, each against what it is compared with
 	$(BIN)/python -m benchmarks.environments
-	$(BIN)/python -m benchmarks.step --save
+	$(BIN)/python -m benchmarks.step --processes 3 --save
+	$(BIN)/python -m benchmarks.step --compile --save
 	$(BIN)/python -m benchmarks.cam_memory --save
 	$(BIN)/python -m benchmarks.method
 	$(BIN)/python -m benchmarks.loader --save

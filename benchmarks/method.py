@@ -16,6 +16,7 @@ STEPS = {
     "step_ViT-B-32_cuda": "ViT-B/32, GPU",
     "step_ViT-B-16_cuda": "ViT-B/16, GPU",
 }
+COMPILED = "step_compiled_ViT-B-32_cpu"
 CAM = "cam_memory_ViT-L-14-336_cpu"
 NOT_MEASURED = "not measured"
 
@@ -29,16 +30,37 @@ def step_row(result: dict[str, Any] | None) -> list[str]:
         f"{result['images_per_second']['vanilla']:.1f}",
         f"{result['images_per_second']['textbook']:.1f}",
         f"{result['images_per_second']['step']:.1f}",
-        f"{result['step_over_vanilla']:.2f}",
-        f"{result['textbook_over_step']:.2f}",
+        ratio(result, "step_over_vanilla"),
+        ratio(result, "textbook_over_step"),
         f"{result['mfu']['step']:.0%}",
     ]
+
+
+def ratio(result: dict[str, Any], name: str) -> str:
+    """Return a ratio, and its range over the processes if there were several."""
+    text = f"{result[name]:.2f}"
+    if "of_all_processes" not in result:
+        return text
+    low, *_, high = result["of_all_processes"][name]
+    return f"{text} ({low:.2f} to {high:.2f})"
 
 
 def phase_lines(result: dict[str, Any]) -> str:
     """Return the shares of a step's phases as one sentence."""
     shares = sorted(result["phase_share"].items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {share:.1%}" for name, share in shares)
+
+
+def alternatives(result: dict[str, Any]) -> str:
+    """Return what was measured of the choices that rft made, as ratios."""
+    seconds = result["alternatives_seconds"]
+    over = {
+        "AdamW by single operations / fused": ("adamw_foreach", "adamw_fused"),
+        "patch embedding by convolution / matrix product": ("patches_conv", "patches_matmul"),
+        "the same channels-last / matrix product": ("patches_conv_channels_last", "patches_matmul"),
+    }
+    ratios = (f"{name}: {seconds[a] / seconds[b]:.2f}" for name, (a, b) in over.items())
+    return f"Time of {'; '.join(ratios)}."
 
 
 def cam_row(result: dict[str, Any], case: str) -> list[str]:
@@ -66,12 +88,15 @@ def text() -> str:
         where = result["accelerator"] or f"{result['processor']}, {result['threads']} threads"
         parts.append(
             f"{result['model']} on {where}, torch {result['torch']}, {result['date'][:10]}: "
-            f"medians of {result['rounds']} interleaved rounds. Time of a step: "
-            f"{phase_lines(result)}."
+            f"medians of {result['rounds']} interleaved rounds, of the middle one of several "
+            "processes where a range is given. Time of a step: "
+            f"{phase_lines(result)}. Counted operations, textbook / rft: "
+            f"{result['flops_textbook_over_step']:.2f}. {alternatives(result)}"
         )
-        if "compiled_over_step" in result:
-            ratio = result["compiled_over_step"]
-            parts.append(f"With --compile a step takes {ratio:.2f} of that time.")
+    if compiled := load(COMPILED):
+        share = compiled["compiled_over_step"]
+        where = f"{compiled['model']}, {compiled['device'].upper()}"
+        parts.append(f"With --compile a step takes {share:.2f} of its time ({where}).")
     if cam := load(CAM):
         header = [f"clean forward and CAM, {cam['model']}, fp32, CPU", "an image"]
         names = {

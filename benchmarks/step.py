@@ -14,6 +14,8 @@ import contextlib
 import copy
 import json
 import statistics
+import subprocess
+import sys
 import time
 import types
 from collections import defaultdict
@@ -62,8 +64,12 @@ class Arguments:
     device: Device = "auto"
     precision: Precision = "bf16"
     """Of vanilla and step on a GPU; a CPU measures fp32."""
+    processes: int = 1
+    """Repeat all of it in so many processes, one after the other: where memory comes to lie moves
+    the ratios by some percent. The result is the process whose ratios are in the middle."""
     compile: bool = False
-    """Also time the training loop's step with --compile."""
+    """Also time the training loop's step with --compile; saved apart, because the others take
+    another time with it in their process."""
     save: bool = False
     """Write the result to benchmarks/results/ as well."""
 
@@ -174,10 +180,9 @@ def forward_with_maps(model: Classifier, images_BCHW: Tensor) -> tuple[Tensor, l
 
 
 def build_steps(
-    arguments: Arguments, device: torch.device, precision: Precision
+    arguments: Arguments, device: torch.device, precision: Precision, student: Classifier
 ) -> dict[str, Callable[[], None]]:
     """Return each implementation's whole optimizer step, in the order in which they are timed."""
-    student = build_classifier(arguments.model, arguments.classes)
     job = build_job(arguments, device, precision, student)
     generator = torch.Generator().manual_seed(0)
     size, count = student.architecture.image_size, arguments.batch_size
@@ -300,11 +305,47 @@ def matmul_ceiling(device: torch.device, precision: Precision) -> float:
     return best
 
 
+def alternatives(
+    student: Classifier, arguments: Arguments, device: torch.device
+) -> dict[str, float]:
+    """Return the median seconds of what could be done in two ways, on the model's own sizes.
+
+    The optimizer's update in one fused kernel or one for each operation, and the patch embedding as
+    a matrix product (what rft does) or as open_clip's convolution, plain and channels-last.
+    """
+    config = recipes.build(recipes.DEFAULT).optim
+    parameters = [torch.nn.Parameter(p.detach().clone()) for p in student.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    fused = torch.optim.AdamW(parameters, lr=config.lr, fused=True)
+    plain = torch.optim.AdamW(parameters, lr=config.lr, foreach=True)
+    conv = student.visual.conv1
+    side, size = student.patch_side, student.architecture.image_size
+    images_BCHW = torch.randn(arguments.batch_size, 3, size, size, device=device)
+    last_BCHW = images_BCHW.to(memory_format=torch.channels_last)
+    weight_last = conv.weight.to(memory_format=torch.channels_last)
+    work: dict[str, Callable[[], Any]] = {
+        "adamw_fused": fused.step,
+        "adamw_foreach": plain.step,
+        "patches_matmul": lambda: (
+            F.linear(cut_patches(images_BCHW, side), conv.weight.flatten(1)).sum().backward()
+        ),
+        "patches_conv": lambda: F.conv2d(images_BCHW, conv.weight, stride=side).sum().backward(),
+        "patches_conv_channels_last": lambda: (
+            F.conv2d(last_BCHW, weight_last, stride=side).sum().backward()
+        ),
+    }
+    seconds = time_steps(work, arguments.rounds, device)
+    student.zero_grad()
+    return {name: round(statistics.median(values), 5) for name, values in seconds.items()}
+
+
 def measure(arguments: Arguments) -> dict[str, Any]:
     """Return everything that the page shows."""
     device = dist.pick_device(arguments.device, WORLD)
     precision: Precision = arguments.precision if device.type == "cuda" else "fp32"
-    steps = build_steps(arguments, device, precision)
+    student = build_classifier(arguments.model, arguments.classes)
+    steps = build_steps(arguments, device, precision, student)
     rounds = time_steps(steps, arguments.rounds, device)
     seconds = {name: statistics.median(values) for name, values in rounds.items()}
     phases = phase_seconds(steps["step"], device)
@@ -334,6 +375,8 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         "mfu": {name: round(flops[name] / seconds[name] / ceiling, 4) for name in flops},
         "step_over_vanilla": round(seconds["step"] / seconds["vanilla"], 3),
         "textbook_over_step": round(seconds["textbook"] / seconds["step"], 3),
+        "flops_textbook_over_step": round(flops["textbook"] / flops["step"], 3),
+        "alternatives_seconds": alternatives(student, arguments, device),
     }
     if arguments.compile:
         result["compiled_over_step"] = round(seconds["compiled"] / seconds["step"], 3)
@@ -341,19 +384,38 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 
 SETTINGS = ("model", "batch_size", "classes", "rounds")
+RATIOS = ("step_over_vanilla", "textbook_over_step")
+
+
+def repeat(arguments: Arguments) -> dict[str, Any]:
+    """Return the middle one of several processes' results, with the ratios of all of them."""
+    command = [sys.executable, "-m", "benchmarks.step", "--device", arguments.device]
+    command += ["--model", arguments.model, "--precision", arguments.precision]
+    for name in ("batch_size", "classes", "rounds"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    command += ["--compile"] * arguments.compile
+    results = []
+    for _ in range(arguments.processes):
+        told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        results.append(json.loads(told.splitlines()[-1]))
+        print({name: results[-1][name] for name in RATIOS}, flush=True)
+    results.sort(key=lambda result: result["textbook_over_step"])
+    ratios = {name: sorted(result[name] for result in results) for name in RATIOS}
+    return {**results[len(results) // 2], "of_all_processes": ratios}
 
 
 def main() -> None:
     """Measure and print."""
     arguments = cli.parse(Arguments, prog="benchmarks.step")
-    result = measure(arguments)
+    result = repeat(arguments) if arguments.processes > 1 else measure(arguments)
     for name, value in result["seconds"].items():
         rate = result["images_per_second"][name]
         print(f"{name:9s} {1000 * value:8.1f} ms  {rate:7.1f} images/s")
     for name, share in result["phase_share"].items():
         print(f"  {name:24s} {share:6.1%}")
     if arguments.save:
-        name = f"step_{arguments.model}_{result['device']}.json"
+        kind = "step_compiled" if arguments.compile else "step"
+        name = f"{kind}_{arguments.model}_{result['device']}.json"
         files.write_json(str(RESULTS / name), result)
     print(json.dumps(result))
 

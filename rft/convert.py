@@ -22,9 +22,11 @@ from torch import Tensor
 
 from rft import cli, dist, files
 from rft.clip import load, weights
-from rft.clip.classifier import SELECTED, checkpoint_path, load_state, save_state
+from rft.clip.architecture import Architecture
+from rft.clip.classifier import checkpoint_path, load_state
 from rft.clip.head import zero_shot_head
-from rft.clip.load import Architecture, PretrainedClip
+from rft.clip.load import PretrainedClip
+from rft.clip.made import is_made, write_made
 from rft.clip.weights import Weights
 from rft.config import Device, ModelConfig
 from rft.data.manifest import Manifest
@@ -152,14 +154,11 @@ def import_weights(arguments: Import) -> None:
         config |= {"data": arguments.data, "train_set": arguments.packed}
         config["imported_from"]["manifest_sha256"] = manifest.sha256
     out = str(arguments.out)
-    if is_imported(arguments.out, config):
+    if is_made(arguments.out, config):
         print(f"already imported: {out}")
         return
     state = with_head(found, manifest, arguments)
-    files.write_json(f"{out}/config.json", config)
-    metadata = {"recipe": arguments.recipe, "step": "0"}
-    save_state(f"{out}/{SELECTED}", state, found.architecture, metadata)
-    files.write_json(f"{out}/provenance.json", files.provenance())
+    write_made(arguments.out, state, found.architecture, config, {"step": "0"})
     classes = len(state["head.weight"])
     print(
         f"imported: {out} ({found.source['format']}, {found.architecture.clip}, {classes} classes)"
@@ -208,10 +207,8 @@ def _from_file(path: Path, clip: str) -> Found:
 
 def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
     """Return the named model, with the preprocessing that the weights come with, if any."""
-    own = None
-    if read.architecture:
-        own = Architecture.from_json(read.architecture)
-    elif read.config:
+    own = read.architecture
+    if own is None and read.config:
         own = load.describe(f"{load.LOCAL}{path}")
     if clip:
         named = load.describe(clip)
@@ -261,34 +258,6 @@ def with_head(found: Found, manifest: Manifest | None, arguments: Import) -> dic
     clip.model.to(dist.pick_device(arguments.device, dist.world_from_env()))
     head = zero_shot_head(clip, manifest.classes, manifest.templates).state_dict()
     return {**found.state, **{f"head.{name}": value.cpu() for name, value in head.items()}}
-
-
-def is_imported(out: Path, config: dict[str, Any]) -> bool:
-    """Whether the run folder already holds this import, complete.
-
-    Raises:
-        ValueError: if it holds anything else.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; choose another")
-    path = out / "config.json"
-    if not path.is_file():
-        # what a killed writer left is hidden
-        if out.is_dir() and any(not found.name.startswith(".") for found in out.iterdir()):
-            raise ValueError(f"{out} has files in it but is no run folder; choose another --out")
-        return False
-    old = files.read_json(str(path))
-    if not isinstance(old, dict) or "imported_from" not in old:
-        raise ValueError(f"{out} holds a run that was not imported; choose another --out")
-    if changed := files.difference(_identity(old), _identity(config)):
-        raise ValueError(f"{out} holds another import: {'; '.join(changed)}; choose another --out")
-    return (out / "provenance.json").is_file()
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Return an import's configuration without places: a file or a set is known by its hash."""
-    source = {name: value for name, value in config["imported_from"].items() if name != "path"}
-    return {**config, "imported_from": source, "data": ""}
 
 
 def export_weights(arguments: Export) -> None:
@@ -387,8 +356,7 @@ def require_same_tower(original: Architecture, ours: Architecture) -> None:
     Raises:
         ValueError: with the differences.
     """
-    mine, its = (dataclasses.asdict(a) | {"clip": ""} for a in (ours, original))
-    if changed := files.difference(mine, its):
+    if changed := ours.difference(original):
         raise ValueError(
             f"the text tower belongs to another model: {'; '.join(changed)}; name the right one "
             "with --text"

@@ -1,11 +1,13 @@
 """Small things that many tests need."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from rft import cli
 from rft.clip.classifier import Classifier
 from rft.clip.load import Architecture
 from tests import tiny
@@ -65,3 +67,22 @@ def tiny_data(tmp_path_factory) -> Path:
 def tiny_clip(tmp_path_factory) -> str:
     """Name of the tiny world's CLIP."""
     return tiny.write_clip(tmp_path_factory.mktemp("clip") / "clip")
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run a command line in this process; return its one line of complaint."""
+
+    def run(command, *arguments: str, **variables: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["rft", *map(str, arguments)])
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(command.main)
+        assert stopped.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run

@@ -264,7 +264,7 @@ def test_import_never_overwrites(convert, refused, run, released, tmp_path):
     (tmp_path / "trained").mkdir()
     (tmp_path / "trained" / "config.json").write_text('{"recipe": "vanilla", "seed": 0}')
     line = refused("import", released, "--out", tmp_path / "trained", "--clip", formats.NAME)
-    assert "holds a run that was not imported" in line
+    assert "holds another model; choose another --out" in line
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     line = refused("import", released, "--out", tmp_path / "other", "--clip", formats.NAME)
@@ -279,6 +279,11 @@ def test_an_import_that_was_stopped_goes_on(convert, run, released, state):
     (run / SELECTED).unlink()
     convert("import", released, "--out", run, "--clip", formats.NAME)
     assert same(state_of(run), state)
+    # nothing is in the way of another import
+    (run / "provenance.json").unlink()
+    (run / SELECTED).unlink()
+    convert("import", released, "--out", run, "--clip", formats.NAME, "--seed", 1)
+    assert document(run / "config.json")["seed"] == 1
 
 
 def test_an_attack_is_one_line(refused, tmp_path):
@@ -286,6 +291,13 @@ def test_an_attack_is_one_line(refused, tmp_path):
     (tmp_path / "evil.pt").write_bytes(data)
     line = refused("import", tmp_path / "evil.pt", "--out", tmp_path / "run", "--clip", "ViT-B-32")
     assert "evil.pt is refused: it wants to use posix.system" in line
+    formats.write_hub_folder(tmp_path / "hub")
+    path = tmp_path / "hub" / "open_clip_config.json"
+    config = document(path)
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    path.write_text(json.dumps(config))
+    line = refused("import", tmp_path / "hub", "--out", tmp_path / "run")
+    assert "open_clip_config.json is refused" in line
 
 
 def test_unknown_conversions(refused):

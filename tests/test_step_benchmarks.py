@@ -61,6 +61,9 @@ def test_the_step_benchmark_as_a_program():
     assert phases <= set(found["phase_share"])
     assert sum(found["phase_share"].values()) == pytest.approx(1, abs=0.01)
     assert all(share > 0 for share in found["mfu"].values())
+    assert all(seconds > 0 for seconds in found["alternatives_seconds"].values())
+    assert method.step_row(found)[0] == "2 images, fp32"
+    assert "matrix product: " in method.alternatives(found)
 
 
 def test_a_map_at_a_time_needs_less_memory_and_too_much_is_told():

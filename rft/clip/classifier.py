@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rft import files
 from rft.clip import vit
-from rft.clip.load import Architecture
+from rft.clip.architecture import Architecture, read_header
 
 SELECTED = Path("checkpoints") / "best.safetensors"  # of a run folder, by held-out accuracy
 LAST = Path("checkpoints") / "last.safetensors"  # after the last step
@@ -129,10 +129,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Architecture, dict[str, s
             state = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if "rft" not in header:
-        raise ValueError(f"{path} was not written by rft: its header names no architecture")
-    metadata = json.loads(header["rft"])
-    return state, Architecture.from_json(metadata.pop("architecture")), metadata
+    return state, *read_header(path, header)
 
 
 def build_classifier(state: dict[str, Tensor], architecture: Architecture) -> Classifier:

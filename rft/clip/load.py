@@ -8,7 +8,6 @@ rft, does.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -19,62 +18,23 @@ import open_clip
 import torch
 from open_clip.model import (
     CLIP,
-    CLIPTextCfg,
     CLIPVisionCfg,
     CustomTextCLIP,
     convert_to_custom_text_state_dict,
 )
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg
-from open_clip.transformer import VisionTransformer
+from safetensors import SafetensorError
 from torch import Tensor
 
-from rft.clip import vit, weights
+from rft.clip import unpickle, vit, weights
+from rft.clip.architecture import Architecture
 from rft.clip.weights import Geometry, Weights
 from rft.config import ModelConfig
 
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
 MINIATURE = "rft-miniature"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What rebuilds the image tower without any weights file: it travels in our checkpoints."""
-
-    clip: str
-    embed_dim: int
-    vision_cfg: dict[str, Any]
-    quick_gelu: bool
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square input, in pixels."""
-        return int(self.vision_cfg["image_size"])
-
-    def to_json(self) -> str:
-        """Return the architecture as one line of JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
-
-    @staticmethod
-    def from_json(text: str) -> "Architecture":
-        """Rebuild an architecture from `to_json`'s line."""
-        document = json.loads(text)
-        document["mean"], document["std"] = tuple(document["mean"]), tuple(document["std"])
-        return Architecture(**document)
-
-    def build_visual(self) -> VisionTransformer:
-        """Return the image tower with weights still to be loaded.
-
-        Raises:
-            ValueError: if the tower is not one the method can work with.
-        """
-        vision = CLIPVisionCfg(**self.vision_cfg)
-        text = CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
-        model = CLIP(self.embed_dim, vision, text, quick_gelu=self.quick_gelu)
-        return vit.check_supported(model.visual)
 
 
 @dataclass(frozen=True)
@@ -124,6 +84,8 @@ def from_weights(found: Weights, clip: str) -> PretrainedClip:
     require_fit(found, architecture)
     model_cfg = model_config(clip)
     custom = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
+    if custom:  # its own weights would be downloaded and then overwritten
+        model_cfg["text_cfg"] = {**model_cfg["text_cfg"], "hf_model_pretrained": False}
     model = (CustomTextCLIP if custom else CLIP)(**model_cfg)
     vit.check_supported(model.visual)
     state = {**found.visual, **found.text}
@@ -157,10 +119,25 @@ def describe(clip: str) -> Architecture:
     """Return the architecture of a model without loading weights.
 
     Raises:
-        ValueError: if there is no such model.
+        ValueError: if there is no such model, or rft cannot work with it.
     """
     config = _open_clip_config(clip)
-    return _architecture(clip, config["model_cfg"], config.get("preprocess_cfg", {}))
+    model_cfg = config["model_cfg"]
+    default = PreprocessCfg()
+    try:
+        pixels = {"mean": default.mean, "std": default.std, **config.get("preprocess_cfg", {})}
+        return Architecture.of(
+            {
+                "clip": clip,
+                "embed_dim": model_cfg.get("embed_dim"),
+                "vision_cfg": model_cfg["vision_cfg"],
+                "quick_gelu": model_cfg.get("quick_gelu", False),
+                "mean": pixels["mean"],
+                "std": pixels["std"],
+            }
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{clip} is no CLIP that rft can work with: {error}") from error
 
 
 def require_fit(found: Weights, architecture: Architecture) -> None:
@@ -242,28 +219,18 @@ def names_of(found: Weights) -> list[str]:
 
 
 def _through_open_clip(clip: str, tag: str | None) -> PretrainedClip:
-    location = _location(clip)
-    model_cfg = model_config(clip)
+    architecture = describe(clip)  # first: it refuses what open_clip would do for the asking
     try:
-        model: Any = open_clip.create_model(location, pretrained=tag)
-    except RuntimeError as error:
-        lines = str(error).strip().splitlines()
-        raise ValueError(f"cannot load {clip}{f' {tag}' if tag else ''}: {lines[0]}") from error
+        model: Any = open_clip.create_model(_location(clip), pretrained=tag)
+    except (*unpickle.DAMAGE, SafetensorError) as error:
+        what = f"{clip}{f' {tag}' if tag else ''}"
+        raise ValueError(f"cannot load {what}: {unpickle.first_line(error)}") from error
     vit.check_supported(model.visual)
-    architecture = _architecture(clip, model_cfg, open_clip.get_model_preprocess_cfg(model))
-    return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
-
-
-def _architecture(clip: str, model_cfg: dict[str, Any], preprocess: dict[str, Any]) -> Architecture:
-    default = PreprocessCfg()
-    return Architecture(
-        clip=clip,
-        embed_dim=model_cfg["embed_dim"],
-        vision_cfg=model_cfg["vision_cfg"],
-        quick_gelu=model_cfg.get("quick_gelu", False),
-        mean=tuple(preprocess.get("mean", default.mean)),
-        std=tuple(preprocess.get("std", default.std)),
+    pixels = open_clip.get_model_preprocess_cfg(model)
+    architecture = dataclasses.replace(
+        architecture, mean=tuple(map(float, pixels["mean"])), std=tuple(map(float, pixels["std"]))
     )
+    return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
 
 
 def _location(clip: str) -> str:
@@ -293,12 +260,11 @@ def _open_clip_config(clip: str) -> dict[str, Any]:
         path = Path(location.removeprefix(LOCAL)) / weights.HUB_CONFIG
         if not path.is_file():
             raise ValueError(f"no CLIP at {path.parent}: {path.name} is missing")
-        return json.loads(path.read_text())
+        return weights.read_hub_config(path)
     if location.startswith(HUB):
         name = location.removeprefix(HUB)
-        return json.loads(
-            Path(download_pretrained_from_hf(name, filename=weights.HUB_CONFIG)).read_text()
-        )
+        path = Path(download_pretrained_from_hf(name, filename=weights.HUB_CONFIG))
+        return weights.read_hub_config(path)
     model_cfg = open_clip.get_model_config(location)
     if model_cfg is None:
         raise ValueError(

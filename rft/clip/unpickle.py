@@ -7,8 +7,8 @@ TorchScript archives are read the same way: their tensors are taken, their code 
 """
 
 import io
+import math
 import pickle
-import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, BinaryIO, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ STOOD_IN_NAMES = {
     # old schedulers kept a function of theirs, written as getattr(class, name)
     "builtins.getattr",
 }
+
+LONGEST_NAME = 1000  # of a tensor, in characters
 
 # what damage, or a pickle made to confuse, raises inside the unpickler
 DAMAGE = (
@@ -111,7 +113,6 @@ class StandIn:
 class Storage:
     """The flat memory that tensors are views of, not read yet."""
 
-    dtype: torch.dtype
     read: Callable[[], Tensor]
 
 
@@ -128,15 +129,61 @@ class StoredTensor:
         """Read the tensor.
 
         Raises:
-            ValueError: if its bytes are damaged or it reaches outside of its storage.
+            ValueError: if its bytes are damaged, it reaches outside of its storage, or is larger.
         """
         try:
-            return self.storage.read().as_strided(self.size, self.stride, self.offset).clone()
-        except (RuntimeError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"damaged tensor: {_first_line(error)}") from error
+            flat = self.storage.read()
+            view = flat.as_strided(self.size, self.stride, self.offset)
+            # strides of 0 make any size out of one number
+            if math.prod(self.size) > len(flat):
+                raise ValueError("it is larger than its storage")
+            return view.clone()
+        except DAMAGE as error:
+            raise ValueError(f"damaged tensor: {first_line(error)}") from error
 
 
-class Unpickler(pickle.Unpickler):
+class Callee:
+    """A function that a pickle may call.
+
+    Not the function itself, nor a method: a pickle can set attributes of what it has in hand, and
+    those of a function stay for as long as the process runs.
+    """
+
+    __slots__ = ("_function",)
+    _function: Callable[..., Any]
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *arguments: Any) -> Any:  # noqa: D102
+        return self._function(*arguments)
+
+    def __setattr__(self, name: str, _: object) -> None:
+        raise AttributeError(f"a pickle sets {name!r} of a function")
+
+
+class Row(tuple):
+    """A tuple that is no key: a tuple of tuples of ... takes for ever to hash, or all the stack."""
+
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _row(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    def load_row(reader: Any) -> None:
+        load(reader)
+        reader.stack[-1] = Row(reader.stack[-1])
+
+    return load_row
+
+
+_TUPLES = [code[0] for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)]
+# these make as many zero bytes as they say, or use what is registered in the process
+_REFUSED = [code[0] for code in (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)]
+
+
+# the one in C makes a table as large as the largest number that a pickle gives to an object
+class Unpickler(pickle._Unpickler):
     """A pickle module's Unpickler that can make nothing but data.
 
     Args:
@@ -144,23 +191,20 @@ class Unpickler(pickle.Unpickler):
         read_storage: returns the bytes of an archive's storage; None outside of an archive.
     """
 
+    dispatch: ClassVar = {
+        **{code: act for code, act in pickle._Unpickler.dispatch.items() if code not in _REFUSED},
+        **{code: _row(pickle._Unpickler.dispatch[code]) for code in _TUPLES},
+    }
+
     def __init__(
-        self, stream: io.BufferedIOBase, read_storage: Callable[[str], bytes] | None = None
+        self, stream: BinaryIO, read_storage: Callable[[str], bytes] | None = None
     ) -> None:
         super().__init__(stream)
         self._read_storage = read_storage
         self._stand_ins: dict[str, type[StandIn]] = {}
-        # bound methods: a pickle can set attributes of a function or class, not of these
-        self._makers: dict[str, Any] = {
-            "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch._utils._rebuild_parameter": self._parameter,
-            "torch.storage._load_from_bytes": self._nested_storage,
-            "collections.OrderedDict": OrderedDict,
-            "builtins.set": set,
-            "builtins.frozenset": frozenset,
-        }
+        self.itemsizes: dict[str, int] = {}  # of the storages that were named
 
-    def find_class(self, module: str, name: str, /) -> Any:
+    def find_class(self, module: str, name: str) -> Any:
         """Return what the pickle means by a name; see the top of this file.
 
         Raises:
@@ -168,70 +212,86 @@ class Unpickler(pickle.Unpickler):
         """
         module = "builtins" if module == "__builtin__" else module
         full = f"{module}.{name}"
-        if full in self._makers:
-            return self._makers[full]
+        if full in _CALLEES:
+            return _CALLEES[full]
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         if full in STOOD_IN_NAMES or f"{module}.".startswith(_PREFIXES):
-            return self._stand_ins.setdefault(full, type(name, (StandIn,), {}))
+            if full not in self._stand_ins:
+                self._stand_ins[full] = type(name, (StandIn,), {})
+            return self._stand_ins[full]
         raise RefusedError(f"it wants to use {full}")
 
-    def persistent_load(self, pid: Any, /) -> Storage:
+    def persistent_load(self, pid: Any) -> Storage:
         """Return a storage of the archive; the pickle names it by key, type and length."""
-        kind, dtype, key, _, length = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or self._read_storage is None:
-            raise RefusedError(f"it wants to use a {kind!r} of type {dtype!r}")
+        kind, dtype, key, _, length, *view = pid  # the old format has views of storages
+        known = isinstance(dtype, torch.dtype) and isinstance(key, str) and isinstance(length, int)
+        if kind != "storage" or view not in ([], [None]) or not known or not self._read_storage:
+            raise RefusedError("it wants to use something of the archive that is no storage")
         read = self._read_storage
+        self.itemsizes[key] = dtype.itemsize
 
         def flat() -> Tensor:
             data = read(key)
             if len(data) != length * dtype.itemsize:
-                raise ValueError(f"damaged tensor: storage {key} has {len(data)} bytes")
+                raise ValueError(f"storage {key} has {len(data)} bytes")
             return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0)
 
-        return Storage(dtype, flat)
-
-    def _tensor(
-        self, storage: Storage, offset: int, size: Any, stride: Any, *_: object
-    ) -> StoredTensor:
-        if not isinstance(storage, Storage):
-            raise TypeError(f"a tensor of {type(storage).__name__}")
-        return StoredTensor(storage, int(offset), tuple(size), tuple(stride))
-
-    def _parameter(self, tensor: StoredTensor, *_: object) -> StoredTensor:
-        return tensor
-
-    def _nested_storage(self, data: bytes) -> Storage:
-        """Read a storage that was pickled as a pickle of its own, in torch's old format."""
-        typed = load_weights_only(io.BytesIO(data))
-        if not isinstance(typed, torch.storage.TypedStorage):
-            raise TypeError(f"a storage of {type(typed).__name__}")
-        flat = torch.empty(0, dtype=typed.dtype).set_(typed._untyped_storage)
-        return Storage(flat.dtype, lambda: flat)
+        return Storage(flat)
 
 
+class StorageUnpickler(Unpickler):
+    """The same for a nested storage: nothing but storages, above all none that is nested again."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the type of a storage.
+
+        Raises:
+            RefusedError: for every other name.
+        """
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        raise RefusedError(f"it wants to use {module}.{name}")
+
+
+def _rebuild_tensor(storage: Storage, offset: int, size: Any, stride: Any, *_: Any) -> StoredTensor:
+    if not isinstance(storage, Storage):
+        raise TypeError(f"a tensor of {type(storage).__name__}")
+    return StoredTensor(storage, offset, size, stride)
+
+
+def _rebuild_parameter(tensor: StoredTensor, *_: Any) -> StoredTensor:
+    return tensor
+
+
+def _nested_storage(data: bytes) -> Storage:
+    """Read a storage that was pickled as a file of its own, in torch's old format."""
+    storage = _read_old(lambda: io.BytesIO(data), StorageUnpickler)
+    if not isinstance(storage, Storage):
+        raise TypeError(f"a storage of {type(storage).__name__}")
+    return storage
+
+
+def _items(items: Any = ()) -> Any:
+    # a set would be a copy, as large as a list that the pickle names again in two bytes
+    return items
+
+
+_CALLEES = {
+    "torch._utils._rebuild_tensor_v2": Callee(_rebuild_tensor),
+    "torch._utils._rebuild_parameter": Callee(_rebuild_parameter),
+    "torch.storage._load_from_bytes": Callee(_nested_storage),
+    "collections.OrderedDict": Callee(lambda: OrderedDict()),
+    "builtins.set": Callee(_items),
+    "builtins.frozenset": Callee(_items),
+}
 _PREFIXES = tuple(f"{package}." for package in STOOD_IN_PACKAGES)
-
-
-def load_weights_only(source: Path | io.BytesIO) -> Any:
-    """Return what torch's own restricted unpickler reads: files of before torch 1.6 need it.
-
-    Raises:
-        RefusedError: if torch finds a name in it that it does not trust.
-    """
-    try:
-        return torch.load(source, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own words advise to load without the restriction: they are not passed on
-        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise RefusedError(f"it wants to use {named[1]}") from error
-        raise ValueError("torch's restricted unpickler cannot read it") from error
 
 
 def read(path: Path) -> tuple[Any, bool]:
     """Return what a pickle, a torch archive or a TorchScript archive holds, and whether the last.
 
-    Its tensors are `StoredTensor`s, its objects `StandIn`s; files of torch before 1.6 have tensors.
+    Its tensors are `StoredTensor`s, its objects `StandIn`s.
 
     Raises:
         ValueError: if the file is damaged, or asks for anything that is not on the list.
@@ -244,14 +304,14 @@ def read(path: Path) -> tuple[Any, bool]:
             "rft/clip/unpickle.py; nothing of it was run"
         ) from error
     except DAMAGE as error:
-        raise ValueError(f"{path} is damaged or truncated: {_first_line(error)}") from error
+        raise ValueError(f"{path} is damaged or truncated: {first_line(error)}") from error
 
 
 def _read(path: Path) -> tuple[Any, bool]:
     with path.open("rb") as stream:
         start = stream.read(len(_OLD_TORCH))
     if start == _OLD_TORCH:
-        return load_weights_only(path), False
+        return _read_old(lambda: path.open("rb"), Unpickler), False
     if not start.startswith(b"PK"):
         with path.open("rb") as stream:
             return Unpickler(stream).load(), False
@@ -263,31 +323,79 @@ def _read(path: Path) -> tuple[Any, bool]:
             raise ValueError("a zip file, but not one that torch wrote")
         folder = pickles[0].removesuffix("data.pkl")
         order = f"{folder}byteorder"
-        if order in names and archive.read(order) != b"little":
+        if order in names and _read_entry(archive, order) != b"little":
             raise ValueError("written on a big-endian machine")
 
         def read_storage(key: str) -> bytes:
             with zipfile.ZipFile(path) as again:
-                return again.read(f"{folder}data/{key}")
+                return _read_entry(again, f"{folder}data/{key}")
 
-        content = Unpickler(io.BytesIO(archive.read(pickles[0])), read_storage).load()
+        content = Unpickler(io.BytesIO(_read_entry(archive, pickles[0])), read_storage).load()
     return content, f"{folder}constants.pkl" in names
+
+
+def _read_old(source: Callable[[], BinaryIO], kind: type[Unpickler]) -> Any:
+    """Read torch's format of before 1.6: pickles one after the other, then the storages' bytes."""
+    places: dict[str, tuple[int, int]] = {}
+
+    def read_storage(key: str) -> bytes:
+        offset, size = places[key]
+        with source() as stream:
+            stream.seek(offset)
+            return stream.read(size)
+
+    with source() as stream:
+        for _ in range(3):  # a magic number, the format's version, the machine's type sizes
+            kind(stream).load()
+        reader = kind(stream, read_storage)
+        content = reader.load()
+        for key in kind(stream).load():
+            size = int.from_bytes(stream.read(8), "little") * reader.itemsizes[key]
+            places[key] = stream.tell(), size
+            stream.seek(size, io.SEEK_CUR)
+        if stream.tell() != stream.seek(0, io.SEEK_END):
+            raise EOFError("storages are missing")
+    return content
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
+    # torch compresses none of these; a few compressed bytes can become any number
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed, which torch does not do")
+    return archive.read(name)
 
 
 # torch before 1.6 began its files with a pickled number
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-def named_tensors(content: Any) -> Iterator[tuple[str, StoredTensor | Tensor]]:
-    """Yield the tensors of a state dict or of a module's stand-in, by dotted name."""
+def named_tensors(content: Any) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield the tensors of a state dict or of a module's stand-in, by dotted name.
+
+    A module that is held twice is named once: of modules that hold the next one twice, each would
+    double the number of names.
+
+    Raises:
+        ValueError: for a name that no module has.
+    """
+    yield from _named_tensors(content, "", set())
+
+
+def _named_tensors(content: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, StoredTensor]]:
+    if id(content) in seen:
+        return
+    seen.add(id(content))
     if isinstance(content, StandIn):
         content = _module_state(content)
-    for name, value in content.items() if isinstance(content, Mapping) else ():
-        if isinstance(value, (StoredTensor, Tensor)):
-            yield str(name), value
-        elif isinstance(value, StandIn):
-            for below, tensor in named_tensors(value):
-                yield f"{name}.{below}", tensor
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        if not isinstance(value, (StandIn, StoredTensor)):
+            continue
+        if not isinstance(key, str) or len(prefix) + len(key) > LONGEST_NAME:
+            raise ValueError("damaged: a tensor or module has a name that none has")
+        if isinstance(value, StandIn):
+            yield from _named_tensors(value, f"{prefix}{key}.", seen)
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _module_state(module: StandIn) -> dict[str, Any]:
@@ -300,6 +408,7 @@ def _module_state(module: StandIn) -> dict[str, Any]:
     return {**attributes.get("_parameters", {}), **buffers, **attributes["_modules"]}
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

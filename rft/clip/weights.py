@@ -10,7 +10,6 @@ The names are those of open_clip and rft: the image tower is `visual.*`, the cla
 
 import dataclasses
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rft.clip import unpickle
+from rft.clip.architecture import Architecture, read_document, read_header
 
 HUB_CONFIG = "open_clip_config.json"
 HUB_WEIGHTS = "open_clip_model.safetensors"
 HUB_HEAD = "head.safetensors"  # rft's export puts it beside; open_clip does not look for it
 CARD = "card.json"
+
+# the rest goes to libraries that open any file, or run code of the folder (trust_remote_code)
+_TOKENIZER_OPTIONS = frozenset({"clean", "strip_sep_token"})
 
 # what open_clip looks for in a folder, in this order
 _HUB_NAMES = (
@@ -97,10 +100,10 @@ class Geometry:
             conv = shapes["visual.conv1.weight"]
             positions = shapes["visual.positional_embedding"][0] - 1
             embed_dim = shapes["visual.proj"][1]
-        except (KeyError, IndexError):
+            layers = sum(name.endswith(".attn.in_proj_weight") for name in shapes)
+            return Geometry(conv[0], conv[-1], layers, round(positions**0.5), embed_dim)
+        except (KeyError, IndexError, TypeError):
             raise ValueError("it has no image tower that is a CLIP vision transformer") from None
-        layers = sum(name.endswith(".attn.in_proj_weight") for name in shapes)
-        return Geometry(conv[0], conv[-1], layers, round(positions**0.5), embed_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +123,8 @@ class Weights:
     """Whether the weights belong to OpenAI's own architecture: QuickGELU, heads 64 wide."""
     config: dict[str, Any] | None = None
     """Content of open_clip_config.json, where the weights came in such a folder."""
-    architecture: str = ""
-    """rft's own description of the tower (JSON), where the file has one."""
+    architecture: Architecture | None = None
+    """rft's own description of the tower, where the file has one."""
 
     @property
     def quick_gelu(self) -> bool | None:
@@ -129,7 +132,7 @@ class Weights:
         if self.openai:
             return True
         if self.architecture:
-            return json.loads(self.architecture)["quick_gelu"]
+            return self.architecture.quick_gelu
         return bool(self.config["model_cfg"].get("quick_gelu", False)) if self.config else None
 
     @property
@@ -151,10 +154,10 @@ def read(path: Path) -> Weights:
         raise ValueError(f"no weights at {path}")
     if _is_safetensors(path):
         tensors, metadata = read_safetensors(path)
-        own = json.loads(metadata["rft"]) if "rft" in metadata else {}
         found = _sort(path, tensors)
-        if own:
-            found = dataclasses.replace(found, format="rft", architecture=own["architecture"])
+        if "rft" in metadata:
+            own, _ = read_header(path, metadata)
+            found = dataclasses.replace(found, format="rft", architecture=own)
         return found
     if not _is_pickle(path):
         raise ValueError(
@@ -172,17 +175,40 @@ def _read_folder(folder: Path) -> Weights:
     if not files:
         raise ValueError(f"{folder} has none of the weights files {', '.join(_HUB_NAMES)}")
     found = read(files[0])
-    found = dataclasses.replace(found, config=json.loads((folder / HUB_CONFIG).read_text()))
+    found = dataclasses.replace(found, config=read_hub_config(folder / HUB_CONFIG))
     head = folder / HUB_HEAD
     if head.is_file():
         tensors, _ = read_safetensors(head)
-        tensors = _as_head(head, tensors, found.visual)
+        tensors = _as_head(head, tensors, found.geometry)
         found = dataclasses.replace(found, head=tensors, files=(files[0], head))
-    card = json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else {}
+    card = read_document(folder / CARD) if (folder / CARD).is_file() else {}
     # anyone may put a card there; ours says that it is one of an export
     if card.get("format") == "open-clip" and "architecture" in card:
-        found = dataclasses.replace(found, architecture=json.dumps(card["architecture"]))
+        try:
+            found = dataclasses.replace(found, architecture=Architecture.of(card["architecture"]))
+        except ValueError as error:
+            raise ValueError(f"{folder / CARD} names no architecture: {error}") from error
     return found
+
+
+def read_hub_config(path: Path) -> dict[str, Any]:
+    """Return the content of a folder's open_clip_config.json.
+
+    Raises:
+        ValueError: if it describes no CLIP, or has options for a tokenizer that may run code.
+    """
+    document = read_document(path)
+    match document:
+        case {"model_cfg": {"vision_cfg": dict(), "text_cfg": dict(text_cfg)}}:
+            options = text_cfg.get("tokenizer_kwargs", {})
+        case _:
+            raise ValueError(f"{path} does not describe a CLIP")
+    if not isinstance(options, dict) or options.keys() - _TOKENIZER_OPTIONS:
+        raise ValueError(
+            f"{path} is refused: of tokenizer_kwargs, rft passes on "
+            f"{' and '.join(sorted(_TOKENIZER_OPTIONS))} only; remove the others"
+        )
+    return document
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -226,15 +252,17 @@ def _model_of(content: Any) -> Any:
 def _load(path: Path, content: Any) -> dict[str, Tensor]:
     try:
         _require_normalising(content)
-        named = list(unpickle.named_tensors(content))
-        return {
-            name: tensor.load() if isinstance(tensor, unpickle.StoredTensor) else tensor
-            for name, tensor in named
-        }
-    except RecursionError:
-        raise ValueError(f"{path} is damaged: a module holds itself") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        # a few bytes can name one storage many times; two are tied weights
+        room = 2 * path.stat().st_size
+        tensors: dict[str, Tensor] = {}
+        for name, stored in unpickle.named_tensors(content):
+            tensors[name] = stored.load()
+            room -= len(name) + tensors[name].nbytes
+            if room < 0:
+                raise ValueError("damaged: its tensors are larger than the file")
+        return tensors
+    except unpickle.DAMAGE as error:
+        raise ValueError(f"{path}: {unpickle.first_line(error)}") from error
 
 
 def _require_normalising(content: Any) -> None:
@@ -271,31 +299,30 @@ def _sort(path: Path, tensors: dict[str, Tensor], *, scripted: bool = False) -> 
     # a scripted module's constants are saved as if they were weights
     constants = _OPENAI_NUMBERS | {"attn_mask"} if scripted else set()
     text = {name: value for name, value in text.items() if name not in constants}
-    found = Weights(
+    try:
+        geometry = Geometry.of({name: value.shape for name, value in visual.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Weights(
         files=(path,),
         format="openai" if scripted and openai else layout.format,
         visual=visual,
-        head=_as_head(path, head, visual) if head else {},
+        head=_as_head(path, head, geometry) if head else {},
         text=text if _is_text_tower(text) else {},
         openai=openai,
     )
-    try:
-        found.geometry  # noqa: B018
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return found
 
 
-def _as_head(path: Path, head: dict[str, Tensor], visual: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_head(path: Path, head: dict[str, Tensor], tower: Geometry) -> dict[str, Tensor]:
     """Return weight and bias; a head without bias has a zero one."""
     weight = head.get("head.weight")
     if weight is None or weight.ndim != 2 or head.keys() - {"head.weight", "head.bias"}:
         raise ValueError(f"{path} has a head that is not one linear layer: {', '.join(head)}")
-    features = visual["visual.proj"].shape[-1]
     bias = head.get("head.bias", torch.zeros(len(weight)))
-    if weight.shape[1] != features or bias.shape != weight.shape[:1]:
+    if weight.shape[1] != tower.embed_dim or bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"{path} has a head of shape {tuple(weight.shape)}, its tower {features} features"
+            f"{path} has a head of shape {tuple(weight.shape)}, its tower "
+            f"{tower.embed_dim} features"
         )
     return {"head.weight": weight, "head.bias": bias}
 

@@ -11,17 +11,16 @@ import tyro
 
 from rft import cli, dist, files
 from rft.clip.classifier import LAST
+from rft.clip.made import is_made, write_made
 from rft.config import Device
 from rft.data.loader import PackedDataset
 from rft.merge import greedy
 from rft.merge.folders import (
     Ingredient,
     check_alike,
-    is_merged,
     read_ingredient,
     read_soup,
     shared_seed,
-    write_merged,
 )
 from rft.method import averaging
 
@@ -136,12 +135,12 @@ def wise(arguments: Wise) -> None:
         }
         jobs[arguments.out / config["recipe"] if several else arguments.out] = config
     # all of them are looked at before the first is written
-    done = {out for out, config in jobs.items() if is_merged(out, config)}
+    done = {out for out, config in jobs.items() if is_made(out, config)}
     first, second = start.load(), end.load()
     for out, config in jobs.items():
         if out not in done:
             state = averaging.interpolate(first, second, config["alpha"])
-            write_merged(out, state, start.architecture, config, end.metadata)
+            write_made(out, state, start.architecture, config, end.metadata)
         report(out, out in done)
     print(next_step(jobs, end))
 
@@ -198,10 +197,10 @@ def uniform_soup(arguments: UniformSoup) -> None:
         "seed": shared_seed(models),
         "merged_from": [model.record() for model in models],
     }
-    done = is_merged(arguments.out, config)
+    done = is_made(arguments.out, config)
     if not done:
         state = averaging.uniform_soup(model.load() for model in models)
-        write_merged(arguments.out, state, models[0].architecture, config, soup_metadata(models))
+        write_made(arguments.out, state, models[0].architecture, config, soup_metadata(models))
     report(arguments.out, done)
     print(next_step([arguments.out], models[0]))
 
@@ -219,7 +218,7 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
     packed = PackedDataset(files.join(arguments.data, split.train_set))
     held_out = greedy.held_out_images(packed, split, runs)
     config = greedy.describe(runs, split, packed)
-    done = is_merged(arguments.out, config)
+    done = is_made(arguments.out, config)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device):
@@ -240,7 +239,7 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
             state, config["soup"] = greedy.make_soup(runs, count, len(held_out), tell)
             if world.is_main:
                 metadata = soup_metadata(runs)
-                write_merged(arguments.out, state, runs[0].architecture, config, metadata)
+                write_made(arguments.out, state, runs[0].architecture, config, metadata)
     if world.is_main:
         report(arguments.out, done)
         print(next_step([arguments.out], runs[0]))

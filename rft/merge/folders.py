@@ -1,21 +1,17 @@
-"""What a merge reads and what it leaves: ingredients, and the run folder of their average.
-
-An ingredient is known by the sha256 of its weights, so that a run may move between two calls.
-"""
+"""What a merge reads: ingredients, each a run folder or a weights file."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rft import files
-from rft.clip.classifier import SELECTED, load_state, save_state
-from rft.clip.load import Architecture
+from rft.clip.architecture import Architecture
+from rft.clip.classifier import SELECTED, load_state
+from rft.clip.made import SHOWN, read_config
 from rft.method.averaging import require_alike
-
-SHOWN = 3  # differences that an error tells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +60,7 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
     """
     config: dict[str, Any] = {}
     if (path / "config.json").is_file():
-        config = _read_config(path)
+        config = read_config(path)
         if "optim" in config and not (path / "training.json").is_file():
             raise ValueError(
                 f"{path} has not finished training; resume it first, or name one of its "
@@ -80,13 +76,6 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
         metadata=metadata,
         architecture=architecture,
     )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = files.read_json(str(folder / "config.json"))
-    if not isinstance(config, dict) or "recipe" not in config:
-        raise ValueError(f"{folder} is not a run folder: its config.json names no recipe")
-    return config
 
 
 def read_soup(paths: Sequence[Path]) -> list[Ingredient]:
@@ -117,7 +106,7 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
     state = first.load()  # mapped from the file, no weight is read
     for other in ingredients[1:]:
         both = f"{first.path} and {other.path}"
-        if changed := files.difference(_shape(first), _shape(other)):
+        if changed := first.architecture.difference(other.architecture):
             raise ValueError(f"{both} have other architectures: {'; '.join(changed[:SHOWN])}")
         try:
             require_alike(state, other.load())
@@ -125,62 +114,7 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
             raise ValueError(f"{both}: {error}") from error
 
 
-def _shape(ingredient: Ingredient) -> dict[str, Any]:
-    """Return what must be equal; the CLIP's name may be a folder that lay elsewhere."""
-    document = asdict(ingredient.architecture)
-    return {name: value for name, value in document.items() if name != "clip"}
-
-
 def shared_seed(ingredients: Sequence[Ingredient]) -> int:
     """Return the seed of all ingredients, 0 if they have several."""
     seeds = {ingredient.seed for ingredient in ingredients}
     return seeds.pop() if len(seeds) == 1 else 0
-
-
-def is_merged(out: Path, config: dict[str, Any]) -> bool:
-    """Whether the run folder already holds this merge, complete.
-
-    Raises:
-        ValueError: if it holds anything else.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; choose another")
-    path = out / "config.json"
-    if not path.is_file():
-        # what a killed writer left is hidden
-        if out.is_dir() and any(not found.name.startswith(".") for found in out.iterdir()):
-            raise ValueError(f"{out} has files in it but is no run folder; choose another --out")
-        return False
-    old = _read_config(out)
-    if "merged_from" not in old:
-        kind = "a training run" if "optim" in old else "another model"
-        raise ValueError(f"{out} holds {kind}; choose another --out")
-    # a merge that stopped before its weights were there left nothing that another could spoil
-    if not (out / SELECTED).is_file():
-        return False
-    if changed := files.difference(_identity(old), _identity(config)):
-        raise ValueError(
-            f"{out} holds another merge: {'; '.join(changed[:SHOWN])}; choose another --out"
-        )
-    return (out / "provenance.json").is_file()
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a merge's config.json that is known before it is done."""
-    sha256 = [record["sha256"] for record in config["merged_from"]]
-    known = {name: value for name, value in config.items() if name != "soup"}
-    return {**known, "merged_from": {str(n): digest[:12] for n, digest in enumerate(sha256)}}
-
-
-def write_merged(
-    out: Path,
-    state: dict[str, Tensor],
-    architecture: Architecture,
-    config: dict[str, Any],
-    metadata: dict[str, str],
-) -> None:
-    """Write a merged model's run folder; provenance.json comes last and says that it is whole."""
-    files.write_json(f"{out}/config.json", config)
-    metadata = {**metadata, "recipe": config["recipe"]}
-    save_state(f"{out}/{SELECTED}", state, architecture, metadata)
-    files.write_json(f"{out}/provenance.json", files.provenance())

@@ -196,10 +196,7 @@ def load_alike(model: Classifier, path: str, option: str) -> None:
         ValueError: naming the option, if the two differ.
     """
     state, architecture, _ = load_state(checkpoint_path(Path(path)))
-    # the name does not count: it may be a path of another machine
-    pair = (dataclasses.replace(a, clip="") for a in (model.architecture, architecture))
-    mine, theirs = map(dataclasses.asdict, pair)
-    if changed := files.difference(mine, theirs):
+    if changed := model.architecture.difference(architecture):
         raise ValueError(f"{option} {path} is another architecture: {changed[0]}")
     try:
         require_alike(model.state_dict(), state)

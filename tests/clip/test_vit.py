@@ -1,5 +1,7 @@
 """Our forward is open_clip's forward, for every tower that it serves; the others are refused."""
 
+import functools
+
 import open_clip
 import pytest
 import torch
@@ -22,15 +24,20 @@ SERVED = [
 ]
 
 
-def build_tower(name: str) -> nn.Module:
-    """The image tower of an open_clip model with random weights of about their usual sizes."""
+def empty_tower(name: str) -> nn.Module:
+    """The image tower of an open_clip model, without memory for its weights."""
     config = open_clip.get_model_config(name)
     quick = config.get("quick_gelu", False)
     with torch.device("meta"):
-        visual = open_clip.model._build_vision_tower(
+        return open_clip.model._build_vision_tower(
             config["embed_dim"], config["vision_cfg"], quick_gelu=quick
         )
-    visual = visual.to_empty(device="cpu").eval()
+
+
+@functools.lru_cache(maxsize=1)
+def draw_weights(name: str) -> dict[str, torch.Tensor]:
+    """Random weights of about their usual sizes; kept for the twin of other activation."""
+    visual = empty_tower(name).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for path, parameter in visual.named_parameters():
@@ -39,7 +46,14 @@ def build_tower(name: str) -> nn.Module:
             parameter.uniform_(-spread, spread, generator=generator)
             if is_norm and path.endswith("weight"):
                 parameter.add_(1)
-    return visual
+    return visual.state_dict()
+
+
+def build_tower(name: str) -> nn.Module:
+    """The image tower of an open_clip model with random weights, the same for quickgelu twins."""
+    visual = empty_tower(name)
+    visual.load_state_dict(draw_weights(name.removesuffix("-quickgelu")), assign=True)
+    return visual.eval()
 
 
 def test_features_equal_open_clip(images_BCHW):

@@ -1,11 +1,14 @@
 """Weights as other code saves them: told apart, read without running anything, held to a model."""
 
-import contextlib
 import io
 import json
 import os
 import pickle
+import sys
+import tracemalloc
+import types
 import warnings
+import zipfile
 from pathlib import Path
 
 import open_clip
@@ -15,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rft.clip import load, unpickle, weights
-from rft.clip.classifier import save_classifier
+from rft.clip.classifier import load_state, save_classifier
 from rft.config import ModelConfig
 from tests import formats
 from tests.conftest import build_model
@@ -92,7 +95,7 @@ def test_our_own_file(tmp_path):
     save_classifier(str(tmp_path / "m.safetensors"), model, {"recipe": "test", "step": "3"})
     found = weights.read(tmp_path / "m.safetensors")
     assert same({**found.visual, **found.head}, model.state_dict())
-    assert load.Architecture.from_json(found.architecture) == model.architecture
+    assert found.architecture == model.architecture
 
 
 def test_wrappers_of_a_module_are_not_part_of_a_name(tmp_path, state):
@@ -238,9 +241,6 @@ def torch_bytes(content: object, *, archive: bool) -> bytes:
         lambda evil: pickle.dumps(
             Reduced(torch.storage._load_from_bytes, torch_bytes(evil, archive=False))
         ),
-        lambda evil: pickle.dumps(
-            {"model": Reduced(torch.storage._load_from_bytes, torch_bytes(evil, archive=True))}
-        ),
     ],
 )
 def test_an_attack_runs_nothing_and_is_refused_by_name(tmp_path, hide, call):
@@ -303,10 +303,13 @@ def test_a_pickle_cannot_change_the_unpickler(tmp_path, attributes):
     # BUILD sets attributes of whatever is on the stack: here of what _rebuild_parameter means
     path = tmp_path / "m.pt"
     path.write_bytes(b"\x80\x02ctorch._utils\n_rebuild_parameter\n" + attributes + b"b.")
-    code = unpickle.Unpickler._parameter.__code__
-    with contextlib.suppress(ValueError):
+    with pytest.raises(ValueError, match="damaged"):
         unpickle.read(path)
-    assert unpickle.Unpickler._parameter.__code__ is code
+    callee = unpickle.Unpickler(io.BytesIO()).find_class("torch._utils", "_rebuild_parameter")
+    assert not hasattr(callee, "__dict__")
+    for name in ("_function", "__class__", "a"):
+        with pytest.raises(AttributeError):
+            setattr(callee, name, None)
 
 
 class Talks(nn.Module):
@@ -365,6 +368,268 @@ def test_a_tensor_outside_of_its_storage_is_refused(tensor):
     )
     with pytest.raises(ValueError, match="damaged tensor"):
         stored.load()
+
+
+# Tiny files that want much memory or time
+
+
+def peak_of_reading(path: Path) -> int:
+    """Bytes of Python's memory that it takes to refuse a file."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"m\.pt"):
+            weights.read(path)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02Nr\x00\x00\x00\x01.",  # None is object number 2 ** 24
+        b"\x80\x05\x96\x00\x00\x00\x01\x00\x00\x00\x00.",  # 2 ** 24 bytes follow
+    ],
+)
+def test_a_pickle_takes_no_more_memory_than_it_has_bytes(tmp_path, data):
+    (tmp_path / "m.pt").write_bytes(data)
+    assert peak_of_reading(tmp_path / "m.pt") < 1_000_000
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_tensors_are_not_larger_than_what_is_stored(tmp_path, state, archive):
+    path = tmp_path / "m.pt"
+    more = {"visual.x": torch.ones(1).half().expand(1000, 1000)}
+    path.write_bytes(torch_bytes({**state, **more}, archive=archive))
+    with pytest.raises(ValueError, match=r"m\.pt: damaged tensor: it is larger than its storage"):
+        weights.read(path)
+    more = {f"visual.x{n}": state["visual.proj"] for n in range(1000)}
+    path.write_bytes(torch_bytes({**state, **more}, archive=archive))
+    with pytest.raises(ValueError, match=r"m\.pt: damaged: its tensors are larger than the file"):
+        weights.read(path)
+
+
+def rewrite(path: Path, *, compress: str = "", without: str = "") -> None:
+    """Write an archive again with one entry compressed, or without it."""
+    with zipfile.ZipFile(path) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in entries.items():
+            kind = zipfile.ZIP_DEFLATED if compress and name.endswith(compress) else 0
+            if not (without and name.endswith(without)):
+                new.writestr(name, data, compress_type=kind)
+
+
+@pytest.mark.parametrize("entry", ["/data.pkl", "/data/0", "/byteorder"])
+def test_a_compressed_archive_is_refused(made, tmp_path, entry):
+    path = tmp_path / "m.pt"
+    path.write_bytes((made / "ckpt-best.pt").read_bytes())
+    rewrite(path, compress=entry)
+    with pytest.raises(ValueError, match=f"m.pt.*{entry} is compressed"):
+        weights.read(path)
+
+
+def test_an_archive_inside_a_pickle_is_refused(tmp_path, state):
+    nested = torch_bytes(torch.ones(1), archive=True)
+    (tmp_path / "m.pt").write_bytes(pickle.dumps(Reduced(torch.storage._load_from_bytes, nested)))
+    with pytest.raises(ValueError, match=r"m\.pt is damaged or truncated"):
+        weights.read(tmp_path / "m.pt")
+
+
+def test_modules_that_hold_the_next_one_twice_are_read_once(tmp_path):
+    module = nn.Linear(2, 1)
+    for _ in range(40):
+        module = nn.Sequential(module, module)
+    (tmp_path / "m.pt").write_bytes(pickle.dumps(module))
+    content, _ = unpickle.read(tmp_path / "m.pt")
+    names = [name for name, _ in unpickle.named_tensors(content)]
+    assert names == ["0." * 40 + "weight", "0." * 40 + "bias"]
+
+
+def test_a_buffer_that_is_not_saved_is_not_a_weight(tmp_path):
+    module = nn.Linear(2, 1)
+    module.register_buffer("scratch", torch.ones(2), persistent=False)
+    for protocol in (3, 4):  # where a set is a call, and where it is not
+        (tmp_path / "m.pt").write_bytes(pickle.dumps(module, protocol=protocol))
+        content, _ = unpickle.read(tmp_path / "m.pt")
+        assert [name for name, _ in unpickle.named_tensors(content)] == ["weight", "bias"]
+
+
+def test_a_container_of_itself_twice_is_neither_printed_nor_hashed(tmp_path):
+    path = tmp_path / "m.pt"
+    doubled = b")" + b"2\x86" * 60  # a tuple of the tuple before, twice
+    path.write_bytes(b"\x80\x02(" + doubled + b"NK\x00K\x00K\x00tQ.")  # as kind of a storage
+    with pytest.raises(ValueError, match=r"m\.pt is refused: it wants to use something of the"):
+        weights.read(path)
+    path.write_bytes(b"\x80\x02}" + doubled + b"Ns.")  # as key of a dict
+    with pytest.raises(ValueError, match=r"m\.pt is damaged or truncated: unhashable"):
+        weights.read(path)
+
+
+# Damage
+
+
+def test_an_archive_without_one_of_its_storages(made, tmp_path):
+    path = tmp_path / "m.pt"
+    path.write_bytes((made / "ckpt-best.pt").read_bytes())
+    rewrite(path, without="/data/0")
+    with pytest.raises(ValueError, match=r"m\.pt: damaged tensor: .*data/0"):
+        weights.read(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"visual.conv1.weight": torch.tensor(1.0)},
+        {"visual.positional_embedding": torch.ones(0, 64)},
+        {"visual.positional_embedding": torch.tensor(1.0)},
+        {"visual.proj": torch.tensor(1.0)},
+    ],
+)
+def test_shapes_that_no_tower_has(tmp_path, state, damage):
+    torch.save({**state, **damage}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"m\.pt: it has no image tower that is a CLIP vision"):
+        weights.read(tmp_path / "m.pt")
+
+
+ARCHITECTURE = build_model().architecture
+
+
+def changed(**fields: object) -> str:
+    document = {**json.loads(ARCHITECTURE.to_json()), **fields}
+    return json.dumps({"architecture": json.dumps(document)})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "3",
+        "{}",
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"architecture": "{"}',
+        '{"architecture": "[]"}',
+        '{"architecture": 3}',
+        changed(clip=3),
+        changed(mean=None),
+        changed(mean=[0.5]),
+        changed(vision_cfg={}),
+        changed(vision_cfg=[]),
+        changed(vision_cfg={"image_size": 16, "unknown": 1}),
+        changed(unknown=1),
+    ],
+)
+def test_a_header_that_is_not_ours(tmp_path, state, header):
+    path = tmp_path / "m.safetensors"
+    save_file(state, path, metadata={"rft": header})
+    for read in (weights.read, load_state):
+        with pytest.raises(ValueError, match=r"m\.safetensors .*header names no architecture"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("card.json", "{"),
+        ("card.json", "[]"),
+        ("card.json", '{"format": "open-clip", "architecture": {}}'),
+        ("card.json", '{"format": "open-clip", "architecture": 3}'),
+        ("open_clip_config.json", "{"),
+        ("open_clip_config.json", "[]"),
+        ("open_clip_config.json", "{}"),
+        ("open_clip_config.json", '{"model_cfg": {"vision_cfg": {}, "text_cfg": 3}}'),
+    ],
+)
+def test_documents_beside_weights_that_are_none(tmp_path, name, text):
+    formats.write_hub_folder(tmp_path / "hub")
+    (tmp_path / "hub" / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        weights.read(tmp_path / "hub")
+
+
+def test_architectures_differ_in_all_but_the_name():
+    other = load.Architecture.of({**json.loads(ARCHITECTURE.to_json()), "clip": "elsewhere"})
+    assert ARCHITECTURE.difference(other) == []
+    wide = load.Architecture.of({**json.loads(other.to_json()), "embed_dim": 13})
+    assert ARCHITECTURE.difference(wide) == ["embed_dim: 12 -> 13"]
+
+
+# What a folder or a header asks other libraries for
+
+
+def hub_folder(folder: Path, *, text: dict | None = None, **parts: object) -> Path:
+    """A folder in open_clip's hub layout whose configuration has something more."""
+    formats.write_hub_folder(folder)
+    model_cfg = {**formats.CONFIG, "text_cfg": {**formats.CONFIG["text_cfg"], **(text or {})}}
+    document = {"model_cfg": {**model_cfg, **parts}}
+    (folder / "open_clip_config.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.mark.parametrize("options", [{"trust_remote_code": True}, {"bpe_path": "/etc/passwd"}, 3])
+def test_a_folder_cannot_make_a_tokenizer_run_its_code(tmp_path, monkeypatch, options):
+    asked = []
+    tokenizer = types.SimpleNamespace(from_pretrained=lambda *a, **k: asked.append((a, k)))
+    stub = types.SimpleNamespace(AutoTokenizer=tokenizer)
+    monkeypatch.setitem(sys.modules, "transformers", stub)
+    text = {"hf_tokenizer_name": "some/one", "tokenizer_kwargs": {"clean": "lower"}}
+    good = hub_folder(tmp_path / "good", text=text)
+    load.load_clip(ModelConfig(clip=f"local-dir:{good}", pretrained=""))
+    assert len(asked) == 1
+    folder = hub_folder(tmp_path / "evil", text={**text, "tokenizer_kwargs": options})
+    for module in (load, open_clip.factory):
+        monkeypatch.setattr(
+            module,
+            "download_pretrained_from_hf",
+            lambda _, filename="open_clip_model.safetensors", **__: str(folder / filename),
+        )
+    for clip in (f"local-dir:{folder}", "hf-hub:some/one"):
+        with pytest.raises(ValueError, match=r"open_clip_config\.json is refused: of tokenizer_kw"):
+            load.load_clip(ModelConfig(clip=clip, pretrained=""))
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("name", ["hf-hub:some/one", ""])
+def test_no_header_and_no_folder_makes_timm_download(tmp_path, state, monkeypatch, name):
+    asked = []
+    monkeypatch.setattr("timm.create_model", lambda *a, **k: asked.append((a, k)))
+    vision = {"image_size": 16, "timm_model_name": name, "timm_model_pretrained": True}
+    path = tmp_path / "m.safetensors"
+    save_file(state, path, metadata={"rft": changed(vision_cfg=vision)})
+    for read in (weights.read, load_state):
+        with pytest.raises(ValueError, match=r"m\.safetensors.*timm builds its image tower"):
+            read(path)
+    folder = hub_folder(tmp_path / "hub", vision_cfg=vision)
+    with pytest.raises(ValueError, match="timm builds its image tower; rft needs open_clip's own"):
+        load.load_clip(ModelConfig(clip=f"local-dir:{folder}", pretrained=""))
+    assert asked == []
+
+
+def test_a_damaged_folder_is_one_clear_error(tmp_path):
+    folder = hub_folder(tmp_path / "hub", unknown=1)
+    with pytest.raises(ValueError, match="cannot load local-dir"):
+        load.load_clip(ModelConfig(clip=f"local-dir:{folder}", pretrained=""))
+    folder = hub_folder(tmp_path / "other")
+    (folder / "open_clip_model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="cannot load local-dir"):
+        load.load_clip(ModelConfig(clip=f"local-dir:{folder}", pretrained=""))
+
+
+def test_the_text_tower_of_a_file_is_not_downloaded_too(known_models, made, monkeypatch):  # noqa: F811
+    text_cfg = {**formats.CONFIG["text_cfg"], "hf_model_name": "some/one"}
+    config = {**formats.CONFIG, "text_cfg": text_cfg}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "custom", config)
+    asked = []
+
+    def build(text_cfg: dict, **parts: object) -> open_clip.CustomTextCLIP:
+        asked.append(text_cfg)
+        own = {k: v for k, v in text_cfg.items() if not k.startswith("hf_")}
+        return open_clip.CustomTextCLIP(text_cfg=own, **parts)
+
+    monkeypatch.setattr(load, "CustomTextCLIP", build)
+    load_file_as(made / "epoch_3.pt", "custom")
+    assert asked == [{**text_cfg, "hf_model_pretrained": False}]
 
 
 # A file as --model.pretrained

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from rft import cli, files
+from rft.clip import made
 from rft.clip.classifier import LAST, SELECTED, build_classifier, load_state, save_state
 from rft.config import Config
 from rft.data.loader import PackedDataset, plan_training
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
-from rft.merge import folders
 from rft.method.averaging import interpolate, uniform_soup
 from rft.train import __main__ as train_command
 from tests.conftest import build_model
@@ -359,7 +359,7 @@ def test_a_merge_that_stopped_is_done_again(runs, tmp_path, merge, refused, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "save_state", full)
+        patch.setattr(made, "save_state", full)
         assert "No space left" in refused("wise", start, end, "--out", out)
     assert not (out / SELECTED).exists()
     assert not (out / "provenance.json").exists()

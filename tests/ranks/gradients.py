@@ -1,4 +1,4 @@
-"""Run by torchrun: the averaged gradient of one batch, written by rank 0."""
+"""Run by torchrun: the averaged gradients of one batch in each case, written by rank 0."""
 
 import dataclasses
 import sys
@@ -9,11 +9,13 @@ import torch
 
 from rft import dist, recipes
 from rft.data.loader import Batch
+from rft.dist import World
 from rft.train.loop import Job, accumulate_gradients, settle_buckets
 from rft.train.objective import Objective
 from tests.conftest import build_model
 
 BATCH = 12
+CPU = torch.device("cpu")
 
 
 class FixedBatches:
@@ -23,8 +25,7 @@ class FixedBatches:
     plan = types.SimpleNamespace(steps_per_epoch=1)
 
 
-def main(recipe: str, donors: str, accumulate: int, out: str) -> None:
-    world = dist.world_from_env()
+def build_job(world: World, recipe: str, donors: str, accumulate: int) -> Job:
     config = recipes.build(recipe, data="-", run="-")
     config = dataclasses.replace(
         config,
@@ -33,33 +34,42 @@ def main(recipe: str, donors: str, accumulate: int, out: str) -> None:
         # unclipped: clipping would hide a wrong scale
         optim=dataclasses.replace(config.optim, accumulate=accumulate, clip_norm=1e9),
     )
+    student = build_model(0)
+    student.visual.requires_grad_(config.optim.trains == "all")
+    return Job(
+        config=config,
+        world=world,
+        device=CPU,
+        objective=Objective(student, build_model(1), config.method),
+        batches=FixedBatches(),
+        held_out=[],
+        fingerprint={},
+    )
+
+
+def gradients(job: Job) -> dict[str, torch.Tensor]:
+    """The gradients of the whole batch, of which this rank sees its share."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(256, (BATCH, 3, 16, 16), generator=generator, dtype=torch.uint8)
     labels = torch.randint(5, (BATCH,), generator=generator)
-    share = BATCH // world.size
-    mine = slice(world.rank * share, (world.rank + 1) * share)
-    device = torch.device("cpu")
-    student = build_model(0)
-    student.visual.requires_grad_(config.optim.trains == "all")
-    with dist.process_group(world, device):
-        job = Job(
-            config=config,
-            world=world,
-            device=device,
-            objective=Objective(student, build_model(1), config.method),
-            batches=FixedBatches(),
-            held_out=[],
-            fingerprint={},
-        )
-        module = dist.data_parallel(world, job.objective, device)
-        settle_buckets(job, module)
-        batch = Batch(images[mine], labels[mine], labels[mine])
-        accumulate_gradients(job, module, batch, step=0)
-        if world.is_main:
-            named = job.student.named_parameters()
-            gradients = {n: p.grad for n, p in named if p.requires_grad}
-            torch.save(gradients, Path(out))
+    share = BATCH // job.world.size
+    mine = slice(job.world.rank * share, (job.world.rank + 1) * share)
+    module = dist.data_parallel(job.world, job.objective, CPU)
+    settle_buckets(job, module)
+    accumulate_gradients(job, module, Batch(images[mine], labels[mine], labels[mine]), step=0)
+    return {n: p.grad for n, p in job.student.named_parameters() if p.requires_grad}
+
+
+def main(out: str, *cases: str) -> None:
+    """Write RECIPE-DONORS-ACCUMULATE.pt for each case RECIPE:DONORS:ACCUMULATE."""
+    world = dist.world_from_env()
+    with dist.process_group(world, CPU):
+        for case in cases:
+            recipe, donors, accumulate = case.split(":")
+            found = gradients(build_job(world, recipe, donors, int(accumulate)))
+            if world.is_main:
+                torch.save(found, Path(out, f"{recipe}-{donors}-{accumulate}.pt"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    main(*sys.argv[1:])

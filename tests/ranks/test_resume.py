@@ -1,14 +1,19 @@
 """A killed run, started again, ends with the undisturbed run's weights, bit for bit."""
 
+import functools
 import json
+import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from rft import files
+from rft import cli, files
 from rft.clip.classifier import LAST, SELECTED
+from rft.train import __main__ as train_command
 from tests.tiny import environment, kill_when, torchrun, torchrun_command
 
 
@@ -19,6 +24,30 @@ def options(data: Path, clip: str, run: Path) -> list[str]:
         *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "6"),
         *("--log.checkpoint-steps", "4", "--log.every-steps", "3"),
     ]
+
+
+def train(ranks: int, command: list[str]) -> None:
+    """Train on so many ranks; one rank is this process, which is not a new one each time."""
+    if ranks > 1:
+        torchrun(ranks, *command)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        cli.run(train_command.main)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, tiny_data, tiny_clip) -> Callable[[int], Path]:
+    """The undisturbed run on so many ranks, with all of its checkpoints."""
+
+    @functools.cache
+    def run(ranks: int) -> Path:
+        folder = tmp_path_factory.mktemp("calm") / "run"
+        train(ranks, [*options(tiny_data, tiny_clip, folder), "--log.keep", "100"])
+        assert (folder / "training.json").exists()
+        return folder
+
+    return run
 
 
 def leaves(value) -> list:
@@ -44,37 +73,33 @@ def outcome(run: Path) -> tuple[list[str], list, list[dict]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_kill_and_resume_is_bit_identical(tmp_path, tiny_data, tiny_clip, ranks):
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    torchrun(ranks, *options(tiny_data, tiny_clip, calm))
-    assert (calm / "training.json").exists()
-
-    command = torchrun_command(ranks, *options(tiny_data, tiny_clip, killed))
+def test_kill_and_resume_is_bit_identical(tmp_path, tiny_data, tiny_clip, calm, capsys, ranks):
+    killed = tmp_path / "killed"
+    command = options(tiny_data, tiny_clip, killed)
     reached = killed / "checkpoints" / "step-00000012.pt"
-    kill_when(command, lambda: reached.exists())
+    kill_when(torchrun_command(ranks, *command), lambda: reached.exists())
     assert not (killed / "training.json").exists()
-    torchrun(ranks, *options(tiny_data, tiny_clip, killed))
+    train(ranks, command)
     assert (killed / "training.json").exists()
-    assert outcome(killed) == outcome(calm)
+    assert outcome(killed) == outcome(calm(ranks))
 
-    again = torchrun(1, *options(tiny_data, tiny_clip, killed))
-    assert "already finished" in again.stdout
+    capsys.readouterr()
+    train(1, command)
+    assert "already finished" in capsys.readouterr().out
 
 
-def test_a_kill_between_checkpoint_and_selected_model(tmp_path, tiny_data, tiny_clip):
+def test_a_kill_between_checkpoint_and_selected_model(tmp_path, tiny_data, tiny_clip, calm):
     # the checkpoint says which model is selected; the file of that model is written after it
     run = tmp_path / "run"
-    command = [*options(tiny_data, tiny_clip, run), "--log.keep", "100"]
-    torchrun(1, *command)
-    before = outcome(run)
+    shutil.copytree(calm(1), run)
     best_step = json.loads((run / "training.json").read_text())["best_step"]
     (run / "training.json").unlink()
-    (run / "checkpoints" / "best.safetensors").unlink()
+    (run / SELECTED).unlink()
     for path in (run / "checkpoints").glob("step-*.pt"):
         if int(path.stem.removeprefix("step-")) > best_step:
             path.unlink()
-    torchrun(1, *command)
-    assert outcome(run) == before
+    train(1, [*options(tiny_data, tiny_clip, run), "--log.keep", "100"])
+    assert outcome(run) == outcome(calm(1))
 
 
 def test_without_any_argument_it_trains_on_the_miniature(tmp_path):

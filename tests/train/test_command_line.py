@@ -22,25 +22,6 @@ from tests.tiny import environment
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
-    """Run a command line in this process; return its one line of complaint."""
-
-    def run(command, *arguments: str, **variables: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["rft", *map(str, arguments)])
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(SystemExit) as stopped:
-            cli.run(command.main)
-        assert stopped.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("error: ")
-        return lines[0]
-
-    return run
-
-
-@pytest.fixture
 def options(tiny_data, tiny_clip, tmp_path) -> list[str]:
     return [
         *("vanilla", "--data", str(tiny_data), "--run-dir", str(tmp_path / "run")),

@@ -1,0 +1,82 @@
+"""Run folders of models that were not trained here: what `rft.merge` and `rft.convert` leave.
+
+A merge is known by `merged_from` in its config.json, an import by `imported_from`; weights that
+they came from are known by their hash, so that a run or a file may move between two calls.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rft import files
+from rft.clip.architecture import Architecture
+from rft.clip.classifier import SELECTED, save_state
+
+SHOWN = 3  # differences that an error tells
+KINDS = {"merged_from": "merge", "imported_from": "import"}
+
+
+def is_made(out: Path, config: dict[str, Any]) -> bool:
+    """Whether the run folder already holds this merge or import, complete.
+
+    Raises:
+        ValueError: if it holds anything else.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; choose another")
+    if not (out / "config.json").is_file():
+        # what a killed writer left is hidden
+        if out.is_dir() and any(not found.name.startswith(".") for found in out.iterdir()):
+            raise ValueError(f"{out} has files in it but is no run folder; choose another --out")
+        return False
+    old = read_config(out)
+    origin = next(name for name in KINDS if name in config)
+    if origin not in old:
+        kind = "a training run" if "optim" in old else "another model"
+        raise ValueError(f"{out} holds {kind}; choose another --out")
+    # one that stopped before its weights were there left nothing that another could spoil
+    if not (out / SELECTED).is_file():
+        return False
+    if changed := files.difference(_identity(old), _identity(config)):
+        raise ValueError(
+            f"{out} holds another {KINDS[origin]}: {'; '.join(changed[:SHOWN])}; choose another "
+            "--out"
+        )
+    return (out / "provenance.json").is_file()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a run folder's config.json.
+
+    Raises:
+        ValueError: if it is not one of a run.
+    """
+    config = files.read_json(str(folder / "config.json"))
+    if not isinstance(config, dict) or "recipe" not in config:
+        raise ValueError(f"{folder} is not a run folder: its config.json names no recipe")
+    return config
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known before it is done, without places."""
+    known = {name: value for name, value in config.items() if name not in ("data", "soup")}
+    if "merged_from" in config:
+        sha256 = [record["sha256"] for record in config["merged_from"]]
+        return {**known, "merged_from": {str(n): digest[:12] for n, digest in enumerate(sha256)}}
+    source = {name: value for name, value in config["imported_from"].items() if name != "path"}
+    return {**known, "imported_from": source}
+
+
+def write_made(
+    out: Path,
+    state: dict[str, Tensor],
+    architecture: Architecture,
+    config: dict[str, Any],
+    metadata: dict[str, str],
+) -> None:
+    """Write the run folder; provenance.json comes last and says that it is whole."""
+    files.write_json(f"{out}/config.json", config)
+    metadata = {**metadata, "recipe": config["recipe"]}
+    save_state(f"{out}/{SELECTED}", state, architecture, metadata)
+    files.write_json(f"{out}/provenance.json", files.provenance())
