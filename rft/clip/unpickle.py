@@ -166,7 +166,7 @@ class Row(tuple):
     """A tuple that is no key: a tuple of tuples of ... takes for ever to hash, or all the stack."""
 
     __slots__ = ()
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 def _row(load: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -249,9 +249,10 @@ class StorageUnpickler(Unpickler):
         Raises:
             RefusedError: for every other name.
         """
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        raise RefusedError(f"it wants to use {module}.{name}")
+        found = super().find_class(module, name)
+        if not isinstance(found, torch.dtype):
+            raise RefusedError(f"it wants to use {module}.{name} for a storage")
+        return found
 
 
 def _rebuild_tensor(storage: Storage, offset: int, size: Any, stride: Any, *_: Any) -> StoredTensor:

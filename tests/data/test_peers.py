@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from PIL import Image
@@ -43,7 +44,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def old_webdataset() -> dict[str, str]:
     """Environment variables with the webdataset that open_clip and timm ask for."""
-    environments.install("open_clip")
+    environments.BUILD.mkdir(parents=True, exist_ok=True)
+    # the tests of this file can run in several processes
+    with filelock.FileLock(environments.BUILD / "open_clip.lock"):
+        environments.install("open_clip")
     absence = environments.absence("open_clip")
     if absence is not None:
         pytest.skip(f"webdataset 0.2 is not there: {absence}")
