@@ -51,6 +51,15 @@ def gradients(tmp_path_factory) -> Gradients:
     return load
 
 
+def relative_distance(found: dict, expected: dict) -> float:
+    """The L2 norm of the difference of two whole gradients, relative to the second's."""
+    assert found.keys() == expected.keys()
+    ours, theirs = (
+        torch.cat([gradient[name].flatten() for name in expected]) for gradient in (found, expected)
+    )
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
 def largest_difference(found: dict, expected: dict) -> float:
     """The largest difference, relative to the largest entry of its own tensor."""
     assert found.keys() == expected.keys()
@@ -63,7 +72,10 @@ def largest_difference(found: dict, expected: dict) -> float:
 @pytest.mark.parametrize(("recipe", "donors", "ranks", "accumulate"), EQUAL)
 def test_gradients_do_not_depend_on_ranks(gradients, recipe, donors, ranks, accumulate):
     found = gradients(recipe, donors, ranks, accumulate)
-    assert largest_difference(found, gradients(recipe, donors, *WHOLE)) < 1e-6
+    whole = gradients(recipe, donors, *WHOLE)
+    assert relative_distance(found, whole) < 1e-6
+    # entry by entry other orders of sums show a little more
+    assert largest_difference(found, whole) < 5e-6
 
 
 def test_local_donors_depend_on_ranks(gradients):
