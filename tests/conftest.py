@@ -1,13 +1,11 @@
 """Small things that many tests need."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from rft import cli
 from rft.clip.classifier import Classifier
 from rft.clip.load import Architecture
 from tests import tiny
@@ -73,12 +71,12 @@ def tiny_clip(tmp_path_factory) -> str:
 def refused(monkeypatch, capsys):
     """Run a command line in this process; return its one line of complaint."""
 
-    def run(command, *arguments: str, **variables: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["rft", *map(str, arguments)])
+    def run(command, *arguments: object, **variables: str) -> str:
+        capsys.readouterr()
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as stopped:
-            cli.run(command.main)
+            tiny.call(command, *arguments)
         assert stopped.value.code == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1, lines

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from rft import cli, files
 from rft import convert as convert_command
+from rft import files
 from rft.clip import load, unpickle, weights
 from rft.clip.classifier import SELECTED, build_classifier, load_state, save_state
 from rft.clip.head import zero_shot_head
@@ -25,14 +25,9 @@ from rft.report import __main__ as report_command
 from rft.train import __main__ as train_command
 from tests import formats
 from tests.formats import known_models  # noqa: F401
+from tests.tiny import call
 
 pytestmark = pytest.mark.usefixtures("known_models")
-
-
-def call(command, *arguments: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["rft", *map(str, arguments)])
-        cli.run(command.main)
 
 
 @pytest.fixture
@@ -48,20 +43,9 @@ def convert(capsys):
 
 
 @pytest.fixture
-def refused(capsys):
+def refused(refused):
     """Run a conversion that is a mistake; return its one line of complaint."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            call(convert_command, *arguments)
-        assert stopped.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("error: ")
-        return lines[0]
-
-    return run
+    return partial(refused, convert_command)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from rft import cli
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack
 
@@ -77,6 +79,13 @@ def write_clip(folder: Path) -> str:
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     return f"local-dir:{folder}"
+
+
+def call(command, *arguments: object) -> None:
+    """Run a command's `main` in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rft", *map(str, arguments)])
+        cli.run(command.main)
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from rft import cli, files
+from rft import files
 from rft.clip import made
 from rft.clip.classifier import LAST, SELECTED, build_classifier, load_state, save_state
 from rft.config import Config
@@ -18,15 +18,9 @@ from rft.merge import __main__ as merge_command
 from rft.method.averaging import interpolate, uniform_soup
 from rft.train import __main__ as train_command
 from tests.conftest import build_model
-from tests.tiny import torchrun
+from tests.tiny import call, torchrun
 
 HELD_OUT = 40
-
-
-def call(command, *arguments: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["rft", *map(str, arguments)])
-        cli.run(command.main)
 
 
 @pytest.fixture
@@ -42,20 +36,9 @@ def merge(capsys):
 
 
 @pytest.fixture
-def refused(capsys):
+def refused(refused):
     """Run a merge that is a mistake; return its one line of complaint."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            call(merge_command, *arguments)
-        assert stopped.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("error: ")
-        return lines[0]
-
-    return run
+    return partial(refused, merge_command)
 
 
 def state_of(path: Path) -> dict[str, torch.Tensor]:
