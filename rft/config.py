@@ -194,11 +194,35 @@ class LogConfig:
     """Optimizer steps between two checkpoints; every epoch ends with one as well."""
     keep: int = 2
     """Checkpoints kept for resuming."""
+    checkpoints: str = ""
+    """Where checkpoints are kept, any URL that fsspec opens; empty keeps them in the run folder."""
+    image_steps: int = 500
+    """Optimizer steps between two grids of counterfactuals in TensorBoard; 0 draws none."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well (extra: rft[wandb]); empty logs to none."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps > 0, "log.every_steps", self.every_steps, "at least 1")
         _require(self.checkpoint_steps > 0, "log.checkpoint_steps", self.checkpoint_steps, ">= 1")
         _require(self.keep > 0, "log.keep", self.keep, "at least 1")
+        _require(self.image_steps >= 0, "log.image_steps", self.image_steps, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How a run lives with other jobs and with faults; never changes its result."""
+
+    stop_file: str = ""
+    """As soon as this file is there, the run writes a checkpoint and stops. A job script makes it
+    when its time is nearly up; SIGTERM, SIGINT and SIGUSR1 to a rank do the same."""
+    timeout: float = 600
+    """Seconds that ranks wait for one of them before the run stops and names it."""
+    lock_wait: float = 30
+    """Seconds to wait for another job to leave the run folder before this one is refused."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.timeout < 1e7, "cluster.timeout", self.timeout, "above 0")
+        _require(0 <= self.lock_wait < 1e7, "cluster.lock_wait", self.lock_wait, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +264,7 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         weight = self.method.distill_weight
@@ -301,7 +326,16 @@ class Config:
         weights that a run builds on is their hash in the checkpoint's fingerprint.
         """
         document = self.to_dict()
-        for name in ("data", "train_set", "run", "log", "device", "recompute", "compile"):
+        for name in (
+            "data",
+            "train_set",
+            "run",
+            "log",
+            "cluster",
+            "device",
+            "recompute",
+            "compile",
+        ):
             del document[name]
         for name in ("workers", "cache_dir", "cache_gb"):
             del document["loader"][name]
