@@ -4,12 +4,14 @@ Works the same in one process without torchrun; then nothing is initialised.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -24,6 +26,8 @@ class World:
     size: int
     local_rank: int
     local_size: int = 1
+    control: Any = field(default=None, compare=False, repr=False)
+    """Group of all ranks for numbers that live on the CPU, while `process_group` is open."""
 
     @property
     def ranks_on_node(self) -> range:
@@ -68,29 +72,120 @@ def pick_device(choice: str, world: World) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(
-    world: World, device: torch.device, timeout: datetime.timedelta = datetime.timedelta(minutes=10)
-) -> Iterator[None]:
+def process_group(world: World, device: torch.device, timeout: float = 600) -> Iterator[World]:
     """Join the other ranks (NCCL on GPU, gloo on CPU) for the length of the body.
 
     A mistake that only this rank meets, such as a damaged shard, is told here: `cli.run` speaks for
     the first rank of each node alone. The group is left as it is then, because taking it down waits
     for the others, who wait in a collective; torchrun ends them all.
+
+    Args:
+        world: as `world_from_env` returns it.
+        device: this rank's.
+        timeout: seconds that ranks wait for one of them.
+
+    Yields:
+        The world with its control group.
+
+    Raises:
+        TimeoutError: naming the ranks that the others waited for in vain.
     """
     if world.size == 1:
-        yield
+        yield world
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=timeout)
+    if world.size == world.local_size:
+        # nothing leaves the machine, and its name need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    wait = datetime.timedelta(seconds=timeout)
+    store, _, _ = next(torch.distributed.rendezvous("env://", timeout=wait))
+    gpu = device.type == "cuda"
+    torch.distributed.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=torch.distributed.PrefixStore("rft", store),
+        rank=world.rank,
+        world_size=world.size,
+        # NCCL ends the process without a word of ours: the control group's turn comes first
+        timeout=2 * wait if gpu else wait,
+    )
+    control = None
+    if gpu:
+        control = torch.distributed.new_group(backend="gloo", timeout=wait)
     try:
-        yield
+        yield dataclasses.replace(world, control=control)
         # gloo can abort when a peer is gone before everyone has finished
         torch.distributed.barrier()
     except (ValueError, OSError) as error:
-        if world.local_rank > 0:
-            print(f"error on rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        _tell(world, error)
         raise
+    except RuntimeError as error:
+        if not _lost_contact(error):
+            raise
+        told = TimeoutError(_who_is_missing(world, store, min(timeout, 30)))
+        _tell(world, told)
+        raise told from error
     torch.distributed.destroy_process_group()
+
+
+def _tell(world: World, error: Exception) -> None:
+    if world.local_rank > 0:
+        print(f"error on rank {world.rank}: {error}", file=sys.stderr, flush=True)
+
+
+def _lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another rank; gloo has no error class of its own."""
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
+
+
+def _who_is_missing(world: World, store: Any, seconds: float) -> str:
+    """Return a line that names the ranks which do not answer within `seconds`.
+
+    The ranks that wait tell each other so in the store they met in, which none of them holds.
+    """
+    names = [f"rft/waits/{rank}" for rank in range(world.size)]
+    missing = [rank for rank in range(world.size) if rank != world.rank]
+    deadline = time.monotonic() + seconds
+    try:
+        store.set(names[world.rank], "")
+        while missing and time.monotonic() < deadline:
+            missing = [rank for rank in missing if not store.check([names[rank]])]
+            time.sleep(0.1)
+    except torch.distributed.DistError:
+        return "lost contact with the other ranks, and with torchrun, which started them"
+    who = (
+        "ranks " + ", ".join(map(str, missing)) if missing else "all ranks answer now: the network"
+    )
+    return (
+        f"{who} did not answer: hung or gone. Look at what was last said there, and run the same "
+        "command again to go on from the newest checkpoint"
+    )
+
+
+def step_aside() -> NoReturn:
+    """End this rank without a word, where the main rank tells why all of them end.
+
+    Raises:
+        SystemExit: always; code 2, as after an error.
+    """
+    time.sleep(1)  # torchrun ends all ranks when the first one is gone: let the main rank speak
+    raise SystemExit(2)
+
+
+def largest(world: World, value: int) -> int:
+    """Return the largest of all ranks' `value`, on every rank; nothing waits for a GPU."""
+    if world.size == 1:
+        return value
+    number = torch.tensor(value)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=world.control)
+    return int(number)
+
+
+def from_main(world: World, value: Any) -> Any:
+    """Return the main rank's `value` on every rank."""
+    if world.size == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, group=world.control)
+    return values[0]
 
 
 def gather_objects(world: World, value: Any) -> list[Any]:

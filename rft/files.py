@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,13 +23,40 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+HIDDEN = "***"
+# credentials of a URL, after what stays; JSON may escape slashes and ampersands, XML the latter
+CREDENTIALS = (
+    # "user:password@" of any scheme
+    re.compile(r"""(:(?:\\?/){2})[^\s"<>/?#:]*:[^\s"<>/?#]*(?=@)"""),
+    # "token@" of the web's; elsewhere it is a person or, as in abfs://, a container
+    re.compile(r"""(\b(?:https?|ftps?):(?:\\?/){2})[^\s"<>/?#]*(?=@)""", re.IGNORECASE),
+    # a password with a slash, as S3's may have, is no port, and no other URL starts before its end
+    re.compile(
+        r"""(:(?:\\?/){2})[^\s"<>/?\#@:\[]*:(?!\d{1,5}(?:[^\w+]|$))
+        (?:(?!:\\?/\\?/)[^\s"<>@])*(?=@)""",
+        re.VERBOSE,
+    ),
+    # the value of a query's "signature", "X-Amz-Security-Token", "sig", "api_key", ...
+    re.compile(
+        r"""((?:[?#]|&(?:amp;)?|\\u0026)
+        (?:[\w.-]*(?:signature|credentials?|token|secret|password|passwd|authorization|accessid)
+        |[\w.-]*(?:access|account|api|private|secret|shared)_?key(?:_?id)?
+        |(?:[\w.-]*[_.-])?(?:sig|key|auth|pass|pwd|jwt))=)
+        [^\s"<>&\#\\]*[^\s"<>&\#\\'),.;\]}]""",
+        re.IGNORECASE | re.VERBOSE,
+    ),
+)
+
 
 def open_store(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
     """Return the fsspec filesystem of `url` and the path inside it; `options` are fsspec's.
 
     Raises:
         ValueError: for a scheme that fsspec does not know; shell URLs (`pipe:`) are among those.
+            For a URL that was recorded without its credentials.
     """
+    if f"//{HIDDEN}@" in url or f"={HIDDEN}" in url:
+        raise ValueError(f"{url} was recorded without its credentials; name it again, with them")
     try:
         return fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
@@ -87,10 +115,21 @@ def read_bytes(url: str) -> bytes:
 
 
 def reason(error: BaseException) -> str:
-    """Return in a few words, on one line, why a client could not read."""
+    """Return in a few words, on one line and without credentials, why a client could not read."""
     if isinstance(error, PermissionError):
         return "no permission"
-    return " ".join(str(error).split()) or type(error).__name__
+    return redact(" ".join(str(error).split())) or type(error).__name__
+
+
+def redact(text: str) -> str:
+    """Return `text` without the credentials of the URLs in it: passwords, signatures, tokens.
+
+    What we print or record goes through it. Scheme, host and path stay, so that one sees which URL
+    it was; `open_store` refuses what is left.
+    """
+    for pattern in CREDENTIALS:
+        text = pattern.sub(rf"\1{HIDDEN}", text)
+    return text
 
 
 def read_json(url: str) -> Any:
@@ -128,6 +167,57 @@ def publish(url: str) -> Iterator[Path]:
             fs.put_file(str(temporary), path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def local_copy(url: str) -> Iterator[Path]:
+    """Yield a local path to read `url` from: itself, or a copy for the length of the body.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    fs, path = open_store(url)
+    if isinstance(fs, LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(path).name
+        try:
+            fs.get_file(path, str(copy))
+        except Exception as error:  # every client library has error classes of its own
+            raise ValueError(f"cannot read {url}: {reason(error)}") from error
+        yield copy
+
+
+def umask() -> int:
+    """Return the process's umask; there is no way to ask but to set it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def names(url: str) -> list[str]:
+    """Return the names of the files in a folder, sorted; none if there is no such folder."""
+    fs, path = open_store(url)
+    fs.invalidate_cache(path)
+    try:
+        entries = fs.ls(path, detail=True)
+    except FileNotFoundError:
+        return []
+    return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+
+
+def rename(url: str, name: str) -> None:
+    """Give the file at `url` another name in the same folder."""
+    fs, path = open_store(url)
+    fs.mv(path, str(Path(path).with_name(name)))
+
+
+def remove(url: str) -> None:
+    """Delete the file at `url` if there is one."""
+    fs, path = open_store(url)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -173,7 +263,7 @@ def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
 def provenance() -> dict[str, Any]:
     """Return what produced a result: code version, packages, interpreter, machine kind.
 
-    No environment variable and no host name is recorded.
+    No environment variable, host name or credential of a URL is recorded.
     """
     packages = ("torch", "torchvision", "open_clip_torch", "webdataset", "numpy", "pillow")
     versions = {}
@@ -187,7 +277,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(redact, sys.argv[1:])],
     }
 
 

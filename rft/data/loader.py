@@ -10,6 +10,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -385,6 +386,7 @@ def read_batches(
 
     Raises:
         ValueError: if a sample is damaged; the message names shard, key and offset.
+        ChildProcessError: if a loader process was killed.
     """
     # at least two, so that a batch is never written over the one before it
     slots = Slots(batches, workers * BATCHES_AHEAD + 2)
@@ -403,16 +405,34 @@ def read_batches(
                 num_workers=workers,
                 prefetch_factor=BATCHES_AHEAD,
                 collate_fn=_as_it_is,
+                worker_init_fn=_outlast_signals,
                 multiprocessing_context=context,
             )
         )
     for number in numbers:
-        item = next(found)
+        try:
+            item = next(found)
+        except RuntimeError as error:
+            # so that no more loader processes are waited for; torch has no class for this error
+            del found
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError(
+                f"a loader process was killed before batch {number} ({error}), by a person or "
+                "because memory ran out: fewer --loader.workers need less; then run the same "
+                "command again"
+            ) from error
         if isinstance(item, ValueError):
             # the error will keep this frame alive, and the frame the loader processes
             del found
             raise item
         yield slots.batch(number, item, device)
+
+
+def _outlast_signals(_: int) -> None:
+    """Leave it to the training process when to stop: a scheduler signals every process of a job."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Item(NamedTuple):

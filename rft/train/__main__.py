@@ -31,6 +31,7 @@ from rft.train.gallery import one_of_each_class, write_gallery
 from rft.train.loop import Job, train
 from rft.train.objective import Objective
 from rft.train.run import RunFolder, is_finished
+from rft.train.stop import STOPPED
 
 SMALL = "miniature"
 SMALL_POOL = 64  # a donor pool below this is worth a word
@@ -241,33 +242,63 @@ def tower_sha256(model: Classifier) -> str:
     return digest.hexdigest()
 
 
-def run_job(job: Job) -> None:
-    """Train one run to its end and leave a finished run folder."""
+def run_job(job: Job) -> int:
+    """Train one run to its end and leave a finished run folder.
+
+    Returns:
+        The exit code: 0, or `STOPPED` if something asked to stop before the end.
+    """
     config, world = job.config, job.world
     dist.require_agreement(world, "data fingerprint", job.fingerprint)
-    if not world.is_main:
-        train(job)
-        return
-    with RunFolder(config) as run:
+    run = RunFolder(config)
+    with run.taken(world):
+        # whoever was in the folder until now may have finished it
+        if dist.from_main(world, world.is_main and is_finished(config)):
+            tell_finished(config, world)
+            return 0
         progress = train(job)
-        packed = job.batches.packed
-        shown = one_of_each_class(packed.index.label, job.held_out, 8)
-        # a picture of a fill needs another image
-        if config.method.masks and len(shown) > 1:
-            state, architecture, _ = load_state(run.path / SELECTED)
-            model = build_classifier(state, architecture)
-            gallery = str(run.path / "gallery.npz")
-            write_gallery(gallery, model, packed, shown, recipes.masked_methods())
-        run.finish(
-            {
-                "steps": progress.step,
-                "best_step": progress.best_step,
-                "world_size": world.size,
-                "manifest_sha256": job.fingerprint["manifest_sha256"],
-                "inputs": inputs_fingerprint(config),
-            }
-        )
-    print(f"run finished: {config.run} (model of step {progress.best_step} selected)")
+        if progress.step < job.total_steps:
+            return STOPPED
+        if world.is_main:
+            show(job)
+            run.finish(
+                {
+                    "steps": progress.step,
+                    "best_step": progress.best_step,
+                    "world_size": world.size,
+                    "manifest_sha256": job.fingerprint["manifest_sha256"],
+                    "inputs": inputs_fingerprint(config),
+                }
+            )
+            print(f"run finished: {config.run} (model of step {progress.best_step} selected)")
+            tell_next(config, world)
+    return 0
+
+
+def show(job: Job) -> None:
+    """Write the gallery of what the selected model's masks and fills make of held-out images."""
+    packed, folder = job.batches.packed, RunFolder(job.config).path
+    shown = one_of_each_class(packed.index.label, job.held_out, 8)
+    # a picture of a fill needs another image
+    if job.config.method.masks and len(shown) > 1:
+        state, architecture, _ = load_state(folder / SELECTED)
+        model = build_classifier(state, architecture)
+        write_gallery(str(folder / "gallery.npz"), model, packed, shown, recipes.masked_methods())
+
+
+def tell_finished(config: Config, world: World) -> None:
+    """Check a finished run's inputs and say that it is finished."""
+    require_same_inputs(config)
+    if world.is_main:
+        print(f"run already finished: {config.run}")
+
+
+def tell_next(config: Config, world: World) -> None:
+    """Say what to do with a finished run."""
+    command = f"torchrun --nproc_per_node {world.size} -m rft.evaluate"
+    # a set of the user's own comes with a test set (tools/shard_folder.py), not with ImageNet's
+    sets = "" if config.train_set == "imagenet-train" else " --sets test"
+    print(f"next: {command} {config.run} --data {config.data}{sets}")
 
 
 def main() -> None:
@@ -278,9 +309,7 @@ def main() -> None:
     if not config.data:
         config = use_embedded_world(config, world)
     if is_finished(config):
-        require_same_inputs(config)
-        if world.is_main:
-            print(f"run already finished: {config.run}")
+        tell_finished(config, world)
         return
     device = dist.pick_device(config.device, world)
     if config.precision == "tf32":
@@ -293,13 +322,10 @@ def main() -> None:
             pool = config.donor_pool(world.size)
             few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
             print(f"fills choose from {pool} images{few}", flush=True)
-    with dist.process_group(world, device):
-        run_job(job)
-    if world.is_main:
-        command = f"torchrun --nproc_per_node {world.size} -m rft.evaluate"
-        # a set of the user's own comes with a test set (tools/shard_folder.py), not with ImageNet's
-        sets = "" if config.train_set == "imagenet-train" else " --sets test"
-        print(f"next: {command} {config.run} --data {config.data}{sets}")
+    with dist.process_group(world, device, config.cluster.timeout) as world:
+        status = run_job(dataclasses.replace(job, world=world))
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The training loop."""
 
-import math
+import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,26 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from rft import dist
-from rft.clip.classifier import LAST, SELECTED, Classifier, save_classifier
+from rft.clip.classifier import (
+    LAST,
+    SELECTED,
+    Classifier,
+    load_state,
+    save_classifier,
+    save_state,
+)
 from rft.config import Config
 from rft.data.loader import Batch, Reading, TrainingBatches, read_batches
 from rft.dist import World
 from rft.evaluate.accuracy import Count
 from rft.evaluate.evaluator import count_correct
 from rft.train import checkpoint
+from rft.train.checkpoint import Progress
 from rft.train.journal import Journal
 from rft.train.objective import Draws, Objective, StepAddress, draw
 from rft.train.optim import build_optimizer, set_schedule
 from rft.train.run import RunFolder
+from rft.train.stop import StopRequest
 
 COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
 READING = ("wait", "ready", *Reading._fields)
@@ -41,6 +50,11 @@ class Job:
     fingerprint: dict[str, Any]
 
     @property
+    def must_agree(self) -> dict[str, Any]:
+        """What two jobs must have the same of, for the second to go on where the first stopped."""
+        return {"config": self.config.identity(), "data": self.fingerprint}
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.config.optim.epochs * self.batches.plan.steps_per_epoch
@@ -51,23 +65,39 @@ class Job:
         return self.objective.student
 
 
-def train(job: Job) -> checkpoint.Progress:
-    """Train to the end, going on from the run folder's newest checkpoint."""
+def train(job: Job) -> Progress:
+    """Train to the end, or until something asks to stop; go on from the newest checkpoint.
+
+    Returns:
+        How far the run is; it has not ended if that is not `job.total_steps`.
+
+    Raises:
+        ValueError: if the loss stopped being finite, naming the step.
+        OSError: if a checkpoint could not be written.
+    """
     config, world = job.config, job.world
     optimizer = build_optimizer(job.objective, config.optim)
-    folder = RunFolder(config).checkpoints
-    progress = checkpoint.resume(folder, job.student, optimizer, job.fingerprint)
-    dist.require_agreement(world, "checkpoint", progress)
+    store = checkpoint.Store(RunFolder(config).checkpoints, config.log.keep)
+    pool = config.donor_pool(world.size)
+    progress = checkpoint.resume(store, world, job.student, optimizer, job.must_agree, pool)
     module = dist.data_parallel(world, job.objective, job.device)
     settle_buckets(job, module)
-    # a job killed right after a checkpoint may not have written the model that it selected
-    keep_selected(job, progress)
+    restore_selected(job, store, progress)
 
+    steps_per_epoch, saved, reason = job.batches.plan.steps_per_epoch, progress.step, ""
     steps = range(progress.step, job.total_steps)
     stream = read_batches(job.batches, steps, workers=config.loader.workers, device=job.device)
     meter = Meter(job)
-    with Journal(config, progress.step, job.total_steps, writes=world.is_main) as journal:
+    with (
+        Journal(config, progress.step, job.total_steps, writes=world.is_main) as journal,
+        checkpoint.Writer(store) as writer,
+        StopRequest(config.cluster.stop_file) as request,
+    ):
         for step in steps:
+            # all ranks stop after the same step; one that does not come here is missed here
+            if stops(job, request, writer):
+                reason = next(filter(None, dist.gather_objects(world, request.reason)))
+                break
             batch = meter.wait_for(stream)
             lr = set_schedule(optimizer, step, job.total_steps, config.optim)
             terms, grad_norm = accumulate_gradients(job, module, batch, step)
@@ -76,27 +106,77 @@ def train(job: Job) -> checkpoint.Progress:
                 optimizer.zero_grad()
             meter.add(terms, grad_norm)
 
-            progress.step = step + 1
-            ends_epoch = progress.step % job.batches.plan.steps_per_epoch == 0
+            progress = replace(progress, step=step + 1)
+            ends_epoch = progress.step % steps_per_epoch == 0
             saves = ends_epoch or progress.step % config.log.checkpoint_steps == 0
             # a checkpoint is only written after its losses were seen to be finite
             if saves or progress.step % config.log.every_steps == 0:
                 journal.metrics(progress.step, {**meter.read(progress.step), "lr": lr})
             if ends_epoch:
-                select(job, progress, journal)
-            if saves and world.is_main:
-                checkpoint.save(
-                    folder, job.student, optimizer, progress, job.fingerprint, config.log.keep
-                )
-            keep_selected(job, progress)
+                progress = select(job, progress, journal)
             if saves:
+                save(job, writer, optimizer, progress)
+                saved = progress.step
                 meter.restart()
         if job.total_steps == 0:
-            select(job, progress, journal)
-            keep_selected(job, progress)
+            progress = select(job, progress, journal)
+        if saved < progress.step:
+            if meter.steps:
+                journal.metrics(progress.step, meter.read(progress.step))
+            save(job, writer, optimizer, progress)
+        writer.wait()
     if world.is_main:
-        save_classifier(str(folder.parent / LAST), job.student, metadata(job, progress))
+        end(job, progress, reason)
     return progress
+
+
+def end(job: Job, progress: Progress, reason: str) -> None:
+    """Write the last weights, or say that they are not the last."""
+    if progress.step < job.total_steps:
+        print(
+            f"stopped after step {progress.step} of {job.total_steps} ({reason}); the same command "
+            "goes on from there",
+            flush=True,
+        )
+        return
+    folder = RunFolder(job.config).path
+    save_classifier(str(folder / LAST), job.student, metadata(job, progress))
+    if job.total_steps == 0:
+        save_classifier(str(folder / SELECTED), job.student, metadata(job, progress))
+
+
+def stops(job: Job, request: StopRequest, writer: checkpoint.Writer) -> bool:
+    """Whether any rank was asked to stop.
+
+    Raises:
+        OSError: if the last checkpoint could not be written.
+    """
+    verdict = dist.largest(job.world, 2 if writer.failed else int(bool(request.reason)))
+    if verdict == 2:
+        writer.wait()
+        dist.step_aside()
+    return verdict == 1
+
+
+def save(
+    job: Job, writer: checkpoint.Writer, optimizer: torch.optim.Optimizer, progress: Progress
+) -> None:
+    """Have a checkpoint written, then the student if this step's is the selected one.
+
+    In the other order, a kill in between could leave a selected model that the resumed run does not
+    know of.
+    """
+    if not job.world.is_main:
+        return
+    folder = RunFolder(job.config)
+
+    def finish(record: checkpoint.Record, saved: dict[str, Any]) -> None:
+        if progress.best_step == progress.step:
+            write_selected(job, progress, saved["model"])
+        folder.note_progress(record, job.total_steps)
+
+    pool = job.config.donor_pool(job.world.size)
+    writer.write(checkpoint.content(job.student, optimizer, progress, job.must_agree, pool), finish)
 
 
 def accumulate_gradients(
@@ -195,7 +275,7 @@ def settle_buckets(job: Job, module: nn.Module) -> None:
     job.objective.zero_grad()
 
 
-def select(job: Job, progress: checkpoint.Progress, journal: Journal) -> None:
+def select(job: Job, progress: Progress, journal: Journal) -> Progress:
     """Count held-out accuracy; select the model if it is strictly the best so far."""
     count = Count(progress.step, 1)  # with nothing to select by, the last model is the one
     if len(job.held_out):
@@ -209,22 +289,32 @@ def select(job: Job, progress: checkpoint.Progress, journal: Journal) -> None:
             workers=job.config.loader.workers,
         )
         journal.held_out(progress.step, count)
-    if count.correct > progress.best_correct:
-        progress.best_correct, progress.best_step = count.correct, progress.step
+    return progress.selecting(count.correct)
 
 
-def keep_selected(job: Job, progress: checkpoint.Progress) -> None:
-    """Write the student if this step's is the selected one.
+def write_selected(job: Job, progress: Progress, state: dict[str, Tensor]) -> None:
+    """Write the student of `progress.best_step` to the run folder."""
+    selected = replace(progress, step=progress.best_step)
+    path = RunFolder(job.config).path / SELECTED
+    save_state(str(path), state, job.student.architecture, metadata(job, selected))
 
-    Comes after the checkpoint that says so: in the other order, a kill in between could leave a
-    selected model that the resumed run does not know of.
+
+def restore_selected(job: Job, store: checkpoint.Store, progress: Progress) -> None:
+    """Write the selected model again where the run folder has none, or a later one.
+
+    A later one stays behind by a checkpoint that was damaged afterwards; none, by a kill right
+    after the checkpoint, or where only the checkpoints outlived the machine.
     """
-    if job.world.is_main and progress.best_step == progress.step:
-        path = RunFolder(job.config).path / SELECTED
-        save_classifier(str(path), job.student, metadata(job, progress))
+    if not job.world.is_main or progress.best_step < 0:
+        return
+    with contextlib.suppress(ValueError):
+        _, _, found = load_state(RunFolder(job.config).path / SELECTED)
+        if found["step"] == str(progress.best_step):
+            return
+    write_selected(job, progress, store.load(progress.best_step)["model"])
 
 
-def metadata(job: Job, progress: checkpoint.Progress) -> dict[str, str]:
+def metadata(job: Job, progress: Progress) -> dict[str, str]:
     """Return what a weights file says of where it comes from."""
     return {"recipe": job.config.recipe, "step": str(progress.step)}
 
@@ -238,9 +328,8 @@ class Meter:
 
     def restart(self) -> None:
         """Forget what was added: the clock starts now, evaluation and checkpoint not counted."""
-        self._terms = torch.zeros(5, device=self._job.device)
+        self._terms: list[Tensor] = []
         self._reading = np.zeros(len(READING))
-        self._steps = 0
         self._started = time.perf_counter()
 
     def wait_for(self, stream: Iterator[Batch]) -> Batch:
@@ -252,31 +341,34 @@ class Meter:
 
     def add(self, terms: Tensor, grad_norm: Tensor) -> None:
         """Add one step's terms."""
-        self._terms += torch.cat([terms, grad_norm.reshape(1)])
-        self._steps += 1
+        self._terms.append(torch.cat([terms, grad_norm.reshape(1)]))
+
+    @property
+    def steps(self) -> int:
+        """Steps since the last read."""
+        return len(self._terms)
 
     def read(self, step: int) -> dict[str, float]:
         """Return the means since the last read, over all ranks, and start anew.
 
         Raises:
-            RuntimeError: if a loss or gradient since then was not finite.
+            ValueError: if a loss or gradient since then was not finite.
         """
         job = self._job
-        means = dist.sum_over_ranks(job.world, self._terms) / (self._steps * job.world.size)
-        cross_entropy, kd, mse, replaced, grad_norm = means.tolist()
+        terms_ST = dist.sum_over_ranks(job.world, torch.stack(self._terms)).cpu() / job.world.size
+        finite_S = terms_ST.isfinite().all(dim=1)
+        if not finite_S.all():
+            if not job.world.is_main:
+                dist.step_aside()
+            first = int(finite_S.long().argmin())
+            raise ValueError(not_finite(step - self.steps + first + 1, terms_ST[first].tolist()))
+        cross_entropy, kd, mse, replaced, grad_norm = terms_ST.mean(dim=0).tolist()
         method = job.config.method
         loss = cross_entropy + method.kd_weight * kd + method.distill_weight * mse
-        if not math.isfinite(loss + grad_norm):
-            raise RuntimeError(
-                f"the loss or its gradient stopped being finite within the {self._steps} steps "
-                f"before step {step} (cross-entropy {cross_entropy}, MSE {mse}, logit "
-                f"distillation {kd}, gradient norm {grad_norm}); the last checkpoint is from "
-                "before that"
-            )
         seconds = time.perf_counter() - self._started
         reading_R = torch.from_numpy(self._reading).to(job.device)
         summed = dict(zip(READING, dist.sum_over_ranks(job.world, reading_R).tolist(), strict=True))
-        batches = self._steps * job.world.size
+        batches = self.steps * job.world.size
         values = {
             "epoch": round(step / job.batches.plan.steps_per_epoch, 4),
             "loss": loss,
@@ -285,7 +377,7 @@ class Meter:
             "kd": kd,
             "replaced": replaced,
             "grad_norm": grad_norm,
-            "images_per_s": self._steps * job.config.loader.batch_size / seconds,
+            "images_per_s": self.steps * job.config.loader.batch_size / seconds,
             # means over batches and ranks, in milliseconds; then sums over both
             "data_wait_ms": 1000 * summed["wait"] / batches,
             "read_ms": 1000 * summed["seconds"] / batches,
@@ -296,3 +388,14 @@ class Meter:
         }
         self.restart()
         return values
+
+
+def not_finite(step: int, terms: list[float]) -> str:
+    """Return what to say when training diverged at `step`."""
+    cross_entropy, kd, mse, _, grad_norm = terms
+    return (
+        f"the loss or its gradient is not finite at step {step} (cross-entropy {cross_entropy:g}, "
+        f"MSE {mse:g}, logit distillation {kd:g}, gradient norm {grad_norm:g}). The checkpoints "
+        "from before that stay, but the same command would meet the same step again: lower "
+        "--optim.lr in a new --run-dir"
+    )

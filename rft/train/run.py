@@ -1,48 +1,80 @@
 """The run folder: what a run is, what it did, and a lock so that only one job writes it.
 
 config.json (its hash is the run's identity), metrics.jsonl, tensorboard/, checkpoints/,
-training.json (written last: the run is finished), results.json (rft.evaluate), gallery.npz,
-provenance.json.
+progress.json (after each checkpoint), training.json (written last: the run is finished),
+results.json (rft.evaluate), gallery.npz, provenance.json.
 """
 
+import contextlib
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import filelock
 
-from rft import files
+from rft import dist, files
+from rft.clip.classifier import LAST
 from rft.config import Config
+from rft.dist import World
+from rft.train.checkpoint import Record
 
 
 class RunFolder:
-    """One run on disk, opened by the main rank for as long as it trains."""
+    """One run on disk; the main rank alone writes it, for as long as it holds the lock."""
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.run)
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = config.log.checkpoints or str(self.path / "checkpoints")
         self._config = config
-        self._lock = filelock.FileLock(self.path / ".lock")
 
-    def __enter__(self) -> Self:
-        """Take the folder.
+    @contextlib.contextmanager
+    def taken(self, world: World) -> Iterator[None]:
+        """Hold the folder for the length of the body, on all ranks together.
+
+        A job whose node was lost may still write it for a while: wait for that.
 
         Raises:
             ValueError: if it belongs to another configuration, or another job is in it.
         """
-        check_identity(self._config)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.path / ".lock", mode=0o666 & ~files.umask())
+        if world.is_main:
+            check_identity(self._config)
+            (self.path / LAST).parent.mkdir(parents=True, exist_ok=True)
+        patience = self._config.cluster.lock_wait
+        deadline = time.monotonic() + patience
+        said = False
+        while not dist.from_main(world, world.is_main and self._try(lock)):
+            if dist.from_main(world, time.monotonic() > deadline):
+                if not world.is_main:
+                    dist.step_aside()
+                raise ValueError(
+                    f"another job is writing {self.path}, {patience:g} s were not enough for it to "
+                    "leave; wait for it or stop it"
+                )
+            if world.is_main and not said:
+                print(f"waiting up to {patience:g} s for another job to leave {self.path}")
+                said = True
+            time.sleep(1)
         try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise ValueError(
-                f"another job is writing {self.path}; wait for it or stop it"
-            ) from error
-        files.write_json(str(self.path / "config.json"), self._config.to_dict())
-        files.write_json(str(self.path / "provenance.json"), files.provenance())
-        return self
+            if world.is_main:
+                files.write_json(str(self.path / "config.json"), self._config.to_dict())
+                files.write_json(str(self.path / "provenance.json"), files.provenance())
+            yield
+        finally:
+            lock.release()
 
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    def _try(self, lock: filelock.FileLock) -> bool:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            return False
+        return True
+
+    def note_progress(self, record: Record, total: int) -> None:
+        """Record how far the run is, after a checkpoint is safe."""
+        document = {"step": record.step, "of": total, "checkpoint": record.name}
+        files.write_json(str(self.path / "progress.json"), document | {"sha256": record.sha256})
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Record that the run is complete."""
@@ -68,7 +100,7 @@ def check_identity(config: Config) -> None:
         raise ValueError(f"{folder} holds a merged or imported model; choose another --run-dir")
     # a run that stopped before its first checkpoint left nothing that another could spoil
     if not (folder / "training.json").exists() and not any(folder.glob("checkpoints/*.pt")):
-        return
+        return  # those kept elsewhere are checked when they are loaded
     old = Config.from_dict(document).identity()
     if changed := files.difference(old, config.identity()):
         raise ValueError(

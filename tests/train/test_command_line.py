@@ -185,9 +185,7 @@ def test_bfloat16_trains(options, monkeypatch, tmp_path):
 
 def test_a_loss_that_explodes_stops_the_run_and_names_the_step(options, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["rft", *options, "--optim.lr", "1e30"])
-    with pytest.raises(
-        RuntimeError, match=r"stopped being finite within the \d+ steps before step"
-    ):
+    with pytest.raises(ValueError, match=r"the loss or its gradient is not finite at step 2 \("):
         train_command.main()
     assert not (tmp_path / "run" / "training.json").exists()
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
