@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple, Protocol
 
@@ -379,7 +381,7 @@ def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarr
 
 def read_batches(
     batches: Batches, numbers: range, *, workers: int, device: torch.device
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the numbered batches in order, on `device`, images uint8.
 
     A batch's images stay as they are until the next batch is asked for: their memory is used again.
@@ -405,7 +407,7 @@ def read_batches(
                 num_workers=workers,
                 prefetch_factor=BATCHES_AHEAD,
                 collate_fn=_as_it_is,
-                worker_init_fn=_outlast_signals,
+                worker_init_fn=partial(_outlast_signals, os.getpid()),
                 multiprocessing_context=context,
             )
         )
@@ -429,10 +431,22 @@ def read_batches(
         yield slots.batch(number, item, device)
 
 
-def _outlast_signals(_: int) -> None:
-    """Leave it to the training process when to stop: a scheduler signals every process of a job."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+def _outlast_signals(owner: int, _: int) -> None:
+    """Let only the training process `owner` end this loader process.
+
+    A scheduler signals every process of a job, and which step is the last is not decided here.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # only a thread that waits for a signal is told who sent it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != owner:
+            continue
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Item(NamedTuple):

@@ -86,9 +86,10 @@ def train(job: Job) -> Progress:
 
     steps_per_epoch, saved, reason = job.batches.plan.steps_per_epoch, progress.step, ""
     steps = range(progress.step, job.total_steps)
-    stream = read_batches(job.batches, steps, workers=config.loader.workers, device=job.device)
+    batches = read_batches(job.batches, steps, workers=config.loader.workers, device=job.device)
     meter = Meter(job)
     with (
+        contextlib.closing(batches) as stream,
         Journal(config, progress.step, job.total_steps, writes=world.is_main) as journal,
         checkpoint.Writer(store) as writer,
         StopRequest(config.cluster.stop_file) as request,

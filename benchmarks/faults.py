@@ -1,0 +1,469 @@
+"""What a fault costs a run: `python -m benchmarks.faults [--quick] [--save]`.
+
+Each try starts a training under torchrun, hurts it at a random point, starts the same command again
+and compares: the steps that had to be computed twice, and the weights, bit for bit, with those of a
+run that nothing happened to. The processes, signals and files are real; so is the full disk (a file
+system in memory, which needs root). Where a fault must end a run for good, the try counts if the
+run says so in one line and keeps its checkpoints.
+
+The last line printed is a JSON object: `tries`, `lost_steps` (all tries together),
+`weights_differ` (tries that did not end with the undisturbed run's weights).
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from benchmarks import machine
+from rft import cli, files
+from rft.clip.classifier import LAST, SELECTED
+from rft.rng import numpy_generator
+from tests import tiny
+from tests.servers.tmpfs import small_disk
+
+RESULTS = Path(__file__).parent / "results"
+RANKS = 2
+STEPS, EVERY = 80, 4  # steps of the whole run, and between two checkpoints
+SECONDS = 120  # until a try gives up waiting for what must happen
+HANG = 4  # seconds that ranks wait for one that hangs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Try faults on a small run and count what is lost."""
+
+    quick: bool = False
+    """20 tries in all instead of 20 of each kill and 5 of everything else."""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FAULT...")] = ()
+    """These faults alone."""
+    tries: int | None = None
+    """Tries of each fault."""
+    seed: int = 0
+    """Seed of the points at which runs are hurt."""
+    save: bool = False
+    """Keep the table in benchmarks/results."""
+
+
+@dataclass
+class Run:
+    """A training on the tiny world, as a user starts it."""
+
+    folder: Path
+    data: Path
+    clip: str
+    options: tuple[str, ...] = ()
+    process: subprocess.Popen[str] | None = None
+    output: list[str] = field(default_factory=list)
+
+    @property
+    def command(self) -> list[str]:
+        """The command line."""
+        return [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc_per_node={RANKS}", "-m", "rft.train", "object-mask-single-fill"),
+            *("--data", str(self.data), "--run-dir", str(self.folder), "--scale", "miniature"),
+            *("--model.clip", self.clip, "--method.threshold", "0.5", "--loader.workers", "1"),
+            *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "8"),
+            *("--log.checkpoint-steps", str(EVERY), "--log.every-steps", "1", *self.options),
+        ]
+
+    def start(self) -> None:
+        """Start it in a session of its own; what it says goes to a file."""
+        log = self.folder.with_suffix(f".{len(self.output)}.log")
+        self.output.append(str(log))
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                self.command, env=tiny.environment(), stdout=stream, stderr=subprocess.STDOUT,
+                start_new_session=True, text=True,
+            )  # fmt: skip
+
+    def said(self) -> str:
+        """Return what the job that was started last has said."""
+        return Path(self.output[-1]).read_text()
+
+    def wait(self) -> int:
+        """Wait for the end of the job; return its exit code."""
+        assert self.process is not None
+        return self.process.wait(SECONDS)
+
+    def finish(self) -> None:
+        """Run the same command to the end."""
+        self.start()
+        code = self.wait()
+        if not self.finished:
+            raise RuntimeError(f"the run did not finish (exit code {code}): {self.said()[-3000:]}")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete."""
+        return (self.folder / "training.json").exists()
+
+    def step(self) -> int:
+        """Return the last step that was logged."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+        return max(steps, default=0)
+
+    def saved(self) -> int:
+        """Return the step of the newest checkpoint that is safe."""
+        path = self.folder / "progress.json"
+        return json.loads(path.read_text())["step"] if path.exists() else 0
+
+    def resumed_at(self) -> int:
+        """Return the step after which the job that was started last went on."""
+        for line in self.said().splitlines():
+            if line.startswith("going on after step "):
+                return int(line.split()[-1])
+        return 0
+
+    def wait_for(self, reached: Callable[[], bool]) -> None:
+        """Wait until something holds while the job is running."""
+        assert self.process is not None
+        deadline = time.monotonic() + SECONDS
+        while not reached():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the run ended before it was hurt: {self.said()[-3000:]}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the run did not get there: {self.said()[-3000:]}")
+            time.sleep(0.005)
+
+    def ranks(self) -> list[int]:
+        """Return the process ids of the ranks, in order."""
+        assert self.process is not None
+        found = {}
+        for pid in tiny.children(self.process.pid):
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"rft.train" in command and b"forkserver" not in command:
+                values = dict(word.split(b"=", 1) for word in words if b"=" in word)
+                found[int(values[b"RANK"])] = pid
+        return [found[rank] for rank in sorted(found)]
+
+    def loaders(self) -> list[int]:
+        """Return the process ids of all ranks' loader processes."""
+        found = []
+        for rank in self.ranks():
+            for server in tiny.children(rank):
+                if b"forkserver" in Path(f"/proc/{server}/cmdline").read_bytes():
+                    found += tiny.children(server)
+        return found
+
+    def weights(self) -> list[str]:
+        """Return the hashes of the selected and the last weights."""
+        return [files.sha256_file(self.folder / which) for which in (SELECTED, LAST)]
+
+    def leave_nothing_running(self) -> None:
+        """End what a failed try may have left."""
+        if self.process is not None:
+            for pid in [*tiny.children(self.process.pid), self.process.pid]:
+                tiny.kill(pid)
+            self.process.wait()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one try came to."""
+
+    fault: str
+    at_step: int
+    lost_steps: int
+    weights_differ: bool
+    said: str
+    """The line in which the hurt job tells what happened; empty if it was killed."""
+
+
+Random = np.random.Generator
+
+
+def to_random_step(run: Run, random: Random, last: int = STEPS // 2) -> None:
+    """Start the run and wait for a random moment of it."""
+    run.start()
+    at = int(random.integers(1, last))
+    run.wait_for(lambda: run.step() >= at)
+    time.sleep(random.uniform(0, 0.05))
+
+
+def kill_rank(run: Run, random: Random) -> None:
+    """SIGKILL to one rank."""
+    to_random_step(run, random)
+    tiny.kill(int(random.choice(run.ranks())))
+    run.wait()
+
+
+def kill_torchrun(run: Run, random: Random) -> None:
+    """SIGKILL to torchrun: its ranks are alone."""
+    to_random_step(run, random)
+    assert run.process is not None
+    tiny.kill(run.process.pid)
+    run.wait()
+
+
+def kill_loader(run: Run, random: Random) -> None:
+    """SIGKILL to one loader process."""
+    to_random_step(run, random)
+    tiny.kill(int(random.choice(run.loaders())))
+    run.wait()
+
+
+def kill_all(run: Run, random: Random) -> None:
+    """SIGKILL to every process at once, as when a node goes."""
+    to_random_step(run, random)
+    run.leave_nothing_running()
+
+
+def signal_all(number: signal.Signals, run: Run, random: Random) -> None:
+    """Signal every process of the run at once, as a scheduler does."""
+    to_random_step(run, random)
+    assert run.process is not None
+    for pid in [run.process.pid, *tiny.children(run.process.pid)]:
+        os.kill(pid, number)
+    run.wait()
+
+
+def stop_file(run: Run, random: Random) -> None:
+    """Make the stop file, as launch/train.sbatch does."""
+    to_random_step(run, random)
+    stop = run.folder / "stop"
+    stop.touch()
+    run.wait()
+    stop.unlink()
+
+
+def full_disk(run: Run, random: Random) -> None:
+    """Fill the file system until a checkpoint fails; make room again."""
+    to_random_step(run, random)
+    ballast = run.folder / "ballast"
+    with ballast.open("wb") as stream:
+        try:
+            while True:
+                stream.write(bytes(2**16))
+                stream.flush()
+        except OSError:
+            pass  # full
+    run.wait()
+    ballast.unlink()
+
+
+def damage(how: str, run: Run, random: Random) -> None:
+    """Kill the run, then truncate the newest checkpoint or flip a bit of it."""
+    run.start()
+    run.wait_for(lambda: run.saved() >= 2 * EVERY)
+    run.leave_nothing_running()
+    path = max((run.folder / "checkpoints").glob("step-*.pt"))
+    data = bytearray(path.read_bytes())
+    at = int(random.integers(len(data)))
+    if how == "truncated":
+        data = data[:at]
+    else:
+        data[at] ^= 1 << int(random.integers(8))
+    path.write_bytes(data)
+
+
+def hang(run: Run, random: Random) -> None:
+    """SIGSTOP to one rank, which answers nothing from then on."""
+    to_random_step(run, random)
+    rank = int(random.integers(RANKS))
+    pid = run.ranks()[rank]
+    os.kill(pid, signal.SIGSTOP)
+    run.wait()
+    if f"no answer from rank {rank} of {RANKS}" not in run.said():
+        raise RuntimeError(f"rank {rank} was not named: {run.said()[-3000:]}")
+
+
+def second_job(run: Run, random: Random) -> None:
+    """Start the same command while the run is going: the second must leave, the first go on."""
+    to_random_step(run, random, last=EVERY)
+    assert run.process is not None
+    # the first job must not come to its end before the second has tried
+    for pid in run.ranks():
+        os.kill(pid, signal.SIGSTOP)
+    second = dataclasses.replace(run, options=("--cluster.lock-wait", "0"), output=[])
+    second.output = list(run.output)
+    second.start()
+    code = second.wait()
+    for pid in run.ranks():
+        os.kill(pid, signal.SIGCONT)
+    if code == 0 or "another job is writing" not in second.said():
+        raise RuntimeError(f"the second job was let in: {second.said()[-3000:]}")
+    run.output.append(second.output[-1])
+    run.wait()
+
+
+def not_finite(run: Run, random: Random) -> None:
+    """Train at a learning rate that ends in NaN; the same command must meet it again."""
+    options = run.options
+    run.options = (*options, "--optim.lr", f"1e{int(random.integers(20, 30))}")
+    for _ in range(2):
+        run.start()
+        if run.wait() == 0 or "is not finite at step" not in run.said():
+            raise RuntimeError(f"NaN was not told: {run.said()[-3000:]}")
+    run.options = options
+    run.folder.rename(run.folder.with_name(f"{run.folder.name}-nan"))
+
+
+Fault = Callable[[Run, Random], None]
+KILLS: dict[str, Fault] = {
+    "SIGKILL a rank": kill_rank,
+    "SIGKILL torchrun": kill_torchrun,
+    "SIGKILL a loader process": kill_loader,
+}
+OTHERS: dict[str, Fault] = {
+    "SIGKILL everything": kill_all,
+    "SIGTERM everything": partial(signal_all, signal.SIGTERM),
+    "SIGUSR1 everything": partial(signal_all, signal.SIGUSR1),
+    "stop file": stop_file,
+    "disk full": full_disk,
+    "newest checkpoint truncated": partial(damage, "truncated"),
+    "newest checkpoint flipped": partial(damage, "flipped"),
+    "rank hangs": hang,
+    "second job": second_job,
+    "loss is NaN": not_finite,
+}
+FAULTS = KILLS | OTHERS
+
+
+class Bench:
+    """The tiny world, the undisturbed run and a folder to try in."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.data = tiny.write_data(folder / "world")
+        self.clip = tiny.write_clip(folder / "clip")
+        calm = self.run("calm")
+        calm.finish()
+        assert calm.step() == STEPS, f"the run has {calm.step()} steps, not {STEPS}"
+        self._weights = calm.weights()
+
+    def run(self, name: str) -> Run:
+        """Return a run that has not started."""
+        return Run(self._folder / name, self.data, self.clip)
+
+    def attempt(self, fault: str, random: Random) -> Outcome:
+        """Try one fault."""
+        name = f"{fault.replace(' ', '-')}-{random.integers(2**32):08x}"
+        run = self.run(name)
+        with ExitStack() as stack:
+            stack.callback(run.leave_nothing_running)
+            if fault == "disk full":
+                run.folder.mkdir()
+                stack.enter_context(small_disk(run.folder, 2**23))
+            if fault == "rank hangs":
+                run.options = ("--cluster.timeout", str(HANG))
+            FAULTS[fault](run, random)
+            reached = run.step()
+            said = told(run.said())
+            lost = 0
+            if not run.finished:
+                run.finish()
+                # ranks whose torchrun is gone go on to their next step
+                lost = max(reached - run.resumed_at(), 0)
+            return Outcome(fault, reached, lost, run.weights() != self._weights, said)
+
+
+def told(text: str) -> str:
+    """Return the line in which a job tells why it ended."""
+    for line in text.splitlines():
+        if line.startswith(("error", "stopped after", "WARNING")):
+            return line
+    return ""
+
+
+def tries_of(arguments: Arguments) -> list[str]:
+    """Return the faults to try, in order."""
+    chosen = [name for name in FAULTS if not arguments.only or name in arguments.only]
+    if unknown := set(arguments.only) - set(FAULTS):
+        raise cli.unknown("fault", unknown.pop(), sorted(FAULTS))
+    if "disk full" in chosen and os.geteuid() != 0:
+        print("disk full is not tried: only root can mount a small file system to fill")
+        chosen.remove("disk full")
+    if arguments.tries is None and arguments.quick:
+        # every fault once, then the kills again
+        return [*chosen, *(list(KILLS) * 3)][:20]
+    kills, others = (20, 5) if arguments.tries is None else (arguments.tries, arguments.tries)
+    return [name for name in chosen for _ in range(kills if name in KILLS else others)]
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Return the faults, tries and lost work in Markdown."""
+    lines = [
+        "| fault | tries | lost steps, mean | lost steps, most | other weights at the end |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    for fault in FAULTS:
+        mine = [outcome for outcome in outcomes if outcome.fault == fault]
+        if mine:
+            lost = [outcome.lost_steps for outcome in mine]
+            differ = sum(outcome.weights_differ for outcome in mine)
+            mean = f"{sum(lost) / len(lost):.1f}"
+            lines.append(f"| {fault} | {len(mine)} | {mean} | {max(lost)} | {differ} |")
+    return "\n".join(lines)
+
+
+def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """Return the numbers of the last line."""
+    return {
+        "tries": len(outcomes),
+        "lost_steps": sum(outcome.lost_steps for outcome in outcomes),
+        "weights_differ": sum(outcome.weights_differ for outcome in outcomes),
+    }
+
+
+def note(about: dict[str, object]) -> str:
+    """Return what the table's numbers are of."""
+    return (
+        f"A run of {STEPS} steps on {RANKS} ranks (gloo, CPU), a checkpoint every {EVERY} steps, "
+        "hurt at a random point and started again with the same command. Lost steps were computed "
+        f"twice. {about['processor']}, {about['cores']} cores, {str(about['date'])[:10]}."
+    )
+
+
+def main() -> None:
+    """Try, print, save."""
+    arguments = cli.parse(Arguments, prog="benchmarks.faults")
+    faults = tries_of(arguments)
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder) / "runs")
+        for number, fault in enumerate(faults):
+            random = numpy_generator("faults", arguments.seed, number)
+            outcome = bench.attempt(fault, random)
+            outcomes.append(outcome)
+            said = outcome.said.replace(folder, "")
+            print(
+                f"{number + 1}/{len(faults)} {fault} at step {outcome.at_step}: "
+                f"{outcome.lost_steps} steps lost, "
+                f"{'OTHER' if outcome.weights_differ else 'same'} weights  {said}",
+                flush=True,
+            )
+    about = machine.describe()
+    text = table(outcomes)
+    print(text)
+    if arguments.save:
+        result = {**about, **summary(outcomes), "steps": STEPS, "every": EVERY, "ranks": RANKS}
+        result["outcomes"] = [
+            {name: value for name, value in dataclasses.asdict(one).items() if name != "said"}
+            for one in outcomes
+        ]
+        files.write_json(str(RESULTS / "faults.json"), result)
+        files.write_bytes(str(RESULTS / "faults.md"), f"{text}\n\n{note(about)}\n".encode())
+    print(json.dumps(summary(outcomes)))
+
+
+if __name__ == "__main__":
+    cli.run(main)
