@@ -309,7 +309,7 @@ def _small(config: Config) -> Config:
         scale="small",
         loader=LoaderConfig(batch_size=64, held_out=0),
         optim=replace(config.optim, warmup_steps=50),
-        log=LogConfig(every_steps=10, checkpoint_steps=100),
+        log=LogConfig(every_steps=10, checkpoint_steps=100, image_steps=100),
     )
 
 
@@ -328,7 +328,7 @@ def _miniature(config: Config) -> Config:
         loader=LoaderConfig(batch_size=64, held_out=400, workers=0),
         method=replace(config.method, distill_weight=config.method.distill_weight / 10),
         optim=replace(config.optim, lr=round(config.optim.lr * 10, 9), warmup_steps=5),
-        log=LogConfig(every_steps=5, checkpoint_steps=25),
+        log=LogConfig(every_steps=5, checkpoint_steps=25, image_steps=25),
     )
 
 

@@ -8,9 +8,12 @@ import io
 import itertools
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 
 from rft import cli, dist, files, recipes, rng
 from rft.clip.classifier import (
@@ -27,7 +30,9 @@ from rft.data.cache import Cache
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
 from rft.dist import World
 from rft.method.averaging import require_alike
+from rft.train.estimate import describe
 from rft.train.gallery import one_of_each_class, write_gallery
+from rft.train.journal import require_packages
 from rft.train.loop import Job, train
 from rft.train.objective import Objective
 from rft.train.run import RunFolder, is_finished
@@ -50,8 +55,24 @@ Recipes (the paper's numbers for each: rft/recipes.py):
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command line."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Tell what the run would be (configuration, steps, memory, I/O) and start nothing."""
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Trace ten steps of the main rank into the run folder, for Perfetto or chrome://tracing."""
+
+
 def parse(arguments: list[str]) -> Config:
-    """Return the configuration of a command line.
+    """Return the configuration of a command line; raises what `parse_command` does."""
+    return parse_command(arguments).config
+
+
+def parse_command(arguments: list[str]) -> Command:
+    """Return what a command line says.
 
     Raises:
         ValueError: for an unknown recipe, scale or preset, a value out of range, a missing run
@@ -68,7 +89,14 @@ def parse(arguments: list[str]) -> Config:
     default = recipes.build(recipe, scale=scale, preset=preset)
     if wants_help:
         print(USAGE)
-    config = cli.parse(Config, args=options, default=default, prog="rft.train", description="")
+    command = cli.parse(
+        Command,
+        args=options,
+        default=Command(config=default),
+        prog="rft.train",
+        description="",
+    )
+    config = command.config
     if config.data and not config.run:
         raise ValueError(
             "--run-dir is missing; name a folder for this run, e.g. --run-dir runs/first"
@@ -77,7 +105,8 @@ def parse(arguments: list[str]) -> Config:
     if not config.data and config.scale != SMALL:
         raise ValueError("--data is missing; give the URL that tools/shard_imagenet.py wrote to")
     recipes.require_inputs(config)
-    return config
+    require_packages(config)
+    return command
 
 
 def _value_of(options: list[str], name: str) -> str:
@@ -242,7 +271,7 @@ def tower_sha256(model: Classifier) -> str:
     return digest.hexdigest()
 
 
-def run_job(job: Job) -> int:
+def run_job(job: Job, *, profile: bool = False) -> int:
     """Train one run to its end and leave a finished run folder.
 
     Returns:
@@ -256,7 +285,7 @@ def run_job(job: Job) -> int:
         if dist.from_main(world, world.is_main and is_finished(config)):
             tell_finished(config, world)
             return 0
-        progress = train(job)
+        progress = train(job, run.path / "profile" if profile and world.is_main else None)
         if progress.step < job.total_steps:
             return STOPPED
         if world.is_main:
@@ -298,12 +327,13 @@ def tell_next(config: Config, world: World) -> None:
     command = f"torchrun --nproc_per_node {world.size} -m rft.evaluate"
     # a set of the user's own comes with a test set (tools/shard_folder.py), not with ImageNet's
     sets = "" if config.train_set == "imagenet-train" else " --sets test"
-    print(f"next: {command} {config.run} --data {config.data}{sets}")
+    print(f"next: {command} {config.run} --data {files.redact(config.data)}{sets}")
 
 
 def main() -> None:
     """Parse, check, train."""
-    config = parse(sys.argv[1:])
+    command = parse_command(sys.argv[1:])
+    config = command.config
     world = dist.world_from_env()
     config.micro_batch(world.size)
     if not config.data:
@@ -316,6 +346,10 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")
     # before the ranks join, so that a mistake that all of them see is told once
     job = prepare(config, world, device)
+    if command.dry_run:
+        if world.is_main:
+            print(describe(job, [word for word in sys.argv[1:] if word != "--dry-run"]))
+        return
     if world.is_main:
         print(f"{config.run}: {config.recipe} on {world.size} x {device.type}", flush=True)
         if config.method.masks and not config.method.drops:
@@ -323,7 +357,7 @@ def main() -> None:
             few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
             print(f"fills choose from {pool} images{few}", flush=True)
     with dist.process_group(world, device, config.cluster.timeout) as world:
-        status = run_job(dataclasses.replace(job, world=world))
+        status = run_job(dataclasses.replace(job, world=world), profile=command.profile)
     if status:
         sys.exit(status)
 

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from rft.train.checkpoint import Progress
 from rft.train.journal import Journal
 from rft.train.objective import Draws, Objective, StepAddress, draw
 from rft.train.optim import build_optimizer, set_schedule
+from rft.train.pictures import Counterfactuals
+from rft.train.profile import profiling
 from rft.train.run import RunFolder
 from rft.train.stop import StopRequest
 
@@ -65,7 +68,7 @@ class Job:
         return self.objective.student
 
 
-def train(job: Job) -> Progress:
+def train(job: Job, traces: Path | None = None) -> Progress:
     """Train to the end, or until something asks to stop; go on from the newest checkpoint.
 
     Returns:
@@ -93,6 +96,7 @@ def train(job: Job) -> Progress:
         Journal(config, progress.step, job.total_steps, writes=world.is_main) as journal,
         checkpoint.Writer(store) as writer,
         StopRequest(config.cluster.stop_file) as request,
+        profiling(traces, progress.step, job.total_steps) as profiler,
     ):
         for step in steps:
             # all ranks stop after the same step; one that does not come here is missed here
@@ -101,11 +105,13 @@ def train(job: Job) -> Progress:
                 break
             batch = meter.wait_for(stream)
             lr = set_schedule(optimizer, step, job.total_steps, config.optim)
-            terms, grad_norm = accumulate_gradients(job, module, batch, step)
+            shown = journal.collects(step + 1)
+            terms, grad_norm = accumulate_gradients(job, module, batch, step, shown)
             with record_function("optimizer"):
                 optimizer.step()
                 optimizer.zero_grad()
             meter.add(terms, grad_norm)
+            journal.pictures(step + 1, shown, job.student.patch_side)
 
             progress = replace(progress, step=step + 1)
             ends_epoch = progress.step % steps_per_epoch == 0
@@ -119,6 +125,7 @@ def train(job: Job) -> Progress:
                 save(job, writer, optimizer, progress)
                 saved = progress.step
                 meter.restart()
+            profiler.step()
         if job.total_steps == 0:
             progress = select(job, progress, journal)
         if saved < progress.step:
@@ -181,13 +188,18 @@ def save(
 
 
 def accumulate_gradients(
-    job: Job, module: nn.Module, batch: Batch, step: int
+    job: Job,
+    module: nn.Module,
+    batch: Batch,
+    step: int,
+    shown: list[Counterfactuals] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Leave the batch's averaged, clipped gradient in the parameters.
 
     Each micro-batch goes backward once for the clean losses and once for the counterfactual, so
     only one graph is alive at a time; gradients are exchanged in the last backward only, or with
-    clipping after every micro-batch, in the last one of each.
+    clipping after every micro-batch, in the last one of each. Each micro-batch's counterfactuals
+    are appended to `shown` if it is given.
 
     Returns:
         The terms (cross-entropy, logit distillation, MSE, share of patches replaced), and the
@@ -218,6 +230,8 @@ def accumulate_gradients(
                 with record_function("counterfactual backward"):
                     (weight * mse / parts).backward()
             terms[2] += mse.detach() / parts
+            if shown is not None and clean.donor_BP is not None:
+                shown.append(Counterfactuals(pool, clean.donor_BP, draws.own_B1))
             terms[3] += (clean.donor_BP != draws.own_B1).float().mean() / parts
         if ends:
             with record_function("clip"):

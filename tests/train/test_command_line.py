@@ -12,6 +12,7 @@ import filelock
 import fsspec
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rft import cli, recipes
 from rft.data.loader import PackedDataset
@@ -36,6 +37,33 @@ def test_no_argument_means_the_main_recipe_on_the_miniature():
     assert train_command.parse(["vanilla", "--seed", "3"]).seed == 3
     assert train_command.parse(["vanilla", "--data=d", "--run-dir=r"]).scale == "paper"
     assert train_command.parse(["--scale", "miniature", "--data", "d", "--run", "r"]).run == "r"
+
+
+def test_a_dry_run_writes_nothing_and_refuses_what_a_run_refuses(
+    refused, options, monkeypatch, tmp_path, capsys
+):
+    before = sorted(tmp_path.rglob("*"))
+    train([*options, "--dry-run", "--seed", "7"], monkeypatch)
+    said = capsys.readouterr().out.splitlines()
+    assert "  * seed                     7  (the recipe's is 0)" in said
+    assert said[-1].endswith("--optim.epochs 1 --seed 7")
+    assert sorted(tmp_path.rglob("*")) == before
+    line = refused(train_command, *options, "--dry-run", "--data", tmp_path / "none")
+    assert "no packed dataset at" in line
+
+
+def test_profile_and_pictures_do_not_change_the_result(options, monkeypatch, tmp_path, capsys):
+    recipe = ["object-mask-single-fill", *options[1:]]
+    plain, seen = tmp_path / "plain", tmp_path / "seen"
+    train([*recipe, "--run-dir", str(plain), "--log.image-steps", "0"], monkeypatch)
+    watched = ["--run-dir", str(seen), "--log.image-steps", "4", "--profile"]
+    train([*recipe, *watched], monkeypatch)
+    assert "profile of 10 steps" in capsys.readouterr().out
+    last = [run / "checkpoints" / "last.safetensors" for run in (plain, seen)]
+    assert last[0].read_bytes() == last[1].read_bytes()
+    assert len(list((seen / "profile").glob("steps-*.json.gz"))) == 1
+    events = EventAccumulator(str(seen / "tensorboard")).Reload()
+    assert [event.step for event in events.Images("counterfactuals")] == [4, 8]
 
 
 def test_unknown_recipe(refused):
@@ -258,5 +286,6 @@ def test_no_option_is_an_abbreviation_of_torchruns():
     theirs = [option for action in get_args_parser()._actions for option in action.option_strings]
     ours = ["--data", "--run-dir", "--seed", "--split-seed", "--scale", "--precision", "--device"]
     ours += ["--sets", "--batch-size", "--out", "--method.threshold", "--loader.workers"]
+    ours += ["--dry-run", "--profile"]
     for option in ours:
         assert not any(other.startswith(option) for other in theirs), option

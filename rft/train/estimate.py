@@ -1,0 +1,304 @@
+"""`--dry-run`: what a run would be, before anything is written or started.
+
+Sizes of weights, data and checkpoints are exact. The memory of activations is measured on this
+machine: what autograd really keeps for one image and for two, on the real model, tells what it
+keeps for any number. Temporary tensors and the GPU's own context come on top.
+"""
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.filesize import decimal
+from torch import Tensor, nn
+
+from rft import files, recipes
+from rft.clip import vit
+from rft.config import Config
+from rft.method.relevance import MAP_BYTES
+from rft.train.loop import Job, precision
+from rft.train.objective import Objective, StepAddress, draw
+
+RANKS = [2**power for power in range(11)]
+ROWS = 8  # of the table of ranks
+MAPS = 3  # of one layer that the CAM has at once: attention, its gradient, their product
+LINE_BYTES = 450  # of metrics.jsonl, about
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that one graph keeps until its backward."""
+
+    fixed: float
+    """For any number of images: weights in another precision."""
+    image: float
+
+    def bytes(self, images: int) -> float:
+        """Return what it keeps for so many images."""
+        return self.fixed + images * self.image
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one rank needs, in bytes."""
+
+    weights: int
+    teachers: int
+    trained: int
+    """Of the weights that learn; their gradient is as large, AdamW's state twice."""
+    clean: Kept
+    counterfactual: Kept
+    map_image: int
+    """One layer's attention maps of an image, fp32; 0 without a CAM."""
+
+    def total(self, images: int, ranks: int) -> float:
+        """Return all of it, for so many images forwarded at once."""
+        copies = 3 if ranks == 1 else 4  # data parallelism exchanges a copy of the gradient
+        cam = MAPS * min(images * self.map_image, MAP_BYTES)
+        graph = max(self.clean.bytes(images) + cam, self.counterfactual.bytes(images))
+        return self.weights + self.teachers + copies * self.trained + graph
+
+
+def describe(job: Job, arguments: Sequence[str]) -> str:
+    """Return what a job would be, as text: configuration, data, steps, memory, I/O, next command.
+
+    Args:
+        job: as `rft.train` prepares it; the ranks of its world are the ones that the command names.
+        arguments: of the command line, without `--dry-run`.
+    """
+    sections = {
+        "Configuration (* differs from the recipe's default)": configuration(job.config),
+        "Data": data(job),
+        "Steps": steps(job),
+        "Memory of a rank (an estimate: temporary tensors and the GPU's context come on top)": (
+            memory_table(job, measure(job)) if job.total_steps else ["nothing is trained"]
+        ),
+        "I/O": traffic(job),
+        "Next": [command(job, arguments)],
+    }
+    blocks = ["\n".join([title, *(f"  {line}" for line in ls)]) for title, ls in sections.items()]
+    return files.redact("\n\n".join(blocks))
+
+
+def configuration(config: Config) -> list[str]:
+    """Return one line for each field, those marked that differ from what the recipe says."""
+    default = recipes.build(config.recipe, scale=config.scale, preset=config.preset)
+    usual = _leaves(default.to_dict())
+    lines = []
+    for name, value in _leaves(config.to_dict()).items():
+        # where data and run lie has no default
+        changed = value != usual[name] and name not in ("data", "run")
+        was = f"  (the recipe's is {_shown(usual[name])})" if changed else ""
+        lines.append(f"{'*' if changed else ' '} {name:24s} {_shown(value)}{was}")
+    return lines
+
+
+def _leaves(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves = {}
+    for name, value in document.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value
+    return leaves
+
+
+def _shown(value: Any) -> str:
+    return "-" if value in ("", None) else str(value)
+
+
+def data(job: Job) -> list[str]:
+    """Return what the training set is."""
+    packed, plan = job.batches.packed, job.batches.plan
+    manifest = packed.manifest
+    total = sum(shard.bytes for shard in manifest.shards)
+    return [
+        f"{job.config.train_set}: {len(packed):,} samples of {len(manifest.classes):,} classes in "
+        f"{len(manifest.shards):,} shards, {size(total)} ({manifest.encoding['kind']})",
+        f"{plan.samples:,} to train on, {len(job.held_out):,} held out",
+    ]
+
+
+def steps(job: Job) -> list[str]:
+    """Return how many optimizer steps there are, and how many are done."""
+    optim, plan = job.config.optim, job.batches.plan
+    lines = [
+        f"{plan.steps_per_epoch:,} an epoch, {job.total_steps:,} in {optim.epochs} epochs of "
+        f"global batch {plan.batch_size:,}"
+    ]
+    progress = Path(job.config.run) / "progress.json"
+    if progress.exists():
+        done = files.read_json(str(progress))["step"]
+        lines.append(f"{done:,} of them are done: the run would go on from there")
+    return lines
+
+
+def memory_table(job: Job, memory: Memory) -> list[str]:
+    """Return the memory for some numbers of ranks among which the batch can be divided."""
+    config = job.config
+    parts = {
+        "student": memory.weights,
+        "teachers": memory.teachers,
+        "gradient": memory.trained,
+        "AdamW": 2 * memory.trained,
+    }
+    fixed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
+    each = max(memory.clean.image, memory.counterfactual.image)
+    lines = [f"{fixed}; for each image {size(each)}"]
+    lines.append("ranks  images at once  fills choose from  clean graph  counterfactual   in all")
+    for ranks in possible_ranks(config, job.world.size):
+        images = config.micro_batch(ranks)
+        pool = config.donor_pool(ranks) if config.method.masks and not config.method.drops else "-"
+        clean, other = memory.clean.bytes(images), memory.counterfactual.bytes(images)
+        lines.append(
+            f"{ranks:5d}  {images:14d}  {pool:>17}  {size(clean):>11}  "
+            f"{size(other) if other else '-':>14}  {size(memory.total(images, ranks)):>7}"
+        )
+    return lines
+
+
+def possible_ranks(config: Config, own: int) -> list[int]:
+    """Return this run's number of ranks and others that can share its batch, rising."""
+
+    def fits(ranks: int) -> bool:
+        try:
+            return config.micro_batch(ranks) > 0
+        except ValueError:
+            return False
+
+    return sorted({own, *list(takewhile(fits, RANKS))[:ROWS]})
+
+
+def traffic(job: Job) -> list[str]:
+    """Return what is read and written."""
+    config, plan, packed = job.config, job.batches.plan, job.batches.packed
+    image = float(np.mean(packed.index.length[job.batches.samples]))
+    epoch = plan.steps_per_epoch * plan.batch_size
+    lines = [
+        f"reads {size(epoch * image)} an epoch: {size(1000 * image)}/s for every 1,000 images/s",
+    ]
+    if len(job.held_out):
+        held_out = float(np.sum(packed.index.length[job.held_out]))
+        lines.append(f"reads {size(held_out)} more after each epoch (held out)")
+    saved, results = checkpoint_steps(job), config.optim.epochs * bool(len(job.held_out))
+    count = len(saved)
+    weights = _bytes(job.student)
+    each = weights + 2 * _bytes(job.student, trained=True)
+    lines.append(
+        f"writes {count:,} checkpoints of {size(each)} and keeps {min(count, config.log.keep)} of "
+        f"them, with the selected and the last weights ({size(weights)} each)"
+    )
+    every = config.log.every_steps
+    logged = len(saved.union(range(every, job.total_steps + 1, every))) + results
+    lines.append(f"writes {logged:,} lines of metrics, about {size(logged * LINE_BYTES)}")
+    return lines
+
+
+def checkpoint_steps(job: Job) -> set[int]:
+    """Return the steps after which a checkpoint is written if nothing stops the run."""
+    total = job.total_steps
+    ends = range(job.batches.plan.steps_per_epoch, total + 1, job.batches.plan.steps_per_epoch)
+    between = job.config.log.checkpoint_steps
+    return {*ends, *range(between, total + 1, between)}
+
+
+def command(job: Job, arguments: Sequence[str]) -> str:
+    """Return the command that starts the run."""
+    ranks = job.world.size if job.world.size > 1 else max(1, torch.cuda.device_count())
+    return shlex.join(["torchrun", "--nproc_per_node", str(ranks), "-m", "rft.train", *arguments])
+
+
+def measure(job: Job) -> Memory:
+    """Return the memory of a rank: weights by size, activations by running both graphs."""
+    objective, method = job.objective, job.config.method
+    one, two = (graph_bytes(job, images) for images in (1, 2))
+    # a line through both; less than nothing fixed can only be the rounding of small tensors
+    clean, counterfactual = (
+        Kept(fixed=max(0.0, 2 * low - high), image=high - low)
+        for low, high in zip(one, two, strict=True)
+    )
+    tokens = 1 + (job.batches.image_size // job.student.patch_side) ** 2
+    heads = vit.blocks(job.student.visual)[0].attn.num_heads
+    return Memory(
+        weights=_bytes(objective.student),
+        teachers=_bytes(objective.teacher)
+        + (_bytes(objective.ensemble) if objective.ensemble is not None else 0),
+        trained=_bytes(objective.student, trained=True),
+        clean=clean,
+        counterfactual=counterfactual,
+        map_image=4 * heads * tokens**2 if method.needs_cam and method.cam == "relevance" else 0,
+    )
+
+
+def graph_bytes(job: Job, images: int) -> tuple[int, int]:
+    """Return what the clean and the counterfactual graph of a step keep for so many images.
+
+    The student's gradients and weights stay as they are.
+    """
+    batches, method = job.batches, job.config.method
+    # one more is the other image that a fill needs
+    batch = batches.packed.batch(batches.samples[: images + 1], batches.image_size)
+    pool_ZCHW = batch.images_BCHW.to(job.device)
+    images_BCHW, labels_B = pool_ZCHW[:images], batch.labels_B[:images].to(job.device)
+    # not the job's own: it may be compiled, which takes minutes and keeps about the same
+    objective = Objective(
+        job.student,
+        job.objective.teacher,
+        method,
+        ensemble=job.objective.ensemble,
+        recompute=job.config.recompute,
+    )
+    draws = None
+    if method.masks:
+        patches = (batches.image_size // job.student.patch_side) ** 2
+        address = StepAddress(job.config.seed, 0, 0, 0)
+        draws = draw(method, range(images), patches, len(pool_ZCHW), address).to(job.device)
+    with precision(job):
+        clean, first = kept_bytes(objective, lambda: objective(images_BCHW, labels_B, draws))
+    donor_BP = clean.donor_BP
+    if donor_BP is None:
+        return first, 0
+    # the first graph goes before the second comes, as in a step
+    del clean
+    with precision(job):
+        _, second = kept_bytes(objective, lambda: objective(pool_ZCHW, labels_B, draws, donor_BP))
+    return first, second
+
+
+def kept_bytes(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:
+    """Return what `call` returns, and the bytes that autograd keeps for its backward.
+
+    Tensors that share a storage count once, the module's own parameters not at all.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        # the tensor itself would hold its own graph for ever
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    return result, sum(kept.values())
+
+
+def _bytes(module: nn.Module, *, trained: bool = False) -> int:
+    """Return the size of a module's parameters, or of those among them that learn."""
+    return sum(
+        parameter.nbytes
+        for parameter in module.parameters()
+        if parameter.requires_grad or not trained
+    )
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as a person reads it."""
+    return decimal(round(count))

@@ -1,0 +1,260 @@
+"""Checkpoints: whole or not used, written behind the training's back, on any store."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from rft import dist, files
+from rft.clip.classifier import LAST, SELECTED, load_state, save_state
+from rft.train import __main__ as train_command
+from rft.train import checkpoint, loop
+from rft.train.checkpoint import Progress, Store, Writer, content
+from tests import tiny
+from tests.conftest import build_model
+from tests.servers.tmpfs import small_disk
+
+ALONE = dist.World(rank=0, size=1, local_rank=0)
+
+
+@pytest.fixture
+def train(tiny_data, tiny_clip, tmp_path):
+    """Run `rft.train` to its end in this process; returns the run folder."""
+
+    def run(name: str = "run", *options: str) -> Path:
+        folder = tmp_path / name
+        tiny.call(
+            train_command,
+            *("object-mask-single-fill", "--data", tiny_data, "--run-dir", folder),
+            *("--scale", "miniature", "--model.clip", tiny_clip, "--loader.workers", "0"),
+            *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "3"),
+            *("--log.checkpoint-steps", "4", "--log.every-steps", "3", *options),
+        )
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, tiny_data, tiny_clip) -> list[str]:
+    """Hashes of the undisturbed run's weights."""
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    tiny.call(
+        train_command,
+        *("object-mask-single-fill", "--data", tiny_data, "--run-dir", folder),
+        *("--scale", "miniature", "--model.clip", tiny_clip, "--loader.workers", "0"),
+        *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "3"),
+    )
+    return weights(folder)
+
+
+def weights(run: Path) -> list[str]:
+    return [files.sha256_file(run / which) for which in (SELECTED, LAST)]
+
+
+class Killed(BaseException):
+    """Ends a training as a kill would: nothing is cleaned up by the code under test."""
+
+
+def kill_after(step: int, monkeypatch) -> None:
+    """Let the training die when it comes to `step`."""
+    whole = loop.accumulate_gradients
+
+    def dying(job, module, batch, at, *rest):
+        if at == step:
+            raise Killed
+        return whole(job, module, batch, at, *rest)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", dying)
+
+
+def killed(train, monkeypatch, step: int, *options: str) -> None:
+    """Leave a run that died at `step`, its process gone."""
+    with monkeypatch.context() as patch:
+        kill_after(step, patch)
+        with pytest.raises(Killed):
+            train("run", *options)
+
+
+def saved(run: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("step-")) for path in run.glob("checkpoints/*.pt"))
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "unrecorded"])
+def test_of_a_damaged_checkpoint_the_one_before_is_used(
+    train, calm, monkeypatch, tmp_path, capsys, how
+):
+    killed(train, monkeypatch, 26)
+    run = tmp_path / "run"
+    assert saved(run)[-2:] == [20, 24]
+    newest = run / "checkpoints" / "step-00000024.pt"
+    data = bytearray(newest.read_bytes())
+    if how == "truncated":
+        newest.write_bytes(data[: len(data) // 2])
+    elif how == "flipped":
+        data[len(data) // 2] ^= 1
+        newest.write_bytes(data)
+    else:
+        newest.with_suffix(".json").unlink()
+    capsys.readouterr()
+    train()
+    output = capsys.readouterr()
+    (line,) = (line for line in output.err.splitlines() if line.startswith("WARNING"))
+    assert "step-00000024.pt is damaged" in line
+    assert "going on after step 20" in output.out
+    assert weights(run) == calm
+    # a person may want to look at it
+    assert (run / "checkpoints" / "step-00000024.pt.damaged").exists()
+
+
+def test_nothing_starts_again_in_silence_if_all_are_damaged(train, monkeypatch, tmp_path, capsys):
+    killed(train, monkeypatch, 26)
+    for path in tmp_path.glob("run/checkpoints/*.pt"):
+        path.write_bytes(b"")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train()
+    assert "checkpoints is whole; restore one, or" in capsys.readouterr().err
+
+
+def test_a_model_selected_after_the_checkpoint_that_is_used(train, monkeypatch, tmp_path):
+    killed(train, monkeypatch, 26)
+    path = tmp_path / "run" / SELECTED
+    before = files.sha256_file(path)
+    state, architecture, metadata = load_state(path)
+    assert int(metadata["step"]) < 24
+    later = {"recipe": metadata["recipe"], "step": "25"}
+    save_state(str(path), {name: value + 1 for name, value in state.items()}, architecture, later)
+    killed(train, monkeypatch, 27)
+    assert files.sha256_file(path) == before
+
+
+def test_a_selected_models_checkpoint_is_kept(train, monkeypatch, tmp_path):
+    killed(train, monkeypatch, 26, "--log.keep", "1")
+    run = tmp_path / "run"
+    best = json.loads((run / "checkpoints" / "step-00000024.json").read_text())["best_step"]
+    assert saved(run) == sorted({best, 24})
+
+
+def test_checkpoints_on_another_store_outlive_the_machine(train, calm, monkeypatch, tmp_path):
+    url = f"memory://checkpoints-{tmp_path.name}"
+    killed(train, monkeypatch, 26, "--log.checkpoints", url)
+    assert not list(tmp_path.glob("run/checkpoints/*.pt"))
+    assert len(fsspec.filesystem("memory").ls(url.removeprefix("memory:/"))) >= 4
+    shutil.rmtree(tmp_path / "run")
+    run = train("run", "--log.checkpoints", url)
+    assert weights(run) == calm
+
+
+def test_checkpoints_of_another_run_are_refused(train, monkeypatch, tmp_path, capsys):
+    url = f"memory://other-{tmp_path.name}"
+    killed(train, monkeypatch, 6, "--log.checkpoints", url)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train("second", "--log.checkpoints", url, "--seed", "5")
+    line = capsys.readouterr().err
+    assert "step-00000004.pt was made on other data or by another run" in line
+    assert "config.seed: 0 -> 5" in line
+
+
+def test_another_donor_pool_is_told(tmp_path, capsys):
+    store, model = Store(str(tmp_path), keep=2), build_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    store.write(content(model, optimizer, Progress(step=4), {}, 256))
+    checkpoint.resume(store, ALONE, model, optimizer, {}, 256)
+    assert capsys.readouterr().out == "going on after step 4\n"
+    checkpoint.resume(store, ALONE, model, optimizer, {}, 128)
+    assert "fills choose from 128 images now, from 256 before" in capsys.readouterr().out
+
+
+def test_a_full_disk_stops_the_run_and_what_is_there_stays(
+    train, calm, monkeypatch, tmp_path, capsys
+):
+    store = tmp_path / "disk"
+    store.mkdir()
+    with small_disk(store, 2**22) as disk:
+        killed(train, monkeypatch, 6, "--log.checkpoints", str(disk))
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            train("run", "--log.checkpoints", str(disk))
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"error: cannot write checkpoint {disk}/step-00000008.pt: ")
+        assert "No space left on device" in line
+        assert sorted(path.name for path in disk.glob("*.pt")) == ["step-00000004.pt"]
+        assert not list(disk.glob(".*.tmp")), "nothing half-written is left"
+        ballast.unlink()
+        run = train("run", "--log.checkpoints", str(disk))
+        assert weights(run) == calm
+
+
+def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(
+    train, calm, monkeypatch, tmp_path, capsys
+):
+    whole = loop.accumulate_gradients
+
+    def exploding(job, module, batch, step, *rest):
+        terms, grad_norm = whole(job, module, batch, step, *rest)
+        return (terms * torch.nan if step == 9 else terms), grad_norm
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "accumulate_gradients", exploding)
+        with pytest.raises(SystemExit):
+            train()
+    assert "not finite at step 10 (cross-entropy nan" in capsys.readouterr().err
+    run = tmp_path / "run"
+    assert saved(run)[-1] == 8
+    assert train() == run
+    assert weights(run) == calm
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    student = build_model()
+    optimizer = torch.optim.AdamW(student.parameters())
+    begun, may_end = threading.Event(), threading.Event()
+    save = torch.save
+
+    def slow(*arguments):
+        begun.set()
+        assert may_end.wait(30)
+        save(*arguments)
+
+    monkeypatch.setattr(torch, "save", slow)
+    store, order = Store(str(tmp_path), keep=2), []
+    with Writer(store) as writer:
+        what = content(student, optimizer, Progress(step=4), {}, 1)
+        writer.write(what, lambda record, copy: order.append(record.step))
+        assert begun.wait(30)
+        before = {name: value.clone() for name, value in student.state_dict().items()}
+        with torch.no_grad():  # the next step
+            for parameter in student.parameters():
+                parameter.add_(1)
+        assert not order, "the checkpoint is not written yet"
+        may_end.set()
+        writer.wait()
+        assert order == [4]
+    monkeypatch.undo()
+    resumed = build_model(seed=9)
+    again = torch.optim.AdamW(resumed.parameters())
+    assert checkpoint.resume(store, ALONE, resumed, again, {}, 1) == Progress(step=4)
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    store = Store(str(tmp_path / "store"), keep=2)
+    store.write({"progress": {"step": 1, "best_step": -1}, "model": Evil()})
+    model = build_model()
+    with pytest.raises(Exception, match="weights_only"):
+        checkpoint.resume(store, ALONE, model, torch.optim.AdamW(model.parameters()), {}, 1)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,275 @@
+"""What a run tells while it trains."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
+
+from rft import recipes
+from rft.config import Config
+from rft.evaluate.accuracy import Count
+from rft.train import journal
+from rft.train.journal import Display, Journal, Pace, Wandb, duration, require_packages, status
+from rft.train.pictures import Counterfactuals, grid
+
+VALUES = {
+    "epoch": 0.25,
+    "loss": 1.5,
+    "ce": 0.9,
+    "mse": 0.02,
+    "kd": 0.5,
+    "images_per_s": 256.0,
+    "data_wait_ms": 500.0,
+}
+
+COUNTERFACTUALS = Counterfactuals(
+    pool_ZCHW=torch.zeros(2, 3, 16, 16, dtype=torch.uint8),
+    donor_BP=torch.tensor([[0, 1, 1, 0]]),
+    own_B1=torch.tensor([[0]]),
+)
+SHAPE = tuple(grid(COUNTERFACTUALS, 8).shape[1:])
+
+
+def configuration(run: Path, recipe: str = recipes.DEFAULT, **log) -> Config:
+    config = recipes.build(recipe, data="https://me:secret@store/x", run=str(run))
+    return dataclasses.replace(config, log=dataclasses.replace(config.log, **log))
+
+
+def test_the_loss_and_its_parts_and_what_the_loader_costs(tmp_path):
+    # a step of 512 images at 256 images/s takes 2 s, of which 0.5 s went by waiting
+    both = ["256 img/s", "data wait 25%"]
+    shown = status(configuration(tmp_path), VALUES)
+    assert shown == ["epoch 0.25/10", "loss 1.500 = ce 0.900 + 30 x mse 0.0200", *both]
+    shown = status(configuration(tmp_path, "vanilla"), VALUES)
+    assert shown == ["epoch 0.25/10", "loss 1.500 = ce 0.900", *both]
+    shown = status(configuration(tmp_path, "wise-kd-object-mask-single-fill"), VALUES)
+    assert shown == [
+        "epoch 0.25/10",
+        "loss 1.500 = ce 0.900 + 30 x mse 0.0200 + 1 x kd 0.5000",
+        *both,
+    ]
+
+
+def test_the_time_left_is_told_by_what_this_start_did():
+    pace = Pace(done=900, total=1000, now=50.0)
+    assert pace.seconds_left(920, now=90.0) == 2.0 * 80
+    # an evaluation without a step in it makes the rest longer
+    assert pace.seconds_left(920, now=130.0) == 4.0 * 80
+    assert pace.seconds_left(1000, now=300.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (44.6, "45 s"),
+        (59.7, "1 min 00 s"),
+        (3599, "59 min 59 s"),
+        (2 * 3600 + 5 * 60, "2 h 05 min"),
+        (100 * 3600, "4 d 04 h"),
+    ],
+)
+def test_durations(seconds, told):
+    assert duration(seconds) == told
+
+
+def test_a_line_at_once_then_one_a_minute_and_each_held_out_result(tmp_path, capsys, monkeypatch):
+    display = Display(configuration(tmp_path), 100, 1000, Count(1, 4))
+    display.update(110, VALUES)
+    display.update(120, VALUES)
+    display.held_out(120, Count(3, 4))
+    monkeypatch.setattr(journal, "SECONDS_PER_LINE", 0.0)
+    display.update(130, VALUES)
+    display.close()
+    first, held_out, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 110/1000  epoch 0.25/10  loss 1.500 = ce 0.900 + 30 x mse 0.0200")
+    assert "  256 img/s  data wait 25%  ETA " in first
+    assert first.endswith("  held-out 25.00%")
+    assert held_out.startswith("step 120/1000  held-out 75.00% (3/4)  epoch 0.25/10")
+    assert held_out.count("held-out") == 1
+    assert last.startswith("step 130/1000")
+    assert last.endswith("  held-out 75.00%")
+
+
+def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "90")
+    master, slave = os.openpty()
+    with open(slave, "w") as terminal:  # noqa: PTH123 (a descriptor)
+        monkeypatch.setattr(sys, "stderr", terminal)
+        display = Display(configuration(tmp_path), 100, 1000, None)
+        display.update(110, VALUES)
+        display.held_out(110, Count(3, 4))
+        display.update(120, VALUES)
+        display.close()
+        drawn = os.read(master, 100_000).decode()
+    os.close(master)
+    assert recipes.DEFAULT in drawn
+    for words in ("110/1000", "120/1000", "epoch 0.25/10", "ETA", "step 110/1000  held-out 75.00%"):
+        assert words in drawn, words
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_run_drops_what_comes_again_and_knows_its_last_result(tmp_path, capsys):
+    lines = [{"step": 5, "loss": 1}, {"step": 10, "held_out_correct": 3, "held_out_total": 4}]
+    beyond = [{"step": 15, "loss": 1}, {"step": 20, "held_out_correct": 4, "held_out_total": 4}]
+    text = "".join(json.dumps(line) + "\n" for line in lines + beyond) + '{"step": 25, "lo'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with Journal(configuration(tmp_path), 10, 100, writes=True) as log:
+        log.metrics(15, VALUES)
+    kept = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
+    assert kept == [*lines, {"step": 15, **VALUES}]
+    assert capsys.readouterr().out.rstrip().endswith("  held-out 75.00%")
+
+
+def test_one_rank_alone_writes(tmp_path, capsys):
+    with Journal(configuration(tmp_path / "run", image_steps=1), 0, 9, writes=False) as log:
+        log.metrics(1, VALUES)
+        log.held_out(1, Count(1, 2))
+        assert log.collects(1) is None
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_scalars_and_pictures_are_in_tensorboard(tmp_path):
+    with Journal(configuration(tmp_path, image_steps=3), 0, 9, writes=True) as log:
+        assert [step for step in range(1, 10) if log.collects(step) is not None] == [3, 6, 9]
+        log.metrics(3, VALUES)
+        log.pictures(2, log.collects(2), 8)
+        # a step without counterfactuals has none to show
+        log.pictures(3, log.collects(3), 8)
+        log.pictures(6, [COUNTERFACTUALS], 8)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 1.5)]
+    (picture,) = events.Images("counterfactuals")
+    assert (picture.step, picture.height, picture.width) == (6, *SHAPE)
+    with Journal(configuration(tmp_path / "none", image_steps=0), 0, 9, writes=True) as log:
+        assert not any(log.collects(step) is not None for step in range(1, 10))
+
+
+def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "wandb":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    require_packages(configuration(tmp_path))
+    with pytest.raises(ValueError, match=r"--log.wandb .*: pip install 'rft\[wandb\]'"):
+        require_packages(configuration(tmp_path, wandb="project"))
+
+
+@pytest.fixture
+def stranger(monkeypatch, tmp_path):
+    """A person without wandb settings and without a login."""
+    wandb.teardown()  # what another test's process has read
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture
+def offline(stranger, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def records(path: Path) -> list:
+    """The records of an offline wandb run: LevelDB's log of protobufs after a header."""
+    wandb.teardown()  # waits for the process that writes them
+    data, place, found, parts = path.read_bytes(), 7, [], b""
+    while place < len(data):
+        if 32768 - place % 32768 < 7:  # no header fits what is left of a block
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            found.append(Record.FromString(parts))
+            parts = b""
+    return found
+
+
+def history(path: Path, name: str) -> list[tuple[int, object]]:
+    """The logged (step, value) of one name."""
+    rows = []
+    for record in records(path):
+        if record.HasField("history"):
+            row = {
+                ".".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            if name in row:
+                rows.append((record.history.step.num, row[name]))
+    return rows
+
+
+def test_a_run_is_one_wandb_run_with_scalars_and_pictures(tmp_path, offline):
+    require_packages(configuration(tmp_path, wandb="project"))
+    config = configuration(tmp_path / "run", wandb="project")
+    Path(config.run).mkdir()
+    with Journal(config, 0, 100, writes=True) as log:
+        log.metrics(10, VALUES)
+        log.held_out(10, Count(3, 4))
+        log.pictures(10, [COUNTERFACTUALS], 8)
+        log.metrics(20, VALUES)
+    with Journal(config, 20, 100, writes=True) as log:
+        log.metrics(30, {**VALUES, "loss": 1.25})
+    first, second = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert first.name == second.name
+    assert history(first, "loss") == [(10, 1.5), (20, 1.5)]
+    assert history(first, "held_out_correct") == [(10, 3)]
+    assert history(first, "counterfactuals.width") == [(10, SHAPE[1])]
+    assert history(second, "loss") == [(30, 1.25)]
+    # a folder that starts anew is another run
+    with Journal(config, 0, 100, writes=True) as log:
+        log.metrics(10, VALUES)
+    names = {path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")}
+    assert len(names) == 2
+
+
+def test_wandb_hears_nothing_of_the_machine(tmp_path, offline):
+    config = configuration(tmp_path / "run", wandb="project")
+    Path(config.run).mkdir()
+    with Journal(config, 0, 100, writes=True) as log:
+        log.metrics(10, VALUES)
+    (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    (run,) = [record.run for record in records(path) if record.HasField("run")]
+    assert (run.project, run.display_name, run.host) == ("project", "run", "")
+    assert not run.git.remote_url
+    sent = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert sent["optim"] == config.to_dict()["optim"]
+    assert sent["data"] == "https://***@store/x"
+    folder = path.parent / "files"
+    assert not [file for file in folder.rglob("*") if file.is_file()]
+    for file in (tmp_path / "run").rglob("*"):
+        if file.is_file():
+            assert b"secret" not in file.read_bytes(), file
+
+
+def test_wandb_takes_no_step_twice(tmp_path, offline):
+    config = configuration(tmp_path, wandb="project")
+    log = Wandb(config, 0)
+    for step in (10, 20, 15, 20, 25):
+        log.write(step, {"loss": step})
+    log.close(failed=False)
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert history(path, "loss") == [(10, 10), (20, 20), (25, 25)]
+
+
+def test_wandb_without_a_login_is_one_line(tmp_path, stranger):
+    with pytest.raises(ValueError, match=r"--log.wandb project: .*\(WANDB_MODE=offline needs"):
+        Wandb(configuration(tmp_path, wandb="project"), 0)

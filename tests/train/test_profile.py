@@ -1,0 +1,73 @@
+"""`--profile` shows the steps that there are and changes none."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.step import Arguments, build_job
+from rft.data.loader import Batch
+from rft.train.loop import accumulate_gradients
+from rft.train.optim import build_optimizer
+from rft.train.profile import profiling
+from tests.conftest import build_model
+
+
+@pytest.fixture
+def train(images_BCHW, labels_B):
+    """Do some steps of a longer run; returns the weights."""
+
+    def run(folder: Path | None, steps: int, *, first: int = 0, total: int = 0) -> torch.Tensor:
+        job = build_job(Arguments(batch_size=6), torch.device("cpu"), "fp32", build_model(0))
+        optimizer = build_optimizer(job.objective, job.config.optim)
+        with profiling(folder, first, total or steps) as profiler:
+            for step in range(first, first + steps):
+                batch = Batch(images_BCHW, labels_B, labels_B)
+                accumulate_gradients(job, job.objective, batch, step)
+                optimizer.step()
+                optimizer.zero_grad()
+                profiler.step()
+        return torch.cat([p.detach().flatten() for p in job.student.parameters()])
+
+    return run
+
+
+def counts(path: Path) -> dict[str, int]:
+    """How often each name is in a trace."""
+    with gzip.open(path, "rt") as stream:
+        document = json.load(stream)
+    assert "host_name" not in document
+    names = [event.get("name") for event in document["traceEvents"] if event.get("ph") == "X"]
+    return {name: names.count(name) for name in set(names)}
+
+
+def test_ten_steps_after_the_first_few_and_the_same_weights(train, tmp_path, capsys):
+    profiled = train(tmp_path / "profile", 17)
+    assert torch.equal(profiled, train(None, 17))
+    assert "profile of 10 steps: " in capsys.readouterr().out
+    assert len(list((tmp_path / "profile").iterdir())) == 2
+    found = counts(tmp_path / "profile" / "steps-6-15.json.gz")
+    labels = ("clean forward", "cam", "clean backward", "counterfactual forward", "clip")
+    assert {name: found[name] for name in labels} == dict.fromkeys(labels, 10)
+    table = (tmp_path / "profile" / "steps-6-15.txt").read_text()
+    assert "Self CPU" in table
+    assert "counterfactual backward" in table
+
+
+def test_fewer_steps_are_told(train, tmp_path, capsys):
+    train(tmp_path, 3, first=7, total=10)
+    assert "profile of 3 steps (not 10: there were no more)" in capsys.readouterr().out
+    assert counts(tmp_path / "steps-8-10.json.gz")["clean forward"] == 3
+
+
+def test_a_run_that_stops_meanwhile(train, tmp_path, capsys):
+    train(tmp_path, 7, first=100, total=1000)
+    assert "profile of 2 steps (not 10" in capsys.readouterr().out
+    assert counts(tmp_path / "steps-106-107.json.gz")["cam"] == 2
+    train(tmp_path / "none", 5, first=100, total=1000)
+    train(tmp_path / "none", 0)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"--profile: no step was done after step {step}, no trace" for step in (105, 0)]
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,179 @@
+"""A run that is asked to stop leaves a checkpoint; the same command ends with the same weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import pytest
+
+from rft import files
+from rft.clip.classifier import LAST, SELECTED
+from rft.train import __main__ as train_command
+from rft.train import loop, run
+from rft.train.stop import STOPPED, StopRequest
+from tests import tiny
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+
+
+@pytest.fixture
+def train(tiny_data, tiny_clip, tmp_path):
+    """Run `rft.train` in this process; returns the run folder."""
+
+    def run(name: str = "run", *options: str) -> Path:
+        folder = tmp_path / name
+        tiny.call(
+            train_command,
+            *("object-mask-single-fill", "--data", tiny_data, "--run-dir", folder),
+            *("--scale", "miniature", "--model.clip", tiny_clip, "--loader.workers", "0"),
+            *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "2"),
+            *("--log.every-steps", "3", *options),
+        )
+        return folder
+
+    return run
+
+
+def at_step(step: int, monkeypatch, action) -> None:
+    """Do something in the middle of a step."""
+    whole = loop.accumulate_gradients
+
+    def acting(job, module, batch, at, *rest):
+        if at == step:
+            action()
+        return whole(job, module, batch, at, *rest)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", acting)
+
+
+def weights(run: Path) -> list[str]:
+    return [files.sha256_file(run / which) for which in (SELECTED, LAST)]
+
+
+@pytest.mark.parametrize("how", ["file", *SIGNALS], ids=str)
+def test_it_stops_after_the_step_with_a_checkpoint(train, tmp_path, monkeypatch, capsys, how):
+    stop_file = tmp_path / "stop"
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+
+    def ask():
+        if how == "file":
+            stop_file.touch()
+        else:
+            os.kill(os.getpid(), how)
+            os.kill(os.getpid(), how)  # torchrun repeats it
+
+    with monkeypatch.context() as patch:
+        at_step(6, patch, ask)
+        with pytest.raises(SystemExit) as stopped:
+            train("run", "--cluster.stop-file", str(stop_file))
+    assert stopped.value.code == STOPPED == 75
+    reason = str(stop_file) if how == "file" else how.name
+    said = capsys.readouterr().out
+    assert f"stopped after step 7 of 20 ({reason}); the same command goes on from there" in said
+    folder = tmp_path / "run"
+    assert not (folder / "training.json").exists()
+    assert json.loads((folder / "progress.json").read_text())["step"] == 7
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+
+    stop_file.unlink(missing_ok=True)
+    train("run", "--cluster.stop-file", str(stop_file))
+    assert "going on after step 7" in capsys.readouterr().out
+    assert weights(folder) == weights(train("calm"))
+
+
+def test_a_stop_in_the_last_step_is_the_end(train, tmp_path, monkeypatch):
+    at_step(19, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert (train() / "training.json").exists()
+
+
+def test_a_stop_before_the_first_step_leaves_nothing_to_go_on_from(train, tmp_path, capsys):
+    stop_file = tmp_path / "stop"
+    stop_file.touch()
+    with pytest.raises(SystemExit) as stopped:
+        train("run", "--cluster.stop-file", str(stop_file))
+    assert stopped.value.code == STOPPED
+    assert "stopped after step 0 of 20" in capsys.readouterr().out
+    assert not list(tmp_path.glob("run/checkpoints/*.pt"))
+
+
+def test_what_the_shell_ignores_stays_ignored():
+    # nohup ignores SIGHUP on purpose: the run must outlive the terminal
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest("") as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert request.reason == ""
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_rank_stops_when_its_launcher_is_gone(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with StopRequest("") as request:
+        assert request.reason == ""
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert request.reason == "the process that started this one is gone"
+        # whoever starts a run by hand may log out
+        monkeypatch.delenv("RANK")
+        assert request.reason == ""
+
+
+HOLD = """
+import filelock, sys
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+input()
+"""
+
+
+@pytest.fixture
+def other_job(tmp_path):
+    """Another process that is in the run folder."""
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_a_second_job_is_refused(train, other_job, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train("run", "--cluster.lock-wait", "0.5")
+    assert stopped.value.code == 2
+    output = capsys.readouterr()
+    assert "waiting up to 0.5 s for another job to leave" in output.out
+    assert "another job is writing" in output.err
+    assert len(output.err.splitlines()) == 1
+
+
+def test_a_job_waits_for_another_that_leaves(train, other_job, monkeypatch):
+    monkeypatch.setattr(run.time, "sleep", lambda _: other_job.kill() or other_job.wait())
+    assert (train() / "training.json").exists()
+    assert other_job.returncode == -signal.SIGKILL
+
+
+def test_a_run_that_the_other_job_finished_is_left_alone(train, tmp_path, monkeypatch, capsys):
+    folder = train()
+    before = (folder / "config.json").stat().st_mtime_ns
+    summary = (folder / "training.json").read_bytes()
+    (folder / "training.json").unlink()
+    lock = filelock.FileLock(folder / ".lock")
+    lock.acquire()
+
+    def finish(_):
+        (folder / "training.json").write_bytes(summary)
+        lock.release()
+
+    monkeypatch.setattr(run.time, "sleep", finish)
+    capsys.readouterr()
+    train()
+    assert "run already finished" in capsys.readouterr().out
+    assert (folder / "training.json").read_bytes() == summary
+    assert (folder / "config.json").stat().st_mtime_ns >= before
