@@ -65,6 +65,7 @@ class Run:
     folder: Path
     data: Path
     clip: str
+    ranks: int = RANKS
     options: tuple[str, ...] = ()
     process: subprocess.Popen[str] | None = None
     output: list[str] = field(default_factory=list)
@@ -74,7 +75,7 @@ class Run:
         """The command line."""
         return [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={RANKS}", "-m", "rft.train", "object-mask-single-fill"),
+            *(f"--nproc_per_node={self.ranks}", "-m", "rft.train", "object-mask-single-fill"),
             *("--data", str(self.data), "--run-dir", str(self.folder), "--scale", "miniature"),
             *("--model.clip", self.clip, "--method.threshold", "0.5", "--loader.workers", "1"),
             *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "8"),
@@ -83,11 +84,13 @@ class Run:
 
     def start(self) -> None:
         """Start it in a session of its own; what it says goes to a file."""
+        # torchrun would give a rank that hangs half a minute to end
+        environment = tiny.environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3")
         log = self.folder.with_suffix(f".{len(self.output)}.log")
         self.output.append(str(log))
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                self.command, env=tiny.environment(), stdout=stream, stderr=subprocess.STDOUT,
+                self.command, env=environment, stdout=stream, stderr=subprocess.STDOUT,
                 start_new_session=True, text=True,
             )  # fmt: skip
 
@@ -142,7 +145,7 @@ class Run:
                 raise RuntimeError(f"the run did not get there: {self.said()[-3000:]}")
             time.sleep(0.005)
 
-    def ranks(self) -> list[int]:
+    def rank_processes(self) -> list[int]:
         """Return the process ids of the ranks, in order."""
         assert self.process is not None
         found = {}
@@ -157,7 +160,7 @@ class Run:
     def loaders(self) -> list[int]:
         """Return the process ids of all ranks' loader processes."""
         found = []
-        for rank in self.ranks():
+        for rank in self.rank_processes():
             for server in tiny.children(rank):
                 if b"forkserver" in Path(f"/proc/{server}/cmdline").read_bytes():
                     found += tiny.children(server)
@@ -201,7 +204,7 @@ def to_random_step(run: Run, random: Random, last: int = STEPS // 2) -> None:
 def kill_rank(run: Run, random: Random) -> None:
     """SIGKILL to one rank."""
     to_random_step(run, random)
-    tiny.kill(int(random.choice(run.ranks())))
+    tiny.kill(int(random.choice(run.rank_processes())))
     run.wait()
 
 
@@ -277,11 +280,11 @@ def damage(how: str, run: Run, random: Random) -> None:
 def hang(run: Run, random: Random) -> None:
     """SIGSTOP to one rank, which answers nothing from then on."""
     to_random_step(run, random)
-    rank = int(random.integers(RANKS))
-    pid = run.ranks()[rank]
+    rank = int(random.integers(run.ranks))
+    pid = run.rank_processes()[rank]
     os.kill(pid, signal.SIGSTOP)
     run.wait()
-    if f"no answer from rank {rank} of {RANKS}" not in run.said():
+    if f"no answer from rank {rank} of {run.ranks}" not in run.said():
         raise RuntimeError(f"rank {rank} was not named: {run.said()[-3000:]}")
 
 
@@ -290,13 +293,13 @@ def second_job(run: Run, random: Random) -> None:
     to_random_step(run, random, last=EVERY)
     assert run.process is not None
     # the first job must not come to its end before the second has tried
-    for pid in run.ranks():
+    for pid in run.rank_processes():
         os.kill(pid, signal.SIGSTOP)
     second = dataclasses.replace(run, options=("--cluster.lock-wait", "0"), output=[])
     second.output = list(run.output)
     second.start()
     code = second.wait()
-    for pid in run.ranks():
+    for pid in run.rank_processes():
         os.kill(pid, signal.SIGCONT)
     if code == 0 or "another job is writing" not in second.said():
         raise RuntimeError(f"the second job was let in: {second.said()[-3000:]}")
@@ -340,8 +343,8 @@ FAULTS = KILLS | OTHERS
 class Bench:
     """The tiny world, the undisturbed run and a folder to try in."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, ranks: int = RANKS) -> None:
+        self._folder, self._ranks = folder, ranks
         self._folder.mkdir(parents=True, exist_ok=True)
         self.data = tiny.write_data(folder / "world")
         self.clip = tiny.write_clip(folder / "clip")
@@ -352,7 +355,7 @@ class Bench:
 
     def run(self, name: str) -> Run:
         """Return a run that has not started."""
-        return Run(self._folder / name, self.data, self.clip)
+        return Run(self._folder / name, self.data, self.clip, self._ranks)
 
     def attempt(self, fault: str, random: Random) -> Outcome:
         """Try one fault."""

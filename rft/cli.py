@@ -2,18 +2,22 @@
 
 A user's mistake is a `ValueError` (or an `OSError` from a file they named): it becomes one line on
 stderr and exit code 2. Everything else is a bug and keeps its traceback; RFT_TRACEBACK=1 in the
-environment shows one for a mistake too.
+environment shows one for a mistake too. Neither shows the credentials of a URL.
 """
 
 import contextlib
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from types import TracebackType
 from typing import Any, TypeVar
 
 import tyro
+
+from rft import files
 
 T = TypeVar("T")
 
@@ -23,6 +27,7 @@ def run(main: Callable[[], None]) -> None:
 
     Under torchrun the ranks of a node meet the same mistake, so one of each node says it.
     """
+    sys.excepthook = _tell_bug
     try:
         main()
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -33,11 +38,17 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("RFT_TRACEBACK"):
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            message = " ".join(str(error).split())
+            message = files.redact(" ".join(str(error).split()))
             rank = os.environ.get("RANK", "0")
             where = "" if rank == "0" else f" on rank {rank}"
             print(f"error{where}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _tell_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback as Python does, without the credentials of URLs in its messages."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(files.redact(text), end="", file=sys.stderr, flush=True)
 
 
 def parse(kind: Callable[..., T], **options: Any) -> T:

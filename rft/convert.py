@@ -163,7 +163,7 @@ def import_weights(arguments: Import) -> None:
     print(
         f"imported: {out} ({found.source['format']}, {found.architecture.clip}, {classes} classes)"
     )
-    print(f"next: python -m rft.evaluate {out} --data {arguments.data or 'URL'}")
+    print(f"next: python -m rft.evaluate {out} --data {files.redact(arguments.data) or 'URL'}")
 
 
 def find(name: str, clip: str) -> Found:
@@ -390,7 +390,7 @@ def class_names(config: dict[str, Any], classes: int) -> list[str] | None:
         try:
             names = Manifest.load(files.join(config["data"], config["train_set"])).classes
         except ValueError as error:
-            print(f"the card will name no classes: {error}")
+            print(files.redact(f"the card will name no classes: {error}"))
             return None
         return list(names) if len(names) == classes else None
     print("the card will name no classes: the run does not tell on which data it was trained")

@@ -11,11 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from rft import files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ def process_group(world: World, device: torch.device, timeout: float = 600) -> I
         # nothing leaves the machine, and its name need not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     wait = datetime.timedelta(seconds=timeout)
-    store, _, _ = next(torch.distributed.rendezvous("env://", timeout=wait))
+    store = _meeting_place(world, wait)
     gpu = device.type == "cuda"
     torch.distributed.init_process_group(
         "nccl" if gpu else "gloo",
@@ -126,9 +129,27 @@ def process_group(world: World, device: torch.device, timeout: float = 600) -> I
     torch.distributed.destroy_process_group()
 
 
+def _meeting_place(world: World, wait: datetime.timedelta) -> Any:
+    """Return the store in which the ranks meet: torchrun's, or a file where it keeps none.
+
+    A TCP store listens on every address of the machine. Where torchrun is told to keep none
+    (docs/cluster.md), ranks on one machine meet in a file beside its own, new for each start.
+    """
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if agents or not errors or world.size > world.local_size:
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=wait))
+        return store
+    store = torch.distributed.FileStore(str(Path(errors).parents[1] / "store"), world.size)
+    store.set_timeout(wait)
+    return store
+
+
 def _tell(world: World, error: Exception) -> None:
     if world.local_rank > 0:
-        print(f"error on rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        print(
+            f"error on rank {world.rank}: {files.redact(str(error))}", file=sys.stderr, flush=True
+        )
 
 
 def _lost_contact(error: RuntimeError) -> bool:
@@ -151,12 +172,12 @@ def _who_is_missing(world: World, store: Any, seconds: float) -> str:
             time.sleep(0.1)
     except torch.distributed.DistError:
         return "lost contact with the other ranks, and with torchrun, which started them"
-    who = (
-        "ranks " + ", ".join(map(str, missing)) if missing else "all ranks answer now: the network"
-    )
+    if not missing:
+        return "a message between ranks was lost, but all of them answer: look at the network"
     return (
-        f"{who} did not answer: hung or gone. Look at what was last said there, and run the same "
-        "command again to go on from the newest checkpoint"
+        f"no answer from {'rank' if len(missing) == 1 else 'ranks'} "
+        f"{', '.join(map(str, missing))} of {world.size}: hung or gone. See what was last said "
+        "there; the same command goes on from the newest checkpoint"
     )
 
 

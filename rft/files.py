@@ -227,9 +227,12 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def write_json(url: str, document: Any) -> None:
-    """Write `document` as indented JSON with sorted keys to `url`, whole or not at all."""
+    """Write `document` as indented JSON with sorted keys to `url`, whole or not at all.
+
+    Credentials of URLs in it are not written.
+    """
     text = json.dumps(document, indent=2, sort_keys=True) + "\n"
-    write_bytes(url, text.encode())
+    write_bytes(url, redact(text).encode())
 
 
 def sha256_bytes(data: bytes) -> str:

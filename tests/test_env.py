@@ -35,17 +35,19 @@ def test_a_mixture_is_seen(imported, installed, problem):
     assert problem is None or problem in found
 
 
-def test_both_packages_over_each_other_end_with_one_line(tmp_path):
+def test_both_packages_over_each_other_end_with_one_line(tmp_path, monkeypatch, capsys):
     """A second package's metadata in front of the real one, as pip leaves it."""
     folder = tmp_path / "pillow_simd-12.1.1.post0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Name: pillow-simd\nVersion: 12.1.1.post0\n")
-    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from rft import env; env.main()"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert "over each other" in result.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        env.main()
+    assert stopped.value.code == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1
+    assert "over each other" in shown
 
 
 def test_avx2_is_seen_in_the_code_itself():

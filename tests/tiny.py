@@ -1,22 +1,22 @@
 """A tiny world for tests: coloured squares in the official layouts, and a random CLIP for them."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from rft import cli
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack
+from tests.forked import Request
 
 SIZE = 16
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200), "grey": (90,) * 3}
@@ -53,6 +53,11 @@ def write_data(root: Path) -> Path:
 
 def write_clip(folder: Path) -> str:
     """A random CLIP in open_clip's folder form; returns its name for --model.clip."""
+    # here, because processes that start and end in a test import this module for other things
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True)
     config = {
         "embed_dim": 16,
@@ -103,13 +108,42 @@ def torchrun_command(ranks: int, *module_and_options: str) -> list[str]:
 
 
 def torchrun(ranks: int, *module_and_options: str) -> subprocess.CompletedProcess[str]:
-    """Run a module on so many ranks to its end."""
-    command = torchrun_command(ranks, *module_and_options)
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    """Run a module on so many ranks to its end, as torchrun does but sooner (tests/forked.py)."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder) / "output", Path(folder) / "errors"
+        output.touch()
+        errors.touch()
+        request = Request(
+            ranks=ranks,
+            words=module_and_options,
+            environment=environment(),
+            folder=str(Path.cwd()),
+            output=str(output),
+            errors=str(errors),
+        )
+        server = rank_server()
+        server.stdin.write(request.to_line())
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        result = subprocess.CompletedProcess(
+            module_and_options, code, output.read_text(), errors.read_text()
+        )
     # gloo can abort in teardown when all work is done: callers judge by the files that are there
-    if result.returncode:
+    if code:
         print(result.stdout[-3000:], result.stderr[-6000:])
     return result
+
+
+@functools.cache
+def rank_server() -> subprocess.Popen[str]:
+    """Return the process that ranks are forked from; it ends with this one."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.forked"],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def kill_when(command: list[str], reached: callable) -> None:

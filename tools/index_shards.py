@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import tyro
 
-from rft import cli
+from rft import cli, files
 from rft.data.index import Options, index_shards
 from rft.data.labels import LabelSpace
 
@@ -38,11 +38,12 @@ def main() -> None:
     command = cli.parse(IndexShards, config=(tyro.conf.FlagCreatePairsOff,))
     labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
     manifest = index_shards(command.shards, command.out, labels, command.reading)
+    out = files.redact(command.out)
     print(
         f"{manifest.dataset}: {manifest.samples:,} samples in {len(manifest.shards)} shards, "
-        f"{len(manifest.groups)} classes scored; index at {command.out}"
+        f"{len(manifest.groups)} classes scored; index at {out}"
     )
-    print(f"next: python tools/verify_shards.py {command.out} --deep")
+    print(f"next: python tools/verify_shards.py {out} --deep")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from rft import cli, recipes
+from rft import cli, files, recipes
 from rft.data.folder import class_counts, held_out_proposal, read_folder, shared_images
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack_source
@@ -53,7 +53,7 @@ def main() -> None:
     say(sources, labels)
     complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
     if all(complete):
-        say_next(sources, labels, command.out)
+        say_next(sources, labels, files.redact(command.out))
 
 
 def say(sources: Sequence[Source], labels: LabelSpace) -> None:

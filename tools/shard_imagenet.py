@@ -5,7 +5,7 @@ from typing import Literal
 
 import tyro
 
-from rft import cli
+from rft import cli, files
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack
 from rft.data.published import parse_allowed_counts
@@ -56,7 +56,7 @@ def main() -> None:
     if all(complete):
         print(
             "next: torchrun --nproc_per_node N -m rft.train object-mask-single-fill "
-            f"--data {command.out} --run-dir runs/first"
+            f"--data {files.redact(command.out)} --run-dir runs/first"
         )
 
 

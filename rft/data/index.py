@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from braceexpand import braceexpand
@@ -90,7 +89,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
     Raises:
         ValueError: if braces do not match, nothing or something twice is named, or a URL holds a
-            password (the manifest would publish it).
+            credentials (the manifest would publish it).
     """
     urls: list[str] = []
     for pattern in patterns:
@@ -104,8 +103,11 @@ def expand(patterns: Sequence[str]) -> list[str]:
     if twice:
         raise ValueError(f"{twice[0]} is named twice")
     for url in urls:
-        if urlsplit(url).password is not None:
-            raise ValueError("a shard's URL holds a password; give it to fsspec's configuration")
+        if (shown := files.redact(url)) != url:
+            raise ValueError(
+                f"{shown} holds credentials, which the manifest would publish; give them to "
+                "fsspec's configuration"
+            )
     return urls
 
 

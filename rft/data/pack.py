@@ -144,9 +144,10 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
     manifest = finalize(plan, url, options.max_bad)
     total = sum(shard.bytes for shard in manifest.shards)
     left_out = f", {manifest.quarantined} left out (quarantine.jsonl)"
+    shown = files.redact(url)
     print(
         f"{source.dataset}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, "
-        f"{total / 2**20:,.1f} MiB at {url}{left_out if manifest.quarantined else ''}",
+        f"{total / 2**20:,.1f} MiB at {shown}{left_out if manifest.quarantined else ''}",
         flush=True,
     )
     return True
@@ -253,7 +254,8 @@ def claim(plan: Plan, url: str, *, create: bool = True) -> None:
         raise ValueError(
             f"{url} holds another plan ({changes}); choose another --out or delete that folder"
         )
-    print(f"{url} held another plan ({changes}) but no shard yet: replaced", flush=True)
+    shown = files.redact(url)
+    print(f"{shown} held another plan ({changes}) but no shard yet: replaced", flush=True)
     files.write_json(plan_url, plan.parameters)
 
 
@@ -371,7 +373,8 @@ def _say_complete(dataset: str, url: str, max_bad: int) -> bool:
             f"many, or repair them (quarantine.jsonl), delete that folder and pack again"
         )
     left_out = f" ({quarantined} left out)" if quarantined else ""
-    print(f"{dataset}: already packed at {url}{left_out}, nothing to do", flush=True)
+    shown = files.redact(url)
+    print(f"{dataset}: already packed at {shown}{left_out}, nothing to do", flush=True)
     return True
 
 

@@ -41,7 +41,7 @@ class Problem:
         place = [self.shard] if self.shard else []
         place += [f"key {self.key!r}"] if self.key else []
         place += [f"offset {self.offset:,}"] if self.offset is not None else []
-        return f"{', '.join(place)}: {self.what}" if place else self.what
+        return files.redact(f"{', '.join(place)}: {self.what}" if place else self.what)
 
 
 @dataclass(kw_only=True)

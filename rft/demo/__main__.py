@@ -105,13 +105,21 @@ def is_done(stage: Experiment, data: str) -> bool:
     return all(is_current(path, manifests) for path in models)
 
 
+# ranks that meet in torchrun's usual store make it listen on every address of the machine
+MEET_IN_FILES = {
+    "PET_RDZV_BACKEND": "c10d",
+    "PET_RDZV_CONF": "store_type=file",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+
+
 def local(command: tuple[str, ...], processes: int) -> tuple[str, ...]:
     """Return a command of the plan for this interpreter and so many ranks on this machine."""
     launcher, *rest = command
     if launcher == "python":
         return sys.executable, *rest
     assert launcher == "torchrun"
-    ranks = ("--standalone", "--nproc_per_node", str(processes))
+    ranks = ("--nproc_per_node", str(processes))
     return sys.executable, "-m", "torch.distributed.run", *ranks, *rest
 
 
@@ -124,7 +132,7 @@ def run(name: str, command: tuple[str, ...]) -> None:
     shown = shlex.join(("python", *command[1:]))
     print(f"\n$ {shown}", flush=True)
     # one thread for each rank, which is what torchrun would choose after saying so at length
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    environment = {"OMP_NUM_THREADS": "1", **MEET_IN_FILES, **os.environ}
     if code := subprocess.run(command, env=environment).returncode:
         raise ValueError(
             f"{name} ended with exit code {code}, what it said is above; started again, "

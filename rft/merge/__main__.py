@@ -257,7 +257,7 @@ def report(out: Path, done: bool) -> None:
 
 def next_step(outs: Iterable[Path], model: Ingredient) -> str:
     """Return the line that tells how to go on, with the data that `model` was trained on."""
-    shown, data = " ".join(map(str, outs)), model.config.get("data") or "URL"
+    shown, data = " ".join(map(str, outs)), files.redact(model.config.get("data") or "URL")
     # a set of the user's own comes with a test set (tools/shard_folder.py), not with ImageNet's
     own = model.is_training_run and model.config["train_set"] != "imagenet-train"
     return f"next: python -m rft.evaluate {shown} --data {data}{' --sets test' if own else ''}"

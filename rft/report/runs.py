@@ -188,8 +188,8 @@ def check_same_settings(runs: Sequence[Run]) -> None:
 # seeds, places, and what never changes a result; each seed builds on runs of its own
 APART: dict[str, set[str]] = {
     "": {
-        "seed", "split_seed", "order_seed", "data", "run", "log", "device", "recompute", "compile",
-        "merged_from", "soup", "imported_from",
+        "seed", "split_seed", "order_seed", "data", "run", "log", "cluster", "device", "recompute",
+        "compile", "merged_from", "soup", "imported_from",
     },
     "model": {"start"},
     "method": {"kd_teacher"},

@@ -166,7 +166,8 @@ class Wandb:
     """
 
     def __init__(self, config: Config, done: int) -> None:
-        import wandb  # an extra, and slow to import
+        # an extra, and slow to import
+        import wandb  # pyrefly: ignore[missing-import]
 
         self._image = wandb.Image
         folder = Path(config.run)

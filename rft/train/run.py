@@ -6,7 +6,6 @@ results.json (rft.evaluate), gallery.npz, provenance.json.
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,9 +58,7 @@ class RunFolder:
             time.sleep(1)
         try:
             if world.is_main:
-                document = json.dumps(self._config.to_dict())
-                config = json.loads(files.redact(document))
-                files.write_json(str(self.path / "config.json"), config)
+                files.write_json(str(self.path / "config.json"), self._config.to_dict())
                 files.write_json(str(self.path / "provenance.json"), files.provenance())
             yield
         finally:

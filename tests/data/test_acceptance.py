@@ -28,6 +28,7 @@ from rft.data.loader import EvaluationBatches, PackedDataset, read_batches
 from rft.data.manifest import Manifest
 from rft.data.order import EpochOrder
 from rft.data.pack import Options, pack
+from rft.train import __main__ as train_command
 from tests import tiny
 from tests.ranks import loading
 from tests.ranks.loading import CPU, batches_of, plan_of
@@ -338,33 +339,25 @@ class _Told:
 
 
 def test_t13_another_manifest_or_plan_is_refused_with_the_difference(
-    tiny_data, tiny_clip, tmp_path
+    tiny_data, tiny_clip, tmp_path, refused
 ):
     run, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(tiny_data, data)
     size = ["--loader.batch-size", "12", "--loader.held-out", "8", "--device", "cpu"]
-    command = ["rft.train", "no-mask", "--scale", "miniature", "--model.clip", tiny_clip]
-    command += ["--data", str(data), "--run-dir", str(run), *size, "--log.checkpoint-steps", "1"]
-    checkpoints = run / "checkpoints"
-    tiny.kill_when(
-        tiny.torchrun_command(1, *command), lambda: len(list(checkpoints.glob("*.pt"))) > 0
-    )
+    command = ["no-mask", "--scale", "miniature", "--model.clip", tiny_clip, *size]
+    command += ["--data", data, "--run-dir", run, "--optim.epochs", "1", "--loader.workers", "0"]
+    tiny.call(train_command, *command)
+    (run / "training.json").unlink()  # as it was before its end
 
-    def refusal(*more: str) -> str:
-        result = tiny.torchrun(1, *command, *more)
-        assert result.returncode == 2
-        lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1
-        return lines[0]
-
-    assert "loader.streams: 1 -> 2" in refusal("--loader.streams", "2")
+    line = refused(train_command, *command, "--loader.streams", "2")
+    assert "loader.streams: 1 -> 2" in line
     manifest = json.loads((data / "imagenet-train" / "manifest.json").read_text())
     manifest["dataset"] = "imagenet-train-cleaned"
     (data / "imagenet-train" / "manifest.json").write_text(json.dumps(manifest))
     before, after = (
         Manifest.load(str(root / "imagenet-train")).sha256 for root in (tiny_data, data)
     )
-    line = refusal()
+    line = refused(train_command, *command)
     assert f"manifest_sha256: {before!r} -> {after!r}" in line
 
 

@@ -450,7 +450,7 @@ def test_what_is_no_tar(tmp_path: Path, data: bytes) -> None:
         (["{0..1.tar"], "braces do not match"),
         (["{0..1}.tar", "1.tar"], "1.tar is named twice"),
         (["gone-{0..1}.tar"], "no such shard: .*gone-0.tar"),
-        (["https://user:secret@host/0.tar"], "holds a password"),
+        (["https://user:secret@host/0.tar"], r"https://\*{3}@host/0.tar holds credentials"),
         (["pipe:cat 0.tar"], "no such shard"),
         (["nonsense://0.tar"], "cannot open"),
     ],

@@ -4,6 +4,7 @@ import contextlib
 import re
 import sys
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,14 +15,14 @@ from tests.servers.loopback import ADDRESS
 
 
 @contextlib.contextmanager
-def range_server(folder: Path) -> Iterator[str]:
-    """Serve `folder` at the yielded URL."""
-    handler = partial(RangeHandler, directory=str(folder))
+def range_server(folder: Path, user: str = "") -> Iterator[str]:
+    """Serve `folder` at the yielded URL; where a user ("name:password") is given, to them alone."""
+    handler = partial(RangeHandler, user, directory=str(folder))
     with Server((ADDRESS, 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
-            yield f"http://{ADDRESS}:{server.server_port}"
+            yield f"http://{user}{'@' if user else ''}{ADDRESS}:{server.server_port}"
         finally:
             server.shutdown()
             thread.join()
@@ -36,12 +37,19 @@ class Server(ThreadingHTTPServer):
 
 
 class RangeHandler(SimpleHTTPRequestHandler):
-    """Adds `Range: bytes=first-last` to the standard file handler."""
+    """Adds `Range: bytes=first-last` and one user's password to the standard file handler."""
 
     protocol_version = "HTTP/1.1"
 
+    def __init__(self, user: str, *arguments: object, **options: str) -> None:
+        self.authorization = f"Basic {b64encode(user.encode()).decode()}" if user else None
+        super().__init__(*arguments, **options)
+
     def send_head(self) -> BinaryIO | None:
         self.remaining = -1  # one handler serves all requests of a connection
+        if self.authorization and self.headers.get("Authorization") != self.authorization:
+            self.send_error(401)
+            return None
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         path = Path(self.translate_path(self.path))
         if wanted is None or not path.is_file():

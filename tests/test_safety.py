@@ -1,0 +1,152 @@
+"""What a run gives away: no secret, no permission that the user withholds, no open port."""
+
+import os
+import re
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rft.clip.classifier import LAST
+from rft.data import show as show_command
+from rft.evaluate import __main__ as evaluate_command
+from rft.merge import __main__ as merge_command
+from rft.train import __main__ as train_command
+from tests.servers.ranges import range_server
+from tests.tiny import call, children, environment, torchrun_command
+
+SMALL = ("--scale", "miniature", "--loader.batch-size", 6, "--loader.held-out", 8)
+SHORT = ("--optim.epochs", 1, "--log.image-steps", 4, "--log.checkpoint-steps", 4)
+
+
+def train(data: str | Path, clip: str, run: Path, *options: object) -> None:
+    """Train with everything that a run folder can hold, in this process."""
+    named = ("--data", data, "--run-dir", run, "--model.clip", clip)
+    call(train_command, "object-mask-single-fill", *named, *SMALL, *SHORT, *options)
+
+
+def evaluate(data: str | Path, *runs: Path) -> None:
+    sets = ("imagenet-val", "imagenet-r")
+    call(evaluate_command, *runs, "--data", data, "--sets", *sets, "--workers", 0)
+
+
+def files_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_no_secret_is_recorded_or_shown(
+    tmp_path, tiny_data, tiny_clip, monkeypatch, capsys, refused
+):
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "canary-of-the-environment")
+    run = tmp_path / "run"
+    shown = []
+    with range_server(tiny_data, "user:canary-of-the-url") as url:
+        train(url, tiny_clip, run, "--loader.workers", 1)
+        # resumed: it belongs to the same configuration, though its URL is not all there
+        (run / "training.json").unlink()
+        train(url, tiny_clip, run, "--loader.workers", 0)
+        call(merge_command, "wise", run / LAST, run, "--out", tmp_path / "wise")
+        evaluate(url, run, tmp_path / "wise")
+        shown += capsys.readouterr()
+        place = url.replace("user:canary-of-the-url", "***")
+        # where a command falls back on the recorded URL, it says what is missing
+        line = refused(show_command, run, "--step", 0)
+        assert f"{place}/imagenet-train/manifest.json was recorded without its cred" in line
+        shown += [line, refused(train_command, "vanilla", "--data", f"{url}/no", "--run-dir", run)]
+    config = (run / "config.json").read_text()
+    assert f'"data": "{place}"' in config
+    assert place in (run / "provenance.json").read_text()
+    assert f"--data {place}" in shown[0]
+    assert "canary" not in "".join(shown)
+    found = files_below(tmp_path)
+    assert {"results.json", "metrics.jsonl", "best.safetensors"} <= {path.name for path in found}
+    assert [path for path in found if b"canary" in path.read_bytes()] == []
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002], ids=oct)
+def test_a_run_folder_has_the_permissions_of_the_umask(tmp_path, tiny_data, tiny_clip, mask):
+    """No more, so that it is private where the user wants that, and no less, for their group."""
+    with umask(mask):
+        train(tiny_data, tiny_clip, tmp_path / "run", "--loader.workers", 0)
+        evaluate(tiny_data, tmp_path / "run")
+    run = tmp_path / "run"
+    made = {path.name for path in run.rglob("*")}
+    assert {"config.json", "gallery.npz", "results.json", "tensorboard", "training.json"} <= made
+    assert {"best.safetensors", "step-00000011.pt"} <= made
+    for path in (run, *run.rglob("*")):
+        mode = path.stat().st_mode & 0o777
+        assert mode == (0o777 if path.is_dir() else 0o666) & ~mask, (path, oct(mode))
+
+
+def listeners(pid: int) -> set[tuple[int, str, int]]:
+    """Process, address and port of every TCP socket on which a process or its children listen."""
+    # read first: a socket that appears in between is seen the next time
+    owner = {inode: each for each in (pid, *children(pid)) for inode in sockets(each)}
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            inode = rest[5]
+            if state == "0A" and inode in owner:
+                address, port = local.split(":")
+                words = (int(address[at : at + 8], 16) for at in range(0, len(address), 8))
+                packed = b"".join(struct.pack("=I", word) for word in words)
+                found.add((owner[inode], socket.inet_ntop(family, packed), int(port, 16)))
+    return found
+
+
+def sockets(pid: int) -> list[str]:
+    """Inodes of the sockets that a process has open; none if it is gone."""
+    try:
+        links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]  # noqa: PTH115
+    except OSError:
+        return []
+    return [match[1] for link in links if (match := re.fullmatch(r"socket:\[(\d+)\]", link))]
+
+
+LOOPBACK_ONLY = {
+    "PET_RDZV_BACKEND": "c10d",
+    "PET_RDZV_CONF": "store_type=file",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+
+
+@pytest.mark.parametrize("variables", [{}, LOOPBACK_ONLY], ids=["standalone", "loopback only"])
+def test_ranks_on_one_machine_listen_on_loopback(tmp_path, variables):
+    """torchrun's own two stores listen everywhere; docs/cluster.md tells how it does without.
+
+    torch binds a TCPStore to every address, whatever its endpoint says. When that changes, this
+    test says so.
+    """
+    over, met = tmp_path / "over", [tmp_path / f"met-{rank}" for rank in range(2)]
+    command = torchrun_command(2, "tests.meeting", str(over))
+    if variables:
+        command.remove("--standalone")
+    with subprocess.Popen(command, env=environment(**variables)) as process:
+        while process.poll() is None and not all(path.exists() for path in met):
+            time.sleep(0.02)
+        found = listeners(process.pid)
+        over.touch()
+    assert process.returncode == 0
+    assert [path.read_text() for path in met] == 2 * ["[0, 1]"]
+    local = ("127.0.0.1", "::1")
+    ranks = {pid for pid, address, _ in found if address in local}
+    assert len(ranks) == 2
+    assert process.pid not in ranks
+    elsewhere = [(pid, address) for pid, address, _ in found if address not in local]
+    assert elsewhere == ([] if variables else 2 * [(process.pid, "::")])
