@@ -5,7 +5,6 @@ import shutil
 import threading
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
 
@@ -140,14 +139,28 @@ def test_a_selected_models_checkpoint_is_kept(train, monkeypatch, tmp_path):
     assert saved(run) == sorted({best, 24})
 
 
+def outlive_the_machine(url: str, train, monkeypatch, run: Path) -> list[str]:
+    """Lose the machine and the newest checkpoint; return the weights of the run that goes on."""
+    killed(train, monkeypatch, 26, "--log.checkpoints", url)
+    assert not list(run.glob("checkpoints/*.pt"))
+    newest = f"{url}/step-00000024.pt"
+    assert newest.rsplit("/", 1)[1] in files.names(url)
+    files.write_bytes(newest, files.read_bytes(newest)[:-1] + b"?")
+    shutil.rmtree(run)
+    train("run", "--log.checkpoints", url)
+    assert "step-00000024.pt.damaged" in files.names(url)
+    assert not [name for name in files.names(url) if name.startswith("step-00000004")]
+    return weights(run)
+
+
 def test_checkpoints_on_another_store_outlive_the_machine(train, calm, monkeypatch, tmp_path):
     url = f"memory://checkpoints-{tmp_path.name}"
-    killed(train, monkeypatch, 26, "--log.checkpoints", url)
-    assert not list(tmp_path.glob("run/checkpoints/*.pt"))
-    assert len(fsspec.filesystem("memory").ls(url.removeprefix("memory:/"))) >= 4
-    shutil.rmtree(tmp_path / "run")
-    run = train("run", "--log.checkpoints", url)
-    assert weights(run) == calm
+    assert outlive_the_machine(url, train, monkeypatch, tmp_path / "run") == calm
+
+
+def test_checkpoints_on_s3_outlive_the_machine(train, calm, monkeypatch, tmp_path, bucket):
+    url = f"{bucket}/runs/first"
+    assert outlive_the_machine(url, train, monkeypatch, tmp_path / "run") == calm
 
 
 def test_checkpoints_of_another_run_are_refused(train, monkeypatch, tmp_path, capsys):

@@ -1,0 +1,164 @@
+"""What a checkpoint costs the training: `python -m benchmarks.checkpoint [--save]`.
+
+The training loop's own step runs again and again with one checkpoint in each minute: not at all, as
+the loop writes it (copied, then written by a thread of its own), and written before the next step.
+Two numbers for each: how long the training thread is held up, which is all that a GPU would wait,
+and how much longer the same steps take, to which on a CPU the thread that writes adds its work.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, step
+from rft import cli, dist, files
+from rft.train.checkpoint import Progress, Store, Writer, content
+from rft.train.optim import build_optimizer
+
+RESULTS = Path(__file__).parent / "results"
+MINUTE = 60.0
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Time checkpoints beside the steps of the main recipe."""
+
+    model: str = "ViT-B-32"
+    """open_clip model name; its weights are random."""
+    batch_size: int = 16
+    """Images in a step."""
+    rounds: int = 3
+    """Minutes of each way, in turn."""
+    seconds: float = MINUTE
+    """Length of one of them, with one checkpoint."""
+    folder: Path | None = None
+    """Where checkpoints are written; a temporary folder if not given."""
+    save: bool = False
+    """Write the result to benchmarks/results/ as well."""
+
+
+def a_minute(
+    train: Callable[[], None], steps: int, write: Callable[[], None]
+) -> tuple[float, float]:
+    """Return the seconds of so many steps, and those in which a checkpoint held them up."""
+    started = time.perf_counter()
+    train()
+    before = time.perf_counter()
+    write()
+    held = time.perf_counter() - before
+    for _ in range(steps - 1):
+        train()
+    return time.perf_counter() - started, held
+
+
+def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
+    """Return everything that the page shows."""
+    options = step.Arguments(model=arguments.model, batch_size=arguments.batch_size)
+    device = dist.pick_device("auto", step.WORLD)
+    student = step.build_classifier(options.model, options.classes)
+    precision = options.precision if device.type == "cuda" else "fp32"
+    job = step.build_job(options, device, precision, student)
+    train = step.build_steps(options, device, precision, student)["step"]
+    optimizer = build_optimizer(job.objective, job.config.optim)
+    for parameter in student.parameters():  # a state as large as in a training
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    store, number = Store(str(folder), keep=2), 0
+
+    def what() -> dict[str, Any]:
+        nonlocal number
+        number += 1
+        return content(student, optimizer, Progress(step=number), {}, 1)
+
+    train()
+    before = time.perf_counter()
+    train()
+    steps = max(1, round(arguments.seconds / (time.perf_counter() - before)))
+    seconds: dict[str, list[float]] = {"none": [], "background": [], "waiting": []}
+    held: dict[str, list[float]] = {name: [] for name in seconds}
+    with Writer(store) as writer:
+        ways: dict[str, Callable[[], Any]] = {
+            "none": lambda: None,
+            "background": lambda: writer.write(what(), lambda *_: None),
+            "waiting": lambda: store.write(what()),
+        }
+        for _ in range(arguments.rounds):
+            for name, write in ways.items():
+                took, waited = a_minute(train, steps, write)
+                seconds[name].append(took)
+                held[name].append(waited)
+                writer.wait()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "benchmark": "checkpoint",
+        **machine.describe(),
+        "device": device.type,
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        **{name: value for name, value in asdict(arguments).items() if name in SETTINGS},
+        "steps": steps,
+        "checkpoint_bytes": max(path.stat().st_size for path in folder.glob("*.pt")),
+        "seconds": {
+            name: [round(value, 2) for value in values] for name, values in seconds.items()
+        },
+        "held_seconds": {name: [round(v, 3) for v in values] for name, values in held.items()},
+        "held_share": {
+            name: round(statistics.median(held[name]) / medians[name], 4) for name in held
+        },
+        "longer": {name: round(value / medians["none"] - 1, 4) for name, value in medians.items()},
+    }
+
+
+SETTINGS = ("model", "batch_size", "rounds")
+NAMES = {"background": "in the background (rft)", "waiting": "before the next step"}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result in Markdown."""
+    lines = [
+        "| one checkpoint a minute, written | training held up | of its time | steps take longer |",
+        "| --- | --: | --: | --: |",
+    ]
+    for way, name in NAMES.items():
+        held = statistics.median(result["held_seconds"][way])
+        lines.append(
+            f"| {name} | {held:.2f} s | {result['held_share'][way]:.1%} | "
+            f"{result['longer'][way]:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def note(result: dict[str, Any]) -> str:
+    """Return what the numbers are of."""
+    return (
+        f"{result['model']}, {result['batch_size']} images a step, a checkpoint of "
+        f"{result['checkpoint_bytes'] / 1e9:.2f} GB on a local disk; medians of {result['rounds']} "
+        f"minutes each, in turn, on {result['accelerator'] or result['processor']}, "
+        f"{result['cores']} cores, {result['date'][:10]}. On a CPU the thread that writes takes "
+        "its time from the steps; GPU: not measured."
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = cli.parse(Arguments, prog="benchmarks.checkpoint")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        result = measure(arguments, Path(folder))
+    print(table(result))
+    if arguments.save:
+        files.write_json(str(RESULTS / f"checkpoint_{result['device']}.json"), result)
+        if result["device"] == "cpu":
+            text = f"{table(result)}\n\n{note(result)}\n"
+            files.write_bytes(str(RESULTS / "checkpoint.md"), text.encode())
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)
