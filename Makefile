@@ -37,7 +37,7 @@ lint: .venv/.installed  ## style, types, module contracts, spelling, shell scrip
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	$(BIN)/shellcheck -x .ci/run launch/*.sbatch launch/*.sh
+	$(BIN)/shellcheck -x .ci/run launch/*.sbatch launch/*.sh tests/launch/*.sh
 
 bench: .venv/.installed  ## the step, the loader and the packer, each against what it is compared with
 	$(BIN)/python -m benchmarks.environments

@@ -285,8 +285,13 @@ def provenance() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Return the commit of the source tree with `-dirty` if it is changed, or None outside git."""
-    folder = Path(__file__).parent
+    """Return the commit of the source tree with `-dirty` if it is changed, or None outside git.
+
+    A copy that launch/ made of the code for a run says in the file REVISION what it is a copy of.
+    """
+    folder = Path(__file__).parents[1]
+    if (folder / "REVISION").exists():
+        return (folder / "REVISION").read_text().strip()
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True)

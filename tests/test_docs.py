@@ -25,7 +25,7 @@ def test_tables_are_their_files(page):
     assert updater().with_tables(text) == text
 
 
-PAGES = ("README.md", "docs/decisions.md", "docs/data.md", "docs/paper.md")
+PAGES = ("README.md", "docs/decisions.md", "docs/data.md", "docs/paper.md", "docs/cluster.md")
 
 
 @pytest.mark.parametrize("page", PAGES)

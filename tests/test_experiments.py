@@ -222,20 +222,12 @@ def script(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
 
 
-def test_the_script_without_a_cluster_names_what_there_is():
-    result = script()
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert "launch/train.sbatch" in line
-    assert "python -m rft.experiments" in line
-
-
 def test_the_script_hands_its_options_on(tmp_path):
     result = script("--miniature", "--seeds", "0", "--out", str(tmp_path / "out"))
     assert result.returncode == 2
     assert result.stderr.splitlines() == ["error: --seeds is 0; it must be at least 1"]
     assert not (tmp_path / "out").exists()
-    assert script("--help").stdout.startswith("usage: launch/reproduce.sh --miniature")
+    assert "launch/reproduce.sh --miniature" in script("--help").stdout
 
 
 def test_the_first_failure_stops_with_one_line(capfd):

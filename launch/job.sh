@@ -1,0 +1,309 @@
+# shellcheck shell=bash
+# What the scripts of this folder share: functions only. A job runs in the project's folder, where
+# launch/cluster.env is; its code comes from the folder it was submitted in, which is a copy.
+
+CODE=(rft tools launch pyproject.toml) # what a job can need
+LOCK_WAIT=1800                         # seconds; a lost node's processes may live on
+PATIENCE=60                            # seconds in which SLURM may say why a step failed
+LEAVE=120                              # seconds that the other nodes have when one has ended
+# torchrun on a single node: its usual store would listen on every address, so ranks meet in a file
+ALONE=(
+    env PET_RDZV_BACKEND=c10d PET_RDZV_CONF=store_type=file TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    torchrun --local_addr 127.0.0.1
+)
+
+# Words as a line for a shell.
+quoted() {
+    local word line=()
+    for word; do
+        [[ $word =~ ^[a-zA-Z0-9_./:=,%@+-]+$ ]] || word=${word@Q}
+        line+=("$word")
+    done
+    echo "${line[*]}"
+}
+
+# Value of the option NAME among WORDS, given as two words or with "="; nothing if it is not there.
+option() {
+    local name=$1 value=
+    shift
+    while (($#)); do
+        case ${1/_/-} in
+            "$name") value=${2:-} ;;
+            "$name="*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    echo "$value"
+}
+
+# Run folder of a training: of RECIPE with OPTIONS.
+run_folder() {
+    local recipe=$1 run seed
+    shift
+    run=$(option --run-dir "$@")
+    run=${run:-$(option --run "$@")}
+    seed=$(option --seed "$@")
+    realpath -m "${run:-$RUNS/$recipe-seed${seed:-0}}"
+}
+
+# Names below FROM of the code's files as they are now, each ended by a zero byte.
+code_files() {
+    local name
+    cd "$1" || return
+    if [ -e .git ] && command -v git >/dev/null; then
+        git ls-files -z --cached --others --exclude-standard -- "${CODE[@]}"
+    else
+        find "${CODE[@]}" -type f ! -name '*.pyc' -print0
+    fi | while IFS= read -r -d '' name; do
+        # git lists what was deleted; settings may hold secrets
+        if [ -e "$name" ] && [ "$name" != launch/cluster.env ]; then printf '%s\0' "$name"; fi
+    done
+}
+
+# The commit that FROM is, with -dirty if it was changed.
+revision() {
+    if [ -e "$1/REVISION" ]; then
+        cat "$1/REVISION"
+    else
+        git -C "$1" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown
+    fi
+}
+
+# Copy the code FROM a folder TO another, whole or not at all. A copy that is there stays: a run
+# ends with the code that it began with.
+snapshot() {
+    local from=$1 to=$2 new now old
+    if [ -d "$to" ]; then
+        now=$(revision "$from") old=$(revision "$to")
+        if [ "$now" != "$old" ]; then
+            echo "goes on with the code in $to ($old); remove that folder to take the one in" \
+                "$from ($now)" >&2
+        fi
+        return
+    fi
+    mkdir -p "$(dirname "$to")"
+    new=$(mktemp -d "$to.XXXXXX")
+    chmod "$(umask -S)" "$new"
+    code_files "$from" | tar --create --directory "$from" --null --files-from=- |
+        tar --extract --no-same-permissions --directory "$new"
+    revision "$from" >"$new/REVISION"
+    mv -T "$new" "$to"
+}
+
+# Leave FOLDER/resubmit.sh, which submits a job of a KIND with sbatch's OPTIONS and, behind --, its
+# arguments. What is given to it goes to sbatch as well.
+leave_resubmit() {
+    local folder=$1 kind=$2 options=()
+    shift 2
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    cat >"$folder/resubmit.sh.new" <<END
+#!/usr/bin/env bash
+# Submits this job again, with the code beside this file.
+set -euo pipefail
+cd $(quoted "$folder/code")
+exec sbatch $(quoted "${options[@]}") "\$@" launch/$kind.sbatch $(quoted "$@")
+END
+    chmod +x "$folder/resubmit.sh.new"
+    mv "$folder/resubmit.sh.new" "$folder/resubmit.sh"
+}
+
+# Options of sbatch, into the array `options`, for a job of a KIND that logs to FOLDER and gets
+# ARGUMENTS; the current folder is the project's.
+set_options() {
+    local kind=$1 folder=$2 log="job-%j.log" gpus=$GPUS_PER_NODE
+    shift 2
+    case $kind in
+        shard | sweep) log="job-%A-%a.log" ;;
+    esac
+    options=("--chdir=$PWD" "--job-name=rft-$kind" "--output=$folder/$log" "${SBATCH_OPTIONS[@]}")
+    # these need no accelerator, and no more cores than they can feed; their time is in the script
+    if [ "$kind" = shard ] || [ "$kind ${1:-}" = "command python" ]; then
+        options+=("--cpus-per-task=$((CPUS_PER_NODE < 8 ? CPUS_PER_NODE : 8))")
+        return
+    fi
+    options+=("--time=$TIME" "--cpus-per-task=$CPUS_PER_NODE")
+    if [ "$gpus" != 0 ]; then options+=("--gpus-per-node=$gpus"); fi
+}
+
+# First lines of every job.
+begin() {
+    # time can be up at once, and unheard the signal would be the end of this script
+    asked=no
+    trap 'asked=yes' USR1
+    # shellcheck source=launch/cluster.env.example
+    source launch/cluster.env
+    # modules and virtual environments were not written for bash -u
+    set +u
+    setup
+    set -u
+    # of an array's jobs the last one has the array's number, which means all of them
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-$SLURM_JOB_ID}
+    attempt=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+}
+
+# Let Python take rft from FOLDER, and not from the one that the job runs in.
+use_code() {
+    code=$1
+    export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
+    echo "$(date '+%F %T') job $job, attempt ${SLURM_RESTART_COUNT:-0}, code $(revision "$code")"
+}
+
+# Run a command of one node; `torchrun` gets its ranks. Such a job skips what is done, so SLURM may
+# kill and requeue it: signals are sent to steps, and this is none.
+run_command() {
+    use_code "$SLURM_SUBMIT_DIR"
+    if [ "$1" = torchrun ]; then
+        shift
+        set -- "${ALONE[@]}" --nproc_per_node "$PROCESSES_PER_NODE" \
+            "${TORCHRUN_OPTIONS[@]}" "$@"
+    fi
+    echo "\$ $(quoted "$@")"
+    "$@"
+}
+
+# Value of a FIELD that SLURM shows of this job.
+job_field() {
+    local shown tries=0
+    until shown=$(scontrol show job --oneliner "$job"); do
+        tries=$((tries + 1))
+        if ((tries == 30)); then return 1; fi
+        sleep 10
+    done
+    shown=${shown#* "$1="}
+    echo "${shown%% *}"
+}
+
+# Whether SLURM has lost sight of one of this job's nodes.
+misses_node() {
+    sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --format=%t | grep -q '[*]\|down\|fail'
+}
+
+# How far the run is.
+progress() {
+    cat "$run/progress.json" 2>/dev/null || true
+}
+
+# Address by which SLURM reaches a NODE: its name need not resolve.
+address_of() {
+    local shown
+    shown=$(scontrol show node --oneliner "$1" | grep -o ' NodeAddr=[^ ]*')
+    echo "${shown#*=}"
+}
+
+# Run torchrun with these ARGUMENTS as one of several nodes' tasks.
+torchrun_here() {
+    # torch finds out by the host's name whether they meet here, which an address need not match
+    exec torchrun --rdzv_conf "is_host=$((SLURM_NODEID == 0)),read_timeout=600" \
+        --local_addr "$(address_of "$SLURMD_NODENAME")" "$@"
+}
+
+# Start torchrun on every node with these ARGUMENTS, in the background.
+start_ranks() {
+    local nodes=$SLURM_JOB_NUM_NODES head start
+    if [ "$nodes" = 1 ]; then
+        start=("${ALONE[@]}")
+    else
+        head=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
+        # processes of an earlier attempt, on a node that was lost, must not be met
+        # shellcheck disable=SC2016
+        start=(
+            bash -c 'source "$1/launch/job.sh" && shift && torchrun_here "$@"' torchrun "$code"
+            --nnodes "$nodes" --rdzv_backend c10d --rdzv_id "$attempt" --rdzv_endpoint
+            "$head:$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 12000))"
+        )
+    fi
+    # srun does not take over the cores that sbatch was given
+    srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=$LEAVE \
+        "${start[@]}" --nproc_per_node "$PROCESSES_PER_NODE" "${TORCHRUN_OPTIONS[@]}" "$@" &
+    ranks=$!
+}
+
+# Wait for the background process `ranks` and put its exit code into `status`. Traps run meanwhile,
+# which end bash's wait.
+wait_for_ranks() {
+    while true; do
+        if wait "$ranks"; then status=0; else status=$?; fi
+        if ! kill -0 "$ranks" 2>/dev/null; then return; fi
+    done
+}
+
+# Make the file that all ranks look for.
+ask_to_stop() {
+    echo "$(date '+%F %T') asked to stop"
+    : >"$stop"
+}
+
+# Have SLURM start this job again, and wait for the end it brings: a script that ends by itself
+# would be a job that has failed.
+requeue() {
+    echo "$(date '+%F %T') job $job is requeued: $1"
+    if ! scontrol requeue "$job"; then
+        echo "error: it cannot be; go on with $run/resubmit.sh" >&2
+        exit 1
+    fi
+    sleep infinity
+}
+
+# After an attempt that did not finish the run: go on in another one if that can help.
+go_on() {
+    local before=$1 waited=0
+    while true; do
+        # cancelled or ended by SLURM itself, which knows whether it starts again. A requeue would
+        # bring even a cancelled job back
+        if [ "$(job_field JobState)" != RUNNING ]; then
+            echo "$(date '+%F %T') SLURM ends job $job; go on with $run/resubmit.sh if it does not"
+            exit 1
+        fi
+        if [ -e "$stop" ]; then requeue "it was asked to stop"; fi
+        if [ "$(job_field PreemptTime)" != None ]; then requeue "it is preempted"; fi
+        if [ "$(progress)" != "$before" ]; then requeue "it failed, but had advanced"; fi
+        # a lost node is found out by SLURM, after minutes, which then requeues
+        if ((waited >= PATIENCE)) && ! misses_node; then break; fi
+        sleep 5
+        waited=$((waited + 5))
+    done
+    echo "error: $run failed without having advanced: it would again. What it said is above; then" \
+        "go on with $run/resubmit.sh" >&2
+    exit 1
+}
+
+# Train RECIPE with OPTIONS until the run is finished, in this attempt or a later one.
+train() {
+    local recipe=${1:?name a recipe; python -m rft.train --help lists them} before was_finished=no
+    shift
+    run=$(run_folder "$recipe" "$@")
+    snapshot "$SLURM_SUBMIT_DIR" "$run/code"
+    if [ ! -e "$run/resubmit.sh" ]; then
+        set_options train "$run"
+        options+=("--partition=$SLURM_JOB_PARTITION" "--nodes=$SLURM_JOB_NUM_NODES")
+        leave_resubmit "$run" train "${options[@]}" "--time=$(job_field TimeLimit)" -- \
+            "$recipe" "$@"
+    fi
+    use_code "$run/code"
+
+    stop=$run/stop-$attempt
+    before=$(progress)
+    if [ -e "$run/training.json" ]; then was_finished=yes; fi
+    local words=(--run-dir "$run" --cluster.stop-file "$stop" --cluster.lock-wait "$LOCK_WAIT")
+    if [ -z "$(option --data "$@")" ]; then words+=(--data "$DATA"); fi
+    # what SLURM leaves between a preemption's first signal and the kill is for the checkpoint
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$LEAVE
+    trap ask_to_stop USR1 TERM
+    if [ "$asked" = yes ]; then ask_to_stop; fi
+    start_ranks -m rft.train "$recipe" "${words[@]}" "${TRAIN_OPTIONS[@]}" "$@"
+    wait_for_ranks
+    trap - USR1 TERM
+
+    if [ -e "$run/training.json" ]; then
+        rm -f "$run"/stop-*
+        # a rank can fail after all work is done; a finished run can be refused
+        if [ $was_finished = yes ]; then exit "$status"; fi
+        exit 0
+    fi
+    go_on "$before"
+}

@@ -1,0 +1,156 @@
+"""A real SLURM cluster of two nodes on this machine, and projects that submit to it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.servers.loopback import PROGRAMS, running
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parent / "cluster.sh"
+PACKAGES = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "munged": "munge",
+    "unshare": "util-linux",
+    "ip": "iproute2",
+}
+SETTINGS = f"""
+SBATCH_OPTIONS=(--partition=low)
+TIME=30
+GPUS_PER_NODE=0
+CPUS_PER_NODE=1
+PROCESSES_PER_NODE=1
+IMAGENET=$PWD/world
+OOD=$PWD/world
+DATA=$PWD/shards
+RUNS=$PWD/runs
+TRAIN_OPTIONS=()
+TORCHRUN_OPTIONS=()
+setup() {{
+    PATH={Path(sys.executable).parent}:$PATH
+    export OMP_NUM_THREADS=1
+}}
+"""
+
+
+def why_not() -> str:
+    """Why there can be no cluster here; empty if there can."""
+    for name, package in PACKAGES.items():
+        if shutil.which(name, path=PROGRAMS) is None:
+            return f"{name} is not installed (Debian package {package})"
+    if os.geteuid() != 0:
+        return "only root can start slurmd"
+    box = ["unshare", "--net", "--uts", "--pid", "--mount-proc", "--fork", "true"]
+    result = subprocess.run(box, capture_output=True, text=True)
+    return f"this machine has no namespaces for us: {result.stderr}" if result.returncode else ""
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without a path to this rft: jobs have to find their own."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def until(holds: Callable[[], object], what: str, seconds: float = 180) -> None:
+    """Wait until a condition holds; fail if it never does."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster."""
+
+    folder: Path
+
+    def enter(self, *command: object) -> list[str]:
+        """Return the command line that runs a command inside."""
+        return [str(SCRIPT), "in", str(self.folder), *map(str, command)]
+
+    def call(self, *command: object, cwd: Path | None = None) -> str:
+        """Run a command inside; return what it printed."""
+        result = subprocess.run(
+            self.enter(*command), env=environment(), cwd=cwd, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+        return result.stdout.strip()
+
+    def field(self, job: str, name: str) -> str:
+        """Return what SLURM shows of a job."""
+        shown = self.call("scontrol", "show", "job", "--oneliner", job).split(f" {name}=", 1)[1]
+        return shown.split(" ", 1)[0]
+
+    def is_idle(self) -> bool:
+        """Whether no job waits or runs."""
+        return not self.call("squeue", "--noheader")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """Run a cluster; where it cannot be had, say why, and in CI fail."""
+    if reason := why_not():
+        if os.environ.get("RFT_REQUIRE_SLURM"):
+            pytest.fail(f"no SLURM cluster, which RFT_REQUIRE_SLURM asks for: {reason}")
+        pytest.skip(f"no SLURM cluster: {reason}")
+    folder = tmp_path_factory.mktemp("slurm")
+    log = folder / "output.log"
+    with running([str(SCRIPT), "run", str(folder)], log) as process:
+        deadline = time.monotonic() + 60
+        while not (folder / "up").exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"no cluster came up: {log.read_text(errors='replace')[-3000:]}")
+            time.sleep(0.1)
+        yield Cluster(folder)
+
+
+@dataclass(frozen=True)
+class Project:
+    """A copy of what a user has cloned, with settings of its own."""
+
+    folder: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def write_settings(self, more: str = "") -> None:
+        (self.folder / "launch" / "cluster.env").write_text(SETTINGS + more)
+
+    def launch(
+        self, script: str, *words: object, inside: Cluster | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script of launch/, in the cluster if one is given."""
+        command = [str(self.folder / "launch" / script), *map(str, words)]
+        if inside:
+            command = inside.enter(*command)
+        return subprocess.run(
+            command, env=environment(), cwd=self.folder.parent, capture_output=True, text=True
+        )
+
+    def submit(self, cluster: Cluster, *words: object) -> str:
+        """Submit a job; return its number."""
+        result = self.launch("submit.sh", *words, inside=cluster)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    """A project that is no git repository."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    others = shutil.ignore_patterns("__pycache__", "cluster.env")
+    for name in ("rft", "tools", "launch"):
+        shutil.copytree(ROOT / name, folder / name, ignore=others)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return Project(folder)

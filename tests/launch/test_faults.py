@@ -1,0 +1,162 @@
+"""A run on a real cluster is finished whatever comes in between, with the calm run's weights."""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rft import files
+from rft.clip.classifier import LAST, SELECTED
+from tests.launch.conftest import SCRIPT, Cluster, until
+from tests.tiny import environment, torchrun_command
+
+RECIPE = "object-mask-single-fill"
+STEPS = 200
+OPTIONS = (
+    *("--scale", "miniature", "--method.threshold", "0.5", "--loader.held-out", "16"),
+    *("--loader.batch-size", "6", "--loader.workers", "0", "--optim.epochs", str(STEPS // 10)),
+    *("--log.checkpoint-steps", "10", "--log.every-steps", "10", "--log.image-steps", "0"),
+)
+SECRET = "a-secret-of-the-user"
+
+
+def settings(data: Path, clip: str) -> str:
+    options = " ".join((*OPTIONS, "--model.clip", clip))
+    return f"DATA={data}\nTRAIN_OPTIONS=({options})\nPATIENCE=5\nexport API_TOKEN={SECRET}\n"
+
+
+def progress(run: Path) -> int:
+    path = run / "progress.json"
+    return files.read_json(str(path))["step"] if path.exists() else 0
+
+
+def wait_for_progress(run: Path) -> int:
+    """Wait until a new checkpoint is there, in the middle of the run."""
+    before = progress(run)
+    until(lambda: progress(run) > before, f"a checkpoint in {run} after step {before}")
+    step = progress(run)
+    assert step < STEPS - 20, "the run is too fast to be disturbed"
+    return step
+
+
+def log_of(run: Path) -> str:
+    """Everything that the jobs of a run said."""
+    return "".join(path.read_text() for path in sorted(run.glob("job-*.log")))
+
+
+def weights(run: Path) -> list[str]:
+    return [files.sha256_file(run / which) for which in (SELECTED, LAST)]
+
+
+def require_each_step_once(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == sorted(set(steps))
+    # the others are those it was stopped after
+    assert set(range(10, STEPS + 1, 10)) <= set(steps)
+
+
+@pytest.fixture
+def quiet(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster without jobs of others, and without any that a failed test would leave."""
+    yield cluster
+    cluster.call("scancel", "--user=root")
+    until(cluster.is_idle, "the end of cancelled jobs")
+
+
+@pytest.fixture
+def calm(tmp_path, tiny_data, tiny_clip) -> Iterator[Path]:
+    """The undisturbed run on two ranks, without SLURM; it is there when its log says so."""
+    run = tmp_path / "calm"
+    words = (*OPTIONS, "--model.clip", tiny_clip, "--data", str(tiny_data), "--run-dir", str(run))
+    command = torchrun_command(2, "rft.train", RECIPE, *words)
+    with subprocess.Popen(command, env=environment()) as process:
+        yield run
+        process.kill()
+
+
+@pytest.mark.timeout(600)
+def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tiny_data, tiny_clip, calm):
+    project.write_settings(settings(tiny_data, tiny_clip))
+    run = project.runs / f"{RECIPE}-seed0"
+    job = project.submit(quiet, "--nodes=2", "train", RECIPE)
+    # what happens to the working tree does not reach the job
+    (project.folder / "rft" / "train" / "__main__.py").write_text("raise SystemExit(1)\n")
+    (project.folder / "launch" / "job.sh").write_text("exit 1\n")
+
+    wait_for_progress(run)
+    subprocess.run([SCRIPT, "lose", quiet.folder, "node2"], check=True)
+    # SLURM finds out by itself, within the minute
+    quiet.call("scontrol", "update", "nodename=node2", "state=down", "reason=lost")
+    until(lambda: quiet.field(job, "JobState") == "PENDING", "the requeue")
+    subprocess.run([SCRIPT, "regain", quiet.folder, "node2"], check=True)
+
+    wait_for_progress(run)
+    other = quiet.call("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive",
+                       "--output=/dev/null", "--wrap=true")  # fmt: skip
+    until(lambda: "is requeued: it is preempted" in log_of(run), "the preemption")
+    until(lambda: quiet.field(other, "JobState") == "COMPLETED", "the job of more priority")
+
+    reached = wait_for_progress(run)
+    quiet.call("scancel", job)
+    until(quiet.is_idle, "the end of the cancelled job")
+    assert quiet.field(job, "JobState") == "CANCELLED"
+    assert quiet.field(job, "Restarts") == "2"
+    assert reached <= progress(run) < STEPS
+    assert log_of(run).count("is requeued") == 1
+
+    quiet.call(run / "resubmit.sh")
+    until(quiet.is_idle, "the end of the run")
+    assert (run / "training.json").exists(), log_of(run)
+    assert not list(run.glob("stop-*"))
+    require_each_step_once(run)
+    until((calm / "training.json").exists, "the calm run")
+    assert weights(run) == weights(calm)
+    for path in project.runs.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def kill_rank(cluster: Cluster, run: Path) -> None:
+    """SIGKILL the training process of a run of one rank."""
+    cluster.call("pkill", "-KILL", "--full", f"python.* -m rft.train .*{run} ")
+
+
+@pytest.mark.timeout(600)
+def test_a_sweep_goes_on_after_faults_and_what_cannot_work_is_not_repeated(
+    quiet, project, tiny_data, tiny_clip
+):
+    project.write_settings(settings(tiny_data, tiny_clip))
+    array = project.submit(quiet, "--array=0-1", "sweep")
+    # no checkpoint will ever be there; submitted by sbatch itself
+    broken = quiet.call(
+        *("sbatch", "--parsable", "launch/train.sbatch", RECIPE, "--loader.batch-size=61"),
+        cwd=project.folder,
+    )
+    first, last = (project.runs / f"random-mask-{fill}-fill-seed0" for fill in ("no", "single"))
+    wait_for_progress(first)
+    kill_rank(quiet, first)
+    wait_for_progress(last)
+    # the last task has the number of the whole array: only its own training may be requeued
+    quiet.call("scancel", "--signal=USR1", "--batch", f"{array}_1")
+    until(quiet.is_idle, "the end of the sweep")
+
+    logs = next(project.runs.glob("jobs/sweep-*"))
+    said = [(logs / f"job-{array}-{task}.log").read_text() for task in (0, 1)]
+    reasons = [re.findall("is requeued: (.*)", text) for text in said]
+    assert reasons == [["it failed, but had advanced"], ["it was asked to stop"]], said
+    for run in (first, last):
+        assert (run / "training.json").exists(), said
+        require_each_step_once(run)
+        # it can be submitted alone
+        again = (run / "resubmit.sh").read_text()
+        assert f" launch/train.sbatch {run.name.removesuffix('-seed0')} --seed 0\n" in again
+        assert (run / "code" / "rft").is_dir()
+
+    assert quiet.field(broken, "JobState") == "FAILED"
+    assert quiet.field(broken, "Restarts") == "0"
+    said = (project.folder / f"rft-train-{broken}.log").read_text()
+    assert "failed without having advanced" in said
+    assert f"go on with {project.runs}/{RECIPE}-seed0/resubmit.sh" in said

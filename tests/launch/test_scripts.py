@@ -1,0 +1,229 @@
+"""What the scripts of launch/ would submit, copy and refuse; no cluster is needed for that."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rft.experiments import Plan, experiments
+from tests.launch.conftest import ROOT, SETTINGS, Project, environment
+
+GPUS = "GPUS_PER_NODE=8\nCPUS_PER_NODE=64\nSBATCH_OPTIONS=(--account='a b')\n"
+
+
+def dry(project: Project, *words: str) -> list[str]:
+    """The words of the sbatch line that a submission would be."""
+    result = project.launch("submit.sh", "--dry-run", *words)
+    assert result.returncode == 0, result.stderr
+    assert not project.runs.exists()
+    return shlex.split(result.stdout)
+
+
+def bash(project: Project, script: str) -> str:
+    """Run a script that can call the functions of job.sh; return what it printed."""
+    lines = f"set -euo pipefail\nsource launch/job.sh\n{script}"
+    result = subprocess.run(
+        ["bash", "-c", lines],
+        cwd=project.folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "arguments"),
+    [
+        (
+            ("--nodes=4", "--time=1:00:00", "train", "vanilla", "--seed", "3"),
+            ["--gpus-per-node=8", "--cpus-per-task=64", "--nodes=4", "--time=1:00:00"],
+            ["launch/train.sbatch", "vanilla", "--seed", "3"],
+        ),
+        (
+            ("sweep", "--optim.lr", "1e-5"),
+            ["--gpus-per-node=8", "--cpus-per-task=64"],
+            ["launch/sweep.sbatch", "--optim.lr", "1e-5"],
+        ),
+        (
+            ("evaluate", "some run", "other"),
+            ["--gpus-per-node=8", "--cpus-per-task=64"],
+            ["launch/evaluate.sbatch", "some run", "other"],
+        ),
+        (
+            ("--array=0-3", "shard", "ood", "--encoding", "pixels"),
+            ["--cpus-per-task=8", "--array=0-3"],
+            ["launch/shard.sbatch", "ood", "--encoding", "pixels"],
+        ),
+        (
+            ("command", "python", "-m", "rft.merge"),
+            ["--cpus-per-task=8"],
+            ["launch/command.sbatch", "python", "-m", "rft.merge"],
+        ),
+        (
+            ("command", "torchrun", "-m", "rft.merge"),
+            ["--gpus-per-node=8", "--cpus-per-task=64"],
+            ["launch/command.sbatch", "torchrun", "-m", "rft.merge"],
+        ),
+    ],
+)
+def test_what_is_submitted(project, words, options, arguments):
+    project.write_settings(GPUS)
+    command, *line = dry(project, *words)
+    script = line.index(arguments[0])
+    assert command == "sbatch"
+    assert line[script:] == arguments
+    given = line[:script]
+    assert f"--chdir={project.folder}" in given
+    assert "--account=a b" in given
+    assert set(options) <= set(given)
+    assert any(option.startswith("--gpus") for option in given) == (options[0][:6] == "--gpus")
+    # what was asked for comes last, where it counts
+    asked = list(words[: words.index(arguments[0][7:-7])])
+    assert given[len(given) - len(asked) :] == asked
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        (("vanilla",), "runs/vanilla-seed0"),
+        (("vanilla", "--seed=2"), "runs/vanilla-seed2"),
+        (("vanilla", "--run-dir", "here/mine"), "here/mine"),
+        (("vanilla", "--run_dir=here/mine", "--seed", "1"), "here/mine"),
+        (("vanilla", "--run", "mine"), "mine"),
+    ],
+)
+def test_the_run_folder_is_that_of_the_training(project, words, folder):
+    project.write_settings()
+    (output,) = [word for word in dry(project, "train", *words) if word.startswith("--output=")]
+    assert output == f"--output={project.folder / folder}/job-%j.log"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "nothing is no kind of job; choose train, sweep, shard, evaluate or command"),
+        (("-p", "gpu", "train"), "gpu is no kind of job"),
+        (("train",), "name a recipe to train"),
+        (("shard", "imagenet-r"), "name what to pack, imagenet or ood"),
+        (("sweep", "--seed", "1"), "the tasks of a sweep have a folder and a seed of their own"),
+        (("evaluate",), "name at least one run"),
+        (("command", "rm"), "name a command of python or torchrun"),
+    ],
+)
+def test_mistakes_are_one_line(project, words, message):
+    project.write_settings()
+    result = project.launch("submit.sh", *words)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("script", ["submit.sh", "reproduce.sh"])
+def test_without_settings_they_say_how_to_make_them(project, script):
+    result = project.launch(script, *(["train", "vanilla"] if script == "submit.sh" else []))
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "copy launch/cluster.env.example to launch/cluster.env and edit it" in line
+
+
+def test_the_example_has_every_setting(project):
+    names = re.compile(r"^(\w+)(?:=|\(\))", re.MULTILINE)
+    example = (ROOT / "launch" / "cluster.env.example").read_text()
+    assert set(names.findall(example)) == set(names.findall(SETTINGS))
+
+
+def copied(project: Project, place: Path) -> set[str]:
+    """Copy the project's code; the files that are there then."""
+    bash(project, f"snapshot . {shlex.quote(str(place))}")
+    return {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+
+
+def test_the_code_is_copied_as_it_is(project, tmp_path):
+    project.write_settings()
+    plain = copied(project, tmp_path / "plain")
+    wanted = {"rft/train/__main__.py", "rft/demo/clip/open_clip_model.safetensors"}
+    assert wanted | {"tools/shard_ood.py", "launch/job.sh", "REVISION"} <= plain
+    assert "launch/cluster.env" not in plain
+    # the same from a repository, with what is new, changed or deleted in it
+    git = ("git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(project.folder))
+    (project.folder / ".gitignore").write_text("*.log\n")
+    for command in (("init", "-q"), ("add", "rft", "launch/job.sh"), ("commit", "-qm", "first")):
+        subprocess.run([*git, *command], check=True)
+    code = project.folder / "rft"
+    (code / "new file.py").write_text("")
+    (code / "of a run.log").write_text("")
+    (code / "cli.py").write_text("changed")
+    (code / "rng.py").unlink()
+    tracked = copied(project, tmp_path / "tracked")
+    assert tracked == plain - {"rft/rng.py"} | {"rft/new file.py"}
+    assert (tmp_path / "tracked" / "rft" / "cli.py").read_text() == "changed"
+    assert (tmp_path / "plain" / "REVISION").read_text() == "unknown\n"
+    assert re.fullmatch(r"[0-9a-f]{12}-dirty\n", (tmp_path / "tracked" / "REVISION").read_text())
+    # a copy of the copy, as the tasks of a sweep make
+    bash(project, f"snapshot {tmp_path / 'tracked'} {tmp_path / 'again'}")
+    again = {p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*.*")}
+    assert {str(path) for path in again} == {name for name in tracked if "." in name}
+
+
+def test_a_run_keeps_the_code_it_began_with(project, tmp_path):
+    project.write_settings()
+    place = tmp_path / "code"
+    copied(project, place)
+    (place / "REVISION").write_text("older\n")
+    (project.folder / "rft" / "cli.py").write_text("changed")
+    said = bash(project, f"snapshot . {place} 2>&1")
+    assert f"goes on with the code in {place} (older)" in said
+    assert (place / "rft" / "cli.py").read_text() != "changed"
+
+
+def test_resubmitting_keeps_every_word(project, tmp_path):
+    folder = tmp_path / "a run's"
+    (folder / "code").mkdir(parents=True)
+    words = ["two words", "$HOME", "it's", "*", "", "--x=1"]
+    quoted = shlex.join(words)
+    bash(project, f"leave_resubmit {shlex.quote(str(folder))} train --account='a b' -- {quoted}")
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text('#!/bin/bash\nprintf "%s\\n" "$PWD" "$@"\n')
+    sbatch.chmod(0o755)
+    path = f"{sbatch.parent}:{environment()['PATH']}"
+    said = subprocess.run(
+        [folder / "resubmit.sh", "--nodes=1"], env={"PATH": path}, capture_output=True, text=True
+    )
+    expected = [f"{folder}/code", "--account=a b", "--nodes=1", "launch/train.sbatch", *words]
+    assert said.stdout.splitlines() == expected
+
+
+def test_the_whole_paper_is_submitted_in_order(project):
+    project.write_settings(GPUS)
+    words = ("--dry-run", "--seeds", "2", "--", "--precision", "bf16")
+    result = project.launch("reproduce.sh", *words)
+    assert result.returncode == 0, result.stderr
+    lines = [shlex.split(line) for line in result.stdout.splitlines()]
+    plan = Plan(
+        runs=str(project.runs),
+        data=str(project.folder / "shards"),
+        seeds=2,
+        options=("--precision", "bf16"),
+    )
+    found = experiments(plan)
+    for one, line in zip(found, lines, strict=True):
+        assert f"--job-name={one.name}" in line
+        needed = "".join(f":JOB-OF-{name}" for name in one.after)
+        assert (f"--dependency=afterok{needed}" in line) == bool(one.after)
+        assert any(word.startswith("--dependency") for word in line) == bool(one.after)
+        script = next(n for n, word in enumerate(line) if word.endswith(".sbatch"))
+        if one.command[2] == "rft.train":
+            assert line[script] == "launch/train.sbatch"
+            assert tuple(line[script + 1 :]) == one.command[3:]
+            assert f"--output={plan.at(one.name)}/job-%j.log" in line
+        else:
+            assert line[script] == "launch/command.sbatch"
+            assert tuple(line[script + 1 :]) == one.command
+        gpus = one.command[0] == "torchrun"
+        assert ("--gpus-per-node=8" in line) == gpus
+    assert not project.runs.exists()
