@@ -195,7 +195,8 @@ class LogConfig:
     keep: int = 2
     """Checkpoints kept for resuming."""
     checkpoints: str = ""
-    """Where checkpoints are kept, any URL that fsspec opens; empty keeps them in the run folder."""
+    """Where checkpoints are kept, in a folder named as the run folder: any URL that fsspec opens;
+    empty keeps them in the run folder."""
     image_steps: int = 500
     """Optimizer steps between two grids of counterfactuals in TensorBoard; 0 draws none."""
     wandb: str = ""

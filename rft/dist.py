@@ -9,16 +9,19 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rft import files
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,31 +102,31 @@ def process_group(world: World, device: torch.device, timeout: float = 600) -> I
     if world.size == world.local_size:
         # nothing leaves the machine, and its name need not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    wait = datetime.timedelta(seconds=timeout)
-    store = _meeting_place(world, wait)
+    patience = datetime.timedelta(seconds=timeout)
     gpu = device.type == "cuda"
-    torch.distributed.init_process_group(
-        "nccl" if gpu else "gloo",
-        store=torch.distributed.PrefixStore("rft", store),
-        rank=world.rank,
-        world_size=world.size,
-        # NCCL ends the process without a word of ours: the control group's turn comes first
-        timeout=2 * wait if gpu else wait,
-    )
-    control = None
-    if gpu:
-        control = torch.distributed.new_group(backend="gloo", timeout=wait)
+    store = _meeting_place(world, patience)
     try:
+        torch.distributed.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=torch.distributed.PrefixStore("rft", store),
+            rank=world.rank,
+            world_size=world.size,
+            # NCCL ends the process without a word of ours: the control group's turn comes first
+            timeout=2 * patience if gpu else patience,
+        )
+        control: Any = None
+        if gpu:
+            control = torch.distributed.new_group(backend="gloo", timeout=patience)
         yield dataclasses.replace(world, control=control)
         # gloo can abort when a peer is gone before everyone has finished
-        torch.distributed.barrier()
+        torch.distributed.barrier(group=control)
     except (ValueError, OSError) as error:
         _tell(world, error)
         raise
     except RuntimeError as error:
         if not _lost_contact(error):
             raise
-        told = TimeoutError(_who_is_missing(world, store, min(timeout, 30)))
+        told = TimeoutError(_who_is_missing(world, store, min(timeout, 10)))
         _tell(world, told)
         raise told from error
     torch.distributed.destroy_process_group()
@@ -181,14 +184,35 @@ def _who_is_missing(world: World, store: Any, seconds: float) -> str:
     )
 
 
-def step_aside() -> NoReturn:
+def step_aside(world: World) -> NoReturn:
     """End this rank without a word, where the main rank tells why all of them end.
+
+    The main rank must not take part in anything after that: its end is waited for, because torchrun
+    ends all ranks when the first one is gone, and it may still have a checkpoint to write.
 
     Raises:
         SystemExit: always; code 2, as after an error.
     """
-    time.sleep(1)  # torchrun ends all ranks when the first one is gone: let the main rank speak
+    with contextlib.suppress(RuntimeError):
+        torch.distributed.barrier(group=world.control)
     raise SystemExit(2)
+
+
+def on_main(world: World, work: Callable[[], T]) -> T | None:
+    """Return what `work` returns on the main rank, None elsewhere; all ranks wait for its end.
+
+    However long it takes, it is not mistaken for a rank that hangs. If it raises, the others step
+    aside.
+    """
+    if world.size == 1:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work) if world.is_main else None
+        while not from_main(world, future and bool(wait([future], timeout=1).done)):
+            continue
+    if from_main(world, future and future.exception() is not None) and future is None:
+        step_aside(world)
+    return future.result() if future else None
 
 
 def largest(world: World, value: int) -> int:
@@ -214,13 +238,16 @@ def gather_objects(world: World, value: Any) -> list[Any]:
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=world.control)
     return values
 
 
 def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of `tensor` over all ranks; exact for int64 counts."""
     if world.size > 1:
+        if world.control is not None:
+            # whoever reads the sum waits in NCCL, which cannot tell who is missing
+            torch.distributed.barrier(group=world.control)
         tensor = tensor.clone()
         torch.distributed.all_reduce(tensor)
     return tensor
@@ -239,11 +266,13 @@ def require_agreement(world: World, what: str, value: Any) -> None:
     """Check that every rank computed the same `value`.
 
     Raises:
-        RuntimeError: naming the ranks that differ from rank 0.
+        ValueError: naming the ranks that differ from rank 0.
     """
     values = gather_objects(world, value)
     if different := [rank for rank, other in enumerate(values) if other != values[0]]:
-        raise RuntimeError(
+        if not world.is_main:
+            step_aside(world)
+        raise ValueError(
             f"ranks {different} have another {what} than rank 0: "
             f"{values[different[0]]!r} against {values[0]!r}; do all nodes see the same files?"
         )

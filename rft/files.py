@@ -145,6 +145,17 @@ def read_json(url: str) -> Any:
 
 
 @contextlib.contextmanager
+def _client_errors(verb: str, url: str) -> Iterator[None]:
+    """Turn what a client library raises into an OSError that says what could not be done."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # every client library has error classes of its own
+        raise OSError(f"cannot {verb} {redact(url)}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
 def publish(url: str) -> Iterator[Path]:
     """Yield a local path to write; when the body ends without error, it becomes `url` in one step.
 
@@ -164,7 +175,12 @@ def publish(url: str) -> Iterator[Path]:
                 os.fsync(stream.fileno())
             temporary.replace(path)
         else:
-            fs.put_file(str(temporary), path)
+            with _client_errors("write", url):
+                fs.put_file(str(temporary), path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, redact(url)) from error  # say where
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -189,19 +205,17 @@ def local_copy(url: str) -> Iterator[Path]:
         yield copy
 
 
-def umask() -> int:
-    """Return the process's umask; there is no way to ask but to set it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
 def names(url: str) -> list[str]:
-    """Return the names of the files in a folder, sorted; none if there is no such folder."""
+    """Return the names of the files in a folder, sorted; none if there is no such folder.
+
+    Raises:
+        OSError: if the store does not let us look.
+    """
     fs, path = open_store(url)
     fs.invalidate_cache(path)
     try:
-        entries = fs.ls(path, detail=True)
+        with _client_errors("list", url):
+            entries = fs.ls(path, detail=True)
     except FileNotFoundError:
         return []
     return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
@@ -210,14 +224,22 @@ def names(url: str) -> list[str]:
 def rename(url: str, name: str) -> None:
     """Give the file at `url` another name in the same folder."""
     fs, path = open_store(url)
-    fs.mv(path, str(Path(path).with_name(name)))
+    with _client_errors("rename", url):
+        fs.mv(path, str(Path(path).with_name(name)))
 
 
 def remove(url: str) -> None:
     """Delete the file at `url` if there is one."""
     fs, path = open_store(url)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError), _client_errors("delete", url):
         fs.rm_file(path)
+
+
+def sweep(url: str) -> None:
+    """Delete what killed writers left in a folder that nobody else writes now."""
+    for name in names(url):
+        if name.startswith(".") and name.endswith(".tmp"):
+            remove(join(url, name))
 
 
 def write_bytes(url: str, data: bytes) -> None:

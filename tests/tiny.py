@@ -107,7 +107,9 @@ def torchrun_command(ranks: int, *module_and_options: str) -> list[str]:
     return [*launcher, "-m", *module_and_options]
 
 
-def torchrun(ranks: int, *module_and_options: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    ranks: int, *module_and_options: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run a module on so many ranks to its end, as torchrun does but sooner (tests/forked.py)."""
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "output", Path(folder) / "errors"
@@ -116,7 +118,7 @@ def torchrun(ranks: int, *module_and_options: str) -> subprocess.CompletedProces
         request = Request(
             ranks=ranks,
             words=module_and_options,
-            environment=environment(),
+            environment=environment(**variables),
             folder=str(Path.cwd()),
             output=str(output),
             errors=str(errors),

@@ -89,8 +89,8 @@ class EpochOrder:
     def shards_ahead(self, step: int, ranks: Sequence[int], world_size: int) -> list[int]:
         """Return the shards that the next batches of some ranks draw from, most urgent first.
 
-        These are, for each of the ranks' streams, the shards of the block that `step` is in, and
-        then those of the blocks after them. Everything at once has no blocks: all shards.
+        These are, for each of the ranks' streams, the shards of the blocks that batch `step` draws
+        from, and then those of the block after them. Everything at once has no blocks: all shards.
         """
         plan = self.plan
         if plan.block_shards == 0:
@@ -105,10 +105,12 @@ class EpochOrder:
         for stream in sorted(streams):
             ends, low = self._block_ends[stream], int(self._cuts[stream])
             block = int(np.searchsorted(ends, low + step * share, side="right"))
-            for number, shards in ((block, now), (block + 1, later)):
-                if number < len(ends):
-                    start = low if number == 0 else int(ends[number - 1])
-                    shards += self._shards_between(start, int(ends[number]))
+            # where shards are small, a batch may span any number of blocks
+            last = int(np.searchsorted(ends, low + (step + 1) * share - 1, side="right"))
+            start = low if block == 0 else int(ends[block - 1])
+            now += self._shards_between(start, int(ends[last]))
+            if last + 1 < len(ends):
+                later += self._shards_between(int(ends[last]), int(ends[last + 1]))
         return list(dict.fromkeys(now + later))
 
     def _shards_between(self, low: int, high: int) -> list[int]:

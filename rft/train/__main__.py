@@ -36,7 +36,7 @@ from rft.train.journal import require_packages
 from rft.train.loop import Job, train
 from rft.train.objective import Objective
 from rft.train.run import RunFolder, is_finished
-from rft.train.stop import STOPPED
+from rft.train.stop import STOPPED, StopRequest
 
 SMALL = "miniature"
 SMALL_POOL = 64  # a donor pool below this is worth a word
@@ -271,7 +271,7 @@ def tower_sha256(model: Classifier) -> str:
     return digest.hexdigest()
 
 
-def run_job(job: Job, *, profile: bool = False) -> int:
+def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
     """Train one run to its end and leave a finished run folder.
 
     Returns:
@@ -280,16 +280,17 @@ def run_job(job: Job, *, profile: bool = False) -> int:
     config, world = job.config, job.world
     dist.require_agreement(world, "data fingerprint", job.fingerprint)
     run = RunFolder(config)
-    with run.taken(world):
+    with run.taken(world, request):
         # whoever was in the folder until now may have finished it
         if dist.from_main(world, world.is_main and is_finished(config)):
             tell_finished(config, world)
             return 0
-        progress = train(job, run.path / "profile" if profile and world.is_main else None)
+        traces = run.path / "profile" if profile and world.is_main else None
+        progress = train(job, request, traces)
         if progress.step < job.total_steps:
             return STOPPED
+        dist.on_main(world, lambda: show(job))
         if world.is_main:
-            show(job)
             run.finish(
                 {
                     "steps": progress.step,
@@ -330,6 +331,15 @@ def tell_next(config: Config, world: World) -> None:
     print(f"next: {command} {config.run} --data {files.redact(config.data)}{sets}")
 
 
+def tell_start(config: Config, world: World, device: torch.device) -> None:
+    """Say what starts."""
+    print(f"{config.run}: {config.recipe} on {world.size} x {device.type}", flush=True)
+    if config.method.masks and not config.method.drops:
+        pool = config.donor_pool(world.size)
+        few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
+        print(f"fills choose from {pool} images{few}", flush=True)
+
+
 def main() -> None:
     """Parse, check, train."""
     command = parse_command(sys.argv[1:])
@@ -344,22 +354,20 @@ def main() -> None:
     device = dist.pick_device(config.device, world)
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    # before the ranks join, so that a mistake that all of them see is told once
-    job = prepare(config, world, device)
-    if command.dry_run:
+    with StopRequest(config.cluster.stop_file) as request:
+        # before the ranks join, so that a mistake that all of them see is told once
+        job = prepare(config, world, device)
+        if command.dry_run:
+            if world.is_main:
+                print(describe(job, [word for word in sys.argv[1:] if word != "--dry-run"]))
+            return
         if world.is_main:
-            print(describe(job, [word for word in sys.argv[1:] if word != "--dry-run"]))
-        return
-    if world.is_main:
-        print(f"{config.run}: {config.recipe} on {world.size} x {device.type}", flush=True)
-        if config.method.masks and not config.method.drops:
-            pool = config.donor_pool(world.size)
-            few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
-            print(f"fills choose from {pool} images{few}", flush=True)
-    with dist.process_group(world, device, config.cluster.timeout) as world:
-        status = run_job(dataclasses.replace(job, world=world), profile=command.profile)
-    if status:
-        sys.exit(status)
+            tell_start(config, world, device)
+        with dist.process_group(world, device, config.cluster.timeout) as world:
+            job = dataclasses.replace(job, world=world)
+            status = run_job(job, request, profile=command.profile)
+        if status:
+            sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ used.
 They are written by a thread of their own from a copy in memory, so that training goes on meanwhile.
 """
 
-import contextlib
+import errno
+import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -81,9 +83,7 @@ class Store:
         step, url = progress["step"], files.join(self.url, file_name(progress["step"]))
         try:
             with files.publish(url) as path:
-                # by its path torch would write with an error of its own where a disk is full
-                with path.open("wb") as stream:
-                    torch.save(content, stream)
+                save(content, path)
                 record = Record(
                     step=step,
                     best_step=progress["best_step"],
@@ -94,10 +94,13 @@ class Store:
                 files.write_json(files.join(self.url, record_name(step)), asdict(record))
         except OSError as error:
             raise OSError(
-                f"cannot write checkpoint {url}: {files.reason(error)}. The checkpoints before it "
-                "are whole: make room, then run the same command again"
+                f"cannot write checkpoint {url}: {files.reason(error)}. Those before it are whole: "
+                "when there is room or the store answers, run the same command again"
             ) from error
-        self._delete_old()
+        try:
+            self._delete_old()
+        except OSError as error:
+            warn(f"old checkpoints stay: {files.reason(error)}")
         return record
 
     def steps(self) -> list[int]:
@@ -108,30 +111,54 @@ class Store:
     def newest_whole(self) -> Record | None:
         """Return the newest checkpoint that is as it was written; None if there is none at all.
 
-        Damaged ones are told of and renamed.
+        Damaged ones behind it are told of and renamed.
 
         Raises:
-            ValueError: if there are checkpoints and all of them are damaged.
+            ValueError: if there are checkpoints and all of them are damaged, or if one cannot be
+                read, which says nothing of it.
+            OSError: if the store does not answer.
         """
-        steps = self.steps()
-        for step in reversed(steps):
-            url = files.join(self.url, file_name(step))
-            damage = self._damage(step)
-            if isinstance(damage, Record):
-                return damage
-            print(
-                f"WARNING: {url} is damaged ({damage}); it is now called .damaged, and the "
-                "checkpoint before it is used",
-                file=sys.stderr,
-                flush=True,
-            )
-            files.rename(url, f"{file_name(step)}.damaged")
-        if steps:
+        files.sweep(self.url)
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            damage = self.damage(step)
+            if not damage:
+                for later, what in damaged.items():
+                    url = files.join(self.url, file_name(later))
+                    warn(f"{url} is damaged ({what}): renamed to .damaged, one before it is used")
+                    files.rename(url, f"{file_name(later)}.damaged")
+                return self._record(step)
+            damaged[step] = damage
+        if damaged:
             raise ValueError(
-                f"none of the {len(steps)} checkpoints in {self.url} is whole; restore one, or "
-                "use a new run folder to start again"
+                f"none of the checkpoints in {self.url} is whole (step {max(damaged)}: "
+                f"{damaged[max(damaged)]}); restore one, or use a new run folder to start again"
             )
         return None
+
+    def damage(self, step: int) -> str:
+        """Return what is wrong with a checkpoint; empty if it is as it was written.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        if record_name(step) not in files.names(self.url):
+            return "its record is missing"
+        data = files.read_bytes(files.join(self.url, record_name(step)))
+        try:
+            record = Record(**json.loads(data))
+        except (ValueError, TypeError):
+            return "its record is damaged"
+        try:
+            with files.local_copy(files.join(self.url, file_name(step))) as path:
+                size, digest = path.stat().st_size, files.sha256_file(path)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return files.reason(error)
+        if size != record.bytes:
+            return f"{size} bytes instead of {record.bytes}"
+        return "" if digest == record.sha256 else f"its sha256 is {digest}"
 
     def load(self, step: int) -> dict[str, Any]:
         """Return the content of a checkpoint, tensors on the CPU.
@@ -147,28 +174,37 @@ class Store:
     def _record(self, step: int) -> Record:
         return Record(**files.read_json(files.join(self.url, record_name(step))))
 
-    def _damage(self, step: int) -> Record | str:
-        """Return the record of a whole checkpoint, or what is wrong with it."""
-        try:
-            record = self._record(step)
-            with files.local_copy(files.join(self.url, file_name(step))) as path:
-                size, digest = path.stat().st_size, files.sha256_file(path)
-        except (ValueError, TypeError) as error:
-            return files.reason(error)
-        if size != record.bytes:
-            return f"{size} bytes instead of {record.bytes}"
-        return record if digest == record.sha256 else f"its sha256 is {digest}"
-
     def _delete_old(self) -> None:
         """Keep the newest few, and the selected model's of each of them."""
         steps = self.steps()
         kept = set(steps[-self._keep :])
-        for step in tuple(kept):
-            with contextlib.suppress(ValueError, TypeError):  # one without a record selects nothing
-                kept.add(self._record(step).best_step)
+        try:
+            kept |= {self._record(step).best_step for step in kept}
+        except (ValueError, TypeError):
+            return  # it is not known what they need
         for step in set(steps) - kept:
             files.remove(files.join(self.url, file_name(step)))
             files.remove(files.join(self.url, record_name(step)))
+
+
+def save(content: dict[str, Any], path: Path) -> None:
+    """Write `content` with torch.
+
+    Raises:
+        OSError: if the file system refuses.
+    """
+    try:
+        with path.open("wb") as stream:
+            torch.save(content, stream)
+    except RuntimeError as error:
+        # torch's writer speaks of positions in the file, what the system said is behind it
+        cause = error.__context__
+        raise (cause if isinstance(cause, OSError) else OSError(str(error))) from error
+
+
+def warn(message: str) -> None:
+    """Tell what went wrong and does not end the run."""
+    print(f"WARNING: {files.redact(message)}", file=sys.stderr, flush=True)
 
 
 class Writer:
@@ -269,7 +305,7 @@ def resume(
     Raises:
         ValueError: if it was made by another run, on other data or in another sample order.
     """
-    record = dist.from_main(world, store.newest_whole() if world.is_main else None)
+    record = dist.from_main(world, dist.on_main(world, store.newest_whole))
     if record is None:
         return Progress()
     saved = store.load(record.step)

@@ -191,7 +191,8 @@ def traffic(job: Job) -> list[str]:
     each = weights + 2 * _bytes(job.student, trained=True)
     lines.append(
         f"writes {count:,} checkpoints of {size(each)} and keeps {min(count, config.log.keep)} of "
-        f"them, with the selected and the last weights ({size(weights)} each)"
+        "them, those of the models that these selected, and "
+        f"the selected and the last weights ({size(weights)} each)"
     )
     every = config.log.every_steps
     logged = len(saved.union(range(every, job.total_steps + 1, every))) + results

@@ -68,8 +68,13 @@ class Job:
         return self.objective.student
 
 
-def train(job: Job, traces: Path | None = None) -> Progress:
+def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progress:
     """Train to the end, or until something asks to stop; go on from the newest checkpoint.
+
+    Args:
+        job: what to train.
+        request: open since the process began, so that nothing that was asked is lost.
+        traces: folder for a profile of some steps; None profiles nothing.
 
     Returns:
         How far the run is; it has not ended if that is not `job.total_steps`.
@@ -85,7 +90,7 @@ def train(job: Job, traces: Path | None = None) -> Progress:
     progress = checkpoint.resume(store, world, job.student, optimizer, job.must_agree, pool)
     module = dist.data_parallel(world, job.objective, job.device)
     settle_buckets(job, module)
-    restore_selected(job, store, progress)
+    dist.on_main(world, lambda: restore_selected(job, store, progress))
 
     steps_per_epoch, saved, reason = job.batches.plan.steps_per_epoch, progress.step, ""
     steps = range(progress.step, job.total_steps)
@@ -95,7 +100,6 @@ def train(job: Job, traces: Path | None = None) -> Progress:
         contextlib.closing(batches) as stream,
         Journal(config, progress.step, job.total_steps, writes=world.is_main) as journal,
         checkpoint.Writer(store) as writer,
-        StopRequest(config.cluster.stop_file) as request,
         profiling(traces, progress.step, job.total_steps) as profiler,
     ):
         for step in steps:
@@ -132,9 +136,8 @@ def train(job: Job, traces: Path | None = None) -> Progress:
             if meter.steps:
                 journal.metrics(progress.step, meter.read(progress.step))
             save(job, writer, optimizer, progress)
-        writer.wait()
-    if world.is_main:
-        end(job, progress, reason)
+        dist.on_main(world, writer.wait)
+    dist.on_main(world, lambda: end(job, progress, reason))
     return progress
 
 
@@ -161,8 +164,7 @@ def stops(job: Job, request: StopRequest, writer: checkpoint.Writer) -> bool:
     """
     verdict = dist.largest(job.world, 2 if writer.failed else int(bool(request.reason)))
     if verdict == 2:
-        writer.wait()
-        dist.step_aside()
+        dist.on_main(job.world, writer.wait)
     return verdict == 1
 
 
@@ -174,6 +176,8 @@ def save(
     In the other order, a kill in between could leave a selected model that the resumed run does not
     know of.
     """
+    # the one before may still be on its way to a slow store
+    dist.on_main(job.world, writer.wait)
     if not job.world.is_main:
         return
     folder = RunFolder(job.config)
@@ -320,13 +324,19 @@ def restore_selected(job: Job, store: checkpoint.Store, progress: Progress) -> N
     A later one stays behind by a checkpoint that was damaged afterwards; none, by a kill right
     after the checkpoint, or where only the checkpoints outlived the machine.
     """
-    if not job.world.is_main or progress.best_step < 0:
+    if progress.best_step < 0:
         return
     with contextlib.suppress(ValueError):
         _, _, found = load_state(RunFolder(job.config).path / SELECTED)
         if found["step"] == str(progress.best_step):
             return
-    write_selected(job, progress, store.load(progress.best_step)["model"])
+    step = progress.best_step
+    if step not in store.steps() or store.damage(step):
+        raise ValueError(
+            f"the selected model, of step {step}, is neither in {RunFolder(job.config).path} nor, "
+            f"whole, in {store.url}; restore one, or use a new run folder to start again"
+        )
+    write_selected(job, progress, store.load(step)["model"])
 
 
 def metadata(job: Job, progress: Progress) -> dict[str, str]:
@@ -374,7 +384,7 @@ class Meter:
         finite_S = terms_ST.isfinite().all(dim=1)
         if not finite_S.all():
             if not job.world.is_main:
-                dist.step_aside()
+                dist.step_aside(job.world)
             first = int(finite_S.long().argmin())
             raise ValueError(not_finite(step - self.steps + first + 1, terms_ST[first].tolist()))
         cross_entropy, kd, mse, replaced, grad_norm = terms_ST.mean(dim=0).tolist()
@@ -410,7 +420,7 @@ def not_finite(step: int, terms: list[float]) -> str:
     cross_entropy, kd, mse, _, grad_norm = terms
     return (
         f"the loss or its gradient is not finite at step {step} (cross-entropy {cross_entropy:g}, "
-        f"MSE {mse:g}, logit distillation {kd:g}, gradient norm {grad_norm:g}). The checkpoints "
-        "from before that stay, but the same command would meet the same step again: lower "
+        f"MSE {mse:g}, logit distillation {kd:g}, gradient norm {grad_norm:g}). Checkpoints from "
+        "before that stay, but the same command would meet the same step again: lower "
         "--optim.lr in a new --run-dir"
     )

@@ -14,10 +14,10 @@ from typing import Any
 import filelock
 
 from rft import dist, files
-from rft.clip.classifier import LAST
 from rft.config import Config
 from rft.dist import World
 from rft.train.checkpoint import Record
+from rft.train.stop import StopRequest
 
 
 class RunFolder:
@@ -25,11 +25,17 @@ class RunFolder:
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.run)
-        self.checkpoints = config.log.checkpoints or str(self.path / "checkpoints")
+        elsewhere = config.log.checkpoints
+        # runs that share their options, as those of a sweep, must not share their checkpoints
+        self.checkpoints = (
+            files.join(elsewhere, self.path.resolve().name)
+            if elsewhere
+            else str(self.path / "checkpoints")
+        )
         self._config = config
 
     @contextlib.contextmanager
-    def taken(self, world: World) -> Iterator[None]:
+    def taken(self, world: World, request: StopRequest) -> Iterator[None]:
         """Hold the folder for the length of the body, on all ranks together.
 
         A job whose node was lost may still write it for a while: wait for that.
@@ -37,39 +43,42 @@ class RunFolder:
         Raises:
             ValueError: if it belongs to another configuration, or another job is in it.
         """
-        lock = filelock.FileLock(self.path / ".lock", mode=0o666 & ~files.umask())
-        if world.is_main:
+        # not thread_local: it is taken in a thread, while this rank speaks to the others
+        lock = filelock.FileLock(self.path / ".lock", thread_local=False)
+
+        def take() -> None:
             check_identity(self._config)
-            (self.path / LAST).parent.mkdir(parents=True, exist_ok=True)
-        patience = self._config.cluster.lock_wait
-        deadline = time.monotonic() + patience
-        said = False
-        while not dist.from_main(world, world.is_main and self._try(lock)):
-            if dist.from_main(world, time.monotonic() > deadline):
-                if not world.is_main:
-                    dist.step_aside()
-                raise ValueError(
-                    f"another job is writing {self.path}, {patience:g} s were not enough for it to "
-                    "leave; wait for it or stop it"
-                )
-            if world.is_main and not said:
-                print(f"waiting up to {patience:g} s for another job to leave {self.path}")
-                said = True
-            time.sleep(1)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire(lock, request)
+            files.sweep(str(self.path))
+            files.write_json(str(self.path / "config.json"), self._config.to_dict())
+            files.write_json(str(self.path / "provenance.json"), files.provenance())
+
         try:
-            if world.is_main:
-                files.write_json(str(self.path / "config.json"), self._config.to_dict())
-                files.write_json(str(self.path / "provenance.json"), files.provenance())
+            dist.on_main(world, take)
             yield
         finally:
             lock.release()
 
-    def _try(self, lock: filelock.FileLock) -> bool:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            return False
-        return True
+    def _acquire(self, lock: filelock.FileLock, request: StopRequest) -> None:
+        patience = self._config.cluster.lock_wait
+        deadline = time.monotonic() + patience
+        said = False
+        while True:
+            try:
+                lock.acquire(timeout=0)
+                return
+            except filelock.Timeout as error:
+                if request.reason or time.monotonic() > deadline:
+                    raise ValueError(
+                        f"another job is writing {self.path} and did not leave within "
+                        f"{patience:g} s; wait for it or stop it"
+                    ) from error
+            if not said:
+                where = f"another job to leave {self.path}"
+                print(f"waiting up to {patience:g} s for {where}", flush=True)
+                said = True
+            time.sleep(0.5)
 
     def note_progress(self, record: Record, total: int) -> None:
         """Record how far the run is, after a checkpoint is safe."""
@@ -92,7 +101,7 @@ def check_identity(config: Config) -> None:
         raise ValueError(f"--run-dir {folder} is a file; choose another")
     path = folder / "config.json"
     if not path.exists():
-        if (folder / "checkpoints").exists():
+        if any(folder.glob("checkpoints/*")):
             raise ValueError(f"{folder} has checkpoints but no config.json; use another folder")
         return
     document = files.read_json(str(path))

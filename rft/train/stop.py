@@ -2,24 +2,27 @@
 
 import os
 import signal
-from pathlib import Path
+import time
 from types import FrameType
 from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STOPPED = 75  # exit code of a run that can go on (EX_TEMPFAIL)
+SECONDS_TO_WONDER = 2
 
 
 class StopRequest:
-    """Listens as long as it is open.
+    """Listens as long as it is open; what was asked once stays asked.
 
     Signals only leave a note: the step under way is finished. They come more than once (SLURM sends
-    them to every process, torchrun again to its ranks).
+    them to every process, torchrun again to its ranks). Only a second Ctrl-C of a person, who sees
+    that nothing happens, ends the process at once.
     """
 
     def __init__(self, stop_file: str) -> None:
-        self._file = Path(stop_file) if stop_file else None
-        self._signal = ""
+        self._file = stop_file
+        self._reason = ""
+        self._interrupted: float | None = None
         self._old = {}
         self._parent = os.getppid()
 
@@ -35,16 +38,22 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self._signal = signal.Signals(number).name
+        self._reason = self._reason or signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted is None:
+            self._interrupted = now
+        elif now - self._interrupted > SECONDS_TO_WONDER:
+            raise KeyboardInterrupt
 
     @property
     def reason(self) -> str:
         """What asks to stop; empty if nothing does."""
-        if self._signal:
-            return self._signal
-        if self._file and self._file.exists():
-            return str(self._file)
+        # not Path.exists, which raises when a network file system has a bad moment
+        if not self._reason and self._file and os.path.exists(self._file):  # noqa: PTH110
+            self._reason = self._file
         # a launcher that was killed can tell its ranks nothing: they would train on unseen
-        if "RANK" in os.environ and os.getppid() != self._parent:
-            return "the process that started this one is gone"
-        return ""
+        if not self._reason and "RANK" in os.environ and os.getppid() != self._parent:
+            self._reason = "the process that started this one is gone"
+        return self._reason

@@ -5,6 +5,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -56,7 +57,7 @@ def weights(run: Path) -> list[str]:
 
 
 class Killed(BaseException):
-    """Ends a training as a kill would: nothing is cleaned up by the code under test."""
+    """Ends a training in the middle of a step, after a checkpoint that was under way."""
 
 
 def kill_after(step: int, monkeypatch) -> None:
@@ -114,10 +115,46 @@ def test_nothing_starts_again_in_silence_if_all_are_damaged(train, monkeypatch, 
     killed(train, monkeypatch, 26)
     for path in tmp_path.glob("run/checkpoints/*.pt"):
         path.write_bytes(b"")
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        train()
-    assert "checkpoints is whole; restore one, or" in capsys.readouterr().err
+    before = sorted(tmp_path.glob("run/checkpoints/*"))
+    for _ in range(2):  # a requeued job must not meet an empty folder
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            train()
+        assert "is whole (step 24: 0 bytes instead of" in capsys.readouterr().err
+        assert sorted(tmp_path.glob("run/checkpoints/*")) == before
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch):
+    store, model = Store(f"memory://unread-{tmp_path.name}", keep=2), build_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (4, 8):
+        store.write(content(model, optimizer, Progress(step=step), {}, 1))
+    names = files.names(store.url)
+    memory = fsspec.filesystem("memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "get_file", lambda *_: (_ for _ in ()).throw(KeyError("503")))
+        with pytest.raises(ValueError, match=r"cannot read .*step-00000008.pt"):
+            store.newest_whole()
+    assert files.names(store.url) == names
+    assert store.newest_whole().step == 8
+
+
+def test_credentials_are_not_told_of_a_damaged_checkpoint(tmp_path, capsys):
+    store, model = Store(f"memory://me:secret@host-{tmp_path.name}/x", keep=2), build_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (4, 8):
+        store.write(content(model, optimizer, Progress(step=step), {}, 1))
+    files.write_bytes(f"{store.url}/step-00000008.pt", b"?")
+    assert store.newest_whole().step == 4
+    assert "secret" not in capsys.readouterr().err
+
+
+def test_what_a_killed_writer_left_is_swept_away(train, monkeypatch, tmp_path):
+    killed(train, monkeypatch, 6)
+    left = tmp_path / "run" / "checkpoints" / ".step-00000008.pt.0123.tmp"
+    left.touch()
+    train()
+    assert not left.exists()
 
 
 def test_a_model_selected_after_the_checkpoint_that_is_used(train, monkeypatch, tmp_path):
@@ -136,6 +173,7 @@ def test_a_selected_models_checkpoint_is_kept(train, monkeypatch, tmp_path):
     killed(train, monkeypatch, 26, "--log.keep", "1")
     run = tmp_path / "run"
     best = json.loads((run / "checkpoints" / "step-00000024.json").read_text())["best_step"]
+    assert best < 24
     assert saved(run) == sorted({best, 24})
 
 
@@ -143,11 +181,12 @@ def outlive_the_machine(url: str, train, monkeypatch, run: Path) -> list[str]:
     """Lose the machine and the newest checkpoint; return the weights of the run that goes on."""
     killed(train, monkeypatch, 26, "--log.checkpoints", url)
     assert not list(run.glob("checkpoints/*.pt"))
+    url = f"{url}/{run.name}"
     newest = f"{url}/step-00000024.pt"
     assert newest.rsplit("/", 1)[1] in files.names(url)
     files.write_bytes(newest, files.read_bytes(newest)[:-1] + b"?")
     shutil.rmtree(run)
-    train("run", "--log.checkpoints", url)
+    train("run", "--log.checkpoints", url.removesuffix(f"/{run.name}"))
     assert "step-00000024.pt.damaged" in files.names(url)
     assert not [name for name in files.names(url) if name.startswith("step-00000004")]
     return weights(run)
@@ -166,9 +205,11 @@ def test_checkpoints_on_s3_outlive_the_machine(train, calm, monkeypatch, tmp_pat
 def test_checkpoints_of_another_run_are_refused(train, monkeypatch, tmp_path, capsys):
     url = f"memory://other-{tmp_path.name}"
     killed(train, monkeypatch, 6, "--log.checkpoints", url)
+    # as on another machine, where nothing tells what was in the folder
+    shutil.rmtree(tmp_path / "run")
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        train("second", "--log.checkpoints", url, "--seed", "5")
+        train("run", "--log.checkpoints", url, "--seed", "5")
     line = capsys.readouterr().err
     assert "step-00000004.pt was made on other data or by another run" in line
     assert "config.seed: 0 -> 5" in line
@@ -198,13 +239,28 @@ def test_a_full_disk_stops_the_run_and_what_is_there_stays(
             train("run", "--log.checkpoints", str(disk))
         assert stopped.value.code == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert line.startswith(f"error: cannot write checkpoint {disk}/step-00000008.pt: ")
+        assert line.startswith(f"error: cannot write checkpoint {disk}/run/step-00000008.pt: ")
         assert "No space left on device" in line
-        assert sorted(path.name for path in disk.glob("*.pt")) == ["step-00000004.pt"]
-        assert not list(disk.glob(".*.tmp")), "nothing half-written is left"
+        assert sorted(path.name for path in disk.glob("run/*.pt")) == ["step-00000004.pt"]
+        assert not list(disk.glob("run/.*.tmp")), "nothing half-written is left"
         ballast.unlink()
         run = train("run", "--log.checkpoints", str(disk))
         assert weights(run) == calm
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_full(tmp_path):
+    large = {"progress": {"step": 1, "best_step": -1}, "model": [torch.zeros(50_000)] * 8}
+    large["model"] = [tensor.clone() for tensor in large["model"]]
+    (tmp_path / "disk").mkdir()
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        store = Store(str(disk), keep=2)
+        for free in range(4096, 2**20, 100_000):
+            ballast = disk / "ballast"
+            ballast.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - free)))
+            with pytest.raises(OSError, match=r"cannot write checkpoint .*: .*No space left"):
+                store.write(large)
+            ballast.unlink()
+            assert not files.names(str(disk))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(

@@ -25,6 +25,7 @@ from rft.train.estimate import (
 )
 from rft.train.loop import Job, accumulate_gradients
 from rft.train.optim import build_optimizer
+from rft.train.stop import StopRequest
 
 ALONE = World(rank=0, size=1, local_rank=0)
 CPU = torch.device("cpu")
@@ -185,7 +186,7 @@ def test_zero_shot_trains_nothing(prepare):
 
 def test_what_is_written_is_what_was_told(prepare):
     job = prepare("--log.keep", "100", "--log.every-steps", "2")
-    train_command.run_job(job)
+    train_command.run_job(job, StopRequest(""))
     run = Path(job.config.run)
     names = [path.name for path in run.glob("checkpoints/step-*.pt")]
     assert {f"step-{step:08d}.pt" for step in checkpoint_steps(job)} == set(names)

@@ -13,7 +13,7 @@ import pytest
 from rft import files
 from rft.clip.classifier import LAST, SELECTED
 from rft.train import __main__ as train_command
-from rft.train import loop, run
+from rft.train import loop, run, stop
 from rft.train.stop import STOPPED, StopRequest
 from tests import tiny
 
@@ -118,9 +118,34 @@ def test_a_rank_stops_when_its_launcher_is_gone(monkeypatch):
         assert request.reason == ""
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert request.reason == "the process that started this one is gone"
-        # whoever starts a run by hand may log out
-        monkeypatch.delenv("RANK")
+    # whoever starts a run by hand may log out
+    monkeypatch.undo()
+    with StopRequest("") as request:
+        monkeypatch.setattr(os, "getppid", lambda: 1)
         assert request.reason == ""
+
+
+def test_what_was_asked_once_stays_asked(tmp_path):
+    stop_file = tmp_path / "stop"
+    with StopRequest(str(stop_file)) as request:
+        assert request.reason == ""
+        stop_file.touch()
+        assert request.reason == str(stop_file)
+        stop_file.unlink()
+        assert request.reason == str(stop_file)
+
+
+def test_a_second_ctrl_c_of_a_person_ends_it_at_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
+    with StopRequest("") as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += 0.1  # torchrun's own
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.reason == "SIGINT"
+        now[0] += stop.SECONDS_TO_WONDER
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 HOLD = """
@@ -161,7 +186,6 @@ def test_a_job_waits_for_another_that_leaves(train, other_job, monkeypatch):
 
 def test_a_run_that_the_other_job_finished_is_left_alone(train, tmp_path, monkeypatch, capsys):
     folder = train()
-    before = (folder / "config.json").stat().st_mtime_ns
     summary = (folder / "training.json").read_bytes()
     (folder / "training.json").unlink()
     lock = filelock.FileLock(folder / ".lock")
@@ -176,4 +200,3 @@ def test_a_run_that_the_other_job_finished_is_left_alone(train, tmp_path, monkey
     train()
     assert "run already finished" in capsys.readouterr().out
     assert (folder / "training.json").read_bytes() == summary
-    assert (folder / "config.json").stat().st_mtime_ns >= before
