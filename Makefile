@@ -39,12 +39,14 @@ lint: .venv/.installed  ## style, types, module contracts, spelling, shell scrip
 	$(BIN)/codespell
 	$(BIN)/shellcheck -x .ci/run launch/*.sbatch launch/*.sh tests/launch/*.sh
 
-bench: .venv/.installed  ## the step, the loader and the packer, each against what it is compared with
+bench: .venv/.installed  ## the step, the loader and the packer against their peers; checkpoints; faults
 	$(BIN)/python -m benchmarks.environments
 	$(BIN)/python -m benchmarks.step --processes 3 --save
 	$(BIN)/python -m benchmarks.step --compile --save
 	$(BIN)/python -m benchmarks.cam_memory --save
 	$(BIN)/python -m benchmarks.method
+	$(BIN)/python -m benchmarks.checkpoint --save
+	$(BIN)/python -m benchmarks.faults --save
 	$(BIN)/python -m benchmarks.loader --save
 	$(BIN)/python -m benchmarks.pack --save
 	$(BIN)/python -m benchmarks.simd_difference --save

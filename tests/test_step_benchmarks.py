@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cam_memory, method, step
+from benchmarks import cam_memory, checkpoint, method, step
 from tests.conftest import build_model
 from tests.tiny import environment
 
@@ -86,3 +86,14 @@ def test_the_saved_page_is_made_of_the_saved_results():
     if not method.PAGE.exists():
         pytest.skip("nothing was saved: make bench")
     assert method.PAGE.read_text() == method.text()
+
+
+def test_a_checkpoint_is_timed_in_three_ways(tmp_path):
+    arguments = checkpoint.Arguments(model="ViT-S-32-alt", batch_size=2, rounds=1, seconds=0.01)
+    result = checkpoint.measure(arguments, tmp_path)
+    assert result["held_seconds"]["none"] == [0.0]
+    # copying to memory is a part of writing
+    assert 0 < result["held_seconds"]["background"][0] < result["held_seconds"]["waiting"][0]
+    assert result["checkpoint_bytes"] == max(path.stat().st_size for path in tmp_path.glob("*.pt"))
+    assert "| in the background (rft) |" in checkpoint.table(result)
+    assert "GPU: not measured" in checkpoint.note(result)

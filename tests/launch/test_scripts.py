@@ -227,3 +227,9 @@ def test_the_whole_paper_is_submitted_in_order(project):
         gpus = one.command[0] == "torchrun"
         assert ("--gpus-per-node=8" in line) == gpus
     assert not project.runs.exists()
+
+
+def test_python_knows_nothing_of_slurm():
+    sources = [path for folder in ("rft", "tools") for path in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 50
+    assert not [path for path in sources if "SLURM_" in path.read_text()]

@@ -3,6 +3,7 @@
 One try of each of these on three ranks; benchmarks/faults.py tries all faults many times.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -43,9 +44,29 @@ def test_the_bench_counts_what_is_lost(bench):
     assert outcome.fault in FAULTS
 
 
+def disturbed(ranks: int, data: Path, clip: str, run: Path, *more: str, **how: str):
+    """Run `rft.train` on so many ranks, disturbed (tests/ranks/disturbed.py)."""
+    words = [
+        *("object-mask-single-fill", "--data", str(data), "--run-dir", str(run)),
+        *("--scale", "miniature", "--model.clip", clip, "--loader.workers", "0"),
+        *("--loader.held-out", "0", "--loader.batch-size", "6", "--optim.epochs", "1"),
+        *("--log.checkpoint-steps", "4", "--log.every-steps", "1", *more),
+    ]
+    return torchrun(ranks, "tests.ranks.disturbed", *words, **how)
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+IMPATIENT = ("--cluster.timeout", "2")
+
+
 def test_a_slow_store_is_no_rank_that_hangs(tmp_path, tiny_data, tiny_clip):
     run = tmp_path / "run"
-    result = torchrun(2, "tests.ranks.slow_store", *options(tiny_data, tiny_clip, run))
+    result = disturbed(2, tiny_data, tiny_clip, run, *IMPATIENT, SECONDS="5")
     assert result.returncode == 0
     assert (run / "training.json").exists()
 
@@ -54,20 +75,27 @@ def test_what_ends_a_run_is_told_after_the_checkpoint_that_is_under_way(
     tmp_path, tiny_data, tiny_clip
 ):
     run = tmp_path / "run"
-    words = options(tiny_data, tiny_clip, run)
-    result = torchrun(2, "tests.ranks.slow_store", *words, NAN_AT_STEP="5")
+    how = {"SECONDS": "5", "NAN_AT_STEP": "5"}
+    result = disturbed(2, tiny_data, tiny_clip, run, **how)
     assert result.returncode == 1
-    assert re.findall("^error.*", result.stderr, re.MULTILINE) == [
-        line for line in result.stderr.splitlines() if "is not finite at step 6 (" in line
-    ]
-    assert "is not finite at step 6 (" in result.stderr
+    (line,) = re.findall("^error.*", result.stderr, re.MULTILINE)
+    assert "is not finite at step 6 (" in line
     assert [path.name for path in run.glob("checkpoints/*.pt")] == ["step-00000004.pt"]
 
 
-def options(data: Path, clip: str, run: Path) -> list[str]:
-    return [
-        *("object-mask-single-fill", "--data", str(data), "--run-dir", str(run)),
-        *("--scale", "miniature", "--model.clip", clip, "--loader.workers", "0"),
-        *("--loader.held-out", "0", "--loader.batch-size", "6", "--optim.epochs", "1"),
-        *("--log.checkpoint-steps", "4", "--log.every-steps", "1", "--cluster.timeout", "2"),
-    ]
+@pytest.mark.parametrize("donors", ["global", "local"])
+def test_another_number_of_ranks_goes_on_with_the_same_batches(
+    tmp_path, tiny_data, tiny_clip, donors
+):
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    more = ("--method.donors", donors)
+    disturbed(1, tiny_data, tiny_clip, calm, *more)
+    stopped = disturbed(2, tiny_data, tiny_clip, run, *more, STOP_AT_STEP="4")
+    assert "stopped after step 5 of " in stopped.stdout
+    resumed = disturbed(3, tiny_data, tiny_clip, run, *more)
+    assert "going on after step 5" in resumed.stdout
+    told = "fills choose from 2 images now, from 3 before" in resumed.stdout
+    equal = losses(run) == pytest.approx(losses(calm), rel=1e-4)
+    # where fills choose from the whole batch nothing depends on the ranks but the order of sums
+    assert (told, equal) == ((False, True) if donors == "global" else (True, False))
+    assert losses(run)[0] == pytest.approx(losses(calm)[0], rel=1e-4)
