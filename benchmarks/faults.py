@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -161,11 +161,12 @@ class Run:
         assert self.process is not None
         found = {}
         for pid in tiny.children(self.process.pid):
-            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"rft.train" in command and b"forkserver" not in command:
-                values = dict(word.split(b"=", 1) for word in words if b"=" in word)
-                found[int(values[b"RANK"])] = pid
+            with suppress(OSError):  # it ended between listing and reading
+                words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"rft.train" in command and b"forkserver" not in command:
+                    values = dict(word.split(b"=", 1) for word in words if b"=" in word)
+                    found[int(values[b"RANK"])] = pid
         return [found[rank] for rank in sorted(found)]
 
     def loaders(self) -> list[int]:
@@ -173,8 +174,9 @@ class Run:
         found = []
         for rank in self.rank_processes():
             for server in tiny.children(rank):
-                if b"forkserver" in Path(f"/proc/{server}/cmdline").read_bytes():
-                    found += tiny.children(server)
+                with suppress(OSError):
+                    if b"forkserver" in Path(f"/proc/{server}/cmdline").read_bytes():
+                        found += tiny.children(server)
         return found
 
     def weights(self) -> list[str]:
@@ -245,7 +247,8 @@ def signal_all(number: signal.Signals, run: Run, random: Random) -> None:
     to_random_step(run, random)
     assert run.process is not None
     for pid in [run.process.pid, *tiny.children(run.process.pid)]:
-        os.kill(pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
     run.wait()
     run.require_told(f"({number.name})", "the process that started this one is gone")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rft import cli
+from rft import cli, files
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack
 from tests.forked import Request
@@ -148,6 +148,13 @@ def rank_server() -> subprocess.Popen[str]:
     )
 
 
+def weights(run: Path) -> list[str]:
+    """The hashes of a finished run's selected and last weights."""
+    # what their names are is in a module that imports open_clip
+    names = ("best.safetensors", "last.safetensors")
+    return [files.sha256_file(run / "checkpoints" / name) for name in names]
+
+
 def kill_when(command: list[str], reached: callable) -> None:
     """Start a command in its own session; SIGKILL all of it as soon as `reached()` holds."""
     process = subprocess.Popen(
@@ -175,7 +182,11 @@ def kill_when(command: list[str], reached: callable) -> None:
 def children(pid: int) -> list[int]:
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
+        try:
+            listed = task.read_text().split()
+        except OSError:  # it ended between listing and reading
+            continue
+        for child in map(int, listed):
             found += [child, *children(child)]
     return found
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from rft import files
-from rft.clip.classifier import LAST, SELECTED
 from tests.launch.conftest import SCRIPT, Cluster, until
-from tests.tiny import environment, torchrun_command
+from tests.tiny import environment, torchrun_command, weights
 
 RECIPE = "object-mask-single-fill"
 STEPS = 200
@@ -45,10 +44,6 @@ def wait_for_progress(run: Path) -> int:
 def log_of(run: Path) -> str:
     """Everything that the jobs of a run said."""
     return "".join(path.read_text() for path in sorted(run.glob("job-*.log")))
-
-
-def weights(run: Path) -> list[str]:
-    return [files.sha256_file(run / which) for which in (SELECTED, LAST)]
 
 
 def require_each_step_once(run: Path) -> None:

@@ -10,33 +10,16 @@ import pytest
 import torch
 
 from rft import dist, files
-from rft.clip.classifier import LAST, SELECTED, load_state, save_state
+from rft.clip.classifier import SELECTED, load_state, save_state
 from rft.train import __main__ as train_command
 from rft.train import checkpoint, loop
 from rft.train.checkpoint import Progress, Store, Writer, content
 from tests import tiny
 from tests.conftest import build_model
 from tests.servers.tmpfs import small_disk
+from tests.tiny import weights
 
 ALONE = dist.World(rank=0, size=1, local_rank=0)
-
-
-@pytest.fixture
-def train(tiny_data, tiny_clip, tmp_path):
-    """Run `rft.train` to its end in this process; returns the run folder."""
-
-    def run(name: str = "run", *options: str) -> Path:
-        folder = tmp_path / name
-        tiny.call(
-            train_command,
-            *("object-mask-single-fill", "--data", tiny_data, "--run-dir", folder),
-            *("--scale", "miniature", "--model.clip", tiny_clip, "--loader.workers", "0"),
-            *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "3"),
-            *("--log.checkpoint-steps", "4", "--log.every-steps", "3", *options),
-        )
-        return folder
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +33,6 @@ def calm(tmp_path_factory, tiny_data, tiny_clip) -> list[str]:
         *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "3"),
     )
     return weights(folder)
-
-
-def weights(run: Path) -> list[str]:
-    return [files.sha256_file(run / which) for which in (SELECTED, LAST)]
 
 
 class Killed(BaseException):

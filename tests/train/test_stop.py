@@ -5,37 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import filelock
 import pytest
 
-from rft import files
-from rft.clip.classifier import LAST, SELECTED
-from rft.train import __main__ as train_command
 from rft.train import loop, run, stop
 from rft.train.stop import STOPPED, StopRequest
-from tests import tiny
+from tests.tiny import weights
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
-
-
-@pytest.fixture
-def train(tiny_data, tiny_clip, tmp_path):
-    """Run `rft.train` in this process; returns the run folder."""
-
-    def run(name: str = "run", *options: str) -> Path:
-        folder = tmp_path / name
-        tiny.call(
-            train_command,
-            *("object-mask-single-fill", "--data", tiny_data, "--run-dir", folder),
-            *("--scale", "miniature", "--model.clip", tiny_clip, "--loader.workers", "0"),
-            *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "2"),
-            *("--log.every-steps", "3", *options),
-        )
-        return folder
-
-    return run
 
 
 def at_step(step: int, monkeypatch, action) -> None:
@@ -48,10 +26,6 @@ def at_step(step: int, monkeypatch, action) -> None:
         return whole(job, module, batch, at, *rest)
 
     monkeypatch.setattr(loop, "accumulate_gradients", acting)
-
-
-def weights(run: Path) -> list[str]:
-    return [files.sha256_file(run / which) for which in (SELECTED, LAST)]
 
 
 @pytest.mark.parametrize("how", ["file", *SIGNALS], ids=str)
@@ -73,7 +47,7 @@ def test_it_stops_after_the_step_with_a_checkpoint(train, tmp_path, monkeypatch,
     assert stopped.value.code == STOPPED == 75
     reason = str(stop_file) if how == "file" else how.name
     said = capsys.readouterr().out
-    assert f"stopped after step 7 of 20 ({reason}); the same command goes on from there" in said
+    assert f"stopped after step 7 of 30 ({reason}); the same command goes on from there" in said
     folder = tmp_path / "run"
     assert not (folder / "training.json").exists()
     assert json.loads((folder / "progress.json").read_text())["step"] == 7
@@ -86,7 +60,7 @@ def test_it_stops_after_the_step_with_a_checkpoint(train, tmp_path, monkeypatch,
 
 
 def test_a_stop_in_the_last_step_is_the_end(train, tmp_path, monkeypatch):
-    at_step(19, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_step(29, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert (train() / "training.json").exists()
 
 
@@ -96,7 +70,7 @@ def test_a_stop_before_the_first_step_leaves_nothing_to_go_on_from(train, tmp_pa
     with pytest.raises(SystemExit) as stopped:
         train("run", "--cluster.stop-file", str(stop_file))
     assert stopped.value.code == STOPPED
-    assert "stopped after step 0 of 20" in capsys.readouterr().out
+    assert "stopped after step 0 of 30" in capsys.readouterr().out
     assert not list(tmp_path.glob("run/checkpoints/*.pt"))
 
 
