@@ -126,7 +126,9 @@ def process_group(world: World, device: torch.device, timeout: float = 600) -> I
     except RuntimeError as error:
         if not _lost_contact(error):
             raise
-        told = TimeoutError(_who_is_missing(world, store, min(timeout, 10)))
+        # ranks that lose one that died notice at once, those that wait for one began one by one
+        seconds = 10 if "Timed out" in str(error) else 3
+        told = TimeoutError(_who_is_missing(world, store, min(timeout, seconds)))
         _tell(world, told)
         raise told from error
     torch.distributed.destroy_process_group()
