@@ -479,6 +479,11 @@ def main() -> None:
             except pytest.skip.Exception as reason:
                 print(f"{number + 1}/{len(faults)} {fault}: not tried: {reason}", flush=True)
                 continue
+            except RuntimeError as error:
+                # a try that went another way than it must is one with other weights
+                print(f"{number + 1}/{len(faults)} {fault}: FAILED: {error}", flush=True)
+                outcomes.append(Outcome(fault, 0, 0, True, str(error)))
+                continue
             outcomes.append(outcome)
             said = outcome.said.replace(folder, "")
             print(

@@ -398,7 +398,7 @@ def read_batches(
     else:
         # a forked copy of a process that already runs CUDA, gloo or fsspec threads can hang
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["rft.data.loader"])
+        context.set_forkserver_preload(["rft.data.forkserver", "rft.data.loader"])
         found = iter(
             DataLoader(
                 items,
