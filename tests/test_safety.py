@@ -14,6 +14,7 @@ import pytest
 
 from rft.clip.classifier import LAST
 from rft.data import show as show_command
+from rft.demo.__main__ import MEET_IN_FILES
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
 from rft.train import __main__ as train_command
@@ -119,14 +120,7 @@ def sockets(pid: int) -> list[str]:
     return [match[1] for link in links if (match := re.fullmatch(r"socket:\[(\d+)\]", link))]
 
 
-LOOPBACK_ONLY = {
-    "PET_RDZV_BACKEND": "c10d",
-    "PET_RDZV_CONF": "store_type=file",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-}
-
-
-@pytest.mark.parametrize("variables", [{}, LOOPBACK_ONLY], ids=["standalone", "loopback only"])
+@pytest.mark.parametrize("variables", [{}, MEET_IN_FILES], ids=["standalone", "loopback only"])
 def test_ranks_on_one_machine_listen_on_loopback(tmp_path, variables):
     """torchrun's own two stores listen everywhere; docs/cluster.md tells how it does without.
 

@@ -407,7 +407,7 @@ def read_batches(
                 num_workers=workers,
                 prefetch_factor=BATCHES_AHEAD,
                 collate_fn=_as_it_is,
-                worker_init_fn=partial(_outlast_signals, os.getpid()),
+                worker_init_fn=partial(_obey, os.getpid()),
                 multiprocessing_context=context,
             )
         )
@@ -431,17 +431,14 @@ def read_batches(
         yield slots.batch(number, item, device)
 
 
-def _outlast_signals(owner: int, _: int) -> None:
-    """Let only the training process `owner` end this loader process.
+def _obey(owner: int, _: int) -> None:
+    """Let SIGTERM end this loader process if it comes from the training process `owner`.
 
-    A scheduler signals every process of a job, and which step is the last is not decided here.
+    Other signals pass it by (rft/data/forkserver.py).
     """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    # only a thread that waits for a signal is told who sent it
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
+        # only a thread that waits for a signal is told who sent it
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != owner:
             continue
         os._exit(0)
