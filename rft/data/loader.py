@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from functools import partial
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +32,7 @@ from rft.data.manifest import Index, Manifest
 from rft.data.order import EpochOrder, Plan, rank_slice
 from rft.data.split import held_out_split
 
+SECONDS_ALONE = 2  # that a loader process outlives a trainer that was killed, at most
 BATCHES_AHEAD = 2  # batches that each loader process may have ready or under way
 
 
@@ -407,7 +407,7 @@ def read_batches(
                 num_workers=workers,
                 prefetch_factor=BATCHES_AHEAD,
                 collate_fn=_as_it_is,
-                worker_init_fn=partial(_obey, os.getpid()),
+                worker_init_fn=_follow_trainer,
                 multiprocessing_context=context,
             )
         )
@@ -431,16 +431,21 @@ def read_batches(
         yield slots.batch(number, item, device)
 
 
-def _obey(owner: int, _: int) -> None:
-    """Let SIGTERM end this loader process if it comes from the training process `owner`.
+def _follow_trainer(_: int) -> None:
+    """End this loader process when the training process says so by SIGTERM, or is gone.
 
-    Other signals pass it by (rft/data/forkserver.py).
+    Signals of others pass it by (rft/data/forkserver.py). torch alone would have it watch the
+    process that forked it, which lives as long as it does.
     """
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "a loader process has a training process"
 
     def wait() -> None:
-        # only a thread that waits for a signal is told who sent it
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != owner:
-            continue
+        while trainer.is_alive():
+            # only a thread that waits for a signal is told who sent it
+            told = signal.sigtimedwait({signal.SIGTERM}, SECONDS_ALONE)
+            if told is not None and told.si_pid == trainer.pid:
+                break
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()

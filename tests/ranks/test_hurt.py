@@ -5,12 +5,14 @@ One try of each of these on three ranks; benchmarks/faults.py tries all faults m
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.faults import EVERY, FAULTS, Bench, summary, table
 from rft.rng import numpy_generator
+from tests import tiny
 from tests.tiny import torchrun
 
 RANKS = 3
@@ -99,3 +101,21 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(
     # where fills choose from the whole batch nothing depends on the ranks but the order of sums
     assert (told, equal) == ((False, True) if donors == "global" else (True, False))
     assert losses(run)[0] == pytest.approx(losses(calm)[0], rel=1e-4)
+
+
+def test_a_killed_rank_leaves_no_loader_process(bench):
+    run = bench.run("orphans")
+    run.start()
+    try:
+        run.wait_for(lambda: run.step() >= 1)
+        rank = run.rank_processes()[0]
+        left = [Path(f"/proc/{pid}") for pid in tiny.children(rank)]
+        assert run.loaders()
+        tiny.kill(rank)
+        run.wait()
+        deadline = time.monotonic() + 30
+        while any(path.exists() for path in left):
+            assert time.monotonic() < deadline, [path.name for path in left if path.exists()]
+            time.sleep(0.1)
+    finally:
+        run.leave_nothing_running()
