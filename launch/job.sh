@@ -55,8 +55,12 @@ code_files() {
     else
         find "${CODE[@]}" -type f ! -name '*.pyc' -print0
     fi | while IFS= read -r -d '' name; do
-        # git lists what was deleted; settings may hold secrets
-        if [ -e "$name" ] && [ "$name" != launch/cluster.env ]; then printf '%s\0' "$name"; fi
+        case $name in
+            launch/cluster.env.example) ;;
+            launch/*cluster.env*) continue ;; # settings and an editor's copies: secrets may be there
+        esac
+        # git lists what was deleted
+        if [ -e "$name" ]; then printf '%s\0' "$name"; fi
     done
 }
 
@@ -119,13 +123,13 @@ set_options() {
     case $kind in
         shard | sweep) log="job-%A-%a.log" ;;
     esac
-    options=("--chdir=$PWD" "--job-name=rft-$kind" "--output=$folder/$log" "${SBATCH_OPTIONS[@]}")
+    options=("--chdir=$PWD" "--job-name=rft-$kind" "--output=$folder/$log")
     # these need no accelerator, and no more cores than they can feed; their time is in the script
     if [ "$kind" = shard ] || [ "$kind ${1:-}" = "command python" ]; then
-        options+=("--cpus-per-task=$((CPUS_PER_NODE < 8 ? CPUS_PER_NODE : 8))")
+        options+=("${CPU_OPTIONS[@]}" "--cpus-per-task=$((CPUS_PER_NODE < 8 ? CPUS_PER_NODE : 8))")
         return
     fi
-    options+=("--time=$TIME" "--cpus-per-task=$CPUS_PER_NODE")
+    options+=("${SBATCH_OPTIONS[@]}" "--time=$TIME" "--cpus-per-task=$CPUS_PER_NODE")
     if [ "$gpus" != 0 ]; then options+=("--gpus-per-node=$gpus"); fi
 }
 
@@ -166,7 +170,7 @@ run_command() {
     "$@"
 }
 
-# Value of a FIELD that SLURM shows of this job.
+# Value of a FIELD that SLURM shows of this job; nothing if it does not show that field.
 job_field() {
     local shown tries=0
     until shown=$(scontrol show job --oneliner "$job"); do
@@ -174,8 +178,12 @@ job_field() {
         if ((tries == 30)); then return 1; fi
         sleep 10
     done
-    shown=${shown#* "$1="}
-    echo "${shown%% *}"
+    case $shown in
+        *" $1="*)
+            shown=${shown#* "$1="}
+            echo "${shown%% *}"
+            ;;
+    esac
 }
 
 # Whether SLURM has lost sight of one of this job's nodes.
@@ -217,8 +225,9 @@ start_ranks() {
             "$head:$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 12000))"
         )
     fi
-    # srun does not take over the cores that sbatch was given
-    srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=$LEAVE \
+    # srun does not take over the cores that sbatch was given, and of the environment, where the job
+    # was submitted without one, not what this script has put into it
+    srun --export=ALL --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=$LEAVE \
         "${start[@]}" --nproc_per_node "$PROCESSES_PER_NODE" "${TORCHRUN_OPTIONS[@]}" "$@" &
     ranks=$!
 }
@@ -241,17 +250,23 @@ ask_to_stop() {
 # Have SLURM start this job again, and wait for the end it brings: a script that ends by itself
 # would be a job that has failed.
 requeue() {
+    local said tries=0
     echo "$(date '+%F %T') job $job is requeued: $1"
-    if ! scontrol requeue "$job"; then
-        echo "error: it cannot be; go on with $run/resubmit.sh" >&2
-        exit 1
-    fi
+    # a busy controller does not answer at once, one that has answered "no" will not say "yes"
+    until said=$(scontrol requeue "$job" 2>&1); do
+        tries=$((tries + 1))
+        if ((tries == 30)) || [[ $said == *[Dd]isabled* || $said == *denied* ]]; then
+            echo "error: it cannot be: $said; go on with $run/resubmit.sh" >&2
+            exit 1
+        fi
+        sleep 10
+    done
     sleep infinity
 }
 
 # After an attempt that did not finish the run: go on in another one if that can help.
 go_on() {
-    local before=$1 waited=0
+    local before=$1 waited=0 preempted
     while true; do
         # cancelled or ended by SLURM itself, which knows whether it starts again. A requeue would
         # bring even a cancelled job back
@@ -260,7 +275,9 @@ go_on() {
             exit 1
         fi
         if [ -e "$stop" ]; then requeue "it was asked to stop"; fi
-        if [ "$(job_field PreemptTime)" != None ]; then requeue "it is preempted"; fi
+        # which clusters without preemption do not show
+        preempted=$(job_field PreemptTime)
+        if [ "${preempted:-None}" != None ]; then requeue "it is preempted"; fi
         if [ "$(progress)" != "$before" ]; then requeue "it failed, but had advanced"; fi
         # a lost node is found out by SLURM, after minutes, which then requeues
         if ((waited >= PATIENCE)) && ! misses_node; then break; fi
@@ -291,15 +308,21 @@ train() {
     if [ -e "$run/training.json" ]; then was_finished=yes; fi
     local words=(--run-dir "$run" --cluster.stop-file "$stop" --cluster.lock-wait "$LOCK_WAIT")
     if [ -z "$(option --data "$@")" ]; then words+=(--data "$DATA"); fi
+    # a node without its GPUs would train on the CPU, and the others wait for it
+    if [ "$GPUS_PER_NODE" != 0 ]; then words+=(--device cuda); fi
     # what SLURM leaves between a preemption's first signal and the kill is for the checkpoint
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$LEAVE
     trap ask_to_stop USR1 TERM
     if [ "$asked" = yes ]; then ask_to_stop; fi
     start_ranks -m rft.train "$recipe" "${words[@]}" "${TRAIN_OPTIONS[@]}" "$@"
     wait_for_ranks
-    trap - USR1 TERM
+    # time can be up, or a second signal come, while it is found out what to do
+    trap - TERM
+    trap '' USR1
 
-    if [ -e "$run/training.json" ]; then
+    # a rank on another node may have written that file, and this one's file system not know yet;
+    # ranks that stopped before the end do not exit with 0
+    if [ -e "$run/training.json" ] || [ "$status" = 0 ]; then
         rm -f "$run"/stop-*
         # a rank can fail after all work is done; a finished run can be refused
         if [ $was_finished = yes ]; then exit "$status"; fi

@@ -200,7 +200,7 @@ class LogConfig:
     image_steps: int = 500
     """Optimizer steps between two grids of counterfactuals in TensorBoard; 0 draws none."""
     wandb: str = ""
-    """Weights & Biases project to log to as well (extra: rft[wandb]); empty logs to none."""
+    """Weights & Biases project to log to as well, empty for none (pip install -e '.[wandb]')."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps > 0, "log.every_steps", self.every_steps, "at least 1")
@@ -215,7 +215,8 @@ class ClusterConfig:
 
     stop_file: str = ""
     """As soon as this file is there, the run writes a checkpoint and stops. A job script makes it
-    when its time is nearly up; SIGTERM, SIGINT and SIGUSR1 to a rank do the same."""
+    when its time is nearly up; SIGTERM, SIGINT, SIGHUP and SIGUSR1 to a rank do the same. The exit
+    code is 75 then, which torchrun makes 1."""
     timeout: float = 600
     """Seconds that ranks wait for one of them before the run stops and names it."""
     lock_wait: float = 30

@@ -244,12 +244,16 @@ def gather_objects(world: World, value: Any) -> list[Any]:
     return values
 
 
+def meet(world: World) -> None:
+    """Wait for all ranks before they wait in NCCL, which cannot tell who is missing."""
+    if world.control is not None:
+        torch.distributed.barrier(group=world.control)
+
+
 def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of `tensor` over all ranks; exact for int64 counts."""
     if world.size > 1:
-        if world.control is not None:
-            # whoever reads the sum waits in NCCL, which cannot tell who is missing
-            torch.distributed.barrier(group=world.control)
+        meet(world)
         tensor = tensor.clone()
         torch.distributed.all_reduce(tensor)
     return tensor
@@ -259,6 +263,7 @@ def gather_rows(world: World, tensor: torch.Tensor) -> torch.Tensor:
     """Return all ranks' `tensor`, equally shaped, one after the other in rank order."""
     if world.size == 1:
         return tensor
+    meet(world)
     rows = tensor.new_empty((world.size * len(tensor), *tensor.shape[1:]))
     torch.distributed.all_gather_into_tensor(rows, tensor.contiguous())
     return rows
@@ -287,6 +292,7 @@ def data_parallel(world: World, module: nn.Module, device: torch.device) -> nn.M
     # constants, the same everywhere: broadcast in each step they make all ranks wait for the first
     constants = [name for name, _ in module.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
+    meet(world)
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=device_ids)
 

@@ -156,15 +156,16 @@ def _client_errors(verb: str, url: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def publish(url: str) -> Iterator[Path]:
+def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
     """Yield a local path to write; when the body ends without error, it becomes `url` in one step.
 
-    A local file is renamed within its folder; a remote object is uploaded finished. If the body
-    raises, nothing appears at `url`.
+    A local file is renamed within its folder; a remote object is written below `scratch`, by
+    default the folder of temporary files, and uploaded finished. If the body raises, nothing
+    appears at `url`.
     """
     fs, path = open_store(url)
     local = isinstance(fs, LocalFileSystem)
-    folder = Path(path).parent if local else Path(tempfile.gettempdir())
+    folder = Path(path).parent if local else scratch or Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
     # not tempfile.mkstemp: its mode 0600 would survive the rename and override the user's umask
     temporary = folder / f".{Path(path).name}.{uuid.uuid4().hex}.tmp"
@@ -180,7 +181,8 @@ def publish(url: str) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, redact(url)) from error  # say where
+        # say where
+        raise OSError(error.errno, error.strerror, url if local else str(folder)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -159,7 +159,7 @@ def main() -> None:
     manifests = {name: dataset.manifest.sha256 for name, dataset in packed.items()}
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
-    with dist.process_group(world, device):
+    with dist.process_group(world, device) as world:
         dist.require_agreement(world, "set of packed data", manifests)
         # rank 0 decides, because files may change while the others look at them
         waiting = dist.gather_objects(

@@ -415,7 +415,7 @@ def main() -> None:
     packed = PackedDataset(files.join(arguments.data, arguments.set))
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
-    with dist.process_group(world, device):
+    with dist.process_group(world, device) as world:
         dist.require_agreement(world, "packed set", packed.manifest.sha256)
         localise(arguments, packed, world, device)
 

@@ -221,7 +221,7 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
     done = is_made(arguments.out, config)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
-    with dist.process_group(world, device):
+    with dist.process_group(world, device) as world:
         dist.require_agreement(world, "set of models and data", config)
         # rank 0 decides, because files may change while the others look at them
         done = dist.gather_objects(world, done)[0]

@@ -67,11 +67,14 @@ def record_name(step: int) -> str:
 
 
 class Store:
-    """A folder of checkpoints, on any store that fsspec opens."""
+    """A folder of checkpoints, on any store that fsspec opens.
 
-    def __init__(self, url: str, keep: int) -> None:
+    What goes to a remote one is written to the folder `scratch` first.
+    """
+
+    def __init__(self, url: str, keep: int, scratch: Path | None = None) -> None:
         self.url = url
-        self._keep = keep
+        self._keep, self._scratch = keep, scratch
 
     def write(self, content: dict[str, Any]) -> Record:
         """Write the checkpoint of `content`, then delete those that are not needed any more.
@@ -82,7 +85,7 @@ class Store:
         progress = content["progress"]
         step, url = progress["step"], files.join(self.url, file_name(progress["step"]))
         try:
-            with files.publish(url) as path:
+            with files.publish(url, self._scratch) as path:
                 save(content, path)
                 record = Record(
                     step=step,
@@ -322,8 +325,8 @@ def resume(
         if saved["donor_pool"] != donor_pool:
             print(
                 f"fills choose from {donor_pool} images now, from {saved['donor_pool']} before: "
-                "the batches stay the same, the counterfactuals do not (--method.donors global "
-                "would keep them)",
+                "the batches stay the same, the counterfactuals do not (a run that begins "
+                "with --method.donors global keeps them)",
                 flush=True,
             )
     return Progress(**saved["progress"])

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from rft import files
 from rft.config import Config
 from rft.evaluate.accuracy import Count
+from rft.train.checkpoint import warn
 from rft.train.pictures import Counterfactuals, grid
 
 SECONDS_PER_LINE = 60.0  # where there is no terminal; each held-out result is a line too
@@ -41,7 +42,7 @@ def require_packages(config: Config) -> None:
         importlib.metadata.version("wandb")
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(
-            "--log.wandb needs a package that is not installed: pip install 'rft[wandb]'"
+            "--log.wandb needs a package that is not installed: pip install -e '.[wandb]'"
         ) from error
 
 
@@ -162,14 +163,15 @@ class Wandb:
 
     Of this machine it is told nothing but what wandb cannot do without: no source, no console, no
     git remote, host, user, package list or hardware, and URLs without their credentials. Without a
-    network, WANDB_MODE=offline keeps everything in the run folder for `wandb sync`.
+    network, WANDB_MODE=offline keeps everything in the run folder for `wandb sync`. A run outlives
+    wandb's process, which takes a scheduler's signal, meant for every process, for its own end.
     """
 
     def __init__(self, config: Config, done: int) -> None:
         # an extra, and slow to import
         import wandb  # pyrefly: ignore[missing-import]
 
-        self._image = wandb.Image
+        self._image, self._answers = wandb.Image, True
         folder = Path(config.run)
         try:
             self._run = wandb.init(
@@ -204,9 +206,13 @@ class Wandb:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add the values of a step."""
-        # wandb keeps what a killed run logged beyond its last checkpoint and takes nothing twice
-        if step >= self._run.step:
-            self._run.log(dict(values), step=step)
+
+        def log() -> None:
+            # wandb keeps what a killed run logged beyond its last checkpoint, takes nothing twice
+            if step >= self._run.step:
+                self._run.log(dict(values), step=step)
+
+        self._ask(log)
 
     def pictures(self, step: int, grid_CHW: Tensor) -> None:
         """Add a picture, uint8."""
@@ -214,7 +220,16 @@ class Wandb:
 
     def close(self, *, failed: bool) -> None:
         """Send what is left, for as long as a job that is told to stop can wait."""
-        self._run.finish(exit_code=int(failed))
+        self._ask(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _ask(self, work: Callable[[], None]) -> None:
+        if not self._answers:
+            return
+        try:
+            work()
+        except Exception as error:  # its process, its service and the network have their own errors
+            self._answers = False
+            warn(f"nothing more goes to wandb: {files.reason(error)}")
 
 
 def wandb_id(folder: Path, done: int) -> str:

@@ -85,7 +85,9 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
     """
     config, world = job.config, job.world
     optimizer = build_optimizer(job.objective, config.optim)
-    store = checkpoint.Store(RunFolder(config).checkpoints, config.log.keep)
+    folder = RunFolder(config)
+    # in the run folder what a killed job left is swept away
+    store = checkpoint.Store(folder.checkpoints, config.log.keep, scratch=folder.path)
     pool = config.donor_pool(world.size)
     progress = checkpoint.resume(store, world, job.student, optimizer, job.must_agree, pool)
     module = dist.data_parallel(world, job.objective, job.device)
@@ -133,9 +135,11 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
         if job.total_steps == 0:
             progress = select(job, progress, journal)
         if saved < progress.step:
-            if meter.steps:
-                journal.metrics(progress.step, meter.read(progress.step))
+            values = meter.read(progress.step) if meter.steps else None
+            # first: there may be little time left, and what ends the run may have ended its logs
             save(job, writer, optimizer, progress)
+            if values:
+                journal.metrics(progress.step, values)
         dist.on_main(world, writer.wait)
     dist.on_main(world, lambda: end(job, progress, reason))
     return progress

@@ -47,9 +47,10 @@ class RunFolder:
         lock = filelock.FileLock(self.path / ".lock", thread_local=False)
 
         def take() -> None:
-            check_identity(self._config)
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire(lock, request)
+            # not before: what was in the folder until now may be another run
+            check_identity(self._config)
             files.sweep(str(self.path))
             files.write_json(str(self.path / "config.json"), self._config.to_dict())
             files.write_json(str(self.path / "provenance.json"), files.provenance())
@@ -72,7 +73,8 @@ class RunFolder:
                 if request.reason or time.monotonic() > deadline:
                     raise ValueError(
                         f"another job is writing {self.path} and did not leave within "
-                        f"{patience:g} s; wait for it or stop it"
+                        f"{patience:g} s; wait for it or stop it. If there is none, a lost machine "
+                        f"left its lock: delete {self.path / '.lock'}"
                     ) from error
             if not said:
                 where = f"another job to leave {self.path}"
@@ -107,9 +109,11 @@ def check_identity(config: Config) -> None:
     document = files.read_json(str(path))
     if {"merged_from", "imported_from"} & document.keys():
         raise ValueError(f"{folder} holds a merged or imported model; choose another --run-dir")
-    # a run that stopped before its first checkpoint left nothing that another could spoil
-    if not (folder / "training.json").exists() and not any(folder.glob("checkpoints/*.pt")):
-        return  # those kept elsewhere are checked when they are loaded
+    # a run that stopped before its first checkpoint left nothing that another could spoil;
+    # checkpoints that lie elsewhere, of a folder that was lost, are checked when they are loaded
+    signs = ("training.json", "progress.json", "checkpoints/*.pt")
+    if not any(any(folder.glob(sign)) for sign in signs):
+        return
     old = Config.from_dict(document).identity()
     if changed := files.difference(old, config.identity()):
         raise ValueError(

@@ -16,7 +16,7 @@ class StopRequest:
 
     Signals only leave a note: the step under way is finished. They come more than once (SLURM sends
     them to every process, torchrun again to its ranks). Only a second Ctrl-C of a person, who sees
-    that nothing happens, ends the process at once.
+    that nothing happens, ends the process in the middle of one.
     """
 
     def __init__(self, stop_file: str) -> None:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A real SLURM cluster in a box: slurmctld, munge and two slurmd that share this machine. Needs root
 # and the Debian packages slurmctld, slurmd, slurm-client and munge.
-#   cluster.sh run DIR            start it and stay; it is up when DIR/up exists
+#   cluster.sh run DIR            start it and stay; it is up when DIR/up exists. PREEMPTION=no in the
+#                                 environment: no job makes way for another
 #   cluster.sh in DIR COMMAND...  run a command inside, where sbatch finds it
 #   cluster.sh lose DIR NODE      kill all that runs on a node, as if its power had failed
 #   cluster.sh regain DIR NODE    start it again
@@ -11,8 +12,9 @@ set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 
 configuration() {
-    local cores
+    local cores type=partition_prio mode=REQUEUE
     cores=$(getconf _NPROCESSORS_ONLN)
+    if [ "${PREEMPTION:-yes}" = no ]; then type=none mode=OFF; fi
     cat <<END
 ClusterName=tests
 SlurmctldHost=localhost(127.0.0.1)
@@ -34,8 +36,8 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=5
 KillWait=5
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
+PreemptType=preempt/$type
+PreemptMode=$mode
 StateSaveLocation=$1/state
 SlurmdSpoolDir=$1/spool/%n
 SlurmctldPidFile=$1/run/slurmctld.pid
@@ -44,7 +46,7 @@ SlurmctldLogFile=$1/log/slurmctld.log
 SlurmdLogFile=$1/log/slurmd-%n.log
 NodeName=node1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=6821 CPUs=$cores CoresPerSocket=$cores
 NodeName=node2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=6822 CPUs=$cores CoresPerSocket=$cores
-PartitionName=low Nodes=ALL Default=YES MaxTime=1-0 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=low Nodes=ALL Default=YES MaxTime=1-0 PriorityTier=1 PreemptMode=$mode GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=1-0 PriorityTier=10 PreemptMode=OFF
 END
 }

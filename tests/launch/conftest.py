@@ -1,5 +1,6 @@
 """A real SLURM cluster of two nodes on this machine, and projects that submit to it."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ PACKAGES = {
 }
 SETTINGS = f"""
 SBATCH_OPTIONS=(--partition=low)
+CPU_OPTIONS=(--partition=low)
 TIME=30
 GPUS_PER_NODE=0
 CPUS_PER_NODE=1
@@ -97,14 +99,22 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """Run a cluster on which jobs of the partition "high" preempt those of "low"."""
+    with running_cluster(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def running_cluster(folder: Path, *, preemption: bool = True) -> Iterator[Cluster]:
     """Run a cluster; where it cannot be had, say why, and in CI fail."""
     if reason := why_not():
         if os.environ.get("RFT_REQUIRE_SLURM"):
             pytest.fail(f"no SLURM cluster, which RFT_REQUIRE_SLURM asks for: {reason}")
         pytest.skip(f"no SLURM cluster: {reason}")
-    folder = tmp_path_factory.mktemp("slurm")
+    folder.mkdir(exist_ok=True)
     log = folder / "output.log"
-    with running([str(SCRIPT), "run", str(folder)], log) as process:
+    variables = ["env", f"PREEMPTION={'yes' if preemption else 'no'}"]
+    with running([*variables, str(SCRIPT), "run", str(folder)], log) as process:
         deadline = time.monotonic() + 60
         while not (folder / "up").exists():
             if process.poll() is not None or time.monotonic() > deadline:

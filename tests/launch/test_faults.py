@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rft import files
-from tests.launch.conftest import SCRIPT, Cluster, until
+from tests.launch.conftest import SCRIPT, Cluster, Project, running_cluster, until
 from tests.tiny import environment, torchrun_command, weights
 
 RECIPE = "object-mask-single-fill"
@@ -119,17 +119,31 @@ def kill_rank(cluster: Cluster, run: Path) -> None:
     cluster.call("pkill", "-KILL", "--full", f"python.* -m rft.train .*{run} ")
 
 
+def submit_broken(cluster: Cluster, project: Project) -> str:
+    """Submit what will never have a checkpoint, by sbatch itself; return the job's number.
+
+    It gets none of this environment, as sites have it that want jobs to make their own.
+    """
+    words = ("launch/train.sbatch", RECIPE, "--loader.batch-size=61")
+    return cluster.call("sbatch", "--parsable", "--export=HOME", *words, cwd=project.folder)
+
+
+def require_given_up(cluster: Cluster, project: Project, job: str) -> None:
+    assert cluster.field(job, "JobState") == "FAILED"
+    assert cluster.field(job, "Restarts") == "0"
+    said = (project.folder / f"rft-train-{job}.log").read_text()
+    assert "a batch of 61 is larger" in said
+    assert "failed without having advanced" in said
+    assert f"go on with {project.runs}/{RECIPE}-seed0/resubmit.sh" in said
+
+
 @pytest.mark.timeout(600)
 def test_a_sweep_goes_on_after_faults_and_what_cannot_work_is_not_repeated(
     quiet, project, tiny_data, tiny_clip
 ):
     project.write_settings(settings(tiny_data, tiny_clip))
     array = project.submit(quiet, "--array=0-1", "sweep")
-    # no checkpoint will ever be there; submitted by sbatch itself
-    broken = quiet.call(
-        *("sbatch", "--parsable", "launch/train.sbatch", RECIPE, "--loader.batch-size=61"),
-        cwd=project.folder,
-    )
+    broken = submit_broken(quiet, project)
     first, last = (project.runs / f"random-mask-{fill}-fill-seed0" for fill in ("no", "single"))
     wait_for_progress(first)
     kill_rank(quiet, first)
@@ -149,9 +163,16 @@ def test_a_sweep_goes_on_after_faults_and_what_cannot_work_is_not_repeated(
         again = (run / "resubmit.sh").read_text()
         assert f" launch/train.sbatch {run.name.removesuffix('-seed0')} --seed 0\n" in again
         assert (run / "code" / "rft").is_dir()
+    require_given_up(quiet, project, broken)
 
-    assert quiet.field(broken, "JobState") == "FAILED"
-    assert quiet.field(broken, "Restarts") == "0"
-    said = (project.folder / f"rft-train-{broken}.log").read_text()
-    assert "failed without having advanced" in said
-    assert f"go on with {project.runs}/{RECIPE}-seed0/resubmit.sh" in said
+
+@pytest.mark.timeout(600)
+def test_what_cannot_work_is_not_repeated_where_nothing_is_preempted(
+    tmp_path, project, tiny_data, tiny_clip
+):
+    # SLURM shows other fields of a job there
+    project.write_settings(settings(tiny_data, tiny_clip))
+    with running_cluster(tmp_path / "slurm", preemption=False) as cluster:
+        broken = submit_broken(cluster, project)
+        until(cluster.is_idle, "the end of the job")
+        require_given_up(cluster, project, broken)

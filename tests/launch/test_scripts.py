@@ -10,7 +10,10 @@ import pytest
 from rft.experiments import Plan, experiments
 from tests.launch.conftest import ROOT, SETTINGS, Project, environment
 
-GPUS = "GPUS_PER_NODE=8\nCPUS_PER_NODE=64\nSBATCH_OPTIONS=(--account='a b')\n"
+GPUS = """
+GPUS_PER_NODE=8 CPUS_PER_NODE=64
+SBATCH_OPTIONS=(--account='a b') CPU_OPTIONS=(--account=cpu)
+"""
 
 
 def dry(project: Project, *words: str) -> list[str]:
@@ -78,9 +81,13 @@ def test_what_is_submitted(project, words, options, arguments):
     assert line[script:] == arguments
     given = line[:script]
     assert f"--chdir={project.folder}" in given
-    assert "--account=a b" in given
+    gpus = options[0].startswith("--gpus")
+    assert ("--account=a b" if gpus else "--account=cpu") in given
     assert set(options) <= set(given)
-    assert any(option.startswith("--gpus") for option in given) == (options[0][:6] == "--gpus")
+    assert any(option.startswith("--gpus") for option in given) == gpus
+    # without a time a job gets the partition's, which may be minutes
+    timed = "#SBATCH --time=" in (ROOT / arguments[0]).read_text()
+    assert timed or any(option.startswith("--time=") for option in given)
     # what was asked for comes last, where it counts
     asked = list(words[: words.index(arguments[0][7:-7])])
     assert given[len(given) - len(asked) :] == asked
@@ -144,10 +151,14 @@ def copied(project: Project, place: Path) -> set[str]:
 
 def test_the_code_is_copied_as_it_is(project, tmp_path):
     project.write_settings()
+    # as editors leave them
+    for name in ("cluster.env~", ".cluster.env.swp", "cluster.env.bak"):
+        (project.folder / "launch" / name).write_text("export AWS_SECRET_ACCESS_KEY=...")
     plain = copied(project, tmp_path / "plain")
     wanted = {"rft/train/__main__.py", "rft/demo/clip/open_clip_model.safetensors"}
     assert wanted | {"tools/shard_ood.py", "launch/job.sh", "REVISION"} <= plain
-    assert "launch/cluster.env" not in plain
+    assert "launch/cluster.env.example" in plain
+    assert not [name for name in plain - {"launch/cluster.env.example"} if "cluster.env" in name]
     # the same from a repository, with what is new, changed or deleted in it
     git = ("git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(project.folder))
     (project.folder / ".gitignore").write_text("*.log\n")
@@ -196,6 +207,69 @@ def test_resubmitting_keeps_every_word(project, tmp_path):
     )
     expected = [f"{folder}/code", "--account=a b", "--nodes=1", "launch/train.sbatch", *words]
     assert said.stdout.splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    ("answers", "tries", "told"),
+    [
+        (["Socket timed out on send/recv operation"] * 2, 3, ""),
+        (["Requested operation is presently disabled"], 1, "error: it cannot be: Requested"),
+        (["Access/permission denied"], 1, "error: it cannot be: Access/permission denied; go on"),
+        (["Socket timed out on send/recv operation"] * 30, 30, "error: it cannot be: Socket"),
+    ],
+)
+def test_a_busy_controller_is_asked_again(project, answers, tries, told):
+    lines = "\n".join(answers)
+    said = bash(
+        project,
+        f"""
+        job=12 run=/run
+        sleep() {{ if [ "$1" = infinity ]; then echo waits for the end; exit 0; fi; }}
+        scontrol() {{
+            local answer
+            echo "$*" >>asked
+            answer=$(tail -n "+$(wc -l <asked)" <<<{shlex.quote(lines)} | head -n 1)
+            if [ -n "$answer" ]; then echo "slurm error: $answer" >&2; return 1; fi
+        }}
+        (requeue "time is up") 2>&1 || echo failed
+        """,
+    )
+    asked = (project.folder / "asked").read_text().splitlines()
+    assert asked == ["requeue 12"] * tries
+    assert told in said.replace("slurm error: ", "")
+    assert said.endswith("failed\n" if told else "waits for the end\n")
+
+
+def attempt(project: Project, ranks: str) -> str:
+    """What a training's job says whose ranks are a piece of bash, on a node with GPUs."""
+    project.write_settings(GPUS)
+    return bash(
+        project,
+        f"""
+        export SLURM_SUBMIT_DIR=$PWD SLURM_JOB_ID=12 SLURM_JOB_PARTITION=p SLURM_JOB_NUM_NODES=1
+        export PATIENCE=0
+        job_field() {{ if [ "$1" = JobState ]; then echo RUNNING; fi; }}
+        misses_node() {{ false; }}
+        start_ranks() {{ echo "ranks: $*"; ({ranks}) & ranks=$!; }}
+        source launch/cluster.env
+        job=12 attempt=12-0 asked=no
+        (train vanilla --seed 1) 2>&1 && echo ended well || echo failed
+        """,
+    )
+
+
+def test_ranks_that_all_end_well_have_finished_whatever_the_file_system_shows(project):
+    assert attempt(project, "exit 0").endswith("ended well\n")
+
+
+def test_ranks_that_fail_without_having_advanced_are_not_started_again(project):
+    said = attempt(project, "exit 1")
+    assert "failed without having advanced" in said
+    assert said.endswith("failed\n")
+
+
+def test_ranks_on_a_node_with_gpus_do_not_take_its_cpu(project):
+    assert " --device cuda --seed 1\n" in attempt(project, "exit 0")
 
 
 def test_the_whole_paper_is_submitted_in_order(project):

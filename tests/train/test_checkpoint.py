@@ -242,6 +242,33 @@ def test_a_full_disk_is_one_line_wherever_it_is_full(tmp_path):
             assert not files.names(str(disk))
 
 
+def test_what_goes_to_a_remote_store_is_written_in_the_run_folder_first(tmp_path):
+    url = f"memory://scratch-{tmp_path.name}"
+    small = {"progress": {"step": 1, "best_step": -1}}
+    (tmp_path / "disk").mkdir()
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        store = Store(url, keep=2, scratch=disk)
+        store.write(small)
+        large = {"progress": {"step": 2, "best_step": -1}, "model": torch.zeros(2**20)}
+        with pytest.raises(OSError, match=rf"step-00000002.pt: .*No space left.*{disk}"):
+            store.write(large)
+        assert not files.names(str(disk))
+    assert store.newest_whole().step == 1
+
+
+def test_checkpoints_elsewhere_are_of_one_configuration(train, tmp_path, capsys):
+    elsewhere = ("--log.checkpoints", f"memory://elsewhere-{tmp_path.name}")
+    folder = train("run", *elsewhere)
+    (folder / "training.json").unlink()
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(SystemExit):
+        train("run", *elsewhere, "--optim.lr", "0.5")
+    assert "holds a run with another configuration: optim.lr" in capsys.readouterr().err
+    assert (folder / "config.json").read_bytes() == before
+    train("run", *elsewhere)
+    assert (folder / "training.json").exists()
+
+
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(
     train, calm, monkeypatch, tmp_path, capsys
 ):

@@ -174,3 +174,26 @@ def test_a_run_that_the_other_job_finished_is_left_alone(train, tmp_path, monkey
     train()
     assert "run already finished" in capsys.readouterr().out
     assert (folder / "training.json").read_bytes() == summary
+
+
+def test_a_run_that_the_other_job_began_keeps_its_configuration(
+    train, tmp_path, monkeypatch, capsys
+):
+    folder = train()
+    (folder / "training.json").unlink()
+    before = (folder / "config.json").read_bytes()
+    begun = folder.rename(tmp_path / "begun")
+    folder.mkdir()
+    lock = filelock.FileLock(folder / ".lock")
+    lock.acquire()
+
+    def leave(_):
+        for path in begun.iterdir():
+            path.rename(folder / path.name)
+        lock.release()
+
+    monkeypatch.setattr(run.time, "sleep", leave)
+    with pytest.raises(SystemExit):
+        train("run", "--optim.lr", "0.5")
+    assert "holds a run with another configuration: optim.lr" in capsys.readouterr().err
+    assert (folder / "config.json").read_bytes() == before

@@ -4,15 +4,23 @@ wandb is not among the packages of the tests: open_clip imports it where it is i
 costs each process of each test more than a second. `.ci/run` installs it and runs these tests.
 """
 
+import contextlib
 import json
 import os
+import re
+import signal
 import struct
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from rft import files
 from rft.evaluate.accuracy import Count
 from rft.train.journal import Journal, Wandb, require_packages
+from rft.train.stop import STOPPED
+from tests import tiny
 from tests.train.test_journal import COUNTERFACTUALS, SHAPE, VALUES, configuration
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]'")
@@ -28,7 +36,8 @@ def stranger(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     yield
-    wandb.teardown()
+    with contextlib.suppress(ConnectionError):  # its process may be gone
+        wandb.teardown()
 
 
 @pytest.fixture
@@ -123,3 +132,61 @@ def test_wandb_takes_no_step_twice(tmp_path, offline):
 def test_wandb_without_a_login_is_one_line(tmp_path, stranger):
     with pytest.raises(ValueError, match=r"--log.wandb project: .*\(WANDB_MODE=offline needs"):
         Wandb(configuration(tmp_path, wandb="project"), 0)
+
+
+def services() -> list[int]:
+    """The process ids of wandb's own processes below this one."""
+    return [pid for pid in tiny.children(os.getpid()) if b"wandb-core" in command_line(pid)]
+
+
+def command_line(pid: int) -> bytes:
+    """What a process was started with; nothing once it is gone."""
+    path = Path(f"/proc/{pid}/cmdline")
+    return path.read_bytes() if path.exists() else b""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_outlives_its_wandb(tmp_path, offline, capsys, number):
+    config = configuration(tmp_path / "run", wandb="project")
+    Path(config.run).mkdir()
+    with Journal(config, 0, 100, writes=True) as log:
+        log.metrics(10, VALUES)
+        (service,) = services()
+        os.kill(service, number)
+        deadline = time.monotonic() + 20
+        while command_line(service) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for step in range(20, 60, 10):
+            log.metrics(step, VALUES)
+            log.pictures(step, [COUNTERFACTUALS], 8)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30, 40, 50]
+    said = capsys.readouterr().err
+    assert said.count("WARNING: nothing more goes to wandb: ") == 1, said
+
+
+def test_a_run_that_is_signalled_with_its_wandb_keeps_its_last_step(tmp_path, tiny_data, tiny_clip):
+    run = tmp_path / "run"
+    command = tiny.torchrun_command(
+        *(1, "rft.train", "object-mask-single-fill", "--data", str(tiny_data), "--run-dir"),
+        *(str(run), "--scale", "miniature", "--model.clip", tiny_clip, "--method.threshold", "0.5"),
+        *("--loader.workers", "0", "--loader.held-out", "16", "--loader.batch-size", "6"),
+        *("--optim.epochs", "20", "--log.every-steps", "1", "--log.checkpoint-steps", "1000"),
+        *("--log.wandb", "project"),
+    )
+    variables = tiny.environment(WANDB_MODE="offline", HOME=str(tmp_path))
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
+        while not (run / "progress.json").exists():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.02)
+        for pid in [*tiny.children(process.pid), process.pid]:
+            os.kill(pid, signal.SIGTERM)
+        code = process.wait(60)
+    assert code == STOPPED, log.read_text()
+    (step,) = re.findall(r"stopped after step (\d+) of 200 \(SIGTERM\)", log.read_text())
+    assert files.read_json(str(run / "progress.json"))["step"] == int(step)
+    assert "WARNING: nothing more goes to wandb" in log.read_text()
+    subprocess.run(command, env=variables, check=True)
+    assert (run / "training.json").exists()
