@@ -92,9 +92,14 @@ class Cluster:
         shown = self.call("scontrol", "show", "job", "--oneliner", job).split(f" {name}=", 1)[1]
         return shown.split(" ", 1)[0]
 
-    def is_idle(self) -> bool:
-        """Whether no job waits or runs."""
-        return not self.call("squeue", "--noheader")
+    def wait_until_idle(self, what: str, seconds: float = 180) -> None:
+        """Wait until no job waits or runs."""
+        try:
+            until(lambda: not self.call("squeue", "--noheader"), what, seconds)
+        except AssertionError as error:
+            jobs = self.call("scontrol", "show", "jobs")
+            log = (self.folder / "log" / "slurmctld.log").read_text()
+            raise AssertionError(f"{error}\n{jobs}\n{log[-3000:]}") from error
 
 
 @pytest.fixture(scope="session")

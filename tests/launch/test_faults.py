@@ -59,7 +59,7 @@ def quiet(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster without jobs of others, and without any that a failed test would leave."""
     yield cluster
     cluster.call("scancel", "--user=root")
-    until(cluster.is_idle, "the end of cancelled jobs")
+    cluster.wait_until_idle("the end of cancelled jobs")
 
 
 @pytest.fixture
@@ -97,14 +97,14 @@ def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tiny_data, tiny_c
 
     reached = wait_for_progress(run)
     quiet.call("scancel", job)
-    until(quiet.is_idle, "the end of the cancelled job")
+    quiet.wait_until_idle("the end of the cancelled job")
     assert quiet.field(job, "JobState") == "CANCELLED"
     assert quiet.field(job, "Restarts") == "2"
     assert reached <= progress(run) < STEPS
     assert log_of(run).count("is requeued") == 1
 
     quiet.call(run / "resubmit.sh")
-    until(quiet.is_idle, "the end of the run")
+    quiet.wait_until_idle("the end of the run")
     assert (run / "training.json").exists(), log_of(run)
     assert not list(run.glob("stop-*"))
     require_each_step_once(run)
@@ -150,7 +150,7 @@ def test_a_sweep_goes_on_after_faults_and_what_cannot_work_is_not_repeated(
     wait_for_progress(last)
     # the last task has the number of the whole array: only its own training may be requeued
     quiet.call("scancel", "--signal=USR1", "--batch", f"{array}_1")
-    until(quiet.is_idle, "the end of the sweep")
+    quiet.wait_until_idle("the end of the sweep")
 
     logs = next(project.runs.glob("jobs/sweep-*"))
     said = [(logs / f"job-{array}-{task}.log").read_text() for task in (0, 1)]
@@ -174,5 +174,5 @@ def test_what_cannot_work_is_not_repeated_where_nothing_is_preempted(
     project.write_settings(settings(tiny_data, tiny_clip))
     with running_cluster(tmp_path / "slurm", preemption=False) as cluster:
         broken = submit_broken(cluster, project)
-        until(cluster.is_idle, "the end of the job")
+        cluster.wait_until_idle("the end of the job")
         require_given_up(cluster, project, broken)

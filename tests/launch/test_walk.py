@@ -67,11 +67,11 @@ def test_every_command_of_the_page(cluster: Cluster, project: Project):
         settings.write_text(settings.read_text() + SETTINGS + MORE)
         for block in walk:
             if block.startswith("TRAIN="):
-                until(cluster.is_idle, "the shards")
+                cluster.wait_until_idle("the shards")
             if block.startswith("scancel"):
                 until((run / "progress.json").exists, "the first checkpoint")
             if block.startswith("grep"):
-                until(cluster.is_idle, "run and evaluation", 300)
+                cluster.wait_until_idle("run and evaluation", 300)
             outputs[block.split()[0]] = user.run(block)
 
     log = next(run.glob("job-*.log")).read_text()

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import select
 import sys
 from pathlib import Path
 
@@ -107,7 +108,10 @@ def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
         display.held_out(110, Count(3, 4))
         display.update(120, VALUES)
         display.close()
-        drawn = os.read(master, 100_000).decode()
+        drawn = b""
+        while select.select([master], [], [], 0.2)[0]:  # a terminal gives it in pieces
+            drawn += os.read(master, 100_000)
+        drawn = drawn.decode()
     os.close(master)
     assert recipes.DEFAULT in drawn
     for words in ("110/1000", "120/1000", "epoch 0.25/10", "ETA", "step 110/1000  held-out 75.00%"):
@@ -162,5 +166,5 @@ def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     require_packages(configuration(tmp_path))
-    with pytest.raises(ValueError, match=r"--log.wandb .*: pip install 'rft\[wandb\]'"):
+    with pytest.raises(ValueError, match=r"--log.wandb .*: pip install -e '\.\[wandb\]'"):
         require_packages(configuration(tmp_path, wandb="project"))
