@@ -86,13 +86,11 @@ class Run:
 
     def start(self) -> None:
         """Start it in a session of its own; what it says goes to a file."""
-        # torchrun would give a rank that hangs half a minute to end
-        environment = tiny.environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3")
         log = self.folder.with_suffix(f".{len(self.output)}.log")
         self.output.append(str(log))
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                self.command, env=environment, stdout=stream, stderr=subprocess.STDOUT,
+                self.command, env=tiny.environment(), stdout=stream, stderr=subprocess.STDOUT,
                 start_new_session=True, text=True,
             )  # fmt: skip
 
@@ -300,8 +298,9 @@ def hang(run: Run, random: Random) -> None:
     rank = int(random.integers(run.ranks))
     pid = run.rank_processes()[rank]
     os.kill(pid, signal.SIGSTOP)
-    run.wait()
     run.require_told(f"no answer from rank {rank} of {run.ranks}")
+    tiny.kill(pid)  # as torchrun does, after giving it half a minute to end by itself
+    run.wait()
 
 
 def second_job(run: Run, random: Random) -> None:
