@@ -60,8 +60,8 @@ def each_done(
 ) -> Generator[tuple[int, Result], None, None]:
     """Yield the number of a job and `work(job)`, as they end; the first error stops all.
 
-    Work, jobs and results travel between processes unless one worker is enough. Ctrl-C ends work in
-    the middle, so it must leave nothing half done.
+    Work, jobs and results travel between processes unless one worker is enough. Ctrl-C and SIGTERM
+    end work in the middle; what it has of `finally` and context managers is still done.
 
     Raises:
         ValueError: if a worker process is killed; and whatever `work` raises.
@@ -99,9 +99,28 @@ def _submit(
     # the first submit starts processes, which inherit the blocked signal until they ignore it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return {pool.submit(work, job): number for number, job in enumerate(jobs)}
+        return {pool.submit(_attempt, work, job): number for number, job in enumerate(jobs)}
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+class _Ended(BaseException):
+    """A worker was told to end while it worked."""
+
+
+def _attempt(work: Callable[[Job], Result], job: Job) -> Result:
+    """Work; at SIGTERM clean up and leave. Between two jobs there is nothing to clean up."""
+
+    def end(*_: object) -> None:
+        raise _Ended
+
+    try:
+        signal.signal(signal.SIGTERM, end)
+        return work(job)
+    except _Ended:
+        os._exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _start_worker() -> None:

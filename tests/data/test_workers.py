@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rft import files
 from rft.data.workers import check_workers, for_each
 
 
@@ -41,32 +42,34 @@ def test_a_killed_worker_is_told() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_interrupt_ends_it_at_once(tmp_path: Path, workers: int) -> None:
+def test_an_interrupt_ends_it_at_once_and_leaves_nothing(tmp_path: Path, workers: int) -> None:
     """Ctrl-C reaches the whole process group; nobody waits for work that takes ten minutes."""
     program = (
         "import sys; from rft import cli; from tests.data.test_workers import *\n"
-        "cli.run(lambda: for_each('x', touch_and_sleep, sys.argv[2:], int(sys.argv[1])))"
+        "cli.run(lambda: for_each('x', publish_slowly, sys.argv[2:], int(sys.argv[1])))"
     )
-    started = [tmp_path / "a", tmp_path / "b"]
+    names = [tmp_path / "a", tmp_path / "b"]
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(workers), *map(str, started)],
+        [sys.executable, "-c", program, str(workers), *map(str, names)],
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        while process.poll() is None and not all(path.exists() for path in started[:workers]):
+        while process.poll() is None and len(list(tmp_path.iterdir())) < workers:
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=120)
     finally:
         process.kill()
     assert (process.returncode, said) == (130, "")
+    assert not list(tmp_path.iterdir())
 
 
-def touch_and_sleep(path: str) -> None:
-    Path(path).touch()
-    time.sleep(600)
+def publish_slowly(path: str) -> None:
+    with files.publish(path) as temporary:
+        temporary.touch()
+        time.sleep(600)
 
 
 def test_number_of_workers() -> None:
