@@ -247,7 +247,7 @@ def test_two_jobs_on_one_run_folder(refused, options, tmp_path):
     (tmp_path / "run").mkdir()
     with filelock.FileLock(tmp_path / "run" / ".lock"):
         # another process: a lock can be taken again by the one that holds it
-        command = [sys.executable, "-m", "rft.train", *options]
+        command = [sys.executable, "-m", "rft.train", *options, "--cluster.lock-wait", "0"]
         result = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert result.returncode == 2
     assert "another job is writing" in result.stderr
