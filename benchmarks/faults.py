@@ -57,7 +57,7 @@ class Arguments:
     seed: int = 0
     """Seed of the points at which runs are hurt."""
     save: bool = False
-    """Keep the table in benchmarks/results."""
+    """Keep the table in benchmarks/results, with what is there of faults that are not tried now."""
 
 
 @dataclass
@@ -197,7 +197,8 @@ class Outcome:
     at_step: int
     lost_steps: int
     weights_differ: bool
-    said: str
+    date: str
+    said: str = ""
     """The line in which the hurt job tells what happened; empty if it was killed."""
 
 
@@ -265,13 +266,9 @@ def full_disk(run: Run, random: Random) -> None:
     """Fill the file system until a checkpoint fails; make room again."""
     to_random_step(run, random)
     ballast = run.folder / "ballast"
-    with ballast.open("wb") as stream:
-        try:
-            while True:
-                stream.write(bytes(2**16))
-                stream.flush()
-        except OSError:
-            pass  # full
+    with suppress(OSError), ballast.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(2**16))
     run.wait()
     run.require_told("No space left on device")
     ballast.unlink()
@@ -398,6 +395,8 @@ class Bench:
                 stack.enter_context(small_disk(run.folder, 2**23))
             if fault == "rank hangs":
                 run.options = ("--cluster.timeout", str(HANG))
+            if fault == "stop file":
+                run.options = ("--cluster.stop-file", str(run.folder / "stop"))
             FAULTS[fault](run, random)
             reached, said, lost = run.step(), told(run.said()), 0
             if not run.finished:
@@ -407,7 +406,12 @@ class Bench:
                 said = said or told(run.said())
             elif fault != "second job":
                 raise RuntimeError(f"the run was not hurt: {run.said()[-3000:]}")
-            return Outcome(fault, reached, lost, run.weights() != self._weights, said)
+            return Outcome(fault, reached, lost, run.weights() != self._weights, today(), said)
+
+
+def today() -> str:
+    """Return the date as results have it."""
+    return time.strftime("%Y-%m-%d")
 
 
 def told(text: str) -> str:
@@ -455,12 +459,37 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:
     }
 
 
-def note(about: dict[str, object]) -> str:
+def merged(before: Sequence[Outcome], outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes with those before of other faults, in the table's order."""
+    now = {outcome.fault for outcome in outcomes}
+    kept = [outcome for outcome in before if outcome.fault not in now]
+    return sorted([*kept, *outcomes], key=lambda outcome: list(FAULTS).index(outcome.fault))
+
+
+def save(outcomes: Sequence[Outcome]) -> None:
+    """Write the results, with those that are there of other faults on runs of the same kind."""
+    path, kind = RESULTS / "faults.json", {"steps": STEPS, "every": EVERY, "ranks": RANKS}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if kind.items() <= before.items():
+        outcomes = merged([Outcome(**one) for one in before["outcomes"]], outcomes)
+    about = machine.describe()
+    result = {**about, **summary(outcomes), **kind}
+    result["outcomes"] = [
+        {name: value for name, value in dataclasses.asdict(one).items() if name != "said"}
+        for one in outcomes
+    ]
+    files.write_json(str(path), result)
+    text = f"{table(outcomes)}\n\n{note(about, outcomes)}\n"
+    files.write_bytes(str(RESULTS / "faults.md"), text.encode())
+
+
+def note(about: dict[str, object], outcomes: Sequence[Outcome]) -> str:
     """Return what the table's numbers are of."""
+    dates = sorted({outcome.date for outcome in outcomes})
     return (
         f"A run of {STEPS} steps on {RANKS} ranks (gloo, CPU), a checkpoint every {EVERY} steps, "
         "hurt at a random point and started again with the same command. Lost steps were computed "
-        f"twice. {about['processor']}, {about['cores']} cores, {str(about['date'])[:10]}."
+        f"twice. {about['processor']}, {about['cores']} cores, {' and '.join(dates)}."
     )
 
 
@@ -478,30 +507,21 @@ def main() -> None:
             except pytest.skip.Exception as reason:
                 print(f"{number + 1}/{len(faults)} {fault}: not tried: {reason}", flush=True)
                 continue
-            except RuntimeError as error:
+            except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
                 # a try that went another way than it must is one with other weights
-                print(f"{number + 1}/{len(faults)} {fault}: FAILED: {error}", flush=True)
-                outcomes.append(Outcome(fault, 0, 0, True, str(error)))
-                continue
+                outcome = Outcome(fault, 0, 0, True, today(), f"FAILED: {error}")
             outcomes.append(outcome)
-            said = outcome.said.replace(folder, "")
             print(
                 f"{number + 1}/{len(faults)} {fault} at step {outcome.at_step}: "
                 f"{outcome.lost_steps} steps lost, "
-                f"{'OTHER' if outcome.weights_differ else 'same'} weights  {said}",
+                f"{'OTHER' if outcome.weights_differ else 'same'} weights  "
+                f"{outcome.said.replace(folder, '')}",
                 flush=True,
             )
-    about = machine.describe()
-    text = table(outcomes)
-    print(text)
-    if arguments.save:
-        result = {**about, **summary(outcomes), "steps": STEPS, "every": EVERY, "ranks": RANKS}
-        result["outcomes"] = [
-            {name: value for name, value in dataclasses.asdict(one).items() if name != "said"}
-            for one in outcomes
-        ]
-        files.write_json(str(RESULTS / "faults.json"), result)
-        files.write_bytes(str(RESULTS / "faults.md"), f"{text}\n\n{note(about)}\n".encode())
+            # a long run that is cut off keeps the faults that it has done with
+            if arguments.save and faults[number + 1 : number + 2] != [fault]:
+                save(outcomes)
+    print(table(outcomes))
     print(json.dumps(summary(outcomes)))
 
 

@@ -6,11 +6,12 @@ One try of each of these on three ranks; benchmarks/faults.py tries all faults m
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import EVERY, FAULTS, Bench, summary, table
+from benchmarks.faults import EVERY, FAULTS, Bench, merged, summary, table
 from rft.rng import numpy_generator
 from tests import tiny
 from tests.tiny import torchrun
@@ -44,6 +45,9 @@ def test_the_bench_counts_what_is_lost(bench):
     }  # fmt: skip
     assert f"| newest checkpoint truncated | 2 | {outcome.lost_steps:.1f} |" in table([outcome] * 2)
     assert outcome.fault in FAULTS
+    other = replace(outcome, fault="SIGKILL a rank")
+    later = replace(outcome, lost_steps=7)
+    assert merged([outcome, other], [later]) == [other, later]
 
 
 def disturbed(ranks: int, data: Path, clip: str, run: Path, *more: str, **how: str):
