@@ -116,7 +116,6 @@ def running_cluster(folder: Path, *, preemption: bool = True) -> Iterator[Cluste
         if os.environ.get("RFT_REQUIRE_SLURM"):
             pytest.fail(f"no SLURM cluster, which RFT_REQUIRE_SLURM asks for: {reason}")
         pytest.skip(f"no SLURM cluster: {reason}")
-    folder.mkdir(exist_ok=True)
     log = folder / "output.log"
     variables = ["env", f"PREEMPTION={'yes' if preemption else 'no'}"]
     with running([*variables, str(SCRIPT), "run", str(folder)], log) as process:

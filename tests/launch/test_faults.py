@@ -168,11 +168,12 @@ def test_a_sweep_goes_on_after_faults_and_what_cannot_work_is_not_repeated(
 
 @pytest.mark.timeout(600)
 def test_what_cannot_work_is_not_repeated_where_nothing_is_preempted(
-    tmp_path, project, tiny_data, tiny_clip
+    tmp_path_factory, project, tiny_data, tiny_clip
 ):
     # SLURM shows other fields of a job there
     project.write_settings(settings(tiny_data, tiny_clip))
-    with running_cluster(tmp_path / "slurm", preemption=False) as cluster:
+    # its sockets have no room for the name of a test
+    with running_cluster(tmp_path_factory.mktemp("slurm"), preemption=False) as cluster:
         broken = submit_broken(cluster, project)
         cluster.wait_until_idle("the end of the job")
         require_given_up(cluster, project, broken)
