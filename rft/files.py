@@ -169,6 +169,7 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     # not tempfile.mkstemp: its mode 0600 would survive the rename and override the user's umask
     temporary = folder / f".{Path(path).name}.{uuid.uuid4().hex}.tmp"
+    where = url if local else str(folder)
     try:
         yield temporary
         if local:
@@ -176,13 +177,13 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
                 os.fsync(stream.fileno())
             temporary.replace(path)
         else:
+            where = url
             with _client_errors("write", url):
                 fs.put_file(str(temporary), path)
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        # say where
-        raise OSError(error.errno, error.strerror, url if local else str(folder)) from error
+        raise OSError(error.errno, error.strerror, redact(where)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not used, written behind the training's back, on any store."""
 
+import errno
 import json
 import shutil
 import threading
@@ -254,6 +255,16 @@ def test_what_goes_to_a_remote_store_is_written_in_the_run_folder_first(tmp_path
             store.write(large)
         assert not files.names(str(disk))
     assert store.newest_whole().step == 1
+
+
+def test_an_upload_that_fails_names_the_store_and_not_the_run_folder(tmp_path, monkeypatch):
+    url = f"memory://upload-{tmp_path.name}/x"
+    lost = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    memory = fsspec.filesystem("memory")
+    monkeypatch.setattr(memory, "put_file", lambda *_: (_ for _ in ()).throw(lost))
+    told = pytest.raises(OSError, match=f"Connection reset by peer: '{url}'")
+    with told, files.publish(url, tmp_path) as path:
+        path.touch()
 
 
 def test_checkpoints_elsewhere_are_of_one_configuration(train, tmp_path, capsys):
