@@ -21,7 +21,7 @@ from PIL import Image, features
 from rich.console import Console
 from rich.table import Table
 
-from rft import files
+from rft import __version__, files
 from rft.data.workers import check_workers
 
 IMAGE_PACKAGES = ("pillow", "pillow-simd")
@@ -92,7 +92,7 @@ def rows() -> list[tuple[str, str]]:
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else []
     revision = files.git_revision()
     return [
-        ("rft", importlib.metadata.version("rft") + (f", git {revision}" if revision else "")),
+        ("rft", __version__ + (f", git {revision}" if revision else "")),
         ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         (
             "cores",

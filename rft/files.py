@@ -23,6 +23,8 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from rft import __version__
+
 HIDDEN = "***"
 # credentials of a URL, after what stays; JSON may escape slashes and ampersands, XML the latter
 CREDENTIALS = (
@@ -299,7 +301,7 @@ def provenance() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
-        "rft": importlib.metadata.version("rft"),
+        "rft": __version__,
         "git": git_revision(),
         "packages": versions,
         "python": platform.python_version(),

@@ -1,5 +1,6 @@
 """What a URL holds in secret is neither shown nor recorded."""
 
+import importlib.metadata
 import json
 import sys
 
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rft import cli, files
+import rft
+from rft import cli, env, files
 
 SIGNED = ("X-Amz-Signature", "x-amz-credential", "X-Amz-Security-Token", "sig", "token", "api_key")
 WORDS = st.text("abcxyz019-_.~+=!$*'(),;%", max_size=12)
@@ -112,6 +114,19 @@ def test_a_document_is_written_without_credentials(tmp_path):
 def test_provenance_has_the_command_without_credentials(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "recipe", "--data=https://u:canary@host/a"])
     assert files.provenance()["command"] == ["train.py", "recipe", "--data=https://***@host/a"]
+
+
+def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "rft":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert files.provenance()["rft"] == rft.__version__
+    assert dict(env.rows())["rft"].startswith(rft.__version__)
 
 
 def test_neither_a_mistake_nor_a_bug_shows_credentials(capsys, monkeypatch):
