@@ -69,6 +69,7 @@ def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
         _warning(scales),
         _notes(pairs),
         _ranks(pairs),
+        tables.precisions(rows).strip(),
     )
     return Beside(pairs, " ".join(part for part in parts if part))
 

@@ -47,13 +47,24 @@ class Run:
         """Name of the CLIP that was fine-tuned, without a folder; empty for a merged model."""
         model = self.config.get("model")
         name = model.get("clip", "") if isinstance(model, dict) else ""
-        # it goes to terminals: no control character, and nothing that theirs cannot show
-        return ascii(PurePath(str(name).removeprefix("local-dir:")).name)[1:-1]
+        return _plain(PurePath(str(name).removeprefix("local-dir:")).name)
+
+    @property
+    def precision(self) -> str:
+        """What the run was trained in; empty where nothing was: merged, imported, zero-shot."""
+        optim = self.config.get("optim")
+        trained = isinstance(optim, dict) and optim.get("epochs") != 0
+        return _plain(self.config.get("precision", "")) if trained else ""
 
     @property
     def gallery_path(self) -> Path:
         """Where the run's gallery lies, if it has one."""
         return self.path / "gallery.npz"
+
+
+def _plain(value: object) -> str:
+    """Return text from a file as any terminal can show it, without control characters."""
+    return ascii(str(value))[1:-1]
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:

@@ -72,6 +72,8 @@ class Row:
     recipe: str
     seeds: tuple[int, ...]
     cells: tuple[Spread | None, ...]
+    precision: str = ""
+    """What all of its runs were trained in; empty if they were not trained."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,9 @@ def result_rows(runs: Sequence[Run]) -> list[Row]:
     for recipe, members in by_recipe(runs).items():
         columns = zip(*(accuracies(run) for run in members), strict=True)
         cells = [_cell([value for value in column if value is not None]) for column in columns]
-        rows.append(Row(recipe, tuple(run.seed for run in members), tuple(cells)))
+        seeds = tuple(run.seed for run in members)
+        # the same for all of them (runs.check_same_settings)
+        rows.append(Row(recipe, seeds, tuple(cells), members[0].precision))
     return rows
 
 
@@ -252,7 +256,7 @@ def markdown(rows: Sequence[Row], differences: Sequence[DifferenceRow], hidden: 
             for column, cell in enumerate(row.cells)
         ]
         lines.append(markdown_line(markdown_escape(row.recipe), str(len(row.seeds)), *cells))
-    lines += ["", caption(rows, hidden)]
+    lines += ["", markdown_escape(caption(rows, hidden))]
     if differences:
         lines += ["", *markdown_head("recipe", "n", *difference_header())]
         for row in differences:
@@ -357,7 +361,20 @@ def caption(rows: Sequence[Row], hidden: int = 0) -> str:
         text += (
             f" Of each WiSE family only the alpha nearest 0.5; table.csv has the other {hidden}."
         )
-    return text
+    return text + precisions(rows)
+
+
+def precisions(rows: Sequence[Row]) -> str:
+    """Return a warning, with a space before it, if rows were trained in different precisions."""
+    trained = [row for row in rows if row.precision]
+    found = sorted({row.precision for row in trained})
+    if len(found) < 2:
+        return ""
+    parts = (
+        f"{name} ({', '.join(row.recipe for row in trained if row.precision == name)})"
+        for name in found
+    )
+    return f" Trained in different precisions: {'; '.join(parts)}."
 
 
 DIFFERENCE_CAPTION = "Difference in OOD avg, in points, paired by seed: mean, then each seed's own."

@@ -119,6 +119,36 @@ def test_the_miniature_world_is_not_taken_for_imagenet(tmp_path):
     assert "stand-ins named after the benchmarks" in page
 
 
+def test_recipes_trained_in_different_precisions_are_told_apart(tmp_path):
+    trained = {"optim": {"epochs": 10}}
+    runs = {
+        "zero-shot": "bf16",
+        "vanilla": "fp32",
+        "no-mask": "bf16",
+        "random-mask-no-fill": "auto",
+    }
+    paths = [
+        make_run(
+            tmp_path,
+            name,
+            precision=precision,
+            optim={"epochs": 0 if name == "zero-shot" else 10},
+        )
+        for name, precision in runs.items()
+    ]
+    paths.append(make_run(tmp_path, "wise-ft-0.5", merged_from=[]))
+    out = tmp_path / "report"
+    text = write_report(paths, out)
+    page = Page((out / "index.html").read_text())
+    for shown in (text, page.text, (out / "table.md").read_text(), (out / "paper.md").read_text()):
+        assert (
+            "Trained in different precisions: auto (random-mask-no-fill); bf16 (no-mask); "
+            "fp32 (vanilla)."
+        ) in " ".join(shown.split())
+    write_report([make_run(tmp_path / "one", "vanilla", precision="bf16", **trained)], out)
+    assert "precision" not in (out / "table.md").read_text()
+
+
 def test_a_sweep_over_alpha_is_a_picture_and_not_a_table(tmp_path):
     names = ["zero-shot", "vanilla", *(f"wise-ft-{tenth / 10:g}" for tenth in range(1, 10))]
     paths = [make_run(tmp_path, name) for name in names]

@@ -112,6 +112,32 @@ def test_seeds_with_other_settings_are_not_averaged(tmp_path):
         load_runs(paths)
 
 
+def test_seeds_in_different_precisions_are_not_averaged(tmp_path):
+    paths = [
+        make_run(tmp_path, seed=seed, optim={"epochs": 10}, precision=precision)
+        for seed, precision in enumerate(("fp32", "bf16"))
+    ]
+    with pytest.raises(ValueError, match=r"other settings: precision: 'fp32' -> 'bf16'"):
+        load_runs(paths)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"precision": "bf16", "optim": {"epochs": 10}}, "bf16"),
+        ({"precision": "auto", "optim": {"epochs": 10}}, "auto"),
+        ({"precision": ["\x1b[31m"], "optim": {}}, r"['\\x1b[31m']"),
+        ({"optim": {"epochs": 10}}, ""),
+        # nothing was trained
+        ({"precision": "bf16", "optim": {"epochs": 0}}, ""),
+        ({"precision": "bf16", "merged_from": []}, ""),
+        ({"precision": "bf16", "optim": 7}, ""),
+    ],
+)
+def test_the_precision_of_a_run(tmp_path, config, expected):
+    assert load_run(make_run(tmp_path, **config)).precision == expected
+
+
 def test_what_seeds_build_on_may_differ(tmp_path):
     kd = [
         make_run(
