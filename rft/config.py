@@ -15,6 +15,7 @@ import tyro
 Mask = Literal["none", "random", "context", "object"]
 Fill = Literal["none", "single", "multi"]
 Precision = Literal["fp32", "tf32", "bf16"]
+PrecisionChoice = Literal["auto", "fp32", "tf32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 Scale = Literal["paper", "small", "miniature"]
 Preset = Literal["paper", "official-parity"]
@@ -252,9 +253,10 @@ class Config:
     """Seed of the held-out split; the run's seed if not given, as in the paper."""
     order_seed: int | None = None
     """Seed of the sample order; the run's seed if not given."""
-    precision: Precision = "fp32"
-    """tf32 is for every matrix product, bf16 for the towers' alone: CAM, losses and head stay fp32.
-    Weights and optimizer are fp32 in all three."""
+    precision: PrecisionChoice = "auto"
+    """auto is bf16 on a GPU that has it and fp32 elsewhere; a run keeps its first one. tf32 is
+    for every matrix product, bf16 for the towers' alone: CAM, losses and head stay fp32. Weights
+    and optimizer are always fp32."""
     device: Device = "auto"
     recompute: bool = False
     """Keep only each layer's input and compute the layer again in the backward pass (activation
@@ -353,6 +355,40 @@ class Config:
             ValueError: for an unknown field or a value out of range.
         """
         return _build(Config, document, "config")
+
+
+def resolve_precision(choice: PrecisionChoice, *, gpu: bool, bf16: bool) -> tuple[Precision, str]:
+    """Turn `auto` into the precision that a run computes in and records.
+
+    A GPU without native bf16 (compute capability below 8.0: V100, T4) has no TF32 either and only
+    emulates bf16, so fp32 is left.
+
+    Args:
+        choice: what the command line or a preset names.
+        gpu: whether the device is a GPU.
+        bf16: whether it has native bf16.
+
+    Returns:
+        The precision, and the reason in a few words; no reason where the precision was named.
+    """
+    if choice != "auto":
+        return choice, ""
+    if bf16:
+        return "bf16", "auto: native on this GPU"
+    return "fp32", "auto: this GPU has no native bf16" if gpu else "auto: on a CPU"
+
+
+def repeat_precision(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Name the option that resumes a run in its recorded precision, for an error message.
+
+    Args:
+        old: the recorded identity.
+        new: the identity that differs from it, in precision or in something else.
+    """
+    recorded = old["precision"]
+    if recorded == new["precision"] or recorded not in typing.get_args(Precision):
+        return ""
+    return f" (--precision {recorded}; auto depends on the device)"
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

@@ -77,6 +77,12 @@ def pick_device(choice: str, world: World) -> torch.device:
     return device
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device`, as `pick_device` returned it, has native bf16; no CPU counts."""
+    # by default torch says yes for emulation too
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @contextlib.contextmanager
 def process_group(world: World, device: torch.device, timeout: float = 600) -> Iterator[World]:
     """Join the other ranks (NCCL on GPU, gloo on CPU) for the length of the body.
@@ -269,7 +275,9 @@ def gather_rows(world: World, tensor: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def require_agreement(world: World, what: str, value: Any) -> None:
+def require_agreement(
+    world: World, what: str, value: Any, advice: str = "do all nodes see the same files?"
+) -> None:
     """Check that every rank computed the same `value`.
 
     Raises:
@@ -281,7 +289,7 @@ def require_agreement(world: World, what: str, value: Any) -> None:
             step_aside(world)
         raise ValueError(
             f"ranks {different} have another {what} than rank 0: "
-            f"{values[different[0]]!r} against {values[0]!r}; do all nodes see the same files?"
+            f"{values[different[0]]!r} against {values[0]!r}; {advice}"
         )
 
 

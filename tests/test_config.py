@@ -50,7 +50,7 @@ def test_the_official_preset_is_the_released_code():
         "optim.clip: 'step' -> 'micro-step'",
         "optim.schedule: 'cosine' -> 'one-cycle'",
         "order_seed: None -> 0",
-        "precision: 'fp32' -> 'tf32'",
+        "precision: 'auto' -> 'tf32'",
         "preset: 'paper' -> 'official-parity'",
         "seed: 0 -> 7",
     ]

@@ -25,7 +25,7 @@ from rft.clip.classifier import (
 )
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
-from rft.config import Config
+from rft.config import Config, resolve_precision
 from rft.data.cache import Cache
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
 from rft.dist import World
@@ -35,7 +35,7 @@ from rft.train.gallery import one_of_each_class, write_gallery
 from rft.train.journal import require_packages
 from rft.train.loop import Job, train
 from rft.train.objective import Objective
-from rft.train.run import RunFolder, is_finished
+from rft.train.run import RunFolder, check_identity, is_finished
 from rft.train.stop import STOPPED, StopRequest
 
 SMALL = "miniature"
@@ -278,6 +278,9 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
         The exit code: 0, or `STOPPED` if something asked to stop before the end.
     """
     config, world = job.config, job.world
+    # one node's GPUs may have what another's lack
+    advice = "name one for all of them, e.g. --precision fp32"
+    dist.require_agreement(world, "precision", config.precision, advice)
     dist.require_agreement(world, "data fingerprint", job.fingerprint)
     run = RunFolder(config)
     with run.taken(world, request):
@@ -320,7 +323,8 @@ def tell_finished(config: Config, world: World) -> None:
     """Check a finished run's inputs and say that it is finished."""
     require_same_inputs(config)
     if world.is_main:
-        print(f"run already finished: {config.run}")
+        recorded = Config.from_dict(files.read_json(str(Path(config.run) / "config.json")))
+        print(f"run already finished: {config.run} (in {recorded.precision})")
 
 
 def tell_next(config: Config, world: World) -> None:
@@ -331,9 +335,10 @@ def tell_next(config: Config, world: World) -> None:
     print(f"next: {command} {config.run} --data {files.redact(config.data)}{sets}")
 
 
-def tell_start(config: Config, world: World, device: torch.device) -> None:
-    """Say what starts."""
-    print(f"{config.run}: {config.recipe} on {world.size} x {device.type}", flush=True)
+def tell_start(config: Config, world: World, device: torch.device, why: str) -> None:
+    """Print what starts, and why in this precision."""
+    precision = f"{config.precision} ({why})" if why else config.precision
+    print(f"{config.run}: {config.recipe} on {world.size} x {device.type}, {precision}", flush=True)
     if config.method.masks and not config.method.drops:
         pool = config.donor_pool(world.size)
         few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
@@ -352,6 +357,13 @@ def main() -> None:
         tell_finished(config, world)
         return
     device = dist.pick_device(config.device, world)
+    precision, why = resolve_precision(
+        config.precision, gpu=device.type == "cuda", bf16=dist.has_bf16(device)
+    )
+    config = dataclasses.replace(config, precision=precision)
+    # ranks whose devices differ are named when they have joined, and only the first checks then
+    if world.size == 1 or command.dry_run:
+        check_identity(config)
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     with StopRequest(config.cluster.stop_file) as request:
@@ -359,10 +371,11 @@ def main() -> None:
         job = prepare(config, world, device)
         if command.dry_run:
             if world.is_main:
-                print(describe(job, [word for word in sys.argv[1:] if word != "--dry-run"]))
+                words = [word for word in sys.argv[1:] if word != "--dry-run"]
+                print(describe(job, words, why))
             return
         if world.is_main:
-            tell_start(config, world, device)
+            tell_start(config, world, device, why)
         with dist.process_group(world, device, config.cluster.timeout) as world:
             job = dataclasses.replace(job, world=world)
             status = run_job(job, request, profile=command.profile)

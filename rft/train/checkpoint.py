@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rft import dist, files
 from rft.clip.classifier import Classifier
+from rft.config import repeat_precision
 from rft.dist import World
 
 
@@ -313,10 +314,11 @@ def resume(
         return Progress()
     saved = store.load(record.step)
     if changed := files.difference(saved["must_agree"], must_agree):
+        option = repeat_precision(saved["must_agree"]["config"], must_agree["config"])
         raise ValueError(
             f"{files.join(store.url, record.name)} was made on other data or by another run, this "
-            f"one would not go on where that stopped: {'; '.join(changed)}. Restore the data or "
-            "use a new run folder"
+            f"one would not go on where that stopped: {'; '.join(changed)}. Restore the data, "
+            f"repeat its options{option} or use a new run folder"
         )
     student.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])

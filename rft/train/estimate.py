@@ -64,15 +64,16 @@ class Memory:
         return self.weights + self.teachers + copies * self.trained + graph
 
 
-def describe(job: Job, arguments: Sequence[str]) -> str:
+def describe(job: Job, arguments: Sequence[str], why: str = "") -> str:
     """Return what a job would be, as text: configuration, data, steps, memory, I/O, next command.
 
     Args:
         job: as `rft.train` prepares it; the ranks of its world are the ones that the command names.
         arguments: of the command line, without `--dry-run`.
+        why: reason for the precision, where `auto` chose it.
     """
     sections = {
-        "Configuration (* differs from the recipe's default)": configuration(job.config),
+        "Configuration (* differs from the recipe's default)": configuration(job.config, why),
         "Data": data(job),
         "Steps": steps(job),
         "Memory of a rank (an estimate: temporary tensors and the GPU's context come on top)": (
@@ -85,12 +86,18 @@ def describe(job: Job, arguments: Sequence[str]) -> str:
     return files.redact("\n\n".join(blocks))
 
 
-def configuration(config: Config) -> list[str]:
-    """Return one line for each field, those marked that differ from what the recipe says."""
+def configuration(config: Config, why: str = "") -> list[str]:
+    """Return one line for each field, those marked that differ from what the recipe says.
+
+    A precision that `auto` chose is none of them; `why` stands behind it.
+    """
     default = recipes.build(config.recipe, scale=config.scale, preset=config.preset)
     usual = _leaves(default.to_dict())
     lines = []
     for name, value in _leaves(config.to_dict()).items():
+        if name == "precision" and why:
+            lines.append(f"  {name:24s} {value}  ({why})")
+            continue
         # where data and run lie has no default
         changed = value != usual[name] and name not in ("data", "run")
         was = f"  (the recipe's is {_shown(usual[name])})" if changed else ""

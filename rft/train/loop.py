@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from rft.clip.classifier import (
     save_classifier,
     save_state,
 )
-from rft.config import Config
+from rft.config import Config, Precision
 from rft.data.loader import Batch, Reading, TrainingBatches, read_batches
 from rft.dist import World
 from rft.evaluate.accuracy import Count
@@ -51,6 +51,13 @@ class Job:
     batches: TrainingBatches
     held_out: np.ndarray
     fingerprint: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        # anything else would be computed, and recorded, as if it were fp32
+        if self.config.precision not in get_args(Precision):
+            raise RuntimeError(
+                f"a job's precision is {self.config.precision!r}; resolve_precision comes before it"
+            )
 
     @property
     def must_agree(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import filelock
 
 from rft import dist, files
-from rft.config import Config
+from rft.config import Config, repeat_precision
 from rft.dist import World
 from rft.train.checkpoint import Record
 from rft.train.stop import StopRequest
@@ -95,6 +95,8 @@ class RunFolder:
 def check_identity(config: Config) -> None:
     """Check that the run folder is new or was made by the same configuration.
 
+    A precision that is still `auto` agrees with any.
+
     Raises:
         ValueError: with the differences.
     """
@@ -114,16 +116,22 @@ def check_identity(config: Config) -> None:
     signs = ("training.json", "progress.json", "checkpoints/*.pt")
     if not any(any(folder.glob(sign)) for sign in signs):
         return
-    old = Config.from_dict(document).identity()
-    if changed := files.difference(old, config.identity()):
+    old, new = Config.from_dict(document).identity(), config.identity()
+    if config.precision == "auto":
+        new["precision"] = old["precision"]
+    if changed := files.difference(old, new):
+        option = repeat_precision(old, new)
         raise ValueError(
             f"{config.run} holds a run with another configuration: {'; '.join(changed)}. "
-            "Repeat its options to resume it, or choose another --run-dir"
+            f"Repeat its options to resume it{option}, or choose another --run-dir"
         )
 
 
 def is_finished(config: Config) -> bool:
     """Whether the run folder holds this very run, complete.
+
+    Where the precision is still `auto`, a complete run in any precision is this one: nothing is
+    left to compute.
 
     Raises:
         ValueError: if it holds another run, complete or not.

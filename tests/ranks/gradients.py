@@ -29,6 +29,7 @@ def build_job(world: World, recipe: str, donors: str, accumulate: int) -> Job:
     config = recipes.build(recipe, data="-", run="-")
     config = dataclasses.replace(
         config,
+        precision="fp32",
         loader=dataclasses.replace(config.loader, batch_size=BATCH),
         method=dataclasses.replace(config.method, donors=donors),
         # unclipped: clipping would hide a wrong scale

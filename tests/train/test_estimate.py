@@ -43,7 +43,7 @@ def arguments(tiny_data, tiny_clip, tmp_path) -> list[str]:
 @pytest.fixture
 def prepare(arguments):
     def job(*options: str, recipe: str = "object-mask-single-fill") -> Job:
-        default = recipes.build(recipe, scale="miniature")
+        default = replace(recipes.build(recipe, scale="miniature"), precision="fp32")
         config = cli.parse(Config, args=[*arguments[1:], *options], default=default)
         return train_command.prepare(config, ALONE, CPU)
 

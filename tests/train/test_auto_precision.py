@@ -1,0 +1,245 @@
+"""`--precision auto`: chosen once by the device, then part of what a run is.
+
+A device with native bf16 is simulated where only the choice matters: the runs are real, on the CPU.
+"""
+
+import json
+import shutil
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rft import dist, recipes
+from rft.clip.classifier import load_state
+from rft.config import resolve_precision
+from rft.demo import __main__ as demo_command
+from rft.experiments import Experiment
+from rft.train import __main__ as train_command
+from rft.train.loop import Job
+from rft.train.run import is_finished
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bf16_gpu(monkeypatch) -> pytest.MonkeyPatch:
+    """As if this machine's device had native bf16; `undo` takes it away again."""
+    monkeypatch.setattr(dist, "has_bf16", lambda device: True)
+    return monkeypatch
+
+
+def recorded(run: Path) -> set[str]:
+    """The precisions in a run's configuration and in all of its checkpoints."""
+    found = {json.loads((run / "config.json").read_text())["precision"]}
+    for path in run.glob("checkpoints/step-*.pt"):
+        saved = torch.load(path, weights_only=True)
+        found.add(saved["must_agree"]["config"]["precision"])
+    return found
+
+
+def stopped(run: Path) -> Path:
+    """Make a finished run one that was stopped after its newest checkpoint."""
+    (run / "training.json").unlink()
+    return run
+
+
+def complaint(train, capsys, *words: str) -> str:
+    """The line with which the run folder's run is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train(*words)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("choice", "gpu", "bf16", "expected"),
+    [
+        ("auto", True, True, ("bf16", "auto: native on this GPU")),
+        ("auto", True, False, ("fp32", "auto: this GPU has no native bf16")),
+        ("auto", False, False, ("fp32", "auto: on a CPU")),
+        *((named, True, True, (named, "")) for named in ("fp32", "tf32", "bf16")),
+        *((named, False, False, (named, "")) for named in ("fp32", "tf32", "bf16")),
+    ],
+)
+def test_the_choice(choice, gpu, bf16, expected):
+    assert resolve_precision(choice, gpu=gpu, bf16=bf16) == expected
+
+
+@pytest.mark.parametrize(("major", "native"), [(7, False), (8, True), (9, True)])
+def test_emulated_bf16_is_not_counted(monkeypatch, major, native):
+    # torch's own function looks at a card that is not there; for V100 and T4 (7.x) it would answer
+    # yes if emulation counted
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", "12.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    card = types.SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported()
+    assert dist.has_bf16(torch.device("cuda", 0)) == native
+    # --device cpu on a machine with such a card
+    assert not dist.has_bf16(CPU)
+
+
+def test_a_cpu_trains_in_fp32_as_before_and_says_why(train, capsys):
+    run = train()
+    assert f"{run}: object-mask-single-fill on 1 x cpu, fp32 (auto: on a CPU)\n" in (
+        capsys.readouterr().out
+    )
+    assert recorded(run) == {"fp32"}
+    named = train("named", "--precision", "fp32")
+    assert "on 1 x cpu, fp32\n" in capsys.readouterr().out
+    (state, *_), (same, *_) = (load_state(r / "checkpoints/last.safetensors") for r in (run, named))
+    assert all(torch.equal(value, same[name]) for name, value in state.items())
+
+
+def test_native_bf16_is_used_and_recorded(train, bf16_gpu, capsys):
+    run = train()
+    assert "on 1 x cpu, bf16 (auto: native on this GPU)\n" in capsys.readouterr().out
+    assert recorded(run) == {"bf16"}
+    (state, *_) = load_state(run / "checkpoints/last.safetensors")
+    named, fp32 = train("named", "--precision", "bf16"), train("fp32", "--precision", "fp32")
+    (same, *_), (other, *_) = (
+        load_state(r / "checkpoints/last.safetensors") for r in (named, fp32)
+    )
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert all(torch.equal(value, same[name]) for name, value in state.items())
+    assert not all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+def test_the_preset_names_its_own(train, bf16_gpu, monkeypatch, capsys):
+    set_to = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    run = train("run", "--preset", "official-parity")
+    assert "on 1 x cpu, tf32\n" in capsys.readouterr().out
+    assert recorded(run) == {"tf32"}
+    assert set_to == ["high"]
+
+
+def test_a_dry_run_shows_the_choice(train, bf16_gpu, capsys):
+    run = train("run", "--dry-run")
+    said = capsys.readouterr().out.splitlines()
+    assert "    precision                bf16  (auto: native on this GPU)" in said
+    assert not run.exists()
+    train("run", "--dry-run", "--precision", "bf16")
+    said = capsys.readouterr().out.splitlines()
+    assert "  * precision                bf16  (the recipe's is auto)" in said
+    bf16_gpu.undo()
+    train("run", "--dry-run")
+    assert "precision                fp32  (auto: on a CPU)" in capsys.readouterr().out
+
+
+def test_a_run_begun_on_a_gpu_is_not_resumed_in_another_precision(train, bf16_gpu, capsys):
+    run = stopped(train())
+    before = (run / "config.json").read_bytes()
+    bf16_gpu.undo()
+    for words in (("run",), ("run", "--dry-run")):
+        line = complaint(train, capsys, *words)
+        assert "precision: 'bf16' -> 'fp32'" in line
+        assert "to resume it (--precision bf16; auto depends on the device)" in line
+    assert (run / "config.json").read_bytes() == before
+    assert not (run / "training.json").exists()
+    train("run", "--precision", "bf16")
+    assert (run / "training.json").exists()
+    assert recorded(run) == {"bf16"}
+
+
+def test_a_run_of_the_version_before_resumes_on_a_cpu(train, bf16_gpu, capsys):
+    # which recorded the fp32 that was its default
+    run = stopped(train("run", "--precision", "fp32"))
+    line = complaint(train, capsys)
+    assert "precision: 'fp32' -> 'bf16'" in line
+    assert "(--precision fp32; auto depends on the device)" in line
+    bf16_gpu.undo()
+    train()
+    assert "going on after step 30" in capsys.readouterr().out
+    assert recorded(run) == {"fp32"}
+
+
+def test_a_finished_run_is_finished_on_any_device(train, bf16_gpu, capsys):
+    run = train()
+    before = (run / "config.json").read_bytes()
+    bf16_gpu.undo()
+    capsys.readouterr()
+    train()
+    assert capsys.readouterr().out == f"run already finished: {run} (in bf16)\n"
+    train("run", "--dry-run")
+    assert capsys.readouterr().out == f"run already finished: {run} (in bf16)\n"
+    assert (run / "config.json").read_bytes() == before
+    # but only if all else agrees, and not where another precision is named
+    assert "optim.lr: 0.0003 -> 0.5" in complaint(train, capsys, "run", "--optim.lr", "0.5")
+    line = complaint(train, capsys, "run", "--precision", "fp32")
+    assert "precision: 'bf16' -> 'fp32'" in line
+    assert "--precision bf16" in line
+
+
+def test_a_finished_run_needs_no_device(train, monkeypatch, capsys):
+    train("run", "--precision", "tf32")
+    capsys.readouterr()
+    # cuda is not there
+    train("run", "--device", "cuda", "--preset", "paper")
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_another_difference_does_not_name_the_precision(train, capsys):
+    stopped(train())
+    line = complaint(train, capsys, "run", "--optim.lr", "0.5")
+    assert "Repeat its options to resume it, or choose another --run-dir" in line
+
+
+def test_checkpoints_that_outlived_their_run_folder(train, bf16_gpu, tmp_path, capsys):
+    elsewhere = ("--log.checkpoints", f"memory://precision-{tmp_path.name}")
+    shutil.rmtree(train("run", *elsewhere))
+    bf16_gpu.undo()
+    line = complaint(train, capsys, "run", *elsewhere)
+    assert "config.precision: 'bf16' -> 'fp32'" in line
+    assert "repeat its options (--precision bf16; auto depends on the device)" in line
+    train("run", *elsewhere, "--precision", "bf16")
+    assert "going on after step 30" in capsys.readouterr().out
+
+
+def test_a_configuration_edited_by_hand(train, capsys):
+    run = train()
+    document = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(document | {"precision": "auto"}))
+    train()
+    assert "already finished" in capsys.readouterr().out
+    stopped(run)
+    line = complaint(train, capsys)
+    assert "precision: 'auto' -> 'fp32'" in line
+    assert "--precision" not in line
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_no_job_without_a_precision(precision):
+    config = replace(recipes.build("vanilla"), precision=precision)
+    with pytest.raises(RuntimeError, match=f"a job's precision is '{precision}'"):
+        Job(
+            config=config,
+            world=None,
+            device=CPU,
+            objective=None,
+            batches=None,
+            held_out=None,
+            fingerprint={},
+        )
+
+
+def test_the_demo_skips_what_another_device_finished(train, bf16_gpu, tiny_data, tiny_clip):
+    run = train()
+    bf16_gpu.undo()
+    words = [
+        *("torchrun", "-m", "rft.train", "object-mask-single-fill", "--data", str(tiny_data)),
+        *("--run-dir", str(run), "--scale", "miniature", "--model.clip", tiny_clip),
+        *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "3"),
+    ]
+    stage = Experiment("ours", tuple(words))
+    assert demo_command.is_done(stage, str(tiny_data))
+    stopped(run)
+    assert not demo_command.is_done(stage, str(tiny_data))
+    assert not is_finished(train_command.parse(words[3:]))
