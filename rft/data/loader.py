@@ -31,6 +31,7 @@ from rft.data.fetch import Patience, RangeError, Shards
 from rft.data.manifest import Index, Manifest
 from rft.data.order import EpochOrder, Plan, rank_slice
 from rft.data.split import held_out_split
+from rft.device import to_device
 
 SECONDS_ALONE = 2  # that a loader process outlives a trainer that was killed, at most
 BATCHES_AHEAD = 2  # batches that each loader process may have ready or under way
@@ -515,12 +516,8 @@ class Slots:
 
     def batch(self, number: int, item: _Item, device: torch.device) -> Batch:
         """Return batch `number` on a device."""
-        images_BCHW = self.images(number)[: len(item.labels_B)]
-        labels_B = torch.from_numpy(item.labels_B)
-        if device.type == "cuda":
-            # pinned copies, so that the training process never waits for the transfer
-            images_BCHW = images_BCHW.pin_memory().to(device, non_blocking=True)
-            labels_B = labels_B.pin_memory().to(device, non_blocking=True)
+        images_BCHW = to_device(self.images(number)[: len(item.labels_B)], device)
+        labels_B = to_device(torch.from_numpy(item.labels_B), device)
         ready = int((self._marks_S > number).sum())
         return Batch(images_BCHW, labels_B, torch.from_numpy(item.samples_B), item.reading, ready)
 

@@ -24,6 +24,7 @@ from rft.clip import vit
 from rft.clip.classifier import Classifier
 from rft.clip.vit import AttentionTap
 from rft.config import MethodConfig
+from rft.device import to_device
 from rft.method import losses, masking, refill, relevance
 
 Features = Callable[..., Tensor]
@@ -57,14 +58,8 @@ class Draws(NamedTuple):
 
     def to(self, device: torch.device) -> "Draws":
         """Return the draws on `device`; the copy does not make the host wait."""
-        if device.type == "cpu":
-            return self
-        mask_BP, source_BP, own_B1 = (
-            None if tensor is None else tensor.pin_memory().to(device, non_blocking=True)
-            for tensor in self[:3]
-        )
-        assert source_BP is not None
-        assert own_B1 is not None
+        mask_BP = None if self.mask_BP is None else to_device(self.mask_BP, device)
+        source_BP, own_B1 = to_device(self.source_BP, device), to_device(self.own_B1, device)
         return Draws(mask_BP, source_BP, own_B1, self.kept)
 
 
