@@ -109,20 +109,20 @@ def process_group(world: World, device: torch.device, timeout: float = 600) -> I
         # nothing leaves the machine, and its name need not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     patience = datetime.timedelta(seconds=timeout)
-    gpu = device.type == "cuda"
+    backend, control_backend = _backends(device)
     store = _meeting_place(world, patience)
     try:
         torch.distributed.init_process_group(
-            "nccl" if gpu else "gloo",
+            backend,
             store=torch.distributed.PrefixStore("rft", store),
             rank=world.rank,
             world_size=world.size,
             # NCCL ends the process without a word of ours: the control group's turn comes first
-            timeout=2 * patience if gpu else patience,
+            timeout=2 * patience if control_backend else patience,
         )
         control: Any = None
-        if gpu:
-            control = torch.distributed.new_group(backend="gloo", timeout=patience)
+        if control_backend:
+            control = torch.distributed.new_group(backend=control_backend, timeout=patience)
         yield dataclasses.replace(world, control=control)
         # gloo can abort when a peer is gone before everyone has finished
         torch.distributed.barrier(group=control)
@@ -138,6 +138,11 @@ def process_group(world: World, device: torch.device, timeout: float = 600) -> I
         _tell(world, told)
         raise told from error
     torch.distributed.destroy_process_group()
+
+
+def _backends(device: torch.device) -> tuple[str, str | None]:
+    """Choose the backend for tensors of `device`, and one for the control group if it needs one."""
+    return ("nccl", "gloo") if device.type == "cuda" else ("gloo", None)
 
 
 def _meeting_place(world: World, wait: datetime.timedelta) -> Any:

@@ -1,12 +1,19 @@
 """`rft.train`, disturbed as the environment says: a test cannot reach into its ranks.
 
-SECONDS: what each checkpoint takes longer. NAN_AT_STEP: whose loss is NaN. STOP_AT_STEP: step in
-which the last rank is asked to stop. BF16_RANKS: those whose device has native bf16.
+SECONDS: what each checkpoint takes longer. NAN_AT_STEP: whose loss is NaN. In step STOP_AT_STEP the
+last rank is asked to stop, in DIE_AT_STEP it dies, in HANG_AT_STEP it hangs. BF16_RANKS: those whose
+device has native bf16. COLLECTIVES: a file,
+less the rank, that lists the collectives of rft in order. With it, ranks on CPUs have a control
+group, as those on GPUs do.
 """
 
+import functools
+import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -14,18 +21,54 @@ from rft import cli, dist
 from rft.train import __main__ as train_command
 from rft.train import checkpoint, loop
 
+NAMES = (
+    "all_gather_into_tensor", "all_gather_object", "all_reduce", "barrier", "broadcast_object_list",
+)  # fmt: skip
+
+
+def recorded(name: str, call: Callable, path: Path) -> Callable:
+    """The collective; each call first appends its name and group to the file."""
+
+    @functools.wraps(call)
+    def record(*arguments, group=None, **options):
+        with path.open("a") as stream:
+            print(json.dumps([name, "control" if group else "tensors"]), file=stream)
+        return call(*arguments, group=group, **options)
+
+    return record
+
+
+def hang() -> None:
+    # SIGTERM would be taken for a request to stop after this step
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(600)
+
+
 if __name__ == "__main__":
     write, accumulate = checkpoint.Store.write, loop.accumulate_gradients
     seconds = float(os.environ.get("SECONDS", "0"))
-    poisoned, stopped = (os.environ.get(name) for name in ("NAN_AT_STEP", "STOP_AT_STEP"))
+    poisoned, stopped, dies, hangs = (
+        os.environ.get(f"{what}_AT_STEP") for what in ("NAN", "STOP", "DIE", "HANG")
+    )
+    if "COLLECTIVES" in os.environ:
+        path = Path(f"{os.environ['COLLECTIVES']}-{os.environ['RANK']}")
+        for name in NAMES:
+            call = recorded(name, getattr(torch.distributed, name), path)
+            setattr(torch.distributed, name, call)
+        dist._backends = lambda device: ("gloo", "gloo")
 
     def slow(store, content):
         time.sleep(seconds)
         return write(store, content)
 
     def disturb(job, module, batch, step, *rest):
-        if str(step) == stopped and job.world.rank == job.world.size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if job.world.rank == job.world.size - 1:
+            if str(step) == stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if str(step) == dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if str(step) == hangs:
+                hang()
         terms, grad_norm = accumulate(job, module, batch, step, *rest)
         return (terms * torch.nan if str(step) == poisoned else terms), grad_norm
 

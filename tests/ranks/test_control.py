@@ -1,0 +1,102 @@
+"""Ranks on CPUs with a separate control group, as ranks on GPUs have: gloo stands in for NCCL."""
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.ranks.test_hurt import IMPATIENT, disturbed
+
+# global donors and held-out images: a run that calls all of rft's collectives
+EVERYTHING = ("--method.donors", "global", "--loader.held-out", "8")
+
+
+def collectives(path: Path, rank: int) -> list[tuple[str, str]]:
+    """A rank's collectives, names and groups, in order."""
+    lines = path.with_name(f"{path.name}-{rank}").read_text().splitlines()
+    return [tuple(json.loads(line)) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_data, tiny_clip) -> Callable[[int, bool], Path]:
+    """A run on so many ranks, with or without a control group."""
+
+    @functools.cache
+    def train(ranks: int, control: bool) -> Path:
+        folder = tmp_path_factory.mktemp("control")
+        how = {"COLLECTIVES": str(folder / "collectives")} if control else {}
+        disturbed(ranks, tiny_data, tiny_clip, folder / "run", *EVERYTHING, **how)
+        assert (folder / "run" / "training.json").exists()
+        return folder
+
+    return train
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_control_group_changes_no_weight(trained, ranks):
+    with_control, without = (trained(ranks, control) / "run" for control in (True, False))
+    assert tiny.weights(with_control) == tiny.weights(without)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_only_tensors_travel_outside_the_control_group(trained, ranks):
+    """NCCL refuses tensors on the CPU, and reading a number from the GPU makes the host wait."""
+    called = [collectives(trained(ranks, True) / "collectives", rank) for rank in range(ranks)]
+    assert all(other == called[0] for other in called)
+    assert set(called[0]) == {
+        ("all_gather_into_tensor", "tensors"),
+        ("all_reduce", "tensors"),
+        ("all_gather_object", "control"),
+        ("all_reduce", "control"),
+        ("barrier", "control"),
+        ("broadcast_object_list", "control"),
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_meet_before_they_wait_for_tensors(trained, ranks):
+    called = collectives(trained(ranks, True) / "collectives", 0)
+    before = {previous for previous, (_, group) in itertools.pairwise(called) if group == "tensors"}
+    assert before == {("barrier", "control")}
+
+
+@pytest.mark.parametrize(("fault", "ranks"), [("DIE", 2), ("DIE", 3), ("HANG", 3)])
+def test_a_rank_that_the_others_miss_where_they_meet_is_named(
+    tmp_path, tiny_data, tiny_clip, fault, ranks
+):
+    path = tmp_path / "collectives"
+    how = {f"{fault}_AT_STEP": "2", "COLLECTIVES": str(path)}
+    result = disturbed(
+        ranks, tiny_data, tiny_clip, tmp_path / "run", *EVERYTHING, *IMPATIENT, **how
+    )
+    assert result.returncode == 1
+    lines = re.findall("^error.*", result.stderr, re.MULTILINE)
+    assert len(lines) == ranks - 1
+    assert all(f"no answer from rank {ranks - 1} of {ranks}: " in line for line in lines)
+    # in `meet`, before the donors are gathered
+    for rank in range(ranks - 1):
+        assert collectives(path, rank)[-1] == ("barrier", "control")
+
+
+def test_a_slow_store_is_waited_for_in_the_control_group(tmp_path, tiny_data, tiny_clip):
+    run = tmp_path / "run"
+    once = ("--log.checkpoint-steps", "100")
+    how = {"SECONDS": "4", "COLLECTIVES": str(tmp_path / "collectives")}
+    result = disturbed(2, tiny_data, tiny_clip, run, *once, *IMPATIENT, **how)
+    assert result.returncode == 0
+    assert (run / "training.json").exists()
+
+
+def test_ranks_step_aside_in_the_control_group(tmp_path, tiny_data, tiny_clip):
+    path, run = tmp_path / "collectives", tmp_path / "run"
+    how = {"SECONDS": "3", "NAN_AT_STEP": "5", "COLLECTIVES": str(path)}
+    result = disturbed(2, tiny_data, tiny_clip, run, **how)
+    (line,) = re.findall("^error.*", result.stderr, re.MULTILINE)
+    assert "is not finite at step 6 (" in line
+    assert (run / "checkpoints" / "step-00000004.pt").exists()
+    assert collectives(path, 1)[-1] == ("barrier", "control")
