@@ -1,10 +1,9 @@
 """`rft.train`, disturbed as the environment says: a test cannot reach into its ranks.
 
 SECONDS: what each checkpoint takes longer. NAN_AT_STEP: whose loss is NaN. In step STOP_AT_STEP the
-last rank is asked to stop, in DIE_AT_STEP it dies, in HANG_AT_STEP it hangs. BF16_RANKS: those whose
-device has native bf16. COLLECTIVES: a file,
-less the rank, that lists the collectives of rft in order. With it, ranks on CPUs have a control
-group, as those on GPUs do.
+last rank is asked to stop, in DIE_AT_STEP it dies, in HANG_AT_STEP it hangs. BF16_RANKS: those
+whose device has native bf16. COLLECTIVES: a file, less the rank, that lists the collectives of rft
+in order. With it, ranks on CPUs have a control group, as those on GPUs do.
 """
 
 import functools
