@@ -3,9 +3,12 @@ PYTHON ?= python3
 SEEDS  ?= 1
 DEMO   ?= miniature
 EPOCHS ?=
+MINUTES ?= 6
+WHEELS_PYTHON ?= 3.12
+WHEELS_MACHINE ?= x86_64
 BIN    := .venv/bin
 
-.PHONY: demo reproduce results test lint bench peers simd clean
+.PHONY: demo reproduce results test lint bench gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -52,6 +55,14 @@ bench: .venv/.installed  ## the step, the loader and the packer against their pe
 	$(BIN)/python -m benchmarks.simd_difference --save
 	$(BIN)/python -m benchmarks.summary
 	$(BIN)/python docs/update_results.py
+
+gpu: .venv/.installed  ## what rft does on this machine's GPU, within MINUTES
+	$(BIN)/python -m benchmarks.gpu --minutes $(MINUTES)
+	$(BIN)/python docs/update_results.py
+
+# for a machine that has torch and torchvision and no network: docs/gpu.md
+wheels: .venv/.installed  ## what else benchmarks.gpu needs, as wheels in build/wheels
+	$(BIN)/python -m benchmarks.wheels --python $(WHEELS_PYTHON) --machine $(WHEELS_MACHINE)
 
 peers: .venv/.installed  ## what other loaders do on the thirteen tests of docs/data.md
 	$(BIN)/python -m benchmarks.environments

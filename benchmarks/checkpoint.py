@@ -63,7 +63,7 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
     options = step.Arguments(model=arguments.model, batch_size=arguments.batch_size)
     device = dist.pick_device("auto", step.WORLD)
     student = step.build_classifier(options.model, options.classes)
-    precision = options.precision if device.type == "cuda" else "fp32"
+    precision = "bf16" if device.type == "cuda" else "fp32"
     job = step.build_job(options, device, precision, student)
     train = step.build_steps(options, device, precision, student)["step"]
     optimizer = build_optimizer(job.objective, job.config.optim)

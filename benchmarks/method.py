@@ -1,7 +1,7 @@
-"""The page of the method's cost: `python -m benchmarks.method` writes results/method.md.
+"""The page of the method's cost on a CPU: `python -m benchmarks.method` writes results/method.md.
 
 It is made of what benchmarks.step and benchmarks.cam_memory saved, with a row for every case that
-the table wants and a word where one was not measured.
+the table wants and a word where one was not measured. benchmarks.gpu writes a GPU's page.
 """
 
 from pathlib import Path
@@ -11,11 +11,7 @@ from rft import cli, files
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS / "method.md"
-STEPS = {
-    "step_ViT-B-32_cpu": "ViT-B/32, CPU",
-    "step_ViT-B-32_cuda": "ViT-B/32, GPU",
-    "step_ViT-B-16_cuda": "ViT-B/16, GPU",
-}
+STEPS = {"step_ViT-B-32_cpu": "ViT-B/32, CPU"}
 COMPILED = "step_compiled_ViT-B-32_cpu"
 CAM = "cam_memory_ViT-L-14-336_cpu"
 NOT_MEASURED = "not measured"
@@ -85,7 +81,7 @@ def text() -> str:
     rows = [[STEPS[name], *step_row(result)] for name, result in found.items()]
     parts = [table(header, rows)]
     for result in measured:
-        where = result["accelerator"] or f"{result['processor']}, {result['threads']} threads"
+        where = f"{result['processor']}, {result['threads']} threads"
         parts.append(
             f"{result['model']} on {where}, torch {result['torch']}, {result['date'][:10]}: "
             f"medians of {result['rounds']} interleaved rounds, of the middle one of several "

@@ -6,12 +6,13 @@ slows all of them alike:
   textbook  the counterfactual step in the released code's order: three student forwards with
             explicit attention, the maps of all layers and the relevance matrix stored in full;
   step      the training loop's own.
-On a CPU all are fp32; on a GPU vanilla and step run in --precision and textbook in fp32 with TF32,
-as the released code did. The last line is one JSON object.
+All in fp32, on the CPU; benchmarks.gpu measures the same steps on a GPU. The last line is one JSON
+object.
 """
 
 import contextlib
 import copy
+import functools
 import json
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import time
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from rft import cli, dist, files, recipes
 from rft.clip.classifier import Classifier
 from rft.clip.load import Architecture
 from rft.clip.vit import blocks, check_supported, cut_patches
-from rft.config import Device, Precision
+from rft.config import Precision
 from rft.data.loader import Batch
 from rft.method import losses, masking, refill, relevance
 from rft.train.loop import Job, accumulate_gradients
@@ -61,12 +62,11 @@ class Arguments:
     classes: int = 1000
     rounds: int = 5
     """Timed repetitions of each step, after one that is not timed."""
-    device: Device = "auto"
-    precision: Precision = "bf16"
-    """Of vanilla and step on a GPU; a CPU measures fp32."""
     processes: int = 1
     """Repeat all of it in so many processes, one after the other: where memory comes to lie moves
     the ratios by some percent. The result is the process whose ratios are in the middle."""
+    recompute: bool = False
+    """The training loop's step with --recompute (activation checkpointing)."""
     compile: bool = False
     """Also time the training loop's step with --compile; saved apart, because the others take
     another time with it in their process."""
@@ -102,45 +102,67 @@ def build_job(
     """Return what the training loop needs for one step of the main recipe."""
     config = recipes.build(recipes.DEFAULT, data="-", run="-")
     loader = replace(config.loader, batch_size=arguments.batch_size)
-    batches: Any = types.SimpleNamespace(image_size=student.architecture.image_size)
+    plan = types.SimpleNamespace(steps_per_epoch=1)
+    batches: Any = types.SimpleNamespace(image_size=student.architecture.image_size, plan=plan)
     return Job(
         config=replace(config, loader=loader, precision=precision),
         world=WORLD,
         device=device,
-        objective=Objective(student, copy.deepcopy(student), config.method).to(device),
+        objective=Objective(
+            student, copy.deepcopy(student), config.method, recompute=arguments.recompute
+        ).to(device),
         batches=batches,
         held_out=np.arange(0),
         fingerprint={},
     )
 
 
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return the context of a forward pass in a precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def vanilla_step(
-    model: Classifier, images_BCHW: Tensor, labels_B: Tensor, precision: Precision = "fp32"
+    model: Classifier,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    precision: Precision = "fp32",
+    visual: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Leave the cross-entropy's gradient, through open_clip's own forward."""
-    with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        features_BE = model.visual((images_BCHW.float() - model._mean_C11) / model._std_C11)
+    """Leave the cross-entropy's gradient, through open_clip's own forward or `visual` instead."""
+    if visual is None:
+        visual = model.visual
+    with autocast(images_BCHW.device, precision):
+        features_BE = visual((images_BCHW.float() - model._mean_C11) / model._std_C11)
         cross_entropy = losses.classification(model.logits(features_BE), labels_B)
     cross_entropy.backward()
 
 
-def textbook_step(objective: Objective, images_BCHW: Tensor, labels_B: Tensor) -> None:
+def textbook_step(
+    objective: Objective, images_BCHW: Tensor, labels_B: Tensor, precision: Precision = "fp32"
+) -> None:
     """Leave the counterfactual step's gradient by the released code's order of work."""
     student, method = objective.student, objective.method
-    features_BE, maps = forward_with_maps(student, images_BCHW)
+
+    def forward(model: Classifier, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with autocast(images_BCHW.device, precision):
+            return forward_with_maps(model, images_BCHW)
+
+    features_BE, maps = forward(student, images_BCHW)
     score = student.logits(features_BE).gather(1, labels_B[:, None]).sum()
     gradients = torch.autograd.grad(score, maps)
     matrix_BLL = torch.eye(maps[0].shape[-1], device=score.device).expand(len(images_BCHW), -1, -1)
     for map_BNLL, gradient_BNLL in zip(maps, gradients, strict=True):
-        attention_BLL = (gradient_BNLL * map_BNLL.detach()).relu().mean(dim=1)
+        # autocast's softmax is fp32 on a GPU and not on a CPU
+        attention_BLL = (gradient_BNLL.float() * map_BNLL.detach()).relu().mean(dim=1)
         matrix_BLL = matrix_BLL + attention_BLL @ matrix_BLL
     relevance_BP = relevance.normalise(matrix_BLL[:, 0, 1:])
     del maps, gradients, features_BE, score
     filled_BCHW = fill_pixels(objective, images_BCHW, relevance_BP)
     with torch.no_grad():
-        teacher_BE, _ = forward_with_maps(objective.teacher, filled_BCHW)
-    mse = losses.feature_mse(forward_with_maps(student, filled_BCHW)[0], teacher_BE)
-    logits_BK = student.logits(forward_with_maps(student, images_BCHW)[0])
+        teacher_BE, _ = forward(objective.teacher, filled_BCHW)
+    mse = losses.feature_mse(forward(student, filled_BCHW)[0], teacher_BE)
+    logits_BK = student.logits(forward(student, images_BCHW)[0])
     cross_entropy = losses.classification(logits_BK, labels_B)
     (cross_entropy + method.distill_weight * mse).backward()
 
@@ -179,18 +201,31 @@ def forward_with_maps(model: Classifier, images_BCHW: Tensor) -> tuple[Tensor, l
     return visual.ln_post(x_BLD[:, 0]) @ visual.proj, maps
 
 
-def build_steps(
-    arguments: Arguments, device: torch.device, precision: Precision, student: Classifier
-) -> dict[str, Callable[[], None]]:
-    """Return each implementation's whole optimizer step, in the order in which they are timed."""
-    job = build_job(arguments, device, precision, student)
-    generator = torch.Generator().manual_seed(0)
-    size, count = student.architecture.image_size, arguments.batch_size
+def random_batch(arguments: Arguments, device: torch.device, size: int) -> Batch:
+    """Return a batch of noise, the same for the same sizes."""
+    generator, count = torch.Generator().manual_seed(0), arguments.batch_size
     shape = (count, 3, size, size)
     images_BCHW = torch.randint(256, shape, generator=generator, dtype=torch.uint8).to(device)
     labels_B = torch.randint(arguments.classes, (count,), generator=generator).to(device)
+    return Batch(images_BCHW, labels_B, labels_B)
+
+
+def build_steps(
+    arguments: Arguments, device: torch.device, precision: Precision, student: Classifier
+) -> dict[str, Callable[[], None]]:
+    """Return whole optimizer steps by name; those with --compile compile at their first call.
+
+    `textbook_tf32` is the released code's own setting on the cards that it ran on.
+    """
+    job = build_job(arguments, device, precision, student)
     optimizer = build_optimizer(job.objective, job.config.optim)
-    batch = Batch(images_BCHW, labels_B, labels_B)
+    batch = random_batch(arguments, device, student.architecture.image_size)
+    images_BCHW, labels_B = batch.images_BCHW, batch.labels_B
+
+    @functools.cache
+    def compiled() -> tuple[Objective, Callable[[Tensor], Tensor]]:
+        teacher, method = job.objective.teacher, job.config.method
+        return Objective(student, teacher, method, compile=True), torch.compile(student.visual)
 
     def whole(gradients: Callable[[], Any], precision: Precision, *, clips: bool = True) -> None:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -200,25 +235,24 @@ def build_steps(
         optimizer.step()
         optimizer.zero_grad()
 
-    def ours(job: Job) -> Callable[[], None]:
-        # the loop clips by itself
-        gradients = lambda: accumulate_gradients(job, job.objective, batch, step=0)  # noqa: E731
-        return lambda: whole(gradients, precision, clips=False)
+    def vanilla(visual: Callable[[Tensor], Tensor] | None = None) -> None:
+        whole(lambda: vanilla_step(student, images_BCHW, labels_B, precision, visual), precision)
 
-    steps = {
-        "vanilla": lambda: whole(
-            lambda: vanilla_step(student, images_BCHW, labels_B, precision), precision
-        ),
-        "textbook": lambda: whole(
-            lambda: textbook_step(job.objective, images_BCHW, labels_B),
-            "fp32" if device.type == "cpu" else "tf32",
-        ),
-        "step": ours(job),
+    def textbook(precision: Precision) -> None:
+        whole(lambda: textbook_step(job.objective, images_BCHW, labels_B, precision), precision)
+
+    def ours(objective: Objective) -> None:
+        # the loop clips by itself
+        whole(lambda: accumulate_gradients(job, objective, batch, step=0), precision, clips=False)
+
+    return {
+        "vanilla": vanilla,
+        "textbook": lambda: textbook(precision),
+        "step": lambda: ours(job.objective),
+        "vanilla_compiled": lambda: vanilla(compiled()[1]),
+        "textbook_tf32": lambda: textbook("tf32"),
+        "step_compiled": lambda: ours(compiled()[0]),
     }
-    if arguments.compile:
-        compiled = Objective(student, job.objective.teacher, job.config.method, compile=True)
-        steps["compiled"] = ours(replace(job, objective=compiled))
-    return steps
 
 
 def synchronize(device: torch.device) -> None:
@@ -228,9 +262,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_steps(
-    steps: dict[str, Callable[[], None]], rounds: int, device: torch.device
+    steps: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return the seconds of each round of each step; a first round is thrown away."""
+    """Return the seconds of each round of each step, in turn; a first round is thrown away."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
@@ -291,8 +325,9 @@ def count_flops(step: Callable[[], None]) -> int:
 
 
 def matmul_ceiling(device: torch.device, precision: Precision) -> float:
-    """Return the most floating-point operations a second of a square matrix product here."""
+    """Return the floating-point operations per second of the fastest square matrix product here."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     best = 0.0
     for side in (4096, 8192) if device.type == "cuda" else (1024, 2048):
         left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -342,31 +377,30 @@ def alternatives(
 
 def measure(arguments: Arguments) -> dict[str, Any]:
     """Return everything that the page shows."""
-    device = dist.pick_device(arguments.device, WORLD)
-    precision: Precision = arguments.precision if device.type == "cuda" else "fp32"
+    device = torch.device("cpu")
     student = build_classifier(arguments.model, arguments.classes)
-    steps = build_steps(arguments, device, precision, student)
+    built = build_steps(arguments, device, "fp32", student)
+    names = ("vanilla", "textbook", "step", *["step_compiled"] * arguments.compile)
+    steps = {name: built[name] for name in names}
     rounds = time_steps(steps, arguments.rounds, device)
     seconds = {name: statistics.median(values) for name, values in rounds.items()}
     phases = phase_seconds(steps["step"], device)
     flops = {name: count_flops(steps[name]) for name in ("vanilla", "textbook", "step")}
-    ceiling = matmul_ceiling(device, precision)
+    ceiling = matmul_ceiling(device, "fp32")
     count = arguments.batch_size
     result = {
         "benchmark": "step",
         **machine.describe(),
         "device": device.type,
-        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "precision": precision,
+        "precision": "fp32",
         **{name: value for name, value in asdict(arguments).items() if name in SETTINGS},
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "slowest_over_fastest_round": {
             name: round(max(values) / min(values), 3) for name, values in rounds.items()
         },
         "images_per_second": {name: round(count / value, 2) for name, value in seconds.items()},
-        "peak_memory_bytes": {name: peak_memory(step, device) for name, step in steps.items()},
         "phase_share": {
             name: round(value / sum(phases.values()), 4) for name, value in phases.items()
         },
@@ -379,21 +413,20 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         "alternatives_seconds": alternatives(student, arguments, device),
     }
     if arguments.compile:
-        result["compiled_over_step"] = round(seconds["compiled"] / seconds["step"], 3)
+        result["compiled_over_step"] = round(seconds["step_compiled"] / seconds["step"], 3)
     return result
 
 
-SETTINGS = ("model", "batch_size", "classes", "rounds")
+SETTINGS = ("model", "batch_size", "classes", "rounds", "recompute")
 RATIOS = ("step_over_vanilla", "textbook_over_step")
 
 
 def repeat(arguments: Arguments) -> dict[str, Any]:
     """Return the middle one of several processes' results, with the ratios of all of them."""
-    command = [sys.executable, "-m", "benchmarks.step", "--device", arguments.device]
-    command += ["--model", arguments.model, "--precision", arguments.precision]
+    command = [sys.executable, "-m", "benchmarks.step", "--model", arguments.model]
     for name in ("batch_size", "classes", "rounds"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    command += ["--compile"] * arguments.compile
+    command += ["--compile"] * arguments.compile + ["--recompute"] * arguments.recompute
     results = []
     for _ in range(arguments.processes):
         told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -410,12 +443,12 @@ def main() -> None:
     result = repeat(arguments) if arguments.processes > 1 else measure(arguments)
     for name, value in result["seconds"].items():
         rate = result["images_per_second"][name]
-        print(f"{name:9s} {1000 * value:8.1f} ms  {rate:7.1f} images/s")
+        print(f"{name:13s} {1000 * value:8.1f} ms  {rate:7.1f} images/s")
     for name, share in result["phase_share"].items():
         print(f"  {name:24s} {share:6.1%}")
     if arguments.save:
         kind = "step_compiled" if arguments.compile else "step"
-        name = f"{kind}_{arguments.model}_{result['device']}.json"
+        name = f"{kind}_{arguments.model}_cpu.json"
         files.write_json(str(RESULTS / name), result)
     print(json.dumps(result))
 

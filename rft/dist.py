@@ -32,14 +32,21 @@ class World:
     size: int
     local_rank: int
     local_size: int = 1
+    grouped: bool = field(default=False, compare=False, repr=False)
+    """Whether `process_group` is open, so that ranks can exchange tensors."""
     control: Any = field(default=None, compare=False, repr=False)
-    """Group of all ranks for numbers that live on the CPU, while `process_group` is open."""
+    """Group of all ranks for numbers that live on the CPU; None where the tensors' own serves."""
 
     @property
     def ranks_on_node(self) -> range:
         """The ranks on this rank's machine."""
         first = self.rank - self.local_rank
         return range(first, first + self.local_size)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to exchange anything with, nor a group of one to do it in."""
+        return self.size == 1 and not self.grouped
 
     @property
     def is_main(self) -> bool:
@@ -84,7 +91,9 @@ def has_bf16(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def process_group(world: World, device: torch.device, timeout: float = 600) -> Iterator[World]:
+def process_group(
+    world: World, device: torch.device, timeout: float = 600, *, even_alone: bool = False
+) -> Iterator[World]:
     """Join the other ranks (NCCL on GPU, gloo on CPU) for the length of the body.
 
     A mistake that only this rank meets, such as a damaged shard, is told here: `cli.run` speaks for
@@ -95,6 +104,8 @@ def process_group(world: World, device: torch.device, timeout: float = 600) -> I
         world: as `world_from_env` returns it.
         device: this rank's.
         timeout: seconds that ranks wait for one of them.
+        even_alone: open a group for a single rank too, which needs none; on one GPU it is the only
+            way to run what several GPUs run.
 
     Yields:
         The world with its control group.
@@ -102,7 +113,7 @@ def process_group(world: World, device: torch.device, timeout: float = 600) -> I
     Raises:
         TimeoutError: naming the ranks that the others waited for in vain.
     """
-    if world.size == 1:
+    if world.size == 1 and not even_alone:
         yield world
         return
     if world.size == world.local_size:
@@ -123,7 +134,7 @@ def process_group(world: World, device: torch.device, timeout: float = 600) -> I
         control: Any = None
         if control_backend:
             control = torch.distributed.new_group(backend=control_backend, timeout=patience)
-        yield dataclasses.replace(world, control=control)
+        yield dataclasses.replace(world, grouped=True, control=control)
         # gloo can abort when a peer is gone before everyone has finished
         torch.distributed.barrier(group=control)
     except (ValueError, OSError) as error:
@@ -217,7 +228,7 @@ def on_main(world: World, work: Callable[[], T]) -> T | None:
     However long it takes, it is not mistaken for a rank that hangs. If it raises, the others step
     aside.
     """
-    if world.size == 1:
+    if world.alone:
         return work()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work) if world.is_main else None
@@ -230,7 +241,7 @@ def on_main(world: World, work: Callable[[], T]) -> T | None:
 
 def largest(world: World, value: int) -> int:
     """Return the largest of all ranks' `value`, on every rank; nothing waits for a GPU."""
-    if world.size == 1:
+    if world.alone:
         return value
     number = torch.tensor(value)
     torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=world.control)
@@ -239,7 +250,7 @@ def largest(world: World, value: int) -> int:
 
 def from_main(world: World, value: Any) -> Any:
     """Return the main rank's `value` on every rank."""
-    if world.size == 1:
+    if world.alone:
         return value
     values = [value]
     torch.distributed.broadcast_object_list(values, group=world.control)
@@ -248,7 +259,7 @@ def from_main(world: World, value: Any) -> Any:
 
 def gather_objects(world: World, value: Any) -> list[Any]:
     """Return every rank's `value`, in rank order, on every rank."""
-    if world.size == 1:
+    if world.alone:
         return [value]
     values: list[Any] = [None] * world.size
     torch.distributed.all_gather_object(values, value, group=world.control)
@@ -263,7 +274,7 @@ def meet(world: World) -> None:
 
 def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of `tensor` over all ranks; exact for int64 counts."""
-    if world.size > 1:
+    if not world.alone:
         meet(world)
         tensor = tensor.clone()
         torch.distributed.all_reduce(tensor)
@@ -272,7 +283,7 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
 
 def gather_rows(world: World, tensor: torch.Tensor) -> torch.Tensor:
     """Return all ranks' `tensor`, equally shaped, one after the other in rank order."""
-    if world.size == 1:
+    if world.alone:
         return tensor
     meet(world)
     rows = tensor.new_empty((world.size * len(tensor), *tensor.shape[1:]))
@@ -300,7 +311,7 @@ def require_agreement(
 
 def data_parallel(world: World, module: nn.Module, device: torch.device) -> nn.Module:
     """Wrap `module` so that backward averages its gradients over the ranks."""
-    if world.size == 1:
+    if world.alone:
         return module
     # constants, the same everywhere: broadcast in each step they make all ranks wait for the first
     constants = [name for name, _ in module.named_buffers()]

@@ -28,7 +28,17 @@ def test_tables_are_their_files(page):
     assert updater().with_tables(text) == text
 
 
-PAGES = ("README.md", "docs/decisions.md", "docs/data.md", "docs/paper.md", "docs/cluster.md")
+def test_a_pattern_takes_all_its_files_and_says_if_there_is_none(tmp_path, monkeypatch):
+    update = updater()
+    monkeypatch.setattr(update, "ROOT", tmp_path)
+    page = "<!-- table: gpu_*.md -->\nold\n<!-- end of table -->\n"
+    assert "\nNot measured.\n" in update.with_tables(page)
+    for chip in ("H100", "A100"):
+        (tmp_path / f"gpu_{chip}.md").write_text(f"{chip} table\n")
+    assert "\nA100 table\n\nH100 table\n\n<!--" in update.with_tables(page)
+
+
+PAGES = (*PAGES_WITH_TABLES, "docs/paper.md", "docs/gpu.md")
 
 
 @pytest.mark.parametrize("page", PAGES)

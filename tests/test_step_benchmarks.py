@@ -50,7 +50,7 @@ def test_vanilla_is_the_cross_entropy(job, images_BCHW, labels_B):
 
 
 def test_the_step_benchmark_as_a_program():
-    command = [sys.executable, "-m", "benchmarks.step", *SMALL, "--device", "cpu"]
+    command = [sys.executable, "-m", "benchmarks.step", *SMALL]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
     found = json.loads(result.stdout.splitlines()[-1])
     assert set(found["seconds"]) == {"vanilla", "textbook", "step"}

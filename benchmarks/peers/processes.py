@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import machine
 from benchmarks.peers.samples import Batch
 from rft import dist
 
@@ -79,7 +80,7 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL it and all that it started."""
-        for pid in [*descendants(self.pid), self.pid]:
+        for pid in [*machine.descendants(self.pid), self.pid]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
@@ -107,7 +108,8 @@ def _child(function: Callable[[], Any], out: Path, variables: dict[str, str]) ->
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    for pid in descendants(os.getpid()):  # loader processes whose owner leaves without asking
+    # loader processes whose owner leaves without asking
+    for pid in machine.descendants(os.getpid()):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     os._exit(0)
@@ -233,18 +235,3 @@ def new_path(folder: Path, stem: str) -> Path:
     """Return a path in the folder that is not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{stem}-{time.monotonic_ns()}"
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the processes that a process started, and theirs.
-
-    Python's resource trackers are left out: they remove the shared memory of those that were
-    killed, and end with them.
-    """
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            for child in map(int, task.read_text().split()):
-                tracker = b"resource_tracker" in Path(f"/proc/{child}/cmdline").read_bytes()
-                found += [] if tracker else [child, *descendants(child)]
-    return found

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from rft.rng import numpy_generator
 
@@ -30,6 +29,9 @@ Silhouettes = tuple[np.ndarray, ...]
 
 def load_silhouettes(bank: Bank) -> Silhouettes:
     """Return the silhouettes of one bank for every class."""
+    # here, because importing sklearn takes a second and the names above are wanted without it
+    from sklearn.datasets import load_digits
+
     pixels, labels = load_digits(return_X_y=True)
     scans = pixels.reshape(-1, 8, 8).astype(np.float32) / 16
     digits = [np.stack([_enlarge(scan) for scan in scans[labels == n]]) for n in range(10)]

@@ -295,7 +295,7 @@ def settle_buckets(job: Job, module: nn.Module) -> None:
     of sums on three or more ranks; a resumed run must regroup before its first step, as the
     uninterrupted one did.
     """
-    if job.world.size == 1 or job.total_steps == 0:
+    if job.world.alone or job.total_steps == 0:
         return
     count = job.config.micro_batch(job.world.size) * job.config.optim.accumulate
     size = job.batches.image_size

@@ -1,0 +1,95 @@
+"""One rank in a process group: `torchrun --nproc_per_node 1 -m benchmarks.gpu.group MODEL ...`.
+
+A single rank trains without a group, so on one GPU nothing would ever run NCCL, the control group
+beside it, and data parallelism over both. Here a group of one does. The last line is a JSON object:
+whether the gradients are those of a rank without a group, and the time of a step with it over the
+time without.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks import step
+from benchmarks.gpu import inputs
+from rft import dist
+from rft.data.loader import Batch
+from rft.train.loop import Job, accumulate_gradients, settle_buckets
+
+assert inputs.REHEARSAL, "the module adds the tiny model to open_clip's"
+
+
+def gradients(job: Job, module: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the gradients of a step."""
+    job.objective.zero_grad()
+    accumulate_gradients(job, module, batch, step=0)
+    found = {
+        name: parameter.grad.clone()
+        for name, parameter in job.student.named_parameters()
+        if parameter.grad is not None
+    }
+    job.objective.zero_grad()
+    return found
+
+
+def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return whether two states are equal, and by how much they are not."""
+    assert ours.keys() == theirs.keys()
+    largest = relative = 0.0
+    for name, value in ours.items():
+        apart = (value.double() - theirs[name].double()).abs().max().item()
+        largest = max(largest, apart)
+        relative = max(relative, apart / max(value.abs().max().item(), 1e-12))
+    return {"bit_equal": largest == 0, "largest": largest, "largest_of_its_tensor": relative}
+
+
+def seconds(job: Job, module: torch.nn.Module, batch: Batch) -> float:
+    """Return the median time of a step's forwards and backwards."""
+    work = {"step": lambda: gradients(job, module, batch)}
+    return statistics.median(step.time_steps(work, 5, job.device)["step"])
+
+
+def exchange(world: dist.World, device: torch.device) -> None:
+    """Call every exchange of rft.dist once, and check what comes back."""
+    rows = torch.arange(6, device=device).view(3, 2)
+    assert torch.equal(dist.sum_over_ranks(world, rows), rows)
+    assert torch.equal(dist.gather_rows(world, rows), rows)
+    assert dist.largest(world, 7) == 7
+    assert dist.from_main(world, {"a": 1}) == {"a": 1}
+    assert dist.gather_objects(world, [1]) == [[1]]
+    assert dist.on_main(world, lambda: "done") == "done"
+    dist.require_agreement(world, "number", 1)
+
+
+def main() -> None:
+    """Compare a step in a group with one without."""
+    model, device_type, batch_size, classes = sys.argv[1:]
+    world = dist.world_from_env()
+    device = dist.pick_device(device_type, world)
+    arguments = step.Arguments(model=model, batch_size=int(batch_size), classes=int(classes))
+    student = step.build_classifier(model, arguments.classes)
+    job = step.build_job(arguments, device, "bf16", student)
+    batch = step.random_batch(arguments, device, student.architecture.image_size)
+    expected = gradients(job, job.objective, batch)
+    again = difference(expected, gradients(job, job.objective, batch))
+    without = seconds(job, job.objective, batch)
+    with dist.process_group(world, device, even_alone=True) as world:
+        exchange(world, device)
+        job = dataclasses.replace(job, world=world)
+        module = dist.data_parallel(world, job.objective, device)
+        settle_buckets(job, module)
+        result = {
+            "backend": "NCCL" if device.type == "cuda" else "gloo",
+            "gradients": difference(expected, gradients(job, module, batch)),
+            "gradients_twice_without": again,
+            "time_over_without": round(seconds(job, module, batch) / without, 3),
+        }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

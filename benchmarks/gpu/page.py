@@ -1,0 +1,229 @@
+"""The table of a measured GPU, in Markdown, from its JSON."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+STEPS = {
+    "vanilla": "vanilla (open_clip's forward)",
+    "vanilla_compiled": "vanilla, compiled",
+    "step": "**rft**, object-mask single-fill",
+    "step_compiled": "rft --compile",
+    "textbook": "textbook counterfactual step",
+    "textbook_tf32": "textbook, fp32 with TF32",
+}
+NOT_MEASURED = "not measured"
+
+
+def text(document: dict[str, Any]) -> str:
+    """Return the page of one result file; a part that lacks is named with its reason."""
+    parts = {name: part["values"] for name, part in document["parts"].items()}
+    settings = document["settings"]
+    blocks = [
+        heading(document, parts.get("chip", {})),
+        step_table(parts, settings["models"]),
+        *step_lines(parts, settings["models"]),
+        trainer_table(parts.get("trainer", {}), parts, settings),
+        bullets(parts),
+        missing(document["parts"]),
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def heading(document: dict[str, Any], chip: dict[str, Any]) -> str:
+    """Return what was measured, on what, when."""
+    versions = document["versions"]
+    where = chip.get("name", "an unknown device")
+    if "driver" in chip:
+        where += f", driver {chip['driver']}"
+    rehearsal = "" if document["benchmark"] == "gpu" else "A rehearsal on a tiny model. "
+    commit = document["commit"] or f"sources {document['source_sha256'][:12]}"
+    return (
+        f"{rehearsal}{where}, torch {versions.get('torch', '?')}, Python {document['python']}; "
+        f"commit {commit}, {document['date'][:10]}. Random weights and images, "
+        f"{document['settings']['batch_size']} images per step where they fit, bf16 unless a row "
+        "says otherwise; medians."
+    )
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table whose columns but the first are numbers."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def measured_steps(parts: dict[str, Any], model: str) -> dict[str, Any]:
+    """Return the timed steps of a model, eager and compiled, by name."""
+    found: dict[str, Any] = {}
+    for kind in ("step", "compiled"):
+        found |= parts.get(f"{kind}-{model}", {}).get("steps", {})
+    return found
+
+
+def step_table(parts: dict[str, Any], models: Sequence[str]) -> str:
+    """Return a row for each model and implementation."""
+    rows = []
+    for model in models:
+        found = measured_steps(parts, model)
+        vanilla = found.get("vanilla", {}).get("images_per_s")
+        for name, title in STEPS.items():
+            rows.append([f"{model}: {title}", *step_cells(found.get(name), vanilla)])
+    header = ["step", "images", "ms", "images/s", "time of vanilla's", "of the matmul ceiling"]
+    return table([*header, "peak memory"], rows)
+
+
+def step_cells(row: dict[str, Any] | None, vanilla: float | None) -> list[str]:
+    """Return the cells of one timed step; `vanilla` is the rate that it is compared with."""
+    if row is None:
+        return [NOT_MEASURED, *[""] * 5]
+    memory = row.get("peak_memory")
+    return [
+        str(row["batch_size"]),
+        f"{1000 * row['seconds']:.1f}",
+        f"{row['images_per_s']:,.0f}",
+        "" if vanilla is None else f"{vanilla / row['images_per_s']:.2f}",
+        f"{row['mfu']:.0%}",
+        "" if memory is None else f"{memory / 1e9:.1f} GB",
+    ]
+
+
+def step_lines(parts: dict[str, Any], models: Sequence[str]) -> list[str]:
+    """Return a paragraph for each model's step: phases, kernels, waits for the GPU."""
+    lines = []
+    for model in models:
+        values = parts.get(f"step-{model}", {})
+        sentences = []
+        if phases := values.get("phase_share"):
+            sentences.append(f"phases: {shares(phases)}")
+        if kernels := values.get("kernels"):
+            busy = values.get("busy_share")
+            filled = "" if busy is None else f", which fill {busy:.0%} of the step"
+            named = shares({f"`{name}`": share for name, share in kernels.items()})
+            sentences.append(
+                f"{values['kernel_launches']:,} kernels{filled}; over 3% of their time: {named}"
+            )
+        if "host_waits" in values:
+            waits = values["host_waits"]
+            count = "not measured (no GPU)" if waits is None else str(sum(waits.values()))
+            sentences.append(f"times the host waits for the GPU: {count}")
+        if sentences:
+            lines.append(f"rft's step, {model}: {'. '.join(sentences)}.")
+    return lines
+
+
+def shares(values: dict[str, float]) -> str:
+    """Return shares as text, largest first."""
+    ordered = sorted(values.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {share:.1%}" for name, share in ordered)
+
+
+def trainer_table(trainer: dict[str, Any], parts: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Return a row for each model and encoding of the shards."""
+    rows = []
+    for model in settings["models"]:
+        alone = measured_steps(parts, model).get("step", {}).get("images_per_s")
+        for encoding in ("pixels", "jpeg"):
+            row = trainer.get(model, {}).get(encoding)
+            cells = [NOT_MEASURED, "", ""]
+            if row is not None:
+                share = "" if alone is None else f"{row['images_per_s'] / alone:.0%}"
+                cells = [f"{row['images_per_s']:,.0f}", f"{row['waiting_share']:.1%}", share]
+            rows.append([f"{model}, `{encoding}` shards", *cells])
+    title = f"whole trainer, {settings['trainer_steps']} steps"
+    title += f", {settings['trainer_workers']} loader processes"
+    return table([title, "images/s", "waiting for data", "of the step's rate"], rows)
+
+
+def bullets(parts: dict[str, Any]) -> str:
+    """Return everything else, a line each."""
+    lines = [
+        *chip_lines(parts.get("chip", {})),
+        *large_lines(parts.get("large", {})),
+        *mask_lines(parts.get("masks", {})),
+        *resume_lines(parts.get("resume", {})),
+        *(
+            f"Evaluation of {model}, fp32: {row['images_per_s']:,.0f} images/s."
+            for model, row in parts.get("evaluation", {}).items()
+        ),
+    ]
+    if tests := parts.get("tests"):
+        counts = (f"{tests[kind]} {kind}" for kind in ("passed", "failed", "skipped"))
+        lines.append(f"tests/gpu: {', '.join(counts)}.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def chip_lines(chip: dict[str, Any]) -> list[str]:
+    """Return the ceilings."""
+    lines = []
+    if flops := chip.get("matmul_flops"):
+        rates = ", ".join(f"{name} {value / 1e12:,.1f} TFLOP/s" for name, value in flops.items())
+        lines.append(f"Matrix product ceiling: {rates}.")
+    if "copy_bytes_per_s" in chip:
+        within, to = chip["copy_bytes_per_s"], chip["host_to_device_bytes_per_s"]
+        lines.append(
+            f"Copy within the device {within / 1e9:,.0f} GB/s (read and written), to it from "
+            f"pinned memory {to / 1e9:,.0f} GB/s."
+        )
+    return lines
+
+
+def large_lines(large: dict[str, Any]) -> list[str]:
+    """Return the steps of the large model."""
+    lines = []
+    for name, title in {"step": "", "recompute": " --recompute"}.items():
+        if row := large.get(name):
+            batch, ms, rate, _, ceiling, memory = step_cells(row, None)
+            lines.append(
+                f"{large['model']}{title}: {batch} images fit, {ms} ms, {rate} images/s, {ceiling} "
+                f"of the ceiling{f', {memory}' if memory else ''}."
+            )
+    return lines
+
+
+def mask_lines(masks: dict[str, Any]) -> list[str]:
+    """Return how object masks agree between precisions."""
+    lines = []
+    for model, thresholds in masks.items():
+        if "not_measured" in thresholds:
+            lines.append(f"Object masks of {model}: not measured, {thresholds['not_measured']}.")
+            continue
+        lines += [
+            f"Object masks of {model} above {threshold} ({row['masked']:.1%} of patches): TF32 "
+            f"equals fp32 in {row['tf32']:.2%}, bf16 in {row['bf16']:.2%}."
+            for threshold, row in thresholds.items()
+        ]
+    return lines
+
+
+def resume_lines(resume: dict[str, Any]) -> list[str]:
+    """Return what one rank under torchrun showed."""
+    lines = []
+    if group := resume.get("group"):
+        lines.append(
+            f"One rank under torchrun, {group['backend']} beside gloo: gradients "
+            f"{equality(group['gradients'])} to those without a group."
+        )
+    if "two_runs" in resume:
+        lines.append(f"The same run twice: weights {equality(resume['two_runs'])}.")
+    if "resumed_run" in resume:
+        lines.append(
+            f"Stopped after step {resume['stopped_after']} and resumed: weights "
+            f"{equality(resume['resumed_run'])} to the run without a stop."
+        )
+    return lines
+
+
+def equality(found: dict[str, Any]) -> str:
+    """Return in words whether two sets of tensors are equal."""
+    if found["bit_equal"]:
+        return "bit-equal"
+    return f"equal within {found['largest_of_its_tensor']:.1e} of a tensor's largest entry"
+
+
+def missing(parts: dict[str, Any]) -> str:
+    """Return the parts that were not measured whole, with the reason."""
+    lines = [
+        f"`{name}` {part['status']}: {part['reason']}"
+        for name, part in parts.items()
+        if part["status"] != "done"
+    ]
+    return f"Not measured whole: {'; '.join(lines)}." if lines else ""

@@ -1,0 +1,166 @@
+"""Runs parts one after the other, each in a process of its own, within a time.
+
+Each part is forked from this process, which has imported everything and never touches the GPU: a
+part that fails, hangs, runs out of memory or breaks the GPU's context leaves the others alone. A
+part writes what it has measured as it goes, so that the end of its time loses only what was under
+way. The result file is written again after each part, for the same reason.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks import machine
+from rft import files
+
+Status = Literal["done", "failed", "cut off", "not reached"]
+PARTING = 3.0  # seconds that a part's processes have to end when its time is up
+LOG_TAIL = 2000  # characters of a failed part's output that are shown
+
+
+class Record:
+    """What a part has measured so far: a tree of JSON values in a file that is always whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.values: dict[str, Any] = {}
+
+    def put(self, *names: str, **values: Any) -> None:
+        """Add values below the given names, and write the file."""
+        branch = self.values
+        for name in names:
+            branch = branch.setdefault(name, {})
+        branch.update(values)
+        files.write_json(str(self._path), self.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One thing to measure."""
+
+    name: str
+    work: Callable[[Record], None]
+    least: float
+    """Seconds without which it is not worth starting."""
+    most: float
+    """Seconds after which it is cut off, however much is left for all parts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a part ended."""
+
+    status: Status
+    seconds: float
+    reason: str
+    values: dict[str, Any]
+
+
+def run(
+    parts: Sequence[Part], folder: Path, deadline: float, done: Callable[[str, Outcome], None]
+) -> None:
+    """Run the parts in order until the deadline.
+
+    Args:
+        parts: most valuable first.
+        folder: for the parts' records and what they print (NAME.json, NAME.log).
+        deadline: of `time.monotonic`; nothing of a part is alive after it.
+        done: called with each part's outcome as soon as it is known.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        left = deadline - time.monotonic() - PARTING
+        if left < part.least:
+            reason = f"{max(left, 0):.0f} s were left, it needs {part.least:g} or more"
+            done(part.name, Outcome(status="not reached", seconds=0.0, reason=reason, values={}))
+            continue
+        print(f"{part.name} ...", flush=True)
+        outcome = run_one(part, folder, min(part.most, left))
+        print(f"{part.name}: {outcome.status} in {outcome.seconds:.0f} s {outcome.reason}".rstrip())
+        if outcome.status == "failed":
+            log = (folder / f"{part.name}.log").read_text(errors="replace")
+            print(log[-LOG_TAIL:].rstrip(), file=sys.stderr, flush=True)
+        done(part.name, outcome)
+
+
+def run_one(part: Part, folder: Path, seconds: float) -> Outcome:
+    """Run one part in a process of its own, for so many seconds at most."""
+    record, log = folder / f"{part.name}.json", folder / f"{part.name}.log"
+    failure = folder / f"{part.name}.failure"
+    for path in (record, log, failure):
+        path.unlink(missing_ok=True)
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        _be(part, record, log, failure)
+    status = _wait(pid, started + seconds)
+    took = time.monotonic() - started
+    values = files.read_json(str(record)) if record.exists() else {}
+    if status is None:
+        reason = f"not ended after {seconds:.0f} s"
+        return Outcome(status="cut off", seconds=took, reason=reason, values=values)
+    if status == 0:
+        return Outcome(status="done", seconds=took, reason="", values=values)
+    if failure.exists():
+        reason = failure.read_text()
+    elif os.WIFSIGNALED(status):
+        reason = f"ended by {signal.Signals(os.WTERMSIG(status)).name}"
+    else:
+        reason = f"ended with exit code {os.waitstatus_to_exitcode(status)}"
+    return Outcome(status="failed", seconds=took, reason=reason, values=values)
+
+
+def _be(part: Part, record: Path, log: Path, failure: Path) -> None:
+    """Be the process of a part; never returns."""
+    code = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for standard in (1, 2):
+            os.dup2(descriptor, standard)
+        part.work(Record(record))
+        code = 0
+    except BaseException as error:  # whatever it is, it becomes the part's reason
+        traceback.print_exc()
+        failure.write_text(f"{type(error).__name__}: {files.reason(error)[:300]}")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # not sys.exit: this is a copy of the parent, whose cleaning up is not this process's
+        os._exit(code)
+
+
+def _wait(pid: int, deadline: float) -> int | None:
+    """Return the exit status of a part; None if its time ended first. Nothing of it is left."""
+    status = None
+    try:
+        while status is None and time.monotonic() < deadline:
+            found, code = os.waitpid(pid, os.WNOHANG)
+            status = code if found else None
+            time.sleep(0.02)
+    finally:
+        end_all(pid)
+        if status is None:
+            os.waitpid(pid, 0)
+    return status
+
+
+def end_all(session: int) -> None:
+    """End the processes of a part: politely, so that torchrun ends its ranks, then at once."""
+    # torchrun starts each rank in a session of its own
+    started = [*machine.session_processes(session), *machine.descendants(session)]
+    deadline = time.monotonic() + PARTING
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in started:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        while any(map(machine.is_alive, started)) and time.monotonic() < deadline:
+            time.sleep(0.02)

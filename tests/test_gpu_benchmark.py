@@ -1,0 +1,247 @@
+"""The GPU benchmark needs no GPU to be tried: every part runs on a CPU, and failures stay apart."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import machine, wheels
+from benchmarks.gpu import page
+from tests.tiny import environment
+
+PARTS = (
+    "chip", "step-rft-rehearsal", "trainer", "tests", "compiled-rft-rehearsal", "masks", "large",
+    "resume", "evaluation",
+)  # fmt: skip
+BROKEN = "tests"
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The whole command on this CPU, in which one part meets a folder where it wants a file."""
+    root = tmp_path_factory.mktemp("rehearsal")
+    (root / "work" / "rehearsal" / "gpu-tests.xml").mkdir(parents=True)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--minutes", "12"]
+    command += ["--out", str(root / "out"), "--work", str(root / "work")]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    return result, root / "out"
+
+
+@pytest.fixture(scope="module")
+def parts(rehearsal) -> dict[str, dict]:
+    """The values that each part measured."""
+    _, out = rehearsal
+    document = json.loads((out / "rehearsal_cpu.json").read_text())
+    return {name: part["values"] for name, part in document["parts"].items()}
+
+
+@pytest.mark.timeout(900)
+def test_every_part_runs_and_the_broken_one_alone_fails(rehearsal):
+    result, out = rehearsal
+    document = json.loads((out / "rehearsal_cpu.json").read_text())
+    found = {name: part["status"] for name, part in document["parts"].items()}
+    assert found == {name: "failed" if name == BROKEN else "done" for name in PARTS}, result.stderr
+    assert "IsADirectoryError" in document["parts"][BROKEN]["reason"]
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(f"error: failed: {BROKEN};")
+    assert document["commit"] or document["source_sha256"]
+    assert {"torch", "numpy"} <= document["versions"].keys()
+    assert document["processor"]
+
+
+def test_steps_are_timed_and_seen_into(parts):
+    measured = parts["step-rft-rehearsal"]
+    both = {**measured["steps"], **parts["compiled-rft-rehearsal"]["steps"]}
+    assert set(both) == set(page.STEPS)
+    for name, row in both.items():
+        assert row["batch_size"] == 8
+        assert row["images_per_s"] == pytest.approx(8 / row["seconds"], rel=0.01), name
+        assert row["fastest"] <= row["seconds"] <= row["slowest"]
+        assert row["mfu"] > 0
+    assert both["textbook_tf32"]["precision"] == "tf32"
+    assert both["step"]["precision"] == "bf16"
+    assert {"cam", "clean forward", "counterfactual backward"} <= measured["phase_share"].keys()
+    assert sum(measured["phase_share"].values()) == pytest.approx(1, abs=0.01)
+    assert all(0.03 < share < 1 for share in measured["kernels"].values())
+    assert measured["host_waits"] is None  # no GPU to wait for
+
+
+def test_the_trainer_ran_on_both_kinds_of_shards(parts):
+    runs = parts["trainer"]["rft-rehearsal"]
+    assert set(runs) == {"pixels", "jpeg"}
+    for run in runs.values():
+        assert run["steps"] == 6  # of 9, the first third is not counted
+        assert run["images_per_s"] > 0
+        assert 0 <= run["waiting_share"] <= 1
+
+
+def test_ceilings_masks_resumption_and_evaluation(parts):
+    assert set(parts["chip"]["matmul_flops"]) == {"bf16", "tf32", "fp32"}
+    trained = parts["masks"]["rft-miniature"]["0.3"]
+    assert 0.01 < trained["masked"] < 0.5
+    assert trained["bf16"] >= 0.99
+    assert parts["masks"]["rft-rehearsal"]["0.3"]["tf32"] == 1  # a CPU has no TF32
+    assert set(parts["large"]) == {"model", "step", "recompute"}
+    resume = parts["resume"]
+    assert resume["group"]["backend"] == "gloo"
+    for found in (resume["group"]["gradients"], resume["two_runs"], resume["resumed_run"]):
+        assert found == {"bit_equal": True, "largest": 0, "largest_of_its_tensor": 0}
+    assert 3 <= resume["stopped_after"] < 9
+    assert parts["evaluation"]["rft-rehearsal"]["images"] == 64  # of 72, the first batch is not
+
+
+def test_the_table_is_made_of_the_json(rehearsal):
+    _, out = rehearsal
+    document = json.loads((out / "rehearsal_cpu.json").read_text())
+    text = (out / "rehearsal_cpu.md").read_text()
+    assert text == page.text(document)
+    assert text.startswith("A rehearsal on a tiny model.")
+    rate = document["parts"]["step-rft-rehearsal"]["values"]["steps"]["step"]["images_per_s"]
+    assert re.search(rf"object-mask single-fill \| 8 \| [\d.]+ \| {rate:,.0f} \|", text)
+    assert f"`{BROKEN}` failed: " in text
+
+
+@pytest.mark.timeout(900)
+def test_a_second_call_keeps_what_it_does_not_measure_again(rehearsal):
+    _, out = rehearsal
+    before = json.loads((out / "rehearsal_cpu.json").read_text())["parts"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--parts", "chip", BROKEN]
+    command += ["--out", str(out), "--work", str(out.parent / "other")]
+    subprocess.run(command, env=environment(), check=True)
+    after = json.loads((out / "rehearsal_cpu.json").read_text())["parts"]
+    assert after[BROKEN]["status"] == "done"
+    assert after[BROKEN]["values"]["skipped"] > 0  # without a GPU
+    assert after["chip"]["values"] != before["chip"]["values"]
+    assert after["trainer"] == before["trainer"]
+
+
+def command(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "benchmarks.gpu", *words]
+    return subprocess.run(line, env=environment(**variables), capture_output=True, text=True)
+
+
+def test_no_gpu_and_unknown_names_are_one_line(tmp_path):
+    folders = ("--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    result = command(*folders, **hidden)
+    assert result.returncode == 2
+    line = "error: torch sees no GPU here; --rehearse runs every part on a CPU"
+    assert result.stderr.splitlines() == [line]
+    assert not (tmp_path / "out").exists()
+    result = command("--rehearse", "--parts", "trainr", *folders)
+    assert "unknown part 'trainr'; did you mean 'trainer'?" in result.stderr
+    result = command("--models", "ViT-Z", *folders)
+    assert "unknown model 'ViT-Z'" in result.stderr
+
+
+def test_a_package_that_lacks_is_one_line():
+    program = (
+        "import runpy, sys; sys.modules['open_clip'] = None; "
+        "runpy.run_module('benchmarks.gpu', run_name='__main__')"
+    )
+    line = [sys.executable, "-c", program]
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: open_clip is not installed. ")
+    assert result.stderr.count("\n") == 1
+
+
+RUNNER = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from benchmarks.gpu.runner import Part, run
+
+def measures(record):
+    record.put("a", value=1)
+    record.put("a", "b", other=2.5)
+
+def raises(record):
+    record.put(value=3)
+    print("what it printed")
+    raise ValueError("two\\nlines")
+
+def dies(record):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def hangs(record):
+    # ranks of torchrun are in sessions of their own, too
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
+                             start_new_session=True)
+    record.put(child=child.pid)
+    signal.pause()
+
+def late(record):
+    raise AssertionError("never started")
+
+parts = [Part(name=work.__name__, work=work, least=least, most=most) for work, least, most in
+         [(measures, 0, 60), (raises, 0, 60), (dies, 0, 60), (hangs, 0, 3), (late, 1e6, 1e6)]]
+outcomes = {}
+run(parts, Path(sys.argv[1]), time.monotonic() + 120, outcomes.__setitem__)
+for name, outcome in outcomes.items():
+    print("outcome", name, outcome.status, outcome.values, outcome.reason)
+"""
+
+
+def test_a_part_that_fails_dies_or_hangs_leaves_the_others_alone(tmp_path):
+    line = [sys.executable, "-c", RUNNER, str(tmp_path)]
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True, check=True)
+    found = {}
+    for row in result.stdout.splitlines():
+        if row.startswith("outcome "):
+            _, name, rest = row.split(" ", 2)
+            found[name] = rest
+    assert found["measures"] == "done {'a': {'b': {'other': 2.5}, 'value': 1}} "
+    assert found["raises"] == "failed {'value': 3} ValueError: two lines"
+    assert "what it printed" in result.stderr
+    assert found["dies"] == "failed {} ended by SIGKILL"
+    child = re.fullmatch(r"cut off \{'child': (\d+)\} not ended after 3 s", found["hangs"])
+    assert child, found["hangs"]
+    assert not machine.is_alive(int(child[1]))
+    assert found["late"].startswith("not reached {} ")
+
+
+def test_an_empty_result_says_that_nothing_was_measured():
+    document = {
+        "benchmark": "gpu", "python": "3.12", "commit": None, "source_sha256": "ab" * 32,
+        "date": "2026-11-28T20:00Z", "versions": {}, "parts": {},
+        "settings": {
+            "models": ["ViT-B-32"], "batch_size": 512, "trainer_steps": 60, "trainer_workers": 4,
+        },
+    }  # fmt: skip
+    text = page.text(document)
+    assert "sources abababababab" in text
+    assert text.count("not measured") == len(page.STEPS) + 2
+
+
+def test_wheels_are_the_packages_that_torch_does_not_bring():
+    found = {line.partition("==")[0] for line in wheels.packages(wheels.Arguments())}
+    assert {"open-clip-torch", "timm", "safetensors", "tyro", "tensorboard", "pytest"} <= found
+    brought = {"torch", "torchvision", "triton", "numpy", "pillow", "fsspec", "sympy", "rft"}
+    assert not found & {*brought, *wheels.UNUSED}
+    assert not [name for name in found if name.startswith(("nvidia", "cuda"))]
+
+
+def test_wheels_install_into_an_empty_environment(tmp_path):
+    """From the registry into a folder, and from the folder alone into an environment."""
+    version = "{}.{}".format(*sys.version_info[:2])
+    arguments = wheels.Arguments(python=version, out=tmp_path / "wheels")
+    stale = tmp_path / "wheels" / "tyro-0.1-py3-none-any.whl"
+    stale.parent.mkdir()
+    stale.touch()
+    try:
+        paths = wheels.download(arguments, wheels.packages(arguments))
+    except ValueError as error:
+        if "connect" not in str(error).lower():
+            raise
+        pytest.skip(f"no package registry: {error}")
+    assert not stale.exists()
+    assert sum(path.stat().st_size for path in paths) < wheels.MOST_BYTES
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "empty")], check=True)
+    python = str(tmp_path / "empty" / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, *map(str, paths)], check=True)
+    program = "import google.protobuf, isal.isal_zlib, pytest, rich, safetensors, yaml"
+    subprocess.run([python, "-c", program], check=True)
