@@ -45,7 +45,7 @@ class World:
 
     @property
     def alone(self) -> bool:
-        """Whether there is nobody to exchange anything with, nor a group of one to do it in."""
+        """Whether exchanges are no-ops: a single rank without a group."""
         return self.size == 1 and not self.grouped
 
     @property

@@ -46,7 +46,7 @@ class Arguments:
     out: Path = RESULTS
     """Folder for gpu_CHIP.json and gpu_CHIP.md; a rehearsal's are called rehearsal_CPU."""
     work: Path = Path("build/gpu")
-    """Folder for shards, weights, runs and logs: some 8 GB, none in a rehearsal."""
+    """Folder for shards, weights, runs and logs: some 12 GB, a rehearsal's are small."""
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes < 24 * 60:
@@ -98,7 +98,7 @@ def main(started: float) -> None:
     if unknown := [name for name in arguments.parts if name not in names]:
         raise cli.unknown("part", unknown[0], names)
     chosen = [part for part in wanted if not arguments.parts or part.name in arguments.parts]
-    # an end from outside is an end like any other: what was measured is there already
+    # the running part is ended too; what the others measured is in the file already
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     settings.work.mkdir(parents=True, exist_ok=True)
     result = Result(arguments, settings, names)

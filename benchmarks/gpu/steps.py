@@ -1,0 +1,219 @@
+"""One optimizer step: its time beside what it is compared with, and where the time goes."""
+
+import functools
+import gc
+import statistics
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import step
+from benchmarks.gpu.inputs import Settings
+from benchmarks.gpu.runner import Record
+from rft import dist, files
+from rft.clip.classifier import Classifier
+from rft.config import Precision
+
+PRECISION: Precision = "bf16"
+EAGER = ("step", "vanilla", "textbook", "textbook_tf32")
+COMPILED = ("vanilla_compiled", "step_compiled")
+COUNTED = 8  # images on which operations are counted, which are the same for every image
+LARGE_KERNEL = 0.03  # share of the time of all kernels
+SYNCHRONISED = "called a synchronizing CUDA operation"  # what torch warns of
+
+
+def steps(record: Record, settings: Settings, model: str, names: Sequence[str]) -> None:
+    """Time one optimizer step of object-mask-single-fill, and of what it is compared with.
+
+    Raises:
+        RuntimeError: after all others were timed, if one of them failed.
+    """
+    device = use_device(settings)
+    student = step.build_classifier(model, settings.classes)
+    arguments = step.Arguments(
+        model=model, batch_size=settings.batch_size, classes=settings.classes
+    )
+    failures = []
+    for name in names:
+        try:
+            time_step(record, settings, arguments, device, student, name)
+        except Exception as error:  # one that does not run here says nothing of the others
+            traceback.print_exc()
+            failures.append(f"{name}: {files.reason(error)[:200]}")
+            student.zero_grad()
+        free(device)
+    if failures:
+        raise RuntimeError("; ".join(failures))
+
+
+def time_step(
+    record: Record,
+    settings: Settings,
+    arguments: step.Arguments,
+    device: torch.device,
+    student: Classifier,
+    name: str,
+) -> None:
+    """Time one kind of step; of the training loop's, see where its time goes."""
+    precision: Precision = "tf32" if name.endswith("_tf32") else PRECISION
+    ideal = flops_per_image(arguments, device, student, name)
+    ideal /= ceiling(device, precision)
+    batch, run, cold = fitting(arguments, device, student, name)
+    seconds = step.time_steps({name: run}, settings.rounds, device)[name]
+    record.put("steps", name, precision=precision, **timing(batch, seconds, cold, ideal))
+    record.put("steps", name, peak_memory=step.peak_memory(run, device))
+    if name == "step":
+        record.put(host_waits=host_waits(run, device))
+        phases = step.phase_seconds(run, device)
+        whole = sum(phases.values())
+        record.put(phase_share={key: round(value / whole, 4) for key, value in phases.items()})
+        record.put(**kernels(run, device))
+
+
+def large(record: Record, settings: Settings) -> None:
+    """Time a step of a large model at the batch that fits, as it is and with --recompute."""
+    device = use_device(settings)
+    student = step.build_classifier(settings.large, settings.classes)
+    for recompute in (False, True):
+        arguments = step.Arguments(
+            model=settings.large,
+            batch_size=settings.batch_size,
+            classes=settings.classes,
+            recompute=recompute,
+        )
+        # operations that are done again are not counted as useful
+        flops = flops_per_image(arguments, device, student, "step")
+        batch, run, cold = fitting(arguments, device, student, "step")
+        seconds = step.time_steps({"step": run}, max(1, settings.rounds // 2), device)["step"]
+        values = timing(batch, seconds, cold, flops / ceiling(device, PRECISION))
+        name = "recompute" if recompute else "step"
+        record.put(name, **values, peak_memory=step.peak_memory(run, device))
+        record.put(model=settings.large)
+        del run
+        free(device)
+
+
+def timing(
+    batch: int, seconds: Sequence[float], cold: float, ideal_seconds_per_image: float
+) -> dict[str, Any]:
+    """Return how a step's rounds are recorded."""
+    median = statistics.median(seconds)
+    return {
+        "batch_size": batch,
+        "seconds": round(median, 5),
+        "fastest": round(min(seconds), 5),
+        "slowest": round(max(seconds), 5),
+        "cold_seconds": round(cold, 2),
+        "images_per_s": round(batch / median, 1),
+        "mfu": round(batch * ideal_seconds_per_image / median, 4),
+    }
+
+
+def flops_per_image(
+    arguments: step.Arguments, device: torch.device, student: Classifier, name: str
+) -> float:
+    """Return the operations of a step's matrix products, forward and backward.
+
+    Of a compiled step, those of the same step as it was written.
+    """
+    few = replace(arguments, batch_size=min(COUNTED, arguments.batch_size), recompute=False)
+    plain = step.build_steps(few, device, PRECISION, student)[name.removesuffix("_compiled")]
+    return step.count_flops(plain) / few.batch_size
+
+
+def fitting(
+    arguments: step.Arguments, device: torch.device, student: Classifier, name: str
+) -> tuple[int, Callable[[], None], float]:
+    """Return the largest batch that fits, halved from the one asked for, its step and first time.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: if not even two images fit.
+    """
+    batch = arguments.batch_size
+    while True:
+        try:
+            smaller = replace(arguments, batch_size=batch)
+            run = step.build_steps(smaller, device, PRECISION, student)[name]
+            started = time.perf_counter()
+            run()
+            step.synchronize(device)
+            return batch, run, time.perf_counter() - started
+        except torch.cuda.OutOfMemoryError:
+            if batch < 4:  # a fill needs another image
+                raise
+        batch //= 2
+        student.zero_grad()
+        free(device)
+
+
+def free(device: torch.device) -> None:
+    """Give back the memory of what was measured before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def use_device(settings: Settings) -> torch.device:
+    """Return the device to measure on."""
+    return dist.pick_device(settings.device, step.WORLD)
+
+
+@functools.cache
+def ceiling(device: torch.device, precision: Precision) -> float:
+    """Return the operations per second of the fastest matrix product, measured once a process."""
+    return step.matmul_ceiling(device, precision)
+
+
+def host_waits(run: Callable[[], None], device: torch.device) -> dict[str, int] | None:
+    """Return how often a step made the host wait for the GPU, by place; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    step.synchronize(device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if SYNCHRONISED in str(warning.message)]
+    return dict(Counter(f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits))
+
+
+def kernels(run: Callable[[], None], device: torch.device) -> dict[str, Any]:
+    """Return the kernels that take more than 3% of a step, and how much of it kernels fill.
+
+    On a CPU it is the operators that are listed.
+    """
+    gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    with profile(activities=activities) as profiler:
+        started = time.perf_counter()
+        run()
+        step.synchronize(device)
+        whole = time.perf_counter() - started
+    seconds: Counter[str] = Counter()
+    count = 0
+    for event in profiler.key_averages():
+        on_gpu = event.device_type != torch.autograd.DeviceType.CPU
+        # the phases that the training code names are no kernels
+        if on_gpu != gpu or getattr(event, "is_user_annotation", False):
+            continue
+        spent = event.self_device_time_total if gpu else event.self_cpu_time_total
+        seconds[event.key] += spent / 1e6
+        count += event.count
+    total = sum(seconds.values())
+    shares = {name: value / total for name, value in seconds.most_common() if total}
+    return {
+        "kernels": {n[:120]: round(v, 4) for n, v in shares.items() if v > LARGE_KERNEL},
+        "kernel_launches": count,
+        "busy_share": round(total / whole, 4) if gpu else None,
+    }
