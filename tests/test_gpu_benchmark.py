@@ -4,12 +4,13 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from benchmarks import machine, wheels
-from benchmarks.gpu import page
+from benchmarks.gpu import command, page
 from tests.tiny import environment
 
 PARTS = (
@@ -24,9 +25,9 @@ def rehearsal(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]
     """The whole command on this CPU, in which one part meets a folder where it wants a file."""
     root = tmp_path_factory.mktemp("rehearsal")
     (root / "work" / "rehearsal" / "gpu-tests.xml").mkdir(parents=True)
-    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--minutes", "12"]
-    command += ["--out", str(root / "out"), "--work", str(root / "work")]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    line = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--minutes", "12"]
+    line += ["--out", str(root / "out"), "--work", str(root / "work")]
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True)
     return result, root / "out"
 
 
@@ -108,9 +109,9 @@ def test_the_table_is_made_of_the_json(rehearsal):
 def test_a_second_call_keeps_what_it_does_not_measure_again(rehearsal):
     _, out = rehearsal
     before = json.loads((out / "rehearsal_cpu.json").read_text())["parts"]
-    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--parts", "chip", BROKEN]
-    command += ["--out", str(out), "--work", str(out.parent / "other")]
-    subprocess.run(command, env=environment(), check=True)
+    line = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--parts", "chip", BROKEN]
+    line += ["--out", str(out), "--work", str(out.parent / "other")]
+    subprocess.run(line, env=environment(), check=True)
     after = json.loads((out / "rehearsal_cpu.json").read_text())["parts"]
     assert after[BROKEN]["status"] == "done"
     assert after[BROKEN]["values"]["skipped"] > 0  # without a GPU
@@ -118,23 +119,31 @@ def test_a_second_call_keeps_what_it_does_not_measure_again(rehearsal):
     assert after["trainer"] == before["trainer"]
 
 
-def command(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "benchmarks.gpu", *words]
-    return subprocess.run(line, env=environment(**variables), capture_output=True, text=True)
-
-
-def test_no_gpu_and_unknown_names_are_one_line(tmp_path):
-    folders = ("--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
-    hidden = {"CUDA_VISIBLE_DEVICES": ""}
-    result = command(*folders, **hidden)
+def test_no_gpu_is_one_line(tmp_path):
+    line = [sys.executable, "-m", "benchmarks.gpu"]
+    line += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    hidden = environment(CUDA_VISIBLE_DEVICES="")
+    result = subprocess.run(line, env=hidden, capture_output=True, text=True)
     assert result.returncode == 2
-    line = "error: torch sees no GPU here; --rehearse runs every part on a CPU"
-    assert result.stderr.splitlines() == [line]
+    expected = "error: torch sees no GPU here; --rehearse runs every part on a CPU"
+    assert result.stderr.splitlines() == [expected]
     assert not (tmp_path / "out").exists()
-    result = command("--rehearse", "--parts", "trainr", *folders)
-    assert "unknown part 'trainr'; did you mean 'trainer'?" in result.stderr
-    result = command("--models", "ViT-Z", *folders)
-    assert "unknown model 'ViT-Z'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--rehearse", "--parts", "trainr"), "unknown part 'trainr'; did you mean 'trainer'?"),
+        (("--models", "ViT-B-3"), "unknown model 'ViT-B-3'; did you mean 'ViT-B-32'?"),
+        (("--minutes", "0"), "--minutes is 0; it must be above 0"),
+        (("--batch-size", "1"), "a fill needs 2 images or more"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(refused, tmp_path, words, message):
+    words = (*words, "--out", tmp_path / "out", "--work", tmp_path / "work")
+    line = refused(types.SimpleNamespace(main=lambda: command.main(0.0)), *words)
+    assert message in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_package_that_lacks_is_one_line():

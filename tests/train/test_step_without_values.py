@@ -165,7 +165,8 @@ def build_job(config: Config, model: str, device: torch.device) -> Job:
 
 def build_config(recipe: str, **changes) -> Config:
     """A recipe's configuration; a change is a field's value, or a dict of those of a part."""
-    config = recipes.build(recipe, data="-", run="-")
+    # the meta device has no autocast
+    config = replace(recipes.build(recipe, data="-", run="-"), precision="fp32")
     for name, change in changes.items():
         part = getattr(config, name)
         change = replace(part, **change) if isinstance(change, dict) else change
