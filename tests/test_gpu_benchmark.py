@@ -90,7 +90,7 @@ def test_ceilings_masks_resumption_and_evaluation(parts):
     assert resume["group"]["backend"] == "gloo"
     for found in (resume["group"]["gradients"], resume["two_runs"], resume["resumed_run"]):
         assert found == {"bit_equal": True, "largest": 0, "largest_of_its_tensor": 0}
-    assert 3 <= resume["stopped_after"] < 9
+    assert resume["stopped_after"] == 4  # asked in the step after the third
     assert parts["evaluation"]["rft-rehearsal"]["images"] == 64  # of 72, the first batch is not
 
 

@@ -5,11 +5,12 @@ GPUs are lent rarely and for minutes, so the command needs nothing but torch and
 was measured when a part fails or the time ends. `--rehearse` runs every part on a CPU, on a tiny
 model, so that no line of it runs for the first time on a lent GPU.
 
-    __main__   the command line
-    runner     parts in processes of their own: failures, deadlines, the result file
-    parts      what is measured; steps.py and runs.py hold the two largest kinds
-    inputs     synthetic shards and weights
-    group      one rank under torchrun, in a process group as several GPUs have it
-    page       the Markdown table
-    command    settings and result file
+    __main__     the start, before anything is imported
+    command      the command line and the result file
+    runner       parts in processes of their own: failures and deadlines
+    parts        what is measured; steps and runs hold the two largest kinds
+    inputs       synthetic shards and weights
+    group        one rank under torchrun, in a process group as several GPUs have it
+    interrupted  a training that is asked to stop in a step
+    page         the Markdown table
 """

@@ -83,7 +83,7 @@ def main() -> None:
         module = dist.data_parallel(world, job.objective, device)
         settle_buckets(job, module)
         result = {
-            "backend": "NCCL" if device.type == "cuda" else "gloo",
+            "backend": "NCCL with gloo beside it" if device.type == "cuda" else "gloo",
             "gradients": difference(expected, gradients(job, module, batch)),
             "gradients_twice_without": again,
             "time_over_without": round(seconds(job, module, batch) / without, 3),

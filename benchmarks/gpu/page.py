@@ -199,8 +199,9 @@ def resume_lines(resume: dict[str, Any]) -> list[str]:
     lines = []
     if group := resume.get("group"):
         lines.append(
-            f"One rank under torchrun, {group['backend']} beside gloo: gradients "
-            f"{equality(group['gradients'])} to those without a group."
+            f"One rank under torchrun, in a group ({group['backend']}): gradients "
+            f"{equality(group['gradients'])} to those without it, a step takes "
+            f"{group['time_over_without']:.2f} of its time."
         )
     if "two_runs" in resume:
         lines.append(f"The same run twice: weights {equality(resume['two_runs'])}.")

@@ -79,30 +79,21 @@ def resume(record: Record, settings: Settings) -> None:
 
 
 def stop_and_resume(settings: Settings, folder: Path) -> int:
-    """Stop a run under torchrun in its middle and run it to its end; return where it stopped."""
-    stop, metrics = Path(f"{folder}.stop"), folder / "metrics.jsonl"
-    stop.unlink(missing_ok=True)
-    command = [*launcher(), "rft.train", *resume_command(settings, folder)]
-    process = subprocess.Popen(command, cwd=ROOT)
-    while process.poll() is None:
-        seen = metrics.read_text().count("\n") if metrics.exists() else 0
-        if seen >= settings.steps // 3:
-            stop.touch()
-        time.sleep(0.002)
-    stop.unlink(missing_ok=True)
-    progress = json.loads((folder / "progress.json").read_text())
+    """Stop a run under torchrun after a third and run it to its end; return where it stopped."""
+    words = resume_command(settings, folder)
+    stopped = [*launcher(), "benchmarks.gpu.interrupted", str(settings.steps // 3), *words]
+    # a run that stopped on request is no success for torchrun
+    subprocess.run(stopped, cwd=ROOT, check=False)
+    step = json.loads((folder / "progress.json").read_text())["step"]
     if (folder / "training.json").exists():
         raise RuntimeError("the run ended before it was stopped")
-    subprocess.run(command, cwd=ROOT, check=True)
-    return progress["step"]
+    subprocess.run([*launcher(), "rft.train", *words], cwd=ROOT, check=True)
+    return step
 
 
 def resume_command(settings: Settings, folder: Path) -> list[str]:
     """Return the training command that is stopped and resumed: the smallest model, on pixels."""
-    return [
-        *train_command(settings, settings.models[0], "pixels", folder),
-        *("--log.every-steps", "1", "--cluster.stop-file", f"{folder}.stop"),
-    ]
+    return train_command(settings, settings.models[0], "pixels", folder)
 
 
 def compare_runs(left: Path, right: Path) -> dict[str, Any]:
