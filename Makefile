@@ -56,9 +56,9 @@ bench: .venv/.installed  ## the step, the loader and the packer against their pe
 	$(BIN)/python -m benchmarks.summary
 	$(BIN)/python docs/update_results.py
 
-gpu: .venv/.installed  ## what rft does on this machine's GPU, within MINUTES
-	$(BIN)/python -m benchmarks.gpu --minutes $(MINUTES)
-	$(BIN)/python docs/update_results.py
+gpu: .venv/.installed  ## the step, the trainer and more on this machine's GPU, within MINUTES
+	$(BIN)/python -m benchmarks.gpu --minutes $(MINUTES); status=$$?; \
+		$(BIN)/python docs/update_results.py && exit $$status
 
 # for a machine that has torch and torchvision and no network: docs/gpu.md
 wheels: .venv/.installed  ## what else benchmarks.gpu needs, as wheels in build/wheels

@@ -1,5 +1,6 @@
 """What a benchmark ran on, and signals to whole sessions of the processes it started."""
 
+import ctypes
 import hashlib
 import importlib.metadata
 import os
@@ -10,6 +11,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def describe() -> dict[str, Any]:
@@ -49,10 +53,10 @@ def versions(names: Sequence[str]) -> dict[str, str]:
 
 
 def source_sha256() -> str:
-    """Return a hash of the Python files of rft and its benchmarks: which code was measured."""
+    """Hash the Python files of rft, its benchmarks and its tests on GPUs: the code under test."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for folder in ("rft", "benchmarks"):
+    for folder in ("rft", "benchmarks", "tests/gpu"):
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
             digest.update(path.read_bytes())
@@ -79,6 +83,11 @@ def descendants(pid: int) -> list[int]:
                 tracker = b"resource_tracker" in Path(f"/proc/{child}/cmdline").read_bytes()
                 found += [] if tracker else [child, *descendants(child)]
     return found
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process as soon as the one that started it is gone."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def signal_session(session: int, number: signal.Signals) -> None:

@@ -148,16 +148,19 @@ def textbook_step(
         with autocast(images_BCHW.device, precision):
             return forward_with_maps(model, images_BCHW)
 
-    features_BE, maps = forward(student, images_BCHW)
-    score = student.logits(features_BE).gather(1, labels_B[:, None]).sum()
-    gradients = torch.autograd.grad(score, maps)
-    matrix_BLL = torch.eye(maps[0].shape[-1], device=score.device).expand(len(images_BCHW), -1, -1)
-    for map_BNLL, gradient_BNLL in zip(maps, gradients, strict=True):
-        # autocast's softmax is fp32 on a GPU and not on a CPU
-        attention_BLL = (gradient_BNLL.float() * map_BNLL.detach()).relu().mean(dim=1)
-        matrix_BLL = matrix_BLL + attention_BLL @ matrix_BLL
-    relevance_BP = relevance.normalise(matrix_BLL[:, 0, 1:])
-    del maps, gradients, features_BE, score
+    def cam() -> Tensor:
+        features_BE, maps = forward(student, images_BCHW)
+        score = student.logits(features_BE).gather(1, labels_B[:, None]).sum()
+        gradients = torch.autograd.grad(score, maps)
+        identity_LL = torch.eye(maps[0].shape[-1], device=score.device)
+        matrix_BLL = identity_LL.expand(len(images_BCHW), -1, -1)
+        for map_BNLL, gradient_BNLL in zip(maps, gradients, strict=True):
+            # autocast's softmax is fp32 on a GPU and not on a CPU
+            attention_BLL = (gradient_BNLL.float() * map_BNLL.detach()).relu().mean(dim=1)
+            matrix_BLL = matrix_BLL + attention_BLL @ matrix_BLL
+        return relevance.normalise(matrix_BLL[:, 0, 1:])
+
+    relevance_BP = cam()  # whose maps are gone with it
     filled_BCHW = fill_pixels(objective, images_BCHW, relevance_BP)
     with torch.no_grad():
         teacher_BE, _ = forward(objective.teacher, filled_BCHW)
@@ -232,8 +235,10 @@ def build_steps(
         gradients()
         if clips:
             nn.utils.clip_grad_norm_(student.parameters(), job.config.optim.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        # looked up here, because phase_seconds puts a stopwatch in its place
+        with rft.train.loop.record_function("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
 
     def vanilla(visual: Callable[[Tensor], Tensor] | None = None) -> None:
         whole(lambda: vanilla_step(student, images_BCHW, labels_B, precision, visual), precision)

@@ -1,7 +1,7 @@
 """Wheels for a machine that has torch and no network: `python -m benchmarks.wheels`.
 
-A machine with a GPU is often lent bare: an image with torch for its driver, nothing else, and no
-package registry. This fills a folder with the other packages that `benchmarks.gpu` and tests/gpu
+A rented machine with a GPU often comes bare: an image with torch for its driver, nothing else, and
+no package registry. This fills a folder with the other packages that `benchmarks.gpu` and tests/gpu
 need, in the versions of constraints.txt, for a Python and a platform that are not this machine's.
 On the other machine:
 
@@ -33,7 +33,7 @@ PROVIDED = ("torch", "torchvision")
 # figures, held-out splits and ImageNet's devkit, a server for log folders, downloads from the model
 # hub: a hundred megabytes that no part of it imports
 UNUSED = {"matplotlib", "scikit-learn", "scipy", "tensorboard-data-server", "hf-xet"}
-MOST_BYTES = 60_000_000  # more may not fit what a lent machine takes
+MOST_BYTES = 60_000_000  # so that the folder is copied in seconds
 # pip matches one glibc exactly: all of those that wheels are built for, newest first
 GLIBC = ("2_35", "2_34", "2_31", "2_28", "2_27", "2_24", "2_17", "2_12", "2_5")
 ALIASES = {"2_17": "2014", "2_12": "2010", "2_5": "1"}

@@ -319,9 +319,15 @@ def git_revision() -> str | None:
     folder = Path(__file__).parents[1]
     if (folder / "REVISION").exists():
         return (folder / "REVISION").read_text().strip()
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        # a copy inside another repository, such as an environment's packages, has no commit of it
+        if git("rev-parse", "--show-prefix"):
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip()

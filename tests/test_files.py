@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import subprocess
 import sys
 
 import pytest
@@ -127,6 +128,26 @@ def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert files.provenance()["rft"] == rft.__version__
     assert dict(env.rows())["rft"].startswith(rft.__version__)
+
+
+def test_the_commit_is_this_trees_own(tmp_path, monkeypatch):
+    def git(*words: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.example")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True)
+
+    (tmp_path / "rft").mkdir()
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "rft" / "files.py"))
+    assert files.git_revision() is None
+    git("init", "-q")
+    (tmp_path / "rft" / "files.py").touch()
+    git("add", ".")
+    git("commit", "-qm", "one")
+    assert len(files.git_revision()) == 12
+    # packages of an environment that lies inside somebody's repository
+    inside = tmp_path / "environment" / "rft" / "files.py"
+    inside.parent.mkdir(parents=True)
+    monkeypatch.setattr(files, "__file__", str(inside))
+    assert files.git_revision() is None
 
 
 def test_neither_a_mistake_nor_a_bug_shows_credentials(capsys, monkeypatch):

@@ -2,15 +2,22 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
+import filelock
 import pytest
+import torch
 
-from benchmarks import machine, wheels
-from benchmarks.gpu import command, page
+from benchmarks import machine, step, wheels
+from benchmarks.gpu import command, page, steps
+from benchmarks.gpu.group import difference
+from benchmarks.gpu.runner import Outcome
+from tests.conftest import build_model
 from tests.tiny import environment
 
 PARTS = (
@@ -212,17 +219,208 @@ def test_a_part_that_fails_dies_or_hangs_leaves_the_others_alone(tmp_path):
     assert found["late"].startswith("not reached {} ")
 
 
+ENDED = """
+import os, signal, sys, time
+from pathlib import Path
+from benchmarks.gpu.runner import Part, run
+
+def hangs(record):
+    if os.fork() == 0:
+        time.sleep(600)
+    record.put(pid=os.getpid())
+    signal.pause()
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+done = lambda name, outcome: print("outcome", outcome.status, outcome.values, flush=True)
+parts = [Part(name="hangs", work=hangs, least=0, most=600)]
+run(parts, Path(sys.argv[1]), time.monotonic() + 600, done)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_command_that_is_ended_leaves_no_part_behind(tmp_path, number):
+    line = [sys.executable, "-c", ENDED, str(tmp_path)]
+    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True)
+    record = tmp_path / "hangs.json"
+    until(record.exists)
+    pid = json.loads(record.read_text())["pid"]
+    try:
+        process.send_signal(number)
+        # the child of the part holds our pipe for as long as it lives
+        output = "" if number == signal.SIGKILL else process.communicate(timeout=60)[0]
+        process.wait(60)
+        until(lambda: not machine.is_alive(pid))
+        if number == signal.SIGTERM:
+            assert process.returncode == 143
+            assert f"outcome cut off {{'pid': {pid}}}" in output
+            assert not machine.session_processes(pid)
+    finally:
+        machine.signal_session(pid, signal.SIGKILL)
+
+
+def until(reached) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_an_empty_result_says_that_nothing_was_measured():
     document = {
         "benchmark": "gpu", "python": "3.12", "commit": None, "source_sha256": "ab" * 32,
-        "date": "2026-11-28T20:00Z", "versions": {}, "parts": {},
+        "date": "2026-11-28T20:00Z", "versions": {}, "parts": {}, "driver": None,
         "settings": {
             "models": ["ViT-B-32"], "batch_size": 512, "trainer_steps": 60, "trainer_workers": 4,
         },
     }  # fmt: skip
     text = page.text(document)
     assert "sources abababababab" in text
-    assert text.count("not measured") == len(page.STEPS) + 2
+    assert text.count("| not measured |") == len(page.STEPS) + 2
+
+
+def test_kernels_of_one_beginning_stay_apart_in_the_table():
+    names = [f"void at::native::{'x' * 80}<{kind}>" for kind in ("float", "bf16")]
+    found = page.shortened({names[0]: 0.1, names[1]: 0.04})
+    short = f"`{'x' * page.KERNEL_LETTERS}`"
+    assert found == {short: 0.1, f"{short} (2)": 0.04}
+
+
+def test_a_value_that_is_not_finite_is_never_equal():
+    ours = {"a": torch.tensor([1.0, 2.0])}
+    assert difference(ours, {"a": torch.tensor([1.0, 2.0])})["bit_equal"]
+    found = difference(ours, {"a": torch.tensor([1.0, 2.5])})
+    assert found == {"bit_equal": False, "largest": 0.5, "largest_of_its_tensor": 0.25}
+    for broken in (torch.nan, torch.inf):
+        theirs = {"a": torch.tensor([1.0, broken])}
+        for pair in ((ours, theirs), (theirs, ours)):
+            with pytest.raises(ValueError, match="a is not finite"):
+                difference(*pair)
+    with pytest.raises(ValueError, match="only one state has b"):
+        difference(ours, {**ours, "b": ours["a"]})
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory.", "CUBLAS_STATUS_ALLOC_FAILED when"])
+def test_a_batch_is_halved_until_two_steps_fit(monkeypatch, message):
+    calls = []
+
+    def build_steps(arguments, *_):
+        def run() -> None:
+            calls.append(arguments.batch_size)
+            # the optimizer's memory comes with the first step: the second is the one that fails
+            if arguments.batch_size > 16 and calls.count(arguments.batch_size) == 2:
+                raise RuntimeError(message)
+
+        return {"step": run}
+
+    monkeypatch.setattr(step, "build_steps", build_steps)
+    arguments, student = step.Arguments(batch_size=64), build_model(0)
+    batch, _, cold = steps.fitting(arguments, torch.device("cpu"), student, "step")
+    assert (batch, calls) == (16, [64, 64, 32, 32, 16, 16])
+    assert cold >= 0
+
+
+def test_another_failure_is_no_matter_of_memory(monkeypatch):
+    def build_steps(arguments, *_):
+        raise RuntimeError(f"no kernel for {arguments.batch_size}")
+
+    monkeypatch.setattr(step, "build_steps", build_steps)
+    arguments = step.Arguments(batch_size=64)
+    with pytest.raises(RuntimeError, match="no kernel for 64"):
+        steps.fitting(arguments, torch.device("cpu"), build_model(0), "step")
+
+
+@pytest.fixture
+def result(tmp_path):
+    """Opens the result file of a rehearsal, as the next call does."""
+
+    def open_it(**changes) -> command.Result:
+        arguments = command.Arguments(
+            rehearse=True, out=tmp_path / "out", work=tmp_path / "work", **changes
+        )
+        return command.Result(arguments, arguments.settings(), ["chip", "tests"], "cpu")
+
+    return open_it
+
+
+def outcome(status: str, **values) -> Outcome:
+    return Outcome(status=status, seconds=1.0, reason="why", values=values)
+
+
+def test_what_is_measured_whole_is_kept(result):
+    first = result()
+    assert first.lacking(again=False) == ["chip", "tests"]
+    first.add("chip", outcome("done", name="CPU"))
+    first.add("tests", outcome("cut off", passed=1, failed=0, skipped=0))
+    second = result()
+    assert second.lacking(again=False) == ["tests"]
+    assert second.lacking(again=True) == ["chip", "tests"]
+    for status in ("failed", "cut off", "not reached"):
+        second.add("chip", outcome(status))
+        part = json.loads(second.path.read_text())["parts"]["chip"]
+        assert (part["status"], part["values"]) == ("done", {"name": "CPU"})
+    assert part["repeated"] == "cut off: why"
+    assert (
+        "`chip`, when it was repeated, cut off: why" in second.path.with_suffix(".md").read_text()
+    )
+    second.add("tests", outcome("done", passed=2, failed=0, skipped=0))
+    assert result().lacking(again=False) == []
+
+
+def test_other_sources_or_settings_start_anew(result, monkeypatch):
+    result().add("chip", outcome("done"))
+    monkeypatch.setattr(machine, "source_sha256", lambda: "0" * 64)
+    assert result().lacking(again=False) == ["chip", "tests"]
+
+
+def test_how_a_call_ended(result):
+    found = result()
+    with pytest.raises(ValueError, match="no part was measured"):
+        found.require_measured(["chip", "tests"])
+    found.add("chip", outcome("not reached"))
+    with pytest.raises(ValueError, match="no part was measured"):
+        found.require_measured(["chip", "tests"])
+    found.add("tests", outcome("failed", passed=0, failed=1, skipped=0))
+    with pytest.raises(ValueError, match="failed: tests; reasons in"):
+        found.require_measured(["chip", "tests"])
+    # what failed in an earlier call says nothing of this one
+    again = result()
+    again.add("chip", outcome("done"))
+    again.require_measured(["chip"])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema": 1}', '{"parts": {"chip": 3}}', '{"parts": {"large": {}}}']
+)
+def test_a_damaged_result_is_moved_aside(result, capsys, text):
+    path = result().path
+    document = json.loads(path.read_text())
+    if text.startswith('{"parts"'):
+        text = json.dumps({**document, **json.loads(text)})
+    path.write_text(text)
+    assert result().lacking(again=False) == ["chip", "tests"]
+    assert "is not a result file" in capsys.readouterr().err
+    assert path.with_suffix(".damaged").read_text() == text
+
+
+def test_a_folder_that_takes_no_file_is_found_before_anything_is_measured(result, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises((ValueError, OSError)):
+        result()
+
+
+def test_the_figures_survive_a_table_that_cannot_be_made(result, capsys):
+    found = result()
+    found.add("tests", outcome("done", passed=1))
+    assert "no table of" in capsys.readouterr().err
+    assert json.loads(found.path.read_text())["parts"]["tests"]["values"] == {"passed": 1}
+
+
+def test_two_calls_in_one_work_folder(refused, tmp_path):
+    (tmp_path / "work" / "rehearsal").mkdir(parents=True)
+    with filelock.FileLock(tmp_path / "work" / "rehearsal" / ".lock"):
+        words = ("--rehearse", "--out", tmp_path / "out", "--work", tmp_path / "work")
+        line = refused(types.SimpleNamespace(main=lambda: command.main(0.0)), *words)
+    assert "another call works in" in line
 
 
 def test_wheels_are_the_packages_that_torch_does_not_bring():

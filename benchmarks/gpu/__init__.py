@@ -1,9 +1,9 @@
 """What rft does on one GPU, measured in one command: `python -m benchmarks.gpu`.
 
-GPUs are lent rarely and for minutes, so the command needs nothing but torch and the wheels of
+GPU time is scarce, so the command needs nothing but torch and the wheels of
 `benchmarks.wheels`, stops by itself, measures the most valuable things first, and keeps whatever
 was measured when a part fails or the time ends. `--rehearse` runs every part on a CPU, on a tiny
-model, so that no line of it runs for the first time on a lent GPU.
+model, so that no line of it runs for the first time where time is scarce.
 
     __main__     the start, before anything is imported
     command      the command line and the result file

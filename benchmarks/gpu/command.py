@@ -6,10 +6,12 @@ import re
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import filelock
 import open_clip
 import tyro
 
@@ -28,13 +30,15 @@ VERSIONS = ("torch", "torchvision", "triton", "open_clip_torch", "timm", "numpy"
 class Arguments:
     """Measure what rft does on this machine's first GPU, the most valuable things first.
 
-    Parts that an earlier call measured, for the same commit on the same machine, are kept.
+    A later call measures what is lacking, if sources, packages and machine are the same.
     """
 
     minutes: float = 6.0
     """Time for everything, from the start of the command."""
     parts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PART...")] = ()
-    """Only these parts; all of them if none is named."""
+    """Only these parts; without any, all that are not measured whole yet."""
+    again: bool = False
+    """Measure everything again."""
     batch_size: int = 512
     """Images per step, halved where they do not fit."""
     models: tuple[str, ...] = ("ViT-B-32", "ViT-B-16")
@@ -55,7 +59,7 @@ class Arguments:
             raise ValueError(f"--batch-size is {self.batch_size}; a fill needs 2 images or more")
 
     def settings(self) -> Settings:
-        """Return how large everything is.
+        """Decide how large everything is.
 
         Raises:
             ValueError: for a model that open_clip does not have.
@@ -93,34 +97,51 @@ def main(started: float) -> None:
     """Measure, and write the results after each part."""
     arguments = cli.parse(Arguments, prog="benchmarks.gpu")
     settings = arguments.settings()
-    wanted = parts.all_parts(settings)
-    names = [part.name for part in wanted]
-    if unknown := [name for name in arguments.parts if name not in names]:
-        raise cli.unknown("part", unknown[0], names)
-    chosen = [part for part in wanted if not arguments.parts or part.name in arguments.parts]
-    # the running part is ended too; what the others measured is in the file already
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    wanted = {part.name: part for part in parts.all_parts(settings)}
+    if unknown := [name for name in arguments.parts if name not in wanted]:
+        raise cli.unknown("part", unknown[0], list(wanted))
     settings.work.mkdir(parents=True, exist_ok=True)
-    result = Result(arguments, settings, names)
+    lock = filelock.FileLock(settings.work / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ValueError(
+            f"another call works in {arguments.work}; choose another --work"
+        ) from error
+    chip = "cpu" if arguments.rehearse else parts.gpu_name(settings)
+    # the running part is ended too, and what it has measured is kept
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    result = Result(arguments, settings, list(wanted), chip)
+    chosen = list(arguments.parts) or result.lacking(again=arguments.again)
     deadline = started + 60 * arguments.minutes
-    runner.run(chosen, settings.work / "parts", deadline, result.add)
+    runner.run([wanted[name] for name in chosen], settings.work / "parts", deadline, result.add)
     print(f"{time.monotonic() - started:.0f} s in all; wrote {result.path}", flush=True)
-    if result.failed:
-        raise ValueError(f"failed: {', '.join(result.failed)}; why is in {result.path}")
+    result.require_measured(chosen)
 
 
 class Result:
-    """The result file, written again after each part."""
+    """The result file, written again after each part.
 
-    def __init__(self, arguments: Arguments, settings: Settings, names: list[str]) -> None:
-        self._out, self._kind = arguments.out, "rehearsal" if arguments.rehearse else "gpu"
+    An earlier file's parts are kept if they were measured with the same sources, packages and
+    settings on the same machine.
+    """
+
+    def __init__(
+        self, arguments: Arguments, settings: Settings, names: list[str], chip: str
+    ) -> None:
+        kind = "rehearsal" if arguments.rehearse else "gpu"
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", chip.removeprefix("NVIDIA ")).strip("-")
+        self.path = arguments.out / f"{kind}_{slug}.json"
         self._names = names
+        self._now: dict[str, str] = {}
         document = {
-            "benchmark": self._kind,
+            "benchmark": kind,
             "schema": SCHEMA,
             **machine.describe(),
             "commit": files.git_revision(),
             "source_sha256": machine.source_sha256(),
+            "driver": None if arguments.rehearse else parts.driver(),
             "versions": machine.versions(VERSIONS),
             "settings": {
                 "models": settings.models,
@@ -136,50 +157,77 @@ class Result:
         # as the file has it: lists for tuples
         self._document: dict[str, Any] = json.loads(json.dumps(document))
         if document["commit"] is None:
-            print(
-                "warning: not a git checkout: the result names no commit, only a hash of the "
-                "sources. Write one to the file REVISION first: git describe --always --dirty "
-                "--abbrev=12 > REVISION",
-                file=sys.stderr,
+            warn(
+                "not a git checkout: the result names no commit, only a hash of the sources. Write "
+                "one to the file REVISION: git describe --always --dirty --abbrev=12 > REVISION"
             )
-        self._chip = "cpu" if arguments.rehearse else parts.gpu_name(settings)
         self._keep_earlier()
-
-    @property
-    def path(self) -> Path:
-        """The JSON file."""
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", self._chip.removeprefix("NVIDIA ")).strip("-")
-        return self._out / f"{self._kind}_{slug}.json"
+        self._write()  # a folder that cannot be written is found out before anything is measured
 
     def _keep_earlier(self) -> None:
-        """Take over the parts of an earlier call that measured the same sources in the same way."""
         if not self.path.exists():
             return
-        earlier = files.read_json(str(self.path))
-        same = ("schema", "source_sha256", "versions", "processor", "settings")
-        if all(earlier.get(name) == self._document[name] for name in same):
-            self._document["parts"] = earlier["parts"]
+        same = ("schema", "source_sha256", "versions", "processor", "driver", "settings")
+        try:
+            earlier = files.read_json(str(self.path))
+            if any(earlier[name] != self._document[name] for name in same):
+                return
+            page.text(earlier)
+            self._document["parts"] = {name: earlier["parts"][name] for name in earlier["parts"]}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            aside = self.path.with_suffix(".damaged")
+            self.path.rename(aside)
+            warn(f"{self.path} is not a result file ({type(error).__name__}); moved to {aside}")
+
+    def lacking(self, *, again: bool) -> list[str]:
+        """List the parts that are not measured whole yet, or all of them, in order."""
+        found = self._document["parts"]
+        whole = {name for name, part in found.items() if part["status"] == "done" and not again}
+        for name in whole:
+            print(f"{name}: measured at {found[name]['date']} (--again measures it again)")
+        return [name for name in self._names if name not in whole]
 
     def add(self, name: str, outcome: Outcome) -> None:
-        """Add a part and write JSON and table; a part that was not reached keeps what it had."""
+        """Add a part and write JSON and table; one that is measured whole already is kept."""
         found = self._document["parts"]
-        if outcome.status == "not reached" and name in found:
-            return
-        found[name] = {
-            "status": outcome.status,
-            "seconds": round(outcome.seconds, 1),
-            "reason": outcome.reason,
-            "date": machine.date(),
-            "values": outcome.values,
-        }
-        ordered = {part: found[part] for part in self._names if part in found}
-        self._document["parts"] = ordered
+        self._now[name] = outcome.status
+        before = found.get(name, {}).get("status")
+        if outcome.status == "done" or before in (None, "not reached"):
+            found[name] = {
+                "status": outcome.status,
+                "seconds": round(outcome.seconds, 1),
+                "reason": outcome.reason,
+                "date": machine.date(),
+                "commit": self._document["commit"],
+                "values": outcome.values,
+            }
+        elif outcome.status != "not reached":
+            found[name]["repeated"] = f"{outcome.status}: {outcome.reason}"
+        self._document["parts"] = {part: found[part] for part in self._names if part in found}
+        self._write()
+
+    def _write(self) -> None:
         files.write_json(str(self.path), self._document)
-        text = page.text(self._document)
+        try:
+            text = page.text(self._document)
+        except Exception as error:  # the figures matter more than their table
+            traceback.print_exc()
+            warn(f"no table of {self.path}: {error!r}")
+            return
         files.write_bytes(str(self.path.with_suffix(".md")), text.encode())
 
-    @property
-    def failed(self) -> list[str]:
-        """Names of the parts that failed."""
-        parts = self._document["parts"].items()
-        return [name for name, part in parts if part["status"] == "failed"]
+    def require_measured(self, names: list[str]) -> None:
+        """Check how this call's parts ended.
+
+        Raises:
+            ValueError: naming those that failed, or if not one was measured.
+        """
+        if failed := [name for name in names if self._now.get(name) == "failed"]:
+            raise ValueError(f"failed: {', '.join(failed)}; reasons in {self.path}")
+        if names and not any(self._now.get(name) in ("done", "cut off") for name in names):
+            raise ValueError("no part was measured: --minutes is too short for any of them")
+
+
+def warn(message: str) -> None:
+    """Print what is wrong and stops nothing."""
+    print(f"WARNING: {message}", file=sys.stderr, flush=True)

@@ -1,13 +1,12 @@
-"""One rank in a process group: `torchrun --nproc_per_node 1 -m benchmarks.gpu.group MODEL ...`.
+"""One rank in a process group: `torchrun --nproc_per_node 1 -m benchmarks.gpu.group FILE ...`.
 
 A single rank trains without a group, so on one GPU nothing would ever run NCCL, the control group
-beside it, and data parallelism over both. Here a group of one does. The last line is a JSON object:
+beside it, and data parallelism over both. Here a group of one does. A JSON object goes to FILE:
 whether the gradients are those of a rank without a group, and the time of a step with it over the
 time without.
 """
 
 import dataclasses
-import json
 import statistics
 import sys
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from benchmarks import step
 from benchmarks.gpu import inputs
-from rft import dist
+from rft import dist, files
 from rft.data.loader import Batch
 from rft.train.loop import Job, accumulate_gradients, settle_buckets
 
@@ -24,7 +23,7 @@ assert inputs.REHEARSAL, "the module adds the tiny model to open_clip's"
 
 
 def gradients(job: Job, module: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """Return the gradients of a step."""
+    """Compute the gradients of a step."""
     job.objective.zero_grad()
     accumulate_gradients(job, module, batch, step=0)
     found = {
@@ -37,18 +36,31 @@ def gradients(job: Job, module: torch.nn.Module, batch: Batch) -> dict[str, torc
 
 
 def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return whether two states are equal, and by how much they are not."""
-    assert ours.keys() == theirs.keys()
+    """Compare two states bit by bit.
+
+    Returns:
+        Whether they are equal, the largest difference, and the largest one as a share of its own
+        tensor's largest entry.
+
+    Raises:
+        ValueError: if one of them has a tensor that the other lacks, or a value that is not finite.
+    """
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"only one state has {', '.join(sorted(ours.keys() ^ theirs.keys()))}")
     largest = relative = 0.0
     for name, value in ours.items():
+        for state in (value, theirs[name]):
+            if not state.isfinite().all():
+                raise ValueError(f"{name} is not finite")
         apart = (value.double() - theirs[name].double()).abs().max().item()
         largest = max(largest, apart)
         relative = max(relative, apart / max(value.abs().max().item(), 1e-12))
-    return {"bit_equal": largest == 0, "largest": largest, "largest_of_its_tensor": relative}
+    equal = all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    return {"bit_equal": equal, "largest": largest, "largest_of_its_tensor": relative}
 
 
 def seconds(job: Job, module: torch.nn.Module, batch: Batch) -> float:
-    """Return the median time of a step's forwards and backwards."""
+    """Time a step's forwards and backwards; the median."""
     work = {"step": lambda: gradients(job, module, batch)}
     return statistics.median(step.time_steps(work, 5, job.device)["step"])
 
@@ -67,7 +79,7 @@ def exchange(world: dist.World, device: torch.device) -> None:
 
 def main() -> None:
     """Compare a step in a group with one without."""
-    model, device_type, batch_size, classes = sys.argv[1:]
+    path, model, device_type, batch_size, classes = sys.argv[1:]
     world = dist.world_from_env()
     device = dist.pick_device(device_type, world)
     arguments = step.Arguments(model=model, batch_size=int(batch_size), classes=int(classes))
@@ -88,7 +100,7 @@ def main() -> None:
             "gradients_twice_without": again,
             "time_over_without": round(seconds(job, module, batch) / without, 3),
         }
-    print(json.dumps(result))
+    files.write_json(path, result)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Everything is kept in the work folder, for the parts that come later and for the
 
 import dataclasses
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import open_clip
 from PIL import Image
 from safetensors.torch import save_file
 
+from rft import files
 from rft.clip.weights import HUB_CONFIG, HUB_WEIGHTS
 from rft.data import encode, pack
 from rft.data.labels import LabelSpace
@@ -54,7 +54,7 @@ class Settings:
 
 
 def labels(classes: int) -> LabelSpace:
-    """Return the first classes of ImageNet, with one prompt for each."""
+    """Take the first classes of ImageNet, with one prompt for each."""
     whole = LabelSpace.imagenet()
     return dataclasses.replace(
         whole, ids=whole.ids[:classes], names=whole.names[:classes], templates=whole.templates[:1]
@@ -62,14 +62,14 @@ def labels(classes: int) -> LabelSpace:
 
 
 def image_size(model: str) -> int:
-    """Return the side of a model's input in pixels."""
+    """Look up the side of a model's input in pixels."""
     config = open_clip.get_model_config(model)
     assert config is not None, model
     return config["vision_cfg"]["image_size"]
 
 
 def draw(number: int, size: int) -> bytes:
-    """Return the JPEG of a picture that compresses as a photograph does: soft shapes, some grain.
+    """Draw a JPEG that compresses as a photograph does: soft shapes, some grain.
 
     About 17 KB at 224 pixels, as much as a photograph's square of that size.
     """
@@ -99,13 +99,13 @@ def write_images(settings: Settings, size: int) -> Path:
         if path.exists():
             continue
         if first == number:
-            path.write_bytes(draw(number, size))
+            files.write_bytes(str(path), draw(number, size))
             continue
         origin = part / "train" / ids[first % len(ids)] / f"{ids[first % len(ids)]}_{first}.JPEG"
         try:
             path.hardlink_to(origin)
         except OSError:  # a file system without links
-            path.write_bytes(origin.read_bytes())
+            files.write_bytes(str(path), origin.read_bytes())
     part.rename(folder)
     return folder
 
@@ -140,5 +140,5 @@ def write_clip(settings: Settings, model: str) -> str:
             },
         }
         # last: a folder without it is written again
-        (folder / HUB_CONFIG).write_text(json.dumps(document))
+        files.write_json(str(folder / HUB_CONFIG), document)
     return f"local-dir:{folder.resolve()}"

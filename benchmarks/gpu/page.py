@@ -1,7 +1,9 @@
 """The table of a measured GPU, in Markdown, from its JSON."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from benchmarks.method import NOT_MEASURED, table
 
 STEPS = {
     "vanilla": "vanilla (open_clip's forward)",
@@ -11,11 +13,11 @@ STEPS = {
     "textbook": "textbook counterfactual step",
     "textbook_tf32": "textbook, fp32 with TF32",
 }
-NOT_MEASURED = "not measured"
+KERNEL_LETTERS = 60  # of a kernel's name, which can have hundreds
 
 
 def text(document: dict[str, Any]) -> str:
-    """Return the page of one result file; a part that lacks is named with its reason."""
+    """Write the page of one result file; a missing part is named with its reason."""
     parts = {name: part["values"] for name, part in document["parts"].items()}
     settings = document["settings"]
     blocks = [
@@ -30,29 +32,26 @@ def text(document: dict[str, Any]) -> str:
 
 
 def heading(document: dict[str, Any], chip: dict[str, Any]) -> str:
-    """Return what was measured, on what, when."""
-    versions = document["versions"]
+    """Say what was measured, on what, when."""
     where = chip.get("name", "an unknown device")
-    if "driver" in chip:
-        where += f", driver {chip['driver']}"
+    if document["driver"]:
+        where += f", driver {document['driver']}"
+    if chip.get("cuda"):
+        where += f", CUDA {chip['cuda']}"
     rehearsal = "" if document["benchmark"] == "gpu" else "A rehearsal on a tiny model. "
-    commit = document["commit"] or f"sources {document['source_sha256'][:12]}"
+    dates = sorted({part["date"][:10] for part in document["parts"].values()}) or ["not measured"]
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
-        f"{rehearsal}{where}, torch {versions.get('torch', '?')}, Python {document['python']}; "
-        f"commit {commit}, {document['date'][:10]}. Random weights and images, "
+        f"{rehearsal}{where}, torch {document['versions'].get('torch', '?')}, Python "
+        f"{document['python']}; commit {document['commit'] or 'unknown'} (sources "
+        f"{document['source_sha256'][:12]}), {when}. Random weights and images, "
         f"{document['settings']['batch_size']} images per step where they fit, bf16 unless a row "
         "says otherwise; medians."
     )
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns but the first are numbers."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def measured_steps(parts: dict[str, Any], model: str) -> dict[str, Any]:
-    """Return the timed steps of a model, eager and compiled, by name."""
+    """Collect the timed steps of a model, eager and compiled, by name."""
     found: dict[str, Any] = {}
     for kind in ("step", "compiled"):
         found |= parts.get(f"{kind}-{model}", {}).get("steps", {})
@@ -60,19 +59,19 @@ def measured_steps(parts: dict[str, Any], model: str) -> dict[str, Any]:
 
 
 def step_table(parts: dict[str, Any], models: Sequence[str]) -> str:
-    """Return a row for each model and implementation."""
+    """Lay out a row for each model and implementation."""
     rows = []
     for model in models:
         found = measured_steps(parts, model)
         vanilla = found.get("vanilla", {}).get("images_per_s")
         for name, title in STEPS.items():
             rows.append([f"{model}: {title}", *step_cells(found.get(name), vanilla)])
-    header = ["step", "images", "ms", "images/s", "time of vanilla's", "of the matmul ceiling"]
+    header = ["step", "images", "ms", "images/s", "time / vanilla's", "of the matmul ceiling"]
     return table([*header, "peak memory"], rows)
 
 
 def step_cells(row: dict[str, Any] | None, vanilla: float | None) -> list[str]:
-    """Return the cells of one timed step; `vanilla` is the rate that it is compared with."""
+    """Fill the cells of one timed step; `vanilla` is the rate that it is compared with."""
     if row is None:
         return [NOT_MEASURED, *[""] * 5]
     memory = row.get("peak_memory")
@@ -87,7 +86,7 @@ def step_cells(row: dict[str, Any] | None, vanilla: float | None) -> list[str]:
 
 
 def step_lines(parts: dict[str, Any], models: Sequence[str]) -> list[str]:
-    """Return a paragraph for each model's step: phases, kernels, waits for the GPU."""
+    """Write a paragraph for each model's step: phases, kernels, waits for the GPU."""
     lines = []
     for model in models:
         values = parts.get(f"step-{model}", {})
@@ -97,44 +96,58 @@ def step_lines(parts: dict[str, Any], models: Sequence[str]) -> list[str]:
         if kernels := values.get("kernels"):
             busy = values.get("busy_share")
             filled = "" if busy is None else f", which fill {busy:.0%} of the step"
-            named = shares({f"`{name}`": share for name, share in kernels.items()})
+            named = shares(shortened(kernels))
             sentences.append(
                 f"{values['kernel_launches']:,} kernels{filled}; over 3% of their time: {named}"
             )
         if "host_waits" in values:
             waits = values["host_waits"]
-            count = "not measured (no GPU)" if waits is None else str(sum(waits.values()))
-            sentences.append(f"times the host waits for the GPU: {count}")
+            count = NOT_MEASURED if waits is None else str(sum(waits.values()))
+            places = f" ({', '.join(waits)})" if waits else ""
+            sentences.append(f"host waits for the GPU per step: {count}{places}")
         if sentences:
             lines.append(f"rft's step, {model}: {'. '.join(sentences)}.")
     return lines
 
 
 def shares(values: dict[str, float]) -> str:
-    """Return shares as text, largest first."""
+    """Write shares as text, largest first."""
     ordered = sorted(values.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {share:.1%}" for name, share in ordered)
 
 
+def shortened(kernels: dict[str, float]) -> dict[str, float]:
+    """Shorten the names of kernels, and number those that become equal."""
+    found: dict[str, float] = {}
+    for name, share in kernels.items():
+        short = name.removeprefix("void ").removeprefix("at::native::")[:KERNEL_LETTERS]
+        repeated = sum(other.startswith(f"`{short}`") for other in found)
+        found[f"`{short}`" + (f" ({repeated + 1})" if repeated else "")] = share
+    return found
+
+
 def trainer_table(trainer: dict[str, Any], parts: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Return a row for each model and encoding of the shards."""
+    """Lay out a row for each model and encoding of the shards."""
     rows = []
     for model in settings["models"]:
         alone = measured_steps(parts, model).get("step", {}).get("images_per_s")
         for encoding in ("pixels", "jpeg"):
             row = trainer.get(model, {}).get(encoding)
-            cells = [NOT_MEASURED, "", ""]
+            cells = [NOT_MEASURED, "", "", ""]
             if row is not None:
                 share = "" if alone is None else f"{row['images_per_s'] / alone:.0%}"
-                cells = [f"{row['images_per_s']:,.0f}", f"{row['waiting_share']:.1%}", share]
+                first, last = row["batches_ready"]
+                rate, waits = f"{row['images_per_s']:,.0f}", f"{row['waiting_share']:.1%}"
+                cells = [rate, waits, f"{first:g} to {last:g}", share]
             rows.append([f"{model}, `{encoding}` shards", *cells])
     title = f"whole trainer, {settings['trainer_steps']} steps"
     title += f", {settings['trainer_workers']} loader processes"
-    return table([title, "images/s", "waiting for data", "of the step's rate"], rows)
+    ready = "batches ready, first to last row"
+    return table([title, "images/s", "host waits for data", ready, "of the step's rate"], rows)
 
 
 def bullets(parts: dict[str, Any]) -> str:
-    """Return everything else, a line each."""
+    """List everything else, a line each."""
     lines = [
         *chip_lines(parts.get("chip", {})),
         *large_lines(parts.get("large", {})),
@@ -152,7 +165,7 @@ def bullets(parts: dict[str, Any]) -> str:
 
 
 def chip_lines(chip: dict[str, Any]) -> list[str]:
-    """Return the ceilings."""
+    """Describe the ceilings."""
     lines = []
     if flops := chip.get("matmul_flops"):
         rates = ", ".join(f"{name} {value / 1e12:,.1f} TFLOP/s" for name, value in flops.items())
@@ -167,7 +180,7 @@ def chip_lines(chip: dict[str, Any]) -> list[str]:
 
 
 def large_lines(large: dict[str, Any]) -> list[str]:
-    """Return the steps of the large model."""
+    """Describe the steps of the large model."""
     lines = []
     for name, title in {"step": "", "recompute": " --recompute"}.items():
         if row := large.get(name):
@@ -180,7 +193,7 @@ def large_lines(large: dict[str, Any]) -> list[str]:
 
 
 def mask_lines(masks: dict[str, Any]) -> list[str]:
-    """Return how object masks agree between precisions."""
+    """Describe how object masks agree between precisions."""
     lines = []
     for model, thresholds in masks.items():
         if "not_measured" in thresholds:
@@ -195,7 +208,7 @@ def mask_lines(masks: dict[str, Any]) -> list[str]:
 
 
 def resume_lines(resume: dict[str, Any]) -> list[str]:
-    """Return what one rank under torchrun showed."""
+    """Describe what one rank under torchrun showed."""
     lines = []
     if group := resume.get("group"):
         lines.append(
@@ -214,17 +227,22 @@ def resume_lines(resume: dict[str, Any]) -> list[str]:
 
 
 def equality(found: dict[str, Any]) -> str:
-    """Return in words whether two sets of tensors are equal."""
+    """Say whether two sets of tensors are equal."""
     if found["bit_equal"]:
         return "bit-equal"
     return f"equal within {found['largest_of_its_tensor']:.1e} of a tensor's largest entry"
 
 
 def missing(parts: dict[str, Any]) -> str:
-    """Return the parts that were not measured whole, with the reason."""
+    """Name the parts that were not measured whole, with the reason."""
     lines = [
         f"`{name}` {part['status']}: {part['reason']}"
         for name, part in parts.items()
         if part["status"] != "done"
+    ]
+    lines += [
+        f"`{name}`, when it was repeated, {part['repeated']}"
+        for name, part in parts.items()
+        if "repeated" in part
     ]
     return f"Not measured whole: {'; '.join(lines)}." if lines else ""

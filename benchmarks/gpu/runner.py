@@ -76,13 +76,19 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        left = deadline - time.monotonic() - PARTING
+        started = time.monotonic()
+        left = deadline - started - PARTING
         if left < part.least:
             reason = f"{max(left, 0):.0f} s were left, it needs {part.least:g} or more"
             done(part.name, Outcome(status="not reached", seconds=0.0, reason=reason, values={}))
             continue
         print(f"{part.name} ...", flush=True)
-        outcome = run_one(part, folder, min(part.most, left))
+        try:
+            outcome = run_one(part, folder, min(part.most, left))
+        except BaseException:  # Ctrl-C or a signal: what the part has measured so far is kept
+            reason = "the command was ended"
+            done(part.name, cut_off(part, folder, started, reason))
+            raise
         print(f"{part.name}: {outcome.status} in {outcome.seconds:.0f} s {outcome.reason}".rstrip())
         if outcome.status == "failed":
             log = (folder / f"{part.name}.log").read_text(errors="replace")
@@ -102,10 +108,9 @@ def run_one(part: Part, folder: Path, seconds: float) -> Outcome:
         _be(part, record, log, failure)
     status = _wait(pid, started + seconds)
     took = time.monotonic() - started
-    values = files.read_json(str(record)) if record.exists() else {}
     if status is None:
-        reason = f"not ended after {seconds:.0f} s"
-        return Outcome(status="cut off", seconds=took, reason=reason, values=values)
+        return cut_off(part, folder, started, f"not ended after {seconds:.0f} s")
+    values = measured(record)
     if status == 0:
         return Outcome(status="done", seconds=took, reason="", values=values)
     if failure.exists():
@@ -117,12 +122,26 @@ def run_one(part: Part, folder: Path, seconds: float) -> Outcome:
     return Outcome(status="failed", seconds=took, reason=reason, values=values)
 
 
+def measured(record: Path) -> dict[str, Any]:
+    """Read what a part has recorded."""
+    return files.read_json(str(record)) if record.exists() else {}
+
+
+def cut_off(part: Part, folder: Path, started: float, reason: str) -> Outcome:
+    """Describe a part that did not come to its end."""
+    values = measured(folder / f"{part.name}.json")
+    seconds = time.monotonic() - started
+    return Outcome(status="cut off", seconds=seconds, reason=reason, values=values)
+
+
 def _be(part: Part, record: Path, log: Path, failure: Path) -> None:
     """Be the process of a part; never returns."""
     code = 1
     try:
         os.setsid()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        machine.die_with_parent()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for standard in (1, 2):
             os.dup2(descriptor, standard)
@@ -139,7 +158,11 @@ def _be(part: Part, record: Path, log: Path, failure: Path) -> None:
 
 
 def _wait(pid: int, deadline: float) -> int | None:
-    """Return the exit status of a part; None if its time ended first. Nothing of it is left."""
+    """Wait for a part to end, and end whatever it left behind.
+
+    Returns:
+        Its exit status; None if its time ended first.
+    """
     status = None
     try:
         while status is None and time.monotonic() < deadline:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
 from benchmarks.gpu import inputs
 from benchmarks.gpu.group import difference
 from benchmarks.gpu.inputs import Settings
@@ -21,31 +23,50 @@ from rft.data import encode
 
 ROOT = Path(__file__).parents[2]
 KINDS: tuple[encode.Kind, ...] = ("pixels", "jpeg")
+LOG = Path("/proc/self/fd/2")  # a part's standard error is its log
+# as rft prints a mistake, and Python the end of a traceback
+ERROR = re.compile(r"error\b|[\w.]*(Error|Exception)\b")
 GROUPED = 64  # images of the step that is run in a process group
 
 
 def trainer(record: Record, settings: Settings) -> None:
-    """Time the whole training command, with loader, logs and checkpoint, one epoch."""
+    """Time the whole training command, with loader, logs and checkpoint, one epoch.
+
+    Raises:
+        RuntimeError: after all other cases were timed, if one of them failed.
+    """
     largest = settings.models[-1]
     # the most telling first; where images come from a decoder, the fastest model shows it most
     cases = [(model, kind) for kind in KINDS for model in reversed(settings.models)]
     cases.sort(key=lambda case: case == (largest, "jpeg"))
+    failures = []
     for model, encoding in cases:
-        started = time.perf_counter()
-        prepare(settings, model, encoding)
-        made = time.perf_counter() - started
         folder = settings.work / f"run-{model}-{encoding}"
-        forget(folder)
-        started = time.perf_counter()
-        in_fork(partial(run_module, "rft.train", train_command(settings, model, encoding, folder)))
-        took = time.perf_counter() - started
+        try:
+            started = time.perf_counter()
+            prepare(settings, model, encoding)
+            made = time.perf_counter() - started
+            forget(folder)
+            started = time.perf_counter()
+            command = train_command(settings, model, encoding, folder)
+            in_fork(partial(run_module, "rft.train", command))
+            took = time.perf_counter() - started
+        except RuntimeError as error:
+            failures.append(f"{model} {encoding}: {error}")
+            continue
         values = rates(folder, settings)
         record.put(model, encoding, **values, whole_seconds=round(took, 1), making=round(made, 1))
         forget(folder)  # gigabytes of checkpoints
+    if failures:
+        raise RuntimeError("; ".join(failures))
 
 
-def rates(folder: Path, settings: Settings) -> dict[str, float]:
-    """Return a run's rate and its share of waiting for data, without the first third."""
+def rates(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Summarise a run's metrics without its first third.
+
+    A rate that the loader cannot keep up shows in the batches that wait to be taken: they grow
+    fewer from the first row to the last while the rate is still the step's.
+    """
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "images_per_s" in row]
     every = max(1, settings.steps // 6)
@@ -55,6 +76,7 @@ def rates(folder: Path, settings: Settings) -> dict[str, float]:
     return {
         "images_per_s": round(len(warm) * every * settings.batch_size / sum(seconds), 1),
         "waiting_share": round(waiting / sum(seconds), 4),
+        "batches_ready": [round(row["queue_depth"], 1) for row in (warm[0], warm[-1])],
         "steps": len(warm) * every,
     }
 
@@ -65,39 +87,31 @@ def resume(record: Record, settings: Settings) -> None:
     prepare(settings, model, "pixels")
     record.put(model=model)
     sizes = (str(min(settings.batch_size, GROUPED)), str(settings.classes))
-    command = [*launcher(), "benchmarks.gpu.group", model, settings.device, *sizes]
-    result = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True)
-    record.put(group=json.loads(result.stdout.splitlines()[-1]))
-    folders = {name: settings.work / f"resume-{name}" for name in ("whole", "again", "stopped")}
-    for folder in folders.values():
+    found = settings.work / "group.json"
+    torchrun("benchmarks.gpu.group", str(found), model, settings.device, *sizes)
+    record.put(group=json.loads(found.read_text()))
+    folders = [settings.work / f"resume-{name}" for name in ("whole", "again", "stopped")]
+    for folder in folders:
         forget(folder)
-    for name in ("whole", "again"):
-        in_fork(partial(run_module, "rft.train", resume_command(settings, folders[name])))
-    record.put(two_runs=compare_runs(folders["whole"], folders["again"]))
-    record.put(stopped_after=stop_and_resume(settings, folders["stopped"]))
-    record.put(resumed_run=compare_runs(folders["whole"], folders["stopped"]))
-
-
-def stop_and_resume(settings: Settings, folder: Path) -> int:
-    """Stop a run under torchrun after a third and run it to its end; return where it stopped."""
-    words = resume_command(settings, folder)
-    stopped = [*launcher(), "benchmarks.gpu.interrupted", str(settings.steps // 3), *words]
+    whole, again, stopped = folders
+    commands = {run: train_command(settings, model, "pixels", run) for run in folders}
+    for run in (whole, again):
+        in_fork(partial(run_module, "rft.train", commands[run]))
+    record.put(two_runs=compare_runs(whole, again))
     # a run that stopped on request is no success for torchrun
-    subprocess.run(stopped, cwd=ROOT, check=False)
-    step = json.loads((folder / "progress.json").read_text())["step"]
-    if (folder / "training.json").exists():
+    words = (str(settings.steps // 3), *commands[stopped])
+    torchrun("benchmarks.gpu.interrupted", *words, check=False)
+    if (stopped / "training.json").exists():
         raise RuntimeError("the run ended before it was stopped")
-    subprocess.run([*launcher(), "rft.train", *words], cwd=ROOT, check=True)
-    return step
-
-
-def resume_command(settings: Settings, folder: Path) -> list[str]:
-    """Return the training command that is stopped and resumed: the smallest model, on pixels."""
-    return train_command(settings, settings.models[0], "pixels", folder)
+    record.put(stopped_after=json.loads((stopped / "progress.json").read_text())["step"])
+    torchrun("rft.train", *commands[stopped])
+    record.put(resumed_run=compare_runs(whole, stopped))
+    for folder in folders:
+        forget(folder)
 
 
 def compare_runs(left: Path, right: Path) -> dict[str, Any]:
-    """Return whether two runs' last weights are equal, and by how much they are not."""
+    """Compare two runs' last weights."""
     ours, theirs = (load_state(folder / LAST)[0] for folder in (left, right))
     return difference(ours, theirs)
 
@@ -116,7 +130,7 @@ def prepare(settings: Settings, model: str, encoding: encode.Kind) -> None:
 
 
 def train_command(settings: Settings, model: str, encoding: encode.Kind, folder: Path) -> list[str]:
-    """Return the command line of a training, without the program."""
+    """Build the command line of a training, without the program."""
     data = inputs.write_shards(settings, encoding, inputs.image_size(model))
     options = {
         "data": data,
@@ -136,18 +150,18 @@ def train_command(settings: Settings, model: str, encoding: encode.Kind, folder:
     return ["object-mask-single-fill", *words]
 
 
-def launcher() -> list[str]:
-    """Return torchrun's command for one rank, up to the module's name."""
-    return [
-        *(
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=1",
-            "-m",
-        ),
-    ]
+def torchrun(*words: str, check: bool = True) -> None:
+    """Run a module and its arguments as one rank under torchrun.
+
+    Raises:
+        RuntimeError: with the last error that it printed, if it did not end well and `check` holds.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    said = log_size()
+    die = machine.die_with_parent
+    result = subprocess.run([*command, "-m", *words], cwd=ROOT, preexec_fn=die, check=False)
+    if result.returncode and check:
+        raise RuntimeError(last_error(said) or f"{words[0]} ended with {result.returncode}")
 
 
 def forget(folder: Path) -> None:
@@ -160,26 +174,44 @@ def in_fork(work: Callable[[], object]) -> None:
     """Run `work` in a copy of this process, which has neither touched the GPU nor computed.
 
     Raises:
-        RuntimeError: if it did not end well; what it printed is in the part's log.
+        RuntimeError: with the last error that it printed, if it did not end well.
     """
-    sys.stdout.flush()
+    said = log_size()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
+            machine.die_with_parent()
             work()
             code = 0
         except SystemExit as stopped:
-            code = stopped.code if isinstance(stopped.code, int) else 1
+            code = stopped.code if isinstance(stopped.code, int) else int(bool(stopped.code))
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code or 0)
+            os._exit(code)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status:
-        raise RuntimeError(f"it ended with {status}; its output is above")
+        raise RuntimeError(last_error(said) or f"it ended with {status}")
+
+
+def log_size() -> int:
+    """Measure the part's log, to which this process and those that it starts print."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return LOG.stat().st_size
+
+
+def last_error(start: int) -> str:
+    """Find the last line of an error in the part's log, from a position on."""
+    if not LOG.is_file():  # a terminal or a pipe, outside a part
+        return ""
+    with LOG.open(errors="replace") as stream:
+        stream.seek(start)
+        lines = [line.strip() for line in stream if ERROR.match(line)]
+    return lines[-1][:300] if lines else ""
 
 
 def run_module(name: str, words: Sequence[str]) -> None:

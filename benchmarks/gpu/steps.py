@@ -24,9 +24,11 @@ from rft.config import Precision
 
 PRECISION: Precision = "bf16"
 EAGER = ("step", "vanilla", "textbook", "textbook_tf32")
-COMPILED = ("vanilla_compiled", "step_compiled")
+COMPILED = ("step_compiled", "vanilla_compiled")
 COUNTED = 8  # images on which operations are counted, which are the same for every image
 LARGE_KERNEL = 0.03  # share of the time of all kernels
+# of cuBLAS and of the driver too, which torch has no class for
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 SYNCHRONISED = "called a synchronizing CUDA operation"  # what torch warns of
 
 
@@ -75,12 +77,13 @@ def time_step(
         phases = step.phase_seconds(run, device)
         whole = sum(phases.values())
         record.put(phase_share={key: round(value / whole, 4) for key, value in phases.items()})
-        record.put(**kernels(run, device))
+        record.put(**kernels(run, device, statistics.median(seconds)))
 
 
 def large(record: Record, settings: Settings) -> None:
     """Time a step of a large model at the batch that fits, as it is and with --recompute."""
     device = use_device(settings)
+    record.put(model=settings.large)
     student = step.build_classifier(settings.large, settings.classes)
     for recompute in (False, True):
         arguments = step.Arguments(
@@ -96,7 +99,6 @@ def large(record: Record, settings: Settings) -> None:
         values = timing(batch, seconds, cold, flops / ceiling(device, PRECISION))
         name = "recompute" if recompute else "step"
         record.put(name, **values, peak_memory=step.peak_memory(run, device))
-        record.put(model=settings.large)
         del run
         free(device)
 
@@ -104,7 +106,7 @@ def large(record: Record, settings: Settings) -> None:
 def timing(
     batch: int, seconds: Sequence[float], cold: float, ideal_seconds_per_image: float
 ) -> dict[str, Any]:
-    """Return how a step's rounds are recorded."""
+    """Summarise a step's rounds, as they are recorded."""
     median = statistics.median(seconds)
     return {
         "batch_size": batch,
@@ -120,7 +122,7 @@ def timing(
 def flops_per_image(
     arguments: step.Arguments, device: torch.device, student: Classifier, name: str
 ) -> float:
-    """Return the operations of a step's matrix products, forward and backward.
+    """Count the operations of a step's matrix products, forward and backward.
 
     Of a compiled step, those of the same step as it was written.
     """
@@ -132,12 +134,15 @@ def flops_per_image(
 def fitting(
     arguments: step.Arguments, device: torch.device, student: Classifier, name: str
 ) -> tuple[int, Callable[[], None], float]:
-    """Return the largest batch that fits, halved from the one asked for, its step and first time.
+    """Find the largest batch that fits, by halving the one asked for.
+
+    Returns:
+        The batch, its step, and the seconds of the first call.
 
     Raises:
-        torch.cuda.OutOfMemoryError: if not even two images fit.
+        RuntimeError: if not even two images fit, or the step fails for another reason.
     """
-    batch = arguments.batch_size
+    batch, run = arguments.batch_size, None
     while True:
         try:
             smaller = replace(arguments, batch_size=batch)
@@ -145,35 +150,40 @@ def fitting(
             started = time.perf_counter()
             run()
             step.synchronize(device)
-            return batch, run, time.perf_counter() - started
-        except torch.cuda.OutOfMemoryError:
-            if batch < 4:  # a fill needs another image
+            cold = time.perf_counter() - started
+            # AdamW takes its memory at the end of the first step
+            run()
+            step.synchronize(device)
+            return batch, run, cold
+        except RuntimeError as error:
+            if batch < 4 or not any(words in str(error) for words in OUT_OF_MEMORY):
                 raise
+        run = None
         batch //= 2
         student.zero_grad()
         free(device)
 
 
 def free(device: torch.device) -> None:
-    """Give back the memory of what was measured before."""
+    """Release the memory of earlier measurements."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def use_device(settings: Settings) -> torch.device:
-    """Return the device to measure on."""
+    """Choose the device to measure on."""
     return dist.pick_device(settings.device, step.WORLD)
 
 
 @functools.cache
 def ceiling(device: torch.device, precision: Precision) -> float:
-    """Return the operations per second of the fastest matrix product, measured once a process."""
+    """Measure the operations per second of the fastest matrix product, once per process."""
     return step.matmul_ceiling(device, precision)
 
 
 def host_waits(run: Callable[[], None], device: torch.device) -> dict[str, int] | None:
-    """Return how often a step made the host wait for the GPU, by place; None on a CPU."""
+    """Count how often a step made the host wait for the GPU, by line of code; None on a CPU."""
     if device.type != "cuda":
         return None
     step.synchronize(device)
@@ -188,18 +198,24 @@ def host_waits(run: Callable[[], None], device: torch.device) -> dict[str, int] 
     return dict(Counter(f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits))
 
 
-def kernels(run: Callable[[], None], device: torch.device) -> dict[str, Any]:
-    """Return the kernels that take more than 3% of a step, and how much of it kernels fill.
+def kernels(
+    run: Callable[[], None], device: torch.device, seconds_of_step: float
+) -> dict[str, Any]:
+    """Find the kernels that take more than 3% of a step, and how much of the step kernels fill.
 
     On a CPU it is the operators that are listed.
+
+    Args:
+        run: the step.
+        device: where it runs.
+        seconds_of_step: without a profiler, which slows the host down and kernels hardly.
     """
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
-    with profile(activities=activities) as profiler:
-        started = time.perf_counter()
-        run()
-        step.synchronize(device)
-        whole = time.perf_counter() - started
+    for _ in range(2):  # the first profile starts the tools
+        with profile(activities=activities) as profiler:
+            run()
+            step.synchronize(device)
     seconds: Counter[str] = Counter()
     count = 0
     for event in profiler.key_averages():
@@ -213,7 +229,7 @@ def kernels(run: Callable[[], None], device: torch.device) -> dict[str, Any]:
     total = sum(seconds.values())
     shares = {name: value / total for name, value in seconds.most_common() if total}
     return {
-        "kernels": {n[:120]: round(v, 4) for n, v in shares.items() if v > LARGE_KERNEL},
+        "kernels": {name: round(v, 4) for name, v in shares.items() if v > LARGE_KERNEL},
         "kernel_launches": count,
-        "busy_share": round(total / whole, 4) if gpu else None,
+        "busy_share": round(total / seconds_of_step, 4) if gpu else None,
     }
