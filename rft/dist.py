@@ -304,7 +304,7 @@ def require_agreement(
         if not world.is_main:
             step_aside(world)
         raise ValueError(
-            f"ranks {different} have another {what} than rank 0: "
+            f"ranks {different} have a different {what} than rank 0: "
             f"{values[different[0]]!r} against {values[0]!r}; {advice}"
         )
 

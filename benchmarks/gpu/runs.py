@@ -98,7 +98,7 @@ def resume(record: Record, settings: Settings) -> None:
     for run in (whole, again):
         in_fork(partial(run_module, "rft.train", commands[run]))
     record.put(two_runs=compare_runs(whole, again))
-    # a run that stopped on request is no success for torchrun
+    # torchrun counts a run that stopped on request as failed
     words = (str(settings.steps // 3), *commands[stopped])
     torchrun("benchmarks.gpu.interrupted", *words, check=False)
     if (stopped / "training.json").exists():

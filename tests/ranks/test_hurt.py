@@ -131,8 +131,8 @@ def test_ranks_that_choose_differently_are_named(tmp_path, tiny_data, tiny_clip)
     assert result.returncode
     errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert errors == [
-        "error: ranks [1] have another precision than rank 0: 'fp32' against 'bf16'; name one for "
-        "all of them, e.g. --precision fp32"
+        "error: ranks [1] have a different precision than rank 0: 'fp32' against 'bf16'; name one "
+        "for all of them, e.g. --precision fp32"
     ]
     assert not run.exists()
     disturbed(3, tiny_data, tiny_clip, run, "--precision", "fp32", BF16_RANKS="0 2")
@@ -140,7 +140,7 @@ def test_ranks_that_choose_differently_are_named(tmp_path, tiny_data, tiny_clip)
     # a run that was begun, on ranks of which some would choose what it has
     (run / "training.json").unlink()
     result = disturbed(3, tiny_data, tiny_clip, run, BF16_RANKS="0 2")
-    assert "ranks [1] have another precision than rank 0" in result.stderr
+    assert "ranks [1] have a different precision than rank 0" in result.stderr
     result = disturbed(3, tiny_data, tiny_clip, run, BF16_RANKS="0 1 2")
     errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1
