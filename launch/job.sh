@@ -66,11 +66,12 @@ code_files() {
 
 # The commit that FROM is, with -dirty if it was changed.
 revision() {
-    if [ -e "$1/REVISION" ]; then
-        cat "$1/REVISION"
-    else
-        git -C "$1" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown
+    # as rft.files.git_revision: a repository around the folder is another's, and a file that was
+    # left behind in a checkout would name an old commit
+    if [ -e "$1/.git" ] && git -C "$1" describe --always --dirty --abbrev=12 2>/dev/null; then
+        return
     fi
+    cat "$1/REVISION" 2>/dev/null || echo unknown
 }
 
 # Copy the code FROM a folder TO another, whole or not at all. A copy that is there stays: a run

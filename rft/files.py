@@ -312,22 +312,17 @@ def provenance() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Return the commit of the source tree with `-dirty` if it is changed, or None outside git.
+    """Return the commit of the source tree with `-dirty` if it is changed, or None if unknown.
 
-    A copy that launch/ made of the code for a run says in the file REVISION what it is a copy of.
+    A copy of the tree, such as launch/ makes for a run, has it in the file REVISION.
     """
     folder = Path(__file__).parents[1]
-    if (folder / "REVISION").exists():
-        return (folder / "REVISION").read_text().strip()
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # a copy inside another repository, such as an environment's packages, has no commit of it
-        if git("rev-parse", "--show-prefix"):
-            return None
-        return git("describe", "--always", "--dirty", "--abbrev=12")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    # the tree's own repository: one around it, say of an environment's packages, is another's
+    if (folder / ".git").exists():
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            return result.stdout.strip()
+    # only here: a file that was left behind in a checkout would name an old commit
+    path = folder / "REVISION"
+    return path.read_text().strip() if path.exists() else None

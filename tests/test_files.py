@@ -148,6 +148,12 @@ def test_the_commit_is_this_trees_own(tmp_path, monkeypatch):
     inside.parent.mkdir(parents=True)
     monkeypatch.setattr(files, "__file__", str(inside))
     assert files.git_revision() is None
+    # launch/ leaves a copy's commit beside it; one left behind in a checkout is not believed
+    (inside.parents[1] / "REVISION").write_text("0123456789ab\n")
+    assert files.git_revision() == "0123456789ab"
+    (tmp_path / "REVISION").write_text("older\n")
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "rft" / "files.py"))
+    assert files.git_revision() not in ("older", None)
 
 
 def test_neither_a_mistake_nor_a_bug_shows_credentials(capsys, monkeypatch):

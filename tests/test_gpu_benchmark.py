@@ -112,6 +112,12 @@ def test_the_table_is_made_of_the_json(rehearsal):
     assert f"`{BROKEN}` failed: " in text
 
 
+def test_saved_tables_are_made_of_the_saved_results():
+    saved = [*command.RESULTS.glob("gpu_*.json"), command.RESULTS / "rehearsal_cpu.json"]
+    for path in saved:
+        assert path.with_suffix(".md").read_text() == page.text(json.loads(path.read_text())), path
+
+
 @pytest.mark.timeout(900)
 def test_a_second_call_keeps_what_it_does_not_measure_again(rehearsal):
     _, out = rehearsal
@@ -364,6 +370,19 @@ def test_what_is_measured_whole_is_kept(result):
     )
     second.add("tests", outcome("done", passed=2, failed=0, skipped=0))
     assert result().lacking(again=False) == []
+
+
+def test_tries_that_end_early_add_up(result):
+    first = result()
+    first.add("chip", outcome("cut off", a={"x": 1, "y": 1}, b=1))
+    second = result()
+    second.add("chip", outcome("failed", a={"y": 2, "z": 2}))
+    second.add("chip", outcome("not reached"))
+    part = json.loads(second.path.read_text())["parts"]["chip"]
+    assert (part["status"], part["values"]) == ("failed", {"a": {"x": 1, "y": 2, "z": 2}, "b": 1})
+    third = result()
+    third.add("chip", outcome("done", a=3))
+    assert json.loads(third.path.read_text())["parts"]["chip"]["values"] == {"a": 3}
 
 
 def test_other_sources_or_settings_start_anew(result, monkeypatch):

@@ -111,7 +111,8 @@ def main(started: float) -> None:
     chip = "cpu" if arguments.rehearse else parts.gpu_name(settings)
     # the running part is ended too, and what it has measured is kept
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     result = Result(arguments, settings, list(wanted), chip)
     chosen = list(arguments.parts) or result.lacking(again=arguments.again)
     deadline = started + 60 * arguments.minutes
@@ -173,7 +174,7 @@ class Result:
             if any(earlier[name] != self._document[name] for name in same):
                 return
             page.text(earlier)
-            self._document["parts"] = {name: earlier["parts"][name] for name in earlier["parts"]}
+            self._document["parts"] = earlier["parts"]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             aside = self.path.with_suffix(".damaged")
             self.path.rename(aside)
@@ -181,29 +182,33 @@ class Result:
 
     def lacking(self, *, again: bool) -> list[str]:
         """List the parts that are not measured whole yet, or all of them, in order."""
-        found = self._document["parts"]
-        whole = {name for name, part in found.items() if part["status"] == "done" and not again}
+        found = {} if again else self._document["parts"]
+        whole = [name for name in self._names if found.get(name, {}).get("status") == "done"]
         for name in whole:
             print(f"{name}: measured at {found[name]['date']} (--again measures it again)")
         return [name for name in self._names if name not in whole]
 
     def add(self, name: str, outcome: Outcome) -> None:
-        """Add a part and write JSON and table; one that is measured whole already is kept."""
+        """Add a part and write JSON and table; no figure is lost to a try that ends worse."""
         found = self._document["parts"]
         self._now[name] = outcome.status
-        before = found.get(name, {}).get("status")
-        if outcome.status == "done" or before in (None, "not reached"):
-            found[name] = {
-                "status": outcome.status,
-                "seconds": round(outcome.seconds, 1),
-                "reason": outcome.reason,
-                "date": machine.date(),
-                "commit": self._document["commit"],
-                "values": outcome.values,
-            }
-        elif outcome.status != "not reached":
-            found[name]["repeated"] = f"{outcome.status}: {outcome.reason}"
-        self._document["parts"] = {part: found[part] for part in self._names if part in found}
+        before = found.get(name)
+        if before is not None and outcome.status == "not reached":
+            return
+        if before is not None and outcome.status != "done":
+            if before["status"] == "done":
+                before["repeated"] = f"{outcome.status}: {outcome.reason}"
+                self._write()
+                return
+            outcome = replace(outcome, values=merged(before["values"], outcome.values))
+        found[name] = {
+            "status": outcome.status,
+            "seconds": round(outcome.seconds, 1),
+            "reason": outcome.reason,
+            "date": machine.date(),
+            "commit": self._document["commit"],
+            "values": outcome.values,
+        }
         self._write()
 
     def _write(self) -> None:
@@ -226,6 +231,13 @@ class Result:
             raise ValueError(f"failed: {', '.join(failed)}; reasons in {self.path}")
         if names and not any(self._now.get(name) in ("done", "cut off") for name in names):
             raise ValueError("no part was measured: --minutes is too short for any of them")
+
+
+def merged(old: Any, new: Any) -> Any:
+    """Combine what two tries of a part have measured; the newer figure counts."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return {**old, **{name: merged(old.get(name), value) for name, value in new.items()}}
 
 
 def warn(message: str) -> None:

@@ -237,12 +237,12 @@ def missing(parts: dict[str, Any]) -> str:
     """Name the parts that were not measured whole, with the reason."""
     lines = [
         f"`{name}` {part['status']}: {part['reason']}"
-        for name, part in parts.items()
+        for name, part in sorted(parts.items())
         if part["status"] != "done"
     ]
     lines += [
         f"`{name}`, when it was repeated, {part['repeated']}"
-        for name, part in parts.items()
+        for name, part in sorted(parts.items())
         if "repeated" in part
     ]
     return f"Not measured whole: {'; '.join(lines)}." if lines else ""

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -21,7 +22,7 @@ import torch
 from benchmarks import step
 from benchmarks.gpu import inputs
 from benchmarks.gpu.inputs import Settings
-from benchmarks.gpu.runner import Part, Record
+from benchmarks.gpu.runner import Part, Record, each
 from benchmarks.gpu.runs import in_fork, resume, trainer
 from benchmarks.gpu.steps import COMPILED, EAGER, ceiling, large, steps, use_device
 from rft.clip.classifier import Classifier
@@ -53,6 +54,7 @@ def all_parts(settings: Settings) -> list[Part]:
         )
 
     return [
+        # name, work, seconds without which it is not started, seconds after which it is cut off
         part("chip", chip, 5, 40),
         *(part(f"step-{model}", steps, 15, 90, model, EAGER) for model in settings.models),
         part("trainer", trainer, 30, 150),
@@ -173,11 +175,9 @@ def masks(record: Record, settings: Settings) -> None:
     device = use_device(settings)
     for model in settings.models:
         student = step.build_classifier(model, settings.classes).to(device)
-        size, generator = student.architecture.image_size, torch.Generator().manual_seed(0)
-        shape = (64, 3, size, size)
-        images_BCHW = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        labels_B = torch.randint(settings.classes, (64,), generator=generator)
-        compare_masks(record, model, student, images_BCHW, labels_B)
+        arguments = step.Arguments(batch_size=64, classes=settings.classes)
+        batch = step.random_batch(arguments, device, student.architecture.image_size)
+        compare_masks(record, model, student, batch.images_BCHW, batch.labels_B)
     clip = load_clip(ModelConfig(clip=MINIATURE, pretrained=""))
     head = zero_shot_head(clip, objects.CLASSES, captions.TEMPLATES)
     trained = Classifier(clip.model.visual, head, clip.architecture).to(device)
@@ -224,12 +224,12 @@ def compare_masks(
 def evaluation(record: Record, settings: Settings) -> None:
     """Count images as `rft.evaluate` does: fp32, with its loader."""
     device = use_device(settings)
-    for model in settings.models:
+
+    def count(model: str) -> None:
         size = inputs.image_size(model)
         root = inputs.write_shards(settings, "pixels", size)
         packed = PackedDataset(str(root / inputs.SET))
         classifier = step.build_classifier(model, settings.classes).eval().to(device)
-        samples = np.arange(min(len(packed), EVALUATED))
         arrived: list[tuple[float, int]] = []
         count_correct(
             [classifier],
@@ -237,12 +237,14 @@ def evaluation(record: Record, settings: Settings) -> None:
             image_size=size,
             world=step.WORLD,
             device=device,
-            samples=samples,
+            samples=np.arange(min(len(packed), EVALUATED)),
             batch_size=min(256, settings.batch_size),
             workers=settings.workers,
-            progress=lambda images, times=arrived: times.append((time.perf_counter(), images)),
+            progress=lambda images: arrived.append((time.perf_counter(), images)),
         )
         # the loader's start is not part of the rate; the host has waited for all counts
         seconds = time.perf_counter() - arrived[0][0]
-        images = sum(count for _, count in arrived[1:])
+        images = sum(number for _, number in arrived[1:])
         record.put(model, images_per_s=round(images / seconds, 1), images=images)
+
+    each({model: partial(count, model) for model in settings.models})

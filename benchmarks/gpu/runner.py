@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,23 @@ class Outcome:
     seconds: float
     reason: str
     values: dict[str, Any]
+
+
+def each(cases: Mapping[str, Callable[[], None]]) -> None:
+    """Do all of a part's cases: one that fails says nothing of the others.
+
+    Raises:
+        RuntimeError: at the end, naming those that failed.
+    """
+    failures = []
+    for name, work in cases.items():
+        try:
+            work()
+        except Exception as error:
+            traceback.print_exc()
+            failures.append(f"{name}: {files.reason(error)[:200]}")
+    if failures:
+        raise RuntimeError("; ".join(failures))
 
 
 def run(

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from benchmarks import machine
 from benchmarks.gpu import inputs
 from benchmarks.gpu.group import difference
 from benchmarks.gpu.inputs import Settings
-from benchmarks.gpu.runner import Record
+from benchmarks.gpu.runner import Record, each
 from benchmarks.gpu.steps import PRECISION
 from rft.clip.classifier import LAST, load_state
 from rft.data import encode
@@ -30,35 +31,28 @@ GROUPED = 64  # images of the step that is run in a process group
 
 
 def trainer(record: Record, settings: Settings) -> None:
-    """Time the whole training command, with loader, logs and checkpoint, one epoch.
-
-    Raises:
-        RuntimeError: after all other cases were timed, if one of them failed.
-    """
+    """Time the whole training command, with loader, logs and checkpoint, one epoch."""
     largest = settings.models[-1]
     # the most telling first; where images come from a decoder, the fastest model shows it most
     cases = [(model, kind) for kind in KINDS for model in reversed(settings.models)]
     cases.sort(key=lambda case: case == (largest, "jpeg"))
-    failures = []
-    for model, encoding in cases:
+
+    def train(model: str, encoding: encode.Kind) -> None:
+        started = time.perf_counter()
+        prepare(settings, model, encoding)
         folder = settings.work / f"run-{model}-{encoding}"
-        try:
-            started = time.perf_counter()
-            prepare(settings, model, encoding)
-            made = time.perf_counter() - started
-            forget(folder)
-            started = time.perf_counter()
-            command = train_command(settings, model, encoding, folder)
-            in_fork(partial(run_module, "rft.train", command))
-            took = time.perf_counter() - started
-        except RuntimeError as error:
-            failures.append(f"{model} {encoding}: {error}")
-            continue
-        values = rates(folder, settings)
-        record.put(model, encoding, **values, whole_seconds=round(took, 1), making=round(made, 1))
+        forget(folder)
+        made = time.perf_counter()
+        command = train_command(settings, model, encoding, folder)
+        in_fork(partial(run_module, "rft.train", command))
+        took = {
+            "making": round(made - started, 1),
+            "whole_seconds": round(time.perf_counter() - made, 1),
+        }
+        record.put(model, encoding, **rates(folder, settings), **took)
         forget(folder)  # gigabytes of checkpoints
-    if failures:
-        raise RuntimeError("; ".join(failures))
+
+    each({f"{model} {encoding}": partial(train, model, encoding) for model, encoding in cases})
 
 
 def rates(folder: Path, settings: Settings) -> dict[str, Any]:
@@ -165,9 +159,9 @@ def torchrun(*words: str, check: bool = True) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Delete what an earlier call left of a run."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
+    """Delete a run, so that no later one is taken for finished."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def in_fork(work: Callable[[], object]) -> None:

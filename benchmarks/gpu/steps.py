@@ -4,7 +4,6 @@ import functools
 import gc
 import statistics
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import step
 from benchmarks.gpu.inputs import Settings
-from benchmarks.gpu.runner import Record
-from rft import dist, files
+from benchmarks.gpu.runner import Record, each
+from rft import dist
 from rft.clip.classifier import Classifier
 from rft.config import Precision
 
@@ -33,51 +32,34 @@ SYNCHRONISED = "called a synchronizing CUDA operation"  # what torch warns of
 
 
 def steps(record: Record, settings: Settings, model: str, names: Sequence[str]) -> None:
-    """Time one optimizer step of object-mask-single-fill, and of what it is compared with.
-
-    Raises:
-        RuntimeError: after all others were timed, if one of them failed.
-    """
+    """Time one optimizer step of object-mask-single-fill, and of what it is compared with."""
     device = use_device(settings)
     student = step.build_classifier(model, settings.classes)
     arguments = step.Arguments(
-        model=model, batch_size=settings.batch_size, classes=settings.classes
+        model=model,
+        batch_size=settings.batch_size,
+        classes=settings.classes,
+        rounds=settings.rounds,
     )
-    failures = []
-    for name in names:
-        try:
-            time_step(record, settings, arguments, device, student, name)
-        except Exception as error:  # one that does not run here says nothing of the others
-            traceback.print_exc()
-            failures.append(f"{name}: {files.reason(error)[:200]}")
-            student.zero_grad()
-        free(device)
-    if failures:
-        raise RuntimeError("; ".join(failures))
+
+    def time_one(name: str) -> None:
+        values, run = time_step(arguments, device, student, name)
+        record.put("steps", name, **values)
+        if name == "step":
+            look_into(record, run, device, values["seconds"])
+
+    each({name: functools.partial(time_one, name) for name in names})
 
 
-def time_step(
-    record: Record,
-    settings: Settings,
-    arguments: step.Arguments,
-    device: torch.device,
-    student: Classifier,
-    name: str,
+def look_into(
+    record: Record, run: Callable[[], None], device: torch.device, seconds: float
 ) -> None:
-    """Time one kind of step; of the training loop's, see where its time goes."""
-    precision: Precision = "tf32" if name.endswith("_tf32") else PRECISION
-    ideal = flops_per_image(arguments, device, student, name)
-    ideal /= ceiling(device, precision)
-    batch, run, cold = fitting(arguments, device, student, name)
-    seconds = step.time_steps({name: run}, settings.rounds, device)[name]
-    record.put("steps", name, precision=precision, **timing(batch, seconds, cold, ideal))
-    record.put("steps", name, peak_memory=step.peak_memory(run, device))
-    if name == "step":
-        record.put(host_waits=host_waits(run, device))
-        phases = step.phase_seconds(run, device)
-        whole = sum(phases.values())
-        record.put(phase_share={key: round(value / whole, 4) for key, value in phases.items()})
-        record.put(**kernels(run, device, statistics.median(seconds)))
+    """Record where the time of the training loop's step goes."""
+    record.put(host_waits=host_waits(run, device))
+    phases = step.phase_seconds(run, device)
+    whole = sum(phases.values())
+    record.put(phase_share={name: round(value / whole, 4) for name, value in phases.items()})
+    record.put(**kernels(run, device, seconds))
 
 
 def large(record: Record, settings: Settings) -> None:
@@ -85,38 +67,45 @@ def large(record: Record, settings: Settings) -> None:
     device = use_device(settings)
     record.put(model=settings.large)
     student = step.build_classifier(settings.large, settings.classes)
-    for recompute in (False, True):
-        arguments = step.Arguments(
-            model=settings.large,
-            batch_size=settings.batch_size,
-            classes=settings.classes,
-            recompute=recompute,
-        )
-        # operations that are done again are not counted as useful
-        flops = flops_per_image(arguments, device, student, "step")
-        batch, run, cold = fitting(arguments, device, student, "step")
-        seconds = step.time_steps({"step": run}, max(1, settings.rounds // 2), device)["step"]
-        values = timing(batch, seconds, cold, flops / ceiling(device, PRECISION))
-        name = "recompute" if recompute else "step"
-        record.put(name, **values, peak_memory=step.peak_memory(run, device))
-        del run
-        free(device)
+    plain = step.Arguments(
+        model=settings.large,
+        batch_size=settings.batch_size,
+        classes=settings.classes,
+        rounds=max(1, settings.rounds // 2),
+    )
+
+    def time_one(name: str) -> None:
+        arguments = replace(plain, recompute=name == "recompute")
+        values, _ = time_step(arguments, device, student, "step")
+        record.put(name, **values)
+
+    each({name: functools.partial(time_one, name) for name in ("step", "recompute")})
 
 
-def timing(
-    batch: int, seconds: Sequence[float], cold: float, ideal_seconds_per_image: float
-) -> dict[str, Any]:
-    """Summarise a step's rounds, as they are recorded."""
-    median = statistics.median(seconds)
-    return {
+def time_step(
+    arguments: step.Arguments, device: torch.device, student: Classifier, name: str
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Time one kind of step at the batch that fits; return its values, and the step."""
+    # what was timed before may have failed in its middle
+    student.zero_grad()
+    free(device)
+    precision: Precision = "tf32" if name.endswith("_tf32") else PRECISION
+    flops = flops_per_image(arguments, device, student, name)
+    batch, run, cold = fitting(arguments, device, student, name)
+    rounds = step.time_steps({name: run}, arguments.rounds, device)[name]
+    seconds = statistics.median(rounds)
+    values = {
         "batch_size": batch,
-        "seconds": round(median, 5),
-        "fastest": round(min(seconds), 5),
-        "slowest": round(max(seconds), 5),
+        "precision": precision,
+        "seconds": round(seconds, 5),
+        "fastest": round(min(rounds), 5),
+        "slowest": round(max(rounds), 5),
         "cold_seconds": round(cold, 2),
-        "images_per_s": round(batch / median, 1),
-        "mfu": round(batch * ideal_seconds_per_image / median, 4),
+        "images_per_s": round(batch / seconds, 1),
+        "mfu": round(batch * flops / seconds / ceiling(device, precision), 4),
+        "peak_memory": step.peak_memory(run, device),
     }
+    return values, run
 
 
 def flops_per_image(
@@ -124,7 +113,8 @@ def flops_per_image(
 ) -> float:
     """Count the operations of a step's matrix products, forward and backward.
 
-    Of a compiled step, those of the same step as it was written.
+    Of a compiled step, those of the same step as it was written; what --recompute does again is not
+    counted.
     """
     few = replace(arguments, batch_size=min(COUNTED, arguments.batch_size), recompute=False)
     plain = step.build_steps(few, device, PRECISION, student)[name.removesuffix("_compiled")]

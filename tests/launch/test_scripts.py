@@ -174,6 +174,10 @@ def test_the_code_is_copied_as_it_is(project, tmp_path):
     assert (tmp_path / "tracked" / "rft" / "cli.py").read_text() == "changed"
     assert (tmp_path / "plain" / "REVISION").read_text() == "unknown\n"
     assert re.fullmatch(r"[0-9a-f]{12}-dirty\n", (tmp_path / "tracked" / "REVISION").read_text())
+    # neither a file that was left behind in the repository nor a folder inside it has its commit
+    (project.folder / "REVISION").write_text("older\n")
+    said = bash(project, f"revision .; revision rft; revision {tmp_path / 'tracked'}").split()
+    assert said == [said[2], "unknown", said[2]]
     # a copy of the copy, as the tasks of a sweep make
     bash(project, f"snapshot {tmp_path / 'tracked'} {tmp_path / 'again'}")
     again = {p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*.*")}
