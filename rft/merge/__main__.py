@@ -70,7 +70,7 @@ class GreedySoup:
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
-    """Two or more run folders; of two equally good ones the first named is tried first."""
+    """Two or more run folders; of two equally good ones the last named is tried first."""
     data: str
     """Data root: the URL under which the tools wrote the set that the runs were trained on."""
     out: Path

@@ -71,6 +71,20 @@ def test_pixels_equal_open_clip(shape: tuple[int, int], mode: str) -> None:
     np.testing.assert_array_equal(clip_pixels(image, 224), reference)
 
 
+@pytest.mark.parametrize("black", [False, True])
+def test_cmyk_converted_before_the_crop_is_not_open_clips(black: bool) -> None:
+    """As docs/paper.md says: black ink multiplies the others, and the resize mixes."""
+    inks = [random_image(500, 333 + n, "L").crop((0, 0, 500, 333)) for n in range(4)]
+    if not black:
+        inks[3].paste(0, (0, 0, 500, 333))
+    data = to_bytes(Image.merge("CMYK", inks), "JPEG")
+    transform = open_clip.image_transform(224, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    assert callable(transform)
+    after = (np.asarray(transform(Image.open(io.BytesIO(data)))) * 255).round().astype(int)
+    difference = abs(clip_pixels(load_image(data), 224) - after).max()
+    assert difference > 1 if black else difference == 1
+
+
 def test_border_is_cropped_before_the_resize() -> None:
     image = random_image(80, 60)
     framed = Image.new("RGB", (84, 64), "red")

@@ -251,7 +251,7 @@ def count_by_hand(state: dict[str, torch.Tensor], run: Path, data: Path) -> int:
 
 def test_greedy_soup_is_the_recipe_and_the_same_on_two_ranks(pot, tmp_path, tiny_data, merge):
     alone = {path: count_by_hand(state_of(path), path, tiny_data) for path in pot}
-    order = sorted(pot, key=lambda path: -alone[path])
+    order = sorted(pot, key=alone.__getitem__)[::-1]  # of equal ones the last named comes first
     kept, best, expected = [order[0]], alone[order[0]], []
     for path in order[1:]:
         candidate = uniform_soup(map(state_of, [*kept, path]))
