@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from rft import cli, files, recipes
+from rft import cli, recipes
 from rft.data.folder import class_counts, held_out_proposal, read_folder, shared_images
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack_source
@@ -53,7 +53,7 @@ def main() -> None:
     say(sources, labels)
     complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
     if all(complete):
-        say_next(sources, labels, files.redact(command.out))
+        say_next(sources, labels, command.out)
 
 
 def say(sources: Sequence[Source], labels: LabelSpace) -> None:
@@ -80,17 +80,14 @@ def say_next(sources: Sequence[Source], labels: LabelSpace, out: str) -> None:
     batch = recipes.build(recipes.DEFAULT, scale="small").loader.batch_size
     while batch > len(sources[0].items) - held_out:
         batch //= 2
-    print(
-        "next: torchrun --nproc_per_node N -m rft.train object-mask-single-fill "
-        f"--data {out} --train-set train --scale small --loader.held_out {held_out} "
-        f"--loader.batch_size {batch} --run-dir runs/first"
-    )
-    tests = " ".join(source.dataset for source in sources[1:])
-    if tests:
-        print(
-            "then: torchrun --nproc_per_node N -m rft.evaluate runs/first "
-            f"--data {out} --sets {tests}"
-        )
+    words = ["-m", "rft.train", recipes.DEFAULT, "--data", out, "--train-set", "train"]
+    words += ["--scale", "small", "--loader.held-out", str(held_out)]
+    words += ["--loader.batch-size", str(batch), "--run-dir", "runs/first"]
+    print(cli.next_step(words))
+    if tests := [source.dataset for source in sources[1:]]:
+        words = ["-m", "rft.evaluate", "runs/first", "--data", out, "--sets", *tests]
+        print(cli.next_step(words, label="then"))
+    print(cli.SEVERAL_GPUS)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from rft import classes, cli, files
+from rft.config import settings
 from rft.runs import Results, SetCount, checkpoint_path, read_results, require_current, unfinished
 
 
@@ -243,32 +244,11 @@ def check_same_settings(runs: Sequence[Run]) -> None:
     first_of: dict[str, Run] = {}
     for run in runs:
         other = first_of.setdefault(run.recipe, run)
-        if changed := files.difference(_settings(other), _settings(run)):
+        if changed := files.difference(settings(other.config), settings(run.config)):
             raise ValueError(
                 f"{other.path} and {run.path} are both {run.recipe}, but with other settings: "
                 f"{'; '.join(changed)}; report them apart"
             )
-
-
-# seeds, places, and what never changes a result; each seed builds on runs of its own
-APART: dict[str, set[str]] = {
-    "": {
-        "seed", "split_seed", "order_seed", "data", "run", "log", "cluster", "device", "recompute",
-        "compile", "merged_from", "soup", "imported_from",
-    },
-    "model": {"start"},
-    "method": {"kd_teacher"},
-    "loader": {"workers", "cache_dir", "cache_gb"},
-}  # fmt: skip
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """Return the configuration without what may differ between the seeds of a recipe."""
-    kept = {name: value for name, value in run.config.items() if name not in APART[""]}
-    for group in APART.keys() & kept.keys():
-        if isinstance(kept[group], dict):
-            kept[group] = {k: v for k, v in kept[group].items() if k not in APART[group]}
-    return kept
 
 
 def check_same_data(runs: Sequence[Run]) -> None:

@@ -260,8 +260,8 @@ def test_command(photos: Path, tmp_path: Path, run) -> None:
     assert "class dog (a dog): 5 train, 1 test" in said
     assert "prompts: 1, such as 'a photo of a {c}.'" in said
     assert "warning" not in said
-    first, second = said.splitlines()[-2:]
-    sizes = "--loader.held_out 2 --loader.batch_size 8"
+    first, second = said.splitlines()[-3:-1]
+    sizes = "--loader.held-out 2 --loader.batch-size 8"
     assert f"--data {out} --train-set train --scale small {sizes} --run-dir" in first
     assert second.endswith(f"rft.evaluate runs/first --data {out} --sets test")
     seen = []
