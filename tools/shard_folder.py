@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from rft import cli, files, recipes
-from rft.data.folder import class_counts, held_out_proposal, read_folder, shared_images
+from rft import cli, files
+from rft.data.folder import class_counts, read_folder, shared_images
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack_source
 from rft.data.sources import Source
@@ -53,7 +53,7 @@ def main() -> None:
     say(sources, labels)
     complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
     if all(complete):
-        say_next(sources, labels, files.redact(command.out))
+        say_next(sources, files.redact(command.out))
 
 
 def say(sources: Sequence[Source], labels: LabelSpace) -> None:
@@ -74,16 +74,11 @@ def say(sources: Sequence[Source], labels: LabelSpace) -> None:
         print(f"warning: ... and {len(pairs) - LINES} more such pairs")
 
 
-def say_next(sources: Sequence[Source], labels: LabelSpace, out: str) -> None:
+def say_next(sources: Sequence[Source], out: str) -> None:
     """Print the commands that train on the sets and test on them."""
-    held_out = held_out_proposal(len(sources[0].items), len(labels))
-    batch = recipes.build(recipes.DEFAULT, scale="small").loader.batch_size
-    while batch > len(sources[0].items) - held_out:
-        batch //= 2
     print(
         "next: torchrun --nproc_per_node N -m rft.train object-mask-single-fill "
-        f"--data {out} --train-set train --scale small --loader.held_out {held_out} "
-        f"--loader.batch_size {batch} --run-dir runs/first"
+        f"--data {out} --train-set train --scale small --run-dir runs/first"
     )
     tests = " ".join(source.dataset for source in sources[1:])
     if tests:

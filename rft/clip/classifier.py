@@ -18,7 +18,7 @@ from rft import files
 from rft.clip import vit
 from rft.clip.architecture import Architecture, read_header
 
-SELECTED = Path("checkpoints") / "best.safetensors"  # of a run folder, by held-out accuracy
+SELECTED = Path("checkpoints") / "best.safetensors"  # of a run; the last without held-out images
 LAST = Path("checkpoints") / "last.safetensors"  # after the last step
 
 
