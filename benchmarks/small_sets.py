@@ -202,7 +202,7 @@ def table(result: dict[str, Any]) -> str:
     start, seeds = result["zero_shot"], result["seeds"]
     note = (
         f"Top-1 accuracy in %, mean and sample standard deviation over {seeds} seeds, each with "
-        f"its own cut. The model that all start from has {start['id']:.1f} in distribution (ID) and "
+        f"its own cut. All start from a model with {start['id']:.1f} in distribution (ID) and "
         f"{start['ood']:.1f} OOD avg. A batch larger than the set is refused."
     )
     return "\n".join(f"| {line} |" for line in lines) + f"\n\n{note}\n"

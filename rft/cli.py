@@ -67,6 +67,12 @@ def parse(kind: Callable[..., T], **options: Any) -> T:
         raise ValueError(_first_section(complaint.getvalue())) from None
 
 
+def warn(message: str) -> None:
+    """Print a warning that the user must see, once for all ranks and without credentials."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"WARNING: {files.redact(message)}", file=sys.stderr, flush=True)
+
+
 def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
     """Return the error for a `name` that is none of the `known`, with the nearest suggestion."""
     close = get_close_matches(name, known, n=1)

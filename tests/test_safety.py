@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from rft.clip.classifier import LAST
 from rft.data import show as show_command
 from rft.demo.__main__ import MEET_IN_FILES
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
+from rft.runs import LAST
 from rft.train import __main__ as train_command
 from tests.servers.ranges import range_server
 from tests.tiny import call, children, environment, torchrun_command

@@ -227,6 +227,7 @@ def _describe(
     manifest = Manifest(
         dataset=dataset,
         classes=rule.labels.names,
+        class_ids=rule.labels.ids,
         templates=rule.labels.templates,
         groups=groups,
         encoding=encoding,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rft import files
+from rft.classes import Classes, prompts_sha256
 
 MARK = "{c}"  # where a template takes the class name; CLIP_benchmark's convention
 
@@ -45,6 +46,12 @@ class LabelSpace:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def classes(self) -> Classes:
+        """The classes, to compare with those of a head or a packed set."""
+        prompts = prompts_sha256(self.names, self.templates)
+        return Classes(ids=self.ids, names=self.names, prompts_sha256=prompts)
 
     @staticmethod
     def imagenet() -> "LabelSpace":

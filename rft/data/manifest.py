@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rft import files
+from rft.classes import Classes, prompts_sha256
 
 SCHEMA = 1
 
@@ -36,7 +37,8 @@ class Shard:
 class Manifest:
     """Everything about a packed dataset but its per-sample rows.
 
-    `classes` and `templates` describe the label space (index = class id; `{c}` marks the name).
+    `classes` and `templates` describe the label space (index = class id; `{c}` marks the name);
+    `class_ids` are the classes' folder names, empty in manifests that were written without them.
     `groups` is the scoring rule: a prediction is the argmax over the classes named in any group,
     and it is right when it lies in the same group as the label. ImageNet has one group for each
     class, ImageNet-R and -A one for each of their 200, ObjectNet 113 groups over 125 classes.
@@ -50,6 +52,7 @@ class Manifest:
     plan_hash: str
     index_sha256: str
     shards: tuple[Shard, ...]
+    class_ids: tuple[str, ...] = ()
     quarantined: int = 0  # images of the source left out because they cannot be decoded
     schema: int = SCHEMA
 
@@ -61,7 +64,13 @@ class Manifest:
     @cached_property
     def sha256(self) -> str:
         """Hash of the manifest's content: the identity of the data."""
-        return files.sha256_json(dataclasses.asdict(self))
+        return files.sha256_json(self._document())
+
+    @property
+    def label_space(self) -> Classes:
+        """What the labels mean, to compare with the classes of a head."""
+        prompts = prompts_sha256(self.classes, self.templates)
+        return Classes(ids=self.class_ids, names=self.classes, prompts_sha256=prompts)
 
     def class_to_group(self) -> np.ndarray:
         """Return for each class the group it scores in, or -1 if its logit takes no part. (K,)."""
@@ -90,16 +99,26 @@ class Manifest:
             raise ValueError(f"{path} has schema {found}, this rft reads {SCHEMA}; pack it again")
         try:
             document["classes"] = tuple(document["classes"])
+            document["class_ids"] = tuple(document.get("class_ids", ()))
             document["templates"] = tuple(document["templates"])
             document["groups"] = tuple(tuple(group) for group in document["groups"])
             document["shards"] = tuple(Shard(**shard) for shard in document["shards"])
-            return Manifest(**document)
-        except (KeyError, TypeError) as error:
+            manifest = Manifest(**document)
+            _ = manifest.label_space  # its ids and names must be one list
+            return manifest
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); pack or index the set again") from error
 
     def save(self, url: str) -> None:
         """Write `url/manifest.json` atomically."""
-        files.write_json(files.join(url, "manifest.json"), dataclasses.asdict(self))
+        files.write_json(files.join(url, "manifest.json"), self._document())
+
+    def _document(self) -> dict[str, Any]:
+        document = dataclasses.asdict(self)
+        # a manifest from before there were ids keeps its hash: finished runs know the data by it
+        if not self.class_ids:
+            del document["class_ids"]
+        return document
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -285,6 +285,7 @@ def finalize(plan: Plan, url: str, max_bad: int = 0) -> Manifest:
     manifest = Manifest(
         dataset=plan.source.dataset,
         classes=plan.labels.names,
+        class_ids=plan.labels.ids,
         templates=plan.labels.templates,
         groups=plan.source.groups,
         encoding=plan.encoding,

@@ -10,19 +10,20 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from rft import cli, dist, files
-from rft.clip.classifier import LAST
 from rft.clip.made import is_made, write_made
 from rft.config import Device
 from rft.data.loader import PackedDataset
 from rft.merge import greedy
 from rft.merge.folders import (
     Ingredient,
+    best_known,
     check_alike,
     read_ingredient,
     read_soup,
     shared_seed,
 )
 from rft.method import averaging
+from rft.runs import LAST
 
 KINDS = ("wise", "uniform-soup", "greedy-soup")
 
@@ -118,6 +119,7 @@ def wise(arguments: Wise) -> None:
     check_alphas(arguments.alpha)
     start, end = read_ingredient(arguments.start), read_end(arguments)
     check_alike([start, end])
+    check_ends(start, end)
     several = len(arguments.alpha) > 1
     if several and (arguments.out / "config.json").exists():
         raise ValueError(
@@ -140,7 +142,8 @@ def wise(arguments: Wise) -> None:
     for out, config in jobs.items():
         if out not in done:
             state = averaging.interpolate(first, second, config["alpha"])
-            write_made(out, state, start.architecture, config, end.metadata)
+            classes = best_known([start, end]).classes
+            write_made(out, state, start.architecture, config, end.metadata, classes)
         report(out, out in done)
     print(next_step(jobs, end))
 
@@ -159,6 +162,25 @@ def check_alphas(alphas: tuple[float, ...]) -> None:
     names = [f"{alpha:g}" for alpha in alphas]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--alpha has {twice[0]} twice (six digits count); name each value once")
+
+
+def check_ends(start: Ingredient, end: Ingredient) -> None:
+    """Check that WiSE goes from a model before its training to one after it; warn if that is open.
+
+    Raises:
+        ValueError: if the two are swapped.
+    """
+    if start.steps > 0 and end.steps == 0 and end.is_training_run:
+        raise ValueError(
+            f"{start.path} was trained for {start.steps} steps and {end.path} for none: START is "
+            "the zero-shot model, END the fine-tuned one; swap the two"
+        )
+    if start.steps > 0:
+        cli.warn(
+            f"START {start.path} is not a zero-shot model: it was trained ({start.steps} steps)"
+        )
+    if end.steps == 0 and end.is_training_run:
+        cli.warn(f"END {end.path} is not a fine-tuned model: it was not trained (0 steps)")
 
 
 def read_end(arguments: Wise) -> Ingredient:
@@ -200,7 +222,8 @@ def uniform_soup(arguments: UniformSoup) -> None:
     done = is_made(arguments.out, config)
     if not done:
         state = averaging.uniform_soup(model.load() for model in models)
-        write_made(arguments.out, state, models[0].architecture, config, soup_metadata(models))
+        metadata, classes = soup_metadata(models), best_known(models).classes
+        write_made(arguments.out, state, models[0].architecture, config, metadata, classes)
     report(arguments.out, done)
     print(next_step([arguments.out], models[0]))
 
@@ -238,8 +261,8 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
             tell = functools.partial(print, flush=True) if world.is_main else lambda _: None
             state, config["soup"] = greedy.make_soup(runs, count, len(held_out), tell)
             if world.is_main:
-                metadata = soup_metadata(runs)
-                write_made(arguments.out, state, runs[0].architecture, config, metadata)
+                metadata, classes = soup_metadata(runs), best_known(runs).classes
+                write_made(arguments.out, state, runs[0].architecture, config, metadata, classes)
     if world.is_main:
         report(arguments.out, done)
         print(next_step([arguments.out], runs[0]))

@@ -10,18 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from rft import files
-
-RESULTS_SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class SetCount:
-    """How many of how many were right on one packed set."""
-
-    correct: int
-    total: int
-    manifest_sha256: str
+from rft import classes, cli, files
+from rft.runs import Results, SetCount, checkpoint_path, read_results, require_current, unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +20,7 @@ class Run:
 
     path: Path
     recipe: str
+    """Name of its row; of a run that has not ended, one that says so."""
     seed: int
     step: int
     checkpoint_sha256: str
@@ -71,12 +62,14 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Read run folders that belong in one table.
 
     Raises:
-        ValueError: if there is none, one is not an evaluated run folder, two are the same recipe
-            and seed, or they were evaluated on different data.
+        ValueError: if there is none, one is not an evaluated run folder, its results are of other
+            weights, two are the same recipe and seed, or they were evaluated on different data.
     """
     if not paths:
         raise ValueError("name at least one run folder to report on")
     runs = [load_run(path) for path in paths]
+    check_current(runs)
+    check_same_classes(runs)
     check_distinct(runs)
     check_same_settings(runs)
     check_same_data(runs)
@@ -97,50 +90,37 @@ def load_run(path: Path) -> Run:
             f"python -m rft.evaluate {path} --data URL"
         )
     config = files.read_json(str(path / "config.json"))
-    results = files.read_json(str(path / "results.json"))
+    results = read_results(path)
+    assert results is not None, "it exists"
     try:
         return _parse(path, config, results)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is malformed: config.json or results.json has no valid {error}"
-        ) from error
+        raise ValueError(f"{path} is malformed: config.json has no valid {error}") from error
 
 
-def _parse(path: Path, config: dict[str, Any], results: dict[str, Any]) -> Run:
-    if results["schema"] != RESULTS_SCHEMA:
-        raise ValueError(
-            f"{path}/results.json has schema {results['schema']!r}, not {RESULTS_SCHEMA}; "
-            "evaluate the run again with this version"
-        )
+def _parse(path: Path, config: dict[str, Any], results: Results) -> Run:
     recipe, seed = config["recipe"], config["seed"]
     # names go to terminals too: a control character could rewrite what is shown there
     if not (isinstance(recipe, str) and recipe.isprintable() and recipe.strip()):
         raise ValueError(f"{path}/config.json: recipe is {recipe!r}; it must be a printable name")
-    if not isinstance(seed, int):
+    if type(seed) is not int:
         raise ValueError(f"{path}/config.json: seed is {seed!r}; it must be an integer")
+    if reached := unfinished(path):
+        # a name of its own: it joins no mean, no pair and no row of the paper
+        recipe = f"{recipe} (unfinished, {reached})"
     provenance = path / "provenance.json"
     return Run(
         path=path,
         recipe=recipe,
         seed=seed,
-        step=int(results["step"]),
-        checkpoint_sha256=results["checkpoint_sha256"],
-        config_sha256=results["config_sha256"] or "",
-        counts={name: _count(path, name, entry) for name, entry in results["sets"].items()},
+        step=results.step,
+        checkpoint_sha256=results.checkpoint_sha256,
+        config_sha256=results.config_sha256,
+        counts=results.sets,
         config=config,
         provenance=files.read_json(str(provenance)) if provenance.is_file() else {},
         metrics=read_metrics(path / "metrics.jsonl"),
     )
-
-
-def _count(path: Path, name: str, entry: dict[str, Any]) -> SetCount:
-    correct, total = entry["correct"], entry["total"]
-    whole = isinstance(correct, int) and isinstance(total, int)
-    if not (whole and total > 0 and 0 <= correct <= total):
-        raise ValueError(
-            f"{path}/results.json: {name} has {correct!r} correct of {total!r}; evaluate it again"
-        )
-    return SetCount(correct, total, entry["manifest_sha256"])
 
 
 def read_metrics(path: Path) -> tuple[dict[str, float], ...]:
@@ -162,6 +142,42 @@ def read_metrics(path: Path) -> tuple[dict[str, float], ...]:
             raise ValueError(f"{path} line {number} is not a JSON object with a step") from error
         rows.append(row)
     return tuple(rows)
+
+
+def check_current(runs: Sequence[Run]) -> None:
+    """Check that the results of each run are of its weights as they are now.
+
+    Raises:
+        ValueError: naming the first stale one, with the command that evaluates it again.
+    """
+    warnings = []
+    for run in runs:
+        results = read_results(run.path)
+        assert results is not None, "it was read before"
+        warnings += require_current(run.path, results)
+    if warnings:
+        more = f" (and {len(warnings) - 1} more runs)" if warnings[1:] else ""
+        cli.warn(f"{warnings[0]}{more}")
+
+
+def check_same_classes(runs: Sequence[Run]) -> None:
+    """Check that the heads of runs that were evaluated on one set have the same classes.
+
+    Raises:
+        ValueError: naming two folders and the first class that differs.
+    """
+    first_with: dict[str, tuple[Path, classes.Classes]] = {}
+    warnings: dict[str, None] = {}
+    for run in runs:
+        weights = checkpoint_path(run.path)
+        known = classes.of_weights(weights) if weights.is_file() else None
+        if known is None:  # written before weights carried their classes
+            continue
+        for name in run.counts:
+            path, before = first_with.setdefault(name, (run.path, known))
+            warnings |= dict.fromkeys(classes.compare(before, str(path), known, str(run.path)))
+    for warning in warnings:
+        cli.warn(warning)
 
 
 def check_distinct(runs: Sequence[Run]) -> None:

@@ -17,13 +17,9 @@ import torch
 import tyro
 
 from rft import cli, dist, files, recipes, rng, small
-from rft.clip.classifier import (
-    SELECTED,
-    Classifier,
-    build_classifier,
-    checkpoint_path,
-    load_state,
-)
+from rft.classes import Classes, check_head, compare_prompts
+from rft.cli import warn
+from rft.clip.classifier import Classifier, build_classifier, load_state
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import Config, resolve_precision
@@ -32,7 +28,7 @@ from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_tr
 from rft.data.manifest import Index, Manifest
 from rft.dist import World
 from rft.method.averaging import require_alike
-from rft.train.checkpoint import warn
+from rft.runs import SELECTED, checkpoint_path, unfinished
 from rft.train.estimate import describe, size_rule
 from rft.train.gallery import one_of_each_class, write_gallery
 from rft.train.journal import require_packages
@@ -172,7 +168,9 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     pretrained.model.to(device)
     head = zero_shot_head(pretrained, packed.manifest.classes, packed.manifest.templates)
     teacher = Classifier(pretrained.model.visual, head, pretrained.architecture)
-    student, ensemble = starting_student(config, teacher), second_teacher(config, teacher)
+    classes = packed.manifest.label_space
+    student = starting_student(config, teacher, classes)
+    ensemble = second_teacher(config, teacher, classes)
     objective = Objective(
         student,
         teacher,
@@ -205,8 +203,8 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     )
 
 
-def starting_student(config: Config, pretrained: Classifier) -> Classifier:
-    """Return the model that learns, as it starts.
+def starting_student(config: Config, pretrained: Classifier, classes: Classes) -> Classifier:
+    """Return the model that learns, as it starts; `classes` are those of the training set.
 
     Raises:
         ValueError: if the weights to start from are not those of such a model.
@@ -219,14 +217,16 @@ def starting_student(config: Config, pretrained: Classifier) -> Classifier:
         with torch.no_grad():
             student.head.weight.copy_(weight_KE)
     if config.model.start:
-        load_alike(student, config.model.start, "--model.start")
+        load_alike(student, config.model.start, "--model.start", classes)
     if config.optim.trains == "head":
         student.visual.requires_grad_(False)
     return student
 
 
-def second_teacher(config: Config, pretrained: Classifier) -> Classifier | None:
+def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> Classifier | None:
     """Return WiSE-KD's teacher, or None for a method without one.
+
+    `classes` are those of the training set.
 
     Raises:
         ValueError: if its weights are not those of such a model.
@@ -234,19 +234,35 @@ def second_teacher(config: Config, pretrained: Classifier) -> Classifier | None:
     if config.method.kd_weight == 0:
         return None
     teacher = copy.deepcopy(pretrained)
-    load_alike(teacher, config.method.kd_teacher, "--method.kd-teacher")
+    load_alike(teacher, config.method.kd_teacher, "--method.kd-teacher", classes)
     return teacher
 
 
-def load_alike(model: Classifier, path: str, option: str) -> None:
+def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> None:
     """Load a run's selected weights into a model of the same architecture.
 
+    Args:
+        model: the model, with a head for `classes`.
+        path: run folder or weights file.
+        option: the command line's name of it, for messages.
+        classes: of the training set.
+
     Raises:
-        ValueError: naming the option, if the two differ.
+        ValueError: naming the option, if the two differ, and the first class that does.
     """
-    state, architecture, _ = load_state(checkpoint_path(Path(path)))
+    state, architecture, _, known = load_state(checkpoint_path(Path(path)))
+    if reached := unfinished(Path(path)):
+        warn(f"{option} {path} has not finished training ({reached})")
     if changed := model.architecture.difference(architecture):
-        raise ValueError(f"{option} {path} is another architecture: {changed[0]}")
+        raise ValueError(f"{option} {path} is a different architecture: {changed[0]}")
+    where = f"{option} {path}"
+    pair = (known, where, classes, "the training set")
+    rows = len(state["head.weight"])
+    for warning in (
+        *check_head(known, rows, where, classes, "the training set"),
+        *compare_prompts(*pair),
+    ):
+        warn(warning)
     try:
         require_alike(model.state_dict(), state)
     except ValueError as error:
@@ -333,8 +349,8 @@ def show(job: Job) -> None:
     shown = one_of_each_class(packed.index.label, job.held_out, 8)
     # a picture of a fill needs another image
     if job.config.method.masks and len(shown) > 1:
-        state, architecture, _ = load_state(folder / SELECTED)
-        model = build_classifier(state, architecture)
+        saved = load_state(folder / SELECTED)
+        model = build_classifier(saved.state, saved.architecture)
         write_gallery(str(folder / "gallery.npz"), model, packed, shown, recipes.masked_methods())
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from rft import files
+from rft.cli import warn
 from rft.config import Config
 from rft.evaluate.accuracy import Count
-from rft.train.checkpoint import warn
 from rft.train.pictures import Counterfactuals, grid
 
 SECONDS_PER_LINE = 60.0  # where there is no terminal; each held-out result is a line too

@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from rft import dist
-from rft.clip.classifier import (
-    LAST,
-    SELECTED,
-    Classifier,
-    load_state,
-    save_classifier,
-    save_state,
-)
+from rft.classes import Classes
+from rft.clip.classifier import Classifier, load_state, save_classifier, save_state
 from rft.config import Config, Precision
 from rft.data.loader import Batch, Reading, TrainingBatches, read_batches
 from rft.dist import World
 from rft.evaluate.accuracy import Count
 from rft.evaluate.evaluator import count_correct
+from rft.runs import LAST, SELECTED
 from rft.train import checkpoint
 from rft.train.checkpoint import Progress
 from rft.train.journal import Journal
@@ -82,6 +77,11 @@ class Job:
             return f"model of step {step} selected by {len(self.held_out):,} held-out images"
         why = "one epoch" if len(self.held_out) else "no held-out images"
         return f"the last model, of step {step}: {why}"
+
+    @property
+    def classes(self) -> Classes:
+        """Classes of the training set, which are the head's."""
+        return self.batches.packed.manifest.label_space
 
     @property
     def student(self) -> Classifier:
@@ -176,9 +176,8 @@ def end(job: Job, progress: Progress, reason: str) -> None:
         )
         return
     folder = RunFolder(job.config).path
-    save_classifier(str(folder / LAST), job.student, metadata(job, progress))
-    if job.total_steps == 0:
-        save_classifier(str(folder / SELECTED), job.student, metadata(job, progress))
+    for name in (LAST, SELECTED) if job.total_steps == 0 else (LAST,):
+        save_classifier(str(folder / name), job.student, metadata(job, progress), job.classes)
 
 
 def stops(job: Job, request: StopRequest, writer: checkpoint.Writer) -> bool:
@@ -343,7 +342,8 @@ def write_selected(job: Job, progress: Progress, state: dict[str, Tensor]) -> No
     """Write the student of `progress.best_step` to the run folder."""
     selected = replace(progress, step=progress.best_step)
     path = RunFolder(job.config).path / SELECTED
-    save_state(str(path), state, job.student.architecture, metadata(job, selected))
+    known = metadata(job, selected)
+    save_state(str(path), state, job.student.architecture, known, job.classes)
 
 
 def restore_selected(job: Job, store: checkpoint.Store, progress: Progress) -> None:
@@ -355,8 +355,8 @@ def restore_selected(job: Job, store: checkpoint.Store, progress: Progress) -> N
     if progress.best_step < 0:
         return
     with contextlib.suppress(ValueError):
-        _, _, found = load_state(RunFolder(job.config).path / SELECTED)
-        if found["step"] == str(progress.best_step):
+        found = load_state(RunFolder(job.config).path / SELECTED)
+        if found.metadata["step"] == str(progress.best_step):
             return
     step = progress.best_step
     if step not in store.steps() or store.damage(step):

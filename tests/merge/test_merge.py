@@ -10,12 +10,13 @@ import torch
 
 from rft import files
 from rft.clip import made
-from rft.clip.classifier import LAST, SELECTED, build_classifier, load_state, save_state
+from rft.clip.classifier import build_classifier, load_state, save_state
 from rft.config import Config
 from rft.data.loader import PackedDataset, plan_training
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
 from rft.method.averaging import interpolate, uniform_soup
+from rft.runs import LAST, SELECTED
 from rft.train import __main__ as train_command
 from tests.conftest import build_model
 from tests.tiny import call, torchrun
@@ -80,14 +81,14 @@ def runs(trained, tmp_path) -> Path:
 def shake(run: Path, copy: Path, seed: int, strength: float) -> Path:
     """A run folder like another, with noise on its selected weights: one more soup ingredient."""
     shutil.copytree(run, copy)
-    state, architecture, metadata = load_state(run / SELECTED)
+    state, architecture, metadata, classes = load_state(run / SELECTED)
     generator = torch.Generator().manual_seed(seed)
     noisy = {
         name: value + strength * value.std() * torch.randn(value.shape, generator=generator)
         for name, value in state.items()
         if value.numel() > 1
     }
-    save_state(str(copy / SELECTED), {**state, **noisy}, architecture, metadata)
+    save_state(str(copy / SELECTED), {**state, **noisy}, architecture, metadata, classes)
     return copy
 
 
@@ -165,8 +166,8 @@ def test_weights_files_without_a_run_folder(runs, tmp_path, merge):
     assert config_of(tmp_path / "merged")["recipe"] == "wise-object-mask-single-fill-0.5"
     assert config_of(tmp_path / "merged")["end_weights"] == "file"
     assert printed.endswith("--data URL\n")
-    state, architecture, _ = load_state(own)
-    save_state(str(own), state, architecture, {"step": "0"})
+    saved = load_state(own)
+    save_state(str(own), saved.state, saved.architecture, {"step": "0"}, saved.classes)
     merge("wise", start, own, "--out", tmp_path / "unknown")
     assert config_of(tmp_path / "unknown")["recipe"] == "wise-ft-0.5"
 
@@ -433,18 +434,20 @@ def test_models_that_are_not_alike(runs, tmp_path, refused):
     start, out = runs / "zero-shot", ("--out", tmp_path / "out")
     other = tmp_path / "other.safetensors"
     model = build_model()
-    save_state(str(other), model.state_dict(), model.architecture, {"step": "0"})
+    classes = load_state(start / SELECTED).classes
+    model.head = torch.nn.Linear(12, 4)
+    save_state(str(other), model.state_dict(), model.architecture, {"step": "0"}, classes)
     for kind in ("wise", "uniform-soup"):
         line = refused(kind, start, other, *out)
-        assert f"{start} and {other} have other architectures: embed_dim: 16 -> 12" in line
+        assert f"{start} and {other} have different architectures: embed_dim: 16 -> 12" in line
 
-    state, architecture, metadata = load_state(start / SELECTED)
+    state, architecture, metadata, _ = load_state(start / SELECTED)
     more = {**state, "head.weight": torch.cat([state["head.weight"], torch.zeros(1, 16)])}
-    save_state(str(other), more, architecture, metadata)
+    save_state(str(other), more, architecture, metadata, None)
     for kind in ("wise", "uniform-soup"):
         assert "'head.weight' has shapes (4, 16) and (5, 16)" in refused(kind, start, other, *out)
     del more["head.bias"]
-    save_state(str(other), more, architecture, metadata)
+    save_state(str(other), more, architecture, metadata, None)
     assert "only one of them has 'head.bias'" in refused("wise", start, other, *out)
     other.write_bytes(b"not weights")
     assert "is not a readable safetensors file" in refused("wise", start, other, *out)
@@ -507,6 +510,8 @@ def test_other_data_than_the_runs_were_trained_on(runs, tmp_path, tiny_data, ref
     assert f"{one} was trained on other data than" in refused("greedy-soup", one, two, *rest)
     for run in (one, two):
         (run / "training.json").write_text("{}")  # as before the hash was kept
-    path.write_text(json.dumps({**manifest, "classes": [*manifest["classes"], "fifth"]}))
-    assert "tells 4 classes apart" in refused("greedy-soup", one, two, *rest)
+    more = {"classes": [*manifest["classes"], "fifth"], "class_ids": [*manifest["class_ids"], "5"]}
+    path.write_text(json.dumps({**manifest, **more}))
+    line = refused("greedy-soup", one, two, *rest)
+    assert "class 4 is missing in the first, '5' ('fifth') in the second (4 and 5 classes)" in line
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from rft import dist, files
-from rft.clip.classifier import SELECTED, load_state, save_state
+from rft.clip.classifier import load_state, save_state
+from rft.runs import SELECTED
 from rft.train import __main__ as train_command
 from rft.train import checkpoint, loop
 from rft.train.checkpoint import Progress, Store, Writer, content
@@ -141,10 +142,11 @@ def test_a_model_selected_after_the_checkpoint_that_is_used(train, monkeypatch, 
     killed(train, monkeypatch, 26)
     path = tmp_path / "run" / SELECTED
     before = files.sha256_file(path)
-    state, architecture, metadata = load_state(path)
-    assert int(metadata["step"]) < 24
-    later = {"recipe": metadata["recipe"], "step": "25"}
-    save_state(str(path), {name: value + 1 for name, value in state.items()}, architecture, later)
+    saved = load_state(path)
+    assert int(saved.metadata["step"]) < 24
+    later = {"recipe": saved.metadata["recipe"], "step": "25"}
+    other = {name: value + 1 for name, value in saved.state.items()}
+    save_state(str(path), other, saved.architecture, later, saved.classes)
     killed(train, monkeypatch, 27)
     assert files.sha256_file(path) == before
 
