@@ -52,7 +52,7 @@ class LoaderConfig:
     batch_size: int = 512
     """Images in a global batch, over all ranks and accumulation steps."""
     held_out: int = 10240
-    """Training images kept out, stratified by class, to select the checkpoint."""
+    """Training images kept out, stratified by class, to select the checkpoint; 0 keeps the last."""
     streams: int = 1
     """Sample streams a global batch is drawn from (block shuffle only)."""
     block_shards: int = 0
@@ -243,7 +243,8 @@ class Config:
     """Name of the packed set to train on, below the data root."""
     scale: Scale = "paper"
     """Which numbers the recipe starts from: ImageNet's, those for some thousand photos of one's own
-    (small), or those of the embedded world (miniature)."""
+    (small: batch, warm-up, held-out images and checkpoint interval follow from the size of the set,
+    as --dry-run prints), or those of the embedded world (miniature)."""
     preset: Preset = "paper"
     """The paper's text, or what its released code really does where the two differ
     (docs/paper.md); a preset only chooses other defaults."""

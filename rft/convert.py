@@ -93,7 +93,7 @@ class Export:
     """
 
     source: tyro.conf.Positional[Path]
-    """Run folder (its selected checkpoint) or .safetensors file of rft."""
+    """Run folder (its selected model, or the last without held-out images) or .safetensors file."""
     to: Annotated[Format, tyro.conf.arg(name="to")]
     """The format."""
     out: Path

@@ -251,6 +251,9 @@ def build(
 ) -> Config:
     """Return the configuration of a recipe that trains.
 
+    For the scale "small" it is not complete: `rft.small.fit` sets what follows from the size of the
+    set.
+
     Raises:
         ValueError: if there is no such recipe, scale or preset.
     """
@@ -303,17 +306,10 @@ def _with(config: Config, method: MethodConfig, **optim: Any) -> Config:
 def _small(config: Config) -> Config:
     """Scale a recipe to some hundred or thousand photos of one's own.
 
-    Model, loss and peak learning rate stay the paper's; batch and warm-up shrink with the set, and
-    how many images select the checkpoint is for the user to say (`tools/shard_folder.py` proposes a
-    number). Chosen by reasoning, not measured on any set.
+    Model, loss and peak learning rate stay the paper's. What follows from the size of the set
+    (rft/small.py) is still the paper's here, which no small set can be trained with.
     """
-    return replace(
-        config,
-        scale="small",
-        loader=LoaderConfig(batch_size=64, held_out=0),
-        optim=replace(config.optim, warmup_steps=50),
-        log=LogConfig(every_steps=10, checkpoint_steps=100, image_steps=100),
-    )
+    return replace(config, scale="small", log=LogConfig(every_steps=10, image_steps=100))
 
 
 def _miniature(config: Config) -> Config:

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from rft import cli, recipes
-from rft.data.folder import class_counts, held_out_proposal, read_folder, shared_images
+from rft.data.folder import class_counts, read_folder, shared_images
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack_source
 from rft.data.sources import Source
@@ -53,7 +53,7 @@ def main() -> None:
     say(sources, labels)
     complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
     if all(complete):
-        say_next(sources, labels, command.out)
+        say_next(sources, command.out)
 
 
 def say(sources: Sequence[Source], labels: LabelSpace) -> None:
@@ -74,15 +74,10 @@ def say(sources: Sequence[Source], labels: LabelSpace) -> None:
         print(f"warning: ... and {len(pairs) - LINES} more such pairs")
 
 
-def say_next(sources: Sequence[Source], labels: LabelSpace, out: str) -> None:
+def say_next(sources: Sequence[Source], out: str) -> None:
     """Print the commands that train on the sets and test on them."""
-    held_out = held_out_proposal(len(sources[0].items), len(labels))
-    batch = recipes.build(recipes.DEFAULT, scale="small").loader.batch_size
-    while batch > len(sources[0].items) - held_out:
-        batch //= 2
     words = ["-m", "rft.train", recipes.DEFAULT, "--data", out, "--train-set", "train"]
-    words += ["--scale", "small", "--loader.held-out", str(held_out)]
-    words += ["--loader.batch-size", str(batch), "--run-dir", "runs/first"]
+    words += ["--scale", "small", "--run-dir", "runs/first"]
     print(cli.next_step(words))
     if tests := [source.dataset for source in sources[1:]]:
         words = ["-m", "rft.evaluate", "runs/first", "--data", out, "--sets", *tests]

@@ -192,12 +192,6 @@ def shared_images(sources: Sequence[Source]) -> list[tuple[str, str]]:
     return pairs
 
 
-def held_out_proposal(samples: int, classes: int) -> int:
-    """Return how many training images could select the checkpoint: a tenth, or 0 if too few."""
-    proposal = max(samples // 10, classes)
-    return proposal if proposal <= samples - classes else 0
-
-
 def class_counts(sources: Sequence[Source], labels: LabelSpace) -> Mapping[str, list[int]]:
     """Return the number of images of each class in each source."""
     counts = {name: [0] * len(sources) for name in labels.ids}

@@ -67,7 +67,7 @@ class Arguments:
     """
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders (their selected checkpoint) or .safetensors files."""
+    """Run folders (the selected model; the last without held-out images) or .safetensors files."""
     data: str
     """Data root: the URL under which the tools wrote the packed sets."""
     masks: Path

@@ -47,8 +47,8 @@ class Wise:
     alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A...")] = (0.5,)
     """Shares of the fine-tuned model, in [0, 1]: 0.5, or 0 0.1 0.2 ... 1."""
     end_weights: Literal["best", "last"] = "best"
-    """Weights of the fine-tuned run: selected by held-out accuracy, or after the last step, as the
-    paper's released code takes them."""
+    """Weights of the fine-tuned run: selected by held-out accuracy (the last without held-out
+    images), or after the last step, as the paper's released code takes them."""
 
 
 @dataclass(frozen=True)
