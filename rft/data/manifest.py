@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rft import files
+from rft.data.encode import check_encoding
 
 SCHEMA = 1
 
@@ -46,7 +47,7 @@ class Manifest:
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
-    encoding: dict[str, Any]  # {"kind": "original" | "jpeg" | "pixels", ...}
+    encoding: dict[str, Any]  # see `rft.data.encode.encoding_parameters`
     plan_hash: str
     index_sha256: str
     shards: tuple[Shard, ...]
@@ -76,7 +77,7 @@ class Manifest:
 
         Raises:
             ValueError: if it is absent (the folder was not finalised), damaged, or of another
-                schema.
+                schema or an unknown encoding.
         """
         path = files.join(url, "manifest.json")
         try:
@@ -93,9 +94,11 @@ class Manifest:
             document["templates"] = tuple(document["templates"])
             document["groups"] = tuple(tuple(group) for group in document["groups"])
             document["shards"] = tuple(Shard(**shard) for shard in document["shards"])
-            return Manifest(**document)
+            manifest = Manifest(**document)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); pack or index the set again") from error
+        check_encoding(manifest.encoding, path)
+        return manifest
 
     def save(self, url: str) -> None:
         """Write `url/manifest.json` atomically."""
@@ -107,8 +110,8 @@ class Index:
     """Per-sample columns, all of length N, in shard order.
 
     `offset` and `length` (bytes) locate the payload inside its shard's tar; `label` is a class id
-    of the manifest's label space; `width` and `height` are the source image's, in pixels; `key` is
-    the sample's id as ASCII bytes (`n01440764_10026`).
+    of the manifest's label space; `width` and `height` are the source image's, in pixels, after
+    own photos are turned upright; `key` is the sample's id as ASCII bytes (`n01440764_10026`).
     """
 
     offset: np.ndarray  # uint64
