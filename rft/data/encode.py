@@ -77,7 +77,7 @@ SWAPS_SIDES = range(5, 9)
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 GREY_16_BIT = frozenset({"I", "I;16", "I;16B", "I;16L"})  # Pillow's names have changed over time
 GREY_STEP = {1: 255, 2: 85, 4: 17}  # from one level to the next of a PNG with fewer bits
-EIGHT_BIT = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"})
+MODES = GREY_16_BIT | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"}  # others are refused
 # The keys of an encoding, and what else their values may be than numbers; see `check_encoding`.
 SQUARE_KEYS = ("size", "resample", "library", "version")
 KEYS = {
@@ -336,8 +336,8 @@ def _why_not(data: bytes) -> str:
     `Image.open` keeps such reasons ("cannot handle 12-bit layers") to itself.
     """
     for format_name in FORMATS:
-        factory, accept = Image.OPEN[format_name]
-        if accept is not None and accept(data[:16]) is True:
+        factory, accept = Image.OPEN.get(format_name, (None, None))
+        if factory is not None and accept is not None and accept(data[:16]) is True:
             try:
                 factory(io.BytesIO(data), "")
             except UNREADABLE as error:
@@ -441,7 +441,7 @@ def _channels_first(image: Image.Image) -> np.ndarray:
 
 def _require_usual(header: Header, border: int, name: str) -> None:
     """Refuse an image that is too small, large or elongated, or of a kind that is not known."""
-    if header.mode not in EIGHT_BIT | GREY_16_BIT:
+    if header.mode not in MODES:
         raise ValueError(f"{name} cannot be read: its pixels are of mode {header.mode}")
     is_ = f"{name} is {header.width} x {header.height} pixels"
     short, long = sorted((header.width, header.height))
