@@ -254,4 +254,6 @@ def _source(
         for key, image in images
     )
     groups = tuple((class_id,) for class_id in range(len(labels)))
-    return Source(dataset=dataset, root=root, items=items, groups=groups, layout=layout)
+    return Source(
+        dataset=dataset, root=root, items=items, groups=groups, photos=True, layout=layout
+    )

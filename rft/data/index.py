@@ -6,7 +6,6 @@ unnoticed; `--ignore` names the suffixes that may be passed over. Images are onl
 `tools/verify_shards.py --deep` decodes them.
 """
 
-import io
 import json
 import zlib
 from collections import Counter
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
-from PIL import Image
 
 from rft import files
 from rft.data import encode, tar
@@ -45,12 +43,16 @@ OTHER_SUFFIXES = frozenset({"cls", "json", "txt"})
 
 @dataclass(kw_only=True)
 class Found:
-    """What one shard holds: its columns of the index, and what was passed over."""
+    """What one shard holds: its columns of the index, and what was passed over.
+
+    `as_stored` counts the images that would look different if they were treated as photos.
+    """
 
     bytes: int
     sha256: str = ""
     rows: dict[str, list] = field(default_factory=lambda: {name: [] for name in COLUMNS})
     passed_over: Counter[str] = field(default_factory=Counter)
+    as_stored: Counter[str] = field(default_factory=Counter)
 
 
 def index_shards(
@@ -124,14 +126,16 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
             image = pick_image(sample, where, rule.ignore, found.passed_over)
             at = f"{where}, key {sample.key!r}"
             data = read_member(stream, image)
-            width, height = image_size(data, at, rule.crop_border)
+            header, as_photo = encode.identify(data, f"{at}: the image", rule.crop_border)
+            found.as_stored["turned"] += as_photo.orientation != 1
+            found.as_stored["transparent"] += as_photo.composed
             row = {
                 "offset": image.offset,
                 "length": image.size,
                 "crc32": zlib.crc32(data),
                 "label": read_label(stream, sample, at, rule),
-                "width": width,
-                "height": height,
+                "width": header.width,
+                "height": header.height,
                 "key": _encode_key(sample.key, where),
             }
             for name, value in row.items():
@@ -166,24 +170,6 @@ def pick_image(
         what = f"two images ({names}); drop one with --ignore" if images else "no image"
         raise ValueError(f"{where}: sample {sample.key!r} has {what}")
     return images[0]
-
-
-def image_size(data: bytes, where: str, border: int) -> tuple[int, int]:
-    """Return width and height in pixels, from the header.
-
-    Raises:
-        ValueError: if the bytes are no known image, or too small or large.
-    """
-    try:
-        width, height = Image.open(io.BytesIO(data), formats=encode.FORMATS).size
-    except encode.UNREADABLE as error:
-        raise ValueError(f"{where}: no readable JPEG, PNG or WebP image") from error
-    if max(width, height) > encode.LONGEST_SIDE or min(width, height) <= 2 * border:
-        raise ValueError(
-            f"{where}: an image of {width} x {height} pixels; a side must have more than "
-            f"{2 * border} and at most {encode.LONGEST_SIDE}"
-        )
-    return width, height
 
 
 def _encode_key(key: str, where: str) -> bytes:
@@ -286,12 +272,29 @@ def _holds(url: str, document: Any) -> bool:
 
 
 def _say(found: Sequence[Found]) -> None:
-    """Print what was passed over, and whether keys repeat, which the split by image id minds."""
+    """Print what was passed over, which images are read as they are stored, and repeated keys.
+
+    The split by image id minds repeated keys.
+    """
     total: Counter[str] = Counter()
+    as_stored: Counter[str] = Counter()
     for shard in found:
         total += shard.passed_over
+        as_stored += shard.as_stored
     for what, count in sorted(total.items()):
         print(f"passed over: {count:,} {what}", flush=True)
+    if count := as_stored["turned"]:
+        print(
+            f"warning: {count:,} images are stored turned or mirrored (EXIF orientation); they are "
+            f"read as stored, as torchvision and open_clip do",
+            flush=True,
+        )
+    if count := as_stored["transparent"]:
+        print(
+            f"warning: {count:,} images may be transparent; hidden colours become visible, as "
+            f"with torchvision and open_clip",
+            flush=True,
+        )
     keys = Counter(key for shard in found for key in shard.rows["key"])
     repeated = [key for key, count in keys.items() if count > 1]
     if repeated:

@@ -181,12 +181,10 @@ class PackedDataset:
             return 0.0
         payloads = self.payloads(samples)
         began = time.perf_counter()
-        border = self.manifest.encoding.get("crop_border", 0)
-        if self.manifest.encoding["kind"] == "jpeg":
-            border = 0  # cut off before it was stored
+        treatment = encode.payload_treatment(self.manifest.encoding)
         for image_CHW, sample, data in zip(images_BCHW, samples, payloads, strict=True):
-            image = encode.load_image(data, name=self.key(sample))
-            image_CHW[:] = encode.clip_pixels(image, size, border)
+            image = encode.load_image(data, self.key(sample), treatment)
+            image_CHW[:] = encode.clip_pixels(image, size, treatment.border)
         return time.perf_counter() - began
 
     def _rows(self, samples: np.ndarray) -> "list[_Row]":

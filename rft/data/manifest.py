@@ -15,6 +15,7 @@ import numpy as np
 
 from rft import files
 from rft.classes import Classes, prompts_sha256
+from rft.data.encode import check_encoding
 
 SCHEMA = 1
 
@@ -48,7 +49,7 @@ class Manifest:
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
-    encoding: dict[str, Any]  # {"kind": "original" | "jpeg" | "pixels", ...}
+    encoding: dict[str, Any]  # see `rft.data.encode.encoding_parameters`
     plan_hash: str
     index_sha256: str
     shards: tuple[Shard, ...]
@@ -85,7 +86,7 @@ class Manifest:
 
         Raises:
             ValueError: if it is absent (the folder was not finalised), damaged, or of another
-                schema.
+                schema or an unknown encoding.
         """
         path = files.join(url, "manifest.json")
         try:
@@ -105,9 +106,10 @@ class Manifest:
             document["shards"] = tuple(Shard(**shard) for shard in document["shards"])
             manifest = Manifest(**document)
             _ = manifest.label_space  # its ids and names must be one list
-            return manifest
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); pack or index the set again") from error
+        check_encoding(manifest.encoding, path)
+        return manifest
 
     def save(self, url: str) -> None:
         """Write `url/manifest.json` atomically."""
@@ -126,8 +128,8 @@ class Index:
     """Per-sample columns, all of length N, in shard order.
 
     `offset` and `length` (bytes) locate the payload inside its shard's tar; `label` is a class id
-    of the manifest's label space; `width` and `height` are the source image's, in pixels; `key` is
-    the sample's id as ASCII bytes (`n01440764_10026`).
+    of the manifest's label space; `width` and `height` are the source image's, in pixels, after
+    own photos are turned upright; `key` is the sample's id as ASCII bytes (`n01440764_10026`).
     """
 
     offset: np.ndarray  # uint64

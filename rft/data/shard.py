@@ -98,6 +98,7 @@ def _write(job: Job) -> Written:
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     headers: list[encode.Header] = []
+    treated: list[encode.Treated] = []
     bad: list[Quarantined] = []
     with files.publish(job.shard_url) as path:
         with path.open("wb") as stream:
@@ -107,6 +108,7 @@ def _write(job: Job) -> Written:
                 if encoded is not None:
                     rows.append(write_sample(tar, item, job.classes[item.label], encoded))
                     headers.append(encoded.header)
+                    treated.append(encoded.treated)
             sha256 = tar.close()
         _require_plan(job)
     shard = Shard(
@@ -117,6 +119,8 @@ def _write(job: Job) -> Written:
         "source_bytes": sum(item.bytes for item in job.items),
         "formats": Counter(header.format for header in headers),
         "modes": Counter(header.mode for header in headers),
+        "turned": sum(one.orientation != 1 for one in treated),
+        "composed": sum(one.composed for one in treated),
         "classes": len({row["label"] for row in rows}),
     }
     commit = {

@@ -30,6 +30,7 @@ from rft.data.published import published_classes
 from rft.data.samples import parent, split_name
 from rft.data.scoring import Options as AllOptions
 from rft.data.verify import verify
+from tests.pictures import empty_png
 from tests.servers.faults import Fault, faulty
 from tests.servers.ranges import range_server
 
@@ -392,10 +393,45 @@ BAD_SAMPLES: dict[str, tuple[Members, str]] = {
     "unknown name": (plain("a", "zebra"), "label 'zebra' is no class"),
     "empty label": (plain("a", ""), "label '' is no class"),
     "no text": ([("a.jpg", picture(0)), ("a.cls", b"\xff")], r"its \.cls is not readable"),
-    "no image data": ([("a.jpg", b"GIF89a"), ("a.cls", b"0")], "key 'a': no readable JPEG"),
+    "no image data": (
+        [("a.jpg", b"GIF89a"), ("a.cls", b"0")],
+        "key 'a': the image is no readable JPEG",
+    ),
+    "sliver": (
+        [("a.png", empty_png(6000, 1)), ("a.cls", b"0")],
+        r"key 'a': the image is 6000 x 1 pixels; .* at most 100 times",
+    ),
     "no ASCII": (plain("\u00e4", 0), "is not ASCII"),
     "nothing": ([], "holds no samples"),
 }
+
+
+def test_images_that_other_loaders_show_as_stored(tmp_path: Path, capsys) -> None:
+    """Counted and left as they are: EXIF orientations and transparency."""
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    grey = Image.new("L", (20, 30))
+    files = {
+        "a.jpg": saved(grey, "JPEG", exif=exif),
+        "b.png": saved(grey, "PNG", exif=exif),
+        "c.webp": saved(Image.new("RGBA", (20, 30)), "WEBP", exif=exif),
+        "d.png": saved(grey, "PNG", transparency=0),
+        "e.jpg": picture(0),
+    }
+    members = [m for name, data in files.items() for m in ((name, data), (f"{name[0]}.cls", b"0"))]
+    url = write_tar(tmp_path / "0.tar", members)
+    index_shards([url], str(tmp_path / "out"), LABELS, Options())
+    said = capsys.readouterr().out
+    assert "warning: 3 images are stored turned or mirrored (EXIF orientation)" in said
+    assert "warning: 2 images may be transparent" in said
+    _, index, _ = check(str(tmp_path / "out"), [url])
+    assert (index.width[:4] == 20).all()
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize("kind", BAD_SAMPLES)
