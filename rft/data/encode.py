@@ -5,9 +5,9 @@ before normalisation, so nothing is decoded while training; `jpeg` is the same s
 fifth of its size. The arithmetic is torchvision's `Resize` and `CenterCrop` on a PIL image, written
 out because importing torchvision costs seconds; a test holds the two equal bit for bit. The type of
 an image is what its bytes say, never its file name, and every image is RGB before it is resized,
-whatever it was (grey, CMYK, palette), as torchvision's image folders have it. OpenAI's and open_clip's
-transforms convert after the crop, which is the same for RGB and grey alone. Both reduce 16-bit grey to
-two levels, so that one conversion is our own: the high byte.
+whatever it was (grey, CMYK, palette), as torchvision's image folders have it. OpenAI's and
+open_clip's transforms convert after the crop, which is the same for RGB and grey alone. Both reduce
+16-bit grey to two levels, so that one conversion is our own: the high byte.
 
 Benchmarks and third-party shards are read as those loaders read them: EXIF orientation is ignored
 and the colours under transparent pixels are shown. The user's own photos are turned upright and
