@@ -18,8 +18,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rft import files
 from rft.data import tar
-from rft.data.fetch import REQUEST_BYTES, Shards
+from rft.data.fetch import Shards
 from rft.data.manifest import Shard
+from rft.remote import REQUEST_BYTES
 
 PASSED_OVER_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
 REQUESTS_AT_ONCE = 4  # requests for one remote shard under way at a time

@@ -251,11 +251,7 @@ assert len(BARE_HEADER) == BLOCK
 
 def file_sizes(url: str) -> dict[str, int]:
     """Return name -> bytes for a folder's entries, as the store sees it now; absent is empty."""
-    fs, path = files.open_store(url)
-    fs.invalidate_cache(path)  # other tasks write here too
-    if not fs.exists(path):
-        return {}
-    entries = fs.ls(path, detail=True)
+    entries = files.listing(url)  # other tasks write here too
     return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in entries}
 
 

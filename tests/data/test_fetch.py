@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from rft.data import fetch
 from rft.data.cache import Cache, Part
-from rft.data.fetch import is_transient, merge
+from rft.data.fetch import merge
 from rft.data.manifest import Shard
+from rft.remote import is_transient
 
 RANGES = st.lists(
     st.tuples(st.integers(0, 3), st.integers(0, 10**8), st.integers(1, 10**7)), max_size=40
