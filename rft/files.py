@@ -91,8 +91,8 @@ def ask(url: str, verb: str, question: Callable, local: Callable) -> Any:
     """Return the answer of `rft.remote` to a question about `url`, or `local`'s about a local path.
 
     Raises:
-        FileNotFoundError: if the store says that nothing is there.
-        ValueError: if it does not answer: it could not `verb` the URL, and why.
+        FileNotFoundError, IsADirectoryError: if the store says so.
+        ValueError: if it does not answer: what could not be done (`verb`), and why.
     """
     fs, path = open_store(url)
     try:
@@ -101,6 +101,8 @@ def ask(url: str, verb: str, question: Callable, local: Callable) -> Any:
         return sync(get_loop(), question, remote.client(fs), path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(path) from error
+    except IsADirectoryError:
+        raise
     except (remote.Failure, OSError) as error:
         raise ValueError(f"cannot {verb} {url}: {reason(error)}") from error
 
@@ -122,9 +124,16 @@ def size(url: str) -> int:
 
     Raises:
         FileNotFoundError: if the store says that there is no such file.
-        ValueError: if it does not say, is a folder, or has no ranges.
+        IsADirectoryError: if it is a folder.
+        ValueError: if the store does not say, or has no ranges.
     """
-    return ask(url, "read", remote.size, lambda path: path.stat().st_size)
+
+    def local(path: Path) -> int:
+        if path.is_dir():
+            raise IsADirectoryError(path)
+        return path.stat().st_size
+
+    return ask(url, "read", remote.size, local)
 
 
 def find_bytes(url: str) -> bytes | None:
@@ -137,6 +146,8 @@ def find_bytes(url: str) -> bytes | None:
         return ask(url, "read", remote.read, Path.read_bytes)
     except FileNotFoundError:
         return None
+    except IsADirectoryError as error:
+        raise ValueError(f"cannot read {url}: it is a folder") from error
 
 
 def read_bytes(url: str) -> bytes:
@@ -173,9 +184,18 @@ def read_json(url: str) -> Any:
     Raises:
         ValueError: if it is absent or not JSON.
     """
+    return parse_json(read_bytes(url), url)
+
+
+def parse_json(data: bytes, url: str) -> Any:
+    """Return the JSON document in `data`, which was read from `url`.
+
+    Raises:
+        ValueError: if it is not JSON.
+    """
     try:
-        return json.loads(read_bytes(url))
-    except json.JSONDecodeError as error:
+        return json.loads(data)
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{url} is not valid JSON: {error}") from error
 
 
@@ -253,13 +273,10 @@ def listing(url: str) -> list[dict[str, Any]]:
         OSError: if the store does not say.
     """
     fs, path = open_store(url)
-    entries: Any
     try:
         if isinstance(fs, LocalFileSystem):
-            entries = fs.ls(path, detail=True)
-        else:
-            entries = sync(get_loop(), remote.listing, remote.client(fs), path)
-        return entries
+            return list[Any](fs.ls(path, detail=True))
+        return list(sync(get_loop(), remote.listing, remote.client(fs), path) or ())
     except FileNotFoundError:
         return []
     except remote.Failure as error:

@@ -100,7 +100,7 @@ def is_transient(error: BaseException) -> bool:
 
 def status_of(error: BaseException) -> int:
     """Return the HTTP status that an error carries, or 0."""
-    found = [getattr(error, name, None) for name in ("status", "code")]  # aiohttp's, gcsfs'
+    found = (getattr(error, name, None) for name in ("status", "code"))  # aiohttp's, gcsfs'
     return next((status for status in found if isinstance(status, int)), 0)
 
 
@@ -153,7 +153,7 @@ async def repeated(
     """Make a request as often as `patience` allows, until it succeeds.
 
     Raises:
-        FileNotFoundError: if the store says that there is no such file.
+        FileNotFoundError, IsADirectoryError: if the store says so.
         Failure: if it does not succeed; its cause says why.
     """
     patience = patience or PATIENCE
@@ -166,7 +166,7 @@ async def repeated(
     )
     try:
         return await attempts(request)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise
     except Exception as error:  # every client library has error classes of its own
         raise Failure(attempts.statistics.get("attempt_number", 1)) from error
@@ -224,9 +224,8 @@ async def size(fs: Any, path: str, patience: Patience | None = None) -> int:
     """Return the bytes of a file that is to be read in ranges.
 
     Raises:
-        FileNotFoundError: if the store says that there is no such file.
-        Failure: if the store does not answer or does not tell, the server has no ranges, or it is
-            a folder (then the cause is an IsADirectoryError).
+        FileNotFoundError, IsADirectoryError: if the store says so.
+        Failure: if the store does not answer or does not tell, or the server has no ranges.
     """
     patience = patience or PATIENCE
 
@@ -407,7 +406,7 @@ def _require_success(answer: Any, url: str) -> None:
         raise HTTPStatus(answer.status, answer.reason)
     if answer.content_type == "text/html":
         raise ValueError(
-            "the server sends a web page in its place; is that the file's own address?"
+            "the server sends a web page in its place: check the address and the login"
         )
 
 

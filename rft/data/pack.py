@@ -24,10 +24,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from rft import files
 from rft.data import encode
 from rft.data.labels import LabelSpace
-from rft.data.manifest import Index, Manifest, Shard
+from rft.data.manifest import COLUMNS, Index, Manifest, Shard
 from rft.data.published import check_count
 from rft.data.shard import (
-    COLUMNS,
     TEMPORARY,
     Job,
     Quarantined,
@@ -285,6 +284,7 @@ def finalize(plan: Plan, url: str, max_bad: int = 0) -> Manifest:
     manifest = Manifest(
         dataset=plan.source.dataset,
         classes=plan.labels.names,
+        class_ids=plan.labels.ids,
         templates=plan.labels.templates,
         groups=plan.source.groups,
         encoding=plan.encoding,

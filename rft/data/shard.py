@@ -13,28 +13,16 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import numpy as np
-
 from rft import files
 from rft.data import encode
-from rft.data.manifest import Index, Shard
+from rft.data.manifest import COLUMNS, Shard
 from rft.data.sources import Item, read_item, where
 from rft.data.tar import BLOCK, END, padded
 
-COLUMNS = {
-    "offset": np.uint64,
-    "length": np.uint32,
-    "crc32": np.uint32,
-    "label": np.int32,
-    "width": np.uint16,
-    "height": np.uint16,
-    "key": np.bytes_,
-}
-assert list(COLUMNS) == [field.name for field in fields(Index)]
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what rft.files.publish leaves when killed
 NAMED_IN_ERRORS = 3
 
