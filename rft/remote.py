@@ -28,7 +28,7 @@ NO_PERMISSION = (
 )
 LATER = "run the same command again later"
 HINTS = {
-    401: "it needs a login, in fsspec's configuration or as user:password@ in the URL",
+    401: "it needs a login, given in fsspec's configuration",
     403: NO_PERMISSION,
     416: "the file is shorter than it should be",
     429: LATER,

@@ -48,14 +48,23 @@ class Answer(Exception):  # noqa: N818 - stands for an HTTP client's
         self.status = status
 
 
+class NoCredentialsError(Exception):  # as botocore calls it
+    pass
+
+
 @pytest.mark.parametrize(
     ("error", "again"),
     [
         (ConnectionResetError(), True),
         (TimeoutError(), True),
         (Answer(503), True),
+        (Answer(500), True),
+        (Answer(408), True),
         (Answer(429), True),
         (Answer(403), False),
+        (Answer(401), False),
+        (NoCredentialsError(), False),
+        (IsADirectoryError(), False),
         (FileNotFoundError(), False),
         (PermissionError(), False),
         (ValueError(), False),
