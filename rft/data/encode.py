@@ -292,12 +292,14 @@ def expected_bytes(encoding: dict[str, Any], source_bytes: int) -> int:
             return source_bytes
         case "jpeg":
             return encoding["size"] ** 2
-    return _npy_bytes(encoding["size"])
+    size = encoding["size"]
+    return len(npy_header(size)) + 3 * size**2
 
 
 @lru_cache
-def _npy_bytes(size: int) -> int:
-    return len(to_npy(np.zeros((3, size, size), dtype=np.uint8)))
+def npy_header(size: int) -> bytes:
+    """Return what comes before the pixels in the `.npy` payload of a square."""
+    return to_npy(np.zeros((3, size, size), dtype=np.uint8))[: -3 * size**2]
 
 
 def to_jpeg(image: Image.Image, quality: int) -> bytes:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,7 @@ from braceexpand import braceexpand
 from rft import files
 from rft.data import encode, tar
 from rft.data.labels import LabelSpace
-from rft.data.manifest import Index, Manifest, Shard
-from rft.data.pack import COLUMNS
+from rft.data.manifest import COLUMNS, Index, Manifest, Shard
 from rft.data.published import check_count, parse_allowed_counts
 from rft.data.samples import (
     SIZE_THREADS,
@@ -90,15 +90,22 @@ def expand(patterns: Sequence[str]) -> list[str]:
     """Return the URLs that brace patterns name, in their order.
 
     Raises:
-        ValueError: if braces do not match, nothing or something twice is named, or a URL holds a
-            credentials (the manifest would publish it).
+        ValueError: if a pattern is none, nothing or something twice is named, or a URL holds
+            credentials (the manifest would publish them).
     """
     urls: list[str] = []
     for pattern in patterns:
         try:
-            urls += braceexpand(pattern, escape=False)
+            found = list(braceexpand(pattern, escape=False))
         except ValueError as error:
             raise ValueError(f"braces do not match in {pattern!r}") from error
+        for sign in "{}*":
+            if sign in found[0] and not _is_local_file(found[0]):
+                raise ValueError(
+                    f"{pattern!r}: {sign!r} is not expanded; name shards one by one or with a "
+                    f"range in braces, such as 'folder/{{000..127}}.tar' or '{{0..3}}.tar'"
+                )
+        urls += found
     if not urls:
         raise ValueError("name the shards, such as 'folder/{000..127}.tar'")
     twice = [url for url, count in Counter(urls).items() if count > 1]
@@ -111,6 +118,10 @@ def expand(patterns: Sequence[str]) -> list[str]:
                 "fsspec's configuration"
             )
     return urls
+
+
+def _is_local_file(url: str) -> bool:
+    return "://" not in url and Path(url).is_file()
 
 
 def read_shard(job: tuple[str, int], rule: Rule) -> Found:
@@ -209,6 +220,8 @@ def _describe(
         "labels": files.sha256_json([asdict(rule.labels), groups])[:16],
         "shards": files.sha256_json([shard.sha256 for shard in found]),
     }
+    if rule.labels_are is not None:  # plans from before there was a choice stay as they are
+        plan["labels_are"] = rule.labels_are
     index = Index(**columns).to_bytes()
     manifest = Manifest(
         dataset=dataset,
@@ -261,14 +274,15 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
         raise ValueError(f"{out} has an index.npz that is not ours; choose another --out")
     if not _holds(plan_url, plan):
         files.write_json(plan_url, plan)
-    if not files.exists(index_url) or files.read_bytes(index_url) != index:
+    if files.find_bytes(index_url) != index:
         files.write_bytes(index_url, index)
     if not files.exists(files.join(out, "manifest.json")):
         manifest.save(out)
 
 
 def _holds(url: str, document: Any) -> bool:
-    return files.exists(url) and files.read_json(url) == document
+    data = files.find_bytes(url)
+    return data is not None and files.parse_json(data, url) == document
 
 
 def _say(found: Sequence[Found]) -> None:

@@ -24,10 +24,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from rft import files
 from rft.data import encode
 from rft.data.labels import LabelSpace
-from rft.data.manifest import Index, Manifest, Shard
+from rft.data.manifest import COLUMNS, Index, Manifest, Shard
 from rft.data.published import check_count
 from rft.data.shard import (
-    COLUMNS,
     TEMPORARY,
     Job,
     Quarantined,
