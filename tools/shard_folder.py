@@ -14,7 +14,7 @@ from rft.data.pack import Options, pack_source
 from rft.data.sources import Source, require_apart
 
 SETS = ("train", "test", "val")
-LINES = 20  # pairs of equal images that are printed
+LINES = 20  # warnings, and pairs of equal images, that are printed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,9 @@ def main() -> None:
     labels = LabelSpace.load(command.classes) if command.classes else None
     photos = read_folder(source, labels, command.test_share, command.split_seed, command.ignore)
     sources, labels = photos.sources, photos.labels
-    # a class folder may be a link to elsewhere
-    require_apart({(s.root / i.path).parent for s in sources for i in s.items}, command.out, SETS)
+    folders = {(found.root / item.path).parent for found in sources for item in found.items}
+    linked = [path for path in folders if not path.resolve().is_relative_to(source.resolve())]
+    require_apart(linked, command.out, SETS)
     say(photos)
     complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
     if all(complete):
@@ -80,8 +81,10 @@ def say(photos: Photos) -> None:
             f"{count} {source.dataset}" for count, source in zip(counts[name], sources, strict=True)
         )
         print(f"class {printable(name)} ({printable(words)}): {numbers}")
-    for warning in photos.warnings:
+    for warning in photos.warnings[:LINES]:
         cli.warn(warning)
+    if len(photos.warnings) > LINES:
+        cli.warn(f"{len(photos.warnings) - LINES:,} more such warnings")
     same = same_bytes(sources)
     warn_of_pairs(same.between_classes, "of equal images in two classes; one label is wrong")
     warn_of_pairs(same.between_sets, "of equal images in two sets; a test on them proves nothing")

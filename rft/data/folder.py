@@ -28,6 +28,7 @@ from rft.data.splits import (
     read_shape,
     require_classes_here,
     role,
+    splits_beside,
 )
 
 TRAIN = "train"
@@ -117,6 +118,11 @@ def read_folder(
         passed.update(tree.passed)
         unread += [f"{tree.root.name}/{name}" for name in tree.beside]
     warnings += doubts(labels)
+    warnings += [
+        f"{shown(name)} beside {source} is not read; give --source {source.resolve().parent} to "
+        f"test on it"
+        for name in (() if splits else splits_beside(source))
+    ]
     warnings += [f"--ignore {name!r} matches nothing" for name in ignore if name not in passed]
     return Photos(sources, labels, _notes(passed, ignore, unread), warnings)
 

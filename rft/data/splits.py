@@ -7,6 +7,7 @@ with a hint, because splits packed as classes train and test without an error. W
 names all folders in question they are classes.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -134,6 +135,17 @@ def find_splits(source: Path, shapes: Sequence[Shape], ids: Collection[str]) -> 
     return {}
 
 
+def splits_beside(source: Path) -> list[str]:
+    """Name the test and validation splits beside a folder that is called like a training split."""
+    folder = source.resolve()
+    if role(folder.name) != "train":
+        return []
+    with contextlib.suppress(OSError), os.scandir(folder.parent) as entries:
+        names = [entry.name for entry in entries if entry.is_dir()]
+        return sorted(name for name in names if role(name) in ("test", "val"))
+    return []
+
+
 def require_classes_here(
     source: Path,
     shapes: Sequence[Shape],
@@ -236,7 +248,7 @@ def _one_class(source: Path, shape: Shape, ignore: Sequence[str], is_split: bool
         place = place / found.folders[0]
         found = read_shape(place, ignore)
     message = f"{source} holds a single folder, {shown(shape.name)}"
-    if not found.is_split_like:
+    if found.images or len(found.folders) < 2:
         return f"{message}; one class is too few: every prediction would be right"
     several = f"{message}, and the class folders seem to lie in {place}"
     return f"{several}; {'move them up' if is_split else f'give --source {place}'}"

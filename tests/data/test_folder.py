@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -315,3 +316,49 @@ def test_command_warns_and_refuses(photos: Path, tmp_path: Path, run) -> None:
     code, _, err = run(*arguments[:2], "--out", str(tmp_path / "other"), "--workers", "1")
     assert code == 2
     assert "IMG 0.png" in err.splitlines()[-1]
+
+
+def test_command_names_what_it_passes_over_and_equal_images(photos: Path, tmp_path, run) -> None:
+    shutil.copytree(photos / "dog", photos / "dog" / "@eaDir" / "dog")
+    (photos / "tabby_cat" / "IMG 0.mov").write_bytes(b"film")
+    shutil.copy(photos / "dog" / "IMG 0.png", photos / "tabby_cat" / "copy.png")
+    arguments = ["--source", str(photos), "--out", str(tmp_path / "out"), "--workers", "1"]
+    code, said, err = run(*arguments)
+    assert (code, said) == (2, "")
+    assert "--ignore '*.mov'" in err
+    code, said, err = run(*arguments, "--ignore", "*.MOV")
+    assert code == 0
+    assert "passed over by name: 1 *.MOV (--ignore), 1 @eaDir\n" in said
+    assert "class dog (dog): 5 train, 1 test" in said
+    first, second = err.splitlines()
+    assert first.startswith("WARNING: 1 pair of equal images in two classes")
+    assert second.count(str(photos)) == 2
+
+
+@pytest.mark.parametrize("out", [".", "shards", "link/shards"])
+def test_command_does_not_write_among_the_images(photos: Path, tmp_path, run, out: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(photos / "dog", elsewhere)
+    (photos / "dog").symlink_to(elsewhere)
+    (photos / "dog" / "no image.txt").write_text("a listing would refuse it")
+    before = sorted(tmp_path.rglob("*"))
+    code, said, err = run("--source", str(photos), "--out", str(photos / out), "--workers", "1")
+    assert (code, said) == (2, "")
+    assert "choose an --out beside it" in err
+    (photos / "dog" / "no image.txt").unlink()
+    code, said, err = run("--source", str(photos), "--out", str(elsewhere / out), "--workers", "1")
+    assert (code, said) == (2, "")
+    assert "choose an --out beside it" in err
+    assert set(tmp_path.rglob("*")) < set(before)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"IMG caf\xe9.jpg"])
+def test_command_writes_nothing_for_names_it_cannot_keep(photos, tmp_path, run, name) -> None:
+    shutil.move(photos / "dog" / "IMG 0.png", photos / "dog" / os.fsdecode(name))
+    if name == b"caf\xe9":
+        shutil.move(photos / "dog", photos / os.fsdecode(name))
+    code, _, err = run("--source", str(photos), "--out", str(tmp_path / "out"), "--workers", "1")
+    assert code == 2
+    assert "is not UTF-8" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
