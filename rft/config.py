@@ -52,7 +52,7 @@ class LoaderConfig:
     batch_size: int = 512
     """Images in a global batch, over all ranks and accumulation steps."""
     held_out: int = 10240
-    """Training images kept out, stratified by class, to select the checkpoint."""
+    """Training images kept out, stratified by class, to select the checkpoint; 0 keeps the last."""
     streams: int = 1
     """Sample streams a global batch is drawn from (block shuffle only)."""
     block_shards: int = 0
@@ -243,7 +243,8 @@ class Config:
     """Name of the packed set to train on, below the data root."""
     scale: Scale = "paper"
     """Which numbers the recipe starts from: ImageNet's, those for some thousand photos of one's own
-    (small), or those of the embedded world (miniature)."""
+    (small: batch, warm-up, held-out images and checkpoint interval follow from the size of the set,
+    as --dry-run prints), or those of the embedded world (miniature)."""
     preset: Preset = "paper"
     """The paper's text, or what its released code really does where the two differ
     (docs/paper.md); a preset only chooses other defaults."""
@@ -405,3 +406,27 @@ def _build(cls: type, document: dict[str, Any], where: str) -> Any:
         nested = dataclasses.is_dataclass(types[name])
         values[name] = _build(types[name], value, f"{where}.{name}") if nested else value
     return cls(**values)
+
+
+# seeds, places, and what never changes a result; each seed builds on runs of its own
+APART: dict[str, set[str]] = {
+    "": {
+        "seed", "split_seed", "order_seed", "data", "run", "log", "cluster", "device", "recompute",
+        "compile", "merged_from", "soup", "imported_from",
+    },
+    "model": {"start"},
+    "method": {"kd_teacher"},
+    "loader": {"workers", "cache_dir", "cache_gb"},
+}  # fmt: skip
+
+
+def settings(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a run folder's config.json without what may differ between the seeds of a recipe.
+
+    The document may be a merged or imported model's, and need not be well formed.
+    """
+    kept = {name: value for name, value in document.items() if name not in APART[""]}
+    for group in APART.keys() & kept.keys():
+        if isinstance(kept[group], dict):
+            kept[group] = {k: v for k, v in kept[group].items() if k not in APART[group]}
+    return kept

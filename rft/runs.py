@@ -12,7 +12,7 @@ from typing import Any
 
 from rft import files
 
-SELECTED = Path("checkpoints") / "best.safetensors"  # of a run folder, by held-out accuracy
+SELECTED = Path("checkpoints") / "best.safetensors"  # of a run; the last without held-out images
 LAST = Path("checkpoints") / "last.safetensors"  # after the last step
 RESULTS_SCHEMA = 1
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from rft import cli, files, recipes
-from rft.data.folder import Photos, class_counts, held_out_proposal, read_folder, same_bytes
+from rft import cli, recipes
+from rft.data.folder import Photos, class_counts, read_folder, same_bytes
 from rft.data.labels import LabelSpace
 from rft.data.names import printable
 from rft.data.pack import Options, pack_source
@@ -64,7 +64,7 @@ def main() -> None:
     say(photos)
     complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
     if all(complete):
-        say_next(sources, labels, files.redact(command.out))
+        say_next(sources, command.out)
 
 
 def say(photos: Photos) -> None:
@@ -100,23 +100,15 @@ def warn_of_pairs(pairs: Sequence[tuple[str, str]], what: str) -> None:
     cli.warn("\n".join([f"{number} {what}:", *lines, *more]))
 
 
-def say_next(sources: Sequence[Source], labels: LabelSpace, out: str) -> None:
+def say_next(sources: Sequence[Source], out: str) -> None:
     """Print the commands that train on the sets and test on them."""
-    held_out = held_out_proposal(len(sources[0].items), len(labels))
-    batch = recipes.build(recipes.DEFAULT, scale="small").loader.batch_size
-    while batch > len(sources[0].items) - held_out:
-        batch //= 2
-    print(
-        "next: torchrun --nproc_per_node N -m rft.train object-mask-single-fill "
-        f"--data {out} --train-set train --scale small --loader.held_out {held_out} "
-        f"--loader.batch_size {batch} --run-dir runs/first"
-    )
-    tests = " ".join(source.dataset for source in sources[1:])
-    if tests:
-        print(
-            "then: torchrun --nproc_per_node N -m rft.evaluate runs/first "
-            f"--data {out} --sets {tests}"
-        )
+    words = ["-m", "rft.train", recipes.DEFAULT, "--data", out, "--train-set", "train"]
+    words += ["--scale", "small", "--run-dir", "runs/first"]
+    print(cli.next_step(words))
+    if tests := [source.dataset for source in sources[1:]]:
+        words = ["-m", "rft.evaluate", "runs/first", "--data", out, "--sets", *tests]
+        print(cli.next_step(words, label="then"))
+    print(cli.SEVERAL_GPUS)
 
 
 if __name__ == "__main__":

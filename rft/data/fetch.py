@@ -12,42 +12,27 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from fsspec.asyn import get_loop, sync
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from rft import files
+from rft import files, remote
 from rft.data.cache import Cache
 from rft.data.manifest import Shard
+from rft.remote import REQUEST_BYTES, Patience
 
 # descriptors a process keeps open on shards: half of what the system lets it have
 OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-REQUEST_BYTES = 8 * 2**20  # longest request: what a dropped connection can cost
 GAP_BYTES = 2**16  # ranges this near to each other are asked for in one request
 REQUESTS = 16  # requests of one process under way at a time
-CLIENT_ERRORS = range(400, 500)  # HTTP answers that another try will not change ...
-BUSY = (408, 429)  # ... but for these
 Store = tuple[Any, str]  # a fsspec file system and a path there
 PAUSE = 1.0  # seconds until a shard that another process is filling is looked at again
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long a request may take, and how often it is made.
-
-    A request of n bytes is given up after `stall_seconds` + n / `bytes_per_second`; requests are
-    short (REQUEST_BYTES), so a stalled connection holds nobody for long. Between tries is a random
-    pause, at most 0.1, 0.2, 0.4 ... seconds and never above `longest_pause`.
-    """
-
-    tries: int = 8
-    stall_seconds: float = 15.0
-    bytes_per_second: float = 2**18
-    longest_pause: float = 20.0
 
 
 @dataclass(kw_only=True)
@@ -93,7 +78,7 @@ class Shards:
         self.url = url
         self.shards = tuple(shards)
         self.cache = cache
-        self.patience = patience or Patience()
+        self.patience = patience or remote.PATIENCE
         self.counters = Counters()
         self._process = -1
 
@@ -173,16 +158,13 @@ class Shards:
         if self.cache is None or not self.shards:
             return
         self._enter_process()
-        with self._wake:
-            self._wanted = tuple(numbers)
-            self._wake.notify()
         wanted = set(numbers)
         # an evicted file keeps its place on the disk for as long as it is open
         for number in [n for n in self._descriptors if n not in wanted and not self.is_local(n)]:
             os.close(self._descriptors.pop(number))
         if self._filler is None:
-            self._filler = threading.Thread(target=self._fill_forever, daemon=True)
-            self._filler.start()
+            self._filler = _Filler(self, self.cache)
+        self._filler.look_ahead(numbers)
 
     def repair(self, number: int) -> None:
         """Throw the cached copy of a shard away, because its bytes are not what they should be."""
@@ -192,13 +174,26 @@ class Shards:
         self.counters.cache_repairs += 1
 
     def close(self) -> None:
-        """Close the descriptors that this process has open."""
-        if self._process == os.getpid():
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        """End the filling thread and close the descriptors, both of which come back on next use."""
+        filler = self._let_go()
+        if filler is not None:
+            filler.join()
+
+    def _let_go(self) -> "_Filler | None":
+        """Close the descriptors of this process; return its filler, which is told to end."""
+        if self._process != os.getpid():
+            return None
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+        filler, self._filler = self._filler, None
+        if filler is not None:
+            filler.stop()
+        return filler
 
     def __del__(self) -> None:
-        self.close()
+        # without waiting: objects are collected in any thread, fsspec's loop among them, and the
+        # filler needs that loop to end
+        self._let_go()
 
     def _enter_process(self) -> None:
         if self._process == os.getpid():
@@ -207,28 +202,14 @@ class Shards:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._stores: dict[str, Any] = {}
         self._local: dict[int, bool] = {}
-        self._wake = threading.Condition()
-        self._wanted: tuple[int, ...] = ()
-        self._filler: threading.Thread | None = None
-        self._failure: ValueError | None = None
-        self._known = {shard.sha256 for shard in self.shards}
+        self._filler: _Filler | None = None
 
     def _store(self, number: int) -> Store:
         """Return the file system of a shard and its path there."""
         url = self.location(number)
         host = "/".join(url.split("/")[:3]) if "://" in url else ""
         if host not in self._stores:
-            # a client of our own: its settings are not those of others in this process
-            options: dict[str, Any] = {}
-            if url.startswith("http"):  # there are no ranges in a compressed answer
-                options["headers"] = {"Accept-Encoding": "identity"}
-            fs: Any = files.open_store(url, skip_instance_cache=True, **options)[0]
-            # repeating is done, and counted, here: not by s3fs or gcsfs, not by boto below s3fs
-            if hasattr(fs, "retries"):
-                fs.retries = 1
-            if hasattr(fs, "config_kwargs"):
-                fs.config_kwargs = {**fs.config_kwargs, "retries": {"total_max_attempts": 1}}
-            self._stores[host] = fs
+            self._stores[host] = remote.client(files.open_store(url)[0])
         fs = self._stores[host]
         return fs, str(fs._strip_protocol(url))
 
@@ -242,111 +223,150 @@ class Shards:
                 fs, path = stores[request.number]
                 return await self._fetch(fs, path, request)
 
-        return await _together(fetch(request) for request in merged)
+        return await remote.together(fetch(request) for request in merged)
 
     async def _fetch(self, fs: Any, path: str, request: "Request") -> bytes:
         """Return one range, repeating what is missing of it."""
         number, start, stop, members = request
         place = members[0] if members else 0
         stop = min(stop, self.shards[number].bytes)
-        attempts = AsyncRetrying(
-            stop=stop_after_attempt(self.patience.tries),
-            wait=wait_random_exponential(multiplier=0.1, max=self.patience.longest_pause),
-            retry=retry_if_exception(is_transient),
-            before_sleep=lambda _: self._count_retry(),
-            reraise=True,
-        )
-        data = b""
         try:
-            async for attempt in attempts:
-                with attempt:
-                    data += await _request(fs, path, start + len(data), stop, self.patience)
-                    if len(data) < stop - start:
-                        raise ConnectionError(f"{len(data)} of {stop - start} bytes came")
+            return await remote.read_range(fs, path, start, stop, self.patience, self._count_retry)
         except FileNotFoundError as error:
             raise RangeError(
                 f"missing shard: {self.location(number)}; copy or pack it again", place
             ) from error
-        except Exception as error:  # every client library has error classes of its own
-            tries = attempts.statistics.get("attempt_number", 1)
+        except remote.Failure as error:
             raise RangeError(
                 f"cannot read {self.location(number)}, bytes {start} to {stop}: "
-                f"{files.reason(error)} ({tries} tries)",
+                f"{files.reason(error)}",
                 place,
             ) from error
-        return data
 
     def _count_retry(self) -> None:
         self.counters.range_retries += 1
 
     def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        if self._filler is not None and self._filler.failure is not None:
+            raise self._filler.failure
 
-    def _fill_forever(self) -> None:
-        """Bring the wanted shards into the cache, one after another."""
-        assert self.cache is not None
-        self.cache.trim(self._known)
+    async def _fill_part(self, number: int, descriptor: int) -> None:
+        fs, path = self._store(number)
+
+        async def fetch(start: int, stop: int) -> bytes:
+            return await self._fetch(fs, path, Request(number, start, stop, ()))
+
+        await remote.fill(descriptor, self.shards[number].bytes, fetch)
+
+
+class _Filler:
+    """A thread that brings the wanted shards into the cache, until it is stopped.
+
+    It reads through shards of its own. With those that it works for it shares counters and clients,
+    but it keeps no reference to them: they stop it when they are closed or collected.
+    """
+
+    def __init__(self, served: Shards, cache: Cache) -> None:
+        self.failure: ValueError | None = None  # why it ended early; the next batch raises it
+        self._cache = cache
+        self._shards = Shards(served.url, served.shards, cache=cache, patience=served.patience)
+        self._shards._enter_process()
+        self._shards.counters, self._shards._stores = served.counters, served._stores
+        self._known = {shard.sha256 for shard in served.shards}
+        # of all ways to reach a thread the one that a destructor may use anywhere: it has no lock
+        self._lists: SimpleQueue[Sequence[int]] = SimpleQueue()
+        self._stopped = False
+        self._transfer: asyncio.Task | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def look_ahead(self, numbers: Sequence[int]) -> None:
+        """Replace the list of wanted shards."""
+        self._lists.put(tuple(numbers))
+
+    def stop(self) -> None:
+        """Make the thread end soon, also in the middle of a shard."""
+        self._stopped = True
+        self._lists.put(())
+        if self._transfer is not None:
+            get_loop().call_soon_threadsafe(self._transfer.cancel)
+
+    def join(self) -> None:
+        """Wait for the thread's end."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        wanted: Sequence[int] = ()
         skipped: set[int] = set()
-        while True:
-            with self._wake:
-                wanted = self._wanted
-            todo = [n for n in wanted if n not in skipped and self._is_missing(n)]
-            if not todo:
-                with self._wake:
-                    if self._wanted == wanted:
-                        self._wake.wait(PAUSE)
-                skipped.clear()
-                continue
-            try:
-                if not self._fill(todo[0], wanted):
+        idle = True
+        try:
+            with suppress(OSError):
+                self._cache.trim(self._known)
+            while not self._stopped:
+                wanted = self._newest(wanted, wait=idle)
+                todo = [n for n in wanted if n not in skipped and self._is_missing(n)]
+                idle = not todo
+                if idle:
+                    skipped.clear()
+                elif not self._try(todo[0], wanted):
                     skipped.add(todo[0])
-            except ValueError as error:
-                self._failure = error  # the next batch raises it
-                return
-            except OSError:  # of the disk, which a cache can do without
-                self.cache.refusals += 1
-                self.counters.cache_refusals = self.cache.refusals
-                skipped.add(todo[0])
+        except CancelledError:
+            return
+        except ValueError as error:
+            self.failure = error
+
+    def _newest(self, wanted: Sequence[int], *, wait: bool) -> Sequence[int]:
+        """Return the newest list that was asked for, after PAUSE or a new one if `wait`."""
+        with suppress(Empty):
+            if wait:
+                wanted = self._lists.get(timeout=PAUSE)
+            while True:
+                wanted = self._lists.get_nowait()
+        return wanted
 
     def _is_missing(self, number: int) -> bool:
-        assert self.cache is not None
-        return not self.is_local(number) and not self.cache.has(self.shards[number])
+        shard = self._shards.shards[number]
+        return not self._shards.is_local(number) and not self._cache.has(shard)
+
+    def _try(self, number: int, wanted: Sequence[int]) -> bool:
+        """Bring one shard into the cache; False if it is another's to fill, or has no room."""
+        try:
+            filled = self._fill(number, wanted)
+        except OSError:  # of the disk, which a cache can do without
+            self._cache.refusals += 1
+            filled = False
+        if not filled:
+            self._shards.counters.cache_refusals = self._cache.refusals
+        return filled
 
     def _fill(self, number: int, wanted: Sequence[int]) -> bool:
-        """Bring one shard into the cache; False if it is another's to fill, or has no room."""
-        assert self.cache is not None
-        shard = self.shards[number]
-        part = self.cache.begin(
-            shard, keep={self.shards[n].sha256 for n in wanted}, known=self._known
-        )
+        shards = self._shards.shards
+        keep = {shards[n].sha256 for n in wanted}
+        part = self._cache.begin(shards[number], keep=keep, known=self._known)
         if part is None:
-            self.counters.cache_refusals = self.cache.refusals
             return False
         try:
-            sync(get_loop(), self._fill_part, number, part.descriptor)
+            transfer = self._transfer_to(part.descriptor, number)
+            asyncio.run_coroutine_threadsafe(transfer, get_loop()).result()
             found = part.sha256()
-            if found != shard.sha256:
+            if found != shards[number].sha256:
                 raise ValueError(
-                    f"{self.location(number)} has sha256 {found[:12]}..., its manifest says "
-                    f"{shard.sha256[:12]}...; the shard was damaged or replaced: pack it again"
+                    f"{self._shards.location(number)} has sha256 {found[:12]}..., its manifest "
+                    f"says {shards[number].sha256[:12]}...; the shard was damaged or replaced: "
+                    "pack it again"
                 )
             part.publish()
         finally:
             part.close()
         return True
 
-    async def _fill_part(self, number: int, descriptor: int) -> None:
-        fs, path = self._store(number)
-        size = self.shards[number].bytes
-        slots = asyncio.Semaphore(REQUESTS // 4)
-
-        async def block(start: int) -> None:
-            async with slots:
-                request = Request(number, start, min(start + REQUEST_BYTES, size), ())
-                os.pwrite(descriptor, await self._fetch(fs, path, request), start)
-
-        await _together(block(start) for start in range(0, size, REQUEST_BYTES))
+    async def _transfer_to(self, descriptor: int, number: int) -> None:
+        self._transfer = asyncio.current_task()
+        # not the future that other threads have: it is over when it is cancelled, this one only
+        # when nothing writes to the descriptor any more
+        if self._stopped:
+            raise asyncio.CancelledError
+        await self._shards._fill_part(number, descriptor)
 
 
 class Request(NamedTuple):
@@ -378,39 +398,3 @@ def merge(ranges: Sequence[tuple[int, int, int]]) -> list[Request]:
                 continue
         merged.append(Request(number, start, stop, (member,)))
     return merged
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether a request that failed so may succeed when it is repeated."""
-    if not isinstance(error, Exception):
-        return False
-    status = getattr(error, "status", None)  # aiohttp's
-    if isinstance(status, int) and status in CLIENT_ERRORS and status not in BUSY:
-        return False
-    permanent = (FileNotFoundError, PermissionError, NotImplementedError, TypeError, ValueError)
-    return not isinstance(error, permanent)
-
-
-async def _request(fs: Any, path: str, start: int, stop: int, patience: Patience) -> bytes:
-    if fs.async_impl:
-        seconds = patience.stall_seconds + (stop - start) / patience.bytes_per_second
-        data = await asyncio.wait_for(fs._cat_file(path, start=start, end=stop), seconds)
-    else:
-        data = await asyncio.to_thread(fs.cat_file, path, start=start, end=stop)
-    if len(data) > stop - start:
-        raise ValueError(
-            f"{len(data)} bytes came where {stop - start} were asked for: "
-            "the server does not serve ranges"
-        )
-    return data
-
-
-async def _together(jobs: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Run coroutines side by side; when one fails, none of the others is left running."""
-    tasks = [asyncio.ensure_future(job) for job in jobs]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

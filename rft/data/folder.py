@@ -262,12 +262,6 @@ def same_bytes(sources: Sequence[Source]) -> SameBytes:
     return found
 
 
-def held_out_proposal(samples: int, classes: int) -> int:
-    """Return how many training images could select the checkpoint: a tenth, or 0 if too few."""
-    proposal = max(samples // 10, classes)
-    return proposal if proposal <= samples - classes else 0
-
-
 def class_counts(sources: Sequence[Source], labels: LabelSpace) -> Mapping[str, list[int]]:
     """Return the number of images of each class in each source."""
     counts = {name: [0] * len(sources) for name in labels.ids}
@@ -416,4 +410,6 @@ def _source(
         for key, image in images
     )
     groups = tuple((class_id,) for class_id in range(len(labels)))
-    return Source(dataset=dataset, root=root, items=items, groups=groups, layout=layout)
+    return Source(
+        dataset=dataset, root=root, items=items, groups=groups, photos=True, layout=layout
+    )

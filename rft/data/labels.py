@@ -111,10 +111,12 @@ def choose_labels(path: str | None) -> LabelSpace:
     Raises:
         ValueError: as `LabelSpace.load`.
     """
+    imagenet = LabelSpace.imagenet()
     if path is None:
-        return LabelSpace.imagenet()
+        return imagenet
     labels = LabelSpace.load(path)
-    for doubt in doubts(labels):
+    # ImageNet's own list has classes of the same words
+    for doubt in doubts(labels) if labels.names != imagenet.names else ():
         cli.warn(doubt)
     return labels
 

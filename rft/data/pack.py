@@ -24,11 +24,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from rft import files
 from rft.data import encode
 from rft.data.labels import LabelSpace
-from rft.data.manifest import Index, Manifest, Shard
+from rft.data.manifest import COLUMNS, Index, Manifest, Shard
 from rft.data.names import printable
 from rft.data.published import check_count
 from rft.data.shard import (
-    COLUMNS,
     TEMPORARY,
     Job,
     Quarantined,
@@ -153,6 +152,8 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
         f"{total / 2**20:,.1f} MiB at {shown}{left_out if manifest.quarantined else ''}",
         flush=True,
     )
+    if source.photos:
+        _say_treated(source.dataset, jobs)
     return True
 
 
@@ -162,7 +163,11 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> Plan:
     The order does not depend on that of `source.items`.
     """
     encoding = encode.encoding_parameters(
-        options.encoding, options.size, source.crop_border, options.quality
+        options.encoding,
+        options.size,
+        source.crop_border,
+        options.quality,
+        photos=source.photos,
     )
     shard_bytes = int(options.shard_mb * 2**20)
     order = shuffle(source.items, options.seed)
@@ -380,6 +385,15 @@ def _say_complete(dataset: str, url: str, max_bad: int) -> bool:
     shown = files.redact(url)
     print(f"{dataset}: already packed at {shown}{left_out}, nothing to do", flush=True)
     return True
+
+
+def _say_treated(dataset: str, jobs: Sequence[Job]) -> None:
+    """Print how many photos were not taken as they are stored, from the commit records."""
+    with ThreadPoolExecutor(COMMIT_THREADS) as pool:
+        records = list(pool.map(lambda job: files.read_json(job.commit_url)["statistics"], jobs))
+    turned, composed = (sum(record[name] for record in records) for name in ("turned", "composed"))
+    print(f"{dataset}: photos turned upright (EXIF orientation): {turned:,}", flush=True)
+    print(f"{dataset}: transparent photos composed on white: {composed:,}", flush=True)
 
 
 def _uncommitted(jobs: Sequence[Job]) -> list[Job]:

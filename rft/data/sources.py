@@ -86,7 +86,9 @@ class Source:
     """A data set found on disk: its items, and how predictions on it are scored.
 
     `groups` is the manifest's scoring rule (see `rft.data.manifest.Manifest`); `crop_border` is the
-    number of pixels to cut from each side before any resize. `layout` says in words what was found.
+    number of pixels to cut from each side before any resize. `photos` marks the user's own photos,
+    which are turned upright and composed on white (`rft.data.encode.PHOTOS`); benchmarks are not.
+    `layout` says in words what was found.
     """
 
     dataset: str
@@ -94,6 +96,7 @@ class Source:
     items: tuple[Item, ...]
     groups: tuple[tuple[int, ...], ...]
     crop_border: int = 0
+    photos: bool = False
     layout: str = ""
 
 

@@ -67,12 +67,13 @@ class Arguments:
     """
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders (their selected checkpoint) or .safetensors files."""
+    """Run folders (the selected model; the last without held-out images) or .safetensors files."""
     data: str
     """Data root: the URL under which the tools wrote the packed sets."""
     masks: Path
     """Folder of object masks made by any segmenter: PNG files of one channel, 0 and one other value
-    on the object, each in the size of its image as it is stored (or of the model's centre crop).
+    on the object, each in the size of its image as rft shows it: own photos upright by their EXIF
+    orientation, all others as stored (or of the model's centre crop).
     A mask is called and placed as its image is (n01440764/n01440764_10026.png) or by the sample's
     key alone. Images without a mask are left out and counted."""
     set: str = "imagenet-train"

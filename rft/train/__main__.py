@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from rft import cli, dist, files, recipes, rng
+from rft import cli, dist, files, recipes, rng, small
 from rft.classes import Classes, check_head, compare_prompts
 from rft.cli import warn
 from rft.clip.classifier import Classifier, build_classifier, load_state
@@ -25,14 +26,17 @@ from rft.config import Config, resolve_precision
 from rft.data.cache import Cache
 from rft.data.labels import warn_of_one_class
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
+from rft.data.manifest import Index, Manifest
 from rft.dist import World
+from rft.evaluate import commands
 from rft.method.averaging import require_alike
 from rft.runs import SELECTED, checkpoint_path, unfinished
-from rft.train.estimate import describe
+from rft.train.estimate import describe, size_rule
 from rft.train.gallery import one_of_each_class, write_gallery
 from rft.train.journal import require_packages
 from rft.train.loop import Job, train
 from rft.train.objective import Objective
+from rft.train.optim import schedule_warning
 from rft.train.run import RunFolder, check_identity, is_finished
 from rft.train.stop import STOPPED, StopRequest
 
@@ -46,6 +50,8 @@ usage: torchrun --nproc_per_node N -m rft.train RECIPE --data URL --run-dir DIR 
 Without --data it trains on the embedded miniature world, {recipes.DEFAULT} if no recipe is named.
 The defaults below are the paper's; --scale miniature starts from those for that world, and
 --preset official-parity from what the paper's released code does where it differs from its text.
+With --scale small, for your own photos, held-out images, batch, warm-up and checkpoint interval
+follow from the size of the set; --dry-run prints the rule and its values.
 The same command again resumes a run that was stopped.
 
 Recipes (the paper's numbers for each: rft/recipes.py):
@@ -69,12 +75,14 @@ def parse(arguments: list[str]) -> Config:
     return parse_command(arguments).config
 
 
-def parse_command(arguments: list[str]) -> Command:
-    """Return what a command line says.
+def parse_command(arguments: list[str], ranks: int = 1) -> Command:
+    """Return what a command line says; `ranks` processes will share a batch.
+
+    With `--scale small` the size of the set is read from it.
 
     Raises:
         ValueError: for an unknown recipe, scale or preset, a value out of range, a missing run
-            folder, or a recipe that builds on a run that was not named.
+            folder, a recipe that builds on a run that was not named, or a set that is not there.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     recipe = arguments[0] if named else recipes.DEFAULT
@@ -104,17 +112,28 @@ def parse_command(arguments: list[str]) -> Command:
         raise ValueError("--data is missing; give the URL that tools/shard_imagenet.py wrote to")
     recipes.require_inputs(config)
     require_packages(config)
-    return command
+    if config.scale == "small":
+        url = files.join(config.data, config.train_set)
+        size = small.Size.of(Index.load(url, Manifest.load(url)).label)
+        config = small.fit(config, size, ranks, _named(options, small.OPTIONS))
+    return dataclasses.replace(command, config=config)
+
+
+def _named(options: list[str], names: Sequence[str]) -> set[str]:
+    """Return which of the names (`group.name`) a command line gives, in any spelling of tyro's."""
+    words = {word.partition("=")[0].replace("-", "_") for word in options if word[:2] == "--"}
+    return {name for name in names if f"__{name}" in words}
 
 
 def _value_of(options: list[str], name: str) -> str:
     """Return the value of one option before the whole line can be parsed, or an empty string."""
+    value = ""
     for option, following in itertools.pairwise([*options, ""]):
         if option == name:
-            return following
+            value = following
         if option.startswith(f"{name}="):
-            return option.removeprefix(f"{name}=")
-    return ""
+            value = option.removeprefix(f"{name}=")
+    return value  # the last one, as the parser takes it
 
 
 def use_embedded_world(config: Config, world: World) -> Config:
@@ -322,7 +341,7 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
                     "inputs": inputs_fingerprint(config),
                 }
             )
-            print(f"run finished: {config.run} (model of step {progress.best_step} selected)")
+            print(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
             tell_next(config, world)
     return 0
 
@@ -347,28 +366,31 @@ def tell_finished(config: Config, world: World) -> None:
 
 
 def tell_next(config: Config, world: World) -> None:
-    """Say what to do with a finished run."""
-    command = f"torchrun --nproc_per_node {world.size} -m rft.evaluate"
-    # a set of the user's own comes with a test set (tools/shard_folder.py), not with ImageNet's
-    sets = "" if config.train_set == "imagenet-train" else " --sets test"
-    print(f"next: {command} {config.run} --data {files.redact(config.data)}{sets}")
+    """Print the command that evaluates a finished run, with the finished other seeds beside it."""
+    runs = commands.with_seeds([Path(config.run)], "training.json")
+    print(commands.evaluation(runs, config.data, config.train_set, ranks=world.local_size))
 
 
-def tell_start(config: Config, world: World, device: torch.device, why: str) -> None:
+def tell_start(job: Job, why: str) -> None:
     """Print what starts, and why in this precision."""
+    config, world, device = job.config, job.world, job.device
     precision = f"{config.precision} ({why})" if why else config.precision
     print(f"{config.run}: {config.recipe} on {world.size} x {device.type}, {precision}", flush=True)
     if config.method.masks and not config.method.drops:
         pool = config.donor_pool(world.size)
         few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
         print(f"fills choose from {pool} images{few}", flush=True)
+    for line in size_rule(job):
+        print(line, flush=True)
+    if warning := schedule_warning(job.total_steps, config.optim):
+        warn(warning)
 
 
 def main() -> None:
     """Parse, check, train."""
-    command = parse_command(sys.argv[1:])
-    config = command.config
     world = dist.world_from_env()
+    command = parse_command(sys.argv[1:], world.size)
+    config = command.config
     config.micro_batch(world.size)
     if not config.data:
         config = use_embedded_world(config, world)
@@ -394,7 +416,7 @@ def main() -> None:
                 print(describe(job, words, why))
             return
         if world.is_main:
-            tell_start(config, world, device, why)
+            tell_start(job, why)
         with dist.process_group(world, device, config.cluster.timeout) as world:
             job = dataclasses.replace(job, world=world)
             status = run_job(job, request, profile=command.profile)

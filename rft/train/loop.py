@@ -65,6 +65,20 @@ class Job:
         return self.config.optim.epochs * self.batches.plan.steps_per_epoch
 
     @property
+    def selects(self) -> bool:
+        """Whether held-out images choose among the models of several epochs."""
+        return len(self.held_out) > 0 and self.config.optim.epochs > 1
+
+    def chosen(self, step: int) -> str:
+        """Say in a few words which model the run is left with, and by what."""
+        if self.total_steps == 0:
+            return "the model it started with"
+        if self.selects:
+            return f"model of step {step} selected by {len(self.held_out):,} held-out images"
+        why = "one epoch" if len(self.held_out) else "no held-out images"
+        return f"the last model, of step {step}: {why}"
+
+    @property
     def classes(self) -> Classes:
         """Classes of the training set, which are the head's."""
         return self.batches.packed.manifest.label_space
@@ -305,8 +319,11 @@ def settle_buckets(job: Job, module: nn.Module) -> None:
 
 
 def select(job: Job, progress: Progress, journal: Journal) -> Progress:
-    """Count held-out accuracy; select the model if it is strictly the best so far."""
-    count = Count(progress.step, 1)  # with nothing to select by, the last model is the one
+    """Count held-out accuracy; select the model if it is strictly the best so far.
+
+    Without held-out images the latest model counts as the best: it is the run's model in the end.
+    """
+    count = Count(progress.step, 1)
     if len(job.held_out):
         (count,) = count_correct(
             [job.student],
@@ -344,7 +361,7 @@ def restore_selected(job: Job, store: checkpoint.Store, progress: Progress) -> N
     step = progress.best_step
     if step not in store.steps() or store.damage(step):
         raise ValueError(
-            f"the selected model, of step {step}, is neither in {RunFolder(job.config).path} nor, "
+            f"the run's model, of step {step}, is neither in {RunFolder(job.config).path} nor, "
             f"whole, in {store.url}; restore one, or use a new run folder to start again"
         )
     write_selected(job, progress, store.load(step)["model"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import filelock
 
-from rft import dist, files
+from rft import dist, files, small
 from rft.config import Config, repeat_precision
 from rft.dist import World
 from rft.train.checkpoint import Record
@@ -120,7 +120,7 @@ def check_identity(config: Config) -> None:
     if config.precision == "auto":
         new["precision"] = old["precision"]
     if changed := files.difference(old, new):
-        option = repeat_precision(old, new)
+        option = repeat_precision(old, new) + small.repeat_numbers(old, new)
         raise ValueError(
             f"{config.run} holds a run with another configuration: {'; '.join(changed)}. "
             f"Repeat its options to resume it{option}, or choose another --run-dir"
