@@ -25,6 +25,7 @@ from rft import files
 from rft.data import encode
 from rft.data.labels import LabelSpace
 from rft.data.manifest import COLUMNS, Index, Manifest, Shard
+from rft.data.names import printable
 from rft.data.published import check_count
 from rft.data.shard import (
     TEMPORARY,
@@ -36,7 +37,7 @@ from rft.data.shard import (
     too_many,
     write_shard,
 )
-from rft.data.sources import Item, Source, read_source
+from rft.data.sources import Item, Source, folders_read, read_source, require_apart
 from rft.data.workers import check_workers, each_done, progress
 
 ALGORITHM = 2  # raise it when the order, the cut or the members change: it is part of the plan
@@ -103,8 +104,10 @@ def pack(
     See `pack_source` for what else it returns and raises.
     """
     _check(options)  # before a listing that may take minutes
+    if Path(source).is_dir():  # if not, reading it says so
+        require_apart(folders_read(dataset, Path(source)), out, [dataset])
     found = read_source(dataset, Path(source), labels)
-    print(f"{dataset}: {len(found.items):,} images in {found.layout}", flush=True)
+    print(f"{dataset}: {len(found.items):,} images in {printable(found.layout)}", flush=True)
     check_count(dataset, len(found.items), labels, allowed_count)
     return pack_source(found, out, labels, options)
 

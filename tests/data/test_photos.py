@@ -267,7 +267,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def pack_photos(root: Path, out: Path, kind: Kind, **changes) -> PackedDataset:
-    (source,), labels = read_folder(root, None, 0.0, 0)
+    (source,), labels, *_ = read_folder(root, None, 0.0, 0)
     options = Options(encoding=kind, size=16, shard_mb=0.001, workers=1)
     assert pack_source(replace(source, **changes), str(out), labels, options)
     return PackedDataset(str(out / "train"))
