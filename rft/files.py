@@ -216,14 +216,28 @@ def names(url: str) -> list[str]:
     Raises:
         OSError: if the store does not let us look.
     """
+    return _entries(url, "file")
+
+
+def _entries(url: str, kind: str) -> list[str]:
     fs, path = open_store(url)
     fs.invalidate_cache(path)
     try:
         with _client_errors("list", url):
             entries = fs.ls(path, detail=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+    found = (entry["name"].rstrip("/") for entry in entries if entry["type"] == kind)
+    return sorted(name.rsplit("/", 1)[-1] for name in found)
+
+
+def folders(url: str) -> list[str]:
+    """Return the names of the folders in a folder, sorted; none if there is no such folder.
+
+    Raises:
+        OSError: if the store does not let us look.
+    """
+    return _entries(url, "directory")
 
 
 def rename(url: str, name: str) -> None:
