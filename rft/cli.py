@@ -8,9 +8,10 @@ environment shows one for a mistake too. Neither shows the credentials of a URL.
 import contextlib
 import io
 import os
+import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from types import TracebackType
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ import tyro
 from rft import files
 
 T = TypeVar("T")
+
+SEVERAL_GPUS = "  (with several GPUs: torchrun --nproc_per_node NUMBER in place of python)"
 
 
 def run(main: Callable[[], None]) -> None:
@@ -71,6 +74,31 @@ def warn(message: str) -> None:
     """Print a warning that the user must see, once for all ranks and without credentials."""
     if os.environ.get("RANK", "0") == "0":
         print(f"WARNING: {files.redact(message)}", file=sys.stderr, flush=True)
+
+
+def next_step(
+    words: Sequence[object],
+    *,
+    ranks: int = 1,
+    unknown: Mapping[str, str] | None = None,
+    label: str = "next",
+) -> str:
+    """Format the command that comes next, so that its line can be pasted into a shell.
+
+    Args:
+        words: of the command line, after `python`.
+        ranks: processes that torchrun starts; one needs no torchrun.
+        unknown: words that the user fills in, each with its meaning, which gets a line of its own.
+        label: what stands before the command.
+    """
+    launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc_per_node", str(ranks)]
+    named = [str(word) for word in words]
+    shown = [files.redact(word) for word in named]
+    notes = dict(unknown or {})
+    if shown != named:
+        notes[files.HIDDEN] = "credentials, which are not printed; name the URL with them"
+    lines = [f"{label}: {shlex.join([*launcher, *shown])}"]
+    return "\n".join([*lines, *(f"  ({word}: {meaning})" for word, meaning in notes.items())])
 
 
 def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:

@@ -454,3 +454,27 @@ def _build(cls: type, document: Any, where: str) -> Any:
         return cls(**values)
     except TypeError as error:  # a field without a default, or a comparison with another type
         raise ValueError(f"{where} is incomplete or malformed: {error}") from error
+
+
+# seeds, places, and what never changes a result; each seed builds on runs of its own
+APART: dict[str, set[str]] = {
+    "": {
+        "seed", "split_seed", "order_seed", "data", "run", "log", "cluster", "device", "recompute",
+        "compile", "merged_from", "soup", "imported_from",
+    },
+    "model": {"start"},
+    "method": {"kd_teacher"},
+    "loader": {"workers", "cache_dir", "cache_gb"},
+}  # fmt: skip
+
+
+def settings(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a run folder's config.json without what may differ between the seeds of a recipe.
+
+    The document may be a merged or imported model's, and need not be well formed.
+    """
+    kept = {name: value for name, value in document.items() if name not in APART[""]}
+    for group in APART.keys() & kept.keys():
+        if isinstance(kept[group], dict):
+            kept[group] = {k: v for k, v in kept[group].items() if k not in APART[group]}
+    return kept

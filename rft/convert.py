@@ -31,6 +31,7 @@ from rft.clip.made import is_made, write_made
 from rft.clip.weights import Weights
 from rft.config import Device, ModelConfig
 from rft.data.manifest import Manifest
+from rft.evaluate import commands
 from rft.runs import checkpoint_path, read_results, require_current, unfinished
 
 Format = Literal["open-clip", "released", "model-soups", "safetensors"]
@@ -166,7 +167,7 @@ def import_weights(arguments: Import) -> None:
     write_made(arguments.out, state, found.architecture, config, {"step": "0"}, classes)
     rows = len(state["head.weight"])
     print(f"imported: {out} ({found.source['format']}, {found.architecture.clip}, {rows} classes)")
-    print(f"next: python -m rft.evaluate {out} --data {files.redact(arguments.data) or 'URL'}")
+    print(commands.evaluation([arguments.out], arguments.data, arguments.packed))
 
 
 def find(name: str, clip: str) -> Found:

@@ -20,6 +20,7 @@ from rft.config import (
     LogConfig,
     MethodConfig,
     ModelConfig,
+    OptimConfig,
     Preset,
     Scale,
 )
@@ -59,7 +60,8 @@ def linear_probe(config: Config) -> Config:
 
     Not a row of the paper. From the zero-shot head by AdamW, with a rate for the head; LP-FT's own
     probe starts from a random head (--model.head random) by SGD. The rate was chosen by reasoning:
-    it can move every weight by about its own size in the epochs given.
+    it can move every weight by about its own size in the epochs given. --preset official-parity
+    takes the released code's: 10 epochs at 3e-5.
     """
     return _with(config, PLAIN, trains="head", epochs=5, lr=1e-3, weight_decay=0.0)
 
@@ -264,12 +266,13 @@ def build(
     if preset not in get_args(Preset):
         raise unknown("preset", preset, get_args(Preset))
     config = TRAINED[name](Config(recipe=name, data=data, run=run))
+    # before the scale, which multiplies the rate
+    if preset == "official-parity":
+        config = _official_parity(config)
     if scale == "miniature":
         config = _miniature(config)
     if scale == "small":
         config = _small(config)
-    if preset == "official-parity":
-        config = _official_parity(config)
     return config
 
 
@@ -330,6 +333,10 @@ def _miniature(config: Config) -> Config:
 
 def _official_parity(config: Config) -> Config:
     """Do what the released code does where it differs from the paper's text (docs/paper.md)."""
+    optim = replace(config.optim, schedule="one-cycle", clip="micro-step")
+    if config.recipe == "linear-probe":
+        # its probe has fine-tuning's epochs and rate, and no weight decay
+        optim = replace(optim, epochs=OptimConfig.epochs, lr=OptimConfig.lr)
     return replace(
         config,
         preset="official-parity",
@@ -338,7 +345,7 @@ def _official_parity(config: Config) -> Config:
         # the default of the torch it ran on, on the cards it names
         precision="tf32",
         method=replace(config.method, same_draws=True),
-        optim=replace(config.optim, schedule="one-cycle", clip="micro-step"),
+        optim=optim,
     )
 
 

@@ -100,6 +100,7 @@ def test_import_of_models_with_a_head(convert, state, tmp_path, name):
     printed = convert("import", tmp_path / "model.pt", "--out", out, *options)
     assert f"imported: {out} ({name}, {formats.NAME}, 4 classes)" in printed
     found, architecture, metadata, _ = load_state(out / SELECTED)
+    assert f"\nnext: python -m rft.evaluate {out} --data DATA\n  (DATA: " in printed
     assert same(found, state)
     assert architecture == load.describe(formats.NAME)
     assert metadata == {"recipe": "theirs", "step": "0"}
@@ -114,7 +115,11 @@ def test_import_of_models_with_a_head(convert, state, tmp_path, name):
 def test_a_headless_file_gets_the_head_of_a_packed_sets_names(convert, openai, tmp_path, tiny_data):
     out = tmp_path / "run"
     options = ("--clip", formats.NAME, "--data", tiny_data, "--recipe", "zero-shot")
-    convert("import", openai, "--out", out, *options)
+    printed = convert("import", openai, "--out", out, *options)
+    sets = "imagenet-val imagenet-r imagenet-a"  # those of the tiny world
+    assert printed.endswith(
+        f"next: python -m rft.evaluate {out} --data {tiny_data} --sets {sets}\n"
+    )
     clip = load.load_clip(ModelConfig(clip=formats.NAME, pretrained=str(openai)))
     manifest = Manifest.load(f"{tiny_data}/imagenet-val")
     head = zero_shot_head(clip, manifest.classes, manifest.templates)

@@ -63,7 +63,7 @@ def test_no_secret_is_recorded_or_shown(
     config = (run / "config.json").read_text()
     assert f'"data": "{place}"' in config
     assert place in (run / "provenance.json").read_text()
-    assert f"--data {place}" in shown[0]
+    assert f"--data '{place}'" in shown[0]
     assert "canary" not in "".join(shown)
     found = files_below(tmp_path)
     assert {"results.json", "metrics.jsonl", "best.safetensors"} <= {path.name for path in found}

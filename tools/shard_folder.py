@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from rft import cli, files
+from rft import cli, recipes
 from rft.data.folder import class_counts, read_folder, shared_images
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack_source
@@ -53,7 +53,7 @@ def main() -> None:
     say(sources, labels)
     complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
     if all(complete):
-        say_next(sources, files.redact(command.out))
+        say_next(sources, command.out)
 
 
 def say(sources: Sequence[Source], labels: LabelSpace) -> None:
@@ -76,16 +76,13 @@ def say(sources: Sequence[Source], labels: LabelSpace) -> None:
 
 def say_next(sources: Sequence[Source], out: str) -> None:
     """Print the commands that train on the sets and test on them."""
-    print(
-        "next: torchrun --nproc_per_node N -m rft.train object-mask-single-fill "
-        f"--data {out} --train-set train --scale small --run-dir runs/first"
-    )
-    tests = " ".join(source.dataset for source in sources[1:])
-    if tests:
-        print(
-            "then: torchrun --nproc_per_node N -m rft.evaluate runs/first "
-            f"--data {out} --sets {tests}"
-        )
+    words = ["-m", "rft.train", recipes.DEFAULT, "--data", out, "--train-set", "train"]
+    words += ["--scale", "small", "--run-dir", "runs/first"]
+    print(cli.next_step(words))
+    if tests := [source.dataset for source in sources[1:]]:
+        words = ["-m", "rft.evaluate", "runs/first", "--data", out, "--sets", *tests]
+        print(cli.next_step(words, label="then"))
+    print(cli.SEVERAL_GPUS)
 
 
 if __name__ == "__main__":

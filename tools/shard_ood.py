@@ -5,7 +5,7 @@ from typing import Literal
 
 import tyro
 
-from rft import cli, files
+from rft import cli
 from rft.data.labels import LabelSpace
 from rft.data.pack import Options, pack
 from rft.data.published import parse_allowed_counts
@@ -51,10 +51,9 @@ def main() -> None:
         for name in command.benchmark
     ]
     if all(complete):
-        print(
-            "next: torchrun --nproc_per_node N -m rft.evaluate RUN_FOLDER... "
-            f"--data {files.redact(command.out)} --sets {' '.join(command.benchmark)}"
-        )
+        words = ["-m", "rft.evaluate", "RUN", "--data", command.out, "--sets", *command.benchmark]
+        print(cli.next_step(words, unknown={"RUN": "folder of a run that was trained"}))
+        print(cli.SEVERAL_GPUS)
 
 
 if __name__ == "__main__":

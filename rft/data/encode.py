@@ -5,7 +5,8 @@ before normalisation, so nothing is decoded while training; `jpeg` is the same s
 fifth of its size. The arithmetic is torchvision's `Resize` and `CenterCrop` on a PIL image, written
 out because importing torchvision costs seconds; a test holds the two equal bit for bit. The type of
 an image is what its bytes say, never its file name, and every image is RGB before it is resized,
-whatever it was (grey, CMYK, palette, 16 bit), as torchvision's and open_clip's loaders have it.
+whatever it was (grey, CMYK, palette, 16 bit), as torchvision's image folders have it. OpenAI's and
+open_clip's transforms convert after the crop, which is the same for RGB and grey alone.
 """
 
 import contextlib

@@ -17,9 +17,10 @@ from rft import cli, dist, files
 from rft.clip.classifier import build_classifier
 from rft.config import Device
 from rft.data.loader import PackedDataset
-from rft.data.sources import LAYOUTS
 from rft.dist import World
+from rft.evaluate import commands
 from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
+from rft.evaluate.commands import SETS
 from rft.evaluate.evaluator import count_correct
 from rft.runs import (
     RESULTS_SCHEMA,
@@ -29,8 +30,6 @@ from rft.runs import (
     results_path,
     unfinished,
 )
-
-SETS = tuple(name for name in LAYOUTS if name != "imagenet-train")
 
 
 @dataclass(frozen=True)
@@ -155,10 +154,10 @@ def main() -> None:
             )
         elif world.is_main:
             print("all counts are already there, nothing to do")
-    runs = [str(path) for path in arguments.checkpoints if path.is_dir()]
+    runs = [path for path in arguments.checkpoints if path.is_dir()]
     # the report's tables are the paper's: ImageNet and its five benchmarks
     if world.is_main and runs and set(arguments.sets) & set(SETS):
-        print(f"next: python -m rft.report {' '.join(runs)} --out report")
+        print(commands.report(runs))
 
 
 if __name__ == "__main__":

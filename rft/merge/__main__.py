@@ -13,6 +13,7 @@ from rft import cli, dist, files
 from rft.clip.made import is_made, write_made
 from rft.config import Device
 from rft.data.loader import PackedDataset
+from rft.evaluate import commands
 from rft.merge import greedy
 from rft.merge.folders import (
     Ingredient,
@@ -70,7 +71,7 @@ class GreedySoup:
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
-    """Two or more run folders; of two equally good ones the first named is tried first."""
+    """Two or more run folders; of two equally good ones the last named is tried first."""
     data: str
     """Data root: the URL under which the tools wrote the set that the runs were trained on."""
     out: Path
@@ -280,10 +281,9 @@ def report(out: Path, done: bool) -> None:
 
 def next_step(outs: Iterable[Path], model: Ingredient) -> str:
     """Return the line that tells how to go on, with the data that `model` was trained on."""
-    shown, data = " ".join(map(str, outs)), files.redact(model.config.get("data") or "URL")
-    # a set of the user's own comes with a test set (tools/shard_folder.py), not with ImageNet's
-    own = model.is_training_run and model.config["train_set"] != "imagenet-train"
-    return f"next: python -m rft.evaluate {shown} --data {data}{' --sets test' if own else ''}"
+    config = model.config
+    train_set = config.get("train_set", commands.TRAIN_SET)
+    return commands.evaluation(list(outs), config.get("data") or "", train_set)
 
 
 if __name__ == "__main__":

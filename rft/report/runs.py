@@ -5,12 +5,13 @@ trusted to be well formed; everything after `load_run` may rely on what the type
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from rft import classes, cli, files
+from rft.config import settings
 from rft.runs import Results, SetCount, checkpoint_path, read_results, require_current, unfinished
 
 
@@ -59,21 +60,59 @@ def _plain(value: object) -> str:
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read run folders that belong in one table.
+    """Read the run folders that are named, or lie below those named, and belong in one table.
 
     Raises:
         ValueError: if there is none, one is not an evaluated run folder, its results are of other
             weights, two are the same recipe and seed, or they were evaluated on different data.
     """
-    if not paths:
-        raise ValueError("name at least one run folder to report on")
-    runs = [load_run(path) for path in paths]
+    runs = [load_run(path) for path in find_runs(paths)]
     check_current(runs)
     check_same_classes(runs)
     check_distinct(runs)
     check_same_settings(runs)
     check_same_data(runs)
     return runs
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Find the run folders among paths and below them, each once, in the order of the paths.
+
+    `rft.merge wise` with several alphas leaves a folder of run folders. Links are followed; a run
+    that several paths reach keeps the first of them.
+
+    Raises:
+        ValueError: if no path is named, or one of them is no run folder and holds none.
+    """
+    if not paths:
+        raise ValueError("name at least one run folder to report on")
+    found: dict[Path, Path] = {}
+    for path in paths:
+        inside = list(_runs_below(path, set()))
+        if not inside:
+            raise ValueError(
+                f"{path} is not a run folder and has none below it: no config.json was found"
+                if path.is_dir()
+                else f"{path} is not a run folder: no such folder"
+            )
+        for run in inside:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _runs_below(path: Path, visited: set[Path]) -> Iterator[Path]:
+    """Yield the run folders from a path on, by name; none lies within another."""
+    # links may lead back to where the search began
+    if not path.is_dir() or path.resolve() in visited:
+        return
+    visited.add(path.resolve())
+    if (path / "config.json").is_file():
+        yield path
+        return
+    for inner in sorted(path.iterdir()):
+        # what a killed writer leaves is hidden
+        if not inner.name.startswith("."):
+            yield from _runs_below(inner, visited)
 
 
 def load_run(path: Path) -> Run:
@@ -205,32 +244,11 @@ def check_same_settings(runs: Sequence[Run]) -> None:
     first_of: dict[str, Run] = {}
     for run in runs:
         other = first_of.setdefault(run.recipe, run)
-        if changed := files.difference(_settings(other), _settings(run)):
+        if changed := files.difference(settings(other.config), settings(run.config)):
             raise ValueError(
                 f"{other.path} and {run.path} are both {run.recipe}, but with other settings: "
                 f"{'; '.join(changed)}; report them apart"
             )
-
-
-# seeds, places, and what never changes a result; each seed builds on runs of its own
-APART: dict[str, set[str]] = {
-    "": {
-        "seed", "split_seed", "order_seed", "data", "run", "log", "cluster", "device", "recompute",
-        "compile", "merged_from", "soup", "imported_from",
-    },
-    "model": {"start"},
-    "method": {"kd_teacher"},
-    "loader": {"workers", "cache_dir", "cache_gb"},
-}  # fmt: skip
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """Return the configuration without what may differ between the seeds of a recipe."""
-    kept = {name: value for name, value in run.config.items() if name not in APART[""]}
-    for group in APART.keys() & kept.keys():
-        if isinstance(kept[group], dict):
-            kept[group] = {k: v for k, v in kept[group].items() if k not in APART[group]}
-    return kept
 
 
 def check_same_data(runs: Sequence[Run]) -> None:

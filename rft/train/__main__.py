@@ -27,6 +27,7 @@ from rft.data.cache import Cache
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
 from rft.data.manifest import Index, Manifest
 from rft.dist import World
+from rft.evaluate import commands
 from rft.method.averaging import require_alike
 from rft.runs import SELECTED, checkpoint_path, unfinished
 from rft.train.estimate import describe, size_rule
@@ -364,11 +365,9 @@ def tell_finished(config: Config, world: World) -> None:
 
 
 def tell_next(config: Config, world: World) -> None:
-    """Say what to do with a finished run."""
-    command = f"torchrun --nproc_per_node {world.size} -m rft.evaluate"
-    # a set of the user's own comes with a test set (tools/shard_folder.py), not with ImageNet's
-    sets = "" if config.train_set == "imagenet-train" else " --sets test"
-    print(f"next: {command} {config.run} --data {files.redact(config.data)}{sets}")
+    """Print the command that evaluates a finished run, with the finished other seeds beside it."""
+    runs = commands.with_seeds([Path(config.run)], "training.json")
+    print(commands.evaluation(runs, config.data, config.train_set, ranks=world.local_size))
 
 
 def tell_start(job: Job, why: str) -> None:

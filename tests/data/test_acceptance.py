@@ -1,6 +1,7 @@
 """What a data plane must hold: T1 to T6 and T11 to T13 of the list in docs/data.md.
 
-T7 and T8 need servers and are in test_remote.py; T9 and T10 are about packing, in test_pack.py.
+T7 and T8 need servers and are in test_remote.py; T9 and T10 are about packing, in
+test_pack_processes.py and test_pack.py.
 """
 
 import gc
@@ -8,12 +9,12 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from rft.train import __main__ as train_command
 from tests import tiny
 from tests.ranks import loading
 from tests.ranks.loading import CPU, batches_of, plan_of
+from tests.waiting import until
 
 LABELS = LabelSpace(ids=("n01", "n02", "n03"), names=("one", "two", "three"), templates=("{c}",))
 PER_CLASS = 23  # 69 samples: no batch, rank or shard count divides it
@@ -202,18 +204,16 @@ def test_t6_damage_is_an_error_with_shard_key_and_offset(packed, encoding, worke
     dataset, shard, sample = damaged_copy(packed[encoding], tmp_path)
     offset = int(dataset.index.offset[sample])
     whole = shard.read_bytes()
-    everything = EvaluationBatches(
-        dataset, np.arange(len(dataset)), image_size=24, batch_size=BATCH
-    )
+    rest = np.arange(sample, len(dataset))  # the first that is read is the one that is damaged
+    batches = EvaluationBatches(dataset, rest, image_size=24, batch_size=BATCH)
 
     def message() -> str:
-        with pytest.raises(ValueError, match=r"."):
-            list(read_batches(everything, range(len(everything)), workers=workers, device=CPU))
-        try:
+        """What reading the sample says; a batch with it has to say the same."""
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are judged below
             dataset.payload(sample)
-        except ValueError as error:
-            return str(error)
-        return ""
+        with pytest.raises(ValueError, match=f"^{re.escape(str(caught.value))}$"):
+            list(read_batches(batches, range(len(batches)), workers=workers, device=CPU))
+        return str(caught.value)
 
     flipped = bytearray(whole)
     flipped[offset + 150] ^= 4
@@ -252,13 +252,13 @@ def test_t6_a_damaged_header_costs_no_sample(packed, tmp_path):
 
 def descriptors(at_most: int) -> int:
     """How many this process has open, once those of ended workers are collected."""
-    for _ in range(20):
+
+    def count() -> int:
         gc.collect()
-        count = len(list(Path("/proc/self/fd").iterdir()))
-        if count <= at_most:
-            break
-        time.sleep(0.05)
-    return count
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    until(lambda: count() <= at_most, f"at most {at_most} descriptors")
+    return count()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -322,7 +322,7 @@ class _Watching:
     def samples_of(self, number: int) -> np.ndarray:
         import fsspec.asyn
 
-        shards = self.packed.packed.shards
+        shards = self.packed.shards
         shards._enter_process()
         return np.array(
             [os.getppid(), len(shards._descriptors), int(fsspec.asyn.iothread[0] is not None)]
@@ -331,7 +331,7 @@ class _Watching:
 
 class _Told:
     def __init__(self, packed: PackedDataset) -> None:
-        self.packed = packed
+        self.packed, self.shards = packed, packed.shards
 
     def batch(self, samples: np.ndarray, size: int, out_BCHW: torch.Tensor):
         real = self.packed.batch(np.arange(3), size, out_BCHW)

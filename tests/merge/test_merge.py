@@ -112,7 +112,9 @@ def test_one_alpha_makes_the_run_folder_itself(runs, tmp_path, merge):
     assert load_state(out / SELECTED)[2]["recipe"] == "wise-ft-0.3"
     assert json.loads((out / "provenance.json").read_text())["command"][0] == "rft"
     data = config_of(end)["data"]
-    assert printed == f"merged: {out}\nnext: python -m rft.evaluate {out} --data {data}\n"
+    sets = "imagenet-val imagenet-r imagenet-a"  # those of the tiny world
+    command = f"python -m rft.evaluate {out} --data {data} --sets {sets}"
+    assert printed == f"merged: {out}\nnext: {command}\n"
 
 
 def test_several_alphas_make_one_folder_each(runs, tmp_path, merge):
@@ -165,7 +167,9 @@ def test_weights_files_without_a_run_folder(runs, tmp_path, merge):
     # what the file itself says is not unknown
     assert config_of(tmp_path / "merged")["recipe"] == "wise-object-mask-single-fill-0.5"
     assert config_of(tmp_path / "merged")["end_weights"] == "file"
-    assert printed.endswith("--data URL\n")
+    assert printed.endswith(
+        "--data DATA\n  (DATA: folder or URL below which the packed sets lie)\n"
+    )
     saved = load_state(own)
     save_state(str(own), saved.state, saved.architecture, {"step": "0"}, saved.classes)
     merge("wise", start, own, "--out", tmp_path / "unknown")
@@ -180,12 +184,15 @@ def test_an_imported_model_has_not_been_trained(runs, tmp_path, merge, refused):
     files.write_json(str(end / "config.json"), document)
     printed = merge("wise", runs / "zero-shot", end, "--out", out)
     assert config_of(out)["recipe"] == "wise-theirs-0.5"
-    assert printed.endswith("--data URL\n")
+    assert printed.endswith(
+        "--data DATA\n  (DATA: folder or URL below which the packed sets lie)\n"
+    )
     assert "holds another model" in refused("wise", runs / "zero-shot", end, "--out", end)
 
 
 def test_a_set_of_ones_own_is_evaluated_on_its_test_set(runs, tmp_path, merge):
-    change_config(runs / "vanilla", train_set="mine")
+    files.write_json(str(tmp_path / "data" / "test" / "manifest.json"), {})
+    change_config(runs / "vanilla", train_set="mine", data=str(tmp_path / "data"))
     printed = merge("wise", runs / "zero-shot", runs / "vanilla", "--out", tmp_path / "merged")
     assert printed.endswith(" --sets test\n")
 
@@ -251,7 +258,7 @@ def count_by_hand(state: dict[str, torch.Tensor], run: Path, data: Path) -> int:
 
 def test_greedy_soup_is_the_recipe_and_the_same_on_two_ranks(pot, tmp_path, tiny_data, merge):
     alone = {path: count_by_hand(state_of(path), path, tiny_data) for path in pot}
-    order = sorted(pot, key=lambda path: -alone[path])
+    order = sorted(pot, key=alone.__getitem__)[::-1]  # of equal ones the last named comes first
     kept, best, expected = [order[0]], alone[order[0]], []
     for path in order[1:]:
         candidate = uniform_soup(map(state_of, [*kept, path]))
