@@ -118,6 +118,8 @@ def train(folder: Path, recipe: str, images: int, seed: int, numbers: str) -> tu
     try:
         call(training.main, recipe, *where, *options)
     except ValueError as error:
+        if "a batch of" not in str(error):
+            raise
         return run, str(error)
     return run, ""
 

@@ -277,7 +277,7 @@ def listing(url: str) -> list[dict[str, Any]]:
         if isinstance(fs, LocalFileSystem):
             return list[Any](fs.ls(path, detail=True))
         return list(sync(get_loop(), remote.listing, remote.client(fs), path) or ())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except remote.Failure as error:
         raise OSError(f"cannot list {redact(url)}: {reason(error)}") from error
@@ -289,8 +289,21 @@ def names(url: str) -> list[str]:
     Raises:
         OSError: if the store does not say.
     """
-    entries = [entry for entry in listing(url) if entry["type"] == "file"]
-    return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries)
+    return _entries(url, "file")
+
+
+def _entries(url: str, kind: str) -> list[str]:
+    found = (entry["name"].rstrip("/") for entry in listing(url) if entry["type"] == kind)
+    return sorted(name.rsplit("/", 1)[-1] for name in found)
+
+
+def folders(url: str) -> list[str]:
+    """Return the names of the folders in a folder, sorted; none if there is no such folder.
+
+    Raises:
+        OSError: if the store does not say.
+    """
+    return _entries(url, "directory")
 
 
 def rename(url: str, name: str) -> None:

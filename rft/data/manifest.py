@@ -21,6 +21,7 @@ from rft import files
 from rft.classes import Classes, prompts_sha256
 from rft.data import tar
 from rft.data.encode import check_encoding
+from rft.data.root import why_missing
 
 SCHEMA = 1
 COLUMNS = {
@@ -109,7 +110,10 @@ class Manifest:
         except ValueError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-            raise ValueError(f"no packed dataset at {url}: manifest.json is missing") from error
+            hint = why_missing(url)
+            raise ValueError(
+                f"no packed dataset at {url}: manifest.json is missing{hint and f'; {hint}'}"
+            ) from error
         found = document.get("schema") if isinstance(document, dict) else None
         if found != SCHEMA:
             raise ValueError(f"{path} has schema {found}, this rft reads {SCHEMA}; pack it again")

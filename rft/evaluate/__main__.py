@@ -130,10 +130,6 @@ def main() -> None:
     arguments = cli.parse(Arguments, prog="rft.evaluate")
     if not arguments.checkpoints:
         raise ValueError("name at least one run folder or .safetensors file to evaluate")
-    for name in arguments.sets:
-        manifest = files.join(arguments.data, name, "manifest.json")
-        if name not in SETS and not files.exists(manifest):
-            raise cli.unknown("set", name, SETS)
     if arguments.batch_size < 1 or arguments.workers < 0:
         raise ValueError("--batch-size must be at least 1 and --workers at least 0")
     packed = {name: PackedDataset(files.join(arguments.data, name)) for name in arguments.sets}

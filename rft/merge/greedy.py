@@ -11,7 +11,7 @@ from torch import Tensor
 from rft import cli, files
 from rft.classes import check_head
 from rft.clip.classifier import build_classifier
-from rft.config import Config
+from rft.config import Config, load_config
 from rft.data.loader import PackedDataset, plan_training
 from rft.dist import World
 from rft.evaluate.evaluator import count_correct
@@ -55,10 +55,7 @@ def _training_config(ingredient: Ingredient) -> Config:
             f"{path} is a merged or imported model; a greedy soup takes training runs, which held "
             "images out"
         )
-    try:
-        return Config.from_dict(ingredient.config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}/config.json is not a training run's: {error}") from error
+    return load_config(path)
 
 
 def split_of(config: Config) -> dict[str, Any]:

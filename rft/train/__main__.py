@@ -22,7 +22,7 @@ from rft.cli import warn
 from rft.clip.classifier import Classifier, build_classifier, load_state
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
-from rft.config import Config, resolve_precision
+from rft.config import Config, load_config, resolve_precision
 from rft.data.cache import Cache
 from rft.data.labels import warn_of_one_class
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
@@ -330,6 +330,7 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
         progress = train(job, request, traces)
         if progress.step < job.total_steps:
             return STOPPED
+        dist.on_main(world, run.require_there)
         dist.on_main(world, lambda: show(job))
         if world.is_main:
             run.finish(
@@ -361,7 +362,7 @@ def tell_finished(config: Config, world: World) -> None:
     """Check a finished run's inputs and say that it is finished."""
     require_same_inputs(config)
     if world.is_main:
-        recorded = Config.from_dict(files.read_json(str(Path(config.run) / "config.json")))
+        recorded = load_config(Path(config.run))
         print(f"run already finished: {config.run} (in {recorded.precision})")
 
 

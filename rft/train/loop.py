@@ -28,7 +28,7 @@ from rft.train.objective import Draws, Objective, StepAddress, draw
 from rft.train.optim import build_optimizer, set_schedule
 from rft.train.pictures import Counterfactuals
 from rft.train.profile import profiling
-from rft.train.run import RunFolder
+from rft.train.run import RunFolder, vanished
 from rft.train.stop import StopRequest
 
 COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
@@ -149,6 +149,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
             if ends_epoch:
                 progress = select(job, progress, journal)
             if saves:
+                journal.require_folder()
                 save(job, writer, optimizer, progress)
                 saved = progress.step
                 meter.restart()
@@ -157,6 +158,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
             progress = select(job, progress, journal)
         if saved < progress.step:
             values = meter.read(progress.step) if meter.steps else None
+            journal.require_folder()
             # first: there may be little time left, and what ends the run may have ended its logs
             save(job, writer, optimizer, progress)
             if values:
@@ -175,6 +177,7 @@ def end(job: Job, progress: Progress, reason: str) -> None:
             flush=True,
         )
         return
+    RunFolder(job.config).require_there()
     folder = RunFolder(job.config).path
     for name in (LAST, SELECTED) if job.total_steps == 0 else (LAST,):
         save_classifier(str(folder / name), job.student, metadata(job, progress), job.classes)
@@ -207,8 +210,11 @@ def save(
     folder = RunFolder(job.config)
 
     def finish(record: checkpoint.Record, saved: dict[str, Any]) -> None:
+        folder.require_there()
         if progress.best_step == progress.step:
             write_selected(job, progress, saved["model"])
+        elif progress.best_step >= 0 and not (folder.path / SELECTED).exists():
+            raise ValueError(vanished(folder.path / SELECTED, "was deleted"))
         folder.note_progress(record, job.total_steps)
 
     pool = job.config.donor_pool(job.world.size)

@@ -490,7 +490,9 @@ def test_runs_that_were_not_selected_by_the_same_images(runs, tmp_path, tiny_dat
     change_config(one, loader={**document["loader"], "held_out": 0})
     assert f"{one} held no images out" in refused(*command)
     change_config(one, strange=1)
-    assert "config.json is not a training run's: config has unknown fields" in refused(*command)
+    line = refused(*command)
+    assert "config.json was written by a different rft" in line
+    assert "config has unknown fields: strange" in line
     assert not (tmp_path / "out").exists()
 
 
