@@ -145,9 +145,10 @@ def read_tree(
     level = read_level(root, ignore)
     for name in level.files:
         if has_image_suffix(name):
+            above = f", or, if {root.name} is a class itself, give the folder above it"
             raise ValueError(
-                f"{root / name} lies in no class folder; sort the images by class, or, if "
-                f"{root.name} is a class itself, give the folder above it"
+                f"{root / name} lies in no class folder; sort the images by class"
+                f"{'' if is_split else above}"
             )
     if not level.folders:
         raise ValueError(f"{root} holds no class folders")

@@ -219,7 +219,7 @@ def _choose(source: Path, named: Mapping[str, Sequence[Shape]]) -> dict[str, str
                 raise ValueError(
                     f"{source / shape.name} looks like a split by its name, but it holds images "
                     f"and no class folders; sort them by class, pass it over with --ignore "
-                    f"{shape.name}, or name the classes with --classes if it is one"
+                    f"{shown(shape.name)}, or name the classes with --classes if it is one"
                 )
     chosen = {"train": named["train"][0].name}
     held_out = [shapes[0].name for shapes in (named["test"], named["val"]) if shapes]
@@ -249,6 +249,7 @@ def _one_class(source: Path, shape: Shape, ignore: Sequence[str], is_split: bool
         found = read_shape(place, ignore)
     message = f"{source} holds a single folder, {shown(shape.name)}"
     if found.images or len(found.folders) < 2:
-        return f"{message}; one class is too few: every prediction would be right"
+        hint = f"; if it has no classes, --ignore {shown(source.name)}" if is_split else ""
+        return f"{message}; one class is too few: every prediction would be right{hint}"
     several = f"{message}, and the class folders seem to lie in {place}"
     return f"{several}; {'move them up' if is_split else f'give --source {place}'}"
