@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from rft import files
+from rft import cli, files
 from rft.data.labels import LabelSpace, objectnet_groups
 from rft.data.manifest import group_faults
 from rft.data.published import SUBSETS, published_classes
@@ -251,15 +251,40 @@ def _local_names(
         raise ValueError(f"{path} and {list(beside)[-1]} differ; name one with --local-classes")
     if len(names) != len(labels):
         return names, path
-    positions = {_plain(name): number for number, name in enumerate(labels.names)}
+    _require_same_order(path, names, labels)
+    return None, ""
+
+
+def _require_same_order(path: str, names: Sequence[str], labels: LabelSpace) -> None:
+    """Check that a list of as many names as classes is the label space's own, class by class.
+
+    A name that the label space lacks may be a different word for the class in that place, which is
+    warned of; where most are, equal length is a coincidence.
+    """
+    places: dict[str, set[int]] = {}
+    for number, texts in enumerate(zip(labels.ids, labels.names, strict=True)):
+        for text in texts:
+            places.setdefault(_plain(text), set()).add(number)
+    unknown = []
     for number, name in enumerate(names):
-        place = positions.get(_plain(name), number)
-        if place != number and _plain(labels.names[number]) != _plain(name):
+        found = places.get(_plain(name), set())
+        if found and number not in found:
             raise ValueError(
-                f"{path} has {name!r} in place {number}, the label space in place {place}; "
+                f"{path} has {name!r} in place {number}, the label space in place {min(found)}; "
                 f"give the file as --local-classes if the labels count its lines"
             )
-    return None, ""
+        if not found:
+            unknown.append(number)
+    if not unknown:
+        return
+    first = unknown[0]
+    what = (
+        f"{len(unknown)} of the {len(names)} names in {path} are no class of the label space "
+        f"(first: {names[first]!r} in place {first}, which is {labels.names[first]!r} there)"
+    )
+    if 2 * len(unknown) > len(names):
+        raise ValueError(f"{what}; name the label space of these shards with --classes")
+    cli.warn(f"{what}: they are taken to be different words for the same classes")
 
 
 def _require_nshards(urls: Sequence[str], folders: Sequence[str]) -> None:

@@ -711,6 +711,25 @@ def test_names_in_another_order_are_not_taken_for_class_ids(tmp_path: Path) -> N
     assert PackedDataset(out).index.label.tolist() == [2, 1, 0]
 
 
+def test_as_many_names_are_not_the_same_classes(tmp_path: Path, capsys) -> None:
+    """Equal length proves nothing: most names must be those of the label space."""
+    pattern = write_clip_benchmark(tmp_path / "wds", [0, 1, 2], ["car", "bus", LABELS.names[2]])
+    with pytest.raises(
+        ValueError, match=r"2 of the 3 names .* \(first: 'car' in place 0"
+    ) as caught:
+        index_shards([pattern], str(tmp_path / "out"), LABELS, Options())
+    assert "--classes" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    # a different word for one class; an id in place of a name is no different word
+    names = [LABELS.ids[0], "badger", LABELS.names[2]]
+    (tmp_path / "wds" / "classnames.txt").write_text("\n".join(names))
+    index_shards([pattern], str(tmp_path / "out"), LABELS, Options())
+    warning = capsys.readouterr().err
+    assert "WARNING: 1 of the 3 names" in warning
+    assert f"'badger' in place 1, which is {LABELS.names[1]!r} there" in warning
+    assert PackedDataset(str(tmp_path / "out")).index.label.tolist() == [0, 1, 2]
+
+
 def test_r_with_another_set_of_classes(tmp_path: Path) -> None:
     names = [IMAGENET.names[n] for n in range(200)]
     pattern = write_clip_benchmark(tmp_path / "wds", [0, 1], names)
