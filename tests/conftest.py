@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from rft import dist
 from rft.clip.classifier import Classifier
 from rft.clip.load import Architecture
 from tests import tiny
@@ -84,3 +85,22 @@ def refused(monkeypatch, capsys):
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def disagreeing(monkeypatch):
+    """Let the other rank have found something else wherever `what` is compared."""
+
+    def on(what: str) -> None:
+        real = dist.require_agreement
+
+        def compare(world, name, value, *rest):
+            if name != what:
+                return real(world, name, value, *rest)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dist, "gather_objects", lambda _, value: [value, "another"])
+                return real(world, name, value, *rest)
+
+        monkeypatch.setattr(dist, "require_agreement", compare)
+
+    return on

@@ -6,7 +6,6 @@ import torch
 from rft import dist
 from rft.dist import World
 from rft.evaluate import __main__ as evaluate_command
-from rft.evaluate import localisation
 from rft.train import __main__ as train_command
 
 ALONE = World(rank=0, size=1, local_rank=0)
@@ -60,25 +59,6 @@ def test_ranks_that_differ_from_the_first_are_named(monkeypatch):
     dist.require_agreement(ALONE, "thing", "a")
 
 
-@pytest.fixture
-def disagreeing(monkeypatch):
-    """Let the other rank have found something else wherever `what` is compared."""
-
-    def on(what: str) -> None:
-        real = dist.require_agreement
-
-        def compare(world, name, value, *rest):
-            if name != what:
-                return real(world, name, value, *rest)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(dist, "gather_objects", lambda _, value: [value, "another"])
-                return real(world, name, value, *rest)
-
-        monkeypatch.setattr(dist, "require_agreement", compare)
-
-    return on
-
-
 @pytest.mark.parametrize("what", ["precision", "data fingerprint"])
 def test_training_stops_where_ranks_disagree(
     disagreeing, refused, tiny_data, tiny_clip, tmp_path, what
@@ -97,10 +77,3 @@ def test_evaluation_stops_where_ranks_disagree(disagreeing, refused, tiny_data, 
     options = ("--data", tiny_data, "--sets", "imagenet-val", "--workers", "0")
     line = refused(evaluate_command, tmp_path / "model.safetensors", *options)
     assert "ranks [1] have a different set of packed data" in line
-
-
-def test_localisation_stops_where_ranks_disagree(disagreeing, refused, tiny_data, tmp_path):
-    disagreeing("packed set")
-    options = ("--data", tiny_data, "--masks", tmp_path, "--classes", "all")
-    line = refused(localisation, tmp_path / "model.safetensors", *options)
-    assert "ranks [1] have a different packed set" in line

@@ -5,18 +5,24 @@ in a file of the tree, a replacement that makes the program compute something wr
 that should fail then.
 """
 
+import contextlib
+import importlib
+import multiprocessing
 import os
-import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from rft import cli, files
 
@@ -24,7 +30,11 @@ ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("planted_faults.toml")
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 600  # a fault may make a test hang; it is noticed then, too
-PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0")
+PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0")
+# imported once, before the tests of each fault are forked off: together they take seconds
+HEAVY = ("torch", "torchvision", "open_clip", "sklearn.model_selection", "scipy.stats")
+HEAVY += ("matplotlib.figure", "webdataset", "timm", "hypothesis", "rich.progress", "tyro")
+OURS = ("rft", "tests", "tools", "benchmarks", "conftest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,25 +156,42 @@ def try_all(
     Raises:
         ValueError: if a test fails without any fault, or one breaks the import of a module.
     """
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for number in range(jobs):
-            copy_tree(root, Path(folder) / str(number))
-            trees.put(Path(folder) / str(number))
-
-        def attempt(fault: Fault) -> Outcome:
-            tree = trees.get()
-            try:
-                outcome = try_one(fault, tree)
-                tell(outcome)
-                return outcome
-            finally:
-                trees.put(tree)
-
-        tests = dict.fromkeys(test for fault in faults for test in fault.tests)
-        if failed := first_failure(tests, Path(folder) / "0"):
+    with tempfile.TemporaryDirectory() as folder:
+        trees = [Path(folder) / str(number) for number in range(jobs)]
+        for tree in trees:
+            copy_tree(root, tree)
+        tests = tuple(dict.fromkeys(test for fault in faults for test in fault.tests))
+        whole = Trial(tests, trees[0])
+        whole.wait()
+        if failed := whole.first_failure():
             raise ValueError(f"{failed} fails without any fault; mend it first")
-        return list(pool.map(attempt, faults))
+        found = {}
+        for fault, failed in _try_each(faults, trees):
+            found[id(fault)] = Outcome(fault, failed)
+            tell(found[id(fault)])
+        return [found[id(fault)] for fault in faults]
+
+
+def _try_each(faults: Sequence[Fault], trees: list[Path]) -> Iterator[tuple[Fault, str]]:
+    """Yield each fault and the first test that failed with it, as they are done."""
+    waiting, running = list(faults), {}
+    try:
+        while waiting or running:
+            while waiting and trees:
+                fault, tree = waiting.pop(0), trees.pop()
+                path = tree / fault.file
+                text = path.read_text()
+                path.write_text(plant(fault, text))
+                running[Trial(fault.tests, tree)] = fault, path, text
+            connection.wait([trial.process.sentinel for trial in running], timeout=1)
+            for trial in [trial for trial in running if trial.is_over()]:
+                fault, path, text = running.pop(trial)
+                path.write_text(text)
+                trees.append(trial.tree)
+                yield fault, trial.first_failure()
+    finally:
+        for trial in running:
+            trial.end()
 
 
 def copy_tree(root: Path, target: Path) -> None:
@@ -177,43 +204,79 @@ def copy_tree(root: Path, target: Path) -> None:
             shutil.copy2(root / name, target / name)
 
 
-def try_one(fault: Fault, tree: Path) -> Outcome:
-    """Plant a fault in a tree, run its tests, and take it out again."""
-    path = tree / fault.file
-    text = path.read_text()
-    path.write_text(plant(fault, text))
-    try:
-        return Outcome(fault, first_failure(fault.tests, tree))
-    finally:
-        path.write_text(text)
+class Trial:
+    """Some tests that run in a tree, in a process of their own."""
+
+    def __init__(self, tests: tuple[str, ...], tree: Path) -> None:
+        self.tests = tests
+        self.tree = tree
+        self._output = tree / "output.txt"
+        self._deadline = time.monotonic() + SECONDS
+        self._hangs = False
+        for name in HEAVY:
+            importlib.import_module(name)
+        # nothing here runs threads or computes, so a copy of this process is whole
+        context = multiprocessing.get_context("fork")
+        arguments = (tests, tree, self._output)
+        self.process = context.Process(target=_run_tests, args=arguments)
+        self.process.start()
+
+    def is_over(self) -> bool:
+        """Whether the tests have ended, or are ended now because they take too long."""
+        if self.process.is_alive() and time.monotonic() > self._deadline:
+            self._hangs = True
+            self.end()
+        return not self.process.is_alive()
+
+    def wait(self) -> None:
+        """Wait for the end of the tests."""
+        while not self.is_over():
+            self.process.join(1)
+
+    def end(self) -> None:
+        """End the tests and what they started."""
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+    def first_failure(self) -> str:
+        """Return the first test that failed, empty if all passed.
+
+        Raises:
+            ValueError: if the tests could not be run.
+        """
+        if self._hangs:
+            return f"{self.tests[0]} (it hangs)"
+        code = self.process.exitcode
+        if code == pytest.ExitCode.OK:
+            return ""
+        text = self._output.read_text(errors="replace")
+        kinds = ("FAILED ", "ERROR ")
+        lines = [line for line in text.splitlines() if line.startswith(kinds)]
+        failed = [line.split(" - ")[0].split(maxsplit=1)[1] for line in lines]
+        if code != pytest.ExitCode.TESTS_FAILED or not failed or "ERROR collecting" in text:
+            raise ValueError(f"{' '.join(self.tests)} cannot be run: {text[-600:]}")
+        return failed[0]
 
 
-def first_failure(tests: Iterable[str], tree: Path) -> str:
-    """Return the first test that fails in a tree, empty if all pass.
-
-    Raises:
-        ValueError: if the tests cannot be run.
-    """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(tree),
-        # a compiled file could outlive the fault: Python tells sources apart by size and second
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    command = [sys.executable, *PYTEST, *tests]
-    try:
-        result = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return f"{next(iter(tests))} (it hangs)"
-    if result.returncode == 0:
-        return ""
-    failed = [line.split(" - ")[0] for line in result.stdout.splitlines() if line[:7] == "FAILED "]
-    errors = [line.split(" - ")[0] for line in result.stdout.splitlines() if line[:6] == "ERROR "]
-    if result.returncode != 1 or not failed + errors or "ERROR collecting" in result.stdout:
-        raise ValueError(f"{' '.join(tests)} cannot be run: {result.stdout[-600:]}{result.stderr}")
-    return (failed + errors)[0].split(maxsplit=1)[1]
+def _run_tests(tests: Sequence[str], tree: Path, output: Path) -> None:
+    """Run tests in a tree, in this process, which imports everything of ours anew."""
+    os.setsid()
+    with output.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+    for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
+        del sys.modules[name]
+    # a compiled file could outlive the fault: Python tells sources apart by size and second
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    code = pytest.main([*PYTEST, *tests])
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def say(outcome: Outcome) -> None:

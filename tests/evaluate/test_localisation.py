@@ -327,6 +327,18 @@ def test_more_ranks_than_batches(tiny_case, tiny_data, tmp_path, monkeypatch):
     assert expected["images"]["without_mask"] == 5
 
 
+@pytest.mark.parametrize("what", ["packed set", "list of masks"])
+def test_ranks_that_see_other_files_are_stopped(
+    tiny_case, tiny_data, tmp_path, disagreeing, refused, what
+):
+    disagreeing(what)
+    weights = (tiny_case["folder"] / "run" / "checkpoints" / "best.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    options = arguments(tiny_case, tiny_data, tmp_path / "model.safetensors")
+    assert f"ranks [1] have a different {what}" in refused(localisation, *options)
+    assert not (tmp_path / "model.localisation.json").exists()
+
+
 def test_several_checkpoints_are_measured_in_one_pass(tiny_case, tiny_data, tmp_path, monkeypatch):
     paths = [tmp_path / f"{seed}.safetensors" for seed in (0, 1)]
     for seed, path in enumerate(paths):

@@ -300,6 +300,14 @@ def test_greedy_soup_is_the_recipe_and_the_same_on_two_ranks(pot, tmp_path, tiny
     assert everything(double) == before
 
 
+def test_ranks_that_see_other_runs_are_stopped(runs, tmp_path, tiny_data, disagreeing, refused):
+    disagreeing("set of models and data")
+    command = ("greedy-soup", runs / "vanilla", runs / "object-mask-single-fill")
+    line = refused(*command, "--data", tiny_data, "--out", tmp_path / "out", "--workers", 0)
+    assert "ranks [1] have a different set of models and data" in line
+    assert not (tmp_path / "out").exists()
+
+
 # afterwards
 
 
