@@ -8,7 +8,7 @@ WHEELS_PYTHON ?= 3.12
 WHEELS_MACHINE ?= x86_64
 BIN    := .venv/bin
 
-.PHONY: demo reproduce results test lint bench gpu wheels peers simd clean
+.PHONY: demo reproduce results test faults lint bench gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -33,6 +33,9 @@ results: .venv/.installed  ## the demo on three seeds, into docs/results and the
 # so that the slowest one does not end alone
 test: .venv/.installed  ## every test
 	$(BIN)/pytest -q -n 2 --dist worksteal
+
+faults: .venv/.installed  ## plant each fault of tools/planted_faults.toml; its tests must notice
+	$(BIN)/python tools/plant_faults.py --jobs 2
 
 lint: .venv/.installed  ## style, types, module contracts, spelling, shell scripts
 	$(BIN)/ruff format --check .

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 ROOT = Path(__file__).parents[1]
 SAVED = ROOT / "benchmarks" / "results" / "planted_faults"
 LARGEST_SHARE = 0.05  # of faults that no test can notice
@@ -30,9 +29,6 @@ def test_every_fault_can_be_planted_and_its_tests_are_there():
     tool.check(FAULTS, ROOT)
     names = [(fault.area, fault.name) for fault in FAULTS]
     assert len(set(names)) == len(names)
-    for fault in FAULTS:
-        if fault.file.endswith(".py"):
-            compile(tool.plant(fault, (ROOT / fault.file).read_text()), fault.file, "exec")
 
 
 def test_there_are_enough_and_few_survive():
@@ -48,8 +44,9 @@ def test_the_saved_page_is_made_of_the_saved_result():
 
 
 @pytest.fixture
-def tree(tmp_path) -> Path:
+def tree(tmp_path, monkeypatch) -> Path:
     """A repository of one function and one test."""
+    monkeypatch.setattr(tool, "HEAVY", ("hypothesis",))  # a plugin of pytest imports it anyway
     root = tmp_path / "tree"
     root.mkdir()
     (root / "sums.py").write_text("def add(a, b):\n    return a + b  # and no more\n")
@@ -66,14 +63,13 @@ def fault(**changes):
 
 
 def test_faults_are_noticed_or_survive(tree):
-    faults = [fault(), fault(old="# and no more", new=""), fault(old="a + b", new="b + a")]
     told = []
-    outcomes = tool.try_all(faults, tree, 1, told.append)
-    assert [outcome.noticed_by for outcome in outcomes] == ["test_sums.py::test_add", "", ""]
-    assert [outcome.is_bad for outcome in outcomes] == [False, True, True]
+    outcomes = tool.try_all([fault(), fault(new="b + a")], tree, 1, told.append)
+    assert [outcome.noticed_by for outcome in outcomes] == ["test_sums.py::test_add", ""]
+    assert [outcome.is_bad for outcome in outcomes] == [False, True]
     assert told == outcomes
     page = tool.to_markdown(tool.to_document(outcomes))
-    assert "| sums | 3 | 1 | 2 |\n| all | 3 | 1 | 2 |" in page
+    assert "| sums | 2 | 1 | 1 |\n| all | 2 | 1 | 1 |" in page
     assert "| sums: f | sums.py | `test_add` |" in page
     # the tree itself is as it was
     assert "a + b  # and" in (tree / "sums.py").read_text()
@@ -112,5 +108,5 @@ def test_a_reason_is_for_a_survivor():
 
 
 def test_mistakes_are_one_line(refused):
-    assert "unknown area 'scorin'; did you mean 'scoring'?" in refused(tool, "--only", "scorin")
+    assert "unknown area 'heads'; did you mean 'head'?" in refused(tool, "--only", "heads")
     assert "--jobs is 0" in refused(tool, "--jobs", "0")
