@@ -36,11 +36,16 @@ def test_there_are_enough_and_few_survive():
     assert sum(bool(fault.survives) for fault in FAULTS) <= LARGEST_SHARE * len(FAULTS)
 
 
-def test_the_saved_page_is_made_of_the_saved_result():
+def test_the_saved_result_is_the_tables_and_its_page_is_made_of_it():
     document = json.loads(SAVED.with_suffix(".json").read_text())
     assert SAVED.with_suffix(".md").read_text() == tool.to_markdown(document)
-    for fault in document["faults"]:
-        assert bool(fault["noticed_by"]) != bool(fault["survives"]), fault["name"]
+    saved = [
+        (area, fault["name"]) for area, of in document["areas"].items() for fault in of["faults"]
+    ]
+    assert set(saved) == {(fault.area, fault.name) for fault in FAULTS}, "run make faults"
+    for area in document["areas"].values():
+        for fault in area["faults"]:
+            assert bool(fault["noticed_by"]) != bool(fault["survives"]), fault["name"]
 
 
 @pytest.fixture

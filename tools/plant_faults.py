@@ -17,7 +17,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,12 @@ OURS = ("rft", "tests", "tools", "benchmarks", "conftest")
 class PlantFaults:
     """Plant the faults of tools/planted_faults.toml, each in a copy of the tree, and run its tests.
 
-    Exit code 0 if every fault was noticed or has a reason why it cannot be, 1 if not. All areas
-    together are written to benchmarks/results/planted_faults.{json,md}.
+    Exit code 0 if every fault was noticed or has a reason why it cannot be, 1 if not. The result is
+    written to benchmarks/results/planted_faults.{json,md}.
     """
 
-    only: str = ""
-    """Plant the faults of this area alone, and write no result."""
+    only: tuple[str, ...] = ()
+    """Plant the faults of these areas alone; the result of the others stays."""
     jobs: int = 1
     """Faults that are tried at the same time."""
 
@@ -86,19 +86,16 @@ def main() -> None:
         raise ValueError(f"--jobs is {command.jobs}; it must be at least 1")
     faults = load(TABLE)
     areas = sorted({fault.area for fault in faults})
-    if command.only:
-        if command.only not in areas:
-            raise cli.unknown("area", command.only, areas)
-        faults = [fault for fault in faults if fault.area == command.only]
+    for area in command.only:
+        if area not in areas:
+            raise cli.unknown("area", area, areas)
+    faults = [fault for fault in faults if not command.only or fault.area in command.only]
     check(faults, ROOT)
     outcomes = try_all(faults, ROOT, command.jobs, say)
     bad = [outcome for outcome in outcomes if outcome.is_bad]
     noticed = sum(bool(outcome.noticed_by) for outcome in outcomes)
     print(f"{noticed} of {len(outcomes)} faults were noticed, {len(bad)} need a test")
-    if not command.only:
-        document = to_document(outcomes)
-        files.write_json(str(RESULTS / "planted_faults.json"), document)
-        files.write_bytes(str(RESULTS / "planted_faults.md"), to_markdown(document).encode())
+    save(outcomes, areas)
     sys.exit(1 if bad else 0)
 
 
@@ -110,7 +107,7 @@ def load(path: Path) -> list[Fault]:
     """
     try:
         entries = tomllib.loads(path.read_text())["fault"]
-        return [Fault(**{**entry, "tests": tuple(entry["tests"])}) for entry in entries]
+        return [Fault(tests=tuple(entry.pop("tests")), **entry) for entry in entries]
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a table of faults: {error}") from error
 
@@ -158,13 +155,15 @@ def try_all(
     """
     with tempfile.TemporaryDirectory() as folder:
         trees = [Path(folder) / str(number) for number in range(jobs)]
-        for tree in trees:
-            copy_tree(root, tree)
+        copy_tree(root, trees[0])
         tests = tuple(dict.fromkeys(test for fault in faults for test in fault.tests))
-        whole = Trial(tests, trees[0])
+        # what is compiled here is taken by all others, but for the file that has the fault
+        whole = Trial(tests, trees[0], compiles=True)
         whole.wait()
         if failed := whole.first_failure():
             raise ValueError(f"{failed} fails without any fault; mend it first")
+        for tree in trees[1:]:
+            shutil.copytree(trees[0], tree)
         found = {}
         for fault, failed in _try_each(faults, trees):
             found[id(fault)] = Outcome(fault, failed)
@@ -207,7 +206,7 @@ def copy_tree(root: Path, target: Path) -> None:
 class Trial:
     """Some tests that run in a tree, in a process of their own."""
 
-    def __init__(self, tests: tuple[str, ...], tree: Path) -> None:
+    def __init__(self, tests: tuple[str, ...], tree: Path, *, compiles: bool = False) -> None:
         self.tests = tests
         self.tree = tree
         self._output = tree / "output.txt"
@@ -217,7 +216,7 @@ class Trial:
             importlib.import_module(name)
         # nothing here runs threads or computes, so a copy of this process is whole
         context = multiprocessing.get_context("fork")
-        arguments = (tests, tree, self._output)
+        arguments = (tests, tree, self._output, compiles)
         self.process = context.Process(target=_run_tests, args=arguments)
         self.process.start()
 
@@ -260,7 +259,7 @@ class Trial:
         return failed[0]
 
 
-def _run_tests(tests: Sequence[str], tree: Path, output: Path) -> None:
+def _run_tests(tests: Sequence[str], tree: Path, output: Path, compiles: bool) -> None:
     """Run tests in a tree, in this process, which imports everything of ours anew."""
     os.setsid()
     with output.open("w") as stream:
@@ -269,9 +268,11 @@ def _run_tests(tests: Sequence[str], tree: Path, output: Path) -> None:
     sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]
-    # a compiled file could outlive the fault: Python tells sources apart by size and second
-    sys.dont_write_bytecode = True
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
+    os.environ["PYTHONPATH"] = str(tree)
+    if not compiles:
+        # a compiled file could outlive its fault: Python tells sources apart by size and second
+        sys.dont_write_bytecode = True
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     code = pytest.main([*PYTEST, *tests])
@@ -286,36 +287,42 @@ def say(outcome: Outcome) -> None:
     print(f"{verdict} {fault.area}: {fault.name}", flush=True)
 
 
+def save(outcomes: Sequence[Outcome], areas: Sequence[str]) -> None:
+    """Write the outcomes of some of the table's areas; what was saved of the others stays."""
+    path = RESULTS / "planted_faults.json"
+    saved = files.read_json(str(path))["areas"] if path.is_file() else {}
+    saved |= to_document(outcomes)["areas"]
+    document = {"schema": 1, "areas": {area: saved[area] for area in areas if area in saved}}
+    files.write_json(str(path), document)
+    files.write_bytes(str(path.with_suffix(".md")), to_markdown(document).encode())
+
+
 def to_document(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return the result as a JSON document."""
-    kept = ("name", "area", "file", "survives")
-    return {
-        "schema": 1,
-        "provenance": files.provenance(),
-        "faults": [
-            {
-                **{name: asdict(outcome.fault)[name] for name in kept},
-                "noticed_by": outcome.noticed_by,
-            }
-            for outcome in outcomes
-        ],
-    }
+    """Return outcomes as a JSON document, by area, each with what it was made by."""
+    provenance = files.provenance()
+    areas: dict[str, Any] = {}
+    for outcome in outcomes:
+        fault = outcome.fault
+        area = areas.setdefault(fault.area, {"provenance": provenance, "faults": []})
+        entry = {name: getattr(fault, name) for name in ("name", "file", "survives")}
+        area["faults"].append({**entry, "noticed_by": outcome.noticed_by})
+    return {"schema": 1, "areas": areas}
 
 
 def to_markdown(document: dict[str, Any]) -> str:
     """Return the result as a page: counts for each area, then every fault."""
-    faults = document["faults"]
+    areas = {name: area["faults"] for name, area in document["areas"].items()}
+    everything = [fault for faults in areas.values() for fault in faults]
     lines = ["| area | planted | noticed | survived |", "|---|--:|--:|--:|"]
-    for area in [*dict.fromkeys(fault["area"] for fault in faults), "all"]:
-        some = [fault for fault in faults if area in (fault["area"], "all")]
-        noticed = sum(bool(fault["noticed_by"]) for fault in some)
-        lines.append(f"| {area} | {len(some)} | {noticed} | {len(some) - noticed} |")
+    for area, faults in {**areas, "all": everything}.items():
+        noticed = sum(bool(fault["noticed_by"]) for fault in faults)
+        lines.append(f"| {area} | {len(faults)} | {noticed} | {len(faults) - noticed} |")
     lines += ["", "| fault | in | noticed by, or why not |", "|---|---|---|"]
-    for fault in faults:
-        verdict = f"survived: {fault['survives']}"
-        if fault["noticed_by"]:
-            verdict = f"`{fault['noticed_by'].partition('::')[2].partition('[')[0]}`"
-        lines.append(f"| {fault['area']}: {fault['name']} | {fault['file']} | {verdict} |")
+    for area, faults in areas.items():
+        for fault in faults:
+            test = fault["noticed_by"].partition("::")[2].partition("[")[0]
+            verdict = f"`{test}`" if test else f"survived: {fault['survives']}"
+            lines.append(f"| {area}: {fault['name']} | {fault['file']} | {verdict} |")
     return "\n".join(lines) + "\n"
 
 
