@@ -320,7 +320,7 @@ def to_markdown(document: dict[str, Any]) -> str:
     lines += ["", "| fault | in | noticed by, or why not |", "|---|---|---|"]
     for area, faults in areas.items():
         for fault in faults:
-            test = fault["noticed_by"].partition("::")[2].partition("[")[0]
+            test = fault["noticed_by"].rpartition("::")[2].partition("[")[0]
             verdict = f"`{test}`" if test else f"survived: {fault['survives']}"
             lines.append(f"| {area}: {fault['name']} | {fault['file']} | {verdict} |")
     return "\n".join(lines) + "\n"
