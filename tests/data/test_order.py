@@ -88,7 +88,7 @@ def test_epochs_and_seeds_differ(block_shards):
 
     orders = [ids(0, 0), ids(0, 1), ids(1, 0)]
     assert orders[0] == ids(0, 0)
-    assert all(a != b for a, b in itertools.pairwise(orders))
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
 
 
 def test_blocks_read_few_shards_at_a_time():

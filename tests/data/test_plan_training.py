@@ -8,7 +8,6 @@ from rft.config import Config
 from rft.data import order
 from rft.data.loader import PackedDataset, fingerprint, plan_training
 from rft.data.order import EpochOrder
-from rft.data.split import held_out_split
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +76,3 @@ def test_whatever_changes_the_batches_is_in_the_fingerprint(packed, changes):
     assert of(config(**changes)) != of(config())
     assert of(config())["algorithm"] == order.ALGORITHM
     assert of(config())["manifest_sha256"] == packed.manifest.sha256
-
-
-def test_the_split_goes_over_classes_before_names():
-    # names that do not begin with their class, in which the two orders differ
-    labels = np.arange(60) % 3
-    keys = np.array([f"{(7 * n) % 60:02d}" for n in range(60)], dtype="S")
-    from sklearn.model_selection import train_test_split
-
-    canonical = sorted(range(60), key=lambda n: (labels[n], keys[n]))
-    _, expected = train_test_split(
-        canonical, train_size=48, random_state=5, stratify=labels[canonical]
-    )
-    assert held_out_split(keys, labels, 12, seed=5)[1].tolist() == sorted(expected)

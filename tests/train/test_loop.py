@@ -16,7 +16,10 @@ from tests.conftest import build_model
 
 @pytest.fixture
 def job() -> Job:
-    return build_job(Arguments(batch_size=6), torch.device("cpu"), "fp32", build_model(0))
+    job = build_job(Arguments(batch_size=6), torch.device("cpu"), "fp32", build_model(0))
+    # that job's teacher equals its student, and then distillation has no gradient
+    job.objective.teacher.load_state_dict(build_model(1).state_dict())
+    return job
 
 
 def with_optim(job: Job, **changes) -> Job:

@@ -11,7 +11,7 @@ import torch
 from rft import recipes, rng
 from rft.config import MethodConfig
 from rft.train.objective import Draws, Objective, StepAddress, draw
-from tests.conftest import build_model
+from tests.conftest import build_model, sharpen
 from tests.reference import textbook
 
 ADDRESS = StepAddress(seed=0, step=3, rank=0, micro=0)
@@ -132,6 +132,7 @@ def test_object_donors_come_from_the_students_cam(images_BCHW, labels_B):
 def test_masks_are_the_chosen_maps_at_the_chosen_threshold(images_BCHW, labels_B, cam, mask):
     method = MethodConfig(mask=mask, fill="none", threshold=0.6, cam=cam)
     objective = build_objective(method)
+    sharpen(objective.student)
     donor_BP = objective(images_BCHW, labels_B, draw_for(method, images_BCHW)).donor_BP
     normalised = textbook.normalise_images(objective.student, images_BCHW)
     kind = textbook.relevance if cam == "relevance" else textbook.grad_cam
@@ -139,6 +140,7 @@ def test_masks_are_the_chosen_maps_at_the_chosen_threshold(images_BCHW, labels_B
         relevance_P = kind(objective.student, normalised[n], label)
         above = relevance_P / (relevance_P.max() + 1e-8) > 0.6
         assert ((donor_BP[n] == -1) == (above if mask == "object" else ~above)).all()
+        assert 0 < above.sum() < 16
 
 
 def test_vanilla_has_no_counterfactual_part(images_BCHW, labels_B):
