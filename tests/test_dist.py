@@ -51,6 +51,23 @@ def test_more_ranks_than_gpus_are_refused(gpus):
     assert current == []
 
 
+def test_a_world_is_what_torchrun_says(monkeypatch):
+    variables = {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    world = dist.world_from_env()
+    assert (world.rank, world.size, world.local_rank, world.local_size) == (6, 8, 2, 4)
+    # the second node of two; its ranks share a cache
+    assert list(world.ranks_on_node) == [4, 5, 6, 7]
+    assert not world.is_main
+    assert not World(rank=4, size=8, local_rank=0, local_size=4).is_main
+    for name in variables:
+        monkeypatch.delenv(name)
+    assert dist.world_from_env() == ALONE
+    assert ALONE.is_main
+    assert list(ALONE.ranks_on_node) == [0]
+
+
 def test_ranks_that_differ_from_the_first_are_named(monkeypatch):
     monkeypatch.setattr(dist, "gather_objects", lambda _, value: [value, "b", value, "c"])
     with pytest.raises(ValueError, match=r"ranks \[1, 3\] have a different thing .* 'b' .* 'a'"):

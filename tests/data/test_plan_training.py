@@ -1,5 +1,7 @@
 """Which seed decides what: the held-out split, the sample order, and what a checkpoint says."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -53,7 +55,22 @@ def test_the_plan_is_the_configurations(packed):
     assert (plan.batch_size, plan.streams, plan.block_shards) == (6, 2, 1)
     assert sum(plan.shard_sizes) == len(samples) == len(packed) - 16
     assert len(held_out) == 16
-    assert len(plan.shard_sizes) == len(packed.manifest.shards)
+    starts = np.cumsum([0, *(shard.samples for shard in packed.manifest.shards)])
+    expected = [
+        sum(start <= sample < end for sample in samples)
+        for start, end in itertools.pairwise(starts)
+    ]
+    assert list(plan.shard_sizes) == expected
+    assert 0 < min(expected) < max(expected)
+
+
+def test_a_sample_is_in_the_shard_that_holds_it(packed):
+    number = 0
+    for place, shard in enumerate(packed.manifest.shards):
+        for _ in range(shard.samples):
+            assert packed.shard_of(number) == place
+            number += 1
+    assert number == len(packed)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -392,6 +393,18 @@ def test_restricted_imagenet(tiny_case):
     inside = np.isin(packed.index.label, [151, 285, 90])
     assert len(selection.samples) + selection.missing == inside.sum()
     assert selection.missing == inside[:5].sum() > 0
+
+
+def test_the_rates_of_table_2_rise_and_fit_each_other():
+    """A misprint would show: all rates rise as the threshold falls, and imply one object size."""
+    rows = [dataclasses.astuple(localisation.TABLE_2[value]) for value in (0.7, 0.6, 0.5, 0.4, 0.3)]
+    rows.append(dataclasses.astuple(localisation.TABLE_2[0.2]))
+    for above, below in itertools.pairwise(rows):
+        assert all(one < other for one, other in zip(above, below, strict=True))
+    for image, both, iou in rows:
+        # iou = both x size / (image + size - both x size), solved for the object's share of pixels
+        size = iou * image / (both - iou + iou * both)
+        assert 0.19 < size < 0.4
 
 
 def test_the_paper_stands_beside_its_own_model_alone():

@@ -10,7 +10,7 @@ import torch
 from benchmarks.step import Arguments, Batch, build_job
 from rft.dist import World
 from rft.train.checkpoint import Progress
-from rft.train.loop import Job, Meter, accumulate_gradients, draw_micro_batch, select
+from rft.train.loop import Job, Meter, accumulate_gradients, draw_micro_batch, precision, select
 from tests.conftest import build_model
 
 
@@ -139,6 +139,13 @@ def test_the_logged_terms_are_means_over_steps_with_the_losses_weights(job):
     assert found["loss"] == pytest.approx(1.5 + 2 * 1.0 + 7 * 0.3)
     assert found["epoch"] == 2  # of one step each, in this job
     assert meter.steps == 0
+
+
+@pytest.mark.parametrize("name", ["fp32", "tf32", "bf16"])
+def test_autocast_is_for_bf16(job, name):
+    with precision(replace(job, config=replace(job.config, precision=name))):
+        assert torch.is_autocast_enabled("cpu") == (name == "bf16")
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def test_a_step_that_is_not_finite_is_named(job):
