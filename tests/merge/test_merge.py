@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rft.config import Config
 from rft.data.loader import PackedDataset, plan_training
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
+from rft.merge.folders import shared_seed
 from rft.method.averaging import interpolate, uniform_soup
 from rft.train import __main__ as train_command
 from tests.conftest import build_model
@@ -217,6 +219,12 @@ def test_a_seed_that_all_share_is_the_soups(runs, tmp_path, merge):
     more = shake(runs / "vanilla", tmp_path / "more", 1, 0.1)
     merge("uniform-soup", runs / "vanilla", more, "--out", tmp_path / "soup")
     assert config_of(tmp_path / "soup")["seed"] == 3
+
+
+def test_models_of_several_seeds_share_none():
+    models = [types.SimpleNamespace(seed=seed) for seed in (3, 4, 3)]
+    assert shared_seed(models[::2]) == 3
+    assert shared_seed(models) == 0
 
 
 # greedy soup
