@@ -1,5 +1,6 @@
 """In which order things reach the disk, so that a power cut or a kill leaves nothing half true."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -48,13 +49,15 @@ def test_what_raises_leaves_the_file_as_it_was(tmp_path):
 
 @pytest.fixture
 def written(monkeypatch) -> list[str]:
-    """The names of the files that were written, in their order."""
+    """The names that files were given, in their order."""
     names = []
     publish = files.publish
 
+    @contextlib.contextmanager
     def spy(url: str, *rest):
+        with publish(url, *rest) as path:
+            yield path
         names.append(url.rsplit("/", 1)[-1])
-        return publish(url, *rest)
 
     monkeypatch.setattr(files, "publish", spy)
     return names
