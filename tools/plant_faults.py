@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+import tyro
 
 from rft import cli, files
 
@@ -45,7 +46,7 @@ class PlantFaults:
     written to benchmarks/results/planted_faults.{json,md}.
     """
 
-    only: tuple[str, ...] = ()
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="AREA...")] = ()
     """Plant the faults of these areas alone; the result of the others stays."""
     jobs: int = 1
     """Faults that are tried at the same time."""
@@ -159,7 +160,7 @@ def try_all(
         tests = tuple(dict.fromkeys(test for fault in faults for test in fault.tests))
         # what is compiled here is taken by all others, but for the file that has the fault
         whole = Trial(tests, trees[0], compiles=True)
-        whole.wait()
+        whole.process.join()
         if failed := whole.first_failure():
             raise ValueError(f"{failed} fails without any fault; mend it first")
         for tree in trees[1:]:
@@ -226,11 +227,6 @@ class Trial:
             self._hangs = True
             self.end()
         return not self.process.is_alive()
-
-    def wait(self) -> None:
-        """Wait for the end of the tests."""
-        while not self.is_over():
-            self.process.join(1)
 
     def end(self) -> None:
         """End the tests and what they started."""
