@@ -86,6 +86,7 @@ def test_faults_are_noticed_or_survive(tree):
         ({"old": "a * b"}, "its text occurs 0 times in sums.py, not once"),
         ({"old": "a"}, "its text occurs 4 times in sums.py, not once"),
         ({"new": "a + b"}, "not once"),
+        ({"file": "gone.py"}, "gone.py"),
         ({"tests": ()}, "names no test"),
         ({"tests": ("test_other.py",)}, "there is no test_other.py"),
         ({"tests": ("test_sums.py::test_minus",)}, "test_sums.py has no test test_minus"),
@@ -94,6 +95,12 @@ def test_faults_are_noticed_or_survive(tree):
 def test_a_fault_that_does_not_fit_is_an_error(tree, changes, message):
     with pytest.raises(ValueError, match=message):
         tool.check([fault(**changes)], tree)
+
+
+def test_all_faults_that_do_not_fit_are_named_at_once(tree):
+    stale = [fault(name=name, old="gone") for name in ("one", "two")]
+    with pytest.raises(ValueError, match=r"'one': its text .*; fault 'two': its text"):
+        tool.check([stale[0], fault(), stale[1]], tree)
 
 
 def test_a_test_that_fails_without_a_fault_is_an_error(tree):

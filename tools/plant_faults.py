@@ -117,18 +117,25 @@ def check(faults: Sequence[Fault], root: Path) -> None:
     """Check that every fault can be planted in a tree, and that its tests are there.
 
     Raises:
-        ValueError: naming the fault.
+        ValueError: naming all faults for which that is not so.
     """
-    for fault in faults:
+    if wrong := [problem for fault in faults for problem in _problems(fault, root)]:
+        raise ValueError("; ".join(wrong))
+
+
+def _problems(fault: Fault, root: Path) -> Iterator[str]:
+    try:
         plant(fault, (root / fault.file).read_text())
-        if not fault.tests:
-            raise ValueError(f"fault {fault.name!r} names no test")
-        for test in fault.tests:
-            path, _, name = test.partition("::")
-            if not (root / path).is_file():
-                raise ValueError(f"fault {fault.name!r}: there is no {path}")
-            if name and f"def {name}(" not in (root / path).read_text():
-                raise ValueError(f"fault {fault.name!r}: {path} has no test {name}")
+    except (ValueError, OSError) as error:
+        yield str(error)
+    if not fault.tests:
+        yield f"fault {fault.name!r} names no test"
+    for test in fault.tests:
+        path, _, name = test.partition("::")
+        if not (root / path).is_file():
+            yield f"fault {fault.name!r}: there is no {path}"
+        elif name and f"def {name}(" not in (root / path).read_text():
+            yield f"fault {fault.name!r}: {path} has no test {name}"
 
 
 def plant(fault: Fault, text: str) -> str:
