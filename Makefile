@@ -9,7 +9,7 @@ WHEELS_MACHINE ?= x86_64
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo reproduce results test quick marks pythons lint bench gpu wheels peers simd clean
+.PHONY: demo reproduce results test quick marks pythons faults lint bench gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,6 +43,9 @@ marks: $(VENV)/.installed  ## are all others marked `slow`? on a machine that do
 
 pythons:  ## `make quick` on each Python that rft supports and that is found here, in build/
 	tests/pythons.sh
+
+faults: $(VENV)/.installed  ## plant each fault of tools/planted_faults.toml; its tests must notice
+	$(BIN)/python tools/plant_faults.py --jobs 2
 
 lint: $(VENV)/.installed  ## style, types, module contracts, spelling, shell scripts
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from rft import dist
 from rft.clip.classifier import Classifier
 from rft.clip.load import Architecture
 from tests import tiny
@@ -62,6 +63,14 @@ def build_model(seed: int = 0, classes: int = 5) -> Classifier:
     return Classifier(visual, head, ARCHITECTURE)
 
 
+def sharpen(model: Classifier) -> Classifier:
+    """Let the last layer tell patches apart: its maps differ, and GradCAM has negative values."""
+    with torch.no_grad():
+        attention = model.visual.transformer.resblocks[-1].attn
+        attention.in_proj_weight[: 2 * attention.embed_dim] *= 8  # queries and keys
+    return model
+
+
 @pytest.fixture
 def images_BCHW() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
@@ -102,3 +111,22 @@ def refused(monkeypatch, capsys):
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def disagreeing(monkeypatch):
+    """Let the other rank have found something else wherever `what` is compared."""
+
+    def on(what: str) -> None:
+        real = dist.require_agreement
+
+        def compare(world, name, value, *rest):
+            if name != what:
+                return real(world, name, value, *rest)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dist, "gather_objects", lambda _, value: [value, "another"])
+                return real(world, name, value, *rest)
+
+        monkeypatch.setattr(dist, "require_agreement", compare)
+
+    return on

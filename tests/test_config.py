@@ -30,6 +30,51 @@ def test_the_papers_numbers():
     assert (config.method.distill_weight, config.method.threshold) == (30, 0.3)
 
 
+def test_adamws_numbers_are_the_papers():
+    optim = recipes.build("vanilla").optim
+    assert (optim.beta1, optim.beta2, optim.eps) == (0.9, 0.999, 1e-8)
+    assert (optim.schedule, optim.clip, optim.accumulate) == ("cosine", "step", 1)
+
+
+# recipe -> mask, fill, and the threshold or rate that the released code's example script names
+SETTINGS = {
+    "no-mask": ("none", "none", None),
+    "random-mask-no-fill": ("random", "none", 0.75),
+    "context-mask-no-fill": ("context", "none", 0.6),
+    "object-mask-no-fill": ("object", "none", 0.3),
+    "random-mask-single-fill": ("random", "single", 0.5),
+    "context-mask-single-fill": ("context", "single", 0.5),
+    "object-mask-single-fill": ("object", "single", 0.3),
+    "random-mask-multi-fill": ("random", "multi", 0.5),
+    "context-mask-multi-fill": ("context", "multi", 0.3),
+    "object-mask-multi-fill": ("object", "multi", 0.6),
+    "wise-kd-object-mask-single-fill": ("object", "single", 0.3),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_masked_recipe_is_what_its_name_says(name):
+    method = recipes.build(name).method
+    mask, fill, setting = SETTINGS[name]
+    assert (method.mask, method.fill) == (mask, fill)
+    if setting is not None:
+        assert (method.rate if mask == "random" else method.threshold) == setting
+    assert method.distill_weight == 30
+    assert (method.kd_weight, method.kd_temperature) == (float(name.startswith("wise-kd")), 10)
+    # beta weighs a mean square of features, which is ten times larger in the miniature's CLIP
+    assert recipes.build(name, scale="miniature").method.distill_weight == 3
+
+
+@pytest.mark.parametrize("name", ["zero-shot", "vanilla", "linear-probe", "lp-ft"])
+def test_baselines_distil_nothing(name):
+    config = recipes.build(name)
+    assert (config.method.distill_weight, config.method.kd_weight) == (0, 0)
+    assert (config.method.mask, config.method.fill) == ("none", "none")
+    epochs = {"zero-shot": 0, "vanilla": 10, "linear-probe": 5, "lp-ft": 5}
+    assert config.optim.epochs == epochs[name]
+    assert config.optim.trains == ("head" if name == "linear-probe" else "all")
+
+
 def test_identity_is_what_decides_the_result():
     config = recipes.build("vanilla", data="a", run="b")
     moved = dataclasses.replace(

@@ -16,16 +16,18 @@ from rft import convert as convert_command
 from rft import files
 from rft.clip import load, unpickle, weights
 from rft.clip.classifier import build_classifier, load_state, save_state
-from rft.clip.head import zero_shot_head
 from rft.config import ModelConfig
 from rft.data.manifest import Manifest
 from rft.evaluate import __main__ as evaluate_command
+from rft.evaluate.__main__ import write_results
+from rft.evaluate.checkpoints import Loaded
 from rft.merge import __main__ as merge_command
 from rft.report import __main__ as report_command
-from rft.runs import SELECTED
+from rft.runs import SELECTED, SetCount
 from rft.train import __main__ as train_command
 from tests import formats
 from tests.formats import known_models  # noqa: F401
+from tests.reference import zero_shot
 from tests.tiny import call
 
 pytestmark = pytest.mark.usefixtures("known_models")
@@ -123,9 +125,9 @@ def test_a_headless_file_gets_the_head_of_a_packed_sets_names(convert, openai, t
     )
     clip = load.load_clip(ModelConfig(clip=formats.NAME, pretrained=str(openai)))
     manifest = Manifest.load(f"{tiny_data}/imagenet-val")
-    head = zero_shot_head(clip, manifest.classes, manifest.templates)
+    expected = zero_shot.head_weight(clip, manifest.classes, manifest.templates)
     found = state_of(out)
-    assert torch.equal(found["head.weight"], head.weight)
+    torch.testing.assert_close(found["head.weight"].double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(found["head.bias"], torch.zeros(4))
     visual = {k: v for k, v in found.items() if k.startswith("visual.")}
     assert same(visual, weights.read(openai).visual)
@@ -486,3 +488,27 @@ def test_export_never_overwrites(convert, refused, run, tmp_path, openai):
     convert("import", tmp_path / "other.pt", "--out", tmp_path / "run2", "--clip", formats.NAME)
     line = refused("export", tmp_path / "run2", *hub)
     assert "holds another export: source.path" in line
+
+
+def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
+    """A file of equal name is no reason to take an export for this one, nor old counts."""
+    counts = {"imagenet-val": {"correct": 3, "total": 4, "manifest_sha256": "0"}}
+    weights_path = run / SELECTED
+    loaded = Loaded(run, files.sha256_file(weights_path), load_state(weights_path))
+    write_results(loaded, {"imagenet-val": SetCount(3, 4, "0")})
+    command = ("export", run, "--to", "safetensors", "--out", tmp_path / "m.safetensors")
+    convert(*command)
+    card = document(tmp_path / "m.safetensors.json")
+    assert card["metrics"] == counts
+    assert card["source"]["sha256"] == files.sha256_file(run / SELECTED)
+    convert(*command)  # the same weights again
+    state, architecture, metadata, classes = load_state(run / SELECTED)
+    other = {name: value + 1 for name, value in state.items()}
+    save_state(str(run / SELECTED), other, architecture, metadata, classes)
+    line = refused(*command)
+    assert "holds another export: source.sha256: " in line
+    assert document(tmp_path / "m.safetensors.json") == card
+    (tmp_path / "m.safetensors").unlink()
+    (tmp_path / "m.safetensors.json").unlink()
+    convert(*command)
+    assert document(tmp_path / "m.safetensors.json")["metrics"] == {}

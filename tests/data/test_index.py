@@ -33,6 +33,7 @@ from rft.data.manifest import Index, Manifest
 from rft.data.published import published_classes
 from rft.data.samples import parent, split_name
 from rft.data.scoring import Options as AllOptions
+from rft.data.scoring import local_labels
 from rft.data.verify import verify
 from tests.pictures import empty_png
 from tests.servers.faults import Fault, faulty
@@ -698,6 +699,15 @@ def test_ambiguous_local_names_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "wds" / "classnames.txt").write_text(f"zebra\n{IMAGENET.ids[744]}\n")
     index_shards([pattern], str(tmp_path / "some"), IMAGENET, Options())
     assert PackedDataset(str(tmp_path / "some")).index.label.tolist() == [340, 744]
+
+
+@pytest.mark.parametrize("meant", [657, 744])
+def test_a_name_of_two_classes_means_the_one_that_the_set_has(meant: int) -> None:
+    names = ["zebra", "missile"]
+    assert local_labels(names, "names.txt", IMAGENET, (340, meant)) == (340, meant)
+    for subset in ((340,), (340, 657, 744)):
+        with pytest.raises(ValueError, match="'missile' is the name of several classes"):
+            local_labels(names, "names.txt", IMAGENET, subset)
 
 
 def test_names_in_another_order_are_not_taken_for_class_ids(tmp_path: Path) -> None:

@@ -313,3 +313,42 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, kind: str, pla
             data.batch(np.arange(6), 16)
     expected = f"{url}/1.tar, sample 'b', offset {data.index.offset[4]} cannot be decoded: "
     assert str(caught.value).startswith(expected)
+
+
+@pytest.fixture
+def tiny_manifest(tiny_data) -> Manifest:
+    return Manifest.load(f"{tiny_data}/imagenet-val")
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        (((0,), (1,), (2,), (3,)), [0, 1, 2, 3]),
+        # R and A: their classes alone take part
+        (((1,), (3,)), [-1, 0, -1, 1]),
+        # ObjectNet: one group may have several classes
+        (((3, 0), (2,)), [0, -1, 1, 0]),
+    ],
+)
+def test_classes_score_in_their_group_and_others_take_no_part(tiny_manifest, groups, expected):
+    assert replace(tiny_manifest, groups=groups).class_to_group().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dataset": "imagenet-v2"},
+        {"classes": ("red", "green", "grey", "blue")},
+        {"templates": ("{c}", "a {c} square")},
+        {"groups": ((0,), (1,), (2,))},
+        {"encoding": {"kind": "original", "crop_border": 0}},
+        {"plan_hash": "0"},
+        {"index_sha256": "0"},
+        {"shards": ()},
+        {"quarantined": 1},
+        {"class_ids": ("a", "b", "c", "d")},
+    ],
+)
+def test_the_hash_covers_everything(tiny_manifest, changes):
+    assert replace(tiny_manifest, **changes).sha256 != tiny_manifest.sha256
+    assert replace(tiny_manifest).sha256 == tiny_manifest.sha256

@@ -1,5 +1,6 @@
-"""The plan's invariants, for any shards, streams, blocks and world sizes."""
+"""The plan's invariants, for any shards, streams, blocks and world sizes; its frozen numbers."""
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rft.data.order import EpochOrder, Plan, rank_slice
+from rft.data.order import ALGORITHM, EpochOrder, Plan, rank_slice
 
 
 @st.composite
@@ -85,7 +86,7 @@ def test_epochs_and_seeds_differ(block_shards):
 
     orders = [ids(0, 0), ids(0, 1), ids(1, 0)]
     assert orders[0] == ids(0, 0)
-    assert all(a != b for a, b in itertools.pairwise(orders))
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
 
 
 def test_blocks_read_few_shards_at_a_time():
@@ -102,3 +103,79 @@ def test_blocks_read_few_shards_at_a_time():
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(ValueError, match="larger than the 5 training samples"):
         Plan(shard_sizes=(5,), batch_size=6, seed=0)
+
+
+# small enough to be read: three shards, and two streams of blocks of one shard
+WHOLE = Plan(shard_sizes=(4, 3, 5), batch_size=4, seed=0)
+BLOCKS = Plan(shard_sizes=(4, 3, 5, 4), batch_size=4, seed=0, streams=2, block_shards=1)
+LARGER = {
+    "everything at once": Plan(shard_sizes=(7, 0, 9, 5) * 4, batch_size=12, seed=3),
+    "one stream": Plan(shard_sizes=(9,) * 12, batch_size=10, seed=1, block_shards=3),
+    "four streams": Plan(
+        shard_sizes=(13, 8, 11, 5) * 5, batch_size=16, seed=2, streams=4, block_shards=2
+    ),
+    "small shards": Plan(shard_sizes=(1, 2) * 40, batch_size=24, seed=5, streams=3, block_shards=4),
+}
+# ALGORITHM -> the batches of two epochs, and digests of those of LARGER and of what is read ahead
+FROZEN = {
+    1: {
+        "whole": [
+            [[4, 6, 3, 1], [10, 7, 5, 9], [11, 0, 8, 2]],
+            [[9, 0, 5, 1], [7, 8, 11, 3], [2, 6, 10, 4]],
+        ],
+        "blocks": [
+            [[1, 0, 10, 9], [3, 2, 8, 11], [4, 6, 13, 14], [5, 7, 12, 15]],
+            [[2, 3, 11, 8], [0, 1, 9, 7], [12, 14, 10, 5], [15, 13, 6, 4]],
+        ],
+        "everything at once": "06faeede59aca53e",
+        "one stream": "a505ef1efa01feaf",
+        "four streams": "6b3c80731f887c68",
+        "small shards": "94682295b1a7b704",
+        "ahead": {
+            "everything at once": "40ae1f248ab1aab9",
+            "one stream": "3461f9c025361cbc",
+            "four streams": "da472f5ceffc0ff3",
+            "small shards": "c72d221fd497614c",
+        },
+    }
+}
+RAISE = (
+    "the same plan gives other batches now, so a run that is resumed would see samples twice: "
+    "raise ALGORITHM in rft/data/order.py, and record the new numbers here under it"
+)
+
+
+def digest(numbers) -> str:
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]
+
+
+def batches(plan: Plan, epoch: int) -> list[list[int]]:
+    order = EpochOrder(plan, epoch)
+    return [order.batch(step).tolist() for step in range(plan.steps_per_epoch)]
+
+
+def read_ahead(plan: Plan, epoch: int) -> list[list[int]]:
+    """What two ranks of two, together and alone, look ahead to in each step."""
+    order, steps = EpochOrder(plan, epoch), range(plan.steps_per_epoch)
+    return [order.shards_ahead(step, ranks, 2) for step in steps for ranks in ([0], [1], [0, 1])]
+
+
+def test_the_order_is_frozen():
+    assert ALGORITHM in FROZEN, "a new ALGORITHM: record its numbers here"
+    frozen = FROZEN[ALGORITHM]
+    found = {
+        "whole": [batches(WHOLE, epoch) for epoch in (0, 1)],
+        "blocks": [batches(BLOCKS, epoch) for epoch in (0, 1)],
+        **{name: digest([batches(p, epoch) for epoch in (0, 1, 9)]) for name, p in LARGER.items()},
+    }
+    assert found == {name: frozen[name] for name in found}, RAISE
+
+
+def test_what_is_read_ahead_is_frozen():
+    # it changes no batch, but a shard that is missing from it is fetched sample by sample
+    found = {name: digest([read_ahead(p, epoch) for epoch in (0, 1)]) for name, p in LARGER.items()}
+    assert found == FROZEN[ALGORITHM]["ahead"]
+
+
+def test_ranks_take_neighbouring_slots():
+    assert rank_slice(np.arange(12), 1, 3).tolist() == [4, 5, 6, 7]

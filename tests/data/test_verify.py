@@ -237,6 +237,15 @@ def test_a_truncated_shard(packed: Path, where: str) -> None:
     assert any(line.startswith(f"{shard.name}, offset") for line in found)  # what the tar walk says
 
 
+def test_the_quick_check_sees_a_shard_that_has_grown(packed: Path) -> None:
+    shard = first_row(packed, 1)[0]
+    before = shard.stat().st_size
+    with shard.open("ab") as stream:
+        stream.write(b"\0")
+    expected = f"{shard.name}: has {before + 1:,} bytes, the manifest says {before:,}"
+    assert lines(packed, deep=False) == [expected]
+
+
 def test_a_missing_shard(packed: Path) -> None:
     shard = first_row(packed)[0]
     shard.unlink()

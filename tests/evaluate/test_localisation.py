@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from rft.evaluate import localisation
 from rft.evaluate.masks import find_masks, read_mask
 from rft.evaluate.overlap import Pixels, count_masked, count_object, mean_rates, pooled_rates
 from tests import tiny
-from tests.conftest import ARCHITECTURE, build_model
+from tests.conftest import ARCHITECTURE, build_model, sharpen
 from tests.reference import pixels as reference
 from tests.reference import textbook
 
@@ -293,6 +294,17 @@ def test_the_command_equals_the_textbook(tiny_case, tiny_data, tmp_path, monkeyp
     assert not any("paper" in line for line in lines)  # another model, other classes
 
 
+@pytest.mark.parametrize("cam", ["relevance", "grad-cam"])
+def test_the_map_is_the_one_that_is_asked_for(images_BCHW, labels_B, cam):
+    kind = {"relevance": textbook.relevance, "grad-cam": textbook.grad_cam}[cam]
+    model = sharpen(build_model())
+    found = localisation.label_map(model.requires_grad_(False), images_BCHW, labels_B, cam)
+    model.requires_grad_()
+    for n, image_CHW in enumerate(textbook.normalise_images(model, images_BCHW)):
+        cam_P = kind(model, image_CHW, int(labels_B[n]))
+        torch.testing.assert_close(found[n], cam_P / (cam_P.max() + 1e-8), rtol=0, atol=1e-4)
+
+
 def results(path: Path) -> dict:
     document = json.loads(path.read_text())
     del document["provenance"], document["checkpoint"]
@@ -328,6 +340,18 @@ def test_more_ranks_than_batches(tiny_case, tiny_data, tmp_path, monkeypatch):
     assert results(tmp_path / "model.localisation.json") == expected
     assert expected["images"]["measured"] + expected["images"]["empty_mask"] == 10
     assert expected["images"]["without_mask"] == 5
+
+
+@pytest.mark.parametrize("what", ["packed set", "list of masks"])
+def test_ranks_that_see_other_files_are_stopped(
+    tiny_case, tiny_data, tmp_path, disagreeing, refused, what
+):
+    disagreeing(what)
+    weights = (tiny_case["folder"] / "run" / "checkpoints" / "best.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    options = arguments(tiny_case, tiny_data, tmp_path / "model.safetensors")
+    assert f"ranks [1] have a different {what}" in refused(localisation, *options)
+    assert not (tmp_path / "model.localisation.json").exists()
 
 
 @pytest.mark.slow
@@ -378,6 +402,18 @@ def test_restricted_imagenet(tiny_case):
     inside = np.isin(packed.index.label, [151, 285, 90])
     assert len(selection.samples) + selection.missing == inside.sum()
     assert selection.missing == inside[:5].sum() > 0
+
+
+def test_the_rates_of_table_2_rise_and_fit_each_other():
+    """A misprint would show: all rates rise as the threshold falls, and imply one object size."""
+    rows = [dataclasses.astuple(localisation.TABLE_2[value]) for value in (0.7, 0.6, 0.5, 0.4, 0.3)]
+    rows.append(dataclasses.astuple(localisation.TABLE_2[0.2]))
+    for above, below in itertools.pairwise(rows):
+        assert all(one < other for one, other in zip(above, below, strict=True))
+    for image, both, iou in rows:
+        # iou = both x size / (image + size - both x size), solved for the object's share of pixels
+        size = iou * image / (both - iou + iou * both)
+        assert 0.19 < size < 0.4
 
 
 def test_the_paper_stands_beside_its_own_model_alone():

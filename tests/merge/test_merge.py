@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rft.config import Config
 from rft.data.loader import PackedDataset, plan_training
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
+from rft.merge.folders import shared_seed
 from rft.method.averaging import interpolate, uniform_soup
 from rft.runs import LAST, SELECTED
 from rft.train import __main__ as train_command
@@ -227,6 +229,12 @@ def test_a_seed_that_all_share_is_the_soups(runs, tmp_path, merge):
     assert config_of(tmp_path / "soup")["seed"] == 3
 
 
+def test_models_of_several_seeds_share_none():
+    models = [types.SimpleNamespace(seed=seed) for seed in (3, 4, 3)]
+    assert shared_seed(models[::2]) == 3
+    assert shared_seed(models) == 0
+
+
 # greedy soup
 
 
@@ -307,6 +315,14 @@ def test_greedy_soup_is_the_recipe_and_the_same_on_two_ranks(pot, tmp_path, tiny
     assert f"already merged: {double}\n" in printed
     assert "held-out images" not in printed
     assert everything(double) == before
+
+
+def test_ranks_that_see_other_runs_are_stopped(runs, tmp_path, tiny_data, disagreeing, refused):
+    disagreeing("set of models and data")
+    command = ("greedy-soup", runs / "vanilla", runs / "object-mask-single-fill")
+    line = refused(*command, "--data", tiny_data, "--out", tmp_path / "out", "--workers", 0)
+    assert "ranks [1] have a different set of models and data" in line
+    assert not (tmp_path / "out").exists()
 
 
 # afterwards

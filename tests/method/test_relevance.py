@@ -9,7 +9,7 @@ from rft.clip import load
 from rft.clip.classifier import Classifier
 from rft.method import relevance
 from tests.clip.test_vit import build_tower
-from tests.conftest import build_model
+from tests.conftest import build_model, sharpen
 from tests.reference import textbook
 
 
@@ -58,6 +58,22 @@ def test_a_large_towers_masks_equal_the_textbooks(sharpness, tolerance):
     assert (fast - slow).abs().max() < tolerance
     for threshold in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
         assert torch.equal(fast > threshold, slow > threshold)
+
+
+@pytest.mark.parametrize("kind", ["label_relevance", "grad_cam"])
+def test_equals_the_textbook_where_patches_differ(images_BCHW, labels_B, kind):
+    model = sharpen(build_model())
+    fast, _ = fast_relevance(model, images_BCHW, labels_B, getattr(relevance, kind))
+    normalised = textbook.normalise_images(model, images_BCHW)
+    slow_kind = {"label_relevance": textbook.relevance, "grad_cam": textbook.grad_cam}[kind]
+    for n, label in enumerate(labels_B.tolist()):
+        slow_P = slow_kind(model, normalised[n], label)
+        torch.testing.assert_close(fast[n] / slow_P.max(), slow_P / slow_P.max(), rtol=0, atol=1e-4)
+    assert (fast >= 0).all()
+    if kind == "grad_cam":
+        assert (fast == 0).any(), "a patch below zero, which counts as zero"
+    # the least relevant patch has little of what the most relevant one has
+    assert (relevance.normalise(fast).amin(dim=1) < 0.6).all()
 
 
 def test_a_batch_worked_off_in_parts_is_the_same(images_BCHW, labels_B, monkeypatch):

@@ -98,11 +98,20 @@ def normalise_images(model, images_u8: Tensor) -> Tensor:
 
 
 def step_loss(
-    student, teacher, images_u8: Tensor, labels: Tensor, donor_BP, beta: float, ensemble=None
+    student,
+    teacher,
+    images_u8: Tensor,
+    labels: Tensor,
+    donor_BP,
+    beta: float,
+    ensemble=None,
+    *,
+    gamma: float = 1,
+    temperature: float = 10,
 ) -> Tensor:
     """CE on the clean images plus beta x MSE on the counterfactual ones, image by image.
 
-    With a second teacher, plus its logits' distillation at T = 10.
+    With a second teacher, plus gamma x its logits' distillation.
     """
     images = normalise_images(student, images_u8)
     patch = student.visual.patch_size[0]
@@ -113,12 +122,12 @@ def step_loss(
         ce.append(-logits(student, clean).log_softmax(dim=-1)[labels[n]])
         if ensemble is not None:
             taught = logits(ensemble, features(ensemble.visual, images[n])[0]).detach()
-            distilled.append(kd(logits(student, clean)[None], taught[None], 10))
+            distilled.append(kd(logits(student, clean)[None], taught[None], temperature))
         keep = donor_BP[n] >= 0
         drops = None if bool(keep.all()) else keep
         mine, _ = features(student.visual, counterfactual[n], drops)
         with torch.no_grad():
             theirs, _ = features(teacher.visual, counterfactual[n], drops)
         mse.append(((mine - theirs) ** 2).mean())
-    gamma = torch.stack(distilled).mean() if distilled else 0
-    return torch.stack(ce).mean() + gamma + beta * torch.stack(mse).mean()
+    taught = torch.stack(distilled).mean() if distilled else 0
+    return torch.stack(ce).mean() + gamma * taught + beta * torch.stack(mse).mean()

@@ -29,6 +29,19 @@ def test_printed_average_is_the_mean_of_the_five(row):
         assert tables.ood_average(run) == pytest.approx(printed, abs=0.0601)
 
 
+@pytest.mark.parametrize(
+    ("rows", "sums"),
+    [
+        (VIT_B_32, [1072.2, 927.3, 942.5, 638.0, 644.6, 429.6, 716.4]),
+        (VIT_B_16, [477.3, 423.5, 447.7, 301.8, 275.1, 292.1, 299.8]),
+    ],
+)
+def test_the_columns_add_up_to_the_papers(rows, sums):
+    # the average of a row checks five of its numbers; ImageNet's column has no other check
+    columns = zip(*(row.percent for row in rows), strict=True)
+    assert [round(sum(value or 0 for value in column), 1) for column in columns] == sums
+
+
 def test_every_row_of_both_tables_is_there():
     def names(rows, table):
         return {row.recipe for row in rows if table in row.tables}

@@ -25,6 +25,23 @@ def test_percentages_come_from_counts():
     assert all(cell and cell.sd is None for cell in row.cells)
 
 
+def test_each_column_is_the_set_of_its_heading():
+    percent = {
+        "imagenet-val": 71.0, "imagenet-v2": 62.0, "imagenet-r": 53.0, "imagenet-sketch": 44.0,
+        "objectnet": 35.0, "imagenet-a": 26.0, "imagenet-train": 99.0,
+    }  # fmt: skip
+    run = run_of("vanilla")
+    run.counts.update({name: SetCount(round(10 * p), 1000, "") for name, p in percent.items()})
+    (row,) = tables.result_rows([run])
+    found = {name: cell.mean for name, cell in zip(COLUMNS, row.cells, strict=True)}
+    assert found == pytest.approx(
+        {
+            "ImageNet": 71, "V2": 62, "R": 53, "Sketch": 44, "ObjectNet": 35, "A": 26,
+            "OOD avg": (62 + 53 + 44 + 35 + 26) / 5,
+        }
+    )  # fmt: skip
+
+
 def test_sets_weigh_the_same_whatever_their_size():
     run = run_of("vanilla", percent=ALL)
     run.counts["imagenet-a"] = SetCount(20_000, 100_000, "")

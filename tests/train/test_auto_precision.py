@@ -69,6 +69,14 @@ def test_the_choice(choice, gpu, bf16, expected):
     assert resolve_precision(choice, gpu=gpu, bf16=bf16) == expected
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_tf32_is_for_those_who_name_it(train, monkeypatch, precision):
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    train("run", "--precision", precision, "--dry-run")
+    assert chosen == (["high"] if precision == "tf32" else [])
+
+
 @pytest.mark.parametrize(("major", "native"), [(7, False), (8, True), (9, True)])
 def test_emulated_bf16_is_not_counted(monkeypatch, major, native):
     # torch's own function looks at a card that is not there; for V100 and T4 (7.x) it would answer

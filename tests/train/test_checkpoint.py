@@ -169,6 +169,18 @@ def test_a_selected_models_checkpoint_is_kept(train, monkeypatch, tmp_path):
     assert saved(run) == sorted({best, 24})
 
 
+def test_a_resumed_run_knows_its_best_so_far(tmp_path):
+    store, model = Store(str(tmp_path), keep=2), build_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    progress = Progress(step=8, best_step=4, best_correct=7)
+    store.write(content(model, optimizer, progress, {"data": 1}, 1))
+    assert checkpoint.resume(store, ALONE, model, optimizer, {"data": 1}, 1) == progress
+    assert (
+        checkpoint.resume(Store(f"{tmp_path}/none", 2), ALONE, model, optimizer, {}, 1)
+        == Progress()
+    )
+
+
 def outlive_the_machine(url: str, train, monkeypatch, run: Path) -> list[str]:
     """Lose the machine and the newest checkpoint; return the weights of the run that goes on."""
     killed(train, monkeypatch, 26, "--log.checkpoints", url)

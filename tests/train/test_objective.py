@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import torch
 
-from rft import recipes
+from rft import recipes, rng
 from rft.config import MethodConfig
 from rft.method import losses
 from rft.train.objective import Draws, Objective, StepAddress, draw
-from tests.conftest import build_model
+from tests.conftest import build_model, sharpen
 from tests.reference import textbook
 
 ADDRESS = StepAddress(seed=0, step=3, rank=0, micro=0)
@@ -22,6 +22,12 @@ OPTIONS = {
     "bernoulli masks dropped": ("random-mask-no-fill", {"random_mask": "bernoulli"}),
     "derangement": ("object-mask-single-fill", {"single_fill": "derangement"}),
     "grad-cam": ("object-mask-multi-fill", {"cam": "grad-cam"}),
+    # no weight is 1 and no temperature the paper's: one that is ignored would show
+    "weights of every loss": (
+        "wise-kd-object-mask-single-fill",
+        {"kd_weight": 2.5, "kd_temperature": 4.0, "distill_weight": 7.0},
+    ),
+    "weight on clean images": ("no-mask", {"distill_weight": 7.0}),
 }
 
 
@@ -67,6 +73,8 @@ def check_against_textbook(method, images, labels, **options):
         donor_BP,
         method.distill_weight,
         objective.ensemble,
+        gamma=method.kd_weight,
+        temperature=method.kd_temperature,
     )
     loss.backward()
     torch.testing.assert_close(whole, loss, rtol=1e-5, atol=1e-5)
@@ -120,6 +128,22 @@ def test_object_donors_come_from_the_students_cam(images_BCHW, labels_B):
         assert expected.any()
 
 
+@pytest.mark.parametrize("cam", ["relevance", "grad-cam"])
+@pytest.mark.parametrize("mask", ["object", "context"])
+def test_masks_are_the_chosen_maps_at_the_chosen_threshold(images_BCHW, labels_B, cam, mask):
+    method = MethodConfig(mask=mask, fill="none", threshold=0.6, cam=cam)
+    objective = build_objective(method)
+    sharpen(objective.student)
+    donor_BP = objective(images_BCHW, labels_B, draw_for(method, images_BCHW)).donor_BP
+    normalised = textbook.normalise_images(objective.student, images_BCHW)
+    kind = textbook.relevance if cam == "relevance" else textbook.grad_cam
+    for n, label in enumerate(labels_B.tolist()):
+        relevance_P = kind(objective.student, normalised[n], label)
+        above = relevance_P / (relevance_P.max() + 1e-8) > 0.6
+        assert ((donor_BP[n] == -1) == (above if mask == "object" else ~above)).all()
+        assert 0 < above.sum() < 16
+
+
 def test_vanilla_has_no_counterfactual_part(images_BCHW, labels_B):
     clean, mse, donors = step(build_objective(method_of("vanilla")), images_BCHW, labels_B)
     assert mse == 0
@@ -165,6 +189,40 @@ def test_an_address_replays_its_draws(images_BCHW):
     assert torch.equal(first.mask_BP, again.mask_BP)
     assert not torch.equal(first.source_BP, other.source_BP)
     assert not torch.equal(first.mask_BP, other.mask_BP)
+
+
+def test_every_part_of_an_address_counts():
+    here = {"seed": 1, "step": 2, "rank": 3, "micro": 4}
+    seeds = [StepAddress(**here).generator(purpose).initial_seed() for purpose in ("mask", "fill")]
+    for name, value in here.items():
+        seeds.append(StepAddress(**{**here, name: value + 5}).generator("mask").initial_seed())
+    assert len(set(seeds)) == 6
+    # the names of the parts do not: (step 2, rank 3) is not (step 3, rank 2)
+    seeds.append(StepAddress(seed=1, step=3, rank=2, micro=4).generator("mask").initial_seed())
+    assert len(set(seeds)) == 7
+
+
+@pytest.mark.parametrize("pool", [4, 9])
+def test_masks_and_fills_are_drawn_from_addresses_of_their_own(pool):
+    address = StepAddress(seed=5, step=2, rank=1, micro=3)
+    method = replace(method_of("random-mask-multi-fill"), rate=0.3)
+    found = draw(method, range(pool), 16, pool, address)
+    mask = torch.rand((pool, 16), generator=rng.torch_generator(5, "mask", 2, 1, 3)) < 0.3
+    assert torch.equal(found.mask_BP, mask)
+    fill = rng.torch_generator(5, "fill", 2, 1, 3)
+    shift = torch.randint(1, pool, (pool, 16), generator=fill)
+    assert torch.equal(found.source_BP, (torch.arange(pool)[:, None] + shift) % pool)
+    single = draw(replace(method, fill="single"), range(pool), 16, pool, address)
+    fill = rng.torch_generator(5, "fill", 2, 1, 3)
+    assert torch.equal(single.source_BP[:, 0], torch.randperm(pool, generator=fill))
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(0.25, 12), (0.75, 4)])
+def test_a_fixed_count_follows_the_rate(rate, kept):
+    method = replace(method_of("random-mask-no-fill"), rate=rate)
+    found = draw(method, range(5), 16, 5, ADDRESS)
+    assert found.kept == kept
+    assert ((~found.mask_BP).sum(dim=1) == kept).all()
 
 
 @pytest.mark.parametrize("name", ["random-mask-single-fill", "random-mask-multi-fill"])

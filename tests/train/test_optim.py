@@ -1,10 +1,54 @@
-"""The schedules at their landmarks, and against torch's own."""
+"""AdamW by hand; the schedules at their landmarks, and against torch's own."""
 
+import numpy as np
 import pytest
 import torch
 
 from rft.config import OptimConfig
-from rft.train.optim import learning_rate, one_cycle, schedule_warning, set_schedule
+from rft.train.optim import (
+    build_optimizer,
+    learning_rate,
+    one_cycle,
+    schedule_warning,
+    set_schedule,
+)
+from tests.conftest import build_model
+from tests.reference import adamw
+
+# none of them a default of the paper's or of torch's
+UNUSUAL = OptimConfig(
+    lr=0.02, weight_decay=0.3, beta1=0.6, beta2=0.8, eps=0.05, warmup_steps=2, epochs=1
+)
+
+
+def test_one_group_has_every_parameter_that_learns_and_every_number():
+    model = build_model()
+    (group,) = build_optimizer(model, UNUSUAL).param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
+    assert (group["lr"], group["weight_decay"], group["eps"]) == (0.02, 0.3, 0.05)
+    assert group["betas"] == (0.6, 0.8)
+    assert not group["amsgrad"]
+    assert not group["maximize"]
+    model.visual.requires_grad_(False)
+    (group,) = build_optimizer(model, UNUSUAL).param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.head.parameters()]
+
+
+def test_steps_by_hand():
+    layer = torch.nn.Linear(3, 2)  # a matrix and a vector: both decay
+    optimizer = build_optimizer(layer, UNUSUAL)
+    expected = {name: adamw.Moments(p.detach().numpy()) for name, p in layer.named_parameters()}
+    numbers = np.random.default_rng(0)
+    for step, lr in enumerate((0.01, 0.02, 0.02, 0.01)):  # two of warm-up, then half a cosine
+        gradients = {name: numbers.normal(size=p.shape) for name, p in layer.named_parameters()}
+        for name, parameter in layer.named_parameters():
+            parameter.grad = torch.from_numpy(gradients[name]).float()
+            expected[name].step(gradients[name], lr, UNUSUAL)
+        assert set_schedule(optimizer, step, 4, UNUSUAL) == pytest.approx(lr)
+        optimizer.step()
+        for name, parameter in layer.named_parameters():
+            found = parameter.detach().numpy()
+            np.testing.assert_allclose(found, expected[name].weight, rtol=1e-5, atol=1e-7)
 
 
 def test_landmarks_of_the_papers_schedule():

@@ -1,0 +1,85 @@
+"""The zero-shot head, by hand and by the textbook."""
+
+import math
+import types
+
+import pytest
+import torch
+
+from rft.clip.classifier import Classifier
+from rft.clip.head import zero_shot_head
+from rft.clip.load import load_clip
+from rft.config import ModelConfig
+from tests.conftest import ARCHITECTURE, build_model
+from tests.reference import zero_shot
+
+# what a text tower of two dimensions makes of each prompt
+EMBEDDINGS = {"cat": (3.0, 4.0), "a cat": (0.0, 2.0), "dog": (1.0, 0.0), "a dog": (0.0, -5.0)}
+WORDS = list(EMBEDDINGS)
+
+
+class Tower:
+    """A text tower that looks its prompts up; the scale of its logits is 50."""
+
+    logit_scale = torch.tensor(math.log(50))
+
+    def encode_text(self, words_BL: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        found = torch.tensor([EMBEDDINGS[WORDS[int(n)]] for n in words_BL[:, 0]])
+        return found / found.norm(dim=1, keepdim=True) if normalize else found
+
+
+def tower() -> types.SimpleNamespace:
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[WORDS.index(text)] for text in texts])
+
+    return types.SimpleNamespace(model=Tower(), tokenize=tokenize)
+
+
+def test_the_head_by_hand():
+    head = zero_shot_head(tower(), ["cat", "dog"], ["{c}", "a {c}"])
+    # cat: (0.6, 0.8) and (0, 1) have the mean (0.3, 0.9), which is sqrt(0.9) long
+    # dog: (1, 0) and (0, -1) have the mean (0.5, -0.5), which is sqrt(0.5) long
+    expected = [
+        [50 * 0.3 / math.sqrt(0.9), 50 * 0.9 / math.sqrt(0.9)],
+        [50 * math.sqrt(0.5), -50 * math.sqrt(0.5)],
+    ]
+    torch.testing.assert_close(head.weight.detach(), torch.tensor(expected))
+    assert head.bias.tolist() == [0, 0]
+
+
+def test_the_head_equals_the_textbook(tiny_clip):
+    clip = load_clip(ModelConfig(clip=tiny_clip))
+    classes, templates = ["red", "blue", "green"], ["a {c} square", "{c}", "a a {c}", "square {c}"]
+    head = zero_shot_head(clip, classes, templates)
+    expected = zero_shot.head_weight(clip, classes, templates)
+    torch.testing.assert_close(head.weight.detach().double(), expected, rtol=1e-5, atol=1e-5)
+    scale = math.exp(clip.model.logit_scale.item())
+    assert head.weight.norm(dim=1).tolist() == pytest.approx([scale] * 3, rel=1e-5)
+
+
+def test_the_head_learns(tiny_clip):
+    head = zero_shot_head(load_clip(ModelConfig(clip=tiny_clip)), ["red", "blue"], ["{c}"])
+    assert all(parameter.requires_grad for parameter in head.parameters())
+
+
+def test_logits_are_of_the_features_direction_alone():
+    model = build_model()
+    feature_E = torch.arange(1.0, 13)
+    direction = [value / math.sqrt(650) for value in range(1, 13)]  # 650 = 1 + 4 + ... + 144
+    expected = [
+        sum(w * v for w, v in zip(row, direction, strict=True))
+        for row in model.head.weight.detach().tolist()
+    ]
+    for scale in (1, 7):
+        found = model.logits(scale * feature_E[None])[0].tolist()
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_pixels_are_normalised_by_the_architectures_numbers():
+    model = build_model()
+    grey_PV = torch.full((1, 1, 3 * 4 * 4), 51, dtype=torch.uint8)
+    found = model.normalise(grey_PV).unflatten(-1, (3, 16))
+    for channel, (mean, std) in enumerate(zip(ARCHITECTURE.mean, ARCHITECTURE.std, strict=True)):
+        value = torch.full((1, 1, 16), (51 / 255 - mean) / std)
+        torch.testing.assert_close(found[:, :, channel], value)
+    assert isinstance(model, Classifier)

@@ -1,0 +1,77 @@
+"""results.json: counts belong to the weights and to the data that they were made of."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rft import files
+from rft.clip.classifier import load_state, save_classifier
+from rft.evaluate.__main__ import is_current, write_results
+from rft.evaluate.checkpoints import Loaded
+from rft.runs import SetCount, checkpoint_path, current_results
+from tests.conftest import build_model
+
+OLD, NEW = "0" * 64, "1" * 64
+
+
+def entry(correct: int, manifest: str = OLD) -> SetCount:
+    return SetCount(correct, 10, manifest)
+
+
+def weights(path: Path, seed: int = 0) -> Path:
+    save_classifier(str(path), build_model(seed), {"step": "3"}, None)
+    return path
+
+
+def record(path: Path, sets: dict[str, SetCount]) -> None:
+    """Write counts as an evaluation of the weights as they are now does."""
+    weights = checkpoint_path(path)
+    write_results(Loaded(path, files.sha256_file(weights), load_state(weights)), sets)
+
+
+def recorded_sets(path: Path) -> dict[str, SetCount]:
+    results = current_results(path)
+    return results.sets if results else {}
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    path = weights(tmp_path / "model.safetensors")
+    record(path, {"imagenet-val": entry(7), "imagenet-r": entry(3)})
+    return path
+
+
+def document(model: Path) -> dict:
+    return json.loads(model.with_suffix(".results.json").read_text())
+
+
+def test_counts_say_what_they_were_made_of(model):
+    assert document(model)["checkpoint_sha256"] == files.sha256_file(model)
+    assert document(model)["step"] == 3
+    assert recorded_sets(model) == {"imagenet-val": entry(7), "imagenet-r": entry(3)}
+
+
+def test_counts_of_other_weights_are_none(model):
+    weights(model, seed=1)
+    assert recorded_sets(model) == {}
+    assert not is_current(model, {"imagenet-val": OLD})
+    record(model, {"imagenet-val": entry(2)})
+    # R was not counted for these weights
+    assert recorded_sets(model) == {"imagenet-val": entry(2)}
+
+
+def test_counts_of_other_data_are_replaced(model):
+    assert is_current(model, {"imagenet-val": OLD, "imagenet-r": OLD})
+    assert is_current(model, {"imagenet-r": OLD})
+    assert not is_current(model, {"imagenet-val": NEW})
+    assert not is_current(model, {"imagenet-val": OLD, "imagenet-a": OLD})
+    record(model, {"imagenet-val": entry(5, NEW)})
+    assert recorded_sets(model) == {"imagenet-val": entry(5, NEW), "imagenet-r": entry(3)}
+    assert is_current(model, {"imagenet-val": NEW, "imagenet-r": OLD})
+
+
+def test_nothing_is_recorded_before_the_first_count(tmp_path):
+    path = weights(tmp_path / "new.safetensors")
+    assert recorded_sets(path) == {}
+    assert not is_current(path, {"imagenet-val": OLD})

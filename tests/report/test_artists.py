@@ -1,0 +1,158 @@
+"""What the pictures plot, by matplotlib's own objects: which number lies on which axis."""
+
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+
+from rft.report import plots
+from rft.report.runs import load_runs
+from rft.report.tables import result_rows
+from tests.report.make_runs import make_run, run_of
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """The figures that are drawn, instead of their pixels."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or b"")
+    return drawn
+
+
+def percent(imagenet: float, ood: float) -> tuple[float, ...]:
+    return (imagenet, ood - 2, ood - 1, ood, ood + 1, ood + 2)
+
+
+# recipe -> ImageNet and OOD average of two seeds; the spreads of the two differ
+POINTS = {
+    "zero-shot": [(63.0, 48.0), (63.0, 48.0)],
+    "vanilla": [(75.0, 40.0), (77.0, 50.0)],
+    "object-mask-single-fill": [(77.0, 53.0), (78.0, 53.2)],
+}
+MEAN = {"zero-shot": (63, 48), "vanilla": (76, 45), "object-mask-single-fill": (77.5, 53.1)}
+# of two values the sample deviation is their distance over the root of two
+SPREAD = {
+    "zero-shot": (0, 0),
+    "vanilla": (2 / 2**0.5, 10 / 2**0.5),
+    "object-mask-single-fill": (1 / 2**0.5, 0.2 / 2**0.5),
+}
+
+
+def rows(points=POINTS):
+    return result_rows(
+        [
+            run_of(recipe, seed, percent(*pair))
+            for recipe, pairs in points.items()
+            for seed, pair in enumerate(pairs)
+        ]
+    )
+
+
+def marks(figure: Figure) -> dict[str, ErrorbarContainer]:
+    """The marks by the recipe that has their look."""
+    (axes,) = figure.axes
+    found = {}
+    for container in axes.containers:
+        line = container[0]
+        look = (line.get_marker(), to_hex(line.get_color()))
+        (recipe,) = (n for n in POINTS if (plots.style(n).marker, plots.style(n).color) == look)
+        found[recipe] = container
+    return found
+
+
+def bars(container: ErrorbarContainer) -> tuple[float, float]:
+    """Half the lengths of the horizontal and of the vertical error bar."""
+    horizontal, vertical = (lines.get_segments()[0] for lines in container[2])
+    assert horizontal[0][1] == horizontal[1][1], "a horizontal line"
+    assert vertical[0][0] == vertical[1][0], "a vertical line"
+    return (horizontal[1][0] - horizontal[0][0]) / 2, (vertical[1][1] - vertical[0][1]) / 2
+
+
+def test_imagenet_lies_along_x_and_the_ood_average_along_y(figures):
+    plots.scatter(rows())
+    (figure,) = figures
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "ImageNet top-1 (%)"
+    assert axes.get_ylabel() == "OOD average top-1 (%)"
+    for recipe, container in marks(figure).items():
+        line = container[0]
+        point = (line.get_xdata()[0], line.get_ydata()[0])
+        assert point == pytest.approx(MEAN[recipe]), recipe
+        assert bars(container) == pytest.approx(SPREAD[recipe], abs=1e-9), recipe
+    assert len(axes.containers) == len(POINTS)
+
+
+def test_each_name_is_nearest_to_its_own_mark(figures):
+    plots.scatter(rows())
+    (axes,) = figures[0].axes
+    assert sorted(text.get_text() for text in axes.texts) == sorted(POINTS)
+    for text in axes.texts:
+        assert to_hex(text.get_color()) == plots.style(text.get_text()).color
+        left, low = text.get_position()
+
+        def distance(recipe: str, x: float = left, y: float = low) -> float:
+            anchor = axes.transData.transform(MEAN[recipe])
+            return (anchor[0] - x) ** 2 + (anchor[1] - y) ** 2
+
+        assert min(POINTS, key=distance) == text.get_text()
+
+
+def test_a_single_seed_has_no_bars(figures):
+    plots.scatter(rows({"vanilla": [(75.0, 40.0)]}))
+    assert not any(container.has_xerr for container in figures[0].axes[0].containers)
+    assert not any(container.has_yerr for container in figures[0].axes[0].containers)
+
+
+def test_the_wise_line_goes_through_its_models_by_alpha(figures):
+    path = {"zero-shot": (63, 48), "wise-ft-0.25": (70, 53), "wise-ft-0.75": (76, 51)}
+    points = {**path, "vanilla": (75, 45), "wise-kd-vanilla": (77, 47)}
+    plots.wise_picture(rows({name: [pair] for name, pair in points.items()}))
+    (axes,) = figures[0].axes
+    drawn = [
+        list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for line in axes.lines
+        if line.get_zorder() == 2 and line.get_linewidth() == 1
+    ]
+    assert drawn == [
+        [pytest.approx(p) for p in [(63, 48), (70, 53), (76, 51), (75, 45)]],
+        [pytest.approx(p) for p in [(75, 45), (77, 47)]],
+    ]
+
+
+def test_models_along_a_path_have_no_bars(figures):
+    points = {"zero-shot": [(63, 48), (63, 48)], "vanilla": [(75, 40), (77, 50)]}
+    points |= {f"wise-ft-{a}": [(70 + a, 50), (72 + a, 53)] for a in (0.2, 0.5)}
+    plots.wise_picture(rows(points))
+    containers = figures[0].axes[0].containers
+    with_bars = [c for c in containers if c.has_xerr]
+    # the two ends and the model nearest to 0.5
+    assert (len(containers), len(with_bars)) == (4, 3)
+    assert all(c.has_xerr == c.has_yerr for c in containers)
+
+
+def test_curves_are_values_over_steps(tmp_path, figures):
+    paths = [make_run(tmp_path, "no-mask", seed, metrics=False) for seed in (0, 1)]
+    for seed, path in enumerate(paths):
+        lines = [
+            f'{{"step": {step}, "ce": {step / 10 + seed}, "mse": 0.5, "kd": 0}}\n'
+            for step in (10, 20)
+        ]
+        held_out = f'{{"step": 20, "held_out_correct": {30 + 10 * seed}, "held_out_total": 50}}\n'
+        (path / "metrics.jsonl").write_text("".join([*lines, held_out]))
+    plots.curves(load_runs(paths))
+    (figure,) = figures
+    assert [ax.get_title(loc="left") for ax in figure.axes] == [
+        "cross-entropy (training)",
+        "feature MSE to the frozen model (training)",
+        "held-out accuracy (%)",
+    ]
+    assert all(ax.get_xlabel() == "step" for ax in figure.axes)
+    thin, other, mean = figure.axes[0].lines
+    for line, values in ((thin, [1, 2]), (other, [2, 3]), (mean, [1.5, 2.5])):
+        assert list(line.get_xdata()) == [10, 20]
+        assert list(line.get_ydata()) == pytest.approx(values)
+    assert mean.get_linewidth() > thin.get_linewidth()
+    (level,) = figure.axes[2].lines  # one point: a level across the panel
+    assert list(level.get_ydata()) == pytest.approx([70, 70])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["no-mask"]
