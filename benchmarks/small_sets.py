@@ -94,7 +94,7 @@ def prepare(arguments: Arguments) -> LabelSpace:
         for seed in range(arguments.seeds):
             photos = arguments.folder / "photos" / f"{images}-{seed}"
             cut(world, photos, images, seed)
-            (source,), _ = read_folder(photos, labels, 0, 0)
+            (source,), *_ = read_folder(photos, labels, 0, 0)
             pack_source(source, str(shards / photos.name), labels, options)
     return labels
 

@@ -233,18 +233,19 @@ def of_entries(entries: dict[str, Any]) -> Classes | None:
     return Classes.of(entries["classes"]) if "classes" in entries else None
 
 
-def _plain(text: str) -> str:
+def composed(text: str) -> str:
+    """Bring a name into the Unicode form in which names are compared (NFC)."""
     return unicodedata.normalize("NFC", text)
 
 
 def _first_difference(one: Sequence[str], other: Sequence[str]) -> int | None:
     for number, (left, right) in enumerate(zip(one, other, strict=False)):
-        if _plain(left) != _plain(right):
+        if composed(left) != composed(right):
             return number
     return None if len(one) == len(other) else min(len(one), len(other))
 
 
 def _moved(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether a value that differs from its counterpart stands elsewhere in the other list."""
-    left, right = list(map(_plain, one)), list(map(_plain, other))
+    left, right = list(map(composed, one)), list(map(composed, other))
     return any(a != b and (a in right or b in left) for a, b in zip(left, right, strict=False))

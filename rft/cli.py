@@ -7,12 +7,15 @@ environment shows one for a mistake too. Neither shows the credentials of a URL.
 
 import contextlib
 import io
+import json
 import os
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -28,7 +31,8 @@ SEVERAL_GPUS = "  (with several GPUs: torchrun --nproc_per_node NUMBER in place 
 def run(main: Callable[[], None]) -> None:
     """Run `main`; turn a user's mistake into one clear line and exit code 2.
 
-    Under torchrun the ranks of a node meet the same mistake, so one of each node says it.
+    Under torchrun the ranks of a node meet the same mistake, so one of each node prints it, and
+    torchrun repeats it at the end of its summary.
     """
     sys.excepthook = _tell_bug
     try:
@@ -40,12 +44,22 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("RFT_TRACEBACK"):
             raise
+        message = files.redact(" ".join(str(error).split()))
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" on rank {rank}"
+        line = f"error{where}: {message}"
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            message = files.redact(" ".join(str(error).split()))
-            rank = os.environ.get("RANK", "0")
-            where = "" if rank == "0" else f" on rank {rank}"
-            print(f"error{where}: {message}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
+        _hand_to_torchrun(line)
         sys.exit(2)
+
+
+def _hand_to_torchrun(line: str) -> None:
+    """Leave a line where torchrun, if there is one, looks for the cause that it prints last."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            cause = {"py_callstack": line, "timestamp": str(int(time.time()))}
+            Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": cause}}))
 
 
 def _tell_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -8,7 +8,7 @@ import tyro
 
 from rft import cli, files
 from rft.data.index import Options, index_shards
-from rft.data.labels import LabelSpace
+from rft.data.labels import choose_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class IndexShards:
 def main() -> None:
     """Index what the command line names."""
     command = cli.parse(IndexShards, config=(tyro.conf.FlagCreatePairsOff,))
-    labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
+    labels = choose_labels(command.classes)
     manifest = index_shards(command.shards, command.out, labels, command.reading)
     print(
         f"{manifest.dataset}: {manifest.samples:,} samples in {len(manifest.shards)} shards, "

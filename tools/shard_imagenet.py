@@ -6,7 +6,7 @@ from typing import Literal
 import tyro
 
 from rft import cli, recipes
-from rft.data.labels import LabelSpace
+from rft.data.labels import choose_labels
 from rft.data.pack import Options, pack
 from rft.data.published import parse_allowed_counts
 
@@ -46,7 +46,7 @@ def main() -> None:
     command = cli.parse(ShardImagenet, config=(tyro.conf.FlagCreatePairsOff,))
     if not command.splits:
         raise ValueError("--splits names nothing to pack")
-    labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
+    labels = choose_labels(command.classes)
     datasets = [f"imagenet-{split}" for split in command.splits]
     allowed = parse_allowed_counts(command.allow_count, datasets)
     complete = [

@@ -6,7 +6,7 @@ from typing import Literal
 import tyro
 
 from rft import cli
-from rft.data.labels import LabelSpace
+from rft.data.labels import choose_labels
 from rft.data.pack import Options, pack
 from rft.data.published import parse_allowed_counts
 
@@ -44,7 +44,7 @@ def main() -> None:
     command = cli.parse(ShardOod, config=(tyro.conf.FlagCreatePairsOff,))
     if not command.benchmark:
         raise ValueError("--benchmark names nothing to pack")
-    labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
+    labels = choose_labels(command.classes)
     allowed = parse_allowed_counts(command.allow_count, command.benchmark)
     complete = [
         pack(name, command.source, command.out, labels, command.packing, allowed.get(name))

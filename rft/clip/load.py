@@ -8,6 +8,7 @@ rft, does.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -42,11 +43,22 @@ WEIGHTS_HINT = "name its model with --model.clip and the file with --model.pretr
 
 @dataclass(frozen=True)
 class PretrainedClip:
-    """A whole CLIP, both towers, with what is needed to feed it."""
+    """A whole CLIP, both towers, with what is needed to feed it.
+
+    `tokenize` raises `TextTooLongError` for a text that the text tower does not read to its end.
+    """
 
     model: Any  # open_clip's CLIP, CustomTextCLIP or CoCa, which share no base class
     tokenize: Callable[[list[str]], Tensor]
     architecture: Architecture
+
+
+class TextTooLongError(ValueError):
+    """A text of more tokens than the text tower reads; open_clip would cut it off in silence."""
+
+    def __init__(self, text: str, limit: int) -> None:
+        super().__init__(f"{text!r} is longer than {limit} tokens")
+        self.text, self.limit = text, limit
 
 
 def load_clip(config: ModelConfig) -> PretrainedClip:
@@ -246,7 +258,25 @@ def _location(clip: str) -> str:
 def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
     if vocabulary := vocabulary_of(clip):
         return WordTokenizer(vocabulary.read_text().split("\n"), context_length)
-    return open_clip.get_tokenizer(_location(clip))
+    return functools.partial(tokenize_all, open_clip.get_tokenizer(_location(clip)))
+
+
+def tokenize_all(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> Tensor:
+    """Return the token ids of texts, int64 (len(texts), context length), by open_clip's tokenizer.
+
+    Raises:
+        TextTooLongError: for a text that the tokenizer cuts off.
+    """
+    tokens = tokenizer(list(texts))
+    limit = tokens.shape[1]
+    padding = tokenizer([""])[0, limit // 2]
+    # padding is at the end, with some tokenizers at the start
+    full = (tokens[:, 0] != padding) & (tokens[:, -1] != padding)
+    for row in full.nonzero()[:, 0].tolist():
+        longer = tokenizer([texts[row]], context_length=2 * limit)[0]
+        if (longer != padding).sum() > (tokens[row] != padding).sum():
+            raise TextTooLongError(texts[row], limit)
+    return tokens
 
 
 def vocabulary_of(clip: str) -> Path | None:
@@ -328,6 +358,6 @@ class WordTokenizer:
                 raise ValueError(f"the tokenizer's vocabulary has no {unknown[0]!r} ({text!r})")
             ids = [1, *(self._ids[word] for word in words), max(self._ids.values())]
             if len(ids) > self._context_length:
-                raise ValueError(f"{text!r} is longer than {self._context_length} tokens")
+                raise TextTooLongError(text, self._context_length)
             row[: len(ids)] = torch.tensor(ids)
         return tokens

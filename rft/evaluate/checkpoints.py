@@ -11,6 +11,7 @@ from pathlib import Path
 from rft import cli, dist, files
 from rft.classes import check_head
 from rft.clip.classifier import Saved, load_state, map_state
+from rft.data.labels import warn_of_one_class
 from rft.data.loader import PackedDataset
 from rft.dist import World
 from rft.runs import checkpoint_path, unfinished
@@ -74,6 +75,8 @@ def require_classes(paths: Sequence[Path], packed: Mapping[str, PackedDataset]) 
     Raises:
         ValueError: naming the checkpoint, the set and the first class that differs.
     """
+    for dataset in packed.values():
+        warn_of_one_class(dataset.url, dataset.manifest.groups)
     for path in paths:
         saved = map_state(checkpoint_path(path))
         rows = len(saved.state["head.weight"])

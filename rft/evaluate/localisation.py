@@ -72,7 +72,8 @@ class Arguments:
     """Data root: the URL under which the tools wrote the packed sets."""
     masks: Path
     """Folder of object masks made by any segmenter: PNG files of one channel, 0 and one other value
-    on the object, each in the size of its image as it is stored (or of the model's centre crop).
+    on the object, each in the size of its image as rft shows it: own photos upright by their EXIF
+    orientation, all others as stored (or of the model's centre crop).
     A mask is called and placed as its image is (n01440764/n01440764_10026.png) or by the sample's
     key alone. Images without a mask are left out and counted."""
     set: str = "imagenet-train"

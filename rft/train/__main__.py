@@ -24,6 +24,7 @@ from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import Config, load_config, resolve_precision
 from rft.data.cache import Cache
+from rft.data.labels import warn_of_one_class
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
 from rft.data.manifest import Index, Manifest
 from rft.dist import World
@@ -162,6 +163,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     loader = config.loader
     cache = Cache(Path(loader.cache_dir), int(loader.cache_gb * 1e9)) if loader.cache_dir else None
     packed = PackedDataset(files.join(config.data, config.train_set), cache=cache)
+    warn_of_one_class(packed.url, packed.manifest.groups)
     plan, samples, held_out = plan_training(packed, config)
     pretrained = load_clip(config.model)
     # one image now, so that shards of the wrong size stop the run here and not inside it

@@ -1,6 +1,7 @@
 """Pictures: what they draw, where and how; the donor map on pixels; label places."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -56,6 +57,7 @@ def places(axes: Axes) -> dict[tuple[float, float], tuple[float, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_scatter_of_many_recipes(drawn):
     rng = np.random.default_rng(0)
     names = ["zero-shot", "vanilla", "no-mask", "mine $x_", *GRID]
@@ -161,6 +163,7 @@ def test_what_the_wise_picture_draws(monkeypatch):
     assert (path.dashes, student.dashes) == (plots.SOLID, plots.DOTTED)
 
 
+@pytest.mark.slow
 def test_wise_pictures(drawn):
     rng = np.random.default_rng(1)
     names = ["zero-shot", "vanilla", *SWEEP, "wise-kd-vanilla", "wise-no-mask-0.5"]
@@ -181,6 +184,7 @@ def test_no_wise_picture_without_such_a_model():
     assert plots.wise_picture(result_rows(runs)) is None
 
 
+@pytest.mark.slow
 def test_curves(tmp_path, drawn):
     paths = [make_run(tmp_path, name, s) for name in ("vanilla", "no-mask") for s in (0, 1)]
     level = make_run(tmp_path, "zero-shot", metrics=False)
@@ -203,6 +207,7 @@ def test_curves(tmp_path, drawn):
     assert plots.curve(runs[4], plots.PANELS[3]) == {0: 75.0}
 
 
+@pytest.mark.slow
 def test_distilled_logits_have_a_panel(tmp_path, drawn):
     runs = load_runs([make_run(tmp_path, "wise-kd-vanilla"), make_run(tmp_path, "vanilla")])
     shape, panels = drawn(plots.curves, runs)
@@ -229,13 +234,69 @@ def test_labels_keep_clear_of_each_other(anchors):
         assert all(labels.overlap(box, other) == 0 for other in boxes[:index])
 
 
+def crowded(shape: str, count: int) -> list[labels.Point]:
+    """Points of a plot of 1300 x 900 pixels that are hard to tell apart."""
+    rng = np.random.default_rng(count)
+    steps = np.arange(count) / count
+    places = {
+        "equal": np.full((count, 2), (650, 450)),
+        "a line": np.stack([100 + 1000 * steps, 200 + 500 * steps], axis=1),
+        "a column": np.stack([np.full(count, 300), 100 + 10 * steps], axis=1),
+        "clusters": rng.normal(0, 12, (count, 2)) + rng.choice([350, 800], (count, 1)),
+    }
+    return [(float(x), float(y)) for x, y in places[shape]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [("equal", 100), ("a line", 40), ("a column", 40), ("clusters", 40), ("equal", 2)],
+)
+def test_crowds_get_clear_labels_in_a_bounded_number_of_tries(monkeypatch, shape, count):
+    compared = []
+    real = labels._cheapest
+
+    def counted(point, cost_C, boxes_C4, points_O2, others_O4):
+        compared.append(len(cost_C) * len(others_O4))
+        return real(point, cost_C, boxes_C4, points_O2, others_O4)
+
+    monkeypatch.setattr(labels, "_cheapest", counted)
+    anchors, bounds = crowded(shape, count), (0.0, 0.0, 1300.0, 900.0)
+    markers = [(x - 13, y - 13, x + 13, y + 13) for x, y in anchors]
+    boxes = labels.place_labels(anchors, [(110.0, 18.0)] * count, markers, [], bounds)
+    places = len(boxes) * max(2 * count, labels.PAIRS // count)
+    assert len(compared) <= places / count
+    assert sum(compared) <= 2000 * places
+    for index, box in enumerate(boxes):
+        assert labels.overlap(box, bounds) == pytest.approx(110 * 18)
+        assert not labels.overlap(box, np.array(boxes[:index]).reshape(-1, 4)).any()
+        # its own point is the nearest, or a line leads there
+        away = [math.dist(labels.nearest(box, other), other) for other in anchors]
+        assert away[index] == min(away) or away[index] > plots.LED
+
+
+def test_nothing_to_label():
+    assert labels.place_labels([], [], [], [], (0, 0, 1, 1)) == []
+
+
 def test_geometry():
     box = (0.0, 0.0, 2.0, 1.0)
     assert labels.overlap(box, (1.0, 0.5, 5.0, 5.0)) == 0.5
-    assert labels.nearest(box, (3.0, -1.0)) == (2.0, 0.0)
-    assert labels.crosses(((-1.0, 0.5), (3.0, 0.5)), box)
-    assert labels.crosses(((1.0, 0.5), (9.0, 9.0)), box)
-    assert not labels.crosses(((-1.0, 2.0), (3.0, 2.0)), box)
+    assert labels.nearest(box, (3.0, -1.0)).tolist() == [2.0, 0.0]
+    start, end = [(-1.0, 0.5), (1.0, 0.5), (-1.0, 2.0)], [(3.0, 0.5), (9.0, 9.0), (3.0, 2.0)]
+    assert labels.crosses(start, end, box).tolist() == [True, True, False]
+
+
+@given(st.lists(st.tuples(*[st.integers(-5, 5)] * 4), min_size=1, max_size=20))
+def test_a_segment_enters_a_box_if_one_of_its_points_is_inside(segments):
+    # the box's corners lie between whole numbers, so that nothing only touches it
+    box = np.array([-2.25, -1.5, 2.75, 1.25])
+    start, end = np.array(segments, dtype=float).reshape(-1, 2, 2).swapaxes(0, 1)
+    share = np.linspace(0, 1, 4001)[:, None, None]
+    seen = labels.inside(start + share * (end - start), box).any(axis=0)
+    found = labels.crosses(start, end, box)
+    assert (found >= seen).all()
+    slack = labels.inside(start + share * (end - start), box + 0.01 * np.array([-1, -1, 1, 1]))
+    assert (found <= slack.any(axis=0)).all()
 
 
 @st.composite
@@ -264,6 +325,7 @@ def test_donors_on_pixels_equal_a_loop(case):
     np.testing.assert_array_equal(gallery.apply_donors(images, donor_BP, patch), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "patch", "shown"), [(48, 8, 192), (224, 32, 224), (16, 4, 192)])
 def test_gallery(tmp_path, size, patch, shown):
     loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz", size, patch, batch=3))
@@ -285,6 +347,7 @@ def test_gallery(tmp_path, size, patch, shown):
     assert (pixels[-gallery.FOOT :] < 255).any()
 
 
+@pytest.mark.slow
 def test_small_images_are_enlarged_without_blur(tmp_path):
     loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz"))
     large = gallery.enlarge(loaded)

@@ -10,8 +10,9 @@ import fsspec
 import pytest
 import torch
 
-from rft import dist, files
+from rft import dist, files, remote
 from rft.clip.classifier import load_state, save_state
+from rft.remote import Patience
 from rft.runs import SELECTED
 from rft.train import __main__ as train_command
 from rft.train import checkpoint, loop
@@ -20,6 +21,7 @@ from tests import tiny
 from tests.conftest import build_model
 from tests.servers.tmpfs import small_disk
 from tests.tiny import weights
+from tests.waiting import SECONDS
 
 ALONE = dist.World(rank=0, size=1, local_rank=0)
 
@@ -112,9 +114,17 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypat
         store.write(content(model, optimizer, Progress(step=step), {}, 1))
     names = files.names(store.url)
     memory = fsspec.filesystem("memory")
+    read = memory.cat_file
+
+    def refuse(path: str, **options: int) -> bytes:
+        if path.endswith(".pt"):
+            raise KeyError("503")
+        return read(path, **options)
+
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "get_file", lambda *_: (_ for _ in ()).throw(KeyError("503")))
-        with pytest.raises(ValueError, match=r"cannot read .*step-00000008.pt"):
+        patch.setattr(remote, "PATIENCE", Patience(tries=2, longest_pause=0.001))
+        patch.setattr(memory, "cat_file", refuse)
+        with pytest.raises(ValueError, match=r"cannot read .*step-00000008.pt: .*503.*2 tries"):
             store.newest_whole()
     assert files.names(store.url) == names
     assert store.newest_whole().step == 8
@@ -310,7 +320,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
     def slow(*arguments):
         begun.set()
-        assert may_end.wait(30)
+        assert may_end.wait(SECONDS)
         save(*arguments)
 
     monkeypatch.setattr(torch, "save", slow)
@@ -318,7 +328,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     with Writer(store) as writer:
         what = content(student, optimizer, Progress(step=4), {}, 1)
         writer.write(what, lambda record, copy: order.append(record.step))
-        assert begun.wait(30)
+        assert begun.wait(SECONDS)
         before = {name: value.clone() for name, value in student.state_dict().items()}
         with torch.no_grad():  # the next step
             for parameter in student.parameters():

@@ -17,7 +17,7 @@ from rft.data.loader import PackedDataset
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
 from rft.train import __main__ as train_command
-from tests.tiny import environment
+from tests.tiny import environment, torchrun_command
 
 
 @pytest.fixture
@@ -359,6 +359,15 @@ def test_evaluation_and_merge_mistakes(refused, tmp_path, tiny_data):
     line = refused(merge_command, "wise", none, none, "--out", tmp_path / "w")
     assert "no checkpoint at" in line
     assert not (tmp_path / "w").exists()
+
+
+def test_torchruns_summary_ends_with_the_mistake():
+    command = torchrun_command(2, "rft.train", "vanila", "--data", "x", "--run-dir", "y")
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 1
+    cause = result.stderr.rpartition("Root Cause")[2]
+    assert "unknown recipe 'vanila'; did you mean 'vanilla'?" in cause
+    assert "To enable traceback" not in cause
 
 
 def test_no_option_is_an_abbreviation_of_torchruns():
