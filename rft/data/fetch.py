@@ -13,7 +13,10 @@ import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Coroutine, Iterable, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from fsspec.asyn import get_loop, sync
@@ -173,16 +176,13 @@ class Shards:
         if self.cache is None or not self.shards:
             return
         self._enter_process()
-        with self._wake:
-            self._wanted = tuple(numbers)
-            self._wake.notify()
         wanted = set(numbers)
         # an evicted file keeps its place on the disk for as long as it is open
         for number in [n for n in self._descriptors if n not in wanted and not self.is_local(n)]:
             os.close(self._descriptors.pop(number))
         if self._filler is None:
-            self._filler = threading.Thread(target=self._fill_forever, daemon=True)
-            self._filler.start()
+            self._filler = _Filler(self, self.cache)
+        self._filler.look_ahead(numbers)
 
     def repair(self, number: int) -> None:
         """Throw the cached copy of a shard away, because its bytes are not what they should be."""
@@ -192,13 +192,26 @@ class Shards:
         self.counters.cache_repairs += 1
 
     def close(self) -> None:
-        """Close the descriptors that this process has open."""
-        if self._process == os.getpid():
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        """End the filling thread and close the descriptors, both of which come back on next use."""
+        filler = self._let_go()
+        if filler is not None:
+            filler.join()
+
+    def _let_go(self) -> "_Filler | None":
+        """Close the descriptors of this process; return its filler, which is told to end."""
+        if self._process != os.getpid():
+            return None
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+        filler, self._filler = self._filler, None
+        if filler is not None:
+            filler.stop()
+        return filler
 
     def __del__(self) -> None:
-        self.close()
+        # without waiting: objects are collected in any thread, fsspec's loop among them, and the
+        # filler needs that loop to end
+        self._let_go()
 
     def _enter_process(self) -> None:
         if self._process == os.getpid():
@@ -207,11 +220,7 @@ class Shards:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._stores: dict[str, Any] = {}
         self._local: dict[int, bool] = {}
-        self._wake = threading.Condition()
-        self._wanted: tuple[int, ...] = ()
-        self._filler: threading.Thread | None = None
-        self._failure: ValueError | None = None
-        self._known = {shard.sha256 for shard in self.shards}
+        self._filler: _Filler | None = None
 
     def _store(self, number: int) -> Store:
         """Return the file system of a shard and its path there."""
@@ -280,61 +289,8 @@ class Shards:
         self.counters.range_retries += 1
 
     def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def _fill_forever(self) -> None:
-        """Bring the wanted shards into the cache, one after another."""
-        assert self.cache is not None
-        self.cache.trim(self._known)
-        skipped: set[int] = set()
-        while True:
-            with self._wake:
-                wanted = self._wanted
-            todo = [n for n in wanted if n not in skipped and self._is_missing(n)]
-            if not todo:
-                with self._wake:
-                    if self._wanted == wanted:
-                        self._wake.wait(PAUSE)
-                skipped.clear()
-                continue
-            try:
-                if not self._fill(todo[0], wanted):
-                    skipped.add(todo[0])
-            except ValueError as error:
-                self._failure = error  # the next batch raises it
-                return
-            except OSError:  # of the disk, which a cache can do without
-                self.cache.refusals += 1
-                self.counters.cache_refusals = self.cache.refusals
-                skipped.add(todo[0])
-
-    def _is_missing(self, number: int) -> bool:
-        assert self.cache is not None
-        return not self.is_local(number) and not self.cache.has(self.shards[number])
-
-    def _fill(self, number: int, wanted: Sequence[int]) -> bool:
-        """Bring one shard into the cache; False if it is another's to fill, or has no room."""
-        assert self.cache is not None
-        shard = self.shards[number]
-        part = self.cache.begin(
-            shard, keep={self.shards[n].sha256 for n in wanted}, known=self._known
-        )
-        if part is None:
-            self.counters.cache_refusals = self.cache.refusals
-            return False
-        try:
-            sync(get_loop(), self._fill_part, number, part.descriptor)
-            found = part.sha256()
-            if found != shard.sha256:
-                raise ValueError(
-                    f"{self.location(number)} has sha256 {found[:12]}..., its manifest says "
-                    f"{shard.sha256[:12]}...; the shard was damaged or replaced: pack it again"
-                )
-            part.publish()
-        finally:
-            part.close()
-        return True
+        if self._filler is not None and self._filler.failure is not None:
+            raise self._filler.failure
 
     async def _fill_part(self, number: int, descriptor: int) -> None:
         fs, path = self._store(number)
@@ -347,6 +303,116 @@ class Shards:
                 os.pwrite(descriptor, await self._fetch(fs, path, request), start)
 
         await _together(block(start) for start in range(0, size, REQUEST_BYTES))
+
+
+class _Filler:
+    """A thread that brings the wanted shards into the cache, until it is stopped.
+
+    It reads through shards of its own. With those that it works for it shares counters and clients,
+    but it keeps no reference to them: they stop it when they are closed or collected.
+    """
+
+    def __init__(self, served: Shards, cache: Cache) -> None:
+        self.failure: ValueError | None = None  # why it ended early; the next batch raises it
+        self._cache = cache
+        self._shards = Shards(served.url, served.shards, cache=cache, patience=served.patience)
+        self._shards._enter_process()
+        self._shards.counters, self._shards._stores = served.counters, served._stores
+        self._known = {shard.sha256 for shard in served.shards}
+        # of all ways to reach a thread the one that a destructor may use anywhere: it has no lock
+        self._lists: SimpleQueue[Sequence[int]] = SimpleQueue()
+        self._stopped = False
+        self._transfer: asyncio.Task | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def look_ahead(self, numbers: Sequence[int]) -> None:
+        """Replace the list of wanted shards."""
+        self._lists.put(tuple(numbers))
+
+    def stop(self) -> None:
+        """Make the thread end soon, also in the middle of a shard."""
+        self._stopped = True
+        self._lists.put(())
+        if self._transfer is not None:
+            get_loop().call_soon_threadsafe(self._transfer.cancel)
+
+    def join(self) -> None:
+        """Wait for the thread's end."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        wanted: Sequence[int] = ()
+        skipped: set[int] = set()
+        idle = True
+        try:
+            with suppress(OSError):
+                self._cache.trim(self._known)
+            while not self._stopped:
+                wanted = self._newest(wanted, wait=idle)
+                todo = [n for n in wanted if n not in skipped and self._is_missing(n)]
+                idle = not todo
+                if idle:
+                    skipped.clear()
+                elif not self._try(todo[0], wanted):
+                    skipped.add(todo[0])
+        except CancelledError:
+            return
+        except ValueError as error:
+            self.failure = error
+
+    def _newest(self, wanted: Sequence[int], *, wait: bool) -> Sequence[int]:
+        """Return the newest list that was asked for, after PAUSE or a new one if `wait`."""
+        with suppress(Empty):
+            if wait:
+                wanted = self._lists.get(timeout=PAUSE)
+            while True:
+                wanted = self._lists.get_nowait()
+        return wanted
+
+    def _is_missing(self, number: int) -> bool:
+        shard = self._shards.shards[number]
+        return not self._shards.is_local(number) and not self._cache.has(shard)
+
+    def _try(self, number: int, wanted: Sequence[int]) -> bool:
+        """Bring one shard into the cache; False if it is another's to fill, or has no room."""
+        try:
+            filled = self._fill(number, wanted)
+        except OSError:  # of the disk, which a cache can do without
+            self._cache.refusals += 1
+            filled = False
+        if not filled:
+            self._shards.counters.cache_refusals = self._cache.refusals
+        return filled
+
+    def _fill(self, number: int, wanted: Sequence[int]) -> bool:
+        shards = self._shards.shards
+        keep = {shards[n].sha256 for n in wanted}
+        part = self._cache.begin(shards[number], keep=keep, known=self._known)
+        if part is None:
+            return False
+        try:
+            transfer = self._transfer_to(part.descriptor, number)
+            asyncio.run_coroutine_threadsafe(transfer, get_loop()).result()
+            found = part.sha256()
+            if found != shards[number].sha256:
+                raise ValueError(
+                    f"{self._shards.location(number)} has sha256 {found[:12]}..., its manifest "
+                    f"says {shards[number].sha256[:12]}...; the shard was damaged or replaced: "
+                    "pack it again"
+                )
+            part.publish()
+        finally:
+            part.close()
+        return True
+
+    async def _transfer_to(self, descriptor: int, number: int) -> None:
+        self._transfer = asyncio.current_task()
+        # not the future that other threads have: it is over when it is cancelled, this one only
+        # when nothing writes to the descriptor any more
+        if self._stopped:
+            raise asyncio.CancelledError
+        await self._shards._fill_part(number, descriptor)
 
 
 class Request(NamedTuple):

@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.reduction import DupFd
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from isal.isal_zlib import crc32
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rft.config import Config
 from rft.data import encode, order
@@ -408,7 +409,7 @@ def read_batches(
                 num_workers=workers,
                 prefetch_factor=BATCHES_AHEAD,
                 collate_fn=_as_it_is,
-                worker_init_fn=_follow_trainer,
+                worker_init_fn=_start_loader,
                 multiprocessing_context=context,
             )
         )
@@ -432,7 +433,17 @@ def read_batches(
         yield slots.batch(number, item, device)
 
 
-def _follow_trainer(_: int) -> None:
+def _start_loader(_: int) -> None:
+    info = get_worker_info()
+    assert info is not None, "this is a loader process"
+    items: Any = info.dataset
+    # the process ends without collecting what it has: this ends the cache's filling thread, which
+    # removes its part
+    Finalize(None, items.packed.shards.close, exitpriority=0)
+    _follow_trainer()
+
+
+def _follow_trainer() -> None:
     """End this loader process when the training process says so by SIGTERM, or is gone.
 
     Signals of others pass it by (rft/data/forkserver.py). torch alone would have it watch the
@@ -466,6 +477,11 @@ class _SlotItems(Dataset[_Item | ValueError]):
     def __init__(self, batches: Batches, slots: "Slots") -> None:
         self._batches = batches
         self._slots = slots
+
+    @property
+    def packed(self) -> PackedDataset:
+        """Return the set that is read."""
+        return self._batches.packed
 
     def __getitem__(self, index: int) -> _Item | ValueError:
         batches = self._batches

@@ -322,7 +322,7 @@ class _Watching:
     def samples_of(self, number: int) -> np.ndarray:
         import fsspec.asyn
 
-        shards = self.packed.packed.shards
+        shards = self.packed.shards
         shards._enter_process()
         return np.array(
             [os.getppid(), len(shards._descriptors), int(fsspec.asyn.iothread[0] is not None)]
@@ -331,7 +331,7 @@ class _Watching:
 
 class _Told:
     def __init__(self, packed: PackedDataset) -> None:
-        self.packed = packed
+        self.packed, self.shards = packed, packed.shards
 
     def batch(self, samples: np.ndarray, size: int, out_BCHW: torch.Tensor):
         real = self.packed.batch(np.arange(3), size, out_BCHW)

@@ -17,6 +17,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,7 +31,13 @@ from rft.data import cache as caching
 from rft.data.cache import Cache
 from rft.data.fetch import Patience, Shards
 from rft.data.labels import LabelSpace
-from rft.data.loader import Batch, PackedDataset, TrainingBatches, read_batches
+from rft.data.loader import (
+    Batch,
+    EvaluationBatches,
+    PackedDataset,
+    TrainingBatches,
+    read_batches,
+)
 from rft.data.manifest import Index, Manifest, Shard
 from rft.data.order import Plan
 from rft.data.pack import Options, pack
@@ -448,18 +455,90 @@ def test_emptied_cache(web: str, tmp_path: Path, expected: list[str]) -> None:
 def test_disk_errors_do_not_end_the_filling(
     web: str, tmp_path: Path, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin, errors = Cache.begin, [OSError(errno.EIO, "I/O error"), OSError(errno.EROFS, "")]
+    cache = Cache(tmp_path, 2**30)
+    begin, errors = cache.begin, [OSError(errno.EIO, "I/O error"), OSError(errno.EROFS, "")]
 
-    def begin_later(self: Cache, *arguments, **options) -> caching.Part | None:
+    def begin_later(*arguments, **options) -> caching.Part | None:
         if errors:
             raise errors.pop()
-        return begin(self, *arguments, **options)
+        return begin(*arguments, **options)
 
-    monkeypatch.setattr(Cache, "begin", begin_later)
-    packed = PackedDataset(f"{web}/{TRAIN}", cache=Cache(tmp_path, 2**30))
+    monkeypatch.setattr(cache, "begin", begin_later)
+    packed = PackedDataset(f"{web}/{TRAIN}", cache=cache)
     fill(packed, [0, 1])
     assert packed.shards.counters.cache_refusals == 2
     assert digests(packed) == expected
+
+
+@pytest.fixture(params=["amid a shard", "idle"])
+def filling(request: pytest.FixtureRequest, web: str, tmp_path: Path) -> Iterator[list[Shards]]:
+    """Return the only reference to shards whose cache is being filled, or is full, in a list."""
+    stalled = request.param != "idle"
+    with faulty(web, Fault(kind="stall", after=MIDDLE), lambda _: stalled) as proxy:
+        patience = Patience(stall_seconds=1000)
+        cache = Cache(tmp_path, 2**30)
+        packed = PackedDataset(f"{proxy.url}/{TRAIN}", cache=cache, patience=patience)
+        if stalled:
+            packed.shards.look_ahead([0])
+            wait_until(lambda: proxy.fired["stall"])
+        else:
+            fill(packed, [0])
+        only = [packed.shards]
+        del packed
+        yield only
+
+
+def filler_of(shards: Shards) -> threading.Thread:
+    assert shards._filler is not None
+    assert shards._filler._thread.is_alive()
+    return shards._filler._thread
+
+
+def test_closing_ends_the_filling_thread(filling: list[Shards], tmp_path: Path) -> None:
+    thread = filler_of(filling[0])
+    for _ in range(2):
+        filling[0].close()
+        assert not thread.is_alive()
+        assert not list(tmp_path.glob(".*.part"))
+        filling[0].look_ahead([1])  # what was closed may be used again
+        thread = filler_of(filling[0])
+
+
+def test_nobody_has_to_close(filling: list[Shards], tmp_path: Path) -> None:
+    """Shards go with their last reference, and the thread, which has none, goes with them."""
+    thread, collected = filler_of(filling[0]), weakref.ref(filling[0])
+    filling.clear()
+    assert collected() is None
+    thread.join(SECONDS)
+    assert not thread.is_alive()
+    assert not list(tmp_path.glob(".*.part"))
+
+
+class FirstAgain(EvaluationBatches):
+    """The first shard's samples again and again, while the cache is told to get the last one."""
+
+    def samples_of(self, number: int) -> np.ndarray:
+        self.packed.shards.look_ahead([len(self.packed.manifest.shards) - 1])
+        return np.arange(self.largest)
+
+
+def test_a_loader_process_that_ends_takes_its_part_along(
+    web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # seconds after which torch would end the process in another way; this machine may be busy
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", SECONDS)
+    last = Manifest.load(f"{web}/{TRAIN}").shards[-1].name
+    stall = Fault(kind="stall", after=MIDDLE)
+    with faulty(web, stall, lambda _: True, matching=rf"^GET \S+{last}") as proxy:
+        url, cache = f"{proxy.url}/{TRAIN}", Cache(tmp_path, 2**30)
+        packed = PackedDataset(url, cache=cache, patience=Patience(stall_seconds=1000))
+        batches = FirstAgain(packed, np.arange(SAMPLES), image_size=SIZE, batch_size=4)
+        stream = read_batches(batches, range(1000), workers=1, device=CPU)
+        next(stream)
+        wait_until(lambda: proxy.fired["stall"])
+        assert list(tmp_path.glob(".*.part"))
+        stream.close()
+        assert not list(tmp_path.glob(".*.part"))
 
 
 def test_new_part_is_not_taken_for_an_abandoned_one(
