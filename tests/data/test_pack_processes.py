@@ -1,14 +1,15 @@
-"""Packing by real processes: killed at any moment, interrupted, started twice at once."""
+"""Packing by real processes: killed before any step, interrupted, started twice at once."""
 
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,29 +22,27 @@ from rft.data.pack import Options, claim, make_jobs, make_plan, pack
 from rft.data.shard import Job, write_shard
 from rft.data.sources import read_source
 from tests import tiny
+from tests.data import halting
 
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.",))
-PACKING = {"encoding": "pixels", "size": 64, "shard_mb": 0.1}  # eight samples a shard
-IMAGES, TARS = 240, 30
+PACKING = {"encoding": "pixels", "size": 64, "shard_mb": 0.05}  # four samples a shard
+IMAGES, TARS = 12, 3
+SET = "imagenet-train"
 TOOL = Path(__file__).parents[2] / "tools" / "shard_imagenet.py"
-KILLS = 10  # for each way of sharing the work
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training set of 30 shards, which one process packs in about a second."""
+    """A training set of three shards."""
     root = tmp_path_factory.mktemp("imagenet")
     rng = np.random.default_rng(0)
-    different = []
-    for _ in range(8):
+    for n in range(IMAGES):
         stream = io.BytesIO()
         pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((320, 300)).save(stream, "JPEG")
-        different.append(stream.getvalue())
-    for n in range(IMAGES):
         path = root / "train" / LABELS.ids[n % 2] / f"{n}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(different[n % len(different)])
+        path.write_bytes(stream.getvalue())
     document = {"ids": LABELS.ids, "names": LABELS.names, "templates": LABELS.templates}
     (root / "classes.json").write_text(json.dumps(document))
     return root
@@ -53,35 +52,40 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of one undisturbed run."""
     out = tmp_path_factory.mktemp("reference")
-    assert pack("imagenet-train", str(source), str(out), LABELS, Options(**PACKING, workers=1))
-    return contents(out)
+    assert pack(*packing(source, out))
+    found = contents(out)
+    assert len([name for name in found if name.endswith(".tar")]) == TARS
+    return found
+
+
+def packing(source: Path, out: Path, task: str | None = None) -> tuple:
+    """The arguments of `pack`, for one process."""
+    return SET, str(source), str(out), LABELS, Options(**PACKING, workers=1, task=task)
 
 
 def contents(out: Path) -> dict[str, bytes]:
     """Return all files but temporary ones; of commit records all but how long the work took."""
     found = {}
-    for path in sorted((out / "imagenet-train").rglob("*")):
+    for path in sorted((out / SET).rglob("*")):
         if path.is_file() and not path.name.endswith(".tmp"):
             data = path.read_bytes()
             if path.parent.name == "commit":
                 data = re.sub(rb'"seconds":[\d.]+', b"", data)
-            found[str(path.relative_to(out / "imagenet-train"))] = data
+            found[str(path.relative_to(out / SET))] = data
     return found
 
 
-def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
-    """Start the packing command in a session, and so a process group, of its own."""
-    command = [sys.executable, str(TOOL), "--source", str(source), "--out", str(out)]
-    command += ["--splits", "train", "--classes", str(source / "classes.json")]
-    command += ["--encoding", "pixels", "--size", "64", "--shard-mb", "0.1", *options]
-    return subprocess.Popen(
-        command,
-        env=tiny.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def command(source: Path, out: Path, *options: str) -> list[str]:
+    words = [sys.executable, str(TOOL), "--source", str(source), "--out", str(out)]
+    words += ["--splits", "train", "--classes", str(source / "classes.json")]
+    return [*words, "--encoding", "pixels", "--size", "64", "--shard-mb", "0.05", *options]
+
+
+def start(words: list[str], **settings: object) -> subprocess.Popen[str]:
+    """Start a command in a session, and so a process group, of its own."""
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    streams |= {"env": tiny.environment(), "start_new_session": True}
+    return subprocess.Popen(words, **{**streams, **settings})
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
@@ -90,69 +94,101 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-@pytest.mark.parametrize(
-    "commands",
-    [[["--workers", "2"]], [["--workers", "1", "--task", f"{n}/2"] for n in range(2)]],
-    ids=["workers", "tasks"],
-)
-def test_t9_killed_at_random_points(
-    source: Path, tmp_path: Path, reference: dict[str, bytes], commands: list[list[str]]
-) -> None:
-    """SIGKILL to every process; what is done again gives what an undisturbed run gives."""
-
-    def run(out: Path, seconds: float | None) -> float:
-        started = time.monotonic()
-        processes = [start(source, out, *options) for options in commands]
-        if seconds is None:
-            assert [process.wait() for process in processes] == [0] * len(processes)
-        else:
-            time.sleep(seconds)
-        for process in processes:
-            kill_group(process)
-        return time.monotonic() - started
-
-    duration = run(tmp_path / "undisturbed", None)
-    assert contents(tmp_path / "undisturbed") == reference
-    assert len([name for name in reference if name.endswith(".tar")]) == TARS
-    states = []
-    for n, moment in enumerate(np.random.default_rng(9).uniform(0, duration, KILLS)):
-        out = tmp_path / str(n)
-        run(out, float(moment))
-        left = contents(out)
-        states.append(len([name for name in left if name.endswith(".tar")]))
-        assert left.items() <= reference.items()  # what has its name is whole
-        complete = [
-            pack(
-                "imagenet-train",
-                str(source),
-                str(out),
-                LABELS,
-                Options(**PACKING, workers=1, task=options[-1] if "--task" in options else None),
-            )
-            for options in commands
-        ]
-        assert complete[-1]
-        assert contents(out) == reference
-        left_over = [path.name for path in out.rglob("*.tmp")]
-        assert not [name for name in left_over if ".tar." in name]
-    assert any(0 < shards < TARS for shards in states)
-
-
-@pytest.mark.parametrize("delay", [0, 0.02, 0.05, 0.1, 0.15, 0.2])
-def test_ctrl_c_is_quiet(source: Path, tmp_path: Path, delay: float) -> None:
-    """A terminal sends it to every process, also to one that only begins to start."""
-    process = start(source, tmp_path, "--workers", "2")
+def run_watched(source: Path, out: Path, step: str | None, task: str | None) -> list[str]:
+    """Pack in a process of its own; return the steps it took, or kill it before `step`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rft.data.pack", "tests.data.halting"])
+    here, there = context.Pipe(duplex=False)
+    arguments = (there, (str(source), str(out)), step, packing(source, out, task))
+    process = context.Process(target=halting.pack_watched, args=arguments)
+    process.start()
+    there.close()
     try:
-        while not tiny.children(process.pid) and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(delay)
-        assert process.poll() is None
-        os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        if step is not None:
+            assert here.recv() == step
+            return []
+        return list(iter(here.recv, None))
+    finally:
+        process.kill()
+        process.join()
+
+
+def require_completed(
+    source: Path, out: Path, reference: dict[str, bytes], tasks: list[str | None]
+) -> None:
+    """What was left is part of what an undisturbed run gives; done again, it is all of it."""
+    assert contents(out).items() <= reference.items()  # what has its name is whole
+    assert [pack(*packing(source, out, task)) for task in tasks][-1]
+    assert contents(out) == reference
+    left_over = [path.name for path in out.rglob("*.tmp")]
+    assert not [name for name in left_over if ".tar." in name]
+
+
+@pytest.mark.parametrize("tasks", [[None], ["0/2", "1/2"]], ids=["alone", "tasks"])
+def test_t9_killed_before_every_step(
+    source: Path, tmp_path: Path, reference: dict[str, bytes], tasks: list[str | None]
+) -> None:
+    """SIGKILL before each change of a file and each image, of one task after the other."""
+    calm = tmp_path / "calm" / "out"
+    steps = {task: run_watched(source, calm, None, task) for task in tasks}
+    assert contents(calm) == reference
+    every = [step for found in steps.values() for step in found]
+    renamed = {step.removeprefix("os.rename .").removesuffix(".tmp") for step in every}
+    assert {Path(name).name for name in reference} <= renamed
+    for task, found in steps.items():
+        for number, step in enumerate(dict.fromkeys(found)):
+            out = tmp_path / f"{tasks.index(task)}-{number}" / "out"
+            for earlier in tasks[: tasks.index(task)]:
+                pack(*packing(source, out, earlier))
+            run_watched(source, out, step, task)
+            require_completed(source, out, reference, tasks)
+
+
+@contextlib.contextmanager
+def halted(source: Path, folder: Path, step: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """Start the command with two workers; yield it and what lets it go on once it is at `step`."""
+    gate = folder / "gate"
+    os.mkfifo(gate)
+    words = ((str(source), str(folder / "out")), str(TOOL), step, str(gate))
+    (folder / "sitecustomize.py").write_text(
+        f"from tests.data import halting\nhalting.halt(*{words!r})\n"
+    )
+    environment = tiny.environment()
+    environment["PYTHONPATH"] = f"{folder}:{environment['PYTHONPATH']}"
+    process = start(
+        command(source, folder / "out", "--workers", "2"), stdout=subprocess.PIPE, env=environment
+    )
+    try:
+        assert halting.HALTED in iter(process.stdout.readline, ""), process.stderr.read()
+        yield process, gate
     finally:
         kill_group(process)
+
+
+IN_WORKERS = ["open .000001.tar.tmp", "os.rename .000001.tar.tmp", "os.rename .000001.json.tmp"]
+
+
+@pytest.mark.parametrize("step", [*IN_WORKERS, "os.rename .manifest.json.tmp"])
+def test_t9_killed_with_its_workers(
+    source: Path, tmp_path: Path, reference: dict[str, bytes], step: str
+) -> None:
+    with halted(source, tmp_path, step):
+        pass
+    require_completed(source, tmp_path / "out", reference, [None])
+
+
+@pytest.mark.parametrize(
+    "step", ["os.rename .plan.json.tmp", halting.FORK_SERVER, halting.WORKER, *IN_WORKERS]
+)
+def test_ctrl_c_is_quiet(source: Path, tmp_path: Path, step: str) -> None:
+    """A terminal sends it to every process, also to one that only begins to start."""
+    with halted(source, tmp_path, step) as (process, gate):
+        os.killpg(process.pid, signal.SIGINT)
+        opened = os.open(gate, os.O_RDWR)  # only a process that the signal passed by waits there
+        _, errors = process.communicate()
+        os.close(opened)
     assert (process.returncode, errors) == (130, "")
-    assert not list((tmp_path / "imagenet-train").glob("*.tmp"))
+    assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +199,7 @@ def test_ctrl_c_is_quiet(source: Path, tmp_path: Path, delay: float) -> None:
 def test_the_same_work_twice_at_once(
     source: Path, tmp_path: Path, reference: dict[str, bytes], commands: list[list[str]]
 ) -> None:
-    processes = [start(source, tmp_path, *options) for options in commands]
+    processes = [start(command(source, tmp_path, *options)) for options in commands]
     try:
         errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
@@ -175,9 +211,9 @@ def test_the_same_work_twice_at_once(
 
 
 def one_job(source: Path, out: Path) -> Job:
-    plan = make_plan(read_source("imagenet-train", source, LABELS), LABELS, Options(**PACKING))
-    claim(plan, str(out / "imagenet-train"))
-    return make_jobs(plan, str(out / "imagenet-train"))[0]
+    plan = make_plan(read_source(SET, source, LABELS), LABELS, Options(**PACKING))
+    claim(plan, str(out / SET))
+    return make_jobs(plan, str(out / SET))[0]
 
 
 def test_a_twin_that_tidied_up_is_no_error(

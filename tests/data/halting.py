@@ -1,0 +1,77 @@
+"""Stops a process that packs just before a step that it takes on disk, to kill it exactly there.
+
+Python reports what a process does with files to audit hooks, before it is done: so every step of
+the real code is seen in the real process, and none of it has to be patched.
+"""
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir")
+HALTED = "halted\n"
+FORK_SERVER = "the fork server starts"
+WORKER = "a worker starts"
+
+
+def watch(below: tuple[str, ...], tool: str, seen: Callable[[str], None]) -> None:
+    """Call `seen` before each step: a change of a file below folders, or an image that is read."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event != "open" and event not in CHANGES:
+            return
+        path = arguments[0]
+        if not isinstance(path, str | Path):
+            return
+        if str(path) == tool and is_forked():
+            seen(WORKER)
+        elif str(path).startswith(below):
+            writes = event in CHANGES or arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if writes or str(path).endswith(".JPEG"):
+                seen(f"{event} {re.sub('[.][0-9a-f]{32}[.]', '.', Path(path).name)}")
+
+    sys.addaudithook(hook)
+
+
+def is_forked() -> bool:
+    """Whether this process is a fork server or comes from one."""
+    return any("multiprocessing.forkserver" in word for word in sys.orig_argv)
+
+
+def pack_watched(
+    link: Connection, below: tuple[str, ...], step: str | None, arguments: tuple
+) -> None:
+    """Pack; send the steps' names, or halt before `step` for ever, once that was sent."""
+    from rft.data.pack import pack  # not where every process of a packing imports this module
+
+    def seen(found: str) -> None:
+        if step is None:
+            link.send(found)
+        elif found == step:
+            link.send(found)
+            threading.Event().wait()
+
+    watch(below, "", seen)
+    pack(*arguments)
+    link.send(None)
+
+
+def halt(below: tuple[str, ...], tool: str, step: str, gate: str) -> None:
+    """Before `step`, print that this process halts; it goes on when the FIFO `gate` has a writer.
+
+    To be called from a sitecustomize, which is how it reaches every process of a command.
+    """
+
+    def seen(found: str) -> None:
+        if found == step:
+            os.write(1, HALTED.encode())
+            os.close(os.open(gate, os.O_RDONLY))
+
+    watch(below, tool, seen)
+    if is_forked():
+        seen(FORK_SERVER)
