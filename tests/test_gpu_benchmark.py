@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from benchmarks.gpu.group import difference
 from benchmarks.gpu.runner import Outcome
 from tests.conftest import build_model
 from tests.tiny import environment
+from tests.waiting import until
 
 PARTS = (
     "chip", "step-rft-rehearsal", "trainer", "tests", "compiled-rft-rehearsal", "masks", "large",
@@ -253,8 +253,8 @@ def test_a_command_that_is_ended_leaves_no_part_behind(tmp_path, number):
     try:
         process.send_signal(number)
         # the child of the part holds our pipe for as long as it lives
-        output = "" if number == signal.SIGKILL else process.communicate(timeout=60)[0]
-        process.wait(60)
+        output = "" if number == signal.SIGKILL else process.communicate()[0]
+        process.wait()
         until(lambda: not machine.is_alive(pid))
         if number == signal.SIGTERM:
             assert process.returncode == 143
@@ -262,13 +262,6 @@ def test_a_command_that_is_ended_leaves_no_part_behind(tmp_path, number):
             assert not machine.session_processes(pid)
     finally:
         machine.signal_session(pid, signal.SIGKILL)
-
-
-def until(reached) -> None:
-    deadline = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_an_empty_result_says_that_nothing_was_measured():

@@ -1,6 +1,7 @@
 """What a data plane must hold: T1 to T6 and T11 to T13 of the list in docs/data.md.
 
-T7 and T8 need servers and are in test_remote.py, T9 is in test_pack_processes.py, T10 in test_pack.py.
+T7 and T8 need servers and are in test_remote.py; T9 and T10 are about packing, in
+test_pack_processes.py and test_pack.py.
 """
 
 import gc
@@ -13,7 +14,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from rft.train import __main__ as train_command
 from tests import tiny
 from tests.ranks import loading
 from tests.ranks.loading import CPU, batches_of, plan_of
+from tests.waiting import until
 
 LABELS = LabelSpace(ids=("n01", "n02", "n03"), names=("one", "two", "three"), templates=("{c}",))
 PER_CLASS = 23  # 69 samples: no batch, rank or shard count divides it
@@ -252,13 +253,13 @@ def test_t6_a_damaged_header_costs_no_sample(packed, tmp_path):
 
 def descriptors(at_most: int) -> int:
     """How many this process has open, once those of ended workers are collected."""
-    for _ in range(20):
+
+    def count() -> int:
         gc.collect()
-        count = len(list(Path("/proc/self/fd").iterdir()))
-        if count <= at_most:
-            break
-        time.sleep(0.05)
-    return count
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    until(lambda: count() <= at_most, f"at most {at_most} descriptors")
+    return count()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

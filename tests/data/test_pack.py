@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 import zlib
 from collections import Counter
 from contextlib import suppress
@@ -34,6 +33,7 @@ from rft.data.manifest import Index, Manifest
 from rft.data.pack import Options, cut, make_jobs, make_plan, pack, parse_task, shuffle
 from rft.data.shard import tar_header, write_shard
 from rft.data.sources import Item, read_source
+from tests.waiting import until
 
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.", "the {c}."))
 PIXELS = Options(encoding="pixels", size=16, shard_mb=0.004, workers=1)  # four samples a shard
@@ -556,14 +556,14 @@ def test_packing_needs_no_torch(source: str, tmp_path: Path) -> None:
 
 
 STUCK = """
-import sys, time
+import signal, sys
 from rft.data import pack, workers
 from rft.data.labels import LabelSpace
 
 def stuck(futures):
     next(iter(futures)).result()
     print("ready", flush=True)
-    time.sleep(60)
+    signal.pause()
 
 workers.as_completed = stuck
 labels = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.", "the {c}."))
@@ -592,10 +592,7 @@ def test_workers_end_with_their_parent(source: str, tmp_path: Path) -> None:
         assert process.stdout.readline() == b"ready\n"
         assert len(session_members(process.pid)) >= 3
         process.kill()
-    deadline = time.monotonic() + 20
-    while session_members(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert session_members(process.pid) == []
+    until(lambda: not session_members(process.pid), "the workers' end")
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.servers.loopback import PROGRAMS, running
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "cluster.sh"
@@ -61,14 +61,6 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def until(holds: Callable[[], object], what: str, seconds: float = 180) -> None:
-    """Wait until a condition holds; fail if it never does."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
-
-
 @dataclass(frozen=True)
 class Cluster:
     """A running cluster."""
@@ -92,10 +84,10 @@ class Cluster:
         shown = self.call("scontrol", "show", "job", "--oneliner", job).split(f" {name}=", 1)[1]
         return shown.split(" ", 1)[0]
 
-    def wait_until_idle(self, what: str, seconds: float = 180) -> None:
+    def wait_until_idle(self, what: str) -> None:
         """Wait until no job waits or runs."""
         try:
-            until(lambda: not self.call("squeue", "--noheader"), what, seconds)
+            until(lambda: not self.call("squeue", "--noheader"), what)
         except AssertionError as error:
             jobs = self.call("scontrol", "show", "jobs")
             log = (self.folder / "log" / "slurmctld.log").read_text()
@@ -119,11 +111,9 @@ def running_cluster(folder: Path, *, preemption: bool = True) -> Iterator[Cluste
     log = folder / "output.log"
     variables = ["env", f"PREEMPTION={'yes' if preemption else 'no'}"]
     with running([*variables, str(SCRIPT), "run", str(folder)], log) as process:
-        deadline = time.monotonic() + 60
-        while not (folder / "up").exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"no cluster came up: {log.read_text(errors='replace')[-3000:]}")
-            time.sleep(0.1)
+        up = folder / "up"
+        until(lambda: up.exists() or process.poll() is not None, f"the cluster: see {log}")
+        assert up.exists(), log.read_text(errors="replace")[-3000:]
         yield Cluster(folder)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from rft import files
-from tests.launch.conftest import SCRIPT, Cluster, Project, running_cluster, until
+from tests.launch.conftest import SCRIPT, Cluster, Project, running_cluster
 from tests.tiny import environment, torchrun_command, weights
+from tests.waiting import until
 
 RECIPE = "object-mask-single-fill"
 STEPS = 200

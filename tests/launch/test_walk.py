@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from rft import files
-from tests.launch.conftest import ROOT, SETTINGS, Cluster, Project, environment, until
+from tests.launch.conftest import ROOT, SETTINGS, Cluster, Project, environment
+from tests.waiting import until
 
 # the page's settings are those of a cluster with GPUs; two ranks on each of two nodes here
 MORE = """
@@ -71,7 +72,7 @@ def test_every_command_of_the_page(cluster: Cluster, project: Project):
             if block.startswith("scancel"):
                 until((run / "progress.json").exists, "the first checkpoint")
             if block.startswith("grep"):
-                cluster.wait_until_idle("run and evaluation", 300)
+                cluster.wait_until_idle("run and evaluation")
             outputs[block.split()[0]] = user.run(block)
 
     log = next(run.glob("job-*.log")).read_text()

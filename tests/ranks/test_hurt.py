@@ -5,7 +5,6 @@ One try of each of these on three ranks; benchmarks/faults.py tries all faults m
 
 import json
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from benchmarks.faults import EVERY, FAULTS, Bench, merged, summary, table
 from rft.rng import numpy_generator
 from tests import tiny
 from tests.tiny import torchrun
+from tests.waiting import until
 
 RANKS = 3
 
@@ -117,10 +117,7 @@ def test_a_killed_rank_leaves_no_loader_process(bench):
         assert run.loaders()
         tiny.kill(rank)
         run.wait()
-        deadline = time.monotonic() + 30
-        while any(path.exists() for path in left):
-            assert time.monotonic() < deadline, [path.name for path in left if path.exists()]
-            time.sleep(0.1)
+        until(lambda: not any(path.exists() for path in left), "the loader processes' end")
     finally:
         run.leave_nothing_running()
 

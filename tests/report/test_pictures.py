@@ -1,4 +1,4 @@
-"""Pictures: that they are there, whole and not blank; the donor map on pixels; label places."""
+"""Pictures: what they draw, where and how; the donor map on pixels; label places."""
 
 import io
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from rft.report import gallery, labels, plots
@@ -17,23 +19,76 @@ ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)
 
 
 def decode(png: bytes) -> np.ndarray:
-    """Pixels of a PNG after checking that they show something."""
-    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-    assert len(np.unique(pixels.astype(np.int32) @ (1, 256, 256**2))) > 20
-    assert (pixels == 255).all(axis=2).mean() < 0.99
-    return pixels
+    """Pixels of a PNG."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
-def test_scatter_of_many_recipes():
+@pytest.fixture
+def drawn(monkeypatch):
+    """Draw; return the shape of the PNG and the axes that it is of."""
+    figures: list[Figure] = []
+    encode = plots.png
+
+    def png(figure: Figure) -> bytes:
+        figures.append(figure)
+        return encode(figure)
+
+    monkeypatch.setattr(plots, "png", png)
+
+    def draw(function, argument) -> tuple[tuple[int, ...], list[Axes]]:
+        shape = decode(function(argument)).shape
+        return shape, figures.pop().axes
+
+    return draw
+
+
+def places(axes: Axes) -> dict[tuple[float, float], tuple[float, float]]:
+    """The points of a scatter, each with the half lengths of its horizontal and vertical bar."""
+    found = {}
+    for point, _, bars in axes.containers:
+        lengths = [0.0, 0.0]
+        for bar in bars:
+            (segment,) = bar.get_segments()
+            spread = np.ptp(segment, axis=0)
+            lengths[int(spread[1] > spread[0])] = spread.max() / 2
+        ((x, y),) = point.get_xydata()
+        found[round(x, 6), round(y, 6)] = tuple(lengths)
+    return found
+
+
+def test_scatter_of_many_recipes(drawn):
     rng = np.random.default_rng(0)
     names = ["zero-shot", "vanilla", "no-mask", "mine $x_", *GRID]
     names += [f"wise-ft-0.{tenth}" for tenth in (1, 3, 5, 9)]
-    runs = [run_of(n, s, tuple(ALL + rng.normal(0, 2, 6))) for n in names for s in range(3)]
-    assert decode(plots.scatter(result_rows(runs))).shape == (1120, 1640, 3)
+    percents = {n: np.array(ALL) + rng.normal(0, (4, 1, 1, 1, 1, 1), (3, 6)) for n in names}
+    runs = [run_of(n, s, tuple(percents[n][s])) for n in names for s in range(3)]
+    rows = result_rows(runs)
+    shape, (axes,) = drawn(plots.scatter, rows)
+    assert shape == (1120, 1640, 3)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (
+        "ImageNet top-1 (%)", "OOD average top-1 (%)",
+    )  # fmt: skip
+    shown = [name for name in names if name not in ("wise-ft-0.1", "wise-ft-0.3", "wise-ft-0.9")]
+    assert sorted(text.get_text() for text in axes.texts) == sorted(shown)
+    left, right, low, high = *axes.get_xlim(), *axes.get_ylim()
+    expected = plots.accuracy_points(rows)
+    found = places(axes)
+    assert len(found) == len(shown)
+    for name in shown:
+        x, y = expected[name]
+        # the first set is ImageNet; the seeds spread four times as far there
+        assert x.mean == pytest.approx(percents[name][:, 0].mean(), abs=0.1)
+        assert x.sd > y.sd
+        bars = found[round(x.mean, 6), round(y.mean, 6)]
+        assert bars == pytest.approx((x.sd, y.sd))
+        assert left < x.mean - x.sd
+        assert x.mean + x.sd < right
+        assert low < y.mean < high
 
 
-def test_scatter_of_one_run():
-    decode(plots.scatter(result_rows([run_of("vanilla", percent=ALL)])))
+def test_scatter_of_one_run(drawn):
+    _, (axes,) = drawn(plots.scatter, result_rows([run_of("vanilla", percent=ALL)]))
+    assert places(axes) == {(70.0, 40.0): (0.0, 0.0)}
 
 
 def test_nothing_to_scatter():
@@ -106,12 +161,19 @@ def test_what_the_wise_picture_draws(monkeypatch):
     assert (path.dashes, student.dashes) == (plots.SOLID, plots.DOTTED)
 
 
-def test_wise_pictures():
+def test_wise_pictures(drawn):
     rng = np.random.default_rng(1)
     names = ["zero-shot", "vanilla", *SWEEP, "wise-kd-vanilla", "wise-no-mask-0.5"]
     runs = [run_of(n, s, tuple(ALL + rng.normal(0, 4, 6))) for n in names for s in range(2)]
-    assert decode(plots.wise_picture(result_rows(runs))).shape == (1120, 1640, 3)
-    decode(plots.wise_picture(result_rows([run_of("wise-kd-vanilla", percent=ALL)])))
+    rows = result_rows(runs)
+    shape, (axes,) = drawn(plots.wise_picture, rows)
+    assert shape == (1120, 1640, 3)
+    points = {name: (x.mean, y.mean) for name, (x, y) in plots.accuracy_points(rows).items()}
+    through = [line.get_xydata() for line in axes.lines if line.get_linestyle() != "None"]
+    paths = [list(map(tuple, line)) for line in through if len(line) > 1]
+    assert [points[name] for name in ("zero-shot", *SWEEP[1:10], "vanilla")] in paths
+    _, (axes,) = drawn(plots.wise_picture, result_rows([run_of("wise-kd-vanilla", percent=ALL)]))
+    assert list(places(axes)) == [(70.0, 40.0)]
 
 
 def test_no_wise_picture_without_such_a_model():
@@ -119,20 +181,33 @@ def test_no_wise_picture_without_such_a_model():
     assert plots.wise_picture(result_rows(runs)) is None
 
 
-def test_curves(tmp_path):
+def test_curves(tmp_path, drawn):
     paths = [make_run(tmp_path, name, s) for name in ("vanilla", "no-mask") for s in (0, 1)]
     level = make_run(tmp_path, "zero-shot", metrics=False)
     (level / "metrics.jsonl").write_text('{"step":0,"held_out_correct":3,"held_out_total":4}\n')
     runs = load_runs([*paths, level])
-    assert decode(plots.curves(runs)).shape == (740, 2400, 3)
+    shape, panels = drawn(plots.curves, runs)
+    assert shape == (740, 2400, 3)
+    shown = [panel for panel in plots.PANELS if any(plots.curve(run, panel) for run in runs)]
+    assert [axes.get_title(loc="left") for axes in panels] == [panel.title for panel in shown]
+    for axes, panel in zip(panels, shown, strict=True):
+        lines = [dict(line.get_xydata()) for line in axes.lines]
+        for first in (0, 2):  # each run thin, and their mean
+            two = [found for run in runs[first : first + 2] if (found := plots.curve(run, panel))]
+            for line in [*two, *([plots.mean_curve(two)] if two else [])]:
+                assert line in lines
+    levels = [list(line.get_ydata()) for line in panels[-1].lines]
+    assert [75.0, 75.0] in levels  # a single point
     # vanilla logs an MSE of zero: it has no such term
     assert plots.curve(runs[0], plots.PANELS[1]) == {}
     assert plots.curve(runs[4], plots.PANELS[3]) == {0: 75.0}
 
 
-def test_distilled_logits_have_a_panel(tmp_path):
+def test_distilled_logits_have_a_panel(tmp_path, drawn):
     runs = load_runs([make_run(tmp_path, "wise-kd-vanilla"), make_run(tmp_path, "vanilla")])
-    assert decode(plots.curves(runs)).shape == (740, 3200, 3)
+    shape, panels = drawn(plots.curves, runs)
+    assert shape == (740, 3200, 3)
+    assert [len(axes.lines) for axes in panels] == [2, 1, 1, 2]
     assert [bool(plots.curve(run, plots.PANELS[2])) for run in runs] == [True, False]
 
 
@@ -199,8 +274,15 @@ def test_gallery(tmp_path, size, patch, shown):
     ]  # fmt: skip
     assert len(names) == 12
     pixels = decode(gallery.picture(loaded))
-    assert pixels.shape[0] > 3 * shown
-    assert pixels.shape[1] > 12 * shown
+    views = gallery.columns(gallery.enlarge(loaded))
+    for left, view in zip(gallery._lefts(views, shown), views, strict=True):
+        for row, tile in enumerate(view.tiles_BHWC):
+            top = gallery.HEAD + row * (shown + gallery.GAP)
+            np.testing.assert_array_equal(pixels[top : top + shown, left : left + shown], tile)
+    # around the tiles are their names and a scale
+    assert (pixels[: gallery.HEAD] < 255).any()
+    assert (pixels[:, : gallery.NAMES] < 255).any()
+    assert (pixels[-gallery.FOOT :] < 255).any()
 
 
 def test_small_images_are_enlarged_without_blur(tmp_path):

@@ -5,11 +5,12 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import until
 
 ADDRESS = "127.0.0.1"
 # servers are often installed where only root's PATH leads
@@ -48,11 +49,13 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def wait_for_port(port: int, process: subprocess.Popen, log: Path, seconds: float = 60) -> None:
-    """Wait until a server accepts connections; fail with its log if it never does."""
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection((ADDRESS, port), timeout=1):
-            return
-        time.sleep(0.02)
-    pytest.fail(f"no server came up on port {port}: {log.read_text(errors='replace')[-2000:]}")
+def wait_for_port(port: int, process: subprocess.Popen, log: Path) -> None:
+    """Wait until a server accepts connections; fail with its log if it ends before that."""
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((ADDRESS, port)):
+            return True
+        return False
+
+    until(lambda: process.poll() is not None or answers(), f"a server on port {port}: see {log}")
+    assert process.poll() is None, log.read_text(errors="replace")[-2000:]

@@ -2,7 +2,6 @@
 
 import contextlib
 import subprocess
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers.loopback import ADDRESS, free_port, program, running, wait_for_port
+from tests.waiting import SECONDS, until
 
 KEY, SECRET = "testkey", "testsecret12"
 # program -> Debian package
@@ -115,7 +115,9 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
 
     def call(name: str, *arguments: str | Path) -> str:
         command = [paths[name], *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
         assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout
 
@@ -136,10 +138,7 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
         call("ceph", *use, "osd", "create", osd_uuid)
         call("ceph-osd", *use, "-i", "0", "--mkfs", "--osd-uuid", osd_uuid)
         daemons.enter_context(daemon("ceph-osd", "-i", "0"))
-        deadline = time.monotonic() + 60
-        while "1 up" not in call("ceph", *use, "osd", "stat"):
-            assert time.monotonic() < deadline, log.read_text(errors="replace")[-2000:]
-            time.sleep(0.1)
+        until(lambda: "1 up" in call("ceph", *use, "osd", "stat"), f"the storage daemon: see {log}")
         user = ("--uid=tests", "--display-name=tests")
         keys = (f"--access-key={KEY}", f"--secret-key={SECRET}")
         call("radosgw-admin", *use, "user", "create", *user, *keys)

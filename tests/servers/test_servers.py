@@ -4,7 +4,6 @@ import http.client
 import subprocess
 import sys
 import textwrap
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,11 +13,12 @@ import fsspec
 import pytest
 
 from tests import tiny
-from tests.servers.faults import Fault, every_third, faulty, first
+from tests.servers.faults import Fault, Proxy, every_third, faulty, first
 from tests.servers.nginx import web_server
 from tests.servers.ranges import range_server
 from tests.servers.s3 import ObjectStore, use_environment
 from tests.servers.tmpfs import small_disk
+from tests.waiting import SECONDS, until
 
 DATA = bytes(range(256)) * 1024
 
@@ -36,7 +36,7 @@ def plain(folder: Path) -> Iterator[str]:
         yield url
 
 
-def get(url: str, start: int | None = None, stop: int = 0, timeout: float = 10) -> bytes:
+def get(url: str, start: int | None = None, stop: int = 0, timeout: float = SECONDS) -> bytes:
     headers = {} if start is None else {"Range": f"bytes={start}-{stop - 1}"}
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=timeout) as answer:
@@ -82,18 +82,33 @@ def test_special_places_of_nginx(folder: Path, tmp_path: Path) -> None:
 ERRORS = {
     "fin": http.client.IncompleteRead,
     "rst": ConnectionResetError,
-    "stall": TimeoutError,
     "503": urllib.error.HTTPError,
 }
 
 
-@pytest.mark.parametrize("kind", ERRORS)
+def require_stall(proxy: Proxy) -> None:
+    """What comes before the stall comes however late, and then nothing does."""
+    connection = http.client.HTTPConnection(proxy.url.removeprefix("http://"))
+    connection.request("GET", "/a.tar")
+    stream = connection.sock
+    with connection.getresponse() as answer:
+        assert answer.read(10_000) == DATA[:10_000]
+        until(lambda: proxy.fired["stall"], "the stall")
+        stream.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            answer.read(1)
+
+
+@pytest.mark.parametrize("kind", [*ERRORS, "stall"])
 def test_broken_answers(plain: str, kind: str) -> None:
     with faulty(plain, Fault(kind=kind, after=10_000), first(1)) as proxy:
         url = f"{proxy.url}/a.tar"
         assert get(f"{proxy.url}/") != b""  # does not match, so it is no part of the schedule
-        with pytest.raises(ERRORS[kind]) as caught:
-            get(url, timeout=0.5)
+        if kind == "stall":
+            require_stall(proxy)
+        else:
+            with pytest.raises(ERRORS[kind]) as caught:
+                get(url)
         assert get(url) == DATA
         assert get(url, 3, 7) == DATA[3:7]
     assert (proxy.requests, dict(proxy.fired)) == (3, {kind: 1})
@@ -113,8 +128,9 @@ SLOW = [Fault(kind="latency", seconds=30), Fault(kind="throttle", bytes_per_seco
 @pytest.mark.parametrize("fault", SLOW, ids=lambda fault: fault.kind)
 def test_slow_answers(plain: str, fault: Fault) -> None:
     with faulty(plain, fault, every_third) as proxy:
-        with pytest.raises(TimeoutError):
+        with pytest.raises(TimeoutError):  # no machine is too fast for it
             get(f"{proxy.url}/a.tar", timeout=0.3)
+        until(lambda: proxy.fired[fault.kind], "the fault")
         assert get(f"{proxy.url}/a.tar") == DATA
     assert dict(proxy.fired) == {fault.kind: 1}
 
@@ -141,13 +157,13 @@ def test_object_store(bucket: str, store: ObjectStore, monkeypatch: pytest.Monke
 
 
 ABANDONED = """
-    import sys, time
+    import signal, sys
     from pathlib import Path
     from tests.servers.nginx import web_server
 
     with web_server(Path(sys.argv[1]), Path(sys.argv[2])) as url:
         print(url, flush=True)
-        time.sleep(60)
+        signal.pause()
 """
 
 
@@ -161,13 +177,15 @@ def test_no_server_outlives_killed_tests(folder: Path, tmp_path: Path) -> None:
         url = process.stdout.readline().strip()
         assert get(f"{url}/a.tar") == DATA
         process.kill()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
+
+    def is_gone() -> bool:
         try:
-            get(f"{url}/a.tar", timeout=1)
+            get(f"{url}/a.tar")
         except OSError:
-            return
-    pytest.fail("nginx still answers")
+            return True
+        return False
+
+    until(is_gone, "the end of nginx")
 
 
 def test_small_disk(tmp_path: Path) -> None:

@@ -1,12 +1,9 @@
 """What a user gets wrong is one clear line, exit code 2, and nothing half-written."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import filelock
 import fsspec
@@ -255,14 +252,14 @@ def test_two_jobs_on_one_run_folder(refused, options, tmp_path):
 
 
 def test_a_held_lock_dies_with_its_job(tmp_path):
-    code = f"import filelock, time; filelock.FileLock({str(tmp_path / '.lock')!r}).acquire()"
-    job = subprocess.Popen([sys.executable, "-c", f"{code}; print(1, flush=True); time.sleep(60)"])
-    deadline = time.monotonic() + 20
-    while not (tmp_path / ".lock").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(job.pid, signal.SIGKILL)
-    job.wait()
-    with filelock.FileLock(tmp_path / ".lock", timeout=5):
+    code = f"import filelock; lock = filelock.FileLock({str(tmp_path / '.lock')!r}); lock.acquire()"
+    code += "; print('held', flush=True); import signal; signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == "held\n"
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(tmp_path / ".lock", blocking=False).acquire()
+        job.kill()
+    with filelock.FileLock(tmp_path / ".lock", blocking=False):
         pass
 
 

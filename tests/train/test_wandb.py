@@ -11,7 +11,6 @@ import re
 import signal
 import struct
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from rft.train.journal import Journal, Wandb, require_packages
 from rft.train.stop import STOPPED
 from tests import tiny
 from tests.train.test_journal import COUNTERFACTUALS, SHAPE, VALUES, configuration
+from tests.waiting import until
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]'")
 Record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
@@ -153,9 +153,7 @@ def test_a_run_outlives_its_wandb(tmp_path, offline, capsys, number):
         log.metrics(10, VALUES)
         (service,) = services()
         os.kill(service, number)
-        deadline = time.monotonic() + 20
-        while command_line(service) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until(lambda: not command_line(service), "the end of wandb's process")
         for step in range(20, 60, 10):
             log.metrics(step, VALUES)
             log.pictures(step, [COUNTERFACTUALS], 8)
@@ -178,12 +176,12 @@ def test_a_run_that_is_signalled_with_its_wandb_keeps_its_last_step(tmp_path, ti
     log = tmp_path / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
-        while not (run / "progress.json").exists():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.02)
+        progress = run / "progress.json"
+        until(lambda: progress.exists() or process.poll() is not None, "the first checkpoint")
+        assert process.poll() is None, log.read_text()
         for pid in [*tiny.children(process.pid), process.pid]:
             os.kill(pid, signal.SIGTERM)
-        code = process.wait(60)
+        code = process.wait()
     assert code == STOPPED, log.read_text()
     (step,) = re.findall(r"stopped after step (\d+) of 200 \(SIGTERM\)", log.read_text())
     assert files.read_json(str(run / "progress.json"))["step"] == int(step)

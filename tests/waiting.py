@@ -1,0 +1,20 @@
+"""Waiting for what must happen, in the one way that all tests share."""
+
+import time
+from collections.abc import Callable
+
+# After this a test says what did not happen, sooner than pytest would end it. It is no measure of
+# how long anything takes: what it waits for happens on the slowest machine, or never.
+SECONDS = 240
+
+
+def until(holds: Callable[[], object], what: str = "what the test waits for") -> None:
+    """Return as soon as a condition holds.
+
+    Raises:
+        AssertionError: naming `what`, if it does not come to hold.
+    """
+    deadline = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, f"not after {SECONDS} s: {what}"
+        time.sleep(0.01)
