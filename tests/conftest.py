@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,12 @@ from tests.servers import bucket, store  # noqa: F401
 
 # the tensors are tiny: more threads only wait for each other, and for the processes of other tests
 torch.set_num_threads(1)
+
+# the same examples each time, however slow the machine: a failure is of the change before it. For
+# others: pytest --hypothesis-profile explore
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile("same")
 
 ARCHITECTURE = Architecture(
     clip="test",

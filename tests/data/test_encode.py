@@ -37,7 +37,7 @@ def to_bytes(image: Image.Image, format_name: str, **options) -> bytes:
     return stream.getvalue()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(1, 130),
     st.integers(1, 130),
@@ -113,7 +113,7 @@ def test_pixels_of_a_file(mode: str) -> None:
     assert encoded.payload.endswith(expected.tobytes())  # readers take the end of the payload
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 100), st.integers(1, 100), st.sampled_from(["RGB", "L", "CMYK"]))
 def test_jpeg_is_the_square_that_clip_sees(width: int, height: int, mode: str) -> None:
     data = to_bytes(random_image(width, height, mode), "JPEG")
@@ -294,7 +294,7 @@ def damaged(draw: st.DrawFn) -> bytes:
             return data[:place] + inserted + data[place:]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(jpegs())
 def test_whole_jpegs_are_known_without_their_data(data: bytes) -> None:
     assert is_accepted(data)
@@ -307,13 +307,13 @@ def test_whole_jpegs_are_known_without_their_data(data: bytes) -> None:
         assert jpeg_skeleton(skeleton) == skeleton
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(damaged())
 def test_a_jpeg_is_accepted_exactly_when_all_of_it_decodes(data: bytes) -> None:
     assert is_accepted(data) == decodes(data)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(jpegs(), st.data())
 def test_every_truncated_jpeg_is_refused(data: bytes, choices: st.DataObject) -> None:
     """Wherever the cut, unless the pixels are whole and only the end marker is gone."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -173,7 +173,6 @@ def test_a_test_set_without_a_class(photos: Path) -> None:
 NAMES = st.lists(st.text("ab0_ /", min_size=1, max_size=6), min_size=2, max_size=40, unique=True)
 
 
-@settings(deadline=None)
 @given(NAMES, st.floats(0.01, 0.99), st.integers(0, 3), st.randoms())
 def test_choice(names: list[str], share: float, seed: int, random) -> None:
     held = choose_test(names, share, seed, "x")
@@ -191,7 +190,6 @@ def test_choice_is_frozen() -> None:
     assert sorted(choose_test(names, 0.3, 0, "dog")) == ["dog/1.jpg", "dog/3.jpg", "dog/9.jpg"]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 20))
 def test_proposal_is_one_that_training_takes(samples: int, classes: int) -> None:
     proposal = held_out_proposal(samples, classes)

@@ -15,7 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
@@ -274,7 +274,6 @@ def test_folders_capitals_and_members_without_a_key(tmp_path: Path, capsys) -> N
     assert "passed over: 1 members with the ignored suffix .v1.jpeg" in said
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "B1", "_", "-", ".", "/", "x/", ".J"]), max_size=6))
 def test_keys_are_those_of_webdataset(parts: list[str]) -> None:
     name = "".join(parts)

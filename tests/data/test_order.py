@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rft.data.order import EpochOrder, Plan, rank_slice
@@ -30,7 +30,6 @@ def epoch_ids(plan: Plan, epoch: int) -> np.ndarray:
     return np.concatenate([order.batch(step) for step in range(plan.steps_per_epoch)])
 
 
-@settings(deadline=None)
 @given(plans(), st.integers(0, 3))
 def test_an_epoch_has_each_sample_at_most_once_and_drops_only_the_tail(plan, epoch):
     ids = epoch_ids(plan, epoch)
@@ -41,7 +40,6 @@ def test_an_epoch_has_each_sample_at_most_once_and_drops_only_the_tail(plan, epo
     assert ids.max() < plan.samples
 
 
-@settings(deadline=None)
 @given(plans(), st.data())
 def test_any_step_can_be_asked_for_first(plan, data):
     whole = EpochOrder(plan, 1)
@@ -53,7 +51,6 @@ def test_any_step_can_be_asked_for_first(plan, data):
         assert (backwards.batch(number) == expected[number]).all()
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 5))
 def test_ranks_cut_one_global_batch(world_size, share):
     batch = np.arange(world_size * share)
@@ -61,7 +58,6 @@ def test_ranks_cut_one_global_batch(world_size, share):
     assert (np.concatenate(slices) == batch).all()
 
 
-@settings(deadline=None)
 @given(plans(), st.integers(1, 3), st.integers(0, 2), st.integers(0, 500))
 # a batch that spans three blocks
 @example(Plan(shard_sizes=(1, 1, 1), batch_size=3, seed=0, block_shards=1), 1, 0, 0)

@@ -54,7 +54,7 @@ def save_mask(path: Path, mask_HW: np.ndarray, on: int = 255) -> Path:
 # --- counting -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**31), st.sampled_from([1, 2, 3, 7]), st.sampled_from([1, 2, 4]))
 def test_counts_and_rates_equal_sets_of_pixels(seed, grid, side):
     rng = np.random.default_rng(seed)
@@ -112,7 +112,7 @@ def test_patches_are_the_models_patches():
 # --- masks --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.tuples(*[st.floats(2, 6)] * 2, *[st.floats(10, 14)] * 2),
     st.integers(20, 90),
@@ -141,7 +141,7 @@ def test_a_mask_stays_on_its_object(tmp_path_factory, place, width, height, bord
     assert cut.sha256.hex() == files.sha256_file(path)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.integers(5, 90), st.integers(5, 90), st.sampled_from([0, 2]))
 def test_geometry_is_torchvisions(tmp_path_factory, seed, width, height, border):
     noise_HW = np.random.default_rng(seed).random((height, width)) < 0.5

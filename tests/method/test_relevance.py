@@ -78,7 +78,7 @@ def test_logit_scale_changes_the_map(images_BCHW, labels_B):
     assert not torch.allclose(relevance.normalise(scaled), relevance.normalise(unscaled), atol=1e-3)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**31), batch=st.integers(1, 4), patches=st.integers(1, 20))
 def test_normalised_relevance_has_maximum_one(seed, batch, patches):
     values = torch.rand(batch, patches, generator=torch.Generator().manual_seed(seed)) + 1e-3

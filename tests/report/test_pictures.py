@@ -219,7 +219,7 @@ def test_mean_curve_is_over_common_steps():
     assert plots.mean_curve([{1: 1.0, 2: 2.0, 3: 5.0}, {3: 7.0, 2: 4.0}]) == {2: 3.0, 3: 6.0}
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.tuples(st.floats(200, 1000), st.floats(200, 700)), min_size=2, max_size=6))
 def test_labels_keep_clear_of_each_other(anchors):
     bounds = (0.0, 0.0, 1600.0, 1100.0)

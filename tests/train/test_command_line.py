@@ -200,12 +200,19 @@ def test_data_on_a_store_that_is_not_the_disk(options, monkeypatch, tmp_path, ti
     assert (tmp_path / "run" / "training.json").exists()
 
 
-def test_bfloat16_trains(options, monkeypatch, tmp_path):
-    train(["object-mask-single-fill", *options[1:], "--precision", "bf16"], monkeypatch)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
-    assert losses
-    assert np.isfinite(losses).all()
+def test_bfloat16_trains_as_float32_does_but_for_rounding(options, monkeypatch, tmp_path):
+    found = []
+    for precision in ("fp32", "bf16"):
+        run = tmp_path / precision
+        more = ["--precision", precision, "--log.every-steps", "1", "--run-dir", str(run)]
+        train(["object-mask-single-fill", *options[1:], *more], monkeypatch)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        found.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
+    exact, rounded = map(np.array, found)
+    assert len(exact) == 11
+    # 2 ** -8 is the spacing of bf16's numbers; the losses are sums of many of them
+    np.testing.assert_allclose(rounded, exact, rtol=2**-8)
+    assert (rounded != exact).all()
 
 
 def test_a_loss_that_explodes_stops_the_run_and_names_the_step(options, monkeypatch, tmp_path):
