@@ -6,43 +6,53 @@ EPOCHS ?=
 MINUTES ?= 6
 WHEELS_PYTHON ?= 3.12
 WHEELS_MACHINE ?= x86_64
-BIN    := .venv/bin
+VENV   ?= .venv
+BIN    := $(VENV)/bin
 
-.PHONY: demo reproduce results test lint bench gpu wheels peers simd clean
+.PHONY: demo reproduce results test quick marks pythons lint bench gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
 
-.venv/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: rft needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: .venv/.installed  ## the paper's experiment in miniature, from images to a report
+demo: $(VENV)/.installed  ## the paper's experiment in miniature, from images to a report
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds $(SEEDS) $(if $(EPOCHS),--epochs $(EPOCHS))
 
-reproduce: .venv/.installed  ## every row of the paper's tables and of Fig. 7 in miniature
+reproduce: $(VENV)/.installed  ## every row of the paper's tables and of Fig. 7 in miniature
 	launch/reproduce.sh --miniature --out $(DEMO) --seeds $(SEEDS) \
 		$(if $(EPOCHS),--epochs $(EPOCHS))
 
-results: .venv/.installed  ## the demo on three seeds, into docs/results and the pages that quote it
+results: $(VENV)/.installed  ## the demo on three seeds, into docs/results and the pages that quote it
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds 3
 	$(BIN)/python docs/update_results.py --demo $(DEMO)
 
 # two at a time, because many tests wait for processes that they started; files are not kept whole,
 # so that the slowest one does not end alone
-test: .venv/.installed  ## every test
+test: $(VENV)/.installed  ## every test
 	$(BIN)/pytest -q -n 2 --dist worksteal
 
-lint: .venv/.installed  ## style, types, module contracts, spelling, shell scripts
+quick: $(VENV)/.installed  ## the tests of at most 0.3 s each, in less than a minute
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow"
+
+marks: $(VENV)/.installed  ## are all others marked `slow`? on a machine that does nothing else
+	$(BIN)/pytest -q -m "not slow" --check-slow
+
+pythons:  ## `make quick` on each Python that rft supports and that is found here, in build/
+	tests/pythons.sh
+
+lint: $(VENV)/.installed  ## style, types, module contracts, spelling, shell scripts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	$(BIN)/shellcheck -x .ci/run launch/*.sbatch launch/*.sh tests/launch/*.sh
+	$(BIN)/shellcheck -x .ci/run launch/*.sbatch launch/*.sh tests/*.sh tests/launch/*.sh
 
-bench: .venv/.installed  ## the step, the loader and the packer against their peers; checkpoints; faults
+bench: $(VENV)/.installed  ## the step, the loader and the packer against their peers; checkpoints; faults
 	$(BIN)/python -m benchmarks.environments
 	$(BIN)/python -m benchmarks.step --processes 3 --save
 	$(BIN)/python -m benchmarks.step --compile --save
@@ -56,21 +66,21 @@ bench: .venv/.installed  ## the step, the loader and the packer against their pe
 	$(BIN)/python -m benchmarks.summary
 	$(BIN)/python docs/update_results.py
 
-gpu: .venv/.installed  ## the step, the trainer and more on this machine's GPU, within MINUTES
+gpu: $(VENV)/.installed  ## the step, the trainer and more on this machine's GPU, within MINUTES
 	$(BIN)/python -m benchmarks.gpu --minutes $(MINUTES); status=$$?; \
 		$(BIN)/python docs/update_results.py && exit $$status
 
 # for a machine that has torch and torchvision and no network: docs/gpu.md
-wheels: .venv/.installed  ## what else benchmarks.gpu needs, as wheels in build/wheels
+wheels: $(VENV)/.installed  ## what else benchmarks.gpu needs, as wheels in build/wheels
 	$(BIN)/python -m benchmarks.wheels --python $(WHEELS_PYTHON) --machine $(WHEELS_MACHINE)
 
-peers: .venv/.installed  ## what other loaders do on the thirteen tests of docs/data.md
+peers: $(VENV)/.installed  ## what other loaders do on the thirteen tests of docs/data.md
 	$(BIN)/python -m benchmarks.environments
 	$(BIN)/python -m benchmarks.peers --save
 	$(BIN)/python docs/update_results.py
 
 # built before anything is removed; never from pip's cache, which forgets the compiler's flags
-simd: .venv/.installed  ## replace Pillow in .venv by Pillow-SIMD, built here for AVX2
+simd: $(VENV)/.installed  ## replace Pillow in .venv by Pillow-SIMD, built here for AVX2
 	rm -rf build/simd-wheel
 	CC="cc -mavx2" $(BIN)/pip wheel -q --no-cache-dir --no-binary pillow-simd --no-deps \
 		-w build/simd-wheel pillow-simd

@@ -1,5 +1,6 @@
 """Small things that many tests need."""
 
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -11,9 +12,19 @@ from rft.clip.classifier import Classifier
 from rft.clip.load import Architecture
 from tests import tiny
 from tests.servers import bucket, store  # noqa: F401
+from tests.slowness import (  # noqa: F401
+    pytest_addoption,
+    pytest_fixture_setup,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+)
 
 # the tensors are tiny: more threads only wait for each other, and for the processes of other tests
 torch.set_num_threads(1)
+
+# started in the background of a script they would ignore Ctrl-C, and so would all that they start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # the same examples each time, however slow the machine: a failure is of the change before it. For
 # others: pytest --hypothesis-profile explore

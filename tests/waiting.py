@@ -8,8 +8,10 @@ from collections.abc import Callable
 SECONDS = 240
 
 
-def until(holds: Callable[[], object], what: str = "what the test waits for") -> None:
-    """Return as soon as a condition holds.
+def until(
+    holds: Callable[[], object], what: str = "what the test waits for", pause: float = 0.01
+) -> None:
+    """Return as soon as a condition holds; look at it again after each pause, in seconds.
 
     Raises:
         AssertionError: naming `what`, if it does not come to hold.
@@ -17,4 +19,4 @@ def until(holds: Callable[[], object], what: str = "what the test waits for") ->
     deadline = time.monotonic() + SECONDS
     while not holds():
         assert time.monotonic() < deadline, f"not after {SECONDS} s: {what}"
-        time.sleep(0.01)
+        time.sleep(pause)

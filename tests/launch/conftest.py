@@ -87,7 +87,8 @@ class Cluster:
     def wait_until_idle(self, what: str) -> None:
         """Wait until no job waits or runs."""
         try:
-            until(lambda: not self.call("squeue", "--noheader"), what)
+            # each look starts processes, which take time from the jobs
+            until(lambda: not self.call("squeue", "--noheader"), what, pause=0.2)
         except AssertionError as error:
             jobs = self.call("scontrol", "show", "jobs")
             log = (self.folder / "log" / "slurmctld.log").read_text()

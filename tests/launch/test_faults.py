@@ -87,14 +87,16 @@ def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tiny_data, tiny_c
     subprocess.run([SCRIPT, "lose", quiet.folder, "node2"], check=True)
     # SLURM finds out by itself, within the minute
     quiet.call("scontrol", "update", "nodename=node2", "state=down", "reason=lost")
-    until(lambda: quiet.field(job, "JobState") == "PENDING", "the requeue")
+    until(lambda: quiet.field(job, "JobState") == "PENDING", "the requeue", pause=0.2)
     subprocess.run([SCRIPT, "regain", quiet.folder, "node2"], check=True)
 
     wait_for_progress(run)
     other = quiet.call("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive",
                        "--output=/dev/null", "--wrap=true")  # fmt: skip
     until(lambda: "is requeued: it is preempted" in log_of(run), "the preemption")
-    until(lambda: quiet.field(other, "JobState") == "COMPLETED", "the job of more priority")
+    until(
+        lambda: quiet.field(other, "JobState") == "COMPLETED", "the job of more priority", pause=0.2
+    )
 
     reached = wait_for_progress(run)
     quiet.call("scancel", job)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Run `make quick` on each Python that rft supports and that is found, on PATH or in pyenv; each has
+# an environment of its own, build/pythonX.Y, of some gigabytes. PYTHONS="3.12 3.13" names others.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+interpreter() {
+    local found
+    for found in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python; do
+        # run it, because pyenv puts names on PATH that lead nowhere
+        if "$found" -c "import sys; sys.exit(sys.version_info[:2] != (${1/./, }))" 2>/dev/null; then
+            command -v "$found"
+            return
+        fi
+    done
+    return 1
+}
+
+tested=()
+for version in ${PYTHONS:-3.11 3.12 3.13}; do
+    if found=$(interpreter "$version"); then
+        echo "Python $version: $found"
+        make --no-print-directory quick PYTHON="$found" VENV="build/python$version"
+        tested+=("$version")
+    else
+        echo "Python $version: not found"
+    fi
+done
+echo "tested: ${tested[*]:-none}"
+[ ${#tested[@]} -gt 0 ]
