@@ -1,6 +1,7 @@
 """`rft.train`, disturbed as the environment says: a test cannot reach into its ranks.
 
-SECONDS: what each checkpoint takes longer. NAN_AT_STEP: whose loss is NaN. In step STOP_AT_STEP the
+SECONDS: what each checkpoint takes longer. HELD: checkpoints are written only when the run ends, so
+one is under way then. NAN_AT_STEP: whose loss is NaN. In step STOP_AT_STEP the
 last rank is asked to stop, in DIE_AT_STEP it dies, in HANG_AT_STEP it hangs. BF16_RANKS: those
 whose device has native bf16. COLLECTIVES: a file, less the rank, that lists the collectives of rft
 in order. With it, ranks on CPUs have a control group, as those on GPUs do.
@@ -10,6 +11,7 @@ import functools
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,9 +58,18 @@ if __name__ == "__main__":
             setattr(torch.distributed, name, call)
         dist._backends = lambda device: ("gloo", "gloo")
 
+    ending, leave = threading.Event(), checkpoint.Writer.__exit__
+    if "HELD" not in os.environ:
+        ending.set()
+
     def slow(store, content):
+        ending.wait()
         time.sleep(seconds)
         return write(store, content)
+
+    def end(writer, *error):
+        ending.set()
+        leave(writer, *error)
 
     def disturb(job, module, batch, step, *rest):
         if job.world.rank == job.world.size - 1:
@@ -73,5 +84,6 @@ if __name__ == "__main__":
 
     bf16_ranks = os.environ.get("BF16_RANKS", "").split()
     dist.has_bf16 = lambda _: os.environ.get("RANK") in bf16_ranks
-    checkpoint.Store.write, loop.accumulate_gradients = slow, disturb
+    checkpoint.Store.write, checkpoint.Writer.__exit__ = slow, end
+    loop.accumulate_gradients = disturb
     cli.run(train_command.main)

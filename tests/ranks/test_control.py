@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.ranks.test_hurt import IMPATIENT, disturbed
+from tests.ranks.test_hurt import IMPATIENT, LONGER, disturbed
 
 # global donors and held-out images: a run that calls all of rft's collectives
 EVERYTHING = ("--method.donors", "global", "--loader.held-out", "8")
@@ -68,7 +68,7 @@ def test_a_rank_that_the_others_miss_where_they_meet_is_named(
 def test_a_slow_store_is_waited_for_in_the_control_group(tmp_path, tiny_data, tiny_clip):
     run = tmp_path / "run"
     once = ("--log.checkpoint-steps", "100")
-    how = {"SECONDS": "4", "COLLECTIVES": str(tmp_path / "collectives")}
+    how = {"SECONDS": LONGER, "COLLECTIVES": str(tmp_path / "collectives")}
     result = disturbed(2, tiny_data, tiny_clip, run, *once, *IMPATIENT, **how)
     assert result.returncode == 0
     assert (run / "training.json").exists()
@@ -76,7 +76,7 @@ def test_a_slow_store_is_waited_for_in_the_control_group(tmp_path, tiny_data, ti
 
 def test_ranks_step_aside_in_the_control_group(tmp_path, tiny_data, tiny_clip):
     path, run = tmp_path / "collectives", tmp_path / "run"
-    how = {"SECONDS": "3", "NAN_AT_STEP": "5", "COLLECTIVES": str(path)}
+    how = {"HELD": "1", "NAN_AT_STEP": "5", "COLLECTIVES": str(path)}
     result = disturbed(2, tiny_data, tiny_clip, run, **how)
     (line,) = re.findall("^error.*", result.stderr, re.MULTILINE)
     assert "is not finite at step 6 (" in line

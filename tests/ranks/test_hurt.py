@@ -67,12 +67,16 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-IMPATIENT = ("--cluster.timeout", "2")
+# the time-out is the run's own clock: seconds for which no rank that works may keep the others, on
+# a busy machine; a slow store takes longer
+IMPATIENT = ("--cluster.timeout", "4")
+LONGER = "7"
 
 
 def test_a_slow_store_is_no_rank_that_hangs(tmp_path, tiny_data, tiny_clip):
     run = tmp_path / "run"
-    result = disturbed(2, tiny_data, tiny_clip, run, *IMPATIENT, SECONDS="5")
+    once = ("--log.checkpoint-steps", "100")
+    result = disturbed(2, tiny_data, tiny_clip, run, *once, *IMPATIENT, SECONDS=LONGER)
     assert result.returncode == 0
     assert (run / "training.json").exists()
 
@@ -81,7 +85,7 @@ def test_what_ends_a_run_is_told_after_the_checkpoint_that_is_under_way(
     tmp_path, tiny_data, tiny_clip
 ):
     run = tmp_path / "run"
-    how = {"SECONDS": "5", "NAN_AT_STEP": "5"}
+    how = {"HELD": "1", "NAN_AT_STEP": "5"}
     result = disturbed(2, tiny_data, tiny_clip, run, **how)
     assert result.returncode == 1
     (line,) = re.findall("^error.*", result.stderr, re.MULTILINE)
