@@ -74,6 +74,7 @@ def test_bare_crop_is_torchvisions(work):
         assert np.array_equal(contenders.bare_crop(path.read_bytes()), expected.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["memcpy", "rft_pixels", "webdataset_pixels", "bare", "rft_original", "webdataset"],
@@ -107,6 +108,7 @@ np.save(out, np.concatenate([np.asarray(next(batches)) for _ in range(8)]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "environment"),
     [
@@ -155,6 +157,7 @@ def arguments(**changes) -> loader.Arguments:
     return loader.Arguments(cpus=1, rounds=2, seconds=0.05, batch_size=5, **changes)
 
 
+@pytest.mark.slow
 def test_rounds_of_real_processes_and_one_that_cannot_run(work, monkeypatch):
     table = {
         "memcpy": loader.Run(contender="memcpy", workers=0),
@@ -251,6 +254,7 @@ def test_ratios_of_the_packer():
     assert line["source_mib_per_second"] == 5
 
 
+@pytest.mark.slow
 def test_the_pack_benchmark_as_a_program(tmp_path):
     command = [sys.executable, "-m", "benchmarks.pack", "--images", "10", "--rounds", "1"]
     command += ["--processes", "1", "--work", str(tmp_path)]
@@ -280,6 +284,7 @@ def test_an_environment_that_is_not_there_says_why(tmp_path, monkeypatch):
     assert second == str(environments.ROOT)
 
 
+@pytest.mark.slow
 def test_a_package_that_does_not_install_leaves_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(environments, "BUILD", tmp_path / "environments")
     # a requirement that pip refuses before it asks any index

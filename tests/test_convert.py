@@ -110,6 +110,7 @@ def test_import_of_models_with_a_head(convert, state, tmp_path, name):
     assert (out / "provenance.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_headless_file_gets_the_head_of_a_packed_sets_names(convert, openai, tmp_path, tiny_data):
     out = tmp_path / "run"
     options = ("--clip", formats.NAME, "--data", tiny_data, "--recipe", "zero-shot")
@@ -126,6 +127,7 @@ def test_a_headless_file_gets_the_head_of_a_packed_sets_names(convert, openai, t
     assert source["manifest_sha256"] == manifest.sha256
 
 
+@pytest.mark.slow
 def test_a_weights_tag(convert, openai, tmp_path, tiny_data, monkeypatch):
     tag = {"url": "-", "quick_gelu": True, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, formats.NAME, {"tiny": tag})
@@ -142,6 +144,7 @@ def test_a_weights_tag(convert, openai, tmp_path, tiny_data, monkeypatch):
     assert same(exported, formats.build_clip().state_dict())
 
 
+@pytest.mark.slow
 def test_imported_runs_are_evaluated_merged_and_reported(convert, released, tmp_path, tiny_data):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -291,6 +294,7 @@ def test_unknown_conversions(refused):
 # export
 
 
+@pytest.mark.slow
 def test_released_and_model_soups_round_trips(convert, run, released, state, tmp_path):
     text = tmp_path / "text.pt"
     torch.save(formats.build_clip().state_dict(), text)
@@ -322,6 +326,7 @@ def test_released_export_carries_the_accuracy_that_the_teacher_prints(
     assert card["metrics"]["imagenet-val"] == counts
 
 
+@pytest.mark.slow
 def test_safetensors_export_is_evaluated_and_described(convert, openai, tmp_path, tiny_data):
     options = ("--clip", formats.NAME, "--data", tiny_data)
     convert("import", openai, "--out", tmp_path / "run", *options)
@@ -343,6 +348,7 @@ def test_safetensors_export_is_evaluated_and_described(convert, openai, tmp_path
     assert same(state_of(tmp_path / "again"), state_of(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_open_clip_export_gives_the_same_features(convert, run, state, tmp_path, openai):
     out = tmp_path / "hub"
     convert("export", run, "--to", "open-clip", "--out", out, "--text", openai)
@@ -370,6 +376,7 @@ def test_open_clip_export_gives_the_same_features(convert, run, state, tmp_path,
     assert open_clip.get_tokenizer(f"local-dir:{out}")(["a cat"]).shape == (1, 12)
 
 
+@pytest.mark.slow
 def test_open_clip_round_trip(convert, run, state, tmp_path, openai):
     out = tmp_path / "hub"
     convert("export", run, "--to", "open-clip", "--out", out, "--text", openai)
@@ -394,6 +401,7 @@ def test_a_folder_of_the_users_own_with_its_words(convert, tmp_path, tiny_clip, 
     assert clip.architecture.mean == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_a_merged_model_finds_its_text_tower(convert, openai, tmp_path, tiny_data):
     options = ("--clip", formats.NAME, "--data", tiny_data)
     convert("import", openai, "--out", tmp_path / "a", *options)
@@ -406,6 +414,7 @@ def test_a_merged_model_finds_its_text_tower(convert, openai, tmp_path, tiny_dat
     assert same({**found.visual, **found.head}, state_of(tmp_path / "m"))
 
 
+@pytest.mark.slow
 def test_training_starts_from_an_openai_file_and_its_run_is_exported(
     convert, openai, tmp_path, tiny_data
 ):
@@ -448,6 +457,7 @@ def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     assert not (tmp_path / "hub").exists()
 
 
+@pytest.mark.slow
 def test_export_never_overwrites(convert, refused, run, tmp_path, openai):
     hub = ("--to", "open-clip", "--out", tmp_path / "hub", "--text", openai)
     convert("export", run, *hub)

@@ -10,6 +10,7 @@ import torch
 from rft import env
 
 
+@pytest.mark.slow
 def test_it_prints_what_is_in_use():
     result = subprocess.run(
         [sys.executable, "-m", "rft.env"], capture_output=True, text=True, check=True

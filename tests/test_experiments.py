@@ -104,6 +104,7 @@ def parsed():
     return parse
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "official-parity"])
 @pytest.mark.parametrize("scale", ["paper", "miniature"])
 def test_the_commands_are_those_of_the_real_command_lines(parsed, scale, preset):
@@ -132,6 +133,7 @@ def test_the_commands_are_those_of_the_real_command_lines(parsed, scale, preset)
     assert rates["vanilla-seed1"] == 1
 
 
+@pytest.mark.slow
 def test_teachers_and_starts_are_those_of_the_same_seed(parsed):
     found = {one.name: parsed(one.command)[1] for one in experiments(PAPER)}
     for seed in range(3):
@@ -184,6 +186,7 @@ def test_lines_are_for_a_shell_script(capsys, monkeypatch):
     assert [list(one.command) for one in found] == [shlex.split(f[2]) for f in fields]
 
 
+@pytest.mark.slow
 def test_options_behind_the_dashes_reach_every_training(capsys, monkeypatch, parsed):
     options = ("--lines", "--seeds", "1", "--", "--model.clip", "ViT-B-16", "--precision", "bf16")
     out = printed(capsys, monkeypatch, "--runs", "R", "--data", "D", *options)
@@ -271,6 +274,7 @@ def outcomes(plan: Plan) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in found}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_all_commands_together_give_the_papers_tables(small_plan, monkeypatch, tmp_path):
     *stages, last = experiments(small_plan)

@@ -65,6 +65,7 @@ def test_text_without_credentials_is_unchanged(place, text):
         assert files.redact(shown) == shown
 
 
+@pytest.mark.slow
 @given(text=st.text("a1:/@?#&=%\\'\" \n*[]", max_size=40) | st.text())
 def test_redacting_twice_is_redacting_once(text):
     redacted = files.redact(text)

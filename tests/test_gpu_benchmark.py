@@ -207,6 +207,7 @@ for name, outcome in outcomes.items():
 """
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_dies_or_hangs_leaves_the_others_alone(tmp_path):
     line = [sys.executable, "-c", RUNNER, str(tmp_path)]
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, check=True)
@@ -243,6 +244,7 @@ run(parts, Path(sys.argv[1]), time.monotonic() + 600, done)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_command_that_is_ended_leaves_no_part_behind(tmp_path, number):
     line = [sys.executable, "-c", ENDED, str(tmp_path)]

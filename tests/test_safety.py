@@ -120,6 +120,7 @@ def sockets(pid: int) -> list[str]:
     return [match[1] for link in links if (match := re.fullmatch(r"socket:\[(\d+)\]", link))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables", [{}, MEET_IN_FILES], ids=["standalone", "loopback only"])
 def test_ranks_on_one_machine_listen_on_loopback(tmp_path, variables):
     """torchrun's own two stores listen everywhere; docs/cluster.md tells how it does without.

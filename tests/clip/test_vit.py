@@ -65,6 +65,7 @@ def test_features_equal_open_clip(images_BCHW):
     torch.testing.assert_close(ours, model.visual(normalised), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERVED)
 def test_named_models_equal_open_clip(name):
     visual = build_tower(name)
@@ -78,6 +79,7 @@ def test_named_models_equal_open_clip(name):
     assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_quickgelu_twins_differ():
     tokens, features = None, []
     for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
@@ -89,6 +91,7 @@ def test_quickgelu_twins_differ():
     assert (features[0] - features[1]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_every_open_clip_model_is_served_or_refused_by_reason():
     served, refused = [], {}
     for name in open_clip.list_models():

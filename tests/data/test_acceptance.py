@@ -36,6 +36,7 @@ from tests.ranks.loading import CPU, batches_of, plan_of
 from tests.waiting import until
 
 LABELS = LabelSpace(ids=("n01", "n02", "n03"), names=("one", "two", "three"), templates=("{c}",))
+SLOW = pytest.mark.slow  # where loader processes start
 PER_CLASS = 23  # 69 samples: no batch, rank or shard count divides it
 BATCH = 8
 
@@ -85,7 +86,13 @@ def global_batches(
 
 @pytest.mark.parametrize(("streams", "block_shards"), [(1, 0), (4, 2)])
 @pytest.mark.parametrize(
-    ("world_size", "workers"), [(2, 0), (4, 0), (8, 0), (1, 1), (2, 3), (1, 8), (4, 1)]
+    ("world_size", "workers"),
+    [
+        (2, 0),
+        (4, 0),
+        (8, 0),
+        *(pytest.param(*case, marks=SLOW) for case in ((1, 1), (2, 3), (1, 8), (4, 1))),
+    ],
 )
 def test_t1_the_same_ordered_global_batches(packed, world_size, workers, streams, block_shards):
     dataset = packed["original"]
@@ -97,7 +104,7 @@ def test_t1_the_same_ordered_global_batches(packed, world_size, workers, streams
 
 
 @pytest.mark.parametrize("encoding", ["original", "pixels"])
-@pytest.mark.parametrize(("world_size", "workers"), [(4, 0), (2, 3)])
+@pytest.mark.parametrize(("world_size", "workers"), [(4, 0), pytest.param(2, 3, marks=SLOW)])
 def test_t2_the_same_tensors(packed, encoding, world_size, workers):
     dataset = packed[encoding]
     plan = plan_of(dataset, BATCH, 2, 2)
@@ -112,6 +119,7 @@ def test_t2_the_same_tensors(packed, encoding, world_size, workers):
         assert (packed["original"].image(sample, 24) == by_key[key]).all()
 
 
+@pytest.mark.slow
 def test_t3_killed_and_resumed_on_another_world_size(packed, tmp_path):
     dataset = packed["pixels"]
     plan = plan_of(dataset, 8, 2, 2)
@@ -163,6 +171,7 @@ def test_t4_an_epoch_has_every_sample_once(packed, streams, block_shards):
     assert len(set(left_out)) > 1  # another one each epoch
 
 
+@pytest.mark.slow
 def test_t5_evaluation_counts_every_sample_once(packed, tmp_path):
     url = packed["pixels"].url
     context = multiprocessing.get_context("forkserver")
@@ -199,7 +208,7 @@ def damaged_copy(dataset: PackedDataset, folder: Path) -> tuple[PackedDataset, P
 
 
 @pytest.mark.parametrize("encoding", ["original", "pixels"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=SLOW)])
 def test_t6_damage_is_an_error_with_shard_key_and_offset(packed, encoding, workers, tmp_path):
     dataset, shard, sample = damaged_copy(packed[encoding], tmp_path)
     offset = int(dataset.index.offset[sample])
@@ -261,6 +270,7 @@ def descriptors(at_most: int) -> int:
     return count()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_t11_memory_and_descriptors_stay_flat(packed, workers):
     dataset = packed["pixels"]
@@ -280,6 +290,7 @@ def test_t11_memory_and_descriptors_stay_flat(packed, workers):
     assert max(count for _, count in settled) == settled[0][1]
 
 
+@pytest.mark.slow
 def test_t11_a_plan_for_400_million_samples():
     script = (
         "from pathlib import Path;"
@@ -296,6 +307,7 @@ def test_t11_a_plan_for_400_million_samples():
     assert int(result.stdout) * 1024 < 1e9
 
 
+@pytest.mark.slow
 def test_t12_nothing_of_the_parent_reaches_the_workers(packed):
     """Workers are forked from a server that has opened nothing, never from the trainer."""
     dataset = PackedDataset(packed["pixels"].url)
@@ -338,6 +350,7 @@ class _Told:
         return real._replace(samples_B=torch.from_numpy(samples))
 
 
+@pytest.mark.slow
 def test_t13_another_manifest_or_plan_is_refused_with_the_difference(
     tiny_data, tiny_clip, tmp_path, refused
 ):

@@ -37,6 +37,7 @@ def to_bytes(image: Image.Image, format_name: str, **options) -> bytes:
     return stream.getvalue()
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     st.integers(1, 130),
@@ -307,6 +308,7 @@ def test_whole_jpegs_are_known_without_their_data(data: bytes) -> None:
         assert jpeg_skeleton(skeleton) == skeleton
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(damaged())
 def test_a_jpeg_is_accepted_exactly_when_all_of_it_decodes(data: bytes) -> None:

@@ -173,6 +173,7 @@ def test_a_test_set_without_a_class(photos: Path) -> None:
 NAMES = st.lists(st.text("ab0_ /", min_size=1, max_size=6), min_size=2, max_size=40, unique=True)
 
 
+@pytest.mark.slow
 @given(NAMES, st.floats(0.01, 0.99), st.integers(0, 3), st.randoms())
 def test_choice(names: list[str], share: float, seed: int, random) -> None:
     held = choose_test(names, share, seed, "x")

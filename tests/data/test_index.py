@@ -305,6 +305,7 @@ def test_remote_shards_and_remote_index(tmp_path: Path) -> None:
         fs.rm("/h2", recursive=True)
 
 
+@pytest.mark.slow
 def test_web_server_that_drops_connections(tmp_path: Path) -> None:
     """As CLIP_benchmark's sets on the Hugging Face hub: text files beside, shards by HTTP."""
     write_clip_benchmark(tmp_path / "wds", list(range(3)) * 4, LABELS.names, "jpg")
@@ -558,6 +559,7 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> int
     return 0
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, monkeypatch, capsys) -> None:
     classes = tmp_path / "classes.json"
     document = {"ids": LABELS.ids, "names": LABELS.names, "templates": LABELS.templates}

@@ -30,6 +30,7 @@ def epoch_ids(plan: Plan, epoch: int) -> np.ndarray:
     return np.concatenate([order.batch(step) for step in range(plan.steps_per_epoch)])
 
 
+@pytest.mark.slow
 @given(plans(), st.integers(0, 3))
 def test_an_epoch_has_each_sample_at_most_once_and_drops_only_the_tail(plan, epoch):
     ids = epoch_ids(plan, epoch)
@@ -40,6 +41,7 @@ def test_an_epoch_has_each_sample_at_most_once_and_drops_only_the_tail(plan, epo
     assert ids.max() < plan.samples
 
 
+@pytest.mark.slow
 @given(plans(), st.data())
 def test_any_step_can_be_asked_for_first(plan, data):
     whole = EpochOrder(plan, 1)

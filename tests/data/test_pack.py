@@ -124,6 +124,7 @@ ITEMS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(ITEMS, st.integers(0, 3), st.integers(1, 100), st.randoms())
 def test_plan_holds_every_item_once(items, seed, limit, random) -> None:
     order = shuffle(items, seed)
@@ -522,6 +523,7 @@ pack.pack("imagenet-train", source, out, labels, options)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["in a tar", "before a commit", "before the manifest"])
 def test_killed_run_continues(
     source: str, tmp_path: Path, reference: dict[str, str], where: str
@@ -549,6 +551,7 @@ sys.exit("torch" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_packing_needs_no_torch(source: str, tmp_path: Path) -> None:
     """Every process that packs would pay seconds and hundreds of megabytes for it."""
     command = [sys.executable, "-c", LIGHT, source, str(tmp_path)]
@@ -572,6 +575,7 @@ pack.pack("imagenet-train", *sys.argv[1:], labels, options)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 def test_workers_end_with_their_parent(source: str, tmp_path: Path) -> None:
     def session_members(session: int) -> list[str]:
@@ -695,6 +699,7 @@ def test_bad_images_are_left_out_and_listed(broken: Path, tmp_path: Path, encodi
     assert packed == listed - set(BAD)
 
 
+@pytest.mark.slow
 def test_bad_images_do_not_depend_on_who_packs(broken: Path, tmp_path: Path) -> None:
     outs = [tmp_path / name for name in ("one", "two", "tasks", "more")]
     assert pack_broken(broken, outs[0], max_bad=3)

@@ -24,6 +24,8 @@ from rft.data.sources import read_source
 from tests import tiny
 from tests.data import halting
 
+pytestmark = pytest.mark.slow
+
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.",))
 PACKING = {"encoding": "pixels", "size": 64, "shard_mb": 0.05}  # four samples a shard
 IMAGES, TARS = 12, 3

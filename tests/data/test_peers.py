@@ -15,6 +15,8 @@ from rft.data.loader import PackedDataset
 from rft.data.pack import Options, pack
 from tests.data.peer_readers import SIZE
 
+pytestmark = pytest.mark.slow
+
 LABELS = LabelSpace(
     ids=("n01", "n02", "n03"), names=("one", "two", "three"), templates=("a {c}.", "the {c}.")
 )

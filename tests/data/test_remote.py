@@ -48,6 +48,8 @@ from tests.servers.s3 import ObjectStore, use_environment
 from tests.servers.tmpfs import small_disk
 from tests.waiting import SECONDS, until
 
+pytestmark = pytest.mark.slow
+
 SIZE, SAMPLES, BATCH = 64, 60, 12
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.",))
 OPTIONS = Options(encoding="pixels", size=SIZE, shard_mb=0.11, workers=1)

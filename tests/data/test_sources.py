@@ -70,6 +70,7 @@ def test_imagenet_equals_the_public_lists() -> None:
     assert filled == [template("zebra") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
 
 
+@pytest.mark.slow
 def test_packing_starts_without_torch() -> None:
     code = (
         "import sys, rft.data.pack; from rft.data.labels import LabelSpace\n"
@@ -587,6 +588,7 @@ def test_an_item_that_changed_in_its_archive(tmp_path: Path) -> None:
         contents(source)
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(st.text("ab0", min_size=1, max_size=150), st.binary(max_size=1500)),
@@ -672,6 +674,7 @@ def test_keys_of_one_stem_twice_in_a_folder() -> None:
 NAMES = st.text(st.sampled_from("ab01._ -\u00e9"), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(NAMES, NAMES), unique=True, max_size=30), st.randoms())
 def test_keys_are_safe_distinct_and_independent_of_order(pairs, random) -> None:
     paths = [f"{folder}/{stem}.jpg" for folder, stem in pairs]

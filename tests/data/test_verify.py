@@ -212,6 +212,7 @@ def test_a_flipped_index_byte(packed: Path) -> None:
         assert "sha256" in line
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**9))
 def test_every_flipped_byte_of_a_shard_is_found(packed: Path, position: int) -> None:

@@ -24,23 +24,27 @@ def die(number: int) -> int:
     return number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_are_in_order(workers: int) -> None:
     assert for_each("work", double, list(range(7)), workers) == list(range(0, 14, 2))
     assert for_each("work", double, [], workers) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_comes_through(workers: int) -> None:
     with pytest.raises(ValueError, match="-3 is below 0"):
         for_each("work", double, [1, -3, 2], workers)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told() -> None:
     with pytest.raises(ValueError, match="a worker process was killed"):
         for_each("work", die, [1, 2, 3], 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupt_ends_it_at_once_and_leaves_nothing(tmp_path: Path, workers: int) -> None:
     """Ctrl-C reaches the whole process group; nobody waits for work that takes ten minutes."""

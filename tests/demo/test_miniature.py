@@ -21,6 +21,8 @@ from rft.demo.world import write_world
 from rft.evaluate.evaluator import count_correct
 from tests.tiny import environment
 
+pytestmark = pytest.mark.slow
+
 TOOLS = Path(__file__).parents[2] / "tools"
 OOD = [name for name in LAYOUTS if name not in ("imagenet-train", "imagenet-val")]
 

@@ -13,6 +13,8 @@ from rft.demo.pretrain import draw_captioned
 from rft.demo.scenes import Setting
 from rft.method import losses, masking, relevance
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model() -> Classifier:

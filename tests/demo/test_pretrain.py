@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 
 from rft.clip.load import load_clip
@@ -11,6 +12,7 @@ from rft.demo import pretrain
 from rft.demo.objects import CLASSES
 
 
+@pytest.mark.slow
 def test_it_writes_a_clip_that_loads_and_the_same_one_again(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "DEV_IMAGES", 32)
     for name in ("first", "again"):
@@ -42,6 +44,7 @@ def test_an_epoch_is_a_permutation_in_whole_batches():
         assert set(epoch) <= set(range(images))
 
 
+@pytest.mark.slow
 def test_classes_are_balanced_and_contexts_are_independent_of_them():
     data = pretrain.draw_captioned("pretrain", pretrain.DIVERSE, 320, seed=0)
     counts = torch.bincount(data.labels_B, minlength=len(CLASSES))

@@ -67,6 +67,7 @@ def scenes(setting: Setting, count: int):
         yield draw_scene(setting, number % len(CLASSES), silhouettes, rng), rng
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     world.write_world(tmp_path / "again", scale=SCALE)
     world.write_world(tmp_path / "other", seed=1, scale=SCALE)
@@ -202,6 +203,7 @@ def test_contexts_follow_their_rule():
     assert len({pattern_and_palette(context) for context in range(NUM_CONTEXTS)}) == NUM_CONTEXTS
 
 
+@pytest.mark.slow
 def test_no_instance_is_in_two_banks():
     for class_id in range(len(CLASSES)):
         members = bank_members(class_id, SHAPE_INSTANCES)
@@ -217,6 +219,7 @@ def test_no_instance_is_in_two_banks():
         assert len(set.union(*seen)) == sum(map(len, seen))
 
 
+@pytest.mark.slow
 def test_every_caption_and_prompt_is_in_the_vocabulary():
     clip = load_clip(ModelConfig(clip="rft-miniature", pretrained=""))
     texts = [caption(scene, rng) for scene, rng in scenes(DIVERSE, 500)]

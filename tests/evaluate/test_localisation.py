@@ -250,6 +250,7 @@ def call(monkeypatch, *options: str) -> None:
     localisation.main()
 
 
+@pytest.mark.slow
 def test_the_command_equals_the_textbook(tiny_case, tiny_data, tmp_path, monkeypatch, capsys):
     """CAM with R in full, one image at a time, and masks as sets of pixels."""
     run = tiny_case["folder"] / "run"
@@ -298,6 +299,7 @@ def results(path: Path) -> dict:
     return document
 
 
+@pytest.mark.slow
 def test_ranks_change_no_digit(tiny_case, tiny_data, tmp_path, monkeypatch):
     # as this process alone; 71 masks in batches of 16: ranks get unequal numbers of batches, and
     # the last one is short; loader processes and threads change nothing either
@@ -312,6 +314,7 @@ def test_ranks_change_no_digit(tiny_case, tiny_data, tmp_path, monkeypatch):
     assert expected["config_sha256"] is None
 
 
+@pytest.mark.slow
 def test_more_ranks_than_batches(tiny_case, tiny_data, tmp_path, monkeypatch):
     # ten images are one batch
     weights = (tiny_case["folder"] / "run" / "checkpoints" / "best.safetensors").read_bytes()
@@ -327,6 +330,7 @@ def test_more_ranks_than_batches(tiny_case, tiny_data, tmp_path, monkeypatch):
     assert expected["images"]["without_mask"] == 5
 
 
+@pytest.mark.slow
 def test_several_checkpoints_are_measured_in_one_pass(tiny_case, tiny_data, tmp_path, monkeypatch):
     paths = [tmp_path / f"{seed}.safetensors" for seed in (0, 1)]
     for seed, path in enumerate(paths):
@@ -471,6 +475,7 @@ def test_checkpoints_that_do_not_fit(tiny_case, tiny_data, tmp_path, refused):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_the_miniatures_clip_finds_its_objects(tmp_path, monkeypatch):
     """The world's own masks, at the paths it writes them, and the CLIP that comes with rft."""
     write_world(tmp_path / "world", scale=0.05)

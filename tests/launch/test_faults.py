@@ -13,6 +13,8 @@ from tests.launch.conftest import SCRIPT, Cluster, Project, running_cluster
 from tests.tiny import environment, torchrun_command, weights
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 RECIPE = "object-mask-single-fill"
 STEPS = 200
 OPTIONS = (

@@ -276,6 +276,7 @@ def test_ranks_on_a_node_with_gpus_do_not_take_its_cpu(project):
     assert " --device cuda --seed 1\n" in attempt(project, "exit 0")
 
 
+@pytest.mark.slow
 def test_the_whole_paper_is_submitted_in_order(project):
     project.write_settings(GPUS)
     words = ("--dry-run", "--seeds", "2", "--", "--precision", "bf16")

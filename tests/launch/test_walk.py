@@ -13,6 +13,8 @@ from rft import files
 from tests.launch.conftest import ROOT, SETTINGS, Cluster, Project, environment
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 # the page's settings are those of a cluster with GPUs; two ranks on each of two nodes here
 MORE = """
 PROCESSES_PER_NODE=2

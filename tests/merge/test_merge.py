@@ -248,6 +248,7 @@ def count_by_hand(state: dict[str, torch.Tensor], run: Path, data: Path) -> int:
     return right
 
 
+@pytest.mark.slow
 def test_greedy_soup_is_the_recipe_and_the_same_on_two_ranks(pot, tmp_path, tiny_data, merge):
     alone = {path: count_by_hand(state_of(path), path, tiny_data) for path in pot}
     order = sorted(pot, key=lambda path: -alone[path])

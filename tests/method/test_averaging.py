@@ -47,6 +47,7 @@ def exact_mean(states) -> list[float]:
 # WiSE-FT
 
 
+@pytest.mark.slow
 @given(models(2, 2), ALPHAS)
 def test_interpolation_is_the_weighted_mean(pair, alpha):
     found = numbers(interpolate(*pair, alpha))
@@ -56,6 +57,7 @@ def test_interpolation_is_the_weighted_mean(pair, alpha):
         assert abs(value - expected) <= 2e-7 * (abs(a) + abs(b)) + 1e-44
 
 
+@pytest.mark.slow
 @given(models(2, 2))
 def test_the_ends_are_the_models_bit_for_bit(pair):
     assert bits(interpolate(*pair, 0.0)) == bits(pair[0])
@@ -70,6 +72,7 @@ def test_the_ends_are_copies_and_take_nothing_from_the_other():
     assert start["w"].item() == 1
 
 
+@pytest.mark.slow
 @given(models(2, 2), ALPHAS)
 def test_the_way_back_is_the_way(pair, alpha):
     there, back = interpolate(*pair, alpha), interpolate(*reversed(pair), 1 - alpha)
@@ -81,17 +84,20 @@ def test_the_way_back_is_the_way(pair, alpha):
 # uniform soup
 
 
+@pytest.mark.slow
 @given(models())
 def test_the_soup_is_the_exact_mean_rounded(states):
     found = torch.tensor(numbers(uniform_soup(states)))
     torch.testing.assert_close(found, torch.tensor(exact_mean(states)), rtol=1.2e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 @given(models(1, 1), st.integers(1, 80))
 def test_the_soup_of_equal_models_is_that_model(states, count):
     assert numbers(uniform_soup(states * count)) == numbers(states[0])
 
 
+@pytest.mark.slow
 @given(models(2), st.randoms(use_true_random=False))
 def test_the_order_does_not_matter_but_for_rounding(states, random):
     shuffled = random.sample(states, len(states))
@@ -181,6 +187,7 @@ def test_greedy_is_the_textbook_recipe(rows, target):
     assert bits(soup) == bits(uniform_soup(states[n] for n in kept))
 
 
+@pytest.mark.slow
 @given(models(), st.floats(-100, 100))
 def test_greedy_never_scores_below_its_best_ingredient(states, target):
     score = score_by(target)

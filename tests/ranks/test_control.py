@@ -10,6 +10,8 @@ import pytest
 from tests import tiny
 from tests.ranks.test_hurt import IMPATIENT, LONGER, disturbed
 
+pytestmark = pytest.mark.slow
+
 # global donors and held-out images: a run that calls all of rft's collectives
 EVERYTHING = ("--method.donors", "global", "--loader.held-out", "8")
 

@@ -16,6 +16,8 @@ from tests import tiny
 from tests.tiny import torchrun
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 RANKS = 3
 
 

@@ -15,6 +15,8 @@ from tests import tiny
 from tests.conftest import build_model
 from tests.tiny import torchrun
 
+pytestmark = pytest.mark.slow
+
 CUTS = ((1, 3), (2, 2), (3, 1))  # ranks and micro-batches
 EQUAL = (
     *(("vanilla", "local", *cut) for cut in CUTS),

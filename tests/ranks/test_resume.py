@@ -16,6 +16,8 @@ from rft.clip.classifier import LAST, SELECTED
 from rft.train import __main__ as train_command
 from tests.tiny import environment, kill_when, torchrun, torchrun_command
 
+pytestmark = pytest.mark.slow
+
 
 def options(data: Path, clip: str, run: Path) -> list[str]:
     return [

@@ -10,6 +10,8 @@ from rft.report.page import provenance_lines, write_report
 from rft.report.runs import load_runs
 from tests.report.make_runs import edit, make_gallery, make_run
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://x.test/y>{{ 7*7 }}"
 DOCUMENTS = {"index.html", "table.md", "table.csv", "paper.md", "paper.csv"}
 FILES = DOCUMENTS | {"scatter.png", "curves.png", "gallery.png"}

@@ -56,6 +56,7 @@ def places(axes: Axes) -> dict[tuple[float, float], tuple[float, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_scatter_of_many_recipes(drawn):
     rng = np.random.default_rng(0)
     names = ["zero-shot", "vanilla", "no-mask", "mine $x_", *GRID]
@@ -161,6 +162,7 @@ def test_what_the_wise_picture_draws(monkeypatch):
     assert (path.dashes, student.dashes) == (plots.SOLID, plots.DOTTED)
 
 
+@pytest.mark.slow
 def test_wise_pictures(drawn):
     rng = np.random.default_rng(1)
     names = ["zero-shot", "vanilla", *SWEEP, "wise-kd-vanilla", "wise-no-mask-0.5"]
@@ -181,6 +183,7 @@ def test_no_wise_picture_without_such_a_model():
     assert plots.wise_picture(result_rows(runs)) is None
 
 
+@pytest.mark.slow
 def test_curves(tmp_path, drawn):
     paths = [make_run(tmp_path, name, s) for name in ("vanilla", "no-mask") for s in (0, 1)]
     level = make_run(tmp_path, "zero-shot", metrics=False)
@@ -203,6 +206,7 @@ def test_curves(tmp_path, drawn):
     assert plots.curve(runs[4], plots.PANELS[3]) == {0: 75.0}
 
 
+@pytest.mark.slow
 def test_distilled_logits_have_a_panel(tmp_path, drawn):
     runs = load_runs([make_run(tmp_path, "wise-kd-vanilla"), make_run(tmp_path, "vanilla")])
     shape, panels = drawn(plots.curves, runs)
@@ -264,6 +268,7 @@ def test_donors_on_pixels_equal_a_loop(case):
     np.testing.assert_array_equal(gallery.apply_donors(images, donor_BP, patch), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "patch", "shown"), [(48, 8, 192), (224, 32, 224), (16, 4, 192)])
 def test_gallery(tmp_path, size, patch, shown):
     loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz", size, patch, batch=3))
@@ -285,6 +290,7 @@ def test_gallery(tmp_path, size, patch, shown):
     assert (pixels[-gallery.FOOT :] < 255).any()
 
 
+@pytest.mark.slow
 def test_small_images_are_enlarged_without_blur(tmp_path):
     loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz"))
     large = gallery.enlarge(loaded)

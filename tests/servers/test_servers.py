@@ -125,6 +125,7 @@ def test_answers_that_are_short_enough_do_not_count(plain: str) -> None:
 SLOW = [Fault(kind="latency", seconds=30), Fault(kind="throttle", bytes_per_second=1000)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", SLOW, ids=lambda fault: fault.kind)
 def test_slow_answers(plain: str, fault: Fault) -> None:
     with faulty(plain, fault, every_third) as proxy:
@@ -141,6 +142,7 @@ def test_slow_answers_are_whole(plain: str) -> None:
     assert dict(proxy.fired) == {"throttle": 1}
 
 
+@pytest.mark.slow
 def test_object_store(bucket: str, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads, writes and lists by way of a proxy; a wrong secret is refused."""
     with faulty(store.port, Fault(kind="latency"), first(100), matching="") as proxy:
@@ -167,6 +169,7 @@ ABANDONED = """
 """
 
 
+@pytest.mark.slow
 def test_no_server_outlives_killed_tests(folder: Path, tmp_path: Path) -> None:
     with web_server(folder, tmp_path):  # where it cannot run, this test is skipped
         pass
