@@ -5,7 +5,6 @@ import re
 import socket
 import struct
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from rft.merge import __main__ as merge_command
 from rft.train import __main__ as train_command
 from tests.servers.ranges import range_server
 from tests.tiny import call, children, environment, torchrun_command
+from tests.waiting import until
 
 SMALL = ("--scale", "miniature", "--loader.batch-size", 6, "--loader.held-out", 8)
 SHORT = ("--optim.epochs", 1, "--log.image-steps", 4, "--log.checkpoint-steps", 4)
@@ -133,8 +133,7 @@ def test_ranks_on_one_machine_listen_on_loopback(tmp_path, variables):
     if variables:
         command.remove("--standalone")
     with subprocess.Popen(command, env=environment(**variables)) as process:
-        while process.poll() is None and not all(path.exists() for path in met):
-            time.sleep(0.02)
+        until(lambda: process.poll() is not None or all(path.exists() for path in met))
         found = listeners(process.pid)
         over.touch()
     assert process.returncode == 0

@@ -11,6 +11,7 @@ import pytest
 
 from rft import files
 from rft.data.workers import check_workers, for_each
+from tests.waiting import until
 
 
 def double(number: int) -> int:
@@ -60,10 +61,9 @@ def test_an_interrupt_ends_it_at_once_and_leaves_nothing(tmp_path: Path, workers
         text=True,
     )
     try:
-        while process.poll() is None and len(list(tmp_path.iterdir())) < workers:
-            time.sleep(0.02)
+        until(lambda: process.poll() is not None or len(list(tmp_path.iterdir())) == workers)
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate()
     finally:
         process.kill()
     assert (process.returncode, said) == (130, "")

@@ -19,6 +19,7 @@ from tests import tiny
 from tests.conftest import build_model
 from tests.servers.tmpfs import small_disk
 from tests.tiny import weights
+from tests.waiting import SECONDS
 
 ALONE = dist.World(rank=0, size=1, local_rank=0)
 
@@ -308,7 +309,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
     def slow(*arguments):
         begun.set()
-        assert may_end.wait(30)
+        assert may_end.wait(SECONDS)
         save(*arguments)
 
     monkeypatch.setattr(torch, "save", slow)
@@ -316,7 +317,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     with Writer(store) as writer:
         what = content(student, optimizer, Progress(step=4), {}, 1)
         writer.write(what, lambda record, copy: order.append(record.step))
-        assert begun.wait(30)
+        assert begun.wait(SECONDS)
         before = {name: value.clone() for name, value in student.state_dict().items()}
         with torch.no_grad():  # the next step
             for parameter in student.parameters():
