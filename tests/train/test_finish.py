@@ -27,6 +27,7 @@ def train(tiny_data, tiny_clip, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_finished_run_refuses_other_weights_to_build_on(train, capsys):
     probes = [train("linear-probe", "--seed", seed, name=f"p{seed}") for seed in ("0", "1")]
     head = ("--model.head", "random", "--seed", "3")
