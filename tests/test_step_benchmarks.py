@@ -49,6 +49,7 @@ def test_vanilla_is_the_cross_entropy(job, images_BCHW, labels_B):
         torch.testing.assert_close(found[name], ours, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_step_benchmark_as_a_program():
     command = [sys.executable, "-m", "benchmarks.step", *SMALL]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
@@ -69,6 +70,7 @@ def test_the_step_benchmark_as_a_program():
     assert "matrix product: " in method.alternatives(found)
 
 
+@pytest.mark.slow
 def test_a_map_at_a_time_needs_less_memory_and_too_much_is_told():
     arguments = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=4)
     textbook, ours = (
@@ -91,6 +93,7 @@ def test_the_saved_page_is_made_of_the_saved_results():
     assert method.PAGE.read_text() == method.text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_timed_in_three_ways(tmp_path):
     arguments = checkpoint.Arguments(model="ViT-S-32-alt", batch_size=2, rounds=1, seconds=0.01)
     result = checkpoint.measure(arguments, tmp_path)

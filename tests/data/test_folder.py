@@ -191,6 +191,7 @@ def test_choice_is_frozen() -> None:
     assert sorted(choose_test(names, 0.3, 0, "dog")) == ["dog/1.jpg", "dog/3.jpg", "dog/9.jpg"]
 
 
+@pytest.mark.slow
 @given(st.integers(1, 400), st.integers(1, 20))
 def test_proposal_is_one_that_training_takes(samples: int, classes: int) -> None:
     proposal = held_out_proposal(samples, classes)

@@ -110,6 +110,7 @@ def test_model_that_does_not_fit_the_shards(refused, options, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_unknown_model_and_weights(refused, options):
     line = refused(train_command, *options, "--model.clip", "ViT-Z-99")
     assert "open_clip has no model 'ViT-Z-99'" in line

@@ -42,6 +42,7 @@ def test_a_finished_run_refuses_other_weights_to_build_on(train, capsys):
     assert "was built on other weights: start_sha256" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_whose_held_out_images_show_one_class_finishes(train, monkeypatch):
     # its gallery would have one picture, which no other image can fill
     def shown(labels, samples, count):

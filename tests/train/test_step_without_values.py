@@ -339,6 +339,7 @@ def test_a_head_in_bf16_is_noticed(fake, monkeypatch):
         step_in_bf16(build_config("vanilla", precision="bf16"), fake)
 
 
+@pytest.mark.slow
 def test_a_cam_in_bf16_is_noticed(fake, monkeypatch):
     real = relevance.layer_relevance
 
