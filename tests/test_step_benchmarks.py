@@ -74,11 +74,11 @@ def test_the_step_benchmark_as_a_program():
 def test_a_map_at_a_time_needs_less_memory_and_too_much_is_told():
     arguments = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=4)
     textbook, ours = (
-        cam_memory.measure_case(case, arguments, 16) for case in ("textbook", "recompute")
+        cam_memory.measure_case(case, arguments, 8) for case in ("textbook", "recompute")
     )
     assert textbook > 2 * ours > 0
-    tight = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=0.2)
-    assert cam_memory.measure_case("textbook", tight, 16) is None
+    tight = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=0.1)
+    assert cam_memory.measure_case("textbook", tight, 8) is None
 
 
 def test_the_page_says_what_was_not_measured(monkeypatch, tmp_path):
