@@ -31,8 +31,8 @@ import tyro
 
 from benchmarks import machine
 from rft import cli, files
-from rft.clip.classifier import LAST, SELECTED
 from rft.rng import numpy_generator
+from rft.runs import LAST, SELECTED
 from rft.train.checkpoint import Store, file_name, record_name
 from tests import tiny
 from tests.servers.tmpfs import small_disk

@@ -7,11 +7,15 @@ environment shows one for a mistake too. Neither shows the credentials of a URL.
 
 import contextlib
 import io
+import json
 import os
+import shlex
 import sys
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -21,11 +25,14 @@ from rft import files
 
 T = TypeVar("T")
 
+SEVERAL_GPUS = "  (with several GPUs: torchrun --nproc_per_node NUMBER in place of python)"
+
 
 def run(main: Callable[[], None]) -> None:
     """Run `main`; turn a user's mistake into one clear line and exit code 2.
 
-    Under torchrun the ranks of a node meet the same mistake, so one of each node says it.
+    Under torchrun the ranks of a node meet the same mistake, so one of each node prints it, and
+    torchrun repeats it at the end of its summary.
     """
     sys.excepthook = _tell_bug
     try:
@@ -37,12 +44,22 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("RFT_TRACEBACK"):
             raise
+        message = files.redact(" ".join(str(error).split()))
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" on rank {rank}"
+        line = f"error{where}: {message}"
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            message = files.redact(" ".join(str(error).split()))
-            rank = os.environ.get("RANK", "0")
-            where = "" if rank == "0" else f" on rank {rank}"
-            print(f"error{where}: {message}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
+        _hand_to_torchrun(line)
         sys.exit(2)
+
+
+def _hand_to_torchrun(line: str) -> None:
+    """Leave a line where torchrun, if there is one, looks for the cause that it prints last."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            cause = {"py_callstack": line, "timestamp": str(int(time.time()))}
+            Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": cause}}))
 
 
 def _tell_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -65,6 +82,37 @@ def parse(kind: Callable[..., T], **options: Any) -> T:
         if stopped.code != 2:
             raise
         raise ValueError(_first_section(complaint.getvalue())) from None
+
+
+def warn(message: str) -> None:
+    """Print a warning that the user must see, once for all ranks and without credentials."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"WARNING: {files.redact(message)}", file=sys.stderr, flush=True)
+
+
+def next_step(
+    words: Sequence[object],
+    *,
+    ranks: int = 1,
+    unknown: Mapping[str, str] | None = None,
+    label: str = "next",
+) -> str:
+    """Format the command that comes next, so that its line can be pasted into a shell.
+
+    Args:
+        words: of the command line, after `python`.
+        ranks: processes that torchrun starts; one needs no torchrun.
+        unknown: words that the user fills in, each with its meaning, which gets a line of its own.
+        label: what stands before the command.
+    """
+    launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc_per_node", str(ranks)]
+    named = [str(word) for word in words]
+    shown = [files.redact(word) for word in named]
+    notes = dict(unknown or {})
+    if shown != named:
+        notes[files.HIDDEN] = "credentials, which are not printed; name the URL with them"
+    lines = [f"{label}: {shlex.join([*launcher, *shown])}"]
+    return "\n".join([*lines, *(f"  ({word}: {meaning})" for word, meaning in notes.items())])
 
 
 def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:

@@ -6,11 +6,15 @@ command line read this too. Numbers are the paper's (appendix A.1) unless a comm
 
 import dataclasses
 import math
+import re
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+
+from rft import __version__, files
 
 Mask = Literal["none", "random", "context", "object"]
 Fill = Literal["none", "single", "multi"]
@@ -52,7 +56,7 @@ class LoaderConfig:
     batch_size: int = 512
     """Images in a global batch, over all ranks and accumulation steps."""
     held_out: int = 10240
-    """Training images kept out, stratified by class, to select the checkpoint."""
+    """Training images kept out, stratified by class, to select the checkpoint; 0 keeps the last."""
     streams: int = 1
     """Sample streams a global batch is drawn from (block shuffle only)."""
     block_shards: int = 0
@@ -243,7 +247,8 @@ class Config:
     """Name of the packed set to train on, below the data root."""
     scale: Scale = "paper"
     """Which numbers the recipe starts from: ImageNet's, those for some thousand photos of one's own
-    (small), or those of the embedded world (miniature)."""
+    (small: batch, warm-up, held-out images and checkpoint interval follow from the size of the set,
+    as --dry-run prints), or those of the embedded world (miniature)."""
     preset: Preset = "paper"
     """The paper's text, or what its released code really does where the two differ
     (docs/paper.md); a preset only chooses other defaults."""
@@ -352,9 +357,45 @@ class Config:
         """Rebuild a configuration from `to_dict`'s document.
 
         Raises:
-            ValueError: for an unknown field or a value out of range.
+            UnknownSettingError: for a field or a choice that this version does not have.
+            ValueError: for a value out of range or something else than a configuration.
         """
         return _build(Config, document, "config")
+
+
+class UnknownSettingError(ValueError):
+    """A recorded configuration has a field or a choice that this version does not know."""
+
+
+def load_config(folder: Path) -> Config:
+    """Read the configuration that a training recorded in its run folder.
+
+    Raises:
+        ValueError: if it is absent, damaged, or written by a version with other settings, which is
+            named.
+    """
+    path = folder / "config.json"
+    try:
+        return Config.from_dict(files.read_json(str(path)))
+    except UnknownSettingError as error:
+        raise ValueError(
+            f"{path} was written by {_writer(folder)}, this is rft {__version__}: {error}. Use "
+            "that version, or a different run folder"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a training run's: {error}") from error
+
+
+def _writer(folder: Path) -> str:
+    """Return the version of rft that wrote a run folder, in words for a message."""
+    try:
+        provenance = files.read_json(str(folder / "provenance.json"))
+        version, commit = str(provenance["rft"]), provenance.get("git")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "a different version of rft (its provenance.json does not say which)"
+    numbers, own = ([int(n) for n in re.findall(r"\d+", v)] for v in (version, __version__))
+    kind = "a newer rft" if numbers > own else "a different rft"
+    return f"{kind} ({version}{f', commit {commit}' if commit else ''})"
 
 
 def resolve_precision(choice: PrecisionChoice, *, gpu: bool, bf16: bool) -> tuple[Precision, str]:
@@ -396,12 +437,44 @@ def _require(holds: bool, name: str, value: object, wanted: str) -> None:
         raise ValueError(f"{name} is {value}; it must be {wanted}")
 
 
-def _build(cls: type, document: dict[str, Any], where: str) -> Any:
+def _build(cls: type, document: Any, where: str) -> Any:
+    if not isinstance(document, dict):
+        raise ValueError(f"{where} is {document!r}; it must be an object")
     types = typing.get_type_hints(cls)
     if surplus := sorted(document.keys() - types.keys()):
-        raise ValueError(f"{where} has unknown fields: {', '.join(surplus)}")
+        raise UnknownSettingError(f"{where} has unknown fields: {', '.join(surplus)}")
     values = {}
     for name, value in document.items():
-        nested = dataclasses.is_dataclass(types[name])
-        values[name] = _build(types[name], value, f"{where}.{name}") if nested else value
-    return cls(**values)
+        kind = types[name]
+        if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+            raise UnknownSettingError(f"{where}.{name} has an unknown value: {value!r}")
+        nested = dataclasses.is_dataclass(kind)
+        values[name] = _build(kind, value, f"{where}.{name}") if nested else value
+    try:
+        return cls(**values)
+    except TypeError as error:  # a field without a default, or a comparison with another type
+        raise ValueError(f"{where} is incomplete or malformed: {error}") from error
+
+
+# seeds, places, and what never changes a result; each seed builds on runs of its own
+APART: dict[str, set[str]] = {
+    "": {
+        "seed", "split_seed", "order_seed", "data", "run", "log", "cluster", "device", "recompute",
+        "compile", "merged_from", "soup", "imported_from",
+    },
+    "model": {"start"},
+    "method": {"kd_teacher"},
+    "loader": {"workers", "cache_dir", "cache_gb"},
+}  # fmt: skip
+
+
+def settings(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a run folder's config.json without what may differ between the seeds of a recipe.
+
+    The document may be a merged or imported model's, and need not be well formed.
+    """
+    kept = {name: value for name, value in document.items() if name not in APART[""]}
+    for group in APART.keys() & kept.keys():
+        if isinstance(kept[group], dict):
+            kept[group] = {k: v for k, v in kept[group].items() if k not in APART[group]}
+    return kept

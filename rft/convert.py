@@ -21,16 +21,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rft import cli, dist, files
+from rft.classes import Classes, check_head
 from rft.clip import load, weights
 from rft.clip.architecture import Architecture
-from rft.clip.classifier import checkpoint_path, load_state
+from rft.clip.classifier import load_state, require_finite
 from rft.clip.head import zero_shot_head
 from rft.clip.load import PretrainedClip
 from rft.clip.made import is_made, write_made
 from rft.clip.weights import Weights
 from rft.config import Device, ModelConfig
 from rft.data.manifest import Manifest
-from rft.evaluate.__main__ import recorded_sets
+from rft.evaluate import commands
+from rft.runs import checkpoint_path, read_results, require_current, unfinished
 
 Format = Literal["open-clip", "released", "model-soups", "safetensors"]
 SUFFIXES = {"released": ".pt", "model-soups": ".pt", "safetensors": ".safetensors"}
@@ -91,7 +93,7 @@ class Export:
     """
 
     source: tyro.conf.Positional[Path]
-    """Run folder (its selected checkpoint) or .safetensors file of rft."""
+    """Run folder (its selected model, or the last without held-out images) or .safetensors file."""
     to: Annotated[Format, tyro.conf.arg(name="to")]
     """The format."""
     out: Path
@@ -112,6 +114,8 @@ class Found:
     """What config.json tells about it."""
     text: ModelConfig | None
     """What loads its text tower; None if it has none."""
+    classes: Classes | None
+    """Classes of its head; None if it has none or does not say."""
 
 
 def main() -> None:
@@ -158,12 +162,12 @@ def import_weights(arguments: Import) -> None:
         print(f"already imported: {out}")
         return
     state = with_head(found, manifest, arguments)
-    write_made(arguments.out, state, found.architecture, config, {"step": "0"})
-    classes = len(state["head.weight"])
-    print(
-        f"imported: {out} ({found.source['format']}, {found.architecture.clip}, {classes} classes)"
-    )
-    print(f"next: python -m rft.evaluate {out} --data {files.redact(arguments.data) or 'URL'}")
+    require_finite(Path(arguments.file), state)
+    classes = classes_of_head(found, manifest, arguments)
+    write_made(arguments.out, state, found.architecture, config, {"step": "0"}, classes)
+    rows = len(state["head.weight"])
+    print(f"imported: {out} ({found.source['format']}, {found.architecture.clip}, {rows} classes)")
+    print(commands.evaluation([arguments.out], arguments.data, arguments.packed))
 
 
 def find(name: str, clip: str) -> Found:
@@ -188,7 +192,7 @@ def _from_tag(model: ModelConfig) -> Found:
     named = loaded.model.state_dict().items()
     state = {name: value for name, value in named if name.startswith("visual.")}
     source = {"format": "open_clip", "tag": model.pretrained, "text": True}
-    return Found(loaded.architecture, state, source, model)
+    return Found(loaded.architecture, state, source, model, None)
 
 
 def _from_file(path: Path, clip: str) -> Found:
@@ -202,7 +206,7 @@ def _from_file(path: Path, clip: str) -> Found:
         "text": bool(read.text),
     }
     text = _text_of(source, architecture)
-    return Found(architecture, {**read.visual, **read.head}, source, text)
+    return Found(architecture, {**read.visual, **read.head}, source, text, read.classes)
 
 
 def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
@@ -236,16 +240,10 @@ def with_head(found: Found, manifest: Manifest | None, arguments: Import) -> dic
     """Return image tower and head; the head is made of class names where there is none.
 
     Raises:
-        ValueError: if there is neither a head nor what makes one, or it has other classes.
+        ValueError: if there is neither a head nor what makes one.
     """
     file = arguments.file
     if "head.weight" in found.state:
-        classes = len(found.state["head.weight"])
-        if manifest and len(manifest.classes) != classes:
-            raise ValueError(
-                f"{file} tells {classes} classes apart, {arguments.packed} in {arguments.data} has "
-                f"{len(manifest.classes)}"
-            )
         return found.state
     if found.text is None:
         raise ValueError(f"{file} has neither a classification head nor a text tower to make one")
@@ -260,6 +258,31 @@ def with_head(found: Found, manifest: Manifest | None, arguments: Import) -> dic
     return {**found.state, **{f"head.{name}": value.cpu() for name, value in head.items()}}
 
 
+def classes_of_head(found: Found, manifest: Manifest | None, arguments: Import) -> Classes | None:
+    """Return the classes of an imported head; None, with a warning, if nothing names them.
+
+    A head whose file does not name its classes has those of the packed set that --data names.
+
+    Raises:
+        ValueError: if file and data have different classes.
+    """
+    file = arguments.file
+    if "head.weight" not in found.state:  # made of the set's names
+        return manifest.label_space if manifest else None
+    if manifest is None:
+        if found.classes is None:
+            cli.warn(
+                f"{file} does not say which classes its head has: nothing can compare them; name "
+                "a packed set of the same classes in the same order with --data URL --set NAME"
+            )
+        return found.classes
+    rows, known = len(found.state["head.weight"]), manifest.label_space
+    where = files.redact(files.join(arguments.data, arguments.packed))
+    for warning in check_head(found.classes, rows, file, known, where):
+        cli.warn(warning)
+    return found.classes or known
+
+
 def export_weights(arguments: Export) -> None:
     """Write a model in a format of other code.
 
@@ -272,7 +295,10 @@ def export_weights(arguments: Export) -> None:
     if to in SUFFIXES and out.suffix != SUFFIXES[to]:
         raise ValueError(f"--out is {out}; a file of this format ends in {SUFFIXES[to]}")
     weights_path = checkpoint_path(arguments.source)
-    state, architecture, metadata = load_state(weights_path)
+    state, architecture, metadata, classes = load_state(weights_path)
+    digest = files.sha256_file(weights_path)
+    if reached := unfinished(arguments.source):
+        cli.warn(f"{arguments.source} has not finished training ({reached}); its card says so")
     config_path = arguments.source / "config.json"
     config = files.read_json(str(config_path)) if config_path.is_file() else {}
     if to in ("released", "model-soups"):
@@ -281,25 +307,27 @@ def export_weights(arguments: Export) -> None:
     if to in ("open-clip", "model-soups"):
         clip = text_tower(arguments.text, architecture, config)
         require_same_tower(clip.architecture, architecture)
-    metrics = recorded_sets(arguments.source)
     card: dict[str, Any] = {
-        "schema": 1,
         "format": to,
+        "source": {"path": str(arguments.source), "sha256": digest, "text": arguments.text},
+    }
+    card_path = out / weights.CARD if to == "open-clip" else out.with_name(f"{out.name}.json")
+    _require_same_export(out, card_path, card)
+    metrics = metrics_of(arguments.source)
+    known = classes or classes_of_run(arguments.source, config)
+    card |= {
+        "schema": 1,
         "recipe": config.get("recipe", metadata.get("recipe")),
         "seed": config.get("seed"),
         "architecture": json.loads(architecture.to_json()),
         **describe(architecture, state["head.weight"]),
-        "classes": class_names(config, len(state["head.weight"])),
+        "classes": list(known.names) if known else None,
+        "class_ids": list(known.ids) if known else None,
+        "prompts_sha256": known.prompts_sha256 if known else None,
         "metrics": metrics,
-        "source": {
-            "path": str(arguments.source),
-            "sha256": files.sha256_file(weights_path),
-            "text": arguments.text,
-        },
+        "unfinished": reached,
         "provenance": files.provenance(),
     }
-    card_path = out / weights.CARD if to == "open-clip" else out.with_name(f"{out.name}.json")
-    _require_same_export(out, card_path, card)
     if to == "open-clip":
         assert clip is not None
         contents = hub_folder(state, architecture, clip)
@@ -384,17 +412,39 @@ def describe(architecture: Architecture, head: Tensor) -> dict[str, Any]:
     }
 
 
-def class_names(config: dict[str, Any], classes: int) -> list[str] | None:
-    """Return the class names of the set a run was trained on; None, with a line, if unknown."""
-    if "data" in config and "train_set" in config:
+def classes_of_run(run: Path, config: dict[str, Any]) -> Classes | None:
+    """Return the classes of the set a run was trained on; None, with a warning, if unknown.
+
+    For weights that were written before they carried their classes. The set counts only if it is
+    still the one of the training, by its hash.
+    """
+    why = "the run does not say on which data it was trained"
+    training = run / "training.json"
+    if "data" in config and "train_set" in config and training.is_file():
         try:
-            names = Manifest.load(files.join(config["data"], config["train_set"])).classes
+            manifest = Manifest.load(files.join(config["data"], config["train_set"]))
+            if manifest.sha256 == files.read_json(str(training)).get("manifest_sha256"):
+                return manifest.label_space
+            why = f"{config['train_set']} was packed again since the run was trained"
         except ValueError as error:
-            print(files.redact(f"the card will name no classes: {error}"))
-            return None
-        return list(names) if len(names) == classes else None
-    print("the card will name no classes: the run does not tell on which data it was trained")
+            why = str(error)
+    cli.warn(f"the card will name no classes: {why}")
     return None
+
+
+def metrics_of(source: Path) -> dict[str, Any]:
+    """Return the counts of the weights as they are now; if stale, none and a warning."""
+    results = read_results(source)
+    if results is None:
+        return {}
+    try:
+        warnings = require_current(source, results)
+    except ValueError as error:
+        cli.warn(f"the card will have no accuracies: {error}")
+        return {}
+    for warning in warnings:
+        cli.warn(warning)
+    return {name: dataclasses.asdict(count) for name, count in results.sets.items()}
 
 
 def hub_folder(

@@ -15,15 +15,16 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.asyn import get_loop, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from rft import __version__
+from rft import __version__, remote
 
 HIDDEN = "***"
 # credentials of a URL, after what stays; JSON may escape slashes and ampersands, XML the latter
@@ -86,17 +87,67 @@ def resolve(url: str, name: str) -> str:
     return name if "://" in name or name.startswith("/") else join(url, name)
 
 
+def ask(url: str, verb: str, question: Callable, local: Callable) -> Any:
+    """Return the answer of `rft.remote` to a question about `url`, or `local`'s about a local path.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: if the store says so.
+        ValueError: if it does not answer: what could not be done (`verb`), and why.
+    """
+    fs, path = open_store(url)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            return local(Path(path))
+        return sync(get_loop(), question, remote.client(fs), path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(path) from error
+    except IsADirectoryError:
+        raise
+    except (remote.Failure, OSError) as error:
+        raise ValueError(f"cannot {verb} {url}: {reason(error)}") from error
+
+
 def exists(url: str) -> bool:
     """Whether a file or folder is at `url`.
 
     Raises:
-        ValueError: if the store does not let us look.
+        ValueError: if the store does not say.
     """
-    fs, path = open_store(url)
     try:
-        return fs.exists(path)
-    except PermissionError as error:
-        raise ValueError(f"no permission to read {url}: {error}") from error
+        return ask(url, "look for", remote.exists, lambda path: bool(path.stat()))
+    except FileNotFoundError:
+        return False
+
+
+def size(url: str) -> int:
+    """Return the bytes of a file that is to be read in ranges.
+
+    Raises:
+        FileNotFoundError: if the store says that there is no such file.
+        IsADirectoryError: if it is a folder.
+        ValueError: if the store does not say, or has no ranges.
+    """
+
+    def local(path: Path) -> int:
+        if path.is_dir():
+            raise IsADirectoryError(path)
+        return path.stat().st_size
+
+    return ask(url, "read", remote.size, local)
+
+
+def find_bytes(url: str) -> bytes | None:
+    """Return the whole content of `url`, None if the store says that there is no such file.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        return ask(url, "read", remote.read, Path.read_bytes)
+    except FileNotFoundError:
+        return None
+    except IsADirectoryError as error:
+        raise ValueError(f"cannot read {url}: it is a folder") from error
 
 
 def read_bytes(url: str) -> bytes:
@@ -105,22 +156,15 @@ def read_bytes(url: str) -> bytes:
     Raises:
         ValueError: if there is no such file, or it cannot be read.
     """
-    fs, path = open_store(url)
-    try:
-        data = fs.cat_file(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"no such file: {url}") from error
-    except Exception as error:  # every client library has error classes of its own
-        raise ValueError(f"cannot read {url}: {reason(error)}") from error
-    assert isinstance(data, bytes)
+    data = find_bytes(url)
+    if data is None:
+        raise ValueError(f"no such file: {url}") from FileNotFoundError(url)
     return data
 
 
 def reason(error: BaseException) -> str:
     """Return in a few words, on one line and without credentials, why a client could not read."""
-    if isinstance(error, PermissionError):
-        return "no permission"
-    return redact(" ".join(str(error).split())) or type(error).__name__
+    return redact(" ".join(remote.explain(error).split()))
 
 
 def redact(text: str) -> str:
@@ -140,9 +184,18 @@ def read_json(url: str) -> Any:
     Raises:
         ValueError: if it is absent or not JSON.
     """
+    return parse_json(read_bytes(url), url)
+
+
+def parse_json(data: bytes, url: str) -> Any:
+    """Return the JSON document in `data`, which was read from `url`.
+
+    Raises:
+        ValueError: if it is not JSON.
+    """
     try:
-        return json.loads(read_bytes(url))
-    except json.JSONDecodeError as error:
+        return json.loads(data)
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{url} is not valid JSON: {error}") from error
 
 
@@ -204,26 +257,53 @@ def local_copy(url: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / Path(path).name
         try:
-            fs.get_file(path, str(copy))
-        except Exception as error:  # every client library has error classes of its own
+            with copy.open("wb") as stream:
+                sync(get_loop(), remote.download, remote.client(fs), path, stream.fileno())
+        except FileNotFoundError as error:
+            raise ValueError(f"no such file: {url}") from error
+        except remote.Failure as error:
             raise ValueError(f"cannot read {url}: {reason(error)}") from error
         yield copy
+
+
+def listing(url: str) -> list[dict[str, Any]]:
+    """Return fsspec's entries (`name`, `size`, `type`) of a folder; none if there is no folder.
+
+    Raises:
+        OSError: if the store does not say.
+    """
+    fs, path = open_store(url)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            return list[Any](fs.ls(path, detail=True))
+        return list(sync(get_loop(), remote.listing, remote.client(fs), path) or ())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except remote.Failure as error:
+        raise OSError(f"cannot list {redact(url)}: {reason(error)}") from error
 
 
 def names(url: str) -> list[str]:
     """Return the names of the files in a folder, sorted; none if there is no such folder.
 
     Raises:
-        OSError: if the store does not let us look.
+        OSError: if the store does not say.
     """
-    fs, path = open_store(url)
-    fs.invalidate_cache(path)
-    try:
-        with _client_errors("list", url):
-            entries = fs.ls(path, detail=True)
-    except FileNotFoundError:
-        return []
-    return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+    return _entries(url, "file")
+
+
+def _entries(url: str, kind: str) -> list[str]:
+    found = (entry["name"].rstrip("/") for entry in listing(url) if entry["type"] == kind)
+    return sorted(name.rsplit("/", 1)[-1] for name in found)
+
+
+def folders(url: str) -> list[str]:
+    """Return the names of the folders in a folder, sorted; none if there is no such folder.
+
+    Raises:
+        OSError: if the store does not say.
+    """
+    return _entries(url, "directory")
 
 
 def rename(url: str, name: str) -> None:

@@ -20,6 +20,7 @@ from rft.config import (
     LogConfig,
     MethodConfig,
     ModelConfig,
+    OptimConfig,
     Preset,
     Scale,
 )
@@ -59,7 +60,8 @@ def linear_probe(config: Config) -> Config:
 
     Not a row of the paper. From the zero-shot head by AdamW, with a rate for the head; LP-FT's own
     probe starts from a random head (--model.head random) by SGD. The rate was chosen by reasoning:
-    it can move every weight by about its own size in the epochs given.
+    it can move every weight by about its own size in the epochs given. --preset official-parity
+    takes the released code's: 10 epochs at 3e-5.
     """
     return _with(config, PLAIN, trains="head", epochs=5, lr=1e-3, weight_decay=0.0)
 
@@ -249,6 +251,9 @@ def build(
 ) -> Config:
     """Return the configuration of a recipe that trains.
 
+    For the scale "small" it is not complete: `rft.small.fit` sets what follows from the size of the
+    set.
+
     Raises:
         ValueError: if there is no such recipe, scale or preset.
     """
@@ -261,12 +266,13 @@ def build(
     if preset not in get_args(Preset):
         raise unknown("preset", preset, get_args(Preset))
     config = TRAINED[name](Config(recipe=name, data=data, run=run))
+    # before the scale, which multiplies the rate
+    if preset == "official-parity":
+        config = _official_parity(config)
     if scale == "miniature":
         config = _miniature(config)
     if scale == "small":
         config = _small(config)
-    if preset == "official-parity":
-        config = _official_parity(config)
     return config
 
 
@@ -300,17 +306,10 @@ def _with(config: Config, method: MethodConfig, **optim: Any) -> Config:
 def _small(config: Config) -> Config:
     """Scale a recipe to some hundred or thousand photos of one's own.
 
-    Model, loss and peak learning rate stay the paper's; batch and warm-up shrink with the set, and
-    how many images select the checkpoint is for the user to say (`tools/shard_folder.py` proposes a
-    number). Chosen by reasoning, not measured on any set.
+    Model, loss and peak learning rate stay the paper's. What follows from the size of the set
+    (rft/small.py) is still the paper's here, which no small set can be trained with.
     """
-    return replace(
-        config,
-        scale="small",
-        loader=LoaderConfig(batch_size=64, held_out=0),
-        optim=replace(config.optim, warmup_steps=50),
-        log=LogConfig(every_steps=10, checkpoint_steps=100, image_steps=100),
-    )
+    return replace(config, scale="small", log=LogConfig(every_steps=10, image_steps=100))
 
 
 def _miniature(config: Config) -> Config:
@@ -334,6 +333,10 @@ def _miniature(config: Config) -> Config:
 
 def _official_parity(config: Config) -> Config:
     """Do what the released code does where it differs from the paper's text (docs/paper.md)."""
+    optim = replace(config.optim, schedule="one-cycle", clip="micro-step")
+    if config.recipe == "linear-probe":
+        # its probe has fine-tuning's epochs and rate, and no weight decay
+        optim = replace(optim, epochs=OptimConfig.epochs, lr=OptimConfig.lr)
     return replace(
         config,
         preset="official-parity",
@@ -342,7 +345,7 @@ def _official_parity(config: Config) -> Config:
         # the default of the torch it ran on, on the cards it names
         precision="tf32",
         method=replace(config.method, same_draws=True),
-        optim=replace(config.optim, schedule="one-cycle", clip="micro-step"),
+        optim=optim,
     )
 
 

@@ -59,6 +59,16 @@ def test_the_official_preset_is_the_released_code():
     assert dataclasses.replace(official, seed=7).held_out_seed == 7
 
 
+@pytest.mark.parametrize(("scale", "rate"), [("paper", 3e-5), ("small", 3e-5), ("miniature", 3e-4)])
+def test_the_official_linear_probe_is_the_released_codes(scale, rate):
+    probe = recipes.build("linear-probe", scale=scale, preset="official-parity")
+    tuned = recipes.build("vanilla", scale=scale, preset="official-parity")
+    # the released run.sh: the zero-shot model, frozen, --weight_decay 0, all else as fine-tuning
+    assert probe.optim == dataclasses.replace(tuned.optim, trains="head", weight_decay=0.0)
+    assert (probe.optim.epochs, probe.optim.lr) == (10, rate)
+    assert probe.model == tuned.model
+
+
 def as_told(percent: tuple[float | None, ...]) -> str:
     """A table row of the paper as recipe docstrings write it."""
     first, *five, average = ["-" if value is None else f"{value:.1f}" for value in percent]
@@ -66,11 +76,8 @@ def as_told(percent: tuple[float | None, ...]) -> str:
 
 
 def test_docstrings_tell_the_papers_numbers_and_no_row_lacks_a_recipe():
-    # Python 3.13 takes the indentation away by itself
-    docs = {
-        name: inspect.cleandoc(f.__doc__)
-        for name, f in {**recipes.TRAINED, **recipes.MERGED}.items()
-    }
+    # dedented as Python 3.13 does it, on every Python
+    docs = {name: inspect.getdoc(f) for name, f in {**recipes.TRAINED, **recipes.MERGED}.items()}
     docs["wise-ft-0.5"] = docs.pop("wise-ft")
     told = {
         (name, model): row

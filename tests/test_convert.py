@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from rft import convert as convert_command
 from rft import files
 from rft.clip import load, unpickle, weights
-from rft.clip.classifier import SELECTED, build_classifier, load_state, save_state
+from rft.clip.classifier import build_classifier, load_state, save_state
 from rft.clip.head import zero_shot_head
 from rft.config import ModelConfig
 from rft.data.manifest import Manifest
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
 from rft.report import __main__ as report_command
+from rft.runs import SELECTED
 from rft.train import __main__ as train_command
 from tests import formats
 from tests.formats import known_models  # noqa: F401
@@ -98,7 +99,8 @@ def test_import_of_models_with_a_head(convert, state, tmp_path, name):
     options = ("--clip", formats.NAME, "--recipe", "theirs", "--seed", 2)
     printed = convert("import", tmp_path / "model.pt", "--out", out, *options)
     assert f"imported: {out} ({name}, {formats.NAME}, 4 classes)" in printed
-    found, architecture, metadata = load_state(out / SELECTED)
+    found, architecture, metadata, _ = load_state(out / SELECTED)
+    assert f"\nnext: python -m rft.evaluate {out} --data DATA\n  (DATA: " in printed
     assert same(found, state)
     assert architecture == load.describe(formats.NAME)
     assert metadata == {"recipe": "theirs", "step": "0"}
@@ -114,7 +116,11 @@ def test_import_of_models_with_a_head(convert, state, tmp_path, name):
 def test_a_headless_file_gets_the_head_of_a_packed_sets_names(convert, openai, tmp_path, tiny_data):
     out = tmp_path / "run"
     options = ("--clip", formats.NAME, "--data", tiny_data, "--recipe", "zero-shot")
-    convert("import", openai, "--out", out, *options)
+    printed = convert("import", openai, "--out", out, *options)
+    sets = "imagenet-val imagenet-r imagenet-a"  # those of the tiny world
+    assert printed.endswith(
+        f"next: python -m rft.evaluate {out} --data {tiny_data} --sets {sets}\n"
+    )
     clip = load.load_clip(ModelConfig(clip=formats.NAME, pretrained=str(openai)))
     manifest = Manifest.load(f"{tiny_data}/imagenet-val")
     head = zero_shot_head(clip, manifest.classes, manifest.templates)
@@ -136,7 +142,7 @@ def test_a_weights_tag(convert, openai, tmp_path, tiny_data, monkeypatch):
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(path))
     options = ("--clip", formats.NAME, "--data", tiny_data, "--out", tmp_path / "run")
     convert("import", "tiny", *options)
-    _, architecture, _ = load_state(tmp_path / "run" / SELECTED)
+    architecture = load_state(tmp_path / "run" / SELECTED).architecture
     assert architecture.mean == (0.5,) * 3
     # the run tells where its text tower is
     convert("export", tmp_path / "run", "--to", "open-clip", "--out", tmp_path / "hub")
@@ -225,11 +231,12 @@ def test_import_refuses_a_head_of_other_classes(refused, released, tmp_path, tin
     path = tmp_path / "data" / "imagenet-val" / "manifest.json"
     manifest = document(path)
     manifest["classes"].append("fifth")
+    manifest["class_ids"].append("n00000004")
     path.write_text(json.dumps(manifest))
     options = ("--clip", formats.NAME, "--data", tmp_path / "data")
     line = refused("import", released, "--out", tmp_path / "run", *options)
-    assert "tells 4 classes apart, imagenet-val in" in line
-    assert "has 5" in line
+    assert "has a 4-class head" in line
+    assert "imagenet-val has 5 classes" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -443,9 +450,10 @@ def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     assert "has no text tower" in line
     line = refused("export", run, "--to", "released", "--out", tmp_path / "m.bin")
     assert "a file of this format ends in .pt" in line
-    found, _, metadata = load_state(run / SELECTED)
+    saved = load_state(run / SELECTED)
     gelu = load.describe(formats.GELU_NAME)
-    save_state(str(tmp_path / "gelu.safetensors"), found, gelu, metadata)
+    path = str(tmp_path / "gelu.safetensors")
+    save_state(path, saved.state, gelu, saved.metadata, saved.classes)
     line = refused(
         "export", tmp_path / "gelu.safetensors", "--to", "released", "--out", tmp_path / "m.pt"
     )

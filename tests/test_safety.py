@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from rft.clip.classifier import LAST
 from rft.data import show as show_command
 from rft.demo.__main__ import MEET_IN_FILES
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
+from rft.runs import LAST
 from rft.train import __main__ as train_command
 from tests.servers.ranges import range_server
 from tests.tiny import call, children, environment, torchrun_command
@@ -64,7 +64,7 @@ def test_no_secret_is_recorded_or_shown(
     config = (run / "config.json").read_text()
     assert f'"data": "{place}"' in config
     assert place in (run / "provenance.json").read_text()
-    assert f"--data {place}" in shown[0]
+    assert f"--data '{place}'" in shown[0]
     assert "canary" not in "".join(shown)
     found = files_below(tmp_path)
     assert {"results.json", "metrics.jsonl", "best.safetensors"} <= {path.name for path in found}

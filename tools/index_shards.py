@@ -1,12 +1,14 @@
 """Make shards that exist already readable for rft, without copying them: see --help."""
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import tyro
 
 from rft import cli, files
 from rft.data.index import Options, index_shards
-from rft.data.labels import LabelSpace
+from rft.data.labels import choose_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +38,15 @@ class IndexShards:
 def main() -> None:
     """Index what the command line names."""
     command = cli.parse(IndexShards, config=(tyro.conf.FlagCreatePairsOff,))
-    labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
+    labels = choose_labels(command.classes)
     manifest = index_shards(command.shards, command.out, labels, command.reading)
-    out = files.redact(command.out)
     print(
         f"{manifest.dataset}: {manifest.samples:,} samples in {len(manifest.shards)} shards, "
-        f"{len(manifest.groups)} classes scored; index at {out}"
+        f"{len(manifest.groups)} classes scored; index at {files.redact(command.out)}"
     )
-    print(f"next: python tools/verify_shards.py {out} --deep")
+    # beside this file, wherever it was called from
+    verify = Path(sys.argv[0]).with_name("verify_shards.py")
+    print(cli.next_step([verify, command.out, "--deep"]))
 
 
 if __name__ == "__main__":

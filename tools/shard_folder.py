@@ -6,13 +6,15 @@ from pathlib import Path
 
 import tyro
 
-from rft import cli, files, recipes
-from rft.data.folder import class_counts, held_out_proposal, read_folder, shared_images
+from rft import cli, recipes
+from rft.data.folder import Photos, class_counts, read_folder, same_bytes
 from rft.data.labels import LabelSpace
+from rft.data.names import printable
 from rft.data.pack import Options, pack_source
-from rft.data.sources import Source
+from rft.data.sources import Source, require_apart
 
-LINES = 20  # pairs of equal images that are printed
+SETS = ("train", "test", "val")
+LINES = 20  # warnings, and pairs of equal images, that are printed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +22,10 @@ class ShardFolder:
     """Pack your own images into WebDataset tar shards: OUT/train and OUT/test.
 
     The source is DIR/<class>/..., of which a share is held out as the test set, or
-    DIR/train/<class>/... and DIR/test/<class>/... (or val). Images are JPEG, PNG or WebP. A killed
-    or failed run continues when it is started again with the same arguments, and gives the same
-    bytes for any number of workers and tasks. Example:
+    DIR/train/<class>/... and DIR/test/<class>/... (or val; spellings such as Training and test_set
+    are recognised). Images are JPEG, PNG or WebP. A killed or failed run continues when it is
+    started again with the same arguments, and gives the same bytes for any number of workers and
+    tasks. Example:
 
     python tools/shard_folder.py --source photos --out shards --classes classes.json
     """
@@ -39,6 +42,10 @@ class ShardFolder:
     """Share of each class that is held out as test set, where the source has none; 0 is none."""
     split_seed: int = 0
     """Seed of that choice."""
+    ignore: tuple[str, ...] = ()
+    """Names of files and folders to pass over, such as '*.mov' '*.aae', in any case of letters.
+    Hidden files and those that NAS devices, macOS and Windows leave behind are always passed over.
+    """
     packing: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     """How to pack."""
 
@@ -46,51 +53,62 @@ class ShardFolder:
 def main() -> None:
     """Pack what the command line names."""
     command = cli.parse(ShardFolder, config=(tyro.conf.FlagCreatePairsOff,))
+    source = Path(command.source)
+    require_apart([source], command.out, SETS)
     labels = LabelSpace.load(command.classes) if command.classes else None
-    sources, labels = read_folder(
-        Path(command.source), labels, command.test_share, command.split_seed
-    )
-    say(sources, labels)
+    photos = read_folder(source, labels, command.test_share, command.split_seed, command.ignore)
+    sources, labels = photos.sources, photos.labels
+    folders = {(found.root / item.path).parent for found in sources for item in found.items}
+    linked = [path for path in folders if not path.resolve().is_relative_to(source.resolve())]
+    require_apart(linked, command.out, SETS)
+    say(photos)
     complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
     if all(complete):
-        say_next(sources, labels, files.redact(command.out))
+        say_next(sources, command.out)
 
 
-def say(sources: Sequence[Source], labels: LabelSpace) -> None:
-    """Print what was found, and a warning for images that are on two sides."""
+def say(photos: Photos) -> None:
+    """Print what was found, and warnings of what is rarely meant."""
+    sources, labels = photos.sources, photos.labels
     for layout in dict.fromkeys(source.layout for source in sources):
-        print(f"found {layout}")
+        print(f"found {printable(layout)}")
+    for note in photos.notes:
+        print(note)
     print(f"prompts: {len(labels.templates)}, such as {labels.templates[0]!r}")
     counts = class_counts(sources, labels)
     for name, words in zip(labels.ids, labels.names, strict=True):
         numbers = ", ".join(
             f"{count} {source.dataset}" for count, source in zip(counts[name], sources, strict=True)
         )
-        print(f"class {name} ({words}): {numbers}")
-    pairs = shared_images(sources)
-    for first, second in pairs[:LINES]:
-        print(f"warning: {first} and {second} hold the same bytes; a test on it proves nothing")
-    if len(pairs) > LINES:
-        print(f"warning: ... and {len(pairs) - LINES} more such pairs")
+        print(f"class {printable(name)} ({printable(words)}): {numbers}")
+    for warning in photos.warnings[:LINES]:
+        cli.warn(warning)
+    if len(photos.warnings) > LINES:
+        cli.warn(f"{len(photos.warnings) - LINES:,} more such warnings")
+    same = same_bytes(sources)
+    warn_of_pairs(same.between_classes, "of equal images in two classes; one label is wrong")
+    warn_of_pairs(same.between_sets, "of equal images in two sets; a test on them proves nothing")
 
 
-def say_next(sources: Sequence[Source], labels: LabelSpace, out: str) -> None:
+def warn_of_pairs(pairs: Sequence[tuple[str, str]], what: str) -> None:
+    """Print a warning with the number of pairs and the first of them."""
+    if not pairs:
+        return
+    lines = [f"  {printable(one)} = {printable(other)}" for one, other in pairs[:LINES]]
+    more = [f"  ... and {len(pairs) - LINES:,} more"] if len(pairs) > LINES else []
+    number = f"{len(pairs):,} pair{'s' if pairs[1:] else ''}"
+    cli.warn("\n".join([f"{number} {what}:", *lines, *more]))
+
+
+def say_next(sources: Sequence[Source], out: str) -> None:
     """Print the commands that train on the sets and test on them."""
-    held_out = held_out_proposal(len(sources[0].items), len(labels))
-    batch = recipes.build(recipes.DEFAULT, scale="small").loader.batch_size
-    while batch > len(sources[0].items) - held_out:
-        batch //= 2
-    print(
-        "next: torchrun --nproc_per_node N -m rft.train object-mask-single-fill "
-        f"--data {out} --train-set train --scale small --loader.held_out {held_out} "
-        f"--loader.batch_size {batch} --run-dir runs/first"
-    )
-    tests = " ".join(source.dataset for source in sources[1:])
-    if tests:
-        print(
-            "then: torchrun --nproc_per_node N -m rft.evaluate runs/first "
-            f"--data {out} --sets {tests}"
-        )
+    words = ["-m", "rft.train", recipes.DEFAULT, "--data", out, "--train-set", "train"]
+    words += ["--scale", "small", "--run-dir", "runs/first"]
+    print(cli.next_step(words))
+    if tests := [source.dataset for source in sources[1:]]:
+        words = ["-m", "rft.evaluate", "runs/first", "--data", out, "--sets", *tests]
+        print(cli.next_step(words, label="then"))
+    print(cli.SEVERAL_GPUS)
 
 
 if __name__ == "__main__":

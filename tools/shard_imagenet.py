@@ -5,8 +5,8 @@ from typing import Literal
 
 import tyro
 
-from rft import cli, files
-from rft.data.labels import LabelSpace
+from rft import cli, recipes
+from rft.data.labels import choose_labels
 from rft.data.pack import Options, pack
 from rft.data.published import parse_allowed_counts
 
@@ -46,7 +46,7 @@ def main() -> None:
     command = cli.parse(ShardImagenet, config=(tyro.conf.FlagCreatePairsOff,))
     if not command.splits:
         raise ValueError("--splits names nothing to pack")
-    labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
+    labels = choose_labels(command.classes)
     datasets = [f"imagenet-{split}" for split in command.splits]
     allowed = parse_allowed_counts(command.allow_count, datasets)
     complete = [
@@ -54,10 +54,18 @@ def main() -> None:
         for name in datasets
     ]
     if all(complete):
-        print(
-            "next: torchrun --nproc_per_node N -m rft.train object-mask-single-fill "
-            f"--data {files.redact(command.out)} --run-dir runs/first"
-        )
+        say_next(command)
+
+
+def say_next(command: ShardImagenet) -> None:
+    """Print the command that trains on the set, or evaluates on it where it is the test set."""
+    words: list[str] = ["-m", "rft.train", recipes.DEFAULT, "--data", command.out]
+    if "train" in command.splits:
+        print(cli.next_step([*words, "--run-dir", "runs/first"]))
+    else:
+        words = ["-m", "rft.evaluate", "RUN", "--data", command.out, "--sets", "imagenet-val"]
+        print(cli.next_step(words, unknown={"RUN": "folder of a run that was trained"}))
+    print(cli.SEVERAL_GPUS)
 
 
 if __name__ == "__main__":

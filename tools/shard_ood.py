@@ -5,8 +5,8 @@ from typing import Literal
 
 import tyro
 
-from rft import cli, files
-from rft.data.labels import LabelSpace
+from rft import cli
+from rft.data.labels import choose_labels
 from rft.data.pack import Options, pack
 from rft.data.published import parse_allowed_counts
 
@@ -44,17 +44,16 @@ def main() -> None:
     command = cli.parse(ShardOod, config=(tyro.conf.FlagCreatePairsOff,))
     if not command.benchmark:
         raise ValueError("--benchmark names nothing to pack")
-    labels = LabelSpace.load(command.classes) if command.classes else LabelSpace.imagenet()
+    labels = choose_labels(command.classes)
     allowed = parse_allowed_counts(command.allow_count, command.benchmark)
     complete = [
         pack(name, command.source, command.out, labels, command.packing, allowed.get(name))
         for name in command.benchmark
     ]
     if all(complete):
-        print(
-            "next: torchrun --nproc_per_node N -m rft.evaluate RUN_FOLDER... "
-            f"--data {files.redact(command.out)} --sets {' '.join(command.benchmark)}"
-        )
+        words = ["-m", "rft.evaluate", "RUN", "--data", command.out, "--sets", *command.benchmark]
+        print(cli.next_step(words, unknown={"RUN": "folder of a run that was trained"}))
+        print(cli.SEVERAL_GPUS)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from benchmarks.gpu.group import difference
 from benchmarks.gpu.inputs import Settings
 from benchmarks.gpu.runner import Record, each
 from benchmarks.gpu.steps import PRECISION
-from rft.clip.classifier import LAST, load_state
+from rft.clip.classifier import load_state
 from rft.data import encode
+from rft.runs import LAST
 
 ROOT = Path(__file__).parents[2]
 KINDS: tuple[encode.Kind, ...] = ("pixels", "jpeg")

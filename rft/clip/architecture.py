@@ -8,12 +8,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.transformer import VisionTransformer
 
 from rft import files
+from rft.classes import Classes
+from rft.classes import of_entries as classes_of_entries
 from rft.clip import vit
 
 
@@ -89,15 +91,28 @@ class Architecture:
         return vit.check_supported(model.visual)
 
 
-def read_header(path: Path, header: Mapping[str, str]) -> tuple[Architecture, dict[str, str]]:
-    """Return the architecture and the other entries of the header of one of rft's files.
+class Header(NamedTuple):
+    """What the header of one of rft's weights files says."""
+
+    architecture: Architecture
+    metadata: dict[str, str]
+    """Recipe and step."""
+    classes: Classes | None
+    """Classes of the head; None in a file that was written without them."""
+
+
+def read_header(path: Path, header: Mapping[str, str]) -> Header:
+    """Parse the header of one of rft's files.
 
     Raises:
         ValueError: if the header is not rft's.
     """
     try:
         entries = json.loads(header["rft"])
-        return Architecture.of(json.loads(entries.pop("architecture"))), entries
+        classes = classes_of_entries(entries)
+        entries.pop("classes", None)
+        architecture = Architecture.of(json.loads(entries.pop("architecture")))
+        return Header(architecture, entries, classes)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} was not written by rft: its header names no architecture ({error})"

@@ -5,7 +5,9 @@ safetensors file whose metadata rebuilds the tower, so evaluation needs nothing 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from rft import files
+from rft.classes import Classes
 from rft.clip import vit
 from rft.clip.architecture import Architecture, read_header
-
-SELECTED = Path("checkpoints") / "best.safetensors"  # of a run folder, by held-out accuracy
-LAST = Path("checkpoints") / "last.safetensors"  # after the last step
 
 
 class Classifier(nn.Module):
@@ -93,29 +93,67 @@ class Classifier(nn.Module):
         return self.logits(self.features(self.patches(images_BCHW)))
 
 
-def save_classifier(url: str, model: Classifier, metadata: dict[str, str]) -> None:
-    """Write a classifier as safetensors; `metadata` joins the architecture in its header."""
+class Saved(NamedTuple):
+    """Content of a weights file."""
+
+    state: dict[str, Tensor]
+    architecture: Architecture
+    metadata: dict[str, str]
+    """Recipe and step."""
+    classes: Classes | None
+    """Classes of the head; None in a file that does not say."""
+
+
+def save_classifier(
+    url: str, model: Classifier, metadata: dict[str, str], classes: Classes | None
+) -> None:
+    """Write a classifier as safetensors; see `save_state`."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_state(url, state, model.architecture, metadata)
+    save_state(url, state, model.architecture, metadata, classes)
 
 
 def save_state(
-    url: str, state: dict[str, Tensor], architecture: Architecture, metadata: dict[str, str]
+    url: str,
+    state: dict[str, Tensor],
+    architecture: Architecture,
+    metadata: dict[str, str],
+    classes: Classes | None,
 ) -> None:
-    """Write a state dict with its architecture as safetensors, whole or not at all."""
+    """Write a state dict as safetensors, intact or not at all.
+
+    Args:
+        url: the file.
+        state: weights of tower and head.
+        architecture: of the tower; with `metadata` and `classes` it makes up the header.
+        metadata: recipe and step.
+        classes: of the head; None only where nothing says which they are.
+    """
+    entries: dict[str, Any] = {**metadata, "architecture": architecture.to_json()}
+    if classes is not None:
+        assert len(classes) == len(state["head.weight"]), "the classes of another head"
+        entries["classes"] = classes.to_json()
     # one JSON string: safetensors writes several metadata entries in no fixed order
-    header = {"rft": json.dumps({**metadata, "architecture": architecture.to_json()})}
+    header = {"rft": json.dumps(entries)}
     # to bytes first: safetensors' own writer ignores the umask
     files.write_bytes(url, save(state, metadata=header))
 
 
-def checkpoint_path(path: Path) -> Path:
-    """Return the weights file meant by `path`: itself, or the selected one of a run folder."""
-    return path / SELECTED if path.is_dir() else path
+def load_state(path: Path) -> Saved:
+    """Read a file of `save_classifier`.
+
+    Raises:
+        ValueError: if it is absent, damaged, was not written by rft, or has a weight that is not
+            finite.
+    """
+    saved = map_state(path)
+    require_finite(path, saved.state)
+    return saved
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], Architecture, dict[str, str]]:
-    """Read a file of `save_classifier`: tensors, architecture, metadata.
+def map_state(path: Path) -> Saved:
+    """Read the header of a file of `save_classifier` and map its tensors, of which none is read.
+
+    For shapes and types; `load_state` is for computing with the weights.
 
     Raises:
         ValueError: if it is absent, damaged, or was not written by rft.
@@ -129,7 +167,28 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Architecture, dict[str, s
             state = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    return state, *read_header(path, header)
+    found = read_header(path, header)
+    rows = len(state["head.weight"]) if "head.weight" in state else 0
+    if found.classes is not None and len(found.classes) != rows:
+        raise ValueError(
+            f"{path} is damaged: its header names {len(found.classes)} classes, its head has {rows}"
+        )
+    return Saved(state, *found)
+
+
+def require_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Check that no weight is NaN or infinite: such a model predicts class 0 for every image.
+
+    Raises:
+        ValueError: naming the file and the tensor.
+    """
+    for name, value in state.items():
+        if not value.isfinite().all():
+            bad = int((~value.isfinite()).sum())
+            raise ValueError(
+                f"{path}: {bad:,} of {value.numel():,} weights of {name} are not finite (NaN or "
+                "infinite); use an earlier checkpoint of that run, or get the file again"
+            )
 
 
 def build_classifier(state: dict[str, Tensor], architecture: Architecture) -> Classifier:

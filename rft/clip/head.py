@@ -10,7 +10,8 @@ import open_clip
 import torch
 from torch import nn
 
-from rft.clip.load import PretrainedClip
+from rft.classes import shown
+from rft.clip.load import PretrainedClip, TextTooLongError
 
 
 @torch.no_grad()
@@ -26,7 +27,8 @@ def zero_shot_head(
         templates: prompts in which `{c}` stands for the name (80 for ImageNet).
 
     Raises:
-        ValueError: if there are no templates or one lacks the placeholder.
+        ValueError: if there are no templates, one lacks the placeholder, or a prompt is longer than
+            the text tower reads: naming its class.
     """
     if bad := [template for template in templates if "{c}" not in template]:
         raise ValueError(f"prompt template {bad[0]!r} has no placeholder {{c}}")
@@ -34,10 +36,28 @@ def zero_shot_head(
         raise ValueError("the data set's manifest has no prompt templates; pack it with --classes")
     prompts = [lambda name, t=template: t.replace("{c}", name) for template in templates]
     device = clip.model.logit_scale.device
-    weight_EK = open_clip.build_zero_shot_classifier(
-        clip.model, clip.tokenize, classes, prompts, device=device
-    )
+    try:
+        weight_EK = open_clip.build_zero_shot_classifier(
+            clip.model, clip.tokenize, classes, prompts, device=device
+        )
+    except TextTooLongError as error:
+        name, template = next(
+            (name, template)
+            for name in classes
+            for template in templates
+            if template.replace("{c}", name) == error.text
+        )
+        raise ValueError(
+            f"class {_quoted(name)} makes a prompt of more than {error.limit} tokens with "
+            f"{_quoted(template)}, more than the text tower of {clip.architecture.clip} reads; "
+            f"shorten it with --classes and pack again"
+        ) from error
     head = nn.Linear(weight_EK.shape[0], weight_EK.shape[1], device=device)
     head.weight.copy_(weight_EK.T * clip.model.logit_scale.exp())
     head.bias.zero_()
     return head
+
+
+def _quoted(text: str, limit: int = 60) -> str:
+    """Quote a text for a message, cut where it is very long."""
+    return shown(text if len(text) <= limit else f"{text[: limit - 3]}...")

@@ -8,8 +8,10 @@ rft, does.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,19 +33,32 @@ from rft.clip import unpickle, vit, weights
 from rft.clip.architecture import Architecture
 from rft.clip.weights import Geometry, Weights
 from rft.config import ModelConfig
+from rft.runs import SELECTED
 
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
 MINIATURE = "rft-miniature"
+WEIGHTS_HINT = "name its model with --model.clip and the file with --model.pretrained"
 
 
 @dataclass(frozen=True)
 class PretrainedClip:
-    """A whole CLIP, both towers, with what is needed to feed it."""
+    """A whole CLIP, both towers, with what is needed to feed it.
+
+    `tokenize` raises `TextTooLongError` for a text that the text tower does not read to its end.
+    """
 
     model: Any  # open_clip's CLIP, CustomTextCLIP or CoCa, which share no base class
     tokenize: Callable[[list[str]], Tensor]
     architecture: Architecture
+
+
+class TextTooLongError(ValueError):
+    """A text of more tokens than the text tower reads; open_clip would cut it off in silence."""
+
+    def __init__(self, text: str, limit: int) -> None:
+        super().__init__(f"{text!r} is longer than {limit} tokens")
+        self.text, self.limit = text, limit
 
 
 def load_clip(config: ModelConfig) -> PretrainedClip:
@@ -243,7 +258,25 @@ def _location(clip: str) -> str:
 def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
     if vocabulary := vocabulary_of(clip):
         return WordTokenizer(vocabulary.read_text().split("\n"), context_length)
-    return open_clip.get_tokenizer(_location(clip))
+    return functools.partial(tokenize_all, open_clip.get_tokenizer(_location(clip)))
+
+
+def tokenize_all(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> Tensor:
+    """Return the token ids of texts, int64 (len(texts), context length), by open_clip's tokenizer.
+
+    Raises:
+        TextTooLongError: for a text that the tokenizer cuts off.
+    """
+    tokens = tokenizer(list(texts))
+    limit = tokens.shape[1]
+    padding = tokenizer([""])[0, limit // 2]
+    # padding is at the end, with some tokenizers at the start
+    full = (tokens[:, 0] != padding) & (tokens[:, -1] != padding)
+    for row in full.nonzero()[:, 0].tolist():
+        longer = tokenizer([texts[row]], context_length=2 * limit)[0]
+        if (longer != padding).sum() > (tokens[row] != padding).sum():
+            raise TextTooLongError(texts[row], limit)
+    return tokens
 
 
 def vocabulary_of(clip: str) -> Path | None:
@@ -259,7 +292,7 @@ def _open_clip_config(clip: str) -> dict[str, Any]:
     if location.startswith(LOCAL):
         path = Path(location.removeprefix(LOCAL)) / weights.HUB_CONFIG
         if not path.is_file():
-            raise ValueError(f"no CLIP at {path.parent}: {path.name} is missing")
+            raise ValueError(f"no CLIP at {path.parent}: {_why_no_clip(path)}")
         return weights.read_hub_config(path)
     if location.startswith(HUB):
         name = location.removeprefix(HUB)
@@ -267,11 +300,38 @@ def _open_clip_config(clip: str) -> dict[str, Any]:
         return weights.read_hub_config(path)
     model_cfg = open_clip.get_model_config(location)
     if model_cfg is None:
-        raise ValueError(
-            f"open_clip has no model {clip!r}; python -c "
-            "'import open_clip; print(open_clip.list_models())' lists them"
-        )
+        raise ValueError(f"open_clip has no model {clip!r}; {_instead_of(clip)}")
     return {"model_cfg": model_cfg}
+
+
+def _why_no_clip(config: Path) -> str:
+    """Return why a folder that was named as a CLIP is none, from its configuration's path."""
+    folder = config.parent
+    if not folder.exists():
+        return "no such folder"
+    if not folder.is_dir():
+        return f"it is a file; {WEIGHTS_HINT}"
+    if (folder / "training.json").is_file() or (folder / SELECTED).is_file():
+        return f"it is a run folder of rft; start from its model with --model.start {folder}"
+    return f"{config.name} is missing"
+
+
+def _instead_of(clip: str) -> str:
+    """Return what a name that is no open_clip model was probably meant to be."""
+    path = Path(clip).expanduser()
+    if path.is_dir():
+        if (path / weights.HUB_CONFIG).is_file():
+            return f"for the folder use {LOCAL}{clip}"
+        return f"it is a folder: {_why_no_clip(path / weights.HUB_CONFIG)} (else {LOCAL}{clip})"
+    if path.is_file():
+        return f"it is a file; {WEIGHTS_HINT}"
+    known = {name.lower(): name for name in open_clip.list_models()}
+    # OpenAI's own spelling is ViT-B/32
+    if close := get_close_matches(clip.replace("/", "-").lower(), known, n=3):
+        return f"did you mean {' or '.join(known[name] for name in close)}?"
+    if "/" in clip:
+        return f"for a folder use {LOCAL}PATH, for a model of the hub {HUB}ORGANISATION/NAME"
+    return "python -c 'import open_clip; print(open_clip.list_models())' lists them"
 
 
 class WordTokenizer:
@@ -298,6 +358,6 @@ class WordTokenizer:
                 raise ValueError(f"the tokenizer's vocabulary has no {unknown[0]!r} ({text!r})")
             ids = [1, *(self._ids[word] for word in words), max(self._ids.values())]
             if len(ids) > self._context_length:
-                raise ValueError(f"{text!r} is longer than {self._context_length} tokens")
+                raise TextTooLongError(text, self._context_length)
             row[: len(ids)] = torch.tensor(ids)
         return tokens

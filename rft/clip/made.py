@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from rft import files
+from rft.classes import Classes
 from rft.clip.architecture import Architecture
-from rft.clip.classifier import SELECTED, save_state
+from rft.clip.classifier import require_finite, save_state
+from rft.runs import SELECTED
 
 SHOWN = 3  # differences that an error tells
 KINDS = {"merged_from": "merge", "imported_from": "import"}
@@ -74,9 +76,15 @@ def write_made(
     architecture: Architecture,
     config: dict[str, Any],
     metadata: dict[str, str],
+    classes: Classes | None,
 ) -> None:
-    """Write the run folder; provenance.json comes last and says that it is whole."""
+    """Write the run folder; provenance.json comes last and marks it as complete.
+
+    Raises:
+        ValueError: if a weight is not finite.
+    """
+    require_finite(out, state)
     files.write_json(f"{out}/config.json", config)
     metadata = {**metadata, "recipe": config["recipe"]}
-    save_state(f"{out}/{SELECTED}", state, architecture, metadata)
+    save_state(f"{out}/{SELECTED}", state, architecture, metadata, classes)
     files.write_json(f"{out}/provenance.json", files.provenance())

@@ -19,8 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rft.classes import Classes
 from rft.clip import unpickle
 from rft.clip.architecture import Architecture, read_document, read_header
+from rft.files import sha256_file
 
 HUB_CONFIG = "open_clip_config.json"
 HUB_WEIGHTS = "open_clip_model.safetensors"
@@ -125,6 +127,8 @@ class Weights:
     """Content of open_clip_config.json, where the weights came in such a folder."""
     architecture: Architecture | None = None
     """rft's own description of the tower, where the file has one."""
+    classes: Classes | None = None
+    """Classes of the head, where the file or the card of an export beside it names them."""
 
     @property
     def quick_gelu(self) -> bool | None:
@@ -156,16 +160,19 @@ def read(path: Path) -> Weights:
         tensors, metadata = read_safetensors(path)
         found = _sort(path, tensors)
         if "rft" in metadata:
-            own, _ = read_header(path, metadata)
-            found = dataclasses.replace(found, format="rft", architecture=own)
-        return found
+            own = read_header(path, metadata)
+            found = dataclasses.replace(
+                found, format="rft", architecture=own.architecture, classes=own.classes
+            )
+        return _with_card(found, path.with_name(f"{path.name}.json"))
     if not _is_pickle(path):
         raise ValueError(
             f"{path} is in no format that is known: safetensors, a file of torch.save or "
             "torch.jit.save, a pickle"
         )
     content, scripted = unpickle.read(path)
-    return _sort(path, _load(path, _model_of(content)), scripted=scripted)
+    found = _sort(path, _load(path, _model_of(content)), scripted=scripted)
+    return _with_card(found, path.with_name(f"{path.name}.json"))
 
 
 def _read_folder(folder: Path) -> Weights:
@@ -181,14 +188,39 @@ def _read_folder(folder: Path) -> Weights:
         tensors, _ = read_safetensors(head)
         tensors = _as_head(head, tensors, found.geometry)
         found = dataclasses.replace(found, head=tensors, files=(files[0], head))
-    card = read_document(folder / CARD) if (folder / CARD).is_file() else {}
-    # anyone may put a card there; ours says that it is one of an export
-    if card.get("format") == "open-clip" and "architecture" in card:
-        try:
-            found = dataclasses.replace(found, architecture=Architecture.of(card["architecture"]))
-        except ValueError as error:
-            raise ValueError(f"{folder / CARD} names no architecture: {error}") from error
-    return found
+    return _with_card(found, folder / CARD)
+
+
+def _with_card(found: Weights, path: Path) -> Weights:
+    """Add what the card of rft's export says, if there is one: architecture and classes.
+
+    Raises:
+        ValueError: if it is malformed, or describes other weights than these.
+    """
+    card = read_document(path) if path.is_file() else {}
+    # anyone may put a document there; ours says that it is one of an export
+    if not {"format", "architecture"} <= card.keys():
+        return found
+    hashes = card.get("files")
+    for file in found.files:
+        if not isinstance(hashes, dict) or hashes.get(file.name) != sha256_file(file):
+            raise ValueError(
+                f"{path} describes other weights than {file}; export them again, or remove that "
+                "card"
+            )
+    try:
+        own = Architecture.of(card["architecture"])
+        # only this format's files lack the architecture; a .pt names its model with --clip
+        if path.name == CARD:
+            found = dataclasses.replace(found, architecture=own)
+        if card.get("classes") is None or not found.head or found.classes is not None:
+            return found
+        entries = {"names": card["classes"], "ids": card.get("class_ids", [])}
+        prompts = card.get("prompts_sha256", "")
+        classes = Classes.of({**entries, "prompts_sha256": prompts})
+    except ValueError as error:
+        raise ValueError(f"{path} is malformed: {error}") from error
+    return dataclasses.replace(found, classes=classes)
 
 
 def read_hub_config(path: Path) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def find_devkit(folders: Sequence[Path]) -> Path | None:
     """Return the devkit, a folder or its .tar.gz, that lies in the first of the folders."""
     for folder in folders:
         for path in (folder / DEVKIT, folder / f"{DEVKIT}.tar.gz"):
-            if path.exists():
+            if path.is_dir() or path.is_file():
                 return path
     return None
 

@@ -5,13 +5,20 @@ before normalisation, so nothing is decoded while training; `jpeg` is the same s
 fifth of its size. The arithmetic is torchvision's `Resize` and `CenterCrop` on a PIL image, written
 out because importing torchvision costs seconds; a test holds the two equal bit for bit. The type of
 an image is what its bytes say, never its file name, and every image is RGB before it is resized,
-whatever it was (grey, CMYK, palette, 16 bit), as torchvision's and open_clip's loaders have it.
+whatever it was (grey, CMYK, palette), as torchvision's image folders have it. OpenAI's and
+open_clip's transforms convert after the crop, which is the same for RGB and grey alone. Both reduce
+16-bit grey to two levels, so that one conversion is our own: the high byte.
+
+Benchmarks and third-party shards are read as those loaders read them: EXIF orientation is ignored
+and the colours under transparent pixels are shown. The user's own photos are turned upright and
+composed on white first; the encoding says so (`PHOTOS`), so readers of `original` do it too.
 """
 
 import contextlib
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +31,11 @@ Kind = Literal["original", "jpeg", "pixels"]
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> member
 FORMATS = ("JPEG", "PNG", "WEBP")  # MPO is a JPEG with further pictures behind the first
 LONGEST_SIDE = 2**16 - 1  # the index keeps width and height as uint16
+# Resizing the shorter side to the square's allocates as many squares as the image is longer than
+# wide. Cropping first would be cheaper, but Pillow rounds the offset of a crop to 32 bits, so its
+# result differs from torchvision's.
+MOST_ELONGATED = 100
+MOST_PIXELS = 89_478_485  # beyond it, Pillow warns of a decompression bomb
 SUBSAMPLING = "4:4:4"  # halving the colour channels would show: patches are small
 # JPEG markers: a second byte behind 0xFF (ISO/IEC 10918-1, table B.1)
 START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN, FILL = 0xD8, 0xD9, 0xDA, 0xFF
@@ -32,25 +44,76 @@ DEFINE_RESTART_INTERVAL = 0xDD
 NOT_IN_SKELETON = frozenset({0x00, 0x01, *RESTARTS, START_OF_IMAGE, FILL, DEFINE_RESTART_INTERVAL})
 # what does not end entropy-coded data: a stuffed 0xFF, a restart, and a fill byte before a marker
 ENDS_SCAN = ~np.isin(np.arange(256), [0x00, *RESTARTS, FILL])
-# What Pillow raises on damaged files, beyond its own UnidentifiedImageError (an OSError).
+# What Pillow raises on damaged files: its own errors, and the slips of its parsers on fields that
+# are shorter or of other types than they should be.
 UNREADABLE = (
     OSError,
     SyntaxError,
     ValueError,
     EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
+# The part of an encoding that marks own photos, and what is done to them before the resize.
+PHOTOS = {"orientation": "exif", "alpha": "white"}
+ORIENTATION = 0x0112  # the EXIF tag; its values (EXIF 2.32, 4.6.4 A) as what turns the image back
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS_SIDES = range(5, 9)
+# what a PNG with an orientation holds somewhere: EXIF as its own chunk or as text, or XMP
+PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+GREY_16_BIT = frozenset({"I", "I;16", "I;16B", "I;16L"})  # Pillow's names have changed over time
+GREY_STEP = {1: 255, 2: 85, 4: 17}  # from one level to the next of a PNG with fewer bits
+MODES = GREY_16_BIT | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"}  # others are refused
+# The keys of an encoding, and what else their values may be than numbers; see `check_encoding`.
+SQUARE_KEYS = ("size", "resample", "library", "version")
+KEYS = {
+    "original": {"kind", "crop_border"},
+    "pixels": {"kind", "crop_border", *SQUARE_KEYS},
+    "jpeg": {"kind", "crop_border", *SQUARE_KEYS, "quality", "subsampling"},
+}
+CONSTANT = {"resample": "bicubic", "subsampling": SUBSAMPLING, "photos": PHOTOS}
+SMALLEST = {"crop_border": 0, "size": 1, "quality": 1}
 
 
 class Header(NamedTuple):
-    """What an image file says about itself; sizes in pixels."""
+    """What an image file says about itself; sizes in pixels, of a photo after it is turned."""
 
     format: str
     mode: str
     width: int
     height: int
+
+
+class Treatment(NamedTuple):
+    """What is done to a decoded file before the resize: see `PHOTOS`, and the border to cut."""
+
+    photo: bool = False
+    border: int = 0
+
+
+class Treated(NamedTuple):
+    """What was done to one photo: the EXIF orientation undone (1 is none), composed on white."""
+
+    orientation: int = 1
+    composed: bool = False
+
+
+AS_STORED = Treatment()
 
 
 class Encoded(NamedTuple):
@@ -59,18 +122,21 @@ class Encoded(NamedTuple):
     payload: bytes
     suffix: str
     header: Header
+    treated: Treated = Treated()
 
 
 def encoding_parameters(
-    kind: Kind, size: int, crop_border: int, quality: int = 95
+    kind: Kind, size: int, crop_border: int, quality: int = 95, *, photos: bool = False
 ) -> dict[str, Any]:
-    """Return the manifest's description of an encoding: all that decides the payload's bytes.
+    """Describe an encoding for plan and manifest: all that decides the payload's bytes.
 
-    With `original` the border stays in the payload and the reader crops it. The library and its
-    version belong to the others because decoders and resampling may change by a grey level.
+    With `original` the border stays in the payload and the reader crops it; `photos` (see `PHOTOS`)
+    are likewise turned and composed by the reader. The library and its version belong to the others
+    because decoders and resampling may change by a grey level.
     """
+    own = {"photos": PHOTOS} if photos else {}
     if kind == "original":
-        return {"kind": "original", "crop_border": crop_border}
+        return {"kind": "original", "crop_border": crop_border, **own}
     square = {
         "kind": kind,
         "size": size,
@@ -79,19 +145,64 @@ def encoding_parameters(
         "library": "Pillow-SIMD" if ".post" in PIL.__version__ else "Pillow",
         "version": PIL.__version__,
         "crop_border": crop_border,
+        **own,
     }
     if kind == "jpeg":
         square |= {"quality": quality, "subsampling": SUBSAMPLING}
     return square
 
 
-def load_image(data: bytes, name: str = "image") -> Image.Image:
-    """Decode an image file to RGB.
+def check_encoding(encoding: Any, name: str) -> None:
+    """Refuse an encoding of a manifest that this version cannot read exactly as it is meant.
 
     Raises:
-        ValueError: if it is no readable JPEG, PNG or WebP; the message starts with `name`.
+        ValueError: naming the file `name` and the key that is unknown or missing, or has an unknown
+            value.
     """
-    return _to_rgb(_open(data, name), name)
+    kind = encoding.get("kind") if isinstance(encoding, dict) else encoding
+    known = KEYS.get(kind) if isinstance(kind, str) else None
+    if known is None:
+        raise ValueError(f"{name}: unknown encoding {kind!r}; a newer rft may read the set")
+    for key in sorted(known - encoding.keys()):
+        raise ValueError(f"{name}: the encoding has no {key!r}; pack or index the set again")
+    for key, value in encoding.items():
+        if key not in known | {"photos"} or not _is_known(key, value):
+            raise ValueError(
+                f"{name}: unknown encoding: {key!r} is {value!r} with {kind!r}; a newer rft may "
+                f"read the set"
+            )
+
+
+def _is_known(key: str, value: Any) -> bool:
+    """Whether a key of an encoding has a value that this version understands."""
+    if key in CONSTANT:
+        return value == CONSTANT[key]
+    if key in SMALLEST:
+        return type(value) is int and value >= SMALLEST[key]
+    return isinstance(value, str)
+
+
+def source_treatment(encoding: dict[str, Any]) -> Treatment:
+    """Look up what is done to the source files of a set before the resize."""
+    return Treatment("photos" in encoding, encoding["crop_border"])
+
+
+def payload_treatment(encoding: dict[str, Any]) -> Treatment:
+    """Look up what readers do to the payloads: nothing to a JPEG, which was treated before."""
+    return AS_STORED if encoding["kind"] == "jpeg" else source_treatment(encoding)
+
+
+def load_image(data: bytes, name: str = "image", treatment: Treatment = AS_STORED) -> Image.Image:
+    """Decode an image file to RGB, as it is stored or upright on white; the border is kept.
+
+    Raises:
+        ValueError: if it is no readable JPEG, PNG or WebP, or its size is out of bounds; the
+            message starts with `name`.
+        OSError: if there is not enough memory, which is not the file's fault.
+    """
+    image, _ = _open(data, name, treatment.border)
+    with _named(name):
+        return _decode(image, data, treatment)[0]
 
 
 def clip_pixels(image: Image.Image, size: int, border: int = 0) -> np.ndarray:
@@ -115,13 +226,16 @@ def clip_square(
     the same way with NEAREST, and stays on its object.
 
     Raises:
-        ValueError: if nothing is left inside the border.
+        ValueError: if nothing is left inside the border, or one side is over MOST_ELONGATED times
+            the other.
     """
     if border:
         if min(image.size) <= 2 * border:
             raise ValueError(f"an image of {image.size} pixels is all border ({border} a side)")
         image = image.crop((border, border, image.width - border, image.height - border))
     short, long = sorted(image.size)
+    if long > MOST_ELONGATED * short:
+        raise ValueError(f"an image of {image.size} pixels: {_too_elongated()}")
     longer = int(size * long / short)
     width, height = (size, longer) if image.width <= image.height else (longer, size)
     if image.size != (width, height):
@@ -137,19 +251,34 @@ def encode(data: bytes, name: str, encoding: dict[str, Any]) -> Encoded:
     Raises:
         ValueError: if the image cannot be decoded, starting with `name`.
     """
-    kind, border = encoding["kind"], encoding["crop_border"]
+    kind, treatment = encoding["kind"], source_treatment(encoding)
     if kind == "original":
-        header = _header_of_whole(data, name)
-        _require_size(header, border, name)
-        return Encoded(data, SUFFIXES[header.format], header)
-    image = _open(data, name)
-    header = _header(image)
-    _require_size(header, border, name)
-    square = clip_square(_to_rgb(image, name), encoding["size"], border)
+        header, treated = _header_of_whole(data, name, treatment)
+        return Encoded(data, SUFFIXES[header.format], header, treated)
+    image, header = _open(data, name, treatment.border)
+    with _named(name):
+        rgb, treated = _decode(image, data, treatment)
+        square = clip_square(rgb, encoding["size"], treatment.border)
+    header = _upright(header, treated)
     if kind == "jpeg":
-        return Encoded(to_jpeg(square, encoding["quality"]), "jpg", header)
+        return Encoded(to_jpeg(square, encoding["quality"]), "jpg", header, treated)
     assert kind == "pixels"
-    return Encoded(to_npy(_channels_first(square)), "npy", header)
+    return Encoded(to_npy(_channels_first(square)), "npy", header, treated)
+
+
+def identify(data: bytes, name: str, border: int) -> tuple[Header, Treated]:
+    """Read format, mode and size of an image file that will be shown as it is stored.
+
+    Beside it stands what would be done to it as a photo: whether it is composed is guessed from the
+    header, so nothing is decoded.
+
+    Raises:
+        ValueError: if it is no JPEG, PNG or WebP or its size is out of bounds, starting with
+            `name`.
+    """
+    image, header = _open(data, name, border)
+    may_be_transparent = "A" in image.mode or "transparency" in image.info
+    return header, Treated(_orientation(image, data), may_be_transparent)
 
 
 def expected_bytes(encoding: dict[str, Any], source_bytes: int) -> int:
@@ -163,12 +292,14 @@ def expected_bytes(encoding: dict[str, Any], source_bytes: int) -> int:
             return source_bytes
         case "jpeg":
             return encoding["size"] ** 2
-    return _npy_bytes(encoding["size"])
+    size = encoding["size"]
+    return len(npy_header(size)) + 3 * size**2
 
 
 @lru_cache
-def _npy_bytes(size: int) -> int:
-    return len(to_npy(np.zeros((3, size, size), dtype=np.uint8)))
+def npy_header(size: int) -> bytes:
+    """Return what comes before the pixels in the `.npy` payload of a square."""
+    return to_npy(np.zeros((3, size, size), dtype=np.uint8))[: -3 * size**2]
 
 
 def to_jpeg(image: Image.Image, quality: int) -> bytes:
@@ -187,42 +318,152 @@ def to_npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _open(data: bytes, name: str) -> Image.Image:
-    """Read an image's header."""
+def _open(data: bytes, name: str, border: int) -> tuple[Image.Image, Header]:
+    """Read an image's header, and refuse what it announces before any of it is decoded."""
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name} is no readable JPEG, PNG or WebP image") from error
+        reason = _why_not(data)
+        what = f"cannot be read: {reason}" if reason else "is no readable JPEG, PNG or WebP image"
+        raise ValueError(f"{name} {what}") from error
     except UNREADABLE as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
+    header = Header(str(image.format), image.mode, *image.size)
+    _require_usual(header, border, name)
+    return image, header
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _why_not(data: bytes) -> str:
+    """Ask the format that a file's first bytes announce why it is not read; "" if none does.
+
+    `Image.open` keeps such reasons ("cannot handle 12-bit layers") to itself.
+    """
+    for format_name in FORMATS:
+        factory, accept = Image.OPEN.get(format_name, (None, None))
+        if factory is not None and accept is not None and accept(data[:16]) is True:
+            try:
+                factory(io.BytesIO(data), "")
+            except UNREADABLE as error:
+                return str(error)
+    return ""
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Let errors of decoding name the file."""
     try:
-        return image.convert("RGB")
+        yield
+    except MemoryError as error:
+        raise OSError(f"{name}: not enough memory to decode it; use fewer workers") from error
     except UNREADABLE as error:
         raise ValueError(f"{name} cannot be decoded: {error}") from error
+
+
+def _decode(image: Image.Image, data: bytes, treatment: Treatment) -> tuple[Image.Image, Treated]:
+    """Decode an image that `_open` opened to RGB."""
+    image.load()
+    return _as_photo(image, data) if treatment.photo else (_to_rgb(image), Treated())
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert as torchvision's loader does, but 16-bit grey to its high byte."""
+    if image.mode in GREY_16_BIT:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _as_photo(image: Image.Image, data: bytes) -> tuple[Image.Image, Treated]:
+    """Compose a decoded image on white and turn it upright."""
+    orientation = _orientation(image, data)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    alpha, rgb = _alpha(image, data), _to_rgb(image)
+    if alpha is not None:
+        white = Image.new("RGB", rgb.size, "white")
+        white.paste(rgb, mask=alpha)
+        rgb = white
+    if orientation in TURNS:
+        rgb = rgb.transpose(TURNS[orientation])
+    return rgb, Treated(orientation, alpha is not None)
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """Read the EXIF orientation as Pillow's `exif_transpose` does; 1 if there is no readable one.
+
+    `exif_transpose` itself rewrites the other tags, and fails on damaged ones.
+    """
+    if image.format == "PNG" and not any(mark in data for mark in PNG_ORIENTATION):
+        return 1  # without the marks Pillow would decode it to look behind the pixels
+    try:
+        found = image.getexif().get(ORIENTATION)
+        return int(found) if found in TURNS else 1
+    except UNREADABLE:
+        return 1
+
+
+def _alpha(image: Image.Image, data: bytes) -> Image.Image | None:
+    """Return the opacity of each pixel, mode L; None if the image is opaque."""
+    if "A" in image.mode:
+        alpha = image.getchannel("A")
+    elif "transparency" in image.info:
+        alpha = _alpha_of_key(image, data)
+    else:
+        return None
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def _alpha_of_key(image: Image.Image, data: bytes) -> Image.Image:
+    """Return the opacity of a PNG in which one colour is transparent.
+
+    Pillow leaves the colour as the file has it, in levels of the file's depth, and scales the
+    pixels.
+    """
+    depth = data[data.index(b"IHDR") + 12]
+    key, pixels = np.array(image.info["transparency"]), np.asarray(image)
+    if image.mode == "RGB":
+        if depth == 16:
+            raise ValueError("its transparent colour has 16 bits; save it with an alpha channel")
+        clear_HW = (pixels == key).all(axis=2)
+    elif image.mode == "1":
+        clear_HW = pixels == (key > 0)
+    else:
+        clear_HW = pixels == key * GREY_STEP.get(depth, 1)
+    return Image.fromarray(np.where(clear_HW, 0, 255).astype(np.uint8))
+
+
+def _upright(header: Header, treated: Treated) -> Header:
+    """Exchange width and height if the image was turned by a quarter."""
+    if treated.orientation in SWAPS_SIDES:
+        return header._replace(width=header.height, height=header.width)
+    return header
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def _header(image: Image.Image) -> Header:
-    return Header(str(image.format), image.mode, *image.size)
-
-
-def _require_size(header: Header, border: int, name: str) -> None:
-    sides = (header.width, header.height)
-    if max(sides) > LONGEST_SIDE or min(sides) <= 2 * border:
+def _require_usual(header: Header, border: int, name: str) -> None:
+    """Refuse an image that is too small, large or elongated, or of a kind that is not known."""
+    if header.mode not in MODES:
+        raise ValueError(f"{name} cannot be read: its pixels are of mode {header.mode}")
+    is_ = f"{name} is {header.width} x {header.height} pixels"
+    short, long = sorted((header.width, header.height))
+    if long > LONGEST_SIDE or short <= 2 * border:
         raise ValueError(
-            f"{name} is {header.width} x {header.height} pixels; a side must have more than "
-            f"{2 * border} and at most {LONGEST_SIDE}"
+            f"{is_}; a side must have more than {2 * border} and at most {LONGEST_SIDE}"
         )
+    if long - 2 * border > MOST_ELONGATED * (short - 2 * border):
+        raise ValueError(f"{is_}; {_too_elongated()}")
+    if short * long > MOST_PIXELS:
+        raise ValueError(f"{is_}; at most {MOST_PIXELS:,} can be read: make it smaller")
 
 
-def _header_of_whole(data: bytes, name: str) -> Header:
-    """Return format, mode and size of an image file of which all can be decoded.
+def _too_elongated() -> str:
+    return f"the longer side may have at most {MOST_ELONGATED} times the shorter one: crop it"
+
+
+def _header_of_whole(data: bytes, name: str, treatment: Treatment) -> tuple[Header, Treated]:
+    """Read the header of an image file of which all can be decoded, and what is done to a photo.
 
     Decoding a JPEG only to learn that it can be costs ten times as much as copying it. Nearly all
     of that is spent on its entropy-coded data, in which libjpeg takes any damage with a warning.
@@ -233,21 +474,19 @@ def _header_of_whole(data: bytes, name: str) -> Header:
     skeleton = jpeg_skeleton(data)
     if skeleton is not None:
         # when it fails the whole file decides, and its error is the one to show
-        with contextlib.suppress(*UNREADABLE):
-            return _decode_coarsely(Image.open(io.BytesIO(skeleton), formats=FORMATS))
-    image = _open(data, name)
-    try:
-        return _decode_coarsely(image)
-    except UNREADABLE as error:
-        raise ValueError(f"{name} cannot be decoded: {error}") from error
+        with contextlib.suppress(ValueError):
+            return _decode_coarsely(skeleton, name, treatment)
+    return _decode_coarsely(data, name, treatment)
 
 
-def _decode_coarsely(image: Image.Image) -> Header:
-    """Decode an image, a JPEG at an eighth of its size (it still reads all of it): its header."""
-    header = _header(image)
-    image.draft("L", (1, 1))
-    image.load()
-    return header
+def _decode_coarsely(data: bytes, name: str, treatment: Treatment) -> tuple[Header, Treated]:
+    """Decode an image, a JPEG at an eighth of its size (it still reads all of it)."""
+    image, header = _open(data, name, treatment.border)
+    with _named(name):
+        image.draft("L", (1, 1))
+        image.load()
+        treated = _as_photo(image, data)[1] if treatment.photo else Treated()
+    return _upright(header, treated), treated
 
 
 def jpeg_skeleton(data: bytes) -> bytes | None:

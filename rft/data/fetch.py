@@ -12,7 +12,7 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,36 +21,18 @@ from typing import Any, NamedTuple
 
 from fsspec.asyn import get_loop, sync
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from rft import files
+from rft import files, remote
 from rft.data.cache import Cache
 from rft.data.manifest import Shard
+from rft.remote import REQUEST_BYTES, Patience
 
 # descriptors a process keeps open on shards: half of what the system lets it have
 OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-REQUEST_BYTES = 8 * 2**20  # longest request: what a dropped connection can cost
 GAP_BYTES = 2**16  # ranges this near to each other are asked for in one request
 REQUESTS = 16  # requests of one process under way at a time
-CLIENT_ERRORS = range(400, 500)  # HTTP answers that another try will not change ...
-BUSY = (408, 429)  # ... but for these
 Store = tuple[Any, str]  # a fsspec file system and a path there
 PAUSE = 1.0  # seconds until a shard that another process is filling is looked at again
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long a request may take, and how often it is made.
-
-    A request of n bytes is given up after `stall_seconds` + n / `bytes_per_second`; requests are
-    short (REQUEST_BYTES), so a stalled connection holds nobody for long. Between tries is a random
-    pause, at most 0.1, 0.2, 0.4 ... seconds and never above `longest_pause`.
-    """
-
-    tries: int = 8
-    stall_seconds: float = 15.0
-    bytes_per_second: float = 2**18
-    longest_pause: float = 20.0
 
 
 @dataclass(kw_only=True)
@@ -96,7 +78,7 @@ class Shards:
         self.url = url
         self.shards = tuple(shards)
         self.cache = cache
-        self.patience = patience or Patience()
+        self.patience = patience or remote.PATIENCE
         self.counters = Counters()
         self._process = -1
 
@@ -227,17 +209,7 @@ class Shards:
         url = self.location(number)
         host = "/".join(url.split("/")[:3]) if "://" in url else ""
         if host not in self._stores:
-            # a client of our own: its settings are not those of others in this process
-            options: dict[str, Any] = {}
-            if url.startswith("http"):  # there are no ranges in a compressed answer
-                options["headers"] = {"Accept-Encoding": "identity"}
-            fs: Any = files.open_store(url, skip_instance_cache=True, **options)[0]
-            # repeating is done, and counted, here: not by s3fs or gcsfs, not by boto below s3fs
-            if hasattr(fs, "retries"):
-                fs.retries = 1
-            if hasattr(fs, "config_kwargs"):
-                fs.config_kwargs = {**fs.config_kwargs, "retries": {"total_max_attempts": 1}}
-            self._stores[host] = fs
+            self._stores[host] = remote.client(files.open_store(url)[0])
         fs = self._stores[host]
         return fs, str(fs._strip_protocol(url))
 
@@ -251,39 +223,25 @@ class Shards:
                 fs, path = stores[request.number]
                 return await self._fetch(fs, path, request)
 
-        return await _together(fetch(request) for request in merged)
+        return await remote.together(fetch(request) for request in merged)
 
     async def _fetch(self, fs: Any, path: str, request: "Request") -> bytes:
         """Return one range, repeating what is missing of it."""
         number, start, stop, members = request
         place = members[0] if members else 0
         stop = min(stop, self.shards[number].bytes)
-        attempts = AsyncRetrying(
-            stop=stop_after_attempt(self.patience.tries),
-            wait=wait_random_exponential(multiplier=0.1, max=self.patience.longest_pause),
-            retry=retry_if_exception(is_transient),
-            before_sleep=lambda _: self._count_retry(),
-            reraise=True,
-        )
-        data = b""
         try:
-            async for attempt in attempts:
-                with attempt:
-                    data += await _request(fs, path, start + len(data), stop, self.patience)
-                    if len(data) < stop - start:
-                        raise ConnectionError(f"{len(data)} of {stop - start} bytes came")
+            return await remote.read_range(fs, path, start, stop, self.patience, self._count_retry)
         except FileNotFoundError as error:
             raise RangeError(
                 f"missing shard: {self.location(number)}; copy or pack it again", place
             ) from error
-        except Exception as error:  # every client library has error classes of its own
-            tries = attempts.statistics.get("attempt_number", 1)
+        except remote.Failure as error:
             raise RangeError(
                 f"cannot read {self.location(number)}, bytes {start} to {stop}: "
-                f"{files.reason(error)} ({tries} tries)",
+                f"{files.reason(error)}",
                 place,
             ) from error
-        return data
 
     def _count_retry(self) -> None:
         self.counters.range_retries += 1
@@ -294,15 +252,11 @@ class Shards:
 
     async def _fill_part(self, number: int, descriptor: int) -> None:
         fs, path = self._store(number)
-        size = self.shards[number].bytes
-        slots = asyncio.Semaphore(REQUESTS // 4)
 
-        async def block(start: int) -> None:
-            async with slots:
-                request = Request(number, start, min(start + REQUEST_BYTES, size), ())
-                os.pwrite(descriptor, await self._fetch(fs, path, request), start)
+        async def fetch(start: int, stop: int) -> bytes:
+            return await self._fetch(fs, path, Request(number, start, stop, ()))
 
-        await _together(block(start) for start in range(0, size, REQUEST_BYTES))
+        await remote.fill(descriptor, self.shards[number].bytes, fetch)
 
 
 class _Filler:
@@ -444,39 +398,3 @@ def merge(ranges: Sequence[tuple[int, int, int]]) -> list[Request]:
                 continue
         merged.append(Request(number, start, stop, (member,)))
     return merged
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether a request that failed so may succeed when it is repeated."""
-    if not isinstance(error, Exception):
-        return False
-    status = getattr(error, "status", None)  # aiohttp's
-    if isinstance(status, int) and status in CLIENT_ERRORS and status not in BUSY:
-        return False
-    permanent = (FileNotFoundError, PermissionError, NotImplementedError, TypeError, ValueError)
-    return not isinstance(error, permanent)
-
-
-async def _request(fs: Any, path: str, start: int, stop: int, patience: Patience) -> bytes:
-    if fs.async_impl:
-        seconds = patience.stall_seconds + (stop - start) / patience.bytes_per_second
-        data = await asyncio.wait_for(fs._cat_file(path, start=start, end=stop), seconds)
-    else:
-        data = await asyncio.to_thread(fs.cat_file, path, start=start, end=stop)
-    if len(data) > stop - start:
-        raise ValueError(
-            f"{len(data)} bytes came where {stop - start} were asked for: "
-            "the server does not serve ranges"
-        )
-    return data
-
-
-async def _together(jobs: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Run coroutines side by side; when one fails, none of the others is left running."""
-    tasks = [asyncio.ensure_future(job) for job in jobs]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,26 +1,39 @@
-"""Anyone's own images: a tree whose folders are the classes, as sources to pack.
+"""Own photos: a tree whose folders are the classes, as sources to pack.
 
 Two layouts are recognised. `DIR/<class>/...` has no test set: a share of each class is held out,
 chosen by a hash of seed and path, so an image stays on its side when others come or go.
-`DIR/train/<class>/...` with `DIR/test` (or `val`) has one. Folders inside a class folder belong to
-the class. A hidden file or folder is passed over and counted; any other file that is no image is an
-error, because nobody would notice what it left out.
+`DIR/train/<class>/...` with `DIR/test` (or `val`) has one; `rft.data.splits` decides which it is.
+Folders inside a class folder belong to the class. What a system left behind and what `--ignore`
+names is passed over and counted. Any other file that is no image is an error: it could be a photo
+that was meant to be packed.
 """
 
 import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from rft import files
-from rft.data.labels import LabelSpace
-from rft.data.sources import IMAGE_SUFFIXES, Item, Source, make_keys
+from rft.classes import composed, shown
+from rft.data.labels import LabelSpace, doubts
+from rft.data.names import passed_over, printable, regular_size, require_distinct, require_utf8
+from rft.data.sources import IMAGE_SUFFIXES, Item, Source, has_image_suffix, make_keys
+from rft.data.splits import (
+    find_splits,
+    not_read,
+    read_level,
+    read_shape,
+    require_classes_here,
+    role,
+    splits_beside,
+)
 
 TRAIN = "train"
-TESTS = ("test", "val", "valid", "validation")  # the first one there is packed as `test`
+NAMED = 6  # files and folders that are not read and named
+TAIL = 4096  # bytes at the end of an image file: enough to tell nearly all of one size apart
 
 
 class Image(NamedTuple):
@@ -32,80 +45,129 @@ class Image(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """The images of each class folder below `root`, both sorted; `hidden` entries were left out."""
+    """The images of each class folder below `root`, both sorted.
+
+    `passed` counts what was left out, by the name or pattern that it matched; `beside` are the
+    files beside the class folders, which are not read either.
+    """
 
     root: Path
     classes: dict[str, list[Image]]
-    hidden: int
+    passed: Counter[str]
+    beside: tuple[str, ...]
+
+
+class Photos(NamedTuple):
+    """What a photo folder holds: sources to pack, their label space, and what to print of it."""
+
+    sources: list[Source]
+    labels: LabelSpace
+    notes: list[str]
+    warnings: list[str]
+
+
+class SameBytes(NamedTuple):
+    """Pairs of paths of equal image files, each with the first that it is equal to."""
+
+    between_classes: list[tuple[str, str]]
+    between_sets: list[tuple[str, str]]  # of one class
 
 
 def read_folder(
-    source: Path, labels: LabelSpace | None, test_share: float, split_seed: int
-) -> tuple[list[Source], LabelSpace]:
-    """List the images below `source` as sources called train and test (and val, if both are there).
+    source: Path,
+    labels: LabelSpace | None,
+    test_share: float,
+    split_seed: int,
+    ignore: Sequence[str] = (),
+) -> Photos:
+    """List the images below `source` as sources called train and test (and val, if both exist).
 
     Without a label space the class folders' names are the classes' names; see `name_classes`.
+    Files and folders whose name matches one of the patterns `ignore` are left out.
 
     Raises:
-        ValueError: if a class is missing, empty or unknown, a file is no image, or a class has too
-            few images to hold some out.
+        ValueError: if a class is missing, empty or unknown, a file is no image, a class has too few
+            images to hold some out, or classes and splits cannot be told apart.
     """
     if not 0 <= test_share < 1:
         raise ValueError(f"--test-share must be from 0 to below 1, not {test_share}")
     if not source.is_dir():
         raise ValueError(f"no such folder: {source}")
-    trees = find_splits(source)
-    if not trees:
-        tree = read_tree(source)
-        labels = labels or name_classes(tree.classes)
-        require_classes(tree, labels)
-        return hold_out(tree, labels, test_share, split_seed), labels
+    for pattern in ignore:
+        if "/" in pattern or not pattern:
+            raise ValueError(f"--ignore takes names such as '*.mov', without folders: {pattern!r}")
+    ids = labels.ids if labels else ()
+    level = read_level(source, ignore)
+    shapes = [read_shape(source / name, ignore) for name in level.folders]
+    splits = find_splits(source, shapes, ids)
+    folders = {name: source / folder for name, folder in splits.items()} or {TRAIN: source}
+    trees = {TRAIN: read_tree(folders.pop(TRAIN), ids, ignore, is_split=bool(splits))}
+    warnings = [] if labels else _doubtful_folders(trees[TRAIN])
     labels = labels or name_classes(trees[TRAIN].classes)
-    sources = []
-    for name, tree in trees.items():
+    for name, folder in folders.items():
+        trees[name] = read_tree(folder, labels.ids, ignore, is_split=True)
+    for tree in trees.values():
         require_classes(tree, labels)
-        layout = f"{tree.root}, one folder for each of {len(labels)} classes{_said(tree)}"
-        images = [image for name in sorted(tree.classes) for image in tree.classes[name]]
-        keys = make_keys([image.path for image in images])
-        sources.append(_source(name, tree.root, zip(keys, images, strict=True), labels, layout))
-    return sources, labels
+    if splits:
+        sources = [_all_of(name, tree, labels) for name, tree in trees.items()]
+    else:
+        sources = hold_out(trees[TRAIN], labels, test_share, split_seed)
+    passed = Counter(level.passed if splits else ())
+    unread = not_read(source, level, splits, ignore) if splits else []
+    for tree in trees.values():
+        passed.update(tree.passed)
+        unread += [f"{tree.root.name}/{name}" for name in tree.beside]
+    warnings += doubts(labels)
+    warnings += [
+        f"{shown(name)} beside {source} is not read; give --source {source.resolve().parent} to "
+        f"test on it"
+        for name in (() if splits else splits_beside(source))
+    ]
+    warnings += [f"--ignore {name!r} matches nothing" for name in ignore if name not in passed]
+    return Photos(sources, labels, _notes(passed, ignore, unread), warnings)
 
 
-def find_splits(source: Path) -> dict[str, Tree]:
-    """Return the trees of `source` by set name; none if its folders are classes themselves."""
-    tests = [name for name in TESTS if (source / name).is_dir()]
-    if not (source / TRAIN).is_dir() or not tests:
-        return {}
-    trees = {TRAIN: read_tree(source / TRAIN), "test": read_tree(source / tests[0])}
-    if tests[0] == "test" and len(tests) > 1:
-        trees["val"] = read_tree(source / tests[1])
-    return trees
-
-
-def read_tree(root: Path) -> Tree:
+def read_tree(
+    root: Path, ids: Collection[str], ignore: Sequence[str], *, is_split: bool = False
+) -> Tree:
     """List the images of every class folder in `root`.
 
+    Args:
+        root: a photo folder, or a split of one.
+        ids: the classes where they are known; none otherwise.
+        ignore: patterns of names to leave out.
+        is_split: whether it is a split.
+
     Raises:
-        ValueError: if there is no class folder, one holds no images, or a file is no image.
+        ValueError: if there is no class folder, one holds no images, a file is no image, or the
+            folders cannot be classes.
     """
-    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    for entry in entries:
-        if not entry.is_dir() and Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
-            raise ValueError(f"{entry.path} lies in no class folder; sort the images by class")
-    folders = [entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name)]
-    if not folders:
+    level = read_level(root, ignore)
+    for name in level.files:
+        if has_image_suffix(name):
+            above = f", or, if {root.name} is a class itself, give the folder above it"
+            raise ValueError(
+                f"{root / name} lies in no class folder; sort the images by class"
+                f"{'' if is_split else above}"
+            )
+    if not level.folders:
         raise ValueError(f"{root} holds no class folders")
-    hidden = sum(_is_hidden(entry.name) for entry in entries)
-    classes = {}
-    for name in folders:
-        classes[name], passed_over = _read_class(root, name)
-        hidden += passed_over
-    return Tree(root=root, classes=classes, hidden=hidden)
+    require_distinct(root, level.folders)
+    shapes = [read_shape(root / name, ignore) for name in level.folders]
+    require_classes_here(root, shapes, ids, ignore, is_split=is_split)
+    passed, foreign = Counter(level.passed), []
+    classes = {name: _read_class(root, name, ignore, passed, foreign) for name in level.folders}
+    if foreign:
+        raise _not_images(foreign)
+    for name, images in classes.items():
+        if not images:
+            raise ValueError(f"class folder {root / name} holds no images")
+    return Tree(root=root, classes=classes, passed=passed, beside=tuple(level.files))
 
 
 def name_classes(folders: Iterable[str]) -> LabelSpace:
-    """Return a label space in sorted order, with underscores as spaces and OpenAI's prompts."""
-    ids = tuple(sorted(folders))
+    """Make a label space in sorted order, with underscores as spaces and OpenAI's prompts."""
+    ids = tuple(sorted(map(composed, folders)))
     names = tuple(name.replace("_", " ") for name in ids)
     return LabelSpace(ids=ids, names=names, templates=LabelSpace.imagenet().templates)
 
@@ -116,13 +178,14 @@ def require_classes(tree: Tree, labels: LabelSpace) -> None:
     Raises:
         ValueError: naming a folder that is no class, or a class that has no folder.
     """
-    unknown = sorted(tree.classes.keys() - set(labels.ids))
+    present = {composed(name): name for name in tree.classes}
+    unknown = sorted(present.keys() - set(labels.ids))
     if unknown:
         raise ValueError(
-            f"unknown class: folder {unknown[0]!r} in {tree.root} is none of the {len(labels)} "
-            f"classes; remove it or add it to --classes"
+            f"unknown class: folder {shown(unknown[0])} in {tree.root} is none of the "
+            f"{len(labels)} classes; remove it or add it to --classes"
         )
-    missing = [name for name in labels.ids if name not in tree.classes]
+    missing = [name for name in labels.ids if name not in present]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(labels)} class folders are missing in {tree.root} "
@@ -143,7 +206,7 @@ def hold_out(tree: Tree, labels: LabelSpace, share: float, seed: int) -> list[So
         held = choose_test([image.path for image in members], share, seed, name)
         for image in members:
             parts["test" if image.path in held else TRAIN].append(image)
-    layout = f"{tree.root}, one folder for each of {len(labels)} classes{_said(tree)}"
+    layout = _layout(tree.root, labels)
     if share == 0:
         del parts["test"]
     return [
@@ -168,34 +231,36 @@ def choose_test(paths: Sequence[str], share: float, seed: int, name: str) -> fro
     salt = hashlib.blake2b(f"rft.data.folder {seed}".encode()).digest()
 
     def position(path: str) -> tuple[bytes, str]:
-        return hashlib.blake2b(os.fsencode(path), key=salt, digest_size=16).digest(), path
+        # in one Unicode form: an image keeps its side when the photos move from a Mac to Linux
+        name = composed(path).encode()
+        return hashlib.blake2b(name, key=salt, digest_size=16).digest(), path
 
     count = min(max(round(share * len(paths)), 1), len(paths) - 1)
     return frozenset(sorted(paths, key=position)[:count])
 
 
-def shared_images(sources: Sequence[Source]) -> list[tuple[str, str]]:
-    """Return pairs of image files in different sources that hold the same bytes."""
-    by_size: dict[int, list[tuple[str, Path]]] = defaultdict(list)
+def same_bytes(sources: Sequence[Source]) -> SameBytes:
+    """Find image files that hold the same bytes in two classes, or in one class of two sources."""
+    by_size: dict[int, list[Place]] = defaultdict(list)
     for source in sources:
         for item in source.items:
-            by_size[item.bytes].append((source.dataset, source.root / item.path))
-    pairs = []
+            place = Place(source.dataset, item.label, source.root / item.path)
+            by_size[item.bytes].append(place)
+    found = SameBytes([], [])
     for _, places in sorted(by_size.items()):
-        if len({dataset for dataset, _ in places}) < 2:
-            continue  # nothing of this size is on another side
-        first: dict[str, tuple[str, Path]] = {}
-        for dataset, path in places:
-            other, other_path = first.setdefault(files.sha256_file(path), (dataset, path))
-            if other != dataset:
-                pairs.append((str(other_path), str(path)))
-    return pairs
-
-
-def held_out_proposal(samples: int, classes: int) -> int:
-    """Return how many training images could select the checkpoint: a tenth, or 0 if too few."""
-    proposal = max(samples // 10, classes)
-    return proposal if proposal <= samples - classes else 0
+        for group in _equal_files(places):
+            first: dict[tuple[str, int], Place] = {}
+            for place in group:
+                known = first.values()
+                of_class = (p for p in known if p.label == place.label)
+                other_set = next((p for p in of_class if p.dataset != place.dataset), None)
+                other_class = next((p for p in known if p.label != place.label), None)
+                if other_class:
+                    found.between_classes.append((str(other_class.path), str(place.path)))
+                if other_set:
+                    found.between_sets.append((str(other_set.path), str(place.path)))
+                first.setdefault((place.dataset, place.label), place)
+    return found
 
 
 def class_counts(sources: Sequence[Source], labels: LabelSpace) -> Mapping[str, list[int]]:
@@ -207,44 +272,125 @@ def class_counts(sources: Sequence[Source], labels: LabelSpace) -> Mapping[str, 
     return counts
 
 
-def _read_class(root: Path, name: str) -> tuple[list[Image], int]:
-    """Return the sorted images in and below a class folder, and how many entries are hidden."""
-    images, foreign, hidden = [], [], 0
+class Place(NamedTuple):
+    """Where an image lies, in which set and class."""
+
+    dataset: str
+    label: int
+    path: Path
+
+
+def _equal_files(places: Sequence[Place]) -> list[list[Place]]:
+    """Group files of one size that hold the same bytes; only groups over several sets or classes.
+
+    Most files of one size differ in their last bytes, so few are read in full.
+    """
+    groups = [list(places)]
+    for content in (_tail, files.sha256_file):
+        divided: dict[tuple[int, bytes | str], list[Place]] = defaultdict(list)
+        for number, group in enumerate(groups):
+            if len({(place.dataset, place.label) for place in group}) > 1:
+                for place in group:
+                    divided[number, content(place.path)].append(place)
+        groups = list(divided.values())
+    return groups
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(max(path.stat().st_size - TAIL, 0))
+        return stream.read()
+
+
+def _read_class(
+    root: Path,
+    name: str,
+    ignore: Sequence[str],
+    passed: Counter[str],
+    foreign: list[Path],
+) -> list[Image]:
+    """Return the sorted images in and below a class folder; add what is no image to `foreign`."""
+    images = []
     seen: set[str] = set()
     for folder, below, names in os.walk(root / name, followlinks=True, onerror=_raise):
         place = os.path.realpath(folder)
         if place in seen:
             raise ValueError(f"{folder} leads to a folder that was read already; remove the link")
         seen.add(place)
-        hidden += sum(_is_hidden(entry) for entry in [*below, *names])
-        below[:] = sorted(entry for entry in below if not _is_hidden(entry))
+        patterns = {entry: passed_over(entry, ignore) for entry in (*below, *names)}
+        passed.update(filter(None, patterns.values()))
+        below[:] = sorted(entry for entry in below if not patterns[entry])
+        for entry in (*below, *names):
+            if not patterns[entry]:
+                require_utf8(Path(folder) / entry)
         for file_name in names:
             path = Path(folder) / file_name
-            if _is_hidden(file_name):
+            if patterns[file_name]:
                 continue
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
+            size = regular_size(path)
+            if has_image_suffix(file_name):
+                images.append(Image(path.relative_to(root).as_posix(), size))
+            else:
                 foreign.append(path)
-                continue
-            images.append(Image(path.relative_to(root).as_posix(), path.stat().st_size))
-    if foreign:
-        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
-        known = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"not an image: {min(foreign)}{more}; class folders hold only {known}")
-    if not images:
-        raise ValueError(f"class folder {root / name} holds no images")
-    return sorted(images), hidden
+    return sorted(images)
 
 
 def _raise(error: OSError) -> None:
     raise error  # os.walk would pass over a folder it cannot read
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in ("Thumbs.db", "desktop.ini")
+def _not_images(foreign: Sequence[Path]) -> ValueError:
+    more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+    known = ", ".join(sorted(IMAGE_SUFFIXES))
+    kinds = sorted({f"'*{path.suffix.lower()}'" if path.suffix else path.name for path in foreign})
+    return ValueError(
+        f"not an image: {min(foreign)}{more}; class folders hold only {known}. Convert or remove "
+        f"the others, or pass them over with --ignore {' '.join(kinds[:5])}"
+    )
 
 
-def _said(tree: Tree) -> str:
-    return f" ({tree.hidden} hidden files or folders passed over)" if tree.hidden else ""
+def _doubtful_folders(tree: Tree) -> list[str]:
+    """Warn of class folders that may be something else: a split, or a group of classes."""
+    found = []
+    for name, images in tree.classes.items():
+        if role(name):
+            found.append(f"the folder {shown(name)} in {tree.root} is packed as a class")
+        below = sorted({image.path.split("/")[1] for image in images if image.path.count("/") > 1})
+        if len(below) > 1 and all(image.path.count("/") > 1 for image in images):
+            names = ", ".join(map(shown, below[:3]))
+            found.append(
+                f"class {shown(name)} in {tree.root} has no images of its own, only folders "
+                f"({names}{', ...' if below[3:] else ''}); if those are the classes, give --source "
+                f"{tree.root / name}"
+            )
+    return found
+
+
+def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -> list[str]:
+    """Say what was not read and why, one line each."""
+    notes = []
+    if passed:
+        counts = (
+            f"{count:,} {printable(pattern)}{' (--ignore)' if pattern in ignore else ''}"
+            for pattern, count in sorted(passed.items(), key=lambda entry: (-entry[1], entry[0]))
+        )
+        notes.append(f"passed over by name: {', '.join(counts)}")
+    if unread:
+        more = f" and {len(unread) - NAMED:,} more" if len(unread) > NAMED else ""
+        notes.append(f"not read: {printable(', '.join(unread[:NAMED]))}{more}")
+    return notes
+
+
+def _layout(root: Path, labels: LabelSpace) -> str:
+    return f"{root}, one folder for each of {len(labels)} classes"
+
+
+def _all_of(dataset: str, tree: Tree, labels: LabelSpace) -> Source:
+    """Return all images of a tree as one source."""
+    images = [image for name in sorted(tree.classes) for image in tree.classes[name]]
+    keys = make_keys([image.path for image in images])
+    rows = zip(keys, images, strict=True)
+    return _source(dataset, tree.root, rows, labels, _layout(tree.root, labels))
 
 
 def _source(
@@ -256,8 +402,15 @@ def _source(
 ) -> Source:
     class_of = {name: class_id for class_id, name in enumerate(labels.ids)}
     items = tuple(
-        Item(key=key, path=image.path, label=class_of[image.path.split("/")[0]], bytes=image.bytes)
+        Item(
+            key=key,
+            path=image.path,
+            label=class_of[composed(image.path.split("/")[0])],
+            bytes=image.bytes,
+        )
         for key, image in images
     )
     groups = tuple((class_id,) for class_id in range(len(labels)))
-    return Source(dataset=dataset, root=root, items=items, groups=groups, layout=layout)
+    return Source(
+        dataset=dataset, root=root, items=items, groups=groups, photos=True, layout=layout
+    )

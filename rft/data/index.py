@@ -6,7 +6,6 @@ unnoticed; `--ignore` names the suffixes that may be passed over. Images are onl
 `tools/verify_shards.py --deep` decodes them.
 """
 
-import io
 import json
 import zlib
 from collections import Counter
@@ -14,17 +13,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
-from PIL import Image
 
 from rft import files
 from rft.data import encode, tar
 from rft.data.labels import LabelSpace
-from rft.data.manifest import Index, Manifest, Shard
-from rft.data.pack import COLUMNS
+from rft.data.manifest import COLUMNS, Index, Manifest, Shard
 from rft.data.published import check_count, parse_allowed_counts
 from rft.data.samples import (
     SIZE_THREADS,
@@ -45,12 +43,16 @@ OTHER_SUFFIXES = frozenset({"cls", "json", "txt"})
 
 @dataclass(kw_only=True)
 class Found:
-    """What one shard holds: its columns of the index, and what was passed over."""
+    """What one shard holds: its columns of the index, and what was passed over.
+
+    `as_stored` counts the images that would look different if they were treated as photos.
+    """
 
     bytes: int
     sha256: str = ""
     rows: dict[str, list] = field(default_factory=lambda: {name: [] for name in COLUMNS})
     passed_over: Counter[str] = field(default_factory=Counter)
+    as_stored: Counter[str] = field(default_factory=Counter)
 
 
 def index_shards(
@@ -88,15 +90,22 @@ def expand(patterns: Sequence[str]) -> list[str]:
     """Return the URLs that brace patterns name, in their order.
 
     Raises:
-        ValueError: if braces do not match, nothing or something twice is named, or a URL holds a
-            credentials (the manifest would publish it).
+        ValueError: if a pattern is none, nothing or something twice is named, or a URL holds
+            credentials (the manifest would publish them).
     """
     urls: list[str] = []
     for pattern in patterns:
         try:
-            urls += braceexpand(pattern, escape=False)
+            found = list(braceexpand(pattern, escape=False))
         except ValueError as error:
             raise ValueError(f"braces do not match in {pattern!r}") from error
+        for sign in "{}*":
+            if sign in found[0] and not _is_local_file(found[0]):
+                raise ValueError(
+                    f"{pattern!r}: {sign!r} is not expanded; name shards one by one or with a "
+                    f"range in braces, such as 'folder/{{000..127}}.tar' or '{{0..3}}.tar'"
+                )
+        urls += found
     if not urls:
         raise ValueError("name the shards, such as 'folder/{000..127}.tar'")
     twice = [url for url, count in Counter(urls).items() if count > 1]
@@ -109,6 +118,10 @@ def expand(patterns: Sequence[str]) -> list[str]:
                 "fsspec's configuration"
             )
     return urls
+
+
+def _is_local_file(url: str) -> bool:
+    return "://" not in url and Path(url).is_file()
 
 
 def read_shard(job: tuple[str, int], rule: Rule) -> Found:
@@ -124,14 +137,16 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
             image = pick_image(sample, where, rule.ignore, found.passed_over)
             at = f"{where}, key {sample.key!r}"
             data = read_member(stream, image)
-            width, height = image_size(data, at, rule.crop_border)
+            header, as_photo = encode.identify(data, f"{at}: the image", rule.crop_border)
+            found.as_stored["turned"] += as_photo.orientation != 1
+            found.as_stored["transparent"] += as_photo.composed
             row = {
                 "offset": image.offset,
                 "length": image.size,
                 "crc32": zlib.crc32(data),
                 "label": read_label(stream, sample, at, rule),
-                "width": width,
-                "height": height,
+                "width": header.width,
+                "height": header.height,
                 "key": _encode_key(sample.key, where),
             }
             for name, value in row.items():
@@ -166,24 +181,6 @@ def pick_image(
         what = f"two images ({names}); drop one with --ignore" if images else "no image"
         raise ValueError(f"{where}: sample {sample.key!r} has {what}")
     return images[0]
-
-
-def image_size(data: bytes, where: str, border: int) -> tuple[int, int]:
-    """Return width and height in pixels, from the header.
-
-    Raises:
-        ValueError: if the bytes are no known image, or too small or large.
-    """
-    try:
-        width, height = Image.open(io.BytesIO(data), formats=encode.FORMATS).size
-    except encode.UNREADABLE as error:
-        raise ValueError(f"{where}: no readable JPEG, PNG or WebP image") from error
-    if max(width, height) > encode.LONGEST_SIDE or min(width, height) <= 2 * border:
-        raise ValueError(
-            f"{where}: an image of {width} x {height} pixels; a side must have more than "
-            f"{2 * border} and at most {encode.LONGEST_SIDE}"
-        )
-    return width, height
 
 
 def _encode_key(key: str, where: str) -> bytes:
@@ -223,10 +220,13 @@ def _describe(
         "labels": files.sha256_json([asdict(rule.labels), groups])[:16],
         "shards": files.sha256_json([shard.sha256 for shard in found]),
     }
+    if rule.labels_are is not None:  # plans from before there was a choice stay as they are
+        plan["labels_are"] = rule.labels_are
     index = Index(**columns).to_bytes()
     manifest = Manifest(
         dataset=dataset,
         classes=rule.labels.names,
+        class_ids=rule.labels.ids,
         templates=rule.labels.templates,
         groups=groups,
         encoding=encoding,
@@ -274,23 +274,41 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
         raise ValueError(f"{out} has an index.npz that is not ours; choose another --out")
     if not _holds(plan_url, plan):
         files.write_json(plan_url, plan)
-    if not files.exists(index_url) or files.read_bytes(index_url) != index:
+    if files.find_bytes(index_url) != index:
         files.write_bytes(index_url, index)
     if not files.exists(files.join(out, "manifest.json")):
         manifest.save(out)
 
 
 def _holds(url: str, document: Any) -> bool:
-    return files.exists(url) and files.read_json(url) == document
+    data = files.find_bytes(url)
+    return data is not None and files.parse_json(data, url) == document
 
 
 def _say(found: Sequence[Found]) -> None:
-    """Print what was passed over, and whether keys repeat, which the split by image id minds."""
+    """Print what was passed over, which images are read as they are stored, and repeated keys.
+
+    The split by image id minds repeated keys.
+    """
     total: Counter[str] = Counter()
+    as_stored: Counter[str] = Counter()
     for shard in found:
         total += shard.passed_over
+        as_stored += shard.as_stored
     for what, count in sorted(total.items()):
         print(f"passed over: {count:,} {what}", flush=True)
+    if count := as_stored["turned"]:
+        print(
+            f"warning: {count:,} images are stored turned or mirrored (EXIF orientation); they are "
+            f"read as stored, as torchvision and open_clip do",
+            flush=True,
+        )
+    if count := as_stored["transparent"]:
+        print(
+            f"warning: {count:,} images may be transparent; hidden colours become visible, as "
+            f"with torchvision and open_clip",
+            flush=True,
+        )
     keys = Counter(key for shard in found for key in shard.rows["key"])
     repeated = [key for key, count in keys.items() if count > 1]
     if repeated:

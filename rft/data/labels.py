@@ -7,24 +7,31 @@ timm and open_clip carry, because importing either package costs seconds.
 
 import importlib.util
 import json
+import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rft import files
+from rft import cli, files
+from rft.classes import Classes, composed, prompts_sha256, shown
+from rft.data.names import find_twins
 
 MARK = "{c}"  # where a template takes the class name; CLIP_benchmark's convention
+CLIP_CONTEXT = 77  # tokens that the text towers of OpenAI's CLIP read, two of them their own
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSpace:
     """Classes in label order: `ids` are folder names, `names` are words for the text encoder.
 
-    `templates` are the prompts, with `{c}` for the class name.
+    `templates` are the prompts, with `{c}` for the class name. All texts are in Unicode's composed
+    form (NFC), so a name read from a disk has to be brought into it before it is compared.
 
     Raises:
-        ValueError: if the lists do not fit together.
+        ValueError: if the lists do not fit together, there are fewer than two classes, or a text
+            is empty or cannot be written in one line.
     """
 
     ids: tuple[str, ...]
@@ -39,12 +46,32 @@ class LabelSpace:
         repeated = [name for name, count in Counter(self.ids).items() if count > 1]
         if repeated:
             raise ValueError(f"class id {repeated[0]!r} occurs more than once")
+        if twins := find_twins(self.ids):
+            raise ValueError(
+                f"class ids {twins[0]!a} and {twins[1]!a} are one name in different Unicode forms; "
+                f"keep one"
+            )
+        for name, words in zip(self.ids, self.names, strict=True):
+            _require_words(name, words)
         for template in self.templates:
+            _require_text("a template", template)
             if MARK not in template:
                 raise ValueError(f"template {template!r} has no {MARK} for the class name")
+        if len(self.ids) == 1:
+            raise ValueError(
+                f"{shown(self.ids[0])} is the only class; with one class every prediction is right"
+            )
+        for field in ("ids", "names", "templates"):
+            object.__setattr__(self, field, tuple(map(composed, getattr(self, field))))
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def classes(self) -> Classes:
+        """The classes, to compare with those of a head or a packed set."""
+        prompts = prompts_sha256(self.names, self.templates)
+        return Classes(ids=self.ids, names=self.names, prompts_sha256=prompts)
 
     @staticmethod
     def imagenet() -> "LabelSpace":
@@ -76,6 +103,51 @@ class LabelSpace:
             return LabelSpace(**{field: tuple(document[field]) for field in fields})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def choose_labels(path: str | None) -> LabelSpace:
+    """Read the label space of `--classes`, or take ImageNet's; warn of what is odd in the former.
+
+    Raises:
+        ValueError: as `LabelSpace.load`.
+    """
+    imagenet = LabelSpace.imagenet()
+    if path is None:
+        return imagenet
+    labels = LabelSpace.load(path)
+    # ImageNet's own list has classes of the same words
+    for doubt in doubts(labels) if labels.names != imagenet.names else ():
+        cli.warn(doubt)
+    return labels
+
+
+def doubts(labels: LabelSpace) -> list[str]:
+    """List what is legal in a label space and rarely meant: equal words, prompts that are long."""
+    found = []
+    first: dict[str, str] = {}
+    for name, words in zip(labels.ids, labels.names, strict=True):
+        other = first.setdefault(" ".join(words.casefold().split()), name)
+        if other != name:
+            found.append(
+                f"classes {shown(other)} and {shown(name)} have the same words ({shown(words)}), "
+                f"so the zero-shot head cannot tell one from the other"
+            )
+    # a word is one token or more; the number depends on the model and is checked when it is known
+    longest = max(labels.templates, key=lambda template: len(template.split()))
+    for name, words in zip(labels.ids, labels.names, strict=True):
+        count = len(longest.replace(MARK, words).split())
+        if count > CLIP_CONTEXT - 2:
+            found.append(
+                f"a prompt of class {shown(name)} has {count} words; CLIP reads at most "
+                f"{CLIP_CONTEXT - 2} tokens and training refuses longer prompts"
+            )
+    return found
+
+
+def warn_of_one_class(url: str, groups: Sequence[Sequence[int]]) -> None:
+    """Warn of a packed set that scores a single class: its accuracy is 100 whatever the model."""
+    if len(groups) == 1:
+        cli.warn(f"{url} scores a single class, so every prediction counts as right")
 
 
 def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, ...]]:
@@ -145,6 +217,23 @@ def _read_mapping(path: Path, values: type) -> dict[str, Any]:
 
 def _is_list_of_str(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def _require_words(name: str, words: str) -> None:
+    _require_text(f"the id of class {shown(name)}", name)
+    _require_text(f"the name of class {shown(name)}", words)
+    # spaces, underscores and invisible characters are no words
+    if all(unicodedata.category(letter)[0] in "ZC" or letter == "_" for letter in words):
+        raise ValueError(
+            f"the name of class {shown(name)} is {shown(words)}, which has no words for the text "
+            f"encoder; name the class in --classes"
+        )
+
+
+def _require_text(what: str, text: str) -> None:
+    # class lists beside the shards have one name per line; a lone surrogate is not UTF-8
+    if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in text):
+        raise ValueError(f"{what} is {text!a}: line breaks and control characters cannot be used")
 
 
 def _package_folder(name: str) -> Path:

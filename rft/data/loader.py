@@ -82,6 +82,9 @@ class PackedDataset:
         sizes = [shard.samples for shard in self.manifest.shards]
         self.shard_ends = np.cumsum(sizes)
         self.shards = Shards(url, self.manifest.shards, cache=cache, patience=patience)
+        self._npy_header = b""
+        if self.manifest.encoding["kind"] == "pixels":
+            self._npy_header = encode.npy_header(self.manifest.encoding["size"])
 
     def __len__(self) -> int:
         return len(self.index.label)
@@ -175,18 +178,19 @@ class PackedDataset:
             elsewhere = self._pixels_from_disk(samples, images_BCHW)
             if elsewhere:
                 payloads = self.payloads(samples[elsewhere])
-                for place, data in zip(elsewhere, payloads, strict=True):
-                    pixels = np.frombuffer(data, dtype=np.uint8)[-3 * size * size :]
+                rows = self._rows(samples[elsewhere])
+                for place, row, data in zip(elsewhere, rows, payloads, strict=True):
+                    self._require_pixels(row, data[: len(self._npy_header)])
+                    pixels = np.frombuffer(data, dtype=np.uint8)[len(self._npy_header) :]
                     images_BCHW[place] = pixels.reshape(3, size, size)
             return 0.0
         payloads = self.payloads(samples)
         began = time.perf_counter()
-        border = self.manifest.encoding.get("crop_border", 0)
-        if self.manifest.encoding["kind"] == "jpeg":
-            border = 0  # cut off before it was stored
-        for image_CHW, sample, data in zip(images_BCHW, samples, payloads, strict=True):
-            image = encode.load_image(data, name=self.key(sample))
-            image_CHW[:] = encode.clip_pixels(image, size, border)
+        treatment = encode.payload_treatment(self.manifest.encoding)
+        rows = self._rows(samples)
+        for image_CHW, row, data in zip(images_BCHW, rows, payloads, strict=True):
+            image = encode.load_image(data, self._where(row), treatment)
+            image_CHW[:] = encode.clip_pixels(image, size, treatment.border)
         return time.perf_counter() - began
 
     def _rows(self, samples: np.ndarray) -> "list[_Row]":
@@ -216,7 +220,7 @@ class PackedDataset:
         all that stands between the page cache and a batch, so it does little more than it must.
         """
         rows = self._rows(samples)
-        header = bytearray(rows[0].length - images_BCHW[0].nbytes if rows else 0)
+        header = bytearray(len(self._npy_header))
         elsewhere = []
         shard, descriptor = -1, None
         for place in sorted(range(len(rows)), key=lambda place: rows[place].shard):
@@ -227,9 +231,12 @@ class PackedDataset:
                 elsewhere.append(place)
                 continue
             image_CHW = images_BCHW[place]
+            if row.length != len(header) + image_CHW.nbytes:
+                self._require_pixels(row, b"")
             buffers: list[Any] = [header, image_CHW]
             read = os.preadv(descriptor, buffers, row.offset)
             if self._is_good(row, read, crc32(image_CHW, crc32(header))):
+                self._require_pixels(row, header)
                 self.shards.counters.bytes += read
             else:
                 elsewhere.append(place)
@@ -262,6 +269,14 @@ class PackedDataset:
         if checksum != row.crc32:
             where = self._where(row)
             raise ValueError(f"damaged bytes (crc32 mismatch) at {where}; pack the shard again")
+
+    def _require_pixels(self, row: "_Row", header: bytes | bytearray) -> None:
+        size = self.manifest.encoding["size"]
+        if header != self._npy_header or row.length != len(header) + 3 * size**2:
+            raise ValueError(
+                f"{self._where(row)} is no array of 3 x {size} x {size} pixels, as its manifest "
+                "says; pack the set again"
+            )
 
     def _where(self, row: "_Row") -> str:
         return f"{self.shards.location(row.shard)}, {self._name(row)}"

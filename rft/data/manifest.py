@@ -7,6 +7,10 @@ No torch here: packing tools and reports read this too.
 
 import dataclasses
 import io
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,8 +18,22 @@ from typing import Any
 import numpy as np
 
 from rft import files
+from rft.classes import Classes, prompts_sha256
+from rft.data import tar
+from rft.data.encode import check_encoding
+from rft.data.root import why_missing
 
 SCHEMA = 1
+COLUMNS = {
+    "offset": np.uint64,
+    "length": np.uint32,
+    "crc32": np.uint32,
+    "label": np.int32,
+    "width": np.uint16,
+    "height": np.uint16,
+    "key": np.bytes_,
+}
+AGAIN = "pack or index the set again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +54,8 @@ class Shard:
 class Manifest:
     """Everything about a packed dataset but its per-sample rows.
 
-    `classes` and `templates` describe the label space (index = class id; `{c}` marks the name).
+    `classes` and `templates` describe the label space (index = class id; `{c}` marks the name);
+    `class_ids` are the classes' folder names, empty in manifests that were written without them.
     `groups` is the scoring rule: a prediction is the argmax over the classes named in any group,
     and it is right when it lies in the same group as the label. ImageNet has one group for each
     class, ImageNet-R and -A one for each of their 200, ObjectNet 113 groups over 125 classes.
@@ -46,10 +65,11 @@ class Manifest:
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
-    encoding: dict[str, Any]  # {"kind": "original" | "jpeg" | "pixels", ...}
+    encoding: dict[str, Any]  # see `rft.data.encode.encoding_parameters`
     plan_hash: str
     index_sha256: str
     shards: tuple[Shard, ...]
+    class_ids: tuple[str, ...] = ()
     quarantined: int = 0  # images of the source left out because they cannot be decoded
     schema: int = SCHEMA
 
@@ -61,7 +81,13 @@ class Manifest:
     @cached_property
     def sha256(self) -> str:
         """Hash of the manifest's content: the identity of the data."""
-        return files.sha256_json(dataclasses.asdict(self))
+        return files.sha256_json(self._document())
+
+    @property
+    def label_space(self) -> Classes:
+        """What the labels mean, to compare with the classes of a head."""
+        prompts = prompts_sha256(self.classes, self.templates)
+        return Classes(ids=self.class_ids, names=self.classes, prompts_sha256=prompts)
 
     def class_to_group(self) -> np.ndarray:
         """Return for each class the group it scores in, or -1 if its logit takes no part. (K,)."""
@@ -75,8 +101,8 @@ class Manifest:
         """Read `url/manifest.json`.
 
         Raises:
-            ValueError: if it is absent (the folder was not finalised), damaged, or of another
-                schema.
+            ValueError: if it is absent (the folder was not finalised), damaged, of another schema,
+                or holds values that cannot be right.
         """
         path = files.join(url, "manifest.json")
         try:
@@ -84,22 +110,127 @@ class Manifest:
         except ValueError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-            raise ValueError(f"no packed dataset at {url}: manifest.json is missing") from error
+            hint = why_missing(url)
+            raise ValueError(
+                f"no packed dataset at {url}: manifest.json is missing{hint and f'; {hint}'}"
+            ) from error
         found = document.get("schema") if isinstance(document, dict) else None
         if found != SCHEMA:
             raise ValueError(f"{path} has schema {found}, this rft reads {SCHEMA}; pack it again")
+        for fault in _faults(document):
+            raise ValueError(f"{path}: {fault}; {AGAIN}")
         try:
             document["classes"] = tuple(document["classes"])
+            document["class_ids"] = tuple(document.get("class_ids", ()))
             document["templates"] = tuple(document["templates"])
             document["groups"] = tuple(tuple(group) for group in document["groups"])
             document["shards"] = tuple(Shard(**shard) for shard in document["shards"])
-            return Manifest(**document)
+            manifest = Manifest(**document)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); pack or index the set again") from error
+        check_encoding(manifest.encoding, path)
+        return manifest
 
     def save(self, url: str) -> None:
         """Write `url/manifest.json` atomically."""
-        files.write_json(files.join(url, "manifest.json"), dataclasses.asdict(self))
+        files.write_json(files.join(url, "manifest.json"), self._document())
+
+    def _document(self) -> dict[str, Any]:
+        document = dataclasses.asdict(self)
+        # a manifest from before there were ids keeps its hash: finished runs know the data by it
+        if not self.class_ids:
+            del document["class_ids"]
+        return document
+
+
+def group_faults(groups: Any, classes: int) -> Iterator[str]:
+    """Yield what makes groups no scoring rule over so many classes.
+
+    There must be a group, none empty, of class ids in range, each in one group at most.
+    """
+    if not isinstance(groups, list | tuple) or not groups:
+        yield "groups must name at least one group of class ids"
+        return
+    group_of: dict[int, int] = {}
+    for number, members in enumerate(groups):
+        if not isinstance(members, list | tuple) or not members:
+            yield f"groups[{number}] must be a list of at least one class id, not {members!r}"
+            continue
+        for place, class_id in enumerate(members):
+            here = f"groups[{number}][{place}]"
+            if type(class_id) is not int or not 0 <= class_id < classes:  # a bool is an int too
+                yield f"{here} must be a class id from 0 to {classes - 1}, not {class_id!r}"
+            elif class_id in group_of:
+                yield f"{here}: class {class_id} is in groups[{group_of[class_id]}] already"
+            else:
+                group_of[class_id] = number
+
+
+def _faults(document: dict[str, Any]) -> Iterator[str]:
+    """Yield which values of a manifest cannot be right."""
+    for name in ("dataset", "plan_hash"):
+        if not isinstance(document.get(name), str):
+            yield f"{name} must be a text, not {document.get(name)!r}"
+    for name in ("classes", "templates"):
+        if not document.get(name):
+            yield f"{name} is empty"
+        yield from _text_faults(name, document.get(name))
+    ids = document.get("class_ids", [])
+    yield from _text_faults("class_ids", ids)
+    if ids and not len(set(ids)) == len(ids) == len(document.get("classes") or ()):
+        yield "class_ids must be as many as classes, and all different"
+    yield from group_faults(document.get("groups"), len(document.get("classes") or ()))
+    if not isinstance(document.get("encoding"), dict):
+        yield f"encoding must be an object, not {document.get('encoding')!r}"
+    if not _is_sha256(document.get("index_sha256")):
+        yield f"index_sha256 must be 64 hex digits, not {document.get('index_sha256')!r}"
+    if not _is_count(document.get("quarantined", 0)):
+        yield f"quarantined must be a number from 0, not {document['quarantined']!r}"
+    yield from _shard_faults(document.get("shards"))
+
+
+def _text_faults(name: str, texts: Any) -> Iterator[str]:
+    if not isinstance(texts, list):
+        yield f"{name} must be a list of texts, not {texts!r}"
+        return
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            yield f"{name}[{place}] must be a text, not {text!r}"
+
+
+def _shard_faults(shards: Any) -> Iterator[str]:
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        yield "shards must be a list of objects"
+        return
+    known = {field.name for field in dataclasses.fields(Shard)}
+    names: dict[str, int] = {}
+    for number, shard in enumerate(shards):
+        here = f"shards[{number}]"
+        if shard.keys() != known:
+            yield f"{here} must have {', '.join(sorted(known))}, it has {', '.join(sorted(shard))}"
+            continue
+        name = shard["name"]
+        if not isinstance(name, str) or not name:
+            yield f"{here}.name must be a text, not {name!r}"
+        elif name in names:
+            yield f"{here}.name: {name!r} is named more than once (shards[{names[name]}])"
+        else:
+            names[name] = number
+        for field in ("bytes", "samples"):
+            if not _is_count(shard[field]):
+                yield f"{here}.{field} must be a number from 0, not {shard[field]!r}"
+        if not _is_sha256(shard["sha256"]):
+            yield f"{here}.sha256 must be 64 hex digits, not {shard['sha256']!r}"
+    if not any(shard.get("samples") for shard in shards):
+        yield "the shards hold no samples"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +238,8 @@ class Index:
     """Per-sample columns, all of length N, in shard order.
 
     `offset` and `length` (bytes) locate the payload inside its shard's tar; `label` is a class id
-    of the manifest's label space; `width` and `height` are the source image's, in pixels; `key` is
-    the sample's id as ASCII bytes (`n01440764_10026`).
+    of the manifest's label space; `width` and `height` are the source image's, in pixels, after
+    own photos are turned upright; `key` is the sample's id as ASCII bytes (`n01440764_10026`).
     """
 
     offset: np.ndarray  # uint64
@@ -130,17 +261,69 @@ class Index:
         """Read `url/index.npz` and hold it against the manifest.
 
         Raises:
-            ValueError: if the file is absent, was changed, or has another number of samples.
+            ValueError: if the file is absent or was changed, or a row cannot be right.
+        """
+        index = Index.read(url, manifest)
+        for rows, what in index.unusable(manifest):
+            if len(rows):
+                key = index.key[rows[0]].decode("ascii", "replace")
+                path = files.join(url, "index.npz")
+                raise ValueError(f"{path}, row {rows[0]}, key {key!r}: {what}; {AGAIN}")
+        return index
+
+    @staticmethod
+    def read(url: str, manifest: Manifest) -> "Index":
+        """Read `url/index.npz`, whatever its rows say.
+
+        Raises:
+            ValueError: if the file is absent or was changed, or its columns are not those of the
+                manifest's samples.
         """
         path = files.join(url, "index.npz")
         data = files.read_bytes(path)
         if files.sha256_bytes(data) != manifest.index_sha256:
             raise ValueError(f"{path} does not have the sha256 in its manifest; pack the set again")
-        with np.load(io.BytesIO(data), allow_pickle=False) as columns:
-            index = Index(**{name: columns[name] for name in columns.files})
-        if len(index.label) != manifest.samples:
-            raise ValueError(
-                f"{path} has {len(index.label)} samples, its manifest {manifest.samples}; "
-                f"pack the set again"
-            )
-        return index
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                columns = {name: archive[name] for name in archive.files}
+        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is no archive of columns ({error}); {AGAIN}") from error
+        for fault in _column_faults(columns, manifest.samples):
+            raise ValueError(f"{path}: {fault}; {AGAIN}")
+        return Index(**columns)
+
+    def unusable(self, manifest: Manifest) -> Iterator[tuple[np.ndarray, str]]:
+        """Yield the rows that no reader may use, ascending, for each thing that is wrong with some.
+
+        A label must be a class that is scored, or its sample would count as right or wrong whatever
+        is predicted. A payload must lie in its shard.
+        """
+        classes = len(manifest.classes)
+        known = (self.label >= 0) & (self.label < classes)
+        yield np.flatnonzero(~known), f"its label is none of the {classes} classes"
+        scored = manifest.class_to_group()[np.where(known, self.label, 0)] >= 0
+        yield np.flatnonzero(known & ~scored), "its label lies in no group, so it never scores"
+        sizes = [shard.bytes for shard in manifest.shards]
+        size = np.repeat(np.array(sizes, float), [shard.samples for shard in manifest.shards])
+        # as floats, because a damaged uint64 would wrap around
+        ends = self.offset.astype(float) + np.ceil(self.length / tar.BLOCK) * tar.BLOCK
+        yield np.flatnonzero(ends + tar.END > size), "its payload reaches beyond the shard's bytes"
+
+
+assert list(COLUMNS) == [field.name for field in dataclasses.fields(Index)]
+
+
+def _column_faults(columns: dict[str, Any], samples: int) -> Iterator[str]:
+    """Yield which columns of an index cannot be those of so many samples."""
+    if columns.keys() != COLUMNS.keys():
+        yield f"its columns must be {', '.join(COLUMNS)}, they are {', '.join(columns)}"
+        return
+    for name, kind in COLUMNS.items():
+        column = columns[name]
+        expected = np.dtype(kind)
+        # texts are as long as the longest one
+        same = column.dtype.kind == "S" if kind is np.bytes_ else column.dtype == expected
+        if not same or column.ndim != 1:
+            yield f"column {name} must be a list of {expected}, not {column.dtype} {column.shape}"
+        elif len(column) != samples:
+            yield f"column {name} has {len(column)} samples, the manifest {samples}"

@@ -24,10 +24,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from rft import files
 from rft.data import encode
 from rft.data.labels import LabelSpace
-from rft.data.manifest import Index, Manifest, Shard
+from rft.data.manifest import COLUMNS, Index, Manifest, Shard
+from rft.data.names import printable
 from rft.data.published import check_count
 from rft.data.shard import (
-    COLUMNS,
     TEMPORARY,
     Job,
     Quarantined,
@@ -37,7 +37,7 @@ from rft.data.shard import (
     too_many,
     write_shard,
 )
-from rft.data.sources import Item, Source, read_source
+from rft.data.sources import Item, Source, folders_read, read_source, require_apart
 from rft.data.workers import check_workers, each_done, progress
 
 ALGORITHM = 2  # raise it when the order, the cut or the members change: it is part of the plan
@@ -104,8 +104,10 @@ def pack(
     See `pack_source` for what else it returns and raises.
     """
     _check(options)  # before a listing that may take minutes
+    if Path(source).is_dir():  # if not, reading it says so
+        require_apart(folders_read(dataset, Path(source)), out, [dataset])
     found = read_source(dataset, Path(source), labels)
-    print(f"{dataset}: {len(found.items):,} images in {found.layout}", flush=True)
+    print(f"{dataset}: {len(found.items):,} images in {printable(found.layout)}", flush=True)
     check_count(dataset, len(found.items), labels, allowed_count)
     return pack_source(found, out, labels, options)
 
@@ -150,6 +152,8 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
         f"{total / 2**20:,.1f} MiB at {shown}{left_out if manifest.quarantined else ''}",
         flush=True,
     )
+    if source.photos:
+        _say_treated(source.dataset, jobs)
     return True
 
 
@@ -159,7 +163,11 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> Plan:
     The order does not depend on that of `source.items`.
     """
     encoding = encode.encoding_parameters(
-        options.encoding, options.size, source.crop_border, options.quality
+        options.encoding,
+        options.size,
+        source.crop_border,
+        options.quality,
+        photos=source.photos,
     )
     shard_bytes = int(options.shard_mb * 2**20)
     order = shuffle(source.items, options.seed)
@@ -285,6 +293,7 @@ def finalize(plan: Plan, url: str, max_bad: int = 0) -> Manifest:
     manifest = Manifest(
         dataset=plan.source.dataset,
         classes=plan.labels.names,
+        class_ids=plan.labels.ids,
         templates=plan.labels.templates,
         groups=plan.source.groups,
         encoding=plan.encoding,
@@ -376,6 +385,15 @@ def _say_complete(dataset: str, url: str, max_bad: int) -> bool:
     shown = files.redact(url)
     print(f"{dataset}: already packed at {shown}{left_out}, nothing to do", flush=True)
     return True
+
+
+def _say_treated(dataset: str, jobs: Sequence[Job]) -> None:
+    """Print how many photos were not taken as they are stored, from the commit records."""
+    with ThreadPoolExecutor(COMMIT_THREADS) as pool:
+        records = list(pool.map(lambda job: files.read_json(job.commit_url)["statistics"], jobs))
+    turned, composed = (sum(record[name] for record in records) for name in ("turned", "composed"))
+    print(f"{dataset}: photos turned upright (EXIF orientation): {turned:,}", flush=True)
+    print(f"{dataset}: transparent photos composed on white: {composed:,}", flush=True)
 
 
 def _uncommitted(jobs: Sequence[Job]) -> list[Job]:

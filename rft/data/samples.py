@@ -18,8 +18,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rft import files
 from rft.data import tar
-from rft.data.fetch import REQUEST_BYTES, Shards
+from rft.data.fetch import Shards
 from rft.data.manifest import Shard
+from rft.remote import REQUEST_BYTES
 
 PASSED_OVER_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
 REQUESTS_AT_ONCE = 4  # requests for one remote shard under way at a time
@@ -52,16 +53,25 @@ def shard_size(url: str) -> int:
     """Return the bytes of a shard.
 
     Raises:
-        ValueError: if it is not there, or its store does not tell.
+        ValueError: if it is not there, is a folder, or its store does not tell.
     """
-    fs, path = files.open_store(url)
     try:
-        size = fs.size(path)
+        size = files.size(url)
     except FileNotFoundError as error:
         raise ValueError(f"no such shard: {url}") from error
-    if size is None:
-        raise ValueError(f"the server of {url} does not tell its size")
+    except IsADirectoryError as error:
+        raise ValueError(f"{url} is a folder, not a shard; {_shards_in(url)}") from error
     return size
+
+
+def _shards_in(folder: str) -> str:
+    """Return how to name the shards of a folder."""
+    tars = [name for name in files.names(folder) if name.endswith(".tar")]
+    found = f"of its {len(tars)} .tar files the first is {tars[0]}, the last {tars[-1]}; " * bool(
+        tars
+    )
+    pattern = files.join(folder, "{000000..000123}.tar")
+    return f"{found}name its shards, such as '{pattern}'"
 
 
 @contextmanager
@@ -108,35 +118,33 @@ def split_name(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, suffix.lower()
 
 
-def read_samples(stream: IO[bytes], where: str, passed_over: Counter[str]) -> Iterator[Sample]:
-    """Yield the samples of a tar in order; names without a key are counted in `passed_over`.
+def read_samples(stream: IO[bytes], where: str, passed_over: Counter[str]) -> list[Sample]:
+    """Return the samples of a tar in order; names without a key are counted in `passed_over`.
 
     Raises:
-        ValueError: if the tar is damaged, or a key or a member occurs twice.
+        ValueError: if the tar is damaged, a member occurs twice, or members of other samples lie
+            between those of one: webdataset would make several samples of it.
     """
-    seen: set[str] = set()
-    current: Sample | None = None
+    samples: dict[str, Sample] = {}
+    current = ""
     for member in tar.walk(stream, where):
         split = split_name(member.name)
         if split is None:
             passed_over["members without a key"] += 1
             continue
         key, suffix = split
-        if current is None or key != current.key:
-            if current is not None:
-                yield current
-            if key in seen:
-                raise ValueError(
-                    f"{where}: key {key!r} comes back at byte {member.offset:,} after other keys; "
-                    f"a sample's members must be neighbours"
-                )
-            seen.add(key)
-            current = Sample(key, {})
-        if suffix in current.members:
+        if key in samples and key != current:
+            raise ValueError(
+                f"{where}: key {key!r} comes back at byte {member.offset:,} ({member.name}) after "
+                f"other keys; the members of a sample must be neighbours: write the tar again with "
+                f"names in order (tar --sort=name)"
+            )
+        current = key
+        members = samples.setdefault(key, Sample(key, {})).members
+        if suffix in members:
             raise ValueError(f"{where}: two members are called {member.name!r}")
-        current.members[suffix] = member
-    if current is not None:
-        yield current
+        members[suffix] = member
+    return list(samples.values())
 
 
 def read_member(stream: IO[bytes], member: tar.Member) -> bytes:

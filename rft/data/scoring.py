@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Literal
 
-from rft import files
+from rft import cli, files
 from rft.data.labels import LabelSpace, objectnet_groups
+from rft.data.manifest import group_faults
 from rft.data.published import SUBSETS, published_classes
 from rft.data.samples import Sample, parent, read_member
 
+NUMBER = re.compile(r"-?[0-9]+")
+LabelsAre = Literal["positions", "names"]
 OBJECTNET_BORDER = 2  # pixels of red frame on each side, cropped before any resize
 
 
@@ -28,9 +31,16 @@ class Options:
     """Name of the set (imagenet-train, imagenet-r, ...); None is the last folder name of --out."""
     label_field: str | None = None
     """Field of each sample's .json that holds the label; None reads the .cls member."""
+    labels_are: LabelsAre | None = None
+    """What labels are that are numbers: positions in the label space (or in --local-classes), or
+    the classes' ids or names. Needed only where a class has a number for its id or name and is at
+    another position."""
     local_classes: str | None = None
     """File with one class name a line, which .cls counts; None looks for a classnames.txt beside
     the shards and takes it when it has another length than the label space."""
+    skip_beside: bool = False
+    """Look for no classnames.txt and nshards.txt beside the shards, for stores that do not say
+    "not found" of files that do not exist."""
     mappings: str | None = None
     """The mappings/ folder of ObjectNet's archive (objectnet only)."""
     crop_border: int | None = None
@@ -55,6 +65,7 @@ class Rule:
     groups: tuple[tuple[int, ...], ...] | None
     local: tuple[int, ...] | None = None
     label_field: str | None = None
+    labels_are: LabelsAre | None = None
     ignore: frozenset[str] = frozenset()
     crop_border: int = 0
 
@@ -66,14 +77,44 @@ class Rule:
             return frozenset(range(len(self.labels)))
         return frozenset(class_id for group in groups for class_id in group)
 
+    @cached_property
+    def positions(self) -> Sequence[int]:
+        """Class ids by the number that a label may be."""
+        return range(len(self.labels)) if self.local is None else self.local
+
+    @cached_property
+    def class_of_id(self) -> dict[str, int]:
+        """Class ids by the classes' ids."""
+        return {name: class_id for class_id, name in enumerate(self.labels.ids)}
+
+    @cached_property
+    def classes_of_name(self) -> dict[str, list[int]]:
+        """Class ids by the classes' names, of which some are two classes'."""
+        found: dict[str, list[int]] = {}
+        for class_id, name in enumerate(self.labels.names):
+            found.setdefault(name, []).append(class_id)
+        return found
+
+    @cached_property
+    def misplaced(self) -> str:
+        """A class's id or name that is a number and not the class's position; empty if none is."""
+        for class_id, texts in enumerate(zip(self.labels.ids, self.labels.names, strict=True)):
+            for text in filter(NUMBER.fullmatch, texts):
+                number = int(text)
+                if number not in range(len(self.positions)) or self.positions[number] != class_id:
+                    return text
+        return ""
+
 
 def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Options) -> Rule:
     """Return how labels are read and the set is scored; see Options.
 
     Raises:
-        ValueError: if local class names do not map onto the label space.
+        ValueError: if local class names do not map onto the label space, or nothing is scored.
     """
     folders = list(dict.fromkeys(folder for url in urls if (folder := parent(url))))
+    if options.skip_beside:
+        folders = []
     _require_nshards(urls, folders)
     names, source = _local_names(folders, labels, options.local_classes)
     border = options.crop_border or 0
@@ -90,11 +131,14 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
         subset = published_subset(dataset, labels)
         local = None if names is None else local_labels(names, source, labels, subset)
         groups = _groups(dataset, labels, subset, local)
+    for fault in () if groups is None else group_faults(groups, len(labels)):
+        raise ValueError(f"{dataset} cannot be scored: {fault}")
     return Rule(
         labels=labels,
         groups=groups,
         local=local,
         label_field=options.label_field,
+        labels_are=options.labels_are,
         ignore=frozenset(suffix.lower().lstrip(".") for suffix in options.ignore),
         crop_border=border,
     )
@@ -191,13 +235,14 @@ def _local_names(
 ) -> tuple[list[str] | None, str]:
     """Return the names that label numbers count, if they count no class ids, and their file."""
     if given is not None:
-        return _lines(given), given
+        return _lines(files.read_bytes(given), given), given
     beside = {}
     for folder in folders:
         for place in filter(None, (folder, parent(folder))):
             path = files.join(place, "classnames.txt")
-            if files.exists(path):
-                beside[path] = _lines(path)
+            data = _find_beside(path)
+            if data is not None:
+                beside[path] = _lines(data, path)
                 break
     if not beside:
         return None, ""
@@ -206,35 +251,72 @@ def _local_names(
         raise ValueError(f"{path} and {list(beside)[-1]} differ; name one with --local-classes")
     if len(names) != len(labels):
         return names, path
-    positions = {_plain(name): number for number, name in enumerate(labels.names)}
+    _require_same_order(path, names, labels)
+    return None, ""
+
+
+def _require_same_order(path: str, names: Sequence[str], labels: LabelSpace) -> None:
+    """Check that a list of as many names as classes is the label space's own, class by class.
+
+    A name that the label space lacks may be a different word for the class in that place, which is
+    warned of; where most are, equal length is a coincidence.
+    """
+    places: dict[str, set[int]] = {}
+    for number, texts in enumerate(zip(labels.ids, labels.names, strict=True)):
+        for text in texts:
+            places.setdefault(_plain(text), set()).add(number)
+    unknown = []
     for number, name in enumerate(names):
-        place = positions.get(_plain(name), number)
-        if place != number and _plain(labels.names[number]) != _plain(name):
+        found = places.get(_plain(name), set())
+        if found and number not in found:
             raise ValueError(
-                f"{path} has {name!r} in place {number}, the label space in place {place}; "
+                f"{path} has {name!r} in place {number}, the label space in place {min(found)}; "
                 f"give the file as --local-classes if the labels count its lines"
             )
-    return None, ""
+        if not found:
+            unknown.append(number)
+    if not unknown:
+        return
+    first = unknown[0]
+    what = (
+        f"{len(unknown)} of the {len(names)} names in {path} are no class of the label space "
+        f"(first: {names[first]!r} in place {first}, which is {labels.names[first]!r} there)"
+    )
+    if 2 * len(unknown) > len(names):
+        raise ValueError(f"{what}; name the label space of these shards with --classes")
+    cli.warn(f"{what}: they are taken to be different words for the same classes")
 
 
 def _require_nshards(urls: Sequence[str], folders: Sequence[str]) -> None:
     """Hold the number of shards against the `nshards.txt` that may lie beside them."""
     for folder in folders:
         path = files.join(folder, "nshards.txt")
-        if not files.exists(path):
+        data = _find_beside(path)
+        if data is None:
             continue
-        text = files.read_bytes(path).decode("utf-8", "replace").strip()
+        text = data.decode("utf-8", "replace").strip()
         given = sum(parent(url) == folder for url in urls)
         if text != str(given):
             raise ValueError(f"{path} says {text} shards, {given} of that folder are given")
 
 
-def _lines(path: str) -> list[str]:
+def _find_beside(path: str) -> bytes | None:
+    """Return the content of a file that may lie beside shards, None if it does not."""
     try:
-        text = files.read_bytes(path).decode("utf-8")
+        return files.find_bytes(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; if there is none, pass --skip-beside") from error
+
+
+def _lines(data: bytes, path: str) -> list[str]:
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} names no class")
+    return lines
 
 
 def _plain(name: str) -> str:
@@ -254,51 +336,88 @@ def read_label(stream: IO[bytes], sample: Sample, where: str, rule: Rule) -> int
         if wanted == "cls" and "json" in sample.members:
             hint = "; name a field of its .json with --label-field"
         raise ValueError(f"{where}: no label, there is no .{wanted}{hint}")
-    data = read_member(stream, sample.members[wanted])
+    label = parse_label(read_member(stream, sample.members[wanted]), where, rule)
+    return resolve_label(label, where, rule)
+
+
+def parse_label(data: bytes, where: str, rule: Rule) -> int | str:
+    """Return the label in a `.cls` or `.json`: a number, or a text.
+
+    JSON tells the two apart. A `.cls` holds text in any case, so digits there are a number.
+
+    Raises:
+        ValueError: if there is no label in it.
+    """
     try:
         text = data.decode("utf-8").strip()
-        if rule.label_field is not None:
-            text = _json_field(text, rule.label_field, where)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{where}: its .{wanted} is not readable: {error}") from error
-    return resolve_label(text, where, rule)
+        document = None if rule.label_field is None else json.loads(text)
+    except ValueError as error:  # no UTF-8, or no JSON
+        suffix = "cls" if rule.label_field is None else "json"
+        raise ValueError(f"{where}: its .{suffix} is not readable: {error}") from error
+    if rule.label_field is not None:
+        return _json_label(document, rule.label_field, where)
+    return int(text) if NUMBER.fullmatch(text) else text
 
 
-def resolve_label(text: str, where: str, rule: Rule) -> int:
+def resolve_label(label: int | str, where: str, rule: Rule) -> int:
     """Return the class id that a label means: a number, or a class's folder name or name.
+
+    A text that is a class's id is that class, also where it has digits alone. A number is a
+    position, unless that and an id or name that looks like it are different classes: then
+    `labels_are` must decide.
 
     Raises:
         ValueError: if it means no class, several, or one that the set is not scored on.
     """
-    if re.fullmatch(r"-?\d+", text):
-        number, count = int(text), len(rule.labels if rule.local is None else rule.local)
-        if not 0 <= number < count:
-            raise ValueError(f"{where}: label {number} is none of the {count} classes")
-        class_id = number if rule.local is None else rule.local[number]
-    else:
-        class_id = _class_of_name(text, where, rule.labels)
+    class_id = _class_of(label, where, rule)
     if class_id not in rule.scored:
         raise ValueError(
-            f"{where}: label {text!r} is class {class_id} ({rule.labels.names[class_id]}), which "
+            f"{where}: label {label!r} is class {class_id} ({rule.labels.names[class_id]}), which "
             f"this set is not published for; if its labels count classes of its own, list their "
             f"names in a file and give it as --local-classes"
         )
     return class_id
 
 
-def _class_of_name(text: str, where: str, labels: LabelSpace) -> int:
-    found = [n for n, folder in enumerate(labels.ids) if folder == text]
-    found = found or [n for n, name in enumerate(labels.names) if name == text]
+def _class_of(label: int | str, where: str, rule: Rule) -> int:
+    text = str(label)
+    if rule.labels_are is None and isinstance(label, str) and label in rule.class_of_id:
+        return rule.class_of_id[label]
+    if rule.labels_are == "names" or not NUMBER.fullmatch(text):
+        return _class_of_name(text, where, rule)
+    if rule.labels_are is None and rule.misplaced:
+        raise ValueError(
+            f"{where}: label {text} may be a position or a class's id or name, which are different "
+            f"here (class {rule.misplaced!r} is not at position {rule.misplaced}); say which with "
+            f"--labels-are positions or --labels-are names"
+        )
+    number = int(text)
+    if number not in range(len(rule.positions)):
+        raise ValueError(f"{where}: label {number} is none of the {len(rule.positions)} classes")
+    return rule.positions[number]
+
+
+def _class_of_name(text: str, where: str, rule: Rule) -> int:
+    if text in rule.class_of_id:
+        return rule.class_of_id[text]
+    found = rule.classes_of_name.get(text, [])
     if len(found) != 1:
         what = "several classes" if found else "no class of the label space"
-        raise ValueError(f"{where}: label {text[:80]!r} is {what}")
+        fraction = re.fullmatch(r"-?[0-9]+\.[0-9]*", text)
+        hint = "; class numbers are integers" if fraction else ""
+        raise ValueError(f"{where}: label {text[:80]!r} is {what}{hint}")
     return found[0]
 
 
-def _json_field(text: str, name: str, where: str) -> str:
-    document = json.loads(text)
+def _json_label(document: Any, name: str, where: str) -> int | str:
     value = document.get(name) if isinstance(document, dict) else None
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
+    if isinstance(value, bool | float):
+        kind = "true or false" if isinstance(value, bool) else "a number with a fraction"
+        raise ValueError(
+            f"{where}: label {json.dumps(value)} of its .json is {kind}; write class numbers as "
+            f"integers (0, 1, 2), or class names as texts"
+        )
+    if not isinstance(value, int | str):
         known = ", ".join(sorted(document)) if isinstance(document, dict) else "no fields"
         raise ValueError(f"{where}: no label, its .json has no number or text {name!r} ({known})")
-    return str(value).strip()
+    return value.strip() if isinstance(value, str) else value

@@ -13,28 +13,16 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import numpy as np
-
 from rft import files
 from rft.data import encode
-from rft.data.manifest import Index, Shard
+from rft.data.manifest import COLUMNS, Shard
 from rft.data.sources import Item, read_item, where
 from rft.data.tar import BLOCK, END, padded
 
-COLUMNS = {
-    "offset": np.uint64,
-    "length": np.uint32,
-    "crc32": np.uint32,
-    "label": np.int32,
-    "width": np.uint16,
-    "height": np.uint16,
-    "key": np.bytes_,
-}
-assert list(COLUMNS) == [field.name for field in fields(Index)]
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what rft.files.publish leaves when killed
 NAMED_IN_ERRORS = 3
 
@@ -98,6 +86,7 @@ def _write(job: Job) -> Written:
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     headers: list[encode.Header] = []
+    treated: list[encode.Treated] = []
     bad: list[Quarantined] = []
     with files.publish(job.shard_url) as path:
         with path.open("wb") as stream:
@@ -107,6 +96,7 @@ def _write(job: Job) -> Written:
                 if encoded is not None:
                     rows.append(write_sample(tar, item, job.classes[item.label], encoded))
                     headers.append(encoded.header)
+                    treated.append(encoded.treated)
             sha256 = tar.close()
         _require_plan(job)
     shard = Shard(
@@ -117,6 +107,8 @@ def _write(job: Job) -> Written:
         "source_bytes": sum(item.bytes for item in job.items),
         "formats": Counter(header.format for header in headers),
         "modes": Counter(header.mode for header in headers),
+        "turned": sum(one.orientation != 1 for one in treated),
+        "composed": sum(one.composed for one in treated),
         "classes": len({row["label"] for row in rows}),
     }
     commit = {
@@ -251,11 +243,7 @@ assert len(BARE_HEADER) == BLOCK
 
 def file_sizes(url: str) -> dict[str, int]:
     """Return name -> bytes for a folder's entries, as the store sees it now; absent is empty."""
-    fs, path = files.open_store(url)
-    fs.invalidate_cache(path)  # other tasks write here too
-    if not fs.exists(path):
-        return {}
-    entries = fs.ls(path, detail=True)
+    entries = files.listing(url)  # other tasks write here too
     return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in entries}
 
 

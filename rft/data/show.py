@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rft import cli, files
-from rft.config import Config
+from rft.config import load_config
 from rft.data.loader import PackedDataset, plan_training
 from rft.data.order import EpochOrder
 
@@ -40,7 +40,7 @@ def main() -> None:
     path = arguments.run / "config.json"
     if not path.is_file():
         raise ValueError(f"{arguments.run} is not a run folder: it has no config.json")
-    config = Config.from_dict(files.read_json(str(path)))
+    config = load_config(arguments.run)
     packed = PackedDataset(files.join(arguments.data or config.data, config.train_set))
     plan, samples, _ = plan_training(packed, config)
     if not 0 <= arguments.step < plan.steps_per_epoch or arguments.epoch < 0:

@@ -4,21 +4,33 @@ What lies on disk is recognised by looking. ImageNet may be class folders or the
 are downloaded: the same images in another form give the same items, and so the same shards. A
 source is complete or refused: an absent, empty or unknown class and a file that is no image are
 errors, because a benchmark with a hole in it still gives a number. Only files beside the class
-folders (README.txt) are passed over. Nothing is decoded here.
+folders (README.txt) are passed over, and folders there that a system made (`rft.data.names`), which
+no archive holds; the latter are counted in `layout`. Nothing is decoded here.
 """
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from fsspec.implementations.local import LocalFileSystem
+
 from rft import cli, files
+from rft.classes import composed
 from rft.data import tar
 from rft.data.archives import DEVKIT, find_devkit, tar_members, validation_classes
 from rft.data.labels import LabelSpace, objectnet_groups
+from rft.data.names import (
+    is_below,
+    passed_over,
+    printable,
+    regular_size,
+    require_distinct,
+    require_utf8,
+)
 from rft.data.published import published_classes
 
 # Folder names in use for each set, relative to --source; "." is the folder given itself. A
@@ -74,7 +86,9 @@ class Source:
     """A data set found on disk: its items, and how predictions on it are scored.
 
     `groups` is the manifest's scoring rule (see `rft.data.manifest.Manifest`); `crop_border` is the
-    number of pixels to cut from each side before any resize. `layout` says in words what was found.
+    number of pixels to cut from each side before any resize. `photos` marks the user's own photos,
+    which are turned upright and composed on white (`rft.data.encode.PHOTOS`); benchmarks are not.
+    `layout` says in words what was found.
     """
 
     dataset: str
@@ -82,6 +96,7 @@ class Source:
     items: tuple[Item, ...]
     groups: tuple[tuple[int, ...], ...]
     crop_border: int = 0
+    photos: bool = False
     layout: str = ""
 
 
@@ -137,7 +152,7 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
                 class_of = {name: class_of[name] for name in published}
                 _require_all(root, present, published)
             _require_known(root, present, class_of)
-            groups = tuple(sorted((class_of[name],) for name in present))
+            groups = tuple(sorted((class_of[composed(name)],) for name in present))
         case _:
             if (
                 dataset == "imagenet-v2"
@@ -152,7 +167,7 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
         items=_items(_list_folders(root, present), class_of),
         groups=groups,
         crop_border=crop_border,
-        layout=f"{len(present):,} class folders of {root}",
+        layout=f"{len(present):,} class folders of {root}{_said(root)}",
     )
 
 
@@ -175,6 +190,39 @@ def read_item(root: Path, item: Item) -> bytes:
             f"{item.bytes} when it was listed; pack again when nothing writes to the source"
         )
     return data
+
+
+def folders_read(dataset: str, source: Path) -> list[Path]:
+    """Name the folders below `source` whose class folders `read_source` would look for.
+
+    Raises:
+        ValueError: if there is no such set, or no folder of it.
+    """
+    if dataset not in LAYOUTS:
+        raise cli.unknown("data set", dataset, sorted(LAYOUTS))
+    if dataset not in ARCHIVES:
+        root = _locate(dataset, source)
+        return [root / "images" if dataset == "objectnet" else root]
+    return [source / name for name in LAYOUTS[dataset] if (source / name).is_dir()]
+
+
+def require_apart(folders: Iterable[Path], out: str, datasets: Iterable[str]) -> None:
+    """Check that no set is written into a folder that is read, nor around one.
+
+    Raises:
+        ValueError: naming both folders.
+    """
+    fs, path = files.open_store(out)
+    if not isinstance(fs, LocalFileSystem):
+        return
+    targets = [Path(path) / dataset for dataset in datasets]
+    for folder in folders:
+        for target in targets:
+            if is_below(target, folder) or is_below(folder, target):
+                raise ValueError(
+                    f"--out {out} would put shards into {target}, and the images are read from "
+                    f"{folder}; choose an --out beside it"
+                )
 
 
 def where(root: Path, item: Item) -> str:
@@ -256,11 +304,12 @@ def _imagenet(dataset: str, source: Path, labels: LabelSpace) -> Source:
 def _class_folders_in(candidates: Sequence[Path], class_of: Mapping[str, int]) -> Listing | None:
     for root in candidates:
         with os.scandir(root) as entries:
-            if not any(entry.is_dir() for entry in entries):
+            if not any(entry.is_dir() and not passed_over(entry.name) for entry in entries):
                 continue
         present = _class_folders(root)
         _require_same(root, present, class_of)
-        return Listing(root, _list_folders(root, present), f"{len(present):,} folders of {root}")
+        layout = f"{len(present):,} folders of {root}{_said(root)}"
+        return Listing(root, _list_folders(root, present), layout)
     return None
 
 
@@ -304,7 +353,7 @@ def _flat_files_in(
             images = [
                 Found(entry.name, entry.stat().st_size, entry.name)
                 for entry in entries
-                if entry.is_file() and _has_image_suffix(entry.name)
+                if entry.is_file() and has_image_suffix(entry.name)
             ]
         # with one that is none of the published names, the listing is refused
         if any(VALIDATION_NAME.fullmatch(image.name) for image in images):
@@ -324,7 +373,7 @@ def _tarred_images(path: Path, name: str, members: Sequence[tar.Member]) -> list
     if not members:
         raise ValueError(f"{name} is empty")
     for member in members:
-        if "/" in member.name or not _has_image_suffix(member.name):
+        if "/" in member.name or not has_image_suffix(member.name):
             raise ValueError(f"not an image: {member.name} in {name}; a tar holds only images")
     return [Found(member.name, member.size, path.name, member.offset) for member in members]
 
@@ -358,12 +407,23 @@ def _class_folders(root: Path) -> list[str]:
     with os.scandir(root) as entries:
         for entry in entries:
             if entry.is_dir():
-                names.append(entry.name)
-            elif _has_image_suffix(entry.name):
+                if not passed_over(entry.name):
+                    names.append(entry.name)
+            elif has_image_suffix(entry.name):
                 raise ValueError(f"{entry.path} lies in no class folder; sort the images by class")
     if not names:
         raise ValueError(f"{root} holds no class folders")
+    require_distinct(root, sorted(names))
     return sorted(names)
+
+
+def _said(root: Path) -> str:
+    """Count the folders beside the class folders that a system made, in words."""
+    with os.scandir(root) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir())
+    system = [printable(name) for name in names if passed_over(name)]
+    count = f"{len(system)} system folder{'s' if system[1:] else ''}"
+    return f" ({count} passed over: {', '.join(system)})" if system else ""
 
 
 def _require_same(root: Path, present: Sequence[str], class_of: Mapping[str, int]) -> None:
@@ -373,7 +433,7 @@ def _require_same(root: Path, present: Sequence[str], class_of: Mapping[str, int
 
 def _require_known(root: Path, present: Sequence[str], class_of: Mapping[str, int]) -> None:
     for name in present:
-        if name not in class_of:
+        if composed(name) not in class_of:
             known = list(class_of)
             raise ValueError(
                 f"unknown class: {name!r} in {root} is none of the {len(known)} classes "
@@ -382,7 +442,7 @@ def _require_known(root: Path, present: Sequence[str], class_of: Mapping[str, in
 
 
 def _require_all(root: Path, present: Sequence[str], expected: Sequence[str]) -> None:
-    missing = sorted(set(expected) - set(present))
+    missing = sorted(set(expected) - set(map(composed, present)))
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(expected)} classes are missing in {root} "
@@ -409,7 +469,7 @@ def _items(images: Mapping[str, Sequence[Found]], class_of: Mapping[str, int]) -
         Item(
             key=key,
             path=path,
-            label=class_of[name],
+            label=class_of[composed(name)],
             bytes=found.bytes,
             inside=found.inside,
             offset=found.offset,
@@ -423,13 +483,15 @@ def _list_images(folder: Path) -> list[Found]:
     images = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not (entry.is_file() and _has_image_suffix(entry.name)):
+            if entry.is_dir() or not has_image_suffix(entry.name):
                 raise ValueError(f"not an image: {entry.path}; class folders hold only images")
-            images.append(Found(entry.name, entry.stat().st_size))
+            require_utf8(entry.path)
+            images.append(Found(entry.name, regular_size(entry)))
     if not images:
         raise ValueError(f"class folder {folder} is empty")
     return images
 
 
-def _has_image_suffix(name: str) -> bool:
+def has_image_suffix(name: str) -> bool:
+    """Whether a file's name says that it is an image of a kind that is packed."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES

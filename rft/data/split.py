@@ -29,7 +29,7 @@ def held_out_split(
         raise ValueError(
             f"--loader.held-out is {held_out}, but {samples} training images of {classes} classes "
             f"allow {classes} to {samples - classes} (one of each class on both sides); choose "
-            "another, or start from the miniature's numbers with --scale miniature"
+            "another, or take all numbers from the size of the set with --scale small"
         )
     # here, because importing sklearn takes a second that no other command needs to spend
     from sklearn.model_selection import train_test_split

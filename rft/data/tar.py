@@ -11,6 +11,15 @@ from typing import IO, Any, NamedTuple
 
 BLOCK = 512  # bytes; headers and payloads are padded to whole blocks
 END = 2 * BLOCK  # zeros that end an archive
+# first bytes of what is taken for a tar: what it is, and a command that makes a tar of it
+OTHER_KINDS = {
+    b"\x1f\x8b": "compressed by gzip; unpack it with gunzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it with unzstd",
+    b"BZh": "compressed by bzip2; unpack it with bunzip2",
+    b"\xfd7zXZ": "compressed by xz; unpack it with unxz",
+    b"\x04\x22\x4d\x18": "compressed by lz4; unpack it with unlz4",
+    b"PK\x03\x04": "a zip archive; unpack it and pack the files with tar",
+}
 
 
 class Member(NamedTuple):
@@ -47,6 +56,9 @@ def walk(stream: IO[bytes], name: str) -> Iterator[Member]:
                 # tarfile remembers every member it has seen
                 archive.members = []
     except tarfile.TarError as error:
+        stream.seek(0)
+        if what := _other_kind(stream.read(BLOCK)):
+            raise ValueError(f"{name} is no plain tar but {what}") from error
         raise ValueError(f"{name} is no whole tar: {error} after byte {end:,}") from error
     stream.seek(end)
     zeros = 0
@@ -56,3 +68,9 @@ def walk(stream: IO[bytes], name: str) -> Iterator[Member]:
         zeros += len(rest)
     if zeros < END:
         raise ValueError(f"{name} is cut off at byte {end + zeros:,}: a tar ends with {END} zeros")
+
+
+def _other_kind(start: bytes) -> str:
+    """Return what a file with these first bytes is, empty if it is none of the known kinds."""
+    kinds = (what for magic, what in OTHER_KINDS.items() if start.startswith(magic))
+    return next(kinds, "")

@@ -7,7 +7,6 @@ hides another: the check goes on.
 """
 
 import io
-import json
 import math
 import zlib
 from collections.abc import Iterator
@@ -21,8 +20,10 @@ import numpy as np
 from rft import files
 from rft.data import encode, tar
 from rft.data.index import ALGORITHM, IMAGE_SUFFIXES, OTHER_SUFFIXES
-from rft.data.manifest import Index, Manifest
+from rft.data.labels import MARK, LabelSpace
+from rft.data.manifest import Index, Manifest, group_faults
 from rft.data.samples import SIZE_THREADS, open_whole, shard_size, split_name
+from rft.data.scoring import NUMBER, Rule, parse_label, resolve_label
 from rft.data.workers import for_each
 
 SCHEMA = 1
@@ -75,11 +76,10 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The index's rows of one shard, where it is, and what its labels may look like in the tar.
+    """The index's rows of one shard, where it is, and how its labels are read.
 
-    `size` is what the store says, in bytes; `sha256` is the manifest's; `classes` is their number.
-    `local` translates the numbers of `.cls` (None: they are class ids); `named` allows a class's
-    name or folder name in their place; `field` is the json field that holds the label instead.
+    `size` is what the store says, in bytes; `sha256` is the manifest's. `ids_known` is whether the
+    rule has the classes' ids: older manifests lack them.
     """
 
     name: str
@@ -88,11 +88,8 @@ class Rows:
     sha256: str
     index: Index | None
     encoding: dict[str, Any]
-    classes: int
-    local: list[int] | None
-    named: bool
-    field: str | None
-    ignore: frozenset[str]
+    rule: Rule
+    ids_known: bool
 
 
 def verify(url: str, *, deep: bool, workers: int) -> Report:
@@ -100,14 +97,13 @@ def verify(url: str, *, deep: bool, workers: int) -> Report:
     report = Report(url=url, deep=deep)
     try:
         manifest = Manifest.load(url)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         report.problems.append(Problem(what=f"manifest.json cannot be used: {error}"))
         return report
     report.dataset, report.manifest_sha256 = manifest.dataset, manifest.sha256
     report.shards, report.samples = len(manifest.shards), manifest.samples
     report.bytes = sum(shard.bytes for shard in manifest.shards)
     plan = _read_plan(url, manifest, report)
-    report.problems += check_manifest(manifest)
     report.problems += _check_quarantine(url, manifest)
     index = _read_index(url, manifest, report)
     if index is not None:
@@ -118,30 +114,16 @@ def verify(url: str, *, deep: bool, workers: int) -> Report:
     return report
 
 
-def check_manifest(manifest: Manifest) -> Iterator[Problem]:
-    """Yield what in a manifest does not fit together."""
-    scored = [class_id for group in manifest.groups for class_id in group]
-    if any(not 0 <= class_id < len(manifest.classes) for class_id in scored):
-        yield Problem(what=f"groups name classes beyond the {len(manifest.classes)} there are")
-    if len(set(scored)) != len(scored):
-        yield Problem(what="groups share a class")
-    names = [shard.name for shard in manifest.shards]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield Problem(shard=name, what="named more than once in the manifest")
-
-
 def check_index(manifest: Manifest, index: Index) -> Iterator[Problem]:
     """Yield the rows of an index that cannot be right, whatever the shards hold."""
-    known = (index.label >= 0) & (index.label < len(manifest.classes))
-    scored = np.isin(index.label, [c for group in manifest.groups for c in group])
+    unusable = list(index.unusable(manifest))
     start = 0
     for shard in manifest.shards:
         rows = np.arange(start, start + shard.samples)
         start += shard.samples
         wrong = [
-            (rows[~known[rows]], f"its label is none of the {len(manifest.classes)} classes"),
-            (rows[known[rows] & ~scored[rows]], "its label lies in no group, so it never scores"),
-            *_misplaced(index, rows, shard.bytes),
+            *((np.intersect1d(rows, some), what) for some, what in unusable),
+            *_misplaced(index, rows),
         ]
         for some, what in wrong:
             for row in some:
@@ -149,8 +131,8 @@ def check_index(manifest: Manifest, index: Index) -> Iterator[Problem]:
                 yield Problem(shard=shard.name, key=key, offset=offset, what=what)
 
 
-def _misplaced(index: Index, rows: np.ndarray, size: int) -> list[tuple[np.ndarray, str]]:
-    """Return the rows of one shard of `size` bytes that share a key or cannot lie where they do."""
+def _misplaced(index: Index, rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
+    """Return the rows of one shard that share a key or cannot lie where they do."""
     rows = rows[np.argsort(index.offset[rows], kind="stable")]
     # as floats, because a damaged uint64 would wrap around
     starts = index.offset[rows].astype(np.float64)
@@ -158,7 +140,6 @@ def _misplaced(index: Index, rows: np.ndarray, size: int) -> list[tuple[np.ndarr
     aligned = (index.offset[rows] % tar.BLOCK == 0) & (index.offset[rows] > 0)
     _, first = np.unique(index.key[rows], return_index=True)
     return [
-        (rows[ends + tar.END > size], f"reaches beyond the shard, which has {size:,} bytes"),
         (rows[~aligned], "no payload of a tar can start here"),
         (rows[1:][starts[1:] < ends[:-1] + tar.BLOCK], "overlaps the sample before it"),
         (np.delete(rows, first), "its key occurs more than once in this shard"),
@@ -226,7 +207,7 @@ def _check_members(
     offset, length = int(index.offset[row]), int(index.length[row])
     is_payload = False
     for suffix, member in found.items():
-        if suffix in rows.ignore:
+        if suffix in rows.rule.ignore:
             continue
         if suffix in suffixes and (member.offset, member.size) == (offset, length):
             is_payload = True
@@ -242,25 +223,23 @@ def _check_members(
 def _check_label(
     stream: IO[bytes], found: dict[str, tar.Member], label: int, rows: Rows
 ) -> Iterator[str]:
-    suffix = "cls" if rows.field is None else "json"
+    suffix = "cls" if rows.rule.label_field is None else "json"
     if suffix not in found:
         yield f"there is no .{suffix} with a label"
         return
     stream.seek(found[suffix].offset)
     data = stream.read(found[suffix].size)
+    here = f"its .{suffix}"
     try:
-        text = data.decode("utf-8").strip()
-        if rows.field is not None:
-            text = str(json.loads(text)[rows.field]).strip()
-    except (ValueError, KeyError, TypeError):
-        yield f"its .{suffix} has no readable label"
+        said = parse_label(data, here, rows.rule)
+        if not rows.ids_known and not NUMBER.fullmatch(str(said)):
+            return  # it may be one of the ids that the manifest does not hold
+        meant = resolve_label(said, here, rows.rule)
+    except ValueError as error:
+        yield str(error)
         return
-    if rows.named and not text.removeprefix("-").isdecimal():
-        return  # the manifest does not hold the folder names that this may be one of
-    local = range(rows.classes) if rows.local is None else rows.local
-    expected = {str(number) for number, class_id in enumerate(local) if class_id == label}
-    if text not in expected:
-        yield f"its .{suffix} says {text[:40]!r}, the index has class {label}"
+    if meant != label:
+        yield f"{here} says {str(said)[:40]!r}, the index has class {label}"
 
 
 def _check_payload(
@@ -291,27 +270,30 @@ def _check_image(
         if pixels.shape != (3, encoding["size"], encoding["size"]) or pixels.dtype != np.uint8:
             yield f"the payload is {pixels.dtype} {pixels.shape}, not pixels of the set's size"
         return
-    image = encode.load_image(data, "the payload")
+    image = encode.load_image(data, "the payload", encode.payload_treatment(encoding))
     is_stored = encoding["kind"] == "original"
     size = source_size if is_stored else (encoding["size"], encoding["size"])
     if image.size != size:
         yield f"the image has {image.size} pixels, not {size}"
-    if is_stored and min(size) <= 2 * encoding["crop_border"]:
-        yield f"the image is all border ({size} pixels)"
 
 
 def _read_plan(url: str, manifest: Manifest, report: Report) -> dict[str, Any]:
     """Return plan.json, or nothing where it is gone, which readers do not mind."""
     path = files.join(url, "plan.json")
-    if not files.exists(path):
-        return {}
     try:
-        plan = files.read_json(path)
+        data = files.find_bytes(path)
+        plan = {} if data is None else files.parse_json(data, path)
     except ValueError as error:
         report.problems.append(Problem(what=str(error)))
         return {}
+    if data is None:
+        return {}
     if not isinstance(plan, dict) or files.sha256_json(plan) != manifest.plan_hash:
         report.problems.append(Problem(what="plan.json is not the plan that the manifest names"))
+        return {}
+    local = plan.get("local_labels")
+    for fault in () if local is None else group_faults([local], len(manifest.classes)):
+        report.problems.append(Problem(what=f"local_labels of plan.json: {fault}"))
         return {}
     return plan
 
@@ -321,7 +303,7 @@ def _check_quarantine(url: str, manifest: Manifest) -> Iterator[Problem]:
     path = files.join(url, "quarantine.jsonl")
     if manifest.quarantined == 0:
         return
-    listed = len(files.read_bytes(path).splitlines()) if files.exists(path) else 0
+    listed = len((files.find_bytes(path) or b"").splitlines())
     if listed != manifest.quarantined:
         what = f"quarantine.jsonl lists {listed} images, the manifest says {manifest.quarantined}"
         yield Problem(what=what)
@@ -329,15 +311,27 @@ def _check_quarantine(url: str, manifest: Manifest) -> Iterator[Problem]:
 
 def _read_index(url: str, manifest: Manifest, report: Report) -> Index | None:
     try:
-        index = Index.load(url, manifest)
-    except (ValueError, KeyError, TypeError) as error:
+        return Index.read(url, manifest)
+    except ValueError as error:
         report.problems.append(Problem(what=f"index.npz cannot be used: {error}"))
         return None
-    lengths = {column.name: len(getattr(index, column.name)) for column in fields(index)}
-    if set(lengths.values()) == {manifest.samples}:
-        return index
-    report.problems.append(Problem(what=f"index.npz has columns of unequal lengths: {lengths}"))
-    return None
+
+
+def _rule(manifest: Manifest, plan: dict[str, Any]) -> Rule:
+    """Return how the labels of a set's shards are read."""
+    # ids that are not known are such that no label can be equal to them: labels are stripped
+    ids = manifest.class_ids or tuple(f"{n}\n" for n in range(len(manifest.classes)))
+    labels = LabelSpace(ids=ids, names=manifest.classes, templates=(MARK,))
+    local = plan.get("local_labels")
+    indexed = plan.get("algorithm") == ALGORITHM
+    return Rule(
+        labels=labels,
+        groups=manifest.groups,
+        local=None if local is None else tuple(local),
+        label_field=plan.get("label_field"),
+        labels_are=plan.get("labels_are") if indexed else "positions",  # as the packer writes them
+        ignore=frozenset(plan.get("ignore", ())),
+    )
 
 
 def _check_shards(
@@ -352,6 +346,7 @@ def _check_shards(
     with ThreadPoolExecutor(SIZE_THREADS) as pool:
         sizes = list(pool.map(_size_or_reason, places))
     bounds = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
+    rule = _rule(manifest, plan)
     jobs = []
     for number, (shard, place, size) in enumerate(zip(manifest.shards, places, sizes, strict=True)):
         if isinstance(size, str):
@@ -367,11 +362,8 @@ def _check_shards(
             sha256=shard.sha256,
             index=None if index is None else _cut(index, bounds[number], bounds[number + 1]),
             encoding=manifest.encoding,
-            classes=len(manifest.classes),
-            local=plan.get("local_labels"),
-            named=plan.get("algorithm") == ALGORITHM,
-            field=plan.get("label_field"),
-            ignore=frozenset(plan.get("ignore", ())),
+            rule=rule,
+            ids_known=bool(manifest.class_ids),
         )
         jobs.append(rows)
     if not report.deep:

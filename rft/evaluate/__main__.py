@@ -4,9 +4,9 @@ All checkpoints see each image in the same pass over the data.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
@@ -14,14 +14,22 @@ from rich.console import Console
 from rich.progress import Progress
 
 from rft import cli, dist, files
-from rft.clip.classifier import build_classifier, checkpoint_path, load_state
+from rft.clip.classifier import build_classifier
 from rft.config import Device
 from rft.data.loader import PackedDataset
-from rft.data.sources import LAYOUTS
 from rft.dist import World
+from rft.evaluate import commands
+from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
+from rft.evaluate.commands import SETS
 from rft.evaluate.evaluator import count_correct
-
-SETS = tuple(name for name in LAYOUTS if name != "imagenet-train")
+from rft.runs import (
+    RESULTS_SCHEMA,
+    SetCount,
+    checkpoint_path,
+    current_results,
+    results_path,
+    unfinished,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Arguments:
     """
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders (their selected checkpoint) or .safetensors files."""
+    """Run folders (the selected model; the last without held-out images) or .safetensors files."""
     data: str
     """Data root: the URL under which the tools wrote the packed sets."""
     sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = SETS
@@ -45,27 +53,11 @@ class Arguments:
     device: Device = "auto"
 
 
-def result_path(checkpoint: Path) -> Path:
-    """Return where the counts of a run folder or weights file are kept."""
-    if checkpoint.is_dir():
-        return checkpoint / "results.json"
-    return checkpoint.with_suffix(".results.json")
-
-
-def recorded_sets(checkpoint: Path) -> dict[str, Any]:
-    """Return the counts recorded for the weights as they are now; empty if there are none."""
-    path, weights = result_path(checkpoint), checkpoint_path(checkpoint)
-    if not path.is_file() or not weights.is_file():
-        return {}
-    recorded = files.read_json(str(path))
-    same = recorded["checkpoint_sha256"] == files.sha256_file(weights)
-    return recorded["sets"] if same else {}
-
-
 def is_current(checkpoint: Path, manifests: dict[str, str]) -> bool:
     """Whether the recorded counts belong to these weights and these sets (name -> sha256)."""
-    recorded = recorded_sets(checkpoint)
-    found = {name: entry["manifest_sha256"] for name, entry in recorded.items()}
+    recorded = current_results(checkpoint)
+    sets = recorded.sets if recorded else {}
+    found = {name: count.manifest_sha256 for name, count in sets.items()}
     return all(found.get(name) == sha256 for name, sha256 in manifests.items())
 
 
@@ -79,14 +71,11 @@ def evaluate(
     device: torch.device,
 ) -> None:
     """Evaluate every checkpoint on every set and write the counts from the main rank."""
-    loaded = [load_state(checkpoint_path(path)) for path in checkpoints]
-    sizes = {architecture.image_size for _, architecture, _ in loaded}
-    if len(sizes) > 1:
-        raise ValueError(f"the checkpoints want images of {sorted(sizes)} px; evaluate them apart")
-    for path, (state, _, _) in zip(checkpoints, loaded, strict=True):
-        require_classes(path, len(state["head.weight"]), packed)
-    models = [build_classifier(state, arch).to(device) for state, arch, _ in loaded]
-    sets: list[dict[str, Any]] = [{} for _ in models]
+    loaded, image_size = load_checkpoints(checkpoints, world)
+    models = [
+        build_classifier(one.saved.state, one.saved.architecture).to(device) for one in loaded
+    ]
+    sets: list[dict[str, SetCount]] = [{} for _ in models]
     console = Console(file=sys.stderr)
     with Progress(console=console, disable=not (world.is_main and console.is_terminal)) as bar:
         for name, dataset in packed.items():
@@ -94,7 +83,7 @@ def evaluate(
             counts = count_correct(
                 models,
                 dataset,
-                image_size=sizes.copy().pop(),
+                image_size=image_size,
                 world=world,
                 device=device,
                 batch_size=batch_size,
@@ -102,46 +91,38 @@ def evaluate(
                 progress=lambda done, task=task: bar.advance(task, done),
             )
             for entry, count in zip(sets, counts, strict=True):
-                entry[name] = {
-                    "correct": count.correct,
-                    "total": count.total,
-                    "manifest_sha256": dataset.manifest.sha256,
-                }
+                entry[name] = SetCount(count.correct, count.total, dataset.manifest.sha256)
     if world.is_main:
-        for path, entry, (_, _, metadata) in zip(checkpoints, sets, loaded, strict=True):
-            write_results(path, entry, metadata)
+        for one, entry in zip(loaded, sets, strict=True):
+            write_results(one, entry)
 
 
-def require_classes(checkpoint: Path, classes: int, packed: dict[str, PackedDataset]) -> None:
-    """Check that a checkpoint's head and the sets' label spaces have the same classes.
+def write_results(one: Loaded, sets: dict[str, SetCount]) -> None:
+    """Record and print one checkpoint's counts.
 
     Raises:
-        ValueError: naming the checkpoint and the set.
+        ValueError: if its weights were replaced since they were loaded.
     """
-    for dataset in packed.values():
-        if len(dataset.manifest.classes) != classes:
-            raise ValueError(
-                f"{checkpoint} tells {classes} classes apart, {dataset.url} was packed with "
-                f"{len(dataset.manifest.classes)}; evaluate it on data of its own label space"
-            )
-
-
-def write_results(checkpoint: Path, sets: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Record and print one checkpoint's counts."""
-    config = checkpoint / "config.json"
+    one.require_unchanged()
+    checkpoint, config = one.path, one.path / "config.json"
+    earlier = current_results(checkpoint)
     document = {
-        "schema": 1,
+        "schema": RESULTS_SCHEMA,
         "checkpoint": str(checkpoint_path(checkpoint).relative_to(checkpoint.parent)),
-        "checkpoint_sha256": files.sha256_file(checkpoint_path(checkpoint)),
-        "step": int(metadata["step"]),
+        "checkpoint_sha256": one.sha256,
+        "step": int(one.saved.metadata["step"]),
         "config_sha256": files.sha256_file(config) if config.is_file() else None,
         # what an earlier call counted for the same weights stays
-        "sets": {**recorded_sets(checkpoint), **sets},
+        "sets": {
+            name: asdict(count)
+            for name, count in {**(earlier.sets if earlier else {}), **sets}.items()
+        },
+        "unfinished": unfinished(checkpoint),
         "provenance": files.provenance(),
     }
-    files.write_json(str(result_path(checkpoint)), document)
-    shares = (f"{name} {100 * e['correct'] / e['total']:.2f}" for name, e in sets.items())
-    print(f"{checkpoint}: {', '.join(shares)}", flush=True)
+    files.write_json(str(results_path(checkpoint)), document)
+    shares = (f"{name} {100 * c.correct / c.total:.2f}" for name, c in sets.items())
+    print(f"{checkpoint}{one.state_of_run}: {', '.join(shares)}", flush=True)
 
 
 def main() -> None:
@@ -149,14 +130,11 @@ def main() -> None:
     arguments = cli.parse(Arguments, prog="rft.evaluate")
     if not arguments.checkpoints:
         raise ValueError("name at least one run folder or .safetensors file to evaluate")
-    for name in arguments.sets:
-        manifest = files.join(arguments.data, name, "manifest.json")
-        if name not in SETS and not files.exists(manifest):
-            raise cli.unknown("set", name, SETS)
     if arguments.batch_size < 1 or arguments.workers < 0:
         raise ValueError("--batch-size must be at least 1 and --workers at least 0")
     packed = {name: PackedDataset(files.join(arguments.data, name)) for name in arguments.sets}
     manifests = {name: dataset.manifest.sha256 for name, dataset in packed.items()}
+    require_classes(arguments.checkpoints, packed)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device) as world:
@@ -176,10 +154,10 @@ def main() -> None:
             )
         elif world.is_main:
             print("all counts are already there, nothing to do")
-    runs = [str(path) for path in arguments.checkpoints if path.is_dir()]
+    runs = [path for path in arguments.checkpoints if path.is_dir()]
     # the report's tables are the paper's: ImageNet and its five benchmarks
     if world.is_main and runs and set(arguments.sets) & set(SETS):
-        print(f"next: python -m rft.report {' '.join(runs)} --out report")
+        print(commands.report(runs))
 
 
 if __name__ == "__main__":

@@ -24,21 +24,23 @@ from rich.progress import Progress
 from torch import Tensor
 
 from rft import cli, dist, files, rng
-from rft.clip.classifier import Classifier, build_classifier, checkpoint_path, load_state
+from rft.classes import compare
+from rft.clip.classifier import Classifier, build_classifier
 from rft.clip.vit import AttentionTap
 from rft.config import Cam, Device
+from rft.data.labels import LabelSpace
 from rft.data.loader import Batch, EvaluationBatches, PackedDataset, read_batches
 from rft.dist import World
-from rft.evaluate.__main__ import require_classes
+from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
 from rft.evaluate.masks import SUFFIX, ObjectMask, find_masks, read_mask
 from rft.evaluate.overlap import Pixels, Rates, count_masked, count_object, mean_rates, pooled_rates
 from rft.method import masking, relevance
+from rft.runs import checkpoint_path, unfinished
 
-Classes = Literal["restricted", "all"]
+Measurable = Literal["restricted", "all"]
 
 # Restricted ImageNet's dogs, cats and birds among ImageNet's 1000 classes (appendix A.2)
 RESTRICTED = (*range(151, 269), *range(281, 286), *range(80, 101))
-IMAGENET_CLASSES = 1000
 # Table 2, of CLIP ViT-B/32: threshold -> image masking rate, object masking rate, IoU
 TABLE_2 = {
     0.7: Rates(0.06, 0.17, 0.15),
@@ -65,19 +67,20 @@ class Arguments:
     """
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders (their selected checkpoint) or .safetensors files."""
+    """Run folders (the selected model; the last without held-out images) or .safetensors files."""
     data: str
     """Data root: the URL under which the tools wrote the packed sets."""
     masks: Path
     """Folder of object masks made by any segmenter: PNG files of one channel, 0 and one other value
-    on the object, each in the size of its image as it is stored (or of the model's centre crop).
+    on the object, each in the size of its image as rft shows it: own photos upright by their EXIF
+    orientation, all others as stored (or of the model's centre crop).
     A mask is called and placed as its image is (n01440764/n01440764_10026.png) or by the sample's
     key alone. Images without a mask are left out and counted."""
     set: str = "imagenet-train"
     """Packed set to measure on."""
     thresholds: Annotated[tuple[float, ...], tyro.conf.arg(metavar="T...")] = tuple(TABLE_2)
     """CAM thresholds: patches with relevance / max relevance above one are masked."""
-    classes: Classes = "restricted"
+    classes: Measurable = "restricted"
     """Images of Restricted ImageNet's dogs, cats and birds (144 of ImageNet's classes), or all."""
     samples: int = 0
     """Measure only so many images, chosen by chance among those that have a mask; 0 takes all."""
@@ -112,7 +115,7 @@ class Measured:
 
 
 def select(
-    packed: PackedDataset, masks: Path, classes: Classes, samples: int, seed: int
+    packed: PackedDataset, masks: Path, classes: Measurable, samples: int, seed: int
 ) -> Selection:
     """Choose the images to measure.
 
@@ -124,11 +127,7 @@ def select(
     """
     candidates = np.arange(len(packed))
     if classes == "restricted":
-        if len(packed.manifest.classes) != IMAGENET_CLASSES:
-            raise ValueError(
-                f"--classes restricted names some of ImageNet's {IMAGENET_CLASSES} classes, "
-                f"{packed.url} was packed with {len(packed.manifest.classes)}; use --classes all"
-            )
+        require_imagenet(packed)
         candidates = candidates[np.isin(packed.index.label, RESTRICTED)]
     if len(candidates) == 0:
         raise ValueError(f"{packed.url} holds no image of the {classes} classes")
@@ -151,6 +150,23 @@ def select(
         chosen = [chosen[place] for place in order[:samples]]
     paths = {sample_of[key]: found[key] for key in chosen}
     return Selection(samples=np.array(sorted(paths)), paths=paths, missing=len(keys) - len(found))
+
+
+def require_imagenet(packed: PackedDataset) -> None:
+    """Check that a set has ImageNet's classes: RESTRICTED counts their places.
+
+    Raises:
+        ValueError: naming the first class that is another one.
+    """
+    imagenet = LabelSpace.imagenet().classes
+    try:
+        warnings = compare(packed.manifest.label_space, packed.url, imagenet, "ImageNet-1k")
+    except ValueError as error:
+        raise ValueError(
+            f"--classes restricted names some of ImageNet's classes, but {error}; use --classes all"
+        ) from error
+    for warning in warnings:
+        cli.warn(warning)
 
 
 def label_map(model: Classifier, images_BCHW: Tensor, labels_B: Tensor, cam: Cam) -> Tensor:
@@ -268,18 +284,15 @@ def localise(
     arguments: Arguments, packed: PackedDataset, world: World, device: torch.device
 ) -> None:
     """Measure every checkpoint in one pass; the main rank writes and prints."""
-    loaded = [load_state(checkpoint_path(path)) for path in arguments.checkpoints]
-    sizes = {architecture.image_size for _, architecture, _ in loaded}
-    if len(sizes) > 1:
-        raise ValueError(f"the checkpoints want images of {sorted(sizes)} px; measure them apart")
-    for path, (state, _, _) in zip(arguments.checkpoints, loaded, strict=True):
-        require_classes(path, len(state["head.weight"]), {arguments.set: packed})
+    loaded, image_size = load_checkpoints(arguments.checkpoints, world)
     selection = select(
         packed, arguments.masks, arguments.classes, arguments.samples, arguments.seed
     )
     names = [packed.key(sample) for sample in selection.samples.tolist()]
     dist.require_agreement(world, "list of masks", files.sha256_json(names))
-    models = [build_classifier(state, arch).to(device) for state, arch, _ in loaded]
+    models = [
+        build_classifier(one.saved.state, one.saved.architecture).to(device) for one in loaded
+    ]
     console = Console(file=sys.stderr)
     with Progress(console=console, disable=not (world.is_main and console.is_terminal)) as bar:
         task = bar.add_task(arguments.set, total=len(selection.samples) / world.size)
@@ -298,13 +311,13 @@ def localise(
     if not (found[0].pixels.object_N > 0).any():
         raise ValueError(f"all {len(names):,} masks below {arguments.masks} are empty")
     if world.is_main:
-        for path, measured, (_, architecture, metadata) in zip(
-            arguments.checkpoints, found, loaded, strict=True
-        ):
+        for one, measured in zip(loaded, found, strict=True):
             document = describe(arguments, packed, selection, measured)
-            write_result(path, {**document, "step": int(metadata["step"])})
-            is_b32 = architecture.vision_cfg.get("patch_size") == 32 and sizes == {224}
-            print(format_table(path, document, beside_paper=is_b32), flush=True)
+            write_result(one, document)
+            patch = one.saved.architecture.vision_cfg.get("patch_size")
+            is_b32 = (patch, image_size) == (32, 224)
+            title = f"{one.path}{one.state_of_run}"
+            print(format_table(title, document, beside_paper=is_b32), flush=True)
 
 
 def describe(
@@ -357,13 +370,20 @@ def result_path(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".localisation.json")
 
 
-def write_result(checkpoint: Path, document: dict[str, Any]) -> None:
-    """Record one checkpoint's document, with what it was made of."""
-    weights, config = checkpoint_path(checkpoint), checkpoint / "config.json"
+def write_result(one: Loaded, document: dict[str, Any]) -> None:
+    """Record one checkpoint's document, with the hashes of its weights and configuration.
+
+    Raises:
+        ValueError: if its weights were replaced since they were loaded.
+    """
+    one.require_unchanged()
+    checkpoint, config = one.path, one.path / "config.json"
     document = {
         "schema": 1,
-        "checkpoint": str(weights.relative_to(checkpoint.parent)),
-        "checkpoint_sha256": files.sha256_file(weights),
+        "checkpoint": str(checkpoint_path(checkpoint).relative_to(checkpoint.parent)),
+        "checkpoint_sha256": one.sha256,
+        "step": int(one.saved.metadata["step"]),
+        "unfinished": unfinished(checkpoint),
         "config_sha256": files.sha256_file(config) if config.is_file() else None,
         **document,
         "provenance": files.provenance(),
@@ -371,11 +391,11 @@ def write_result(checkpoint: Path, document: dict[str, Any]) -> None:
     files.write_json(str(result_path(checkpoint)), document)
 
 
-def format_table(checkpoint: Path, document: dict[str, Any], *, beside_paper: bool) -> str:
+def format_table(title: str, document: dict[str, Any], *, beside_paper: bool) -> str:
     """Return the rates as Table 2 has them; the paper's own only beside the model it is about."""
     images, entries = document["images"], document["thresholds"]
     lines = [
-        f"{checkpoint}: {document['set']}, mean over {images['measured']:,} images "
+        f"{title}: {document['set']}, mean over {images['measured']:,} images "
         f"({images['empty_mask']:,} more have an empty mask, {images['without_mask']:,} have none)",
         _line("threshold", [f"{entry['threshold']:g}" for entry in entries]),
     ]
@@ -413,6 +433,7 @@ def main() -> None:
     arguments = cli.parse(Arguments, prog="rft.evaluate.localisation")
     check(arguments)
     packed = PackedDataset(files.join(arguments.data, arguments.set))
+    require_classes(arguments.checkpoints, {arguments.set: packed})
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device) as world:

@@ -58,8 +58,8 @@ def read_mask(path: Path, source: tuple[int, int], size: int, border: int = 0) -
 
     Args:
         path: a PNG of one channel: 0 outside the object, and one other value (1 or 255) on it.
-        source: width and height of the image that the sample was made from. A mask has this size,
-            or is already the square that the model sees.
+        source: width and height of the image that the sample was made from; own photos are turned
+            upright first. A mask has this size, or is already the square that the model sees.
         size: side of the model's input in pixels.
         border: pixels that are cut off each side of the image first.
 
@@ -75,7 +75,8 @@ def read_mask(path: Path, source: tuple[int, int], size: int, border: int = 0) -
         turned = "; it is turned" if image.size == (height, width) else ""
         raise ValueError(
             f"{path} is {image.width} x {image.height} pixels, its image {width} x {height}"
-            f"{turned}; segment the image as it is stored, or its {size} x {size} centre crop"
+            f"{turned}; segment the image as rft shows it (own photos upright by their EXIF "
+            f"orientation, all others as stored), or its {size} x {size} centre crop"
         )
     return ObjectMask(np.asarray(image) > 0, hashlib.sha256(data).digest())
 

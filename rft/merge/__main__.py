@@ -10,19 +10,21 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from rft import cli, dist, files
-from rft.clip.classifier import LAST
 from rft.clip.made import is_made, write_made
 from rft.config import Device
 from rft.data.loader import PackedDataset
+from rft.evaluate import commands
 from rft.merge import greedy
 from rft.merge.folders import (
     Ingredient,
+    best_known,
     check_alike,
     read_ingredient,
     read_soup,
     shared_seed,
 )
 from rft.method import averaging
+from rft.runs import LAST
 
 KINDS = ("wise", "uniform-soup", "greedy-soup")
 
@@ -45,8 +47,8 @@ class Wise:
     alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A...")] = (0.5,)
     """Shares of the fine-tuned model, in [0, 1]: 0.5, or 0 0.1 0.2 ... 1."""
     end_weights: Literal["best", "last"] = "best"
-    """Weights of the fine-tuned run: selected by held-out accuracy, or after the last step, as the
-    paper's released code takes them."""
+    """Weights of the fine-tuned run: selected by held-out accuracy (the last without held-out
+    images), or after the last step, as the paper's released code takes them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class GreedySoup:
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
-    """Two or more run folders; of two equally good ones the first named is tried first."""
+    """Two or more run folders; of two equally good ones the last named is tried first."""
     data: str
     """Data root: the URL under which the tools wrote the set that the runs were trained on."""
     out: Path
@@ -118,6 +120,7 @@ def wise(arguments: Wise) -> None:
     check_alphas(arguments.alpha)
     start, end = read_ingredient(arguments.start), read_end(arguments)
     check_alike([start, end])
+    check_ends(start, end)
     several = len(arguments.alpha) > 1
     if several and (arguments.out / "config.json").exists():
         raise ValueError(
@@ -140,7 +143,8 @@ def wise(arguments: Wise) -> None:
     for out, config in jobs.items():
         if out not in done:
             state = averaging.interpolate(first, second, config["alpha"])
-            write_made(out, state, start.architecture, config, end.metadata)
+            classes = best_known([start, end]).classes
+            write_made(out, state, start.architecture, config, end.metadata, classes)
         report(out, out in done)
     print(next_step(jobs, end))
 
@@ -159,6 +163,25 @@ def check_alphas(alphas: tuple[float, ...]) -> None:
     names = [f"{alpha:g}" for alpha in alphas]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--alpha has {twice[0]} twice (six digits count); name each value once")
+
+
+def check_ends(start: Ingredient, end: Ingredient) -> None:
+    """Check that WiSE goes from a model before its training to one after it; warn if that is open.
+
+    Raises:
+        ValueError: if the two are swapped.
+    """
+    if start.steps > 0 and end.steps == 0 and end.is_training_run:
+        raise ValueError(
+            f"{start.path} was trained for {start.steps} steps and {end.path} for none: START is "
+            "the zero-shot model, END the fine-tuned one; swap the two"
+        )
+    if start.steps > 0:
+        cli.warn(
+            f"START {start.path} is not a zero-shot model: it was trained ({start.steps} steps)"
+        )
+    if end.steps == 0 and end.is_training_run:
+        cli.warn(f"END {end.path} is not a fine-tuned model: it was not trained (0 steps)")
 
 
 def read_end(arguments: Wise) -> Ingredient:
@@ -200,7 +223,8 @@ def uniform_soup(arguments: UniformSoup) -> None:
     done = is_made(arguments.out, config)
     if not done:
         state = averaging.uniform_soup(model.load() for model in models)
-        write_made(arguments.out, state, models[0].architecture, config, soup_metadata(models))
+        metadata, classes = soup_metadata(models), best_known(models).classes
+        write_made(arguments.out, state, models[0].architecture, config, metadata, classes)
     report(arguments.out, done)
     print(next_step([arguments.out], models[0]))
 
@@ -238,8 +262,8 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
             tell = functools.partial(print, flush=True) if world.is_main else lambda _: None
             state, config["soup"] = greedy.make_soup(runs, count, len(held_out), tell)
             if world.is_main:
-                metadata = soup_metadata(runs)
-                write_made(arguments.out, state, runs[0].architecture, config, metadata)
+                metadata, classes = soup_metadata(runs), best_known(runs).classes
+                write_made(arguments.out, state, runs[0].architecture, config, metadata, classes)
     if world.is_main:
         report(arguments.out, done)
         print(next_step([arguments.out], runs[0]))
@@ -257,10 +281,9 @@ def report(out: Path, done: bool) -> None:
 
 def next_step(outs: Iterable[Path], model: Ingredient) -> str:
     """Return the line that tells how to go on, with the data that `model` was trained on."""
-    shown, data = " ".join(map(str, outs)), files.redact(model.config.get("data") or "URL")
-    # a set of the user's own comes with a test set (tools/shard_folder.py), not with ImageNet's
-    own = model.is_training_run and model.config["train_set"] != "imagenet-train"
-    return f"next: python -m rft.evaluate {shown} --data {data}{' --sets test' if own else ''}"
+    config = model.config
+    train_set = config.get("train_set", commands.TRAIN_SET)
+    return commands.evaluation(list(outs), config.get("data") or "", train_set)
 
 
 if __name__ == "__main__":

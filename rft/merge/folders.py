@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from rft import files
+from rft import cli, files
+from rft.classes import Classes, compare, compare_prompts
 from rft.clip.architecture import Architecture
-from rft.clip.classifier import SELECTED, load_state
+from rft.clip.classifier import load_state, map_state
 from rft.clip.made import SHOWN, read_config
 from rft.method.averaging import require_alike
+from rft.runs import SELECTED, unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class Ingredient:
     metadata: dict[str, str]
     """The weights file's own: recipe, step."""
     architecture: Architecture
+    classes: Classes | None
+    """Classes of its head; None if the weights file does not say."""
 
     @property
     def recipe(self) -> str:
@@ -44,8 +48,21 @@ class Ingredient:
         return "optim" in self.config
 
     def load(self) -> dict[str, Tensor]:
-        """Return the weights."""
-        return load_state(self.weights)[0]
+        """Return the weights.
+
+        Raises:
+            ValueError: if one is not finite.
+        """
+        return load_state(self.weights).state
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Return the weights mapped from their file: none of their bytes is read."""
+        return map_state(self.weights).state
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the weights are away from where their run started."""
+        return int(self.metadata.get("step", 0))
 
     def record(self) -> dict[str, Any]:
         """Return what a merged model's config.json keeps of it."""
@@ -61,13 +78,13 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
     config: dict[str, Any] = {}
     if (path / "config.json").is_file():
         config = read_config(path)
-        if "optim" in config and not (path / "training.json").is_file():
+        if reached := unfinished(path):
             raise ValueError(
-                f"{path} has not finished training; resume it first, or name one of its "
-                "checkpoints/*.safetensors itself"
+                f"{path} has not finished training ({reached}); resume it first, or name one of "
+                "its checkpoints/*.safetensors itself"
             )
     file = path / weights if path.is_dir() else path
-    _, architecture, metadata = load_state(file)
+    _, architecture, metadata, classes = map_state(file)
     return Ingredient(
         path=path,
         weights=file,
@@ -75,6 +92,7 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
         config=config,
         metadata=metadata,
         architecture=architecture,
+        classes=classes,
     )
 
 
@@ -102,16 +120,49 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
     Raises:
         ValueError: naming two models and what differs.
     """
+    warnings = check_classes(ingredients)
     first = ingredients[0]
-    state = first.load()  # mapped from the file, no weight is read
+    state = first.shapes()
     for other in ingredients[1:]:
         both = f"{first.path} and {other.path}"
         if changed := first.architecture.difference(other.architecture):
-            raise ValueError(f"{both} have other architectures: {'; '.join(changed[:SHOWN])}")
+            raise ValueError(f"{both} have different architectures: {'; '.join(changed[:SHOWN])}")
         try:
-            require_alike(state, other.load())
+            require_alike(state, other.shapes())
         except ValueError as error:
             raise ValueError(f"{both}: {error}") from error
+    for warning in warnings:
+        cli.warn(warning)
+
+
+def check_classes(ingredients: Sequence[Ingredient]) -> list[str]:
+    """Check that the heads of models have the same classes.
+
+    Returns:
+        A warning for each that does not say, or was made of different prompts.
+
+    Raises:
+        ValueError: naming two models and the first class that differs.
+    """
+    known = best_known(ingredients)
+    warnings = []
+    for other in ingredients:
+        if other is not known:
+            pair = (known.classes, str(known.path), other.classes, str(other.path))
+            warnings += [*compare(*pair), *compare_prompts(*pair)]
+    return warnings
+
+
+def best_known(ingredients: Sequence[Ingredient]) -> Ingredient:
+    """Return the first model whose file says most about its classes: all others are held to it.
+
+    A list with ids says more than one without, and both more than nothing.
+    """
+
+    def said(one: Ingredient) -> tuple[bool, bool]:
+        return one.classes is not None, one.classes is not None and bool(one.classes.ids)
+
+    return max(ingredients, key=said)
 
 
 def shared_seed(ingredients: Sequence[Ingredient]) -> int:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rft import files
+from rft import cli, files
+from rft.classes import check_head
 from rft.clip.classifier import build_classifier
-from rft.config import Config
+from rft.config import Config, load_config
 from rft.data.loader import PackedDataset, plan_training
 from rft.dist import World
 from rft.evaluate.evaluator import count_correct
@@ -54,10 +55,7 @@ def _training_config(ingredient: Ingredient) -> Config:
             f"{path} is a merged or imported model; a greedy soup takes training runs, which held "
             "images out"
         )
-    try:
-        return Config.from_dict(ingredient.config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}/config.json is not a training run's: {error}") from error
+    return load_config(path)
 
 
 def split_of(config: Config) -> dict[str, Any]:
@@ -84,12 +82,11 @@ def held_out_images(
                 f"{ingredient.path} was trained on other data than {packed.url}: manifest "
                 f"{trained_on[:12]}, not {packed.manifest.sha256[:12]}; give its --data"
             )
-    classes = len(ingredients[0].load()["head.weight"])
-    if len(packed.manifest.classes) != classes:
-        raise ValueError(
-            f"{ingredients[0].path} tells {classes} classes apart, {packed.url} was packed with "
-            f"{len(packed.manifest.classes)}; give the --data it was trained on"
-        )
+    for ingredient in ingredients:
+        rows = len(ingredient.shapes()["head.weight"])
+        where, known = str(ingredient.path), packed.manifest.label_space
+        for warning in check_head(ingredient.classes, rows, where, known, packed.url):
+            cli.warn(warning)
     return plan_training(packed, config)[2]
 
 

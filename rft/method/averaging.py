@@ -62,7 +62,8 @@ def greedy_soup(
     """Return the greedy soup (recipe 1 of Wortsman et al. 2022) and the steps to it.
 
     The best model is the first soup; each other one, from the second best on, stays in if the mean
-    of all that are in scores strictly higher with it. Of equal models the earlier one comes first.
+    of all that are in scores strictly higher with it. Of equal models the later one comes first, as
+    in the authors' code, which sorts upwards and reverses.
 
     Args:
         scores: each model's own score on the held-out images.
@@ -75,7 +76,7 @@ def greedy_soup(
     """
     if not scores:
         raise ValueError("a soup needs at least one model")
-    best_first = sorted(range(len(scores)), key=lambda model: -scores[model])
+    best_first = sorted(range(len(scores)), key=scores.__getitem__)[::-1]
     soup = Sum()
     steps: list[Trial] = []
     best = -torch.inf

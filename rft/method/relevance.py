@@ -100,8 +100,10 @@ def grad_cam(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor
     """Return GradCAM over the last layer's attention of the class token, fp32 (B, P).
 
     Each head's map is weighted by the mean of its gradient over the patches, and what the heads'
-    mean leaves above zero is the map (Selvaraju et al. 2017, as Chefer et al. 2021 compare with
-    it). Cheaper than `label_relevance` and blind to all layers but the last.
+    mean leaves above zero is the map (after Selvaraju et al. 2017). Chefer et al. 2021 compare with
+    one whose gradient is averaged over the whole map, and the paper's released code has one over
+    the last block's ln_1 (docs/paper.md). Cheaper than `label_relevance` and blind to all layers
+    but the last.
     """
     heads, watched = taps[-1]
     gradient = _gradient(logits_BK, labels_B, watched)

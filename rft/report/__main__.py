@@ -15,11 +15,13 @@ class Arguments:
     """Put evaluated runs side by side: tables, pictures, one self-contained page.
 
     Runs of one recipe with several seeds become one row, mean and spread. Every run must have been
-    evaluated (python -m rft.evaluate), all of them on the same packed sets.
+    evaluated (python -m rft.evaluate), all of them on the same packed sets. Example:
+
+    python -m rft.report runs --out report
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders, each with a results.json."""
+    """Run folders, or folders that hold them at any depth; each run needs a results.json."""
     out: Path
     """Folder for index.html with everything, and each table and picture on its own."""
 

@@ -1,15 +1,24 @@
-"""Where labels go in a plot: near their points, clear of everything else. Geometry, in pixels."""
+"""Where labels go in a plot: near their points, clear of everything else. Geometry, in pixels.
 
-import math
+The geometry is that of arrays which broadcast: boxes (..., 4) are left, bottom, right, top, points
+(..., 2) are x, y. A plot of 100 points compares millions of pairs of places.
+"""
+
 from collections.abc import Sequence
-from itertools import pairwise
-from operator import itemgetter
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 DPI = 200  # pages show the pictures at half their pixels, so they stay sharp on dense screens
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 Point = tuple[float, float]
 Segment = tuple[Point, Point]
+
+PAIRS = 20_000  # how often labels are compared, all with all others, before the best is taken
+ROUNDS = 8  # in which labels choose in one order
+CROWD = 25  # from so many labels on, places anywhere in the plot are tried too
+PART = 32  # candidates whose lines are compared with all other labels at once
 
 
 def place_labels(
@@ -19,124 +28,182 @@ def place_labels(
     lines: Sequence[Segment],
     bounds: Box,
 ) -> list[Box]:
-    """Return a box for each label: near its anchor, inside bounds, clear of everything else.
+    """Find a box for each label: near its anchor, inside bounds, clear of everything else.
 
-    Candidates lie on rings around the anchor; each label takes its cheapest one given the others,
-    round after round until none moves. That depends on who begins, so a few orders are tried.
-    Where there is no room at all, labels overlap least.
+    Each label takes its cheapest candidate given the others, round after round until none moves.
+    That depends on who begins, so a few orders are tried; many labels get fewer tries, so that the
+    time stays within seconds. Where there is no room at all, labels overlap least.
     """
+    if not anchors:
+        return []
+    points_L2 = np.array(anchors, dtype=float)
     candidates = []
-    for anchor, size in zip(anchors, sizes, strict=True):
-        boxes = candidate_boxes(anchor, size)
-        # whole pixels: equal distances stay in the order of candidate_boxes
-        costs = [round(_own_cost(anchor, box, obstacles, lines, bounds)) for box in boxes]
-        candidates.append(sorted(zip(costs, boxes, strict=True), key=itemgetter(0)))
+    for point, size in zip(points_L2, sizes, strict=True):
+        boxes_C4 = candidate_boxes(point, size)
+        if len(anchors) >= CROWD:
+            boxes_C4 = np.concatenate([boxes_C4, grid_boxes(size, bounds)])
+        # whole pixels: equal distances stay in the order of the candidates
+        cost_C = _own_cost(point, boxes_C4, obstacles, lines, bounds).round()
+        candidates.append((cost_C, boxes_C4))
     rightwards = sorted(range(len(anchors)), key=lambda index: anchors[index])
     upwards = sorted(range(len(anchors)), key=lambda index: anchors[index][::-1])
-    turns = (rightwards, rightwards[::-1], upwards, upwards[::-1])
-    _, boxes = min((_settle(anchors, candidates, turn) for turn in turns), key=itemgetter(0))
-    return boxes
+    passes = max(2, PAIRS // len(anchors) ** 2)
+    turns = [rightwards, rightwards[::-1], upwards, upwards[::-1]][: max(1, passes // ROUNDS)]
+    tried = [_settle(points_L2, candidates, turn, min(passes, ROUNDS)) for turn in turns]
+    _, boxes_L4 = min(tried, key=lambda found: found[0])
+    return [(left, low, right, high) for left, low, right, high in boxes_L4.tolist()]
 
 
 def _settle(
-    anchors: Sequence[Point], candidates: Sequence[Sequence[tuple[int, Box]]], turn: Sequence[int]
-) -> tuple[float, list[Box]]:
+    points_L2: np.ndarray,
+    candidates: Sequence[tuple[np.ndarray, np.ndarray]],
+    turn: Sequence[int],
+    rounds: int,
+) -> tuple[float, np.ndarray]:
     """Return what the labels cost in all and where they are, when they choose in this order."""
-    placed: dict[int, Box] = {}
-    costs: dict[int, float] = {}
-    for _ in range(8):
-        before = dict(placed)
+    boxes_L4 = np.full((len(points_L2), 4), np.nan)
+    cost_L = np.zeros(len(points_L2))
+    for _ in range(rounds):
+        before = boxes_L4.copy()
         for index in turn:
-            others = [(anchors[j], box) for j, box in placed.items() if j != index]
-            costs[index], placed[index] = _cheapest(anchors[index], candidates[index], others)
-        if placed == before:
+            others = ~np.isnan(boxes_L4[:, 0])
+            others[index] = False
+            costs, boxes = candidates[index]
+            cost_L[index], boxes_L4[index] = _cheapest(
+                points_L2[index], costs, boxes, points_L2[others], boxes_L4[others]
+            )
+        if np.array_equal(boxes_L4, before):
             break
-    return sum(costs.values()), [placed[index] for index in range(len(anchors))]
+    return float(cost_L.sum()), boxes_L4
 
 
 def _cheapest(
-    anchor: Point, candidates: Sequence[tuple[int, Box]], others: Sequence[tuple[Point, Box]]
-) -> tuple[float, Box]:
-    """Return the candidate that costs least given the other labels; they come by own cost."""
-    least, chosen = math.inf, candidates[0][1]
-    for own, box in candidates:
-        if own >= least:
+    point: np.ndarray,
+    cost_C: np.ndarray,
+    boxes_C4: np.ndarray,
+    points_O2: np.ndarray,
+    others_O4: np.ndarray,
+) -> tuple[float, np.ndarray]:
+    """Return the candidate that costs least given the other labels, and its cost."""
+    cost_C = cost_C + 20 * overlap(grow(boxes_C4[:, None]), others_O4).sum(axis=1)
+    cheapest_first = cost_C.argsort(kind="stable")
+    cost_C, boxes_C4 = cost_C[cheapest_first], boxes_C4[cheapest_first]
+    least, chosen = np.inf, boxes_C4[0]
+    for first in range(0, len(cost_C), PART):
+        if cost_C[first] >= least:
             break  # so do all that follow
-        cost = own + sum(_pair_cost(anchor, box, *other) for other in others)
-        if cost < least:
-            least, chosen = cost, box
-    return least, chosen
+        boxes_P4 = boxes_C4[first : first + PART]
+        tangled_PO = _tangled(point, boxes_P4[:, None], points_O2, others_O4)
+        cost_P = cost_C[first : first + PART] + 400 * tangled_PO.sum(axis=1)
+        best = cost_P.argmin()
+        if cost_P[best] < least:
+            least, chosen = cost_P[best], boxes_P4[best]
+    return float(least), chosen
 
 
-def candidate_boxes(anchor: Point, size: Point) -> list[Box]:
-    """Return boxes of a size on rings around an anchor, nearest first, from its right side on."""
-    boxes = []
-    for ring in (0.1, 0.15, 0.22, 0.34, 0.5, 0.7, 0.95, 1.25, 1.6):
-        for turn in range(24):
-            angle = math.tau * turn / 24
-            gap = ring * DPI
-            # the box's own corner or side faces the anchor
-            x = anchor[0] + gap * math.cos(angle) + size[0] * (math.cos(angle) - 1) / 2
-            y = anchor[1] + gap * math.sin(angle) + size[1] * (math.sin(angle) - 1) / 2
-            boxes.append((x, y, x + size[0], y + size[1]))
-    return boxes
+def candidate_boxes(anchor: np.ndarray, size: Point) -> np.ndarray:
+    """Return boxes of a size on rings around an anchor, (C, 4): nearest first, from its right."""
+    gap_R11 = DPI * np.array([0.1, 0.15, 0.22, 0.34, 0.5, 0.7, 0.95, 1.25, 1.6])[:, None, None]
+    angle_A = np.arange(24) * np.pi / 12
+    towards_A2 = np.stack([np.cos(angle_A), np.sin(angle_A)], axis=-1)
+    # the box's own corner or side faces the anchor
+    corner_RA2 = anchor + gap_R11 * towards_A2 + np.asarray(size) * (towards_A2 - 1) / 2
+    return np.concatenate([corner_RA2, corner_RA2 + size], axis=-1).reshape(-1, 4)
+
+
+def grid_boxes(size: Point, bounds: Box) -> np.ndarray:
+    """Return boxes of a size in rows all over the bounds, (C, 4); a third of a width apart."""
+    x_X = np.arange(bounds[0], bounds[2] - size[0], size[0] / 3)
+    y_Y = np.arange(bounds[1], bounds[3] - size[1], size[1] + DPI / 50)
+    corner_C2 = np.stack(np.meshgrid(x_X, y_Y), axis=-1).reshape(-1, 2)
+    return np.concatenate([corner_C2, corner_C2 + size], axis=-1)
 
 
 def _own_cost(
-    anchor: Point, box: Box, obstacles: Sequence[Box], lines: Sequence[Segment], bounds: Box
-) -> float:
-    leader = (anchor, nearest(box, anchor))
-    outside = (box[2] - box[0]) * (box[3] - box[1]) - overlap(box, bounds)
-    covered = sum(overlap(box, obstacle) for obstacle in obstacles)
-    passed = sum(crosses(leader, other) for other in obstacles if not inside(anchor, other))
-    struck = sum(crosses(line, box) for line in lines)
-    return math.dist(*leader) + 150 * passed + 400 * struck + 20 * (outside + covered)
+    point: np.ndarray,
+    boxes_C4: np.ndarray,
+    obstacles: Sequence[Box],
+    lines: Sequence[Segment],
+    bounds: Box,
+) -> np.ndarray:
+    obstacles_O4 = np.array(obstacles, dtype=float).reshape(-1, 4)
+    lines_S22 = np.array(lines, dtype=float).reshape(-1, 2, 2)
+    boxes_C14, end_C2 = boxes_C4[:, None], nearest(boxes_C4, point)
+    area_C = (boxes_C4[:, 2] - boxes_C4[:, 0]) * (boxes_C4[:, 3] - boxes_C4[:, 1])
+    outside_C = area_C - overlap(boxes_C4, bounds)
+    covered_C = overlap(boxes_C14, obstacles_O4).sum(axis=1)
+    others_O4 = obstacles_O4[~inside(point, obstacles_O4)]
+    passed_C = crosses(point, end_C2[:, None], others_O4).sum(axis=1)
+    struck_C = crosses(lines_S22[:, 0], lines_S22[:, 1], boxes_C14).sum(axis=1)
+    away_C = np.linalg.norm(end_C2 - point, axis=1)
+    return away_C + 150 * passed_C + 400 * struck_C + 20 * (outside_C + covered_C)
 
 
-def _pair_cost(anchor: Point, box: Box, other_anchor: Point, other_box: Box) -> float:
-    leader = (anchor, nearest(box, anchor))
-    other_leader = (other_anchor, nearest(other_box, other_anchor))
-    tangled = crosses(leader, other_box) + crosses(other_leader, box)
-    tangled += intersect(leader, other_leader)
-    return 20 * overlap(grow(box, DPI / 100), other_box) + 400 * tangled
+def _tangled(
+    point: np.ndarray, boxes: np.ndarray, other_points: np.ndarray, other_boxes: np.ndarray
+) -> np.ndarray:
+    """Count how often labels or their lines to their points lie across each other."""
+    end, other_end = nearest(boxes, point), nearest(other_boxes, other_points)
+    tangled = crosses(point, end, other_boxes).astype(int)
+    tangled += crosses(other_points, other_end, boxes)
+    return tangled + intersect(point, end, other_points, other_end)
 
 
-def overlap(a: Box, b: Box) -> float:
-    """Return the area that two boxes share."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return max(0.0, width) * max(0.0, height)
+def grow(boxes: np.ndarray) -> np.ndarray:
+    """Return boxes with a margin on every side."""
+    return boxes + DPI / 100 * np.array([-1, -1, 1, 1])
 
 
-def grow(box: Box, by: float) -> Box:
-    """Return a box that is larger on every side."""
-    return box[0] - by, box[1] - by, box[2] + by, box[3] + by
+def overlap(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Return the area that boxes share."""
+    left, low, right, high = _coordinates(a)
+    left_b, low_b, right_b, high_b = _coordinates(b)
+    width = np.minimum(right, right_b) - np.maximum(left, left_b)
+    height = np.minimum(high, high_b) - np.maximum(low, low_b)
+    return np.maximum(width, 0) * np.maximum(height, 0)
 
 
-def nearest(box: Box, point: Point) -> Point:
-    """Return the point of a box that is nearest to a point."""
-    return min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3])
+def nearest(box: ArrayLike, point: ArrayLike) -> np.ndarray:
+    """Return the points of boxes that are nearest to points."""
+    left, low, right, high = _coordinates(box)
+    x, y = _coordinates(point)
+    x, y = np.broadcast_arrays(x.clip(left, right), y.clip(low, high))
+    return np.stack([x, y], axis=-1)
 
 
-def inside(point: Point, box: Box) -> bool:
-    """Whether a point lies in a box."""
-    return nearest(box, point) == point
+def inside(point: ArrayLike, box: ArrayLike) -> np.ndarray:
+    """Whether points lie in boxes."""
+    (left, low, right, high), (x, y) = _coordinates(box), _coordinates(point)
+    return (left <= x) & (x <= right) & (low <= y) & (y <= high)
 
 
-def crosses(segment: Segment, box: Box) -> bool:
-    """Whether a segment enters a box."""
-    left, low, right, high = box
-    corners = [(left, low), (right, low), (right, high), (left, high), (left, low)]
-    if inside(segment[0], box) or inside(segment[1], box):
-        return True
-    return any(intersect(segment, edge) for edge in pairwise(corners))
+def crosses(start: ArrayLike, end: ArrayLike, box: ArrayLike) -> np.ndarray:
+    """Whether segments enter boxes: are between left and right while between bottom and top."""
+    first, last = np.zeros(()), np.ones(())  # shares of the way
+    low_and_high = _coordinates(box)
+    # a segment along an axis meets two of the sides never, at infinity
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for axis, (here, there) in enumerate(
+            zip(_coordinates(start), _coordinates(end), strict=True)
+        ):
+            one = (low_and_high[axis] - here) / (there - here)
+            other = (low_and_high[axis + 2] - here) / (there - here)
+            first = np.maximum(first, np.minimum(one, other))
+            last = np.minimum(last, np.maximum(one, other))
+    return first < last
 
 
-def intersect(first: Segment, second: Segment) -> bool:
-    """Whether two segments cross."""
-    (a, b), (c, d) = first, second
-    return _side(a, b, c) * _side(a, b, d) < 0 and _side(c, d, a) * _side(c, d, b) < 0
+def intersect(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Whether segments from a to b and from c to d cross."""
+    apart = _side(a, b, c) * _side(a, b, d) < 0
+    return apart & (_side(c, d, a) * _side(c, d, b) < 0)
 
 
-def _side(a: Point, b: Point, c: Point) -> float:
-    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+def _side(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    along, across = b - a, c - a
+    return along[..., 0] * across[..., 1] - along[..., 1] * across[..., 0]
+
+
+def _coordinates(array: ArrayLike) -> np.ndarray:
+    """Return the coordinates of points or boxes, one array for each."""
+    return np.moveaxis(np.asarray(array, dtype=float), -1, 0)

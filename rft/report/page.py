@@ -156,6 +156,7 @@ def render(report: Report) -> str:
             for name, png in report.pictures.items()
         },
         hidden=report.hidden,
+        held_out=any("held_out_correct" in line for run in report.runs for line in run.metrics),
         figure_7=figure_7_names(report.rows),
         gallery_run=report.gallery_run,
         miniature=report.miniature,

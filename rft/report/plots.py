@@ -30,6 +30,8 @@ from rft.report.tables import (
     wise_model,
 )
 
+LED = DPI / 11  # pixels from a marker to its label that want a line between them
+
 INK, MUTED, GRID_LINE = "#222222", "#6b6b6b", "#e4e4e4"
 
 Dashes = tuple[float, tuple[float, ...]]  # matplotlib's (offset, on and off)
@@ -247,8 +249,8 @@ def _put_label(figure: Figure, axes: Axes, text: Text, anchor: Point, box: Box) 
     text.set_transform(None)  # pixels of the figure
     text.set_position(box[:2])
     text.set_verticalalignment("bottom")
-    end = nearest(box, anchor)
-    if math.dist(anchor, end) > DPI / 11:  # too far from its marker to be read without a line
+    end = tuple(nearest(box, anchor))
+    if math.dist(anchor, end) > LED:
         to_data = axes.transData.inverted()
         (x0, y0), (x1, y1) = to_data.transform((anchor, end))
         color = text.get_color()

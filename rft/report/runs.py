@@ -5,23 +5,14 @@ trusted to be well formed; everything after `load_run` may rely on what the type
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from rft import files
-
-RESULTS_SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class SetCount:
-    """How many of how many were right on one packed set."""
-
-    correct: int
-    total: int
-    manifest_sha256: str
+from rft import classes, cli, files
+from rft.config import settings
+from rft.runs import Results, SetCount, checkpoint_path, read_results, require_current, unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +21,7 @@ class Run:
 
     path: Path
     recipe: str
+    """Name of its row; of a run that has not ended, one that says so."""
     seed: int
     step: int
     checkpoint_sha256: str
@@ -68,19 +60,59 @@ def _plain(value: object) -> str:
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read run folders that belong in one table.
+    """Read the run folders that are named, or lie below those named, and belong in one table.
 
     Raises:
-        ValueError: if there is none, one is not an evaluated run folder, two are the same recipe
-            and seed, or they were evaluated on different data.
+        ValueError: if there is none, one is not an evaluated run folder, its results are of other
+            weights, two are the same recipe and seed, or they were evaluated on different data.
     """
-    if not paths:
-        raise ValueError("name at least one run folder to report on")
-    runs = [load_run(path) for path in paths]
+    runs = [load_run(path) for path in find_runs(paths)]
+    check_current(runs)
+    check_same_classes(runs)
     check_distinct(runs)
     check_same_settings(runs)
     check_same_data(runs)
     return runs
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Find the run folders among paths and below them, each once, in the order of the paths.
+
+    `rft.merge wise` with several alphas leaves a folder of run folders. Links are followed; a run
+    that several paths reach keeps the first of them.
+
+    Raises:
+        ValueError: if no path is named, or one of them is no run folder and holds none.
+    """
+    if not paths:
+        raise ValueError("name at least one run folder to report on")
+    found: dict[Path, Path] = {}
+    for path in paths:
+        inside = list(_runs_below(path, set()))
+        if not inside:
+            raise ValueError(
+                f"{path} is not a run folder and has none below it: no config.json was found"
+                if path.is_dir()
+                else f"{path} is not a run folder: no such folder"
+            )
+        for run in inside:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _runs_below(path: Path, visited: set[Path]) -> Iterator[Path]:
+    """Yield the run folders from a path on, by name; none lies within another."""
+    # links may lead back to where the search began
+    if not path.is_dir() or path.resolve() in visited:
+        return
+    visited.add(path.resolve())
+    if (path / "config.json").is_file():
+        yield path
+        return
+    for inner in sorted(path.iterdir()):
+        # what a killed writer leaves is hidden
+        if not inner.name.startswith("."):
+            yield from _runs_below(inner, visited)
 
 
 def load_run(path: Path) -> Run:
@@ -97,50 +129,37 @@ def load_run(path: Path) -> Run:
             f"python -m rft.evaluate {path} --data URL"
         )
     config = files.read_json(str(path / "config.json"))
-    results = files.read_json(str(path / "results.json"))
+    results = read_results(path)
+    assert results is not None, "it exists"
     try:
         return _parse(path, config, results)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is malformed: config.json or results.json has no valid {error}"
-        ) from error
+        raise ValueError(f"{path} is malformed: config.json has no valid {error}") from error
 
 
-def _parse(path: Path, config: dict[str, Any], results: dict[str, Any]) -> Run:
-    if results["schema"] != RESULTS_SCHEMA:
-        raise ValueError(
-            f"{path}/results.json has schema {results['schema']!r}, not {RESULTS_SCHEMA}; "
-            "evaluate the run again with this version"
-        )
+def _parse(path: Path, config: dict[str, Any], results: Results) -> Run:
     recipe, seed = config["recipe"], config["seed"]
     # names go to terminals too: a control character could rewrite what is shown there
     if not (isinstance(recipe, str) and recipe.isprintable() and recipe.strip()):
         raise ValueError(f"{path}/config.json: recipe is {recipe!r}; it must be a printable name")
-    if not isinstance(seed, int):
+    if type(seed) is not int:
         raise ValueError(f"{path}/config.json: seed is {seed!r}; it must be an integer")
+    if reached := unfinished(path):
+        # a name of its own: it joins no mean, no pair and no row of the paper
+        recipe = f"{recipe} (unfinished, {reached})"
     provenance = path / "provenance.json"
     return Run(
         path=path,
         recipe=recipe,
         seed=seed,
-        step=int(results["step"]),
-        checkpoint_sha256=results["checkpoint_sha256"],
-        config_sha256=results["config_sha256"] or "",
-        counts={name: _count(path, name, entry) for name, entry in results["sets"].items()},
+        step=results.step,
+        checkpoint_sha256=results.checkpoint_sha256,
+        config_sha256=results.config_sha256,
+        counts=results.sets,
         config=config,
         provenance=files.read_json(str(provenance)) if provenance.is_file() else {},
         metrics=read_metrics(path / "metrics.jsonl"),
     )
-
-
-def _count(path: Path, name: str, entry: dict[str, Any]) -> SetCount:
-    correct, total = entry["correct"], entry["total"]
-    whole = isinstance(correct, int) and isinstance(total, int)
-    if not (whole and total > 0 and 0 <= correct <= total):
-        raise ValueError(
-            f"{path}/results.json: {name} has {correct!r} correct of {total!r}; evaluate it again"
-        )
-    return SetCount(correct, total, entry["manifest_sha256"])
 
 
 def read_metrics(path: Path) -> tuple[dict[str, float], ...]:
@@ -162,6 +181,42 @@ def read_metrics(path: Path) -> tuple[dict[str, float], ...]:
             raise ValueError(f"{path} line {number} is not a JSON object with a step") from error
         rows.append(row)
     return tuple(rows)
+
+
+def check_current(runs: Sequence[Run]) -> None:
+    """Check that the results of each run are of its weights as they are now.
+
+    Raises:
+        ValueError: naming the first stale one, with the command that evaluates it again.
+    """
+    warnings = []
+    for run in runs:
+        results = read_results(run.path)
+        assert results is not None, "it was read before"
+        warnings += require_current(run.path, results)
+    if warnings:
+        more = f" (and {len(warnings) - 1} more runs)" if warnings[1:] else ""
+        cli.warn(f"{warnings[0]}{more}")
+
+
+def check_same_classes(runs: Sequence[Run]) -> None:
+    """Check that the heads of runs that were evaluated on one set have the same classes.
+
+    Raises:
+        ValueError: naming two folders and the first class that differs.
+    """
+    first_with: dict[str, tuple[Path, classes.Classes]] = {}
+    warnings: dict[str, None] = {}
+    for run in runs:
+        weights = checkpoint_path(run.path)
+        known = classes.of_weights(weights) if weights.is_file() else None
+        if known is None:  # written before weights carried their classes
+            continue
+        for name in run.counts:
+            path, before = first_with.setdefault(name, (run.path, known))
+            warnings |= dict.fromkeys(classes.compare(before, str(path), known, str(run.path)))
+    for warning in warnings:
+        cli.warn(warning)
 
 
 def check_distinct(runs: Sequence[Run]) -> None:
@@ -189,32 +244,11 @@ def check_same_settings(runs: Sequence[Run]) -> None:
     first_of: dict[str, Run] = {}
     for run in runs:
         other = first_of.setdefault(run.recipe, run)
-        if changed := files.difference(_settings(other), _settings(run)):
+        if changed := files.difference(settings(other.config), settings(run.config)):
             raise ValueError(
                 f"{other.path} and {run.path} are both {run.recipe}, but with other settings: "
                 f"{'; '.join(changed)}; report them apart"
             )
-
-
-# seeds, places, and what never changes a result; each seed builds on runs of its own
-APART: dict[str, set[str]] = {
-    "": {
-        "seed", "split_seed", "order_seed", "data", "run", "log", "cluster", "device", "recompute",
-        "compile", "merged_from", "soup", "imported_from",
-    },
-    "model": {"start"},
-    "method": {"kd_teacher"},
-    "loader": {"workers", "cache_dir", "cache_gb"},
-}  # fmt: skip
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """Return the configuration without what may differ between the seeds of a recipe."""
-    kept = {name: value for name, value in run.config.items() if name not in APART[""]}
-    for group in APART.keys() & kept.keys():
-        if isinstance(kept[group], dict):
-            kept[group] = {k: v for k, v in kept[group].items() if k not in APART[group]}
-    return kept
 
 
 def check_same_data(runs: Sequence[Run]) -> None:

@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,26 +16,27 @@ from typing import Annotated
 import torch
 import tyro
 
-from rft import cli, dist, files, recipes, rng
-from rft.clip.classifier import (
-    SELECTED,
-    Classifier,
-    build_classifier,
-    checkpoint_path,
-    load_state,
-)
+from rft import cli, dist, files, recipes, rng, small
+from rft.classes import Classes, check_head, compare_prompts
+from rft.cli import warn
+from rft.clip.classifier import Classifier, build_classifier, load_state
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
-from rft.config import Config, resolve_precision
+from rft.config import Config, load_config, resolve_precision
 from rft.data.cache import Cache
+from rft.data.labels import warn_of_one_class
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
+from rft.data.manifest import Index, Manifest
 from rft.dist import World
+from rft.evaluate import commands
 from rft.method.averaging import require_alike
-from rft.train.estimate import describe
+from rft.runs import SELECTED, checkpoint_path, unfinished
+from rft.train.estimate import describe, size_rule
 from rft.train.gallery import one_of_each_class, write_gallery
 from rft.train.journal import require_packages
 from rft.train.loop import Job, train
 from rft.train.objective import Objective
+from rft.train.optim import schedule_warning
 from rft.train.run import RunFolder, check_identity, is_finished
 from rft.train.stop import STOPPED, StopRequest
 
@@ -48,6 +50,8 @@ usage: torchrun --nproc_per_node N -m rft.train RECIPE --data URL --run-dir DIR 
 Without --data it trains on the embedded miniature world, {recipes.DEFAULT} if no recipe is named.
 The defaults below are the paper's; --scale miniature starts from those for that world, and
 --preset official-parity from what the paper's released code does where it differs from its text.
+With --scale small, for your own photos, held-out images, batch, warm-up and checkpoint interval
+follow from the size of the set; --dry-run prints the rule and its values.
 The same command again resumes a run that was stopped.
 
 Recipes (the paper's numbers for each: rft/recipes.py):
@@ -71,12 +75,14 @@ def parse(arguments: list[str]) -> Config:
     return parse_command(arguments).config
 
 
-def parse_command(arguments: list[str]) -> Command:
-    """Return what a command line says.
+def parse_command(arguments: list[str], ranks: int = 1) -> Command:
+    """Return what a command line says; `ranks` processes will share a batch.
+
+    With `--scale small` the size of the set is read from it.
 
     Raises:
         ValueError: for an unknown recipe, scale or preset, a value out of range, a missing run
-            folder, or a recipe that builds on a run that was not named.
+            folder, a recipe that builds on a run that was not named, or a set that is not there.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     recipe = arguments[0] if named else recipes.DEFAULT
@@ -106,17 +112,28 @@ def parse_command(arguments: list[str]) -> Command:
         raise ValueError("--data is missing; give the URL that tools/shard_imagenet.py wrote to")
     recipes.require_inputs(config)
     require_packages(config)
-    return command
+    if config.scale == "small":
+        url = files.join(config.data, config.train_set)
+        size = small.Size.of(Index.load(url, Manifest.load(url)).label)
+        config = small.fit(config, size, ranks, _named(options, small.OPTIONS))
+    return dataclasses.replace(command, config=config)
+
+
+def _named(options: list[str], names: Sequence[str]) -> set[str]:
+    """Return which of the names (`group.name`) a command line gives, in any spelling of tyro's."""
+    words = {word.partition("=")[0].replace("-", "_") for word in options if word[:2] == "--"}
+    return {name for name in names if f"__{name}" in words}
 
 
 def _value_of(options: list[str], name: str) -> str:
     """Return the value of one option before the whole line can be parsed, or an empty string."""
+    value = ""
     for option, following in itertools.pairwise([*options, ""]):
         if option == name:
-            return following
+            value = following
         if option.startswith(f"{name}="):
-            return option.removeprefix(f"{name}=")
-    return ""
+            value = option.removeprefix(f"{name}=")
+    return value  # the last one, as the parser takes it
 
 
 def use_embedded_world(config: Config, world: World) -> Config:
@@ -146,6 +163,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     loader = config.loader
     cache = Cache(Path(loader.cache_dir), int(loader.cache_gb * 1e9)) if loader.cache_dir else None
     packed = PackedDataset(files.join(config.data, config.train_set), cache=cache)
+    warn_of_one_class(packed.url, packed.manifest.groups)
     plan, samples, held_out = plan_training(packed, config)
     pretrained = load_clip(config.model)
     # one image now, so that shards of the wrong size stop the run here and not inside it
@@ -153,7 +171,9 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     pretrained.model.to(device)
     head = zero_shot_head(pretrained, packed.manifest.classes, packed.manifest.templates)
     teacher = Classifier(pretrained.model.visual, head, pretrained.architecture)
-    student, ensemble = starting_student(config, teacher), second_teacher(config, teacher)
+    classes = packed.manifest.label_space
+    student = starting_student(config, teacher, classes)
+    ensemble = second_teacher(config, teacher, classes)
     objective = Objective(
         student,
         teacher,
@@ -186,8 +206,8 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     )
 
 
-def starting_student(config: Config, pretrained: Classifier) -> Classifier:
-    """Return the model that learns, as it starts.
+def starting_student(config: Config, pretrained: Classifier, classes: Classes) -> Classifier:
+    """Return the model that learns, as it starts; `classes` are those of the training set.
 
     Raises:
         ValueError: if the weights to start from are not those of such a model.
@@ -200,14 +220,16 @@ def starting_student(config: Config, pretrained: Classifier) -> Classifier:
         with torch.no_grad():
             student.head.weight.copy_(weight_KE)
     if config.model.start:
-        load_alike(student, config.model.start, "--model.start")
+        load_alike(student, config.model.start, "--model.start", classes)
     if config.optim.trains == "head":
         student.visual.requires_grad_(False)
     return student
 
 
-def second_teacher(config: Config, pretrained: Classifier) -> Classifier | None:
+def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> Classifier | None:
     """Return WiSE-KD's teacher, or None for a method without one.
+
+    `classes` are those of the training set.
 
     Raises:
         ValueError: if its weights are not those of such a model.
@@ -215,19 +237,35 @@ def second_teacher(config: Config, pretrained: Classifier) -> Classifier | None:
     if config.method.kd_weight == 0:
         return None
     teacher = copy.deepcopy(pretrained)
-    load_alike(teacher, config.method.kd_teacher, "--method.kd-teacher")
+    load_alike(teacher, config.method.kd_teacher, "--method.kd-teacher", classes)
     return teacher
 
 
-def load_alike(model: Classifier, path: str, option: str) -> None:
+def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> None:
     """Load a run's selected weights into a model of the same architecture.
 
+    Args:
+        model: the model, with a head for `classes`.
+        path: run folder or weights file.
+        option: the command line's name of it, for messages.
+        classes: of the training set.
+
     Raises:
-        ValueError: naming the option, if the two differ.
+        ValueError: naming the option, if the two differ, and the first class that does.
     """
-    state, architecture, _ = load_state(checkpoint_path(Path(path)))
+    state, architecture, _, known = load_state(checkpoint_path(Path(path)))
+    if reached := unfinished(Path(path)):
+        warn(f"{option} {path} has not finished training ({reached})")
     if changed := model.architecture.difference(architecture):
-        raise ValueError(f"{option} {path} is another architecture: {changed[0]}")
+        raise ValueError(f"{option} {path} is a different architecture: {changed[0]}")
+    where = f"{option} {path}"
+    pair = (known, where, classes, "the training set")
+    rows = len(state["head.weight"])
+    for warning in (
+        *check_head(known, rows, where, classes, "the training set"),
+        *compare_prompts(*pair),
+    ):
+        warn(warning)
     try:
         require_alike(model.state_dict(), state)
     except ValueError as error:
@@ -292,6 +330,7 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
         progress = train(job, request, traces)
         if progress.step < job.total_steps:
             return STOPPED
+        dist.on_main(world, run.require_there)
         dist.on_main(world, lambda: show(job))
         if world.is_main:
             run.finish(
@@ -303,7 +342,7 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
                     "inputs": inputs_fingerprint(config),
                 }
             )
-            print(f"run finished: {config.run} (model of step {progress.best_step} selected)")
+            print(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
             tell_next(config, world)
     return 0
 
@@ -314,8 +353,8 @@ def show(job: Job) -> None:
     shown = one_of_each_class(packed.index.label, job.held_out, 8)
     # a picture of a fill needs another image
     if job.config.method.masks and len(shown) > 1:
-        state, architecture, _ = load_state(folder / SELECTED)
-        model = build_classifier(state, architecture)
+        saved = load_state(folder / SELECTED)
+        model = build_classifier(saved.state, saved.architecture)
         write_gallery(str(folder / "gallery.npz"), model, packed, shown, recipes.masked_methods())
 
 
@@ -323,33 +362,36 @@ def tell_finished(config: Config, world: World) -> None:
     """Check a finished run's inputs and say that it is finished."""
     require_same_inputs(config)
     if world.is_main:
-        recorded = Config.from_dict(files.read_json(str(Path(config.run) / "config.json")))
+        recorded = load_config(Path(config.run))
         print(f"run already finished: {config.run} (in {recorded.precision})")
 
 
 def tell_next(config: Config, world: World) -> None:
-    """Say what to do with a finished run."""
-    command = f"torchrun --nproc_per_node {world.size} -m rft.evaluate"
-    # a set of the user's own comes with a test set (tools/shard_folder.py), not with ImageNet's
-    sets = "" if config.train_set == "imagenet-train" else " --sets test"
-    print(f"next: {command} {config.run} --data {files.redact(config.data)}{sets}")
+    """Print the command that evaluates a finished run, with the finished other seeds beside it."""
+    runs = commands.with_seeds([Path(config.run)], "training.json")
+    print(commands.evaluation(runs, config.data, config.train_set, ranks=world.local_size))
 
 
-def tell_start(config: Config, world: World, device: torch.device, why: str) -> None:
+def tell_start(job: Job, why: str) -> None:
     """Print what starts, and why in this precision."""
+    config, world, device = job.config, job.world, job.device
     precision = f"{config.precision} ({why})" if why else config.precision
     print(f"{config.run}: {config.recipe} on {world.size} x {device.type}, {precision}", flush=True)
     if config.method.masks and not config.method.drops:
         pool = config.donor_pool(world.size)
         few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
         print(f"fills choose from {pool} images{few}", flush=True)
+    for line in size_rule(job):
+        print(line, flush=True)
+    if warning := schedule_warning(job.total_steps, config.optim):
+        warn(warning)
 
 
 def main() -> None:
     """Parse, check, train."""
-    command = parse_command(sys.argv[1:])
-    config = command.config
     world = dist.world_from_env()
+    command = parse_command(sys.argv[1:], world.size)
+    config = command.config
     config.micro_batch(world.size)
     if not config.data:
         config = use_embedded_world(config, world)
@@ -375,7 +417,7 @@ def main() -> None:
                 print(describe(job, words, why))
             return
         if world.is_main:
-            tell_start(config, world, device, why)
+            tell_start(job, why)
         with dist.process_group(world, device, config.cluster.timeout) as world:
             job = dataclasses.replace(job, world=world)
             status = run_job(job, request, profile=command.profile)

@@ -11,7 +11,6 @@ They are written by a thread of their own from a copy in memory, so that trainin
 
 import errno
 import json
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rft import dist, files
+from rft.cli import warn
 from rft.clip.classifier import Classifier
 from rft.config import repeat_precision
 from rft.dist import World
@@ -204,11 +204,6 @@ def save(content: dict[str, Any], path: Path) -> None:
         # torch's writer speaks of positions in the file, what the system said is behind it
         cause = error.__context__
         raise (cause if isinstance(cause, OSError) else OSError(str(error))) from error
-
-
-def warn(message: str) -> None:
-    """Tell what went wrong and does not end the run."""
-    print(f"WARNING: {files.redact(message)}", file=sys.stderr, flush=True)
 
 
 class Writer:

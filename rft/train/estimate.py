@@ -6,7 +6,7 @@ keeps for any number. Temporary tensors and the GPU's own context come on top.
 """
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -17,12 +17,13 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor, nn
 
-from rft import files, recipes
+from rft import files, recipes, small
 from rft.clip import vit
 from rft.config import Config
 from rft.method.relevance import MAP_BYTES
 from rft.train.loop import Job, precision
 from rft.train.objective import Objective, StepAddress, draw
+from rft.train.optim import schedule_warning
 
 RANKS = [2**power for power in range(11)]
 ROWS = 8  # of the table of ranks
@@ -73,8 +74,10 @@ def describe(job: Job, arguments: Sequence[str], why: str = "") -> str:
         why: reason for the precision, where `auto` chose it.
     """
     sections = {
-        "Configuration (* differs from the recipe's default)": configuration(job.config, why),
-        "Data": data(job),
+        "Configuration (* differs from the recipe's default)": configuration(
+            job.config, why, small.rule(job.config, set_size(job), job.world.size)
+        ),
+        "Data": [*data(job), *size_rule(job)],
         "Steps": steps(job),
         "Memory of a rank (an estimate: temporary tensors and the GPU's context come on top)": (
             memory_table(job, measure(job)) if job.total_steps else ["nothing is trained"]
@@ -86,13 +89,16 @@ def describe(job: Job, arguments: Sequence[str], why: str = "") -> str:
     return files.redact("\n\n".join(blocks))
 
 
-def configuration(config: Config, why: str = "") -> list[str]:
-    """Return one line for each field, those marked that differ from what the recipe says.
+def configuration(
+    config: Config, why: str = "", by_size: Mapping[str, int] | None = None
+) -> list[str]:
+    """Return one line for each field, those marked that differ from the recipe's default.
 
-    A precision that `auto` chose is none of them; `why` stands behind it.
+    A precision that `auto` chose is none of them; `why` stands behind it. `by_size` are the
+    defaults that follow from the size of the set.
     """
     default = recipes.build(config.recipe, scale=config.scale, preset=config.preset)
-    usual = _leaves(default.to_dict())
+    usual = {**_leaves(default.to_dict()), **(by_size or {})}
     lines = []
     for name, value in _leaves(config.to_dict()).items():
         if name == "precision" and why:
@@ -131,6 +137,16 @@ def data(job: Job) -> list[str]:
     ]
 
 
+def set_size(job: Job) -> small.Size:
+    """Return the size of the training set, with the images that are held out."""
+    return small.Size.of(job.batches.packed.index.label)
+
+
+def size_rule(job: Job) -> list[str]:
+    """Return the rule of `--scale small` with its values for this set; nothing for other scales."""
+    return small.describe(job.config, set_size(job), job.world.size)
+
+
 def steps(job: Job) -> list[str]:
     """Return how many optimizer steps there are, and how many are done."""
     optim, plan = job.config.optim, job.batches.plan
@@ -138,6 +154,8 @@ def steps(job: Job) -> list[str]:
         f"{plan.steps_per_epoch:,} an epoch, {job.total_steps:,} in {optim.epochs} epochs of "
         f"global batch {plan.batch_size:,}"
     ]
+    if warning := schedule_warning(job.total_steps, optim):
+        lines.append(f"WARNING: {warning}")
     progress = Path(job.config.run) / "progress.json"
     if progress.exists():
         done = files.read_json(str(progress))["step"]
@@ -196,10 +214,14 @@ def traffic(job: Job) -> list[str]:
     count = len(saved)
     weights = _bytes(job.student)
     each = weights + 2 * _bytes(job.student, trained=True)
+    kept = (
+        "those of the models that these selected, and the selected and the last weights"
+        if job.selects
+        else "and the last weights under both names"
+    )
     lines.append(
         f"writes {count:,} checkpoints of {size(each)} and keeps {min(count, config.log.keep)} of "
-        "them, those of the models that these selected, and "
-        f"the selected and the last weights ({size(weights)} each)"
+        f"them, {kept} ({size(weights)} each)"
     )
     every = config.log.every_steps
     logged = len(saved.union(range(every, job.total_steps + 1, every))) + results

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from rft import files
+from rft.cli import warn
 from rft.config import Config
 from rft.evaluate.accuracy import Count
-from rft.train.checkpoint import warn
 from rft.train.pictures import Counterfactuals, grid
+from rft.train.run import Held
 
 SECONDS_PER_LINE = 60.0  # where there is no terminal; each held-out result is a line too
 SECONDS_TO_UPLOAD = 30.0  # at the end; a job that is told to stop has little time
@@ -86,8 +87,18 @@ class Journal:
             with self._writing():
                 self._logs.pictures(step, grid(shown[0], side))
 
+    def require_folder(self) -> None:
+        """Check that the run folder is there, before anything is written into it.
+
+        Raises:
+            ValueError: if it was deleted, emptied or replaced.
+        """
+        if self._logs:
+            self._logs.folder.require()
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        self.require_folder()
         try:
             yield
         except OSError as error:
@@ -126,6 +137,7 @@ class Logs:
         self._wandb = Wandb(config, done) if config.log.wandb else None
         self._stream = self._path.open("a")
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self.folder = Held(folder)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line and its scalars."""
@@ -146,6 +158,7 @@ class Logs:
         """Flush and close all logs; wandb shows a run that failed as such."""
         self._stream.close()
         self._writer.close()
+        self.folder.close()
         if self._wandb:
             self._wandb.close(failed=failed)
 

@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from rft import dist
-from rft.clip.classifier import (
-    LAST,
-    SELECTED,
-    Classifier,
-    load_state,
-    save_classifier,
-    save_state,
-)
+from rft.classes import Classes
+from rft.clip.classifier import Classifier, load_state, save_classifier, save_state
 from rft.config import Config, Precision
 from rft.data.loader import Batch, Reading, TrainingBatches, read_batches
 from rft.dist import World
 from rft.evaluate.accuracy import Count
 from rft.evaluate.evaluator import count_correct
+from rft.runs import LAST, SELECTED
 from rft.train import checkpoint
 from rft.train.checkpoint import Progress
 from rft.train.journal import Journal
@@ -33,7 +28,7 @@ from rft.train.objective import Draws, Objective, StepAddress, draw
 from rft.train.optim import build_optimizer, set_schedule
 from rft.train.pictures import Counterfactuals
 from rft.train.profile import profiling
-from rft.train.run import RunFolder
+from rft.train.run import RunFolder, vanished
 from rft.train.stop import StopRequest
 
 COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
@@ -68,6 +63,25 @@ class Job:
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.config.optim.epochs * self.batches.plan.steps_per_epoch
+
+    @property
+    def selects(self) -> bool:
+        """Whether held-out images choose among the models of several epochs."""
+        return len(self.held_out) > 0 and self.config.optim.epochs > 1
+
+    def chosen(self, step: int) -> str:
+        """Say in a few words which model the run is left with, and by what."""
+        if self.total_steps == 0:
+            return "the model it started with"
+        if self.selects:
+            return f"model of step {step} selected by {len(self.held_out):,} held-out images"
+        why = "one epoch" if len(self.held_out) else "no held-out images"
+        return f"the last model, of step {step}: {why}"
+
+    @property
+    def classes(self) -> Classes:
+        """Classes of the training set, which are the head's."""
+        return self.batches.packed.manifest.label_space
 
     @property
     def student(self) -> Classifier:
@@ -135,6 +149,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
             if ends_epoch:
                 progress = select(job, progress, journal)
             if saves:
+                journal.require_folder()
                 save(job, writer, optimizer, progress)
                 saved = progress.step
                 meter.restart()
@@ -143,6 +158,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
             progress = select(job, progress, journal)
         if saved < progress.step:
             values = meter.read(progress.step) if meter.steps else None
+            journal.require_folder()
             # first: there may be little time left, and what ends the run may have ended its logs
             save(job, writer, optimizer, progress)
             if values:
@@ -161,10 +177,10 @@ def end(job: Job, progress: Progress, reason: str) -> None:
             flush=True,
         )
         return
+    RunFolder(job.config).require_there()
     folder = RunFolder(job.config).path
-    save_classifier(str(folder / LAST), job.student, metadata(job, progress))
-    if job.total_steps == 0:
-        save_classifier(str(folder / SELECTED), job.student, metadata(job, progress))
+    for name in (LAST, SELECTED) if job.total_steps == 0 else (LAST,):
+        save_classifier(str(folder / name), job.student, metadata(job, progress), job.classes)
 
 
 def stops(job: Job, request: StopRequest, writer: checkpoint.Writer) -> bool:
@@ -194,8 +210,11 @@ def save(
     folder = RunFolder(job.config)
 
     def finish(record: checkpoint.Record, saved: dict[str, Any]) -> None:
+        folder.require_there()
         if progress.best_step == progress.step:
             write_selected(job, progress, saved["model"])
+        elif progress.best_step >= 0 and not (folder.path / SELECTED).exists():
+            raise ValueError(vanished(folder.path / SELECTED, "was deleted"))
         folder.note_progress(record, job.total_steps)
 
     pool = job.config.donor_pool(job.world.size)
@@ -306,8 +325,11 @@ def settle_buckets(job: Job, module: nn.Module) -> None:
 
 
 def select(job: Job, progress: Progress, journal: Journal) -> Progress:
-    """Count held-out accuracy; select the model if it is strictly the best so far."""
-    count = Count(progress.step, 1)  # with nothing to select by, the last model is the one
+    """Count held-out accuracy; select the model if it is strictly the best so far.
+
+    Without held-out images the latest model counts as the best: it is the run's model in the end.
+    """
+    count = Count(progress.step, 1)
     if len(job.held_out):
         (count,) = count_correct(
             [job.student],
@@ -326,7 +348,8 @@ def write_selected(job: Job, progress: Progress, state: dict[str, Tensor]) -> No
     """Write the student of `progress.best_step` to the run folder."""
     selected = replace(progress, step=progress.best_step)
     path = RunFolder(job.config).path / SELECTED
-    save_state(str(path), state, job.student.architecture, metadata(job, selected))
+    known = metadata(job, selected)
+    save_state(str(path), state, job.student.architecture, known, job.classes)
 
 
 def restore_selected(job: Job, store: checkpoint.Store, progress: Progress) -> None:
@@ -338,13 +361,13 @@ def restore_selected(job: Job, store: checkpoint.Store, progress: Progress) -> N
     if progress.best_step < 0:
         return
     with contextlib.suppress(ValueError):
-        _, _, found = load_state(RunFolder(job.config).path / SELECTED)
-        if found["step"] == str(progress.best_step):
+        found = load_state(RunFolder(job.config).path / SELECTED)
+        if found.metadata["step"] == str(progress.best_step):
             return
     step = progress.best_step
     if step not in store.steps() or store.damage(step):
         raise ValueError(
-            f"the selected model, of step {step}, is neither in {RunFolder(job.config).path} nor, "
+            f"the run's model, of step {step}, is neither in {RunFolder(job.config).path} nor, "
             f"whole, in {store.url}; restore one, or use a new run folder to start again"
         )
     write_selected(job, progress, store.load(step)["model"])

@@ -7,6 +7,8 @@ from torch import nn
 
 from rft.config import OptimConfig
 
+REACHED = 0.99  # of the peak rate: OneCycle's lies between two steps of a short run
+
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW over every trainable parameter, weight decay on all of them."""
@@ -31,6 +33,33 @@ def set_schedule(
     for group in optimizer.param_groups:
         group["lr"], group["betas"] = lr, (beta1, config.beta2)
     return lr
+
+
+def schedule_warning(total_steps: int, config: OptimConfig) -> str:
+    """Return a warning of a schedule that hardly trains at its peak rate; empty if it does.
+
+    That is a warm-up of half the run or more, or a peak that no step has.
+    """
+    if total_steps == 0:
+        return ""
+    steps = range(total_steps)
+    if config.schedule == "one-cycle":
+        rates, warmup = [one_cycle(step, total_steps, config)[0] for step in steps], 0
+        advice = "use --optim.schedule cosine, a smaller batch or more epochs"
+    else:
+        rates, warmup = [learning_rate(s, total_steps, config) for s in steps], config.warmup_steps
+        advice = f"use --optim.warmup-steps {total_steps // 10}, a smaller batch or more epochs"
+    highest = max(rates)
+    run = f"the run has {total_steps:,} step{'s' if total_steps > 1 else ''}"
+    if highest < REACHED * config.lr:
+        cause = f", its warm-up {warmup:,}" if warmup else ""
+        return (
+            f"{run}{cause}: the peak learning rate {config.lr:g} is never reached (the highest is "
+            f"{highest:g}); {advice}"
+        )
+    if warmup > 1 and 2 * warmup >= total_steps:
+        return f"{run}, {warmup:,} of them warm-up, half or more; {advice}"
+    return ""
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:

@@ -6,6 +6,7 @@ results.json (rft.evaluate), gallery.npz, provenance.json.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 
 import filelock
 
-from rft import dist, files
-from rft.config import Config, repeat_precision
+from rft import dist, files, small
+from rft.config import Config, load_config, repeat_precision
 from rft.dist import World
 from rft.train.checkpoint import Record
 from rft.train.stop import StopRequest
@@ -87,9 +88,61 @@ class RunFolder:
         document = {"step": record.step, "of": total, "checkpoint": record.name}
         files.write_json(str(self.path / "progress.json"), document | {"sha256": record.sha256})
 
+    def require_there(self) -> None:
+        """Check that the folder was not deleted or emptied while its run trains.
+
+        Writing into it would make a new one with half of a run.
+
+        Raises:
+            ValueError: if it was.
+        """
+        if not (self.path / "config.json").exists():
+            raise ValueError(vanished(self.path))
+
     def finish(self, summary: dict[str, Any]) -> None:
-        """Record that the run is complete."""
+        """Record that the run is complete.
+
+        Raises:
+            ValueError: if the folder was deleted meanwhile.
+        """
+        self.require_there()
         files.write_json(str(self.path / "training.json"), summary)
+
+
+class Held:
+    """A run folder that this process writes: notices when it is deleted, emptied or replaced."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        # a benchmark trains without one
+        self._config = folder / "config.json" if (folder / "config.json").exists() else folder
+
+    def require(self) -> None:
+        """Check that it is the folder that it was.
+
+        Raises:
+            ValueError: if it is not, so that nothing is written into what took its place.
+        """
+        try:
+            same = os.path.samestat(self._folder.stat(), os.fstat(self._descriptor))
+            self._config.stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(vanished(self._folder)) from error
+        if not same:
+            raise ValueError(vanished(self._folder, "was replaced by a different folder"))
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._descriptor)
+
+
+def vanished(path: Path, how: str = "was deleted, emptied or moved") -> str:
+    """Return the message for a run folder, or a file of it, that is gone while its run trains."""
+    return (
+        f"{path} {how} while the run was training; nothing more is written. Restore it to resume "
+        "from the newest checkpoint, or delete what is left and run the same command to start anew"
+    )
 
 
 def check_identity(config: Config) -> None:
@@ -116,11 +169,11 @@ def check_identity(config: Config) -> None:
     signs = ("training.json", "progress.json", "checkpoints/*.pt")
     if not any(any(folder.glob(sign)) for sign in signs):
         return
-    old, new = Config.from_dict(document).identity(), config.identity()
+    old, new = load_config(folder).identity(), config.identity()
     if config.precision == "auto":
         new["precision"] = old["precision"]
     if changed := files.difference(old, new):
-        option = repeat_precision(old, new)
+        option = repeat_precision(old, new) + small.repeat_numbers(old, new)
         raise ValueError(
             f"{config.run} holds a run with another configuration: {'; '.join(changed)}. "
             f"Repeat its options to resume it{option}, or choose another --run-dir"

@@ -168,8 +168,8 @@ def test_dropped_tokens_are_not_computed(images_BCHW, monkeypatch):
 
 def test_a_saved_classifier_comes_back_whole(tmp_path, images_BCHW):
     model = build_model().eval()
-    save_classifier(str(tmp_path / "m.safetensors"), model, {"recipe": "test", "step": "3"})
-    state, architecture, metadata = load_state(tmp_path / "m.safetensors")
+    save_classifier(str(tmp_path / "m.safetensors"), model, {"recipe": "test", "step": "3"}, None)
+    state, architecture, metadata, _ = load_state(tmp_path / "m.safetensors")
     again = build_classifier(state, architecture)
     assert metadata == {"recipe": "test", "step": "3"}
     assert torch.equal(again(images_BCHW), model(images_BCHW))

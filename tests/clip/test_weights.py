@@ -92,7 +92,7 @@ def test_openai_archive_is_what_torch_jit_reads_from_it(made):
 
 def test_our_own_file(tmp_path):
     model = build_model()
-    save_classifier(str(tmp_path / "m.safetensors"), model, {"recipe": "test", "step": "3"})
+    save_classifier(str(tmp_path / "m.safetensors"), model, {"recipe": "test", "step": "3"}, None)
     found = weights.read(tmp_path / "m.safetensors")
     assert same({**found.visual, **found.head}, model.state_dict())
     assert found.architecture == model.architecture

@@ -1,28 +1,35 @@
 """Encodings: pixels are CLIP's own transform bit for bit, original bytes stay untouched."""
 
 import io
+import zlib
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import open_clip
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from rft.data.encode import (
+    MOST_ELONGATED,
     Kind,
+    Treatment,
     clip_pixels,
     clip_square,
     encode,
     encoding_parameters,
     expected_bytes,
+    identify,
     jpeg_skeleton,
     load_image,
     to_jpeg,
     to_npy,
 )
+from tests.pictures import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, empty_png, png_row
 
 
 def random_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -46,10 +53,11 @@ def to_bytes(image: Image.Image, format_name: str, **options) -> bytes:
     st.sampled_from(["RGB", "L", "CMYK"]),
 )
 @example(1, 1, 64, "RGB")
-@example(1500, 3, 32, "L")
-@example(3, 1500, 33, "CMYK")
+@example(1500, 15, 32, "L")
+@example(15, 1500, 33, "CMYK")
 def test_pixels_equal_torchvision(width: int, height: int, size: int, mode: str) -> None:
     """Over odd sizes, specks and panoramas, from the bytes of a file, as an image folder reads."""
+    assume(max(width, height) <= MOST_ELONGATED * min(width, height))
     data = to_bytes(random_image(width, height, mode), "JPEG")
     image = Image.open(io.BytesIO(data)).convert("RGB")
     reference = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size)])(image)
@@ -70,6 +78,20 @@ def test_pixels_equal_open_clip(shape: tuple[int, int], mode: str) -> None:
     assert callable(transform)
     reference = (np.asarray(transform(image)) * 255).round().astype(np.uint8)
     np.testing.assert_array_equal(clip_pixels(image, 224), reference)
+
+
+@pytest.mark.parametrize("black", [False, True])
+def test_cmyk_converted_before_the_crop_is_not_open_clips(black: bool) -> None:
+    """As docs/paper.md says: black ink multiplies the others, and the resize mixes."""
+    inks = [random_image(500, 333 + n, "L").crop((0, 0, 500, 333)) for n in range(4)]
+    if not black:
+        inks[3].paste(0, (0, 0, 500, 333))
+    data = to_bytes(Image.merge("CMYK", inks), "JPEG")
+    transform = open_clip.image_transform(224, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    assert callable(transform)
+    after = (np.asarray(transform(Image.open(io.BytesIO(data)))) * 255).round().astype(int)
+    difference = abs(clip_pixels(load_image(data), 224) - after).max()
+    assert difference > 1 if black else difference == 1
 
 
 def test_border_is_cropped_before_the_resize() -> None:
@@ -146,7 +168,10 @@ def test_jpeg_keeps_colour_and_little_else() -> None:
 
 
 def test_parameters() -> None:
-    assert encoding_parameters("original", 224, 2) == {"kind": "original", "crop_border": 2}
+    original = {"kind": "original", "crop_border": 2}
+    assert encoding_parameters("original", 224, 2) == original
+    photos = {"orientation": "exif", "alpha": "white"}
+    assert encoding_parameters("original", 224, 2, photos=True) == {**original, "photos": photos}
     pixels = encoding_parameters("pixels", 224, 0)
     assert pixels.pop("version")
     assert pixels == {
@@ -214,11 +239,79 @@ def test_exif_that_does_not_parse() -> None:
     check_every_encoding(data, "jpg")
 
 
-def test_16_bit_png() -> None:
-    grey = np.random.default_rng(0).integers(0, 2**16, (41, 50), dtype=np.uint16)
-    data = to_bytes(Image.fromarray(grey), "PNG")
+def test_16_bit_grey_is_its_high_byte() -> None:
+    """A full ramp has 256 levels, each 256 times; torchvision's conversion leaves 2."""
+    ramp_HW = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    expected_HW = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 256, axis=1)
+    data = to_bytes(Image.fromarray(ramp_HW), "PNG")
     assert Image.open(io.BytesIO(data)).mode.startswith("I")
-    check_every_encoding(data, "png")
+    for photos in (False, True):
+        shown_HWC = np.asarray(load_image(data, "x", Treatment(photo=photos)))
+        np.testing.assert_array_equal(shown_HWC, np.dstack([expected_HW] * 3))
+        assert shown_HWC.mean() == 127.5
+        pixels = encode(data, "x", encoding_parameters("pixels", 256, 0, photos=photos)).payload
+        np.testing.assert_array_equal(np.load(io.BytesIO(pixels)), np.stack([expected_HW] * 3))
+        original = encode(data, "x", encoding_parameters("original", 0, 0, photos=photos))
+        assert original.header.mode.startswith("I")
+
+
+SAMPLES = [0, 0x00FF, 0x0100, 0x80FF, 0xFEFF, 0xFFFF]
+HIGH_BYTES = [0, 0, 1, 0x80, 0xFE, 0xFF]
+PLTE = chunk(b"PLTE", bytes([9, 9, 9, 255, 0, 0]))
+# file, and the pixels by hand: a level of n bits is spread over 0 to 255, one of 16 loses a byte
+DEPTHS = {
+    "grey, 1 bit": (png_row([0, 1, 1], 1, GREY), [[0] * 3, [255] * 3, [255] * 3]),
+    "grey, 2 bits": (png_row([0, 1, 2, 3], 2, GREY), [[n] * 3 for n in (0, 85, 170, 255)]),
+    "grey, 4 bits": (png_row([0, 1, 15], 4, GREY), [[n] * 3 for n in (0, 17, 255)]),
+    "palette, 1 bit": (png_row([1, 0], 1, PALETTE, PLTE), [[255, 0, 0], [9, 9, 9]]),
+    "palette, 4 bits": (png_row([1, 0, 1], 4, PALETTE, PLTE), [[255, 0, 0], [9] * 3, [255, 0, 0]]),
+    "grey, 16 bits": (png_row(SAMPLES, 16, GREY), [[n] * 3 for n in HIGH_BYTES]),
+    "colour, 16 bits": (png_row(SAMPLES, 16, RGB), [HIGH_BYTES[:3], HIGH_BYTES[3:]]),
+    "grey and alpha, 16 bits": (
+        png_row([0x80FF, 0xFFFF, 0x00FF, 0xFFFF], 16, GREY_ALPHA),
+        [[0x80] * 3, [0] * 3],
+    ),
+    "colour and alpha, 16 bits": (
+        png_row([*SAMPLES[:3], 0xFFFF, *SAMPLES[3:], 0xFFFF], 16, RGBA),
+        [HIGH_BYTES[:3], HIGH_BYTES[3:]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+@pytest.mark.parametrize("photo", [False, True])
+def test_every_depth(name: str, photo: bool) -> None:
+    data, expected = DEPTHS[name]
+    assert np.asarray(load_image(data, "x", Treatment(photo=photo)))[0].tolist() == expected
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize(
+    ("format_name", "mode"),
+    [
+        *(("PNG", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")),
+        *(("JPEG", mode) for mode in ("L", "RGB", "CMYK")),
+        *(("WEBP", mode) for mode in ("RGB", "RGBA")),
+    ],
+)
+def test_eight_bits_are_those_of_torchvision(tmp_path: Path, format_name: str, mode: str) -> None:
+    """Benchmarks stay as its loader reads them: not turned, hidden colours shown."""
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(rng.integers(0, 256, (37, 50, 4), dtype=np.uint8))
+    image = image.convert("RGB").convert(mode) if mode in ("CMYK", "P") else image.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"transparency": bytes(range(256))} if mode == "P" else {}
+    path = tmp_path / "x"
+    path.write_bytes(to_bytes(image, format_name, exif=exif, **options))
+    expected = np.asarray(pil_loader(path))
+    encoded = encode(path.read_bytes(), "x", encoding_parameters("original", 0, 0))
+    assert (encoded.header.width, encoded.header.height) == (50, 37)
+    np.testing.assert_array_equal(np.asarray(load_image(encoded.payload)), expected)
+    pixels = encode(path.read_bytes(), "x", encoding_parameters("pixels", 16, 0)).payload
+    np.testing.assert_array_equal(
+        np.load(io.BytesIO(pixels)), clip_pixels(Image.fromarray(expected), 16)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
@@ -350,6 +443,95 @@ def test_a_side_that_is_all_border_is_named() -> None:
     for kind in get_args(Kind):
         with pytest.raises(ValueError, match=r"^x is 4 x 50 pixels"):
             encode(data, "x", encoding_parameters(kind, 32, 2))
+
+
+def changed_precision(data: bytes, bits: int) -> bytes:
+    """Return a JPEG whose frame header announces another number of bits."""
+    place = data.index(b"\xff\xc0") + 4
+    return data[:place] + bytes([bits]) + data[place + 1 :]
+
+
+def with_chunk(name: bytes, content: bytes, *, behind: bool) -> bytes:
+    block = chunk(name, content)
+    return png_row([1, 2], 8, GREY, b"" if behind else block, after=block if behind else b"")
+
+
+HOSTILE = {
+    "JPEG of 12 bits": (changed_precision(to_bytes(random_image(20, 20), "JPEG"), 12), "12-bit"),
+    "profile that ends early": (with_chunk(b"iCCP", b"abc\0", behind=True), ""),
+    "profile of an unknown kind": (with_chunk(b"iCCP", b"abc\0\x09", behind=False), ""),
+    "sizes that end early": (with_chunk(b"pHYs", b"a", behind=True), ""),
+    "text that unpacks to 10 MB": (
+        with_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**7)), behind=False),
+        "",
+    ),
+    "100 megapixels": (empty_png(10_000, 10_000), r"is 10000 x 10000 pixels; at most 89,478,485"),
+    "400 megapixels": (empty_png(20_000, 20_000), "exceeds limit"),
+    "6000 x 1": (empty_png(6000, 1), r"is 6000 x 1 pixels; .* at most 100 times"),
+    "1 x 101": (empty_png(1, 101), r"is 1 x 101 pixels; .* at most 100 times"),
+    "70,000 x 1000": (empty_png(70_000, 1000), "at most 65535"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["original", "jpeg", "pixels"])
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("photos", [False, True])
+def test_hostile_images_are_named(name: str, kind: Kind, photos: bool) -> None:
+    """By the packer in every encoding, by readers, and by the indexer of third-party shards."""
+    data, message = HOSTILE[name]
+    with pytest.raises(ValueError, match=rf"^n01/x\.png .*{message}"):
+        encode(data, "n01/x.png", encoding_parameters(kind, 32, 0, photos=photos))
+    with pytest.raises(ValueError, match=rf"^n01/x\.png .*{message}"):
+        load_image(data, "n01/x.png", Treatment(photo=photos))
+    if "early" not in name:  # found only by decoding
+        with pytest.raises(ValueError, match=rf"^n01/x\.png .*{message}"):
+            identify(data, "n01/x.png", 0)
+
+
+def test_elongated_inside_the_border() -> None:
+    data = to_bytes(random_image(300, 6), "PNG")
+    for kind in get_args(Kind):
+        encode(data, "x", encoding_parameters(kind, 32, 0))
+        with pytest.raises(ValueError, match=r"^x is 300 x 6 pixels; .* at most 100 times"):
+            encode(data, "x", encoding_parameters(kind, 32, 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([8, 33]))
+@example(6000, 1, 224)
+@example(1, 6000, 224)
+def test_a_resize_never_takes_many_squares(width: int, height: int, size: int) -> None:
+    """The area that `Image.resize` is asked for is bounded, whatever the image."""
+    asked = []
+
+    class Spy(Image.Image):
+        def resize(self, size, *arguments):
+            asked.append(size[0] * size[1])
+            return Image.new("L", size)
+
+    image = Spy()
+    image._size = (width, height)
+    if max(width, height) > MOST_ELONGATED * min(width, height):
+        with pytest.raises(ValueError, match="at most 100 times"):
+            clip_square(image, size)
+        assert asked == []
+    elif (width, height) != (size, size):
+        clip_square(image, size)
+        assert max(asked, default=0) <= MOST_ELONGATED * size**2
+
+
+@pytest.mark.parametrize("kind", ["original", "jpeg", "pixels"])
+def test_too_little_memory_is_not_the_image(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the run with the image's name, and never counts for --max-bad."""
+    data = to_bytes(random_image(20, 20), "PNG")
+
+    def load(image):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(OSError, match=r"^n01/x\.png: not enough memory"):
+        encode(data, "n01/x.png", encoding_parameters(kind, 32, 0))
 
 
 def test_npy_is_plain() -> None:

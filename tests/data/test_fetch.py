@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from rft.data import fetch
 from rft.data.cache import Cache, Part
-from rft.data.fetch import is_transient, merge
+from rft.data.fetch import merge
 from rft.data.manifest import Shard
+from rft.remote import is_transient
 
 RANGES = st.lists(
     st.tuples(st.integers(0, 3), st.integers(0, 10**8), st.integers(1, 10**7)), max_size=40
@@ -47,14 +48,23 @@ class Answer(Exception):  # noqa: N818 - stands for an HTTP client's
         self.status = status
 
 
+class NoCredentialsError(Exception):  # as botocore calls it
+    pass
+
+
 @pytest.mark.parametrize(
     ("error", "again"),
     [
         (ConnectionResetError(), True),
         (TimeoutError(), True),
         (Answer(503), True),
+        (Answer(500), True),
+        (Answer(408), True),
         (Answer(429), True),
         (Answer(403), False),
+        (Answer(401), False),
+        (NoCredentialsError(), False),
+        (IsADirectoryError(), False),
         (FileNotFoundError(), False),
         (PermissionError(), False),
         (ValueError(), False),

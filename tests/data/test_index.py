@@ -1,13 +1,17 @@
 """Shards made elsewhere: each layout is read as it is, and each kind of bad shard is named."""
 
+import bz2
 import gzip
 import importlib.util
 import io
 import json
+import lzma
+import re
 import shutil
 import sys
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
-from rft import cli
+from rft import cli, files
 from rft.data.encode import clip_pixels, load_image
 from rft.data.index import index_shards
 from rft.data.labels import LabelSpace, objectnet_groups
@@ -30,6 +34,7 @@ from rft.data.published import published_classes
 from rft.data.samples import parent, split_name
 from rft.data.scoring import Options as AllOptions
 from rft.data.verify import verify
+from tests.pictures import empty_png
 from tests.servers.faults import Fault, faulty
 from tests.servers.ranges import range_server
 
@@ -250,6 +255,85 @@ def test_img2dataset_layout(tmp_path: Path) -> None:
         index_shards([url], str(tmp_path / "other"), LABELS, Options(label_field="label"))
 
 
+NUMBERED = LabelSpace(  # as folders 0 to 11 are sorted
+    ids=tuple(sorted(map(str, range(12)))),
+    names=tuple(f"number {name}" for name in sorted(map(str, range(12)))),
+    templates=("a {c}.",),
+)
+WORDS = LabelSpace(ids=("a", "b", "c"), names=("2", "0", "1"), templates=("a {c}.",))
+IN_ORDER = LabelSpace(ids=("0", "1", "2"), names=("x", "y", "z"), templates=("a {c}.",))
+AMBIGUOUS = r"key 'k0': label {} may be a position or .*; say which with --labels-are positions or"
+# label space, labels as JSON (None: .cls), what labels are, class ids or the error
+NUMBERS: dict[str, tuple[LabelSpace, list, bool, str | None, list[int] | str]] = {
+    "ids as texts": (NUMBERED, ["0", "10", "2", "9"], True, None, [0, 2, 4, 11]),
+    "ids as numbers": (NUMBERED, [10, 2], True, None, AMBIGUOUS.format(10)),
+    "also where both mean the same": (NUMBERED, [0, 1], True, None, AMBIGUOUS.format(0)),
+    "no id as text": (NUMBERED, ["12"], True, None, AMBIGUOUS.format(12)),
+    "ids in .cls": (NUMBERED, [10, 2], False, None, AMBIGUOUS.format(10)),
+    "numbers are names": (NUMBERED, [10, 2], True, "names", [2, 4]),
+    "numbers are positions": (NUMBERED, [10, 2], True, "positions", [10, 2]),
+    "texts are positions": (NUMBERED, ["10", "2"], True, "positions", [10, 2]),
+    ".cls has names": (NUMBERED, [10, 2], False, "names", [2, 4]),
+    ".cls has positions": (NUMBERED, [10, 2], False, "positions", [10, 2]),
+    "no such name": (NUMBERED, [12], False, "names", "label '12' is no class of the label space"),
+    "no such position": (NUMBERED, [12], False, "positions", "label 12 is none of the 12 classes"),
+    "names that are numbers": (WORDS, ["1"], True, None, AMBIGUOUS.format(1)),
+    "such names as names": (WORDS, ["1", "b"], True, "names", [2, 1]),
+    "ids in order": (IN_ORDER, [2, "1", 0], True, None, [2, 1, 0]),
+    "ids in order in .cls": (IN_ORDER, [2, "z", 0], False, None, [2, 2, 0]),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_labels_that_look_like_positions(tmp_path: Path, kind: str) -> None:
+    """A text that is an id is that id; what may be two classes is refused; verify agrees."""
+    labels, values, is_json, labels_are, expected = NUMBERS[kind]
+    members = []
+    for n, value in enumerate(values):
+        label = json.dumps({"y": value}) if is_json else str(value)
+        members += [
+            (f"k{n}.jpg", picture(n)),
+            (f"k{n}.{'json' if is_json else 'cls'}", label.encode()),
+        ]
+    url, out = write_tar(tmp_path / "0.tar", members), str(tmp_path / "out")
+    options = Options(label_field="y" if is_json else None, labels_are=labels_are)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            index_shards([url], out, labels, options)
+        return
+    index_shards([url], out, labels, options)
+    assert PackedDataset(out).index.label.tolist() == expected
+    assert verify(out, deep=True, workers=1).problems == []
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan.get("labels_are") == labels_are
+    assert ("labels_are" in plan) == (labels_are is not None)  # other plans are as before
+
+
+def test_positions_in_a_local_list_may_be_ids_too(tmp_path: Path) -> None:
+    """Numbers count the lines of classnames.txt, unless a class is called so."""
+    url = write_tar(tmp_path / "0.tar", plain("k0", 0))
+    (tmp_path / "classnames.txt").write_text("2\n0\n")
+    with pytest.raises(ValueError, match=AMBIGUOUS.format(0)):
+        index_shards([url], str(tmp_path / "out"), IN_ORDER, Options())
+    index_shards([url], str(tmp_path / "out"), IN_ORDER, Options(labels_are="positions"))
+    assert PackedDataset(str(tmp_path / "out")).index.label.tolist() == [2]
+    assert verify(str(tmp_path / "out"), deep=True, workers=1).problems == []
+
+
+def test_verify_reads_labels_as_the_index_did(tmp_path: Path) -> None:
+    """A wrong class for a text that is an id is found, and an older manifest has no ids."""
+    members = [("k0.jpg", picture(0)), ("k0.json", b'{"y": "10"}')]
+    url, out = write_tar(tmp_path / "0.tar", members), str(tmp_path / "out")
+    index_shards([url], out, NUMBERED, Options(label_field="y"))
+    manifest = Manifest.load(out)
+    index = Index.load(out, manifest)
+    content = replace(index, label=np.array([10], np.int32)).to_bytes()
+    (tmp_path / "out" / "index.npz").write_bytes(content)
+    replace(manifest, index_sha256=files.sha256_bytes(content)).save(out)
+    (problem,) = verify(out, deep=True, workers=1).problems
+    assert problem.what == "its .json says '10', the index has class 10"
+
+
 def test_folders_capitals_and_members_without_a_key(tmp_path: Path, capsys) -> None:
     members = [
         ("README", b"text"),
@@ -318,7 +402,7 @@ def test_web_server_that_drops_connections(tmp_path: Path) -> None:
         for workers in (1, 2):
             index_shards([pattern], out, LABELS, AllOptions(workers=workers))
         assert verify(out, deep=True, workers=2).problems == []
-        assert proxy.fired["fin"] >= 3
+        assert proxy.fired["fin"] >= 2
         data = PackedDataset(out)
         assert data.manifest.shards[1].name == f"{proxy.url}/test/1.tar"
         for n in range(12):
@@ -394,10 +478,45 @@ BAD_SAMPLES: dict[str, tuple[Members, str]] = {
     "unknown name": (plain("a", "zebra"), "label 'zebra' is no class"),
     "empty label": (plain("a", ""), "label '' is no class"),
     "no text": ([("a.jpg", picture(0)), ("a.cls", b"\xff")], r"its \.cls is not readable"),
-    "no image data": ([("a.jpg", b"GIF89a"), ("a.cls", b"0")], "key 'a': no readable JPEG"),
+    "no image data": (
+        [("a.jpg", b"GIF89a"), ("a.cls", b"0")],
+        "key 'a': the image is no readable JPEG",
+    ),
+    "sliver": (
+        [("a.png", empty_png(6000, 1)), ("a.cls", b"0")],
+        r"key 'a': the image is 6000 x 1 pixels; .* at most 100 times",
+    ),
     "no ASCII": (plain("\u00e4", 0), "is not ASCII"),
     "nothing": ([], "holds no samples"),
 }
+
+
+def test_images_that_other_loaders_show_as_stored(tmp_path: Path, capsys) -> None:
+    """Counted and left as they are: EXIF orientations and transparency."""
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    grey = Image.new("L", (20, 30))
+    files = {
+        "a.jpg": saved(grey, "JPEG", exif=exif),
+        "b.png": saved(grey, "PNG", exif=exif),
+        "c.webp": saved(Image.new("RGBA", (20, 30)), "WEBP", exif=exif),
+        "d.png": saved(grey, "PNG", transparency=0),
+        "e.jpg": picture(0),
+    }
+    members = [m for name, data in files.items() for m in ((name, data), (f"{name[0]}.cls", b"0"))]
+    url = write_tar(tmp_path / "0.tar", members)
+    index_shards([url], str(tmp_path / "out"), LABELS, Options())
+    said = capsys.readouterr().out
+    assert "warning: 3 images are stored turned or mirrored (EXIF orientation)" in said
+    assert "warning: 2 images may be transparent" in said
+    _, index, _ = check(str(tmp_path / "out"), [url])
+    assert (index.width[:4] == 20).all()
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize("kind", BAD_SAMPLES)
@@ -411,10 +530,18 @@ def test_bad_samples(tmp_path: Path, kind: str) -> None:
 
 
 def test_json_that_is_none(tmp_path: Path) -> None:
-    for text in ("{", "[1]", '{"y": true}', '{"y": 1.5}', '{"y": null}'):
+    for text, message in {
+        "{": "its .json is not readable",
+        "[1]": r"no number or text 'y' \(no fields\)",
+        '{"y": null}': r"no number or text 'y' \(y\)",
+        '{"y": true}': "label true of its .json is true or false; write class numbers as integers",
+        '{"y": 0.0}': "label 0.0 of its .json is a number with a fraction; write class numbers as",
+        '{"y": NaN}': "label NaN of its .json is a number with a fraction",
+        '{"y": "1.0"}': "label '1.0' is no class of the label space; class numbers are integers",
+    }.items():
         members = [("a.jpg", picture(0)), ("a.json", text.encode())]
         url = write_tar(tmp_path / "0.tar", members)
-        with pytest.raises(ValueError, match=r"not readable|no number or text 'y'"):
+        with pytest.raises(ValueError, match=message):
             index_shards([url], str(tmp_path / "out"), LABELS, Options(label_field="y"))
 
 
@@ -432,15 +559,22 @@ def test_damaged_tar_is_named_with_the_byte(tmp_path: Path, position: int) -> No
         index_shards([url], str(tmp_path / "out"), LABELS, Options())
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"junk" * 300, gzip.compress(b"\0" * 10240)],
-    # gzip has the time in it, and a test's name must be the same in every process
-    ids=["empty", "junk", "gzip"],
-)
-def test_what_is_no_tar(tmp_path: Path, data: bytes) -> None:
+NO_TAR: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is no whole tar"),
+    "junk": (b"junk" * 300, "is no whole tar"),
+    "gzip": (gzip.compress(bytes(10240)), "no plain tar but compressed by gzip; unpack .* gunzip"),
+    "bzip2": (bz2.compress(bytes(10240)), "no plain tar but compressed by bzip2; .* bunzip2"),
+    "xz": (lzma.compress(bytes(10240)), "no plain tar but compressed by xz; unpack it with unxz"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(99), "no plain tar but compressed by zstd; .* unzstd"),
+    "zip": (b"PK\x03\x04" + bytes(99), "no plain tar but a zip archive; unpack it and pack"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TAR)
+def test_what_is_no_tar(tmp_path: Path, kind: str) -> None:
+    data, message = NO_TAR[kind]
     (tmp_path / "x.tar").write_bytes(data)
-    with pytest.raises(ValueError, match=r"x\.tar is no whole tar"):
+    with pytest.raises(ValueError, match=rf"x\.tar.* {message}"):
         index_shards([str(tmp_path / "x.tar")], str(tmp_path / "out"), LABELS, Options())
 
 
@@ -449,6 +583,12 @@ def test_what_is_no_tar(tmp_path: Path, data: bytes) -> None:
     [
         ([], "name the shards"),
         (["{0..1.tar"], "braces do not match"),
+        (["*.tar"], r"'\*' is not expanded; .*, such as 'folder/\{000\.\.127\}\.tar'"),
+        (["https://host/*.tar"], r"'\*' is not expanded"),
+        (["{0-5}.tar"], r"'\{0-5\}\.tar': '\{' is not expanded"),
+        (["{0...5}.tar"], r"'\{' is not expanded"),
+        (["{}.tar"], r"'\{' is not expanded"),
+        (["{0..x}.tar"], r"'\{' is not expanded"),
         (["{0..1}.tar", "1.tar"], "1.tar is named twice"),
         (["gone-{0..1}.tar"], "no such shard: .*gone-0.tar"),
         (["https://user:secret@host/0.tar"], r"https://\*{3}@host/0.tar holds credentials"),
@@ -462,6 +602,43 @@ def test_bad_patterns(tmp_path: Path, monkeypatch, patterns: list[str], message:
         index_shards(patterns, str(tmp_path / "out"), LABELS, Options())
     assert "secret" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_folder_is_no_shard(tmp_path: Path, remote: bool) -> None:
+    for n in range(12):
+        write_tar(tmp_path / "set" / f"{n:04d}.tar", plain("a", 0))
+    folder = str(tmp_path / "set")
+    fs = fsspec.filesystem("memory")
+    if remote:
+        fs.put(f"{folder}/", "/folder/set/", recursive=True)
+        folder = "memory://folder/set"
+    message = (
+        "/set is a folder, not a shard; of its 12 .tar files the first is 0000.tar, the last "
+        f"0011.tar; name its shards, such as '{folder}/{{000000..000123}}.tar'"
+    )
+    try:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            index_shards([folder], str(tmp_path / "out"), LABELS, Options())
+    finally:
+        if remote:
+            fs.rm("/folder", recursive=True)
+
+
+def test_a_file_may_be_called_like_a_pattern(tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "*.tar", plain("a", 0))
+    assert index_shards([url], str(tmp_path / "own"), LABELS, Options()).samples == 1
+
+
+@pytest.mark.parametrize("first", ["jpg", "cls"])
+def test_members_apart_are_named_as_that(tmp_path: Path, first: str) -> None:
+    """All images and then all labels, or the other way: not "no label" or "no image"."""
+    members = plain("a", 0) + plain("b", 1, 1)
+    members.sort(key=lambda member: (not member[0].endswith(first), member[0]))
+    url = write_tar(tmp_path / "0.tar", members)
+    message = r"0\.tar: key 'a' comes back at byte .* must be neighbours: .*tar --sort=name"
+    with pytest.raises(ValueError, match=message):
+        index_shards([url], str(tmp_path / "out"), LABELS, Options())
 
 
 def test_the_same_shard_under_two_names(tmp_path: Path) -> None:
@@ -493,6 +670,7 @@ def test_wrong_number_of_shards(tmp_path: Path) -> None:
 
 
 LOCAL: dict[str, tuple[list[str], str]] = {
+    "none": ([], "classnames.txt names no class"),
     "unknown": (["toad", "zebra"], "'zebra' is no class of the label space"),
     "twice": (["toad", "Toad"], "'Toad' and 'toad' are the same class"),
 }
@@ -532,6 +710,25 @@ def test_names_in_another_order_are_not_taken_for_class_ids(tmp_path: Path) -> N
     path = str(tmp_path / "wds" / "classnames.txt")
     index_shards([pattern], out, LABELS, Options(local_classes=path))
     assert PackedDataset(out).index.label.tolist() == [2, 1, 0]
+
+
+def test_as_many_names_are_not_the_same_classes(tmp_path: Path, capsys) -> None:
+    """Equal length proves nothing: most names must be those of the label space."""
+    pattern = write_clip_benchmark(tmp_path / "wds", [0, 1, 2], ["car", "bus", LABELS.names[2]])
+    with pytest.raises(
+        ValueError, match=r"2 of the 3 names .* \(first: 'car' in place 0"
+    ) as caught:
+        index_shards([pattern], str(tmp_path / "out"), LABELS, Options())
+    assert "--classes" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    # a different word for one class; an id in place of a name is no different word
+    names = [LABELS.ids[0], "badger", LABELS.names[2]]
+    (tmp_path / "wds" / "classnames.txt").write_text("\n".join(names))
+    index_shards([pattern], str(tmp_path / "out"), LABELS, Options())
+    warning = capsys.readouterr().err
+    assert "WARNING: 1 of the 3 names" in warning
+    assert f"'badger' in place 1, which is {LABELS.names[1]!r} there" in warning
+    assert PackedDataset(str(tmp_path / "out")).index.label.tolist() == [0, 1, 2]
 
 
 def test_r_with_another_set_of_classes(tmp_path: Path) -> None:

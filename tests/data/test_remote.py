@@ -301,8 +301,9 @@ def test_wrong_secret(store: ObjectStore, s3_copy: str, monkeypatch: pytest.Monk
     assert packed.shards.counters.range_retries == 0
 
 
-def test_no_server() -> None:
+def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing listens: one line with the address, not a stack of client errors."""
+    monkeypatch.setattr("rft.remote.PATIENCE", LITTLE_PATIENCE)
     with pytest.raises(ValueError, match=r"^cannot read http://127\.0\.0\.1:9/set/manifest\.json"):
         PackedDataset("http://127.0.0.1:9/set")
 
@@ -637,10 +638,12 @@ STUCK = """
 
 PROCESSES = """
     import json, sys
+    from rft.data.fetch import Patience
     from rft.data.loader import PackedDataset
-    from tests.data.test_remote import PATIENCE, digests
+    from tests.data.test_remote import digests
 
-    print(json.dumps(digests(PackedDataset(sys.argv[1], patience=PATIENCE), workers=2)))
+    patience = Patience(tries=30, longest_pause=0.02)  # nothing stalls, and clients start slowly
+    print(json.dumps(digests(PackedDataset(sys.argv[1], patience=patience), workers=2)))
 """
 
 

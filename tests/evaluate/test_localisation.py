@@ -225,7 +225,7 @@ def tiny_case(tmp_path_factory, tiny_data) -> dict:
     folder = tmp_path_factory.mktemp("localisation")
     model = build_model(classes=len(tiny.LABELS.ids))
     checkpoint = folder / "run" / "checkpoints" / "best.safetensors"
-    save_classifier(str(checkpoint), model, {"step": "7"})
+    save_classifier(str(checkpoint), model, {"step": "7"}, tiny.LABELS.classes)
     (folder / "run" / "config.json").write_text("{}\n")
     packed, rng = PackedDataset(str(tiny_data / "imagenet-train")), np.random.default_rng(5)
     masks = {}
@@ -334,7 +334,9 @@ def test_more_ranks_than_batches(tiny_case, tiny_data, tmp_path, monkeypatch):
 def test_several_checkpoints_are_measured_in_one_pass(tiny_case, tiny_data, tmp_path, monkeypatch):
     paths = [tmp_path / f"{seed}.safetensors" for seed in (0, 1)]
     for seed, path in enumerate(paths):
-        save_classifier(str(path), build_model(seed, len(tiny.LABELS.ids)), {"step": "0"})
+        save_classifier(
+            str(path), build_model(seed, len(tiny.LABELS.ids)), {"step": "0"}, tiny.LABELS.classes
+        )
     first, second = map(str, paths)
     call(monkeypatch, first, *arguments(tiny_case, tiny_data, paths[1]))
     together = [results(path.with_suffix(".localisation.json")) for path in paths]
@@ -352,7 +354,10 @@ def test_several_checkpoints_are_measured_in_one_pass(tiny_case, tiny_data, tmp_
 def with_imagenets_classes(packed: PackedDataset, labels: list[int]) -> PackedDataset:
     """The same set as if it had been packed with ImageNet's classes; labels repeat."""
     other = PackedDataset(packed.url)
-    other.manifest = dataclasses.replace(other.manifest, classes=LabelSpace.imagenet().names)
+    imagenet = LabelSpace.imagenet()
+    other.manifest = dataclasses.replace(
+        other.manifest, classes=imagenet.names, class_ids=imagenet.ids
+    )
     other.index = dataclasses.replace(other.index, label=np.resize(labels, len(packed)))
     return other
 
@@ -386,7 +391,7 @@ def test_the_paper_stands_beside_its_own_model_alone():
         "images": {"measured": 1234, "empty_mask": 0, "without_mask": 5},
         "thresholds": thresholds,
     }
-    text = localisation.format_table(Path("runs/a"), document, beside_paper=True)
+    text = localisation.format_table("runs/a", document, beside_paper=True)
     lines = [line.split() for line in text.splitlines()]
     assert lines[0][-1] == "none)"
     assert "1,234" in lines[0]
@@ -395,7 +400,7 @@ def test_the_paper_stands_beside_its_own_model_alone():
         ["the", "paper's", "0.17", "-"],
     ]
     document["classes"] = "all"
-    assert "paper" not in localisation.format_table(Path("runs/a"), document, beside_paper=True)
+    assert "paper" not in localisation.format_table("runs/a", document, beside_paper=True)
 
 
 def test_the_choice_by_chance_does_not_depend_on_packing(tiny_case):
@@ -422,7 +427,7 @@ def test_the_choice_by_chance_does_not_depend_on_packing(tiny_case):
         (("--thresholds", "nan"), "--thresholds has nan"),
         (("--thresholds", "0.3", "0.3"), "each only once"),
         (("--classes", "dogs"), "--classes"),
-        (("--classes", "restricted"), "was packed with 4; use --classes all"),
+        (("--classes", "restricted"), "(4 and 1000 classes); use --classes all"),
         (("--set", "imagenet-trian"), "no packed dataset at"),
         (("--samples", "72"), "--samples asks for 72 images, only 71 of the 76 have a mask below"),
         (("--masks", "/nowhere"), "no folder of masks at /nowhere"),
@@ -461,16 +466,16 @@ def test_checkpoints_that_do_not_fit(tiny_case, tiny_data, tmp_path, refused):
     assert "no checkpoint at" in refused(localisation, *options)
     assert "name at least one run folder" in refused(localisation, *options[1:])
     path = tmp_path / "five.safetensors"
-    save_classifier(str(path), build_model(classes=5), {"step": "0"})
+    save_classifier(str(path), build_model(classes=5), {"step": "0"}, None)
     options = arguments(tiny_case, tiny_data, path)
-    assert "tells 5 classes apart" in refused(localisation, *options)
+    assert "has a 5-class head" in refused(localisation, *options)
     large = dataclasses.replace(
         ARCHITECTURE, vision_cfg={**ARCHITECTURE.vision_cfg, "image_size": 32}
     )
     model = Classifier(large.build_visual(), torch.nn.Linear(12, 4), large)
-    save_classifier(str(path), model, {"step": "0"})
+    save_classifier(str(path), model, {"step": "0"}, tiny.LABELS.classes)
     both = refused(localisation, str(tiny_case["folder"] / "run"), *options)
-    assert "the checkpoints want images of [16, 32] px; measure them apart" in both
+    assert "the checkpoints want images of [16, 32] px; evaluate them apart" in both
     assert "was packed at 16 px, the model wants 32 px" in refused(localisation, *options)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -487,7 +492,7 @@ def test_the_miniatures_clip_finds_its_objects(tmp_path, monkeypatch):
     clip = load_clip(ModelConfig(clip=MINIATURE))
     head = zero_shot_head(clip, labels.names, labels.templates)
     model = Classifier(clip.model.visual, head, clip.architecture)
-    save_classifier(str(tmp_path / "zero-shot.safetensors"), model, {"step": "0"})
+    save_classifier(str(tmp_path / "zero-shot.safetensors"), model, {"step": "0"}, labels.classes)
 
     def run(encoding: str, dataset: str) -> dict:
         options = ["--data", str(tmp_path / encoding), "--masks", str(tmp_path / "world/masks")]

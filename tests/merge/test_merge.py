@@ -10,12 +10,13 @@ import torch
 
 from rft import files
 from rft.clip import made
-from rft.clip.classifier import LAST, SELECTED, build_classifier, load_state, save_state
+from rft.clip.classifier import build_classifier, load_state, save_state
 from rft.config import Config
 from rft.data.loader import PackedDataset, plan_training
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
 from rft.method.averaging import interpolate, uniform_soup
+from rft.runs import LAST, SELECTED
 from rft.train import __main__ as train_command
 from tests.conftest import build_model
 from tests.tiny import call, torchrun
@@ -80,14 +81,14 @@ def runs(trained, tmp_path) -> Path:
 def shake(run: Path, copy: Path, seed: int, strength: float) -> Path:
     """A run folder like another, with noise on its selected weights: one more soup ingredient."""
     shutil.copytree(run, copy)
-    state, architecture, metadata = load_state(run / SELECTED)
+    state, architecture, metadata, classes = load_state(run / SELECTED)
     generator = torch.Generator().manual_seed(seed)
     noisy = {
         name: value + strength * value.std() * torch.randn(value.shape, generator=generator)
         for name, value in state.items()
         if value.numel() > 1
     }
-    save_state(str(copy / SELECTED), {**state, **noisy}, architecture, metadata)
+    save_state(str(copy / SELECTED), {**state, **noisy}, architecture, metadata, classes)
     return copy
 
 
@@ -111,7 +112,9 @@ def test_one_alpha_makes_the_run_folder_itself(runs, tmp_path, merge):
     assert load_state(out / SELECTED)[2]["recipe"] == "wise-ft-0.3"
     assert json.loads((out / "provenance.json").read_text())["command"][0] == "rft"
     data = config_of(end)["data"]
-    assert printed == f"merged: {out}\nnext: python -m rft.evaluate {out} --data {data}\n"
+    sets = "imagenet-val imagenet-r imagenet-a"  # those of the tiny world
+    command = f"python -m rft.evaluate {out} --data {data} --sets {sets}"
+    assert printed == f"merged: {out}\nnext: {command}\n"
 
 
 def test_several_alphas_make_one_folder_each(runs, tmp_path, merge):
@@ -164,9 +167,11 @@ def test_weights_files_without_a_run_folder(runs, tmp_path, merge):
     # what the file itself says is not unknown
     assert config_of(tmp_path / "merged")["recipe"] == "wise-object-mask-single-fill-0.5"
     assert config_of(tmp_path / "merged")["end_weights"] == "file"
-    assert printed.endswith("--data URL\n")
-    state, architecture, _ = load_state(own)
-    save_state(str(own), state, architecture, {"step": "0"})
+    assert printed.endswith(
+        "--data DATA\n  (DATA: folder or URL below which the packed sets lie)\n"
+    )
+    saved = load_state(own)
+    save_state(str(own), saved.state, saved.architecture, {"step": "0"}, saved.classes)
     merge("wise", start, own, "--out", tmp_path / "unknown")
     assert config_of(tmp_path / "unknown")["recipe"] == "wise-ft-0.5"
 
@@ -179,12 +184,15 @@ def test_an_imported_model_has_not_been_trained(runs, tmp_path, merge, refused):
     files.write_json(str(end / "config.json"), document)
     printed = merge("wise", runs / "zero-shot", end, "--out", out)
     assert config_of(out)["recipe"] == "wise-theirs-0.5"
-    assert printed.endswith("--data URL\n")
+    assert printed.endswith(
+        "--data DATA\n  (DATA: folder or URL below which the packed sets lie)\n"
+    )
     assert "holds another model" in refused("wise", runs / "zero-shot", end, "--out", end)
 
 
 def test_a_set_of_ones_own_is_evaluated_on_its_test_set(runs, tmp_path, merge):
-    change_config(runs / "vanilla", train_set="mine")
+    files.write_json(str(tmp_path / "data" / "test" / "manifest.json"), {})
+    change_config(runs / "vanilla", train_set="mine", data=str(tmp_path / "data"))
     printed = merge("wise", runs / "zero-shot", runs / "vanilla", "--out", tmp_path / "merged")
     assert printed.endswith(" --sets test\n")
 
@@ -251,7 +259,7 @@ def count_by_hand(state: dict[str, torch.Tensor], run: Path, data: Path) -> int:
 @pytest.mark.slow
 def test_greedy_soup_is_the_recipe_and_the_same_on_two_ranks(pot, tmp_path, tiny_data, merge):
     alone = {path: count_by_hand(state_of(path), path, tiny_data) for path in pot}
-    order = sorted(pot, key=lambda path: -alone[path])
+    order = sorted(pot, key=alone.__getitem__)[::-1]  # of equal ones the last named comes first
     kept, best, expected = [order[0]], alone[order[0]], []
     for path in order[1:]:
         candidate = uniform_soup(map(state_of, [*kept, path]))
@@ -434,18 +442,20 @@ def test_models_that_are_not_alike(runs, tmp_path, refused):
     start, out = runs / "zero-shot", ("--out", tmp_path / "out")
     other = tmp_path / "other.safetensors"
     model = build_model()
-    save_state(str(other), model.state_dict(), model.architecture, {"step": "0"})
+    classes = load_state(start / SELECTED).classes
+    model.head = torch.nn.Linear(12, 4)
+    save_state(str(other), model.state_dict(), model.architecture, {"step": "0"}, classes)
     for kind in ("wise", "uniform-soup"):
         line = refused(kind, start, other, *out)
-        assert f"{start} and {other} have other architectures: embed_dim: 16 -> 12" in line
+        assert f"{start} and {other} have different architectures: embed_dim: 16 -> 12" in line
 
-    state, architecture, metadata = load_state(start / SELECTED)
+    state, architecture, metadata, _ = load_state(start / SELECTED)
     more = {**state, "head.weight": torch.cat([state["head.weight"], torch.zeros(1, 16)])}
-    save_state(str(other), more, architecture, metadata)
+    save_state(str(other), more, architecture, metadata, None)
     for kind in ("wise", "uniform-soup"):
         assert "'head.weight' has shapes (4, 16) and (5, 16)" in refused(kind, start, other, *out)
     del more["head.bias"]
-    save_state(str(other), more, architecture, metadata)
+    save_state(str(other), more, architecture, metadata, None)
     assert "only one of them has 'head.bias'" in refused("wise", start, other, *out)
     other.write_bytes(b"not weights")
     assert "is not a readable safetensors file" in refused("wise", start, other, *out)
@@ -480,7 +490,9 @@ def test_runs_that_were_not_selected_by_the_same_images(runs, tmp_path, tiny_dat
     change_config(one, loader={**document["loader"], "held_out": 0})
     assert f"{one} held no images out" in refused(*command)
     change_config(one, strange=1)
-    assert "config.json is not a training run's: config has unknown fields" in refused(*command)
+    line = refused(*command)
+    assert "config.json was written by a different rft" in line
+    assert "config has unknown fields: strange" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -508,6 +520,8 @@ def test_other_data_than_the_runs_were_trained_on(runs, tmp_path, tiny_data, ref
     assert f"{one} was trained on other data than" in refused("greedy-soup", one, two, *rest)
     for run in (one, two):
         (run / "training.json").write_text("{}")  # as before the hash was kept
-    path.write_text(json.dumps({**manifest, "classes": [*manifest["classes"], "fifth"]}))
-    assert "tells 4 classes apart" in refused("greedy-soup", one, two, *rest)
+    more = {"classes": [*manifest["classes"], "fifth"], "class_ids": [*manifest["class_ids"], "5"]}
+    path.write_text(json.dumps({**manifest, **more}))
+    line = refused("greedy-soup", one, two, *rest)
+    assert "class 4 is missing in the first, '5' ('fifth') in the second (4 and 5 classes)" in line
     assert not (tmp_path / "out").exists()

@@ -147,7 +147,7 @@ def score_by(target: float):
 
 def textbook(states, score) -> tuple[list[float], list[int]]:
     """Wortsman et al., recipe 1, in fractions: sort, then add each one that helps."""
-    order = sorted(range(len(states)), key=lambda n: (-score(states[n]), n))
+    order = sorted(range(len(states)), key=lambda n: (-score(states[n]), -n))
     kept = [order[0]]
     best = score(states[order[0]])
     for n in order[1:]:
@@ -204,13 +204,13 @@ def test_greedy_never_scores_below_its_best_ingredient(states, target):
         best = max(best, step.score)
 
 
-def test_ties_go_to_the_earlier_model_and_an_equal_soup_is_left_out():
+def test_ties_go_to_the_later_model_and_an_equal_soup_is_left_out():
     states = [{"w": torch.tensor([float(n)])} for n in range(4)]
     told = []
     soup, steps = greedy_soup([5, 7, 7, 6], states.__getitem__, lambda _: 7, told.append)
-    assert [step.model for step in steps] == [1, 2, 3, 0]
+    assert [step.model for step in steps] == [2, 1, 3, 0]
     assert [step.kept for step in steps] == [True, False, False, False]
-    assert soup["w"].item() == 1
+    assert soup["w"].item() == 2
     assert told == steps
 
 

@@ -5,7 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rft.clip import load
+from rft.clip.classifier import Classifier
 from rft.method import relevance
+from tests.clip.test_vit import build_tower
 from tests.conftest import build_model
 from tests.reference import textbook
 
@@ -27,10 +30,34 @@ def test_equals_the_textbook(images_BCHW, labels_B, kind, recompute):
     slow = torch.stack(
         [slow_kind(model, normalised[n], label) for n, label in enumerate(labels_B.tolist())]
     )
-    # the largest patch of an image is 1, so this is one part in a million of it
+    # the largest patch of an image is 1, so this is one part in a million of it; a larger tower
+    # rounds more often
     difference = (relevance.normalise(fast) - relevance.normalise(slow)).abs().max()
     assert difference < 1e-6
     assert (slow.amax(dim=1) > 0).sum() > 3, "most maps must show something"
+
+
+@pytest.mark.parametrize(("sharpness", "tolerance"), [(1, 1e-5), (4, 1e-4)])
+def test_a_large_towers_masks_equal_the_textbooks(sharpness, tolerance):
+    """ViT-B/32's width, heads and tokens; sharper attention loses more digits to rounding."""
+    name = "ViT-B-32-quickgelu"
+    visual, architecture = build_tower(name), load.describe(name)
+    head = torch.nn.Linear(architecture.embed_dim, 10, bias=False)
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        head.weight.normal_(std=100 / architecture.embed_dim**0.5, generator=draws)
+        for block in visual.transformer.resblocks:
+            queries_and_keys = block.attn.in_proj_weight[: 2 * block.attn.embed_dim]
+            queries_and_keys *= sharpness
+    model = Classifier(visual, head, architecture)
+    images = torch.randint(256, (2, 3, 224, 224), generator=draws, dtype=torch.uint8)
+    fast = relevance.normalise(fast_relevance(model, images, torch.tensor([0, 1]))[0])
+    normalised = textbook.normalise_images(model, images)
+    slow = torch.stack([textbook.relevance(model, normalised[n], n) for n in range(2)])
+    slow = relevance.normalise(slow)
+    assert (fast - slow).abs().max() < tolerance
+    for threshold in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
+        assert torch.equal(fast > threshold, slow > threshold)
 
 
 def test_a_batch_worked_off_in_parts_is_the_same(images_BCHW, labels_B, monkeypatch):

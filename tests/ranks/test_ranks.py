@@ -105,7 +105,9 @@ def counts(checkpoint: Path) -> dict[str, tuple[int, int]]:
 def test_counts_do_not_depend_on_ranks(tmp_path, tiny_data, monkeypatch, ranks):
     alone, together = tmp_path / "alone.safetensors", tmp_path / "together.safetensors"
     for path in (alone, together):
-        save_classifier(str(path), build_model(classes=len(tiny.LABELS.ids)), {"step": "0"})
+        save_classifier(
+            str(path), build_model(classes=len(tiny.LABELS.ids)), {"step": "0"}, tiny.LABELS.classes
+        )
     monkeypatch.setattr(sys, "argv", ["rft.evaluate", *options(alone, tiny_data)])
     evaluate_command.main()
     torchrun(ranks, "rft.evaluate", *options(together, tiny_data))

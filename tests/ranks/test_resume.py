@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rft import cli, files
-from rft.clip.classifier import LAST, SELECTED
+from rft.runs import LAST, SELECTED
 from rft.train import __main__ as train_command
 from tests.tiny import environment, kill_when, torchrun, torchrun_command
 

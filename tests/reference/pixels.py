@@ -1,4 +1,4 @@
-"""Table 2's metrics as the appendix words them: masks are sets of pixels, looked at one by one."""
+"""Pixels looked at one by one: Table 2's metrics as the appendix words them, EXIF orientation."""
 
 from collections.abc import Sequence
 
@@ -41,3 +41,31 @@ def table_2(masks_NP, objects_NHW) -> dict[str, float | int]:
         rates["iou"].append(len(masked & seen) / len(masked | seen))
     means = {name: sum(values) / len(values) for name, values in rates.items()}
     return {**sums, **means}
+
+
+# Which side of the scene row 0 and column 0 of the stored pixels are (EXIF 2.32, 4.6.4 A).
+STORED_SIDES = {
+    1: ("top", "left"),
+    2: ("top", "right"),
+    3: ("bottom", "right"),
+    4: ("bottom", "left"),
+    5: ("left", "top"),
+    6: ("right", "top"),
+    7: ("right", "bottom"),
+    8: ("left", "bottom"),
+}
+
+
+def stored_as(seen_HWC: np.ndarray, orientation: int) -> np.ndarray:
+    """The pixels that a camera stores for a scene, pixel by pixel from the tag's definition."""
+    height, width, _ = seen_HWC.shape
+    row_side, column_side = STORED_SIDES[orientation]
+    rows, columns = (height, width) if row_side in ("top", "bottom") else (width, height)
+    stored = np.empty((rows, columns, 3), dtype=seen_HWC.dtype)
+    for row in range(rows):
+        for column in range(columns):
+            distance = {row_side: row, column_side: column}
+            y = distance["top"] if "top" in distance else height - 1 - distance["bottom"]
+            x = distance["left"] if "left" in distance else width - 1 - distance["right"]
+            stored[row, column] = seen_HWC[y, x]
+    return stored

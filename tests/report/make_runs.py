@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
-from rft.report.runs import Run, SetCount
+from rft import files
+from rft.classes import Classes
+from rft.report.runs import Run
 from rft.report.tables import FILLS, ID_SET, MASKS, OOD_SETS
+from rft.runs import SELECTED, SetCount
 
 SETS = (ID_SET, *OOD_SETS)
 
@@ -33,10 +37,11 @@ def make_run(
         }
         for name, share in zip(SETS, percent, strict=False)
     }
+    weights = make_weights(path, tilt=seed)
     results = {
         "schema": 1,
         "checkpoint": "checkpoints/best.safetensors",
-        "checkpoint_sha256": "c0ffee" * 10 + "beef",
+        "checkpoint_sha256": files.sha256_file(weights),
         "step": 250,
         "config_sha256": "facade" * 10 + "cafe",
         "sets": sets,
@@ -49,6 +54,8 @@ def make_run(
         "command": ["rft.train", recipe],
     }
     write(path / "config.json", {"recipe": recipe, "seed": seed, **config})
+    if "optim" in config:
+        write(path / "training.json", {"steps": 250})
     write(path / "results.json", results)
     write(path / "provenance.json", provenance)
     if metrics:
@@ -56,6 +63,17 @@ def make_run(
             json.dumps(line) for line in make_metrics(recipe, seed, distils=recipe != "vanilla")
         ]
         (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def make_weights(run: Path, ids: tuple[str, ...] = ("cat", "dog"), tilt: float = 0.0) -> Path:
+    """Write the selected weights of a run: the header is rft's, the tower is left out."""
+    classes = Classes(ids=ids, names=tuple(f"a {name}" for name in ids))
+    head = np.full((len(ids), 3), tilt, dtype=np.float32)
+    header = {"rft": json.dumps({"classes": classes.to_json()})}
+    path = run / SELECTED
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(save({"head.weight": head}, metadata=header))
     return path
 
 

@@ -217,3 +217,17 @@ def test_command_line_says_a_mistake_in_one_line(paths, tmp_path):
 def test_no_torch_is_imported():
     code = "import sys, rft.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_only_held_out_images_are_said_to_select(paths, tmp_path):
+    words = "held-out images come from the training set and select"
+    write_report(paths, tmp_path / "with")
+    assert words in Page((tmp_path / "with" / "index.html").read_text()).text
+    for path in paths:
+        lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        kept = [line for line in lines if "held_out_correct" not in line]
+        (path / "metrics.jsonl").write_text("".join(kept))
+    write_report(paths, tmp_path / "without")
+    page = (tmp_path / "without" / "index.html").read_text()
+    assert "held-out" not in page
+    assert "select" not in page

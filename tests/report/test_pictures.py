@@ -1,6 +1,7 @@
 """Pictures: what they draw, where and how; the donor map on pixels; label places."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -233,13 +234,69 @@ def test_labels_keep_clear_of_each_other(anchors):
         assert all(labels.overlap(box, other) == 0 for other in boxes[:index])
 
 
+def crowded(shape: str, count: int) -> list[labels.Point]:
+    """Points of a plot of 1300 x 900 pixels that are hard to tell apart."""
+    rng = np.random.default_rng(count)
+    steps = np.arange(count) / count
+    places = {
+        "equal": np.full((count, 2), (650, 450)),
+        "a line": np.stack([100 + 1000 * steps, 200 + 500 * steps], axis=1),
+        "a column": np.stack([np.full(count, 300), 100 + 10 * steps], axis=1),
+        "clusters": rng.normal(0, 12, (count, 2)) + rng.choice([350, 800], (count, 1)),
+    }
+    return [(float(x), float(y)) for x, y in places[shape]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [("equal", 100), ("a line", 40), ("a column", 40), ("clusters", 40), ("equal", 2)],
+)
+def test_crowds_get_clear_labels_in_a_bounded_number_of_tries(monkeypatch, shape, count):
+    compared = []
+    real = labels._cheapest
+
+    def counted(point, cost_C, boxes_C4, points_O2, others_O4):
+        compared.append(len(cost_C) * len(others_O4))
+        return real(point, cost_C, boxes_C4, points_O2, others_O4)
+
+    monkeypatch.setattr(labels, "_cheapest", counted)
+    anchors, bounds = crowded(shape, count), (0.0, 0.0, 1300.0, 900.0)
+    markers = [(x - 13, y - 13, x + 13, y + 13) for x, y in anchors]
+    boxes = labels.place_labels(anchors, [(110.0, 18.0)] * count, markers, [], bounds)
+    places = len(boxes) * max(2 * count, labels.PAIRS // count)
+    assert len(compared) <= places / count
+    assert sum(compared) <= 2000 * places
+    for index, box in enumerate(boxes):
+        assert labels.overlap(box, bounds) == pytest.approx(110 * 18)
+        assert not labels.overlap(box, np.array(boxes[:index]).reshape(-1, 4)).any()
+        # its own point is the nearest, or a line leads there
+        away = [math.dist(labels.nearest(box, other), other) for other in anchors]
+        assert away[index] == min(away) or away[index] > plots.LED
+
+
+def test_nothing_to_label():
+    assert labels.place_labels([], [], [], [], (0, 0, 1, 1)) == []
+
+
 def test_geometry():
     box = (0.0, 0.0, 2.0, 1.0)
     assert labels.overlap(box, (1.0, 0.5, 5.0, 5.0)) == 0.5
-    assert labels.nearest(box, (3.0, -1.0)) == (2.0, 0.0)
-    assert labels.crosses(((-1.0, 0.5), (3.0, 0.5)), box)
-    assert labels.crosses(((1.0, 0.5), (9.0, 9.0)), box)
-    assert not labels.crosses(((-1.0, 2.0), (3.0, 2.0)), box)
+    assert labels.nearest(box, (3.0, -1.0)).tolist() == [2.0, 0.0]
+    start, end = [(-1.0, 0.5), (1.0, 0.5), (-1.0, 2.0)], [(3.0, 0.5), (9.0, 9.0), (3.0, 2.0)]
+    assert labels.crosses(start, end, box).tolist() == [True, True, False]
+
+
+@given(st.lists(st.tuples(*[st.integers(-5, 5)] * 4), min_size=1, max_size=20))
+def test_a_segment_enters_a_box_if_one_of_its_points_is_inside(segments):
+    # the box's corners lie between whole numbers, so that nothing only touches it
+    box = np.array([-2.25, -1.5, 2.75, 1.25])
+    start, end = np.array(segments, dtype=float).reshape(-1, 2, 2).swapaxes(0, 1)
+    share = np.linspace(0, 1, 4001)[:, None, None]
+    seen = labels.inside(start + share * (end - start), box).any(axis=0)
+    found = labels.crosses(start, end, box)
+    assert (found >= seen).all()
+    slack = labels.inside(start + share * (end - start), box + 0.01 * np.array([-1, -1, 1, 1]))
+    assert (found <= slack.any(axis=0)).all()
 
 
 @st.composite

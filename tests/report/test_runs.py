@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rft.report.runs import load_run, load_runs, read_metrics
+from rft.report.runs import find_runs, load_run, load_runs, read_metrics
 from tests.report.make_runs import edit, make_run
 
 
@@ -36,6 +36,34 @@ def test_a_folder_must_be_a_run(tmp_path):
         load_run(tmp_path)
     with pytest.raises(ValueError, match="at least one run"):
         load_runs([])
+
+
+def test_runs_are_found_at_any_depth(tmp_path):
+    sweep, other = tmp_path / "runs" / "sweep", tmp_path / "runs" / "a" / "b"
+    wise = [make_run(sweep, f"wise-ft-0.{n}", metrics=False) for n in (1, 2)]
+    runs = [make_run(other, "vanilla"), *wise]
+    (wise[0] / "checkpoints" / "of-a-run").mkdir(parents=True)
+    (wise[0] / "checkpoints" / "of-a-run" / "config.json").write_text("{}")
+    (sweep / ".killed").mkdir()
+    (sweep / ".killed" / "config.json").write_text("{}")
+    (sweep / "notes.txt").write_text("mine")
+    (tmp_path / "runs" / "empty").mkdir()
+    assert find_runs([tmp_path / "runs"]) == runs
+    assert [run.path for run in load_runs([sweep, other])] == [*wise, runs[0]]
+    for path in (tmp_path / "runs" / "empty", sweep / "notes.txt", tmp_path / "none"):
+        with pytest.raises(ValueError, match=f"{path.name} is not a run folder"):
+            find_runs([sweep, path])
+
+
+def test_a_run_that_several_paths_reach_counts_once(tmp_path):
+    run = make_run(tmp_path / "runs", "vanilla")
+    (tmp_path / "runs" / "back").symlink_to(tmp_path / "runs", target_is_directory=True)
+    (tmp_path / "runs" / "self").symlink_to("self")
+    (tmp_path / "runs" / "gone").symlink_to("nowhere")
+    link = tmp_path / "link"
+    link.symlink_to(run, target_is_directory=True)
+    assert find_runs([tmp_path / "runs", run, run, link]) == [run]
+    assert find_runs([link, run]) == [link]
 
 
 def test_a_seed_counts_once(tmp_path):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rft.report import tables
-from rft.report.runs import SetCount
 from rft.report.tables import COLUMNS, OOD_COLUMN, Spread, Wise
+from rft.runs import SetCount
 from tests.report.make_runs import run_of
 
 ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)

@@ -1,11 +1,14 @@
 """A web server in the standard library that understands ranges, for where nginx is absent."""
 
 import contextlib
+import gzip
 import re
 import sys
 import threading
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,12 +20,47 @@ from tests.servers.loopback import ADDRESS
 @contextlib.contextmanager
 def range_server(folder: Path, user: str = "") -> Iterator[str]:
     """Serve `folder` at the yielded URL; where a user ("name:password") is given, to them alone."""
-    handler = partial(RangeHandler, user, directory=str(folder))
+    with serving(partial(RangeHandler, user, directory=str(folder))) as port:
+        yield f"http://{user}{'@' if user else ''}{ADDRESS}:{port}"
+
+
+@dataclass
+class Oddity:
+    """What a server does to requests whose path ends in `name`, and what it did.
+
+    `mode` is a status to answer (of which "503 x2" does it to a path's first two requests), silent
+    (never an answer), html (a login page), norange (always the whole file), gzip (that, though
+    nobody asked for it), chunked or unsized (whole, of untold length), nohead (GET alone), shifted
+    (other bytes than were requested), redirect (all paths), or plain.
+    """
+
+    mode: str
+    name: str
+    url: str = ""
+    requests: Counter[str] = field(default_factory=Counter)
+    closing: threading.Event = field(default_factory=threading.Event)
+
+
+@contextlib.contextmanager
+def odd_server(folder: Path, mode: str, name: str = ".tar") -> Iterator[Oddity]:
+    """Serve `folder` with an oddity."""
+    oddity = Oddity(mode, name)
+    with serving(partial(OddHandler, oddity, directory=str(folder))) as port:
+        oddity.url = f"http://{ADDRESS}:{port}"
+        try:
+            yield oddity
+        finally:
+            oddity.closing.set()
+
+
+@contextlib.contextmanager
+def serving(handler: partial) -> Iterator[int]:
+    """Answer requests at the yielded port."""
     with Server((ADDRESS, 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
-            yield f"http://{user}{'@' if user else ''}{ADDRESS}:{server.server_port}"
+            yield server.server_port
         finally:
             server.shutdown()
             thread.join()
@@ -74,3 +112,68 @@ class RangeHandler(SimpleHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
+
+
+class OddHandler(RangeHandler):
+    """Does as an oddity says."""
+
+    def __init__(self, oddity: Oddity, *arguments: object, **options: str) -> None:
+        self.oddity = oddity
+        super().__init__("", *arguments, **options)
+
+    def send_head(self) -> BinaryIO | None:
+        self.remaining = -1
+        mode = self.oddity.mode
+        if mode == "redirect":
+            if not self.path.startswith("/real/"):
+                return self.say(302, Location=f"/real{self.path}")
+            self.path = self.path.removeprefix("/real")
+        elif self.path.endswith(self.oddity.name):
+            self.oddity.requests[self.path] += 1
+            status, _, times = mode.partition(" x")
+            if status.isdecimal() and (not times or self.oddity.requests[self.path] <= int(times)):
+                return self.say(int(status))
+            if mode == "html":
+                return self.say(200, b"<html>please log in</html>" * 99, Content_Type="text/html")
+            if Path(self.translate_path(self.path)).is_file() and hasattr(self, f"odd_{mode}"):
+                return getattr(self, f"odd_{mode}")(Path(self.translate_path(self.path)))
+        return super().send_head()
+
+    def say(self, status: int, content: bytes = b"", **headers: str) -> None:
+        """Send a whole answer; its length is told unless the headers say how it ends."""
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        if not {"Transfer_Encoding", "Connection"} & headers.keys():
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def odd_silent(self, _: Path) -> None:
+        self.oddity.closing.wait()
+        self.close_connection = True
+
+    def odd_norange(self, path: Path) -> None:
+        self.say(200, path.read_bytes())
+
+    def odd_gzip(self, path: Path) -> None:
+        self.say(200, gzip.compress(path.read_bytes()), Content_Encoding="gzip")
+
+    def odd_chunked(self, path: Path) -> None:
+        content = path.read_bytes()
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
+        self.say(200, body, Transfer_Encoding="chunked")
+
+    def odd_unsized(self, path: Path) -> None:
+        self.say(200, path.read_bytes(), Connection="close")
+
+    def odd_shifted(self, path: Path) -> None:
+        content = path.read_bytes()
+        size = len(content)
+        self.say(206, content[1:], Content_Range=f"bytes 1-{size - 1}/{size}")
+
+    def do_HEAD(self) -> None:
+        if self.oddity.mode == "nohead":
+            self.send_error(405)
+        else:
+            super().do_HEAD()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from rft import cli
-from rft.clip.classifier import LAST, SELECTED, load_state
+from rft.clip.classifier import load_state
 from rft.merge import __main__ as merge_command
+from rft.runs import LAST, SELECTED
 from rft.train import __main__ as train_command
 
 # a batch of 6 of the 68 training images: 11 steps an epoch

@@ -10,8 +10,10 @@ import fsspec
 import pytest
 import torch
 
-from rft import dist, files
-from rft.clip.classifier import SELECTED, load_state, save_state
+from rft import dist, files, remote
+from rft.clip.classifier import load_state, save_state
+from rft.remote import Patience
+from rft.runs import SELECTED
 from rft.train import __main__ as train_command
 from rft.train import checkpoint, loop
 from rft.train.checkpoint import Progress, Store, Writer, content
@@ -114,9 +116,17 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypat
         store.write(content(model, optimizer, Progress(step=step), {}, 1))
     names = files.names(store.url)
     memory = fsspec.filesystem("memory")
+    read = memory.cat_file
+
+    def refuse(path: str, **options: int) -> bytes:
+        if path.endswith(".pt"):
+            raise KeyError("503")
+        return read(path, **options)
+
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "get_file", lambda *_: (_ for _ in ()).throw(KeyError("503")))
-        with pytest.raises(ValueError, match=r"cannot read .*step-00000008.pt"):
+        patch.setattr(remote, "PATIENCE", Patience(tries=2, longest_pause=0.001))
+        patch.setattr(memory, "cat_file", refuse)
+        with pytest.raises(ValueError, match=r"cannot read .*step-00000008.pt: .*503.*2 tries"):
             store.newest_whole()
     assert files.names(store.url) == names
     assert store.newest_whole().step == 8
@@ -146,10 +156,11 @@ def test_a_model_selected_after_the_checkpoint_that_is_used(train, monkeypatch, 
     killed(train, monkeypatch, 26)
     path = tmp_path / "run" / SELECTED
     before = files.sha256_file(path)
-    state, architecture, metadata = load_state(path)
-    assert int(metadata["step"]) < 24
-    later = {"recipe": metadata["recipe"], "step": "25"}
-    save_state(str(path), {name: value + 1 for name, value in state.items()}, architecture, later)
+    saved = load_state(path)
+    assert int(saved.metadata["step"]) < 24
+    later = {"recipe": saved.metadata["recipe"], "step": "25"}
+    other = {name: value + 1 for name, value in saved.state.items()}
+    save_state(str(path), other, saved.architecture, later, saved.classes)
     killed(train, monkeypatch, 27)
     assert files.sha256_file(path) == before
 

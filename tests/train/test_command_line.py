@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rft import cli, recipes
+from rft import __version__, cli, recipes
+from rft.data import show as show_command
 from rft.data.loader import PackedDataset
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
 from rft.train import __main__ as train_command
-from tests.tiny import environment
+from tests.tiny import environment, torchrun_command
 
 
 @pytest.fixture
@@ -108,6 +109,83 @@ def test_model_that_does_not_fit_the_shards(refused, options, tmp_path):
     line = refused(train_command, *options, "--model.clip", "rft-miniature")
     assert "was packed at 16 px, the model wants 48 px" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_the_last_of_a_repeated_option_decides_the_defaults_too():
+    options = ["vanilla", "--data", "d", "--run-dir", "r", "--scale", "paper"]
+    config = train_command.parse([*options, "--scale=miniature"])
+    assert (config.scale, config.loader.batch_size) == ("miniature", 64)
+
+
+def test_a_model_that_was_meant_otherwise(refused, options, tmp_path, tiny_clip):
+    folder = tiny_clip.removeprefix("local-dir:")
+    run = tmp_path / "other"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "training.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.pt").write_bytes(b"")
+    for name, words in {
+        folder: f"for the folder use local-dir:{folder}",
+        str(run): f"it is a run folder of rft; start from its model with --model.start {run}",
+        str(tmp_path / "empty"): "it is a folder: open_clip_config.json is missing",
+        str(tmp_path / "file.pt"): "it is a file; name its model with --model.clip and the file "
+        "with --model.pretrained",
+        "ViT-B/32": "did you mean ViT-B-32",
+        "vit-b-32-quickgelu": "did you mean ViT-B-32-quickgelu",
+        "laion/some-model": "for a model of the hub hf-hub:ORGANISATION/NAME",
+    }.items():
+        line = refused(train_command, *options, "--model.clip", name)
+        assert f"open_clip has no model {name!r}; " in line
+        assert words in line
+    for name, words in {
+        str(run): "it is a run folder of rft; start from its model with --model.start",
+        str(tmp_path / "none"): "no such folder",
+        str(tmp_path / "file.pt"): "it is a file; name its model with --model.clip",
+        str(tmp_path / "empty"): "open_clip_config.json is missing",
+    }.items():
+        line = refused(train_command, *options, "--model.clip", f"local-dir:{name}")
+        assert f"no CLIP at {name}: {words}" in line
+    assert not (tmp_path / "run").exists()
+
+
+def edited(path, **changes) -> None:
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("provenance", "writer"),
+    [
+        ('{"rft": "97.0.1", "git": "abcdef123456"}', "a newer rft (97.0.1, commit abcdef123456)"),
+        ('{"rft": "0.0.1", "git": null}', "a different rft (0.0.1)"),
+        ("{", "a different version of rft (its provenance.json does not say which)"),
+        ("[]", "a different version of rft (its provenance.json does not say which)"),
+    ],
+)
+def test_a_run_of_a_newer_version(refused, options, monkeypatch, tmp_path, provenance, writer):
+    train([*options, "--optim.epochs", "0"], monkeypatch)
+    run = tmp_path / "run"
+    (run / "provenance.json").write_text(provenance)
+    before = (run / "config.json").read_bytes()
+    for changes, words in (
+        ({"strange": 1}, "config has unknown fields: strange"),
+        ({"optim": {"schedule": "wsd"}}, "config.optim.schedule has an unknown value: 'wsd'"),
+    ):
+        edited(run / "config.json", **changes)
+        line = refused(train_command, *options, "--optim.epochs", "0")
+        assert f"{run / 'config.json'} was written by {writer}, this is rft {__version__}: " in line
+        assert words in line
+        assert words in refused(show_command, run, "--step", "0")
+        (run / "config.json").write_bytes(before)
+    for changes, words in (
+        ({"optim": 3}, "config.optim is 3; it must be an object"),
+        ({"optim": {"epochs": "ten"}}, "config.optim is incomplete or malformed"),
+        ({"optim": {"epochs": -1}}, "optim.epochs is -1; it must be 0 or more"),
+    ):
+        edited(run / "config.json", **changes)
+        line = refused(train_command, *options, "--optim.epochs", "0")
+        assert f"{run / 'config.json'} is not a training run's: {words}" in line
+        (run / "config.json").write_bytes(before)
 
 
 @pytest.mark.slow
@@ -282,12 +360,21 @@ def test_evaluation_and_merge_mistakes(refused, tmp_path, tiny_data):
     line = refused(evaluate_command, none, "--data", tiny_data, "--sets", "imagenet-val")
     assert "no checkpoint at" in line
     line = refused(evaluate_command, none, "--data", tiny_data, "--sets", "imagenet-w")
-    assert "unknown set 'imagenet-w'" in line
+    assert "imagenet-w: manifest.json is missing" in line
     line = refused(merge_command, "wise", none, none, "--out", tmp_path / "w", "--alpha", "2")
     assert "--alpha is 2.0; it must lie in [0, 1]" in line
     line = refused(merge_command, "wise", none, none, "--out", tmp_path / "w")
     assert "no checkpoint at" in line
     assert not (tmp_path / "w").exists()
+
+
+def test_torchruns_summary_ends_with_the_mistake():
+    command = torchrun_command(2, "rft.train", "vanila", "--data", "x", "--run-dir", "y")
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 1
+    cause = result.stderr.rpartition("Root Cause")[2]
+    assert "unknown recipe 'vanila'; did you mean 'vanilla'?" in cause
+    assert "To enable traceback" not in cause
 
 
 def test_no_option_is_an_abbreviation_of_torchruns():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rft.config import OptimConfig
-from rft.train.optim import learning_rate, one_cycle, set_schedule
+from rft.train.optim import learning_rate, one_cycle, schedule_warning, set_schedule
 
 
 def test_landmarks_of_the_papers_schedule():
@@ -60,3 +60,31 @@ def test_the_papers_schedule_leaves_beta1_alone():
     optimizer = torch.optim.AdamW([torch.zeros(1)])
     set_schedule(optimizer, 3, 100, OptimConfig(beta1=0.8, beta2=0.9))
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("total", "options", "words"),
+    [
+        (30, {"warmup_steps": 50}, "the run has 30 steps, its warm-up 50: the peak learning rate "
+         "3e-05 is never reached (the highest is 1.8e-05); use --optim.warmup-steps 3"),
+        (1, {"warmup_steps": 500}, "the run has 1 step, its warm-up 500"),
+        (50, {"warmup_steps": 50}, "the run has 50 steps, 50 of them warm-up, half or more"),
+        (50, {"warmup_steps": 25}, "the run has 50 steps, 25 of them warm-up, half or more"),
+        (50, {"warmup_steps": 24}, ""),
+        (49, {"warmup_steps": 24}, ""),
+        (1, {"warmup_steps": 1}, ""),
+        (1, {"warmup_steps": 0}, ""),
+        (0, {}, ""),
+        (24_820, {}, ""),
+        # OneCycle's own warm-up of 2% is over before the first step of a short run
+        (1, {"schedule": "one-cycle"}, "the run has 1 step: the peak learning rate 3e-05 is never "
+         "reached (the highest is 1.2e-10); use --optim.schedule cosine"),
+        (8, {"schedule": "one-cycle"}, "is never reached"),
+        (50, {"schedule": "one-cycle"}, ""),
+        (50, {"schedule": "one-cycle", "warmup_steps": 500}, ""),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_hardly_trains_at_its_peak_is_warned_of(total, options, words):
+    warning = schedule_warning(total, OptimConfig(**options))
+    assert warning.startswith(words) or words in warning
+    assert bool(warning) == bool(words)

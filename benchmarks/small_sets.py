@@ -1,0 +1,232 @@
+"""`--scale small` by the rule, and by the numbers before it: `python -m benchmarks.small_sets`.
+
+Sets of 60, 300 and 3,000 training images are cut from the miniature world, a different cut for each
+seed, packed as one's own photos are, and trained on with the tiny CLIP; accuracy is that on the
+world's own test sets. Model, learning rate and beta are the miniature's, everything else is
+`--scale small`'s. What is compared:
+
+before, fixed: no held-out images, batch 64, 50 steps of warm-up, as README showed the command;
+before, proposed: held-out images and batch that `tools/shard_folder.py` put in its `next:` line;
+rule: the numbers of rft/small.py.
+
+Commands run in this process, one after the other; what is done is skipped, so that a killed
+measurement resumes.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks import machine
+from rft import cli, files, recipes
+from rft.data.folder import read_folder
+from rft.data.labels import LabelSpace
+from rft.data.pack import Options, pack, pack_source
+from rft.demo.world import IMAGE_SIZE, write_world
+from rft.evaluate import __main__ as evaluation
+from rft.rng import numpy_generator
+from rft.train import __main__ as training
+
+RESULTS = Path(__file__).parent / "results"
+NAME = "small_sets"
+SIZES = (60, 300, 3000)
+WORLD_SCALE = 1.5  # of the miniature's 2,000 training images
+RECIPES = ("vanilla", recipes.DEFAULT)
+NUMBERS = ("before, fixed", "before, proposed", "rule")
+ID_SET, *OOD_SETS = evaluation.SETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Train on small cuts of the miniature world, by the rule and by the numbers before."""
+
+    folder: Path = Path("build/small_sets")
+    """Where the world, the cuts and the runs are kept."""
+    sizes: tuple[int, ...] = SIZES
+    """Training images of the cuts."""
+    seeds: int = 3
+    """Seeds of each: of the cut, the sample order and the fills."""
+    save: bool = False
+    """Write the result to benchmarks/results/ as well."""
+
+
+def before(numbers: str, images: int, classes: int) -> list[str]:
+    """Return the options that give the numbers as they were before the rule."""
+    held_out, batch = 0, 64
+    if numbers == "before, proposed":
+        held_out = max(images // 10, classes)
+        while batch > images - held_out:
+            batch //= 2
+    return [
+        *("--loader.held-out", str(held_out), "--loader.batch-size", str(batch)),
+        *("--optim.warmup-steps", "50", "--log.checkpoint-steps", "100"),
+    ]
+
+
+def cut(world: Path, out: Path, images: int, seed: int) -> None:
+    """Link so many of the world's training images below `out`, classes in turn."""
+    rng = numpy_generator(NAME, images, seed)
+    by_class = [sorted(one.iterdir()) for one in sorted((world / "imagenet/train").iterdir())]
+    columns = [[one[n] for n in rng.permutation(len(one))] for one in by_class]
+    order = rng.permutation(len(columns))  # which classes have one image more
+    chosen = [columns[c][n] for n in range(max(map(len, columns))) for c in order
+              if n < len(columns[c])]  # fmt: skip
+    for path in chosen[:images]:
+        target = out / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            target.hardlink_to(path)
+
+
+def prepare(arguments: Arguments) -> LabelSpace:
+    """Write the world and pack its test sets and every cut."""
+    world, shards = arguments.folder / "world", arguments.folder / "shards"
+    write_world(world, scale=WORLD_SCALE)
+    labels = LabelSpace.load(str(world / "classes.json"))
+    options = Options(encoding="pixels", size=IMAGE_SIZE, workers=1)
+    for name in evaluation.SETS:
+        pack(name, str(world), str(shards), labels, options)
+    for images in arguments.sizes:
+        for seed in range(arguments.seeds):
+            photos = arguments.folder / "photos" / f"{images}-{seed}"
+            cut(world, photos, images, seed)
+            (source,), *_ = read_folder(photos, labels, 0, 0)
+            pack_source(source, str(shards / photos.name), labels, options)
+    return labels
+
+
+def call(command: Callable[[], None], *arguments: object) -> None:
+    """Run a command's `main` with these arguments."""
+    with mock.patch.object(sys, "argv", ["rft", *map(str, arguments)]):
+        command()
+
+
+def train(folder: Path, recipe: str, images: int, seed: int, numbers: str) -> tuple[Path, str]:
+    """Train one run; return its folder, and why it was refused, if it was."""
+    run = folder / "runs" / f"{images}-{recipe}-{numbers.replace(', ', '-')}-{seed}"
+    tiny = recipes.build(recipe, scale="miniature")
+    options = ["--model.clip", tiny.model.clip, "--optim.lr", tiny.optim.lr, "--seed", seed]
+    options += ["--method.distill-weight", tiny.method.distill_weight, "--loader.workers", 0]
+    if numbers != "rule":
+        options += before(numbers, images, len(list((folder / "world/imagenet/train").iterdir())))
+    data = folder / "shards" / f"{images}-{seed}"
+    where = ("--data", data, "--train-set", "train", "--run-dir", run, "--scale", "small")
+    try:
+        call(training.main, recipe, *where, *options)
+    except ValueError as error:
+        if "a batch of" not in str(error):
+            raise
+        return run, str(error)
+    return run, ""
+
+
+def accuracies(run: Path) -> dict[str, float]:
+    """Return accuracy in % on ImageNet's stand-in, and the mean of the five others'."""
+    sets = files.read_json(str(run / "results.json"))["sets"]
+    share = {name: 100 * entry["correct"] / entry["total"] for name, entry in sets.items()}
+    return {"id": share[ID_SET], "ood": statistics.mean(share[name] for name in OOD_SETS)}
+
+
+def measure(arguments: Arguments) -> list[dict[str, Any]]:
+    """Return one row for each size, choice of numbers and recipe, with every seed's result."""
+    rows: list[dict[str, Any]] = []
+    for images in arguments.sizes:
+        for numbers in NUMBERS:
+            for recipe in RECIPES:
+                done = [
+                    train(arguments.folder, recipe, images, seed, numbers)
+                    for seed in range(arguments.seeds)
+                ]
+                row = {"images": images, "numbers": numbers, "recipe": recipe}
+                rows.append(
+                    row | {"refused": done[0][1], "runs": [run for run, why in done if not why]}
+                )
+    runs = [run for row in rows for run in row["runs"]]
+    call(evaluation.main, *runs, "--data", arguments.folder / "shards", "--workers", 0)
+    for row in rows:
+        row["seeds"] = [describe(run) for run in row.pop("runs")]
+    return rows
+
+
+def describe(run: Path) -> dict[str, Any]:
+    """Return what a run was and how it scored."""
+    config = files.read_json(str(run / "config.json"))
+    ended = files.read_json(str(run / "training.json"))
+    return {
+        "held_out": config["loader"]["held_out"],
+        "batch_size": config["loader"]["batch_size"],
+        "warmup_steps": config["optim"]["warmup_steps"],
+        "steps": ended["steps"],
+        "model_of_step": ended["best_step"],
+        **accuracies(run),
+    }
+
+
+def zero_shot(arguments: Arguments) -> dict[str, float]:
+    """Return the accuracies of the model that all runs start from."""
+    run = arguments.folder / "runs" / "zero-shot"
+    data = arguments.folder / "shards" / f"{arguments.sizes[0]}-0"
+    where = ("--data", data, "--train-set", "train", "--run-dir", run, "--scale", "small")
+    clip = recipes.build("zero-shot", scale="miniature").model.clip
+    call(training.main, "zero-shot", *where, "--model.clip", clip, "--loader.workers", 0)
+    call(evaluation.main, run, "--data", arguments.folder / "shards", "--workers", 0)
+    return accuracies(run)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean and sample standard deviation."""
+    if len(values) < 2:
+        return f"{statistics.mean(values):.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as Markdown: a row for each size and choice of numbers."""
+    head = ["images", "numbers", "held out", "batch", "warm-up of steps"]
+    head += [f"{recipe} {what}" for recipe in RECIPES for what in ("ID", "OOD avg")]
+    lines = [" | ".join(head), " | ".join(["--:", "---", *["--:"] * (len(head) - 2)])]
+    by_key = {(row["images"], row["numbers"], row["recipe"]): row for row in result["rows"]}
+    for images, numbers in dict.fromkeys((one[0], one[1]) for one in by_key):
+        rows = [by_key[images, numbers, recipe] for recipe in RECIPES]
+        cells = [f"{images:,}", numbers]
+        if rows[0]["refused"]:
+            cells += ["0", "64", "-", *["refused"] * 4]
+        else:
+            first = rows[0]["seeds"][0]
+            cells += [str(first["held_out"]), str(first["batch_size"])]
+            cells.append(f"{first['warmup_steps']} of {first['steps']}")
+            cells += [spread([s[k] for s in row["seeds"]]) for row in rows for k in ("id", "ood")]
+        lines.append(" | ".join(cells))
+    start, seeds = result["zero_shot"], result["seeds"]
+    note = (
+        f"Top-1 accuracy in %, mean and sample standard deviation over {seeds} seeds, each with "
+        f"its own cut. All start from a model with {start['id']:.1f} in distribution (ID) and "
+        f"{start['ood']:.1f} OOD avg. A batch larger than the set is refused."
+    )
+    return "\n".join(f"| {line} |" for line in lines) + f"\n\n{note}\n"
+
+
+def main() -> None:
+    """Measure, print, and keep the result."""
+    arguments = cli.parse(Arguments, prog="benchmarks.small_sets")
+    prepare(arguments)
+    result = {
+        **machine.describe(),
+        "git": files.git_revision(),
+        "seeds": arguments.seeds,
+        "zero_shot": zero_shot(arguments),
+        "rows": measure(arguments),
+    }
+    text = table(result)
+    print(text)
+    if arguments.save:
+        files.write_json(str(RESULTS / f"{NAME}.json"), result)
+        files.write_bytes(str(RESULTS / f"{NAME}.md"), text.encode())
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,251 @@
+"""Which classes a head or a packed set has: ids, names and prompts, in label order.
+
+A label is only a position in a list, so two lists of equal length prove nothing: the same photos
+packed in a different order of classes give a label a different meaning. Whatever brings a head
+together with data or with another head compares the lists here. No torch: the report and the
+packing tools use this too.
+"""
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rft import files
+
+HEADER_LIMIT = 100_000_000  # bytes; the safetensors library refuses longer headers as well
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """The classes of a head or a packed set.
+
+    `ids` are folder names such as WordNet ids; they are empty for a set that was packed before
+    manifests kept them. `names` are the words for the text encoder. `prompts_sha256` stands for
+    the prompts that the zero-shot head is made of; it is empty where they are not known.
+    """
+
+    ids: tuple[str, ...]
+    names: tuple[str, ...]
+    prompts_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if self.ids and len(self.ids) != len(self.names):
+            raise ValueError(f"{len(self.ids)} class ids but {len(self.names)} class names")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def describe(self, number: int) -> str:
+        """Return how a message names a class."""
+        if number >= len(self):
+            return "missing"
+        name = shown(self.names[number])
+        return f"{shown(self.ids[number])} ({name})" if self.ids else name
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the classes as a JSON document."""
+        return {
+            "ids": list(self.ids),
+            "names": list(self.names),
+            "prompts_sha256": self.prompts_sha256,
+        }
+
+    @staticmethod
+    def of(document: Any) -> "Classes":
+        """Read the document of `to_json`, which may come from a file that anyone has made.
+
+        Raises:
+            ValueError: if it is not one.
+        """
+        if not isinstance(document, dict):
+            raise ValueError("its classes are not a JSON object")
+        ids, names = document.get("ids", []), document.get("names")
+        for values in (ids, names):
+            if not isinstance(values, list) or any(type(value) is not str for value in values):
+                raise ValueError("its classes are not lists of ids and names")
+        prompts = document.get("prompts_sha256", "")
+        if type(prompts) is not str:
+            raise ValueError("its prompts_sha256 is not a text")
+        lists: dict[str, Any] = {"ids": tuple(ids), "names": tuple(names or ())}
+        return Classes(**lists, prompts_sha256=prompts)
+
+
+def shown(text: str) -> str:
+    """Return a name for a message, in quotes; what a terminal would not show is escaped."""
+    return repr(text) if text.isprintable() else ascii(text)
+
+
+def prompts_sha256(names: Sequence[str], templates: Sequence[str]) -> str:
+    """Return the hash that stands for all prompts of a zero-shot head."""
+    return files.sha256_json([list(names), list(templates)])
+
+
+def mismatch(one: Classes, other: Classes) -> int | None:
+    """Return the first class id that means something different in two lists, None if none does.
+
+    Ids and names are compared in Unicode's composed form. Where both lists have ids, one of the two
+    may differ, because a class may be renamed; but not if the values only changed places, and not
+    for both. Lists of different lengths differ at the end of the shorter one, if not before.
+    """
+    pairs = [(one.names, other.names)]
+    if one.ids and other.ids:
+        pairs.append((one.ids, other.ids))
+    differing = [_first_difference(*pair) for pair in pairs]
+    found = [number for number in differing if number is not None]
+    if len(one) != len(other):
+        return min([*found, len(one), len(other)])
+    renamed = len(found) < len(pairs) and not any(_moved(*pair) for pair in pairs)
+    return None if renamed or not found else min(found)
+
+
+def renamed(one: Classes, other: Classes) -> int | None:
+    """Return the first class of two lists that agree whose id or name differs, None if none does.
+
+    Call it only for lists without a `mismatch`.
+    """
+    places = [_first_difference(one.names, other.names)]
+    if one.ids and other.ids:
+        places.append(_first_difference(one.ids, other.ids))
+    return min((place for place in places if place is not None), default=None)
+
+
+def compare(one: Classes | None, where: str, other: Classes | None, other_where: str) -> list[str]:
+    """Check that two heads, or a head and a set, have the same classes in the same order.
+
+    Args:
+        one: classes of the first; None if it does not say.
+        where: what the first is, for messages.
+        other: classes of the second.
+        other_where: what the second is.
+
+    Returns:
+        Warnings that the user must see, because something could not be compared.
+
+    Raises:
+        ValueError: naming the first class that differs, and what it is in both.
+    """
+    if one is None or other is None:
+        silent = " and ".join(
+            place for place, known in ((where, one), (other_where, other)) if known is None
+        )
+        whose = f"those of {where if one else other_where}" if one or other else "the same"
+        return [
+            f"{silent}: the file does not say which classes its head has; they are taken to be "
+            f"{whose}, in the same order"
+        ]
+    number = mismatch(one, other)
+    if number is not None:
+        order = ""
+        if sorted(one.ids or one.names) == sorted(other.ids or other.names):
+            order = " (the same classes in a different order)"
+        elif len(one) != len(other):
+            order = f" ({len(one)} and {len(other)} classes)"
+        raise ValueError(
+            f"{where} and {other_where} have different classes: class {number} is "
+            f"{one.describe(number)} in the first, {other.describe(number)} in the second{order}"
+        )
+    number = renamed(one, other)
+    if number is None:
+        return []
+    return [
+        f"{where} and {other_where} name class {number} differently: {one.describe(number)}, "
+        f"{other.describe(number)}; they are taken to be the same class"
+    ]
+
+
+def check_head(
+    classes: Classes | None, rows: int, where: str, known: Classes, known_where: str
+) -> list[str]:
+    """Check that a head fits the classes of a packed set.
+
+    Args:
+        classes: of the head; None if its file does not say.
+        rows: number of classes that the head's shape gives it.
+        where: the head's file, for messages.
+        known: classes of the set.
+        known_where: the set.
+
+    Returns:
+        Warnings that the user must see.
+
+    Raises:
+        ValueError: if the number differs, or a class does: naming the first.
+    """
+    if classes is None and rows != len(known):
+        raise ValueError(
+            f"{where} has a {rows}-class head, {known_where} has {len(known)} classes; use data of "
+            "the head's own label space"
+        )
+    return compare(classes, where, known, known_where)
+
+
+def compare_prompts(
+    one: Classes | None, where: str, other: Classes | None, place: str
+) -> list[str]:
+    """Return a warning if two heads were made of different prompts."""
+    known = [entry.prompts_sha256 for entry in (one, other) if entry is not None]
+    if len(set(filter(None, known))) < 2:
+        return []
+    return [f"the heads of {where} and {place} were made of different prompts"]
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Return the metadata in the header of a safetensors file, without its tensors.
+
+    Raises:
+        ValueError: if the file has no such header.
+    """
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= HEADER_LIMIT:
+                raise ValueError("it has no safetensors header")
+            metadata = json.loads(stream.read(length)).get("__metadata__", {})
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if not isinstance(metadata, dict) or any(type(v) is not str for v in metadata.values()):
+        raise ValueError(f"{path} is not a readable safetensors file: its metadata is no text")
+    return metadata
+
+
+def of_weights(path: Path) -> Classes | None:
+    """Return the classes that one of rft's weights files names; None if it names none.
+
+    Raises:
+        ValueError: if it is not one of rft's weights files.
+    """
+    try:
+        entries = json.loads(read_header(path).get("rft", "null"))
+        return of_entries(entries)
+    except (AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} was not written by rft: {error}") from error
+
+
+def of_entries(entries: dict[str, Any]) -> Classes | None:
+    """Return the classes among the entries of a weights file's header; None if there are none.
+
+    Raises:
+        ValueError: if they are malformed.
+    """
+    return Classes.of(entries["classes"]) if "classes" in entries else None
+
+
+def composed(text: str) -> str:
+    """Bring a name into the Unicode form in which names are compared (NFC)."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _first_difference(one: Sequence[str], other: Sequence[str]) -> int | None:
+    for number, (left, right) in enumerate(zip(one, other, strict=False)):
+        if composed(left) != composed(right):
+            return number
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def _moved(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether a value that differs from its counterpart stands elsewhere in the other list."""
+    left, right = list(map(composed, one)), list(map(composed, other))
+    return any(a != b and (a in right or b in left) for a, b in zip(left, right, strict=False))

@@ -1,0 +1,130 @@
+"""Names of files and folders: those a system leaves behind, those that cannot be kept, and output.
+
+NAS devices, macOS and Windows put files of their own beside a user's, some of them images
+(thumbnails, one per photo). They are recognised by name, in any case of letters.
+"""
+
+import errno
+import fnmatch
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from rft.classes import composed
+
+SYSTEM_NAMES = (
+    # Synology, QNAP, NetApp
+    *("@eaDir", "#recycle", "#snapshot", "@tmp", "@SynoResource"),
+    *("@Recycle", "@Recently-Snapshot", "@__thumb", "~snapshot"),
+    # macOS, and its files on servers
+    *("__MACOSX", "Icon\r", "Network Trash Folder", "Temporary Items"),
+    # Windows; a disk's own folder on Linux
+    *("Thumbs.db", "Thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),
+    *("$RECYCLE.BIN", "System Volume Information", "lost+found"),
+)
+# hidden files, of which "._x.jpg" is macOS's for x.jpg; streams that became files of their own
+SYSTEM_PATTERNS = (
+    *("._*", ".*", "*@SynoEAStream", "*@SynoResource", "*:Zone.Identifier"),
+    "found.[0-9][0-9][0-9]",
+)
+_SYSTEM = {name.casefold(): name for name in SYSTEM_NAMES}
+SPECIAL = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def passed_over(name: str, ignore: Iterable[str] = ()) -> str:
+    """Decide whether a file or folder is left out because of its name.
+
+    Args:
+        name: without the folders above it.
+        ignore: patterns of `fnmatch` to leave out besides a system's names, in any case of letters.
+
+    Returns:
+        The name or pattern that it is counted under, empty if it is not left out.
+    """
+    plain = composed(name).casefold()
+    for pattern in (*ignore, *SYSTEM_PATTERNS):
+        if fnmatch.fnmatchcase(plain, composed(pattern).casefold()):
+            return pattern
+    return _SYSTEM.get(plain, "")
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would not show or would obey; other text stays as it is."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def require_utf8(path: str | Path) -> None:
+    """Check the last part of a path: manifests and class lists are UTF-8.
+
+    Raises:
+        ValueError: showing the bytes of a name that is not UTF-8.
+    """
+    folder, name = os.path.split(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"the name {os.fsencode(name)!r} in {printable(folder)} is not UTF-8; rename it"
+        ) from None
+
+
+def find_twins(names: Iterable[str]) -> tuple[str, str] | None:
+    """Find two names that are the same text in different Unicode forms, if there are any."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(composed(name), name)
+        if other != name:
+            return other, name
+    return None
+
+
+def require_distinct(root: Path, names: Iterable[str]) -> None:
+    """Check that folders differ in more than the Unicode form of their names.
+
+    Raises:
+        ValueError: with both names, escaped, because they look alike.
+    """
+    if twins := find_twins(names):
+        raise ValueError(
+            f"{root} holds two folders of one name in different Unicode forms: {twins[0]!a} and "
+            f"{twins[1]!a}; move their images into one"
+        )
+
+
+def regular_size(entry: "os.PathLike[str]") -> int:
+    """Look up the size in bytes of a file, or of the file that a link leads to. Opens nothing.
+
+    Raises:
+        ValueError: for a broken link, a FIFO, a socket, a device or a folder.
+    """
+    path = os.fspath(entry)
+    try:
+        # an entry of a listing may know it already
+        status = entry.stat() if isinstance(entry, os.DirEntry) else os.stat(path)  # noqa: PTH116
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):  # noqa: PTH114
+            raise ValueError(f"{path} is a broken link; remove it, or restore its target") from None
+        raise
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        what = SPECIAL.get(kind, "something else")
+        raise ValueError(f"{path} is {what}, not a regular file; remove it")
+    return status.st_size
+
+
+def is_below(path: Path, folder: Path) -> bool:
+    """Whether a path, which need not exist, is a folder that exists or lies in it, links resolved.
+
+    Folders are compared by what they are, so that the case of letters is the file system's matter.
+    """
+    resolved = path.resolve()
+    return folder.exists() and any(
+        place.exists() and place.samefile(folder) for place in (resolved, *resolved.parents)
+    )

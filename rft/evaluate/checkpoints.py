@@ -1,0 +1,91 @@
+"""The weights that an evaluation counts with: read once, the same on every rank, of known classes.
+
+A run that is still training replaces its selected weights at any time. Their hash is therefore
+taken when they are loaded, and compared when the counts are written.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rft import cli, dist, files
+from rft.classes import check_head
+from rft.clip.classifier import Saved, load_state, map_state
+from rft.data.labels import warn_of_one_class
+from rft.data.loader import PackedDataset
+from rft.dist import World
+from rft.runs import checkpoint_path, unfinished
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One checkpoint in memory."""
+
+    path: Path
+    """The run folder or weights file that the user named."""
+    sha256: str
+    saved: Saved
+
+    def require_unchanged(self) -> None:
+        """Check that the weights on disk are still those that were loaded.
+
+        Raises:
+            ValueError: if a training replaced them in the meantime.
+        """
+        weights = checkpoint_path(self.path)
+        if files.sha256_file(weights) != self.sha256:
+            raise ValueError(
+                f"{weights} was replaced while it was evaluated, so its counts are not recorded; "
+                "wait until its run has finished, then evaluate it again"
+            )
+
+    @property
+    def state_of_run(self) -> str:
+        """How far the run is, in parentheses for a line of output; empty if it has ended."""
+        reached = unfinished(self.path)
+        return f" (unfinished, {reached})" if reached else ""
+
+
+def load_checkpoints(paths: Sequence[Path], world: World) -> tuple[list[Loaded], int]:
+    """Read the selected weights of run folders, or weights files; all ranks have the same ones.
+
+    Returns:
+        The checkpoints and the side of their images in pixels.
+
+    Raises:
+        ValueError: if one is damaged, ranks see different files, or their image sizes differ.
+    """
+    loaded = []
+    for path in paths:
+        weights = checkpoint_path(path)
+        map_state(weights)  # the errors of a file that is no checkpoint
+        loaded.append(Loaded(path, files.sha256_file(weights), load_state(weights)))
+    dist.require_agreement(world, "set of weights", [one.sha256 for one in loaded])
+    sizes = {one.saved.architecture.image_size for one in loaded}
+    if len(sizes) > 1:
+        raise ValueError(f"the checkpoints want images of {sorted(sizes)} px; evaluate them apart")
+    return loaded, sizes.pop()
+
+
+def require_classes(paths: Sequence[Path], packed: Mapping[str, PackedDataset]) -> None:
+    """Check that checkpoints and sets have the same classes; warn where a file does not say.
+
+    Only headers are read.
+
+    Raises:
+        ValueError: naming the checkpoint, the set and the first class that differs.
+    """
+    for dataset in packed.values():
+        warn_of_one_class(dataset.url, dataset.manifest.groups)
+    for path in paths:
+        saved = map_state(checkpoint_path(path))
+        rows = len(saved.state["head.weight"])
+        warnings = [
+            warning
+            for dataset in packed.values()
+            for warning in check_head(
+                saved.classes, rows, str(path), dataset.manifest.label_space, dataset.url
+            )
+        ]
+        for warning in warnings[:1]:  # one for all sets
+            cli.warn(warning)

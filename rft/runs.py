@@ -1,0 +1,162 @@
+"""The files of a run folder that several commands read: selected weights, state, results.
+
+Numbers belong to the weights they were counted with. results.json therefore carries the weights'
+hash, and nothing reads a count without comparing it. No torch: the report uses this too.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rft import files
+
+SELECTED = Path("checkpoints") / "best.safetensors"  # of a run; the last without held-out images
+LAST = Path("checkpoints") / "last.safetensors"  # after the last step
+RESULTS_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class SetCount:
+    """How many of how many were right on one packed set."""
+
+    correct: int
+    total: int
+    manifest_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Content of a results.json: counts, and which weights they belong to."""
+
+    step: int
+    checkpoint_sha256: str
+    config_sha256: str
+    """Of the run folder's config.json; empty for a weights file."""
+    sets: dict[str, SetCount]
+    """Packed set -> counts."""
+
+
+def checkpoint_path(path: Path) -> Path:
+    """Return the weights file meant by `path`: itself, or the selected one of a run folder."""
+    return path / SELECTED if path.is_dir() else path
+
+
+def results_path(checkpoint: Path) -> Path:
+    """Return where the counts of a run folder or weights file are kept."""
+    if checkpoint.is_dir():
+        return checkpoint / "results.json"
+    return checkpoint.with_suffix(".results.json")
+
+
+def unfinished(folder: Path) -> str:
+    """Return how far a training run is that has not ended, such as "step 20 of 100".
+
+    Empty for a run that ended, for a merged or imported model, and for a weights file.
+
+    Raises:
+        ValueError: if a file of the run is damaged.
+    """
+    config = folder / "config.json"
+    if not config.is_file() or (folder / "training.json").is_file():
+        return ""
+    document = files.read_json(str(config))
+    if not isinstance(document, dict) or "optim" not in document:
+        return ""
+    progress = folder / "progress.json"
+    if not progress.is_file():
+        return "no step recorded"
+    reached = files.read_json(str(progress))
+    try:
+        return f"step {int(reached['step'])} of {int(reached['of'])}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{progress} is damaged: it has no valid {error}") from error
+
+
+def read_results(checkpoint: Path) -> Results | None:
+    """Read the counts of a run folder or weights file; None if it was never evaluated.
+
+    They may be of other weights than those that exist now: see `require_current`.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = results_path(checkpoint)
+    if not path.is_file():
+        return None
+    document = files.read_json(str(path))
+    try:
+        if document["schema"] != RESULTS_SCHEMA:
+            raise ValueError(
+                f"{path} has schema {document['schema']!r}, not {RESULTS_SCHEMA}; evaluate the "
+                "run again with this version"
+            )
+        return Results(
+            step=int(document["step"]),
+            checkpoint_sha256=document["checkpoint_sha256"],
+            config_sha256=document["config_sha256"] or "",
+            sets={name: _count(path, name, e) for name, e in document["sets"].items()},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is malformed: it has no valid {error}") from error
+
+
+def _count(path: Path, name: str, entry: dict[str, Any]) -> SetCount:
+    correct, total = entry["correct"], entry["total"]
+    # a bool is an int to Python, and no count
+    whole = type(correct) is int and type(total) is int
+    if not (whole and total > 0 and 0 <= correct <= total):
+        raise ValueError(f"{path}: {name} has {correct!r} correct of {total!r}; evaluate it again")
+    manifest = entry["manifest_sha256"]
+    if type(manifest) is not str:
+        raise ValueError(f"{path}: {name} names no manifest; evaluate it again")
+    return SetCount(correct, total, manifest)
+
+
+def current_results(checkpoint: Path) -> Results | None:
+    """Read the counts of the weights as they are now; None if there are none of these weights.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    results, weights = read_results(checkpoint), checkpoint_path(checkpoint)
+    if results is None or not weights.is_file():
+        return None
+    return results if results.checkpoint_sha256 == files.sha256_file(weights) else None
+
+
+def require_current(checkpoint: Path, results: Results) -> list[str]:
+    """Check that counts belong to the weights as they are now.
+
+    Returns:
+        A warning if the weights are gone, so that this cannot be known.
+
+    Raises:
+        ValueError: with the command that counts again.
+    """
+    weights = checkpoint_path(checkpoint)
+    if not weights.is_file():
+        return [f"{weights} is missing: whether the results are of these weights is not known"]
+    found = files.sha256_file(weights)
+    if found == results.checkpoint_sha256:
+        return []
+    raise ValueError(
+        f"{results_path(checkpoint)} is stale: it was counted with weights "
+        f"{results.checkpoint_sha256[:12]}, {weights} is {found[:12]}; evaluate it again: "
+        f"{evaluation_command([checkpoint], _data_of(checkpoint), list(results.sets))}"
+    )
+
+
+def evaluation_command(paths: Sequence[Path], data: str, sets: Sequence[str]) -> str:
+    """Return the command line that evaluates run folders on some sets."""
+    words = ["python", "-m", "rft.evaluate", *map(str, paths), "--data", data]
+    return shlex.join([*words, *(["--sets", *sets] if sets else [])])
+
+
+def _data_of(checkpoint: Path) -> str:
+    """Return the data root that a run was made with, without credentials."""
+    config = checkpoint / "config.json"
+    document = files.read_json(str(config)) if config.is_file() else {}
+    data = document.get("data") if isinstance(document, dict) else None
+    return files.redact(data) if isinstance(data, str) and data else "URL"

@@ -1,0 +1,168 @@
+"""`--scale small`: training numbers that follow from the size of one's own set, by a fixed rule.
+
+Four numbers of the paper assume a million images: how many are held out, the batch, the warm-up and
+how often a checkpoint is written. The rule was chosen by reasoning (see its constants) before any
+accuracy was known; `python -m benchmarks.small_sets` measured it afterwards (docs/decisions.md).
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rft.config import Config
+
+# A tenth selects the epoch. Below 20 images one of them is more than 5 points, and the best epoch
+# is the luckiest; beyond a fifth of the set (many classes, few images each) training lacks more
+# than the selection can bring. In both cases nothing is held out.
+HELD_OUT_PART, HELD_OUT_LARGEST_PART, HELD_OUT_FEWEST, HELD_OUT_MOST = 10, 5, 20, 10_240
+# The paper's schedule has 25,000 steps. 16 per epoch, 160 in ten epochs, leave the peak rate enough
+# of them. Below 8 images the gradient is mostly noise and a fill has few donors; with 64 (the
+# miniature's batch, too) memory is small on any GPU. Powers of two can be shared by 2, 4, 8 ranks.
+STEPS_PER_EPOCH, SMALLEST_BATCH, LARGEST_BATCH = 16, 8, 64
+DONORS = 2  # images of a micro-batch that a fill needs
+# A tenth of the steps is the usual share for few steps; 500 are the paper's.
+WARMUP_PART, WARMUP_MOST = 10, 500
+# One checkpoint per epoch, which is written anyway; more in long epochs, as in the paper.
+CHECKPOINT_MOST = 500
+
+
+class Size(NamedTuple):
+    """A training set as the rule sees it."""
+
+    images: int
+    classes: int
+    """Classes that have images."""
+    fewest: int
+    """Images of the smallest of them."""
+
+    @staticmethod
+    def of(labels: np.ndarray) -> "Size":
+        """Count the class ids of all images of a set, (N,); a set has at least one."""
+        counts = np.unique(labels, return_counts=True)[1]
+        return Size(int(counts.sum()), len(counts), int(counts.min()))
+
+
+def held_out(size: Size) -> int:
+    """Return how many training images should select the checkpoint, 0 where they are too few.
+
+    A stratified split needs one of each class, and two of it in the set.
+    """
+    share = max(min(size.images // HELD_OUT_PART, HELD_OUT_MOST), size.classes)
+    few = share < HELD_OUT_FEWEST or size.fewest < 2
+    return 0 if few or share * HELD_OUT_LARGEST_PART > size.images else share
+
+
+def batch_size(images: int, parts: int) -> int:
+    """Return the global batch for so many images to train on, in so many ranks x micro-batches."""
+    batch = SMALLEST_BATCH
+    while batch < LARGEST_BATCH and images >= 2 * batch * STEPS_PER_EPOCH:
+        batch *= 2
+    while batch > max(images, 1):
+        batch //= 2
+    # as it is for 1, 2, 4 ranks, so that a run may resume on any of these
+    if batch % parts or batch < DONORS * parts:
+        batch = parts * max(DONORS, batch // parts) if parts > 1 else batch
+    return batch
+
+
+def rule(config: Config, size: Size, ranks: int) -> dict[str, int]:
+    """Return the rule's four numbers by option name; other scales have none.
+
+    Each is computed from those before it as `config` has them, so that an option on the command
+    line (a different batch) carries over to the numbers that depend on it (steps, warm-up).
+    """
+    if config.scale != "small":
+        return {}
+    loader, optim = config.loader, config.optim
+    left = max(0, size.images - loader.held_out)  # nonsense is refused where the set is split
+    epoch = left // loader.batch_size
+    return {
+        "loader.held_out": held_out(size),
+        "loader.batch_size": batch_size(left, ranks * optim.accumulate),
+        "optim.warmup_steps": min(optim.epochs * epoch // WARMUP_PART, WARMUP_MOST),
+        "log.checkpoint_steps": min(max(epoch, 1), CHECKPOINT_MOST),
+    }
+
+
+OPTIONS = ("loader.held_out", "loader.batch_size", "optim.warmup_steps", "log.checkpoint_steps")
+
+
+def fit(config: Config, size: Size, ranks: int, named: Collection[str] = ()) -> Config:
+    """Return a configuration with the rule's numbers, except for options named on the command line.
+
+    Args:
+        config: of `--scale small`; its numbers of the rule count only where they are named.
+        size: of the training set.
+        ranks: processes that share a batch.
+        named: options among `OPTIONS` that keep the value they have.
+    """
+    for option in OPTIONS:  # in order: each is computed from those before it
+        if option not in named:
+            group, name = option.split(".")
+            changed = replace(getattr(config, group), **{name: rule(config, size, ranks)[option]})
+            config = replace(config, **{group: changed})
+    return config
+
+
+def describe(config: Config, size: Size, ranks: int) -> list[str]:
+    """Return the rule with its values for this set, for the dry run and the start, one line each.
+
+    Other scales have no line.
+    """
+    if config.scale != "small":
+        return []
+    loader, optim = config.loader, config.optim
+    epoch = (size.images - loader.held_out) // loader.batch_size
+    reasons = {
+        "loader.held_out": (
+            f"1/{HELD_OUT_PART} of the images, at least one per class"
+            if held_out(size)
+            else "too few to select by: the last model is used"
+        ),
+        "loader.batch_size": (
+            f"for {STEPS_PER_EPOCH} steps per epoch, within {SMALLEST_BATCH} and {LARGEST_BATCH}"
+        ),
+        "optim.warmup_steps": (
+            f"1/{WARMUP_PART} of {optim.epochs * epoch:,} steps, at most {WARMUP_MOST}"
+        ),
+        "log.checkpoint_steps": f"an epoch, at most {CHECKPOINT_MOST} steps",
+    }
+    values, wanted = _values(config), rule(config, size, ranks)
+    lines = [
+        f"--scale small for {size.images:,} images of {size.classes:,} classes on {ranks} "
+        f"rank{'s' if ranks > 1 else ''}:"
+    ]
+    for option, reason in reasons.items():
+        own = values[option] != wanted[option]
+        why = f"given; the rule's is {wanted[option]:,}" if own else reason
+        lines.append(f"  {option:20s} {values[option]:6,}  ({why})")
+    return lines
+
+
+def repeat_numbers(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Name the options that resume a run with its recorded numbers, for an error message.
+
+    Args:
+        old: the recorded identity.
+        new: the identity that differs from it, in these numbers or in something else.
+    """
+    if new["scale"] != "small" or old["scale"] != "small":
+        return ""
+    options = []
+    for option in OPTIONS:
+        group, name = option.split(".")
+        before, now = (identity.get(group, {}).get(name) for identity in (old, new))
+        if before != now:
+            options.append(f"--{option.replace('_', '-')} {before}")
+    if not options:
+        return ""
+    return (
+        f" ({' '.join(options)}; --scale small takes them from the size of the set and the ranks)"
+    )
+
+
+def _values(config: Config) -> dict[str, int]:
+    groups = {option: option.split(".") for option in OPTIONS}
+    return {option: getattr(getattr(config, a), b) for option, (a, b) in groups.items()}

@@ -1,0 +1,315 @@
+"""Manifest and index: what cannot be right is refused by every reader, with its place."""
+
+import contextlib
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import rft.data.show
+import rft.evaluate.__main__
+from rft import files, recipes
+from rft.data.encode import encoding_parameters, to_npy
+from rft.data.index import index_shards
+from rft.data.labels import LabelSpace
+from rft.data.loader import PackedDataset
+from rft.data.manifest import Index, Manifest, group_faults
+from rft.data.pack import Options, pack
+from rft.data.scoring import Options as Reading
+from rft.data.verify import verify
+from rft.evaluate.accuracy import is_correct
+from tests.data.test_index import write_tar
+from tests.servers.ranges import range_server
+
+LABELS = LabelSpace(ids=("n1", "n2", "n3"), names=("one", "two", "three"), templates=("a {c}.",))
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("healthy")
+    rng = np.random.default_rng(0)
+    for n in range(6):
+        path = root / "source" / "val" / LABELS.ids[n % 3] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+    options = Options(encoding="pixels", size=16, workers=1)
+    pack("imagenet-val", str(root / "source"), str(root), LABELS, options)
+    return root / "imagenet-val"
+
+
+@pytest.fixture
+def packed(healthy: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(healthy, tmp_path / "data" / "set"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a set's manifest.json by hand."""
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def rewrite(folder: Path, **columns: np.ndarray | None) -> None:
+    """Change, add or (None) remove columns of index.npz, and let the manifest agree with it."""
+    manifest = Manifest.load(str(folder))
+    old = Index.load(str(folder), manifest)
+    new = {**vars(old), **columns}
+    np.savez(folder / "index.npz", **{n: c for n, c in new.items() if c is not None})
+    sha256 = files.sha256_file(folder / "index.npz")
+    edit(folder, lambda document: document.update(index_sha256=sha256))
+
+
+SHA256 = "0" * 64
+MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no group": ({"groups": []}, "groups must name at least one group"),
+    "null": ({"groups": None}, "groups must name at least one group"),
+    "an empty group": ({"groups": [[0], []]}, r"groups\[1\] must be a list of at least one class"),
+    "no list": (
+        {"groups": [[0], 1]},
+        r"groups\[1\] must be a list of at least one class id, not 1",
+    ),
+    "overlap": (
+        {"groups": [[0, 1], [2, 1]]},
+        r"groups\[1\]\[1\]: class 1 is in groups\[0\] already",
+    ),
+    "twice": ({"groups": [[0, 0]]}, r"groups\[0\]\[1\]: class 0 is in groups\[0\] already"),
+    "below": ({"groups": [[0], [-1]]}, r"groups\[1\]\[0\] must be a class id from 0 to 2, not -1"),
+    "above": ({"groups": [[0, 3]]}, r"groups\[0\]\[1\] must be a class id from 0 to 2, not 3"),
+    "float": ({"groups": [[1.0]]}, "must be a class id from 0 to 2, not 1.0"),
+    "bool": ({"groups": [[True]]}, "must be a class id from 0 to 2, not True"),
+    "text": ({"groups": [["0"]]}, "must be a class id from 0 to 2, not '0'"),
+    "no classes": ({"classes": []}, "classes is empty"),
+    "classes that are one text": ({"classes": "abc"}, "classes must be a list of texts, not 'abc'"),
+    "a class that is none": ({"classes": ["a", 1, "b"]}, r"classes\[1\] must be a text, not 1"),
+    "fewer ids": ({"class_ids": ["n1"]}, "class_ids must be as many as classes"),
+    "equal ids": ({"class_ids": ["n1", "n1", "n2"]}, "class_ids must be as many .* all different"),
+    "no prompts": ({"templates": []}, "templates is empty"),
+    "index hash": (
+        {"index_sha256": "../../x"},
+        "index_sha256 must be 64 hex digits, not '../../x'",
+    ),
+    "left out": ({"quarantined": -1}, "quarantined must be a number from 0, not -1"),
+    "left out, maybe": ({"quarantined": True}, "quarantined must be a number from 0, not True"),
+    "no encoding": ({"encoding": "pixels"}, "encoding must be an object"),
+    "no shards": ({"shards": []}, "the shards hold no samples"),
+    "shards": ({"shards": {}}, "shards must be a list"),
+    "name": ({"dataset": 3}, "dataset must be a text, not 3"),
+}
+SHARDS: dict[str, tuple[dict[str, Any], str]] = {
+    "bytes below zero": ({"bytes": -1}, r"shards\[0\].bytes must be a number from 0, not -1"),
+    "half a byte": ({"bytes": 1.5}, r"shards\[0\].bytes must be a number from 0, not 1.5"),
+    "samples below zero": ({"samples": -6}, r"shards\[0\].samples must be a number from 0, not -6"),
+    "samples as text": ({"samples": "6"}, r"shards\[0\].samples must be a number from 0, not '6'"),
+    "no samples": ({"samples": 0}, "the shards hold no samples"),
+    "a path": ({"sha256": "../0"}, r"shards\[0\].sha256 must be 64 hex digits, not '../0'"),
+    "too long": ({"sha256": SHA256 + "0"}, r"shards\[0\].sha256 must be 64 hex digits"),
+    "a line more": ({"sha256": SHA256 + "\n"}, r"shards\[0\].sha256 must be 64 hex digits"),
+    "no name": ({"name": ""}, r"shards\[0\].name must be a text, not ''"),
+    "more": ({"url": "x"}, r"shards\[0\] must have bytes, name, samples, sha256, it has .* url"),
+}
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_a_manifest_that_cannot_be_right(packed: Path, kind: str) -> None:
+    values, message = MANIFESTS[kind]
+    edit(packed, lambda document: document.update(values))
+    check(packed, "manifest.json", message)
+
+
+@pytest.mark.parametrize("kind", SHARDS)
+def test_a_shard_that_cannot_be_right(packed: Path, kind: str) -> None:
+    values, message = SHARDS[kind]
+    edit(packed, lambda document: document["shards"][0].update(values))
+    check(packed, "manifest.json", message)
+
+
+def test_a_shard_that_is_named_twice(packed: Path) -> None:
+    edit(packed, lambda document: document["shards"].append(document["shards"][0]))
+    check(packed, "manifest.json", r"shards\[1\].name: '000000.tar' is named more than once")
+
+
+def check(folder: Path, name: str, message: str) -> None:
+    """Check that reading fails in one line that names the file, and that verify finds it too."""
+    with pytest.raises(ValueError, match=message) as caught:
+        PackedDataset(str(folder))
+    assert str(caught.value).startswith(str(folder / name))
+    assert str(caught.value).endswith("; pack or index the set again")
+    assert "\n" not in str(caught.value)
+    assert verify(str(folder), deep=False, workers=1).problems
+
+
+ROW = r"index.npz, row 2, key '.*': "
+INDEXES: dict[str, tuple[Callable[[Index], dict[str, np.ndarray | None]], str]] = {
+    "label above": (
+        lambda i: {"label": put(i.label, 3)},
+        ROW + "its label is none of the 3 classes",
+    ),
+    "label below": (lambda i: {"label": put(i.label, -1)}, ROW + "its label is none of the 3"),
+    "beyond": (lambda i: {"offset": put(i.offset, 2**20)}, ROW + "its payload reaches beyond"),
+    "wraps": (lambda i: {"offset": put(i.offset, 2**64 - 512)}, ROW + "its payload reaches beyond"),
+    "too long": (
+        lambda i: {"length": put(i.length, 2**32 - 1)},
+        ROW + "its payload reaches beyond",
+    ),
+    "fewer rows": (lambda i: {"width": i.width[1:]}, "column width has 5 samples, the manifest 6"),
+    "no label": (lambda i: {"label": None}, "its columns must be offset, .*, they are"),
+    "one more": (lambda i: {"more": i.label}, "its columns must be offset, .*, they are .* more"),
+    "another type": (
+        lambda i: {"label": i.label.astype(float)},
+        "label must be a list of int32, not",
+    ),
+    "objects": (lambda i: {"key": i.key.astype(object)}, "index.npz is no archive of columns"),
+    "texts": (lambda i: {"key": i.key.astype(str)}, "column key must be a list of .*, not <U"),
+    "a table": (
+        lambda i: {"label": i.label[None]},
+        r"label must be a list of int32, not int32 \(1, 6",
+    ),
+}
+
+
+def put(column: np.ndarray, value: int) -> np.ndarray:
+    changed = column.copy()
+    changed[2] = value
+    return changed
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_an_index_that_cannot_be_right(packed: Path, kind: str) -> None:
+    change, message = INDEXES[kind]
+    rewrite(packed, **change(Index.load(str(packed), Manifest.load(str(packed)))))
+    check(packed, "index.npz", message)
+
+
+def test_every_label_is_scored(packed: Path) -> None:
+    """A label in no group would count as right with any prediction that is in no group."""
+    edit(packed, lambda document: document.update(groups=[[0], [2]]))
+    check(packed, "index.npz", "its label lies in no group, so it never scores")
+    report = verify(str(packed), deep=False, workers=1)
+    assert [p.what for p in report.problems] == 2 * [
+        "its label lies in no group, so it never scores"
+    ]
+
+
+def test_a_healthy_set_is_read_and_keeps_its_hash(packed: Path) -> None:
+    manifest = Manifest.load(str(packed))
+    assert manifest.class_ids == LABELS.ids
+    assert len(PackedDataset(str(packed))) == 6
+    # manifests that were written before there were ids are what they were
+    edit(packed, lambda document: document.pop("class_ids"))
+    older = Manifest.load(str(packed))
+    assert older == replace(manifest, class_ids=())
+    assert older.sha256 == files.sha256_json(json.loads((packed / "manifest.json").read_text()))
+
+
+def test_commands_refuse_emptied_scoring(packed: Path, refused, tmp_path: Path) -> None:
+    """All of them read a set as a PackedDataset or by its manifest."""
+    edit(packed, lambda document: document.update(groups=[]))
+    root, name = packed.parent, packed.name
+    config = recipes.build("no-mask", scale="miniature", data=str(root), run=str(tmp_path))
+    files.write_json(str(tmp_path / "config.json"), {**config.to_dict(), "train_set": name})
+    for line in (
+        refused(rft.evaluate.__main__, "weights.safetensors", "--data", root, "--sets", name),
+        refused(rft.data.show, tmp_path, "--step", 0),
+    ):
+        what = "groups must name at least one group of class ids; pack or index the set again"
+        assert line == f"error: {packed}/manifest.json: {what}"
+
+
+# --- scoring by hand ----------------------------------------------------------------------------
+
+
+def test_classes_in_no_group_take_no_part(healthy: Path) -> None:
+    """Five classes in the groups {1} and {4, 2}: by hand, the table and what it counts as right."""
+    manifest = replace(
+        Manifest.load(str(healthy)), classes=tuple("abcde"), class_ids=(), groups=((1,), (4, 2))
+    )
+    assert manifest.class_to_group().tolist() == [-1, 0, 1, -1, 1]
+    logits = torch.tensor(
+        [
+            [9.0, 2.0, 1.0, 9.0, 0.0],  # the largest are not scored: 1
+            [9.0, 0.0, 1.0, 9.0, 2.0],  # 4, of the group of 2
+            [0.0, 0.0, 3.0, 9.0, 2.0],  # 2
+            [9.0, 0.0, 3.0, 9.0, 2.0],  # 2, where the label is 1
+        ]
+    )
+    right = is_correct(
+        logits, torch.tensor([1, 2, 2, 1]), torch.from_numpy(manifest.class_to_group())
+    )
+    assert right.tolist() == [True, True, True, False]
+
+
+def test_group_faults_are_all_named() -> None:
+    assert list(group_faults(((0, 1), (2,)), 3)) == []
+    assert len(list(group_faults(((0, 5), (), (0, -1)), 3))) == 4
+
+
+# --- payloads -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def at(folder: Path, place: str) -> Iterator[str]:
+    """Yield a folder's path, or a URL of a server for it."""
+    if place == "local":
+        yield str(folder)
+    else:
+        with range_server(folder) as url:
+            yield url
+
+
+@pytest.mark.parametrize("place", ["local", "remote"])
+@pytest.mark.parametrize("shape", [(16, 16, 3), (3, 16, 15), (3, 16, 17), (3, 2, 2)])
+def test_pixels_of_another_shape_are_named(packed: Path, shape: tuple, place: str) -> None:
+    """A payload that has the crc32 of the index, and yet is no square of pixels."""
+    index = Index.load(str(packed), Manifest.load(str(packed)))
+    payload = to_npy(np.zeros(shape, np.uint8))
+    offset = int(index.offset[2])
+    with (packed / "000000.tar").open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(payload)
+    crc32, length = put(index.crc32, zlib.crc32(payload)), put(index.length, len(payload))
+    rewrite(packed, crc32=crc32, length=length)
+    with at(packed, place) as url:
+        data = PackedDataset(url)
+        with pytest.raises(ValueError, match="3 x 16 x 16") as caught:
+            data.batch(np.arange(6), 16)
+        assert data.image(1, 16).shape == (3, 16, 16)
+    assert str(caught.value) == (
+        f"{url}/000000.tar, sample {data.key(2)!r}, offset {offset} is no array of "
+        "3 x 16 x 16 pixels, as its manifest says; pack the set again"
+    )
+
+
+@pytest.mark.parametrize("place", ["local", "remote"])
+@pytest.mark.parametrize("kind", ["original", "jpeg"])
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, kind: str, place: str) -> None:
+    """Keys repeat in third-party shards, so a key alone does not say which image it is."""
+    photo = BytesIO()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(photo, "JPEG")
+    whole, cut = photo.getvalue(), photo.getvalue()[:1000]
+    for number, second in enumerate((whole, cut)):
+        members = [("a.jpg", whole), ("a.cls", b"0"), ("b.jpg", second), ("b.cls", b"1")]
+        write_tar(
+            tmp_path / f"{number}.tar",
+            [*members, (f"{number}.jpg", whole), (f"{number}.cls", b"2")],
+        )
+    index_shards([str(tmp_path / "{0..1}.tar")], str(tmp_path), LABELS, Reading(workers=1))
+    if kind == "jpeg":  # the reader's way for squares that are stored as JPEG
+        encoding = encoding_parameters("jpeg", 16, 0)
+        edit(tmp_path, lambda document: document.update(encoding=encoding))
+    with at(tmp_path, place) as url:
+        data = PackedDataset(url)
+        with pytest.raises(ValueError, match="cannot be decoded") as caught:
+            data.batch(np.arange(6), 16)
+    expected = f"{url}/1.tar, sample 'b', offset {data.index.offset[4]} cannot be decoded: "
+    assert str(caught.value).startswith(expected)

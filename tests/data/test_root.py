@@ -1,0 +1,81 @@
+"""Why a set is not there: what lies around the place where it was looked for."""
+
+from pathlib import Path
+
+import pytest
+
+from rft import files
+from rft.data.manifest import Manifest
+from rft.data.root import LOOKED_AT, SHOWN, packed_sets
+from rft.evaluate import __main__ as evaluate_command
+from rft.train import __main__ as train_command
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    for name in ("shards/imagenet-train", "shards/imagenet-val", "shards/unfinished"):
+        (tmp_path / name).mkdir(parents=True)
+        file = "plan.json" if name.endswith("unfinished") else "manifest.json"
+        (tmp_path / name / file).write_text("{}")
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "1.jpg").write_bytes(b"")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [
+        ("shards/imagenet-w", "{root}/shards has the sets imagenet-train, imagenet-val; did you "
+         "mean 'imagenet-val'?"),
+        ("shards/test", "{root}/shards has the sets imagenet-train, imagenet-val; name one of "),
+        ("imagenet-val", "{root}/shards has the sets imagenet-train, imagenet-val; did you mean "
+         "--data {root}/shards?"),
+        ("shards/imagenet-train/imagenet-train", "{root}/shards/imagenet-train is a packed set "
+         "itself; --data is the folder above it"),
+        ("shards/unfinished", "its packing has not finished"),
+        ("nowhere/test", "nothing exists at {root}/nowhere; check --data"),
+        ("photos/test", "no folder of {root}/photos is a packed set; check --data"),
+    ],
+)  # fmt: skip
+def test_a_set_that_is_missing(root, url, hint):
+    with pytest.raises(
+        ValueError, match=r"no packed dataset at .*: manifest.json is missing; "
+    ) as e:
+        Manifest.load(f"{root}/{url}")
+    assert str(e.value).split("is missing; ")[1].startswith(hint.format(root=root))
+
+
+def test_a_store_that_cannot_be_listed_gives_no_hint(root, monkeypatch):
+    monkeypatch.setattr(files, "folders", lambda _: 1 / 0)  # an error that nobody expects is one
+    with pytest.raises(ZeroDivisionError):
+        Manifest.load(f"{root}/shards/test")
+
+    def refuse(_):
+        raise PermissionError(13, "no")
+
+    monkeypatch.setattr(files, "folders", refuse)
+    with pytest.raises(ValueError, match=r"manifest.json is missing$"):
+        Manifest.load(f"{root}/shards/test")
+
+
+def test_a_root_with_many_folders(tmp_path):
+    for number in range(LOOKED_AT + 5):
+        (tmp_path / f"{number:03d}").mkdir()
+        (tmp_path / f"{number:03d}" / "manifest.json").write_text("{}")
+    assert len(packed_sets(str(tmp_path))) == LOOKED_AT
+    with pytest.raises(ValueError, match=f"and {LOOKED_AT - SHOWN} more; name one of them"):
+        Manifest.load(f"{tmp_path}/x")
+
+
+def test_the_commands_say_it(tiny_data, refused, tmp_path):
+    sets = f"{tiny_data} has the sets imagenet-a, imagenet-r, imagenet-train, imagenet-val"
+    line = refused(evaluate_command, tmp_path, "--data", tiny_data, "--sets", "imagenet-w")
+    assert sets in line
+    line = refused(evaluate_command, tmp_path, "--data", tiny_data.parent)
+    assert f"did you mean --data {tiny_data}?" in line
+    run = ("--run-dir", tmp_path / "run")
+    line = refused(train_command, "vanilla", "--data", tiny_data, "--train-set", "tests", *run)
+    assert sets in line
+    line = refused(*(train_command, "vanilla", "--data", tmp_path / "no", "--scale", "small", *run))
+    assert f"nothing exists at {tmp_path / 'no'}" in line
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,132 @@
+"""The numbers of `--scale small` as a function of the size of the set."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rft import recipes, small
+from rft.config import Config
+from rft.data.order import Plan
+from rft.data.split import held_out_split
+from rft.small import Size
+
+NUMBERS = ("held_out", "batch_size", "warmup_steps", "checkpoint_steps")
+
+
+def numbers(config: Config) -> tuple[int, ...]:
+    """The rule's numbers of a configuration, in the order of NUMBERS."""
+    loader = config.loader
+    return (
+        *(loader.held_out, loader.batch_size),
+        *(config.optim.warmup_steps, config.log.checkpoint_steps),
+    )
+
+
+def fitted(size: Size, ranks: int = 1, recipe: str = "vanilla", **optim: int) -> Config:
+    config = recipes.build(recipe, scale="small", data="d", run="r")
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **optim))
+    return small.fit(config, size, ranks)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        # too few to select by: 6 images are no tenth, 16 (one per class) more than a fifth
+        (Size(60, 16, 3), (0, 8, 7, 7)),
+        (Size(300, 16, 18), (30, 16, 16, 16)),
+        (Size(3000, 16, 187), (300, 64, 42, 42)),
+        (Size(300, 100, 3), (0, 16, 18, 18)),
+        # a stratified split needs two images of a class
+        (Size(3000, 16, 1), (0, 64, 46, 46)),
+        (Size(199, 2, 80), (0, 8, 24, 24)),
+        (Size(200, 2, 80), (20, 8, 22, 22)),
+        # large sets meet the paper's numbers
+        (Size(1_281_167, 1000, 732), (10_240, 64, 500, 500)),
+        (Size(3, 2, 1), (0, 2, 1, 1)),
+        (Size(1, 1, 1), (0, 1, 1, 1)),
+    ],
+)
+def test_the_rule(size, expected):
+    assert numbers(fitted(size)) == expected
+
+
+@settings(deadline=None)
+@given(
+    images=st.integers(1, 3000),
+    classes=st.integers(1, 30),
+    ranks=st.sampled_from([1, 2, 3, 4, 8]),
+    epochs=st.integers(0, 20),
+)
+def test_every_set_gets_numbers_that_training_takes(images, classes, ranks, epochs):
+    labels = np.arange(images) % classes
+    size = Size.of(labels)
+    config = fitted(size, ranks, recipes.DEFAULT, epochs=epochs)
+    held_out, batch, warmup, checkpoint = numbers(config)
+    keys = np.array([f"{n:05d}".encode() for n in range(images)])
+    train, held = held_out_split(keys, labels, held_out, 0)
+    assert (len(train), len(held)) == (images - held_out, held_out)
+    assert held_out == 0 or 20 <= held_out <= images / 5
+    if batch <= len(train):  # more ranks than images are refused by the plan
+        steps = Plan(shard_sizes=(len(train),), batch_size=batch, seed=0).steps_per_epoch
+        assert warmup <= epochs * steps / 10
+        assert checkpoint == min(steps, 500)
+    else:
+        assert batch <= 2 * ranks or len(train) < 8
+    if batch > 1:
+        assert config.micro_batch(ranks) >= 2
+
+
+@given(images=st.integers(8, 5000), ranks=st.sampled_from([2, 4]))
+def test_few_ranks_have_the_batch_of_one(images, ranks):
+    # so that a run may resume on a different number of them
+    assert small.batch_size(images, ranks) == small.batch_size(images, 1)
+
+
+def test_what_the_command_line_names_stays_and_carries_over():
+    config = recipes.build("vanilla", scale="small", data="d", run="r")
+    loader = dataclasses.replace(config.loader, batch_size=4)
+    config = dataclasses.replace(config, loader=loader)
+    size = Size(300, 6, 50)
+    assert numbers(small.fit(config, size, 1, {"loader.batch_size"})) == (30, 4, 67, 67)
+    named = set(small.OPTIONS)
+    assert small.fit(config, size, 1, named) == config
+    shown = small.describe(small.fit(config, size, 1, {"loader.batch_size"}), size, 1)
+    (line,) = (line for line in shown if "batch_size" in line)
+    assert line.split() == ["loader.batch_size", "4", "(given;", "the", "rule's", "is", "16)"]
+
+
+def test_every_line_of_the_rule_fits_a_terminal_and_has_its_value():
+    size = Size(1_281_167, 1000, 732)
+    config = fitted(size, 8)
+    first, *lines = small.describe(config, size, 8)
+    assert first == "--scale small for 1,281,167 images of 1,000 classes on 8 ranks:"
+    for option, value, line in zip(small.OPTIONS, numbers(config), lines, strict=True):
+        assert line.split()[:2] == [option, f"{value:,}"]
+    for some in (size, Size(60, 16, 3)):
+        lines = small.describe(fitted(some), some, 1)
+        # in the dry run two more columns are taken
+        assert max(map(len, lines)) <= 78
+
+
+@pytest.mark.parametrize("scale", ["paper", "miniature"])
+def test_other_scales_have_no_rule(scale):
+    config = recipes.build("vanilla", scale=scale)
+    assert small.rule(config, Size(60, 16, 3), 1) == {}
+    assert small.describe(config, Size(60, 16, 3), 1) == []
+
+
+def test_without_a_size_no_small_set_can_be_trained():
+    # the paper's numbers are refused by the split, they cannot pass for the rule's
+    config = recipes.build("vanilla", scale="small")
+    assert config.loader == recipes.build("vanilla").loader
+
+
+def test_a_run_whose_set_has_grown_is_resumed_by_naming_its_numbers():
+    old, new = (fitted(Size(n, 6, n // 6)).identity() for n in (300, 600))
+    hint = small.repeat_numbers(old, new)
+    assert hint.startswith(" (--loader.held-out 30 --loader.batch-size 16; --scale small takes")
+    assert small.repeat_numbers(old, old) == ""
+    assert small.repeat_numbers({**old, "scale": "paper"}, new) == ""
