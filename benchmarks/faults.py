@@ -40,7 +40,7 @@ from tests.servers.tmpfs import small_disk
 RESULTS = Path(__file__).parent / "results"
 RANKS = 2
 STEPS, EVERY = 80, 4  # steps of the whole run, and between two checkpoints
-SECONDS = 120  # until a try gives up waiting for what must happen
+SECONDS = 600  # until a try gives up waiting for what must happen, on any machine
 HANG = 8  # seconds that ranks wait for one that hangs
 
 
@@ -73,24 +73,28 @@ class Run:
     output: list[str] = field(default_factory=list)
 
     @property
-    def command(self) -> list[str]:
-        """The command line."""
+    def words(self) -> list[str]:
+        """The module and its options."""
         return [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={self.ranks}", "-m", "rft.train", "object-mask-single-fill"),
+            *("rft.train", "object-mask-single-fill"),
             *("--data", str(self.data), "--run-dir", str(self.folder), "--scale", "miniature"),
             *("--model.clip", self.clip, "--method.threshold", "0.5", "--loader.workers", "1"),
             *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "8"),
             *("--log.checkpoint-steps", str(EVERY), "--log.every-steps", "1", *self.options),
         ]
 
+    def log(self) -> Path:
+        """Return a new file for what a job says."""
+        self.output.append(str(self.folder.with_suffix(f".{len(self.output)}.log")))
+        return Path(self.output[-1])
+
     def start(self) -> None:
         """Start it in a session of its own; what it says goes to a file."""
-        log = self.folder.with_suffix(f".{len(self.output)}.log")
-        self.output.append(str(log))
-        with log.open("w") as stream:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={self.ranks}", "-m", *self.words]
+        with self.log().open("w") as stream:
             self.process = subprocess.Popen(
-                self.command, env=tiny.environment(), stdout=stream, stderr=subprocess.STDOUT,
+                command, env=tiny.environment(), stdout=stream, stderr=subprocess.STDOUT,
                 start_new_session=True, text=True,
             )  # fmt: skip
 
@@ -101,7 +105,7 @@ class Run:
     def require_told(self, *either: str) -> None:
         """Check that the job that was hurt said so in one of these ways."""
         # ranks can outlive their torchrun for a moment
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + SECONDS
         while not any(words in self.said() for words in either):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"it did not say {either[0]}: {self.said()[-3000:]}")
@@ -370,8 +374,8 @@ FAULTS = KILLS | OTHERS
 class Bench:
     """The tiny world, the undisturbed run and a folder to try in."""
 
-    def __init__(self, folder: Path, ranks: int = RANKS) -> None:
-        self._folder, self._ranks = folder, ranks
+    def __init__(self, folder: Path, ranks: int = RANKS, kind: type[Run] = Run) -> None:
+        self._folder, self._ranks, self._kind = folder, ranks, kind
         self._folder.mkdir(parents=True, exist_ok=True)
         self.data = tiny.write_data(folder / "world")
         self.clip = tiny.write_clip(folder / "clip")
@@ -382,7 +386,7 @@ class Bench:
 
     def run(self, name: str) -> Run:
         """Return a run that has not started."""
-        return Run(self._folder / name, self.data, self.clip, self._ranks)
+        return self._kind(self._folder / name, self.data, self.clip, self._ranks)
 
     def attempt(self, fault: str, random: Random) -> Outcome:
         """Try one fault."""

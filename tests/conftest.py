@@ -23,9 +23,14 @@ from tests.slowness import (  # noqa: F401
 # the tensors are tiny: more threads only wait for each other, and for the processes of other tests
 torch.set_num_threads(1)
 
-# started in the background of a script they would ignore Ctrl-C, and so would all that they start
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# started by a script in the background, or by nohup, they would ignore these signals, and so would
+# all that they start
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # the same examples each time, however slow the machine: a failure is of the change before it. For
 # others: pytest --hypothesis-profile explore

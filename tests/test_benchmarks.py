@@ -209,6 +209,7 @@ def test_options_of_the_loader_benchmark_are_checked(changes):
         loader.Arguments(**changes)
 
 
+@pytest.mark.slow
 def test_two_tasks_pack_everything_and_shares_do_not_overlap(work, tmp_path):
     settings = pack.Arguments(images=IMAGES, processes=1, work=tmp_path)
     (tmp_path / str(IMAGES)).mkdir()

@@ -1,5 +1,6 @@
 """The plan covers the paper, its commands are real, and all of them together give its tables."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -222,6 +223,8 @@ def test_mistakes_are_one_line(options, message, monkeypatch, capsys):
 
 def script(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [str(ROOT / "launch" / "reproduce.sh"), *options]
+    # where there is no .venv it takes the first Python, as of an activated environment
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
 
 

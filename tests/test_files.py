@@ -45,6 +45,7 @@ URLS = st.tuples(PLACES, WORDS.map("user{}".format), PASSWORDS, st.just("") | QU
 )
 
 
+@pytest.mark.slow
 @given(parts=URLS, text=st.sampled_from(TEXTS))
 def test_no_secret_survives_and_the_place_does(parts, text):
     url = credentialed(*parts)

@@ -32,7 +32,7 @@ def rehearsal(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]
     """The whole command on this CPU, in which one part meets a folder where it wants a file."""
     root = tmp_path_factory.mktemp("rehearsal")
     (root / "work" / "rehearsal" / "gpu-tests.xml").mkdir(parents=True)
-    line = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--minutes", "12"]
+    line = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--minutes", "60"]
     line += ["--out", str(root / "out"), "--work", str(root / "work")]
     result = subprocess.run(line, env=environment(), capture_output=True, text=True)
     return result, root / "out"
@@ -46,7 +46,8 @@ def parts(rehearsal) -> dict[str, dict]:
     return {name: part["values"] for name, part in document["parts"].items()}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_part_runs_and_the_broken_one_alone_fails(rehearsal):
     result, out = rehearsal
     document = json.loads((out / "rehearsal_cpu.json").read_text())
@@ -60,6 +61,7 @@ def test_every_part_runs_and_the_broken_one_alone_fails(rehearsal):
     assert document["processor"]
 
 
+@pytest.mark.slow
 def test_steps_are_timed_and_seen_into(parts):
     measured = parts["step-rft-rehearsal"]
     both = {**measured["steps"], **parts["compiled-rft-rehearsal"]["steps"]}
@@ -77,6 +79,7 @@ def test_steps_are_timed_and_seen_into(parts):
     assert measured["host_waits"] is None  # no GPU to wait for
 
 
+@pytest.mark.slow
 def test_the_trainer_ran_on_both_kinds_of_shards(parts):
     runs = parts["trainer"]["rft-rehearsal"]
     assert set(runs) == {"pixels", "jpeg"}
@@ -86,6 +89,7 @@ def test_the_trainer_ran_on_both_kinds_of_shards(parts):
         assert 0 <= run["waiting_share"] <= 1
 
 
+@pytest.mark.slow
 def test_ceilings_masks_resumption_and_evaluation(parts):
     assert set(parts["chip"]["matmul_flops"]) == {"bf16", "tf32", "fp32"}
     trained = parts["masks"]["rft-miniature"]["0.3"]
@@ -101,6 +105,7 @@ def test_ceilings_masks_resumption_and_evaluation(parts):
     assert parts["evaluation"]["rft-rehearsal"]["images"] == 64  # of 72, the first batch is not
 
 
+@pytest.mark.slow
 def test_the_table_is_made_of_the_json(rehearsal):
     _, out = rehearsal
     document = json.loads((out / "rehearsal_cpu.json").read_text())
@@ -118,7 +123,8 @@ def test_saved_tables_are_made_of_the_saved_results():
         assert path.with_suffix(".md").read_text() == page.text(json.loads(path.read_text())), path
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_second_call_keeps_what_it_does_not_measure_again(rehearsal):
     _, out = rehearsal
     before = json.loads((out / "rehearsal_cpu.json").read_text())["parts"]
@@ -132,6 +138,7 @@ def test_a_second_call_keeps_what_it_does_not_measure_again(rehearsal):
     assert after["trainer"] == before["trainer"]
 
 
+@pytest.mark.slow
 def test_no_gpu_is_one_line(tmp_path):
     line = [sys.executable, "-m", "benchmarks.gpu"]
     line += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
@@ -300,6 +307,7 @@ def test_a_value_that_is_not_finite_is_never_equal():
         difference(ours, {**ours, "b": ours["a"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", ["CUDA out of memory.", "CUBLAS_STATUS_ALLOC_FAILED when"])
 def test_a_batch_is_halved_until_two_steps_fit(monkeypatch, message):
     calls = []
@@ -445,6 +453,7 @@ def test_wheels_are_the_packages_that_torch_does_not_bring():
     assert not [name for name in found if name.startswith(("nvidia", "cuda"))]
 
 
+@pytest.mark.slow
 def test_wheels_install_into_an_empty_environment(tmp_path):
     """From the registry into a folder, and from the folder alone into an environment."""
     version = "{}.{}".format(*sys.version_info[:2])

@@ -40,6 +40,7 @@ def files_below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_no_secret_is_recorded_or_shown(
     tmp_path, tiny_data, tiny_clip, monkeypatch, capsys, refused
 ):

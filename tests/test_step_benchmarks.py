@@ -52,6 +52,7 @@ def test_vanilla_is_the_cross_entropy(job, images_BCHW, labels_B):
         torch.testing.assert_close(found[name], ours, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_step_benchmark_as_a_program():
     command = [sys.executable, "-m", "benchmarks.step", *SMALL]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
@@ -72,14 +73,15 @@ def test_the_step_benchmark_as_a_program():
     assert "matrix product: " in method.alternatives(found)
 
 
+@pytest.mark.slow
 def test_a_map_at_a_time_needs_less_memory_and_too_much_is_told():
     arguments = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=4)
     textbook, ours = (
-        cam_memory.measure_case(case, arguments, 16) for case in ("textbook", "recompute")
+        cam_memory.measure_case(case, arguments, 8) for case in ("textbook", "recompute")
     )
     assert textbook > 2 * ours > 0
-    tight = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=0.2)
-    assert cam_memory.measure_case("textbook", tight, 16) is None
+    tight = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=0.1)
+    assert cam_memory.measure_case("textbook", tight, 8) is None
 
 
 def test_the_page_says_what_was_not_measured(monkeypatch, tmp_path):
@@ -94,6 +96,7 @@ def test_the_saved_page_is_made_of_the_saved_results():
     assert method.PAGE.read_text() == method.text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_timed_in_three_ways(tmp_path):
     arguments = checkpoint.Arguments(model="ViT-S-32-alt", batch_size=2, rounds=1, seconds=0.01)
     result = checkpoint.measure(arguments, tmp_path)

@@ -155,6 +155,7 @@ def test_another_plan(world: Path, tmp_path: Path, run: Callable[..., Result]) -
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_counts(world: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
     """In ImageNet's own label space the published number of images is known."""
     labels = LabelSpace.imagenet()
@@ -224,6 +225,7 @@ def test_wrong_options(
     assert err.startswith(f"error: {message}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["shard_imagenet", "shard_ood"])
 def test_as_a_program(tool: str, tmp_path: Path) -> None:
     command = [sys.executable, str(TOOLS / f"{tool}.py")]

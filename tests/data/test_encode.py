@@ -136,6 +136,7 @@ def test_pixels_of_a_file(mode: str) -> None:
     assert encoded.payload.endswith(expected.tobytes())  # readers take the end of the payload
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.integers(1, 100), st.integers(1, 100), st.sampled_from(["RGB", "L", "CMYK"]))
 def test_jpeg_is_the_square_that_clip_sees(width: int, height: int, mode: str) -> None:

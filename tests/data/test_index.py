@@ -430,6 +430,7 @@ def test_parent(url: str, expected: str | None) -> None:
 # --- again --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_again_changes_nothing_and_another_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "set" / "0.tar", plain("a", 0))
     write_tar(tmp_path / "set" / "1.tar", plain("b", 1, 1))

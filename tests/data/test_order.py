@@ -61,6 +61,7 @@ def test_ranks_cut_one_global_batch(world_size, share):
     assert (np.concatenate(slices) == batch).all()
 
 
+@pytest.mark.slow
 @given(plans(), st.integers(1, 3), st.integers(0, 2), st.integers(0, 500))
 # a batch that spans three blocks
 @example(Plan(shard_sizes=(1, 1, 1), batch_size=3, seed=0, block_shards=1), 1, 0, 0)

@@ -390,6 +390,7 @@ def with_options(**changes) -> Options:
     return Options(**{**vars(PIXELS), **changes})
 
 
+@pytest.mark.slow
 def test_several_workers(source: str, tmp_path: Path, reference: dict[str, str]) -> None:
     assert pack("imagenet-train", source, str(tmp_path), LABELS, with_options(workers=2))
     assert snapshot(tmp_path) == reference

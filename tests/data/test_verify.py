@@ -464,6 +464,7 @@ def test_command(packed: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert run(monkeypatch, str(packed), "--workers", "0") == 2
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_nothing(packed: Path) -> None:
     shard, _, offset, _ = first_row(packed)
     change(shard, offset)

@@ -169,6 +169,7 @@ def whole_models(rows) -> list[dict[str, torch.Tensor]]:
     return [{"w": row[:6].reshape(2, 3), "b": row[6:]} for row in flat]
 
 
+@pytest.mark.slow
 @given(WHOLE, st.integers(-40, 40))
 def test_greedy_is_the_textbook_recipe(rows, target):
     states, score = whole_models(rows), score_by(target)

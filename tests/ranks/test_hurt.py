@@ -1,6 +1,8 @@
 """Real processes, really hurt: the same command ends with the undisturbed run's weights.
 
-One try of each of these on three ranks; benchmarks/faults.py tries all faults many times.
+One try of each of these on two ranks under torchrun; benchmarks/faults.py tries all faults many
+times. What nothing happens to (the run to compare with, the end of the one that was hurt) has its
+ranks forked and reads its own batches, because torchrun and loader processes import for seconds.
 """
 
 import json
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import EVERY, FAULTS, Bench, merged, summary, table
+from benchmarks.faults import EVERY, FAULTS, Bench, Run, merged, summary, table
 from rft.rng import numpy_generator
 from tests import tiny
 from tests.tiny import torchrun
@@ -18,12 +20,21 @@ from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
-RANKS = 3
+RANKS = 2
+
+
+class Sooner(Run):
+    """A run that is finished without torchrun and loader processes."""
+
+    def finish(self) -> None:
+        result = torchrun(self.ranks, *self.words, "--loader.workers", "0")
+        self.log().write_text(result.stdout + result.stderr)
+        assert self.finished, self.said()
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("faults"), RANKS)
+    return Bench(tmp_path_factory.mktemp("faults"), RANKS, Sooner)
 
 
 # by a signal the step under way is finished; ranks without torchrun finish theirs too

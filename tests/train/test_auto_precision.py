@@ -94,6 +94,7 @@ def test_emulated_bf16_is_not_counted(monkeypatch, major, native):
     assert not dist.has_bf16(CPU)
 
 
+@pytest.mark.slow
 def test_a_cpu_trains_in_fp32_as_before_and_says_why(train, capsys):
     run = train()
     assert f"{run}: object-mask-single-fill on 1 x cpu, fp32 (auto: on a CPU)\n" in (
@@ -106,6 +107,7 @@ def test_a_cpu_trains_in_fp32_as_before_and_says_why(train, capsys):
     assert all(torch.equal(value, same[name]) for name, value in state.items())
 
 
+@pytest.mark.slow
 def test_native_bf16_is_used_and_recorded(train, bf16_gpu, capsys):
     run = train()
     assert "on 1 x cpu, bf16 (auto: native on this GPU)\n" in capsys.readouterr().out
@@ -120,6 +122,7 @@ def test_native_bf16_is_used_and_recorded(train, bf16_gpu, capsys):
     assert not all(torch.equal(value, other[name]) for name, value in state.items())
 
 
+@pytest.mark.slow
 def test_the_preset_names_its_own(train, bf16_gpu, monkeypatch, capsys):
     set_to = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
@@ -142,6 +145,7 @@ def test_a_dry_run_shows_the_choice(train, bf16_gpu, capsys):
     assert "precision                fp32  (auto: on a CPU)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_begun_on_a_gpu_is_not_resumed_in_another_precision(train, bf16_gpu, capsys):
     run = stopped(train())
     before = (run / "config.json").read_bytes()
@@ -157,6 +161,7 @@ def test_a_run_begun_on_a_gpu_is_not_resumed_in_another_precision(train, bf16_gp
     assert recorded(run) == {"bf16"}
 
 
+@pytest.mark.slow
 def test_a_run_of_the_version_before_resumes_on_a_cpu(train, bf16_gpu, capsys):
     # which recorded the fp32 that was its default
     run = stopped(train("run", "--precision", "fp32"))
@@ -169,6 +174,7 @@ def test_a_run_of_the_version_before_resumes_on_a_cpu(train, bf16_gpu, capsys):
     assert recorded(run) == {"fp32"}
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_finished_on_any_device(train, bf16_gpu, capsys):
     run = train()
     before = (run / "config.json").read_bytes()
@@ -186,6 +192,7 @@ def test_a_finished_run_is_finished_on_any_device(train, bf16_gpu, capsys):
     assert "--precision bf16" in line
 
 
+@pytest.mark.slow
 def test_a_finished_run_needs_no_device(train, monkeypatch, capsys):
     train("run", "--precision", "tf32")
     capsys.readouterr()
@@ -194,12 +201,14 @@ def test_a_finished_run_needs_no_device(train, monkeypatch, capsys):
     assert "already finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_difference_does_not_name_the_precision(train, capsys):
     stopped(train())
     line = complaint(train, capsys, "run", "--optim.lr", "0.5")
     assert "Repeat its options to resume it, or choose another --run-dir" in line
 
 
+@pytest.mark.slow
 def test_checkpoints_that_outlived_their_run_folder(train, bf16_gpu, tmp_path, capsys):
     elsewhere = ("--log.checkpoints", f"memory://precision-{tmp_path.name}")
     shutil.rmtree(train("run", *elsewhere))
@@ -211,6 +220,7 @@ def test_checkpoints_that_outlived_their_run_folder(train, bf16_gpu, tmp_path, c
     assert "going on after step 30" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_configuration_edited_by_hand(train, capsys):
     run = train()
     document = json.loads((run / "config.json").read_text())
@@ -238,6 +248,7 @@ def test_no_job_without_a_precision(precision):
         )
 
 
+@pytest.mark.slow
 def test_the_demo_skips_what_another_device_finished(train, bf16_gpu, tiny_data, tiny_clip):
     run = train()
     bf16_gpu.undo()

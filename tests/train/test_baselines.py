@@ -42,6 +42,7 @@ def metrics(folder: Path, name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
+@pytest.mark.slow
 def test_a_linear_probe_moves_the_head_alone_and_lp_ft_goes_on_from_it(train):
     zero = weights(train("zero-shot", "--optim.epochs", "0"))
     probe_run = train("linear-probe")
@@ -67,6 +68,7 @@ def test_a_random_head_is_drawn_from_the_seed(train):
     assert first.abs().max() <= first.shape[1] ** -0.5
 
 
+@pytest.mark.slow
 def test_wise_kd_learns_from_a_wise_ft_model(train, tmp_path, monkeypatch):
     zero, vanilla = train("zero-shot", "--optim.epochs", "0"), train("vanilla")
     teacher = tmp_path / "wise"
@@ -97,6 +99,7 @@ def test_what_a_recipe_builds_on_must_be_named_and_alike(train, capsys, tmp_path
     assert not (tmp_path / recipe).exists()
 
 
+@pytest.mark.slow
 def test_a_started_run_refuses_other_weights_to_build_on(train, capsys):
     probes = [train("linear-probe", "--seed", str(seed), name=f"p{seed}") for seed in (0, 1)]
     run = train("lp-ft", "--model.start", str(probes[0]))
@@ -106,6 +109,7 @@ def test_a_started_run_refuses_other_weights_to_build_on(train, capsys):
     assert "start_sha256" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_last_weights_are_kept_beside_the_selected_ones(train):
     run = train("vanilla", "--optim.epochs", "3")
     steps = {which: load_state(run / which)[2]["step"] for which in (SELECTED, LAST)}
@@ -113,6 +117,7 @@ def test_the_last_weights_are_kept_beside_the_selected_ones(train):
     assert int(steps[SELECTED]) % 11 == 0
 
 
+@pytest.mark.slow
 def test_official_parity_trains_by_its_own_schedule(train):
     every = ("--log.every-steps", "1", "--optim.accumulate", "3")
     run = train("object-mask-single-fill", "--preset", "official-parity", *every)
@@ -123,6 +128,7 @@ def test_official_parity_trains_by_its_own_schedule(train):
     assert rates[-1] == pytest.approx(3e-4 / 25e4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -67,6 +67,7 @@ def saved(run: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step-")) for path in run.glob("checkpoints/*.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "flipped", "unrecorded"])
 def test_of_a_damaged_checkpoint_the_one_before_is_used(
     train, calm, monkeypatch, tmp_path, capsys, how
@@ -94,6 +95,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(
     assert (run / "checkpoints" / "step-00000024.pt.damaged").exists()
 
 
+@pytest.mark.slow
 def test_nothing_starts_again_in_silence_if_all_are_damaged(train, monkeypatch, tmp_path, capsys):
     killed(train, monkeypatch, 26)
     for path in tmp_path.glob("run/checkpoints/*.pt"):
@@ -140,6 +142,7 @@ def test_credentials_are_not_told_of_a_damaged_checkpoint(tmp_path, capsys):
     assert "secret" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_a_killed_writer_left_is_swept_away(train, monkeypatch, tmp_path):
     killed(train, monkeypatch, 6)
     left = tmp_path / "run" / "checkpoints" / ".step-00000008.pt.0123.tmp"
@@ -148,6 +151,7 @@ def test_what_a_killed_writer_left_is_swept_away(train, monkeypatch, tmp_path):
     assert not left.exists()
 
 
+@pytest.mark.slow
 def test_a_model_selected_after_the_checkpoint_that_is_used(train, monkeypatch, tmp_path):
     killed(train, monkeypatch, 26)
     path = tmp_path / "run" / SELECTED
@@ -161,6 +165,7 @@ def test_a_model_selected_after_the_checkpoint_that_is_used(train, monkeypatch, 
     assert files.sha256_file(path) == before
 
 
+@pytest.mark.slow
 def test_a_selected_models_checkpoint_is_kept(train, monkeypatch, tmp_path):
     killed(train, monkeypatch, 26, "--log.keep", "1")
     run = tmp_path / "run"
@@ -196,11 +201,13 @@ def outlive_the_machine(url: str, train, monkeypatch, run: Path) -> list[str]:
     return weights(run)
 
 
+@pytest.mark.slow
 def test_checkpoints_on_another_store_outlive_the_machine(train, calm, monkeypatch, tmp_path):
     url = f"memory://checkpoints-{tmp_path.name}"
     assert outlive_the_machine(url, train, monkeypatch, tmp_path / "run") == calm
 
 
+@pytest.mark.slow
 def test_checkpoints_on_s3_outlive_the_machine(train, calm, monkeypatch, tmp_path, bucket):
     url = f"{bucket}/runs/first"
     assert outlive_the_machine(url, train, monkeypatch, tmp_path / "run") == calm
@@ -229,6 +236,7 @@ def test_another_donor_pool_is_told(tmp_path, capsys):
     assert "fills choose from 128 images now, from 256 before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_what_is_there_stays(
     train, calm, monkeypatch, tmp_path, capsys
 ):
@@ -291,6 +299,7 @@ def test_an_upload_that_fails_names_the_store_and_not_the_run_folder(tmp_path, m
         path.touch()
 
 
+@pytest.mark.slow
 def test_checkpoints_elsewhere_are_of_one_configuration(train, tmp_path, capsys):
     elsewhere = ("--log.checkpoints", f"memory://elsewhere-{tmp_path.name}")
     folder = train("run", *elsewhere)
@@ -304,6 +313,7 @@ def test_checkpoints_elsewhere_are_of_one_configuration(train, tmp_path, capsys)
     assert (folder / "training.json").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(
     train, calm, monkeypatch, tmp_path, capsys
 ):

@@ -50,6 +50,7 @@ def test_a_dry_run_writes_nothing_and_refuses_what_a_run_refuses(
     assert "no packed dataset at" in line
 
 
+@pytest.mark.slow
 def test_profile_and_pictures_do_not_change_the_result(options, monkeypatch, tmp_path, capsys):
     recipe = ["object-mask-single-fill", *options[1:]]
     plain, seen = tmp_path / "plain", tmp_path / "seen"
@@ -187,6 +188,7 @@ def test_a_run_of_a_newer_version(refused, options, monkeypatch, tmp_path, prove
         (run / "config.json").write_bytes(before)
 
 
+@pytest.mark.slow
 def test_unknown_model_and_weights(refused, options):
     line = refused(train_command, *options, "--model.clip", "ViT-Z-99")
     assert "open_clip has no model 'ViT-Z-99'" in line
@@ -224,6 +226,7 @@ def test_a_run_folder_that_is_a_file(refused, options, tmp_path):
     assert "is a file; choose another" in refused(train_command, *options)
 
 
+@pytest.mark.slow
 def test_other_data_under_a_started_run(refused, options, monkeypatch, tmp_path, tiny_data):
     train(options, monkeypatch)
     (tmp_path / "run" / "training.json").unlink()
@@ -248,6 +251,7 @@ def test_a_folder_that_is_a_url_is_refused(refused, options, tmp_path):
     assert "it must be a local folder" in refused(merge_command, *merge)
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_told_in_one_line_by_a_loader_process(options, tmp_path, tiny_data):
     shutil.copytree(tiny_data, tmp_path / "data")
     packed = PackedDataset(str(tmp_path / "data" / "imagenet-train"))
@@ -278,6 +282,7 @@ def test_data_on_a_store_that_is_not_the_disk(options, monkeypatch, tmp_path, ti
     assert (tmp_path / "run" / "training.json").exists()
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_as_float32_does_but_for_rounding(options, monkeypatch, tmp_path):
     found = []
     for precision in ("fp32", "bf16"):
@@ -301,6 +306,7 @@ def test_a_loss_that_explodes_stops_the_run_and_names_the_step(options, monkeypa
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
 
 
+@pytest.mark.slow
 def test_a_head_of_another_label_space(refused, options, monkeypatch, tmp_path, tiny_data):
     train(options, monkeypatch)
     shutil.copytree(tiny_data, tmp_path / "data")
@@ -325,6 +331,7 @@ def test_counts_of_an_earlier_call_stay(options, monkeypatch, tmp_path, tiny_dat
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_jobs_on_one_run_folder(refused, options, tmp_path):
     (tmp_path / "run").mkdir()
     with filelock.FileLock(tmp_path / "run" / ".lock"):

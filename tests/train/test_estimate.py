@@ -184,6 +184,7 @@ def test_zero_shot_trains_nothing(prepare):
     assert "writes 0 checkpoints" in text
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_was_told(prepare):
     job = prepare("--log.keep", "100", "--log.every-steps", "2")
     train_command.run_job(job, StopRequest(""))

@@ -27,6 +27,7 @@ def train(tiny_data, tiny_clip, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_finished_run_refuses_other_weights_to_build_on(train, capsys):
     probes = [train("linear-probe", "--seed", seed, name=f"p{seed}") for seed in ("0", "1")]
     head = ("--model.head", "random", "--seed", "3")
@@ -41,6 +42,7 @@ def test_a_finished_run_refuses_other_weights_to_build_on(train, capsys):
     assert "was built on other weights: start_sha256" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_whose_held_out_images_show_one_class_finishes(train, monkeypatch):
     # its gallery would have one picture, which no other image can fill
     def shown(labels, samples, count):

@@ -275,6 +275,7 @@ def test_the_loss_weights_do_not_reach_the_cam(images_BCHW, labels_B):
     assert torch.equal(*donors)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_has_the_same_gradients(images_BCHW, labels_B, monkeypatch):
     # the default backend writes C++ for half a minute; benchmarks/step.py --compile uses it
     backend = partial(torch.compile, backend="aot_eager")

@@ -17,6 +17,7 @@ from tests import tiny
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
+@pytest.mark.slow
 def test_own_photos_are_packed_trained_on_and_evaluated(tmp_path, tiny_clip):
     tiny.write_images(tmp_path, "photos", 20)
     photos = tmp_path / "photos"

@@ -43,6 +43,7 @@ def counts(path: Path) -> dict[str, int]:
     return {name: names.count(name) for name in set(names)}
 
 
+@pytest.mark.slow
 def test_ten_steps_after_the_first_few_and_the_same_weights(train, tmp_path, capsys):
     profiled = train(tmp_path / "profile", 17)
     assert torch.equal(profiled, train(None, 17))
@@ -56,12 +57,14 @@ def test_ten_steps_after_the_first_few_and_the_same_weights(train, tmp_path, cap
     assert "counterfactual backward" in table
 
 
+@pytest.mark.slow
 def test_fewer_steps_are_told(train, tmp_path, capsys):
     train(tmp_path, 3, first=7, total=10)
     assert "profile of 3 steps (not 10: there were no more)" in capsys.readouterr().out
     assert counts(tmp_path / "steps-8-10.json.gz")["clean forward"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_meanwhile(train, tmp_path, capsys):
     train(tmp_path, 7, first=100, total=1000)
     assert "profile of 2 steps (not 10" in capsys.readouterr().out

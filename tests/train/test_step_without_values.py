@@ -40,7 +40,8 @@ from rft.train.optim import build_optimizer, set_schedule
 
 BATCH = 512
 CLASSES = 1000
-MODELS = ("ViT-B-32", "ViT-B-16")
+# a larger grid of patches changes shapes alone, the same for all recipes
+CASES = [*((recipe, "ViT-B-32") for recipe in recipes.names()), (recipes.DEFAULT, "ViT-B-16")]
 
 # options that no recipe sets: a recipe and changes of its configuration
 OPTIONS = {
@@ -193,8 +194,8 @@ def train_one_step(job: Job, watch: TorchDispatchMode) -> list:
     return shown
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("recipe", recipes.names())
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "model"), CASES)
 def test_no_recipe_makes_the_host_wait(meta, recipe, model):
     config = build_config(recipe)
     shown = train_one_step(build_job(config, model, meta), NoWaiting())
@@ -202,6 +203,7 @@ def test_no_recipe_makes_the_host_wait(meta, recipe, model):
     assert [maps.donor_BP.shape for maps in shown] == config.method.masks * [(BATCH, patches)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_no_option_makes_the_host_wait(meta, option):
     recipe, changes = OPTIONS[option]
@@ -210,6 +212,7 @@ def test_no_option_makes_the_host_wait(meta, option):
     assert len(shown) == config.method.masks * config.optim.accumulate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["object-mask-no-fill", "context-mask-no-fill"])
 def test_dropping_the_tokens_of_a_cams_mask_waits(meta, recipe):
     """The one documented exception (`Objective._most_kept`): the longest row is a tensor's size."""
@@ -259,12 +262,14 @@ def step_in_bf16(config: Config, device: torch.device) -> None:
     assert found.others[torch.float32] == cam, "the CAM"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BF16)
 def test_only_the_towers_compute_in_bf16(fake, case):
     recipe, changes = BF16[case]
     step_in_bf16(build_config(recipe, precision="bf16", **changes), fake)
 
 
+@pytest.mark.slow
 def test_a_fake_tensors_value_cannot_be_read_either(fake):
     config = build_config("object-mask-no-fill", precision="bf16", method={"no_fill": "token-drop"})
     with pytest.raises(DataDependentOutputException):
@@ -279,6 +284,7 @@ def job(meta) -> Job:
     return build_job(build_config(recipes.DEFAULT), "ViT-B-32", meta)
 
 
+@pytest.mark.slow
 def test_a_loss_that_reads_its_value_is_noticed(job, monkeypatch):
     def mse(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
         loss = nn.functional.mse_loss(student_BE, teacher_BE)
@@ -326,12 +332,14 @@ def test_a_copy_that_blocks_is_noticed(job, monkeypatch):
         train_one_step(job, NoWaiting())
 
 
+@pytest.mark.slow
 def test_a_head_in_bf16_is_noticed(fake, monkeypatch):
     monkeypatch.setattr(Classifier, "logits", lambda model, features_BE: model.head(features_BE))
     with pytest.raises(AssertionError, match="the head"):
         step_in_bf16(build_config("vanilla", precision="bf16"), fake)
 
 
+@pytest.mark.slow
 def test_a_cam_in_bf16_is_noticed(fake, monkeypatch):
     real = relevance.layer_relevance
 

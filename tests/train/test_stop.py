@@ -28,6 +28,7 @@ def at_step(step: int, monkeypatch, action) -> None:
     monkeypatch.setattr(loop, "accumulate_gradients", acting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["file", *SIGNALS], ids=str)
 def test_it_stops_after_the_step_with_a_checkpoint(train, tmp_path, monkeypatch, capsys, how):
     stop_file = tmp_path / "stop"
@@ -59,6 +60,7 @@ def test_it_stops_after_the_step_with_a_checkpoint(train, tmp_path, monkeypatch,
     assert weights(folder) == weights(train("calm"))
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_last_step_is_the_end(train, tmp_path, monkeypatch):
     at_step(29, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert (train() / "training.json").exists()
@@ -176,6 +178,7 @@ def test_a_run_that_the_other_job_finished_is_left_alone(train, tmp_path, monkey
     assert (folder / "training.json").read_bytes() == summary
 
 
+@pytest.mark.slow
 def test_a_run_that_the_other_job_began_keeps_its_configuration(
     train, tmp_path, monkeypatch, capsys
 ):
