@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from rft import dist
+from rft.clip.classifier import save_classifier
 from rft.dist import World
 from rft.evaluate import __main__ as evaluate_command
 from rft.train import __main__ as train_command
+from tests import tiny
+from tests.conftest import build_model
 
 ALONE = World(rank=0, size=1, local_rank=0)
 
@@ -91,6 +94,11 @@ def test_training_stops_where_ranks_disagree(
 
 def test_evaluation_stops_where_ranks_disagree(disagreeing, refused, tiny_data, tmp_path):
     disagreeing("set of packed data")
+    model = build_model(classes=len(tiny.LABELS.ids))
+    save_classifier(str(tmp_path / "model.safetensors"), model, {"step": "0"}, tiny.LABELS.classes)
     options = ("--data", tiny_data, "--sets", "imagenet-val", "--workers", "0")
     line = refused(evaluate_command, tmp_path / "model.safetensors", *options)
     assert "ranks [1] have a different set of packed data" in line
+    disagreeing("set of weights")
+    line = refused(evaluate_command, tmp_path / "model.safetensors", *options)
+    assert "ranks [1] have a different set of weights" in line

@@ -11,12 +11,12 @@ from rft.data.labels import LabelSpace
 from rft.data.loader import PackedDataset
 from rft.data.pack import Options, pack
 
-LABELS = LabelSpace(ids=("n01",), names=("clock",), templates=("a {c}.",))
+LABELS = LabelSpace(ids=("n01", "n02"), names=("clock", "cup"), templates=("a {c}.",))
 SIDE, BORDER = 16, 2
 MAPPINGS = {
     "folder_to_objectnet_label.json": {"clock": "Clock"},
     "objectnet_to_imagenet_1k.json": {"Clock": "clock"},
-    "pytorch_to_imagenet_2012_id.json": {"0": 0},
+    "pytorch_to_imagenet_2012_id.json": {"0": 0, "1": 1},
 }
 
 
@@ -32,7 +32,7 @@ def source(tmp_path) -> Path:
     (root / "mappings").mkdir(parents=True)
     for name, document in MAPPINGS.items():
         (root / "mappings" / name).write_text(json.dumps(document))
-    (root / "mappings" / "imagenet_to_label_2012_v2").write_text("clock\n")
+    (root / "mappings" / "imagenet_to_label_2012_v2").write_text("clock\ncup\n")
     framed = np.zeros((SIDE + 2 * BORDER, SIDE + 2 * BORDER, 3), dtype=np.uint8)
     framed[..., 0] = 255
     framed[BORDER:-BORDER, BORDER:-BORDER] = inside()
