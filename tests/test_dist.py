@@ -92,13 +92,11 @@ def test_training_stops_where_ranks_disagree(
     assert not run.exists()
 
 
-def test_evaluation_stops_where_ranks_disagree(disagreeing, refused, tiny_data, tmp_path):
-    disagreeing("set of packed data")
+@pytest.mark.parametrize("what", ["set of packed data", "set of weights"])
+def test_evaluation_stops_where_ranks_disagree(disagreeing, refused, tiny_data, tmp_path, what):
+    disagreeing(what)
     model = build_model(classes=len(tiny.LABELS.ids))
     save_classifier(str(tmp_path / "model.safetensors"), model, {"step": "0"}, tiny.LABELS.classes)
     options = ("--data", tiny_data, "--sets", "imagenet-val", "--workers", "0")
     line = refused(evaluate_command, tmp_path / "model.safetensors", *options)
-    assert "ranks [1] have a different set of packed data" in line
-    disagreeing("set of weights")
-    line = refused(evaluate_command, tmp_path / "model.safetensors", *options)
-    assert "ranks [1] have a different set of weights" in line
+    assert f"ranks [1] have a different {what}" in line
