@@ -228,6 +228,7 @@ def script(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_script_hands_its_options_on(tmp_path):
     result = script("--miniature", "--seeds", "0", "--out", str(tmp_path / "out"))
     assert result.returncode == 2

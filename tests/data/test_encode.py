@@ -389,6 +389,7 @@ def damaged(draw: st.DrawFn) -> bytes:
             return data[:place] + inserted + data[place:]
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(jpegs())
 def test_whole_jpegs_are_known_without_their_data(data: bytes) -> None:

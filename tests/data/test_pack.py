@@ -713,6 +713,7 @@ def test_bad_images_do_not_depend_on_who_packs(broken: Path, tmp_path: Path) -> 
     assert all(snapshot(out) == reference for out in outs[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_more_bad_images_than_allowed(broken: Path, tmp_path: Path, workers: int) -> None:
     out = tmp_path / "out"

@@ -329,6 +329,7 @@ def test_files_that_end_alike_are_not_equal(tmp_path: Path) -> None:
 SPOTS = st.tuples(st.sampled_from(["train", "test"]), st.integers(0, 2), st.integers(0, 3))
 
 
+@pytest.mark.slow
 @given(st.lists(SPOTS, min_size=1, max_size=12))
 def test_every_equal_image_is_named(tmp_path_factory, spots) -> None:
     root = tmp_path_factory.mktemp("equal")

@@ -51,6 +51,7 @@ def test_folders_are_passed_over_and_links_refused() -> None:
                 found(stream.getvalue())
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**9))
 def test_every_cut_is_an_error(position: int) -> None:
     data = archive(CONTENT)

@@ -37,6 +37,7 @@ def test_equals_the_textbook(images_BCHW, labels_B, kind, recompute):
     assert (slow.amax(dim=1) > 0).sum() > 3, "most maps must show something"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sharpness", "tolerance"), [(1, 1e-5), (4, 1e-4)])
 def test_a_large_towers_masks_equal_the_textbooks(sharpness, tolerance):
     """ViT-B/32's width, heads and tokens; sharper attention loses more digits to rounding."""

@@ -247,6 +247,7 @@ def crowded(shape: str, count: int) -> list[labels.Point]:
     return [(float(x), float(y)) for x, y in places[shape]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "count"),
     [("equal", 100), ("a line", 40), ("a column", 40), ("clusters", 40), ("equal", 2)],

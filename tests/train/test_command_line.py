@@ -153,6 +153,7 @@ def edited(path, **changes) -> None:
     path.write_text(json.dumps({**document, **changes}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("provenance", "writer"),
     [
@@ -368,6 +369,7 @@ def test_evaluation_and_merge_mistakes(refused, tmp_path, tiny_data):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_torchruns_summary_ends_with_the_mistake():
     command = torchrun_command(2, "rft.train", "vanila", "--data", "x", "--run-dir", "y")
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)

@@ -254,6 +254,7 @@ def test_data_packed_before_manifests_had_ids(folder, tiny_data, tmp_path, refus
 # numbers
 
 
+@pytest.mark.slow
 def test_results_of_other_weights_are_stale(folder, tiny_data, tmp_path, refused, capsys):
     run, out = folder / "vanilla", tmp_path / "report"
     evaluate(run, data=tiny_data)

@@ -86,6 +86,7 @@ RULE = """--scale small for 76 images of 4 classes on 1 rank:
 """.splitlines()
 
 
+@pytest.mark.slow
 def test_the_size_of_the_set_decides_and_nothing_claims_to_select(small, tmp_path):
     dry = small("--dry-run")
     assert not (tmp_path / "run").exists()
@@ -107,6 +108,7 @@ def test_the_size_of_the_set_decides_and_nothing_claims_to_select(small, tmp_pat
     assert "run already finished" in small()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [

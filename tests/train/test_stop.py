@@ -66,6 +66,7 @@ def test_a_stop_in_the_last_step_is_the_end(train, tmp_path, monkeypatch):
     assert (train() / "training.json").exists()
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_first_step_leaves_nothing_to_go_on_from(train, tmp_path, capsys):
     stop_file = tmp_path / "stop"
     stop_file.touch()
@@ -154,12 +155,14 @@ def test_a_second_job_is_refused(train, other_job, capsys):
     assert len(output.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_job_waits_for_another_that_leaves(train, other_job, monkeypatch):
     monkeypatch.setattr(run.time, "sleep", lambda _: other_job.kill() or other_job.wait())
     assert (train() / "training.json").exists()
     assert other_job.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_run_that_the_other_job_finished_is_left_alone(train, tmp_path, monkeypatch, capsys):
     folder = train()
     summary = (folder / "training.json").read_bytes()

@@ -41,6 +41,7 @@ def replace(folder):
     (folder / "config.json").write_bytes(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 29])
 @pytest.mark.parametrize("how", [delete, move, empty, replace])
 def test_the_run_says_so_and_makes_no_half_of_it(train, tmp_path, monkeypatch, capsys, how, step):
@@ -60,6 +61,7 @@ def test_the_run_says_so_and_makes_no_half_of_it(train, tmp_path, monkeypatch, c
     assert (sorted(folder.rglob("*")) if folder.exists() else ["nothing"]) == left
 
 
+@pytest.mark.slow
 def test_the_selected_model_alone_is_deleted(train, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     # the first epoch's stays the best
@@ -71,6 +73,7 @@ def test_the_selected_model_alone_is_deleted(train, tmp_path, monkeypatch, capsy
     assert not (folder / "training.json").exists()
 
 
+@pytest.mark.slow
 def test_after_the_last_step(train, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     end = loop.end
