@@ -43,7 +43,7 @@ def test_local_shards_keep_the_newest_descriptors(tmp_path, monkeypatch):
 
 def test_a_shard_that_is_not_wanted_any_more_is_closed(tmp_path, monkeypatch):
     # the filler has nothing to do here
-    monkeypatch.setattr(Shards, "_fill_forever", lambda self: None)
+    monkeypatch.setattr(fetch._Filler, "_run", lambda self: None)
     cache = Cache(tmp_path / "cache", 1000)
     reading = Shards(f"memory://none-{tmp_path.name}", shards(3), cache=cache)
     for shard in shards(3):
