@@ -120,7 +120,6 @@ def wise(arguments: Wise) -> None:
     check_alphas(arguments.alpha)
     start, end = read_ingredient(arguments.start), read_end(arguments)
     check_alike([start, end])
-    check_ends(start, end)
     several = len(arguments.alpha) > 1
     if several and (arguments.out / "config.json").exists():
         raise ValueError(
@@ -139,6 +138,7 @@ def wise(arguments: Wise) -> None:
         jobs[arguments.out / config["recipe"] if several else arguments.out] = config
     # all of them are looked at before the first is written
     done = {out for out, config in jobs.items() if is_made(out, config)}
+    check_ends(start, end)
     first, second = start.load(), end.load()
     for out, config in jobs.items():
         if out not in done:

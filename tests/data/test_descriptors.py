@@ -42,8 +42,6 @@ def test_local_shards_keep_the_newest_descriptors(tmp_path, monkeypatch):
 
 
 def test_a_shard_that_is_not_wanted_any_more_is_closed(tmp_path, monkeypatch):
-    # the filler has nothing to do here
-    monkeypatch.setattr(fetch._Filler, "_run", lambda self: None)
     cache = Cache(tmp_path / "cache", 1000)
     monkeypatch.setattr(cache, "begin", lambda *_, **__: None)  # nothing is filled here
     reading = Shards(f"memory://none-{tmp_path.name}", shards(3), cache=cache)
