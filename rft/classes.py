@@ -86,30 +86,27 @@ def prompts_sha256(names: Sequence[str], templates: Sequence[str]) -> str:
 def mismatch(one: Classes, other: Classes) -> int | None:
     """Return the first class id that means something different in two lists, None if none does.
 
-    Ids and names are compared in Unicode's composed form. Where both lists have ids, one of the two
-    may differ, because a class may be renamed; but not if the values only changed places, and not
-    for both. Lists of different lengths differ at the end of the shorter one, if not before.
+    Ids and names are compared in Unicode's composed form. Of a class, the id or the name may
+    differ, because classes are renamed; not both, and not if the value stands for a different class
+    in the other list. Ids that are only numbers identify nothing: beside them the names must be
+    equal. Lists of different lengths differ at the end of the shorter one, if not before.
     """
-    pairs = [(one.names, other.names)]
+    names = _differing(one.names, other.names)
+    ids = _differing(one.ids, other.ids) if one.ids and other.ids else names
+    counted = all(value.isdecimal() for value in one.ids)
+    found = set(names) if counted else set(names) & set(ids)
+    found |= _moved(one.names, other.names, names)
     if one.ids and other.ids:
-        pairs.append((one.ids, other.ids))
-    differing = [_first_difference(*pair) for pair in pairs]
-    found = [number for number in differing if number is not None]
+        found |= _moved(one.ids, other.ids, ids)
     if len(one) != len(other):
-        return min([*found, len(one), len(other)])
-    renamed = len(found) < len(pairs) and not any(_moved(*pair) for pair in pairs)
-    return None if renamed or not found else min(found)
+        found.add(min(len(one), len(other)))
+    return min(found, default=None)
 
 
-def renamed(one: Classes, other: Classes) -> int | None:
-    """Return the first class of two lists that agree whose id or name differs, None if none does.
-
-    Call it only for lists without a `mismatch`.
-    """
-    places = [_first_difference(one.names, other.names)]
-    if one.ids and other.ids:
-        places.append(_first_difference(one.ids, other.ids))
-    return min((place for place in places if place is not None), default=None)
+def renamed(one: Classes, other: Classes) -> list[int]:
+    """Return the classes of two lists without a `mismatch` whose id or name differs."""
+    ids = _differing(one.ids, other.ids) if one.ids and other.ids else []
+    return sorted({*_differing(one.names, other.names), *ids})
 
 
 def compare(one: Classes | None, where: str, other: Classes | None, other_where: str) -> list[str]:
@@ -139,7 +136,8 @@ def compare(one: Classes | None, where: str, other: Classes | None, other_where:
     number = mismatch(one, other)
     if number is not None:
         order = ""
-        if sorted(one.ids or one.names) == sorted(other.ids or other.names):
+        pairs = ((one.ids, other.ids), (one.names, other.names))
+        if any(a != b and sorted(a) == sorted(b) for a, b in pairs):
             order = " (the same classes in a different order)"
         elif len(one) != len(other):
             order = f" ({len(one)} and {len(other)} classes)"
@@ -147,12 +145,14 @@ def compare(one: Classes | None, where: str, other: Classes | None, other_where:
             f"{where} and {other_where} have different classes: class {number} is "
             f"{one.describe(number)} in the first, {other.describe(number)} in the second{order}"
         )
-    number = renamed(one, other)
-    if number is None:
+    numbers = renamed(one, other)
+    if not numbers:
         return []
+    first = numbers[0]
     return [
-        f"{where} and {other_where} name class {number} differently: {one.describe(number)}, "
-        f"{other.describe(number)}; they are taken to be the same class"
+        f"{where} and {other_where} name {len(numbers)} of {len(one)} classes differently (first: "
+        f"class {first}, {one.describe(first)} and {other.describe(first)}); they are taken to be "
+        "the same"
     ]
 
 
@@ -211,17 +211,31 @@ def read_header(path: Path) -> dict[str, str]:
     return metadata
 
 
-def of_weights(path: Path) -> Classes | None:
-    """Return the classes that one of rft's weights files names; None if it names none.
+def weights_entries(path: Path) -> dict[str, Any]:
+    """Return what the header of one of rft's weights files says: recipe, step, classes.
 
     Raises:
         ValueError: if it is not one of rft's weights files.
     """
     try:
         entries = json.loads(read_header(path).get("rft", "null"))
-        return of_entries(entries)
-    except (AttributeError, TypeError, RecursionError) as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} was not written by rft: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} was not written by rft: its header names no recipe")
+    return entries
+
+
+def of_weights(path: Path) -> Classes | None:
+    """Return the classes that one of rft's weights files names; None if it names none.
+
+    Raises:
+        ValueError: if it is not one of rft's weights files, or its classes are malformed.
+    """
+    try:
+        return of_entries(weights_entries(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def of_entries(entries: dict[str, Any]) -> Classes | None:
@@ -238,14 +252,22 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _first_difference(one: Sequence[str], other: Sequence[str]) -> int | None:
-    for number, (left, right) in enumerate(zip(one, other, strict=False)):
-        if composed(left) != composed(right):
-            return number
-    return None if len(one) == len(other) else min(len(one), len(other))
+def _differing(one: Sequence[str], other: Sequence[str]) -> list[int]:
+    """Return the places in which two lists differ, as far as both go."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return [number for number, (a, b) in pairs if composed(a) != composed(b)]
 
 
-def _moved(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether a value that differs from its counterpart stands elsewhere in the other list."""
-    left, right = list(map(composed, one)), list(map(composed, other))
-    return any(a != b and (a in right or b in left) for a, b in zip(left, right, strict=False))
+def _moved(one: Sequence[str], other: Sequence[str], differing: Sequence[int]) -> set[int]:
+    """Return the differing places whose value stands at a different one in the other list.
+
+    A value that both lists have twice, as ImageNet has its missile, has not moved.
+    """
+    left = {composed(one[number]) for number in differing}
+    right = {composed(other[number]) for number in differing}
+    both = left & right
+    return {
+        number
+        for number in differing
+        if composed(one[number]) in both or composed(other[number]) in both
+    }

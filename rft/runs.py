@@ -53,11 +53,15 @@ def results_path(checkpoint: Path) -> Path:
 def unfinished(folder: Path) -> str:
     """Return how far a training run is that has not ended, such as "step 20 of 100".
 
-    Empty for a run that ended, for a merged or imported model, and for a weights file.
+    Empty for a run that ended, for a merged or imported model, and for a weights file outside a
+    run folder.
 
     Raises:
         ValueError: if a file of the run is damaged.
     """
+    # a file in a run folder is as far as that run
+    if folder.is_file() and folder.parent.name == SELECTED.parent.name:
+        folder = folder.parents[1]
     config = folder / "config.json"
     if not config.is_file() or (folder / "training.json").is_file():
         return ""
@@ -69,9 +73,12 @@ def unfinished(folder: Path) -> str:
         return "no step recorded"
     reached = files.read_json(str(progress))
     try:
-        return f"step {int(reached['step'])} of {int(reached['of'])}"
-    except (KeyError, TypeError, ValueError) as error:
+        step, total = reached["step"], reached["of"]
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{progress} is damaged: it has no valid {error}") from error
+    if type(step) is not int or type(total) is not int or not 0 <= step <= total:
+        raise ValueError(f"{progress} is damaged: step {step!r} of {total!r}")
+    return f"step {step} of {total}"
 
 
 def read_results(checkpoint: Path) -> Results | None:
@@ -86,20 +93,27 @@ def read_results(checkpoint: Path) -> Results | None:
     if not path.is_file():
         return None
     document = files.read_json(str(path))
+    found = document.get("schema") if isinstance(document, dict) else None
+    if found != RESULTS_SCHEMA:
+        raise ValueError(
+            f"{path} has schema {found!r}, not {RESULTS_SCHEMA}; evaluate the run again with this "
+            "version"
+        )
     try:
-        if document["schema"] != RESULTS_SCHEMA:
-            raise ValueError(
-                f"{path} has schema {document['schema']!r}, not {RESULTS_SCHEMA}; evaluate the "
-                "run again with this version"
-            )
-        return Results(
-            step=int(document["step"]),
+        sets = {name: _count(path, name, entry) for name, entry in document["sets"].items()}
+        results = Results(
+            step=document["step"],
             checkpoint_sha256=document["checkpoint_sha256"],
             config_sha256=document["config_sha256"] or "",
-            sets={name: _count(path, name, e) for name, e in document["sets"].items()},
+            sets=sets,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is malformed: it has no valid {error}") from error
+    for name, kind in (("step", int), ("checkpoint_sha256", str), ("config_sha256", str)):
+        value = getattr(results, name)
+        if type(value) is not kind:
+            raise ValueError(f"{path} is malformed: {name} is {value!r}; evaluate the run again")
+    return results
 
 
 def _count(path: Path, name: str, entry: dict[str, Any]) -> SetCount:
@@ -144,19 +158,21 @@ def require_current(checkpoint: Path, results: Results) -> list[str]:
     raise ValueError(
         f"{results_path(checkpoint)} is stale: it was counted with weights "
         f"{results.checkpoint_sha256[:12]}, {weights} is {found[:12]}; evaluate it again: "
-        f"{evaluation_command([checkpoint], _data_of(checkpoint), list(results.sets))}"
+        f"{evaluation_command([checkpoint], list(results.sets))}"
     )
 
 
-def evaluation_command(paths: Sequence[Path], data: str, sets: Sequence[str]) -> str:
-    """Return the command line that evaluates run folders on some sets."""
-    words = ["python", "-m", "rft.evaluate", *map(str, paths), "--data", data]
-    return shlex.join([*words, *(["--sets", *sets] if sets else [])])
+def evaluation_command(runs: Sequence[Path], sets: Sequence[str] = ()) -> str:
+    """Return the command line that evaluates run folders, with the data of the first of them.
 
-
-def _data_of(checkpoint: Path) -> str:
-    """Return the data root that a run was made with, without credentials."""
-    config = checkpoint / "config.json"
+    Without sets, those of the data that the run was trained on: ImageNet has its benchmarks, which
+    are the command's default, and one's own photos their test set.
+    """
+    config = runs[0] / "config.json"
     document = files.read_json(str(config)) if config.is_file() else {}
-    data = document.get("data") if isinstance(document, dict) else None
-    return files.redact(data) if isinstance(data, str) and data else "URL"
+    known = document if isinstance(document, dict) else {}
+    data = files.redact(str(known.get("data") or "DATA"))
+    if not sets and known.get("train_set", "imagenet-train") != "imagenet-train":
+        sets = ["test"]
+    words = ["python", "-m", "rft.evaluate", *map(str, runs), "--data", data]
+    return shlex.join([*words, *(["--sets", *sets] if sets else [])])

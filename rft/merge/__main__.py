@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from rft import cli, dist, files
+from rft import cli, dist, files, recipes
 from rft.clip.made import is_made, write_made
 from rft.config import Device
 from rft.data.loader import PackedDataset
@@ -171,7 +171,10 @@ def check_ends(start: Ingredient, end: Ingredient) -> None:
     Raises:
         ValueError: if the two are swapped.
     """
-    if start.steps > 0 and end.steps == 0 and end.is_training_run:
+    # an imported model may have been trained elsewhere: its step 0 says nothing
+    file = not end.config and end.recipe in recipes.TRAINED
+    untrained = end.steps == 0 and (end.is_training_run or file)
+    if start.steps > 0 and untrained:
         raise ValueError(
             f"{start.path} was trained for {start.steps} steps and {end.path} for none: START is "
             "the zero-shot model, END the fine-tuned one; swap the two"
@@ -180,7 +183,7 @@ def check_ends(start: Ingredient, end: Ingredient) -> None:
         cli.warn(
             f"START {start.path} is not a zero-shot model: it was trained ({start.steps} steps)"
         )
-    if end.steps == 0 and end.is_training_run:
+    if untrained:
         cli.warn(f"END {end.path} is not a fine-tuned model: it was not trained (0 steps)")
 
 

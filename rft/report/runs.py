@@ -12,7 +12,15 @@ from typing import Any
 
 from rft import classes, cli, files
 from rft.config import settings
-from rft.runs import Results, SetCount, checkpoint_path, read_results, require_current, unfinished
+from rft.runs import (
+    Results,
+    SetCount,
+    checkpoint_path,
+    evaluation_command,
+    read_results,
+    require_current,
+    unfinished,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +133,7 @@ def load_run(path: Path) -> Run:
         raise ValueError(f"{path} is not a run folder: it has no config.json")
     if not (path / "results.json").is_file():
         raise ValueError(
-            f"{path} has no results.json; evaluate it first: "
-            f"python -m rft.evaluate {path} --data URL"
+            f"{path} has no results.json; evaluate it first: {evaluation_command([path])}"
         )
     config = files.read_json(str(path / "config.json"))
     results = read_results(path)
@@ -148,6 +155,9 @@ def _parse(path: Path, config: dict[str, Any], results: Results) -> Run:
         # a name of its own: it joins no mean, no pair and no row of the paper
         recipe = f"{recipe} (unfinished, {reached})"
     provenance = path / "provenance.json"
+    made = files.read_json(str(provenance)) if provenance.is_file() else {}
+    if not isinstance(made, dict):
+        raise ValueError(f"{provenance} is malformed: it is not a JSON object")
     return Run(
         path=path,
         recipe=recipe,
@@ -157,7 +167,7 @@ def _parse(path: Path, config: dict[str, Any], results: Results) -> Run:
         config_sha256=results.config_sha256,
         counts=results.sets,
         config=config,
-        provenance=files.read_json(str(provenance)) if provenance.is_file() else {},
+        provenance=made,
         metrics=read_metrics(path / "metrics.jsonl"),
     )
 
@@ -191,12 +201,42 @@ def check_current(runs: Sequence[Run]) -> None:
     """
     warnings = []
     for run in runs:
-        results = read_results(run.path)
-        assert results is not None, "it was read before"
+        results = Results(
+            step=run.step,
+            checkpoint_sha256=run.checkpoint_sha256,
+            config_sha256=run.config_sha256,
+            sets=run.counts,
+        )
         warnings += require_current(run.path, results)
+        check_config(run)
     if warnings:
         more = f" (and {len(warnings) - 1} more runs)" if warnings[1:] else ""
         cli.warn(f"{warnings[0]}{more}")
+
+
+def check_config(run: Run) -> None:
+    """Check that a run folder's config.json and results.json are those of its weights.
+
+    Raises:
+        ValueError: if they name another recipe or step than the weights do.
+    """
+    weights = checkpoint_path(run.path)
+    entries = classes.weights_entries(weights) if weights.is_file() else {}
+    recipe = entries.get("recipe", run.config["recipe"])
+    if recipe != run.config["recipe"]:
+        raise ValueError(
+            f"{run.path}/config.json names recipe {run.config['recipe']!r}, its weights were made "
+            f"by {recipe!r}; restore config.json"
+        )
+    step = entries.get("step", str(run.step))
+    if step != str(run.step):
+        raise ValueError(
+            f"{run.path}/results.json says step {run.step}, the weights are of step {step}; "
+            "evaluate the run again"
+        )
+    config = run.path / "config.json"
+    if run.config_sha256 and files.sha256_file(config) != run.config_sha256:
+        cli.warn(f"{config} was changed after the evaluation; its settings are shown as they are")
 
 
 def check_same_classes(runs: Sequence[Run]) -> None:

@@ -37,13 +37,14 @@ def make_run(
         }
         for name, share in zip(SETS, percent, strict=False)
     }
-    weights = make_weights(path, tilt=seed)
+    write(path / "config.json", {"recipe": recipe, "seed": seed, **config})
+    weights = make_weights(path, recipe, tilt=seed)
     results = {
         "schema": 1,
         "checkpoint": "checkpoints/best.safetensors",
         "checkpoint_sha256": files.sha256_file(weights),
         "step": 250,
-        "config_sha256": "facade" * 10 + "cafe",
+        "config_sha256": files.sha256_file(path / "config.json"),
         "sets": sets,
     }
     provenance = {
@@ -53,7 +54,6 @@ def make_run(
         "python": "3.11.0",
         "command": ["rft.train", recipe],
     }
-    write(path / "config.json", {"recipe": recipe, "seed": seed, **config})
     if "optim" in config:
         write(path / "training.json", {"steps": 250})
     write(path / "results.json", results)
@@ -66,11 +66,14 @@ def make_run(
     return path
 
 
-def make_weights(run: Path, ids: tuple[str, ...] = ("cat", "dog"), tilt: float = 0.0) -> Path:
+def make_weights(
+    run: Path, recipe: str, ids: tuple[str, ...] = ("cat", "dog"), tilt: float = 0.0
+) -> Path:
     """Write the selected weights of a run: the header is rft's, the tower is left out."""
     classes = Classes(ids=ids, names=tuple(f"a {name}" for name in ids))
     head = np.full((len(ids), 3), tilt, dtype=np.float32)
-    header = {"rft": json.dumps({"classes": classes.to_json()})}
+    entries = {"recipe": recipe, "step": "250", "classes": classes.to_json()}
+    header = {"rft": json.dumps(entries)}
     path = run / SELECTED
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(save({"head.weight": head}, metadata=header))

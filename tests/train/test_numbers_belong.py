@@ -379,3 +379,75 @@ def test_a_merge_of_different_prompts_is_said(folder, tmp_path, capsys):
     capsys.readouterr()
     call(merge_command, "wise", folder / "zero-shot", path, "--out", tmp_path / "out")
     assert "were made of different prompts" in capsys.readouterr().err
+
+
+def test_a_configuration_of_another_run(folder, tiny_data, tmp_path, refused, capsys):
+    run, out = folder / "vanilla", ("--out", tmp_path / "report")
+    evaluate(run, data=tiny_data)
+    config, results = document(run / "config.json"), document(run / "results.json")
+    files.write_json(str(run / "config.json"), {**config, "recipe": "no-mask"})
+    line = refused(report_command, run, *out)
+    assert "names recipe 'no-mask', its weights were made by 'vanilla'" in line
+    files.write_json(str(run / "config.json"), {**config, "seed": 7})
+    capsys.readouterr()
+    call(report_command, run, *out)
+    assert f"{run}/config.json was changed after the evaluation" in capsys.readouterr().err
+    files.write_json(str(run / "config.json"), config)
+    files.write_json(str(run / "results.json"), {**results, "step": results["step"] + 1})
+    assert "the weights are of step" in refused(report_command, run, *out)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("results.json", [], "has schema None, not 1"),
+        ("results.json", {"checkpoint_sha256": None}, "checkpoint_sha256 is None"),
+        ("results.json", {"step": "x"}, "step is 'x'"),
+        ("provenance.json", [], "is not a JSON object"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(
+    folder, tiny_data, tmp_path, refused, name, value, message
+):
+    run = folder / "vanilla"
+    evaluate(run, data=tiny_data)
+    changed = {**document(run / name), **value} if isinstance(value, dict) else value
+    (run / name).write_text(json.dumps(changed))
+    line = refused(report_command, run, "--out", tmp_path / "report")
+    assert f"{run}/{name}" in line
+    assert message in line
+
+
+def test_progress_that_is_none(folder):
+    run = folder / "vanilla"
+    (run / "training.json").unlink()
+    for progress in ({"step": -3, "of": True}, {"step": 2, "of": 1}, {}, []):
+        (run / "progress.json").write_text(json.dumps(progress))
+        with pytest.raises(ValueError, match=r"progress\.json is damaged"):
+            runs.unfinished(run)
+
+
+def test_a_weights_file_is_as_far_as_its_run(folder, tiny_data, capsys):
+    run = folder / "vanilla"
+    (run / "training.json").unlink()
+    evaluate(run / SELECTED, data=tiny_data)
+    assert f"{run / SELECTED} (unfinished, step " in capsys.readouterr().out
+
+
+def test_swapped_ends_that_are_files(folder, tmp_path, refused):
+    start, end = folder / "zero-shot" / SELECTED, folder / "vanilla" / SELECTED
+    shutil.copy(start, tmp_path / "start.safetensors")
+    shutil.copy(end, tmp_path / "end.safetensors")
+    names = (tmp_path / "end.safetensors", tmp_path / "start.safetensors")
+    line = refused(merge_command, "wise", *names, "--out", tmp_path / "out")
+    assert "swap the two" in line
+    call(merge_command, "wise", *names[::-1], "--out", tmp_path / "out")
+
+
+def test_a_run_without_results_names_its_data(folder, tiny_data, tmp_path, refused):
+    run = folder / "vanilla"
+    line = refused(report_command, run, "--out", tmp_path / "report")
+    assert line.endswith(f"evaluate it first: python -m rft.evaluate {run} --data {tiny_data}")
+    config = {**document(run / "config.json"), "train_set": "train"}
+    files.write_json(str(run / "config.json"), config)
+    assert refused(report_command, run, "--out", tmp_path / "report").endswith("--sets test")
