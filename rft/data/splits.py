@@ -231,7 +231,8 @@ def _require_no_hints(source: Path, shapes: Sequence[Shape], ids: Collection[str
     train = [shape for shape, found in hinted.items() if found == "train"]
     other = [shape for shape, found in hinted.items() if found in ("test", "val")]
     doubtful = [*train, *other]
-    if not (train and other and any(shape.is_split_like for shape in doubtful)):
+    # a stray image beside the class folders makes no class of a split
+    if not (train and other and any(shape.folders for shape in doubtful)):
         return
     if any(composed(shape.name) not in ids for shape in doubtful):
         raise ValueError(

@@ -98,6 +98,14 @@ UNCLEAR = {
 }
 
 
+def test_a_stray_image_makes_no_class_of_a_split(tmp_path: Path) -> None:
+    for split in ("my_train", "my_test"):
+        classes(tmp_path / split, "cat", "dog")
+        fill(tmp_path / split, "contact sheet.jpg")
+    with pytest.raises(ValueError, match=r"'my_train' and 'my_test' .* look like splits"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("case", UNCLEAR)
 def test_what_looks_like_splits_and_is_unclear_is_refused(tmp_path: Path, case: str) -> None:
     folders, message = UNCLEAR[case]
