@@ -19,7 +19,12 @@ from rft.config import Device
 from rft.data.loader import PackedDataset
 from rft.dist import World
 from rft.evaluate import commands
-from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
+from rft.evaluate.checkpoints import (
+    Loaded,
+    load_checkpoints,
+    require_classes,
+    warn_of_other_split,
+)
 from rft.evaluate.commands import SETS
 from rft.evaluate.evaluator import count_correct
 from rft.runs import (
@@ -135,6 +140,7 @@ def main() -> None:
     packed = {name: PackedDataset(files.join(arguments.data, name)) for name in arguments.sets}
     manifests = {name: dataset.manifest.sha256 for name, dataset in packed.items()}
     require_classes(arguments.checkpoints, packed)
+    warn_of_other_split(arguments.checkpoints, arguments.data)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device) as world:
