@@ -6,19 +6,22 @@ Label numbers may be class ids, or count the lines of a list of class names of t
 
 import json
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from rft import cli, files
+from rft.classes import composed
 from rft.data.labels import LabelSpace, objectnet_groups
 from rft.data.manifest import group_faults
 from rft.data.published import SUBSETS, published_classes
 from rft.data.samples import Sample, parent, read_member
 
-NUMBER = re.compile(r"-?[0-9]+")
+POSITION = re.compile(r"0|[1-9][0-9]{0,17}")  # as a position is written: no sign, no leading zeros
+LIKE_POSITION = re.compile(r"-?[0-9]{1,18}")  # what a reader may take for one
 LabelsAre = Literal["positions", "names"]
 OBJECTNET_BORDER = 2  # pixels of red frame on each side, cropped before any resize
 
@@ -92,14 +95,14 @@ class Rule:
         """Class ids by the classes' names, of which some are two classes'."""
         found: dict[str, list[int]] = {}
         for class_id, name in enumerate(self.labels.names):
-            found.setdefault(name, []).append(class_id)
+            found.setdefault(name.strip(), []).append(class_id)
         return found
 
     @cached_property
     def misplaced(self) -> str:
         """A class's id or name that is a number and not the class's position; empty if none is."""
         for class_id, texts in enumerate(zip(self.labels.ids, self.labels.names, strict=True)):
-            for text in filter(NUMBER.fullmatch, texts):
+            for text in filter(LIKE_POSITION.fullmatch, texts):
                 number = int(text)
                 if number not in range(len(self.positions)) or self.positions[number] != class_id:
                     return text
@@ -149,31 +152,33 @@ def local_labels(
 ) -> tuple[int, ...]:
     """Return the class id of each local class, found by its folder name or class name.
 
+    A name that no class has as it is written may differ from one's in `loose_form`'s ways.
+
     ImageNet has two classes called "missile" and two called "sunglasses": such a name means the one
     in `subset`, the classes the set is published for, and is refused where that does not decide.
 
     Raises:
         ValueError: if a name is no class, several, or another name's class.
     """
-    classes: dict[str, list[int]] = {}
-    for class_id, (folder, name) in enumerate(zip(labels.ids, labels.names, strict=True)):
-        for text in {_plain(folder), _plain(name)}:
-            classes.setdefault(text, []).append(class_id)
+    known = _names_of(labels)
     found: dict[int, str] = {}
     for name in names:
-        candidates = classes.get(_plain(name), [])
+        candidates = known.find(name)
         if not candidates:
             raise ValueError(
                 f"{source}: {name!r} is no class of the label space; "
                 f"name the right one with --classes"
             )
+        example = labels.ids[candidates[0]]
         if subset is not None and len(candidates) > 1:
             candidates = [class_id for class_id in candidates if class_id in subset]
         if len(candidates) != 1:
-            raise ValueError(
-                f"{source}: {name!r} is the name of several classes; write the folder name of the "
-                f"one that is meant (such as {labels.ids[classes[_plain(name)][0]]}) in its place"
+            hint = (
+                f"write the folder name of the one that is meant (such as {example}) in its place"
             )
+            if composed(name) in labels.ids:
+                hint = "it is the folder name of one; give the other another name with --classes"
+            raise ValueError(f"{source}: {name!r} is the name of several classes; {hint}")
         if candidates[0] in found:
             raise ValueError(f"{source}: {name!r} and {found[candidates[0]]!r} are the same class")
         found[candidates[0]] = name
@@ -213,13 +218,16 @@ def _objectnet_labels(
 ) -> tuple[int, ...]:
     """Return a class id for each of ObjectNet's own class names; any of its group is as good."""
     label_of_folder = files.read_json(str(mappings / "folder_to_objectnet_label.json"))
-    folder_of = {_plain(name): name for name in groups}
-    folder_of |= {_plain(label_of_folder[name]): name for name in groups}
+    folders = list(groups)
+    texts = [(text, n) for n, name in enumerate(folders) for text in (name, label_of_folder[name])]
+    known = Names.of(texts)
     found: dict[str, int] = {}
     for name in names:
-        folder = folder_of.get(_plain(name))
+        candidates = [folders[number] for number in known.find(name)]
+        folder = candidates[0] if len(candidates) == 1 else None
         if folder is None or folder in found:
-            what = "is none of" if folder is None else "is a second name of one of"
+            what = "is a second name of one of" if folder else "is none of"
+            what = "may be several of" if len(candidates) > 1 else what
             raise ValueError(f"{source}: {name!r} {what} ObjectNet's {len(groups)} classes")
         found[folder] = groups[folder][0]
     if len(found) != len(groups):
@@ -261,17 +269,21 @@ def _require_same_order(path: str, names: Sequence[str], labels: LabelSpace) -> 
     A name that the label space lacks may be a different word for the class in that place, which is
     warned of; where most are, equal length is a coincidence.
     """
-    places: dict[str, set[int]] = {}
-    for number, texts in enumerate(zip(labels.ids, labels.names, strict=True)):
-        for text in texts:
-            places.setdefault(_plain(text), set()).add(number)
+    known = _names_of(labels)
     unknown = []
     for number, name in enumerate(names):
-        found = places.get(_plain(name), set())
+        found = known.find(name)
         if found and number not in found:
             raise ValueError(
-                f"{path} has {name!r} in place {number}, the label space in place {min(found)}; "
+                f"{path} has {name!r} in place {number}, the label space in place {found[0]}; "
                 f"give the file as --local-classes if the labels count its lines"
+            )
+        exact = composed(name) in known.exact
+        if not exact and len({labels.names[place] for place in found}) > 1:
+            either = " or ".join(labels.ids[place] for place in found)
+            raise ValueError(
+                f"{path} has {name!r} in place {number}, which may be class {either}; write it as "
+                f"the label space does"
             )
         if not found:
             unknown.append(number)
@@ -310,7 +322,7 @@ def _find_beside(path: str) -> bytes | None:
 
 def _lines(data: bytes, path: str) -> list[str]:
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -319,9 +331,84 @@ def _lines(data: bytes, path: str) -> list[str]:
     return lines
 
 
-def _plain(name: str) -> str:
-    """Return letters and digits alone: `Binder (closed)` and `binder_closed` are one name."""
-    return "".join(letter for letter in name.casefold() if letter.isalnum())
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """Numbers by the texts that name them, as written and in `loose_form`."""
+
+    exact: dict[str, list[int]]
+    loose: dict[str, list[int]]
+
+    @staticmethod
+    def of(texts: Iterable[tuple[str, int]]) -> "Names":
+        """Return the lookup of texts, each with its number; a text may have several."""
+        exact: dict[str, set[int]] = {}
+        loose: dict[str, set[int]] = {}
+        for text, number in texts:
+            exact.setdefault(composed(text).strip(), set()).add(number)
+            loose.setdefault(loose_form(text), set()).add(number)
+        loose.pop("", None)
+        return Names(
+            exact={text: sorted(numbers) for text, numbers in exact.items()},
+            loose={text: sorted(numbers) for text, numbers in loose.items()},
+        )
+
+    def find(self, name: str) -> list[int]:
+        """Return the numbers that a name means, in order: as written, else by its loose form."""
+        return self.exact.get(composed(name).strip()) or self.loose.get(loose_form(name), [])
+
+
+def _names_of(labels: LabelSpace) -> Names:
+    """Return the lookup of class ids by folder names and class names."""
+    pairs = enumerate(zip(labels.ids, labels.names, strict=True))
+    return Names.of((text, class_id) for class_id, texts in pairs for text in texts)
+
+
+# Runs of separators, in a text of `_shape`'s letters: w letter or mark, d digit, _ space or
+# underscore, ( bracket, x any other; the rest stand for themselves.
+SEPARATORS = re.compile(
+    r"""(?: [_(]
+          | (?<!d), | ,(?!d)                           # not in 1,5
+          | (?:(?<=[wd])|(?<=w['.]))-(?=[wd])          # joins words; no sign, as in A- and -1
+          | (?<=_)-(?=_)
+          | (?<=[wd])\.(?!d)                           # not in 1.5 and .net
+          | (?<=w)'(?=[^'])                            # no prime, as in a'
+          | (?<!d)/(?!d)                               # not in 1/2
+        )+""",
+    re.VERBOSE,
+)
+
+
+def loose_form(name: str) -> str:
+    """Return what is left of a name without case and separators; it may be empty.
+
+    `Binder (closed)` and `binder_closed` have one form. Separators are spaces, underscores and
+    round brackets, and commas, hyphens, dots, apostrophes and slashes where they stand beside or
+    between words. Beside a digit they become one space (`B-52` is `B 52`, not `B52`). All else
+    stays: combining marks, symbols and emoji (`c`, `c++` and `c#` are three names), a hyphen that
+    is a sign (`A-`, `-1`), and punctuation in numbers (`1.5`).
+    """
+    text = composed(composed(name).strip().casefold())
+    shape = "".join(map(_shape, text))
+    kept, end = "", 0
+    for run in SEPARATORS.finditer(shape):
+        kept += text[end : run.start()]
+        beside_digit = "d" in (shape[: run.start()][-1:], shape[run.end() :][:1])
+        kept += " " if beside_digit else ""
+        end = run.end()
+    return (kept + text[end:]).strip()
+
+
+def _shape(letter: str) -> str:
+    category = unicodedata.category(letter)
+    if letter in ",./":
+        return letter
+    if letter in "_()":
+        return "_" if letter == "_" else "("
+    if letter in "'\N{RIGHT SINGLE QUOTATION MARK}":
+        return "'"
+    if letter.isspace():
+        return "_"
+    return {"L": "w", "M": "w", "N": "d"}.get(category[0], "-" if category == "Pd" else "x")
 
 
 def read_label(stream: IO[bytes], sample: Sample, where: str, rule: Rule) -> int:
@@ -343,7 +430,8 @@ def read_label(stream: IO[bytes], sample: Sample, where: str, rule: Rule) -> int
 def parse_label(data: bytes, where: str, rule: Rule) -> int | str:
     """Return the label in a `.cls` or `.json`: a number, or a text.
 
-    JSON tells the two apart. A `.cls` holds text in any case, so digits there are a number.
+    JSON tells the two apart. A `.cls` holds text in any case: a number is what is written as a
+    position is. `007` is a text. Texts are in Unicode's composed form, as the label space is.
 
     Raises:
         ValueError: if there is no label in it.
@@ -356,15 +444,15 @@ def parse_label(data: bytes, where: str, rule: Rule) -> int | str:
         raise ValueError(f"{where}: its .{suffix} is not readable: {error}") from error
     if rule.label_field is not None:
         return _json_label(document, rule.label_field, where)
-    return int(text) if NUMBER.fullmatch(text) else text
+    return int(text) if POSITION.fullmatch(text) else composed(text)
 
 
 def resolve_label(label: int | str, where: str, rule: Rule) -> int:
     """Return the class id that a label means: a number, or a class's folder name or name.
 
-    A text that is a class's id is that class, also where it has digits alone. A number is a
-    position, unless that and an id or name that looks like it are different classes: then
-    `labels_are` must decide.
+    A text that is a class's id is that class, also where it has digits alone. A number that is
+    written as one (no sign, no leading zeros) is a position, unless that and an id or name that
+    looks like it are different classes: then `labels_are` must decide.
 
     Raises:
         ValueError: if it means no class, several, or one that the set is not scored on.
@@ -383,7 +471,7 @@ def _class_of(label: int | str, where: str, rule: Rule) -> int:
     text = str(label)
     if rule.labels_are is None and isinstance(label, str) and label in rule.class_of_id:
         return rule.class_of_id[label]
-    if rule.labels_are == "names" or not NUMBER.fullmatch(text):
+    if rule.labels_are == "names" or not POSITION.fullmatch(text):
         return _class_of_name(text, where, rule)
     if rule.labels_are is None and rule.misplaced:
         raise ValueError(
@@ -403,8 +491,11 @@ def _class_of_name(text: str, where: str, rule: Rule) -> int:
     found = rule.classes_of_name.get(text, [])
     if len(found) != 1:
         what = "several classes" if found else "no class of the label space"
-        fraction = re.fullmatch(r"-?[0-9]+\.[0-9]*", text)
-        hint = "; class numbers are integers" if fraction else ""
+        hint = ""
+        if re.fullmatch(r"-?[0-9]+\.[0-9]*", text):
+            hint = "; class numbers are integers"
+        elif rule.labels_are != "names" and re.fullmatch(r"[+-]?[0-9]+", text):
+            hint = "; positions count from 0, without sign or leading zeros"
         raise ValueError(f"{where}: label {text[:80]!r} is {what}{hint}")
     return found[0]
 
@@ -420,4 +511,4 @@ def _json_label(document: Any, name: str, where: str) -> int | str:
     if not isinstance(value, int | str):
         known = ", ".join(sorted(document)) if isinstance(document, dict) else "no fields"
         raise ValueError(f"{where}: no label, its .json has no number or text {name!r} ({known})")
-    return value.strip() if isinstance(value, str) else value
+    return composed(value).strip() if isinstance(value, str) else value

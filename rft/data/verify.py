@@ -23,7 +23,7 @@ from rft.data.index import ALGORITHM, IMAGE_SUFFIXES, OTHER_SUFFIXES
 from rft.data.labels import MARK, LabelSpace
 from rft.data.manifest import Index, Manifest, group_faults
 from rft.data.samples import SIZE_THREADS, open_whole, shard_size, split_name
-from rft.data.scoring import NUMBER, Rule, parse_label, resolve_label
+from rft.data.scoring import POSITION, Rule, parse_label, resolve_label
 from rft.data.workers import for_each
 
 SCHEMA = 1
@@ -232,7 +232,7 @@ def _check_label(
     here = f"its .{suffix}"
     try:
         said = parse_label(data, here, rows.rule)
-        if not rows.ids_known and not NUMBER.fullmatch(str(said)):
+        if not rows.ids_known and not POSITION.fullmatch(str(said)):
             return  # it may be one of the ids that the manifest does not hold
         meant = resolve_label(said, here, rows.rule)
     except ValueError as error:

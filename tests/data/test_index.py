@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tarfile
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,7 +34,7 @@ from rft.data.manifest import Index, Manifest
 from rft.data.published import published_classes
 from rft.data.samples import parent, split_name
 from rft.data.scoring import Options as AllOptions
-from rft.data.scoring import local_labels
+from rft.data.scoring import local_labels, loose_form
 from rft.data.verify import verify
 from tests.pictures import empty_png
 from tests.servers.faults import Fault, faulty
@@ -263,6 +264,11 @@ NUMBERED = LabelSpace(  # as folders 0 to 11 are sorted
 )
 WORDS = LabelSpace(ids=("a", "b", "c"), names=("2", "0", "1"), templates=("a {c}.",))
 IN_ORDER = LabelSpace(ids=("0", "1", "2"), names=("x", "y", "z"), templates=("a {c}.",))
+PADDED = LabelSpace(ids=("001", "002", "003"), names=("x", "y", "z"), templates=("a {c}.",))
+AGENT = LabelSpace(ids=("007", "7", "b"), names=("x", "y", "z"), templates=("a {c}.",))
+ACCENTS = LabelSpace(
+    ids=("caf\u00e9", "b"), names=("caf\u00e9", "\u00fcber"), templates=("a {c}.",)
+)
 AMBIGUOUS = r"key 'k0': label {} may be a position or .*; say which with --labels-are positions or"
 # label space, labels as JSON (None: .cls), what labels are, class ids or the error
 NUMBERS: dict[str, tuple[LabelSpace, list, bool, str | None, list[int] | str]] = {
@@ -282,6 +288,28 @@ NUMBERS: dict[str, tuple[LabelSpace, list, bool, str | None, list[int] | str]] =
     "such names as names": (WORDS, ["1", "b"], True, "names", [2, 1]),
     "ids in order": (IN_ORDER, [2, "1", 0], True, None, [2, 1, 0]),
     "ids in order in .cls": (IN_ORDER, [2, "z", 0], False, None, [2, 2, 0]),
+    "padded ids in .cls": (PADDED, ["001", "003"], False, None, [0, 2]),
+    "padded ids as names": (PADDED, ["001", "003"], False, "names", [0, 2]),
+    "padded ids are no positions": (PADDED, ["001", "2"], False, "positions", [0, 2]),
+    "position or padded id": (PADDED, ["2"], False, None, AMBIGUOUS.format(2)),
+    "a number and its padded form": (AGENT, ["7", "007", "b"], False, "names", [1, 0, 2]),
+    "the padded form alone": (AGENT, ["007", "b"], False, None, [0, 2]),
+    "padded positions": (
+        LABELS,
+        ["001"],
+        False,
+        None,
+        "label '001' is no class .*; positions count",
+    ),
+    "padded positions as texts": (
+        LABELS,
+        ["+1"],
+        True,
+        None,
+        "label '\\+1' is no class .*; positions",
+    ),
+    "decomposed in .cls": (ACCENTS, ["cafe\u0301", "u\u0308ber"], False, None, [0, 1]),
+    "decomposed in .json": (ACCENTS, ["cafe\u0301", "u\u0308ber"], True, None, [0, 1]),
 }
 
 
@@ -475,7 +503,10 @@ BAD_SAMPLES: dict[str, tuple[Members, str]] = {
         "key 'a' comes back at byte",
     ),
     "number too large": (plain("a", 3), "key 'a': label 3 is none of the 3 classes"),
-    "number below zero": (plain("a", -1), "label -1 is none of the 3 classes"),
+    "number below zero": (
+        plain("a", -1),
+        "label '-1' is no class of the label space; positions count",
+    ),
     "unknown name": (plain("a", "zebra"), "label 'zebra' is no class"),
     "empty label": (plain("a", ""), "label '' is no class"),
     "no text": ([("a.jpg", picture(0)), ("a.cls", b"\xff")], r"its \.cls is not readable"),
@@ -720,6 +751,102 @@ def test_names_in_another_order_are_not_taken_for_class_ids(tmp_path: Path) -> N
     path = str(tmp_path / "wds" / "classnames.txt")
     index_shards([pattern], out, LABELS, Options(local_classes=path))
     assert PackedDataset(out).index.label.tolist() == [2, 1, 0]
+
+
+def words(*names: str) -> LabelSpace:
+    return LabelSpace(ids=names, names=names, templates=("a {c}.",))
+
+
+SWAPPED = [
+    (("A+", "A-", "B+", "B-"), ("A-", "A+", "B-", "B+")),
+    (("\u0915\u093f", "\u0915\u0940"), ("\u0915\u0940", "\u0915\u093f")),  # vowel signs
+    (("c", "c++", "c#"), ("c++", "c", "c#")),
+    (("\N{RED APPLE}", "\N{LEMON}"), ("\N{LEMON}", "\N{RED APPLE}")),
+    (("caf\u00e9", "cafe"), ("cafe", "cafe\u0301")),
+    (("a b", "a-b"), ("a-b", "a b")),
+    (("1.5", "15"), ("15", "1.5")),
+]
+
+
+@pytest.mark.parametrize(("known", "listed"), SWAPPED)
+def test_names_that_differ_in_symbols_or_marks_are_not_taken_for_each_other(
+    tmp_path: Path, known: tuple[str, ...], listed: tuple[str, ...]
+) -> None:
+    pattern = write_clip_benchmark(tmp_path / "wds", [0, 1], listed)
+    with pytest.raises(ValueError, match="in place 0, the label space in place 1"):
+        index_shards([pattern], str(tmp_path / "out"), words(*known), Options())
+    shorter = local_labels(listed[:2], "names.txt", words(*known), None)
+    assert shorter == (1, 0)  # each is a class's name as it stands
+
+
+@pytest.mark.parametrize(
+    ("known", "listed"),
+    [
+        (("c++", "d", "e"), ("c#", "d")),
+        (("\N{RED APPLE}", "b", "c"), ("\N{LEMON}", "b")),
+        (("A+", "A-", "b"), ("A", "b")),
+        (("\u0915\u093f", "b", "c"), ("\u0915", "b")),
+        (("1.5", "b", "c"), ("15", "b")),
+        (("-1", "b", "c"), ("1", "b")),
+        ((".", "b", "c"), ("-", "b")),
+    ],
+)
+def test_a_name_with_other_symbols_is_no_class(
+    known: tuple[str, ...], listed: tuple[str, ...]
+) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(repr(listed[0]))} is no class"):
+        local_labels(listed, "names.txt", words(*known), None)
+
+
+def test_a_loose_match_must_be_the_only_one(tmp_path: Path) -> None:
+    labels = words("polar bear", "polar-bear", "toad")
+    with pytest.raises(ValueError, match="'Polar Bear' is the name of several classes"):
+        local_labels(["Polar Bear", "toad"], "names.txt", labels, None)
+    listed = ["Polar Bear", "polar-bear", "toad"]
+    pattern = write_clip_benchmark(tmp_path / "wds", [0, 1], listed)
+    with pytest.raises(ValueError, match="in place 0, which may be class polar bear or polar-bear"):
+        index_shards([pattern], str(tmp_path / "out"), labels, Options())
+    swapped = LabelSpace(ids=("a", "b", "c"), names=("b", "a", "toad"), templates=("a {c}.",))
+    with pytest.raises(ValueError, match=r"'a' is the name of several .* the folder name of one"):
+        local_labels(["a"], "names.txt", swapped, None)
+    (tmp_path / "wds" / "classnames.txt").write_text("b\na\ntoad\n")  # its own names, in order
+    index_shards([pattern], str(tmp_path / "out"), swapped, Options())
+    assert PackedDataset(str(tmp_path / "out")).index.label.tolist() == [0, 1]
+
+
+def test_imagenets_names_in_small_letters_are_its_own_order(tmp_path: Path) -> None:
+    listed = [name.lower().replace(" ", "_") for name in IMAGENET.names]
+    listed[0] = f"\ufeff{listed[0]}"  # as some editors begin a file
+    pattern = write_clip_benchmark(tmp_path / "wds", [657, 744], listed)
+    options = copy_of("imagenet-val", 2)
+    index_shards([pattern], str(tmp_path / "imagenet-val"), IMAGENET, options)
+    data = PackedDataset(str(tmp_path / "imagenet-val"))
+    assert data.index.label.tolist() == [657, 744]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Binder (closed)", "binder_closed"),
+        ("Mixing / Salad Bowl", "mixing_salad_bowl"),
+        ("jack-o'-lantern", "Jack_o_lantern"),
+        ("St. Bernard", "st_bernard"),
+        ("potter\u2019s wheel", "potter's wheel"),
+        ("B-52", "b 52"),
+        ("CAFE\u0301", "caf\u00e9"),
+    ],
+)
+def test_case_and_separators_make_no_other_name(one: str, other: str) -> None:
+    assert loose_form(one) == loose_form(other) != ""
+
+
+@given(st.text(alphabet="aB1+#-_ .,'/()\u0301\u093f\N{LEMON}", max_size=12))
+def test_symbols_marks_and_words_stay_in_a_loose_form(name: str) -> None:
+    separators = str.maketrans("", "", " _-.,'/()")
+    left = unicodedata.normalize("NFC", name.casefold().translate(separators))
+    form = unicodedata.normalize("NFC", loose_form(name).translate(separators))
+    # a mark after a separator joins what stands before it once the separator is gone
+    assert form == left
 
 
 def test_as_many_names_are_not_the_same_classes(tmp_path: Path, capsys) -> None:
