@@ -54,6 +54,21 @@ def held_out(size: Size) -> int:
     return 0 if few or share * HELD_OUT_LARGEST_PART > size.images else share
 
 
+def _why_held_out(size: Size) -> str:
+    """Return what decided how many are held out."""
+    tenth = size.images // HELD_OUT_PART
+    if max(tenth, size.classes) < HELD_OUT_FEWEST:
+        return "too few to select by: the last model is used"
+    if size.fewest < 2:
+        return "a class has only one image: last model used"
+    if not held_out(size):
+        return f"one per class exceeds 1/{HELD_OUT_LARGEST_PART}: last model used"
+    if size.classes > min(tenth, HELD_OUT_MOST):
+        return "one per class"
+    most = f", at most {HELD_OUT_MOST:,}" if tenth > HELD_OUT_MOST else ""
+    return f"1/{HELD_OUT_PART} of the images{most}"
+
+
 def batch_size(images: int, parts: int) -> int:
     """Return the global batch for so many images to train on, in so many ranks x micro-batches."""
     batch = SMALLEST_BATCH
@@ -65,6 +80,21 @@ def batch_size(images: int, parts: int) -> int:
     if batch % parts or batch < DONORS * parts:
         batch = parts * max(DONORS, batch // parts) if parts > 1 else batch
     return batch
+
+
+def _why_batch_size(images: int, parts: int) -> str:
+    """Return what decided the batch; arguments as for `batch_size`."""
+    batch = batch_size(images, 1)
+    if (shared := batch_size(images, parts)) != batch:
+        return f"{shared // parts} for each of {parts} ranks x micro-batches"
+    if batch < SMALLEST_BATCH:
+        return f"{images} image{'s' if images != 1 else ''} to train on"
+    steps = images // batch
+    if steps < STEPS_PER_EPOCH:
+        return f"the smallest; {steps} of {STEPS_PER_EPOCH} steps per epoch"
+    if steps >= 2 * STEPS_PER_EPOCH:
+        return f"the largest; {steps:,} steps per epoch"
+    return f"for at least {STEPS_PER_EPOCH} steps per epoch"
 
 
 def rule(config: Config, size: Size, ranks: int) -> dict[str, int]:
@@ -114,16 +144,11 @@ def describe(config: Config, size: Size, ranks: int) -> list[str]:
     if config.scale != "small":
         return []
     loader, optim = config.loader, config.optim
-    epoch = (size.images - loader.held_out) // loader.batch_size
+    left = size.images - loader.held_out
+    epoch = left // loader.batch_size
     reasons = {
-        "loader.held_out": (
-            f"1/{HELD_OUT_PART} of the images, at least one per class"
-            if held_out(size)
-            else "too few to select by: the last model is used"
-        ),
-        "loader.batch_size": (
-            f"for {STEPS_PER_EPOCH} steps per epoch, within {SMALLEST_BATCH} and {LARGEST_BATCH}"
-        ),
+        "loader.held_out": _why_held_out(size),
+        "loader.batch_size": _why_batch_size(left, ranks * optim.accumulate),
         "optim.warmup_steps": (
             f"1/{WARMUP_PART} of {optim.epochs * epoch:,} steps, at most {WARMUP_MOST}"
         ),

@@ -105,10 +105,44 @@ def test_every_line_of_the_rule_fits_a_terminal_and_has_its_value():
     assert first == "--scale small for 1,281,167 images of 1,000 classes on 8 ranks:"
     for option, value, line in zip(small.OPTIONS, numbers(config), lines, strict=True):
         assert line.split()[:2] == [option, f"{value:,}"]
-    for some in (size, Size(60, 16, 3)):
-        lines = small.describe(fitted(some), some, 1)
+
+
+HELD_OUT_REASONS = {
+    Size(60, 16, 3): "too few to select by: the last model is used",
+    Size(209, 12, 1): "a class has only one image: last model used",
+    Size(300, 100, 3): "one per class exceeds 1/5: last model used",
+    Size(300, 50, 6): "one per class",
+    Size(300, 16, 18): "1/10 of the images",
+    Size(1_281_167, 1000, 732): "1/10 of the images, at most 10,240",
+}
+BATCH_REASONS = {
+    (1, 1): "1 image to train on",
+    (2, 1): "2 images to train on",
+    (48, 1): "the smallest; 6 of 16 steps per epoch",
+    (128, 1): "for at least 16 steps per epoch",
+    (1200, 4): "for at least 16 steps per epoch",
+    (3000, 1): "the largest; 46 steps per epoch",
+    (48, 16): "2 for each of 16 ranks x micro-batches",
+    (3000, 3): "21 for each of 3 ranks x micro-batches",
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "parts", "option", "reason"),
+    [
+        *((size, 1, "held_out", why) for size, why in HELD_OUT_REASONS.items()),
+        # a single image of a class: none is held out
+        *((Size(n, 1, 1), parts, "batch_size", why) for (n, parts), why in BATCH_REASONS.items()),
+    ],
+)
+def test_the_reason_is_what_decided(size, parts, option, reason):
+    for ranks, accumulate in ((1, parts), (parts, 1)):
+        config = fitted(size, ranks, accumulate=accumulate)
+        lines = small.describe(config, size, ranks)
         # in the dry run two more columns are taken
         assert max(map(len, lines)) <= 78
+        (line,) = (line for line in lines if option in line)
+        assert line.endswith(f"  ({reason})")
 
 
 @pytest.mark.parametrize("scale", ["paper", "miniature"])

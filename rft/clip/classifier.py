@@ -176,11 +176,11 @@ def map_state(path: Path) -> Saved:
     return Saved(state, *found)
 
 
-def require_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+def require_finite(path: Path | str, state: Mapping[str, Tensor]) -> None:
     """Check that no weight is NaN or infinite: such a model predicts class 0 for every image.
 
     Raises:
-        ValueError: naming the file and the tensor.
+        ValueError: naming the file, or the model that `path` names, and the tensor.
     """
     for name, value in state.items():
         if not value.isfinite().all():

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from rft.clip import unpickle, vit, weights
 from rft.clip.architecture import Architecture
+from rft.clip.classifier import require_finite
 from rft.clip.weights import Geometry, Weights
 from rft.config import ModelConfig
 from rft.runs import SELECTED
@@ -66,8 +67,16 @@ def load_clip(config: ModelConfig) -> PretrainedClip:
 
     Raises:
         ValueError: for an unknown name or tag, an activation or a shape that is not the weights'
-            own, a weights file without both towers, or an unsupported image tower.
+            own, a weights file without both towers, an unsupported image tower, or a weight that
+            is not finite.
     """
+    loaded = _load(config)
+    tag = "" if names_folder(config.clip) else f" {config.pretrained}"
+    require_finite(f"{config.clip}{tag}", loaded.model.state_dict())
+    return loaded
+
+
+def _load(config: ModelConfig) -> PretrainedClip:
     if names_folder(config.clip):
         return _through_open_clip(config.clip, None)
     architecture = describe(config.clip)

@@ -37,7 +37,7 @@ from rft.train.journal import require_packages
 from rft.train.loop import Job, train
 from rft.train.objective import Objective
 from rft.train.optim import schedule_warning
-from rft.train.run import RunFolder, check_identity, is_finished
+from rft.train.run import Finished, RunFolder, check_identity, finished
 from rft.train.stop import STOPPED, StopRequest
 
 SMALL = "miniature"
@@ -283,14 +283,13 @@ def inputs_fingerprint(config: Config) -> dict[str, str]:
     }
 
 
-def require_same_inputs(config: Config) -> None:
+def require_same_inputs(config: Config, done: Finished) -> None:
     """Check that a finished run was built on the weights that are named now.
 
     Raises:
         ValueError: with the difference.
     """
-    finished = files.read_json(str(Path(config.run) / "training.json"))
-    if changed := files.difference(finished.get("inputs", {}), inputs_fingerprint(config)):
+    if changed := files.difference(done.record.get("inputs", {}), inputs_fingerprint(config)):
         raise ValueError(
             f"{config.run} is a finished run that was built on other weights: "
             f"{'; '.join(changed)}. Name those again, or choose another --run-dir"
@@ -323,8 +322,8 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
     run = RunFolder(config)
     with run.taken(world, request):
         # whoever was in the folder until now may have finished it
-        if dist.from_main(world, world.is_main and is_finished(config)):
-            tell_finished(config, world)
+        if done := dist.from_main(world, dist.on_main(world, lambda: finished(config))):
+            tell_finished(config, done, world)
             return 0
         traces = run.path / "profile" if profile and world.is_main else None
         progress = train(job, request, traces)
@@ -358,12 +357,14 @@ def show(job: Job) -> None:
         write_gallery(str(folder / "gallery.npz"), model, packed, shown, recipes.masked_methods())
 
 
-def tell_finished(config: Config, world: World) -> None:
+def tell_finished(config: Config, done: Finished, world: World) -> None:
     """Check a finished run's inputs and say that it is finished."""
-    require_same_inputs(config)
+    require_same_inputs(config, done)
     if world.is_main:
-        recorded = load_config(Path(config.run))
-        print(f"run already finished: {config.run} (in {recorded.precision})")
+        notes = [f"in {load_config(Path(config.run)).precision}"]
+        if done.uncompared:
+            notes.append(f"its data could not be compared: {done.uncompared}")
+        print(files.redact(f"run already finished: {config.run} ({'; '.join(notes)})"))
 
 
 def tell_next(config: Config, world: World) -> None:
@@ -395,8 +396,8 @@ def main() -> None:
     config.micro_batch(world.size)
     if not config.data:
         config = use_embedded_world(config, world)
-    if is_finished(config):
-        tell_finished(config, world)
+    if done := finished(config):
+        tell_finished(config, done, world)
         return
     device = dist.pick_device(config.device, world)
     precision, why = resolve_precision(

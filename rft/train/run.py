@@ -10,12 +10,13 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 
 from rft import dist, files, small
 from rft.config import Config, load_config, repeat_precision
+from rft.data.manifest import Manifest
 from rft.dist import World
 from rft.train.checkpoint import Record
 from rft.train.stop import StopRequest
@@ -180,14 +181,61 @@ def check_identity(config: Config) -> None:
         )
 
 
-def is_finished(config: Config) -> bool:
-    """Whether the run folder holds this very run, complete.
+class Finished(NamedTuple):
+    """A run that is complete."""
+
+    record: dict[str, Any]
+    """Its training.json."""
+    uncompared: str
+    """Why its training set could not be compared with the one that is named now, if so."""
+
+
+def finished(config: Config) -> Finished | None:
+    """Return what the run folder holds of this very run if it is complete, else None.
 
     Where the precision is still `auto`, a complete run in any precision is this one: nothing is
-    left to compute.
+    left to compute. Of the data, only the manifest is read; a set that is gone leaves the run as
+    finished as it was.
 
     Raises:
-        ValueError: if it holds another run, complete or not.
+        ValueError: if it holds another run, complete or not, one that was trained on another set,
+            or a damaged training.json.
     """
     check_identity(config)
-    return (Path(config.run) / "training.json").exists()
+    path = Path(config.run) / "training.json"
+    if not path.exists():
+        return None
+    record = files.read_json(str(path))
+    if not isinstance(record, dict) or not isinstance(record.get("inputs", {}), dict):
+        raise ValueError(
+            f"{path} is damaged: it is no record of a finished run. Restore it, or delete it and "
+            "run the same command to finish the run from its newest checkpoint"
+        )
+    return Finished(record, _compare_data(config, record.get("manifest_sha256")))
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run folder holds this very run, complete; raises what `finished` does."""
+    return finished(config) is not None
+
+
+def _compare_data(config: Config, trained_on: Any) -> str:
+    """Hold the set that is named now against the manifest's hash that a finished run recorded.
+
+    Returns:
+        Why they could not be compared, or an empty string. Runs that recorded no hash are not.
+    """
+    if trained_on is None:
+        return ""
+    url = files.join(config.data, config.train_set)
+    try:
+        now = Manifest.load(url).sha256
+    except (ValueError, OSError) as error:
+        return str(error)
+    if now != trained_on:
+        raise ValueError(
+            f"{config.run} is a finished run that was trained on other data than {url} holds now: "
+            f"the manifest's hash was {str(trained_on)[:12]}, it is {now[:12]}. Restore the data, "
+            "or choose another --run-dir"
+        )
+    return ""

@@ -1,13 +1,17 @@
 """How a run ends, and what a finished one still checks."""
 
+import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from rft import cli
+from rft.data.manifest import Manifest
 from rft.train import __main__ as train_command
 from rft.train.gallery import one_of_each_class
 
@@ -61,3 +65,82 @@ def test_other_pretrained_weights_under_a_started_run(train, capsys, monkeypatch
     with pytest.raises(SystemExit):
         train("vanilla", "--optim.epochs", "1", name="run")
     assert "pretrained_sha256" in capsys.readouterr().err
+
+
+@pytest.fixture
+def moved_data(tiny_data, tmp_path):
+    """A data root of one test's own."""
+    return shutil.copytree(tiny_data, tmp_path / "data")
+
+
+def with_other_order(url: Path) -> None:
+    """Replace a set's manifest by the one that its classes in another order would have."""
+    manifest = Manifest.load(str(url))
+    dataclasses.replace(manifest, classes=manifest.classes[::-1]).save(str(url))
+
+
+def test_a_finished_run_refuses_other_data(train, moved_data, capsys):
+    options = ("--data", str(moved_data))
+    run = train("vanilla", *options, name="run")
+    url = moved_data / "imagenet-train"
+    before = Manifest.load(str(url)).sha256
+    train("vanilla", *options, name="run")
+    assert capsys.readouterr().out.endswith(f"run already finished: {run} (in fp32)\n")
+    with_other_order(url)
+    with pytest.raises(SystemExit) as stopped:
+        train("vanilla", *options, name="run")
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {run} is a finished run")
+    hashes = f"hash was {before[:12]}, it is {Manifest.load(str(url)).sha256[:12]}"
+    for part in (str(url), hashes, "Restore the data", "choose another --run-dir"):
+        assert part in line
+    # a run of an older rft recorded no hash
+    record = json.loads((run / "training.json").read_text())
+    del record["manifest_sha256"]
+    (run / "training.json").write_text(json.dumps(record))
+    train("vanilla", *options, name="run")
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_a_finished_run_whose_data_is_gone_is_still_finished(train, moved_data, capsys):
+    options = ("--data", str(moved_data))
+    run = train("vanilla", *options, name="run")
+    shutil.rmtree(moved_data)
+    capsys.readouterr()
+    train("vanilla", *options, name="run")
+    (line,) = capsys.readouterr().out.splitlines()
+    start = f"run already finished: {run} (in fp32; its data could not be compared: no packed"
+    assert line.startswith(start)
+
+
+@pytest.mark.parametrize("record", ["null", "[]", '"done"', '{"inputs": null}', "{"])
+def test_a_damaged_record_is_no_finished_run(train, capsys, record):
+    run = train("vanilla", name="run")
+    (run / "training.json").write_text(record)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train("vanilla", name="run")
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert str(run / "training.json") in line
+    assert "finished:" not in said.out
+
+
+@pytest.mark.parametrize("name", ["visual.conv1.weight", "text_projection"])
+def test_pretrained_weights_that_are_not_finite_are_refused(
+    train, tiny_clip, tmp_path, capsys, name
+):
+    folder = shutil.copytree(tiny_clip.removeprefix("local-dir:"), tmp_path / "clip")
+    file = folder / "open_clip_model.safetensors"
+    state = load_file(file)
+    state[name].view(-1)[3] = float("nan")
+    save_file(state, file)
+    with pytest.raises(SystemExit) as stopped:
+        train("vanilla", "--model.clip", f"local-dir:{folder}", name="run")
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: local-dir:{folder}: 1 of ")
+    assert f"weights of {name} are not finite" in line
+    assert not (tmp_path / "run").exists()
