@@ -357,6 +357,7 @@ def test_t13_another_manifest_or_plan_is_refused_with_the_difference(
     run, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(tiny_data, data)
     size = ["--loader.batch-size", "12", "--loader.held-out", "8", "--device", "cpu"]
+    size += ["--optim.warmup-steps", "1"]  # of five
     command = ["no-mask", "--scale", "miniature", "--model.clip", tiny_clip, *size]
     command += ["--data", data, "--run-dir", run, "--optim.epochs", "1", "--loader.workers", "0"]
     tiny.call(train_command, *command)

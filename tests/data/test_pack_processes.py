@@ -93,7 +93,9 @@ def start(words: list[str], **settings: object) -> subprocess.Popen[str]:
 def kill_group(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    if process.stderr is not None and not process.stderr.closed:  # read to its end already
+        process.communicate()
+    process.wait()
 
 
 def run_watched(source: Path, out: Path, step: str | None, task: str | None) -> list[str]:
