@@ -11,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from braceexpand import braceexpand
 
 from rft import files
 from rft.data import encode, tar
-from rft.data.labels import LabelSpace
+from rft.data.labels import LabelSpace, scoring_hash
 from rft.data.manifest import COLUMNS, Index, Manifest, Shard
 from rft.data.published import check_count, parse_allowed_counts
 from rft.data.samples import (
@@ -217,7 +217,7 @@ def _describe(
         "label_field": rule.label_field,
         "local_labels": rule.local,
         "ignore": sorted(rule.ignore),
-        "labels": files.sha256_json([asdict(rule.labels), groups])[:16],
+        "labels": scoring_hash(rule.labels.ids, rule.labels.names, rule.labels.templates, groups),
         "shards": files.sha256_json([shard.sha256 for shard in found]),
     }
     if rule.labels_are is not None:  # plans from before there was a choice stay as they are

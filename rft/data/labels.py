@@ -105,6 +105,20 @@ class LabelSpace:
             raise ValueError(f"{path}: {error}") from error
 
 
+def scoring_hash(
+    ids: Sequence[str],
+    names: Sequence[str],
+    templates: Sequence[str],
+    groups: Sequence[Sequence[int]],
+) -> str:
+    """Return what a plan keeps of its label space and scoring rule, to compare with a manifest's.
+
+    Short, because it is for people to compare; nobody has a reason to forge it.
+    """
+    space = {"ids": ids, "names": names, "templates": templates}
+    return files.sha256_json([space, groups])[:16]
+
+
 def choose_labels(path: str | None) -> LabelSpace:
     """Read the label space of `--classes`, or take ImageNet's; warn of what is odd in the former.
 

@@ -21,12 +21,14 @@ SYSTEM_NAMES = (
     *("__MACOSX", "Icon\r", "Network Trash Folder", "Temporary Items"),
     # Windows; a disk's own folder on Linux
     *("Thumbs.db", "Thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),
-    *("$RECYCLE.BIN", "System Volume Information", "lost+found"),
+    *("$RECYCLE.BIN", "RECYCLER", "Recycled", "System Volume Information", "lost+found"),
+    # what viewers and importers leave beside photos
+    *("Picasa.ini", "ZbThumbnail.info", "photothumb.db"),
 )
 # hidden files, of which "._x.jpg" is macOS's for x.jpg; streams that became files of their own
 SYSTEM_PATTERNS = (
     *("._*", ".*", "*@SynoEAStream", "*@SynoResource", "*:Zone.Identifier"),
-    "found.[0-9][0-9][0-9]",
+    *("found.[0-9][0-9][0-9]", "*.lrdata"),
 )
 _SYSTEM = {name.casefold(): name for name in SYSTEM_NAMES}
 SPECIAL = {

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from rft import files
 from rft.data import encode
-from rft.data.labels import LabelSpace
+from rft.data.labels import LabelSpace, scoring_hash
 from rft.data.manifest import COLUMNS, Index, Manifest, Shard
 from rft.data.names import printable
 from rft.data.published import check_count
@@ -183,7 +183,7 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> Plan:
         "source_bytes": sum(item.bytes for item in order),
         # short, because they are for people to compare; nobody has a reason to forge them
         "items": files.sha256_json(listing)[:16],
-        "labels": files.sha256_json([asdict(labels), source.groups])[:16],
+        "labels": scoring_hash(labels.ids, labels.names, labels.templates, source.groups),
     }
     shards = tuple(tuple(order[start:stop]) for start, stop in cut(sizes, shard_bytes))
     return Plan(

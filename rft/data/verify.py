@@ -20,7 +20,7 @@ import numpy as np
 from rft import files
 from rft.data import encode, tar
 from rft.data.index import ALGORITHM, IMAGE_SUFFIXES, OTHER_SUFFIXES
-from rft.data.labels import MARK, LabelSpace
+from rft.data.labels import MARK, LabelSpace, scoring_hash
 from rft.data.manifest import Index, Manifest, group_faults
 from rft.data.samples import SIZE_THREADS, open_whole, shard_size, split_name
 from rft.data.scoring import POSITION, Rule, parse_label, resolve_label
@@ -291,6 +291,12 @@ def _read_plan(url: str, manifest: Manifest, report: Report) -> dict[str, Any]:
     if not isinstance(plan, dict) or files.sha256_json(plan) != manifest.plan_hash:
         report.problems.append(Problem(what="plan.json is not the plan that the manifest names"))
         return {}
+    scoring = scoring_hash(
+        manifest.class_ids, manifest.classes, manifest.templates, manifest.groups
+    )
+    if manifest.class_ids and plan.get("labels", scoring) != scoring:
+        what = "its classes, prompts or groups are not those of plan.json: the manifest was edited"
+        report.problems.append(Problem(what=what))
     local = plan.get("local_labels")
     for fault in () if local is None else group_faults([local], len(manifest.classes)):
         report.problems.append(Problem(what=f"local_labels of plan.json: {fault}"))

@@ -264,6 +264,23 @@ def test_swapped_shards(packed: Path) -> None:
     assert f"{names[1]}: holds the bytes of {names[0]}" in found
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: {"groups": m.groups[::-1]},
+        lambda m: {"groups": ((*m.groups[0], *m.groups[1]), *m.groups[2:])},
+        lambda m: {"classes": m.classes[::-1]},
+        lambda m: {"class_ids": m.class_ids[::-1]},
+        lambda m: {"templates": ("a {c}?",)},
+    ],
+)
+def test_an_edited_label_space_or_scoring_rule(packed: Path, edit) -> None:
+    """Values that could be right, but are not those that the set was packed with."""
+    manifest = Manifest.load(str(packed))
+    replace(manifest, **edit(manifest)).save(str(packed))
+    assert "classes, prompts or groups are not those of plan.json" in lines(packed, deep=False)[0]
+
+
 def test_a_wrong_label(packed: Path) -> None:
     _, key, offset, _ = first_row(packed)
 
