@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from rft import files
 from rft.report.page import provenance_lines, write_report
 from rft.report.runs import load_runs
-from tests.report.make_runs import edit, make_gallery, make_run
+from tests.report.make_runs import edit, make_gallery, make_run, make_weights
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +90,8 @@ def test_the_same_runs_give_the_same_bytes(paths, tmp_path):
 def test_names_from_files_are_text(tmp_path):
     path = make_run(tmp_path, "x", note=HOSTILE)
     edit(path / "config.json", recipe=HOSTILE)
+    sha256 = files.sha256_file(make_weights(path, HOSTILE))
+    edit(path / "results.json", checkpoint_sha256=sha256)
     edit(path / "provenance.json", git=HOSTILE, command=[HOSTILE])
     write_report([path], tmp_path / "report")
     page = Page((tmp_path / "report" / "index.html").read_text())
