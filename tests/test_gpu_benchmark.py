@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import filelock
 import pytest
@@ -27,30 +26,29 @@ PARTS = (
 BROKEN = "tests"
 
 
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """The whole command on this CPU, in which one part meets a folder where it wants a file."""
-    root = tmp_path_factory.mktemp("rehearsal")
-    (root / "work" / "rehearsal" / "gpu-tests.xml").mkdir(parents=True)
-    line = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--minutes", "60"]
-    line += ["--out", str(root / "out"), "--work", str(root / "work")]
-    result = subprocess.run(line, env=environment(), capture_output=True, text=True)
-    return result, root / "out"
-
-
-@pytest.fixture(scope="module")
-def parts(rehearsal) -> dict[str, dict]:
-    """The values that each part measured."""
-    _, out = rehearsal
-    document = json.loads((out / "rehearsal_cpu.json").read_text())
-    return {name: part["values"] for name, part in document["parts"].items()}
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_part_runs_and_the_broken_one_alone_fails(rehearsal):
-    result, out = rehearsal
+def test_a_rehearsal(tmp_path):
+    """The whole command on this CPU, in which one part meets a folder where it wants a file.
+
+    One test: as a fixture of several it would run once in each process of the tests.
+    """
+    out, work = tmp_path / "out", tmp_path / "work"
+    (work / "rehearsal" / "gpu-tests.xml").mkdir(parents=True)
+    line = [sys.executable, "-m", "benchmarks.gpu", "--rehearse"]
+    line += ["--out", str(out), "--work", str(work), "--minutes", "60"]
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True)
     document = json.loads((out / "rehearsal_cpu.json").read_text())
+    every_part_ran_and_the_broken_one_alone_failed(result, document)
+    parts = {name: part["values"] for name, part in document["parts"].items()}
+    steps_were_timed_and_seen_into(parts)
+    the_trainer_ran_on_both_kinds_of_shards(parts)
+    ceilings_masks_resumption_and_evaluation_were_measured(parts)
+    the_table_is_made_of(document, (out / "rehearsal_cpu.md").read_text())
+    a_second_call_keeps_what_it_does_not_measure_again(out, tmp_path / "other")
+
+
+def every_part_ran_and_the_broken_one_alone_failed(result, document):
     found = {name: part["status"] for name, part in document["parts"].items()}
     assert found == {name: "failed" if name == BROKEN else "done" for name in PARTS}, result.stderr
     assert "IsADirectoryError" in document["parts"][BROKEN]["reason"]
@@ -61,8 +59,7 @@ def test_every_part_runs_and_the_broken_one_alone_fails(rehearsal):
     assert document["processor"]
 
 
-@pytest.mark.slow
-def test_steps_are_timed_and_seen_into(parts):
+def steps_were_timed_and_seen_into(parts):
     measured = parts["step-rft-rehearsal"]
     both = {**measured["steps"], **parts["compiled-rft-rehearsal"]["steps"]}
     assert set(both) == set(page.STEPS)
@@ -79,8 +76,7 @@ def test_steps_are_timed_and_seen_into(parts):
     assert measured["host_waits"] is None  # no GPU to wait for
 
 
-@pytest.mark.slow
-def test_the_trainer_ran_on_both_kinds_of_shards(parts):
+def the_trainer_ran_on_both_kinds_of_shards(parts):
     runs = parts["trainer"]["rft-rehearsal"]
     assert set(runs) == {"pixels", "jpeg"}
     for run in runs.values():
@@ -89,8 +85,7 @@ def test_the_trainer_ran_on_both_kinds_of_shards(parts):
         assert 0 <= run["waiting_share"] <= 1
 
 
-@pytest.mark.slow
-def test_ceilings_masks_resumption_and_evaluation(parts):
+def ceilings_masks_resumption_and_evaluation_were_measured(parts):
     assert set(parts["chip"]["matmul_flops"]) == {"bf16", "tf32", "fp32"}
     trained = parts["masks"]["rft-miniature"]["0.3"]
     assert 0.01 < trained["masked"] < 0.5
@@ -105,11 +100,7 @@ def test_ceilings_masks_resumption_and_evaluation(parts):
     assert parts["evaluation"]["rft-rehearsal"]["images"] == 64  # of 72, the first batch is not
 
 
-@pytest.mark.slow
-def test_the_table_is_made_of_the_json(rehearsal):
-    _, out = rehearsal
-    document = json.loads((out / "rehearsal_cpu.json").read_text())
-    text = (out / "rehearsal_cpu.md").read_text()
+def the_table_is_made_of(document, text):
     assert text == page.text(document)
     assert text.startswith("A rehearsal on a tiny model.")
     rate = document["parts"]["step-rft-rehearsal"]["values"]["steps"]["step"]["images_per_s"]
@@ -117,25 +108,22 @@ def test_the_table_is_made_of_the_json(rehearsal):
     assert f"`{BROKEN}` failed: " in text
 
 
-def test_saved_tables_are_made_of_the_saved_results():
-    saved = [*command.RESULTS.glob("gpu_*.json"), command.RESULTS / "rehearsal_cpu.json"]
-    for path in saved:
-        assert path.with_suffix(".md").read_text() == page.text(json.loads(path.read_text())), path
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_a_second_call_keeps_what_it_does_not_measure_again(rehearsal):
-    _, out = rehearsal
+def a_second_call_keeps_what_it_does_not_measure_again(out, work):
     before = json.loads((out / "rehearsal_cpu.json").read_text())["parts"]
     line = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--parts", "chip", BROKEN]
-    line += ["--out", str(out), "--work", str(out.parent / "other")]
+    line += ["--out", str(out), "--work", str(work)]
     subprocess.run(line, env=environment(), check=True)
     after = json.loads((out / "rehearsal_cpu.json").read_text())["parts"]
     assert after[BROKEN]["status"] == "done"
     assert after[BROKEN]["values"]["skipped"] > 0  # without a GPU
     assert after["chip"]["values"] != before["chip"]["values"]
     assert after["trainer"] == before["trainer"]
+
+
+def test_saved_tables_are_made_of_the_saved_results():
+    saved = [*command.RESULTS.glob("gpu_*.json"), command.RESULTS / "rehearsal_cpu.json"]
+    for path in saved:
+        assert path.with_suffix(".md").read_text() == page.text(json.loads(path.read_text())), path
 
 
 @pytest.mark.slow
@@ -180,7 +168,6 @@ def test_a_package_that_lacks_is_one_line():
 
 RUNNER = """
 import os, signal, subprocess, sys, time
-from pathlib import Path
 from benchmarks.gpu.runner import Part, run
 
 def measures(record):
@@ -235,7 +222,6 @@ def test_a_part_that_fails_dies_or_hangs_leaves_the_others_alone(tmp_path):
 
 ENDED = """
 import os, signal, sys, time
-from pathlib import Path
 from benchmarks.gpu.runner import Part, run
 
 def hangs(record):

@@ -112,15 +112,18 @@ def _attempt(work: Callable[[Job], Result], job: Job) -> Result:
     """Work; at SIGTERM clean up and leave. Between two jobs there is nothing to clean up."""
 
     def end(*_: object) -> None:
+        # the pool sends it a second time when another worker has left: cleaning up goes on
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise _Ended
 
     try:
-        signal.signal(signal.SIGTERM, end)
-        return work(job)
+        try:
+            signal.signal(signal.SIGTERM, end)
+            return work(job)
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `end` may still be called here
     except _Ended:
         os._exit(1)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _start_worker() -> None:

@@ -76,6 +76,45 @@ def publish_slowly(path: str) -> None:
         time.sleep(600)
 
 
+def end_late(number: int) -> int:
+    """Be told to end when the work is done and only its handler is left to be removed."""
+    change = signal.signal
+
+    def told(number: int, handler: object) -> object:
+        if handler is signal.SIG_DFL:
+            signal.signal = change
+            signal.raise_signal(signal.SIGTERM)
+        return change(number, handler)
+
+    signal.signal = told
+    return number
+
+
+def end_twice(path: str) -> None:
+    """Be told to end, and once more while the work cleans up after itself."""
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.raise_signal(signal.SIGTERM)
+        Path(path).touch()
+
+
+@pytest.mark.slow
+def test_the_end_may_come_at_the_end() -> None:
+    """Told to end, a worker leaves; it neither goes on nor is left with a handler."""
+    with pytest.raises(ValueError, match="a worker process was killed"):
+        for_each("work", end_late, [1, 2], 2)
+
+
+@pytest.mark.slow
+def test_what_cleans_up_is_not_interrupted(tmp_path: Path) -> None:
+    """When one worker has left, the pool tells the others a second time."""
+    cleaned = [str(tmp_path / "a"), str(tmp_path / "b")]
+    with pytest.raises(ValueError, match="a worker process was killed"):
+        for_each("work", end_twice, cleaned, 2)
+    assert list(tmp_path.iterdir())
+
+
 def test_number_of_workers() -> None:
     assert check_workers(3) == 3
     assert check_workers(None) >= 1
