@@ -168,6 +168,7 @@ def test_a_package_that_lacks_is_one_line():
 
 RUNNER = """
 import os, signal, subprocess, sys, time
+from pathlib import Path
 from benchmarks.gpu.runner import Part, run
 
 def measures(record):
@@ -222,6 +223,7 @@ def test_a_part_that_fails_dies_or_hangs_leaves_the_others_alone(tmp_path):
 
 ENDED = """
 import os, signal, sys, time
+from pathlib import Path
 from benchmarks.gpu.runner import Part, run
 
 def hangs(record):

@@ -129,6 +129,8 @@ def _attempt(work: Callable[[Job], Result], job: Job) -> Result:
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and never outlive it: a killed parent cannot stop its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # it is held back where the process's fork server is one that its loader started
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     parent = multiprocessing.parent_process()
     assert parent is not None
 
