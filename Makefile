@@ -30,10 +30,10 @@ results: $(VENV)/.installed  ## the demo on three seeds, into docs/results and t
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds 3
 	$(BIN)/python docs/update_results.py --demo $(DEMO)
 
-# two at a time, because many tests wait for processes that they started; files are not kept whole,
-# so that the slowest one does not end alone
-test: $(VENV)/.installed  ## every test
-	$(BIN)/pytest -q -n 2 --dist worksteal
+# three at a time, because many tests wait for processes or servers that they started; files are not
+# kept together, so that the slowest one does not end alone
+test: $(VENV)/.installed  ## every test, in less than ten minutes on two cores
+	$(BIN)/pytest -q -n 3 --dist worksteal
 
 quick: $(VENV)/.installed  ## the tests of at most 0.3 s each, in less than a minute
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow"

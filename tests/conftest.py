@@ -1,5 +1,6 @@
 """Small things that many tests need."""
 
+import gc
 import signal
 from pathlib import Path
 
@@ -135,3 +136,14 @@ def disagreeing(monkeypatch):
         monkeypatch.setattr(dist, "require_agreement", compare)
 
     return on
+
+
+def pytest_collection_finish() -> None:
+    """Keep what all imports made out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let libraries that count their objects at exit find them."""
+    gc.unfreeze()

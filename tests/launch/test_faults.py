@@ -10,7 +10,7 @@ import pytest
 
 from rft import files
 from tests.launch.conftest import SCRIPT, Cluster, Project, running_cluster
-from tests.tiny import environment, torchrun_command, weights
+from tests.tiny import torchrun, weights
 from tests.waiting import until
 
 pytestmark = pytest.mark.slow
@@ -65,19 +65,15 @@ def quiet(cluster: Cluster) -> Iterator[Cluster]:
     cluster.wait_until_idle("the end of cancelled jobs")
 
 
-@pytest.fixture
-def calm(tmp_path, tiny_data, tiny_clip) -> Iterator[Path]:
-    """The undisturbed run on two ranks, without SLURM; it is there when its log says so."""
-    run = tmp_path / "calm"
-    words = (*OPTIONS, "--model.clip", tiny_clip, "--data", str(tiny_data), "--run-dir", str(run))
-    command = torchrun_command(2, "rft.train", RECIPE, *words)
-    with subprocess.Popen(command, env=environment()) as process:
-        yield run
-        process.kill()
+def calm_weights(run: Path, data: Path, clip: str) -> list[str]:
+    """The weights of the undisturbed run on two ranks, without SLURM."""
+    words = (*OPTIONS, "--model.clip", clip, "--data", str(data), "--run-dir", str(run))
+    torchrun(2, "rft.train", RECIPE, *words)
+    return weights(run)
 
 
 @pytest.mark.timeout(600)
-def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tiny_data, tiny_clip, calm):
+def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tmp_path, tiny_data, tiny_clip):
     project.write_settings(settings(tiny_data, tiny_clip))
     run = project.runs / f"{RECIPE}-seed0"
     job = project.submit(quiet, "--nodes=2", "train", RECIPE)
@@ -113,8 +109,7 @@ def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tiny_data, tiny_c
     assert (run / "training.json").exists(), log_of(run)
     assert not list(run.glob("stop-*"))
     require_each_step_once(run)
-    until((calm / "training.json").exists, "the calm run")
-    assert weights(run) == weights(calm)
+    assert weights(run) == calm_weights(tmp_path / "calm", tiny_data, tiny_clip)
     for path in project.runs.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 

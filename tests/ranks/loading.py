@@ -1,7 +1,6 @@
 """Processes that read or count beside each other, started by the tests of the data plane."""
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -79,7 +78,3 @@ def log_ids(url: str, out: str, start: int, rank: int, world_size: int) -> None:
             stream.write(f"{step} {' '.join(map(str, batch.samples_B.tolist()))}\n")
             stream.flush()
             time.sleep(0.02)  # the step itself
-
-
-if __name__ == "__main__":
-    log_ids(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from rft import cli, files
 from rft.runs import LAST, SELECTED
 from rft.train import __main__ as train_command
-from tests.tiny import environment, kill_when, torchrun, torchrun_command
+from tests.tiny import kill_when, torchrun, torchrun_command
 
 pytestmark = pytest.mark.slow
 
@@ -24,12 +23,16 @@ def options(data: Path, clip: str, run: Path) -> list[str]:
         *("rft.train", "object-mask-single-fill", "--data", str(data), "--run-dir", str(run)),
         *("--scale", "miniature", "--model.clip", clip, "--method.threshold", "0.5"),
         *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "6"),
-        *("--log.checkpoint-steps", "4", "--log.every-steps", "3"),
+        *("--log.checkpoint-steps", "4", "--log.every-steps", "3", "--loader.workers", "1"),
     ]
 
 
 def train(ranks: int, command: list[str]) -> None:
-    """Train on so many ranks; one rank is this process, which is not a new one each time."""
+    """Train on so many ranks; one rank is this process, which is not a new one each time.
+
+    Who reads the batches changes nothing, and loader processes import for seconds.
+    """
+    command = [*command, "--loader.workers", "0"]
     if ranks > 1:
         torchrun(ranks, *command)
         return
@@ -104,11 +107,9 @@ def test_a_kill_between_checkpoint_and_selected_model(tmp_path, tiny_data, tiny_
     assert outcome(run) == outcome(calm(1))
 
 
-def test_without_any_argument_it_trains_on_the_miniature(tmp_path):
-    command = torchrun_command(2, "rft.train", "--optim.epochs", "1")
-    result = subprocess.run(
-        command, env=environment(), cwd=tmp_path, capture_output=True, text=True
-    )
+def test_without_any_argument_it_trains_on_the_miniature(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = torchrun(2, "rft.train", "--optim.epochs", "1")
     assert result.stdout.startswith("No --data given: training object-mask-single-fill on the ")
     assert "--data URL --run-dir DIR" in result.stdout.splitlines()[0]
     run = tmp_path / "runs" / "miniature-object-mask-single-fill-seed0"
