@@ -372,15 +372,17 @@ FAULTS = KILLS | OTHERS
 
 
 class Bench:
-    """The tiny world, the undisturbed run and a folder to try in."""
+    """The tiny world, the undisturbed run and a folder to try in; a second one uses them too."""
 
     def __init__(self, folder: Path, ranks: int = RANKS, kind: type[Run] = Run) -> None:
         self._folder, self._ranks, self._kind = folder, ranks, kind
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.data = tiny.write_data(folder / "world")
-        self.clip = tiny.write_clip(folder / "clip")
+        self.data, self.clip = tiny.shards(folder / "world"), tiny.clip_name(folder / "clip")
         calm = self.run("calm")
-        calm.finish()
+        if not calm.finished:
+            tiny.write_data(folder / "world")
+            tiny.write_clip(folder / "clip")
+            calm.finish()
         assert calm.step() == STEPS, f"the run has {calm.step()} steps, not {STEPS}"
         self._weights = calm.weights()
 

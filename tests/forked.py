@@ -5,6 +5,7 @@ JSON on its standard input for each, answered by a line with the exit code. A fo
 the tests' own process, only what a new process has after its imports.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -47,6 +48,7 @@ def serve() -> None:
     """Answer requests until there are no more; in a forked rank, be that rank and return."""
     for name in PACKAGES:
         importlib.import_module(name)
+    gc.freeze()  # or each rank would look through, and so copy, all that was imported
     # not by iteration, which reads ahead
     while line := sys.stdin.readline():
         request = Request(**json.loads(line))

@@ -75,13 +75,11 @@ def test_the_step_benchmark_as_a_program():
 
 @pytest.mark.slow
 def test_a_map_at_a_time_needs_less_memory_and_too_much_is_told():
-    arguments = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=4)
-    textbook, ours = (
-        cam_memory.measure_case(case, arguments, 8) for case in ("textbook", "recompute")
-    )
-    assert textbook > 2 * ours > 0
-    tight = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=0.1)
-    assert cam_memory.measure_case("textbook", tight, 8) is None
+    """Within one limit the textbook's maps have no room, and ours have."""
+    arguments = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=0.6)
+    assert cam_memory.measure_case("textbook", arguments, 8) is None
+    ours = cam_memory.measure_case("recompute", arguments, 8)
+    assert 0 < ours < 0.3e9
 
 
 def test_the_page_says_what_was_not_measured(monkeypatch, tmp_path):

@@ -42,13 +42,23 @@ def write_images(root: Path, dataset: str, per_class: int) -> None:
             image.save(classes / f"{wnid}_{n}.png")
 
 
+def shards(root: Path) -> Path:
+    """The data root of `write_data`'s world."""
+    return root / "shards"
+
+
 def write_data(root: Path) -> Path:
     """Images and shards of four small sets; returns the data root."""
     for dataset, per_class in COUNTS.items():
         write_images(root / "images", dataset, per_class)
         options = Options(encoding="pixels", size=SIZE, shard_mb=0.02, workers=1)
-        pack(dataset, str(root / "images"), str(root / "shards"), LABELS, options)
-    return root / "shards"
+        pack(dataset, str(root / "images"), str(shards(root)), LABELS, options)
+    return shards(root)
+
+
+def clip_name(folder: Path) -> str:
+    """The --model.clip of `write_clip`'s CLIP."""
+    return f"local-dir:{folder}"
 
 
 def write_clip(folder: Path) -> str:
@@ -83,7 +93,7 @@ def write_clip(folder: Path) -> str:
     (folder / "open_clip_config.json").write_text(json.dumps(document))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
-    return f"local-dir:{folder}"
+    return clip_name(folder)
 
 
 def call(command, *arguments: object) -> None:

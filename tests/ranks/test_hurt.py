@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import pytest
 
 from benchmarks.faults import EVERY, FAULTS, Bench, Run, merged, summary, table
@@ -33,8 +34,13 @@ class Sooner(Run):
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("faults"), RANKS, Sooner)
+def bench(tmp_path_factory, worker_id) -> Bench:
+    """One undisturbed run for all processes of the tests."""
+    root = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        root = root.parent
+    with filelock.FileLock(root / "faults.lock"):
+        return Bench(root / "faults", RANKS, Sooner)
 
 
 # by a signal the step under way is finished; ranks without torchrun finish theirs too
@@ -125,7 +131,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(
 
 
 def test_a_killed_rank_leaves_no_loader_process(bench):
-    run = bench.run("orphans")
+    run = replace(bench.run("orphans"), ranks=1)
     run.start()
     try:
         run.wait_for(lambda: run.step() >= 1)

@@ -1,4 +1,4 @@
-"""Whole steps at the paper's sizes without a GPU, on tensors that have a shape and no values.
+"""Whole steps at the paper's widths without a GPU, on tensors that have a shape and no values.
 
 On torch's `meta` device any read of a value fails, as the host would wait for a GPU there. Autocast
 does not know `meta`, so bf16 is checked on fake tensors of the CPU: they have no values either, and
@@ -39,6 +39,7 @@ from rft.train.objective import Draws, Objective
 from rft.train.optim import build_optimizer, set_schedule
 
 BATCH = 512
+LAYERS = 3  # a first, a last and one between: all others are like the second
 CLASSES = 1000
 # a larger grid of patches changes shapes alone, the same for all recipes
 CASES = [*((recipe, "ViT-B-32") for recipe in recipes.names()), (recipes.DEFAULT, "ViT-B-16")]
@@ -134,7 +135,7 @@ def build_model(name: str, device: torch.device) -> Classifier:
     architecture = Architecture(
         clip=name,
         embed_dim=model["embed_dim"],
-        vision_cfg=model["vision_cfg"],
+        vision_cfg={**model["vision_cfg"], "layers": LAYERS},
         quick_gelu=False,
         mean=open_clip.OPENAI_DATASET_MEAN,
         std=open_clip.OPENAI_DATASET_STD,
@@ -256,9 +257,10 @@ def step_in_bf16(config: Config, device: torch.device) -> None:
     train_one_step(job, found)
     assert gradients == {torch.float32}
     assert set(found.head) == {torch.float32}, "the head"
-    assert found.others[torch.bfloat16] >= 4 * 12, "four products in each layer of a forward"
+    assert found.others[torch.bfloat16] >= 4 * LAYERS, "four products in each layer of a forward"
     # for each layer the map, its gradient and the row's update; the last one's map is in the graph
-    cam = 3 * 11 + 1 if config.method.needs_cam and config.method.cam == "relevance" else 0
+    maps = 3 * (LAYERS - 1) + 1
+    cam = maps if config.method.needs_cam and config.method.cam == "relevance" else 0
     assert found.others[torch.float32] == cam, "the CAM"
 
 
