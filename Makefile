@@ -9,7 +9,7 @@ WHEELS_MACHINE ?= x86_64
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo reproduce results test quick marks pythons faults lint bench gpu wheels peers simd clean
+.PHONY: demo reproduce results test programs quick marks pythons faults lint bench gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -32,8 +32,11 @@ results: $(VENV)/.installed  ## the demo on three seeds, into docs/results and t
 
 # three at a time, because many tests wait for processes or servers that they started; files are not
 # kept together, so that the slowest one does not end alone
-test: $(VENV)/.installed  ## every test, in less than ten minutes on two cores
-	$(BIN)/pytest -q -n 3 --dist worksteal
+test: $(VENV)/.installed  ## every test but `make programs`, in less than ten minutes on two cores
+	$(BIN)/pytest -q -n 3 --dist worksteal -m "not program"
+
+programs: $(VENV)/.installed  ## the tests that run a whole benchmark, demo or installation
+	$(BIN)/pytest -q -n 2 --dist worksteal -m program
 
 quick: $(VENV)/.installed  ## the tests of at most 0.3 s each, in less than a minute
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow"

@@ -158,6 +158,7 @@ def arguments(**changes) -> loader.Arguments:
 
 
 @pytest.mark.slow
+@pytest.mark.program
 def test_rounds_of_real_processes_and_one_that_cannot_run(work, monkeypatch):
     table = {
         "memcpy": loader.Run(contender="memcpy", workers=0),
@@ -256,6 +257,7 @@ def test_ratios_of_the_packer():
 
 
 @pytest.mark.slow
+@pytest.mark.program
 def test_the_pack_benchmark_as_a_program(tmp_path):
     command = [sys.executable, "-m", "benchmarks.pack", "--images", "10", "--rounds", "1"]
     command += ["--processes", "1", "--work", str(tmp_path)]

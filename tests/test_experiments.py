@@ -279,6 +279,7 @@ def outcomes(plan: Plan) -> dict[Path, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.timeout(600)
 def test_all_commands_together_give_the_papers_tables(small_plan, monkeypatch, tmp_path):
     *stages, last = experiments(small_plan)

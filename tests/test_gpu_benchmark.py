@@ -27,6 +27,7 @@ BROKEN = "tests"
 
 
 @pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.timeout(3600)
 def test_a_rehearsal(tmp_path):
     """The whole command on this CPU, in which one part meets a folder where it wants a file.
@@ -441,6 +442,7 @@ def test_wheels_are_the_packages_that_torch_does_not_bring():
 
 
 @pytest.mark.slow
+@pytest.mark.program
 def test_wheels_install_into_an_empty_environment(tmp_path):
     """From the registry into a folder, and from the folder alone into an environment."""
     version = "{}.{}".format(*sys.version_info[:2])

@@ -53,6 +53,7 @@ def test_vanilla_is_the_cross_entropy(job, images_BCHW, labels_B):
 
 
 @pytest.mark.slow
+@pytest.mark.program
 def test_the_step_benchmark_as_a_program():
     command = [sys.executable, "-m", "benchmarks.step", *SMALL]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
@@ -74,6 +75,7 @@ def test_the_step_benchmark_as_a_program():
 
 
 @pytest.mark.slow
+@pytest.mark.program
 def test_a_map_at_a_time_needs_less_memory_and_too_much_is_told():
     """Within one limit the textbook's maps have no room, and ours have."""
     arguments = cam_memory.Arguments(model="ViT-S-16-alt", limit_gb=0.6)

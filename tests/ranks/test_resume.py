@@ -107,6 +107,7 @@ def test_a_kill_between_checkpoint_and_selected_model(tmp_path, tiny_data, tiny_
     assert outcome(run) == outcome(calm(1))
 
 
+@pytest.mark.program
 def test_without_any_argument_it_trains_on_the_miniature(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = torchrun(2, "rft.train", "--optim.epochs", "1")
