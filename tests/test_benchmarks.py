@@ -45,6 +45,7 @@ def contender(name: str, work: Path) -> contenders.Arguments:
     return contenders.Arguments(name=name, work=work, workers=0, batch_size=5, seconds=0.01)
 
 
+@pytest.mark.slow
 def test_photographs_are_as_described(work):
     files = [path.read_bytes() for path in paths(work)]
     assert len(set(files)) == IMAGES

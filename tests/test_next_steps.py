@@ -135,6 +135,7 @@ def follow(printed: str, capsys) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_from_training_to_the_report(trained, folder, capsys):
     printed = trained[1]
     evaluated = parsed(next_words(printed))

@@ -67,6 +67,7 @@ def fault(**changes):
     return tool.Fault(**{**fields, "tests": ("test_sums.py::test_add",), **changes})
 
 
+@pytest.mark.slow
 def test_faults_are_noticed_or_survive(tree):
     told = []
     outcomes = tool.try_all([fault(), fault(new="b + a")], tree, 1, told.append)
@@ -103,12 +104,14 @@ def test_all_faults_that_do_not_fit_are_named_at_once(tree):
         tool.check([stale[0], fault(), stale[1]], tree)
 
 
+@pytest.mark.slow
 def test_a_test_that_fails_without_a_fault_is_an_error(tree):
     (tree / "sums.py").write_text("def add(a, b):\n    return a + b + 1\n")
     with pytest.raises(ValueError, match="test_add fails without any fault"):
         tool.try_all([fault()], tree, 1, lambda _: None)
 
 
+@pytest.mark.slow
 def test_a_fault_that_cannot_be_imported_proves_nothing(tree):
     with pytest.raises(ValueError, match="cannot be run"):
         tool.try_all([fault(new="a +")], tree, 1, lambda _: None)

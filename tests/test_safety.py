@@ -80,6 +80,7 @@ def umask(mask: int) -> Iterator[None]:
         os.umask(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [0o077, 0o022, 0o002], ids=oct)
 def test_a_run_folder_has_the_permissions_of_the_umask(tmp_path, tiny_data, tiny_clip, mask):
     """No more, so that it is private where the user wants that, and no less, for their group."""

@@ -78,6 +78,7 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     assert all(other[path] != same[path] for path in images)
 
 
+@pytest.mark.slow
 def test_a_finished_world_is_left_alone_and_another_is_refused(folder, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     world.write_world(folder, scale=SCALE)

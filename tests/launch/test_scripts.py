@@ -149,6 +149,7 @@ def copied(project: Project, place: Path) -> set[str]:
     return {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_code_is_copied_as_it_is(project, tmp_path):
     project.write_settings()
     # as editors leave them

@@ -58,6 +58,7 @@ def batches(packed: PackedDataset, config: Config):
             yield torch.from_numpy(images), torch.from_numpy(labels)
 
 
+@pytest.mark.slow
 def test_four_steps_by_hand(run, tiny_data, tiny_clip):
     config = Config.from_dict(json.loads((run / "config.json").read_text()))
     packed = PackedDataset(f"{tiny_data}/imagenet-train")

@@ -117,6 +117,7 @@ def test_the_last_of_a_repeated_option_decides_the_defaults_too():
     assert (config.scale, config.loader.batch_size) == ("miniature", 64)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_meant_otherwise(refused, options, tmp_path, tiny_clip):
     folder = tiny_clip.removeprefix("local-dir:")
     run = tmp_path / "other"

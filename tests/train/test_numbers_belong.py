@@ -96,6 +96,7 @@ def document(path: Path) -> dict:
 # classes
 
 
+@pytest.mark.slow
 def test_a_trained_head_carries_the_classes_of_its_data(folder):
     assert load_state(folder / "vanilla" / SELECTED).classes == LABELS.classes
     assert load_state(folder / "vanilla" / LAST).classes == LABELS.classes

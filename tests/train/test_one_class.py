@@ -3,12 +3,15 @@
 import json
 import shutil
 
+import pytest
+
 from rft.evaluate import __main__ as evaluate_command
 from tests import tiny
 
 WARNING = "scores a single class, so every prediction counts as right"
 
 
+@pytest.mark.slow
 def test_one_class_is_warned_of_in_training_and_evaluation(train, tiny_data, tmp_path, capsys):
     run = train("run", "--optim.epochs", "1")
     assert WARNING not in capsys.readouterr().err

@@ -126,6 +126,7 @@ def test_only_a_choice_is_called_one(small, options, words):
     assert said.count("selected") == ("selected" in words)
 
 
+@pytest.mark.slow
 def test_what_the_command_line_names_wins_and_a_grown_set_is_named(
     small, refused, tmp_path, tiny_data, tiny_clip
 ):
