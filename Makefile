@@ -11,6 +11,8 @@ BIN    := $(VENV)/bin
 
 .PHONY: demo reproduce results test programs quick marks pythons faults lint bench gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
+# compiled files are kept, whatever the environment says: pytest rewrites every assert, in each process
+export PYTHONDONTWRITEBYTECODE :=
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
