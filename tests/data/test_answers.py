@@ -44,6 +44,11 @@ WORKS = ("plain", "redirect", "nohead", "503 x1", "503 x2", "429 x2")
 WHOLE_WORKS = (*WORKS, "norange", "gzip", "chunked")
 
 
+def quick_and_slow(*modes: str) -> list:
+    """The server's modes as parameters; a silent one is waited for."""
+    return [pytest.param(m, marks=[pytest.mark.slow] if m == "silent" else []) for m in modes]
+
+
 @pytest.fixture(autouse=True)
 def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     # a busy machine may be slow; a silent server is given up at once
@@ -153,7 +158,7 @@ def test_files_beside_are_read(
 
 
 @pytest.mark.parametrize("name", BESIDE)
-@pytest.mark.parametrize("mode", FILE_FAILS)
+@pytest.mark.parametrize("mode", quick_and_slow(*FILE_FAILS))
 def test_only_not_found_means_absent(served: Path, tmp_path: Path, mode: str, name: str) -> None:
     """No other answer is taken for "there is no such file"; an option passes over the file."""
     (served / name).write_text(BESIDE[name])
@@ -177,7 +182,7 @@ def indexed(served: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "index.npz"])
-@pytest.mark.parametrize("mode", [*WHOLE_WORKS, *FILE_FAILS])
+@pytest.mark.parametrize("mode", quick_and_slow(*WHOLE_WORKS, *FILE_FAILS))
 def test_manifest_and_index(indexed: Path, mode: str, name: str) -> None:
     with odd_server(indexed, mode, name) as server:
         if mode in WHOLE_WORKS:

@@ -777,7 +777,7 @@ def test_a_shard_of_bad_images_only(broken: Path, tmp_path: Path) -> None:
         assert packed.image(sample, 16).shape == (3, 16, 16)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_unreadable_image_stops_with_its_name(tmp_path: Path, workers: int) -> None:
     for n in range(8):
         write_image(tmp_path / "imagenet-r" / "n01" / f"{n}.jpg", n)

@@ -287,6 +287,7 @@ def test_geometry():
     assert labels.crosses(start, end, box).tolist() == [True, True, False]
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(*[st.integers(-5, 5)] * 4), min_size=1, max_size=20))
 def test_a_segment_enters_a_box_if_one_of_its_points_is_inside(segments):
     # no line through two whole points meets a corner, so that nothing only touches the box

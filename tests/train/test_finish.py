@@ -58,6 +58,7 @@ def test_a_run_whose_held_out_images_show_one_class_finishes(train, monkeypatch)
     assert not (run / "gallery.npz").exists()
 
 
+@pytest.mark.slow
 def test_other_pretrained_weights_under_a_started_run(train, capsys, monkeypatch):
     run = train("vanilla", "--optim.epochs", "1", name="run")
     (run / "training.json").unlink()

@@ -299,6 +299,7 @@ def test_weights_that_change_while_they_are_evaluated(folder, tiny_data, refused
     assert not (run / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_has_not_ended_is_named(folder, tiny_data, tmp_path, capsys):
     run, other = folder / "vanilla", folder / "zero-shot"
     (run / "training.json").unlink()
@@ -321,6 +322,7 @@ def test_a_run_that_has_not_ended_is_named(folder, tiny_data, tmp_path, capsys):
     assert runs.unfinished(run) == "no step recorded"
 
 
+@pytest.mark.slow
 def test_results_of_before_still_load(folder, tiny_data, tmp_path):
     run = folder / "vanilla"
     evaluate(run, data=tiny_data)

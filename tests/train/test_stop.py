@@ -145,6 +145,7 @@ def other_job(tmp_path):
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_second_job_is_refused(train, other_job, capsys):
     with pytest.raises(SystemExit) as stopped:
         train("run", "--cluster.lock-wait", "0.5")
