@@ -161,6 +161,8 @@ def import_weights(arguments: Import) -> None:
     if is_made(arguments.out, config):
         print(f"already imported: {out}")
         return
+    if reached := unfinished(Path(arguments.file)):
+        cli.warn(f"{arguments.file} is of a run that has not finished training ({reached})")
     state = with_head(found, manifest, arguments)
     require_finite(Path(arguments.file), state)
     classes = classes_of_head(found, manifest, arguments)

@@ -50,6 +50,17 @@ def results_path(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".results.json")
 
 
+def run_of(weights: Path) -> Path | None:
+    """Return the run folder that a weights file lies in; None for a folder, or a file elsewhere."""
+    if not weights.is_file():
+        return None
+    # a bare name has no folders of its own, and a link may lead into a run
+    for place in (weights, weights.absolute(), weights.resolve()):
+        if place.parent.name == SELECTED.parent.name:
+            return place.parents[1]
+    return None
+
+
 def unfinished(folder: Path) -> str:
     """Return how far a training run is that has not ended, such as "step 20 of 100".
 
@@ -60,8 +71,7 @@ def unfinished(folder: Path) -> str:
         ValueError: if a file of the run is damaged.
     """
     # a file in a run folder is as far as that run
-    if folder.is_file() and folder.parent.name == SELECTED.parent.name:
-        folder = folder.parents[1]
+    folder = run_of(folder) or folder
     config = folder / "config.json"
     if not config.is_file() or (folder / "training.json").is_file():
         return ""

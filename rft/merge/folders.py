@@ -84,6 +84,9 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
                 "its checkpoints/*.safetensors itself"
             )
     file = path / weights if path.is_dir() else path
+    # a file that is named itself is meant, whatever became of its run
+    if reached := unfinished(file):
+        cli.warn(f"{file} is of a run that has not finished training ({reached})")
     _, architecture, metadata, classes = map_state(file)
     return Ingredient(
         path=path,

@@ -437,6 +437,32 @@ def test_a_weights_file_is_as_far_as_its_run(folder, tiny_data, capsys):
     assert f"{run / SELECTED} (unfinished, step " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["best.safetensors", "./best.safetensors", "../best.safetensors"])
+def test_a_bare_weights_file_is_as_far_as_its_run(folder, tmp_path, monkeypatch, name):
+    run = folder / "vanilla"
+    (run / "training.json").unlink()
+    place = run / SELECTED.parent
+    (place / "inner").mkdir()
+    monkeypatch.chdir(place / "inner" if name.startswith("..") else place)
+    assert runs.unfinished(Path(name)).startswith("step ")
+    (tmp_path / "link").symlink_to(run / SELECTED)
+    assert runs.unfinished(tmp_path / "link").startswith("step ")
+    shutil.copy(run / SELECTED, tmp_path / "copy.safetensors")
+    assert runs.unfinished(tmp_path / "copy.safetensors") == ""
+
+
+def test_weights_of_an_unfinished_run_are_warned_of(folder, tmp_path, capsys):
+    start, run = folder / "zero-shot", folder / "vanilla"
+    (run / "training.json").unlink()
+    said = f"WARNING: {run / SELECTED} is of a run that has not finished training (step "
+    call(convert, "import", run / SELECTED, "--out", tmp_path / "imported")
+    assert said in capsys.readouterr().err
+    call(merge_command, "wise", start, run / SELECTED, "--out", tmp_path / "merged")
+    assert said in capsys.readouterr().err
+    call(merge_command, "uniform-soup", start, run / SELECTED, "--out", tmp_path / "soup")
+    assert capsys.readouterr().err.count(said) == 1
+
+
 def test_swapped_ends_that_are_files(folder, tmp_path, refused):
     start, end = folder / "zero-shot" / SELECTED, folder / "vanilla" / SELECTED
     shutil.copy(start, tmp_path / "start.safetensors")
