@@ -161,6 +161,7 @@ def check_identity(config: Config) -> None:
     if not path.exists():
         if any(folder.glob("checkpoints/*")):
             raise ValueError(f"{folder} has checkpoints but no config.json; use another folder")
+        require_no_data(folder)
         return
     document = files.read_json(str(path))
     if {"merged_from", "imported_from"} & document.keys():
@@ -179,6 +180,20 @@ def check_identity(config: Config) -> None:
             f"{config.run} holds a run with another configuration: {'; '.join(changed)}. "
             f"Repeat its options to resume it{option}, or choose another --run-dir"
         )
+
+
+def require_no_data(folder: Path) -> None:
+    """Check that a folder without a run is no data root and no packed set.
+
+    Raises:
+        ValueError: naming a set in it.
+    """
+    for manifest in sorted((*folder.glob("manifest.json"), *folder.glob("*/manifest.json"))):
+        if manifest.with_name("index.npz").exists():
+            raise ValueError(
+                f"--run-dir {folder} holds packed data ({manifest.parent}); name a folder of the "
+                "run's own"
+            )
 
 
 class Finished(NamedTuple):

@@ -74,6 +74,20 @@ def moved_data(tiny_data, tmp_path):
     return shutil.copytree(tiny_data, tmp_path / "data")
 
 
+@pytest.mark.parametrize("name", ["", "imagenet-val"])
+def test_a_run_never_goes_into_the_data(train, moved_data, capsys, name):
+    before = sorted(moved_data.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        train("vanilla", "--data", str(moved_data), name=f"data/{name}")
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --run-dir {moved_data / name} holds packed data (")
+    assert line.endswith("name a folder of the run's own")
+    assert sorted(moved_data.rglob("*")) == before
+    # below it is the user's choice, and none of the sets
+    train("vanilla", "--data", str(moved_data), name="data/runs/first")
+
+
 def with_other_order(url: Path) -> None:
     """Replace a set's manifest by the one that its classes in another order would have."""
     manifest = Manifest.load(str(url))
