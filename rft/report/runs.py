@@ -242,19 +242,31 @@ def check_config(run: Run) -> None:
 def check_same_classes(runs: Sequence[Run]) -> None:
     """Check that the heads of runs that were evaluated on one set have the same classes.
 
+    Weights that do not say which they have are warned of, once.
+
     Raises:
         ValueError: naming two folders and the first class that differs.
     """
     first_with: dict[str, tuple[Path, classes.Classes]] = {}
     warnings: dict[str, None] = {}
+    silent: list[Path] = []
     for run in runs:
         weights = checkpoint_path(run.path)
-        known = classes.of_weights(weights) if weights.is_file() else None
+        if not weights.is_file():
+            continue
+        known = classes.of_weights(weights)
         if known is None:  # written before weights carried their classes
+            silent.append(run.path)
             continue
         for name in run.counts:
             path, before = first_with.setdefault(name, (run.path, known))
             warnings |= dict.fromkeys(classes.compare(before, str(path), known, str(run.path)))
+    if silent:
+        more = f" (and {len(silent) - 1} more runs)" if silent[1:] else ""
+        cli.warn(
+            f"{silent[0]}{more}: the weights do not say which classes their head has; nothing "
+            "can compare them"
+        )
     for warning in warnings:
         cli.warn(warning)
 

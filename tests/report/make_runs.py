@@ -67,12 +67,18 @@ def make_run(
 
 
 def make_weights(
-    run: Path, recipe: str, ids: tuple[str, ...] = ("cat", "dog"), tilt: float = 0.0
+    run: Path,
+    recipe: str,
+    ids: tuple[str, ...] = ("cat", "dog"),
+    tilt: float = 0.0,
+    step: str = "250",
 ) -> Path:
     """Write the selected weights of a run: the header is rft's, the tower is left out."""
     classes = Classes(ids=ids, names=tuple(f"a {name}" for name in ids))
-    head = np.full((len(ids), 3), tilt, dtype=np.float32)
-    entries = {"recipe": recipe, "step": "250", "classes": classes.to_json()}
+    head = np.full((len(ids) or 2, 3), tilt, dtype=np.float32)
+    entries: dict[str, Any] = {"recipe": recipe, "step": step}
+    if ids:  # weights of an older rft name no classes
+        entries["classes"] = classes.to_json()
     header = {"rft": json.dumps(entries)}
     path = run / SELECTED
     path.parent.mkdir(exist_ok=True)

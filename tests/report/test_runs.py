@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from rft import files
 from rft.report.runs import find_runs, load_run, load_runs, read_metrics
-from tests.report.make_runs import edit, make_run
+from rft.runs import SELECTED
+from tests.report.make_runs import edit, make_run, make_weights
 
 
 def test_a_run_folder_is_read_whole(tmp_path):
@@ -71,6 +73,18 @@ def test_a_seed_counts_once(tmp_path):
     with pytest.raises(ValueError, match="both vanilla with seed 0") as caught:
         load_runs(paths)
     assert all(str(path) in str(caught.value) for path in paths)
+
+
+def test_weights_without_classes_are_warned_of_once(tmp_path, capsys):
+    paths = [make_run(tmp_path, "vanilla", seed) for seed in range(3)]
+    load_runs(paths)
+    assert capsys.readouterr().err == ""
+    for path in paths[1:]:
+        make_weights(path, "vanilla", (), tilt=int(path.name[-1]))
+        edit(path / "results.json", checkpoint_sha256=files.sha256_file(path / SELECTED))
+    load_runs(paths)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"WARNING: {paths[1]} (and 1 more runs): the weights do not say which")
 
 
 def test_all_runs_must_have_seen_the_same_data(tmp_path):
