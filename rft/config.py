@@ -6,6 +6,7 @@ command line read this too. Numbers are the paper's (appendix A.1) unless a comm
 
 import dataclasses
 import math
+import posixpath
 import re
 import typing
 from dataclasses import dataclass, field
@@ -276,6 +277,8 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
+        # here, for a config.json of before too: the name is part of the run's identity
+        object.__setattr__(self, "train_set", posixpath.normpath(self.train_set))
         weight = self.method.distill_weight
         learns = weight == 0 or self.optim.trains == "all"
         wanted = "0 where only the head is trained, because no feature changes"

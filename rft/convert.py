@@ -31,6 +31,7 @@ from rft.clip.made import is_made, write_made
 from rft.clip.weights import Weights
 from rft.config import Device, ModelConfig
 from rft.data.manifest import Manifest
+from rft.data.root import set_name
 from rft.evaluate import commands
 from rft.runs import checkpoint_path, read_results, require_current, unfinished
 
@@ -139,6 +140,7 @@ def import_weights(arguments: Import) -> None:
             not give, or the folder holds something else.
     """
     files.require_local(arguments.out, "--out")
+    arguments = dataclasses.replace(arguments, packed=set_name(arguments.packed, "--set"))
     # the report refuses other names
     if not (arguments.recipe.isprintable() and arguments.recipe.strip()):
         raise ValueError(f"--recipe is {arguments.recipe!r}; it must be a printable name")

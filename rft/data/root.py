@@ -1,12 +1,40 @@
-"""What lies at a data root, for the message that a set is not there."""
+"""What lies at a data root: the names of sets, and the message that one is not there."""
 
 import contextlib
+import posixpath
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 from rft import files
 
 LOOKED_AT = 50  # folders of a root, each of which costs a request on a remote store
 SHOWN = 12  # sets in a message
+
+
+def set_name(name: str, option: str) -> str:
+    """Return the name of a set as results know it: without the slash that tab completion adds.
+
+    Raises:
+        ValueError: naming the option, if it is no name of a folder below the data root.
+    """
+    plain = posixpath.normpath(name)
+    if plain.split("/")[0].strip() in ("", ".", "..") or "://" in name:
+        raise ValueError(
+            f"{option} is {name!r}; name a packed set by its folder below --data, e.g. imagenet-val"
+        )
+    return plain
+
+
+def set_names(names: Iterable[str], option: str) -> tuple[str, ...]:
+    """Return the names of sets, each once.
+
+    Raises:
+        ValueError: naming the option, if there is none, or one cannot be a set's.
+    """
+    found = tuple(dict.fromkeys(set_name(name, option) for name in names))
+    if not found:
+        raise ValueError(f"{option} needs the name of at least one packed set below --data")
+    return found
 
 
 def packed_sets(root: str) -> list[str]:

@@ -17,6 +17,7 @@ from rft import cli, dist, files
 from rft.clip.classifier import build_classifier
 from rft.config import Device
 from rft.data.loader import PackedDataset
+from rft.data.root import set_names
 from rft.dist import World
 from rft.evaluate import commands
 from rft.evaluate.checkpoints import (
@@ -137,7 +138,8 @@ def main() -> None:
         raise ValueError("name at least one run folder or .safetensors file to evaluate")
     if arguments.batch_size < 1 or arguments.workers < 0:
         raise ValueError("--batch-size must be at least 1 and --workers at least 0")
-    packed = {name: PackedDataset(files.join(arguments.data, name)) for name in arguments.sets}
+    sets = set_names(arguments.sets, "--sets")
+    packed = {name: PackedDataset(files.join(arguments.data, name)) for name in sets}
     manifests = {name: dataset.manifest.sha256 for name, dataset in packed.items()}
     require_classes(arguments.checkpoints, packed)
     warn_of_other_split(arguments.checkpoints, arguments.data)
@@ -162,7 +164,7 @@ def main() -> None:
             print("all counts are already there, nothing to do")
     runs = [path for path in arguments.checkpoints if path.is_dir()]
     # the report's tables are the paper's: ImageNet and its five benchmarks
-    if world.is_main and runs and set(arguments.sets) & set(SETS):
+    if world.is_main and runs and set(sets) & set(SETS):
         print(commands.report(runs))
 
 

@@ -12,7 +12,7 @@ is divided, so that ranks change no digit of the result.
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +30,7 @@ from rft.clip.vit import AttentionTap
 from rft.config import Cam, Device
 from rft.data.labels import LabelSpace
 from rft.data.loader import Batch, EvaluationBatches, PackedDataset, read_batches
+from rft.data.root import set_name
 from rft.dist import World
 from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
 from rft.evaluate.masks import SUFFIX, ObjectMask, find_masks, read_mask
@@ -431,6 +432,7 @@ def check(arguments: Arguments) -> None:
 def main() -> None:
     """Parse, check, measure."""
     arguments = cli.parse(Arguments, prog="rft.evaluate.localisation")
+    arguments = replace(arguments, set=set_name(arguments.set, "--set"))
     check(arguments)
     packed = PackedDataset(files.join(arguments.data, arguments.set))
     require_classes(arguments.checkpoints, {arguments.set: packed})

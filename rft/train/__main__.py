@@ -27,6 +27,7 @@ from rft.data.cache import Cache
 from rft.data.labels import warn_of_one_class
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
 from rft.data.manifest import Index, Manifest
+from rft.data.root import set_name
 from rft.dist import World
 from rft.evaluate import commands
 from rft.method.averaging import require_alike
@@ -108,6 +109,7 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
             "--run-dir is missing; name a folder for this run, e.g. --run-dir runs/first"
         )
     files.require_local(config.run, "--run-dir")
+    set_name(config.train_set, "--train-set")
     if not config.data and config.scale != SMALL:
         raise ValueError("--data is missing; give the URL that tools/shard_imagenet.py wrote to")
     recipes.require_inputs(config)

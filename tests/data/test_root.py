@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from rft import files
+from rft import convert, files
+from rft.config import load_config
 from rft.data.manifest import Manifest
-from rft.data.root import LOOKED_AT, SHOWN, packed_sets
+from rft.data.root import LOOKED_AT, SHOWN, packed_sets, set_name, set_names
 from rft.evaluate import __main__ as evaluate_command
+from rft.evaluate import localisation
 from rft.train import __main__ as train_command
+from tests.tiny import call
 
 
 @pytest.fixture
@@ -79,3 +82,48 @@ def test_the_commands_say_it(tiny_data, refused, tmp_path):
     line = refused(*(train_command, "vanilla", "--data", tmp_path / "no", "--scale", "small", *run))
     assert f"nothing exists at {tmp_path / 'no'}" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("written", ["test", "test/", "./test", "test//", "x/../test/."])
+def test_a_set_has_one_name(written):
+    assert set_name(written, "--set") == "test"
+    assert set_names([written, "a/b/", "test"], "--sets") == ("test", "a/b")
+
+
+@pytest.mark.parametrize(
+    "written", ["", " ", ".", "./", "..", "../shards/test", "/test", "s3://b/t"]
+)
+def test_names_that_are_no_sets(written):
+    with pytest.raises(ValueError, match=r"--set is .*; name a packed set by its folder below"):
+        set_name(written, "--set")
+
+
+@pytest.mark.slow
+def test_counts_have_the_names_of_the_sets(tiny_data, tiny_clip, tmp_path):
+    run, data = tmp_path / "run", ("--data", tiny_data)
+    options = ("--scale", "miniature", "--model.clip", tiny_clip, "--optim.epochs", 0)
+    start = ("vanilla", *data, "--run-dir", run, *options, "--loader.held-out", 8)
+    call(train_command, *start, "--train-set", "./imagenet-train/")
+    assert load_config(run).train_set == "imagenet-train"
+    call(train_command, *start)  # the same run
+    config = files.read_json(str(run / "config.json"))
+    files.write_json(str(run / "config.json"), {**config, "train_set": "imagenet-train/"})
+    call(train_command, *start)  # one of an older rft
+    sets = ("imagenet-val/", "./imagenet-a", "imagenet-a/")
+    call(evaluate_command, run, *data, "--workers", 0, "--sets", *sets)
+    found = files.read_json(str(run / "results.json"))["sets"]
+    assert {name: count["total"] for name, count in found.items()} == {
+        "imagenet-val": 28,
+        "imagenet-a": 12,
+    }
+
+
+def test_every_command_asks_for_a_sets_name(tmp_path, refused):
+    run, data = tmp_path / "run", ("--data", tmp_path)
+    what = "name a packed set by its folder below --data"
+    assert what in refused(evaluate_command, run, *data, "--sets", "imagenet-val", "/x")
+    assert what in refused(localisation, run, *data, "--masks", run, "--set", ".")
+    assert what in refused(train_command, "vanilla", *data, "--run-dir", run, "--train-set", "./")
+    assert what in refused(convert, "import", run, "--out", run, *data, "--set", "..")
+    line = refused(evaluate_command, run, *data, "--sets")
+    assert "--sets needs the name of at least one packed set below --data" in line
