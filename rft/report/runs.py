@@ -272,18 +272,30 @@ def check_same_classes(runs: Sequence[Run]) -> None:
 
 
 def check_distinct(runs: Sequence[Run]) -> None:
-    """Check that no recipe has two runs of one seed: they would count twice in its mean.
+    """Check that no recipe has two runs of one seed, or of the same weights.
+
+    They would count twice in its mean. Models that were not trained are the same for every seed.
 
     Raises:
         ValueError: naming both folders.
     """
     seen: dict[tuple[str, int], Run] = {}
+    weights: dict[tuple[str, str], Run] = {}
     for run in runs:
         other = seen.setdefault((run.recipe, run.seed), run)
         if other is not run:
             raise ValueError(
                 f"{other.path} and {run.path} are both {run.recipe} with seed {run.seed}; "
                 "report one of them"
+            )
+        # a merge with none of the fine-tuned model is the zero-shot one
+        if run.step == 0 or run.config.get("alpha") == 0:
+            continue
+        other = weights.setdefault((run.recipe, run.checkpoint_sha256), run)
+        if other is not run:
+            raise ValueError(
+                f"{other.path} and {run.path} are seeds {other.seed} and {run.seed} of "
+                f"{run.recipe}, but the same weights; name one"
             )
 
 

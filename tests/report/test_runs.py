@@ -1,6 +1,7 @@
 """What is refused, and how it is said."""
 
 import json
+import re
 
 import pytest
 
@@ -73,6 +74,36 @@ def test_a_seed_counts_once(tmp_path):
     with pytest.raises(ValueError, match="both vanilla with seed 0") as caught:
         load_runs(paths)
     assert all(str(path) in str(caught.value) for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "step", "config", "refused"),
+    [
+        ("vanilla", 250, {}, True),
+        ("uniform-soup", 250, {"merged_from": []}, True),
+        ("wise-ft-0.5", 250, {"alpha": 0.5, "merged_from": []}, True),
+        # the same for every seed: not trained, a merge of such, a merge without the trained model
+        ("zero-shot", 0, {}, False),
+        ("uniform-soup", 0, {"merged_from": []}, False),
+        ("wise-ft-0", 250, {"alpha": 0.0, "merged_from": []}, False),
+    ],
+)
+def test_the_same_weights_are_not_two_seeds(tmp_path, recipe, step, config, refused):
+    paths = [make_run(tmp_path, recipe, seed, **config) for seed in range(2)]
+    for path in paths:
+        sha256 = files.sha256_file(make_weights(path, recipe, step=str(step)))
+        edit(path / "results.json", checkpoint_sha256=sha256, step=step)
+    if not refused:
+        assert len(load_runs(paths)) == 2
+        return
+    message = f"{paths[0]} and {paths[1]} are seeds 0 and 1 of {recipe}, but the same weights"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_runs(paths)
+    # another recipe may start from, or end at, the same
+    other = make_run(tmp_path, "other")
+    weights = make_weights(other, "other", step=str(step))
+    edit(other / "results.json", checkpoint_sha256=files.sha256_file(weights), step=step)
+    assert len(load_runs([paths[0], other])) == 2
 
 
 def test_weights_without_classes_are_warned_of_once(tmp_path, capsys):
