@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import posixpath
 import re
 import subprocess
 import sys
@@ -80,6 +81,11 @@ def require_local(path: str | Path, option: str) -> None:
 def join(url: str, *names: str) -> str:
     """Append path components to a URL or a local path."""
     return "/".join([url.rstrip("/"), *names])
+
+
+def name_of(url: str) -> str:
+    """Return the last component of a URL or a local path, which may be relative."""
+    return posixpath.basename(posixpath.normpath(open_store(url)[1]))
 
 
 def resolve(url: str, name: str) -> str:

@@ -22,7 +22,7 @@ from braceexpand import braceexpand
 from rft import files
 from rft.data import encode, tar
 from rft.data.labels import LabelSpace, scoring_hash
-from rft.data.manifest import COLUMNS, Index, Manifest, Shard
+from rft.data.manifest import COLUMNS, Index, Manifest, Shard, require_named
 from rft.data.published import check_count, parse_allowed_counts
 from rft.data.samples import (
     SIZE_THREADS,
@@ -69,7 +69,8 @@ def index_shards(
     """
     workers = check_workers(options.workers)
     urls = [whole_url(url) for url in expand(patterns)]
-    dataset = options.dataset or files.open_store(out)[1].rstrip("/").rsplit("/", 1)[-1]
+    dataset = options.dataset or files.name_of(out)
+    require_named(out, dataset)
     allowed = parse_allowed_counts(options.allow_count, [dataset]).get(dataset)
     rule = make_rule(dataset, urls, labels, options)
     with ThreadPoolExecutor(SIZE_THREADS) as pool:

@@ -22,6 +22,7 @@ from rft.classes import Classes, prompts_sha256
 from rft.data import tar
 from rft.data.encode import check_encoding
 from rft.data.root import why_missing
+from rft.data.sources import LAYOUTS
 
 SCHEMA = 1
 COLUMNS = {
@@ -129,6 +130,7 @@ class Manifest:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); pack or index the set again") from error
         check_encoding(manifest.encoding, path)
+        require_named(url, manifest.dataset)
         return manifest
 
     def save(self, url: str) -> None:
@@ -141,6 +143,22 @@ class Manifest:
         if not self.class_ids:
             del document["class_ids"]
         return document
+
+
+def require_named(url: str, dataset: str) -> None:
+    """Check that a folder with the name of a benchmark holds that benchmark.
+
+    Counts are stored and reported under the folder's name. Other names are the user's own.
+
+    Raises:
+        ValueError: naming both.
+    """
+    name = files.name_of(url)
+    if name in LAYOUTS and dataset != name:
+        raise ValueError(
+            f"{url} is called {name}, but the set in it is {dataset!r} and would count as {name}; "
+            f"rename the folder, or index its shards anew with --dataset {name} if they are that"
+        )
 
 
 def group_faults(groups: Any, classes: int) -> Iterator[str]:

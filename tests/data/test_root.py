@@ -1,17 +1,25 @@
 """Why a set is not there: what lies around the place where it was looked for."""
 
+import dataclasses
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from rft import convert, files
 from rft.config import load_config
+from rft.data.index import index_shards
+from rft.data.loader import PackedDataset
 from rft.data.manifest import Manifest
 from rft.data.root import LOOKED_AT, SHOWN, packed_sets, set_name, set_names
+from rft.data.scoring import Options
+from rft.data.sources import LAYOUTS
+from rft.data.verify import verify
 from rft.evaluate import __main__ as evaluate_command
 from rft.evaluate import localisation
 from rft.train import __main__ as train_command
-from tests.tiny import call
+from tests.tiny import LABELS, call
 
 
 @pytest.fixture
@@ -82,6 +90,59 @@ def test_the_commands_say_it(tiny_data, refused, tmp_path):
     line = refused(*(train_command, "vanilla", "--data", tmp_path / "no", "--scale", "small", *run))
     assert f"nothing exists at {tmp_path / 'no'}" in line
     assert not (tmp_path / "run").exists()
+
+
+def renamed(data: Path, root: Path, name: str, dataset: str = "imagenet-a") -> Path:
+    """A copy of a small set in a folder of another name; `dataset` is what its manifest says."""
+    shutil.copytree(data / "imagenet-a", root / name)
+    manifest = Manifest.load(str(data / "imagenet-a"))
+    dataclasses.replace(manifest, dataset=dataset).save(str(root / name))
+    return root
+
+
+@pytest.mark.parametrize("dataset", ["imagenet-a", "train", "somebody's"])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "imagenet-a"])
+def test_a_benchmarks_name_is_its_own(tiny_data, tmp_path, name, dataset, monkeypatch):
+    root = renamed(tiny_data, tmp_path / "data", name, dataset)
+    message = (
+        f"is called {name}, but the set in it is {dataset!r} and would count as {name}; rename"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PackedDataset(f"{root}/{name}/")
+    (problem,) = verify(f"{root}/{name}", deep=False, workers=1).problems
+    assert message in problem.what
+    monkeypatch.chdir(root / name)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Manifest.load(".")
+    (tmp_path / name).symlink_to(tiny_data / "imagenet-a")
+    with pytest.raises(ValueError, match=f"is called {name}, but the set in it is 'imagenet-a'"):
+        Manifest.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["test", "imagenet-a-again", "imagenet-w", "a/b"])
+def test_other_names_are_the_users_own(tiny_data, tmp_path, name):
+    assert len(PackedDataset(str(renamed(tiny_data, tmp_path, name) / name))) == 12
+
+
+def test_every_command_refuses_another_set(tiny_data, tmp_path, refused):
+    names = ("imagenet-train", "imagenet-val", "imagenet-r")
+    for name in names:
+        renamed(tiny_data, tmp_path, name)
+    run, data = tmp_path / "run", ("--data", tmp_path)
+    train, val, r = (f"{tmp_path}/{name} is called {name}, but the set in it is" for name in names)
+    assert r in refused(evaluate_command, run, *data, "--sets", "imagenet-r")
+    assert val in refused(evaluate_command, run, *data)
+    assert train in refused(localisation, run, *data, "--masks", run)
+    assert r in refused(localisation, run, *data, "--masks", run, "--set", "imagenet-r")
+    assert val in refused(convert, "import", run, "--out", run, *data)
+    start = ("vanilla", *data, "--run-dir", run)
+    assert train in refused(train_command, *start)
+    assert r in refused(train_command, *start, "--train-set", "imagenet-r")
+    assert not run.exists()
+    with pytest.raises(
+        ValueError, match="is called imagenet-v2, but the set in it is 'imagenet-r'"
+    ):
+        index_shards(["x.tar"], f"{tmp_path}/imagenet-v2", LABELS, Options(dataset="imagenet-r"))
 
 
 @pytest.mark.parametrize("written", ["test", "test/", "./test", "test//", "x/../test/."])
