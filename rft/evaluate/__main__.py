@@ -95,6 +95,7 @@ def evaluate(
                 batch_size=batch_size,
                 workers=workers,
                 progress=lambda done, task=task: bar.advance(task, done),
+                names=[str(one.path) for one in loaded],
             )
             for entry, count in zip(sets, counts, strict=True):
                 entry[name] = SetCount(count.correct, count.total, dataset.manifest.sha256)

@@ -37,3 +37,8 @@ def is_correct(logits_BK: Tensor, labels_B: Tensor, class_to_group_K: Tensor) ->
     excluded_K = class_to_group_K == EXCLUDED
     predicted_B = logits_BK.masked_fill(excluded_K, -torch.inf).argmax(dim=1)
     return class_to_group_K[predicted_B] == class_to_group_K[labels_B]
+
+
+def is_finite(logits_BK: Tensor) -> Tensor:
+    """Return for each image whether it has a prediction at all: all logits finite, bool (B,)."""
+    return logits_BK.isfinite().all(dim=1)

@@ -32,7 +32,9 @@ from rft.data.labels import LabelSpace
 from rft.data.loader import Batch, EvaluationBatches, PackedDataset, read_batches
 from rft.data.root import set_name
 from rft.dist import World
+from rft.evaluate.accuracy import is_finite
 from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
+from rft.evaluate.evaluator import require_finite
 from rft.evaluate.masks import SUFFIX, ObjectMask, find_masks, read_mask
 from rft.evaluate.overlap import Pixels, Rates, count_masked, count_object, mean_rates, pooled_rates
 from rft.method import masking, relevance
@@ -113,6 +115,8 @@ class Measured:
 
     pixels: Pixels
     masks_sha256: str
+    bad: int
+    """Images whose map is not finite."""
 
 
 def select(
@@ -173,6 +177,8 @@ def require_imagenet(packed: PackedDataset) -> None:
 def label_map(model: Classifier, images_BCHW: Tensor, labels_B: Tensor, cam: Cam) -> Tensor:
     """Return each patch's relevance for its image's label, divided by the largest, (B, P).
 
+    An image without finite logits has no relevance: NaN everywhere.
+
     Here, and nowhere else in this module, a CAM is made; it is the training step's.
     """
     taps: list[AttentionTap] = []
@@ -180,7 +186,8 @@ def label_map(model: Classifier, images_BCHW: Tensor, labels_B: Tensor, cam: Cam
     patches_BPV = model.patches(images_BCHW).requires_grad_()
     logits_BK = model.logits(model.features(patches_BPV, taps=taps))
     kind = relevance.label_relevance if cam == "relevance" else relevance.grad_cam
-    return relevance.normalise(kind(logits_BK, labels_B, taps)).detach()
+    relevance_BP = relevance.normalise(kind(logits_BK, labels_B, taps)).detach()
+    return relevance_BP.where(is_finite(logits_BK.detach())[:, None], torch.nan)
 
 
 def measure(
@@ -195,6 +202,7 @@ def measure(
     batch_size: int,
     workers: int,
     progress: Callable[[int], None] = lambda _: None,
+    names: Sequence[str] = (),
 ) -> list[Measured]:
     """Return what the masks of each model cover, image by image, on every rank.
 
@@ -209,9 +217,11 @@ def measure(
         batch_size: images in one forward.
         workers: loader processes of each rank; 0 reads in this one.
         progress: called with the number of images each time this rank has done some.
+        names: what to call each model in a message.
 
     Raises:
-        ValueError: if an image or a mask is damaged, or a mask has the wrong size.
+        ValueError: if an image or a mask is damaged, a mask has the wrong size, or a model has
+            logits or a map that are NaN or infinite.
     """
     size = models[0].architecture.image_size
     # a rank takes whole batches, because a batch's size may change the last digit of a map
@@ -219,7 +229,7 @@ def measure(
     first, last = (len(batches) * rank // world.size for rank in (world.rank, world.rank + 1))
     digests: list[bytes] = []
     rows: list[list[np.ndarray]] = [
-        [np.empty((2 * len(thresholds) + 1, 0), np.int64)] for _ in models
+        [np.empty((2 * len(thresholds) + 2, 0), np.int64)] for _ in models
     ]
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for batch in read_batches(batches, range(first, last), workers=workers, device=device):
@@ -232,7 +242,11 @@ def measure(
                 parts.append(_count(relevance_BP, object_BHW, thresholds))
             progress(len(read))
     mine = [np.concatenate(parts, axis=1) for parts in rows]
-    return _gather(mine, digests, len(selection.samples), size * size, world)
+    measured = _gather(mine, digests, len(selection.samples), size * size, world)
+    bad = [found.bad for found in measured]
+    named = names or ["the model"] * len(models)
+    require_finite(world, named, bad, len(selection.samples), packed.url)
+    return measured
 
 
 def _gather(
@@ -253,9 +267,10 @@ def _gather(
     for number in range(len(rows)):
         rows_RN = np.concatenate([part[number] for part, _ in gathered], axis=1)
         assert rows_RN.shape[1] == samples, "an image was lost or counted twice"
-        masked_TN, both_TN = np.split(rows_RN[1:], 2)
-        pixels = Pixels(image=image, object_N=rows_RN[0], masked_TN=masked_TN, both_TN=both_TN)
-        measured.append(Measured(pixels=pixels, masks_sha256=files.sha256_bytes(all_digests)))
+        masked_TN, both_TN = np.split(rows_RN[2:], 2)
+        pixels = Pixels(image=image, object_N=rows_RN[1], masked_TN=masked_TN, both_TN=both_TN)
+        sha256, bad = files.sha256_bytes(all_digests), int(rows_RN[0].sum())
+        measured.append(Measured(pixels=pixels, masks_sha256=sha256, bad=bad))
     return measured
 
 
@@ -273,12 +288,13 @@ def _read_masks(
 
 
 def _count(relevance_BP: Tensor, object_BHW: Tensor, thresholds: Sequence[float]) -> np.ndarray:
-    """Return object, masked and both pixels of a batch as rows, int64 (1 + 2 T, B)."""
+    """Return whether the map is bad, then object, masked and both pixels, int64 (2 + 2 T, B)."""
     object_BP = count_object(object_BHW, relevance_BP.shape[1])
     patch_pixels = object_BHW[0].numel() // relevance_BP.shape[1]
     mask_TBP = torch.stack([masking.object_mask(relevance_BP, value) for value in thresholds])
     masked_TB, both_TB = count_masked(mask_TBP, object_BP, patch_pixels)
-    return torch.cat([object_BP.sum(dim=1)[None], masked_TB, both_TB]).cpu().numpy()
+    bad_B = (~is_finite(relevance_BP)).long()
+    return torch.cat([bad_B[None], object_BP.sum(dim=1)[None], masked_TB, both_TB]).cpu().numpy()
 
 
 def localise(
@@ -308,6 +324,7 @@ def localise(
             batch_size=arguments.batch_size,
             workers=arguments.workers,
             progress=lambda done: bar.advance(task, done),
+            names=[str(one.path) for one in loaded],
         )
     if not (found[0].pixels.object_N > 0).any():
         raise ValueError(f"all {len(names):,} masks below {arguments.masks} are empty")

@@ -18,7 +18,7 @@ from rft.evaluate.evaluator import count_correct
 from rft.merge.folders import Ingredient, shared_seed
 from rft.method.averaging import Trial, greedy_soup
 
-Count = Callable[[dict[str, Tensor]], int]
+Count = Callable[[dict[str, Tensor], str], int]
 
 
 def shared_split(ingredients: Sequence[Ingredient]) -> Config:
@@ -120,11 +120,12 @@ def counter(
 ) -> Count:
     """Return a function that counts on how many held-out images some weights are right.
 
-    All ranks share the work and all of them are told. Only one model is on the device at a time.
+    It takes the weights and what to call them in a message. All ranks share the work and all of
+    them are told. Only one model is on the device at a time.
     """
     model = build_classifier(ingredient.load(), ingredient.architecture).to(device)
 
-    def count(state: dict[str, Tensor]) -> int:
+    def count(state: dict[str, Tensor], name: str) -> int:
         model.load_state_dict(state)
         (found,) = count_correct(
             [model],
@@ -135,6 +136,7 @@ def counter(
             samples=held_out,
             batch_size=batch_size,
             workers=workers,
+            names=[name],
         )
         return found.correct
 
@@ -151,14 +153,17 @@ def make_soup(
     """
     alone = []
     for ingredient in ingredients:
-        alone.append(count(ingredient.load()))
+        alone.append(count(ingredient.load(), str(ingredient.path)))
         tell(f"{ingredient.path}: {alone[-1]} of {total} held-out images")
 
     def tell_trial(trial: Trial) -> None:
         verdict = "kept" if trial.kept else "left out"
         tell(f"soup with {ingredients[trial.model].path}: {int(trial.score)}, {verdict}")
 
-    state, trials = greedy_soup(alone, lambda n: ingredients[n].load(), count, tell_trial)
+    def count_soup(state: dict[str, Tensor]) -> int:
+        return count(state, "the soup")
+
+    state, trials = greedy_soup(alone, lambda n: ingredients[n].load(), count_soup, tell_trial)
     return state, {
         "correct": int(max(trial.score for trial in trials)),
         "total": total,

@@ -339,6 +339,7 @@ def select(job: Job, progress: Progress, journal: Journal) -> Progress:
             device=job.device,
             samples=job.held_out,
             workers=job.config.loader.workers,
+            names=[f"{job.config.run} (step {progress.step}, held-out images)"],
         )
         journal.held_out(progress.step, count)
     return progress.selecting(count.correct)

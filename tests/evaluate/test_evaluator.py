@@ -1,15 +1,23 @@
 """Counts of models whose every prediction is known, under each kind of scoring rule."""
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from rft.clip.classifier import save_classifier
 from rft.data.loader import PackedDataset
 from rft.dist import World
+from rft.evaluate import localisation
 from rft.evaluate.accuracy import Count
 from rft.evaluate.evaluator import count_correct
+from tests.conftest import build_model
+from tests.tiny import LABELS, torchrun
 
 CPU = torch.device("cpu")
 EACH = 5  # images of each of the four classes
@@ -75,3 +83,73 @@ def test_every_image_is_reported_once(tiny_data):
     done: list[int] = []
     counts(tiny_data, ((0,), (1,), (2,), (3,)), Always(GREEN_FIRST), progress=done.append)
     assert done == [7, 7, 6]
+
+
+class Broken(Always):
+    """A model with one logit that is not finite, of the last class, on some images of a batch."""
+
+    def __init__(self, value: float, images: int) -> None:
+        super().__init__(GREEN_FIRST)
+        self.value, self.images = value, images
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        logits_BK = super().forward(images_BCHW).clone()
+        logits_BK[: self.images, -1] = self.value
+        return logits_BK
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("groups", [((0,), (1,), (2,), (3,)), ((0,), (2,))])
+def test_logits_that_are_not_finite_count_as_nothing(tiny_data, value, groups):
+    models = (Always(GREY_FIRST), Broken(value, 0), Broken(value, 2))
+    names = ["good", "fine", "bad"]
+    with pytest.raises(
+        ValueError, match=r"^bad: the logits of 6 of 20 images of .*/imagenet-r are"
+    ):
+        counts(tiny_data, groups, *models, names=names)
+    assert len(counts(tiny_data, groups, *models[:2], names=names[:2])) == 2
+    # where nobody names them
+    with pytest.raises(ValueError, match=r"^the model: the logits of 6 of 20 images"):
+        counts(tiny_data, groups, models[2])
+
+
+def overflowing(path: Path) -> Path:
+    """Weights that are finite, and features that are not."""
+    model = build_model(classes=len(LABELS.ids))
+    nn.init.constant_(model.visual.proj, 3e38)
+    save_classifier(str(path), model, {"step": "1"}, LABELS.classes)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_whose_logits_overflow_are_refused(tiny_data, tmp_path, ranks):
+    bad, good = overflowing(tmp_path / "bad.safetensors"), tmp_path / "good.safetensors"
+    model = build_model(classes=len(LABELS.ids))
+    save_classifier(str(good), model, {"step": "1"}, LABELS.classes)
+    before = sorted(tmp_path.iterdir())
+    options = ("--data", str(tiny_data), "--workers", "0", "--device", "cpu")
+    sets = ("--sets", "imagenet-val", "imagenet-a")
+    result = torchrun(ranks, "rft.evaluate", str(good), str(bad), *options, *sets)
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if "error" in line]
+    expected = (
+        f"{bad}: the logits of 28 of 28 images of {tiny_data}/imagenet-val are NaN or infinite"
+    )
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"error: {expected}")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_maps_of_weights_whose_logits_overflow_are_refused(tiny_data, tmp_path, refused):
+    bad = overflowing(tmp_path / "bad.safetensors")
+    packed = PackedDataset(f"{tiny_data}/imagenet-a")
+    for sample in range(len(packed)):
+        mask = Image.fromarray(np.eye(16, dtype=np.uint8))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        mask.save(tmp_path / "masks" / f"{packed.key(sample)}.png")
+    options = ("--data", tiny_data, "--set", "imagenet-a", "--masks", tmp_path / "masks")
+    rest = ("--classes", "all", "--workers", "0", "--device", "cpu")
+    line = refused(localisation, bad, *options, *rest)
+    assert f"{bad}: the logits of 12 of 12 images of {tiny_data}/imagenet-a are NaN" in line
+    assert not list(tmp_path.glob("*.json"))

@@ -154,3 +154,15 @@ def test_a_step_that_is_not_finite_is_named(job):
         meter.add(torch.tensor([cross_entropy, 0, 0, 0]), torch.tensor(1.0))
     with pytest.raises(ValueError, match="not finite at step 12 "):
         meter.read(13)
+
+
+@pytest.mark.slow
+def test_held_out_logits_that_are_not_finite_end_the_run(train, tmp_path, capsys):
+    options = ("--optim.lr", "1e30", "--optim.warmup-steps", "0", "--loader.batch-size", "60")
+    with pytest.raises(SystemExit) as stopped:
+        train("run", *options, "--log.every-steps", "50", "--optim.epochs", "1")
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {tmp_path / 'run'} (step 1, held-out images): the logits of ")
+    assert not list((tmp_path / "run").glob("checkpoints/*.safetensors"))
+    assert not (tmp_path / "run" / "training.json").exists()
