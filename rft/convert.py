@@ -33,7 +33,13 @@ from rft.config import Device, ModelConfig
 from rft.data.manifest import Manifest
 from rft.data.root import set_name
 from rft.evaluate import commands
-from rft.runs import checkpoint_path, read_results, require_current, unfinished
+from rft.runs import (
+    checkpoint_path,
+    read_results,
+    require_current,
+    require_own_weights,
+    unfinished,
+)
 
 Format = Literal["open-clip", "released", "model-soups", "safetensors"]
 SUFFIXES = {"released": ".pt", "model-soups": ".pt", "safetensors": ".safetensors"}
@@ -301,6 +307,7 @@ def export_weights(arguments: Export) -> None:
     weights_path = checkpoint_path(arguments.source)
     state, architecture, metadata, classes = load_state(weights_path)
     digest = files.sha256_file(weights_path)
+    require_own_weights(arguments.source, sha256=digest)
     if reached := unfinished(arguments.source):
         cli.warn(f"{arguments.source} has not finished training ({reached}); its card says so")
     config_path = arguments.source / "config.json"

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rft import files
+from rft import classes, files
 
 SELECTED = Path("checkpoints") / "best.safetensors"  # of a run; the last without held-out images
 LAST = Path("checkpoints") / "last.safetensors"  # after the last step
+RECORDS = ("training.json", "provenance.json")  # of a training; of a merge or an import
 RESULTS_SCHEMA = 1
 
 
@@ -59,6 +60,65 @@ def run_of(weights: Path) -> Path | None:
         if place.parent.name == SELECTED.parent.name:
             return place.parents[1]
     return None
+
+
+def weights_record(folder: Path) -> dict[str, dict[str, str]]:
+    """Return what the record of a complete run says of its weights: the hash of each file."""
+    kept = [path for path in (SELECTED, LAST) if (folder / path).is_file()]
+    return {"weights_sha256": {path.name: files.sha256_file(folder / path) for path in kept}}
+
+
+def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "") -> None:
+    """Check that weights in a run folder are those that its run or merge left there.
+
+    Folders of an older rft recorded nothing and are not compared; neither are unfinished runs and
+    weights files outside a run folder.
+
+    Args:
+        path: a run folder, or a weights file.
+        weights: the file that is meant; the selected one of a run folder if not given.
+        sha256: hash of that file, where it is known.
+
+    Raises:
+        ValueError: if they are not, or config.json names another recipe than the weights do.
+    """
+    weights = weights or checkpoint_path(path)
+    folder = path if path.is_dir() else run_of(path)
+    if folder is None or not weights.is_file():
+        return
+    _require_recipe(folder, weights)
+    hashes = _recorded_hashes(folder)
+    recorded = hashes.get(weights.name, hashes.get(weights.resolve().name))
+    if not isinstance(recorded, str):
+        return
+    found = sha256 or files.sha256_file(weights)
+    if found != recorded:
+        raise ValueError(
+            f"{weights} are not the weights that {folder} was completed with: recorded is "
+            f"{recorded[:12]}, the file is {found[:12]}; restore them, or import the file into a "
+            "folder of its own: python -m rft.convert import FILE --out DIR"
+        )
+
+
+def _require_recipe(folder: Path, weights: Path) -> None:
+    config = folder / "config.json"
+    document = files.read_json(str(config)) if config.is_file() else {}
+    named = document.get("recipe") if isinstance(document, dict) else None
+    made_by = classes.weights_entries(weights).get("recipe", named)
+    if named is not None and made_by != named:
+        raise ValueError(
+            f"{config} names recipe {named!r}, its weights were made by {made_by!r}; restore "
+            "config.json"
+        )
+
+
+def _recorded_hashes(folder: Path) -> dict[str, Any]:
+    for name in RECORDS:
+        record = files.read_json(str(folder / name)) if (folder / name).is_file() else {}
+        hashes = record.get("weights_sha256") if isinstance(record, dict) else None
+        if isinstance(hashes, dict):
+            return hashes
+    return {}
 
 
 def unfinished(folder: Path) -> str:

@@ -28,7 +28,7 @@ from rft.train import __main__ as train_command
 from tests import formats
 from tests.formats import known_models  # noqa: F401
 from tests.reference import zero_shot
-from tests.tiny import call
+from tests.tiny import call, forget_weights
 
 pytestmark = pytest.mark.usefixtures("known_models")
 
@@ -505,6 +505,7 @@ def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
     state, architecture, metadata, classes = load_state(run / SELECTED)
     other = {name: value + 1 for name, value in state.items()}
     save_state(str(run / SELECTED), other, architecture, metadata, classes)
+    forget_weights(run)
     line = refused(*command)
     assert "holds another export: source.sha256: " in line
     assert document(tmp_path / "m.safetensors.json") == card

@@ -13,7 +13,7 @@ from rft import files
 from rft.classes import Classes
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import require_finite, save_state
-from rft.runs import SELECTED
+from rft.runs import SELECTED, require_own_weights, weights_record
 
 SHOWN = 3  # differences that an error tells
 KINDS = {"merged_from": "merge", "imported_from": "import"}
@@ -45,6 +45,7 @@ def is_made(out: Path, config: dict[str, Any]) -> bool:
             f"{out} holds another {KINDS[origin]}: {'; '.join(changed[:SHOWN])}; choose another "
             "--out"
         )
+    require_own_weights(out)
     return (out / "provenance.json").is_file()
 
 
@@ -87,4 +88,4 @@ def write_made(
     files.write_json(f"{out}/config.json", config)
     metadata = {**metadata, "recipe": config["recipe"]}
     save_state(f"{out}/{SELECTED}", state, architecture, metadata, classes)
-    files.write_json(f"{out}/provenance.json", files.provenance())
+    files.write_json(f"{out}/provenance.json", files.provenance() | weights_record(out))

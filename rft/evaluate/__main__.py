@@ -33,6 +33,7 @@ from rft.runs import (
     SetCount,
     checkpoint_path,
     current_results,
+    require_own_weights,
     results_path,
     unfinished,
 )
@@ -143,6 +144,8 @@ def main() -> None:
     packed = {name: PackedDataset(files.join(arguments.data, name)) for name in sets}
     manifests = {name: dataset.manifest.sha256 for name, dataset in packed.items()}
     require_classes(arguments.checkpoints, packed)
+    for path in arguments.checkpoints:
+        require_own_weights(path)
     warn_of_other_split(arguments.checkpoints, arguments.data)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)

@@ -38,7 +38,7 @@ from rft.evaluate.evaluator import require_finite
 from rft.evaluate.masks import SUFFIX, ObjectMask, find_masks, read_mask
 from rft.evaluate.overlap import Pixels, Rates, count_masked, count_object, mean_rates, pooled_rates
 from rft.method import masking, relevance
-from rft.runs import checkpoint_path, unfinished
+from rft.runs import checkpoint_path, require_own_weights, unfinished
 
 Measurable = Literal["restricted", "all"]
 
@@ -453,6 +453,8 @@ def main() -> None:
     check(arguments)
     packed = PackedDataset(files.join(arguments.data, arguments.set))
     require_classes(arguments.checkpoints, {arguments.set: packed})
+    for path in arguments.checkpoints:
+        require_own_weights(path)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device) as world:

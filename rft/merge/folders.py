@@ -13,7 +13,7 @@ from rft.clip.architecture import Architecture
 from rft.clip.classifier import load_state, map_state
 from rft.clip.made import SHOWN, read_config
 from rft.method.averaging import require_alike
-from rft.runs import SELECTED, unfinished
+from rft.runs import SELECTED, require_own_weights, unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,8 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
     """Return the ingredient at `path`; `weights` is which file of a run folder is meant.
 
     Raises:
-        ValueError: if there is none, or it is a run that is still training.
+        ValueError: if there is none, it is a run that is still training, or the weights in a run
+            folder are not the run's.
     """
     config: dict[str, Any] = {}
     if (path / "config.json").is_file():
@@ -88,10 +89,12 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
     if reached := unfinished(file):
         cli.warn(f"{file} is of a run that has not finished training ({reached})")
     _, architecture, metadata, classes = map_state(file)
+    sha256 = files.sha256_file(file)
+    require_own_weights(path, file, sha256)
     return Ingredient(
         path=path,
         weights=file,
-        sha256=files.sha256_file(file),
+        sha256=sha256,
         config=config,
         metadata=metadata,
         architecture=architecture,

@@ -19,6 +19,7 @@ from rft.runs import (
     evaluation_command,
     read_results,
     require_current,
+    require_own_weights,
     unfinished,
 )
 
@@ -194,10 +195,11 @@ def read_metrics(path: Path) -> tuple[dict[str, float], ...]:
 
 
 def check_current(runs: Sequence[Run]) -> None:
-    """Check that the results of each run are of its weights as they are now.
+    """Check that the results of each run are of its weights, and these are the run's own.
 
     Raises:
-        ValueError: naming the first stale one, with the command that evaluates it again.
+        ValueError: naming the first stale one, with the command that evaluates it again, or weights
+            that are not those of their run.
     """
     warnings = []
     for run in runs:
@@ -207,7 +209,13 @@ def check_current(runs: Sequence[Run]) -> None:
             config_sha256=run.config_sha256,
             sets=run.counts,
         )
-        warnings += require_current(run.path, results)
+        try:
+            warnings += require_current(run.path, results)
+        except ValueError:
+            # replaced weights are to be restored, not to be evaluated
+            require_own_weights(run.path)
+            raise
+        require_own_weights(run.path, sha256=run.checkpoint_sha256)
         check_config(run)
     if warnings:
         more = f" (and {len(warnings) - 1} more runs)" if warnings[1:] else ""
@@ -215,19 +223,13 @@ def check_current(runs: Sequence[Run]) -> None:
 
 
 def check_config(run: Run) -> None:
-    """Check that a run folder's config.json and results.json are those of its weights.
+    """Check that a run folder's results.json is of its config.json and of its weights.
 
     Raises:
-        ValueError: if they name another recipe or step than the weights do.
+        ValueError: if it names another step than the weights do.
     """
     weights = checkpoint_path(run.path)
     entries = classes.weights_entries(weights) if weights.is_file() else {}
-    recipe = entries.get("recipe", run.config["recipe"])
-    if recipe != run.config["recipe"]:
-        raise ValueError(
-            f"{run.path}/config.json names recipe {run.config['recipe']!r}, its weights were made "
-            f"by {recipe!r}; restore config.json"
-        )
     step = entries.get("step", str(run.step))
     if step != str(run.step):
         raise ValueError(

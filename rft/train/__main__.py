@@ -31,7 +31,7 @@ from rft.data.root import set_name
 from rft.dist import World
 from rft.evaluate import commands
 from rft.method.averaging import require_alike
-from rft.runs import SELECTED, checkpoint_path, unfinished
+from rft.runs import SELECTED, checkpoint_path, require_own_weights, unfinished, weights_record
 from rft.train.estimate import describe, size_rule
 from rft.train.gallery import one_of_each_class, write_gallery
 from rft.train.journal import require_packages
@@ -256,6 +256,7 @@ def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> N
         ValueError: naming the option, if the two differ, and the first class that does.
     """
     state, architecture, _, known = load_state(checkpoint_path(Path(path)))
+    require_own_weights(Path(path))
     if reached := unfinished(Path(path)):
         warn(f"{option} {path} has not finished training ({reached})")
     if changed := model.architecture.difference(architecture):
@@ -341,6 +342,7 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
                     "world_size": world.size,
                     "manifest_sha256": job.fingerprint["manifest_sha256"],
                     "inputs": inputs_fingerprint(config),
+                    **weights_record(run.path),
                 }
             )
             print(f"run finished: {config.run} ({job.chosen(progress.best_step)})")

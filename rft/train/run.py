@@ -18,6 +18,7 @@ from rft import dist, files, small
 from rft.config import Config, load_config, repeat_precision
 from rft.data.manifest import Manifest
 from rft.dist import World
+from rft.runs import require_own_weights
 from rft.train.checkpoint import Record
 from rft.train.stop import StopRequest
 
@@ -214,7 +215,7 @@ def finished(config: Config) -> Finished | None:
 
     Raises:
         ValueError: if it holds another run, complete or not, one that was trained on another set,
-            or a damaged training.json.
+            weights that are not the run's, or a damaged training.json.
     """
     check_identity(config)
     path = Path(config.run) / "training.json"
@@ -226,6 +227,7 @@ def finished(config: Config) -> Finished | None:
             f"{path} is damaged: it is no record of a finished run. Restore it, or delete it and "
             "run the same command to finish the run from its newest checkpoint"
         )
+    require_own_weights(path.parent)
     return Finished(record, _compare_data(config, record.get("manifest_sha256")))
 
 

@@ -21,7 +21,7 @@ from rft.method.averaging import interpolate, uniform_soup
 from rft.runs import LAST, SELECTED
 from rft.train import __main__ as train_command
 from tests.conftest import build_model
-from tests.tiny import call, torchrun
+from tests.tiny import call, forget_weights, torchrun
 
 HELD_OUT = 40
 
@@ -91,6 +91,7 @@ def shake(run: Path, copy: Path, seed: int, strength: float) -> Path:
         if value.numel() > 1
     }
     save_state(str(copy / SELECTED), {**state, **noisy}, architecture, metadata, classes)
+    forget_weights(copy)
     return copy
 
 
@@ -145,6 +146,7 @@ def test_the_last_weights_of_the_end(runs, tmp_path, merge, refused):
     start, end, out = runs / "zero-shot", runs / "vanilla", tmp_path / "merged"
     # the last model is rarely the selected one; here it surely is another
     shutil.copy(shake(end, tmp_path / "other", 1, 0.1) / SELECTED, end / LAST)
+    forget_weights(end)
     merge("wise", start, end, "--alpha", 1, "--end-weights", "last", "--out", out)
     assert same(state_of(out), state_of(end / LAST))
     assert not same(state_of(out), state_of(end))
@@ -184,6 +186,9 @@ def test_an_imported_model_has_not_been_trained(runs, tmp_path, merge, refused):
     (end / "training.json").unlink()
     document = {"recipe": "theirs", "seed": 1, "imported_from": {}, "train_set": "imagenet-val"}
     files.write_json(str(end / "config.json"), document)
+    saved = load_state(end / SELECTED)
+    entries = {"recipe": "theirs", "step": "0"}
+    save_state(str(end / SELECTED), saved.state, saved.architecture, entries, saved.classes)
     printed = merge("wise", runs / "zero-shot", end, "--out", out)
     assert config_of(out)["recipe"] == "wise-theirs-0.5"
     assert printed.endswith(

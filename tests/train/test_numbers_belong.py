@@ -79,6 +79,7 @@ def forget_classes(weights: Path) -> None:
     """Write a weights file as it was before it carried its classes."""
     saved = load_state(weights)
     save_state(str(weights), saved.state, saved.architecture, saved.metadata, None)
+    tiny.forget_weights(weights.parents[1])
 
 
 def spoil(weights: Path, value: float = 0.5) -> None:
@@ -87,6 +88,7 @@ def spoil(weights: Path, value: float = 0.5) -> None:
     state = {name: tensor.clone() for name, tensor in saved.state.items()}
     state["head.bias"][0] += value
     save_state(str(weights), state, saved.architecture, saved.metadata, saved.classes)
+    tiny.forget_weights(weights.parents[1])
 
 
 def document(path: Path) -> dict:
