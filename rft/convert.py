@@ -199,6 +199,8 @@ def _from_file(path: Path, clip: str) -> Found:
     read = weights.read(path)
     architecture = _architecture(path, read, clip)
     load.require_fit(read, architecture)
+    if read.config and read.head:  # without a head the whole CLIP is loaded, which warns too
+        load.warn_of_resize(str(path), read.config.get("preprocess_cfg", {}))
     source = {
         "format": read.format,
         "path": str(path),
@@ -456,6 +458,7 @@ def hub_folder(
     head = {name: value for name, value in state.items() if name.startswith("head.")}
     preprocess = {
         **open_clip.get_model_preprocess_cfg(clip.model),
+        **load.RESIZE,  # whatever its weights were trained with before
         "size": architecture.image_size,
         "mean": architecture.mean,
         "std": architecture.std,
