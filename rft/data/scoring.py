@@ -115,11 +115,9 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
     Raises:
         ValueError: if local class names do not map onto the label space, or nothing is scored.
     """
-    folders = list(dict.fromkeys(folder for url in urls if (folder := parent(url))))
-    if options.skip_beside:
-        folders = []
-    _require_nshards(urls, folders)
-    names, source = _local_names(folders, labels, options.local_classes)
+    places = [] if options.skip_beside else list(dict.fromkeys(map(parent, urls)))
+    _require_nshards(urls, [folder for folder in places if folder])
+    names, source = _local_names(places, labels, options.local_classes)
     border = options.crop_border or 0
     if dataset == "objectnet":
         if options.mappings is None:
@@ -239,25 +237,40 @@ def _objectnet_labels(
 
 
 def _local_names(
-    folders: Sequence[str], labels: LabelSpace, given: str | None
+    folders: Sequence[str | None], labels: LabelSpace, given: str | None
 ) -> tuple[list[str] | None, str]:
-    """Return the names that label numbers count, if they count no class ids, and their file."""
+    """Return the names that label numbers count, if they count no class ids, and their file.
+
+    Args:
+        folders: of the shards; None is that of shards without one.
+        labels: the label space.
+        given: `--local-classes`.
+    """
     if given is not None:
         return _lines(files.read_bytes(given), given), given
     beside = {}
+    without = []
     for folder in folders:
-        for place in filter(None, (folder, parent(folder))):
+        for place in filter(None, (folder, parent(folder) if folder else None)):
             path = files.join(place, "classnames.txt")
             data = _find_beside(path)
             if data is not None:
                 beside[path] = _lines(data, path)
                 break
+        else:
+            without.append(folder or "the top of the store")
     if not beside:
         return None, ""
     path, names = next(iter(beside.items()))
     if any(other != names for other in beside.values()):
         raise ValueError(f"{path} and {list(beside)[-1]} differ; name one with --local-classes")
     if len(names) != len(labels):
+        if without:
+            raise ValueError(
+                f"{path} lists the classes that labels count, and {without[0]} has no such file; "
+                f"give --local-classes {path} if all labels count its lines, or --skip-beside if "
+                f"none does"
+            )
         return names, path
     _require_same_order(path, names, labels)
     return None, ""
@@ -321,13 +334,25 @@ def _find_beside(path: str) -> bytes | None:
 
 
 def _lines(data: bytes, path: str) -> list[str]:
+    """Return the names in a file that has one a line; labels count the lines, so none is dropped.
+
+    Raises:
+        ValueError: if it is not UTF-8, a line between others is blank, or there is no name.
+    """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
+    # not splitlines(), to which a form feed or U+0085 within a name is a line break too
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    if lines == [""]:
         raise ValueError(f"{path} names no class")
+    if "" in lines:
+        number = lines.index("")
+        raise ValueError(
+            f"{path}: line {number + 1} is blank; labels count the lines, so remove it if the "
+            f"labels skip it, or write the name of class {number} there"
+        )
     return lines
 
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tarfile
 import unicodedata
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -755,6 +756,78 @@ def test_names_in_another_order_are_not_taken_for_class_ids(tmp_path: Path) -> N
 
 def words(*names: str) -> LabelSpace:
     return LabelSpace(ids=names, names=names, templates=("a {c}.",))
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a"), ("a", None), ("a/test", "b/test")])
+def test_a_list_beside_some_shards_says_nothing_of_others(
+    tmp_path: Path, order: tuple[str | None, ...]
+) -> None:
+    """A folder without classnames.txt may count other classes, so an option has to decide."""
+    labels = words("apple", "bread", "cake", "dates")
+    top = f"memory://wds-{uuid.uuid4().hex}"
+    urls = []
+    for number, folder in enumerate(order):
+        url = f"{top}/{folder}/0.tar" if folder else f"{top}.tar"
+        path = write_tar(tmp_path / f"{number}.tar", plain(f"k{number}", 0, seed=number))
+        files.write_bytes(url, Path(path).read_bytes())
+        urls.append(url)
+    names = f"{top}/a/classnames.txt"
+    files.write_bytes(names, b"cake\nbread\n")
+    other = re.escape(next((f"{top}/{f}" for f in order if f and f[0] == "b"), "the top of"))
+    options = f"--local-classes {re.escape(names)} .* or --skip-beside"
+    try:
+        with pytest.raises(ValueError, match=f"{re.escape(names)} .*, and {other}.* {options}"):
+            index_shards(urls, str(tmp_path / "out"), labels, Options())
+        assert not (tmp_path / "out").exists()
+        for given, expected in ((Options(local_classes=names), 2), (Options(skip_beside=True), 0)):
+            out = str(tmp_path / f"out{expected}")
+            index_shards(urls, out, labels, given)
+            assert PackedDataset(out).index.label.tolist() == [expected] * 2
+        # the label space's own list changes no meaning
+        files.write_bytes(names, "\n".join(labels.names).encode())
+        index_shards(urls, str(tmp_path / "out"), labels, Options())
+        assert PackedDataset(str(tmp_path / "out")).index.label.tolist() == [0, 0]
+    finally:
+        fs = fsspec.filesystem("memory")
+        for place in (top, f"{top}.tar"):
+            if fs.exists(place):
+                fs.rm(place, recursive=True)
+
+
+ANIMALS = words("cat", "dog", "bird", "horse", "cow")
+# the file's bytes, and the class of label 2 or the error
+LISTS: dict[str, tuple[str, str]] = {
+    "blank line": ("cat\n\ndog\nbird\ncow\n", "line 2 is blank; .* the name of class 1 there"),
+    "blank first line": ("\ncat\ndog\nbird", "line 1 is blank"),
+    "spaces": ("cat\ndog\n \t\nbird\n", "line 3 is blank"),
+    "CRLF and a blank line": ("cat\r\n\r\ndog\r\nbird\r\n", "line 2 is blank"),
+    "two at the end": ("cat\ndog\ncow\n\n \n", "cow"),
+    "CRLF": ("cat\r\ndog\r\ncow\r\n", "cow"),
+    "no line break at the end": ("cat\ndog\ncow", "cow"),
+    **{
+        f"{sign!a} in a name": (f"cat\ndog{sign}bird\ncow\n", r"'dog.*bird' is no class")
+        for sign in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\r"
+    },
+    "a form feed beside a name": ("cat\x0c\ndog\ncow\n", "cow"),
+}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", LISTS)
+def test_labels_count_the_lines_of_a_list(tmp_path: Path, kind: str, given: bool) -> None:
+    """No line is dropped and none is made two: the classes after it would be others."""
+    text, expected = LISTS[kind]
+    url = write_tar(tmp_path / "wds" / "0.tar", plain("k", 2))
+    path = tmp_path / ("names.txt" if given else "wds/classnames.txt")
+    path.write_bytes(text.encode())
+    options = Options(local_classes=str(path) if given else None)
+    out = str(tmp_path / "out")
+    if expected not in ANIMALS.names:
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*{expected}"):
+            index_shards([url], out, ANIMALS, options)
+        return
+    index_shards([url], out, ANIMALS, options)
+    assert PackedDataset(out).index.label.tolist() == [ANIMALS.names.index(expected)]
 
 
 SWAPPED = [
