@@ -80,7 +80,7 @@ def index_shards(
     names = shard_names(urls, out)
     samples = sum(len(shard.rows["key"]) for shard in found)
     check_count(dataset, samples, labels, allowed)
-    manifest, index, plan = _describe(dataset, names, found, rule)
+    manifest, index, plan = _describe(dataset, names, found, labels, rule)
     _publish(out, manifest, index, plan)
     _say(found)
     return manifest
@@ -199,7 +199,7 @@ def _require_different(urls: Sequence[str], found: Sequence[Found]) -> None:
 
 
 def _describe(
-    dataset: str, names: Sequence[str], found: Sequence[Found], rule: Rule
+    dataset: str, names: Sequence[str], found: Sequence[Found], labels: LabelSpace, rule: Rule
 ) -> tuple[Manifest, bytes, dict[str, Any]]:
     """Return manifest, content of index.npz and plan of the shards that were read."""
     columns = {
@@ -217,7 +217,7 @@ def _describe(
         "label_field": rule.label_field,
         "local_labels": rule.local,
         "ignore": sorted(rule.ignore),
-        "labels": scoring_hash(rule.labels.ids, rule.labels.names, rule.labels.templates, groups),
+        "labels": scoring_hash(labels.ids, labels.names, labels.templates, groups),
         "shards": files.sha256_json([shard.sha256 for shard in found]),
     }
     if rule.labels_are is not None:  # plans from before there was a choice stay as they are
@@ -225,9 +225,9 @@ def _describe(
     index = Index(**columns).to_bytes()
     manifest = Manifest(
         dataset=dataset,
-        classes=rule.labels.names,
-        class_ids=rule.labels.ids,
-        templates=rule.labels.templates,
+        classes=labels.names,
+        class_ids=labels.ids,
+        templates=labels.templates,
         groups=groups,
         encoding=encoding,
         plan_hash=files.sha256_json(plan),

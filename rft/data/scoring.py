@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from rft import cli, files
-from rft.classes import composed
+from rft.classes import Classes, composed
 from rft.data.labels import LabelSpace, objectnet_groups
 from rft.data.manifest import group_faults
 from rft.data.published import SUBSETS, published_classes
@@ -64,7 +64,7 @@ class Rule:
     rule (None: one group for each class that occurs).
     """
 
-    labels: LabelSpace
+    labels: Classes
     groups: tuple[tuple[int, ...], ...] | None
     local: tuple[int, ...] | None = None
     label_field: str | None = None
@@ -87,7 +87,7 @@ class Rule:
 
     @cached_property
     def class_of_id(self) -> dict[str, int]:
-        """Class ids by the classes' ids."""
+        """Class ids by the classes' ids; empty for an older set, whose manifest has none."""
         return {name: class_id for class_id, name in enumerate(self.labels.ids)}
 
     @cached_property
@@ -101,8 +101,10 @@ class Rule:
     @cached_property
     def misplaced(self) -> str:
         """A class's id or name that is a number and not the class's position; empty if none is."""
-        for class_id, texts in enumerate(zip(self.labels.ids, self.labels.names, strict=True)):
-            for text in filter(LIKE_POSITION.fullmatch, texts):
+        texts = (*enumerate(self.labels.ids), *enumerate(self.labels.names))
+        # class by class
+        for class_id, text in sorted(texts, key=lambda entry: entry[0]):
+            if LIKE_POSITION.fullmatch(text):
                 number = int(text)
                 if number not in range(len(self.positions)) or self.positions[number] != class_id:
                     return text
@@ -135,7 +137,7 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
     for fault in () if groups is None else group_faults(groups, len(labels)):
         raise ValueError(f"{dataset} cannot be scored: {fault}")
     return Rule(
-        labels=labels,
+        labels=labels.classes,
         groups=groups,
         local=local,
         label_field=options.label_field,

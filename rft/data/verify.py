@@ -18,9 +18,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from rft import files
+from rft.classes import Classes, composed
 from rft.data import encode, tar
 from rft.data.index import ALGORITHM, IMAGE_SUFFIXES, OTHER_SUFFIXES
-from rft.data.labels import MARK, LabelSpace, scoring_hash
+from rft.data.labels import scoring_hash
 from rft.data.manifest import Index, Manifest, group_faults
 from rft.data.samples import SIZE_THREADS, open_whole, shard_size, split_name
 from rft.data.scoring import POSITION, Rule, parse_label, resolve_label
@@ -325,9 +326,10 @@ def _read_index(url: str, manifest: Manifest, report: Report) -> Index | None:
 
 def _rule(manifest: Manifest, plan: dict[str, Any]) -> Rule:
     """Return how the labels of a set's shards are read."""
-    # ids that are not known are such that no label can be equal to them: labels are stripped
-    ids = manifest.class_ids or tuple(f"{n}\n" for n in range(len(manifest.classes)))
-    labels = LabelSpace(ids=ids, names=manifest.classes, templates=(MARK,))
+    # no LabelSpace, which refuses what older versions packed: a single class, names without words
+    labels = Classes(
+        ids=tuple(map(composed, manifest.class_ids)), names=tuple(map(composed, manifest.classes))
+    )
     local = plan.get("local_labels")
     indexed = plan.get("algorithm") == ALGORITHM
     return Rule(

@@ -124,6 +124,39 @@ def test_a_whole_set_has_no_problems(healthy: Path, kind: str, deep: bool) -> No
     assert document["counts"]["bytes"] == sum(shard.bytes for shard in manifest.shards)
 
 
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("kind", ["original", "jpeg", "pixels", "indexed", "no words", "one class"])
+def test_a_set_from_before_manifests_had_ids(
+    healthy: Path, tmp_path: Path, kind: str, deep: bool
+) -> None:
+    """Nor were there the rules of today for names, of which it may break some."""
+    folder = healthy / (kind if kind in ("jpeg", "pixels") else "original") / "imagenet-val"
+    if kind == "indexed":
+        local = tmp_path / "local.txt"
+        local.write_text("one\ntwo\n")
+        options = Reading(workers=1, local_classes=str(local), dataset="own")
+        patterns = [str(folder / shard.name) for shard in Manifest.load(str(folder)).shards]
+        index_shards(patterns, str(tmp_path / "set"), LABELS, options)
+    else:
+        shutil.copytree(folder, tmp_path / "set")
+    path = tmp_path / "set" / "manifest.json"
+    document = json.loads(path.read_text())
+    del document["class_ids"]
+    if kind == "no words":
+        document["classes"] = ["_", "two\x07"]
+    path.write_text(json.dumps(document))
+    if kind == "one class":
+        rewrite(tmp_path / "set", lambda index: replace(index, label=np.zeros_like(index.label)))
+        manifest = Manifest.load(str(tmp_path / "set"))
+        replace(manifest, classes=("one",), groups=((0,),)).save(str(tmp_path / "set"))
+    found = lines(tmp_path / "set", deep=deep)
+    if kind == "one class" and deep:  # the labels in the shards are still those of two
+        assert len(found) == 5
+        assert all("label 1 is none of the 1 classes" in line for line in found)
+    else:
+        assert found == []
+
+
 def test_a_remote_set(healthy: Path) -> None:
     url = f"memory://verify-{uuid.uuid4().hex}"
     fs, path = fsspec.core.url_to_fs(url)
