@@ -298,11 +298,34 @@ def _read_plan(url: str, manifest: Manifest, report: Report) -> dict[str, Any]:
     if manifest.class_ids and plan.get("labels", scoring) != scoring:
         what = "its classes, prompts or groups are not those of plan.json: the manifest was edited"
         report.problems.append(Problem(what=what))
+    # a reader would treat or crop the images in another way than the packer meant
+    if plan.get("encoding", manifest.encoding) != manifest.encoding:
+        what = (
+            f"its encoding is not that of plan.json ({_difference(manifest.encoding, plan)}): the "
+            f"manifest was edited"
+        )
+        report.problems.append(Problem(what=what))
+    if plan.get("dataset", manifest.dataset) != manifest.dataset:
+        what = (
+            f"its dataset is {manifest.dataset!r}, that of plan.json is {plan['dataset']!r}: the "
+            f"manifest was edited"
+        )
+        report.problems.append(Problem(what=what))
     local = plan.get("local_labels")
     for fault in () if local is None else group_faults([local], len(manifest.classes)):
         report.problems.append(Problem(what=f"local_labels of plan.json: {fault}"))
         return {}
     return plan
+
+
+def _difference(encoding: dict[str, Any], plan: dict[str, Any]) -> str:
+    """Name the first key of an encoding that differs from the plan's, with both values."""
+    planned = plan["encoding"] if isinstance(plan["encoding"], dict) else {}
+    for key in sorted(encoding.keys() | planned.keys()):
+        here, there = (space.get(key, "absent") for space in (encoding, planned))
+        if here != there:
+            return f"{key} is {here!r}, not {there!r}"
+    return "which is no object"
 
 
 def _check_quarantine(url: str, manifest: Manifest) -> Iterator[Problem]:

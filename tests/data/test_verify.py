@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -314,6 +315,39 @@ def test_an_edited_label_space_or_scoring_rule(packed: Path, edit) -> None:
     assert "classes, prompts or groups are not those of plan.json" in lines(packed, deep=False)[0]
 
 
+PHOTOS = {"orientation": "exif", "alpha": "white"}
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({"photos": PHOTOS}, {"photos": None}, "photos is 'absent', not {'orientation'"),
+        ({}, {"photos": PHOTOS}, "(photos is {'alpha': 'white', 'orientation': 'exif'}, not 'absent')"),
+        ({}, {"crop_border": 2}, "encoding is not that of plan.json (crop_border is 2, not 0)"),
+        ({}, {"dataset": "imagenet-r"}, "its dataset is 'imagenet-r', that of plan.json is 'imag"),
+    ],
+)
+def test_an_edited_encoding(
+    packed: Path, before: dict[str, Any], after: dict[str, Any], message: str, deep: bool
+) -> None:
+    """The payloads are whole, but a reader would show other pixels."""
+    plan = json.loads((packed / "plan.json").read_text())
+    plan["encoding"] |= before
+    (packed / "plan.json").write_text(json.dumps(plan))
+    manifest = Manifest.load(str(packed))
+    edited = replace(manifest, encoding=plan["encoding"], plan_hash=files.sha256_json(plan))
+    edited.save(str(packed))
+    assert lines(packed, deep=deep) == []
+    encoding = {key: value for key, value in {**plan["encoding"], **after}.items() if value}
+    encoding = {"crop_border": 0, **encoding}
+    dataset = encoding.pop("dataset", manifest.dataset)
+    replace(edited, encoding=encoding, dataset=dataset).save(str(packed))
+    (line,) = lines(packed, deep=deep)
+    assert message in line
+    assert line.endswith(": the manifest was edited")
+
+
 def test_a_wrong_label(packed: Path) -> None:
     _, key, offset, _ = first_row(packed)
 
@@ -425,7 +459,8 @@ def test_pixels_of_another_size(healthy: Path, tmp_path: Path) -> None:
     shutil.copytree(healthy / "pixels" / "imagenet-val", folder)
     manifest = Manifest.load(str(folder))
     replace(manifest, encoding={**manifest.encoding, "size": 17}).save(str(folder))
-    found = lines(folder)
+    first, *found = lines(folder)
+    assert "(size is 17, not 16)" in first
     assert len(found) == 10
     assert "the payload is uint8 (3, 16, 16), not pixels of the set's size" in found[0]
 
