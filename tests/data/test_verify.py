@@ -323,7 +323,7 @@ PHOTOS = {"orientation": "exif", "alpha": "white"}
     ("before", "after", "message"),
     [
         ({"photos": PHOTOS}, {"photos": None}, "photos is 'absent', not {'orientation'"),
-        ({}, {"photos": PHOTOS}, "(photos is {'alpha': 'white', 'orientation': 'exif'}, not 'absent')"),
+        ({}, {"photos": PHOTOS}, "(photos is {'alpha': 'white', 'orientation': 'exif'}, not"),
         ({}, {"crop_border": 2}, "encoding is not that of plan.json (crop_border is 2, not 0)"),
         ({}, {"dataset": "imagenet-r"}, "its dataset is 'imagenet-r', that of plan.json is 'imag"),
     ],
