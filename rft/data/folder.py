@@ -3,9 +3,9 @@
 Two layouts are recognised. `DIR/<class>/...` has no test set: a share of each class is held out,
 chosen by a hash of seed and path, so an image stays on its side when others come or go.
 `DIR/train/<class>/...` with `DIR/test` (or `val`) has one; `rft.data.splits` decides which it is.
-Folders inside a class folder belong to the class. What a system left behind and what `--ignore`
-names is passed over and counted. Any other file that is no image is an error: it could be a photo
-that was meant to be packed.
+Folders inside a class folder belong to the class, unless they hold thumbnails. These, what a system
+left behind and what `--ignore` names are passed over and counted. Any other file that is no image
+is an error: it could be a photo that was meant to be packed.
 """
 
 import hashlib
@@ -19,7 +19,14 @@ from typing import NamedTuple
 from rft import files
 from rft.classes import composed, shown
 from rft.data.labels import LabelSpace, doubts
-from rft.data.names import passed_over, printable, regular_size, require_distinct, require_utf8
+from rft.data.names import (
+    passed_over,
+    printable,
+    regular_size,
+    require_distinct,
+    require_utf8,
+    thumbnails,
+)
 from rft.data.sources import IMAGE_SUFFIXES, Item, Source, has_image_suffix, make_keys
 from rft.data.splits import (
     find_splits,
@@ -159,9 +166,10 @@ def read_tree(
     classes = {name: _read_class(root, name, ignore, passed, foreign) for name in level.folders}
     if foreign:
         raise _not_images(foreign)
-    for name, images in classes.items():
-        if not images:
-            raise ValueError(f"class folder {root / name} holds no images")
+    for shape in shapes:
+        if not classes[shape.name]:
+            only = "" if not any(map(thumbnails, shape.folders)) else " but thumbnails"
+            raise ValueError(f"class folder {root / shape.name} holds no images{only}")
     return Tree(root=root, classes=classes, passed=passed, beside=tuple(level.files))
 
 
@@ -318,6 +326,7 @@ def _read_class(
             raise ValueError(f"{folder} leads to a folder that was read already; remove the link")
         seen.add(place)
         patterns = {entry: passed_over(entry, ignore) for entry in (*below, *names)}
+        patterns |= {entry: patterns[entry] or thumbnails(entry) for entry in below}
         passed.update(filter(None, patterns.values()))
         below[:] = sorted(entry for entry in below if not patterns[entry])
         for entry in (*below, *names):

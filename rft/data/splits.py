@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rft.classes import composed, shown
-from rft.data.names import passed_over, regular_size, require_utf8
+from rft.data.names import passed_over, regular_size, require_utf8, thumbnails
 from rft.data.sources import has_image_suffix
 
 WORDS = {
@@ -162,6 +162,7 @@ def require_classes_here(
     """
     if len(shapes) == 1 and composed(shapes[0].name) not in ids:
         raise ValueError(_one_class(source, shapes[0], ignore, is_split))
+    shapes = [_without_thumbnails(shape) for shape in shapes]
     for shape in shapes:
         roles = {role(name): name for name in shape.folders}
         other = roles.get("test") or roles.get("val")
@@ -182,6 +183,10 @@ def require_classes_here(
                 f"them to train and test if they are splits, give one of them as --source if "
                 f"those folders are the classes, or name them in --classes if they are classes"
             )
+
+
+def _without_thumbnails(shape: Shape) -> Shape:
+    return shape._replace(folders=tuple(name for name in shape.folders if not thumbnails(name)))
 
 
 def not_read(

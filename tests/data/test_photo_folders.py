@@ -273,6 +273,58 @@ def test_system_folders_are_passed_over_at_any_depth(tmp_path: Path, place: str,
     assert note.casefold() == f"passed over by name: 1 {name.casefold()}"
 
 
+THUMBS = ["thumbs", "thumb", "Thumbnails", "thumbnail", "_thumb", "_thumbs", ".thumbs", "THUMBS_"]
+
+
+@pytest.mark.parametrize("place", ["cat/", "cat/old/", "train/cat/", "test/cat/"])
+@pytest.mark.parametrize("name", THUMBS)
+def test_thumbnails_in_class_folders_are_passed_over(tmp_path: Path, place: str, name: str) -> None:
+    """They would be a second copy of each photo, perhaps on the other side of the split."""
+    if place.startswith("t"):
+        classes(tmp_path / "train", "cat", "dog")
+        classes(tmp_path / "test", "cat", "dog")
+    else:
+        classes(classes(tmp_path, "cat", "dog"), "cat", below="old/")
+    before = read(tmp_path)
+    fill(tmp_path, *(f"{place}{name}/{n}.jpg" for n in range(4)), f"{place}{name}/size.txt")
+    after = read(tmp_path)
+    assert (after.sources, after.labels) == (before.sources, before.labels)
+    counted = ".*" if name.startswith(".") else name.casefold()
+    assert after.notes == [f"passed over by name: 1 {counted}"]
+
+
+@pytest.mark.parametrize("name", ["thumbs", "Thumbnails", "_thumb"])
+def test_a_class_may_be_called_thumbs(tmp_path: Path, name: str) -> None:
+    photos = read(classes(tmp_path, "fingers", name))
+    assert set(photos.labels.ids) == {"fingers", name}
+    assert photos.notes == []
+    for split in ("train", "test"):
+        classes(tmp_path / "set" / split, "fingers", name)
+    assert set(read(tmp_path / "set").labels.ids) == {"fingers", name}
+
+
+@pytest.mark.parametrize("name", ["thumbs up", "thumbtack", "greenthumb", "tom thumb"])
+def test_other_folders_belong_to_their_class(tmp_path: Path, name: str) -> None:
+    classes(tmp_path, "cat", "dog")
+    fill(tmp_path, f"cat/{name}/9.jpg")
+    photos = read(tmp_path, share=0)
+    assert len(photos.sources[0].items) == 9
+
+
+def test_a_class_of_thumbnails_alone_is_refused(tmp_path: Path) -> None:
+    classes(classes(tmp_path, "cat", "dog"), "cow", below="thumbs/")
+    with pytest.raises(ValueError, match="cow holds no images but thumbnails"):
+        read(tmp_path)
+
+
+def test_thumbnails_make_no_groups_of_classes(tmp_path: Path) -> None:
+    """Each class holds folders of the same names here, of which one counts."""
+    classes(tmp_path, "cat", "dog", below="large/")
+    before = read(tmp_path)
+    classes(tmp_path, "cat", "dog", below="thumbs/")
+    assert read(tmp_path).sources == before.sources
+
+
 @pytest.mark.parametrize("name", ["thumbs.db", "EHTHUMBS.DB", "Desktop.ini", "Icon\r", "._1.jpg"])
 def test_system_files_are_passed_over(tmp_path: Path, name: str) -> None:
     before = read(classes(tmp_path, "cat", "dog"))
