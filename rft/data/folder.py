@@ -35,6 +35,7 @@ from rft.data.splits import (
     read_shape,
     require_classes_here,
     role,
+    split_folders,
     splits_beside,
 )
 
@@ -359,20 +360,52 @@ def _not_images(foreign: Sequence[Path]) -> ValueError:
 
 
 def _doubtful_folders(tree: Tree) -> list[str]:
-    """Warn of class folders that may be something else: a split, or a group of classes."""
+    """Warn of class folders that may be something else: a split, or a group of classes.
+
+    Those that hold a split are named too.
+    """
     found = []
     for name, images in tree.classes.items():
         if role(name):
             found.append(f"the folder {shown(name)} in {tree.root} is packed as a class")
-        below = sorted({image.path.split("/")[1] for image in images if image.path.count("/") > 1})
-        if len(below) > 1 and all(image.path.count("/") > 1 for image in images):
+        place, below = _groups(name, images)
+        if len(below) > 1:
             names = ", ".join(map(shown, below[:3]))
             found.append(
                 f"class {shown(name)} in {tree.root} has no images of its own, only folders "
                 f"({names}{', ...' if below[3:] else ''}); if those are the classes, give --source "
-                f"{tree.root / name}"
+                f"{tree.root / place}"
             )
+    within = {
+        name: splits
+        for name, images in tree.classes.items()
+        if (splits := split_folders([image.path for image in images]))
+    }
+    for name, splits in [*within.items()][:1]:
+        others = f" (and in {len(within) - 1:,} more)" if within.keys() - {name} else ""
+        found.append(
+            f"{', '.join(map(shown, splits[:3]))} in {tree.root / name}{others} is called like a "
+            f"split; its images are packed as those of the class"
+        )
     return found
+
+
+def _groups(name: str, images: Sequence[Image]) -> tuple[str, list[str]]:
+    """Return the folders that hold all images of a class, and the folder above them.
+
+    Folders that hold a single folder are gone through; where images lie beside folders there are
+    none.
+    """
+    place = name
+    while True:
+        # the folders of each path below the place
+        rest = [image.path[len(place) + 1 :].split("/")[:-1] for image in images]
+        if not all(rest):
+            return place, []
+        below = sorted({folders[0] for folders in rest})
+        if len(below) > 1:
+            return place, below
+        place = f"{place}/{below[0]}"
 
 
 def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -> list[str]:
