@@ -23,6 +23,7 @@ from rft.data.samples import Sample, parent, read_member
 POSITION = re.compile(r"0|[1-9][0-9]{0,17}")  # as a position is written: no sign, no leading zeros
 LIKE_POSITION = re.compile(r"-?[0-9]{1,18}")  # what a reader may take for one
 LabelsAre = Literal["positions", "names"]
+LABEL_FIELDS = ("label", "class", "cls")  # of a .json, that say the same as the .cls beside it
 OBJECTNET_BORDER = 2  # pixels of red frame on each side, cropped before any resize
 
 
@@ -452,6 +453,44 @@ def read_label(stream: IO[bytes], sample: Sample, where: str, rule: Rule) -> int
         raise ValueError(f"{where}: no label, there is no .{wanted}{hint}")
     label = parse_label(read_member(stream, sample.members[wanted]), where, rule)
     return resolve_label(label, where, rule)
+
+
+def contradiction(stream: IO[bytes], sample: Sample, class_id: int, rule: Rule) -> str:
+    """Say what the other one of `.cls` and `.json` has, if it cannot mean the class that was read.
+
+    A label may be anything that a label can be here (an id, a name, a position in either list), and
+    one that is none of these may be about something else: neither is a contradiction.
+    """
+    other = "json" if rule.label_field is None else "cls"
+    if other not in sample.members or other in rule.ignore:
+        return ""
+    try:
+        text = read_member(stream, sample.members[other]).decode("utf-8").strip()
+        document = json.loads(text) if other == "json" else {"": text}
+    except (ValueError, RecursionError):
+        return ""  # nobody reads it
+    fields = LABEL_FIELDS if other == "json" else ("",)
+    for name in fields if isinstance(document, dict) else ():
+        value = document.get(name)
+        meanings = _meanings(str(value), rule) if type(value) in (int, str) else set()
+        if meanings and class_id not in meanings:
+            field = f"{name!r}: " if name else ""
+            here, there = (f"class {n} ({rule.labels.names[n]})" for n in (class_id, min(meanings)))
+            return f"its .{other} has {field}{value!r}, {there}, and not {here}"
+    return ""
+
+
+def _meanings(text: str, rule: Rule) -> set[int]:
+    """Return the class ids that a label could mean, whatever it counts."""
+    text = composed(text).strip()
+    found = set(rule.classes_of_name.get(text, ()))
+    if text in rule.class_of_id:
+        found.add(rule.class_of_id[text])
+    if POSITION.fullmatch(text):
+        for places in (rule.positions, range(len(rule.labels))):
+            if int(text) < len(places):
+                found.add(places[int(text)])
+    return found
 
 
 def parse_label(data: bytes, where: str, rule: Rule) -> int | str:

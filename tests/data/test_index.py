@@ -364,6 +364,73 @@ def test_verify_reads_labels_as_the_index_did(tmp_path: Path) -> None:
     assert problem.what == "its .json says '10', the index has class 10"
 
 
+FRUIT = LabelSpace(ids=("n1", "n2", "n3"), names=("apple", "pear", "plum"), templates=("a {c}.",))
+# .cls, .json, whether they contradict each other
+BOTH: dict[str, tuple[str, str, bool]] = {
+    "another position": ("0", '{"label": 2}', True),
+    "another id": ("0", '{"label": "n3"}', True),
+    "another name": ("0", '{"class": "plum"}', True),
+    "a position as text": ("0", '{"cls": "2"}', True),
+    "a name against a position": ("apple", '{"label": 2}', True),
+    "in a second field": ("0", '{"label": 0, "class": "plum"}', True),
+    "the same position": ("2", '{"label": 2, "width": 0}', False),
+    "the same id": ("2", '{"label": "n3", "class": "plum"}', False),
+    "no class": ("0", '{"label": "fruit"}', False),
+    "no position": ("0", '{"label": 7}', False),
+    "a fraction": ("0", '{"label": 2.0}', False),
+    "true": ("0", '{"label": true}', False),
+    "another field": ("0", '{"width": 2}', False),
+    "no object": ("0", "[2]", False),
+    "no JSON": ("0", "{", False),
+}
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_cls_and_a_json_that_contradict_each_other(tmp_path: Path, kind: str, capsys) -> None:
+    cls, document, differ = BOTH[kind]
+    members = [*plain("k0", 1), *plain("k1", cls, seed=1), ("k1.json", document.encode())]
+    url, out = write_tar(tmp_path / "0.tar", members), str(tmp_path / "out")
+    if differ:
+        message = (
+            r"0\.tar, key 'k1': its \.json has '.*class 2 \(plum\), and not class 0 .*--ignore json"
+        )
+        with pytest.raises(ValueError, match=message):
+            index_shards([url], out, FRUIT, Options())
+        assert not (tmp_path / "out").exists()
+    options = Options(ignore=("json",) if differ else ())
+    index_shards([url], out, FRUIT, options)
+    assert PackedDataset(out).index.label.tolist() == [1, 2 if cls == "2" else 0]
+    assert verify(out, deep=True, workers=1).problems == []
+    assert "WARNING" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cls", ["0", "n1", "apple"])
+def test_a_field_that_was_named_wins_over_a_cls_and_is_warned_of(
+    tmp_path: Path, capsys, cls: str
+) -> None:
+    members = []
+    for n, label in enumerate((2, 2, 0)):
+        members += [*plain(f"k{n}", cls, seed=n), (f"k{n}.json", b'{"y": %d}' % label)]
+    url, out = write_tar(tmp_path / "0.tar", members), str(tmp_path / "out")
+    index_shards([url], out, FRUIT, Options(label_field="y"))
+    assert PackedDataset(out).index.label.tolist() == [2, 2, 0]
+    warning = capsys.readouterr().err
+    assert "WARNING: 2 samples have a .cls of another class" in warning
+    assert f"0.tar, key 'k0': its .cls has '{cls}', class 0 (apple), and not class 2" in warning
+    index_shards([url], str(tmp_path / "2"), FRUIT, Options(label_field="y", ignore=("cls",)))
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_labels_that_count_two_lists_do_not_contradict_each_other(tmp_path: Path) -> None:
+    """A .cls may count lines of classnames.txt and the .json the label space."""
+    members = [*plain("k0", 0), ("k0.json", b'{"label": 2}')]
+    members += [*plain("k1", 0, seed=1), ("k1.json", b'{"label": 0}')]
+    url = write_tar(tmp_path / "0.tar", members)
+    (tmp_path / "classnames.txt").write_text("plum\npear\n")
+    index_shards([url], str(tmp_path / "out"), FRUIT, Options())
+    assert PackedDataset(str(tmp_path / "out")).index.label.tolist() == [2, 2]
+
+
 def test_folders_capitals_and_members_without_a_key(tmp_path: Path, capsys) -> None:
     members = [
         ("README", b"text"),
