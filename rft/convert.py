@@ -20,7 +20,7 @@ import tyro
 from safetensors.torch import save
 from torch import Tensor
 
-from rft import cli, dist, files
+from rft import cli, dist, files, trained_on
 from rft.classes import Classes, check_head
 from rft.clip import load, weights
 from rft.clip.architecture import Architecture
@@ -40,6 +40,7 @@ from rft.runs import (
     require_own_weights,
     unfinished,
 )
+from rft.trained_on import TrainedOn
 
 Format = Literal["open-clip", "released", "model-soups", "safetensors"]
 SUFFIXES = {"released": ".pt", "model-soups": ".pt", "safetensors": ".safetensors"}
@@ -123,6 +124,8 @@ class Found:
     """What loads its text tower; None if it has none."""
     classes: Classes | None
     """Classes of its head; None if it has none or does not say."""
+    seen: frozenset[TrainedOn] | None = None
+    """What it was trained on; None if it does not say."""
 
 
 def main() -> None:
@@ -174,7 +177,8 @@ def import_weights(arguments: Import) -> None:
     state = with_head(found, manifest, arguments)
     require_finite(Path(arguments.file), state)
     classes = classes_of_head(found, manifest, arguments)
-    write_made(arguments.out, state, found.architecture, config, {"step": "0"}, classes)
+    metadata = {"step": "0"} | ({} if found.seen is None else trained_on.entries(found.seen))
+    write_made(arguments.out, state, found.architecture, config, metadata, classes)
     rows = len(state["head.weight"])
     print(f"imported: {out} ({found.source['format']}, {found.architecture.clip}, {rows} classes)")
     print(commands.evaluation([arguments.out], arguments.data, arguments.packed))
@@ -209,6 +213,8 @@ def _from_file(path: Path, clip: str) -> Found:
     read = weights.read(path)
     architecture = _architecture(path, read, clip)
     load.require_fit(read, architecture)
+    if read.config and read.head:  # without a head the whole CLIP is loaded, which warns too
+        load.warn_of_resize(str(path), read.config.get("preprocess_cfg", {}))
     source = {
         "format": read.format,
         "path": str(path),
@@ -216,7 +222,7 @@ def _from_file(path: Path, clip: str) -> Found:
         "text": bool(read.text),
     }
     text = _text_of(source, architecture)
-    return Found(architecture, {**read.visual, **read.head}, source, text, read.classes)
+    return Found(architecture, {**read.visual, **read.head}, source, text, read.classes, read.seen)
 
 
 def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
@@ -337,6 +343,7 @@ def export_weights(arguments: Export) -> None:
         "prompts_sha256": known.prompts_sha256 if known else None,
         "metrics": metrics,
         "unfinished": reached,
+        trained_on.KEY: sorted(trained_on.of_model(arguments.source, metadata)),
         "provenance": files.provenance(),
     }
     if to == "open-clip":
@@ -467,6 +474,7 @@ def hub_folder(
     head = {name: value for name, value in state.items() if name.startswith("head.")}
     preprocess = {
         **open_clip.get_model_preprocess_cfg(clip.model),
+        **load.RESIZE,  # whatever its weights were trained with before
         "size": architecture.image_size,
         "mean": architecture.mean,
         "std": architecture.std,

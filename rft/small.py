@@ -82,10 +82,44 @@ def batch_size(images: int, parts: int) -> int:
     return batch
 
 
-def _why_batch_size(images: int, parts: int) -> str:
-    """Return what decided the batch; arguments as for `batch_size`."""
-    batch = batch_size(images, 1)
-    if (shared := batch_size(images, parts)) != batch:
+def fewest_images(config: Config, parts: int) -> int:
+    """Return the smallest batch that so many ranks x micro-batches can share."""
+    if not config.method.masks or config.method.fill == "none":
+        return parts
+    return max(parts, DONORS) if config.method.donors == "global" else DONORS * parts
+
+
+def _shared_batch(config: Config, images: int, ranks: int) -> int:
+    """Return the batch for so many images, which is larger than they are if they are too few."""
+    parts = ranks * config.optim.accumulate
+    batch = batch_size(images, parts)
+    # an image each is enough where no fill needs a second one
+    return batch if batch <= images else fewest_images(config, parts)
+
+
+def _require_enough(config: Config, images: int, ranks: int) -> None:
+    """Check that so many images to train on can be shared by the ranks.
+
+    Raises:
+        ValueError: saying how many ranks can share them.
+    """
+    accumulate = config.optim.accumulate
+    fewest = fewest_images(config, ranks * accumulate)
+    if not 0 < images < fewest:  # none is refused where the set is split
+        return
+    what = f"{images} image{'s' if images > 1 else ''} to train on"
+    who = f"{ranks} rank{'s' if ranks > 1 else ''}"
+    who += f" x {accumulate} micro-batches" if accumulate > 1 else ""
+    why = f", of which each needs {DONORS} for its fills" if fewest > ranks * accumulate else ""
+    fitting = [n for n in range(1, ranks) if fewest_images(config, n * accumulate) <= images]
+    hint = f"start at most {fitting[-1]}" if fitting else "add images"
+    raise ValueError(f"{what} cannot be shared by {who}{why}; {hint}")
+
+
+def _why_batch_size(config: Config, images: int, ranks: int) -> str:
+    """Return what decided the batch; arguments as for `_shared_batch`."""
+    batch, parts = batch_size(images, 1), ranks * config.optim.accumulate
+    if (shared := _shared_batch(config, images, ranks)) != batch:
         return f"{shared // parts} for each of {parts} ranks x micro-batches"
     if batch < SMALLEST_BATCH:
         return f"{images} image{'s' if images != 1 else ''} to train on"
@@ -110,7 +144,7 @@ def rule(config: Config, size: Size, ranks: int) -> dict[str, int]:
     epoch = left // loader.batch_size
     return {
         "loader.held_out": held_out(size),
-        "loader.batch_size": batch_size(left, ranks * optim.accumulate),
+        "loader.batch_size": _shared_batch(config, left, ranks),
         "optim.warmup_steps": min(optim.epochs * epoch // WARMUP_PART, WARMUP_MOST),
         "log.checkpoint_steps": min(max(epoch, 1), CHECKPOINT_MOST),
     }
@@ -127,9 +161,14 @@ def fit(config: Config, size: Size, ranks: int, named: Collection[str] = ()) -> 
         size: of the training set.
         ranks: processes that share a batch.
         named: options among `OPTIONS` that keep the value they have.
+
+    Raises:
+        ValueError: if the ranks are too many for the images.
     """
     for option in OPTIONS:  # in order: each is computed from those before it
         if option not in named:
+            if option == "loader.batch_size":
+                _require_enough(config, size.images - config.loader.held_out, ranks)
             group, name = option.split(".")
             changed = replace(getattr(config, group), **{name: rule(config, size, ranks)[option]})
             config = replace(config, **{group: changed})
@@ -148,7 +187,7 @@ def describe(config: Config, size: Size, ranks: int) -> list[str]:
     epoch = left // loader.batch_size
     reasons = {
         "loader.held_out": _why_held_out(size),
-        "loader.batch_size": _why_batch_size(left, ranks * optim.accumulate),
+        "loader.batch_size": _why_batch_size(config, left, ranks),
         "optim.warmup_steps": (
             f"1/{WARMUP_PART} of {optim.epochs * epoch:,} steps, at most {WARMUP_MOST}"
         ),

@@ -411,6 +411,35 @@ def test_a_folder_of_the_users_own_with_its_words(convert, tmp_path, tiny_clip, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("theirs", [{"resize_mode": "squash"}, {"interpolation": "bilinear"}])
+def test_another_way_to_resize_is_warned_of(tmp_path, tiny_clip, tiny_data, capsys, theirs):
+    def warning(*arguments: object) -> str:
+        capsys.readouterr()
+        call(convert_command, *arguments)
+        return capsys.readouterr().err
+
+    folder = tmp_path / "clip"
+    shutil.copytree(tiny_clip.removeprefix("local-dir:"), folder)
+    config = document(folder / weights.HUB_CONFIG)
+    config["preprocess_cfg"] |= theirs
+    (folder / weights.HUB_CONFIG).write_text(json.dumps(config))
+    said = f"{folder} was trained on images that were resized by open_clip's"
+    line = ("import", folder, "--out", tmp_path / "run", "--data", tiny_data)
+    assert warning(*line).count(said) == 1
+    # what is exported was trained on images as rft resizes them
+    line = ("export", tmp_path / "run", "--to", "open-clip", "--out", tmp_path / "hub")
+    assert said in warning(*line)
+    exported = document(tmp_path / "hub" / weights.HUB_CONFIG)["preprocess_cfg"]
+    assert exported["mean"] == config["preprocess_cfg"]["mean"]
+    assert (exported["resize_mode"], exported["interpolation"]) == ("shortest", "bicubic")
+    line = ("import", tmp_path / "hub", "--data", tiny_data, "--out")
+    assert "resized" not in warning(*line, tmp_path / "again")
+    # with a head, no whole CLIP is loaded
+    (tmp_path / "hub" / weights.HUB_CONFIG).write_text(json.dumps(config))
+    assert warning(*line, tmp_path / "headed").count("resized") == 1
+
+
+@pytest.mark.slow
 def test_a_merged_model_finds_its_text_tower(convert, openai, tmp_path, tiny_data):
     options = ("--clip", formats.NAME, "--data", tiny_data)
     convert("import", openai, "--out", tmp_path / "a", *options)

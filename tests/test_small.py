@@ -53,30 +53,70 @@ def test_the_rule(size, expected):
     assert numbers(fitted(size)) == expected
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     images=st.integers(1, 3000),
     classes=st.integers(1, 30),
     ranks=st.sampled_from([1, 2, 3, 4, 8]),
+    accumulate=st.sampled_from([1, 1, 2, 3]),
     epochs=st.integers(0, 20),
+    recipe=st.sampled_from([recipes.DEFAULT, "vanilla"]),
 )
-def test_every_set_gets_numbers_that_training_takes(images, classes, ranks, epochs):
+def test_every_set_gets_numbers_that_training_takes(
+    images, classes, ranks, accumulate, epochs, recipe
+):
     labels = np.arange(images) % classes
     size = Size.of(labels)
-    config = fitted(size, ranks, recipes.DEFAULT, epochs=epochs)
+    each = 2 if recipe == recipes.DEFAULT else 1
+    if images < each * ranks * accumulate:  # so few are never held out
+        with pytest.raises(ValueError, match="cannot be shared by"):
+            fitted(size, ranks, recipe, epochs=epochs, accumulate=accumulate)
+        return
+    config = fitted(size, ranks, recipe, epochs=epochs, accumulate=accumulate)
     held_out, batch, warmup, checkpoint = numbers(config)
     keys = np.array([f"{n:05d}".encode() for n in range(images)])
     train, held = held_out_split(keys, labels, held_out, 0)
     assert (len(train), len(held)) == (images - held_out, held_out)
     assert held_out == 0 or 20 <= held_out <= images / 5
-    if batch <= len(train):  # more ranks than images are refused by the plan
-        steps = Plan(shard_sizes=(len(train),), batch_size=batch, seed=0).steps_per_epoch
-        assert warmup <= epochs * steps / 10
-        assert checkpoint == min(steps, 500)
-    else:
-        assert batch <= 2 * ranks or len(train) < 8
-    if batch > 1:
-        assert config.micro_batch(ranks) >= 2
+    steps = Plan(shard_sizes=(len(train),), batch_size=batch, seed=0).steps_per_epoch
+    assert warmup <= epochs * steps / 10
+    assert checkpoint == min(steps, 500)
+    assert config.micro_batch(ranks) >= each
+
+
+@pytest.mark.parametrize(
+    ("images", "ranks", "accumulate", "recipe", "message"),
+    [
+        (2, 2, 1, recipes.DEFAULT, "2 images to train on .* 2 ranks, .* needs 2 .* at most 1$"),
+        (7, 4, 1, recipes.DEFAULT, "7 images to train on .* 4 ranks, .* needs 2 .* at most 3$"),
+        (7, 2, 2, recipes.DEFAULT, "by 2 ranks x 2 micro-batches, of which .* at most 1$"),
+        (1, 1, 1, recipes.DEFAULT, "1 image to train on .* by 1 rank, .*; add images$"),
+        (2, 4, 1, "vanilla", "by 4 ranks; start at most 2$"),
+    ],
+)
+def test_ranks_that_are_too_many_for_the_images(images, ranks, accumulate, recipe, message):
+    size = Size(images, min(images, 2), 1)
+    with pytest.raises(ValueError, match=message):
+        fitted(size, ranks, recipe, accumulate=accumulate)
+
+
+@pytest.mark.parametrize(("images", "ranks"), [(2, 2), (3, 2), (3, 3), (7, 4)])
+def test_an_image_for_each_rank_is_enough_without_fills(images, ranks):
+    size = Size(images, 2, 1)
+    config = fitted(size, ranks, "vanilla")
+    assert config.loader.batch_size == ranks
+    assert config.micro_batch(ranks) == 1
+    (line,) = (line for line in small.describe(config, size, ranks) if "batch_size" in line)
+    assert line.endswith(f"({images} images to train on)") or "(1 for each of" in line
+
+
+def test_global_donors_are_enough_for_fills():
+    config = recipes.build(recipes.DEFAULT, scale="small", data="d", run="r")
+    method = dataclasses.replace(config.method, donors="global")
+    config = small.fit(dataclasses.replace(config, method=method), Size(2, 2, 1), 2)
+    assert config.loader.batch_size == 2
+    assert config.micro_batch(2) == 1
 
 
 @given(images=st.integers(8, 5000), ranks=st.sampled_from([2, 4]))

@@ -9,7 +9,7 @@ rft, does.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -29,6 +29,7 @@ from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rft.cli import warn
 from rft.clip import unpickle, vit, weights
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import require_finite
@@ -39,6 +40,7 @@ from rft.runs import SELECTED
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
 MINIATURE = "rft-miniature"
+RESIZE = {"resize_mode": "shortest", "interpolation": "bicubic"}  # of `rft.data.encode`, always
 WEIGHTS_HINT = "name its model with --model.clip and the file with --model.pretrained"
 
 
@@ -251,10 +253,28 @@ def _through_open_clip(clip: str, tag: str | None) -> PretrainedClip:
         raise ValueError(f"cannot load {what}: {unpickle.first_line(error)}") from error
     vit.check_supported(model.visual)
     pixels = open_clip.get_model_preprocess_cfg(model)
+    warn_of_resize(f"{clip} {tag or ''}".rstrip(), pixels)
     architecture = dataclasses.replace(
         architecture, mean=tuple(map(float, pixels["mean"])), std=tuple(map(float, pixels["std"]))
     )
     return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
+
+
+def warn_of_resize(what: str, preprocess: Mapping[str, Any]) -> None:
+    """Warn of weights that were trained on images resized otherwise than rft does it.
+
+    Args:
+        what: names the weights.
+        preprocess: open_clip's `preprocess_cfg` that comes with them.
+    """
+    theirs = {name: preprocess.get(name, ours) for name, ours in RESIZE.items()}
+    if theirs != RESIZE:
+        mode, interpolation = theirs.values()
+        warn(
+            f"{what} was trained on images that were resized by open_clip's {mode!r}, "
+            f"{interpolation}; rft always brings the shorter side to size, bicubic, and crops. "
+            "Accuracies may be lower than its authors'"
+        )
 
 
 def _location(clip: str) -> str:

@@ -19,10 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rft import trained_on
 from rft.classes import Classes
 from rft.clip import unpickle
 from rft.clip.architecture import Architecture, read_document, read_header
 from rft.files import sha256_file
+from rft.trained_on import TrainedOn
 
 HUB_CONFIG = "open_clip_config.json"
 HUB_WEIGHTS = "open_clip_model.safetensors"
@@ -129,6 +131,8 @@ class Weights:
     """rft's own description of the tower, where the file has one."""
     classes: Classes | None = None
     """Classes of the head, where the file or the card of an export beside it names them."""
+    seen: frozenset[TrainedOn] | None = None
+    """What the weights were trained on, where the file or that card says."""
 
     @property
     def quick_gelu(self) -> bool | None:
@@ -162,7 +166,11 @@ def read(path: Path) -> Weights:
         if "rft" in metadata:
             own = read_header(path, metadata)
             found = dataclasses.replace(
-                found, format="rft", architecture=own.architecture, classes=own.classes
+                found,
+                format="rft",
+                architecture=own.architecture,
+                classes=own.classes,
+                seen=trained_on.of_metadata(own.metadata),
             )
         return _with_card(found, path.with_name(f"{path.name}.json"))
     if not _is_pickle(path):
@@ -213,6 +221,9 @@ def _with_card(found: Weights, path: Path) -> Weights:
         # only this format's files lack the architecture; a .pt names its model with --clip
         if path.name == CARD:
             found = dataclasses.replace(found, architecture=own)
+        if found.seen is None and trained_on.KEY in card:
+            seen = trained_on.of_document(card[trained_on.KEY])
+            found = dataclasses.replace(found, seen=seen)
         if card.get("classes") is None or not found.head or found.classes is not None:
             return found
         entries = {"names": card["classes"], "ids": card.get("class_ids", [])}

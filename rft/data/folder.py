@@ -3,9 +3,9 @@
 Two layouts are recognised. `DIR/<class>/...` has no test set: a share of each class is held out,
 chosen by a hash of seed and path, so an image stays on its side when others come or go.
 `DIR/train/<class>/...` with `DIR/test` (or `val`) has one; `rft.data.splits` decides which it is.
-Folders inside a class folder belong to the class. What a system left behind and what `--ignore`
-names is passed over and counted. Any other file that is no image is an error: it could be a photo
-that was meant to be packed.
+Folders inside a class folder belong to the class, unless they hold thumbnails. These, what a system
+left behind and what `--ignore` names are passed over and counted. Any other file that is no image
+is an error: it could be a photo that was meant to be packed.
 """
 
 import hashlib
@@ -19,7 +19,14 @@ from typing import NamedTuple
 from rft import files
 from rft.classes import composed, shown
 from rft.data.labels import LabelSpace, doubts
-from rft.data.names import passed_over, printable, regular_size, require_distinct, require_utf8
+from rft.data.names import (
+    passed_over,
+    printable,
+    regular_size,
+    require_distinct,
+    require_utf8,
+    thumbnails,
+)
 from rft.data.sources import IMAGE_SUFFIXES, Item, Source, has_image_suffix, make_keys
 from rft.data.splits import (
     find_splits,
@@ -28,6 +35,7 @@ from rft.data.splits import (
     read_shape,
     require_classes_here,
     role,
+    split_folders,
     splits_beside,
 )
 
@@ -159,9 +167,10 @@ def read_tree(
     classes = {name: _read_class(root, name, ignore, passed, foreign) for name in level.folders}
     if foreign:
         raise _not_images(foreign)
-    for name, images in classes.items():
-        if not images:
-            raise ValueError(f"class folder {root / name} holds no images")
+    for shape in shapes:
+        if not classes[shape.name]:
+            only = "" if not any(map(thumbnails, shape.folders)) else " but thumbnails"
+            raise ValueError(f"class folder {root / shape.name} holds no images{only}")
     return Tree(root=root, classes=classes, passed=passed, beside=tuple(level.files))
 
 
@@ -318,6 +327,7 @@ def _read_class(
             raise ValueError(f"{folder} leads to a folder that was read already; remove the link")
         seen.add(place)
         patterns = {entry: passed_over(entry, ignore) for entry in (*below, *names)}
+        patterns |= {entry: patterns[entry] or thumbnails(entry) for entry in below}
         passed.update(filter(None, patterns.values()))
         below[:] = sorted(entry for entry in below if not patterns[entry])
         for entry in (*below, *names):
@@ -350,20 +360,52 @@ def _not_images(foreign: Sequence[Path]) -> ValueError:
 
 
 def _doubtful_folders(tree: Tree) -> list[str]:
-    """Warn of class folders that may be something else: a split, or a group of classes."""
+    """Warn of class folders that may be something else: a split, or a group of classes.
+
+    Those that hold a split are named too.
+    """
     found = []
     for name, images in tree.classes.items():
         if role(name):
             found.append(f"the folder {shown(name)} in {tree.root} is packed as a class")
-        below = sorted({image.path.split("/")[1] for image in images if image.path.count("/") > 1})
-        if len(below) > 1 and all(image.path.count("/") > 1 for image in images):
+        place, below = _groups(name, images)
+        if len(below) > 1:
             names = ", ".join(map(shown, below[:3]))
             found.append(
                 f"class {shown(name)} in {tree.root} has no images of its own, only folders "
                 f"({names}{', ...' if below[3:] else ''}); if those are the classes, give --source "
-                f"{tree.root / name}"
+                f"{tree.root / place}"
             )
+    within = {
+        name: splits
+        for name, images in tree.classes.items()
+        if (splits := split_folders([image.path for image in images]))
+    }
+    for name, splits in [*within.items()][:1]:
+        others = f" (and in {len(within) - 1:,} more)" if within.keys() - {name} else ""
+        found.append(
+            f"{', '.join(map(shown, splits[:3]))} in {tree.root / name}{others} is called like a "
+            f"split; its images are packed as those of the class"
+        )
     return found
+
+
+def _groups(name: str, images: Sequence[Image]) -> tuple[str, list[str]]:
+    """Return the folders that hold all images of a class, and the folder above them.
+
+    Folders that hold a single folder are gone through; where images lie beside folders there are
+    none.
+    """
+    place = name
+    while True:
+        # the folders of each path below the place
+        rest = [image.path[len(place) + 1 :].split("/")[:-1] for image in images]
+        if not all(rest):
+            return place, []
+        below = sorted({folders[0] for folders in rest})
+        if len(below) > 1:
+            return place, below
+        place = f"{place}/{below[0]}"
 
 
 def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
-from rft import files
+from rft import cli, files
 from rft.data import encode, tar
 from rft.data.labels import LabelSpace, scoring_hash
 from rft.data.manifest import COLUMNS, Index, Manifest, Shard, require_named
@@ -33,7 +33,7 @@ from rft.data.samples import (
     shard_size,
     whole_url,
 )
-from rft.data.scoring import Options, Rule, make_rule, read_label
+from rft.data.scoring import Options, Rule, contradiction, make_rule, read_label
 from rft.data.workers import check_workers, for_each
 
 ALGORITHM = "index 1"  # raise it when the same shards would get another index
@@ -45,7 +45,9 @@ OTHER_SUFFIXES = frozenset({"cls", "json", "txt"})
 class Found:
     """What one shard holds: its columns of the index, and what was passed over.
 
-    `as_stored` counts the images that would look different if they were treated as photos.
+    `as_stored` counts the images that would look different if they were treated as photos, and
+    `contradicted` counts the samples whose .cls means another class than their .json; `example` is
+    the first of them.
     """
 
     bytes: int
@@ -53,6 +55,8 @@ class Found:
     rows: dict[str, list] = field(default_factory=lambda: {name: [] for name in COLUMNS})
     passed_over: Counter[str] = field(default_factory=Counter)
     as_stored: Counter[str] = field(default_factory=Counter)
+    contradicted: int = 0
+    example: str = ""
 
 
 def index_shards(
@@ -81,7 +85,7 @@ def index_shards(
     names = shard_names(urls, out)
     samples = sum(len(shard.rows["key"]) for shard in found)
     check_count(dataset, samples, labels, allowed)
-    manifest, index, plan = _describe(dataset, names, found, rule)
+    manifest, index, plan = _describe(dataset, names, found, labels, rule)
     _publish(out, manifest, index, plan)
     _say(found)
     return manifest
@@ -141,11 +145,20 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
             header, as_photo = encode.identify(data, f"{at}: the image", rule.crop_border)
             found.as_stored["turned"] += as_photo.orientation != 1
             found.as_stored["transparent"] += as_photo.composed
+            label = read_label(stream, sample, at, rule)
+            if said := contradiction(stream, sample, label, rule):
+                if rule.label_field is None:
+                    raise ValueError(
+                        f"{at}: {said} as its .cls says; name the field that is right with "
+                        f"--label-field, or pass the .json over with --ignore json"
+                    )
+                found.contradicted += 1
+                found.example = found.example or f"{at}: {said}"
             row = {
                 "offset": image.offset,
                 "length": image.size,
                 "crc32": zlib.crc32(data),
-                "label": read_label(stream, sample, at, rule),
+                "label": label,
                 "width": header.width,
                 "height": header.height,
                 "key": _encode_key(sample.key, where),
@@ -200,7 +213,7 @@ def _require_different(urls: Sequence[str], found: Sequence[Found]) -> None:
 
 
 def _describe(
-    dataset: str, names: Sequence[str], found: Sequence[Found], rule: Rule
+    dataset: str, names: Sequence[str], found: Sequence[Found], labels: LabelSpace, rule: Rule
 ) -> tuple[Manifest, bytes, dict[str, Any]]:
     """Return manifest, content of index.npz and plan of the shards that were read."""
     columns = {
@@ -218,7 +231,7 @@ def _describe(
         "label_field": rule.label_field,
         "local_labels": rule.local,
         "ignore": sorted(rule.ignore),
-        "labels": scoring_hash(rule.labels.ids, rule.labels.names, rule.labels.templates, groups),
+        "labels": scoring_hash(labels.ids, labels.names, labels.templates, groups),
         "shards": files.sha256_json([shard.sha256 for shard in found]),
     }
     if rule.labels_are is not None:  # plans from before there was a choice stay as they are
@@ -226,9 +239,9 @@ def _describe(
     index = Index(**columns).to_bytes()
     manifest = Manifest(
         dataset=dataset,
-        classes=rule.labels.names,
-        class_ids=rule.labels.ids,
-        templates=rule.labels.templates,
+        classes=labels.names,
+        class_ids=labels.ids,
+        templates=labels.templates,
         groups=groups,
         encoding=encoding,
         plan_hash=files.sha256_json(plan),
@@ -309,6 +322,13 @@ def _say(found: Sequence[Found]) -> None:
             f"warning: {count:,} images may be transparent; hidden colours become visible, as "
             f"with torchvision and open_clip",
             flush=True,
+        )
+    if count := sum(shard.contradicted for shard in found):
+        example = next(shard.example for shard in found if shard.example)
+        cli.warn(
+            f"{count:,} samples have a .cls of another class than the field of "
+            f"--label-field, which was read (first: {example}); pass the .cls over with "
+            f"--ignore cls if that is right"
         )
     keys = Counter(key for shard in found for key in shard.rows["key"])
     repeated = [key for key, count in keys.items() if count > 1]

@@ -178,7 +178,9 @@ def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, .
     folder_to_label = _read_mapping(mappings / "folder_to_objectnet_label.json", str)
     label_to_names = _read_mapping(mappings / "objectnet_to_imagenet_1k.json", str)
     class_to_line = _read_mapping(mappings / "pytorch_to_imagenet_2012_id.json", int)
-    lines = _read_text(mappings / "imagenet_to_label_2012_v2").splitlines()
+    # not splitlines(), to which U+0085 within a name is a line break too: ids are line numbers
+    text = _read_text(mappings / "imagenet_to_label_2012_v2")
+    lines = [name.strip() for name in text.split("\n")]
     if set(class_to_line) != {str(class_id) for class_id in range(num_classes)}:
         count = len(class_to_line)
         raise ValueError(f"{mappings} maps {count} classes, the label space has {num_classes}")
@@ -186,7 +188,7 @@ def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, .
     # ImageNet has two classes called "crane": a name that repeats cannot be resolved
     occurrences = Counter(lines)
     name_to_class = {
-        name.strip(): line_to_class.get(number)
+        name: line_to_class.get(number)
         for number, name in enumerate(lines)
         if occurrences[name] == 1
     }
@@ -215,7 +217,7 @@ def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, .
 def _read_text(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"no such file: {path} (part of ObjectNet's mappings folder)")
-    return path.read_text(encoding="utf-8")
+    return path.read_bytes().decode("utf-8")
 
 
 def _read_mapping(path: Path, values: type) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Names of files and folders: those a system leaves behind, those that cannot be kept, and output.
 
 NAS devices, macOS and Windows put files of their own beside a user's, some of them images
-(thumbnails, one per photo). They are recognised by name, in any case of letters.
+(thumbnails, one per photo). They are recognised by name, in any case of letters. Galleries and
+cameras put thumbnails into folders with plain names; inside a class folder these are left out too.
 """
 
 import errno
 import fnmatch
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +32,7 @@ SYSTEM_PATTERNS = (
     *("._*", ".*", "*@SynoEAStream", "*@SynoResource", "*:Zone.Identifier"),
     *("found.[0-9][0-9][0-9]", "*.lrdata"),
 )
+THUMBNAILS = re.compile(r"[\W_]*thumb(nail)?s?[\W_]*")
 _SYSTEM = {name.casefold(): name for name in SYSTEM_NAMES}
 SPECIAL = {
     stat.S_IFIFO: "a FIFO",
@@ -55,6 +58,18 @@ def passed_over(name: str, ignore: Iterable[str] = ()) -> str:
         if fnmatch.fnmatchcase(plain, composed(pattern).casefold()):
             return pattern
     return _SYSTEM.get(plain, "")
+
+
+def thumbnails(name: str) -> str:
+    """Decide whether a folder inside a class folder is left out because it holds thumbnails.
+
+    A class may be called so, which is why this is not for folders that may be classes.
+
+    Returns:
+        The name that it is counted under, empty if it is not left out.
+    """
+    plain = composed(name).casefold()
+    return plain if THUMBNAILS.fullmatch(plain) else ""
 
 
 def printable(text: str) -> str:

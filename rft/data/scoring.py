@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from rft import cli, files
-from rft.classes import composed
+from rft.classes import Classes, composed
 from rft.data.labels import LabelSpace, objectnet_groups
 from rft.data.manifest import group_faults
 from rft.data.published import SUBSETS, published_classes
@@ -23,6 +23,7 @@ from rft.data.samples import Sample, parent, read_member
 POSITION = re.compile(r"0|[1-9][0-9]{0,17}")  # as a position is written: no sign, no leading zeros
 LIKE_POSITION = re.compile(r"-?[0-9]{1,18}")  # what a reader may take for one
 LabelsAre = Literal["positions", "names"]
+LABEL_FIELDS = ("label", "class", "cls")  # of a .json, that say the same as the .cls beside it
 OBJECTNET_BORDER = 2  # pixels of red frame on each side, cropped before any resize
 
 
@@ -64,7 +65,7 @@ class Rule:
     rule (None: one group for each class that occurs).
     """
 
-    labels: LabelSpace
+    labels: Classes
     groups: tuple[tuple[int, ...], ...] | None
     local: tuple[int, ...] | None = None
     label_field: str | None = None
@@ -87,7 +88,7 @@ class Rule:
 
     @cached_property
     def class_of_id(self) -> dict[str, int]:
-        """Class ids by the classes' ids."""
+        """Class ids by the classes' ids; empty for an older set, whose manifest has none."""
         return {name: class_id for class_id, name in enumerate(self.labels.ids)}
 
     @cached_property
@@ -101,8 +102,10 @@ class Rule:
     @cached_property
     def misplaced(self) -> str:
         """A class's id or name that is a number and not the class's position; empty if none is."""
-        for class_id, texts in enumerate(zip(self.labels.ids, self.labels.names, strict=True)):
-            for text in filter(LIKE_POSITION.fullmatch, texts):
+        texts = (*enumerate(self.labels.ids), *enumerate(self.labels.names))
+        # class by class
+        for class_id, text in sorted(texts, key=lambda entry: entry[0]):
+            if LIKE_POSITION.fullmatch(text):
                 number = int(text)
                 if number not in range(len(self.positions)) or self.positions[number] != class_id:
                     return text
@@ -115,11 +118,9 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
     Raises:
         ValueError: if local class names do not map onto the label space, or nothing is scored.
     """
-    folders = list(dict.fromkeys(folder for url in urls if (folder := parent(url))))
-    if options.skip_beside:
-        folders = []
-    _require_nshards(urls, folders)
-    names, source = _local_names(folders, labels, options.local_classes)
+    places = [] if options.skip_beside else list(dict.fromkeys(map(parent, urls)))
+    _require_nshards(urls, [folder for folder in places if folder])
+    names, source = _local_names(places, labels, options.local_classes)
     border = options.crop_border or 0
     if dataset == "objectnet":
         if options.mappings is None:
@@ -137,7 +138,7 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
     for fault in () if groups is None else group_faults(groups, len(labels)):
         raise ValueError(f"{dataset} cannot be scored: {fault}")
     return Rule(
-        labels=labels,
+        labels=labels.classes,
         groups=groups,
         local=local,
         label_field=options.label_field,
@@ -239,25 +240,40 @@ def _objectnet_labels(
 
 
 def _local_names(
-    folders: Sequence[str], labels: LabelSpace, given: str | None
+    folders: Sequence[str | None], labels: LabelSpace, given: str | None
 ) -> tuple[list[str] | None, str]:
-    """Return the names that label numbers count, if they count no class ids, and their file."""
+    """Return the names that label numbers count, if they count no class ids, and their file.
+
+    Args:
+        folders: of the shards; None is that of shards without one.
+        labels: the label space.
+        given: `--local-classes`.
+    """
     if given is not None:
         return _lines(files.read_bytes(given), given), given
     beside = {}
+    without = []
     for folder in folders:
-        for place in filter(None, (folder, parent(folder))):
+        for place in filter(None, (folder, parent(folder) if folder else None)):
             path = files.join(place, "classnames.txt")
             data = _find_beside(path)
             if data is not None:
                 beside[path] = _lines(data, path)
                 break
+        else:
+            without.append(folder or "the top of the store")
     if not beside:
         return None, ""
     path, names = next(iter(beside.items()))
     if any(other != names for other in beside.values()):
         raise ValueError(f"{path} and {list(beside)[-1]} differ; name one with --local-classes")
     if len(names) != len(labels):
+        if without:
+            raise ValueError(
+                f"{path} lists the classes that labels count, and {without[0]} has no such file; "
+                f"give --local-classes {path} if all labels count its lines, or --skip-beside if "
+                f"none does"
+            )
         return names, path
     _require_same_order(path, names, labels)
     return None, ""
@@ -321,13 +337,25 @@ def _find_beside(path: str) -> bytes | None:
 
 
 def _lines(data: bytes, path: str) -> list[str]:
+    """Return the names in a file that has one a line; labels count the lines, so none is dropped.
+
+    Raises:
+        ValueError: if it is not UTF-8, a line between others is blank, or there is no name.
+    """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
+    # not splitlines(), to which a form feed or U+0085 within a name is a line break too
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    if lines == [""]:
         raise ValueError(f"{path} names no class")
+    if "" in lines:
+        number = lines.index("")
+        raise ValueError(
+            f"{path}: line {number + 1} is blank; labels count the lines, so remove it if the "
+            f"labels skip it, or write the name of class {number} there"
+        )
     return lines
 
 
@@ -425,6 +453,44 @@ def read_label(stream: IO[bytes], sample: Sample, where: str, rule: Rule) -> int
         raise ValueError(f"{where}: no label, there is no .{wanted}{hint}")
     label = parse_label(read_member(stream, sample.members[wanted]), where, rule)
     return resolve_label(label, where, rule)
+
+
+def contradiction(stream: IO[bytes], sample: Sample, class_id: int, rule: Rule) -> str:
+    """Say what the other one of `.cls` and `.json` has, if it cannot mean the class that was read.
+
+    A label may be anything that a label can be here (an id, a name, a position in either list), and
+    one that is none of these may be about something else: neither is a contradiction.
+    """
+    other = "json" if rule.label_field is None else "cls"
+    if other not in sample.members or other in rule.ignore:
+        return ""
+    try:
+        text = read_member(stream, sample.members[other]).decode("utf-8").strip()
+        document = json.loads(text) if other == "json" else {"": text}
+    except (ValueError, RecursionError):
+        return ""  # nobody reads it
+    fields = LABEL_FIELDS if other == "json" else ("",)
+    for name in fields if isinstance(document, dict) else ():
+        value = document.get(name)
+        meanings = _meanings(str(value), rule) if type(value) in (int, str) else set()
+        if meanings and class_id not in meanings:
+            field = f"{name!r}: " if name else ""
+            here, there = (f"class {n} ({rule.labels.names[n]})" for n in (class_id, min(meanings)))
+            return f"its .{other} has {field}{value!r}, {there}, and not {here}"
+    return ""
+
+
+def _meanings(text: str, rule: Rule) -> set[int]:
+    """Return the class ids that a label could mean, whatever it counts."""
+    text = composed(text).strip()
+    found = set(rule.classes_of_name.get(text, ()))
+    if text in rule.class_of_id:
+        found.add(rule.class_of_id[text])
+    if POSITION.fullmatch(text):
+        for places in (rule.positions, range(len(rule.labels))):
+            if int(text) < len(places):
+                found.add(places[int(text)])
+    return found
 
 
 def parse_label(data: bytes, where: str, rule: Rule) -> int | str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rft.classes import composed, shown
-from rft.data.names import passed_over, regular_size, require_utf8
+from rft.data.names import passed_over, regular_size, require_utf8, thumbnails
 from rft.data.sources import has_image_suffix
 
 WORDS = {
@@ -157,31 +157,119 @@ def require_classes_here(
     """Check that the folders in `source` can be classes, and not a level above or below them.
 
     Raises:
-        ValueError: for a single folder, a class that holds splits, or folders that hold the same
-            folders, with a hint.
+        ValueError: for a single folder, a class that holds splits, or folders that lead to the same
+            folders or to splits, with a hint.
     """
     if len(shapes) == 1 and composed(shapes[0].name) not in ids:
         raise ValueError(_one_class(source, shapes[0], ignore, is_split))
-    for shape in shapes:
-        roles = {role(name): name for name in shape.folders}
+    ends = [_end(source / shape.name, _without_thumbnails(shape), ignore) for shape in shapes]
+    for place, end in ends:
+        roles = {role(name): name for name in end.folders}
         other = roles.get("test") or roles.get("val")
         if "train" in roles and other:
             raise ValueError(
-                f"{source / shape.name} holds splits ({shown(roles['train'])}, {shown(other)}); "
+                f"{place} holds splits ({shown(roles['train'])}, {shown(other)}); "
                 f"give it as --source if it is a set of its own, or, if it is a class, put the "
-                f"splits above the classes ({source / roles['train'] / shape.name}, ...)"
+                f"splits above the classes ({source / roles['train'] / place.relative_to(source)}, "
+                f"...)"
             )
     if is_split or all(composed(shape.name) in ids for shape in shapes):
         return
-    for one, two in combinations([shape for shape in shapes if shape.is_split_like], 2):
-        common = sorted(set(one.folders) & set(two.folders))
+    _require_no_sets(source, shapes, ends)
+    _require_no_splits(source, shapes, ends)
+
+
+def _require_no_sets(
+    source: Path, shapes: Sequence[Shape], ends: Sequence[tuple[Path, Shape]]
+) -> None:
+    """Check that folders do not lead to the same folders, as several sets of one kind do."""
+    sets = [(place, end) for place, end in ends if end.is_split_like]
+    for (one, first), (two, second) in combinations(sets, 2):
+        common = sorted(set(first.folders) & set(second.folders))
         if len(common) > 1:
+            names = [str(place.relative_to(source)) for place in (one, two)]
+            direct = one.parent == source and two.parent == source
+            hint = "rename them to train and test if they are splits, give one of them as --source"
+            if not direct:
+                hint = f"give --source {one}, or move the images of both into one folder,"
             raise ValueError(
-                f"{shown(one.name)} and {shown(two.name)} in {source} hold folders of the same "
-                f"names ({', '.join(map(shown, common[:3]))}) and no images of their own: rename "
-                f"them to train and test if they are splits, give one of them as --source if "
-                f"those folders are the classes, or name them in --classes if they are classes"
+                f"{shown(names[0])} and {shown(names[1])} in {source} hold folders of the same "
+                f"names ({', '.join(map(shown, common[:3]))}) and no images of their own: {hint} "
+                f"if those folders are the classes, or name "
+                f"{'them' if direct else ', '.join(shown(shape.name) for shape in shapes[:3])} in "
+                f"--classes if they are classes"
             )
+    # of years/2023/photos/cat that is photos
+    chains = {place.relative_to(source).parts[1:] for place, _ in ends}
+    if len(chains) == 1 and chains != {()} and len(sets) == len(ends):
+        place, chain = sets[0][0], "/".join(next(iter(chains)))
+        raise ValueError(
+            f"every folder in {source} holds nothing but {shown(chain)} with further "
+            f"folders: if those are the classes, give --source {place}, or move them all into one "
+            f"folder; if {shown(shapes[0].name)}, ... are classes, name them in --classes"
+        )
+
+
+def _require_no_splits(
+    source: Path, shapes: Sequence[Shape], ends: Sequence[tuple[Path, Shape]]
+) -> None:
+    """Check that not all images of all folders lie in splits, nor those of one in a split of a set.
+
+    A class beside others that has a split of its own is warned of (`split_folders`).
+    """
+    splits = [_split_on_the_way(source, place, end) for place, end in ends]
+    for shape, split, (place, end) in zip(shapes, splits, ends, strict=True):
+        if split is None:
+            continue
+        is_set = end.is_split_like and place.is_relative_to(split)
+        if is_set or all(splits):
+            what = "every folder in" if all(splits) else f"{shown(shape.name)} in"
+            raise ValueError(
+                f"{what} {source} holds its images only in a folder that is called like a split "
+                f"({split.relative_to(source)}): if the folders in it are the classes, give "
+                f"--source {split}; if {shown(shape.name)} is a class, move its images up or name "
+                f"it in --classes"
+            )
+
+
+def _split_on_the_way(source: Path, place: Path, end: Shape) -> Path | None:
+    """Return a folder called like a split that holds all images of a class, or is one of several.
+
+    Args:
+        source: the folder with the class folders.
+        place: where the single folders in a class folder end.
+        end: the folder there.
+    """
+    top, *below = place.relative_to(source).parts
+    for number, name in enumerate(below, start=1):
+        if role(name):
+            return source.joinpath(top, *below[:number])
+    if end.is_split_like and all(map(role, end.folders)):
+        return place / end.folders[0]
+    return None
+
+
+def split_folders(paths: Sequence[str]) -> list[str]:
+    """Name the folders called like splits that lie in class folders, by the paths of the images."""
+    between = {name for path in paths for name in path.split("/")[1:-1]}
+    return sorted(filter(role, between))
+
+
+def _end(
+    place: Path, shape: Shape, ignore: Sequence[str], *, in_class: bool = True
+) -> tuple[Path, Shape]:
+    """Go down through folders that hold one folder and no images; return where that ends."""
+    for _ in range(DEEPEST):
+        if shape.images or len(shape.folders) != 1:
+            break
+        place = place / shape.folders[0]
+        shape = read_shape(place, ignore)
+        shape = _without_thumbnails(shape) if in_class else shape
+    return place, shape
+
+
+def _without_thumbnails(shape: Shape) -> Shape:
+    return shape._replace(folders=tuple(name for name in shape.folders if not thumbnails(name)))
 
 
 def not_read(
@@ -242,12 +330,7 @@ def _require_no_hints(source: Path, shapes: Sequence[Shape], ids: Collection[str
 
 
 def _one_class(source: Path, shape: Shape, ignore: Sequence[str], is_split: bool) -> str:
-    found, place = shape, source / shape.name
-    for _ in range(DEEPEST):
-        if found.images or len(found.folders) != 1:
-            break
-        place = place / found.folders[0]
-        found = read_shape(place, ignore)
+    place, found = _end(source / shape.name, shape, ignore, in_class=False)
     message = f"{source} holds a single folder, {shown(shape.name)}"
     if found.images or len(found.folders) < 2:
         hint = f"; if it has no classes, --ignore {shown(source.name)}" if is_split else ""

@@ -18,9 +18,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from rft import files
+from rft.classes import Classes, composed
 from rft.data import encode, tar
 from rft.data.index import ALGORITHM, IMAGE_SUFFIXES, OTHER_SUFFIXES
-from rft.data.labels import MARK, LabelSpace, scoring_hash
+from rft.data.labels import scoring_hash
 from rft.data.manifest import Index, Manifest, group_faults
 from rft.data.samples import SIZE_THREADS, open_whole, shard_size, split_name
 from rft.data.scoring import POSITION, Rule, parse_label, resolve_label
@@ -297,11 +298,34 @@ def _read_plan(url: str, manifest: Manifest, report: Report) -> dict[str, Any]:
     if manifest.class_ids and plan.get("labels", scoring) != scoring:
         what = "its classes, prompts or groups are not those of plan.json: the manifest was edited"
         report.problems.append(Problem(what=what))
+    # a reader would treat or crop the images in another way than the packer meant
+    if plan.get("encoding", manifest.encoding) != manifest.encoding:
+        what = (
+            f"its encoding is not that of plan.json ({_difference(manifest.encoding, plan)}): the "
+            f"manifest was edited"
+        )
+        report.problems.append(Problem(what=what))
+    if plan.get("dataset", manifest.dataset) != manifest.dataset:
+        what = (
+            f"its dataset is {manifest.dataset!r}, that of plan.json is {plan['dataset']!r}: the "
+            f"manifest was edited"
+        )
+        report.problems.append(Problem(what=what))
     local = plan.get("local_labels")
     for fault in () if local is None else group_faults([local], len(manifest.classes)):
         report.problems.append(Problem(what=f"local_labels of plan.json: {fault}"))
         return {}
     return plan
+
+
+def _difference(encoding: dict[str, Any], plan: dict[str, Any]) -> str:
+    """Name the first key of an encoding that differs from the plan's, with both values."""
+    planned = plan["encoding"] if isinstance(plan["encoding"], dict) else {}
+    for key in sorted(encoding.keys() | planned.keys()):
+        here, there = (space.get(key, "absent") for space in (encoding, planned))
+        if here != there:
+            return f"{key} is {here!r}, not {there!r}"
+    return "which is no object"
 
 
 def _check_quarantine(url: str, manifest: Manifest) -> Iterator[Problem]:
@@ -325,9 +349,10 @@ def _read_index(url: str, manifest: Manifest, report: Report) -> Index | None:
 
 def _rule(manifest: Manifest, plan: dict[str, Any]) -> Rule:
     """Return how the labels of a set's shards are read."""
-    # ids that are not known are such that no label can be equal to them: labels are stripped
-    ids = manifest.class_ids or tuple(f"{n}\n" for n in range(len(manifest.classes)))
-    labels = LabelSpace(ids=ids, names=manifest.classes, templates=(MARK,))
+    # no LabelSpace, which refuses what older versions packed: a single class, names without words
+    labels = Classes(
+        ids=tuple(map(composed, manifest.class_ids)), names=tuple(map(composed, manifest.classes))
+    )
     local = plan.get("local_labels")
     indexed = plan.get("algorithm") == ALGORITHM
     return Rule(

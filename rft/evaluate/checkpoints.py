@@ -17,6 +17,7 @@ from rft.data.manifest import Manifest
 from rft.data.sources import LAYOUTS
 from rft.dist import World
 from rft.runs import checkpoint_path, unfinished
+from rft.trained_on import of_model
 
 
 @dataclass(frozen=True)
@@ -70,29 +71,24 @@ def load_checkpoints(paths: Sequence[Path], world: World) -> tuple[list[Loaded],
 
 
 def warn_of_other_split(paths: Sequence[Path], data: str) -> None:
-    """Warn of runs whose training set is not the one beside the test sets of their evaluation.
+    """Warn of models whose training set is not the one beside the test sets of their evaluation.
 
     Own photos are split anew when they are packed with a different seed or share: a test image may
-    then be one that the run was trained on. ImageNet's sets have no images in common.
+    then be one that the model was trained on. ImageNet's sets have no images in common.
     """
     for path in paths:
-        config, training = path / "config.json", path / "training.json"
-        if not (config.is_file() and training.is_file()):
-            continue
-        known = [files.read_json(str(file)) for file in (config, training)]
-        if not all(isinstance(document, dict) for document in known):
-            raise ValueError(f"{path} is damaged: config.json or training.json is no JSON object")
-        train_set, trained_on = known[0].get("train_set"), known[1].get("manifest_sha256")
-        if not trained_on or not isinstance(train_set, str) or train_set in LAYOUTS:
-            continue
-        url = files.join(data, train_set)
-        if files.exists(files.join(url, "manifest.json")):
+        metadata = map_state(checkpoint_path(path)).metadata
+        for name, trained_on in sorted(of_model(path, metadata)):
+            url = files.join(data, name)
+            if name in LAYOUTS or not files.exists(files.join(url, "manifest.json")):
+                continue
             found = Manifest.load(url).sha256
             if found != trained_on:
                 cli.warn(
-                    f"{path} was trained on another {train_set} (manifest {trained_on[:12]}) than "
+                    f"{path} was trained on another {name} (manifest {trained_on[:12]}) than "
                     f"{url} ({found[:12]}): it may have seen images of these test sets"
                 )
+                break
 
 
 def require_classes(paths: Sequence[Path], packed: Mapping[str, PackedDataset]) -> None:

@@ -21,6 +21,7 @@ from rft.merge.folders import (
     check_alike,
     read_ingredient,
     read_soup,
+    seen_by_any,
     shared_seed,
 )
 from rft.method import averaging
@@ -144,7 +145,8 @@ def wise(arguments: Wise) -> None:
         if out not in done:
             state = averaging.interpolate(first, second, config["alpha"])
             classes = best_known([start, end]).classes
-            write_made(out, state, start.architecture, config, end.metadata, classes)
+            metadata = {**end.metadata, **seen_by_any([start, end])}
+            write_made(out, state, start.architecture, config, metadata, classes)
         report(out, out in done)
     print(next_step(jobs, end))
 
@@ -274,7 +276,8 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
 
 def soup_metadata(models: Sequence[Ingredient]) -> dict[str, str]:
     """Return the metadata of a soup's weights: as many steps as the longest run took."""
-    return {"step": str(max(int(model.metadata.get("step", 0)) for model in models))}
+    steps = max(int(model.metadata.get("step", 0)) for model in models)
+    return {"step": str(steps), **seen_by_any(models)}
 
 
 def report(out: Path, done: bool) -> None:

@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from rft import cli, files
+from rft import cli, files, trained_on
 from rft.classes import Classes, compare, compare_prompts
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import load_state, map_state
 from rft.clip.made import SHOWN, read_config
+from rft.data.sources import LAYOUTS
 from rft.method.averaging import require_alike
 from rft.runs import SELECTED, require_own_weights, unfinished
+from rft.trained_on import TrainedOn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,11 @@ class Ingredient:
     def steps(self) -> int:
         """Optimizer steps that the weights are away from where their run started."""
         return int(self.metadata.get("step", 0))
+
+    @property
+    def seen(self) -> frozenset[TrainedOn]:
+        """What it is known to have been trained on."""
+        return trained_on.of_model(self.path, self.metadata)
 
     def record(self) -> dict[str, Any]:
         """Return what a merged model's config.json keeps of it."""
@@ -137,8 +144,17 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
             require_alike(state, other.shapes())
         except ValueError as error:
             raise ValueError(f"{both}: {error}") from error
+    # of ImageNet's sets, none holds images of another, however it was packed
+    own = {str(one.path): [s for s in one.seen if s.name not in LAYOUTS] for one in ingredients}
+    if warning := trained_on.different_splits(own):
+        warnings.append(warning)
     for warning in warnings:
         cli.warn(warning)
+
+
+def seen_by_any(ingredients: Sequence[Ingredient]) -> dict[str, str]:
+    """Return what the weights of a merge say of the sets that they have seen."""
+    return trained_on.entries(set().union(*(one.seen for one in ingredients)))
 
 
 def check_classes(ingredients: Sequence[Ingredient]) -> list[str]:

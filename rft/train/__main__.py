@@ -16,10 +16,10 @@ from typing import Annotated
 import torch
 import tyro
 
-from rft import cli, dist, files, recipes, rng, small
+from rft import cli, dist, files, recipes, rng, small, trained_on
 from rft.classes import Classes, check_head, compare_prompts
 from rft.cli import warn
-from rft.clip.classifier import Classifier, build_classifier, load_state
+from rft.clip.classifier import Classifier, build_classifier, load_state, map_state
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import Config, load_config, resolve_precision
@@ -40,6 +40,7 @@ from rft.train.objective import Objective
 from rft.train.optim import schedule_warning
 from rft.train.run import Finished, RunFolder, check_identity, finished
 from rft.train.stop import STOPPED, StopRequest
+from rft.trained_on import TrainedOn
 
 SMALL = "miniature"
 SMALL_POOL = 64  # a donor pool below this is worth a word
@@ -205,7 +206,16 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
             **inputs_fingerprint(config),
             "pretrained_sha256": tower_sha256(teacher),
         },
+        start_seen=start_seen(config),
     )
+
+
+def start_seen(config: Config) -> frozenset[TrainedOn]:
+    """Return what the weights of --model.start were trained on."""
+    if not config.model.start:
+        return frozenset()
+    path = Path(config.model.start)
+    return trained_on.of_model(path, map_state(checkpoint_path(path)).metadata)
 
 
 def starting_student(config: Config, pretrained: Classifier, classes: Classes) -> Classifier:

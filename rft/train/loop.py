@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from rft import dist
+from rft import dist, trained_on
 from rft.classes import Classes
 from rft.clip.classifier import Classifier, load_state, save_classifier, save_state
 from rft.config import Config, Precision
@@ -30,6 +30,7 @@ from rft.train.pictures import Counterfactuals
 from rft.train.profile import profiling
 from rft.train.run import RunFolder, vanished
 from rft.train.stop import StopRequest
+from rft.trained_on import TrainedOn
 
 COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
 READING = ("wait", "ready", *Reading._fields)
@@ -46,6 +47,8 @@ class Job:
     batches: TrainingBatches
     held_out: np.ndarray
     fingerprint: dict[str, Any]
+    start_seen: frozenset[TrainedOn] = frozenset()
+    """What the weights that the student starts with were trained on."""
 
     def __post_init__(self) -> None:
         # anything else would be computed, and recorded, as if it were fp32
@@ -376,7 +379,14 @@ def restore_selected(job: Job, store: checkpoint.Store, progress: Progress) -> N
 
 def metadata(job: Job, progress: Progress) -> dict[str, str]:
     """Return what a weights file says of where it comes from."""
-    return {"recipe": job.config.recipe, "step": str(progress.step)}
+    seen = set(job.start_seen)
+    if progress.step > 0:
+        seen.add(TrainedOn(job.config.train_set, job.fingerprint["manifest_sha256"]))
+    return {
+        "recipe": job.config.recipe,
+        "step": str(progress.step),
+        **trained_on.entries(seen),
+    }
 
 
 class Meter:

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tarfile
 import unicodedata
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -361,6 +362,73 @@ def test_verify_reads_labels_as_the_index_did(tmp_path: Path) -> None:
     replace(manifest, index_sha256=files.sha256_bytes(content)).save(out)
     (problem,) = verify(out, deep=True, workers=1).problems
     assert problem.what == "its .json says '10', the index has class 10"
+
+
+FRUIT = LabelSpace(ids=("n1", "n2", "n3"), names=("apple", "pear", "plum"), templates=("a {c}.",))
+# .cls, .json, whether they contradict each other
+BOTH: dict[str, tuple[str, str, bool]] = {
+    "another position": ("0", '{"label": 2}', True),
+    "another id": ("0", '{"label": "n3"}', True),
+    "another name": ("0", '{"class": "plum"}', True),
+    "a position as text": ("0", '{"cls": "2"}', True),
+    "a name against a position": ("apple", '{"label": 2}', True),
+    "in a second field": ("0", '{"label": 0, "class": "plum"}', True),
+    "the same position": ("2", '{"label": 2, "width": 0}', False),
+    "the same id": ("2", '{"label": "n3", "class": "plum"}', False),
+    "no class": ("0", '{"label": "fruit"}', False),
+    "no position": ("0", '{"label": 7}', False),
+    "a fraction": ("0", '{"label": 2.0}', False),
+    "true": ("0", '{"label": true}', False),
+    "another field": ("0", '{"width": 2}', False),
+    "no object": ("0", "[2]", False),
+    "no JSON": ("0", "{", False),
+}
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_cls_and_a_json_that_contradict_each_other(tmp_path: Path, kind: str, capsys) -> None:
+    cls, document, differ = BOTH[kind]
+    members = [*plain("k0", 1), *plain("k1", cls, seed=1), ("k1.json", document.encode())]
+    url, out = write_tar(tmp_path / "0.tar", members), str(tmp_path / "out")
+    if differ:
+        message = (
+            r"0\.tar, key 'k1': its \.json has '.*class 2 \(plum\), and not class 0 .*--ignore json"
+        )
+        with pytest.raises(ValueError, match=message):
+            index_shards([url], out, FRUIT, Options())
+        assert not (tmp_path / "out").exists()
+    options = Options(ignore=("json",) if differ else ())
+    index_shards([url], out, FRUIT, options)
+    assert PackedDataset(out).index.label.tolist() == [1, 2 if cls == "2" else 0]
+    assert verify(out, deep=True, workers=1).problems == []
+    assert "WARNING" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cls", ["0", "n1", "apple"])
+def test_a_field_that_was_named_wins_over_a_cls_and_is_warned_of(
+    tmp_path: Path, capsys, cls: str
+) -> None:
+    members = []
+    for n, label in enumerate((2, 2, 0)):
+        members += [*plain(f"k{n}", cls, seed=n), (f"k{n}.json", b'{"y": %d}' % label)]
+    url, out = write_tar(tmp_path / "0.tar", members), str(tmp_path / "out")
+    index_shards([url], out, FRUIT, Options(label_field="y"))
+    assert PackedDataset(out).index.label.tolist() == [2, 2, 0]
+    warning = capsys.readouterr().err
+    assert "WARNING: 2 samples have a .cls of another class" in warning
+    assert f"0.tar, key 'k0': its .cls has '{cls}', class 0 (apple), and not class 2" in warning
+    index_shards([url], str(tmp_path / "2"), FRUIT, Options(label_field="y", ignore=("cls",)))
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_labels_that_count_two_lists_do_not_contradict_each_other(tmp_path: Path) -> None:
+    """A .cls may count lines of classnames.txt and the .json the label space."""
+    members = [*plain("k0", 0), ("k0.json", b'{"label": 2}')]
+    members += [*plain("k1", 0, seed=1), ("k1.json", b'{"label": 0}')]
+    url = write_tar(tmp_path / "0.tar", members)
+    (tmp_path / "classnames.txt").write_text("plum\npear\n")
+    index_shards([url], str(tmp_path / "out"), FRUIT, Options())
+    assert PackedDataset(str(tmp_path / "out")).index.label.tolist() == [2, 2]
 
 
 def test_folders_capitals_and_members_without_a_key(tmp_path: Path, capsys) -> None:
@@ -755,6 +823,78 @@ def test_names_in_another_order_are_not_taken_for_class_ids(tmp_path: Path) -> N
 
 def words(*names: str) -> LabelSpace:
     return LabelSpace(ids=names, names=names, templates=("a {c}.",))
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a"), ("a", None), ("a/test", "b/test")])
+def test_a_list_beside_some_shards_says_nothing_of_others(
+    tmp_path: Path, order: tuple[str | None, ...]
+) -> None:
+    """A folder without classnames.txt may count other classes, so an option has to decide."""
+    labels = words("apple", "bread", "cake", "dates")
+    top = f"memory://wds-{uuid.uuid4().hex}"
+    urls = []
+    for number, folder in enumerate(order):
+        url = f"{top}/{folder}/0.tar" if folder else f"{top}.tar"
+        path = write_tar(tmp_path / f"{number}.tar", plain(f"k{number}", 0, seed=number))
+        files.write_bytes(url, Path(path).read_bytes())
+        urls.append(url)
+    names = f"{top}/a/classnames.txt"
+    files.write_bytes(names, b"cake\nbread\n")
+    other = re.escape(next((f"{top}/{f}" for f in order if f and f[0] == "b"), "the top of"))
+    options = f"--local-classes {re.escape(names)} .* or --skip-beside"
+    try:
+        with pytest.raises(ValueError, match=f"{re.escape(names)} .*, and {other}.* {options}"):
+            index_shards(urls, str(tmp_path / "out"), labels, Options())
+        assert not (tmp_path / "out").exists()
+        for given, expected in ((Options(local_classes=names), 2), (Options(skip_beside=True), 0)):
+            out = str(tmp_path / f"out{expected}")
+            index_shards(urls, out, labels, given)
+            assert PackedDataset(out).index.label.tolist() == [expected] * 2
+        # the label space's own list changes no meaning
+        files.write_bytes(names, "\n".join(labels.names).encode())
+        index_shards(urls, str(tmp_path / "out"), labels, Options())
+        assert PackedDataset(str(tmp_path / "out")).index.label.tolist() == [0, 0]
+    finally:
+        fs = fsspec.filesystem("memory")
+        for place in (top, f"{top}.tar"):
+            if fs.exists(place):
+                fs.rm(place, recursive=True)
+
+
+ANIMALS = words("cat", "dog", "bird", "horse", "cow")
+# the file's bytes, and the class of label 2 or the error
+LISTS: dict[str, tuple[str, str]] = {
+    "blank line": ("cat\n\ndog\nbird\ncow\n", "line 2 is blank; .* the name of class 1 there"),
+    "blank first line": ("\ncat\ndog\nbird", "line 1 is blank"),
+    "spaces": ("cat\ndog\n \t\nbird\n", "line 3 is blank"),
+    "CRLF and a blank line": ("cat\r\n\r\ndog\r\nbird\r\n", "line 2 is blank"),
+    "two at the end": ("cat\ndog\ncow\n\n \n", "cow"),
+    "CRLF": ("cat\r\ndog\r\ncow\r\n", "cow"),
+    "no line break at the end": ("cat\ndog\ncow", "cow"),
+    **{
+        f"{sign!a} in a name": (f"cat\ndog{sign}bird\ncow\n", r"'dog.*bird' is no class")
+        for sign in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\r"
+    },
+    "a form feed beside a name": ("cat\x0c\ndog\ncow\n", "cow"),
+}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", LISTS)
+def test_labels_count_the_lines_of_a_list(tmp_path: Path, kind: str, given: bool) -> None:
+    """No line is dropped and none is made two: the classes after it would be others."""
+    text, expected = LISTS[kind]
+    url = write_tar(tmp_path / "wds" / "0.tar", plain("k", 2))
+    path = tmp_path / ("names.txt" if given else "wds/classnames.txt")
+    path.write_bytes(text.encode())
+    options = Options(local_classes=str(path) if given else None)
+    out = str(tmp_path / "out")
+    if expected not in ANIMALS.names:
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*{expected}"):
+            index_shards([url], out, ANIMALS, options)
+        return
+    index_shards([url], out, ANIMALS, options)
+    assert PackedDataset(out).index.label.tolist() == [ANIMALS.names.index(expected)]
 
 
 SWAPPED = [

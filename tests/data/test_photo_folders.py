@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import unicodedata
 from pathlib import Path
@@ -237,6 +238,116 @@ def test_folders_in_class_folders_belong_to_them(tmp_path: Path) -> None:
     assert len(photos.sources[0].items) == 12
 
 
+# folders with images, the message, and what --source it names
+TOO_HIGH = {
+    "years": (
+        [f"{year}/photos/{name}" for year in (2023, 2024) for name in ("cat", "dog")],
+        "'2023/photos' and '2024/photos' .* hold folders of the same names .'cat', 'dog'",
+        "2023/photos",
+    ),
+    "years, deeper": (
+        [f"{year}/a/b/{name}" for year in (2023, 2024) for name in ("cat", "dog", "cow")],
+        "hold folders of the same names .'cat', 'cow', 'dog'",
+        "2023/a/b",
+    ),
+    "a chain each": (
+        ["2023/photos/cat", "2023/photos/dog", "2024/pics/cat", "2024/pics/dog"],
+        "'2023/photos' and '2024/pics' .* hold folders of the same names",
+        "2023/photos",
+    ),
+    "other folders in each": (
+        ["x/photos/cat", "x/photos/dog", "y/photos/rose", "y/photos/fern"],
+        "every folder in .* holds nothing but 'photos' with further folders",
+        "x/photos",
+    ),
+    "a training split in each": (
+        [f"set{n}/train/{name}" for n in (1, 2) for name in "ab"],
+        "'set1/train' and 'set2/train' .* hold folders of the same names",
+        "set1/train",
+    ),
+    "of a single class": (
+        ["a/train/x", "b/train/x"],
+        "every folder in .* called like a split .a/train",
+        "a/train",
+    ),
+    "splits of the classes": (["a/train", "b/train"], "called like a split .a/train", "a/train"),
+    "a split each": (["a/train", "b/Testing"], "called like a split .a/train", "a/train"),
+    "two splits": (["a/test", "a/val", "b/test"], "called like a split .a/test", "a/test"),
+    "a split below a folder": (["a/x/train", "b/x/train"], "split .a/x/train", "a/x/train"),
+    "a split of one set": (
+        ["data/train/a", "data/train/b", "readme/x", "readme/y"],
+        "'data' in .* called like a split .data/train",
+        "data/train",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOO_HIGH)
+def test_a_level_too_high_below_several_folders(tmp_path: Path, case: str) -> None:
+    """What lies in between are no classes, whatever it is called; the next source is named."""
+    folders, message, better = TOO_HIGH[case]
+    classes(tmp_path, *folders)
+    fill(tmp_path, "@eaDir/1.jpg", f"{folders[0]}/.DS_Store")
+    with pytest.raises(ValueError, match=f"{message}.*give --source {tmp_path}/{better}[,; ]"):
+        read(tmp_path)
+    # whoever names them as classes is believed
+    named = sorted({folder.split("/")[0] for folder in folders})
+    assert read(tmp_path, space(*named)).labels.ids == tuple(named)
+    if len([folder for folder in folders if folder.startswith(f"{better}/")]) > 1:
+        read(tmp_path / better)
+
+
+def test_splits_deep_in_a_class_are_refused(tmp_path: Path) -> None:
+    classes(tmp_path, "a/x/train", "a/x/test", "b")
+    with pytest.raises(ValueError, match=r"a/x holds splits .'train', 'test'.*train/a/x"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folders", "named"),
+    [
+        (["cat/train", "dog"], "'train' in {}/cat is called"),
+        (["cat", "cat/test", "dog"], "'test' in {}/cat is called"),
+        (["cat", "cat/test", "dog", "dog/val"], "'test' in {}/cat .and in 1 more. is called"),
+        (["cat/x/dev", "cat/y", "dog"], "'dev' in {}/cat is called"),
+        (["cat/val", "cat/test", "dog"], "'test', 'val' in {}/cat is called"),
+    ],
+)
+def test_a_split_in_one_class_is_warned_of(tmp_path: Path, folders: list[str], named: str) -> None:
+    classes(tmp_path, *folders)
+    warnings = [line for line in read(tmp_path).warnings if "like a split" in line]
+    assert len(warnings) == 1
+    assert re.match(named.format(tmp_path), warnings[0])
+    assert read(tmp_path, space("cat", "dog")).warnings == []
+
+
+def test_groups_of_classes_below_a_folder_are_warned_of(tmp_path: Path) -> None:
+    classes(tmp_path, "animals/photos/cat", "animals/photos/dog", "rose")
+    (warning,) = read(tmp_path).warnings
+    assert warning.startswith("class 'animals'")
+    assert warning.endswith(
+        f"only folders ('cat', 'dog'); if those are the classes, give --source "
+        f"{tmp_path}/animals/photos"
+    )
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["cat/images", "dog/images"],  # as tiny-imagenet has it
+        ["cat/2023/images", "dog/2023/images"],
+        ["cat/images/a", "dog/images/b"],
+        ["cat", "cat/old", "dog/old"],
+        ["cat/trained", "dog/contest"],
+    ],
+)
+def test_ordinary_folders_in_classes_are_not_refused(tmp_path: Path, folders: list[str]) -> None:
+    photos = read(classes(tmp_path, *folders), share=0)
+    assert photos.labels.ids == ("cat", "dog")
+    assert len(photos.sources[0].items) == 4 * len(folders)
+    assert photos.warnings == []
+
+
 # --- system files and --ignore ------------------------------------------------------------------
 
 
@@ -271,6 +382,58 @@ def test_system_folders_are_passed_over_at_any_depth(tmp_path: Path, place: str,
     assert (after.sources, after.labels) == (before.sources, before.labels)
     (note,) = after.notes
     assert note.casefold() == f"passed over by name: 1 {name.casefold()}"
+
+
+THUMBS = ["thumbs", "thumb", "Thumbnails", "thumbnail", "_thumb", "_thumbs", ".thumbs", "THUMBS_"]
+
+
+@pytest.mark.parametrize("place", ["cat/", "cat/old/", "train/cat/", "test/cat/"])
+@pytest.mark.parametrize("name", THUMBS)
+def test_thumbnails_in_class_folders_are_passed_over(tmp_path: Path, place: str, name: str) -> None:
+    """They would be a second copy of each photo, perhaps on the other side of the split."""
+    if place.startswith("t"):
+        classes(tmp_path / "train", "cat", "dog")
+        classes(tmp_path / "test", "cat", "dog")
+    else:
+        classes(classes(tmp_path, "cat", "dog"), "cat", below="old/")
+    before = read(tmp_path)
+    fill(tmp_path, *(f"{place}{name}/{n}.jpg" for n in range(4)), f"{place}{name}/size.txt")
+    after = read(tmp_path)
+    assert (after.sources, after.labels) == (before.sources, before.labels)
+    counted = ".*" if name.startswith(".") else name.casefold()
+    assert after.notes == [f"passed over by name: 1 {counted}"]
+
+
+@pytest.mark.parametrize("name", ["thumbs", "Thumbnails", "_thumb"])
+def test_a_class_may_be_called_thumbs(tmp_path: Path, name: str) -> None:
+    photos = read(classes(tmp_path, "fingers", name))
+    assert set(photos.labels.ids) == {"fingers", name}
+    assert photos.notes == []
+    for split in ("train", "test"):
+        classes(tmp_path / "set" / split, "fingers", name)
+    assert set(read(tmp_path / "set").labels.ids) == {"fingers", name}
+
+
+@pytest.mark.parametrize("name", ["thumbs up", "thumbtack", "greenthumb", "tom thumb"])
+def test_other_folders_belong_to_their_class(tmp_path: Path, name: str) -> None:
+    classes(tmp_path, "cat", "dog")
+    fill(tmp_path, f"cat/{name}/9.jpg")
+    photos = read(tmp_path, share=0)
+    assert len(photos.sources[0].items) == 9
+
+
+def test_a_class_of_thumbnails_alone_is_refused(tmp_path: Path) -> None:
+    classes(classes(tmp_path, "cat", "dog"), "cow", below="thumbs/")
+    with pytest.raises(ValueError, match="cow holds no images but thumbnails"):
+        read(tmp_path)
+
+
+def test_thumbnails_make_no_groups_of_classes(tmp_path: Path) -> None:
+    """Each class holds folders of the same names here, of which one counts."""
+    classes(tmp_path, "cat", "dog", below="large/")
+    before = read(tmp_path)
+    classes(tmp_path, "cat", "dog", below="thumbs/")
+    assert read(tmp_path).sources == before.sources
 
 
 @pytest.mark.parametrize("name", ["thumbs.db", "EHTHUMBS.DB", "Desktop.ini", "Icon\r", "._1.jpg"])

@@ -146,6 +146,16 @@ def test_objectnet_mapping_errors(
         objectnet_groups(tmp_path / "mappings", 3)
 
 
+@pytest.mark.parametrize("sign", ["\x0c", "\x1c", "\x85", "\u2028", "\r"])
+def test_objectnet_ids_count_line_feeds_alone(tmp_path: Path, sign: str) -> None:
+    names = ["one", "two", f"th{sign}ree"]  # the file has the last one first
+    write_mappings(tmp_path / "mappings", {"clock": "two"}, names)
+    before = objectnet_groups(tmp_path / "mappings", 3)
+    path = tmp_path / "mappings" / "imagenet_to_label_2012_v2"
+    path.write_bytes(b"three\r\ntwo\r\none\r\n")
+    assert objectnet_groups(tmp_path / "mappings", 3) == before == {"clock": (1,)}
+
+
 def test_objectnet_mapping_file_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="folder_to_objectnet_label"):
         objectnet_groups(tmp_path, 3)

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -122,6 +123,39 @@ def test_a_whole_set_has_no_problems(healthy: Path, kind: str, deep: bool) -> No
     manifest = Manifest.load(str(healthy / kind / "imagenet-val"))
     assert document["manifest_sha256"] == manifest.sha256
     assert document["counts"]["bytes"] == sum(shard.bytes for shard in manifest.shards)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("kind", ["original", "jpeg", "pixels", "indexed", "no words", "one class"])
+def test_a_set_from_before_manifests_had_ids(
+    healthy: Path, tmp_path: Path, kind: str, deep: bool
+) -> None:
+    """Nor were there the rules of today for names, of which it may break some."""
+    folder = healthy / (kind if kind in ("jpeg", "pixels") else "original") / "imagenet-val"
+    if kind == "indexed":
+        local = tmp_path / "local.txt"
+        local.write_text("one\ntwo\n")
+        options = Reading(workers=1, local_classes=str(local), dataset="own")
+        patterns = [str(folder / shard.name) for shard in Manifest.load(str(folder)).shards]
+        index_shards(patterns, str(tmp_path / "set"), LABELS, options)
+    else:
+        shutil.copytree(folder, tmp_path / "set")
+    path = tmp_path / "set" / "manifest.json"
+    document = json.loads(path.read_text())
+    del document["class_ids"]
+    if kind == "no words":
+        document["classes"] = ["_", "two\x07"]
+    path.write_text(json.dumps(document))
+    if kind == "one class":
+        rewrite(tmp_path / "set", lambda index: replace(index, label=np.zeros_like(index.label)))
+        manifest = Manifest.load(str(tmp_path / "set"))
+        replace(manifest, classes=("one",), groups=((0,),)).save(str(tmp_path / "set"))
+    found = lines(tmp_path / "set", deep=deep)
+    if kind == "one class" and deep:  # the labels in the shards are still those of two
+        assert len(found) == 5
+        assert all("label 1 is none of the 1 classes" in line for line in found)
+    else:
+        assert found == []
 
 
 def test_a_remote_set(healthy: Path) -> None:
@@ -281,6 +315,39 @@ def test_an_edited_label_space_or_scoring_rule(packed: Path, edit) -> None:
     assert "classes, prompts or groups are not those of plan.json" in lines(packed, deep=False)[0]
 
 
+PHOTOS = {"orientation": "exif", "alpha": "white"}
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({"photos": PHOTOS}, {"photos": None}, "photos is 'absent', not {'orientation'"),
+        ({}, {"photos": PHOTOS}, "(photos is {'alpha': 'white', 'orientation': 'exif'}, not"),
+        ({}, {"crop_border": 2}, "encoding is not that of plan.json (crop_border is 2, not 0)"),
+        ({}, {"dataset": "imagenet-r"}, "its dataset is 'imagenet-r', that of plan.json is 'imag"),
+    ],
+)
+def test_an_edited_encoding(
+    packed: Path, before: dict[str, Any], after: dict[str, Any], message: str, deep: bool
+) -> None:
+    """The payloads are whole, but a reader would show other pixels."""
+    plan = json.loads((packed / "plan.json").read_text())
+    plan["encoding"] |= before
+    (packed / "plan.json").write_text(json.dumps(plan))
+    manifest = Manifest.load(str(packed))
+    edited = replace(manifest, encoding=plan["encoding"], plan_hash=files.sha256_json(plan))
+    edited.save(str(packed))
+    assert lines(packed, deep=deep) == []
+    encoding = {key: value for key, value in {**plan["encoding"], **after}.items() if value}
+    encoding = {"crop_border": 0, **encoding}
+    dataset = encoding.pop("dataset", manifest.dataset)
+    replace(edited, encoding=encoding, dataset=dataset).save(str(packed))
+    (line,) = lines(packed, deep=deep)
+    assert message in line
+    assert line.endswith(": the manifest was edited")
+
+
 def test_a_wrong_label(packed: Path) -> None:
     _, key, offset, _ = first_row(packed)
 
@@ -392,7 +459,8 @@ def test_pixels_of_another_size(healthy: Path, tmp_path: Path) -> None:
     shutil.copytree(healthy / "pixels" / "imagenet-val", folder)
     manifest = Manifest.load(str(folder))
     replace(manifest, encoding={**manifest.encoding, "size": 17}).save(str(folder))
-    found = lines(folder)
+    first, *found = lines(folder)
+    assert "(size is 17, not 16)" in first
     assert len(found) == 10
     assert "the payload is uint8 (3, 16, 16), not pixels of the set's size" in found[0]
 

@@ -224,8 +224,12 @@ def test_uniform_soup(runs, tmp_path, merge):
     config = config_of(out)
     assert (config["recipe"], config["seed"]) == ("uniform-soup", 0)
     assert [record["path"] for record in config["merged_from"]] == [str(path) for path in paths]
-    steps = [int(load_state(path / SELECTED)[2]["step"]) for path in paths[:2]]
-    assert load_state(out / SELECTED)[2] == {"recipe": "uniform-soup", "step": str(max(steps))}
+    ends = [load_state(path / SELECTED).metadata for path in paths[:2]]
+    assert load_state(out / SELECTED).metadata == {
+        "recipe": "uniform-soup",
+        "step": str(max(int(end["step"]) for end in ends)),
+        "trained_on": ends[0]["trained_on"],  # the same for both
+    }
 
 
 def test_a_seed_that_all_share_is_the_soups(runs, tmp_path, merge):

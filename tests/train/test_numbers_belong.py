@@ -482,22 +482,3 @@ def test_a_run_without_results_names_its_data(folder, tiny_data, tmp_path, refus
     config = {**document(run / "config.json"), "train_set": "train"}
     files.write_json(str(run / "config.json"), config)
     assert refused(report_command, run, "--out", tmp_path / "report").endswith("--sets test")
-
-
-def test_test_images_that_a_run_may_have_been_trained_on(folder, tiny_data, tmp_path, capsys):
-    """Own photos that were split anew: `train` and `test` of one data root belong together."""
-    run, data = folder / "vanilla", tmp_path / "data"
-    shutil.copytree(tiny_data / "imagenet-train", data / "train")
-    shutil.copytree(tiny_data / "imagenet-val", data / "test")
-    config = {**document(run / "config.json"), "train_set": "train"}
-    files.write_json(str(run / "config.json"), config)
-    options = ("--data", data, "--sets", "test", "--workers", 0)
-    capsys.readouterr()
-    call(evaluate_command, run, *options)
-    assert "WARNING" not in capsys.readouterr().err
-    manifest = document(data / "train" / "manifest.json")
-    (data / "train" / "manifest.json").write_text(json.dumps({**manifest, "plan_hash": "0" * 64}))
-    call(evaluate_command, run, *options)  # said again although the counts are there
-    warning = capsys.readouterr().err
-    assert f"{run} was trained on another train (manifest " in warning
-    assert "it may have seen images of these test sets" in warning

@@ -1,0 +1,95 @@
+"""Which packed sets a model's weights have seen: a fact that travels in the weights' header.
+
+Own photos are split anew when they are packed with a different seed or share, so a test image may
+be one that a model was trained on. A run folder may be copied, merged or imported, and a weights
+file lies alone; what it was trained on goes with it. No torch: it is a matter of headers.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rft import files
+
+KEY = "trained_on"
+
+
+class TrainedOn(NamedTuple):
+    """A packed set that weights have seen."""
+
+    name: str
+    """Of the set below its data root."""
+    manifest_sha256: str
+
+
+def entries(seen: Iterable[TrainedOn]) -> dict[str, str]:
+    """Return what a weights file's metadata says of the sets; none at all is said too."""
+    return {KEY: json.dumps(sorted(set(seen)))}
+
+
+def of_metadata(metadata: Mapping[str, str]) -> frozenset[TrainedOn] | None:
+    """Return the sets that a weights file's metadata names; None if it does not say.
+
+    Raises:
+        ValueError: if it is malformed.
+    """
+    return of_document(json.loads(metadata[KEY])) if KEY in metadata else None
+
+
+def of_document(document: Any) -> frozenset[TrainedOn]:
+    """Return the sets that a list of pairs of name and hash names.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    try:
+        return frozenset(TrainedOn(str(name), str(sha256)) for name, sha256 in document)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{KEY} is no list of pairs of a set and a hash") from error
+
+
+def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
+    """Return the sets that a run folder's or weights file's model is known to have seen.
+
+    Weights of before this was kept say nothing; the folder of a run that has ended does.
+
+    Args:
+        path: the run folder or weights file.
+        metadata: of its weights.
+
+    Raises:
+        ValueError: if the weights' header or a file of the run folder is malformed.
+    """
+    try:
+        seen = of_metadata(metadata)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if seen is not None:
+        return seen
+    config, training = path / "config.json", path / "training.json"
+    if metadata.get("step") == "0" or not (config.is_file() and training.is_file()):
+        return frozenset()
+    known = [files.read_json(str(file)) for file in (config, training)]
+    if not all(isinstance(document, dict) for document in known):
+        raise ValueError(f"{path} is damaged: config.json or training.json is no JSON object")
+    name, sha256 = known[0].get("train_set"), known[1].get("manifest_sha256")
+    return frozenset([TrainedOn(name, sha256)] if name and sha256 else [])
+
+
+def different_splits(models: Mapping[str, Iterable[TrainedOn]]) -> str:
+    """Return a warning if models, by what names them, have seen different sets of one name.
+
+    Empty if none have. Together they may have seen the test images of each other's split.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for model, seen in models.items():
+        for name, sha256 in sorted(seen):
+            other, expected = first.setdefault(name, (model, sha256))
+            if sha256 != expected:
+                return (
+                    f"{other} and {model} were trained on different sets called {name} (manifests "
+                    f"{expected[:12]} and {sha256[:12]}): together they may have seen the test "
+                    "images beside either"
+                )
+    return ""

@@ -1,0 +1,157 @@
+"""What weights have seen goes with them: test images of a different split are warned of.
+
+The same sets lie below two data roots as `train` and `test`, as own photos do; the second manifest
+of `train` differs, as after packing them anew with another split.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rft import convert, files, trained_on
+from rft.clip.classifier import load_state, map_state, save_state
+from rft.clip.made import read_config
+from rft.evaluate import __main__ as evaluate_command
+from rft.merge import __main__ as merge_command
+from rft.runs import LAST, SELECTED
+from rft.train import __main__ as train_command
+from rft.trained_on import TrainedOn
+from tests.tiny import call
+
+pytestmark = pytest.mark.slow
+
+SEEN = "it may have seen images of these test sets"
+TOGETHER = "together they may have seen the test images beside either"
+
+
+@pytest.fixture(scope="module")
+def roots(tiny_data, tmp_path_factory) -> tuple[Path, Path]:
+    """Two data roots of own photos, split differently."""
+    root = tmp_path_factory.mktemp("splits")
+    for name in ("a", "b"):
+        shutil.copytree(tiny_data / "imagenet-train", root / name / "train")
+        shutil.copytree(tiny_data / "imagenet-val", root / name / "test")
+    path = root / "b" / "train" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "plan_hash": "0" * 64}))
+    return root / "a", root / "b"
+
+
+@pytest.fixture(scope="module")
+def runs(roots, tiny_clip, tmp_path_factory) -> Path:
+    """Runs on either root, and one on the second that starts from one on the first."""
+    folder, (a, b) = tmp_path_factory.mktemp("runs"), roots
+    train("zero-shot", a, tiny_clip, folder / "zero", 0)
+    train("vanilla", a, tiny_clip, folder / "a", 1)
+    train("vanilla", b, tiny_clip, folder / "b", 1, "--seed", 1)
+    train("vanilla", b, tiny_clip, folder / "a-then-b", 1, "--model.start", folder / "a")
+    return folder
+
+
+def train(recipe: str, data: Path, clip: str, run: Path, epochs: int, *more: object) -> None:
+    options = ("--data", data, "--train-set", "train", "--run-dir", run, "--scale", "miniature")
+    options += ("--model.clip", clip, "--loader.batch-size", 6, "--loader.held-out", 8)
+    options += ("--loader.workers", 0, "--optim.epochs", epochs)
+    call(train_command, recipe, *options, *more)
+
+
+@pytest.fixture
+def said(capsys):
+    """Run a command; return what it wrote to the standard error."""
+
+    def run(command, *arguments: object) -> str:
+        capsys.readouterr()
+        call(command, *arguments)
+        return capsys.readouterr().err
+
+    return run
+
+
+def evaluation(model: Path, data: Path) -> tuple[object, ...]:
+    return (model, "--data", data, "--sets", "test", "--workers", 0, "--device", "cpu")
+
+
+def test_a_run_and_its_weights_alone(runs, roots, said):
+    a, b = roots
+    for model in (runs / "a", runs / "a" / SELECTED, runs / "a" / LAST):
+        assert "WARNING" not in said(evaluate_command, *evaluation(model, a))
+        warning = said(evaluate_command, *evaluation(model, b))
+        assert f"{model} was trained on another train (manifest " in warning
+        assert SEEN in warning
+        assert SEEN in said(evaluate_command, *evaluation(model, b))  # although nothing is to do
+    assert SEEN not in said(evaluate_command, *evaluation(runs / "zero", b))
+
+
+def test_a_run_that_starts_from_another(runs, roots, said):
+    assert SEEN in said(evaluate_command, *evaluation(runs / "a-then-b", roots[1]))
+
+
+def test_merges(runs, roots, said, tmp_path):
+    a, b = roots
+    wise = ("wise", runs / "zero", runs / "a", "--out", tmp_path / "wise")
+    assert TOGETHER not in said(merge_command, *wise)
+    assert SEEN not in said(evaluate_command, *evaluation(tmp_path / "wise", a))
+    assert SEEN in said(evaluate_command, *evaluation(tmp_path / "wise", b))
+    soup = ("uniform-soup", runs / "a", runs / "b", "--out", tmp_path / "soup")
+    assert TOGETHER in said(merge_command, *soup)
+    for root in roots:
+        assert SEEN in said(evaluate_command, *evaluation(tmp_path / "soup", root))
+
+
+def test_imports_and_exports(runs, roots, said, tmp_path, tiny_clip):
+    clip = ("--text", tiny_clip)
+    for to, name, more in (("safetensors", "m.safetensors", ()), ("open-clip", "hub", clip)):
+        out, again = tmp_path / name, tmp_path / f"again-{name}"
+        call(convert, "export", runs / "a", "--to", to, "--out", out, *more)
+        call(convert, "import", out, "--data", roots[0], "--set", "train", "--out", again)
+        assert SEEN in said(evaluate_command, *evaluation(again, roots[1]))
+
+
+def test_a_run_that_has_not_ended(runs, roots, said, tmp_path):
+    run = shutil.copytree(runs / "a", tmp_path / "run")
+    (run / "training.json").unlink()
+    assert SEEN in said(evaluate_command, *evaluation(run, roots[1]))
+
+
+def test_weights_that_do_not_say(runs, roots, said, tmp_path):
+    """Of before; the folder of their run does."""
+    run = shutil.copytree(runs / "a", tmp_path / "run")
+    saved = load_state(run / SELECTED)
+    del saved.metadata[trained_on.KEY]
+    save_state(str(run / SELECTED), saved.state, saved.architecture, saved.metadata, saved.classes)
+    record = json.loads((run / "training.json").read_text())
+    record.pop("selected_sha256", None)
+    files.write_json(str(run / "training.json"), record)
+    assert SEEN in said(evaluate_command, *evaluation(run, roots[1]))
+    assert SEEN not in said(evaluate_command, *evaluation(run / SELECTED, roots[1]))
+
+
+def test_imagenet_has_one_split(tiny_data, tiny_clip, said, tmp_path):
+    """However it is packed: no image of its sets is in another."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    tiny_run = tmp_path / "run"
+    options = ("--data", tiny_data, "--run-dir", tiny_run, "--scale", "miniature")
+    options += ("--model.clip", tiny_clip, "--loader.batch-size", 6, "--loader.held-out", 8)
+    call(train_command, "vanilla", *options, "--loader.workers", 0, "--optim.epochs", 1)
+    path = data / "imagenet-train" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "plan_hash": "0" * 64}))
+    line = (tiny_run, "--data", data, "--sets", "imagenet-val", "--workers", 0)
+    assert SEEN not in said(evaluate_command, *line)
+    assert read_config(tiny_run)["train_set"] == "imagenet-train"
+    seen = trained_on.of_metadata(map_state(tiny_run / SELECTED).metadata)
+    assert seen is not None
+    assert [one.name for one in seen] == ["imagenet-train"]
+
+
+@pytest.mark.parametrize("document", [3, ["train"], [["train"]], [["a", "b", "c"]], {"a": 1}])
+def test_what_is_no_list_of_sets(document):
+    with pytest.raises(ValueError, match="no list of pairs"):
+        trained_on.of_document(document)
+
+
+def test_a_list_is_read_as_it_was_written():
+    seen = frozenset({TrainedOn("train", "0" * 64), TrainedOn("other", "1" * 64)})
+    assert trained_on.of_metadata(trained_on.entries(seen)) == seen
+    assert trained_on.of_metadata(trained_on.entries([])) == frozenset()
+    assert trained_on.of_metadata({}) is None
