@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rft import convert, files, trained_on
+from rft import convert, trained_on
 from rft.clip.classifier import load_state, map_state, save_state
 from rft.clip.made import read_config
 from rft.evaluate import __main__ as evaluate_command
@@ -18,7 +18,7 @@ from rft.merge import __main__ as merge_command
 from rft.runs import LAST, SELECTED
 from rft.train import __main__ as train_command
 from rft.trained_on import TrainedOn
-from tests.tiny import call
+from tests.tiny import call, forget_weights
 
 pytestmark = pytest.mark.slow
 
@@ -120,9 +120,7 @@ def test_weights_that_do_not_say(runs, roots, said, tmp_path):
     saved = load_state(run / SELECTED)
     del saved.metadata[trained_on.KEY]
     save_state(str(run / SELECTED), saved.state, saved.architecture, saved.metadata, saved.classes)
-    record = json.loads((run / "training.json").read_text())
-    record.pop("selected_sha256", None)
-    files.write_json(str(run / "training.json"), record)
+    forget_weights(run)
     assert SEEN in said(evaluate_command, *evaluation(run, roots[1]))
     assert SEEN not in said(evaluate_command, *evaluation(run / SELECTED, roots[1]))
 
