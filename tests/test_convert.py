@@ -471,6 +471,7 @@ def test_training_starts_from_an_openai_file_and_its_run_is_exported(
     assert (card["recipe"], card["seed"]) == ("vanilla", 0)
 
 
+@pytest.mark.slow
 def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     hub = ("--to", "open-clip", "--out", tmp_path / "hub")
     assert "no checkpoint at" in refused("export", tmp_path / "none.safetensors", *hub)

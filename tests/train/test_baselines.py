@@ -57,6 +57,7 @@ def test_a_linear_probe_moves_the_head_alone_and_lp_ft_goes_on_from_it(train):
     assert not torch.equal(tuned["visual.proj"], probe["visual.proj"])
 
 
+@pytest.mark.slow
 def test_a_random_head_is_drawn_from_the_seed(train):
     options = ("--model.head", "random", "--optim.epochs", "0")
     first, again, other = (
