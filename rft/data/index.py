@@ -45,9 +45,9 @@ OTHER_SUFFIXES = frozenset({"cls", "json", "txt"})
 class Found:
     """What one shard holds: its columns of the index, and what was passed over.
 
-    `as_stored` counts the images that would look different if they were treated as photos, and
-    `contradicted` counts the samples whose .cls means another class than their .json; `example` is
-    the first of them.
+    `as_stored` counts the images that would look different if they were treated as photos.
+    `contradicted` counts the samples whose .cls and .json name different classes; `example` is the
+    first of them.
     """
 
     bytes: int
@@ -326,9 +326,8 @@ def _say(found: Sequence[Found]) -> None:
     if count := sum(shard.contradicted for shard in found):
         example = next(shard.example for shard in found if shard.example)
         cli.warn(
-            f"{count:,} samples have a .cls of another class than the field of "
-            f"--label-field, which was read (first: {example}); pass the .cls over with "
-            f"--ignore cls if that is right"
+            f"{count:,} samples have a .cls that contradicts --label-field, which was used "
+            f"(first: {example}); if the field is right, pass the .cls over with --ignore cls"
         )
     keys = Counter(key for shard in found for key in shard.rows["key"])
     repeated = [key for key, count in keys.items() if count > 1]

@@ -1,4 +1,4 @@
-"""What lies at a data root: the names of sets, and the message that one is not there."""
+"""Names of the packed sets below a data root, and the error for a set that does not exist."""
 
 import contextlib
 import posixpath
@@ -15,7 +15,7 @@ def set_name(name: str, option: str) -> str:
     """Return the name of a set as results know it: without the slash that tab completion adds.
 
     Raises:
-        ValueError: naming the option, if it is no name of a folder below the data root.
+        ValueError: naming the option, if the name is not a folder below the data root.
     """
     plain = posixpath.normpath(name)
     if plain.split("/")[0].strip() in ("", ".", "..") or "://" in name:

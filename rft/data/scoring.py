@@ -468,7 +468,7 @@ def contradiction(stream: IO[bytes], sample: Sample, class_id: int, rule: Rule) 
         text = read_member(stream, sample.members[other]).decode("utf-8").strip()
         document = json.loads(text) if other == "json" else {"": text}
     except (ValueError, RecursionError):
-        return ""  # nobody reads it
+        return ""  # not the member that the label is read from
     fields = LABEL_FIELDS if other == "json" else ("",)
     for name in fields if isinstance(document, dict) else ():
         value = document.get(name)

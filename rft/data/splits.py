@@ -213,9 +213,10 @@ def _require_no_sets(
 def _require_no_splits(
     source: Path, shapes: Sequence[Shape], ends: Sequence[tuple[Path, Shape]]
 ) -> None:
-    """Check that not all images of all folders lie in splits, nor those of one in a split of a set.
+    """Refuse sources whose folders are sets with splits rather than classes.
 
-    A class beside others that has a split of its own is warned of (`split_folders`).
+    That is so if every folder keeps all its images in a split, or if a folder's only split holds
+    class folders. A split inside a single class is only a warning (`split_folders`).
     """
     splits = [_split_on_the_way(source, place, end) for place, end in ends]
     for shape, split, (place, end) in zip(shapes, splits, ends, strict=True):
@@ -250,7 +251,7 @@ def _split_on_the_way(source: Path, place: Path, end: Shape) -> Path | None:
 
 
 def split_folders(paths: Sequence[str]) -> list[str]:
-    """Name the folders called like splits that lie in class folders, by the paths of the images."""
+    """List the subfolders of a class that are named like splits, from its images' paths."""
     between = {name for path in paths for name in path.split("/")[1:-1]}
     return sorted(filter(role, between))
 

@@ -415,7 +415,7 @@ def test_a_field_that_was_named_wins_over_a_cls_and_is_warned_of(
     index_shards([url], out, FRUIT, Options(label_field="y"))
     assert PackedDataset(out).index.label.tolist() == [2, 2, 0]
     warning = capsys.readouterr().err
-    assert "WARNING: 2 samples have a .cls of another class" in warning
+    assert "WARNING: 2 samples have a .cls that contradicts --label-field" in warning
     assert f"0.tar, key 'k0': its .cls has '{cls}', class 0 (apple), and not class 2" in warning
     index_shards([url], str(tmp_path / "2"), FRUIT, Options(label_field="y", ignore=("cls",)))
     assert "WARNING" not in capsys.readouterr().err
