@@ -28,13 +28,16 @@ def entries(seen: Iterable[TrainedOn]) -> dict[str, str]:
     return {KEY: json.dumps(sorted(set(seen)))}
 
 
-def of_metadata(metadata: Mapping[str, str]) -> frozenset[TrainedOn] | None:
+def of_metadata(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn] | None:
     """Return the sets that a weights file's metadata names; None if it does not say.
 
     Raises:
-        ValueError: if it is malformed.
+        ValueError: naming the file, if it is malformed.
     """
-    return of_document(json.loads(metadata[KEY])) if KEY in metadata else None
+    try:
+        return of_document(json.loads(metadata[KEY])) if KEY in metadata else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def of_document(document: Any) -> frozenset[TrainedOn]:
@@ -61,10 +64,7 @@ def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
     Raises:
         ValueError: if the weights' header or a file of the run folder is malformed.
     """
-    try:
-        seen = of_metadata(metadata)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    seen = of_metadata(path, metadata)
     if seen is not None:
         return seen
     config, training = path / "config.json", path / "training.json"

@@ -170,7 +170,7 @@ def read(path: Path) -> Weights:
                 format="rft",
                 architecture=own.architecture,
                 classes=own.classes,
-                seen=trained_on.of_metadata(own.metadata),
+                seen=trained_on.of_metadata(path, own.metadata),
             )
         return _with_card(found, path.with_name(f"{path.name}.json"))
     if not _is_pickle(path):

@@ -363,6 +363,15 @@ def test_other_names_are_not_passed_over(name: str) -> None:
     assert passed_over(name) == ""
 
 
+def cats_and_dogs(root: Path, place: str) -> None:
+    """Two classes, in splits if the place is in one; in one class there is a folder `old`."""
+    if place.startswith(("train/", "test/")):
+        classes(root / "train", "cat", "dog")
+        classes(root / "test", "cat", "dog")
+    else:
+        classes(classes(root, "cat", "dog"), "cat", below="old/")
+
+
 PLACES = ("", "cat/", "cat/old/", "train/", "train/cat/")
 
 
@@ -371,11 +380,7 @@ PLACES = ("", "cat/", "cat/old/", "train/", "train/cat/")
     "name", ["@eaDir", "@EADIR", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "lost+found"]
 )
 def test_system_folders_are_passed_over_at_any_depth(tmp_path: Path, place: str, name: str) -> None:
-    if place.startswith("train"):
-        classes(tmp_path / "train", "cat", "dog")
-        classes(tmp_path / "test", "cat", "dog")
-    else:
-        classes(classes(tmp_path, "cat", "dog"), "cat", below="old/")
+    cats_and_dogs(tmp_path, place)
     before = read(tmp_path)
     fill(tmp_path, f"{place}{name}/1.jpg/SYNOPHOTO_THUMB_M.jpg", f"{place}{name}/2.jpg")
     after = read(tmp_path)
@@ -391,11 +396,7 @@ THUMBS = ["thumbs", "thumb", "Thumbnails", "thumbnail", "_thumb", "_thumbs", ".t
 @pytest.mark.parametrize("name", THUMBS)
 def test_thumbnails_in_class_folders_are_passed_over(tmp_path: Path, place: str, name: str) -> None:
     """They would be a second copy of each photo, perhaps on the other side of the split."""
-    if place.startswith("t"):
-        classes(tmp_path / "train", "cat", "dog")
-        classes(tmp_path / "test", "cat", "dog")
-    else:
-        classes(classes(tmp_path, "cat", "dog"), "cat", below="old/")
+    cats_and_dogs(tmp_path, place)
     before = read(tmp_path)
     fill(tmp_path, *(f"{place}{name}/{n}.jpg" for n in range(4)), f"{place}{name}/size.txt")
     after = read(tmp_path)

@@ -137,7 +137,7 @@ def test_imagenet_has_one_split(tiny_data, tiny_clip, said, tmp_path):
     line = (tiny_run, "--data", data, "--sets", "imagenet-val", "--workers", 0)
     assert SEEN not in said(evaluate_command, *line)
     assert read_config(tiny_run)["train_set"] == "imagenet-train"
-    seen = trained_on.of_metadata(map_state(tiny_run / SELECTED).metadata)
+    seen = trained_on.of_metadata(tiny_run, map_state(tiny_run / SELECTED).metadata)
     assert seen is not None
     assert [one.name for one in seen] == ["imagenet-train"]
 
@@ -149,7 +149,14 @@ def test_what_is_no_list_of_sets(document):
 
 
 def test_a_list_is_read_as_it_was_written():
+    path = Path("weights.safetensors")
     seen = frozenset({TrainedOn("train", "0" * 64), TrainedOn("other", "1" * 64)})
-    assert trained_on.of_metadata(trained_on.entries(seen)) == seen
-    assert trained_on.of_metadata(trained_on.entries([])) == frozenset()
-    assert trained_on.of_metadata({}) is None
+    assert trained_on.of_metadata(path, trained_on.entries(seen)) == seen
+    assert trained_on.of_metadata(path, trained_on.entries([])) == frozenset()
+    assert trained_on.of_metadata(path, {}) is None
+
+
+@pytest.mark.parametrize("text", ["", "[", "3", '["train"]', "[" * 100_000])
+def test_a_damaged_header_is_named(text):
+    with pytest.raises(ValueError, match=r"^weights\.safetensors is damaged: "):
+        trained_on.of_metadata(Path("weights.safetensors"), {trained_on.KEY: text})
