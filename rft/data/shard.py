@@ -7,7 +7,6 @@ images that were left out, and what the work was like, so the tar is never read 
 
 import hashlib
 import json
-import re
 import tarfile
 import time
 import zlib
@@ -23,7 +22,6 @@ from rft.data.manifest import COLUMNS, Shard
 from rft.data.sources import Item, read_item, where
 from rft.data.tar import BLOCK, END, padded
 
-TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what rft.files.publish leaves when killed
 NAMED_IN_ERRORS = 3
 
 
