@@ -18,16 +18,20 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.asyn import get_loop, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from rft import __version__, local, remote
+from rft import __version__, documents, local, remote
 
+T = TypeVar("T")
+
+DOCUMENT_BYTES = 2**28  # of a document that is read whole, unless its reader says otherwise
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what `publish` leaves when killed
 HIDDEN = "***"
 # credentials of a URL, after what stays; JSON may escape slashes and ampersands, XML the latter
@@ -146,27 +150,34 @@ def size(url: str) -> int:
     return ask(url, "read", remote.size, measure)
 
 
-def find_bytes(url: str) -> bytes | None:
+def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
     """Return the whole content of `url`, None if the store says that there is no such file.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if it cannot be read, or is larger than `limit` bytes.
     """
+
+    def read(path: Path) -> bytes:
+        data = local.read_bytes(path, limit)
+        if len(data) > limit:
+            raise ValueError(f"cannot read {url}: {remote.too_large(limit)}")
+        return data
+
     try:
-        return ask(url, "read", remote.read, local.read_bytes)
+        return ask(url, "read", partial(remote.read, limit=limit), read)
     except FileNotFoundError:
         return None
     except IsADirectoryError as error:
         raise ValueError(f"cannot read {url}: it is a folder") from error
 
 
-def read_bytes(url: str) -> bytes:
+def read_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes:
     """Return the whole content of `url`.
 
     Raises:
-        ValueError: if there is no such file, or it cannot be read.
+        ValueError: if there is no such file, it cannot be read, or it is larger than `limit` bytes.
     """
-    data = find_bytes(url)
+    data = find_bytes(url, limit)
     if data is None:
         raise ValueError(f"no such file: {url}") from FileNotFoundError(url)
     return data
@@ -188,25 +199,22 @@ def redact(text: str) -> str:
     return text
 
 
-def read_json(url: str) -> Any:
-    """Return the parsed JSON document at `url`.
+def read_json(url: str, limit: int = DOCUMENT_BYTES) -> Any:
+    """Return the JSON document at `url`, whatever it says.
 
     Raises:
-        ValueError: if it is absent or not JSON.
+        ValueError: if it is absent, larger than `limit` bytes, or not JSON.
     """
-    return parse_json(read_bytes(url), url)
+    return documents.parse(read_bytes(url, limit), url)
 
 
-def parse_json(data: bytes, url: str) -> Any:
-    """Return the JSON document in `data`, which was read from `url`.
+def read_document(url: str, kind: type[T], limit: int = DOCUMENT_BYTES) -> T:
+    """Return the JSON document at `url`, which must be of a kind that `rft.documents` checks.
 
     Raises:
-        ValueError: if it is not JSON.
+        ValueError: if it is absent, larger than `limit` bytes, or not of that kind: naming what.
     """
-    try:
-        return json.loads(data)
-    except ValueError as error:  # no JSON, or no text
-        raise ValueError(f"{url} is not valid JSON: {error}") from error
+    return documents.decode(read_bytes(url, limit), kind, url)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
-from rft import cli, files
+from rft import cli, documents, files
 from rft.data import encode, tar
 from rft.data.labels import LabelSpace, scoring_hash
 from rft.data.manifest import COLUMNS, Index, Manifest, Shard, require_named
@@ -296,7 +296,7 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
 
 def _holds(url: str, document: Any) -> bool:
     data = files.find_bytes(url)
-    return data is not None and files.parse_json(data, url) == document
+    return data is not None and documents.parse(data, url) == document
 
 
 def _say(found: Sequence[Found]) -> None:

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from rft import files
+from rft import documents, files
 from rft.classes import Classes, composed
 from rft.data import encode, tar
 from rft.data.index import ALGORITHM, IMAGE_SUFFIXES, OTHER_SUFFIXES
@@ -283,7 +283,7 @@ def _read_plan(url: str, manifest: Manifest, report: Report) -> dict[str, Any]:
     path = files.join(url, "plan.json")
     try:
         data = files.find_bytes(path)
-        plan = {} if data is None else files.parse_json(data, path)
+        plan = {} if data is None else documents.parse(data, path)
     except ValueError as error:
         report.problems.append(Problem(what=str(error)))
         return {}
