@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from rft import files
+from rft import files, local
 from rft.data import encode
 from rft.data.labels import LabelSpace, scoring_hash
 from rft.data.manifest import COLUMNS, Index, Manifest
 from rft.data.names import printable
 from rft.data.published import check_count
 from rft.data.shard import (
-    TEMPORARY,
     Commit,
     Job,
     Quarantined,
@@ -243,7 +243,11 @@ def claim(plan: Plan, url: str, *, create: bool = True) -> None:
             nothing while it may not be made.
     """
     plan_url = files.join(url, "plan.json")
-    names = [name for name in file_sizes(url) if not TEMPORARY.fullmatch(name)]
+    fs, folder = files.open_store(url)
+    if isinstance(fs, LocalFileSystem):
+        local.require_own_folder(Path(folder), "--out")
+        local.require_no_links(Path(folder), ["commit"])
+    names = [name for name in file_sizes(url) if not files.TEMPORARY.fullmatch(name)]
     if "plan.json" not in names:
         if names:
             raise ValueError(
@@ -258,7 +262,7 @@ def claim(plan: Plan, url: str, *, create: bool = True) -> None:
     if found == plan.parameters:
         return
     changes = "; ".join(files.difference(found, plan.parameters))
-    records = [n for n in file_sizes(files.join(url, "commit")) if not TEMPORARY.fullmatch(n)]
+    records = [n for n in file_sizes(files.join(url, "commit")) if not files.TEMPORARY.fullmatch(n)]
     if records or set(names) - {"plan.json", "commit"} or not create:
         raise ValueError(
             f"{url} holds another plan ({changes}); choose another --out or delete that folder"
@@ -435,6 +439,6 @@ def _remove_temporaries(url: str) -> None:
     for folder in (url, files.join(url, "commit")):
         fs, path = files.open_store(folder)
         for name in file_sizes(folder):
-            if TEMPORARY.fullmatch(name) and re.match(r"\.\d{6}\.", name):
+            if files.TEMPORARY.fullmatch(name) and re.match(r"\.\d{6}\.", name):
                 with suppress(FileNotFoundError):  # another task may finalise at the same time
                     fs.rm_file(files.join(path, name))

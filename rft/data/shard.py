@@ -7,7 +7,6 @@ images that were left out, and what the work was like, so the tar is never read 
 
 import hashlib
 import json
-import re
 import tarfile
 import time
 import zlib
@@ -26,7 +25,6 @@ from rft.data.sources import Item, read_item, where
 from rft.data.tar import BLOCK, END, padded
 from rft.documents import Count, Sha256, Text, document
 
-TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what rft.files.publish leaves when killed
 NAMED_IN_ERRORS = 3
 Key = Annotated[str, Field(min_length=1, max_length=10_000, pattern="^[\\x21-\\x7e]+$")]
 

@@ -1,6 +1,7 @@
 """The user's own photos: turned upright and composed on white, by the packer and every reader."""
 
 import io
+import json
 import struct
 from collections.abc import Callable
 from dataclasses import replace
