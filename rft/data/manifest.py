@@ -134,7 +134,7 @@ class Manifest:
         try:
             manifest = documents.decode(data, Manifest, path)
         except ValueError as error:
-            newer = "a newer rft may read it, or " if documents.names_unknown(error) else ""
+            newer = "a newer rft may read it; " if documents.names_unknown(error) else ""
             raise ValueError(f"{error}; {newer}{AGAIN}") from error
         require_named(url, manifest.dataset)
         return manifest
