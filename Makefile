@@ -69,7 +69,8 @@ lint: $(VENV)/.installed  ## style, types, module contracts, spelling, shell scr
 	$(BIN)/shellcheck -x .ci/run launch/*.sbatch launch/*.sh requirements/*.sh tests/*.sh tests/launch/*.sh
 
 # One resolution: extras.txt holds all that users install, the others constrain themselves to it.
-# Releases stay where they are; `make lock UPGRADE=--upgrade` takes newer ones.
+# Releases stay where they are; `make lock UPGRADE=--upgrade` takes newer ones, and a lower bound that is
+# new or falls needs UPGRADE='--upgrade-package NAME' once.
 COMPILE = $(BIN)/uv pip compile -q --no-config --universal --python-version 3.11 --generate-hashes \
 	--no-annotate --custom-compile-command "make lock" $(UPGRADE) pyproject.toml --group build
 lock: $(VENV)/.installed  ## requirements/*.txt for pyproject.toml, with hashes
