@@ -22,8 +22,9 @@ from rft.evaluate import __main__ as evaluate_command
 from rft.evaluate.__main__ import write_results
 from rft.evaluate.checkpoints import Loaded
 from rft.merge import __main__ as merge_command
+from rft.records import SetCount
 from rft.report import __main__ as report_command
-from rft.runs import SELECTED, SetCount
+from rft.runs import SELECTED
 from rft.train import __main__ as train_command
 from tests import formats
 from tests.formats import known_models  # noqa: F401
@@ -522,10 +523,10 @@ def test_export_never_overwrites(convert, refused, run, tmp_path, openai):
 
 def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
     """A file of equal name is no reason to take an export for this one, nor old counts."""
-    counts = {"imagenet-val": {"correct": 3, "total": 4, "manifest_sha256": "0"}}
+    counts = {"imagenet-val": {"correct": 3, "total": 4, "manifest_sha256": "0" * 64}}
     weights_path = run / SELECTED
     loaded = Loaded(run, files.sha256_file(weights_path), load_state(weights_path))
-    write_results(loaded, {"imagenet-val": SetCount(3, 4, "0")})
+    write_results(loaded, {"imagenet-val": SetCount(correct=3, total=4, manifest_sha256="0" * 64)})
     command = ("export", run, "--to", "safetensors", "--out", tmp_path / "m.safetensors")
     convert(*command)
     card = document(tmp_path / "m.safetensors.json")

@@ -174,7 +174,7 @@ def check_ends(start: Ingredient, end: Ingredient) -> None:
         ValueError: if the two are swapped.
     """
     # an imported model may have been trained elsewhere: its step 0 says nothing
-    file = not end.config and end.recipe in recipes.TRAINED
+    file = end.config is None and end.recipe in recipes.TRAINED
     untrained = end.steps == 0 and (end.is_training_run or file)
     if start.steps > 0 and untrained:
         raise ValueError(
@@ -287,9 +287,8 @@ def report(out: Path, done: bool) -> None:
 
 def next_step(outs: Iterable[Path], model: Ingredient) -> str:
     """Return the line that tells how to go on, with the data that `model` was trained on."""
-    config = model.config
-    train_set = config.get("train_set", commands.TRAIN_SET)
-    return commands.evaluation(list(outs), config.get("data") or "", train_set)
+    data, train_set = (model.config.data, model.config.train_set) if model.config else ("", "")
+    return commands.evaluation(list(outs), data, train_set or commands.TRAIN_SET)
 
 
 if __name__ == "__main__":

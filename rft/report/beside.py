@@ -57,7 +57,7 @@ def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
     if len(models) > 1:
         return None
     (model,) = models
-    scales = {str(run.config.get("scale", "paper")) for run in runs}
+    scales = {run.config.scale for run in runs}
     ours = {row.recipe: row for row in rows}
     theirs = all_published() if "miniature" in scales else published(model)
     pairs = [Pair(row, ours.get(row.recipe)) for row in theirs]

@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from rft import cli, dist, files, recipes, rng, small, trained_on
+from rft import cli, dist, files, recipes, records, rng, small, trained_on
 from rft.classes import Classes, check_head, compare_prompts
 from rft.cli import warn
 from rft.clip.classifier import Classifier, build_classifier, load_state, map_state
@@ -31,6 +31,7 @@ from rft.data.root import set_name
 from rft.dist import World
 from rft.evaluate import commands
 from rft.method.averaging import require_alike
+from rft.records import Training
 from rft.runs import SELECTED, checkpoint_path, require_own_weights, unfinished, weights_record
 from rft.train.estimate import describe, size_rule
 from rft.train.gallery import one_of_each_class, write_gallery
@@ -302,7 +303,7 @@ def require_same_inputs(config: Config, done: Finished) -> None:
     Raises:
         ValueError: with the difference.
     """
-    if changed := files.difference(done.record.get("inputs", {}), inputs_fingerprint(config)):
+    if changed := files.difference(done.record.inputs, inputs_fingerprint(config)):
         raise ValueError(
             f"{config.run} is a finished run that was built on other weights: "
             f"{'; '.join(changed)}. Name those again, or choose another --run-dir"
@@ -346,14 +347,14 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
         dist.on_main(world, lambda: show(job))
         if world.is_main:
             run.finish(
-                {
-                    "steps": progress.step,
-                    "best_step": progress.best_step,
-                    "world_size": world.size,
-                    "manifest_sha256": job.fingerprint["manifest_sha256"],
-                    "inputs": inputs_fingerprint(config),
-                    **weights_record(run.path),
-                }
+                Training(
+                    steps=progress.step,
+                    best_step=progress.best_step,
+                    world_size=world.size,
+                    manifest_sha256=job.fingerprint["manifest_sha256"],
+                    inputs=inputs_fingerprint(config),
+                    weights_sha256=weights_record(run.path),
+                )
             )
             print(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
             tell_next(config, world)
@@ -383,7 +384,7 @@ def tell_finished(config: Config, done: Finished, world: World) -> None:
 
 def tell_next(config: Config, world: World) -> None:
     """Print the command that evaluates a finished run, with the finished other seeds beside it."""
-    runs = commands.with_seeds([Path(config.run)], "training.json")
+    runs = commands.with_seeds([Path(config.run)], records.TRAINING)
     print(commands.evaluation(runs, config.data, config.train_set, ranks=world.local_size))
 
 
