@@ -171,7 +171,7 @@ def import_weights(arguments: Import) -> None:
         config["imported_from"]["manifest_sha256"] = manifest.sha256
     out = str(arguments.out)
     if is_made(arguments.out, config):
-        print(f"already imported: {out}")
+        cli.say(f"already imported: {out}")
         return
     if reached := unfinished(Path(arguments.file)):
         cli.warn(f"{arguments.file} is of a run that has not finished training ({reached})")
@@ -181,8 +181,10 @@ def import_weights(arguments: Import) -> None:
     metadata = {"step": "0"} | ({} if found.seen is None else trained_on.entries(found.seen))
     write_made(arguments.out, state, found.architecture, config, metadata, classes)
     rows = len(state["head.weight"])
-    print(f"imported: {out} ({found.source['format']}, {found.architecture.clip}, {rows} classes)")
-    print(commands.evaluation([arguments.out], arguments.data, arguments.packed))
+    cli.say(
+        f"imported: {out} ({found.source['format']}, {found.architecture.clip}, {rows} classes)"
+    )
+    cli.say(commands.evaluation([arguments.out], arguments.data, arguments.packed))
 
 
 def find(name: str, clip: str) -> Found:
@@ -354,7 +356,7 @@ def export_weights(arguments: Export) -> None:
     files.write_json(str(card_path), card)
     for name, data in contents.items():
         files.write_bytes(str(folder / name), data)
-    print(f"exported: {out}, described in {card_path}")
+    cli.say(f"exported: {out}, described in {card_path}")
 
 
 def text_tower(text: str, architecture: Architecture, config: RunConfig | None) -> PretrainedClip:

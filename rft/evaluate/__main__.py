@@ -129,7 +129,7 @@ def write_results(one: Loaded, sets: dict[str, SetCount]) -> None:
     )
     files.write_json(str(results_path(checkpoint)), asdict(results))
     shares = (f"{name} {100 * c.correct / c.total:.2f}" for name, c in sets.items())
-    print(f"{checkpoint}{one.state_of_run}: {', '.join(shares)}", flush=True)
+    cli.say(f"{checkpoint}{one.state_of_run}: {', '.join(shares)}")
 
 
 def main() -> None:
@@ -168,7 +168,7 @@ def main() -> None:
     runs = [path for path in arguments.checkpoints if path.is_dir()]
     # the report's tables are the paper's: ImageNet and its five benchmarks
     if world.is_main and runs and set(sets) & set(SETS):
-        print(commands.report(runs))
+        cli.say(commands.report(runs))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main() -> None:
         show(report, console)
     else:
         print(report.text())
-    print(arguments.out / "index.html")
+    cli.say(f"{arguments.out / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
                     weights_sha256=weights_record(run.path),
                 )
             )
-            print(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
+            cli.say(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
             tell_next(config, world)
     return 0
 
@@ -379,20 +379,20 @@ def tell_finished(config: Config, done: Finished, world: World) -> None:
         notes = [f"in {load_config(Path(config.run)).precision}"]
         if done.uncompared:
             notes.append(f"its data could not be compared: {done.uncompared}")
-        print(files.redact(f"run already finished: {config.run} ({'; '.join(notes)})"))
+        cli.say(files.redact(f"run already finished: {config.run} ({'; '.join(notes)})"))
 
 
 def tell_next(config: Config, world: World) -> None:
     """Print the command that evaluates a finished run, with the finished other seeds beside it."""
     runs = commands.with_seeds([Path(config.run)], records.TRAINING)
-    print(commands.evaluation(runs, config.data, config.train_set, ranks=world.local_size))
+    cli.say(commands.evaluation(runs, config.data, config.train_set, ranks=world.local_size))
 
 
 def tell_start(job: Job, why: str) -> None:
     """Print what starts, and why in this precision."""
     config, world, device = job.config, job.world, job.device
     precision = f"{config.precision} ({why})" if why else config.precision
-    print(f"{config.run}: {config.recipe} on {world.size} x {device.type}, {precision}", flush=True)
+    cli.say(f"{config.run}: {config.recipe} on {world.size} x {device.type}, {precision}")
     if config.method.masks and not config.method.drops:
         pool = config.donor_pool(world.size)
         few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
@@ -430,7 +430,7 @@ def main() -> None:
         if command.dry_run:
             if world.is_main:
                 words = [word for word in sys.argv[1:] if word != "--dry-run"]
-                print(describe(job, words, why))
+                cli.say(describe(job, words, why))
             return
         if world.is_main:
             tell_start(job, why)

@@ -1,13 +1,14 @@
 """Synthetic run folders: invented numbers, for tests only."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
-from rft import files
+from rft import documents, files
 from rft.classes import Classes
 from rft.records import Provenance, Results, RunConfig, SetCount
 from rft.report.runs import Run
@@ -176,6 +177,13 @@ def run_of(recipe: str, seed: int = 0, percent: tuple[float, ...] = (), total: i
         provenance=Provenance(),
         metrics=(),
     )
+
+
+def configured(run: Run, **config: Any) -> Run:
+    """A run in memory with these entries of its config.json."""
+    whole = {"recipe": run.recipe, "seed": run.seed, **config}
+    found = documents.decode(json.dumps(whole).encode(), RunConfig, "config.json")
+    return replace(run, config=replace(found, whole=whole))
 
 
 def edit(path: Path, **changes: Any) -> None:
