@@ -181,9 +181,8 @@ def import_weights(arguments: Import) -> None:
     metadata = {"step": "0"} | ({} if found.seen is None else trained_on.entries(found.seen))
     write_made(arguments.out, state, found.architecture, config, metadata, classes)
     rows = len(state["head.weight"])
-    cli.say(
-        f"imported: {out} ({found.source['format']}, {found.architecture.clip}, {rows} classes)"
-    )
+    what = f"{found.source['format']}, {found.architecture.clip}, {rows} classes"
+    cli.say(f"imported: {out} ({what})")
     cli.say(commands.evaluation([arguments.out], arguments.data, arguments.packed))
 
 

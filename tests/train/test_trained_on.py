@@ -144,7 +144,7 @@ def test_imagenet_has_one_split(tiny_data, tiny_clip, said, tmp_path):
 
 @pytest.mark.parametrize("document", [3, ["train"], [["train"]], [["a", "b", "c"]], {"a": 1}])
 def test_what_is_no_list_of_sets(document):
-    with pytest.raises(ValueError, match="^trained_on: "):
+    with pytest.raises(ValueError, match=r"^trained_on: "):
         trained_on.of_document(document)
 
 
