@@ -20,7 +20,7 @@ import tyro
 from safetensors.torch import save
 from torch import Tensor
 
-from rft import cli, dist, files, records, trained_on
+from rft import cli, dist, documents, files, records, trained_on
 from rft.classes import Classes, check_head
 from rft.clip import load, weights
 from rft.clip.architecture import Architecture
@@ -151,9 +151,9 @@ def import_weights(arguments: Import) -> None:
     """
     files.require_local(arguments.out, "--out")
     arguments = dataclasses.replace(arguments, packed=set_name(arguments.packed, "--set"))
-    # the report refuses other names
-    if not (arguments.recipe.isprintable() and arguments.recipe.strip()):
-        raise ValueError(f"--recipe is {arguments.recipe!r}; it must be a printable name")
+    # a folder that no command reads is not written
+    identity = {"recipe": arguments.recipe, "seed": arguments.seed}
+    documents.decode(json.dumps(identity).encode(), RunConfig, "import")
     manifest = None
     if arguments.data:
         manifest = Manifest.load(files.join(arguments.data, arguments.packed))

@@ -10,7 +10,7 @@ import dataclasses
 import posixpath
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -42,10 +42,17 @@ def _set_name(name: str) -> str:
     return name
 
 
+def _schema(number: int) -> int:
+    if number != 1:
+        raise ValueError("must be 1, or be read by the version that wrote it")
+    return number
+
+
 def _no_empty(value: object) -> object:
     return None if value == "" else value
 
 
+Schema = Annotated[int, AfterValidator(_schema)]  # not a Literal, which true would be too
 Recipe = Annotated[Name, AfterValidator(_recipe)]
 """Name of a row of the report."""
 SetName = Annotated[Name, AfterValidator(_set_name)]
@@ -76,7 +83,7 @@ class SetCount:
 class Results:
     """A results.json: counts, and which weights they belong to."""
 
-    schema: Literal[1] = 1
+    schema: Schema = 1
     step: Count
     checkpoint: Text = ""
     checkpoint_sha256: Sha256

@@ -145,6 +145,7 @@ def main() -> None:
     require_classes(arguments.checkpoints, packed)
     for path in arguments.checkpoints:
         require_own_weights(path)
+        unfinished(path)  # a damaged record is found before the work
     warn_of_other_split(arguments.checkpoints, arguments.data)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
