@@ -223,7 +223,7 @@ def test_import_refuses_what_does_not_fit(refused, released, openai, tmp_path, t
     line = refused("import", released, *out, "--clip", formats.NAME, "--data", tmp_path)
     assert "no packed dataset at" in line
     line = refused("import", released, *out, "--clip", formats.NAME, "--recipe", "a\x1bb")
-    assert "must be a printable name" in line
+    assert "import: recipe is " in line
     line = refused("import", released, "--out", "s3://bucket/run", "--clip", formats.NAME)
     assert "must be a local folder" in line
     assert not (tmp_path / "run").exists()
