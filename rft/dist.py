@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rft import files
+from rft.documents import shown
 
 T = TypeVar("T")
 
@@ -75,8 +76,8 @@ def _number(variable: str, default: int, allowed: range) -> int:
     text = os.environ.get(variable, str(default))
     if not re.fullmatch("[0-9]{1,10}", text, re.ASCII) or int(text) not in allowed:
         raise ValueError(
-            f"{variable} is {text!r} in the environment; torchrun sets it to a whole number from "
-            f"{allowed[0]} to {allowed[-1]}"
+            f"{variable} is {shown(text)} in the environment; torchrun sets it to a whole number "
+            f"from {allowed[0]} to {allowed[-1]}"
         )
     return int(text)
 

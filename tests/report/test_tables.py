@@ -185,6 +185,25 @@ def test_csv_reads_back():
     assert row["A"] == row["OOD avg"] == row["OOD avg sd"] == ""
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "=HYPERLINK(1)", "+1+cmd", "-2-3", "@sum", "|calc", " =1+1", "\uff1d1+1", "-1 -2", "-",
+        "+-1", "%0", "-1e5x", "=",
+    ],
+)  # fmt: skip
+def test_no_name_is_a_formula(name):
+    (row,) = tables.result_rows([run_of(name, seed=-3, percent=ALL)])
+    (found,) = csv.DictReader(io.StringIO(tables.csv_text([row])))
+    assert (found["recipe"], found["seeds"]) == (f"'{name}", "-3")
+    assert float(found["ImageNet"]) == 70
+
+
+@pytest.mark.parametrize("text", ["-0.250000", "+1.5", "-7", "70.0", "", "vanilla", "a=b", "'=1"])
+def test_numbers_and_other_names_stay_as_they_are(text):
+    assert tables.csv_cell(text) == text
+
+
 def test_markdown_takes_no_markup_from_names():
     (row,) = tables.result_rows([run_of("<b>*x*</b> | [a](b)", percent=ALL)])
     line = tables.markdown([row], []).splitlines()[2]
