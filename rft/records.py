@@ -7,14 +7,16 @@ and counts, is for `rft.runs`. No torch: the report uses this too.
 """
 
 import dataclasses
+import os
 import posixpath
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from rft import documents, files
+from rft import documents, files, local
 from rft.documents import FOREIGN, Count, Name, Sha256, Text, document
 
 T = TypeVar("T")
@@ -266,16 +268,7 @@ def find(path: Path, kind: type[T]) -> T | None:
     Raises:
         ValueError: if it is something else, naming the file, the place in it and what must be.
     """
-    if not path.exists():
-        return None
-    _require_file(path)
-    return files.read_document(str(path), kind, RECORD_BYTES)
-
-
-def _require_file(path: Path) -> None:
-    # reading a pipe would wait for its writer
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file")
+    return files.read_document(str(path), kind, RECORD_BYTES) if path.exists() else None
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -284,7 +277,6 @@ def read_config(folder: Path) -> RunConfig:
     Raises:
         ValueError: if there is none, or it is not one of a run.
     """
-    _require_file(folder / CONFIG)
     path = str(folder / CONFIG)
     data = files.read_bytes(path, RECORD_BYTES)
     whole = documents.parse(data, path)
@@ -310,13 +302,11 @@ def read_metrics(path: Path) -> Iterator[Logged]:
     Raises:
         ValueError: if another line is not an object of numbers with a step.
     """
-    _require_file(path)
     if not path.exists():
         return
-    with path.open("rb") as stream:
-        number = 0
-        while text := stream.readline(LINE_BYTES):
-            number += 1
+    with os.fdopen(local.open_regular(path), "rb") as stream:
+        lines = iter(partial(stream.readline, LINE_BYTES), b"")
+        for number, text in enumerate(lines, start=1):
             where = f"{path} line {number}"
             if not text.endswith(b"\n"):
                 if len(text) == LINE_BYTES:
