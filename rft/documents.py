@@ -26,7 +26,8 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 FOREIGN = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 MEBIBYTE = 2**20
 SHOWN = 80  # characters of a wrong value that an error repeats
-UNKNOWN = {"unexpected_keyword_argument", "literal_error"}  # what a newer version may have written
+EXTRA = {"unexpected_keyword_argument", "extra_forbidden"}
+UNKNOWN = {*EXTRA, "literal_error"}  # what a newer version may have written
 # in the words of JSON
 OBJECTS = {
     "dataclass_type": "must be an object",
@@ -153,7 +154,7 @@ def _explain(fault: ErrorDetails, at: Sequence[str | int]) -> str:
     kind, message = fault["type"], fault["msg"]
     if kind in MISSING:
         return f"{place} is missing"
-    if kind == "unexpected_keyword_argument":
+    if kind in EXTRA:
         return f"{place} is an unknown field"
     if kind == "value_error" and not isinstance(fault["input"], str | int | float):
         # of an object or list as a whole; what it says names the fields

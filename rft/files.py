@@ -12,6 +12,7 @@ import os
 import platform
 import posixpath
 import re
+import stat
 import subprocess
 import sys
 import tempfile
@@ -81,6 +82,25 @@ def require_local(path: str | Path, option: str) -> None:
     # a Path has already folded the two slashes of a URL into one
     if ":/" in str(path):
         raise ValueError(f"{option} is {path}; it must be a local folder, copy it from there later")
+
+
+def require_regular(path: Path, what: str) -> None:
+    """Check that a local path is a file with an end: reading a FIFO or a device may never return.
+
+    Args:
+        path: what is to be read.
+        what: is expected there, for messages.
+
+    Raises:
+        ValueError: if it is absent or anything else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"no {what} at {path}") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, socket or device"
+        raise ValueError(f"no {what} at {path}: it is {kind}")
 
 
 def join(url: str, *names: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rft import classes, files
+from rft import files, header
 
 SELECTED = Path("checkpoints") / "best.safetensors"  # of a run; the last without held-out images
 LAST = Path("checkpoints") / "last.safetensors"  # after the last step
@@ -104,8 +104,8 @@ def _require_recipe(folder: Path, weights: Path) -> None:
     config = folder / "config.json"
     document = files.read_json(str(config)) if config.is_file() else {}
     named = document.get("recipe") if isinstance(document, dict) else None
-    made_by = classes.weights_entries(weights).get("recipe", named)
-    if named is not None and made_by != named:
+    made_by = header.read_entries(weights).recipe
+    if None not in (named, made_by) and made_by != named:
         raise ValueError(
             f"{config} names recipe {named!r}, its weights were made by {made_by!r}; restore "
             "config.json"

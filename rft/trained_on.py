@@ -8,9 +8,10 @@ file lies alone; what it was trained on goes with it. No torch: it is a matter o
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from rft import files
+from rft import documents, files
+from rft.documents import Name, Sha256
 
 KEY = "trained_on"
 
@@ -18,9 +19,9 @@ KEY = "trained_on"
 class TrainedOn(NamedTuple):
     """A packed set that weights have seen."""
 
-    name: str
+    name: Name
     """Of the set below its data root."""
-    manifest_sha256: str
+    manifest_sha256: Sha256
 
 
 def entries(seen: Iterable[TrainedOn]) -> dict[str, str]:
@@ -34,22 +35,10 @@ def of_metadata(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]
     Raises:
         ValueError: naming the file, if it is malformed.
     """
-    try:
-        return of_document(json.loads(metadata[KEY])) if KEY in metadata else None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def of_document(document: Any) -> frozenset[TrainedOn]:
-    """Return the sets that a list of pairs of name and hash names.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    try:
-        return frozenset(TrainedOn(str(name), str(sha256)) for name, sha256 in document)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{KEY} is no list of pairs of a set and a hash") from error
+    if KEY not in metadata:
+        return None
+    where = f"{KEY} in the header of {path}"
+    return frozenset(documents.decode(metadata[KEY].encode(), tuple[TrainedOn, ...], where))
 
 
 def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from rft import classes, cli, files
+from rft import classes, cli, files, header
 from rft.config import settings
 from rft.runs import (
     Results,
@@ -229,9 +229,8 @@ def check_config(run: Run) -> None:
         ValueError: if it names another step than the weights do.
     """
     weights = checkpoint_path(run.path)
-    entries = classes.weights_entries(weights) if weights.is_file() else {}
-    step = entries.get("step", str(run.step))
-    if step != str(run.step):
+    step = header.read_entries(weights).step if weights.is_file() else None
+    if step not in (None, str(run.step)):
         raise ValueError(
             f"{run.path}/results.json says step {run.step}, the weights are of step {step}; "
             "evaluate the run again"
@@ -256,7 +255,7 @@ def check_same_classes(runs: Sequence[Run]) -> None:
         weights = checkpoint_path(run.path)
         if not weights.is_file():
             continue
-        known = classes.of_weights(weights)
+        known = header.read_entries(weights).classes
         if known is None:  # written before weights carried their classes
             silent.append(run.path)
             continue
