@@ -36,8 +36,8 @@ VISION = {
 }
 TEXT = {
     "layers": Bound(36, "ViT-e-14", 128),
-    "width": Bound(1280, "ViT-H-14", 4096),
-    "heads": Bound(20, "ViT-H-14", 64),
+    "width": Bound(1280, "ViT-bigG-14", 4096),
+    "heads": Bound(20, "ViT-bigG-14", 64),
     "mlp_ratio": Bound(4, "ViT-B-32", 16),
     "context_length": Bound(77, "ViT-B-32", 1024),
     "vocab_size": Bound(901_629, "ViT-H-14-worldwide", 2**21),

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -61,8 +61,9 @@ STOOD_IN_NAMES = {
 
 LONGEST_NAME = 1000  # of a tensor, in characters
 MEMBERS = (
-    30_000  # of an archive: a checkpoint with its optimizer has four for each of 2,500 tensors
+    30_000  # of an archive: a checkpoint with its optimizer has four for each of 2,000 tensors
 )
+OPERATIONS = 2**21  # of a pickle; a whole ViT-bigG-14 with its modules takes less than 2**19
 ARGUMENTS = 20  # of a call; torch's longest has seven
 ENTRIES = 1_000_000  # looked through for tensors: modules may share what they hold
 DIMENSIONS = 8
@@ -274,6 +275,26 @@ _TUPLES = [code[0] for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pick
 _REFUSED = [code[0] for code in (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)]
 
 
+_ACTIONS: dict[int, Callable[[Any], None]] = {
+    **{code: act for code, act in pickle._Unpickler.dispatch.items() if code not in _REFUSED},
+    **{code: _row(pickle._Unpickler.dispatch[code]) for code in _TUPLES},
+    **{code[0]: _before(code, check) for code, check in _CHECKS.items()},
+    pickle.PUT[0]: _load_put,
+}
+
+
+class _Counted(dict[int, Callable[[Any], None]]):
+    """The actions of the opcodes; each that is looked up is one that runs."""
+
+    left = OPERATIONS
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"it has more than {OPERATIONS:,} operations")
+        return super().__getitem__(code)
+
+
 # the one in C makes a table as large as the largest number that a pickle gives to an object
 class Unpickler(pickle._Unpickler):
     """A pickle module's Unpickler that can make nothing but data.
@@ -284,13 +305,6 @@ class Unpickler(pickle._Unpickler):
         nested: bytes that storages which are pickled inside of the pickle may have, all together.
     """
 
-    dispatch: ClassVar = {
-        **{code: act for code, act in pickle._Unpickler.dispatch.items() if code not in _REFUSED},
-        **{code: _row(pickle._Unpickler.dispatch[code]) for code in _TUPLES},
-        **{code[0]: _before(code, check) for code, check in _CHECKS.items()},
-        pickle.PUT[0]: _load_put,
-    }
-
     def __init__(
         self,
         stream: BinaryIO,
@@ -298,6 +312,7 @@ class Unpickler(pickle._Unpickler):
         nested: int = 0,
     ) -> None:
         super().__init__(stream)
+        self.dispatch = _Counted(_ACTIONS)  # pyrefly: ignore[read-only]
         self._read_storage = read_storage
         self._nested_left = nested
         self._stand_ins: dict[str, type[StandIn]] = {}
