@@ -43,6 +43,7 @@ from rft.runs import (
 )
 from rft.trained_on import TrainedOn
 
+ANCESTORS = 200  # run folders of a merge that are searched for the origin of its text tower
 SUFFIXES = {"released": ".pt", "model-soups": ".pt", "safetensors": ".safetensors"}
 
 USAGE = """Bring weights of other code in, take weights out.
@@ -377,7 +378,7 @@ def text_tower(text: str, architecture: Architecture, config: dict[str, Any]) ->
     if text:
         clip, pretrained = (text, "") if load.names_folder(text) else (architecture.clip, text)
         return load.load_clip(ModelConfig(clip=clip, pretrained=pretrained))
-    if origin := next(_origins(config, architecture), None):
+    if origin := next(_origins(config, architecture, set()), None):
         return load.load_clip(origin)
     if load.names_folder(architecture.clip):
         return load.load_clip(ModelConfig(clip=architecture.clip, pretrained=""))
@@ -387,16 +388,22 @@ def text_tower(text: str, architecture: Architecture, config: dict[str, Any]) ->
     )
 
 
-def _origins(config: dict[str, Any], architecture: Architecture) -> Iterator[ModelConfig]:
-    """Yield the CLIPs that a run, or the runs that it is merged from, started with."""
+def _origins(
+    config: dict[str, Any], architecture: Architecture, seen: set[Path]
+) -> Iterator[ModelConfig]:
+    """Yield the CLIPs that a run, or the runs that it is merged from, started with.
+
+    Each run folder is looked at once: a merge may name itself.
+    """
     if pretrained := config.get("model", {}).get("pretrained"):
         yield ModelConfig(clip=architecture.clip, pretrained=pretrained)
     if imported := _text_of(config.get("imported_from", {}), architecture):
         yield imported
     for ancestor in config.get("merged_from", []):
         path = Path(ancestor["path"]) / "config.json"
-        if path.is_file():
-            yield from _origins(files.read_json(str(path)), architecture)
+        if path not in seen and len(seen) < ANCESTORS and path.is_file():
+            seen.add(path)
+            yield from _origins(files.read_json(str(path)), architecture, seen)
 
 
 def require_same_tower(original: Architecture, ours: Architecture) -> None:
@@ -503,12 +510,13 @@ def _require_same_export(out: Path, card_path: Path, to: Format, source: card.So
     old = card.read(card_path)
     if old is None:
         raise ValueError(f"{out if there else card_path} is there already; choose another --out")
-    before, now = (
-        {"format": f, "source": dataclasses.asdict(s)}
-        for f, s in ((old.format, old.source), (to, source))
-    )
+    before, now = _identity(old.format, old.source), _identity(to, source)
     if changed := files.difference(before, now):
         raise ValueError(f"{out} holds another export: {'; '.join(changed)}; choose another --out")
+
+
+def _identity(to: Format, source: card.Source) -> dict[str, Any]:
+    return {"format": to, "source": dataclasses.asdict(source)}
 
 
 if __name__ == "__main__":
