@@ -27,12 +27,12 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import get_loop, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from rft import __version__, documents, remote
+from rft import __version__, documents, local, remote
 
 T = TypeVar("T")
 
-DOCUMENT_BYTES = 2**28  # of a document or index that is read whole; ImageNet-21k's index has 2**27
-
+DOCUMENT_BYTES = 2**28  # of a document that is read whole, unless its reader says otherwise
+TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what `publish` leaves when killed
 HIDDEN = "***"
 # credentials of a URL, after what stays; JSON may escape slashes and ampersands, XML the latter
 CREDENTIALS = (
@@ -84,7 +84,7 @@ def require_local(path: str | Path, option: str) -> None:
         raise ValueError(f"{option} is {path}; it must be a local folder, copy it from there later")
 
 
-def require_regular(path: Path, what: str) -> None:
+def require_file(path: Path, what: str) -> None:
     """Check that a local path is a file with an end: reading a FIFO or a device may never return.
 
     Args:
@@ -94,13 +94,12 @@ def require_regular(path: Path, what: str) -> None:
     Raises:
         ValueError: if it is absent or anything else.
     """
+    if path.is_dir():
+        raise ValueError(f"no {what} at {path}: it is a folder")
     try:
-        mode = path.stat().st_mode
+        local.require_regular(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no {what} at {path}") from None
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, socket or device"
-        raise ValueError(f"no {what} at {path}: it is {kind}")
 
 
 def join(url: str, *names: str) -> str:
@@ -118,8 +117,8 @@ def resolve(url: str, name: str) -> str:
     return name if "://" in name or name.startswith("/") else join(url, name)
 
 
-def ask(url: str, verb: str, question: Callable, local: Callable) -> Any:
-    """Return the answer of `rft.remote` to a question about `url`, or `local`'s about a local path.
+def ask(url: str, verb: str, question: Callable, of_path: Callable) -> Any:
+    """Return the answer of `rft.remote` to a question about `url`; `of_path` answers for a path.
 
     Raises:
         FileNotFoundError, IsADirectoryError: if the store says so.
@@ -128,7 +127,7 @@ def ask(url: str, verb: str, question: Callable, local: Callable) -> Any:
     fs, path = open_store(url)
     try:
         if isinstance(fs, LocalFileSystem):
-            return local(Path(path))
+            return of_path(Path(path))
         return sync(get_loop(), question, remote.client(fs), path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(path) from error
@@ -159,12 +158,14 @@ def size(url: str) -> int:
         ValueError: if the store does not say, or has no ranges.
     """
 
-    def local(path: Path) -> int:
-        if path.is_dir():
+    def measure(path: Path) -> int:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(path)
-        return path.stat().st_size
+        local.require_regular(path, status)
+        return status.st_size
 
-    return ask(url, "read", remote.size, local)
+    return ask(url, "read", remote.size, measure)
 
 
 def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
@@ -174,15 +175,14 @@ def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
         ValueError: if it cannot be read, or is larger than `limit` bytes.
     """
 
-    def local(path: Path) -> bytes:
-        with path.open("rb") as stream:
-            data = stream.read(limit + 1)
+    def read(path: Path) -> bytes:
+        data = local.read_bytes(path, limit)
         if len(data) > limit:
             raise ValueError(f"cannot read {url}: {remote.too_large(limit)}")
         return data
 
     try:
-        return ask(url, "read", partial(remote.read, limit=limit), local)
+        return ask(url, "read", partial(remote.read, limit=limit), read)
     except FileNotFoundError:
         return None
     except IsADirectoryError as error:
@@ -255,15 +255,17 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
     appears at `url`.
     """
     fs, path = open_store(url)
-    local = isinstance(fs, LocalFileSystem)
-    folder = Path(path).parent if local else scratch or Path(tempfile.gettempdir())
+    is_local = isinstance(fs, LocalFileSystem)
+    folder = Path(path).parent if is_local else scratch or Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
     # not tempfile.mkstemp: its mode 0600 would survive the rename and override the user's umask
     temporary = folder / f".{Path(path).name}.{uuid.uuid4().hex}.tmp"
-    where = url if local else str(folder)
+    where = url if is_local else str(folder)
     try:
+        # what waits to be uploaded may lie in a folder that others read
+        local.create(temporary, 0o666 if is_local else 0o600)
         yield temporary
-        if local:
+        if is_local:
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
             temporary.replace(path)
@@ -288,6 +290,8 @@ def local_copy(url: str) -> Iterator[Path]:
     """
     fs, path = open_store(url)
     if isinstance(fs, LocalFileSystem):
+        with contextlib.suppress(FileNotFoundError):
+            local.require_regular(path)
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -359,7 +363,7 @@ def remove(url: str) -> None:
 def sweep(url: str) -> None:
     """Delete what killed writers left in a folder that nobody else writes now."""
     for name in names(url):
-        if name.startswith(".") and name.endswith(".tmp"):
+        if TEMPORARY.fullmatch(name):
             remove(join(url, name))
 
 
@@ -391,7 +395,7 @@ def sha256_json(document: Any) -> str:
 
 def sha256_file(path: Path) -> str:
     """Return the hex sha256 of a local file."""
-    with path.open("rb") as stream:
+    with os.fdopen(local.open_regular(path), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

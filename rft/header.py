@@ -4,11 +4,10 @@ The safetensors library compares every tensor's bytes with the file. It accepts 
 any number of tensors and dimensions, and takes the last of two entries of one name.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
@@ -60,7 +59,7 @@ def read(path: Path) -> Header:
     Raises:
         ValueError: if there is no file, or it has no such header.
     """
-    files.require_regular(path, "weights")
+    files.require_file(path, "weights")
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         size = os.fstat(stream.fileno()).st_size
@@ -81,11 +80,10 @@ def read(path: Path) -> Header:
     metadata = found.pop("__metadata__", {})
     if len(found) > TENSORS:
         raise ValueError(f"{path} has {len(found):,} tensors; a CLIP has {TENSORS:,} at most")
-    return Header(_typed(metadata, dict[str, str], where), _typed(found, dict[Name, Stored], where))
-
-
-def _typed(found: Any, kind: Any, where: str) -> Any:
-    return documents.decode(json.dumps(found).encode(), kind, where)
+    return Header(
+        documents.convert(metadata, dict[str, str], where),
+        documents.convert(found, dict[Name, Stored], where),
+    )
 
 
 def entries(metadata: Mapping[str, str], path: Path) -> Entries:

@@ -157,7 +157,7 @@ def map_state(path: Path) -> Saved:
     Raises:
         ValueError: if it is absent, damaged, or was not written by rft.
     """
-    files.require_regular(path, "checkpoint")
+    files.require_file(path, "checkpoint")
     state, metadata = read_safetensors(path)
     found = read_header(path, header.entries(metadata, path))
     features = found.architecture.embed_dim

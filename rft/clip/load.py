@@ -20,6 +20,7 @@ import open_clip
 import torch
 from open_clip.model import (
     CLIP,
+    CLIPTextCfg,
     CLIPVisionCfg,
     CustomTextCLIP,
     convert_to_custom_text_state_dict,
@@ -29,6 +30,7 @@ from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rft import files, header
 from rft.cli import warn
 from rft.clip import unpickle, vit, weights
 from rft.clip.architecture import Architecture
@@ -292,8 +294,25 @@ def _location(clip: str) -> str:
 
 def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
     if vocabulary := vocabulary_of(clip):
-        return WordTokenizer(vocabulary.read_text().split("\n"), context_length)
+        tokens = model_config(clip)["text_cfg"].get("vocab_size", CLIPTextCfg().vocab_size)
+        return WordTokenizer(_words(vocabulary, tokens), context_length)
     return functools.partial(tokenize_all, open_clip.get_tokenizer(_location(clip)))
+
+
+def _words(vocabulary: Path, tokens: int) -> list[str]:
+    """Return the words of a vocabulary, by their token ids.
+
+    Raises:
+        ValueError: if it is no text, or names tokens that the text tower does not have.
+    """
+    data = files.read_bytes(str(vocabulary), header.BYTES)
+    try:
+        words = data.decode().replace("\r\n", "\n").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{vocabulary} is no text in UTF-8: {error}") from error
+    if not 2 < len(words) <= tokens:
+        raise ValueError(f"{vocabulary} has {len(words):,} words; the text tower has {tokens:,}")
+    return words
 
 
 def tokenize_all(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> Tensor:

@@ -427,7 +427,7 @@ def read(path: Path) -> tuple[Any, bool]:
     Raises:
         ValueError: if the file is damaged, or asks for anything that is not on the list.
     """
-    files.require_regular(path, "weights")
+    files.require_file(path, "weights")
     try:
         return _read(path)
     except RefusedError as error:

@@ -157,7 +157,7 @@ def read(path: Path) -> Weights:
     """
     if path.is_dir():
         return _read_folder(path)
-    files.require_regular(path, "weights")
+    files.require_file(path, "weights")
     if _is_safetensors(path):
         tensors, metadata = read_safetensors(path)
         found = _sort(path, tensors)
@@ -306,7 +306,6 @@ def _sort(path: Path, tensors: dict[str, Tensor], *, scripted: bool = False) -> 
     openai = layout.openai or (scripted and tensors.keys() >= _OPENAI_NUMBERS)
     visual, head, text = {}, {}, {}
     for name, value in tensors.items():
-        value = value.detach().float() if value.dtype in FLOATS else value
         if name.startswith(layout.visual):
             visual[f"visual.{name.removeprefix(layout.visual)}"] = value
         elif layout.head and name.startswith(layout.head):
@@ -315,12 +314,14 @@ def _sort(path: Path, tensors: dict[str, Tensor], *, scripted: bool = False) -> 
             text[name.removeprefix(layout.text)] = value
         else:
             raise ValueError(f"{path} has a tensor {name!r} that its format does not have")
-    for name, value in {**visual, **head}.items():
-        if value.dtype != torch.float32:
-            raise ValueError(f"{path} has {name} of {value.dtype}; weights are fp16 to fp64")
+    visual = _as_floats(path, visual)
     # a scripted module's constants are saved as if they were weights
     constants = _OPENAI_NUMBERS | {"attn_mask"} if scripted else set()
-    text = {name: value for name, value in text.items() if name not in constants}
+    text = {
+        name: value.float() if value.dtype in FLOATS else value
+        for name, value in text.items()
+        if name not in constants
+    }
     try:
         geometry = Geometry.of(visual)
     except ValueError as error:
@@ -342,8 +343,16 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def _as_floats(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, value in state.items():
+        if value.dtype not in FLOATS:
+            raise ValueError(f"{path} has {name} of {value.dtype}; weights are fp16 to fp64")
+    return {name: value.float() for name, value in state.items()}
+
+
 def _as_head(path: Path, head: dict[str, Tensor], tower: Geometry) -> dict[str, Tensor]:
     """Return weight and bias; a head without bias has a zero one."""
+    head = _as_floats(path, head)
     weight = head.get("head.weight")
     if weight is None or weight.ndim != 2 or head.keys() - {"head.weight", "head.bias"}:
         raise ValueError(f"{path} has a head that is not one linear layer: {', '.join(head)}")
