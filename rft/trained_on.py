@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from rft import documents, files
+from rft import documents, records
 from rft.documents import Name, Sha256
+from rft.records import Training
 
 KEY = "trained_on"
 
@@ -37,7 +38,7 @@ def of_metadata(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]
     """
     if KEY not in metadata:
         return None
-    where = f"{KEY} in the header of {path}"
+    where = f"{path} is damaged: {KEY}"
     return frozenset(documents.decode(metadata[KEY].encode(), tuple[TrainedOn, ...], where))
 
 
@@ -56,14 +57,13 @@ def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
     seen = of_metadata(path, metadata)
     if seen is not None:
         return seen
-    config, training = path / "config.json", path / "training.json"
-    if metadata.get("step") == "0" or not (config.is_file() and training.is_file()):
+    if metadata.get("step") == "0":
         return frozenset()
-    known = [files.read_json(str(file)) for file in (config, training)]
-    if not all(isinstance(document, dict) for document in known):
-        raise ValueError(f"{path} is damaged: config.json or training.json is no JSON object")
-    name, sha256 = known[0].get("train_set"), known[1].get("manifest_sha256")
-    return frozenset([TrainedOn(name, sha256)] if name and sha256 else [])
+    config = records.find_config(path)
+    training = records.find(path / records.TRAINING, Training)
+    if config is None or training is None or not config.train_set or not training.manifest_sha256:
+        return frozenset()
+    return frozenset([TrainedOn(config.train_set, training.manifest_sha256)])
 
 
 def different_splits(models: Mapping[str, Iterable[TrainedOn]]) -> str:
