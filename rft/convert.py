@@ -20,7 +20,7 @@ import tyro
 from safetensors.torch import save
 from torch import Tensor
 
-from rft import cli, dist, files, trained_on
+from rft import cli, dist, files, trained_on, urls
 from rft.classes import Classes, check_head
 from rft.clip import load, weights
 from rft.clip.architecture import Architecture
@@ -31,7 +31,6 @@ from rft.clip.made import is_made, write_made
 from rft.clip.weights import Weights
 from rft.config import Device, ModelConfig
 from rft.data.manifest import Manifest
-from rft.data.root import set_name
 from rft.evaluate import commands
 from rft.runs import (
     checkpoint_path,
@@ -148,8 +147,7 @@ def import_weights(arguments: Import) -> None:
         ValueError: if they cannot be read, do not fit the named model, lack a head that --data does
             not give, or the folder holds something else.
     """
-    files.require_local(arguments.out, "--out")
-    arguments = dataclasses.replace(arguments, packed=set_name(arguments.packed, "--set"))
+    arguments = dataclasses.replace(arguments, packed=urls.set_name(arguments.packed, "--set"))
     # the report refuses other names
     if not (arguments.recipe.isprintable() and arguments.recipe.strip()):
         raise ValueError(f"--recipe is {arguments.recipe!r}; it must be a printable name")
@@ -293,7 +291,7 @@ def classes_of_head(found: Found, manifest: Manifest | None, arguments: Import) 
             )
         return found.classes
     rows, known = len(found.state["head.weight"]), manifest.label_space
-    where = files.redact(files.join(arguments.data, arguments.packed))
+    where = files.join(arguments.data, arguments.packed)
     for warning in check_head(found.classes, rows, file, known, where):
         cli.warn(warning)
     return found.classes or known
@@ -307,7 +305,6 @@ def export_weights(arguments: Export) -> None:
             found, or --out holds something else.
     """
     out, to = arguments.out, arguments.to
-    files.require_local(out, "--out")
     if to in SUFFIXES and out.suffix != SUFFIXES[to]:
         raise ValueError(f"--out is {out}; a file of this format ends in {SUFFIXES[to]}")
     weights_path = checkpoint_path(arguments.source)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rft import files
+from rft import cli, files, urls
 from rft.classes import Classes, prompts_sha256
 from rft.data import tar
 from rft.data.encode import check_encoding
@@ -35,6 +35,7 @@ COLUMNS = {
     "key": np.bytes_,
 }
 AGAIN = "pack or index the set again"
+STORES_SHOWN = 3  # in one line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Shard:
     """One tar file of the dataset.
 
     `name` is relative to the manifest's folder, or a whole URL where a manifest was made for shards
-    that lie elsewhere.
+    that lie elsewhere: see `rft.urls.check_shard_name`.
     """
 
     name: str
@@ -83,6 +84,14 @@ class Manifest:
     def sha256(self) -> str:
         """Hash of the manifest's content: the identity of the data."""
         return files.sha256_json(self._document())
+
+    def other_stores(self, url: str) -> list[str]:
+        """Return the hosts and buckets that hold shards and are not that of the manifest's `url`.
+
+        Files elsewhere on this machine are not among them: nobody learns that they are read.
+        """
+        places = dict.fromkeys(urls.place(shard.name) for shard in self.shards)
+        return [place for place in places if place not in ("", urls.place(url))]
 
     @property
     def label_space(self) -> Classes:
@@ -129,6 +138,11 @@ class Manifest:
             manifest = Manifest(**document)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); pack or index the set again") from error
+        for number, shard in enumerate(manifest.shards):
+            try:
+                urls.check_shard_name(shard.name, url)
+            except ValueError as error:
+                raise ValueError(f"{path}: shards[{number}].name: {error}; {AGAIN}") from error
         check_encoding(manifest.encoding, path)
         require_named(url, manifest.dataset)
         return manifest
@@ -158,6 +172,17 @@ def require_named(url: str, dataset: str) -> None:
         raise ValueError(
             f"{url} is called {name}, but the set in it is {dataset!r} and would count as {name}; "
             f"rename the folder, or index its shards anew with --dataset {name} if they are that"
+        )
+
+
+def note_other_stores(url: str, manifest: Manifest) -> None:
+    """Print which hosts or buckets besides the manifest's own will be asked for its shards."""
+    if others := manifest.other_stores(url):
+        more = f" and {len(others) - STORES_SHOWN} more" if len(others) > STORES_SHOWN else ""
+        own = any(urls.place(shard.name) not in others for shard in manifest.shards)
+        cli.note(
+            f"shards of {manifest.dataset} ({url}) lie on {', '.join(others[:STORES_SHOWN])}{more}"
+            f"{' as well' if own else ''}; these are asked now"
         )
 
 

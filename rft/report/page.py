@@ -244,7 +244,6 @@ def _describe(run: Run) -> dict[str, Any]:
         "checkpoint": run.checkpoint_sha256[:12],
         "config_sha256": run.config_sha256[:12] or tables.ABSENT,
         "path": str(run.path),
-        # a run of an older version may have recorded credentials
-        "command": files.redact(" ".join(map(str, run.provenance.get("command", [])))),
-        "config": files.redact(json.dumps(run.config, indent=2, sort_keys=True)),
+        "command": " ".join(map(str, run.provenance.get("command", []))),
+        "config": json.dumps(run.config, indent=2, sort_keys=True),
     }

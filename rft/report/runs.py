@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from rft import classes, cli, files
+from rft import classes, cli, files, urls
 from rft.config import settings
 from rft.runs import (
     Results,
@@ -159,6 +159,12 @@ def _parse(path: Path, config: dict[str, Any], results: Results) -> Run:
     made = files.read_json(str(provenance)) if provenance.is_file() else {}
     if not isinstance(made, dict):
         raise ValueError(f"{provenance} is malformed: it is not a JSON object")
+    for name, document in (("config.json", config), ("provenance.json", made)):
+        # a report is published: an rft of before recorded what was typed, and strangers' may
+        try:
+            urls.refuse_credentials(json.dumps(document))
+        except ValueError as error:
+            raise ValueError(f"{path / name} must not be shown: {error}") from error
     return Run(
         path=path,
         recipe=recipe,

@@ -86,7 +86,7 @@ def describe(job: Job, arguments: Sequence[str], why: str = "") -> str:
         "Next": [command(job, arguments)],
     }
     blocks = ["\n".join([title, *(f"  {line}" for line in ls)]) for title, ls in sections.items()]
-    return files.redact("\n\n".join(blocks))
+    return "\n\n".join(blocks)
 
 
 def configuration(
