@@ -381,16 +381,21 @@ def text_tower(text: str, architecture: Architecture, config: dict[str, Any]) ->
     )
 
 
-def _origins(config: dict[str, Any], architecture: Architecture) -> Iterator[ModelConfig]:
-    """Yield the CLIPs that a run, or the runs that it is merged from, started with."""
+def _origins(
+    config: dict[str, Any], architecture: Architecture, above: tuple[Path, ...] = ()
+) -> Iterator[ModelConfig]:
+    """Yield the CLIPs that a run, or the runs that it is merged from, started with.
+
+    A run that names one of those `above` it, which led here, as an ancestor is passed over there.
+    """
     if pretrained := config.get("model", {}).get("pretrained"):
         yield ModelConfig(clip=architecture.clip, pretrained=pretrained)
     if imported := _text_of(config.get("imported_from", {}), architecture):
         yield imported
     for ancestor in config.get("merged_from", []):
-        path = Path(ancestor["path"]) / "config.json"
-        if path.is_file():
-            yield from _origins(files.read_json(str(path)), architecture)
+        path = (Path(ancestor["path"]) / "config.json").resolve()
+        if path.is_file() and path not in above:
+            yield from _origins(files.read_json(str(path)), architecture, (*above, path))
 
 
 def require_same_tower(original: Architecture, ours: Architecture) -> None:

@@ -24,7 +24,9 @@ BUCKET = re.compile(r"[A-Za-z0-9._~:-]+")
 CONTAINER = re.compile(r"([A-Za-z0-9$-]+@)?[A-Za-z0-9$._-]+")
 PORT = re.compile(r":[0-9]{0,5}$")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-START = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # one slash: what pathlib leaves of two
+# one slash is what pathlib leaves of two; no word is tried from its middle, which takes long
+START = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z0-9+.-]{2,}):/{1,2}")
+SHOWN = 300  # letters of a URL in a message
 PARAMETER = re.compile(r"[?&;#]([^?&;#=]+)=(?!\*{3})")
 SECRET = re.compile(
     r"""(signature|credentials?|token|secret|password|passwd|passphrase|authorization|bearer
@@ -63,7 +65,7 @@ def check(url: str) -> str:
     if "::" in url:
         raise ValueError(f"{shown(url)} has '::', which makes a chain of URLs; {_open()}")
     if CONTROL.search(url):
-        raise ValueError(f"{shown(url)!a} has a control character")
+        raise ValueError(f"{shown(url)} has a control character")
     if word := "" if mark else protocol_word(url):
         raise ValueError(
             f"{shown(url)} is no URL of {word}, and no local path: one that begins so needs a "
@@ -224,7 +226,13 @@ def credential(url: str) -> str:
 
 
 def shown(url: str) -> str:
-    """Return as much of a URL as can hold no credential."""
+    """Return as much of a URL as can hold no credential, and as a terminal can show."""
+    text = _without_credential(url)
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _without_credential(url: str) -> str:
     protocol, rest = _split(url)
     if not protocol:
         word = protocol_word(url)

@@ -187,8 +187,8 @@ def note_other_stores(url: str, manifest: Manifest) -> None:
         more = f" and {len(others) - STORES_SHOWN} more" if len(others) > STORES_SHOWN else ""
         own = any(urls.place(shard.name) not in others for shard in manifest.shards)
         cli.note(
-            f"shards of {manifest.dataset} ({url}) lie on {', '.join(others[:STORES_SHOWN])}{more}"
-            f"{' as well' if own else ''}; these are asked now"
+            f"shards of {manifest.dataset} ({url}) are read from "
+            f"{', '.join(others[:STORES_SHOWN])}{more}{' as well' if own else ''}"
         )
 
 
