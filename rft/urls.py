@@ -10,6 +10,7 @@ instead of being cleaned in each of them.
 import itertools
 import posixpath
 import re
+import unicodedata
 from urllib.parse import unquote
 
 import fsspec
@@ -32,7 +33,7 @@ SECRET = re.compile(
     r"""(signature|credentials?|token|secret|password|passwd|passphrase|authorization|bearer
     |accessid)($|\W)
     |(access|account|api|private|secret|shared|subscription)_?key(_?id)?$
-    |(^|[_.\W])(sig|sas|key|auth|pass|pwd|jwt|hmac)$
+    |(^|[_.\W])(sig|sign|sas|key|auth|pass|pwd|pat|jwt|hmac)$
     |^(code|policy|session(_?id)?|x_(amz|goog|ms)_.*)$""",
     re.VERBOSE,
 )
@@ -86,15 +87,12 @@ def _open() -> str:
 
 def _fault(protocol: str, rest: str) -> str:
     """Return what makes a URL of an open protocol ambiguous, as the end of a sentence."""
-    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if protocol == "file":
         if not rest.startswith("/") or "://" in rest:
             return "must have three slashes and an absolute path: file:///folder"
-    else:
-        kind = HOST if protocol in WEB else CONTAINER if protocol in AZURE else BUCKET
-        if not kind.fullmatch(authority):
-            what = "host, perhaps with a port," if protocol in WEB else "bucket"
-            return f"needs the name of a {what} after {protocol}://, in ASCII (IDN as xn--)"
+    elif not _kind(protocol).fullmatch(_authority(rest)):
+        what = "host, perhaps with a port," if protocol in WEB else "bucket"
+        return f"needs the name of a {what} after {protocol}://, in ASCII (IDN as xn--)"
     if "\\" in rest or not rest.isprintable() or rest != rest.strip():
         return "has a backslash, an unprintable character, or white space at its end"
     if protocol in WEB and "#" in rest:
@@ -128,7 +126,7 @@ def place(url: str) -> str:
     protocol, mark, rest = url.partition("://")
     if not mark or protocol == "file":
         return ""
-    return f"{protocol}://{re.split('[/?#]', rest, maxsplit=1)[0]}"
+    return f"{protocol}://{_authority(rest)}"
 
 
 def check_relative(name: str) -> None:
@@ -184,13 +182,13 @@ def check_shard_name(name: str, folder: str) -> None:
         raise ValueError(f"{name!a} is a file of the reader's machine, the manifest is not on it")
 
 
-def refuse_credentials(text: str) -> None:
-    """Check that no URL in a text holds a password, token, signature or key.
+def refuse_credentials(word: str) -> None:
+    """Check that no URL in a word of a command line holds a password, token, signature or key.
 
     Raises:
         ValueError: with what to do instead, and without the secret.
     """
-    for url in urls_in(text):
+    for url in urls_in(word):
         if what := credential(url):
             protocol, _ = _split(url)
             instead = INSTEAD.get(OWNER.get(protocol, protocol), "give it to the client")
@@ -201,16 +199,17 @@ def refuse_credentials(text: str) -> None:
 
 
 def urls_in(text: str) -> list[str]:
-    """Return the URLs in a text, each up to the next one, a quote or white space."""
+    """Return the URLs in a text, each up to the next one or the end."""
     starts = [found.start() for found in START.finditer(text)]
-    parts = [text[a:b] for a, b in itertools.pairwise([*starts, len(text)])]
-    return [re.split(r"""[\s"'<>]""", part, maxsplit=1)[0].rstrip(".,:)]}") for part in parts]
+    return [text[a:b] for a, b in itertools.pairwise([*starts, len(text)])]
 
 
 def credential(url: str) -> str:
     """Return what of a URL is a credential, in words, or nothing."""
     protocol, rest = _split(url.replace(f"{HIDDEN}@", ""))
-    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    # as a lenient client might: a third slash, an escaped or a full-width "@"
+    authority = _authority(rest if protocol == "file" else rest.lstrip("/"))
+    authority = unicodedata.normalize("NFKC", unquote(authority))
     user, at, _ = authority.rpartition("@")
     # Azure's has a container before its account; a token alone is what some servers want
     if at and (":" in user or protocol not in AZURE):
@@ -221,7 +220,7 @@ def credential(url: str) -> str:
         return BEFORE_HOST
     for name in PARAMETER.findall(rest):
         if SECRET.search(unquote(name).lower().replace("-", "_")):
-            return f"a credential in {unquote(name)!a}"
+            return f"a credential in {unquote(name)[:SHOWN]!a}"
     return ""
 
 
@@ -237,7 +236,9 @@ def _without_credential(url: str) -> str:
     if not protocol:
         word = protocol_word(url)
         return f"{word}:{HIDDEN}" if word and re.search("[@?#;=]", url) else url
-    if any(credential(part) == BEFORE_HOST for part in urls_in(url)):
+    # what begins with no host may be a URL with a password to somebody
+    doubtful = CONTROL.search(url) or not _kind(protocol).fullmatch(_authority(rest))
+    if any(credential(part) == BEFORE_HOST for part in urls_in(url)) or (doubtful and "@" in rest):
         return f"{protocol}://{HIDDEN}"
     start = url[: len(url) - len(rest)]
     return start + re.split("[?#;]", rest, maxsplit=1)[0]
@@ -246,13 +247,23 @@ def _without_credential(url: str) -> str:
 def redact(text: str) -> str:
     """Return a foreign library's text with its URLs cut where they hold credentials.
 
-    A server may redirect to a signed URL, and clients repeat in errors where they were sent.
+    A server may redirect to a signed URL, and clients repeat in errors where they were sent. There,
+    a URL ends at a quote or white space too, and not in a sentence's punctuation.
     """
-    for url in urls_in(text):
+    for found in urls_in(text):
+        url = re.split(r"""[\s"'<>]""", found, maxsplit=1)[0].rstrip(".,:)]}")
         if credential(url):
             cut = shown(url)
             text = text.replace(url, cut if cut.endswith(HIDDEN) else f"{cut}?{HIDDEN}")
     return text
+
+
+def _kind(protocol: str) -> re.Pattern[str]:
+    return HOST if protocol in WEB else CONTAINER if protocol in AZURE else BUCKET
+
+
+def _authority(rest: str) -> str:
+    return re.split(r"[/?#]", rest, maxsplit=1)[0]
 
 
 def _split(url: str) -> tuple[str, str]:

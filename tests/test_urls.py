@@ -202,8 +202,15 @@ WITH_SECRET = [
     *(f"{p}://user:{SECRET}@h/x" for p in ("http", "https", "s3", "gs", "hf", "az", "abfs", "s3a")),
     *(f"{p}://{SECRET}@h/x" for p in ("https", "s3", "gs", "hf")),
     *(f"s3://key:{SECRET}/more@b/x", f"s3://key:a:{SECRET}@b/x", f"https://u:{SECRET}@{SECRET}@h"),
+    *(f"https:///u:{SECRET}@h/x", f"https://u%3A{SECRET}%40h/x", f"s3://k:{SECRET}\uff20b"),
     *(f"https://h\\@{SECRET}@x", f"abfs://c:{SECRET}@a.dfs.core.windows.net/x"),
-    *(f"https://web/https://u:{SECRET}@h/x", f"s3://b/x?versionId=1&sig={SECRET}"),
+    *(
+        f"https://web/https://u:{SECRET}@h/x",
+        *(f"https://u:{q}{SECRET}@h/x" for q in "'\" <,"),
+        f"https://h/x?a='&sig={SECRET}",
+        f"https://h/a b?sig={SECRET}",
+        f"s3://b/x?versionId=1&sig={SECRET}",
+    ),
     f"az://c/x?sv=1&sig={SECRET}",
 ]
 
@@ -232,7 +239,12 @@ def test_a_credential_is_refused_with_what_to_do_instead(url: str) -> None:
             f"simplecache::s3://k:{SECRET}@b",
             f"HTTPS://{SECRET}@h",
         ),
-        *(f"https://u:{SECRET}@h/\n", f"ftp://h/?sig={SECRET}", f"a/https://u:{SECRET}@h/../x"),
+        *(
+            f"https://u:{SECRET}@h/\n",
+            f"ftp://h/?sig={SECRET}",
+            f"a/https://u:{SECRET}@h/../x",
+            f"https://\tu:{SECRET}@h",
+        ),
     ],
 )
 def test_no_other_refusal_shows_one(url: str) -> None:
@@ -268,7 +280,7 @@ PLACES = ("{}", "--data={}", "url=URL('{}')", '{{"data": "{}"}}', "no such file:
 @pytest.mark.parametrize("text", PLACES)
 def test_a_foreign_text_loses_credentials_and_nothing_else(text: str) -> None:
     before, after = text.format("|").split("|")
-    for url in WITH_SECRET:
+    for url in (url for url in WITH_SECRET if not set(url) & set("'\" <")):
         found = urls.redact(text.format(url))
         assert SECRET not in found
         assert urls.redact(found) == found
@@ -338,7 +350,7 @@ def test_a_report_does_not_publish_what_a_run_folder_holds(tmp_path: Path, name:
     path = run / name
     document = json.loads(path.read_text()) if path.is_file() else {}
     path.write_text(json.dumps({**document, "command": ["--data", f"https://u:{SECRET}@h/x"]}))
-    with pytest.raises(ValueError, match=f"{name} must not be shown: https") as error:
+    with pytest.raises(ValueError, match=f"{name} has a URL with a credential, which") as error:
         write_report([run], tmp_path / "report")
     assert SECRET not in str(error.value)
     assert not (tmp_path / "report").exists()

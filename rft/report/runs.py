@@ -160,11 +160,12 @@ def _parse(path: Path, config: dict[str, Any], results: Results) -> Run:
     if not isinstance(made, dict):
         raise ValueError(f"{provenance} is malformed: it is not a JSON object")
     for name, document in (("config.json", config), ("provenance.json", made)):
-        # a report is published: an rft of before recorded what was typed, and strangers' may
-        try:
-            urls.refuse_credentials(json.dumps(document))
-        except ValueError as error:
-            raise ValueError(f"{path / name} must not be shown: {error}") from error
+        # a report is published, and an rft of before or a stranger's recorded what was typed
+        if urls.redact(text := json.dumps(document)) != text:
+            raise ValueError(
+                f"{path / name} has a URL with a credential, which a report would publish; take it "
+                "out of the file"
+            )
     return Run(
         path=path,
         recipe=recipe,
