@@ -43,7 +43,7 @@ REFUSED = {
         *("ftp://h/x", "smb://h/x", "github://o:r@/x", "local:///etc/passwd", "dir:///etc"),
         *("reference://", "zip://x.zip", "tar://x.tar", "simplecache://x", "filecache://x"),
         *("HTTP://h/x", "S3://b/x", "File:///x", "FILE:///x", " http://h/x"),
-        *("x://y", "://x", "a/http://h/x", "hhttp://h", "ssh://h/x", "sftp://h/x", "jar://x"),
+        *("x://y", "://x", "a/http://h/x", "hxxp://h", "ssh://h/x", "sftp://h/x", "jar://x"),
     ],
     "is no URL of": [
         *("http:/h/x", "s3:/b/x", "s3:b/x", "file:/x", "file:x", "FILE:x", "data:text", "Pipe:ls"),
