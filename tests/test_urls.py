@@ -27,7 +27,6 @@ from rft.merge import __main__ as merge_command
 from rft.report import __main__ as report_command
 from rft.report.page import write_report
 from rft.train import __main__ as train_command
-from tests.conftest import ARCHITECTURE
 from tests.report.make_runs import make_run
 from tests.servers.ranges import OddHandler, Oddity, range_server, serving
 from tests.tiny import LABELS
@@ -454,13 +453,6 @@ def test_the_recorded_set_of_a_strangers_run_is_one_below_its_data_root(tmp_path
     for name in ("../other", "/etc", "s3://b/x", "%2e%2e/x", "a\\b", "a\nb"):
         with pytest.raises(ValueError, match="--train-set is"):
             config.Config.from_dict({**document, "train_set": name})
-
-
-def test_a_merge_of_itself_has_no_origin(tmp_path: Path) -> None:
-    """Paths in a stranger's config.json are local, and may lead in a circle."""
-    document = {"merged_from": [{"path": str(tmp_path)}, {"path": "s3://bucket/run"}]}
-    (tmp_path / "config.json").write_text(json.dumps(document))
-    assert list(convert._origins(document, ARCHITECTURE)) == []
 
 
 # --- manifests with shards elsewhere ------------------------------------------------------------
