@@ -6,7 +6,6 @@ command line read this too. Numbers are the paper's (appendix A.1) unless a comm
 
 import contextlib
 import dataclasses
-import posixpath
 import re
 import typing
 from dataclasses import field
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from rft import __version__, documents, files, records
+from rft import __version__, documents, files, records, urls
 from rft.documents import document
 from rft.records import Seed
 
@@ -192,8 +191,8 @@ class LogConfig:
     keep: Positive = 2
     """Checkpoints kept for resuming."""
     checkpoints: str = ""
-    """Where checkpoints are kept, in a folder named as the run folder: any URL that fsspec opens;
-    empty keeps them in the run folder."""
+    """Where checkpoints are kept, in a folder named as the run folder: a folder or a URL (s3://,
+    gs://, az://); empty keeps them in the run folder."""
     image_steps: Whole = 500
     """Optimizer steps between two grids of counterfactuals in TensorBoard; 0 draws none."""
     wandb: str = ""
@@ -259,7 +258,7 @@ class Config:
 
     def __post_init__(self) -> None:
         # here, for a config.json of before too: the name is part of the run's identity
-        object.__setattr__(self, "train_set", posixpath.normpath(self.train_set))
+        object.__setattr__(self, "train_set", urls.set_name(self.train_set, "--train-set"))
         weight = self.method.distill_weight
         learns = weight == 0 or self.optim.trains == "all"
         wanted = "0 where only the head is trained, because no feature changes"

@@ -51,12 +51,6 @@ def test_words_come_back_from_a_shell(words):
     assert "\n" in line or shlex.split(line) == ["next:", "python", *words]
 
 
-def test_credentials_are_hidden_and_asked_for():
-    line, note = cli.next_step(["-m", "x", "--data", "s3://key:secret@bucket/a b"]).splitlines()
-    assert shlex.split(line)[-1] == "s3://***@bucket/a b"
-    assert note.startswith("  (***: credentials")
-
-
 def test_what_is_not_known_is_explained_below():
     line, note = cli.next_step(["x", "URL"], ranks=3, unknown={"URL": "of it"}).splitlines()
     assert (line, note) == ("next: torchrun --nproc_per_node 3 x URL", "  (URL: of it)")

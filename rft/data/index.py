@@ -35,6 +35,7 @@ from rft.data.samples import (
 )
 from rft.data.scoring import Options, Rule, contradiction, make_rule, read_label
 from rft.data.workers import check_workers, for_each
+from rft.urls import check_shard_name
 
 ALGORITHM = "index 1"  # raise it when the same shards would get another index
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -76,13 +77,13 @@ def index_shards(
     dataset = options.dataset or files.name_of(out)
     require_named(out, dataset)
     allowed = parse_allowed_counts(options.allow_count, [dataset]).get(dataset)
+    names = shard_names(urls, out)
     rule = make_rule(dataset, urls, labels, options)
     with ThreadPoolExecutor(SIZE_THREADS) as pool:
         sizes = list(pool.map(shard_size, urls))
     jobs = list(zip(urls, sizes, strict=True))
     found = for_each(f"{dataset}: shards", partial(read_shard, rule=rule), jobs, workers)
     _require_different(urls, found)
-    names = shard_names(urls, out)
     samples = sum(len(shard.rows["key"]) for shard in found)
     check_count(dataset, samples, labels, allowed)
     manifest, index, plan = _describe(dataset, names, found, labels, rule)
@@ -95,8 +96,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
     """Return the URLs that brace patterns name, in their order.
 
     Raises:
-        ValueError: if a pattern is none, nothing or something twice is named, or a URL holds
-            credentials (the manifest would publish them).
+        ValueError: if a pattern is none, or nothing or something twice is named.
     """
     urls: list[str] = []
     for pattern in patterns:
@@ -116,12 +116,6 @@ def expand(patterns: Sequence[str]) -> list[str]:
     twice = [url for url, count in Counter(urls).items() if count > 1]
     if twice:
         raise ValueError(f"{twice[0]} is named twice")
-    for url in urls:
-        if (shown := files.redact(url)) != url:
-            raise ValueError(
-                f"{shown} holds credentials, which the manifest would publish; give them to "
-                "fsspec's configuration"
-            )
     return urls
 
 
@@ -254,17 +248,25 @@ def _describe(
     return manifest, index, plan
 
 
-def shard_names(urls: Sequence[str], out: str) -> list[str]:
-    """Return the shards' names in a manifest in `out`: relative if all lie there, else whole."""
+def shard_names(shards: Sequence[str], out: str) -> list[str]:
+    """Return the shards' names in a manifest in `out`: relative if all lie there, else whole.
+
+    Raises:
+        ValueError: if readers would refuse such a manifest.
+    """
     folder_store, folder = files.open_store(out)
     prefix = folder.rstrip("/") + "/"
     names = []
-    for url in urls:
+    for url in shards:
         place = files.open_store(url)
         name = place[1].removeprefix(prefix)
-        if place != (folder_store, prefix + name):
-            return list(urls)
+        # "folder//x.tar" lies below, but behind the prefix its name would be an absolute one
+        if place != (folder_store, prefix + name) or name.startswith("/"):
+            names = list(shards)
+            break
         names.append(name)
+    for name in names:
+        check_shard_name(name, out)
     return names
 
 

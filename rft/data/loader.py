@@ -29,7 +29,7 @@ from rft.config import Config
 from rft.data import encode, order
 from rft.data.cache import Cache
 from rft.data.fetch import Patience, RangeError, Shards
-from rft.data.manifest import Index, Manifest
+from rft.data.manifest import Index, Manifest, note_other_stores
 from rft.data.order import EpochOrder, Plan, rank_slice
 from rft.data.split import held_out_split
 from rft.device import to_device
@@ -78,6 +78,7 @@ class PackedDataset:
     ) -> None:
         self.url = url
         self.manifest = Manifest.load(url)
+        note_other_stores(url, self.manifest)
         self.index = Index.load(url, self.manifest)
         sizes = [shard.samples for shard in self.manifest.shards]
         self.shard_ends = np.cumsum(sizes)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from rft import documents, files
+from rft import cli, documents, files, urls
 from rft.classes import Classes, prompts_sha256
 from rft.data import tar
 from rft.data.encode import Encoding
@@ -37,6 +37,7 @@ COLUMNS = {
     "key": np.bytes_,
 }
 AGAIN = "pack or index the set again"
+STORES_SHOWN = 3  # in one line
 ShardName = Annotated[Name, Field(max_length=2000)]
 
 
@@ -45,7 +46,7 @@ class Shard:
     """One tar file of the dataset.
 
     `name` is relative to the manifest's folder, or a whole URL where a manifest was made for shards
-    that lie elsewhere.
+    that lie elsewhere: see `rft.urls.check_shard_name`.
     """
 
     name: ShardName
@@ -100,6 +101,14 @@ class Manifest:
         """Hash of the manifest's content: the identity of the data."""
         return files.sha256_json(self._document())
 
+    def other_stores(self, url: str) -> list[str]:
+        """Return the hosts and buckets that hold shards and are not that of the manifest's `url`.
+
+        Files elsewhere on this machine are not among them: nobody learns that they are read.
+        """
+        places = dict.fromkeys(urls.place(shard.name) for shard in self.shards)
+        return [place for place in places if place not in ("", urls.place(url))]
+
     @property
     def label_space(self) -> Classes:
         """What the labels mean, to compare with the classes of a head."""
@@ -136,6 +145,11 @@ class Manifest:
         except ValueError as error:
             newer = "a newer rft may read it; " if documents.names_unknown(error) else ""
             raise ValueError(f"{error}; {newer}{AGAIN}") from error
+        for number, shard in enumerate(manifest.shards):
+            try:
+                urls.check_shard_name(shard.name, url)
+            except ValueError as error:
+                raise ValueError(f"{path}: shards[{number}].name: {error}; {AGAIN}") from error
         require_named(url, manifest.dataset)
         return manifest
 
@@ -164,6 +178,17 @@ def require_named(url: str, dataset: str) -> None:
         raise ValueError(
             f"{url} is called {name}, but the set in it is {dataset!r} and would count as {name}; "
             f"rename the folder, or index its shards anew with --dataset {name} if they are that"
+        )
+
+
+def note_other_stores(url: str, manifest: Manifest) -> None:
+    """Print which hosts or buckets besides the manifest's own will be asked for its shards."""
+    if others := manifest.other_stores(url):
+        more = f" and {len(others) - STORES_SHOWN} more" if len(others) > STORES_SHOWN else ""
+        own = any(urls.place(shard.name) not in others for shard in manifest.shards)
+        cli.note(
+            f"shards of {manifest.dataset} ({url}) are read from "
+            f"{', '.join(others[:STORES_SHOWN])}{more}{' as well' if own else ''}"
         )
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
 
 from rft import files, local
 from rft.data import encode
@@ -133,8 +132,6 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
         return _say_complete(source.dataset, url, options.max_bad)
     if not options.finalize:
         todo = _uncommitted(jobs[index::count])
-        if isinstance(files.open_store(url)[0], MemoryFileSystem):
-            worker_count = 1  # no other process sees it
         _write_shards(source.dataset, todo, worker_count, options.max_bad)
         waiting = _uncommitted(jobs)
         if waiting:
@@ -147,10 +144,9 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
     manifest = finalize(plan, url, options.max_bad)
     total = sum(shard.bytes for shard in manifest.shards)
     left_out = f", {manifest.quarantined} left out (quarantine.jsonl)"
-    shown = files.redact(url)
     print(
         f"{source.dataset}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, "
-        f"{total / 2**20:,.1f} MiB at {shown}{left_out if manifest.quarantined else ''}",
+        f"{total / 2**20:,.1f} MiB at {url}{left_out if manifest.quarantined else ''}",
         flush=True,
     )
     if source.photos:
@@ -267,8 +263,7 @@ def claim(plan: Plan, url: str, *, create: bool = True) -> None:
         raise ValueError(
             f"{url} holds another plan ({changes}); choose another --out or delete that folder"
         )
-    shown = files.redact(url)
-    print(f"{shown} held another plan ({changes}) but no shard yet: replaced", flush=True)
+    print(f"{url} held another plan ({changes}) but no shard yet: replaced", flush=True)
     files.write_json(plan_url, plan.parameters)
 
 
@@ -391,8 +386,7 @@ def _say_complete(dataset: str, url: str, max_bad: int) -> bool:
             f"many, or repair them (quarantine.jsonl), delete that folder and pack again"
         )
     left_out = f" ({quarantined} left out)" if quarantined else ""
-    shown = files.redact(url)
-    print(f"{dataset}: already packed at {shown}{left_out}, nothing to do", flush=True)
+    print(f"{dataset}: already packed at {url}{left_out}, nothing to do", flush=True)
     return True
 
 

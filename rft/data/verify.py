@@ -22,7 +22,7 @@ from rft.classes import Classes, composed
 from rft.data import encode, tar
 from rft.data.index import ALGORITHM, IMAGE_SUFFIXES, OTHER_SUFFIXES
 from rft.data.labels import scoring_hash
-from rft.data.manifest import Index, Manifest, group_faults
+from rft.data.manifest import Index, Manifest, group_faults, note_other_stores
 from rft.data.samples import SIZE_THREADS, open_whole, shard_size, split_name
 from rft.data.scoring import POSITION, LabelsAre, Rule, parse_label, resolve_label
 from rft.data.workers import for_each
@@ -44,7 +44,7 @@ class Problem:
         place = [self.shard] if self.shard else []
         place += [f"key {self.key!r}"] if self.key else []
         place += [f"offset {self.offset:,}"] if self.offset is not None else []
-        return files.redact(f"{', '.join(place)}: {self.what}" if place else self.what)
+        return f"{', '.join(place)}: {self.what}" if place else self.what
 
 
 @dataclass(kw_only=True)
@@ -388,6 +388,7 @@ def _check_shards(
     workers: int,
 ) -> None:
     """Add what is wrong with the shards themselves."""
+    note_other_stores(report.url, manifest)
     places = [files.resolve(report.url, shard.name) for shard in manifest.shards]
     with ThreadPoolExecutor(SIZE_THREADS) as pool:
         sizes = list(pool.map(_size_or_reason, places))

@@ -102,7 +102,6 @@ def main() -> None:
     if not options[0].startswith("-") and options[0] not in KINDS:
         raise cli.unknown("merge", options[0], KINDS)
     arguments = cli.parse(Arguments, args=options, prog="rft.merge").merge
-    files.require_local(arguments.out, "--out")
     match arguments:
         case Wise():
             wise(arguments)

@@ -4,12 +4,13 @@ A run folder comes from rft.train or rft.merge and was counted by rft.evaluate. 
 trusted to be well formed; everything after `load_run` may rely on what the types say.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
 
-from rft import classes, cli, files, header, records
+from rft import classes, cli, files, header, records, urls
 from rft.config import settings
 from rft.records import Metrics, Provenance, Results, RunConfig, SetCount
 from rft.runs import (
@@ -139,15 +140,26 @@ def load_run(path: Path) -> Run:
     if reached := unfinished(path):
         # a name of its own: it joins no mean, no pair and no row of the paper
         recipe = f"{recipe} (unfinished, {reached})"
+    provenance = records.find(path / records.PROVENANCE, Provenance) or Provenance()
+    _require_publishable(path / records.CONFIG, json.dumps(config.whole))
+    _require_publishable(path / records.PROVENANCE, " ".join(provenance.command))
     return Run(
         path=path,
         recipe=recipe,
         seed=config.seed,
         results=results,
         config=config,
-        provenance=records.find(path / records.PROVENANCE, Provenance) or Provenance(),
+        provenance=provenance,
         metrics=read_metrics(path / records.METRICS),
     )
+
+
+def _require_publishable(path: Path, text: str) -> None:
+    """Check the text that a report shows of a file: it may have recorded what somebody typed."""
+    if urls.redact(text) != text:
+        raise ValueError(
+            f"{path} has a URL with a credential, which a report would publish; take it out"
+        )
 
 
 def read_metrics(path: Path) -> tuple[Metrics, ...]:

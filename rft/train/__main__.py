@@ -27,7 +27,6 @@ from rft.data.cache import Cache
 from rft.data.labels import warn_of_one_class
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
 from rft.data.manifest import Index, Manifest
-from rft.data.root import set_name
 from rft.dist import World
 from rft.evaluate import commands
 from rft.method.averaging import require_alike
@@ -111,7 +110,7 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
             "--run-dir is missing; name a folder for this run, e.g. --run-dir runs/first"
         )
     files.require_local(config.run, "--run-dir")
-    set_name(config.train_set, "--train-set")
+    files.require_local(config.loader.cache_dir, "--loader.cache-dir")
     if not config.data and config.scale != SMALL:
         raise ValueError("--data is missing; give the URL that tools/shard_imagenet.py wrote to")
     recipes.require_inputs(config)
@@ -379,7 +378,7 @@ def tell_finished(config: Config, done: Finished, world: World) -> None:
         notes = [f"in {load_config(Path(config.run)).precision}"]
         if done.uncompared:
             notes.append(f"its data could not be compared: {done.uncompared}")
-        cli.say(files.redact(f"run already finished: {config.run} ({'; '.join(notes)})"))
+        cli.say(f"run already finished: {config.run} ({'; '.join(notes)})")
 
 
 def tell_next(config: Config, world: World) -> None:

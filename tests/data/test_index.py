@@ -691,9 +691,9 @@ def test_what_is_no_tar(tmp_path: Path, kind: str) -> None:
         (["{0..x}.tar"], r"'\{' is not expanded"),
         (["{0..1}.tar", "1.tar"], "1.tar is named twice"),
         (["gone-{0..1}.tar"], "no such shard: .*gone-0.tar"),
-        (["https://user:secret@host/0.tar"], r"https://\*{3}@host/0.tar holds credentials"),
-        (["pipe:cat 0.tar"], "no such shard"),
-        (["nonsense://0.tar"], "cannot open"),
+        (["https://user:secret@host/0.tar"], r"https://\*{3} was given with a user, password"),
+        (["pipe:cat 0.tar"], "is no URL of pipe, and no local path"),
+        (["nonsense://0.tar"], "is not opened; rft opens local paths and URLs of file, http"),
     ],
 )
 def test_bad_patterns(tmp_path: Path, monkeypatch, patterns: list[str], message: str) -> None:
