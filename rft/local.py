@@ -74,14 +74,17 @@ def open_regular(
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return the content of a regular file; one byte more than `limit` of a larger one.
+    """Return the content of a regular file, of one above `limit` bytes only the first of them.
+
+    What comes is longer than `limit` then.
 
     Raises:
         ValueError, OSError: as `open_regular`.
     """
     with os.fdopen(open_regular(path), "rb") as stream:
-        # as much as there is: what is asked for would be allocated first
-        return stream.read(min(limit, os.fstat(stream.fileno()).st_size) + 1)
+        # not always with a number: as many bytes would be allocated first
+        is_small = os.fstat(stream.fileno()).st_size <= limit
+        return stream.read() if is_small else stream.read(limit + 1)
 
 
 def create(path: Path, mode: int = 0o666) -> None:
