@@ -141,8 +141,10 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
         for sample in read_samples(stream, where, found.passed_over):
             image = pick_image(sample, where, rule.ignore, found.passed_over)
             at = f"{where}, key {sample.key!r}"
+            what = f"{at}: the image"
+            encode.require_affordable(image.size, what, rule.max_pixels)
             data = read_member(stream, image)
-            header, as_photo = encode.identify(data, f"{at}: the image", rule.crop_border)
+            header, as_photo = encode.identify(data, what, rule.crop_border, rule.max_pixels)
             found.as_stored["turned"] += as_photo.orientation != 1
             found.as_stored["transparent"] += as_photo.composed
             label = read_label(stream, sample, at, rule)
