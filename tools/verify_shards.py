@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 
 from rft import cli, files
-from rft.data.encode import MAX_PIXELS
+from rft.config import MAX_PIXELS
 from rft.data.verify import Report, verify
 from rft.data.workers import check_workers
 

@@ -26,12 +26,10 @@ import numpy as np
 import PIL
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from rft.config import MAX_PIXELS
+
 Kind = Literal["original", "jpeg", "pixels"]
 
-# Millions of pixels that an image may have, unless the user says otherwise. Decoding takes up to 16
-# bytes for each (WebP), so the largest needs less than 2 GB. Phones make 108 million; Pillow warns
-# of 89 million and refuses twice as many.
-MAX_PIXELS = 110.0
 BYTES_PER_PIXEL = 4  # of a file: more than any format takes for what is decoded to 8 bits
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> member
 FORMATS = ("JPEG", "PNG", "WEBP")  # MPO is a JPEG with further pictures behind the first
@@ -372,6 +370,16 @@ def _require_few_scans(data: bytes, name: str, allowed: int) -> None:
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
     if scans > allowed:
         raise ValueError(f"{name} has {scans:,} scans, too many for so many pixels; save it anew")
+
+
+def check_max_pixels(max_pixels: float) -> None:
+    """Check the option.
+
+    Raises:
+        ValueError: if it is no limit.
+    """
+    if not 0 < max_pixels < 1e6:
+        raise ValueError(f"--max-pixels must be above 0 and below 1,000,000, not {max_pixels:g}")
 
 
 def require_affordable(count: int, name: str, max_pixels: float = MAX_PIXELS) -> None:

@@ -367,8 +367,7 @@ def _check(options: Options) -> tuple[int, tuple[int, int]]:
         raise ValueError(f"--shard-mb must be above 0, not {options.shard_mb}")
     if options.max_bad < 0:
         raise ValueError(f"--max-bad must be at least 0, not {options.max_bad}")
-    if not options.max_pixels > 0:
-        raise ValueError(f"--max-pixels must be above 0, not {options.max_pixels:g}")
+    encode.check_max_pixels(options.max_pixels)
     if options.finalize and options.task is not None:
         raise ValueError("--finalize writes no shards, so it goes without --task")
     task = (0, 1) if options.task is None else parse_task(options.task)

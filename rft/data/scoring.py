@@ -15,7 +15,8 @@ from typing import IO, Any, Literal
 
 from rft import cli, files
 from rft.classes import Classes, composed
-from rft.data.encode import MAX_PIXELS
+from rft.config import MAX_PIXELS
+from rft.data.encode import check_max_pixels
 from rft.data.labels import LabelSpace, objectnet_groups
 from rft.data.manifest import group_faults
 from rft.data.published import SUBSETS, published_classes
@@ -122,6 +123,7 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
     Raises:
         ValueError: if local class names do not map onto the label space, or nothing is scored.
     """
+    check_max_pixels(options.max_pixels)
     places = [] if options.skip_beside else list(dict.fromkeys(map(parent, urls)))
     _require_nshards(urls, [folder for folder in places if folder])
     names, source = _local_names(places, labels, options.local_classes)
