@@ -23,6 +23,10 @@ from rft.runs import (
     unfinished,
 )
 
+METRICS_BYTES = 2**26  # of a metrics.jsonl: 250,000 lines, of which the paper's runs have 2,500
+RUNS = 2000  # of one report
+DEPTH = 32  # folders between a path that is named and its runs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -106,11 +110,15 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             )
         for run in inside:
             found.setdefault(run.resolve(), run)
+    if len(found) > RUNS:
+        raise ValueError(f"{len(found):,} run folders were found; report on {RUNS:,} at a time")
     return list(found.values())
 
 
-def _runs_below(path: Path, visited: set[Path]) -> Iterator[Path]:
+def _runs_below(path: Path, visited: set[Path], depth: int = 0) -> Iterator[Path]:
     """Yield the run folders from a path on, by name; none lies within another."""
+    if depth > DEPTH:
+        raise ValueError(f"{path} lies too deep for a run folder; name the folder of your runs")
     # links may lead back to where the search began
     if not path.is_dir() or path.resolve() in visited:
         return
@@ -121,7 +129,7 @@ def _runs_below(path: Path, visited: set[Path]) -> Iterator[Path]:
     for inner in sorted(path.iterdir()):
         # what a killed writer leaves is hidden
         if not inner.name.startswith("."):
-            yield from _runs_below(inner, visited)
+            yield from _runs_below(inner, visited, depth + 1)
 
 
 def load_run(path: Path) -> Run:
@@ -184,7 +192,8 @@ def read_metrics(path: Path) -> tuple[dict[str, float], ...]:
     if not path.is_file():
         return ()
     rows = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+    text = files.read_bytes(str(path), METRICS_BYTES).decode("utf-8", "replace")
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
             row["step"]
