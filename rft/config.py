@@ -5,7 +5,6 @@ command line read this too. Numbers are the paper's (appendix A.1) unless a comm
 """
 
 import dataclasses
-import json
 import posixpath
 import re
 import typing
@@ -352,7 +351,7 @@ class Config:
             ValueError: for a field or a choice that this version does not have, a value out of
                 range, or something else than a configuration.
         """
-        return documents.decode(json.dumps(document).encode(), Config, "config")
+        return documents.convert(document, Config, "config")
 
 
 def load_config(folder: Path) -> Config:

@@ -26,7 +26,8 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 FOREIGN = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 MEBIBYTE = 2**20
 SHOWN = 80  # characters of a wrong value that an error repeats
-UNKNOWN = {"unexpected_keyword_argument", "literal_error"}  # what a newer version may have written
+SURPLUS = {"unexpected_keyword_argument", "extra_forbidden"}
+UNKNOWN = {*SURPLUS, "literal_error", "union_tag_invalid"}  # what a newer version may have written
 # in the words of JSON
 OBJECTS = {
     "dataclass_type": "must be an object",
@@ -37,13 +38,18 @@ OBJECTS = {
     "int_type": "must be a whole number",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
+    "too_short": "must have {min_length} or more elements",
+    "too_long": "must have at most {max_length} elements",
 }
 MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
+
+# they rearrange what a terminal shows; the other format characters belong to words and emoji
+BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def _printable(text: str) -> str:
     for letter in text:
-        if unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in BIDIRECTIONAL:
             raise ValueError("must have no control characters or line breaks")
     return text
 
@@ -121,6 +127,11 @@ def decode(data: bytes, kind: Callable[..., T] | Any, where: str) -> T:
         raise ValueError(f"{where}: {explain(error)}") from error
 
 
+def convert(value: Any, kind: Callable[..., T] | Any, where: str) -> T:
+    """Return the document of a type that a JSON value is; see `decode`."""
+    return decode(json.dumps(value).encode(), kind, where)
+
+
 @lru_cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind, config=None if dataclasses.is_dataclass(kind) else STRICT)
@@ -143,23 +154,33 @@ def names_unknown(error: ValueError) -> bool:
 
 def explain(error: PydanticError, at: Sequence[str | int] = ()) -> str:
     """Return on one line what is wrong: the first fault, and how many more there are."""
-    first, *more = error.errors(include_url=False)
-    rest = f" (and {len(more)} more)" if more else ""
+    faults = error.errors(include_url=False)
+    # another schema explains the others
+    first = next((fault for fault in faults if fault["loc"] == ("schema",)), faults[0])
+    rest = f" (and {len(faults) - 1} more)" if faults[1:] else ""
     return f"{_explain(first, at)}{rest}"
 
 
 def _explain(fault: ErrorDetails, at: Sequence[str | int]) -> str:
     place = _place([*at, *fault["loc"]])
     kind, message = fault["type"], fault["msg"]
+    if kind.startswith("union_tag"):  # of an object whose field decides what the others are
+        context = fault["ctx"]
+        field = context["discriminator"].strip("'")
+        place = f"{place}.{field}" if place else field
+        if kind == "union_tag_not_found":
+            return f"{place} is missing"
+        return f"{place} is {shown(context['tag'])}; it must be one of {context['expected_tags']}"
     if kind in MISSING:
         return f"{place} is missing"
-    if kind == "unexpected_keyword_argument":
+    if kind in SURPLUS:
         return f"{place} is an unknown field"
     if kind == "value_error" and not isinstance(fault["input"], str | int | float):
         # of an object or list as a whole; what it says names the fields
         message = message.removeprefix("Value error, ")
         return f"{place}: {message}" if place and not message.startswith(place) else message
-    wanted = OBJECTS.get(kind, message).removeprefix("Value error, ")
+    wanted = OBJECTS[kind].format(**fault.get("ctx", {})) if kind in OBJECTS else message
+    wanted = wanted.removeprefix("Value error, ")
     wanted = wanted.replace("Input should", "it must").replace("String should", "it must")
     wanted = f"it {wanted}" if wanted.startswith("must ") else wanted
     return f"{place or 'it'} is {shown(fault['input'])}; {wanted}"

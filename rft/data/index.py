@@ -334,7 +334,9 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
                 f"{out} already holds another data set or index (different: {', '.join(changed)}); "
                 f"delete its manifest.json or choose another --out"
             )
-    elif files.exists(plan_url) and files.read_json(plan_url).get("algorithm") != ALGORITHM:
+    elif (
+        files.exists(plan_url) and files.read_document(plan_url, dict).get("algorithm") != ALGORITHM
+    ):
         raise ValueError(f"{out} is being packed; finish that or choose another --out")
     elif files.exists(index_url) and not files.exists(plan_url):
         raise ValueError(f"{out} has an index.npz that is not ours; choose another --out")

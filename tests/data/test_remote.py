@@ -563,7 +563,7 @@ def test_shard_that_is_published_meanwhile_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A part gets its final name while another process adds up what is there."""
-    one, other = (Shard(name="", bytes=1000, sha256=64 * name, samples=1) for name in "ab")
+    one, other = (Shard(name="x.tar", bytes=1000, sha256=64 * name, samples=1) for name in "ab")
     cache, threads = Cache(tmp_path, 1500), []
     part = cache.begin(one, keep=set(), known=set())
     assert part is not None
@@ -596,7 +596,7 @@ def test_end_amid_a_deletion_leaves_no_empty_shard(
 
         return wrapper
 
-    shard, cache = Shard(name="", bytes=3, sha256=64 * "a", samples=1), Cache(tmp_path, 9)
+    shard, cache = Shard(name="x.tar", bytes=3, sha256=64 * "a", samples=1), Cache(tmp_path, 9)
     cache.path(shard).write_bytes(b"abc")
     for name in ("truncate", "ftruncate"):
         monkeypatch.setattr(os, name, end_after(getattr(os, name)))
@@ -742,11 +742,13 @@ def test_loader_processes_read_from_s3(
 
 PACK = """
     import json, sys
+    from rft import documents
     from rft.data.labels import LabelSpace
     from rft.data.pack import Options, pack
 
     dataset, source, out, labels, options = sys.argv[1:]
-    pack(dataset, source, out, LabelSpace(**json.loads(labels)), Options(**json.loads(options)))
+    space = documents.decode(labels.encode(), LabelSpace, "labels")
+    pack(dataset, source, out, space, Options(**json.loads(options)))
 """
 
 
