@@ -73,18 +73,14 @@ def open_regular(
     return descriptor
 
 
-def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return the content of a regular file, of one above `limit` bytes only the first of them.
-
-    What comes is longer than `limit` then.
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return the content of a regular file.
 
     Raises:
         ValueError, OSError: as `open_regular`.
     """
     with os.fdopen(open_regular(path), "rb") as stream:
-        # not always with a number: as many bytes would be allocated first
-        is_small = os.fstat(stream.fileno()).st_size <= limit
-        return stream.read() if is_small else stream.read(limit + 1)
+        return stream.read()
 
 
 def create(path: Path, mode: int = 0o666) -> None:

@@ -68,9 +68,9 @@ def shard_size(url: str) -> int:
 def _shards_in(folder: str) -> str:
     """Return how to name the shards of a folder."""
     tars = [name for name in files.names(folder) if name.endswith(".tar")]
-    found = f"of its {len(tars)} .tar files the first is {tars[0]}, the last {tars[-1]}; " * bool(
-        tars
-    )
+    found = ""
+    if tars:
+        found = f"of its {len(tars)} .tar files the first is {tars[0]}, the last {tars[-1]}; "
     pattern = files.join(folder, "{000000..000123}.tar")
     return f"{found}name its shards, such as '{pattern}'"
 

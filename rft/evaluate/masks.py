@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from rft import local
+from rft import files
+from rft.config import MAX_PIXELS
 from rft.data import encode
 from rft.data.sources import UNSAFE_IN_KEY
 
@@ -66,7 +67,7 @@ def read_mask(path: Path, source: tuple[int, int], size: int, border: int = 0) -
     Raises:
         ValueError: naming the file, if it is no such PNG or has another size.
     """
-    data = local.read_bytes(path, int(encode.BYTES_PER_PIXEL * encode.MAX_PIXELS * 1e6))
+    data = files.read_bytes(str(path), int(encode.BYTES_PER_PIXEL * MAX_PIXELS * 1e6))
     image = _binary(data, path)
     if image.size == source:
         image = encode.clip_square(image, size, border, Image.Resampling.NEAREST)
