@@ -28,6 +28,7 @@ def archive(columns: dict[str, np.ndarray], save=np.savez) -> bytes:
     return stream.getvalue()
 
 
+@pytest.mark.slow
 @given(st.dictionaries(NAMES, ARRAYS, max_size=4), st.sampled_from([np.savez, np.savez_compressed]))
 def test_arrays_come_back(columns, save):
     found = read_npz(archive(columns, save), LIMIT)
@@ -142,6 +143,7 @@ def test_bombs_cost_nothing(make, message):
 WHOLE = archive({"a": np.arange(9, dtype=np.uint32), "b": np.zeros((2, 2), np.float32)})
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), max_size=4))
 def test_a_damaged_archive_is_read_or_refused(changes):
     data = bytearray(WHOLE)

@@ -269,7 +269,7 @@ def test_metrics_of_gigabytes(tmp_path):
 
 HOSTILE = {
     "many images": ({"batch": 17}, {}),
-    "large images": ({"size": 1032}, {}),
+    "large images": ({}, {"images_BCHW": np.zeros((1, 3, 1032, 1032), np.uint8)}),
     "many columns": ({}, {f"donor/{n}": np.zeros((6, 36), np.int64) for n in range(30)}),
     "more than the limit": ({}, {"x": np.zeros(2**26, np.uint8)}),
     "no images": ({}, {"images_BCHW": np.zeros(3, np.uint8)}),

@@ -584,6 +584,7 @@ def with_scans(count: int, behind: bytes = b"") -> bytes:
     return data[:-2] + count * scan + data[-2:] + behind
 
 
+@pytest.mark.slow
 def test_scans_that_cost_more_than_their_bytes() -> None:
     """Each scan passes over all pixels: 56 bytes take 0.3 s of an image of 110 million."""
     for count in (0, 100):  # and markers in what lies behind the image, such as a video
@@ -643,6 +644,7 @@ PICTURES = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     st.sampled_from(PICTURES),

@@ -1070,6 +1070,7 @@ PATTERNS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(PATTERNS)
 def test_patterns_are_counted_without_expanding_them(pattern: str) -> None:
     assume(len(pattern) < 100)

@@ -164,6 +164,7 @@ def test_more_members_than_memory_has_room_for(monkeypatch):
         found(4 * FILE + ENDED)
 
 
+@pytest.mark.slow
 def test_zeros_without_end(tmp_path):
     """A sparse file takes no room on the disk, and hours to read."""
     path = tmp_path / "x.tar"
@@ -190,6 +191,7 @@ NAMES = st.text(
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(NAMES.map("folder/{}".format), st.binary(max_size=1200)), max_size=5),
     st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
@@ -204,6 +206,7 @@ def test_names_and_contents_are_those_of_tarfile(content, kind):
 MIXED = archive([*CONTENT[:3], ("y" * 200, b"z")], tarfile.PAX_FORMAT)[: 24 * 512]
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(0, len(MIXED) - 1), st.integers(0, 255)), max_size=5),
     st.binary(max_size=1024),
