@@ -19,6 +19,11 @@ from rft import __version__, documents, files, records, urls
 from rft.documents import document
 from rft.records import Seed
 
+# Millions of pixels that an image may have, unless the user says otherwise. Decoding takes up to 16
+# bytes for each (WebP), so the largest needs less than 2 GB. Phones make 108 million; Pillow warns
+# of 89 million and refuses twice as many.
+MAX_PIXELS = 110.0
+
 Mask = Literal["none", "random", "context", "object"]
 Fill = Literal["none", "single", "multi"]
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -79,6 +84,9 @@ class LoaderConfig:
     """Folder on this node's own disk for shards that lie on remote storage; empty keeps none."""
     cache_gb: Above0 = 100
     """Largest size of that folder, in GB; the ranks of a node share it."""
+    max_pixels: Annotated[float, Field(gt=0, lt=1e6)] = MAX_PIXELS
+    """Millions of pixels that an image may have which is decoded while training; raise it if the
+    set was packed so. It never changes a result."""
 
     def __post_init__(self) -> None:
         divides = self.streams > 0 and self.batch_size % self.streams == 0
@@ -329,7 +337,7 @@ class Config:
             "compile",
         ):
             del document[name]
-        for name in ("workers", "cache_dir", "cache_gb"):
+        for name in ("workers", "cache_dir", "cache_gb", "max_pixels"):
             del document["loader"][name]
         del document["model"]["start"], document["method"]["kd_teacher"]
         document["split_seed"], document["order_seed"] = self.held_out_seed, self.sample_seed
@@ -425,7 +433,7 @@ APART: dict[str, set[str]] = {
     },
     "model": {"start"},
     "method": {"kd_teacher"},
-    "loader": {"workers", "cache_dir", "cache_gb"},
+    "loader": {"workers", "cache_dir", "cache_gb", "max_pixels"},
 }  # fmt: skip
 
 

@@ -159,8 +159,9 @@ def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
     """
 
     def read(path: Path) -> bytes:
-        data = local.read_bytes(path, limit)
-        if len(data) > limit:
+        size = path.stat().st_size
+        data = local.read_bytes(path) if size <= limit else b""
+        if max(size, len(data)) > limit:
             raise ValueError(f"cannot read {url}: {remote.too_large(limit)}")
         return data
 

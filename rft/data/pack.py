@@ -48,7 +48,8 @@ COMMIT_THREADS = 16  # reading commits is latency-bound on object stores
 class Options:
     """How to pack; `workers`, `task` and `finalize` change who does the work, never the bytes.
 
-    Nor does `max_bad`, unless it is needed: it says how many images a complete set may lack.
+    Nor do `max_bad`, unless it is needed, which says how many images a complete set may lack, and
+    `max_pixels`.
     """
 
     encoding: encode.Kind = "original"
@@ -72,6 +73,9 @@ class Options:
     """How many images of the whole set may be left out because they cannot be decoded; each is
     listed with its reason in quarantine.jsonl. A larger number continues, a smaller one tries the
     images again."""
+    max_pixels: float = encode.MAX_PIXELS
+    """Millions of pixels that an image may have: a small file may claim more than memory holds.
+    Raise it for panoramas of your own; it never changes bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +131,7 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
     plan = make_plan(source, labels, options)
     url = files.join(out, source.dataset)
     claim(plan, url, create=not options.finalize)
-    jobs = make_jobs(plan, url, options.max_bad)
+    jobs = make_jobs(plan, url, options.max_bad, options.max_pixels)
     if _is_complete(plan, url, jobs):
         return _say_complete(source.dataset, url, options.max_bad)
     if not options.finalize:
@@ -212,7 +216,9 @@ def cut(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def make_jobs(plan: Plan, url: str, max_bad: int = 0) -> list[Job]:
+def make_jobs(
+    plan: Plan, url: str, max_bad: int = 0, max_pixels: float = encode.MAX_PIXELS
+) -> list[Job]:
     """Return one job for each shard of the plan."""
     return [
         Job(
@@ -224,6 +230,7 @@ def make_jobs(plan: Plan, url: str, max_bad: int = 0) -> list[Job]:
             encoding=plan.encoding,
             plan_hash=plan.hash,
             max_bad=max_bad,
+            max_pixels=max_pixels,
         )
         for number, items in enumerate(plan.shards)
     ]
@@ -360,6 +367,7 @@ def _check(options: Options) -> tuple[int, tuple[int, int]]:
         raise ValueError(f"--shard-mb must be above 0, not {options.shard_mb}")
     if options.max_bad < 0:
         raise ValueError(f"--max-bad must be at least 0, not {options.max_bad}")
+    encode.check_max_pixels(options.max_pixels)
     if options.finalize and options.task is not None:
         raise ValueError("--finalize writes no shards, so it goes without --task")
     task = (0, 1) if options.task is None else parse_task(options.task)

@@ -27,7 +27,7 @@ from rft import cli, dist, files, rng, urls
 from rft.classes import compare
 from rft.clip.classifier import Classifier, build_classifier
 from rft.clip.vit import AttentionTap
-from rft.config import Cam, Device
+from rft.config import MAX_PIXELS, Cam, Device
 from rft.data.labels import LabelSpace
 from rft.data.loader import Batch, EvaluationBatches, PackedDataset, read_batches
 from rft.dist import World
@@ -94,6 +94,8 @@ class Arguments:
     """Images in one forward."""
     workers: int = 4
     """Loader processes of each rank, and its threads that read masks; 0 reads in this one."""
+    max_pixels: float = MAX_PIXELS
+    """Millions of pixels that an image may have; raise it if a set was packed so."""
     device: Device = "auto"
 
 
@@ -450,7 +452,8 @@ def main() -> None:
     arguments = cli.parse(Arguments, prog="rft.evaluate.localisation")
     arguments = replace(arguments, set=urls.set_name(arguments.set, "--set"))
     check(arguments)
-    packed = PackedDataset(files.join(arguments.data, arguments.set))
+    url = files.join(arguments.data, arguments.set)
+    packed = PackedDataset(url, max_pixels=arguments.max_pixels)
     require_classes(arguments.checkpoints, {arguments.set: packed})
     for path in arguments.checkpoints:
         require_own_weights(path)

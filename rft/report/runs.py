@@ -22,6 +22,8 @@ from rft.runs import (
     unfinished,
 )
 
+RUNS = 2000  # of one report
+DEPTH = 32  # folders between a path that is named and its runs
 MAX_LINES = 2**19  # of a metrics.jsonl
 
 
@@ -104,11 +106,15 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             )
         for run in inside:
             found.setdefault(run.resolve(), run)
+    if len(found) > RUNS:
+        raise ValueError(f"{len(found):,} run folders were found; report on {RUNS:,} at a time")
     return list(found.values())
 
 
-def _runs_below(path: Path, visited: set[Path]) -> Iterator[Path]:
+def _runs_below(path: Path, visited: set[Path], depth: int = 0) -> Iterator[Path]:
     """Yield the run folders from a path on, by name; none lies within another."""
+    if depth > DEPTH:
+        raise ValueError(f"{path} lies too deep for a run folder; name the folder of your runs")
     # links may lead back to where the search began
     if not path.is_dir() or path.resolve() in visited:
         return
@@ -119,7 +125,7 @@ def _runs_below(path: Path, visited: set[Path]) -> Iterator[Path]:
     for inner in sorted(path.iterdir()):
         # what a killed writer leaves is hidden
         if not inner.name.startswith("."):
-            yield from _runs_below(inner, visited)
+            yield from _runs_below(inner, visited, depth + 1)
 
 
 def load_run(path: Path) -> Run:

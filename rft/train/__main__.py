@@ -165,7 +165,8 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     """
     loader = config.loader
     cache = Cache(Path(loader.cache_dir), int(loader.cache_gb * 1e9)) if loader.cache_dir else None
-    packed = PackedDataset(files.join(config.data, config.train_set), cache=cache)
+    url = files.join(config.data, config.train_set)
+    packed = PackedDataset(url, cache=cache, max_pixels=loader.max_pixels)
     warn_of_one_class(packed.url, packed.manifest.groups)
     plan, samples, held_out = plan_training(packed, config)
     pretrained = load_clip(config.model)
