@@ -142,9 +142,9 @@ def _require_local_paths(value: object, name: str) -> None:
             _require_local_paths(getattr(value, field.name), f"--{field.name.replace('_', '-')}")
 
 
-def warn(message: str) -> None:
-    """Print a warning that the user must see, once for all ranks."""
-    _say_once(f"WARNING: {message}")
+def warn(message: str, *lines: str) -> None:
+    """Print a warning that the user must see, and lines below it, once for all ranks."""
+    _say_once(f"WARNING: {message}", *lines)
 
 
 def note(message: str) -> None:
@@ -152,9 +152,9 @@ def note(message: str) -> None:
     _say_once(f"note: {message}")
 
 
-def _say_once(line: str) -> None:
+def _say_once(*lines: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(documents.plain(line), file=sys.stderr, flush=True)
+        print("\n".join(map(documents.plain, lines)), file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:

@@ -97,7 +97,7 @@ def warn_of_pairs(pairs: Sequence[tuple[str, str]], what: str) -> None:
     lines = [f"  {printable(one)} = {printable(other)}" for one, other in pairs[:LINES]]
     more = [f"  ... and {len(pairs) - LINES:,} more"] if len(pairs) > LINES else []
     number = f"{len(pairs):,} pair{'s' if pairs[1:] else ''}"
-    cli.warn("\n".join([f"{number} {what}:", *lines, *more]))
+    cli.warn(f"{number} {what}:", *lines, *more)
 
 
 def say_next(sources: Sequence[Source], out: str) -> None:
