@@ -9,7 +9,7 @@ WHEELS_MACHINE ?= x86_64
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo reproduce results test programs quick marks pythons faults lint bench gpu wheels peers simd clean
+.PHONY: demo reproduce results test programs quick marks pythons faults fuzz lint bench gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
 # compiled files are kept, whatever the environment says: pytest rewrites every assert, in each process
 export PYTHONDONTWRITEBYTECODE :=
@@ -51,6 +51,11 @@ pythons:  ## `make quick` on each Python that rft supports and that is found her
 
 faults: $(VENV)/.installed  ## plant each fault of tools/planted_faults.toml; its tests must notice
 	$(BIN)/python tools/plant_faults.py --jobs 2
+
+# ten minutes if MINUTES is not given on the command line
+fuzz: MINUTES = 10
+fuzz: $(VENV)/.installed  ## mutate valid input of every kind for MINUTES; a crash is an error
+	$(BIN)/python -m tests.hostile.fuzz --minutes $(MINUTES)
 
 lint: $(VENV)/.installed  ## style, types, module contracts, spelling, shell scripts
 	$(BIN)/ruff format --check .

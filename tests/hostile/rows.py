@@ -55,8 +55,8 @@ def complaints(row: Row, ran: Ran, before: dict, after: dict) -> Iterator[str]:
     """Yield what does not hold."""
     outcome, output = ran.outcome, ran.stdout + ran.stderr
     if outcome.ended:
-        yield f"ended after {outcome.seconds:.0f} s and {outcome.peak / 2**20:,.0f} MiB: too much "
-        yield outcome.ended
+        spent = f"{outcome.seconds:.0f} s and {outcome.peak / 2**20:,.0f} MiB"
+        yield f"ended after {spent}: too much {outcome.ended}"
     if outcome.peak > sandbox.PEAK:
         yield f"took {outcome.peak / 2**20:,.0f} MiB"
     if "Traceback (most recent call last)" in output:

@@ -37,7 +37,8 @@ PACKAGES = (
     "rft.train.run",
     "fsspec.implementations.http",
 )
-SECONDS = 20.0
+SECONDS = 20.0  # of a core: the machine may be busy
+HANGS = 60.0  # seconds after which a command is taken to wait for ever
 PEAK = 2 * 2**30  # bytes of resident memory
 # above what is resident, so that memory is refused only long after a row has failed
 ADDRESSES = 16 * 2**30
@@ -116,6 +117,8 @@ def _serve(requests: int, answers: int) -> None:
             pid = os.fork()
             if pid == 0:
                 _become(request)
+            with contextlib.suppress(OSError):  # it has done so itself
+                os.setpgid(pid, pid)
             outcome = _watch(pid)
             os.write(answers, f"{json.dumps(asdict(outcome))}\n".encode())
 
@@ -128,7 +131,7 @@ def _watch(pid: int) -> Outcome:
         if found:
             break
         peak = max(peak, _resident(pid))
-        if not ended and (peak > PEAK or seconds > SECONDS):
+        if not ended and (peak > PEAK or seconds > HANGS or _spent(pid) > SECONDS):
             ended = "memory" if peak > PEAK else "time"
             os.killpg(pid, signal.SIGKILL)
         time.sleep(PAUSE)
@@ -146,6 +149,15 @@ def _resident(pid: int) -> int:
     except (OSError, IndexError):
         return 0
     return int(pages) * resource.getpagesize()
+
+
+def _spent(pid: int) -> float:
+    """Seconds of a core that a process has used."""
+    try:
+        numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return 0.0
+    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _become(request: Request) -> None:

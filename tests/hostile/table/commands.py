@@ -27,6 +27,7 @@ PLAN = ("rft.experiments", "--runs", "r", "--data", "d")
 IMAGENET = ("tools/shard_imagenet.py", "--source", "photos", "--out", "packed", "--workers", "1")
 OOD = ("tools/shard_ood.py", "--benchmark", "imagenet-r", "--source", "photos", "--out", "packed")
 DEMO = ("rft.demo", "--out", "world")
+NAMED = ("rft.merge", "rft.convert")  # whose first word is a command of its own
 OPTIONS: tuple[tuple[Sequence[str], str, str, str], ...] = (
     # command, option, value, what the line says
     (DRY, "--optim.lr", "nan", "lr"),
@@ -219,7 +220,7 @@ def rows() -> Iterator[Row]:
         shown = value.encode("unicode_escape").decode()
         yield Row(
             kind="command line",
-            what=f"{words[0]} {words[1] if words[0] == 'rft.merge' else ''} {option} {shown}",
+            what=f"{words[0]} {words[1] if words[0] in NAMED else ''} {option} {shown}",
             words=(*words, option, value),
             says=[says],
             slow=words[0]

@@ -65,12 +65,23 @@ def columns_with(place: Place, **arrays: bytes) -> dict[str, bytes]:
     return {**found, **arrays}
 
 
-def index_with(**arrays: bytes) -> Callable[[Place], None]:
-    return lambda place: place.publish_index(npz(columns_with(place, **arrays)))
+def index_with(**arrays: bytes | Callable[[], bytes]) -> Callable[[Place], None]:
+    """Put arrays into the index; large ones are made when they are needed."""
+
+    def damage(place: Place) -> None:
+        made = {name: data if isinstance(data, bytes) else data() for name, data in arrays.items()}
+        place.publish_index(npz(columns_with(place, **made)))
+
+    return damage
 
 
 def zeros(count: int) -> bytes:
     return bytes(count)
+
+
+def bomb() -> bytes:
+    """A gigabyte that deflates to a megabyte."""
+    return header((2**27,)) + zeros(2**30 - 2**10)
 
 
 def lied_size(place: Place) -> None:
@@ -206,13 +217,12 @@ def bracketed(pattern: str) -> Row:
 
 
 def option(words: Sequence[str], *options: str, says: str, **more: Any) -> Row:
-    return row(f"{words[0]} {' '.join(options)}", (*words, *options), lambda _: None, says, **more)
+    return row(f"{words[0]} {' '.join(options)[:60]}", (*words, *options), lambda _: None, says, **more)
 
 
 def rows() -> Iterator[Row]:
     """Yield the rows of this kind."""
     index = r"index\.npz"
-    bomb = header((2**27,)) + zeros(2**30 - 2**10)
     yield row("a zip bomb as the index", EVALUATE, index_with(offset=bomb), index)
     yield row(
         "a zip bomb as the index, verified",

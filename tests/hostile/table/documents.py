@@ -401,7 +401,7 @@ def particular() -> Iterator[Row]:
     yield shard("a name that is null", "name", name=None)
     yield shard("a name that is empty", "name", name="")
     yield shard("a name that is a number", "name", name=7)
-    yield shard("an unknown field", "surprise", surprise=1)
+    yield shard("an unknown field of a shard", "surprise", surprise=1)
 
     results, sets = "run/results.json", "sets/test"
     yield field(results, "more correct than there are", of=sets, correct=5)

@@ -1,4 +1,4 @@
-"""Images that Pillow trips over, that are larger than they look, or that are something else (C5)."""
+"""Images that Pillow trips over, that are larger than they look, or are something else (C5)."""
 
 import io
 import struct

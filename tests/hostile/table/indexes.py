@@ -1,4 +1,4 @@
-"""The index of a set: columns and rows that cannot be right, under a manifest that vouches for them."""
+"""The index of a set: what cannot be right, under a manifest that vouches for it."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence

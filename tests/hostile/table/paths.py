@@ -267,7 +267,7 @@ def rows() -> Iterator[Row]:
             (*IMPORT[:2], name, *IMPORT[3:]),
         ):
             yield row(
-                f"{what}: {words[0]} {[i for i, w in enumerate(words) if w is name][0]}",
+                f"{what}: {words[0]} {words.index(name)}",
                 words,
                 lambda _: None,
                 slow=words[0] in ("rft.train", "rft.report") or length > 300,
@@ -300,7 +300,7 @@ def rows() -> Iterator[Row]:
     yield row(
         "a class folder whose name is no UTF-8",
         NEW,
-        lambda place: os.mkdir(os.fsencode(place / "photos") + b"/\xff\xfe"),
+        lambda place: (place / os.fsdecode(b"photos/\xff\xfe")).mkdir(),
         "UTF-8",
     )
     yield row(

@@ -1,7 +1,5 @@
 """Tar archives with headers that lie (C6, A15)."""
 
-import io
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 
 from tests.hostile.rows import Answer, Row
@@ -217,4 +215,3 @@ def rows() -> Iterator[Row]:
             says=[r"000000\.tar|index\.npz"],
             slow=True,
         )
-    assert tarfile.open(fileobj=io.BytesIO(sample() + END)).getnames() == ["s0.jpg", "s0.cls"]

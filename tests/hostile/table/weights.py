@@ -481,7 +481,7 @@ def others() -> Iterator[Row]:
         state_with(lambda state: state["visual.proj"].fill_(float("nan"))),
     )
     yield other(
-        "30,000 tensors (C7)",
+        "30,000 tensors of other code (C7)",
         state_with(
             lambda state: state.update({f"visual.x{n}": torch.zeros(1) for n in range(30_000)})
         ),
