@@ -46,7 +46,7 @@ while [[ ${1:-} == -* ]]; do
     shift
 done
 kind=${1:-}
-[ -n "$kind" ] && [ -e "launch/$kind.sbatch" ] ||
+[[ $kind =~ ^(train|sweep|shard|evaluate|command)$ ]] ||
     fail "${kind:-nothing} is no kind of job; choose train, sweep, shard, evaluate or command (an" \
         "option of sbatch is one word, such as --nodes=2)"
 shift

@@ -5,17 +5,18 @@ command line read this too. Numbers are the paper's (appendix A.1) unless a comm
 """
 
 import dataclasses
-import math
 import posixpath
 import re
 import typing
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from pydantic import Field
 
-from rft import __version__, files
+from rft import __version__, documents, files
+from rft.documents import document
 
 Mask = Literal["none", "random", "context", "object"]
 Fill = Literal["none", "single", "multi"]
@@ -34,8 +35,18 @@ Trains = Literal["all", "head"]
 Schedule = Literal["cosine", "one-cycle"]
 Clip = Literal["step", "micro-step"]
 
+Whole = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Epochs = Annotated[int, Field(ge=0, le=1_000_000)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+From0 = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(ge=0, lt=1e7)]
 
-@dataclass(frozen=True, kw_only=True)
+
+@document(name="model")
 class ModelConfig:
     """Which pre-trained CLIP is fine-tuned."""
 
@@ -50,36 +61,31 @@ class ModelConfig:
     """The head that the student starts with: text embeddings, or random (a linear probe's own)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@document(name="loader")
 class LoaderConfig:
     """How training samples are cut into batches (see rft/data/order.py)."""
 
-    batch_size: int = 512
+    batch_size: Positive = 512
     """Images in a global batch, over all ranks and accumulation steps."""
-    held_out: int = 10240
+    held_out: Whole = 10240
     """Training images kept out, stratified by class, to select the checkpoint; 0 keeps the last."""
-    streams: int = 1
+    streams: Positive = 1
     """Sample streams a global batch is drawn from (block shuffle only)."""
-    block_shards: int = 0
+    block_shards: Whole = 0
     """Shards shuffled together in each stream; 0 shuffles the whole set."""
-    workers: int = 4
+    workers: Whole = 4
     """Loader processes of each rank; 0 reads in the training process."""
     cache_dir: str = ""
     """Folder on this node's own disk for shards that lie on remote storage; empty keeps none."""
-    cache_gb: float = 100
+    cache_gb: Above0 = 100
     """Largest size of that folder, in GB; the ranks of a node share it."""
 
     def __post_init__(self) -> None:
-        _require(self.batch_size > 0, "loader.batch_size", self.batch_size, "at least 1")
-        _require(self.held_out >= 0, "loader.held_out", self.held_out, "0 or more")
-        _require(self.block_shards >= 0, "loader.block_shards", self.block_shards, "0 or more")
-        _require(self.workers >= 0, "loader.workers", self.workers, "0 or more")
-        _require(self.cache_gb > 0, "loader.cache_gb", self.cache_gb, "above 0")
         divides = self.streams > 0 and self.batch_size % self.streams == 0
         _require(divides, "loader.streams", self.streams, f"a divisor of {self.batch_size}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@document(name="method")
 class MethodConfig:
     """The counterfactual image and the feature distillation on it (section 3.2)."""
 
@@ -87,9 +93,9 @@ class MethodConfig:
     """Which patches are masked: those of the object, of the context, random ones, or none."""
     fill: Fill = "none"
     """What replaces them: nothing (dropped), one other image, or several."""
-    threshold: float = 0.3
+    threshold: Share = 0.3
     """Object patches are those with relevance / max relevance above this (object, context)."""
-    rate: float = 0.5
+    rate: Share = 0.5
     """Share of patches masked (random)."""
     cam: Cam = "relevance"
     """The class activation map: Chefer's relevance over all layers, or GradCAM on the last one."""
@@ -106,11 +112,11 @@ class MethodConfig:
     whole global batch, exchanged by the ranks in every step."""
     same_draws: bool = False
     """All ranks draw the same masks and fills, as in the released code."""
-    distill_weight: float = 30.0
+    distill_weight: From0 = 30.0
     """Weight (beta) of the feature MSE to the frozen pre-trained model; 0 is plain fine-tuning."""
-    kd_weight: float = 0.0
+    kd_weight: From0 = 0.0
     """Weight (gamma) of the distillation of kd-teacher's logits on clean images (WiSE-KD)."""
-    kd_temperature: float = 10.0
+    kd_temperature: Above0 = 10.0
     """Temperature that softens both models' logits in that distillation."""
     kd_teacher: str = ""
     """Run folder or .safetensors file of the second teacher: a WiSE-FT model."""
@@ -136,10 +142,6 @@ class MethodConfig:
         return self.random_mask == "fixed" or (self.random_mask == "auto" and self.fill == "none")
 
     def __post_init__(self) -> None:
-        _require(0 <= self.threshold <= 1, "method.threshold", self.threshold, "in [0, 1]")
-        _require(0 <= self.rate <= 1, "method.rate", self.rate, "in [0, 1]")
-        _require(self.distill_weight >= 0, "method.distill_weight", self.distill_weight, ">= 0")
-        _require(self.kd_weight >= 0, "method.kd_weight", self.kd_weight, ">= 0")
         # an option without effect is a mistake that nobody would see
         masks = self.distill_weight > 0 or self.mask == "none"
         _require(masks, "method.mask", self.mask, "none where distill-weight is 0")
@@ -147,75 +149,57 @@ class MethodConfig:
         _require(fills, "method.fill", self.fill, "none where nothing is masked")
         taught = self.kd_weight > 0 or not self.kd_teacher
         _require(taught, "method.kd_teacher", self.kd_teacher, "empty where kd-weight is 0")
-        _require(self.kd_temperature > 0, "method.kd_temperature", self.kd_temperature, "above 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@document(name="optim")
 class OptimConfig:
     """AdamW and its schedule."""
 
-    epochs: int = 10
+    epochs: Epochs = 10
     """Passes over the training set; 0 keeps the zero-shot model."""
-    lr: float = 3e-5
+    lr: Above0 = 3e-5
     """Peak learning rate of every parameter."""
-    weight_decay: float = 0.1
+    weight_decay: From0 = 0.1
     """Decoupled weight decay of every parameter."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Above0 = 1e-8
     schedule: Schedule = "cosine"
     """Linear warm-up and half a cosine to zero, or the released code's OneCycle (2% warm-up along a
     cosine, beta1 swings from 0.95 to 0.85 and back)."""
-    warmup_steps: int = 500
+    warmup_steps: Whole = 500
     """Optimizer steps of linear warm-up (cosine)."""
-    clip_norm: float = 1.0
+    clip_norm: Above0 = 1.0
     """Largest L2 norm of the whole gradient."""
     clip: Clip = "step"
     """Clip once, over the averaged gradient, or after every micro-batch, over what has been added
     up so far, as the released code does."""
-    accumulate: int = 1
+    accumulate: Positive = 1
     """Micro-batches of one optimizer step; each is its own local donor pool."""
     trains: Trains = "all"
     """What learns: every weight, or the head on the frozen image tower (linear probe)."""
 
-    def __post_init__(self) -> None:
-        _require(self.epochs >= 0, "optim.epochs", self.epochs, "0 or more")
-        _require(0 < self.lr < math.inf, "optim.lr", self.lr, "above 0 and finite")
-        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        for name in ("beta1", "beta2"):
-            beta = getattr(self, name)
-            _require(0 <= beta < 1, f"optim.{name}", beta, "in [0, 1)")
-        _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
-        _require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "above 0")
-        _require(self.accumulate > 0, "optim.accumulate", self.accumulate, "at least 1")
 
-
-@dataclass(frozen=True, kw_only=True)
+@document(name="log")
 class LogConfig:
     """What a run writes while it runs; never changes its result."""
 
-    every_steps: int = 10
+    every_steps: Positive = 10
     """Optimizer steps between two lines of metrics.jsonl."""
-    checkpoint_steps: int = 500
+    checkpoint_steps: Positive = 500
     """Optimizer steps between two checkpoints; every epoch ends with one as well."""
-    keep: int = 2
+    keep: Positive = 2
     """Checkpoints kept for resuming."""
     checkpoints: str = ""
     """Where checkpoints are kept, in a folder named as the run folder: any URL that fsspec opens;
     empty keeps them in the run folder."""
-    image_steps: int = 500
+    image_steps: Whole = 500
     """Optimizer steps between two grids of counterfactuals in TensorBoard; 0 draws none."""
     wandb: str = ""
     """Weights & Biases project to log to as well, empty for none (pip install -e '.[wandb]')."""
 
-    def __post_init__(self) -> None:
-        _require(self.every_steps > 0, "log.every_steps", self.every_steps, "at least 1")
-        _require(self.checkpoint_steps > 0, "log.checkpoint_steps", self.checkpoint_steps, ">= 1")
-        _require(self.keep > 0, "log.keep", self.keep, "at least 1")
-        _require(self.image_steps >= 0, "log.image_steps", self.image_steps, "0 or more")
 
-
-@dataclass(frozen=True, kw_only=True)
+@document(name="cluster")
 class ClusterConfig:
     """How a run lives with other jobs and with faults; never changes its result."""
 
@@ -223,17 +207,13 @@ class ClusterConfig:
     """As soon as this file is there, the run writes a checkpoint and stops. A job script makes it
     when its time is nearly up; SIGTERM, SIGINT, SIGHUP and SIGUSR1 to a rank do the same. The exit
     code is 75 then, which torchrun makes 1."""
-    timeout: float = 600
+    timeout: Annotated[Seconds, Field(gt=0)] = 600
     """Seconds that ranks wait for one of them before the run stops and names it."""
-    lock_wait: float = 30
+    lock_wait: Seconds = 30
     """Seconds to wait for another job to leave the run folder before this one is refused."""
 
-    def __post_init__(self) -> None:
-        _require(0 < self.timeout < 1e7, "cluster.timeout", self.timeout, "above 0")
-        _require(0 <= self.lock_wait < 1e7, "cluster.lock_wait", self.lock_wait, "0 or more")
 
-
-@dataclass(frozen=True, kw_only=True)
+@document(name="config")
 class Config:
     """One fine-tuning run."""
 
@@ -253,11 +233,11 @@ class Config:
     preset: Preset = "paper"
     """The paper's text, or what its released code really does where the two differ
     (docs/paper.md); a preset only chooses other defaults."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sample order, the masks and the fills."""
-    split_seed: int | None = None
+    split_seed: Seed | None = None
     """Seed of the held-out split; the run's seed if not given, as in the paper."""
-    order_seed: int | None = None
+    order_seed: Seed | None = None
     """Seed of the sample order; the run's seed if not given."""
     precision: PrecisionChoice = "auto"
     """auto is bf16 on a GPU that has it and fp32 elsewhere; a run keeps its first one. tf32 is
@@ -360,14 +340,10 @@ class Config:
         """Rebuild a configuration from `to_dict`'s document.
 
         Raises:
-            UnknownSettingError: for a field or a choice that this version does not have.
-            ValueError: for a value out of range or something else than a configuration.
+            ValueError: for a field or a choice that this version does not have, a value out of
+                range, or something else than a configuration.
         """
-        return _build(Config, document, "config")
-
-
-class UnknownSettingError(ValueError):
-    """A recorded configuration has a field or a choice that this version does not know."""
+        return documents.convert(document, Config, "config")
 
 
 def load_config(folder: Path) -> Config:
@@ -379,14 +355,14 @@ def load_config(folder: Path) -> Config:
     """
     path = folder / "config.json"
     try:
-        return Config.from_dict(files.read_json(str(path)))
-    except UnknownSettingError as error:
-        raise ValueError(
-            f"{path} was written by {_writer(folder)}, this is rft {__version__}: {error}. Use "
-            "that version, or a different run folder"
-        ) from error
+        return files.read_document(str(path), Config)
     except ValueError as error:
-        raise ValueError(f"{path} is not a training run's: {error}") from error
+        if not documents.names_unknown(error):
+            raise
+        raise ValueError(
+            f"{error}; it was written by {_writer(folder)}, this is rft {__version__}: use that "
+            "version, or a different run folder"
+        ) from error
 
 
 def _writer(folder: Path) -> str:
@@ -438,25 +414,6 @@ def repeat_precision(old: dict[str, Any], new: dict[str, Any]) -> str:
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
         raise ValueError(f"{name} is {value}; it must be {wanted}")
-
-
-def _build(cls: type, document: Any, where: str) -> Any:
-    if not isinstance(document, dict):
-        raise ValueError(f"{where} is {document!r}; it must be an object")
-    types = typing.get_type_hints(cls)
-    if surplus := sorted(document.keys() - types.keys()):
-        raise UnknownSettingError(f"{where} has unknown fields: {', '.join(surplus)}")
-    values = {}
-    for name, value in document.items():
-        kind = types[name]
-        if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
-            raise UnknownSettingError(f"{where}.{name} has an unknown value: {value!r}")
-        nested = dataclasses.is_dataclass(kind)
-        values[name] = _build(kind, value, f"{where}.{name}") if nested else value
-    try:
-        return cls(**values)
-    except TypeError as error:  # a field without a default, or a comparison with another type
-        raise ValueError(f"{where} is incomplete or malformed: {error}") from error
 
 
 # seeds, places, and what never changes a result; each seed builds on runs of its own

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rft import cli, files, recipes
+from rft import cli, documents, files, recipes
 from rft.config import Preset
 
 NAMES = (*recipes.TRAINED, *recipes.MERGED)
@@ -254,7 +254,17 @@ def text(found: Sequence[Experiment]) -> str:
 
 
 def lines(found: Sequence[Experiment]) -> str:
-    """Return a plan for shell scripts."""
+    """Return a plan for shell scripts.
+
+    Raises:
+        ValueError: if a command has a line break or tab, which would end its line or column.
+    """
+    for word in (word for one in found for word in one.command):
+        if set("\n\r\t") & set(word):
+            raise ValueError(
+                f"{documents.shown(word)} has a line break or tab, which a plan of one line for "
+                "each experiment cannot hold"
+            )
     return "\n".join(
         "\t".join((one.name, ",".join(one.after), shlex.join(one.command))) for one in found
     )

@@ -12,21 +12,27 @@ import os
 import platform
 import posixpath
 import re
+import stat
 import subprocess
 import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.asyn import get_loop, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from rft import __version__, remote
+from rft import __version__, documents, local, remote
 
+T = TypeVar("T")
+
+DOCUMENT_BYTES = 2**28  # of a document that is read whole, unless its reader says otherwise
+TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what `publish` leaves when killed
 HIDDEN = "***"
 # credentials of a URL, after what stays; JSON may escape slashes and ampersands, XML the latter
 CREDENTIALS = (
@@ -93,8 +99,8 @@ def resolve(url: str, name: str) -> str:
     return name if "://" in name or name.startswith("/") else join(url, name)
 
 
-def ask(url: str, verb: str, question: Callable, local: Callable) -> Any:
-    """Return the answer of `rft.remote` to a question about `url`, or `local`'s about a local path.
+def ask(url: str, verb: str, question: Callable, of_path: Callable) -> Any:
+    """Return the answer of `rft.remote` to a question about `url`; `of_path` answers for a path.
 
     Raises:
         FileNotFoundError, IsADirectoryError: if the store says so.
@@ -103,7 +109,7 @@ def ask(url: str, verb: str, question: Callable, local: Callable) -> Any:
     fs, path = open_store(url)
     try:
         if isinstance(fs, LocalFileSystem):
-            return local(Path(path))
+            return of_path(Path(path))
         return sync(get_loop(), question, remote.client(fs), path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(path) from error
@@ -134,35 +140,44 @@ def size(url: str) -> int:
         ValueError: if the store does not say, or has no ranges.
     """
 
-    def local(path: Path) -> int:
-        if path.is_dir():
+    def measure(path: Path) -> int:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(path)
-        return path.stat().st_size
+        local.require_regular(path, status)
+        return status.st_size
 
-    return ask(url, "read", remote.size, local)
+    return ask(url, "read", remote.size, measure)
 
 
-def find_bytes(url: str) -> bytes | None:
+def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
     """Return the whole content of `url`, None if the store says that there is no such file.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if it cannot be read, or is larger than `limit` bytes.
     """
+
+    def read(path: Path) -> bytes:
+        data = local.read_bytes(path, limit)
+        if len(data) > limit:
+            raise ValueError(f"cannot read {url}: {remote.too_large(limit)}")
+        return data
+
     try:
-        return ask(url, "read", remote.read, Path.read_bytes)
+        return ask(url, "read", partial(remote.read, limit=limit), read)
     except FileNotFoundError:
         return None
     except IsADirectoryError as error:
         raise ValueError(f"cannot read {url}: it is a folder") from error
 
 
-def read_bytes(url: str) -> bytes:
+def read_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes:
     """Return the whole content of `url`.
 
     Raises:
-        ValueError: if there is no such file, or it cannot be read.
+        ValueError: if there is no such file, it cannot be read, or it is larger than `limit` bytes.
     """
-    data = find_bytes(url)
+    data = find_bytes(url, limit)
     if data is None:
         raise ValueError(f"no such file: {url}") from FileNotFoundError(url)
     return data
@@ -184,25 +199,22 @@ def redact(text: str) -> str:
     return text
 
 
-def read_json(url: str) -> Any:
-    """Return the parsed JSON document at `url`.
+def read_json(url: str, limit: int = DOCUMENT_BYTES) -> Any:
+    """Return the JSON document at `url`, whatever it says.
 
     Raises:
-        ValueError: if it is absent or not JSON.
+        ValueError: if it is absent, larger than `limit` bytes, or not JSON.
     """
-    return parse_json(read_bytes(url), url)
+    return documents.parse(read_bytes(url, limit), url)
 
 
-def parse_json(data: bytes, url: str) -> Any:
-    """Return the JSON document in `data`, which was read from `url`.
+def read_document(url: str, kind: type[T], limit: int = DOCUMENT_BYTES) -> T:
+    """Return the JSON document at `url`, which must be of a kind that `rft.documents` checks.
 
     Raises:
-        ValueError: if it is not JSON.
+        ValueError: if it is absent, larger than `limit` bytes, or not of that kind: naming what.
     """
-    try:
-        return json.loads(data)
-    except ValueError as error:  # no JSON, or no text
-        raise ValueError(f"{url} is not valid JSON: {error}") from error
+    return documents.decode(read_bytes(url, limit), kind, url)
 
 
 @contextlib.contextmanager
@@ -225,15 +237,17 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
     appears at `url`.
     """
     fs, path = open_store(url)
-    local = isinstance(fs, LocalFileSystem)
-    folder = Path(path).parent if local else scratch or Path(tempfile.gettempdir())
+    is_local = isinstance(fs, LocalFileSystem)
+    folder = Path(path).parent if is_local else scratch or Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
     # not tempfile.mkstemp: its mode 0600 would survive the rename and override the user's umask
     temporary = folder / f".{Path(path).name}.{uuid.uuid4().hex}.tmp"
-    where = url if local else str(folder)
+    where = url if is_local else str(folder)
     try:
+        # what waits to be uploaded may lie in a folder that others read
+        local.create(temporary, 0o666 if is_local else 0o600)
         yield temporary
-        if local:
+        if is_local:
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
             temporary.replace(path)
@@ -258,6 +272,8 @@ def local_copy(url: str) -> Iterator[Path]:
     """
     fs, path = open_store(url)
     if isinstance(fs, LocalFileSystem):
+        with contextlib.suppress(FileNotFoundError):
+            local.require_regular(path)
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -329,7 +345,7 @@ def remove(url: str) -> None:
 def sweep(url: str) -> None:
     """Delete what killed writers left in a folder that nobody else writes now."""
     for name in names(url):
-        if name.startswith(".") and name.endswith(".tmp"):
+        if TEMPORARY.fullmatch(name):
             remove(join(url, name))
 
 
@@ -361,7 +377,7 @@ def sha256_json(document: Any) -> str:
 
 def sha256_file(path: Path) -> str:
     """Return the hex sha256 of a local file."""
-    with path.open("rb") as stream:
+    with os.fdopen(local.open_regular(path), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

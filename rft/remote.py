@@ -199,19 +199,22 @@ async def read_range(
     return bytes(received)
 
 
-async def read(fs: Any, path: str, patience: Patience | None = None) -> bytes:
+async def read(fs: Any, path: str, patience: Patience | None = None, *, limit: int) -> bytes:
     """Return the content of a file; a long one comes in ranges, where the store has them.
 
     Raises:
         FileNotFoundError: if the store says that there is no such file.
-        Failure: if it does not come.
+        Failure: if it does not come, or has more than `limit` bytes.
     """
     patience = patience or PATIENCE
     content = bytearray()
 
     async def beginning() -> int:
         content.clear()
-        return await _beginning(fs, path, patience, content)
+        size = await _beginning(fs, path, patience, content, limit)
+        if size > limit:
+            raise ValueError(too_large(limit))
+        return size
 
     size = await repeated(beginning, patience)
     while len(content) < size:
@@ -231,7 +234,7 @@ async def size(fs: Any, path: str, patience: Patience | None = None) -> int:
 
     async def ask() -> int:
         if _is_http(fs):
-            return await _http(fs, path, 0, 1, patience, bytearray(), read_all=False)
+            return await _http(fs, path, 0, 1, patience, bytearray(), limit=None)
         info = await _info(fs, path, patience)
         if info["type"] == "directory":
             raise IsADirectoryError(f"{path} is a folder")
@@ -252,7 +255,7 @@ async def exists(fs: Any, path: str, patience: Patience | None = None) -> bool:
 
     async def ask() -> None:
         if _is_http(fs):
-            await _http(fs, path, 0, 1, patience, bytearray(), read_all=True)
+            await _http(fs, path, 0, 1, patience, bytearray(), limit=0)
         else:
             await _info(fs, path, patience)
 
@@ -317,10 +320,15 @@ async def together(jobs: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _beginning(fs: Any, path: str, patience: Patience, content: bytearray) -> int:
+def too_large(limit: int) -> str:
+    """Return why a file of more than so many bytes is not read."""
+    return f"it has more than {limit:,} bytes, too many for such a file"
+
+
+async def _beginning(fs: Any, path: str, patience: Patience, content: bytearray, limit: int) -> int:
     """Append the first request's bytes of a file, or all of it, to `content`; return its size."""
     if _is_http(fs):
-        return await _http(fs, path, 0, REQUEST_BYTES, patience, content, read_all=True)
+        return await _http(fs, path, 0, REQUEST_BYTES, patience, content, limit=limit)
     info = await _info(fs, path, patience)
     if info["type"] == "directory":
         raise FileNotFoundError(path)
@@ -350,7 +358,7 @@ async def _range(
 ) -> None:
     """Append bytes `start` to `stop` of a file, or as many as come, to `received`."""
     if _is_http(fs):
-        await _http(fs, path, start, stop, patience, received, read_all=False)
+        await _http(fs, path, start, stop, patience, received, limit=None)
         return
     data = await _call(fs, "cat_file", patience.seconds(stop - start), path, start=start, end=stop)
     if len(data) > stop - start:
@@ -370,12 +378,12 @@ async def _http(
     patience: Patience,
     received: bytearray,
     *,
-    read_all: bool,
+    limit: int | None,
 ) -> int:
     """Append bytes `start` to `stop` of a URL, or as many as come, to `received`.
 
-    Returns the size of the file. A server without ranges is refused, unless `read_all`: then the
-    whole file is appended.
+    Returns the size of the file. A server without ranges is refused, unless there is a `limit`:
+    then the whole file is appended if it has no more bytes; a limit of 0 looks at the header alone.
     """
     from aiohttp import ClientTimeout  # its import takes as long as the rest of rft.files
 
@@ -389,12 +397,16 @@ async def _http(
             if answer.status == RANGE_NOT_SATISFIABLE and start == 0:
                 return 0
             _require_success(answer, url)
-            size = _size_of(answer, start, stop, read_all)
+            size = _size_of(answer, start, stop, limit is not None)
+            if limit == 0:
+                return 0
             async for chunk in answer.content.iter_any():
                 received += chunk
                 count = len(received) - before
                 if size is not None and count > stop - start:
                     raise ValueError(OTHER_BYTES)
+                if limit is not None and count > limit:
+                    raise ValueError(too_large(limit))
                 deadline.reschedule(began + patience.seconds(count))
     return count if size is None else size
 

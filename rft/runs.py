@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rft import classes, files
+from rft import classes, files, local
 
 SELECTED = Path("checkpoints") / "best.safetensors"  # of a run; the last without held-out images
 LAST = Path("checkpoints") / "last.safetensors"  # after the last step
+# folders and files that are written through; all others of a run are replaced as a whole
+WRITTEN_THROUGH = ("checkpoints", "tensorboard", "wandb", "profile", "metrics.jsonl", ".lock")
 RECORDS = ("training.json", "provenance.json")  # of a training; of a merge or an import
 RESULTS_SCHEMA = 1
 
@@ -49,6 +51,22 @@ def results_path(checkpoint: Path) -> Path:
     if checkpoint.is_dir():
         return checkpoint / "results.json"
     return checkpoint.with_suffix(".results.json")
+
+
+def require_no_links(folder: Path) -> None:
+    """Check that nothing is written or emptied through a link in a run folder.
+
+    The folder may be a link of the user's own.
+
+    Raises:
+        ValueError: naming the link.
+    """
+    local.require_own_folder(folder, "--run-dir or --out")
+    # checkpoints are the one part that people move to a larger disk
+    local.require_no_links(folder, WRITTEN_THROUGH[:1], "or keep them there with --log.checkpoints")
+    logs = folder / "tensorboard"
+    events = [f"{logs.name}/{path.name}" for path in logs.iterdir()] if logs.is_dir() else []
+    local.require_no_links(folder, (*WRITTEN_THROUGH[1:], *events))
 
 
 def run_of(weights: Path) -> Path | None:

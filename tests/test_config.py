@@ -179,7 +179,7 @@ def test_help_shows_every_system_and_the_grid():
             "distill_weight is 30.0; it must be 0 where only the head is trained",
         ),
         (lambda: recipes.build("object-mask-singlefill"), "did you mean 'object-mask-single-fill'"),
-        (lambda: Config.from_dict({"recipes": 1}), "unknown fields: recipes"),
+        (lambda: Config.from_dict({"recipes": 1}), "config: recipe is missing"),
     ],
 )
 def test_mistakes_are_named(make, message):

@@ -214,6 +214,7 @@ def test_the_plan_for_people_has_every_command(capsys, monkeypatch):
         (("--only", "lpft"), "unknown recipe 'lpft'; did you mean 'lp-ft'?"),
         (("--", "--optim.lr=1"), "--optim.lr=1 cannot be the same in every training"),
         (("--scale", "tiny"), "tiny"),
+        (("--lines", "--", "--model.clip", "x\nrm -r y"), r"'x\nrm -r y' has a line break or tab"),
     ],
 )
 def test_mistakes_are_one_line(options, message, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from rft import files
 from rft.classes import Classes
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import require_finite, save_state
-from rft.runs import SELECTED, require_own_weights, weights_record
+from rft.runs import SELECTED, require_no_links, require_own_weights, weights_record
 
 SHOWN = 3  # differences that an error tells
 KINDS = {"merged_from": "merge", "imported_from": "import"}
@@ -27,6 +27,7 @@ def is_made(out: Path, config: dict[str, Any]) -> bool:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; choose another")
+    require_no_links(out)
     if not (out / "config.json").is_file():
         # what a killed writer left is hidden
         if out.is_dir() and any(not found.name.startswith(".") for found in out.iterdir()):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from rft import local
 from rft.data import tar
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Window(io.RawIOBase):
 @contextmanager
 def open_part(path: Path, offset: int, size: int) -> Iterator[io.BufferedReader]:
     """Yield `size` bytes at `offset` of a file as a seekable stream."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = local.open_regular(path)
     try:
         yield io.BufferedReader(Window(descriptor, offset, size), HEADER_BUFFER)
     finally:

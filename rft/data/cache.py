@@ -1,16 +1,96 @@
-"""Whole shards in a folder of this node, bounded in bytes and shared by its processes."""
+"""Whole shards in a folder of this node, bounded in bytes and shared by its processes.
+
+Other users may write the folder too. Files are opened and deleted by name within the open folder,
+never through a link, and only names that the cache itself gives (a hash of 64 hex digits) count as
+its files: whatever else lies there is never touched.
+"""
 
 import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Set
-from contextlib import AbstractContextManager, contextmanager, suppress
+import re
+import stat
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from rft import local
 from rft.data.manifest import Shard
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+HASH = re.compile("[0-9a-f]{64}")
+WHOLE, PART = re.compile(rf"({HASH.pattern})\.tar"), re.compile(rf"\.{HASH.pattern}\.part")
+
+
+class Folder:
+    """An open cache folder: a different one that takes its place meanwhile is not touched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            raise ValueError(
+                f"the cache folder {path} was replaced by a link or a file; remove it, or choose "
+                f"another --loader.cache-dir"
+            ) from error
+
+    def names(self) -> list[str]:
+        """Return the names of the cache's own files."""
+        names = os.listdir(self.descriptor)  # noqa: PTH208 - a descriptor is no path
+        return [name for name in names if WHOLE.fullmatch(name) or PART.fullmatch(name)]
+
+    def status(self, name: str) -> os.stat_result:
+        """Look at a file, or at a link itself."""
+        return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+
+    def open(self, name: str, flags: int) -> int:
+        """Open a regular file and return its descriptor.
+
+        Raises:
+            ValueError: if it is anything else, such as a link.
+            OSError: if it cannot be opened.
+        """
+        try:
+            return local.open_regular(name, flags | os.O_NOFOLLOW, self.descriptor)
+        except ValueError as error:
+            raise ValueError(f"in the cache folder {self.path}: {error}") from error
+
+    def rename(self, name: str, final: str) -> None:
+        """Give a file another name."""
+        os.rename(name, final, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+    def delete(self, name: str) -> None:
+        """Delete a file if it exists, and give its room back even where a process has it open."""
+        # cut too: a reader that has it open sees too few bytes, and the disk has its room at once;
+        # but last, because a process that ends in between must leave no empty file under a shard's
+        # name. A file with another name elsewhere is not the cache's alone, and is not cut
+        with suppress(FileNotFoundError):
+            descriptor = self.open(name, os.O_WRONLY)
+            try:
+                alone = os.fstat(descriptor).st_nlink == 1
+                os.unlink(name, dir_fd=self.descriptor)
+                if alone:
+                    os.ftruncate(descriptor, 0)
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder's lock for the length of the body."""
+        descriptor = self.open(".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self.descriptor)
 
 
 class Cache:
@@ -27,16 +107,25 @@ class Cache:
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
+        local.require_own_folder(folder, "--loader.cache-dir")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot make the cache folder {folder}: {error.strerror}") from error
-        self.folder = folder
+        self.folder = folder.resolve()  # a link of the user's own is followed here, and only here
         self.limit = limit
         self.refusals = 0
 
     def path(self, shard: Shard) -> Path:
-        """Return where a shard is kept."""
+        """Return where a shard is kept.
+
+        Raises:
+            ValueError: if its sha256 is none, and so no name of a file.
+        """
+        if not HASH.fullmatch(shard.sha256):
+            raise ValueError(
+                f"shard {shard.name}: its sha256 is {shard.sha256!r}, no 64 hex digits"
+            )
         return self.folder / f"{shard.sha256}.tar"
 
     def has(self, shard: Shard) -> bool:
@@ -45,14 +134,14 @@ class Cache:
 
     def open(self, shard: Shard) -> int | None:
         """Return a descriptor of a shard's file, or None if it is not there."""
-        try:
-            return os.open(self.path(shard), os.O_RDONLY)
-        except FileNotFoundError:
-            return None
+        with suppress(FileNotFoundError), self._opened() as folder:
+            return folder.open(self.path(shard).name, os.O_RDONLY)
+        return None
 
     def drop(self, shard: Shard) -> None:
         """Delete a shard's file and give its room back, even where a process has it open."""
-        _delete(self.path(shard))
+        with suppress(FileNotFoundError), self._opened() as folder:
+            folder.delete(self.path(shard).name)
 
     def begin(self, shard: Shard, *, keep: Set[str], known: Set[str]) -> "Part | None":
         """Take room for a shard; None if it is there, is another process's, or finds no room.
@@ -61,88 +150,98 @@ class Cache:
             shard: the shard to be filled.
             keep: sha256 of the shards that must stay.
             known: sha256 of all shards of this data set.
+
+        Raises:
+            ValueError: if somebody put something else than a file of the cache in its place.
         """
+        final = self.path(shard).name
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f".{shard.sha256}.part"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        part = Part(descriptor, path, self.path(shard), self._lock)
-        if not _lock(descriptor) or not part.is_ours():
-            os.close(descriptor)
+        folder = Folder(self.folder)
+        try:
+            part = Part(folder, f".{shard.sha256}.part", final)
+        except BaseException:
+            folder.close()
+            raise
+        if not _lock(part.descriptor) or not part.is_ours():
+            part.let_go()
             return None
-        if self.has(shard):
-            part.close()
-            return None
-        with self._lock():
-            try:
-                fits = self._make_room(shard.bytes, part.path, keep, known)
-                if fits:
-                    _allocate(descriptor, shard.bytes)
-                    return part
-            except OSError as error:
+        taken = False
+        try:
+            if not self.has(shard):
+                with folder.lock():
+                    if self._make_room(folder, shard.bytes, part.name, keep, known):
+                        _allocate(part.descriptor, shard.bytes)
+                        taken = True
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self.refusals += 1
+        finally:
+            if not taken:
                 part.close()
-                if error.errno not in NO_ROOM:
-                    raise
-                self.refusals += 1
-                return None
-        part.close()
-        return None
+        return part if taken else None
 
     def trim(self, known: Set[str]) -> None:
         """Delete what is above the limit, which may be lower than it was in an earlier run."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock():
-            self._make_room(0, self.folder, set(), known)
+        with self._opened() as folder, folder.lock():
+            self._make_room(folder, 0, "", set(), known)
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
-        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    def _opened(self) -> Iterator[Folder]:
+        folder = Folder(self.folder)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            yield folder
         finally:
-            os.close(descriptor)
+            folder.close()
 
-    def _make_room(self, size: int, own: Path, keep: Set[str], known: Set[str]) -> bool:
+    def _make_room(
+        self, folder: Folder, size: int, own: str, keep: Set[str], known: Set[str]
+    ) -> bool:
         """Delete what may go until `size` bytes fit; False if they do not."""
         used, droppable = 0, []
-        for path in self.folder.iterdir():
-            if path == own or path.suffix not in (".part", ".tar"):
+        for name in folder.names():
+            if name == own:
                 continue
             with suppress(FileNotFoundError):
-                if path.suffix == ".part" and _delete_abandoned(path):
+                status = folder.status(name)
+                if not stat.S_ISREG(status.st_mode):
+                    continue  # somebody else's: it takes no room, and is refused when it is read
+                if PART.fullmatch(name) and _delete_abandoned(folder, name):
                     continue
-                status = path.stat()
                 used += status.st_size
-                if path.suffix == ".tar" and path.stem not in keep:
+                whole = WHOLE.fullmatch(name)
+                if whole and whole[1] not in keep:
                     age = status.st_mtime_ns
-                    order = (1, -age) if path.stem in known else (0, age)
-                    droppable.append((order, status.st_size, path))
-        for _, freed, path in sorted(droppable):
+                    order = (1, -age) if whole[1] in known else (0, age)
+                    droppable.append((order, status.st_size, name))
+        for _, freed, name in sorted(droppable):
             if used + size <= self.limit:
                 break
-            _delete(path)
+            folder.delete(name)
             used -= freed
         return used + size <= self.limit
 
 
 class Part:
-    """A shard's file while it is being filled; the lock on its descriptor makes it ours."""
+    """A shard's file while it is being filled; the lock on its descriptor makes it ours.
 
-    def __init__(
-        self,
-        descriptor: int,
-        path: Path,
-        final: Path,
-        lock: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self.descriptor = descriptor
-        self.path = path
-        self._final = final
-        self._lock = lock
+    Raises:
+        ValueError: if the name is not that of a file which the cache alone has.
+    """
+
+    def __init__(self, folder: Folder, name: str, final: str) -> None:
+        self.name = name
+        self._folder, self._final = folder, final
+        self.descriptor = folder.open(name, os.O_RDWR | os.O_CREAT)
+        # written and cut at once: with another name it may be somebody's file
+        if os.fstat(self.descriptor).st_nlink > 1:
+            os.close(self.descriptor)
+            raise ValueError(f"{folder.path / name} has a second name elsewhere; remove it")
 
     def is_ours(self) -> bool:
-        """Whether the path still names the file that we have locked."""
-        return _is_named(self.path, self.descriptor)
+        """Whether the name is still that of the file that we have locked."""
+        return _is_named(self._folder, self.name, self.descriptor)
 
     def sha256(self) -> str:
         """Return the hash of what was written."""
@@ -153,14 +252,19 @@ class Part:
     def publish(self) -> None:
         """Make it the shard's file."""
         # whoever adds up the files now would look for it under neither of its names
-        with self._lock():
-            self.path.replace(self._final)
+        with self._folder.lock():
+            self._folder.rename(self.name, self._final)
 
     def close(self) -> None:
         """Let go of it; what was not published is deleted."""
         if self.is_ours():
-            _delete(self.path)
+            self._folder.delete(self.name)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close it as it is."""
         os.close(self.descriptor)
+        self._folder.close()
 
 
 def _lock(descriptor: int) -> bool:
@@ -171,34 +275,22 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _is_named(path: Path, descriptor: int) -> bool:
-    """Whether the path still names the file of the descriptor."""
+def _is_named(folder: Folder, name: str, descriptor: int) -> bool:
+    """Whether a name is still that of the file of the descriptor."""
     try:
-        return path.stat().st_ino == os.fstat(descriptor).st_ino
+        return os.path.samestat(folder.status(name), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 
 
-def _delete(path: Path) -> None:
-    # cut too: a reader that has it open sees too few bytes, and the disk has its room at once; but
-    # last, because a process that ends in between must leave no empty file under a shard's name
-    with suppress(FileNotFoundError):
-        descriptor = os.open(path, os.O_WRONLY)
-        try:
-            path.unlink()
-            os.ftruncate(descriptor, 0)
-        finally:
-            os.close(descriptor)
-
-
-def _delete_abandoned(path: Path) -> bool:
+def _delete_abandoned(folder: Folder, name: str) -> bool:
     """Delete a part whose filler was killed; False if one is alive."""
-    descriptor = os.open(path, os.O_RDWR)
+    descriptor = folder.open(name, os.O_RDWR)
     try:
-        # while we have the lock of the file that the path names, nobody can put another there
-        if not (_lock(descriptor) and _is_named(path, descriptor)):
+        # while we have the lock of the file that has the name, nobody can put another there
+        if not (_lock(descriptor) and _is_named(folder, name, descriptor)):
             return False
-        _delete(path)
+        folder.delete(name)
         return True
     finally:
         os.close(descriptor)

@@ -21,22 +21,27 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
 import numpy as np
 import PIL
 from PIL import Image
+from pydantic import Field, GetPydanticSchema
+from typing_extensions import TypedDict  # typing's lacks what pydantic needs below Python 3.12
+
+from rft.documents import Name
 
 Kind = Literal["original", "jpeg", "pixels"]
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> member
 FORMATS = ("JPEG", "PNG", "WEBP")  # MPO is a JPEG with further pictures behind the first
 LONGEST_SIDE = 2**16 - 1  # the index keeps width and height as uint16
+Side = Annotated[int, Field(ge=0, le=LONGEST_SIDE)]
 # Resizing the shorter side to the square's allocates as many squares as the image is longer than
 # wide. Cropping first would be cheaper, but Pillow rounds the offset of a crop to 32 bits, so its
 # result differs from torchvision's.
 MOST_ELONGATED = 100
-SUBSAMPLING = "4:4:4"  # halving the colour channels would show: patches are small
+SUBSAMPLING: Literal["4:4:4"] = "4:4:4"  # halving the colour channels would show: patches are small
 # JPEG markers: a second byte behind 0xFF (ISO/IEC 10918-1, table B.1)
 START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN, FILL = 0xD8, 0xD9, 0xDA, 0xFF
 RESTARTS = range(0xD0, 0xD8)
@@ -62,7 +67,7 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )
 # The part of an encoding that marks own photos, and what is done to them before the resize.
-PHOTOS = {"orientation": "exif", "alpha": "white"}
+PHOTOS: "Photos" = {"orientation": "exif", "alpha": "white"}
 ORIENTATION = 0x0112  # the EXIF tag; its values (EXIF 2.32, 4.6.4 A) as what turns the image back
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -79,15 +84,47 @@ PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 GREY_16_BIT = frozenset({"I", "I;16", "I;16B", "I;16L"})  # Pillow's names have changed over time
 GREY_STEP = {1: 255, 2: 85, 4: 17}  # from one level to the next of a PNG with fewer bits
 MODES = GREY_16_BIT | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"}  # others are refused
-# The keys of an encoding, and what else their values may be than numbers; see `check_encoding`.
-SQUARE_KEYS = ("size", "resample", "library", "version")
-KEYS = {
-    "original": {"kind", "crop_border"},
-    "pixels": {"kind", "crop_border", *SQUARE_KEYS},
-    "jpeg": {"kind", "crop_border", *SQUARE_KEYS, "quality", "subsampling"},
-}
-CONSTANT = {"resample": "bicubic", "subsampling": SUBSAMPLING, "photos": PHOTOS}
-SMALLEST = {"crop_border": 0, "size": 1, "quality": 1}
+
+
+class Photos(TypedDict):
+    """What was done, or has to be done, to own photos before the resize."""
+
+    orientation: Literal["exif"]
+    alpha: Literal["white"]
+
+
+class Original(TypedDict):
+    """Payloads are the files' own bytes; readers crop the border and treat photos."""
+
+    kind: Literal["original"]
+    crop_border: Side
+    photos: NotRequired[Photos]
+
+
+class Pixels(TypedDict):
+    """Payloads are what CLIP sees of an image."""
+
+    kind: Literal["pixels"]
+    crop_border: Side
+    size: Annotated[Side, Field(ge=1)]
+    resample: Literal["bicubic"]
+    library: Name
+    version: Name
+    photos: NotRequired[Photos]
+
+
+class Jpeg(Pixels):
+    """Payloads are the same square as a JPEG."""
+
+    kind: Literal["jpeg"]  # pyrefly: ignore
+    quality: Annotated[int, Field(ge=1, le=100)]
+    subsampling: Literal["4:4:4"]
+
+
+Described = Annotated[Original | Pixels | Jpeg, Field(discriminator="kind")]
+# checked as what it describes, used as the JSON object that it is
+Encoding = Annotated[dict[str, Any], GetPydanticSchema(lambda _, make: make(Described))]
+"""All that decides a payload's bytes."""
 
 
 class Header(NamedTuple):
@@ -150,36 +187,6 @@ def encoding_parameters(
     if kind == "jpeg":
         square |= {"quality": quality, "subsampling": SUBSAMPLING}
     return square
-
-
-def check_encoding(encoding: Any, name: str) -> None:
-    """Refuse an encoding of a manifest that this version cannot read exactly as it is meant.
-
-    Raises:
-        ValueError: naming the file `name` and the key that is unknown or missing, or has an unknown
-            value.
-    """
-    kind = encoding.get("kind") if isinstance(encoding, dict) else encoding
-    known = KEYS.get(kind) if isinstance(kind, str) else None
-    if known is None:
-        raise ValueError(f"{name}: unknown encoding {kind!r}; a newer rft may read the set")
-    for key in sorted(known - encoding.keys()):
-        raise ValueError(f"{name}: the encoding has no {key!r}; pack or index the set again")
-    for key, value in encoding.items():
-        if key not in known | {"photos"} or not _is_known(key, value):
-            raise ValueError(
-                f"{name}: unknown encoding: {key!r} is {value!r} with {kind!r}; a newer rft may "
-                f"read the set"
-            )
-
-
-def _is_known(key: str, value: Any) -> bool:
-    """Whether a key of an encoding has a value that this version understands."""
-    if key in CONSTANT:
-        return value == CONSTANT[key]
-    if key in SMALLEST:
-        return type(value) is int and value >= SMALLEST[key]
-    return isinstance(value, str)
 
 
 def source_treatment(encoding: dict[str, Any]) -> Treatment:

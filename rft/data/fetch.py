@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from fsspec.asyn import get_loop, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from rft import files, remote
+from rft import files, local, remote
 from rft.data.cache import Cache
 from rft.data.manifest import Shard
 from rft.remote import REQUEST_BYTES, Patience
@@ -111,7 +111,7 @@ class Shards:
             return self._descriptors[number]
         fs, path = self._store(number)
         if isinstance(fs, LocalFileSystem):
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = local.open_regular(path)
         elif self.cache is None:
             return None
         else:

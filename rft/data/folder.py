@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rft import files
+from rft import files, local
 from rft.classes import composed, shown
 from rft.data.labels import LabelSpace, doubts
 from rft.data.names import (
@@ -306,7 +306,7 @@ def _equal_files(places: Sequence[Place]) -> list[list[Place]]:
 
 
 def _tail(path: Path) -> bytes:
-    with path.open("rb") as stream:
+    with os.fdopen(local.open_regular(path), "rb") as stream:
         stream.seek(max(path.stat().st_size - TAIL, 0))
         return stream.read()
 

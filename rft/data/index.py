@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
-from rft import cli, files
+from rft import cli, documents, files
 from rft.data import encode, tar
 from rft.data.labels import LabelSpace, scoring_hash
 from rft.data.manifest import COLUMNS, Index, Manifest, Shard, require_named
@@ -282,7 +282,9 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
                 f"{out} already holds another data set or index (different: {', '.join(changed)}); "
                 f"delete its manifest.json or choose another --out"
             )
-    elif files.exists(plan_url) and files.read_json(plan_url).get("algorithm") != ALGORITHM:
+    elif (
+        files.exists(plan_url) and files.read_document(plan_url, dict).get("algorithm") != ALGORITHM
+    ):
         raise ValueError(f"{out} is being packed; finish that or choose another --out")
     elif files.exists(index_url) and not files.exists(plan_url):
         raise ValueError(f"{out} has an index.npz that is not ours; choose another --out")
@@ -296,7 +298,7 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
 
 def _holds(url: str, document: Any) -> bool:
     data = files.find_bytes(url)
-    return data is not None and files.parse_json(data, url) == document
+    return data is not None and documents.parse(data, url) == document
 
 
 def _say(found: Sequence[Found]) -> None:

@@ -6,23 +6,24 @@ timm and open_clip carry, because importing either package costs seconds.
 """
 
 import importlib.util
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rft import cli, files
+from rft import cli, documents, files
 from rft.classes import Classes, composed, prompts_sha256, shown
 from rft.data.names import find_twins
+from rft.documents import Count, Text, document
+
+T = TypeVar("T")
 
 MARK = "{c}"  # where a template takes the class name; CLIP_benchmark's convention
 CLIP_CONTEXT = 77  # tokens that the text towers of OpenAI's CLIP read, two of them their own
 
 
-@dataclass(frozen=True, kw_only=True)
+@document
 class LabelSpace:
     """Classes in label order: `ids` are folder names, `names` are words for the text encoder.
 
@@ -34,9 +35,9 @@ class LabelSpace:
             is empty or cannot be written in one line.
     """
 
-    ids: tuple[str, ...]
-    names: tuple[str, ...]
-    templates: tuple[str, ...]
+    ids: tuple[Text, ...]
+    names: tuple[Text, ...]
+    templates: tuple[Text, ...]
 
     def __post_init__(self) -> None:
         if not self.ids or not self.templates:
@@ -90,19 +91,9 @@ class LabelSpace:
         """Read a label space from JSON: `{"ids": [...], "names": [...], "templates": [...]}`.
 
         Raises:
-            ValueError: if the file is absent, is not JSON, or does not describe a label space.
+            ValueError: if the file is absent or does not describe a label space.
         """
-        document = files.read_json(path)
-        fields = ("ids", "names", "templates")
-        if not isinstance(document, dict) or sorted(document) != sorted(fields):
-            raise ValueError(f"{path} must be a JSON object with exactly the keys {fields}")
-        for field in fields:
-            if not _is_list_of_str(document[field]):
-                raise ValueError(f"{path}: {field!r} must be a list of strings")
-        try:
-            return LabelSpace(**{field: tuple(document[field]) for field in fields})
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return files.read_document(path, LabelSpace)
 
 
 def scoring_hash(
@@ -175,12 +166,10 @@ def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, .
         ValueError: if a file is absent or malformed, a name is unknown, or two folders share a
             class (the scoring rule needs disjoint groups).
     """
-    folder_to_label = _read_mapping(mappings / "folder_to_objectnet_label.json", str)
-    label_to_names = _read_mapping(mappings / "objectnet_to_imagenet_1k.json", str)
-    class_to_line = _read_mapping(mappings / "pytorch_to_imagenet_2012_id.json", int)
-    # not splitlines(), to which U+0085 within a name is a line break too: ids are line numbers
-    text = _read_text(mappings / "imagenet_to_label_2012_v2")
-    lines = [name.strip() for name in text.split("\n")]
+    folder_to_label = folder_labels(mappings)
+    label_to_names = _mapping(mappings / "objectnet_to_imagenet_1k.json", dict[str, Text])
+    class_to_line = _mapping(mappings / "pytorch_to_imagenet_2012_id.json", dict[str, Count])
+    lines = _lines(mappings / "imagenet_to_label_2012_v2")
     if set(class_to_line) != {str(class_id) for class_id in range(num_classes)}:
         count = len(class_to_line)
         raise ValueError(f"{mappings} maps {count} classes, the label space has {num_classes}")
@@ -214,25 +203,32 @@ def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, .
     return groups
 
 
-def _read_text(path: Path) -> str:
+def folder_labels(mappings: Path) -> dict[str, str]:
+    """Return the name of each of ObjectNet's folders.
+
+    Raises:
+        ValueError: if the file is absent or malformed.
+    """
+    return _mapping(mappings / "folder_to_objectnet_label.json", dict[str, Text])
+
+
+def _mapping(path: Path, kind: type[T]) -> T:
+    return documents.decode(_read(path), kind, str(path))
+
+
+def _read(path: Path) -> bytes:
     if not path.is_file():
         raise ValueError(f"no such file: {path} (part of ObjectNet's mappings folder)")
-    return path.read_bytes().decode("utf-8")
+    return files.read_bytes(str(path))
 
 
-def _read_mapping(path: Path, values: type) -> dict[str, Any]:
+def _lines(path: Path) -> list[str]:
     try:
-        document = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    is_object = isinstance(document, dict)
-    if not is_object or not all(isinstance(value, values) for value in document.values()):
-        raise ValueError(f"{path} must be a JSON object with values of type {values.__name__}")
-    return document
-
-
-def _is_list_of_str(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        text = _read(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    # not splitlines(), to which U+0085 within a name is a line break too: ids are line numbers
+    return [name.strip() for name in text.split("\n")]
 
 
 def _require_words(name: str, words: str) -> None:

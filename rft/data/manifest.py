@@ -7,22 +7,24 @@ No torch here: packing tools and reports read this too.
 
 import dataclasses
 import io
-import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from rft import files
+from rft import documents, files
 from rft.classes import Classes, prompts_sha256
 from rft.data import tar
-from rft.data.encode import check_encoding
+from rft.data.encode import Encoding
 from rft.data.root import why_missing
 from rft.data.sources import LAYOUTS
+from rft.documents import Count, Name, Sha256, Text, document
 
 SCHEMA = 1
 COLUMNS = {
@@ -35,9 +37,10 @@ COLUMNS = {
     "key": np.bytes_,
 }
 AGAIN = "pack or index the set again"
+ShardName = Annotated[Name, Field(max_length=2000)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@document
 class Shard:
     """One tar file of the dataset.
 
@@ -45,13 +48,13 @@ class Shard:
     that lie elsewhere.
     """
 
-    name: str
-    bytes: int
-    sha256: str
-    samples: int
+    name: ShardName
+    bytes: Count
+    sha256: Sha256
+    samples: Count
 
 
-@dataclass(frozen=True, kw_only=True)
+@document
 class Manifest:
     """Everything about a packed dataset but its per-sample rows.
 
@@ -62,17 +65,30 @@ class Manifest:
     class, ImageNet-R and -A one for each of their 200, ObjectNet 113 groups over 125 classes.
     """
 
-    dataset: str
-    classes: tuple[str, ...]
-    templates: tuple[str, ...]
+    dataset: Name
+    classes: Annotated[tuple[Text, ...], Field(min_length=1)]
+    templates: Annotated[tuple[Text, ...], Field(min_length=1)]
     groups: tuple[tuple[int, ...], ...]
-    encoding: dict[str, Any]  # see `rft.data.encode.encoding_parameters`
-    plan_hash: str
-    index_sha256: str
+    encoding: Encoding
+    plan_hash: Sha256
+    index_sha256: Sha256
     shards: tuple[Shard, ...]
-    class_ids: tuple[str, ...] = ()
-    quarantined: int = 0  # images of the source left out because they cannot be decoded
-    schema: int = SCHEMA
+    class_ids: tuple[Text, ...] = ()
+    quarantined: Count = 0  # images of the source left out because they cannot be decoded
+    schema: Literal[1] = SCHEMA
+
+    def __post_init__(self) -> None:
+        ids = self.class_ids
+        if ids and not len(set(ids)) == len(ids) == len(self.classes):
+            raise ValueError("class_ids must be as many as classes, and all different")
+        for fault in group_faults(self.groups, len(self.classes)):
+            raise ValueError(fault)
+        names = Counter(shard.name for shard in self.shards)
+        for name, count in names.items():
+            if count > 1:
+                raise ValueError(f"shards: {name!r} is named more than once")
+        if not self.samples:
+            raise ValueError("the shards hold no samples")
 
     @property
     def samples(self) -> int:
@@ -107,7 +123,7 @@ class Manifest:
         """
         path = files.join(url, "manifest.json")
         try:
-            document = files.read_json(path)
+            data = files.read_bytes(path)
         except ValueError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
@@ -115,21 +131,11 @@ class Manifest:
             raise ValueError(
                 f"no packed dataset at {url}: manifest.json is missing{hint and f'; {hint}'}"
             ) from error
-        found = document.get("schema") if isinstance(document, dict) else None
-        if found != SCHEMA:
-            raise ValueError(f"{path} has schema {found}, this rft reads {SCHEMA}; pack it again")
-        for fault in _faults(document):
-            raise ValueError(f"{path}: {fault}; {AGAIN}")
         try:
-            document["classes"] = tuple(document["classes"])
-            document["class_ids"] = tuple(document.get("class_ids", ()))
-            document["templates"] = tuple(document["templates"])
-            document["groups"] = tuple(tuple(group) for group in document["groups"])
-            document["shards"] = tuple(Shard(**shard) for shard in document["shards"])
-            manifest = Manifest(**document)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); pack or index the set again") from error
-        check_encoding(manifest.encoding, path)
+            manifest = documents.decode(data, Manifest, path)
+        except ValueError as error:
+            newer = "a newer rft may read it; " if documents.names_unknown(error) else ""
+            raise ValueError(f"{error}; {newer}{AGAIN}") from error
         require_named(url, manifest.dataset)
         return manifest
 
@@ -161,94 +167,25 @@ def require_named(url: str, dataset: str) -> None:
         )
 
 
-def group_faults(groups: Any, classes: int) -> Iterator[str]:
+def group_faults(groups: Sequence[Sequence[int]], classes: int) -> Iterator[str]:
     """Yield what makes groups no scoring rule over so many classes.
 
     There must be a group, none empty, of class ids in range, each in one group at most.
     """
-    if not isinstance(groups, list | tuple) or not groups:
+    if not groups:
         yield "groups must name at least one group of class ids"
-        return
     group_of: dict[int, int] = {}
     for number, members in enumerate(groups):
-        if not isinstance(members, list | tuple) or not members:
-            yield f"groups[{number}] must be a list of at least one class id, not {members!r}"
-            continue
+        if not members:
+            yield f"groups[{number}] must name at least one class id"
         for place, class_id in enumerate(members):
             here = f"groups[{number}][{place}]"
-            if type(class_id) is not int or not 0 <= class_id < classes:  # a bool is an int too
+            if not 0 <= class_id < classes:
                 yield f"{here} must be a class id from 0 to {classes - 1}, not {class_id!r}"
             elif class_id in group_of:
                 yield f"{here}: class {class_id} is in groups[{group_of[class_id]}] already"
             else:
                 group_of[class_id] = number
-
-
-def _faults(document: dict[str, Any]) -> Iterator[str]:
-    """Yield which values of a manifest cannot be right."""
-    for name in ("dataset", "plan_hash"):
-        if not isinstance(document.get(name), str):
-            yield f"{name} must be a text, not {document.get(name)!r}"
-    for name in ("classes", "templates"):
-        if not document.get(name):
-            yield f"{name} is empty"
-        yield from _text_faults(name, document.get(name))
-    ids = document.get("class_ids", [])
-    yield from _text_faults("class_ids", ids)
-    if ids and not len(set(ids)) == len(ids) == len(document.get("classes") or ()):
-        yield "class_ids must be as many as classes, and all different"
-    yield from group_faults(document.get("groups"), len(document.get("classes") or ()))
-    if not isinstance(document.get("encoding"), dict):
-        yield f"encoding must be an object, not {document.get('encoding')!r}"
-    if not _is_sha256(document.get("index_sha256")):
-        yield f"index_sha256 must be 64 hex digits, not {document.get('index_sha256')!r}"
-    if not _is_count(document.get("quarantined", 0)):
-        yield f"quarantined must be a number from 0, not {document['quarantined']!r}"
-    yield from _shard_faults(document.get("shards"))
-
-
-def _text_faults(name: str, texts: Any) -> Iterator[str]:
-    if not isinstance(texts, list):
-        yield f"{name} must be a list of texts, not {texts!r}"
-        return
-    for place, text in enumerate(texts):
-        if not isinstance(text, str):
-            yield f"{name}[{place}] must be a text, not {text!r}"
-
-
-def _shard_faults(shards: Any) -> Iterator[str]:
-    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
-        yield "shards must be a list of objects"
-        return
-    known = {field.name for field in dataclasses.fields(Shard)}
-    names: dict[str, int] = {}
-    for number, shard in enumerate(shards):
-        here = f"shards[{number}]"
-        if shard.keys() != known:
-            yield f"{here} must have {', '.join(sorted(known))}, it has {', '.join(sorted(shard))}"
-            continue
-        name = shard["name"]
-        if not isinstance(name, str) or not name:
-            yield f"{here}.name must be a text, not {name!r}"
-        elif name in names:
-            yield f"{here}.name: {name!r} is named more than once (shards[{names[name]}])"
-        else:
-            names[name] = number
-        for field in ("bytes", "samples"):
-            if not _is_count(shard[field]):
-                yield f"{here}.{field} must be a number from 0, not {shard[field]!r}"
-        if not _is_sha256(shard["sha256"]):
-            yield f"{here}.sha256 must be 64 hex digits, not {shard['sha256']!r}"
-    if not any(shard.get("samples") for shard in shards):
-        yield "the shards hold no samples"
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_sha256(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

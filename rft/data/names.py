@@ -9,10 +9,10 @@ import errno
 import fnmatch
 import os
 import re
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from rft import local
 from rft.classes import composed
 
 SYSTEM_NAMES = (
@@ -34,13 +34,6 @@ SYSTEM_PATTERNS = (
 )
 THUMBNAILS = re.compile(r"[\W_]*thumb(nail)?s?[\W_]*")
 _SYSTEM = {name.casefold(): name for name in SYSTEM_NAMES}
-SPECIAL = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
 
 
 def passed_over(name: str, ignore: Iterable[str] = ()) -> str:
@@ -129,10 +122,7 @@ def regular_size(entry: "os.PathLike[str]") -> int:
         if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):  # noqa: PTH114
             raise ValueError(f"{path} is a broken link; remove it, or restore its target") from None
         raise
-    kind = stat.S_IFMT(status.st_mode)
-    if kind != stat.S_IFREG:
-        what = SPECIAL.get(kind, "something else")
-        raise ValueError(f"{path} is {what}, not a regular file; remove it")
+    local.require_regular(path, status)
     return status.st_size
 
 

@@ -13,22 +13,23 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from rft import files
+from rft import files, local
 from rft.data import encode
 from rft.data.labels import LabelSpace, scoring_hash
-from rft.data.manifest import COLUMNS, Index, Manifest, Shard
+from rft.data.manifest import COLUMNS, Index, Manifest
 from rft.data.names import printable
 from rft.data.published import check_count
 from rft.data.shard import (
-    TEMPORARY,
+    Commit,
     Job,
     Quarantined,
     compact_json,
@@ -242,7 +243,11 @@ def claim(plan: Plan, url: str, *, create: bool = True) -> None:
             nothing while it may not be made.
     """
     plan_url = files.join(url, "plan.json")
-    names = [name for name in file_sizes(url) if not TEMPORARY.fullmatch(name)]
+    fs, folder = files.open_store(url)
+    if isinstance(fs, LocalFileSystem):
+        local.require_own_folder(Path(folder), "--out")
+        local.require_no_links(Path(folder), ["commit"])
+    names = [name for name in file_sizes(url) if not files.TEMPORARY.fullmatch(name)]
     if "plan.json" not in names:
         if names:
             raise ValueError(
@@ -253,11 +258,11 @@ def claim(plan: Plan, url: str, *, create: bool = True) -> None:
             raise ValueError(f"nothing is packed at {url} yet; run without --finalize first")
         files.write_json(plan_url, plan.parameters)
         return
-    found = files.read_json(plan_url)
+    found = files.read_document(plan_url, dict)
     if found == plan.parameters:
         return
     changes = "; ".join(files.difference(found, plan.parameters))
-    records = [n for n in file_sizes(files.join(url, "commit")) if not TEMPORARY.fullmatch(n)]
+    records = [n for n in file_sizes(files.join(url, "commit")) if not files.TEMPORARY.fullmatch(n)]
     if records or set(names) - {"plan.json", "commit"} or not create:
         raise ValueError(
             f"{url} holds another plan ({changes}); choose another --out or delete that folder"
@@ -281,12 +286,14 @@ def finalize(plan: Plan, url: str, max_bad: int = 0) -> Manifest:
             f"{waiting[0].number:06d}); run the same command without --finalize first"
         )
     with ThreadPoolExecutor(COMMIT_THREADS) as pool:
-        commits = list(pool.map(lambda job: files.read_json(job.commit_url), jobs))
-    quarantined = [(c["shard"]["name"], entry) for c in commits for entry in c["quarantined"]]
+        commits = list(pool.map(Commit.load, jobs))
+    quarantined = [(commit.shard.name, entry) for commit in commits for entry in commit.quarantined]
     if len(quarantined) > max_bad:
-        raise too_many([Quarantined(**entry) for _, entry in quarantined], max_bad)
+        raise too_many([entry for _, entry in quarantined], max_bad)
     columns = {
-        name: np.array([value for commit in commits for value in commit["columns"][name]], dtype)
+        name: np.array(
+            [value for commit in commits for value in getattr(commit.columns, name)], dtype
+        )
         for name, dtype in COLUMNS.items()
     }
     index = Index(**columns).to_bytes()
@@ -299,14 +306,16 @@ def finalize(plan: Plan, url: str, max_bad: int = 0) -> Manifest:
         encoding=plan.encoding,
         plan_hash=plan.hash,
         index_sha256=files.sha256_bytes(index),
-        shards=tuple(Shard(**commit["shard"]) for commit in commits),
+        shards=tuple(commit.shard for commit in commits),
         quarantined=len(quarantined),
     )
     files.write_bytes(files.join(url, "index.npz"), index)
     for name, content in side_files(manifest).items():
         files.write_bytes(files.join(url, name), content.encode())
     if quarantined:
-        lines = [compact_json({**entry, "shard": name}) + b"\n" for name, entry in quarantined]
+        lines = [
+            compact_json({**asdict(entry), "shard": name}) + b"\n" for name, entry in quarantined
+        ]
         files.write_bytes(files.join(url, "quarantine.jsonl"), b"".join(lines))
     _remove_temporaries(url)
     manifest.save(url)
@@ -390,8 +399,8 @@ def _say_complete(dataset: str, url: str, max_bad: int) -> bool:
 def _say_treated(dataset: str, jobs: Sequence[Job]) -> None:
     """Print how many photos were not taken as they are stored, from the commit records."""
     with ThreadPoolExecutor(COMMIT_THREADS) as pool:
-        records = list(pool.map(lambda job: files.read_json(job.commit_url)["statistics"], jobs))
-    turned, composed = (sum(record[name] for record in records) for name in ("turned", "composed"))
+        records = [commit.statistics for commit in pool.map(Commit.load, jobs)]
+    turned, composed = (sum(r.turned for r in records), sum(r.composed for r in records))
     print(f"{dataset}: photos turned upright (EXIF orientation): {turned:,}", flush=True)
     print(f"{dataset}: transparent photos composed on white: {composed:,}", flush=True)
 
@@ -430,6 +439,6 @@ def _remove_temporaries(url: str) -> None:
     for folder in (url, files.join(url, "commit")):
         fs, path = files.open_store(folder)
         for name in file_sizes(folder):
-            if TEMPORARY.fullmatch(name) and re.match(r"\.\d{6}\.", name):
+            if files.TEMPORARY.fullmatch(name) and re.match(r"\.\d{6}\.", name):
                 with suppress(FileNotFoundError):  # another task may finalise at the same time
                     fs.rm_file(files.join(path, name))

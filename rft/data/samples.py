@@ -6,17 +6,17 @@ does this, but they are counted.
 """
 
 import hashlib
+import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
 
-from rft import files
+from rft import files, local
 from rft.data import tar
 from rft.data.fetch import Shards
 from rft.data.manifest import Shard
@@ -85,9 +85,11 @@ def open_whole(url: str, size: int) -> Iterator[tuple[IO[bytes], str]]:
     """
     fs, path = files.open_store(url)
     if isinstance(fs, LocalFileSystem):
-        if not fs.isfile(path):
-            raise ValueError(f"no such shard: {url}")
-        with Path(path).open("rb") as stream:
+        try:
+            descriptor = local.open_regular(path)
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise ValueError(f"no such shard: {url}") from error
+        with os.fdopen(descriptor, "rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             stream.seek(0)
             yield stream, sha256
@@ -102,7 +104,8 @@ def open_whole(url: str, size: int) -> Iterator[tuple[IO[bytes], str]]:
 
 
 def _blocks(url: str, size: int) -> Iterator[bytes]:
-    shards = Shards("", [Shard(name=url, bytes=size, sha256="", samples=0)])
+    # its hash is not known yet; only a cache would ask for it
+    shards = Shards("", [Shard(name=url, bytes=size, sha256="0" * 64, samples=0)])
     starts = range(0, size, REQUEST_BYTES)
     for first in range(0, len(starts), REQUESTS_AT_ONCE):
         wanted = starts[first : first + REQUESTS_AT_ONCE]

@@ -15,7 +15,7 @@ from typing import IO, Any, Literal
 
 from rft import cli, files
 from rft.classes import Classes, composed
-from rft.data.labels import LabelSpace, objectnet_groups
+from rft.data.labels import LabelSpace, folder_labels, objectnet_groups
 from rft.data.manifest import group_faults
 from rft.data.published import SUBSETS, published_classes
 from rft.data.samples import Sample, parent, read_member
@@ -218,7 +218,7 @@ def _objectnet_labels(
     names: Sequence[str], source: str, groups: dict[str, tuple[int, ...]], mappings: Path
 ) -> tuple[int, ...]:
     """Return a class id for each of ObjectNet's own class names; any of its group is as good."""
-    label_of_folder = files.read_json(str(mappings / "folder_to_objectnet_label.json"))
+    label_of_folder = folder_labels(mappings)
     folders = list(groups)
     texts = [(text, n) for n, name in enumerate(folders) for text in (name, label_of_folder[name])]
     known = Names.of(texts)
@@ -505,7 +505,7 @@ def parse_label(data: bytes, where: str, rule: Rule) -> int | str:
     try:
         text = data.decode("utf-8").strip()
         document = None if rule.label_field is None else json.loads(text)
-    except ValueError as error:  # no UTF-8, or no JSON
+    except (ValueError, RecursionError) as error:  # no UTF-8, or no JSON
         suffix = "cls" if rule.label_field is None else "json"
         raise ValueError(f"{where}: its .{suffix} is not readable: {error}") from error
     if rule.label_field is not None:

@@ -7,7 +7,6 @@ images that were left out, and what the work was like, so the tar is never read 
 
 import hashlib
 import json
-import re
 import tarfile
 import time
 import zlib
@@ -15,23 +14,92 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from rft import files
 from rft.data import encode
 from rft.data.manifest import COLUMNS, Shard
 from rft.data.sources import Item, read_item, where
 from rft.data.tar import BLOCK, END, padded
+from rft.documents import Count, Sha256, Text, document
 
-TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what rft.files.publish leaves when killed
 NAMED_IN_ERRORS = 3
+Key = Annotated[str, Field(min_length=1, max_length=10_000, pattern="^[\\x21-\\x7e]+$")]
 
 
-class Quarantined(NamedTuple):
+@document
+class Quarantined:
     """An image that was left out: its path in the source, and what is wrong with it."""
 
-    path: str
-    reason: str
+    path: Text
+    reason: Text
+
+
+@document
+class Columns:
+    """A shard's rows of the index, by column (see `rft.data.manifest.Index`)."""
+
+    offset: tuple[Count, ...]
+    length: tuple[Annotated[Count, Field(lt=2**32)], ...]
+    crc32: tuple[Annotated[Count, Field(lt=2**32)], ...]
+    label: tuple[Annotated[Count, Field(lt=2**31)], ...]
+    width: tuple[Annotated[Count, Field(lt=2**16)], ...]
+    height: tuple[Annotated[Count, Field(lt=2**16)], ...]
+    key: tuple[Key, ...]
+
+    def __post_init__(self) -> None:
+        if len({len(getattr(self, name)) for name in COLUMNS}) != 1:
+            raise ValueError("columns have different lengths")
+
+
+@document
+class Statistics:
+    """What packing a shard was like."""
+
+    seconds: Annotated[float, Field(ge=0)]
+    source_bytes: Count
+    formats: dict[str, Count]
+    modes: dict[str, Count]
+    turned: Count
+    composed: Count
+    classes: Count
+
+
+@document
+class Commit:
+    """The record of a finished shard (`commit/NNNNNN.json`)."""
+
+    plan_hash: Sha256
+    shard: Shard
+    columns: Columns
+    quarantined: tuple[Quarantined, ...]
+    statistics: Statistics
+
+    def __post_init__(self) -> None:
+        rows = len(self.columns.key)
+        if rows != self.shard.samples:
+            raise ValueError(f"columns have {rows} rows, the shard {self.shard.samples} samples")
+
+    @staticmethod
+    def load(job: "Job") -> "Commit":
+        """Read the record of a job's shard.
+
+        Raises:
+            ValueError: if it is absent or not one, saying what to do.
+        """
+        try:
+            commit = files.read_document(job.commit_url, Commit)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it and run the same command again") from error
+        name = job.shard_url.rsplit("/", 1)[-1]
+        if commit.shard.name != name:
+            raise ValueError(
+                f"{job.commit_url}: shard.name is {commit.shard.name}, not {name}; delete it and "
+                "run the same command again"
+            )
+        return commit
 
 
 class Written(NamedTuple):
@@ -102,23 +170,24 @@ def _write(job: Job) -> Written:
     shard = Shard(
         name=job.shard_url.rsplit("/", 1)[-1], bytes=tar.size, sha256=sha256, samples=len(rows)
     )
-    statistics = {
-        "seconds": round(time.monotonic() - started, 3),
-        "source_bytes": sum(item.bytes for item in job.items),
-        "formats": Counter(header.format for header in headers),
-        "modes": Counter(header.mode for header in headers),
-        "turned": sum(one.orientation != 1 for one in treated),
-        "composed": sum(one.composed for one in treated),
-        "classes": len({row["label"] for row in rows}),
-    }
-    commit = {
-        "plan_hash": job.plan_hash,
-        "shard": asdict(shard),
-        "columns": {name: [row[name] for row in rows] for name in COLUMNS},
-        "quarantined": [entry._asdict() for entry in bad],
-        "statistics": statistics,
-    }
-    files.write_bytes(job.commit_url, compact_json(commit))
+    statistics = Statistics(
+        seconds=round(time.monotonic() - started, 3),
+        source_bytes=sum(item.bytes for item in job.items),
+        formats=dict(Counter(header.format for header in headers)),
+        modes=dict(Counter(header.mode for header in headers)),
+        turned=sum(one.orientation != 1 for one in treated),
+        composed=sum(one.composed for one in treated),
+        classes=len({row["label"] for row in rows}),
+    )
+    columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in COLUMNS}
+    commit = Commit(
+        plan_hash=job.plan_hash,
+        shard=shard,
+        columns=Columns(**columns),
+        quarantined=tuple(bad),
+        statistics=statistics,
+    )
+    files.write_bytes(job.commit_url, compact_json(asdict(commit)))
     return Written(shard.samples, shard.bytes, tuple(bad))
 
 
@@ -128,12 +197,11 @@ def is_committed(job: Job, sizes: Mapping[str, int]) -> bool:
     A record of a shard that left out more images than are allowed now does not count: they may have
     been repaired.
     """
-    commit = files.read_json(job.commit_url)
-    shard = commit["shard"]
+    commit = Commit.load(job)
     return (
-        commit["plan_hash"] == job.plan_hash
-        and sizes.get(shard["name"]) == shard["bytes"]
-        and len(commit["quarantined"]) <= job.max_bad
+        commit.plan_hash == job.plan_hash
+        and sizes.get(commit.shard.name) == commit.shard.bytes
+        and len(commit.quarantined) <= job.max_bad
     )
 
 
@@ -261,7 +329,8 @@ def _encode(job: Job, item: Item, bad: list[Quarantined]) -> encode.Encoded | No
     except ValueError as error:
         if job.max_bad == 0:
             raise ValueError(f"{error}; --max-bad N leaves out up to N such images") from error
-        bad.append(Quarantined(item.path, str(error).removeprefix(name).strip()))
+        reason = str(error).removeprefix(name).strip()
+        bad.append(Quarantined(path=item.path, reason=reason))
         if len(bad) > job.max_bad:
             raise too_many(bad, job.max_bad) from error
         return None
@@ -269,7 +338,7 @@ def _encode(job: Job, item: Item, bad: list[Quarantined]) -> encode.Encoded | No
 
 def _require_plan(job: Job) -> None:
     """Check that the folder still belongs to the job's plan, before the tar gets its name there."""
-    found = files.read_json(files.join(job.out, "plan.json"))
+    found = files.read_document(files.join(job.out, "plan.json"), dict)
     if files.sha256_json(found) != job.plan_hash:
         raise ValueError(
             f"{job.out} was taken over by a run with another plan; choose another --out for one of "

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
 
-from rft import cli, files
+from rft import cli, files, local
 from rft.classes import composed
 from rft.data import tar
 from rft.data.archives import DEVKIT, find_devkit, tar_members, validation_classes
@@ -177,7 +177,7 @@ def read_item(root: Path, item: Item) -> bytes:
     Raises:
         ValueError: if the file is not what it was when it was listed.
     """
-    descriptor = os.open(root / (item.inside or item.path), os.O_RDONLY)
+    descriptor = local.open_regular(root / (item.inside or item.path))
     try:
         # one byte more shows a file that has grown
         wanted = item.bytes + (item.inside is None)

@@ -17,15 +17,16 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from rft import files
+from rft import documents, files
 from rft.classes import Classes, composed
 from rft.data import encode, tar
 from rft.data.index import ALGORITHM, IMAGE_SUFFIXES, OTHER_SUFFIXES
 from rft.data.labels import scoring_hash
 from rft.data.manifest import Index, Manifest, group_faults
 from rft.data.samples import SIZE_THREADS, open_whole, shard_size, split_name
-from rft.data.scoring import POSITION, Rule, parse_label, resolve_label
+from rft.data.scoring import POSITION, LabelsAre, Rule, parse_label, resolve_label
 from rft.data.workers import for_each
+from rft.documents import FOREIGN, Name, Text, document
 
 SCHEMA = 1
 
@@ -278,54 +279,69 @@ def _check_image(
         yield f"the image has {image.size} pixels, not {size}"
 
 
-def _read_plan(url: str, manifest: Manifest, report: Report) -> dict[str, Any]:
+@document(config=FOREIGN)
+class Plan:
+    """What plan.json says of how labels are read; a packer's has no more than `dataset` of it."""
+
+    algorithm: int | Text = ""
+    dataset: Name | None = None
+    encoding: encode.Encoding | None = None
+    labels: Name | None = None
+    label_field: Text | None = None
+    labels_are: LabelsAre | None = None
+    local_labels: tuple[int, ...] | None = None
+    ignore: tuple[Text, ...] = ()
+
+
+def _read_plan(url: str, manifest: Manifest, report: Report) -> Plan:
     """Return plan.json, or nothing where it is gone, which readers do not mind."""
     path = files.join(url, "plan.json")
     try:
         data = files.find_bytes(path)
-        plan = {} if data is None else files.parse_json(data, path)
+        if data is None:
+            return Plan()
+        if files.sha256_json(documents.parse(data, path)) != manifest.plan_hash:
+            report.problems.append(
+                Problem(what="plan.json is not the plan that the manifest names")
+            )
+            return Plan()
+        plan = documents.decode(data, Plan, path)
     except ValueError as error:
         report.problems.append(Problem(what=str(error)))
-        return {}
-    if data is None:
-        return {}
-    if not isinstance(plan, dict) or files.sha256_json(plan) != manifest.plan_hash:
-        report.problems.append(Problem(what="plan.json is not the plan that the manifest names"))
-        return {}
+        return Plan()
     scoring = scoring_hash(
         manifest.class_ids, manifest.classes, manifest.templates, manifest.groups
     )
-    if manifest.class_ids and plan.get("labels", scoring) != scoring:
+    if manifest.class_ids and plan.labels not in (None, scoring):
         what = "its classes, prompts or groups are not those of plan.json: the manifest was edited"
         report.problems.append(Problem(what=what))
     # a reader would treat or crop the images in another way than the packer meant
-    if plan.get("encoding", manifest.encoding) != manifest.encoding:
+    if plan.encoding not in (None, manifest.encoding):
         what = (
-            f"its encoding is not that of plan.json ({_difference(manifest.encoding, plan)}): the "
+            f"its encoding is not that of plan.json "
+            f"({_difference(manifest.encoding, plan.encoding)}): the manifest was edited"
+        )
+        report.problems.append(Problem(what=what))
+    if plan.dataset not in (None, manifest.dataset):
+        what = (
+            f"its dataset is {manifest.dataset!r}, that of plan.json is {plan.dataset!r}: the "
             f"manifest was edited"
         )
         report.problems.append(Problem(what=what))
-    if plan.get("dataset", manifest.dataset) != manifest.dataset:
-        what = (
-            f"its dataset is {manifest.dataset!r}, that of plan.json is {plan['dataset']!r}: the "
-            f"manifest was edited"
-        )
-        report.problems.append(Problem(what=what))
-    local = plan.get("local_labels")
+    local = plan.local_labels
     for fault in () if local is None else group_faults([local], len(manifest.classes)):
         report.problems.append(Problem(what=f"local_labels of plan.json: {fault}"))
-        return {}
+        return Plan()
     return plan
 
 
-def _difference(encoding: dict[str, Any], plan: dict[str, Any]) -> str:
+def _difference(encoding: dict[str, Any], planned: dict[str, Any]) -> str:
     """Name the first key of an encoding that differs from the plan's, with both values."""
-    planned = plan["encoding"] if isinstance(plan["encoding"], dict) else {}
     for key in sorted(encoding.keys() | planned.keys()):
         here, there = (space.get(key, "absent") for space in (encoding, planned))
         if here != there:
             return f"{key} is {here!r}, not {there!r}"
-    return "which is no object"
+    return "in the order of its fields"
 
 
 def _check_quarantine(url: str, manifest: Manifest) -> Iterator[Problem]:
@@ -347,28 +363,27 @@ def _read_index(url: str, manifest: Manifest, report: Report) -> Index | None:
         return None
 
 
-def _rule(manifest: Manifest, plan: dict[str, Any]) -> Rule:
+def _rule(manifest: Manifest, plan: Plan) -> Rule:
     """Return how the labels of a set's shards are read."""
     # no LabelSpace, which refuses what older versions packed: a single class, names without words
     labels = Classes(
         ids=tuple(map(composed, manifest.class_ids)), names=tuple(map(composed, manifest.classes))
     )
-    local = plan.get("local_labels")
-    indexed = plan.get("algorithm") == ALGORITHM
+    indexed = plan.algorithm == ALGORITHM
     return Rule(
         labels=labels,
         groups=manifest.groups,
-        local=None if local is None else tuple(local),
-        label_field=plan.get("label_field"),
-        labels_are=plan.get("labels_are") if indexed else "positions",  # as the packer writes them
-        ignore=frozenset(plan.get("ignore", ())),
+        local=plan.local_labels,
+        label_field=plan.label_field,
+        labels_are=plan.labels_are if indexed else "positions",  # as the packer writes them
+        ignore=frozenset(plan.ignore),
     )
 
 
 def _check_shards(
     manifest: Manifest,
     index: Index | None,
-    plan: dict[str, Any],
+    plan: Plan,
     report: Report,
     workers: int,
 ) -> None:

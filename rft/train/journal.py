@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import shutil
 import sys
 import time
@@ -18,7 +19,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from rft import files
+from rft import files, local
 from rft.cli import warn
 from rft.config import Config
 from rft.evaluate.accuracy import Count
@@ -135,7 +136,8 @@ class Logs:
         if done == 0:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self._wandb = Wandb(config, done) if config.log.wandb else None
-        self._stream = self._path.open("a")
+        descriptor = local.open_regular(self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        self._stream = os.fdopen(descriptor, "a")
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self.folder = Held(folder)
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
+from fsspec.implementations.local import LocalFileSystem
 
-from rft import dist, files, small
+from rft import dist, files, local, small
 from rft.config import Config, load_config, repeat_precision
 from rft.data.manifest import Manifest
 from rft.dist import World
-from rft.runs import require_own_weights
+from rft.runs import require_no_links, require_own_weights
 from rft.train.checkpoint import Record
 from rft.train.stop import StopRequest
 
@@ -51,6 +52,11 @@ class RunFolder:
 
         def take() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
+            require_no_links(self.path)
+            if elsewhere := self._config.log.checkpoints:
+                fs, folder = files.open_store(elsewhere)
+                if isinstance(fs, LocalFileSystem):
+                    local.require_no_links(Path(folder), [self.path.resolve().name])
             self._acquire(lock, request)
             # not before: what was in the folder until now may be another run
             check_identity(self._config)

@@ -76,11 +76,11 @@ def test_what_is_tried_again(error, again):
 
 
 def shards(names: str, size: int = 100) -> list[Shard]:
-    return [Shard(name=name, bytes=size, sha256=name * 4, samples=1) for name in names]
+    return [Shard(name=name, bytes=size, sha256=name * 64, samples=1) for name in names]
 
 
-def fill(cache: Cache, shard: Shard, keep: str = "", known: str = "abcdefgh") -> bool:
-    part = cache.begin(shard, keep={k * 4 for k in keep}, known={k * 4 for k in known})
+def fill(cache: Cache, shard: Shard, keep: str = "", known: str = "abcdef01") -> bool:
+    part = cache.begin(shard, keep={k * 64 for k in keep}, known={k * 64 for k in known})
     if part is None:
         return False
     assert os.fstat(part.descriptor).st_size == shard.bytes
@@ -99,7 +99,7 @@ def kept(cache: Cache) -> str:
 
 def test_the_cache_never_holds_more_than_its_limit(tmp_path):
     cache = Cache(tmp_path, 350)
-    for shard in shards("abcdefgh"):
+    for shard in shards("abcdef01"):
         fill(cache, shard)
         assert used(cache) <= 350
     assert len(kept(cache)) == 3
@@ -107,7 +107,7 @@ def test_the_cache_never_holds_more_than_its_limit(tmp_path):
 
 def test_what_is_asked_for_stays_and_other_sets_go_first(tmp_path):
     cache = Cache(tmp_path, 300)
-    a, b, c, d, x = shards("abcdx")
+    a, b, c, d, x = shards("abcd9")
     for shard in (x, a, b):
         assert fill(cache, shard)
     assert fill(cache, c)  # x is of another set
@@ -121,7 +121,7 @@ def test_what_is_asked_for_stays_and_other_sets_go_first(tmp_path):
 def test_a_lower_limit_is_kept_at_the_next_start(tmp_path):
     for shard in shards("abc"):
         fill(Cache(tmp_path, 300), shard)
-    Cache(tmp_path, 150).trim({k * 4 for k in "abc"})
+    Cache(tmp_path, 150).trim({k * 64 for k in "abc"})
     assert kept(Cache(tmp_path, 150)) == "a"
 
 
@@ -133,7 +133,7 @@ def test_one_process_fills_a_shard_and_a_dead_ones_part_is_taken_over(tmp_path):
     assert cache.begin(a, keep=set(), known=set()) is None  # it is being filled
     assert fill(cache, b)
     assert not fill(cache, c, keep="b")  # what is being filled counts
-    os.close(part.descriptor)  # as a killed process would
+    part.let_go()  # as a killed process would
     assert fill(cache, c, keep="b")
     assert kept(cache) == "bc"
     assert used(cache) == 200
@@ -155,8 +155,8 @@ def test_a_dropped_file_is_no_shard_for_those_who_have_it_open(tmp_path):
 def test_half_a_cache_serves_about_half_of_a_shuffled_epoch(tmp_path):
     """Where the least recently used would go, almost nothing would be found again."""
     names = [f"{n:02x}" for n in range(40)]
-    known = {name * 4 for name in names}
-    by_name = {n: Shard(name=n, bytes=10, sha256=n * 4, samples=1) for n in names}
+    known = {name * 32 for name in names}
+    by_name = {n: Shard(name=n, bytes=10, sha256=n * 32, samples=1) for n in names}
     cache = Cache(tmp_path, 200)
     recent: list[str] = []  # the same with the least recently used thrown away
     hits = lru_hits = 0
@@ -165,7 +165,7 @@ def test_half_a_cache_serves_about_half_of_a_shuffled_epoch(tmp_path):
         for name in order:
             found, lru_found = cache.has(by_name[name]), name in recent
             if not found:
-                part = cache.begin(by_name[name], keep={name * 4}, known=known)
+                part = cache.begin(by_name[name], keep={name * 32}, known=known)
                 assert part is not None
                 part.publish()
                 part.close()

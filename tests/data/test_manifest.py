@@ -22,7 +22,7 @@ from rft.data.encode import encoding_parameters, to_npy
 from rft.data.index import index_shards
 from rft.data.labels import LabelSpace
 from rft.data.loader import PackedDataset
-from rft.data.manifest import Index, Manifest, group_faults
+from rft.data.manifest import Index, Manifest, Shard, group_faults
 from rft.data.pack import Options, pack
 from rft.data.scoring import Options as Reading
 from rft.data.verify import verify
@@ -72,11 +72,11 @@ def rewrite(folder: Path, **columns: np.ndarray | None) -> None:
 SHA256 = "0" * 64
 MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "no group": ({"groups": []}, "groups must name at least one group"),
-    "null": ({"groups": None}, "groups must name at least one group"),
-    "an empty group": ({"groups": [[0], []]}, r"groups\[1\] must be a list of at least one class"),
+    "null": ({"groups": None}, "groups is None; it must be a list"),
+    "an empty group": ({"groups": [[0], []]}, r"groups\[1\] must name at least one class"),
     "no list": (
         {"groups": [[0], 1]},
-        r"groups\[1\] must be a list of at least one class id, not 1",
+        r"groups\[1\] is 1; it must be a list",
     ),
     "overlap": (
         {"groups": [[0, 1], [2, 1]]},
@@ -85,37 +85,46 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "twice": ({"groups": [[0, 0]]}, r"groups\[0\]\[1\]: class 0 is in groups\[0\] already"),
     "below": ({"groups": [[0], [-1]]}, r"groups\[1\]\[0\] must be a class id from 0 to 2, not -1"),
     "above": ({"groups": [[0, 3]]}, r"groups\[0\]\[1\] must be a class id from 0 to 2, not 3"),
-    "float": ({"groups": [[1.0]]}, "must be a class id from 0 to 2, not 1.0"),
-    "bool": ({"groups": [[True]]}, "must be a class id from 0 to 2, not True"),
-    "text": ({"groups": [["0"]]}, "must be a class id from 0 to 2, not '0'"),
-    "no classes": ({"classes": []}, "classes is empty"),
-    "classes that are one text": ({"classes": "abc"}, "classes must be a list of texts, not 'abc'"),
-    "a class that is none": ({"classes": ["a", 1, "b"]}, r"classes\[1\] must be a text, not 1"),
+    "float": ({"groups": [[1.0]]}, "is 1.0; it must be a whole number"),
+    "bool": ({"groups": [[True]]}, "is True; it must be a whole number"),
+    "text": ({"groups": [["0"]]}, "is '0'; it must be a whole number"),
+    "no classes": ({"classes": []}, r"classes is \[\]; it must have 1 or more elements"),
+    "classes that are one text": ({"classes": "abc"}, "classes is 'abc'; it must be a list"),
+    "a class that is none": ({"classes": ["a", 1, "b"]}, r"classes\[1\] is 1; it must be a text"),
     "fewer ids": ({"class_ids": ["n1"]}, "class_ids must be as many as classes"),
     "equal ids": ({"class_ids": ["n1", "n1", "n2"]}, "class_ids must be as many .* all different"),
-    "no prompts": ({"templates": []}, "templates is empty"),
+    "no prompts": ({"templates": []}, r"templates is \[\]; it must have 1 or more elements"),
     "index hash": (
         {"index_sha256": "../../x"},
-        "index_sha256 must be 64 hex digits, not '../../x'",
+        "index_sha256 is '../../x'; it must be 64 hex digits",
     ),
-    "left out": ({"quarantined": -1}, "quarantined must be a number from 0, not -1"),
-    "left out, maybe": ({"quarantined": True}, "quarantined must be a number from 0, not True"),
-    "no encoding": ({"encoding": "pixels"}, "encoding must be an object"),
+    "left out": ({"quarantined": -1}, "quarantined is -1; it must be greater than or equal to 0"),
+    "left out, maybe": ({"quarantined": True}, "quarantined is True; it must be a whole number"),
+    "no encoding": ({"encoding": "pixels"}, "encoding is 'pixels'; it must be an object"),
     "no shards": ({"shards": []}, "the shards hold no samples"),
-    "shards": ({"shards": {}}, "shards must be a list"),
-    "name": ({"dataset": 3}, "dataset must be a text, not 3"),
+    "shards": ({"shards": {}}, r"shards is \{\}; it must be a list"),
+    "name": ({"dataset": 3}, "dataset is 3; it must be a text"),
 }
 SHARDS: dict[str, tuple[dict[str, Any], str]] = {
-    "bytes below zero": ({"bytes": -1}, r"shards\[0\].bytes must be a number from 0, not -1"),
-    "half a byte": ({"bytes": 1.5}, r"shards\[0\].bytes must be a number from 0, not 1.5"),
-    "samples below zero": ({"samples": -6}, r"shards\[0\].samples must be a number from 0, not -6"),
-    "samples as text": ({"samples": "6"}, r"shards\[0\].samples must be a number from 0, not '6'"),
+    "bytes below zero": (
+        {"bytes": -1},
+        r"shards\[0\].bytes is -1; it must be greater than or equal to 0",
+    ),
+    "half a byte": ({"bytes": 1.5}, r"shards\[0\].bytes is 1.5; it must be a whole number"),
+    "samples below zero": (
+        {"samples": -6},
+        r"shards\[0\].samples is -6; it must be greater than or equal to 0",
+    ),
+    "samples as text": ({"samples": "6"}, r"shards\[0\].samples is '6'; it must be a whole number"),
     "no samples": ({"samples": 0}, "the shards hold no samples"),
-    "a path": ({"sha256": "../0"}, r"shards\[0\].sha256 must be 64 hex digits, not '../0'"),
-    "too long": ({"sha256": SHA256 + "0"}, r"shards\[0\].sha256 must be 64 hex digits"),
-    "a line more": ({"sha256": SHA256 + "\n"}, r"shards\[0\].sha256 must be 64 hex digits"),
-    "no name": ({"name": ""}, r"shards\[0\].name must be a text, not ''"),
-    "more": ({"url": "x"}, r"shards\[0\] must have bytes, name, samples, sha256, it has .* url"),
+    "a path": ({"sha256": "../0"}, r"shards\[0\].sha256 is '../0'; it must be 64 hex digits"),
+    "too long": ({"sha256": SHA256 + "0"}, r"shards\[0\].sha256 is .*; it must be 64 hex digits"),
+    "a line more": (
+        {"sha256": SHA256 + "\n"},
+        r"shards\[0\].sha256 is .*; it must be 64 hex digits",
+    ),
+    "no name": ({"name": ""}, r"shards\[0\].name is ''; it must have at least 1 character"),
+    "more": ({"url": "x"}, r"shards\[0\].url is an unknown field"),
 }
 
 
@@ -135,7 +144,7 @@ def test_a_shard_that_cannot_be_right(packed: Path, kind: str) -> None:
 
 def test_a_shard_that_is_named_twice(packed: Path) -> None:
     edit(packed, lambda document: document["shards"].append(document["shards"][0]))
-    check(packed, "manifest.json", r"shards\[1\].name: '000000.tar' is named more than once")
+    check(packed, "manifest.json", r"shards: '000000.tar' is named more than once")
 
 
 def check(folder: Path, name: str, message: str) -> None:
@@ -342,9 +351,9 @@ def test_classes_score_in_their_group_and_others_take_no_part(tiny_manifest, gro
         {"templates": ("{c}", "a {c} square")},
         {"groups": ((0,), (1,), (2,))},
         {"encoding": {"kind": "original", "crop_border": 0}},
-        {"plan_hash": "0"},
-        {"index_sha256": "0"},
-        {"shards": ()},
+        {"plan_hash": "1" * 64},
+        {"index_sha256": "1" * 64},
+        {"shards": (Shard(name="x.tar", bytes=1, sha256=SHA256, samples=4),)},
         {"quarantined": 1},
         {"class_ids": ("a", "b", "c", "d")},
     ],

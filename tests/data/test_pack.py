@@ -1,17 +1,20 @@
 """Packing: what is written reads back, the bytes are reproducible, a killed run continues."""
 
+import functools
 import hashlib
 import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -488,9 +491,71 @@ def test_commits_of_another_plan_do_not_count(
     """A stray record, such as a copied folder's, must not make a shard look finished."""
     pack("imagenet-train", source, str(tmp_path), LABELS, with_options(task="0/2"))
     commit = tmp_path / "imagenet-train" / "commit" / "000000.json"
-    commit.write_text(commit.read_text().replace('"plan_hash":"', '"plan_hash":"other-'))
+    document = json.loads(commit.read_text())
+    commit.write_text(json.dumps({**document, "plan_hash": "0" * 64}))
     assert pack("imagenet-train", source, str(tmp_path), LABELS, PIXELS)
     assert snapshot(tmp_path) == reference
+
+
+RECORDS: dict[str, tuple[Callable[[dict], object], str]] = {
+    "a list": (lambda r: [], "it is .*; it must be an object"),
+    "deep": (lambda r: functools.reduce(lambda inner, _: [inner], range(500), []), "valid JSON"),
+    "no shard": (lambda r: {**r, "shard": None}, "shard is None; it must be an object"),
+    "no columns": (lambda r: {**r, "columns": {}}, "columns.offset is missing"),
+    "a column less": (
+        lambda r: {**r, "columns": {**r["columns"], "label": r["columns"]["label"][1:]}},
+        "columns have different lengths",
+    ),
+    "a row less": (
+        lambda r: {**r, "columns": {name: column[1:] for name, column in r["columns"].items()}},
+        r"columns have \d+ rows, the shard \d+ samples",
+    ),
+    "a label below zero": (
+        lambda r: {**r, "columns": {**r["columns"], "label": [-1] * len(r["columns"]["label"])}},
+        r"columns.label\[0\] is -1; it must be greater than or equal to 0",
+    ),
+    "a key of two lines": (
+        lambda r: {**r, "columns": {**r["columns"], "key": ["a\nb"] * len(r["columns"]["key"])}},
+        r"columns.key\[0\] is .*; it must match pattern",
+    ),
+    "the shard of another": (
+        lambda r: {**r, "shard": {**r["shard"], "name": "../000001.tar"}},
+        r"shard.name is \.\./000001.tar, not 000000.tar",
+    ),
+    "no hash": (lambda r: {**r, "plan_hash": "0"}, "plan_hash is '0'; it must be 64 hex digits"),
+    "more": (lambda r: {**r, "more": 1}, "more is an unknown field"),
+    "statistics": (lambda r: {**r, "statistics": {"turned": 1}}, "statistics.seconds is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_damaged_record_is_named(half_packed: Path, tmp_path: Path, kind: str, source) -> None:
+    change, message = RECORDS[kind]
+    shutil.copytree(half_packed, tmp_path / "out")
+    record = tmp_path / "out" / "imagenet-train" / "commit" / "000000.json"
+    record.write_text(json.dumps(change(json.loads(record.read_text()))))
+    before = snapshot(tmp_path / "out")
+    with pytest.raises(ValueError, match=message) as raised:
+        pack("imagenet-train", source, str(tmp_path / "out"), LABELS, with_options(task="0/2"))
+    assert str(raised.value).startswith(str(record))
+    assert str(raised.value).endswith("; delete it and run the same command again")
+    assert snapshot(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 10_000, "3", ""])
+def test_a_damaged_plan_is_named(half_packed: Path, tmp_path: Path, text: str, source) -> None:
+    shutil.copytree(half_packed, tmp_path / "out")
+    plan = tmp_path / "out" / "imagenet-train" / "plan.json"
+    plan.write_text(text)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(plan))}"):
+        pack("imagenet-train", source, str(tmp_path / "out"), LABELS, with_options(task="0/2"))
+
+
+@pytest.fixture(scope="module")
+def half_packed(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("half")
+    assert not pack("imagenet-train", source, str(out), LABELS, with_options(task="0/2"))
+    return out
 
 
 KILLED = """

@@ -551,12 +551,17 @@ def test_a_class_without_words_is_refused(words: str) -> None:
         LabelSpace(ids=("a", "b"), names=("x", words), templates=PROMPT)
 
 
-@pytest.mark.parametrize("words", ["a\nb", "a\u2028b", "a\x1b[31m", "\ud800"])
+@pytest.mark.parametrize("words", ["a\nb", "a\u2028b", "a\x1b[31m"])
 def test_texts_that_cannot_be_one_line_of_a_class_list(words: str) -> None:
     with pytest.raises(ValueError, match=r"the name of class 'b' .* control characters"):
         LabelSpace(ids=("a", "b"), names=("x", words), templates=PROMPT)
     with pytest.raises(ValueError, match="a template is"):
         LabelSpace(ids=("a", "b"), names=("x", "y"), templates=("{c}" + words,))
+
+
+def test_a_text_that_is_no_unicode() -> None:
+    with pytest.raises(ValueError, match=r"^names\[1\] is '\\ud800'; it must be a valid string"):
+        LabelSpace(ids=("a", "b"), names=("x", "\ud800"), templates=PROMPT)
 
 
 def test_prompts_that_no_clip_reads_are_warned_of() -> None:

@@ -1,6 +1,7 @@
 """The user's own photos: turned upright and composed on white, by the packer and every reader."""
 
 import io
+import json
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rft import documents
 from rft.data.encode import (
     PHOTOS,
+    Encoding,
     Kind,
     Treated,
-    check_encoding,
     clip_pixels,
     encode,
     encoding_parameters,
@@ -308,23 +310,43 @@ def test_a_set_that_was_packed_without_the_key(photos: Path, tmp_path: Path) -> 
 # --- encodings that this version does not know --------------------------------------------------
 
 CHANGES: dict[str, tuple[str, Callable[[dict], object], str]] = {
-    "no dictionary": ("pixels", lambda encoding: None, "unknown encoding None"),
-    "kind": ("pixels", lambda encoding: {**encoding, "kind": "avif"}, "unknown encoding 'avif'"),
-    "unhashable": ("pixels", lambda encoding: {**encoding, "kind": []}, r"unknown encoding \[\]"),
-    "key": ("jpeg", lambda encoding: {**encoding, "gamma": 2}, "'gamma' is 2"),
-    "key of another kind": ("pixels", lambda encoding: {**encoding, "quality": 95}, "'quality'"),
-    "resample": ("pixels", lambda encoding: {**encoding, "resample": "box"}, "'resample' is 'box'"),
-    "colours": ("jpeg", lambda encoding: {**encoding, "subsampling": "4:2:0"}, "'subsampling'"),
-    "photos": ("original", lambda encoding: {**encoding, "photos": True}, "'photos' is True"),
+    "no dictionary": ("pixels", lambda encoding: None, "it is None; it must be an object"),
+    "kind": (
+        "pixels",
+        lambda encoding: {**encoding, "kind": "avif"},
+        "kind is 'avif'; it must be one of",
+    ),
+    "unhashable": (
+        "pixels",
+        lambda encoding: {**encoding, "kind": []},
+        r"kind is .*; it must be one of",
+    ),
+    "key": ("jpeg", lambda encoding: {**encoding, "gamma": 2}, "gamma is an unknown field"),
+    "key of another kind": (
+        "pixels",
+        lambda encoding: {**encoding, "quality": 95},
+        "quality is an unknown field",
+    ),
+    "resample": ("pixels", lambda encoding: {**encoding, "resample": "box"}, "resample is 'box'"),
+    "colours": (
+        "jpeg",
+        lambda encoding: {**encoding, "subsampling": "4:2:0"},
+        "subsampling is '4:2:0'",
+    ),
+    "photos": (
+        "original",
+        lambda encoding: {**encoding, "photos": True},
+        "photos is True; it must be an object",
+    ),
     "alpha": (
         "original",
         lambda encoding: {**encoding, "photos": {**PHOTOS, "alpha": "black"}},
-        "'photos' is .*black",
+        "photos.alpha is 'black'",
     ),
-    "border": ("original", lambda encoding: {**encoding, "crop_border": -1}, "'crop_border' is -1"),
-    "size": ("pixels", lambda encoding: {**encoding, "size": "224"}, "'size' is '224'"),
-    "library": ("pixels", lambda encoding: {**encoding, "library": None}, "'library' is None"),
-    "gone": ("original", lambda encoding: {"kind": "original"}, "no 'crop_border'"),
+    "border": ("original", lambda encoding: {**encoding, "crop_border": -1}, "crop_border is -1"),
+    "size": ("pixels", lambda encoding: {**encoding, "size": "224"}, "size is '224'"),
+    "library": ("pixels", lambda encoding: {**encoding, "library": None}, "library is None"),
+    "gone": ("original", lambda encoding: {"kind": "original"}, "crop_border is missing"),
 }
 
 
@@ -333,17 +355,21 @@ def test_unknown_encodings_are_refused(name: str) -> None:
     kind, change, message = CHANGES[name]
     for photos in (False, True):
         encoding = encoding_parameters(kind, 224, 2, photos=photos)
-        check_encoding(encoding, "a/manifest.json")
+        assert documents.convert(encoding, Encoding, "a/manifest.json") == encoding
         with pytest.raises(ValueError, match=f"^a/manifest.json: .*{message}"):
-            check_encoding(change(encoding), "a/manifest.json")
+            documents.convert(change(encoding), Encoding, "a/manifest.json")
 
 
 def test_readers_refuse_an_unknown_encoding(photos: Path, tmp_path: Path) -> None:
     packed = pack_photos(photos, tmp_path / "out", "original")
-    later = {**packed.manifest.encoding, "photos": {**PHOTOS, "gamut": "sRGB"}}
-    replace(packed.manifest, encoding=later).save(packed.url)
+    path = Path(packed.url) / "manifest.json"
+    document = json.loads(path.read_text())
+    document["encoding"]["photos"]["gamut"] = "sRGB"
+    path.write_text(json.dumps(document))
     for read in (Manifest.load, PackedDataset):
-        with pytest.raises(ValueError, match=r"manifest\.json: unknown encoding: 'photos'"):
+        with pytest.raises(
+            ValueError, match=r"photos\.gamut is an unknown field; a newer rft may read it"
+        ):
             read(packed.url)
     (problem,) = verify(packed.url, deep=True, workers=1).problems
-    assert "unknown encoding" in str(problem)
+    assert "photos.gamut is an unknown field" in str(problem)

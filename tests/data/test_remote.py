@@ -543,7 +543,7 @@ def test_new_part_is_not_taken_for_an_abandoned_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between opening a dead process's part and locking it, a living one puts its own there."""
-    part = tmp_path / ".0.part"
+    part = tmp_path / f".{64 * '0'}.part"
     part.write_bytes(b"old")
     lock = caching._lock
 
@@ -553,7 +553,9 @@ def test_new_part_is_not_taken_for_an_abandoned_one(
         return lock(descriptor)
 
     monkeypatch.setattr(caching, "_lock", lock_late)
-    assert not caching._delete_abandoned(part)
+    folder = caching.Folder(tmp_path)
+    assert not caching._delete_abandoned(folder, part.name)
+    folder.close()
     assert part.read_bytes() == b"new"
 
 
@@ -561,18 +563,18 @@ def test_shard_that_is_published_meanwhile_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A part gets its final name while another process adds up what is there."""
-    one, other = (Shard(name="", bytes=1000, sha256=name, samples=1) for name in "ab")
+    one, other = (Shard(name="x.tar", bytes=1000, sha256=64 * name, samples=1) for name in "ab")
     cache, threads = Cache(tmp_path, 1500), []
     part = cache.begin(one, keep=set(), known=set())
     assert part is not None
     delete_abandoned = caching._delete_abandoned
 
-    def publish_meanwhile(path: Path) -> bool:
+    def publish_meanwhile(folder: caching.Folder, name: str) -> bool:
         threads.append(threading.Thread(target=part.publish))
         threads[-1].start()
         # it waits for the lock that is held here; without one it would publish meanwhile
         threads[-1].join(0.3)
-        return delete_abandoned(path)
+        return delete_abandoned(folder, name)
 
     monkeypatch.setattr(caching, "_delete_abandoned", publish_meanwhile)
     assert cache.begin(other, keep={one.sha256}, known=set()) is None
@@ -594,7 +596,7 @@ def test_end_amid_a_deletion_leaves_no_empty_shard(
 
         return wrapper
 
-    shard, cache = Shard(name="", bytes=3, sha256="a", samples=1), Cache(tmp_path, 9)
+    shard, cache = Shard(name="x.tar", bytes=3, sha256=64 * "a", samples=1), Cache(tmp_path, 9)
     cache.path(shard).write_bytes(b"abc")
     for name in ("truncate", "ftruncate"):
         monkeypatch.setattr(os, name, end_after(getattr(os, name)))
@@ -740,11 +742,13 @@ def test_loader_processes_read_from_s3(
 
 PACK = """
     import json, sys
+    from rft import documents
     from rft.data.labels import LabelSpace
     from rft.data.pack import Options, pack
 
     dataset, source, out, labels, options = sys.argv[1:]
-    pack(dataset, source, out, LabelSpace(**json.loads(labels)), Options(**json.loads(options)))
+    space = documents.decode(labels.encode(), LabelSpace, "labels")
+    pack(dataset, source, out, space, Options(**json.loads(options)))
 """
 
 

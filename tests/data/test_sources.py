@@ -90,8 +90,8 @@ def test_label_space_round_trip(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ('{"ids": ["a"]}', "exactly the keys"),
-        ('{"ids": ["a"], "names": "a", "templates": ["{c}"]}', "'names' must be a list"),
+        ('{"ids": ["a"]}', "names is missing"),
+        ('{"ids": ["a"], "names": "a", "templates": ["{c}"]}', "names is 'a'; it must be a list"),
         ('{"ids": ["a"], "names": [], "templates": ["{c}"]}', "1 class ids but 0 class names"),
         ('{"ids": ["a", "a"], "names": ["x", "y"], "templates": ["{c}"]}', "'a' occurs more"),
         ('{"ids": ["a"], "names": ["x"], "templates": ["photo"]}', "has no {c}"),

@@ -323,7 +323,7 @@ PHOTOS = {"orientation": "exif", "alpha": "white"}
     ("before", "after", "message"),
     [
         ({"photos": PHOTOS}, {"photos": None}, "photos is 'absent', not {'orientation'"),
-        ({}, {"photos": PHOTOS}, "(photos is {'alpha': 'white', 'orientation': 'exif'}, not"),
+        ({}, {"photos": PHOTOS}, "(photos is {'orientation': 'exif', 'alpha': 'white'}, not"),
         ({}, {"crop_border": 2}, "encoding is not that of plan.json (crop_border is 2, not 0)"),
         ({}, {"dataset": "imagenet-r"}, "its dataset is 'imagenet-r', that of plan.json is 'imag"),
     ],
@@ -470,7 +470,7 @@ def test_pixels_of_another_size(healthy: Path, tmp_path: Path) -> None:
     [
         (None, "manifest.json is missing"),
         ("{", "not valid JSON"),
-        ('{"schema": 99}', "schema 99"),
+        ('{"schema": 99}', "schema is 99; it must be 1"),
         ('{"schema": 1}', "manifest.json cannot be used"),
     ],
 )

@@ -114,6 +114,7 @@ def test_the_run_folder_is_that_of_the_training(project, words, folder):
     [
         ((), "nothing is no kind of job; choose train, sweep, shard, evaluate or command"),
         (("-p", "gpu", "train"), "gpu is no kind of job"),
+        (("../other/train", "vanilla"), "../other/train is no kind of job"),
         (("train",), "name a recipe to train"),
         (("shard", "imagenet-r"), "name what to pack, imagenet or ood"),
         (("sweep", "--seed", "1"), "the tasks of a sweep have a folder and a seed of their own"),

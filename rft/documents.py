@@ -1,0 +1,210 @@
+"""JSON documents that anyone may have written, read as the dataclasses that the code works with.
+
+`document` makes a dataclass whose fields are checked when it is made, from Python as from JSON: a
+wrong type, an unknown field or choice, a number out of range or not finite is an error. `decode`
+reads one from a file's bytes. What a field may be stands in its annotation, with the types below.
+Errors are one line: which file, where in it, what is there and what must be. No torch.
+"""
+
+import dataclasses
+import functools
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic_core
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
+from pydantic import ValidationError as PydanticError
+from pydantic.dataclasses import dataclass as checked
+from pydantic_core import ErrorDetails
+
+T = TypeVar("T")
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+FOREIGN = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+MEBIBYTE = 2**20
+SHOWN = 80  # characters of a wrong value that an error repeats
+SURPLUS = {"unexpected_keyword_argument", "extra_forbidden"}
+UNKNOWN = {*SURPLUS, "literal_error", "union_tag_invalid"}  # what a newer version may have written
+# in the words of JSON
+OBJECTS = {
+    "dataclass_type": "must be an object",
+    "dict_type": "must be an object",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "too_short": "must have {min_length} or more elements",
+    "too_long": "must have at most {max_length} elements",
+}
+MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
+
+# they rearrange what a terminal shows; the other format characters belong to words and emoji
+BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def _printable(text: str) -> str:
+    for letter in text:
+        if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in BIDIRECTIONAL:
+            raise ValueError("must have no control characters or line breaks")
+    return text
+
+
+def _sha256(text: str) -> str:
+    if len(text) != 64 or set(text) - set("0123456789abcdef"):
+        raise ValueError("must be 64 hex digits")
+    return text
+
+
+Sha256 = Annotated[str, AfterValidator(_sha256)]
+"""A hash as hashlib writes it; a file may be named after it."""
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""A number of things or bytes; up to where JSON readers agree on whole numbers."""
+Name = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]
+"""What is printed, or names something; any terminal can show it."""
+Text = Annotated[str, Field(max_length=100_000)]
+"""Words for a model or a message, which may have more than one line."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def document(cls: type[T] | None = None, /, *, name: str = "", config: ConfigDict = STRICT) -> Any:
+    """Make a frozen dataclass with keyword arguments whose fields are checked when it is made.
+
+    Args:
+        cls: the class.
+        name: what stands before a field in an error that is raised from Python.
+        config: pydantic's; `FOREIGN` passes over fields that it does not know.
+    """
+    if cls is None:
+        return functools.partial(document, name=name, config=config)
+    made: Any = checked(cls, frozen=True, kw_only=True, config=config)
+    check: Callable[..., None] = made.__init__
+
+    @functools.wraps(check)
+    def init(self: T, **values: Any) -> None:
+        try:
+            check(self, **values)
+        except PydanticError as error:
+            raise ValueError(explain(error, (name,) if name else ())) from error
+
+    made.__init__ = init
+    return made
+
+
+def parse(data: bytes, where: str) -> Any:
+    """Return any JSON document as Python has it.
+
+    Raises:
+        ValueError: naming `where` it was read from, if it is not JSON (there are no NaN and no lone
+            surrogates), nested too deeply, or names a field of an object twice.
+    """
+    try:
+        json.loads(data, object_pairs_hook=_unique)
+        return pydantic_core.from_json(data, allow_inf_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {_first_line(error)}") from error
+
+
+def decode(data: bytes, kind: Callable[..., T] | Any, where: str) -> T:
+    """Return the document of a type that `data` holds.
+
+    Args:
+        data: JSON.
+        kind: a class made by `document`, or any type that pydantic checks.
+        where: what `data` was read from, for messages.
+
+    Raises:
+        ValueError: naming place and expectation, if it is something else.
+    """
+    parse(data, where)
+    try:
+        return _adapter(kind).validate_json(data)
+    except PydanticError as error:
+        raise ValueError(f"{where}: {explain(error)}") from error
+
+
+def convert(value: Any, kind: Callable[..., T] | Any, where: str) -> T:
+    """Return the document of a type that a JSON value is; see `decode`."""
+    return decode(json.dumps(value).encode(), kind, where)
+
+
+@lru_cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind, config=None if dataclasses.is_dataclass(kind) else STRICT)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise ValueError(f"{shown(twice)} is there twice in one object")
+    return found
+
+
+def names_unknown(error: ValueError) -> bool:
+    """Whether `decode` failed only because of fields or choices that this version does not have."""
+    cause = error.__cause__
+    return isinstance(cause, PydanticError) and {e["type"] for e in cause.errors()} <= UNKNOWN
+
+
+def explain(error: PydanticError, at: Sequence[str | int] = ()) -> str:
+    """Return on one line what is wrong: the first fault, and how many more there are."""
+    faults = error.errors(include_url=False)
+    # another schema explains the others
+    first = next((fault for fault in faults if fault["loc"] == ("schema",)), faults[0])
+    rest = f" (and {len(faults) - 1} more)" if faults[1:] else ""
+    return f"{_explain(first, at)}{rest}"
+
+
+def _explain(fault: ErrorDetails, at: Sequence[str | int]) -> str:
+    place = _place([*at, *fault["loc"]])
+    kind, message = fault["type"], fault["msg"]
+    if kind.startswith("union_tag"):  # of an object whose field decides what the others are
+        context = fault["ctx"]
+        field = context["discriminator"].strip("'")
+        place = f"{place}.{field}" if place else field
+        if kind == "union_tag_not_found":
+            return f"{place} is missing"
+        return f"{place} is {shown(context['tag'])}; it must be one of {context['expected_tags']}"
+    if kind in MISSING:
+        return f"{place} is missing"
+    if kind in SURPLUS:
+        return f"{place} is an unknown field"
+    if kind == "value_error" and not isinstance(fault["input"], str | int | float):
+        # of an object or list as a whole; what it says names the fields
+        message = message.removeprefix("Value error, ")
+        return f"{place}: {message}" if place and not message.startswith(place) else message
+    wanted = OBJECTS[kind].format(**fault.get("ctx", {})) if kind in OBJECTS else message
+    wanted = wanted.removeprefix("Value error, ")
+    wanted = wanted.replace("Input should", "it must").replace("String should", "it must")
+    wanted = f"it {wanted}" if wanted.startswith("must ") else wanted
+    return f"{place or 'it'} is {shown(fault['input'])}; {wanted}"
+
+
+def _place(parts: Sequence[str | int]) -> str:
+    """Return where in a document something is, such as `shards[3].name`."""
+    place = ""
+    for part in parts:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part.isidentifier() or part.replace("-", "_").isidentifier():
+            place += f".{part}" if place else part
+        else:
+            place += f"[{shown(part)}]"
+    return place
+
+
+def shown(value: object) -> str:
+    """Return a value for a message, shortened, as any terminal can show it."""
+    text = ascii(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).splitlines()
+    return text[0] if text else type(error).__name__

@@ -1,0 +1,128 @@
+"""Files of this machine that others may have put there.
+
+What is read must be a regular file: a FIFO makes whoever opens it wait for a writer, and a device
+has no end. What is written must not lie behind a symbolic link, which would lead the write, or a
+deletion, to files that nobody named. A folder that the user names may be a link.
+"""
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link",
+}
+# O_NONBLOCK: opening a FIFO does not wait for its other end
+WITHOUT_WAITING = os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def require_regular(path: str | os.PathLike[str], status: os.stat_result | None = None) -> None:
+    """Check that a path, or the target of a link, is a regular file. Opens nothing.
+
+    Args:
+        path: of the file.
+        status: of the file, if it is known already.
+
+    Raises:
+        ValueError: for a FIFO, a socket, a device, a folder or (by its status) a link.
+        OSError: if it cannot be looked at.
+    """
+    mode = (status or os.stat(path)).st_mode  # noqa: PTH116 - a str is a path too
+    if not stat.S_ISREG(mode):
+        what = KINDS.get(stat.S_IFMT(mode), "something else")
+        raise ValueError(f"{os.fspath(path)} is {what}, not a regular file; remove it")
+
+
+def open_regular(
+    path: str | os.PathLike[str], flags: int = os.O_RDONLY, folder: int | None = None
+) -> int:
+    """Open a regular file and return its descriptor; nothing else is waited for.
+
+    Args:
+        path: of the file.
+        flags: of `os.open`.
+        folder: descriptor of the folder that a relative path starts from.
+
+    Raises:
+        ValueError: for a FIFO, a socket or a device; with O_NOFOLLOW also for a link.
+        IsADirectoryError: for a folder.
+        OSError: if it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | WITHOUT_WAITING, 0o666, dir_fd=folder)
+    except OSError as error:
+        # what cannot be opened may be what must not be: a link, a socket, a FIFO without a reader
+        if not isinstance(error, FileNotFoundError | IsADirectoryError):
+            follows = not flags & os.O_NOFOLLOW
+            require_regular(path, os.stat(path, dir_fd=folder, follow_symlinks=follows))
+        raise
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(f"{os.fspath(path)} is a folder")
+        require_regular(path, status)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Return the content of a regular file; one byte more than `limit` of a larger one.
+
+    Raises:
+        ValueError, OSError: as `open_regular`.
+    """
+    with os.fdopen(open_regular(path), "rb") as stream:
+        # as much as there is: what is asked for would be allocated first
+        return stream.read(min(limit, os.fstat(stream.fileno()).st_size) + 1)
+
+
+def create(path: Path, mode: int = 0o666) -> None:
+    """Make an empty file where nothing exists, not even a link.
+
+    Raises:
+        OSError: if something exists there, or it cannot be made.
+    """
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode))
+
+
+def require_no_links(folder: Path, names: Iterable[str], hint: str = "") -> None:
+    """Check that what is written through in a folder is there itself, or not at all.
+
+    Args:
+        folder: that the user named; it may be a link itself.
+        names: of files and folders in it.
+        hint: what to do besides removing a link.
+
+    Raises:
+        ValueError: naming the first that is a link.
+    """
+    for name in names:
+        path = folder / name
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link, and nothing is written or deleted through links; remove it"
+                f"{hint and f', {hint}'}"
+            )
+
+
+def require_own_folder(path: Path, option: str) -> None:
+    """Check that a folder is not a link which a different user put there.
+
+    In a folder that all may write, such as /tmp, it could lead to the user's own files.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if path.is_symlink() and path.lstat().st_uid not in (os.geteuid(), 0):
+        raise ValueError(
+            f"{path} is a link that belongs to a different user; name a folder of your own with "
+            f"{option}"
+        )
