@@ -13,8 +13,8 @@ def main() -> None:
         for row in ROWS:
             print(f"{row.answer:9s} {row.name}")
         return
-    answers = ("refused", "reported", "either", "accepted")
-    print(f"| kind | rows | {' | '.join(answers)} | quick |\n|---|--:|--:|--:|--:|--:|--:|")
+    answers = ("refused", "reported", "either", "accepted", "silent")
+    print(f"| kind | rows | {' | '.join(answers)} | quick |\n|---|--:|--:|--:|--:|--:|--:|--:|")
     for kind, count in [*by_kind(ROWS).items(), ("all", len(ROWS))]:
         mine = [row for row in ROWS if kind in ("all", row.kind)]
         told = Counter(row.answer for row in mine)

@@ -12,8 +12,9 @@ from tests.hostile.world import Place, Ran
 
 # refused: one line, nothing written. reported: verify_shards lists it as a problem. accepted: it is
 # unusual and right. either: whether it is taken does not matter, as long as it does no harm.
-Answer = Literal["refused", "reported", "accepted", "either"]
-CODES = {"refused": 2, "reported": 1, "accepted": 0, "either": 2}
+# silent: nobody reads any more, so nothing is said.
+Answer = Literal["refused", "reported", "accepted", "either", "silent"]
+CODES = {"refused": 2, "reported": 1, "accepted": 0, "either": 2, "silent": 1}
 LONGEST_LINE = 2000  # letters of a line that somebody is to read
 
 
@@ -75,21 +76,21 @@ def _lines(row: Row, ran: Ran) -> Iterator[str]:
     lines = [line for line in ran.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if not line.startswith("WARNING: ")]
     wanted = CODES[row.answer] if row.code is None else row.code
-    accepted = code == 0 and row.answer in ("accepted", "either")
+    accepted = code == 0 and row.answer in ("accepted", "either", "silent")
     if code != wanted and not accepted:
         yield f"exit code {code}, not {wanted}"
     if too_long := [line for line in lines if len(line) > LONGEST_LINE]:
         yield f"a line of {len(too_long[0]):,} letters"
-    if accepted or row.answer == "reported":
+    if accepted or row.answer in ("reported", "silent"):
         if errors:
             yield f"on stderr: {errors[0][:300]}"
-        text = "" if accepted else ran.stdout
+        text = ran.stdout
     else:
         if len(errors) != 1 or not errors[0].startswith("error"):
             yield f"{len(errors)} lines and not one error: {' / '.join(errors)[-600:]}"
         text = " ".join(errors)
-    for pattern in () if accepted and row.answer == "either" else row.says:
-        if not re.search(pattern, text or ran.stdout, re.IGNORECASE):
+    for pattern in () if accepted else row.says:
+        if not re.search(pattern, text, re.IGNORECASE):
             yield f"does not say {pattern!r}: {text[:400]}"
 
 
@@ -99,7 +100,11 @@ def differs(name: str, before: dict, after: dict) -> bool:
 
 
 def _changes(row: Row, changed: Sequence[str], code: int) -> Iterator[str]:
-    allowed = ["work/*"] if code == 0 else [f"work/{pattern}" for pattern in row.writes]
+    allowed = (
+        ["work/*"]
+        if code == 0 or row.answer == "silent"
+        else [f"work/{pattern}" for pattern in row.writes]
+    )
     if row.answer == "reported":
         allowed = []
     if wrong := [name for name in changed if not any(fnmatchcase(name, p) for p in allowed)]:

@@ -99,10 +99,10 @@ class Place:
         """Replace fields of a JSON document."""
         self.write(name, {**self.read(name), **values})
 
-    def edit_shard(self, name: str = "shards/test", **values: object) -> None:
+    def edit_shard(self, dataset: str = "shards/test", **values: object) -> None:
         """Replace fields of the first shard in a manifest."""
-        first, *rest = self.read(f"{name}/manifest.json")["shards"]
-        self.edit(f"{name}/manifest.json", shards=[{**first, **values}, *rest])
+        first, *rest = self.read(f"{dataset}/manifest.json")["shards"]
+        self.edit(f"{dataset}/manifest.json", shards=[{**first, **values}, *rest])
 
     def publish_index(self, data: bytes, name: str = "shards/test") -> None:
         """Write other bytes as a set's index, with a manifest that vouches for them."""

@@ -125,7 +125,7 @@ OPTIONS: tuple[tuple[Sequence[str], str, str, str], ...] = (
     (NEW, "--encoding", "avif", "encoding"),
     (FOREIGN, "--crop-border", "-1", "crop-border"),
     (FOREIGN, "--crop-border", "-100000000", "crop-border"),
-    (FOREIGN, "--crop-border", "9999", "border"),
+    (FOREIGN, "--crop-border", "9999", "border|side"),
     (FOREIGN, "--label-field", "gone", "json|gone"),
     (FOREIGN, "--labels-are", "colours", "labels-are"),
     (FOREIGN, "--local-classes", "gone.txt", "gone"),
@@ -133,7 +133,6 @@ OPTIONS: tuple[tuple[Sequence[str], str, str, str], ...] = (
     (FOREIGN, "--allow-count", "test=-1", "allow-count"),
     (FOREIGN, "--workers", "0", "workers"),
     (FOREIGN, "--dataset", "objectnet", "mappings"),
-    (FOREIGN, "--dataset", "imagenet-r", "imagenet-r"),
     (VERIFY, "--workers", "0", "workers"),
     (VERIFY, "--report", "s3://", "s3|report"),
     (IMAGENET, "--splits", "test", "splits"),
@@ -146,14 +145,13 @@ OPTIONS: tuple[tuple[Sequence[str], str, str, str], ...] = (
     (PLAN, "--epochs", "-1", "epochs"),
     (PLAN, "--only", "no-such-recipe", "no-such-recipe"),
     (PLAN, "--runs", "s3://bucket/runs", "--runs"),
-    (PLAN, "--runs", "a\nb", "runs|line break|newline|control"),
-    (PLAN, "--data", "a\nb", "data|line break|newline|control"),
-    (PLAN, "--data", "a\tb", "data|tab|control"),
+    ((*PLAN, "--lines"), "--runs", "a\nb", "runs|line break|newline|control"),
+    ((*PLAN, "--lines"), "--data", "a\nb", "data|line break|newline|control"),
     (DEMO, "--seeds", "0", "seeds"),
     (DEMO, "--processes", "0", "processes"),
     (DEMO, "--processes", "-3", "processes"),
     (DEMO, "--epochs", "-1", "epochs"),
-    (DEMO, "--out", "s3://bucket/x", "--out"),
+    (DEMO, "--out", "s3://bucket/x", "--out|--runs"),
 )
 ALONE: tuple[tuple[Sequence[str], str], ...] = (
     (("rft.train", "no-such-recipe"), "no-such-recipe"),
@@ -185,7 +183,6 @@ ALONE: tuple[tuple[Sequence[str], str], ...] = (
     (("rft.experiments",), "runs|data"),
     ((*PLAN, "--", "--data", "x"), "data"),
     ((*PLAN, "--lines", "--", "--model.clip", "a\nb"), "line break|newline|control|option"),
-    ((*PLAN, "--lines", "--", "--model.clip", "a\tb"), "tab|control|option"),
 )
 
 
@@ -234,7 +231,7 @@ def rows() -> Iterator[Row]:
     yield launch("a kind in a folder", (*submit, "sub/x", "a"), "kind|job", damage=planted)
     yield launch("no kind", submit, "kind|job")
     yield launch("an unknown kind", (*submit, "dance"), "dance")
-    yield launch("a kind that is an option", (*submit, "--", "train"), "kind|job|option")
+    yield launch("a kind that is an option", (*submit, "--", "train"), "kind|job|option|recipe")
     yield launch("a line break in a word", (*submit, "train", "vanilla\nsbatch"), answer="either")
     yield launch(
         "a plan with a line break",

@@ -217,7 +217,9 @@ def bracketed(pattern: str) -> Row:
 
 
 def option(words: Sequence[str], *options: str, says: str, **more: Any) -> Row:
-    return row(f"{words[0]} {' '.join(options)[:60]}", (*words, *options), lambda _: None, says, **more)
+    return row(
+        f"{words[0]} {' '.join(options)[:60]}", (*words, *options), lambda _: None, says, **more
+    )
 
 
 def rows() -> Iterator[Row]:
@@ -249,9 +251,11 @@ def rows() -> Iterator[Row]:
         "100,000 shards without files", EVALUATE, many_shards(10**5), r"shard|samples|\.tar|index"
     )
     yield row("a shard's name of 10^6 letters", EVALUATE, long_name, "manifest|shard")
-    yield row("class names of 10^6 letters", EVALUATE, long_classes, "class|manifest")
+    yield row(
+        "class names of 10^6 letters", EVALUATE, long_classes, "class|manifest", answer="either"
+    )
     yield row("10^6 classes", EVALUATE, many_classes, "class")
-    yield row("10^6 prompts", DRY, many_templates, "template|prompt|manifest")
+    yield row("10^6 prompts", DRY, many_templates, "template|prompt|manifest", answer="either")
     yield row("pixels of 2^30 a side", EVALUATE, large_pixels, "size|px|encoding|manifest")
     yield row(
         "a border of 2^62 pixels",
@@ -273,7 +277,13 @@ def rows() -> Iterator[Row]:
     yield row(
         "four million lines of metrics", REPORT, long_metrics, r"metrics\.jsonl", answer="either"
     )
-    yield row("a line of metrics of 10^8 letters", REPORT, wide_metrics, r"metrics\.jsonl")
+    yield row(
+        "a line of metrics of 10^8 letters",
+        REPORT,
+        wide_metrics,
+        r"metrics\.jsonl",
+        answer="either",
+    )
     yield row("100,000 sets in the results", REPORT, many_sets, "results", answer="either")
     yield row("provenance of 100 megabytes", REPORT, large_commands, "provenance", answer="either")
     yield row(
@@ -300,7 +310,7 @@ def rows() -> Iterator[Row]:
     yield option(FRESH, "--optim.epochs", str(10**12), says="epochs")
     yield option(DRY, "--optim.epochs", "9" * 400, says="epochs")
     yield option(DRY, "--loader.batch-size", str(10**12), says="batch")
-    yield option(DRY, "--loader.workers", str(10**6), says="workers")
+    yield option(DRY, "--loader.workers", str(10**6), says="workers", answer="either")
     yield option(DRY, "--optim.accumulate", str(10**9), says="accumul")
     yield option(DRY, "--loader.streams", "9" * 30, says="streams")
     yield option(DRY, "--loader.held-out", str(10**15), says="held")
@@ -317,9 +327,9 @@ def rows() -> Iterator[Row]:
         says="batch",
         answer="either",
     )
-    yield option(PACK[:-1], "1000000", says="workers", slow=False)
+    yield option(PACK[:-1], "1000000", says="workers", slow=False, answer="either")
     yield option((*PACK[:10],), "--size", str(2**20), "--workers", "1", says="size")
-    yield option((*SHOW[:2], "--step", "0"), "--epoch", str(10**30), says="epoch")
+    yield option((*SHOW[:2], "--step", "0"), "--epoch", str(10**30), says="epoch", answer="either")
     yield option((*SHOW[:2], "--step", "0"), "--world-size", "9" * 400, says="world")
     yield option(
         ("rft.experiments", "--runs", "r", "--data", "d"),

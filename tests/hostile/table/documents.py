@@ -58,7 +58,7 @@ def not_ended(place: Place) -> None:
 NEW_CLASSES = tuple("packed" if word == "shards" else word for word in PACK)
 DOCUMENTS = (
     Document(name="manifest", path="shards/test/manifest.json", words=EVALUATE),
-    Document(name="plan", path="shards/test/plan.json", words=PACK),
+    Document(name="plan", path="shards/test/plan.json", words=PACK, says="plan"),
     Document(name="classes", path="classes.json", words=NEW_CLASSES),
     Document(name="results", path="run/results.json", words=REPORT),
     Document(name="configuration", path="run/config.json", words=SHOW),
@@ -66,7 +66,7 @@ DOCUMENTS = (
         name="hub configuration",
         path="clip/open_clip_config.json",
         words=DRY,
-        says="open_clip_config|no CLIP",
+        says="open_clip_config|CLIP",
     ),
     Document(name="card", path="hub/card.json", words=HUB, optional=True),
     Document(
@@ -77,7 +77,13 @@ DOCUMENTS = (
         optional=True,
         writes=["shards/test/*"],
     ),
-    Document(name="training record", path="run/training.json", words=TRAIN, optional=True),
+    Document(
+        name="training record",
+        path="run/training.json",
+        words=TRAIN,
+        optional=True,
+        says="training|finished run",
+    ),
     Document(
         name="progress", path="run/progress.json", words=REPORT, prepare=not_ended, optional=True
     ),
@@ -256,6 +262,14 @@ def shard(what: str, says: str, **values: object) -> Row:
     )
 
 
+# what else a line may call a document, instead of its file's name
+NAMED = {
+    "open_clip_config.json": "open_clip_config|clip",
+    "training.json": "training|finished run",
+    "classes.json": "class",
+}
+
+
 def field(
     document: str,
     what: str,
@@ -285,7 +299,7 @@ def field(
         what=f"{document}: {what}",
         words=words,
         damage=damage,
-        says=[re.escape(name), *([says] if says else [])],
+        says=[NAMED.get(name, re.escape(name)), *([says] if says else [])],
         answer=answer,
         slow=slow,
     )

@@ -69,6 +69,15 @@ def changed_bytes(place: Place) -> None:
     path.write_bytes(path.read_bytes() + b"x")
 
 
+def shown_key(place: Place) -> None:
+    """Put a key that a terminal would obey into the training set."""
+    columns = place.columns("shards/train")
+    columns["key"][:] = b"\xff\x1b[2J"
+    stream = io.BytesIO()
+    np.savez(stream, **columns)
+    place.publish_index(stream.getvalue(), "shards/train")
+
+
 def swapped(columns: dict[str, np.ndarray]) -> None:
     for name in columns:
         columns[name] = columns[name][::-1]
@@ -82,7 +91,8 @@ def row(
     answer: Answer = "refused",
     slow: bool = False,
 ) -> Row:
-    says = says or (r"index\.npz",)
+    if not says and answer != "accepted":
+        says = (r"index\.npz",)
     return Row(
         kind="index", what=what, words=words, damage=damage, says=says, answer=answer, slow=slow
     )
@@ -119,12 +129,7 @@ def rows() -> Iterator[Row]:
         "a key is no ASCII", cell("key", b"\xff\xfe"), "index|key", answer="either", slow=True
     )
     yield row(
-        "a key is no ASCII, shown",
-        lambda place: [cell("key", b"\xff\xfe\x1b[2J")(place)],
-        "index|key",
-        words=(*SHOW, "--data", "other"),
-        answer="refused",
-        slow=True,
+        "a key is no ASCII, shown", shown_key, "index|key", words=SHOW, answer="either", slow=True
     )
     yield row("a label is negative (C4)", cell("label", -1))
     yield row("a label is beyond the classes (C4)", cell("label", 2**31 - 1))

@@ -92,7 +92,8 @@ def typed(name: str) -> Row:
         what=f"--data is {name}",
         words=[name if word == "{url}" else word for word in words],
         damage=prepared,
-        says=[SAYS],
+        # without slashes, it may be a folder's name
+        says=[SAYS if "//" in name else f"{SAYS}|no packed dataset"],
     )
 
 
