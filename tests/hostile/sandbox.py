@@ -68,7 +68,9 @@ class Outcome:
     code: int
     ended: str
     seconds: float
+    """Of a core."""
     peak: int
+    """Bytes of memory."""
 
 
 class Sandbox:
@@ -139,8 +141,12 @@ def _watch(pid: int) -> Outcome:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     peak = max(peak, usage.ru_maxrss * 1024)
-    code = os.waitstatus_to_exitcode(status)
-    return Outcome(code=code, ended=ended, seconds=seconds, peak=peak)
+    return Outcome(
+        code=os.waitstatus_to_exitcode(status),
+        ended=ended,
+        seconds=usage.ru_utime + usage.ru_stime,
+        peak=peak,
+    )
 
 
 def _resident(pid: int) -> int:
