@@ -45,6 +45,8 @@ class Row:
     """What else must hold, by assertions."""
     slow: bool = False
     """Takes more than 0.3 s."""
+    thorough: bool = False
+    """Much like another row: run by `make programs` alone, so that `make test` stays short."""
 
     @property
     def name(self) -> str:

@@ -24,9 +24,11 @@ def parameters() -> Iterator[ParameterSet]:
     """Yield all rows; `make quick` takes every so many of the cheap ones of each kind."""
     cheap: Counter[str] = Counter()
     for row in ROWS:
-        cheap[row.kind] += not row.slow
-        is_quick = not row.slow and cheap[row.kind] % QUICK_SHARE == 1
-        yield pytest.param(row, marks=() if is_quick else pytest.mark.slow, id=row.name)
+        cheap[row.kind] += not (row.slow or row.thorough)
+        quick = not (row.slow or row.thorough) and cheap[row.kind] % QUICK_SHARE == 1
+        marks = [] if quick else [pytest.mark.slow]
+        marks += [pytest.mark.program] if row.thorough else []
+        yield pytest.param(row, marks=marks, id=row.name)
 
 
 @pytest.fixture

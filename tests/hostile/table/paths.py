@@ -92,7 +92,7 @@ def cached_run(what: str, damage: Callable[[Place], None], answer: Answer = "eit
         what,
         (*words, *CACHED),
         remote_cache(damage),
-        "cache",
+        "cache|folder|link",
         answer=answer,
         server="none",
         writes=["new", "new/*", "cache/*", "cache"],

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from tests.hostile.rows import Answer, Row
 from tests.hostile.table.tars import END, sample
@@ -31,6 +32,8 @@ NAMES = {
     "nothing to see": "\u200b\u2060",
     "rich's markup": "[red]x[/red][link=http://x]y[/link]",
 }
+# the others are shown, or hidden, in the same places
+FIRST = ("escape sequences", "a line break", "text turned around", "rich's markup")
 NEW = tuple("packed" if word == "shards" else word for word in PACK)
 
 
@@ -99,77 +102,79 @@ def recipe(name: str) -> Callable[[Place], object]:
     return damage
 
 
+def named(what: str, name: str) -> Iterator[Row]:
+    """Yield a row for each place in which a name of others is shown."""
+    yield row(
+        f"{what} in the name of a set",
+        (*EVALUATE[:5], name, *EVALUATE[6:]),
+        lambda _: None,
+        answer="refused",
+    )
+    yield row(f"{what} in the name of a class, shown", SHOW, class_called(name), slow=True)
+    yield row(f"{what} in the name of a class, compared", EVALUATE, class_called(name))
+    yield row(
+        f"{what} in the dataset of a manifest",
+        VERIFY,
+        lambda place: place.edit("shards/test/manifest.json", dataset=name),
+        answer="reported",
+    )
+    yield row(f"{what} in an option", ("rft.train", name), lambda _: None, answer="refused")
+    yield row(
+        f"{what} in the recipe of a run", REPORT, recipe(name), slow=True, writes=["report/*"]
+    )
+    yield row(
+        f"{what} in a key of a document",
+        REPORT,
+        lambda place: place.edit("run/results.json", sets={name: 1}),
+        answer="refused",
+    )
+    yield row(
+        f"{what} in an unknown field",
+        SHOW,
+        lambda place: place.edit("run/config.json", **{name: 1}),
+        answer="refused",
+        slow=True,
+    )
+    yield row(
+        f"{what} in a value",
+        SHOW,
+        lambda place: place.edit("run/config.json", precision=name),
+        answer="refused",
+        slow=True,
+    )
+    yield row(
+        f"{what} in the encoding",
+        EVALUATE,
+        lambda place: place.edit("shards/test/manifest.json", encoding={"kind": name}),
+        answer="refused",
+    )
+    if "\n" not in name and "/" not in name:
+        yield row(
+            f"{what} in the name of a photo",
+            NEW,
+            lambda place: (place / f"photos/red/{name}.png").write_text("no image"),
+            answer="refused",
+            writes=["packed", "packed/*"],
+        )
+        yield row(
+            f"{what} in the name of a class folder",
+            (*NEW[:5], *NEW[7:]),
+            lambda place: (place / "photos/red").rename(place / f"photos/{name}"),
+            writes=["packed", "packed/*"],
+        )
+        yield row(
+            f"{what} in the name of a member",
+            (*INDEX[:3], "new/test", *INDEX[4:]),
+            lambda place: (place / "foreign/0.tar").write_bytes(sample(f"a{name}", b"9") + END),
+            answer="refused",
+        )
+
+
 def rows() -> Iterator[Row]:
     """Yield the rows of this kind."""
     for what, name in NAMES.items():
-        yield row(
-            f"{what} in the name of a set",
-            (*EVALUATE[:5], name, *EVALUATE[6:]),
-            lambda _: None,
-            answer="refused",
-        )
-        yield row(f"{what} in the name of a class, shown", SHOW, class_called(name), slow=True)
-        yield row(f"{what} in the name of a class, compared", EVALUATE, class_called(name))
-        yield row(
-            f"{what} in the dataset of a manifest",
-            VERIFY,
-            lambda place, name=name: place.edit("shards/test/manifest.json", dataset=name),
-            answer="reported",
-        )
-        yield row(f"{what} in an option", ("rft.train", name), lambda _: None, answer="refused")
-        yield row(
-            f"{what} in the recipe of a run", REPORT, recipe(name), slow=True, writes=["report/*"]
-        )
-        yield row(
-            f"{what} in a key of a document",
-            REPORT,
-            lambda place, name=name: place.edit("run/results.json", sets={name: 1}),
-            answer="refused",
-        )
-        yield row(
-            f"{what} in an unknown field",
-            SHOW,
-            lambda place, name=name: place.edit("run/config.json", **{name: 1}),
-            answer="refused",
-            slow=True,
-        )
-        yield row(
-            f"{what} in a value",
-            SHOW,
-            lambda place, name=name: place.edit("run/config.json", precision=name),
-            answer="refused",
-            slow=True,
-        )
-        yield row(
-            f"{what} in the encoding",
-            EVALUATE,
-            lambda place, name=name: place.edit(
-                "shards/test/manifest.json", encoding={"kind": name}
-            ),
-            answer="refused",
-        )
-        if "\n" not in name and "/" not in name:
-            yield row(
-                f"{what} in the name of a photo",
-                NEW,
-                lambda place, name=name: (place / f"photos/red/{name}.png").write_text("no image"),
-                answer="refused",
-                writes=["packed", "packed/*"],
-            )
-            yield row(
-                f"{what} in the name of a class folder",
-                (*NEW[:5], *NEW[7:]),
-                lambda place, name=name: (place / "photos/red").rename(place / f"photos/{name}"),
-                writes=["packed", "packed/*"],
-            )
-            yield row(
-                f"{what} in the name of a member",
-                (*INDEX[:3], "new/test", *INDEX[4:]),
-                lambda place, name=name: (place / "foreign/0.tar").write_bytes(
-                    sample(f"a{name}", b"9") + END
-                ),
-                answer="refused",
-            )
+        for one in named(what, name):
+            yield replace(one, thorough=what not in FIRST)
     yield row(
         "escape sequences in a folder that is no run",
         ("rft.report", f"x{ESCAPE}", "--out", "report"),
