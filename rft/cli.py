@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from rft import files
+from rft import documents, files
 
 T = TypeVar("T")
 
@@ -36,8 +37,15 @@ def run(main: Callable[[], None]) -> None:
     """
     sys.excepthook = _tell_bug
     try:
-        main()
+        _require_streams()
+        try:
+            main()
+        except SystemExit:
+            _finish_output()
+            raise
+        _finish_output()
     except BrokenPipeError:  # whoever read our output has seen enough
+        _drop_output()
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -47,11 +55,42 @@ def run(main: Callable[[], None]) -> None:
         message = files.redact(" ".join(str(error).split()))
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" on rank {rank}"
-        line = f"error{where}: {message}"
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(line, file=sys.stderr, flush=True)
+        line = documents.plain(f"error{where}: {message}")
+        # what is not a rank is a mistake that no other process tells
+        if not re.fullmatch("0*[1-9][0-9]*", os.environ.get("LOCAL_RANK", "0"), re.ASCII):
+            with contextlib.suppress(OSError):
+                print(line, file=sys.stderr, flush=True)
         _hand_to_torchrun(line)
+        _drop_output()
         sys.exit(2)
+
+
+def _require_streams() -> None:
+    # a file that is opened later would take the number of a closed stream, and be written to
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            raise ValueError(f"{name} is closed; redirect it to /dev/null to see nothing of it")
+
+
+def _finish_output() -> None:
+    """Write what was printed, while an error still has a line and an exit code."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"cannot write to stdout: {error.strerror}") from error
+
+
+def _drop_output() -> None:
+    """Leave nothing to Python's own flush at the end where nothing can be written."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _hand_to_torchrun(line: str) -> None:
@@ -87,7 +126,13 @@ def parse(kind: Callable[..., T], **options: Any) -> T:
 def warn(message: str) -> None:
     """Print a warning that the user must see, once for all ranks and without credentials."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"WARNING: {files.redact(message)}", file=sys.stderr, flush=True)
+        line = documents.plain(f"WARNING: {files.redact(message)}")
+        print(line, file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """Print text with names of files in it, which any terminal can show."""
+    print(documents.plain(text, kept="\n"), flush=True)
 
 
 def next_step(

@@ -4,6 +4,7 @@ Everything a run depends on is here and nothing is added to it later. No torch: 
 command line read this too. Numbers are the paper's (appendix A.1) unless a comment says otherwise.
 """
 
+import contextlib
 import dataclasses
 import posixpath
 import re
@@ -15,8 +16,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from rft import __version__, documents, files
+from rft import __version__, documents, files, records
 from rft.documents import document
+from rft.records import Seed
 
 Mask = Literal["none", "random", "context", "object"]
 Fill = Literal["none", "single", "multi"]
@@ -38,7 +40,6 @@ Clip = Literal["step", "micro-step"]
 Whole = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Epochs = Annotated[int, Field(ge=0, le=1_000_000)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 From0 = Annotated[float, Field(ge=0)]
@@ -353,9 +354,9 @@ def load_config(folder: Path) -> Config:
         ValueError: if it is absent, damaged, or written by a version with other settings, which is
             named.
     """
-    path = folder / "config.json"
+    path = folder / records.CONFIG
     try:
-        return files.read_document(str(path), Config)
+        return files.read_document(str(path), Config, records.RECORD_BYTES)
     except ValueError as error:
         if not documents.names_unknown(error):
             raise
@@ -367,11 +368,12 @@ def load_config(folder: Path) -> Config:
 
 def _writer(folder: Path) -> str:
     """Return the version of rft that wrote a run folder, in words for a message."""
-    try:
-        provenance = files.read_json(str(folder / "provenance.json"))
-        version, commit = str(provenance["rft"]), provenance.get("git")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    found = None
+    with contextlib.suppress(ValueError):
+        found = records.find(folder / records.PROVENANCE, records.Provenance)
+    if found is None or not found.rft:
         return "a different version of rft (its provenance.json does not say which)"
+    version, commit = found.rft, found.git
     numbers, own = ([int(n) for n in re.findall(r"\d+", v)] for v in (version, __version__))
     kind = "a newer rft" if numbers > own else "a different rft"
     return f"{kind} ({version}{f', commit {commit}' if commit else ''})"
@@ -431,7 +433,7 @@ APART: dict[str, set[str]] = {
 def settings(document: dict[str, Any]) -> dict[str, Any]:
     """Return a run folder's config.json without what may differ between the seeds of a recipe.
 
-    The document may be a merged or imported model's, and need not be well formed.
+    The document may be a merged or imported model's, or an older version's.
     """
     kept = {name: value for name, value in document.items() if name not in APART[""]}
     for group in APART.keys() & kept.keys():

@@ -20,7 +20,7 @@ import tyro
 from safetensors.torch import save
 from torch import Tensor
 
-from rft import cli, dist, files, trained_on
+from rft import cli, dist, documents, files, records, trained_on
 from rft.classes import Classes, check_head
 from rft.clip import load, weights
 from rft.clip.architecture import Architecture
@@ -33,6 +33,7 @@ from rft.config import Device, ModelConfig
 from rft.data.manifest import Manifest
 from rft.data.root import set_name
 from rft.evaluate import commands
+from rft.records import RunConfig, Training
 from rft.runs import (
     checkpoint_path,
     read_results,
@@ -150,9 +151,9 @@ def import_weights(arguments: Import) -> None:
     """
     files.require_local(arguments.out, "--out")
     arguments = dataclasses.replace(arguments, packed=set_name(arguments.packed, "--set"))
-    # the report refuses other names
-    if not (arguments.recipe.isprintable() and arguments.recipe.strip()):
-        raise ValueError(f"--recipe is {arguments.recipe!r}; it must be a printable name")
+    # a folder that no command reads is not written
+    identity = {"recipe": arguments.recipe, "seed": arguments.seed}
+    documents.decode(json.dumps(identity).encode(), RunConfig, "import")
     manifest = None
     if arguments.data:
         manifest = Manifest.load(files.join(arguments.data, arguments.packed))
@@ -170,7 +171,7 @@ def import_weights(arguments: Import) -> None:
         config["imported_from"]["manifest_sha256"] = manifest.sha256
     out = str(arguments.out)
     if is_made(arguments.out, config):
-        print(f"already imported: {out}")
+        cli.say(f"already imported: {out}")
         return
     if reached := unfinished(Path(arguments.file)):
         cli.warn(f"{arguments.file} is of a run that has not finished training ({reached})")
@@ -180,8 +181,9 @@ def import_weights(arguments: Import) -> None:
     metadata = {"step": "0"} | ({} if found.seen is None else trained_on.entries(found.seen))
     write_made(arguments.out, state, found.architecture, config, metadata, classes)
     rows = len(state["head.weight"])
-    print(f"imported: {out} ({found.source['format']}, {found.architecture.clip}, {rows} classes)")
-    print(commands.evaluation([arguments.out], arguments.data, arguments.packed))
+    what = f"{found.source['format']}, {found.architecture.clip}, {rows} classes"
+    cli.say(f"imported: {out} ({what})")
+    cli.say(commands.evaluation([arguments.out], arguments.data, arguments.packed))
 
 
 def find(name: str, clip: str) -> Found:
@@ -221,7 +223,7 @@ def _from_file(path: Path, clip: str) -> Found:
         "sha256": {file.name: files.sha256_file(file) for file in read.files},
         "text": bool(read.text),
     }
-    text = _text_of(source, architecture)
+    text = _text_of(path, architecture) if read.text else None
     return Found(architecture, {**read.visual, **read.head}, source, text, read.classes, read.seen)
 
 
@@ -242,11 +244,8 @@ def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
     return own
 
 
-def _text_of(source: dict[str, Any], architecture: Architecture) -> ModelConfig | None:
+def _text_of(path: Path, architecture: Architecture) -> ModelConfig:
     """Return what loads the text tower of an imported file or folder."""
-    if not source.get("text"):
-        return None
-    path = Path(source["path"])
     if path.is_dir():
         return ModelConfig(clip=f"{load.LOCAL}{path}", pretrained="")
     return ModelConfig(clip=architecture.clip, pretrained=str(path))
@@ -316,8 +315,7 @@ def export_weights(arguments: Export) -> None:
     require_own_weights(arguments.source, sha256=digest)
     if reached := unfinished(arguments.source):
         cli.warn(f"{arguments.source} has not finished training ({reached}); its card says so")
-    config_path = arguments.source / "config.json"
-    config = files.read_json(str(config_path)) if config_path.is_file() else {}
+    config = records.find_config(arguments.source)
     if to in ("released", "model-soups"):
         load.require_openai_tower(architecture, f"the format {to}")
     clip = None
@@ -334,8 +332,8 @@ def export_weights(arguments: Export) -> None:
     known = classes or classes_of_run(arguments.source, config)
     card |= {
         "schema": 1,
-        "recipe": config.get("recipe", metadata.get("recipe")),
-        "seed": config.get("seed"),
+        "recipe": config.recipe if config else metadata.get("recipe"),
+        "seed": config.seed if config else None,
         "architecture": json.loads(architecture.to_json()),
         **describe(architecture, state["head.weight"]),
         "classes": list(known.names) if known else None,
@@ -357,16 +355,16 @@ def export_weights(arguments: Export) -> None:
     files.write_json(str(card_path), card)
     for name, data in contents.items():
         files.write_bytes(str(folder / name), data)
-    print(f"exported: {out}, described in {card_path}")
+    cli.say(f"exported: {out}, described in {card_path}")
 
 
-def text_tower(text: str, architecture: Architecture, config: dict[str, Any]) -> PretrainedClip:
+def text_tower(text: str, architecture: Architecture, config: RunConfig | None) -> PretrainedClip:
     """Return the CLIP that a model was made from, for its text tower.
 
     Args:
         text: what --text says; empty looks at the run.
         architecture: of the model.
-        config: the run's config.json; empty if there is none.
+        config: the run's config.json, if there is one.
 
     Raises:
         ValueError: if it is not to be found.
@@ -384,16 +382,24 @@ def text_tower(text: str, architecture: Architecture, config: dict[str, Any]) ->
     )
 
 
-def _origins(config: dict[str, Any], architecture: Architecture) -> Iterator[ModelConfig]:
-    """Yield the CLIPs that a run, or the runs that it is merged from, started with."""
-    if pretrained := config.get("model", {}).get("pretrained"):
-        yield ModelConfig(clip=architecture.clip, pretrained=pretrained)
-    if imported := _text_of(config.get("imported_from", {}), architecture):
-        yield imported
-    for ancestor in config.get("merged_from", []):
-        path = Path(ancestor["path"]) / "config.json"
-        if path.is_file():
-            yield from _origins(files.read_json(str(path)), architecture)
+def _origins(
+    config: RunConfig | None, architecture: Architecture, seen: frozenset[Path] = frozenset()
+) -> Iterator[ModelConfig]:
+    """Yield the CLIPs that a run, or the runs that it is merged from, started with.
+
+    `seen` are the runs on the way to it, of which it must not be made in turn.
+    """
+    if config is None:
+        return
+    if config.model.pretrained:
+        yield ModelConfig(clip=architecture.clip, pretrained=config.model.pretrained)
+    source = config.imported_from
+    if source and source.text and source.path:
+        yield _text_of(Path(source.path), architecture)
+    for ancestor in config.merged_from or ():
+        path = Path(ancestor.path).resolve()
+        if path not in seen:
+            yield from _origins(records.find_config(path), architecture, seen | {path})
 
 
 def require_same_tower(original: Architecture, ours: Architecture) -> None:
@@ -430,20 +436,20 @@ def describe(architecture: Architecture, head: Tensor) -> dict[str, Any]:
     }
 
 
-def classes_of_run(run: Path, config: dict[str, Any]) -> Classes | None:
+def classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
     """Return the classes of the set a run was trained on; None, with a warning, if unknown.
 
     For weights that were written before they carried their classes. The set counts only if it is
     still the one of the training, by its hash.
     """
     why = "the run does not say on which data it was trained"
-    training = run / "training.json"
-    if "data" in config and "train_set" in config and training.is_file():
+    training = records.find(run / records.TRAINING, Training)
+    if config and config.data and config.train_set and training:
         try:
-            manifest = Manifest.load(files.join(config["data"], config["train_set"]))
-            if manifest.sha256 == files.read_json(str(training)).get("manifest_sha256"):
+            manifest = Manifest.load(files.join(config.data, config.train_set))
+            if manifest.sha256 == training.manifest_sha256:
                 return manifest.label_space
-            why = f"{config['train_set']} was packed again since the run was trained"
+            why = f"{config.train_set} was packed again since the run was trained"
         except ValueError as error:
             why = str(error)
     cli.warn(f"the card will name no classes: {why}")

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rft import files
+from rft.documents import shown
 
 T = TypeVar("T")
 
@@ -55,13 +57,29 @@ class World:
 
 
 def world_from_env() -> World:
-    """Return the world that torchrun describes in the environment; alone without torchrun."""
+    """Return the world that torchrun describes in the environment; alone without torchrun.
+
+    Raises:
+        ValueError: naming the variable that is no number, or not one of such a world.
+    """
+    size = _number("WORLD_SIZE", 1, range(1, 2**31))
+    _number("MASTER_PORT", 0, range(2**16))
     return World(
-        rank=int(os.environ.get("RANK", "0")),
-        size=int(os.environ.get("WORLD_SIZE", "1")),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        rank=_number("RANK", 0, range(size)),
+        size=size,
+        local_rank=_number("LOCAL_RANK", 0, range(size)),
+        local_size=_number("LOCAL_WORLD_SIZE", 1, range(1, size + 1)),
     )
+
+
+def _number(variable: str, default: int, allowed: range) -> int:
+    text = os.environ.get(variable, str(default))
+    if not re.fullmatch("[0-9]{1,10}", text, re.ASCII) or int(text) not in allowed:
+        raise ValueError(
+            f"{variable} is {shown(text)} in the environment; torchrun sets it to a whole number "
+            f"from {allowed[0]} to {allowed[-1]}"
+        )
+    return int(text)
 
 
 def pick_device(choice: str, world: World) -> torch.device:
@@ -165,7 +183,11 @@ def _meeting_place(world: World, wait: datetime.timedelta) -> Any:
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if agents or not errors or world.size > world.local_size:
-        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=wait))
+        try:
+            store, _, _ = next(torch.distributed.rendezvous("env://", timeout=wait))
+        except torch.distributed.DistError as error:
+            where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise OSError(f"the ranks cannot meet at {where}: {files.reason(error)}") from error
         return store
     store = torch.distributed.FileStore(str(Path(errors).parents[1] / "store"), world.size)
     store.set_timeout(wait)

@@ -9,6 +9,7 @@ Errors are one line: which file, where in it, what is there and what must be. No
 import dataclasses
 import functools
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -47,10 +48,13 @@ MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
 BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
+def _controls(letter: str) -> bool:
+    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in BIDIRECTIONAL
+
+
 def _printable(text: str) -> str:
-    for letter in text:
-        if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in BIDIRECTIONAL:
-            raise ValueError("must have no control characters or line breaks")
+    if any(map(_controls, text)):
+        raise ValueError("must have no control characters or line breaks")
     return text
 
 
@@ -95,8 +99,8 @@ def document(cls: type[T] | None = None, /, *, name: str = "", config: ConfigDic
     return made
 
 
-def parse(data: bytes, where: str) -> Any:
-    """Return any JSON document as Python has it.
+def parse(data: bytes, where: str, *, nan: bool = False) -> Any:
+    """Return any JSON document as Python has it; `nan` lets NaN and infinities pass.
 
     Raises:
         ValueError: naming `where` it was read from, if it is not JSON (there are no NaN and no lone
@@ -104,23 +108,24 @@ def parse(data: bytes, where: str) -> Any:
     """
     try:
         json.loads(data, object_pairs_hook=_unique)
-        return pydantic_core.from_json(data, allow_inf_nan=False)
+        return pydantic_core.from_json(data, allow_inf_nan=nan)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON: {_first_line(error)}") from error
 
 
-def decode(data: bytes, kind: Callable[..., T] | Any, where: str) -> T:
+def decode(data: bytes, kind: Callable[..., T] | Any, where: str, *, nan: bool = False) -> T:
     """Return the document of a type that `data` holds.
 
     Args:
         data: JSON.
         kind: a class made by `document`, or any type that pydantic checks.
         where: what `data` was read from, for messages.
+        nan: whether NaN and infinities are JSON, for fields that take them.
 
     Raises:
         ValueError: naming place and expectation, if it is something else.
     """
-    parse(data, where)
+    parse(data, where, nan=nan)
     try:
         return _adapter(kind).validate_json(data)
     except PydanticError as error:
@@ -181,7 +186,7 @@ def _explain(fault: ErrorDetails, at: Sequence[str | int]) -> str:
         return f"{place}: {message}" if place and not message.startswith(place) else message
     wanted = OBJECTS[kind].format(**fault.get("ctx", {})) if kind in OBJECTS else message
     wanted = wanted.removeprefix("Value error, ")
-    wanted = wanted.replace("Input should", "it must").replace("String should", "it must")
+    wanted = re.sub("^(Input|String|Tuple|List|Dictionary) should", "it must", wanted)
     wanted = f"it {wanted}" if wanted.startswith("must ") else wanted
     return f"{place or 'it'} is {shown(fault['input'])}; {wanted}"
 
@@ -190,6 +195,8 @@ def _place(parts: Sequence[str | int]) -> str:
     """Return where in a document something is, such as `shards[3].name`."""
     place = ""
     for part in parts:
+        if part == "[key]":  # the name of a field, which is in the place already
+            continue
         if isinstance(part, int):
             place += f"[{part}]"
         elif part.isidentifier() or part.replace("-", "_").isidentifier():
@@ -203,6 +210,17 @@ def shown(value: object) -> str:
     """Return a value for a message, shortened, as any terminal can show it."""
     text = ascii(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def plain(text: str, kept: str = "") -> str:
+    """Return text as a terminal shows it: control characters, but those kept, are escaped."""
+    if text.isascii() and text.isprintable():
+        return text
+    letters = (
+        letter if letter in kept or not _controls(letter) else ascii(letter)[1:-1]
+        for letter in text
+    )
+    return "".join(letters)
 
 
 def _first_line(error: BaseException) -> str:

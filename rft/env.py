@@ -21,7 +21,7 @@ from PIL import Image, features
 from rich.console import Console
 from rich.table import Table
 
-from rft import __version__, files
+from rft import __version__, cli, files
 from rft.data.workers import check_workers
 
 IMAGE_PACKAGES = ("pillow", "pillow-simd")
@@ -122,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

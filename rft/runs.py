@@ -6,39 +6,15 @@ hash, and nothing reads a count without comparing it. No torch: the report uses 
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rft import classes, files, local
+from rft import classes, files, local, records
+from rft.records import Provenance, Reached, Results, Training
 
 SELECTED = Path("checkpoints") / "best.safetensors"  # of a run; the last without held-out images
 LAST = Path("checkpoints") / "last.safetensors"  # after the last step
 # folders and files that are written through; all others of a run are replaced as a whole
 WRITTEN_THROUGH = ("checkpoints", "tensorboard", "wandb", "profile", "metrics.jsonl", ".lock")
-RECORDS = ("training.json", "provenance.json")  # of a training; of a merge or an import
-RESULTS_SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class SetCount:
-    """How many of how many were right on one packed set."""
-
-    correct: int
-    total: int
-    manifest_sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """Content of a results.json: counts, and which weights they belong to."""
-
-    step: int
-    checkpoint_sha256: str
-    config_sha256: str
-    """Of the run folder's config.json; empty for a weights file."""
-    sets: dict[str, SetCount]
-    """Packed set -> counts."""
 
 
 def checkpoint_path(path: Path) -> Path:
@@ -49,7 +25,7 @@ def checkpoint_path(path: Path) -> Path:
 def results_path(checkpoint: Path) -> Path:
     """Return where the counts of a run folder or weights file are kept."""
     if checkpoint.is_dir():
-        return checkpoint / "results.json"
+        return checkpoint / records.RESULTS
     return checkpoint.with_suffix(".results.json")
 
 
@@ -75,15 +51,15 @@ def run_of(weights: Path) -> Path | None:
         return None
     # a bare name has no folders of its own, and a link may lead into a run
     for place in (weights, weights.absolute(), weights.resolve()):
-        if place.parent.name == SELECTED.parent.name:
+        if place.parent.name == SELECTED.parent.name and not records.is_foreign(place.parents[1]):
             return place.parents[1]
     return None
 
 
-def weights_record(folder: Path) -> dict[str, dict[str, str]]:
+def weights_record(folder: Path) -> dict[str, str]:
     """Return what the record of a complete run says of its weights: the hash of each file."""
     kept = [path for path in (SELECTED, LAST) if (folder / path).is_file()]
-    return {"weights_sha256": {path.name: files.sha256_file(folder / path) for path in kept}}
+    return {path.name: files.sha256_file(folder / path) for path in kept}
 
 
 def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "") -> None:
@@ -98,7 +74,8 @@ def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "
         sha256: hash of that file, where it is known.
 
     Raises:
-        ValueError: if they are not, or config.json names another recipe than the weights do.
+        ValueError: if they are not, config.json names another recipe than the weights do, or a file
+            of the run is damaged.
     """
     weights = weights or checkpoint_path(path)
     folder = path if path.is_dir() else run_of(path)
@@ -107,7 +84,7 @@ def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "
     _require_recipe(folder, weights)
     hashes = _recorded_hashes(folder)
     recorded = hashes.get(weights.name, hashes.get(weights.resolve().name))
-    if not isinstance(recorded, str):
+    if recorded is None:
         return
     found = sha256 or files.sha256_file(weights)
     if found != recorded:
@@ -119,23 +96,21 @@ def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "
 
 
 def _require_recipe(folder: Path, weights: Path) -> None:
-    config = folder / "config.json"
-    document = files.read_json(str(config)) if config.is_file() else {}
-    named = document.get("recipe") if isinstance(document, dict) else None
-    made_by = classes.weights_entries(weights).get("recipe", named)
-    if named is not None and made_by != named:
+    config = records.find_config(folder)
+    made_by = classes.weights_entries(weights).get("recipe")
+    if config is not None and made_by not in (None, config.recipe):
         raise ValueError(
-            f"{config} names recipe {named!r}, its weights were made by {made_by!r}; restore "
-            "config.json"
+            f"{folder / records.CONFIG} names recipe {config.recipe!r}, its weights were made by "
+            f"{made_by!r}; restore config.json"
         )
 
 
-def _recorded_hashes(folder: Path) -> dict[str, Any]:
-    for name in RECORDS:
-        record = files.read_json(str(folder / name)) if (folder / name).is_file() else {}
-        hashes = record.get("weights_sha256") if isinstance(record, dict) else None
-        if isinstance(hashes, dict):
-            return hashes
+def _recorded_hashes(folder: Path) -> dict[str, str]:
+    training = records.find(folder / records.TRAINING, Training)
+    made = records.find(folder / records.PROVENANCE, Provenance)
+    for record in (training, made):
+        if record is not None and record.weights_sha256 is not None:
+            return record.weights_sha256
     return {}
 
 
@@ -150,23 +125,11 @@ def unfinished(folder: Path) -> str:
     """
     # a file in a run folder is as far as that run
     folder = run_of(folder) or folder
-    config = folder / "config.json"
-    if not config.is_file() or (folder / "training.json").is_file():
+    config = records.find_config(folder)
+    if config is None or not config.is_training or (folder / records.TRAINING).exists():
         return ""
-    document = files.read_json(str(config))
-    if not isinstance(document, dict) or "optim" not in document:
-        return ""
-    progress = folder / "progress.json"
-    if not progress.is_file():
-        return "no step recorded"
-    reached = files.read_json(str(progress))
-    try:
-        step, total = reached["step"], reached["of"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{progress} is damaged: it has no valid {error}") from error
-    if type(step) is not int or type(total) is not int or not 0 <= step <= total:
-        raise ValueError(f"{progress} is damaged: step {step!r} of {total!r}")
-    return f"step {step} of {total}"
+    reached = records.find(folder / records.PROGRESS, Reached)
+    return f"step {reached.step} of {reached.of}" if reached else "no step recorded"
 
 
 def read_results(checkpoint: Path) -> Results | None:
@@ -177,43 +140,10 @@ def read_results(checkpoint: Path) -> Results | None:
     Raises:
         ValueError: if the file is damaged.
     """
-    path = results_path(checkpoint)
-    if not path.is_file():
-        return None
-    document = files.read_json(str(path))
-    found = document.get("schema") if isinstance(document, dict) else None
-    if found != RESULTS_SCHEMA:
-        raise ValueError(
-            f"{path} has schema {found!r}, not {RESULTS_SCHEMA}; evaluate the run again with this "
-            "version"
-        )
     try:
-        sets = {name: _count(path, name, entry) for name, entry in document["sets"].items()}
-        results = Results(
-            step=document["step"],
-            checkpoint_sha256=document["checkpoint_sha256"],
-            config_sha256=document["config_sha256"] or "",
-            sets=sets,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is malformed: it has no valid {error}") from error
-    for name, kind in (("step", int), ("checkpoint_sha256", str), ("config_sha256", str)):
-        value = getattr(results, name)
-        if type(value) is not kind:
-            raise ValueError(f"{path} is malformed: {name} is {value!r}; evaluate the run again")
-    return results
-
-
-def _count(path: Path, name: str, entry: dict[str, Any]) -> SetCount:
-    correct, total = entry["correct"], entry["total"]
-    # a bool is an int to Python, and no count
-    whole = type(correct) is int and type(total) is int
-    if not (whole and total > 0 and 0 <= correct <= total):
-        raise ValueError(f"{path}: {name} has {correct!r} correct of {total!r}; evaluate it again")
-    manifest = entry["manifest_sha256"]
-    if type(manifest) is not str:
-        raise ValueError(f"{path}: {name} names no manifest; evaluate it again")
-    return SetCount(correct, total, manifest)
+        return records.find(results_path(checkpoint), Results)
+    except ValueError as error:
+        raise ValueError(f"{error}; restore it, or delete it and evaluate again") from error
 
 
 def current_results(checkpoint: Path) -> Results | None:
@@ -256,11 +186,9 @@ def evaluation_command(runs: Sequence[Path], sets: Sequence[str] = ()) -> str:
     Without sets, those of the data that the run was trained on: ImageNet has its benchmarks, which
     are the command's default, and one's own photos their test set.
     """
-    config = runs[0] / "config.json"
-    document = files.read_json(str(config)) if config.is_file() else {}
-    known = document if isinstance(document, dict) else {}
-    data = files.redact(str(known.get("data") or "DATA"))
-    if not sets and known.get("train_set", "imagenet-train") != "imagenet-train":
+    config = records.find_config(runs[0])
+    data = files.redact(config.data if config and config.data else "DATA")
+    if not sets and config and config.train_set not in ("", "imagenet-train"):
         sets = ["test"]
     words = ["python", "-m", "rft.evaluate", *map(str, runs), "--data", data]
     return shlex.join([*words, *(["--sets", *sets] if sets else [])])

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rft import files
+from rft import documents, records
+from rft.documents import Name, Sha256
+from rft.records import Training
 
 KEY = "trained_on"
 
@@ -18,9 +20,9 @@ KEY = "trained_on"
 class TrainedOn(NamedTuple):
     """A packed set that weights have seen."""
 
-    name: str
+    name: Name
     """Of the set below its data root."""
-    manifest_sha256: str
+    manifest_sha256: Sha256
 
 
 def entries(seen: Iterable[TrainedOn]) -> dict[str, str]:
@@ -34,10 +36,10 @@ def of_metadata(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]
     Raises:
         ValueError: naming the file, if it is malformed.
     """
-    try:
-        return of_document(json.loads(metadata[KEY])) if KEY in metadata else None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    if KEY not in metadata:
+        return None
+    where = f"{path} is damaged: {KEY}"
+    return frozenset(documents.decode(metadata[KEY].encode(), tuple[TrainedOn, ...], where))
 
 
 def of_document(document: Any) -> frozenset[TrainedOn]:
@@ -46,10 +48,7 @@ def of_document(document: Any) -> frozenset[TrainedOn]:
     Raises:
         ValueError: if it is something else.
     """
-    try:
-        return frozenset(TrainedOn(str(name), str(sha256)) for name, sha256 in document)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{KEY} is no list of pairs of a set and a hash") from error
+    return frozenset(documents.decode(json.dumps(document).encode(), tuple[TrainedOn, ...], KEY))
 
 
 def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
@@ -67,14 +66,13 @@ def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
     seen = of_metadata(path, metadata)
     if seen is not None:
         return seen
-    config, training = path / "config.json", path / "training.json"
-    if metadata.get("step") == "0" or not (config.is_file() and training.is_file()):
+    if metadata.get("step") == "0":
         return frozenset()
-    known = [files.read_json(str(file)) for file in (config, training)]
-    if not all(isinstance(document, dict) for document in known):
-        raise ValueError(f"{path} is damaged: config.json or training.json is no JSON object")
-    name, sha256 = known[0].get("train_set"), known[1].get("manifest_sha256")
-    return frozenset([TrainedOn(name, sha256)] if name and sha256 else [])
+    config = records.find_config(path)
+    training = records.find(path / records.TRAINING, Training)
+    if config is None or training is None or not config.train_set or not training.manifest_sha256:
+        return frozenset()
+    return frozenset([TrainedOn(config.train_set, training.manifest_sha256)])
 
 
 def different_splits(models: Mapping[str, Iterable[TrainedOn]]) -> str:

@@ -22,8 +22,9 @@ from rft.evaluate import __main__ as evaluate_command
 from rft.evaluate.__main__ import write_results
 from rft.evaluate.checkpoints import Loaded
 from rft.merge import __main__ as merge_command
+from rft.records import SetCount
 from rft.report import __main__ as report_command
-from rft.runs import SELECTED, SetCount
+from rft.runs import SELECTED
 from rft.train import __main__ as train_command
 from tests import formats
 from tests.formats import known_models  # noqa: F401
@@ -222,7 +223,7 @@ def test_import_refuses_what_does_not_fit(refused, released, openai, tmp_path, t
     line = refused("import", released, *out, "--clip", formats.NAME, "--data", tmp_path)
     assert "no packed dataset at" in line
     line = refused("import", released, *out, "--clip", formats.NAME, "--recipe", "a\x1bb")
-    assert "must be a printable name" in line
+    assert "import: recipe is " in line
     line = refused("import", released, "--out", "s3://bucket/run", "--clip", formats.NAME)
     assert "must be a local folder" in line
     assert not (tmp_path / "run").exists()
@@ -522,10 +523,10 @@ def test_export_never_overwrites(convert, refused, run, tmp_path, openai):
 
 def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
     """A file of equal name is no reason to take an export for this one, nor old counts."""
-    counts = {"imagenet-val": {"correct": 3, "total": 4, "manifest_sha256": "0"}}
+    counts = {"imagenet-val": {"correct": 3, "total": 4, "manifest_sha256": "0" * 64}}
     weights_path = run / SELECTED
     loaded = Loaded(run, files.sha256_file(weights_path), load_state(weights_path))
-    write_results(loaded, {"imagenet-val": SetCount(3, 4, "0")})
+    write_results(loaded, {"imagenet-val": SetCount(correct=3, total=4, manifest_sha256="0" * 64)})
     command = ("export", run, "--to", "safetensors", "--out", tmp_path / "m.safetensors")
     convert(*command)
     card = document(tmp_path / "m.safetensors.json")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rft import files
+from rft import files, records
 from rft.classes import Classes
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import require_finite, save_state
@@ -28,38 +28,26 @@ def is_made(out: Path, config: dict[str, Any]) -> bool:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; choose another")
     require_no_links(out)
-    if not (out / "config.json").is_file():
+    old = records.find_config(out)
+    if old is None:
         # what a killed writer left is hidden
         if out.is_dir() and any(not found.name.startswith(".") for found in out.iterdir()):
             raise ValueError(f"{out} has files in it but is no run folder; choose another --out")
         return False
-    old = read_config(out)
     origin = next(name for name in KINDS if name in config)
-    if origin not in old:
-        kind = "a training run" if "optim" in old else "another model"
+    if getattr(old, origin) is None:
+        kind = "a training run" if old.is_training else "another model"
         raise ValueError(f"{out} holds {kind}; choose another --out")
     # one that stopped before its weights were there left nothing that another could spoil
     if not (out / SELECTED).is_file():
         return False
-    if changed := files.difference(_identity(old), _identity(config)):
+    if changed := files.difference(_identity(old.whole), _identity(config)):
         raise ValueError(
             f"{out} holds another {KINDS[origin]}: {'; '.join(changed[:SHOWN])}; choose another "
             "--out"
         )
     require_own_weights(out)
-    return (out / "provenance.json").is_file()
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return a run folder's config.json.
-
-    Raises:
-        ValueError: if it is not one of a run.
-    """
-    config = files.read_json(str(folder / "config.json"))
-    if not isinstance(config, dict) or "recipe" not in config:
-        raise ValueError(f"{folder} is not a run folder: its config.json names no recipe")
-    return config
+    return (out / records.PROVENANCE).is_file()
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -89,4 +77,5 @@ def write_made(
     files.write_json(f"{out}/config.json", config)
     metadata = {**metadata, "recipe": config["recipe"]}
     save_state(f"{out}/{SELECTED}", state, architecture, metadata, classes)
-    files.write_json(f"{out}/provenance.json", files.provenance() | weights_record(out))
+    kept = {"weights_sha256": weights_record(out)}
+    files.write_json(f"{out}/provenance.json", files.provenance() | kept)

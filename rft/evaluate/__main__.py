@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from rft import cli, dist, files
+from rft import cli, dist, files, records
 from rft.clip.classifier import build_classifier
 from rft.config import Device
 from rft.data.loader import PackedDataset
@@ -28,9 +28,8 @@ from rft.evaluate.checkpoints import (
 )
 from rft.evaluate.commands import SETS
 from rft.evaluate.evaluator import count_correct
+from rft.records import Results, SetCount
 from rft.runs import (
-    RESULTS_SCHEMA,
-    SetCount,
     checkpoint_path,
     current_results,
     require_own_weights,
@@ -99,7 +98,11 @@ def evaluate(
                 names=[str(one.path) for one in loaded],
             )
             for entry, count in zip(sets, counts, strict=True):
-                entry[name] = SetCount(count.correct, count.total, dataset.manifest.sha256)
+                entry[name] = SetCount(
+                    correct=count.correct,
+                    total=count.total,
+                    manifest_sha256=dataset.manifest.sha256,
+                )
     if world.is_main:
         for one, entry in zip(loaded, sets, strict=True):
             write_results(one, entry)
@@ -112,25 +115,21 @@ def write_results(one: Loaded, sets: dict[str, SetCount]) -> None:
         ValueError: if its weights were replaced since they were loaded.
     """
     one.require_unchanged()
-    checkpoint, config = one.path, one.path / "config.json"
+    checkpoint, config = one.path, one.path / records.CONFIG
     earlier = current_results(checkpoint)
-    document = {
-        "schema": RESULTS_SCHEMA,
-        "checkpoint": str(checkpoint_path(checkpoint).relative_to(checkpoint.parent)),
-        "checkpoint_sha256": one.sha256,
-        "step": int(one.saved.metadata["step"]),
-        "config_sha256": files.sha256_file(config) if config.is_file() else None,
+    results = Results(
+        checkpoint=str(checkpoint_path(checkpoint).relative_to(checkpoint.parent)),
+        checkpoint_sha256=one.sha256,
+        step=int(one.saved.metadata["step"]),
+        config_sha256=files.sha256_file(config) if config.is_file() else None,
         # what an earlier call counted for the same weights stays
-        "sets": {
-            name: asdict(count)
-            for name, count in {**(earlier.sets if earlier else {}), **sets}.items()
-        },
-        "unfinished": unfinished(checkpoint),
-        "provenance": files.provenance(),
-    }
-    files.write_json(str(results_path(checkpoint)), document)
+        sets={**(earlier.sets if earlier else {}), **sets},
+        unfinished=unfinished(checkpoint),
+        provenance=files.provenance(),
+    )
+    files.write_json(str(results_path(checkpoint)), asdict(results))
     shares = (f"{name} {100 * c.correct / c.total:.2f}" for name, c in sets.items())
-    print(f"{checkpoint}{one.state_of_run}: {', '.join(shares)}", flush=True)
+    cli.say(f"{checkpoint}{one.state_of_run}: {', '.join(shares)}")
 
 
 def main() -> None:
@@ -146,6 +145,7 @@ def main() -> None:
     require_classes(arguments.checkpoints, packed)
     for path in arguments.checkpoints:
         require_own_weights(path)
+        unfinished(path)  # a damaged record is found before the work
     warn_of_other_split(arguments.checkpoints, arguments.data)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
@@ -169,7 +169,7 @@ def main() -> None:
     runs = [path for path in arguments.checkpoints if path.is_dir()]
     # the report's tables are the paper's: ImageNet and its five benchmarks
     if world.is_main and runs and set(sets) & set(SETS):
-        print(commands.report(runs))
+        cli.say(commands.report(runs))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from rft import cli, files
+from rft import cli, files, records
 from rft.config import settings
 from rft.data.sources import LAYOUTS
+from rft.records import Training
+from rft.runs import read_results
 
 TRAIN_SET, MANIFEST = "imagenet-train", "manifest.json"
 SETS = tuple(name for name in LAYOUTS if name != TRAIN_SET)
@@ -50,7 +51,7 @@ def test_sets(data: str, train_set: str) -> tuple[str, ...]:
 
 def report(runs: Sequence[Path]) -> str:
     """Format the `next:` line that reports evaluated runs, with the other seeds of each."""
-    words = ["-m", "rft.report", *with_seeds(runs, "results.json"), "--out", "report"]
+    words = ["-m", "rft.report", *with_seeds(runs, records.RESULTS), "--out", "report"]
     return cli.next_step(words)
 
 
@@ -74,13 +75,16 @@ def with_seeds(runs: Sequence[Path], done: str) -> list[Path]:
     return list(found.values())
 
 
-def _seed(run: Path, done: str) -> tuple[Any, str] | None:
+def _seed(run: Path, done: str) -> tuple[int, str] | None:
     """Return a run's seed and what its other seeds have in common with it; None if it is no run."""
     try:
-        config = files.read_json(str(run / "config.json"))
-        ready = files.read_json(str(run / done))
-        data = {name: entry["manifest_sha256"] for name, entry in ready.get("sets", {}).items()}
-        trained_on = ready.get("manifest_sha256")
-        return config["seed"], repr((settings(config), trained_on, sorted(data.items())))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        config = records.read_config(run)
+        if done == records.RESULTS:
+            ready = read_results(run)
+            data = ready and sorted((name, c.manifest_sha256) for name, c in ready.sets.items())
+        else:
+            ready = records.find(run / done, Training)
+            data = ready and ready.manifest_sha256
+    except (OSError, ValueError):
         return None
+    return (config.seed, repr((settings(config.whole), data))) if ready else None

@@ -148,7 +148,7 @@ def wise(arguments: Wise) -> None:
             metadata = {**end.metadata, **seen_by_any([start, end])}
             write_made(out, state, start.architecture, config, metadata, classes)
         report(out, out in done)
-    print(next_step(jobs, end))
+    cli.say(next_step(jobs, end))
 
 
 def check_alphas(alphas: tuple[float, ...]) -> None:
@@ -174,7 +174,7 @@ def check_ends(start: Ingredient, end: Ingredient) -> None:
         ValueError: if the two are swapped.
     """
     # an imported model may have been trained elsewhere: its step 0 says nothing
-    file = not end.config and end.recipe in recipes.TRAINED
+    file = end.config is None and end.recipe in recipes.TRAINED
     untrained = end.steps == 0 and (end.is_training_run or file)
     if start.steps > 0 and untrained:
         raise ValueError(
@@ -231,7 +231,7 @@ def uniform_soup(arguments: UniformSoup) -> None:
         metadata, classes = soup_metadata(models), best_known(models).classes
         write_made(arguments.out, state, models[0].architecture, config, metadata, classes)
     report(arguments.out, done)
-    print(next_step([arguments.out], models[0]))
+    cli.say(next_step([arguments.out], models[0]))
 
 
 def make_greedy_soup(arguments: GreedySoup) -> None:
@@ -271,7 +271,7 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
                 write_made(arguments.out, state, runs[0].architecture, config, metadata, classes)
     if world.is_main:
         report(arguments.out, done)
-        print(next_step([arguments.out], runs[0]))
+        cli.say(next_step([arguments.out], runs[0]))
 
 
 def soup_metadata(models: Sequence[Ingredient]) -> dict[str, str]:
@@ -282,14 +282,13 @@ def soup_metadata(models: Sequence[Ingredient]) -> dict[str, str]:
 
 def report(out: Path, done: bool) -> None:
     """Say what became of a run folder."""
-    print(f"{'already merged' if done else 'merged'}: {out}", flush=True)
+    cli.say(f"{'already merged' if done else 'merged'}: {out}")
 
 
 def next_step(outs: Iterable[Path], model: Ingredient) -> str:
     """Return the line that tells how to go on, with the data that `model` was trained on."""
-    config = model.config
-    train_set = config.get("train_set", commands.TRAIN_SET)
-    return commands.evaluation(list(outs), config.get("data") or "", train_set)
+    data, train_set = (model.config.data, model.config.train_set) if model.config else ("", "")
+    return commands.evaluation(list(outs), data, train_set or commands.TRAIN_SET)
 
 
 if __name__ == "__main__":

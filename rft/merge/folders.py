@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from rft import cli, files, trained_on
+from rft import cli, files, records, trained_on
 from rft.classes import Classes, compare, compare_prompts
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import load_state, map_state
-from rft.clip.made import SHOWN, read_config
+from rft.clip.made import SHOWN
 from rft.data.sources import LAYOUTS
 from rft.method.averaging import require_alike
+from rft.records import RunConfig
 from rft.runs import SELECTED, require_own_weights, unfinished
 from rft.trained_on import TrainedOn
 
@@ -26,8 +27,8 @@ class Ingredient:
     """The run folder or weights file that the user named."""
     weights: Path
     sha256: str
-    config: dict[str, Any]
-    """The run folder's config.json; empty for a weights file."""
+    config: RunConfig | None
+    """The run folder's config.json; None for a weights file."""
     metadata: dict[str, str]
     """The weights file's own: recipe, step."""
     architecture: Architecture
@@ -37,17 +38,17 @@ class Ingredient:
     @property
     def recipe(self) -> str:
         """Name of the recipe, empty if nothing tells it."""
-        return self.config.get("recipe") or self.metadata.get("recipe", "")
+        return self.config.recipe if self.config else self.metadata.get("recipe", "")
 
     @property
     def seed(self) -> int:
         """Seed of the run, 0 for a weights file."""
-        return self.config.get("seed", 0)
+        return self.config.seed if self.config else 0
 
     @property
     def is_training_run(self) -> bool:
         """Whether rft.train made it; a merged or imported model and a weights file are not."""
-        return "optim" in self.config
+        return self.config is not None and self.config.is_training
 
     def load(self) -> dict[str, Tensor]:
         """Return the weights.
@@ -83,14 +84,12 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
         ValueError: if there is none, it is a run that is still training, or the weights in a run
             folder are not the run's.
     """
-    config: dict[str, Any] = {}
-    if (path / "config.json").is_file():
-        config = read_config(path)
-        if reached := unfinished(path):
-            raise ValueError(
-                f"{path} has not finished training ({reached}); resume it first, or name one of "
-                "its checkpoints/*.safetensors itself"
-            )
+    config = records.find_config(path)
+    if config and (reached := unfinished(path)):
+        raise ValueError(
+            f"{path} has not finished training ({reached}); resume it first, or name one of its "
+            "checkpoints/*.safetensors itself"
+        )
     file = path / weights if path.is_dir() else path
     # a file that is named itself is meant, whatever became of its run
     if reached := unfinished(file):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rft import cli, files
+from rft import cli, files, records
 from rft.classes import check_head
 from rft.clip.classifier import build_classifier
 from rft.config import Config, load_config
@@ -17,6 +17,7 @@ from rft.dist import World
 from rft.evaluate.evaluator import count_correct
 from rft.merge.folders import Ingredient, shared_seed
 from rft.method.averaging import Trial, greedy_soup
+from rft.records import Training
 
 Count = Callable[[dict[str, Tensor], str], int]
 
@@ -45,7 +46,7 @@ def shared_split(ingredients: Sequence[Ingredient]) -> Config:
 
 def _training_config(ingredient: Ingredient) -> Config:
     path = ingredient.path
-    if not ingredient.config:
+    if ingredient.config is None:
         raise ValueError(
             f"{path} is not a run folder; a greedy soup needs the config.json of each training run "
             "to find its held-out images"
@@ -92,7 +93,8 @@ def held_out_images(
 
 def _manifest_of(run: Path) -> str | None:
     """Return the hash of the data that a run was trained on, None where it was not kept."""
-    return files.read_json(str(run / "training.json")).get("manifest_sha256")
+    training = records.find(run / records.TRAINING, Training)
+    return training.manifest_sha256 if training else None
 
 
 def describe(

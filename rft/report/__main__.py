@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from rft import cli
+from rft import cli, files
 from rft.report.page import build, show, write
 
 
@@ -29,6 +29,7 @@ class Arguments:
 def main() -> None:
     """Parse, read, write, print the tables and the page's path last."""
     arguments = cli.parse(Arguments, prog="rft.report")
+    files.require_local(arguments.out, "--out")
     report = build(arguments.runs)
     write(report, arguments.out)
     console = Console()
@@ -36,7 +37,7 @@ def main() -> None:
         show(report, console)
     else:
         print(report.text())
-    print(arguments.out / "index.html")
+    cli.say(f"{arguments.out / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Our rows and the paper's, one above the other, and whether they come in the same order. Pure."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +55,7 @@ def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
     if len(models) > 1:
         return None
     (model,) = models
-    scales = {str(run.config.get("scale", "paper")) for run in runs}
+    scales = {run.config.scale for run in runs}
     ours = {row.recipe: row for row in rows}
     theirs = all_published() if "miniature" in scales else published(model)
     pairs = [Pair(row, ours.get(row.recipe)) for row in theirs]
@@ -179,16 +177,14 @@ def markdown(table: Beside) -> str:
 
 def csv_text(table: Beside) -> str:
     """Return the table as CSV, one line a recipe; what is absent is empty."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
     numbers = [text for name in COLUMNS for text in (name, f"{name} sd", f"{name} paper")]
-    writer.writerow(["recipe", "tables", "n", *numbers, "note"])
+    lines = [["recipe", "tables", "n", *numbers, "note"]]
     for pair in table.pairs:
         row, ours = pair.published, pair.ours
         cells = ours.cells if ours is not None else (None,) * len(COLUMNS)
         values: list[str] = []
         for cell, printed in zip(cells, row.percent, strict=True):
             values += [*tables.csv_numbers(cell), "" if printed is None else f"{printed:.1f}"]
-        n = 0 if ours is None else len(ours.seeds)
-        writer.writerow([row.recipe, " ".join(map(str, row.tables)), n, *values, row.note])
-    return stream.getvalue()
+        n = "0" if ours is None else str(len(ours.seeds))
+        lines.append([row.recipe, " ".join(map(str, row.tables)), n, *values, row.note])
+    return tables.csv_lines(lines)

@@ -16,7 +16,8 @@ import jinja2
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from rft import files
+from rft import documents, files
+from rft.records import Provenance
 from rft.report import beside, gallery, plots, tables
 from rft.report.beside import Beside
 from rft.report.paper import FIGURE_7
@@ -46,7 +47,7 @@ class Report:
     @property
     def miniature(self) -> bool:
         """Whether a run is at the scale of the embedded miniature world."""
-        return any(run.config.get("scale") == "miniature" for run in self.runs)
+        return any(run.config.scale == "miniature" for run in self.runs)
 
     @property
     def hidden(self) -> int:
@@ -156,7 +157,7 @@ def render(report: Report) -> str:
             for name, png in report.pictures.items()
         },
         hidden=report.hidden,
-        held_out=any("held_out_correct" in line for run in report.runs for line in run.metrics),
+        held_out=any(line.held_out_total for run in report.runs for line in run.metrics),
         figure_7=figure_7_names(report.rows),
         gallery_run=report.gallery_run,
         miniature=report.miniature,
@@ -222,29 +223,28 @@ def provenance_lines(runs: Sequence[Run]) -> list[str]:
     return [f"{line} ({count} of {len(runs)} runs)" for line, count in lines.items()]
 
 
-def _provenance(document: dict[str, Any]) -> str:
-    if not document:
+def _provenance(made: Provenance) -> str:
+    if made == Provenance():
         return f"code and packages {UNKNOWN}"
-    packages = document.get("packages") or {}
     parts = [
-        f"rft {document.get('rft', UNKNOWN)}",
-        f"git {document.get('git') or UNKNOWN}",
-        f"python {document.get('python', UNKNOWN)}",
-        *(f"{name} {version}" for name, version in packages.items()),
-        str(document.get("machine", "")),
+        f"rft {made.rft or UNKNOWN}",
+        f"git {made.git or UNKNOWN}",
+        f"python {made.python or UNKNOWN}",
+        *(f"{name} {version}" for name, version in made.packages.items()),
+        made.machine,
     ]
-    return ", ".join(part for part in parts if part)
+    return documents.plain(", ".join(part for part in parts if part))
 
 
 def _describe(run: Run) -> dict[str, Any]:
     return {
         "recipe": run.recipe,
         "seed": run.seed,
-        "step": run.step,
-        "checkpoint": run.checkpoint_sha256[:12],
-        "config_sha256": run.config_sha256[:12] or tables.ABSENT,
-        "path": str(run.path),
+        "step": run.results.step,
+        "checkpoint": run.results.checkpoint_sha256[:12],
+        "config_sha256": (run.results.config_sha256 or tables.ABSENT)[:12],
+        "path": documents.plain(str(run.path)),
         # a run of an older version may have recorded credentials
-        "command": files.redact(" ".join(map(str, run.provenance.get("command", [])))),
-        "config": files.redact(json.dumps(run.config, indent=2, sort_keys=True)),
+        "command": documents.plain(files.redact(" ".join(run.provenance.command))),
+        "config": files.redact(json.dumps(run.config.whole, indent=2, sort_keys=True)),
     }

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
+from rft.records import Metrics
 from rft.report.labels import DPI, Box, Point, nearest, place_labels
 from rft.report.runs import Run
 from rft.report.tables import (
@@ -277,13 +278,12 @@ class Panel:
     title: str
     unit: str
 
-    def value(self, line: dict[str, float]) -> float | None:
+    def value(self, line: Metrics) -> float | None:
         """Return the quantity in a line, or None if the line does not have it."""
         if self.unit == "%":
-            if "held_out_correct" not in line:
-                return None
-            return 100 * line["held_out_correct"] / line["held_out_total"]
-        return line.get(self.unit)
+            correct, total = line.held_out_correct, line.held_out_total
+            return None if correct is None or total is None else 100 * correct / total
+        return getattr(line, self.unit)
 
 
 PANELS = (
@@ -297,7 +297,7 @@ PANELS = (
 def curve(run: Run, panel: Panel) -> dict[int, float]:
     """Return step -> value of one run; a quantity that is always zero was not in its loss."""
     values = {
-        int(line["step"]): value
+        line.step: value
         for line in run.metrics
         if (value := panel.value(line)) is not None and math.isfinite(value)
     }

@@ -4,17 +4,15 @@ A run folder comes from rft.train or rft.merge and was counted by rft.evaluate. 
 trusted to be well formed; everything after `load_run` may rely on what the types say.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any
 
-from rft import classes, cli, files
+from rft import classes, cli, files, records
 from rft.config import settings
+from rft.records import Metrics, Provenance, Results, RunConfig, SetCount
 from rft.runs import (
-    Results,
-    SetCount,
     checkpoint_path,
     evaluation_command,
     read_results,
@@ -22,6 +20,8 @@ from rft.runs import (
     require_own_weights,
     unfinished,
 )
+
+MAX_LINES = 2**19  # of a metrics.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,30 +32,27 @@ class Run:
     recipe: str
     """Name of its row; of a run that has not ended, one that says so."""
     seed: int
-    step: int
-    checkpoint_sha256: str
-    config_sha256: str
-    counts: dict[str, SetCount]
-    """Packed set -> counts."""
-    config: dict[str, Any]
-    provenance: dict[str, Any]
-    """rft.files.provenance() of the training; empty where it was not kept."""
-    metrics: tuple[dict[str, float], ...]
+    results: Results
+    config: RunConfig
+    provenance: Provenance
+    metrics: tuple[Metrics, ...]
     """Lines of metrics.jsonl; a merged model has none."""
+
+    @property
+    def counts(self) -> dict[str, SetCount]:
+        """Packed set -> counts."""
+        return self.results.sets
 
     @property
     def clip(self) -> str:
         """Name of the CLIP that was fine-tuned, without a folder; empty for a merged model."""
-        model = self.config.get("model")
-        name = model.get("clip", "") if isinstance(model, dict) else ""
-        return _plain(PurePath(str(name).removeprefix("local-dir:")).name)
+        return _plain(PurePath(self.config.model.clip.removeprefix("local-dir:")).name)
 
     @property
     def precision(self) -> str:
         """What the run was trained in; empty where nothing was: merged, imported, zero-shot."""
-        optim = self.config.get("optim")
-        trained = isinstance(optim, dict) and optim.get("epochs") != 0
-        return _plain(self.config.get("precision", "")) if trained else ""
+        optim = self.config.optim
+        return _plain(self.config.precision) if optim and optim.epochs != 0 else ""
 
     @property
     def gallery_path(self) -> Path:
@@ -63,9 +60,9 @@ class Run:
         return self.path / "gallery.npz"
 
 
-def _plain(value: object) -> str:
+def _plain(text: str) -> str:
     """Return text from a file as any terminal can show it, without control characters."""
-    return ascii(str(value))[1:-1]
+    return ascii(text)[1:-1]
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
@@ -130,68 +127,39 @@ def load_run(path: Path) -> Run:
     Raises:
         ValueError: if it is not one, was not evaluated, or holds something malformed.
     """
-    if not (path / "config.json").is_file():
+    if not (path / records.CONFIG).exists():
         raise ValueError(f"{path} is not a run folder: it has no config.json")
-    if not (path / "results.json").is_file():
+    if not (path / records.RESULTS).exists():
         raise ValueError(
             f"{path} has no results.json; evaluate it first: {evaluation_command([path])}"
         )
-    config = files.read_json(str(path / "config.json"))
-    results = read_results(path)
+    config, results = records.read_config(path), read_results(path)
     assert results is not None, "it exists"
-    try:
-        return _parse(path, config, results)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is malformed: config.json has no valid {error}") from error
-
-
-def _parse(path: Path, config: dict[str, Any], results: Results) -> Run:
-    recipe, seed = config["recipe"], config["seed"]
-    # names go to terminals too: a control character could rewrite what is shown there
-    if not (isinstance(recipe, str) and recipe.isprintable() and recipe.strip()):
-        raise ValueError(f"{path}/config.json: recipe is {recipe!r}; it must be a printable name")
-    if type(seed) is not int:
-        raise ValueError(f"{path}/config.json: seed is {seed!r}; it must be an integer")
+    recipe = config.recipe
     if reached := unfinished(path):
         # a name of its own: it joins no mean, no pair and no row of the paper
         recipe = f"{recipe} (unfinished, {reached})"
-    provenance = path / "provenance.json"
-    made = files.read_json(str(provenance)) if provenance.is_file() else {}
-    if not isinstance(made, dict):
-        raise ValueError(f"{provenance} is malformed: it is not a JSON object")
     return Run(
         path=path,
         recipe=recipe,
-        seed=seed,
-        step=results.step,
-        checkpoint_sha256=results.checkpoint_sha256,
-        config_sha256=results.config_sha256,
-        counts=results.sets,
+        seed=config.seed,
+        results=results,
         config=config,
-        provenance=made,
-        metrics=read_metrics(path / "metrics.jsonl"),
+        provenance=records.find(path / records.PROVENANCE, Provenance) or Provenance(),
+        metrics=read_metrics(path / records.METRICS),
     )
 
 
-def read_metrics(path: Path) -> tuple[dict[str, float], ...]:
-    """Return the lines of a metrics.jsonl; an absent file has none.
-
-    A last line without its newline is what a killed run leaves behind and does not count.
+def read_metrics(path: Path) -> tuple[Metrics, ...]:
+    """Return the lines of a metrics.jsonl.
 
     Raises:
-        ValueError: if another line is not a JSON object with a step.
+        ValueError: if they are malformed, or too many to draw.
     """
-    if not path.is_file():
-        return ()
-    rows = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-            row["step"]
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} line {number} is not a JSON object with a step") from error
-        rows.append(row)
-    return tuple(rows)
+    found = tuple(logged.metrics for logged in islice(records.read_metrics(path), MAX_LINES + 1))
+    if len(found) > MAX_LINES:
+        raise ValueError(f"{path} has more than {MAX_LINES:,} lines; no report draws as many")
+    return found
 
 
 def check_current(runs: Sequence[Run]) -> None:
@@ -203,19 +171,13 @@ def check_current(runs: Sequence[Run]) -> None:
     """
     warnings = []
     for run in runs:
-        results = Results(
-            step=run.step,
-            checkpoint_sha256=run.checkpoint_sha256,
-            config_sha256=run.config_sha256,
-            sets=run.counts,
-        )
         try:
-            warnings += require_current(run.path, results)
+            warnings += require_current(run.path, run.results)
         except ValueError:
             # replaced weights are to be restored, not to be evaluated
             require_own_weights(run.path)
             raise
-        require_own_weights(run.path, sha256=run.checkpoint_sha256)
+        require_own_weights(run.path, sha256=run.results.checkpoint_sha256)
         check_config(run)
     if warnings:
         more = f" (and {len(warnings) - 1} more runs)" if warnings[1:] else ""
@@ -230,14 +192,15 @@ def check_config(run: Run) -> None:
     """
     weights = checkpoint_path(run.path)
     entries = classes.weights_entries(weights) if weights.is_file() else {}
-    step = entries.get("step", str(run.step))
-    if step != str(run.step):
+    counted = str(run.results.step)
+    step = entries.get("step", counted)
+    if step != counted:
         raise ValueError(
-            f"{run.path}/results.json says step {run.step}, the weights are of step {step}; "
+            f"{run.path}/results.json says step {counted}, the weights are of step {step}; "
             "evaluate the run again"
         )
     config = run.path / "config.json"
-    if run.config_sha256 and files.sha256_file(config) != run.config_sha256:
+    if run.results.config_sha256 not in (None, files.sha256_file(config)):
         cli.warn(f"{config} was changed after the evaluation; its settings are shown as they are")
 
 
@@ -291,9 +254,9 @@ def check_distinct(runs: Sequence[Run]) -> None:
                 "report one of them"
             )
         # a merge with none of the fine-tuned model is the zero-shot one
-        if run.step == 0 or run.config.get("alpha") == 0:
+        if run.results.step == 0 or run.config.alpha == 0:
             continue
-        other = weights.setdefault((run.recipe, run.checkpoint_sha256), run)
+        other = weights.setdefault((run.recipe, run.results.checkpoint_sha256), run)
         if other is not run:
             raise ValueError(
                 f"{other.path} and {run.path} are seeds {other.seed} and {run.seed} of "
@@ -310,7 +273,7 @@ def check_same_settings(runs: Sequence[Run]) -> None:
     first_of: dict[str, Run] = {}
     for run in runs:
         other = first_of.setdefault(run.recipe, run)
-        if changed := files.difference(settings(other.config), settings(run.config)):
+        if changed := files.difference(settings(other.config.whole), settings(run.config.whole)):
             raise ValueError(
                 f"{other.path} and {run.path} are both {run.recipe}, but with other settings: "
                 f"{'; '.join(changed)}; report them apart"

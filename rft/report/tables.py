@@ -12,6 +12,7 @@ import math
 import re
 import statistics
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,8 @@ from rich.console import JustifyMethod
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from rft.records import SetCount
 from rft.report.runs import Run
-from rft.runs import SetCount
 
 ID_SET = "imagenet-val"
 OOD_SETS = ("imagenet-v2", "imagenet-r", "imagenet-sketch", "objectnet", "imagenet-a")
@@ -33,6 +34,7 @@ MASKS = ("random", "context", "object")
 FILLS = ("no", "single", "multi")
 GRID = tuple(f"{mask}-mask-{fill}-fill" for fill in FILLS for mask in MASKS)  # as in Table 1
 
+NUMBER = r"[+-]?[0-9]+(\.[0-9]+)?"
 PLUS_MINUS = "\u00b1"
 ABSENT = "-"
 NAME_WIDTH = 28  # what the numbers of a result table leave of 100 columns
@@ -288,14 +290,32 @@ def markdown_escape(text: str) -> str:
 
 def csv_text(rows: Sequence[Row]) -> str:
     """Return the result table as CSV: means and standard deviations, absent ones empty."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
     numbers = [text for name in COLUMNS for text in (name, f"{name} sd")]
-    writer.writerow(["recipe", "n", "seeds", *numbers])
+    lines = [["recipe", "n", "seeds", *numbers]]
     for row in rows:
         values = [text for cell in row.cells for text in csv_numbers(cell)]
-        writer.writerow([row.recipe, len(row.seeds), " ".join(map(str, row.seeds)), *values])
+        seeds = " ".join(map(str, row.seeds))
+        lines.append([row.recipe, str(len(row.seeds)), seeds, *values])
+    return csv_lines(lines)
+
+
+def csv_lines(lines: Iterable[Sequence[str]]) -> str:
+    """Return lines of cells as CSV, in which no name is a formula to a spreadsheet."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerows([csv_cell(text) for text in line] for line in lines)
     return stream.getvalue()
+
+
+def csv_cell(text: str) -> str:
+    """Return a cell's text; an apostrophe makes one that would be computed a text.
+
+    A number may begin with a sign. Full-width signs count too, to a spreadsheet in some languages.
+    """
+    start = unicodedata.normalize("NFKC", text.lstrip(" "))[:1]
+    if start not in tuple("=+-@|%\t\r\n") or re.fullmatch(NUMBER, text):
+        return text
+    return f"'{text}"
 
 
 def csv_numbers(cell: Spread | None) -> tuple[str, str]:

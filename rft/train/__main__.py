@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from rft import cli, dist, files, recipes, rng, small, trained_on
+from rft import cli, dist, files, recipes, records, rng, small, trained_on
 from rft.classes import Classes, check_head, compare_prompts
 from rft.cli import warn
 from rft.clip.classifier import Classifier, build_classifier, load_state, map_state
@@ -31,6 +31,7 @@ from rft.data.root import set_name
 from rft.dist import World
 from rft.evaluate import commands
 from rft.method.averaging import require_alike
+from rft.records import Training
 from rft.runs import SELECTED, checkpoint_path, require_own_weights, unfinished, weights_record
 from rft.train.estimate import describe, size_rule
 from rft.train.gallery import one_of_each_class, write_gallery
@@ -302,7 +303,7 @@ def require_same_inputs(config: Config, done: Finished) -> None:
     Raises:
         ValueError: with the difference.
     """
-    if changed := files.difference(done.record.get("inputs", {}), inputs_fingerprint(config)):
+    if changed := files.difference(done.record.inputs, inputs_fingerprint(config)):
         raise ValueError(
             f"{config.run} is a finished run that was built on other weights: "
             f"{'; '.join(changed)}. Name those again, or choose another --run-dir"
@@ -346,16 +347,16 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
         dist.on_main(world, lambda: show(job))
         if world.is_main:
             run.finish(
-                {
-                    "steps": progress.step,
-                    "best_step": progress.best_step,
-                    "world_size": world.size,
-                    "manifest_sha256": job.fingerprint["manifest_sha256"],
-                    "inputs": inputs_fingerprint(config),
-                    **weights_record(run.path),
-                }
+                Training(
+                    steps=progress.step,
+                    best_step=progress.best_step,
+                    world_size=world.size,
+                    manifest_sha256=job.fingerprint["manifest_sha256"],
+                    inputs=inputs_fingerprint(config),
+                    weights_sha256=weights_record(run.path),
+                )
             )
-            print(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
+            cli.say(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
             tell_next(config, world)
     return 0
 
@@ -378,20 +379,20 @@ def tell_finished(config: Config, done: Finished, world: World) -> None:
         notes = [f"in {load_config(Path(config.run)).precision}"]
         if done.uncompared:
             notes.append(f"its data could not be compared: {done.uncompared}")
-        print(files.redact(f"run already finished: {config.run} ({'; '.join(notes)})"))
+        cli.say(files.redact(f"run already finished: {config.run} ({'; '.join(notes)})"))
 
 
 def tell_next(config: Config, world: World) -> None:
     """Print the command that evaluates a finished run, with the finished other seeds beside it."""
-    runs = commands.with_seeds([Path(config.run)], "training.json")
-    print(commands.evaluation(runs, config.data, config.train_set, ranks=world.local_size))
+    runs = commands.with_seeds([Path(config.run)], records.TRAINING)
+    cli.say(commands.evaluation(runs, config.data, config.train_set, ranks=world.local_size))
 
 
 def tell_start(job: Job, why: str) -> None:
     """Print what starts, and why in this precision."""
     config, world, device = job.config, job.world, job.device
     precision = f"{config.precision} ({why})" if why else config.precision
-    print(f"{config.run}: {config.recipe} on {world.size} x {device.type}, {precision}", flush=True)
+    cli.say(f"{config.run}: {config.recipe} on {world.size} x {device.type}, {precision}")
     if config.method.masks and not config.method.drops:
         pool = config.donor_pool(world.size)
         few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
@@ -429,7 +430,7 @@ def main() -> None:
         if command.dry_run:
             if world.is_main:
                 words = [word for word in sys.argv[1:] if word != "--dry-run"]
-                print(describe(job, words, why))
+                cli.say(describe(job, words, why))
             return
         if world.is_main:
             tell_start(job, why)

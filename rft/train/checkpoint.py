@@ -10,7 +10,6 @@ They are written by a thread of their own from a copy in memory, so that trainin
 """
 
 import errno
-import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -20,11 +19,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rft import dist, files
+from rft import dist, documents, files
 from rft.cli import warn
 from rft.clip.classifier import Classifier
 from rft.config import repeat_precision
 from rft.dist import World
+from rft.documents import Count, Sha256, document
+from rft.records import RECORD_BYTES, Step
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class Progress:
         return replace(self, best_step=self.step, best_correct=correct)
 
 
-@dataclass(frozen=True, kw_only=True)
+@document(name="record")
 class Record:
     """What is known of a checkpoint file without reading it."""
 
-    step: int
-    best_step: int
-    bytes: int
-    sha256: str
+    step: Count
+    best_step: Step
+    bytes: Count
+    sha256: Sha256
 
     @property
     def name(self) -> str:
@@ -148,10 +149,13 @@ class Store:
         """
         if record_name(step) not in files.names(self.url):
             return "its record is missing"
-        data = files.read_bytes(files.join(self.url, record_name(step)))
+        url = files.join(self.url, record_name(step))
+        data = files.read_bytes(url)
         try:
-            record = Record(**json.loads(data))
-        except (ValueError, TypeError):
+            record = documents.decode(data, Record, url)
+        except ValueError:
+            record = None
+        if record is None or record.step != step:
             return "its record is damaged"
         try:
             with files.local_copy(files.join(self.url, file_name(step))) as path:
@@ -176,7 +180,7 @@ class Store:
             return torch.load(path, map_location="cpu", weights_only=True)
 
     def _record(self, step: int) -> Record:
-        return Record(**files.read_json(files.join(self.url, record_name(step))))
+        return files.read_document(files.join(self.url, record_name(step)), Record, RECORD_BYTES)
 
     def _delete_old(self) -> None:
         """Keep the newest few, and the selected model's of each of them."""
@@ -184,7 +188,7 @@ class Store:
         kept = set(steps[-self._keep :])
         try:
             kept |= {self._record(step).best_step for step in kept}
-        except (ValueError, TypeError):
+        except ValueError:
             return  # it is not known what they need
         for step in set(steps) - kept:
             files.remove(files.join(self.url, file_name(step)))

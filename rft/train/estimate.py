@@ -17,10 +17,11 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor, nn
 
-from rft import files, recipes, small
+from rft import files, recipes, records, small
 from rft.clip import vit
 from rft.config import Config
 from rft.method.relevance import MAP_BYTES
+from rft.records import Reached
 from rft.train.loop import Job, precision
 from rft.train.objective import Objective, StepAddress, draw
 from rft.train.optim import schedule_warning
@@ -156,10 +157,9 @@ def steps(job: Job) -> list[str]:
     ]
     if warning := schedule_warning(job.total_steps, optim):
         lines.append(f"WARNING: {warning}")
-    progress = Path(job.config.run) / "progress.json"
-    if progress.exists():
-        done = files.read_json(str(progress))["step"]
-        lines.append(f"{done:,} of them are done: the run would go on from there")
+    reached = records.find(Path(job.config.run) / records.PROGRESS, Reached)
+    if reached is not None:
+        lines.append(f"{reached.step:,} of them are done: the run would go on from there")
     return lines
 
 

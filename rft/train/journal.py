@@ -19,7 +19,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from rft import files, local
+from rft import files, local, records
 from rft.cli import warn
 from rft.config import Config
 from rft.evaluate.accuracy import Count
@@ -127,12 +127,16 @@ class Logs:
 
     def __init__(self, config: Config, done: int) -> None:
         folder = Path(config.run)
-        self._path = folder / "metrics.jsonl"
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._path = folder / records.METRICS
+        self.held_out: Count | None = None
         # a killed run may have logged beyond its last checkpoint, and half a line at the end
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
-        files.write_bytes(str(self._path), "".join(f"{line}\n" for line in kept).encode())
-        self.held_out = _last_held_out(kept)
+        with files.publish(str(self._path)) as path, path.open("wb") as stream:
+            for text, line in records.read_metrics(self._path):
+                if line.step <= done:
+                    stream.write(text)
+                    correct, total = line.held_out_correct, line.held_out_total
+                    if correct is not None and total is not None:
+                        self.held_out = Count(correct, total)
         if done == 0:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self._wandb = Wandb(config, done) if config.log.wandb else None
@@ -163,14 +167,6 @@ class Logs:
         self.folder.close()
         if self._wandb:
             self._wandb.close(failed=failed)
-
-
-def _last_held_out(lines: list[str]) -> Count | None:
-    for line in reversed(lines):
-        values = json.loads(line)
-        if "held_out_correct" in values:
-            return Count(values["held_out_correct"], values["held_out_total"])
-    return None
 
 
 class Wandb:

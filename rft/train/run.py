@@ -9,16 +9,18 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import filelock
 from fsspec.implementations.local import LocalFileSystem
 
-from rft import dist, files, local, small
+from rft import dist, files, local, records, small
 from rft.config import Config, load_config, repeat_precision
 from rft.data.manifest import Manifest
 from rft.dist import World
+from rft.records import Reached, Training
 from rft.runs import require_no_links, require_own_weights
 from rft.train.checkpoint import Record
 from rft.train.stop import StopRequest
@@ -93,8 +95,8 @@ class RunFolder:
 
     def note_progress(self, record: Record, total: int) -> None:
         """Record how far the run is, after a checkpoint is safe."""
-        document = {"step": record.step, "of": total, "checkpoint": record.name}
-        files.write_json(str(self.path / "progress.json"), document | {"sha256": record.sha256})
+        reached = Reached(step=record.step, of=total, checkpoint=record.name, sha256=record.sha256)
+        files.write_json(str(self.path / records.PROGRESS), asdict(reached))
 
     def require_there(self) -> None:
         """Check that the folder was not deleted or emptied while its run trains.
@@ -107,14 +109,14 @@ class RunFolder:
         if not (self.path / "config.json").exists():
             raise ValueError(vanished(self.path))
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def finish(self, summary: Training) -> None:
         """Record that the run is complete.
 
         Raises:
             ValueError: if the folder was deleted meanwhile.
         """
         self.require_there()
-        files.write_json(str(self.path / "training.json"), summary)
+        files.write_json(str(self.path / records.TRAINING), asdict(summary))
 
 
 class Held:
@@ -170,8 +172,7 @@ def check_identity(config: Config) -> None:
             raise ValueError(f"{folder} has checkpoints but no config.json; use another folder")
         require_no_data(folder)
         return
-    document = files.read_json(str(path))
-    if {"merged_from", "imported_from"} & document.keys():
+    if records.read_config(folder).is_made:
         raise ValueError(f"{folder} holds a merged or imported model; choose another --run-dir")
     # a run that stopped before its first checkpoint left nothing that another could spoil;
     # checkpoints that lie elsewhere, of a folder that was lost, are checked when they are loaded
@@ -206,7 +207,7 @@ def require_no_data(folder: Path) -> None:
 class Finished(NamedTuple):
     """A run that is complete."""
 
-    record: dict[str, Any]
+    record: Training
     """Its training.json."""
     uncompared: str
     """Why its training set could not be compared with the one that is named now, if so."""
@@ -224,17 +225,18 @@ def finished(config: Config) -> Finished | None:
             weights that are not the run's, or a damaged training.json.
     """
     check_identity(config)
-    path = Path(config.run) / "training.json"
-    if not path.exists():
-        return None
-    record = files.read_json(str(path))
-    if not isinstance(record, dict) or not isinstance(record.get("inputs", {}), dict):
+    path = Path(config.run) / records.TRAINING
+    try:
+        record = records.find(path, Training)
+    except ValueError as error:
         raise ValueError(
-            f"{path} is damaged: it is no record of a finished run. Restore it, or delete it and "
-            "run the same command to finish the run from its newest checkpoint"
-        )
+            f"{error}. Restore it, or delete it and run the same command to finish the run from "
+            "its newest checkpoint"
+        ) from error
+    if record is None:
+        return None
     require_own_weights(path.parent)
-    return Finished(record, _compare_data(config, record.get("manifest_sha256")))
+    return Finished(record, _compare_data(config, record.manifest_sha256))
 
 
 def is_finished(config: Config) -> bool:
@@ -242,7 +244,7 @@ def is_finished(config: Config) -> bool:
     return finished(config) is not None
 
 
-def _compare_data(config: Config, trained_on: Any) -> str:
+def _compare_data(config: Config, trained_on: str | None) -> str:
     """Hold the set that is named now against the manifest's hash that a finished run recorded.
 
     Returns:
@@ -258,7 +260,7 @@ def _compare_data(config: Config, trained_on: Any) -> str:
     if now != trained_on:
         raise ValueError(
             f"{config.run} is a finished run that was trained on other data than {url} holds now: "
-            f"the manifest's hash was {str(trained_on)[:12]}, it is {now[:12]}. Restore the data, "
+            f"the manifest's hash was {trained_on[:12]}, it is {now[:12]}. Restore the data, "
             "or choose another --run-dir"
         )
     return ""

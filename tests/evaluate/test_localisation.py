@@ -227,7 +227,7 @@ def tiny_case(tmp_path_factory, tiny_data) -> dict:
     model = build_model(classes=len(tiny.LABELS.ids))
     checkpoint = folder / "run" / "checkpoints" / "best.safetensors"
     save_classifier(str(checkpoint), model, {"step": "7"}, tiny.LABELS.classes)
-    (folder / "run" / "config.json").write_text("{}\n")
+    (folder / "run" / "config.json").write_text('{"recipe": "x", "seed": 0}\n')
     packed, rng = PackedDataset(str(tiny_data / "imagenet-train")), np.random.default_rng(5)
     masks = {}
     for sample in range(5, len(packed)):

@@ -9,14 +9,15 @@ from rft import files
 from rft.clip.classifier import load_state, save_classifier
 from rft.evaluate.__main__ import is_current, write_results
 from rft.evaluate.checkpoints import Loaded
-from rft.runs import SetCount, checkpoint_path, current_results
+from rft.records import SetCount
+from rft.runs import checkpoint_path, current_results
 from tests.conftest import build_model
 
 OLD, NEW = "0" * 64, "1" * 64
 
 
 def entry(correct: int, manifest: str = OLD) -> SetCount:
-    return SetCount(correct, 10, manifest)
+    return SetCount(correct=correct, total=10, manifest_sha256=manifest)
 
 
 def weights(path: Path, seed: int = 0) -> Path:

@@ -1,17 +1,19 @@
 """Synthetic run folders: invented numbers, for tests only."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
-from rft import files
+from rft import documents, files
 from rft.classes import Classes
+from rft.records import Provenance, Results, RunConfig, SetCount
 from rft.report.runs import Run
 from rft.report.tables import FILLS, ID_SET, MASKS, OOD_SETS
-from rft.runs import SELECTED, SetCount
+from rft.runs import SELECTED
 
 SETS = (ID_SET, *OOD_SETS)
 
@@ -33,7 +35,7 @@ def make_run(
         name: {
             "correct": round(share * total / 100),
             "total": total,
-            "manifest_sha256": f"{name}-manifest",
+            "manifest_sha256": files.sha256_bytes(name.encode()),
         }
         for name, share in zip(SETS, percent, strict=False)
     }
@@ -55,7 +57,7 @@ def make_run(
         "command": ["rft.train", recipe],
     }
     if "optim" in config:
-        write(path / "training.json", {"steps": 250})
+        write(path / "training.json", {"steps": 250, "best_step": 250, "world_size": 1})
     write(path / "results.json", results)
     write(path / "provenance.json", provenance)
     if metrics:
@@ -159,21 +161,29 @@ def make_gallery(
 def run_of(recipe: str, seed: int = 0, percent: tuple[float, ...] = (), total: int = 1000) -> Run:
     """A run in memory; `percent` in the order of SETS, shorter where sets are missing."""
     counts = {
-        name: SetCount(round(share * total / 100), total, f"{name}-manifest")
+        name: SetCount(
+            correct=round(share * total / 100),
+            total=total,
+            manifest_sha256=files.sha256_bytes(name.encode()),
+        )
         for name, share in zip(SETS, percent, strict=False)
     }
     return Run(
         path=Path(f"{recipe}-{seed}"),
         recipe=recipe,
         seed=seed,
-        step=0,
-        checkpoint_sha256="",
-        config_sha256="",
-        counts=counts,
-        config={},
-        provenance={},
+        results=Results(step=0, checkpoint_sha256="0" * 64, sets=counts),
+        config=RunConfig(recipe=recipe, seed=seed),
+        provenance=Provenance(),
         metrics=(),
     )
+
+
+def configured(run: Run, **config: Any) -> Run:
+    """A run in memory with these entries of its config.json."""
+    whole = {"recipe": run.recipe, "seed": run.seed, **config}
+    found = documents.decode(json.dumps(whole).encode(), RunConfig, "config.json")
+    return replace(run, config=replace(found, whole=whole))
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -3,7 +3,6 @@
 import csv
 import io
 import statistics
-from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -12,7 +11,7 @@ from rft.report import beside, paper, tables
 from rft.report.beside import rank_correlation
 from rft.report.paper import VIT_B_16, VIT_B_32, published
 from rft.report.tables import COLUMNS, OOD_COLUMN
-from tests.report.make_runs import run_of
+from tests.report.make_runs import configured, run_of
 
 ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)
 
@@ -75,8 +74,8 @@ def test_which_of_the_papers_models_is_meant(clip, expected):
 
 def of(*runs, **config):
     """The table of runs that share a configuration."""
-    configured = [replace(run, config=config) for run in runs]
-    return beside.beside(configured, tables.result_rows(configured))
+    changed = [configured(run, **config) for run in runs]
+    return beside.beside(changed, tables.result_rows(changed))
 
 
 def test_ours_stands_above_the_papers_and_what_was_not_run_alone():
@@ -105,7 +104,7 @@ def test_absent_numbers_are_dashes():
 
 def test_a_b16_has_table_3_alone():
     merged = run_of("wise-ft-0.5", 0, ALL)
-    tuned = replace(run_of("vanilla", 0, ALL), config={"model": {"clip": "ViT-B-16-quickgelu"}})
+    tuned = configured(run_of("vanilla", 0, ALL), model={"clip": "ViT-B-16-quickgelu"})
     table = beside.beside([tuned, merged], tables.result_rows([tuned, merged]))
     assert [pair.published for pair in table.pairs] == list(published("ViT-B/16"))
     assert "the paper's Table 3 (CLIP ViT-B/16, here ViT-B-16-quickgelu)" in table.caption
@@ -124,7 +123,7 @@ def test_the_miniature_has_the_rows_of_both_models():
 
 def test_clips_of_different_rows_do_not_mix():
     runs = [
-        replace(run_of(name, 0, ALL), config={"model": {"clip": clip}})
+        configured(run_of(name, 0, ALL), model={"clip": clip})
         for name, clip in (("vanilla", "ViT-B-16"), ("no-mask", "ViT-B-32"))
     ]
     assert beside.beside(runs, tables.result_rows(runs)) is None

@@ -10,16 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from rft.records import SetCount
 from rft.report import tables
 from rft.report.tables import COLUMNS, OOD_COLUMN, Spread, Wise
-from rft.runs import SetCount
 from tests.report.make_runs import run_of
 
 ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)
 
 
+def counted(correct: int, total: int) -> SetCount:
+    return SetCount(correct=correct, total=total, manifest_sha256="0" * 64)
+
+
 def test_percentages_come_from_counts():
-    assert tables.top1(SetCount(1, 3, "")) == pytest.approx(100 / 3)
+    assert tables.top1(counted(1, 3)) == pytest.approx(100 / 3)
     (row,) = tables.result_rows([run_of("vanilla", percent=ALL)])
     assert [cell and cell.mean for cell in row.cells] == pytest.approx([*ALL, 40.0])
     assert all(cell and cell.sd is None for cell in row.cells)
@@ -31,7 +35,7 @@ def test_each_column_is_the_set_of_its_heading():
         "objectnet": 35.0, "imagenet-a": 26.0, "imagenet-train": 99.0,
     }  # fmt: skip
     run = run_of("vanilla")
-    run.counts.update({name: SetCount(round(10 * p), 1000, "") for name, p in percent.items()})
+    run.counts.update({name: counted(round(10 * p), 1000) for name, p in percent.items()})
     (row,) = tables.result_rows([run])
     found = {name: cell.mean for name, cell in zip(COLUMNS, row.cells, strict=True)}
     assert found == pytest.approx(
@@ -44,7 +48,7 @@ def test_each_column_is_the_set_of_its_heading():
 
 def test_sets_weigh_the_same_whatever_their_size():
     run = run_of("vanilla", percent=ALL)
-    run.counts["imagenet-a"] = SetCount(20_000, 100_000, "")
+    run.counts["imagenet-a"] = counted(20_000, 100_000)
     assert tables.ood_average(run) == pytest.approx(40)
 
 
@@ -179,6 +183,25 @@ def test_csv_reads_back():
     assert float(row["ImageNet"]) == pytest.approx(73.5)
     assert float(row["ImageNet sd"]) == pytest.approx(0.5**0.5, abs=1e-6)
     assert row["A"] == row["OOD avg"] == row["OOD avg sd"] == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "=HYPERLINK(1)", "+1+cmd", "-2-3", "@sum", "|calc", " =1+1", "\uff1d1+1", "-1 -2", "-",
+        "+-1", "%0", "-1e5x", "=",
+    ],
+)  # fmt: skip
+def test_no_name_is_a_formula(name):
+    (row,) = tables.result_rows([run_of(name, seed=-3, percent=ALL)])
+    (found,) = csv.DictReader(io.StringIO(tables.csv_text([row])))
+    assert (found["recipe"], found["seeds"]) == (f"'{name}", "-3")
+    assert float(found["ImageNet"]) == 70
+
+
+@pytest.mark.parametrize("text", ["-0.250000", "+1.5", "-7", "70.0", "", "vanilla", "a=b", "'=1"])
+def test_numbers_and_other_names_stay_as_they_are(text):
+    assert tables.csv_cell(text) == text
 
 
 def test_markdown_takes_no_markup_from_names():

@@ -233,10 +233,9 @@ def test_a_configuration_edited_by_hand(train, capsys):
     assert "--precision" not in line
 
 
-@pytest.mark.parametrize("precision", ["auto", "fp16"])
-def test_no_job_without_a_precision(precision):
-    config = replace(recipes.build("vanilla"), precision=precision)
-    with pytest.raises(RuntimeError, match=f"a job's precision is '{precision}'"):
+def test_no_job_without_a_precision():
+    config = replace(recipes.build("vanilla"), precision="auto")
+    with pytest.raises(RuntimeError, match="a job's precision is 'auto'"):
         Job(
             config=config,
             world=None,

@@ -95,6 +95,32 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(
     assert (run / "checkpoints" / "step-00000024.pt.damaged").exists()
 
 
+GOOD = {"step": 24, "best_step": 20, "bytes": 4, "sha256": files.sha256_bytes(b"data")}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"", b"{", b"[]", b"\xff", b"[" * 10**5, b"null",
+        *({**GOOD, **wrong} for wrong in (
+            {"step": 23}, {"step": "24"}, {"bytes": -1}, {"bytes": 4.0}, {"sha256": "../x"},
+            {"best_step": None}, {"best_step": 2**70}, {"more": 1},
+        )),
+        {"step": 24},
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_a_damaged_checkpoint(tmp_path, record):
+    store = checkpoint.Store(str(tmp_path), keep=2)
+    (tmp_path / "step-00000024.pt").write_bytes(b"data")
+    path = tmp_path / "step-00000024.json"
+    path.write_text(json.dumps(GOOD))
+    assert store.damage(24) == ""
+    path.write_bytes(record if isinstance(record, bytes) else json.dumps(record).encode())
+    assert store.damage(24) == "its record is damaged"
+    with pytest.raises(ValueError, match="none of the checkpoints"):
+        store.newest_whole()
+
+
 @pytest.mark.slow
 def test_nothing_starts_again_in_silence_if_all_are_damaged(train, monkeypatch, tmp_path, capsys):
     killed(train, monkeypatch, 26)
