@@ -14,9 +14,8 @@ def main() -> None:
             print(f"{row.answer:9s} {row.name}")
         return
     answers = ("refused", "reported", "either", "accepted", "silent")
-    print(
-        f"| kind | rows | {' | '.join(answers)} | `make programs` alone |\n|---|--:|--:|--:|--:|--:|--:|--:|"
-    )
+    heads = ("kind", "rows", *answers, "`make programs` alone")
+    print(f"| {' | '.join(heads)} |\n|---|{'--:|' * (len(heads) - 1)}")
     for kind, count in [*by_kind(ROWS).items(), ("all", len(ROWS))]:
         mine = [row for row in ROWS if kind in ("all", row.kind)]
         told = Counter(row.answer for row in mine)

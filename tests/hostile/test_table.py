@@ -5,9 +5,9 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from _pytest.mark import ParameterSet
 
 from tests.hostile import world
 from tests.hostile.rows import Row, complaints
@@ -20,7 +20,7 @@ LEAST = 120  # rows that the table must have
 QUICK_SHARE = 12
 
 
-def parameters() -> Iterator[ParameterSet]:
+def parameters() -> Iterator[Any]:
     """Yield all rows; `make quick` takes every so many of the cheap ones of each kind."""
     cheap: Counter[str] = Counter()
     for row in ROWS:
