@@ -8,17 +8,22 @@ WHEELS_PYTHON ?= 3.12
 WHEELS_MACHINE ?= x86_64
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# requirements/$(LOCK).txt is what $(VENV) gets: dev, or lowest for the lower bounds of pyproject.toml
+LOCK   ?= dev
+UPGRADE ?=
 
-.PHONY: demo reproduce results test programs quick marks pythons faults fuzz lint bench gpu wheels peers simd clean
+.PHONY: demo reproduce results test programs quick marks pythons lowest faults fuzz lint lock licenses \
+	bench gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
 # compiled files are kept, whatever the environment says: pytest rewrites every assert, in each process
 export PYTHONDONTWRITEBYTECODE :=
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml requirements/$(LOCK).txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: rft needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check -q --require-hashes -r requirements/$(LOCK).txt
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(VENV)/.installed  ## the paper's experiment in miniature, from images to a report
@@ -47,7 +52,10 @@ marks: $(VENV)/.installed  ## are all others marked `slow`? on a machine that do
 	$(BIN)/pytest -q -m "not slow" --check-slow
 
 pythons:  ## `make quick` on each Python that rft supports and that is found here, in build/
-	tests/pythons.sh
+	tests/pythons.sh dev 3.11 3.12 3.13
+
+lowest:  ## `make quick` on exactly the lower bounds of pyproject.toml, on the oldest and newest Python
+	tests/pythons.sh lowest 3.11 3.13
 
 faults: $(VENV)/.installed  ## plant each fault of tools/planted_faults.toml; its tests must notice
 	$(BIN)/python tools/plant_faults.py --jobs 2
@@ -63,7 +71,21 @@ lint: $(VENV)/.installed  ## style, types, module contracts, spelling, shell scr
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	$(BIN)/shellcheck -x .ci/run launch/*.sbatch launch/*.sh tests/*.sh tests/launch/*.sh
+	$(BIN)/shellcheck -x .ci/run launch/*.sbatch launch/*.sh requirements/*.sh tests/*.sh tests/launch/*.sh
+
+# One resolution: extras.txt holds all that users install, the others constrain themselves to it.
+# Releases stay where they are; `make lock UPGRADE=--upgrade` takes newer ones, and a lower bound that is
+# new or falls needs UPGRADE='--upgrade-package NAME' once.
+COMPILE = $(BIN)/uv pip compile -q --no-config --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --custom-compile-command "make lock" $(UPGRADE) pyproject.toml --group build
+lock: $(VENV)/.installed  ## requirements/*.txt for pyproject.toml, with hashes
+	$(COMPILE) --extra s3 --extra gcs --extra wandb -o requirements/extras.txt
+	$(COMPILE) -c requirements/extras.txt -o requirements/run.txt
+	$(COMPILE) -c requirements/extras.txt --extra dev -o requirements/dev.txt
+	$(COMPILE) --resolution lowest-direct --extra dev --extra gcs -o requirements/lowest.txt
+
+licenses: $(VENV)/.installed  ## requirements/licenses.md: the licence of every locked package
+	requirements/licenses.sh $(BIN)
 
 bench: $(VENV)/.installed  ## the step, the loader and the packer against their peers; checkpoints; faults
 	$(BIN)/python -m benchmarks.environments

@@ -2,7 +2,7 @@
 
 A rented machine with a GPU often comes bare: an image with torch for its driver, nothing else, and
 no package registry. This fills a folder with the other packages that `benchmarks.gpu` and tests/gpu
-need, in the versions of constraints.txt, for a Python and a platform that are not this machine's.
+need, in the versions of this environment, for a Python and a platform that are not this machine's.
 On the other machine:
 
     python3 -m pip install --no-index --no-deps --target site build/wheels/*.whl

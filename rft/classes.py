@@ -6,19 +6,17 @@ together with data or with another head compares the lists here. No torch: the r
 packing tools use this too.
 """
 
-import json
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from rft import files
+from rft.documents import FOREIGN, Name, document
 
-HEADER_LIMIT = 100_000_000  # bytes; the safetensors library refuses longer headers as well
 
-
-@dataclass(frozen=True, kw_only=True)
+@document(name="classes", config=FOREIGN)
 class Classes:
     """The classes of a head or a packed set.
 
@@ -27,9 +25,9 @@ class Classes:
     the prompts that the zero-shot head is made of; it is empty where they are not known.
     """
 
-    ids: tuple[str, ...]
-    names: tuple[str, ...]
-    prompts_sha256: str = ""
+    ids: tuple[Name, ...] = ()
+    names: tuple[Name, ...]
+    prompts_sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
 
     def __post_init__(self) -> None:
         if self.ids and len(self.ids) != len(self.names):
@@ -52,25 +50,6 @@ class Classes:
             "names": list(self.names),
             "prompts_sha256": self.prompts_sha256,
         }
-
-    @staticmethod
-    def of(document: Any) -> "Classes":
-        """Read the document of `to_json`, which may come from a file that anyone has made.
-
-        Raises:
-            ValueError: if it is not one.
-        """
-        if not isinstance(document, dict):
-            raise ValueError("its classes are not a JSON object")
-        ids, names = document.get("ids", []), document.get("names")
-        for values in (ids, names):
-            if not isinstance(values, list) or any(type(value) is not str for value in values):
-                raise ValueError("its classes are not lists of ids and names")
-        prompts = document.get("prompts_sha256", "")
-        if type(prompts) is not str:
-            raise ValueError("its prompts_sha256 is not a text")
-        lists: dict[str, Any] = {"ids": tuple(ids), "names": tuple(names or ())}
-        return Classes(**lists, prompts_sha256=prompts)
 
 
 def shown(text: str) -> str:
@@ -190,61 +169,6 @@ def compare_prompts(
     if len(set(filter(None, known))) < 2:
         return []
     return [f"the heads of {where} and {place} were made of different prompts"]
-
-
-def read_header(path: Path) -> dict[str, str]:
-    """Return the metadata in the header of a safetensors file, without its tensors.
-
-    Raises:
-        ValueError: if the file has no such header.
-    """
-    try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= HEADER_LIMIT:
-                raise ValueError("it has no safetensors header")
-            metadata = json.loads(stream.read(length)).get("__metadata__", {})
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if not isinstance(metadata, dict) or any(type(v) is not str for v in metadata.values()):
-        raise ValueError(f"{path} is not a readable safetensors file: its metadata is no text")
-    return metadata
-
-
-def weights_entries(path: Path) -> dict[str, Any]:
-    """Return what the header of one of rft's weights files says: recipe, step, classes.
-
-    Raises:
-        ValueError: if it is not one of rft's weights files.
-    """
-    try:
-        entries = json.loads(read_header(path).get("rft", "null"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} was not written by rft: {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path} was not written by rft: its header names no recipe")
-    return entries
-
-
-def of_weights(path: Path) -> Classes | None:
-    """Return the classes that one of rft's weights files names; None if it names none.
-
-    Raises:
-        ValueError: if it is not one of rft's weights files, or its classes are malformed.
-    """
-    try:
-        return of_entries(weights_entries(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def of_entries(entries: dict[str, Any]) -> Classes | None:
-    """Return the classes among the entries of a weights file's header; None if there are none.
-
-    Raises:
-        ValueError: if they are malformed.
-    """
-    return Classes.of(entries["classes"]) if "classes" in entries else None
 
 
 def composed(text: str) -> str:

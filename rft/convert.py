@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import open_clip
 import tyro
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from rft import cli, dist, documents, files, records, trained_on
 from rft.classes import Classes, check_head
-from rft.clip import load, weights
+from rft.clip import card, load, weights
 from rft.clip.architecture import Architecture
+from rft.clip.card import Format
 from rft.clip.classifier import load_state, require_finite
 from rft.clip.head import zero_shot_head
 from rft.clip.load import PretrainedClip
@@ -43,7 +44,7 @@ from rft.runs import (
 )
 from rft.trained_on import TrainedOn
 
-Format = Literal["open-clip", "released", "model-soups", "safetensors"]
+ANCESTORS = 200  # run folders of a merge that are searched for the origin of its text tower
 SUFFIXES = {"released": ".pt", "model-soups": ".pt", "safetensors": ".safetensors"}
 
 USAGE = """Bring weights of other code in, take weights out.
@@ -216,7 +217,7 @@ def _from_file(path: Path, clip: str) -> Found:
     architecture = _architecture(path, read, clip)
     load.require_fit(read, architecture)
     if read.config and read.head:  # without a head the whole CLIP is loaded, which warns too
-        load.warn_of_resize(str(path), read.config.get("preprocess_cfg", {}))
+        load.warn_of_resize(str(path), read.config.preprocess_cfg)
     source = {
         "format": read.format,
         "path": str(path),
@@ -322,37 +323,40 @@ def export_weights(arguments: Export) -> None:
     if to in ("open-clip", "model-soups"):
         clip = text_tower(arguments.text, architecture, config)
         require_same_tower(clip.architecture, architecture)
-    card: dict[str, Any] = {
-        "format": to,
-        "source": {"path": str(arguments.source), "sha256": digest, "text": arguments.text},
-    }
+    source = card.Source(path=str(arguments.source), sha256=digest, text=arguments.text)
     card_path = out / weights.CARD if to == "open-clip" else out.with_name(f"{out.name}.json")
-    _require_same_export(out, card_path, card)
+    _require_same_export(out, card_path, to, source)
     metrics = metrics_of(arguments.source)
     known = classes or classes_of_run(arguments.source, config)
-    card |= {
-        "schema": 1,
-        "recipe": config.recipe if config else metadata.get("recipe"),
-        "seed": config.seed if config else None,
-        "architecture": json.loads(architecture.to_json()),
-        **describe(architecture, state["head.weight"]),
-        "classes": list(known.names) if known else None,
-        "class_ids": list(known.ids) if known else None,
-        "prompts_sha256": known.prompts_sha256 if known else None,
-        "metrics": metrics,
-        "unfinished": reached,
-        trained_on.KEY: sorted(trained_on.of_model(arguments.source, metadata)),
-        "provenance": files.provenance(),
-    }
     if to == "open-clip":
         assert clip is not None
         contents = hub_folder(state, architecture, clip)
     else:
         contents = {out.name: file_content(to, state, weights_path, metrics, clip)}
     folder = out if to == "open-clip" else out.parent
-    card["files"] = {name: files.sha256_bytes(data) for name, data in contents.items()}
-    # first, so that the same command may go on where it was stopped
-    files.write_json(str(card_path), card)
+    rows, features = state["head.weight"].shape
+    described = card.Card(
+        format=to,
+        source=source,
+        files={name: files.sha256_bytes(data) for name, data in contents.items()},
+        architecture=architecture,
+        activation="QuickGELU" if architecture.quick_gelu else "GELU",
+        preprocessing=card.Preprocessing(
+            size=architecture.image_size, mean=architecture.mean, std=architecture.std
+        ),
+        head=card.Head(classes=rows, features=features),
+        classes=known.names if known else None,
+        class_ids=known.ids if known else None,
+        prompts_sha256=known.prompts_sha256 if known else None,
+        trained_on=tuple(sorted(trained_on.of_model(arguments.source, metadata))),
+        recipe=config.recipe if config else metadata.get("recipe"),
+        seed=config.seed if config else None,
+        unfinished=reached,
+        metrics=metrics,
+        provenance=files.provenance(),
+    )
+    # first, so that the same command can resume where it was stopped
+    files.write_json(str(card_path), described.to_json())
     for name, data in contents.items():
         files.write_bytes(str(folder / name), data)
     cli.say(f"exported: {out}, described in {card_path}")
@@ -372,7 +376,7 @@ def text_tower(text: str, architecture: Architecture, config: RunConfig | None) 
     if text:
         clip, pretrained = (text, "") if load.names_folder(text) else (architecture.clip, text)
         return load.load_clip(ModelConfig(clip=clip, pretrained=pretrained))
-    if origin := next(_origins(config, architecture), None):
+    if origin := next(_origins(config, architecture, set()), None):
         return load.load_clip(origin)
     if load.names_folder(architecture.clip):
         return load.load_clip(ModelConfig(clip=architecture.clip, pretrained=""))
@@ -383,11 +387,12 @@ def text_tower(text: str, architecture: Architecture, config: RunConfig | None) 
 
 
 def _origins(
-    config: RunConfig | None, architecture: Architecture, seen: frozenset[Path] = frozenset()
+    config: RunConfig | None, architecture: Architecture, seen: set[Path]
 ) -> Iterator[ModelConfig]:
     """Yield the CLIPs that a run, or the runs that it is merged from, started with.
 
-    `seen` are the runs on the way to it, of which it must not be made in turn.
+    `seen` are the run folders that were looked at: a merge may name itself, or one folder in
+    several ways.
     """
     if config is None:
         return
@@ -398,8 +403,9 @@ def _origins(
         yield _text_of(Path(source.path), architecture)
     for ancestor in config.merged_from or ():
         path = Path(ancestor.path).resolve()
-        if path not in seen:
-            yield from _origins(records.find_config(path), architecture, seen | {path})
+        if path not in seen and len(seen) < ANCESTORS:
+            seen.add(path)
+            yield from _origins(records.find_config(path), architecture, seen)
 
 
 def require_same_tower(original: Architecture, ours: Architecture) -> None:
@@ -413,27 +419,6 @@ def require_same_tower(original: Architecture, ours: Architecture) -> None:
             f"the text tower belongs to another model: {'; '.join(changed)}; name the right one "
             "with --text"
         )
-
-
-def describe(architecture: Architecture, head: Tensor) -> dict[str, Any]:
-    """Return the part of the card that says how to compute with the weights."""
-    classes, features = head.shape
-    return {
-        "activation": "QuickGELU" if architecture.quick_gelu else "GELU",
-        "preprocessing": {
-            "size": architecture.image_size,
-            "resize": "bicubic, shorter side to size",
-            "crop": "center",
-            "mean": architecture.mean,
-            "std": architecture.std,
-        },
-        "head": {
-            "classes": classes,
-            "features": features,
-            "logits": "weight @ (features / |features|) + bias",
-            "logit_scale_in_weight": True,
-        },
-    }
 
 
 def classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
@@ -519,17 +504,21 @@ def file_content(
     )
 
 
-def _require_same_export(out: Path, card_path: Path, card: dict[str, Any]) -> None:
+def _require_same_export(out: Path, card_path: Path, to: Format, source: card.Source) -> None:
     """Check that what is at --out, if anything, is this very export."""
     there = any(out.iterdir()) if out.is_dir() else out.exists()
     if not there and not card_path.exists():
         return
-    old = files.read_json(str(card_path)) if card_path.is_file() else {}
-    same = ("format", "source")
-    if not isinstance(old, dict) or any(name not in old for name in same):
+    old = card.read(card_path)
+    if old is None:
         raise ValueError(f"{out if there else card_path} is there already; choose another --out")
-    if changed := [line for name in same for line in files.difference(old[name], card[name], name)]:
+    before, now = _identity(old.format, old.source), _identity(to, source)
+    if changed := files.difference(before, now):
         raise ValueError(f"{out} holds another export: {'; '.join(changed)}; choose another --out")
+
+
+def _identity(to: Format, source: card.Source) -> dict[str, Any]:
+    return {"format": to, "source": dataclasses.asdict(source)}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from rft import __version__, cli, files
 from rft.data.workers import check_workers
 
 IMAGE_PACKAGES = ("pillow", "pillow-simd")
+# the lower bound of Pillow in pyproject.toml, which pip never compares with Pillow-SIMD
+FIXED = "13.0.0"
 # vpmaddwd: VEX prefix, then a byte whose low bits say 256 bits and opcode page 0F, then the opcode
 MULTIPLY_256_BITS = re.compile(rb"\xc5[" + re.escape(bytes(range(5, 256, 8))) + rb"]\xf5")
 
@@ -78,6 +80,21 @@ def image_core_problem(imported: str, installed: dict[str, str]) -> str | None:
     return None
 
 
+def lacks_fixes(imported: str) -> str | None:
+    """Return a warning if the image library is older than the last holes that were closed.
+
+    Args:
+        imported: version that `import PIL` gives.
+    """
+    release, fixed = ([int(n) for n in re.findall(r"\d+", v)[:3]] for v in (imported, FIXED))
+    if release >= fixed:
+        return None
+    return (
+        f"PIL {imported} lacks the security fixes of Pillow {FIXED}; use it for images that you "
+        "trust (docs/security.md)"
+    )
+
+
 def has_avx2() -> str:
     """Return whether the processor has AVX2, which `make simd` builds for."""
     path = Path("/proc/cpuinfo")
@@ -115,6 +132,8 @@ def main() -> None:
     for name, value in rows():
         table.add_row(name, value)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+    if warning := lacks_fixes(PIL.__version__):
+        print(f"warning: {warning}", file=sys.stderr)
     problem = image_core_problem(PIL.__version__, installed_image_packages())
     if problem:
         print(f"error: {problem}", file=sys.stderr)

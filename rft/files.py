@@ -84,6 +84,24 @@ def require_local(path: str | Path, option: str) -> None:
         raise ValueError(f"{option} is {path}; it must be a local folder, copy it from there later")
 
 
+def require_file(path: Path, what: str) -> None:
+    """Check that a local path is a file with an end: reading a FIFO or a device may never return.
+
+    Args:
+        path: what is to be read.
+        what: is expected there, for messages.
+
+    Raises:
+        ValueError: if it is absent or anything else.
+    """
+    if path.is_dir():
+        raise ValueError(f"no {what} at {path}: it is a folder")
+    try:
+        local.require_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"no {what} at {path}") from None
+
+
 def join(url: str, *names: str) -> str:
     """Append path components to a URL or a local path."""
     return "/".join([url.rstrip("/"), *names])

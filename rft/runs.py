@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rft import classes, files, local, records
+from rft import files, header, local, records
 from rft.records import Provenance, Reached, Results, Training
 
 SELECTED = Path("checkpoints") / "best.safetensors"  # of a run; the last without held-out images
@@ -97,7 +97,7 @@ def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "
 
 def _require_recipe(folder: Path, weights: Path) -> None:
     config = records.find_config(folder)
-    made_by = classes.weights_entries(weights).get("recipe")
+    made_by = header.read_entries(weights).recipe
     if config is not None and made_by not in (None, config.recipe):
         raise ValueError(
             f"{folder / records.CONFIG} names recipe {config.recipe!r}, its weights were made by "

@@ -8,7 +8,7 @@ file lies alone; what it was trained on goes with it. No torch: it is a matter o
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rft import documents, records
 from rft.documents import Name, Sha256
@@ -40,15 +40,6 @@ def of_metadata(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]
         return None
     where = f"{path} is damaged: {KEY}"
     return frozenset(documents.decode(metadata[KEY].encode(), tuple[TrainedOn, ...], where))
-
-
-def of_document(document: Any) -> frozenset[TrainedOn]:
-    """Return the sets that a list of pairs of name and hash names.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    return frozenset(documents.decode(json.dumps(document).encode(), tuple[TrainedOn, ...], KEY))
 
 
 def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:

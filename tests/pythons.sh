@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Run `make quick` on each Python that rft supports and that is found, on PATH or in pyenv; each has
-# an environment of its own, build/pythonX.Y, of some gigabytes. PYTHONS="3.12 3.13" names others.
+# Run `make quick` with the packages of requirements/LOCK.txt on each of the named Pythons that is
+# found, on PATH or in pyenv; each has an environment of its own, build/LOCKX.Y, of some gigabytes.
+# Usage: tests/pythons.sh LOCK VERSION...    PYTHONS="3.12 3.13" names other versions.
 set -euo pipefail
+lock=$1
+shift
 cd "$(dirname "$0")/.."
 
 interpreter() {
@@ -17,10 +20,10 @@ interpreter() {
 }
 
 tested=()
-for version in ${PYTHONS:-3.11 3.12 3.13}; do
+for version in ${PYTHONS:-$*}; do
     if found=$(interpreter "$version"); then
         echo "Python $version: $found"
-        make --no-print-directory quick PYTHON="$found" VENV="build/python$version"
+        make --no-print-directory quick PYTHON="$found" LOCK="$lock" VENV="build/$lock$version"
         tested+=("$version")
     else
         echo "Python $version: not found"

@@ -294,7 +294,7 @@ def test_an_attack_is_one_line(refused, tmp_path):
     config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
     path.write_text(json.dumps(config))
     line = refused("import", tmp_path / "hub", "--out", tmp_path / "run")
-    assert "open_clip_config.json is refused" in line
+    assert "open_clip_config.json: model_cfg.text_cfg.tokenizer_kwargs: of a tokenizer's" in line
 
 
 def test_unknown_conversions(refused):

@@ -38,7 +38,7 @@ def test_a_pattern_takes_all_its_files_and_says_if_there_is_none(tmp_path, monke
     assert "\nA100 table\n\nH100 table\n\n<!--" in update.with_tables(page)
 
 
-PAGES = (*PAGES_WITH_TABLES, "docs/paper.md", "docs/gpu.md")
+PAGES = (*PAGES_WITH_TABLES, "docs/paper.md", "docs/gpu.md", "docs/security.md", "SECURITY.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -47,6 +47,17 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", text):
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_limits_that_the_page_on_security_names_exist():
+    section = (ROOT / "docs/security.md").read_text().split("## Limits")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    for row in rows:
+        file = re.search(r"in `(\S+)` \|$", row)
+        assert file, row
+        code = (ROOT / file[1]).read_text()
+        for name in re.findall(r"`(\w+)`", row):
+            assert re.search(rf"^(class )?{name}\b", code, re.MULTILINE), row
 
 
 def test_the_readme_names_every_recipe():

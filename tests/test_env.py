@@ -51,6 +51,20 @@ def test_both_packages_over_each_other_end_with_one_line(tmp_path, monkeypatch, 
     assert "over each other" in shown
 
 
+@pytest.mark.parametrize(
+    ("imported", "warned"),
+    [("12.1.1.post0", True), ("9.5.0", True), ("13.0.0", False), ("13.0.0.post1", False)],
+)
+def test_an_image_library_with_known_holes_is_warned_of(imported, warned, monkeypatch, capsys):
+    monkeypatch.setattr(PIL, "__version__", imported)
+    monkeypatch.setattr(env, "installed_image_packages", lambda: {"pillow": imported})
+    env.main()
+    shown = capsys.readouterr().err
+    assert ("warning: " in shown) == warned
+    assert shown.count("\n") == warned
+    assert not warned or f"PIL {imported} lacks the security fixes of Pillow 13.0.0" in shown
+
+
 def test_avx2_is_seen_in_the_code_itself():
     multiply_ymm = bytes.fromhex("c5fdf5c1")  # vpmaddwd ymm0, ymm0, ymm1
     multiply_xmm = bytes.fromhex("c5f9f5c1")  # the same on 128 bits, which needs no AVX2

@@ -1,52 +1,38 @@
-"""What rebuilds an image tower without its weights: it travels in the header of our checkpoints.
-
-It is read from files that anyone may have made, so every field is checked before it is used.
-"""
+"""What rebuilds an image tower without its weights: it travels in the header of our checkpoints."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+import torch
+from open_clip.model import CLIP, CLIPTextCfg
 from open_clip.transformer import VisionTransformer
+from torch import Tensor
 
-from rft import files
+from rft import documents, files
 from rft.classes import Classes
-from rft.classes import of_entries as classes_of_entries
 from rft.clip import vit
+from rft.clip.bounds import Deviation, EmbedDim, Mean, Vision, open_clips
+from rft.documents import Name, document
+from rft.header import Entries
 
 
-@dataclass(frozen=True, kw_only=True)
+@document(name="architecture")
 class Architecture:
     """Image tower and preprocessing of a CLIP."""
 
-    clip: str
-    embed_dim: int
-    vision_cfg: dict[str, Any]
+    clip: Name
+    embed_dim: EmbedDim
+    vision_cfg: Vision
     quick_gelu: bool
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[Mean, Mean, Mean]
+    std: tuple[Deviation, Deviation, Deviation]
 
     def __post_init__(self) -> None:
-        kinds = {"clip": str, "embed_dim": int, "vision_cfg": dict, "quick_gelu": bool}
-        if wrong := [name for name, kind in kinds.items() if type(getattr(self, name)) is not kind]:
-            raise ValueError(f"its {wrong[0]} is not a {kinds[wrong[0]].__name__}")
-        try:
-            vision = CLIPVisionCfg(**self.vision_cfg)
-        except TypeError as error:
-            raise ValueError(f"its vision_cfg is not open_clip's: {error}") from error
-        # timm would download a model of any name before anything could be checked
-        if vision.timm_model_name or vision.timm_model_pretrained:
-            raise ValueError("timm builds its image tower; rft needs open_clip's own")
-        if type(self.vision_cfg.get("image_size")) is not int:
-            raise ValueError("its image_size is not one number")
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if [type(value) for value in values] != [float] * 3:
-                raise ValueError(f"its {name} is not three numbers")
+        if self.quick_gelu and self.vision_cfg.get("act_kwargs"):
+            raise ValueError("vision_cfg.act_kwargs is there; a QuickGELU has no options")
 
     @property
     def image_size(self) -> int:
@@ -56,20 +42,6 @@ class Architecture:
     def to_json(self) -> str:
         """Return the architecture as one line of JSON."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
-
-    @staticmethod
-    def of(document: Any) -> "Architecture":
-        """Rebuild an architecture from its fields.
-
-        Raises:
-            ValueError: if they are not those of one that rft can work with.
-        """
-        try:
-            pixels = {name: tuple(map(float, document[name])) for name in ("mean", "std")}
-            fields: dict[str, Any] = {**document, **pixels}
-            return Architecture(**fields)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"it lacks a field or has another ({error})") from error
 
     def difference(self, other: "Architecture") -> list[str]:
         """Return one line for each field in which two differ.
@@ -85,10 +57,26 @@ class Architecture:
         Raises:
             ValueError: if the tower is not one the method can work with.
         """
-        vision = CLIPVisionCfg(**self.vision_cfg)
+        vision = open_clips(self.vision_cfg)
         text = CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
         model = CLIP(self.embed_dim, vision, text, quick_gelu=self.quick_gelu)
         return vit.check_supported(model.visual)
+
+    def expected(self) -> dict[str, Tensor]:
+        """Return the weights of the tower as `visual.*`, without memory for any of them.
+
+        Raises:
+            ValueError: if the tower is not one the method can work with.
+        """
+        return _expected(self.to_json())
+
+
+@functools.lru_cache(maxsize=4)  # a soup compares dozens of files with one tower
+def _expected(document: str) -> dict[str, Tensor]:
+    architecture = documents.decode(document.encode(), Architecture, "architecture")
+    with torch.device("meta"):
+        visual = architecture.build_visual()
+    return {f"visual.{name}": value for name, value in visual.state_dict().items()}
 
 
 class Header(NamedTuple):
@@ -96,39 +84,19 @@ class Header(NamedTuple):
 
     architecture: Architecture
     metadata: dict[str, str]
-    """Recipe and step."""
+    """Recipe, step and training sets."""
     classes: Classes | None
     """Classes of the head; None in a file that was written without them."""
 
 
-def read_header(path: Path, header: Mapping[str, str]) -> Header:
-    """Parse the header of one of rft's files.
+def read_header(path: Path, entries: Entries) -> Header:
+    """Rebuild the architecture that the header of one of rft's files names.
 
     Raises:
-        ValueError: if the header is not rft's.
+        ValueError: naming the file, if there is none, or rft cannot work with it.
     """
-    try:
-        entries = json.loads(header["rft"])
-        classes = classes_of_entries(entries)
-        entries.pop("classes", None)
-        architecture = Architecture.of(json.loads(entries.pop("architecture")))
-        return Header(architecture, entries, classes)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} was not written by rft: its header names no architecture ({error})"
-        ) from error
-
-
-def read_document(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a local file.
-
-    Raises:
-        ValueError: naming the file, if it holds anything else.
-    """
-    try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return document
+    if entries.architecture is None:
+        raise ValueError(f"{path} was not written by rft: its header names no architecture")
+    where = f"architecture in the header of {path}"
+    architecture = documents.decode(entries.architecture.encode(), Architecture, where)
+    return Header(architecture, entries.metadata, entries.classes)

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rft import files
+from rft import files, header
 from rft.classes import Classes
 from rft.clip import vit
 from rft.clip.architecture import Architecture, read_header
+from rft.clip.weights import difference, read_safetensors
 
 
 class Classifier(nn.Module):
@@ -133,9 +133,8 @@ def save_state(
         assert len(classes) == len(state["head.weight"]), "the classes of another head"
         entries["classes"] = classes.to_json()
     # one JSON string: safetensors writes several metadata entries in no fixed order
-    header = {"rft": json.dumps(entries)}
     # to bytes first: safetensors' own writer ignores the umask
-    files.write_bytes(url, save(state, metadata=header))
+    files.write_bytes(url, save(state, metadata={"rft": json.dumps(entries)}))
 
 
 def load_state(path: Path) -> Saved:
@@ -158,17 +157,18 @@ def map_state(path: Path) -> Saved:
     Raises:
         ValueError: if it is absent, damaged, or was not written by rft.
     """
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="pt") as stream:
-            header = stream.metadata() or {}
-            # every name, in order: `keys` is the file's own list, not a dict's
-            state = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    found = read_header(path, header)
-    rows = len(state["head.weight"]) if "head.weight" in state else 0
+    files.require_file(path, "checkpoint")
+    state, metadata = read_safetensors(path)
+    found = read_header(path, header.entries(metadata, path))
+    features = found.architecture.embed_dim
+    rows = state["head.weight"].numel() // features if "head.weight" in state else 0
+    expected = {
+        **found.architecture.expected(),
+        "head.weight": torch.empty((rows, features), device="meta"),
+        "head.bias": torch.empty(rows, device="meta"),
+    }
+    if changed := difference(expected, state):
+        raise ValueError(f"{path} is damaged: it has {changed}")
     if found.classes is not None and len(found.classes) != rows:
         raise ValueError(
             f"{path} is damaged: its header names {len(found.classes)} classes, its head has {rows}"

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
 from open_clip.model import (
     CLIP,
+    CLIPTextCfg,
     CLIPVisionCfg,
     CustomTextCLIP,
     convert_to_custom_text_state_dict,
@@ -29,9 +30,11 @@ from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rft import files, header
 from rft.cli import warn
 from rft.clip import unpickle, vit, weights
 from rft.clip.architecture import Architecture
+from rft.clip.bounds import HubConfig, ModelFields, open_clips
 from rft.clip.classifier import require_finite
 from rft.clip.weights import Geometry, Weights
 from rft.config import ModelConfig
@@ -80,7 +83,10 @@ def load_clip(config: ModelConfig) -> PretrainedClip:
 
 def _load(config: ModelConfig) -> PretrainedClip:
     if names_folder(config.clip):
-        return _through_open_clip(config.clip, None)
+        hub = _open_clip_config(config.clip)  # first: it refuses what open_clip would do for it
+        found = from_weights(weights.read(_folder(config.clip)), config.clip)
+        warn_of_resize(config.clip, hub.preprocess_cfg)
+        return found
     architecture = describe(config.clip)
     if tag := open_clip.get_pretrained_cfg(config.clip, config.pretrained):
         what, quick = f"weights {config.pretrained!r}", bool(tag.get("quick_gelu", False))
@@ -108,23 +114,32 @@ def from_weights(found: Weights, clip: str) -> PretrainedClip:
         )
     architecture = describe(clip)
     require_fit(found, architecture)
-    model_cfg = model_config(clip)
-    custom = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
-    if custom:  # its own weights would be downloaded and then overwritten
-        model_cfg["text_cfg"] = {**model_cfg["text_cfg"], "hf_model_pretrained": False}
-    model = (CustomTextCLIP if custom else CLIP)(**model_cfg)
-    vit.check_supported(model.visual)
+    with torch.device("meta"):  # a tower takes memory only after its weights are known to be there
+        expected = _build(clip).state_dict()
     state = {**found.visual, **found.text}
-    if custom and "positional_embedding" in state:
+    if "text.token_embedding.weight" in expected and "positional_embedding" in state:
         state = convert_to_custom_text_state_dict(state)
-    expected = {name: value.shape for name, value in model.state_dict().items()}
-    if "logit_scale" in state:  # one number, with or without a dimension
-        state["logit_scale"] = state["logit_scale"].reshape(expected["logit_scale"])
-    found_shapes = {name: value.shape for name, value in state.items()}
-    if changed := weights.difference(expected, found_shapes):
+    scale = state.get("logit_scale")
+    if scale is not None and scale.numel() == 1:  # with or without a dimension
+        state["logit_scale"] = scale.reshape(expected["logit_scale"].shape)
+    if changed := weights.difference(expected, state):
         raise ValueError(f"{found.files[0]} does not fit {clip}: it has {changed}")
+    model = _build(clip)
     model.load_state_dict(state)
     return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
+
+
+def _build(clip: str) -> Any:
+    """Return both towers of a model with weights still to be loaded."""
+    fields: dict[str, Any] = {**model_config(clip)}
+    text = fields["text_cfg"]
+    custom = fields.pop("custom_text", False) or "hf_model_name" in text
+    if custom:  # its own weights would be downloaded and then overwritten
+        fields["text_cfg"] = {**text, "hf_model_pretrained": False}
+    try:
+        return (CustomTextCLIP if custom else CLIP)(**fields)
+    except unpickle.DAMAGE as error:
+        raise ValueError(f"cannot build {clip}: {unpickle.first_line(error)}") from error
 
 
 def names_folder(clip: str) -> bool:
@@ -132,13 +147,13 @@ def names_folder(clip: str) -> bool:
     return clip == MINIATURE or clip.startswith((LOCAL, HUB))
 
 
-def model_config(clip: str) -> dict[str, Any]:
+def model_config(clip: str) -> ModelFields:
     """Return open_clip's configuration (its `model_cfg`) of a model.
 
     Raises:
-        ValueError: if there is no such model.
+        ValueError: if there is no such model, or rft cannot work with it.
     """
-    return _open_clip_config(clip)["model_cfg"]
+    return _open_clip_config(clip).model_cfg
 
 
 def describe(clip: str) -> Architecture:
@@ -147,23 +162,21 @@ def describe(clip: str) -> Architecture:
     Raises:
         ValueError: if there is no such model, or rft cannot work with it.
     """
-    config = _open_clip_config(clip)
-    model_cfg = config["model_cfg"]
+    hub = _open_clip_config(clip)
     default = PreprocessCfg()
-    try:
-        pixels = {"mean": default.mean, "std": default.std, **config.get("preprocess_cfg", {})}
-        return Architecture.of(
-            {
-                "clip": clip,
-                "embed_dim": model_cfg.get("embed_dim"),
-                "vision_cfg": model_cfg["vision_cfg"],
-                "quick_gelu": model_cfg.get("quick_gelu", False),
-                "mean": pixels["mean"],
-                "std": pixels["std"],
-            }
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{clip} is no CLIP that rft can work with: {error}") from error
+    return Architecture(
+        clip=clip,
+        embed_dim=hub.model_cfg["embed_dim"],
+        vision_cfg=hub.model_cfg["vision_cfg"],
+        quick_gelu=hub.model_cfg.get("quick_gelu", False),
+        mean=_three(hub.preprocess_cfg.get("mean", default.mean)),
+        std=_three(hub.preprocess_cfg.get("std", default.std)),
+    )
+
+
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 def require_fit(found: Weights, architecture: Architecture) -> None:
@@ -173,17 +186,14 @@ def require_fit(found: Weights, architecture: Architecture) -> None:
         ValueError: with both geometries, and the models that the file would fit, or what else
             differs.
     """
-    with torch.device("meta"):
-        visual = architecture.build_visual()
-    expected = {f"visual.{name}": value.shape for name, value in visual.state_dict().items()}
-    shapes = {name: value.shape for name, value in found.visual.items()}
+    expected = architecture.expected()
     if found.geometry != (wanted := Geometry.of(expected)):
         names = ", ".join(names_of(found)) or "none"
         raise ValueError(
             f"{found.files[0]} has another image tower ({found.geometry}) than {architecture.clip} "
             f"({wanted}); open_clip's models of this shape: {names}"
         )
-    if changed := weights.difference(expected, shapes):
+    if changed := weights.difference(expected, found.visual):
         raise ValueError(f"{found.files[0]} does not fit {architecture.clip}: it has {changed}")
     what = f"{found.files[0]} ({found.format})"
     if found.quick_gelu is not None:
@@ -198,7 +208,7 @@ def require_openai_tower(architecture: Architecture, what: str) -> None:
     Raises:
         ValueError: naming `what` is for those towers, and the difference.
     """
-    ours = dataclasses.asdict(CLIPVisionCfg(**architecture.vision_cfg))
+    ours = dataclasses.asdict(open_clips(architecture.vision_cfg))
     free = ("layers", "width", "patch_size", "image_size")
     theirs = dataclasses.asdict(CLIPVisionCfg(**{name: ours[name] for name in free}))
     ours, theirs = {"quick_gelu": architecture.quick_gelu} | ours, {"quick_gelu": True} | theirs
@@ -244,19 +254,17 @@ def names_of(found: Weights) -> list[str]:
     return names
 
 
-def _through_open_clip(clip: str, tag: str | None) -> PretrainedClip:
-    architecture = describe(clip)  # first: it refuses what open_clip would do for the asking
+def _through_open_clip(clip: str, tag: str) -> PretrainedClip:
+    architecture = describe(clip)
     try:
-        model: Any = open_clip.create_model(_location(clip), pretrained=tag)
+        model: Any = open_clip.create_model(clip, pretrained=tag)
     except (*unpickle.DAMAGE, SafetensorError) as error:
-        what = f"{clip}{f' {tag}' if tag else ''}"
-        raise ValueError(f"cannot load {what}: {unpickle.first_line(error)}") from error
+        raise ValueError(f"cannot load {clip} {tag}: {unpickle.first_line(error)}") from error
     vit.check_supported(model.visual)
     pixels = open_clip.get_model_preprocess_cfg(model)
-    warn_of_resize(f"{clip} {tag or ''}".rstrip(), pixels)
-    architecture = dataclasses.replace(
-        architecture, mean=tuple(map(float, pixels["mean"])), std=tuple(map(float, pixels["std"]))
-    )
+    warn_of_resize(f"{clip} {tag}", pixels)
+    mean, std = _three(pixels["mean"]), _three(pixels["std"])
+    architecture = dataclasses.replace(architecture, mean=mean, std=std)
     return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
 
 
@@ -286,8 +294,25 @@ def _location(clip: str) -> str:
 
 def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
     if vocabulary := vocabulary_of(clip):
-        return WordTokenizer(vocabulary.read_text().split("\n"), context_length)
+        tokens = model_config(clip)["text_cfg"].get("vocab_size", CLIPTextCfg().vocab_size)
+        return WordTokenizer(_words(vocabulary, tokens), context_length)
     return functools.partial(tokenize_all, open_clip.get_tokenizer(_location(clip)))
+
+
+def _words(vocabulary: Path, tokens: int) -> list[str]:
+    """Return the words of a vocabulary, by their token ids.
+
+    Raises:
+        ValueError: if it is no text, or names tokens that the text tower does not have.
+    """
+    data = files.read_bytes(str(vocabulary), header.BYTES)
+    try:
+        words = data.decode().replace("\r\n", "\n").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{vocabulary} is no text in UTF-8: {error}") from error
+    if not 2 < len(words) <= tokens:
+        raise ValueError(f"{vocabulary} has {len(words):,} words; the text tower has {tokens:,}")
+    return words
 
 
 def tokenize_all(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> Tensor:
@@ -315,7 +340,19 @@ def vocabulary_of(clip: str) -> Path | None:
     return path if location.startswith(LOCAL) and path.is_file() else None
 
 
-def _open_clip_config(clip: str) -> dict[str, Any]:
+def _folder(clip: str) -> Path:
+    """Return the local folder with configuration and weights of a model; the hub's is downloaded.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    location = _location(clip)
+    if location.startswith(HUB):
+        return Path(download_pretrained_from_hf(location.removeprefix(HUB))).parent
+    return Path(location.removeprefix(LOCAL))
+
+
+def _open_clip_config(clip: str) -> HubConfig:
     """Return `model_cfg` and, where it is kept with the weights, `preprocess_cfg`."""
     location = _location(clip)
     if location.startswith(LOCAL):
@@ -330,7 +367,10 @@ def _open_clip_config(clip: str) -> dict[str, Any]:
     model_cfg = open_clip.get_model_config(location)
     if model_cfg is None:
         raise ValueError(f"open_clip has no model {clip!r}; {_instead_of(clip)}")
-    return {"model_cfg": model_cfg}
+    try:
+        return HubConfig(model_cfg=cast(ModelFields, model_cfg))
+    except ValueError as error:
+        raise ValueError(f"{clip} is no CLIP that rft can work with: {error}") from error
 
 
 def _why_no_clip(config: Path) -> str:

@@ -12,14 +12,15 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, ClassVar, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+from rft import files
 
 DTYPES = {
     "BFloat16Storage": torch.bfloat16,
@@ -59,6 +60,15 @@ STOOD_IN_NAMES = {
 }
 
 LONGEST_NAME = 1000  # of a tensor, in characters
+MEMBERS = (
+    30_000  # of an archive: a checkpoint with its optimizer has four for each of 2,000 tensors
+)
+OPERATIONS = 2**21  # of a pickle; a whole ViT-bigG-14 with its modules takes less than 2**19
+ARGUMENTS = 20  # of a call; torch's longest has seven
+ENTRIES = 1_000_000  # looked through for tensors: modules may share what they hold
+DIMENSIONS = 8
+PICKLE_BYTES = 2**26  # inside an archive, where the tensors' bytes lie elsewhere
+SHOWN = 200  # characters of a name or a reason that an error repeats
 
 # what damage, or a pickle made to confuse, raises inside the unpickler
 DAMAGE = (
@@ -109,15 +119,17 @@ class StandIn:
         """Take items and forget them."""
 
 
-@dataclass(frozen=True)
-class Storage:
+# tuples, because a pickle can set the attributes of any object that has a __dict__
+class Storage(NamedTuple):
     """The flat memory that tensors are views of, not read yet."""
 
     read: Callable[[], Tensor]
+    nbytes: int
+    """As the pickle says, and as what is read must have."""
+    itemsize: int
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """Where a tensor lies in a file."""
 
     storage: Storage
@@ -125,21 +137,56 @@ class StoredTensor:
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def load(self) -> Tensor:
-        """Read the tensor.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor once it is read.
 
         Raises:
-            ValueError: if its bytes are damaged, it reaches outside of its storage, or is larger.
+            ValueError: if it is larger than its storage: strides of 0 make any size of one number.
+        """
+        size = math.prod(self.size) * self.storage.itemsize
+        if size > self.storage.nbytes:
+            raise ValueError("damaged tensor: it is larger than its storage")
+        return size
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Return the tensor, from the content of its storage.
+
+        Raises:
+            ValueError: if it reaches outside of it.
         """
         try:
-            flat = self.storage.read()
-            view = flat.as_strided(self.size, self.stride, self.offset)
-            # strides of 0 make any size out of one number
-            if math.prod(self.size) > len(flat):
-                raise ValueError("it is larger than its storage")
-            return view.clone()
+            return flat.as_strided(self.size, self.stride, self.offset).clone()
         except DAMAGE as error:
             raise ValueError(f"damaged tensor: {first_line(error)}") from error
+
+
+def load_tensors(named: Mapping[str, StoredTensor], limit: int) -> dict[str, Tensor]:
+    """Read tensors, each storage once.
+
+    Args:
+        named: the tensors.
+        limit: bytes that all storages, and all tensors, may have; compared before any is read.
+
+    Raises:
+        ValueError: if they have more, bytes are damaged, or a tensor reaches outside of its
+            storage.
+    """
+    groups: dict[int, list[str]] = {}
+    for name, stored in named.items():
+        groups.setdefault(id(stored.storage), []).append(name)
+    storages = {key: named[names[0]].storage for key, names in groups.items()}
+    sizes = [stored.nbytes for stored in named.values()]
+    if max(sum(sizes), sum(storage.nbytes for storage in storages.values())) > limit:
+        raise ValueError("damaged: its tensors are larger than the file")
+    loaded: dict[str, Tensor] = {}
+    for key, names in groups.items():
+        try:
+            flat = storages[key].read()
+        except DAMAGE as error:
+            raise ValueError(f"damaged tensor: {first_line(error)}") from error
+        loaded |= {name: named[name].of(flat) for name in names}
+    return {name: loaded[name] for name in named}
 
 
 class Callee:
@@ -177,9 +224,75 @@ def _row(load: Callable[[Any], None]) -> Callable[[Any], None]:
     return load_row
 
 
+def _require_keys(keys: Iterable[Any]) -> None:
+    # of other types, thousands of unequal keys can have one hash
+    for key in keys:
+        if type(key) is not str and not (isinstance(key, int) and abs(key) < 2**32):
+            raise TypeError(f"a key of type {type(key).__name__}")
+
+
+def _require_few(*parts: Any) -> None:
+    # each is copied, and a pickle can name a large one again in two bytes
+    if any(len(part) > ARGUMENTS for part in parts if part is not None):
+        raise ValueError(f"more than {ARGUMENTS} arguments")
+
+
+def _require_small_state(made: Any, state: Any) -> None:
+    if not isinstance(made, StandIn):  # which keeps it as it is
+        _require_few(*(state if isinstance(state, tuple) and len(state) == 2 else (state,)))
+
+
+def _load_put(reader: Any) -> None:
+    number = int(reader.readline()[:-1])
+    _require_keys([number])
+    reader.memo[number] = reader.stack[-1]
+
+
+def _before(code: bytes, check: Callable[[list[Any]], None]) -> Callable[[Any], None]:
+    """Return the action of an opcode that looks at the stack first."""
+    act = pickle._Unpickler.dispatch[code[0]]
+
+    def load(reader: Any) -> None:
+        check(reader.stack)
+        act(reader)
+
+    return load
+
+
+_CHECKS: dict[bytes, Callable[[list[Any]], None]] = {
+    pickle.SETITEM: lambda stack: _require_keys(stack[-2:-1]),
+    pickle.SETITEMS: lambda stack: _require_keys(stack[::2]),
+    pickle.DICT: lambda stack: _require_keys(stack[::2]),
+    pickle.ADDITEMS: _require_keys,
+    pickle.FROZENSET: _require_keys,
+    pickle.REDUCE: lambda stack: _require_few(stack[-1]),
+    pickle.NEWOBJ: lambda stack: _require_few(stack[-1]),
+    pickle.NEWOBJ_EX: lambda stack: _require_few(*stack[-2:]),
+    pickle.BUILD: lambda stack: _require_small_state(*stack[-2:]),
+}
 _TUPLES = [code[0] for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)]
 # these make as many zero bytes as they say, or use what is registered in the process
 _REFUSED = [code[0] for code in (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)]
+
+
+_ACTIONS: dict[int, Callable[[Any], None]] = {
+    **{code: act for code, act in pickle._Unpickler.dispatch.items() if code not in _REFUSED},
+    **{code: _row(pickle._Unpickler.dispatch[code]) for code in _TUPLES},
+    **{code[0]: _before(code, check) for code, check in _CHECKS.items()},
+    pickle.PUT[0]: _load_put,
+}
+
+
+class _Counted(dict[int, Callable[[Any], None]]):
+    """The actions of the opcodes; each that is looked up is one that runs."""
+
+    left = OPERATIONS
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"it has more than {OPERATIONS:,} operations")
+        return super().__getitem__(code)
 
 
 # the one in C makes a table as large as the largest number that a pickle gives to an object
@@ -189,19 +302,21 @@ class Unpickler(pickle._Unpickler):
     Args:
         stream: the pickle.
         read_storage: returns the bytes of an archive's storage; None outside of an archive.
+        nested: bytes that storages which are pickled inside of the pickle may have, all together.
     """
 
-    dispatch: ClassVar = {
-        **{code: act for code, act in pickle._Unpickler.dispatch.items() if code not in _REFUSED},
-        **{code: _row(pickle._Unpickler.dispatch[code]) for code in _TUPLES},
-    }
-
     def __init__(
-        self, stream: BinaryIO, read_storage: Callable[[str], bytes] | None = None
+        self,
+        stream: BinaryIO,
+        read_storage: Callable[[str], bytes] | None = None,
+        nested: int = 0,
     ) -> None:
         super().__init__(stream)
+        self.dispatch = _Counted(_ACTIONS)  # pyrefly: ignore[read-only]
         self._read_storage = read_storage
+        self._nested_left = nested
         self._stand_ins: dict[str, type[StandIn]] = {}
+        self._storages: dict[tuple[str, torch.dtype], Storage] = {}
         self.itemsizes: dict[str, int] = {}  # of the storages that were named
 
     def find_class(self, module: str, name: str) -> Any:
@@ -212,6 +327,8 @@ class Unpickler(pickle._Unpickler):
         """
         module = "builtins" if module == "__builtin__" else module
         full = f"{module}.{name}"
+        if full == "torch.storage._load_from_bytes":
+            return Callee(self._nested_storage)
         if full in _CALLEES:
             return _CALLEES[full]
         if module == "torch" and name in DTYPES:
@@ -220,24 +337,37 @@ class Unpickler(pickle._Unpickler):
             if full not in self._stand_ins:
                 self._stand_ins[full] = type(name, (StandIn,), {})
             return self._stand_ins[full]
-        raise RefusedError(f"it wants to use {full}")
+        raise RefusedError(f"it wants to use {printable(full)}")
 
     def persistent_load(self, pid: Any) -> Storage:
         """Return a storage of the archive; the pickle names it by key, type and length."""
+        _require_few(pid)
         kind, dtype, key, _, length, *view = pid  # the old format has views of storages
-        known = isinstance(dtype, torch.dtype) and isinstance(key, str) and isinstance(length, int)
+        known = isinstance(dtype, torch.dtype) and isinstance(key, str) and _is_size(length)
         if kind != "storage" or view not in ([], [None]) or not known or not self._read_storage:
             raise RefusedError("it wants to use something of the archive that is no storage")
-        read = self._read_storage
+        if (key, dtype) in self._storages:
+            return self._storages[key, dtype]
+        read, nbytes = self._read_storage, length * dtype.itemsize
         self.itemsizes[key] = dtype.itemsize
 
         def flat() -> Tensor:
             data = read(key)
-            if len(data) != length * dtype.itemsize:
-                raise ValueError(f"storage {key} has {len(data)} bytes")
+            if len(data) != nbytes:
+                raise ValueError(f"storage {printable(key)} has {len(data)} bytes")
             return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0)
 
-        return Storage(flat)
+        return self._storages.setdefault((key, dtype), Storage(flat, nbytes, dtype.itemsize))
+
+    def _nested_storage(self, data: bytes) -> Storage:
+        """Read a storage that was pickled as a file of its own, in torch's old format."""
+        self._nested_left -= len(data)
+        if self._nested_left < 0:
+            raise ValueError("its storages are larger than the file")
+        storage = _read_old(lambda: io.BytesIO(data), StorageUnpickler)
+        if not isinstance(storage, Storage):
+            raise TypeError(f"a storage of {type(storage).__name__}")
+        return storage
 
 
 class StorageUnpickler(Unpickler):
@@ -251,26 +381,27 @@ class StorageUnpickler(Unpickler):
         """
         found = super().find_class(module, name)
         if not isinstance(found, torch.dtype):
-            raise RefusedError(f"it wants to use {module}.{name} for a storage")
+            raise RefusedError(f"it wants to use {printable(f'{module}.{name}')} for a storage")
         return found
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**48
 
 
 def _rebuild_tensor(storage: Storage, offset: int, size: Any, stride: Any, *_: Any) -> StoredTensor:
     if not isinstance(storage, Storage):
         raise TypeError(f"a tensor of {type(storage).__name__}")
-    return StoredTensor(storage, offset, size, stride)
+    for numbers in ((offset,), size, stride):
+        if not isinstance(numbers, tuple) or len(numbers) > DIMENSIONS:
+            raise ValueError(f"damaged tensor: it has no shape of {DIMENSIONS} numbers or fewer")
+        if not all(map(_is_size, numbers)):
+            raise ValueError("damaged tensor: a number of its shape is out of range")
+    return StoredTensor(storage, offset, tuple(size), tuple(stride))
 
 
 def _rebuild_parameter(tensor: StoredTensor, *_: Any) -> StoredTensor:
     return tensor
-
-
-def _nested_storage(data: bytes) -> Storage:
-    """Read a storage that was pickled as a file of its own, in torch's old format."""
-    storage = _read_old(lambda: io.BytesIO(data), StorageUnpickler)
-    if not isinstance(storage, Storage):
-        raise TypeError(f"a storage of {type(storage).__name__}")
-    return storage
 
 
 def _items(items: Any = ()) -> Any:
@@ -281,7 +412,6 @@ def _items(items: Any = ()) -> Any:
 _CALLEES = {
     "torch._utils._rebuild_tensor_v2": Callee(_rebuild_tensor),
     "torch._utils._rebuild_parameter": Callee(_rebuild_parameter),
-    "torch.storage._load_from_bytes": Callee(_nested_storage),
     "collections.OrderedDict": Callee(lambda: OrderedDict()),
     "builtins.set": Callee(_items),
     "builtins.frozenset": Callee(_items),
@@ -297,6 +427,7 @@ def read(path: Path) -> tuple[Any, bool]:
     Raises:
         ValueError: if the file is damaged, or asks for anything that is not on the list.
     """
+    files.require_file(path, "weights")
     try:
         return _read(path)
     except RefusedError as error:
@@ -306,36 +437,58 @@ def read(path: Path) -> tuple[Any, bool]:
         ) from error
     except DAMAGE as error:
         raise ValueError(f"{path} is damaged or truncated: {first_line(error)}") from error
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # a place that lies before the file's start
+        raise ValueError(f"{path} is damaged or truncated: {first_line(error)}") from error
 
 
 def _read(path: Path) -> tuple[Any, bool]:
     with path.open("rb") as stream:
         start = stream.read(len(_OLD_TORCH))
+    size = path.stat().st_size
     if start == _OLD_TORCH:
-        return _read_old(lambda: path.open("rb"), Unpickler), False
+        return _read_old(lambda: path.open("rb"), Unpickler, size), False
     if not start.startswith(b"PK"):
         with path.open("rb") as stream:
-            return Unpickler(stream).load(), False
-    with zipfile.ZipFile(path) as archive:
-        # torch names the folder inside after the file that it once wrote
-        names = archive.namelist()
-        pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError("a zip file, but not one that torch wrote")
-        folder = pickles[0].removesuffix("data.pkl")
-        order = f"{folder}byteorder"
-        if order in names and _read_entry(archive, order) != b"little":
-            raise ValueError("written on a big-endian machine")
+            return Unpickler(stream, nested=size).load(), False
+    # stays open for as long as a storage may be read from it
+    archive = zipfile.ZipFile(path)
+    names = _members(archive)
+    # torch names the folder inside after the file that it once wrote
+    pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("a zip file, but not one that torch wrote")
+    folder = pickles[0].removesuffix("data.pkl")
+    order = f"{folder}byteorder"
+    if order in names and _read_entry(archive, order, 100) != b"little":
+        raise ValueError("written on a big-endian machine")
 
-        def read_storage(key: str) -> bytes:
-            with zipfile.ZipFile(path) as again:
-                return _read_entry(again, f"{folder}data/{key}")
+    def read_storage(key: str) -> bytes:
+        return _read_entry(archive, f"{folder}data/{key}", size)
 
-        content = Unpickler(io.BytesIO(_read_entry(archive, pickles[0])), read_storage).load()
+    program = _read_entry(archive, pickles[0], min(size, PICKLE_BYTES))
+    content = Unpickler(io.BytesIO(program), read_storage, size).load()
     return content, f"{folder}constants.pkl" in names
 
 
-def _read_old(source: Callable[[], BinaryIO], kind: type[Unpickler]) -> Any:
+def _members(archive: zipfile.ZipFile) -> set[str]:
+    """Return the names of an archive's members.
+
+    Raises:
+        ValueError: if there are too many, or two of one name.
+    """
+    found = archive.namelist()
+    if len(found) > MEMBERS:
+        raise ValueError(f"it has {len(found):,} members; a checkpoint has {MEMBERS:,} at most")
+    names = set(found)
+    if len(names) != len(found):
+        raise ValueError("it has two members of one name")
+    return names
+
+
+def _read_old(source: Callable[[], BinaryIO], kind: type[Unpickler], nested: int = 0) -> Any:
     """Read torch's format of before 1.6: pickles one after the other, then the storages' bytes."""
     places: dict[str, tuple[int, int]] = {}
 
@@ -348,7 +501,7 @@ def _read_old(source: Callable[[], BinaryIO], kind: type[Unpickler]) -> Any:
     with source() as stream:
         for _ in range(3):  # a magic number, the format's version, the machine's type sizes
             kind(stream).load()
-        reader = kind(stream, read_storage)
+        reader = kind(stream, read_storage, nested)
         content = reader.load()
         for key in kind(stream).load():
             size = int.from_bytes(stream.read(8), "little") * reader.itemsizes[key]
@@ -359,11 +512,14 @@ def _read_old(source: Callable[[], BinaryIO], kind: type[Unpickler]) -> Any:
     return content
 
 
-def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
+def _read_entry(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    info = archive.getinfo(name)
     # torch compresses none of these; a few compressed bytes can become any number
-    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} is compressed, which torch does not do")
-    return archive.read(name)
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{printable(name)} is compressed, which torch does not do")
+    if not info.file_size == info.compress_size <= limit:
+        raise ValueError(f"{printable(name)} has {info.file_size:,} bytes, more than it can have")
+    return archive.read(info)
 
 
 # torch before 1.6 began its files with a pickled number
@@ -377,39 +533,57 @@ def named_tensors(content: Any) -> Iterator[tuple[str, StoredTensor]]:
     double the number of names.
 
     Raises:
-        ValueError: for a name that no module has.
+        ValueError: for a name that no module has, or more entries than any model has.
     """
-    yield from _named_tensors(content, "", set())
-
-
-def _named_tensors(content: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, StoredTensor]]:
-    if id(content) in seen:
-        return
-    seen.add(id(content))
-    if isinstance(content, StandIn):
-        content = _module_state(content)
-    for key, value in content.items() if isinstance(content, Mapping) else ():
-        if not isinstance(value, (StandIn, StoredTensor)):
+    seen: set[int] = set()
+    left = ENTRIES
+    rows = [("", content)]
+    while rows:
+        prefix, holder = rows.pop()
+        if id(holder) in seen:
             continue
-        if not isinstance(key, str) or len(prefix) + len(key) > LONGEST_NAME:
-            raise ValueError("damaged: a tensor or module has a name that none has")
-        if isinstance(value, StandIn):
-            yield from _named_tensors(value, f"{prefix}{key}.", seen)
-        else:
-            yield f"{prefix}{key}", value
+        seen.add(id(holder))
+        inner = []
+        for group, hidden in _groups(holder):
+            left -= len(group) + len(hidden)
+            if left < 0:
+                raise ValueError(f"damaged: it holds more than {ENTRIES:,} things")
+            skipped = {name for name in hidden if isinstance(name, str)}
+            for key, value in group.items():
+                if not isinstance(value, (StandIn, StoredTensor)) or key in skipped:
+                    continue
+                if not isinstance(key, str) or len(prefix) + len(key) > LONGEST_NAME:
+                    raise ValueError("damaged: a tensor or module has a name that none has")
+                if isinstance(value, StandIn):
+                    inner.append((f"{prefix}{key}.", value))
+                else:
+                    yield f"{prefix}{key}", value
+        rows += reversed(inner)
 
 
-def _module_state(module: StandIn) -> dict[str, Any]:
-    """Return parameters, buffers and submodules of an nn.Module; a scripted one has them flat."""
-    attributes = module.attributes
-    if "_modules" not in attributes:
-        return dict(attributes)
-    transient = attributes.get("_non_persistent_buffers_set", ())
-    buffers = {k: v for k, v in attributes.get("_buffers", {}).items() if k not in transient}
-    return {**attributes.get("_parameters", {}), **buffers, **attributes["_modules"]}
+def _groups(holder: Any) -> Iterator[tuple[Mapping[Any, Any], Collection[Any]]]:
+    """Yield what a state dict or module may hold tensors in, and which names are not saved.
+
+    That is parameters, buffers and submodules of an nn.Module; a scripted one has them flat.
+    """
+    if not isinstance(holder, StandIn):
+        found: list[tuple[Any, Any]] = [(holder, ())]
+    elif "_modules" not in holder.attributes:
+        found = [(holder.attributes, ())]
+    else:
+        own = holder.attributes
+        hidden = own.get("_non_persistent_buffers_set", ())
+        found = [(own.get("_parameters"), ()), (own.get("_buffers"), hidden), (own["_modules"], ())]
+    yield from (group for group in found if isinstance(group[0], Mapping))
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its kind."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return printable(lines[0]) if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return a text that may come from a file for a message: short, and safe for a terminal."""
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

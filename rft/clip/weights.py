@@ -12,6 +12,7 @@ import dataclasses
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rft import trained_on
+from rft import files, header, trained_on
 from rft.classes import Classes
-from rft.clip import unpickle
-from rft.clip.architecture import Architecture, read_document, read_header
-from rft.files import sha256_file
+from rft.clip import card, unpickle
+from rft.clip.architecture import Architecture, read_header
+from rft.clip.bounds import HubConfig
 from rft.trained_on import TrainedOn
 
 HUB_CONFIG = "open_clip_config.json"
 HUB_WEIGHTS = "open_clip_model.safetensors"
 HUB_HEAD = "head.safetensors"  # rft's export puts it beside; open_clip does not look for it
 CARD = "card.json"
-
-# the rest goes to libraries that open any file, or run code of the folder (trust_remote_code)
-_TOKENIZER_OPTIONS = frozenset({"clean", "strip_sep_token"})
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 # what open_clip looks for in a folder, in this order
 _HUB_NAMES = (
@@ -94,17 +93,17 @@ class Geometry:
         )
 
     @staticmethod
-    def of(shapes: Mapping[str, torch.Size]) -> "Geometry":
+    def of(tower: Mapping[str, Tensor]) -> "Geometry":
         """Infer the geometry from the shapes of `visual.*`.
 
         Raises:
             ValueError: if these are not the weights of a CLIP vision transformer.
         """
         try:
-            conv = shapes["visual.conv1.weight"]
-            positions = shapes["visual.positional_embedding"][0] - 1
-            embed_dim = shapes["visual.proj"][1]
-            layers = sum(name.endswith(".attn.in_proj_weight") for name in shapes)
+            conv = tower["visual.conv1.weight"].shape
+            positions = tower["visual.positional_embedding"].shape[0] - 1
+            embed_dim = tower["visual.proj"].shape[1]
+            layers = sum(name.endswith(".attn.in_proj_weight") for name in tower)
             return Geometry(conv[0], conv[-1], layers, round(positions**0.5), embed_dim)
         except (KeyError, IndexError, TypeError):
             raise ValueError("it has no image tower that is a CLIP vision transformer") from None
@@ -125,7 +124,7 @@ class Weights:
     """Text tower and logit scale; empty where the file has none or not all of it."""
     openai: bool = False
     """Whether the weights belong to OpenAI's own architecture: QuickGELU, heads 64 wide."""
-    config: dict[str, Any] | None = None
+    config: HubConfig | None = None
     """Content of open_clip_config.json, where the weights came in such a folder."""
     architecture: Architecture | None = None
     """rft's own description of the tower, where the file has one."""
@@ -141,12 +140,12 @@ class Weights:
             return True
         if self.architecture:
             return self.architecture.quick_gelu
-        return bool(self.config["model_cfg"].get("quick_gelu", False)) if self.config else None
+        return self.config.model_cfg.get("quick_gelu", False) if self.config else None
 
     @property
     def geometry(self) -> Geometry:
         """What the shapes tell about the image tower."""
-        return Geometry.of({name: tensor.shape for name, tensor in self.visual.items()})
+        return Geometry.of(self.visual)
 
 
 def read(path: Path) -> Weights:
@@ -158,13 +157,12 @@ def read(path: Path) -> Weights:
     """
     if path.is_dir():
         return _read_folder(path)
-    if not path.is_file():
-        raise ValueError(f"no weights at {path}")
+    files.require_file(path, "weights")
     if _is_safetensors(path):
         tensors, metadata = read_safetensors(path)
         found = _sort(path, tensors)
         if "rft" in metadata:
-            own = read_header(path, metadata)
+            own = read_header(path, header.entries(metadata, path))
             found = dataclasses.replace(
                 found,
                 format="rft",
@@ -186,16 +184,17 @@ def read(path: Path) -> Weights:
 def _read_folder(folder: Path) -> Weights:
     if not (folder / HUB_CONFIG).is_file():
         raise ValueError(f"{folder} is a folder without {HUB_CONFIG}; name the weights file in it")
-    files = [folder / name for name in _HUB_NAMES if (folder / name).is_file()]
-    if not files:
+    names = [name for name in _HUB_NAMES if (folder / name).is_file()]
+    if not names:
         raise ValueError(f"{folder} has none of the weights files {', '.join(_HUB_NAMES)}")
-    found = read(files[0])
+    path = folder / names[0]
+    found = read(path)
     found = dataclasses.replace(found, config=read_hub_config(folder / HUB_CONFIG))
     head = folder / HUB_HEAD
     if head.is_file():
         tensors, _ = read_safetensors(head)
         tensors = _as_head(head, tensors, found.geometry)
-        found = dataclasses.replace(found, head=tensors, files=(files[0], head))
+        found = dataclasses.replace(found, head=tensors, files=(path, head))
     return _with_card(found, folder / CARD)
 
 
@@ -205,75 +204,58 @@ def _with_card(found: Weights, path: Path) -> Weights:
     Raises:
         ValueError: if it is malformed, or describes other weights than these.
     """
-    card = read_document(path) if path.is_file() else {}
-    # anyone may put a document there; ours says that it is one of an export
-    if not {"format", "architecture"} <= card.keys():
+    own = card.read(path)
+    if own is None:
         return found
-    hashes = card.get("files")
     for file in found.files:
-        if not isinstance(hashes, dict) or hashes.get(file.name) != sha256_file(file):
+        if own.files.get(file.name) != files.sha256_file(file):
             raise ValueError(
                 f"{path} describes other weights than {file}; export them again, or remove that "
                 "card"
             )
-    try:
-        own = Architecture.of(card["architecture"])
-        # only this format's files lack the architecture; a .pt names its model with --clip
-        if path.name == CARD:
-            found = dataclasses.replace(found, architecture=own)
-        if found.seen is None and trained_on.KEY in card:
-            seen = trained_on.of_document(card[trained_on.KEY])
-            found = dataclasses.replace(found, seen=seen)
-        if card.get("classes") is None or not found.head or found.classes is not None:
-            return found
-        entries = {"names": card["classes"], "ids": card.get("class_ids", [])}
-        prompts = card.get("prompts_sha256", "")
-        classes = Classes.of({**entries, "prompts_sha256": prompts})
-    except ValueError as error:
-        raise ValueError(f"{path} is malformed: {error}") from error
-    return dataclasses.replace(found, classes=classes)
+    # only this format's files lack the architecture; a .pt names its model with --clip
+    if path.name == CARD:
+        found = dataclasses.replace(found, architecture=own.architecture)
+    if found.seen is None and own.trained_on is not None:
+        found = dataclasses.replace(found, seen=frozenset(own.trained_on))
+    if found.head and found.classes is None:
+        found = dataclasses.replace(found, classes=own.label_space)
+    return found
 
 
-def read_hub_config(path: Path) -> dict[str, Any]:
+def read_hub_config(path: Path) -> HubConfig:
     """Return the content of a folder's open_clip_config.json.
 
     Raises:
-        ValueError: if it describes no CLIP, or has options for a tokenizer that may run code.
+        ValueError: if it describes no CLIP that rft can work with, or has options for a tokenizer
+            that may run code.
     """
-    document = read_document(path)
-    match document:
-        case {"model_cfg": {"vision_cfg": dict(), "text_cfg": dict(text_cfg)}}:
-            options = text_cfg.get("tokenizer_kwargs", {})
-        case _:
-            raise ValueError(f"{path} does not describe a CLIP")
-    if not isinstance(options, dict) or options.keys() - _TOKENIZER_OPTIONS:
-        raise ValueError(
-            f"{path} is refused: of tokenizer_kwargs, rft passes on "
-            f"{' and '.join(sorted(_TOKENIZER_OPTIONS))} only; remove the others"
-        )
-    return document
+    return files.read_document(str(path), HubConfig, header.BYTES)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file.
 
+    They are mapped: none of their bytes is read yet.
+
     Raises:
         ValueError: if it is damaged.
     """
+    header.read(path)
     try:
         with safe_open(path, framework="pt") as stream:
             # every name, in order: `keys` is the file's own list, not a dict's
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
             return tensors, stream.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}") from error
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or truncated: {unpickle.first_line(error)}") from error
 
 
 def _is_safetensors(path: Path) -> bool:
     """Whether a file starts like one: the length of a header, then the header's brace."""
     with path.open("rb") as stream:
         start = stream.read(9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000
+    return start[8:] == b"{" and start[5:8] == bytes(3)  # a header is shorter than a terabyte
 
 
 def _is_pickle(path: Path) -> bool:
@@ -295,15 +277,11 @@ def _model_of(content: Any) -> Any:
 def _load(path: Path, content: Any) -> dict[str, Tensor]:
     try:
         _require_normalising(content)
+        named = dict(islice(unpickle.named_tensors(content), header.TENSORS + 1))
+        if len(named) > header.TENSORS:
+            raise ValueError(f"it has more than {header.TENSORS:,} tensors; a CLIP has fewer")
         # a few bytes can name one storage many times; two are tied weights
-        room = 2 * path.stat().st_size
-        tensors: dict[str, Tensor] = {}
-        for name, stored in unpickle.named_tensors(content):
-            tensors[name] = stored.load()
-            room -= len(name) + tensors[name].nbytes
-            if room < 0:
-                raise ValueError("damaged: its tensors are larger than the file")
-        return tensors
+        return unpickle.load_tensors(named, 2 * path.stat().st_size)
     except unpickle.DAMAGE as error:
         raise ValueError(f"{path}: {unpickle.first_line(error)}") from error
 
@@ -319,9 +297,7 @@ def _require_normalising(content: Any) -> None:
 
 def _sort(path: Path, tensors: dict[str, Tensor], *, scripted: bool = False) -> Weights:
     """Tell the format by the tensors' names and give them ours."""
-    for wrapper in _WRAPPERS:
-        if tensors and all(name.startswith(wrapper) for name in tensors):
-            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    tensors = _unwrapped(tensors)
     layouts = [layout for layout in LAYOUTS if f"{layout.visual}conv1.weight" in tensors]
     if not layouts:
         some = ", ".join(list(tensors)[:3]) or "no tensors"
@@ -330,7 +306,6 @@ def _sort(path: Path, tensors: dict[str, Tensor], *, scripted: bool = False) -> 
     openai = layout.openai or (scripted and tensors.keys() >= _OPENAI_NUMBERS)
     visual, head, text = {}, {}, {}
     for name, value in tensors.items():
-        value = value.detach().float() if value.is_floating_point() else value
         if name.startswith(layout.visual):
             visual[f"visual.{name.removeprefix(layout.visual)}"] = value
         elif layout.head and name.startswith(layout.head):
@@ -339,11 +314,16 @@ def _sort(path: Path, tensors: dict[str, Tensor], *, scripted: bool = False) -> 
             text[name.removeprefix(layout.text)] = value
         else:
             raise ValueError(f"{path} has a tensor {name!r} that its format does not have")
+    visual = _as_floats(path, visual)
     # a scripted module's constants are saved as if they were weights
     constants = _OPENAI_NUMBERS | {"attn_mask"} if scripted else set()
-    text = {name: value for name, value in text.items() if name not in constants}
+    text = {
+        name: value.float() if value.dtype in FLOATS else value
+        for name, value in text.items()
+        if name not in constants
+    }
     try:
-        geometry = Geometry.of({name: value.shape for name, value in visual.items()})
+        geometry = Geometry.of(visual)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return Weights(
@@ -356,8 +336,23 @@ def _sort(path: Path, tensors: dict[str, Tensor], *, scripted: bool = False) -> 
     )
 
 
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    return tensors
+
+
+def _as_floats(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, value in state.items():
+        if value.dtype not in FLOATS:
+            raise ValueError(f"{path} has {name} of {value.dtype}; weights are fp16 to fp64")
+    return {name: value.float() for name, value in state.items()}
+
+
 def _as_head(path: Path, head: dict[str, Tensor], tower: Geometry) -> dict[str, Tensor]:
     """Return weight and bias; a head without bias has a zero one."""
+    head = _as_floats(path, head)
     weight = head.get("head.weight")
     if weight is None or weight.ndim != 2 or head.keys() - {"head.weight", "head.bias"}:
         raise ValueError(f"{path} has a head that is not one linear layer: {', '.join(head)}")
@@ -375,17 +370,19 @@ def _is_text_tower(text: dict[str, Tensor]) -> bool:
     return any(name.startswith(("transformer.resblocks.", "text.")) for name in text)
 
 
-def difference(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> str:
-    """Return how two sets of named shapes differ, in a few words; empty if they do not."""
+def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Return how two sets of weights differ in names, shapes or kind; empty if they do not."""
     if missing := sorted(expected.keys() - found.keys()):
         return f"no {missing[0]!r}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
     if surplus := sorted(found.keys() - expected.keys()):
         return f"an unknown {surplus[0]!r}" + (
             f" and {len(surplus) - 1} more" if surplus[1:] else ""
         )
-    for name, shape in expected.items():
-        if found[name] != shape:
-            return f"{name} of shape {tuple(found[name])} instead of {tuple(shape)}"
+    for name, value in expected.items():
+        if found[name].shape != value.shape:
+            return f"{name} of shape {tuple(found[name].shape)} instead of {tuple(value.shape)}"
+        if found[name].dtype != value.dtype:
+            return f"{name} of {found[name].dtype} instead of {value.dtype}"
     return ""
 
 

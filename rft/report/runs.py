@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
 
-from rft import classes, cli, files, records
+from rft import classes, cli, files, header, records
 from rft.config import settings
 from rft.records import Metrics, Provenance, Results, RunConfig, SetCount
 from rft.runs import (
@@ -191,10 +191,9 @@ def check_config(run: Run) -> None:
         ValueError: if it names another step than the weights do.
     """
     weights = checkpoint_path(run.path)
-    entries = classes.weights_entries(weights) if weights.is_file() else {}
     counted = str(run.results.step)
-    step = entries.get("step", counted)
-    if step != counted:
+    step = header.read_entries(weights).step if weights.is_file() else None
+    if step not in (None, counted):
         raise ValueError(
             f"{run.path}/results.json says step {counted}, the weights are of step {step}; "
             "evaluate the run again"
@@ -219,7 +218,7 @@ def check_same_classes(runs: Sequence[Run]) -> None:
         weights = checkpoint_path(run.path)
         if not weights.is_file():
             continue
-        known = classes.of_weights(weights)
+        known = header.read_entries(weights).classes
         if known is None:  # written before weights carried their classes
             silent.append(run.path)
             continue

@@ -1,5 +1,6 @@
 """Weights as other code saves them: told apart, read without running anything, held to a model."""
 
+import dataclasses
 import io
 import json
 import os
@@ -348,7 +349,7 @@ def test_code_in_a_torchscript_archive_does_not_run(tmp_path, capfd):
         {"offset": -1},
         {"offset": 1 << 62},
         {"stride": (1, -1)},
-        {"length": 10_000},
+        {"length": 100},
     ],
 )
 def test_a_tensor_outside_of_its_storage_is_refused(tensor):
@@ -360,11 +361,9 @@ def test_a_tensor_outside_of_its_storage_is_refused(tensor):
     reader = unpickle.Unpickler(io.BytesIO(), read_storage)
     length = tensor.pop("length", 64)
     storage = reader.persistent_load(("storage", torch.float32, "0", "cpu", length))
-    stored = unpickle.StoredTensor(
-        storage, **{"offset": 0, "size": (4, 4), "stride": (4, 1)} | tensor
-    )
+    made = {"offset": 0, "size": (4, 4), "stride": (4, 1)} | tensor
     with pytest.raises(ValueError, match="damaged tensor"):
-        stored.load()
+        unpickle.load_tensors({"x": unpickle._rebuild_tensor(storage, *made.values())}, 1000)
 
 
 # Tiny files that want much memory or time
@@ -471,7 +470,7 @@ def test_a_container_of_itself_twice_is_neither_printed_nor_hashed(tmp_path):
     with pytest.raises(ValueError, match=r"m\.pt is refused: it wants to use something of the"):
         weights.read(path)
     path.write_bytes(b"\x80\x02}" + doubled + b"Ns.")  # as key of a dict
-    with pytest.raises(ValueError, match=r"m\.pt is damaged or truncated: unhashable"):
+    with pytest.raises(ValueError, match=r"m\.pt is damaged or truncated: a key of type Row"):
         weights.read(path)
 
 
@@ -533,8 +532,9 @@ def test_a_header_that_is_not_ours(tmp_path, state, header):
     path = tmp_path / "m.safetensors"
     save_file(state, path, metadata={"rft": header})
     for read in (weights.read, load_state):
-        with pytest.raises(ValueError, match=r"m\.safetensors .*header names no architecture"):
+        with pytest.raises(ValueError, match=r"header.*m\.safetensors|m\.safetensors.*header") as e:
             read(path)
+        assert str(e.value).isprintable()
 
 
 @pytest.mark.parametrize(
@@ -558,9 +558,9 @@ def test_documents_beside_weights_that_are_none(tmp_path, name, text):
 
 
 def test_architectures_differ_in_all_but_the_name():
-    other = load.Architecture.of({**json.loads(ARCHITECTURE.to_json()), "clip": "elsewhere"})
+    other = dataclasses.replace(ARCHITECTURE, clip="elsewhere")
     assert ARCHITECTURE.difference(other) == []
-    wide = load.Architecture.of({**json.loads(other.to_json()), "embed_dim": 13})
+    wide = dataclasses.replace(other, embed_dim=13)
     assert ARCHITECTURE.difference(wide) == ["embed_dim: 12 -> 13"]
 
 
@@ -594,7 +594,7 @@ def test_a_folder_cannot_make_a_tokenizer_run_its_code(tmp_path, monkeypatch, op
             lambda _, filename="open_clip_model.safetensors", **__: str(folder / filename),
         )
     for clip in (f"local-dir:{folder}", "hf-hub:some/one"):
-        with pytest.raises(ValueError, match=r"open_clip_config\.json is refused: of tokenizer_kw"):
+        with pytest.raises(ValueError, match=r"open_clip_config\.json: .*tokenizer_kwargs"):
             load.load_clip(ModelConfig(clip=clip, pretrained=""))
     assert len(asked) == 1
 
@@ -617,11 +617,11 @@ def test_no_header_and_no_folder_makes_timm_download(tmp_path, state, monkeypatc
 
 def test_a_damaged_folder_is_one_clear_error(tmp_path):
     folder = hub_folder(tmp_path / "hub", unknown=1)
-    with pytest.raises(ValueError, match="cannot load local-dir"):
+    with pytest.raises(ValueError, match=r"_config\.json: model_cfg\.unknown is an unknown field"):
         load.load_clip(ModelConfig(clip=f"local-dir:{folder}", pretrained=""))
     folder = hub_folder(tmp_path / "other")
     (folder / "open_clip_model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="cannot load local-dir"):
+    with pytest.raises(ValueError, match=r"open_clip_model\.safetensors is in no format"):
         load.load_clip(ModelConfig(clip=f"local-dir:{folder}", pretrained=""))
 
 
@@ -638,7 +638,7 @@ def test_the_text_tower_of_a_file_is_not_downloaded_too(known_models, made, monk
 
     monkeypatch.setattr(load, "CustomTextCLIP", build)
     load_file_as(made / "epoch_3.pt", "custom")
-    assert asked == [{**text_cfg, "hf_model_pretrained": False}]
+    assert asked == 2 * [{**text_cfg, "hf_model_pretrained": False}]  # once without memory
 
 
 # A file as --model.pretrained
@@ -743,5 +743,7 @@ def test_a_hub_folder_that_does_not_fit_its_own_configuration(made, tmp_path):
     document = json.loads(path.read_text())
     document["model_cfg"]["vision_cfg"]["layers"] = 3
     path.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="cannot load local-dir"):
+    with pytest.raises(
+        ValueError, match=r"safetensors has another image tower .* 2 layers.*3 layer"
+    ):
         load.load_clip(ModelConfig(clip=f"local-dir:{tmp_path}", pretrained=""))

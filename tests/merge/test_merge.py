@@ -475,15 +475,16 @@ def test_models_that_are_not_alike(runs, tmp_path, refused):
         assert f"{start} and {other} have different architectures: embed_dim: 16 -> 12" in line
 
     state, architecture, metadata, _ = load_state(start / SELECTED)
-    more = {**state, "head.weight": torch.cat([state["head.weight"], torch.zeros(1, 16)])}
+    more = {**state, "head.weight": torch.zeros(5, 16), "head.bias": torch.zeros(5)}
     save_state(str(other), more, architecture, metadata, None)
     for kind in ("wise", "uniform-soup"):
-        assert "'head.weight' has shapes (4, 16) and (5, 16)" in refused(kind, start, other, *out)
+        assert "'head.bias' has shapes (4,) and (5,)" in refused(kind, start, other, *out)
     del more["head.bias"]
     save_state(str(other), more, architecture, metadata, None)
-    assert "only one of them has 'head.bias'" in refused("wise", start, other, *out)
+    line = refused("wise", start, other, *out)
+    assert f"{other} is damaged: it has no 'head.bias'" in line
     other.write_bytes(b"not weights")
-    assert "is not a readable safetensors file" in refused("wise", start, other, *out)
+    assert "no safetensors header ends within its 11 bytes" in refused("wise", start, other, *out)
     assert not (tmp_path / "out").exists()
 
 

@@ -305,7 +305,9 @@ def test_a_tensor_left_on_the_cpu_is_noticed(job, monkeypatch, shape):
         train_one_step(job, NoWaiting())
 
 
-@pytest.mark.skipif(torch.__version__ < "2.15", reason="torch 2.6 hides it from a dispatch mode")
+@pytest.mark.skipif(
+    torch.__version__ < "2.15", reason="an older torch hides it from a dispatch mode"
+)
 def test_a_tensor_made_of_pythons_numbers_is_noticed(job, monkeypatch):
     def mask(map_BP: Tensor, threshold: float) -> Tensor:
         return map_BP > torch.tensor([threshold], device=map_BP.device)

@@ -17,7 +17,6 @@ from tests.hostile.world import (
     FRESH,
     IMPORT,
     INDEX,
-    LOCALISE,
     PACK,
     REPORT,
     SHOW,
@@ -338,13 +337,4 @@ def rows() -> Iterator[Row]:
         says="seeds",
         slow=False,
     )
-    yield option(
-        ("rft.merge", "wise", "zero", "run", "--out", "m", "--alpha"),
-        *[f"{n / 10**5}" for n in range(20_000)],
-        says="alpha",
-        answer="refused",
-    )
     yield option(IMPORT, "--seed", "9" * 400, says="seed", answer="either")
-    yield option(
-        LOCALISE, "--thresholds", *[str(n / 10**5) for n in range(50_000)], says="thresholds"
-    )

@@ -134,7 +134,8 @@ def placed(name: str) -> Row:
         what=f"a shard lies at {name.encode('unicode_escape').decode()}",
         words=EVALUATE,
         damage=lambda place: place.edit_shard(name=fill(place, name)),
-        says=[r"manifest\.json|shard"],
+        # a whole URL, and the path of indexed shards, may be asked for: then it is named
+        says=[r"manifest\.json|shard|\.tar|://|/etc/passwd|precious"],
         holds=no_secret,
     )
 

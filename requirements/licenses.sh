@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Write licenses.md: the licence of every package of the lock files, as its own metadata names it.
+# Usage: requirements/licenses.sh BIN    where BIN holds uv and pip-licenses of the development environment
+set -euo pipefail
+bin=$(realpath "$1")
+cd "$(dirname "$0")"
+
+pins() { sed -n 's/^\([a-z0-9.-]*==[^ ;]*\).*/\1/p' "$@" | sort -u; }
+table() { PYTHONPATH=$absent "$bin/pip-licenses" --with-system --from=mixed --format=markdown --packages "${@%%==*}"; }
+
+absent=$(mktemp -d)
+trap 'rm -rf "$absent"' EXIT
+# packages of other systems and of extras are not in the environment: unpacked for their metadata alone
+mapfile -t missing < <(comm -13 <("$bin/uv" pip freeze -q --python "$bin/python" | sort) \
+    <(pins run.txt extras.txt dev.txt))
+[ ${#missing[@]} = 0 ] ||
+    "$bin/pip" install --disable-pip-version-check -q --no-deps --ignore-requires-python \
+        --target "$absent" "${missing[@]}"
+mapfile -t run < <(pins run.txt)
+mapfile -t extras < <(comm -13 <(pins run.txt) <(pins extras.txt))
+mapfile -t dev < <(comm -13 <(pins run.txt extras.txt) <(pins dev.txt))
+{
+    echo "# Licences of what rft depends on"
+    echo
+    echo "Written by \`make licenses\` from the metadata of the releases in requirements/*.txt. rft itself is"
+    echo "under [Apache-2.0](../LICENSE). What needs attention: [docs/security.md](../docs/security.md#supply-chain)."
+    printf '\n## To run rft\n\n'
+    table "${run[@]}"
+    printf '\n## Only for the extras s3, gcs and wandb\n\n'
+    table "${extras[@]}"
+    printf '\n## Only for development\n\n'
+    table "${dev[@]}"
+} >licenses.md.new
+mv licenses.md.new licenses.md

@@ -1,0 +1,108 @@
+"""The card (JSON) that an export writes beside its weights: one document, written and read here."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rft import documents, files, header
+from rft.classes import Classes
+from rft.clip.architecture import Architecture
+from rft.documents import FOREIGN, Count, Name, Sha256, Text, document
+from rft.trained_on import TrainedOn
+
+Format = Literal["open-clip", "released", "model-soups", "safetensors"]
+
+
+@document(name="source", config=FOREIGN)
+class Source:
+    """The weights that were exported."""
+
+    path: Text
+    sha256: Sha256
+    text: Text = ""
+    """Where the text tower comes from, as --text named it."""
+
+
+@document(name="preprocessing", config=FOREIGN)
+class Preprocessing:
+    """What the image tower expects."""
+
+    size: Count
+    resize: Name = "bicubic, shorter side to size"
+    crop: Name = "center"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@document(name="head", config=FOREIGN)
+class Head:
+    """The classification head."""
+
+    classes: Count
+    features: Count
+    logits: Name = "weight @ (features / |features|) + bias"
+    logit_scale_in_weight: bool = True
+
+
+@document(name="card", config=FOREIGN)
+class Card:
+    """What exported weights are and how to compute with them."""
+
+    schema: Literal[1] = 1
+    format: Format
+    source: Source
+    files: dict[Name, Sha256]
+    """Hash of each file of the export."""
+    architecture: Architecture
+    activation: Literal["GELU", "QuickGELU"]
+    preprocessing: Preprocessing
+    head: Head
+    classes: tuple[Name, ...] | None = None
+    class_ids: tuple[Name, ...] | None = None
+    prompts_sha256: str | None = None
+    trained_on: tuple[TrainedOn, ...] | None = None
+    recipe: Name | None = None
+    seed: int | None = None
+    unfinished: Text = ""
+    """How far the training is, if it has not ended."""
+    # for readers: nothing here uses them
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.label_space is not None and len(self.label_space) != self.head.classes:
+            raise ValueError(
+                f"head.classes is {self.head.classes}; classes names {len(self.label_space)}"
+            )
+
+    @property
+    def label_space(self) -> Classes | None:
+        """Classes of the head, where the card names them."""
+        if self.classes is None:
+            return None
+        prompts = self.prompts_sha256 or ""
+        return Classes(ids=self.class_ids or (), names=self.classes, prompts_sha256=prompts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the card as a JSON document."""
+        return dataclasses.asdict(self)
+
+
+def read(path: Path) -> Card | None:
+    """Return the card at a path; None if nothing, or a document of another kind, is there.
+
+    Raises:
+        ValueError: naming file and place, if it is no JSON, or a malformed card.
+    """
+    if not path.is_file():
+        return None
+    data = files.read_bytes(str(path), header.BYTES)
+    found = documents.parse(data, str(path))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is {documents.shown(found)}; it must be an object")
+    # anyone may put a document there; ours says that it is one of an export
+    if not {"format", "architecture"} <= found.keys():
+        return None
+    return documents.decode(data, Card, str(path))
