@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase
 from hypothesis.strategies import SearchStrategy
 
 from rft import remote
-from tests.hostile.fuzz.guard import Harm, bounded_memory, watched
+from tests.hostile.fuzz.guard import Harm, SlowHarm, bounded_memory, watched
 
 REFUSED = (ValueError, OSError)  # what rft/cli.py prints in one line
 
@@ -68,13 +68,17 @@ def attempt(target: Target, example: Any, folder: Path, counts: Counts, seed: st
         # again and again while it is made smaller; the last one is the smallest
         shown = f"{str(error)[:300]!r} with {example!r}"
         counts.details[where] = f"seed {seed}: {shown[:1500]}"
-        raise CrashError(where) from error
+        raise CrashError(where, is_slow=isinstance(error, SlowHarm)) from error
     else:
         counts.accepted += 1
 
 
 class CrashError(AssertionError):
     """A try ended in something that is no clear refusal."""
+
+    def __init__(self, where: str, *, is_slow: bool = False) -> None:
+        super().__init__(where)
+        self.is_slow = is_slow
 
 
 def explore(
@@ -86,6 +90,8 @@ def explore(
         CrashError: for the first one that is not.
     """
     label = str(seed)
+    # making one smaller would be as slow again and again
+    slow: list[CrashError] = []
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -102,7 +108,9 @@ def explore(
         try:
             attempt(target, example, folder, counts, label)
         except CrashError as crash:
-            if str(crash) not in known:
+            if crash.is_slow:
+                slow.append(crash)
+            elif str(crash) not in known:
                 raise
 
     for example in target.examples:
@@ -114,6 +122,9 @@ def explore(
             one()
     finally:
         remote.PATIENCE = before
+    for crash in slow:
+        if str(crash) not in known:
+            raise crash
 
 
 def explore_for(seconds: float, target: Target, folder: Path, first_seed: int) -> Counts:
