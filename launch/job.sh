@@ -22,6 +22,26 @@ quoted() {
     echo "${line[*]}"
 }
 
+# Fail if one of WORDS is a URL with a password, token or signature: they are printed and kept in
+# scripts. It is a coarse copy of rft/urls.py, which cannot run before there is an environment.
+refuse_credentials() {
+    local word rest host secret='[?&;#][^=]*(sig|sas|key|token|secret|passw|pwd|credential|auth|code)'
+    for word; do
+        [[ $word == *://* ]] || continue
+        rest=${word#*://}
+        host=${rest%%[/?#]*}
+        # what Azure has before an @ is a container
+        if [[ $host == *@* && ($host == *:*@* || ! $word =~ (abfss?|az)://) ]] ||
+            [[ $host == *:* && ! $host =~ :[0-9]*$ && $rest == *@* ]] ||
+            [[ ${rest,,} =~ ${secret}[^=]*= ]]; then
+            echo "error: a URL here or in launch/cluster.env holds a credential, which would be" \
+                "printed and recorded; leave it out and export what its client reads" \
+                "(docs/data.md, Credentials)" >&2
+            exit 2
+        fi
+    done
+}
+
 # Value of the option NAME among WORDS, given as two words or with "="; nothing if it is not there.
 option() {
     local name=$1 value=
@@ -161,6 +181,7 @@ use_code() {
 # Run a command of one node; `torchrun` gets its ranks. Such a job skips what is done, so SLURM may
 # kill and requeue it: signals are sent to steps, and this is none.
 run_command() {
+    refuse_credentials "$@"
     use_code "$SLURM_SUBMIT_DIR"
     if [ "$1" = torchrun ]; then
         shift
@@ -293,6 +314,7 @@ go_on() {
 # Train RECIPE with OPTIONS until the run is finished, in this attempt or a later one.
 train() {
     local recipe=${1:?name a recipe; python -m rft.train --help lists them} before was_finished=no
+    refuse_credentials "$@" "$DATA" "${TRAIN_OPTIONS[@]}"
     shift
     run=$(run_folder "$recipe" "$@")
     snapshot "$SLURM_SUBMIT_DIR" "$run/code"

@@ -54,6 +54,7 @@ shift
     fail "copy launch/cluster.env.example to launch/cluster.env and edit it"
 # shellcheck source=launch/cluster.env.example
 source launch/cluster.env
+refuse_credentials "$@" "$DATA" "${TRAIN_OPTIONS[@]}"
 
 case $kind in
     train)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rft import files
-from rft.documents import FOREIGN, Name, document
+from rft.documents import FOREIGN, Text, document
 
 
 @document(name="classes", config=FOREIGN)
@@ -25,8 +25,8 @@ class Classes:
     the prompts that the zero-shot head is made of; it is empty where they are not known.
     """
 
-    ids: tuple[Name, ...] = ()
-    names: tuple[Name, ...]
+    ids: tuple[Text, ...] = ()
+    names: tuple[Text, ...]
     prompts_sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
 
     def __post_init__(self) -> None:

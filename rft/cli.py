@@ -2,10 +2,12 @@
 
 A user's mistake is a `ValueError` (or an `OSError` from a file they named): it becomes one line on
 stderr and exit code 2. Everything else is a bug and keeps its traceback; RFT_TRACEBACK=1 in the
-environment shows one for a mistake too. Neither shows the credentials of a URL.
+environment shows one for a mistake too. No command starts with the credentials of a URL on its
+command line, which many of them record; those in what other libraries say are cut.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -22,7 +24,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from rft import documents, files
+from rft import documents, files, urls
 
 T = TypeVar("T")
 
@@ -38,6 +40,8 @@ def run(main: Callable[[], None]) -> None:
     sys.excepthook = _tell_bug
     try:
         _require_streams()
+        for word in sys.argv[1:]:
+            urls.refuse_credentials(word)
         try:
             main()
         except SystemExit:
@@ -52,7 +56,7 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("RFT_TRACEBACK"):
             raise
-        message = files.redact(" ".join(str(error).split()))
+        message = urls.redact(" ".join(str(error).split()))
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" on rank {rank}"
         line = documents.plain(f"error{where}: {message}")
@@ -104,30 +108,53 @@ def _hand_to_torchrun(line: str) -> None:
 def _tell_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print a traceback as Python does, without the credentials of URLs in its messages."""
     text = "".join(traceback.format_exception(kind, error, trace))
-    print(files.redact(text), end="", file=sys.stderr, flush=True)
+    print(urls.redact(text), end="", file=sys.stderr, flush=True)
 
 
 def parse(kind: Callable[..., T], **options: Any) -> T:
     """Return what `tyro.cli` makes of the command line; options go to it.
 
     Raises:
-        ValueError: with the first lines of tyro's complaint, which it would print as a box.
+        ValueError: with the first lines of tyro's complaint, which it would print as a box. For an
+            option that is a path and was given a URL: pathlib makes a folder `s3:` of it.
     """
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, **options)
+            found = tyro.cli(kind, **options)
+        _require_local_paths(found, "")
+        return found
     except SystemExit as stopped:
         if stopped.code != 2:
             raise
         raise ValueError(_first_section(complaint.getvalue())) from None
 
 
-def warn(message: str) -> None:
-    """Print a warning that the user must see, once for all ranks and without credentials."""
+def _require_local_paths(value: object, name: str) -> None:
+    """Check every path of a parsed command line; `name` is the option or argument it came from."""
+    if isinstance(value, Path):
+        files.require_local(value, name)
+    elif isinstance(value, tuple):
+        for one in value:
+            _require_local_paths(one, name)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _require_local_paths(getattr(value, field.name), f"--{field.name.replace('_', '-')}")
+
+
+def warn(message: str, *lines: str) -> None:
+    """Print a warning that the user must see, and lines below it, once for all ranks."""
+    _say_once(f"WARNING: {message}", *lines)
+
+
+def note(message: str) -> None:
+    """Print what the user may want to know before it happens, once for all ranks."""
+    _say_once(f"note: {message}")
+
+
+def _say_once(*lines: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        line = documents.plain(f"WARNING: {files.redact(message)}")
-        print(line, file=sys.stderr, flush=True)
+        print("\n".join(map(documents.plain, lines)), file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
@@ -151,13 +178,9 @@ def next_step(
         label: what stands before the command.
     """
     launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc_per_node", str(ranks)]
-    named = [str(word) for word in words]
-    shown = [files.redact(word) for word in named]
-    notes = dict(unknown or {})
-    if shown != named:
-        notes[files.HIDDEN] = "credentials, which are not printed; name the URL with them"
-    lines = [f"{label}: {shlex.join([*launcher, *shown])}"]
-    return "\n".join([*lines, *(f"  ({word}: {meaning})" for word, meaning in notes.items())])
+    line = f"{label}: {shlex.join([*launcher, *map(str, words)])}"
+    notes = (f"  ({word}: {meaning})" for word, meaning in (unknown or {}).items())
+    return "\n".join([line, *notes])
 
 
 def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:

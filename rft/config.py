@@ -6,7 +6,6 @@ command line read this too. Numbers are the paper's (appendix A.1) unless a comm
 
 import contextlib
 import dataclasses
-import posixpath
 import re
 import typing
 from dataclasses import field
@@ -16,9 +15,14 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from rft import __version__, documents, files, records
+from rft import __version__, documents, files, records, urls
 from rft.documents import document
 from rft.records import Seed
+
+# Millions of pixels that an image may have, unless the user says otherwise. Decoding takes up to 16
+# bytes for each (WebP), so the largest needs less than 2 GB. Phones make 108 million; Pillow warns
+# of 89 million and refuses twice as many.
+MAX_PIXELS = 110.0
 
 Mask = Literal["none", "random", "context", "object"]
 Fill = Literal["none", "single", "multi"]
@@ -80,6 +84,9 @@ class LoaderConfig:
     """Folder on this node's own disk for shards that lie on remote storage; empty keeps none."""
     cache_gb: Above0 = 100
     """Largest size of that folder, in GB; the ranks of a node share it."""
+    max_pixels: Annotated[float, Field(gt=0, lt=1e6)] = MAX_PIXELS
+    """Millions of pixels that an image may have which is decoded while training; raise it if the
+    set was packed so. It never changes a result."""
 
     def __post_init__(self) -> None:
         divides = self.streams > 0 and self.batch_size % self.streams == 0
@@ -192,8 +199,8 @@ class LogConfig:
     keep: Positive = 2
     """Checkpoints kept for resuming."""
     checkpoints: str = ""
-    """Where checkpoints are kept, in a folder named as the run folder: any URL that fsspec opens;
-    empty keeps them in the run folder."""
+    """Where checkpoints are kept, in a folder named as the run folder: a folder or a URL (s3://,
+    gs://, az://); empty keeps them in the run folder."""
     image_steps: Whole = 500
     """Optimizer steps between two grids of counterfactuals in TensorBoard; 0 draws none."""
     wandb: str = ""
@@ -259,7 +266,7 @@ class Config:
 
     def __post_init__(self) -> None:
         # here, for a config.json of before too: the name is part of the run's identity
-        object.__setattr__(self, "train_set", posixpath.normpath(self.train_set))
+        object.__setattr__(self, "train_set", urls.set_name(self.train_set, "--train-set"))
         weight = self.method.distill_weight
         learns = weight == 0 or self.optim.trains == "all"
         wanted = "0 where only the head is trained, because no feature changes"
@@ -330,7 +337,7 @@ class Config:
             "compile",
         ):
             del document[name]
-        for name in ("workers", "cache_dir", "cache_gb"):
+        for name in ("workers", "cache_dir", "cache_gb", "max_pixels"):
             del document["loader"][name]
         del document["model"]["start"], document["method"]["kd_teacher"]
         document["split_seed"], document["order_seed"] = self.held_out_seed, self.sample_seed
@@ -426,7 +433,7 @@ APART: dict[str, set[str]] = {
     },
     "model": {"start"},
     "method": {"kd_teacher"},
-    "loader": {"workers", "cache_dir", "cache_gb"},
+    "loader": {"workers", "cache_dir", "cache_gb", "max_pixels"},
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import tyro
 from safetensors.torch import save
 from torch import Tensor
 
-from rft import cli, dist, documents, files, records, trained_on
+from rft import cli, dist, documents, files, records, trained_on, urls
 from rft.classes import Classes, check_head
 from rft.clip import card, load, weights
 from rft.clip.architecture import Architecture
@@ -32,7 +32,6 @@ from rft.clip.made import is_made, write_made
 from rft.clip.weights import Weights
 from rft.config import Device, ModelConfig
 from rft.data.manifest import Manifest
-from rft.data.root import set_name
 from rft.evaluate import commands
 from rft.records import RunConfig, Training
 from rft.runs import (
@@ -150,8 +149,7 @@ def import_weights(arguments: Import) -> None:
         ValueError: if they cannot be read, do not fit the named model, lack a head that --data does
             not give, or the folder holds something else.
     """
-    files.require_local(arguments.out, "--out")
-    arguments = dataclasses.replace(arguments, packed=set_name(arguments.packed, "--set"))
+    arguments = dataclasses.replace(arguments, packed=urls.set_name(arguments.packed, "--set"))
     # a folder that no command reads is not written
     identity = {"recipe": arguments.recipe, "seed": arguments.seed}
     documents.decode(json.dumps(identity).encode(), RunConfig, "import")
@@ -293,7 +291,7 @@ def classes_of_head(found: Found, manifest: Manifest | None, arguments: Import) 
             )
         return found.classes
     rows, known = len(found.state["head.weight"]), manifest.label_space
-    where = files.redact(files.join(arguments.data, arguments.packed))
+    where = files.join(arguments.data, arguments.packed)
     for warning in check_head(found.classes, rows, file, known, where):
         cli.warn(warning)
     return found.classes or known
@@ -307,7 +305,6 @@ def export_weights(arguments: Export) -> None:
             found, or --out holds something else.
     """
     out, to = arguments.out, arguments.to
-    files.require_local(out, "--out")
     if to in SUFFIXES and out.suffix != SUFFIXES[to]:
         raise ValueError(f"--out is {out}; a file of this format ends in {SUFFIXES[to]}")
     weights_path = checkpoint_path(arguments.source)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rft import files
+from rft import files, urls
 from rft.documents import shown
 
 T = TypeVar("T")
@@ -196,9 +196,7 @@ def _meeting_place(world: World, wait: datetime.timedelta) -> Any:
 
 def _tell(world: World, error: Exception) -> None:
     if world.local_rank > 0:
-        print(
-            f"error on rank {world.rank}: {files.redact(str(error))}", file=sys.stderr, flush=True
-        )
+        print(f"error on rank {world.rank}: {urls.redact(str(error))}", file=sys.stderr, flush=True)
 
 
 def _lost_contact(error: RuntimeError) -> bool:

@@ -72,6 +72,7 @@ class Plan:
             if name not in NAMES:
                 raise cli.unknown("recipe", name, sorted(NAMES))
         files.require_local(self.runs, "--runs")
+        files.require_local(self.report, "--report")
         for option in self.options:
             # an option may be written with either
             if option.partition("=")[0].replace("_", "-") in PLANNED:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, on any store that fsspec opens.
+"""Files that are whole or absent, on any store that `rft.urls` lets be opened.
 
 Everything is written to a temporary name first and renamed (or uploaded as one finished object)
 last, so that a reader never sees half a file. No URL is ever handed to a shell.
@@ -27,61 +27,41 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import get_loop, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from rft import __version__, documents, local, remote
+from rft import __version__, documents, local, remote, urls
 
 T = TypeVar("T")
 
 DOCUMENT_BYTES = 2**28  # of a document that is read whole, unless its reader says otherwise
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what `publish` leaves when killed
-HIDDEN = "***"
-# credentials of a URL, after what stays; JSON may escape slashes and ampersands, XML the latter
-CREDENTIALS = (
-    # "user:password@" of any scheme
-    re.compile(r"""(:(?:\\?/){2})[^\s"<>/?#:]*:[^\s"<>/?#]*(?=@)"""),
-    # "token@" of the web's; elsewhere it is a person or, as in abfs://, a container
-    re.compile(r"""(\b(?:https?|ftps?):(?:\\?/){2})[^\s"<>/?#]*(?=@)""", re.IGNORECASE),
-    # a password with a slash, as S3's may have, is no port, and no other URL starts before its end
-    re.compile(
-        r"""(:(?:\\?/){2})[^\s"<>/?\#@:\[]*:(?!\d{1,5}(?:[^\w+]|$))
-        (?:(?!:\\?/\\?/)[^\s"<>@])*(?=@)""",
-        re.VERBOSE,
-    ),
-    # the value of a query's "signature", "X-Amz-Security-Token", "sig", "api_key", ...
-    re.compile(
-        r"""((?:[?#]|&(?:amp;)?|\\u0026)
-        (?:[\w.-]*(?:signature|credentials?|token|secret|password|passwd|authorization|accessid)
-        |[\w.-]*(?:access|account|api|private|secret|shared)_?key(?:_?id)?
-        |(?:[\w.-]*[_.-])?(?:sig|key|auth|pass|pwd|jwt))=)
-        [^\s"<>&\#\\]*[^\s"<>&\#\\'),.;\]}]""",
-        re.IGNORECASE | re.VERBOSE,
-    ),
-)
 
 
 def open_store(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
     """Return the fsspec filesystem of `url` and the path inside it; `options` are fsspec's.
 
     Raises:
-        ValueError: for a scheme that fsspec does not know; shell URLs (`pipe:`) are among those.
-            For a URL that was recorded without its credentials.
+        ValueError: for what `rft.urls` does not let be opened, or a client that is not installed or
+            not configured.
     """
-    if f"//{HIDDEN}@" in url or f"={HIDDEN}" in url:
-        raise ValueError(f"{url} was recorded without its credentials; name it again, with them")
+    urls.check(url)
     try:
         return fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"cannot open {url!r}: {error}") from error
+        raise ValueError(f"cannot open {url!r}: {reason(error)}") from error
 
 
 def require_local(path: str | Path, option: str) -> None:
-    """Check that a folder we write piece by piece is local.
+    """Check that a file or folder that we open by its path, or write piece by piece, is local.
 
     Raises:
         ValueError: for a URL, which would otherwise become a local folder named after its scheme.
     """
-    # a Path has already folded the two slashes of a URL into one
-    if ":/" in str(path):
-        raise ValueError(f"{option} is {path}; it must be a local folder, copy it from there later")
+    text = str(path)
+    if urls.is_whole(text) or urls.protocol_word(text):
+        raise ValueError(
+            f"{option} is {urls.shown(text)}; it must be a local folder or file: copy it to or "
+            "from there yourself"
+        )
+    urls.check(text)
 
 
 def require_file(path: Path, what: str) -> None:
@@ -113,8 +93,11 @@ def name_of(url: str) -> str:
 
 
 def resolve(url: str, name: str) -> str:
-    """Return where `name` lies: below `url`, unless it is a URL or an absolute path of its own."""
-    return name if "://" in name or name.startswith("/") else join(url, name)
+    """Return where `name` lies: below `url`, unless it is a URL or an absolute path of its own.
+
+    Names of others were checked by `rft.urls.check_shard_name`.
+    """
+    return name if urls.is_whole(name) or name.startswith("/") else join(url, name)
 
 
 def ask(url: str, verb: str, question: Callable, of_path: Callable) -> Any:
@@ -176,8 +159,9 @@ def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
     """
 
     def read(path: Path) -> bytes:
-        data = local.read_bytes(path, limit)
-        if len(data) > limit:
+        size = path.stat().st_size
+        data = local.read_bytes(path) if size <= limit else b""
+        if max(size, len(data)) > limit:
             raise ValueError(f"cannot read {url}: {remote.too_large(limit)}")
         return data
 
@@ -202,19 +186,11 @@ def read_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes:
 
 
 def reason(error: BaseException) -> str:
-    """Return in a few words, on one line and without credentials, why a client could not read."""
-    return redact(" ".join(remote.explain(error).split()))
+    """Return in a few words, on one line and without credentials, why a client could not read.
 
-
-def redact(text: str) -> str:
-    """Return `text` without the credentials of the URLs in it: passwords, signatures, tokens.
-
-    What we print or record goes through it. Scheme, host and path stay, so that one sees which URL
-    it was; `open_store` refuses what is left.
+    rft is given no credentials, but a server may redirect a client to a URL that holds some.
     """
-    for pattern in CREDENTIALS:
-        text = pattern.sub(rf"\1{HIDDEN}", text)
-    return text
+    return urls.redact(" ".join(remote.explain(error).split()))
 
 
 def read_json(url: str, limit: int = DOCUMENT_BYTES) -> Any:
@@ -243,7 +219,7 @@ def _client_errors(verb: str, url: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:  # every client library has error classes of its own
-        raise OSError(f"cannot {verb} {redact(url)}: {reason(error)}") from error
+        raise OSError(f"cannot {verb} {url}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -276,7 +252,7 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, redact(where)) from error
+        raise OSError(error.errno, error.strerror, where) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -320,7 +296,7 @@ def listing(url: str) -> list[dict[str, Any]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except remote.Failure as error:
-        raise OSError(f"cannot list {redact(url)}: {reason(error)}") from error
+        raise OSError(f"cannot list {url}: {reason(error)}") from error
 
 
 def names(url: str) -> list[str]:
@@ -374,12 +350,9 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def write_json(url: str, document: Any) -> None:
-    """Write `document` as indented JSON with sorted keys to `url`, whole or not at all.
-
-    Credentials of URLs in it are not written.
-    """
+    """Write `document` as indented JSON with sorted keys to `url`, whole or not at all."""
     text = json.dumps(document, indent=2, sort_keys=True) + "\n"
-    write_bytes(url, redact(text).encode())
+    write_bytes(url, text.encode())
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -413,7 +386,7 @@ def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
 def provenance() -> dict[str, Any]:
     """Return what produced a result: code version, packages, interpreter, machine kind.
 
-    No environment variable, host name or credential of a URL is recorded.
+    No environment variable or host name is recorded; a command line with credentials was refused.
     """
     packages = ("torch", "torchvision", "open_clip_torch", "webdataset", "numpy", "pillow")
     versions = {}
@@ -427,7 +400,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
-        "command": [Path(sys.argv[0]).name, *map(redact, sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 

@@ -73,15 +73,14 @@ def open_regular(
     return descriptor
 
 
-def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return the content of a regular file; one byte more than `limit` of a larger one.
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return the content of a regular file.
 
     Raises:
         ValueError, OSError: as `open_regular`.
     """
     with os.fdopen(open_regular(path), "rb") as stream:
-        # as much as there is: what is asked for would be allocated first
-        return stream.read(min(limit, os.fstat(stream.fileno()).st_size) + 1)
+        return stream.read()
 
 
 def create(path: Path, mode: int = 0o666) -> None:

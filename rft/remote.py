@@ -28,7 +28,7 @@ NO_PERMISSION = (
 )
 LATER = "run the same command again later"
 HINTS = {
-    401: "it needs a login, given in fsspec's configuration",
+    401: "it needs a login, see docs/data.md, Credentials",
     403: NO_PERMISSION,
     416: "the file is shorter than it should be",
     429: LATER,
@@ -84,7 +84,8 @@ def is_transient(error: BaseException) -> bool:
     status = status_of(error)
     if status in CLIENT_ERRORS and status not in BUSY:
         return False
-    if "Credential" in type(error).__name__:  # of the clients for S3, GCS and Azure
+    # of the clients for S3, GCS and Azure; of aiohttp, which follows redirects within the web alone
+    if any(word in type(error).__name__ for word in ("Credential", "Redirect")):
         return False
     permanent = (
         FileNotFoundError,
@@ -112,6 +113,8 @@ def explain(error: BaseException) -> str:
         return explain(error.__cause__) + tries
     if isinstance(error, PermissionError):
         return NO_PERMISSION if error.filename is None else "no permission"
+    if "NonHttpUrlRedirect" in type(error).__name__:
+        return f"the server redirects to {error}, which is not followed"
     status = status_of(error)
     if not status:
         in_time = f"no answer in time; {LATER}" if isinstance(error, TimeoutError) else ""

@@ -187,7 +187,7 @@ def evaluation_command(runs: Sequence[Path], sets: Sequence[str] = ()) -> str:
     are the command's default, and one's own photos their test set.
     """
     config = records.find_config(runs[0])
-    data = files.redact(config.data if config and config.data else "DATA")
+    data = config.data if config and config.data else "DATA"
     if not sets and config and config.train_set not in ("", "imagenet-train"):
         sets = ["test"]
     words = ["python", "-m", "rft.evaluate", *map(str, runs), "--data", data]

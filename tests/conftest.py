@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rft import dist
+from rft import dist, urls
 from rft.clip.classifier import Classifier
 from rft.clip.load import Architecture
 from tests import tiny
@@ -20,6 +20,9 @@ from tests.slowness import (  # noqa: F401
     pytest_sessionfinish,
     pytest_terminal_summary,
 )
+
+# a remote store without a server; no product code opens it, see tests/test_urls.py
+urls.PROTOCOLS = (*urls.PROTOCOLS, "memory")
 
 # the tensors are tiny: more threads only wait for each other, and for the processes of other tests
 torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """What a run gives away: no secret, no permission that the user withholds, no open port."""
 
+import json
 import os
 import re
 import socket
@@ -9,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import pytest
 
-from rft.data import show as show_command
 from rft.demo.__main__ import MEET_IN_FILES
 from rft.evaluate import __main__ as evaluate_command
 from rft.merge import __main__ as merge_command
@@ -22,6 +23,7 @@ from tests.tiny import call, children, environment, torchrun_command
 from tests.waiting import until
 
 SMALL = ("--scale", "miniature", "--loader.batch-size", 6, "--loader.held-out", 8)
+FROM_NETRC = {"client_kwargs": {"trust_env": True}}
 SHORT = ("--optim.epochs", 1, "--log.image-steps", 4, "--log.checkpoint-steps", 4)
 
 
@@ -46,27 +48,31 @@ def test_no_secret_is_recorded_or_shown(
 ):
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "HF_TOKEN"):
         monkeypatch.setenv(name, "canary-of-the-environment")
-    run = tmp_path / "run"
+    run = tmp_path / "home" / "run"
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login user password canary-of-the-server\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    # loader processes read the variable, which this process did when it imported fsspec
+    monkeypatch.setenv("FSSPEC_HTTP", json.dumps(FROM_NETRC))
+    monkeypatch.setitem(fsspec.config.conf, "http", FROM_NETRC)
     shown = []
-    with range_server(tiny_data, "user:canary-of-the-url") as url:
+    with range_server(tiny_data, "user:canary-of-the-server") as url:
         train(url, tiny_clip, run, "--loader.workers", 1)
-        # resumed: it belongs to the same configuration, though its URL is not all there
         (run / "training.json").unlink()
         train(url, tiny_clip, run, "--loader.workers", 0)
-        call(merge_command, "wise", run / LAST, run, "--out", tmp_path / "wise")
-        evaluate(url, run, tmp_path / "wise")
+        call(merge_command, "wise", run / LAST, run, "--out", run.parent / "wise")
+        evaluate(url, run, run.parent / "wise")
         shown += capsys.readouterr()
-        place = url.replace("user:canary-of-the-url", "***")
-        # where a command falls back on the recorded URL, it says what is missing
-        line = refused(show_command, run, "--step", 0)
-        assert f"{place}/imagenet-train/manifest.json was recorded without its cred" in line
-        shown += [line, refused(train_command, "vanilla", "--data", f"{url}/no", "--run-dir", run)]
-    config = (run / "config.json").read_text()
-    assert f'"data": "{place}"' in config
-    assert place in (run / "provenance.json").read_text()
-    assert f"--data '{place}'" in shown[0]
+        shown += [refused(train_command, "vanilla", "--data", f"{url}/no", "--run-dir", run)]
+        before = {path: path.read_bytes() for path in files_below(run.parent)}
+        for secret in (url.replace("//", "//user:canary@"), f"{url}?sig=canary"):
+            line = refused(train_command, "vanilla", "--data", secret, "--run-dir", run)
+            assert "which would be printed and recorded; leave it out" in line
+            shown += [line]
+        assert {path: path.read_bytes() for path in files_below(run.parent)} == before
+    assert f'"data": "{url}"' in (run / "config.json").read_text()
     assert "canary" not in "".join(shown)
-    found = files_below(tmp_path)
+    found = files_below(run.parent)
     assert {"results.json", "metrics.jsonl", "best.safetensors"} <= {path.name for path in found}
     assert [path for path in found if b"canary" in path.read_bytes()] == []
 

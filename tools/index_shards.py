@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from rft import cli, files
+from rft import cli
 from rft.data.index import Options, index_shards
 from rft.data.labels import choose_labels
 
@@ -26,7 +26,7 @@ class IndexShards:
     """
 
     shards: tyro.conf.Positional[tuple[str, ...]]
-    """Paths or URLs that fsspec opens, with bash braces: 'folder/{000..127}.tar'."""
+    """Paths or URLs, with bash braces: 'folder/{000..127}.tar'."""
     out: str
     """Folder or URL of manifest and index; where the shards lie in it, it moves with them."""
     classes: str | None = None
@@ -42,7 +42,7 @@ def main() -> None:
     manifest = index_shards(command.shards, command.out, labels, command.reading)
     print(
         f"{manifest.dataset}: {manifest.samples:,} samples in {len(manifest.shards)} shards, "
-        f"{len(manifest.groups)} classes scored; index at {files.redact(command.out)}"
+        f"{len(manifest.groups)} classes scored; index at {command.out}"
     )
     # beside this file, wherever it was called from
     verify = Path(sys.argv[0]).with_name("verify_shards.py")

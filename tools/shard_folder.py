@@ -33,7 +33,7 @@ class ShardFolder:
     source: str
     """Folder that holds the class folders, or train/ and test/ (or val/) with these in them."""
     out: str
-    """Where the packed sets go: a folder, or a URL that fsspec opens (s3://, gs://, ...)."""
+    """Where the packed sets go: a folder, or a URL (s3://, gs://, az://, ...)."""
     classes: str | None = None
     """JSON file that says what the class folders show, in label order: {"ids": [folder names],
     "names": [words for the text encoder], "templates": ["a photo of a {c}.", ...]}. None takes the
@@ -97,7 +97,7 @@ def warn_of_pairs(pairs: Sequence[tuple[str, str]], what: str) -> None:
     lines = [f"  {printable(one)} = {printable(other)}" for one, other in pairs[:LINES]]
     more = [f"  ... and {len(pairs) - LINES:,} more"] if len(pairs) > LINES else []
     number = f"{len(pairs):,} pair{'s' if pairs[1:] else ''}"
-    cli.warn("\n".join([f"{number} {what}:", *lines, *more]))
+    cli.warn(f"{number} {what}:", *lines, *more)
 
 
 def say_next(sources: Sequence[Source], out: str) -> None:

@@ -29,7 +29,7 @@ class ShardImagenet:
     source: str
     """Folder that holds train/ and val/ or the archives, itself or in imagenet/ or ILSVRC2012/."""
     out: str
-    """Where the packed sets go: a folder, or a URL that fsspec opens (s3://, gs://, ...)."""
+    """Where the packed sets go: a folder, or a URL (s3://, gs://, az://, ...)."""
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")
     """Which splits to pack."""
     classes: str | None = None

@@ -29,7 +29,7 @@ class ShardOod:
     source: str
     """Folder that holds the class folders (for objectnet images/ and mappings/), or one above."""
     out: str
-    """Where the packed sets go: a folder, or a URL that fsspec opens (s3://, gs://, ...)."""
+    """Where the packed sets go: a folder, or a URL (s3://, gs://, az://, ...)."""
     classes: str | None = None
     """JSON file with another label space (keys ids, names, templates); None is ImageNet's 1000."""
     allow_count: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ import tyro
 from rich.console import Console
 
 from rft import cli, files
+from rft.config import MAX_PIXELS
 from rft.data.verify import Report, verify
 from rft.data.workers import check_workers
 
@@ -29,6 +30,8 @@ class VerifyShards:
     """Folder or URL that holds manifest.json."""
     deep: bool = False
     """Read every byte of every shard."""
+    max_pixels: float = MAX_PIXELS
+    """Millions of pixels that an image may have (--deep); raise it for panoramas."""
     report: str | None = None
     """Write the result to this JSON file, all problems with it."""
     workers: int | None = None
@@ -39,7 +42,7 @@ def main() -> None:
     """Check what the command line names."""
     command = cli.parse(VerifyShards, config=(tyro.conf.FlagCreatePairsOff,))
     workers = check_workers(command.workers)
-    report = verify(command.url, deep=command.deep, workers=workers)
+    report = verify(command.url, deep=command.deep, workers=workers, max_pixels=command.max_pixels)
     if command.report is not None:
         files.write_json(command.report, report.to_json())
     say(report)

@@ -16,23 +16,24 @@ composed on white first; the encoding says so (`PHOTOS`), so readers of `origina
 
 import contextlib
 import io
-import struct
+import re
 import warnings
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
 import numpy as np
 import PIL
-from PIL import Image
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from pydantic import Field, GetPydanticSchema
 from typing_extensions import TypedDict  # typing's lacks what pydantic needs below Python 3.12
 
+from rft.config import MAX_PIXELS
 from rft.documents import Name
 
 Kind = Literal["original", "jpeg", "pixels"]
 
+BYTES_PER_PIXEL = 4  # of a file: more than any format takes for what is decoded to 8 bits
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> member
 FORMATS = ("JPEG", "PNG", "WEBP")  # MPO is a JPEG with further pictures behind the first
 LONGEST_SIDE = 2**16 - 1  # the index keeps width and height as uint16
@@ -48,24 +49,11 @@ RESTARTS = range(0xD0, 0xD8)
 DEFINE_RESTART_INTERVAL = 0xDD
 NOT_IN_SKELETON = frozenset({0x00, 0x01, *RESTARTS, START_OF_IMAGE, FILL, DEFINE_RESTART_INTERVAL})
 # what does not end entropy-coded data: a stuffed 0xFF, a restart, and a fill byte before a marker
+NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+SCANS = 20  # of a JPEG with as many pixels as may be, more of a smaller one; encoders write 10
 ENDS_SCAN = ~np.isin(np.arange(256), [0x00, *RESTARTS, FILL])
-# What Pillow raises on damaged files: its own errors, and the slips of its parsers on fields that
-# are shorter or of other types than they should be.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+# Pillow registers a format when its plugin is imported
+assert all((JpegImagePlugin, PngImagePlugin, WebPImagePlugin))
 # The part of an encoding that marks own photos, and what is done to them before the resize.
 PHOTOS: "Photos" = {"orientation": "exif", "alpha": "white"}
 ORIENTATION = 0x0112  # the EXIF tag; its values (EXIF 2.32, 4.6.4 A) as what turns the image back
@@ -199,7 +187,12 @@ def payload_treatment(encoding: dict[str, Any]) -> Treatment:
     return AS_STORED if encoding["kind"] == "jpeg" else source_treatment(encoding)
 
 
-def load_image(data: bytes, name: str = "image", treatment: Treatment = AS_STORED) -> Image.Image:
+def load_image(
+    data: bytes,
+    name: str = "image",
+    treatment: Treatment = AS_STORED,
+    max_pixels: float = MAX_PIXELS,
+) -> Image.Image:
     """Decode an image file to RGB, as it is stored or upright on white; the border is kept.
 
     Raises:
@@ -207,8 +200,8 @@ def load_image(data: bytes, name: str = "image", treatment: Treatment = AS_STORE
             message starts with `name`.
         OSError: if there is not enough memory, which is not the file's fault.
     """
-    image, _ = _open(data, name, treatment.border)
-    with _named(name):
+    image, _ = _open(data, name, treatment.border, max_pixels)
+    with named(name):
         return _decode(image, data, treatment)[0]
 
 
@@ -252,7 +245,9 @@ def clip_square(
     return image.crop((left, top, left + size, top + size))
 
 
-def encode(data: bytes, name: str, encoding: dict[str, Any]) -> Encoded:
+def encode(
+    data: bytes, name: str, encoding: dict[str, Any], max_pixels: float = MAX_PIXELS
+) -> Encoded:
     """Encode the image file `data`; `name` is for messages.
 
     Raises:
@@ -260,10 +255,10 @@ def encode(data: bytes, name: str, encoding: dict[str, Any]) -> Encoded:
     """
     kind, treatment = encoding["kind"], source_treatment(encoding)
     if kind == "original":
-        header, treated = _header_of_whole(data, name, treatment)
+        header, treated = _header_of_whole(data, name, treatment, max_pixels)
         return Encoded(data, SUFFIXES[header.format], header, treated)
-    image, header = _open(data, name, treatment.border)
-    with _named(name):
+    image, header = _open(data, name, treatment.border, max_pixels)
+    with named(name):
         rgb, treated = _decode(image, data, treatment)
         square = clip_square(rgb, encoding["size"], treatment.border)
     header = _upright(header, treated)
@@ -273,7 +268,9 @@ def encode(data: bytes, name: str, encoding: dict[str, Any]) -> Encoded:
     return Encoded(to_npy(_channels_first(square)), "npy", header, treated)
 
 
-def identify(data: bytes, name: str, border: int) -> tuple[Header, Treated]:
+def identify(
+    data: bytes, name: str, border: int, max_pixels: float = MAX_PIXELS
+) -> tuple[Header, Treated]:
     """Read format, mode and size of an image file that will be shown as it is stored.
 
     Beside it stands what would be done to it as a photo: whether it is composed is guessed from the
@@ -283,9 +280,10 @@ def identify(data: bytes, name: str, border: int) -> tuple[Header, Treated]:
         ValueError: if it is no JPEG, PNG or WebP or its size is out of bounds, starting with
             `name`.
     """
-    image, header = _open(data, name, border)
+    image, header = _open(data, name, border, max_pixels)
     may_be_transparent = "A" in image.mode or "transparency" in image.info
-    return header, Treated(_orientation(image, data), may_be_transparent)
+    with named(name):
+        return header, Treated(_orientation(image, data), may_be_transparent)
 
 
 def expected_bytes(encoding: dict[str, Any], source_bytes: int) -> int:
@@ -325,53 +323,118 @@ def to_npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _open(data: bytes, name: str, border: int) -> tuple[Image.Image, Header]:
+def open_image(
+    data: bytes, name: str, max_pixels: float = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
+    """Read the header of an image file, and refuse one of too many pixels before it is decoded.
+
+    `Image.open` would keep to itself why a file is not read ("cannot handle 12-bit layers"), and
+    has a limit of its own, for the whole process.
+
+    Args:
+        data: the file.
+        name: for messages.
+        max_pixels: how many it may have, in millions.
+        formats: Pillow's names of the formats that it may have.
+
+    Raises:
+        ValueError: if it cannot be read, or has too many bytes or pixels.
+    """
+    require_affordable(len(data), name, max_pixels)
+    for known in formats:
+        factory, accept = Image.OPEN[known]
+        if accept is None or accept(data[:16]) is not True:
+            continue
+        with named(name, "read"):
+            image = factory(io.BytesIO(data), "")
+        millions = image.width * image.height / 1e6
+        if millions > max_pixels:
+            raise ValueError(
+                f"{name} is {image.width} x {image.height} pixels, {millions:,.1f} million; "
+                f"--max-pixels allows {max_pixels:g} million: raise it for your own pictures"
+            )
+        if known == "JPEG":
+            _require_few_scans(data, name, int(SCANS * max_pixels / millions))
+        return image
+    *others, last = (known.replace("WEBP", "WebP") for known in formats)
+    raise ValueError(
+        f"{name} is no readable {', '.join(others)}{' or ' * bool(others)}{last} image"
+    )
+
+
+def _require_few_scans(data: bytes, name: str, allowed: int) -> None:
+    """Refuse a progressive JPEG of more scans than decoding it may cost.
+
+    Each of them passes over all pixels, for a few bytes of the file.
+    """
+    # counting markers, thumbnails' among them, is fast and nearly always enough
+    if data.count(bytes((FILL, START_OF_SCAN))) <= allowed:
+        return
+    scans, position = 0, 2
+    while (found := NEXT_MARKER.search(data, position)) and found[0][1] != END_OF_IMAGE:
+        scans += found[0][1] == START_OF_SCAN
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+    if scans > allowed:
+        raise ValueError(f"{name} has {scans:,} scans, too many for so many pixels; save it anew")
+
+
+def check_max_pixels(max_pixels: float) -> None:
+    """Check the option.
+
+    Raises:
+        ValueError: if it is no limit.
+    """
+    if not 0 < max_pixels < 1e6:
+        raise ValueError(f"--max-pixels must be above 0 and below 1,000,000, not {max_pixels:g}")
+
+
+def require_affordable(count: int, name: str, max_pixels: float = MAX_PIXELS) -> None:
+    """Check the size of an image file before it is read into memory.
+
+    Raises:
+        ValueError: if it has more bytes than so many million pixels need.
+    """
+    if count > BYTES_PER_PIXEL * max_pixels * 1e6:
+        raise ValueError(
+            f"{name} has {count:,} bytes, more than {BYTES_PER_PIXEL} for each of the "
+            f"{max_pixels:g} million pixels that --max-pixels allows"
+        )
+
+
+def _open(data: bytes, name: str, border: int, max_pixels: float) -> tuple[Image.Image, Header]:
     """Read an image's header, and refuse what it announces before any of it is decoded."""
-    try:
-        # Pillow warns above 89 megapixels, which phones make, and refuses twice as many
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError as error:
-        reason = _why_not(data)
-        what = f"cannot be read: {reason}" if reason else "is no readable JPEG, PNG or WebP image"
-        raise ValueError(f"{name} {what}") from error
-    except UNREADABLE as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
+    image = open_image(data, name, max_pixels)
     header = Header(str(image.format), image.mode, *image.size)
     _require_usual(header, border, name)
     return image, header
 
 
-def _why_not(data: bytes) -> str:
-    """Ask the format that a file's first bytes announce why it is not read; "" if none does.
-
-    `Image.open` keeps such reasons ("cannot handle 12-bit layers") to itself.
-    """
-    for format_name in FORMATS:
-        factory, accept = Image.OPEN.get(format_name, (None, None))
-        if factory is not None and accept is not None and accept(data[:16]) is True:
-            try:
-                factory(io.BytesIO(data), "")
-            except UNREADABLE as error:
-                return str(error)
-    return ""
-
-
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Let errors of decoding name the file."""
+def named(name: str, verb: str = "decoded") -> Iterator[None]:
+    """Turn any error of Pillow into one that names the file.
+
+    Raises:
+        ValueError: if the file is damaged.
+        OSError: if there is not enough memory.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata, which decide nothing
+            yield
     except MemoryError as error:
+        # the file is within its limits, so this says something of the machine: it is not left out
         raise OSError(f"{name}: not enough memory to decode it; use fewer workers") from error
-    except UNREADABLE as error:
-        raise ValueError(f"{name} cannot be decoded: {error}") from error
+    except Exception as error:  # parsers slip in many ways on fields that are not as they should be
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name} cannot be {verb}: {what}") from error
 
 
 def _decode(image: Image.Image, data: bytes, treatment: Treatment) -> tuple[Image.Image, Treated]:
     """Decode an image that `_open` opened to RGB."""
     image.load()
+    if image.format == "WEBP":
+        # its decoder keeps two more pictures for as long as the image is there
+        vars(image).pop("_decoder", None)
     return _as_photo(image, data) if treatment.photo else (_to_rgb(image), Treated())
 
 
@@ -379,7 +442,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert as torchvision's loader does, but 16-bit grey to its high byte."""
     if image.mode in GREY_16_BIT:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _as_photo(image: Image.Image, data: bytes) -> tuple[Image.Image, Treated]:
@@ -407,7 +470,9 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     try:
         found = image.getexif().get(ORIENTATION)
         return int(found) if found in TURNS else 1
-    except UNREADABLE:
+    except MemoryError:
+        raise
+    except Exception:  # as above: a damaged tag is no reason to leave out an image
         return 1
 
 
@@ -438,7 +503,7 @@ def _alpha_of_key(image: Image.Image, data: bytes) -> Image.Image:
         clear_HW = pixels == (key > 0)
     else:
         clear_HW = pixels == key * GREY_STEP.get(depth, 1)
-    return Image.fromarray(np.where(clear_HW, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.where(clear_HW, np.uint8(0), np.uint8(255)))
 
 
 def _upright(header: Header, treated: Treated) -> Header:
@@ -470,7 +535,9 @@ def _too_elongated() -> str:
     return f"the longer side may have at most {MOST_ELONGATED} times the shorter one: crop it"
 
 
-def _header_of_whole(data: bytes, name: str, treatment: Treatment) -> tuple[Header, Treated]:
+def _header_of_whole(
+    data: bytes, name: str, treatment: Treatment, max_pixels: float
+) -> tuple[Header, Treated]:
     """Read the header of an image file of which all can be decoded, and what is done to a photo.
 
     Decoding a JPEG only to learn that it can be costs ten times as much as copying it. Nearly all
@@ -483,14 +550,16 @@ def _header_of_whole(data: bytes, name: str, treatment: Treatment) -> tuple[Head
     if skeleton is not None:
         # when it fails the whole file decides, and its error is the one to show
         with contextlib.suppress(ValueError):
-            return _decode_coarsely(skeleton, name, treatment)
-    return _decode_coarsely(data, name, treatment)
+            return _decode_coarsely(skeleton, name, treatment, max_pixels)
+    return _decode_coarsely(data, name, treatment, max_pixels)
 
 
-def _decode_coarsely(data: bytes, name: str, treatment: Treatment) -> tuple[Header, Treated]:
+def _decode_coarsely(
+    data: bytes, name: str, treatment: Treatment, max_pixels: float
+) -> tuple[Header, Treated]:
     """Decode an image, a JPEG at an eighth of its size (it still reads all of it)."""
-    image, header = _open(data, name, treatment.border)
-    with _named(name):
+    image, header = _open(data, name, treatment.border, max_pixels)
+    with named(name):
         image.draft("L", (1, 1))
         image.load()
         treated = _as_photo(image, data)[1] if treatment.photo else Treated()

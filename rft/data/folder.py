@@ -41,6 +41,7 @@ from rft.data.splits import (
 
 TRAIN = "train"
 NAMED = 6  # files and folders that are not read and named
+DEPTH = 64  # of folders in a class folder
 TAIL = 4096  # bytes at the end of an image file: enough to tell nearly all of one size apart
 
 
@@ -323,6 +324,8 @@ def _read_class(
     seen: set[str] = set()
     for folder, below, names in os.walk(root / name, followlinks=True, onerror=_raise):
         place = os.path.realpath(folder)
+        if len(Path(folder).relative_to(root).parts) > DEPTH:
+            raise ValueError(f"{folder} lies more than {DEPTH} folders deep; move its images up")
         if place in seen:
             raise ValueError(f"{folder} leads to a folder that was read already; remove the link")
         seen.add(place)

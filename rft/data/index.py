@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
+from braceexpand import (
+    alphabet,
+    braceexpand,
+    char_range_re,  # pyrefly: ignore[missing-module-attribute]
+    int_range_re,  # pyrefly: ignore[missing-module-attribute]
+)
 
 from rft import cli, documents, files
 from rft.data import encode, tar
@@ -35,8 +40,13 @@ from rft.data.samples import (
 )
 from rft.data.scoring import Options, Rule, contradiction, make_rule, read_label
 from rft.data.workers import check_workers, for_each
+from rft.urls import check_shard_name
 
 ALGORITHM = "index 1"  # raise it when the same shards would get another index
+SHARDS = 1_000_000  # of a set
+PATTERN_LETTERS = 4096
+URL_LETTERS = 2**28  # of all URLs together
+DEPTH = 32  # of braces in braces
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 OTHER_SUFFIXES = frozenset({"cls", "json", "txt"})
 
@@ -76,13 +86,13 @@ def index_shards(
     dataset = options.dataset or files.name_of(out)
     require_named(out, dataset)
     allowed = parse_allowed_counts(options.allow_count, [dataset]).get(dataset)
+    names = shard_names(urls, out)
     rule = make_rule(dataset, urls, labels, options)
     with ThreadPoolExecutor(SIZE_THREADS) as pool:
         sizes = list(pool.map(shard_size, urls))
     jobs = list(zip(urls, sizes, strict=True))
     found = for_each(f"{dataset}: shards", partial(read_shard, rule=rule), jobs, workers)
     _require_different(urls, found)
-    names = shard_names(urls, out)
     samples = sum(len(shard.rows["key"]) for shard in found)
     check_count(dataset, samples, labels, allowed)
     manifest, index, plan = _describe(dataset, names, found, labels, rule)
@@ -95,15 +105,17 @@ def expand(patterns: Sequence[str]) -> list[str]:
     """Return the URLs that brace patterns name, in their order.
 
     Raises:
-        ValueError: if a pattern is none, nothing or something twice is named, or a URL holds
-            credentials (the manifest would publish them).
+        ValueError: if a pattern is none, or nothing or something twice is named.
     """
     urls: list[str] = []
     for pattern in patterns:
-        try:
-            found = list(braceexpand(pattern, escape=False))
-        except ValueError as error:
-            raise ValueError(f"braces do not match in {pattern!r}") from error
+        if len(pattern) > PATTERN_LETTERS:
+            raise ValueError(f"a shard pattern has {len(pattern):,} letters: {pattern[:40]!r}...")
+        count = count_expanded(pattern)
+        if len(urls) + count > SHARDS or count * len(pattern) > URL_LETTERS:
+            named = f"{count:,}" if count < 10**30 else "uncounted"
+            raise ValueError(f"{pattern[:99]!r} names {named} shards; a set has at most {SHARDS:,}")
+        found = list(braceexpand(pattern, escape=False))
         for sign in "{}*":
             if sign in found[0] and not _is_local_file(found[0]):
                 raise ValueError(
@@ -116,13 +128,45 @@ def expand(patterns: Sequence[str]) -> list[str]:
     twice = [url for url, count in Counter(urls).items() if count > 1]
     if twice:
         raise ValueError(f"{twice[0]} is named twice")
-    for url in urls:
-        if (shown := files.redact(url)) != url:
-            raise ValueError(
-                f"{shown} holds credentials, which the manifest would publish; give them to "
-                "fsspec's configuration"
-            )
     return urls
+
+
+def count_expanded(pattern: str) -> int:
+    """Count the texts that `braceexpand` makes of a pattern, without making any.
+
+    Raises:
+        ValueError: if its braces do not match.
+    """
+    # of each group that is open: the alternatives before the last comma, those since then, and
+    # where it began
+    groups = [(0, 1, 0)]
+    for place, letter in enumerate(pattern):
+        before, count, start = groups[-1]
+        if letter == "{":
+            groups.append((0, 1, place + 1))
+            if len(groups) > DEPTH:
+                raise ValueError(f"more than {DEPTH} braces lie within each other in {pattern!r}")
+        elif letter == "," and groups[1:]:
+            groups[-1] = (before + count, 1, start)
+        elif letter == "}":
+            if not groups[1:]:
+                raise ValueError(f"braces do not match in {pattern!r}")
+            groups.pop()
+            within = _count_range(pattern[start:place]) or before + count
+            above, beside, start = groups[-1]
+            groups[-1] = (above, beside * within, start)
+    if groups[1:]:
+        raise ValueError(f"braces do not match in {pattern!r}")
+    return groups[0][1]
+
+
+def _count_range(text: str) -> int:
+    """Count the texts of `1..9`, `a..z` or either with a step; 0 if it is none of these."""
+    for known, number in ((int_range_re, int), (char_range_re, alphabet.index)):
+        if found := known.match(text):
+            first, last = number(found[1]), number(found[2])
+            return abs(last - first) // (int(found[3] or 1) or 1) + 1
+    return 0
 
 
 def _is_local_file(url: str) -> bool:
@@ -141,8 +185,10 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
         for sample in read_samples(stream, where, found.passed_over):
             image = pick_image(sample, where, rule.ignore, found.passed_over)
             at = f"{where}, key {sample.key!r}"
+            what = f"{at}: the image"
+            encode.require_affordable(image.size, what, rule.max_pixels)
             data = read_member(stream, image)
-            header, as_photo = encode.identify(data, f"{at}: the image", rule.crop_border)
+            header, as_photo = encode.identify(data, what, rule.crop_border, rule.max_pixels)
             found.as_stored["turned"] += as_photo.orientation != 1
             found.as_stored["transparent"] += as_photo.composed
             label = read_label(stream, sample, at, rule)
@@ -254,17 +300,25 @@ def _describe(
     return manifest, index, plan
 
 
-def shard_names(urls: Sequence[str], out: str) -> list[str]:
-    """Return the shards' names in a manifest in `out`: relative if all lie there, else whole."""
+def shard_names(shards: Sequence[str], out: str) -> list[str]:
+    """Return the shards' names in a manifest in `out`: relative if all lie there, else whole.
+
+    Raises:
+        ValueError: if readers would refuse such a manifest.
+    """
     folder_store, folder = files.open_store(out)
     prefix = folder.rstrip("/") + "/"
     names = []
-    for url in urls:
+    for url in shards:
         place = files.open_store(url)
         name = place[1].removeprefix(prefix)
-        if place != (folder_store, prefix + name):
-            return list(urls)
+        # "folder//x.tar" lies below, but behind the prefix its name would be an absolute one
+        if place != (folder_store, prefix + name) or name.startswith("/"):
+            names = list(shards)
+            break
         names.append(name)
+    for name in names:
+        check_shard_name(name, out)
     return names
 
 

@@ -29,12 +29,13 @@ from rft.config import Config
 from rft.data import encode, order
 from rft.data.cache import Cache
 from rft.data.fetch import Patience, RangeError, Shards
-from rft.data.manifest import Index, Manifest
+from rft.data.manifest import Index, Manifest, note_other_stores
 from rft.data.order import EpochOrder, Plan, rank_slice
 from rft.data.split import held_out_split
 from rft.device import to_device
 
 SECONDS_ALONE = 2  # that a loader process outlives a trainer that was killed, at most
+PAYLOAD_BYTES = 2**28  # of image files that are in memory together
 BATCHES_AHEAD = 2  # batches that each loader process may have ready or under way
 
 
@@ -74,11 +75,19 @@ class PackedDataset:
     """One packed set: its manifest, its index and the bytes of any sample."""
 
     def __init__(
-        self, url: str, *, cache: Cache | None = None, patience: Patience | None = None
+        self,
+        url: str,
+        *,
+        cache: Cache | None = None,
+        patience: Patience | None = None,
+        max_pixels: float = encode.MAX_PIXELS,
     ) -> None:
         self.url = url
         self.manifest = Manifest.load(url)
+        note_other_stores(url, self.manifest)
         self.index = Index.load(url, self.manifest)
+        self._max_pixels = max_pixels
+        self._require_affordable()
         sizes = [shard.samples for shard in self.manifest.shards]
         self.shard_ends = np.cumsum(sizes)
         self.shards = Shards(url, self.manifest.shards, cache=cache, patience=patience)
@@ -184,12 +193,19 @@ class PackedDataset:
                     pixels = np.frombuffer(data, dtype=np.uint8)[len(self._npy_header) :]
                     images_BCHW[place] = pixels.reshape(3, size, size)
             return 0.0
+        # at once, unless the files are huge: then some at a time
+        parts = portions(self.index.length[samples].tolist(), PAYLOAD_BYTES)
+        return sum(self._decode(samples[part], images_BCHW[part]) for part in parts)
+
+    def _decode(self, samples: np.ndarray, images_BCHW: np.ndarray) -> float:
+        """Write the images of samples whose payloads are files; return the seconds of decoding."""
+        size = images_BCHW.shape[-1]
         payloads = self.payloads(samples)
         began = time.perf_counter()
         treatment = encode.payload_treatment(self.manifest.encoding)
         rows = self._rows(samples)
         for image_CHW, row, data in zip(images_BCHW, rows, payloads, strict=True):
-            image = encode.load_image(data, self._where(row), treatment)
+            image = encode.load_image(data, self._where(row), treatment, self._max_pixels)
             image_CHW[:] = encode.clip_pixels(image, size, treatment.border)
         return time.perf_counter() - began
 
@@ -284,6 +300,20 @@ class PackedDataset:
     def _name(self, row: "_Row") -> str:
         return f"sample {self.key(row.sample)!r}, offset {row.offset}"
 
+    def _require_affordable(self) -> None:
+        """Check what the index says of the largest image, before any is read."""
+        encode.check_max_pixels(self._max_pixels)
+        index, name = self.index, f"{self.url}: its largest"
+        encode.require_affordable(
+            int(index.length.max(initial=0)), f"{name} file", self._max_pixels
+        )
+        pixels = (index.width.astype(np.int64) * index.height).max(initial=0)
+        if self.manifest.encoding["kind"] == "original" and pixels > self._max_pixels * 1e6:
+            raise ValueError(
+                f"{name} image has {pixels / 1e6:,.1f} million pixels, --max-pixels allows "
+                f"{self._max_pixels:g} million: raise it (for training, --loader.max-pixels)"
+            )
+
     def _require_size(self, size: int) -> None:
         packed = self.manifest.encoding.get("size", size)
         if packed != size:
@@ -291,6 +321,18 @@ class PackedDataset:
                 f"{self.url} was packed at {packed} px, the model wants {size} px; "
                 f"pack it again with --size {size} or --encoding original"
             )
+
+
+def portions(sizes: Sequence[int], limit: int) -> Iterator[slice]:
+    """Cut a list into runs of at most `limit` bytes, or of one element."""
+    start = filled = 0
+    for place, size in enumerate(sizes):
+        if place > start and filled + size > limit:
+            yield slice(start, place)
+            start, filled = place, 0
+        filled += size
+    if start < len(sizes):
+        yield slice(start, len(sizes))
 
 
 class Batches(Protocol):

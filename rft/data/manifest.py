@@ -7,8 +7,6 @@ No torch here: packing tools and reports read this too.
 
 import dataclasses
 import io
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from rft import documents, files
+from rft import cli, documents, files, urls
+from rft.arrays import read_npz
 from rft.classes import Classes, prompts_sha256
 from rft.data import tar
 from rft.data.encode import Encoding
@@ -36,7 +35,14 @@ COLUMNS = {
     "height": np.uint16,
     "key": np.bytes_,
 }
+ROW_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())  # of all columns but the key
+KEY_BYTES = 1024
+HEADERS_BYTES = 2**14  # what an index has besides its rows, and more
+# The index is read whole, and twice that is in memory for a moment: 768 MiB stay within 2 GB. They
+# hold 19 million samples with keys like ImageNet's; ImageNet-21k has 14 million.
+INDEX_BYTES = 3 * 2**28
 AGAIN = "pack or index the set again"
+STORES_SHOWN = 3  # in one line
 ShardName = Annotated[Name, Field(max_length=2000)]
 
 
@@ -45,7 +51,7 @@ class Shard:
     """One tar file of the dataset.
 
     `name` is relative to the manifest's folder, or a whole URL where a manifest was made for shards
-    that lie elsewhere.
+    that lie elsewhere: see `rft.urls.check_shard_name`.
     """
 
     name: ShardName
@@ -100,6 +106,14 @@ class Manifest:
         """Hash of the manifest's content: the identity of the data."""
         return files.sha256_json(self._document())
 
+    def other_stores(self, url: str) -> list[str]:
+        """Return the hosts and buckets that hold shards and are not that of the manifest's `url`.
+
+        Files elsewhere on this machine are not among them: nobody learns that they are read.
+        """
+        places = dict.fromkeys(urls.place(shard.name) for shard in self.shards)
+        return [place for place in places if place not in ("", urls.place(url))]
+
     @property
     def label_space(self) -> Classes:
         """What the labels mean, to compare with the classes of a head."""
@@ -136,6 +150,11 @@ class Manifest:
         except ValueError as error:
             newer = "a newer rft may read it; " if documents.names_unknown(error) else ""
             raise ValueError(f"{error}; {newer}{AGAIN}") from error
+        for number, shard in enumerate(manifest.shards):
+            try:
+                urls.check_shard_name(shard.name, url)
+            except ValueError as error:
+                raise ValueError(f"{path}: shards[{number}].name: {error}; {AGAIN}") from error
         require_named(url, manifest.dataset)
         return manifest
 
@@ -164,6 +183,17 @@ def require_named(url: str, dataset: str) -> None:
         raise ValueError(
             f"{url} is called {name}, but the set in it is {dataset!r} and would count as {name}; "
             f"rename the folder, or index its shards anew with --dataset {name} if they are that"
+        )
+
+
+def note_other_stores(url: str, manifest: Manifest) -> None:
+    """Print which hosts or buckets besides the manifest's own will be asked for its shards."""
+    if others := manifest.other_stores(url):
+        more = f" and {len(others) - STORES_SHOWN} more" if len(others) > STORES_SHOWN else ""
+        own = any(urls.place(shard.name) not in others for shard in manifest.shards)
+        cli.note(
+            f"shards of {manifest.dataset} ({url}) are read from "
+            f"{', '.join(others[:STORES_SHOWN])}{more}{' as well' if own else ''}"
         )
 
 
@@ -206,9 +236,23 @@ class Index:
     key: np.ndarray  # S<longest>
 
     def to_bytes(self) -> bytes:
-        """Return the content of `index.npz`; the same columns give the same bytes."""
+        """Return the content of `index.npz`; the same columns give the same bytes.
+
+        Raises:
+            ValueError: if readers would refuse it.
+        """
+        if self.key.itemsize > KEY_BYTES:
+            raise ValueError(
+                f"a key has {self.key.itemsize:,} letters, at most {KEY_BYTES:,} are read; shorten "
+                f"the names of the images"
+            )
         stream = io.BytesIO()
         np.savez(stream, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        if (size := stream.tell()) > INDEX_BYTES:
+            raise ValueError(
+                f"the index of {len(self.key):,} samples has {size:,} bytes, more than the "
+                f"{INDEX_BYTES:,} that are read; make several sets of them"
+            )
         return stream.getvalue()
 
     @staticmethod
@@ -235,13 +279,14 @@ class Index:
                 manifest's samples.
         """
         path = files.join(url, "index.npz")
-        data = files.read_bytes(path)
+        # as many rows as the manifest says, no more, whatever the store sends
+        limit = min(manifest.samples * (ROW_BYTES + KEY_BYTES) + HEADERS_BYTES, INDEX_BYTES)
+        data = files.read_bytes(path, limit)
         if files.sha256_bytes(data) != manifest.index_sha256:
             raise ValueError(f"{path} does not have the sha256 in its manifest; pack the set again")
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-                columns = {name: archive[name] for name in archive.files}
-        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            columns = read_npz(data, limit)
+        except ValueError as error:
             raise ValueError(f"{path} is no archive of columns ({error}); {AGAIN}") from error
         for fault in _column_faults(columns, manifest.samples):
             raise ValueError(f"{path}: {fault}; {AGAIN}")

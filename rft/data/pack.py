@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
 
 from rft import files, local
 from rft.data import encode
@@ -49,7 +48,8 @@ COMMIT_THREADS = 16  # reading commits is latency-bound on object stores
 class Options:
     """How to pack; `workers`, `task` and `finalize` change who does the work, never the bytes.
 
-    Nor does `max_bad`, unless it is needed: it says how many images a complete set may lack.
+    Nor do `max_bad`, unless it is needed, which says how many images a complete set may lack, and
+    `max_pixels`.
     """
 
     encoding: encode.Kind = "original"
@@ -73,6 +73,9 @@ class Options:
     """How many images of the whole set may be left out because they cannot be decoded; each is
     listed with its reason in quarantine.jsonl. A larger number continues, a smaller one tries the
     images again."""
+    max_pixels: float = encode.MAX_PIXELS
+    """Millions of pixels that an image may have: a small file may claim more than memory holds.
+    Raise it for panoramas of your own; it never changes bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +131,11 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
     plan = make_plan(source, labels, options)
     url = files.join(out, source.dataset)
     claim(plan, url, create=not options.finalize)
-    jobs = make_jobs(plan, url, options.max_bad)
+    jobs = make_jobs(plan, url, options.max_bad, options.max_pixels)
     if _is_complete(plan, url, jobs):
         return _say_complete(source.dataset, url, options.max_bad)
     if not options.finalize:
         todo = _uncommitted(jobs[index::count])
-        if isinstance(files.open_store(url)[0], MemoryFileSystem):
-            worker_count = 1  # no other process sees it
         _write_shards(source.dataset, todo, worker_count, options.max_bad)
         waiting = _uncommitted(jobs)
         if waiting:
@@ -147,10 +148,9 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
     manifest = finalize(plan, url, options.max_bad)
     total = sum(shard.bytes for shard in manifest.shards)
     left_out = f", {manifest.quarantined} left out (quarantine.jsonl)"
-    shown = files.redact(url)
     print(
         f"{source.dataset}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, "
-        f"{total / 2**20:,.1f} MiB at {shown}{left_out if manifest.quarantined else ''}",
+        f"{total / 2**20:,.1f} MiB at {url}{left_out if manifest.quarantined else ''}",
         flush=True,
     )
     if source.photos:
@@ -216,7 +216,9 @@ def cut(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def make_jobs(plan: Plan, url: str, max_bad: int = 0) -> list[Job]:
+def make_jobs(
+    plan: Plan, url: str, max_bad: int = 0, max_pixels: float = encode.MAX_PIXELS
+) -> list[Job]:
     """Return one job for each shard of the plan."""
     return [
         Job(
@@ -228,6 +230,7 @@ def make_jobs(plan: Plan, url: str, max_bad: int = 0) -> list[Job]:
             encoding=plan.encoding,
             plan_hash=plan.hash,
             max_bad=max_bad,
+            max_pixels=max_pixels,
         )
         for number, items in enumerate(plan.shards)
     ]
@@ -267,8 +270,7 @@ def claim(plan: Plan, url: str, *, create: bool = True) -> None:
         raise ValueError(
             f"{url} holds another plan ({changes}); choose another --out or delete that folder"
         )
-    shown = files.redact(url)
-    print(f"{shown} held another plan ({changes}) but no shard yet: replaced", flush=True)
+    print(f"{url} held another plan ({changes}) but no shard yet: replaced", flush=True)
     files.write_json(plan_url, plan.parameters)
 
 
@@ -365,6 +367,7 @@ def _check(options: Options) -> tuple[int, tuple[int, int]]:
         raise ValueError(f"--shard-mb must be above 0, not {options.shard_mb}")
     if options.max_bad < 0:
         raise ValueError(f"--max-bad must be at least 0, not {options.max_bad}")
+    encode.check_max_pixels(options.max_pixels)
     if options.finalize and options.task is not None:
         raise ValueError("--finalize writes no shards, so it goes without --task")
     task = (0, 1) if options.task is None else parse_task(options.task)
@@ -391,8 +394,7 @@ def _say_complete(dataset: str, url: str, max_bad: int) -> bool:
             f"many, or repair them (quarantine.jsonl), delete that folder and pack again"
         )
     left_out = f" ({quarantined} left out)" if quarantined else ""
-    shown = files.redact(url)
-    print(f"{dataset}: already packed at {shown}{left_out}, nothing to do", flush=True)
+    print(f"{dataset}: already packed at {url}{left_out}, nothing to do", flush=True)
     return True
 
 

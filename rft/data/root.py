@@ -1,28 +1,14 @@
 """Names of the packed sets below a data root, and the error for a set that does not exist."""
 
 import contextlib
-import posixpath
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 from rft import files
+from rft.urls import set_name
 
 LOOKED_AT = 50  # folders of a root, each of which costs a request on a remote store
 SHOWN = 12  # sets in a message
-
-
-def set_name(name: str, option: str) -> str:
-    """Return the name of a set as results know it: without the slash that tab completion adds.
-
-    Raises:
-        ValueError: naming the option, if the name is not a folder below the data root.
-    """
-    plain = posixpath.normpath(name)
-    if plain.split("/")[0].strip() in ("", ".", "..") or "://" in name:
-        raise ValueError(
-            f"{option} is {name!r}; name a packed set by its folder below --data, e.g. imagenet-val"
-        )
-    return plain
 
 
 def set_names(names: Iterable[str], option: str) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from rft.remote import REQUEST_BYTES
 
 PASSED_OVER_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
 REQUESTS_AT_ONCE = 4  # requests for one remote shard under way at a time
+TEXT_BYTES = 2**20  # of a .cls or .json
 SIZE_THREADS = 16  # asking for sizes is latency-bound
 
 
@@ -67,9 +68,9 @@ def shard_size(url: str) -> int:
 def _shards_in(folder: str) -> str:
     """Return how to name the shards of a folder."""
     tars = [name for name in files.names(folder) if name.endswith(".tar")]
-    found = f"of its {len(tars)} .tar files the first is {tars[0]}, the last {tars[-1]}; " * bool(
-        tars
-    )
+    found = ""
+    if tars:
+        found = f"of its {len(tars)} .tar files the first is {tars[0]}, the last {tars[-1]}; "
     pattern = files.join(folder, "{000000..000123}.tar")
     return f"{found}name its shards, such as '{pattern}'"
 
@@ -148,6 +149,19 @@ def read_samples(stream: IO[bytes], where: str, passed_over: Counter[str]) -> li
             raise ValueError(f"{where}: two members are called {member.name!r}")
         members[suffix] = member
     return list(samples.values())
+
+
+def read_text(stream: IO[bytes], member: tar.Member, where: str) -> bytes:
+    """Return the content of a member that holds a label.
+
+    Raises:
+        ValueError: if it is longer than any label.
+    """
+    if member.size > TEXT_BYTES:
+        raise ValueError(
+            f"{where}: {member.name!r} has {member.size:,} bytes, no label has so many"
+        )
+    return read_member(stream, member)
 
 
 def read_member(stream: IO[bytes], member: tar.Member) -> bytes:

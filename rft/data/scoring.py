@@ -15,10 +15,12 @@ from typing import IO, Any, Literal
 
 from rft import cli, files
 from rft.classes import Classes, composed
+from rft.config import MAX_PIXELS
+from rft.data.encode import check_max_pixels
 from rft.data.labels import LabelSpace, folder_labels, objectnet_groups
 from rft.data.manifest import group_faults
 from rft.data.published import SUBSETS, published_classes
-from rft.data.samples import Sample, parent, read_member
+from rft.data.samples import Sample, parent, read_text
 
 POSITION = re.compile(r"0|[1-9][0-9]{0,17}")  # as a position is written: no sign, no leading zeros
 LIKE_POSITION = re.compile(r"-?[0-9]{1,18}")  # what a reader may take for one
@@ -53,6 +55,8 @@ class Options:
     """Suffixes of members to pass over, such as seg.png."""
     allow_count: tuple[str, ...] = ()
     """SET=N: accept this copy of a benchmark, which has N images and not the published number."""
+    max_pixels: float = MAX_PIXELS
+    """Millions of pixels that an image may have; raise it for panoramas."""
     workers: int | None = None
     """Processes that read shards; None is one for each core this process may use."""
 
@@ -72,6 +76,7 @@ class Rule:
     labels_are: LabelsAre | None = None
     ignore: frozenset[str] = frozenset()
     crop_border: int = 0
+    max_pixels: float = MAX_PIXELS
 
     @cached_property
     def scored(self) -> frozenset[int]:
@@ -118,6 +123,7 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
     Raises:
         ValueError: if local class names do not map onto the label space, or nothing is scored.
     """
+    check_max_pixels(options.max_pixels)
     places = [] if options.skip_beside else list(dict.fromkeys(map(parent, urls)))
     _require_nshards(urls, [folder for folder in places if folder])
     names, source = _local_names(places, labels, options.local_classes)
@@ -145,6 +151,7 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
         labels_are=options.labels_are,
         ignore=frozenset(suffix.lower().lstrip(".") for suffix in options.ignore),
         crop_border=border,
+        max_pixels=options.max_pixels,
     )
 
 
@@ -451,7 +458,7 @@ def read_label(stream: IO[bytes], sample: Sample, where: str, rule: Rule) -> int
         if wanted == "cls" and "json" in sample.members:
             hint = "; name a field of its .json with --label-field"
         raise ValueError(f"{where}: no label, there is no .{wanted}{hint}")
-    label = parse_label(read_member(stream, sample.members[wanted]), where, rule)
+    label = parse_label(read_text(stream, sample.members[wanted], where), where, rule)
     return resolve_label(label, where, rule)
 
 
@@ -465,7 +472,7 @@ def contradiction(stream: IO[bytes], sample: Sample, class_id: int, rule: Rule) 
     if other not in sample.members or other in rule.ignore:
         return ""
     try:
-        text = read_member(stream, sample.members[other]).decode("utf-8").strip()
+        text = read_text(stream, sample.members[other], "").decode("utf-8").strip()
         document = json.loads(text) if other == "json" else {"": text}
     except (ValueError, RecursionError):
         return ""  # not the member that the label is read from

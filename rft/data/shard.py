@@ -122,6 +122,7 @@ class Job:
     encoding: dict[str, Any]
     plan_hash: str
     max_bad: int = 0
+    max_pixels: float = encode.MAX_PIXELS
 
     @property
     def shard_url(self) -> str:
@@ -323,17 +324,29 @@ def compact_json(document: Any) -> bytes:
 def _encode(job: Job, item: Item, bad: list[Quarantined]) -> encode.Encoded | None:
     """Return an image's payload, or None if it cannot be read, which `bad` then tells."""
     name = where(job.root, item)
+    try:
+        encode.require_affordable(item.bytes, name, job.max_pixels)
+    except ValueError as error:
+        return _leave_out(job, item, bad, error)
     data = read_item(job.root, item)  # a file that cannot be opened at all is never left out
     try:
-        return encode.encode(data, name, job.encoding)
+        return encode.encode(data, name, job.encoding, job.max_pixels)
     except ValueError as error:
-        if job.max_bad == 0:
-            raise ValueError(f"{error}; --max-bad N leaves out up to N such images") from error
-        reason = str(error).removeprefix(name).strip()
-        bad.append(Quarantined(path=item.path, reason=reason))
-        if len(bad) > job.max_bad:
-            raise too_many(bad, job.max_bad) from error
-        return None
+        return _leave_out(job, item, bad, error)
+
+
+def _leave_out(job: Job, item: Item, bad: list[Quarantined], error: ValueError) -> None:
+    """Note an image that cannot be packed.
+
+    Raises:
+        ValueError: if that is one more than may be left out.
+    """
+    if job.max_bad == 0:
+        raise ValueError(f"{error}; --max-bad N leaves out up to N such images") from error
+    reason = str(error).removeprefix(where(job.root, item)).strip()
+    bad.append(Quarantined(path=item.path, reason=reason))
+    if len(bad) > job.max_bad:
+        raise too_many(bad, job.max_bad) from error
 
 
 def _require_plan(job: Job) -> None:

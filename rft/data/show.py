@@ -41,7 +41,8 @@ def main() -> None:
     if not path.is_file():
         raise ValueError(f"{arguments.run} is not a run folder: it has no config.json")
     config = load_config(arguments.run)
-    packed = PackedDataset(files.join(arguments.data or config.data, config.train_set))
+    url = files.join(arguments.data or config.data, config.train_set)
+    packed = PackedDataset(url, max_pixels=config.loader.max_pixels)
     plan, samples, _ = plan_training(packed, config)
     if not 0 <= arguments.step < plan.steps_per_epoch or arguments.epoch < 0:
         raise ValueError(

@@ -3,14 +3,31 @@
 Python's tarfile takes a damaged header for the end of the archive and says nothing
 (cpython issue 120740), so a damaged or cut tar would only look shorter. Here the archive must end
 as the format says: two blocks of zeros and nothing but zeros behind them.
+
+tarfile also believes sizes: a negative one leads it back to where it was, for ever (cpython issue
+130577, not mended in older Pythons), and a name of gigabytes is read into memory. So it parses
+single header blocks here and no more. Where the next one lies, and what headers may say of a member
+after them, is decided below, and each block moves the walk forward.
 """
 
+import os
+import re
 import tarfile
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 BLOCK = 512  # bytes; headers and payloads are padded to whole blocks
 END = 2 * BLOCK  # zeros that end an archive
+ZEROS = 2**26  # that an archive may end with; writers fill up to 10 KiB, few to more
+DESCRIPTION_BYTES = 2**20  # of names and attributes in front of a member
+NAME_LETTERS = 4096  # as Linux allows in a path
+MEMBERS = 1_000_000  # of one tar: all of them are in memory
+# types of headers that describe the next member
+DESCRIBES = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+SIZE = re.compile(r"[0-9]{1,18}")
 # first bytes of what is taken for a tar: what it is, and a command that makes a tar of it
 OTHER_KINDS = {
     b"\x1f\x8b": "compressed by gzip; unpack it with gunzip",
@@ -41,31 +58,109 @@ def walk(stream: IO[bytes], name: str) -> Iterator[Member]:
     `stream` must be seekable; between two members the caller may move it. Folders are passed over.
 
     Raises:
-        ValueError: if a header is damaged, the archive is cut, or a member is no file or folder.
+        ValueError: if a header is damaged, the archive is cut or too large to be a shard, or a
+            member is no file or folder.
     """
-    end = 0
+    total = stream.seek(0, os.SEEK_END)
+    position = count = 0
+    said: dict[str, str] = {}  # by headers that describe the next member
+    while (entry := _read_header(stream, position, name)) is not None:
+        start = position + BLOCK
+        size = int(said.get("size", entry.size))
+        stores = entry.isreg() or entry.type in DESCRIBES
+        stop = start + (padded(size) if stores else 0)
+        if size < 0:
+            raise ValueError(f"{name}: the member at byte {position:,} has {size:,} bytes")
+        if stop > total:
+            raise ValueError(
+                f"{name} is cut off at byte {total:,}: the member at byte {position:,} has "
+                f"{size:,} bytes"
+            )
+        if entry.type in DESCRIBES:
+            said |= _describe(stream, start, entry, name)
+            position = stop
+            continue
+        member = Member(said.get("path", entry.name).rstrip("/"), start, size)
+        if len(member.name) > NAME_LETTERS:
+            raise ValueError(
+                f"{name}: a member's name has {len(member.name):,} letters; shorten it"
+            )
+        count += 1
+        if count > MEMBERS:
+            raise ValueError(f"{name} holds more than {MEMBERS:,} files; make several tars of them")
+        if entry.isreg() and entry.type != tarfile.GNUTYPE_SPARSE:
+            yield member
+        elif not entry.isdir():
+            raise ValueError(f"{name}: {member.name!r} is neither a file nor a folder")
+        position, said = stop, {}
+    _require_end(stream, position, name)
+
+
+def _read_header(stream: IO[bytes], position: int, name: str) -> tarfile.TarInfo | None:
+    """Return the header at a byte of a tar, or None where zeros end the archive."""
+    stream.seek(position)
+    block = stream.read(BLOCK)
+    if not block.strip(b"\0") and (block or position):
+        return None
     try:
-        with tarfile.open(fileobj=stream, mode="r:", errorlevel=2) as opened:
-            archive: Any = opened
-            for entry in archive:
-                if entry.isreg() and not entry.issparse():
-                    yield Member(entry.name, entry.offset_data, entry.size)
-                elif not entry.isdir():
-                    raise ValueError(f"{name}: {entry.name!r} is neither a file nor a folder")
-                end = entry.offset_data + (padded(entry.size) if entry.isreg() else 0)
-                # tarfile remembers every member it has seen
-                archive.members = []
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.TarError as error:
-        stream.seek(0)
-        if what := _other_kind(stream.read(BLOCK)):
+        if what := _other_kind(block) if position == 0 else "":
             raise ValueError(f"{name} is no plain tar but {what}") from error
-        raise ValueError(f"{name} is no whole tar: {error} after byte {end:,}") from error
+        if position == 0 or len(block) < BLOCK:
+            raise ValueError(f"{name} is no whole tar: {error} after byte {position:,}") from error
+        raise ValueError(
+            f"{name}: damaged header or foreign bytes after byte {position:,}"
+        ) from error
+
+
+def _describe(stream: IO[bytes], start: int, entry: tarfile.TarInfo, name: str) -> dict[str, str]:
+    """Return what a header says of the member after it: its path, its size."""
+    where = f"{name}: the header at byte {start - BLOCK:,}"
+    if entry.size > DESCRIPTION_BYTES:
+        raise ValueError(f"{where} has {entry.size:,} bytes, more than any name takes")
+    stream.seek(start)
+    data = stream.read(entry.size)
+    if entry.type == tarfile.GNUTYPE_LONGNAME:
+        return {"path": data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
+    if entry.type == tarfile.GNUTYPE_LONGLINK:
+        return {}  # of a link, which is refused by its own header
+    records = _pax_records(data, where)
+    if any(key.startswith("GNU.sparse.") for key in records):
+        raise ValueError(f"{where} describes a sparse file; write the tar again without --sparse")
+    said = {key: records[key] for key in ("path", "size") if key in records}
+    if said and entry.type == tarfile.XGLTYPE:
+        raise ValueError(f"{where} gives all members one {' and one '.join(said)}")
+    if not SIZE.fullmatch(said.get("size", "0")):
+        raise ValueError(f"{where} gives the size {said['size'][:40]!a}")
+    return said
+
+
+def _pax_records(data: bytes, where: str) -> dict[str, str]:
+    """Return the records of a PAX header (POSIX.1-2001): "LENGTH KEY=VALUE" lines."""
+    records, position = {}, 0
+    while position < len(data) and data[position]:
+        space = data.find(b" ", position, position + 8)
+        digits = data[position : max(space, position)]
+        stop = position + int(digits) if digits.isdigit() else 0
+        key, equals, value = data[space + 1 : stop - 1].partition(b"=")
+        if not space < stop <= len(data) or not equals or data[stop - 1 : stop] != b"\n":
+            raise ValueError(f"{where} is damaged")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        position = stop
+    return records
+
+
+def _require_end(stream: IO[bytes], end: int, name: str) -> None:
+    """Check that nothing but zeros, and enough of them, lies behind the last member."""
     stream.seek(end)
     zeros = 0
     while rest := stream.read(1 << 20):
         if rest.strip(b"\0"):
             raise ValueError(f"{name}: damaged header or foreign bytes after byte {end:,}")
         zeros += len(rest)
+        if zeros > ZEROS:
+            raise ValueError(f"{name}: more than {ZEROS:,} zeros after byte {end:,}")
     if zeros < END:
         raise ValueError(f"{name} is cut off at byte {end + zeros:,}: a tar ends with {END} zeros")
 

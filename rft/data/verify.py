@@ -6,13 +6,12 @@ the key and place that the index names, have its crc32 and label, and decode. On
 hides another: the check goes on.
 """
 
-import io
 import math
+import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -22,8 +21,8 @@ from rft.classes import Classes, composed
 from rft.data import encode, tar
 from rft.data.index import ALGORITHM, IMAGE_SUFFIXES, OTHER_SUFFIXES
 from rft.data.labels import scoring_hash
-from rft.data.manifest import Index, Manifest, group_faults
-from rft.data.samples import SIZE_THREADS, open_whole, shard_size, split_name
+from rft.data.manifest import Index, Manifest, group_faults, note_other_stores
+from rft.data.samples import SIZE_THREADS, open_whole, read_text, shard_size, split_name
 from rft.data.scoring import POSITION, LabelsAre, Rule, parse_label, resolve_label
 from rft.data.workers import for_each
 from rft.documents import FOREIGN, Name, Text, document
@@ -44,7 +43,7 @@ class Problem:
         place = [self.shard] if self.shard else []
         place += [f"key {self.key!r}"] if self.key else []
         place += [f"offset {self.offset:,}"] if self.offset is not None else []
-        return files.redact(f"{', '.join(place)}: {self.what}" if place else self.what)
+        return f"{', '.join(place)}: {self.what}" if place else self.what
 
 
 @dataclass(kw_only=True)
@@ -92,10 +91,12 @@ class Rows:
     encoding: dict[str, Any]
     rule: Rule
     ids_known: bool
+    max_pixels: float
 
 
-def verify(url: str, *, deep: bool, workers: int) -> Report:
+def verify(url: str, *, deep: bool, workers: int, max_pixels: float = encode.MAX_PIXELS) -> Report:
     """Check the set at `url`; see the module's text."""
+    encode.check_max_pixels(max_pixels)
     report = Report(url=url, deep=deep)
     try:
         manifest = Manifest.load(url)
@@ -112,7 +113,7 @@ def verify(url: str, *, deep: bool, workers: int) -> Report:
         in_range = index.label[(index.label >= 0) & (index.label < len(manifest.classes))]
         report.per_class = np.bincount(in_range, minlength=len(manifest.classes)).tolist()
         report.problems += check_index(manifest, index)
-    _check_shards(manifest, index, plan, report, workers)
+    _check_shards(manifest, index, plan, report, workers, max_pixels)
     return report
 
 
@@ -124,13 +125,19 @@ def check_index(manifest: Manifest, index: Index) -> Iterator[Problem]:
         rows = np.arange(start, start + shard.samples)
         start += shard.samples
         wrong = [
-            *((np.intersect1d(rows, some), what) for some, what in unusable),
+            *((_within(some, rows), what) for some, what in unusable),
             *_misplaced(index, rows),
         ]
         for some, what in wrong:
             for row in some:
                 key, offset = index.key[row].decode("ascii", "replace"), int(index.offset[row])
                 yield Problem(shard=shard.name, key=key, offset=offset, what=what)
+
+
+def _within(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the rows of one shard among ascending ones of the whole set."""
+    first, last = (rows[0], rows[-1]) if len(rows) else (0, -1)
+    return found[np.searchsorted(found, first) : np.searchsorted(found, last, side="right")]
 
 
 def _misplaced(index: Index, rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
@@ -168,7 +175,7 @@ def check_rows(stream: IO[bytes], sha256: str, rows: Rows) -> Iterator[Problem]:
     keys = [key.decode("ascii", "replace") for key in rows.index.key]
     for row, key in enumerate(keys):
         offset = int(rows.index.offset[row])
-        differences = [*_check_payload(stream, rows.index, row, rows.encoding)]
+        differences = [*_check_payload(stream, rows.index, row, rows.encoding, rows.max_pixels)]
         if offset < end:
             differences += _check_members(stream, members.get(key, {}), rows.index, row, rows)
         for what in differences:
@@ -229,10 +236,9 @@ def _check_label(
     if suffix not in found:
         yield f"there is no .{suffix} with a label"
         return
-    stream.seek(found[suffix].offset)
-    data = stream.read(found[suffix].size)
     here = f"its .{suffix}"
     try:
+        data = read_text(stream, found[suffix], here)
         said = parse_label(data, here, rows.rule)
         if not rows.ids_known and not POSITION.fullmatch(str(said)):
             return  # it may be one of the ids that the manifest does not hold
@@ -245,34 +251,42 @@ def _check_label(
 
 
 def _check_payload(
-    stream: IO[bytes], index: Index, row: int, encoding: dict[str, Any]
+    stream: IO[bytes], index: Index, row: int, encoding: dict[str, Any], max_pixels: float
 ) -> Iterator[str]:
     """Yield what is wrong with the bytes of one row."""
     offset, length = int(index.offset[row]), int(index.length[row])
+    # not read and counted: what is read is allocated first
+    there = min(max(stream.seek(0, os.SEEK_END) - offset, 0), length)
+    if there != length:
+        yield f"cut off: {there:,} of {length:,} bytes are there"
+        return
+    try:
+        encode.require_affordable(length, "the payload", max_pixels)
+    except ValueError as error:
+        yield str(error)
+        return
     stream.seek(offset)
     data = stream.read(length)
-    if len(data) != length:
-        yield f"cut off: {len(data):,} of {length:,} bytes are there"
-        return
     if zlib.crc32(data) != index.crc32[row]:
         yield "damaged bytes: they do not have the crc32 of the index"
         return
     size = (int(index.width[row]), int(index.height[row]))
     try:
-        yield from _check_image(data, size, encoding)
+        yield from _check_image(data, size, encoding, max_pixels)
     except ValueError as error:
         yield str(error)
 
 
 def _check_image(
-    data: bytes, source_size: tuple[int, int], encoding: dict[str, Any]
+    data: bytes, source_size: tuple[int, int], encoding: dict[str, Any], max_pixels: float
 ) -> Iterator[str]:
     if encoding["kind"] == "pixels":
-        pixels = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        if pixels.shape != (3, encoding["size"], encoding["size"]) or pixels.dtype != np.uint8:
-            yield f"the payload is {pixels.dtype} {pixels.shape}, not pixels of the set's size"
+        header = encode.npy_header(encoding["size"])
+        if not data.startswith(header) or len(data) != len(header) + 3 * encoding["size"] ** 2:
+            yield "the payload is no array of pixels of the set's size"
         return
-    image = encode.load_image(data, "the payload", encode.payload_treatment(encoding))
+    treatment = encode.payload_treatment(encoding)
+    image = encode.load_image(data, "the payload", treatment, max_pixels)
     is_stored = encoding["kind"] == "original"
     size = source_size if is_stored else (encoding["size"], encoding["size"])
     if image.size != size:
@@ -386,8 +400,10 @@ def _check_shards(
     plan: Plan,
     report: Report,
     workers: int,
+    max_pixels: float,
 ) -> None:
     """Add what is wrong with the shards themselves."""
+    note_other_stores(report.url, manifest)
     places = [files.resolve(report.url, shard.name) for shard in manifest.shards]
     with ThreadPoolExecutor(SIZE_THREADS) as pool:
         sizes = list(pool.map(_size_or_reason, places))
@@ -410,24 +426,34 @@ def _check_shards(
             encoding=manifest.encoding,
             rule=rule,
             ids_known=bool(manifest.class_ids),
+            max_pixels=max_pixels,
         )
         jobs.append(rows)
     if not report.deep:
         return
     names = {shard.sha256: shard.name for shard in manifest.shards}
-    for problems in for_each("shards", partial(check_shard, names=names), jobs, workers):
-        report.problems += problems
+    for rows, checked in zip(jobs, for_each("shards", check_shard, jobs, workers), strict=True):
+        if checked.sha256 != rows.sha256 and checked.sha256 in names:
+            what = f"holds the bytes of {names[checked.sha256]}"
+            report.problems.append(Problem(shard=rows.name, what=what))
+        else:
+            report.problems += checked.problems
 
 
-def check_shard(rows: Rows, names: dict[str, str]) -> list[Problem]:
-    """Return what is wrong with one shard, reading all of it; `names` are all shards by sha256."""
+class Checked(NamedTuple):
+    """The hash of a shard that was read, and what is wrong with it."""
+
+    sha256: str
+    problems: list[Problem]
+
+
+def check_shard(rows: Rows) -> Checked:
+    """Check one shard, reading all of it."""
     try:
         with open_whole(rows.place, rows.size) as (stream, sha256):
-            if sha256 != rows.sha256 and sha256 in names:
-                return [Problem(shard=rows.name, what=f"holds the bytes of {names[sha256]}")]
-            return list(check_rows(stream, sha256, rows))
+            return Checked(sha256, list(check_rows(stream, sha256, rows)))
     except (ValueError, OSError) as error:
-        return [Problem(shard=rows.name, what=str(error))]
+        return Checked("", [Problem(shard=rows.name, what=str(error))])
 
 
 def _size_or_reason(url: str) -> int | str:

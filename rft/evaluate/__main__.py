@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from rft import cli, dist, files, records
 from rft.clip.classifier import build_classifier
-from rft.config import Device
+from rft.config import MAX_PIXELS, Device
 from rft.data.loader import PackedDataset
 from rft.data.root import set_names
 from rft.dist import World
@@ -56,6 +56,8 @@ class Arguments:
     """Images in one forward."""
     workers: int = 4
     """Loader processes of each rank; 0 reads in the evaluating process."""
+    max_pixels: float = MAX_PIXELS
+    """Millions of pixels that an image may have; raise it if a set was packed so."""
     device: Device = "auto"
 
 
@@ -140,7 +142,10 @@ def main() -> None:
     if arguments.batch_size < 1 or arguments.workers < 0:
         raise ValueError("--batch-size must be at least 1 and --workers at least 0")
     sets = set_names(arguments.sets, "--sets")
-    packed = {name: PackedDataset(files.join(arguments.data, name)) for name in sets}
+    packed = {
+        name: PackedDataset(files.join(arguments.data, name), max_pixels=arguments.max_pixels)
+        for name in sets
+    }
     manifests = {name: dataset.manifest.sha256 for name, dataset in packed.items()}
     require_classes(arguments.checkpoints, packed)
     for path in arguments.checkpoints:

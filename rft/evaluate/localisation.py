@@ -23,14 +23,13 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from rft import cli, dist, files, rng
+from rft import cli, dist, files, rng, urls
 from rft.classes import compare
 from rft.clip.classifier import Classifier, build_classifier
 from rft.clip.vit import AttentionTap
-from rft.config import Cam, Device
+from rft.config import MAX_PIXELS, Cam, Device
 from rft.data.labels import LabelSpace
 from rft.data.loader import Batch, EvaluationBatches, PackedDataset, read_batches
-from rft.data.root import set_name
 from rft.dist import World
 from rft.evaluate.accuracy import is_finite
 from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
@@ -95,6 +94,8 @@ class Arguments:
     """Images in one forward."""
     workers: int = 4
     """Loader processes of each rank, and its threads that read masks; 0 reads in this one."""
+    max_pixels: float = MAX_PIXELS
+    """Millions of pixels that an image may have; raise it if a set was packed so."""
     device: Device = "auto"
 
 
@@ -449,9 +450,10 @@ def check(arguments: Arguments) -> None:
 def main() -> None:
     """Parse, check, measure."""
     arguments = cli.parse(Arguments, prog="rft.evaluate.localisation")
-    arguments = replace(arguments, set=set_name(arguments.set, "--set"))
+    arguments = replace(arguments, set=urls.set_name(arguments.set, "--set"))
     check(arguments)
-    packed = PackedDataset(files.join(arguments.data, arguments.set))
+    url = files.join(arguments.data, arguments.set)
+    packed = PackedDataset(url, max_pixels=arguments.max_pixels)
     require_classes(arguments.checkpoints, {arguments.set: packed})
     for path in arguments.checkpoints:
         require_own_weights(path)

@@ -6,7 +6,6 @@ A mask belongs to the sample whose key it is called by. Keys are made of an imag
 """
 
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from rft import files
+from rft.config import MAX_PIXELS
 from rft.data import encode
 from rft.data.sources import UNSAFE_IN_KEY
 
@@ -66,7 +67,7 @@ def read_mask(path: Path, source: tuple[int, int], size: int, border: int = 0) -
     Raises:
         ValueError: naming the file, if it is no such PNG or has another size.
     """
-    data = path.read_bytes()
+    data = files.read_bytes(str(path), int(encode.BYTES_PER_PIXEL * MAX_PIXELS * 1e6))
     image = _binary(data, path)
     if image.size == source:
         image = encode.clip_square(image, size, border, Image.Resampling.NEAREST)
@@ -107,11 +108,9 @@ def _keys_of(path: Path) -> set[str]:
 
 def _binary(data: bytes, path: Path) -> Image.Image:
     """Decode a mask to 0 and 255, mode L."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=("PNG",))
+    image = encode.open_image(data, str(path), formats=("PNG",))
+    with encode.named(str(path)):
         values = np.asarray(image)
-    except encode.UNREADABLE as error:
-        raise ValueError(f"{path} is no readable PNG") from error
     if values.ndim != 2:
         raise ValueError(f"{path} has several channels ({image.mode}); a mask has one")
     on_HW = values > 0

@@ -11,7 +11,7 @@ import tyro
 
 from rft import cli, dist, files, recipes
 from rft.clip.made import is_made, write_made
-from rft.config import Device
+from rft.config import MAX_PIXELS, Device
 from rft.data.loader import PackedDataset
 from rft.evaluate import commands
 from rft.merge import greedy
@@ -81,6 +81,8 @@ class GreedySoup:
     """Images in one forward."""
     workers: int = 4
     """Loader processes of each rank; 0 reads in the counting process."""
+    max_pixels: float = MAX_PIXELS
+    """Millions of pixels that an image may have; raise it if a set was packed so."""
     device: Device = "auto"
 
 
@@ -102,7 +104,6 @@ def main() -> None:
     if not options[0].startswith("-") and options[0] not in KINDS:
         raise cli.unknown("merge", options[0], KINDS)
     arguments = cli.parse(Arguments, args=options, prog="rft.merge").merge
-    files.require_local(arguments.out, "--out")
     match arguments:
         case Wise():
             wise(arguments)
@@ -244,7 +245,8 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
         raise ValueError("--batch-size must be at least 1 and --workers at least 0")
     runs = read_soup(arguments.runs)
     split = greedy.shared_split(runs)
-    packed = PackedDataset(files.join(arguments.data, split.train_set))
+    url = files.join(arguments.data, split.train_set)
+    packed = PackedDataset(url, max_pixels=arguments.max_pixels)
     held_out = greedy.held_out_images(packed, split, runs)
     config = greedy.describe(runs, split, packed)
     done = is_made(arguments.out, config)

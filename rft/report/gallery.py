@@ -7,9 +7,7 @@ pixels. The heat map is the only place where relevance, one number a patch, is u
 Shapes: B images, H W pixels, C channels, P = G * G patches in row-major order.
 """
 
-import io
 import textwrap
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,12 +20,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from rft import files
+from rft.arrays import read_npz
 from rft.report.labels import DPI
 from rft.report.plots import INK, MASK_COLORS, MUTED, png
 from rft.report.tables import FILLS, MASKS
 
 DROP = -1
 MAX_ROWS = 6
+# what a gallery may cost: `rft.train` writes 8 images and 15 columns, of some megabytes
+GALLERY_BYTES = 2**26
+MAX_IMAGES, MAX_SIDE, MAX_COLUMNS = 16, 1024, 32
 TILE = 200  # pixels that a small image is enlarged to, about; a large one keeps its size
 GAP, GROUP_GAP, MARGIN, HEAD, FOOT, NAMES = 10, 34, 24, 116, 84, 210  # pixels
 RULE = 54  # below the heading of a group
@@ -63,16 +65,21 @@ def load_gallery(path: Path) -> Gallery:
         ValueError: if it is not one or its arrays do not fit together.
     """
     try:
-        with np.load(io.BytesIO(files.read_bytes(str(path))), allow_pickle=False) as archive:
-            columns = {name: archive[name] for name in archive.files}
-        return _parse(columns)
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+        return _parse(read_npz(files.read_bytes(str(path), GALLERY_BYTES), GALLERY_BYTES))
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a gallery of rft.train: {error}") from error
 
 
 def _parse(columns: dict[str, np.ndarray]) -> Gallery:
-    images_BHWC = columns["images_BCHW"].transpose(0, 2, 3, 1)
+    images_BCHW = columns["images_BCHW"]
+    if images_BCHW.ndim != 4 or columns["class_names"].dtype.kind != "U":
+        raise ValueError("images_BCHW must be images, and class_names texts")
+    images_BHWC = images_BCHW.transpose(0, 2, 3, 1)
     batch, height, width, channels = images_BHWC.shape
+    if batch > MAX_IMAGES or height > MAX_SIDE or len(columns) > MAX_COLUMNS:
+        raise ValueError(
+            f"it may have {MAX_IMAGES} images of {MAX_SIDE} pixels a side and {MAX_COLUMNS} columns"
+        )
     patch = int(columns["patch"])
     if channels != 3 or images_BHWC.dtype != np.uint8 or not batch:
         raise ValueError("images_BCHW must be RGB of type uint8")

@@ -244,7 +244,6 @@ def _describe(run: Run) -> dict[str, Any]:
         "checkpoint": run.results.checkpoint_sha256[:12],
         "config_sha256": (run.results.config_sha256 or tables.ABSENT)[:12],
         "path": documents.plain(str(run.path)),
-        # a run of an older version may have recorded credentials
-        "command": documents.plain(files.redact(" ".join(run.provenance.command))),
-        "config": files.redact(json.dumps(run.config.whole, indent=2, sort_keys=True)),
+        "command": documents.plain(" ".join(run.provenance.command)),
+        "config": json.dumps(run.config.whole, indent=2, sort_keys=True),
     }

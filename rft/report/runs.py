@@ -4,12 +4,13 @@ A run folder comes from rft.train or rft.merge and was counted by rft.evaluate. 
 trusted to be well formed; everything after `load_run` may rely on what the types say.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
 
-from rft import classes, cli, files, header, records
+from rft import classes, cli, files, header, records, urls
 from rft.config import settings
 from rft.records import Metrics, Provenance, Results, RunConfig, SetCount
 from rft.runs import (
@@ -21,6 +22,8 @@ from rft.runs import (
     unfinished,
 )
 
+RUNS = 2000  # of one report
+DEPTH = 32  # folders between a path that is named and its runs
 MAX_LINES = 2**19  # of a metrics.jsonl
 
 
@@ -103,11 +106,15 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             )
         for run in inside:
             found.setdefault(run.resolve(), run)
+    if len(found) > RUNS:
+        raise ValueError(f"{len(found):,} run folders were found; report on {RUNS:,} at a time")
     return list(found.values())
 
 
-def _runs_below(path: Path, visited: set[Path]) -> Iterator[Path]:
+def _runs_below(path: Path, visited: set[Path], depth: int = 0) -> Iterator[Path]:
     """Yield the run folders from a path on, by name; none lies within another."""
+    if depth > DEPTH:
+        raise ValueError(f"{path} lies too deep for a run folder; name the folder of your runs")
     # links may lead back to where the search began
     if not path.is_dir() or path.resolve() in visited:
         return
@@ -118,7 +125,7 @@ def _runs_below(path: Path, visited: set[Path]) -> Iterator[Path]:
     for inner in sorted(path.iterdir()):
         # what a killed writer leaves is hidden
         if not inner.name.startswith("."):
-            yield from _runs_below(inner, visited)
+            yield from _runs_below(inner, visited, depth + 1)
 
 
 def load_run(path: Path) -> Run:
@@ -139,15 +146,26 @@ def load_run(path: Path) -> Run:
     if reached := unfinished(path):
         # a name of its own: it joins no mean, no pair and no row of the paper
         recipe = f"{recipe} (unfinished, {reached})"
+    provenance = records.find(path / records.PROVENANCE, Provenance) or Provenance()
+    _require_publishable(path / records.CONFIG, json.dumps(config.whole))
+    _require_publishable(path / records.PROVENANCE, " ".join(provenance.command))
     return Run(
         path=path,
         recipe=recipe,
         seed=config.seed,
         results=results,
         config=config,
-        provenance=records.find(path / records.PROVENANCE, Provenance) or Provenance(),
+        provenance=provenance,
         metrics=read_metrics(path / records.METRICS),
     )
+
+
+def _require_publishable(path: Path, text: str) -> None:
+    """Check the text that a report shows of a file: it may have recorded what somebody typed."""
+    if urls.redact(text) != text:
+        raise ValueError(
+            f"{path} has a URL with a credential, which a report would publish; take it out"
+        )
 
 
 def read_metrics(path: Path) -> tuple[Metrics, ...]:

@@ -27,7 +27,6 @@ from rft.data.cache import Cache
 from rft.data.labels import warn_of_one_class
 from rft.data.loader import PackedDataset, TrainingBatches, fingerprint, plan_training
 from rft.data.manifest import Index, Manifest
-from rft.data.root import set_name
 from rft.dist import World
 from rft.evaluate import commands
 from rft.method.averaging import require_alike
@@ -111,7 +110,7 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
             "--run-dir is missing; name a folder for this run, e.g. --run-dir runs/first"
         )
     files.require_local(config.run, "--run-dir")
-    set_name(config.train_set, "--train-set")
+    files.require_local(config.loader.cache_dir, "--loader.cache-dir")
     if not config.data and config.scale != SMALL:
         raise ValueError("--data is missing; give the URL that tools/shard_imagenet.py wrote to")
     recipes.require_inputs(config)
@@ -166,7 +165,8 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     """
     loader = config.loader
     cache = Cache(Path(loader.cache_dir), int(loader.cache_gb * 1e9)) if loader.cache_dir else None
-    packed = PackedDataset(files.join(config.data, config.train_set), cache=cache)
+    url = files.join(config.data, config.train_set)
+    packed = PackedDataset(url, cache=cache, max_pixels=loader.max_pixels)
     warn_of_one_class(packed.url, packed.manifest.groups)
     plan, samples, held_out = plan_training(packed, config)
     pretrained = load_clip(config.model)
@@ -379,7 +379,7 @@ def tell_finished(config: Config, done: Finished, world: World) -> None:
         notes = [f"in {load_config(Path(config.run)).precision}"]
         if done.uncompared:
             notes.append(f"its data could not be compared: {done.uncompared}")
-        cli.say(files.redact(f"run already finished: {config.run} ({'; '.join(notes)})"))
+        cli.say(f"run already finished: {config.run} ({'; '.join(notes)})")
 
 
 def tell_next(config: Config, world: World) -> None:

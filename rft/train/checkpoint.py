@@ -69,7 +69,7 @@ def record_name(step: int) -> str:
 
 
 class Store:
-    """A folder of checkpoints, on any store that fsspec opens.
+    """A folder of checkpoints, on any store that `rft.urls` lets be opened.
 
     What goes to a remote one is written to the folder `scratch` first.
     """

@@ -17,7 +17,7 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor, nn
 
-from rft import files, recipes, records, small
+from rft import recipes, records, small
 from rft.clip import vit
 from rft.config import Config
 from rft.method.relevance import MAP_BYTES
@@ -87,7 +87,7 @@ def describe(job: Job, arguments: Sequence[str], why: str = "") -> str:
         "Next": [command(job, arguments)],
     }
     blocks = ["\n".join([title, *(f"  {line}" for line in ls)]) for title, ls in sections.items()]
-    return files.redact("\n\n".join(blocks))
+    return "\n\n".join(blocks)
 
 
 def configuration(

@@ -191,7 +191,7 @@ class Wandb:
                 id=wandb_id(folder, done),
                 resume="allow",
                 dir=str(folder),
-                config=json.loads(files.redact(json.dumps(config.to_dict()))),
+                config=config.to_dict(),
                 settings=wandb.Settings(
                     console="off",
                     disable_code=True,

@@ -1,6 +1,9 @@
 """Encodings: pixels are CLIP's own transform bit for bit, original bytes stay untouched."""
 
+import contextlib
 import io
+import os
+import re
 import zlib
 from pathlib import Path
 from typing import get_args
@@ -466,8 +469,8 @@ HOSTILE = {
         with_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**7)), behind=False),
         "",
     ),
-    "180 megapixels": (empty_png(13_400, 13_400), "exceeds limit"),
-    "400 megapixels": (empty_png(20_000, 20_000), "exceeds limit"),
+    "111 megapixels": (empty_png(11_100, 10_000), "is 11100 x 10000 pixels, 111.0 million; --max"),
+    "400 megapixels": (empty_png(20_000, 20_000), "400.0 million; --max-pixels allows 110 million"),
     "6000 x 1": (empty_png(6000, 1), r"is 6000 x 1 pixels; .* at most 100 times"),
     "1 x 101": (empty_png(1, 101), r"is 1 x 101 pixels; .* at most 100 times"),
     "70,000 x 1000": (empty_png(70_000, 1000), "at most 65535"),
@@ -545,3 +548,134 @@ def test_too_little_memory_is_not_the_image(kind: Kind, monkeypatch: pytest.Monk
 def test_npy_is_plain() -> None:
     array = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
     np.testing.assert_array_equal(np.load(io.BytesIO(to_npy(array)), allow_pickle=False), array)
+
+
+# --- what small files cost ----------------------------------------------------------------------
+
+
+def test_more_pixels_may_be_allowed_and_fewer() -> None:
+    data = to_bytes(random_image(100, 80), "PNG")
+    for kind in get_args(Kind):
+        encoding = encoding_parameters(kind, 32, 0)
+        encode(data, "x", encoding, max_pixels=0.008)
+        with pytest.raises(ValueError, match=r"^x is 100 x 80 pixels, 0\.0 million; --max-pixels"):
+            encode(data, "x", encoding, max_pixels=0.0079)
+    for read in (load_image, lambda *rest, **option: identify(*rest[:2], 0, **option)):
+        read(data, "x", max_pixels=0.008)
+        with pytest.raises(ValueError, match=r"--max-pixels allows 0\.0079 million"):
+            read(data, "x", max_pixels=0.0079)
+    # Pillow has a limit of its own, twice as large as the largest that it does not warn of
+    header, _ = identify(empty_png(20_000, 20_000), "x", 0, max_pixels=400)
+    assert (header.width, header.height) == (20_000, 20_000)
+
+
+def test_a_file_has_no_more_bytes_than_its_pixels_may_need() -> None:
+    data = to_bytes(random_image(10, 10), "PNG").ljust(4000, b"\0")
+    load_image(data, "x", max_pixels=0.001)
+    with pytest.raises(ValueError, match=r"^x has 4,001 bytes, more than 4 for each of the 0\.001"):
+        load_image(data + b"\0", "x", max_pixels=0.001)
+
+
+def with_scans(count: int, behind: bytes = b"") -> bytes:
+    """A progressive JPEG of a megapixel whose last scan is repeated."""
+    data = to_bytes(Image.new("L", (1000, 1000), 99), "JPEG", progressive=True)
+    place = data.rindex(b"\xff\xda")
+    scan = data[place:-2]
+    return data[:-2] + count * scan + data[-2:] + behind
+
+
+@pytest.mark.slow
+def test_scans_that_cost_more_than_their_bytes() -> None:
+    """Each scan passes over all pixels: 56 bytes take 0.3 s of an image of 110 million."""
+    for count in (0, 100):  # and markers in what lies behind the image, such as a video
+        load_image(with_scans(count, b"\xff\xda" * 5000), "x", max_pixels=10)
+    for kind in get_args(Kind):
+        with pytest.raises(ValueError, match=r"^x has 20[0-9] scans, too many for so many pixels"):
+            encode(with_scans(200), "x", encoding_parameters(kind, 32, 0), max_pixels=10)
+
+
+def peak_of(data: bytes, treatment: Treatment) -> int:
+    """Bytes that decoding takes at its peak, in a process of its own."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        # the peak of a fork starts with what its parent has now
+        Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text
+        start = int(re.search(r"VmRSS:\s+(\d+)", status())[1])
+        clip_square(load_image(data, "x", treatment), 224)
+        peak = int(re.search(r"VmHWM:\s+(\d+)", status())[1])
+        os.write(writer, str((peak - start) * 1024).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        text = stream.read()
+    os.waitpid(pid, 0)
+    return int(text)
+
+
+def oriented(image: Image.Image, kind: str, **options) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return to_bytes(image, kind, exif=exif, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "RGB", {}),
+        ("PNG", "RGBA", {"compress_level": 1}),
+        ("WEBP", "RGBA", {"lossless": True, "quality": 0, "method": 0}),
+    ],
+)
+def test_the_largest_image_fits_into_two_gigabytes(kind: str, mode: str, options: dict) -> None:
+    """By what one of a tenth of its pixels takes."""
+    color = (9, 8, 7, 99)[: len(mode)]
+    data = oriented(Image.new(mode, (4000, 2750), color), kind, **options)
+    assert 10 * peak_of(data, Treatment(photo=True)) < 1.9e9
+
+
+PICTURES = [
+    oriented(random_image(24, 16), "JPEG", progressive=True),
+    oriented(random_image(24, 16, "RGBA"), "PNG"),
+    oriented(random_image(24, 16, "RGBA"), "WEBP"),
+    to_bytes(random_image(24, 16, "P"), "PNG", transparency=3),
+]
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(
+    st.sampled_from(PICTURES),
+    st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=4)), max_size=6),
+    st.integers(0, 10**6),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_bytes_are_an_image_or_refused_by_name(data, changes, end, cut, mend) -> None:
+    changed = bytearray(data)
+    for place, value in changes:
+        place %= len(changed)
+        changed[place : place + len(value)] = value
+    if cut:
+        del changed[end % len(changed) :]
+    content = right_checksums(bytes(changed)) if mend else bytes(changed)
+    for photo in (False, True):
+        try:
+            load_image(content, "n01/x", Treatment(photo=photo), max_pixels=1)
+        except ValueError as error:
+            assert re.match(r"n01/x .", str(error)), error  # noqa: PT017 - it need not be raised
+    with contextlib.suppress(ValueError):
+        encode(content, "n01/x", encoding_parameters("original", 0, 0, photos=True), max_pixels=1)
+
+
+def right_checksums(data: bytes) -> bytes:
+    """A PNG whose chunks have the checksums of what they hold: damage reaches the parsers."""
+    position, out = 8, data[:8]
+    while 8 <= position <= len(data) - 12:
+        length = int.from_bytes(data[position : position + 4])
+        body = data[position + 4 : position + 8 + length]
+        out += data[position : position + 4] + body + zlib.crc32(body).to_bytes(4)
+        position += 12 + length
+    return out

@@ -21,14 +21,15 @@ import fsspec
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given
+from braceexpand import braceexpand
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
 from rft import cli, files
 from rft.data.encode import clip_pixels, load_image
-from rft.data.index import index_shards
+from rft.data.index import count_expanded, expand, index_shards
 from rft.data.labels import LabelSpace, objectnet_groups
 from rft.data.loader import PackedDataset
 from rft.data.manifest import Index, Manifest
@@ -691,9 +692,9 @@ def test_what_is_no_tar(tmp_path: Path, kind: str) -> None:
         (["{0..x}.tar"], r"'\{' is not expanded"),
         (["{0..1}.tar", "1.tar"], "1.tar is named twice"),
         (["gone-{0..1}.tar"], "no such shard: .*gone-0.tar"),
-        (["https://user:secret@host/0.tar"], r"https://\*{3}@host/0.tar holds credentials"),
-        (["pipe:cat 0.tar"], "no such shard"),
-        (["nonsense://0.tar"], "cannot open"),
+        (["https://user:secret@host/0.tar"], r"https://\*{3} was given with a user, password"),
+        (["pipe:cat 0.tar"], "is no URL of pipe, and no local path"),
+        (["nonsense://0.tar"], "is not opened; rft opens local paths and URLs of file, http"),
     ],
 )
 def test_bad_patterns(tmp_path: Path, monkeypatch, patterns: list[str], message: str) -> None:
@@ -1051,3 +1052,52 @@ def test_command(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "1.tar").unlink()
     assert run_tool(monkeypatch, "index_shards", *arguments) == 2
     assert capsys.readouterr().err == f"error: no such shard: {tmp_path / '1.tar'}\n"
+
+
+# --- patterns -----------------------------------------------------------------------------------
+
+LITERALS = st.text("a1-.", max_size=3)
+RANGES = st.builds(
+    "{{{}..{}{}}}".format, st.integers(-9, 9), st.integers(-9, 9), st.sampled_from(["", "..2"])
+) | st.sampled_from(["{a..e}", "{e..a..2}", "{08..11}", "{3..3}", "{x}", "{}", "{a,}", "{,}"])
+PATTERNS = st.recursive(
+    LITERALS | RANGES,
+    lambda inner: (
+        st.lists(inner, max_size=3).map("".join)
+        | st.lists(inner, min_size=1, max_size=3).map(lambda parts: f"{{{','.join(parts)}}}")
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.slow
+@given(PATTERNS)
+def test_patterns_are_counted_without_expanding_them(pattern: str) -> None:
+    assume(len(pattern) < 100)
+    count = count_expanded(pattern)
+    if count < 10_000:
+        assert count == len(list(braceexpand(pattern, escape=False)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{0..99999999}.tar", r"'{0..99999999}.tar' names 100,000,000 shards; a set has at most"),
+        ("{0..9999999999999999999999}.tar", "names 10,000,000,000,000,000,000,000 shards"),
+        (f"{20 * '{a,b}'}.tar", "names 1,048,576 shards; a set has at most 1,000,000"),
+        (f"{{{30 * '{a,b}'},x}}.tar", "names 1,073,741,825 shards"),
+        (f"{600 * '{a..z}'}.tar", "names uncounted shards; a set has at most"),
+        (f"{500_000 * '{'}{500_000 * '}'}", "a shard pattern has 1,000,000 letters"),
+        (f"{1000 * '{'}{1000 * '}'}", "more than 32 braces lie within each other"),
+        (f"{{1..999999}}{'x' * 1000}", "names 999,999 shards"),
+        ("}{", "braces do not match"),
+        ("{0..3}}.tar", "braces do not match"),
+    ],
+)
+def test_patterns_that_cost_more_than_memory_has(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expand([pattern])
+    assert expand(["{0..3}.tar", "{a,b{1..2}}.tar"]) == [
+        *("0.tar", "1.tar", "2.tar", "3.tar"),
+        *("a.tar", "b1.tar", "b2.tar"),
+    ]

@@ -425,9 +425,8 @@ def test_finalize_waits_for_all_shards(
     assert snapshot(tmp_path) == reference
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_remote_store(source: str, reference: dict[str, str], workers: int) -> None:
-    options = with_options(workers=workers)
+def test_remote_store(source: str, reference: dict[str, str]) -> None:
+    options = with_options(workers=1)  # no other process sees this store
     assert pack("imagenet-train", source, "memory://rft-pack", LABELS, options)
     fs = fsspec.filesystem("memory")
     found = {

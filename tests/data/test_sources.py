@@ -491,7 +491,7 @@ def with_classes(**changes: dict[str, bytes] | None) -> bytes:
     [
         (flip_inner_header, "img_train.tar: n01.tar: damaged header or foreign bytes after byte"),
         (lambda data: data[: data.index(b"n02.tar")], "img_train.tar is cut off at byte"),
-        (lambda data: data[: data.index(b"n02.tar") + 600], "img_train.tar is no whole tar"),
+        (lambda data: data[: data.index(b"n02.tar") + 600], "img_train.tar is cut off at byte"),
         (lambda data: with_classes(n03=None), r"1 of 3 classes are missing .*first: n03"),
         (lambda data: with_classes(n09={"a.JPEG": b"a"}), "unknown class: 'n09'"),
         (lambda data: with_classes(n02={}), "img_train.tar: n02.tar is empty"),

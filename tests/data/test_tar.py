@@ -1,7 +1,9 @@
 """The strict tar walk: what it finds, and that no damage passes for a shorter archive."""
 
+import contextlib
 import io
 import tarfile
+import time
 
 import pytest
 from hypothesis import given
@@ -71,3 +73,154 @@ def test_every_flipped_header_byte_is_an_error(position: int, flip: int) -> None
     data[place] ^= flip
     with pytest.raises(ValueError, match=r"x\.tar"):
         found(bytes(data))
+
+
+def header(name: str = "a.jpg", size: int | bytes = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header block with a size that tarfile would not write, and a right checksum."""
+    entry = tarfile.TarInfo(name)
+    entry.type = kind
+    block = bytearray(entry.tobuf(tarfile.USTAR_FORMAT))
+    block[124:136] = size if isinstance(size, bytes) else b"%011o\0" % size
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def base_256(number: int) -> bytes:
+    """How GNU tar writes sizes that octal digits cannot."""
+    return (number % 256**12 | (0x80 << 88 if number >= 0 else 0)).to_bytes(12)
+
+
+def filled(data: bytes) -> bytes:
+    return data + bytes(tar.padded(len(data)) - len(data))
+
+
+def pax(*records: tuple[str, str], kind: bytes = tarfile.XHDTYPE) -> bytes:
+    """A header with records, each with the length of itself in front."""
+    lines = b""
+    for key, value in records:
+        text = f" {key}={value}\n".encode()
+        length = len(text) + 1
+        while len(str(length)) + len(text) != length:
+            length += 1
+        lines += str(length).encode() + text
+    return header("pax", len(lines), kind) + filled(lines)
+
+
+def long_name(letters: int) -> bytes:
+    return header("././@LongLink", letters + 1, tarfile.GNUTYPE_LONGNAME) + filled(b"x" * letters)
+
+
+FILE = header(size=3) + filled(b"abc")
+ENDED = bytes(tar.END)
+HOSTILE = {
+    "negative": (header(size=base_256(-512)) + FILE, "has -512 bytes"),
+    "negative, far": (FILE + header(size=base_256(-(10**6))) + FILE, "has -1,000,000 bytes"),
+    "negative, of a name": (header("x", base_256(-512), tarfile.GNUTYPE_LONGNAME) + FILE, "-512"),
+    "endless": (header(size=base_256(2**80)) + FILE, "is cut off at byte"),
+    "terabytes": (header(size=base_256(2**40)) + FILE, "is cut off at byte"),
+    "a block too many": (header(size=4 * 512) + FILE, "is cut off at byte"),
+    "pax, negative": (pax(("size", "-1024")) + FILE, "gives the size '-1024'"),
+    "pax, endless": (pax(("size", "9" * 18)) + FILE, "is cut off at byte"),
+    "pax, no number": (pax(("size", "9" * 5000)) + FILE, "gives the size '9999"),
+    "pax, a float": (pax(("size", "1e3")) + FILE, "gives the size '1e3'"),
+    "pax, gigabytes": (header("x", 2**33 - 1, tarfile.XHDTYPE) + FILE, "is cut off at byte"),
+    "pax, of all": (pax(("size", "3"), kind=tarfile.XGLTYPE) + FILE, "gives all members one size"),
+    "pax, one name": (pax(("path", "x"), kind=tarfile.XGLTYPE) + FILE, "gives all members one pa"),
+    "pax, sparse 0.1": (pax(("GNU.sparse.map", "0,1")) + FILE, "describes a sparse file"),
+    "pax, sparse 1.0": (
+        pax(("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0")) + header(size=512) + bytes(512),
+        "describes a sparse file",
+    ),
+    "pax, no length": (
+        header("x", 9, tarfile.XHDTYPE) + filled(b"path=abc\n") + FILE,
+        "is damaged",
+    ),
+    "pax, length 0": (header("x", 9, tarfile.XHDTYPE) + filled(b"0 path=x\n") + FILE, "is damaged"),
+    "pax, too long": (header("x", 9, tarfile.XHDTYPE) + filled(b"99 a=bcd\n") + FILE, "is damaged"),
+    "gnu sparse": (header(kind=tarfile.GNUTYPE_SPARSE) + FILE, "neither a file nor a folder"),
+    "a long name": (long_name(10**6) + FILE, "a member's name has 1,000,000 letters"),
+    "a longer name": (long_name(3 * 10**6) + FILE, "more than any name takes"),
+    "pax, a long name": (pax(("path", "x" * 5000)) + FILE, "a member's name has 5,000 letters"),
+    "a device": (header(kind=tarfile.CHRTYPE), "neither a file nor a folder"),
+    "a link": (header(kind=tarfile.LNKTYPE), "neither a file nor a folder"),
+    "headers alone": (500 * pax(("mtime", "1")) + b"x" * 512, "damaged header or foreign bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_sizes_are_not_believed(kind):
+    data, message = HOSTILE[kind]
+    began = time.process_time()
+    with pytest.raises(ValueError, match=f"^x\\.tar[^\n]*{message}"):
+        found(data + ENDED)
+    assert time.process_time() - began < 1
+
+
+def test_more_members_than_memory_has_room_for(monkeypatch):
+    monkeypatch.setattr(tar, "MEMBERS", 3)
+    assert len(found(3 * FILE + ENDED)) == 3
+    with pytest.raises(ValueError, match=r"x\.tar holds more than 3 files; make several tars"):
+        found(4 * FILE + ENDED)
+
+
+@pytest.mark.slow
+def test_zeros_without_end(tmp_path):
+    """A sparse file takes no room on the disk, and hours to read."""
+    path = tmp_path / "x.tar"
+    path.write_bytes(FILE)
+    with path.open("r+b") as stream:
+        stream.truncate(2**40)
+        began = time.process_time()
+        with pytest.raises(
+            ValueError, match=r"x\.tar: more than 67,108,864 zeros after byte 1,024"
+        ):
+            list(tar.walk(stream, "x.tar"))
+    assert time.process_time() - began < 5
+
+
+def test_a_size_in_a_pax_header_counts():
+    data = pax(("size", "3"), ("path", "b/\N{SNOWMAN}.jpg")) + header(size=0) + filled(b"abc")
+    assert found(data + FILE + ENDED) == [("b/\N{SNOWMAN}.jpg", b"abc"), ("a.jpg", b"abc")]
+    comment = pax(("comment", "0123"), kind=tarfile.XGLTYPE)  # as git archive writes it
+    assert found(comment + FILE + ENDED) == [("a.jpg", b"abc")]
+
+
+NAMES = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1, max_size=150
+)
+
+
+@pytest.mark.slow
+@given(
+    st.lists(st.tuples(NAMES.map("folder/{}".format), st.binary(max_size=1200)), max_size=5),
+    st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
+def test_names_and_contents_are_those_of_tarfile(content, kind):
+    data = archive(content, kind)
+    with tarfile.open(fileobj=io.BytesIO(data)) as opened:
+        expected = [(entry.name, opened.extractfile(entry).read()) for entry in opened]
+    assert found(data) == expected == content
+
+
+MIXED = archive([*CONTENT[:3], ("y" * 200, b"z")], tarfile.PAX_FORMAT)[: 24 * 512]
+
+
+@pytest.mark.slow
+@given(
+    st.lists(st.tuples(st.integers(0, len(MIXED) - 1), st.integers(0, 255)), max_size=5),
+    st.binary(max_size=1024),
+    st.booleans(),
+)
+def test_any_bytes_are_a_tar_or_refused(changes, junk, right_checksums):
+    data = bytearray(MIXED)
+    for place, value in changes:
+        data[place] = value
+    if right_checksums:
+        for start in {place // 512 * 512 for place, _ in changes}:
+            data[start + 148 : start + 156] = b" " * 8
+            total = sum(data[start : start + 512])
+            data[start + 148 : start + 156] = b"%06o\0 " % total
+    for content in (bytes(data), junk, bytes(data[:1536]) + junk):
+        with contextlib.suppress(ValueError):
+            found(content)

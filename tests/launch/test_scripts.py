@@ -110,6 +110,31 @@ def test_the_run_folder_is_that_of_the_training(project, words, folder):
 
 
 @pytest.mark.parametrize(
+    "url",
+    [
+        *("https://u:canary@h/x", "https://canary@h/x", "s3://k:can/ary@b", "az://c:canary@a/x"),
+        *("https://h/x?a=1&X-Amz-Signature=canary", "https://h/x#SAS=canary"),
+    ],
+)
+def test_no_script_prints_a_credential(project, url):
+    project.write_settings()
+    for words in (("train", "vanilla", "--data", url), ("evaluate", "x", f"--data={url}")):
+        result = project.launch("submit.sh", *words)
+        assert result.returncode == 2
+        assert "holds a credential, which would be printed and recorded" in result.stderr
+        assert "canary" not in result.stdout + result.stderr
+    project.write_settings(f"DATA={shlex.quote(url)}")
+    assert project.launch("submit.sh", "--dry-run", "train", "vanilla").returncode == 2
+    assert not project.runs.exists()
+
+
+def test_urls_that_hold_none(project):
+    project.write_settings()
+    for url in ("s3://b/a@b", "http://h:80/x@y", "abfs://c@a.dfs.core.windows.net/x?versionid=1"):
+        assert url in dry(project, "train", "vanilla", "--data", url)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         ((), "nothing is no kind of job; choose train, sweep, shard, evaluate or command"),

@@ -21,7 +21,7 @@ from tests.servers.loopback import ADDRESS
 def range_server(folder: Path, user: str = "") -> Iterator[str]:
     """Serve `folder` at the yielded URL; where a user ("name:password") is given, to them alone."""
     with serving(partial(RangeHandler, user, directory=str(folder))) as port:
-        yield f"http://{user}{'@' if user else ''}{ADDRESS}:{port}"
+        yield f"http://{ADDRESS}:{port}"
 
 
 @dataclass

@@ -169,14 +169,6 @@ def test_what_it_says(prepare, arguments, tmp_path):
     assert "12 of them are done" in describe(job, arguments)
 
 
-def test_no_credentials_in_it(prepare):
-    job = prepare()
-    job = replace(job, config=replace(job.config, data="s3://me:secret@store/x"))
-    text = describe(job, ["vanilla", "--data", "s3://me:secret@store/x"])
-    assert "secret" not in text
-    assert text.count("s3://***@store/x") == 2
-
-
 def test_zero_shot_trains_nothing(prepare):
     job = prepare("--optim.epochs", "0", recipe="zero-shot")
     text = describe(job, ["zero-shot"])

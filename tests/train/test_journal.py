@@ -38,7 +38,7 @@ SHAPE = tuple(grid(COUNTERFACTUALS, 8).shape[1:])
 
 
 def configuration(run: Path, recipe: str = recipes.DEFAULT, **log) -> Config:
-    config = recipes.build(recipe, data="https://me:secret@store/x", run=str(run))
+    config = recipes.build(recipe, data="https://store/x", run=str(run))
     return dataclasses.replace(config, log=dataclasses.replace(config.log, **log))
 
 
