@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from rft import classes, cli, files, runs, trained_on
+from rft import cli, files, runs, trained_on
 from rft.clip import load, weights
 from rft.clip.classifier import build_classifier, load_state, map_state
 from rft.config import Config, load_config, settings
@@ -34,6 +34,7 @@ from rft.evaluate.localisation import Arguments as Localise
 from rft.evaluate.localisation import check as check_localisation
 from rft.experiments import Arguments as Plan
 from rft.experiments import experiments
+from rft.header import read_entries
 from rft.merge.__main__ import Arguments as Merge
 from rft.report import beside, gallery, tables
 from rft.report.__main__ import Arguments as Report
@@ -279,7 +280,7 @@ def weights_header(world: Path, folder: Path) -> Target:
         metadata = {**document["__metadata__"], "rft": json.dumps(entries)}
         data = with_header(valid, changed({**document, "__metadata__": metadata}, outer))
         path.write_bytes(edited(data, raw))
-        for read in (classes.of_weights, weights.read):
+        for read in (read_entries, weights.read):
             with contextlib.suppress(ValueError, OSError):
                 read(path)
         saved = load_state(path)
