@@ -6,10 +6,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 from benchmarks import machine
@@ -53,6 +54,8 @@ def main() -> None:
             raise cli.unknown("target", name, list(TARGETS))
     if arguments.minutes <= 0 or arguments.jobs < 1:
         raise ValueError("--minutes must be above 0 and --jobs at least 1")
+    # threads that compute do not survive a fork, and whoever waits for them waits for ever
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "world"
         sandbox = Sandbox()
@@ -67,7 +70,7 @@ def main() -> None:
         "versions": machine.versions(PACKAGES),
         "minutes": arguments.minutes,
         "seed": arguments.seed,
-        "targets": {name: asdict(counts) for name, counts in found.items()},
+        "targets": {name: counts.to_json() for name, counts in found.items()},
     }
     text = to_markdown(result)
     print(text)

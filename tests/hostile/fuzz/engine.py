@@ -38,6 +38,11 @@ class Counts:
     details: dict[str, str] = field(default_factory=dict)
     """Of each crash: the smallest example that was found, and the seed."""
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as a JSON document."""
+        # asdict makes pairs of a Counter's keys
+        return {**vars(self), "crashes": dict(self.crashes)}
+
 
 def place_of(error: BaseException) -> str:
     """Return kind and place of a crash: the last frame of ours, or of the fuzzer."""
