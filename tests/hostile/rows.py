@@ -76,7 +76,7 @@ def complaints(row: Row, ran: Ran, before: dict, after: dict) -> Iterator[str]:
 def _lines(row: Row, ran: Ran) -> Iterator[str]:
     code = ran.outcome.code
     lines = [line for line in ran.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if not line.startswith("WARNING: ")]
+    errors = [line for line in lines if not line.startswith(("WARNING: ", "note: "))]
     wanted = CODES[row.answer] if row.code is None else row.code
     accepted = code == 0 and row.answer in ("accepted", "either", "silent")
     if code != wanted and not accepted:

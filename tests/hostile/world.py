@@ -118,7 +118,7 @@ class Place:
     def columns(self, name: str = "shards/test") -> dict[str, np.ndarray]:
         """Return the columns of a set's index."""
         index = Index.load(str(self / name), Manifest.load(str(self / name)))
-        return dict(vars(index))
+        return {column: np.array(values) for column, values in vars(index).items()}
 
     def run(self, sandbox: Sandbox, words: Sequence[str], **options: Any) -> "Ran":
         """Run a command here."""

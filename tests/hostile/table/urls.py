@@ -44,7 +44,7 @@ SCHEMES = (
     "unknown://x/y",
     "javascript:alert(1)",
 )
-SAYS = r"protocol|scheme|opened|::|url|may be|not allowed|relative|chain"
+SAYS = r"protocol|scheme|opened|::|url|may be|not allowed|relative|chain|password"
 
 
 def fill(place: Place, text: str) -> str:
@@ -65,7 +65,7 @@ def in_manifest(name: str) -> Row:
         what=f"a shard is called {name} (C1)",
         words=EVALUATE,
         damage=damage,
-        says=[r"manifest\.json|shard", SAYS],
+        says=[r"manifest\.json|shard", SAYS if "//" in name else f"{SAYS}|missing shard"],
     )
 
 
