@@ -17,9 +17,9 @@ EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 # what each lock of requirements/ was made for, beside rft's own dependencies
 LOCKS = {
     "run": (),
-    "extras": ("s3", "gcs", "wandb"),
+    "extras": ("s3", "gcs", "azure", "wandb"),
     "dev": ("dev",),
-    "lowest": ("dev", "gcs"),
+    "lowest": ("dev", "gcs", "azure"),
 }
 HASH = re.compile(r" --hash=sha256:[0-9a-f]{64}(?= |$)")
 
