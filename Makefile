@@ -12,8 +12,8 @@ BIN    := $(VENV)/bin
 LOCK   ?= dev
 UPGRADE ?=
 
-.PHONY: demo reproduce results test programs quick marks pythons lowest faults lint lock licenses bench gpu \
-	wheels peers simd clean
+.PHONY: demo reproduce results test programs quick marks pythons lowest faults fuzz lint lock licenses \
+	bench gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
 # compiled files are kept, whatever the environment says: pytest rewrites every assert, in each process
 export PYTHONDONTWRITEBYTECODE :=
@@ -59,6 +59,11 @@ lowest:  ## `make quick` on exactly the lower bounds of pyproject.toml, on the o
 
 faults: $(VENV)/.installed  ## plant each fault of tools/planted_faults.toml; its tests must notice
 	$(BIN)/python tools/plant_faults.py --jobs 2
+
+# ten minutes if MINUTES is not given on the command line
+fuzz: MINUTES = 10
+fuzz: $(VENV)/.installed  ## mutate valid input of every kind for MINUTES; a crash is an error
+	$(BIN)/python -m tests.hostile.fuzz --minutes $(MINUTES)
 
 lint: $(VENV)/.installed  ## style, types, module contracts, spelling, shell scripts
 	$(BIN)/ruff format --check .

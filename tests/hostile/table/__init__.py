@@ -1,0 +1,31 @@
+"""Every row, by kind; see tests/hostile/rows.py for what a row is."""
+
+from tests.hostile.rows import Row
+from tests.hostile.table import (
+    commands,
+    costs,
+    documents,
+    environments,
+    images,
+    indexes,
+    paths,
+    tars,
+    terminals,
+    urls,
+    weights,
+)
+
+MODULES = (
+    documents,
+    urls,
+    paths,
+    costs,
+    images,
+    tars,
+    weights,
+    indexes,
+    terminals,
+    environments,
+    commands,
+)
+ROWS: tuple[Row, ...] = tuple(row for module in MODULES for row in module.rows())

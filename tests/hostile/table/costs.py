@@ -1,0 +1,340 @@
+"""Small inputs with large costs (C7)."""
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tests.data.test_index import write_tar
+from tests.hostile.rows import Answer, Row
+from tests.hostile.world import (
+    DRY,
+    EVALUATE,
+    FRESH,
+    IMPORT,
+    INDEX,
+    PACK,
+    REPORT,
+    SHOW,
+    VERIFY,
+    Place,
+)
+
+
+def row(
+    what: str,
+    words: Sequence[str],
+    damage: Callable[[Place], object] = lambda _: None,
+    *says: str,
+    answer: Answer = "refused",
+    **options: Any,
+) -> Row:
+    options = {"slow": True, **options}
+    return Row(
+        kind="cost", what=what, words=words, damage=damage, says=says, answer=answer, **options
+    )
+
+
+def npz(members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(f"{name}.npy", data)
+    return stream.getvalue()
+
+
+def header(shape: tuple[int, ...], kind: str = "<u8") -> bytes:
+    """The header of an array, without its content."""
+    stream = io.BytesIO()
+    fields = {"descr": kind, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, fields)
+    return stream.getvalue()
+
+
+def columns_with(place: Place, **arrays: bytes) -> dict[str, bytes]:
+    found = {}
+    for name, column in place.columns().items():
+        stream = io.BytesIO()
+        np.save(stream, column)
+        found[name] = stream.getvalue()
+    return {**found, **arrays}
+
+
+def index_with(**arrays: bytes | Callable[[], bytes]) -> Callable[[Place], None]:
+    """Put arrays into the index; large ones are made when they are needed."""
+
+    def damage(place: Place) -> None:
+        made = {name: data if isinstance(data, bytes) else data() for name, data in arrays.items()}
+        place.publish_index(npz(columns_with(place, **made)))
+
+    return damage
+
+
+def zeros(count: int) -> bytes:
+    return bytes(count)
+
+
+def bomb() -> bytes:
+    """A gigabyte that deflates to a megabyte."""
+    return header((2**27,)) + zeros(2**30 - 2**10)
+
+
+def lied_size(place: Place) -> None:
+    """A zip whose directory says that a member is small."""
+    data = bytearray(npz(columns_with(place, offset=header((2**28,)) + zeros(2**31 - 2**10))))
+    at = data.find(b"PK\x01\x02")
+    data[at + 24 : at + 28] = (200).to_bytes(4, "little")
+    place.publish_index(bytes(data))
+
+
+def many_members(place: Place) -> None:
+    members = columns_with(place)
+    place.publish_index(npz({**members, **{f"x{n}": header((0,)) for n in range(60_000)}}))
+
+
+def quine(place: Place) -> None:
+    """Members that overlap: each starts in the same compressed bytes."""
+    data = npz({"offset": header((2**20,)) + zeros(2**23)})
+    place.publish_index(data * 100)
+
+
+def many_shards(count: int) -> Callable[[Place], None]:
+    def damage(place: Place) -> None:
+        shard = place.read("shards/test/manifest.json")["shards"][0]
+        shards = [{**shard, "name": f"{n:06d}.tar", "sha256": f"{n:064x}"} for n in range(count)]
+        place.edit("shards/test/manifest.json", shards=shards)
+
+    return damage
+
+
+def long_name(place: Place) -> None:
+    place.edit_shard(name="a" * 10**6)
+
+
+def long_classes(place: Place) -> None:
+    place.edit("shards/test/manifest.json", classes=["a" * 10**6, "b" * 10**6])
+
+
+def many_classes(place: Place) -> None:
+    names = [f"c{n}" for n in range(10**6)]
+    place.edit("shards/test/manifest.json", classes=names, class_ids=names, groups=[[0], [1]])
+
+
+def many_templates(place: Place) -> None:
+    place.edit("shards/train/manifest.json", templates=["a {c} square"] * 10**6)
+
+
+def large_pixels(place: Place) -> None:
+    manifest = place.read("shards/test/manifest.json")
+    place.edit("shards/test/manifest.json", encoding={**manifest["encoding"], "size": 2**30})
+
+
+def large_border(place: Place) -> None:
+    manifest = place.read("original/test/manifest.json")
+    encoding = {**manifest["encoding"], "crop_border": 2**62}
+    place.edit("original/test/manifest.json", encoding=encoding)
+
+
+def column(name: str, value: int) -> Callable[[Place], None]:
+    """Put a value into the first row of a column."""
+
+    def damage(place: Place) -> None:
+        columns = place.columns()
+        columns[name][0] = value
+        stream = io.BytesIO()
+        np.savez(stream, **columns)
+        place.publish_index(stream.getvalue())
+
+    return damage
+
+
+def lengths(place: Place) -> None:
+    """Let each payload have four gigabytes, and the shard as many as that takes."""
+    columns = place.columns()
+    columns["length"][:] = 2**32 - 1
+    stream = io.BytesIO()
+    np.savez(stream, **columns)
+    place.edit_shard(bytes=2**45)
+    place.publish_index(stream.getvalue())
+
+
+def sparse_shard(place: Place) -> None:
+    """The same, and the shard really has them: a file of holes."""
+    lengths(place)
+    place.edit_shard(bytes=2**40)
+    os.truncate(place / "shards/test/000000.tar", 2**40)
+
+
+def large_gallery(place: Place) -> None:
+    images = header((2**16, 3, 2**8, 2**8), "|u1") + zeros(2**31 - 2**12)
+    (place / "run/gallery.npz").write_bytes(npz({"images_BCHW": images}))
+
+
+def long_metrics(place: Place) -> None:
+    line = json.dumps({"step": 1, "loss": 1.0, "ce": 1.0}) + "\n"
+    with (place / "run/metrics.jsonl").open("w") as stream:
+        for _ in range(400):
+            stream.write(line * 10_000)
+
+
+def wide_metrics(place: Place) -> None:
+    line = json.dumps({"step": 1, "loss": "a" * 10**8})
+    (place / "run/metrics.jsonl").write_text(f"{line}\n")
+
+
+def many_sets(place: Place) -> None:
+    count = {"correct": 1, "total": 4, "manifest_sha256": "a" * 64}
+    place.edit("run/results.json", sets={f"set{n}": count for n in range(10**5)})
+
+
+def large_commands(place: Place) -> None:
+    place.edit("run/provenance.json", command=["a" * 10**7] * 10)
+
+
+def many_files(place: Place) -> None:
+    """A tar with as many members as its size allows."""
+    write_tar(place / "foreign/0.tar", [(f"{n}.jpg", b"") for n in range(30_000)])
+
+
+def large_json_label(place: Place) -> None:
+    write_tar(
+        place / "foreign/0.tar",
+        [("a.jpg", b"x"), ("a.json", b"[" * 10**6 + b"]" * 10**6)],
+    )
+
+
+def bracketed(pattern: str) -> Row:
+    return row(
+        f"the pattern {pattern[:40]} of {len(pattern)} letters",
+        (INDEX[0], pattern, "--out", "new/test", *INDEX[4:]),
+        slow=False,
+    )
+
+
+def option(words: Sequence[str], *options: str, says: str, **more: Any) -> Row:
+    return row(
+        f"{words[0]} {' '.join(options)[:60]}", (*words, *options), lambda _: None, says, **more
+    )
+
+
+def rows() -> Iterator[Row]:
+    """Yield the rows of this kind."""
+    index = r"index\.npz"
+    yield row("a zip bomb as the index", EVALUATE, index_with(offset=bomb), index)
+    yield row(
+        "a zip bomb as the index, verified",
+        VERIFY,
+        index_with(label=bomb),
+        index,
+        answer="reported",
+    )
+    yield row("a zip bomb in a column nobody knows", EVALUATE, index_with(more=bomb), index)
+    yield row("a zip that tells other sizes", EVALUATE, lied_size, index)
+    yield row("a zip of 60,000 members", EVALUATE, many_members, index)
+    yield row("a zip that is a hundred zips", EVALUATE, quine, index)
+    yield row("an array of 2^60 numbers", EVALUATE, index_with(offset=header((2**60,))), index)
+    yield row(
+        "an array of 10^5 dimensions", EVALUATE, index_with(offset=header((1,) * 10_000)), index
+    )
+    yield row(
+        "a text of 2^31 letters for each key",
+        EVALUATE,
+        index_with(key=header((4,), "|S2147483647")),
+        index,
+    )
+    yield row(
+        "100,000 shards without files", EVALUATE, many_shards(10**5), r"shard|samples|\.tar|index"
+    )
+    yield row("a shard's name of 10^6 letters", EVALUATE, long_name, "manifest|shard")
+    yield row(
+        "class names of 10^6 letters", EVALUATE, long_classes, "class|manifest", answer="either"
+    )
+    yield row("10^6 classes", EVALUATE, many_classes, "class")
+    yield row("10^6 prompts", DRY, many_templates, "template|prompt|manifest", answer="either")
+    yield row("pixels of 2^30 a side", EVALUATE, large_pixels, "size|px|encoding|manifest")
+    yield row(
+        "a border of 2^62 pixels",
+        tuple("original" if w == "shards" else w for w in EVALUATE),
+        large_border,
+        "border",
+    )
+    yield row("payloads of four gigabytes", EVALUATE, lengths, r"index\.npz|shard|\.tar|length")
+    yield row(
+        "payloads of four gigabytes of holes",
+        EVALUATE,
+        sparse_shard,
+        r"index\.npz|shard|\.tar|length",
+    )
+    yield row("an offset of 2^63", EVALUATE, column("offset", 2**63), index)
+    yield row("an offset of 2^64 - 1", EVALUATE, column("offset", 2**64 - 1), index)
+    yield row("a length of nothing", EVALUATE, column("length", 0), r"index|\.tar|length")
+    yield row("a gallery of gigabytes", REPORT, large_gallery, "gallery")
+    yield row(
+        "four million lines of metrics", REPORT, long_metrics, r"metrics\.jsonl", answer="either"
+    )
+    yield row(
+        "a line of metrics of 10^8 letters",
+        REPORT,
+        wide_metrics,
+        r"metrics\.jsonl",
+        answer="either",
+    )
+    yield row("100,000 sets in the results", REPORT, many_sets, "results", answer="either")
+    yield row("provenance of 100 megabytes", REPORT, large_commands, "provenance", answer="either")
+    yield row(
+        "a tar of 30,000 empty images", (*INDEX[:3], "new/test", *INDEX[4:]), many_files, r"0\.tar"
+    )
+    yield row(
+        "a label that is deep JSON",
+        (*INDEX[:3], "new/test", *INDEX[4:], "--label-field", "x"),
+        large_json_label,
+        r"0\.tar",
+        slow=False,
+    )
+
+    yield bracketed("{0..99999999}.tar")
+    yield bracketed("{0..9999999999999999999}.tar")
+    yield bracketed("{a,b}" * 40 + ".tar")
+    yield bracketed("{0..999}{0..999}{0..999}.tar")
+    yield bracketed("{" * 10_000 + "a,b" + "}" * 10_000 + ".tar")
+    yield bracketed("{0..-99999999}.tar")
+    yield bracketed("{000000000000..999999999999..1}.tar")
+    yield bracketed("{a..\U0010ffff}" * 3)
+    yield bracketed("a" * 10**5 + ".tar")
+
+    yield option(FRESH, "--optim.epochs", str(10**12), says="epochs")
+    yield option(DRY, "--optim.epochs", "9" * 400, says="epochs")
+    yield option(DRY, "--loader.batch-size", str(10**12), says="batch")
+    yield option(DRY, "--loader.workers", str(10**6), says="workers", answer="either")
+    yield option(DRY, "--optim.accumulate", str(10**9), says="accumul")
+    yield option(DRY, "--loader.streams", "9" * 30, says="streams")
+    yield option(DRY, "--loader.held-out", str(10**15), says="held")
+    yield option(DRY, "--log.keep", str(10**15), says="keep", answer="either")
+    yield option(DRY, "--seed", "9" * 400, says="seed", answer="either")
+    yield option(DRY, "--seed", "-1", says="seed", answer="either")
+    yield option(
+        (*EVALUATE[:7], "--device", "cpu"), "--workers", str(10**6), says="workers", slow=False
+    )
+    yield option(
+        (*EVALUATE[:1], "zero/checkpoints/last.safetensors", *EVALUATE[2:]),
+        "--batch-size",
+        str(10**15),
+        says="batch",
+        answer="either",
+    )
+    yield option(PACK[:-1], "1000000", says="workers", slow=False, answer="either")
+    yield option((*PACK[:10],), "--size", str(2**20), "--workers", "1", says="size")
+    yield option((*SHOW[:2], "--step", "0"), "--epoch", str(10**30), says="epoch", answer="either")
+    yield option((*SHOW[:2], "--step", "0"), "--world-size", "9" * 400, says="world")
+    yield option(
+        ("rft.experiments", "--runs", "r", "--data", "d"),
+        "--seeds",
+        str(10**9),
+        says="seeds",
+        slow=False,
+    )
+    yield option(IMPORT, "--seed", "9" * 400, says="seed", answer="either")
