@@ -27,6 +27,7 @@ import tyro
 from rft import documents, files, urls
 
 T = TypeVar("T")
+LINE_LETTERS = 1800  # of an error
 
 SEVERAL_GPUS = "  (with several GPUs: torchrun --nproc_per_node NUMBER in place of python)"
 
@@ -59,7 +60,7 @@ def run(main: Callable[[], None]) -> None:
         message = urls.redact(" ".join(str(error).split()))
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" on rank {rank}"
-        line = documents.plain(f"error{where}: {message}")
+        line = _shortened(documents.plain(f"error{where}: {message}"))
         # what is not a rank is a mistake that no other process tells
         if not re.fullmatch("0*[1-9][0-9]*", os.environ.get("LOCAL_RANK", "0"), re.ASCII):
             with contextlib.suppress(OSError):
@@ -67,6 +68,12 @@ def run(main: Callable[[], None]) -> None:
         _hand_to_torchrun(line)
         _drop_output()
         sys.exit(2)
+
+
+def _shortened(line: str) -> str:
+    """Return a line that somebody may read: of a long one, its beginning and its end."""
+    half = LINE_LETTERS // 2
+    return line if len(line) <= LINE_LETTERS else f"{line[:half]} ... {line[-half:]}"
 
 
 def _require_streams() -> None:
@@ -133,6 +140,9 @@ def parse(kind: Callable[..., T], **options: Any) -> T:
 def _require_local_paths(value: object, name: str) -> None:
     """Check every path of a parsed command line; `name` is the option or argument it came from."""
     if isinstance(value, Path):
+        # pathlib makes the current folder of an empty text
+        if value == Path() and "" in sys.argv[1:]:
+            raise ValueError(f"{name or 'a path'} is empty; name a file or folder")
         files.require_local(value, name)
     elif isinstance(value, tuple):
         for one in value:

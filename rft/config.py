@@ -16,8 +16,19 @@ import tyro
 from pydantic import Field
 
 from rft import __version__, documents, files, records, urls
-from rft.documents import document
-from rft.records import Seed
+from rft.documents import (
+    Above0,
+    BatchSize,
+    Beta,
+    Epochs,
+    From0,
+    Megapixels,
+    Positive,
+    Seed,
+    Share,
+    Whole,
+    document,
+)
 
 # Millions of pixels that an image may have, unless the user says otherwise. Decoding takes up to 16
 # bytes for each (WebP), so the largest needs less than 2 GB. Phones make 108 million; Pillow warns
@@ -41,13 +52,6 @@ Trains = Literal["all", "head"]
 Schedule = Literal["cosine", "one-cycle"]
 Clip = Literal["step", "micro-step"]
 
-Whole = Annotated[int, Field(ge=0, lt=2**31)]
-Positive = Annotated[int, Field(gt=0, lt=2**31)]
-Epochs = Annotated[int, Field(ge=0, le=1_000_000)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-From0 = Annotated[float, Field(ge=0)]
-Above0 = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0, lt=1e7)]
 
 
@@ -70,7 +74,7 @@ class ModelConfig:
 class LoaderConfig:
     """How training samples are cut into batches (see rft/data/order.py)."""
 
-    batch_size: Positive = 512
+    batch_size: BatchSize = 512
     """Images in a global batch, over all ranks and accumulation steps."""
     held_out: Whole = 10240
     """Training images kept out, stratified by class, to select the checkpoint; 0 keeps the last."""
@@ -84,7 +88,7 @@ class LoaderConfig:
     """Folder on this node's own disk for shards that lie on remote storage; empty keeps none."""
     cache_gb: Above0 = 100
     """Largest size of that folder, in GB; the ranks of a node share it."""
-    max_pixels: Annotated[float, Field(gt=0, lt=1e6)] = MAX_PIXELS
+    max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have which is decoded while training; raise it if the
     set was packed so. It never changes a result."""
 

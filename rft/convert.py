@@ -32,6 +32,7 @@ from rft.clip.made import is_made, write_made
 from rft.clip.weights import Weights
 from rft.config import Device, ModelConfig
 from rft.data.manifest import Manifest
+from rft.documents import Seed, document
 from rft.evaluate import commands
 from rft.records import RunConfig, Training
 from rft.runs import (
@@ -60,7 +61,7 @@ export  a run folder or .safetensors file -> open-clip, released, model-soups, s
 """
 
 
-@dataclass(frozen=True)
+@document(name="--")
 class Import:
     """Make a run folder of weights that other code saved; nothing in their file is ever run.
 
@@ -80,7 +81,7 @@ class Import:
     """Name of that set, below the data root."""
     recipe: str = "imported"
     """What the report calls it; runs of one recipe with other seeds share a row."""
-    seed: int = 0
+    seed: Seed = 0
     """Which of these it is."""
     device: Device = "auto"
     """Where the text tower makes a head: 80,000 prompts take an hour on one CPU thread."""
@@ -307,6 +308,8 @@ def export_weights(arguments: Export) -> None:
     out, to = arguments.out, arguments.to
     if to in SUFFIXES and out.suffix != SUFFIXES[to]:
         raise ValueError(f"--out is {out}; a file of this format ends in {SUFFIXES[to]}")
+    if arguments.text and to not in ("open-clip", "model-soups"):
+        raise ValueError(f"--text is {arguments.text}, but the format {to} has no text tower")
     weights_path = checkpoint_path(arguments.source)
     state, architecture, metadata, classes = load_state(weights_path)
     digest = files.sha256_file(weights_path)

@@ -48,6 +48,10 @@ MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
 BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
+# of the others, those that show nothing; a joiner within an emoji or a Persian word does
+INVISIBLE = frozenset("\u200b\u2060\ufeff")
+
+
 def _controls(letter: str) -> bool:
     return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in BIDIRECTIONAL
 
@@ -64,10 +68,29 @@ def _sha256(text: str) -> str:
     return text
 
 
+def _schema(number: int) -> int:
+    if number != 1:
+        raise ValueError("must be 1, or be read by the version that wrote it")
+    return number
+
+
+Schema = Annotated[int, AfterValidator(_schema)]
+"""Version of a document; not a Literal, which true would be too."""
 Sha256 = Annotated[str, AfterValidator(_sha256)]
 """A hash as hashlib writes it; a file may be named after it."""
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """A number of things or bytes; up to where JSON readers agree on whole numbers."""
+Whole = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
+Epochs = Annotated[int, Field(ge=0, le=1_000_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What NumPy and scikit-learn take as well."""
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+From0 = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+Megapixels = Annotated[float, Field(gt=0, lt=1e6)]
 Name = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]
 """What is printed, or names something; any terminal can show it."""
 Text = Annotated[str, Field(max_length=100_000)]
@@ -80,7 +103,8 @@ def document(cls: type[T] | None = None, /, *, name: str = "", config: ConfigDic
 
     Args:
         cls: the class.
-        name: what stands before a field in an error that is raised from Python.
+        name: what stands before a field in an error that is raised from Python; "--" for the
+            options of a command.
         config: pydantic's; `FOREIGN` passes over fields that it does not know.
     """
     if cls is None:
@@ -193,6 +217,8 @@ def _explain(fault: ErrorDetails, at: Sequence[str | int]) -> str:
 
 def _place(parts: Sequence[str | int]) -> str:
     """Return where in a document something is, such as `shards[3].name`."""
+    if parts[:1] == ["--"]:
+        return "--" + _place(parts[1:]).replace("_", "-")
     place = ""
     for part in parts:
         if part == "[key]":  # the name of a field, which is in the place already
@@ -217,7 +243,9 @@ def plain(text: str, kept: str = "") -> str:
     if text.isascii() and text.isprintable():
         return text
     letters = (
-        letter if letter in kept or not _controls(letter) else ascii(letter)[1:-1]
+        ascii(letter)[1:-1]
+        if letter not in kept and (_controls(letter) or letter in INVISIBLE)
+        else letter
         for letter in text
     )
     return "".join(letters)

@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
+from pydantic import Field
 
 from rft import cli, documents, files, recipes
 from rft.config import Preset
+from rft.documents import Epochs, Positive, document
 
 NAMES = (*recipes.TRAINED, *recipes.MERGED)
 TEACHER_ALPHA = 0.5  # of the WiSE-FT model that WiSE-KD learns from (appendix A.3)
@@ -40,7 +42,7 @@ class Experiment:
     """Run folders that the report shows."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@document(name="--")
 class Plan:
     """What is to be run where."""
 
@@ -54,9 +56,9 @@ class Plan:
     """Which numbers the recipes start from."""
     preset: Preset = "paper"
     """official-parity also takes the last weights of a fine-tuned model for WiSE."""
-    seeds: int = 3
+    seeds: Annotated[Positive, Field(le=1000)] = 3
     """Fine-tuning seeds, from 0 on; the paper has three."""
-    epochs: int | None = None
+    epochs: Epochs | None = None
     """Epochs of everything that trains instead of each recipe's own, to try the path."""
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RECIPE...")] = ()
     """These recipes, trained or merged, and what they build on; all if not given."""
@@ -66,8 +68,6 @@ class Plan:
     """More options, for every training."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError(f"--seeds is {self.seeds}; it must be at least 1")
         for name in self.only:
             if name not in NAMES:
                 raise cli.unknown("recipe", name, sorted(NAMES))

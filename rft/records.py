@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from rft import documents, files, local
-from rft.documents import FOREIGN, Count, Name, Sha256, Text, document
+from rft.documents import FOREIGN, Count, Name, Schema, Sha256, Text, document
 
 T = TypeVar("T")
 
@@ -44,17 +44,10 @@ def _set_name(name: str) -> str:
     return name
 
 
-def _schema(number: int) -> int:
-    if number != 1:
-        raise ValueError("must be 1, or be read by the version that wrote it")
-    return number
-
-
 def _no_empty(value: object) -> object:
     return None if value == "" else value
 
 
-Schema = Annotated[int, AfterValidator(_schema)]  # not a Literal, which true would be too
 Recipe = Annotated[Name, AfterValidator(_recipe)]
 """Name of a row of the report."""
 SetName = Annotated[Name, AfterValidator(_set_name)]

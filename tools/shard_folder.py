@@ -1,10 +1,12 @@
 """Pack anyone's own images, one folder for each class, into tar shards: see --help."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from pydantic import Field
 
 from rft import cli, recipes
 from rft.data.folder import Photos, class_counts, read_folder, same_bytes
@@ -12,12 +14,13 @@ from rft.data.labels import LabelSpace
 from rft.data.names import printable
 from rft.data.pack import Options, pack_source
 from rft.data.sources import Source, require_apart
+from rft.documents import Seed, Share, document
 
 SETS = ("train", "test", "val")
 LINES = 20  # warnings, and pairs of equal images, that are printed
 
 
-@dataclass(frozen=True, kw_only=True)
+@document(name="--")
 class ShardFolder:
     """Pack your own images into WebDataset tar shards: OUT/train and OUT/test.
 
@@ -38,9 +41,9 @@ class ShardFolder:
     """JSON file that says what the class folders show, in label order: {"ids": [folder names],
     "names": [words for the text encoder], "templates": ["a photo of a {c}.", ...]}. None takes the
     folder names with underscores as spaces, and OpenAI's 80 prompts for ImageNet."""
-    test_share: float = 0.2
+    test_share: Annotated[Share, Field(lt=1)] = 0.2
     """Share of each class that is held out as test set, where the source has none; 0 is none."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of that choice."""
     ignore: tuple[str, ...] = ()
     """Names of files and folders to pass over, such as '*.mov' '*.aae', in any case of letters.

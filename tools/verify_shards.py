@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import tyro
 from rich.console import Console
@@ -11,11 +10,12 @@ from rft import cli, files
 from rft.config import MAX_PIXELS
 from rft.data.verify import Report, verify
 from rft.data.workers import check_workers
+from rft.documents import Megapixels, Positive, document
 
 LINES = 50  # problems printed; the report file has all
 
 
-@dataclass(frozen=True, kw_only=True)
+@document(name="--")
 class VerifyShards:
     """Check that a set is what its manifest says; exit code 0 if so, 1 if not.
 
@@ -30,11 +30,11 @@ class VerifyShards:
     """Folder or URL that holds manifest.json."""
     deep: bool = False
     """Read every byte of every shard."""
-    max_pixels: float = MAX_PIXELS
+    max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have (--deep); raise it for panoramas."""
     report: str | None = None
     """Write the result to this JSON file, all problems with it."""
-    workers: int | None = None
+    workers: Positive | None = None
     """Processes that read shards (--deep); None is one for each core this process may use."""
 
 

@@ -99,4 +99,8 @@ def read_header(path: Path, entries: Entries) -> Header:
         raise ValueError(f"{path} was not written by rft: its header names no architecture")
     where = f"architecture in the header of {path}"
     architecture = documents.decode(entries.architecture.encode(), Architecture, where)
+    try:
+        architecture.expected()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return Header(architecture, entries.metadata, entries.classes)

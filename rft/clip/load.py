@@ -8,7 +8,7 @@ rft, does.
 """
 
 import dataclasses
-import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -293,10 +293,23 @@ def _location(clip: str) -> str:
 
 
 def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
+    text = model_config(clip)["text_cfg"]
+    known = text.get("vocab_size", CLIPTextCfg().vocab_size)
     if vocabulary := vocabulary_of(clip):
-        tokens = model_config(clip)["text_cfg"].get("vocab_size", CLIPTextCfg().vocab_size)
-        return WordTokenizer(_words(vocabulary, tokens), context_length)
-    return functools.partial(tokenize_all, open_clip.get_tokenizer(_location(clip)))
+        return WordTokenizer(_words(vocabulary, known), context_length)
+    tokenizer = open_clip.get_tokenizer(_location(clip))
+
+    def tokenize(texts: list[str]) -> Tensor:
+        tokens = tokenize_all(tokenizer, texts)
+        # a tower of transformers has a size of its own, which the configuration does not tell
+        if "hf_model_name" not in text and int(tokens.max()) >= known:
+            raise ValueError(
+                f"{clip}: its text tower knows {known:,} tokens, the tokenizer more; a folder with "
+                "words of its own needs them in vocab.txt"
+            )
+        return tokens
+
+    return tokenize
 
 
 def _words(vocabulary: Path, tokens: int) -> list[str]:
@@ -337,7 +350,8 @@ def vocabulary_of(clip: str) -> Path | None:
     """Return the word list of a local folder that has its own tokenizer."""
     location = _location(clip)
     path = Path(location.removeprefix(LOCAL)) / "vocab.txt"
-    return path if location.startswith(LOCAL) and path.is_file() else None
+    # what is there and no file is refused when it is read
+    return path if location.startswith(LOCAL) and os.path.lexists(path) else None
 
 
 def _folder(clip: str) -> Path:

@@ -38,6 +38,7 @@ SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow
 FORMATS = ("JPEG", "PNG", "WEBP")  # MPO is a JPEG with further pictures behind the first
 LONGEST_SIDE = 2**16 - 1  # the index keeps width and height as uint16
 Side = Annotated[int, Field(ge=0, le=LONGEST_SIDE)]
+Quality = Annotated[int, Field(ge=1, le=100)]
 # Resizing the shorter side to the square's allocates as many squares as the image is longer than
 # wide. Cropping first would be cheaper, but Pillow rounds the offset of a crop to 32 bits, so its
 # result differs from torchvision's.
@@ -105,7 +106,7 @@ class Jpeg(Pixels):
     """Payloads are the same square as a JPEG."""
 
     kind: Literal["jpeg"]  # pyrefly: ignore
-    quality: Annotated[int, Field(ge=1, le=100)]
+    quality: Quality
     subsampling: Literal["4:4:4"]
 
 
@@ -376,16 +377,6 @@ def _require_few_scans(data: bytes, name: str, allowed: int) -> None:
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
     if scans > allowed:
         raise ValueError(f"{name} has {scans:,} scans, too many for so many pixels; save it anew")
-
-
-def check_max_pixels(max_pixels: float) -> None:
-    """Check the option.
-
-    Raises:
-        ValueError: if it is no limit.
-    """
-    if not 0 < max_pixels < 1e6:
-        raise ValueError(f"--max-pixels must be above 0 and below 1,000,000, not {max_pixels:g}")
 
 
 def require_affordable(count: int, name: str, max_pixels: float = MAX_PIXELS) -> None:

@@ -98,8 +98,6 @@ def read_folder(
         ValueError: if a class is missing, empty or unknown, a file is no image, a class has too few
             images to hold some out, or classes and splits cannot be told apart.
     """
-    if not 0 <= test_share < 1:
-        raise ValueError(f"--test-share must be from 0 to below 1, not {test_share}")
     if not source.is_dir():
         raise ValueError(f"no such folder: {source}")
     for pattern in ignore:

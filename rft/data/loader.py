@@ -302,7 +302,6 @@ class PackedDataset:
 
     def _require_affordable(self) -> None:
         """Check what the index says of the largest image, before any is read."""
-        encode.check_max_pixels(self._max_pixels)
         index, name = self.index, f"{self.url}: its largest"
         encode.require_affordable(
             int(index.length.max(initial=0)), f"{name} file", self._max_pixels

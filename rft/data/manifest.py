@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -21,9 +21,10 @@ from rft.arrays import read_npz
 from rft.classes import Classes, prompts_sha256
 from rft.data import tar
 from rft.data.encode import Encoding
+from rft.data.labels import MARK
 from rft.data.root import why_missing
 from rft.data.sources import LAYOUTS
-from rft.documents import Count, Name, Sha256, Text, document
+from rft.documents import Count, Name, Schema, Sha256, Text, document, shown
 
 SCHEMA = 1
 COLUMNS = {
@@ -37,6 +38,8 @@ COLUMNS = {
 }
 ROW_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())  # of all columns but the key
 KEY_BYTES = 1024
+CLASSES = 100_000  # ImageNet-21k has 21,841
+TEMPLATES = 1000  # OpenAI's are 80; a head is made of all of them for each class
 HEADERS_BYTES = 2**14  # what an index has besides its rows, and more
 # The index is read whole, and twice that is in memory for a moment: 768 MiB stay within 2 GB. They
 # hold 19 million samples with keys like ImageNet's; ImageNet-21k has 14 million.
@@ -72,8 +75,8 @@ class Manifest:
     """
 
     dataset: Name
-    classes: Annotated[tuple[Text, ...], Field(min_length=1)]
-    templates: Annotated[tuple[Text, ...], Field(min_length=1)]
+    classes: Annotated[tuple[Text, ...], Field(min_length=1, max_length=CLASSES)]
+    templates: Annotated[tuple[Text, ...], Field(min_length=1, max_length=TEMPLATES)]
     groups: tuple[tuple[int, ...], ...]
     encoding: Encoding
     plan_hash: Sha256
@@ -81,9 +84,11 @@ class Manifest:
     shards: tuple[Shard, ...]
     class_ids: tuple[Text, ...] = ()
     quarantined: Count = 0  # images of the source left out because they cannot be decoded
-    schema: Literal[1] = SCHEMA
+    schema: Schema = SCHEMA
 
     def __post_init__(self) -> None:
+        if unmarked := [text for text in self.templates if MARK not in text]:
+            raise ValueError(f"templates: {shown(unmarked[0])} has no {MARK} for the class name")
         ids = self.class_ids
         if ids and not len(set(ids)) == len(ids) == len(self.classes):
             raise ValueError("class_ids must be as many as classes, and all different")
@@ -296,8 +301,12 @@ class Index:
         """Yield the rows that no reader may use, ascending, for each thing that is wrong with some.
 
         A label must be a class that is scored, or its sample would count as right or wrong whatever
-        is predicted. A payload must lie in its shard.
+        is predicted. A payload must lie in its shard. A key is printed and has ASCII letters alone.
         """
+        letters = np.ascontiguousarray(self.key).view(np.uint8).reshape(len(self.key), -1)
+        # NumPy fills up with zeros
+        odd = ((letters < ord(" ")) & (letters > 0)) | (letters > ord("~"))
+        yield np.flatnonzero(odd.any(axis=1)), "its key is no printable ASCII text"
         classes = len(manifest.classes)
         known = (self.label >= 0) & (self.label < classes)
         yield np.flatnonzero(~known), f"its label is none of the {classes} classes"

@@ -16,13 +16,15 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
+from pydantic import Field
 
 from rft import files, local
 from rft.data import encode
+from rft.data.encode import Quality, Side
 from rft.data.labels import LabelSpace, scoring_hash
 from rft.data.manifest import COLUMNS, Index, Manifest
 from rft.data.names import printable
@@ -39,12 +41,13 @@ from rft.data.shard import (
 )
 from rft.data.sources import Item, Source, folders_read, read_source, require_apart
 from rft.data.workers import check_workers, each_done, progress
+from rft.documents import Above0, Megapixels, Positive, Seed, Whole, document
 
 ALGORITHM = 2  # raise it when the order, the cut or the members change: it is part of the plan
 COMMIT_THREADS = 16  # reading commits is latency-bound on object stores
 
 
-@dataclass(frozen=True, kw_only=True)
+@document(name="--")
 class Options:
     """How to pack; `workers`, `task` and `finalize` change who does the work, never the bytes.
 
@@ -55,25 +58,25 @@ class Options:
     encoding: encode.Kind = "original"
     """original: the files' own bytes. pixels: CLIP's input, so that training decodes nothing. jpeg:
     the same square as a JPEG, a fifth of the bytes."""
-    size: int = 224
+    size: Annotated[Side, Field(ge=1)] = 224
     """Side in pixels of the stored square (pixels and jpeg)."""
-    quality: int = 95
+    quality: Quality = 95
     """Quality of the JPEG, 1 to 100 (jpeg only)."""
-    shard_mb: float = 100
+    shard_mb: Annotated[Above0, Field(le=1e6)] = 100
     """Size of a shard in MiB."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the global shuffle."""
-    workers: int | None = None
+    workers: Positive | None = None
     """Processes that write shards; None is one for each core this process may use."""
     task: str | None = None
     """I/N with I from 0 to N-1: this job array's part of the shards; the last adds the manifest."""
     finalize: bool = False
     """Write no shards, only the manifest of shards that are all there."""
-    max_bad: int = 0
+    max_bad: Whole = 0
     """How many images of the whole set may be left out because they cannot be decoded; each is
     listed with its reason in quarantine.jsonl. A larger number continues, a smaller one tries the
     images again."""
-    max_pixels: float = encode.MAX_PIXELS
+    max_pixels: Megapixels = encode.MAX_PIXELS
     """Millions of pixels that an image may have: a small file may claim more than memory holds.
     Raise it for panoramas of your own; it never changes bytes."""
 
@@ -359,15 +362,6 @@ def parse_task(text: str) -> tuple[int, int]:
 
 def _check(options: Options) -> tuple[int, tuple[int, int]]:
     """Return the number of workers and the task, or say which option is wrong."""
-    if options.size < 1:
-        raise ValueError(f"--size must be at least 1, not {options.size}")
-    if not 1 <= options.quality <= 100:
-        raise ValueError(f"--quality must be 1 to 100, not {options.quality}")
-    if options.shard_mb <= 0:
-        raise ValueError(f"--shard-mb must be above 0, not {options.shard_mb}")
-    if options.max_bad < 0:
-        raise ValueError(f"--max-bad must be at least 0, not {options.max_bad}")
-    encode.check_max_pixels(options.max_pixels)
     if options.finalize and options.task is not None:
         raise ValueError("--finalize writes no shards, so it goes without --task")
     task = (0, 1) if options.task is None else parse_task(options.task)

@@ -16,11 +16,12 @@ from typing import IO, Any, Literal
 from rft import cli, files
 from rft.classes import Classes, composed
 from rft.config import MAX_PIXELS
-from rft.data.encode import check_max_pixels
+from rft.data.encode import Side
 from rft.data.labels import LabelSpace, folder_labels, objectnet_groups
 from rft.data.manifest import group_faults
 from rft.data.published import SUBSETS, published_classes
 from rft.data.samples import Sample, parent, read_text
+from rft.documents import Megapixels, Positive, document
 
 POSITION = re.compile(r"0|[1-9][0-9]{0,17}")  # as a position is written: no sign, no leading zeros
 LIKE_POSITION = re.compile(r"-?[0-9]{1,18}")  # what a reader may take for one
@@ -29,7 +30,7 @@ LABEL_FIELDS = ("label", "class", "cls")  # of a .json, that say the same as the
 OBJECTNET_BORDER = 2  # pixels of red frame on each side, cropped before any resize
 
 
-@dataclass(frozen=True, kw_only=True)
+@document(name="--")
 class Options:
     """How existing shards are understood."""
 
@@ -49,15 +50,15 @@ class Options:
     "not found" of files that do not exist."""
     mappings: str | None = None
     """The mappings/ folder of ObjectNet's archive (objectnet only)."""
-    crop_border: int | None = None
+    crop_border: Side | None = None
     """Pixels to cut from each side before any resize; None is 2 for objectnet and 0 for others."""
     ignore: tuple[str, ...] = ()
     """Suffixes of members to pass over, such as seg.png."""
     allow_count: tuple[str, ...] = ()
     """SET=N: accept this copy of a benchmark, which has N images and not the published number."""
-    max_pixels: float = MAX_PIXELS
+    max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have; raise it for panoramas."""
-    workers: int | None = None
+    workers: Positive | None = None
     """Processes that read shards; None is one for each core this process may use."""
 
 
@@ -123,7 +124,6 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
     Raises:
         ValueError: if local class names do not map onto the label space, or nothing is scored.
     """
-    check_max_pixels(options.max_pixels)
     places = [] if options.skip_beside else list(dict.fromkeys(map(parent, urls)))
     _require_nshards(urls, [folder for folder in places if folder])
     names, source = _local_names(places, labels, options.local_classes)

@@ -5,30 +5,30 @@ no checkpoint, and works for steps that are still to come.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from rft import cli, files
+from rft import cli, documents, files
 from rft.config import load_config
 from rft.data.loader import PackedDataset, plan_training
 from rft.data.order import EpochOrder
+from rft.documents import Positive, Whole, document
 
 
-@dataclass(frozen=True, kw_only=True)
+@document(name="--")
 class Arguments:
     """List the samples of one training step: id, class, shard and offset, rank by rank."""
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
-    epoch: int = 0
+    epoch: Whole = 0
     """Epoch, counted from 0."""
-    step: int
+    step: Whole
     """Step within the epoch, counted from 0."""
-    world_size: int = 1
+    world_size: Positive = 1
     """Ranks among which the batch is shared."""
     data: str | None = None
     """Data root, if it is not where it was when the run started."""
@@ -44,12 +44,12 @@ def main() -> None:
     url = files.join(arguments.data or config.data, config.train_set)
     packed = PackedDataset(url, max_pixels=config.loader.max_pixels)
     plan, samples, _ = plan_training(packed, config)
-    if not 0 <= arguments.step < plan.steps_per_epoch or arguments.epoch < 0:
+    if not arguments.step < plan.steps_per_epoch:
         raise ValueError(
             f"there is no step {arguments.step} in epoch {arguments.epoch}: epochs count from 0, "
             f"and their steps from 0 to {plan.steps_per_epoch - 1}"
         )
-    if arguments.world_size < 1 or plan.batch_size % arguments.world_size:
+    if plan.batch_size % arguments.world_size:
         raise ValueError(f"--world-size must divide the batch of {plan.batch_size}")
     batch = samples[EpochOrder(plan, arguments.epoch).batch(arguments.step)]
     number = arguments.epoch * plan.steps_per_epoch + arguments.step
@@ -61,8 +61,8 @@ def main() -> None:
             str(slot),
             str(slot // share),
             packed.key(sample),
-            f"{label} {packed.manifest.classes[label]}",
-            packed.manifest.shards[packed.shard_of(sample)].name,
+            documents.plain(f"{label} {packed.manifest.classes[label]}"),
+            documents.plain(packed.manifest.shards[packed.shard_of(sample)].name),
             str(packed.index.offset[sample]),
         )
     print(f"epoch {arguments.epoch}, step {arguments.step} (step {number} of the run):")

@@ -26,13 +26,7 @@ Result = TypeVar("Result")
 
 
 def check_workers(workers: int | None) -> int:
-    """Return the number of processes that `--workers` means; None is one for each core.
-
-    Raises:
-        ValueError: if it is below 1.
-    """
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers must be at least 1, not {workers}")
+    """Return the number of processes that `--workers` means; None is one for each core."""
     if workers is not None:
         return workers
     if hasattr(os, "sched_getaffinity"):  # a cluster job rarely owns the whole machine

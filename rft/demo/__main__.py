@@ -9,12 +9,16 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from rft import cli
 from rft.data.loader import PackedDataset
 from rft.demo.miniature import FOLDER, prepare_data, shards
+from rft.documents import Epochs, Positive, Seed, document
 from rft.evaluate.__main__ import SETS, is_current
 from rft.experiments import Experiment, Plan, experiments
 from rft.report.page import write_report
@@ -28,7 +32,7 @@ All rows of Tables 1 and 3 and all models of Fig. 7; the table beside the paper'
 and runs are shared with the demo in the same folder."""
 
 
-@dataclass(frozen=True)
+@document(name="--")
 class Demo:
     """Run the paper's experiment on the miniature world, from images on disk to a report.
 
@@ -38,21 +42,21 @@ class Demo:
 
     out: Path = FOLDER
     """Folder for the world, the shards, the runs and the report."""
-    seeds: int = 1
+    seeds: Annotated[Positive, Field(le=1000)] = 1
     """Fine-tuning seeds; with several the table shows mean and spread."""
-    processes: int = 2
+    processes: Annotated[Positive, Field(le=1000)] = 2
     """Ranks that torchrun starts."""
-    epochs: int | None = None
+    epochs: Epochs | None = None
     """Fine-tune for fewer epochs than the recipes do, to try the path."""
 
 
-@dataclass(frozen=True)
+@document(name="--")
 class Pretrain:
     """Train the tiny CLIP that plays the pre-trained model, as it was for the one shipped."""
 
     out: Path
     """Folder for the weights, their configuration and vocabulary."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 def plan(arguments: Demo, report: Path) -> Plan:

@@ -4,7 +4,7 @@ All checkpoints see each image in the same pass over the data.
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +19,7 @@ from rft.config import MAX_PIXELS, Device
 from rft.data.loader import PackedDataset
 from rft.data.root import set_names
 from rft.dist import World
+from rft.documents import BatchSize, Megapixels, Whole, document
 from rft.evaluate import commands
 from rft.evaluate.checkpoints import (
     Loaded,
@@ -38,7 +39,7 @@ from rft.runs import (
 )
 
 
-@dataclass(frozen=True)
+@document(name="--")
 class Arguments:
     """Count top-1 correct predictions on ImageNet and the five OOD benchmarks.
 
@@ -52,11 +53,11 @@ class Arguments:
     """Data root: the URL under which the tools wrote the packed sets."""
     sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = SETS
     """Packed sets to evaluate on: these, or any other below the data root."""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """Images in one forward."""
-    workers: int = 4
+    workers: Whole = 4
     """Loader processes of each rank; 0 reads in the evaluating process."""
-    max_pixels: float = MAX_PIXELS
+    max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have; raise it if a set was packed so."""
     device: Device = "auto"
 
@@ -139,8 +140,6 @@ def main() -> None:
     arguments = cli.parse(Arguments, prog="rft.evaluate")
     if not arguments.checkpoints:
         raise ValueError("name at least one run folder or .safetensors file to evaluate")
-    if arguments.batch_size < 1 or arguments.workers < 0:
-        raise ValueError("--batch-size must be at least 1 and --workers at least 0")
     sets = set_names(arguments.sets, "--sets")
     packed = {
         name: PackedDataset(files.join(arguments.data, name), max_pixels=arguments.max_pixels)

@@ -31,6 +31,7 @@ from rft.config import MAX_PIXELS, Cam, Device
 from rft.data.labels import LabelSpace
 from rft.data.loader import Batch, EvaluationBatches, PackedDataset, read_batches
 from rft.dist import World
+from rft.documents import BatchSize, Megapixels, Seed, Whole, document
 from rft.evaluate.accuracy import is_finite
 from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
 from rft.evaluate.evaluator import require_finite
@@ -59,7 +60,7 @@ ROWS = {
 }
 
 
-@dataclass(frozen=True)
+@document(name="--")
 class Arguments:
     """Measure how well the CAM's object mask covers the object (the paper's Table 2).
 
@@ -84,17 +85,17 @@ class Arguments:
     """CAM thresholds: patches with relevance / max relevance above one are masked."""
     classes: Measurable = "restricted"
     """Images of Restricted ImageNet's dogs, cats and birds (144 of ImageNet's classes), or all."""
-    samples: int = 0
+    samples: Whole = 0
     """Measure only so many images, chosen by chance among those that have a mask; 0 takes all."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of that choice."""
     cam: Cam = "relevance"
     """The class activation map: Chefer's relevance over all layers, or GradCAM on the last one."""
-    batch_size: int = 128
+    batch_size: BatchSize = 128
     """Images in one forward."""
-    workers: int = 4
+    workers: Whole = 4
     """Loader processes of each rank, and its threads that read masks; 0 reads in this one."""
-    max_pixels: float = MAX_PIXELS
+    max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have; raise it if a set was packed so."""
     device: Device = "auto"
 
@@ -439,8 +440,6 @@ def check(arguments: Arguments) -> None:
     """
     if not arguments.checkpoints:
         raise ValueError("name at least one run folder or .safetensors file to measure")
-    if arguments.batch_size < 1 or arguments.workers < 0 or arguments.samples < 0:
-        raise ValueError("--batch-size must be at least 1, --workers and --samples at least 0")
     if not arguments.thresholds or len(set(arguments.thresholds)) < len(arguments.thresholds):
         raise ValueError("--thresholds needs at least one value, and each only once")
     if bad := [value for value in arguments.thresholds if not 0 <= value <= 1]:

@@ -13,6 +13,7 @@ from rft import cli, dist, files, recipes
 from rft.clip.made import is_made, write_made
 from rft.config import MAX_PIXELS, Device
 from rft.data.loader import PackedDataset
+from rft.documents import BatchSize, Megapixels, Whole, document
 from rft.evaluate import commands
 from rft.merge import greedy
 from rft.merge.folders import (
@@ -62,7 +63,7 @@ class UniformSoup:
     """Run folder to make."""
 
 
-@dataclass(frozen=True)
+@document(name="--")
 class GreedySoup:
     """Greedy soup: from the best run on, each next one is added if held-out accuracy rises.
 
@@ -77,11 +78,11 @@ class GreedySoup:
     """Data root: the URL under which the tools wrote the set that the runs were trained on."""
     out: Path
     """Run folder to make."""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """Images in one forward."""
-    workers: int = 4
+    workers: Whole = 4
     """Loader processes of each rank; 0 reads in the counting process."""
-    max_pixels: float = MAX_PIXELS
+    max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have; raise it if a set was packed so."""
     device: Device = "auto"
 
@@ -241,8 +242,6 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
     Raises:
         ValueError: if the runs are not alike or were not selected by the same images of --data.
     """
-    if arguments.batch_size < 1 or arguments.workers < 0:
-        raise ValueError("--batch-size must be at least 1 and --workers at least 0")
     runs = read_soup(arguments.runs)
     split = greedy.shared_split(runs)
     url = files.join(arguments.data, split.train_set)
