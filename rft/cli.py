@@ -134,7 +134,9 @@ def parse(kind: Callable[..., T], **options: Any) -> T:
     except SystemExit as stopped:
         if stopped.code != 2:
             raise
-        raise ValueError(_first_section(complaint.getvalue())) from None
+        text = _first_section(complaint.getvalue())
+        # an option's own line says which it is
+        raise ValueError(re.sub(r"^Error parsing [\w.]+: (?=--)", "", text)) from None
 
 
 def _require_local_paths(value: object, name: str) -> None:

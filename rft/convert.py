@@ -374,8 +374,11 @@ def text_tower(text: str, architecture: Architecture, config: RunConfig | None) 
         ValueError: if it is not to be found.
     """
     if text:
-        clip, pretrained = (text, "") if load.names_folder(text) else (architecture.clip, text)
-        return load.load_clip(ModelConfig(clip=clip, pretrained=pretrained))
+        if load.names_folder(text):
+            return load.load_clip(ModelConfig(clip=text, pretrained=""))
+        if load.names_folder(architecture.clip):  # whose weights a tag or file would not replace
+            return load.load_file(Path(text), architecture.clip)
+        return load.load_clip(ModelConfig(clip=architecture.clip, pretrained=text))
     if origin := next(_origins(config, architecture, set()), None):
         return load.load_clip(origin)
     if load.names_folder(architecture.clip):

@@ -81,6 +81,17 @@ def load_clip(config: ModelConfig) -> PretrainedClip:
     return loaded
 
 
+def load_file(path: Path, clip: str) -> PretrainedClip:
+    """Load a weights file with both towers into the model that `clip` names.
+
+    Raises:
+        ValueError: if there is none, it does not fit, or a weight is not finite.
+    """
+    loaded = from_weights(weights.read(path), clip)
+    require_finite(path, loaded.model.state_dict())
+    return loaded
+
+
 def _load(config: ModelConfig) -> PretrainedClip:
     if names_folder(config.clip):
         hub = _open_clip_config(config.clip)  # first: it refuses what open_clip would do for it

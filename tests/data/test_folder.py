@@ -157,10 +157,10 @@ def test_a_class_of_one_image(photos: Path) -> None:
     assert len(read_folder(photos, None, 0, 0)[0][0].items) == 17
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_bad_shares(photos: Path, share: float) -> None:
-    with pytest.raises(ValueError, match="--test-share must be from 0"):
-        read_folder(photos, None, share, 0)
+@pytest.mark.parametrize("share", ["-0.1", "1.0", "nan"])
+def test_bad_shares(photos: Path, tmp_path: Path, share: str, run) -> None:
+    code, _, err = run("--source", str(photos), "--out", str(tmp_path / "o"), "--test-share", share)
+    assert (code, err.startswith(f"error: --test-share is {share}; it must")) == (2, True)
 
 
 def test_a_test_set_without_a_class(photos: Path) -> None:

@@ -457,10 +457,10 @@ def test_the_choice_by_chance_does_not_depend_on_packing(tiny_case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--batch-size", "0"), "--batch-size must be at least 1"),
-        (("--samples", "-1"), "--workers and --samples at least 0"),
+        (("--batch-size", "0"), "--batch-size is 0; it must be greater than 0"),
+        (("--samples", "-1"), "--samples is -1; it must be"),
         (("--thresholds", "0.3", "1.5"), "--thresholds has 1.5; a threshold lies in [0, 1]"),
-        (("--thresholds", "nan"), "--thresholds has nan"),
+        (("--thresholds", "nan"), "--thresholds[0] is nan; it must be a finite number"),
         (("--thresholds", "0.3", "0.3"), "each only once"),
         (("--classes", "dogs"), "--classes"),
         (("--classes", "restricted"), "(4 and 1000 classes); use --classes all"),
