@@ -62,7 +62,7 @@ def test_an_image_of_too_many_pixels_is_left_out_by_its_name(tmp_path):
     line = json.loads((Path(out) / "imagenet-r" / "quarantine.jsonl").read_text())
     assert line["reason"].startswith("is 200 x 100 pixels, 0.0 million; --max-pixels allows 0.019")
     for wrong in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="--max-pixels is .*; it must be"):
+        with pytest.raises(ValueError, match=r"--max-pixels is .*; it must be"):
             pack("imagenet-r", source, out, tiny.LABELS, Options(max_pixels=wrong))
 
 
