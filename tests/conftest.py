@@ -141,6 +141,12 @@ def disagreeing(monkeypatch):
     return on
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # these wait for minutes; begun last, they would end alone
+    waiting = Path(__file__).parent / "launch"
+    items.sort(key=lambda item: not item.path.is_relative_to(waiting))
+
+
 def pytest_collection_finish() -> None:
     """Keep what all imports made out of every later collection of garbage."""
     gc.collect()

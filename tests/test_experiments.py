@@ -233,7 +233,9 @@ def script(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_the_script_hands_its_options_on(tmp_path):
     result = script("--miniature", "--seeds", "0", "--out", str(tmp_path / "out"))
     assert result.returncode == 2
-    assert result.stderr.splitlines() == ["error: --seeds is 0; it must be at least 1"]
+    assert result.stderr.splitlines() == [
+        "error: --seeds is 0; it must be greater than 0 (--help tells more)"
+    ]
     assert not (tmp_path / "out").exists()
     assert "launch/reproduce.sh --miniature" in script("--help").stdout
 

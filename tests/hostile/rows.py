@@ -46,7 +46,7 @@ class Row:
     slow: bool = False
     """Takes more than 0.3 s."""
     thorough: bool = False
-    """Much like another row: run by `make programs` alone, so that `make test` stays short."""
+    """Much like another row, or long: for `make programs`, so that `make test` stays short."""
 
     @property
     def name(self) -> str:

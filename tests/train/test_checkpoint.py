@@ -161,7 +161,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypat
 @pytest.mark.slow
 def test_what_a_killed_writer_left_is_swept_away(train, monkeypatch, tmp_path):
     killed(train, monkeypatch, 6)
-    left = tmp_path / "run" / "checkpoints" / ".step-00000008.pt.0123.tmp"
+    left = tmp_path / "run" / "checkpoints" / f".step-00000008.pt.{32 * '0'}.tmp"
     left.touch()
     train()
     assert not left.exists()
