@@ -418,7 +418,7 @@ def repeat_precision(old: dict[str, Any], new: dict[str, Any]) -> str:
         old: the recorded identity.
         new: the identity that differs from it, in precision or in something else.
     """
-    recorded = old["precision"]
+    recorded = old.get("precision")
     if recorded == new["precision"] or recorded not in typing.get_args(Precision):
         return ""
     return f" (--precision {recorded}; auto depends on the device)"

@@ -323,10 +323,18 @@ def folders(url: str) -> list[str]:
 
 
 def rename(url: str, name: str) -> None:
-    """Give the file at `url` another name in the same folder."""
+    """Give the file at `url` another name in the same folder.
+
+    Raises:
+        OSError: if it cannot be renamed, as where a folder has the name.
+    """
     fs, path = open_store(url)
+    target = Path(path).with_name(name)
+    if isinstance(fs, LocalFileSystem):
+        Path(path).replace(target)  # mv would move it into a folder of that name
+        return
     with _client_errors("rename", url):
-        fs.mv(path, str(Path(path).with_name(name)))
+        fs.mv(path, str(target))
 
 
 def remove(url: str) -> None:

@@ -66,6 +66,7 @@ MEMBERS = (
 OPERATIONS = 2**21  # of a pickle; a whole ViT-bigG-14 with its modules takes less than 2**19
 ARGUMENTS = 20  # of a call; torch's longest has seven
 ENTRIES = 1_000_000  # looked through for tensors: modules may share what they hold
+DEPTH = 20  # of lists and dicts in each other, in a checkpoint to resume from
 DIMENSIONS = 8
 PICKLE_BYTES = 2**26  # inside an archive, where the tensors' bytes lie elsewhere
 SHOWN = 200  # characters of a name or a reason that an error repeats
@@ -385,6 +386,10 @@ class StorageUnpickler(Unpickler):
         return found
 
 
+def _is_int64(value: object) -> bool:
+    return isinstance(value, int) and -(2**63) <= value < 2**63
+
+
 def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**48
 
@@ -524,6 +529,36 @@ def _read_entry(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
 
 # torch before 1.6 began its files with a pickled number
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def require_data(content: Any) -> None:
+    """Check that a pickle holds numbers, texts, lists, dicts and tensors, and few enough to print.
+
+    A list that holds the one before it twice, thirty times over, is small in the file only.
+
+    Raises:
+        ValueError: if there are too many, letters counted, or it holds anything else.
+    """
+    left = ENTRIES
+    rows = [(content, 0)]
+    while rows:
+        value, depth = rows.pop()
+        if isinstance(value, StoredTensor):
+            parts, count = [], 1
+        elif isinstance(value, dict):
+            parts, count = [*value.keys(), *value.values()], 2 * len(value)
+        elif isinstance(value, list | tuple):
+            parts, count = list(value), len(value)
+        elif isinstance(value, str):
+            parts, count = [], len(value)
+        elif value is None or isinstance(value, float) or _is_int64(value):
+            parts, count = [], 1
+        else:
+            raise ValueError(f"it holds a {printable(type(value).__name__)}")
+        left -= count
+        if left < 0 or depth > DEPTH:
+            raise ValueError(f"it holds more than {ENTRIES:,} things, or more than {DEPTH} deep")
+        rows += [(part, depth + 1) for part in parts]
 
 
 def named_tensors(content: Any) -> Iterator[tuple[str, StoredTensor]]:

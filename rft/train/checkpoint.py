@@ -1,15 +1,17 @@
-"""Checkpoints to resume from: atomic, only the newest few kept, loaded without running any code.
+"""Checkpoints to resume from: atomic, only the newest few kept, read as a stranger's file.
 
 A checkpoint holds weights, optimizer state, the step, the best held-out count so far, and what it
 must agree with: the run's identity and the data fingerprint. There is no random state in it:
 randomness is addressed by step (rft/rng.py). Beside each file lies a record with its hash, written
 before the file gets its name: a file whose record does not fit is damaged, and the one before it is
-used.
+used. A record vouches for bytes that were damaged by chance. It was written by whoever wrote the
+file, so the content is compared with the run that resumes before anything of it is used.
 
 They are written by a thread of their own from a copy in memory, so that training goes on meanwhile.
 """
 
 import errno
+import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -21,20 +23,30 @@ from torch import Tensor
 
 from rft import dist, documents, files
 from rft.cli import warn
+from rft.clip import unpickle
 from rft.clip.classifier import Classifier
 from rft.config import repeat_precision
 from rft.dist import World
 from rft.documents import Count, Sha256, document
 from rft.records import RECORD_BYTES, Step
 
+FILE_NAME = re.compile(r"step-([0-9]{8,16})\.pt")
+MOST_CHANGED = 5  # differences from another run that an error names
 
-@dataclass(frozen=True)
+
+@document(name="progress")
 class Progress:
     """How far a run is and which of its models is the best so far."""
 
-    step: int = 0
-    best_step: int = -1
-    best_correct: int = -1
+    step: Count = 0
+    best_step: Step = -1
+    best_correct: Step = -1
+
+    def __post_init__(self) -> None:
+        if self.best_step > self.step:
+            raise ValueError(f"best_step is {self.best_step}, after step {self.step}")
+        if (self.best_step < 0) != (self.best_correct < 0):
+            raise ValueError("best_step and best_correct must be there together")
 
     def selecting(self, correct: int) -> "Progress":
         """Return the progress after a held-out count: strictly the best so far is selected."""
@@ -110,8 +122,9 @@ class Store:
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoint files that are there, ascending."""
-        parts = [name.removeprefix("step-").split(".") for name in files.names(self.url)]
-        return sorted(int(step) for step, *kind in parts if kind == ["pt"] and step.isdecimal())
+        found = map(FILE_NAME.fullmatch, files.names(self.url))
+        steps = {match[0]: int(match[1]) for match in found if match}
+        return sorted(step for name, step in steps.items() if name == file_name(step))
 
     def newest_whole(self) -> Record | None:
         """Return the newest checkpoint that is as it was written; None if there is none at all.
@@ -121,7 +134,7 @@ class Store:
         Raises:
             ValueError: if there are checkpoints and all of them are damaged, or if one cannot be
                 read, which says nothing of it.
-            OSError: if the store does not answer.
+            OSError: if the store does not answer, or the new name of a damaged one is a folder's.
         """
         files.sweep(self.url)
         damaged: dict[int, str] = {}
@@ -130,9 +143,9 @@ class Store:
             if not damage:
                 for later, what in damaged.items():
                     url = files.join(self.url, file_name(later))
-                    warn(f"{url} is damaged ({what}): renamed to .damaged, one before it is used")
                     files.rename(url, f"{file_name(later)}.damaged")
-                return self._record(step)
+                    warn(f"{url} is damaged ({what}): renamed to .damaged, one before it is used")
+                return self.record(step)
             damaged[step] = damage
         if damaged:
             raise ValueError(
@@ -150,7 +163,7 @@ class Store:
         if record_name(step) not in files.names(self.url):
             return "its record is missing"
         url = files.join(self.url, record_name(step))
-        data = files.read_bytes(url)
+        data = files.read_bytes(url, RECORD_BYTES)
         try:
             record = documents.decode(data, Record, url)
         except ValueError:
@@ -168,18 +181,12 @@ class Store:
             return f"{size} bytes instead of {record.bytes}"
         return "" if digest == record.sha256 else f"its sha256 is {digest}"
 
-    def load(self, step: int) -> dict[str, Any]:
-        """Return the content of a checkpoint, tensors on the CPU.
+    def record(self, step: int) -> Record:
+        """Read the record of a checkpoint.
 
         Raises:
-            ValueError: if it cannot be read.
+            ValueError: if it cannot be read, or is damaged.
         """
-        with files.local_copy(files.join(self.url, file_name(step))) as path:
-            if not path.exists():
-                raise ValueError(f"no checkpoint at {path}; do all nodes see the same files?")
-            return torch.load(path, map_location="cpu", weights_only=True)
-
-    def _record(self, step: int) -> Record:
         return files.read_document(files.join(self.url, record_name(step)), Record, RECORD_BYTES)
 
     def _delete_old(self) -> None:
@@ -187,7 +194,7 @@ class Store:
         steps = self.steps()
         kept = set(steps[-self._keep :])
         try:
-            kept |= {self._record(step).best_step for step in kept}
+            kept |= {self.record(step).best_step for step in kept}
         except ValueError:
             return  # it is not known what they need
         for step in set(steps) - kept:
@@ -295,39 +302,184 @@ def content(
     }
 
 
-def resume(
-    store: Store,
-    world: World,
-    student: Classifier,
-    optimizer: torch.optim.Optimizer,
-    must_agree: dict[str, Any],
-    donor_pool: int,
-) -> Progress:
-    """Load the newest whole checkpoint into `student` and `optimizer`; without one, start at 0.
+@document
+class Content:
+    """What the file of a checkpoint holds."""
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    progress: dict[str, Any]
+    must_agree: dict[str, dict[str, Any]]
+    donor_pool: Count
+
+
+@document(name="optimizer")
+class OptimizerState:
+    """What torch's optimizers return as their state."""
+
+    state: dict[int, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Own:
+    """The run that resumes: what a checkpoint must fit."""
+
+    student: Classifier
+    optimizer: torch.optim.AdamW
+    must_agree: dict[str, Any]
+    total_steps: int
+    most_correct: int
+    """The largest count that can select a model."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return a tensor of the shape and type of each that a checkpoint has, by name."""
+        own = {f"model.{name}": value for name, value in self.student.state_dict().items()}
+        groups = self.optimizer.param_groups
+        parameters = (parameter for group in groups for parameter in group["params"])
+        for number, parameter in enumerate(parameters):
+            place = f"optimizer.{number}"
+            own[f"{place}.step"] = torch.zeros(())
+            own[f"{place}.exp_avg"] = own[f"{place}.exp_avg_sq"] = parameter
+        return own
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The content of a checkpoint that fits the run: tensors on the CPU."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    progress: Progress
+    donor_pool: int
+
+
+def load(store: Store, record: Record, own: Own) -> Saved:
+    """Read a checkpoint.
 
     Raises:
-        ValueError: if it was made by another run, on other data or in another sample order.
+        ValueError: if it cannot be read, was made by another run, on other data or in another
+            sample order, or holds anything that this run would not have written.
+    """
+    url = files.join(store.url, record.name)
+    with files.local_copy(url) as path:
+        if not path.exists():
+            raise ValueError(f"no checkpoint at {url}; do all nodes see the same files?")
+        try:
+            content = _read(path)
+            if not (changed := files.difference(content.must_agree, own.must_agree)):
+                return _fitting(content, path.stat().st_size, record, own)
+        except unpickle.DAMAGE as error:
+            lines = str(error).removeprefix(f"{path} is ").splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"{url} is no checkpoint of this run: {unpickle.printable(lines[0])}. Delete it to "
+                "resume from the one before, or use a new run folder"
+            ) from error
+    more = f"; and {len(changed) - MOST_CHANGED} more" if len(changed) > MOST_CHANGED else ""
+    shown = "; ".join(map(unpickle.printable, changed[:MOST_CHANGED]))
+    option = repeat_precision(content.must_agree.get("config", {}), own.must_agree["config"])
+    raise ValueError(
+        f"{url} was made on other data or by another run, this one would not go on where that "
+        f"stopped: {shown}{more}. Restore the data, repeat its options{option} or use a new run "
+        "folder"
+    )
+
+
+def _read(path: Path) -> Content:
+    content, _ = unpickle.read(path)
+    unpickle.require_data(content)
+    if not isinstance(content, dict):
+        raise TypeError(f"it holds a {type(content).__name__}")
+    return Content(**content)
+
+
+def _fitting(content: Content, size: int, record: Record, own: Own) -> Saved:
+    """Return what a checkpoint file of `size` bytes holds, if this run could have written it."""
+    progress = Progress(**content.progress)
+    if (progress.step, progress.best_step) != (record.step, record.best_step):
+        raise ValueError("its record names another step or best_step")
+    if progress.step > own.total_steps or progress.best_correct > own.most_correct:
+        raise ValueError(
+            f"progress.step is {progress.step} of {own.total_steps} and progress.best_correct "
+            f"{progress.best_correct} of {own.most_correct}"
+        )
+    optimizer = OptimizerState(**content.optimizer)
+    # schedule and options decide what else is in them
+    groups = own.optimizer.state_dict()["param_groups"]
+    if [group.get("params") for group in optimizer.param_groups] != [g["params"] for g in groups]:
+        raise ValueError("optimizer.param_groups are of other parameters")
+    tensors = _tensors(content.model, optimizer.state, size, own, progress.step)
+    return Saved(
+        model={name: tensors[f"model.{name}"] for name in content.model},
+        optimizer={
+            "state": {
+                number: {name: tensors[f"optimizer.{number}.{name}"] for name in entry}
+                for number, entry in optimizer.state.items()
+            },
+            "param_groups": groups,
+        },
+        progress=progress,
+        donor_pool=content.donor_pool,
+    )
+
+
+def _tensors(
+    model: dict[str, Any], state: dict[int, dict[str, Any]], size: int, own: Own, step: int
+) -> dict[str, Tensor]:
+    """Return the tensors of model and optimizer by the names of `Own.tensors`."""
+    found = {f"model.{name}": value for name, value in model.items()}
+    for number, entry in state.items():
+        found |= {f"optimizer.{number}.{name}": value for name, value in entry.items()}
+    wanted = own.tensors()
+    for name in sorted(found.keys() | wanted.keys()):
+        stored = found.get(name)
+        if name not in wanted or not isinstance(stored, unpickle.StoredTensor):
+            raise ValueError(f"{name} is {'no tensor' if name in wanted else 'not of this model'}")
+        if stored.size != tuple(wanted[name].shape):
+            raise ValueError(f"{name} is {stored.size}, not {tuple(wanted[name].shape)}")
+    tensors = unpickle.load_tensors(found, size)
+    for name, tensor in tensors.items():
+        if tensor.dtype != wanted[name].dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, not {wanted[name].dtype}")
+        if not _in_range(name, tensor, step):
+            raise ValueError(f"{name} holds NaN, infinities or numbers out of range")
+    return tensors
+
+
+def _in_range(name: str, tensor: Tensor, step: int) -> bool:
+    if name.startswith("model.") or name.endswith(".exp_avg"):
+        return bool(tensor.isfinite().all())
+    if name.endswith(".step"):
+        return 1 <= float(tensor) <= step
+    return bool((tensor >= 0).all())  # squares may be too large for a float, and then are infinite
+
+
+def resume(store: Store, world: World, own: Own, donor_pool: int) -> Progress:
+    """Load the newest whole checkpoint into student and optimizer; without one, start at 0.
+
+    Args:
+        store: where checkpoints are.
+        world: the ranks.
+        own: the run.
+        donor_pool: images that a fill chooses from now.
+
+    Raises:
+        ValueError: if it was made by another run, on other data or in another sample order, or
+            is not what a run writes; student and optimizer are as they were.
     """
     record = dist.from_main(world, dist.on_main(world, store.newest_whole))
     if record is None:
         return Progress()
-    saved = store.load(record.step)
-    if changed := files.difference(saved["must_agree"], must_agree):
-        option = repeat_precision(saved["must_agree"]["config"], must_agree["config"])
-        raise ValueError(
-            f"{files.join(store.url, record.name)} was made on other data or by another run, this "
-            f"one would not go on where that stopped: {'; '.join(changed)}. Restore the data, "
-            f"repeat its options{option} or use a new run folder"
-        )
-    student.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    saved = load(store, record, own)
+    own.student.load_state_dict(saved.model)
+    own.optimizer.load_state_dict(saved.optimizer)
     if world.is_main:
         print(f"going on after step {record.step}", flush=True)
-        if saved["donor_pool"] != donor_pool:
+        if saved.donor_pool != donor_pool:
             print(
-                f"fills choose from {donor_pool} images now, from {saved['donor_pool']} before: "
+                f"fills choose from {donor_pool} images now, from {saved.donor_pool} before: "
                 "the batches stay the same, the counterfactuals do not (a run that begins "
                 "with --method.donors global keeps them)",
                 flush=True,
             )
-    return Progress(**saved["progress"])
+    return saved.progress

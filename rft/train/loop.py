@@ -112,11 +112,17 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
     folder = RunFolder(config)
     # in the run folder what a killed job left is swept away
     store = checkpoint.Store(folder.checkpoints, config.log.keep, scratch=folder.path)
-    pool = config.donor_pool(world.size)
-    progress = checkpoint.resume(store, world, job.student, optimizer, job.must_agree, pool)
+    own = checkpoint.Own(
+        student=job.student,
+        optimizer=optimizer,
+        must_agree=job.must_agree,
+        total_steps=job.total_steps,
+        most_correct=len(job.held_out) or job.total_steps,
+    )
+    progress = checkpoint.resume(store, world, own, config.donor_pool(world.size))
     module = dist.data_parallel(world, job.objective, job.device)
     settle_buckets(job, module)
-    dist.on_main(world, lambda: restore_selected(job, store, progress))
+    dist.on_main(world, lambda: restore_selected(job, store, own, progress))
 
     steps_per_epoch, saved, reason = job.batches.plan.steps_per_epoch, progress.step, ""
     steps = range(progress.step, job.total_steps)
@@ -356,7 +362,9 @@ def write_selected(job: Job, progress: Progress, state: dict[str, Tensor]) -> No
     save_state(str(path), state, job.student.architecture, known, job.classes)
 
 
-def restore_selected(job: Job, store: checkpoint.Store, progress: Progress) -> None:
+def restore_selected(
+    job: Job, store: checkpoint.Store, own: checkpoint.Own, progress: Progress
+) -> None:
     """Write the selected model again where the run folder has none, or a later one.
 
     A later one stays behind by a checkpoint that was damaged afterwards; none, by a kill right
@@ -374,7 +382,7 @@ def restore_selected(job: Job, store: checkpoint.Store, progress: Progress) -> N
             f"the run's model, of step {step}, is neither in {RunFolder(job.config).path} nor, "
             f"whole, in {store.url}; restore one, or use a new run folder to start again"
         )
-    write_selected(job, progress, store.load(step)["model"])
+    write_selected(job, progress, checkpoint.load(store, store.record(step), own).model)
 
 
 def metadata(job: Job, progress: Progress) -> dict[str, str]:

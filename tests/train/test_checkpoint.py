@@ -1,10 +1,15 @@
 """Checkpoints: whole or not used, written behind the training's back, on any store."""
 
+import dataclasses
 import errno
+import io
 import json
 import shutil
 import threading
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -12,6 +17,7 @@ import torch
 
 from rft import dist, files, remote
 from rft.clip.classifier import load_state, save_state
+from rft.records import RECORD_BYTES
 from rft.remote import Patience
 from rft.runs import SELECTED
 from rft.train import __main__ as train_command
@@ -24,6 +30,17 @@ from tests.tiny import weights
 from tests.waiting import SECONDS
 
 ALONE = dist.World(rank=0, size=1, local_rank=0)
+
+
+def own(seed: int = 0) -> checkpoint.Own:
+    """A run that has taken a step."""
+    student = build_model(seed)
+    optimizer = torch.optim.AdamW(student.parameters())
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    must_agree = {"config": {"precision": "fp32"}, "data": {"sha256": "0" * 64}}
+    return checkpoint.Own(student, optimizer, must_agree, total_steps=100, most_correct=50)
 
 
 @pytest.fixture(scope="module")
@@ -191,15 +208,11 @@ def test_a_selected_models_checkpoint_is_kept(train, monkeypatch, tmp_path):
 
 
 def test_a_resumed_run_knows_its_best_so_far(tmp_path):
-    store, model = Store(str(tmp_path), keep=2), build_model()
-    optimizer = torch.optim.AdamW(model.parameters())
+    store, run = Store(str(tmp_path), keep=2), own()
     progress = Progress(step=8, best_step=4, best_correct=7)
-    store.write(content(model, optimizer, progress, {"data": 1}, 1))
-    assert checkpoint.resume(store, ALONE, model, optimizer, {"data": 1}, 1) == progress
-    assert (
-        checkpoint.resume(Store(f"{tmp_path}/none", 2), ALONE, model, optimizer, {}, 1)
-        == Progress()
-    )
+    store.write(content(run.student, run.optimizer, progress, run.must_agree, 1))
+    assert checkpoint.resume(store, ALONE, run, 1) == progress
+    assert checkpoint.resume(Store(f"{tmp_path}/none", 2), ALONE, run, 1) == Progress()
 
 
 def outlive_the_machine(url: str, train, monkeypatch, run: Path) -> list[str]:
@@ -243,12 +256,11 @@ def test_checkpoints_of_another_run_are_refused(train, monkeypatch, tmp_path, ca
 
 
 def test_another_donor_pool_is_told(tmp_path, capsys):
-    store, model = Store(str(tmp_path), keep=2), build_model()
-    optimizer = torch.optim.AdamW(model.parameters())
-    store.write(content(model, optimizer, Progress(step=4), {}, 256))
-    checkpoint.resume(store, ALONE, model, optimizer, {}, 256)
+    store, run = Store(str(tmp_path), keep=2), own()
+    store.write(content(run.student, run.optimizer, Progress(step=4), run.must_agree, 256))
+    checkpoint.resume(store, ALONE, run, 256)
     assert capsys.readouterr().out == "going on after step 4\n"
-    checkpoint.resume(store, ALONE, model, optimizer, {}, 128)
+    checkpoint.resume(store, ALONE, run, 128)
     assert "fills choose from 128 images now, from 256 before" in capsys.readouterr().out
 
 
@@ -351,8 +363,8 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    student = build_model()
-    optimizer = torch.optim.AdamW(student.parameters())
+    run = own()
+    student, optimizer = run.student, run.optimizer
     begun, may_end = threading.Event(), threading.Event()
     save = torch.save
 
@@ -364,7 +376,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", slow)
     store, order = Store(str(tmp_path), keep=2), []
     with Writer(store) as writer:
-        what = content(student, optimizer, Progress(step=4), {}, 1)
+        what = content(student, optimizer, Progress(step=4), run.must_agree, 1)
         writer.write(what, lambda record, copy: order.append(record.step))
         assert begun.wait(SECONDS)
         before = {name: value.clone() for name, value in student.state_dict().items()}
@@ -376,10 +388,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         writer.wait()
         assert order == [4]
     monkeypatch.undo()
-    resumed = build_model(seed=9)
-    again = torch.optim.AdamW(resumed.parameters())
-    assert checkpoint.resume(store, ALONE, resumed, again, {}, 1) == Progress(step=4)
-    for name, value in resumed.state_dict().items():
+    resumed = own(seed=9)
+    assert checkpoint.resume(store, ALONE, resumed, 1) == Progress(step=4)
+    for name, value in resumed.student.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
@@ -390,7 +401,226 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
     store = Store(str(tmp_path / "store"), keep=2)
     store.write({"progress": {"step": 1, "best_step": -1}, "model": Evil()})
-    model = build_model()
-    with pytest.raises(Exception, match="weights_only"):
-        checkpoint.resume(store, ALONE, model, torch.optim.AdamW(model.parameters()), {}, 1)
+    with pytest.raises(
+        ValueError, match=r"step-00000001.pt is no checkpoint of this run: refused: it wants to use"
+    ):
+        checkpoint.resume(store, ALONE, own(), 1)
     assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def put(where: str, name: str, value: object) -> Change:
+    """Replace a field of a part of the content; of an optimizer's first parameter for "moments"."""
+
+    def change(saved: dict[str, Any]) -> None:
+        part = saved["optimizer"]["state"][0] if where == "moments" else saved[where]
+        part[name] = value
+
+    return change
+
+
+def of_model(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda saved: put("model", name, change(saved["model"][name]))(saved)
+
+
+def doubled() -> list[Any]:
+    value: list[Any] = []
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
+def huge() -> torch.Tensor:
+    return torch.zeros(1).expand(2**40)
+
+
+HEAD, EMBEDDING = "head.bias", "visual.class_embedding"
+# what a stranger's record can vouch for: a change of the content, and what the error says
+CONTENT: dict[str, tuple[Change, str]] = {
+    "a list": (lambda _: [1], "it holds a list"),
+    "a tensor": (lambda _: torch.zeros(3), "it holds a StoredTensor"),
+    "code": (lambda saved: saved.update(model=Evil()), "refused: it wants to use pathlib"),
+    "no must_agree": (lambda saved: saved.pop("must_agree") and None, "must_agree is missing"),
+    "must_agree a text": (lambda saved: saved.update(must_agree="x"), "must_agree is 'x'"),
+    "a config of nothing": (put("must_agree", "config", None), "must_agree.config is None"),
+    "a config of numbers": (put("must_agree", "config", {1: 2}), r"config\[1\] is 1; it must be"),
+    "doubled lists": (put("must_agree", "data", {"x": doubled()}), "more than"),
+    "printed lists": (lambda saved: saved.update(model=doubled()), "more than"),
+    "a long text": (put("must_agree", "data", {"x": "y" * 2_000_000}), "more than"),
+    "another field": (lambda saved: saved.update(x=1), "x is an unknown field"),
+    "a donor pool of -1": (lambda saved: saved.update(donor_pool=-1), "donor_pool is -1"),
+    "step a text": (put("progress", "step", "x"), "progress.step is 'x'"),
+    "step a truth": (put("progress", "step", True), "progress.step is True"),
+    "step negative": (put("progress", "step", -5), "progress.step is -5"),
+    "step of another": (put("progress", "step", 9), "its record names another step"),
+    "a later best step": (put("progress", "best_step", 12), "best_step"),
+    "a best step of no count": (put("progress", "best_correct", -1), "best_correct"),
+    "more correct than images": (put("progress", "best_correct", 51), "51 of 50"),
+    "progress of more": (put("progress", "x", 1), "progress.x is an unknown field"),
+    "progress a list": (lambda saved: saved.update(progress=[]), r"progress is \[\]"),
+    "no model": (lambda saved: saved.update(model={}), "is no tensor"),
+    "a part missing": (lambda saved: saved["model"].popitem() and None, "is no tensor"),
+    "a part too many": (put("model", "x", torch.zeros(1)), "model.x is not of this model"),
+    "a part a number": (put("model", HEAD, 1), f"model.{HEAD} is no tensor"),
+    "a part of another shape": (of_model(HEAD, lambda x: x[:1].clone()), f"model.{HEAD} is "),
+    "a part of another type": (of_model(HEAD, torch.Tensor.int), f"{HEAD} is torch.int32, not"),
+    "a part of halves": (of_model(HEAD, torch.Tensor.half), f"{HEAD} is torch.float16, not"),
+    "one number for all": (of_model(HEAD, lambda x: torch.zeros(1).expand(x.shape)), "larger than"),
+    "one number for 2**40": (put("model", HEAD, huge()), f"model.{HEAD} is "),
+    "NaN": (of_model(HEAD, lambda x: x * torch.nan), f"{HEAD} holds NaN"),
+    "infinite": (of_model(EMBEDDING, lambda x: x / 0), f"{EMBEDDING} holds NaN"),
+    "optimizer a text": (lambda saved: saved.update(optimizer="x"), "optimizer is 'x'"),
+    "optimizer empty": (lambda saved: saved.update(optimizer={}), "optimizer.state is missing"),
+    "no moments": (put("optimizer", "state", {}), "optimizer.0.exp_avg is no tensor"),
+    "moments of another": (
+        lambda saved: saved["optimizer"]["state"].update({999: {}, 998: {"x": 1}}),
+        "optimizer.998.x is not",
+    ),
+    "moments by name": (put("optimizer", "state", {"x": {}}), "optimizer.state"),
+    "moments misshapen": (put("moments", "exp_avg", torch.zeros(1)), "optimizer.0.exp_avg is "),
+    "moments of 2**40": (put("moments", "exp_avg", huge()), "optimizer.0.exp_avg is "),
+    "moments a text": (put("moments", "exp_avg_sq", "x"), "optimizer.0.exp_avg_sq is no tensor"),
+    "steps a number": (put("moments", "step", 4), "optimizer.0.step is no tensor"),
+    "steps negative": (put("moments", "step", torch.tensor(-5.0)), "optimizer.0.step holds NaN"),
+    "steps NaN": (put("moments", "step", torch.tensor(torch.nan)), "optimizer.0.step holds NaN"),
+    "no groups": (put("optimizer", "param_groups", []), "param_groups are of other"),
+    "a group a text": (put("optimizer", "param_groups", ["x"]), r"param_groups\[0\] is 'x'"),
+    "a group of one": (put("optimizer", "param_groups", [{"params": [0]}]), "of other parameters"),
+}  # fmt: skip
+
+
+def deflated(data: bytes) -> bytes:
+    """Write 256 MiB of zeros in a few bytes, as torch never does."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, bytes(2**28) if name.endswith("/data/0") else old.read(name))
+    return out.getvalue()
+
+
+def members(data: bytes) -> bytes:
+    out = io.BytesIO(data)
+    with zipfile.ZipFile(out, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(archive.namelist()[0], b"")
+    return out.getvalue()
+
+
+BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda _: b"", "damaged or truncated"),
+    "a text": (lambda _: b"hello", "damaged or truncated"),
+    "half": (lambda data: data[: len(data) // 2], "damaged or truncated"),
+    "deflated": (deflated, "is compressed, which torch does not do"),
+    "two of one name": (members, "two members of one name"),
+}
+
+
+def written(folder: Path, change: Change = lambda _: None) -> tuple[Store, Path]:
+    """Write a checkpoint with changed content; returns its file."""
+    store, run = Store(str(folder), keep=2), own()
+    progress = Progress(step=8, best_step=4, best_correct=7)
+    saved = content(run.student, run.optimizer, progress, run.must_agree, 1)
+    saved = checkpoint.to_cpu(saved)
+    step = saved["progress"]["step"]
+    store.write(saved)
+    path = folder / checkpoint.file_name(step)
+    changed = change(saved)
+    checkpoint.save(saved if changed is None else changed, path)
+    vouch(path)
+    return store, path
+
+
+def vouch(path: Path) -> None:
+    """Let the record be that of the file as it is."""
+    record = path.with_suffix(".json")
+    known = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+    record.write_text(json.dumps({**json.loads(record.read_text()), **known}))
+
+
+def refused(store: Store, path: Path, says: str) -> None:
+    run = own(seed=9)
+    before = {name: value.clone() for name, value in run.student.state_dict().items()}
+    names = files.names(store.url)
+    with pytest.raises(ValueError, match=says) as error:
+        checkpoint.resume(store, ALONE, run, 1)
+    line = str(error.value)
+    assert line.startswith(str(path))
+    assert "use a new run folder" in line
+    assert len(line.splitlines()) == 1
+    assert len(line) < 1000
+    assert files.names(store.url) == names
+    for name, value in run.student.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("what", CONTENT)
+def test_the_content_of_a_checkpoint_is_no_more_trusted_than_its_record(tmp_path, what):
+    change, says = CONTENT[what]
+    refused(*written(tmp_path, change), says)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("what", BYTES)
+def test_the_bytes_of_a_checkpoint_are_no_more_trusted_than_its_record(tmp_path, what):
+    store, path = written(tmp_path)
+    change, says = BYTES[what]
+    path.write_bytes(change(path.read_bytes()))
+    vouch(path)
+    refused(store, path, says)
+
+
+def test_a_step_after_the_last_is_refused(tmp_path):
+    store, _ = written(tmp_path)
+    with pytest.raises(ValueError, match=r"progress.step is 8 of 7"):
+        checkpoint.resume(store, ALONE, dataclasses.replace(own(), total_steps=7), 1)
+
+
+def test_options_of_the_optimizer_are_the_runs_own(tmp_path):
+    def change(saved: dict[str, Any]) -> None:
+        for group in saved["optimizer"]["param_groups"]:
+            group.update(lr=1e9, weight_decay=-5.0, maximize=True, initial_lr=1)
+
+    store, _ = written(tmp_path, change)
+    run = own(seed=9)
+    before = run.optimizer.state_dict()["param_groups"]
+    checkpoint.resume(store, ALONE, run, 1)
+    assert run.optimizer.state_dict()["param_groups"] == before
+    moments = run.optimizer.state_dict()["state"][0]["exp_avg"]
+    assert torch.equal(moments, own().optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["step-9.pt", "step-\u0661\u0662.pt", f"step-{'9' * 200}.pt", "step-0000000000000009.pt"],
+)
+def test_a_file_of_another_name_is_no_checkpoint(tmp_path, capsys, name):
+    store, _ = written(tmp_path)
+    (tmp_path / name).write_bytes(b"x")
+    assert store.steps() == [8]
+    assert store.newest_whole().step == 8
+    assert not capsys.readouterr().err
+
+
+def test_a_damaged_one_is_not_moved_into_a_folder_of_its_new_name(tmp_path, capsys):
+    store, _ = written(tmp_path)
+    damaged = tmp_path / "step-00000009.pt"
+    damaged.write_bytes(b"x")
+    (tmp_path / "step-00000009.pt.damaged").mkdir()
+    with pytest.raises(OSError, match="damaged"):
+        store.newest_whole()
+    assert damaged.exists()
+    assert not capsys.readouterr().err, "nothing was renamed"
+
+
+def test_a_record_has_a_limit(tmp_path):
+    store, path = written(tmp_path)
+    with path.with_suffix(".json").open("ab") as stream:
+        stream.truncate(RECORD_BYTES + 1)
+    with pytest.raises(ValueError, match=r"cannot read .*step-00000008.json"):
+        store.newest_whole()

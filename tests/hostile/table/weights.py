@@ -1,5 +1,6 @@
 """Weights: headers that lie, tensors that do not fit, pickles that run code (C7, C8, C9)."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -13,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save
 
 from tests.hostile.rows import Answer, Row
-from tests.hostile.world import DRY, EVALUATE, EXPORT, HUB, IMPORT, REPORT, SOUP, WISE, Place
+from tests.hostile.world import DRY, EVALUATE, EXPORT, HUB, IMPORT, REPORT, SOUP, TRAIN, WISE, Place
 
 BEST = "run/checkpoints/best.safetensors"
 LAST = "zero/checkpoints/last.safetensors"
@@ -610,12 +611,91 @@ def recorded(mapping: Mapping[str, object]) -> Callable[[Place], None]:
     return lambda place: place.edit("run/training.json", **mapping)
 
 
+def resumed(change: Callable[[bytes], bytes]) -> Callable[[Place], None]:
+    """Change the checkpoint of a run that has not ended, with a record that vouches for it."""
+
+    def damage(place: Place) -> None:
+        for name in ("training.json", "results.json"):
+            (place / "run" / name).unlink()
+        path = place / "run/checkpoints/step-00000002.pt"
+        data = change(path.read_bytes())
+        path.write_bytes(data)
+        known = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        place.edit("run/checkpoints/step-00000002.json", **known)
+
+    return damage
+
+
+def saved(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
+    """The same, changed as what torch reads and writes."""
+
+    def rewrite(data: bytes) -> bytes:
+        content = torch.load(io.BytesIO(data), weights_only=True)
+        change(content)
+        out = io.BytesIO()
+        torch.save(content, out)
+        return out.getvalue()
+
+    return resumed(rewrite)
+
+
+def bomb(data: bytes) -> bytes:
+    """3 GiB of zeros in 3 MB."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for name, part in entries.items():
+            if not name.endswith("data/0"):
+                archive.writestr(name, part)
+                continue
+            # not writestr: it would need them in memory
+            entry = zipfile.ZipInfo(name)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w") as stream:
+                for _ in range(3 * 2**10):
+                    stream.write(bytes(2**20))
+    return out.getvalue()
+
+
+def expand(content: dict[str, Any]) -> None:
+    for moments in content["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.zeros(1).expand(2**32)
+
+
+CHECKPOINTS: tuple[tuple[str, Callable[[Place], None], str], ...] = (
+    ("a model of NaN", saved(lambda c: [t.fill_(np.nan) for t in c["model"].values()]), "NaN"),
+    ("a step far beyond the last", saved(lambda c: c["progress"].update(step=10**9)), "step"),
+    ("a step before the first", saved(lambda c: c["progress"].update(step=-5)), "step"),
+    ("moments of 16 GiB", saved(expand), "exp_avg"),
+    ("no must_agree", saved(lambda c: c.pop("must_agree")), "must_agree"),
+    ("a model that is a text", saved(lambda c: c.update(model="x")), "model"),
+    ("a storage of 3 GiB, deflated", resumed(bomb), "data/0 has|compressed"),
+    ("a pickle that runs code", resumed(lambda _: pickle.dumps(Touch())), "posix.system"),
+    ("no bytes", resumed(lambda _: b""), "damaged"),
+)
+
+
+def checkpoints() -> Iterator[Row]:
+    for what, damage, says in CHECKPOINTS:
+        yield Row(
+            kind="weights",
+            what=f"resumed from: {what}",
+            words=TRAIN,
+            damage=damage,
+            says=(r"step-00000002\.pt", says),
+            writes=["run/provenance.json"],
+            slow=True,
+        )
+
+
 def rows() -> Iterator[Row]:
     """Yield the rows of this kind."""
     yield from headers()
     yield from contents()
     yield from others()
     yield from folders()
+    yield from checkpoints()
     yield row(
         "other weights than those that the run ended with",
         lambda place: (place / BEST).write_bytes((place / LAST).read_bytes()),
