@@ -42,9 +42,9 @@ KEYS_AT_ONCE = 2**16
 CLASSES = 100_000  # ImageNet-21k has 21,841
 TEMPLATES = 1000  # OpenAI's are 80; a head is made of all of them for each class
 HEADERS_BYTES = 2**14  # what an index has besides its rows, and more
-# The index is read whole, and twice that is in memory for a moment: 768 MiB stay within 2 GB. They
-# hold 19 million samples with keys like ImageNet's; ImageNet-21k has 14 million.
-INDEX_BYTES = 3 * 2**28
+# The index is read whole, and twice that is in memory for a moment: 600 MiB stay within 2 GB. They
+# hold 15 million samples with keys like ImageNet's; ImageNet-21k has 14 million.
+INDEX_BYTES = 600 * 2**20
 AGAIN = "pack or index the set again"
 STORES_SHOWN = 3  # in one line
 ShardName = Annotated[Name, Field(max_length=2000)]
