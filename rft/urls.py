@@ -133,13 +133,13 @@ def check_relative(name: str) -> None:
     """Check that a name, joined to a folder, lies in the folder or below it.
 
     Raises:
-        ValueError: if it is absolute, has an empty part or `..`, or what some store or system would
-            read as one of these.
+        ValueError: if it is absolute, has an empty part, `.` (a second name of the same file) or
+            `..`, or what some store or system would read as one of these.
     """
     parts = name.split("/")
     decoded = unquote(name)
-    if not all(parts) or ".." in re.split(r"[/\\]", decoded):
-        raise ValueError(f"{name!a} is not a relative name without empty parts and '..'")
+    if not all(parts) or {".", ".."} & set(re.split(r"[/\\]", decoded)):
+        raise ValueError(f"{name!a} is not a relative name without empty parts, '.' and '..'")
     if "\\" in decoded or decoded.count("/") != name.count("/") or CONTROL.search(decoded):
         raise ValueError(f"{name!a} has a backslash, an escaped slash or a control character")
     if "::" in name or is_whole(name) or protocol_word(name) or re.match("[A-Za-z]:", name):
