@@ -1,4 +1,4 @@
-"""JSON documents that anyone may have written, read as the dataclasses that the code works with.
+"""JSON documents that a stranger may have written, read as the dataclasses the code works with.
 
 `document` makes a dataclass whose fields are checked when it is made, from Python as from JSON: a
 wrong type, an unknown field or choice, a number out of range or not finite is an error. `decode`
@@ -11,6 +11,7 @@ import functools
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar, dataclass_transform
@@ -25,7 +26,10 @@ T = TypeVar("T")
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 FOREIGN = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-MEBIBYTE = 2**20
+VALUES = (
+    1_000_000  # of a document: each takes some hundred bytes of memory; 100,000 shards have 500,000
+)
+EXPLAINED = 10_000  # faults of which the first is looked for: all are listed before one is known
 SHOWN = 80  # characters of a wrong value that an error repeats
 SURPLUS = {"unexpected_keyword_argument", "extra_forbidden"}
 UNKNOWN = {*SURPLUS, "literal_error", "union_tag_invalid"}  # what a newer version may have written
@@ -48,7 +52,7 @@ MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
 BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-# of the others, those that show nothing; a joiner within an emoji or a Persian word does
+# format characters that show nothing anywhere; a joiner within an emoji or a Persian word does
 INVISIBLE = frozenset("\u200b\u2060\ufeff")
 
 
@@ -123,13 +127,22 @@ def document(cls: type[T] | None = None, /, *, name: str = "", config: ConfigDic
     return made
 
 
-def parse(data: bytes, where: str, *, nan: bool = False) -> Any:
-    """Return any JSON document as Python has it; `nan` lets NaN and infinities pass.
+def parse(data: bytes, where: str, *, nan: bool = False, values: int = VALUES) -> Any:
+    """Return any JSON document as Python has it.
+
+    Args:
+        data: JSON.
+        where: what `data` was read from, for messages.
+        nan: whether NaN and infinities pass.
+        values: how many it may hold, which bounds the memory that it takes.
 
     Raises:
-        ValueError: naming `where` it was read from, if it is not JSON (there are no NaN and no lone
-            surrogates), nested too deeply, or names a field of an object twice.
+        ValueError: if it is not JSON (there are no NaN and no lone surrogates), nested too deeply,
+            holds too many values, or names a field of an object twice.
     """
+    # commas in texts count, too: nothing is parsed yet
+    if sum(data.count(sign) for sign in (b",", b"[", b"{")) > values:
+        raise ValueError(f"{where} holds more than {values:,} values, too many for such a file")
     try:
         json.loads(data, object_pairs_hook=_unique)
         return pydantic_core.from_json(data, allow_inf_nan=nan)
@@ -137,7 +150,14 @@ def parse(data: bytes, where: str, *, nan: bool = False) -> Any:
         raise ValueError(f"{where} is not valid JSON: {_first_line(error)}") from error
 
 
-def decode(data: bytes, kind: Callable[..., T] | Any, where: str, *, nan: bool = False) -> T:
+def decode(
+    data: bytes,
+    kind: Callable[..., T] | Any,
+    where: str,
+    *,
+    nan: bool = False,
+    values: int = VALUES,
+) -> T:
     """Return the document of a type that `data` holds.
 
     Args:
@@ -145,11 +165,12 @@ def decode(data: bytes, kind: Callable[..., T] | Any, where: str, *, nan: bool =
         kind: a class made by `document`, or any type that pydantic checks.
         where: what `data` was read from, for messages.
         nan: whether NaN and infinities are JSON, for fields that take them.
+        values: see `parse`.
 
     Raises:
         ValueError: naming place and expectation, if it is something else.
     """
-    parse(data, where, nan=nan)
+    parse(data, where, nan=nan, values=values)
     try:
         return _adapter(kind).validate_json(data)
     except PydanticError as error:
@@ -169,8 +190,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{shown(twice)} is there twice in one object")
     return found
 
@@ -183,6 +203,8 @@ def names_unknown(error: ValueError) -> bool:
 
 def explain(error: PydanticError, at: Sequence[str | int] = ()) -> str:
     """Return on one line what is wrong: the first fault, and how many more there are."""
+    if error.error_count() > EXPLAINED:
+        return f"it has {error.error_count():,} fields or values that it must not have"
     faults = error.errors(include_url=False)
     # another schema explains the others
     first = next((fault for fault in faults if fault["loc"] == ("schema",)), faults[0])

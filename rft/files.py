@@ -202,13 +202,16 @@ def read_json(url: str, limit: int = DOCUMENT_BYTES) -> Any:
     return documents.parse(read_bytes(url, limit), url)
 
 
-def read_document(url: str, kind: type[T], limit: int = DOCUMENT_BYTES) -> T:
+def read_document(
+    url: str, kind: type[T], limit: int = DOCUMENT_BYTES, values: int = documents.VALUES
+) -> T:
     """Return the JSON document at `url`, which must be of a kind that `rft.documents` checks.
 
     Raises:
-        ValueError: if it is absent, larger than `limit` bytes, or not of that kind: naming what.
+        ValueError: if it is absent, larger than `limit` bytes, holds more than `values`
+            values, or is not of that kind: naming what.
     """
-    return documents.decode(read_bytes(url, limit), kind, url)
+    return documents.decode(read_bytes(url, limit), kind, url, values=values)
 
 
 @contextlib.contextmanager

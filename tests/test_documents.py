@@ -143,3 +143,21 @@ def test_a_large_document_is_not_read(tmp_path):
     assert files.read_document(str(path), Whole, path.stat().st_size).kind == "two"
     with pytest.raises(ValueError, match=r"x.json: it has more than 10 bytes"):
         files.read_document(str(path), Whole, 10)
+
+
+def test_a_field_named_twice_among_many_is_found_at_once():
+    fields = ", ".join(f'"k{n}": 1' for n in range(120_000))
+    with pytest.raises(ValueError, match="'k7' is there twice"):
+        parse(f'{{{fields}, "k7": 2}}'.encode(), "x.json")
+
+
+@pytest.mark.parametrize("part", [b"[],", b"{},", b"1,"])
+def test_values_are_counted_before_they_take_memory(part):
+    with pytest.raises(ValueError, match=r"^x.json holds more than 1,000,000 values"):
+        parse(b"[" + part * 1_000_001 + b"1]", "x.json")
+
+
+def test_of_very_many_faults_the_number_is_told():
+    data = b"{" + b", ".join(b'"k%d": 1' % n for n in range(20_000)) + b"}"
+    with pytest.raises(ValueError, match=r"^x.json: it has 20,001 fields or values that it must"):
+        decode(data, Whole, "x.json")

@@ -241,6 +241,24 @@ def test_the_cache_names_files_by_hashes_alone(cache, victim, sha256):
     assert victim.with_name("mine.tar").read_bytes() == b"precious"
 
 
+def test_a_cached_file_of_another_user_is_not_read(cache, monkeypatch):
+    shard = Shard(name="a.tar", bytes=8, sha256=SHARD.sha256, samples=1)
+    cache.path(shard).write_bytes(b"8 bytes.")
+    descriptor = cache.open(shard)
+    assert os.read(descriptor, 9) == b"8 bytes."
+    os.close(descriptor)
+    status = os.fstat
+    other = os.geteuid() + 1000
+
+    def of_another(descriptor: int) -> os.stat_result:
+        values = list(status(descriptor))
+        values[4] = other
+        return os.stat_result(values)
+
+    monkeypatch.setattr(os, "fstat", of_another)
+    assert cache.open(shard) is None
+
+
 def test_the_cache_folder_may_be_a_link_of_ones_own_alone(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     (tmp_path / "cache").symlink_to("disk")

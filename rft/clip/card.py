@@ -9,7 +9,7 @@ from pydantic import Field
 from rft import documents, files, header
 from rft.classes import Classes
 from rft.clip.architecture import Architecture
-from rft.documents import FOREIGN, Count, Name, Sha256, Text, document
+from rft.documents import FOREIGN, Count, Name, Schema, Sha256, Text, document
 from rft.trained_on import TrainedOn
 
 Format = Literal["open-clip", "released", "model-soups", "safetensors"]
@@ -50,7 +50,7 @@ class Head:
 class Card:
     """What exported weights are and how to compute with them."""
 
-    schema: Literal[1] = 1
+    schema: Schema = 1
     format: Format
     source: Source
     files: dict[Name, Sha256]

@@ -108,7 +108,7 @@ def save_classifier(
     url: str, model: Classifier, metadata: dict[str, str], classes: Classes | None
 ) -> None:
     """Write a classifier as safetensors; see `save_state`."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     save_state(url, state, model.architecture, metadata, classes)
 
 
@@ -132,6 +132,8 @@ def save_state(
     if classes is not None:
         assert len(classes) == len(state["head.weight"]), "the classes of another head"
         entries["classes"] = classes.to_json()
+    # weights of others may lie in memory in another order (channels last)
+    state = {name: value.contiguous() for name, value in state.items()}
     # one JSON string: safetensors writes several metadata entries in no fixed order
     # to bytes first: safetensors' own writer ignores the umask
     files.write_bytes(url, save(state, metadata={"rft": json.dumps(entries)}))

@@ -133,9 +133,15 @@ class Cache:
         return self.path(shard).exists()
 
     def open(self, shard: Shard) -> int | None:
-        """Return a descriptor of a shard's file, or None if it is not there."""
+        """Return a descriptor of a shard's file, or None if it is not there or not this user's.
+
+        The owner of a file can put other pixels with fitting checksums into it at any time.
+        """
         with suppress(FileNotFoundError), self._opened() as folder:
-            return folder.open(self.path(shard).name, os.O_RDONLY)
+            descriptor = folder.open(self.path(shard).name, os.O_RDONLY)
+            if os.fstat(descriptor).st_uid in (os.geteuid(), 0):
+                return descriptor
+            os.close(descriptor)
         return None
 
     def drop(self, shard: Shard) -> None:

@@ -38,12 +38,13 @@ COLUMNS = {
 }
 ROW_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())  # of all columns but the key
 KEY_BYTES = 1024
+KEYS_AT_ONCE = 2**16
 CLASSES = 100_000  # ImageNet-21k has 21,841
 TEMPLATES = 1000  # OpenAI's are 80; a head is made of all of them for each class
 HEADERS_BYTES = 2**14  # what an index has besides its rows, and more
-# The index is read whole, and twice that is in memory for a moment: 768 MiB stay within 2 GB. They
-# hold 19 million samples with keys like ImageNet's; ImageNet-21k has 14 million.
-INDEX_BYTES = 3 * 2**28
+# The index is read whole, and twice that is in memory for a moment: 600 MiB stay within 2 GB. They
+# hold 15 million samples with keys like ImageNet's; ImageNet-21k has 14 million.
+INDEX_BYTES = 600 * 2**20
 AGAIN = "pack or index the set again"
 STORES_SHOWN = 3  # in one line
 ShardName = Annotated[Name, Field(max_length=2000)]
@@ -297,16 +298,25 @@ class Index:
             raise ValueError(f"{path}: {fault}; {AGAIN}")
         return Index(**columns)
 
+    def _odd_keys(self) -> np.ndarray:
+        odd = np.zeros(len(self.key), bool)
+        for start in range(
+            0, len(self.key), KEYS_AT_ONCE
+        ):  # all masks together are several indexes
+            keys = np.ascontiguousarray(self.key[start : start + KEYS_AT_ONCE])
+            letters = keys.view(np.uint8).reshape(len(keys), -1)
+            # NumPy fills up with zeros
+            wrong = ((letters < ord(" ")) & (letters > 0)) | (letters > ord("~"))
+            odd[start : start + len(keys)] = wrong.any(axis=1)
+        return np.flatnonzero(odd)
+
     def unusable(self, manifest: Manifest) -> Iterator[tuple[np.ndarray, str]]:
         """Yield the rows that no reader may use, ascending, for each thing that is wrong with some.
 
         A label must be a class that is scored, or its sample would count as right or wrong whatever
         is predicted. A payload must lie in its shard. A key is printed and has ASCII letters alone.
         """
-        letters = np.ascontiguousarray(self.key).view(np.uint8).reshape(len(self.key), -1)
-        # NumPy fills up with zeros
-        odd = ((letters < ord(" ")) & (letters > 0)) | (letters > ord("~"))
-        yield np.flatnonzero(odd.any(axis=1)), "its key is no printable ASCII text"
+        yield self._odd_keys(), "its key is no printable ASCII text"
         classes = len(manifest.classes)
         known = (self.label >= 0) & (self.label < classes)
         yield np.flatnonzero(~known), f"its label is none of the {classes} classes"

@@ -115,7 +115,7 @@ OWN = {
     "metadata": (lambda d: d.update(__metadata__=[]), r"is \[\]; it must be an object"),
     "other metadata": (lambda d: d.update(__metadata__={"rft": 3}), "rft is 3; it must be a text"),
     "no metadata": (lambda d: d.pop("__metadata__"), "was not written by rft"),
-    "no JSON": (lambda d: d["__metadata__"].update(rft="[" * 10**6), "is not valid JSON"),
+    "no JSON": (lambda d: d["__metadata__"].update(rft="[" * 10**5), "is not valid JSON"),
     "twice in JSON": (
         lambda d: d["__metadata__"].update(rft='{"step": "1", "step": "2"}'),
         "'step' is there twice",
