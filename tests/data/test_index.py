@@ -648,6 +648,15 @@ def test_json_that_is_none(tmp_path: Path) -> None:
             index_shards([url], str(tmp_path / "out"), LABELS, Options(label_field="y"))
 
 
+@pytest.mark.parametrize("given", ["{}/./0.tar", "file://{}/./0.tar", "file://{}//0.tar"])
+@pytest.mark.parametrize("out", ["{}", "{}/.", "file://{}/./"])
+def test_a_path_with_a_dot_gives_the_name_without(tmp_path: Path, given: str, out: str) -> None:
+    write_tar(tmp_path / "0.tar", plain("a", 0))
+    where = out.format(tmp_path)
+    index_shards([given.format(tmp_path)], where, LABELS, Options(dataset="own"))
+    assert [shard.name for shard in Manifest.load(str(tmp_path)).shards] == ["0.tar"]
+
+
 def test_json_that_is_not_ours_may_repeat_other_fields(tmp_path: Path) -> None:
     text = '{"x": 1, "y": 1, "x": NaN, "in": {"y": 0, "y": 0, "z": [{"y": 3}]}, "s": "\\ud800"}'
     members = [("a.jpg", picture(0)), ("a.json", text.encode())]
