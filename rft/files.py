@@ -225,6 +225,18 @@ def _client_errors(verb: str, url: str) -> Iterator[None]:
         raise OSError(f"cannot {verb} {url}: {reason(error)}") from error
 
 
+def require_writable(url: str) -> None:
+    """Check that a file may be written at `url`: on this machine, that it replaces files or links.
+
+    Raises:
+        ValueError: for a folder, a device, a FIFO or a socket, or what `open_store` refuses.
+    """
+    fs, path = open_store(url)
+    if isinstance(fs, LocalFileSystem):
+        with contextlib.suppress(NotADirectoryError):  # writing says so
+            local.require_replaceable(Path(path))
+
+
 @contextlib.contextmanager
 def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
     """Yield a local path to write; when the body ends without error, it becomes `url` in one step.
@@ -232,7 +244,12 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
     A local file is renamed within its folder; a remote object is written below `scratch`, by
     default the folder of temporary files, and uploaded finished. If the body raises, nothing
     appears at `url`.
+
+    Raises:
+        ValueError: as `require_writable`, before anything is written.
+        OSError: if it cannot be written.
     """
+    require_writable(url)
     fs, path = open_store(url)
     is_local = isinstance(fs, LocalFileSystem)
     folder = Path(path).parent if is_local else scratch or Path(tempfile.gettempdir())

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+DEVICES = Path("/dev")
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -17,6 +18,13 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
+}
+# what is said of the others is "remove it"; a FIFO may be the shell's, as in `--classes <(...)`
+ADVICE = {
+    stat.S_IFIFO: "; copy what it holds to a regular file",
+    stat.S_IFCHR: "; copy what it holds to a regular file",
+    stat.S_IFBLK: "; copy what it holds to a regular file",
+    stat.S_IFDIR: "",
 }
 # O_NONBLOCK: opening a FIFO does not wait for its other end
 WITHOUT_WAITING = os.O_NONBLOCK | os.O_CLOEXEC
@@ -35,8 +43,30 @@ def require_regular(path: str | os.PathLike[str], status: os.stat_result | None 
     """
     mode = (status or os.stat(path)).st_mode  # noqa: PTH116 - a str is a path too
     if not stat.S_ISREG(mode):
+        kind = stat.S_IFMT(mode)
+        what, advice = KINDS.get(kind, "something else"), ADVICE.get(kind, "; remove it")
+        raise ValueError(f"{os.fspath(path)} is {what}, not a regular file{advice}")
+
+
+def require_replaceable(path: Path) -> None:
+    """Check that a file may be renamed to a path: only a regular file or a link is replaced.
+
+    What a link leads to is never written to. Root may replace devices, for the whole machine, and
+    `/dev/stdout` is a link; so nothing in `/dev` is replaced or added.
+
+    Raises:
+        ValueError: for a folder, a device, a FIFO or a socket, and for whatever lies in `/dev`.
+        OSError: if it cannot be looked at.
+    """
+    if path.parent.resolve() == DEVICES:
+        raise ValueError(f"{path} lies in {DEVICES}, where nothing is written; name a regular file")
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
         what = KINDS.get(stat.S_IFMT(mode), "something else")
-        raise ValueError(f"{os.fspath(path)} is {what}, not a regular file; remove it")
+        raise ValueError(f"{path} is {what}, which is not replaced by a file; name a regular file")
 
 
 def open_regular(

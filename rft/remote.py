@@ -21,6 +21,7 @@ REQUEST_BYTES = 8 * 2**20  # longest request: what a dropped connection can cost
 BLOCKS_AT_ONCE = 4  # requests for one file under way at a time
 CLIENT_ERRORS = range(400, 500)  # HTTP answers that another try will not change ...
 BUSY = (408, 429)  # ... but for these
+CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})")  # below 2**63
 PARTIAL, NOT_FOUND, RANGE_NOT_SATISFIABLE = 206, 404, 416
 NO_PERMISSION = (
     "no permission, or no such file in a store that may not be listed; check the address and the "
@@ -406,7 +407,7 @@ async def _http(
             async for chunk in answer.content.iter_any():
                 received += chunk
                 count = len(received) - before
-                if size is not None and count > stop - start:
+                if size is not None and count > min(stop, size) - start:
                     raise ValueError(OTHER_BYTES)
                 if limit is not None and count > limit:
                     raise ValueError(too_large(limit))
@@ -433,7 +434,7 @@ def _size_of(answer: Any, start: int, stop: int, read_all: bool) -> int | None:
     """
     plain = answer.headers.get("Content-Encoding", "identity") == "identity"
     if answer.status == PARTIAL:
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        found = CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
         if found is None or int(found[1]) != start or not plain:
             raise ValueError(OTHER_BYTES)
         return int(found[2])

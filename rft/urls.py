@@ -21,24 +21,29 @@ BEFORE_HOST = "a user, password or token before its host"
 WEB, AZURE = ("http", "https"), ("az", "abfs", "abfss")
 # hosts and buckets; others read Unicode, escapes or a second "@" in them in different ways
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(:[0-9]{1,5})?")
+IN_BRACKETS = re.compile(r"(?<=://)\[[0-9A-Fa-f:.]+\]")
 BUCKET = re.compile(r"[A-Za-z0-9._~:-]+")
 CONTAINER = re.compile(r"([A-Za-z0-9$-]+@)?[A-Za-z0-9$._-]+")
 PORT = re.compile(r":[0-9]{0,5}$")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # one slash is what pathlib leaves of two; no word is tried from its middle, which takes long
 START = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z0-9+.-]{2,}):/{1,2}")
+UNQUOTED = 3  # times: servers behind proxies get names that were escaped more than once
 SHOWN = 300  # letters of a URL in a message
 PARAMETER = re.compile(r"[?&;#]([^?&;#=]+)=(?!\*{3})")
 SECRET = re.compile(
     r"""(signature|credentials?|token|secret|password|passwd|passphrase|authorization|bearer
     |accessid)($|\W)
     |(access|account|api|private|secret|shared|subscription)_?key(_?id)?$
-    |(^|[_.\W])(sig|sign|sas|key|auth|pass|pwd|pat|jwt|hmac)$
-    |^(code|policy|session(_?id)?|x_(amz|goog|ms)_.*)$""",
+    |(^|[_.\W])(sig|sign|sas|key|auth|pass|pw|pwd\d*|passcode|pat|jwt|hmac|t?otp|cookies?|sid)$
+    |^(code|policy|session|\w*sess(ion)?_?id|hdn(ts|ea|tl)|x_(amz|goog|ms)_.*)$""",
     re.VERBOSE,
 )
 INSTEAD = {
-    "http": "put it into ~/.netrc or fsspec's configuration",
+    "http": (
+        'put a password into ~/.netrc and set FSSPEC_HTTP=\'{"client_kwargs": {"trust_env": '
+        "true}}', without which that file is not read"
+    ),
     "s3": "the client takes AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials",
     "gs": "the client takes GOOGLE_APPLICATION_CREDENTIALS or gcloud's login",
     "az": "the client takes AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
@@ -62,6 +67,11 @@ def check(url: str) -> str:
         raise ValueError(
             f"{shown(plain)} was recorded without its credentials; name it again, without them, "
             "and give them to the client (docs/data.md, Credentials)"
+        )
+    if "::" in url and "::" not in IN_BRACKETS.sub("", url):
+        raise ValueError(
+            f"{shown(url)} has '::', which makes a chain of URLs; write its IPv6 address in full "
+            "([0:0:0:0:0:0:0:1] for [::1]), or the name of the host"
         )
     if "::" in url:
         raise ValueError(f"{shown(url)} has '::', which makes a chain of URLs; {_open()}")
@@ -90,6 +100,7 @@ def _fault(protocol: str, rest: str) -> str:
     if protocol == "file":
         if not rest.startswith("/") or "://" in rest:
             return "must have three slashes and an absolute path: file:///folder"
+        return ""  # the rest is a path, which may hold what a path without file:// may
     elif not _kind(protocol).fullmatch(_authority(rest)):
         what = "host, perhaps with a port," if protocol in WEB else "bucket"
         return f"needs the name of a {what} after {protocol}://, in ASCII (IDN as xn--)"
@@ -133,13 +144,13 @@ def check_relative(name: str) -> None:
     """Check that a name, joined to a folder, lies in the folder or below it.
 
     Raises:
-        ValueError: if it is absolute, has an empty part or `..`, or what some store or system would
-            read as one of these.
+        ValueError: if it is absolute, has an empty part, `.` (a second name of the same file) or
+            `..`, or what some store or system would read as one of these.
     """
     parts = name.split("/")
     decoded = unquote(name)
-    if not all(parts) or ".." in re.split(r"[/\\]", decoded):
-        raise ValueError(f"{name!a} is not a relative name without empty parts and '..'")
+    if not all(parts) or {".", ".."} & set(re.split(r"[/\\]", decoded)):
+        raise ValueError(f"{name!a} is not a relative name without empty parts, '.' and '..'")
     if "\\" in decoded or decoded.count("/") != name.count("/") or CONTROL.search(decoded):
         raise ValueError(f"{name!a} has a backslash, an escaped slash or a control character")
     if "::" in name or is_whole(name) or protocol_word(name) or re.match("[A-Za-z]:", name):
@@ -219,9 +230,17 @@ def credential(url: str) -> str:
     if colon and "@" in rest and authority[0] != "[" and not PORT.search(authority):
         return BEFORE_HOST
     for name in PARAMETER.findall(rest):
-        if SECRET.search(unquote(name).lower().replace("-", "_")):
-            return f"a credential in {unquote(name)[:SHOWN]!a}"
+        plain = _plain(name)
+        if SECRET.search(plain.lower().replace("-", "_")):
+            return f"a credential in {plain[:SHOWN]!a}"
     return ""
+
+
+def _plain(name: str) -> str:
+    """Return the name of a parameter as a lenient server might read it."""
+    for _ in range(UNQUOTED):
+        name = unicodedata.normalize("NFKC", unquote(name)).strip()
+    return name
 
 
 def shown(url: str) -> str:

@@ -42,6 +42,8 @@ def main() -> None:
     """Check what the command line names."""
     command = cli.parse(VerifyShards, config=(tyro.conf.FlagCreatePairsOff,))
     workers = check_workers(command.workers)
+    if command.report is not None:
+        files.require_writable(command.report)  # before an hour of reading
     report = verify(command.url, deep=command.deep, workers=workers, max_pixels=command.max_pixels)
     if command.report is not None:
         files.write_json(command.report, report.to_json())

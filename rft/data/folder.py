@@ -20,6 +20,7 @@ from rft import files, local
 from rft.classes import composed, shown
 from rft.data.labels import LabelSpace, doubts
 from rft.data.names import (
+    Links,
     passed_over,
     printable,
     regular_size,
@@ -104,15 +105,16 @@ def read_folder(
         if "/" in pattern or not pattern:
             raise ValueError(f"--ignore takes names such as '*.mov', without folders: {pattern!r}")
     ids = labels.ids if labels else ()
+    links = Links(source)
     level = read_level(source, ignore)
     shapes = [read_shape(source / name, ignore) for name in level.folders]
     splits = find_splits(source, shapes, ids)
     folders = {name: source / folder for name, folder in splits.items()} or {TRAIN: source}
-    trees = {TRAIN: read_tree(folders.pop(TRAIN), ids, ignore, is_split=bool(splits))}
+    trees = {TRAIN: read_tree(folders.pop(TRAIN), ids, ignore, links, is_split=bool(splits))}
     warnings = [] if labels else _doubtful_folders(trees[TRAIN])
     labels = labels or name_classes(trees[TRAIN].classes)
     for name, folder in folders.items():
-        trees[name] = read_tree(folder, labels.ids, ignore, is_split=True)
+        trees[name] = read_tree(folder, labels.ids, ignore, links, is_split=True)
     for tree in trees.values():
         require_classes(tree, labels)
     if splits:
@@ -131,11 +133,17 @@ def read_folder(
         for name in (() if splits else splits_beside(source))
     ]
     warnings += [f"--ignore {name!r} matches nothing" for name in ignore if name not in passed]
-    return Photos(sources, labels, _notes(passed, ignore, unread), warnings)
+    notes = [*_notes(passed, ignore, unread), *filter(None, [links.said()])]
+    return Photos(sources, labels, notes, warnings)
 
 
 def read_tree(
-    root: Path, ids: Collection[str], ignore: Sequence[str], *, is_split: bool = False
+    root: Path,
+    ids: Collection[str],
+    ignore: Sequence[str],
+    links: Links,
+    *,
+    is_split: bool = False,
 ) -> Tree:
     """List the images of every class folder in `root`.
 
@@ -143,12 +151,14 @@ def read_tree(
         root: a photo folder, or a split of one.
         ids: the classes where they are known; none otherwise.
         ignore: patterns of names to leave out.
+        links: counts those that lead out of the source.
         is_split: whether it is a split.
 
     Raises:
         ValueError: if there is no class folder, one holds no images, a file is no image, or the
             folders cannot be classes.
     """
+    links.look(root)
     level = read_level(root, ignore)
     for name in level.files:
         if has_image_suffix(name):
@@ -163,7 +173,9 @@ def read_tree(
     shapes = [read_shape(root / name, ignore) for name in level.folders]
     require_classes_here(root, shapes, ids, ignore, is_split=is_split)
     passed, foreign = Counter(level.passed), []
-    classes = {name: _read_class(root, name, ignore, passed, foreign) for name in level.folders}
+    classes = {
+        name: _read_class(root, name, ignore, passed, foreign, links) for name in level.folders
+    }
     if foreign:
         raise _not_images(foreign)
     for shape in shapes:
@@ -316,12 +328,15 @@ def _read_class(
     ignore: Sequence[str],
     passed: Counter[str],
     foreign: list[Path],
+    links: Links,
 ) -> list[Image]:
     """Return the sorted images in and below a class folder; add what is no image to `foreign`."""
     images = []
     seen: set[str] = set()
     for folder, below, names in os.walk(root / name, followlinks=True, onerror=_raise):
         place = os.path.realpath(folder)
+        if Path(folder).is_symlink():
+            links.look(folder)
         if len(Path(folder).relative_to(root).parts) > DEPTH:
             raise ValueError(f"{folder} lies more than {DEPTH} folders deep; move its images up")
         if place in seen:
@@ -338,7 +353,7 @@ def _read_class(
             path = Path(folder) / file_name
             if patterns[file_name]:
                 continue
-            size = regular_size(path)
+            size = regular_size(path, links)
             if has_image_suffix(file_name):
                 images.append(Image(path.relative_to(root).as_posix(), size))
             else:

@@ -306,7 +306,7 @@ def shard_names(shards: Sequence[str], out: str) -> list[str]:
     Raises:
         ValueError: if readers would refuse such a manifest.
     """
-    folder_store, folder = files.open_store(out)
+    folder_store, folder = files.open_store(whole_url(out))
     prefix = folder.rstrip("/") + "/"
     names = []
     for url in shards:

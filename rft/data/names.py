@@ -9,6 +9,7 @@ import errno
 import fnmatch
 import os
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -108,20 +109,51 @@ def require_distinct(root: Path, names: Iterable[str]) -> None:
         )
 
 
-def regular_size(entry: "os.PathLike[str]") -> int:
+class Links:
+    """The links in a source folder that lead out of it, so that what is packed lies elsewhere."""
+
+    def __init__(self, source: Path) -> None:
+        self._source = source.resolve()
+        self._found: list[str] = []
+
+    def look(self, path: str | os.PathLike[str]) -> None:
+        """Count what is known to be a link, or to lie behind one, if it leads out."""
+        if not Path(os.path.realpath(path)).is_relative_to(self._source):
+            self._found.append(os.fspath(path))
+
+    def said(self) -> str:
+        """Return the number of them and the first in one line; nothing if there are none."""
+        if not self._found:
+            return ""
+        several = len(self._found) > 1
+        count = f"{len(self._found):,} links lead" if several else "a link leads"
+        return (
+            f"{count} out of {printable(str(self._source))}, and what lies there is packed: "
+            f"{printable(min(self._found))}{', ...' if several else ''}"
+        )
+
+
+def regular_size(entry: "os.PathLike[str]", links: Links | None = None) -> int:
     """Look up the size in bytes of a file, or of the file that a link leads to. Opens nothing.
+
+    Args:
+        entry: the file; an entry of a listing may know already what it is.
+        links: counts it if it is a link that leads out of the source.
 
     Raises:
         ValueError: for a broken link, a FIFO, a socket, a device or a folder.
     """
     path = os.fspath(entry)
-    try:
-        # an entry of a listing may know it already
-        status = entry.stat() if isinstance(entry, os.DirEntry) else os.stat(path)  # noqa: PTH116
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):  # noqa: PTH114
+    status = entry.stat(follow_symlinks=False) if isinstance(entry, os.DirEntry) else os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        try:
+            status = os.stat(path)  # noqa: PTH116
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
             raise ValueError(f"{path} is a broken link; remove it, or restore its target") from None
-        raise
+        if links:
+            links.look(path)
     local.require_regular(path, status)
     return status.st_size
 

@@ -22,7 +22,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field
 
-from rft import files, local
+from rft import cli, files, local
 from rft.data import encode
 from rft.data.encode import Quality, Side
 from rft.data.labels import LabelSpace, scoring_hash
@@ -115,6 +115,8 @@ def pack(
         require_apart(folders_read(dataset, Path(source)), out, [dataset])
     found = read_source(dataset, Path(source), labels)
     print(f"{dataset}: {len(found.items):,} images in {printable(found.layout)}", flush=True)
+    if found.links:
+        cli.note(f"{dataset}: {found.links}")
     check_count(dataset, len(found.items), labels, allowed_count)
     return pack_source(found, out, labels, options)
 

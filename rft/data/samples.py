@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
@@ -36,9 +37,9 @@ class Sample(NamedTuple):
 
 
 def whole_url(url: str) -> str:
-    """Return a URL as it is, and a local path as an absolute one."""
+    """Return a URL as it is, and a local path as an absolute one without parts that are `.`."""
     fs, path = files.open_store(url)
-    return path if isinstance(fs, LocalFileSystem) else url
+    return str(Path(path)) if isinstance(fs, LocalFileSystem) else url
 
 
 def parent(url: str) -> str | None:

@@ -473,18 +473,33 @@ def contradiction(stream: IO[bytes], sample: Sample, class_id: int, rule: Rule) 
         return ""
     try:
         text = read_text(stream, sample.members[other], "").decode("utf-8").strip()
-        document = json.loads(text) if other == "json" else {"": text}
+        said = _fields(text) if other == "json" else [("", text)]
     except (ValueError, RecursionError):
         return ""  # not the member that the label is read from
-    fields = LABEL_FIELDS if other == "json" else ("",)
-    for name in fields if isinstance(document, dict) else ():
-        value = document.get(name)
+    for name, value in said or ():
+        if other == "json" and name not in LABEL_FIELDS:
+            continue
         meanings = _meanings(str(value), rule) if type(value) in (int, str) else set()
         if meanings and class_id not in meanings:
             field = f"{name!r}: " if name else ""
             here, there = (f"class {n} ({rule.labels.names[n]})" for n in (class_id, min(meanings)))
             return f"its .{other} has {field}{value!r}, {there}, and not {here}"
     return ""
+
+
+def _fields(text: str) -> list[tuple[str, Any]] | None:
+    """Return the fields of a JSON object in their order, repeated ones too; None for other JSON.
+
+    The JSON is not ours: it may hold NaN, and repeat what is no label.
+    """
+    outermost: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal outermost
+        outermost = pairs  # the last object to be closed
+        return dict(pairs)
+
+    return outermost if isinstance(json.loads(text, object_pairs_hook=keep), dict) else None
 
 
 def _meanings(text: str, rule: Rule) -> set[int]:
@@ -507,16 +522,16 @@ def parse_label(data: bytes, where: str, rule: Rule) -> int | str:
     position is. `007` is a text. Texts are in Unicode's composed form, as the label space is.
 
     Raises:
-        ValueError: if there is no label in it.
+        ValueError: if there is no label in it, or its field is there twice.
     """
     try:
         text = data.decode("utf-8").strip()
-        document = None if rule.label_field is None else json.loads(text)
+        said = None if rule.label_field is None else _fields(text)
     except (ValueError, RecursionError) as error:  # no UTF-8, or no JSON
         suffix = "cls" if rule.label_field is None else "json"
         raise ValueError(f"{where}: its .{suffix} is not readable: {error}") from error
     if rule.label_field is not None:
-        return _json_label(document, rule.label_field, where)
+        return _json_label(said, rule.label_field, where)
     return int(text) if POSITION.fullmatch(text) else composed(text)
 
 
@@ -573,8 +588,11 @@ def _class_of_name(text: str, where: str, rule: Rule) -> int:
     return found[0]
 
 
-def _json_label(document: Any, name: str, where: str) -> int | str:
-    value = document.get(name) if isinstance(document, dict) else None
+def _json_label(said: list[tuple[str, Any]] | None, name: str, where: str) -> int | str:
+    values = [value for field, value in said or () if field == name]
+    if len(values) > 1:
+        raise ValueError(f"{where}: its .json has {name!r} {len(values)} times; keep one of them")
+    value = values[0] if values else None
     if isinstance(value, bool | float):
         kind = "true or false" if isinstance(value, bool) else "a number with a fraction"
         raise ValueError(
@@ -582,6 +600,6 @@ def _json_label(document: Any, name: str, where: str) -> int | str:
             f"integers (0, 1, 2), or class names as texts"
         )
     if not isinstance(value, int | str):
-        known = ", ".join(sorted(document)) if isinstance(document, dict) else "no fields"
+        known = "no fields" if said is None else ", ".join(sorted({field for field, _ in said}))
         raise ValueError(f"{where}: no label, its .json has no number or text {name!r} ({known})")
     return composed(value).strip() if isinstance(value, str) else value

@@ -24,6 +24,7 @@ from rft.data import tar
 from rft.data.archives import DEVKIT, find_devkit, tar_members, validation_classes
 from rft.data.labels import LabelSpace, objectnet_groups
 from rft.data.names import (
+    Links,
     is_below,
     passed_over,
     printable,
@@ -88,7 +89,7 @@ class Source:
     `groups` is the manifest's scoring rule (see `rft.data.manifest.Manifest`); `crop_border` is the
     number of pixels to cut from each side before any resize. `photos` marks the user's own photos,
     which are turned upright and composed on white (`rft.data.encode.PHOTOS`); benchmarks are not.
-    `layout` says in words what was found.
+    `layout` says in words what was found, `links` which images lie elsewhere, if any do.
     """
 
     dataset: str
@@ -98,6 +99,7 @@ class Source:
     crop_border: int = 0
     photos: bool = False
     layout: str = ""
+    links: str = ""
 
 
 class Found(NamedTuple):
@@ -132,6 +134,7 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
         raise ValueError(f"no such folder: {source}")
     if dataset in ARCHIVES:
         return _imagenet(dataset, source, labels)
+    links = Links(source)
     root = _locate(dataset, source)
     class_of = {name: class_id for class_id, name in enumerate(labels.ids)}
     groups = _own_groups(labels)
@@ -164,10 +167,11 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
     return Source(
         dataset=dataset,
         root=root,
-        items=_items(_list_folders(root, present), class_of),
+        items=_items(_list_folders(root, present, links), class_of),
         groups=groups,
         crop_border=crop_border,
         layout=f"{len(present):,} class folders of {root}{_said(root)}",
+        links=links.said(),
     )
 
 
@@ -277,16 +281,18 @@ def _imagenet(dataset: str, source: Path, labels: LabelSpace) -> Source:
     candidates = [source / name for name in LAYOUTS[dataset] if (source / name).is_dir()]
     archives = [source / parent / ARCHIVES[dataset] for parent in PARENTS]
     archives = [path for path in archives if path.is_file()]
-    listing = _class_folders_in(candidates, class_of)
+    links = Links(source)
+    listing = _class_folders_in(candidates, class_of, links)
     if listing is None and dataset == "imagenet-train":
-        listing = _class_tars_in([*candidates, source], class_of)
+        listing = _class_tars_in([*candidates, source], class_of, links)
     if listing is None and dataset == "imagenet-val":
-        listing = _flat_files_in([*candidates, source], source, class_of)
+        listing = _flat_files_in([*candidates, source], source, class_of, links)
     if listing is not None and archives:
         listing = listing._replace(layout=f"{listing.layout}; {archives[0]} is not read")
     if listing is None and archives:
         read = _training_archive if dataset == "imagenet-train" else _validation_archive
         listing = read(archives[0], source, class_of)
+        links.look(archives[0])
     if listing is None:
         raise ValueError(
             f"no images of {dataset} in {source}; looked for classes in "
@@ -298,10 +304,13 @@ def _imagenet(dataset: str, source: Path, labels: LabelSpace) -> Source:
         items=_items(listing.images, class_of),
         groups=_own_groups(labels),
         layout=listing.layout,
+        links=links.said(),
     )
 
 
-def _class_folders_in(candidates: Sequence[Path], class_of: Mapping[str, int]) -> Listing | None:
+def _class_folders_in(
+    candidates: Sequence[Path], class_of: Mapping[str, int], links: Links
+) -> Listing | None:
     for root in candidates:
         with os.scandir(root) as entries:
             if not any(entry.is_dir() and not passed_over(entry.name) for entry in entries):
@@ -309,11 +318,13 @@ def _class_folders_in(candidates: Sequence[Path], class_of: Mapping[str, int]) -
         present = _class_folders(root)
         _require_same(root, present, class_of)
         layout = f"{len(present):,} folders of {root}{_said(root)}"
-        return Listing(root, _list_folders(root, present), layout)
+        return Listing(root, _list_folders(root, present, links), layout)
     return None
 
 
-def _class_tars_in(candidates: Sequence[Path], class_of: Mapping[str, int]) -> Listing | None:
+def _class_tars_in(
+    candidates: Sequence[Path], class_of: Mapping[str, int], links: Links
+) -> Listing | None:
     for root in candidates:
         present = {name: root / f"{name}.tar" for name in class_of}
         present = {name: path for name, path in present.items() if path.is_file()}
@@ -321,7 +332,11 @@ def _class_tars_in(candidates: Sequence[Path], class_of: Mapping[str, int]) -> L
             continue
         _require_same(root, list(present), class_of)
 
+        links.look(root)
+
         def list_tar(path: Path) -> list[Found]:
+            if path.is_symlink():
+                links.look(path)
             return _tarred_images(path, str(path), tar_members(path))
 
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
@@ -346,18 +361,17 @@ def _training_archive(path: Path, source: Path, class_of: Mapping[str, int]) -> 
 
 
 def _flat_files_in(
-    candidates: Sequence[Path], source: Path, class_of: Mapping[str, int]
+    candidates: Sequence[Path], source: Path, class_of: Mapping[str, int], links: Links
 ) -> Listing | None:
     for root in candidates:
         with os.scandir(root) as entries:
-            images = [
-                Found(entry.name, entry.stat().st_size, entry.name)
-                for entry in entries
-                if entry.is_file() and has_image_suffix(entry.name)
-            ]
+            files_here = [e for e in entries if e.is_file() and has_image_suffix(e.name)]
+        images = [Found(entry.name, entry.stat().st_size, entry.name) for entry in files_here]
         # with one that is none of the published names, the listing is refused
         if any(VALIDATION_NAME.fullmatch(image.name) for image in images):
             by_class, devkit = _by_truth(root, images, [root, root.parent, source], class_of)
+            for path in (root, *(entry for entry in files_here if entry.is_symlink())):
+                links.look(path)
             return Listing(root, by_class, f"flat files of {root} with the classes of {devkit}")
     return None
 
@@ -450,11 +464,14 @@ def _require_all(root: Path, present: Sequence[str], expected: Sequence[str]) ->
         )
 
 
-def _list_folders(root: Path, names: Sequence[str]) -> dict[str, list[Found]]:
+def _list_folders(root: Path, names: Sequence[str], links: Links) -> dict[str, list[Found]]:
+    links.look(root)
+
+    def list_images(name: str) -> list[Found]:
+        return _list_images(root / name, links)
+
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        return dict(
-            zip(names, pool.map(lambda name: _list_images(root / name), names), strict=True)
-        )
+        return dict(zip(names, pool.map(list_images, names), strict=True))
 
 
 def _items(images: Mapping[str, Sequence[Found]], class_of: Mapping[str, int]) -> tuple[Item, ...]:
@@ -478,15 +495,17 @@ def _items(images: Mapping[str, Sequence[Found]], class_of: Mapping[str, int]) -
     )
 
 
-def _list_images(folder: Path) -> list[Found]:
+def _list_images(folder: Path, links: Links) -> list[Found]:
     """Return the images in one class folder."""
     images = []
+    if folder.is_symlink():
+        links.look(folder)
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir() or not has_image_suffix(entry.name):
                 raise ValueError(f"not an image: {entry.path}; class folders hold only images")
             require_utf8(entry.path)
-            images.append(Found(entry.name, regular_size(entry)))
+            images.append(Found(entry.name, regular_size(entry, links)))
     if not images:
         raise ValueError(f"class folder {folder} is empty")
     return images

@@ -105,6 +105,7 @@ def verify(url: str, *, deep: bool, workers: int, max_pixels: float = encode.MAX
     report.dataset, report.manifest_sha256 = manifest.dataset, manifest.sha256
     report.shards, report.samples = len(manifest.shards), manifest.samples
     report.bytes = sum(shard.bytes for shard in manifest.shards)
+    report.problems += _repeated(manifest)
     plan = _read_plan(url, manifest, report)
     report.problems += _check_quarantine(url, manifest)
     index = _read_index(url, manifest, report)
@@ -114,6 +115,14 @@ def verify(url: str, *, deep: bool, workers: int, max_pixels: float = encode.MAX
         report.problems += check_index(manifest, index)
     _check_shards(manifest, index, plan, report, workers, max_pixels)
     return report
+
+
+def _repeated(manifest: Manifest) -> Iterator[Problem]:
+    """Yield the shards that are there a second time, whatever name they have."""
+    first: dict[str, str] = {}
+    for shard in manifest.shards:
+        if shard.samples and (name := first.setdefault(shard.sha256, shard.name)) != shard.name:
+            yield Problem(shard=shard.name, what=f"holds the bytes of {name}: samples count twice")
 
 
 def check_index(manifest: Manifest, index: Index) -> Iterator[Problem]:
@@ -146,9 +155,11 @@ def _misplaced(index: Index, rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
     starts = index.offset[rows].astype(np.float64)
     ends = starts + np.ceil(index.length[rows] / tar.BLOCK) * tar.BLOCK
     aligned = (index.offset[rows] % tar.BLOCK == 0) & (index.offset[rows] > 0)
+    empty = (index.width[rows] == 0) | (index.height[rows] == 0)
     _, first = np.unique(index.key[rows], return_index=True)
     return [
         (rows[~aligned], "no payload of a tar can start here"),
+        (rows[empty], "its image has no pixels: width or height is 0"),
         (rows[1:][starts[1:] < ends[:-1] + tar.BLOCK], "overlaps the sample before it"),
         (np.delete(rows, first), "its key occurs more than once in this shard"),
     ]

@@ -33,7 +33,9 @@ FAILS = {
     "503": rf"503 Service Unavailable: {LATER} \(3 tries\)",
     "html": HTML,
     "silent": rf"no answer in time; {LATER} \(3 tries\)",
-    "shifted": "the server sends other bytes than were requested",
+    **dict.fromkeys(
+        ("shifted", "endless", "longer"), "the server sends other bytes than were requested"
+    ),
 }
 SHARD_FAILS = {
     **FAILS,

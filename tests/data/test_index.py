@@ -637,6 +637,8 @@ def test_json_that_is_none(tmp_path: Path) -> None:
         '{"y": null}': r"no number or text 'y' \(y\)",
         '{"y": true}': "label true of its .json is true or false; write class numbers as integers",
         '{"y": 0.0}': "label 0.0 of its .json is a number with a fraction; write class numbers as",
+        '{"y": 1, "y": 0}': "its .json has 'y' 2 times; keep one of them",
+        '{"y": 0, "x": 1, "\\u0079": 0}': "its .json has 'y' 2 times",
         '{"y": NaN}': "label NaN of its .json is a number with a fraction",
         '{"y": "1.0"}': "label '1.0' is no class of the label space; class numbers are integers",
     }.items():
@@ -644,6 +646,31 @@ def test_json_that_is_none(tmp_path: Path) -> None:
         url = write_tar(tmp_path / "0.tar", members)
         with pytest.raises(ValueError, match=message):
             index_shards([url], str(tmp_path / "out"), LABELS, Options(label_field="y"))
+
+
+@pytest.mark.parametrize("given", ["{}/./0.tar", "file://{}/./0.tar", "file://{}//0.tar"])
+@pytest.mark.parametrize("out", ["{}", "{}/.", "file://{}/./"])
+def test_a_path_with_a_dot_gives_the_name_without(tmp_path: Path, given: str, out: str) -> None:
+    write_tar(tmp_path / "0.tar", plain("a", 0))
+    where = out.format(tmp_path)
+    index_shards([given.format(tmp_path)], where, LABELS, Options(dataset="own"))
+    assert [shard.name for shard in Manifest.load(str(tmp_path)).shards] == ["0.tar"]
+
+
+def test_json_that_is_not_ours_may_repeat_other_fields(tmp_path: Path) -> None:
+    text = '{"x": 1, "y": 1, "x": NaN, "in": {"y": 0, "y": 0, "z": [{"y": 3}]}, "s": "\\ud800"}'
+    members = [("a.jpg", picture(0)), ("a.json", text.encode())]
+    url, out = write_tar(tmp_path / "0.tar", members), str(tmp_path / "out")
+    index_shards([url], out, LABELS, Options(label_field="y"))
+    assert PackedDataset(out).index.label.tolist() == [1]
+    assert verify(out, deep=True, workers=1).problems == []
+
+
+def test_each_of_repeated_fields_may_contradict_a_cls(tmp_path: Path) -> None:
+    members = [*plain("a", 0), ("a.json", b'{"label": 1, "label": 0}')]
+    url = write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(ValueError, match=r"its \.json has 'label': 1, class 1 .*, and not class 0"):
+        index_shards([url], str(tmp_path / "out"), LABELS, Options())
 
 
 @pytest.mark.parametrize("position", [0, 700, -10240])

@@ -661,7 +661,37 @@ def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
     classes(tmp_path / "photos", "cat", "dog")
     fill(tmp_path, "elsewhere.jpg")
     (tmp_path / "photos" / "cat" / "link.jpg").symlink_to(tmp_path / "elsewhere.jpg")
-    assert len(read(tmp_path / "photos", share=0).sources[0].items) == 9
+    photos = read(tmp_path / "photos", share=0)
+    assert len(photos.sources[0].items) == 9
+    first = tmp_path / "photos" / "cat" / "link.jpg"
+    rest = f"out of {tmp_path}/photos, and what lies there is packed: {first}"
+    assert photos.notes == [f"a link leads {rest}"]
+    for number in range(2):
+        first.with_name(f"z{number}.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    assert read(tmp_path / "photos", share=0).notes == [f"3 links lead {rest}, ..."]
+
+
+def test_a_link_within_the_source_is_silent(tmp_path: Path) -> None:
+    classes(tmp_path / "photos", "train/cat", "train/dog", "test/cat", "store/cow")
+    (tmp_path / "photos" / "test" / "dog").symlink_to(tmp_path / "photos" / "train" / "dog")
+    (tmp_path / "photos" / "train" / "cat" / "x.jpg").symlink_to("cat0.jpg")
+    (tmp_path / "photos" / "train" / "cat" / "cat0.jpg").write_bytes(b"x")
+    (tmp_path / "photos" / "train" / "cat" / "more").symlink_to("../../store/cow")
+    (tmp_path / "link").symlink_to(tmp_path / "photos")  # the source that was named
+    (note,) = read(tmp_path / "link").notes
+    assert note.startswith("not read: ")
+
+
+@pytest.mark.parametrize("name", ["train", "test", "train/cat", "test/cat", "train/cat/below"])
+def test_a_folder_that_lies_elsewhere_is_named(tmp_path: Path, name: str) -> None:
+    classes(tmp_path / "photos", "train/cat", "train/dog", "test/cat", "test/dog")
+    classes(tmp_path / "photos", "train/cat/below")
+    place = tmp_path / "photos" / name
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    (note,) = read(tmp_path / "photos").notes
+    assert note.startswith("a link leads out of ")
+    assert note.endswith(f"is packed: {place}")
 
 
 def test_a_broken_link_in_place_of_a_class_is_refused(tmp_path: Path) -> None:

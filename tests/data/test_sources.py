@@ -19,9 +19,11 @@ import scipy.io
 import timm.data
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from rft.data.archives import tar_members
 from rft.data.labels import LabelSpace, objectnet_groups
+from rft.data.pack import Options, pack
 from rft.data.published import (
     COUNTS,
     check_count,
@@ -451,6 +453,59 @@ def test_forms_of_the_validation_set(
         key=lambda row: (row[1], row[0]),
     )
     assert source.layout == layout.format(tmp_path)
+
+
+def linked_in(tmp_path: Path, place: str) -> Path:
+    """Move a file or folder of a source out of it, and put a link in its place."""
+    path, elsewhere = tmp_path / "in" / place, tmp_path / "elsewhere" / place
+    elsewhere.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("form", "place"),
+    [
+        (train_folders, "imagenet"),
+        (train_folders, "imagenet/train"),
+        (train_folders, "imagenet/train/n02"),
+        (train_archive, "ILSVRC2012_img_train.tar"),
+        (train_class_tars, "train"),
+        (train_class_tars, "train/n02.tar"),
+        (val_folders, "val_in_folder/n01"),
+        (val_flat, "ILSVRC2012/val"),
+        (val_flat, f"ILSVRC2012/val/{validation_name(1)}"),
+        (val_archive, "imagenet/ILSVRC2012_img_val.tar"),
+    ],
+)
+def test_a_link_that_leads_out_of_the_source_is_counted(
+    tmp_path: Path, form: Callable[[Path], None], place: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    form(tmp_path / "in")
+    dataset = f"imagenet-{form.__name__.split('_')[0]}"
+    expected = read_source(dataset, tmp_path / "in", LABELS)
+    assert expected.links == ""
+    path = linked_in(tmp_path, place)
+    source = read_source(dataset, tmp_path / "in", LABELS)
+    assert source.items == expected.items
+    named = f"a link leads out of {tmp_path}/in, and what lies there is packed: {path}"
+    assert source.links.startswith(named)
+
+
+def test_links_out_of_a_benchmark_are_noted(tmp_path: Path, capsys) -> None:
+    for n, wnid in enumerate(LABELS.ids):
+        picture = tmp_path / "in" / "sketch" / wnid / "x.png"
+        picture.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (n, n, n)).save(picture)
+    for wnid in ("n01", "n02"):
+        linked_in(tmp_path, f"sketch/{wnid}/x.png")
+    options = Options(encoding="original", workers=1)
+    assert pack("imagenet-sketch", str(tmp_path / "in"), str(tmp_path / "out"), LABELS, options)
+    (note,) = (line for line in capsys.readouterr().err.splitlines() if "link" in line)
+    assert note.startswith(f"note: imagenet-sketch: 2 links lead out of {tmp_path}/in, and what")
+    assert note.endswith(f"is packed: {tmp_path}/in/sketch/n01/x.png, ...")
 
 
 def test_flat_files_may_be_the_source_itself(tmp_path: Path) -> None:

@@ -368,6 +368,8 @@ COLUMNS: dict[str, tuple[str, int, str]] = {
     "offset beyond the shard": ("offset", 2**40, "reaches beyond the shard"),
     "offset that would wrap": ("offset", 2**64 - 512, "reaches beyond the shard"),
     "offset between blocks": ("offset", 1537, "no payload of a tar can start here"),
+    "no width": ("width", 0, "width or height is 0"),
+    "no height": ("height", 0, "width or height is 0"),
     "length over the next": ("length", 5000, "overlaps the sample before it"),
 }
 
@@ -385,6 +387,25 @@ def test_an_index_that_cannot_be_right(packed: Path, kind: str) -> None:
     found = lines(packed, deep=False)
     assert any(message in line for line in found)
     assert lines(packed)  # and the deep check survives it
+
+
+def test_a_shard_under_two_names(packed: Path) -> None:
+    first, *others = Manifest.load(str(packed)).shards
+    other = replace(first, name=str(packed / first.name))
+    index = Index.load(str(packed), Manifest.load(str(packed)))
+    again = np.arange(first.samples).tolist() * 2
+    again += range(first.samples, len(index.key))
+    columns = {name: getattr(index, name)[again] for name in vars(index)}
+    content = Index(**columns).to_bytes()
+    (packed / "index.npz").write_bytes(content)
+    manifest = replace(
+        Manifest.load(str(packed)),
+        shards=(first, other, *others),
+        index_sha256=files.sha256_bytes(content),
+    )
+    manifest.save(str(packed))
+    found = lines(packed, deep=False)
+    assert f"{other.name}: holds the bytes of {first.name}: samples count twice" in found
 
 
 def test_other_wrong_rows(packed: Path) -> None:

@@ -31,7 +31,8 @@ class Oddity:
     `mode` is a status to answer (of which "503 x2" does it to a path's first two requests), silent
     (never an answer), html (a login page), norange (always the whole file), gzip (that, though
     nobody asked for it), chunked or unsized (whole, of untold length), nohead (GET alone), shifted
-    (other bytes than were requested), redirect (all paths), or plain.
+    (other bytes than were requested), endless (a size of 5,000 digits), longer (more bytes than the
+    size that it tells), redirect (all paths), or plain.
     """
 
     mode: str
@@ -171,6 +172,12 @@ class OddHandler(RangeHandler):
         content = path.read_bytes()
         size = len(content)
         self.say(206, content[1:], Content_Range=f"bytes 1-{size - 1}/{size}")
+
+    def odd_endless(self, path: Path) -> None:
+        self.say(206, path.read_bytes()[:1], Content_Range=f"bytes 0-0/{'9' * 5000}")
+
+    def odd_longer(self, path: Path) -> None:
+        self.say(206, path.read_bytes()[:1], Content_Range="bytes 0-0/0")
 
     def do_HEAD(self) -> None:
         if self.oddity.mode == "nohead":

@@ -323,6 +323,13 @@ def rows() -> Iterator[Row]:
         r"classes\.json",
         slow=True,
     )
+    for what, put in (("FIFO", fifo("new.json")), ("folder", lambda p: (p / "new.json").mkdir())):
+        yield row(
+            f"a verification into a {what}",
+            (*VERIFY, "--report", "new.json"),
+            put,
+            rf"new\.json is a {what}, which is not replaced by a file",
+        )
     yield row("a merge into a file", (*WISE[:5], "classes.json"), lambda _: None, r"classes\.json")
     yield row(
         "a run folder that holds data",

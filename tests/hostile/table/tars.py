@@ -153,6 +153,7 @@ LABELS = {
     "is infinite": '{"label": 1e999}',
     "has no end": '{"label": ' + "9" * 400 + "}",
     "has 5,000 digits": '{"label": ' + "9" * 5000 + "}",
+    "is there twice": '{"label": 1, "label": 0}',
     "is an object": '{"label": {}}',
     "is a lone surrogate": '{"label": "\\ud800"}',
     "is a text with a line break": '{"label": "a\\nb"}',
