@@ -38,6 +38,7 @@ SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow
 FORMATS = ("JPEG", "PNG", "WEBP")  # MPO is a JPEG with further pictures behind the first
 LONGEST_SIDE = 2**16 - 1  # the index keeps width and height as uint16
 Side = Annotated[int, Field(ge=0, le=LONGEST_SIDE)]
+Square = Annotated[int, Field(ge=1, le=2048)]  # four times what open_clip's largest tower sees
 Quality = Annotated[int, Field(ge=1, le=100)]
 # Resizing the shorter side to the square's allocates as many squares as the image is longer than
 # wide. Cropping first would be cheaper, but Pillow rounds the offset of a crop to 32 bits, so its
@@ -95,7 +96,7 @@ class Pixels(TypedDict):
 
     kind: Literal["pixels"]
     crop_border: Side
-    size: Annotated[Side, Field(ge=1)]
+    size: Square
     resample: Literal["bicubic"]
     library: Name
     version: Name

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from rft import cli, files, local
 from rft.data import encode
-from rft.data.encode import Quality, Side
+from rft.data.encode import Quality, Square
 from rft.data.labels import LabelSpace, scoring_hash
 from rft.data.manifest import COLUMNS, Index, Manifest
 from rft.data.names import printable
@@ -58,7 +58,7 @@ class Options:
     encoding: encode.Kind = "original"
     """original: the files' own bytes. pixels: CLIP's input, so that training decodes nothing. jpeg:
     the same square as a JPEG, a fifth of the bytes."""
-    size: Annotated[Side, Field(ge=1)] = 224
+    size: Square = 224
     """Side in pixels of the stored square (pixels and jpeg)."""
     quality: Quality = 95
     """Quality of the JPEG, 1 to 100 (jpeg only)."""

@@ -344,6 +344,11 @@ CHANGES: dict[str, tuple[str, Callable[[dict], object], str]] = {
         "photos.alpha is 'black'",
     ),
     "border": ("original", lambda encoding: {**encoding, "crop_border": -1}, "crop_border is -1"),
+    "large": (
+        "pixels",
+        lambda encoding: {**encoding, "size": 32768},
+        "size is 32768; it must be less than or equal to 2048",
+    ),
     "size": ("pixels", lambda encoding: {**encoding, "size": "224"}, "size is '224'"),
     "library": ("pixels", lambda encoding: {**encoding, "library": None}, "library is None"),
     "gone": ("original", lambda encoding: {"kind": "original"}, "crop_border is missing"),

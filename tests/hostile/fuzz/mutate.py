@@ -139,6 +139,7 @@ def changed(document: Any, made: Sequence[Change]) -> Any:
         found = list(places(whole))
         container, key = found[at % len(found)]
         here = container[key]
+        value = copy.deepcopy(value)  # or a later change may put it into itself
         match how:
             case "put":
                 container[key] = value
