@@ -189,6 +189,8 @@ def _try_each(faults: Sequence[Fault], trees: list[Path]) -> Iterator[tuple[Faul
                 path = tree / fault.file
                 text = path.read_text()
                 path.write_text(plant(fault, text))
+                # not the second in which the compiled file was made: it would stand for this one
+                os.utime(path, (0, 0))
                 running[Trial(fault.tests, tree)] = fault, path, text
             connection.wait([trial.process.sentinel for trial in running], timeout=1)
             for trial in [trial for trial in running if trial.is_over()]:

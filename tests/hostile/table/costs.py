@@ -260,7 +260,7 @@ def rows() -> Iterator[Row]:
     yield row(
         "class names of 10^6 letters", EVALUATE, long_classes, "class|manifest", answer="either"
     )
-    yield row("10^6 classes", EVALUATE, many_classes, "class")
+    yield row("10^6 classes", EVALUATE, many_classes, "class|values")
     yield row("10^6 prompts", DRY, many_templates, "template|prompt|manifest", answer="either")
     yield row("pixels of 2^30 a side", EVALUATE, large_pixels, "size|px|encoding|manifest")
     yield row(
