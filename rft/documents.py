@@ -61,8 +61,8 @@ def _controls(letter: str) -> bool:
 
 
 def _printable(text: str) -> str:
-    if any(map(_controls, text)):
-        raise ValueError("must have no control characters or line breaks")
+    if any(map(_controls, text)) or not INVISIBLE.isdisjoint(text):
+        raise ValueError("must have no control characters, line breaks or invisible letters")
     return text
 
 
