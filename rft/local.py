@@ -1,8 +1,8 @@
 """Files of this machine that others may have put there.
 
-What is read must be a regular file: a FIFO makes whoever opens it wait for a writer, and a device
+What is read must be a regular file: opening a FIFO waits for a writer, and a device
 has no end. What is written must not lie behind a symbolic link, which would lead the write, or a
-deletion, to files that nobody named. A folder that the user names may be a link.
+deletion, to files that the user did not name. A folder that the user names may be a link.
 """
 
 import os

@@ -255,7 +255,7 @@ def _without_credential(url: str) -> str:
     if not protocol:
         word = protocol_word(url)
         return f"{word}:{HIDDEN}" if word and re.search("[@?#;=]", url) else url
-    # what begins with no host may be a URL with a password to somebody
+    # without a host at its beginning, some clients may still read a password in it
     doubtful = CONTROL.search(url) or not _kind(protocol).fullmatch(_authority(rest))
     if any(credential(part) == BEFORE_HOST for part in urls_in(url)) or (doubtful and "@" in rest):
         return f"{protocol}://{HIDDEN}"

@@ -12,7 +12,7 @@ from open_clip.model import CLIPVisionCfg
 from pydantic import AfterValidator, BeforeValidator, Field, with_config
 from typing_extensions import TypedDict
 
-from rft.documents import FOREIGN, STRICT, Name, document
+from rft.documents import FOREIGN, STRICT, Name, Whole, document
 
 
 class Bound(NamedTuple):
@@ -79,7 +79,6 @@ def _harmless(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-Whole = Annotated[int, Field(ge=0, le=2**31)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(ge=0, le=10)]
 Model = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$", max_length=200)]
