@@ -39,13 +39,13 @@ results: $(VENV)/.installed  ## the demo on three seeds, into docs/results and t
 
 # three at a time, because many tests wait for processes or servers that they started; files are not
 # kept together, so that the slowest one does not end alone
-test: $(VENV)/.installed  ## every test but `make programs`, in less than ten minutes on two cores
+test: $(VENV)/.installed  ## every test but `make programs`, in about eleven minutes on two cores
 	$(BIN)/pytest -q -n 3 --dist worksteal -m "not program"
 
 programs: $(VENV)/.installed  ## the tests that run a whole benchmark, demo or installation
 	$(BIN)/pytest -q -n 2 --dist worksteal -m program
 
-quick: $(VENV)/.installed  ## the tests of at most 0.3 s each, in less than a minute
+quick: $(VENV)/.installed  ## the tests of at most 0.3 s each, in about a minute
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow"
 
 marks: $(VENV)/.installed  ## are all others marked `slow`? on a machine that does nothing else
