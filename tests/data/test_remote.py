@@ -691,6 +691,14 @@ def watched(folder: Path) -> Iterator[list[int]]:
         thread.join()
 
 
+def inode(path: Path) -> int | None:
+    """Return which file a path names now, None where there is none: it may go at any moment."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
 def test_processes_share_a_cache_and_one_is_killed(
     web: str, local: Path, tmp_path: Path, expected: list[str]
 ) -> None:
@@ -708,15 +716,16 @@ def test_processes_share_a_cache_and_one_is_killed(
             started(*reader) as other,
         ):
             until(lambda: proxy.fired["stall"])
-            abandoned = part.stat().st_ino
+            abandoned = inode(part)
+            assert abandoned is not None
             with watched(cache) as sizes:
                 assert [process.stdout.readline() for process in (one, other)] == 2 * ["ready\n"]
                 go.touch()
                 until(lambda: list(cache.glob("*.tar")))
-                assert part.stat().st_ino == abandoned  # it is the victim's while that lives
+                assert inode(part) == abandoned  # it is the victim's while that lives
                 victim.kill()
                 victim.wait()
-                until(lambda: not part.exists() or part.stat().st_ino != abandoned)
+                until(lambda: inode(part) != abandoned)
                 stop.touch()
                 found = [json.loads(process.stdout.read()) for process in (one, other)]
     for batches, hits in found:
