@@ -15,10 +15,10 @@ import zlib
 
 import numpy as np
 
+from rft.zips import require_small_directory
+
 MEMBERS = 64  # arrays of one archive
 DIRECTORY_BYTES = 2**16  # of a zip's directory, which is read before it can be looked at
-END = struct.Struct("<4s4H2LH")  # a zip's last record, when no comment follows
-LOCATOR = struct.Struct("<4sLQL")  # before it, if the archive is a large one (zip64)
 MAGIC = b"\x93NUMPY"
 HEADER = re.compile(
     rb"\{'descr': '([<|][biufSU]\d{1,9})', 'fortran_order': (True|False), "
@@ -47,9 +47,13 @@ def read_npz(data: bytes, limit: int) -> dict[str, np.ndarray]:
     Raises:
         ValueError: if it is no such archive, or has more than that.
     """
-    _require_small_directory(data)
+    stream = io.BytesIO(data)
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        require_small_directory(stream, DIRECTORY_BYTES)
+    except ValueError as error:
+        raise ValueError(f"no readable .npz: {error}") from error
+    try:
+        with zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
             _require_affordable(members, limit)
             names = [member.filename.removesuffix(".npy") for member in members]
@@ -59,17 +63,6 @@ def read_npz(data: bytes, limit: int) -> dict[str, np.ndarray]:
             }
     except UNREADABLE as error:
         raise ValueError(f"no readable .npz: {error}") from error
-
-
-def _require_small_directory(data: bytes) -> None:
-    """Check the size of a zip's directory, of which zipfile would make objects."""
-    end = data[-END.size :]
-    if len(end) < END.size or not end.startswith(b"PK\5\6"):
-        raise ValueError("no readable .npz: it does not end as a zip archive does")
-    *_, size, _, comment = END.unpack(end)
-    large = data[-END.size - LOCATOR.size : -END.size].startswith(b"PK\6\7")
-    if size > DIRECTORY_BYTES or comment or large:
-        raise ValueError(f"no .npz of at most {MEMBERS} arrays: its directory is too large")
 
 
 def _require_affordable(members: list[zipfile.ZipInfo], limit: int) -> None:

@@ -15,6 +15,9 @@ from pydantic import Field
 from rft import files
 from rft.documents import FOREIGN, Text, document
 
+PromptsSha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
+"""Hash of a set's prompts; empty where they are not known."""
+
 
 @document(name="classes", config=FOREIGN)
 class Classes:
@@ -27,7 +30,7 @@ class Classes:
 
     ids: tuple[Text, ...] = ()
     names: tuple[Text, ...]
-    prompts_sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    prompts_sha256: PromptsSha256 = ""
 
     def __post_init__(self) -> None:
         if self.ids and len(self.ids) != len(self.names):

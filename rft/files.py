@@ -262,7 +262,7 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
         local.create(temporary, 0o666 if is_local else 0o600)
         yield temporary
         if is_local:
-            with temporary.open("rb") as stream:
+            with local.reader(temporary) as stream:
                 os.fsync(stream.fileno())
             temporary.replace(path)
         else:
@@ -373,8 +373,8 @@ def sweep(url: str) -> None:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Write `data` to `url`, whole or not at all."""
-    with publish(url) as path:
-        path.write_bytes(data)
+    with publish(url) as path, local.writer(path) as stream:
+        stream.write(data)
 
 
 def write_json(url: str, document: Any) -> None:
@@ -396,7 +396,7 @@ def sha256_json(document: Any) -> str:
 
 def sha256_file(path: Path) -> str:
     """Return the hex sha256 of a local file."""
-    with os.fdopen(local.open_regular(path), "rb") as stream:
+    with local.reader(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
-from rft import documents, files
+from rft import documents, files, local
 from rft.classes import Classes
 from rft.documents import FOREIGN, Count, Name, Text, document
 
@@ -60,7 +60,7 @@ def read(path: Path) -> Header:
         ValueError: if there is no file, or it has no such header.
     """
     files.require_file(path, "weights")
-    with path.open("rb") as stream:
+    with local.reader(path) as stream:
         length = int.from_bytes(stream.read(8), "little")
         size = os.fstat(stream.fileno()).st_size
         if not 2 <= length <= size - 8:

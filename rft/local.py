@@ -8,6 +8,7 @@ deletion, to files that the user did not name. A folder that the user names may 
 import os
 import stat
 from collections.abc import Iterable
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
 DEVICES = Path("/dev")
@@ -103,13 +104,31 @@ def open_regular(
     return descriptor
 
 
+def reader(path: str | os.PathLike[str]) -> BufferedReader:
+    """Return a regular file, open to be read.
+
+    Raises:
+        ValueError, OSError: as `open_regular`.
+    """
+    return os.fdopen(open_regular(path), "rb")
+
+
+def writer(path: str | os.PathLike[str]) -> BufferedWriter:
+    """Return a regular file that is there, empty and open to be written; no link is followed.
+
+    Raises:
+        ValueError, OSError: as `open_regular`.
+    """
+    return os.fdopen(open_regular(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "wb")
+
+
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """Return the content of a regular file.
 
     Raises:
         ValueError, OSError: as `open_regular`.
     """
-    with os.fdopen(open_regular(path), "rb") as stream:
+    with reader(path) as stream:
         return stream.read()
 
 

@@ -54,7 +54,8 @@ SetName = Annotated[Name, AfterValidator(_set_name)]
 """Folder of a packed set below its data root."""
 Step = Annotated[int, Field(ge=-1, le=2**53)]
 """An optimizer step, -1 where none was selected."""
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+RecordedSeed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""Seed of a run, which an older version may have trained with one that `Config` takes no more."""
 Number = Annotated[float, Field(allow_inf_nan=True)]
 """A measured number; a run that diverged logged NaN."""
 Hashes = dict[Name, Sha256]
@@ -200,7 +201,7 @@ class RunConfig:
     """
 
     recipe: Recipe
-    seed: Seed
+    seed: RecordedSeed
     data: Text = ""
     train_set: Text = ""
     scale: Text = "paper"

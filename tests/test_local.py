@@ -134,6 +134,19 @@ def test_temporary_files_are_new_and_as_private_as_their_files(tmp_path):
             local.create(tmp_path / name)
 
 
+def test_nothing_is_written_through_a_link_that_took_the_place_of_a_file(tmp_path):
+    """As where others may write in the folder, between the file's making and its writing."""
+    (tmp_path / "victim").write_bytes(b"mine")
+    with files.publish(str(tmp_path / "results.json")) as path:
+        path.unlink()
+        path.symlink_to("victim")
+        with pytest.raises(ValueError, match="is a link"):
+            local.writer(path)
+        path.unlink()
+        path.touch()
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+
+
 def test_publishing_replaces_a_link_and_not_what_it_names(tmp_path):
     (tmp_path / "victim").write_bytes(b"mine")
     (tmp_path / "results.json").symlink_to("victim")

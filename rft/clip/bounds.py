@@ -79,7 +79,8 @@ def _harmless(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-Share = Annotated[float, Field(ge=0, lt=1)]
+Dropped = Annotated[float, Field(ge=0, lt=1)]
+"""Share that dropout leaves out."""
 Scale = Annotated[float, Field(ge=0, le=10)]
 Model = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$", max_length=200)]
 """A name on the model hub; no path."""
@@ -130,7 +131,7 @@ class VisionFields(Attention, total=False):
     mlp_ratio: Annotated[float, _ratio(VISION["mlp_ratio"])]
     patch_size: Annotated[int, _whole(VISION["patch_size"])]
     image_size: Required[Annotated[int, _whole(VISION["image_size"])]]
-    patch_dropout: Share
+    patch_dropout: Dropped
     attentional_pool: bool
     attn_pooler_queries: Annotated[int, _whole(VISION["attn_pooler_queries"])]
     attn_pooler_heads: Annotated[int, _whole(VISION["attn_pooler_heads"])]
@@ -141,8 +142,8 @@ class VisionFields(Attention, total=False):
     timm_pool: Name | None
     timm_proj: Name | None
     timm_proj_bias: bool
-    timm_drop: Share
-    timm_drop_path: Share | None
+    timm_drop: Dropped
+    timm_drop_path: Dropped | None
 
 
 def open_clips(fields: VisionFields) -> CLIPVisionCfg:

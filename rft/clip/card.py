@@ -7,9 +7,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rft import documents, files, header
-from rft.classes import Classes
+from rft.classes import Classes, PromptsSha256
 from rft.clip.architecture import Architecture
 from rft.documents import FOREIGN, Count, Name, Schema, Sha256, Text, document
+from rft.records import RecordedSeed
 from rft.trained_on import TrainedOn
 
 Format = Literal["open-clip", "released", "model-soups", "safetensors"]
@@ -61,10 +62,10 @@ class Card:
     head: Head
     classes: tuple[Name, ...] | None = None
     class_ids: tuple[Name, ...] | None = None
-    prompts_sha256: str | None = None
+    prompts_sha256: PromptsSha256 | None = None
     trained_on: tuple[TrainedOn, ...] | None = None
     recipe: Name | None = None
-    seed: int | None = None
+    seed: RecordedSeed | None = None
     unfinished: Text = ""
     """How far the training is, if it has not ended."""
     # for readers: nothing here uses them

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from rft import files
+from rft import files, local
+from rft.zips import require_small_directory
 
 DTYPES = {
     "BFloat16Storage": torch.bfloat16,
@@ -63,6 +64,7 @@ LONGEST_NAME = 1000  # of a tensor, in characters
 MEMBERS = (
     30_000  # of an archive: a checkpoint with its optimizer has four for each of 2,000 tensors
 )
+DIRECTORY_BYTES = 2**23  # of an archive: its members' names and places
 OPERATIONS = 2**21  # of a pickle; a whole ViT-bigG-14 with its modules takes less than 2**19
 ARGUMENTS = 20  # of a call; torch's longest has seven
 ENTRIES = 1_000_000  # looked through for tensors: modules may share what they hold
@@ -450,16 +452,18 @@ def read(path: Path) -> tuple[Any, bool]:
 
 
 def _read(path: Path) -> tuple[Any, bool]:
-    with path.open("rb") as stream:
+    with local.reader(path) as stream:
         start = stream.read(len(_OLD_TORCH))
-    size = path.stat().st_size
+        size = stream.seek(0, io.SEEK_END)
     if start == _OLD_TORCH:
-        return _read_old(lambda: path.open("rb"), Unpickler, size), False
+        return _read_old(lambda: local.reader(path), Unpickler, size), False
     if not start.startswith(b"PK"):
-        with path.open("rb") as stream:
+        with local.reader(path) as stream:
             return Unpickler(stream, nested=size).load(), False
     # stays open for as long as a storage may be read from it
-    archive = zipfile.ZipFile(path)
+    stream = local.reader(path)
+    require_small_directory(stream, DIRECTORY_BYTES)
+    archive = zipfile.ZipFile(stream)
     names = _members(archive)
     # torch names the folder inside after the file that it once wrote
     pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]

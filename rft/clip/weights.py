@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rft import files, header, trained_on
+from rft import files, header, local, trained_on
 from rft.classes import Classes
 from rft.clip import card, unpickle
 from rft.clip.architecture import Architecture, read_header
@@ -253,13 +253,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _is_safetensors(path: Path) -> bool:
     """Whether a file starts like one: the length of a header, then the header's brace."""
-    with path.open("rb") as stream:
+    with local.reader(path) as stream:
         start = stream.read(9)
     return start[8:] == b"{" and start[5:8] == bytes(3)  # a header is shorter than a terabyte
 
 
 def _is_pickle(path: Path) -> bool:
-    with path.open("rb") as stream:
+    with local.reader(path) as stream:
         start = stream.read(2)
     return start == b"PK" or (start[:1] == b"\x80" and 2 <= start[-1] <= 5)
 

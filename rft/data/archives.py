@@ -130,7 +130,7 @@ def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
         )
     try:
         # whole and at once (2.5 MB): only then its checksum is looked at
-        with os.fdopen(local.open_regular(devkit), "rb") as stream, gzip.open(stream) as unpacked:
+        with local.reader(devkit) as stream, gzip.open(stream) as unpacked:
             data = unpacked.read(DEVKIT_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{devkit} is damaged: {error}; get it again") from error

@@ -18,7 +18,7 @@ from typing import IO, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from rft import files
+from rft import files, local
 from rft.data import encode
 from rft.data.manifest import COLUMNS, Shard
 from rft.data.sources import Item, read_item, where
@@ -159,7 +159,7 @@ def _write(job: Job) -> Written:
     treated: list[encode.Treated] = []
     bad: list[Quarantined] = []
     with files.publish(job.shard_url) as path:
-        with path.open("wb") as stream:
+        with local.writer(path) as stream:
             tar = TarStream(stream)
             for item in job.items:
                 encoded = _encode(job, item, bad)

@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rft import dist, documents, files
+from rft import dist, documents, files, local
 from rft.cli import warn
 from rft.clip import unpickle
 from rft.clip.classifier import Classifier
@@ -209,7 +209,7 @@ def save(content: dict[str, Any], path: Path) -> None:
         OSError: if the file system refuses.
     """
     try:
-        with path.open("wb") as stream:
+        with local.writer(path) as stream:
             torch.save(content, stream)
     except RuntimeError as error:
         # torch's writer speaks of positions in the file, what the system said is behind it

@@ -130,7 +130,7 @@ class Logs:
         self._path = folder / records.METRICS
         self.held_out: Count | None = None
         # a killed run may have logged beyond its last checkpoint, and half a line at the end
-        with files.publish(str(self._path)) as path, path.open("wb") as stream:
+        with files.publish(str(self._path)) as path, local.writer(path) as stream:
             for text, line in records.read_metrics(self._path):
                 if line.step <= done:
                     stream.write(text)

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from rft import files
+from rft import files, local
 
 STEPS = 10
 SKIPPED = 5  # the first ones allocate, compile and fill the loader's queue
@@ -92,7 +92,8 @@ def write_profile(profiler: profile, folder: Path, name: str) -> None:
         with (
             files.publish(str(folder / f"{name}.json.gz")) as path,
             trace.open() as source,
-            gzip.open(path, "wt", compresslevel=5) as target,
+            local.writer(path) as packed,
+            gzip.open(packed, "wt", compresslevel=5) as target,
         ):
             # what is shared of a run does not name the machine
             target.writelines(line for line in source if not line.strip().startswith(HOST))

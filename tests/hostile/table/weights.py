@@ -1,5 +1,6 @@
 """Weights: headers that lie, tensors that do not fit, pickles that run code (C7, C8, C9)."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -162,6 +163,16 @@ def state_with(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], 
         torch.save(state, place / "model.pt")
 
     return damage
+
+
+def directory(place: Place) -> None:
+    """A zip of 276 MB that is a directory only; zipfile makes three gigabytes of it."""
+    entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", *14 * (0,), 0, 0)
+    size = 6_000_000 * len(entry)
+    last = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 6_000_000, 6_000_000, size, 0)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, size, 1)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 65535, 65535, 2**32 - 1, 2**32 - 1, 0)
+    (place / "model.pt").write_bytes(entry * 6_000_000 + last + locator + end)
 
 
 def rezipped(
@@ -498,6 +509,8 @@ def others() -> Iterator[Row]:
         "a key of 10^6 letters",
         state_with(lambda state: state.update({"a" * 10**6: torch.zeros(1)})),
     )
+    many = other("a zip that is a directory of 6,000,000 members (C7)", directory)
+    yield dataclasses.replace(many, thorough=True)
     yield other("compressed entries (C7)", rezipped(lambda _: None, zipfile.ZIP_DEFLATED))
     yield other(
         "an entry that is a bomb (C7)",
