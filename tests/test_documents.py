@@ -117,6 +117,7 @@ def test_python_is_checked_as_json_is():
         Config(recipe="vanilla", data="x")  # pyrefly: ignore[missing-argument]
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

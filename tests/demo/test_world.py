@@ -107,6 +107,7 @@ def test_only_the_training_set_shares_objects_with_fine_tuning():
     assert set(banks.values()) == {"test"}
 
 
+@pytest.mark.slow
 def test_every_set_is_read_in_its_official_layout(folder, labels):
     for name, image_set in world.SETS.items():
         source = read_source(name, folder, labels)

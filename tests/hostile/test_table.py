@@ -17,7 +17,7 @@ from tests.hostile.table import ROWS
 from tests.hostile.world import Place
 
 LEAST = 120  # rows that the table must have
-QUICK_SHARE = 12
+QUICK_SHARE = 30
 
 
 def parameters() -> Iterator[Any]:

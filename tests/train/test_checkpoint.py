@@ -566,7 +566,9 @@ def test_the_content_of_a_checkpoint_is_no_more_trusted_than_its_record(tmp_path
     assert not Path("ran").exists()
 
 
-@pytest.mark.parametrize("what", BYTES)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[pytest.mark.slow] * (what == "deflated")) for what in BYTES]
+)
 def test_the_bytes_of_a_checkpoint_are_no_more_trusted_than_its_record(tmp_path, what):
     store, path = written(tmp_path)
     change, says = BYTES[what]
