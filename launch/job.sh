@@ -22,10 +22,11 @@ quoted() {
     echo "${line[*]}"
 }
 
-# Fail if one of WORDS is a URL with a password, token or signature: they are printed and kept in
-# scripts. It is a coarse copy of rft/urls.py, which cannot run before there is an environment.
+# Fail if one of WORDS is a URL that may hold a password, token or signature: they are printed and kept
+# in scripts. rft/urls.py, which knows the names of secrets, cannot run before there is an environment,
+# so all parameters but a version are refused here, and hosts that are escaped or not ASCII.
 refuse_credentials() {
-    local word rest host secret='[?&;#][^=]*(sig|sas|key|token|secret|passw|pwd|credential|auth|code)'
+    local word rest host LC_ALL=C
     for word; do
         [[ $word == *://* ]] || continue
         rest=${word#*://}
@@ -33,10 +34,12 @@ refuse_credentials() {
         # what Azure has before an @ is a container
         if [[ $host == *@* && ($host == *:*@* || ! $word =~ (abfss?|az)://) ]] ||
             [[ $host == *:* && ! $host =~ :[0-9]*$ && $rest == *@* ]] ||
-            [[ ${rest,,} =~ ${secret}[^=]*= ]]; then
-            echo "error: a URL here or in launch/cluster.env holds a credential, which would be" \
-                "printed and recorded; leave it out and export what its client reads" \
-                "(docs/data.md, Credentials)" >&2
+            [[ $host =~ [^!-~]|% || $rest =~ ://[^/]*@ ]] ||
+            [[ -z $host && $rest == *@* && $word != *file://* ]] ||
+            [[ ${rest//[?&]version[Ii]d=/} =~ [?\&\;#].*= ]]; then
+            echo "error: a URL here or in launch/cluster.env holds what may be a credential, which would" \
+                "be printed and recorded: a user, or a parameter that is no version; leave it out and" \
+                "export what its client reads (docs/data.md, Credentials)" >&2
             exit 2
         fi
     done

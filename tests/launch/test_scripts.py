@@ -9,6 +9,7 @@ import pytest
 
 from rft.experiments import Plan, experiments
 from tests.launch.conftest import ROOT, SETTINGS, Project, environment
+from tests.test_urls import WITH_SECRET
 
 GPUS = """
 GPUS_PER_NODE=8 CPUS_PER_NODE=64
@@ -109,6 +110,20 @@ def test_the_run_folder_is_that_of_the_training(project, words, folder):
     assert output == f"--output={project.folder / folder}/job-%j.log"
 
 
+HARMLESS = [
+    *("a@b", "--data=s3://b/a@b", "/a?sig=1", "s3://b/{00..11}.tar", "file:///data/a@b"),
+    *("abfs://c@a.dfs.core.windows.net/x", "az://c@a/x", "http://h:8080/a@b", "https://h/a%20b"),
+    *("gs://b/x?versionId=sig", "http://[0:0:0:0:0:0:0:1]:8/x", "https://h/a;b/c"),
+]
+
+
+def test_what_rft_refuses_as_a_credential_the_scripts_refuse(project):
+    """They are stricter: a name of a secret that is new in rft/urls.py is refused here already."""
+    words = shlex.join([*WITH_SECRET, *HARMLESS])
+    script = f'for word in {words}; do (refuse_credentials "$word") 2>&- || echo "$word"; done'
+    assert bash(project, script).splitlines() == WITH_SECRET
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -121,7 +136,7 @@ def test_no_script_prints_a_credential(project, url):
     for words in (("train", "vanilla", "--data", url), ("evaluate", "x", f"--data={url}")):
         result = project.launch("submit.sh", *words)
         assert result.returncode == 2
-        assert "holds a credential, which would be printed and recorded" in result.stderr
+        assert "holds what may be a credential, which would be printed" in result.stderr
         assert "canary" not in result.stdout + result.stderr
     project.write_settings(f"DATA={shlex.quote(url)}")
     assert project.launch("submit.sh", "--dry-run", "train", "vanilla").returncode == 2
