@@ -49,7 +49,7 @@ def run(main: Callable[[], None]) -> None:
             _finish_output()
             raise
         _finish_output()
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has seen enough
         _drop_output()
         sys.exit(1)
     except KeyboardInterrupt:
@@ -71,7 +71,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _shortened(line: str) -> str:
-    """Return a line that somebody may read: of a long one, its beginning and its end."""
+    """Return a line short enough to read: of a long one, its beginning and its end."""
     half = LINE_LETTERS // 2
     return line if len(line) <= LINE_LETTERS else f"{line[:half]} ... {line[-half:]}"
 

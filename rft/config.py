@@ -154,7 +154,7 @@ class MethodConfig:
         return self.random_mask == "fixed" or (self.random_mask == "auto" and self.fill == "none")
 
     def __post_init__(self) -> None:
-        # an option without effect is a mistake that nobody would see
+        # an option without effect is a mistake that stays unseen
         masks = self.distill_weight > 0 or self.mask == "none"
         _require(masks, "method.mask", self.mask, "none where distill-weight is 0")
         fills = self.mask != "none" or self.fill == "none"

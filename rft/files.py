@@ -365,7 +365,7 @@ def remove(url: str) -> None:
 
 
 def sweep(url: str) -> None:
-    """Delete what killed writers left in a folder that nobody else writes now."""
+    """Delete what killed writers left in a folder that no other process writes now."""
     for name in names(url):
         if TEMPORARY.fullmatch(name):
             remove(join(url, name))

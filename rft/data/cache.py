@@ -101,7 +101,7 @@ class Cache:
     a filler that lives from one that was killed. There is no owner and no bookkeeping but the
     folder itself.
 
-    When room is needed, the files that nobody asks for go: those of other data sets first, then the
+    When room is needed, the files that no process asks for go: those of other data sets first, then the
     newest of our own. Shards come round once an epoch, where throwing away the least recently used
     would always throw away the next one to come; so a fixed part of the set stays.
     """
@@ -158,7 +158,7 @@ class Cache:
             known: sha256 of all shards of this data set.
 
         Raises:
-            ValueError: if somebody put something else than a file of the cache in its place.
+            ValueError: if something else than a file of the cache is in its place.
         """
         final = self.path(shard).name
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ class Cache:
             with suppress(FileNotFoundError):
                 status = folder.status(name)
                 if not stat.S_ISREG(status.st_mode):
-                    continue  # somebody else's: it takes no room, and is refused when it is read
+                    continue  # a different user's: it takes no room, and is refused when it is read
                 if PART.fullmatch(name) and _delete_abandoned(folder, name):
                     continue
                 used += status.st_size
@@ -240,7 +240,7 @@ class Part:
         self.name = name
         self._folder, self._final = folder, final
         self.descriptor = folder.open(name, os.O_RDWR | os.O_CREAT)
-        # written and cut at once: with another name it may be somebody's file
+        # written and cut at once: with another name it may be a file of the user's
         if os.fstat(self.descriptor).st_nlink > 1:
             os.close(self.descriptor)
             raise ValueError(f"{folder.path / name} has a second name elsewhere; remove it")
@@ -257,7 +257,7 @@ class Part:
 
     def publish(self) -> None:
         """Make it the shard's file."""
-        # whoever adds up the files now would look for it under neither of its names
+        # a process that adds up the files now would look for it under neither of its names
         with self._folder.lock():
             self._folder.rename(self.name, self._final)
 
@@ -293,7 +293,7 @@ def _delete_abandoned(folder: Folder, name: str) -> bool:
     """Delete a part whose filler was killed; False if one is alive."""
     descriptor = folder.open(name, os.O_RDWR)
     try:
-        # while we have the lock of the file that has the name, nobody can put another there
+        # while we have the lock of the file that has the name, no process can put another there
         if not (_lock(descriptor) and _is_named(folder, name, descriptor)):
             return False
         folder.delete(name)

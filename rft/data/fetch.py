@@ -2,7 +2,7 @@
 
 A remote range has a known length, so a dropped or stalled connection is noticed and what is missing
 is asked for again. A node-local cache may hold whole shards. It is filled in the background and
-nobody ever waits for it: a sample whose shard is not there yet is read by its own range. So the
+no process waits for it: a sample whose shard is not there yet is read by its own range. So the
 cache decides how fast a batch comes, never what is in it, and any of its files may go at any time.
 """
 

@@ -1,7 +1,7 @@
 """A manifest and an index for shards that were made elsewhere: they are read, never written.
 
 Every shard is walked strictly and read once. A sample (see `rft.data.samples`) needs one image and
-one label. A suffix nobody knows is refused, so that a second picture (`x.seg.png`) never goes
+one label. An unknown suffix is refused, so that a second picture (`x.seg.png`) never goes
 unnoticed; `--ignore` names the suffixes that may be passed over. Images are only identified here;
 `tools/verify_shards.py --deep` decodes them.
 """

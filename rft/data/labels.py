@@ -104,7 +104,7 @@ def scoring_hash(
 ) -> str:
     """Return what a plan keeps of its label space and scoring rule, to compare with a manifest's.
 
-    Short, because it is for people to compare; nobody has a reason to forge it.
+    Short, because it is for people to compare; there is no reason to forge it.
     """
     space = {"ids": ids, "names": names, "templates": templates}
     return files.sha256_json([space, groups])[:16]

@@ -187,7 +187,7 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> Plan:
         "shard_bytes": shard_bytes,
         "samples": len(order),
         "source_bytes": sum(item.bytes for item in order),
-        # short, because they are for people to compare; nobody has a reason to forge them
+        # short, because they are for people to compare; there is no reason to forge them
         "items": files.sha256_json(listing)[:16],
         "labels": scoring_hash(labels.ids, labels.names, labels.templates, source.groups),
     }

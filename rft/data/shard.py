@@ -146,7 +146,7 @@ def write_shard(job: Job) -> Written:
     try:
         return _write(job)
     except FileNotFoundError:
-        # the same task may run twice; whoever ends first completes the set and tidies up
+        # the same task may run twice; the one that ends first completes the set and tidies up
         if files.exists(job.commit_url) and is_committed(job, file_sizes(job.out)):
             return Written(len(job.items), 0)
         raise
@@ -274,7 +274,7 @@ class TarStream:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """Return the header of a member: owner root, mode 0444, time 0, whoever writes it and when.
+    """Return the header of a member: owner root, mode 0444, time 0, on any machine at any time.
 
     The bytes are tarfile's. Its own code takes longer than copying an image does, so a header that
     fits into one block is made from a finished one by putting in name, size and checksum.

@@ -275,7 +275,7 @@ def _locate(dataset: str, source: Path) -> Path:
 def _imagenet(dataset: str, source: Path, labels: LabelSpace) -> Source:
     """List ImageNet's training or validation images in the form they are there.
 
-    Class folders go first: whoever extracted an archive often keeps it.
+    Class folders go first: an archive is often kept beside what was extracted.
     """
     class_of = {name: class_id for class_id, name in enumerate(labels.ids)}
     candidates = [source / name for name in LAYOUTS[dataset] if (source / name).is_dir()]

@@ -93,7 +93,7 @@ def _png_files(folder: Path) -> Iterator[Path]:
 def _keys_of(path: Path) -> set[str]:
     """Return the keys that the sample of a mask may have: all or the end of its path.
 
-    rft joins folder and name by "_" where names alone are not different; shards that somebody else
+    rft joins folder and name by "_" where names alone are not different; shards that other code
     made may have "/" in their keys.
     """
     *folders, stem = path.with_suffix("").parts

@@ -161,7 +161,7 @@ def load_run(path: Path) -> Run:
 
 
 def _require_publishable(path: Path, text: str) -> None:
-    """Check the text that a report shows of a file: it may have recorded what somebody typed."""
+    """Check the text that a report shows of a file: it may hold what was once typed."""
     if urls.redact(text) != text:
         raise ValueError(
             f"{path} has a URL with a credential, which a report would publish; take it out"

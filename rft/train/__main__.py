@@ -335,7 +335,7 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
     dist.require_agreement(world, "data fingerprint", job.fingerprint)
     run = RunFolder(config)
     with run.taken(world, request):
-        # whoever was in the folder until now may have finished it
+        # the job that was in the folder until now may have finished it
         if done := dist.from_main(world, dist.on_main(world, lambda: finished(config))):
             tell_finished(config, done, world)
             return 0

@@ -4,7 +4,7 @@ A checkpoint holds weights, optimizer state, the step, the best held-out count s
 must agree with: the run's identity and the data fingerprint. There is no random state in it:
 randomness is addressed by step (rft/rng.py). Beside each file lies a record with its hash, written
 before the file gets its name: a file whose record does not fit is damaged, and the one before it is
-used. A record vouches for bytes that were damaged by chance. It was written by whoever wrote the
+used. A record vouches for bytes that were damaged by chance. It has the same writer as the
 file, so the content is compared with the run that resumes before anything of it is used.
 
 They are written by a thread of their own from a copy in memory, so that training goes on meanwhile.

@@ -72,7 +72,7 @@ class Journal:
             self._display.held_out(step, count)
 
     def collects(self, step: int) -> list[Counterfactuals] | None:
-        """Return a list for what this step distils on, None if nobody will look at it."""
+        """Return a list for what this step distils on, None if it will not be shown."""
         wanted = self._logs and self._image_steps and step % self._image_steps == 0
         return [] if wanted else None
 

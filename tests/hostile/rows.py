@@ -12,10 +12,10 @@ from tests.hostile.world import Place, Ran
 
 # refused: one line, nothing written. reported: verify_shards lists it as a problem. accepted: it is
 # unusual and right. either: whether it is taken does not matter, as long as it does no harm.
-# silent: nobody reads any more, so nothing is said.
+# silent: the reader is gone, so nothing is said.
 Answer = Literal["refused", "reported", "accepted", "either", "silent"]
 CODES = {"refused": 2, "reported": 1, "accepted": 0, "either": 2, "silent": 1}
-LONGEST_LINE = 2000  # letters of a line that somebody is to read
+LONGEST_LINE = 2000  # letters of a line, which a person is to read
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ def main() -> None:
             raise cli.unknown("target", name, list(TARGETS))
     if arguments.minutes <= 0 or arguments.jobs < 1:
         raise ValueError("--minutes must be above 0 and --jobs at least 1")
-    # threads that compute do not survive a fork, and whoever waits for them waits for ever
+    # threads that compute do not survive a fork, and waiting for them has no end
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "world"
@@ -135,7 +135,7 @@ def outcome_of(process: Any, reader: Any, *, late: bool) -> engine.Counts | None
 def fuzz_one(name: str, source: Path, folder: Path, seconds: float, seed: int, writer: Any) -> None:
     """Fuzz one target in this process."""
     with Path(os.devnull).open("w") as silence:
-        os.dup2(silence.fileno(), 1)  # warnings of what is accepted are nobody's
+        os.dup2(silence.fileno(), 1)  # warnings of what is accepted are not wanted
         os.dup2(silence.fileno(), 2)
     target = TARGETS[name](source, folder)
     writer.send(engine.explore_for(seconds, target, folder, seed))

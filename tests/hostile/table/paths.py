@@ -86,7 +86,7 @@ def cache_link(pattern: str) -> Callable[[Place], None]:
 
 
 def cached_run(what: str, damage: Callable[[Place], None], answer: Answer = "either") -> Row:
-    """A row for a training from a server through a cache that somebody has prepared."""
+    """A row for a training from a server through a cache that was prepared."""
     words = ["{url}/shards" if word == "shards" else word for word in FRESH]
     return row(
         what,
@@ -107,7 +107,7 @@ def resumed(place: Place) -> None:
 
 
 def resumed_with(damage: Callable[[Place], None]) -> Callable[[Place], None]:
-    """Let a run be one that somebody damaged before it is resumed."""
+    """Let a run be damaged before it is resumed."""
 
     def both(place: Place) -> None:
         resumed(place)
@@ -155,7 +155,7 @@ def rows() -> Iterator[Row]:
         answer: Answer = "reported" if words[0].endswith("verify_shards.py") else "refused"
         slow = words[0] not in ("tools/shard_folder.py", "tools/verify_shards.py", "rft.evaluate")
         says = name.rsplit("/", 1)[-1].rsplit(".", 1)[0].replace(".", r"\.")
-        # there, but nobody is bound to ask for it
+        # there, but no process is bound to ask for it
         spare = what in ("the vocabulary", "a mask", "a photo")
         writes = ["new/*", "new", "packed", "packed/*"]
         common = {"writes": writes, "slow": slow}
