@@ -101,9 +101,9 @@ class Cache:
     a filler that lives from one that was killed. There is no owner and no bookkeeping but the
     folder itself.
 
-    When room is needed, the files that no process asks for go: those of other data sets first, then the
-    newest of our own. Shards come round once an epoch, where throwing away the least recently used
-    would always throw away the next one to come; so a fixed part of the set stays.
+    When room is needed, the files that no process asks for go: those of other data sets first, then
+    the newest of our own. Shards come round once an epoch, where throwing away the least recently
+    used would always throw away the next one to come; so a fixed part of the set stays.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
