@@ -117,6 +117,19 @@ def test_python_is_checked_as_json_is():
         Config(recipe="vanilla", data="x")  # pyrefly: ignore[missing-argument]
 
 
+@pytest.mark.parametrize("config", [documents.STRICT, documents.FOREIGN])
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_no_number_is_too_large_for_a_float(config, number: str):
+    """JSON has no infinity, but numbers that become one."""
+
+    @document(config=config)
+    class Measured:
+        seconds: float
+
+    with pytest.raises(ValueError, match=r"x\.json: seconds is -?inf; it must be a finite number"):
+        decode(f'{{"seconds": {number}}}'.encode(), Measured, "x.json")
+
+
 @pytest.mark.slow
 @given(
     st.recursive(

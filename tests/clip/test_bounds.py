@@ -80,3 +80,16 @@ def test_a_good_configuration_stays_the_dict_that_was_given():
     found = HubConfig(model_cfg=formats.CONFIG)
     assert found.model_cfg == formats.CONFIG
     assert found.preprocess_cfg == {}
+
+
+@pytest.mark.parametrize("where", ["vision_cfg", "text_cfg"])
+def test_each_limit_is_where_it_says(where: str):
+    for name, bound in (bounds.VISION if where == "vision_cfg" else bounds.TEXT).items():
+        for value in (0, -1, bound.limit + 1):
+            config = {**formats.CONFIG, where: {**formats.CONFIG[where], name: value}}
+            with pytest.raises(ValueError, match=rf"{where}\.{name} is {value}; it must be"):
+                HubConfig(model_cfg=config)
+    with pytest.raises(
+        ValueError, match="embed_dim is 4097; it must be less than or equal to 4096"
+    ):
+        HubConfig(model_cfg={**formats.CONFIG, "embed_dim": bounds.EMBED_DIM.limit + 1})
