@@ -13,7 +13,7 @@ from pathlib import Path
 from rft import cli, files
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/decisions.md", "docs/data.md", "docs/cluster.md")
+PAGES = ("README.md", "docs/decisions.md", "docs/data.md", "docs/cluster.md", "docs/security.md")
 RESULTS = "docs/results"
 COPIED = (
     "table.md", "table.csv", "paper.md", "paper.csv",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.hostile import world
+from tests.hostile.__main__ import RESULT, to_markdown
 from tests.hostile.rows import Row, complaints
 from tests.hostile.sandbox import Sandbox, snapshot
 from tests.hostile.server import hostile_server
@@ -55,3 +56,8 @@ def test_row(row: Row, root: Path, sandbox: Sandbox) -> None:
 def test_names_of_rows_differ() -> None:
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names) >= LEAST
+
+
+def test_the_saved_table_counts_these_rows() -> None:
+    """docs/security.md shows it; `python -m tests.hostile --save` writes it again."""
+    assert RESULT.read_text() == to_markdown()
