@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from rft import documents, files
+from rft.gallery import read as read_gallery
 from rft.records import Provenance
 from rft.report import beside, gallery, plots, tables
 from rft.report.beside import Beside
@@ -98,7 +99,7 @@ def build(paths: Sequence[Path]) -> Report:
             "scatter.png": plots.scatter(rows),
             "wise.png": plots.wise_picture(rows),
             "curves.png": plots.curves(runs),
-            "gallery.png": gallery.picture(gallery.load_gallery(example.gallery_path))
+            "gallery.png": gallery.picture(read_gallery(example.gallery_path))
             if example
             else None,
         },

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
@@ -375,6 +376,18 @@ def _axes(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
 
 def png(figure: Figure) -> bytes:
     """Return a figure as PNG, pixel for pixel at its own resolution."""
+    return encoded(drawn(figure))
+
+
+def drawn(figure: Figure) -> np.ndarray:
+    """Return the pixels of a figure, RGBA (H, W, 4)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def encoded(pixels_HWC: np.ndarray) -> bytes:
+    """Return pixels as PNG."""
     stream = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(stream)
+    imsave(stream, pixels_HWC, format="png", origin="upper", dpi=DPI)
     return stream.getvalue()

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from rft.gallery import read as read_gallery
 from rft.report import gallery, labels, plots
 from rft.report.runs import load_runs
 from rft.report.tables import GRID, result_rows
@@ -330,7 +331,7 @@ def test_donors_on_pixels_equal_a_loop(case):
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "patch", "shown"), [(48, 8, 192), (224, 32, 224), (16, 4, 192)])
 def test_gallery(tmp_path, size, patch, shown):
-    loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz", size, patch, batch=3))
+    loaded = read_gallery(make_gallery(tmp_path / "gallery.npz", size, patch, batch=3))
     assert gallery.enlarge(loaded).images_BHWC.shape == (3, shown, shown, 3)
     names = [(view.group, view.title) for view in gallery.columns(loaded)]
     assert names[:4] == [
@@ -340,7 +341,7 @@ def test_gallery(tmp_path, size, patch, shown):
     pixels = decode(gallery.picture(loaded))
     views = gallery.columns(gallery.enlarge(loaded))
     for left, view in zip(gallery._lefts(views, shown), views, strict=True):
-        for row, tile in enumerate(view.tiles_BHWC):
+        for row, tile in enumerate(view.tiles()):
             top = gallery.HEAD + row * (shown + gallery.GAP)
             np.testing.assert_array_equal(pixels[top : top + shown, left : left + shown], tile)
     # around the tiles are their names and a scale
@@ -351,7 +352,7 @@ def test_gallery(tmp_path, size, patch, shown):
 
 @pytest.mark.slow
 def test_small_images_are_enlarged_without_blur(tmp_path):
-    loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz"))
+    loaded = read_gallery(make_gallery(tmp_path / "gallery.npz"))
     large = gallery.enlarge(loaded)
     np.testing.assert_array_equal(large.images_BHWC[:, ::4, ::4], loaded.images_BHWC)
     found = Image.open(io.BytesIO(gallery.picture(loaded))).convert("RGB")
@@ -361,8 +362,8 @@ def test_small_images_are_enlarged_without_blur(tmp_path):
 
 
 def test_the_mask_is_read_off_the_drops(tmp_path):
-    loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz"))
-    mask = gallery.columns(loaded)[2].tiles_BHWC
+    loaded = read_gallery(make_gallery(tmp_path / "gallery.npz"))
+    mask = gallery.columns(loaded)[2].tiles()
     dropped = (loaded.donors["object-mask-no-fill"] == -1).reshape(-1, 6, 6)
     dark = (mask[:, ::8, ::8] == gallery.MASKED).all(axis=3)
     np.testing.assert_array_equal(dark, dropped)
@@ -371,7 +372,7 @@ def test_the_mask_is_read_off_the_drops(tmp_path):
 def test_an_unknown_strategy_has_its_own_column(tmp_path):
     donors = np.zeros((6, 36), dtype=np.int64)
     path = make_gallery(tmp_path / "g.npz", **{"donor/mosaic": donors})
-    assert gallery.columns(gallery.load_gallery(path))[-1].group == "mosaic"
+    assert gallery.columns(read_gallery(path))[-1].group == "mosaic"
 
 
 @pytest.mark.parametrize(
@@ -391,7 +392,7 @@ def test_an_unknown_strategy_has_its_own_column(tmp_path):
 def test_galleries_that_do_not_fit_are_refused(tmp_path, columns, message):
     path = make_gallery(tmp_path / "gallery.npz", **columns)
     with pytest.raises(ValueError, match=message) as caught:
-        gallery.load_gallery(path)
+        read_gallery(path)
     assert str(path) in str(caught.value)
 
 
@@ -400,4 +401,4 @@ def test_what_is_not_npz_is_refused(tmp_path):
     for content in (b"", b"PK\x03\x04 broken", b"text"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="not a gallery"):
-            gallery.load_gallery(path)
+            read_gallery(path)
