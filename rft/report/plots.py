@@ -4,11 +4,13 @@ Figures are made through matplotlib's object interface and returned as PNG bytes
 Recipes differ by marker and fill as well as by colour (Okabe and Ito's, safe for the colour-blind).
 """
 
+import contextlib
 import io
 import math
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise, product
+from itertools import chain, islice, pairwise, product
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,6 +20,7 @@ from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
+from rft import cli
 from rft.records import Metrics
 from rft.report.labels import DPI, Box, Point, nearest, place_labels
 from rft.report.runs import Run
@@ -32,6 +35,7 @@ from rft.report.tables import (
     wise_model,
 )
 
+MODELS = 64  # of a picture; labels that keep clear of each other take time with their square
 LED = DPI / 11  # pixels from a marker to its label that want a line between them
 
 INK, MUTED, GRID_LINE = "#222222", "#6b6b6b", "#e4e4e4"
@@ -179,8 +183,18 @@ def _line(
 
 
 def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> bytes:
-    """Return marks and lines in the plane of ImageNet accuracy and OOD average, as PNG."""
+    """Return the first marks, and lines, in the plane of ImageNet accuracy and OOD average."""
     figure, axes = _axes(8.2, 5.6, 1)
+    if left_out := _left_out(len(marks)):
+        axes[0].set_title(left_out, fontsize=8.5, color=MUTED, loc="left")
+        marks = marks[:MODELS]
+        there = {(mark.x.mean, mark.y.mean) for mark in marks}
+        kept = (tuple(point for point in line.through if point in there) for line in lines)
+        lines = [
+            replace(line, through=through)
+            for line, through in zip(lines, kept, strict=True)
+            if through
+        ]
     axes[0].set_xlabel("ImageNet top-1 (%)", fontsize=10, color=INK)
     axes[0].set_ylabel("OOD average top-1 (%)", fontsize=10, color=INK)
     axes[0].margins(0.12)
@@ -192,6 +206,11 @@ def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> bytes:
     figure.tight_layout()
     _label_marks(figure, axes[0], marks, lines)
     return png(figure)
+
+
+def _left_out(count: int) -> str:
+    """Return the line that says that a picture has not all models; empty if it has."""
+    return f"the first {MODELS} of {count:,} models" if count > MODELS else ""
 
 
 def _draw_mark(axes: Axes, mark: Mark) -> None:
@@ -299,7 +318,7 @@ def curve(run: Run, panel: Panel) -> dict[int, float]:
     """Return step -> value of one run; a quantity that is always zero was not in its loss."""
     values = {
         line.step: value
-        for line in run.metrics
+        for line in sorted(run.metrics, key=lambda line: line.step)
         if (value := panel.value(line)) is not None and math.isfinite(value)
     }
     return values if any(values.values()) else {}
@@ -307,8 +326,9 @@ def curve(run: Run, panel: Panel) -> dict[int, float]:
 
 def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
     """Return the mean over curves at the steps that all of them have."""
-    steps = set.intersection(*(set(values) for values in curves))
-    return {step: float(np.mean([values[step] for values in curves])) for step in sorted(steps)}
+    steps = sorted(set.intersection(*(set(values) for values in curves)))
+    values_LS = np.array([[values[step] for step in steps] for values in curves])
+    return dict(zip(steps, values_LS.mean(axis=0).tolist(), strict=True))
 
 
 def curves(runs: Sequence[Run]) -> bytes | None:
@@ -317,10 +337,12 @@ def curves(runs: Sequence[Run]) -> bytes | None:
     A thin line is a run, the thick one its recipe's mean. A recipe with a single point, such as
     zero-shot, is a level across the panel.
     """
+    logged = by_recipe([run for run in runs if run.metrics])
+    shown = dict(islice(logged.items(), MODELS))
     found = {
         panel: {
             recipe: lines
-            for recipe, members in by_recipe(runs).items()
+            for recipe, members in shown.items()
             if (lines := [line for run in members if (line := curve(run, panel))])
         }
         for panel in PANELS
@@ -339,9 +361,18 @@ def curves(runs: Sequence[Run]) -> bytes | None:
             handles.setdefault(recipe, Line2D([], [], color=look.color, linestyle=look.line, lw=2))
     handles = {recipe: handles[recipe] for recipe in sorted(handles, key=order)}
     columns = min(len(handles), 5)
-    figure.tight_layout(rect=(0, 0.045 + 0.055 * math.ceil(len(handles) / columns), 1, 1))
+    left_out = _left_out(len(logged))
+    lines_below = math.ceil(len(handles) / columns) + bool(left_out)
+    figure.tight_layout(rect=(0, 0.045 + 0.055 * lines_below, 1, 1))
     legend = figure.legend(
-        handles.values(), handles, loc="lower center", ncols=columns, fontsize=9, frameon=False
+        handles.values(),
+        handles,
+        loc="lower center",
+        ncols=columns,
+        fontsize=9,
+        frameon=False,
+        title=left_out or None,
+        title_fontproperties={"size": 8.5},
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -372,6 +403,20 @@ def _axes(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
         ax.grid(color=GRID_LINE, linewidth=0.7)
         ax.set_axisbelow(True)
     return figure, axes
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Print what is warned of while pictures are drawn, in one line that any terminal can show.
+
+    matplotlib warns of each letter that its font does not have, and repeats it as it is.
+    """
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        yield
+    if found:
+        more = f" (and {len(found) - 1} more warnings)" if found[1:] else ""
+        cli.note(f"of the pictures, matplotlib says: {found[0].message}{more}")
 
 
 def png(figure: Figure) -> bytes:
