@@ -67,7 +67,7 @@ def check(arrays: Mapping[str, np.ndarray]) -> Gallery:
         raise ValueError("images_BCHW must be square and of type uint8")
     if not (1 <= batch <= IMAGES and 1 <= height <= SIDE):
         found = f"{batch} images of {height} pixels a side"
-        raise ValueError(f"images_BCHW is {found}; it may be {IMAGES} of {SIDE}")
+        raise ValueError(f"images_BCHW is {found}; it may be 1 to {IMAGES} of 1 to {SIDE}")
     patch = _array(arrays, "patch", "iu", ()).item()
     if patch < 1 or height % patch:
         raise ValueError(f"patch is {patch}: {height} x {width} pixels cannot be cut into such")
@@ -102,12 +102,12 @@ def _array(
     array = arrays[name]
     if array.dtype.kind not in kinds:
         wanted = {"u": "uint8", "f": "floating-point", "U": "texts"}.get(kinds, "whole numbers")
-        raise ValueError(f"{name!a} is of type {array.dtype}; it must be {wanted}")
+        raise ValueError(f"{name} is of type {array.dtype}; it must be {wanted}")
     if array.ndim != len(shape) or any(
         wanted not in (None, found) for found, wanted in zip(array.shape, shape, strict=True)
     ):
         wanted = ", ".join("any" if length is None else str(length) for length in shape)
-        raise ValueError(f"{name!a} has shape {array.shape}; it must be ({wanted})")
+        raise ValueError(f"{name} has shape {array.shape}; it must be ({wanted})")
     return array
 
 
@@ -117,7 +117,7 @@ def _whole(
     """Return an array of whole numbers from `least` to before `end`."""
     array = _array(arrays, name, "iu", shape)
     if array.min() < least or array.max() >= end:
-        raise ValueError(f"{name!a} must have numbers from {least} to {end - 1}")
+        raise ValueError(f"{name} must have numbers from {least} to {end - 1}")
     return array.astype(np.int64)
 
 
@@ -127,4 +127,4 @@ def _text(name_1: np.ndarray) -> str:
         text = name_1.tobytes().decode("utf-32-le")
     except UnicodeDecodeError as error:
         raise ValueError("class_names has letters that are not of Unicode") from error
-    return convert(text.rstrip("\0"), Text, "a text of class_names")
+    return convert(text.rstrip("\0"), Text, "class_names")

@@ -36,6 +36,7 @@ from rft.report.tables import (
 )
 
 MODELS = 64  # of a picture; labels that keep clear of each other take time with their square
+HEIGHT = 3.7  # inches of the curves, with what lies below them
 LED = DPI / 11  # pixels from a marker to its label that want a line between them
 
 INK, MUTED, GRID_LINE = "#222222", "#6b6b6b", "#e4e4e4"
@@ -350,7 +351,12 @@ def curves(runs: Sequence[Run]) -> bytes | None:
     panels = [panel for panel in PANELS if found[panel]]
     if not panels:
         return None
-    figure, axes = _axes(4 * len(panels), 3.7, len(panels))
+    recipes = {recipe for panel in panels for recipe in found[panel]}
+    columns, left_out = min(len(recipes), 5), _left_out(len(logged))
+    lines_below = math.ceil(len(recipes) / columns) + bool(left_out)
+    # so many lines leave half of the height to the panels
+    height = HEIGHT * max(1, lines_below / 8)
+    figure, axes = _axes(4 * len(panels), height, len(panels))
     handles: dict[str, Line2D] = {}
     for panel, ax in zip(panels, axes, strict=True):
         ax.set_title(panel.title, fontsize=10, color=INK, loc="left")
@@ -360,10 +366,7 @@ def curves(runs: Sequence[Run]) -> bytes | None:
             look = style(recipe)
             handles.setdefault(recipe, Line2D([], [], color=look.color, linestyle=look.line, lw=2))
     handles = {recipe: handles[recipe] for recipe in sorted(handles, key=order)}
-    columns = min(len(handles), 5)
-    left_out = _left_out(len(logged))
-    lines_below = math.ceil(len(handles) / columns) + bool(left_out)
-    figure.tight_layout(rect=(0, 0.045 + 0.055 * lines_below, 1, 1))
+    figure.tight_layout(rect=(0, (0.045 + 0.055 * lines_below) * HEIGHT / height, 1, 1))
     legend = figure.legend(
         handles.values(),
         handles,

@@ -212,10 +212,9 @@ def read_metrics(path: Path, most: int = MAX_LINES) -> tuple[Metrics, ...]:
     """
     found = tuple(logged.metrics for logged in islice(records.read_metrics(path), most + 1))
     if len(found) > most:
-        rest = "" if most == MAX_LINES else f", {most:,} after those of the runs before it"
         raise ValueError(
-            f"{path} has more lines than a report draws ({MAX_LINES:,} of all its runs{rest}); "
-            "report on fewer runs, or move the file away"
+            f"{path} has more than {most:,} lines; a report draws {MAX_LINES:,}, of all its runs "
+            "together: name fewer runs"
         )
     return found
 

@@ -2,6 +2,8 @@
 
 import io
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from rft.gallery import read as read_gallery
+from rft.records import Metrics
 from rft.report import gallery, labels, plots
 from rft.report.runs import load_runs
 from rft.report.tables import GRID, result_rows
@@ -217,6 +220,40 @@ def test_distilled_logits_have_a_panel(tmp_path, drawn):
     assert [bool(plots.curve(run, plots.PANELS[2])) for run in runs] == [True, False]
 
 
+@pytest.mark.slow
+def test_pictures_have_a_bounded_number_of_models(drawn):
+    # some letters have no width
+    names = [f"wise-m{n // 9}-0.{n % 9 + 1}" for n in range(450)] + ["\u200d" * n for n in (1, 2)]
+    runs = [
+        replace(run_of(name, percent=ALL), metrics=(Metrics(step=1, ce=1.0),)) for name in names
+    ]
+    rows = result_rows(runs)
+    _, (axes,) = drawn(plots.scatter, rows)  # one of each family
+    assert (len(axes.containers), axes.get_title(loc="left")) == (52, "")
+    _, (axes,) = drawn(plots.wise_picture, rows)
+    assert len(axes.containers) == plots.MODELS
+    assert axes.get_title(loc="left") == "the first 64 of 450 models"
+    _, (axes,) = drawn(plots.curves, runs)
+    assert len(axes.lines) == plots.MODELS
+    (legend,) = axes.figure.legends
+    assert legend.get_title().get_text() == "the first 64 of 452 models"
+
+
+def test_steps_are_drawn_in_their_order():
+    lines = tuple(Metrics(step=step, ce=float(step)) for step in (5, 1, 3))
+    run = replace(run_of("vanilla"), metrics=lines)
+    assert list(plots.curve(run, plots.PANELS[0])) == [1, 3, 5]
+
+
+def test_letters_without_a_glyph_are_one_line_that_a_terminal_can_show(capsys):
+    with plots.explained():
+        rows = result_rows([run_of("\u4e00\u4e01\U0001f3f4\U000e0067", percent=ALL)])
+        assert plots.scatter(rows)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"note: of the pictures, matplotlib says: Glyph \d+ .* more warnings\)", line)
+    assert line.isprintable()
+
+
 def test_nothing_to_curve():
     assert plots.curves([run_of("vanilla", percent=ALL)]) is None
 
@@ -375,25 +412,66 @@ def test_an_unknown_strategy_has_its_own_column(tmp_path):
     assert gallery.columns(read_gallery(path))[-1].group == "mosaic"
 
 
+def letter(code: int) -> np.ndarray:
+    """Six class names, of which numpy makes no text."""
+    return np.full(6, code, np.uint32).view("<U1")
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"patch": np.array(7)}, "cannot be cut"),
         ({"relevance_BP": np.zeros((6, 35))}, "relevance_BP has shape"),
-        ({"donor/x": np.full((6, 36), 6)}, "outside the batch"),
-        ({"donor/x": np.full((6, 36), -2)}, "outside the batch"),
-        ({"donor/x": np.zeros((6, 36))}, "outside the batch"),
+        ({"relevance_BP": np.full((6, 36), "x")}, "relevance_BP is of type <U1"),
+        ({"relevance_BP": np.full((6, 36), np.nan)}, "relevance_BP must be finite"),
+        ({"relevance_BP": np.full((6, 36), 1e300)}, "relevance_BP must be finite"),
+        ({"donor/x": np.full((6, 36), 6)}, "donor/x must have numbers from -1 to 5"),
+        ({"donor/x": np.full((6, 36), -2)}, "donor/x must have numbers from -1 to 5"),
+        ({"donor/x": np.zeros((6, 36))}, "donor/x is of type float64"),
+        ({"donor/x": np.zeros((6, 36), bool)}, "donor/x is of type bool"),
+        ({"donor/\x1b[31m": np.zeros((6, 36), int)}, "name of a donor map: it is '.x1b"),
+        ({"donor/": np.zeros((6, 36), int)}, "name of a donor map"),
         ({"images_BCHW": np.zeros((6, 3, 48, 48))}, "uint8"),
+        ({"images_BCHW": np.zeros((6, 3, 48, 48), np.uint16)}, "uint8"),
+        ({"images_BCHW": np.zeros((6, 3, 0, 0), np.uint8)}, "6 images of 0 pixels"),
+        ({"images_BCHW": np.zeros((6, 3, 48, 40), np.uint8)}, "square"),
+        ({"patch": np.array(np.inf)}, "patch is of type float64"),
+        ({"patch": np.array(0)}, "patch is 0"),
+        ({"patch": np.array([8])}, "patch has shape"),
+        ({"labels_B": np.zeros(6)}, "labels_B is of type float64"),
+        ({"labels_B": np.full(6, np.nan)}, "labels_B is of type float64"),
+        ({"class_names": np.full((6, 1), "x")}, "class_names has shape"),
+        ({"class_names": letter(0xD800)}, "class_names has letters that are not of Unicode"),
+        ({"class_names": letter(0x7FFFFFFF)}, "class_names has letters that are not of Unicode"),
+        ({"class_names": np.full(6, "x" * 100_001)}, "class_names: it is 'x.* at most 100000"),
         ({"images_BCHW": np.zeros((3, 48, 48), dtype=np.uint8)}, "not a gallery"),
         ({"labels_B": np.arange(1, 7)}, "labels_B"),
         ({"class_names": np.array([{}], dtype=object)}, "not a gallery"),
     ],
 )
 def test_galleries_that_do_not_fit_are_refused(tmp_path, columns, message):
-    path = make_gallery(tmp_path / "gallery.npz", **columns)
+    path = make_gallery(tmp_path / "gallery.npz")
+    np.savez(path, **{**np.load(path), **columns})
     with pytest.raises(ValueError, match=message) as caught:
         read_gallery(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_gallery_without_an_array_is_refused(tmp_path):
+    path = make_gallery(tmp_path / "gallery.npz")
+    arrays = dict(np.load(path))
+    for name in [name for name in arrays if not name.startswith("donor/")]:
+        np.savez(path, **{other: array for other, array in arrays.items() if other != name})
+        with pytest.raises(ValueError, match=f"gallery.npz is not.*: {name} is missing"):
+            read_gallery(path)
+
+
+def test_whole_numbers_of_any_type_are_donors(tmp_path):
+    donors = np.zeros((6, 36), np.uint64)
+    path = make_gallery(tmp_path / "gallery.npz", **{"donor/mosaic": donors})
+    loaded = read_gallery(path)
+    tiles = gallery.columns(loaded)[-1].tiles()
+    np.testing.assert_array_equal(tiles, loaded.images_BHWC[np.zeros(6, int)])
 
 
 def test_what_is_not_npz_is_refused(tmp_path):
