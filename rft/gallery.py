@@ -75,7 +75,7 @@ def check(arrays: Mapping[str, np.ndarray]) -> Gallery:
     with np.errstate(over="ignore"):
         relevance_BP = _array(arrays, "relevance_BP", "f", shape).astype(np.float32)
     # written so that NaN does not pass
-    if not (-STRENGTH <= relevance_BP.min() and relevance_BP.max() <= STRENGTH):
+    if not (relevance_BP.min() >= -STRENGTH and relevance_BP.max() <= STRENGTH):
         raise ValueError(f"relevance_BP must be finite, from {-STRENGTH:,.0f} to {STRENGTH:,.0f}")
     class_names = _array(arrays, "class_names", "U", (None,))
     labels_B = _whole(arrays, "labels_B", (batch,), 0, len(class_names))

@@ -24,7 +24,9 @@ from rft.runs import (
 
 RUNS = 2000  # of one report
 DEPTH = 32  # folders between a path that is named and its runs
-MAX_LINES = 2**19  # of all metrics.jsonl of a report; the default trainings of the paper have 150,000
+MAX_LINES = (
+    2**19
+)  # of all metrics.jsonl of a report; the default trainings of the paper have 150,000
 DOCUMENT_BYTES = 2**25  # of all other documents of a report; a run has some ten thousand
 SETTINGS_LETTERS = 2**16  # of a run's settings on the page; a training has some thousand
 
@@ -226,7 +228,8 @@ def check_current(runs: Sequence[Run]) -> None:
         ValueError: naming the first stale one, with the command that evaluates it again, or weights
             that are not those of their run.
     """
-    warnings = []
+    warnings: list[str] = []
+    changed: list[Path] = []
     for run in runs:
         try:
             warnings += require_current(run.path, run.results)
@@ -235,14 +238,22 @@ def check_current(runs: Sequence[Run]) -> None:
             require_own_weights(run.path)
             raise
         require_own_weights(run.path, sha256=run.results.checkpoint_sha256)
-        check_config(run)
+        check_step(run)
+        if run.results.config_sha256 not in (None, files.sha256_file(run.path / records.CONFIG)):
+            changed.append(run.path / records.CONFIG)
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if changed[1:] else ""
+        cli.warn(
+            f"{changed[0]}{more} was changed after the evaluation; its settings are shown as they "
+            "are"
+        )
     if warnings:
         more = f" (and {len(warnings) - 1} more runs)" if warnings[1:] else ""
         cli.warn(f"{warnings[0]}{more}")
 
 
-def check_config(run: Run) -> None:
-    """Check that a run folder's results.json is of its config.json and of its weights.
+def check_step(run: Run) -> None:
+    """Check that a run folder's results.json is of the step of its weights.
 
     Raises:
         ValueError: if it names another step than the weights do.
@@ -255,9 +266,6 @@ def check_config(run: Run) -> None:
             f"{run.path}/results.json says step {counted}, the weights are of step {step}; "
             "evaluate the run again"
         )
-    config = run.path / "config.json"
-    if run.results.config_sha256 not in (None, files.sha256_file(config)):
-        cli.warn(f"{config} was changed after the evaluation; its settings are shown as they are")
 
 
 def check_same_classes(runs: Sequence[Run]) -> None:

@@ -56,7 +56,9 @@ def write_gallery(
         mask_BP = draws.mask_BP
         if mask_BP is None:
             mask_BP = cam_mask(method, relevance_BP).cpu()
-        columns[f"{gallery.DONOR}{name}"] = refill.donors(mask_BP, draws.source_BP, draws.own_B1).numpy()
+        columns[f"{gallery.DONOR}{name}"] = refill.donors(
+            mask_BP, draws.source_BP, draws.own_B1
+        ).numpy()
     try:
         gallery.check(columns)
     except ValueError as error:

@@ -250,7 +250,9 @@ def test_letters_without_a_glyph_are_one_line_that_a_terminal_can_show(capsys):
         rows = result_rows([run_of("\u4e00\u4e01\U0001f3f4\U000e0067", percent=ALL)])
         assert plots.scatter(rows)
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"note: of the pictures, matplotlib says: Glyph \d+ .* more warnings\)", line)
+    assert re.fullmatch(
+        r"note: of the pictures, matplotlib says: Glyph \d+ .* more warnings\)", line
+    )
     assert line.isprintable()
 
 
