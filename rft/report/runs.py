@@ -24,9 +24,7 @@ from rft.runs import (
 
 RUNS = 2000  # of one report
 DEPTH = 32  # folders between a path that is named and its runs
-MAX_LINES = (
-    2**19
-)  # of all metrics.jsonl of a report; the default trainings of the paper have 150,000
+MAX_LINES = 2**19  # of all metrics of a report; 60 trainings as in the paper have 150,000
 DOCUMENT_BYTES = 2**25  # of all other documents of a report; a run has some ten thousand
 SETTINGS_LETTERS = 2**16  # of a run's settings on the page; a training has some thousand
 
