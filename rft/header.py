@@ -38,7 +38,7 @@ class Header(NamedTuple):
 class Entries:
     """What the header of one of rft's weights files says; older ones say less."""
 
-    step: Annotated[str, Field(pattern=r"^[0-9]{1,15}$")]
+    step: Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,14})$")]
     recipe: Name | None = None
     trained_on: Annotated[str, Field(max_length=1_000_000)] | None = None
     """JSON, for `rft.trained_on`."""

@@ -76,7 +76,7 @@ class Architecture:
         text = CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
         what = f"the image tower of {self.clip}"
         model = build(what, CLIP, self.embed_dim, vision, text, quick_gelu=self.quick_gelu)
-        return vit.check_supported(model.visual)
+        return vit.check_supported(model.visual, what)
 
     def expected(self) -> dict[str, Tensor]:
         """Return the weights of the tower as `visual.*`, without memory for any of them.
