@@ -307,7 +307,8 @@ class Index:
             letters = keys.view(np.uint8).reshape(len(keys), -1)
             # NumPy fills up with zeros
             wrong = ((letters < ord(" ")) & (letters > 0)) | (letters > ord("~"))
-            odd[start : start + len(keys)] = wrong.any(axis=1)
+            inside = (letters[:, :-1] == 0) & (letters[:, 1:] > 0)
+            odd[start : start + len(keys)] = wrong.any(axis=1) | inside.any(axis=1)
         return np.flatnonzero(odd)
 
     def unusable(self, manifest: Manifest) -> Iterator[tuple[np.ndarray, str]]:

@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from rft import cli, dist, files, records
@@ -88,7 +89,7 @@ def evaluate(
     console = Console(file=sys.stderr)
     with Progress(console=console, disable=not (world.is_main and console.is_terminal)) as bar:
         for name, dataset in packed.items():
-            task = bar.add_task(name, total=len(dataset) / world.size)
+            task = bar.add_task(escape(name), total=len(dataset) / world.size)
             counts = count_correct(
                 models,
                 dataset,
