@@ -623,7 +623,7 @@ def test_so_do_the_chunks_of_a_png() -> None:
     data = to_bytes(random_image(10, 10), "PNG")
     load_image(data[:33] + 250_000 * EMPTY_CHUNK + data[33:] + bytes(10**8), "x")
     for count in (300_001, 8_000_000):
-        with pytest.raises(ValueError, match="^x has more than 300,000 chunks; save it anew"):
+        with pytest.raises(ValueError, match=r"^x has more than 300,000 chunks; save it anew"):
             load_image(data[:33] + count * EMPTY_CHUNK + data[33:], "x")
 
 
