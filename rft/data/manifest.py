@@ -101,6 +101,13 @@ class Manifest:
                 raise ValueError(f"shards: {name!r} is named more than once")
         if not self.samples:
             raise ValueError("the shards hold no samples")
+        first: dict[str, str] = {}
+        for shard in self.shards:
+            if shard.samples and (name := first.setdefault(shard.sha256, shard.name)) != shard.name:
+                raise ValueError(
+                    f"shards: {name!r} and {shard.name!r} hold the same bytes, so samples would "
+                    "count twice; name one of them"
+                )
 
     @property
     def samples(self) -> int:
