@@ -500,6 +500,18 @@ def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     assert not (tmp_path / "hub").exists()
 
 
+@pytest.mark.parametrize("named", [(), ("--clip", formats.NAME)])
+def test_the_card_beside_a_file_keeps_its_preprocessing(convert, run, tmp_path, named):
+    state, architecture, metadata, classes = load_state(run / SELECTED)
+    own = dataclasses.replace(architecture, mean=(0.1, 0.2, 0.3))
+    save_state(str(tmp_path / "own.safetensors"), state, own, metadata, classes)
+    convert("export", tmp_path / "own.safetensors", "--to", "released", "--out", tmp_path / "m.pt")
+    convert("import", tmp_path / "m.pt", "--out", tmp_path / "back", *named)
+    found, returned, _, _ = load_state(tmp_path / "back" / SELECTED)
+    assert returned == own
+    assert same(found, state)
+
+
 @pytest.mark.parametrize("text", [None, "openai", "openai.pt"])
 def test_the_hub_is_not_asked_for_what_weights_name(refused, run, openai, monkeypatch, text):
     asked = []
@@ -515,7 +527,6 @@ def test_the_hub_is_not_asked_for_what_weights_name(refused, run, openai, monkey
     assert asked == []
 
 
-@pytest.mark.slow
 def test_an_import_does_not_ask_the_hub_for_what_a_header_names(
     refused, tmp_path, tiny_data, monkeypatch
 ):
