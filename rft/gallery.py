@@ -18,7 +18,8 @@ from rft.documents import Text, convert
 from rft.records import Recipe
 
 BYTES = 2**26  # of all arrays; `rft.train` writes some megabytes
-IMAGES, COLUMNS = 16, 24  # `rft.train` writes 8 images, and a donor map for each of 9 recipes
+IMAGES = 16  # `rft.train` writes 8
+COLUMNS = 24  # donor maps; `rft.train` writes one for each of 9 recipes
 SIDE = 512  # pixels, as open_clip's largest model has
 STRENGTH = 1e6  # of relevance; an image's maximum is 1, and bicubic resizing must not overflow
 DROP = -1
