@@ -221,22 +221,37 @@ def test_distilled_logits_have_a_panel(tmp_path, drawn):
 
 
 @pytest.mark.slow
-def test_pictures_have_a_bounded_number_of_models(drawn):
-    # some letters have no width
-    names = [f"wise-m{n // 9}-0.{n % 9 + 1}" for n in range(450)] + ["\u200d" * n for n in (1, 2)]
+def test_pictures_have_a_bounded_number_of_models(drawn, monkeypatch):
+    monkeypatch.setattr(plots, "MODELS", 8)
+    names = [f"wise-m{family}-0.{tenth}" for family in range(3) for tenth in range(1, 10)]
     runs = [
         replace(run_of(name, percent=ALL), metrics=(Metrics(step=1, ce=1.0),)) for name in names
     ]
     rows = result_rows(runs)
     _, (axes,) = drawn(plots.scatter, rows)  # one of each family
-    assert (len(axes.containers), axes.get_title(loc="left")) == (52, "")
+    assert (len(axes.containers), axes.get_title(loc="left")) == (3, "")
     _, (axes,) = drawn(plots.wise_picture, rows)
-    assert len(axes.containers) == plots.MODELS
-    assert axes.get_title(loc="left") == "the first 64 of 450 models"
+    assert len(axes.containers) == 8
+    assert axes.get_title(loc="left") == "the first 8 of 27 models"
     _, (axes,) = drawn(plots.curves, runs)
-    assert len(axes.lines) == plots.MODELS
+    assert len(axes.lines) == 8
     (legend,) = axes.figure.legends
-    assert legend.get_title().get_text() == "the first 64 of 452 models"
+    assert legend.get_title().get_text() == "the first 8 of 27 models"
+
+
+def test_the_curves_of_many_recipes_leave_room_for_their_names(drawn):
+    metrics = (Metrics(step=1, ce=1.0), Metrics(step=2, ce=2.0))
+    runs = [replace(run_of(f"r{n}", percent=ALL), metrics=metrics) for n in range(64)]
+    (height, *_), (axes,) = drawn(plots.curves, runs)
+    (legend,) = axes.figure.legends
+    below = legend.get_window_extent().y1 / height
+    assert below < axes.get_position().y0
+
+
+def test_labels_without_a_width_have_a_bounded_number_of_places():
+    bounds = (0.0, 0.0, 1640.0, 1120.0)
+    for width in (0.0, 0.1):
+        assert 1000 < len(labels.grid_boxes((width, 24.0), bounds)) < 20_000
 
 
 def test_steps_are_drawn_in_their_order():
