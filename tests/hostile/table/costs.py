@@ -374,7 +374,7 @@ def rows() -> Iterator[Row]:
         "2,000 recipes": many_runs(2000),
         "600 models on the paths of WiSE": many_runs(600, "wise-m{1}-0.{2}"),
         "100 recipes with short names": many_runs(100, "{}"),
-        "2,000 recipes with metrics": many_runs(2000, lines=250),
+        "2,000 recipes with metrics": many_runs(2000, lines=100),
     }.items():
         words = ("rft.report", "runs", "--out", "report")
         yield row(f"a report of {what}", words, damage, answer="accepted", thorough=True)
