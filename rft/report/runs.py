@@ -6,7 +6,7 @@ trusted to be well formed; everything after `load_run` may rely on what the type
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePath
 
@@ -81,8 +81,15 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     _require_affordable(found)
     runs, lines = [], 0
     for path in found:
-        runs.append(load_run(path, MAX_LINES - lines))
+        runs.append(load_run(path, max(MAX_LINES - lines, 0)))
         lines += len(runs[-1].metrics)
+    if lines > MAX_LINES:
+        # of some of the seeds, a mean curve would be another one
+        cli.warn(
+            f"no curves are drawn, because the metrics of all runs have more than {MAX_LINES:,} "
+            "lines together: name fewer runs to see them"
+        )
+        runs = [replace(run, metrics=()) for run in runs]
     check_current(runs)
     check_same_classes(runs)
     check_distinct(runs)
@@ -154,7 +161,7 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
 
     Args:
         path: the folder.
-        lines: how many its metrics.jsonl may have.
+        lines: of its metrics.jsonl, how many are read, and one more to tell that there is one.
 
     Raises:
         ValueError: if it is not one, was not evaluated, or holds something malformed.
@@ -205,18 +212,12 @@ def shown_settings(config: RunConfig) -> str:
 
 
 def read_metrics(path: Path, most: int = MAX_LINES) -> tuple[Metrics, ...]:
-    """Return the lines of a metrics.jsonl.
+    """Return the first lines of a metrics.jsonl, and one more than `most` if there is one.
 
     Raises:
-        ValueError: if they are malformed, or more than `most`.
+        ValueError: if they are malformed.
     """
-    found = tuple(logged.metrics for logged in islice(records.read_metrics(path), most + 1))
-    if len(found) > most:
-        raise ValueError(
-            f"{path} has more than {most:,} lines; a report draws {MAX_LINES:,}, of all its runs "
-            "together: name fewer runs"
-        )
-    return found
+    return tuple(logged.metrics for logged in islice(records.read_metrics(path), most + 1))
 
 
 def check_current(runs: Sequence[Run]) -> None:

@@ -382,7 +382,8 @@ def rows() -> Iterator[Row]:
         "metrics of four runs, each as long as one may be",
         ("rft.report", "runs", "--out", "report"),
         many_runs(4, lines=2**19),
-        r"runs/0001/metrics\.jsonl has more than",
+        "no curves are drawn, because the metrics",
+        answer="accepted",
         thorough=True,
     )
     yield row("a million deep settings", REPORT, deep_settings, answer="either", thorough=True)
