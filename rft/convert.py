@@ -267,6 +267,7 @@ def with_head(found: Found, manifest: Manifest | None, arguments: Import) -> dic
             f"{file} has no classification head; its text tower makes one of the class names of a "
             "packed set: --data URL [--set imagenet-val]"
         )
+    require_named(found.text.clip, "--clip", arguments.clip, file)
     clip = load.load_clip(found.text)
     clip.model.to(dist.pick_device(arguments.device, dist.world_from_env()))
     head = zero_shot_head(clip, manifest.classes, manifest.templates).state_dict()
@@ -373,20 +374,43 @@ def text_tower(text: str, architecture: Architecture, config: RunConfig | None) 
     Raises:
         ValueError: if it is not to be found.
     """
+    if load.names_folder(text):
+        return load.load_clip(ModelConfig(clip=text, pretrained=""))
     if text:
-        if load.names_folder(text):
-            return load.load_clip(ModelConfig(clip=text, pretrained=""))
+        require_named(architecture.clip, "--text")
         if load.names_folder(architecture.clip):  # whose weights a tag or file would not replace
             return load.load_file(Path(text), architecture.clip)
         return load.load_clip(ModelConfig(clip=architecture.clip, pretrained=text))
-    if origin := next(_origins(config, architecture, set()), None):
-        return load.load_clip(origin)
-    if load.names_folder(architecture.clip):
-        return load.load_clip(ModelConfig(clip=architecture.clip, pretrained=""))
-    raise ValueError(
-        f"nothing tells where the text tower of this {architecture.clip} is; add --text "
-        "TAG_OR_FILE (--text openai for a model that was made from OpenAI's)"
-    )
+    origin = next(_origins(config, architecture, set()), None)
+    if origin is None and load.names_folder(architecture.clip):
+        origin = ModelConfig(clip=architecture.clip, pretrained="")
+    if origin is None:
+        raise ValueError(
+            f"nothing tells where the text tower of this {architecture.clip} is; add --text "
+            "TAG_OR_FILE (--text openai for a model that was made from OpenAI's)"
+        )
+    require_named(origin.clip, "--text")
+    return load.load_clip(origin)
+
+
+def require_named(clip: str, option: str, *named: str) -> None:
+    """Check that the model hub is asked only for models that the command line names.
+
+    Weights and run folders may be a stranger's, who would learn who reads them.
+
+    Args:
+        clip: the model that they name.
+        option: which option names it.
+        named: what the command line names already.
+
+    Raises:
+        ValueError: if it is one of the hub and not named.
+    """
+    if clip.startswith(load.HUB) and clip not in named:
+        raise ValueError(
+            f"the weights name the model {clip}; the model hub is not asked for what weights name: "
+            f"add {option} {clip} if you know it"
+        )
 
 
 def _origins(

@@ -131,7 +131,8 @@ def main() -> None:
     table = Table(show_header=False, box=None)
     for name, value in rows():
         table.add_row(name, value)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, markup=False, emoji=False).print(table)
     if warning := lacks_fixes(PIL.__version__):
         print(f"warning: {warning}", file=sys.stderr)
     problem = image_core_problem(PIL.__version__, installed_image_packages())

@@ -31,7 +31,9 @@ from rft import __version__, documents, local, remote, urls
 
 T = TypeVar("T")
 
-DOCUMENT_BYTES = 2**28  # of a document that is read whole, unless its reader says otherwise
+# of a document that is read whole, unless its reader says otherwise. Of a text with one rare letter
+# Python keeps four bytes for each, in several copies
+DOCUMENT_BYTES = 2**26
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what `publish` leaves when killed
 
 

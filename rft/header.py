@@ -38,8 +38,8 @@ class Header(NamedTuple):
 class Entries:
     """What the header of one of rft's weights files says; older ones say less."""
 
+    step: Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,14})$")]
     recipe: Name | None = None
-    step: Annotated[str, Field(pattern=r"^[0-9]{1,15}$")] | None = None
     trained_on: Annotated[str, Field(max_length=1_000_000)] | None = None
     """JSON, for `rft.trained_on`."""
     architecture: Text | None = None
@@ -49,7 +49,7 @@ class Entries:
     @property
     def metadata(self) -> dict[str, str]:
         """Recipe, step and training sets: what a copy of the weights keeps."""
-        known = {"recipe": self.recipe, "step": self.step, "trained_on": self.trained_on}
+        known = {"step": self.step, "recipe": self.recipe, "trained_on": self.trained_on}
         return {name: value for name, value in known.items() if value is not None}
 
 

@@ -22,7 +22,7 @@ BLOCKS_AT_ONCE = 4  # requests for one file under way at a time
 CLIENT_ERRORS = range(400, 500)  # HTTP answers that another try will not change ...
 BUSY = (408, 429)  # ... but for these
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})")  # below 2**63
-PARTIAL, NOT_FOUND, RANGE_NOT_SATISFIABLE = 206, 404, 416
+OK, PARTIAL, NOT_FOUND, RANGE_NOT_SATISFIABLE = 200, 206, 404, 416
 NO_PERMISSION = (
     "no permission, or no such file in a store that may not be listed; check the address and the "
     "credentials"
@@ -423,6 +423,8 @@ def _require_success(answer: Any, url: str) -> None:
         raise FileNotFoundError(url)
     if answer.status >= CLIENT_ERRORS.start:
         raise HTTPStatus(answer.status, answer.reason)
+    if answer.status not in (OK, PARTIAL):
+        raise ValueError(f"the server sends {answer.status} {answer.reason}, which is no file")
     if answer.content_type == "text/html":
         raise ValueError(
             "the server sends a web page in its place: check the address and the login"

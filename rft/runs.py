@@ -82,8 +82,7 @@ def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "
     if folder is None or not weights.is_file():
         return
     _require_recipe(folder, weights)
-    hashes = _recorded_hashes(folder)
-    recorded = hashes.get(weights.name, hashes.get(weights.resolve().name))
+    recorded = recorded_sha256(folder, weights)
     if recorded is None:
         return
     found = sha256 or files.sha256_file(weights)
@@ -103,6 +102,12 @@ def _require_recipe(folder: Path, weights: Path) -> None:
             f"{folder / records.CONFIG} names recipe {config.recipe!r}, its weights were made by "
             f"{made_by!r}; restore config.json"
         )
+
+
+def recorded_sha256(folder: Path, weights: Path) -> str | None:
+    """Return the hash that a complete run recorded of a weights file; None of an older rft's."""
+    hashes = _recorded_hashes(folder)
+    return hashes.get(weights.name, hashes.get(weights.resolve().name))
 
 
 def _recorded_hashes(folder: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Weights of other code become run folders that every command takes, and go out again whole."""
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -10,7 +11,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rft import convert as convert_command
 from rft import files
@@ -497,6 +498,47 @@ def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     line = refused("export", run, *hub, "--text", f"local-dir:{tmp_path / 'other'}")
     assert "the text tower belongs to another model: mean: " in line
     assert not (tmp_path / "hub").exists()
+
+
+@pytest.mark.parametrize("named", [(), ("--clip", formats.NAME)])
+def test_the_card_beside_a_file_keeps_its_preprocessing(convert, run, tmp_path, named):
+    state, architecture, metadata, classes = load_state(run / SELECTED)
+    own = dataclasses.replace(architecture, mean=(0.1, 0.2, 0.3))
+    save_state(str(tmp_path / "own.safetensors"), state, own, metadata, classes)
+    convert("export", tmp_path / "own.safetensors", "--to", "released", "--out", tmp_path / "m.pt")
+    convert("import", tmp_path / "m.pt", "--out", tmp_path / "back", *named)
+    found, returned, _, _ = load_state(tmp_path / "back" / SELECTED)
+    assert returned == own
+    assert same(found, state)
+
+
+@pytest.mark.parametrize("text", [None, "openai", "openai.pt"])
+def test_the_hub_is_not_asked_for_what_weights_name(refused, run, openai, monkeypatch, text):
+    asked = []
+    for module in (load, open_clip.factory):
+        monkeypatch.setattr(module, "download_pretrained_from_hf", lambda *a, **_: asked.append(a))
+    path = openai.parent / "m.safetensors"
+    state, architecture, metadata, classes = load_state(run / SELECTED)
+    named = dataclasses.replace(architecture, clip="hf-hub:evil/model")
+    save_state(str(path), state, named, metadata, classes)
+    option = ("--text", openai.parent / text) if text else ()
+    line = refused("export", path, "--to", "open-clip", "--out", openai.parent / "hub", *option)
+    assert "add --text hf-hub:evil/model if you know it" in line
+    assert asked == []
+
+
+def test_an_import_does_not_ask_the_hub_for_what_a_header_names(
+    refused, tmp_path, tiny_data, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(load, "download_pretrained_from_hf", lambda *a, **_: asked.append(a))
+    tower = dataclasses.replace(load.describe(formats.NAME), clip="hf-hub:evil/model")
+    own = {"rft": json.dumps({"step": "0", "architecture": tower.to_json()})}
+    save_file(formats.build_clip().state_dict(), tmp_path / "m.safetensors", metadata=own)
+    out = ("--out", tmp_path / "run", "--data", tiny_data)
+    line = refused("import", tmp_path / "m.safetensors", *out)
+    assert "add --clip hf-hub:evil/model if you know it" in line
+    assert asked == []
 
 
 @pytest.mark.slow

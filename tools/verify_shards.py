@@ -53,17 +53,17 @@ def main() -> None:
 
 def say(report: Report) -> None:
     """Print a summary and the problems, one line each."""
-    console = Console(highlight=False, soft_wrap=True)
+    # names of others are no markup and no emoji
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if report.dataset:
         filled = [count for count in report.per_class if count]
         spread = f" of {_range(filled)} samples" if filled else ""
         console.print(
             f"{report.dataset}: {report.samples:,} samples in {report.shards:,} shards, "
             f"{report.bytes / 2**20:,.1f} MiB, {len(filled):,} classes{spread}",
-            markup=False,
         )
     for problem in report.problems[:LINES]:
-        console.print(str(problem), markup=False, style="red")
+        console.print(str(problem), style="red")
     if len(report.problems) > LINES:
         console.print(f"... and {len(report.problems) - LINES:,} more; --report FILE has them all")
     depth = "every byte was read" if report.deep else "quick check; --deep reads every byte"

@@ -3,18 +3,20 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from open_clip.model import CLIP, CLIPTextCfg
+from open_clip.transform import PreprocessCfg
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from rft import documents, files
 from rft.classes import Classes
 from rft.clip import vit
-from rft.clip.bounds import Deviation, EmbedDim, Mean, Vision, open_clips
+from rft.clip.bounds import Deviation, EmbedDim, HubConfig, Mean, Vision, build, open_clips
 from rft.documents import Name, document
 from rft.header import Entries
 
@@ -33,6 +35,19 @@ class Architecture:
     def __post_init__(self) -> None:
         if self.quick_gelu and self.vision_cfg.get("act_kwargs"):
             raise ValueError("vision_cfg.act_kwargs is there; a QuickGELU has no options")
+
+    @classmethod
+    def of(cls, clip: str, hub: HubConfig) -> Self:
+        """Return the image tower of a configuration of open_clip's, which `clip` names."""
+        default = PreprocessCfg()
+        return cls(
+            clip=clip,
+            embed_dim=hub.model_cfg["embed_dim"],
+            vision_cfg=hub.model_cfg["vision_cfg"],
+            quick_gelu=hub.model_cfg.get("quick_gelu", False),
+            mean=three(hub.preprocess_cfg.get("mean", default.mean)),
+            std=three(hub.preprocess_cfg.get("std", default.std)),
+        )
 
     @property
     def image_size(self) -> int:
@@ -59,8 +74,9 @@ class Architecture:
         """
         vision = open_clips(self.vision_cfg)
         text = CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
-        model = CLIP(self.embed_dim, vision, text, quick_gelu=self.quick_gelu)
-        return vit.check_supported(model.visual)
+        what = f"the image tower of {self.clip}"
+        model = build(what, CLIP, self.embed_dim, vision, text, quick_gelu=self.quick_gelu)
+        return vit.check_supported(model.visual, what)
 
     def expected(self) -> dict[str, Tensor]:
         """Return the weights of the tower as `visual.*`, without memory for any of them.
@@ -69,6 +85,12 @@ class Architecture:
             ValueError: if the tower is not one the method can work with.
         """
         return _expected(self.to_json())
+
+
+def three(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the values of three channels."""
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 @functools.lru_cache(maxsize=4)  # a soup compares dozens of files with one tower

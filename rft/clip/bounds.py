@@ -5,14 +5,19 @@ tower's memory follows from its configuration; what its weights really take is c
 A configuration stays the dict that open_clip takes: only fields that were given are in it.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple, Required, cast
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple, Required, TypeVar, cast
 
 import open_clip
 from open_clip.model import CLIPVisionCfg
 from pydantic import AfterValidator, BeforeValidator, Field, with_config
 from typing_extensions import TypedDict
 
+from rft.clip.unpickle import first_line
 from rft.documents import FOREIGN, STRICT, Name, Whole, document
+
+T = TypeVar("T")
 
 
 class Bound(NamedTuple):
@@ -146,16 +151,35 @@ class VisionFields(Attention, total=False):
     timm_drop_path: Dropped | None
 
 
+def build(what: str, kind: Callable[..., T], *arguments: Any, **fields: Any) -> T:
+    """Return an object of open_clip's, which has demands of its own on bounded fields.
+
+    Raises:
+        ValueError: naming `what` it was to be, whatever open_clip or torch raise.
+    """
+    try:
+        with warnings.catch_warnings():
+            # an odd tower that can be built is compared with its weights
+            warnings.simplefilter("ignore")
+            return kind(*arguments, **fields)
+    except Exception as error:
+        raise ValueError(
+            f"open_clip {open_clip.__version__} cannot build {what}: {first_line(error)}"
+        ) from error
+
+
 def open_clips(fields: VisionFields) -> CLIPVisionCfg:
     """Return open_clip's own class of these fields, which has a value for every one.
 
     Raises:
         ValueError: for a field that the installed open_clip does not have.
     """
-    try:
-        return CLIPVisionCfg(**cast(dict[str, Any], fields))
-    except TypeError as error:
-        raise ValueError(f"open_clip {open_clip.__version__} cannot build it: {error}") from error
+    return build("it", CLIPVisionCfg, **cast(dict[str, Any], fields))
+
+
+def _require_mlp(width: int, ratio: float) -> None:
+    if int(width * ratio) < 1:
+        raise ValueError(f"mlp_ratio is {ratio}; of a width of {width} it must leave 1 or more")
 
 
 def _divides(fields: VisionFields) -> VisionFields:
@@ -164,6 +188,11 @@ def _divides(fields: VisionFields) -> VisionFields:
         value, side = getattr(vision, name), getattr(vision, part)
         if value % side:
             raise ValueError(f"{name} is {value}; it must be a multiple of {part}, {side}")
+    if vision.pos_embed_type == "sin_cos_2d" and vision.width % 4:
+        raise ValueError(
+            f"width is {vision.width}; with pos_embed_type sin_cos_2d it must be a multiple of 4"
+        )
+    _require_mlp(vision.width, vision.mlp_ratio)
     return fields
 
 
@@ -200,6 +229,7 @@ def _heads(fields: TextFields) -> TextFields:
     width, heads = fields.get("width", 512), fields.get("heads", 8)
     if width % heads:
         raise ValueError(f"width is {width}; it must be a multiple of heads, {heads}")
+    _require_mlp(width, fields.get("mlp_ratio", 4.0))
     return fields
 
 

@@ -77,6 +77,16 @@ class Card:
             raise ValueError(
                 f"head.classes is {self.head.classes}; classes names {len(self.label_space)}"
             )
+        tower, pixels = self.architecture, self.preprocessing
+        for name, said, own in (
+            ("activation", self.activation, "QuickGELU" if tower.quick_gelu else "GELU"),
+            ("preprocessing.size", pixels.size, tower.image_size),
+            ("preprocessing.mean", pixels.mean, tower.mean),
+            ("preprocessing.std", pixels.std, tower.std),
+            ("head.features", self.head.features, tower.embed_dim),
+        ):
+            if said != own:
+                raise ValueError(f"{name} is {said}, by architecture it is {own}")
 
     @property
     def label_space(self) -> Classes | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from rft.classes import shown
 from rft.clip.load import PretrainedClip, TextTooLongError
+from rft.clip.unpickle import first_line
 
 
 @torch.no_grad()
@@ -27,8 +28,9 @@ def zero_shot_head(
         templates: prompts in which `{c}` stands for the name (80 for ImageNet).
 
     Raises:
-        ValueError: if there are no templates, one lacks the placeholder, or a prompt is longer than
-            the text tower reads: naming its class.
+        ValueError: if there are no templates, one lacks the placeholder, a prompt is longer than
+            the text tower reads (naming its class), or that tower cannot be computed or gives no
+            features of the image tower's kind.
     """
     if bad := [template for template in templates if "{c}" not in template]:
         raise ValueError(f"prompt template {bad[0]!r} has no placeholder {{c}}")
@@ -52,6 +54,17 @@ def zero_shot_head(
             f"{_quoted(template)}, more than the text tower of {clip.architecture.clip} reads; "
             f"shorten it with --classes and pack again"
         ) from error
+    # a tower that open_clip builds and then cannot compute: some of its options exclude others
+    except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the text tower of {clip.architecture.clip} cannot be computed: {first_line(error)}"
+        ) from error
+    expected = clip.architecture.embed_dim, len(classes)
+    if weight_EK.shape != expected:
+        raise ValueError(
+            f"the text tower of {clip.architecture.clip} makes a head of {tuple(weight_EK.shape)} "
+            f"features and classes, its image tower needs {expected}; is its pool_type right?"
+        )
     head = nn.Linear(weight_EK.shape[0], weight_EK.shape[1], device=device)
     head.weight.copy_(weight_EK.T * clip.model.logit_scale.exp())
     head.bias.zero_()

@@ -26,15 +26,14 @@ from open_clip.model import (
     convert_to_custom_text_state_dict,
 )
 from open_clip.pretrained import download_pretrained_from_hf
-from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor
 
 from rft import files, header
-from rft.cli import warn
+from rft.cli import note, warn
 from rft.clip import unpickle, vit, weights
-from rft.clip.architecture import Architecture
-from rft.clip.bounds import HubConfig, ModelFields, open_clips
+from rft.clip.architecture import Architecture, three
+from rft.clip.bounds import HubConfig, ModelFields, build, open_clips
 from rft.clip.classifier import require_finite
 from rft.clip.weights import Geometry, Weights
 from rft.config import ModelConfig
@@ -125,6 +124,8 @@ def from_weights(found: Weights, clip: str) -> PretrainedClip:
         )
     architecture = describe(clip)
     require_fit(found, architecture)
+    if remote := model_config(clip)["text_cfg"].get("hf_model_name"):
+        note(f"the text tower of {clip} is described by the model hub's {remote}, which is asked")
     with torch.device("meta"):  # a tower takes memory only after its weights are known to be there
         expected = _build(clip).state_dict()
     state = {**found.visual, **found.text}
@@ -147,10 +148,7 @@ def _build(clip: str) -> Any:
     custom = fields.pop("custom_text", False) or "hf_model_name" in text
     if custom:  # its own weights would be downloaded and then overwritten
         fields["text_cfg"] = {**text, "hf_model_pretrained": False}
-    try:
-        return (CustomTextCLIP if custom else CLIP)(**fields)
-    except unpickle.DAMAGE as error:
-        raise ValueError(f"cannot build {clip}: {unpickle.first_line(error)}") from error
+    return build(clip, CustomTextCLIP if custom else CLIP, **fields)
 
 
 def names_folder(clip: str) -> bool:
@@ -173,21 +171,7 @@ def describe(clip: str) -> Architecture:
     Raises:
         ValueError: if there is no such model, or rft cannot work with it.
     """
-    hub = _open_clip_config(clip)
-    default = PreprocessCfg()
-    return Architecture(
-        clip=clip,
-        embed_dim=hub.model_cfg["embed_dim"],
-        vision_cfg=hub.model_cfg["vision_cfg"],
-        quick_gelu=hub.model_cfg.get("quick_gelu", False),
-        mean=_three(hub.preprocess_cfg.get("mean", default.mean)),
-        std=_three(hub.preprocess_cfg.get("std", default.std)),
-    )
-
-
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = map(float, values)
-    return red, green, blue
+    return Architecture.of(clip, _open_clip_config(clip))
 
 
 def require_fit(found: Weights, architecture: Architecture) -> None:
@@ -274,7 +258,7 @@ def _through_open_clip(clip: str, tag: str) -> PretrainedClip:
     vit.check_supported(model.visual)
     pixels = open_clip.get_model_preprocess_cfg(model)
     warn_of_resize(f"{clip} {tag}", pixels)
-    mean, std = _three(pixels["mean"]), _three(pixels["std"])
+    mean, std = three(pixels["mean"]), three(pixels["std"])
     architecture = dataclasses.replace(architecture, mean=mean, std=std)
     return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
 

@@ -9,11 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from rft import files, records
+from rft import cli, files, records
 from rft.classes import Classes
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import require_finite, save_state
-from rft.runs import SELECTED, require_no_links, require_own_weights, weights_record
+from rft.runs import (
+    SELECTED,
+    recorded_sha256,
+    require_no_links,
+    require_own_weights,
+    weights_record,
+)
 
 SHOWN = 3  # differences that an error tells
 KINDS = {"merged_from": "merge", "imported_from": "import"}
@@ -47,7 +53,14 @@ def is_made(out: Path, config: dict[str, Any]) -> bool:
             "--out"
         )
     require_own_weights(out)
-    return (out / records.PROVENANCE).is_file()
+    if not (out / records.PROVENANCE).is_file():
+        return False
+    if recorded_sha256(out, out / SELECTED) is None:
+        cli.warn(
+            f"{out / records.PROVENANCE} has no weights_sha256: whether {out / SELECTED} are the "
+            f"weights of this {KINDS[origin]} is not known; choose another --out to make them anew"
+        )
+    return True
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 A pickle is a program that calls what it names. Here a name is one of three things: a function of
 this file that notes where a tensor's bytes lie; a class of a model, an optimizer or a transform,
 for which an empty stand-in is made that only keeps attributes (nothing is imported); or refused.
+Attributes are kept by stand-ins alone. All else that comes out is a plain value, of which no pickle
+can change how it is looked through: an OrderedDict is read as a dict.
 TorchScript archives are read the same way: their tensors are taken, their code is not looked at.
 """
 
@@ -11,7 +13,6 @@ import math
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -67,6 +68,7 @@ MEMBERS = (
 DIRECTORY_BYTES = 2**23  # of an archive: its members' names and places
 OPERATIONS = 2**21  # of a pickle; a whole ViT-bigG-14 with its modules takes less than 2**19
 ARGUMENTS = 20  # of a call; torch's longest has seven
+STAND_INS = 1000  # classes that are stood in for; a model with its transforms has fewer than 50
 ENTRIES = 1_000_000  # looked through for tensors: modules may share what they hold
 DEPTH = 20  # of lists and dicts in each other, in a checkpoint to resume from
 DIMENSIONS = 8
@@ -106,7 +108,8 @@ class StandIn:
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
-    def __setstate__(self, state: object) -> None:
+    def keep(self, state: object) -> None:
+        """Keep the attributes that a pickle sets."""
         # an object with slots is pickled as (attributes, slots)
         state = state[0] if isinstance(state, tuple) and state else state
         self.attributes = state if isinstance(state, dict) else {}
@@ -122,7 +125,7 @@ class StandIn:
         """Take items and forget them."""
 
 
-# tuples, because a pickle can set the attributes of any object that has a __dict__
+# tuples, so that what was checked stays as it is
 class Storage(NamedTuple):
     """The flat memory that tensors are views of, not read yet."""
 
@@ -192,26 +195,6 @@ def load_tensors(named: Mapping[str, StoredTensor], limit: int) -> dict[str, Ten
     return {name: loaded[name] for name in named}
 
 
-class Callee:
-    """A function that a pickle may call.
-
-    Not the function itself, nor a method: a pickle can set attributes of what it has in hand, and
-    those of a function stay for as long as the process runs.
-    """
-
-    __slots__ = ("_function",)
-    _function: Callable[..., Any]
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_function", function)
-
-    def __call__(self, *arguments: Any) -> Any:  # noqa: D102
-        return self._function(*arguments)
-
-    def __setattr__(self, name: str, _: object) -> None:
-        raise AttributeError(f"a pickle sets {name!r} of a function")
-
-
 class Row(tuple):
     """A tuple that is no key: a tuple of tuples of ... takes for ever to hash, or all the stack."""
 
@@ -240,9 +223,12 @@ def _require_few(*parts: Any) -> None:
         raise ValueError(f"more than {ARGUMENTS} arguments")
 
 
-def _require_small_state(made: Any, state: Any) -> None:
-    if not isinstance(made, StandIn):  # which keeps it as it is
-        _require_few(*(state if isinstance(state, tuple) and len(state) == 2 else (state,)))
+def _load_build(reader: Any) -> None:
+    state, made = reader.stack.pop(), reader.stack[-1]
+    if isinstance(made, StandIn):
+        made.keep(state)
+    elif type(made) is not dict:  # torch's state dicts carry versions of their modules
+        raise TypeError(f"a pickle sets attributes of a {type(made).__name__}")
 
 
 def _load_put(reader: Any) -> None:
@@ -271,7 +257,6 @@ _CHECKS: dict[bytes, Callable[[list[Any]], None]] = {
     pickle.REDUCE: lambda stack: _require_few(stack[-1]),
     pickle.NEWOBJ: lambda stack: _require_few(stack[-1]),
     pickle.NEWOBJ_EX: lambda stack: _require_few(*stack[-2:]),
-    pickle.BUILD: lambda stack: _require_small_state(*stack[-2:]),
 }
 _TUPLES = [code[0] for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)]
 # these make as many zero bytes as they say, or use what is registered in the process
@@ -283,6 +268,7 @@ _ACTIONS: dict[int, Callable[[Any], None]] = {
     **{code: _row(pickle._Unpickler.dispatch[code]) for code in _TUPLES},
     **{code[0]: _before(code, check) for code, check in _CHECKS.items()},
     pickle.PUT[0]: _load_put,
+    pickle.BUILD[0]: _load_build,
 }
 
 
@@ -331,13 +317,15 @@ class Unpickler(pickle._Unpickler):
         module = "builtins" if module == "__builtin__" else module
         full = f"{module}.{name}"
         if full == "torch.storage._load_from_bytes":
-            return Callee(self._nested_storage)
-        if full in _CALLEES:
-            return _CALLEES[full]
+            return self._nested_storage
+        if full in _FUNCTIONS:
+            return _FUNCTIONS[full]
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         if full in STOOD_IN_NAMES or f"{module}.".startswith(_PREFIXES):
             if full not in self._stand_ins:
+                if len(self._stand_ins) == STAND_INS:
+                    raise ValueError(f"it names more than {STAND_INS:,} classes")
                 self._stand_ins[full] = type(name, (StandIn,), {})
             return self._stand_ins[full]
         raise RefusedError(f"it wants to use {printable(full)}")
@@ -416,12 +404,12 @@ def _items(items: Any = ()) -> Any:
     return items
 
 
-_CALLEES = {
-    "torch._utils._rebuild_tensor_v2": Callee(_rebuild_tensor),
-    "torch._utils._rebuild_parameter": Callee(_rebuild_parameter),
-    "collections.OrderedDict": Callee(lambda: OrderedDict()),
-    "builtins.set": Callee(_items),
-    "builtins.frozenset": Callee(_items),
+_FUNCTIONS = {
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "collections.OrderedDict": lambda: {},
+    "builtins.set": _items,
+    "builtins.frozenset": _items,
 }
 _PREFIXES = tuple(f"{package}." for package in STOOD_IN_PACKAGES)
 

@@ -36,7 +36,7 @@ class AttentionTap(NamedTuple):
     """What a gradient is asked of: the heads' outputs (B, N, L, S), or that map (B, N, 1, L)."""
 
 
-def check_supported(visual: nn.Module) -> VisionTransformer:
+def check_supported(visual: nn.Module, what: str = "the image tower") -> VisionTransformer:
     """Return `visual` if this forward computes exactly what open_clip's does.
 
     Raises:
@@ -44,7 +44,7 @@ def check_supported(visual: nn.Module) -> VisionTransformer:
     """
     if not isinstance(visual, VisionTransformer):
         kind = type(visual).__name__
-        raise ValueError(f"the image tower is a {kind}; rft needs an open_clip VisionTransformer")
+        raise ValueError(f"{what} is a {kind}; rft needs an open_clip VisionTransformer")
     reasons = []
     if visual.attn_pool is not None:
         reasons.append("attention pooling")
@@ -56,7 +56,7 @@ def check_supported(visual: nn.Module) -> VisionTransformer:
         reasons.append("patch dropout")
     if reasons:
         raise ValueError(
-            f"the image tower uses {', '.join(reasons)}; rft needs a class token and plain "
+            f"{what} uses {', '.join(reasons)}; rft needs a class token and plain "
             "attention layers, as in ViT-B-32, ViT-B-16 or ViT-L-14"
         )
     return visual

@@ -189,7 +189,11 @@ def _read_folder(folder: Path) -> Weights:
         raise ValueError(f"{folder} has none of the weights files {', '.join(_HUB_NAMES)}")
     path = folder / names[0]
     found = read(path)
-    found = dataclasses.replace(found, config=read_hub_config(folder / HUB_CONFIG))
+    config = read_hub_config(folder / HUB_CONFIG)
+    _require_one_model(
+        folder / HUB_CONFIG, Architecture.of(HUB_CONFIG, config), path, found.architecture
+    )
+    found = dataclasses.replace(found, config=config)
     head = folder / HUB_HEAD
     if head.is_file():
         tensors, _ = read_safetensors(head)
@@ -213,14 +217,38 @@ def _with_card(found: Weights, path: Path) -> Weights:
                 f"{path} describes other weights than {file}; export them again, or remove that "
                 "card"
             )
-    # only this format's files lack the architecture; a .pt names its model with --clip
-    if path.name == CARD:
-        found = dataclasses.replace(found, architecture=own.architecture)
+    if found.head and len(found.head["head.weight"]) != own.head.classes:
+        raise ValueError(
+            f"{path} is of a head of {own.head.classes} classes, that of {found.files[-1]} has "
+            f"{len(found.head['head.weight'])}"
+        )
+    _require_one_model(path, own.architecture, found.files[0], found.architecture)
+    if found.config:
+        config = found.files[0].with_name(HUB_CONFIG)
+        _require_one_model(
+            path, own.architecture, config, Architecture.of(HUB_CONFIG, found.config)
+        )
+    found = dataclasses.replace(found, architecture=found.architecture or own.architecture)
     if found.seen is None and own.trained_on is not None:
         found = dataclasses.replace(found, seen=frozenset(own.trained_on))
     if found.head and found.classes is None:
         found = dataclasses.replace(found, classes=own.label_space)
     return found
+
+
+def _require_one_model(
+    other: Path, described: Architecture, path: Path, found: Architecture | None
+) -> None:
+    """Check that two files describe one image tower with one preprocessing, if both do.
+
+    Raises:
+        ValueError: naming both and what differs.
+    """
+    if found is not None and (changed := found.difference(described)):
+        raise ValueError(
+            f"{path} and {other} describe different models: {'; '.join(changed[:3])}; restore the "
+            "one that is wrong"
+        )
 
 
 def read_hub_config(path: Path) -> HubConfig:

@@ -17,6 +17,7 @@ composed on white first; the encoding says so (`PHOTOS`), so readers of `origina
 import contextlib
 import io
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -53,6 +54,16 @@ NOT_IN_SKELETON = frozenset({0x00, 0x01, *RESTARTS, START_OF_IMAGE, FILL, DEFINE
 # what does not end entropy-coded data: a stuffed 0xFF, a restart, and a fill byte before a marker
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 SCANS = 20  # of a JPEG with as many pixels as may be, more of a smaller one; encoders write 10
+SEGMENTS = 10_000  # of a JPEG; a depth map beside it takes some hundred
+EXIF_BYTES = 2**22  # 64 times what one segment can hold
+FILL_BYTES = 2**16  # between the segments of a JPEG
+EXIF = b"Exif\0\0"
+FILLS = (
+    2**24
+)  # places that may end a scan, each of which takes eight bytes while they are looked at
+CHUNKS = 300_000  # of a PNG; the largest one has 55,000 of the size that libpng writes
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_FRAME = 12  # bytes of a chunk around its content
 ENDS_SCAN = ~np.isin(np.arange(256), [0x00, *RESTARTS, FILL])
 # Pillow registers a format when its plugin is imported
 assert all((JpegImagePlugin, PngImagePlugin, WebPImagePlugin))
@@ -347,6 +358,10 @@ def open_image(
         factory, accept = Image.OPEN[known]
         if accept is None or accept(data[:16]) is not True:
             continue
+        if known == "JPEG":
+            _require_few_segments(data, name, sys.maxsize)
+        elif known == "PNG":
+            _require_few_chunks(data, name)
         with named(name, "read"):
             image = factory(io.BytesIO(data), "")
         millions = image.width * image.height / 1e6
@@ -356,7 +371,7 @@ def open_image(
                 f"--max-pixels allows {max_pixels:g} million: raise it for your own pictures"
             )
         if known == "JPEG":
-            _require_few_scans(data, name, int(SCANS * max_pixels / millions))
+            _require_few_segments(data, name, int(SCANS * max_pixels / millions))
         return image
     *others, last = (known.replace("WEBP", "WebP") for known in formats)
     raise ValueError(
@@ -364,20 +379,45 @@ def open_image(
     )
 
 
-def _require_few_scans(data: bytes, name: str, allowed: int) -> None:
-    """Refuse a progressive JPEG of more scans than decoding it may cost.
+def _require_few_segments(data: bytes, name: str, allowed: int) -> None:
+    """Refuse a JPEG of more segments, EXIF or scans than reading it may cost.
 
-    Each of them passes over all pixels, for a few bytes of the file.
+    Pillow reads each segment, and each byte between two of them, in Python; it copies the EXIF that
+    it has for each further segment of it. Each scan of a progressive JPEG passes over all pixels,
+    for a few bytes of the file.
     """
     # counting markers, thumbnails' among them, is fast and nearly always enough
-    if data.count(bytes((FILL, START_OF_SCAN))) <= allowed:
-        return
-    scans, position = 0, 2
+    few_scans = data.count(bytes((FILL, START_OF_SCAN))) <= allowed
+    segments = scans = exif = between = 0
+    position = 2
     while (found := NEXT_MARKER.search(data, position)) and found[0][1] != END_OF_IMAGE:
+        start, length = found.end(), int.from_bytes(data[found.end() : found.end() + 2])
+        segments += 1
+        if scans == 0:
+            between += found.start() - position
+            exif += length if data.startswith(EXIF, start + 2) else 0
         scans += found[0][1] == START_OF_SCAN
-        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
-    if scans > allowed:
-        raise ValueError(f"{name} has {scans:,} scans, too many for so many pixels; save it anew")
+        for what, count, most in (
+            ("segments", segments, SEGMENTS),
+            ("bytes of EXIF", exif, EXIF_BYTES),
+            ("bytes between its segments", between, FILL_BYTES),
+            ("scans, too many for its pixels", scans, allowed),
+        ):
+            if count > most:
+                raise ValueError(f"{name} has more than {most:,} {what}; save it anew")
+        if scans and few_scans:
+            return
+        position = start + length
+
+
+def _require_few_chunks(data: bytes, name: str) -> None:
+    """Refuse a PNG of more chunks than reading it may cost: Pillow reads each in Python."""
+    chunks, position = 0, len(PNG_START)
+    while position < len(data) and data[position + 4 : position + 8] != b"IEND":
+        position += PNG_FRAME + int.from_bytes(data[position : position + 4])
+        chunks += 1
+        if chunks > CHUNKS:
+            raise ValueError(f"{name} has more than {CHUNKS:,} chunks; save it anew")
 
 
 def require_affordable(count: int, name: str, max_pixels: float = MAX_PIXELS) -> None:
@@ -568,7 +608,10 @@ def jpeg_skeleton(data: bytes) -> bytes | None:
         return None
     # found at once by numpy: a loop over the file costs as much as decoding it
     array = np.frombuffer(data, dtype=np.uint8)
-    fills = np.flatnonzero(array[:-1] == FILL)
+    may_end = array[:-1] == FILL
+    if np.count_nonzero(may_end) > FILLS:
+        return None
+    fills = np.flatnonzero(may_end)
     scan_ends = fills[ENDS_SCAN[array[fills + 1]]]
     segments, position = [data[:2]], 2
     while len(data) - position >= 2 and data[position] == FILL:

@@ -101,6 +101,13 @@ class Manifest:
                 raise ValueError(f"shards: {name!r} is named more than once")
         if not self.samples:
             raise ValueError("the shards hold no samples")
+        first: dict[str, str] = {}
+        for shard in self.shards:
+            if shard.samples and (name := first.setdefault(shard.sha256, shard.name)) != shard.name:
+                raise ValueError(
+                    f"shards: {name!r} and {shard.name!r} hold the same bytes, so samples would "
+                    "count twice; name one of them"
+                )
 
     @property
     def samples(self) -> int:
@@ -307,7 +314,8 @@ class Index:
             letters = keys.view(np.uint8).reshape(len(keys), -1)
             # NumPy fills up with zeros
             wrong = ((letters < ord(" ")) & (letters > 0)) | (letters > ord("~"))
-            odd[start : start + len(keys)] = wrong.any(axis=1)
+            inside = (letters[:, :-1] == 0) & (letters[:, 1:] > 0)
+            odd[start : start + len(keys)] = wrong.any(axis=1) | inside.any(axis=1)
         return np.flatnonzero(odd)
 
     def unusable(self, manifest: Manifest) -> Iterator[tuple[np.ndarray, str]]:

@@ -26,6 +26,8 @@ from rft.documents import Megapixels, Positive, document
 POSITION = re.compile(r"0|[1-9][0-9]{0,17}")  # as a position is written: no sign, no leading zeros
 LIKE_POSITION = re.compile(r"-?[0-9]{1,18}")  # what a reader may take for one
 LabelsAre = Literal["positions", "names"]
+NAMES_BYTES = 2**22  # of a list of classes; that of ImageNet-21k has 1 MB
+NUMBER_BYTES = 64  # of a file that says how many shards there are
 LABEL_FIELDS = ("label", "class", "cls")  # of a .json, that say the same as the .cls beside it
 OBJECTNET_BORDER = 2  # pixels of red frame on each side, cropped before any resize
 
@@ -257,13 +259,13 @@ def _local_names(
         given: `--local-classes`.
     """
     if given is not None:
-        return _lines(files.read_bytes(given), given), given
+        return _lines(files.read_bytes(given, NAMES_BYTES), given), given
     beside = {}
     without = []
     for folder in folders:
         for place in filter(None, (folder, parent(folder) if folder else None)):
             path = files.join(place, "classnames.txt")
-            data = _find_beside(path)
+            data = _find_beside(path, NAMES_BYTES)
             if data is not None:
                 beside[path] = _lines(data, path)
                 break
@@ -326,7 +328,7 @@ def _require_nshards(urls: Sequence[str], folders: Sequence[str]) -> None:
     """Hold the number of shards against the `nshards.txt` that may lie beside them."""
     for folder in folders:
         path = files.join(folder, "nshards.txt")
-        data = _find_beside(path)
+        data = _find_beside(path, NUMBER_BYTES)
         if data is None:
             continue
         text = data.decode("utf-8", "replace").strip()
@@ -335,10 +337,10 @@ def _require_nshards(urls: Sequence[str], folders: Sequence[str]) -> None:
             raise ValueError(f"{path} says {text} shards, {given} of that folder are given")
 
 
-def _find_beside(path: str) -> bytes | None:
+def _find_beside(path: str, limit: int) -> bytes | None:
     """Return the content of a file that may lie beside shards, None if it does not."""
     try:
-        return files.find_bytes(path)
+        return files.find_bytes(path, limit)
     except ValueError as error:
         raise ValueError(f"{error}; if there is none, pass --skip-beside") from error
 

@@ -26,6 +26,7 @@ from rft.data.tar import BLOCK, END, padded
 from rft.documents import Count, Sha256, Text, document
 
 NAMED_IN_ERRORS = 3
+COMMIT_BYTES = 2**28
 COMMIT_VALUES = 20_000_000  # all of ImageNet in one shard has 9 million
 Key = Annotated[str, Field(min_length=1, max_length=10_000, pattern="^[\\x21-\\x7e]+$")]
 
@@ -91,7 +92,7 @@ class Commit:
             ValueError: if it is absent or not one, saying what to do.
         """
         try:
-            commit = files.read_document(job.commit_url, Commit, values=COMMIT_VALUES)
+            commit = files.read_document(job.commit_url, Commit, COMMIT_BYTES, COMMIT_VALUES)
         except ValueError as error:
             raise ValueError(f"{error}; delete it and run the same command again") from error
         name = job.shard_url.rsplit("/", 1)[-1]

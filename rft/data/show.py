@@ -60,14 +60,16 @@ def main() -> None:
         table.add_row(
             str(slot),
             str(slot // share),
-            packed.key(sample),
+            documents.plain(packed.key(sample)),
             documents.plain(f"{label} {packed.manifest.classes[label]}"),
             documents.plain(packed.manifest.shards[packed.shard_of(sample)].name),
             str(packed.index.offset[sample]),
         )
     print(f"epoch {arguments.epoch}, step {arguments.step} (step {number} of the run):")
     # a file or a pipe has no width to fit into
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    width = None if sys.stdout.isatty() else 200
+    # names of others are no markup: "[b]" would vanish, and "[/b]" is an error
+    Console(width=width, markup=False, emoji=False).print(table)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,6 @@ def verify(url: str, *, deep: bool, workers: int, max_pixels: float = encode.MAX
     report.dataset, report.manifest_sha256 = manifest.dataset, manifest.sha256
     report.shards, report.samples = len(manifest.shards), manifest.samples
     report.bytes = sum(shard.bytes for shard in manifest.shards)
-    report.problems += _repeated(manifest)
     plan = _read_plan(url, manifest, report)
     report.problems += _check_quarantine(url, manifest)
     index = _read_index(url, manifest, report)
@@ -115,14 +114,6 @@ def verify(url: str, *, deep: bool, workers: int, max_pixels: float = encode.MAX
         report.problems += check_index(manifest, index)
     _check_shards(manifest, index, plan, report, workers, max_pixels)
     return report
-
-
-def _repeated(manifest: Manifest) -> Iterator[Problem]:
-    """Yield the shards that are there a second time, whatever name they have."""
-    first: dict[str, str] = {}
-    for shard in manifest.shards:
-        if shard.samples and (name := first.setdefault(shard.sha256, shard.name)) != shard.name:
-            yield Problem(shard=shard.name, what=f"holds the bytes of {name}: samples count twice")
 
 
 def check_index(manifest: Manifest, index: Index) -> Iterator[Problem]:

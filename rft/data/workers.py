@@ -147,7 +147,7 @@ def progress(title: str, unit: str, total: int) -> Iterator[Callable[[int, int],
         return f"{mib:,.1f} MiB, {speed}, {mib / seconds:,.1f} MiB/s" if size else speed
 
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),

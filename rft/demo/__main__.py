@@ -105,7 +105,7 @@ def is_done(stage: Experiment, data: str) -> bool:
     assert module == "rft.evaluate"
     models = [Path(path) for path in options[: options.index("--data")]]
     sets = {name: PackedDataset(f"{data}/{name}") for name in SETS}
-    manifests = {name: packed.manifest.sha256 for name, packed in sets.items()}
+    manifests = {name: packed.manifest for name, packed in sets.items()}
     return all(is_current(path, manifests) for path in models)
 
 

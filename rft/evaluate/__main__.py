@@ -4,6 +4,7 @@ All checkpoints see each image in the same pass over the data.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +12,14 @@ from typing import Annotated
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from rft import cli, dist, files, records
 from rft.clip.classifier import build_classifier
 from rft.config import MAX_PIXELS, Device
 from rft.data.loader import PackedDataset
+from rft.data.manifest import Manifest
 from rft.data.root import set_names
 from rft.dist import World
 from rft.documents import BatchSize, Megapixels, Whole, document
@@ -62,12 +65,12 @@ class Arguments:
     device: Device = "auto"
 
 
-def is_current(checkpoint: Path, manifests: dict[str, str]) -> bool:
-    """Whether the recorded counts belong to these weights and these sets (name -> sha256)."""
+def is_current(checkpoint: Path, sets: Mapping[str, Manifest]) -> bool:
+    """Whether the recorded counts belong to these weights and are of these sets, all of each."""
     recorded = current_results(checkpoint)
-    sets = recorded.sets if recorded else {}
-    found = {name: count.manifest_sha256 for name, count in sets.items()}
-    return all(found.get(name) == sha256 for name, sha256 in manifests.items())
+    counts = recorded.sets if recorded else {}
+    found = {name: (count.manifest_sha256, count.total) for name, count in counts.items()}
+    return all(found.get(name) == (one.sha256, one.samples) for name, one in sets.items())
 
 
 def evaluate(
@@ -88,7 +91,7 @@ def evaluate(
     console = Console(file=sys.stderr)
     with Progress(console=console, disable=not (world.is_main and console.is_terminal)) as bar:
         for name, dataset in packed.items():
-            task = bar.add_task(name, total=len(dataset) / world.size)
+            task = bar.add_task(escape(name), total=len(dataset) / world.size)
             counts = count_correct(
                 models,
                 dataset,
@@ -145,7 +148,7 @@ def main() -> None:
         name: PackedDataset(files.join(arguments.data, name), max_pixels=arguments.max_pixels)
         for name in sets
     }
-    manifests = {name: dataset.manifest.sha256 for name, dataset in packed.items()}
+    manifests = {name: dataset.manifest for name, dataset in packed.items()}
     require_classes(arguments.checkpoints, packed)
     for path in arguments.checkpoints:
         require_own_weights(path)
@@ -154,7 +157,8 @@ def main() -> None:
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device) as world:
-        dist.require_agreement(world, "set of packed data", manifests)
+        hashes = {name: manifest.sha256 for name, manifest in manifests.items()}
+        dist.require_agreement(world, "set of packed data", hashes)
         # rank 0 decides, because files may change while the others look at them
         waiting = dist.gather_objects(
             world, [path for path in arguments.checkpoints if not is_current(path, manifests)]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
 
@@ -314,7 +315,7 @@ def localise(
     ]
     console = Console(file=sys.stderr)
     with Progress(console=console, disable=not (world.is_main and console.is_terminal)) as bar:
-        task = bar.add_task(arguments.set, total=len(selection.samples) / world.size)
+        task = bar.add_task(escape(arguments.set), total=len(selection.samples) / world.size)
         found = measure(
             [model.requires_grad_(False) for model in models],
             packed,

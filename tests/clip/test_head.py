@@ -1,15 +1,19 @@
 """The zero-shot head, by hand and by the textbook."""
 
+import json
 import math
 import types
 
+import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rft.clip.classifier import Classifier
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import ModelConfig
+from tests import tiny
 from tests.conftest import ARCHITECTURE, build_model
 from tests.reference import zero_shot
 
@@ -32,7 +36,8 @@ def tower() -> types.SimpleNamespace:
     def tokenize(texts: list[str]) -> torch.Tensor:
         return torch.tensor([[WORDS.index(text)] for text in texts])
 
-    return types.SimpleNamespace(model=Tower(), tokenize=tokenize)
+    architecture = types.SimpleNamespace(clip="by hand", embed_dim=2)
+    return types.SimpleNamespace(model=Tower(), tokenize=tokenize, architecture=architecture)
 
 
 def test_the_head_by_hand():
@@ -55,6 +60,30 @@ def test_the_head_equals_the_textbook(tiny_clip):
     torch.testing.assert_close(head.weight.detach().double(), expected, rtol=1e-5, atol=1e-5)
     scale = math.exp(clip.model.logit_scale.item())
     assert head.weight.norm(dim=1).tolist() == pytest.approx([scale] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pool_type": "none"}, r"makes a head of \(128, 3\) features and classes.* \(16, 3\)"),
+        ({"embed_cls": True}, "cannot be computed: The size of tensor a"),
+        ({"output_tokens": True, "custom_text": True}, "cannot be computed: 'tuple' object"),
+        ({"scaled_cosine_attn": True, "block_type": "custom"}, "cannot be computed: batch1 must"),
+    ],
+)
+def test_a_text_tower_that_open_clip_cannot_compute(tmp_path, fields, message):
+    name = tiny.write_clip(tmp_path / "clip")
+    path = tmp_path / "clip" / "open_clip_config.json"
+    document = json.loads(path.read_text())
+    config = document["model_cfg"]
+    custom = fields.get("custom_text", False)
+    config["text_cfg"] |= {key: value for key, value in fields.items() if key != "custom_text"}
+    model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+    path.write_text(json.dumps({**document, "model_cfg": {**config, "custom_text": custom}}))
+    save_file(model.state_dict(), tmp_path / "clip" / "open_clip_model.safetensors")
+    clip = load_clip(ModelConfig(clip=name))
+    with pytest.raises(ValueError, match=f"the text tower of local-dir:.*clip {message}"):
+        zero_shot_head(clip, ["red", "blue", "green"], ["a {c} square"])
 
 
 def test_the_head_learns(tiny_clip):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import time
@@ -16,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rft import files, header
 from rft.classes import Classes
@@ -81,6 +82,7 @@ OWN = {
     "a name": (entry(lambda e: e["classes"]["names"].insert(2, 1)), r"classes.names\[2\] is 1"),
     "ids": (entry(lambda e: e["classes"]["ids"].pop()), "4 class ids but 5 class names"),
     "prompts": (entry(lambda e: e["classes"].update(prompts_sha256="../x")), "prompts_sha256 is"),
+    "no step": (entry(lambda e: e.pop("step")), "step is missing"),
     "no tower": (entry(lambda e: e.pop("architecture")), "header names no architecture"),
     "trained on": (entry(lambda e: e.update(trained_on=[])), r"trained_on is \[\]; it must be a t"),
     "layers": (tower(vision={"layers": 10**9}), "layers is 1000000000; it must be less than or eq"),
@@ -97,6 +99,15 @@ OWN = {
     "ratio": (tower(vision={"mlp_ratio": 1e9}), "mlp_ratio is 1000000000.0; it must be less"),
     "norm": (tower(vision={"norm_kwargs": {"device": "cuda"}}), "norm_kwargs.device is an unknown"),
     "embedding": (tower(embed_dim=2**40), "embed_dim is 1099511627776; it must be less"),
+    "no layer's width": (tower(vision={"mlp_ratio": 1e-9}), "mlp_ratio is 1e-09; of a width of 32"),
+    "odd positions": (
+        tower(vision={"pos_embed_type": "sin_cos_2d", "width": 26, "head_width": 13}),
+        "width is 26; with pos_embed_type sin_cos_2d it must be a multiple of 4",
+    ),
+    "an attention pool": (
+        tower(vision={"attentional_pool": True, "attn_pooler_heads": 7}),
+        "cannot build the image tower of .*: embed_dim must be divisible by num_heads",
+    ),
     "deviation": (tower(std=[0, 1, 1]), r"std\[0\] is 0.*; it must be greater"),
     "huge mean": (tower(mean=[1e300, 1, 1]), r"mean\[0\] is 1e\+300; it must be less"),
     "quick": (tower(quick_gelu=1), "quick_gelu is 1; it must be true or false"),
@@ -240,6 +251,15 @@ FOLDERS = {
     "a deep tower": (vision(layers=128, width=4096), "has another image tower"),
     "vocabulary": (text(vocab_size=10**12), "text_cfg.vocab_size is 10+; it must be less"),
     "a large text tower": (text(vocab_size=2**21, width=4096), "it has .*of shape"),
+    "no layer's width": (text(mlp_ratio=1e-9), "text_cfg: mlp_ratio is 1e-09; of a width of 64"),
+    "an attention pool": (
+        vision(attentional_pool=True, attn_pooler_heads=7),
+        "cannot build the image tower of local-dir:.*: embed_dim must be divisible by num_heads",
+    ),
+    "odd attention": (
+        text(block_type="custom", scaled_cosine_attn=True, qk_norm=True),
+        "cannot build .*: Cannot activate both scaled cosine and QK normalization",
+    ),
     "heads": (text(heads=3), "text_cfg: width is 64; it must be a multiple of heads, 3"),
     "no heads": (text(heads=0), "text_cfg.heads is 0; it must be greater"),
     "a path": (text(hf_model_name="../evil"), "hf_model_name is '../evil'"),
@@ -298,6 +318,11 @@ CARDS = {
         r"trained_on\[0\]\[1\] is 'b'; it must be",
     ),
     "tower": (lambda c: c["architecture"].update(embed_dim=0), "architecture.embed_dim is 0"),
+    "activation": (lambda c: c.update(activation="GELU"), "activation is GELU, by architecture"),
+    "side": (lambda c: c["preprocessing"].update(size=32), "preprocessing.size is 32, by arch"),
+    "mean": (lambda c: c["preprocessing"].update(mean=[0, 0, 0]), r"preprocessing.mean is \(0.0,"),
+    "std": (lambda c: c["preprocessing"].update(std=[1, 1, 1]), r"preprocessing.std is \(1.0,"),
+    "features": (lambda c: c["head"].update(features=9), "head.features is 9, by architecture it"),
 }
 
 
@@ -323,11 +348,81 @@ def card_of(path: Path) -> dict:
         "source": {"path": "run", "sha256": digest, "text": ""},
         "files": {path.name: digest},
         "architecture": architecture,
-        "activation": "GELU",
-        "preprocessing": {"size": 16, "mean": [0, 0, 0], "std": [1, 1, 1]},
-        "head": {"classes": 4, "features": 16},
+        "activation": "QuickGELU" if architecture["quick_gelu"] else "GELU",
+        "preprocessing": {
+            "size": 16,
+            "mean": architecture["mean"],
+            "std": architecture["std"],
+        },
+        "head": {"classes": 4, "features": architecture["embed_dim"]},
         "classes": list("abcd"),
     }
+
+
+def folder_with_card(path: Path, change: Change, metadata: dict | None = None) -> Path:
+    """A folder in open_clip's layout with the card of its export, which is changed."""
+    formats.write_hub_folder(path)
+    file = path / "open_clip_model.safetensors"
+    if metadata:
+        save_file(load_file(file), file, metadata=metadata)
+    tower = load.describe(f"local-dir:{path}")
+    described = card_of(file) | {
+        "architecture": dataclasses.asdict(tower),
+        "activation": "QuickGELU",
+        "preprocessing": {"size": tower.image_size, "mean": tower.mean, "std": tower.std},
+        "head": {"classes": 4, "features": tower.embed_dim},
+    }
+    change(described)
+    (path / "card.json").write_text(json.dumps(described))
+    return path
+
+
+def other_tower(**fields: object) -> Change:
+    """Another architecture in a card that agrees with itself."""
+
+    def change(described: dict) -> None:
+        described["architecture"] |= fields
+        described["activation"] = "QuickGELU" if described["architecture"]["quick_gelu"] else "GELU"
+        described["preprocessing"]["mean"] = described["architecture"]["mean"]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_tower(quick_gelu=False), "quick_gelu: True -> False"),
+        (other_tower(mean=[0, 0, 0]), "mean: "),
+        (
+            lambda c: c["architecture"]["vision_cfg"].update(norm_kwargs={"eps": 0.5}),
+            "vision_cfg.norm_kwargs: None -> ",
+        ),
+    ],
+)
+def test_a_card_and_the_configuration_beside_it_describe_one_model(tmp_path, change, message):
+    good = weights.read(folder_with_card(tmp_path / "good", lambda _: None))
+    assert good.architecture is not None
+    assert good.architecture.mean == (0.5, 0.5, 0.5)
+    folder = folder_with_card(tmp_path / "hub", change)
+    both = f"{folder}/open_clip_config.json and {folder}/card.json describe different models: "
+    with pytest.raises(ValueError, match=re.escape(both) + message):
+        weights.read(folder)
+
+
+def test_the_header_of_weights_and_the_configuration_beside_it_describe_one_model(tmp_path):
+    own = {"step": "0", "architecture": build_model().architecture.to_json()}
+    folder = folder_with_card(tmp_path / "hub", lambda _: None, {"rft": json.dumps(own)})
+    with pytest.raises(ValueError, match=r"model\.safetensors and .*_config\.json describe diff"):
+        weights.read(folder)
+
+
+def test_a_card_is_of_a_head_of_this_many_classes(tmp_path):
+    save_file(formats.build_state(), tmp_path / "m.safetensors")
+    described = card_of(tmp_path / "m.safetensors")
+    described |= {"classes": None, "head": {**described["head"], "classes": 5}}
+    (tmp_path / "m.safetensors.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"json is of a head of 5 classes, that of .* has 4"):
+        weights.read(tmp_path / "m.safetensors")
 
 
 # Pickles and archives of less than a megabyte that want time or memory
@@ -370,7 +465,11 @@ BOMBS = {
     "places": (b"\x80\x02" + LONG_LIST + b"h\x01Q0" * 90_000, "more than 20 arguments"),
     "state": (
         b"\x80\x02" + LONG_DICT + b"ccollections\nOrderedDict\n)Rq\x020" + b"h\x02h\x01b0" * 80_000,
-        "more than 20 arguments",
+        "damaged or truncated: EOFError",  # state that a dict cannot keep is dropped
+    ),
+    "classes": (
+        b"\x80\x02" + b"".join(b"ctorch.nn\nC%d\n0" % n for n in range(400_000)) + b"N.",
+        "it names more than 1,000 classes",
     ),
     "shared parameters": (
         b"\x80\x02"
@@ -475,6 +574,57 @@ def test_each_storage_is_read_once_however_many_views_it_has(tmp_path, new, monk
     torch.save({**state, **{f"visual.x{n}": flat[:1] for n in range(10_000)}}, path)
     with pytest.raises(ValueError, match="more than 10,000 tensors"):
         weights.read(path)
+
+
+def ordered(key: bytes, value: bytes, **methods: str) -> bytes:
+    """An OrderedDict of one entry, of which BUILD replaces methods."""
+    made = b"ccollections\nOrderedDict\n)R" + key + value + b"s"
+    named = [b"X" + struct.pack("<I", len(n)) + n.encode() + m.encode() for n, m in methods.items()]
+    return made + b"}" + b"".join(one + b"s" for one in named) + b"b"
+
+
+SET = "cbuiltins\nset\n"
+DOUBLED = b"]q\xf0" + b"0](h\xf0h\xf0eq\xf0" * 30
+
+
+@pytest.mark.parametrize(
+    "methods", [{}, {"keys": SET, "values": SET}, {"__len__": SET}, {"__dict__": SET}]
+)
+def test_an_ordered_dict_hides_nothing(tmp_path, methods):
+    path = tmp_path / "step.pt"
+    path.write_bytes(b"\x80\x02" + ordered(b"K\1", DOUBLED, **methods) + b".")
+    content, _ = unpickle.read(path)
+    assert type(content) is dict
+    with pytest.raises(ValueError, match="more than 1,000,000 things, or more than 20 deep"):
+        unpickle.require_data(content)
+
+
+@pytest.mark.parametrize("name", ["get", "items", "keys", "__getitem__", "__class__"])
+def test_a_state_dict_keeps_its_methods(tmp_path, name):
+    path = tmp_path / "m.pt"
+    own = ordered(b"X\1\0\0\0x", b"N", **{name: "ctorch._utils\n_rebuild_tensor_v2\n"})
+    path.write_bytes(b"\x80\x02" + own + b".")
+    with pytest.raises(ValueError, match=r"m\.pt holds no CLIP image tower"):
+        weights.read(path)
+
+
+NOT_BUILT = {
+    "a list": b"]",
+    "a set": b"\x8f",
+    "a text": b"X\1\0\0\0a",
+    "a class": b"ctorch.nn\nLinear\n",
+    "a type": b"ctorch\nFloatStorage\n",
+    "a function": SET.encode(),
+    "a tuple": b")",
+}
+
+
+@pytest.mark.parametrize("made", NOT_BUILT.values(), ids=NOT_BUILT.keys())
+def test_a_pickle_sets_attributes_of_stand_ins_alone(tmp_path, made):
+    path = tmp_path / "m.pt"
+    path.write_bytes(b"\x80\x04" + made + b"}X\1\0\0\0aK\1sb.")
+    with pytest.raises(ValueError, match="damaged or truncated: a pickle sets attributes of a "):
+        unpickle.read(path)
 
 
 def test_a_pickle_cannot_change_what_was_checked(tmp_path):

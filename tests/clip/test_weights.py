@@ -303,11 +303,9 @@ def test_a_pickle_cannot_change_the_unpickler(tmp_path, attributes):
     path.write_bytes(b"\x80\x02ctorch._utils\n_rebuild_parameter\n" + attributes + b"b.")
     with pytest.raises(ValueError, match="damaged"):
         unpickle.read(path)
-    callee = unpickle.Unpickler(io.BytesIO()).find_class("torch._utils", "_rebuild_parameter")
-    assert not hasattr(callee, "__dict__")
-    for name in ("_function", "__class__", "a"):
-        with pytest.raises(AttributeError):
-            setattr(callee, name, None)
+    function = unpickle.Unpickler(io.BytesIO()).find_class("torch._utils", "_rebuild_parameter")
+    assert vars(function) == {}
+    assert function.__code__ is not None
 
 
 class Talks(nn.Module):
@@ -505,7 +503,7 @@ ARCHITECTURE = build_model().architecture
 
 def changed(**fields: object) -> str:
     document = {**json.loads(ARCHITECTURE.to_json()), **fields}
-    return json.dumps({"architecture": json.dumps(document)})
+    return json.dumps({"step": "0", "architecture": json.dumps(document)})
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,9 @@ FAILS = {
     "500": rf"500 Internal Server Error: {LATER} \(3 tries\)",
     "503": rf"503 Service Unavailable: {LATER} \(3 tries\)",
     "html": HTML,
+    "203": "the server sends 203 Non-Authoritative Information, which is no file",
+    "300": "the server sends 300 Multiple Choices, which is no file",
+    "302": "the server sends 302 Found, which is no file",
     "silent": rf"no answer in time; {LATER} \(3 tries\)",
     **dict.fromkeys(
         ("shifted", "endless", "longer"), "the server sends other bytes than were requested"

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import get_args
@@ -590,8 +591,49 @@ def test_scans_that_cost_more_than_their_bytes() -> None:
     for count in (0, 100):  # and markers in what lies behind the image, such as a video
         load_image(with_scans(count, b"\xff\xda" * 5000), "x", max_pixels=10)
     for kind in get_args(Kind):
-        with pytest.raises(ValueError, match=r"^x has 20[0-9] scans, too many for so many pixels"):
+        with pytest.raises(ValueError, match=r"^x has more than 200 scans, too many for its"):
             encode(with_scans(200), "x", encoding_parameters(kind, 32, 0), max_pixels=10)
+
+
+SMALL = to_bytes(Image.new("L", (32, 32), 99), "JPEG")
+EXIF_SEGMENT = b"\xff\xe1\xff\xffExif\0\0" + bytes(65_527)
+EMPTY_CHUNK = bytes(4) + b"teXt" + zlib.crc32(b"teXt").to_bytes(4)
+COSTLY = {
+    "segments": (b"\xff\xfe\0\2", 9_980, 10_020, "10,000 segments"),
+    "EXIF": (EXIF_SEGMENT, 64, 65, "4,194,304 bytes of EXIF"),
+    "fill": (b"\xff", 65_000, 65_600, "65,536 bytes between its segments"),
+    "zeros": (b"\xff\0", 32_000, 32_800, "65,536 bytes between its segments"),
+    "restarts": (b"\xff\xd0", 32_000, 32_800, "65,536 bytes between its segments"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COSTLY)
+def test_what_stands_before_a_jpegs_pixels_costs_no_more_than_its_bytes(kind: str) -> None:
+    part, allowed, refused, says = COSTLY[kind]
+    load_image(SMALL[:2] + allowed * part + SMALL[2:], "x", Treatment(photo=True))
+    for count in (refused, 100_000_000 // len(part)):
+        data = SMALL[:2] + count * part + SMALL[2:]
+        with pytest.raises(ValueError, match=f"^x has more than {says}; save it anew"):
+            load_image(data, "x", Treatment(photo=True))
+
+
+@pytest.mark.slow
+def test_so_do_the_chunks_of_a_png() -> None:
+    data = to_bytes(random_image(10, 10), "PNG")
+    load_image(data[:33] + 250_000 * EMPTY_CHUNK + data[33:] + bytes(10**8), "x")
+    for count in (300_001, 8_000_000):
+        with pytest.raises(ValueError, match=r"^x has more than 300,000 chunks; save it anew"):
+            load_image(data[:33] + count * EMPTY_CHUNK + data[33:], "x")
+
+
+@pytest.mark.slow
+def test_looking_for_the_end_of_scans_takes_no_more_memory_than_the_file() -> None:
+    data = with_scans(0) + bytes((0xFF, 0)) * 50_000_000
+    tracemalloc.start()
+    assert jpeg_skeleton(data) is None
+    assert tracemalloc.get_traced_memory()[1] < 1.1 * len(data)
+    tracemalloc.stop()
 
 
 def peak_of(data: bytes, treatment: Treatment) -> int:

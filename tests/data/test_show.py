@@ -1,11 +1,15 @@
 """`rft.data.show` tells what a step reads, without the run."""
 
+import io
+import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 
 from rft import cli, files, recipes
+from rft.arrays import read_npz
 from rft.data.loader import PackedDataset, TrainingBatches, plan_training
 from rft.data.show import main
 
@@ -56,3 +60,28 @@ def test_mistakes_are_one_line(run, monkeypatch, capsys):
         assert code == 2
         assert message in err
         assert err.count("\n") == 1
+
+
+NAMES = ["[/red]", "[bold]x", ":wave:", "[link=http://x]y[/link]"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_shown_as_they_are(run, tiny_data, tmp_path, monkeypatch, capsys, name):
+    """They come from a manifest and an index, and are no markup of rich's."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data / "imagenet-train", data / "imagenet-train")
+    path = data / "imagenet-train" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    index = read_npz((path.parent / "index.npz").read_bytes(), 2**20)
+    keys = np.array([f"{name}{number}".encode() for number in range(len(index["key"]))])
+    stream = io.BytesIO()
+    np.savez(stream, **{**index, "key": keys})
+    (path.parent / "index.npz").write_bytes(stream.getvalue())
+    manifest["classes"] = [name.replace("/", "|") + text for text in manifest["classes"]]
+    manifest["index_sha256"] = files.sha256_bytes(stream.getvalue())
+    path.write_text(json.dumps(manifest))
+    code, out, err = show(monkeypatch, capsys, run, "--step", "0", "--data", str(data))
+    assert (code, err) == (0, "")
+    for line in out.splitlines()[2:]:
+        assert line.split()[2].startswith(name)
+        assert f" {name.replace('/', '|')}" in line

@@ -160,7 +160,7 @@ def test_a_mask_may_have_any_one_value_on_the_object(tmp_path, mode, on):
     mask_HW = blob(np.random.default_rng(3), 16, 16)
     image = Image.fromarray(mask_HW.astype(np.uint16 if mode == "I;16" else np.uint8) * on)
     if mode == "P":
-        image.putpalette([0, 0, 0] * 255 + [255, 0, 0])
+        image.putpalette([0, 0, 0] + [255, 0, 0] * 255)
     elif mode == "1":
         image = Image.fromarray(mask_HW)
     path = tmp_path / "mask.png"
@@ -184,6 +184,12 @@ def test_masks_that_are_none(tmp_path):
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(path)
     with pytest.raises(ValueError, match=r"mask.png is not binary; a mask has 0 and one other"):
         read_mask(path, (16, 16), 16)
+    for palette in ([9, 0, 0, 0, 0, 0], [0, 0, 0] * 2):
+        image = Image.fromarray(np.eye(16, dtype=np.uint8), mode="P")
+        image.putpalette(palette)
+        image.save(path)
+        with pytest.raises(ValueError, match=r"mask.png has a palette whose first colour is not"):
+            read_mask(path, (16, 16), 16)
     Image.new("RGB", (16, 16)).save(path)
     with pytest.raises(ValueError, match=r"mask.png has several channels \(RGB\)"):
         read_mask(path, (16, 16), 16)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -14,6 +15,17 @@ from rft.runs import checkpoint_path, current_results
 from tests.conftest import build_model
 
 OLD, NEW = "0" * 64, "1" * 64
+
+
+class Packed(NamedTuple):
+    """What is asked of a manifest."""
+
+    sha256: str
+    samples: int = 10
+
+
+def current(path: Path, sets: dict[str, str], samples: int = 10) -> bool:
+    return is_current(path, {name: Packed(sha256, samples) for name, sha256 in sets.items()})
 
 
 def entry(correct: int, manifest: str = OLD) -> SetCount:
@@ -56,23 +68,29 @@ def test_counts_say_what_they_were_made_of(model):
 def test_counts_of_other_weights_are_none(model):
     weights(model, seed=1)
     assert recorded_sets(model) == {}
-    assert not is_current(model, {"imagenet-val": OLD})
+    assert not current(model, {"imagenet-val": OLD})
     record(model, {"imagenet-val": entry(2)})
     # R was not counted for these weights
     assert recorded_sets(model) == {"imagenet-val": entry(2)}
 
 
 def test_counts_of_other_data_are_replaced(model):
-    assert is_current(model, {"imagenet-val": OLD, "imagenet-r": OLD})
-    assert is_current(model, {"imagenet-r": OLD})
-    assert not is_current(model, {"imagenet-val": NEW})
-    assert not is_current(model, {"imagenet-val": OLD, "imagenet-a": OLD})
+    assert current(model, {"imagenet-val": OLD, "imagenet-r": OLD})
+    assert current(model, {"imagenet-r": OLD})
+    assert not current(model, {"imagenet-val": NEW})
+    assert not current(model, {"imagenet-val": OLD, "imagenet-a": OLD})
     record(model, {"imagenet-val": entry(5, NEW)})
     assert recorded_sets(model) == {"imagenet-val": entry(5, NEW), "imagenet-r": entry(3)}
-    assert is_current(model, {"imagenet-val": NEW, "imagenet-r": OLD})
+    assert current(model, {"imagenet-val": NEW, "imagenet-r": OLD})
+
+
+def test_counts_of_another_number_of_samples_are_replaced(model):
+    """A file that names the right weights and data may still have been changed by hand."""
+    assert current(model, {"imagenet-val": OLD}, 10)
+    assert not current(model, {"imagenet-val": OLD}, 11)
 
 
 def test_nothing_is_recorded_before_the_first_count(tmp_path):
     path = weights(tmp_path / "new.safetensors")
     assert recorded_sets(path) == {}
-    assert not is_current(path, {"imagenet-val": OLD})
+    assert not current(path, {"imagenet-val": OLD})

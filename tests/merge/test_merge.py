@@ -369,6 +369,22 @@ def test_the_same_command_again_does_nothing(kind, runs, tmp_path, tiny_data, me
     assert {path: Path(path).stat().st_mtime_ns for path in before} == times
 
 
+def test_a_merge_whose_weights_nothing_vouches_for_is_warned_of(runs, tmp_path, capsys):
+    out = tmp_path / "merged"
+    command = ("wise", runs / "zero-shot", runs / "vanilla", "--out", out)
+    call(merge_command, *command)
+    call(merge_command, *command)
+    assert "weights_sha256" not in capsys.readouterr().err
+    forget_weights(out)
+    state, architecture, metadata, classes = load_state(out / SELECTED)
+    other = {name: value + 1 for name, value in state.items()}
+    save_state(str(out / SELECTED), other, architecture, metadata, classes)
+    call(merge_command, *command)
+    printed = capsys.readouterr()
+    assert f"already merged: {out}" in printed.out
+    assert f"WARNING: {out}/provenance.json has no weights_sha256: whether" in printed.err
+
+
 def test_a_merge_that_stopped_is_done_again(runs, tmp_path, merge, refused, monkeypatch):
     start, end, out = runs / "zero-shot", runs / "vanilla", tmp_path / "merged"
 

@@ -119,6 +119,18 @@ def long_classes(place: Place) -> None:
     place.edit("shards/test/manifest.json", classes=["a" * 10**6, "b" * 10**6])
 
 
+def wide_text(place: Place) -> None:
+    """60 MB of letters, of which Python keeps four bytes each because of one."""
+    path = place / "shards/test/manifest.json"
+    document = json.loads(path.read_text()) | {"dataset": "X"}
+    text = json.dumps(document).replace('"X"', '"\N{GRINNING FACE}' + "a" * 60_000_000 + '"')
+    path.write_text(text)
+
+
+def too_large(name: str, letter: bytes, count: int) -> Callable[[Place], None]:
+    return lambda place: (place / name).write_bytes("\N{GRINNING FACE}".encode() + letter * count)
+
+
 def many_classes(place: Place) -> None:
     names = [f"c{n}" for n in range(10**6)]
     place.edit("shards/test/manifest.json", classes=names, class_ids=names, groups=[[0], [1]])
@@ -260,6 +272,16 @@ def rows() -> Iterator[Row]:
     yield row(
         "class names of 10^6 letters", EVALUATE, long_classes, "class|manifest", answer="either"
     )
+    wide = "manifest|characters|must"
+    yield row("60 MB of wide letters in a manifest", EVALUATE, wide_text, wide, thorough=True)
+    for name, letter, count in (
+        ("classnames.txt", b"a", 200_000_000),
+        ("classnames.txt", b"a\n", 2_500_000),
+        ("nshards.txt", b"7", 200_000_000),
+    ):
+        what = f"{count * len(letter):,} bytes of {letter.decode()!r} in {name}"
+        damage = too_large(f"foreign/{name}", letter, count)
+        yield row(what, INDEX, damage, f"{name}.*it has more than")
     yield row("10^6 classes", EVALUATE, many_classes, "class|values")
     yield row("10^6 prompts", DRY, many_templates, "template|prompt|manifest", answer="either")
     yield row("pixels of 2^30 a side", EVALUATE, large_pixels, "size|px|encoding|manifest")

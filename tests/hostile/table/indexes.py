@@ -69,13 +69,17 @@ def changed_bytes(place: Place) -> None:
     path.write_bytes(path.read_bytes() + b"x")
 
 
-def shown_key(place: Place) -> None:
-    """Put a key that a terminal would obey into the training set."""
-    columns = place.columns("shards/train")
-    columns["key"][:] = b"\xff\x1b[2J"
-    stream = io.BytesIO()
-    np.savez(stream, **columns)
-    place.publish_index(stream.getvalue(), "shards/train")
+def shown_key(key: bytes) -> Callable[[Place], None]:
+    """Give all samples of the training set a key that a terminal would obey."""
+
+    def damage(place: Place) -> None:
+        columns = place.columns("shards/train")
+        columns["key"] = np.full(len(columns["key"]), key)
+        stream = io.BytesIO()
+        np.savez(stream, **columns)
+        place.publish_index(stream.getvalue(), "shards/train")
+
+    return damage
 
 
 def swapped(columns: dict[str, np.ndarray]) -> None:
@@ -128,9 +132,9 @@ def rows() -> Iterator[Row]:
     yield row(
         "a key is no ASCII", cell("key", b"\xff\xfe"), "index|key", answer="either", slow=True
     )
-    yield row(
-        "a key is no ASCII, shown", shown_key, "index|key", words=SHOW, answer="either", slow=True
-    )
+    for what, key in (("is no ASCII", b"\xff\x1b[2J"), ("has a zero inside", b"a\0b")):
+        says = ("index|key", "printable ASCII")
+        yield row(f"a key {what}, shown", shown_key(key), *says, words=SHOW, slow=True)
     yield row("a label is negative (C4)", cell("label", -1))
     yield row("a label is beyond the classes (C4)", cell("label", 2**31 - 1))
     yield row("an offset is beyond the shard", cell("offset", 2**40))

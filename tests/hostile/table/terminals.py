@@ -30,7 +30,7 @@ NAMES = {
     "text turned around": "\u202egnp.exe",
     "a backspace": "abc\x08\x08\x08",
     "nothing to see": "\u200b\u2060",
-    "rich's markup": "[red]x[/red][link=http://x]y[/link]",
+    "rich's markup": "[/red]:wave:[bold]x[link=http://x]y",
 }
 # the others are shown, or hidden, in the same places
 FIRST = ("escape sequences", "a line break", "text turned around", "rich's markup")
