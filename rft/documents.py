@@ -171,6 +171,11 @@ def decode(
         ValueError: naming place and expectation, if it is something else.
     """
     parse(data, where, nan=nan, values=values)
+    return typed(data, kind, where)
+
+
+def typed(data: bytes, kind: Callable[..., T] | Any, where: str) -> T:
+    """Return the document of a type that JSON which `parse` has taken holds; see `decode`."""
     try:
         return _adapter(kind).validate_json(data)
     except PydanticError as error:

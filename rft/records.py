@@ -7,6 +7,7 @@ and counts, is for `rft.runs`. No torch: the report uses this too.
 """
 
 import dataclasses
+import math
 import os
 import posixpath
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ PROVENANCE = "provenance.json"  # written last by a merge or an import
 METRICS = "metrics.jsonl"
 
 RECORD_BYTES = 2**24  # of each; a training's has some thousand
+LARGEST_LOSS = 1e100  # above float32's largest, 3e38, and no axis that is drawn overflows
 LINE_BYTES = 2**16  # of metrics; they have some hundred
 
 
@@ -42,6 +44,12 @@ def _set_name(name: str) -> str:
     if posixpath.normpath(name) != name or name.split("/")[0] in ("", ".", "..") or "://" in name:
         raise ValueError("must be the name of a packed set, such as imagenet-val")
     return name
+
+
+def _drawable(value: float) -> float:
+    if math.isfinite(value) and abs(value) > LARGEST_LOSS:
+        raise ValueError(f"must be from {-LARGEST_LOSS:g} to {LARGEST_LOSS:g}, infinite or NaN")
+    return value
 
 
 def _no_empty(value: object) -> object:
@@ -58,6 +66,8 @@ RecordedSeed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """Seed of a run, which an older version may have trained with one that `Config` takes no more."""
 Number = Annotated[float, Field(allow_inf_nan=True)]
 """A measured number; a run that diverged logged NaN."""
+Loss = Annotated[Number, AfterValidator(_drawable)]
+"""A term of the loss, which the report draws."""
 Hashes = dict[Name, Sha256]
 """File or input -> hash."""
 
@@ -235,9 +245,9 @@ class Metrics:
     """What the report shows of a line of metrics.jsonl."""
 
     step: Count
-    ce: Number | None = None
-    mse: Number | None = None
-    kd: Number | None = None
+    ce: Loss | None = None
+    mse: Loss | None = None
+    kd: Loss | None = None
     held_out_correct: Count | None = None
     held_out_total: Annotated[int, Field(gt=0, le=2**53)] | None = None
 
@@ -306,8 +316,9 @@ def read_metrics(path: Path) -> Iterator[Logged]:
                 if len(text) == LINE_BYTES:
                     raise ValueError(f"{where} has more than {LINE_BYTES} bytes")
                 return
-            documents.decode(text, dict[str, Number], where, nan=True)
-            yield Logged(text, documents.decode(text, Metrics, where, nan=True))
+            documents.parse(text, where, nan=True)
+            documents.typed(text, dict[str, Number], where)
+            yield Logged(text, documents.typed(text, Metrics, where))
 
 
 def is_foreign(folder: Path) -> bool:

@@ -269,12 +269,17 @@ def redact(text: str) -> str:
     A server may redirect to a signed URL, and clients repeat in errors where they were sent. There,
     a URL ends at a quote or white space too, and not in a sentence's punctuation.
     """
-    for found in urls_in(text):
+    starts = [found.start() for found in START.finditer(text)]
+    parts = [text[: starts[0]] if starts else text]
+    for found in (text[a:b] for a, b in itertools.pairwise([*starts, len(text)])):
         url = re.split(r"""[\s"'<>]""", found, maxsplit=1)[0].rstrip(".,:)]}")
         if credential(url):
             cut = shown(url)
-            text = text.replace(url, cut if cut.endswith(HIDDEN) else f"{cut}?{HIDDEN}")
-    return text
+            parts.append(cut if cut.endswith(HIDDEN) else f"{cut}?{HIDDEN}")
+            parts.append(found[len(url) :])
+        else:
+            parts.append(found)
+    return "".join(parts)
 
 
 def _kind(protocol: str) -> re.Pattern[str]:

@@ -22,7 +22,8 @@ from rft.data.samples import shard_size
 from rft.data.scoring import Options as Reading
 from rft.data.shard import TarStream
 from rft.data.verify import check_index, verify
-from rft.report import gallery, runs
+from rft.gallery import read as read_gallery
+from rft.report import runs
 from tests import tiny
 from tests.report.make_runs import make_gallery
 
@@ -280,4 +281,4 @@ def test_a_gallery_costs_little(tmp_path, kind):
     made, columns = HOSTILE[kind]
     path = make_gallery(tmp_path / "gallery.npz", **made, **columns)
     with pytest.raises(ValueError, match=r"gallery\.npz is not a gallery of rft\.train: [^\n]+$"):
-        gallery.load_gallery(path)
+        read_gallery(path)

@@ -8,10 +8,10 @@ Shapes: B images, H W pixels, C channels, P = G * G patches in row-major order.
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -19,17 +19,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rft import files
-from rft.arrays import read_npz
+from rft.documents import plain
+from rft.gallery import DROP, Gallery
 from rft.report.labels import DPI
-from rft.report.plots import INK, MASK_COLORS, MUTED, png
+from rft.report.plots import INK, MASK_COLORS, MUTED, drawn, encoded
 from rft.report.tables import FILLS, MASKS
 
-DROP = -1
 MAX_ROWS = 6
-# what a gallery may cost: `rft.train` writes 8 images and 15 columns, of some megabytes
-GALLERY_BYTES = 2**26
-MAX_IMAGES, MAX_SIDE, MAX_COLUMNS = 16, 1024, 32
 TILE = 200  # pixels that a small image is enlarged to, about; a large one keeps its size
 GAP, GROUP_GAP, MARGIN, HEAD, FOOT, NAMES = 10, 34, 24, 116, 84, 210  # pixels
 RULE = 54  # below the heading of a group
@@ -38,71 +34,13 @@ HATCH_LIGHT, HATCH_DARK = 205, 150
 
 
 @dataclass(frozen=True)
-class Gallery:
-    """A checked gallery.npz."""
-
-    images_BHWC: np.ndarray
-    names: tuple[str, ...]
-    relevance_BP: np.ndarray
-    patch: int
-    donors: dict[str, np.ndarray]
-    """Recipe -> donor map, int64 (B, P)."""
-
-
-@dataclass(frozen=True)
 class Column:
     """One column of the picture."""
 
     group: str
     title: str
-    tiles_BHWC: np.ndarray
-
-
-def load_gallery(path: Path) -> Gallery:
-    """Read a gallery.npz.
-
-    Raises:
-        ValueError: if it is not one or its arrays do not fit together.
-    """
-    try:
-        return _parse(read_npz(files.read_bytes(str(path), GALLERY_BYTES), GALLERY_BYTES))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a gallery of rft.train: {error}") from error
-
-
-def _parse(columns: dict[str, np.ndarray]) -> Gallery:
-    images_BCHW = columns["images_BCHW"]
-    if images_BCHW.ndim != 4 or columns["class_names"].dtype.kind != "U":
-        raise ValueError("images_BCHW must be images, and class_names texts")
-    images_BHWC = images_BCHW.transpose(0, 2, 3, 1)
-    batch, height, width, channels = images_BHWC.shape
-    if batch > MAX_IMAGES or height > MAX_SIDE or len(columns) > MAX_COLUMNS:
-        raise ValueError(
-            f"it may have {MAX_IMAGES} images of {MAX_SIDE} pixels a side and {MAX_COLUMNS} columns"
-        )
-    patch = int(columns["patch"])
-    if channels != 3 or images_BHWC.dtype != np.uint8 or not batch:
-        raise ValueError("images_BCHW must be RGB of type uint8")
-    if height != width or patch < 1 or height % patch:
-        raise ValueError(f"{height} x {width} pixels cannot be cut into patches of {patch}")
-    shape = (batch, (height // patch) ** 2)
-    donors = {
-        name.removeprefix("donor/"): array
-        for name, array in columns.items()
-        if name.startswith("donor/")
-    }
-    for name, array in {"relevance_BP": columns["relevance_BP"], **donors}.items():
-        if array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}, not {shape}")
-    for name, donor_BP in donors.items():
-        whole = np.issubdtype(donor_BP.dtype, np.integer)
-        if not whole or donor_BP.min() < DROP or donor_BP.max() >= batch:
-            raise ValueError(f"donor/{name} names images outside the batch of {batch}")
-    labels = columns["labels_B"]
-    if labels.shape != (batch,) or labels.min() < 0 or labels.max() >= len(columns["class_names"]):
-        raise ValueError("labels_B does not name classes of class_names")
-    names = tuple(str(columns["class_names"][label]) for label in labels)
-    return Gallery(images_BHWC, names, columns["relevance_BP"], patch, donors)
+    tiles: Callable[[], np.ndarray]
+    """Makes its images, (B, H, W, C); one column's are in memory at a time."""
 
 
 def enlarge(gallery: Gallery) -> Gallery:
@@ -152,7 +90,7 @@ def heat_map(images_BHWC: np.ndarray, relevance_BP: np.ndarray) -> np.ndarray:
     """Return the images in grey under their relevance in colour, stronger where it is higher."""
     size = images_BHWC.shape[1]
     grid = round(relevance_BP.shape[1] ** 0.5)
-    coarse = relevance_BP.astype(np.float32).reshape(-1, grid, grid)
+    coarse = relevance_BP.reshape(-1, grid, grid)
     smooth = [Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in coarse]
     relevance_BHW = np.clip(np.stack([np.asarray(one) for one in smooth]), 0, 1)
     color_BHWC = 255 * matplotlib.colormaps["inferno"](relevance_BHW)[..., :3]
@@ -179,23 +117,23 @@ def shown_mask(donors: dict[str, np.ndarray]) -> str | None:
 
 def columns(gallery: Gallery) -> list[Column]:
     """Return the picture's columns: image, relevance, mask, and each counterfactual there is."""
-    images_BHWC = gallery.images_BHWC
+    images_BHWC, patch = gallery.images_BHWC, gallery.patch
     found = [
-        Column("", "image", images_BHWC),
-        Column("", "relevance", heat_map(images_BHWC, gallery.relevance_BP)),
+        Column("", "image", lambda: images_BHWC),
+        Column("", "relevance", lambda: heat_map(images_BHWC, gallery.relevance_BP)),
     ]
     if (name := shown_mask(gallery.donors)) is not None:
         own_B1 = np.arange(len(images_BHWC))[:, None]
         masked_BP = gallery.donors[name] != own_B1
         title = f"{name.split('-')[0]} mask"
-        found.append(Column("", title, mask_picture(masked_BP, gallery.patch)))
+        found.append(Column("", title, partial(mask_picture, masked_BP, patch)))
     known = {f"{mask}-mask-{fill}-fill": (mask, fill) for mask in MASKS for fill in FILLS}
     for name, (mask, fill) in known.items():
         if name in gallery.donors:
-            tiles = apply_donors(images_BHWC, gallery.donors[name], gallery.patch)
+            tiles = partial(apply_donors, images_BHWC, gallery.donors[name], patch)
             found.append(Column(f"{mask}-mask", f"{fill}-fill", tiles))
     for name in sorted(gallery.donors.keys() - known.keys()):
-        tiles = apply_donors(images_BHWC, gallery.donors[name], gallery.patch)
+        tiles = partial(apply_donors, images_BHWC, gallery.donors[name], patch)
         found.append(Column(name, "", tiles))
     return found
 
@@ -208,22 +146,13 @@ def picture(gallery: Gallery) -> bytes:
     rows = np.linspace(0, batch - 1, min(batch, MAX_ROWS)).astype(int)
     lefts = _lefts(views, size)
     tops = [HEAD + place * (size + GAP) for place in range(len(rows))]
-    canvas = np.full((tops[-1] + size + FOOT, lefts[-1] + size + MARGIN, 3), 255, dtype=np.uint8)
-    for left, view in zip(lefts, views, strict=True):
-        for top, row in zip(tops, rows, strict=True):
-            canvas[top : top + size, left : left + size] = view.tiles_BHWC[row]
-    ramp = matplotlib.colormaps["inferno"](np.linspace(0, 1, size))[None, :, :3] * 255
     bar_top = tops[-1] + size + 2 * GAP
-    canvas[bar_top : bar_top + 14, lefts[1] : lefts[1] + size] = ramp.astype(np.uint8)
-    for left, right, _, color in _group_heads(views, lefts, size):
-        canvas[RULE : RULE + 3, left:right] = np.rint(255 * np.array(to_rgb(color)))
-
-    height, width = canvas.shape[:2]
+    height, width = tops[-1] + size + FOOT, lefts[-1] + size + MARGIN
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    figure.figimage(canvas)
     page = _Page(figure, width, height)
     for top, row in zip(tops, rows, strict=True):
-        name = "\n".join(textwrap.wrap(large.names[row], 15, max_lines=4, placeholder=" ..."))
+        name = plain(large.names[row], kept="\n")
+        name = "\n".join(textwrap.wrap(name, 15, max_lines=4, placeholder=" ..."))
         page.write(NAMES - 2 * GAP, top + size / 2, name, 9.5, ha="right", va="center")
     for left, view in zip(lefts, views, strict=True):
         page.write(left + size / 2, HEAD - 14, view.title, 9.5, ha="center", va="bottom")
@@ -236,7 +165,18 @@ def picture(gallery: Gallery) -> bytes:
     if any((donor_BP == DROP).any() for donor_BP in large.donors.values()):
         text = "hatched grey: patch dropped"
         page.write(width - MARGIN, bar_top, text, 8.5, ha="right", va="top", color=MUTED)
-    return png(figure)
+
+    # into the finished page: as an image of the figure, they would take thirty times their bytes
+    pixels_HWC = drawn(figure)
+    for left, view in zip(lefts, views, strict=True):
+        tiles_BHWC = view.tiles()
+        for top, row in zip(tops, rows, strict=True):
+            pixels_HWC[top : top + size, left : left + size, :3] = tiles_BHWC[row]
+    ramp = matplotlib.colormaps["inferno"](np.linspace(0, 1, size))[None, :, :3] * 255
+    pixels_HWC[bar_top : bar_top + 14, lefts[1] : lefts[1] + size, :3] = ramp.astype(np.uint8)
+    for left, right, _, color in _group_heads(views, lefts, size):
+        pixels_HWC[RULE : RULE + 3, left:right, :3] = np.rint(255 * np.array(to_rgb(color)))
+    return encoded(pixels_HWC)
 
 
 def _lefts(views: Sequence[Column], size: int) -> list[int]:

@@ -18,6 +18,7 @@ Segment = tuple[Point, Point]
 PAIRS = 20_000  # how often labels are compared, all with all others, before the best is taken
 ROUNDS = 8  # in which labels choose in one order
 CROWD = 25  # from so many labels on, places anywhere in the plot are tried too
+LEAST_APART = DPI / 50  # of places anywhere in the plot
 PART = 32  # candidates whose lines are compared with all other labels at once
 
 
@@ -112,8 +113,11 @@ def candidate_boxes(anchor: np.ndarray, size: Point) -> np.ndarray:
 
 
 def grid_boxes(size: Point, bounds: Box) -> np.ndarray:
-    """Return boxes of a size in rows all over the bounds, (C, 4); a third of a width apart."""
-    x_X = np.arange(bounds[0], bounds[2] - size[0], size[0] / 3)
+    """Return boxes of a size in rows all over the bounds, (C, 4); a third of a width apart.
+
+    Some letters have no width.
+    """
+    x_X = np.arange(bounds[0], bounds[2] - size[0], max(size[0] / 3, LEAST_APART))
     y_Y = np.arange(bounds[1], bounds[3] - size[1], size[1] + DPI / 50)
     corner_C2 = np.stack(np.meshgrid(x_X, y_Y), axis=-1).reshape(-1, 2)
     return np.concatenate([corner_C2, corner_C2 + size], axis=-1)

@@ -5,7 +5,6 @@ Every file appears whole or not at all; index.html is written last.
 
 import base64
 import io
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from rft import documents, files
+from rft.gallery import read as read_gallery
 from rft.records import Provenance
 from rft.report import beside, gallery, plots, tables
 from rft.report.beside import Beside
 from rft.report.paper import FIGURE_7
-from rft.report.runs import Run, load_runs
+from rft.report.runs import Run, load_runs, shown_settings
 from rft.report.tables import COLUMNS, DifferenceRow, Row
 
 WIDTH = 100  # columns of text that are not a terminal
@@ -88,20 +88,20 @@ def build(paths: Sequence[Path]) -> Report:
     rows = tables.result_rows(runs)
     names = tables.shown_recipes(row.recipe for row in rows)
     example = next((run for run in runs if run.gallery_path.is_file()), None)
+    with plots.explained():
+        pictures = {
+            "scatter.png": plots.scatter(rows),
+            "wise.png": plots.wise_picture(rows),
+            "curves.png": plots.curves(runs),
+            "gallery.png": gallery.picture(read_gallery(example.gallery_path)) if example else None,
+        }
     return Report(
         runs=runs,
         rows=rows,
         shown=[row for row in rows if row.recipe in names],
         differences=[row for row in tables.difference_rows(runs) if row.recipe in names],
         beside=beside.beside(runs, rows),
-        pictures={
-            "scatter.png": plots.scatter(rows),
-            "wise.png": plots.wise_picture(rows),
-            "curves.png": plots.curves(runs),
-            "gallery.png": gallery.picture(gallery.load_gallery(example.gallery_path))
-            if example
-            else None,
-        },
+        pictures=pictures,
         gallery_run=example,
     )
 
@@ -245,5 +245,5 @@ def _describe(run: Run) -> dict[str, Any]:
         "config_sha256": (run.results.config_sha256 or tables.ABSENT)[:12],
         "path": documents.plain(str(run.path)),
         "command": documents.plain(" ".join(run.provenance.command)),
-        "config": json.dumps(run.config.whole, indent=2, sort_keys=True),
+        "config": shown_settings(run.config),
     }

@@ -4,19 +4,23 @@ Figures are made through matplotlib's object interface and returned as PNG bytes
 Recipes differ by marker and fill as well as by colour (Okabe and Ito's, safe for the colour-blind).
 """
 
+import contextlib
 import io
 import math
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise, product
+from itertools import chain, islice, pairwise, product
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
+from rft import cli
 from rft.records import Metrics
 from rft.report.labels import DPI, Box, Point, nearest, place_labels
 from rft.report.runs import Run
@@ -31,6 +35,8 @@ from rft.report.tables import (
     wise_model,
 )
 
+MODELS = 64  # of a picture; labels that keep clear of each other take time with their square
+HEIGHT = 3.7  # inches of the curves, with what lies below them
 LED = DPI / 11  # pixels from a marker to its label that want a line between them
 
 INK, MUTED, GRID_LINE = "#222222", "#6b6b6b", "#e4e4e4"
@@ -178,8 +184,18 @@ def _line(
 
 
 def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> bytes:
-    """Return marks and lines in the plane of ImageNet accuracy and OOD average, as PNG."""
+    """Return the first marks, and lines, in the plane of ImageNet accuracy and OOD average."""
     figure, axes = _axes(8.2, 5.6, 1)
+    if left_out := _left_out(len(marks)):
+        axes[0].set_title(left_out, fontsize=8.5, color=MUTED, loc="left")
+        marks = marks[:MODELS]
+        there = {(mark.x.mean, mark.y.mean) for mark in marks}
+        kept = (tuple(point for point in line.through if point in there) for line in lines)
+        lines = [
+            replace(line, through=through)
+            for line, through in zip(lines, kept, strict=True)
+            if through
+        ]
     axes[0].set_xlabel("ImageNet top-1 (%)", fontsize=10, color=INK)
     axes[0].set_ylabel("OOD average top-1 (%)", fontsize=10, color=INK)
     axes[0].margins(0.12)
@@ -191,6 +207,11 @@ def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> bytes:
     figure.tight_layout()
     _label_marks(figure, axes[0], marks, lines)
     return png(figure)
+
+
+def _left_out(count: int) -> str:
+    """Return the line that says that a picture has not all models; empty if it has."""
+    return f"the first {MODELS} of {count:,} models" if count > MODELS else ""
 
 
 def _draw_mark(axes: Axes, mark: Mark) -> None:
@@ -298,7 +319,7 @@ def curve(run: Run, panel: Panel) -> dict[int, float]:
     """Return step -> value of one run; a quantity that is always zero was not in its loss."""
     values = {
         line.step: value
-        for line in run.metrics
+        for line in sorted(run.metrics, key=lambda line: line.step)
         if (value := panel.value(line)) is not None and math.isfinite(value)
     }
     return values if any(values.values()) else {}
@@ -306,8 +327,9 @@ def curve(run: Run, panel: Panel) -> dict[int, float]:
 
 def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
     """Return the mean over curves at the steps that all of them have."""
-    steps = set.intersection(*(set(values) for values in curves))
-    return {step: float(np.mean([values[step] for values in curves])) for step in sorted(steps)}
+    steps = sorted(set.intersection(*(set(values) for values in curves)))
+    values_LS = np.array([[values[step] for step in steps] for values in curves])
+    return dict(zip(steps, values_LS.mean(axis=0).tolist(), strict=True))
 
 
 def curves(runs: Sequence[Run]) -> bytes | None:
@@ -316,10 +338,12 @@ def curves(runs: Sequence[Run]) -> bytes | None:
     A thin line is a run, the thick one its recipe's mean. A recipe with a single point, such as
     zero-shot, is a level across the panel.
     """
+    logged = by_recipe([run for run in runs if run.metrics])
+    shown = dict(islice(logged.items(), MODELS))
     found = {
         panel: {
             recipe: lines
-            for recipe, members in by_recipe(runs).items()
+            for recipe, members in shown.items()
             if (lines := [line for run in members if (line := curve(run, panel))])
         }
         for panel in PANELS
@@ -327,7 +351,12 @@ def curves(runs: Sequence[Run]) -> bytes | None:
     panels = [panel for panel in PANELS if found[panel]]
     if not panels:
         return None
-    figure, axes = _axes(4 * len(panels), 3.7, len(panels))
+    recipes = {recipe for panel in panels for recipe in found[panel]}
+    columns, left_out = min(len(recipes), 5), _left_out(len(logged))
+    lines_below = math.ceil(len(recipes) / columns) + bool(left_out)
+    # so many lines leave half of the height to the panels
+    height = HEIGHT * max(1, lines_below / 8)
+    figure, axes = _axes(4 * len(panels), height, len(panels))
     handles: dict[str, Line2D] = {}
     for panel, ax in zip(panels, axes, strict=True):
         ax.set_title(panel.title, fontsize=10, color=INK, loc="left")
@@ -337,10 +366,16 @@ def curves(runs: Sequence[Run]) -> bytes | None:
             look = style(recipe)
             handles.setdefault(recipe, Line2D([], [], color=look.color, linestyle=look.line, lw=2))
     handles = {recipe: handles[recipe] for recipe in sorted(handles, key=order)}
-    columns = min(len(handles), 5)
-    figure.tight_layout(rect=(0, 0.045 + 0.055 * math.ceil(len(handles) / columns), 1, 1))
+    figure.tight_layout(rect=(0, (0.045 + 0.055 * lines_below) * HEIGHT / height, 1, 1))
     legend = figure.legend(
-        handles.values(), handles, loc="lower center", ncols=columns, fontsize=9, frameon=False
+        handles.values(),
+        handles,
+        loc="lower center",
+        ncols=columns,
+        fontsize=9,
+        frameon=False,
+        title=left_out or None,
+        title_fontproperties={"size": 8.5},
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -373,8 +408,34 @@ def _axes(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Print what is warned of while pictures are drawn, in one line that any terminal can show.
+
+    matplotlib warns of each letter that its font does not have, and repeats it as it is.
+    """
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        yield
+    if found:
+        more = f" (and {len(found) - 1} more warnings)" if found[1:] else ""
+        cli.note(f"of the pictures, matplotlib says: {found[0].message}{more}")
+
+
 def png(figure: Figure) -> bytes:
     """Return a figure as PNG, pixel for pixel at its own resolution."""
+    return encoded(drawn(figure))
+
+
+def drawn(figure: Figure) -> np.ndarray:
+    """Return the pixels of a figure, RGBA (H, W, 4)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def encoded(pixels_HWC: np.ndarray) -> bytes:
+    """Return pixels as PNG."""
     stream = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(stream)
+    imsave(stream, pixels_HWC, format="png", origin="upper", dpi=DPI)
     return stream.getvalue()

@@ -24,7 +24,9 @@ from rft.runs import (
 
 RUNS = 2000  # of one report
 DEPTH = 32  # folders between a path that is named and its runs
-MAX_LINES = 2**19  # of a metrics.jsonl
+MAX_LINES = 2**19  # of all metrics of a report; 60 trainings as in the paper have 150,000
+DOCUMENT_BYTES = 2**25  # of all other documents of a report; a run has some ten thousand
+SETTINGS_LETTERS = 2**16  # of a run's settings on the page; a training has some thousand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +77,32 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         ValueError: if there is none, one is not an evaluated run folder, its results are of other
             weights, two are the same recipe and seed, or they were evaluated on different data.
     """
-    runs = [load_run(path) for path in find_runs(paths)]
+    found = find_runs(paths)
+    _require_affordable(found)
+    runs, lines = [], 0
+    for path in found:
+        runs.append(load_run(path, MAX_LINES - lines))
+        lines += len(runs[-1].metrics)
     check_current(runs)
     check_same_classes(runs)
     check_distinct(runs)
     check_same_settings(runs)
     check_same_data(runs)
     return runs
+
+
+def _require_affordable(paths: Sequence[Path]) -> None:
+    """Check the size of all documents together, each of which may be a large one."""
+    size = 0
+    for path in paths:
+        for name in (records.CONFIG, records.RESULTS, records.PROVENANCE, records.TRAINING):
+            if (path / name).is_file():
+                size += (path / name).stat().st_size
+        if size > DOCUMENT_BYTES:
+            raise ValueError(
+                f"up to {path}, the runs' config.json, {records.RESULTS}, {records.PROVENANCE} and "
+                f"{records.TRAINING} have {size:,} bytes; one report reads {DOCUMENT_BYTES:,}"
+            )
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -128,8 +149,12 @@ def _runs_below(path: Path, visited: set[Path], depth: int = 0) -> Iterator[Path
             yield from _runs_below(inner, visited, depth + 1)
 
 
-def load_run(path: Path) -> Run:
+def load_run(path: Path, lines: int = MAX_LINES) -> Run:
     """Read one run folder.
+
+    Args:
+        path: the folder.
+        lines: how many its metrics.jsonl may have.
 
     Raises:
         ValueError: if it is not one, was not evaluated, or holds something malformed.
@@ -147,7 +172,7 @@ def load_run(path: Path) -> Run:
         # a name of its own: it joins no mean, no pair and no row of the paper
         recipe = f"{recipe} (unfinished, {reached})"
     provenance = records.find(path / records.PROVENANCE, Provenance) or Provenance()
-    _require_publishable(path / records.CONFIG, json.dumps(config.whole))
+    _require_publishable(path / records.CONFIG, shown_settings(config))
     _require_publishable(path / records.PROVENANCE, " ".join(provenance.command))
     return Run(
         path=path,
@@ -156,7 +181,7 @@ def load_run(path: Path) -> Run:
         results=results,
         config=config,
         provenance=provenance,
-        metrics=read_metrics(path / records.METRICS),
+        metrics=read_metrics(path / records.METRICS, lines),
     )
 
 
@@ -168,15 +193,29 @@ def _require_publishable(path: Path, text: str) -> None:
         )
 
 
-def read_metrics(path: Path) -> tuple[Metrics, ...]:
+def shown_settings(config: RunConfig) -> str:
+    """Return a run's config.json as the page shows it: of one without end, the beginning."""
+    parts, letters = [], 0
+    for part in json.JSONEncoder(indent=2, sort_keys=True).iterencode(config.whole):
+        letters += len(part)
+        if letters > SETTINGS_LETTERS:
+            return "".join([*parts, "\n... (too long to be shown)"])
+        parts.append(part)
+    return "".join(parts)
+
+
+def read_metrics(path: Path, most: int = MAX_LINES) -> tuple[Metrics, ...]:
     """Return the lines of a metrics.jsonl.
 
     Raises:
-        ValueError: if they are malformed, or too many to draw.
+        ValueError: if they are malformed, or more than `most`.
     """
-    found = tuple(logged.metrics for logged in islice(records.read_metrics(path), MAX_LINES + 1))
-    if len(found) > MAX_LINES:
-        raise ValueError(f"{path} has more than {MAX_LINES:,} lines; no report draws as many")
+    found = tuple(logged.metrics for logged in islice(records.read_metrics(path), most + 1))
+    if len(found) > most:
+        raise ValueError(
+            f"{path} has more than {most:,} lines; a report draws {MAX_LINES:,}, of all its runs "
+            "together: name fewer runs"
+        )
     return found
 
 
@@ -187,7 +226,8 @@ def check_current(runs: Sequence[Run]) -> None:
         ValueError: naming the first stale one, with the command that evaluates it again, or weights
             that are not those of their run.
     """
-    warnings = []
+    warnings: list[str] = []
+    changed: list[Path] = []
     for run in runs:
         try:
             warnings += require_current(run.path, run.results)
@@ -196,14 +236,22 @@ def check_current(runs: Sequence[Run]) -> None:
             require_own_weights(run.path)
             raise
         require_own_weights(run.path, sha256=run.results.checkpoint_sha256)
-        check_config(run)
+        check_step(run)
+        if run.results.config_sha256 not in (None, files.sha256_file(run.path / records.CONFIG)):
+            changed.append(run.path / records.CONFIG)
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if changed[1:] else ""
+        cli.warn(
+            f"{changed[0]}{more} was changed after the evaluation; its settings are shown as they "
+            "are"
+        )
     if warnings:
         more = f" (and {len(warnings) - 1} more runs)" if warnings[1:] else ""
         cli.warn(f"{warnings[0]}{more}")
 
 
-def check_config(run: Run) -> None:
-    """Check that a run folder's results.json is of its config.json and of its weights.
+def check_step(run: Run) -> None:
+    """Check that a run folder's results.json is of the step of its weights.
 
     Raises:
         ValueError: if it names another step than the weights do.
@@ -216,9 +264,6 @@ def check_config(run: Run) -> None:
             f"{run.path}/results.json says step {counted}, the weights are of step {step}; "
             "evaluate the run again"
         )
-    config = run.path / "config.json"
-    if run.results.config_sha256 not in (None, files.sha256_file(config)):
-        cli.warn(f"{config} was changed after the evaluation; its settings are shown as they are")
 
 
 def check_same_classes(runs: Sequence[Run]) -> None:

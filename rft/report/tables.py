@@ -122,11 +122,10 @@ def ood_average(run: Run) -> float | None:
 
 def by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Return each recipe's runs by seed, recipes in the order of the paper's tables."""
-    recipes = sorted({run.recipe for run in runs}, key=order)
-    return {
-        recipe: sorted((run for run in runs if run.recipe == recipe), key=lambda run: run.seed)
-        for recipe in recipes
-    }
+    groups: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        groups.setdefault(run.recipe, []).append(run)
+    return {recipe: groups[recipe] for recipe in sorted(groups, key=order)}
 
 
 def order(recipe: str) -> tuple[int, str, float]:

@@ -8,7 +8,7 @@ import io
 
 import numpy as np
 
-from rft import files
+from rft import cli, files, gallery
 from rft.clip.classifier import Classifier
 from rft.clip.vit import AttentionTap
 from rft.config import MethodConfig
@@ -25,6 +25,9 @@ def write_gallery(
     methods: dict[str, MethodConfig],
 ) -> None:
     """Write `url` (npz): images, relevance and the donor map of each method.
+
+    What no report would draw is not written, with a warning: the model diverged, or its images
+    are too large.
 
     Args:
         url: where to write.
@@ -53,7 +56,14 @@ def write_gallery(
         mask_BP = draws.mask_BP
         if mask_BP is None:
             mask_BP = cam_mask(method, relevance_BP).cpu()
-        columns[f"donor/{name}"] = refill.donors(mask_BP, draws.source_BP, draws.own_B1).numpy()
+        columns[f"{gallery.DONOR}{name}"] = refill.donors(
+            mask_BP, draws.source_BP, draws.own_B1
+        ).numpy()
+    try:
+        gallery.check(columns)
+    except ValueError as error:
+        cli.warn(f"the report will have no picture of masks and fills: {error}")
+        return
     stream = io.BytesIO()
     np.savez_compressed(stream, **columns)
     files.write_bytes(url, stream.getvalue())

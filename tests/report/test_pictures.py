@@ -2,6 +2,8 @@
 
 import io
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from rft.gallery import read as read_gallery
+from rft.records import Metrics
 from rft.report import gallery, labels, plots
 from rft.report.runs import load_runs
 from rft.report.tables import GRID, result_rows
@@ -216,6 +220,57 @@ def test_distilled_logits_have_a_panel(tmp_path, drawn):
     assert [bool(plots.curve(run, plots.PANELS[2])) for run in runs] == [True, False]
 
 
+@pytest.mark.slow
+def test_pictures_have_a_bounded_number_of_models(drawn, monkeypatch):
+    monkeypatch.setattr(plots, "MODELS", 8)
+    names = [f"wise-m{family}-0.{tenth}" for family in range(3) for tenth in range(1, 10)]
+    runs = [
+        replace(run_of(name, percent=ALL), metrics=(Metrics(step=1, ce=1.0),)) for name in names
+    ]
+    rows = result_rows(runs)
+    _, (axes,) = drawn(plots.scatter, rows)  # one of each family
+    assert (len(axes.containers), axes.get_title(loc="left")) == (3, "")
+    _, (axes,) = drawn(plots.wise_picture, rows)
+    assert len(axes.containers) == 8
+    assert axes.get_title(loc="left") == "the first 8 of 27 models"
+    _, (axes,) = drawn(plots.curves, runs)
+    assert len(axes.lines) == 8
+    (legend,) = axes.figure.legends
+    assert legend.get_title().get_text() == "the first 8 of 27 models"
+
+
+def test_the_curves_of_many_recipes_leave_room_for_their_names(drawn):
+    metrics = (Metrics(step=1, ce=1.0), Metrics(step=2, ce=2.0))
+    runs = [replace(run_of(f"r{n}", percent=ALL), metrics=metrics) for n in range(64)]
+    (height, *_), (axes,) = drawn(plots.curves, runs)
+    (legend,) = axes.figure.legends
+    below = legend.get_window_extent().y1 / height
+    assert below < axes.get_position().y0
+
+
+def test_labels_without_a_width_have_a_bounded_number_of_places():
+    bounds = (0.0, 0.0, 1640.0, 1120.0)
+    for width in (0.0, 0.1):
+        assert 1000 < len(labels.grid_boxes((width, 24.0), bounds)) < 20_000
+
+
+def test_steps_are_drawn_in_their_order():
+    lines = tuple(Metrics(step=step, ce=float(step)) for step in (5, 1, 3))
+    run = replace(run_of("vanilla"), metrics=lines)
+    assert list(plots.curve(run, plots.PANELS[0])) == [1, 3, 5]
+
+
+def test_letters_without_a_glyph_are_one_line_that_a_terminal_can_show(capsys):
+    with plots.explained():
+        rows = result_rows([run_of("\u4e00\u4e01\U0001f3f4\U000e0067", percent=ALL)])
+        assert plots.scatter(rows)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"note: of the pictures, matplotlib says: Glyph \d+ .* more warnings\)", line
+    )
+    assert line.isprintable()
+
+
 def test_nothing_to_curve():
     assert plots.curves([run_of("vanilla", percent=ALL)]) is None
 
@@ -330,7 +385,7 @@ def test_donors_on_pixels_equal_a_loop(case):
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "patch", "shown"), [(48, 8, 192), (224, 32, 224), (16, 4, 192)])
 def test_gallery(tmp_path, size, patch, shown):
-    loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz", size, patch, batch=3))
+    loaded = read_gallery(make_gallery(tmp_path / "gallery.npz", size, patch, batch=3))
     assert gallery.enlarge(loaded).images_BHWC.shape == (3, shown, shown, 3)
     names = [(view.group, view.title) for view in gallery.columns(loaded)]
     assert names[:4] == [
@@ -340,7 +395,7 @@ def test_gallery(tmp_path, size, patch, shown):
     pixels = decode(gallery.picture(loaded))
     views = gallery.columns(gallery.enlarge(loaded))
     for left, view in zip(gallery._lefts(views, shown), views, strict=True):
-        for row, tile in enumerate(view.tiles_BHWC):
+        for row, tile in enumerate(view.tiles()):
             top = gallery.HEAD + row * (shown + gallery.GAP)
             np.testing.assert_array_equal(pixels[top : top + shown, left : left + shown], tile)
     # around the tiles are their names and a scale
@@ -351,7 +406,7 @@ def test_gallery(tmp_path, size, patch, shown):
 
 @pytest.mark.slow
 def test_small_images_are_enlarged_without_blur(tmp_path):
-    loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz"))
+    loaded = read_gallery(make_gallery(tmp_path / "gallery.npz"))
     large = gallery.enlarge(loaded)
     np.testing.assert_array_equal(large.images_BHWC[:, ::4, ::4], loaded.images_BHWC)
     found = Image.open(io.BytesIO(gallery.picture(loaded))).convert("RGB")
@@ -361,8 +416,8 @@ def test_small_images_are_enlarged_without_blur(tmp_path):
 
 
 def test_the_mask_is_read_off_the_drops(tmp_path):
-    loaded = gallery.load_gallery(make_gallery(tmp_path / "gallery.npz"))
-    mask = gallery.columns(loaded)[2].tiles_BHWC
+    loaded = read_gallery(make_gallery(tmp_path / "gallery.npz"))
+    mask = gallery.columns(loaded)[2].tiles()
     dropped = (loaded.donors["object-mask-no-fill"] == -1).reshape(-1, 6, 6)
     dark = (mask[:, ::8, ::8] == gallery.MASKED).all(axis=3)
     np.testing.assert_array_equal(dark, dropped)
@@ -371,7 +426,12 @@ def test_the_mask_is_read_off_the_drops(tmp_path):
 def test_an_unknown_strategy_has_its_own_column(tmp_path):
     donors = np.zeros((6, 36), dtype=np.int64)
     path = make_gallery(tmp_path / "g.npz", **{"donor/mosaic": donors})
-    assert gallery.columns(gallery.load_gallery(path))[-1].group == "mosaic"
+    assert gallery.columns(read_gallery(path))[-1].group == "mosaic"
+
+
+def letter(code: int) -> np.ndarray:
+    """Six class names, of which numpy makes no text."""
+    return np.full(6, code, np.uint32).view("<U1")
 
 
 @pytest.mark.parametrize(
@@ -379,20 +439,56 @@ def test_an_unknown_strategy_has_its_own_column(tmp_path):
     [
         ({"patch": np.array(7)}, "cannot be cut"),
         ({"relevance_BP": np.zeros((6, 35))}, "relevance_BP has shape"),
-        ({"donor/x": np.full((6, 36), 6)}, "outside the batch"),
-        ({"donor/x": np.full((6, 36), -2)}, "outside the batch"),
-        ({"donor/x": np.zeros((6, 36))}, "outside the batch"),
+        ({"relevance_BP": np.full((6, 36), "x")}, "relevance_BP is of type <U1"),
+        ({"relevance_BP": np.full((6, 36), np.nan)}, "relevance_BP must be finite"),
+        ({"relevance_BP": np.full((6, 36), 1e300)}, "relevance_BP must be finite"),
+        ({"donor/x": np.full((6, 36), 6)}, "donor/x must have numbers from -1 to 5"),
+        ({"donor/x": np.full((6, 36), -2)}, "donor/x must have numbers from -1 to 5"),
+        ({"donor/x": np.zeros((6, 36))}, "donor/x is of type float64"),
+        ({"donor/x": np.zeros((6, 36), bool)}, "donor/x is of type bool"),
+        ({"donor/\x1b[31m": np.zeros((6, 36), int)}, "name of a donor map: it is '.x1b"),
+        ({"donor/": np.zeros((6, 36), int)}, "name of a donor map"),
         ({"images_BCHW": np.zeros((6, 3, 48, 48))}, "uint8"),
+        ({"images_BCHW": np.zeros((6, 3, 48, 48), np.uint16)}, "uint8"),
+        ({"images_BCHW": np.zeros((6, 3, 0, 0), np.uint8)}, "6 images of 0 pixels"),
+        ({"images_BCHW": np.zeros((6, 3, 48, 40), np.uint8)}, "square"),
+        ({"patch": np.array(np.inf)}, "patch is of type float64"),
+        ({"patch": np.array(0)}, "patch is 0"),
+        ({"patch": np.array([8])}, "patch has shape"),
+        ({"labels_B": np.zeros(6)}, "labels_B is of type float64"),
+        ({"labels_B": np.full(6, np.nan)}, "labels_B is of type float64"),
+        ({"class_names": np.full((6, 1), "x")}, "class_names has shape"),
+        ({"class_names": letter(0xD800)}, "class_names has letters that are not of Unicode"),
+        ({"class_names": letter(0x7FFFFFFF)}, "class_names has letters that are not of Unicode"),
+        ({"class_names": np.full(6, "x" * 100_001)}, "class_names: it is 'x.* at most 100000"),
         ({"images_BCHW": np.zeros((3, 48, 48), dtype=np.uint8)}, "not a gallery"),
         ({"labels_B": np.arange(1, 7)}, "labels_B"),
         ({"class_names": np.array([{}], dtype=object)}, "not a gallery"),
     ],
 )
 def test_galleries_that_do_not_fit_are_refused(tmp_path, columns, message):
-    path = make_gallery(tmp_path / "gallery.npz", **columns)
+    path = make_gallery(tmp_path / "gallery.npz")
+    np.savez(path, **{**np.load(path), **columns})
     with pytest.raises(ValueError, match=message) as caught:
-        gallery.load_gallery(path)
+        read_gallery(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_gallery_without_an_array_is_refused(tmp_path):
+    path = make_gallery(tmp_path / "gallery.npz")
+    arrays = dict(np.load(path))
+    for name in [name for name in arrays if not name.startswith("donor/")]:
+        np.savez(path, **{other: array for other, array in arrays.items() if other != name})
+        with pytest.raises(ValueError, match=f"gallery.npz is not.*: {name} is missing"):
+            read_gallery(path)
+
+
+def test_whole_numbers_of_any_type_are_donors(tmp_path):
+    donors = np.zeros((6, 36), np.uint64)
+    path = make_gallery(tmp_path / "gallery.npz", **{"donor/mosaic": donors})
+    loaded = read_gallery(path)
+    tiles = gallery.columns(loaded)[-1].tiles()
+    np.testing.assert_array_equal(tiles, loaded.images_BHWC[np.zeros(6, int)])
 
 
 def test_what_is_not_npz_is_refused(tmp_path):
@@ -400,4 +496,4 @@ def test_what_is_not_npz_is_refused(tmp_path):
     for content in (b"", b"PK\x03\x04 broken", b"text"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="not a gallery"):
-            gallery.load_gallery(path)
+            read_gallery(path)

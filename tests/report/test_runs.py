@@ -7,9 +7,10 @@ import pytest
 
 from rft import files
 from rft.records import Provenance
+from rft.report import runs
 from rft.report.runs import find_runs, load_run, load_runs, read_metrics
 from rft.runs import SELECTED
-from tests.report.make_runs import edit, make_run, make_weights
+from tests.report.make_runs import configured, edit, make_run, make_weights, run_of
 
 
 def test_a_run_folder_is_read_whole(tmp_path):
@@ -180,6 +181,44 @@ def test_metrics_end_at_the_last_whole_line(tmp_path):
     path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
     with pytest.raises(ValueError, match="line 2"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize("value", ["1e308", "-1e308", "1.7e200"])
+@pytest.mark.parametrize("term", ["ce", "mse", "kd"])
+def test_a_loss_that_no_axis_shows_is_refused(tmp_path, term, value):
+    path = make_run(tmp_path)
+    (path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{{"step": 2, "{term}": {value}}}\n')
+    with pytest.raises(
+        ValueError, match=rf"metrics.jsonl line 2: {term} is -?1.*; it must be from"
+    ):
+        load_run(path)
+
+
+def test_metrics_are_counted_over_all_runs(tmp_path, monkeypatch):
+    paths = [make_run(tmp_path, seed=seed) for seed in range(3)]  # 60 lines each
+    monkeypatch.setattr(runs, "MAX_LINES", 180)
+    assert [len(run.metrics) for run in load_runs(paths)] == [60, 60, 60]
+    monkeypatch.setattr(runs, "MAX_LINES", 179)
+    with pytest.raises(ValueError, match=r"vanilla-seed2/metrics.jsonl has more than 59 lines"):
+        load_runs(paths)
+
+
+def test_documents_are_counted_over_all_runs(tmp_path, monkeypatch):
+    paths = [make_run(tmp_path, seed=seed) for seed in range(3)]
+    monkeypatch.setattr(runs, "DOCUMENT_BYTES", 10_000)
+    load_runs(paths)
+    monkeypatch.setattr(runs, "DOCUMENT_BYTES", 2_500)
+    with pytest.raises(
+        ValueError, match=r"config.json, .* have 3,\d+ bytes; one report reads 2,500"
+    ):
+        load_runs(paths)
+
+
+def test_settings_without_end_are_cut_between_values():
+    found = runs.shown_settings(configured(run_of("vanilla"), a=1, z=["x" * 1000] * 100).config)
+    assert found.startswith('{\n  "a": 1,\n')
+    assert found.endswith(f'"{"x" * 1000}"\n... (too long to be shown)')
+    assert len(found) < runs.SETTINGS_LETTERS + 100
 
 
 def test_seeds_with_other_settings_are_not_averaged(tmp_path):

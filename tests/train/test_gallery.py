@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from rft import gallery as gallery_file
 from rft import recipes, rng
 from rft.data.loader import PackedDataset
 from rft.train.gallery import one_of_each_class, write_gallery
@@ -63,6 +64,17 @@ def test_each_donor_map_is_its_recipes(gallery, relevance_BP):
         masked_BP = object_BP if mask == "object" else ~object_BP
         expected = torch.where(masked_BP, fills[fill], own_B1)
         assert (gallery[f"donor/{mask}-mask-{fill}-fill"] == expected.numpy()).all(), (mask, fill)
+
+
+def test_none_is_written_that_no_report_would_draw(tiny_data, tmp_path, monkeypatch, capsys):
+    packed = PackedDataset(f"{tiny_data}/imagenet-train")
+    model = build_model(classes=len(tiny.LABELS.ids))
+    monkeypatch.setattr(gallery_file, "SIDE", tiny.SIZE - 1)
+    write_gallery(str(tmp_path / "gallery.npz"), model, packed, SAMPLES, {})
+    assert f"no picture of masks and fills: images_BCHW is 4 images of {tiny.SIZE} pixels" in (
+        capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_image_of_each_class_spread_over_the_classes():

@@ -34,9 +34,10 @@ from rft.evaluate.localisation import Arguments as Localise
 from rft.evaluate.localisation import check as check_localisation
 from rft.experiments import Arguments as Plan
 from rft.experiments import experiments
+from rft.gallery import read as read_gallery
 from rft.header import read_entries
 from rft.merge.__main__ import Arguments as Merge
-from rft.report import beside, gallery, tables
+from rft.report import beside, tables
 from rft.report.__main__ import Arguments as Report
 from rft.report.page import Report as Page
 from rft.report.page import render
@@ -493,7 +494,7 @@ def documents(world: Path, folder: Path) -> Target:
                 load.describe(f"local-dir:{folder / 'clip'}").build_visual()
             case "gallery.npz":
                 (folder / name).write_bytes(edited(valid_gallery, raw))
-                found = gallery.load_gallery(folder / name)
+                found = read_gallery(folder / name)
                 assert len(found.names) == len(found.images_BHWC)
             case _:
                 weights.read(folder / "hub")

@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from rft.report.tables import OOD_SETS
 from tests.data.test_index import write_tar
 from tests.hostile.rows import Answer, Row
 from tests.hostile.world import (
@@ -186,6 +188,64 @@ def large_gallery(place: Place) -> None:
     (place / "run/gallery.npz").write_bytes(npz({"images_BCHW": images}))
 
 
+def dear_gallery(patch: int, columns: int) -> Callable[[Place], None]:
+    """A gallery as large as it may be, of noise, with a name that the font does not have."""
+
+    def damage(place: Place) -> None:
+        rng = np.random.default_rng(0)
+        count, grid = 16, (512 // patch) ** 2
+        donors = np.broadcast_to(np.arange(count, dtype=np.int8)[:, None], (count, grid))
+        arrays = {
+            "images_BCHW": rng.integers(0, 256, (count, 3, 512, 512), dtype=np.uint8),
+            "labels_B": np.zeros(count, int),
+            "class_names": np.array(["\u4e00\x1b[31m"]),
+            "relevance_BP": np.zeros((count, grid), np.float16),
+            "patch": np.array(patch),
+            **{f"donor/r{n}": donors for n in range(columns)},
+        }
+        np.savez(place / "run/gallery.npz", **arrays)
+
+    return damage
+
+
+def many_runs(count: int, recipe: str = "r{}", lines: int = 0) -> Callable[[Place], None]:
+    """Runs of a recipe each, evaluated on everything, each with lines of metrics."""
+
+    def damage(place: Place) -> None:
+        results, config = place.read("run/results.json"), place.read("run/config.json")
+        sets = ("imagenet-val", *OOD_SETS)
+        for n in range(count):
+            folder = place / f"runs/{n:04d}"
+            folder.mkdir(parents=True)
+            counts = {
+                name: {"correct": n * (k + 3) % 101, "total": 100, "manifest_sha256": "a" * 64}
+                for k, name in enumerate(sets)
+            }
+            found = {**results, "config_sha256": None, "sets": counts}
+            (folder / "results.json").write_text(json.dumps(found))
+            name = recipe.format(n, n // 10, n % 10)
+            (folder / "config.json").write_text(json.dumps({**config, "recipe": name}))
+            shutil.copy(place / "run/training.json", folder)
+            logged = (f'{{"step": {k}, "ce": {k % 7}.5}}\n' for k in range(lines))
+            (folder / "metrics.jsonl").write_text("".join(logged))
+
+    return damage
+
+
+def deep_settings(place: Place) -> None:
+    """Indented, each of a million numbers takes hundreds of letters."""
+    text = json.dumps(place.read("run/config.json"))
+    deep = "[" * 150 + "0," * 900_000 + "0" + "]" * 150
+    (place / "run/config.json").write_text(f'{text[:-1]}, "x": {deep}}}')
+
+
+def command_of_urls(place: Place) -> None:
+    words = [
+        " ".join(f"http://a:b@h{n}.x" for n in range(m, m + 4000)) for m in range(0, 80000, 4000)
+    ]
+    place.edit("run/provenance.json", command=words)
+
+
 def long_metrics(place: Place) -> None:
     line = json.dumps({"step": 1, "loss": 1.0, "ce": 1.0}) + "\n"
     with (place / "run/metrics.jsonl").open("w") as stream:
@@ -302,6 +362,37 @@ def rows() -> Iterator[Row]:
     yield row("an offset of 2^64 - 1", EVALUATE, column("offset", 2**64 - 1), index)
     yield row("a length of nothing", EVALUATE, column("length", 0), r"index|\.tar|length")
     yield row("a gallery of gigabytes", REPORT, large_gallery, "gallery", thorough=True)
+    for what, patch, columns in (("maps", 512, 24), ("patches", 1, 7)):
+        yield row(
+            f"a gallery of all the {what} that it may have",
+            REPORT,
+            dear_gallery(patch, columns),
+            answer="accepted",
+            thorough=True,
+        )
+    for what, damage in {
+        "2,000 recipes": many_runs(2000),
+        "600 models on the paths of WiSE": many_runs(600, "wise-m{1}-0.{2}"),
+        "100 recipes with short names": many_runs(100, "{}"),
+        "2,000 recipes with metrics": many_runs(2000, lines=100),
+    }.items():
+        words = ("rft.report", "runs", "--out", "report")
+        yield row(f"a report of {what}", words, damage, answer="accepted", thorough=True)
+    yield row(
+        "metrics of four runs, each as long as one may be",
+        ("rft.report", "runs", "--out", "report"),
+        many_runs(4, lines=2**19),
+        r"runs/0001/metrics\.jsonl has more than",
+        thorough=True,
+    )
+    yield row("a million deep settings", REPORT, deep_settings, answer="either", thorough=True)
+    yield row(
+        "80,000 URLs with passwords in the command",
+        REPORT,
+        command_of_urls,
+        r"provenance\.json has a URL with a credential",
+        thorough=True,
+    )
     yield row(
         "four million lines of metrics",
         REPORT,

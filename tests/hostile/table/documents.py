@@ -510,6 +510,7 @@ def particular() -> Iterator[Row]:
     yield metrics("a loss without an end", '{"step": 1, "loss": ' + "9" * 400 + "}", "either")
     yield metrics("a loss that is no number", '{"step": 1, "loss": NaN}', "either")
     yield metrics("a loss that is infinite", '{"step": 1, "loss": 1e999}', "either")
+    yield metrics("a loss that no axis shows", '{"step": 1, "ce": 1e308}')
     yield metrics("counts of nothing", '{"step": 1, "held_out_correct": 0, "held_out_total": 0}')
     yield metrics("counts that are texts", '{"step": 1, "held_out_correct": "a"}')
     yield metrics("a step without an end", '{"step": ' + "9" * 400 + ', "loss": 1.0}')
