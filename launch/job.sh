@@ -6,6 +6,7 @@ CODE=(rft tools launch pyproject.toml) # what a job can need
 LOCK_WAIT=1800                         # seconds; a lost node's processes may live on
 PATIENCE=60                            # seconds in which SLURM may say why a step failed
 LEAVE=120                              # seconds that the other nodes have when one has ended
+CODE_BYTES=$((2 ** 28))                # of a copy of the code that is compared
 # torchrun on a single node: its usual store would listen on every address, so ranks meet in a file
 ALONE=(
     env PET_RDZV_BACKEND=c10d PET_RDZV_CONF=store_type=file TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -20,6 +21,32 @@ quoted() {
         line+=("$word")
     done
     echo "${line[*]}"
+}
+
+# The beginning of FILE as plain letters. Nothing of a link, and nobody is waited for: others may write
+# in the folder.
+beginning_of() {
+    dd if="$1" iflag=nofollow,nonblock bs=4096 count=1 status=none 2>/dev/null |
+        LC_ALL=C tr --complement '[:print:]\n' '?'
+}
+
+# Fail unless a file can be renamed to NAME, as rft/local.py does: a link is replaced, not followed.
+require_replaceable() {
+    if [ -e "$1" ] && [ ! -f "$1" ] && [ ! -L "$1" ]; then
+        echo "error: $(quoted "$1") is not a regular file; remove it" >&2
+        exit 2
+    fi
+}
+
+# Fail if a log of FOLDER is a link: SLURM would append to what it leads to.
+require_own_logs() {
+    local log
+    for log in "$1"/job-*.log; do
+        if [ -L "$log" ]; then
+            echo "error: $(quoted "$log") is a link, and no log is written through links; remove it" >&2
+            exit 2
+        fi
+    done
 }
 
 # Fail if one of WORDS is a URL that may hold a password, token or signature: they are printed and kept
@@ -94,49 +121,93 @@ revision() {
     if [ -e "$1/.git" ] && git -C "$1" describe --always --dirty --abbrev=12 2>/dev/null; then
         return
     fi
-    cat "$1/REVISION" 2>/dev/null || echo unknown
+    beginning_of "$1/REVISION" | head -n 1 | grep . || echo unknown
+}
+
+# Hash of all that a copy of the code in FOLDER holds, but Python's caches. Fails if it is too large, or
+# a part of it belongs to a different user, who can change it.
+code_hash() (
+    cd "$1" && [ -z "$(find . ! -uid "$EUID" -print -quit)" ] || exit 1
+    find . -name __pycache__ -prune -o -print0 | LC_ALL=C sort --zero-terminated |
+        tar --create --no-recursion --null --files-from=- --format=gnu --numeric-owner --owner=0 \
+            --group=0 --mode=0 --mtime=@0 2>/dev/null |
+        head --bytes=$CODE_BYTES | sha256sum | cut -d ' ' -f 1
+)
+
+# File that shows that this user's scripts have made a copy of a HASH; it is empty. Not in the run
+# folder, where its maker could have put one.
+copy_record() {
+    echo "${XDG_STATE_HOME:-${HOME:-}/.local/state}/rft/code/$1"
+}
+
+# Fail unless the copy TO was made by this user's scripts, or is the same as the copy FROM. A run
+# folder may be someone else's, and its code would run as this user.
+require_own_code() {
+    local from=$1 to=$2 hash
+    if [ ! -L "$to" ] && hash=$(code_hash "$to") && {
+        [ -e "$(copy_record "$hash")" ] ||
+            { [ -f "$from/REVISION" ] && [ "$hash" = "$(code_hash "$from")" ]; }
+    }; then
+        # Python runs a cache in place of its source; jobs make new ones
+        find "$to" -name __pycache__ -prune -exec rm -rf {} +
+        return
+    fi
+    echo "error: the code in $(quoted "$to") was not copied there by your launch/submit.sh, or was" \
+        "changed, and would run as you; remove it to take the code in $(quoted "$from"), or, if you" \
+        "trust that run folder, run its resubmit.sh" >&2
+    exit 2
 }
 
 # Copy the code FROM a folder TO another, whole or not at all. A copy that is there stays: a run
 # ends with the code that it began with.
 snapshot() {
-    local from=$1 to=$2 new now old
-    if [ -d "$to" ]; then
+    local from=$1 to=$2 new now old record
+    if [ -e "$to" ] || [ -L "$to" ]; then
+        # a job that runs the copy itself
+        if [ ! -L "$to" ] && [ "$from" -ef "$to" ]; then return; fi
+        require_own_code "$from" "$to"
         now=$(revision "$from") old=$(revision "$to")
         if [ "$now" != "$old" ]; then
-            echo "goes on with the code in $to ($old); remove that folder to take the one in" \
-                "$from ($now)" >&2
+            echo "goes on with the code in $(quoted "$to") ($old); remove that folder to take the one" \
+                "in $(quoted "$from") ($now)" >&2
         fi
         return
     fi
     mkdir -p "$(dirname "$to")"
     new=$(mktemp -d "$to.XXXXXX")
-    chmod "$(umask -S)" "$new"
     code_files "$from" | tar --create --directory "$from" --null --files-from=- |
         tar --extract --no-same-permissions --directory "$new"
     revision "$from" >"$new/REVISION"
+    # without a home that can be written only the same copy is known again
+    if record=$(copy_record "$(code_hash "$new")") && mkdir -p "$(dirname "$record")"; then
+        : >"$record" || true
+    fi 2>/dev/null
+    # others may write in it from here on, if the umask lets them
+    chmod "$(umask -S)" "$new"
     mv -T "$new" "$to"
 }
 
 # Leave FOLDER/resubmit.sh, which submits a job of a KIND with sbatch's OPTIONS and, behind --, its
 # arguments. What is given to it goes to sbatch as well.
 leave_resubmit() {
-    local folder=$1 kind=$2 options=()
+    local folder=$1 kind=$2 options=() new
     shift 2
     while [ "$1" != -- ]; do
         options+=("$1")
         shift
     done
     shift
-    cat >"$folder/resubmit.sh.new" <<END
+    require_replaceable "$folder/resubmit.sh"
+    new=$(mktemp "$folder/resubmit.sh.XXXXXX")
+    cat >"$new" <<END
 #!/usr/bin/env bash
 # Submits this job again, with the code beside this file.
 set -euo pipefail
 cd $(quoted "$folder/code")
 exec sbatch $(quoted "${options[@]}") "\$@" launch/$kind.sbatch $(quoted "$@")
 END
-    chmod +x "$folder/resubmit.sh.new"
-    mv "$folder/resubmit.sh.new" "$folder/resubmit.sh"
+    chmod "$(umask -S)" "$new"
+    mv -fT "$new" "$folder/resubmit.sh"
 }
 
 # Options of sbatch, into the array `options`, for a job of a KIND that logs to FOLDER and gets
@@ -218,7 +289,7 @@ misses_node() {
 
 # How far the run is.
 progress() {
-    cat "$run/progress.json" 2>/dev/null || true
+    beginning_of "$run/progress.json" || true
 }
 
 # Address by which SLURM reaches a NODE: its name need not resolve.
@@ -266,10 +337,10 @@ wait_for_ranks() {
     done
 }
 
-# Make the file that all ranks look for.
+# Make the file that all ranks look for, in place of whatever file has that name.
 ask_to_stop() {
     echo "$(date '+%F %T') asked to stop"
-    : >"$stop"
+    mv -fT "$(mktemp "$stop.XXXXXX")" "$stop"
 }
 
 # Have SLURM start this job again, and wait for the end it brings: a script that ends by itself
@@ -330,6 +401,7 @@ train() {
     use_code "$run/code"
 
     stop=$run/stop-$attempt
+    rm -f "$stop" # the name is this attempt's alone
     before=$(progress)
     if [ -e "$run/training.json" ]; then was_finished=yes; fi
     local words=(--run-dir "$run" --cluster.stop-file "$stop" --cluster.lock-wait "$LOCK_WAIT")
@@ -349,7 +421,7 @@ train() {
     # a rank on another node may have written that file, and this one's file system not know yet;
     # ranks that stopped before the end do not exit with 0
     if [ -e "$run/training.json" ] || [ "$status" = 0 ]; then
-        rm -f "$run"/stop-*
+        rm -f "$run"/stop-[0-9]*-* || true
         # a rank can fail after all work is done; a finished run can be refused
         if [ $was_finished = yes ]; then exit "$status"; fi
         exit 0

@@ -80,8 +80,9 @@ if [ $dry = yes ]; then
     echo "sbatch $(quoted "${options[@]}" "${when[@]}" "launch/$kind.sbatch" "$@")"
     exit 0
 fi
+require_own_logs "$folder"
 snapshot "$PWD" "$folder/code"
 leave_resubmit "$folder" "$kind" "${options[@]}" -- "$@"
 number=$("$folder/resubmit.sh" --parsable "${when[@]}")
-echo "submitted ${name:-$kind} as job $number; log: $folder/job-$number*.log" >&2
+echo "submitted ${name:-$kind} as job $number; log: $(quoted "$folder")/job-$number*.log" >&2
 echo "${number%%;*}"

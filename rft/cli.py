@@ -16,6 +16,7 @@ import shlex
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,24 +24,40 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import tyro
+from fsspec.config import set_conf_env
 
 from rft import documents, files, urls
 
 T = TypeVar("T")
 LINE_LETTERS = 1800  # of an error
+LEAST_COLUMNS = 40  # of a terminal: in less than 5 tyro's --help has no end
+SIZE = r"[1-9][0-9]{0,3}"  # of a terminal, columns or lines; rich would fill more with spaces
+
+# what torchrun tells each rank
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 SEVERAL_GPUS = "  (with several GPUs: torchrun --nproc_per_node NUMBER in place of python)"
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], *, ranks: bool = False) -> None:
     """Run `main`; turn a user's mistake into one clear line and exit code 2.
 
     Under torchrun the ranks of a node meet the same mistake, so one of each node prints it, and
     torchrun repeats it at the end of its summary.
+
+    Args:
+        main: of the command.
+        ranks: whether several processes can share its work. A different command is no rank,
+            whatever a launcher has left in the environment.
     """
     sys.excepthook = _tell_bug
+    if not ranks:
+        for name in LAUNCHED:
+            os.environ.pop(name, None)
     try:
         _require_streams()
+        _bound_terminal()
+        _require_client_settings()
         for word in sys.argv[1:]:
             urls.refuse_credentials(word)
         try:
@@ -61,8 +78,7 @@ def run(main: Callable[[], None]) -> None:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" on rank {rank}"
         line = _shortened(documents.plain(f"error{where}: {message}"))
-        # what is not a rank is a mistake that no other process tells
-        if not re.fullmatch("0*[1-9][0-9]*", os.environ.get("LOCAL_RANK", "0"), re.ASCII):
+        if not is_quiet_rank():
             with contextlib.suppress(OSError):
                 print(line, file=sys.stderr, flush=True)
         _hand_to_torchrun(line)
@@ -81,6 +97,34 @@ def _require_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             raise ValueError(f"{name} is closed; redirect it to /dev/null to see nothing of it")
+
+
+def _bound_terminal() -> None:
+    """Keep the size of a terminal within what help, tables and bars can be drawn in."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch(SIZE, os.environ.get(name, ""), re.ASCII):
+            os.environ.pop(name, None)
+    widths = [int(os.environ.get("COLUMNS", "0"))]
+    for stream in range(3):  # rich looks at each of them
+        with contextlib.suppress(OSError):
+            widths.append(os.get_terminal_size(stream).columns)
+    width = widths[0] or min(filter(None, widths), default=LEAST_COLUMNS)
+    if width < LEAST_COLUMNS:
+        os.environ["COLUMNS"] = str(LEAST_COLUMNS)
+
+
+def _require_client_settings() -> None:
+    """Check the settings of store clients, of which fsspec ignores what it cannot read."""
+    for name, value in os.environ.items():
+        if name.startswith("FSSPEC"):
+            with warnings.catch_warnings(record=True) as ignored:
+                warnings.simplefilter("always")
+                set_conf_env({}, {name: value})
+            if ignored:
+                raise ValueError(
+                    f"{name} in the environment is not a setting of fsspec: FSSPEC_ and a protocol "
+                    "with a JSON object, such as FSSPEC_HTTP='{}'; correct or unset it"
+                )
 
 
 def _finish_output() -> None:
@@ -110,6 +154,24 @@ def _hand_to_torchrun(line: str) -> None:
         with contextlib.suppress(OSError):
             cause = {"py_callstack": line, "timestamp": str(int(time.time()))}
             Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": cause}}))
+
+
+def is_quiet_rank() -> bool:
+    """Whether torchrun started this rank and another of its node prints what all of them meet.
+
+    Without a torchrun, as where its variables are left in a shell, no process would print it.
+    """
+    # the folder is gone when torchrun has ended
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull))
+    if not (error_file.is_absolute() and error_file.parent.is_dir()):
+        return False
+    texts = [os.environ.get(name, "") for name in LAUNCHED]
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not all(
+        re.fullmatch("[0-9]{1,10}", text, re.ASCII) for text in texts
+    ):
+        return False
+    rank, size, local_rank, local_size = map(int, texts)
+    return 0 < local_rank < local_size <= size and local_rank <= rank < size
 
 
 def _tell_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rft import files, urls
+from rft import cli, files, urls
 from rft.documents import shown
 
 T = TypeVar("T")
@@ -181,21 +181,21 @@ def _meeting_place(world: World, wait: datetime.timedelta) -> Any:
     (docs/cluster.md), ranks on one machine meet in a file beside its own, new for each start.
     """
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if agents or not errors or world.size > world.local_size:
+    folders = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents
+    if agents or len(folders) < 2 or world.size > world.local_size:
         try:
             store, _, _ = next(torch.distributed.rendezvous("env://", timeout=wait))
         except torch.distributed.DistError as error:
             where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
             raise OSError(f"the ranks cannot meet at {where}: {files.reason(error)}") from error
         return store
-    store = torch.distributed.FileStore(str(Path(errors).parents[1] / "store"), world.size)
+    store = torch.distributed.FileStore(str(folders[1] / "store"), world.size)
     store.set_timeout(wait)
     return store
 
 
 def _tell(world: World, error: Exception) -> None:
-    if world.local_rank > 0:
+    if cli.is_quiet_rank():
         print(f"error on rank {world.rank}: {urls.redact(str(error))}", file=sys.stderr, flush=True)
 
 

@@ -47,7 +47,7 @@ def open_store(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
     urls.check(url)
     try:
         return fsspec.core.url_to_fs(url, **options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"cannot open {url!r}: {reason(error)}") from error
 
 

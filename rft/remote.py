@@ -11,7 +11,7 @@ FileNotFoundError whatever the server answered.
 import asyncio
 import os
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -140,7 +140,10 @@ def client(shared: Any) -> Any:
         return found
     options = dict(shared.storage_options)
     if _is_http(shared):
-        options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity"}
+        headers = options.get("headers", {})
+        if not isinstance(headers, Mapping):  # they may hold a token, so they are not shown
+            raise ValueError("headers in fsspec's settings (FSSPEC_HTTP) are not an object")
+        options["headers"] = {**headers, "Accept-Encoding": "identity"}
     own: Any = type(shared)(*shared.storage_args, **options, skip_instance_cache=True)
     if hasattr(own, "retries"):
         own.retries = 1

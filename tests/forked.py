@@ -75,7 +75,7 @@ def become(rank: int, port: int, request: Request) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     if request.ranks > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "forked"}
         os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(request.ranks))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     module, *options = request.words

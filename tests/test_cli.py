@@ -81,6 +81,10 @@ def test_streams_of_a_process(main, output, code, said):
         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '9"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
         ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK is '1.5'"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK is '1'"),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK is '1'"),
+        ({"LOCAL_RANK": "1", "RANK": "1"}, "RANK is '1'"),
+        ({"LOCAL_RANK": "3", "WORLD_SIZE": "2", "RANK": "1"}, "LOCAL_RANK is '3'"),
         ({"LOCAL_WORLD_SIZE": "x\x1b"}, "LOCAL_WORLD_SIZE is 'x\\x1b'"),
         ({"LOCAL_WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE is '2'"),
         ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
@@ -91,7 +95,7 @@ def test_an_environment_that_torchrun_never_makes(monkeypatch, capsys, variables
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stopped:
-        cli.run(dist.world_from_env)
+        cli.run(dist.world_from_env, ranks=True)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line
@@ -108,3 +112,63 @@ def test_ranks_that_cannot_meet(monkeypatch):
     said = r"^the ranks cannot meet at nowhere\.invalid:1: [^\n]*$"
     with pytest.raises(OSError, match=said), group:
         pytest.fail("they met")
+
+
+@pytest.mark.parametrize(
+    ("columns", "terminals", "kept"),
+    [
+        *((columns, [], "40") for columns in ("1", "4", "39")),
+        *((columns, [], None) for columns in ("0", "x", "\u00b2", "-5", "10000", "9" * 5000, "")),
+        *((columns, [3], columns) for columns in ("40", "9999")),
+        *[(None, [], None), (None, [80], None), (None, [3], "40"), (None, [0, 3, 80], "40")],
+        *[(None, [0], None), ("x", [4], "40"), ("30", [80], "40")],
+    ],
+)
+def test_no_terminal_is_too_narrow_or_too_wide(monkeypatch, columns, terminals, kept):
+    """Below 5 columns tyro's --help has no end; of 10^9, a line alone is gigabytes."""
+
+    def size(stream: int) -> os.terminal_size:
+        if stream >= len(terminals):
+            raise OSError("no terminal")
+        return os.terminal_size((terminals[stream], 24))
+
+    monkeypatch.setattr(os, "get_terminal_size", size)
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.setenv(name, columns or "")
+        if columns is None:
+            monkeypatch.delenv(name)
+    found: list[str | None] = []
+    cli.run(lambda: found.append(os.environ.get("COLUMNS")))
+    assert found == [kept]
+
+
+RANK = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "quiet"),
+    [
+        ({}, True),
+        ({"TORCHELASTIC_ERROR_FILE": "{folder}/error.json"}, True),
+        # left behind in a shell, so no other process prints the line
+        ({"TORCHELASTIC_ERROR_FILE": "{folder}/gone/error.json"}, False),
+        ({"TORCHELASTIC_ERROR_FILE": "error.json"}, False),
+        ({"TORCHELASTIC_RUN_ID": None}, False),
+        *(({name: None}, False) for name in RANK),
+        *(({"LOCAL_RANK": value}, False) for value in ("0", "2", "-1", "x", "", "9" * 5000)),
+        *[({"RANK": "4"}, False), ({"WORLD_SIZE": "1"}, False), ({"RANK": "0"}, False)],
+    ],
+)
+@pytest.mark.parametrize("ranks", [True, False])
+def test_a_mistake_is_silent_only_where_another_rank_prints_it(
+    monkeypatch, capsys, tmp_path, changes, quiet, ranks
+):
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", **RANK, **changes}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value.format(folder=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.run(fail, ranks=ranks)
+    assert bool(capsys.readouterr().err) == (not (quiet and ranks))

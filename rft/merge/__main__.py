@@ -293,4 +293,4 @@ def next_step(outs: Iterable[Path], model: Ingredient) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, ranks=True)

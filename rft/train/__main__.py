@@ -443,4 +443,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    cli.run(main)
+    cli.run(main, ranks=True)

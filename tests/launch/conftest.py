@@ -150,8 +150,9 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path) -> Project:
-    """A project that is no git repository."""
+def project(tmp_path, monkeypatch) -> Project:
+    """A project that is no git repository, and a home that has seen no other."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     folder = tmp_path / "project"
     folder.mkdir()
     others = shutil.ignore_patterns("__pycache__", "cluster.env")

@@ -1,8 +1,11 @@
 """What the scripts of launch/ would submit, copy and refuse; no cluster is needed for that."""
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,7 @@ def bash(project: Project, script: str) -> str:
         env=environment(),
         capture_output=True,
         text=True,
+        timeout=60,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -226,15 +230,195 @@ def test_the_code_is_copied_as_it_is(project, tmp_path):
     assert {str(path) for path in again} == {name for name in tracked if "." in name}
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_code_it_began_with(project, tmp_path):
     project.write_settings()
     place = tmp_path / "code"
+    (project.folder / "REVISION").write_text("older\n")
     copied(project, place)
-    (place / "REVISION").write_text("older\n")
+    (project.folder / "REVISION").write_text("newer\n")
     (project.folder / "rft" / "cli.py").write_text("changed")
+    # as a job leaves them
+    (place / "rft" / "__pycache__").mkdir()
+    (place / "rft" / "__pycache__" / "cli.cpython-311.pyc").write_text("")
     said = bash(project, f"snapshot . {place} 2>&1")
     assert f"goes on with the code in {place} (older)" in said
     assert (place / "rft" / "cli.py").read_text() != "changed"
+    # it could be a stranger's, and Python would run it in place of the source
+    assert not (place / "rft" / "__pycache__").exists()
+    # a copy of a copy is known without a record, as in the tasks of a sweep
+    shutil.rmtree(tmp_path / "state")
+    shutil.copytree(place, tmp_path / "sweep")
+    bash(project, f"snapshot {tmp_path / 'sweep'} {place}")
+
+
+def link_to(name: str) -> Callable[[Path, Path], None]:
+    """Something that makes NAME of the code a link to a file outside."""
+
+    def make(code: Path, outside: Path) -> None:
+        (code / name).unlink(missing_ok=True)
+        (code / name).symlink_to(outside)
+
+    return make
+
+
+def fifo(code: Path, _: Path) -> None:
+    (code / "REVISION").unlink()
+    os.mkfifo(code / "REVISION")
+
+
+def repository(code: Path, _: Path) -> None:
+    """One whose settings run a program when git looks at it."""
+    subprocess.run(["git", "init", "-q", code], check=True)
+    hook = f"touch {shlex.quote(str(code.parent / 'ran'))}"
+    subprocess.run(["git", "-C", code, "config", "core.fsmonitor", hook], check=True)
+
+
+def given_away(code: Path, _: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    os.chown(code / "pyproject.toml", 12345, -1)
+
+
+def replaced_by_link(code: Path, _: Path) -> None:
+    code.rename(code.with_name("moved"))
+    code.symlink_to("moved")
+
+
+def large(code: Path, _: Path) -> None:
+    with (code / "large").open("wb") as stream:
+        stream.truncate(2**43)  # a hole, which takes hours to read
+
+
+def dangling(code: Path, outside: Path) -> None:
+    shutil.rmtree(code)
+    code.symlink_to(outside.parent / "absent")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda code, _: (code / "rft" / "cli.py").write_text("print('mine')"),
+        lambda code, _: (code / "torch.py").write_text("print('mine')"),
+        lambda code, _: (code / "rft" / "rng.pyc").write_text(""),
+        lambda code, _: (code / "REVISION").write_text("\033[2J\033]0;owned\007v1"),
+        pytest.param(large, marks=pytest.mark.slow),
+        link_to("REVISION"),
+        link_to("pyproject.toml"),
+        fifo,
+        repository,
+        given_away,
+        replaced_by_link,
+        dangling,
+    ],
+)
+def test_code_that_was_not_copied_by_this_user_is_refused(project, tmp_path, damage):
+    """It would run by the job; nothing of it is printed, waited for or run before."""
+    project.write_settings()
+    run = tmp_path / "run"
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    copied(project, run / "code")
+    damage(run / "code", outside)
+    before = sorted(path.name for path in run.iterdir())
+    result = project.launch("submit.sh", "train", "vanilla", "--run-dir", run)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: the code in {run}/code was not copied there by your launch/")
+    assert line.isprintable()
+    assert sorted(path.name for path in run.iterdir()) == before
+    assert outside.read_text() == "precious"
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> Path:
+    """An sbatch that takes every job and starts none."""
+    program = tmp_path / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 123\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return program
+
+
+@pytest.mark.parametrize("name", ["resubmit.sh.new", "resubmit.sh"])
+@pytest.mark.parametrize("kind", ["file", "folder", "absent"])
+@pytest.mark.usefixtures("sbatch")
+def test_a_submission_follows_no_link_of_the_run_folder(project, tmp_path, name, kind):
+    project.write_settings()
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    if kind == "file":
+        outside.write_text("precious")
+    elif kind == "folder":
+        outside.mkdir()
+    (run / name).symlink_to(outside)
+    result = project.launch("submit.sh", "train", "vanilla", "--run-dir", run)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "123\n"
+    assert (run / "resubmit.sh").stat().st_mode & 0o777 == 0o777 & ~umask()
+    assert not (run / "resubmit.sh").is_symlink()
+    assert kind != "file" or outside.read_text() == "precious"
+    assert kind != "folder" or not list(outside.iterdir())
+    assert kind != "absent" or not outside.exists()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("kind", ["file", "absent", "FIFO", "link"])
+def test_a_stop_is_asked_for_through_no_link(project, tmp_path, kind):
+    stop, outside = tmp_path / "stop-12-0", tmp_path / "outside"
+    outside.write_text("precious")
+    if kind == "file":
+        stop.write_text("old")
+    elif kind == "FIFO":
+        os.mkfifo(stop)
+    elif kind == "link":
+        stop.symlink_to(outside)
+    bash(project, f"stop={stop}; ask_to_stop")
+    assert stop.is_file()
+    assert not stop.is_symlink()
+    assert stop.read_bytes() == b""
+    assert outside.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("resubmit.sh", "is not a regular file; remove it"), ("job-7.log", "is a link, and no log")],
+)
+@pytest.mark.usefixtures("sbatch")
+def test_what_cannot_be_replaced_is_refused(project, tmp_path, name, says):
+    project.write_settings()
+    run = tmp_path / "run"
+    run.mkdir()
+    if name == "resubmit.sh":
+        os.mkfifo(run / name)
+    else:
+        (run / name).symlink_to(tmp_path / "precious")
+    result = project.launch("submit.sh", "train", "vanilla", "--run-dir", run)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {run / name} {says}")
+
+
+def test_what_is_read_of_a_run_folder_is_a_regular_file_and_plain(project, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "REVISION").write_bytes(b"\033[2Jv1\0\x9b\xc2\x9b\nsecond line\n" + b"x" * 10**6)
+    assert bash(project, f"revision {run}") == "?[2Jv1????\n"
+    (run / "REVISION").write_text("")
+    assert bash(project, f"revision {run}") == "unknown\n"
+    for make in (os.mkfifo, lambda path: path.symlink_to("/etc/hostname"), Path.mkdir):
+        make(run / "progress.json")
+        assert bash(project, f"run={run}; progress") == ""
+        remove = Path.rmdir if make is Path.mkdir else Path.unlink
+        remove(run / "progress.json")
+    (run / "progress.json").write_text('{"step": 5}')
+    assert bash(project, f"run={run}; progress") == '{"step": 5}'
 
 
 def test_resubmitting_keeps_every_word(project, tmp_path):
@@ -312,6 +496,17 @@ def test_ranks_that_fail_without_having_advanced_are_not_started_again(project):
     said = attempt(project, "exit 1")
     assert "failed without having advanced" in said
     assert said.endswith("failed\n")
+
+
+def test_a_task_of_a_sweep_does_not_run_the_code_of_a_stranger(project):
+    code = project.runs / "vanilla-seed1" / "code"
+    code.mkdir(parents=True)
+    (code / "torch.py").write_text("")
+    said = attempt(project, "exit 0")
+    assert said.startswith(
+        f"error: the code in {code} was not copied there by your launch/submit.sh"
+    )
+    assert said.endswith("you trust that run folder, run its resubmit.sh\nfailed\n")
 
 
 def test_ranks_on_a_node_with_gpus_do_not_take_its_cpu(project):

@@ -86,4 +86,4 @@ if __name__ == "__main__":
     dist.has_bf16 = lambda _: os.environ.get("RANK") in bf16_ranks
     checkpoint.Store.write, checkpoint.Writer.__exit__ = slow, end
     loop.accumulate_gradients = disturb
-    cli.run(train_command.main)
+    cli.run(train_command.main, ranks=True)

@@ -45,6 +45,7 @@ def row(
     slow: bool = True,
     code: int | None = None,
     stdout: str = "",
+    writes: Sequence[str] = (),
     **variables: str,
 ) -> Row:
     return Row(
@@ -56,6 +57,7 @@ def row(
         code=code,
         stdout=stdout,
         slow=slow,
+        writes=writes,
         variables=variables,
     )
 
@@ -124,6 +126,41 @@ def rows() -> Iterator[Row]:
     yield row("an encoding of ASCII", SHOW, answer="accepted", PYTHONIOENCODING="ascii")
     yield row("a terminal of no width", SHOW, answer="accepted", COLUMNS="0")
     yield row("a terminal whose width is no number", SHOW, answer="accepted", COLUMNS="x")
+    for width in ("1", "2", "3", "4", "0", "\u00b2", "99999999999"):
+        help_of_report = ("rft.report", "--help")
+        what = f"a help in {width!a} columns"
+        yield row(what, help_of_report, answer="accepted", COLUMNS=width, LINES=width)
+    for what, words in LAUNCHED.items():
+        variables = {"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
+        yield row(f"{what} with LOCAL_RANK left behind", words, "LOCAL_RANK", **variables)
+    rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    yield row(
+        "a report in the shell of a rank",
+        ("rft.report", "nothing", "--out", "r"),
+        "nothing",
+        slow=False,
+        TORCHELASTIC_RUN_ID="x",
+        **rank,
+    )
+    for place in ("/no/such/folder/error.json", "error.json"):
+        yield row(
+            f"a rank whose torchrun has gone from {place}",
+            (*EVALUATE, "--sets", "nothing"),
+            "nothing",
+            slow=True,
+            writes=("error.json",),
+            TORCHELASTIC_RUN_ID="x",
+            TORCHELASTIC_ERROR_FILE=place,
+            **rank,
+        )
+    for name, value in {
+        "FSSPEC_HTTP": "{",
+        "FSSPEC_S3": "[]",
+        "FSSPEC_GS": "",
+        "FSSPEC": "{}",
+        "FSSPEC__HTTP": "{}",
+    }.items():
+        yield row(f"{name}={value}", REPORT, f"{name} in the environment", **{name: value})
     yield row(
         "a proxy that is no URL",
         (*SHOW, "--data", "http://127.0.0.1:9/x"),

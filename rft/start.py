@@ -1,0 +1,61 @@
+"""What a command does before its libraries are imported: standard library only.
+
+Some libraries read variables of the environment when they are imported, and fail there: matplotlib
+with MPLBACKEND, torch with TORCH_LOGS, and others. That is a mistake of the user like any other,
+but it is met before `rft.cli` can run anything.
+"""
+
+import os
+import re
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from types import TracebackType
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+LINE_LETTERS = 300  # of a library's message
+
+
+def is_command() -> bool:
+    """Whether this process was started as a command of rft; others import it as a library."""
+    # "-m" stands there until the module is found, and rft is imported to find it
+    started = sys.argv[0] if sys.argv else ""
+    return started == "-m" or Path(started).resolve().parent == TOOLS
+
+
+def watch_imports() -> None:
+    """Make one line of what libraries raise because of the environment, until `cli.run` begins."""
+    # `cli.run` raises an error for it
+    warnings.filterwarnings("ignore", "Ignoring environment variable FSSPEC", UserWarning)
+    sys.excepthook = _tell
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not isinstance(error, (ValueError, OSError)) or os.environ.get("RFT_TRACEBACK"):
+        sys.__excepthook__(kind, error, trace)
+        return
+    frames = list(traceback.walk_tb(trace))
+    modules = [f.f_globals["__name__"] for f, _ in frames if f.f_code.co_name == "<module>"]
+    names = _variables(error, "".join(traceback.format_tb(trace)))
+    advice = (
+        f"correct or unset {' or '.join(names)} in the environment"
+        if names
+        else ("look at its settings, in files and in the environment")
+    )
+    message = "".join(
+        letter if letter.isprintable() else ascii(letter)[1:-1]
+        for letter in " ".join(str(error).split())[:LINE_LETTERS]
+    )
+    line = f"error: {modules[-1]} cannot be imported: {message}; {advice}"
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _variables(error: BaseException, frames: str) -> list[str]:
+    """Name the variables that an error shows: by their name or, in its message, their value."""
+    text = f"{frames}{error}"
+    named = [
+        name for name in os.environ if len(name) > 3 and re.search(rf"\b{re.escape(name)}\b", text)
+    ]
+    return named or [name for name, value in os.environ.items() if repr(value) in str(error)]
