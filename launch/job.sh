@@ -51,9 +51,9 @@ require_own_logs() {
 
 # Fail if one of WORDS is a URL that may hold a password, token or signature: they are printed and kept
 # in scripts. rft/urls.py, which knows the names of secrets, cannot run before there is an environment,
-# so all parameters but a version are refused here, and hosts that are escaped or not ASCII.
+# so all parameters but some are refused here, and hosts that are escaped or not ASCII.
 refuse_credentials() {
-    local word rest host LC_ALL=C
+    local word rest host name harmless=' versionid download id revision ref format ' LC_ALL=C
     for word; do
         [[ $word == *://* ]] || continue
         rest=${word#*://}
@@ -62,14 +62,22 @@ refuse_credentials() {
         if [[ $host == *@* && ($host == *:*@* || ! $word =~ (abfss?|az)://) ]] ||
             [[ $host == *:* && ! $host =~ :[0-9]*$ && $rest == *@* ]] ||
             [[ $host =~ [^!-~]|% || $rest =~ ://[^/]*@ ]] ||
-            [[ -z $host && $rest == *@* && $word != *file://* ]] ||
-            [[ ${rest//[?&]version[Ii]d=/} =~ [?\&\;#].*= ]]; then
-            echo "error: a URL here or in launch/cluster.env holds what may be a credential, which would" \
-                "be printed and recorded: a user, or a parameter that is no version; leave it out and" \
-                "export what its client reads (docs/data.md, Credentials)" >&2
-            exit 2
+            [[ -z $host && $rest == *@* && $word != *file://* ]]; then
+            refuse_credential "what may be a user or a password before its host"
         fi
+        while [[ $rest =~ [?\&\;#]([^?\&\;#=]*)= ]]; do
+            name=${BASH_REMATCH[1]}
+            rest=${rest#*"${BASH_REMATCH[0]}"}
+            [[ $harmless == *" ${name,,} "* ]] ||
+                refuse_credential "the parameter $(quoted "$name"), which may be a credential"
+        done
     done
+}
+
+refuse_credential() {
+    echo "error: a URL here or in launch/cluster.env holds $1 and would be printed and recorded; leave it" \
+        "out and export what its client reads (docs/data.md, Credentials)" >&2
+    exit 2
 }
 
 # Value of the option NAME among WORDS, given as two words or with "="; nothing if it is not there.
@@ -124,11 +132,11 @@ revision() {
     beginning_of "$1/REVISION" | head -n 1 | grep . || echo unknown
 }
 
-# Hash of all that a copy of the code in FOLDER holds, but Python's caches. Fails if it is too large, or
+# Hash of all that a copy of the code in FOLDER holds, but Python's caches and what NFS keeps of deleted files. Fails if it is too large, or
 # a part of it belongs to a different user, who can change it.
 code_hash() (
     cd "$1" && [ -z "$(find . ! -uid "$EUID" -print -quit)" ] || exit 1
-    find . -name __pycache__ -prune -o -print0 | LC_ALL=C sort --zero-terminated |
+    find . \( -name __pycache__ -o -name '.nfs*' \) -prune -o -print0 | LC_ALL=C sort --zero-terminated |
         tar --create --no-recursion --null --files-from=- --format=gnu --numeric-owner --owner=0 \
             --group=0 --mode=0 --mtime=@0 2>/dev/null |
         head --bytes=$CODE_BYTES | sha256sum | cut -d ' ' -f 1

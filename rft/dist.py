@@ -77,7 +77,7 @@ def _number(variable: str, default: int, allowed: range) -> int:
     if not re.fullmatch("[0-9]{1,10}", text, re.ASCII) or int(text) not in allowed:
         raise ValueError(
             f"{variable} is {shown(text)} in the environment; torchrun sets it to a whole number "
-            f"from {allowed[0]} to {allowed[-1]}"
+            f"from {allowed[0]} to {allowed[-1]}: start with torchrun, or unset it"
         )
     return int(text)
 
@@ -183,6 +183,11 @@ def _meeting_place(world: World, wait: datetime.timedelta) -> Any:
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     folders = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents
     if agents or len(folders) < 2 or world.size > world.local_size:
+        if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise ValueError(
+                f"WORLD_SIZE is {world.size}, but MASTER_ADDR and MASTER_PORT in the environment "
+                "do not say where ranks meet: start with torchrun, or unset WORLD_SIZE and RANK"
+            )
         try:
             store, _, _ = next(torch.distributed.rendezvous("env://", timeout=wait))
         except torch.distributed.DistError as error:

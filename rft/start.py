@@ -1,7 +1,7 @@
 """What a command does before its libraries are imported: standard library only.
 
-Some libraries read variables of the environment when they are imported, and fail there: matplotlib
-with MPLBACKEND, torch with TORCH_LOGS, and others. That is a mistake of the user like any other,
+Some libraries read variables of the environment when they are imported, and fail there: torch with
+TORCH_LOGS, and others. That is a mistake of the user like any other,
 but it is met before `rft.cli` can run anything.
 """
 
@@ -26,6 +26,8 @@ def is_command() -> bool:
 
 def watch_imports() -> None:
     """Make one line of what libraries raise because of the environment, until `cli.run` begins."""
+    # Jupyter's shells set it to a package of Jupyter's own; rft's pictures need no backend
+    os.environ.pop("MPLBACKEND", None)
     # `cli.run` raises an error for it
     warnings.filterwarnings("ignore", "Ignoring environment variable FSSPEC", UserWarning)
     sys.excepthook = _tell

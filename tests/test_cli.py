@@ -103,6 +103,17 @@ def test_an_environment_that_torchrun_never_makes(monkeypatch, capsys, variables
     assert len(line) < 300
 
 
+def test_ranks_that_are_told_no_meeting_place(monkeypatch):
+    """As where RANK and WORLD_SIZE are left of an srun."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    world = dist.World(rank=0, size=4, local_rank=0, local_size=1)
+    said = r"^WORLD_SIZE is 4, but .*: start with torchrun, or unset WORLD_SIZE and RANK$"
+    group = dist.process_group(world, dist.torch.device("cpu"), timeout=1)
+    with pytest.raises(ValueError, match=said), group:
+        pytest.fail("they met")
+
+
 @pytest.mark.slow
 def test_ranks_that_cannot_meet(monkeypatch):
     variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere.invalid"}

@@ -449,9 +449,7 @@ def _read(path: Path) -> tuple[Any, bool]:
         with local.reader(path) as stream:
             return Unpickler(stream, nested=size).load(), False
     # stays open for as long as a storage may be read from it
-    stream = local.reader(path)
-    require_small_directory(stream, DIRECTORY_BYTES)
-    archive = zipfile.ZipFile(stream)
+    archive = Archive(local.reader(path))
     names = _members(archive)
     # torch names the folder inside after the file that it once wrote
     pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -468,6 +466,20 @@ def _read(path: Path) -> tuple[Any, bool]:
     program = _read_entry(archive, pickles[0], min(size, PICKLE_BYTES))
     content = Unpickler(io.BytesIO(program), read_storage, size).load()
     return content, f"{folder}constants.pkl" in names
+
+
+class Archive(zipfile.ZipFile):
+    """A zip archive whose directory is small; it closes the stream that it was given."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        require_small_directory(stream, DIRECTORY_BYTES)
+        super().__init__(stream)
+
+    def close(self) -> None:
+        """Let go of the file, as is done when the archive is not referred to any more."""
+        super().close()
+        self._stream.close()
 
 
 def _members(archive: zipfile.ZipFile) -> set[str]:
@@ -606,6 +618,8 @@ def _groups(holder: Any) -> Iterator[tuple[Mapping[Any, Any], Collection[Any]]]:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its kind."""
+    if isinstance(error, KeyError):
+        return f"it refers to {printable(str(error))}, which is not there"
     lines = str(error).strip().splitlines()
     return printable(lines[0]) if lines else type(error).__name__
 

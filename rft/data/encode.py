@@ -55,13 +55,14 @@ NOT_IN_SKELETON = frozenset({0x00, 0x01, *RESTARTS, START_OF_IMAGE, FILL, DEFINE
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 SCANS = 20  # of a JPEG with as many pixels as may be, more of a smaller one; encoders write 10
 SEGMENTS = 10_000  # of a JPEG; a depth map beside it takes some hundred
-EXIF_BYTES = 2**22  # 64 times what one segment can hold
+PARSED_BYTES = 2**24  # of what Pillow parses or copies: 256 times what one segment can hold
 FILL_BYTES = 2**16  # between the segments of a JPEG
-EXIF = b"Exif\0\0"
+PARSED = (b"Exif\0\0", b"Photoshop 3.0\0")
 FILLS = (
     2**24
 )  # places that may end a scan, each of which takes eight bytes while they are looked at
 CHUNKS = 300_000  # of a PNG; the largest one has 55,000 of the size that libpng writes
+PROFILES = 10  # of a PNG, which may have one
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_FRAME = 12  # bytes of a chunk around its content
 ENDS_SCAN = ~np.isin(np.arange(256), [0x00, *RESTARTS, FILL])
@@ -380,7 +381,7 @@ def open_image(
 
 
 def _require_few_segments(data: bytes, name: str, allowed: int) -> None:
-    """Refuse a JPEG of more segments, EXIF or scans than reading it may cost.
+    """Refuse a JPEG of more segments, metadata or scans than reading it may cost.
 
     Pillow reads each segment, and each byte between two of them, in Python; it copies the EXIF that
     it has for each further segment of it. Each scan of a progressive JPEG passes over all pixels,
@@ -388,36 +389,44 @@ def _require_few_segments(data: bytes, name: str, allowed: int) -> None:
     """
     # counting markers, thumbnails' among them, is fast and nearly always enough
     few_scans = data.count(bytes((FILL, START_OF_SCAN))) <= allowed
-    segments = scans = exif = between = 0
+    segments = scans = parsed = between = 0
     position = 2
     while (found := NEXT_MARKER.search(data, position)) and found[0][1] != END_OF_IMAGE:
         start, length = found.end(), int.from_bytes(data[found.end() : found.end() + 2])
         segments += 1
         if scans == 0:
             between += found.start() - position
-            exif += length if data.startswith(EXIF, start + 2) else 0
+            parsed += length if data.startswith(PARSED, start + 2) else 0
         scans += found[0][1] == START_OF_SCAN
         for what, count, most in (
             ("segments", segments, SEGMENTS),
-            ("bytes of EXIF", exif, EXIF_BYTES),
+            ("bytes of EXIF and Photoshop's blocks", parsed, PARSED_BYTES),
             ("bytes between its segments", between, FILL_BYTES),
             ("scans, too many for its pixels", scans, allowed),
         ):
             if count > most:
-                raise ValueError(f"{name} has more than {most:,} {what}; save it anew")
+                raise ValueError(
+                    f"{name} has more than {most:,} {what}; open it in a program and save it anew"
+                )
         if scans and few_scans:
             return
         position = start + length
 
 
 def _require_few_chunks(data: bytes, name: str) -> None:
-    """Refuse a PNG of more chunks than reading it may cost: Pillow reads each in Python."""
-    chunks, position = 0, len(PNG_START)
+    """Refuse a PNG of more chunks than reading it may cost.
+
+    Pillow reads each of them in Python, and unpacks each colour profile to up to a megabyte.
+    """
+    chunks = profiles = 0
+    position = len(PNG_START)
     while position < len(data) and data[position + 4 : position + 8] != b"IEND":
+        profiles += data[position + 4 : position + 8] == b"iCCP"
         position += PNG_FRAME + int.from_bytes(data[position : position + 4])
         chunks += 1
-        if chunks > CHUNKS:
-            raise ValueError(f"{name} has more than {CHUNKS:,} chunks; save it anew")
+        if chunks > CHUNKS or profiles > PROFILES:
+            found = f"{CHUNKS:,} chunks" if chunks > CHUNKS else f"{PROFILES} colour profiles"
+            raise ValueError(f"{name} has more than {found}; open it in a program and save it anew")
 
 
 def require_affordable(count: int, name: str, max_pixels: float = MAX_PIXELS) -> None:

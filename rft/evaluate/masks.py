@@ -114,11 +114,16 @@ def _binary(data: bytes, path: Path) -> Image.Image:
     if values.ndim != 2:
         raise ValueError(f"{path} has several channels ({image.mode}); a mask has one")
     on_HW = values > 0
-    if image.mode == "P" and (on_HW != np.asarray(image.convert("RGB")).any(axis=2)).any():
-        raise ValueError(
-            f"{path} has a palette whose first colour is not black, or another one that is: it may "
-            "show the object where its numbers have none; save it as grey"
-        )
+    if image.mode == "P":
+        colours_HWC = np.asarray(image.convert("RGB"))
+        # one colour for all numbers says nothing; Pillow writes it where no palette was given
+        tells = np.ptp(colours_HWC, axis=(0, 1)).any()
+        if tells and (colours_HWC.any(axis=2) != on_HW).any():
+            raise ValueError(
+                f"{path} has a palette that is not black where its numbers are 0, or black where "
+                "they are not, so a viewer shows a different object; save it without a palette: "
+                "Image.fromarray(np.asarray(image)) keeps the numbers"
+            )
     if not (values[on_HW] == values.max()).all():
         raise ValueError(f"{path} is not binary; a mask has 0 and one other value, on the object")
     return Image.fromarray(on_HW.astype(np.uint8) * 255)

@@ -597,10 +597,12 @@ def test_scans_that_cost_more_than_their_bytes() -> None:
 
 SMALL = to_bytes(Image.new("L", (32, 32), 99), "JPEG")
 EXIF_SEGMENT = b"\xff\xe1\xff\xffExif\0\0" + bytes(65_527)
+PHOTOSHOP_SEGMENT = b"\xff\xed\xff\xffPhotoshop 3.0\0" + 5459 * (b"8BIM" + bytes(8)) + bytes(11)
 EMPTY_CHUNK = bytes(4) + b"teXt" + zlib.crc32(b"teXt").to_bytes(4)
 COSTLY = {
     "segments": (b"\xff\xfe\0\2", 9_980, 10_020, "10,000 segments"),
-    "EXIF": (EXIF_SEGMENT, 64, 65, "4,194,304 bytes of EXIF"),
+    "EXIF": (EXIF_SEGMENT, 256, 257, "16,777,216 bytes of EXIF and Photoshop's blocks"),
+    "Photoshop": (PHOTOSHOP_SEGMENT, 256, 257, "16,777,216 bytes of EXIF and Photoshop's blocks"),
     "fill": (b"\xff", 65_000, 65_600, "65,536 bytes between its segments"),
     "zeros": (b"\xff\0", 32_000, 32_800, "65,536 bytes between its segments"),
     "restarts": (b"\xff\xd0", 32_000, 32_800, "65,536 bytes between its segments"),
@@ -614,7 +616,7 @@ def test_what_stands_before_a_jpegs_pixels_costs_no_more_than_its_bytes(kind: st
     load_image(SMALL[:2] + allowed * part + SMALL[2:], "x", Treatment(photo=True))
     for count in (refused, 100_000_000 // len(part)):
         data = SMALL[:2] + count * part + SMALL[2:]
-        with pytest.raises(ValueError, match=f"^x has more than {says}; save it anew"):
+        with pytest.raises(ValueError, match=f"^x has more than {says}; open it"):
             load_image(data, "x", Treatment(photo=True))
 
 
@@ -623,8 +625,17 @@ def test_so_do_the_chunks_of_a_png() -> None:
     data = to_bytes(random_image(10, 10), "PNG")
     load_image(data[:33] + 250_000 * EMPTY_CHUNK + data[33:] + bytes(10**8), "x")
     for count in (300_001, 8_000_000):
-        with pytest.raises(ValueError, match=r"^x has more than 300,000 chunks; save it anew"):
+        with pytest.raises(ValueError, match=r"^x has more than 300,000 chunks; open it"):
             load_image(data[:33] + count * EMPTY_CHUNK + data[33:], "x")
+
+
+def test_a_png_has_one_colour_profile() -> None:
+    """A kilobyte of it unpacks to a megabyte, each time."""
+    data = to_bytes(random_image(10, 10), "PNG", icc_profile=b"profile")
+    load_image(data, "x")
+    profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(2**20)))
+    with pytest.raises(ValueError, match=r"^x has more than 10 colour profiles; open it"):
+        load_image(data[:33] + 2000 * profile + data[33:], "x")
 
 
 @pytest.mark.slow

@@ -184,12 +184,15 @@ def test_masks_that_are_none(tmp_path):
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(path)
     with pytest.raises(ValueError, match=r"mask.png is not binary; a mask has 0 and one other"):
         read_mask(path, (16, 16), 16)
-    for palette in ([9, 0, 0, 0, 0, 0], [0, 0, 0] * 2):
+    for palette in ([9, 0, 0, 0, 0, 0], [0, 0, 9, 9, 0, 0]):
         image = Image.fromarray(np.eye(16, dtype=np.uint8), mode="P")
         image.putpalette(palette)
         image.save(path)
-        with pytest.raises(ValueError, match=r"mask.png has a palette whose first colour is not"):
+        with pytest.raises(ValueError, match=r"mask.png has a palette that is not black where"):
             read_mask(path, (16, 16), 16)
+    # Pillow gives it a palette of one colour
+    Image.fromarray(np.eye(16, dtype=np.uint8), mode="P").save(path)
+    assert read_mask(path, (16, 16), 16).pixels_HW.sum() == 16
     Image.new("RGB", (16, 16)).save(path)
     with pytest.raises(ValueError, match=r"mask.png has several channels \(RGB\)"):
         read_mask(path, (16, 16), 16)

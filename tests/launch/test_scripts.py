@@ -117,7 +117,12 @@ def test_the_run_folder_is_that_of_the_training(project, words, folder):
 HARMLESS = [
     *("a@b", "--data=s3://b/a@b", "/a?sig=1", "s3://b/{00..11}.tar", "file:///data/a@b"),
     *("abfs://c@a.dfs.core.windows.net/x", "az://c@a/x", "http://h:8080/a@b", "https://h/a%20b"),
-    *("gs://b/x?versionId=sig", "http://[0:0:0:0:0:0:0:1]:8/x", "https://h/a;b/c"),
+    *(
+        "https://h/x?download=true&id=3",
+        "gs://b/x?versionId=sig",
+        "http://[0:0:0:0:0:0:0:1]:8/x",
+        "https://h/a;b/c",
+    ),
 ]
 
 
@@ -140,7 +145,7 @@ def test_no_script_prints_a_credential(project, url):
     for words in (("train", "vanilla", "--data", url), ("evaluate", "x", f"--data={url}")):
         result = project.launch("submit.sh", *words)
         assert result.returncode == 2
-        assert "holds what may be a credential, which would be printed" in result.stderr
+        assert "and would be printed and recorded" in result.stderr
         assert "canary" not in result.stdout + result.stderr
     project.write_settings(f"DATA={shlex.quote(url)}")
     assert project.launch("submit.sh", "--dry-run", "train", "vanilla").returncode == 2
