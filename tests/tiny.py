@@ -97,10 +97,10 @@ def write_clip(folder: Path) -> str:
 
 
 def call(command, *arguments: object) -> None:
-    """Run a command's `main` in this process."""
+    """Run a command's `main` in this process, as a rank if a test has set RANK."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["rft", *map(str, arguments)])
-        cli.run(command.main)
+        cli.run(command.main, ranks="RANK" in os.environ)
 
 
 def environment(**extra: str) -> dict[str, str]:
