@@ -23,8 +23,8 @@ quoted() {
     echo "${line[*]}"
 }
 
-# The beginning of FILE as plain letters. Nothing of a link, and nobody is waited for: others may write
-# in the folder.
+# The beginning of FILE as plain letters; nothing of a link, and without waiting for a FIFO: other users
+# may write in the folder.
 beginning_of() {
     dd if="$1" iflag=nofollow,nonblock bs=4096 count=1 status=none 2>/dev/null |
         LC_ALL=C tr --complement '[:print:]\n' '?'
