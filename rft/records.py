@@ -8,7 +8,6 @@ and counts, is for `rft.runs`. No torch: the report uses this too.
 
 import dataclasses
 import math
-import os
 import posixpath
 from collections.abc import Iterator
 from functools import partial
@@ -308,7 +307,7 @@ def read_metrics(path: Path) -> Iterator[Logged]:
     """
     if not path.exists():
         return
-    with os.fdopen(local.open_regular(path), "rb") as stream:
+    with local.reader(path) as stream:
         lines = iter(partial(stream.readline, LINE_BYTES), b"")
         for number, text in enumerate(lines, start=1):
             where = f"{path} line {number}"

@@ -17,7 +17,6 @@ composed on white first; the encoding says so (`PHOTOS`), so readers of `origina
 import contextlib
 import io
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -49,6 +48,7 @@ SUBSAMPLING: Literal["4:4:4"] = "4:4:4"  # halving the colour channels would sho
 # JPEG markers: a second byte behind 0xFF (ISO/IEC 10918-1, table B.1)
 START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN, FILL = 0xD8, 0xD9, 0xDA, 0xFF
 RESTARTS = range(0xD0, 0xD8)
+STARTS_OR_ENDS = (START_OF_SCAN, END_OF_IMAGE)
 DEFINE_RESTART_INTERVAL = 0xDD
 NOT_IN_SKELETON = frozenset({0x00, 0x01, *RESTARTS, START_OF_IMAGE, FILL, DEFINE_RESTART_INTERVAL})
 # what does not end entropy-coded data: a stuffed 0xFF, a restart, and a fill byte before a marker
@@ -360,7 +360,7 @@ def open_image(
         if accept is None or accept(data[:16]) is not True:
             continue
         if known == "JPEG":
-            _require_few_segments(data, name, sys.maxsize)
+            _require_few_segments(data, name)
         elif known == "PNG":
             _require_few_chunks(data, name)
         with named(name, "read"):
@@ -372,7 +372,7 @@ def open_image(
                 f"--max-pixels allows {max_pixels:g} million: raise it for your own pictures"
             )
         if known == "JPEG":
-            _require_few_segments(data, name, int(SCANS * max_pixels / millions))
+            _require_few_scans(data, name, int(SCANS * max_pixels / millions))
         return image
     *others, last = (known.replace("WEBP", "WebP") for known in formats)
     raise ValueError(
@@ -380,37 +380,49 @@ def open_image(
     )
 
 
-def _require_few_segments(data: bytes, name: str, allowed: int) -> None:
-    """Refuse a JPEG of more segments, metadata or scans than reading it may cost.
+def _require_few_segments(data: bytes, name: str) -> None:
+    """Refuse a JPEG of more segments or metadata, before its pixels, than reading it may cost.
 
     Pillow reads each segment, and each byte between two of them, in Python; it copies the EXIF that
-    it has for each further segment of it. Each scan of a progressive JPEG passes over all pixels,
-    for a few bytes of the file.
+    it has for each further segment of it.
     """
-    # counting markers, thumbnails' among them, is fast and nearly always enough
-    few_scans = data.count(bytes((FILL, START_OF_SCAN))) <= allowed
-    segments = scans = parsed = between = 0
+    segments = parsed = between = 0
     position = 2
-    while (found := NEXT_MARKER.search(data, position)) and found[0][1] != END_OF_IMAGE:
+    while (found := NEXT_MARKER.search(data, position)) and found[0][1] not in STARTS_OR_ENDS:
         start, length = found.end(), int.from_bytes(data[found.end() : found.end() + 2])
         segments += 1
-        if scans == 0:
-            between += found.start() - position
-            parsed += length if data.startswith(PARSED, start + 2) else 0
-        scans += found[0][1] == START_OF_SCAN
-        for what, count, most in (
-            ("segments", segments, SEGMENTS),
-            ("bytes of EXIF and Photoshop's blocks", parsed, PARSED_BYTES),
-            ("bytes between its segments", between, FILL_BYTES),
-            ("scans, too many for its pixels", scans, allowed),
-        ):
-            if count > most:
-                raise ValueError(
-                    f"{name} has more than {most:,} {what}; open it in a program and save it anew"
-                )
-        if scans and few_scans:
-            return
+        between += found.start() - position
+        parsed += length if data.startswith(PARSED, start + 2) else 0
+        _require_few(segments, SEGMENTS, "segments", name)
+        _require_few(parsed, PARSED_BYTES, "bytes of EXIF and Photoshop's blocks", name)
         position = start + length
+    between += (found.start() if found else len(data)) - position
+    _require_few(between, FILL_BYTES, "bytes between its segments", name)
+
+
+def _require_few_scans(data: bytes, name: str, allowed: int) -> None:
+    """Refuse a progressive JPEG of more scans than decoding it may cost.
+
+    Each of them passes over all pixels, for a few bytes of the file.
+    """
+    # counting markers, thumbnails' among them, is fast and nearly always enough
+    if data.count(bytes((FILL, START_OF_SCAN))) <= allowed:
+        return
+    segments = scans = 0
+    position = 2
+    while (found := NEXT_MARKER.search(data, position)) and found[0][1] != END_OF_IMAGE:
+        segments += 1
+        scans += found[0][1] == START_OF_SCAN
+        _require_few(segments, SEGMENTS, "segments", name)
+        _require_few(scans, allowed, "scans, too many for its pixels", name)
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+
+
+def _require_few(count: int, most: int, what: str, name: str) -> None:
+    if count > most:
+        raise ValueError(
+            f"{name} has more than {most:,} {what}; open it in a program and save it anew"
+        )
 
 
 def _require_few_chunks(data: bytes, name: str) -> None:
@@ -424,9 +436,8 @@ def _require_few_chunks(data: bytes, name: str) -> None:
         profiles += data[position + 4 : position + 8] == b"iCCP"
         position += PNG_FRAME + int.from_bytes(data[position : position + 4])
         chunks += 1
-        if chunks > CHUNKS or profiles > PROFILES:
-            found = f"{CHUNKS:,} chunks" if chunks > CHUNKS else f"{PROFILES} colour profiles"
-            raise ValueError(f"{name} has more than {found}; open it in a program and save it anew")
+        _require_few(chunks, CHUNKS, "chunks", name)
+        _require_few(profiles, PROFILES, "colour profiles", name)
 
 
 def require_affordable(count: int, name: str, max_pixels: float = MAX_PIXELS) -> None:

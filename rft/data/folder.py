@@ -317,7 +317,7 @@ def _equal_files(places: Sequence[Place]) -> list[list[Place]]:
 
 
 def _tail(path: Path) -> bytes:
-    with os.fdopen(local.open_regular(path), "rb") as stream:
+    with local.reader(path) as stream:
         stream.seek(max(path.stat().st_size - TAIL, 0))
         return stream.read()
 
