@@ -100,7 +100,8 @@ def test_a_run_is_one_wandb_run_with_scalars_and_pictures(tmp_path, offline):
     assert len(names) == 2
 
 
-def test_wandb_hears_nothing_of_the_machine(tmp_path, offline):
+def test_wandb_hears_nothing_of_the_machine(tmp_path, offline, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")  # URLs hold none: rft.config refuses it
     config = configuration(tmp_path / "run", wandb="project")
     Path(config.run).mkdir()
     with Journal(config, 0, 100, writes=True) as log:
@@ -111,7 +112,7 @@ def test_wandb_hears_nothing_of_the_machine(tmp_path, offline):
     assert not run.git.remote_url
     sent = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert sent["optim"] == config.to_dict()["optim"]
-    assert sent["data"] == "https://***@store/x"
+    assert sent["data"] == "https://store/x"
     folder = path.parent / "files"
     assert not [file for file in folder.rglob("*") if file.is_file()]
     for file in (tmp_path / "run").rglob("*"):
