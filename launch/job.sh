@@ -176,7 +176,7 @@ snapshot() {
         require_own_code "$from" "$to"
         now=$(revision "$from") old=$(revision "$to")
         if [ "$now" != "$old" ]; then
-            echo "goes on with the code in $(quoted "$to") ($old); remove that folder to take the one" \
+            echo "resumes with the code in $(quoted "$to") ($old); remove that folder to take the one" \
                 "in $(quoted "$from") ($now)" >&2
         fi
         return

@@ -33,7 +33,7 @@ LINE_LETTERS = 1800  # of an error
 LEAST_COLUMNS = 40  # of a terminal: in less than 5 tyro's --help has no end
 SIZE = r"[1-9][0-9]{0,3}"  # of a terminal, columns or lines; rich would fill more with spaces
 
-# what torchrun tells each rank
+# the variables that torchrun sets for each rank
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 SEVERAL_GPUS = "  (with several GPUs: torchrun --nproc_per_node NUMBER in place of python)"

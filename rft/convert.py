@@ -386,7 +386,7 @@ def text_tower(text: str, architecture: Architecture, config: RunConfig | None) 
         origin = ModelConfig(clip=architecture.clip, pretrained="")
     if origin is None:
         raise ValueError(
-            f"nothing tells where the text tower of this {architecture.clip} is; add --text "
+            f"no text tower is known for this {architecture.clip}; add --text "
             "TAG_OR_FILE (--text openai for a model that was made from OpenAI's)"
         )
     require_named(origin.clip, "--text")

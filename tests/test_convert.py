@@ -479,7 +479,7 @@ def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     hub = ("--to", "open-clip", "--out", tmp_path / "hub")
     assert "no checkpoint at" in refused("export", tmp_path / "none.safetensors", *hub)
     line = refused("export", run, *hub)
-    assert f"where the text tower of this {formats.NAME} is; add --text" in line
+    assert f"no text tower is known for this {formats.NAME}; add --text" in line
     assert "no file; tags: none" in refused("export", run, *hub, "--text", "nope")
     line = refused("export", run, *hub, "--text", tmp_path / "ckpt-best.pt")
     assert "has no text tower" in line

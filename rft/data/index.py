@@ -1,4 +1,4 @@
-"""A manifest and an index for shards that were made elsewhere: they are read, never written.
+"""A manifest and an index for third-party shards, which are read and never written.
 
 Every shard is walked strictly and read once. A sample (see `rft.data.samples`) needs one image and
 one label. An unknown suffix is refused, so that a second picture (`x.seg.png`) never goes

@@ -1,4 +1,4 @@
-"""What the labels of shards made elsewhere mean, and how a set of them is scored.
+"""What the labels of third-party shards mean, and how a set of them is scored.
 
 Label numbers may be class ids, or count the lines of a list of class names of the set's own
 (`local` labels, as CLIP_benchmark writes for ImageNet-R, -A and ObjectNet).

@@ -116,9 +116,9 @@ def _binary(data: bytes, path: Path) -> Image.Image:
     on_HW = values > 0
     if image.mode == "P":
         colours_HWC = np.asarray(image.convert("RGB"))
-        # one colour for all numbers says nothing; Pillow writes it where no palette was given
-        tells = np.ptp(colours_HWC, axis=(0, 1)).any()
-        if tells and (colours_HWC.any(axis=2) != on_HW).any():
+        # one colour for all numbers has no meaning; Pillow writes it where no palette was given
+        coloured = np.ptp(colours_HWC, axis=(0, 1)).any()
+        if coloured and (colours_HWC.any(axis=2) != on_HW).any():
             raise ValueError(
                 f"{path} has a palette that is not black where its numbers are 0, or black where "
                 "they are not, so a viewer shows a different object; save it without a palette: "

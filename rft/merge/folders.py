@@ -37,7 +37,7 @@ class Ingredient:
 
     @property
     def recipe(self) -> str:
-        """Name of the recipe, empty if nothing tells it."""
+        """Name of the recipe, empty if it is unknown."""
         return self.config.recipe if self.config else self.metadata.get("recipe", "")
 
     @property

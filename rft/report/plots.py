@@ -36,7 +36,7 @@ from rft.report.tables import (
 )
 
 MODELS = 64  # of a picture; labels that keep clear of each other take time with their square
-HEIGHT = 3.7  # inches of the curves, with what lies below them
+HEIGHT = 3.7  # inches of the curves with up to 8 lines of legend below them
 LED = DPI / 11  # pixels from a marker to its label that want a line between them
 
 INK, MUTED, GRID_LINE = "#222222", "#6b6b6b", "#e4e4e4"

@@ -161,7 +161,7 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
 
     Args:
         path: the folder.
-        lines: of its metrics.jsonl, how many are read, and one more to tell that there is one.
+        lines: how many lines of its metrics.jsonl are read; one more shows that it is longer.
 
     Raises:
         ValueError: if it is not one, was not evaluated, or holds something malformed.

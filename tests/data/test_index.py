@@ -1,4 +1,4 @@
-"""Shards made elsewhere: each layout is read as it is, and each kind of bad shard is named."""
+"""Third-party shards: each layout is read as it is, and each kind of bad shard is named."""
 
 import bz2
 import gzip

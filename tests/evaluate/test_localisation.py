@@ -212,7 +212,7 @@ def test_masks_are_found_by_name(tmp_path):
         "n01443537_art_0": "n01443537/art_0.png",  # names repeat, so keys have the folder
         "n01443538_art_0": "sets/r/n01443538/art_0.png",
         "0_000116_digger___crab_0_42": "n01/0.000116_digger _ crab_0.42.png",
-        "train/cat/7": "train/cat/7.png",  # of shards made elsewhere
+        "train/cat/7": "train/cat/7.png",  # of third-party shards
     }
     for path in [*expected.values(), "n01440764/other.png"]:
         save_mask(tmp_path / path, on)

@@ -247,7 +247,7 @@ def test_a_run_keeps_the_code_it_began_with(project, tmp_path):
     (place / "rft" / "__pycache__").mkdir()
     (place / "rft" / "__pycache__" / "cli.cpython-311.pyc").write_text("")
     said = bash(project, f"snapshot . {place} 2>&1")
-    assert f"goes on with the code in {place} (older)" in said
+    assert f"resumes with the code in {place} (older)" in said
     assert (place / "rft" / "cli.py").read_text() != "changed"
     # it could be a stranger's, and Python would run it in place of the source
     assert not (place / "rft" / "__pycache__").exists()

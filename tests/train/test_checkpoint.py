@@ -245,7 +245,7 @@ def test_checkpoints_on_s3_outlive_the_machine(train, calm, monkeypatch, tmp_pat
 def test_checkpoints_of_another_run_are_refused(train, monkeypatch, tmp_path, capsys):
     url = f"memory://other-{tmp_path.name}"
     killed(train, monkeypatch, 6, "--log.checkpoints", url)
-    # as on another machine, where nothing tells what was in the folder
+    # as on another machine, where the former content of the folder is unknown
     shutil.rmtree(tmp_path / "run")
     capsys.readouterr()
     with pytest.raises(SystemExit):
