@@ -23,8 +23,9 @@ import torch
 
 from benchmarks import machine
 from benchmarks.step import RESULTS, build_classifier, forward_with_maps
-from rft import cli, files
+from rft import cli
 from rft.method import relevance
+from rft.storage import files
 
 CASES = ("textbook", "step", "recompute")
 FAILED = 3  # a child's exit code for memory that it could not have

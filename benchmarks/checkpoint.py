@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks import machine, step
-from rft import cli, dist, files
+from rft import cli, dist
+from rft.storage import files
 from rft.train.checkpoint import Progress, Store, Writer, content
 from rft.train.optim import build_optimizer
 

@@ -31,9 +31,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from rft import cli
-from rft.data import encode
-from rft.data.loader import PackedDataset, TrainingBatches, read_batches
-from rft.data.order import Plan
+from rft.loading.dataset import PackedDataset, TrainingBatches, read_batches
+from rft.loading.order import Plan
+from rft.shards import encode
 
 SIZE = 224
 ENDLESS = 10**7  # samples or batches; no measurement gets there

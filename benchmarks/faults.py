@@ -31,9 +31,10 @@ import torch
 import tyro
 
 from benchmarks import machine
-from rft import cli, files
+from rft import cli
 from rft.rng import numpy_generator
-from rft.runs import LAST, SELECTED
+from rft.runs.folder import LAST, SELECTED
+from rft.storage import files
 from rft.train.checkpoint import Store, file_name, record_name
 from tests import tiny
 from tests.servers.tmpfs import small_disk

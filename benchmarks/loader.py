@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environments, machine, photos
-from rft import cli, files
-from rft.data import pack
+from rft import cli
+from rft.packing import pack
+from rft.storage import files
 
 RESULTS = Path(__file__).parent / "results"
 PARTING = 10.0  # seconds that a contender has to end by itself

@@ -7,7 +7,8 @@ the table wants and a word where one was not measured. benchmarks.gpu writes a G
 from pathlib import Path
 from typing import Any
 
-from rft import cli, files
+from rft import cli
+from rft.storage import files
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS / "method.md"

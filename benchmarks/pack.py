@@ -30,10 +30,11 @@ from PIL import Image
 
 from benchmarks import machine, photos
 from benchmarks.contenders import bare_crop
-from rft import cli, files
-from rft.data.encode import SUBSAMPLING, Kind
-from rft.data.labels import LabelSpace
-from rft.data.pack import Options, pack
+from rft import cli
+from rft.packing.pack import Options, pack
+from rft.shards.encode import SUBSAMPLING, Kind
+from rft.shards.label_space import LabelSpace
+from rft.storage import files
 
 RESULTS = Path(__file__).parent / "results"
 ENCODINGS: tuple[Kind, ...] = ("original", "jpeg", "pixels")

@@ -20,9 +20,10 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from rft import cli, files
-from rft.data.labels import LabelSpace
+from rft import cli
 from rft.rng import numpy_generator
+from rft.shards.label_space import LabelSpace
+from rft.storage import files
 
 CLASSES = 10
 SIDES = (500, 375)

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import environments, photos
-from rft import cli, files
+from rft import cli
+from rft.storage import files
 
 RESULTS = Path(__file__).parent / "results"
 CORES = {"Pillow": None, "Pillow-SIMD": "pillow-simd"}
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 from PIL import Image
-from rft.data import encode
+from rft.shards import encode
 folder, decoded, out, size = sys.argv[1:]
 paths = sorted(Path(folder).glob("*/*.JPEG"))
 whole = [encode.load_image(path.read_bytes(), str(path)) for path in paths]

@@ -22,14 +22,15 @@ from typing import Any
 from unittest import mock
 
 from benchmarks import machine
-from rft import cli, files, recipes
-from rft.data.folder import read_folder
-from rft.data.labels import LabelSpace
-from rft.data.pack import Options, pack, pack_source
+from rft import cli, recipes
 from rft.demo.world import IMAGE_SIZE, write_world
-from rft.evaluate import __main__ as evaluation
+from rft.evaluate import command as evaluation
+from rft.packing.own_folder import read_folder
+from rft.packing.pack import Options, pack, pack_source
 from rft.rng import numpy_generator
-from rft.train import __main__ as training
+from rft.shards.label_space import LabelSpace
+from rft.storage import files
+from rft.train import command as training
 
 RESULTS = Path(__file__).parent / "results"
 NAME = "small_sets"

@@ -35,13 +35,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import rft.train.loop
 import rft.train.objective
 from benchmarks import machine
-from rft import cli, dist, files, recipes
+from rft import cli, dist, recipes
 from rft.clip.classifier import Classifier
 from rft.clip.load import Architecture
 from rft.clip.vit import blocks, check_supported, cut_patches
 from rft.config import Precision
-from rft.data.loader import Batch
+from rft.loading.dataset import Batch
 from rft.method import losses, masking, refill, relevance
+from rft.storage import files
 from rft.train.loop import Job, accumulate_gradients
 from rft.train.objective import Objective, StepAddress
 from rft.train.optim import build_optimizer

@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.loader import runs
 from benchmarks.pack import WORK
-from rft import cli, files
+from rft import cli
+from rft.storage import files
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS / "data.md"

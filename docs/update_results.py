@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from rft import cli, files
+from rft import cli
+from rft.storage import files
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/decisions.md", "docs/data.md", "docs/cluster.md", "docs/security.md")

@@ -30,7 +30,7 @@ beginning_of() {
         LC_ALL=C tr --complement '[:print:]\n' '?'
 }
 
-# Fail unless a file can be renamed to NAME, as rft/local.py does: a link is replaced, not followed.
+# Fail unless a file can be renamed to NAME, as rft/storage/local.py does: a link is replaced, not followed.
 require_replaceable() {
     if [ -e "$1" ] && [ ! -f "$1" ] && [ ! -L "$1" ]; then
         echo "error: $(quoted "$1") is not a regular file; remove it" >&2
@@ -50,7 +50,7 @@ require_own_logs() {
 }
 
 # Fail if one of WORDS is a URL that may hold a password, token or signature: they are printed and kept
-# in scripts. rft/urls.py, which knows the names of secrets, cannot run before there is an environment,
+# in scripts. rft/storage/urls.py, which knows the names of secrets, cannot run before there is an environment,
 # so all parameters but some are refused here, and hosts that are escaped or not ASCII.
 refuse_credentials() {
     local word rest host name harmless=' versionid download id revision ref format ' LC_ALL=C
@@ -124,7 +124,7 @@ code_files() {
 
 # The commit that FROM is, with -dirty if it was changed.
 revision() {
-    # as rft.files.git_revision: a repository around the folder is another's, and a file that was
+    # as rft.storage.files.git_revision: a repository around the folder is another's, and a file that was
     # left behind in a checkout would name an old commit
     if [ -e "$1/.git" ] && git -C "$1" describe --always --dirty --abbrev=12 2>/dev/null; then
         return

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rft import files
-from rft.documents import FOREIGN, Text, document
+from rft.storage import files
+from rft.storage.documents import FOREIGN, Text, document
 
 PromptsSha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 """Hash of a set's prompts; empty where they are not known."""

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import tyro
 from fsspec.config import set_conf_env
 
-from rft import documents, files, urls
+from rft.storage import documents, files, urls
 
 T = TypeVar("T")
 LINE_LETTERS = 1800  # of an error

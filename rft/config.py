@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from rft import __version__, documents, files, records, urls
-from rft.documents import (
+from rft import __version__
+from rft.runs import records
+from rft.storage import documents, files, urls
+from rft.storage.documents import (
     Above0,
     BatchSize,
     Beta,
@@ -72,7 +74,7 @@ class ModelConfig:
 
 @document(name="loader")
 class LoaderConfig:
-    """How training samples are cut into batches (see rft/data/order.py)."""
+    """How training samples are cut into batches (see rft/loading/order.py)."""
 
     batch_size: BatchSize = 512
     """Images in a global batch, over all ranks and accumulation steps."""

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rft import cli, files, urls
-from rft.documents import shown
+from rft import cli
+from rft.storage import files, urls
+from rft.storage.documents import shown
 
 T = TypeVar("T")
 

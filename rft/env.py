@@ -21,8 +21,9 @@ from PIL import Image, features
 from rich.console import Console
 from rich.table import Table
 
-from rft import __version__, cli, files
-from rft.data.workers import check_workers
+from rft import __version__, cli
+from rft.packing.pool import check_workers
+from rft.storage import files
 
 IMAGE_PACKAGES = ("pillow", "pillow-simd")
 # the lower bound of Pillow in pyproject.toml, which pip never compares with Pillow-SIMD

@@ -17,9 +17,10 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from rft import cli, documents, files, recipes
+from rft import cli, recipes
 from rft.config import Preset
-from rft.documents import Epochs, Positive, document
+from rft.storage import documents, files
+from rft.storage.documents import Epochs, Positive, document
 
 NAMES = (*recipes.TRAINED, *recipes.MERGED)
 TEACHER_ALPHA = 0.5  # of the WiSE-FT model that WiSE-KD learns from (appendix A.3)

@@ -2,7 +2,7 @@
 
 A docstring's numbers are the paper's, top-1 in %, mean of three seeds, in the order
 ImageNet | V2 R Sketch ObjectNet A | OOD average, for CLIP ViT-B/32 and ViT-B/16 (Tables 1 and 3);
-tests hold them equal to rft/report/paper.py. Figure 7 prints no numbers.
+tests hold them equal to rft/paper.py. Figure 7 prints no numbers.
 
 The setting of each mask x fill is the one that the released code's example script names; the paper
 prints the values it tried (SETTINGS) but not its choices. Everything a function does not mention is

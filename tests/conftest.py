@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from rft import dist, urls
+from rft import dist
 from rft.clip.classifier import Classifier
 from rft.clip.load import Architecture
+from rft.storage import urls
 from tests import tiny
 from tests.servers import bucket, store  # noqa: F401
 from tests.slowness import (  # noqa: F401

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 # none of them is a command: runpy warns of a command that is imported already
 PACKAGES = (
     "rft.clip.load",
-    "rft.evaluate.evaluator",
+    "rft.evaluate.count",
     "rft.merge.greedy",
     "rft.train.gallery",
     "rft.train.loop",

@@ -7,8 +7,8 @@ import csv
 import sys
 from pathlib import Path
 
+from rft.paper import FIGURE_7, VIT_B_16, VIT_B_32
 from rft.recipes import ALPHAS
-from rft.report.paper import FIGURE_7, VIT_B_16, VIT_B_32
 
 NUMBERS = 7  # ImageNet, five OOD sets, their average
 PNG = b"\x89PNG\r\n\x1a\n"

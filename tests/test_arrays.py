@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
-from rft.arrays import read_npz
+from rft.storage.arrays import read_npz
 
 KINDS = ("<u8", "<u4", "<i4", "<u2", "|u1", "<i8", "<f4", "<f2", "|b1", "|S5", "<U3")
 ARRAYS = st.sampled_from(KINDS).flatmap(

@@ -18,10 +18,10 @@ from torchvision.transforms import v2
 
 from benchmarks import contenders, environments, loader, machine, pack, photos, simd_difference
 from benchmarks import summary as pages
-from rft.data import encode
-from rft.data.manifest import Manifest
-from rft.data.pack import Options
-from rft.data.pack import pack as pack_set
+from rft.packing.pack import Options
+from rft.packing.pack import pack as pack_set
+from rft.shards import encode
+from rft.shards.manifest import Manifest
 
 IMAGES = 20
 

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rft import classes, documents, header
+from rft import classes
 from rft.classes import Classes, check_head, compare, compare_prompts, mismatch
 from rft.clip.classifier import build_classifier, load_state, save_classifier, save_state
+from rft.runs import header
+from rft.storage import documents
 from tests.conftest import build_model
 
 ANIMALS = Classes(ids=("n01", "n02", "n03"), names=("cat", "dog", "crane"), prompts_sha256="a" * 64)

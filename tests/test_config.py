@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from rft import files, recipes
+from rft import paper, recipes
 from rft.config import Config, LoaderConfig, MethodConfig, ModelConfig, OptimConfig
-from rft.report import paper
+from rft.storage import files
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -13,20 +13,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rft import convert as convert_command
-from rft import files
 from rft.clip import load, unpickle, weights
 from rft.clip.classifier import build_classifier, load_state, save_state
 from rft.config import ModelConfig
-from rft.data.manifest import Manifest
-from rft.evaluate import __main__ as evaluate_command
-from rft.evaluate.__main__ import write_results
+from rft.convert import command as convert_command
+from rft.evaluate import command as evaluate_command
 from rft.evaluate.checkpoints import Loaded
-from rft.merge import __main__ as merge_command
-from rft.records import SetCount
-from rft.report import __main__ as report_command
-from rft.runs import SELECTED
-from rft.train import __main__ as train_command
+from rft.evaluate.command import write_results
+from rft.merge import command as merge_command
+from rft.report import command as report_command
+from rft.runs.folder import SELECTED
+from rft.runs.records import SetCount
+from rft.shards.manifest import Manifest
+from rft.storage import files
+from rft.train import command as train_command
 from tests import formats
 from tests.formats import known_models  # noqa: F401
 from tests.reference import zero_shot

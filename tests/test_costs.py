@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rft import files
-from rft.data import archives, loader
-from rft.data.folder import read_folder
-from rft.data.index import index_shards
-from rft.data.loader import PackedDataset, portions
-from rft.data.manifest import INDEX_BYTES, KEY_BYTES, Index, Manifest, Shard
-from rft.data.pack import Options, pack
-from rft.data.samples import shard_size
-from rft.data.scoring import Options as Reading
-from rft.data.shard import TarStream
-from rft.data.verify import check_index, verify
-from rft.gallery import read as read_gallery
-from rft.report import runs
+from rft.loading import dataset as loader
+from rft.loading.dataset import PackedDataset, portions
+from rft.packing import archives
+from rft.packing.foreign import index_shards
+from rft.packing.foreign_labels import Options as Reading
+from rft.packing.foreign_samples import shard_size
+from rft.packing.own_folder import read_folder
+from rft.packing.pack import Options, pack
+from rft.packing.shard import TarStream
+from rft.packing.verify import check_index, verify
+from rft.report import read as runs
+from rft.runs.gallery import read as read_gallery
+from rft.shards.manifest import INDEX_BYTES, KEY_BYTES, Index, Manifest, Shard
+from rft.storage import files
 from tests import tiny
 from tests.report.make_runs import make_gallery
 
@@ -156,7 +157,7 @@ def test_an_index_that_readers_refuse_is_not_written(packed, monkeypatch):
     long = dataclasses.replace(index, key=index.key.astype(f"S{KEY_BYTES + 1}"))
     with pytest.raises(ValueError, match="a key has 1,025 letters, at most 1,024 are read"):
         long.to_bytes()
-    monkeypatch.setattr("rft.data.manifest.INDEX_BYTES", 100)
+    monkeypatch.setattr("rft.shards.manifest.INDEX_BYTES", 100)
     with pytest.raises(ValueError, match="make several sets of them"):
         index.to_bytes()
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from rft import convert
-from rft.evaluate import __main__ as evaluate_command
-from rft.merge import __main__ as merge_command
-from rft.report import __main__ as report_command
+from rft.convert import command as convert
+from rft.evaluate import command as evaluate_command
+from rft.merge import command as merge_command
+from rft.report import command as report_command
 from rft.report.page import write_report
-from rft.train import __main__ as train_command
+from rft.train import command as train_command
 from tests.tiny import call, forget_weights
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rft import device
 from rft.config import MethodConfig
-from rft.data import loader
-from rft.data.loader import Slots
+from rft.loading import dataset as loader
+from rft.loading.dataset import Slots
 from rft.train.objective import StepAddress, draw
 
 CUDA = torch.device("cuda", 0)

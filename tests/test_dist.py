@@ -6,8 +6,8 @@ import torch
 from rft import dist
 from rft.clip.classifier import save_classifier
 from rft.dist import World
-from rft.evaluate import __main__ as evaluate_command
-from rft.train import __main__ as train_command
+from rft.evaluate import command as evaluate_command
+from rft.train import command as train_command
 from tests import tiny
 from tests.conftest import build_model
 

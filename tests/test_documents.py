@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from rft import documents, files
 from rft.config import Config, LoaderConfig, MethodConfig
-from rft.documents import Count, Name, Sha256, Text, decode, document, parse
+from rft.storage import documents, files
+from rft.storage.documents import Count, Name, Sha256, Text, decode, document, parse
 
 
 @document

@@ -12,17 +12,17 @@ import pytest
 
 from rft import cli, recipes
 from rft import experiments as experiments_command
-from rft.data.labels import LabelSpace
-from rft.data.pack import Options, pack
-from rft.data.sources import LAYOUTS
-from rft.demo import __main__ as demo_command
+from rft.demo import command as demo_command
 from rft.demo.world import IMAGE_SIZE, write_world
-from rft.evaluate import __main__ as evaluate_command
+from rft.evaluate import command as evaluate_command
 from rft.experiments import Experiment, Plan, experiments
-from rft.merge import __main__ as merge_command
-from rft.report import __main__ as report_command
-from rft.report.paper import FIGURE_7, VIT_B_16, VIT_B_32
-from rft.train import __main__ as train_command
+from rft.merge import command as merge_command
+from rft.packing.layouts import LAYOUTS
+from rft.packing.pack import Options, pack
+from rft.paper import FIGURE_7, VIT_B_16, VIT_B_32
+from rft.report import command as report_command
+from rft.shards.label_space import LabelSpace
+from rft.train import command as train_command
 from tests import reproduction
 from tests.test_docs import updater
 from tests.tiny import environment

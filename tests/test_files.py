@@ -4,7 +4,8 @@ import importlib.metadata
 import subprocess
 
 import rft
-from rft import env, files
+from rft import env
+from rft.storage import files
 
 
 def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch):

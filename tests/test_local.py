@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from rft import files, local, recipes
-from rft.clip.made import is_made
-from rft.data.cache import Cache, Folder
-from rft.data.fetch import Shards
-from rft.data.manifest import Shard
-from rft.data.pack import Options, pack
+from rft import recipes
+from rft.clip.model_folder import is_made
 from rft.dist import World
-from rft.runs import WRITTEN_THROUGH, require_no_links
+from rft.packing.pack import Options, pack
+from rft.runs.folder import WRITTEN_THROUGH, require_no_links
+from rft.shards.cache import Cache, Folder
+from rft.shards.manifest import Shard
+from rft.shards.ranges import Shards
+from rft.storage import files, local
 from rft.train.run import RunFolder
 from rft.train.stop import StopRequest
 from tests import tiny

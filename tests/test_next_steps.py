@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rft import cli
-from rft.data.labels import LabelSpace
-from rft.evaluate import __main__ as evaluate_command
-from rft.evaluate import commands
-from rft.merge import __main__ as merge_command
-from rft.report import __main__ as report_command
-from rft.train import __main__ as train_command
+from rft import next_steps as commands
+from rft.evaluate import command as evaluate_command
+from rft.merge import command as merge_command
+from rft.report import command as report_command
+from rft.shards.label_space import LabelSpace
+from rft.train import command as train_command
 from tests import test_tools, tiny
 from tests.report.make_runs import edit, make_run
 from tests.tiny import call

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rft import files
-from rft.data.index import index_shards
-from rft.data.pack import Options, pack
-from rft.data.scoring import Options as Reading
+from rft.packing.foreign import index_shards
+from rft.packing.foreign_labels import Options as Reading
+from rft.packing.pack import Options, pack
+from rft.storage import files
 from tests import tiny
 
 

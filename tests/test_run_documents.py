@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from rft import records, runs, trained_on
-from rft.documents import plain
-from rft.records import Metrics, Provenance, Reached, Results, Training
+from rft.runs import folder as runs
+from rft.runs import records, trained_on
+from rft.runs.records import Metrics, Provenance, Reached, Results, Training
+from rft.storage.documents import plain
 
 SHA = "0123456789abcdef" * 4
 CONFIG: dict[str, Any] = {

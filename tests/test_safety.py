@@ -13,11 +13,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from rft.demo.__main__ import MEET_IN_FILES
-from rft.evaluate import __main__ as evaluate_command
-from rft.merge import __main__ as merge_command
-from rft.runs import LAST
-from rft.train import __main__ as train_command
+from rft.demo.command import MEET_IN_FILES
+from rft.evaluate import command as evaluate_command
+from rft.merge import command as merge_command
+from rft.runs.folder import LAST
+from rft.train import command as train_command
 from tests.servers.ranges import range_server
 from tests.tiny import call, children, environment, torchrun_command
 from tests.waiting import until

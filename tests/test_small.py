@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from rft import recipes, small
 from rft.config import Config
-from rft.data.order import Plan
-from rft.data.split import held_out_split
+from rft.loading.order import Plan
+from rft.loading.split import held_out_split
 from rft.small import Size
 
 NUMBERS = ("held_out", "batch_size", "warmup_steps", "checkpoint_steps")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import small_sets
-from rft import files
+from rft.storage import files
 
 
 @pytest.mark.parametrize(

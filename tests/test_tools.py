@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from rft import cli
-from rft.data.labels import LabelSpace
-from rft.data.manifest import Manifest
+from rft.shards.label_space import LabelSpace
+from rft.shards.manifest import Manifest
 
 TOOLS = Path(__file__).parent.parent / "tools"
 CLASSES = {"ids": ["n01", "n02"], "names": ["one", "two"], "templates": ["a {c}."]}

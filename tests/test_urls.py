@@ -14,19 +14,21 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rft import cli, config, convert, experiments, files, recipes, urls
-from rft.data import show as show_command
-from rft.data.index import index_shards, shard_names
-from rft.data.loader import PackedDataset
-from rft.data.manifest import Manifest
-from rft.data.scoring import Options
-from rft.demo import __main__ as demo_command
-from rft.evaluate import __main__ as evaluate_command
+from rft import cli, config, experiments, recipes
+from rft.convert import command as convert
+from rft.demo import command as demo_command
+from rft.evaluate import command as evaluate_command
 from rft.evaluate import localisation as localisation_command
-from rft.merge import __main__ as merge_command
-from rft.report import __main__ as report_command
+from rft.loading import show as show_command
+from rft.loading.dataset import PackedDataset
+from rft.merge import command as merge_command
+from rft.packing.foreign import index_shards, shard_names
+from rft.packing.foreign_labels import Options
+from rft.report import command as report_command
 from rft.report.page import write_report
-from rft.train import __main__ as train_command
+from rft.shards.manifest import Manifest
+from rft.storage import files, urls
+from rft.train import command as train_command
 from tests.report.make_runs import make_run
 from tests.servers.ranges import OddHandler, Oddity, range_server, serving
 from tests.tiny import LABELS

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from rft.zips import LARGE_END, LOCATOR, require_small_directory
+from rft.storage.zips import LARGE_END, LOCATOR, require_small_directory
 
 LARGE = LARGE_END.size + LOCATOR.size + 22
 

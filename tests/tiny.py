@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rft import cli, files
-from rft.data.labels import LabelSpace
-from rft.data.pack import Options, pack
+from rft import cli
+from rft.packing.pack import Options, pack
+from rft.shards.label_space import LabelSpace
+from rft.storage import files
 from tests.forked import Request
 
 SIZE = 16

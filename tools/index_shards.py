@@ -7,8 +7,8 @@ from pathlib import Path
 import tyro
 
 from rft import cli
-from rft.data.index import Options, index_shards
-from rft.data.labels import choose_labels
+from rft.packing.foreign import Options, index_shards
+from rft.shards.label_space import choose_labels
 
 
 @dataclass(frozen=True, kw_only=True)

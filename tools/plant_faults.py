@@ -25,7 +25,8 @@ from typing import Annotated, Any
 import pytest
 import tyro
 
-from rft import cli, files
+from rft import cli
+from rft.storage import files
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("planted_faults.toml")

@@ -6,9 +6,9 @@ from typing import Literal
 import tyro
 
 from rft import cli, recipes
-from rft.data.labels import choose_labels
-from rft.data.pack import Options, pack
-from rft.data.published import parse_allowed_counts
+from rft.packing.expected import parse_allowed_counts
+from rft.packing.pack import Options, pack
+from rft.shards.label_space import choose_labels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
-from rft import cli, files
+from rft import cli
 from rft.config import MAX_PIXELS
-from rft.data.verify import Report, verify
-from rft.data.workers import check_workers
-from rft.documents import Megapixels, Positive, document
+from rft.packing.pool import check_workers
+from rft.packing.verify import Report, verify
+from rft.storage import files
+from rft.storage.documents import Megapixels, Positive, document
 
 LINES = 50  # problems printed; the report file has all
 

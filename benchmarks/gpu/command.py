@@ -19,7 +19,8 @@ from benchmarks import machine
 from benchmarks.gpu import page, parts, runner
 from benchmarks.gpu.inputs import REHEARSAL, Settings
 from benchmarks.gpu.runner import Outcome
-from rft import cli, files
+from rft import cli
+from rft.storage import files
 
 RESULTS = Path(__file__).parents[1] / "results"
 SCHEMA = 1

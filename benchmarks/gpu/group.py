@@ -15,8 +15,9 @@ import torch
 
 from benchmarks import step
 from benchmarks.gpu import inputs
-from rft import dist, files
-from rft.data.loader import Batch
+from rft import dist
+from rft.loading.dataset import Batch
+from rft.storage import files
 from rft.train.loop import Job, accumulate_gradients, settle_buckets
 
 assert inputs.REHEARSAL, "the module adds the tiny model to open_clip's"

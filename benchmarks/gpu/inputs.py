@@ -14,11 +14,12 @@ import open_clip
 from PIL import Image
 from safetensors.torch import save_file
 
-from rft import files
 from rft.clip.weights import HUB_CONFIG, HUB_WEIGHTS
-from rft.data import encode, pack
-from rft.data.labels import LabelSpace
+from rft.packing import pack
 from rft.rng import numpy_generator
+from rft.shards import encode
+from rft.shards.label_space import LabelSpace
+from rft.storage import files
 
 REHEARSAL = "rft-rehearsal"  # a vision transformer of some thousand weights
 DISTINCT = 512  # images that are really drawn; the files are links to them

@@ -30,10 +30,10 @@ from rft.clip.classifier import Classifier
 from rft.clip.head import zero_shot_head
 from rft.clip.load import MINIATURE, load_clip
 from rft.config import ModelConfig, Precision
-from rft.data.loader import PackedDataset
 from rft.demo import captions, objects, scenes
 from rft.demo.pretrain import draw_captioned
-from rft.evaluate.evaluator import count_correct
+from rft.evaluate.count import count_correct
+from rft.loading.dataset import PackedDataset
 from rft.method import masking, relevance
 
 ROOT = Path(__file__).parents[2]

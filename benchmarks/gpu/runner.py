@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import machine
-from rft import files
+from rft.storage import files
 
 Status = Literal["done", "failed", "cut off", "not reached"]
 PARTING = 3.0  # seconds that a part's processes have to end when its time is up

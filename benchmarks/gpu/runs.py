@@ -20,8 +20,8 @@ from benchmarks.gpu.inputs import Settings
 from benchmarks.gpu.runner import Record, each
 from benchmarks.gpu.steps import PRECISION
 from rft.clip.classifier import load_state
-from rft.data import encode
-from rft.runs import LAST
+from rft.runs.folder import LAST
+from rft.shards import encode
 
 ROOT = Path(__file__).parents[2]
 KINDS: tuple[encode.Kind, ...] = ("pixels", "jpeg")

@@ -19,7 +19,8 @@ from xml.etree import ElementTree as Xml
 
 from benchmarks import environments
 from benchmarks.peers.experiments import TESTS
-from rft import cli, files
+from rft import cli
+from rft.storage import files
 
 RESULTS = environments.ROOT / "benchmarks" / "results" / "peers.json"
 PAGE = environments.ROOT / "docs" / "results" / "peers.md"

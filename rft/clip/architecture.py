@@ -13,12 +13,12 @@ from open_clip.transform import PreprocessCfg
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
-from rft import documents, files
 from rft.classes import Classes
 from rft.clip import vit
 from rft.clip.bounds import Deviation, EmbedDim, HubConfig, Mean, Vision, build, open_clips
-from rft.documents import Name, document
-from rft.header import Entries
+from rft.runs.header import Entries
+from rft.storage import documents, files
+from rft.storage.documents import Name, document
 
 
 @document(name="architecture")

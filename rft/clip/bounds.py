@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, with_config
 from typing_extensions import TypedDict
 
 from rft.clip.unpickle import first_line
-from rft.documents import FOREIGN, STRICT, Name, Whole, document
+from rft.storage.documents import FOREIGN, STRICT, Name, Whole, document
 
 T = TypeVar("T")
 

@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rft import documents, files, header
 from rft.classes import Classes, PromptsSha256
 from rft.clip.architecture import Architecture
-from rft.documents import FOREIGN, Count, Name, Schema, Sha256, Text, document
-from rft.records import RecordedSeed
-from rft.trained_on import TrainedOn
+from rft.runs import header
+from rft.runs.records import RecordedSeed
+from rft.runs.trained_on import TrainedOn
+from rft.storage import documents, files
+from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Text, document
 
 Format = Literal["open-clip", "released", "model-soups", "safetensors"]
 

@@ -15,11 +15,12 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rft import files, header
 from rft.classes import Classes
 from rft.clip import vit
 from rft.clip.architecture import Architecture, read_header
 from rft.clip.weights import difference, read_safetensors
+from rft.runs import header
+from rft.storage import files
 
 
 class Classifier(nn.Module):

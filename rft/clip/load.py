@@ -29,7 +29,6 @@ from open_clip.pretrained import download_pretrained_from_hf
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rft import files, header
 from rft.cli import note, warn
 from rft.clip import unpickle, vit, weights
 from rft.clip.architecture import Architecture, three
@@ -37,12 +36,14 @@ from rft.clip.bounds import HubConfig, ModelFields, build, open_clips
 from rft.clip.classifier import require_finite
 from rft.clip.weights import Geometry, Weights
 from rft.config import ModelConfig
-from rft.runs import SELECTED
+from rft.runs import header
+from rft.runs.folder import SELECTED
+from rft.storage import files
 
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
 MINIATURE = "rft-miniature"
-RESIZE = {"resize_mode": "shortest", "interpolation": "bicubic"}  # of `rft.data.encode`, always
+RESIZE = {"resize_mode": "shortest", "interpolation": "bicubic"}  # of `rft.shards.encode`, always
 WEIGHTS_HINT = "name its model with --model.clip and the file with --model.pretrained"
 
 

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from rft import files, local
-from rft.zips import require_small_directory
+from rft.storage import files, local
+from rft.storage.zips import require_small_directory
 
 DTYPES = {
     "BFloat16Storage": torch.bfloat16,

@@ -20,12 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rft import files, header, local, trained_on
 from rft.classes import Classes
 from rft.clip import card, unpickle
 from rft.clip.architecture import Architecture, read_header
 from rft.clip.bounds import HubConfig
-from rft.trained_on import TrainedOn
+from rft.runs import header, trained_on
+from rft.runs.trained_on import TrainedOn
+from rft.storage import files, local
 
 HUB_CONFIG = "open_clip_config.json"
 HUB_WEIGHTS = "open_clip_model.safetensors"

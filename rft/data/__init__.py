@@ -1,1 +1,1 @@
-"""Packing image sets into tar shards, and reading them back."""
+"""Holds one command under its public name; shards, packing and loading are the packages."""

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import filelock
 
-from rft.data.labels import LabelSpace
-from rft.data.pack import Options, pack
-from rft.data.sources import LAYOUTS
 from rft.demo.world import IMAGE_SIZE, write_world
+from rft.packing.layouts import LAYOUTS
+from rft.packing.pack import Options, pack
+from rft.shards.label_space import LabelSpace
 
 FOLDER = Path("miniature")  # where commands that are told nothing else make and find it
 

@@ -23,7 +23,6 @@ from open_clip.model import CLIP
 from safetensors.torch import save
 from torch import Tensor
 
-from rft import files
 from rft.clip.head import zero_shot_head
 from rft.clip.load import Architecture, PretrainedClip, WordTokenizer
 from rft.config import OptimConfig
@@ -32,6 +31,7 @@ from rft.demo.objects import CLASSES, load_silhouettes
 from rft.demo.render import IMAGE_SIZE, render
 from rft.demo.scenes import VERSION, Setting, draw_scene
 from rft.rng import derive, numpy_generator
+from rft.storage import files
 from rft.train.optim import learning_rate
 
 MODEL: dict[str, Any] = {

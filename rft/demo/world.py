@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rft import files
 from rft.demo.captions import TEMPLATES
 from rft.demo.objects import CLASSES, load_silhouettes
 from rft.demo.render import IMAGE_SIZE, draw_context, render, to_bytes
 from rft.demo.scenes import NOVEL_CONTEXTS, VERSION, Scene, Setting, Style, draw_scene
 from rft.rng import derive, numpy_generator
+from rft.storage import files
 
 __all__ = ["IMAGE_SIZE", "ImageSet", "SETS", "write_world"]
 

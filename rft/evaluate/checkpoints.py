@@ -8,16 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rft import cli, dist, files
+from rft import cli, dist
 from rft.classes import check_head
 from rft.clip.classifier import Saved, load_state, map_state
-from rft.data.labels import warn_of_one_class
-from rft.data.loader import PackedDataset
-from rft.data.manifest import Manifest
-from rft.data.sources import LAYOUTS
 from rft.dist import World
-from rft.runs import checkpoint_path, unfinished
-from rft.trained_on import of_model
+from rft.loading.dataset import PackedDataset
+from rft.packing.layouts import LAYOUTS
+from rft.runs.folder import checkpoint_path, unfinished
+from rft.runs.trained_on import of_model
+from rft.shards.label_space import warn_of_one_class
+from rft.shards.manifest import Manifest
+from rft.storage import files
 
 
 @dataclass(frozen=True)

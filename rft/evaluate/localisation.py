@@ -24,22 +24,23 @@ from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
 
-from rft import cli, dist, files, rng, urls
+from rft import cli, dist, rng
 from rft.classes import compare
 from rft.clip.classifier import Classifier, build_classifier
 from rft.clip.vit import AttentionTap
 from rft.config import MAX_PIXELS, Cam, Device
-from rft.data.labels import LabelSpace
-from rft.data.loader import Batch, EvaluationBatches, PackedDataset, read_batches
 from rft.dist import World
-from rft.documents import BatchSize, Megapixels, Seed, Whole, document
 from rft.evaluate.accuracy import is_finite
 from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
-from rft.evaluate.evaluator import require_finite
-from rft.evaluate.masks import SUFFIX, ObjectMask, find_masks, read_mask
+from rft.evaluate.count import require_finite
+from rft.evaluate.object_masks import SUFFIX, ObjectMask, find_masks, read_mask
 from rft.evaluate.overlap import Pixels, Rates, count_masked, count_object, mean_rates, pooled_rates
+from rft.loading.dataset import Batch, EvaluationBatches, PackedDataset, read_batches
 from rft.method import masking, relevance
-from rft.runs import checkpoint_path, require_own_weights, unfinished
+from rft.runs.folder import checkpoint_path, require_own_weights, unfinished
+from rft.shards.label_space import LabelSpace
+from rft.storage import files, urls
+from rft.storage.documents import BatchSize, Megapixels, Seed, Whole, document
 
 Measurable = Literal["restricted", "all"]
 

@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rft import cli, files, records
+from rft import cli
 from rft.classes import check_head
 from rft.clip.classifier import build_classifier
 from rft.config import Config, load_config
-from rft.data.loader import PackedDataset, plan_training
 from rft.dist import World
-from rft.evaluate.evaluator import count_correct
-from rft.merge.folders import Ingredient, shared_seed
+from rft.evaluate.count import count_correct
+from rft.loading.dataset import PackedDataset, plan_training
+from rft.merge.ingredients import Ingredient, shared_seed
 from rft.method.averaging import Trial, greedy_soup
-from rft.records import Training
+from rft.runs import records
+from rft.runs.records import Training
+from rft.storage import files
 
 Count = Callable[[dict[str, Tensor], str], int]
 

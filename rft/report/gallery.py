@@ -19,11 +19,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rft.documents import plain
-from rft.gallery import DROP, Gallery
-from rft.report.labels import DPI
+from rft.report.label_placement import DPI
 from rft.report.plots import INK, MASK_COLORS, MUTED, drawn, encoded
 from rft.report.tables import FILLS, MASKS
+from rft.runs.gallery import DROP, Gallery
+from rft.storage.documents import plain
 
 MAX_ROWS = 6
 TILE = 200  # pixels that a small image is enlarged to, about; a large one keeps its size

@@ -15,14 +15,15 @@ import jinja2
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from rft import documents, files
-from rft.gallery import read as read_gallery
-from rft.records import Provenance
-from rft.report import beside, gallery, plots, tables
-from rft.report.beside import Beside
-from rft.report.paper import FIGURE_7
-from rft.report.runs import Run, load_runs, shown_settings
+from rft.paper import FIGURE_7
+from rft.report import comparison as beside
+from rft.report import gallery, plots, tables
+from rft.report.comparison import Beside
+from rft.report.read import Run, load_runs, shown_settings
 from rft.report.tables import COLUMNS, DifferenceRow, Row
+from rft.runs.gallery import read as read_gallery
+from rft.runs.records import Provenance
+from rft.storage import documents, files
 
 WIDTH = 100  # columns of text that are not a terminal
 FIGURE_SPACE = "\u2007"  # as wide as a digit

@@ -21,9 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from rft import cli
-from rft.records import Metrics
-from rft.report.labels import DPI, Box, Point, nearest, place_labels
-from rft.report.runs import Run
+from rft.report.label_placement import DPI, Box, Point, nearest, place_labels
+from rft.report.read import Run
 from rft.report.tables import (
     ID_COLUMN,
     OOD_COLUMN,
@@ -34,6 +33,7 @@ from rft.report.tables import (
     shown_recipes,
     wise_model,
 )
+from rft.runs.records import Metrics
 
 MODELS = 64  # of a picture; labels that keep clear of each other take time with their square
 HEIGHT = 3.7  # inches of the curves with up to 8 lines of legend below them

@@ -21,8 +21,8 @@ from rich.console import JustifyMethod
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from rft.records import SetCount
-from rft.report.runs import Run
+from rft.report.read import Run
+from rft.runs.records import SetCount
 
 ID_SET = "imagenet-val"
 OOD_SETS = ("imagenet-v2", "imagenet-r", "imagenet-sketch", "objectnet", "imagenet-a")

@@ -21,14 +21,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rft import dist, documents, files, local
+from rft import dist
 from rft.cli import warn
 from rft.clip import unpickle
 from rft.clip.classifier import Classifier
 from rft.config import repeat_precision
 from rft.dist import World
-from rft.documents import Count, Sha256, document
-from rft.records import RECORD_BYTES, Step
+from rft.runs.records import RECORD_BYTES, Step
+from rft.storage import documents, files, local
+from rft.storage.documents import Count, Sha256, document
 
 FILE_NAME = re.compile(r"step-([0-9]{8,16})\.pt")
 MOST_CHANGED = 5  # differences from another run that an error names
@@ -81,7 +82,7 @@ def record_name(step: int) -> str:
 
 
 class Store:
-    """A folder of checkpoints, on any store that `rft.urls` lets be opened.
+    """A folder of checkpoints, on any store that `rft.storage.urls` lets be opened.
 
     What goes to a remote one is written to the folder `scratch` first.
     """

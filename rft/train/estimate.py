@@ -17,11 +17,12 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor, nn
 
-from rft import recipes, records, small
+from rft import recipes, small
 from rft.clip import vit
 from rft.config import Config
 from rft.method.relevance import MAP_BYTES
-from rft.records import Reached
+from rft.runs import records
+from rft.runs.records import Reached
 from rft.train.loop import Job, precision
 from rft.train.objective import Objective, StepAddress, draw
 from rft.train.optim import schedule_warning

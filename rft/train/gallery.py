@@ -8,12 +8,14 @@ import io
 
 import numpy as np
 
-from rft import cli, files, gallery
+from rft import cli
 from rft.clip.classifier import Classifier
 from rft.clip.vit import AttentionTap
 from rft.config import MethodConfig
-from rft.data.loader import PackedDataset
+from rft.loading.dataset import PackedDataset
 from rft.method import refill, relevance
+from rft.runs import gallery
+from rft.storage import files
 from rft.train.objective import StepAddress, cam_mask, draw
 
 

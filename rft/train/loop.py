@@ -12,25 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from rft import dist, trained_on
+from rft import dist
 from rft.classes import Classes
 from rft.clip.classifier import Classifier, load_state, save_classifier, save_state
 from rft.config import Config, Precision
-from rft.data.loader import Batch, Reading, TrainingBatches, read_batches
 from rft.dist import World
 from rft.evaluate.accuracy import Count
-from rft.evaluate.evaluator import count_correct
-from rft.runs import LAST, SELECTED
+from rft.evaluate.count import count_correct
+from rft.loading.dataset import Batch, Reading, TrainingBatches, read_batches
+from rft.runs import trained_on
+from rft.runs.folder import LAST, SELECTED
+from rft.runs.trained_on import TrainedOn
 from rft.train import checkpoint
 from rft.train.checkpoint import Progress
-from rft.train.journal import Journal
+from rft.train.logs import Journal
 from rft.train.objective import Draws, Objective, StepAddress, draw
 from rft.train.optim import build_optimizer, set_schedule
 from rft.train.pictures import Counterfactuals
 from rft.train.profile import profiling
 from rft.train.run import RunFolder, vanished
 from rft.train.stop import StopRequest
-from rft.trained_on import TrainedOn
 
 COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
 READING = ("wait", "ready", *Reading._fields)

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from rft import files, local
+from rft.storage import files, local
 
 STEPS = 10
 SKIPPED = 5  # the first ones allocate, compile and fill the loader's queue

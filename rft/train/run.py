@@ -16,12 +16,14 @@ from typing import NamedTuple
 import filelock
 from fsspec.implementations.local import LocalFileSystem
 
-from rft import dist, files, local, records, small
+from rft import dist, small
 from rft.config import Config, load_config, repeat_precision
-from rft.data.manifest import Manifest
 from rft.dist import World
-from rft.records import Reached, Training
-from rft.runs import require_no_links, require_own_weights
+from rft.runs import records
+from rft.runs.folder import require_no_links, require_own_weights
+from rft.runs.records import Reached, Training
+from rft.shards.manifest import Manifest
+from rft.storage import files, local
 from rft.train.checkpoint import Record
 from rft.train.stop import StopRequest
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from rft import header
 from rft.clip import bounds, load
 from rft.clip.bounds import HubConfig, TextFields, VisionFields
+from rft.runs import header
 from tests import formats
 
 CONFIGS = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}

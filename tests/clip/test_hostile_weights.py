@@ -19,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from rft import files, header
 from rft.classes import Classes
 from rft.clip import load, unpickle, weights
 from rft.clip.classifier import load_state, map_state, save_classifier
 from rft.config import ModelConfig
+from rft.runs import header
+from rft.storage import files
 from tests import formats
 from tests.conftest import build_model
 

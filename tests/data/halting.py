@@ -47,7 +47,7 @@ def pack_watched(
     link: Connection, below: tuple[str, ...], step: str | None, arguments: tuple
 ) -> None:
     """Pack; send the steps' names, or halt before `step` for ever, once that was sent."""
-    from rft.data.pack import pack  # not where every process of a packing imports this module
+    from rft.packing.pack import pack  # not where every process of a packing imports this module
 
     def seen(found: str) -> None:
         if step is None:

@@ -24,12 +24,12 @@ import pytest
 import torch
 from PIL import Image
 
-from rft.data.labels import LabelSpace
-from rft.data.loader import EvaluationBatches, PackedDataset, read_batches
-from rft.data.manifest import Manifest
-from rft.data.order import EpochOrder
-from rft.data.pack import Options, pack
-from rft.train import __main__ as train_command
+from rft.loading.dataset import EvaluationBatches, PackedDataset, read_batches
+from rft.loading.order import EpochOrder
+from rft.packing.pack import Options, pack
+from rft.shards.label_space import LabelSpace
+from rft.shards.manifest import Manifest
+from rft.train import command as train_command
 from tests import tiny
 from tests.ranks import loading
 from tests.ranks.loading import CPU, batches_of, plan_of
@@ -127,7 +127,7 @@ def test_t3_killed_and_resumed_on_another_world_size(packed, tmp_path):
     chance = random.Random(0)
     seen: dict[int, list[int]] = {}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rft.data.loader", "tests.ranks.loading"])
+    context.set_forkserver_preload(["rft.loading.dataset", "tests.ranks.loading"])
     for world_size in (2, 1, 4):
         start = len(seen)
         enough = start + chance.randrange(3, 9)
@@ -181,7 +181,7 @@ def test_t4_an_epoch_has_every_sample_once(packed, streams, block_shards):
 def test_t5_evaluation_counts_every_sample_once(packed, tmp_path):
     url = packed["pixels"].url
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rft.data.loader", "tests.ranks.loading"])
+    context.set_forkserver_preload(["rft.loading.dataset", "tests.ranks.loading"])
     told = set()
     for world_size in (1, 3, 7, 8):
         out = tmp_path / str(world_size)
@@ -300,7 +300,7 @@ def test_t11_memory_and_descriptors_stay_flat(packed, workers):
 def test_t11_a_plan_for_400_million_samples():
     script = (
         "from pathlib import Path;"
-        "from rft.data.order import EpochOrder, Plan;"
+        "from rft.loading.order import EpochOrder, Plan;"
         "plan = Plan(shard_sizes=(1000,) * 400_000, batch_size=1024, seed=0, streams=64,"
         " block_shards=4);"
         "assert len(set(EpochOrder(plan, 3).batch(100_000).tolist())) == 1024;"

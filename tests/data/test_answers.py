@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rft import files, remote
-from rft.data.encode import clip_pixels, load_image
-from rft.data.index import index_shards
-from rft.data.loader import PackedDataset
-from rft.data.manifest import Manifest
-from rft.data.verify import verify
-from rft.remote import Patience
+from rft.loading.dataset import PackedDataset
+from rft.packing.foreign import index_shards
+from rft.packing.verify import verify
+from rft.shards.encode import clip_pixels, load_image
+from rft.shards.manifest import Manifest
+from rft.storage import files, remote
+from rft.storage.remote import Patience
 from tests.data.test_index import LABELS, Options, picture, plain, run_tool, write_tar
 from tests.servers.loopback import ADDRESS
 from tests.servers.ranges import odd_server

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rft.data.labels import LabelSpace
-from rft.data.loader import PackedDataset
-from rft.data.pack import Options, pack
+from rft.loading.dataset import PackedDataset
+from rft.packing.pack import Options, pack
+from rft.shards.label_space import LabelSpace
 
 LABELS = LabelSpace(ids=("n01", "n02"), names=("clock", "cup"), templates=("a {c}.",))
 SIDE, BORDER = 16, 2

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from rft.data import fetch
-from rft.data.cache import Cache
-from rft.data.fetch import Shards
-from rft.data.manifest import Shard
+from rft.shards import ranges as fetch
+from rft.shards.cache import Cache
+from rft.shards.manifest import Shard
+from rft.shards.ranges import Shards
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux's /proc")
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from rft.data.encode import (
+from rft.shards.encode import (
     MOST_ELONGATED,
     Kind,
     Treatment,

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rft.data import fetch
-from rft.data.cache import Cache, Part
-from rft.data.fetch import merge
-from rft.data.manifest import Shard
-from rft.remote import is_transient
+from rft.shards import ranges as fetch
+from rft.shards.cache import Cache, Part
+from rft.shards.manifest import Shard
+from rft.shards.ranges import merge
+from rft.storage.remote import is_transient
 
 RANGES = st.lists(
     st.tuples(st.integers(0, 3), st.integers(0, 10**8), st.integers(1, 10**7)), max_size=40

@@ -15,16 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rft import cli
-from rft.data.encode import clip_pixels, load_image
-from rft.data.folder import (
-    choose_test,
-    name_classes,
-    read_folder,
-    same_bytes,
-)
-from rft.data.labels import LabelSpace
-from rft.data.loader import PackedDataset
-from rft.data.verify import verify
+from rft.loading.dataset import PackedDataset
+from rft.packing.own_folder import choose_test, name_classes, read_folder, same_bytes
+from rft.packing.verify import verify
+from rft.shards.encode import clip_pixels, load_image
+from rft.shards.label_space import LabelSpace
 
 LABELS = LabelSpace(
     ids=("tabby_cat", "dog"), names=("tabby", "a dog"), templates=("a photo of a {c}.",)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rft.data.labels import LabelSpace
-from rft.data.loader import PackedDataset
-from rft.data.pack import ALGORITHM, Options, cut, make_plan, pack, shuffle
-from rft.data.sources import Item, Source
+from rft.loading.dataset import PackedDataset
+from rft.packing.layouts import Item, Source
+from rft.packing.pack import ALGORITHM, Options, cut, make_plan, pack, shuffle
+from rft.shards.label_space import LabelSpace
 
 LABELS = LabelSpace(
     ids=("n01440764", "n01443537"), names=("tench", "goldfish"), templates=("a {c}.",)
@@ -22,7 +22,7 @@ FROZEN = {
 }
 RAISE = (
     "the same source is packed to other bytes now, so a set that was begun cannot be completed: "
-    "raise ALGORITHM in rft/data/pack.py, and record the new digests here under it"
+    "raise ALGORITHM in rft/packing/pack.py, and record the new digests here under it"
 )
 
 

@@ -27,17 +27,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
-from rft import cli, files
-from rft.data.encode import clip_pixels, load_image
-from rft.data.index import count_expanded, expand, index_shards
-from rft.data.labels import LabelSpace, objectnet_groups
-from rft.data.loader import PackedDataset
-from rft.data.manifest import Index, Manifest
-from rft.data.published import published_classes
-from rft.data.samples import parent, split_name
-from rft.data.scoring import Options as AllOptions
-from rft.data.scoring import local_labels, loose_form
-from rft.data.verify import verify
+from rft import cli
+from rft.loading.dataset import PackedDataset
+from rft.packing.expected import published_classes
+from rft.packing.foreign import count_expanded, expand, index_shards
+from rft.packing.foreign_labels import Options as AllOptions
+from rft.packing.foreign_labels import local_labels, loose_form
+from rft.packing.foreign_samples import parent, split_name
+from rft.packing.verify import verify
+from rft.shards.encode import clip_pixels, load_image
+from rft.shards.label_space import LabelSpace, objectnet_groups
+from rft.shards.manifest import Index, Manifest
+from rft.storage import files
 from tests.pictures import empty_png
 from tests.servers.faults import Fault, faulty
 from tests.servers.ranges import range_server

@@ -16,17 +16,18 @@ import torch
 from PIL import Image
 
 import rft.data.show
-import rft.evaluate.__main__
-from rft import files, recipes
-from rft.data.encode import encoding_parameters, to_npy
-from rft.data.index import index_shards
-from rft.data.labels import LabelSpace
-from rft.data.loader import PackedDataset
-from rft.data.manifest import Index, Manifest, Shard, group_faults
-from rft.data.pack import Options, pack
-from rft.data.scoring import Options as Reading
-from rft.data.verify import verify
+import rft.evaluate.command
+from rft import recipes
 from rft.evaluate.accuracy import is_correct
+from rft.loading.dataset import PackedDataset
+from rft.packing.foreign import index_shards
+from rft.packing.foreign_labels import Options as Reading
+from rft.packing.pack import Options, pack
+from rft.packing.verify import verify
+from rft.shards.encode import encoding_parameters, to_npy
+from rft.shards.label_space import LabelSpace
+from rft.shards.manifest import Index, Manifest, Shard, group_faults
+from rft.storage import files
 from tests.data.test_index import write_tar
 from tests.servers.ranges import range_server
 
@@ -227,7 +228,7 @@ def test_commands_refuse_emptied_scoring(packed: Path, refused, tmp_path: Path) 
     config = recipes.build("no-mask", scale="miniature", data=str(root), run=str(tmp_path))
     files.write_json(str(tmp_path / "config.json"), {**config.to_dict(), "train_set": name})
     for line in (
-        refused(rft.evaluate.__main__, "weights.safetensors", "--data", root, "--sets", name),
+        refused(rft.evaluate.command, "weights.safetensors", "--data", root, "--sets", name),
         refused(rft.data.show, tmp_path, "--step", 0),
     ):
         what = "groups must name at least one group of class ids; pack or index the set again"

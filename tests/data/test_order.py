@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rft.data.order import ALGORITHM, EpochOrder, Plan, rank_slice
+from rft.loading.order import ALGORITHM, EpochOrder, Plan, rank_slice
 
 
 @st.composite
@@ -142,7 +142,7 @@ FROZEN = {
 }
 RAISE = (
     "the same plan gives other batches now, so a run that is resumed would see samples twice: "
-    "raise ALGORITHM in rft/data/order.py, and record the new numbers here under it"
+    "raise ALGORITHM in rft/loading/order.py, and record the new numbers here under it"
 )
 
 

@@ -27,15 +27,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data.readers.reader_wds import _load_info, _parse_split_info
 
-from rft.data import pack as packing
-from rft.data import workers
-from rft.data.encode import Kind, clip_pixels, clip_square, load_image, to_jpeg
-from rft.data.labels import LabelSpace
-from rft.data.loader import PackedDataset
-from rft.data.manifest import Index, Manifest
-from rft.data.pack import Options, cut, make_jobs, make_plan, pack, parse_task, shuffle
-from rft.data.shard import tar_header, write_shard
-from rft.data.sources import Item, read_source
+from rft.loading.dataset import PackedDataset
+from rft.packing import pack as packing
+from rft.packing import pool as workers
+from rft.packing.layouts import Item, read_source
+from rft.packing.pack import Options, cut, make_jobs, make_plan, pack, parse_task, shuffle
+from rft.packing.shard import tar_header, write_shard
+from rft.shards.encode import Kind, clip_pixels, clip_square, load_image, to_jpeg
+from rft.shards.label_space import LabelSpace
+from rft.shards.manifest import Index, Manifest
 from tests.waiting import until
 
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.", "the {c}."))
@@ -560,8 +560,8 @@ def half_packed(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 KILLED = """
 import os, signal, sys
 from rft import files
-from rft.data import pack, shard
-from rft.data.labels import LabelSpace
+from rft.packing import pack, shard
+from rft.shards.label_space import LabelSpace
 
 where, source, out = sys.argv[1:]
 
@@ -607,8 +607,8 @@ def test_killed_run_continues(
 
 LIGHT = """
 import sys
-from rft.data import pack
-from rft.data.labels import LabelSpace
+from rft.packing import pack
+from rft.shards.label_space import LabelSpace
 
 labels = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.", "the {c}."))
 pack.pack("imagenet-train", *sys.argv[1:], labels, pack.Options(workers=1))
@@ -625,8 +625,8 @@ def test_packing_needs_no_torch(source: str, tmp_path: Path) -> None:
 
 STUCK = """
 import signal, sys
-from rft.data import pack, workers
-from rft.data.labels import LabelSpace
+from rft.packing import pack, pool as workers
+from rft.shards.label_space import LabelSpace
 
 def stuck(futures):
     next(iter(futures)).result()

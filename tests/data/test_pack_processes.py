@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rft.data import encode, shard
-from rft.data.labels import LabelSpace
-from rft.data.pack import Options, claim, make_jobs, make_plan, pack
-from rft.data.shard import Job, write_shard
-from rft.data.sources import read_source
+from rft.packing import shard
+from rft.packing.layouts import read_source
+from rft.packing.pack import Options, claim, make_jobs, make_plan, pack
+from rft.packing.shard import Job, write_shard
+from rft.shards import encode
+from rft.shards.label_space import LabelSpace
 from tests import tiny
 from tests.data import halting
 
@@ -101,7 +102,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
 def run_watched(source: Path, out: Path, step: str | None, task: str | None) -> list[str]:
     """Pack in a process of its own; return the steps it took, or kill it before `step`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rft.data.pack", "tests.data.halting"])
+    context.set_forkserver_preload(["rft.packing.pack", "tests.data.halting"])
     here, there = context.Pipe(duplex=False)
     arguments = (there, (str(source), str(out)), step, packing(source, out, task))
     process = context.Process(target=halting.pack_watched, args=arguments)

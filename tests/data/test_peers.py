@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import environments
-from rft.data.labels import LabelSpace
-from rft.data.loader import PackedDataset
-from rft.data.pack import Options, pack
+from rft.loading.dataset import PackedDataset
+from rft.packing.pack import Options, pack
+from rft.shards.label_space import LabelSpace
 from tests.data.peer_readers import SIZE
 
 pytestmark = pytest.mark.slow

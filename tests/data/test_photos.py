@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rft import documents
-from rft.data.encode import (
+from rft.loading.dataset import PackedDataset
+from rft.packing.own_folder import read_folder
+from rft.packing.pack import Options, pack_source
+from rft.packing.verify import verify
+from rft.shards.encode import (
     PHOTOS,
     Encoding,
     Kind,
@@ -25,11 +28,8 @@ from rft.data.encode import (
     payload_treatment,
     to_jpeg,
 )
-from rft.data.folder import read_folder
-from rft.data.loader import PackedDataset
-from rft.data.manifest import Manifest
-from rft.data.pack import Options, pack_source
-from rft.data.verify import verify
+from rft.shards.manifest import Manifest
+from rft.storage import documents
 from tests.pictures import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, png_row
 from tests.reference.pixels import STORED_SIDES, stored_as
 

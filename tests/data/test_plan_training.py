@@ -7,9 +7,9 @@ import pytest
 
 from rft import recipes
 from rft.config import Config
-from rft.data import order
-from rft.data.loader import PackedDataset, fingerprint, plan_training
-from rft.data.order import EpochOrder
+from rft.loading import order
+from rft.loading.dataset import PackedDataset, fingerprint, plan_training
+from rft.loading.order import EpochOrder
 
 
 @pytest.fixture(scope="module")

@@ -26,20 +26,20 @@ import pytest
 import torch
 from PIL import Image
 
-from rft.data import cache as caching
-from rft.data.cache import Cache
-from rft.data.fetch import Patience, Shards
-from rft.data.labels import LabelSpace
-from rft.data.loader import (
+from rft.loading.dataset import (
     Batch,
     EvaluationBatches,
     PackedDataset,
     TrainingBatches,
     read_batches,
 )
-from rft.data.manifest import Index, Manifest, Shard
-from rft.data.order import Plan
-from rft.data.pack import Options, pack
+from rft.loading.order import Plan
+from rft.packing.pack import Options, pack
+from rft.shards import cache as caching
+from rft.shards.cache import Cache
+from rft.shards.label_space import LabelSpace
+from rft.shards.manifest import Index, Manifest, Shard
+from rft.shards.ranges import Patience, Shards
 from tests import tiny
 from tests.servers.faults import Fault, Proxy, every_third, faulty, first
 from tests.servers.nginx import web_server
@@ -303,7 +303,7 @@ def test_wrong_secret(store: ObjectStore, s3_copy: str, monkeypatch: pytest.Monk
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing listens: one line with the address, not a stack of client errors."""
-    monkeypatch.setattr("rft.remote.PATIENCE", LITTLE_PATIENCE)
+    monkeypatch.setattr("rft.storage.remote.PATIENCE", LITTLE_PATIENCE)
     with pytest.raises(ValueError, match=r"^cannot read http://127\.0\.0\.1:9/set/manifest\.json"):
         PackedDataset("http://127.0.0.1:9/set")
 
@@ -608,9 +608,9 @@ def test_end_amid_a_deletion_leaves_no_empty_shard(
 READER = """
     import json, sys, time
     from pathlib import Path
-    from rft.data.cache import Cache
-    from rft.data.fetch import Patience
-    from rft.data.loader import PackedDataset
+    from rft.shards.cache import Cache
+    from rft.shards.ranges import Patience
+    from rft.loading.dataset import PackedDataset
     from tests.data.test_remote import digests
 
     url, folder, limit, go, stop = sys.argv[1:]
@@ -627,9 +627,9 @@ READER = """
 STUCK = """
     import signal, sys
     from pathlib import Path
-    from rft.data.cache import Cache
-    from rft.data.fetch import Patience, Shards
-    from rft.data.manifest import Manifest
+    from rft.shards.cache import Cache
+    from rft.shards.ranges import Patience, Shards
+    from rft.shards.manifest import Manifest
 
     url, folder, limit = sys.argv[1:]
     cache, patience = Cache(Path(folder), int(limit)), Patience(stall_seconds=1000)
@@ -640,8 +640,8 @@ STUCK = """
 
 PROCESSES = """
     import json, sys
-    from rft.data.fetch import Patience
-    from rft.data.loader import PackedDataset
+    from rft.shards.ranges import Patience
+    from rft.loading.dataset import PackedDataset
     from tests.data.test_remote import digests
 
     patience = Patience(tries=30, longest_pause=0.02)  # nothing stalls, and clients start slowly
@@ -751,9 +751,9 @@ def test_loader_processes_read_from_s3(
 
 PACK = """
     import json, sys
-    from rft import documents
-    from rft.data.labels import LabelSpace
-    from rft.data.pack import Options, pack
+    from rft.storage import documents
+    from rft.shards.label_space import LabelSpace
+    from rft.packing.pack import Options, pack
 
     dataset, source, out, labels, options = sys.argv[1:]
     space = documents.decode(labels.encode(), LabelSpace, "labels")

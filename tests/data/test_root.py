@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from rft import convert, files
 from rft.config import load_config
-from rft.data.index import index_shards
-from rft.data.loader import PackedDataset
-from rft.data.manifest import Manifest
-from rft.data.root import LOOKED_AT, SHOWN, packed_sets, set_name, set_names
-from rft.data.scoring import Options
-from rft.data.sources import LAYOUTS
-from rft.data.verify import verify
-from rft.evaluate import __main__ as evaluate_command
+from rft.convert import command as convert
+from rft.evaluate import command as evaluate_command
 from rft.evaluate import localisation
-from rft.train import __main__ as train_command
+from rft.loading.dataset import PackedDataset
+from rft.packing.foreign import index_shards
+from rft.packing.foreign_labels import Options
+from rft.packing.layouts import LAYOUTS
+from rft.packing.verify import verify
+from rft.shards.manifest import Manifest
+from rft.shards.root import LOOKED_AT, SHOWN, packed_sets, set_name, set_names
+from rft.storage import files
+from rft.train import command as train_command
 from tests.tiny import LABELS, call
 
 

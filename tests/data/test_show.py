@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from rft import cli, files, recipes
-from rft.arrays import read_npz
-from rft.data.loader import PackedDataset, TrainingBatches, plan_training
-from rft.data.show import main
+from rft import cli, recipes
+from rft.loading.dataset import PackedDataset, TrainingBatches, plan_training
+from rft.loading.show import main
+from rft.storage import files
+from rft.storage.arrays import read_npz
 
 
 def show(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:

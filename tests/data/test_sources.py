@@ -21,17 +21,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rft.data.archives import tar_members
-from rft.data.labels import LabelSpace, objectnet_groups
-from rft.data.pack import Options, pack
-from rft.data.published import (
+from rft.packing.archives import tar_members
+from rft.packing.expected import (
     COUNTS,
     check_count,
     is_imagenet,
     parse_allowed_counts,
     published_classes,
 )
-from rft.data.sources import Source, make_keys, read_item, read_source
+from rft.packing.layouts import Source, make_keys, read_item, read_source
+from rft.packing.pack import Options, pack
+from rft.shards.label_space import LabelSpace, objectnet_groups
 
 MAPPINGS = Path(__file__).parent / "objectnet-mappings"
 LABELS = LabelSpace(ids=("n01", "n02", "n03"), names=("one", "two", "three"), templates=("a {c}.",))
@@ -75,7 +75,7 @@ def test_imagenet_equals_the_public_lists() -> None:
 @pytest.mark.slow
 def test_packing_starts_without_torch() -> None:
     code = (
-        "import sys, rft.data.pack; from rft.data.labels import LabelSpace\n"
+        "import sys, rft.packing.pack; from rft.shards.label_space import LabelSpace\n"
         "LabelSpace.imagenet(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

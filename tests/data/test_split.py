@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rft.data.split import held_out_split
+from rft.loading.split import held_out_split
 
 
 def world(samples=600, classes=6, seed=0):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rft.data import tar
+from rft.shards import tar
 
 CONTENT = [(f"folder/{n:03d}.jpg", bytes([n]) * (n * 97)) for n in range(12)]
 

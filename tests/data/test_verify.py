@@ -20,15 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rft import cli, files
-from rft.data import tar
-from rft.data.index import index_shards
-from rft.data.labels import LabelSpace
-from rft.data.loader import PackedDataset
-from rft.data.manifest import Index, Manifest
-from rft.data.pack import Options, pack
-from rft.data.scoring import Options as Reading
-from rft.data.verify import Problem, Report, verify
+from rft import cli
+from rft.loading.dataset import PackedDataset
+from rft.packing.foreign import index_shards
+from rft.packing.foreign_labels import Options as Reading
+from rft.packing.pack import Options, pack
+from rft.packing.verify import Problem, Report, verify
+from rft.shards import tar
+from rft.shards.label_space import LabelSpace
+from rft.shards.manifest import Index, Manifest
+from rft.storage import files
 
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.",))
 

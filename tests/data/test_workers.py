@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rft import files
-from rft.data.workers import check_workers, for_each
+from rft.packing.pool import check_workers, for_each
+from rft.storage import files
 from tests.waiting import until
 
 

@@ -15,10 +15,10 @@ from rft.clip.classifier import Classifier
 from rft.clip.head import zero_shot_head
 from rft.clip.load import MINIATURE, load_clip
 from rft.config import ModelConfig
-from rft.data.loader import PackedDataset
-from rft.data.sources import LAYOUTS
 from rft.demo.world import write_world
-from rft.evaluate.evaluator import count_correct
+from rft.evaluate.count import count_correct
+from rft.loading.dataset import PackedDataset
+from rft.packing.layouts import LAYOUTS
 from tests.tiny import environment
 
 pytestmark = pytest.mark.slow
@@ -123,8 +123,8 @@ def test_a_flipped_byte_a_cut_and_a_missing_shard_name_the_sample(packed, tmp_pa
 
 
 def test_batches_through_loader_processes_are_the_same(packed):
-    from rft.data.loader import TrainingBatches, read_batches
-    from rft.data.order import Plan
+    from rft.loading.dataset import TrainingBatches, read_batches
+    from rft.loading.order import Plan
 
     dataset = packed["original"]["imagenet-train"]
     samples = np.arange(len(dataset))

@@ -13,8 +13,6 @@ from PIL import Image
 
 from rft.clip.load import load_clip
 from rft.config import ModelConfig
-from rft.data.labels import LabelSpace, objectnet_groups
-from rft.data.sources import read_source
 from rft.demo import world
 from rft.demo.captions import CONTEXT_LENGTH, TEMPLATES, VOCABULARY, caption
 from rft.demo.objects import CLASSES, SHAPE_INSTANCES, SHARES, bank_members, load_silhouettes
@@ -29,7 +27,9 @@ from rft.demo.scenes import (
     draw_scene,
     pattern_and_palette,
 )
+from rft.packing.layouts import read_source
 from rft.rng import numpy_generator
+from rft.shards.label_space import LabelSpace, objectnet_groups
 
 SCALE = 0.01  # 20 training images, 16 of each other set
 DIVERSE = Setting(

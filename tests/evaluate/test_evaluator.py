@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rft.clip.classifier import save_classifier
-from rft.data.loader import PackedDataset
 from rft.dist import World
 from rft.evaluate import localisation
 from rft.evaluate.accuracy import Count
-from rft.evaluate.evaluator import count_correct
+from rft.evaluate.count import count_correct
+from rft.loading.dataset import PackedDataset
 from tests.conftest import build_model
 from tests.tiny import LABELS, torchrun
 

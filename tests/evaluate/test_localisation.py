@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from rft import files
 from rft.clip.classifier import Classifier, save_classifier
 from rft.clip.head import zero_shot_head
 from rft.clip.load import MINIATURE, load_clip
 from rft.config import ModelConfig
-from rft.data import encode
-from rft.data.labels import LabelSpace
-from rft.data.loader import PackedDataset
-from rft.data.pack import Options, pack
 from rft.demo.world import write_world
 from rft.evaluate import localisation
-from rft.evaluate.masks import find_masks, read_mask
+from rft.evaluate.object_masks import find_masks, read_mask
 from rft.evaluate.overlap import Pixels, count_masked, count_object, mean_rates, pooled_rates
+from rft.loading.dataset import PackedDataset
+from rft.packing.pack import Options, pack
+from rft.shards import encode
+from rft.shards.label_space import LabelSpace
+from rft.storage import files
 from tests import tiny
 from tests.conftest import ARCHITECTURE, build_model, sharpen
 from tests.reference import pixels as reference

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import pytest
 
-from rft import files
 from rft.clip.classifier import load_state, save_classifier
-from rft.evaluate.__main__ import is_current, write_results
 from rft.evaluate.checkpoints import Loaded
-from rft.records import SetCount
-from rft.runs import checkpoint_path, current_results
+from rft.evaluate.command import is_current, write_results
+from rft.runs.folder import checkpoint_path, current_results
+from rft.runs.records import SetCount
+from rft.storage import files
 from tests.conftest import build_model
 
 OLD, NEW = "0" * 64, "1" * 64

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rft import dist
-from rft.train import __main__ as train_command
+from rft.train import command as train_command
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 
-from rft import files
+from rft.storage import files
 from tests.hostile.rows import by_kind
 from tests.hostile.sandbox import ROOT
 from tests.hostile.table import ROWS

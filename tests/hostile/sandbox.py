@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 # imported before anything is forked; no command itself
 PACKAGES = (
     "rft.clip.load",
-    "rft.data.index",
-    "rft.data.verify",
-    "rft.evaluate.evaluator",
+    "rft.packing.foreign",
+    "rft.packing.verify",
+    "rft.evaluate.count",
     "rft.merge.greedy",
     "rft.report.page",
     "rft.train.gallery",
@@ -214,7 +214,7 @@ def _enter(request: Request) -> None:
     _limit(resource.RLIMIT_FSIZE, FILE_BYTES)
     _limit(resource.RLIMIT_CORE, 0)
     # tries again in a second, not in minutes
-    from rft import remote
+    from rft.storage import remote
 
     remote.PATIENCE = remote.Patience(tries=2, stall_seconds=2.0, longest_pause=0.1)
 

@@ -15,8 +15,8 @@ import filelock
 import numpy as np
 from PIL import Image
 
-from rft import files
-from rft.data.manifest import Index, Manifest
+from rft.shards.manifest import Index, Manifest
+from rft.storage import files
 from tests import tiny
 from tests.data.test_index import write_tar
 from tests.hostile.sandbox import ROOT, Outcome, Request, Sandbox, environment

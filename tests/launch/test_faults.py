@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rft import files
+from rft.storage import files
 from tests.launch.conftest import SCRIPT, Cluster, Project, running_cluster
 from tests.tiny import torchrun, weights
 from tests.waiting import until

@@ -127,7 +127,7 @@ HARMLESS = [
 
 
 def test_what_rft_refuses_as_a_credential_the_scripts_refuse(project):
-    """They are stricter: a name of a secret that is new in rft/urls.py is refused here already."""
+    """They are stricter: a secret's name that is new in rft/storage/urls.py is refused here."""
     words = shlex.join([*WITH_SECRET, *HARMLESS])
     script = f'for word in {words}; do (refuse_credentials "$word") 2>&- || echo "$word"; done'
     assert bash(project, script).splitlines() == WITH_SECRET
@@ -206,7 +206,7 @@ def test_the_code_is_copied_as_it_is(project, tmp_path):
     for name in ("cluster.env~", ".cluster.env.swp", "cluster.env.bak"):
         (project.folder / "launch" / name).write_text("export AWS_SECRET_ACCESS_KEY=...")
     plain = copied(project, tmp_path / "plain")
-    wanted = {"rft/train/__main__.py", "rft/demo/clip/open_clip_model.safetensors"}
+    wanted = {"rft/train/command.py", "rft/demo/clip/open_clip_model.safetensors"}
     assert wanted | {"tools/shard_ood.py", "launch/job.sh", "REVISION"} <= plain
     assert "launch/cluster.env.example" in plain
     assert not [name for name in plain - {"launch/cluster.env.example"} if "cluster.env" in name]

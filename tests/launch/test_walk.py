@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rft import files
+from rft.storage import files
 from tests.launch.conftest import ROOT, SETTINGS, Cluster, Project, environment
 from tests.waiting import until
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from rft import files
-from rft.clip import made
+from rft.clip import model_folder as made
 from rft.clip.classifier import build_classifier, load_state, save_state
 from rft.config import Config
-from rft.data.loader import PackedDataset, plan_training
-from rft.evaluate import __main__ as evaluate_command
-from rft.merge import __main__ as merge_command
-from rft.merge.folders import shared_seed
+from rft.evaluate import command as evaluate_command
+from rft.loading.dataset import PackedDataset, plan_training
+from rft.merge import command as merge_command
+from rft.merge.ingredients import shared_seed
 from rft.method.averaging import interpolate, uniform_soup
-from rft.runs import LAST, SELECTED
-from rft.train import __main__ as train_command
+from rft.runs.folder import LAST, SELECTED
+from rft.storage import files
+from rft.train import command as train_command
 from tests.conftest import build_model
 from tests.tiny import call, forget_weights, torchrun
 

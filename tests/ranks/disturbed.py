@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from rft import cli, dist
-from rft.train import __main__ as train_command
 from rft.train import checkpoint, loop
+from rft.train import command as train_command
 
 NAMES = (
     "all_gather_into_tensor", "all_gather_object", "all_reduce", "barrier", "broadcast_object_list",

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from rft import dist, recipes
-from rft.data.loader import Batch
 from rft.dist import World
+from rft.loading.dataset import Batch
 from rft.train.loop import Job, accumulate_gradients, settle_buckets
 from rft.train.objective import Objective
 from tests.conftest import build_model

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from rft import dist
-from rft.data.loader import PackedDataset, TrainingBatches, read_batches
-from rft.data.order import Plan
-from rft.evaluate.evaluator import count_correct
+from rft.evaluate.count import count_correct
+from rft.loading.dataset import PackedDataset, TrainingBatches, read_batches
+from rft.loading.order import Plan
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rft.clip.classifier import save_classifier
-from rft.evaluate import __main__ as evaluate_command
+from rft.evaluate import command as evaluate_command
 from tests import tiny
 from tests.conftest import build_model
 from tests.tiny import torchrun

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rft import cli, files
-from rft.runs import LAST, SELECTED
-from rft.train import __main__ as train_command
+from rft import cli
+from rft.runs.folder import LAST, SELECTED
+from rft.storage import files
+from rft.train import command as train_command
 from tests.tiny import kill_when, torchrun, torchrun_command
 
 pytestmark = pytest.mark.slow

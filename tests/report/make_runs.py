@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from rft import documents, files
 from rft.classes import Classes
-from rft.records import Provenance, Results, RunConfig, SetCount
-from rft.report.runs import Run
+from rft.report.read import Run
 from rft.report.tables import FILLS, ID_SET, MASKS, OOD_SETS
-from rft.runs import SELECTED
+from rft.runs.folder import SELECTED
+from rft.runs.records import Provenance, Results, RunConfig, SetCount
+from rft.storage import documents, files
 
 SETS = (ID_SET, *OOD_SETS)
 

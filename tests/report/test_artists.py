@@ -6,7 +6,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from rft.report import plots
-from rft.report.runs import load_runs
+from rft.report.read import load_runs
 from rft.report.tables import result_rows
 from tests.report.make_runs import make_run, run_of
 

@@ -7,9 +7,11 @@ import statistics
 import pytest
 from rich.console import Console
 
-from rft.report import beside, paper, tables
-from rft.report.beside import rank_correlation
-from rft.report.paper import VIT_B_16, VIT_B_32, published
+from rft import paper
+from rft.paper import VIT_B_16, VIT_B_32, published
+from rft.report import comparison as beside
+from rft.report import tables
+from rft.report.comparison import rank_correlation
 from rft.report.tables import COLUMNS, OOD_COLUMN
 from tests.report.make_runs import configured, run_of
 

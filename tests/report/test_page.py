@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rft import files
 from rft.report.page import provenance_lines, write_report
-from rft.report.runs import load_runs
+from rft.report.read import load_runs
+from rft.storage import files
 from tests.report.make_runs import edit, make_gallery, make_run, make_weights
 
 pytestmark = pytest.mark.slow

@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rft.gallery import read as read_gallery
-from rft.records import Metrics
-from rft.report import gallery, labels, plots
-from rft.report.runs import load_runs
+from rft.report import gallery, plots
+from rft.report import label_placement as labels
+from rft.report.read import load_runs
 from rft.report.tables import GRID, result_rows
+from rft.runs.gallery import read as read_gallery
+from rft.runs.records import Metrics
 from tests.report.make_runs import make_gallery, make_run, run_of
 
 ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from rft import files
-from rft.records import Provenance
-from rft.report import runs
-from rft.report.runs import find_runs, load_run, load_runs, read_metrics
-from rft.runs import SELECTED
+from rft.report import read as runs
+from rft.report.read import find_runs, load_run, load_runs, read_metrics
+from rft.runs.folder import SELECTED
+from rft.runs.records import Provenance
+from rft.storage import files
 from tests.report.make_runs import configured, edit, make_run, make_weights, run_of
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rft.records import SetCount
 from rft.report import tables
 from rft.report.tables import COLUMNS, OOD_COLUMN, Spread, Wise
+from rft.runs.records import SetCount
 from tests.report.make_runs import run_of
 
 ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rft.train import __main__ as train_command
+from rft.train import command as train_command
 from tests import tiny
 
 

@@ -15,9 +15,9 @@ import torch
 from rft import dist, recipes
 from rft.clip.classifier import load_state
 from rft.config import resolve_precision
-from rft.demo import __main__ as demo_command
+from rft.demo import command as demo_command
 from rft.experiments import Experiment
-from rft.train import __main__ as train_command
+from rft.train import command as train_command
 from rft.train.loop import Job
 from rft.train.run import is_finished
 

@@ -10,9 +10,9 @@ import torch
 
 from rft import cli
 from rft.clip.classifier import load_state
-from rft.merge import __main__ as merge_command
-from rft.runs import LAST, SELECTED
-from rft.train import __main__ as train_command
+from rft.merge import command as merge_command
+from rft.runs.folder import LAST, SELECTED
+from rft.train import command as train_command
 
 # a batch of 6 of the 68 training images: 11 steps an epoch
 COMMON = ("--scale", "miniature", "--loader.batch-size", "6", "--loader.held-out", "8")

@@ -10,10 +10,10 @@ import torch
 from rft.clip.classifier import Classifier, load_state
 from rft.clip.load import load_clip
 from rft.config import Config, ModelConfig
-from rft.data.loader import PackedDataset, plan_training
-from rft.data.order import EpochOrder
-from rft.runs import LAST, SELECTED
-from rft.train import __main__ as train_command
+from rft.loading.dataset import PackedDataset, plan_training
+from rft.loading.order import EpochOrder
+from rft.runs.folder import LAST, SELECTED
+from rft.train import command as train_command
 from tests import tiny
 from tests.reference import adamw, textbook, zero_shot
 

@@ -15,13 +15,14 @@ import fsspec
 import pytest
 import torch
 
-from rft import dist, files, remote
+from rft import dist
 from rft.clip.classifier import load_state, save_state
-from rft.records import RECORD_BYTES
-from rft.remote import Patience
-from rft.runs import SELECTED
-from rft.train import __main__ as train_command
+from rft.runs.folder import SELECTED
+from rft.runs.records import RECORD_BYTES
+from rft.storage import files, remote
+from rft.storage.remote import Patience
 from rft.train import checkpoint, loop
+from rft.train import command as train_command
 from rft.train.checkpoint import Progress, Store, Writer, content
 from tests import tiny
 from tests.conftest import build_model

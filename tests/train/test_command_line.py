@@ -12,11 +12,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rft import __version__, cli, recipes
-from rft.data import show as show_command
-from rft.data.loader import PackedDataset
-from rft.evaluate import __main__ as evaluate_command
-from rft.merge import __main__ as merge_command
-from rft.train import __main__ as train_command
+from rft.evaluate import command as evaluate_command
+from rft.loading import show as show_command
+from rft.loading.dataset import PackedDataset
+from rft.merge import command as merge_command
+from rft.train import command as train_command
 from tests.tiny import environment, torchrun_command
 
 

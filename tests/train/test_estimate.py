@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from rft import cli, recipes
 from rft.config import Config
-from rft.data.loader import Batch
 from rft.dist import World
-from rft.train import __main__ as train_command
+from rft.loading.dataset import Batch
+from rft.train import command as train_command
 from rft.train.estimate import (
     checkpoint_steps,
     configuration,

@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rft import cli
-from rft.data.manifest import Manifest
-from rft.train import __main__ as train_command
+from rft.shards.manifest import Manifest
+from rft.train import command as train_command
 from rft.train.gallery import one_of_each_class
 
 

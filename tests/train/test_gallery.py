@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rft import gallery as gallery_file
 from rft import recipes, rng
-from rft.data.loader import PackedDataset
+from rft.loading.dataset import PackedDataset
+from rft.runs import gallery as gallery_file
 from rft.train.gallery import one_of_each_class, write_gallery
 from tests import tiny
 from tests.conftest import build_model

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rft import recipes
 from rft.config import Config
 from rft.evaluate.accuracy import Count
-from rft.train import journal
-from rft.train.journal import Display, Journal, Pace, duration, require_packages, status
+from rft.train import logs as journal
+from rft.train.logs import Display, Journal, Pace, duration, require_packages, status
 from rft.train.pictures import Counterfactuals, grid
 
 VALUES = {

@@ -14,16 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-from rft import convert, files, runs
 from rft.clip.classifier import load_state, save_state
-from rft.data.labels import LabelSpace
-from rft.data.pack import Options, pack
-from rft.evaluate import __main__ as evaluate_command
+from rft.convert import command as convert
+from rft.evaluate import command as evaluate_command
 from rft.evaluate import localisation
-from rft.merge import __main__ as merge_command
-from rft.report import __main__ as report_command
-from rft.runs import LAST, SELECTED
-from rft.train import __main__ as train_command
+from rft.merge import command as merge_command
+from rft.packing.pack import Options, pack
+from rft.report import command as report_command
+from rft.runs import folder as runs
+from rft.runs.folder import LAST, SELECTED
+from rft.shards.label_space import LabelSpace
+from rft.storage import files
+from rft.train import command as train_command
 from tests import tiny
 from tests.tiny import LABELS, SIZE, call
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from rft.evaluate import __main__ as evaluate_command
+from rft.evaluate import command as evaluate_command
 from tests import tiny
 
 WARNING = "scores a single class, so every prediction counts as right"

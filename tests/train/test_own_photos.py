@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rft import files
 from rft.config import Config
-from rft.data.loader import PackedDataset
-from rft.train import __main__ as train_command
+from rft.loading.dataset import PackedDataset
+from rft.storage import files
+from rft.train import command as train_command
 from tests import tiny
 
 TOOLS = Path(__file__).parents[2] / "tools"

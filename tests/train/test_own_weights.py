@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from rft import convert, files
-from rft.evaluate import __main__ as evaluate_command
+from rft.convert import command as convert
+from rft.evaluate import command as evaluate_command
 from rft.evaluate import localisation
-from rft.merge import __main__ as merge_command
-from rft.report import __main__ as report_command
-from rft.runs import LAST, SELECTED
-from rft.train import __main__ as train_command
+from rft.merge import command as merge_command
+from rft.report import command as report_command
+from rft.runs.folder import LAST, SELECTED
+from rft.storage import files
+from rft.train import command as train_command
 from tests import tiny
 from tests.tiny import call
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.step import Arguments, build_job
-from rft.data.loader import Batch
+from rft.loading.dataset import Batch
 from rft.train.loop import accumulate_gradients
 from rft.train.optim import build_optimizer
 from rft.train.profile import profiling

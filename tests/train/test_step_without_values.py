@@ -31,7 +31,7 @@ from rft import dist, recipes
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import Classifier
 from rft.config import Config
-from rft.data.loader import Batch
+from rft.loading.dataset import Batch
 from rft.method import losses, masking, relevance
 from rft.train import loop, objective
 from rft.train.loop import Job, Meter, accumulate_gradients

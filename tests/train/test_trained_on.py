@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from rft import convert, trained_on
 from rft.clip.classifier import load_state, map_state, save_state
-from rft.evaluate import __main__ as evaluate_command
-from rft.merge import __main__ as merge_command
-from rft.records import read_config
-from rft.runs import LAST, SELECTED
-from rft.train import __main__ as train_command
-from rft.trained_on import TrainedOn
+from rft.convert import command as convert
+from rft.evaluate import command as evaluate_command
+from rft.merge import command as merge_command
+from rft.runs import trained_on
+from rft.runs.folder import LAST, SELECTED
+from rft.runs.records import read_config
+from rft.runs.trained_on import TrainedOn
+from rft.train import command as train_command
 from tests.tiny import call, forget_weights
 
 pytestmark = pytest.mark.slow

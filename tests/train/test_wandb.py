@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from rft import files
 from rft.evaluate.accuracy import Count
-from rft.train.journal import Journal, Wandb, require_packages
+from rft.storage import files
+from rft.train.logs import Journal, Wandb, require_packages
 from rft.train.stop import STOPPED
 from tests import tiny
 from tests.train.test_journal import COUNTERFACTUALS, SHAPE, VALUES, configuration

@@ -14,7 +14,8 @@ import torch
 import tyro
 
 from benchmarks import machine
-from rft import cli, files
+from rft import cli
+from rft.storage import files
 from tests.hostile import world
 from tests.hostile.fuzz import engine
 from tests.hostile.fuzz.targets import TARGETS

@@ -13,7 +13,7 @@ import hypothesis
 from hypothesis import HealthCheck, Phase
 from hypothesis.strategies import SearchStrategy
 
-from rft import remote
+from rft.storage import remote
 from tests.hostile.fuzz.guard import Harm, SlowHarm, bounded_memory, watched
 
 REFUSED = (ValueError, OSError)  # what rft/cli.py prints in one line

@@ -16,33 +16,37 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from rft import cli, files, runs, trained_on
+from rft import cli
 from rft.clip import load, weights
 from rft.clip.classifier import build_classifier, load_state, map_state
 from rft.config import Config, load_config, settings
-from rft.convert import Export, Import
-from rft.data import encode, tar
-from rft.data.index import read_shard
-from rft.data.labels import LabelSpace
-from rft.data.loader import PackedDataset
-from rft.data.manifest import Index, Manifest
-from rft.data.samples import read_samples
-from rft.data.scoring import Rule
-from rft.data.show import Arguments as Show
-from rft.evaluate.__main__ import Arguments as Evaluate
+from rft.convert.command import Export, Import
+from rft.evaluate.command import Arguments as Evaluate
 from rft.evaluate.localisation import Arguments as Localise
 from rft.evaluate.localisation import check as check_localisation
 from rft.experiments import Arguments as Plan
 from rft.experiments import experiments
-from rft.gallery import read as read_gallery
-from rft.header import read_entries
-from rft.merge.__main__ import Arguments as Merge
-from rft.report import beside, tables
-from rft.report.__main__ import Arguments as Report
+from rft.loading.dataset import PackedDataset
+from rft.loading.show import Arguments as Show
+from rft.merge.command import Arguments as Merge
+from rft.packing.foreign import read_shard
+from rft.packing.foreign_labels import Rule
+from rft.packing.foreign_samples import read_samples
+from rft.report import comparison as beside
+from rft.report import tables
+from rft.report.command import Arguments as Report
 from rft.report.page import Report as Page
 from rft.report.page import render
-from rft.report.runs import load_runs
-from rft.train.__main__ import parse_command
+from rft.report.read import load_runs
+from rft.runs import folder as runs
+from rft.runs import trained_on
+from rft.runs.gallery import read as read_gallery
+from rft.runs.header import read_entries
+from rft.shards import encode, tar
+from rft.shards.label_space import LabelSpace
+from rft.shards.manifest import Index, Manifest
+from rft.storage import files
+from rft.train.command import parse_command
 from tests.hostile.fuzz.engine import Target
 from tests.hostile.fuzz.mutate import (
     NUMBERS,

@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Iterator
 
-from rft import files
+from rft.storage import files
 from tests.hostile.rows import Answer, Row
 from tests.hostile.sandbox import CANARY
 from tests.hostile.world import DRY, EVALUATE, INDEX, PACK, SHOW, VERIFY, Place, Ran

@@ -1,0 +1,1 @@
+"""Weights of other code in, weights for other code out."""

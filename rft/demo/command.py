@@ -1,0 +1,160 @@
+"""The paper's experiments in miniature: `python -m rft.demo` some of them, `... paper` all.
+
+Runs the commands that a cluster would run (pack, torchrun train, merge, torchrun evaluate, report)
+on a small procedural world, and prints each. Whatever is already done is skipped.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from rft import cli
+from rft.demo.miniature import FOLDER, prepare_data, shards
+from rft.evaluate.command import SETS, is_current
+from rft.experiments import Experiment, Plan, experiments
+from rft.loading.dataset import PackedDataset
+from rft.report.page import write_report
+from rft.storage.documents import Epochs, Positive, Seed, document
+from rft.train.command import parse
+from rft.train.run import is_finished
+
+SHOWN = ("zero-shot", "vanilla", "wise-ft", "no-mask", "object-mask-single-fill")
+PAPER = """Run every experiment of the paper on the miniature world.
+
+All rows of Tables 1 and 3 and all models of Fig. 7; the table beside the paper's comes last. Data
+and runs are shared with the demo in the same folder."""
+
+
+@document(name="--")
+class Demo:
+    """Run the paper's experiment on the miniature world, from images on disk to a report.
+
+    Zero-shot, vanilla fine-tuning, distillation without masks, WiSE-FT and object-mask single-fill,
+    each on ImageNet's place-holder and the five OOD benchmarks'.
+    """
+
+    out: Path = FOLDER
+    """Folder for the world, the shards, the runs and the report."""
+    seeds: Annotated[Positive, Field(le=1000)] = 1
+    """Fine-tuning seeds; with several the table shows mean and spread."""
+    processes: Annotated[Positive, Field(le=1000)] = 2
+    """Ranks that torchrun starts."""
+    epochs: Epochs | None = None
+    """Fine-tune for fewer epochs than the recipes do, to try the path."""
+
+
+@document(name="--")
+class Pretrain:
+    """Train the tiny CLIP that plays the pre-trained model, as it was for the one shipped."""
+
+    out: Path
+    """Folder for the weights, their configuration and vocabulary."""
+    seed: Seed = 0
+
+
+def plan(arguments: Demo, report: Path) -> Plan:
+    """Return the plan of every experiment on the miniature world."""
+    return Plan(
+        runs=str(arguments.out / "runs"),
+        data=str(shards(arguments.out)),
+        report=str(report),
+        scale="miniature",
+        seeds=arguments.seeds,
+        epochs=arguments.epochs,
+    )
+
+
+def demo(arguments: Demo) -> None:
+    """Run the experiments of the README's table."""
+    report = arguments.out / "report"
+    make(arguments, replace(plan(arguments, report), only=SHOWN, alphas=(0.5,)))
+
+
+def paper(arguments: Demo) -> None:
+    """Run the experiments of the paper's tables and of its Fig. 7."""
+    make(arguments, plan(arguments, arguments.out / "reproduction"))
+
+
+def make(arguments: Demo, chosen: Plan) -> None:
+    """Run every stage that is not done yet; print the table and the report's path last."""
+    started = time.perf_counter()
+    *stages, _ = experiments(chosen)
+    prepare_data(arguments.out)
+    for stage in stages:
+        if not is_done(stage, chosen.data):
+            run(stage.name, local(stage.command, arguments.processes))
+    table = write_report([Path(path) for one in stages for path in one.makes], Path(chosen.report))
+    print(f"\n{table}\ndone in {time.perf_counter() - started:.0f} s")
+    print(f"report: {Path(chosen.report) / 'index.html'}")
+
+
+def is_done(stage: Experiment, data: str) -> bool:
+    """Whether a stage's results are there, which its command would find out more slowly."""
+    module, *options = stage.command[2:]
+    if module == "rft.train":
+        return is_finished(parse(options))
+    if module == "rft.merge":
+        return all((Path(path) / "provenance.json").exists() for path in stage.makes)
+    assert module == "rft.evaluate"
+    models = [Path(path) for path in options[: options.index("--data")]]
+    sets = {name: PackedDataset(f"{data}/{name}") for name in SETS}
+    manifests = {name: packed.manifest for name, packed in sets.items()}
+    return all(is_current(path, manifests) for path in models)
+
+
+# ranks that meet in torchrun's usual store make it listen on every address of the machine
+MEET_IN_FILES = {
+    "PET_RDZV_BACKEND": "c10d",
+    "PET_RDZV_CONF": "store_type=file",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+
+
+def local(command: tuple[str, ...], processes: int) -> tuple[str, ...]:
+    """Return a command of the plan for this interpreter and so many ranks on this machine."""
+    launcher, *rest = command
+    if launcher == "python":
+        return sys.executable, *rest
+    assert launcher == "torchrun"
+    ranks = ("--nproc_per_node", str(processes))
+    return sys.executable, "-m", "torch.distributed.run", *ranks, *rest
+
+
+def run(name: str, command: tuple[str, ...]) -> None:
+    """Print a command and run it.
+
+    Raises:
+        ValueError: if it fails.
+    """
+    shown = shlex.join(("python", *command[1:]))
+    print(f"\n$ {shown}", flush=True)
+    # one thread for each rank, which is what torchrun would choose after saying so at length
+    environment = {"OMP_NUM_THREADS": "1", **MEET_IN_FILES, **os.environ}
+    if code := subprocess.run(command, env=environment).returncode:
+        raise ValueError(
+            f"{name} ended with exit code {code}, what it said is above; started again, "
+            "this goes on from there"
+        )
+
+
+def main() -> None:
+    """Parse and run."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["pretrain"]:
+        from rft.demo.pretrain import pretrain
+
+        chosen = cli.parse(Pretrain, args=arguments[1:], prog="rft.demo pretrain")
+        pretrain(chosen.out, chosen.seed)
+        return
+    if arguments[:1] == ["paper"]:
+        options = {"args": arguments[1:], "prog": "rft.demo paper", "description": PAPER}
+        paper(cli.parse(Demo, **options))
+        return
+    demo(cli.parse(Demo, args=arguments, prog="rft.demo"))

@@ -1,0 +1,182 @@
+"""Evaluate checkpoints exactly: `torchrun ... -m rft.evaluate CHECKPOINT... --data URL`.
+
+All checkpoints see each image in the same pass over the data.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+
+from rft import cli, dist
+from rft import next_steps as commands
+from rft.clip.classifier import build_classifier
+from rft.config import MAX_PIXELS, Device
+from rft.dist import World
+from rft.evaluate.checkpoints import (
+    Loaded,
+    load_checkpoints,
+    require_classes,
+    warn_of_other_split,
+)
+from rft.evaluate.count import count_correct
+from rft.loading.dataset import PackedDataset
+from rft.next_steps import SETS
+from rft.runs import records
+from rft.runs.folder import (
+    checkpoint_path,
+    current_results,
+    require_own_weights,
+    results_path,
+    unfinished,
+)
+from rft.runs.records import Results, SetCount
+from rft.shards.manifest import Manifest
+from rft.shards.root import set_names
+from rft.storage import files
+from rft.storage.documents import BatchSize, Megapixels, Whole, document
+
+
+@document(name="--")
+class Arguments:
+    """Count top-1 correct predictions on ImageNet and the five OOD benchmarks.
+
+    A run folder's counts go to its results.json, those of FILE.safetensors to FILE.results.json.
+    Checkpoints whose counts are already there, for the same weights and data, are left alone.
+    """
+
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders (the selected model; the last without held-out images) or .safetensors files."""
+    data: str
+    """Data root: the URL under which the tools wrote the packed sets."""
+    sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = SETS
+    """Packed sets to evaluate on: these, or any other below the data root."""
+    batch_size: BatchSize = 256
+    """Images in one forward."""
+    workers: Whole = 4
+    """Loader processes of each rank; 0 reads in the evaluating process."""
+    max_pixels: Megapixels = MAX_PIXELS
+    """Millions of pixels that an image may have; raise it if a set was packed so."""
+    device: Device = "auto"
+
+
+def is_current(checkpoint: Path, sets: Mapping[str, Manifest]) -> bool:
+    """Whether the recorded counts belong to these weights and are of these sets, all of each."""
+    recorded = current_results(checkpoint)
+    counts = recorded.sets if recorded else {}
+    found = {name: (count.manifest_sha256, count.total) for name, count in counts.items()}
+    return all(found.get(name) == (one.sha256, one.samples) for name, one in sets.items())
+
+
+def evaluate(
+    checkpoints: list[Path],
+    packed: dict[str, PackedDataset],
+    *,
+    batch_size: int,
+    workers: int,
+    world: World,
+    device: torch.device,
+) -> None:
+    """Evaluate every checkpoint on every set and write the counts from the main rank."""
+    loaded, image_size = load_checkpoints(checkpoints, world)
+    models = [
+        build_classifier(one.saved.state, one.saved.architecture).to(device) for one in loaded
+    ]
+    sets: list[dict[str, SetCount]] = [{} for _ in models]
+    console = Console(file=sys.stderr)
+    with Progress(console=console, disable=not (world.is_main and console.is_terminal)) as bar:
+        for name, dataset in packed.items():
+            task = bar.add_task(escape(name), total=len(dataset) / world.size)
+            counts = count_correct(
+                models,
+                dataset,
+                image_size=image_size,
+                world=world,
+                device=device,
+                batch_size=batch_size,
+                workers=workers,
+                progress=lambda done, task=task: bar.advance(task, done),
+                names=[str(one.path) for one in loaded],
+            )
+            for entry, count in zip(sets, counts, strict=True):
+                entry[name] = SetCount(
+                    correct=count.correct,
+                    total=count.total,
+                    manifest_sha256=dataset.manifest.sha256,
+                )
+    if world.is_main:
+        for one, entry in zip(loaded, sets, strict=True):
+            write_results(one, entry)
+
+
+def write_results(one: Loaded, sets: dict[str, SetCount]) -> None:
+    """Record and print one checkpoint's counts.
+
+    Raises:
+        ValueError: if its weights were replaced since they were loaded.
+    """
+    one.require_unchanged()
+    checkpoint, config = one.path, one.path / records.CONFIG
+    earlier = current_results(checkpoint)
+    results = Results(
+        checkpoint=str(checkpoint_path(checkpoint).relative_to(checkpoint.parent)),
+        checkpoint_sha256=one.sha256,
+        step=int(one.saved.metadata["step"]),
+        config_sha256=files.sha256_file(config) if config.is_file() else None,
+        # what an earlier call counted for the same weights stays
+        sets={**(earlier.sets if earlier else {}), **sets},
+        unfinished=unfinished(checkpoint),
+        provenance=files.provenance(),
+    )
+    files.write_json(str(results_path(checkpoint)), asdict(results))
+    shares = (f"{name} {100 * c.correct / c.total:.2f}" for name, c in sets.items())
+    cli.say(f"{checkpoint}{one.state_of_run}: {', '.join(shares)}")
+
+
+def main() -> None:
+    """Parse, skip what is done, evaluate the rest."""
+    arguments = cli.parse(Arguments, prog="rft.evaluate")
+    if not arguments.checkpoints:
+        raise ValueError("name at least one run folder or .safetensors file to evaluate")
+    sets = set_names(arguments.sets, "--sets")
+    packed = {
+        name: PackedDataset(files.join(arguments.data, name), max_pixels=arguments.max_pixels)
+        for name in sets
+    }
+    manifests = {name: dataset.manifest for name, dataset in packed.items()}
+    require_classes(arguments.checkpoints, packed)
+    for path in arguments.checkpoints:
+        require_own_weights(path)
+        unfinished(path)  # a damaged record is found before the work
+    warn_of_other_split(arguments.checkpoints, arguments.data)
+    world = dist.world_from_env()
+    device = dist.pick_device(arguments.device, world)
+    with dist.process_group(world, device) as world:
+        hashes = {name: manifest.sha256 for name, manifest in manifests.items()}
+        dist.require_agreement(world, "set of packed data", hashes)
+        # rank 0 decides, because files may change while the others look at them
+        waiting = dist.gather_objects(
+            world, [path for path in arguments.checkpoints if not is_current(path, manifests)]
+        )[0]
+        if waiting:
+            evaluate(
+                waiting,
+                packed,
+                batch_size=arguments.batch_size,
+                workers=arguments.workers,
+                world=world,
+                device=device,
+            )
+        elif world.is_main:
+            print("all counts are already there, nothing to do")
+    runs = [path for path in arguments.checkpoints if path.is_dir()]
+    # the report's tables are the paper's: ImageNet and its five benchmarks
+    if world.is_main and runs and set(sets) & set(SETS):
+        cli.say(commands.report(runs))

@@ -1,0 +1,102 @@
+"""Counts correct predictions of one or several models over a packed set.
+
+Each rank takes a contiguous part of the set, without padding, and int64 counts are summed at the
+end: every sample is counted exactly once for any number of ranks, and the total is checked. Logits
+that are not finite are counted beside, because their argmax is class 0.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from rft import dist
+from rft.dist import World
+from rft.evaluate.accuracy import Count, is_correct, is_finite
+from rft.loading.dataset import EvaluationBatches, PackedDataset, read_batches
+
+
+@torch.no_grad()
+def count_correct(
+    models: Sequence[nn.Module],
+    packed: PackedDataset,
+    *,
+    image_size: int,
+    world: World,
+    device: torch.device,
+    samples: np.ndarray | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: Callable[[int], None] = lambda _: None,
+    names: Sequence[str] = (),
+) -> list[Count]:
+    """Return the exact top-1 count of each model, in one pass over the data, on every rank.
+
+    Args:
+        models: modules from uint8 images to logits, in evaluation mode on `device`.
+        packed: the set to evaluate on.
+        image_size: side of the models' input in pixels.
+        world: the ranks that share the work.
+        device: where the models are.
+        samples: sample numbers to evaluate; all of them if not given.
+        batch_size: images in one forward.
+        workers: loader processes of each rank; 0 reads in this one.
+        progress: called with the number of images each time this rank has done some.
+        names: what to call each model in a message.
+
+    Raises:
+        ValueError: naming the first model that has a logit which is NaN or infinite.
+    """
+    if samples is None:
+        samples = np.arange(len(packed))
+    class_to_group_K = torch.from_numpy(packed.manifest.class_to_group()).to(device)
+    first, last = (len(samples) * rank // world.size for rank in (world.rank, world.rank + 1))
+    # right images and images without finite logits of each model, then all images
+    counts = torch.zeros(2 * len(models) + 1, dtype=torch.int64, device=device)
+    mine = EvaluationBatches(
+        packed, samples[first:last], image_size=image_size, batch_size=batch_size
+    )
+    for batch in read_batches(mine, range(len(mine)), workers=workers, device=device):
+        for number, model in enumerate(models):
+            logits_BK = model(batch.images_BCHW)
+            right_B = is_correct(logits_BK, batch.labels_B, class_to_group_K)
+            counts[number] += right_B.sum()
+            # looked at in the end: a look now would wait for the GPU
+            counts[len(models) + number] += (~is_finite(logits_BK)).sum()
+        counts[-1] += len(batch.labels_B)
+        progress(len(batch.labels_B))
+    *found, total = dist.sum_over_ranks(world, counts).tolist()
+    assert total == len(samples), f"counted {total} of {len(samples)} samples"
+    correct, bad = found[: len(models)], found[len(models) :]
+    require_finite(world, names or ["the model"] * len(models), bad, total, packed.url)
+    return [Count(number, total) for number in correct]
+
+
+def require_finite(
+    world: World, names: Sequence[str], bad: Sequence[int], total: int, url: str
+) -> None:
+    """Check that every model had finite logits for every image; all ranks have the same counts.
+
+    Weights that are finite may still overflow on the way to the logits.
+
+    Args:
+        world: the ranks; the main one tells.
+        names: of the models.
+        bad: images of each without finite logits.
+        total: images.
+        url: the packed set.
+
+    Raises:
+        ValueError: naming the first model that had not, and the set.
+    """
+    for name, count in zip(names, bad, strict=True):
+        if count == 0:
+            continue
+        if not world.is_main:
+            dist.step_aside(world)
+        raise ValueError(
+            f"{name}: the logits of {count:,} of {total:,} images of {url} are NaN or infinite, "
+            "so nothing is counted; its training diverged: use weights from before that, or train "
+            "with a lower --optim.lr"
+        )

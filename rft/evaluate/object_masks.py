@@ -1,0 +1,129 @@
+"""Object masks from any segmenter: PNG files that are found by their names.
+
+A mask belongs to the sample whose key it is called by. Keys are made of an image's path (see
+`rft.packing.layouts.make_keys`), so masks may lie under the images' own paths
+(`n01440764/n01440764_10026.png`), in one folder, or anywhere below the folder that is named.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from rft.config import MAX_PIXELS
+from rft.packing.layouts import UNSAFE_IN_KEY
+from rft.shards import encode
+from rft.storage import files
+
+SUFFIX = ".png"
+
+
+class ObjectMask(NamedTuple):
+    """One object mask as the model's input shows it, and the hash of its file."""
+
+    pixels_HW: np.ndarray  # bool
+    sha256: bytes
+
+
+def find_masks(folder: Path, keys: Sequence[str]) -> dict[str, Path]:
+    """Return where the masks of the named samples lie below a folder; some may have none.
+
+    Raises:
+        ValueError: if there is no such folder, two samples have one key, or two files may be the
+            mask of one sample.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder of masks at {folder}")
+    wanted = Counter(keys)
+    if twice := [key for key, count in wanted.items() if count > 1]:
+        raise ValueError(f"several samples have the key {twice[0]!r}: whose is a mask called that?")
+    found: dict[str, Path] = {}
+    for path in _png_files(folder):
+        for key in _keys_of(path.relative_to(folder)) & wanted.keys():
+            if key in found:
+                raise ValueError(
+                    f"{found[key]} and {path} may both be the mask of sample {key!r}; name the "
+                    f"folder of this set's masks alone"
+                )
+            found[key] = path
+    return found
+
+
+def read_mask(path: Path, source: tuple[int, int], size: int, border: int = 0) -> ObjectMask:
+    """Read a mask and cut it as its image was cut.
+
+    Args:
+        path: a PNG of one channel: 0 outside the object, and one other value (1 or 255) on it.
+        source: width and height of the image that the sample was made from; own photos are turned
+            upright first. A mask has this size, or is already the square that the model sees.
+        size: side of the model's input in pixels.
+        border: pixels that are cut off each side of the image first.
+
+    Raises:
+        ValueError: naming the file, if it is no such PNG or has another size.
+    """
+    data = files.read_bytes(str(path), int(encode.BYTES_PER_PIXEL * MAX_PIXELS * 1e6))
+    image = _binary(data, path)
+    if image.size == source:
+        image = encode.clip_square(image, size, border, Image.Resampling.NEAREST)
+    elif image.size != (size, size):
+        width, height = source
+        turned = "; it is turned" if image.size == (height, width) else ""
+        raise ValueError(
+            f"{path} is {image.width} x {image.height} pixels, its image {width} x {height}"
+            f"{turned}; segment the image as rft shows it (own photos upright by their EXIF "
+            f"orientation, all others as stored), or its {size} x {size} centre crop"
+        )
+    return ObjectMask(np.asarray(image) > 0, hashlib.sha256(data).digest())
+
+
+def _png_files(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIX):
+                yield Path(parent, name)
+
+
+def _keys_of(path: Path) -> set[str]:
+    """Return the keys that the sample of a mask may have: all or the end of its path.
+
+    rft joins folder and name by "_" where names alone are not different; shards that other code
+    made may have "/" in their keys.
+    """
+    *folders, stem = path.with_suffix("").parts
+    keys = set()
+    for first in range(len(folders) + 1):
+        ending = folders[first:]
+        keys.add("/".join([*ending, stem]))
+        safe = [UNSAFE_IN_KEY.sub("_", name) for name in ("/".join(ending), stem) if name]
+        keys.add("_".join(safe))
+    return keys
+
+
+def _binary(data: bytes, path: Path) -> Image.Image:
+    """Decode a mask to 0 and 255, mode L."""
+    image = encode.open_image(data, str(path), formats=("PNG",))
+    with encode.named(str(path)):
+        values = np.asarray(image)
+    if values.ndim != 2:
+        raise ValueError(f"{path} has several channels ({image.mode}); a mask has one")
+    on_HW = values > 0
+    if image.mode == "P":
+        colours_HWC = np.asarray(image.convert("RGB"))
+        # one colour for all numbers has no meaning; Pillow writes it where no palette was given
+        coloured = np.ptp(colours_HWC, axis=(0, 1)).any()
+        if coloured and (colours_HWC.any(axis=2) != on_HW).any():
+            raise ValueError(
+                f"{path} has a palette that is not black where its numbers are 0, or black where "
+                "they are not, so a viewer shows a different object; save it without a palette: "
+                "Image.fromarray(np.asarray(image)) keeps the numbers"
+            )
+    if not (values[on_HW] == values.max()).all():
+        raise ValueError(f"{path} is not binary; a mask has 0 and one other value, on the object")
+    return Image.fromarray(on_HW.astype(np.uint8) * 255)

@@ -1,0 +1,12 @@
+"""Imported in the process that loader processes are forked from, before it forks any.
+
+A scheduler signals every process of a job, and which step is the last is not for these to decide:
+what is ignored or held back here is so in each loader process from its first moment on. SIGTERM is
+only held back, because a loader process takes it from its trainer (rft/loading/dataset.py).
+"""
+
+import signal
+
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -1,0 +1,293 @@
+"""Average fine-tuned weights: `python -m rft.merge {wise,uniform-soup,greedy-soup} ...`."""
+
+import functools
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from rft import cli, dist, recipes
+from rft import next_steps as commands
+from rft.clip.model_folder import is_made, write_made
+from rft.config import MAX_PIXELS, Device
+from rft.loading.dataset import PackedDataset
+from rft.merge import greedy
+from rft.merge.ingredients import (
+    Ingredient,
+    best_known,
+    check_alike,
+    read_ingredient,
+    read_soup,
+    seen_by_any,
+    shared_seed,
+)
+from rft.method import averaging
+from rft.runs.folder import LAST
+from rft.storage import files
+from rft.storage.documents import BatchSize, Megapixels, Whole, document
+
+KINDS = ("wise", "uniform-soup", "greedy-soup")
+
+
+@dataclass(frozen=True)
+class Wise:
+    """WiSE-FT: (1 - alpha) x zero-shot + alpha x fine-tuned, over every weight, head included.
+
+    With one alpha, --out becomes the merged model's run folder; with several, it holds one run
+    folder for each, named after its recipe: wise-ft-A, or wise-RECIPE-A where the fine-tuned model
+    is another recipe than vanilla (the paper's WiSE-Ours is wise-object-mask-single-fill-A).
+    """
+
+    start: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="START")]
+    """The zero-shot model: a run folder or a .safetensors file."""
+    end: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="END")]
+    """The fine-tuned model: a run folder or a .safetensors file."""
+    out: Path
+    """Run folder to make, or folder of run folders."""
+    alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A...")] = (0.5,)
+    """Shares of the fine-tuned model, in [0, 1]: 0.5, or 0 0.1 0.2 ... 1."""
+    end_weights: Literal["best", "last"] = "best"
+    """Weights of the fine-tuned run: selected by held-out accuracy (the last without held-out
+    images), or after the last step, as the paper's released code takes them."""
+
+
+@dataclass(frozen=True)
+class UniformSoup:
+    """Uniform soup: the mean of all models, over every weight, head included."""
+
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")]
+    """Two or more run folders or .safetensors files."""
+    out: Path
+    """Run folder to make."""
+
+
+@document(name="--")
+class GreedySoup:
+    """Greedy soup: from the best run on, each next one is added if held-out accuracy rises.
+
+    The held-out images are those that selected the runs' own checkpoints, so all runs must have the
+    same: train them with one --split-seed. Several GPUs share the counting:
+    `torchrun --nproc_per_node N -m rft.merge greedy-soup ...`
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
+    """Two or more run folders; of two equally good ones the last named is tried first."""
+    data: str
+    """Data root: the URL under which the tools wrote the set that the runs were trained on."""
+    out: Path
+    """Run folder to make."""
+    batch_size: BatchSize = 256
+    """Images in one forward."""
+    workers: Whole = 4
+    """Loader processes of each rank; 0 reads in the counting process."""
+    max_pixels: Megapixels = MAX_PIXELS
+    """Millions of pixels that an image may have; raise it if a set was packed so."""
+    device: Device = "auto"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Average the weights of fine-tuned models. The same command again skips what is done."""
+
+    merge: Annotated[
+        Annotated[Wise, tyro.conf.subcommand(KINDS[0])]
+        | Annotated[UniformSoup, tyro.conf.subcommand(KINDS[1])]
+        | Annotated[GreedySoup, tyro.conf.subcommand(KINDS[2])],
+        tyro.conf.arg(name=""),
+    ]
+
+
+def main() -> None:
+    """Parse and merge."""
+    options = sys.argv[1:] or ["--help"]
+    if not options[0].startswith("-") and options[0] not in KINDS:
+        raise cli.unknown("merge", options[0], KINDS)
+    arguments = cli.parse(Arguments, args=options, prog="rft.merge").merge
+    match arguments:
+        case Wise():
+            wise(arguments)
+        case UniformSoup():
+            uniform_soup(arguments)
+        case GreedySoup():
+            make_greedy_soup(arguments)
+
+
+def wise(arguments: Wise) -> None:
+    """Write the run folder of each interpolated model that is not there yet.
+
+    Raises:
+        ValueError: if an alpha is out of range or there twice, or the two models are not alike.
+    """
+    check_alphas(arguments.alpha)
+    start, end = read_ingredient(arguments.start), read_end(arguments)
+    check_alike([start, end])
+    several = len(arguments.alpha) > 1
+    if several and (arguments.out / "config.json").exists():
+        raise ValueError(
+            f"{arguments.out} is a run folder; with several --alpha it would hold one for each, "
+            "choose another --out"
+        )
+    jobs: dict[Path, dict[str, Any]] = {}
+    for alpha in arguments.alpha:
+        config = {
+            "recipe": wise_recipe(end.recipe, alpha),
+            "seed": end.seed,
+            "alpha": alpha,
+            "end_weights": arguments.end_weights if arguments.end.is_dir() else "file",
+            "merged_from": [start.record(), end.record()],
+        }
+        jobs[arguments.out / config["recipe"] if several else arguments.out] = config
+    # all of them are looked at before the first is written
+    done = {out for out, config in jobs.items() if is_made(out, config)}
+    check_ends(start, end)
+    first, second = start.load(), end.load()
+    for out, config in jobs.items():
+        if out not in done:
+            state = averaging.interpolate(first, second, config["alpha"])
+            classes = best_known([start, end]).classes
+            metadata = {**end.metadata, **seen_by_any([start, end])}
+            write_made(out, state, start.architecture, config, metadata, classes)
+        report(out, out in done)
+    cli.say(next_step(jobs, end))
+
+
+def check_alphas(alphas: tuple[float, ...]) -> None:
+    """Check that each alpha is a share and names a model of its own.
+
+    Raises:
+        ValueError: naming the alpha.
+    """
+    if not alphas:
+        raise ValueError("--alpha needs at least one value in [0, 1]")
+    for alpha in alphas:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"--alpha is {alpha}; it must lie in [0, 1]")
+    names = [f"{alpha:g}" for alpha in alphas]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--alpha has {twice[0]} twice (six digits count); name each value once")
+
+
+def check_ends(start: Ingredient, end: Ingredient) -> None:
+    """Check that WiSE goes from a model before its training to one after it; warn if that is open.
+
+    Raises:
+        ValueError: if the two are swapped.
+    """
+    # an imported model may have been trained elsewhere: its step 0 says nothing
+    file = end.config is None and end.recipe in recipes.TRAINED
+    untrained = end.steps == 0 and (end.is_training_run or file)
+    if start.steps > 0 and untrained:
+        raise ValueError(
+            f"{start.path} was trained for {start.steps} steps and {end.path} for none: START is "
+            "the zero-shot model, END the fine-tuned one; swap the two"
+        )
+    if start.steps > 0:
+        cli.warn(
+            f"START {start.path} is not a zero-shot model: it was trained ({start.steps} steps)"
+        )
+    if untrained:
+        cli.warn(f"END {end.path} is not a fine-tuned model: it was not trained (0 steps)")
+
+
+def read_end(arguments: Wise) -> Ingredient:
+    """Return the fine-tuned end with the weights that --end-weights asks for.
+
+    Raises:
+        ValueError: if it does not have them.
+    """
+    path = arguments.end
+    if arguments.end_weights == "best":
+        return read_ingredient(path)
+    if not path.is_dir():
+        raise ValueError(f"--end-weights last means a run folder's, but {path} is not a folder")
+    if not (path / LAST).is_file():
+        raise ValueError(f"{path} did not keep its last weights ({LAST}); use --end-weights best")
+    return read_ingredient(path, LAST)
+
+
+def wise_recipe(recipe: str, alpha: float) -> str:
+    """Return the interpolated model's name; `recipe` is the fine-tuned model's, empty if unknown.
+
+    WiSE-FT is the name of vanilla fine-tuning's.
+    """
+    return f"wise-{'ft' if recipe in ('', 'vanilla') else recipe}-{alpha:g}"
+
+
+def uniform_soup(arguments: UniformSoup) -> None:
+    """Write the run folder of the mean of models unless it is there.
+
+    Raises:
+        ValueError: if there are fewer than two, one is there twice, or they are not alike.
+    """
+    models = read_soup(arguments.models)
+    config = {
+        "recipe": "uniform-soup",
+        "seed": shared_seed(models),
+        "merged_from": [model.record() for model in models],
+    }
+    done = is_made(arguments.out, config)
+    if not done:
+        state = averaging.uniform_soup(model.load() for model in models)
+        metadata, classes = soup_metadata(models), best_known(models).classes
+        write_made(arguments.out, state, models[0].architecture, config, metadata, classes)
+    report(arguments.out, done)
+    cli.say(next_step([arguments.out], models[0]))
+
+
+def make_greedy_soup(arguments: GreedySoup) -> None:
+    """Write the run folder of the greedy soup unless it is there.
+
+    Raises:
+        ValueError: if the runs are not alike or were not selected by the same images of --data.
+    """
+    runs = read_soup(arguments.runs)
+    split = greedy.shared_split(runs)
+    url = files.join(arguments.data, split.train_set)
+    packed = PackedDataset(url, max_pixels=arguments.max_pixels)
+    held_out = greedy.held_out_images(packed, split, runs)
+    config = greedy.describe(runs, split, packed)
+    done = is_made(arguments.out, config)
+    world = dist.world_from_env()
+    device = dist.pick_device(arguments.device, world)
+    with dist.process_group(world, device) as world:
+        dist.require_agreement(world, "set of models and data", config)
+        # rank 0 decides, because files may change while the others look at them
+        done = dist.gather_objects(world, done)[0]
+        if not done:
+            count = greedy.counter(
+                runs[0],
+                packed,
+                held_out,
+                world=world,
+                device=device,
+                batch_size=arguments.batch_size,
+                workers=arguments.workers,
+            )
+            tell = functools.partial(print, flush=True) if world.is_main else lambda _: None
+            state, config["soup"] = greedy.make_soup(runs, count, len(held_out), tell)
+            if world.is_main:
+                metadata, classes = soup_metadata(runs), best_known(runs).classes
+                write_made(arguments.out, state, runs[0].architecture, config, metadata, classes)
+    if world.is_main:
+        report(arguments.out, done)
+        cli.say(next_step([arguments.out], runs[0]))
+
+
+def soup_metadata(models: Sequence[Ingredient]) -> dict[str, str]:
+    """Return the metadata of a soup's weights: as many steps as the longest run took."""
+    steps = max(int(model.metadata.get("step", 0)) for model in models)
+    return {"step": str(steps), **seen_by_any(models)}
+
+
+def report(out: Path, done: bool) -> None:
+    """Say what became of a run folder."""
+    cli.say(f"{'already merged' if done else 'merged'}: {out}")
+
+
+def next_step(outs: Iterable[Path], model: Ingredient) -> str:
+    """Return the line that tells how to go on, with the data that `model` was trained on."""
+    data, train_set = (model.config.data, model.config.train_set) if model.config else ("", "")
+    return commands.evaluation(list(outs), data, train_set or commands.TRAIN_SET)

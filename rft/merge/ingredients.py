@@ -1,0 +1,194 @@
+"""What a merge reads: ingredients, each a run folder or a weights file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rft import cli
+from rft.classes import Classes, compare, compare_prompts
+from rft.clip.architecture import Architecture
+from rft.clip.classifier import load_state, map_state
+from rft.clip.model_folder import SHOWN
+from rft.method.averaging import require_alike
+from rft.packing.layouts import LAYOUTS
+from rft.runs import records, trained_on
+from rft.runs.folder import SELECTED, require_own_weights, unfinished
+from rft.runs.records import RunConfig
+from rft.runs.trained_on import TrainedOn
+from rft.storage import files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingredient:
+    """One model to average: where it is and what made it."""
+
+    path: Path
+    """The run folder or weights file that the user named."""
+    weights: Path
+    sha256: str
+    config: RunConfig | None
+    """The run folder's config.json; None for a weights file."""
+    metadata: dict[str, str]
+    """The weights file's own: recipe, step."""
+    architecture: Architecture
+    classes: Classes | None
+    """Classes of its head; None if the weights file does not say."""
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe, empty if it is unknown."""
+        return self.config.recipe if self.config else self.metadata.get("recipe", "")
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run, 0 for a weights file."""
+        return self.config.seed if self.config else 0
+
+    @property
+    def is_training_run(self) -> bool:
+        """Whether rft.train made it; a merged or imported model and a weights file are not."""
+        return self.config is not None and self.config.is_training
+
+    def load(self) -> dict[str, Tensor]:
+        """Return the weights.
+
+        Raises:
+            ValueError: if one is not finite.
+        """
+        return load_state(self.weights).state
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Return the weights mapped from their file: none of their bytes is read."""
+        return map_state(self.weights).state
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the weights are away from where their run started."""
+        return int(self.metadata.get("step", 0))
+
+    @property
+    def seen(self) -> frozenset[TrainedOn]:
+        """What it is known to have been trained on."""
+        return trained_on.of_model(self.path, self.metadata)
+
+    def record(self) -> dict[str, Any]:
+        """Return what a merged model's config.json keeps of it."""
+        return {"path": str(self.path), "sha256": self.sha256}
+
+
+def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
+    """Return the ingredient at `path`; `weights` is which file of a run folder is meant.
+
+    Raises:
+        ValueError: if there is none, it is a run that is still training, or the weights in a run
+            folder are not the run's.
+    """
+    config = records.find_config(path)
+    if config and (reached := unfinished(path)):
+        raise ValueError(
+            f"{path} has not finished training ({reached}); resume it first, or name one of its "
+            "checkpoints/*.safetensors itself"
+        )
+    file = path / weights if path.is_dir() else path
+    # a file that is named itself is meant, whatever became of its run
+    if reached := unfinished(file):
+        cli.warn(f"{file} is of a run that has not finished training ({reached})")
+    _, architecture, metadata, classes = map_state(file)
+    sha256 = files.sha256_file(file)
+    require_own_weights(path, file, sha256)
+    return Ingredient(
+        path=path,
+        weights=file,
+        sha256=sha256,
+        config=config,
+        metadata=metadata,
+        architecture=architecture,
+        classes=classes,
+    )
+
+
+def read_soup(paths: Sequence[Path]) -> list[Ingredient]:
+    """Return the ingredients of a soup.
+
+    Raises:
+        ValueError: if there are fewer than two, one is there twice, or they are not alike.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"a soup needs at least two models, {len(paths)} named")
+    ingredients = [read_ingredient(path) for path in paths]
+    seen: dict[str, Path] = {}
+    for ingredient in ingredients:
+        other = seen.setdefault(ingredient.sha256, ingredient.path)
+        if other is not ingredient.path:
+            raise ValueError(f"{other} and {ingredient.path} are the same weights; name one")
+    check_alike(ingredients)
+    return ingredients
+
+
+def check_alike(ingredients: Sequence[Ingredient]) -> None:
+    """Check that models can be averaged with the first, before any work is done.
+
+    Raises:
+        ValueError: naming two models and what differs.
+    """
+    warnings = check_classes(ingredients)
+    first = ingredients[0]
+    state = first.shapes()
+    for other in ingredients[1:]:
+        both = f"{first.path} and {other.path}"
+        if changed := first.architecture.difference(other.architecture):
+            raise ValueError(f"{both} have different architectures: {'; '.join(changed[:SHOWN])}")
+        try:
+            require_alike(state, other.shapes())
+        except ValueError as error:
+            raise ValueError(f"{both}: {error}") from error
+    # of ImageNet's sets, none holds images of another, however it was packed
+    own = {str(one.path): [s for s in one.seen if s.name not in LAYOUTS] for one in ingredients}
+    if warning := trained_on.different_splits(own):
+        warnings.append(warning)
+    for warning in warnings:
+        cli.warn(warning)
+
+
+def seen_by_any(ingredients: Sequence[Ingredient]) -> dict[str, str]:
+    """Return what the weights of a merge say of the sets that they have seen."""
+    return trained_on.entries(set().union(*(one.seen for one in ingredients)))
+
+
+def check_classes(ingredients: Sequence[Ingredient]) -> list[str]:
+    """Check that the heads of models have the same classes.
+
+    Returns:
+        A warning for each that does not say, or was made of different prompts.
+
+    Raises:
+        ValueError: naming two models and the first class that differs.
+    """
+    known = best_known(ingredients)
+    warnings = []
+    for other in ingredients:
+        if other is not known:
+            pair = (known.classes, str(known.path), other.classes, str(other.path))
+            warnings += [*compare(*pair), *compare_prompts(*pair)]
+    return warnings
+
+
+def best_known(ingredients: Sequence[Ingredient]) -> Ingredient:
+    """Return the first model whose file says most about its classes: all others are held to it.
+
+    A list with ids says more than one without, and both more than nothing.
+    """
+
+    def said(one: Ingredient) -> tuple[bool, bool]:
+        return one.classes is not None, one.classes is not None and bool(one.classes.ids)
+
+    return max(ingredients, key=said)
+
+
+def shared_seed(ingredients: Sequence[Ingredient]) -> int:
+    """Return the seed of all ingredients, 0 if they have several."""
+    seeds = {ingredient.seed for ingredient in ingredients}
+    return seeds.pop() if len(seeds) == 1 else 0

@@ -1,0 +1,92 @@
+"""The commands that follow a training, a merge or an evaluation, ready to paste."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rft import cli
+from rft.config import settings
+from rft.packing.layouts import LAYOUTS
+from rft.runs import records
+from rft.runs.folder import read_results
+from rft.runs.records import Training
+from rft.storage import files
+
+TRAIN_SET, MANIFEST = "imagenet-train", "manifest.json"
+SETS = tuple(name for name in LAYOUTS if name != TRAIN_SET)
+
+
+def evaluation(
+    models: Sequence[Path], data: str, train_set: str = TRAIN_SET, *, ranks: int = 1
+) -> str:
+    """Format the `next:` lines that evaluate models on the test sets beside their training set.
+
+    Args:
+        models: run folders or weights files.
+        data: their data root; empty if it is not known.
+        train_set: the packed set they were trained on.
+        ranks: processes that share the work.
+    """
+    words: list[object] = ["-m", "rft.evaluate", *models, "--data", data or "DATA"]
+    unknown = {} if data else {"DATA": "folder or URL below which the packed sets lie"}
+    sets = test_sets(data, train_set)
+    if sets != SETS:
+        words += ["--sets", *(sets or ["SET"])]
+    if not sets:
+        unknown["SET"] = "packed set of test images; none was found in the data root"
+    return cli.next_step(words, ranks=ranks, unknown=unknown)
+
+
+def test_sets(data: str, train_set: str) -> tuple[str, ...]:
+    """Return the test sets of a data root that go with a training set.
+
+    ImageNet has its benchmarks, a set of the user's own has one test set (tools/shard_folder.py).
+    All of them are returned where the data root is not known or cannot be read.
+    """
+    known = SETS if train_set in LAYOUTS else ("test",)
+    if not data:
+        return known
+    try:
+        return tuple(name for name in known if files.exists(files.join(data, name, MANIFEST)))
+    except (OSError, ValueError):  # a URL without its credentials, a network that is down
+        return known
+
+
+def report(runs: Sequence[Path]) -> str:
+    """Format the `next:` line that reports evaluated runs, with the other seeds of each."""
+    words = ["-m", "rft.report", *with_seeds(runs, records.RESULTS), "--out", "report"]
+    return cli.next_step(words)
+
+
+def with_seeds(runs: Sequence[Path], done: str) -> list[Path]:
+    """Return run folders, and those beside them that are another seed of one of them.
+
+    Args:
+        runs: run folders.
+        done: name of the JSON file of a run that is ready: training.json or results.json. The
+            data that it names must be the same for all seeds of a run.
+    """
+    found = {run.resolve(): run for run in runs}
+    seeds = {_seed(run, done) for run in runs}
+    for run in runs:
+        for beside in sorted(run.parent.iterdir()):
+            seed = _seed(beside, done)
+            same = seed is not None and any(seed[1:] == known[1:] for known in seeds if known)
+            if same and seed not in seeds and beside.resolve() not in found:
+                found[beside.resolve()] = beside
+                seeds.add(seed)
+    return list(found.values())
+
+
+def _seed(run: Path, done: str) -> tuple[int, str] | None:
+    """Return a run's seed and what its other seeds have in common with it; None if it is no run."""
+    try:
+        config = records.read_config(run)
+        if done == records.RESULTS:
+            ready = read_results(run)
+            data = ready and sorted((name, c.manifest_sha256) for name, c in ready.sets.items())
+        else:
+            ready = records.find(run / done, Training)
+            data = ready and ready.manifest_sha256
+    except (OSError, ValueError):
+        return None
+    return (config.seed, repr((settings(config.whole), data))) if ready else None

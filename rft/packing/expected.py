@@ -1,0 +1,81 @@
+"""What the authors of each benchmark published: how many images, and of which classes.
+
+A copy that lost images on the way still gives a number (published ObjectNet results came from a
+truncated copy), so whoever lists a set in ImageNet's own label space holds it against these. In
+another label space the set is the user's own and nothing is known about it.
+"""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rft import cli
+from rft.shards.label_space import LabelSpace
+
+COUNTS = {
+    "imagenet-train": 1_281_167,
+    "imagenet-val": 50_000,
+    "imagenet-v2": 10_000,
+    "imagenet-r": 30_000,
+    "imagenet-sketch": 50_889,
+    "objectnet": 18_574,  # in the 113 of its 313 folders that overlap ImageNet
+    "imagenet-a": 7_500,
+}
+SUBSETS = {"imagenet-r": "imagenet_r_synsets.txt", "imagenet-a": "imagenet_a_synsets.txt"}
+IMAGENET_CLASSES = 1000
+
+
+def is_imagenet(labels: LabelSpace) -> bool:
+    """Whether the class ids are ImageNet-1k's, in its order."""
+    return len(labels) == IMAGENET_CLASSES and labels.ids == LabelSpace.imagenet().ids
+
+
+def published_classes(dataset: str, labels: LabelSpace) -> tuple[str, ...] | None:
+    """Return the WordNet ids of a set of fewer than all classes; None if nothing is known."""
+    if dataset not in SUBSETS or not is_imagenet(labels):
+        return None
+    # by its file, because importing timm costs seconds
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.origin is None:
+        raise ValueError("the package timm is not installed; it holds the class lists")
+    folder = Path(spec.origin).parent / "data" / "_info"
+    return tuple((folder / SUBSETS[dataset]).read_text().split())
+
+
+def check_count(dataset: str, found: int, labels: LabelSpace, allowed: int | None = None) -> None:
+    """Hold the number of images that were found against the published one, or the allowed one.
+
+    `allowed` is what the user says about this copy; then it must be exactly the found number.
+
+    Raises:
+        ValueError: naming the found and the expected number.
+    """
+    if allowed is not None:
+        if found != allowed:
+            raise ValueError(
+                f"{dataset} has {found:,} images here, --allow-count says {allowed:,}; it must be "
+                f"exactly the number that is there"
+            )
+    elif dataset in COUNTS and is_imagenet(labels) and found != COUNTS[dataset]:
+        raise ValueError(
+            f"{dataset} has {found:,} images here, {COUNTS[dataset]:,} were published; get the "
+            f"set again, or accept this copy with --allow-count {dataset}={found}"
+        )
+
+
+def parse_allowed_counts(texts: Sequence[str], datasets: Sequence[str]) -> dict[str, int]:
+    """Return the counts of `--allow-count SET=N ...` by data set.
+
+    Raises:
+        ValueError: if one is not of that form, or is for none of the `datasets`.
+    """
+    counts = {}
+    for text in texts:
+        match = re.fullmatch(r"([^=]+)=(\d+)", text)
+        if match is None:
+            raise ValueError(f"--allow-count must be SET=N (imagenet-val=49999), not {text!r}")
+        if match[1] not in datasets:
+            raise cli.unknown("set in --allow-count", match[1], list(datasets))
+        counts[match[1]] = int(match[2])
+    return counts

@@ -1,0 +1,393 @@
+"""A manifest and an index for third-party shards, which are read and never written.
+
+Every shard is walked strictly and read once. A sample (see `rft.packing.foreign_samples`) needs one
+image and one label. An unknown suffix is refused, so that a second picture (`x.seg.png`) never goes
+unnoticed; `--ignore` names the suffixes that may be passed over. Images are only identified here;
+`tools/verify_shards.py --deep` decodes them.
+"""
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from braceexpand import (
+    alphabet,
+    braceexpand,
+    char_range_re,  # pyrefly: ignore[missing-module-attribute]
+    int_range_re,  # pyrefly: ignore[missing-module-attribute]
+)
+
+from rft import cli
+from rft.packing.expected import check_count, parse_allowed_counts
+from rft.packing.foreign_labels import Options, Rule, contradiction, make_rule, read_label
+from rft.packing.foreign_samples import (
+    SIZE_THREADS,
+    Sample,
+    open_whole,
+    read_member,
+    read_samples,
+    shard_size,
+    whole_url,
+)
+from rft.packing.pool import check_workers, for_each
+from rft.shards import encode, tar
+from rft.shards.label_space import LabelSpace, scoring_hash
+from rft.shards.manifest import COLUMNS, Index, Manifest, Shard, require_named
+from rft.storage import documents, files
+from rft.storage.urls import check_shard_name
+
+ALGORITHM = "index 1"  # raise it when the same shards would get another index
+SHARDS = 1_000_000  # of a set
+PATTERN_LETTERS = 4096
+URL_LETTERS = 2**28  # of all URLs together
+DEPTH = 32  # of braces in braces
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+OTHER_SUFFIXES = frozenset({"cls", "json", "txt"})
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What one shard holds: its columns of the index, and what was passed over.
+
+    `as_stored` counts the images that would look different if they were treated as photos.
+    `contradicted` counts the samples whose .cls and .json name different classes; `example` is the
+    first of them.
+    """
+
+    bytes: int
+    sha256: str = ""
+    rows: dict[str, list] = field(default_factory=lambda: {name: [] for name in COLUMNS})
+    passed_over: Counter[str] = field(default_factory=Counter)
+    as_stored: Counter[str] = field(default_factory=Counter)
+    contradicted: int = 0
+    example: str = ""
+
+
+def index_shards(
+    patterns: Sequence[str], out: str, labels: LabelSpace, options: Options
+) -> Manifest:
+    """Write `out/manifest.json` and `out/index.npz` for the shards that the patterns name.
+
+    Where all shards lie in `out` or below it, the manifest names them relative to it, so that the
+    folder can be moved. Doing it again changes nothing.
+
+    Raises:
+        ValueError: if a shard, a sample, a label or an option is not right, or `out` already holds
+            another data set.
+    """
+    workers = check_workers(options.workers)
+    urls = [whole_url(url) for url in expand(patterns)]
+    dataset = options.dataset or files.name_of(out)
+    require_named(out, dataset)
+    allowed = parse_allowed_counts(options.allow_count, [dataset]).get(dataset)
+    names = shard_names(urls, out)
+    rule = make_rule(dataset, urls, labels, options)
+    with ThreadPoolExecutor(SIZE_THREADS) as pool:
+        sizes = list(pool.map(shard_size, urls))
+    jobs = list(zip(urls, sizes, strict=True))
+    found = for_each(f"{dataset}: shards", partial(read_shard, rule=rule), jobs, workers)
+    _require_different(urls, found)
+    samples = sum(len(shard.rows["key"]) for shard in found)
+    check_count(dataset, samples, labels, allowed)
+    manifest, index, plan = _describe(dataset, names, found, labels, rule)
+    _publish(out, manifest, index, plan)
+    _say(found)
+    return manifest
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Return the URLs that brace patterns name, in their order.
+
+    Raises:
+        ValueError: if a pattern is none, or nothing or something twice is named.
+    """
+    urls: list[str] = []
+    for pattern in patterns:
+        if len(pattern) > PATTERN_LETTERS:
+            raise ValueError(f"a shard pattern has {len(pattern):,} letters: {pattern[:40]!r}...")
+        count = count_expanded(pattern)
+        if len(urls) + count > SHARDS or count * len(pattern) > URL_LETTERS:
+            named = f"{count:,}" if count < 10**30 else "uncounted"
+            raise ValueError(f"{pattern[:99]!r} names {named} shards; a set has at most {SHARDS:,}")
+        found = list(braceexpand(pattern, escape=False))
+        for sign in "{}*":
+            if sign in found[0] and not _is_local_file(found[0]):
+                raise ValueError(
+                    f"{pattern!r}: {sign!r} is not expanded; name shards one by one or with a "
+                    f"range in braces, such as 'folder/{{000..127}}.tar' or '{{0..3}}.tar'"
+                )
+        urls += found
+    if not urls:
+        raise ValueError("name the shards, such as 'folder/{000..127}.tar'")
+    twice = [url for url, count in Counter(urls).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice")
+    return urls
+
+
+def count_expanded(pattern: str) -> int:
+    """Count the texts that `braceexpand` makes of a pattern, without making any.
+
+    Raises:
+        ValueError: if its braces do not match.
+    """
+    # of each group that is open: the alternatives before the last comma, those since then, and
+    # where it began
+    groups = [(0, 1, 0)]
+    for place, letter in enumerate(pattern):
+        before, count, start = groups[-1]
+        if letter == "{":
+            groups.append((0, 1, place + 1))
+            if len(groups) > DEPTH:
+                raise ValueError(f"more than {DEPTH} braces lie within each other in {pattern!r}")
+        elif letter == "," and groups[1:]:
+            groups[-1] = (before + count, 1, start)
+        elif letter == "}":
+            if not groups[1:]:
+                raise ValueError(f"braces do not match in {pattern!r}")
+            groups.pop()
+            within = _count_range(pattern[start:place]) or before + count
+            above, beside, start = groups[-1]
+            groups[-1] = (above, beside * within, start)
+    if groups[1:]:
+        raise ValueError(f"braces do not match in {pattern!r}")
+    return groups[0][1]
+
+
+def _count_range(text: str) -> int:
+    """Count the texts of `1..9`, `a..z` or either with a step; 0 if it is none of these."""
+    for known, number in ((int_range_re, int), (char_range_re, alphabet.index)):
+        if found := known.match(text):
+            first, last = number(found[1]), number(found[2])
+            return abs(last - first) // (int(found[3] or 1) or 1) + 1
+    return 0
+
+
+def _is_local_file(url: str) -> bool:
+    return "://" not in url and Path(url).is_file()
+
+
+def read_shard(job: tuple[str, int], rule: Rule) -> Found:
+    """Walk the shard at a URL of so many bytes and return its rows.
+
+    Raises:
+        ValueError: naming shard and key (or byte) of what is not right.
+    """
+    where, size = job
+    found = Found(bytes=size)
+    with open_whole(where, size) as (stream, found.sha256):
+        for sample in read_samples(stream, where, found.passed_over):
+            image = pick_image(sample, where, rule.ignore, found.passed_over)
+            at = f"{where}, key {sample.key!r}"
+            what = f"{at}: the image"
+            encode.require_affordable(image.size, what, rule.max_pixels)
+            data = read_member(stream, image)
+            header, as_photo = encode.identify(data, what, rule.crop_border, rule.max_pixels)
+            found.as_stored["turned"] += as_photo.orientation != 1
+            found.as_stored["transparent"] += as_photo.composed
+            label = read_label(stream, sample, at, rule)
+            if said := contradiction(stream, sample, label, rule):
+                if rule.label_field is None:
+                    raise ValueError(
+                        f"{at}: {said} as its .cls says; name the field that is right with "
+                        f"--label-field, or pass the .json over with --ignore json"
+                    )
+                found.contradicted += 1
+                found.example = found.example or f"{at}: {said}"
+            row = {
+                "offset": image.offset,
+                "length": image.size,
+                "crc32": zlib.crc32(data),
+                "label": label,
+                "width": header.width,
+                "height": header.height,
+                "key": _encode_key(sample.key, where),
+            }
+            for name, value in row.items():
+                found.rows[name].append(value)
+    if not found.rows["key"]:
+        raise ValueError(f"{where} holds no samples")
+    return found
+
+
+def pick_image(
+    sample: Sample, where: str, ignore: frozenset[str], passed_over: Counter[str]
+) -> tar.Member:
+    """Return the image of a sample; ignored suffixes are counted in `passed_over`.
+
+    Raises:
+        ValueError: if there is no image, there are two, or a suffix is unknown.
+    """
+    images = []
+    for suffix, member in sample.members.items():
+        if suffix in ignore:
+            passed_over[f"members with the ignored suffix .{suffix}"] += 1
+        elif suffix in IMAGE_SUFFIXES:
+            images.append(member)
+        elif suffix not in OTHER_SUFFIXES:
+            known = ", ".join(sorted(IMAGE_SUFFIXES | OTHER_SUFFIXES))
+            raise ValueError(
+                f"{where}: unknown suffix .{suffix} of {member.name!r} (known: {known}); "
+                f"pass over such members with --ignore {suffix}"
+            )
+    if len(images) != 1:
+        names = ", ".join(member.name for member in images)
+        what = f"two images ({names}); drop one with --ignore" if images else "no image"
+        raise ValueError(f"{where}: sample {sample.key!r} has {what}")
+    return images[0]
+
+
+def _encode_key(key: str, where: str) -> bytes:
+    try:
+        return key.encode("ascii")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: key {key!r} is not ASCII; pack the images again") from error
+
+
+def _require_different(urls: Sequence[str], found: Sequence[Found]) -> None:
+    first: dict[str, str] = {}
+    for url, shard in zip(urls, found, strict=True):
+        if shard.sha256 in first:
+            raise ValueError(f"{first[shard.sha256]} and {url} hold the same bytes; name one")
+        first[shard.sha256] = url
+
+
+def _describe(
+    dataset: str, names: Sequence[str], found: Sequence[Found], labels: LabelSpace, rule: Rule
+) -> tuple[Manifest, bytes, dict[str, Any]]:
+    """Return manifest, content of index.npz and plan of the shards that were read."""
+    columns = {
+        name: np.concatenate([np.array(shard.rows[name], dtype) for shard in found])
+        for name, dtype in COLUMNS.items()
+    }
+    groups = rule.groups
+    if groups is None:
+        groups = tuple((int(class_id),) for class_id in np.unique(columns["label"]))
+    encoding = encode.encoding_parameters("original", 0, rule.crop_border)
+    plan = {
+        "algorithm": ALGORITHM,
+        "dataset": dataset,
+        "encoding": encoding,
+        "label_field": rule.label_field,
+        "local_labels": rule.local,
+        "ignore": sorted(rule.ignore),
+        "labels": scoring_hash(labels.ids, labels.names, labels.templates, groups),
+        "shards": files.sha256_json([shard.sha256 for shard in found]),
+    }
+    if rule.labels_are is not None:  # plans from before there was a choice stay as they are
+        plan["labels_are"] = rule.labels_are
+    index = Index(**columns).to_bytes()
+    manifest = Manifest(
+        dataset=dataset,
+        classes=labels.names,
+        class_ids=labels.ids,
+        templates=labels.templates,
+        groups=groups,
+        encoding=encoding,
+        plan_hash=files.sha256_json(plan),
+        index_sha256=files.sha256_bytes(index),
+        shards=tuple(
+            Shard(name=name, bytes=one.bytes, sha256=one.sha256, samples=len(one.rows["key"]))
+            for name, one in zip(names, found, strict=True)
+        ),
+    )
+    return manifest, index, plan
+
+
+def shard_names(shards: Sequence[str], out: str) -> list[str]:
+    """Return the shards' names in a manifest in `out`: relative if all lie there, else whole.
+
+    Raises:
+        ValueError: if readers would refuse such a manifest.
+    """
+    folder_store, folder = files.open_store(whole_url(out))
+    prefix = folder.rstrip("/") + "/"
+    names = []
+    for url in shards:
+        place = files.open_store(url)
+        name = place[1].removeprefix(prefix)
+        # "folder//x.tar" lies below, but behind the prefix its name would be an absolute one
+        if place != (folder_store, prefix + name) or name.startswith("/"):
+            names = list(shards)
+            break
+        names.append(name)
+    for name in names:
+        check_shard_name(name, out)
+    return names
+
+
+def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -> None:
+    """Write what is not there yet, the manifest last."""
+    index_url, plan_url = files.join(out, "index.npz"), files.join(out, "plan.json")
+    plan = json.loads(json.dumps(plan))
+    if files.exists(files.join(out, "manifest.json")):
+        old = Manifest.load(out)
+        changed = [
+            f.name for f in fields(Manifest) if getattr(old, f.name) != getattr(manifest, f.name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{out} already holds another data set or index (different: {', '.join(changed)}); "
+                f"delete its manifest.json or choose another --out"
+            )
+    elif (
+        files.exists(plan_url) and files.read_document(plan_url, dict).get("algorithm") != ALGORITHM
+    ):
+        raise ValueError(f"{out} is being packed; finish that or choose another --out")
+    elif files.exists(index_url) and not files.exists(plan_url):
+        raise ValueError(f"{out} has an index.npz that is not ours; choose another --out")
+    if not _holds(plan_url, plan):
+        files.write_json(plan_url, plan)
+    if files.find_bytes(index_url) != index:
+        files.write_bytes(index_url, index)
+    if not files.exists(files.join(out, "manifest.json")):
+        manifest.save(out)
+
+
+def _holds(url: str, document: Any) -> bool:
+    data = files.find_bytes(url)
+    return data is not None and documents.parse(data, url) == document
+
+
+def _say(found: Sequence[Found]) -> None:
+    """Print what was passed over, which images are read as they are stored, and repeated keys.
+
+    The split by image id minds repeated keys.
+    """
+    total: Counter[str] = Counter()
+    as_stored: Counter[str] = Counter()
+    for shard in found:
+        total += shard.passed_over
+        as_stored += shard.as_stored
+    for what, count in sorted(total.items()):
+        print(f"passed over: {count:,} {what}", flush=True)
+    if count := as_stored["turned"]:
+        print(
+            f"warning: {count:,} images are stored turned or mirrored (EXIF orientation); they are "
+            f"read as stored, as torchvision and open_clip do",
+            flush=True,
+        )
+    if count := as_stored["transparent"]:
+        print(
+            f"warning: {count:,} images may be transparent; hidden colours become visible, as "
+            f"with torchvision and open_clip",
+            flush=True,
+        )
+    if count := sum(shard.contradicted for shard in found):
+        example = next(shard.example for shard in found if shard.example)
+        cli.warn(
+            f"{count:,} samples have a .cls that contradicts --label-field, which was used "
+            f"(first: {example}); if the field is right, pass the .cls over with --ignore cls"
+        )
+    keys = Counter(key for shard in found for key in shard.rows["key"])
+    repeated = [key for key, count in keys.items() if count > 1]
+    if repeated:
+        example = repeated[0].decode()
+        print(f"note: {len(repeated):,} keys are in more than one shard, such as {example!r}")

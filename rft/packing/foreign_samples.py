@@ -1,0 +1,171 @@
+"""The samples of any tar shard, as webdataset groups them, and whole shards from any store.
+
+A sample's key is its members' folder and base name up to the first dot; the rest, in lower case, is
+the suffix. Members without a key (`README`, `._x.jpg`, `__meta__`) webdataset passes over, and so
+does this, but they are counted.
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from fsspec.implementations.local import LocalFileSystem
+
+from rft.shards import tar
+from rft.shards.manifest import Shard
+from rft.shards.ranges import Shards
+from rft.storage import files, local
+from rft.storage.remote import REQUEST_BYTES
+
+PASSED_OVER_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
+REQUESTS_AT_ONCE = 4  # requests for one remote shard under way at a time
+TEXT_BYTES = 2**20  # of a .cls or .json
+SIZE_THREADS = 16  # asking for sizes is latency-bound
+
+
+class Sample(NamedTuple):
+    """The members of one sample by suffix."""
+
+    key: str
+    members: dict[str, tar.Member]
+
+
+def whole_url(url: str) -> str:
+    """Return a URL as it is, and a local path as an absolute one without parts that are `.`."""
+    fs, path = files.open_store(url)
+    return str(Path(path)) if isinstance(fs, LocalFileSystem) else url
+
+
+def parent(url: str) -> str | None:
+    """Return the folder of a whole URL, or None for one that has none (a host, a bucket)."""
+    scheme, mark, rest = url.rstrip("/").rpartition("://")
+    folder, slash, _ = rest.rpartition("/")
+    if not slash or (mark and not folder):
+        return None
+    return scheme + mark + (folder or "/")
+
+
+def shard_size(url: str) -> int:
+    """Return the bytes of a shard.
+
+    Raises:
+        ValueError: if it is not there, is a folder, or its store does not tell.
+    """
+    try:
+        size = files.size(url)
+    except FileNotFoundError as error:
+        raise ValueError(f"no such shard: {url}") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{url} is a folder, not a shard; {_shards_in(url)}") from error
+    return size
+
+
+def _shards_in(folder: str) -> str:
+    """Return how to name the shards of a folder."""
+    tars = [name for name in files.names(folder) if name.endswith(".tar")]
+    found = ""
+    if tars:
+        found = f"of its {len(tars)} .tar files the first is {tars[0]}, the last {tars[-1]}; "
+    pattern = files.join(folder, "{000000..000123}.tar")
+    return f"{found}name its shards, such as '{pattern}'"
+
+
+@contextmanager
+def open_whole(url: str, size: int) -> Iterator[tuple[IO[bytes], str]]:
+    """Yield a seekable stream of a whole shard of `size` bytes and the hex sha256 of what it holds.
+
+    A remote shard is brought into a temporary file, which is gone when the body ends.
+
+    Raises:
+        ValueError: if it is not there or cannot be read.
+    """
+    fs, path = files.open_store(url)
+    if isinstance(fs, LocalFileSystem):
+        try:
+            descriptor = local.open_regular(path)
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise ValueError(f"no such shard: {url}") from error
+        with os.fdopen(descriptor, "rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            stream.seek(0)
+            yield stream, sha256
+        return
+    digest = hashlib.sha256()
+    with tempfile.TemporaryFile() as stream:
+        for data in _blocks(url, size):
+            digest.update(data)
+            stream.write(data)
+        stream.seek(0)
+        yield stream, digest.hexdigest()
+
+
+def _blocks(url: str, size: int) -> Iterator[bytes]:
+    # its hash is not known yet; only a cache would ask for it
+    shards = Shards("", [Shard(name=url, bytes=size, sha256="0" * 64, samples=0)])
+    starts = range(0, size, REQUEST_BYTES)
+    for first in range(0, len(starts), REQUESTS_AT_ONCE):
+        wanted = starts[first : first + REQUESTS_AT_ONCE]
+        yield from shards.ranges([(0, n, min(REQUEST_BYTES, size - n)) for n in wanted])
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Return key and lower-case suffix of a tar member, or None where webdataset sees no sample."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    if not stem or not dot or PASSED_OVER_BY_WEBDATASET.match(name):
+        return None
+    return folder + slash + stem, suffix.lower()
+
+
+def read_samples(stream: IO[bytes], where: str, passed_over: Counter[str]) -> list[Sample]:
+    """Return the samples of a tar in order; names without a key are counted in `passed_over`.
+
+    Raises:
+        ValueError: if the tar is damaged, a member occurs twice, or members of other samples lie
+            between those of one: webdataset would make several samples of it.
+    """
+    samples: dict[str, Sample] = {}
+    current = ""
+    for member in tar.walk(stream, where):
+        split = split_name(member.name)
+        if split is None:
+            passed_over["members without a key"] += 1
+            continue
+        key, suffix = split
+        if key in samples and key != current:
+            raise ValueError(
+                f"{where}: key {key!r} comes back at byte {member.offset:,} ({member.name}) after "
+                f"other keys; the members of a sample must be neighbours: write the tar again with "
+                f"names in order (tar --sort=name)"
+            )
+        current = key
+        members = samples.setdefault(key, Sample(key, {})).members
+        if suffix in members:
+            raise ValueError(f"{where}: two members are called {member.name!r}")
+        members[suffix] = member
+    return list(samples.values())
+
+
+def read_text(stream: IO[bytes], member: tar.Member, where: str) -> bytes:
+    """Return the content of a member that holds a label.
+
+    Raises:
+        ValueError: if it is longer than any label.
+    """
+    if member.size > TEXT_BYTES:
+        raise ValueError(
+            f"{where}: {member.name!r} has {member.size:,} bytes, no label has so many"
+        )
+    return read_member(stream, member)
+
+
+def read_member(stream: IO[bytes], member: tar.Member) -> bytes:
+    """Return the content of a member."""
+    stream.seek(member.offset)
+    return stream.read(member.size)

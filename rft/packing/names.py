@@ -1,0 +1,169 @@
+"""Names of files and folders: those a system leaves behind, those that cannot be kept, and output.
+
+NAS devices, macOS and Windows put files of their own beside a user's, some of them images
+(thumbnails, one per photo). They are recognised by name, in any case of letters. Galleries and
+cameras put thumbnails into folders with plain names; inside a class folder these are left out too.
+"""
+
+import errno
+import fnmatch
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from rft.classes import composed
+from rft.storage import local
+
+SYSTEM_NAMES = (
+    # Synology, QNAP, NetApp
+    *("@eaDir", "#recycle", "#snapshot", "@tmp", "@SynoResource"),
+    *("@Recycle", "@Recently-Snapshot", "@__thumb", "~snapshot"),
+    # macOS, and its files on servers
+    *("__MACOSX", "Icon\r", "Network Trash Folder", "Temporary Items"),
+    # Windows; a disk's own folder on Linux
+    *("Thumbs.db", "Thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),
+    *("$RECYCLE.BIN", "RECYCLER", "Recycled", "System Volume Information", "lost+found"),
+    # what viewers and importers leave beside photos
+    *("Picasa.ini", "ZbThumbnail.info", "photothumb.db"),
+)
+# hidden files, of which "._x.jpg" is macOS's for x.jpg; streams that became files of their own
+SYSTEM_PATTERNS = (
+    *("._*", ".*", "*@SynoEAStream", "*@SynoResource", "*:Zone.Identifier"),
+    *("found.[0-9][0-9][0-9]", "*.lrdata"),
+)
+THUMBNAILS = re.compile(r"[\W_]*thumb(nail)?s?[\W_]*")
+_SYSTEM = {name.casefold(): name for name in SYSTEM_NAMES}
+
+
+def passed_over(name: str, ignore: Iterable[str] = ()) -> str:
+    """Decide whether a file or folder is left out because of its name.
+
+    Args:
+        name: without the folders above it.
+        ignore: patterns of `fnmatch` to leave out besides a system's names, in any case of letters.
+
+    Returns:
+        The name or pattern that it is counted under, empty if it is not left out.
+    """
+    plain = composed(name).casefold()
+    for pattern in (*ignore, *SYSTEM_PATTERNS):
+        if fnmatch.fnmatchcase(plain, composed(pattern).casefold()):
+            return pattern
+    return _SYSTEM.get(plain, "")
+
+
+def thumbnails(name: str) -> str:
+    """Decide whether a folder inside a class folder is left out because it holds thumbnails.
+
+    A class may be called so, which is why this is not for folders that may be classes.
+
+    Returns:
+        The name that it is counted under, empty if it is not left out.
+    """
+    plain = composed(name).casefold()
+    return plain if THUMBNAILS.fullmatch(plain) else ""
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would not show or would obey; other text stays as it is."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def require_utf8(path: str | Path) -> None:
+    """Check the last part of a path: manifests and class lists are UTF-8.
+
+    Raises:
+        ValueError: showing the bytes of a name that is not UTF-8.
+    """
+    folder, name = os.path.split(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"the name {os.fsencode(name)!r} in {printable(folder)} is not UTF-8; rename it"
+        ) from None
+
+
+def find_twins(names: Iterable[str]) -> tuple[str, str] | None:
+    """Find two names that are the same text in different Unicode forms, if there are any."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(composed(name), name)
+        if other != name:
+            return other, name
+    return None
+
+
+def require_distinct(root: Path, names: Iterable[str]) -> None:
+    """Check that folders differ in more than the Unicode form of their names.
+
+    Raises:
+        ValueError: with both names, escaped, because they look alike.
+    """
+    if twins := find_twins(names):
+        raise ValueError(
+            f"{root} holds two folders of one name in different Unicode forms: {twins[0]!a} and "
+            f"{twins[1]!a}; move their images into one"
+        )
+
+
+class Links:
+    """The links in a source folder that lead out of it, so that what is packed lies elsewhere."""
+
+    def __init__(self, source: Path) -> None:
+        self._source = source.resolve()
+        self._found: list[str] = []
+
+    def look(self, path: str | os.PathLike[str]) -> None:
+        """Count what is known to be a link, or to lie behind one, if it leads out."""
+        if not Path(os.path.realpath(path)).is_relative_to(self._source):
+            self._found.append(os.fspath(path))
+
+    def said(self) -> str:
+        """Return the number of them and the first in one line; nothing if there are none."""
+        if not self._found:
+            return ""
+        several = len(self._found) > 1
+        count = f"{len(self._found):,} links lead" if several else "a link leads"
+        return (
+            f"{count} out of {printable(str(self._source))}, and what lies there is packed: "
+            f"{printable(min(self._found))}{', ...' if several else ''}"
+        )
+
+
+def regular_size(entry: "os.PathLike[str]", links: Links | None = None) -> int:
+    """Look up the size in bytes of a file, or of the file that a link leads to. Opens nothing.
+
+    Args:
+        entry: the file; an entry of a listing may know already what it is.
+        links: counts it if it is a link that leads out of the source.
+
+    Raises:
+        ValueError: for a broken link, a FIFO, a socket, a device or a folder.
+    """
+    path = os.fspath(entry)
+    status = entry.stat(follow_symlinks=False) if isinstance(entry, os.DirEntry) else os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        try:
+            status = os.stat(path)  # noqa: PTH116
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+            raise ValueError(f"{path} is a broken link; remove it, or restore its target") from None
+        if links:
+            links.look(path)
+    local.require_regular(path, status)
+    return status.st_size
+
+
+def is_below(path: Path, folder: Path) -> bool:
+    """Whether a path, which need not exist, is a folder that exists or lies in it, links resolved.
+
+    Folders are compared by what they are, so that the case of letters is the file system's matter.
+    """
+    resolved = path.resolve()
+    return folder.exists() and any(
+        place.exists() and place.samefile(folder) for place in (resolved, *resolved.parents)
+    )

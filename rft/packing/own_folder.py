@@ -1,0 +1,474 @@
+"""Own photos: a tree whose folders are the classes, as sources to pack.
+
+Two layouts are recognised. `DIR/<class>/...` has no test set: a share of each class is held out,
+chosen by a hash of seed and path, so an image stays on its side when others come or go.
+`DIR/train/<class>/...` with `DIR/test` (or `val`) has one; `rft.packing.own_splits` decides which.
+Folders inside a class folder belong to the class, unless they hold thumbnails. These, what a system
+left behind and what `--ignore` names are passed over and counted. Any other file that is no image
+is an error: it could be a photo that was meant to be packed.
+"""
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from rft.classes import composed, shown
+from rft.packing.layouts import IMAGE_SUFFIXES, Item, Source, has_image_suffix, make_keys
+from rft.packing.names import (
+    Links,
+    passed_over,
+    printable,
+    regular_size,
+    require_distinct,
+    require_utf8,
+    thumbnails,
+)
+from rft.packing.own_splits import (
+    find_splits,
+    not_read,
+    read_level,
+    read_shape,
+    require_classes_here,
+    role,
+    split_folders,
+    splits_beside,
+)
+from rft.shards.label_space import LabelSpace, doubts
+from rft.storage import files, local
+
+TRAIN = "train"
+NAMED = 6  # files and folders that are not read and named
+DEPTH = 64  # of folders in a class folder
+TAIL = 4096  # bytes at the end of an image file: enough to tell nearly all of one size apart
+
+
+class Image(NamedTuple):
+    """An image file: its path below the root with forward slashes, and its size."""
+
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    """The images of each class folder below `root`, both sorted.
+
+    `passed` counts what was left out, by the name or pattern that it matched; `beside` are the
+    files beside the class folders, which are not read either.
+    """
+
+    root: Path
+    classes: dict[str, list[Image]]
+    passed: Counter[str]
+    beside: tuple[str, ...]
+
+
+class Photos(NamedTuple):
+    """What a photo folder holds: sources to pack, their label space, and what to print of it."""
+
+    sources: list[Source]
+    labels: LabelSpace
+    notes: list[str]
+    warnings: list[str]
+
+
+class SameBytes(NamedTuple):
+    """Pairs of paths of equal image files, each with the first that it is equal to."""
+
+    between_classes: list[tuple[str, str]]
+    between_sets: list[tuple[str, str]]  # of one class
+
+
+def read_folder(
+    source: Path,
+    labels: LabelSpace | None,
+    test_share: float,
+    split_seed: int,
+    ignore: Sequence[str] = (),
+) -> Photos:
+    """List the images below `source` as sources called train and test (and val, if both exist).
+
+    Without a label space the class folders' names are the classes' names; see `name_classes`.
+    Files and folders whose name matches one of the patterns `ignore` are left out.
+
+    Raises:
+        ValueError: if a class is missing, empty or unknown, a file is no image, a class has too few
+            images to hold some out, or classes and splits cannot be told apart.
+    """
+    if not source.is_dir():
+        raise ValueError(f"no such folder: {source}")
+    for pattern in ignore:
+        if "/" in pattern or not pattern:
+            raise ValueError(f"--ignore takes names such as '*.mov', without folders: {pattern!r}")
+    ids = labels.ids if labels else ()
+    links = Links(source)
+    level = read_level(source, ignore)
+    shapes = [read_shape(source / name, ignore) for name in level.folders]
+    splits = find_splits(source, shapes, ids)
+    folders = {name: source / folder for name, folder in splits.items()} or {TRAIN: source}
+    trees = {TRAIN: read_tree(folders.pop(TRAIN), ids, ignore, links, is_split=bool(splits))}
+    warnings = [] if labels else _doubtful_folders(trees[TRAIN])
+    labels = labels or name_classes(trees[TRAIN].classes)
+    for name, folder in folders.items():
+        trees[name] = read_tree(folder, labels.ids, ignore, links, is_split=True)
+    for tree in trees.values():
+        require_classes(tree, labels)
+    if splits:
+        sources = [_all_of(name, tree, labels) for name, tree in trees.items()]
+    else:
+        sources = hold_out(trees[TRAIN], labels, test_share, split_seed)
+    passed = Counter(level.passed if splits else ())
+    unread = not_read(source, level, splits, ignore) if splits else []
+    for tree in trees.values():
+        passed.update(tree.passed)
+        unread += [f"{tree.root.name}/{name}" for name in tree.beside]
+    warnings += doubts(labels)
+    warnings += [
+        f"{shown(name)} beside {source} is not read; give --source {source.resolve().parent} to "
+        f"test on it"
+        for name in (() if splits else splits_beside(source))
+    ]
+    warnings += [f"--ignore {name!r} matches nothing" for name in ignore if name not in passed]
+    notes = [*_notes(passed, ignore, unread), *filter(None, [links.said()])]
+    return Photos(sources, labels, notes, warnings)
+
+
+def read_tree(
+    root: Path,
+    ids: Collection[str],
+    ignore: Sequence[str],
+    links: Links,
+    *,
+    is_split: bool = False,
+) -> Tree:
+    """List the images of every class folder in `root`.
+
+    Args:
+        root: a photo folder, or a split of one.
+        ids: the classes where they are known; none otherwise.
+        ignore: patterns of names to leave out.
+        links: counts those that lead out of the source.
+        is_split: whether it is a split.
+
+    Raises:
+        ValueError: if there is no class folder, one holds no images, a file is no image, or the
+            folders cannot be classes.
+    """
+    links.look(root)
+    level = read_level(root, ignore)
+    for name in level.files:
+        if has_image_suffix(name):
+            above = f", or, if {root.name} is a class itself, give the folder above it"
+            raise ValueError(
+                f"{root / name} lies in no class folder; sort the images by class"
+                f"{'' if is_split else above}"
+            )
+    if not level.folders:
+        raise ValueError(f"{root} holds no class folders")
+    require_distinct(root, level.folders)
+    shapes = [read_shape(root / name, ignore) for name in level.folders]
+    require_classes_here(root, shapes, ids, ignore, is_split=is_split)
+    passed, foreign = Counter(level.passed), []
+    classes = {
+        name: _read_class(root, name, ignore, passed, foreign, links) for name in level.folders
+    }
+    if foreign:
+        raise _not_images(foreign)
+    for shape in shapes:
+        if not classes[shape.name]:
+            only = "" if not any(map(thumbnails, shape.folders)) else " but thumbnails"
+            raise ValueError(f"class folder {root / shape.name} holds no images{only}")
+    return Tree(root=root, classes=classes, passed=passed, beside=tuple(level.files))
+
+
+def name_classes(folders: Iterable[str]) -> LabelSpace:
+    """Make a label space in sorted order, with underscores as spaces and OpenAI's prompts."""
+    ids = tuple(sorted(map(composed, folders)))
+    names = tuple(name.replace("_", " ") for name in ids)
+    return LabelSpace(ids=ids, names=names, templates=LabelSpace.imagenet().templates)
+
+
+def require_classes(tree: Tree, labels: LabelSpace) -> None:
+    """Hold the class folders against the label space.
+
+    Raises:
+        ValueError: naming a folder that is no class, or a class that has no folder.
+    """
+    present = {composed(name): name for name in tree.classes}
+    unknown = sorted(present.keys() - set(labels.ids))
+    if unknown:
+        raise ValueError(
+            f"unknown class: folder {shown(unknown[0])} in {tree.root} is none of the "
+            f"{len(labels)} classes; remove it or add it to --classes"
+        )
+    missing = [name for name in labels.ids if name not in present]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(labels)} class folders are missing in {tree.root} "
+            f"(first: {missing[0]})"
+        )
+
+
+def hold_out(tree: Tree, labels: LabelSpace, share: float, seed: int) -> list[Source]:
+    """Return the sources train and test of a tree; only train if the share is 0.
+
+    Raises:
+        ValueError: if a class has a single image and some are to be held out.
+    """
+    images = [image for name in sorted(tree.classes) for image in tree.classes[name]]
+    key_of = dict(zip(images, make_keys([image.path for image in images]), strict=True))
+    parts: dict[str, list[Image]] = {TRAIN: [], "test": []}
+    for name, members in sorted(tree.classes.items()):
+        held = choose_test([image.path for image in members], share, seed, name)
+        for image in members:
+            parts["test" if image.path in held else TRAIN].append(image)
+    layout = _layout(tree.root, labels)
+    if share == 0:
+        del parts["test"]
+    return [
+        _source(name, tree.root, ((key_of[image], image) for image in part), labels, layout)
+        for name, part in parts.items()
+    ]
+
+
+def choose_test(paths: Sequence[str], share: float, seed: int, name: str) -> frozenset[str]:
+    """Return the paths of one class that are held out: the nearest number to the share, above 0.
+
+    Raises:
+        ValueError: if nothing would be left to train on.
+    """
+    if share == 0:
+        return frozenset()
+    if len(paths) < 2:
+        raise ValueError(
+            f"class folder {name!r} has one image, too few to hold some out; add images or set "
+            f"--test-share 0"
+        )
+    salt = hashlib.blake2b(f"rft.data.folder {seed}".encode()).digest()
+
+    def position(path: str) -> tuple[bytes, str]:
+        # in one Unicode form: an image keeps its side when the photos move from a Mac to Linux
+        name = composed(path).encode()
+        return hashlib.blake2b(name, key=salt, digest_size=16).digest(), path
+
+    count = min(max(round(share * len(paths)), 1), len(paths) - 1)
+    return frozenset(sorted(paths, key=position)[:count])
+
+
+def same_bytes(sources: Sequence[Source]) -> SameBytes:
+    """Find image files that hold the same bytes in two classes, or in one class of two sources."""
+    by_size: dict[int, list[Place]] = defaultdict(list)
+    for source in sources:
+        for item in source.items:
+            place = Place(source.dataset, item.label, source.root / item.path)
+            by_size[item.bytes].append(place)
+    found = SameBytes([], [])
+    for _, places in sorted(by_size.items()):
+        for group in _equal_files(places):
+            first: dict[tuple[str, int], Place] = {}
+            for place in group:
+                known = first.values()
+                of_class = (p for p in known if p.label == place.label)
+                other_set = next((p for p in of_class if p.dataset != place.dataset), None)
+                other_class = next((p for p in known if p.label != place.label), None)
+                if other_class:
+                    found.between_classes.append((str(other_class.path), str(place.path)))
+                if other_set:
+                    found.between_sets.append((str(other_set.path), str(place.path)))
+                first.setdefault((place.dataset, place.label), place)
+    return found
+
+
+def class_counts(sources: Sequence[Source], labels: LabelSpace) -> Mapping[str, list[int]]:
+    """Return the number of images of each class in each source."""
+    counts = {name: [0] * len(sources) for name in labels.ids}
+    for place, source in enumerate(sources):
+        for item in source.items:
+            counts[labels.ids[item.label]][place] += 1
+    return counts
+
+
+class Place(NamedTuple):
+    """Where an image lies, in which set and class."""
+
+    dataset: str
+    label: int
+    path: Path
+
+
+def _equal_files(places: Sequence[Place]) -> list[list[Place]]:
+    """Group files of one size that hold the same bytes; only groups over several sets or classes.
+
+    Most files of one size differ in their last bytes, so few are read in full.
+    """
+    groups = [list(places)]
+    for content in (_tail, files.sha256_file):
+        divided: dict[tuple[int, bytes | str], list[Place]] = defaultdict(list)
+        for number, group in enumerate(groups):
+            if len({(place.dataset, place.label) for place in group}) > 1:
+                for place in group:
+                    divided[number, content(place.path)].append(place)
+        groups = list(divided.values())
+    return groups
+
+
+def _tail(path: Path) -> bytes:
+    with local.reader(path) as stream:
+        stream.seek(max(path.stat().st_size - TAIL, 0))
+        return stream.read()
+
+
+def _read_class(
+    root: Path,
+    name: str,
+    ignore: Sequence[str],
+    passed: Counter[str],
+    foreign: list[Path],
+    links: Links,
+) -> list[Image]:
+    """Return the sorted images in and below a class folder; add what is no image to `foreign`."""
+    images = []
+    seen: set[str] = set()
+    for folder, below, names in os.walk(root / name, followlinks=True, onerror=_raise):
+        place = os.path.realpath(folder)
+        if Path(folder).is_symlink():
+            links.look(folder)
+        if len(Path(folder).relative_to(root).parts) > DEPTH:
+            raise ValueError(f"{folder} lies more than {DEPTH} folders deep; move its images up")
+        if place in seen:
+            raise ValueError(f"{folder} leads to a folder that was read already; remove the link")
+        seen.add(place)
+        patterns = {entry: passed_over(entry, ignore) for entry in (*below, *names)}
+        patterns |= {entry: patterns[entry] or thumbnails(entry) for entry in below}
+        passed.update(filter(None, patterns.values()))
+        below[:] = sorted(entry for entry in below if not patterns[entry])
+        for entry in (*below, *names):
+            if not patterns[entry]:
+                require_utf8(Path(folder) / entry)
+        for file_name in names:
+            path = Path(folder) / file_name
+            if patterns[file_name]:
+                continue
+            size = regular_size(path, links)
+            if has_image_suffix(file_name):
+                images.append(Image(path.relative_to(root).as_posix(), size))
+            else:
+                foreign.append(path)
+    return sorted(images)
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk would pass over a folder it cannot read
+
+
+def _not_images(foreign: Sequence[Path]) -> ValueError:
+    more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+    known = ", ".join(sorted(IMAGE_SUFFIXES))
+    kinds = sorted({f"'*{path.suffix.lower()}'" if path.suffix else path.name for path in foreign})
+    return ValueError(
+        f"not an image: {min(foreign)}{more}; class folders hold only {known}. Convert or remove "
+        f"the others, or pass them over with --ignore {' '.join(kinds[:5])}"
+    )
+
+
+def _doubtful_folders(tree: Tree) -> list[str]:
+    """Warn of class folders that may be something else: a split, or a group of classes.
+
+    Those that hold a split are named too.
+    """
+    found = []
+    for name, images in tree.classes.items():
+        if role(name):
+            found.append(f"the folder {shown(name)} in {tree.root} is packed as a class")
+        place, below = _groups(name, images)
+        if len(below) > 1:
+            names = ", ".join(map(shown, below[:3]))
+            found.append(
+                f"class {shown(name)} in {tree.root} has no images of its own, only folders "
+                f"({names}{', ...' if below[3:] else ''}); if those are the classes, give --source "
+                f"{tree.root / place}"
+            )
+    within = {
+        name: splits
+        for name, images in tree.classes.items()
+        if (splits := split_folders([image.path for image in images]))
+    }
+    for name, splits in [*within.items()][:1]:
+        others = f" (and in {len(within) - 1:,} more)" if within.keys() - {name} else ""
+        found.append(
+            f"{', '.join(map(shown, splits[:3]))} in {tree.root / name}{others} is called like a "
+            f"split; its images are packed as those of the class"
+        )
+    return found
+
+
+def _groups(name: str, images: Sequence[Image]) -> tuple[str, list[str]]:
+    """Return the folders that hold all images of a class, and the folder above them.
+
+    Folders that hold a single folder are gone through; where images lie beside folders there are
+    none.
+    """
+    place = name
+    while True:
+        # the folders of each path below the place
+        rest = [image.path[len(place) + 1 :].split("/")[:-1] for image in images]
+        if not all(rest):
+            return place, []
+        below = sorted({folders[0] for folders in rest})
+        if len(below) > 1:
+            return place, below
+        place = f"{place}/{below[0]}"
+
+
+def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -> list[str]:
+    """Say what was not read and why, one line each."""
+    notes = []
+    if passed:
+        counts = (
+            f"{count:,} {printable(pattern)}{' (--ignore)' if pattern in ignore else ''}"
+            for pattern, count in sorted(passed.items(), key=lambda entry: (-entry[1], entry[0]))
+        )
+        notes.append(f"passed over by name: {', '.join(counts)}")
+    if unread:
+        more = f" and {len(unread) - NAMED:,} more" if len(unread) > NAMED else ""
+        notes.append(f"not read: {printable(', '.join(unread[:NAMED]))}{more}")
+    return notes
+
+
+def _layout(root: Path, labels: LabelSpace) -> str:
+    return f"{root}, one folder for each of {len(labels)} classes"
+
+
+def _all_of(dataset: str, tree: Tree, labels: LabelSpace) -> Source:
+    """Return all images of a tree as one source."""
+    images = [image for name in sorted(tree.classes) for image in tree.classes[name]]
+    keys = make_keys([image.path for image in images])
+    rows = zip(keys, images, strict=True)
+    return _source(dataset, tree.root, rows, labels, _layout(tree.root, labels))
+
+
+def _source(
+    dataset: str,
+    root: Path,
+    images: Iterable[tuple[str, Image]],
+    labels: LabelSpace,
+    layout: str,
+) -> Source:
+    class_of = {name: class_id for class_id, name in enumerate(labels.ids)}
+    items = tuple(
+        Item(
+            key=key,
+            path=image.path,
+            label=class_of[composed(image.path.split("/")[0])],
+            bytes=image.bytes,
+        )
+        for key, image in images
+    )
+    groups = tuple((class_id,) for class_id in range(len(labels)))
+    return Source(
+        dataset=dataset, root=root, items=items, groups=groups, photos=True, layout=layout
+    )

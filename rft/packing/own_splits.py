@@ -1,0 +1,340 @@
+"""Are the folders of a photo folder classes, or the splits of a set? Decided by name and by shape.
+
+A split holds folders, one per class; a class folder holds images, with or without further folders.
+Names say more: `train`, `Training`, `test_set`, `validation images` are splits where both a
+training split and another one exist. What looks like splits and cannot be told apart is refused
+with a hint, because splits packed as classes train and test without an error. Where `--classes`
+names all folders in question they are classes.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+from rft.classes import composed, shown
+from rft.packing.layouts import has_image_suffix
+from rft.packing.names import passed_over, regular_size, require_utf8, thumbnails
+
+WORDS = {
+    "train": "train|training",
+    "test": "test|testing",
+    "val": "val|valid|validate|validation|dev|development|eval|evaluation|holdout|heldout",
+}
+NEUTRAL = "(?:set|data|dataset|split|folder|images?|imgs?|pics|pictures?|photos?|samples|examples)?"
+NAMES = {role: re.compile(f"{NEUTRAL}(?:{words}){NEUTRAL}") for role, words in WORDS.items()}
+BETWEEN_WORDS = re.compile(r"[\s_.-]+")
+WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_]+")
+DEEPEST = 20  # levels looked through for a hint: links may lead round in a circle
+
+
+class Level(NamedTuple):
+    """The names in a folder, sorted; `passed` holds what each name left out is counted under."""
+
+    folders: list[str]
+    files: list[str]
+    passed: list[str]
+
+
+class Shape(NamedTuple):
+    """A folder: whether it holds images directly, and the names of the folders in it."""
+
+    name: str
+    images: bool
+    folders: tuple[str, ...]
+
+    @property
+    def is_split_like(self) -> bool:
+        """Whether it holds folders and no images of its own."""
+        return bool(self.folders) and not self.images
+
+
+def read_level(folder: Path, ignore: Sequence[str]) -> Level:
+    """List a folder without what a system left in it and what the patterns `ignore` match.
+
+    Raises:
+        ValueError: for a broken link, or a folder whose name is not UTF-8.
+    """
+    level = Level([], [], [])
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if pattern := passed_over(entry.name, ignore):
+                level.passed.append(pattern)
+            elif entry.is_dir():
+                require_utf8(entry.path)
+                level.folders.append(entry.name)
+            else:
+                if entry.is_symlink():
+                    regular_size(entry)  # a broken link may be a class that is missing
+                level.files.append(entry.name)
+    return level
+
+
+def read_shape(folder: Path, ignore: Sequence[str]) -> Shape:
+    """Look at what lies directly in a folder."""
+    names: list[str] = []
+    images = False
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if passed_over(entry.name, ignore):
+                continue
+            if entry.is_dir():
+                names.append(entry.name)
+            else:
+                images = images or has_image_suffix(entry.name)
+    return Shape(folder.name, images, tuple(sorted(names)))
+
+
+def role(name: str) -> str:
+    """Return the set that a folder's name stands for: train, test, val, or nothing."""
+    plain = BETWEEN_WORDS.sub("", composed(name).casefold())
+    return next((role for role, pattern in NAMES.items() if pattern.fullmatch(plain)), "")
+
+
+def hinted_role(name: str) -> str:
+    """Return the set that a word in a folder's name stands for (`seg_train`, `trainA`), if any."""
+    return next(filter(None, map(role, WORD.findall(composed(name)))), "")
+
+
+def find_splits(source: Path, shapes: Sequence[Shape], ids: Collection[str]) -> dict[str, str]:
+    """Find the folders that are splits.
+
+    Args:
+        source: the folder that holds them, for messages.
+        shapes: its folders.
+        ids: the classes of `--classes`; none without it.
+
+    Returns:
+        Folder names by the name of the set they become: train, test and, if there are both a test
+        and a validation split, val. None if the folders are classes.
+
+    Raises:
+        ValueError: if folders look like splits and cannot be told apart.
+    """
+    named: dict[str, list[Shape]] = {"train": [], "test": [], "val": []}
+    for shape in shapes:
+        if found := role(shape.name):
+            named[found].append(shape)
+    splits = [shape for group in named.values() for shape in group]
+    if splits and all(composed(shape.name) in ids for shape in splits):
+        return {}
+    if named["train"] and (named["test"] or named["val"]):
+        return _choose(source, named)
+    alone = next((shape for shape in splits if shape.is_split_like), None)
+    if alone:
+        other = "training split" if role(alone.name) != "train" else "test or validation split"
+        raise ValueError(
+            f"{source} holds {shown(alone.name)}, which looks like a split, and no {other}; give "
+            f"--source {source / alone.name} to pack it alone, rename the other split to train, "
+            f"test or val, or name {shown(alone.name)} in --classes if it is a class"
+        )
+    _require_no_hints(source, shapes, ids)
+    return {}
+
+
+def splits_beside(source: Path) -> list[str]:
+    """Name the test and validation splits beside a folder that is called like a training split."""
+    folder = source.resolve()
+    if role(folder.name) != "train":
+        return []
+    with contextlib.suppress(OSError), os.scandir(folder.parent) as entries:
+        names = [entry.name for entry in entries if entry.is_dir()]
+        return sorted(name for name in names if role(name) in ("test", "val"))
+    return []
+
+
+def require_classes_here(
+    source: Path,
+    shapes: Sequence[Shape],
+    ids: Collection[str],
+    ignore: Sequence[str],
+    *,
+    is_split: bool,
+) -> None:
+    """Check that the folders in `source` can be classes, and not a level above or below them.
+
+    Raises:
+        ValueError: for a single folder, a class that holds splits, or folders that lead to the same
+            folders or to splits, with a hint.
+    """
+    if len(shapes) == 1 and composed(shapes[0].name) not in ids:
+        raise ValueError(_one_class(source, shapes[0], ignore, is_split))
+    ends = [_end(source / shape.name, _without_thumbnails(shape), ignore) for shape in shapes]
+    for place, end in ends:
+        roles = {role(name): name for name in end.folders}
+        other = roles.get("test") or roles.get("val")
+        if "train" in roles and other:
+            raise ValueError(
+                f"{place} holds splits ({shown(roles['train'])}, {shown(other)}); "
+                f"give it as --source if it is a set of its own, or, if it is a class, put the "
+                f"splits above the classes ({source / roles['train'] / place.relative_to(source)}, "
+                f"...)"
+            )
+    if is_split or all(composed(shape.name) in ids for shape in shapes):
+        return
+    _require_no_sets(source, shapes, ends)
+    _require_no_splits(source, shapes, ends)
+
+
+def _require_no_sets(
+    source: Path, shapes: Sequence[Shape], ends: Sequence[tuple[Path, Shape]]
+) -> None:
+    """Check that folders do not lead to the same folders, as several sets of one kind do."""
+    sets = [(place, end) for place, end in ends if end.is_split_like]
+    for (one, first), (two, second) in combinations(sets, 2):
+        common = sorted(set(first.folders) & set(second.folders))
+        if len(common) > 1:
+            names = [str(place.relative_to(source)) for place in (one, two)]
+            direct = one.parent == source and two.parent == source
+            hint = "rename them to train and test if they are splits, give one of them as --source"
+            if not direct:
+                hint = f"give --source {one}, or move the images of both into one folder,"
+            raise ValueError(
+                f"{shown(names[0])} and {shown(names[1])} in {source} hold folders of the same "
+                f"names ({', '.join(map(shown, common[:3]))}) and no images of their own: {hint} "
+                f"if those folders are the classes, or name "
+                f"{'them' if direct else ', '.join(shown(shape.name) for shape in shapes[:3])} in "
+                f"--classes if they are classes"
+            )
+    # of years/2023/photos/cat that is photos
+    chains = {place.relative_to(source).parts[1:] for place, _ in ends}
+    if len(chains) == 1 and chains != {()} and len(sets) == len(ends):
+        place, chain = sets[0][0], "/".join(next(iter(chains)))
+        raise ValueError(
+            f"every folder in {source} holds nothing but {shown(chain)} with further "
+            f"folders: if those are the classes, give --source {place}, or move them all into one "
+            f"folder; if {shown(shapes[0].name)}, ... are classes, name them in --classes"
+        )
+
+
+def _require_no_splits(
+    source: Path, shapes: Sequence[Shape], ends: Sequence[tuple[Path, Shape]]
+) -> None:
+    """Refuse sources whose folders are sets with splits rather than classes.
+
+    That is so if every folder keeps all its images in a split, or if a folder's only split holds
+    class folders. A split inside a single class is only a warning (`split_folders`).
+    """
+    splits = [_split_on_the_way(source, place, end) for place, end in ends]
+    for shape, split, (place, end) in zip(shapes, splits, ends, strict=True):
+        if split is None:
+            continue
+        is_set = end.is_split_like and place.is_relative_to(split)
+        if is_set or all(splits):
+            what = "every folder in" if all(splits) else f"{shown(shape.name)} in"
+            raise ValueError(
+                f"{what} {source} holds its images only in a folder that is called like a split "
+                f"({split.relative_to(source)}): if the folders in it are the classes, give "
+                f"--source {split}; if {shown(shape.name)} is a class, move its images up or name "
+                f"it in --classes"
+            )
+
+
+def _split_on_the_way(source: Path, place: Path, end: Shape) -> Path | None:
+    """Return a folder called like a split that holds all images of a class, or is one of several.
+
+    Args:
+        source: the folder with the class folders.
+        place: where the single folders in a class folder end.
+        end: the folder there.
+    """
+    top, *below = place.relative_to(source).parts
+    for number, name in enumerate(below, start=1):
+        if role(name):
+            return source.joinpath(top, *below[:number])
+    if end.is_split_like and all(map(role, end.folders)):
+        return place / end.folders[0]
+    return None
+
+
+def split_folders(paths: Sequence[str]) -> list[str]:
+    """List the subfolders of a class that are named like splits, from its images' paths."""
+    between = {name for path in paths for name in path.split("/")[1:-1]}
+    return sorted(filter(role, between))
+
+
+def _end(
+    place: Path, shape: Shape, ignore: Sequence[str], *, in_class: bool = True
+) -> tuple[Path, Shape]:
+    """Go down through folders that hold one folder and no images; return where that ends."""
+    for _ in range(DEEPEST):
+        if shape.images or len(shape.folders) != 1:
+            break
+        place = place / shape.folders[0]
+        shape = read_shape(place, ignore)
+        shape = _without_thumbnails(shape) if in_class else shape
+    return place, shape
+
+
+def _without_thumbnails(shape: Shape) -> Shape:
+    return shape._replace(folders=tuple(name for name in shape.folders if not thumbnails(name)))
+
+
+def not_read(
+    source: Path, level: Level, splits: Mapping[str, str], ignore: Sequence[str]
+) -> list[str]:
+    """Name the folders beside the splits, with the images in them, and the files there."""
+    entries = []
+    for name in level.folders:
+        if name not in splits.values():
+            count = count_images(source / name, ignore)
+            entries.append(f"{name}/ ({count:,} image{'' if count == 1 else 's'})")
+    return [*entries, *level.files]
+
+
+def count_images(folder: Path, ignore: Sequence[str]) -> int:
+    """Count the image files in and below a folder."""
+    total = 0
+    for _, below, names in os.walk(folder):
+        below[:] = [name for name in below if not passed_over(name, ignore)]
+        total += sum(has_image_suffix(name) and not passed_over(name, ignore) for name in names)
+    return total
+
+
+def _choose(source: Path, named: Mapping[str, Sequence[Shape]]) -> dict[str, str]:
+    for kind, shapes in named.items():
+        if len(shapes) > 1:
+            names = " and ".join(shown(shape.name) for shape in shapes[:2])
+            raise ValueError(
+                f"{source} holds {names}: which is the {kind} split? Rename or move the other, or "
+                f"pass it over with --ignore"
+            )
+    for shapes in named.values():
+        for shape in shapes:
+            if shape.images and not shape.folders:
+                raise ValueError(
+                    f"{source / shape.name} looks like a split by its name, but it holds images "
+                    f"and no class folders; sort them by class, pass it over with --ignore "
+                    f"{shown(shape.name)}, or name the classes with --classes if it is one"
+                )
+    chosen = {"train": named["train"][0].name}
+    held_out = [shapes[0].name for shapes in (named["test"], named["val"]) if shapes]
+    return chosen | dict(zip(("test", "val"), held_out, strict=False))
+
+
+def _require_no_hints(source: Path, shapes: Sequence[Shape], ids: Collection[str]) -> None:
+    hinted = {shape: hinted_role(shape.name) for shape in shapes}
+    train = [shape for shape, found in hinted.items() if found == "train"]
+    other = [shape for shape, found in hinted.items() if found in ("test", "val")]
+    doubtful = [*train, *other]
+    # a stray image beside the class folders makes no class of a split
+    if not (train and other and any(shape.folders for shape in doubtful)):
+        return
+    if any(composed(shape.name) not in ids for shape in doubtful):
+        raise ValueError(
+            f"{shown(train[0].name)} and {shown(other[0].name)} in {source} look like splits; "
+            f"rename them to train and test, or name them in --classes if they are classes"
+        )
+
+
+def _one_class(source: Path, shape: Shape, ignore: Sequence[str], is_split: bool) -> str:
+    place, found = _end(source / shape.name, shape, ignore, in_class=False)
+    message = f"{source} holds a single folder, {shown(shape.name)}"
+    if found.images or len(found.folders) < 2:
+        hint = f"; if it has no classes, --ignore {shown(source.name)}" if is_split else ""
+        return f"{message}; one class is too few: every prediction would be right{hint}"
+    several = f"{message}, and the class folders seem to lie in {place}"
+    return f"{several}; {'move them up' if is_split else f'give --source {place}'}"

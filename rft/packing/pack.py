@@ -1,0 +1,443 @@
+"""Pack a source of images into WebDataset tar shards that readers address by offset.
+
+Everything is a function of the plan: which samples are in which shard, in which order. `plan.json`
+is written first and guards the folder against a second, different plan. Shards are independent
+tasks (`rft.packing.shard`); `manifest.json` is written last, when all commit records are there.
+So a killed run continues where it was, any split over processes and machines gives the same bytes,
+and a folder without a manifest is not a data set.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import Field
+
+from rft import cli
+from rft.packing.expected import check_count
+from rft.packing.layouts import Item, Source, folders_read, read_source, require_apart
+from rft.packing.names import printable
+from rft.packing.pool import check_workers, each_done, progress
+from rft.packing.shard import (
+    Commit,
+    Job,
+    Quarantined,
+    compact_json,
+    file_sizes,
+    is_committed,
+    too_many,
+    write_shard,
+)
+from rft.shards import encode
+from rft.shards.encode import Quality, Square
+from rft.shards.label_space import LabelSpace, scoring_hash
+from rft.shards.manifest import COLUMNS, Index, Manifest
+from rft.storage import files, local
+from rft.storage.documents import Above0, Megapixels, Positive, Seed, Whole, document
+
+ALGORITHM = 2  # raise it when the order, the cut or the members change: it is part of the plan
+COMMIT_THREADS = 16  # reading commits is latency-bound on object stores
+
+
+@document(name="--")
+class Options:
+    """How to pack; `workers`, `task` and `finalize` change who does the work, never the bytes.
+
+    Nor do `max_bad`, unless it is needed, which says how many images a complete set may lack, and
+    `max_pixels`.
+    """
+
+    encoding: encode.Kind = "original"
+    """original: the files' own bytes. pixels: CLIP's input, so that training decodes nothing. jpeg:
+    the same square as a JPEG, a fifth of the bytes."""
+    size: Square = 224
+    """Side in pixels of the stored square (pixels and jpeg)."""
+    quality: Quality = 95
+    """Quality of the JPEG, 1 to 100 (jpeg only)."""
+    shard_mb: Annotated[Above0, Field(le=1e6)] = 100
+    """Size of a shard in MiB."""
+    seed: Seed = 0
+    """Seed of the global shuffle."""
+    workers: Positive | None = None
+    """Processes that write shards; None is one for each core this process may use."""
+    task: str | None = None
+    """I/N with I from 0 to N-1: this job array's part of the shards; the last adds the manifest."""
+    finalize: bool = False
+    """Write no shards, only the manifest of shards that are all there."""
+    max_bad: Whole = 0
+    """How many images of the whole set may be left out because they cannot be decoded; each is
+    listed with its reason in quarantine.jsonl. A larger number continues, a smaller one tries the
+    images again."""
+    max_pixels: Megapixels = encode.MAX_PIXELS
+    """Millions of pixels that an image may have: a small file may claim more than memory holds.
+    Raise it for panoramas of your own; it never changes bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which samples go into which shard, and the parameters that decided it (`plan.json`)."""
+
+    source: Source
+    labels: LabelSpace
+    encoding: dict[str, Any]
+    shards: tuple[tuple[Item, ...], ...]
+    parameters: dict[str, Any]
+
+    @cached_property
+    def hash(self) -> str:
+        """Identity of the plan."""
+        return files.sha256_json(self.parameters)
+
+
+def pack(
+    dataset: str,
+    source: str,
+    out: str,
+    labels: LabelSpace,
+    options: Options,
+    allowed_count: int | None = None,
+) -> bool:
+    """Pack `dataset`, found at or below the folder `source`, into `out/dataset`.
+
+    In ImageNet's label space the number of images must be the published one, or `allowed_count`.
+    See `pack_source` for what else it returns and raises.
+    """
+    _check(options)  # before a listing that may take minutes
+    if Path(source).is_dir():  # if not, reading it says so
+        require_apart(folders_read(dataset, Path(source)), out, [dataset])
+    found = read_source(dataset, Path(source), labels)
+    print(f"{dataset}: {len(found.items):,} images in {printable(found.layout)}", flush=True)
+    if found.links:
+        cli.note(f"{dataset}: {found.links}")
+    check_count(dataset, len(found.items), labels, allowed_count)
+    return pack_source(found, out, labels, options)
+
+
+def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) -> bool:
+    """Pack a source whose images are already listed into `out/source.dataset`.
+
+    Doing it again continues where it stopped; when everything is there it changes nothing.
+
+    Returns:
+        Whether the data set is complete; it is not while other tasks still have shards to write.
+
+    Raises:
+        ValueError: if the source, an image, an option or what is already in `out` is not right.
+    """
+    worker_count, (index, count) = _check(options)
+    plan = make_plan(source, labels, options)
+    url = files.join(out, source.dataset)
+    claim(plan, url, create=not options.finalize)
+    jobs = make_jobs(plan, url, options.max_bad, options.max_pixels)
+    if _is_complete(plan, url, jobs):
+        return _say_complete(source.dataset, url, options.max_bad)
+    if not options.finalize:
+        todo = _uncommitted(jobs[index::count])
+        _write_shards(source.dataset, todo, worker_count, options.max_bad)
+        waiting = _uncommitted(jobs)
+        if waiting:
+            print(
+                f"{source.dataset}: task {index}/{count} is done; {len(waiting)} of {len(jobs)} "
+                f"shards are still to come from other tasks, the last of which writes the manifest",
+                flush=True,
+            )
+            return False
+    manifest = finalize(plan, url, options.max_bad)
+    total = sum(shard.bytes for shard in manifest.shards)
+    left_out = f", {manifest.quarantined} left out (quarantine.jsonl)"
+    print(
+        f"{source.dataset}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, "
+        f"{total / 2**20:,.1f} MiB at {url}{left_out if manifest.quarantined else ''}",
+        flush=True,
+    )
+    if source.photos:
+        _say_treated(source.dataset, jobs)
+    return True
+
+
+def make_plan(source: Source, labels: LabelSpace, options: Options) -> Plan:
+    """Return the plan: a global shuffle of the items, cut into shards by bytes.
+
+    The order does not depend on that of `source.items`.
+    """
+    encoding = encode.encoding_parameters(
+        options.encoding,
+        options.size,
+        source.crop_border,
+        options.quality,
+        photos=source.photos,
+    )
+    shard_bytes = int(options.shard_mb * 2**20)
+    order = shuffle(source.items, options.seed)
+    sizes = [encode.expected_bytes(encoding, item.bytes) for item in order]
+    listing = sorted((item.key, item.path, item.label, item.bytes) for item in order)
+    parameters = {
+        "algorithm": ALGORITHM,
+        "dataset": source.dataset,
+        "encoding": encoding,
+        "seed": options.seed,
+        "shard_bytes": shard_bytes,
+        "samples": len(order),
+        "source_bytes": sum(item.bytes for item in order),
+        # short, because they are for people to compare; there is no reason to forge them
+        "items": files.sha256_json(listing)[:16],
+        "labels": scoring_hash(labels.ids, labels.names, labels.templates, source.groups),
+    }
+    shards = tuple(tuple(order[start:stop]) for start, stop in cut(sizes, shard_bytes))
+    return Plan(
+        source=source, labels=labels, encoding=encoding, shards=shards, parameters=parameters
+    )
+
+
+def shuffle(items: Sequence[Item], seed: int) -> list[Item]:
+    """Return the items sorted by a hash of seed and key: no library version can change that."""
+    salt = hashlib.blake2b(f"rft.data.pack {seed}".encode()).digest()
+
+    def position(item: Item) -> tuple[bytes, str]:
+        digest = hashlib.blake2b(item.key.encode("ascii"), key=salt, digest_size=16).digest()
+        return digest, item.key
+
+    return sorted(items, key=position)
+
+
+def cut(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of consecutive shards of at most `limit` bytes, or of one sample."""
+    bounds, start, filled = [], 0, 0
+    for position, size in enumerate(sizes):
+        if position > start and filled + size > limit:
+            bounds.append((start, position))
+            start, filled = position, 0
+        filled += size
+    if start < len(sizes):
+        bounds.append((start, len(sizes)))
+    return bounds
+
+
+def make_jobs(
+    plan: Plan, url: str, max_bad: int = 0, max_pixels: float = encode.MAX_PIXELS
+) -> list[Job]:
+    """Return one job for each shard of the plan."""
+    return [
+        Job(
+            root=plan.source.root,
+            out=url,
+            number=number,
+            items=items,
+            classes=plan.labels.names,
+            encoding=plan.encoding,
+            plan_hash=plan.hash,
+            max_bad=max_bad,
+            max_pixels=max_pixels,
+        )
+        for number, items in enumerate(plan.shards)
+    ]
+
+
+def claim(plan: Plan, url: str, *, create: bool = True) -> None:
+    """Make `url` the folder of this plan, or find that it already is.
+
+    A plan that has come to nothing yet gives way to another one.
+
+    Raises:
+        ValueError: if the folder holds another plan's data, with what differs, or other files, or
+            nothing while it may not be made.
+    """
+    plan_url = files.join(url, "plan.json")
+    fs, folder = files.open_store(url)
+    if isinstance(fs, LocalFileSystem):
+        local.require_own_folder(Path(folder), "--out")
+        local.require_no_links(Path(folder), ["commit"])
+    names = [name for name in file_sizes(url) if not files.TEMPORARY.fullmatch(name)]
+    if "plan.json" not in names:
+        if names:
+            raise ValueError(
+                f"{url} is not empty and was not packed by rft (it has {names[0]} but no "
+                f"plan.json); choose another --out or delete that folder"
+            )
+        if not create:
+            raise ValueError(f"nothing is packed at {url} yet; run without --finalize first")
+        files.write_json(plan_url, plan.parameters)
+        return
+    found = files.read_document(plan_url, dict)
+    if found == plan.parameters:
+        return
+    changes = "; ".join(files.difference(found, plan.parameters))
+    records = [n for n in file_sizes(files.join(url, "commit")) if not files.TEMPORARY.fullmatch(n)]
+    if records or set(names) - {"plan.json", "commit"} or not create:
+        raise ValueError(
+            f"{url} holds another plan ({changes}); choose another --out or delete that folder"
+        )
+    print(f"{url} held another plan ({changes}) but no shard yet: replaced", flush=True)
+    files.write_json(plan_url, plan.parameters)
+
+
+def finalize(plan: Plan, url: str, max_bad: int = 0) -> Manifest:
+    """Write index, side files and, last, the manifest of a folder whose shards are all there.
+
+    Raises:
+        ValueError: if shards are missing, or more than `max_bad` images were left out.
+    """
+    jobs = make_jobs(plan, url, max_bad)
+    waiting = _uncommitted(jobs)
+    if waiting:
+        raise ValueError(
+            f"{len(waiting)} of {len(jobs)} shards of {url} are not packed yet (first: "
+            f"{waiting[0].number:06d}); run the same command without --finalize first"
+        )
+    with ThreadPoolExecutor(COMMIT_THREADS) as pool:
+        commits = list(pool.map(Commit.load, jobs))
+    quarantined = [(commit.shard.name, entry) for commit in commits for entry in commit.quarantined]
+    if len(quarantined) > max_bad:
+        raise too_many([entry for _, entry in quarantined], max_bad)
+    columns = {
+        name: np.array(
+            [value for commit in commits for value in getattr(commit.columns, name)], dtype
+        )
+        for name, dtype in COLUMNS.items()
+    }
+    index = Index(**columns).to_bytes()
+    manifest = Manifest(
+        dataset=plan.source.dataset,
+        classes=plan.labels.names,
+        class_ids=plan.labels.ids,
+        templates=plan.labels.templates,
+        groups=plan.source.groups,
+        encoding=plan.encoding,
+        plan_hash=plan.hash,
+        index_sha256=files.sha256_bytes(index),
+        shards=tuple(commit.shard for commit in commits),
+        quarantined=len(quarantined),
+    )
+    files.write_bytes(files.join(url, "index.npz"), index)
+    for name, content in side_files(manifest).items():
+        files.write_bytes(files.join(url, name), content.encode())
+    if quarantined:
+        lines = [
+            compact_json({**asdict(entry), "shard": name}) + b"\n" for name, entry in quarantined
+        ]
+        files.write_bytes(files.join(url, "quarantine.jsonl"), b"".join(lines))
+    _remove_temporaries(url)
+    manifest.save(url)
+    return manifest
+
+
+def side_files(manifest: Manifest) -> dict[str, str]:
+    """Return the files that let timm, open_clip and CLIP_benchmark read the shards."""
+    names = [shard.name for shard in manifest.shards]
+    lengths = [shard.samples for shard in manifest.shards]
+    split = "train" if manifest.dataset.split("-")[-1] == "train" else "validation"
+    info = {
+        "name": split,
+        "num_samples": manifest.samples,
+        "filenames": names,
+        "shard_lengths": lengths,
+        "alt_label": "",
+    }
+    return {
+        "_info.json": json.dumps({"splits": {split: info}}, indent=2) + "\n",
+        "sizes.json": json.dumps(dict(zip(names, lengths, strict=True)), indent=2) + "\n",
+        "nshards.txt": f"{len(names)}\n",
+        "classnames.txt": "\n".join(manifest.classes) + "\n",
+        "zeroshot_classification_templates.txt": "\n".join(manifest.templates) + "\n",
+    }
+
+
+def parse_task(text: str) -> tuple[int, int]:
+    """Return (I, N) of `I/N`.
+
+    Raises:
+        ValueError: if it is not of that form, or I is not one of 0 ... N-1.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ValueError(f"--task must be I/N with I from 0 to N-1 (such as 0/4), not {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _check(options: Options) -> tuple[int, tuple[int, int]]:
+    """Return the number of workers and the task, or say which option is wrong."""
+    if options.finalize and options.task is not None:
+        raise ValueError("--finalize writes no shards, so it goes without --task")
+    task = (0, 1) if options.task is None else parse_task(options.task)
+    return check_workers(options.workers), task
+
+
+def _is_complete(plan: Plan, url: str, jobs: Sequence[Job]) -> bool:
+    sizes = file_sizes(url)
+    if "manifest.json" not in sizes or "index.npz" not in sizes:
+        return False
+    manifest = Manifest.load(url)
+    return (
+        manifest.plan_hash == plan.hash
+        and len(manifest.shards) == len(jobs)
+        and all(sizes.get(shard.name) == shard.bytes for shard in manifest.shards)
+    )
+
+
+def _say_complete(dataset: str, url: str, max_bad: int) -> bool:
+    quarantined = Manifest.load(url).quarantined
+    if quarantined > max_bad:
+        raise ValueError(
+            f"{url} is packed without {quarantined} images, --max-bad allows {max_bad}; allow as "
+            f"many, or repair them (quarantine.jsonl), delete that folder and pack again"
+        )
+    left_out = f" ({quarantined} left out)" if quarantined else ""
+    print(f"{dataset}: already packed at {url}{left_out}, nothing to do", flush=True)
+    return True
+
+
+def _say_treated(dataset: str, jobs: Sequence[Job]) -> None:
+    """Print how many photos were not taken as they are stored, from the commit records."""
+    with ThreadPoolExecutor(COMMIT_THREADS) as pool:
+        records = [commit.statistics for commit in pool.map(Commit.load, jobs)]
+    turned, composed = (sum(r.turned for r in records), sum(r.composed for r in records))
+    print(f"{dataset}: photos turned upright (EXIF orientation): {turned:,}", flush=True)
+    print(f"{dataset}: transparent photos composed on white: {composed:,}", flush=True)
+
+
+def _uncommitted(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs that have no valid commit, or whose tar is gone or of another size."""
+    if not jobs:
+        return []
+    sizes, records = file_sizes(jobs[0].out), file_sizes(files.join(jobs[0].out, "commit"))
+
+    def is_done(job: Job) -> bool:
+        # most are absent in a first run: a listing costs less than asking for each
+        return job.commit_url.rsplit("/", 1)[-1] in records and is_committed(job, sizes)
+
+    with ThreadPoolExecutor(COMMIT_THREADS) as pool:
+        done = list(pool.map(is_done, jobs))
+    return [job for job, is_done_ in zip(jobs, done, strict=True) if not is_done_]
+
+
+def _write_shards(title: str, jobs: Sequence[Job], workers: int, max_bad: int) -> None:
+    """Write the shards, in this process or in several; the first error stops it."""
+    bad: list[Quarantined] = []
+    with (
+        progress(title, "samples", sum(len(job.items) for job in jobs)) as advance,
+        closing(each_done(write_shard, jobs, workers)) as results,
+    ):
+        for _, written in results:
+            advance(written.samples + len(written.quarantined), written.bytes)
+            bad += written.quarantined
+            if len(bad) > max_bad:  # no need to wait for the end to find out
+                raise too_many(bad, max_bad)
+
+
+def _remove_temporaries(url: str) -> None:
+    """Delete what killed runs left of shards and records; all are committed, none is needed."""
+    for folder in (url, files.join(url, "commit")):
+        fs, path = files.open_store(folder)
+        for name in file_sizes(folder):
+            if files.TEMPORARY.fullmatch(name) and re.match(r"\.\d{6}\.", name):
+                with suppress(FileNotFoundError):  # another task may finalise at the same time
+                    fs.rm_file(files.join(path, name))

@@ -1,0 +1,361 @@
+"""One shard of a packed set: a tar, and then the record that it is whole.
+
+A shard is one idempotent task. The tar (`NNNNNN.tar`) is a function of the job; the record
+(`commit/NNNNNN.json`) is written after it and holds its size and hash, its rows of the index, the
+images that were left out, and what the work was like, so the tar is never read again.
+"""
+
+import hashlib
+import json
+import tarfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from rft.packing.layouts import Item, read_item, where
+from rft.shards import encode
+from rft.shards.manifest import COLUMNS, Shard
+from rft.shards.tar import BLOCK, END, padded
+from rft.storage import files, local
+from rft.storage.documents import Count, Sha256, Text, document
+
+NAMED_IN_ERRORS = 3
+COMMIT_BYTES = 2**28
+COMMIT_VALUES = 20_000_000  # all of ImageNet in one shard has 9 million
+Key = Annotated[str, Field(min_length=1, max_length=10_000, pattern="^[\\x21-\\x7e]+$")]
+
+
+@document
+class Quarantined:
+    """An image that was left out: its path in the source, and what is wrong with it."""
+
+    path: Text
+    reason: Text
+
+
+@document
+class Columns:
+    """A shard's rows of the index, by column (see `rft.shards.manifest.Index`)."""
+
+    offset: tuple[Count, ...]
+    length: tuple[Annotated[Count, Field(lt=2**32)], ...]
+    crc32: tuple[Annotated[Count, Field(lt=2**32)], ...]
+    label: tuple[Annotated[Count, Field(lt=2**31)], ...]
+    width: tuple[Annotated[Count, Field(lt=2**16)], ...]
+    height: tuple[Annotated[Count, Field(lt=2**16)], ...]
+    key: tuple[Key, ...]
+
+    def __post_init__(self) -> None:
+        if len({len(getattr(self, name)) for name in COLUMNS}) != 1:
+            raise ValueError("columns have different lengths")
+
+
+@document
+class Statistics:
+    """What packing a shard was like."""
+
+    seconds: Annotated[float, Field(ge=0)]
+    source_bytes: Count
+    formats: dict[str, Count]
+    modes: dict[str, Count]
+    turned: Count
+    composed: Count
+    classes: Count
+
+
+@document
+class Commit:
+    """The record of a finished shard (`commit/NNNNNN.json`)."""
+
+    plan_hash: Sha256
+    shard: Shard
+    columns: Columns
+    quarantined: tuple[Quarantined, ...]
+    statistics: Statistics
+
+    def __post_init__(self) -> None:
+        rows = len(self.columns.key)
+        if rows != self.shard.samples:
+            raise ValueError(f"columns have {rows} rows, the shard {self.shard.samples} samples")
+
+    @staticmethod
+    def load(job: "Job") -> "Commit":
+        """Read the record of a job's shard.
+
+        Raises:
+            ValueError: if it is absent or not one, saying what to do.
+        """
+        try:
+            commit = files.read_document(job.commit_url, Commit, COMMIT_BYTES, COMMIT_VALUES)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it and run the same command again") from error
+        name = job.shard_url.rsplit("/", 1)[-1]
+        if commit.shard.name != name:
+            raise ValueError(
+                f"{job.commit_url}: shard.name is {commit.shard.name}, not {name}; delete it and "
+                "run the same command again"
+            )
+        return commit
+
+
+class Written(NamedTuple):
+    """What became of a shard."""
+
+    samples: int
+    bytes: int
+    quarantined: tuple[Quarantined, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One shard to write."""
+
+    root: Path
+    out: str
+    number: int
+    items: tuple[Item, ...]
+    classes: tuple[str, ...]
+    encoding: dict[str, Any]
+    plan_hash: str
+    max_bad: int = 0
+    max_pixels: float = encode.MAX_PIXELS
+
+    @property
+    def shard_url(self) -> str:
+        """Where the tar goes."""
+        return files.join(self.out, f"{self.number:06d}.tar")
+
+    @property
+    def commit_url(self) -> str:
+        """Where the record of the finished tar goes."""
+        return files.join(self.out, "commit", f"{self.number:06d}.json")
+
+
+def write_shard(job: Job) -> Written:
+    """Write one tar and its commit record; the same job always writes the same tar.
+
+    Raises:
+        ValueError: if more than `job.max_bad` images cannot be read, or the folder was taken over
+            by another plan; neither tar nor commit appears then.
+    """
+    try:
+        return _write(job)
+    except FileNotFoundError:
+        # the same task may run twice; the one that ends first completes the set and tidies up
+        if files.exists(job.commit_url) and is_committed(job, file_sizes(job.out)):
+            return Written(len(job.items), 0)
+        raise
+
+
+def _write(job: Job) -> Written:
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    headers: list[encode.Header] = []
+    treated: list[encode.Treated] = []
+    bad: list[Quarantined] = []
+    with files.publish(job.shard_url) as path:
+        with local.writer(path) as stream:
+            tar = TarStream(stream)
+            for item in job.items:
+                encoded = _encode(job, item, bad)
+                if encoded is not None:
+                    rows.append(write_sample(tar, item, job.classes[item.label], encoded))
+                    headers.append(encoded.header)
+                    treated.append(encoded.treated)
+            sha256 = tar.close()
+        _require_plan(job)
+    shard = Shard(
+        name=job.shard_url.rsplit("/", 1)[-1], bytes=tar.size, sha256=sha256, samples=len(rows)
+    )
+    statistics = Statistics(
+        seconds=round(time.monotonic() - started, 3),
+        source_bytes=sum(item.bytes for item in job.items),
+        formats=dict(Counter(header.format for header in headers)),
+        modes=dict(Counter(header.mode for header in headers)),
+        turned=sum(one.orientation != 1 for one in treated),
+        composed=sum(one.composed for one in treated),
+        classes=len({row["label"] for row in rows}),
+    )
+    columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in COLUMNS}
+    commit = Commit(
+        plan_hash=job.plan_hash,
+        shard=shard,
+        columns=Columns(**columns),
+        quarantined=tuple(bad),
+        statistics=statistics,
+    )
+    files.write_bytes(job.commit_url, compact_json(asdict(commit)))
+    return Written(shard.samples, shard.bytes, tuple(bad))
+
+
+def is_committed(job: Job, sizes: Mapping[str, int]) -> bool:
+    """Whether a shard that has a record is there, by the record and the `sizes` of all tars.
+
+    A record of a shard that left out more images than are allowed now does not count: they may have
+    been repaired.
+    """
+    commit = Commit.load(job)
+    return (
+        commit.plan_hash == job.plan_hash
+        and sizes.get(commit.shard.name) == commit.shard.bytes
+        and len(commit.quarantined) <= job.max_bad
+    )
+
+
+def too_many(bad: Sequence[Quarantined], allowed: int) -> ValueError:
+    """Return the error for more unreadable images than are allowed."""
+    first = "; ".join(f"{entry.path} {entry.reason}" for entry in bad[:NAMED_IN_ERRORS])
+    more = ", ..." if len(bad) > NAMED_IN_ERRORS else ""
+    return ValueError(
+        f"{len(bad)} images cannot be read, --max-bad allows {allowed} ({first}{more}); get them "
+        f"again, or allow more: what is packed already stays"
+    )
+
+
+def write_sample(
+    tar: "TarStream", item: Item, class_name: str, encoded: encode.Encoded
+) -> dict[str, Any]:
+    """Append one sample's members to a tar and return its index row.
+
+    The class's name goes in as a caption: open_clip's training passes over samples without one.
+    """
+    header, payload = encoded.header, encoded.payload
+    description = {
+        "path": item.path,
+        "format": header.format,
+        "mode": header.mode,
+        "size": [header.width, header.height],
+    }
+    tar.add(f"{item.key}.cls", str(item.label).encode())
+    tar.add(f"{item.key}.json", compact_json(description))
+    tar.add(f"{item.key}.txt", class_name.encode())
+    return {
+        "offset": tar.add(f"{item.key}.{encoded.suffix}", payload),
+        "length": len(payload),
+        "crc32": zlib.crc32(payload),
+        "label": item.label,
+        "width": header.width,
+        "height": header.height,
+        "key": item.key,
+    }
+
+
+class TarStream:
+    """A tar that is hashed while it is written; only names and contents decide its bytes."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.size = 0
+        self._stream = stream
+        self._sha256 = hashlib.sha256()
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a file and return the offset of its content."""
+        self._write(tar_header(name, len(data)))
+        offset = self.size
+        self._write(data)
+        self._write(bytes(padded(len(data)) - len(data)))
+        return offset
+
+    def close(self) -> str:
+        """End the archive, filled up to a whole record, and return its hex sha256."""
+        self._write(bytes(END))
+        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+        return self._sha256.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self._sha256.update(data)
+        self.size += len(data)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """Return the header of a member: owner root, mode 0444, time 0, on any machine at any time.
+
+    The bytes are tarfile's. Its own code takes longer than copying an image does, so a header that
+    fits into one block is made from a finished one by putting in name, size and checksum.
+    """
+    if len(name) > NAME_BYTES or size > LARGEST_OCTAL or not name.isascii():
+        return _tarfile_header(name, size)
+    name_field = name.encode("ascii")
+    size_field = b"%011o" % size
+    checksum = BARE_CHECKSUM + sum(name_field) + sum(size_field)
+    return b"".join(
+        (
+            name_field.ljust(NAME_BYTES, b"\0"),
+            BARE_HEADER[NAME_BYTES:SIZE_AT],
+            size_field,
+            BARE_HEADER[SIZE_AT + len(size_field) : CHECKSUM_AT],
+            b"%06o" % checksum,
+            BARE_HEADER[CHECKSUM_AT + 6 :],
+        )
+    )
+
+
+def _tarfile_header(name: str, size: int) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = size, 0o444, 0  # a float mtime would cost a PAX header
+    member.uname = member.gname = "root"
+    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+# the fields of a tar header (POSIX ustar), and a header with nothing in those that differ
+NAME_BYTES, SIZE_AT, CHECKSUM_AT = 100, 124, 148
+LARGEST_OCTAL = 8**11 - 1
+BARE_HEADER = _tarfile_header("", 0)
+BARE_CHECKSUM = int(BARE_HEADER[CHECKSUM_AT : CHECKSUM_AT + 6], 8) - sum(b"0" * 11)
+assert len(BARE_HEADER) == BLOCK
+
+
+def file_sizes(url: str) -> dict[str, int]:
+    """Return name -> bytes for a folder's entries, as the store sees it now; absent is empty."""
+    entries = files.listing(url)  # other tasks write here too
+    return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in entries}
+
+
+def compact_json(document: Any) -> bytes:
+    """Return JSON with sorted keys and nothing to spare."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+def _encode(job: Job, item: Item, bad: list[Quarantined]) -> encode.Encoded | None:
+    """Return an image's payload, or None if it cannot be read, which `bad` then tells."""
+    name = where(job.root, item)
+    try:
+        encode.require_affordable(item.bytes, name, job.max_pixels)
+    except ValueError as error:
+        return _leave_out(job, item, bad, error)
+    data = read_item(job.root, item)  # a file that cannot be opened at all is never left out
+    try:
+        return encode.encode(data, name, job.encoding, job.max_pixels)
+    except ValueError as error:
+        return _leave_out(job, item, bad, error)
+
+
+def _leave_out(job: Job, item: Item, bad: list[Quarantined], error: ValueError) -> None:
+    """Note an image that cannot be packed.
+
+    Raises:
+        ValueError: if that is one more than may be left out.
+    """
+    if job.max_bad == 0:
+        raise ValueError(f"{error}; --max-bad N leaves out up to N such images") from error
+    reason = str(error).removeprefix(where(job.root, item)).strip()
+    bad.append(Quarantined(path=item.path, reason=reason))
+    if len(bad) > job.max_bad:
+        raise too_many(bad, job.max_bad) from error
+
+
+def _require_plan(job: Job) -> None:
+    """Check that the folder still belongs to the job's plan, before the tar gets its name there."""
+    found = files.read_document(files.join(job.out, "plan.json"), dict)
+    if files.sha256_json(found) != job.plan_hash:
+        raise ValueError(
+            f"{job.out} was taken over by a run with another plan; choose another --out for one of "
+            f"the two"
+        )

@@ -1,0 +1,41 @@
+"""Compare evaluated runs: `python -m rft.report RUN... --out DIR`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from rft import cli
+from rft.report.page import build, show, write
+from rft.storage import files
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Put evaluated runs side by side: tables, pictures, one self-contained page.
+
+    Runs of one recipe with several seeds become one row, mean and spread. Every run must have been
+    evaluated (python -m rft.evaluate), all of them on the same packed sets. Example:
+
+    python -m rft.report runs --out report
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, or folders that hold them at any depth; each run needs a results.json."""
+    out: Path
+    """Folder for index.html with everything, and each table and picture on its own."""
+
+
+def main() -> None:
+    """Parse, read, write, print the tables and the page's path last."""
+    arguments = cli.parse(Arguments, prog="rft.report")
+    files.require_local(arguments.out, "--out")
+    report = build(arguments.runs)
+    write(report, arguments.out)
+    console = Console()
+    if console.is_terminal:
+        show(report, console)
+    else:
+        print(report.text())
+    cli.say(f"{arguments.out / 'index.html'}")

@@ -1,0 +1,375 @@
+"""What the report reads: run folders, checked once and then plain data.
+
+A run folder comes from rft.train or rft.merge and was counted by rft.evaluate. Nothing in it is
+trusted to be well formed; everything after `load_run` may rely on what the types say.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path, PurePath
+
+from rft import classes, cli
+from rft.config import settings
+from rft.runs import header, records
+from rft.runs.folder import (
+    checkpoint_path,
+    evaluation_command,
+    read_results,
+    require_current,
+    require_own_weights,
+    unfinished,
+)
+from rft.runs.records import Metrics, Provenance, Results, RunConfig, SetCount
+from rft.storage import files, urls
+
+RUNS = 2000  # of one report
+DEPTH = 32  # folders between a path that is named and its runs
+MAX_LINES = 2**19  # of all metrics of a report; 60 trainings as in the paper have 150,000
+DOCUMENT_BYTES = 2**25  # of all other documents of a report; a run has some ten thousand
+SETTINGS_LETTERS = 2**16  # of a run's settings on the page; a training has some thousand
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One evaluated run folder."""
+
+    path: Path
+    recipe: str
+    """Name of its row; of a run that has not ended, one that says so."""
+    seed: int
+    results: Results
+    config: RunConfig
+    provenance: Provenance
+    metrics: tuple[Metrics, ...]
+    """Lines of metrics.jsonl; a merged model has none."""
+
+    @property
+    def counts(self) -> dict[str, SetCount]:
+        """Packed set -> counts."""
+        return self.results.sets
+
+    @property
+    def clip(self) -> str:
+        """Name of the CLIP that was fine-tuned, without a folder; empty for a merged model."""
+        return _plain(PurePath(self.config.model.clip.removeprefix("local-dir:")).name)
+
+    @property
+    def precision(self) -> str:
+        """What the run was trained in; empty where nothing was: merged, imported, zero-shot."""
+        optim = self.config.optim
+        return _plain(self.config.precision) if optim and optim.epochs != 0 else ""
+
+    @property
+    def gallery_path(self) -> Path:
+        """Where the run's gallery lies, if it has one."""
+        return self.path / "gallery.npz"
+
+
+def _plain(text: str) -> str:
+    """Return text from a file as any terminal can show it, without control characters."""
+    return ascii(text)[1:-1]
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read the run folders that are named, or lie below those named, and belong in one table.
+
+    Raises:
+        ValueError: if there is none, one is not an evaluated run folder, its results are of other
+            weights, two are the same recipe and seed, or they were evaluated on different data.
+    """
+    found = find_runs(paths)
+    _require_affordable(found)
+    runs, lines = [], 0
+    for path in found:
+        runs.append(load_run(path, max(MAX_LINES - lines, 0)))
+        lines += len(runs[-1].metrics)
+    if lines > MAX_LINES:
+        # of some of the seeds, a mean curve would be another one
+        cli.warn(
+            f"no curves are drawn, because the metrics of all runs have more than {MAX_LINES:,} "
+            "lines together: name fewer runs to see them"
+        )
+        runs = [replace(run, metrics=()) for run in runs]
+    check_current(runs)
+    check_same_classes(runs)
+    check_distinct(runs)
+    check_same_settings(runs)
+    check_same_data(runs)
+    return runs
+
+
+def _require_affordable(paths: Sequence[Path]) -> None:
+    """Check the size of all documents together, each of which may be a large one."""
+    size = 0
+    for path in paths:
+        for name in (records.CONFIG, records.RESULTS, records.PROVENANCE, records.TRAINING):
+            if (path / name).is_file():
+                size += (path / name).stat().st_size
+        if size > DOCUMENT_BYTES:
+            raise ValueError(
+                f"up to {path}, the runs' config.json, {records.RESULTS}, {records.PROVENANCE} and "
+                f"{records.TRAINING} have {size:,} bytes; one report reads {DOCUMENT_BYTES:,}"
+            )
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Find the run folders among paths and below them, each once, in the order of the paths.
+
+    `rft.merge wise` with several alphas leaves a folder of run folders. Links are followed; a run
+    that several paths reach keeps the first of them.
+
+    Raises:
+        ValueError: if no path is named, or one of them is no run folder and holds none.
+    """
+    if not paths:
+        raise ValueError("name at least one run folder to report on")
+    found: dict[Path, Path] = {}
+    for path in paths:
+        inside = list(_runs_below(path, set()))
+        if not inside:
+            raise ValueError(
+                f"{path} is not a run folder and has none below it: no config.json was found"
+                if path.is_dir()
+                else f"{path} is not a run folder: no such folder"
+            )
+        for run in inside:
+            found.setdefault(run.resolve(), run)
+    if len(found) > RUNS:
+        raise ValueError(f"{len(found):,} run folders were found; report on {RUNS:,} at a time")
+    return list(found.values())
+
+
+def _runs_below(path: Path, visited: set[Path], depth: int = 0) -> Iterator[Path]:
+    """Yield the run folders from a path on, by name; none lies within another."""
+    if depth > DEPTH:
+        raise ValueError(f"{path} lies too deep for a run folder; name the folder of your runs")
+    # links may lead back to where the search began
+    if not path.is_dir() or path.resolve() in visited:
+        return
+    visited.add(path.resolve())
+    if (path / "config.json").is_file():
+        yield path
+        return
+    for inner in sorted(path.iterdir()):
+        # what a killed writer leaves is hidden
+        if not inner.name.startswith("."):
+            yield from _runs_below(inner, visited, depth + 1)
+
+
+def load_run(path: Path, lines: int = MAX_LINES) -> Run:
+    """Read one run folder.
+
+    Args:
+        path: the folder.
+        lines: how many lines of its metrics.jsonl are read; one more shows that it is longer.
+
+    Raises:
+        ValueError: if it is not one, was not evaluated, or holds something malformed.
+    """
+    if not (path / records.CONFIG).exists():
+        raise ValueError(f"{path} is not a run folder: it has no config.json")
+    if not (path / records.RESULTS).exists():
+        raise ValueError(
+            f"{path} has no results.json; evaluate it first: {evaluation_command([path])}"
+        )
+    config, results = records.read_config(path), read_results(path)
+    assert results is not None, "it exists"
+    recipe = config.recipe
+    if reached := unfinished(path):
+        # a name of its own: it joins no mean, no pair and no row of the paper
+        recipe = f"{recipe} (unfinished, {reached})"
+    provenance = records.find(path / records.PROVENANCE, Provenance) or Provenance()
+    _require_publishable(path / records.CONFIG, shown_settings(config))
+    _require_publishable(path / records.PROVENANCE, " ".join(provenance.command))
+    return Run(
+        path=path,
+        recipe=recipe,
+        seed=config.seed,
+        results=results,
+        config=config,
+        provenance=provenance,
+        metrics=read_metrics(path / records.METRICS, lines),
+    )
+
+
+def _require_publishable(path: Path, text: str) -> None:
+    """Check the text that a report shows of a file: it may hold what was once typed."""
+    if urls.redact(text) != text:
+        raise ValueError(
+            f"{path} has a URL with a credential, which a report would publish; take it out"
+        )
+
+
+def shown_settings(config: RunConfig) -> str:
+    """Return a run's config.json as the page shows it: of one without end, the beginning."""
+    parts, letters = [], 0
+    for part in json.JSONEncoder(indent=2, sort_keys=True).iterencode(config.whole):
+        letters += len(part)
+        if letters > SETTINGS_LETTERS:
+            return "".join([*parts, "\n... (too long to be shown)"])
+        parts.append(part)
+    return "".join(parts)
+
+
+def read_metrics(path: Path, most: int = MAX_LINES) -> tuple[Metrics, ...]:
+    """Return the first lines of a metrics.jsonl, and one more than `most` if there is one.
+
+    Raises:
+        ValueError: if they are malformed.
+    """
+    return tuple(logged.metrics for logged in islice(records.read_metrics(path), most + 1))
+
+
+def check_current(runs: Sequence[Run]) -> None:
+    """Check that the results of each run are of its weights, and these are the run's own.
+
+    Raises:
+        ValueError: naming the first stale one, with the command that evaluates it again, or weights
+            that are not those of their run.
+    """
+    warnings: list[str] = []
+    changed: list[Path] = []
+    for run in runs:
+        try:
+            warnings += require_current(run.path, run.results)
+        except ValueError:
+            # replaced weights are to be restored, not to be evaluated
+            require_own_weights(run.path)
+            raise
+        require_own_weights(run.path, sha256=run.results.checkpoint_sha256)
+        check_step(run)
+        if run.results.config_sha256 not in (None, files.sha256_file(run.path / records.CONFIG)):
+            changed.append(run.path / records.CONFIG)
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if changed[1:] else ""
+        cli.warn(
+            f"{changed[0]}{more} was changed after the evaluation; its settings are shown as they "
+            "are"
+        )
+    if warnings:
+        more = f" (and {len(warnings) - 1} more runs)" if warnings[1:] else ""
+        cli.warn(f"{warnings[0]}{more}")
+
+
+def check_step(run: Run) -> None:
+    """Check that a run folder's results.json is of the step of its weights.
+
+    Raises:
+        ValueError: if it names another step than the weights do.
+    """
+    weights = checkpoint_path(run.path)
+    counted = str(run.results.step)
+    step = header.read_entries(weights).step if weights.is_file() else None
+    if step not in (None, counted):
+        raise ValueError(
+            f"{run.path}/results.json says step {counted}, the weights are of step {step}; "
+            "evaluate the run again"
+        )
+
+
+def check_same_classes(runs: Sequence[Run]) -> None:
+    """Check that the heads of runs that were evaluated on one set have the same classes.
+
+    Weights that do not say which they have are warned of, once.
+
+    Raises:
+        ValueError: naming two folders and the first class that differs.
+    """
+    first_with: dict[str, tuple[Path, classes.Classes]] = {}
+    warnings: dict[str, None] = {}
+    silent: list[Path] = []
+    for run in runs:
+        weights = checkpoint_path(run.path)
+        if not weights.is_file():
+            continue
+        known = header.read_entries(weights).classes
+        if known is None:  # written before weights carried their classes
+            silent.append(run.path)
+            continue
+        for name in run.counts:
+            path, before = first_with.setdefault(name, (run.path, known))
+            warnings |= dict.fromkeys(classes.compare(before, str(path), known, str(run.path)))
+    if silent:
+        more = f" (and {len(silent) - 1} more runs)" if silent[1:] else ""
+        cli.warn(
+            f"{silent[0]}{more}: the weights do not say which classes their head has; nothing "
+            "can compare them"
+        )
+    for warning in warnings:
+        cli.warn(warning)
+
+
+def check_distinct(runs: Sequence[Run]) -> None:
+    """Check that no recipe has two runs of one seed, or of the same weights.
+
+    They would count twice in its mean. Models that were not trained are the same for every seed.
+
+    Raises:
+        ValueError: naming both folders.
+    """
+    seen: dict[tuple[str, int], Run] = {}
+    weights: dict[tuple[str, str], Run] = {}
+    for run in runs:
+        other = seen.setdefault((run.recipe, run.seed), run)
+        if other is not run:
+            raise ValueError(
+                f"{other.path} and {run.path} are both {run.recipe} with seed {run.seed}; "
+                "report one of them"
+            )
+        # a merge with none of the fine-tuned model is the zero-shot one
+        if run.results.step == 0 or run.config.alpha == 0:
+            continue
+        other = weights.setdefault((run.recipe, run.results.checkpoint_sha256), run)
+        if other is not run:
+            raise ValueError(
+                f"{other.path} and {run.path} are seeds {other.seed} and {run.seed} of "
+                f"{run.recipe}, but the same weights; name one"
+            )
+
+
+def check_same_settings(runs: Sequence[Run]) -> None:
+    """Check that the seeds of a recipe differ in nothing else: their mean would mean nothing.
+
+    Raises:
+        ValueError: naming two folders and what differs.
+    """
+    first_of: dict[str, Run] = {}
+    for run in runs:
+        other = first_of.setdefault(run.recipe, run)
+        if changed := files.difference(settings(other.config.whole), settings(run.config.whole)):
+            raise ValueError(
+                f"{other.path} and {run.path} are both {run.recipe}, but with other settings: "
+                f"{'; '.join(changed)}; report them apart"
+            )
+
+
+def check_same_data(runs: Sequence[Run]) -> None:
+    """Check that each set was the same data for all runs, and each recipe's seeds have equal sets.
+
+    Raises:
+        ValueError: naming the set and two folders.
+    """
+    first_with: dict[str, Run] = {}
+    for run in runs:
+        for name, count in run.counts.items():
+            other = first_with.setdefault(name, run)
+            before = other.counts[name]
+            if (before.manifest_sha256, before.total) != (count.manifest_sha256, count.total):
+                raise ValueError(
+                    f"{name} is not the same data in all runs: {other.path} has {_data(before)}, "
+                    f"{run.path} has {_data(count)}; evaluate both on the same packed set"
+                )
+    first_of: dict[str, Run] = {}
+    for run in runs:
+        other = first_of.setdefault(run.recipe, run)
+        if missing := sorted(run.counts.keys() ^ other.counts.keys()):
+            raise ValueError(
+                f"the seeds of {run.recipe} were evaluated on different sets: only one of "
+                f"{other.path} and {run.path} has {missing[0]}; evaluate both on the same sets"
+            )
+
+
+def _data(count: SetCount) -> str:
+    return f"manifest {count.manifest_sha256[:12]} ({count.total} images)"

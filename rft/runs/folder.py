@@ -1,0 +1,200 @@
+"""The files of a run folder that several commands read: selected weights, state, results.
+
+Numbers belong to the weights they were counted with. results.json therefore carries the weights'
+hash, and nothing reads a count without comparing it. No torch: the report uses this too.
+"""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rft.runs import header, records
+from rft.runs.records import Provenance, Reached, Results, Training
+from rft.storage import files, local
+
+SELECTED = Path("checkpoints") / "best.safetensors"  # of a run; the last without held-out images
+LAST = Path("checkpoints") / "last.safetensors"  # after the last step
+# folders and files that are written through; all others of a run are replaced as a whole
+WRITTEN_THROUGH = ("checkpoints", "tensorboard", "wandb", "profile", "metrics.jsonl", ".lock")
+
+
+def checkpoint_path(path: Path) -> Path:
+    """Return the weights file meant by `path`: itself, or the selected one of a run folder."""
+    return path / SELECTED if path.is_dir() else path
+
+
+def results_path(checkpoint: Path) -> Path:
+    """Return where the counts of a run folder or weights file are kept."""
+    if checkpoint.is_dir():
+        return checkpoint / records.RESULTS
+    return checkpoint.with_suffix(".results.json")
+
+
+def require_no_links(folder: Path) -> None:
+    """Check that nothing is written or emptied through a link in a run folder.
+
+    The folder may be a link of the user's own.
+
+    Raises:
+        ValueError: naming the link.
+    """
+    local.require_own_folder(folder, "--run-dir or --out")
+    # checkpoints are the one part that people move to a larger disk
+    local.require_no_links(folder, WRITTEN_THROUGH[:1], "or keep them there with --log.checkpoints")
+    logs = folder / "tensorboard"
+    events = [f"{logs.name}/{path.name}" for path in logs.iterdir()] if logs.is_dir() else []
+    local.require_no_links(folder, (*WRITTEN_THROUGH[1:], *events))
+
+
+def run_of(weights: Path) -> Path | None:
+    """Return the run folder that a weights file lies in; None for a folder, or a file elsewhere."""
+    if not weights.is_file():
+        return None
+    # a bare name has no folders of its own, and a link may lead into a run
+    for place in (weights, weights.absolute(), weights.resolve()):
+        if place.parent.name == SELECTED.parent.name and not records.is_foreign(place.parents[1]):
+            return place.parents[1]
+    return None
+
+
+def weights_record(folder: Path) -> dict[str, str]:
+    """Return what the record of a complete run says of its weights: the hash of each file."""
+    kept = [path for path in (SELECTED, LAST) if (folder / path).is_file()]
+    return {path.name: files.sha256_file(folder / path) for path in kept}
+
+
+def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "") -> None:
+    """Check that weights in a run folder are those that its run or merge left there.
+
+    Folders of an older rft recorded nothing and are not compared; neither are unfinished runs and
+    weights files outside a run folder.
+
+    Args:
+        path: a run folder, or a weights file.
+        weights: the file that is meant; the selected one of a run folder if not given.
+        sha256: hash of that file, where it is known.
+
+    Raises:
+        ValueError: if they are not, config.json names another recipe than the weights do, or a file
+            of the run is damaged.
+    """
+    weights = weights or checkpoint_path(path)
+    folder = path if path.is_dir() else run_of(path)
+    if folder is None or not weights.is_file():
+        return
+    _require_recipe(folder, weights)
+    recorded = recorded_sha256(folder, weights)
+    if recorded is None:
+        return
+    found = sha256 or files.sha256_file(weights)
+    if found != recorded:
+        raise ValueError(
+            f"{weights} are not the weights that {folder} was completed with: recorded is "
+            f"{recorded[:12]}, the file is {found[:12]}; restore them, or import the file into a "
+            "folder of its own: python -m rft.convert import FILE --out DIR"
+        )
+
+
+def _require_recipe(folder: Path, weights: Path) -> None:
+    config = records.find_config(folder)
+    made_by = header.read_entries(weights).recipe
+    if config is not None and made_by not in (None, config.recipe):
+        raise ValueError(
+            f"{folder / records.CONFIG} names recipe {config.recipe!r}, its weights were made by "
+            f"{made_by!r}; restore config.json"
+        )
+
+
+def recorded_sha256(folder: Path, weights: Path) -> str | None:
+    """Return the hash that a complete run recorded of a weights file; None of an older rft's."""
+    hashes = _recorded_hashes(folder)
+    return hashes.get(weights.name, hashes.get(weights.resolve().name))
+
+
+def _recorded_hashes(folder: Path) -> dict[str, str]:
+    training = records.find(folder / records.TRAINING, Training)
+    made = records.find(folder / records.PROVENANCE, Provenance)
+    for record in (training, made):
+        if record is not None and record.weights_sha256 is not None:
+            return record.weights_sha256
+    return {}
+
+
+def unfinished(folder: Path) -> str:
+    """Return how far a training run is that has not ended, such as "step 20 of 100".
+
+    Empty for a run that ended, for a merged or imported model, and for a weights file outside a
+    run folder.
+
+    Raises:
+        ValueError: if a file of the run is damaged.
+    """
+    # a file in a run folder is as far as that run
+    folder = run_of(folder) or folder
+    config = records.find_config(folder)
+    if config is None or not config.is_training or (folder / records.TRAINING).exists():
+        return ""
+    reached = records.find(folder / records.PROGRESS, Reached)
+    return f"step {reached.step} of {reached.of}" if reached else "no step recorded"
+
+
+def read_results(checkpoint: Path) -> Results | None:
+    """Read the counts of a run folder or weights file; None if it was never evaluated.
+
+    They may be of other weights than those that exist now: see `require_current`.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        return records.find(results_path(checkpoint), Results)
+    except ValueError as error:
+        raise ValueError(f"{error}; restore it, or delete it and evaluate again") from error
+
+
+def current_results(checkpoint: Path) -> Results | None:
+    """Read the counts of the weights as they are now; None if there are none of these weights.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    results, weights = read_results(checkpoint), checkpoint_path(checkpoint)
+    if results is None or not weights.is_file():
+        return None
+    return results if results.checkpoint_sha256 == files.sha256_file(weights) else None
+
+
+def require_current(checkpoint: Path, results: Results) -> list[str]:
+    """Check that counts belong to the weights as they are now.
+
+    Returns:
+        A warning if the weights are gone, so that this cannot be known.
+
+    Raises:
+        ValueError: with the command that counts again.
+    """
+    weights = checkpoint_path(checkpoint)
+    if not weights.is_file():
+        return [f"{weights} is missing: whether the results are of these weights is not known"]
+    found = files.sha256_file(weights)
+    if found == results.checkpoint_sha256:
+        return []
+    raise ValueError(
+        f"{results_path(checkpoint)} is stale: it was counted with weights "
+        f"{results.checkpoint_sha256[:12]}, {weights} is {found[:12]}; evaluate it again: "
+        f"{evaluation_command([checkpoint], list(results.sets))}"
+    )
+
+
+def evaluation_command(runs: Sequence[Path], sets: Sequence[str] = ()) -> str:
+    """Return the command line that evaluates run folders, with the data of the first of them.
+
+    Without sets, those of the data that the run was trained on: ImageNet has its benchmarks, which
+    are the command's default, and one's own photos their test set.
+    """
+    config = records.find_config(runs[0])
+    data = config.data if config and config.data else "DATA"
+    if not sets and config and config.train_set not in ("", "imagenet-train"):
+        sets = ["test"]
+    words = ["python", "-m", "rft.evaluate", *map(str, runs), "--data", data]
+    return shlex.join([*words, *(["--sets", *sets] if sets else [])])

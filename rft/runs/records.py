@@ -1,0 +1,328 @@
+"""The documents of a run folder as types: what each file may hold, and the one way to read it.
+
+A run folder may come from an older rft, or from a stranger. What is wrong with a file is an error
+that names it; what is read has the types below, and nothing after it looks again. Fields that
+earlier versions did not write have defaults. Whether documents belong together, such as weights
+and counts, is for `rft.runs.folder`. No torch: the report uses this too.
+"""
+
+import dataclasses
+import math
+import posixpath
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from rft.storage import documents, files, local
+from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Text, document
+
+T = TypeVar("T")
+
+CONFIG = "config.json"
+TRAINING = "training.json"  # written last by a training
+PROGRESS = "progress.json"  # after each of its checkpoints
+RESULTS = "results.json"  # by an evaluation
+PROVENANCE = "provenance.json"  # written last by a merge or an import
+METRICS = "metrics.jsonl"
+
+RECORD_BYTES = 2**24  # of each; a training's has some thousand
+LARGEST_LOSS = 1e100  # above float32's largest, 3e38, and no axis that is drawn overflows
+LINE_BYTES = 2**16  # of metrics; they have some hundred
+
+
+def _recipe(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must be a printable name")
+    return text
+
+
+def _set_name(name: str) -> str:
+    if posixpath.normpath(name) != name or name.split("/")[0] in ("", ".", "..") or "://" in name:
+        raise ValueError("must be the name of a packed set, such as imagenet-val")
+    return name
+
+
+def _drawable(value: float) -> float:
+    if math.isfinite(value) and abs(value) > LARGEST_LOSS:
+        raise ValueError(f"must be from {-LARGEST_LOSS:g} to {LARGEST_LOSS:g}, infinite or NaN")
+    return value
+
+
+def _no_empty(value: object) -> object:
+    return None if value == "" else value
+
+
+Recipe = Annotated[Name, AfterValidator(_recipe)]
+"""Name of a row of the report."""
+SetName = Annotated[Name, AfterValidator(_set_name)]
+"""Folder of a packed set below its data root."""
+Step = Annotated[int, Field(ge=-1, le=2**53)]
+"""An optimizer step, -1 where none was selected."""
+RecordedSeed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""Seed of a run, which an older version may have trained with one that `Config` takes no more."""
+Number = Annotated[float, Field(allow_inf_nan=True)]
+"""A measured number; a run that diverged logged NaN."""
+Loss = Annotated[Number, AfterValidator(_drawable)]
+"""A term of the loss, which the report draws."""
+Hashes = dict[Name, Sha256]
+"""File or input -> hash."""
+
+
+@document(name="count")
+class SetCount:
+    """How many of how many were right on one packed set."""
+
+    correct: Count
+    total: Annotated[int, Field(gt=0, le=2**53)]
+    manifest_sha256: Sha256
+
+    def __post_init__(self) -> None:
+        if self.correct > self.total:
+            raise ValueError(f"{self.correct} are correct of {self.total}; it must not be more")
+
+
+@document(name="results")
+class Results:
+    """A results.json: counts, and which weights they belong to."""
+
+    schema: Schema = 1
+    step: Count
+    checkpoint: Text = ""
+    checkpoint_sha256: Sha256
+    config_sha256: Annotated[Sha256 | None, BeforeValidator(_no_empty)] = None
+    """Of the run folder's config.json; None for a weights file."""
+    sets: dict[SetName, SetCount]
+    """Packed set -> counts."""
+    unfinished: Text = ""
+    """How far the training was, if it had not ended."""
+    provenance: dict[Name, Any] = dataclasses.field(default_factory=dict)
+
+
+@document(name="training")
+class Training:
+    """A training.json: the run is complete."""
+
+    steps: Count
+    best_step: Step
+    world_size: Count
+    manifest_sha256: Sha256 | None = None
+    """Of the training set."""
+    inputs: Hashes = dataclasses.field(default_factory=dict)
+    """Of the runs' weights that this one builds on."""
+    weights_sha256: Hashes | None = None
+    """Of the files in checkpoints/."""
+
+
+@document(name="progress")
+class Reached:
+    """A progress.json: how far a training is."""
+
+    step: Count
+    of: Count
+    checkpoint: Text = ""
+    sha256: Sha256 | None = None
+
+    def __post_init__(self) -> None:
+        if self.step > self.of:
+            raise ValueError(f"step is {self.step} of {self.of}; it must not be more")
+
+
+@document(name="provenance", config=FOREIGN)
+class Provenance:
+    """A provenance.json, as `files.provenance` makes it; empty where it was not kept."""
+
+    rft: Text = ""
+    git: Text | None = None
+    packages: dict[Name, Text] = dataclasses.field(default_factory=dict)
+    python: Text = ""
+    machine: Text = ""
+    command: tuple[Text, ...] = ()
+    weights_sha256: Hashes | None = None
+    """Of a merge's or import's files in checkpoints/."""
+
+
+@document(name="merged_from")
+class Ancestor:
+    """A model that a merge averaged."""
+
+    path: Text
+    sha256: Sha256
+
+
+@document(name="soup.steps")
+class Tried:
+    """A model that a greedy soup tried."""
+
+    path: Text
+    sha256: Sha256
+    correct: Count
+    soup_correct: Count
+    kept: bool
+
+
+@document(name="soup")
+class Soup:
+    """How a greedy soup came about."""
+
+    correct: Count
+    total: Count
+    steps: tuple[Tried, ...]
+
+
+@document(name="imported_from")
+class Source:
+    """What an import was made of."""
+
+    format: Text
+    path: Text = ""
+    sha256: dict[Text, Sha256] = dataclasses.field(default_factory=dict)
+    text: bool = False
+    """Whether it has a text tower."""
+    tag: Text = ""
+    manifest_sha256: Sha256 | None = None
+    """Of the packed set whose class names made the head."""
+
+
+@document(name="model", config=FOREIGN)
+class Model:
+    """The CLIP that a model was made from."""
+
+    clip: Text = ""
+    pretrained: Text = ""
+
+
+@document(name="optim", config=FOREIGN)
+class Optim:
+    """How a run was trained."""
+
+    epochs: Count | None = None
+
+
+@document(name="config", config=FOREIGN)
+class RunConfig:
+    """A config.json of any kind: of a training, also an older version's, a merge or an import.
+
+    The fields are those that commands read of folders that are not theirs; `rft.config.Config` is
+    a training's own.
+    """
+
+    recipe: Recipe
+    seed: RecordedSeed
+    data: Text = ""
+    train_set: Text = ""
+    scale: Text = "paper"
+    precision: Text = ""
+    model: Model = dataclasses.field(default_factory=Model)
+    optim: Optim | None = None
+    """Of a training; a merge or an import has none."""
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    merged_from: tuple[Ancestor, ...] | None = None
+    """Of a merge."""
+    soup: Soup | None = None
+    """Of a greedy soup."""
+    imported_from: Source | None = None
+    """Of an import."""
+    whole: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The document as it is, with everything else in it."""
+
+    @property
+    def is_training(self) -> bool:
+        """Whether rft.train made it."""
+        return self.optim is not None
+
+    @property
+    def is_made(self) -> bool:
+        """Whether it is a merge's or an import's."""
+        return self.merged_from is not None or self.imported_from is not None
+
+
+@document(name="metrics", config=FOREIGN)
+class Metrics:
+    """What the report shows of a line of metrics.jsonl."""
+
+    step: Count
+    ce: Loss | None = None
+    mse: Loss | None = None
+    kd: Loss | None = None
+    held_out_correct: Count | None = None
+    held_out_total: Annotated[int, Field(gt=0, le=2**53)] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.held_out_correct is None) != (self.held_out_total is None):
+            raise ValueError("held_out_correct and held_out_total must be there together")
+        if (self.held_out_correct or 0) > (self.held_out_total or 0):
+            found = f"{self.held_out_correct} of {self.held_out_total}"
+            raise ValueError(f"held_out_correct is {found}; it must not be more")
+
+
+class Logged(NamedTuple):
+    """A whole line of metrics.jsonl."""
+
+    text: bytes
+    metrics: Metrics
+
+
+def find(path: Path, kind: type[T]) -> T | None:
+    """Read a document of a run; None if the run does not have it.
+
+    Raises:
+        ValueError: if it is something else, naming the file, the place in it and what must be.
+    """
+    return files.read_document(str(path), kind, RECORD_BYTES) if path.exists() else None
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Read a run folder's config.json, whatever made it.
+
+    Raises:
+        ValueError: if there is none, or it is not one of a run.
+    """
+    path = str(folder / CONFIG)
+    data = files.read_bytes(path, RECORD_BYTES)
+    whole = documents.parse(data, path)
+    if isinstance(whole, dict) and "recipe" not in whole:
+        raise ValueError(f"{folder} is not a run folder: its {CONFIG} names no recipe")
+    return dataclasses.replace(documents.decode(data, RunConfig, path), whole=whole)
+
+
+def find_config(folder: Path) -> RunConfig | None:
+    """Read a run folder's config.json; None if there is none, as beside a weights file.
+
+    Raises:
+        ValueError: if it is not one of a run.
+    """
+    return read_config(folder) if (folder / CONFIG).exists() else None
+
+
+def read_metrics(path: Path) -> Iterator[Logged]:
+    """Yield the lines of a metrics.jsonl; an absent file has none.
+
+    A last line without its newline is what a killed run leaves behind and does not count.
+
+    Raises:
+        ValueError: if another line is not an object of numbers with a step.
+    """
+    if not path.exists():
+        return
+    with local.reader(path) as stream:
+        lines = iter(partial(stream.readline, LINE_BYTES), b"")
+        for number, text in enumerate(lines, start=1):
+            where = f"{path} line {number}"
+            if not text.endswith(b"\n"):
+                if len(text) == LINE_BYTES:
+                    raise ValueError(f"{where} has more than {LINE_BYTES} bytes")
+                return
+            documents.parse(text, where, nan=True)
+            documents.typed(text, dict[str, Number], where)
+            yield Logged(text, documents.typed(text, Metrics, where))
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder's config.json is other code's: an object that names no recipe."""
+    if not (folder / CONFIG).is_file():
+        return False
+    whole = files.read_json(str(folder / CONFIG), RECORD_BYTES)
+    return isinstance(whole, dict) and "recipe" not in whole

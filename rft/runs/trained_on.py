@@ -1,0 +1,85 @@
+"""Which packed sets a model's weights have seen: a fact that travels in the weights' header.
+
+Own photos are split anew when they are packed with a different seed or share, so a test image may
+be one that a model was trained on. A run folder may be copied, merged or imported, and a weights
+file lies alone; what it was trained on goes with it. No torch: it is a matter of headers.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from rft.runs import records
+from rft.runs.records import Training
+from rft.storage import documents
+from rft.storage.documents import Name, Sha256
+
+KEY = "trained_on"
+
+
+class TrainedOn(NamedTuple):
+    """A packed set that weights have seen."""
+
+    name: Name
+    """Of the set below its data root."""
+    manifest_sha256: Sha256
+
+
+def entries(seen: Iterable[TrainedOn]) -> dict[str, str]:
+    """Return what a weights file's metadata says of the sets; none at all is said too."""
+    return {KEY: json.dumps(sorted(set(seen)))}
+
+
+def of_metadata(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn] | None:
+    """Return the sets that a weights file's metadata names; None if it does not say.
+
+    Raises:
+        ValueError: naming the file, if it is malformed.
+    """
+    if KEY not in metadata:
+        return None
+    where = f"{path} is damaged: {KEY}"
+    return frozenset(documents.decode(metadata[KEY].encode(), tuple[TrainedOn, ...], where))
+
+
+def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
+    """Return the sets that a run folder's or weights file's model is known to have seen.
+
+    Weights of before this was kept say nothing; the folder of a run that has ended does.
+
+    Args:
+        path: the run folder or weights file.
+        metadata: of its weights.
+
+    Raises:
+        ValueError: if the weights' header or a file of the run folder is malformed.
+    """
+    seen = of_metadata(path, metadata)
+    if seen is not None:
+        return seen
+    if metadata.get("step") == "0":
+        return frozenset()
+    config = records.find_config(path)
+    training = records.find(path / records.TRAINING, Training)
+    if config is None or training is None or not config.train_set or not training.manifest_sha256:
+        return frozenset()
+    return frozenset([TrainedOn(config.train_set, training.manifest_sha256)])
+
+
+def different_splits(models: Mapping[str, Iterable[TrainedOn]]) -> str:
+    """Return a warning if models, by what names them, have seen different sets of one name.
+
+    Empty if none have. Together they may have seen the test images of each other's split.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for model, seen in models.items():
+        for name, sha256 in sorted(seen):
+            other, expected = first.setdefault(name, (model, sha256))
+            if sha256 != expected:
+                return (
+                    f"{other} and {model} were trained on different sets called {name} (manifests "
+                    f"{expected[:12]} and {sha256[:12]}): together they may have seen the test "
+                    "images beside either"
+                )
+    return ""

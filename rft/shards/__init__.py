@@ -1,0 +1,1 @@
+"""The format of a packed set, which packing writes and loading reads; no torch."""

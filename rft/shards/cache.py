@@ -1,0 +1,310 @@
+"""Whole shards in a folder of this node, bounded in bytes and shared by its processes.
+
+Other users may write the folder too. Files are opened and deleted by name within the open folder,
+never through a link, and only names that the cache itself gives (a hash of 64 hex digits) count as
+its files: whatever else lies there is never touched.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from rft.shards.manifest import Shard
+from rft.storage import local
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+HASH = re.compile("[0-9a-f]{64}")
+WHOLE, PART = re.compile(rf"({HASH.pattern})\.tar"), re.compile(rf"\.{HASH.pattern}\.part")
+
+
+class Folder:
+    """An open cache folder: a different one that takes its place meanwhile is not touched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            raise ValueError(
+                f"the cache folder {path} was replaced by a link or a file; remove it, or choose "
+                f"another --loader.cache-dir"
+            ) from error
+
+    def names(self) -> list[str]:
+        """Return the names of the cache's own files."""
+        names = os.listdir(self.descriptor)  # noqa: PTH208 - a descriptor is no path
+        return [name for name in names if WHOLE.fullmatch(name) or PART.fullmatch(name)]
+
+    def status(self, name: str) -> os.stat_result:
+        """Look at a file, or at a link itself."""
+        return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+
+    def open(self, name: str, flags: int) -> int:
+        """Open a regular file and return its descriptor.
+
+        Raises:
+            ValueError: if it is anything else, such as a link.
+            OSError: if it cannot be opened.
+        """
+        try:
+            return local.open_regular(name, flags | os.O_NOFOLLOW, self.descriptor)
+        except ValueError as error:
+            raise ValueError(f"in the cache folder {self.path}: {error}") from error
+
+    def rename(self, name: str, final: str) -> None:
+        """Give a file another name."""
+        os.rename(name, final, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+    def delete(self, name: str) -> None:
+        """Delete a file if it exists, and give its room back even where a process has it open."""
+        # cut too: a reader that has it open sees too few bytes, and the disk has its room at once;
+        # but last, because a process that ends in between must leave no empty file under a shard's
+        # name. A file with another name elsewhere is not the cache's alone, and is not cut
+        with suppress(FileNotFoundError):
+            descriptor = self.open(name, os.O_WRONLY)
+            try:
+                alone = os.fstat(descriptor).st_nlink == 1
+                os.unlink(name, dir_fd=self.descriptor)
+                if alone:
+                    os.ftruncate(descriptor, 0)
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder's lock for the length of the body."""
+        descriptor = self.open(".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self.descriptor)
+
+
+class Cache:
+    """Whole shards in a folder of this node, shared by every process there, bounded in bytes.
+
+    A shard's file is named after its sha256, so equal names of two sets never meet. It is written
+    as a `.part` file whose full size is taken at once (so the bound counts it) and whose lock tells
+    a filler that lives from one that was killed. There is no owner and no bookkeeping but the
+    folder itself.
+
+    When room is needed, the files that no process asks for go: those of other data sets first, then
+    the newest of our own. Shards come round once an epoch, where throwing away the least recently
+    used would always throw away the next one to come; so a fixed part of the set stays.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        local.require_own_folder(folder, "--loader.cache-dir")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the cache folder {folder}: {error.strerror}") from error
+        self.folder = folder.resolve()  # a link of the user's own is followed here, and only here
+        self.limit = limit
+        self.refusals = 0
+
+    def path(self, shard: Shard) -> Path:
+        """Return where a shard is kept.
+
+        Raises:
+            ValueError: if its sha256 is none, and so no name of a file.
+        """
+        if not HASH.fullmatch(shard.sha256):
+            raise ValueError(
+                f"shard {shard.name}: its sha256 is {shard.sha256!r}, no 64 hex digits"
+            )
+        return self.folder / f"{shard.sha256}.tar"
+
+    def has(self, shard: Shard) -> bool:
+        """Whether the shard is there."""
+        return self.path(shard).exists()
+
+    def open(self, shard: Shard) -> int | None:
+        """Return a descriptor of a shard's file, or None if it is not there or not this user's.
+
+        The owner of a file can put other pixels with fitting checksums into it at any time.
+        """
+        with suppress(FileNotFoundError), self._opened() as folder:
+            descriptor = folder.open(self.path(shard).name, os.O_RDONLY)
+            if os.fstat(descriptor).st_uid in (os.geteuid(), 0):
+                return descriptor
+            os.close(descriptor)
+        return None
+
+    def drop(self, shard: Shard) -> None:
+        """Delete a shard's file and give its room back, even where a process has it open."""
+        with suppress(FileNotFoundError), self._opened() as folder:
+            folder.delete(self.path(shard).name)
+
+    def begin(self, shard: Shard, *, keep: Set[str], known: Set[str]) -> "Part | None":
+        """Take room for a shard; None if it is there, is another process's, or finds no room.
+
+        Args:
+            shard: the shard to be filled.
+            keep: sha256 of the shards that must stay.
+            known: sha256 of all shards of this data set.
+
+        Raises:
+            ValueError: if something else than a file of the cache is in its place.
+        """
+        final = self.path(shard).name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        folder = Folder(self.folder)
+        try:
+            part = Part(folder, f".{shard.sha256}.part", final)
+        except BaseException:
+            folder.close()
+            raise
+        if not _lock(part.descriptor) or not part.is_ours():
+            part.let_go()
+            return None
+        taken = False
+        try:
+            if not self.has(shard):
+                with folder.lock():
+                    if self._make_room(folder, shard.bytes, part.name, keep, known):
+                        _allocate(part.descriptor, shard.bytes)
+                        taken = True
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self.refusals += 1
+        finally:
+            if not taken:
+                part.close()
+        return part if taken else None
+
+    def trim(self, known: Set[str]) -> None:
+        """Delete what is above the limit, which may be lower than it was in an earlier run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._opened() as folder, folder.lock():
+            self._make_room(folder, 0, "", set(), known)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Folder]:
+        folder = Folder(self.folder)
+        try:
+            yield folder
+        finally:
+            folder.close()
+
+    def _make_room(
+        self, folder: Folder, size: int, own: str, keep: Set[str], known: Set[str]
+    ) -> bool:
+        """Delete what may go until `size` bytes fit; False if they do not."""
+        used, droppable = 0, []
+        for name in folder.names():
+            if name == own:
+                continue
+            with suppress(FileNotFoundError):
+                status = folder.status(name)
+                if not stat.S_ISREG(status.st_mode):
+                    continue  # a different user's: it takes no room, and is refused when it is read
+                if PART.fullmatch(name) and _delete_abandoned(folder, name):
+                    continue
+                used += status.st_size
+                whole = WHOLE.fullmatch(name)
+                if whole and whole[1] not in keep:
+                    age = status.st_mtime_ns
+                    order = (1, -age) if whole[1] in known else (0, age)
+                    droppable.append((order, status.st_size, name))
+        for _, freed, name in sorted(droppable):
+            if used + size <= self.limit:
+                break
+            folder.delete(name)
+            used -= freed
+        return used + size <= self.limit
+
+
+class Part:
+    """A shard's file while it is being filled; the lock on its descriptor makes it ours.
+
+    Raises:
+        ValueError: if the name is not that of a file which the cache alone has.
+    """
+
+    def __init__(self, folder: Folder, name: str, final: str) -> None:
+        self.name = name
+        self._folder, self._final = folder, final
+        self.descriptor = folder.open(name, os.O_RDWR | os.O_CREAT)
+        # written and cut at once: with another name it may be a file of the user's
+        if os.fstat(self.descriptor).st_nlink > 1:
+            os.close(self.descriptor)
+            raise ValueError(f"{folder.path / name} has a second name elsewhere; remove it")
+
+    def is_ours(self) -> bool:
+        """Whether the name is still that of the file that we have locked."""
+        return _is_named(self._folder, self.name, self.descriptor)
+
+    def sha256(self) -> str:
+        """Return the hash of what was written."""
+        with os.fdopen(os.dup(self.descriptor), "rb") as stream:
+            stream.seek(0)
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def publish(self) -> None:
+        """Make it the shard's file."""
+        # a process that adds up the files now would look for it under neither of its names
+        with self._folder.lock():
+            self._folder.rename(self.name, self._final)
+
+    def close(self) -> None:
+        """Let go of it; what was not published is deleted."""
+        if self.is_ours():
+            self._folder.delete(self.name)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close it as it is."""
+        os.close(self.descriptor)
+        self._folder.close()
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_named(folder: Folder, name: str, descriptor: int) -> bool:
+    """Whether a name is still that of the file of the descriptor."""
+    try:
+        return os.path.samestat(folder.status(name), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _delete_abandoned(folder: Folder, name: str) -> bool:
+    """Delete a part whose filler was killed; False if one is alive."""
+    descriptor = folder.open(name, os.O_RDWR)
+    try:
+        # while we have the lock of the file that has the name, no process can put another there
+        if not (_lock(descriptor) and _is_named(folder, name, descriptor)):
+            return False
+        folder.delete(name)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Take the disk's room now, so that a full disk is known before anything is fetched."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)

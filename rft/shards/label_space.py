@@ -1,0 +1,267 @@
+"""Label spaces: what a class id means, and how a benchmark's own classes map onto it.
+
+A label space is an ordered list of ids (folder names such as WordNet ids); the class id is the
+position in that list. Nothing here imports torch: ImageNet's lists are read from the files that
+timm and open_clip carry, because importing either package costs seconds.
+"""
+
+import importlib.util
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rft import cli
+from rft.classes import Classes, composed, prompts_sha256, shown
+from rft.packing.names import find_twins
+from rft.storage import documents, files
+from rft.storage.documents import Count, Text, document
+
+T = TypeVar("T")
+
+MARK = "{c}"  # where a template takes the class name; CLIP_benchmark's convention
+CLIP_CONTEXT = 77  # tokens that the text towers of OpenAI's CLIP read, two of them their own
+
+
+@document
+class LabelSpace:
+    """Classes in label order: `ids` are folder names, `names` are words for the text encoder.
+
+    `templates` are the prompts, with `{c}` for the class name. All texts are in Unicode's composed
+    form (NFC), so a name read from a disk has to be brought into it before it is compared.
+
+    Raises:
+        ValueError: if the lists do not fit together, there are fewer than two classes, or a text
+            is empty or cannot be written in one line.
+    """
+
+    ids: tuple[Text, ...]
+    names: tuple[Text, ...]
+    templates: tuple[Text, ...]
+
+    def __post_init__(self) -> None:
+        if not self.ids or not self.templates:
+            raise ValueError("a label space needs at least one class and one template")
+        if len(self.ids) != len(self.names):
+            raise ValueError(f"{len(self.ids)} class ids but {len(self.names)} class names")
+        repeated = [name for name, count in Counter(self.ids).items() if count > 1]
+        if repeated:
+            raise ValueError(f"class id {repeated[0]!r} occurs more than once")
+        if twins := find_twins(self.ids):
+            raise ValueError(
+                f"class ids {twins[0]!a} and {twins[1]!a} are one name in different Unicode forms; "
+                f"keep one"
+            )
+        for name, words in zip(self.ids, self.names, strict=True):
+            _require_words(name, words)
+        for template in self.templates:
+            _require_text("a template", template)
+            if MARK not in template:
+                raise ValueError(f"template {template!r} has no {MARK} for the class name")
+        if len(self.ids) == 1:
+            raise ValueError(
+                f"{shown(self.ids[0])} is the only class; with one class every prediction is right"
+            )
+        for field in ("ids", "names", "templates"):
+            object.__setattr__(self, field, tuple(map(composed, getattr(self, field))))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def classes(self) -> Classes:
+        """The classes, to compare with those of a head or a packed set."""
+        prompts = prompts_sha256(self.names, self.templates)
+        return Classes(ids=self.ids, names=self.names, prompts_sha256=prompts)
+
+    @staticmethod
+    def imagenet() -> "LabelSpace":
+        """Return ImageNet-1k: WordNet ids in label order, OpenAI's class names and 80 prompts."""
+        package = _package_folder("timm")
+        text = (package / "data" / "_info" / "imagenet_synsets.txt").read_text()
+        metadata = _load_module(_package_folder("open_clip") / "zero_shot_metadata.py")
+        return LabelSpace(
+            ids=tuple(text.split()),
+            names=tuple(metadata.IMAGENET_CLASSNAMES),
+            templates=tuple(template(MARK) for template in metadata.OPENAI_IMAGENET_TEMPLATES),
+        )
+
+    @staticmethod
+    def load(path: str) -> "LabelSpace":
+        """Read a label space from JSON: `{"ids": [...], "names": [...], "templates": [...]}`.
+
+        Raises:
+            ValueError: if the file is absent or does not describe a label space.
+        """
+        return files.read_document(path, LabelSpace)
+
+
+def scoring_hash(
+    ids: Sequence[str],
+    names: Sequence[str],
+    templates: Sequence[str],
+    groups: Sequence[Sequence[int]],
+) -> str:
+    """Return what a plan keeps of its label space and scoring rule, to compare with a manifest's.
+
+    Short, because it is for people to compare; there is no reason to forge it.
+    """
+    space = {"ids": ids, "names": names, "templates": templates}
+    return files.sha256_json([space, groups])[:16]
+
+
+def choose_labels(path: str | None) -> LabelSpace:
+    """Read the label space of `--classes`, or take ImageNet's; warn of what is odd in the former.
+
+    Raises:
+        ValueError: as `LabelSpace.load`.
+    """
+    imagenet = LabelSpace.imagenet()
+    if path is None:
+        return imagenet
+    labels = LabelSpace.load(path)
+    # ImageNet's own list has classes of the same words
+    for doubt in doubts(labels) if labels.names != imagenet.names else ():
+        cli.warn(doubt)
+    return labels
+
+
+def doubts(labels: LabelSpace) -> list[str]:
+    """List what is legal in a label space and rarely meant: equal words, prompts that are long."""
+    found = []
+    first: dict[str, str] = {}
+    for name, words in zip(labels.ids, labels.names, strict=True):
+        other = first.setdefault(" ".join(words.casefold().split()), name)
+        if other != name:
+            found.append(
+                f"classes {shown(other)} and {shown(name)} have the same words ({shown(words)}), "
+                f"so the zero-shot head cannot tell one from the other"
+            )
+    # a word is one token or more; the number depends on the model and is checked when it is known
+    longest = max(labels.templates, key=lambda template: len(template.split()))
+    for name, words in zip(labels.ids, labels.names, strict=True):
+        count = len(longest.replace(MARK, words).split())
+        if count > CLIP_CONTEXT - 2:
+            found.append(
+                f"a prompt of class {shown(name)} has {count} words; CLIP reads at most "
+                f"{CLIP_CONTEXT - 2} tokens and training refuses longer prompts"
+            )
+    return found
+
+
+def warn_of_one_class(url: str, groups: Sequence[Sequence[int]]) -> None:
+    """Warn of a packed set that scores a single class: its accuracy is 100 whatever the model."""
+    if len(groups) == 1:
+        cli.warn(f"{url} scores a single class, so every prediction counts as right")
+
+
+def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Return, for each ObjectNet folder that overlaps ImageNet, the class ids it stands for.
+
+    `mappings` is the `mappings/` folder of ObjectNet's own archive. The chain is: folder -> label
+    -> ImageNet names (joined by "; ") -> 2012 ids (line numbers) -> class ids. Folders are sorted
+    and ids ascend within a folder; in the real files 113 of 313 folders map to 125 classes.
+
+    Raises:
+        ValueError: if a file is absent or malformed, a name is unknown, or two folders share a
+            class (the scoring rule needs disjoint groups).
+    """
+    folder_to_label = folder_labels(mappings)
+    label_to_names = _mapping(mappings / "objectnet_to_imagenet_1k.json", dict[str, Text])
+    class_to_line = _mapping(mappings / "pytorch_to_imagenet_2012_id.json", dict[str, Count])
+    lines = _lines(mappings / "imagenet_to_label_2012_v2")
+    if set(class_to_line) != {str(class_id) for class_id in range(num_classes)}:
+        count = len(class_to_line)
+        raise ValueError(f"{mappings} maps {count} classes, the label space has {num_classes}")
+    line_to_class = {line: int(class_id) for class_id, line in class_to_line.items()}
+    # ImageNet has two classes called "crane": a name that repeats cannot be resolved
+    occurrences = Counter(lines)
+    name_to_class = {
+        name: line_to_class.get(number)
+        for number, name in enumerate(lines)
+        if occurrences[name] == 1
+    }
+
+    groups: dict[str, tuple[int, ...]] = {}
+    folder_of_class: dict[int, str] = {}
+    for folder, label in sorted(folder_to_label.items()):
+        if label not in label_to_names:
+            continue
+        members = []
+        for name in label_to_names[label].split(";"):
+            class_id = name_to_class.get(name.strip())
+            if class_id is None:
+                raise ValueError(f"{mappings}: {label!r} maps to {name.strip()!r}, not one class")
+            if class_id in folder_of_class:
+                other = folder_of_class[class_id]
+                raise ValueError(f"{mappings}: {folder!r} and {other!r} share class {class_id}")
+            folder_of_class[class_id] = folder
+            members.append(class_id)
+        groups[folder] = tuple(sorted(members))
+    if not groups:
+        raise ValueError(f"{mappings} maps no folder to a class")
+    return groups
+
+
+def folder_labels(mappings: Path) -> dict[str, str]:
+    """Return the name of each of ObjectNet's folders.
+
+    Raises:
+        ValueError: if the file is absent or malformed.
+    """
+    return _mapping(mappings / "folder_to_objectnet_label.json", dict[str, Text])
+
+
+def _mapping(path: Path, kind: type[T]) -> T:
+    return documents.decode(_read(path), kind, str(path))
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise ValueError(f"no such file: {path} (part of ObjectNet's mappings folder)")
+    return files.read_bytes(str(path))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = _read(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    # not splitlines(), to which U+0085 within a name is a line break too: ids are line numbers
+    return [name.strip() for name in text.split("\n")]
+
+
+def _require_words(name: str, words: str) -> None:
+    _require_text(f"the id of class {shown(name)}", name)
+    _require_text(f"the name of class {shown(name)}", words)
+    # spaces, underscores and invisible characters are no words
+    if all(unicodedata.category(letter)[0] in "ZC" or letter == "_" for letter in words):
+        raise ValueError(
+            f"the name of class {shown(name)} is {shown(words)}, which has no words for the text "
+            f"encoder; name the class in --classes"
+        )
+
+
+def _require_text(what: str, text: str) -> None:
+    # class lists beside the shards have one name per line; a lone surrogate is not UTF-8
+    if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in text):
+        raise ValueError(f"{what} is {text!a}: line breaks and control characters cannot be used")
+
+
+def _package_folder(name: str) -> Path:
+    """Return where an installed package lies, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"the package {name} is not installed; it holds ImageNet's class lists")
+    return Path(spec.origin).parent
+
+
+def _load_module(path: Path) -> Any:
+    """Execute one module of a package by its file, so that the package itself is not imported."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

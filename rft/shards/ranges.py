@@ -1,0 +1,400 @@
+"""Byte ranges of shards, wherever they lie: local files by descriptor, remote ones by request.
+
+A remote range has a known length, so a dropped or stalled connection is noticed and what is missing
+is asked for again. A node-local cache may hold whole shards. It is filled in the background and
+no process waits for it: a sample whose shard is not there yet is read by its own range. So the
+cache decides how fast a batch comes, never what is in it, and any of its files may go at any time.
+"""
+
+import asyncio
+import dataclasses
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+from fsspec.asyn import get_loop, sync
+from fsspec.implementations.local import LocalFileSystem
+
+from rft.shards.cache import Cache
+from rft.shards.manifest import Shard
+from rft.storage import files, local, remote
+from rft.storage.remote import REQUEST_BYTES, Patience
+
+# descriptors a process keeps open on shards: half of what the system lets it have
+OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+GAP_BYTES = 2**16  # ranges this near to each other are asked for in one request
+REQUESTS = 16  # requests of one process under way at a time
+Store = tuple[Any, str]  # a fsspec file system and a path there
+PAUSE = 1.0  # seconds until a shard that another process is filling is looked at again
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """What reading has cost this process so far; each counts samples unless it says otherwise."""
+
+    bytes: int = 0  # payload bytes
+    requests: int = 0  # ranged requests that were answered
+    range_retries: int = 0  # ranged requests that had to be repeated
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_repairs: int = 0  # found damaged or cut short in the cache, read again from the source
+    cache_refusals: int = 0  # shards for which the disk had no room
+
+    def copy(self) -> "Counters":
+        """Return the counters as they are now."""
+        return dataclasses.replace(self)
+
+
+class RangeError(ValueError):
+    """A remote range that does not come; `place` is where it stands in the list asked for."""
+
+    def __init__(self, message: str, place: int) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+class Shards:
+    """The shards of one packed set, read by number.
+
+    Clients, descriptors and the filling thread are made on first use in each process, because none
+    of them survives a fork; pickling keeps only what is needed to make them again.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        shards: Sequence[Shard],
+        *,
+        cache: Cache | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        self.url = url
+        self.shards = tuple(shards)
+        self.cache = cache
+        self.patience = patience or remote.PATIENCE
+        self.counters = Counters()
+        self._process = -1
+
+    def __getstate__(self) -> dict:
+        return {
+            "url": self.url,
+            "shards": self.shards,
+            "cache": self.cache,
+            "patience": self.patience,
+        }
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(
+            state["url"], state["shards"], cache=state["cache"], patience=state["patience"]
+        )
+
+    def location(self, number: int) -> str:
+        """Return the URL of a shard."""
+        return files.resolve(self.url, self.shards[number].name)
+
+    def descriptor(self, number: int) -> int | None:
+        """Return an open descriptor of a local or cached shard, or None for a remote one.
+
+        Raises:
+            FileNotFoundError: if a local shard is not there.
+        """
+        self._enter_process()
+        if number in self._descriptors:
+            self._descriptors.move_to_end(number)
+            return self._descriptors[number]
+        fs, path = self._store(number)
+        if isinstance(fs, LocalFileSystem):
+            descriptor = local.open_regular(path)
+        elif self.cache is None:
+            return None
+        else:
+            found = self.cache.open(self.shards[number])
+            if found is None:
+                return None
+            descriptor = found
+        if len(self._descriptors) == OPEN_FILES:
+            os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors[number] = descriptor
+        return descriptor
+
+    def is_local(self, number: int) -> bool:
+        """Whether a shard's own place is this machine's file system."""
+        self._enter_process()
+        if number not in self._local:
+            self._local[number] = isinstance(self._store(number)[0], LocalFileSystem)
+        return self._local[number]
+
+    def ranges(self, requests: Sequence[tuple[int, int, int]]) -> list[bytes]:
+        """Return the bytes of (shard number, offset, length) triples of remote shards.
+
+        Neighbouring ranges share a request. Fewer bytes than asked for come only at a shard's end.
+
+        Raises:
+            RangeError: naming the shard, if it cannot be read however often it is tried.
+            ValueError: if a shard that the cache fetched is not the manifest's.
+        """
+        self._enter_process()
+        self._raise_failure()
+        merged = merge(requests)
+        stores = {number: self._store(number) for number, *_ in merged}
+        answers: Any = sync(get_loop(), self._fetch_all, merged, stores)
+        self.counters.requests += len(merged)
+        found = [b""] * len(requests)
+        for (_, start, _, members), data in zip(merged, answers, strict=True):
+            for member in members:
+                _, offset, length = requests[member]
+                found[member] = data[offset - start : offset - start + length]
+        return found
+
+    def look_ahead(self, numbers: Sequence[int]) -> None:
+        """Say which shards are needed next, the most urgent first; the cache fetches them."""
+        if self.cache is None or not self.shards:
+            return
+        self._enter_process()
+        wanted = set(numbers)
+        # an evicted file keeps its place on the disk for as long as it is open
+        for number in [n for n in self._descriptors if n not in wanted and not self.is_local(n)]:
+            os.close(self._descriptors.pop(number))
+        if self._filler is None:
+            self._filler = _Filler(self, self.cache)
+        self._filler.look_ahead(numbers)
+
+    def repair(self, number: int) -> None:
+        """Throw the cached copy of a shard away, because its bytes are not what they should be."""
+        assert self.cache is not None
+        os.close(self._descriptors.pop(number))
+        self.cache.drop(self.shards[number])
+        self.counters.cache_repairs += 1
+
+    def close(self) -> None:
+        """End the filling thread and close the descriptors, both of which come back on next use."""
+        filler = self._let_go()
+        if filler is not None:
+            filler.join()
+
+    def _let_go(self) -> "_Filler | None":
+        """Close the descriptors of this process; return its filler, which is told to end."""
+        if self._process != os.getpid():
+            return None
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+        filler, self._filler = self._filler, None
+        if filler is not None:
+            filler.stop()
+        return filler
+
+    def __del__(self) -> None:
+        # without waiting: objects are collected in any thread, fsspec's loop among them, and the
+        # filler needs that loop to end
+        self._let_go()
+
+    def _enter_process(self) -> None:
+        if self._process == os.getpid():
+            return
+        self._process = os.getpid()
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._stores: dict[str, Any] = {}
+        self._local: dict[int, bool] = {}
+        self._filler: _Filler | None = None
+
+    def _store(self, number: int) -> Store:
+        """Return the file system of a shard and its path there."""
+        url = self.location(number)
+        host = "/".join(url.split("/")[:3]) if "://" in url else ""
+        if host not in self._stores:
+            self._stores[host] = remote.client(files.open_store(url)[0])
+        fs = self._stores[host]
+        return fs, str(fs._strip_protocol(url))
+
+    async def _fetch_all(
+        self, merged: "Sequence[Request]", stores: dict[int, Store]
+    ) -> list[bytes]:
+        slots = asyncio.Semaphore(REQUESTS)
+
+        async def fetch(request: "Request") -> bytes:
+            async with slots:
+                fs, path = stores[request.number]
+                return await self._fetch(fs, path, request)
+
+        return await remote.together(fetch(request) for request in merged)
+
+    async def _fetch(self, fs: Any, path: str, request: "Request") -> bytes:
+        """Return one range, repeating what is missing of it."""
+        number, start, stop, members = request
+        place = members[0] if members else 0
+        stop = min(stop, self.shards[number].bytes)
+        try:
+            return await remote.read_range(fs, path, start, stop, self.patience, self._count_retry)
+        except FileNotFoundError as error:
+            raise RangeError(
+                f"missing shard: {self.location(number)}; copy or pack it again", place
+            ) from error
+        except remote.Failure as error:
+            raise RangeError(
+                f"cannot read {self.location(number)}, bytes {start} to {stop}: "
+                f"{files.reason(error)}",
+                place,
+            ) from error
+
+    def _count_retry(self) -> None:
+        self.counters.range_retries += 1
+
+    def _raise_failure(self) -> None:
+        if self._filler is not None and self._filler.failure is not None:
+            raise self._filler.failure
+
+    async def _fill_part(self, number: int, descriptor: int) -> None:
+        fs, path = self._store(number)
+
+        async def fetch(start: int, stop: int) -> bytes:
+            return await self._fetch(fs, path, Request(number, start, stop, ()))
+
+        await remote.fill(descriptor, self.shards[number].bytes, fetch)
+
+
+class _Filler:
+    """A thread that brings the wanted shards into the cache, until it is stopped.
+
+    It reads through shards of its own. With those that it works for it shares counters and clients,
+    but it keeps no reference to them: they stop it when they are closed or collected.
+    """
+
+    def __init__(self, served: Shards, cache: Cache) -> None:
+        self.failure: ValueError | None = None  # why it ended early; the next batch raises it
+        self._cache = cache
+        self._shards = Shards(served.url, served.shards, cache=cache, patience=served.patience)
+        self._shards._enter_process()
+        self._shards.counters, self._shards._stores = served.counters, served._stores
+        self._known = {shard.sha256 for shard in served.shards}
+        # of all ways to reach a thread the one that a destructor may use anywhere: it has no lock
+        self._lists: SimpleQueue[Sequence[int]] = SimpleQueue()
+        self._stopped = False
+        self._transfer: asyncio.Task | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def look_ahead(self, numbers: Sequence[int]) -> None:
+        """Replace the list of wanted shards."""
+        self._lists.put(tuple(numbers))
+
+    def stop(self) -> None:
+        """Make the thread end soon, also in the middle of a shard."""
+        self._stopped = True
+        self._lists.put(())
+        if self._transfer is not None:
+            get_loop().call_soon_threadsafe(self._transfer.cancel)
+
+    def join(self) -> None:
+        """Wait for the thread's end."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        wanted: Sequence[int] = ()
+        skipped: set[int] = set()
+        idle = True
+        try:
+            with suppress(OSError):
+                self._cache.trim(self._known)
+            while not self._stopped:
+                wanted = self._newest(wanted, wait=idle)
+                todo = [n for n in wanted if n not in skipped and self._is_missing(n)]
+                idle = not todo
+                if idle:
+                    skipped.clear()
+                elif not self._try(todo[0], wanted):
+                    skipped.add(todo[0])
+        except CancelledError:
+            return
+        except ValueError as error:
+            self.failure = error
+
+    def _newest(self, wanted: Sequence[int], *, wait: bool) -> Sequence[int]:
+        """Return the newest list that was asked for, after PAUSE or a new one if `wait`."""
+        with suppress(Empty):
+            if wait:
+                wanted = self._lists.get(timeout=PAUSE)
+            while True:
+                wanted = self._lists.get_nowait()
+        return wanted
+
+    def _is_missing(self, number: int) -> bool:
+        shard = self._shards.shards[number]
+        return not self._shards.is_local(number) and not self._cache.has(shard)
+
+    def _try(self, number: int, wanted: Sequence[int]) -> bool:
+        """Bring one shard into the cache; False if it is another's to fill, or has no room."""
+        try:
+            filled = self._fill(number, wanted)
+        except OSError:  # of the disk, which a cache can do without
+            self._cache.refusals += 1
+            filled = False
+        if not filled:
+            self._shards.counters.cache_refusals = self._cache.refusals
+        return filled
+
+    def _fill(self, number: int, wanted: Sequence[int]) -> bool:
+        shards = self._shards.shards
+        keep = {shards[n].sha256 for n in wanted}
+        part = self._cache.begin(shards[number], keep=keep, known=self._known)
+        if part is None:
+            return False
+        try:
+            transfer = self._transfer_to(part.descriptor, number)
+            asyncio.run_coroutine_threadsafe(transfer, get_loop()).result()
+            found = part.sha256()
+            if found != shards[number].sha256:
+                raise ValueError(
+                    f"{self._shards.location(number)} has sha256 {found[:12]}..., its manifest "
+                    f"says {shards[number].sha256[:12]}...; the shard was damaged or replaced: "
+                    "pack it again"
+                )
+            part.publish()
+        finally:
+            part.close()
+        return True
+
+    async def _transfer_to(self, descriptor: int, number: int) -> None:
+        self._transfer = asyncio.current_task()
+        # not the future that other threads have: it is over when it is cancelled, this one only
+        # when nothing writes to the descriptor any more
+        if self._stopped:
+            raise asyncio.CancelledError
+        await self._shards._fill_part(number, descriptor)
+
+
+class Request(NamedTuple):
+    """One ranged request: bytes `start` to `stop` of a shard, and which ranges it answers."""
+
+    number: int
+    start: int
+    stop: int
+    members: tuple[int, ...]
+
+
+def merge(ranges: Sequence[tuple[int, int, int]]) -> list[Request]:
+    """Return requests that cover the (shard number, offset, length) ranges.
+
+    Ranges of one shard with at most GAP_BYTES between them share a request of at most
+    REQUEST_BYTES; a longer range has one of its own.
+    """
+    merged: list[Request] = []
+    for member in sorted(range(len(ranges)), key=ranges.__getitem__):
+        number, start, length = ranges[member]
+        stop = start + length
+        if merged:
+            last = merged[-1]
+            near = last.number == number and start - last.stop <= GAP_BYTES
+            if near and max(stop, last.stop) - last.start <= REQUEST_BYTES:
+                merged[-1] = last._replace(
+                    stop=max(stop, last.stop), members=(*last.members, member)
+                )
+                continue
+        merged.append(Request(number, start, stop, (member,)))
+    return merged

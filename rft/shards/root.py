@@ -1,0 +1,72 @@
+"""Names of the packed sets below a data root, and the error for a set that does not exist."""
+
+import contextlib
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from rft.storage import files
+from rft.storage.urls import set_name
+
+LOOKED_AT = 50  # folders of a root, each of which costs a request on a remote store
+SHOWN = 12  # sets in a message
+
+
+def set_names(names: Iterable[str], option: str) -> tuple[str, ...]:
+    """Return the names of sets, each once.
+
+    Raises:
+        ValueError: naming the option, if there is none, or one cannot be a set's.
+    """
+    found = tuple(dict.fromkeys(set_name(name, option) for name in names))
+    if not found:
+        raise ValueError(f"{option} needs the name of at least one packed set below --data")
+    return found
+
+
+def packed_sets(root: str) -> list[str]:
+    """Return the names of the folders of `root` that hold a manifest, sorted.
+
+    Raises:
+        OSError: if the store does not let us look.
+        ValueError: if the URL cannot be opened.
+    """
+    folders = files.folders(root)[:LOOKED_AT]
+    return [name for name in folders if files.exists(files.join(root, name, "manifest.json"))]
+
+
+def why_missing(url: str) -> str:
+    """Return a hint for a set without a manifest, from what lies around it; empty if it is unknown.
+
+    Args:
+        url: of the set; its data root is the folder above.
+    """
+    if url.startswith(("http://", "https://")):
+        return ""  # a web server has no list of its folders
+    with contextlib.suppress(OSError, ValueError):
+        return _hint(url)
+    return ""
+
+
+def _hint(url: str) -> str:
+    root, _, name = url.rstrip("/").rpartition("/")
+    if "plan.json" in files.names(url):
+        return "its packing has not finished; run the same command of tools/ again"
+    if found := packed_sets(root):
+        close = get_close_matches(name, found, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "name one of them or check --data"
+        return f"{root} has the sets {_listed(found)}; {hint}"
+    if files.exists(files.join(root, "manifest.json")):
+        return f"{root} is a packed set itself; --data is the folder above it"
+    below = files.folders(root)[:LOOKED_AT]
+    for folder in below:
+        if found := packed_sets(files.join(root, folder)):
+            where = files.join(root, folder)
+            return f"{where} has the sets {_listed(found)}; did you mean --data {where}?"
+    if not below and not files.names(root):
+        return f"nothing exists at {root}; check --data"
+    return f"no folder of {root} is a packed set; check --data, or pack one with tools/"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"

@@ -1,0 +1,107 @@
+"""Archives of arrays (.npz) that anyone may have written, read at a cost that is known beforehand.
+
+numpy's own reader takes memory for what headers announce: a member of a few kilobytes may unpack to
+terabytes, or say that it is an array of 2^40 rows. Here the directory, the sizes and the headers
+must fit together and stay within a limit before anything is unpacked. No code runs: only numbers
+and texts are read.
+"""
+
+import io
+import math
+import re
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+
+from rft.storage.zips import require_small_directory
+
+MEMBERS = 64  # arrays of one archive
+DIRECTORY_BYTES = 2**16  # of a zip's directory, which is read before it can be looked at
+MAGIC = b"\x93NUMPY"
+HEADER = re.compile(
+    rb"\{'descr': '([<|][biufSU]\d{1,9})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d{1,18}, ?)*\d{0,18})\), \} *\n"
+)
+# what zipfile and zlib raise on damaged archives
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    OSError,
+    EOFError,
+    LookupError,
+    RuntimeError,  # encrypted, or a method of compression that is not known
+    UnicodeError,
+)
+
+
+def read_npz(data: bytes, limit: int) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz by name; they cannot be written to.
+
+    Args:
+        data: the archive, as `np.savez` or `np.savez_compressed` writes it.
+        limit: bytes that all arrays may have together, with their headers.
+
+    Raises:
+        ValueError: if it is no such archive, or has more than that.
+    """
+    stream = io.BytesIO(data)
+    try:
+        require_small_directory(stream, DIRECTORY_BYTES)
+    except ValueError as error:
+        raise ValueError(f"no readable .npz: {error}") from error
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            members = archive.infolist()
+            _require_affordable(members, limit)
+            names = [member.filename.removesuffix(".npy") for member in members]
+            return {
+                name: _to_array(_read_member(archive, member), name)
+                for name, member in zip(names, members, strict=True)
+            }
+    except UNREADABLE as error:
+        raise ValueError(f"no readable .npz: {error}") from error
+
+
+def _require_affordable(members: list[zipfile.ZipInfo], limit: int) -> None:
+    if len(members) > MEMBERS:
+        raise ValueError(f"it holds {len(members)} arrays, more than {MEMBERS}")
+    if len({member.filename for member in members}) < len(members):
+        raise ValueError("it holds two arrays of one name")
+    for member in members:
+        if not member.filename.endswith(".npy"):
+            raise ValueError(f"{member.filename!a} is no array")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{member.filename!a} is compressed in a way that is not known")
+    if (size := sum(member.file_size for member in members)) > limit:
+        raise ValueError(f"its arrays have {size:,} bytes, more than the {limit:,} that they may")
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    # with a size: without one, zipfile first unpacks all there is and then cuts it
+    with archive.open(member) as stream:
+        return stream.read(member.file_size)
+
+
+def _to_array(data: bytes, name: str) -> np.ndarray:
+    """Return the array in the bytes of a .npy file, without a copy."""
+    version, prefix = data[6:8], {b"\1\0": 2, b"\2\0": 4}.get(data[6:8], 0)
+    if not data.startswith(MAGIC) or not prefix:
+        raise ValueError(f"{name!a} is no array of a known version ({version.hex()})")
+    start = 8 + prefix
+    stop = start + int.from_bytes(data[8:start], "little")
+    header = HEADER.fullmatch(data[start:stop]) if stop <= len(data) else None
+    if header is None:
+        raise ValueError(f"{name!a} has no header of an array of numbers or texts")
+    try:
+        kind = np.dtype(header[1].decode())
+    except TypeError as error:
+        raise ValueError(f"{name!a} has elements of an unknown type") from error
+    shape = tuple(map(int, re.findall(rb"\d+", header[3])))
+    if not kind.itemsize or math.prod(shape) * kind.itemsize != len(data) - stop:
+        found = f"{len(data) - stop:,} bytes"
+        raise ValueError(f"{name!a} has {found}, which is not what {kind} {shape} takes")
+    array = np.frombuffer(data, kind, offset=stop) if len(data) > stop else np.empty(0, kind)
+    return array.reshape(shape, order="F" if header[2] == b"True" else "C")

@@ -1,0 +1,452 @@
+"""Files that are whole or absent, on any store that `rft.storage.urls` lets be opened.
+
+Everything is written to a temporary name first and renamed (or uploaded as one finished object)
+last, so that a reader never sees half a file. No URL is ever handed to a shell.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import posixpath
+import re
+import stat
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.asyn import get_loop, sync
+from fsspec.implementations.local import LocalFileSystem
+
+from rft import __version__
+from rft.storage import documents, local, remote, urls
+
+T = TypeVar("T")
+
+# of a document that is read whole, unless its reader says otherwise. Of a text with one rare letter
+# Python keeps four bytes for each, in several copies
+DOCUMENT_BYTES = 2**26
+TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what `publish` leaves when killed
+
+
+def open_store(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
+    """Return the fsspec filesystem of `url` and the path inside it; `options` are fsspec's.
+
+    Raises:
+        ValueError: for what `rft.storage.urls` does not let be opened, or a client that is not
+            installed or not configured.
+    """
+    urls.check(url)
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"cannot open {url!r}: {reason(error)}") from error
+
+
+def require_local(path: str | Path, option: str) -> None:
+    """Check that a file or folder that we open by its path, or write piece by piece, is local.
+
+    Raises:
+        ValueError: for a URL, which would otherwise become a local folder named after its scheme.
+    """
+    text = str(path)
+    if urls.is_whole(text) or urls.protocol_word(text):
+        raise ValueError(
+            f"{option} is {urls.shown(text)}; it must be a local folder or file: copy it to or "
+            "from there yourself"
+        )
+    urls.check(text)
+
+
+def require_file(path: Path, what: str) -> None:
+    """Check that a local path is a file with an end: reading a FIFO or a device may never return.
+
+    Args:
+        path: what is to be read.
+        what: is expected there, for messages.
+
+    Raises:
+        ValueError: if it is absent or anything else.
+    """
+    if path.is_dir():
+        raise ValueError(f"no {what} at {path}: it is a folder")
+    try:
+        local.require_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"no {what} at {path}") from None
+
+
+def join(url: str, *names: str) -> str:
+    """Append path components to a URL or a local path."""
+    return "/".join([url.rstrip("/"), *names])
+
+
+def name_of(url: str) -> str:
+    """Return the last component of a URL or a local path, which may be relative."""
+    return posixpath.basename(posixpath.normpath(open_store(url)[1]))
+
+
+def resolve(url: str, name: str) -> str:
+    """Return where `name` lies: below `url`, unless it is a URL or an absolute path of its own.
+
+    Names of others were checked by `rft.storage.urls.check_shard_name`.
+    """
+    return name if urls.is_whole(name) or name.startswith("/") else join(url, name)
+
+
+def ask(url: str, verb: str, question: Callable, of_path: Callable) -> Any:
+    """Return what `rft.storage.remote` says of `url`; `of_path` answers for a path.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: if the store says so.
+        ValueError: if it does not answer: what could not be done (`verb`), and why.
+    """
+    fs, path = open_store(url)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            return of_path(Path(path))
+        return sync(get_loop(), question, remote.client(fs), path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(path) from error
+    except IsADirectoryError:
+        raise
+    except (remote.Failure, OSError) as error:
+        raise ValueError(f"cannot {verb} {url}: {reason(error)}") from error
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder is at `url`.
+
+    Raises:
+        ValueError: if the store does not say.
+    """
+    try:
+        return ask(url, "look for", remote.exists, lambda path: bool(path.stat()))
+    except FileNotFoundError:
+        return False
+
+
+def size(url: str) -> int:
+    """Return the bytes of a file that is to be read in ranges.
+
+    Raises:
+        FileNotFoundError: if the store says that there is no such file.
+        IsADirectoryError: if it is a folder.
+        ValueError: if the store does not say, or has no ranges.
+    """
+
+    def measure(path: Path) -> int:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(path)
+        local.require_regular(path, status)
+        return status.st_size
+
+    return ask(url, "read", remote.size, measure)
+
+
+def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
+    """Return the whole content of `url`, None if the store says that there is no such file.
+
+    Raises:
+        ValueError: if it cannot be read, or is larger than `limit` bytes.
+    """
+
+    def read(path: Path) -> bytes:
+        size = path.stat().st_size
+        data = local.read_bytes(path) if size <= limit else b""
+        if max(size, len(data)) > limit:
+            raise ValueError(f"cannot read {url}: {remote.too_large(limit)}")
+        return data
+
+    try:
+        return ask(url, "read", partial(remote.read, limit=limit), read)
+    except FileNotFoundError:
+        return None
+    except IsADirectoryError as error:
+        raise ValueError(f"cannot read {url}: it is a folder") from error
+
+
+def read_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes:
+    """Return the whole content of `url`.
+
+    Raises:
+        ValueError: if there is no such file, it cannot be read, or it is larger than `limit` bytes.
+    """
+    data = find_bytes(url, limit)
+    if data is None:
+        raise ValueError(f"no such file: {url}") from FileNotFoundError(url)
+    return data
+
+
+def reason(error: BaseException) -> str:
+    """Return in a few words, on one line and without credentials, why a client could not read.
+
+    rft is given no credentials, but a server may redirect a client to a URL that holds some.
+    """
+    return urls.redact(" ".join(remote.explain(error).split()))
+
+
+def read_json(url: str, limit: int = DOCUMENT_BYTES) -> Any:
+    """Return the JSON document at `url`, whatever it says.
+
+    Raises:
+        ValueError: if it is absent, larger than `limit` bytes, or not JSON.
+    """
+    return documents.parse(read_bytes(url, limit), url)
+
+
+def read_document(
+    url: str, kind: type[T], limit: int = DOCUMENT_BYTES, values: int = documents.VALUES
+) -> T:
+    """Return the JSON document at `url`, which must be of a kind that `documents` checks.
+
+    Raises:
+        ValueError: if it is absent, larger than `limit` bytes, holds more than `values`
+            values, or is not of that kind: naming what.
+    """
+    return documents.decode(read_bytes(url, limit), kind, url, values=values)
+
+
+@contextlib.contextmanager
+def _client_errors(verb: str, url: str) -> Iterator[None]:
+    """Turn what a client library raises into an OSError that says what could not be done."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # every client library has error classes of its own
+        raise OSError(f"cannot {verb} {url}: {reason(error)}") from error
+
+
+def require_writable(url: str) -> None:
+    """Check that a file may be written at `url`: on this machine, that it replaces files or links.
+
+    Raises:
+        ValueError: for a folder, a device, a FIFO or a socket, or what `open_store` refuses.
+    """
+    fs, path = open_store(url)
+    if isinstance(fs, LocalFileSystem):
+        with contextlib.suppress(NotADirectoryError):  # writing says so
+            local.require_replaceable(Path(path))
+
+
+@contextlib.contextmanager
+def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
+    """Yield a local path to write; when the body ends without error, it becomes `url` in one step.
+
+    A local file is renamed within its folder; a remote object is written below `scratch`, by
+    default the folder of temporary files, and uploaded finished. If the body raises, nothing
+    appears at `url`.
+
+    Raises:
+        ValueError: as `require_writable`, before anything is written.
+        OSError: if it cannot be written.
+    """
+    require_writable(url)
+    fs, path = open_store(url)
+    is_local = isinstance(fs, LocalFileSystem)
+    folder = Path(path).parent if is_local else scratch or Path(tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    # not tempfile.mkstemp: its mode 0600 would survive the rename and override the user's umask
+    temporary = folder / f".{Path(path).name}.{uuid.uuid4().hex}.tmp"
+    where = url if is_local else str(folder)
+    try:
+        # what waits to be uploaded may lie in a folder that others read
+        local.create(temporary, 0o666 if is_local else 0o600)
+        yield temporary
+        if is_local:
+            with local.reader(temporary) as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        else:
+            where = url
+            with _client_errors("write", url):
+                fs.put_file(str(temporary), path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, where) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def local_copy(url: str) -> Iterator[Path]:
+    """Yield a local path to read `url` from: itself, or a copy for the length of the body.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    fs, path = open_store(url)
+    if isinstance(fs, LocalFileSystem):
+        with contextlib.suppress(FileNotFoundError):
+            local.require_regular(path)
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(path).name
+        try:
+            with copy.open("wb") as stream:
+                sync(get_loop(), remote.download, remote.client(fs), path, stream.fileno())
+        except FileNotFoundError as error:
+            raise ValueError(f"no such file: {url}") from error
+        except remote.Failure as error:
+            raise ValueError(f"cannot read {url}: {reason(error)}") from error
+        yield copy
+
+
+def listing(url: str) -> list[dict[str, Any]]:
+    """Return fsspec's entries (`name`, `size`, `type`) of a folder; none if there is no folder.
+
+    Raises:
+        OSError: if the store does not say.
+    """
+    fs, path = open_store(url)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            return list[Any](fs.ls(path, detail=True))
+        return list(sync(get_loop(), remote.listing, remote.client(fs), path) or ())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except remote.Failure as error:
+        raise OSError(f"cannot list {url}: {reason(error)}") from error
+
+
+def names(url: str) -> list[str]:
+    """Return the names of the files in a folder, sorted; none if there is no such folder.
+
+    Raises:
+        OSError: if the store does not say.
+    """
+    return _entries(url, "file")
+
+
+def _entries(url: str, kind: str) -> list[str]:
+    found = (entry["name"].rstrip("/") for entry in listing(url) if entry["type"] == kind)
+    return sorted(name.rsplit("/", 1)[-1] for name in found)
+
+
+def folders(url: str) -> list[str]:
+    """Return the names of the folders in a folder, sorted; none if there is no such folder.
+
+    Raises:
+        OSError: if the store does not say.
+    """
+    return _entries(url, "directory")
+
+
+def rename(url: str, name: str) -> None:
+    """Give the file at `url` another name in the same folder.
+
+    Raises:
+        OSError: if it cannot be renamed, as where a folder has the name.
+    """
+    fs, path = open_store(url)
+    target = Path(path).with_name(name)
+    if isinstance(fs, LocalFileSystem):
+        Path(path).replace(target)  # mv would move it into a folder of that name
+        return
+    with _client_errors("rename", url):
+        fs.mv(path, str(target))
+
+
+def remove(url: str) -> None:
+    """Delete the file at `url` if there is one."""
+    fs, path = open_store(url)
+    with contextlib.suppress(FileNotFoundError), _client_errors("delete", url):
+        fs.rm_file(path)
+
+
+def sweep(url: str) -> None:
+    """Delete what killed writers left in a folder that no other process writes now."""
+    for name in names(url):
+        if TEMPORARY.fullmatch(name):
+            remove(join(url, name))
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write `data` to `url`, whole or not at all."""
+    with publish(url) as path, local.writer(path) as stream:
+        stream.write(data)
+
+
+def write_json(url: str, document: Any) -> None:
+    """Write `document` as indented JSON with sorted keys to `url`, whole or not at all."""
+    text = json.dumps(document, indent=2, sort_keys=True) + "\n"
+    write_bytes(url, text.encode())
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the hex sha256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_json(document: Any) -> str:
+    """Return the hex sha256 of a JSON document in its canonical (sorted, compact) form."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return sha256_bytes(text.encode())
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a local file."""
+    with local.reader(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Return one readable line for each leaf in which two JSON documents differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            name = f"{prefix}.{key}" if prefix else key
+            lines += difference(old.get(key), new.get(key), name)
+        return lines
+    return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
+
+
+def provenance() -> dict[str, Any]:
+    """Return what produced a result: code version, packages, interpreter, machine kind.
+
+    No environment variable or host name is recorded; a command line with credentials was refused.
+    """
+    packages = ("torch", "torchvision", "open_clip_torch", "webdataset", "numpy", "pillow")
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "rft": __version__,
+        "git": git_revision(),
+        "packages": versions,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def git_revision() -> str | None:
+    """Return the commit of the source tree with `-dirty` if it is changed, or None if unknown.
+
+    A copy of the tree, such as launch/ makes for a run, has it in the file REVISION.
+    """
+    folder = Path(__file__).parents[1]
+    # the tree's own repository: one around it, say of an environment's packages, is another's
+    if (folder / ".git").exists():
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            return result.stdout.strip()
+    # only here: a file that was left behind in a checkout would name an old commit
+    path = folder / "REVISION"
+    return path.read_text().strip() if path.exists() else None

@@ -1,0 +1,450 @@
+"""Requests to remote stores: how often they are made, how long they may take, what answers mean.
+
+Only a store's own "not found" (HTTP 404) means that a file is absent. Everything else that fails is
+repeated where another try can help, and is an error with its reason where none does. This module is
+the only owner of that rule; `rft.storage.files` and `rft.shards.ranges` word the errors.
+
+fsspec's own look-ups are not used for HTTP: its `exists` is False and its `info` raises
+FileNotFoundError whatever the server answered.
+"""
+
+import asyncio
+import os
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+REQUEST_BYTES = 8 * 2**20  # longest request: what a dropped connection can cost
+BLOCKS_AT_ONCE = 4  # requests for one file under way at a time
+CLIENT_ERRORS = range(400, 500)  # HTTP answers that another try will not change ...
+BUSY = (408, 429)  # ... but for these
+CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})")  # below 2**63
+OK, PARTIAL, NOT_FOUND, RANGE_NOT_SATISFIABLE = 200, 206, 404, 416
+NO_PERMISSION = (
+    "no permission, or no such file in a store that may not be listed; check the address and the "
+    "credentials"
+)
+LATER = "run the same command again later"
+HINTS = {
+    401: "it needs a login, see docs/data.md, Credentials",
+    403: NO_PERMISSION,
+    416: "the file is shorter than it should be",
+    429: LATER,
+}
+OTHER_BYTES = "the server sends other bytes than were requested"
+NO_RANGES = "the server does not serve ranges of it; copy the files, or serve them with ranges"
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a request may take, and how often it is made.
+
+    A request is given up when its answer does not begin within `stall_seconds`, and when after n
+    bytes it has taken `stall_seconds` + n / `bytes_per_second`; requests are short (REQUEST_BYTES),
+    so a stalled connection blocks nothing for long. Between tries is a random pause, at most 0.1,
+    0.2, 0.4 ... seconds and never above `longest_pause`.
+    """
+
+    tries: int = 8
+    stall_seconds: float = 15.0
+    bytes_per_second: float = 2**18
+    longest_pause: float = 20.0
+
+    def seconds(self, count: int) -> float:
+        """Return how long `count` bytes may take."""
+        return self.stall_seconds + count / self.bytes_per_second
+
+
+PATIENCE = Patience()  # wherever no other is given
+
+
+class Failure(Exception):  # noqa: N818 - `Error` would say less
+    """A request that failed for good after so many tries; the cause is the last try's error."""
+
+    def __init__(self, tries: int) -> None:
+        super().__init__(tries)
+        self.tries = tries
+
+
+class HTTPStatus(OSError):  # noqa: N818 - it is what the server said
+    """An HTTP answer that is an error."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"{status} {reason}")
+        self.status = status
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a request that failed so may succeed when it is repeated."""
+    if not isinstance(error, Exception):
+        return False
+    status = status_of(error)
+    if status in CLIENT_ERRORS and status not in BUSY:
+        return False
+    # of the clients for S3, GCS and Azure; of aiohttp, which follows redirects within the web alone
+    if any(word in type(error).__name__ for word in ("Credential", "Redirect")):
+        return False
+    permanent = (
+        FileNotFoundError,
+        IsADirectoryError,
+        NotADirectoryError,
+        PermissionError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    )
+    return not isinstance(error, permanent)
+
+
+def status_of(error: BaseException) -> int:
+    """Return the HTTP status that an error carries, or 0."""
+    found = (getattr(error, name, None) for name in ("status", "code"))  # aiohttp's, gcsfs'
+    return next((status for status in found if isinstance(status, int)), 0)
+
+
+def explain(error: BaseException) -> str:
+    """Return what a request failed with and what can be done, in a few words."""
+    if isinstance(error, Failure):
+        assert error.__cause__ is not None
+        tries = f" ({error.tries} tries)" if error.tries > 1 else ""
+        return explain(error.__cause__) + tries
+    if isinstance(error, PermissionError):
+        return NO_PERMISSION if error.filename is None else "no permission"
+    if "NonHttpUrlRedirect" in type(error).__name__:
+        return f"the server redirects to {error}, which is not followed"
+    status = status_of(error)
+    if not status:
+        in_time = f"no answer in time; {LATER}" if isinstance(error, TimeoutError) else ""
+        return str(error) or in_time or type(error).__name__
+    # aiohttp's own text repeats the URL
+    text = f"{status} {error.message}" if hasattr(error, "message") else str(error)
+    hint = HINTS.get(status, LATER if status >= CLIENT_ERRORS.stop else "")
+    return f"{text}: {hint}" if hint else text
+
+
+def client(shared: Any) -> Any:
+    """Return a client like fsspec's `shared` one for our requests alone, one for each process.
+
+    Repeating is done, and counted, here: not by s3fs or gcsfs, not by boto below s3fs. An HTTP
+    server is asked not to compress, because there are no ranges in a compressed answer.
+    """
+    if not shared.async_impl:
+        return shared
+    # kept at the shared one: it goes with that when the process forks or the settings change
+    found = vars(shared).get("rft_client")
+    if found is not None:
+        return found
+    options = dict(shared.storage_options)
+    if _is_http(shared):
+        headers = options.get("headers", {})
+        if not isinstance(headers, Mapping):  # they may hold a token, so they are not shown
+            raise ValueError("headers in fsspec's settings (FSSPEC_HTTP) are not an object")
+        options["headers"] = {**headers, "Accept-Encoding": "identity"}
+    own: Any = type(shared)(*shared.storage_args, **options, skip_instance_cache=True)
+    if hasattr(own, "retries"):
+        own.retries = 1
+    if hasattr(own, "config_kwargs"):
+        own.config_kwargs = {**own.config_kwargs, "retries": {"total_max_attempts": 1}}
+    return vars(shared).setdefault("rft_client", own)
+
+
+async def repeated(
+    request: Callable[[], Coroutine[Any, Any, Result]],
+    patience: Patience | None = None,
+    on_retry: Callable[[], None] = lambda: None,
+) -> Result:
+    """Make a request as often as `patience` allows, until it succeeds.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: if the store says so.
+        Failure: if it does not succeed; its cause says why.
+    """
+    patience = patience or PATIENCE
+    attempts = AsyncRetrying(
+        stop=stop_after_attempt(patience.tries),
+        wait=wait_random_exponential(multiplier=0.1, max=patience.longest_pause),
+        retry=retry_if_exception(is_transient),
+        before_sleep=lambda _: on_retry(),
+        reraise=True,
+    )
+    try:
+        return await attempts(request)
+    except (FileNotFoundError, IsADirectoryError):
+        raise
+    except Exception as error:  # every client library has error classes of its own
+        raise Failure(attempts.statistics.get("attempt_number", 1)) from error
+
+
+async def read_range(
+    fs: Any,
+    path: str,
+    start: int,
+    stop: int,
+    patience: Patience | None = None,
+    on_retry: Callable[[], None] = lambda: None,
+) -> bytes:
+    """Return bytes `start` to `stop` of a file; what is missing of them is asked for again.
+
+    Raises:
+        FileNotFoundError: if the store says that there is no such file.
+        Failure: if they do not come.
+    """
+    patience = patience or PATIENCE
+    received = bytearray()
+
+    async def missing() -> None:
+        await _range(fs, path, start + len(received), stop, patience, received)
+        if len(received) < stop - start:
+            raise ConnectionError(f"{len(received)} of {stop - start} bytes came")
+
+    if start < stop:  # HTTP has no empty ranges
+        await repeated(missing, patience, on_retry)
+    return bytes(received)
+
+
+async def read(fs: Any, path: str, patience: Patience | None = None, *, limit: int) -> bytes:
+    """Return the content of a file; a long one comes in ranges, where the store has them.
+
+    Raises:
+        FileNotFoundError: if the store says that there is no such file.
+        Failure: if it does not come, or has more than `limit` bytes.
+    """
+    patience = patience or PATIENCE
+    content = bytearray()
+
+    async def beginning() -> int:
+        content.clear()
+        size = await _beginning(fs, path, patience, content, limit)
+        if size > limit:
+            raise ValueError(too_large(limit))
+        return size
+
+    size = await repeated(beginning, patience)
+    while len(content) < size:
+        stop = min(len(content) + REQUEST_BYTES, size)
+        content += await read_range(fs, path, len(content), stop, patience)
+    return bytes(content)
+
+
+async def size(fs: Any, path: str, patience: Patience | None = None) -> int:
+    """Return the bytes of a file that is to be read in ranges.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: if the store says so.
+        Failure: if the store does not answer or does not tell, or the server has no ranges.
+    """
+    patience = patience or PATIENCE
+
+    async def ask() -> int:
+        if _is_http(fs):
+            return await _http(fs, path, 0, 1, patience, bytearray(), limit=None)
+        info = await _info(fs, path, patience)
+        if info["type"] == "directory":
+            raise IsADirectoryError(f"{path} is a folder")
+        if info["size"] is None:
+            raise ValueError("its size is not told")
+        return int(info["size"])
+
+    return await repeated(ask, patience)
+
+
+async def exists(fs: Any, path: str, patience: Patience | None = None) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+        Failure: if the store does not say.
+    """
+    patience = patience or PATIENCE
+
+    async def ask() -> None:
+        if _is_http(fs):
+            await _http(fs, path, 0, 1, patience, bytearray(), limit=0)
+        else:
+            await _info(fs, path, patience)
+
+    try:
+        await repeated(ask, patience)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+async def listing(fs: Any, path: str, patience: Patience | None = None) -> list[dict[str, Any]]:
+    """Return fsspec's entries (`name`, `size`, `type`) of a folder, as the store sees it now.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        Failure: if the store does not say.
+    """
+    patience = patience or PATIENCE
+    # a listing comes in pages, each of them an answer of its own
+    seconds = patience.seconds(REQUEST_BYTES)
+
+    async def ask() -> list[dict[str, Any]]:
+        return await _call(fs, "ls", seconds, path, detail=True)
+
+    return await repeated(ask, patience)
+
+
+async def download(fs: Any, path: str, descriptor: int, patience: Patience | None = None) -> None:
+    """Write the content of a file to an open one.
+
+    Raises:
+        FileNotFoundError: if the store says that there is no such file.
+        Failure: if it does not come.
+    """
+
+    async def fetch(start: int, stop: int) -> bytes:
+        return await read_range(fs, path, start, stop, patience)
+
+    await fill(descriptor, await size(fs, path, patience), fetch)
+
+
+async def fill(descriptor: int, size: int, fetch: Callable[[int, int], Awaitable[bytes]]) -> None:
+    """Write `size` bytes to an open file; `fetch` returns those from a start to a stop."""
+    slots = asyncio.Semaphore(BLOCKS_AT_ONCE)
+
+    async def block(start: int) -> None:
+        async with slots:
+            data = await fetch(start, min(start + REQUEST_BYTES, size))
+            os.pwrite(descriptor, data, start)
+
+    await together(block(start) for start in range(0, size, REQUEST_BYTES))
+
+
+async def together(jobs: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Run coroutines side by side; when one fails, none of the others is left running."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def too_large(limit: int) -> str:
+    """Return why a file of more than so many bytes is not read."""
+    return f"it has more than {limit:,} bytes, too many for such a file"
+
+
+async def _beginning(fs: Any, path: str, patience: Patience, content: bytearray, limit: int) -> int:
+    """Append the first request's bytes of a file, or all of it, to `content`; return its size."""
+    if _is_http(fs):
+        return await _http(fs, path, 0, REQUEST_BYTES, patience, content, limit=limit)
+    info = await _info(fs, path, patience)
+    if info["type"] == "directory":
+        raise FileNotFoundError(path)
+    if info["size"] is None:
+        content += await _call(fs, "cat_file", patience.seconds(REQUEST_BYTES), path)
+        return len(content)
+    if info["size"]:
+        stop = min(int(info["size"]), REQUEST_BYTES)
+        await _range(fs, path, 0, stop, patience, content)
+    return int(info["size"])
+
+
+async def _info(fs: Any, path: str, patience: Patience) -> dict[str, Any]:
+    return await _call(fs, "info", patience.stall_seconds, path)
+
+
+async def _call(fs: Any, name: str, seconds: float, path: str, **options: Any) -> Any:
+    """Call a file system's method; only asynchronous clients can be given a deadline."""
+    fs.invalidate_cache(path)  # others write there too
+    if fs.async_impl:
+        return await asyncio.wait_for(getattr(fs, f"_{name}")(path, **options), seconds)
+    return await asyncio.to_thread(getattr(fs, name), path, **options)
+
+
+async def _range(
+    fs: Any, path: str, start: int, stop: int, patience: Patience, received: bytearray
+) -> None:
+    """Append bytes `start` to `stop` of a file, or as many as come, to `received`."""
+    if _is_http(fs):
+        await _http(fs, path, start, stop, patience, received, limit=None)
+        return
+    data = await _call(fs, "cat_file", patience.seconds(stop - start), path, start=start, end=stop)
+    if len(data) > stop - start:
+        raise ValueError(f"{len(data)} bytes came where {stop - start} were requested: {NO_RANGES}")
+    received += data
+
+
+def _is_http(fs: Any) -> bool:
+    return "https" in fs.protocol
+
+
+async def _http(
+    fs: Any,
+    url: str,
+    start: int,
+    stop: int,
+    patience: Patience,
+    received: bytearray,
+    *,
+    limit: int | None,
+) -> int:
+    """Append bytes `start` to `stop` of a URL, or as many as come, to `received`.
+
+    Returns the size of the file. A server without ranges is refused, unless there is a `limit`:
+    then the whole file is appended if it has no more bytes; a limit of 0 looks at the header alone.
+    """
+    from aiohttp import ClientTimeout  # its import takes as long as the rest of rft.storage.files
+
+    headers = {**fs.kwargs.get("headers", {}), "Range": f"bytes={start}-{stop - 1}"}
+    options = {"timeout": ClientTimeout(total=None), **fs.kwargs, "headers": headers}
+    session = await fs.set_session()
+    clock, before = asyncio.get_running_loop().time, len(received)
+    began, count = clock(), 0
+    async with asyncio.timeout(patience.stall_seconds) as deadline:
+        async with session.get(fs.encode_url(url), **options) as answer:
+            if answer.status == RANGE_NOT_SATISFIABLE and start == 0:
+                return 0
+            _require_success(answer, url)
+            size = _size_of(answer, start, stop, limit is not None)
+            if limit == 0:
+                return 0
+            async for chunk in answer.content.iter_any():
+                received += chunk
+                count = len(received) - before
+                if size is not None and count > min(stop, size) - start:
+                    raise ValueError(OTHER_BYTES)
+                if limit is not None and count > limit:
+                    raise ValueError(too_large(limit))
+                deadline.reschedule(began + patience.seconds(count))
+    return count if size is None else size
+
+
+def _require_success(answer: Any, url: str) -> None:
+    if answer.status == NOT_FOUND:
+        raise FileNotFoundError(url)
+    if answer.status >= CLIENT_ERRORS.start:
+        raise HTTPStatus(answer.status, answer.reason)
+    if answer.status not in (OK, PARTIAL):
+        raise ValueError(f"the server sends {answer.status} {answer.reason}, which is no file")
+    if answer.content_type == "text/html":
+        raise ValueError(
+            "the server sends a web page in its place: check the address and the login"
+        )
+
+
+def _size_of(answer: Any, start: int, stop: int, read_all: bool) -> int | None:
+    """Return the size of the file whose range an answer is; None if it is the whole file.
+
+    Raises:
+        ValueError: if its body is not what was requested, or may end early without a sign.
+    """
+    plain = answer.headers.get("Content-Encoding", "identity") == "identity"
+    if answer.status == PARTIAL:
+        found = CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+        if found is None or int(found[1]) != start or not plain:
+            raise ValueError(OTHER_BYTES)
+        return int(found[2])
+    if not read_all and not (start == 0 and plain and answer.content_length == stop):
+        raise ValueError(NO_RANGES)
+    if answer.content_length is None and "Transfer-Encoding" not in answer.headers:
+        raise ValueError("the server does not tell its size, so it may be cut off")
+    return None

@@ -1,0 +1,357 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard, wandb, a line for a person."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from rft.cli import warn
+from rft.config import Config
+from rft.evaluate.accuracy import Count
+from rft.runs import records
+from rft.storage import files, local
+from rft.train.pictures import Counterfactuals, grid
+from rft.train.run import Held
+
+SECONDS_PER_LINE = 60.0  # where there is no terminal; each held-out result is a line too
+SECONDS_TO_UPLOAD = 30.0  # at the end; a job that is told to stop has little time
+PICTURES = "counterfactuals"
+
+
+def require_packages(config: Config) -> None:
+    """Check that what the run is to log to is installed.
+
+    Raises:
+        ValueError: with the command that installs it.
+    """
+    if not config.log.wandb:
+        return
+    try:
+        # not find_spec: the folder ./wandb that wandb itself leaves behind looks like a module
+        importlib.metadata.version("wandb")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(
+            "--log.wandb needs a package that is not installed: pip install -e '.[wandb]'"
+        ) from error
+
+
+class Journal:
+    """All of it on the main rank; on the others nothing is written or shown."""
+
+    def __init__(self, config: Config, done: int, total: int, *, writes: bool) -> None:
+        self._folder, self._image_steps = config.run, config.log.image_steps
+        self._logs = Logs(config, done) if writes else None
+        self._display = Display(config, done, total, self._logs.held_out) if self._logs else None
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the means of the steps since the last call."""
+        if self._logs and self._display:
+            with self._writing():
+                self._logs.write(step, values)
+            self._display.update(step, values)
+
+    def held_out(self, step: int, count: Count) -> None:
+        """Record a held-out result."""
+        if self._logs and self._display:
+            values = {"held_out_correct": count.correct, "held_out_total": count.total}
+            with self._writing():
+                self._logs.write(step, values)
+            self._display.held_out(step, count)
+
+    def collects(self, step: int) -> list[Counterfactuals] | None:
+        """Return a list for what this step distils on, None if it will not be shown."""
+        wanted = self._logs and self._image_steps and step % self._image_steps == 0
+        return [] if wanted else None
+
+    def pictures(self, step: int, shown: list[Counterfactuals] | None, side: int) -> None:
+        """Record a picture of what a step distilled on, if anything was collected of it.
+
+        Args:
+            step: the step.
+            shown: what `collects` returned, filled by the step.
+            side: of a patch, in pixels.
+        """
+        if self._logs and shown:
+            with self._writing():
+                self._logs.pictures(step, grid(shown[0], side))
+
+    def require_folder(self) -> None:
+        """Check that the run folder is there, before anything is written into it.
+
+        Raises:
+            ValueError: if it was deleted, emptied or replaced.
+        """
+        if self._logs:
+            self._logs.folder.require()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        self.require_folder()
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"cannot write the logs in {self._folder}: {files.reason(error)}. Make room, then "
+                "run the same command again"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._logs and self._display:
+            self._display.close()
+            # what ended the run is told, not that its logs could not be closed then
+            with contextlib.suppress(OSError) if kind else self._writing():
+                self._logs.close(failed=kind is not None)
+
+
+class Logs:
+    """metrics.jsonl, TensorBoard and, if the configuration names a project, wandb.
+
+    `held_out` is the last held-out result of the steps that were done before.
+    """
+
+    def __init__(self, config: Config, done: int) -> None:
+        folder = Path(config.run)
+        self._path = folder / records.METRICS
+        self.held_out: Count | None = None
+        # a killed run may have logged beyond its last checkpoint, and half a line at the end
+        with files.publish(str(self._path)) as path, local.writer(path) as stream:
+            for text, line in records.read_metrics(self._path):
+                if line.step <= done:
+                    stream.write(text)
+                    correct, total = line.held_out_correct, line.held_out_total
+                    if correct is not None and total is not None:
+                        self.held_out = Count(correct, total)
+        if done == 0:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        self._wandb = Wandb(config, done) if config.log.wandb else None
+        descriptor = local.open_regular(self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        self._stream = os.fdopen(descriptor, "a")
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self.folder = Held(folder)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line and its scalars."""
+        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        self._stream.flush()
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.write(step, values)
+
+    def pictures(self, step: int, grid_CHW: Tensor) -> None:
+        """Add a picture, uint8."""
+        self._writer.add_image(PICTURES, grid_CHW, step)
+        if self._wandb:
+            self._wandb.pictures(step, grid_CHW)
+
+    def close(self, *, failed: bool) -> None:
+        """Flush and close all logs; wandb shows a run that failed as such."""
+        self._stream.close()
+        self._writer.close()
+        self.folder.close()
+        if self._wandb:
+            self._wandb.close(failed=failed)
+
+
+class Wandb:
+    """One Weights & Biases run for one run folder, however often it is resumed.
+
+    Of this machine it is told nothing but what wandb cannot do without: no source, no console, no
+    git remote, host, user, package list or hardware, and URLs without their credentials. Without a
+    network, WANDB_MODE=offline keeps everything in the run folder for `wandb sync`. A run outlives
+    wandb's process, which takes a scheduler's signal, meant for every process, for its own end.
+    """
+
+    def __init__(self, config: Config, done: int) -> None:
+        # an extra, and slow to import
+        import wandb  # pyrefly: ignore[missing-import]
+
+        self._image, self._answers = wandb.Image, True
+        folder = Path(config.run)
+        try:
+            self._run = wandb.init(
+                project=config.log.wandb,
+                name=folder.resolve().name,
+                id=wandb_id(folder, done),
+                resume="allow",
+                dir=str(folder),
+                config=config.to_dict(),
+                settings=wandb.Settings(
+                    console="off",
+                    disable_code=True,
+                    disable_git=True,
+                    disable_job_creation=True,
+                    save_code=False,
+                    x_disable_machine_info=True,
+                    x_disable_meta=True,
+                    x_disable_stats=True,
+                    x_save_requirements=False,
+                    host="",
+                    username="",
+                    email="",
+                    program="rft.train",
+                    finish_timeout=SECONDS_TO_UPLOAD,
+                ),
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"--log.wandb {config.log.wandb}: {files.reason(error)} (WANDB_MODE=offline needs "
+                "neither login nor network)"
+            ) from error
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add the values of a step."""
+
+        def log() -> None:
+            # wandb keeps what a killed run logged beyond its last checkpoint, takes nothing twice
+            if step >= self._run.step:
+                self._run.log(dict(values), step=step)
+
+        self._ask(log)
+
+    def pictures(self, step: int, grid_CHW: Tensor) -> None:
+        """Add a picture, uint8."""
+        self.write(step, {PICTURES: self._image(grid_CHW.permute(1, 2, 0).numpy())})
+
+    def close(self, *, failed: bool) -> None:
+        """Send what is left, for as long as a job that is told to stop can wait."""
+        self._ask(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _ask(self, work: Callable[[], None]) -> None:
+        if not self._answers:
+            return
+        try:
+            work()
+        except Exception as error:  # its process, its service and the network have their own errors
+            self._answers = False
+            warn(f"nothing more goes to wandb: {files.reason(error)}")
+
+
+def wandb_id(folder: Path, done: int) -> str:
+    """Return the id of the wandb run of a run folder: a new one if nothing of it is done yet.
+
+    It lies in the folder: made of the configuration and the path alone it would come again after
+    the folder was deleted, and wandb would take nothing of the new run for its first steps.
+    """
+    path = folder / "wandb" / "id"
+    if done == 0 or not path.exists():
+        files.write_bytes(str(path), uuid.uuid4().hex.encode())
+    return path.read_text()
+
+
+class Display:
+    """What a person sees: a bar and a line on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, config: Config, done: int, total: int, held_out: Count | None) -> None:
+        self._config, self._total, self._held_out = config, total, held_out
+        self._pace = Pace(done, total, time.monotonic())
+        self._spoke: float | None = None
+        self._bar = Progress(TextColumn(config.recipe), BarColumn(), MofNCompleteColumn())
+        self._task = self._bar.add_task("train", total=total, completed=done)
+        self._status = ""
+        # drawn when there is something new, so that no thread takes turns with the training
+        self._live = Live(console=Console(file=sys.stderr), auto_refresh=False)
+        if self._live.console.is_terminal:
+            self._live.start()
+            self._draw(done)
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the newest means."""
+        left = duration(self._pace.seconds_left(step, time.monotonic()))
+        self._status = "  ".join([*status(self._config, values), f"ETA {left}"])
+        if self._live.is_started:
+            self._draw(step)
+        elif self._spoke is None or time.monotonic() - self._spoke > SECONDS_PER_LINE:
+            self._say(f"step {step}/{self._total}  {self._line()}")
+
+    def held_out(self, step: int, count: Count) -> None:
+        """Show a held-out result, which stays on the line until the next one."""
+        self._held_out = count
+        result = f"held-out {100 * count.share:.2f}% ({count.correct}/{count.total})"
+        line = f"step {step}/{self._total}  {result}"
+        if self._live.is_started:
+            self._live.console.print(Text(line))
+        else:
+            self._say(f"{line}  {self._status}".rstrip())
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._live.is_started:
+            self._live.stop()
+
+    def _line(self) -> str:
+        if self._held_out is None:
+            return self._status
+        return f"{self._status}  held-out {100 * self._held_out.share:.2f}%"
+
+    def _draw(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+        self._live.update(Group(self._bar, Text(self._line())), refresh=True)
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
+        self._spoke = time.monotonic()
+
+
+def status(config: Config, values: Mapping[str, float]) -> list[str]:
+    """Return what the means of some steps say: epoch, loss and its parts, speed, wait for data."""
+    method = config.method
+    parts = [f"ce {values['ce']:.3f}"]
+    if method.distill_weight:
+        parts.append(f"{method.distill_weight:g} x mse {values['mse']:.4f}")
+    if method.kd_weight:
+        parts.append(f"{method.kd_weight:g} x kd {values['kd']:.4f}")
+    images_per_s = values["images_per_s"]
+    seconds_per_step = config.loader.batch_size / images_per_s
+    waiting = values["data_wait_ms"] / 1000 / seconds_per_step
+    return [
+        f"epoch {values['epoch']:.2f}/{config.optim.epochs}",
+        f"loss {values['loss']:.3f} = {' + '.join(parts)}",
+        f"{images_per_s:.{0 if images_per_s >= 10 else 1}f} img/s",
+        f"data wait {100 * waiting:.0f}%",
+    ]
+
+
+class Pace:
+    """The time that is left, from what this start of the run has done so far.
+
+    All of its time counts, evaluations, checkpoints and the loader's start too, over the steps
+    done since this start: what an earlier job did, perhaps on other machines, says nothing.
+    """
+
+    def __init__(self, done: int, total: int, now: float) -> None:
+        self._done, self._total, self._started = done, total, now
+
+    def seconds_left(self, step: int, now: float) -> float:
+        """Return the seconds from `now`, when `step` steps of the run are done, to its end."""
+        assert step > self._done, "no step was done since the start"
+        return (now - self._started) / (step - self._done) * (self._total - step)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units: 45 s, 3 min 20 s, 2 h 05 min, 1 d 04 h."""
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours:02d} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {left:02d} s" if minutes else f"{left} s"
