@@ -28,6 +28,7 @@ from rft.evaluate import command as evaluation
 from rft.packing.own_folder import read_folder
 from rft.packing.pack import Options, pack, pack_source
 from rft.rng import numpy_generator
+from rft.sets import ID_SET, OOD_SETS, TEST_SETS
 from rft.shards.label_space import LabelSpace
 from rft.storage import files
 from rft.train import command as training
@@ -38,7 +39,6 @@ SIZES = (60, 300, 3000)
 WORLD_SCALE = 1.5  # of the miniature's 2,000 training images
 RECIPES = ("vanilla", recipes.DEFAULT)
 NUMBERS = ("before, fixed", "before, proposed", "rule")
-ID_SET, *OOD_SETS = evaluation.SETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def prepare(arguments: Arguments) -> LabelSpace:
     write_world(world, scale=WORLD_SCALE)
     labels = LabelSpace.load(str(world / "classes.json"))
     options = Options(encoding="pixels", size=IMAGE_SIZE, workers=1)
-    for name in evaluation.SETS:
+    for name in TEST_SETS:
         pack(name, str(world), str(shards), labels, options)
     for images in arguments.sizes:
         for seed in range(arguments.seeds):

@@ -7,7 +7,7 @@ packing tools use this too.
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -172,6 +172,16 @@ def compare_prompts(
     if len(set(filter(None, known))) < 2:
         return []
     return [f"the heads of {where} and {place} were made of different prompts"]
+
+
+def find_twins(names: Iterable[str]) -> tuple[str, str] | None:
+    """Find two names that are the same text in different Unicode forms, if there are any."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(composed(name), name)
+        if other != name:
+            return other, name
+    return None
 
 
 def composed(text: str) -> str:

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from rft import __version__
 from rft.runs import records
+from rft.sets import TRAIN_SET
 from rft.storage import documents, files, urls
 from rft.storage.documents import (
     Above0,
@@ -238,7 +239,7 @@ class Config:
     # torchrun refuses "--run": its own parser takes it for an abbreviation of --run-path
     run: Annotated[str, tyro.conf.arg(name="run-dir", aliases=("--run",))]
     """Run folder: configuration, metrics, checkpoints, results."""
-    train_set: str = "imagenet-train"
+    train_set: str = TRAIN_SET
     """Name of the packed set to train on, below the data root."""
     scale: Scale = "paper"
     """Which numbers the recipe starts from: ImageNet's, those for some thousand photos of one's own

@@ -5,14 +5,13 @@ from pathlib import Path
 
 from rft import cli
 from rft.config import settings
-from rft.packing.layouts import LAYOUTS
 from rft.runs import records
 from rft.runs.folder import read_results
 from rft.runs.records import Training
+from rft.sets import BENCHMARKS, TEST_SETS, TRAIN_SET
 from rft.storage import files
 
-TRAIN_SET, MANIFEST = "imagenet-train", "manifest.json"
-SETS = tuple(name for name in LAYOUTS if name != TRAIN_SET)
+MANIFEST = "manifest.json"
 
 
 def evaluation(
@@ -28,10 +27,10 @@ def evaluation(
     """
     words: list[object] = ["-m", "rft.evaluate", *models, "--data", data or "DATA"]
     unknown = {} if data else {"DATA": "folder or URL below which the packed sets lie"}
-    sets = test_sets(data, train_set)
-    if sets != SETS:
-        words += ["--sets", *(sets or ["SET"])]
-    if not sets:
+    tests = test_sets(data, train_set)
+    if tests != TEST_SETS:
+        words += ["--sets", *(tests or ["SET"])]
+    if not tests:
         unknown["SET"] = "packed set of test images; none was found in the data root"
     return cli.next_step(words, ranks=ranks, unknown=unknown)
 
@@ -42,7 +41,7 @@ def test_sets(data: str, train_set: str) -> tuple[str, ...]:
     ImageNet has its benchmarks, a set of the user's own has one test set (tools/shard_folder.py).
     All of them are returned where the data root is not known or cannot be read.
     """
-    known = SETS if train_set in LAYOUTS else ("test",)
+    known = TEST_SETS if train_set in BENCHMARKS else ("test",)
     if not data:
         return known
     try:

@@ -1,8 +1,6 @@
 """Every system of the paper by name: what trains, and what is merged from trained models.
 
-A docstring's numbers are the paper's, top-1 in %, mean of three seeds, in the order
-ImageNet | V2 R Sketch ObjectNet A | OOD average, for CLIP ViT-B/32 and ViT-B/16 (Tables 1 and 3);
-tests hold them equal to rft/paper.py. Figure 7 prints no numbers.
+What the paper prints for each is in rft/paper.py, under the same names.
 
 The setting of each mask x fill is the one that the released code's example script names; the paper
 prints the values it tried (SETTINGS) but not its choices. Everything a function does not mention is
@@ -38,20 +36,12 @@ SETTINGS = {
 
 
 def zero_shot(config: Config) -> Config:
-    """Keep the pre-trained model, with a head of text embeddings.
-
-    B/32: 63.4 | 55.9 69.3 42.3 44.5 31.4 | 48.7
-    B/16: 68.3 | 61.9 77.6 48.3 54.0 50.1 | 58.4
-    """
+    """Keep the pre-trained model, with a head of text embeddings."""
     return _with(config, PLAIN, epochs=0)
 
 
 def vanilla(config: Config) -> Config:
-    """Train all weights by cross-entropy alone.
-
-    B/32: 75.9 | 64.7 57.0 39.8 39.5 20.0 | 44.2
-    B/16: 80.7 | 70.4 64.0 45.1 49.1 35.2 | 52.8
-    """
+    """Train all weights by cross-entropy alone."""
     return _with(config, PLAIN)
 
 
@@ -71,91 +61,57 @@ def lp_ft(config: Config) -> Config:
 
     The paper's row is copied from LP-FT's own paper. Half of vanilla's epochs, so that both halves
     together cost what vanilla does.
-
-    B/16: 81.7 | 71.6 72.9 48.4 - 49.1 | -
     """
     return _with(config, PLAIN, epochs=5)
 
 
 def no_mask(config: Config) -> Config:
-    """Distil features on the clean images themselves.
-
-    B/32: 76.9 | 66.5 69.2 45.6 45.3 29.8 | 51.3
-    """
+    """Distil features on the clean images themselves."""
     return _with(config, MethodConfig())
 
 
 def random_mask_no_fill(config: Config) -> Config:
-    """Drop 75% of the patches at random.
-
-    B/32: 77.5 | 66.9 66.4 45.7 46.5 30.8 | 51.2
-    """
+    """Drop 75% of the patches at random."""
     return _with(config, MethodConfig(mask="random", fill="none", rate=0.75))
 
 
 def context_mask_no_fill(config: Config) -> Config:
-    """Drop the context: at most 0.6 of the largest relevance.
-
-    B/32: 77.8 | 67.4 66.7 45.6 45.9 30.0 | 51.1
-    """
+    """Drop the context: at most 0.6 of the largest relevance."""
     return _with(config, MethodConfig(mask="context", fill="none", threshold=0.6))
 
 
 def object_mask_no_fill(config: Config) -> Config:
-    """Drop the object: above 0.3 of the largest relevance.
-
-    B/32: 77.7 | 67.1 67.6 46.2 46.8 31.5 | 51.9
-    """
+    """Drop the object: above 0.3 of the largest relevance."""
     return _with(config, MethodConfig(mask="object", fill="none", threshold=0.3))
 
 
 def random_mask_single_fill(config: Config) -> Config:
-    """Refill 50% of the patches, at random, from one other image.
-
-    B/32: 77.6 | 67.1 69.0 46.4 47.8 33.4 | 52.7
-    """
+    """Refill 50% of the patches, at random, from one other image."""
     return _with(config, MethodConfig(mask="random", fill="single", rate=0.5))
 
 
 def context_mask_single_fill(config: Config) -> Config:
-    """Refill the context, at most 0.5 of the largest relevance, from one other image.
-
-    B/32: 77.2 | 66.9 68.8 46.5 47.8 32.9 | 52.6
-    """
+    """Refill the context, at most 0.5 of the largest relevance, from one other image."""
     return _with(config, MethodConfig(mask="context", fill="single", threshold=0.5))
 
 
 def object_mask_single_fill(config: Config) -> Config:
-    """Refill the object, above 0.3 of the largest relevance, from one other image.
-
-    B/32: 77.5 | 67.1 69.7 46.9 48.0 33.8 | 53.1
-    B/16: 82.4 | 73.4 78.1 53.4 57.9 53.5 | 63.3
-    """
+    """Refill the object, above 0.3 of the largest relevance, from one other image."""
     return _with(config, MethodConfig(mask="object", fill="single", threshold=0.3))
 
 
 def random_mask_multi_fill(config: Config) -> Config:
-    """Refill 50% of the patches, at random, each from an image of its own.
-
-    B/32: 78.0 | 67.4 67.4 46.1 46.7 31.9 | 51.9
-    """
+    """Refill 50% of the patches, at random, each from an image of its own."""
     return _with(config, MethodConfig(mask="random", fill="multi", rate=0.5))
 
 
 def context_mask_multi_fill(config: Config) -> Config:
-    """Refill the context, at most 0.3, each patch from an image of its own.
-
-    B/32: 78.2 | 67.4 66.5 45.5 45.9 30.0 | 51.1
-    """
+    """Refill the context, at most 0.3, each patch from an image of its own."""
     return _with(config, MethodConfig(mask="context", fill="multi", threshold=0.3))
 
 
 def object_mask_multi_fill(config: Config) -> Config:
-    """Refill the object, above 0.6, each patch from an image of its own.
-
-    B/32: 77.9 | 67.7 68.1 46.6 47.5 33.0 | 52.6
-    B/16: 82.5 | 73.4 76.4 52.7 56.8 52.0 | 62.3
-    """
+    """Refill the object, above 0.6, each patch from an image of its own."""
     return _with(config, MethodConfig(mask="object", fill="multi", threshold=0.6))
 
 
@@ -211,12 +167,7 @@ SOUP_RATES = (1 / 3, 1.0, 3.0)
 
 
 def wise_ft() -> Merge:
-    """Mix (1 - alpha) zero-shot + alpha vanilla (Wortsman et al. 2022).
-
-    Table 3 has alpha 0.5:
-    B/32: 76.6 | 66.6 70.2 47.1 46.3 31.9 | 52.4
-    B/16: 81.7 | 72.8 78.7 53.9 57.3 52.2 | 63.0
-    """
+    """Mix (1 - alpha) zero-shot + alpha vanilla (Wortsman et al. 2022); Table 3 has alpha 0.5."""
     return Merge("wise", ("zero-shot", "vanilla"), ALPHAS)
 
 
@@ -226,10 +177,7 @@ def wise_ours() -> Merge:
 
 
 def uniform_soup() -> Merge:
-    """Average models fine-tuned with different settings (Wortsman et al. 2022).
-
-    B/32: 80.0 | 68.6 66.6 47.7 46.1 29.2 | 51.6
-    """
+    """Average models fine-tuned with different settings (Wortsman et al. 2022)."""
     return Merge("uniform-soup", ("vanilla",))
 
 

@@ -1,9 +1,7 @@
 """Configurations check themselves and survive JSON."""
 
 import dataclasses
-import inspect
 import json
-import re
 
 import pytest
 
@@ -114,27 +112,10 @@ def test_the_official_linear_probe_is_the_released_codes(scale, rate):
     assert probe.model == tuned.model
 
 
-def as_told(percent: tuple[float | None, ...]) -> str:
-    """A table row of the paper as recipe docstrings write it."""
-    first, *five, average = ["-" if value is None else f"{value:.1f}" for value in percent]
-    return f"{first} | {' '.join(five)} | {average}"
-
-
-def test_docstrings_tell_the_papers_numbers_and_no_row_lacks_a_recipe():
-    # dedented as Python 3.13 does it, on every Python
-    docs = {name: inspect.getdoc(f) for name, f in {**recipes.TRAINED, **recipes.MERGED}.items()}
-    docs["wise-ft-0.5"] = docs.pop("wise-ft")
-    told = {
-        (name, model): row
-        for name, doc in docs.items()
-        for model, row in re.findall(r"^(B/\d\d): (.*)$", doc, re.MULTILINE)
-    }
-    published = {
-        (row.recipe, model): as_told(row.percent)
-        for model, rows in {"B/32": paper.VIT_B_32, "B/16": paper.VIT_B_16}.items()
-        for row in rows
-    }
-    assert told == published
+def test_no_row_of_the_paper_lacks_a_recipe():
+    rows = {row.recipe for row in (*paper.VIT_B_32, *paper.VIT_B_16)}
+    assert rows - {"wise-ft-0.5"} <= {*recipes.TRAINED, *recipes.MERGED}
+    assert "wise-ft" in recipes.MERGED
 
 
 def test_help_shows_every_system_and_the_grid():

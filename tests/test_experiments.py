@@ -17,10 +17,10 @@ from rft.demo.world import IMAGE_SIZE, write_world
 from rft.evaluate import command as evaluate_command
 from rft.experiments import Experiment, Plan, experiments
 from rft.merge import command as merge_command
-from rft.packing.layouts import LAYOUTS
 from rft.packing.pack import Options, pack
 from rft.paper import FIGURE_7, VIT_B_16, VIT_B_32
 from rft.report import command as report_command
+from rft.sets import BENCHMARKS
 from rft.shards.label_space import LabelSpace
 from rft.train import command as train_command
 from tests import reproduction
@@ -253,7 +253,7 @@ def small_plan(tmp_path_factory) -> Plan:
     write_world(folder / "world", scale=0.05)
     labels = LabelSpace.load(str(folder / "world" / "classes.json"))
     options = Options(encoding="pixels", size=IMAGE_SIZE, shard_mb=2, workers=1)
-    for dataset in LAYOUTS:
+    for dataset in BENCHMARKS:
         pack(dataset, str(folder / "world"), str(folder / "shards"), labels, options)
     return Plan(
         runs=str(folder / "runs"),

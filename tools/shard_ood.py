@@ -1,16 +1,14 @@
 """Pack an out-of-distribution benchmark of ImageNet into tar shards: see --help."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import tyro
 
 from rft import cli
 from rft.packing.expected import parse_allowed_counts
 from rft.packing.pack import Options, pack
+from rft.sets import Ood
 from rft.shards.label_space import choose_labels
-
-Benchmark = Literal["imagenet-v2", "imagenet-r", "imagenet-sketch", "objectnet", "imagenet-a"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +22,7 @@ class ShardOod:
     python tools/shard_ood.py --benchmark imagenet-v2 objectnet --source /data --out s3://bucket/rft
     """
 
-    benchmark: tuple[Benchmark, ...]
+    benchmark: tuple[Ood, ...]
     """Which benchmarks; several must lie side by side in the source, as their archives unpack."""
     source: str
     """Folder that holds the class folders (for objectnet images/ and mappings/), or one above."""

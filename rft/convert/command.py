@@ -42,6 +42,7 @@ from rft.runs.folder import (
 )
 from rft.runs.records import RunConfig, Training
 from rft.runs.trained_on import TrainedOn
+from rft.sets import ID_SET
 from rft.shards.manifest import Manifest
 from rft.storage import documents, files, urls
 from rft.storage.documents import Seed, document
@@ -79,7 +80,7 @@ class Import:
     """open_clip name of the model, e.g. ViT-B-32-quickgelu; needed where the file does not tell."""
     data: str = ""
     """Data root whose packed set gives the class names."""
-    packed: Annotated[str, tyro.conf.arg(name="set")] = "imagenet-val"
+    packed: Annotated[str, tyro.conf.arg(name="set")] = ID_SET
     """Name of that set, below the data root."""
     recipe: str = "imported"
     """What the report calls it; runs of one recipe with other seeds share a row."""
@@ -522,7 +523,7 @@ def file_content(
     if to == "safetensors":
         return weights_path.read_bytes()
     if to == "released":
-        counts = metrics.get("imagenet-val")
+        counts = metrics.get(ID_SET)
         return weights.to_released(
             state, 100 * counts["correct"] / counts["total"] if counts else None
         )

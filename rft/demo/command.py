@@ -17,10 +17,11 @@ from pydantic import Field
 
 from rft import cli
 from rft.demo.miniature import FOLDER, prepare_data, shards
-from rft.evaluate.command import SETS, is_current
+from rft.evaluate.command import is_current
 from rft.experiments import Experiment, Plan, experiments
 from rft.loading.dataset import PackedDataset
 from rft.report.page import write_report
+from rft.sets import TEST_SETS
 from rft.storage.documents import Epochs, Positive, Seed, document
 from rft.train.command import parse
 from rft.train.run import is_finished
@@ -104,7 +105,7 @@ def is_done(stage: Experiment, data: str) -> bool:
         return all((Path(path) / "provenance.json").exists() for path in stage.makes)
     assert module == "rft.evaluate"
     models = [Path(path) for path in options[: options.index("--data")]]
-    sets = {name: PackedDataset(f"{data}/{name}") for name in SETS}
+    sets = {name: PackedDataset(f"{data}/{name}") for name in TEST_SETS}
     manifests = {name: packed.manifest for name, packed in sets.items()}
     return all(is_current(path, manifests) for path in models)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import filelock
 
 from rft.demo.world import IMAGE_SIZE, write_world
-from rft.packing.layouts import LAYOUTS
 from rft.packing.pack import Options, pack
+from rft.sets import BENCHMARKS
 from rft.shards.label_space import LabelSpace
 
 FOLDER = Path("miniature")  # where commands that are told nothing else make and find it
@@ -22,7 +22,7 @@ def prepare_data(folder: Path) -> None:
         labels = LabelSpace.load(str(world / "classes.json"))
         # small shards, so that the miniature has several of them as a cluster would
         options = Options(encoding="pixels", size=IMAGE_SIZE, shard_mb=2, workers=1)
-        for dataset in LAYOUTS:
+        for dataset in BENCHMARKS:
             pack(dataset, str(world), str(shards(folder)), labels, options)
 
 

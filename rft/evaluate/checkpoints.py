@@ -13,9 +13,9 @@ from rft.classes import check_head
 from rft.clip.classifier import Saved, load_state, map_state
 from rft.dist import World
 from rft.loading.dataset import PackedDataset
-from rft.packing.layouts import LAYOUTS
 from rft.runs.folder import checkpoint_path, unfinished
 from rft.runs.trained_on import of_model
+from rft.sets import BENCHMARKS
 from rft.shards.label_space import warn_of_one_class
 from rft.shards.manifest import Manifest
 from rft.storage import files
@@ -81,7 +81,7 @@ def warn_of_other_split(paths: Sequence[Path], data: str) -> None:
         metadata = map_state(checkpoint_path(path)).metadata
         for name, trained_on in sorted(of_model(path, metadata)):
             url = files.join(data, name)
-            if name in LAYOUTS or not files.exists(files.join(url, "manifest.json")):
+            if name in BENCHMARKS or not files.exists(files.join(url, "manifest.json")):
                 continue
             found = Manifest.load(url).sha256
             if found != trained_on:

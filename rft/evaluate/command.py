@@ -28,7 +28,6 @@ from rft.evaluate.checkpoints import (
 )
 from rft.evaluate.count import count_correct
 from rft.loading.dataset import PackedDataset
-from rft.next_steps import SETS
 from rft.runs import records
 from rft.runs.folder import (
     checkpoint_path,
@@ -38,6 +37,7 @@ from rft.runs.folder import (
     unfinished,
 )
 from rft.runs.records import Results, SetCount
+from rft.sets import TEST_SETS
 from rft.shards.manifest import Manifest
 from rft.shards.root import set_names
 from rft.storage import files
@@ -56,7 +56,7 @@ class Arguments:
     """Run folders (the selected model; the last without held-out images) or .safetensors files."""
     data: str
     """Data root: the URL under which the tools wrote the packed sets."""
-    sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = SETS
+    sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = TEST_SETS
     """Packed sets to evaluate on: these, or any other below the data root."""
     batch_size: BatchSize = 256
     """Images in one forward."""
@@ -178,5 +178,5 @@ def main() -> None:
             print("all counts are already there, nothing to do")
     runs = [path for path in arguments.checkpoints if path.is_dir()]
     # the report's tables are the paper's: ImageNet and its five benchmarks
-    if world.is_main and runs and set(sets) & set(SETS):
+    if world.is_main and runs and set(sets) & set(TEST_SETS):
         cli.say(commands.report(runs))

@@ -34,10 +34,12 @@ from rft.evaluate.accuracy import is_finite
 from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
 from rft.evaluate.count import require_finite
 from rft.evaluate.object_masks import SUFFIX, ObjectMask, find_masks, read_mask
-from rft.evaluate.overlap import Pixels, Rates, count_masked, count_object, mean_rates, pooled_rates
+from rft.evaluate.overlap import Pixels, count_masked, count_object, mean_rates, pooled_rates
 from rft.loading.dataset import Batch, EvaluationBatches, PackedDataset, read_batches
 from rft.method import masking, relevance
+from rft.paper import TABLE_2
 from rft.runs.folder import checkpoint_path, require_own_weights, unfinished
+from rft.sets import TRAIN_SET
 from rft.shards.label_space import LabelSpace
 from rft.storage import files, urls
 from rft.storage.documents import BatchSize, Megapixels, Seed, Whole, document
@@ -46,15 +48,6 @@ Measurable = Literal["restricted", "all"]
 
 # Restricted ImageNet's dogs, cats and birds among ImageNet's 1000 classes (appendix A.2)
 RESTRICTED = (*range(151, 269), *range(281, 286), *range(80, 101))
-# Table 2, of CLIP ViT-B/32: threshold -> image masking rate, object masking rate, IoU
-TABLE_2 = {
-    0.7: Rates(0.06, 0.17, 0.15),
-    0.6: Rates(0.10, 0.23, 0.21),
-    0.5: Rates(0.15, 0.33, 0.28),
-    0.4: Rates(0.25, 0.48, 0.38),
-    0.3: Rates(0.39, 0.65, 0.45),
-    0.2: Rates(0.55, 0.80, 0.48),
-}
 ROWS = {
     "image masking rate": "image_masking_rate",
     "object masking rate": "object_masking_rate",
@@ -81,7 +74,7 @@ class Arguments:
     orientation, all others as stored (or of the model's centre crop).
     A mask is called and placed as its image is (n01440764/n01440764_10026.png) or by the sample's
     key alone. Images without a mask are left out and counted."""
-    set: str = "imagenet-train"
+    set: str = TRAIN_SET
     """Packed set to measure on."""
     thresholds: Annotated[tuple[float, ...], tyro.conf.arg(metavar="T...")] = tuple(TABLE_2)
     """CAM thresholds: patches with relevance / max relevance above one are masked."""

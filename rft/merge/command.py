@@ -26,6 +26,7 @@ from rft.merge.ingredients import (
 )
 from rft.method import averaging
 from rft.runs.folder import LAST
+from rft.sets import TRAIN_SET
 from rft.storage import files
 from rft.storage.documents import BatchSize, Megapixels, Whole, document
 
@@ -290,4 +291,4 @@ def report(out: Path, done: bool) -> None:
 def next_step(outs: Iterable[Path], model: Ingredient) -> str:
     """Return the line that tells how to go on, with the data that `model` was trained on."""
     data, train_set = (model.config.data, model.config.train_set) if model.config else ("", "")
-    return commands.evaluation(list(outs), data, train_set or commands.TRAIN_SET)
+    return commands.evaluation(list(outs), data, train_set or TRAIN_SET)

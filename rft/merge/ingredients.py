@@ -13,11 +13,11 @@ from rft.clip.architecture import Architecture
 from rft.clip.classifier import load_state, map_state
 from rft.clip.model_folder import SHOWN
 from rft.method.averaging import require_alike
-from rft.packing.layouts import LAYOUTS
 from rft.runs import records, trained_on
 from rft.runs.folder import SELECTED, require_own_weights, unfinished
 from rft.runs.records import RunConfig
 from rft.runs.trained_on import TrainedOn
+from rft.sets import BENCHMARKS
 from rft.storage import files
 
 
@@ -146,7 +146,7 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
         except ValueError as error:
             raise ValueError(f"{both}: {error}") from error
     # of ImageNet's sets, none holds images of another, however it was packed
-    own = {str(one.path): [s for s in one.seen if s.name not in LAYOUTS] for one in ingredients}
+    own = {str(one.path): [s for s in one.seen if s.name not in BENCHMARKS] for one in ingredients}
     if warning := trained_on.different_splits(own):
         warnings.append(warning)
     for warning in warnings:

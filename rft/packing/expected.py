@@ -1,4 +1,4 @@
-"""What the authors of each benchmark published: how many images, and of which classes.
+"""Whether a copy of a benchmark is what its authors published: number of images, classes.
 
 A copy that lost images on the way still gives a number (published ObjectNet results came from a
 truncated copy), so whoever lists a set in ImageNet's own label space holds it against these. In
@@ -11,18 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rft import cli
+from rft.sets import BENCHMARKS
 from rft.shards.label_space import LabelSpace
 
-COUNTS = {
-    "imagenet-train": 1_281_167,
-    "imagenet-val": 50_000,
-    "imagenet-v2": 10_000,
-    "imagenet-r": 30_000,
-    "imagenet-sketch": 50_889,
-    "objectnet": 18_574,  # in the 113 of its 313 folders that overlap ImageNet
-    "imagenet-a": 7_500,
-}
-SUBSETS = {"imagenet-r": "imagenet_r_synsets.txt", "imagenet-a": "imagenet_a_synsets.txt"}
 IMAGENET_CLASSES = 1000
 
 
@@ -33,14 +24,15 @@ def is_imagenet(labels: LabelSpace) -> bool:
 
 def published_classes(dataset: str, labels: LabelSpace) -> tuple[str, ...] | None:
     """Return the WordNet ids of a set of fewer than all classes; None if nothing is known."""
-    if dataset not in SUBSETS or not is_imagenet(labels):
+    known = BENCHMARKS.get(dataset)
+    if known is None or known.class_list is None or not is_imagenet(labels):
         return None
     # by its file, because importing timm costs seconds
     spec = importlib.util.find_spec("timm")
     if spec is None or spec.origin is None:
         raise ValueError("the package timm is not installed; it holds the class lists")
     folder = Path(spec.origin).parent / "data" / "_info"
-    return tuple((folder / SUBSETS[dataset]).read_text().split())
+    return tuple((folder / known.class_list).read_text().split())
 
 
 def check_count(dataset: str, found: int, labels: LabelSpace, allowed: int | None = None) -> None:
@@ -57,9 +49,12 @@ def check_count(dataset: str, found: int, labels: LabelSpace, allowed: int | Non
                 f"{dataset} has {found:,} images here, --allow-count says {allowed:,}; it must be "
                 f"exactly the number that is there"
             )
-    elif dataset in COUNTS and is_imagenet(labels) and found != COUNTS[dataset]:
+        return
+    if dataset not in BENCHMARKS or not is_imagenet(labels):
+        return
+    if found != (count := BENCHMARKS[dataset].images):
         raise ValueError(
-            f"{dataset} has {found:,} images here, {COUNTS[dataset]:,} were published; get the "
+            f"{dataset} has {found:,} images here, {count:,} were published; get the "
             f"set again, or accept this copy with --allow-count {dataset}={found}"
         )
 

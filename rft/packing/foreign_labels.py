@@ -16,8 +16,9 @@ from typing import IO, Any, Literal
 from rft import cli
 from rft.classes import Classes, composed
 from rft.config import MAX_PIXELS
-from rft.packing.expected import SUBSETS, published_classes
+from rft.packing.expected import published_classes
 from rft.packing.foreign_samples import Sample, parent, read_text
+from rft.sets import BENCHMARKS
 from rft.shards.encode import Side
 from rft.shards.label_space import LabelSpace, folder_labels, objectnet_groups
 from rft.shards.manifest import group_faults
@@ -30,7 +31,6 @@ LabelsAre = Literal["positions", "names"]
 NAMES_BYTES = 2**22  # of a list of classes; that of ImageNet-21k has 1 MB
 NUMBER_BYTES = 64  # of a file that says how many shards there are
 LABEL_FIELDS = ("label", "class", "cls")  # of a .json, that say the same as the .cls beside it
-OBJECTNET_BORDER = 2  # pixels of red frame on each side, cropped before any resize
 
 
 @document(name="--")
@@ -130,13 +130,11 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
     places = [] if options.skip_beside else list(dict.fromkeys(map(parent, urls)))
     _require_nshards(urls, [folder for folder in places if folder])
     names, source = _local_names(places, labels, options.local_classes)
-    border = options.crop_border or 0
     if dataset == "objectnet":
         if options.mappings is None:
             raise ValueError("objectnet needs --mappings, the mappings/ folder of its archive")
         members = objectnet_groups(Path(options.mappings), len(labels))
         groups = tuple(members.values())
-        border = OBJECTNET_BORDER if options.crop_border is None else border
         local = None
         if names is not None:
             local = _objectnet_labels(names, source, members, Path(options.mappings))
@@ -144,6 +142,9 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
         subset = published_subset(dataset, labels)
         local = None if names is None else local_labels(names, source, labels, subset)
         groups = _groups(dataset, labels, subset, local)
+    border = options.crop_border
+    if border is None:
+        border = BENCHMARKS[dataset].border if dataset in BENCHMARKS else 0
     for fault in () if groups is None else group_faults(groups, len(labels)):
         raise ValueError(f"{dataset} cannot be scored: {fault}")
     return Rule(
@@ -219,7 +220,8 @@ def _groups(
         return tuple((class_id,) for class_id in subset)
     if local is not None:
         return tuple((class_id,) for class_id in sorted(local))
-    if dataset in SUBSETS:  # of another label space: what is there
+    # in another label space, a set of some classes has those that are there
+    if dataset in BENCHMARKS and BENCHMARKS[dataset].class_list:
         return None
     return tuple((class_id,) for class_id in range(len(labels)))
 

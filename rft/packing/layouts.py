@@ -31,36 +31,12 @@ from rft.packing.names import (
     require_distinct,
     require_utf8,
 )
+from rft.sets import BENCHMARKS, ID_SET, PARENTS, TRAIN_SET, ImageSet
 from rft.shards import tar
 from rft.shards.label_space import LabelSpace, objectnet_groups
 from rft.storage import files, local
 
-# Folder names in use for each set, relative to --source; "." is the folder given itself. A
-# foldered copy of the validation images has the name its maker gave it, so it goes before `val`,
-# which in the official archive is flat.
-PARENTS = ("", "imagenet/", "ILSVRC2012/", "ILSVRC/Data/CLS-LOC/")
-LAYOUTS: dict[str, tuple[str, ...]] = {
-    "imagenet-train": tuple(f"{parent}train" for parent in PARENTS),
-    "imagenet-val": tuple(
-        f"{parent}{name}" for parent in PARENTS for name in ("val_in_folder", "val_dirs", "val")
-    ),
-    "imagenet-v2": (
-        "imagenetv2-matched-frequency-format-val",
-        "imagenetv2-matched-frequency",
-        "ImageNetV2-matched-frequency",
-        ".",
-    ),
-    "imagenet-r": ("imagenet-r", "."),
-    "imagenet-sketch": ("sketch", "imagenet-sketch", "."),
-    "objectnet": ("objectnet-1.0", "objectnet", "."),
-    "imagenet-a": ("imagenet-a", "."),
-}
-ARCHIVES = {
-    "imagenet-train": "ILSVRC2012_img_train.tar",
-    "imagenet-val": "ILSVRC2012_img_val.tar",
-}
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
-OBJECTNET_BORDER = 2  # pixels of red frame on each side, cropped before any resize
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]")
 LISTING_THREADS = 16  # listing is latency-bound on network file systems
@@ -128,19 +104,17 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
         ValueError: if a class is missing, empty or unknown, a file is no image, or an archive is
             damaged.
     """
-    if dataset not in LAYOUTS:
-        raise cli.unknown("data set", dataset, sorted(LAYOUTS))
+    known = _described(dataset)
     if source.is_file():
         raise ValueError(f"{source} is a file; give the folder that holds it")
     if not source.is_dir():
         raise ValueError(f"no such folder: {source}")
-    if dataset in ARCHIVES:
-        return _imagenet(dataset, source, labels)
+    if known.archive is not None:
+        return _imagenet(known, source, labels)
     links = Links(source)
-    root = _locate(dataset, source)
+    root = _locate(known, source)
     class_of = {name: class_id for class_id, name in enumerate(labels.ids)}
     groups = _own_groups(labels)
-    crop_border = 0
     match dataset:
         case "objectnet":
             groups_of = objectnet_groups(root / "mappings", len(labels))
@@ -149,7 +123,7 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
             class_of = {folder: members[0] for folder, members in groups_of.items()}
             present = [name for name in _class_folders(root) if name in class_of]
             _require_all(root, present, list(class_of))
-            groups, crop_border = tuple(groups_of.values()), OBJECTNET_BORDER
+            groups = tuple(groups_of.values())
         case "imagenet-r" | "imagenet-a":  # published for 200 of the classes
             present = _class_folders(root)
             published = published_classes(dataset, labels)
@@ -159,9 +133,8 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
             _require_known(root, present, class_of)
             groups = tuple(sorted((class_of[composed(name)],) for name in present))
         case _:
-            if (
-                dataset == "imagenet-v2"
-            ):  # folders are class ids; sorted as text they would be wrong
+            # folders are class ids; sorted as text they would be wrong
+            if dataset == "imagenet-v2":
                 class_of = {str(class_id): class_id for class_id in range(len(labels))}
             present = _class_folders(root)
             _require_known(root, present, class_of)
@@ -171,7 +144,7 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
         root=root,
         items=_items(_list_folders(root, present, links), class_of),
         groups=groups,
-        crop_border=crop_border,
+        crop_border=known.border,
         layout=f"{len(present):,} class folders of {root}{_said(root)}",
         links=links.said(),
     )
@@ -204,12 +177,11 @@ def folders_read(dataset: str, source: Path) -> list[Path]:
     Raises:
         ValueError: if there is no such set, or no folder of it.
     """
-    if dataset not in LAYOUTS:
-        raise cli.unknown("data set", dataset, sorted(LAYOUTS))
-    if dataset not in ARCHIVES:
-        root = _locate(dataset, source)
+    known = _described(dataset)
+    if known.archive is None:
+        root = _locate(known, source)
         return [root / "images" if dataset == "objectnet" else root]
-    return [source / name for name in LAYOUTS[dataset] if (source / name).is_dir()]
+    return [source / name for name in known.folders if (source / name).is_dir()]
 
 
 def require_apart(folders: Iterable[Path], out: str, datasets: Iterable[str]) -> None:
@@ -266,42 +238,48 @@ def _own_groups(labels: LabelSpace) -> tuple[tuple[int, ...], ...]:
     return tuple((class_id,) for class_id in range(len(labels)))
 
 
-def _locate(dataset: str, source: Path) -> Path:
-    for name in LAYOUTS[dataset]:
+def _described(dataset: str) -> ImageSet:
+    if dataset not in BENCHMARKS:
+        raise cli.unknown("data set", dataset, sorted(BENCHMARKS))
+    return BENCHMARKS[dataset]
+
+
+def _locate(known: ImageSet, source: Path) -> Path:
+    for name in known.folders:
         if (source / name).is_dir():
             return source / name
-    tried = ", ".join(LAYOUTS[dataset])
-    raise ValueError(f"no folder of {dataset} in {source}; looked for: {tried}")
+    tried = ", ".join(known.folders)
+    raise ValueError(f"no folder of {known.name} in {source}; looked for: {tried}")
 
 
-def _imagenet(dataset: str, source: Path, labels: LabelSpace) -> Source:
+def _imagenet(known: ImageSet, source: Path, labels: LabelSpace) -> Source:
     """List ImageNet's training or validation images in the form they are there.
 
     Class folders go first: an archive is often kept beside what was extracted.
     """
     class_of = {name: class_id for class_id, name in enumerate(labels.ids)}
-    candidates = [source / name for name in LAYOUTS[dataset] if (source / name).is_dir()]
-    archives = [source / parent / ARCHIVES[dataset] for parent in PARENTS]
+    candidates = [source / name for name in known.folders if (source / name).is_dir()]
+    archives = [source / parent / str(known.archive) for parent in PARENTS]
     archives = [path for path in archives if path.is_file()]
     links = Links(source)
     listing = _class_folders_in(candidates, class_of, links)
-    if listing is None and dataset == "imagenet-train":
+    if listing is None and known.name == TRAIN_SET:
         listing = _class_tars_in([*candidates, source], class_of, links)
-    if listing is None and dataset == "imagenet-val":
+    if listing is None and known.name == ID_SET:
         listing = _flat_files_in([*candidates, source], source, class_of, links)
     if listing is not None and archives:
         listing = listing._replace(layout=f"{listing.layout}; {archives[0]} is not read")
     if listing is None and archives:
-        read = _training_archive if dataset == "imagenet-train" else _validation_archive
+        read = _training_archive if known.name == TRAIN_SET else _validation_archive
         listing = read(archives[0], source, class_of)
         links.look(archives[0])
     if listing is None:
         raise ValueError(
-            f"no images of {dataset} in {source}; looked for classes in "
-            f"{', '.join(LAYOUTS[dataset])}, and for {ARCHIVES[dataset]}"
+            f"no images of {known.name} in {source}; looked for classes in "
+            f"{', '.join(known.folders)}, and for {known.archive}"
         )
     return Source(
-        dataset=dataset,
+        dataset=known.name,
         root=listing.root,
         items=_items(listing.images, class_of),
         groups=_own_groups(labels),

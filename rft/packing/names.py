@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from rft.classes import composed
+from rft.classes import composed, find_twins
 from rft.storage import local
 
 SYSTEM_NAMES = (
@@ -84,16 +84,6 @@ def require_utf8(path: str | Path) -> None:
         raise ValueError(
             f"the name {os.fsencode(name)!r} in {printable(folder)} is not UTF-8; rename it"
         ) from None
-
-
-def find_twins(names: Iterable[str]) -> tuple[str, str] | None:
-    """Find two names that are the same text in different Unicode forms, if there are any."""
-    first: dict[str, str] = {}
-    for name in names:
-        other = first.setdefault(composed(name), name)
-        if other != name:
-            return other, name
-    return None
 
 
 def require_distinct(root: Path, names: Iterable[str]) -> None:

@@ -23,11 +23,10 @@ from rich.text import Text
 
 from rft.report.read import Run
 from rft.runs.records import SetCount
+from rft.sets import BENCHMARKS, OOD_SETS, TEST_SETS
 
-ID_SET = "imagenet-val"
-OOD_SETS = ("imagenet-v2", "imagenet-r", "imagenet-sketch", "objectnet", "imagenet-a")
-COLUMNS = ("ImageNet", "V2", "R", "Sketch", "ObjectNet", "A", "OOD avg")
-ID_COLUMN, OOD_COLUMN = 0, 6
+COLUMNS = (*(BENCHMARKS[name].title for name in TEST_SETS), "OOD avg")
+ID_COLUMN, OOD_COLUMN = 0, len(COLUMNS) - 1
 
 BASELINES = ("vanilla", "no-mask")  # what paired differences are taken against
 MASKS = ("random", "context", "object")
@@ -108,7 +107,7 @@ def summarise(values: Sequence[float]) -> Spread:
 
 def accuracies(run: Run) -> tuple[float | None, ...]:
     """Return a run's percentages in the order of COLUMNS."""
-    sets = [run.counts.get(name) for name in (ID_SET, *OOD_SETS)]
+    sets = [run.counts.get(name) for name in TEST_SETS]
     values = [None if count is None else top1(count) for count in sets]
     return (*values, ood_average(run))
 

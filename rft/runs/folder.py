@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rft.runs import header, records
 from rft.runs.records import Provenance, Reached, Results, Training
+from rft.sets import TRAIN_SET
 from rft.storage import files, local
 
 SELECTED = Path("checkpoints") / "best.safetensors"  # of a run; the last without held-out images
@@ -194,7 +195,7 @@ def evaluation_command(runs: Sequence[Path], sets: Sequence[str] = ()) -> str:
     """
     config = records.find_config(runs[0])
     data = config.data if config and config.data else "DATA"
-    if not sets and config and config.train_set not in ("", "imagenet-train"):
+    if not sets and config and config.train_set not in ("", TRAIN_SET):
         sets = ["test"]
     words = ["python", "-m", "rft.evaluate", *map(str, runs), "--data", data]
     return shlex.join([*words, *(["--sets", *sets] if sets else [])])

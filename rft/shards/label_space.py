@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rft import cli
-from rft.classes import Classes, composed, prompts_sha256, shown
-from rft.packing.names import find_twins
+from rft.classes import Classes, composed, find_twins, prompts_sha256, shown
 from rft.storage import documents, files
 from rft.storage.documents import Count, Text, document
 

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from rft import cli
 from rft.classes import Classes, prompts_sha256
-from rft.packing.layouts import LAYOUTS
+from rft.sets import BENCHMARKS
 from rft.shards import tar
 from rft.shards.encode import Encoding
 from rft.shards.label_space import MARK
@@ -193,7 +193,7 @@ def require_named(url: str, dataset: str) -> None:
         ValueError: naming both.
     """
     name = files.name_of(url)
-    if name in LAYOUTS and dataset != name:
+    if name in BENCHMARKS and dataset != name:
         raise ValueError(
             f"{url} is called {name}, but the set in it is {dataset!r} and would count as {name}; "
             f"rename the folder, or index its shards anew with --dataset {name} if they are that"

@@ -63,7 +63,7 @@ With --scale small, for your own photos, held-out images, batch, warm-up and che
 follow from the size of the set; --dry-run prints the rule and its values.
 The same command again resumes a run that was stopped.
 
-Recipes (the paper's numbers for each: rft/recipes.py):
+Recipes (the paper's numbers for each: rft/paper.py):
 {recipes.describe()}
 """
 

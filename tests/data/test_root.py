@@ -14,8 +14,8 @@ from rft.evaluate import localisation
 from rft.loading.dataset import PackedDataset
 from rft.packing.foreign import index_shards
 from rft.packing.foreign_labels import Options
-from rft.packing.layouts import LAYOUTS
 from rft.packing.verify import verify
+from rft.sets import BENCHMARKS
 from rft.shards.manifest import Manifest
 from rft.shards.root import LOOKED_AT, SHOWN, packed_sets, set_name, set_names
 from rft.storage import files
@@ -102,7 +102,7 @@ def renamed(data: Path, root: Path, name: str, dataset: str = "imagenet-a") -> P
 
 
 @pytest.mark.parametrize("dataset", ["imagenet-a", "train", "somebody's"])
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "imagenet-a"])
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "imagenet-a"])
 def test_a_benchmarks_name_is_its_own(tiny_data, tmp_path, name, dataset, monkeypatch):
     root = renamed(tiny_data, tmp_path / "data", name, dataset)
     message = (

@@ -23,7 +23,6 @@ from PIL import Image
 
 from rft.packing.archives import tar_members
 from rft.packing.expected import (
-    COUNTS,
     check_count,
     is_imagenet,
     parse_allowed_counts,
@@ -31,6 +30,7 @@ from rft.packing.expected import (
 )
 from rft.packing.layouts import Source, make_keys, read_item, read_source
 from rft.packing.pack import Options, pack
+from rft.sets import BENCHMARKS
 from rft.shards.label_space import LabelSpace, objectnet_groups
 
 MAPPINGS = Path(__file__).parent / "objectnet-mappings"
@@ -684,9 +684,9 @@ def test_is_imagenet() -> None:
     assert not is_imagenet(LABELS)
 
 
-@pytest.mark.parametrize("dataset", sorted(COUNTS))
+@pytest.mark.parametrize("dataset", sorted(BENCHMARKS))
 def test_counts(dataset: str) -> None:
-    imagenet, count = LabelSpace.imagenet(), COUNTS[dataset]
+    imagenet, count = LabelSpace.imagenet(), BENCHMARKS[dataset].images
     check_count(dataset, count, imagenet)
     check_count(dataset, 3, LABELS)  # somebody's own world
     check_count(dataset, count - 1, imagenet, allowed=count - 1)

@@ -18,13 +18,13 @@ from rft.config import ModelConfig
 from rft.demo.world import write_world
 from rft.evaluate.count import count_correct
 from rft.loading.dataset import PackedDataset
-from rft.packing.layouts import LAYOUTS
+from rft.sets import BENCHMARKS
 from tests.tiny import environment
 
 pytestmark = pytest.mark.slow
 
 TOOLS = Path(__file__).parents[2] / "tools"
-OOD = [name for name in LAYOUTS if name not in ("imagenet-train", "imagenet-val")]
+OOD = [name for name in BENCHMARKS if name not in ("imagenet-train", "imagenet-val")]
 
 
 def run_tools(world: Path, out: Path, *options: str) -> None:
@@ -45,11 +45,13 @@ def packed(tmp_path_factory) -> dict[str, dict[str, PackedDataset]]:
     for encoding in ("original", "pixels"):
         options = ("--encoding", encoding, "--size", "48", "--shard-mb", "0.3")
         run_tools(folder / "world", folder / encoding, *options)
-        found[encoding] = {name: PackedDataset(str(folder / encoding / name)) for name in LAYOUTS}
+        found[encoding] = {
+            name: PackedDataset(str(folder / encoding / name)) for name in BENCHMARKS
+        }
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_decoding_while_reading_gives_the_packed_pixels(packed, name):
     original, pixels = packed["original"][name], packed["pixels"][name]
     numbers = {key: number for number, key in enumerate(pixels.index.key)}

@@ -10,12 +10,11 @@ from safetensors.numpy import save
 
 from rft.classes import Classes
 from rft.report.read import Run
-from rft.report.tables import FILLS, ID_SET, MASKS, OOD_SETS
+from rft.report.tables import FILLS, MASKS
 from rft.runs.folder import SELECTED
 from rft.runs.records import Provenance, Results, RunConfig, SetCount
+from rft.sets import TEST_SETS
 from rft.storage import documents, files
-
-SETS = (ID_SET, *OOD_SETS)
 
 
 def make_run(
@@ -28,7 +27,7 @@ def make_run(
     metrics: bool = True,
     **config: Any,
 ) -> Path:
-    """Write a run folder whose accuracies are `percent`, in the order of SETS."""
+    """Write a run folder whose accuracies are `percent`, in the order of TEST_SETS."""
     path = folder / f"{recipe.replace('/', '_')}-seed{seed}"
     path.mkdir(parents=True)
     sets = {
@@ -37,7 +36,7 @@ def make_run(
             "total": total,
             "manifest_sha256": files.sha256_bytes(name.encode()),
         }
-        for name, share in zip(SETS, percent, strict=False)
+        for name, share in zip(TEST_SETS, percent, strict=False)
     }
     write(path / "config.json", {"recipe": recipe, "seed": seed, **config})
     weights = make_weights(path, recipe, tilt=seed)
@@ -159,14 +158,14 @@ def make_gallery(
 
 
 def run_of(recipe: str, seed: int = 0, percent: tuple[float, ...] = (), total: int = 1000) -> Run:
-    """A run in memory; `percent` in the order of SETS, shorter where sets are missing."""
+    """A run in memory; `percent` in the order of TEST_SETS, shorter where sets are missing."""
     counts = {
         name: SetCount(
             correct=round(share * total / 100),
             total=total,
             manifest_sha256=files.sha256_bytes(name.encode()),
         )
-        for name, share in zip(SETS, percent, strict=False)
+        for name, share in zip(TEST_SETS, percent, strict=False)
     }
     return Run(
         path=Path(f"{recipe}-{seed}"),

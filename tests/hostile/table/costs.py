@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rft.report.tables import OOD_SETS
+from rft.sets import TEST_SETS
 from tests.data.test_index import write_tar
 from tests.hostile.rows import Answer, Row
 from tests.hostile.world import (
@@ -213,7 +213,7 @@ def many_runs(count: int, recipe: str = "r{}", lines: int = 0) -> Callable[[Plac
 
     def damage(place: Place) -> None:
         results, config = place.read("run/results.json"), place.read("run/config.json")
-        sets = ("imagenet-val", *OOD_SETS)
+        sets = TEST_SETS
         for n in range(count):
             folder = place / f"runs/{n:04d}"
             folder.mkdir(parents=True)
