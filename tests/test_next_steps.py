@@ -87,8 +87,8 @@ def test_seeds_trained_on_other_data_stay_apart(tmp_path):
 
 def test_sets_are_those_of_the_data_root(tmp_path, tiny_data):
     assert commands.test_sets(str(tiny_data), "imagenet-train") == SETS
-    assert commands.test_sets("", "imagenet-train") == commands.SETS
-    assert commands.test_sets("s3://***@bucket", "imagenet-train") == commands.SETS
+    assert commands.test_sets("", "imagenet-train") == TEST_SETS
+    assert commands.test_sets("s3://***@bucket", "imagenet-train") == TEST_SETS
     line, note = commands.evaluation([tmp_path], str(tiny_data), "mine").splitlines()
     assert line.endswith(" --sets SET")
     assert note.startswith("  (SET: ")

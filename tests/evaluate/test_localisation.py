@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
+from rft import paper
 from rft.clip.classifier import Classifier, save_classifier
 from rft.clip.head import zero_shot_head
 from rft.clip.load import MINIATURE, load_clip
@@ -415,8 +416,8 @@ def test_restricted_imagenet(tiny_case):
 
 def test_the_rates_of_table_2_rise_and_fit_each_other():
     """A misprint would show: all rates rise as the threshold falls, and imply one object size."""
-    rows = [dataclasses.astuple(localisation.TABLE_2[value]) for value in (0.7, 0.6, 0.5, 0.4, 0.3)]
-    rows.append(dataclasses.astuple(localisation.TABLE_2[0.2]))
+    rows = [paper.TABLE_2[value] for value in (0.7, 0.6, 0.5, 0.4, 0.3)]
+    rows.append(paper.TABLE_2[0.2])
     for above, below in itertools.pairwise(rows):
         assert all(one < other for one, other in zip(above, below, strict=True))
     for image, both, iou in rows:
@@ -427,8 +428,7 @@ def test_the_rates_of_table_2_rise_and_fit_each_other():
 
 def test_the_paper_stands_beside_its_own_model_alone():
     thresholds = [
-        {"threshold": value, "mean": dataclasses.asdict(localisation.TABLE_2[0.7])}
-        for value in (0.7, 0.33)
+        {"threshold": value, "mean": paper.TABLE_2[0.7]._asdict()} for value in (0.7, 0.33)
     ]
     document = {
         "set": "imagenet-train",
