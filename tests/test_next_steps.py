@@ -16,6 +16,7 @@ from rft import next_steps as commands
 from rft.evaluate import command as evaluate_command
 from rft.merge import command as merge_command
 from rft.report import command as report_command
+from rft.sets import TEST_SETS
 from rft.shards.label_space import LabelSpace
 from rft.train import command as train_command
 from tests import test_tools, tiny
