@@ -31,8 +31,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from rft import cli
-from rft.loading.dataset import PackedDataset, TrainingBatches, read_batches
+from rft.loading.batches import TrainingBatches
+from rft.loading.dataset import PackedDataset
 from rft.loading.order import Plan
+from rft.loading.read import read_batches
 from rft.shards import encode
 
 SIZE = 224

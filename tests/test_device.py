@@ -10,8 +10,9 @@ from torch import Tensor
 
 from rft import device
 from rft.config import MethodConfig
-from rft.loading import dataset as loader
-from rft.loading.dataset import Slots
+from rft.loading import read
+from rft.loading.dataset import Reading
+from rft.loading.read import Slots
 from rft.train.objective import StepAddress, draw
 
 CUDA = torch.device("cuda", 0)
@@ -53,8 +54,8 @@ def slots() -> Slots:
     return Slots(types.SimpleNamespace(largest=4, image_size=2), 2)
 
 
-def item(images: int) -> loader._Item:
-    return loader._Item(np.arange(images) + 7, np.arange(images) + 70, loader.Reading())
+def item(images: int) -> read._Item:
+    return read._Item(np.arange(images) + 7, np.arange(images) + 70, Reading())
 
 
 def test_a_batch_is_copied_from_pinned_memory_without_waiting(copies, slots):

@@ -14,7 +14,9 @@ from torch import nn
 from rft import dist
 from rft.dist import World
 from rft.evaluate.accuracy import Count, is_correct, is_finite
-from rft.loading.dataset import EvaluationBatches, PackedDataset, read_batches
+from rft.loading.batches import EvaluationBatches
+from rft.loading.dataset import PackedDataset
+from rft.loading.read import read_batches
 
 
 @torch.no_grad()

@@ -35,7 +35,9 @@ from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
 from rft.evaluate.count import require_finite
 from rft.evaluate.object_masks import SUFFIX, ObjectMask, find_masks, read_mask
 from rft.evaluate.overlap import Pixels, count_masked, count_object, mean_rates, pooled_rates
-from rft.loading.dataset import Batch, EvaluationBatches, PackedDataset, read_batches
+from rft.loading.batches import EvaluationBatches
+from rft.loading.dataset import Batch, PackedDataset
+from rft.loading.read import read_batches
 from rft.method import masking, relevance
 from rft.paper import TABLE_2
 from rft.runs.folder import checkpoint_path, require_own_weights, unfinished

@@ -2,7 +2,7 @@
 
 A scheduler signals every process of a job, and which step is the last is not for these to decide:
 what is ignored or held back here is so in each loader process from its first moment on. SIGTERM is
-only held back, because a loader process takes it from its trainer (rft/loading/dataset.py).
+only held back, because a loader process takes it from its trainer (rft/loading/read.py).
 """
 
 import signal

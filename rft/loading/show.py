@@ -13,7 +13,8 @@ from rich.table import Table
 
 from rft import cli
 from rft.config import load_config
-from rft.loading.dataset import PackedDataset, plan_training
+from rft.loading.batches import plan_training
+from rft.loading.dataset import PackedDataset
 from rft.loading.order import EpochOrder
 from rft.storage import documents, files
 from rft.storage.documents import Positive, Whole, document

@@ -14,7 +14,8 @@ from rft.clip.classifier import build_classifier
 from rft.config import Config, load_config
 from rft.dist import World
 from rft.evaluate.count import count_correct
-from rft.loading.dataset import PackedDataset, plan_training
+from rft.loading.batches import plan_training
+from rft.loading.dataset import PackedDataset
 from rft.merge.ingredients import Ingredient, shared_seed
 from rft.method.averaging import Trial, greedy_soup
 from rft.runs import records

@@ -24,7 +24,8 @@ from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import Config, load_config, resolve_precision
 from rft.dist import World
-from rft.loading.dataset import PackedDataset, TrainingBatches, fingerprint, plan_training
+from rft.loading.batches import TrainingBatches, fingerprint, plan_training
+from rft.loading.dataset import PackedDataset
 from rft.method.averaging import require_alike
 from rft.runs import records, trained_on
 from rft.runs.folder import (

@@ -19,7 +19,9 @@ from rft.config import Config, Precision
 from rft.dist import World
 from rft.evaluate.accuracy import Count
 from rft.evaluate.count import count_correct
-from rft.loading.dataset import Batch, Reading, TrainingBatches, read_batches
+from rft.loading.batches import TrainingBatches
+from rft.loading.dataset import Batch, Reading
+from rft.loading.read import read_batches
 from rft.runs import trained_on
 from rft.runs.folder import LAST, SELECTED
 from rft.runs.trained_on import TrainedOn

@@ -24,8 +24,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rft.loading.dataset import EvaluationBatches, PackedDataset, read_batches
+from rft.loading.batches import EvaluationBatches
+from rft.loading.dataset import PackedDataset
 from rft.loading.order import EpochOrder
+from rft.loading.read import read_batches
 from rft.packing.pack import Options, pack
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest
@@ -127,7 +129,7 @@ def test_t3_killed_and_resumed_on_another_world_size(packed, tmp_path):
     chance = random.Random(0)
     seen: dict[int, list[int]] = {}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rft.loading.dataset", "tests.ranks.loading"])
+    context.set_forkserver_preload(["rft.loading.read", "tests.ranks.loading"])
     for world_size in (2, 1, 4):
         start = len(seen)
         enough = start + chance.randrange(3, 9)
@@ -181,7 +183,7 @@ def test_t4_an_epoch_has_every_sample_once(packed, streams, block_shards):
 def test_t5_evaluation_counts_every_sample_once(packed, tmp_path):
     url = packed["pixels"].url
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rft.loading.dataset", "tests.ranks.loading"])
+    context.set_forkserver_preload(["rft.loading.read", "tests.ranks.loading"])
     told = set()
     for world_size in (1, 3, 7, 8):
         out = tmp_path / str(world_size)

@@ -8,7 +8,8 @@ import pytest
 from rft import recipes
 from rft.config import Config
 from rft.loading import order
-from rft.loading.dataset import PackedDataset, fingerprint, plan_training
+from rft.loading.batches import fingerprint, plan_training
+from rft.loading.dataset import PackedDataset
 from rft.loading.order import EpochOrder
 
 

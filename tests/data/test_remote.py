@@ -26,14 +26,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rft.loading.dataset import (
-    Batch,
-    EvaluationBatches,
-    PackedDataset,
-    TrainingBatches,
-    read_batches,
-)
+from rft.loading.batches import EvaluationBatches, TrainingBatches
+from rft.loading.dataset import Batch, PackedDataset
 from rft.loading.order import Plan
+from rft.loading.read import read_batches
 from rft.packing.pack import Options, pack
 from rft.shards import cache as caching
 from rft.shards.cache import Cache

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rft import cli, recipes
-from rft.loading.dataset import PackedDataset, TrainingBatches, plan_training
+from rft.loading.batches import TrainingBatches, plan_training
+from rft.loading.dataset import PackedDataset
 from rft.loading.show import main
 from rft.storage import files
 from rft.storage.arrays import read_npz

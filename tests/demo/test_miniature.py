@@ -125,8 +125,9 @@ def test_a_flipped_byte_a_cut_and_a_missing_shard_name_the_sample(packed, tmp_pa
 
 
 def test_batches_through_loader_processes_are_the_same(packed):
-    from rft.loading.dataset import TrainingBatches, read_batches
+    from rft.loading.batches import TrainingBatches
     from rft.loading.order import Plan
+    from rft.loading.read import read_batches
 
     dataset = packed["original"]["imagenet-train"]
     samples = np.arange(len(dataset))

@@ -13,7 +13,8 @@ from rft.clip import model_folder as made
 from rft.clip.classifier import build_classifier, load_state, save_state
 from rft.config import Config
 from rft.evaluate import command as evaluate_command
-from rft.loading.dataset import PackedDataset, plan_training
+from rft.loading.batches import plan_training
+from rft.loading.dataset import PackedDataset
 from rft.merge import command as merge_command
 from rft.merge.ingredients import shared_seed
 from rft.method.averaging import interpolate, uniform_soup

@@ -10,8 +10,10 @@ from torch import nn
 
 from rft import dist
 from rft.evaluate.count import count_correct
-from rft.loading.dataset import PackedDataset, TrainingBatches, read_batches
+from rft.loading.batches import TrainingBatches
+from rft.loading.dataset import PackedDataset
 from rft.loading.order import Plan
+from rft.loading.read import read_batches
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,8 @@ import torch
 from rft.clip.classifier import Classifier, load_state
 from rft.clip.load import load_clip
 from rft.config import Config, ModelConfig
-from rft.loading.dataset import PackedDataset, plan_training
+from rft.loading.batches import plan_training
+from rft.loading.dataset import PackedDataset
 from rft.loading.order import EpochOrder
 from rft.runs.folder import LAST, SELECTED
 from rft.train import command as train_command

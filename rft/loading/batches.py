@@ -1,0 +1,136 @@
+"""Which samples each batch holds, for training and for evaluation.
+
+Batch t is a function of the plan, the step and the rank alone. So any process can read any batch,
+and a resumed run continues with the batch that would have come next. `fingerprint` is what a
+checkpoint keeps of it: a run that would read other batches is refused.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from rft.config import Config
+from rft.loading import order
+from rft.loading.dataset import PackedDataset
+from rft.loading.order import EpochOrder, Plan, rank_slice
+from rft.loading.split import held_out_split
+
+
+class Batches(Protocol):
+    """What the loader reads: batch t for any t."""
+
+    packed: PackedDataset
+    image_size: int
+    largest: int
+    """Samples in the largest batch."""
+
+    def samples_of(self, number: int) -> np.ndarray:
+        """Return the sample numbers of batch `number`."""
+        ...
+
+
+class TrainingBatches:
+    """Batch t is one rank's part of global batch t, counted from the start of training.
+
+    `ranks_on_node` are the ranks that share this one's cache.
+    """
+
+    def __init__(
+        self,
+        packed: PackedDataset,
+        samples: np.ndarray,
+        plan: Plan,
+        *,
+        image_size: int,
+        rank: int,
+        world_size: int,
+        ranks_on_node: Sequence[int] = (),
+    ) -> None:
+        assert len(samples) == plan.samples
+        assert plan.batch_size % world_size == 0
+        self.packed = packed
+        self.samples = samples
+        self.plan = plan
+        self.image_size = image_size
+        self.rank = rank
+        self.world_size = world_size
+        self.ranks_on_node = ranks_on_node or (rank,)
+        self.largest = plan.batch_size // world_size
+        self._order: EpochOrder | None = None
+
+    def global_samples(self, step: int) -> np.ndarray:
+        """Return the sample numbers of the whole global batch `step`, (B,)."""
+        epoch, step_of_epoch = divmod(step, self.plan.steps_per_epoch)
+        return self.samples[self._order_of(epoch).batch(step_of_epoch)]
+
+    def samples_of(self, number: int) -> np.ndarray:
+        """Return this rank's sample numbers of step `number`, and let the cache look ahead."""
+        if self.packed.shards.cache is not None:
+            epoch, step_of_epoch = divmod(number, self.plan.steps_per_epoch)
+            self.packed.shards.look_ahead(
+                self._order_of(epoch).shards_ahead(
+                    step_of_epoch, self.ranks_on_node, self.world_size
+                )
+            )
+        return rank_slice(self.global_samples(number), self.rank, self.world_size)
+
+    def _order_of(self, epoch: int) -> EpochOrder:
+        if self._order is None or self._order.epoch != epoch:
+            self._order = EpochOrder(self.plan, epoch)
+        return self._order
+
+
+class EvaluationBatches:
+    """The given samples in their order, cut into batches; the last one may be short."""
+
+    def __init__(
+        self, packed: PackedDataset, samples: np.ndarray, *, image_size: int, batch_size: int
+    ) -> None:
+        self.packed = packed
+        self.samples = samples
+        self.image_size = image_size
+        self.largest = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.samples) / self.largest)
+
+    def samples_of(self, number: int) -> np.ndarray:
+        """Return the sample numbers of batch `number`."""
+        return self.samples[number * self.largest : (number + 1) * self.largest]
+
+
+def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarray, np.ndarray]:
+    """Return a run's plan, the sample numbers that it orders, and those held out.
+
+    Raises:
+        ValueError: if the set is too small for the batch or for the held-out part.
+    """
+    loader = config.loader
+    samples, held_out = held_out_split(
+        packed.index.key, packed.index.label, loader.held_out, config.held_out_seed
+    )
+    plan = Plan(
+        shard_sizes=packed.shard_sizes(samples),
+        batch_size=loader.batch_size,
+        seed=config.sample_seed,
+        streams=loader.streams,
+        block_shards=loader.block_shards,
+    )
+    return plan, samples, held_out
+
+
+def fingerprint(packed: PackedDataset, plan: Plan, held_out: int, held_out_seed: int) -> dict:
+    """Return everything that decides which samples step t holds; checkpoints carry it."""
+    return {
+        "algorithm": order.ALGORITHM,
+        "manifest_sha256": packed.manifest.sha256,
+        "samples": plan.samples,
+        "batch_size": plan.batch_size,
+        "streams": plan.streams,
+        "block_shards": plan.block_shards,
+        "seed": plan.seed,
+        "held_out": held_out,
+        "held_out_seed": held_out_seed,
+    }
