@@ -9,9 +9,8 @@ from rft.runs import records
 from rft.runs.folder import read_results
 from rft.runs.records import Training
 from rft.sets import BENCHMARKS, TEST_SETS, TRAIN_SET
+from rft.shards.folder import MANIFEST
 from rft.storage import files
-
-MANIFEST = "manifest.json"
 
 
 def evaluation(

@@ -23,7 +23,8 @@ from rft.packing.shard import TarStream
 from rft.packing.verify import check_index, verify
 from rft.report import read as runs
 from rft.runs.gallery import read as read_gallery
-from rft.shards.manifest import INDEX_BYTES, KEY_BYTES, Index, Manifest, Shard
+from rft.shards.index import INDEX_BYTES, KEY_BYTES, Index
+from rft.shards.manifest import Manifest, Shard
 from rft.storage import files
 from tests import tiny
 from tests.report.make_runs import make_gallery
@@ -157,7 +158,7 @@ def test_an_index_that_readers_refuse_is_not_written(packed, monkeypatch):
     long = dataclasses.replace(index, key=index.key.astype(f"S{KEY_BYTES + 1}"))
     with pytest.raises(ValueError, match="a key has 1,025 letters, at most 1,024 are read"):
         long.to_bytes()
-    monkeypatch.setattr("rft.shards.manifest.INDEX_BYTES", 100)
+    monkeypatch.setattr("rft.shards.index.INDEX_BYTES", 100)
     with pytest.raises(ValueError, match="make several sets of them"):
         index.to_bytes()
 

@@ -16,6 +16,7 @@ from rft.loading.dataset import PackedDataset
 from rft.runs.folder import checkpoint_path, unfinished
 from rft.runs.trained_on import of_model
 from rft.sets import BENCHMARKS
+from rft.shards.folder import MANIFEST
 from rft.shards.label_space import warn_of_one_class
 from rft.shards.manifest import Manifest
 from rft.storage import files
@@ -81,7 +82,7 @@ def warn_of_other_split(paths: Sequence[Path], data: str) -> None:
         metadata = map_state(checkpoint_path(path)).metadata
         for name, trained_on in sorted(of_model(path, metadata)):
             url = files.join(data, name)
-            if name in BENCHMARKS or not files.exists(files.join(url, "manifest.json")):
+            if name in BENCHMARKS or not files.exists(files.join(url, MANIFEST)):
                 continue
             found = Manifest.load(url).sha256
             if found != trained_on:

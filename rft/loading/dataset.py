@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rft.shards import encode
 from rft.shards.cache import Cache
-from rft.shards.manifest import Index, Manifest, note_other_stores
+from rft.shards.index import Index
+from rft.shards.manifest import Manifest, note_other_stores
 from rft.shards.ranges import Patience, RangeError, Shards
 
 PAYLOAD_BYTES = 2**28  # of image files that are in memory together

@@ -38,8 +38,10 @@ from rft.packing.foreign_samples import (
 )
 from rft.packing.pool import check_workers, for_each
 from rft.shards import encode, tar
+from rft.shards.folder import INDEX, MANIFEST, PLAN
+from rft.shards.index import COLUMNS, Index
 from rft.shards.label_space import LabelSpace, scoring_hash
-from rft.shards.manifest import COLUMNS, Index, Manifest, Shard, require_named
+from rft.shards.manifest import Manifest, Shard, require_named
 from rft.storage import documents, files
 from rft.storage.urls import check_shard_name
 
@@ -325,9 +327,9 @@ def shard_names(shards: Sequence[str], out: str) -> list[str]:
 
 def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -> None:
     """Write what is not there yet, the manifest last."""
-    index_url, plan_url = files.join(out, "index.npz"), files.join(out, "plan.json")
+    index_url, plan_url = files.join(out, INDEX), files.join(out, PLAN)
     plan = json.loads(json.dumps(plan))
-    if files.exists(files.join(out, "manifest.json")):
+    if files.exists(files.join(out, MANIFEST)):
         old = Manifest.load(out)
         changed = [
             f.name for f in fields(Manifest) if getattr(old, f.name) != getattr(manifest, f.name)
@@ -347,7 +349,7 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
         files.write_json(plan_url, plan)
     if files.find_bytes(index_url) != index:
         files.write_bytes(index_url, index)
-    if not files.exists(files.join(out, "manifest.json")):
+    if not files.exists(files.join(out, MANIFEST)):
         manifest.save(out)
 
 

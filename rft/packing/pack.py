@@ -39,8 +39,10 @@ from rft.packing.shard import (
 )
 from rft.shards import encode
 from rft.shards.encode import Quality, Square
+from rft.shards.folder import COMMITS, INDEX, MANIFEST, PLAN, QUARANTINE
+from rft.shards.index import COLUMNS, Index
 from rft.shards.label_space import LabelSpace, scoring_hash
-from rft.shards.manifest import COLUMNS, Index, Manifest
+from rft.shards.manifest import Manifest
 from rft.storage import files, local
 from rft.storage.documents import Above0, Megapixels, Positive, Seed, Whole, document
 
@@ -251,13 +253,13 @@ def claim(plan: Plan, url: str, *, create: bool = True) -> None:
         ValueError: if the folder holds another plan's data, with what differs, or other files, or
             nothing while it may not be made.
     """
-    plan_url = files.join(url, "plan.json")
+    plan_url = files.join(url, PLAN)
     fs, folder = files.open_store(url)
     if isinstance(fs, LocalFileSystem):
         local.require_own_folder(Path(folder), "--out")
-        local.require_no_links(Path(folder), ["commit"])
+        local.require_no_links(Path(folder), [COMMITS])
     names = [name for name in file_sizes(url) if not files.TEMPORARY.fullmatch(name)]
-    if "plan.json" not in names:
+    if PLAN not in names:
         if names:
             raise ValueError(
                 f"{url} is not empty and was not packed by rft (it has {names[0]} but no "
@@ -271,8 +273,8 @@ def claim(plan: Plan, url: str, *, create: bool = True) -> None:
     if found == plan.parameters:
         return
     changes = "; ".join(files.difference(found, plan.parameters))
-    records = [n for n in file_sizes(files.join(url, "commit")) if not files.TEMPORARY.fullmatch(n)]
-    if records or set(names) - {"plan.json", "commit"} or not create:
+    records = [n for n in file_sizes(files.join(url, COMMITS)) if not files.TEMPORARY.fullmatch(n)]
+    if records or set(names) - {PLAN, COMMITS} or not create:
         raise ValueError(
             f"{url} holds another plan ({changes}); choose another --out or delete that folder"
         )
@@ -317,14 +319,14 @@ def finalize(plan: Plan, url: str, max_bad: int = 0) -> Manifest:
         shards=tuple(commit.shard for commit in commits),
         quarantined=len(quarantined),
     )
-    files.write_bytes(files.join(url, "index.npz"), index)
+    files.write_bytes(files.join(url, INDEX), index)
     for name, content in side_files(manifest).items():
         files.write_bytes(files.join(url, name), content.encode())
     if quarantined:
         lines = [
             compact_json({**asdict(entry), "shard": name}) + b"\n" for name, entry in quarantined
         ]
-        files.write_bytes(files.join(url, "quarantine.jsonl"), b"".join(lines))
+        files.write_bytes(files.join(url, QUARANTINE), b"".join(lines))
     _remove_temporaries(url)
     manifest.save(url)
     return manifest
@@ -373,7 +375,7 @@ def _check(options: Options) -> tuple[int, tuple[int, int]]:
 
 def _is_complete(plan: Plan, url: str, jobs: Sequence[Job]) -> bool:
     sizes = file_sizes(url)
-    if "manifest.json" not in sizes or "index.npz" not in sizes:
+    if MANIFEST not in sizes or INDEX not in sizes:
         return False
     manifest = Manifest.load(url)
     return (
@@ -408,7 +410,7 @@ def _uncommitted(jobs: Sequence[Job]) -> list[Job]:
     """Return the jobs that have no valid commit, or whose tar is gone or of another size."""
     if not jobs:
         return []
-    sizes, records = file_sizes(jobs[0].out), file_sizes(files.join(jobs[0].out, "commit"))
+    sizes, records = file_sizes(jobs[0].out), file_sizes(files.join(jobs[0].out, COMMITS))
 
     def is_done(job: Job) -> bool:
         # most are absent in a first run: a listing costs less than asking for each
@@ -435,7 +437,7 @@ def _write_shards(title: str, jobs: Sequence[Job], workers: int, max_bad: int) -
 
 def _remove_temporaries(url: str) -> None:
     """Delete what killed runs left of shards and records; all are committed, none is needed."""
-    for folder in (url, files.join(url, "commit")):
+    for folder in (url, files.join(url, COMMITS)):
         fs, path = files.open_store(folder)
         for name in file_sizes(folder):
             if files.TEMPORARY.fullmatch(name) and re.match(r"\.\d{6}\.", name):

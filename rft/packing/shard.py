@@ -20,7 +20,9 @@ from pydantic import Field
 
 from rft.packing.layouts import Item, read_item, where
 from rft.shards import encode
-from rft.shards.manifest import COLUMNS, Shard
+from rft.shards.folder import COMMITS, PLAN
+from rft.shards.index import COLUMNS
+from rft.shards.manifest import Shard
 from rft.shards.tar import BLOCK, END, padded
 from rft.storage import files, local
 from rft.storage.documents import Count, Sha256, Text, document
@@ -41,7 +43,7 @@ class Quarantined:
 
 @document
 class Columns:
-    """A shard's rows of the index, by column (see `rft.shards.manifest.Index`)."""
+    """A shard's rows of the index, by column (see `rft.shards.index.Index`)."""
 
     offset: tuple[Count, ...]
     length: tuple[Annotated[Count, Field(lt=2**32)], ...]
@@ -134,7 +136,7 @@ class Job:
     @property
     def commit_url(self) -> str:
         """Where the record of the finished tar goes."""
-        return files.join(self.out, "commit", f"{self.number:06d}.json")
+        return files.join(self.out, COMMITS, f"{self.number:06d}.json")
 
 
 def write_shard(job: Job) -> Written:
@@ -353,7 +355,7 @@ def _leave_out(job: Job, item: Item, bad: list[Quarantined], error: ValueError) 
 
 def _require_plan(job: Job) -> None:
     """Check that the folder still belongs to the job's plan, before the tar gets its name there."""
-    found = files.read_document(files.join(job.out, "plan.json"), dict)
+    found = files.read_document(files.join(job.out, PLAN), dict)
     if files.sha256_json(found) != job.plan_hash:
         raise ValueError(
             f"{job.out} was taken over by a run with another plan; choose another --out for one of "

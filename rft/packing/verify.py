@@ -22,8 +22,10 @@ from rft.packing.foreign_labels import POSITION, LabelsAre, Rule, parse_label, r
 from rft.packing.foreign_samples import SIZE_THREADS, open_whole, read_text, shard_size, split_name
 from rft.packing.pool import for_each
 from rft.shards import encode, tar
+from rft.shards.folder import PLAN, QUARANTINE
+from rft.shards.index import Index
 from rft.shards.label_space import scoring_hash
-from rft.shards.manifest import Index, Manifest, group_faults, note_other_stores
+from rft.shards.manifest import Manifest, group_faults, note_other_stores
 from rft.storage import documents, files
 from rft.storage.documents import FOREIGN, Name, Text, document
 
@@ -310,7 +312,7 @@ class Plan:
 
 def _read_plan(url: str, manifest: Manifest, report: Report) -> Plan:
     """Return plan.json, or nothing where it is gone, which readers do not mind."""
-    path = files.join(url, "plan.json")
+    path = files.join(url, PLAN)
     try:
         data = files.find_bytes(path)
         if data is None:
@@ -361,7 +363,7 @@ def _difference(encoding: dict[str, Any], planned: dict[str, Any]) -> str:
 
 def _check_quarantine(url: str, manifest: Manifest) -> Iterator[Problem]:
     """Yield whether the images that were left out are listed, with their reasons."""
-    path = files.join(url, "quarantine.jsonl")
+    path = files.join(url, QUARANTINE)
     if manifest.quarantined == 0:
         return
     listed = len((files.find_bytes(path) or b"").splitlines())

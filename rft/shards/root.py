@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from rft.shards.folder import MANIFEST, PLAN
 from rft.storage import files
 from rft.storage.urls import set_name
 
@@ -31,7 +32,7 @@ def packed_sets(root: str) -> list[str]:
         ValueError: if the URL cannot be opened.
     """
     folders = files.folders(root)[:LOOKED_AT]
-    return [name for name in folders if files.exists(files.join(root, name, "manifest.json"))]
+    return [name for name in folders if files.exists(files.join(root, name, MANIFEST))]
 
 
 def why_missing(url: str) -> str:
@@ -49,13 +50,13 @@ def why_missing(url: str) -> str:
 
 def _hint(url: str) -> str:
     root, _, name = url.rstrip("/").rpartition("/")
-    if "plan.json" in files.names(url):
+    if PLAN in files.names(url):
         return "its packing has not finished; run the same command of tools/ again"
     if found := packed_sets(root):
         close = get_close_matches(name, found, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "name one of them or check --data"
         return f"{root} has the sets {_listed(found)}; {hint}"
-    if files.exists(files.join(root, "manifest.json")):
+    if files.exists(files.join(root, MANIFEST)):
         return f"{root} is a packed set itself; --data is the folder above it"
     below = files.folders(root)[:LOOKED_AT]
     for folder in below:

@@ -25,8 +25,9 @@ from rft.packing.foreign_labels import Options as Reading
 from rft.packing.pack import Options, pack
 from rft.packing.verify import verify
 from rft.shards.encode import encoding_parameters, to_npy
+from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
-from rft.shards.manifest import Index, Manifest, Shard, group_faults
+from rft.shards.manifest import Manifest, Shard, group_faults
 from rft.storage import files
 from tests.data.test_index import write_tar
 from tests.servers.ranges import range_server

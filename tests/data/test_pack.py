@@ -34,8 +34,9 @@ from rft.packing.layouts import Item, read_source
 from rft.packing.pack import Options, cut, make_jobs, make_plan, pack, parse_task, shuffle
 from rft.packing.shard import tar_header, write_shard
 from rft.shards.encode import Kind, clip_pixels, clip_square, load_image, to_jpeg
+from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
-from rft.shards.manifest import Index, Manifest
+from rft.shards.manifest import Manifest
 from tests.waiting import until
 
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.", "the {c}."))

@@ -33,8 +33,9 @@ from rft.loading.read import read_batches
 from rft.packing.pack import Options, pack
 from rft.shards import cache as caching
 from rft.shards.cache import Cache
+from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
-from rft.shards.manifest import Index, Manifest, Shard
+from rft.shards.manifest import Manifest, Shard
 from rft.shards.ranges import Patience, Shards
 from tests import tiny
 from tests.servers.faults import Fault, Proxy, every_third, faulty, first

@@ -27,8 +27,9 @@ from rft.packing.foreign_labels import Options as Reading
 from rft.packing.pack import Options, pack
 from rft.packing.verify import Problem, Report, verify
 from rft.shards import tar
+from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
-from rft.shards.manifest import Index, Manifest
+from rft.shards.manifest import Manifest
 from rft.storage import files
 
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.",))

@@ -15,7 +15,8 @@ import filelock
 import numpy as np
 from PIL import Image
 
-from rft.shards.manifest import Index, Manifest
+from rft.shards.index import Index
+from rft.shards.manifest import Manifest
 from rft.storage import files
 from tests import tiny
 from tests.data.test_index import write_tar

@@ -43,8 +43,9 @@ from rft.runs import trained_on
 from rft.runs.gallery import read as read_gallery
 from rft.runs.header import read_entries
 from rft.shards import encode, tar
+from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
-from rft.shards.manifest import Index, Manifest
+from rft.shards.manifest import Manifest
 from rft.storage import files
 from rft.train.command import parse_command
 from tests.hostile.fuzz.engine import Target

@@ -1,0 +1,161 @@
+"""Where each sample lies and which class it has: `index.npz`, a row for each sample.
+
+Sample i of a set is row i, rows are in shard order, and row i says where in its shard the payload
+lies and which crc32 it must have. So any sample is one read, whatever its shard.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rft.shards import tar
+from rft.shards.folder import INDEX
+from rft.shards.manifest import AGAIN, Manifest
+from rft.storage import files
+from rft.storage.arrays import read_npz
+
+COLUMNS = {
+    "offset": np.uint64,
+    "length": np.uint32,
+    "crc32": np.uint32,
+    "label": np.int32,
+    "width": np.uint16,
+    "height": np.uint16,
+    "key": np.bytes_,
+}
+ROW_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())  # of all columns but the key
+KEY_BYTES = 1024
+KEYS_AT_ONCE = 2**16
+HEADERS_BYTES = 2**14  # what an index has besides its rows, and more
+# The index is read whole, and twice that is in memory for a moment: 600 MiB stay within 2 GB. They
+# hold 15 million samples with keys like ImageNet's; ImageNet-21k has 14 million.
+INDEX_BYTES = 600 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Per-sample columns, all of length N, in shard order.
+
+    `offset` and `length` (bytes) locate the payload inside its shard's tar; `label` is a class id
+    of the manifest's label space; `width` and `height` are the source image's, in pixels, after
+    own photos are turned upright; `key` is the sample's id as ASCII bytes (`n01440764_10026`).
+    """
+
+    offset: np.ndarray  # uint64
+    length: np.ndarray  # uint32
+    crc32: np.ndarray  # uint32
+    label: np.ndarray  # int32
+    width: np.ndarray  # uint16
+    height: np.ndarray  # uint16
+    key: np.ndarray  # S<longest>
+
+    def to_bytes(self) -> bytes:
+        """Return the content of `index.npz`; the same columns give the same bytes.
+
+        Raises:
+            ValueError: if readers would refuse it.
+        """
+        if self.key.itemsize > KEY_BYTES:
+            raise ValueError(
+                f"a key has {self.key.itemsize:,} letters, at most {KEY_BYTES:,} are read; shorten "
+                f"the names of the images"
+            )
+        stream = io.BytesIO()
+        np.savez(stream, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        if (size := stream.tell()) > INDEX_BYTES:
+            raise ValueError(
+                f"the index of {len(self.key):,} samples has {size:,} bytes, more than the "
+                f"{INDEX_BYTES:,} that are read; make several sets of them"
+            )
+        return stream.getvalue()
+
+    @staticmethod
+    def load(url: str, manifest: Manifest) -> "Index":
+        """Read `url/index.npz` and hold it against the manifest.
+
+        Raises:
+            ValueError: if the file is absent or was changed, or a row cannot be right.
+        """
+        index = Index.read(url, manifest)
+        for rows, what in index.unusable(manifest):
+            if len(rows):
+                key = index.key[rows[0]].decode("ascii", "replace")
+                path = files.join(url, INDEX)
+                raise ValueError(f"{path}, row {rows[0]}, key {key!r}: {what}; {AGAIN}")
+        return index
+
+    @staticmethod
+    def read(url: str, manifest: Manifest) -> "Index":
+        """Read `url/index.npz`, whatever its rows say.
+
+        Raises:
+            ValueError: if the file is absent or was changed, or its columns are not those of the
+                manifest's samples.
+        """
+        path = files.join(url, INDEX)
+        # as many rows as the manifest says, no more, whatever the store sends
+        limit = min(manifest.samples * (ROW_BYTES + KEY_BYTES) + HEADERS_BYTES, INDEX_BYTES)
+        data = files.read_bytes(path, limit)
+        if files.sha256_bytes(data) != manifest.index_sha256:
+            raise ValueError(f"{path} does not have the sha256 in its manifest; pack the set again")
+        try:
+            columns = read_npz(data, limit)
+        except ValueError as error:
+            raise ValueError(f"{path} is no archive of columns ({error}); {AGAIN}") from error
+        for fault in _column_faults(columns, manifest.samples):
+            raise ValueError(f"{path}: {fault}; {AGAIN}")
+        return Index(**columns)
+
+    def _odd_keys(self) -> np.ndarray:
+        odd = np.zeros(len(self.key), bool)
+        for start in range(
+            0, len(self.key), KEYS_AT_ONCE
+        ):  # all masks together are several indexes
+            keys = np.ascontiguousarray(self.key[start : start + KEYS_AT_ONCE])
+            letters = keys.view(np.uint8).reshape(len(keys), -1)
+            # NumPy fills up with zeros
+            wrong = ((letters < ord(" ")) & (letters > 0)) | (letters > ord("~"))
+            inside = (letters[:, :-1] == 0) & (letters[:, 1:] > 0)
+            odd[start : start + len(keys)] = wrong.any(axis=1) | inside.any(axis=1)
+        return np.flatnonzero(odd)
+
+    def unusable(self, manifest: Manifest) -> Iterator[tuple[np.ndarray, str]]:
+        """Yield the rows that no reader may use, ascending, for each thing that is wrong with some.
+
+        A label must be a class that is scored, or its sample would count as right or wrong whatever
+        is predicted. A payload must lie in its shard. A key is printed and has ASCII letters alone.
+        """
+        yield self._odd_keys(), "its key is no printable ASCII text"
+        classes = len(manifest.classes)
+        known = (self.label >= 0) & (self.label < classes)
+        yield np.flatnonzero(~known), f"its label is none of the {classes} classes"
+        scored = manifest.class_to_group()[np.where(known, self.label, 0)] >= 0
+        yield np.flatnonzero(known & ~scored), "its label lies in no group, so it never scores"
+        sizes = [shard.bytes for shard in manifest.shards]
+        size = np.repeat(np.array(sizes, float), [shard.samples for shard in manifest.shards])
+        # as floats, because a damaged uint64 would wrap around
+        ends = self.offset.astype(float) + np.ceil(self.length / tar.BLOCK) * tar.BLOCK
+        yield np.flatnonzero(ends + tar.END > size), "its payload reaches beyond the shard's bytes"
+
+
+assert list(COLUMNS) == [field.name for field in dataclasses.fields(Index)]
+
+
+def _column_faults(columns: dict[str, Any], samples: int) -> Iterator[str]:
+    """Yield which columns of an index cannot be those of so many samples."""
+    if columns.keys() != COLUMNS.keys():
+        yield f"its columns must be {', '.join(COLUMNS)}, they are {', '.join(columns)}"
+        return
+    for name, kind in COLUMNS.items():
+        column = columns[name]
+        expected = np.dtype(kind)
+        # texts are as long as the longest one
+        same = column.dtype.kind == "S" if kind is np.bytes_ else column.dtype == expected
+        if not same or column.ndim != 1:
+            yield f"column {name} must be a list of {expected}, not {column.dtype} {column.shape}"
+        elif len(column) != samples:
+            yield f"column {name} has {len(column)} samples, the manifest {samples}"
