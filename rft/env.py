@@ -21,8 +21,7 @@ from PIL import Image, features
 from rich.console import Console
 from rich.table import Table
 
-from rft import __version__, cli
-from rft.packing.pool import check_workers
+from rft import __version__, cli, cpus
 from rft.storage import files
 
 IMAGE_PACKAGES = ("pillow", "pillow-simd")
@@ -114,7 +113,7 @@ def rows() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         (
             "cores",
-            f"{check_workers(None)} of {os.cpu_count()} for this process, AVX2: {has_avx2()}",
+            f"{cpus.available()} of {os.cpu_count()} for this process, AVX2: {has_avx2()}",
         ),
         ("image core", image_core()),
         ("torch", f"{torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}"),

@@ -17,8 +17,7 @@ from rft.runs.folder import checkpoint_path, unfinished
 from rft.runs.trained_on import of_model
 from rft.sets import BENCHMARKS
 from rft.shards.folder import MANIFEST
-from rft.shards.label_space import warn_of_one_class
-from rft.shards.manifest import Manifest
+from rft.shards.manifest import Manifest, warn_of_one_class
 from rft.storage import files
 
 

@@ -1,7 +1,7 @@
 """Object masks from any segmenter: PNG files that are found by their names.
 
 A mask belongs to the sample whose key it is called by. Keys are made of an image's path (see
-`rft.packing.layouts.make_keys`), so masks may lie under the images' own paths
+`rft.shards.keys.make_keys`), so masks may lie under the images' own paths
 (`n01440764/n01440764_10026.png`), in one folder, or anywhere below the folder that is named.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from rft.config import MAX_PIXELS
-from rft.packing.layouts import UNSAFE_IN_KEY
 from rft.shards import encode
+from rft.shards.keys import safe_in_key
 from rft.storage import files
 
 SUFFIX = ".png"
@@ -101,7 +101,7 @@ def _keys_of(path: Path) -> set[str]:
     for first in range(len(folders) + 1):
         ending = folders[first:]
         keys.add("/".join([*ending, stem]))
-        safe = [UNSAFE_IN_KEY.sub("_", name) for name in ("/".join(ending), stem) if name]
+        safe = [safe_in_key(name) for name in ("/".join(ending), stem) if name]
         keys.add("_".join(safe))
     return keys
 

@@ -31,14 +31,15 @@ from rft.packing.names import (
     require_distinct,
     require_utf8,
 )
+from rft.packing.objectnet import objectnet_groups
 from rft.sets import BENCHMARKS, ID_SET, PARENTS, TRAIN_SET, ImageSet
 from rft.shards import tar
-from rft.shards.label_space import LabelSpace, objectnet_groups
+from rft.shards.keys import make_keys
+from rft.shards.label_space import LabelSpace
 from rft.storage import files, local
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]")
 LISTING_THREADS = 16  # listing is latency-bound on network file systems
 
 
@@ -206,31 +207,6 @@ def require_apart(folders: Iterable[Path], out: str, datasets: Iterable[str]) ->
 def where(root: Path, item: Item) -> str:
     """Return what to call an image in a message."""
     return str(root / item.path) if item.inside is None else f"{root / item.inside}: {item.path}"
-
-
-def make_keys(paths: Sequence[str]) -> list[str]:
-    """Return a sample key for each `class folder/file name`, all distinct.
-
-    webdataset cuts a member's name at the first dot, so keys keep only ASCII letters, digits, "_"
-    and "-". The whole set uses the first naming under which no two keys are equal: the file's stem,
-    then folder and stem, then folder, stem and a hash of the path.
-    """
-    parts = [path.rsplit("/", 1) for path in paths]
-    stems = [_safe(PurePosixPath(name).stem) for _, name in parts]
-    if len(set(stems)) == len(stems):
-        return stems
-    long = [f"{_safe(folder)}_{stem}" for (folder, _), stem in zip(parts, stems, strict=True)]
-    if len(set(long)) == len(long):
-        return long
-    hashed = [
-        f"{stem}-{files.sha256_json(path)[:16]}" for stem, path in zip(long, paths, strict=True)
-    ]
-    assert len(set(hashed)) == len(set(paths))
-    return hashed
-
-
-def _safe(name: str) -> str:
-    return UNSAFE_IN_KEY.sub("_", name)
 
 
 def _own_groups(labels: LabelSpace) -> tuple[tuple[int, ...], ...]:

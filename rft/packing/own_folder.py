@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rft.classes import composed, shown
-from rft.packing.layouts import IMAGE_SUFFIXES, Item, Source, has_image_suffix, make_keys
+from rft.packing.layouts import IMAGE_SUFFIXES, Item, Source, has_image_suffix
 from rft.packing.names import (
     Links,
     passed_over,
@@ -37,6 +37,7 @@ from rft.packing.own_splits import (
     split_folders,
     splits_beside,
 )
+from rft.shards.keys import make_keys
 from rft.shards.label_space import LabelSpace, doubts
 from rft.storage import files, local
 

@@ -20,6 +20,8 @@ from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from rft import cpus
+
 SECONDS_PER_LINE = 10.0  # how often progress is printed when there is no terminal
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -27,11 +29,7 @@ Result = TypeVar("Result")
 
 def check_workers(workers: int | None) -> int:
     """Return the number of processes that `--workers` means; None is one for each core."""
-    if workers is not None:
-        return workers
-    if hasattr(os, "sched_getaffinity"):  # a cluster job rarely owns the whole machine
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return cpus.available() if workers is None else workers
 
 
 def for_each(

@@ -192,6 +192,12 @@ def note_other_stores(url: str, manifest: Manifest) -> None:
         )
 
 
+def warn_of_one_class(url: str, groups: Sequence[Sequence[int]]) -> None:
+    """Warn of a packed set that scores a single class: its accuracy is 100 whatever the model."""
+    if len(groups) == 1:
+        cli.warn(f"{url} scores a single class, so every prediction counts as right")
+
+
 def group_faults(groups: Sequence[Sequence[int]], classes: int) -> Iterator[str]:
     """Yield what makes groups no scoring rule over so many classes.
 

@@ -39,8 +39,7 @@ from rft.runs.records import Training
 from rft.runs.trained_on import TrainedOn
 from rft.shards.cache import Cache
 from rft.shards.index import Index
-from rft.shards.label_space import warn_of_one_class
-from rft.shards.manifest import Manifest
+from rft.shards.manifest import Manifest, warn_of_one_class
 from rft.storage import files
 from rft.train.estimate import describe, size_rule
 from rft.train.gallery import one_of_each_class, write_gallery

@@ -28,10 +28,12 @@ from rft.packing.expected import (
     parse_allowed_counts,
     published_classes,
 )
-from rft.packing.layouts import Source, make_keys, read_item, read_source
+from rft.packing.layouts import Source, read_item, read_source
+from rft.packing.objectnet import objectnet_groups
 from rft.packing.pack import Options, pack
 from rft.sets import BENCHMARKS
-from rft.shards.label_space import LabelSpace, objectnet_groups
+from rft.shards.keys import make_keys
+from rft.shards.label_space import LabelSpace
 
 MAPPINGS = Path(__file__).parent / "objectnet-mappings"
 LABELS = LabelSpace(ids=("n01", "n02", "n03"), names=("one", "two", "three"), templates=("a {c}.",))

@@ -28,8 +28,9 @@ from rft.demo.scenes import (
     pattern_and_palette,
 )
 from rft.packing.layouts import read_source
+from rft.packing.objectnet import objectnet_groups
 from rft.rng import numpy_generator
-from rft.shards.label_space import LabelSpace, objectnet_groups
+from rft.shards.label_space import LabelSpace
 
 SCALE = 0.01  # 20 training images, 16 of each other set
 DIVERSE = Setting(

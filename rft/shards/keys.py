@@ -1,0 +1,35 @@
+"""Sample keys: what a sample is called in its tar, in the index and by its object mask."""
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from rft.storage import files
+
+UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]")
+
+
+def make_keys(paths: Sequence[str]) -> list[str]:
+    """Return a sample key for each `class folder/file name`, all distinct.
+
+    webdataset cuts a member's name at the first dot, so keys keep only ASCII letters, digits, "_"
+    and "-". The whole set uses the first naming under which no two keys are equal: the file's stem,
+    then folder and stem, then folder, stem and a hash of the path.
+    """
+    parts = [path.rsplit("/", 1) for path in paths]
+    stems = [safe_in_key(PurePosixPath(name).stem) for _, name in parts]
+    if len(set(stems)) == len(stems):
+        return stems
+    long = [f"{safe_in_key(folder)}_{stem}" for (folder, _), stem in zip(parts, stems, strict=True)]
+    if len(set(long)) == len(long):
+        return long
+    hashed = [
+        f"{stem}-{files.sha256_json(path)[:16]}" for stem, path in zip(long, paths, strict=True)
+    ]
+    assert len(set(hashed)) == len(set(paths))
+    return hashed
+
+
+def safe_in_key(name: str) -> str:
+    """Replace the letters that no key has."""
+    return UNSAFE_IN_KEY.sub("_", name)
