@@ -35,7 +35,7 @@ from rft.loading.batches import TrainingBatches
 from rft.loading.dataset import PackedDataset
 from rft.loading.order import Plan
 from rft.loading.read import read_batches
-from rft.shards import encode
+from rft.shards.images import clip_pixels, load_image
 
 SIZE = 224
 ENDLESS = 10**7  # samples or batches; no measurement gets there
@@ -252,7 +252,7 @@ def _litdata_crop(sample: dict[str, Any]) -> tuple[np.ndarray, int]:
 
 
 def _crop(data: bytes) -> np.ndarray:
-    return encode.clip_pixels(encode.load_image(data), SIZE)
+    return clip_pixels(load_image(data), SIZE)
 
 
 def _crop_of_npy(data: bytes) -> np.ndarray:

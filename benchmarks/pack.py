@@ -32,7 +32,7 @@ from benchmarks import machine, photos
 from benchmarks.contenders import bare_crop
 from rft import cli
 from rft.packing.pack import Options, pack
-from rft.shards.encode import SUBSAMPLING, Kind
+from rft.shards.images import SUBSAMPLING, Kind
 from rft.shards.label_space import LabelSpace
 from rft.storage import files
 

@@ -29,16 +29,16 @@ from pathlib import Path
 import numpy as np
 import PIL
 from PIL import Image
-from rft.shards import encode
+from rft.shards.images import clip_pixels, load_image
 folder, decoded, out, size = sys.argv[1:]
 paths = sorted(Path(folder).glob("*/*.JPEG"))
-whole = [encode.load_image(path.read_bytes(), str(path)) for path in paths]
-both = np.stack([encode.clip_pixels(image, int(size)) for image in whole])
+whole = [load_image(path.read_bytes(), str(path)) for path in paths]
+both = np.stack([clip_pixels(image, int(size)) for image in whole])
 if not Path(decoded).exists():
     np.savez(decoded, *[np.asarray(image) for image in whole])
 same = np.load(decoded)
 images = [Image.fromarray(same[name]) for name in same.files]
-resized = np.stack([encode.clip_pixels(image, int(size)) for image in images])
+resized = np.stack([clip_pixels(image, int(size)) for image in images])
 np.savez(out, decoded_and_resized=both, resized=resized)
 print(PIL.__version__)
 """

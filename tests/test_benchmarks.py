@@ -18,9 +18,10 @@ from torchvision.transforms import v2
 
 from benchmarks import contenders, environments, loader, machine, pack, photos, simd_difference
 from benchmarks import summary as pages
+from rft.packing import encode
 from rft.packing.pack import Options
 from rft.packing.pack import pack as pack_set
-from rft.shards import encode
+from rft.shards.images import encoding_parameters
 from rft.shards.manifest import Manifest
 
 IMAGES = 20
@@ -234,7 +235,7 @@ def test_two_tasks_pack_everything_and_shares_do_not_overlap(work, tmp_path):
 
 
 def test_compressing_alone_gives_what_packing_stores(work):
-    encoding = encode.encoding_parameters("jpeg", 224, 0, Options().quality)
+    encoding = encoding_parameters("jpeg", 224, 0, Options().quality)
     for path in paths(work):
         data = path.read_bytes()
         stored = encode.encode(data, path.name, encoding).payload

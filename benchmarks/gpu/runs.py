@@ -21,10 +21,10 @@ from benchmarks.gpu.runner import Record, each
 from benchmarks.gpu.steps import PRECISION
 from rft.clip.classifier import load_state
 from rft.runs.folder import LAST
-from rft.shards import encode
+from rft.shards.images import Kind
 
 ROOT = Path(__file__).parents[2]
-KINDS: tuple[encode.Kind, ...] = ("pixels", "jpeg")
+KINDS: tuple[Kind, ...] = ("pixels", "jpeg")
 LOG = Path("/proc/self/fd/2")  # a part's standard error is its log
 # as rft prints a mistake, and Python the end of a traceback
 ERROR = re.compile(r"error\b|[\w.]*(Error|Exception)\b")
@@ -38,7 +38,7 @@ def trainer(record: Record, settings: Settings) -> None:
     cases = [(model, kind) for kind in KINDS for model in reversed(settings.models)]
     cases.sort(key=lambda case: case == (largest, "jpeg"))
 
-    def train(model: str, encoding: encode.Kind) -> None:
+    def train(model: str, encoding: Kind) -> None:
         started = time.perf_counter()
         prepare(settings, model, encoding)
         folder = settings.work / f"run-{model}-{encoding}"
@@ -111,7 +111,7 @@ def compare_runs(left: Path, right: Path) -> dict[str, Any]:
     return difference(ours, theirs)
 
 
-def prepare(settings: Settings, model: str, encoding: encode.Kind) -> None:
+def prepare(settings: Settings, model: str, encoding: Kind) -> None:
     """Make the inputs of a training, in a process of its own, so that more can be forked from this.
 
     A fork of a process whose torch has begun to use several threads can hang.
@@ -124,7 +124,7 @@ def prepare(settings: Settings, model: str, encoding: encode.Kind) -> None:
     in_fork(make)
 
 
-def train_command(settings: Settings, model: str, encoding: encode.Kind, folder: Path) -> list[str]:
+def train_command(settings: Settings, model: str, encoding: Kind, folder: Path) -> list[str]:
     """Build the command line of a training, without the program."""
     data = inputs.write_shards(settings, encoding, inputs.image_size(model))
     options = {

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from rft.config import MAX_PIXELS
-from rft.shards import encode
+from rft.shards.image_files import BYTES_PER_PIXEL, open_image, pillow_errors
+from rft.shards.images import clip_square
 from rft.shards.keys import safe_in_key
 from rft.storage import files
 
@@ -67,10 +68,10 @@ def read_mask(path: Path, source: tuple[int, int], size: int, border: int = 0) -
     Raises:
         ValueError: naming the file, if it is no such PNG or has another size.
     """
-    data = files.read_bytes(str(path), int(encode.BYTES_PER_PIXEL * MAX_PIXELS * 1e6))
+    data = files.read_bytes(str(path), int(BYTES_PER_PIXEL * MAX_PIXELS * 1e6))
     image = _binary(data, path)
     if image.size == source:
-        image = encode.clip_square(image, size, border, Image.Resampling.NEAREST)
+        image = clip_square(image, size, border, Image.Resampling.NEAREST)
     elif image.size != (size, size):
         width, height = source
         turned = "; it is turned" if image.size == (height, width) else ""
@@ -108,8 +109,8 @@ def _keys_of(path: Path) -> set[str]:
 
 def _binary(data: bytes, path: Path) -> Image.Image:
     """Decode a mask to 0 and 255, mode L."""
-    image = encode.open_image(data, str(path), formats=("PNG",))
-    with encode.named(str(path)):
+    image = open_image(data, str(path), formats=("PNG",))
+    with pillow_errors(str(path)):
         values = np.asarray(image)
     if values.ndim != 2:
         raise ValueError(f"{path} has several channels ({image.mode}); a mask has one")

@@ -14,8 +14,10 @@ import torch
 from isal.isal_zlib import crc32
 from torch import Tensor
 
-from rft.shards import encode
+from rft.config import MAX_PIXELS
 from rft.shards.cache import Cache
+from rft.shards.image_files import require_affordable
+from rft.shards.images import clip_pixels, load_image, npy_header, payload_treatment
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest, note_other_stores
 from rft.shards.ranges import Patience, RangeError, Shards
@@ -64,7 +66,7 @@ class PackedDataset:
         *,
         cache: Cache | None = None,
         patience: Patience | None = None,
-        max_pixels: float = encode.MAX_PIXELS,
+        max_pixels: float = MAX_PIXELS,
     ) -> None:
         self.url = url
         self.manifest = Manifest.load(url)
@@ -77,7 +79,7 @@ class PackedDataset:
         self.shards = Shards(url, self.manifest.shards, cache=cache, patience=patience)
         self._npy_header = b""
         if self.manifest.encoding["kind"] == "pixels":
-            self._npy_header = encode.npy_header(self.manifest.encoding["size"])
+            self._npy_header = npy_header(self.manifest.encoding["size"])
 
     def __len__(self) -> int:
         return len(self.index.label)
@@ -186,11 +188,11 @@ class PackedDataset:
         size = images_BCHW.shape[-1]
         payloads = self.payloads(samples)
         began = time.perf_counter()
-        treatment = encode.payload_treatment(self.manifest.encoding)
+        treatment = payload_treatment(self.manifest.encoding)
         rows = self._rows(samples)
         for image_CHW, row, data in zip(images_BCHW, rows, payloads, strict=True):
-            image = encode.load_image(data, self._where(row), treatment, self._max_pixels)
-            image_CHW[:] = encode.clip_pixels(image, size, treatment.border)
+            image = load_image(data, self._where(row), treatment, self._max_pixels)
+            image_CHW[:] = clip_pixels(image, size, treatment.border)
         return time.perf_counter() - began
 
     def _rows(self, samples: np.ndarray) -> "list[_Row]":
@@ -286,9 +288,7 @@ class PackedDataset:
     def _require_affordable(self) -> None:
         """Check what the index says of the largest image, before any is read."""
         index, name = self.index, f"{self.url}: its largest"
-        encode.require_affordable(
-            int(index.length.max(initial=0)), f"{name} file", self._max_pixels
-        )
+        require_affordable(int(index.length.max(initial=0)), f"{name} file", self._max_pixels)
         pixels = (index.width.astype(np.int64) * index.height).max(initial=0)
         if self.manifest.encoding["kind"] == "original" and pixels > self._max_pixels * 1e6:
             raise ValueError(

@@ -25,6 +25,7 @@ from braceexpand import (
 )
 
 from rft import cli
+from rft.packing import encode
 from rft.packing.expected import check_count, parse_allowed_counts
 from rft.packing.foreign_labels import Options, Rule, contradiction, make_rule, read_label
 from rft.packing.foreign_samples import (
@@ -37,8 +38,10 @@ from rft.packing.foreign_samples import (
     whole_url,
 )
 from rft.packing.pool import check_workers, for_each
-from rft.shards import encode, tar
+from rft.shards import tar
 from rft.shards.folder import INDEX, MANIFEST, PLAN
+from rft.shards.image_files import require_affordable
+from rft.shards.images import encoding_parameters
 from rft.shards.index import COLUMNS, Index
 from rft.shards.label_space import LabelSpace, scoring_hash
 from rft.shards.manifest import Manifest, Shard, require_named
@@ -189,7 +192,7 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
             image = pick_image(sample, where, rule.ignore, found.passed_over)
             at = f"{where}, key {sample.key!r}"
             what = f"{at}: the image"
-            encode.require_affordable(image.size, what, rule.max_pixels)
+            require_affordable(image.size, what, rule.max_pixels)
             data = read_member(stream, image)
             header, as_photo = encode.identify(data, what, rule.crop_border, rule.max_pixels)
             found.as_stored["turned"] += as_photo.orientation != 1
@@ -272,7 +275,7 @@ def _describe(
     groups = rule.groups
     if groups is None:
         groups = tuple((int(class_id),) for class_id in np.unique(columns["label"]))
-    encoding = encode.encoding_parameters("original", 0, rule.crop_border)
+    encoding = encoding_parameters("original", 0, rule.crop_border)
     plan = {
         "algorithm": ALGORITHM,
         "dataset": dataset,

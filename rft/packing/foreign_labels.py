@@ -20,7 +20,7 @@ from rft.packing.expected import published_classes
 from rft.packing.foreign_samples import Sample, parent, read_text
 from rft.packing.objectnet import folder_labels, objectnet_groups
 from rft.sets import BENCHMARKS
-from rft.shards.encode import Side
+from rft.shards.images import Side
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import group_faults
 from rft.storage import files

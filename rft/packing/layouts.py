@@ -66,7 +66,7 @@ class Source:
 
     `groups` is the manifest's scoring rule (see `rft.shards.manifest.Manifest`); `crop_border` is
     the number of pixels to cut from each side before any resize. `photos` marks the user's own
-    photos, which are turned upright and composed on white (`rft.shards.encode.PHOTOS`); benchmarks
+    photos, which are turned upright and composed on white (`rft.shards.images.PHOTOS`); benchmarks
     are not.
     `layout` says in words what was found, `links` which images lie elsewhere, if any do.
     """

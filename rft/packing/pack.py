@@ -23,6 +23,8 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field
 
 from rft import cli
+from rft.config import MAX_PIXELS
+from rft.packing import encode
 from rft.packing.expected import check_count
 from rft.packing.layouts import Item, Source, folders_read, read_source, require_apart
 from rft.packing.names import printable
@@ -37,9 +39,8 @@ from rft.packing.shard import (
     too_many,
     write_shard,
 )
-from rft.shards import encode
-from rft.shards.encode import Quality, Square
 from rft.shards.folder import COMMITS, INDEX, MANIFEST, PLAN, QUARANTINE
+from rft.shards.images import Kind, Quality, Square, encoding_parameters
 from rft.shards.index import COLUMNS, Index
 from rft.shards.label_space import LabelSpace, scoring_hash
 from rft.shards.manifest import Manifest
@@ -58,7 +59,7 @@ class Options:
     `max_pixels`.
     """
 
-    encoding: encode.Kind = "original"
+    encoding: Kind = "original"
     """original: the files' own bytes. pixels: CLIP's input, so that training decodes nothing. jpeg:
     the same square as a JPEG, a fifth of the bytes."""
     size: Square = 224
@@ -79,7 +80,7 @@ class Options:
     """How many images of the whole set may be left out because they cannot be decoded; each is
     listed with its reason in quarantine.jsonl. A larger number continues, a smaller one tries the
     images again."""
-    max_pixels: Megapixels = encode.MAX_PIXELS
+    max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have: a small file may claim more than memory holds.
     Raise it for panoramas of your own; it never changes bytes."""
 
@@ -171,7 +172,7 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> Plan:
 
     The order does not depend on that of `source.items`.
     """
-    encoding = encode.encoding_parameters(
+    encoding = encoding_parameters(
         options.encoding,
         options.size,
         source.crop_border,
@@ -224,9 +225,7 @@ def cut(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def make_jobs(
-    plan: Plan, url: str, max_bad: int = 0, max_pixels: float = encode.MAX_PIXELS
-) -> list[Job]:
+def make_jobs(plan: Plan, url: str, max_bad: int = 0, max_pixels: float = MAX_PIXELS) -> list[Job]:
     """Return one job for each shard of the plan."""
     return [
         Job(

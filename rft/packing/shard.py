@@ -18,9 +18,12 @@ from typing import IO, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
+from rft.config import MAX_PIXELS
+from rft.packing import encode
 from rft.packing.layouts import Item, read_item, where
-from rft.shards import encode
 from rft.shards.folder import COMMITS, PLAN
+from rft.shards.image_files import require_affordable
+from rft.shards.images import Header, Treated
 from rft.shards.index import COLUMNS
 from rft.shards.manifest import Shard
 from rft.shards.tar import BLOCK, END, padded
@@ -126,7 +129,7 @@ class Job:
     encoding: dict[str, Any]
     plan_hash: str
     max_bad: int = 0
-    max_pixels: float = encode.MAX_PIXELS
+    max_pixels: float = MAX_PIXELS
 
     @property
     def shard_url(self) -> str:
@@ -158,8 +161,8 @@ def write_shard(job: Job) -> Written:
 def _write(job: Job) -> Written:
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
-    headers: list[encode.Header] = []
-    treated: list[encode.Treated] = []
+    headers: list[Header] = []
+    treated: list[Treated] = []
     bad: list[Quarantined] = []
     with files.publish(job.shard_url) as path:
         with local.writer(path) as stream:
@@ -329,7 +332,7 @@ def _encode(job: Job, item: Item, bad: list[Quarantined]) -> encode.Encoded | No
     """Return an image's payload, or None if it cannot be read, which `bad` then tells."""
     name = where(job.root, item)
     try:
-        encode.require_affordable(item.bytes, name, job.max_pixels)
+        require_affordable(item.bytes, name, job.max_pixels)
     except ValueError as error:
         return _leave_out(job, item, bad, error)
     data = read_item(job.root, item)  # a file that cannot be opened at all is never left out

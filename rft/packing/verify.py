@@ -17,12 +17,15 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from rft.classes import Classes, composed
+from rft.config import MAX_PIXELS
 from rft.packing.foreign import ALGORITHM, IMAGE_SUFFIXES, OTHER_SUFFIXES
 from rft.packing.foreign_labels import POSITION, LabelsAre, Rule, parse_label, resolve_label
 from rft.packing.foreign_samples import SIZE_THREADS, open_whole, read_text, shard_size, split_name
 from rft.packing.pool import for_each
-from rft.shards import encode, tar
+from rft.shards import tar
 from rft.shards.folder import PLAN, QUARANTINE
+from rft.shards.image_files import require_affordable
+from rft.shards.images import Encoding, load_image, npy_header, payload_treatment
 from rft.shards.index import Index
 from rft.shards.label_space import scoring_hash
 from rft.shards.manifest import Manifest, group_faults, note_other_stores
@@ -96,7 +99,7 @@ class Rows:
     max_pixels: float
 
 
-def verify(url: str, *, deep: bool, workers: int, max_pixels: float = encode.MAX_PIXELS) -> Report:
+def verify(url: str, *, deep: bool, workers: int, max_pixels: float = MAX_PIXELS) -> Report:
     """Check the set at `url`; see the module's text."""
     report = Report(url=url, deep=deep)
     try:
@@ -264,7 +267,7 @@ def _check_payload(
         yield f"cut off: {there:,} of {length:,} bytes are there"
         return
     try:
-        encode.require_affordable(length, "the payload", max_pixels)
+        require_affordable(length, "the payload", max_pixels)
     except ValueError as error:
         yield str(error)
         return
@@ -284,12 +287,12 @@ def _check_image(
     data: bytes, source_size: tuple[int, int], encoding: dict[str, Any], max_pixels: float
 ) -> Iterator[str]:
     if encoding["kind"] == "pixels":
-        header = encode.npy_header(encoding["size"])
+        header = npy_header(encoding["size"])
         if not data.startswith(header) or len(data) != len(header) + 3 * encoding["size"] ** 2:
             yield "the payload is no array of pixels of the set's size"
         return
-    treatment = encode.payload_treatment(encoding)
-    image = encode.load_image(data, "the payload", treatment, max_pixels)
+    treatment = payload_treatment(encoding)
+    image = load_image(data, "the payload", treatment, max_pixels)
     is_stored = encoding["kind"] == "original"
     size = source_size if is_stored else (encoding["size"], encoding["size"])
     if image.size != size:
@@ -302,7 +305,7 @@ class Plan:
 
     algorithm: int | Text = ""
     dataset: Name | None = None
-    encoding: encode.Encoding | None = None
+    encoding: Encoding | None = None
     labels: Name | None = None
     label_field: Text | None = None
     labels_are: LabelsAre | None = None

@@ -17,8 +17,8 @@ from pydantic import Field
 from rft import cli
 from rft.classes import Classes, prompts_sha256
 from rft.sets import BENCHMARKS
-from rft.shards.encode import Encoding
 from rft.shards.folder import MANIFEST
+from rft.shards.images import Encoding
 from rft.shards.label_space import MARK
 from rft.shards.root import why_missing
 from rft.storage import documents, files, urls

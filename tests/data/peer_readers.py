@@ -14,7 +14,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from rft.shards.encode import clip_pixels
+from rft.shards.images import clip_pixels
 
 SIZE = 16
 Pair = tuple[int, np.ndarray]

@@ -11,7 +11,7 @@ import pytest
 from rft.loading.dataset import PackedDataset
 from rft.packing.foreign import index_shards
 from rft.packing.verify import verify
-from rft.shards.encode import clip_pixels, load_image
+from rft.shards.images import clip_pixels, load_image
 from rft.shards.manifest import Manifest
 from rft.storage import files, remote
 from rft.storage.remote import Patience

@@ -18,19 +18,15 @@ from PIL import Image
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from rft.shards.encode import (
+from rft.packing.encode import encode, expected_bytes, identify, jpeg_skeleton, to_jpeg
+from rft.shards.images import (
     MOST_ELONGATED,
     Kind,
     Treatment,
     clip_pixels,
     clip_square,
-    encode,
     encoding_parameters,
-    expected_bytes,
-    identify,
-    jpeg_skeleton,
     load_image,
-    to_jpeg,
     to_npy,
 )
 from tests.pictures import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, empty_png, png_row

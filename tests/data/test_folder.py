@@ -18,7 +18,7 @@ from rft import cli
 from rft.loading.dataset import PackedDataset
 from rft.packing.own_folder import choose_test, name_classes, read_folder, same_bytes
 from rft.packing.verify import verify
-from rft.shards.encode import clip_pixels, load_image
+from rft.shards.images import clip_pixels, load_image
 from rft.shards.label_space import LabelSpace
 
 LABELS = LabelSpace(

@@ -36,7 +36,7 @@ from rft.packing.foreign_labels import local_labels, loose_form
 from rft.packing.foreign_samples import parent, split_name
 from rft.packing.objectnet import objectnet_groups
 from rft.packing.verify import verify
-from rft.shards.encode import clip_pixels, load_image
+from rft.shards.images import clip_pixels, load_image
 from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest

@@ -24,7 +24,7 @@ from rft.packing.foreign import index_shards
 from rft.packing.foreign_labels import Options as Reading
 from rft.packing.pack import Options, pack
 from rft.packing.verify import verify
-from rft.shards.encode import encoding_parameters, to_npy
+from rft.shards.images import encoding_parameters, to_npy
 from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest, Shard, group_faults

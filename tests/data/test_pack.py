@@ -30,10 +30,11 @@ from timm.data.readers.reader_wds import _load_info, _parse_split_info
 from rft.loading.dataset import PackedDataset
 from rft.packing import pack as packing
 from rft.packing import pool as workers
+from rft.packing.encode import to_jpeg
 from rft.packing.layouts import Item, read_source
 from rft.packing.pack import Options, cut, make_jobs, make_plan, pack, parse_task, shuffle
 from rft.packing.shard import tar_header, write_shard
-from rft.shards.encode import Kind, clip_pixels, clip_square, load_image, to_jpeg
+from rft.shards.images import Kind, clip_pixels, clip_square, load_image
 from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest

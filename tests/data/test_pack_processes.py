@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rft.packing import shard
+from rft.packing import encode, shard
 from rft.packing.layouts import read_source
 from rft.packing.pack import Options, claim, make_jobs, make_plan, pack
 from rft.packing.shard import Job, write_shard
-from rft.shards import encode
 from rft.shards.label_space import LabelSpace
 from tests import tiny
 from tests.data import halting

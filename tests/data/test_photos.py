@@ -13,20 +13,19 @@ import pytest
 from PIL import Image
 
 from rft.loading.dataset import PackedDataset
+from rft.packing.encode import encode, to_jpeg
 from rft.packing.own_folder import read_folder
 from rft.packing.pack import Options, pack_source
 from rft.packing.verify import verify
-from rft.shards.encode import (
+from rft.shards.images import (
     PHOTOS,
     Encoding,
     Kind,
     Treated,
     clip_pixels,
-    encode,
     encoding_parameters,
     load_image,
     payload_treatment,
-    to_jpeg,
 )
 from rft.shards.manifest import Manifest
 from rft.storage import documents

@@ -26,7 +26,7 @@ from rft.evaluate.object_masks import find_masks, read_mask
 from rft.evaluate.overlap import Pixels, count_masked, count_object, mean_rates, pooled_rates
 from rft.loading.dataset import PackedDataset
 from rft.packing.pack import Options, pack
-from rft.shards import encode
+from rft.shards.images import clip_pixels, load_image
 from rft.shards.label_space import LabelSpace
 from rft.storage import files
 from tests import tiny
@@ -131,8 +131,8 @@ def test_a_mask_stays_on_its_object(tmp_path_factory, place, width, height, bord
     mask_HW[top:bottom, left:right] = True
     path = save_mask(tmp_path_factory.getbasetemp() / "mask.png", mask_HW)
     cut = read_mask(path, (width, height), 16, border)
-    image = encode.load_image(path.read_bytes())
-    seen_HW = encode.clip_pixels(image, 16, border)[0] > 127
+    image = load_image(path.read_bytes())
+    seen_HW = clip_pixels(image, 16, border)[0] > 127
     edge_HW = np.zeros((16, 16), dtype=bool)
     padded = np.pad(cut.pixels_HW, 1, mode="edge")
     for down in range(3):

@@ -29,6 +29,7 @@ from rft.experiments import experiments
 from rft.loading.dataset import PackedDataset
 from rft.loading.show import Arguments as Show
 from rft.merge.command import Arguments as Merge
+from rft.packing import encode
 from rft.packing.foreign import read_shard
 from rft.packing.foreign_labels import Rule
 from rft.packing.foreign_samples import read_samples
@@ -42,7 +43,8 @@ from rft.runs import folder as runs
 from rft.runs import trained_on
 from rft.runs.gallery import read as read_gallery
 from rft.runs.header import read_entries
-from rft.shards import encode, tar
+from rft.shards import tar
+from rft.shards.images import Treatment, clip_pixels, encoding_parameters, load_image
 from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest
@@ -238,11 +240,10 @@ def image(world: Path, folder: Path) -> Target:
     tokens = [b"\xff\xd8", b"\xff\xc0", b"\xff\xda", b"\xff\xe1", b"Exif\0\0", b"MM\0*", b"II*\0"]
     tokens += [b"VP8X", b"VP8L", b"VP8 ", b"ANIM", b"ANMF", b"ICCP", b"EXIF", *kinds]
     encodings = [
-        encode.encoding_parameters(kind, 16, 0, photos=True)
-        for kind in ("original", "pixels", "jpeg")
+        encoding_parameters(kind, 16, 0, photos=True) for kind in ("original", "pixels", "jpeg")
     ]
     treatments = [
-        encode.Treatment(photo=photo, border=border) for photo in (True, False) for border in (0, 2)
+        Treatment(photo=photo, border=border) for photo in (True, False) for border in (0, 2)
     ]
 
     def check(example: tuple[bytes, list[Edit], list[tuple[bytes, bytes]]]) -> None:
@@ -260,10 +261,10 @@ def image(world: Path, folder: Path) -> Target:
             encode.identify(data, "x", 0)
         for treatment in treatments[1:]:
             with contextlib.suppress(ValueError):
-                encode.load_image(data, "x", treatment)
-        picture = encode.load_image(data, "x", treatments[0])
+                load_image(data, "x", treatment)
+        picture = load_image(data, "x", treatments[0])
         assert picture.mode == "RGB"
-        assert encode.clip_pixels(picture, 16).shape == (3, 16, 16)
+        assert clip_pixels(picture, 16).shape == (3, 16, 16)
 
     chunks = st.tuples(st.sampled_from(kinds), st.binary(max_size=40))
     example = st.tuples(st.sampled_from(seeds), edits(tokens), st.lists(chunks, max_size=2))

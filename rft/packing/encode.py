@@ -1,0 +1,187 @@
+"""How one image file becomes one payload: its own bytes, or what CLIP sees of it.
+
+Whatever is packed was decoded once, so that a reader's error means damage and not a bad source.
+`identify` reads the header alone, for third-party shards, whose payloads are there already.
+"""
+
+import contextlib
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from rft.config import MAX_PIXELS
+from rft.shards.image_files import END_OF_IMAGE, FILL, START_OF_IMAGE, START_OF_SCAN, pillow_errors
+from rft.shards.images import (
+    SUBSAMPLING,
+    Header,
+    Treated,
+    Treatment,
+    as_photo,
+    channels_first,
+    clip_square,
+    decode,
+    exif_orientation,
+    npy_header,
+    open_checked,
+    source_treatment,
+    to_npy,
+)
+
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> member
+# JPEG markers with which a file has no skeleton
+RESTARTS = range(0xD0, 0xD8)
+DEFINE_RESTART_INTERVAL = 0xDD
+NOT_IN_SKELETON = frozenset({0x00, 0x01, *RESTARTS, START_OF_IMAGE, FILL, DEFINE_RESTART_INTERVAL})
+# places that may end a scan, each of which takes eight bytes while they are looked at
+FILLS = 2**24
+ENDS_SCAN = ~np.isin(np.arange(256), [0x00, *RESTARTS, FILL])
+SWAPS_SIDES = range(5, 9)  # EXIF orientations that exchange width and height
+
+
+class Encoded(NamedTuple):
+    """One encoded image: the member's bytes and suffix, and what the source image was."""
+
+    payload: bytes
+    suffix: str
+    header: Header
+    treated: Treated = Treated()
+
+
+def encode(
+    data: bytes, name: str, encoding: dict[str, Any], max_pixels: float = MAX_PIXELS
+) -> Encoded:
+    """Encode the image file `data`; `name` is for messages.
+
+    Raises:
+        ValueError: if the image cannot be decoded, starting with `name`.
+    """
+    kind, treatment = encoding["kind"], source_treatment(encoding)
+    if kind == "original":
+        header, treated = _header_of_whole(data, name, treatment, max_pixels)
+        return Encoded(data, SUFFIXES[header.format], header, treated)
+    image, header = open_checked(data, name, treatment.border, max_pixels)
+    with pillow_errors(name):
+        rgb, treated = decode(image, data, treatment)
+        square = clip_square(rgb, encoding["size"], treatment.border)
+    header = _upright(header, treated)
+    if kind == "jpeg":
+        return Encoded(to_jpeg(square, encoding["quality"]), "jpg", header, treated)
+    assert kind == "pixels"
+    return Encoded(to_npy(channels_first(square)), "npy", header, treated)
+
+
+def identify(
+    data: bytes, name: str, border: int, max_pixels: float = MAX_PIXELS
+) -> tuple[Header, Treated]:
+    """Read format, mode and size of an image file that will be shown as it is stored.
+
+    Beside it stands what would be done to it as a photo: whether it is composed is guessed from the
+    header, so nothing is decoded.
+
+    Raises:
+        ValueError: if it is no JPEG, PNG or WebP or its size is out of bounds, starting with
+            `name`.
+    """
+    image, header = open_checked(data, name, border, max_pixels)
+    may_be_transparent = "A" in image.mode or "transparency" in image.info
+    with pillow_errors(name):
+        return header, Treated(exif_orientation(image, data), may_be_transparent)
+
+
+def expected_bytes(encoding: dict[str, Any], source_bytes: int) -> int:
+    """Return about how large a payload will be, known before anything is decoded.
+
+    Exact for `original` and `pixels`. A JPEG of a photograph made small takes up to a byte a pixel
+    at quality 95.
+    """
+    match encoding["kind"]:
+        case "original":
+            return source_bytes
+        case "jpeg":
+            return encoding["size"] ** 2
+    size = encoding["size"]
+    return len(npy_header(size)) + 3 * size**2
+
+
+def to_jpeg(image: Image.Image, quality: int) -> bytes:
+    """Return an RGB image as a JPEG without metadata; equal pixels give equal bytes."""
+    stream = io.BytesIO()
+    # through an array, because Pillow would save the comment of the file the image came from
+    bare = Image.fromarray(np.asarray(image))
+    bare.save(stream, "JPEG", quality=quality, subsampling=SUBSAMPLING)
+    return stream.getvalue()
+
+
+def _upright(header: Header, treated: Treated) -> Header:
+    """Exchange width and height if the image was turned by a quarter."""
+    if treated.orientation in SWAPS_SIDES:
+        return header._replace(width=header.height, height=header.width)
+    return header
+
+
+def _header_of_whole(
+    data: bytes, name: str, treatment: Treatment, max_pixels: float
+) -> tuple[Header, Treated]:
+    """Read the header of an image file of which all can be decoded, and what is done to a photo.
+
+    Decoding a JPEG only to learn that it can be costs ten times as much as copying it. Nearly all
+    of that is spent on its entropy-coded data, in which libjpeg takes any damage with a warning.
+    What it refuses lies elsewhere: in a marker segment, which `jpeg_skeleton` keeps, or in data
+    that ends before the image does, and a file with an end marker behind its scans cannot. So a
+    skeleton that decodes proves the file; whatever has none, or one that fails, is decoded whole.
+    """
+    skeleton = jpeg_skeleton(data)
+    if skeleton is not None:
+        # when it fails the whole file decides, and its error is the one to show
+        with contextlib.suppress(ValueError):
+            return _decode_coarsely(skeleton, name, treatment, max_pixels)
+    return _decode_coarsely(data, name, treatment, max_pixels)
+
+
+def _decode_coarsely(
+    data: bytes, name: str, treatment: Treatment, max_pixels: float
+) -> tuple[Header, Treated]:
+    """Decode an image, a JPEG at an eighth of its size (it still reads all of it)."""
+    image, header = open_checked(data, name, treatment.border, max_pixels)
+    with pillow_errors(name):
+        image.draft("L", (1, 1))
+        image.load()
+        treated = as_photo(image, data)[1] if treatment.photo else Treated()
+    return _upright(header, treated), treated
+
+
+def jpeg_skeleton(data: bytes) -> bytes | None:
+    """Return a JPEG without its entropy-coded data: markers and segments up to the end marker.
+
+    None if `data` is no JPEG that goes on from segment to segment to its end marker, or one with
+    restart markers: looking for the next of these, libjpeg can run past the end marker.
+    """
+    if not data.startswith(bytes((FILL, START_OF_IMAGE))):
+        return None
+    # found at once by numpy: a loop over the file costs as much as decoding it
+    array = np.frombuffer(data, dtype=np.uint8)
+    may_end = array[:-1] == FILL
+    if np.count_nonzero(may_end) > FILLS:
+        return None
+    fills = np.flatnonzero(may_end)
+    scan_ends = fills[ENDS_SCAN[array[fills + 1]]]
+    segments, position = [data[:2]], 2
+    while len(data) - position >= 2 and data[position] == FILL:
+        marker = data[position + 1]
+        if marker == END_OF_IMAGE:
+            segments.append(data[position : position + 2])
+            return b"".join(segments)
+        length = int.from_bytes(data[position + 2 : position + 4])
+        end = position + 2 + length
+        if marker in NOT_IN_SKELETON or length < 2 or end > len(data):
+            return None
+        segments.append(data[position:end])
+        position = end
+        if marker == START_OF_SCAN:
+            following = int(np.searchsorted(scan_ends, position))
+            if following == len(scan_ends):
+                return None
+            position = int(scan_ends[following])
+    return None

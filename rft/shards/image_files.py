@@ -1,0 +1,171 @@
+"""Image files are opened here, within bounds on the time and memory that a hostile one can take.
+
+Pillow reads some parts of a file in Python, one by one, and passes over all pixels as often as the
+file says. So these parts are counted first, and nothing is decoded before the size in the header
+was compared with the limit. Every image file of rft comes through `open_image`.
+"""
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from rft.config import MAX_PIXELS
+
+BYTES_PER_PIXEL = 4  # of a file: more than any format takes for what is decoded to 8 bits
+FORMATS = ("JPEG", "PNG", "WEBP")  # MPO is a JPEG with further pictures behind the first
+# JPEG markers: a second byte behind 0xFF (ISO/IEC 10918-1, table B.1)
+START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN, FILL = 0xD8, 0xD9, 0xDA, 0xFF
+STARTS_OR_ENDS = (START_OF_SCAN, END_OF_IMAGE)
+# what does not end entropy-coded data: a stuffed 0xFF, a restart, and a fill byte before a marker
+NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+SCANS = 20  # of a JPEG with as many pixels as may be, more of a smaller one; encoders write 10
+SEGMENTS = 10_000  # of a JPEG; a depth map beside it takes some hundred
+PARSED_BYTES = 2**24  # of what Pillow parses or copies: 256 times what one segment can hold
+FILL_BYTES = 2**16  # between the segments of a JPEG
+PARSED = (b"Exif\0\0", b"Photoshop 3.0\0")
+CHUNKS = 300_000  # of a PNG; the largest one has 55,000 of the size that libpng writes
+PROFILES = 10  # of a PNG, which may have one
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_FRAME = 12  # bytes of a chunk around its content
+# Pillow registers a format when its plugin is imported
+assert all((JpegImagePlugin, PngImagePlugin, WebPImagePlugin))
+
+
+def open_image(
+    data: bytes, name: str, max_pixels: float = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
+    """Read the header of an image file, and refuse one of too many pixels before it is decoded.
+
+    `Image.open` would keep to itself why a file is not read ("cannot handle 12-bit layers"), and
+    has a limit of its own, for the whole process.
+
+    Args:
+        data: the file.
+        name: for messages.
+        max_pixels: how many it may have, in millions.
+        formats: Pillow's names of the formats that it may have.
+
+    Raises:
+        ValueError: if it cannot be read, or has too many bytes or pixels.
+    """
+    require_affordable(len(data), name, max_pixels)
+    for known in formats:
+        factory, accept = Image.OPEN[known]
+        if accept is None or accept(data[:16]) is not True:
+            continue
+        if known == "JPEG":
+            _require_few_segments(data, name)
+        elif known == "PNG":
+            _require_few_chunks(data, name)
+        with pillow_errors(name, "read"):
+            image = factory(io.BytesIO(data), "")
+        millions = image.width * image.height / 1e6
+        if millions > max_pixels:
+            raise ValueError(
+                f"{name} is {image.width} x {image.height} pixels, {millions:,.1f} million; "
+                f"--max-pixels allows {max_pixels:g} million: raise it for your own pictures"
+            )
+        if known == "JPEG":
+            _require_few_scans(data, name, int(SCANS * max_pixels / millions))
+        return image
+    *others, last = (known.replace("WEBP", "WebP") for known in formats)
+    raise ValueError(
+        f"{name} is no readable {', '.join(others)}{' or ' * bool(others)}{last} image"
+    )
+
+
+def _require_few_segments(data: bytes, name: str) -> None:
+    """Refuse a JPEG of more segments or metadata, before its pixels, than reading it may cost.
+
+    Pillow reads each segment, and each byte between two of them, in Python; it copies the EXIF that
+    it has for each further segment of it.
+    """
+    segments = parsed = between = 0
+    position = 2
+    while (found := NEXT_MARKER.search(data, position)) and found[0][1] not in STARTS_OR_ENDS:
+        start, length = found.end(), int.from_bytes(data[found.end() : found.end() + 2])
+        segments += 1
+        between += found.start() - position
+        parsed += length if data.startswith(PARSED, start + 2) else 0
+        _require_few(segments, SEGMENTS, "segments", name)
+        _require_few(parsed, PARSED_BYTES, "bytes of EXIF and Photoshop's blocks", name)
+        position = start + length
+    between += (found.start() if found else len(data)) - position
+    _require_few(between, FILL_BYTES, "bytes between its segments", name)
+
+
+def _require_few_scans(data: bytes, name: str, allowed: int) -> None:
+    """Refuse a progressive JPEG of more scans than decoding it may cost.
+
+    Each of them passes over all pixels, for a few bytes of the file.
+    """
+    # counting markers, thumbnails' among them, is fast and nearly always enough
+    if data.count(bytes((FILL, START_OF_SCAN))) <= allowed:
+        return
+    segments = scans = 0
+    position = 2
+    while (found := NEXT_MARKER.search(data, position)) and found[0][1] != END_OF_IMAGE:
+        segments += 1
+        scans += found[0][1] == START_OF_SCAN
+        _require_few(segments, SEGMENTS, "segments", name)
+        _require_few(scans, allowed, "scans, too many for its pixels", name)
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+
+
+def _require_few(count: int, most: int, what: str, name: str) -> None:
+    if count > most:
+        raise ValueError(
+            f"{name} has more than {most:,} {what}; open it in a program and save it anew"
+        )
+
+
+def _require_few_chunks(data: bytes, name: str) -> None:
+    """Refuse a PNG of more chunks than reading it may cost.
+
+    Pillow reads each of them in Python, and unpacks each colour profile to up to a megabyte.
+    """
+    chunks = profiles = 0
+    position = len(PNG_START)
+    while position < len(data) and data[position + 4 : position + 8] != b"IEND":
+        profiles += data[position + 4 : position + 8] == b"iCCP"
+        position += PNG_FRAME + int.from_bytes(data[position : position + 4])
+        chunks += 1
+        _require_few(chunks, CHUNKS, "chunks", name)
+        _require_few(profiles, PROFILES, "colour profiles", name)
+
+
+def require_affordable(count: int, name: str, max_pixels: float = MAX_PIXELS) -> None:
+    """Check the size of an image file before it is read into memory.
+
+    Raises:
+        ValueError: if it has more bytes than so many million pixels need.
+    """
+    if count > BYTES_PER_PIXEL * max_pixels * 1e6:
+        raise ValueError(
+            f"{name} has {count:,} bytes, more than {BYTES_PER_PIXEL} for each of the "
+            f"{max_pixels:g} million pixels that --max-pixels allows"
+        )
+
+
+@contextlib.contextmanager
+def pillow_errors(name: str, verb: str = "decoded") -> Iterator[None]:
+    """Turn any error of Pillow into one that names the file.
+
+    Raises:
+        ValueError: if the file is damaged.
+        OSError: if there is not enough memory.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata, which decide nothing
+            yield
+    except MemoryError as error:
+        # the file is within its limits, so this says something of the machine: it is not left out
+        raise OSError(f"{name}: not enough memory to decode it; use fewer workers") from error
+    except Exception as error:  # parsers slip in many ways on fields that are not as they should be
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name} cannot be {verb}: {what}") from error
