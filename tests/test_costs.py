@@ -14,9 +14,9 @@ from PIL import Image
 from rft.loading import dataset as loader
 from rft.loading.dataset import PackedDataset, portions
 from rft.packing import archives
-from rft.packing.foreign import index_shards
-from rft.packing.foreign_labels import Options as Reading
-from rft.packing.foreign_samples import shard_size
+from rft.packing.foreign.index import index_shards
+from rft.packing.foreign.rule import Options as Reading
+from rft.packing.foreign.samples import shard_size
 from rft.packing.own_folder import read_folder
 from rft.packing.pack import Options, pack
 from rft.packing.shard import TarStream

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rft.packing.foreign import index_shards
-from rft.packing.foreign_labels import Options as Reading
+from rft.packing.foreign.index import index_shards
+from rft.packing.foreign.rule import Options as Reading
 from rft.packing.pack import Options, pack
 from rft.storage import files
 from tests import tiny

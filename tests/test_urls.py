@@ -22,8 +22,8 @@ from rft.evaluate import localisation as localisation_command
 from rft.loading import show as show_command
 from rft.loading.dataset import PackedDataset
 from rft.merge import command as merge_command
-from rft.packing.foreign import index_shards, shard_names
-from rft.packing.foreign_labels import Options
+from rft.packing.foreign.index import index_shards, shard_names
+from rft.packing.foreign.rule import Options
 from rft.report import command as report_command
 from rft.report.page import write_report
 from rft.shards.manifest import Manifest

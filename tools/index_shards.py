@@ -7,7 +7,8 @@ from pathlib import Path
 import tyro
 
 from rft import cli
-from rft.packing.foreign import Options, index_shards
+from rft.packing.foreign.index import index_shards
+from rft.packing.foreign.rule import Options
 from rft.shards.label_space import choose_labels
 
 

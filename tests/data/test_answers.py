@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rft.loading.dataset import PackedDataset
-from rft.packing.foreign import index_shards
+from rft.packing.foreign.index import index_shards
 from rft.packing.verify import verify
 from rft.shards.images import clip_pixels, load_image
 from rft.shards.manifest import Manifest

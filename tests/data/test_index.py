@@ -30,10 +30,12 @@ from webdataset.tariterators import base_plus_ext
 from rft import cli
 from rft.loading.dataset import PackedDataset
 from rft.packing.expected import published_classes
-from rft.packing.foreign import count_expanded, expand, index_shards
-from rft.packing.foreign_labels import Options as AllOptions
-from rft.packing.foreign_labels import local_labels, loose_form
-from rft.packing.foreign_samples import parent, split_name
+from rft.packing.foreign.class_names import loose_form
+from rft.packing.foreign.index import index_shards
+from rft.packing.foreign.patterns import count_expanded, expand
+from rft.packing.foreign.rule import Options as AllOptions
+from rft.packing.foreign.rule import local_labels
+from rft.packing.foreign.samples import parent, split_name
 from rft.packing.objectnet import objectnet_groups
 from rft.packing.verify import verify
 from rft.shards.images import clip_pixels, load_image

@@ -20,8 +20,8 @@ import rft.evaluate.command
 from rft import recipes
 from rft.evaluate.accuracy import is_correct
 from rft.loading.dataset import PackedDataset
-from rft.packing.foreign import index_shards
-from rft.packing.foreign_labels import Options as Reading
+from rft.packing.foreign.index import index_shards
+from rft.packing.foreign.rule import Options as Reading
 from rft.packing.pack import Options, pack
 from rft.packing.verify import verify
 from rft.shards.images import encoding_parameters, to_npy

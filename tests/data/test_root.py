@@ -12,8 +12,8 @@ from rft.convert import command as convert
 from rft.evaluate import command as evaluate_command
 from rft.evaluate import localisation
 from rft.loading.dataset import PackedDataset
-from rft.packing.foreign import index_shards
-from rft.packing.foreign_labels import Options
+from rft.packing.foreign.index import index_shards
+from rft.packing.foreign.rule import Options
 from rft.packing.verify import verify
 from rft.sets import BENCHMARKS
 from rft.shards.manifest import Manifest

@@ -22,8 +22,8 @@ from PIL import Image
 
 from rft import cli
 from rft.loading.dataset import PackedDataset
-from rft.packing.foreign import index_shards
-from rft.packing.foreign_labels import Options as Reading
+from rft.packing.foreign.index import index_shards
+from rft.packing.foreign.rule import Options as Reading
 from rft.packing.pack import Options, pack
 from rft.packing.verify import Problem, Report, verify
 from rft.shards import tar

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 # imported before anything is forked; no command itself
 PACKAGES = (
     "rft.clip.load",
-    "rft.packing.foreign",
+    "rft.packing.foreign.index",
     "rft.packing.verify",
     "rft.evaluate.count",
     "rft.merge.greedy",

@@ -30,9 +30,9 @@ from rft.loading.dataset import PackedDataset
 from rft.loading.show import Arguments as Show
 from rft.merge.command import Arguments as Merge
 from rft.packing import encode
-from rft.packing.foreign import read_shard
-from rft.packing.foreign_labels import Rule
-from rft.packing.foreign_samples import read_samples
+from rft.packing.foreign.index import read_shard
+from rft.packing.foreign.rule import Rule
+from rft.packing.foreign.samples import read_samples
 from rft.report import comparison as beside
 from rft.report import tables
 from rft.report.command import Arguments as Report

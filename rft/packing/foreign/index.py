@@ -1,6 +1,6 @@
 """A manifest and an index for third-party shards, which are read and never written.
 
-Every shard is walked strictly and read once. A sample (see `rft.packing.foreign_samples`) needs one
+Every shard is walked strictly and read once. A sample (see `rft.packing.foreign.samples`) needs one
 image and one label. An unknown suffix is refused, so that a second picture (`x.seg.png`) never goes
 unnoticed; `--ignore` names the suffixes that may be passed over. Images are only identified here;
 `tools/verify_shards.py --deep` decodes them.
@@ -13,22 +13,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import (
-    alphabet,
-    braceexpand,
-    char_range_re,  # pyrefly: ignore[missing-module-attribute]
-    int_range_re,  # pyrefly: ignore[missing-module-attribute]
-)
 
 from rft import cli
 from rft.packing import encode
 from rft.packing.expected import check_count, parse_allowed_counts
-from rft.packing.foreign_labels import Options, Rule, contradiction, make_rule, read_label
-from rft.packing.foreign_samples import (
+from rft.packing.foreign.labels import contradiction, read_label
+from rft.packing.foreign.patterns import expand
+from rft.packing.foreign.rule import Options, Rule, make_rule
+from rft.packing.foreign.samples import (
     SIZE_THREADS,
     Sample,
     open_whole,
@@ -49,10 +44,6 @@ from rft.storage import documents, files
 from rft.storage.urls import check_shard_name
 
 ALGORITHM = "index 1"  # raise it when the same shards would get another index
-SHARDS = 1_000_000  # of a set
-PATTERN_LETTERS = 4096
-URL_LETTERS = 2**28  # of all URLs together
-DEPTH = 32  # of braces in braces
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 OTHER_SUFFIXES = frozenset({"cls", "json", "txt"})
 
@@ -105,78 +96,6 @@ def index_shards(
     _publish(out, manifest, index, plan)
     _say(found)
     return manifest
-
-
-def expand(patterns: Sequence[str]) -> list[str]:
-    """Return the URLs that brace patterns name, in their order.
-
-    Raises:
-        ValueError: if a pattern is none, or nothing or something twice is named.
-    """
-    urls: list[str] = []
-    for pattern in patterns:
-        if len(pattern) > PATTERN_LETTERS:
-            raise ValueError(f"a shard pattern has {len(pattern):,} letters: {pattern[:40]!r}...")
-        count = count_expanded(pattern)
-        if len(urls) + count > SHARDS or count * len(pattern) > URL_LETTERS:
-            named = f"{count:,}" if count < 10**30 else "uncounted"
-            raise ValueError(f"{pattern[:99]!r} names {named} shards; a set has at most {SHARDS:,}")
-        found = list(braceexpand(pattern, escape=False))
-        for sign in "{}*":
-            if sign in found[0] and not _is_local_file(found[0]):
-                raise ValueError(
-                    f"{pattern!r}: {sign!r} is not expanded; name shards one by one or with a "
-                    f"range in braces, such as 'folder/{{000..127}}.tar' or '{{0..3}}.tar'"
-                )
-        urls += found
-    if not urls:
-        raise ValueError("name the shards, such as 'folder/{000..127}.tar'")
-    twice = [url for url, count in Counter(urls).items() if count > 1]
-    if twice:
-        raise ValueError(f"{twice[0]} is named twice")
-    return urls
-
-
-def count_expanded(pattern: str) -> int:
-    """Count the texts that `braceexpand` makes of a pattern, without making any.
-
-    Raises:
-        ValueError: if its braces do not match.
-    """
-    # of each group that is open: the alternatives before the last comma, those since then, and
-    # where it began
-    groups = [(0, 1, 0)]
-    for place, letter in enumerate(pattern):
-        before, count, start = groups[-1]
-        if letter == "{":
-            groups.append((0, 1, place + 1))
-            if len(groups) > DEPTH:
-                raise ValueError(f"more than {DEPTH} braces lie within each other in {pattern!r}")
-        elif letter == "," and groups[1:]:
-            groups[-1] = (before + count, 1, start)
-        elif letter == "}":
-            if not groups[1:]:
-                raise ValueError(f"braces do not match in {pattern!r}")
-            groups.pop()
-            within = _count_range(pattern[start:place]) or before + count
-            above, beside, start = groups[-1]
-            groups[-1] = (above, beside * within, start)
-    if groups[1:]:
-        raise ValueError(f"braces do not match in {pattern!r}")
-    return groups[0][1]
-
-
-def _count_range(text: str) -> int:
-    """Count the texts of `1..9`, `a..z` or either with a step; 0 if it is none of these."""
-    for known, number in ((int_range_re, int), (char_range_re, alphabet.index)):
-        if found := known.match(text):
-            first, last = number(found[1]), number(found[2])
-            return abs(last - first) // (int(found[3] or 1) or 1) + 1
-    return 0
-
-
-def _is_local_file(url: str) -> bool:
-    return "://" not in url and Path(url).is_file()
 
 
 def read_shard(job: tuple[str, int], rule: Rule) -> Found:

@@ -1,0 +1,1 @@
+"""Third-party shards: read and indexed where they are, never written."""

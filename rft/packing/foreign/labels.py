@@ -1,0 +1,171 @@
+"""One sample's label: what its `.cls` or `.json` says, and which class that is by the rule."""
+
+import json
+import re
+from typing import IO, Any
+
+from rft.classes import composed
+from rft.packing.foreign.rule import Rule
+from rft.packing.foreign.samples import Sample, read_text
+
+POSITION = re.compile(r"0|[1-9][0-9]{0,17}")  # as a position is written: no sign, no leading zeros
+LABEL_FIELDS = ("label", "class", "cls")  # of a .json, that say the same as the .cls beside it
+
+
+def read_label(stream: IO[bytes], sample: Sample, where: str, rule: Rule) -> int:
+    """Return a sample's class id.
+
+    Raises:
+        ValueError: if it has no label, or the label is no class.
+    """
+    wanted = "json" if rule.label_field is not None else "cls"
+    if wanted not in sample.members:
+        hint = ""
+        if wanted == "cls" and "json" in sample.members:
+            hint = "; name a field of its .json with --label-field"
+        raise ValueError(f"{where}: no label, there is no .{wanted}{hint}")
+    label = parse_label(read_text(stream, sample.members[wanted], where), where, rule)
+    return resolve_label(label, where, rule)
+
+
+def contradiction(stream: IO[bytes], sample: Sample, class_id: int, rule: Rule) -> str:
+    """Say what the other one of `.cls` and `.json` has, if it cannot mean the class that was read.
+
+    A label may be anything that a label can be here (an id, a name, a position in either list), and
+    one that is none of these may be about something else: neither is a contradiction.
+    """
+    other = "json" if rule.label_field is None else "cls"
+    if other not in sample.members or other in rule.ignore:
+        return ""
+    try:
+        text = read_text(stream, sample.members[other], "").decode("utf-8").strip()
+        said = _fields(text) if other == "json" else [("", text)]
+    except (ValueError, RecursionError):
+        return ""  # not the member that the label is read from
+    for name, value in said or ():
+        if other == "json" and name not in LABEL_FIELDS:
+            continue
+        meanings = _meanings(str(value), rule) if type(value) in (int, str) else set()
+        if meanings and class_id not in meanings:
+            field = f"{name!r}: " if name else ""
+            here, there = (f"class {n} ({rule.labels.names[n]})" for n in (class_id, min(meanings)))
+            return f"its .{other} has {field}{value!r}, {there}, and not {here}"
+    return ""
+
+
+def _fields(text: str) -> list[tuple[str, Any]] | None:
+    """Return the fields of a JSON object in their order, repeated ones too; None for other JSON.
+
+    The JSON is not ours: it may hold NaN, and repeat what is no label.
+    """
+    outermost: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal outermost
+        outermost = pairs  # the last object to be closed
+        return dict(pairs)
+
+    return outermost if isinstance(json.loads(text, object_pairs_hook=keep), dict) else None
+
+
+def _meanings(text: str, rule: Rule) -> set[int]:
+    """Return the class ids that a label could mean, whatever it counts."""
+    text = composed(text).strip()
+    found = set(rule.classes_of_name.get(text, ()))
+    if text in rule.class_of_id:
+        found.add(rule.class_of_id[text])
+    if POSITION.fullmatch(text):
+        for places in (rule.positions, range(len(rule.labels))):
+            if int(text) < len(places):
+                found.add(places[int(text)])
+    return found
+
+
+def parse_label(data: bytes, where: str, rule: Rule) -> int | str:
+    """Return the label in a `.cls` or `.json`: a number, or a text.
+
+    JSON tells the two apart. A `.cls` holds text in any case: a number is what is written as a
+    position is. `007` is a text. Texts are in Unicode's composed form, as the label space is.
+
+    Raises:
+        ValueError: if there is no label in it, or its field is there twice.
+    """
+    try:
+        text = data.decode("utf-8").strip()
+        said = None if rule.label_field is None else _fields(text)
+    except (ValueError, RecursionError) as error:  # no UTF-8, or no JSON
+        suffix = "cls" if rule.label_field is None else "json"
+        raise ValueError(f"{where}: its .{suffix} is not readable: {error}") from error
+    if rule.label_field is not None:
+        return _json_label(said, rule.label_field, where)
+    return int(text) if POSITION.fullmatch(text) else composed(text)
+
+
+def resolve_label(label: int | str, where: str, rule: Rule) -> int:
+    """Return the class id that a label means: a number, or a class's folder name or name.
+
+    A text that is a class's id is that class, also where it has digits alone. A number that is
+    written as one (no sign, no leading zeros) is a position, unless that and an id or name that
+    looks like it are different classes: then `labels_are` must decide.
+
+    Raises:
+        ValueError: if it means no class, several, or one that the set is not scored on.
+    """
+    class_id = _class_of(label, where, rule)
+    if class_id not in rule.scored:
+        raise ValueError(
+            f"{where}: label {label!r} is class {class_id} ({rule.labels.names[class_id]}), which "
+            f"this set is not published for; if its labels count classes of its own, list their "
+            f"names in a file and give it as --local-classes"
+        )
+    return class_id
+
+
+def _class_of(label: int | str, where: str, rule: Rule) -> int:
+    text = str(label)
+    if rule.labels_are is None and isinstance(label, str) and label in rule.class_of_id:
+        return rule.class_of_id[label]
+    if rule.labels_are == "names" or not POSITION.fullmatch(text):
+        return _class_of_name(text, where, rule)
+    if rule.labels_are is None and rule.misplaced:
+        raise ValueError(
+            f"{where}: label {text} may be a position or a class's id or name, which are different "
+            f"here (class {rule.misplaced!r} is not at position {rule.misplaced}); say which with "
+            f"--labels-are positions or --labels-are names"
+        )
+    number = int(text)
+    if number not in range(len(rule.positions)):
+        raise ValueError(f"{where}: label {number} is none of the {len(rule.positions)} classes")
+    return rule.positions[number]
+
+
+def _class_of_name(text: str, where: str, rule: Rule) -> int:
+    if text in rule.class_of_id:
+        return rule.class_of_id[text]
+    found = rule.classes_of_name.get(text, [])
+    if len(found) != 1:
+        what = "several classes" if found else "no class of the label space"
+        hint = ""
+        if re.fullmatch(r"-?[0-9]+\.[0-9]*", text):
+            hint = "; class numbers are integers"
+        elif rule.labels_are != "names" and re.fullmatch(r"[+-]?[0-9]+", text):
+            hint = "; positions count from 0, without sign or leading zeros"
+        raise ValueError(f"{where}: label {text[:80]!r} is {what}{hint}")
+    return found[0]
+
+
+def _json_label(said: list[tuple[str, Any]] | None, name: str, where: str) -> int | str:
+    values = [value for field, value in said or () if field == name]
+    if len(values) > 1:
+        raise ValueError(f"{where}: its .json has {name!r} {len(values)} times; keep one of them")
+    value = values[0] if values else None
+    if isinstance(value, bool | float):
+        kind = "true or false" if isinstance(value, bool) else "a number with a fraction"
+        raise ValueError(
+            f"{where}: label {json.dumps(value)} of its .json is {kind}; write class numbers as "
+            f"integers (0, 1, 2), or class names as texts"
+        )
+    if not isinstance(value, int | str):
+        known = "no fields" if said is None else ", ".join(sorted({field for field, _ in said}))
+        raise ValueError(f"{where}: no label, its .json has no number or text {name!r} ({known})")
+    return composed(value).strip() if isinstance(value, str) else value
