@@ -10,13 +10,10 @@ which no archive holds; the latter are counted in `layout`. Nothing is decoded h
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
-
-from fsspec.implementations.local import LocalFileSystem
 
 from rft import cli
 from rft.classes import composed
@@ -24,7 +21,7 @@ from rft.packing.archives import DEVKIT, find_devkit, tar_members, validation_cl
 from rft.packing.expected import published_classes
 from rft.packing.names import (
     Links,
-    is_below,
+    has_image_suffix,
     passed_over,
     printable,
     regular_size,
@@ -32,53 +29,14 @@ from rft.packing.names import (
     require_utf8,
 )
 from rft.packing.objectnet import objectnet_groups
+from rft.packing.source import Item, Source
 from rft.sets import BENCHMARKS, ID_SET, PARENTS, TRAIN_SET, ImageSet
 from rft.shards import tar
 from rft.shards.keys import make_keys
 from rft.shards.label_space import LabelSpace
-from rft.storage import files, local
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 LISTING_THREADS = 16  # listing is latency-bound on network file systems
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Item:
-    """One image to pack.
-
-    `path` is class folder and file name with a forward slash; `key` names the sample in its tar;
-    `bytes` is the size of the image when it was listed. The bytes are the file `path` below the
-    source's root, or `bytes` bytes at `offset` of the file `inside` below the root.
-    """
-
-    key: str
-    path: str
-    label: int
-    bytes: int
-    inside: str | None = None
-    offset: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A data set found on disk: its items, and how predictions on it are scored.
-
-    `groups` is the manifest's scoring rule (see `rft.shards.manifest.Manifest`); `crop_border` is
-    the number of pixels to cut from each side before any resize. `photos` marks the user's own
-    photos, which are turned upright and composed on white (`rft.shards.images.PHOTOS`); benchmarks
-    are not.
-    `layout` says in words what was found, `links` which images lie elsewhere, if any do.
-    """
-
-    dataset: str
-    root: Path
-    items: tuple[Item, ...]
-    groups: tuple[tuple[int, ...], ...]
-    crop_border: int = 0
-    photos: bool = False
-    layout: str = ""
-    links: str = ""
 
 
 class Found(NamedTuple):
@@ -151,27 +109,6 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
     )
 
 
-def read_item(root: Path, item: Item) -> bytes:
-    """Return the bytes of an image.
-
-    Raises:
-        ValueError: if the file is not what it was when it was listed.
-    """
-    descriptor = local.open_regular(root / (item.inside or item.path))
-    try:
-        # one byte more shows a file that has grown
-        wanted = item.bytes + (item.inside is None)
-        data = os.pread(descriptor, wanted, item.offset)
-    finally:
-        os.close(descriptor)
-    if len(data) != item.bytes:
-        raise ValueError(
-            f"{where(root, item)} has {'more' if len(data) > item.bytes else len(data)} bytes, "
-            f"{item.bytes} when it was listed; pack again when nothing writes to the source"
-        )
-    return data
-
-
 def folders_read(dataset: str, source: Path) -> list[Path]:
     """Name the folders below `source` whose class folders `read_source` would look for.
 
@@ -183,30 +120,6 @@ def folders_read(dataset: str, source: Path) -> list[Path]:
         root = _locate(known, source)
         return [root / "images" if dataset == "objectnet" else root]
     return [source / name for name in known.folders if (source / name).is_dir()]
-
-
-def require_apart(folders: Iterable[Path], out: str, datasets: Iterable[str]) -> None:
-    """Check that no set is written into a folder that is read, nor around one.
-
-    Raises:
-        ValueError: naming both folders.
-    """
-    fs, path = files.open_store(out)
-    if not isinstance(fs, LocalFileSystem):
-        return
-    targets = [Path(path) / dataset for dataset in datasets]
-    for folder in folders:
-        for target in targets:
-            if is_below(target, folder) or is_below(folder, target):
-                raise ValueError(
-                    f"--out {out} would put shards into {target}, and the images are read from "
-                    f"{folder}; choose an --out beside it"
-                )
-
-
-def where(root: Path, item: Item) -> str:
-    """Return what to call an image in a message."""
-    return str(root / item.path) if item.inside is None else f"{root / item.inside}: {item.path}"
 
 
 def _own_groups(labels: LabelSpace) -> tuple[tuple[int, ...], ...]:
@@ -465,8 +378,3 @@ def _list_images(folder: Path, links: Links) -> list[Found]:
     if not images:
         raise ValueError(f"class folder {folder} is empty")
     return images
-
-
-def has_image_suffix(name: str) -> bool:
-    """Whether a file's name says that it is an image of a kind that is packed."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES

@@ -11,9 +11,10 @@ import os
 import re
 import stat
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rft.classes import composed, find_twins
+from rft.shards.image_files import IMAGE_SUFFIXES
 from rft.storage import local
 
 SYSTEM_NAMES = (
@@ -157,3 +158,8 @@ def is_below(path: Path, folder: Path) -> bool:
     return folder.exists() and any(
         place.exists() and place.samefile(folder) for place in (resolved, *resolved.parents)
     )
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether a file's name says that it is an image of a kind that is packed."""
+    return PurePosixPath(name).suffix.lower().removeprefix(".") in IMAGE_SUFFIXES

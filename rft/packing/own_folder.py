@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rft.classes import composed, shown
-from rft.packing.layouts import IMAGE_SUFFIXES, Item, Source, has_image_suffix
 from rft.packing.names import (
     Links,
+    has_image_suffix,
     passed_over,
     printable,
     regular_size,
@@ -37,6 +37,8 @@ from rft.packing.own_splits import (
     split_folders,
     splits_beside,
 )
+from rft.packing.source import Item, Source
+from rft.shards.image_files import IMAGE_SUFFIXES
 from rft.shards.keys import make_keys
 from rft.shards.label_space import LabelSpace, doubts
 from rft.storage import files, local
@@ -368,7 +370,7 @@ def _raise(error: OSError) -> None:
 
 def _not_images(foreign: Sequence[Path]) -> ValueError:
     more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
-    known = ", ".join(sorted(IMAGE_SUFFIXES))
+    known = ", ".join(sorted(f".{suffix}" for suffix in IMAGE_SUFFIXES))
     kinds = sorted({f"'*{path.suffix.lower()}'" if path.suffix else path.name for path in foreign})
     return ValueError(
         f"not an image: {min(foreign)}{more}; class folders hold only {known}. Convert or remove "

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rft.classes import composed, shown
-from rft.packing.layouts import has_image_suffix
-from rft.packing.names import passed_over, regular_size, require_utf8, thumbnails
+from rft.packing.names import has_image_suffix, passed_over, regular_size, require_utf8, thumbnails
 
 WORDS = {
     "train": "train|training",

@@ -26,7 +26,7 @@ from rft import cli
 from rft.config import MAX_PIXELS
 from rft.packing import encode
 from rft.packing.expected import check_count
-from rft.packing.layouts import Item, Source, folders_read, read_source, require_apart
+from rft.packing.layouts import folders_read, read_source
 from rft.packing.names import printable
 from rft.packing.pool import check_workers, each_done, progress
 from rft.packing.shard import (
@@ -39,6 +39,7 @@ from rft.packing.shard import (
     too_many,
     write_shard,
 )
+from rft.packing.source import Item, Source, require_apart
 from rft.shards.folder import COMMITS, INDEX, MANIFEST, PLAN, QUARANTINE
 from rft.shards.images import Kind, Quality, Square, encoding_parameters
 from rft.shards.index import COLUMNS, Index

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from rft.config import MAX_PIXELS
 from rft.packing import encode
-from rft.packing.layouts import Item, read_item, where
+from rft.packing.source import Item, read_item, where
 from rft.shards.folder import COMMITS, PLAN
 from rft.shards.image_files import require_affordable
 from rft.shards.images import Header, Treated

@@ -18,14 +18,14 @@ import numpy as np
 
 from rft.classes import Classes, composed
 from rft.config import MAX_PIXELS
-from rft.packing.foreign.index import ALGORITHM, IMAGE_SUFFIXES, OTHER_SUFFIXES
+from rft.packing.foreign.index import ALGORITHM, OTHER_SUFFIXES
 from rft.packing.foreign.labels import POSITION, parse_label, resolve_label
 from rft.packing.foreign.rule import LabelsAre, Rule
 from rft.packing.foreign.samples import SIZE_THREADS, open_whole, read_text, shard_size, split_name
 from rft.packing.pool import for_each
 from rft.shards import tar
 from rft.shards.folder import PLAN, QUARANTINE
-from rft.shards.image_files import require_affordable
+from rft.shards.image_files import IMAGE_SUFFIXES, require_affordable
 from rft.shards.images import Encoding, load_image, npy_header, payload_treatment
 from rft.shards.index import Index
 from rft.shards.label_space import scoring_hash

@@ -17,6 +17,7 @@ from rft.config import MAX_PIXELS
 
 BYTES_PER_PIXEL = 4  # of a file: more than any format takes for what is decoded to 8 bits
 FORMATS = ("JPEG", "PNG", "WEBP")  # MPO is a JPEG with further pictures behind the first
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})  # of files and members with such a name
 # JPEG markers: a second byte behind 0xFF (ISO/IEC 10918-1, table B.1)
 START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN, FILL = 0xD8, 0xD9, 0xDA, 0xFF
 STARTS_OR_ENDS = (START_OF_SCAN, END_OF_IMAGE)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rft.loading.dataset import PackedDataset
-from rft.packing.layouts import Item, Source
 from rft.packing.pack import ALGORITHM, Options, cut, make_plan, pack, shuffle
+from rft.packing.source import Item, Source
 from rft.shards.label_space import LabelSpace
 
 LABELS = LabelSpace(

@@ -28,9 +28,10 @@ from rft.packing.expected import (
     parse_allowed_counts,
     published_classes,
 )
-from rft.packing.layouts import Source, read_item, read_source
+from rft.packing.layouts import read_source
 from rft.packing.objectnet import objectnet_groups
 from rft.packing.pack import Options, pack
+from rft.packing.source import Source, read_item
 from rft.sets import BENCHMARKS
 from rft.shards.keys import make_keys
 from rft.shards.label_space import LabelSpace

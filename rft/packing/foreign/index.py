@@ -35,7 +35,7 @@ from rft.packing.foreign.samples import (
 from rft.packing.pool import check_workers, for_each
 from rft.shards import tar
 from rft.shards.folder import INDEX, MANIFEST, PLAN
-from rft.shards.image_files import require_affordable
+from rft.shards.image_files import IMAGE_SUFFIXES, require_affordable
 from rft.shards.images import encoding_parameters
 from rft.shards.index import COLUMNS, Index
 from rft.shards.label_space import LabelSpace, scoring_hash
@@ -44,7 +44,6 @@ from rft.storage import documents, files
 from rft.storage.urls import check_shard_name
 
 ALGORITHM = "index 1"  # raise it when the same shards would get another index
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 OTHER_SUFFIXES = frozenset({"cls", "json", "txt"})
 
 

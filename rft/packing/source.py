@@ -1,0 +1,94 @@
+"""A data set on disk, before it is packed: its images one by one, and how each is read."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fsspec.implementations.local import LocalFileSystem
+
+from rft.packing.names import is_below
+from rft.storage import files, local
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One image to pack.
+
+    `path` is class folder and file name with a forward slash; `key` names the sample in its tar;
+    `bytes` is the size of the image when it was listed. The bytes are the file `path` below the
+    source's root, or `bytes` bytes at `offset` of the file `inside` below the root.
+    """
+
+    key: str
+    path: str
+    label: int
+    bytes: int
+    inside: str | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data set found on disk: its items, and how predictions on it are scored.
+
+    `groups` is the manifest's scoring rule (see `rft.shards.manifest.Manifest`); `crop_border` is
+    the number of pixels to cut from each side before any resize. `photos` marks the user's own
+    photos, which are turned upright and composed on white (`rft.shards.images.PHOTOS`); benchmarks
+    are not.
+    `layout` says in words what was found, `links` which images lie elsewhere, if any do.
+    """
+
+    dataset: str
+    root: Path
+    items: tuple[Item, ...]
+    groups: tuple[tuple[int, ...], ...]
+    crop_border: int = 0
+    photos: bool = False
+    layout: str = ""
+    links: str = ""
+
+
+def read_item(root: Path, item: Item) -> bytes:
+    """Return the bytes of an image.
+
+    Raises:
+        ValueError: if the file is not what it was when it was listed.
+    """
+    descriptor = local.open_regular(root / (item.inside or item.path))
+    try:
+        # one byte more shows a file that has grown
+        wanted = item.bytes + (item.inside is None)
+        data = os.pread(descriptor, wanted, item.offset)
+    finally:
+        os.close(descriptor)
+    if len(data) != item.bytes:
+        raise ValueError(
+            f"{where(root, item)} has {'more' if len(data) > item.bytes else len(data)} bytes, "
+            f"{item.bytes} when it was listed; pack again when nothing writes to the source"
+        )
+    return data
+
+
+def require_apart(folders: Iterable[Path], out: str, datasets: Iterable[str]) -> None:
+    """Check that no set is written into a folder that is read, nor around one.
+
+    Raises:
+        ValueError: naming both folders.
+    """
+    fs, path = files.open_store(out)
+    if not isinstance(fs, LocalFileSystem):
+        return
+    targets = [Path(path) / dataset for dataset in datasets]
+    for folder in folders:
+        for target in targets:
+            if is_below(target, folder) or is_below(folder, target):
+                raise ValueError(
+                    f"--out {out} would put shards into {target}, and the images are read from "
+                    f"{folder}; choose an --out beside it"
+                )
+
+
+def where(root: Path, item: Item) -> str:
+    """Return what to call an image in a message."""
+    return str(root / item.path) if item.inside is None else f"{root / item.inside}: {item.path}"
