@@ -19,7 +19,7 @@ from rft.packing.foreign.rule import Options as Reading
 from rft.packing.foreign.samples import shard_size
 from rft.packing.own_folder import read_folder
 from rft.packing.pack import Options, pack
-from rft.packing.shard import TarStream
+from rft.packing.tar_stream import TarStream
 from rft.packing.verify import check_index, verify
 from rft.report import read as runs
 from rft.runs.gallery import read as read_gallery

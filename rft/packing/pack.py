@@ -31,8 +31,8 @@ from rft.packing.names import printable
 from rft.packing.pool import check_workers, each_done, progress
 from rft.packing.shard import (
     Commit,
-    Job,
     Quarantined,
+    ShardJob,
     compact_json,
     file_sizes,
     is_committed,
@@ -226,10 +226,12 @@ def cut(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def make_jobs(plan: Plan, url: str, max_bad: int = 0, max_pixels: float = MAX_PIXELS) -> list[Job]:
+def make_jobs(
+    plan: Plan, url: str, max_bad: int = 0, max_pixels: float = MAX_PIXELS
+) -> list[ShardJob]:
     """Return one job for each shard of the plan."""
     return [
-        Job(
+        ShardJob(
             root=plan.source.root,
             out=url,
             number=number,
@@ -373,7 +375,7 @@ def _check(options: Options) -> tuple[int, tuple[int, int]]:
     return check_workers(options.workers), task
 
 
-def _is_complete(plan: Plan, url: str, jobs: Sequence[Job]) -> bool:
+def _is_complete(plan: Plan, url: str, jobs: Sequence[ShardJob]) -> bool:
     sizes = file_sizes(url)
     if MANIFEST not in sizes or INDEX not in sizes:
         return False
@@ -397,7 +399,7 @@ def _say_complete(dataset: str, url: str, max_bad: int) -> bool:
     return True
 
 
-def _say_treated(dataset: str, jobs: Sequence[Job]) -> None:
+def _say_treated(dataset: str, jobs: Sequence[ShardJob]) -> None:
     """Print how many photos were not taken as they are stored, from the commit records."""
     with ThreadPoolExecutor(COMMIT_THREADS) as pool:
         records = [commit.statistics for commit in pool.map(Commit.load, jobs)]
@@ -406,13 +408,13 @@ def _say_treated(dataset: str, jobs: Sequence[Job]) -> None:
     print(f"{dataset}: transparent photos composed on white: {composed:,}", flush=True)
 
 
-def _uncommitted(jobs: Sequence[Job]) -> list[Job]:
+def _uncommitted(jobs: Sequence[ShardJob]) -> list[ShardJob]:
     """Return the jobs that have no valid commit, or whose tar is gone or of another size."""
     if not jobs:
         return []
     sizes, records = file_sizes(jobs[0].out), file_sizes(files.join(jobs[0].out, COMMITS))
 
-    def is_done(job: Job) -> bool:
+    def is_done(job: ShardJob) -> bool:
         # most are absent in a first run: a listing costs less than asking for each
         return job.commit_url.rsplit("/", 1)[-1] in records and is_committed(job, sizes)
 
@@ -421,7 +423,7 @@ def _uncommitted(jobs: Sequence[Job]) -> list[Job]:
     return [job for job, is_done_ in zip(jobs, done, strict=True) if not is_done_]
 
 
-def _write_shards(title: str, jobs: Sequence[Job], workers: int, max_bad: int) -> None:
+def _write_shards(title: str, jobs: Sequence[ShardJob], workers: int, max_bad: int) -> None:
     """Write the shards, in this process or in several; the first error stops it."""
     bad: list[Quarantined] = []
     with (

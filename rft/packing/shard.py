@@ -5,28 +5,26 @@ A shard is one idempotent task. The tar (`NNNNNN.tar`) is a function of the job;
 images that were left out, and what the work was like, so the tar is never read again.
 """
 
-import hashlib
 import json
-import tarfile
 import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
 from rft.config import MAX_PIXELS
 from rft.packing import encode
 from rft.packing.source import Item, read_item, where
+from rft.packing.tar_stream import TarStream
 from rft.shards.folder import COMMITS, PLAN
 from rft.shards.image_files import require_affordable
 from rft.shards.images import Header, Treated
 from rft.shards.index import COLUMNS
 from rft.shards.manifest import Shard
-from rft.shards.tar import BLOCK, END, padded
 from rft.storage import files, local
 from rft.storage.documents import Count, Sha256, Text, document
 
@@ -90,7 +88,7 @@ class Commit:
             raise ValueError(f"columns have {rows} rows, the shard {self.shard.samples} samples")
 
     @staticmethod
-    def load(job: "Job") -> "Commit":
+    def load(job: "ShardJob") -> "Commit":
         """Read the record of a job's shard.
 
         Raises:
@@ -118,8 +116,8 @@ class Written(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One shard to write."""
+class ShardJob:
+    """One shard to write: all that a worker process needs to know of the plan."""
 
     root: Path
     out: str
@@ -142,7 +140,7 @@ class Job:
         return files.join(self.out, COMMITS, f"{self.number:06d}.json")
 
 
-def write_shard(job: Job) -> Written:
+def write_shard(job: ShardJob) -> Written:
     """Write one tar and its commit record; the same job always writes the same tar.
 
     Raises:
@@ -158,7 +156,7 @@ def write_shard(job: Job) -> Written:
         raise
 
 
-def _write(job: Job) -> Written:
+def _write(job: ShardJob) -> Written:
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     headers: list[Header] = []
@@ -199,7 +197,7 @@ def _write(job: Job) -> Written:
     return Written(shard.samples, shard.bytes, tuple(bad))
 
 
-def is_committed(job: Job, sizes: Mapping[str, int]) -> bool:
+def is_committed(job: ShardJob, sizes: Mapping[str, int]) -> bool:
     """Whether a shard that has a record is there, by the record and the `sizes` of all tars.
 
     A record of a shard that left out more images than are allowed now does not count: they may have
@@ -224,7 +222,7 @@ def too_many(bad: Sequence[Quarantined], allowed: int) -> ValueError:
 
 
 def write_sample(
-    tar: "TarStream", item: Item, class_name: str, encoded: encode.Encoded
+    tar: TarStream, item: Item, class_name: str, encoded: encode.Encoded
 ) -> dict[str, Any]:
     """Append one sample's members to a tar and return its index row.
 
@@ -251,72 +249,6 @@ def write_sample(
     }
 
 
-class TarStream:
-    """A tar that is hashed while it is written; only names and contents decide its bytes."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self.size = 0
-        self._stream = stream
-        self._sha256 = hashlib.sha256()
-
-    def add(self, name: str, data: bytes) -> int:
-        """Append a file and return the offset of its content."""
-        self._write(tar_header(name, len(data)))
-        offset = self.size
-        self._write(data)
-        self._write(bytes(padded(len(data)) - len(data)))
-        return offset
-
-    def close(self) -> str:
-        """End the archive, filled up to a whole record, and return its hex sha256."""
-        self._write(bytes(END))
-        self._write(bytes(-self.size % tarfile.RECORDSIZE))
-        return self._sha256.hexdigest()
-
-    def _write(self, data: bytes) -> None:
-        self._stream.write(data)
-        self._sha256.update(data)
-        self.size += len(data)
-
-
-def tar_header(name: str, size: int) -> bytes:
-    """Return the header of a member: owner root, mode 0444, time 0, on any machine at any time.
-
-    The bytes are tarfile's. Its own code takes longer than copying an image does, so a header that
-    fits into one block is made from a finished one by putting in name, size and checksum.
-    """
-    if len(name) > NAME_BYTES or size > LARGEST_OCTAL or not name.isascii():
-        return _tarfile_header(name, size)
-    name_field = name.encode("ascii")
-    size_field = b"%011o" % size
-    checksum = BARE_CHECKSUM + sum(name_field) + sum(size_field)
-    return b"".join(
-        (
-            name_field.ljust(NAME_BYTES, b"\0"),
-            BARE_HEADER[NAME_BYTES:SIZE_AT],
-            size_field,
-            BARE_HEADER[SIZE_AT + len(size_field) : CHECKSUM_AT],
-            b"%06o" % checksum,
-            BARE_HEADER[CHECKSUM_AT + 6 :],
-        )
-    )
-
-
-def _tarfile_header(name: str, size: int) -> bytes:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode, member.mtime = size, 0o444, 0  # a float mtime would cost a PAX header
-    member.uname = member.gname = "root"
-    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-
-
-# the fields of a tar header (POSIX ustar), and a header with nothing in those that differ
-NAME_BYTES, SIZE_AT, CHECKSUM_AT = 100, 124, 148
-LARGEST_OCTAL = 8**11 - 1
-BARE_HEADER = _tarfile_header("", 0)
-BARE_CHECKSUM = int(BARE_HEADER[CHECKSUM_AT : CHECKSUM_AT + 6], 8) - sum(b"0" * 11)
-assert len(BARE_HEADER) == BLOCK
-
-
 def file_sizes(url: str) -> dict[str, int]:
     """Return name -> bytes for a folder's entries, as the store sees it now; absent is empty."""
     entries = files.listing(url)  # other tasks write here too
@@ -328,7 +260,7 @@ def compact_json(document: Any) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
-def _encode(job: Job, item: Item, bad: list[Quarantined]) -> encode.Encoded | None:
+def _encode(job: ShardJob, item: Item, bad: list[Quarantined]) -> encode.Encoded | None:
     """Return an image's payload, or None if it cannot be read, which `bad` then tells."""
     name = where(job.root, item)
     try:
@@ -342,7 +274,7 @@ def _encode(job: Job, item: Item, bad: list[Quarantined]) -> encode.Encoded | No
         return _leave_out(job, item, bad, error)
 
 
-def _leave_out(job: Job, item: Item, bad: list[Quarantined], error: ValueError) -> None:
+def _leave_out(job: ShardJob, item: Item, bad: list[Quarantined], error: ValueError) -> None:
     """Note an image that cannot be packed.
 
     Raises:
@@ -356,7 +288,7 @@ def _leave_out(job: Job, item: Item, bad: list[Quarantined], error: ValueError) 
         raise too_many(bad, job.max_bad) from error
 
 
-def _require_plan(job: Job) -> None:
+def _require_plan(job: ShardJob) -> None:
     """Check that the folder still belongs to the job's plan, before the tar gets its name there."""
     found = files.read_document(files.join(job.out, PLAN), dict)
     if files.sha256_json(found) != job.plan_hash:

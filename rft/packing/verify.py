@@ -301,7 +301,7 @@ def _check_image(
 
 
 @document(config=FOREIGN)
-class Plan:
+class RecordedPlan:
     """What plan.json says of how labels are read; a packer's has no more than `dataset` of it."""
 
     algorithm: int | Text = ""
@@ -314,22 +314,22 @@ class Plan:
     ignore: tuple[Text, ...] = ()
 
 
-def _read_plan(url: str, manifest: Manifest, report: Report) -> Plan:
+def _read_plan(url: str, manifest: Manifest, report: Report) -> RecordedPlan:
     """Return plan.json, or nothing where it is gone, which readers do not mind."""
     path = files.join(url, PLAN)
     try:
         data = files.find_bytes(path)
         if data is None:
-            return Plan()
+            return RecordedPlan()
         if files.sha256_json(documents.parse(data, path)) != manifest.plan_hash:
             report.problems.append(
                 Problem(what="plan.json is not the plan that the manifest names")
             )
-            return Plan()
-        plan = documents.decode(data, Plan, path)
+            return RecordedPlan()
+        plan = documents.decode(data, RecordedPlan, path)
     except ValueError as error:
         report.problems.append(Problem(what=str(error)))
-        return Plan()
+        return RecordedPlan()
     scoring = scoring_hash(
         manifest.class_ids, manifest.classes, manifest.templates, manifest.groups
     )
@@ -352,7 +352,7 @@ def _read_plan(url: str, manifest: Manifest, report: Report) -> Plan:
     local = plan.local_labels
     for fault in () if local is None else group_faults([local], len(manifest.classes)):
         report.problems.append(Problem(what=f"local_labels of plan.json: {fault}"))
-        return Plan()
+        return RecordedPlan()
     return plan
 
 
@@ -384,7 +384,7 @@ def _read_index(url: str, manifest: Manifest, report: Report) -> Index | None:
         return None
 
 
-def _rule(manifest: Manifest, plan: Plan) -> Rule:
+def _rule(manifest: Manifest, plan: RecordedPlan) -> Rule:
     """Return how the labels of a set's shards are read."""
     # no LabelSpace, which refuses what older versions packed: a single class, names without words
     labels = Classes(
@@ -404,7 +404,7 @@ def _rule(manifest: Manifest, plan: Plan) -> Rule:
 def _check_shards(
     manifest: Manifest,
     index: Index | None,
-    plan: Plan,
+    plan: RecordedPlan,
     report: Report,
     workers: int,
     max_pixels: float,

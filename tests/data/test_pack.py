@@ -33,8 +33,9 @@ from rft.packing import pool as workers
 from rft.packing.encode import to_jpeg
 from rft.packing.layouts import read_source
 from rft.packing.pack import Options, cut, make_jobs, make_plan, pack, parse_task, shuffle
-from rft.packing.shard import tar_header, write_shard
+from rft.packing.shard import write_shard
 from rft.packing.source import Item
+from rft.packing.tar_stream import tar_header
 from rft.shards.images import Kind, clip_pixels, clip_square, load_image
 from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace

@@ -19,7 +19,7 @@ from PIL import Image
 from rft.packing import encode, shard
 from rft.packing.layouts import read_source
 from rft.packing.pack import Options, claim, make_jobs, make_plan, pack
-from rft.packing.shard import Job, write_shard
+from rft.packing.shard import ShardJob, write_shard
 from rft.shards.label_space import LabelSpace
 from tests import tiny
 from tests.data import halting
@@ -214,7 +214,7 @@ def test_the_same_work_twice_at_once(
     assert contents(tmp_path) == reference
 
 
-def one_job(source: Path, out: Path) -> Job:
+def one_job(source: Path, out: Path) -> ShardJob:
     plan = make_plan(read_source(SET, source, LABELS), LABELS, Options(**PACKING))
     claim(plan, str(out / SET))
     return make_jobs(plan, str(out / SET))[0]

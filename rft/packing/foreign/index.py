@@ -91,7 +91,7 @@ def index_shards(
     _require_different(urls, found)
     samples = sum(len(shard.rows["key"]) for shard in found)
     check_count(dataset, samples, labels, allowed)
-    manifest, index, plan = _describe(dataset, names, found, labels, rule)
+    manifest, index, plan = _assemble(dataset, names, found, labels, rule)
     _publish(out, manifest, index, plan)
     _say(found)
     return manifest
@@ -182,7 +182,7 @@ def _require_different(urls: Sequence[str], found: Sequence[Found]) -> None:
         first[shard.sha256] = url
 
 
-def _describe(
+def _assemble(
     dataset: str, names: Sequence[str], found: Sequence[Found], labels: LabelSpace, rule: Rule
 ) -> tuple[Manifest, bytes, dict[str, Any]]:
     """Return manifest, content of index.npz and plan of the shards that were read."""
