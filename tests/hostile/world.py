@@ -19,8 +19,8 @@ from rft.shards.index import Index
 from rft.shards.manifest import Manifest
 from rft.storage import files
 from tests import tiny
-from tests.data.test_index import write_tar
 from tests.hostile.sandbox import ROOT, Outcome, Request, Sandbox, environment
+from tests.packing.test_foreign import write_tar
 
 COLOURS = ("red", "green")
 CLASSES = {"ids": list(COLOURS), "names": list(COLOURS), "templates": ["a {c} square"]}

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from rft.sets import TEST_SETS
-from tests.data.test_index import write_tar
 from tests.hostile.rows import Answer, Row
 from tests.hostile.world import (
     DRY,
@@ -25,6 +24,7 @@ from tests.hostile.world import (
     VERIFY,
     Place,
 )
+from tests.packing.test_foreign import write_tar
 
 
 def row(

@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from tests.data.test_index import write_tar
 from tests.hostile.rows import Answer, Row
 from tests.hostile.world import INDEX, LOCALISE, PACK, Place
+from tests.packing.test_foreign import write_tar
 
 NEW = tuple("packed" if word == "shards" else word for word in PACK)
 FOREIGN = (*INDEX[:3], "new/test", *INDEX[4:])

@@ -15,7 +15,7 @@ from rft.shards.images import clip_pixels, load_image
 from rft.shards.manifest import Manifest
 from rft.storage import files, remote
 from rft.storage.remote import Patience
-from tests.data.test_index import LABELS, Options, picture, plain, run_tool, write_tar
+from tests.packing.test_foreign import LABELS, Options, picture, plain, run_tool, write_tar
 from tests.servers.loopback import ADDRESS
 from tests.servers.ranges import odd_server
 from tests.servers.s3 import ObjectStore, use_environment

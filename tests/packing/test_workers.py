@@ -50,7 +50,7 @@ def test_a_killed_worker_is_told() -> None:
 def test_an_interrupt_ends_it_at_once_and_leaves_nothing(tmp_path: Path, workers: int) -> None:
     """Ctrl-C reaches the whole process group; nobody waits for work that takes ten minutes."""
     program = (
-        "import sys; from rft import cli; from tests.data.test_workers import *\n"
+        "import sys; from rft import cli; from tests.packing.test_workers import *\n"
         "cli.run(lambda: for_each('x', publish_slowly, sys.argv[2:], int(sys.argv[1])))"
     )
     names = [tmp_path / "a", tmp_path / "b"]

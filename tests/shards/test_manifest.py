@@ -29,7 +29,7 @@ from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest, Shard, group_faults
 from rft.storage import files
-from tests.data.test_index import write_tar
+from tests.packing.test_foreign import write_tar
 from tests.servers.ranges import range_server
 
 LABELS = LabelSpace(ids=("n1", "n2", "n3"), names=("one", "two", "three"), templates=("a {c}.",))

@@ -13,7 +13,7 @@ from benchmarks import environments
 from rft.loading.dataset import PackedDataset
 from rft.packing.pack import Options, pack
 from rft.shards.label_space import LabelSpace
-from tests.data.peer_readers import SIZE
+from tests.packing.peer_readers import SIZE
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ def run(
     peer: str, folders: list[Path], out: Path, variables: dict[str, str], version: str = "0.2"
 ) -> list[list]:
     """Return what a peer delivers from each folder, as sorted (label, pixels)."""
-    command = [sys.executable, "-m", "tests.data.peer_readers", peer, str(out)]
+    command = [sys.executable, "-m", "tests.packing.peer_readers", peer, str(out)]
     result = subprocess.run(
         [*command, *map(str, folders)],
         env={**variables, "OMP_NUM_THREADS": "1"},

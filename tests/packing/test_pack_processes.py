@@ -22,7 +22,7 @@ from rft.packing.pack import Options, claim, make_jobs, make_plan, pack
 from rft.packing.shard import ShardJob, write_shard
 from rft.shards.label_space import LabelSpace
 from tests import tiny
-from tests.data import halting
+from tests.packing import halting
 
 pytestmark = pytest.mark.slow
 
@@ -101,7 +101,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
 def run_watched(source: Path, out: Path, step: str | None, task: str | None) -> list[str]:
     """Pack in a process of its own; return the steps it took, or kill it before `step`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rft.packing.pack", "tests.data.halting"])
+    context.set_forkserver_preload(["rft.packing.pack", "tests.packing.halting"])
     here, there = context.Pipe(duplex=False)
     arguments = (there, (str(source), str(out)), step, packing(source, out, task))
     process = context.Process(target=halting.pack_watched, args=arguments)
@@ -155,7 +155,7 @@ def halted(source: Path, folder: Path, step: str) -> Iterator[tuple[subprocess.P
     os.mkfifo(gate)
     words = ((str(source), str(folder / "out")), str(TOOL), step, str(gate))
     (folder / "sitecustomize.py").write_text(
-        f"from tests.data import halting\nhalting.halt(*{words!r})\n"
+        f"from tests.packing import halting\nhalting.halt(*{words!r})\n"
     )
     environment = tiny.environment()
     environment["PYTHONPATH"] = f"{folder}:{environment['PYTHONPATH']}"

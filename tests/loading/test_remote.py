@@ -608,7 +608,7 @@ READER = """
     from rft.shards.cache import Cache
     from rft.shards.ranges import Patience
     from rft.loading.dataset import PackedDataset
-    from tests.data.test_remote import digests
+    from tests.loading.test_remote import digests
 
     url, folder, limit, go, stop = sys.argv[1:]
     packed = PackedDataset(url, cache=Cache(Path(folder), int(limit)), patience=Patience(tries=30))
@@ -639,7 +639,7 @@ PROCESSES = """
     import json, sys
     from rft.shards.ranges import Patience
     from rft.loading.dataset import PackedDataset
-    from tests.data.test_remote import digests
+    from tests.loading.test_remote import digests
 
     patience = Patience(tries=30, longest_pause=0.02)  # nothing stalls, and clients start slowly
     print(json.dumps(digests(PackedDataset(sys.argv[1], patience=patience), workers=2)))
