@@ -19,7 +19,7 @@ from rft.loading.split import held_out_split
 
 
 class Batches(Protocol):
-    """What the loader reads: batch t for any t."""
+    """A numbered list of batches over one set: what `rft.loading.read` reads, in any order."""
 
     packed: PackedDataset
     image_size: int
@@ -122,7 +122,7 @@ def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarr
 
 
 def fingerprint(packed: PackedDataset, plan: Plan, held_out: int, held_out_seed: int) -> dict:
-    """Return everything that decides which samples step t holds; checkpoints carry it."""
+    """Return all that decides which samples step t holds, for a checkpoint to be compared with."""
     return {
         "algorithm": order.ALGORITHM,
         "manifest_sha256": packed.manifest.sha256,

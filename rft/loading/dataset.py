@@ -93,7 +93,7 @@ class PackedDataset:
         return self.payloads(np.array([sample]))[0]
 
     def payloads(self, samples: np.ndarray) -> list[bytes]:
-        """Return the stored bytes of some samples; remote ones are asked for side by side.
+        """Return the stored bytes of some samples; remote ones are requested concurrently.
 
         Raises:
             ValueError: naming shard, key and offset if they are not the bytes that were packed.

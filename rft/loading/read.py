@@ -34,7 +34,7 @@ def read_batches(
 ) -> Generator[Batch, None, None]:
     """Yield the numbered batches in order, on `device`, images uint8.
 
-    A batch's images stay as they are until the next batch is asked for: their memory is used again.
+    A batch's images are valid until the next batch is taken: their memory is reused.
 
     Raises:
         ValueError: if a sample is damaged; the message names shard, key and offset.
@@ -65,7 +65,7 @@ def read_batches(
         try:
             item = next(found)
         except RuntimeError as error:
-            # so that no more loader processes are waited for; torch has no class for this error
+            # ends the loader processes at once; torch has no class for this error
             del found
             if "DataLoader worker" not in str(error):
                 raise
@@ -92,7 +92,7 @@ def _start_loader(_: int) -> None:
 
 
 def _follow_trainer() -> None:
-    """End this loader process when the training process says so by SIGTERM, or is gone.
+    """End this loader process at a SIGTERM from the training process, or when that has ended.
 
     Signals of others pass it by (rft/loading/forkserver.py). torch alone would have it watch the
     process that forked it, which lives as long as it does.
@@ -102,9 +102,9 @@ def _follow_trainer() -> None:
 
     def wait() -> None:
         while trainer.is_alive():
-            # only a thread that waits for a signal is told who sent it
-            told = signal.sigtimedwait({signal.SIGTERM}, SECONDS_ALONE)
-            if told is not None and told.si_pid == trainer.pid:
+            # only a thread that waits for a signal learns who sent it
+            signalled = signal.sigtimedwait({signal.SIGTERM}, SECONDS_ALONE)
+            if signalled is not None and signalled.si_pid == trainer.pid:
                 break
         os._exit(0)
 
@@ -166,9 +166,9 @@ class Slots:
 
     def _attach(self) -> None:
         count = self._shape[0]
-        whole = torch.frombuffer(self._memory.map, dtype=torch.uint8)
-        self._marks_S = whole[: 8 * count].view(torch.int64)
-        self._images_SBCHW = whole[8 * count :].view(self._shape)
+        memory = torch.frombuffer(self._memory.map, dtype=torch.uint8)
+        self._marks_S = memory[: 8 * count].view(torch.int64)
+        self._images_SBCHW = memory[8 * count :].view(self._shape)
 
     def images(self, number: int) -> Tensor:
         """Return the place for the images of batch `number`."""
@@ -210,4 +210,4 @@ class _SharedMemory:
 
 
 def _as_it_is(item: Any) -> Any:
-    return item
+    return item  # what DataLoader may not do to an item: a batch is complete and lies in its slot

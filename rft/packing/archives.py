@@ -1,7 +1,7 @@
 """ImageNet as it is downloaded: tars that are never extracted, and the devkit's validation labels.
 
 The training archive is a tar of one tar for each class, so an image lies at an offset of the outer
-tar; the validation archive holds flat files whose classes only the devkit tells.
+tar; the validation archive holds flat files whose classes are only in the devkit.
 """
 
 import gzip

@@ -1,6 +1,6 @@
 """Where each benchmark keeps its images: the official layouts, read into one list of items.
 
-What lies on disk is recognised by looking. ImageNet may be class folders or the archives as they
+The layout on disk is detected. ImageNet may be class folders or the archives as they
 are downloaded: the same images in another form give the same items, and so the same shards. A
 source is complete or refused: an absent, empty or unknown class and a file that is no image are
 errors, because a benchmark with a hole in it still gives a number. Only files beside the class

@@ -129,7 +129,7 @@ def pack(
 def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) -> bool:
     """Pack a source whose images are already listed into `out/source.dataset`.
 
-    Doing it again continues where it stopped; when everything is there it changes nothing.
+    A rerun continues where the last one stopped; a complete set is not changed.
 
     Returns:
         Whether the data set is complete; it is not while other tasks still have shards to write.

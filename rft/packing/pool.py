@@ -1,8 +1,8 @@
 """The same work on many shards, in several processes, with progress.
 
-Parsing tar headers holds Python's lock, so threads would not help. A process pool of the standard
-library leaves things to do: Ctrl-C must reach only the parent and not wait for a shard to end,
-workers must not outlive it, and one that was killed must be told in a line.
+Parsing tar headers holds Python's lock, so threads would not help. What the standard library's pool
+lacks is added here: Ctrl-C reaches only the parent and does not wait for a shard to end, workers
+never outlive it, and a killed worker is an error of one line.
 """
 
 import multiprocessing
@@ -97,14 +97,14 @@ def _submit(
 
 
 class _Ended(BaseException):
-    """A worker was told to end while it worked."""
+    """A worker got SIGTERM while it worked."""
 
 
 def _attempt(work: Callable[[Job], Result], job: Job) -> Result:
     """Work; at SIGTERM clean up and leave. Between two jobs there is nothing to clean up."""
 
     def end(*_: object) -> None:
-        # the pool sends it a second time when another worker has left: cleaning up goes on
+        # the pool sends it a second time when another worker has left: cleaning up continues
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise _Ended
 

@@ -1,8 +1,8 @@
-"""One shard of a packed set: a tar, and then the record that it is whole.
+"""One shard of a packed set: a tar, and then the record that it is complete.
 
 A shard is one idempotent task. The tar (`NNNNNN.tar`) is a function of the job; the record
 (`commit/NNNNNN.json`) is written after it and holds its size and hash, its rows of the index, the
-images that were left out, and what the work was like, so the tar is never read again.
+images that were left out, and statistics of the work, so the tar is never read again.
 """
 
 import json
@@ -61,7 +61,7 @@ class Columns:
 
 @document
 class Statistics:
-    """What packing a shard was like."""
+    """Statistics of packing a shard: its time, and what kinds of images it has."""
 
     seconds: Annotated[float, Field(ge=0)]
     source_bytes: Count
@@ -108,7 +108,7 @@ class Commit:
 
 
 class Written(NamedTuple):
-    """What became of a shard."""
+    """The result of a shard's job."""
 
     samples: int
     bytes: int

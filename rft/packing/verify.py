@@ -1,9 +1,9 @@
-"""Is a packed or indexed set what its manifest says? Every difference found is one line.
+"""Holding a packed or indexed set against its manifest; every difference found is one line.
 
 The quick check reads manifest and index and asks for the size of every shard. The deep check reads
 every byte: the sha256 of each shard, its tar headers, and each payload, which must be a member of
 the key and place that the index names, have its crc32 and label, and decode. One problem never
-hides another: the check goes on.
+hides another: the check continues.
 """
 
 import math

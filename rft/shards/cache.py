@@ -1,4 +1,4 @@
-"""Whole shards in a folder of this node, bounded in bytes and shared by its processes.
+"""Complete shards in a folder of this node, bounded in bytes and shared by its processes.
 
 Other users may write the folder too. Files are opened and deleted by name within the open folder,
 never through a link, and only names that the cache itself gives (a hash of 64 hex digits) count as
@@ -64,7 +64,7 @@ class Folder:
         os.rename(name, final, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
 
     def delete(self, name: str) -> None:
-        """Delete a file if it exists, and give its room back even where a process has it open."""
+        """Delete a file if it exists, and free its space even where a process has it open."""
         # cut too: a reader that has it open sees too few bytes, and the disk has its room at once;
         # but last, because a process that ends in between must leave no empty file under a shard's
         # name. A file with another name elsewhere is not the cache's alone, and is not cut
@@ -89,21 +89,21 @@ class Folder:
             os.close(descriptor)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the folder's descriptor."""
         os.close(self.descriptor)
 
 
 class Cache:
-    """Whole shards in a folder of this node, shared by every process there, bounded in bytes.
+    """Complete shards in a folder of this node, shared by every process there, bounded in bytes.
 
     A shard's file is named after its sha256, so equal names of two sets never meet. It is written
-    as a `.part` file whose full size is taken at once (so the bound counts it) and whose lock tells
-    a filler that lives from one that was killed. There is no owner and no bookkeeping but the
+    as a `.part` file whose full size is taken at once (so the bound counts it) and whose lock
+    distinguishes a live filler from a killed one. There is no owner and no bookkeeping but the
     folder itself.
 
-    When room is needed, the files that no process asks for go: those of other data sets first, then
-    the newest of our own. Shards come round once an epoch, where throwing away the least recently
-    used would always throw away the next one to come; so a fixed part of the set stays.
+    When space is needed, files that no process asks for are deleted: those of other data sets
+    first, then the newest of our own. Shards come round once per epoch, so deleting the least
+    recently used would always delete the next one to come; this way a fixed part of the set stays.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -145,12 +145,12 @@ class Cache:
         return None
 
     def drop(self, shard: Shard) -> None:
-        """Delete a shard's file and give its room back, even where a process has it open."""
+        """Delete a shard's file and free its space, even where a process has it open."""
         with suppress(FileNotFoundError), self._opened() as folder:
             folder.delete(self.path(shard).name)
 
     def begin(self, shard: Shard, *, keep: Set[str], known: Set[str]) -> "Part | None":
-        """Take room for a shard; None if it is there, is another process's, or finds no room.
+        """Reserve space for a shard; None if it exists, is another process's, or does not fit.
 
         Args:
             shard: the shard to be filled.
@@ -262,13 +262,13 @@ class Part:
             self._folder.rename(self.name, self._final)
 
     def close(self) -> None:
-        """Let go of it; what was not published is deleted."""
+        """Close the file; one that was not published is deleted."""
         if self.is_ours():
             self._folder.delete(self.name)
         self.let_go()
 
     def let_go(self) -> None:
-        """Close it as it is."""
+        """Close the descriptors and leave the file as it is."""
         os.close(self.descriptor)
         self._folder.close()
 
@@ -303,7 +303,7 @@ def _delete_abandoned(folder: Folder, name: str) -> bool:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Take the disk's room now, so that a full disk is known before anything is fetched."""
+    """Reserve the disk's space now, so that a full disk is known before anything is fetched."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:

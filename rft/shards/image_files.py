@@ -165,7 +165,7 @@ def pillow_errors(name: str, verb: str = "decoded") -> Iterator[None]:
             warnings.simplefilter("ignore")  # of damaged metadata, which decide nothing
             yield
     except MemoryError as error:
-        # the file is within its limits, so this says something of the machine: it is not left out
+        # the file is within its limits: the machine is too small, and no image is left out for that
         raise OSError(f"{name}: not enough memory to decode it; use fewer workers") from error
     except Exception as error:  # parsers slip in many ways on fields that are not as they should be
         what = " ".join(str(error).split()) or type(error).__name__

@@ -28,8 +28,8 @@ COLUMNS = {
     "key": np.bytes_,
 }
 ROW_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())  # of all columns but the key
-KEY_BYTES = 1024
-KEYS_AT_ONCE = 2**16
+KEY_BYTES = 1024  # of the longest key; each key of an index takes as many
+KEYS_AT_ONCE = 2**16  # that are checked together: masks of all keys would be several indexes
 HEADERS_BYTES = 2**14  # what an index has besides its rows, and more
 # The index is read whole, and twice that is in memory for a moment: 600 MiB stay within 2 GB. They
 # hold 15 million samples with keys like ImageNet's; ImageNet-21k has 14 million.
@@ -112,9 +112,7 @@ class Index:
 
     def _odd_keys(self) -> np.ndarray:
         odd = np.zeros(len(self.key), bool)
-        for start in range(
-            0, len(self.key), KEYS_AT_ONCE
-        ):  # all masks together are several indexes
+        for start in range(0, len(self.key), KEYS_AT_ONCE):
             keys = np.ascontiguousarray(self.key[start : start + KEYS_AT_ONCE])
             letters = keys.view(np.uint8).reshape(len(keys), -1)
             # NumPy fills up with zeros

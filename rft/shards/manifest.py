@@ -104,7 +104,7 @@ class Manifest:
     def other_stores(self, url: str) -> list[str]:
         """Return the hosts and buckets that hold shards and are not that of the manifest's `url`.
 
-        Files elsewhere on this machine are not among them: no line says that they are read.
+        Files elsewhere on this machine are not among them: reading these is not announced.
         """
         places = dict.fromkeys(urls.place(shard.name) for shard in self.shards)
         return [place for place in places if place not in ("", urls.place(url))]

@@ -1,9 +1,10 @@
 """Byte ranges of shards, wherever they lie: local files by descriptor, remote ones by request.
 
-A remote range has a known length, so a dropped or stalled connection is noticed and what is missing
-is asked for again. A node-local cache may hold whole shards. It is filled in the background and
-no process waits for it: a sample whose shard is not there yet is read by its own range. So the
-cache decides how fast a batch comes, never what is in it, and any of its files may go at any time.
+A remote range has a known length, so a dropped or stalled connection is noticed and the missing
+bytes are requested again. A node-local cache may hold complete shards. It is filled in the
+background and no process waits for it: a sample whose shard is not cached yet is read by its own
+range. So the cache decides how fast a batch comes, never what is in it, and any of its files may be
+deleted at any time.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from rft.storage.remote import REQUEST_BYTES, Patience
 
 # descriptors a process keeps open on shards: half of what the system lets it have
 OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-GAP_BYTES = 2**16  # ranges this near to each other are asked for in one request
+GAP_BYTES = 2**16  # ranges this near to each other share a request
 REQUESTS = 16  # requests of one process under way at a time
 Store = tuple[Any, str]  # a fsspec file system and a path there
 PAUSE = 1.0  # seconds until a shard that another process is filling is looked at again
@@ -154,7 +155,7 @@ class Shards:
         return found
 
     def look_ahead(self, numbers: Sequence[int]) -> None:
-        """Say which shards are needed next, the most urgent first; the cache fetches them."""
+        """Name the shards that are needed next, the most urgent first; the cache fetches them."""
         if self.cache is None or not self.shards:
             return
         self._enter_process()
@@ -167,7 +168,7 @@ class Shards:
         self._filler.look_ahead(numbers)
 
     def repair(self, number: int) -> None:
-        """Throw the cached copy of a shard away, because its bytes are not what they should be."""
+        """Delete the cached copy of a shard, because its bytes are damaged."""
         assert self.cache is not None
         os.close(self._descriptors.pop(number))
         self.cache.drop(self.shards[number])

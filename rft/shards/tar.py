@@ -1,6 +1,6 @@
 """Where the members of a tar lie, read strictly.
 
-Python's tarfile takes a damaged header for the end of the archive and says nothing
+Python's tarfile takes a damaged header for the end of the archive, without an error
 (cpython issue 120740), so a damaged or cut tar would only look shorter. Here the archive must end
 as the format says: two blocks of zeros and nothing but zeros behind them.
 

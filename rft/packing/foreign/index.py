@@ -71,7 +71,7 @@ def index_shards(
     """Write `out/manifest.json` and `out/index.npz` for the shards that the patterns name.
 
     Where all shards lie in `out` or below it, the manifest names them relative to it, so that the
-    folder can be moved. Doing it again changes nothing.
+    folder can be moved. A rerun changes nothing.
 
     Raises:
         ValueError: if a shard, a sample, a label or an option is not right, or `out` already holds

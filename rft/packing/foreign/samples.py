@@ -1,4 +1,4 @@
-"""The samples of any tar shard, as webdataset groups them, and whole shards from any store.
+"""The samples of any tar shard, as webdataset groups them, and complete shards from any store.
 
 A sample's key is its members' folder and base name up to the first dot; the rest, in lower case, is
 the suffix. Members without a key (`README`, `._x.jpg`, `__meta__`) webdataset passes over, and so
@@ -55,7 +55,7 @@ def shard_size(url: str) -> int:
     """Return the bytes of a shard.
 
     Raises:
-        ValueError: if it is not there, is a folder, or its store does not tell.
+        ValueError: if it does not exist, is a folder, or its store reports no size.
     """
     try:
         size = files.size(url)
