@@ -563,7 +563,7 @@ def half_packed(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 KILLED = """
 import os, signal, sys
-from rft import files
+from rft.storage import files
 from rft.packing import pack, shard
 from rft.shards.label_space import LabelSpace
 
