@@ -16,7 +16,7 @@ import tyro
 from pydantic import Field
 
 from rft import __version__
-from rft.runs import records
+from rft.runs import filenames, records
 from rft.sets import TRAIN_SET
 from rft.storage import documents, files, urls
 from rft.storage.documents import (
@@ -368,7 +368,7 @@ def load_config(folder: Path) -> Config:
         ValueError: if it is absent, damaged, or written by a version with other settings, which is
             named.
     """
-    path = folder / records.CONFIG
+    path = folder / filenames.CONFIG
     try:
         return files.read_document(str(path), Config, records.RECORD_BYTES)
     except ValueError as error:
@@ -384,9 +384,9 @@ def _writer(folder: Path) -> str:
     """Return the version of rft that wrote a run folder, in words for a message."""
     found = None
     with contextlib.suppress(ValueError):
-        found = records.find(folder / records.PROVENANCE, records.Provenance)
+        found = records.find_provenance(folder)
     if found is None or not found.rft:
-        return "a different version of rft (its provenance.json does not say which)"
+        return f"a different version of rft (its {filenames.PROVENANCE} does not say which)"
     version, commit = found.rft, found.git
     numbers, own = ([int(n) for n in re.findall(r"\d+", v)] for v in (version, __version__))
     kind = "a newer rft" if numbers > own else "a different rft"

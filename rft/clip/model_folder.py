@@ -13,14 +13,9 @@ from rft import cli
 from rft.classes import Classes
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import require_finite, save_state
-from rft.runs import records
-from rft.runs.folder import (
-    SELECTED,
-    recorded_sha256,
-    require_no_links,
-    require_own_weights,
-    weights_record,
-)
+from rft.runs import filenames, records
+from rft.runs.filenames import SELECTED
+from rft.runs.folder import recorded_sha256, require_no_links, require_own_weights, weights_record
 from rft.storage import files
 
 SHOWN = 3  # differences that an error tells
@@ -55,11 +50,11 @@ def is_made(out: Path, config: dict[str, Any]) -> bool:
             "--out"
         )
     require_own_weights(out)
-    if not (out / records.PROVENANCE).is_file():
+    if not (out / filenames.PROVENANCE).is_file():
         return False
     if recorded_sha256(out, out / SELECTED) is None:
         cli.warn(
-            f"{out / records.PROVENANCE} has no weights_sha256: whether {out / SELECTED} are the "
+            f"{out / filenames.PROVENANCE} has no weights_sha256: whether {out / SELECTED} are the "
             f"weights of this {KINDS[origin]} is not known; choose another --out to make them anew"
         )
     return True
@@ -89,8 +84,8 @@ def write_made(
         ValueError: if a weight is not finite.
     """
     require_finite(out, state)
-    files.write_json(f"{out}/config.json", config)
+    files.write_json(str(out / filenames.CONFIG), config)
     metadata = {**metadata, "recipe": config["recipe"]}
-    save_state(f"{out}/{SELECTED}", state, architecture, metadata, classes)
+    save_state(str(out / SELECTED), state, architecture, metadata, classes)
     kept = {"weights_sha256": weights_record(out)}
-    files.write_json(f"{out}/provenance.json", files.provenance() | kept)
+    files.write_json(str(out / filenames.PROVENANCE), files.provenance() | kept)

@@ -40,7 +40,7 @@ from rft.runs.folder import (
     require_own_weights,
     unfinished,
 )
-from rft.runs.records import RunConfig, Training
+from rft.runs.records import RunConfig
 from rft.runs.trained_on import TrainedOn
 from rft.sets import ID_SET
 from rft.shards.manifest import Manifest
@@ -458,7 +458,7 @@ def classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
     still the one of the training, by its hash.
     """
     why = "the run does not say on which data it was trained"
-    training = records.find(run / records.TRAINING, Training)
+    training = records.find_training(run)
     if config and config.data and config.train_set and training:
         try:
             manifest = Manifest.load(files.join(config.data, config.train_set))

@@ -15,6 +15,7 @@ from rft import cli
 from rft.config import load_config
 from rft.loading.dataset import PackedDataset, plan_training
 from rft.loading.order import EpochOrder
+from rft.runs import filenames
 from rft.storage import documents, files
 from rft.storage.documents import Positive, Whole, document
 
@@ -38,9 +39,9 @@ class Arguments:
 def main() -> None:
     """Find the samples and print them."""
     arguments = cli.parse(Arguments, prog="rft.data.show")
-    path = arguments.run / "config.json"
+    path = arguments.run / filenames.CONFIG
     if not path.is_file():
-        raise ValueError(f"{arguments.run} is not a run folder: it has no config.json")
+        raise ValueError(f"{arguments.run} is not a run folder: it has no {filenames.CONFIG}")
     config = load_config(arguments.run)
     url = files.join(arguments.data or config.data, config.train_set)
     packed = PackedDataset(url, max_pixels=config.loader.max_pixels)

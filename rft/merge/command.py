@@ -25,7 +25,8 @@ from rft.merge.ingredients import (
     shared_seed,
 )
 from rft.method import averaging
-from rft.runs.folder import LAST
+from rft.runs import filenames
+from rft.runs.filenames import LAST
 from rft.sets import TRAIN_SET
 from rft.storage import files
 from rft.storage.documents import BatchSize, Megapixels, Whole, document
@@ -126,7 +127,7 @@ def wise(arguments: Wise) -> None:
     start, end = read_ingredient(arguments.start), read_end(arguments)
     check_alike([start, end])
     several = len(arguments.alpha) > 1
-    if several and (arguments.out / "config.json").exists():
+    if several and (arguments.out / filenames.CONFIG).exists():
         raise ValueError(
             f"{arguments.out} is a run folder; with several --alpha it would hold one for each, "
             "choose another --out"

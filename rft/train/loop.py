@@ -21,7 +21,7 @@ from rft.evaluate.accuracy import Count
 from rft.evaluate.count import count_correct
 from rft.loading.dataset import Batch, Reading, TrainingBatches, read_batches
 from rft.runs import trained_on
-from rft.runs.folder import LAST, SELECTED
+from rft.runs.filenames import LAST, SELECTED
 from rft.runs.trained_on import TrainedOn
 from rft.train import checkpoint
 from rft.train.checkpoint import Progress

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from rft.clip.classifier import load_state
-from rft.runs.folder import SELECTED
+from rft.runs.filenames import SELECTED
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from rft.evaluate import command as evaluate_command
 from rft.evaluate.checkpoints import Loaded
 from rft.evaluate.command import write_results
 from rft.merge import command as merge_command
-from rft.runs.folder import SELECTED
+from rft.runs.filenames import SELECTED
 from rft.runs.records import SetCount
 from rft.shards.manifest import Manifest
 from rft.storage import files

@@ -15,7 +15,7 @@ from rft.config import ModelConfig
 from rft.evaluate import command as evaluate_command
 from rft.merge import command as merge_command
 from rft.report import command as report_command
-from rft.runs.folder import SELECTED
+from rft.runs.filenames import SELECTED
 from rft.shards.manifest import Manifest
 from rft.storage import files
 from tests import formats

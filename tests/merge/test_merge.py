@@ -17,7 +17,7 @@ from rft.loading.dataset import PackedDataset, plan_training
 from rft.merge import command as merge_command
 from rft.merge.ingredients import shared_seed
 from rft.method.averaging import interpolate, uniform_soup
-from rft.runs.folder import LAST, SELECTED
+from rft.runs.filenames import LAST, SELECTED
 from rft.storage import files
 from rft.train import command as train_command
 from tests.conftest import build_model

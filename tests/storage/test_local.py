@@ -13,7 +13,8 @@ from rft import recipes
 from rft.clip.model_folder import is_made
 from rft.dist import World
 from rft.packing.pack import Options, pack
-from rft.runs.folder import WRITTEN_THROUGH, require_no_links
+from rft.runs.filenames import WRITTEN_THROUGH
+from rft.runs.folder import require_no_links
 from rft.shards.cache import Cache, Folder
 from rft.shards.manifest import Shard
 from rft.shards.ranges import Shards
