@@ -4,6 +4,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from rft.runs import filenames
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,7 @@ def texts(source: bytes) -> Iterator[str]:
             yield node.value
 
 
+@pytest.mark.slow
 def test_no_other_module_names_a_file_of_a_run_folder():
     assert len(NAMES) == 10
     found = [
