@@ -29,10 +29,10 @@ from rft.clip.card import Format
 from rft.clip.classifier import load_state, require_finite
 from rft.clip.head import zero_shot_head
 from rft.clip.load import PretrainedClip
-from rft.clip.model_folder import is_made, write_made
+from rft.clip.model_folder import write_run
 from rft.clip.weights import Weights
 from rft.config import Device, ModelConfig
-from rft.runs import records, trained_on
+from rft.runs import derived, records, trained_on
 from rft.runs.folder import (
     checkpoint_path,
     read_results,
@@ -173,7 +173,7 @@ def import_weights(arguments: Import) -> None:
         config |= {"data": arguments.data, "train_set": arguments.packed}
         config["imported_from"]["manifest_sha256"] = manifest.sha256
     out = str(arguments.out)
-    if is_made(arguments.out, config):
+    if derived.is_complete(arguments.out, config):
         cli.say(f"already imported: {out}")
         return
     if reached := unfinished(Path(arguments.file)):
@@ -182,7 +182,7 @@ def import_weights(arguments: Import) -> None:
     require_finite(Path(arguments.file), state)
     classes = classes_of_head(found, manifest, arguments)
     metadata = {"step": "0"} | ({} if found.seen is None else trained_on.entries(found.seen))
-    write_made(arguments.out, state, found.architecture, config, metadata, classes)
+    write_run(arguments.out, state, found.architecture, config, metadata, classes)
     rows = len(state["head.weight"])
     what = f"{found.source['format']}, {found.architecture.clip}, {rows} classes"
     cli.say(f"imported: {out} ({what})")

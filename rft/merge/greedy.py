@@ -49,8 +49,8 @@ def _training_config(ingredient: Ingredient) -> Config:
     path = ingredient.path
     if ingredient.config is None:
         raise ValueError(
-            f"{path} is not a run folder; a greedy soup needs the {filenames.CONFIG} of each training "
-            "run to find its held-out images"
+            f"{path} is not a run folder; a greedy soup needs the {filenames.CONFIG} of each "
+            "training run to find its held-out images"
         )
     if not ingredient.is_training_run:
         raise ValueError(

@@ -11,9 +11,9 @@ from rft import cli
 from rft.classes import Classes, compare, compare_prompts
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import load_state, map_state
-from rft.clip.model_folder import SHOWN
 from rft.method.averaging import require_alike
 from rft.runs import filenames, records, trained_on
+from rft.runs.derived import SHOWN
 from rft.runs.filenames import SELECTED
 from rft.runs.folder import require_own_weights, unfinished
 from rft.runs.records import RunConfig

@@ -22,6 +22,9 @@ from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Text, do
 
 T = TypeVar("T")
 
+# field of a config.json -> what left the folder; that of a training has neither, but `optim`
+ORIGINS = {"merged_from": "merge", "imported_from": "import"}
+
 RECORD_BYTES = 2**24  # of each; a training's has some thousand
 LARGEST_LOSS = 1e100  # above float32's largest, 3e38, and no axis that is drawn overflows
 LINE_BYTES = 2**16  # of metrics; they have some hundred
@@ -228,9 +231,9 @@ class RunConfig:
         return self.optim is not None
 
     @property
-    def is_made(self) -> bool:
+    def is_derived(self) -> bool:
         """Whether it is a merge's or an import's."""
-        return self.merged_from is not None or self.imported_from is not None
+        return any(getattr(self, origin) is not None for origin in ORIGINS)
 
 
 @document(name="metrics", config=FOREIGN)

@@ -176,7 +176,7 @@ def check_identity(config: Config) -> None:
             )
         require_no_data(folder)
         return
-    if records.read_config(folder).is_made:
+    if records.read_config(folder).is_derived:
         raise ValueError(f"{folder} holds a merged or imported model; choose another --run-dir")
     # a run that stopped before its first checkpoint left nothing that another could spoil;
     # checkpoints that lie elsewhere, of a folder that was lost, are checked when they are loaded
