@@ -14,6 +14,7 @@ from pydantic import Field
 
 from rft.storage import files
 from rft.storage.documents import FOREIGN, Text, document
+from rft.text import shown
 
 PromptsSha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 """Hash of a set's prompts; empty where they are not known."""
@@ -53,11 +54,6 @@ class Classes:
             "names": list(self.names),
             "prompts_sha256": self.prompts_sha256,
         }
-
-
-def shown(text: str) -> str:
-    """Return a name for a message, in quotes; what a terminal would not show is escaped."""
-    return repr(text) if text.isprintable() else ascii(text)
 
 
 def prompts_sha256(names: Sequence[str], templates: Sequence[str]) -> str:

@@ -26,7 +26,8 @@ from typing import Any, TypeVar
 import tyro
 from fsspec.config import set_conf_env
 
-from rft.storage import documents, files, urls
+from rft.storage import files, urls
+from rft.text import plain
 
 T = TypeVar("T")
 LINE_LETTERS = 1800  # of an error
@@ -77,7 +78,7 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
         message = urls.redact(" ".join(str(error).split()))
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" on rank {rank}"
-        line = _shortened(documents.plain(f"error{where}: {message}"))
+        line = _shortened(plain(f"error{where}: {message}"))
         if not is_quiet_rank():
             with contextlib.suppress(OSError):
                 print(line, file=sys.stderr, flush=True)
@@ -228,12 +229,12 @@ def note(message: str) -> None:
 
 def _say_once(*lines: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print("\n".join(map(documents.plain, lines)), file=sys.stderr, flush=True)
+        print("\n".join(map(plain, lines)), file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
     """Print text with names of files in it, which any terminal can show."""
-    print(documents.plain(text, kept="\n"), flush=True)
+    print(plain(text, kept="\n"), flush=True)
 
 
 def next_step(

@@ -16,8 +16,9 @@ from rft.config import load_config
 from rft.loading.dataset import PackedDataset, plan_training
 from rft.loading.order import EpochOrder
 from rft.runs import filenames
-from rft.storage import documents, files
+from rft.storage import files
 from rft.storage.documents import Positive, Whole, document
+from rft.text import plain
 
 
 @document(name="--")
@@ -62,9 +63,9 @@ def main() -> None:
         table.add_row(
             str(slot),
             str(slot // share),
-            documents.plain(packed.key(sample)),
-            documents.plain(f"{label} {packed.manifest.classes[label]}"),
-            documents.plain(packed.manifest.shards[packed.shard_of(sample)].name),
+            plain(packed.key(sample)),
+            plain(f"{label} {packed.manifest.classes[label]}"),
+            plain(packed.manifest.shards[packed.shard_of(sample)].name),
             str(packed.index.offset[sample]),
         )
     print(f"epoch {arguments.epoch}, step {arguments.step} (step {number} of the run):")

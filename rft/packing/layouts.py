@@ -26,7 +26,6 @@ from rft.packing.names import (
     Links,
     is_below,
     passed_over,
-    printable,
     regular_size,
     require_distinct,
     require_utf8,
@@ -35,6 +34,7 @@ from rft.sets import BENCHMARKS, ID_SET, PARENTS, TRAIN_SET, ImageSet
 from rft.shards import tar
 from rft.shards.label_space import LabelSpace, objectnet_groups
 from rft.storage import files, local
+from rft.text import printable
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rft.classes import composed, find_twins
 from rft.storage import local
+from rft.text import printable
 
 SYSTEM_NAMES = (
     # Synology, QNAP, NetApp
@@ -64,11 +65,6 @@ def thumbnails(name: str) -> str:
     """
     plain = composed(name).casefold()
     return plain if THUMBNAILS.fullmatch(plain) else ""
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would not show or would obey; other text stays as it is."""
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def require_utf8(path: str | Path) -> None:

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rft.classes import composed, shown
+from rft.classes import composed
 from rft.packing.layouts import IMAGE_SUFFIXES, Item, Source, has_image_suffix, make_keys
 from rft.packing.names import (
     Links,
     passed_over,
-    printable,
     regular_size,
     require_distinct,
     require_utf8,
@@ -39,6 +38,7 @@ from rft.packing.own_splits import (
 )
 from rft.shards.label_space import LabelSpace, doubts
 from rft.storage import files, local
+from rft.text import printable, shown
 
 TRAIN = "train"
 NAMED = 6  # files and folders that are not read and named

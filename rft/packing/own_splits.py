@@ -15,9 +15,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from rft.classes import composed, shown
+from rft.classes import composed
 from rft.packing.layouts import has_image_suffix
 from rft.packing.names import passed_over, regular_size, require_utf8, thumbnails
+from rft.text import shown
 
 WORDS = {
     "train": "train|training",

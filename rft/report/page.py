@@ -23,7 +23,8 @@ from rft.report.read import Run, load_runs, shown_settings
 from rft.report.tables import COLUMNS, DifferenceRow, Row
 from rft.runs.gallery import read as read_gallery
 from rft.runs.records import Provenance
-from rft.storage import documents, files
+from rft.storage import files
+from rft.text import plain
 
 WIDTH = 100  # columns of text that are not a terminal
 FIGURE_SPACE = "\u2007"  # as wide as a digit
@@ -234,7 +235,7 @@ def _provenance(made: Provenance) -> str:
         *(f"{name} {version}" for name, version in made.packages.items()),
         made.machine,
     ]
-    return documents.plain(", ".join(part for part in parts if part))
+    return plain(", ".join(part for part in parts if part))
 
 
 def _describe(run: Run) -> dict[str, Any]:
@@ -244,7 +245,7 @@ def _describe(run: Run) -> dict[str, Any]:
         "step": run.results.step,
         "checkpoint": run.results.checkpoint_sha256[:12],
         "config_sha256": (run.results.config_sha256 or tables.ABSENT)[:12],
-        "path": documents.plain(str(run.path)),
-        "command": documents.plain(" ".join(run.provenance.command)),
+        "path": plain(str(run.path)),
+        "command": plain(" ".join(run.provenance.command)),
         "config": shown_settings(run.config),
     }

@@ -23,6 +23,7 @@ from rft.runs.folder import (
 )
 from rft.runs.records import Metrics, Provenance, Results, RunConfig, SetCount
 from rft.storage import files, urls
+from rft.text import to_ascii
 
 RUNS = 2000  # of one report
 DEPTH = 32  # folders between a path that is named and its runs
@@ -53,23 +54,18 @@ class Run:
     @property
     def clip(self) -> str:
         """Name of the CLIP that was fine-tuned, without a folder; empty for a merged model."""
-        return _plain(PurePath(self.config.model.clip.removeprefix("local-dir:")).name)
+        return to_ascii(PurePath(self.config.model.clip.removeprefix("local-dir:")).name)
 
     @property
     def precision(self) -> str:
         """What the run was trained in; empty where nothing was: merged, imported, zero-shot."""
         optim = self.config.optim
-        return _plain(self.config.precision) if optim and optim.epochs != 0 else ""
+        return to_ascii(self.config.precision) if optim and optim.epochs != 0 else ""
 
     @property
     def gallery_path(self) -> Path:
         """Where the run's gallery lies, if it has one."""
         return self.path / filenames.GALLERY
-
-
-def _plain(text: str) -> str:
-    """Return text from a file as any terminal can show it, without control characters."""
-    return ascii(text)[1:-1]
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rft import cli
-from rft.classes import Classes, composed, find_twins, prompts_sha256, shown
+from rft.classes import Classes, composed, find_twins, prompts_sha256
 from rft.storage import documents, files
 from rft.storage.documents import Count, Text, document
+from rft.text import shown
 
 T = TypeVar("T")
 
