@@ -30,7 +30,7 @@ from rft.storage import files, urls
 from rft.text import plain
 
 T = TypeVar("T")
-LINE_LETTERS = 1800  # of an error
+ERROR_LETTERS = 1800  # of its line
 LEAST_COLUMNS = 40  # of a terminal: in less than 5 tyro's --help has no end
 SIZE = r"[1-9][0-9]{0,3}"  # of a terminal, columns or lines; rich would fill more with spaces
 
@@ -89,8 +89,8 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
 
 def _shortened(line: str) -> str:
     """Return a line short enough to read: of a long one, its beginning and its end."""
-    half = LINE_LETTERS // 2
-    return line if len(line) <= LINE_LETTERS else f"{line[:half]} ... {line[-half:]}"
+    half = ERROR_LETTERS // 2
+    return line if len(line) <= ERROR_LETTERS else f"{line[:half]} ... {line[-half:]}"
 
 
 def _require_streams() -> None:
