@@ -250,7 +250,7 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
     url = files.join(arguments.data, split.train_set)
     packed = PackedDataset(url, max_pixels=arguments.max_pixels)
     held_out = greedy.held_out_images(packed, split, runs)
-    config = greedy.describe(runs, split, packed)
+    config = greedy.soup_config(runs, split, packed)
     done = derived.is_complete(arguments.out, config)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)

@@ -98,7 +98,7 @@ def _manifest_of(run: Path) -> str | None:
     return training.manifest_sha256 if training else None
 
 
-def describe(
+def soup_config(
     ingredients: Sequence[Ingredient], config: Config, packed: PackedDataset
 ) -> dict[str, Any]:
     """Return config.json as far as it is known before the soup is made."""

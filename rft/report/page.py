@@ -61,7 +61,7 @@ class Report:
         """Results, and differences if there are any."""
         return tables.text_tables(self.shown, self.differences, self.hidden)
 
-    def text_tables(self) -> list[RichTable]:
+    def console_tables(self) -> list[RichTable]:
         """Return the tables for a console."""
         found = [tables.console_table(table) for table in self.tables]
         return found if self.beside is None else [*found, beside.rich_table(self.beside)]
@@ -135,7 +135,7 @@ def show(report: Report, console: Console) -> None:
     """Print the tables."""
     if report.miniature:
         console.print("Miniature world: columns are stand-ins named after the real benchmarks.")
-    for table in report.text_tables():
+    for table in report.console_tables():
         console.print(table)
         console.print()
 
@@ -163,7 +163,9 @@ def render(report: Report) -> str:
         gallery_run=report.gallery_run,
         miniature=report.miniature,
         provenance=provenance_lines(report.runs),
-        runs=[_describe(run) for group in tables.by_recipe(report.runs).values() for run in group],
+        runs=[
+            _run_details(run) for group in tables.by_recipe(report.runs).values() for run in group
+        ],
     )
 
 
@@ -221,7 +223,7 @@ def _provenance(made: Provenance) -> str:
     return plain(", ".join(part for part in parts if part))
 
 
-def _describe(run: Run) -> dict[str, Any]:
+def _run_details(run: Run) -> dict[str, Any]:
     return {
         "recipe": run.recipe,
         "seed": run.seed,
