@@ -40,7 +40,7 @@ class Classes:
     def __len__(self) -> int:
         return len(self.names)
 
-    def label_text(self, number: int) -> str:
+    def text_of(self, number: int) -> str:
         """Return how a message names a class."""
         if number >= len(self):
             return "missing"
@@ -121,7 +121,7 @@ def compare(one: Classes | None, where: str, other: Classes | None, other_where:
             order = f" ({len(one)} and {len(other)} classes)"
         raise ValueError(
             f"{where} and {other_where} have different classes: class {number} is "
-            f"{one.label_text(number)} in the first, {other.label_text(number)} in the second{order}"
+            f"{one.text_of(number)} in the first, {other.text_of(number)} in the second{order}"
         )
     numbers = renamed(one, other)
     if not numbers:
@@ -129,7 +129,7 @@ def compare(one: Classes | None, where: str, other: Classes | None, other_where:
     first = numbers[0]
     return [
         f"{where} and {other_where} name {len(numbers)} of {len(one)} classes differently (first: "
-        f"class {first}, {one.label_text(first)} and {other.label_text(first)}); they are taken to be "
+        f"class {first}, {one.text_of(first)} and {other.text_of(first)}); they are taken to be "
         "the same"
     ]
 

@@ -163,9 +163,7 @@ def render(report: Report) -> str:
         gallery_run=report.gallery_run,
         miniature=report.miniature,
         provenance=provenance_lines(report.runs),
-        runs=[
-            _run_details(run) for group in tables.by_recipe(report.runs).values() for run in group
-        ],
+        runs=[_details(run) for group in tables.by_recipe(report.runs).values() for run in group],
     )
 
 
@@ -223,7 +221,7 @@ def _provenance(made: Provenance) -> str:
     return plain(", ".join(part for part in parts if part))
 
 
-def _run_details(run: Run) -> dict[str, Any]:
+def _details(run: Run) -> dict[str, Any]:
     return {
         "recipe": run.recipe,
         "seed": run.seed,
