@@ -33,7 +33,8 @@ import tyro
 from benchmarks import machine
 from rft import cli
 from rft.rng import numpy_generator
-from rft.runs.folder import LAST, SELECTED
+from rft.runs import filenames
+from rft.runs.filenames import LAST, SELECTED
 from rft.storage import files
 from rft.train.checkpoint import Store, file_name, record_name
 from tests import tiny
@@ -128,18 +129,18 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run is complete."""
-        return (self.folder / "training.json").exists()
+        return (self.folder / filenames.TRAINING).exists()
 
     def step(self) -> int:
         """Return the last step that was logged."""
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / filenames.METRICS
         lines = path.read_text().splitlines() if path.exists() else []
         steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
         return max(steps, default=0)
 
     def saved(self) -> int:
         """Return the step of the newest checkpoint that is safe."""
-        path = self.folder / "progress.json"
+        path = self.folder / filenames.PROGRESS
         return json.loads(path.read_text())["step"] if path.exists() else 0
 
     def resumed_at(self) -> int:
@@ -285,7 +286,7 @@ def damage(how: str, run: Run, random: Random) -> None:
     run.start()
     run.wait_for(lambda: run.saved() >= 2 * EVERY)
     run.leave_nothing_running()
-    path = max((run.folder / "checkpoints").glob("step-*.pt"))
+    path = max((run.folder / filenames.CHECKPOINTS).glob("step-*.pt"))
     data = bytearray(path.read_bytes())
     at = int(random.integers(len(data)))
     if how == "truncated":
@@ -333,7 +334,7 @@ def not_finite(run: Run, random: Random) -> None:
     run.start()
     run.wait_for(lambda: run.saved() >= 2 * EVERY)
     run.leave_nothing_running()
-    store = Store(str(run.folder / "checkpoints"), keep=2)
+    store = Store(str(run.folder / filenames.CHECKPOINTS), keep=2)
     step = store.steps()[-1]
     paths = [Path(store.url) / name for name in (file_name(step), record_name(step))]
     before = [path.read_bytes() for path in paths]

@@ -28,6 +28,7 @@ from rft.evaluate import command as evaluation
 from rft.packing.own_folder import read_folder
 from rft.packing.pack import Options, pack, pack_source
 from rft.rng import numpy_generator
+from rft.runs import filenames
 from rft.sets import ID_SET, OOD_SETS, TEST_SETS
 from rft.shards.label_space import LabelSpace
 from rft.storage import files
@@ -127,7 +128,7 @@ def train(folder: Path, recipe: str, images: int, seed: int, numbers: str) -> tu
 
 def accuracies(run: Path) -> dict[str, float]:
     """Return accuracy in % on ImageNet's stand-in, and the mean of the five others'."""
-    sets = files.read_json(str(run / "results.json"))["sets"]
+    sets = files.read_json(str(run / filenames.RESULTS))["sets"]
     share = {name: 100 * entry["correct"] / entry["total"] for name, entry in sets.items()}
     return {"id": share[ID_SET], "ood": statistics.mean(share[name] for name in OOD_SETS)}
 
@@ -155,8 +156,8 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
 
 def describe(run: Path) -> dict[str, Any]:
     """Return what a run was and how it scored."""
-    config = files.read_json(str(run / "config.json"))
-    ended = files.read_json(str(run / "training.json"))
+    config = files.read_json(str(run / filenames.CONFIG))
+    ended = files.read_json(str(run / filenames.TRAINING))
     return {
         "held_out": config["loader"]["held_out"],
         "batch_size": config["loader"]["batch_size"],

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from rft.storage import files
 from rft.storage.documents import FOREIGN, Text, document
+from rft.text import shown
 
 PromptsSha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 """Hash of a set's prompts; empty where they are not known."""
@@ -39,7 +40,7 @@ class Classes:
     def __len__(self) -> int:
         return len(self.names)
 
-    def describe(self, number: int) -> str:
+    def text_of(self, number: int) -> str:
         """Return how a message names a class."""
         if number >= len(self):
             return "missing"
@@ -53,11 +54,6 @@ class Classes:
             "names": list(self.names),
             "prompts_sha256": self.prompts_sha256,
         }
-
-
-def shown(text: str) -> str:
-    """Return a name for a message, in quotes; what a terminal would not show is escaped."""
-    return repr(text) if text.isprintable() else ascii(text)
 
 
 def prompts_sha256(names: Sequence[str], templates: Sequence[str]) -> str:
@@ -125,7 +121,7 @@ def compare(one: Classes | None, where: str, other: Classes | None, other_where:
             order = f" ({len(one)} and {len(other)} classes)"
         raise ValueError(
             f"{where} and {other_where} have different classes: class {number} is "
-            f"{one.describe(number)} in the first, {other.describe(number)} in the second{order}"
+            f"{one.text_of(number)} in the first, {other.text_of(number)} in the second{order}"
         )
     numbers = renamed(one, other)
     if not numbers:
@@ -133,7 +129,7 @@ def compare(one: Classes | None, where: str, other: Classes | None, other_where:
     first = numbers[0]
     return [
         f"{where} and {other_where} name {len(numbers)} of {len(one)} classes differently (first: "
-        f"class {first}, {one.describe(first)} and {other.describe(first)}); they are taken to be "
+        f"class {first}, {one.text_of(first)} and {other.text_of(first)}); they are taken to be "
         "the same"
     ]
 

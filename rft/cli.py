@@ -26,10 +26,11 @@ from typing import Any, TypeVar
 import tyro
 from fsspec.config import set_conf_env
 
-from rft.storage import documents, files, urls
+from rft.storage import files, urls
+from rft.text import plain
 
 T = TypeVar("T")
-LINE_LETTERS = 1800  # of an error
+ERROR_LETTERS = 1800  # of its line
 LEAST_COLUMNS = 40  # of a terminal: in less than 5 tyro's --help has no end
 SIZE = r"[1-9][0-9]{0,3}"  # of a terminal, columns or lines; rich would fill more with spaces
 
@@ -77,7 +78,7 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
         message = urls.redact(" ".join(str(error).split()))
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" on rank {rank}"
-        line = _shortened(documents.plain(f"error{where}: {message}"))
+        line = _shortened(plain(f"error{where}: {message}"))
         if not is_quiet_rank():
             with contextlib.suppress(OSError):
                 print(line, file=sys.stderr, flush=True)
@@ -88,8 +89,8 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
 
 def _shortened(line: str) -> str:
     """Return a line short enough to read: of a long one, its beginning and its end."""
-    half = LINE_LETTERS // 2
-    return line if len(line) <= LINE_LETTERS else f"{line[:half]} ... {line[-half:]}"
+    half = ERROR_LETTERS // 2
+    return line if len(line) <= ERROR_LETTERS else f"{line[:half]} ... {line[-half:]}"
 
 
 def _require_streams() -> None:
@@ -228,12 +229,12 @@ def note(message: str) -> None:
 
 def _say_once(*lines: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print("\n".join(map(documents.plain, lines)), file=sys.stderr, flush=True)
+        print("\n".join(map(plain, lines)), file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
     """Print text with names of files in it, which any terminal can show."""
-    print(documents.plain(text, kept="\n"), flush=True)
+    print(plain(text, kept="\n"), flush=True)
 
 
 def next_step(

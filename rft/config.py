@@ -16,7 +16,7 @@ import tyro
 from pydantic import Field
 
 from rft import __version__
-from rft.runs import records
+from rft.runs import filenames, records
 from rft.sets import TRAIN_SET
 from rft.storage import documents, files, urls
 from rft.storage.documents import (
@@ -332,21 +332,7 @@ class Config:
         are computed may change between two starts of one run. The identity of the data and of all
         weights that a run builds on is their hash in the checkpoint's fingerprint.
         """
-        document = self.to_dict()
-        for name in (
-            "data",
-            "train_set",
-            "run",
-            "log",
-            "cluster",
-            "device",
-            "recompute",
-            "compile",
-        ):
-            del document[name]
-        for name in ("workers", "cache_dir", "cache_gb", "max_pixels"):
-            del document["loader"][name]
-        del document["model"]["start"], document["method"]["kd_teacher"]
+        document = _deciding(self.to_dict(), {"train_set"})
         document["split_seed"], document["order_seed"] = self.held_out_seed, self.sample_seed
         return document
 
@@ -368,7 +354,7 @@ def load_config(folder: Path) -> Config:
         ValueError: if it is absent, damaged, or written by a version with other settings, which is
             named.
     """
-    path = folder / records.CONFIG
+    path = folder / filenames.CONFIG
     try:
         return files.read_document(str(path), Config, records.RECORD_BYTES)
     except ValueError as error:
@@ -384,9 +370,9 @@ def _writer(folder: Path) -> str:
     """Return the version of rft that wrote a run folder, in words for a message."""
     found = None
     with contextlib.suppress(ValueError):
-        found = records.find(folder / records.PROVENANCE, records.Provenance)
+        found = records.find_provenance(folder)
     if found is None or not found.rft:
-        return "a different version of rft (its provenance.json does not say which)"
+        return f"a different version of rft (its {filenames.PROVENANCE} does not say which)"
     version, commit = found.rft, found.git
     numbers, own = ([int(n) for n in re.findall(r"\d+", v)] for v in (version, __version__))
     kind = "a newer rft" if numbers > own else "a different rft"
@@ -432,16 +418,25 @@ def _require(holds: bool, name: str, value: object, wanted: str) -> None:
         raise ValueError(f"{name} is {value}; it must be {wanted}")
 
 
-# seeds, places, and what never changes a result; each seed builds on runs of its own
-APART: dict[str, set[str]] = {
-    "": {
-        "seed", "split_seed", "order_seed", "data", "run", "log", "cluster", "device", "recompute",
-        "compile", "merged_from", "soup", "imported_from",
-    },
+# fields that never change a result: where things lie, how the work is done, what is logged. Models
+# that a run starts from are named by their folders, and compared by their hashes
+NEUTRAL: dict[str, set[str]] = {
+    "": {"data", "run", "log", "cluster", "device", "recompute", "compile"},
     "model": {"start"},
     "method": {"kd_teacher"},
     "loader": {"workers", "cache_dir", "cache_gb", "max_pixels"},
-}  # fmt: skip
+}
+# fields that seeds of one recipe may differ in besides; each seed builds on runs of its own
+OF_SEED = {"seed", "split_seed", "order_seed", "merged_from", "soup", "imported_from"}
+
+
+def _deciding(document: dict[str, Any], others: set[str]) -> dict[str, Any]:
+    """Copy a config.json without its neutral fields and some others."""
+    kept = {name: value for name, value in document.items() if name not in NEUTRAL[""] | others}
+    for group in NEUTRAL.keys() & kept.keys():
+        if isinstance(kept[group], dict):
+            kept[group] = {k: v for k, v in kept[group].items() if k not in NEUTRAL[group]}
+    return kept
 
 
 def settings(document: dict[str, Any]) -> dict[str, Any]:
@@ -449,8 +444,4 @@ def settings(document: dict[str, Any]) -> dict[str, Any]:
 
     The document may be a merged or imported model's, or an older version's.
     """
-    kept = {name: value for name, value in document.items() if name not in APART[""]}
-    for group in APART.keys() & kept.keys():
-        if isinstance(kept[group], dict):
-            kept[group] = {k: v for k, v in kept[group].items() if k not in APART[group]}
-    return kept
+    return _deciding(document, OF_SEED)

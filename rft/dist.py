@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rft import cli
 from rft.storage import files, urls
-from rft.storage.documents import shown
+from rft.text import short
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ def _number(variable: str, default: int, allowed: range) -> int:
     text = os.environ.get(variable, str(default))
     if not re.fullmatch("[0-9]{1,10}", text, re.ASCII) or int(text) not in allowed:
         raise ValueError(
-            f"{variable} is {shown(text)} in the environment; torchrun sets it to a whole number "
+            f"{variable} is {short(text)} in the environment; torchrun sets it to a whole number "
             f"from {allowed[0]} to {allowed[-1]}: start with torchrun, or unset it"
         )
     return int(text)

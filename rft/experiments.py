@@ -19,8 +19,9 @@ from pydantic import Field
 
 from rft import cli, recipes
 from rft.config import Preset
-from rft.storage import documents, files
+from rft.storage import files
 from rft.storage.documents import Epochs, Positive, document
+from rft.text import short
 
 NAMES = (*recipes.TRAINED, *recipes.MERGED)
 TEACHER_ALPHA = 0.5  # of the WiSE-FT model that WiSE-KD learns from (appendix A.3)
@@ -264,7 +265,7 @@ def lines(found: Sequence[Experiment]) -> str:
     for word in (word for one in found for word in one.command):
         if set("\n\r\t") & set(word):
             raise ValueError(
-                f"{documents.shown(word)} has a line break or tab, which a plan of one line for "
+                f"{short(word)} has a line break or tab, which a plan of one line for "
                 "each experiment cannot hold"
             )
     return "\n".join(

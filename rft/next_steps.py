@@ -5,9 +5,8 @@ from pathlib import Path
 
 from rft import cli
 from rft.config import settings
-from rft.runs import records
+from rft.runs import filenames, records
 from rft.runs.folder import read_results
-from rft.runs.records import Training
 from rft.sets import BENCHMARKS, TEST_SETS, TRAIN_SET
 from rft.shards.folder import MANIFEST
 from rft.storage import files
@@ -51,7 +50,7 @@ def test_sets(data: str, train_set: str) -> tuple[str, ...]:
 
 def report(runs: Sequence[Path]) -> str:
     """Format the `next:` line that reports evaluated runs, with the other seeds of each."""
-    words = ["-m", "rft.report", *with_seeds(runs, records.RESULTS), "--out", "report"]
+    words = ["-m", "rft.report", *with_seeds(runs, filenames.RESULTS), "--out", "report"]
     return cli.next_step(words)
 
 
@@ -79,11 +78,11 @@ def _seed(run: Path, done: str) -> tuple[int, str] | None:
     """Return a run's seed and what its other seeds have in common with it; None if it is no run."""
     try:
         config = records.read_config(run)
-        if done == records.RESULTS:
+        if done == filenames.RESULTS:
             ready = read_results(run)
             data = ready and sorted((name, c.manifest_sha256) for name, c in ready.sets.items())
         else:
-            ready = records.find(run / done, Training)
+            ready = records.find_training(run)
             data = ready and ready.manifest_sha256
     except (OSError, ValueError):
         return None

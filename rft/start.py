@@ -13,8 +13,10 @@ import warnings
 from pathlib import Path
 from types import TracebackType
 
+from rft.text import printable
+
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
-LINE_LETTERS = 300  # of a library's message
+MESSAGE_LETTERS = 300  # of a library's message
 
 
 def is_command() -> bool:
@@ -45,10 +47,7 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
         if names
         else ("look at its settings, in files and in the environment")
     )
-    message = "".join(
-        letter if letter.isprintable() else ascii(letter)[1:-1]
-        for letter in " ".join(str(error).split())[:LINE_LETTERS]
-    )
+    message = printable(" ".join(str(error).split()), MESSAGE_LETTERS)
     line = f"error: {modules[-1]} cannot be imported: {message}; {advice}"
     print(line, file=sys.stderr, flush=True)
     sys.exit(2)

@@ -22,7 +22,7 @@ from tests.slowness import (  # noqa: F401
     pytest_terminal_summary,
 )
 
-# a remote store without a server; no product code opens it, see tests/test_urls.py
+# a remote store without a server; no product code opens it, see tests/storage/test_urls.py
 urls.PROTOCOLS = (*urls.PROTOCOLS, "memory")
 
 # the tensors are tiny: more threads only wait for each other, and for the processes of other tests

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rft import classes
 from rft.classes import Classes, check_head, compare, compare_prompts, mismatch
 from rft.clip.classifier import build_classifier, load_state, save_classifier, save_state
 from rft.runs import header
@@ -185,11 +184,6 @@ def test_names_are_compared_in_one_spelling():
     composed, apart = "caf\u00e9", "cafe\u0301"
     one, other = Classes(ids=(composed,), names=(composed,)), Classes(ids=(apart,), names=(apart,))
     assert mismatch(one, other) is None
-
-
-def test_a_message_shows_what_a_terminal_would_not():
-    assert classes.shown("a\x1b[2Jb") == r"'a\x1b[2Jb'"
-    assert classes.shown("été") == "'été'"
 
 
 def test_the_logits_do_not_change(tmp_path):

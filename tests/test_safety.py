@@ -16,7 +16,7 @@ import pytest
 from rft.demo.command import MEET_IN_FILES
 from rft.evaluate import command as evaluate_command
 from rft.merge import command as merge_command
-from rft.runs.folder import LAST
+from rft.runs.filenames import LAST
 from rft.train import command as train_command
 from tests.servers.ranges import range_server
 from tests.tiny import call, children, environment, torchrun_command

@@ -9,12 +9,12 @@ import tyro
 from pydantic import Field
 
 from rft import cli, recipes
-from rft.packing.names import printable
 from rft.packing.own_folder import Photos, class_counts, read_folder, same_bytes
 from rft.packing.pack import Options, pack_source
 from rft.packing.source import Source, require_apart
 from rft.shards.label_space import LabelSpace
 from rft.storage.documents import Seed, Share, document
+from rft.text import printable
 
 SETS = ("train", "test", "val")
 LINES = 20  # warnings, and pairs of equal images, that are printed

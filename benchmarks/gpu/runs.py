@@ -20,7 +20,8 @@ from benchmarks.gpu.inputs import Settings
 from benchmarks.gpu.runner import Record, each
 from benchmarks.gpu.steps import PRECISION
 from rft.clip.classifier import load_state
-from rft.runs.folder import LAST
+from rft.runs import filenames
+from rft.runs.filenames import LAST
 from rft.shards.images import Kind
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def rates(folder: Path, settings: Settings) -> dict[str, Any]:
     A rate that the loader cannot keep up shows in the batches that wait to be taken: they grow
     fewer from the first row to the last while the rate is still the step's.
     """
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / filenames.METRICS).read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "images_per_s" in row]
     every = max(1, settings.steps // 6)
     warm = [row for row in rows if row["step"] > settings.steps / 3]
@@ -96,9 +97,9 @@ def resume(record: Record, settings: Settings) -> None:
     # torchrun counts a run that stopped on request as failed
     words = (str(settings.steps // 3), *commands[stopped])
     torchrun("benchmarks.gpu.interrupted", *words, check=False)
-    if (stopped / "training.json").exists():
+    if (stopped / filenames.TRAINING).exists():
         raise RuntimeError("the run ended before it was stopped")
-    record.put(stopped_after=json.loads((stopped / "progress.json").read_text())["step"])
+    record.put(stopped_after=json.loads((stopped / filenames.PROGRESS).read_text())["step"])
     torchrun("rft.train", *commands[stopped])
     record.put(resumed_run=compare_runs(whole, stopped))
     for folder in folders:

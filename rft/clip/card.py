@@ -13,6 +13,7 @@ from rft.runs.records import RecordedSeed
 from rft.runs.trained_on import TrainedOn
 from rft.storage import documents, files
 from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Text, document
+from rft.text import short
 
 Format = Literal["open-clip", "released", "model-soups", "safetensors"]
 
@@ -113,7 +114,7 @@ def read(path: Path) -> Card | None:
     data = files.read_bytes(str(path), header.BYTES)
     found = documents.parse(data, str(path))
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is {documents.shown(found)}; it must be an object")
+        raise ValueError(f"{path} is {short(found)}; it must be an object")
     # anyone may put a document there; ours says that it is one of an export
     if not {"format", "architecture"} <= found.keys():
         return None

@@ -10,9 +10,9 @@ import open_clip
 import torch
 from torch import nn
 
-from rft.classes import shown
 from rft.clip.load import PretrainedClip, TextTooLongError
 from rft.clip.unpickle import first_line
+from rft.text import shown
 
 
 @torch.no_grad()

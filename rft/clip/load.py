@@ -36,14 +36,14 @@ from rft.clip.bounds import HubConfig, ModelFields, build, open_clips
 from rft.clip.classifier import require_finite
 from rft.clip.weights import Geometry, Weights
 from rft.config import ModelConfig
-from rft.runs import header
-from rft.runs.folder import SELECTED
+from rft.runs import filenames, header
+from rft.runs.filenames import SELECTED
 from rft.storage import files
 
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
 MINIATURE = "rft-miniature"
-RESIZE = {"resize_mode": "shortest", "interpolation": "bicubic"}  # of `rft.shards.encode`, always
+RESIZE = {"resize_mode": "shortest", "interpolation": "bicubic"}  # of `rft.shards.images`, always
 WEIGHTS_HINT = "name its model with --model.clip and the file with --model.pretrained"
 
 
@@ -390,7 +390,7 @@ def _why_no_clip(config: Path) -> str:
         return "no such folder"
     if not folder.is_dir():
         return f"it is a file; {WEIGHTS_HINT}"
-    if (folder / "training.json").is_file() or (folder / SELECTED).is_file():
+    if (folder / filenames.TRAINING).is_file() or (folder / SELECTED).is_file():
         return f"it is a run folder of rft; start from its model with --model.start {folder}"
     return f"{config.name} is missing"
 

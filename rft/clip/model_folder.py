@@ -1,81 +1,20 @@
-"""Run folders of models that were not trained here: what `rft.merge` and `rft.convert` leave.
-
-A merge is known by `merged_from` in its config.json, an import by `imported_from`; weights that
-they came from are known by their hash, so that a run or a file may move between two calls.
-"""
+"""Writes the run folder of a model that no training made; `rft.runs.derived` knows them again."""
 
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rft import cli
 from rft.classes import Classes
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import require_finite, save_state
-from rft.runs import records
-from rft.runs.folder import (
-    SELECTED,
-    recorded_sha256,
-    require_no_links,
-    require_own_weights,
-    weights_record,
-)
+from rft.runs import filenames
+from rft.runs.filenames import SELECTED
+from rft.runs.folder import weights_record
 from rft.storage import files
 
-SHOWN = 3  # differences that an error tells
-KINDS = {"merged_from": "merge", "imported_from": "import"}
 
-
-def is_made(out: Path, config: dict[str, Any]) -> bool:
-    """Whether the run folder already holds this merge or import, complete.
-
-    Raises:
-        ValueError: if it holds anything else.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; choose another")
-    require_no_links(out)
-    old = records.find_config(out)
-    if old is None:
-        # what a killed writer left is hidden
-        if out.is_dir() and any(not found.name.startswith(".") for found in out.iterdir()):
-            raise ValueError(f"{out} has files in it but is no run folder; choose another --out")
-        return False
-    origin = next(name for name in KINDS if name in config)
-    if getattr(old, origin) is None:
-        kind = "a training run" if old.is_training else "another model"
-        raise ValueError(f"{out} holds {kind}; choose another --out")
-    # one that stopped before its weights were there left nothing that another could spoil
-    if not (out / SELECTED).is_file():
-        return False
-    if changed := files.difference(_identity(old.whole), _identity(config)):
-        raise ValueError(
-            f"{out} holds another {KINDS[origin]}: {'; '.join(changed[:SHOWN])}; choose another "
-            "--out"
-        )
-    require_own_weights(out)
-    if not (out / records.PROVENANCE).is_file():
-        return False
-    if recorded_sha256(out, out / SELECTED) is None:
-        cli.warn(
-            f"{out / records.PROVENANCE} has no weights_sha256: whether {out / SELECTED} are the "
-            f"weights of this {KINDS[origin]} is not known; choose another --out to make them anew"
-        )
-    return True
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what is known before it is done, without places."""
-    known = {name: value for name, value in config.items() if name not in ("data", "soup")}
-    if "merged_from" in config:
-        sha256 = [record["sha256"] for record in config["merged_from"]]
-        return {**known, "merged_from": {str(n): digest[:12] for n, digest in enumerate(sha256)}}
-    source = {name: value for name, value in config["imported_from"].items() if name != "path"}
-    return {**known, "imported_from": source}
-
-
-def write_made(
+def write_run(
     out: Path,
     state: dict[str, Tensor],
     architecture: Architecture,
@@ -89,8 +28,8 @@ def write_made(
         ValueError: if a weight is not finite.
     """
     require_finite(out, state)
-    files.write_json(f"{out}/config.json", config)
+    files.write_json(str(out / filenames.CONFIG), config)
     metadata = {**metadata, "recipe": config["recipe"]}
-    save_state(f"{out}/{SELECTED}", state, architecture, metadata, classes)
+    save_state(str(out / SELECTED), state, architecture, metadata, classes)
     kept = {"weights_sha256": weights_record(out)}
-    files.write_json(f"{out}/provenance.json", files.provenance() | kept)
+    files.write_json(str(out / filenames.PROVENANCE), files.provenance() | kept)

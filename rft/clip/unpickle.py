@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rft.storage import files, local
 from rft.storage.zips import require_small_directory
+from rft.text import printable
 
 DTYPES = {
     "BFloat16Storage": torch.bfloat16,
@@ -328,7 +329,7 @@ class Unpickler(pickle._Unpickler):
                     raise ValueError(f"it names more than {STAND_INS:,} classes")
                 self._stand_ins[full] = type(name, (StandIn,), {})
             return self._stand_ins[full]
-        raise RefusedError(f"it wants to use {printable(full)}")
+        raise RefusedError(f"it wants to use {printable(full, SHOWN)}")
 
     def persistent_load(self, pid: Any) -> Storage:
         """Return a storage of the archive; the pickle names it by key, type and length."""
@@ -345,7 +346,7 @@ class Unpickler(pickle._Unpickler):
         def flat() -> Tensor:
             data = read(key)
             if len(data) != nbytes:
-                raise ValueError(f"storage {printable(key)} has {len(data)} bytes")
+                raise ValueError(f"storage {printable(key, SHOWN)} has {len(data)} bytes")
             return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0)
 
         return self._storages.setdefault((key, dtype), Storage(flat, nbytes, dtype.itemsize))
@@ -372,7 +373,8 @@ class StorageUnpickler(Unpickler):
         """
         found = super().find_class(module, name)
         if not isinstance(found, torch.dtype):
-            raise RefusedError(f"it wants to use {printable(f'{module}.{name}')} for a storage")
+            full = printable(f"{module}.{name}", SHOWN)
+            raise RefusedError(f"it wants to use {full} for a storage")
         return found
 
 
@@ -522,12 +524,12 @@ def _read_old(source: Callable[[], BinaryIO], kind: type[Unpickler], nested: int
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
-    info = archive.getinfo(name)
+    info, shown = archive.getinfo(name), printable(name, SHOWN)
     # torch compresses none of these; a few compressed bytes can become any number
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{printable(name)} is compressed, which torch does not do")
+        raise ValueError(f"{shown} is compressed, which torch does not do")
     if not info.file_size == info.compress_size <= limit:
-        raise ValueError(f"{printable(name)} has {info.file_size:,} bytes, more than it can have")
+        raise ValueError(f"{shown} has {info.file_size:,} bytes, more than it can have")
     return archive.read(info)
 
 
@@ -558,7 +560,7 @@ def require_data(content: Any) -> None:
         elif value is None or isinstance(value, float) or _is_int64(value):
             parts, count = [], 1
         else:
-            raise ValueError(f"it holds a {printable(type(value).__name__)}")
+            raise ValueError(f"it holds a {printable(type(value).__name__, SHOWN)}")
         left -= count
         if left < 0 or depth > DEPTH:
             raise ValueError(f"it holds more than {ENTRIES:,} things, or more than {DEPTH} deep")
@@ -619,12 +621,6 @@ def _groups(holder: Any) -> Iterator[tuple[Mapping[Any, Any], Collection[Any]]]:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its kind."""
     if isinstance(error, KeyError):
-        return f"it refers to {printable(str(error))}, which is not there"
+        return f"it refers to {printable(str(error), SHOWN)}, which is not there"
     lines = str(error).strip().splitlines()
-    return printable(lines[0]) if lines else type(error).__name__
-
-
-def printable(text: str) -> str:
-    """Return a text that may come from a file for a message: short, and safe for a terminal."""
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return printable(lines[0], SHOWN) if lines else type(error).__name__

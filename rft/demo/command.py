@@ -21,6 +21,7 @@ from rft.evaluate.command import is_current
 from rft.experiments import Experiment, Plan, experiments
 from rft.loading.dataset import PackedDataset
 from rft.report.page import write_report
+from rft.runs import filenames
 from rft.sets import TEST_SETS
 from rft.storage.documents import Epochs, Positive, Seed, document
 from rft.train.command import parse
@@ -102,7 +103,7 @@ def is_done(stage: Experiment, data: str) -> bool:
     if module == "rft.train":
         return is_finished(parse(options))
     if module == "rft.merge":
-        return all((Path(path) / "provenance.json").exists() for path in stage.makes)
+        return all((Path(path) / filenames.PROVENANCE).exists() for path in stage.makes)
     assert module == "rft.evaluate"
     models = [Path(path) for path in options[: options.index("--data")]]
     sets = {name: PackedDataset(f"{data}/{name}") for name in TEST_SETS}

@@ -28,7 +28,7 @@ from rft.evaluate.checkpoints import (
 )
 from rft.evaluate.count import count_correct
 from rft.loading.dataset import PackedDataset
-from rft.runs import records
+from rft.runs import filenames
 from rft.runs.folder import (
     checkpoint_path,
     current_results,
@@ -123,7 +123,7 @@ def write_results(one: Loaded, sets: dict[str, SetCount]) -> None:
         ValueError: if its weights were replaced since they were loaded.
     """
     one.require_unchanged()
-    checkpoint, config = one.path, one.path / records.CONFIG
+    checkpoint, config = one.path, one.path / filenames.CONFIG
     earlier = current_results(checkpoint)
     results = Results(
         checkpoint=str(checkpoint_path(checkpoint).relative_to(checkpoint.parent)),

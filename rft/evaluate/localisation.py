@@ -40,6 +40,7 @@ from rft.loading.dataset import Batch, PackedDataset
 from rft.loading.read import read_batches
 from rft.method import masking, relevance
 from rft.paper import TABLE_2
+from rft.runs import filenames
 from rft.runs.folder import checkpoint_path, require_own_weights, unfinished
 from rft.sets import TRAIN_SET
 from rft.shards.label_space import LabelSpace
@@ -383,8 +384,8 @@ def describe(
 def result_path(checkpoint: Path) -> Path:
     """Return where the result of a run folder or weights file is kept."""
     if checkpoint.is_dir():
-        return checkpoint / "localisation.json"
-    return checkpoint.with_suffix(".localisation.json")
+        return checkpoint / filenames.LOCALISATION
+    return checkpoint.with_suffix(f".{filenames.LOCALISATION}")
 
 
 def write_result(one: Loaded, document: dict[str, Any]) -> None:
@@ -394,7 +395,7 @@ def write_result(one: Loaded, document: dict[str, Any]) -> None:
         ValueError: if its weights were replaced since they were loaded.
     """
     one.require_unchanged()
-    checkpoint, config = one.path, one.path / "config.json"
+    checkpoint, config = one.path, one.path / filenames.CONFIG
     document = {
         "schema": 1,
         "checkpoint": str(checkpoint_path(checkpoint).relative_to(checkpoint.parent)),

@@ -16,8 +16,10 @@ from rft.config import load_config
 from rft.loading.batches import plan_training
 from rft.loading.dataset import PackedDataset
 from rft.loading.order import EpochOrder
-from rft.storage import documents, files
+from rft.runs import filenames
+from rft.storage import files
 from rft.storage.documents import Positive, Whole, document
+from rft.text import plain
 
 
 @document(name="--")
@@ -39,9 +41,9 @@ class Arguments:
 def main() -> None:
     """Find the samples and print them."""
     arguments = cli.parse(Arguments, prog="rft.data.show")
-    path = arguments.run / "config.json"
+    path = arguments.run / filenames.CONFIG
     if not path.is_file():
-        raise ValueError(f"{arguments.run} is not a run folder: it has no config.json")
+        raise ValueError(f"{arguments.run} is not a run folder: it has no {filenames.CONFIG}")
     config = load_config(arguments.run)
     url = files.join(arguments.data or config.data, config.train_set)
     packed = PackedDataset(url, max_pixels=config.loader.max_pixels)
@@ -62,9 +64,9 @@ def main() -> None:
         table.add_row(
             str(slot),
             str(slot // share),
-            documents.plain(packed.key(sample)),
-            documents.plain(f"{label} {packed.manifest.classes[label]}"),
-            documents.plain(packed.manifest.shards[packed.shard_of(sample)].name),
+            plain(packed.key(sample)),
+            plain(f"{label} {packed.manifest.classes[label]}"),
+            plain(packed.manifest.shards[packed.shard_of(sample)].name),
             str(packed.index.offset[sample]),
         )
     print(f"epoch {arguments.epoch}, step {arguments.step} (step {number} of the run):")

@@ -11,7 +11,7 @@ import tyro
 
 from rft import cli, dist, recipes
 from rft import next_steps as commands
-from rft.clip.model_folder import is_made, write_made
+from rft.clip.model_folder import write_run
 from rft.config import MAX_PIXELS, Device
 from rft.loading.dataset import PackedDataset
 from rft.merge import greedy
@@ -25,7 +25,8 @@ from rft.merge.ingredients import (
     shared_seed,
 )
 from rft.method import averaging
-from rft.runs.folder import LAST
+from rft.runs import derived, filenames
+from rft.runs.filenames import LAST
 from rft.sets import TRAIN_SET
 from rft.storage import files
 from rft.storage.documents import BatchSize, Megapixels, Whole, document
@@ -126,7 +127,7 @@ def wise(arguments: Wise) -> None:
     start, end = read_ingredient(arguments.start), read_end(arguments)
     check_alike([start, end])
     several = len(arguments.alpha) > 1
-    if several and (arguments.out / "config.json").exists():
+    if several and (arguments.out / filenames.CONFIG).exists():
         raise ValueError(
             f"{arguments.out} is a run folder; with several --alpha it would hold one for each, "
             "choose another --out"
@@ -142,7 +143,7 @@ def wise(arguments: Wise) -> None:
         }
         jobs[arguments.out / config["recipe"] if several else arguments.out] = config
     # all of them are looked at before the first is written
-    done = {out for out, config in jobs.items() if is_made(out, config)}
+    done = {out for out, config in jobs.items() if derived.is_complete(out, config)}
     check_ends(start, end)
     first, second = start.load(), end.load()
     for out, config in jobs.items():
@@ -150,7 +151,7 @@ def wise(arguments: Wise) -> None:
             state = averaging.interpolate(first, second, config["alpha"])
             classes = best_known([start, end]).classes
             metadata = {**end.metadata, **seen_by_any([start, end])}
-            write_made(out, state, start.architecture, config, metadata, classes)
+            write_run(out, state, start.architecture, config, metadata, classes)
         report(out, out in done)
     cli.say(next_step(jobs, end))
 
@@ -229,11 +230,11 @@ def uniform_soup(arguments: UniformSoup) -> None:
         "seed": shared_seed(models),
         "merged_from": [model.record() for model in models],
     }
-    done = is_made(arguments.out, config)
+    done = derived.is_complete(arguments.out, config)
     if not done:
         state = averaging.uniform_soup(model.load() for model in models)
         metadata, classes = soup_metadata(models), best_known(models).classes
-        write_made(arguments.out, state, models[0].architecture, config, metadata, classes)
+        write_run(arguments.out, state, models[0].architecture, config, metadata, classes)
     report(arguments.out, done)
     cli.say(next_step([arguments.out], models[0]))
 
@@ -249,8 +250,8 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
     url = files.join(arguments.data, split.train_set)
     packed = PackedDataset(url, max_pixels=arguments.max_pixels)
     held_out = greedy.held_out_images(packed, split, runs)
-    config = greedy.describe(runs, split, packed)
-    done = is_made(arguments.out, config)
+    config = greedy.soup_config(runs, split, packed)
+    done = derived.is_complete(arguments.out, config)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device) as world:
@@ -271,7 +272,7 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
             state, config["soup"] = greedy.make_soup(runs, count, len(held_out), tell)
             if world.is_main:
                 metadata, classes = soup_metadata(runs), best_known(runs).classes
-                write_made(arguments.out, state, runs[0].architecture, config, metadata, classes)
+                write_run(arguments.out, state, runs[0].architecture, config, metadata, classes)
     if world.is_main:
         report(arguments.out, done)
         cli.say(next_step([arguments.out], runs[0]))

@@ -18,8 +18,7 @@ from rft.loading.batches import plan_training
 from rft.loading.dataset import PackedDataset
 from rft.merge.ingredients import Ingredient, shared_seed
 from rft.method.averaging import Trial, greedy_soup
-from rft.runs import records
-from rft.runs.records import Training
+from rft.runs import filenames, records
 from rft.storage import files
 
 Count = Callable[[dict[str, Tensor], str], int]
@@ -51,8 +50,8 @@ def _training_config(ingredient: Ingredient) -> Config:
     path = ingredient.path
     if ingredient.config is None:
         raise ValueError(
-            f"{path} is not a run folder; a greedy soup needs the config.json of each training run "
-            "to find its held-out images"
+            f"{path} is not a run folder; a greedy soup needs the {filenames.CONFIG} of each "
+            "training run to find its held-out images"
         )
     if not ingredient.is_training_run:
         raise ValueError(
@@ -96,11 +95,11 @@ def held_out_images(
 
 def _manifest_of(run: Path) -> str | None:
     """Return the hash of the data that a run was trained on, None where it was not kept."""
-    training = records.find(run / records.TRAINING, Training)
+    training = records.find_training(run)
     return training.manifest_sha256 if training else None
 
 
-def describe(
+def soup_config(
     ingredients: Sequence[Ingredient], config: Config, packed: PackedDataset
 ) -> dict[str, Any]:
     """Return config.json as far as it is known before the soup is made."""

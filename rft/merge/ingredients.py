@@ -11,10 +11,11 @@ from rft import cli
 from rft.classes import Classes, compare, compare_prompts
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import load_state, map_state
-from rft.clip.model_folder import SHOWN
 from rft.method.averaging import require_alike
-from rft.runs import records, trained_on
-from rft.runs.folder import SELECTED, require_own_weights, unfinished
+from rft.runs import filenames, records, trained_on
+from rft.runs.derived import SHOWN
+from rft.runs.filenames import SELECTED
+from rft.runs.folder import require_own_weights, unfinished
 from rft.runs.records import RunConfig
 from rft.runs.trained_on import TrainedOn
 from rft.sets import BENCHMARKS
@@ -90,7 +91,7 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
     if config and (reached := unfinished(path)):
         raise ValueError(
             f"{path} has not finished training ({reached}); resume it first, or name one of its "
-            "checkpoints/*.safetensors itself"
+            f"{filenames.CHECKPOINTS}/*.safetensors itself"
         )
     file = path / weights if path.is_dir() else path
     # a file that is named itself is meant, whatever became of its run

@@ -23,7 +23,6 @@ from rft.packing.names import (
     Links,
     has_image_suffix,
     passed_over,
-    printable,
     regular_size,
     require_distinct,
     require_utf8,
@@ -34,6 +33,7 @@ from rft.sets import BENCHMARKS, ID_SET, PARENTS, TRAIN_SET, ImageSet
 from rft.shards import tar
 from rft.shards.keys import make_keys
 from rft.shards.label_space import LabelSpace
+from rft.text import printable
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 LISTING_THREADS = 16  # listing is latency-bound on network file systems

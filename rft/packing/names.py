@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from rft.classes import composed, find_twins
 from rft.shards.image_files import IMAGE_SUFFIXES
 from rft.storage import local
+from rft.text import printable
 
 SYSTEM_NAMES = (
     # Synology, QNAP, NetApp
@@ -65,11 +66,6 @@ def thumbnails(name: str) -> str:
     """
     plain = composed(name).casefold()
     return plain if THUMBNAILS.fullmatch(plain) else ""
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would not show or would obey; other text stays as it is."""
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def require_utf8(path: str | Path) -> None:

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rft.classes import composed, shown
+from rft.classes import composed
 from rft.packing.names import (
     Links,
     has_image_suffix,
     passed_over,
-    printable,
     regular_size,
     require_distinct,
     require_utf8,
@@ -42,6 +41,7 @@ from rft.shards.image_files import IMAGE_SUFFIXES
 from rft.shards.keys import make_keys
 from rft.shards.label_space import LabelSpace, doubts
 from rft.storage import files, local
+from rft.text import printable, shown
 
 TRAIN = "train"
 NAMED = 6  # files and folders that are not read and named

@@ -15,8 +15,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from rft.classes import composed, shown
+from rft.classes import composed
 from rft.packing.names import has_image_suffix, passed_over, regular_size, require_utf8, thumbnails
+from rft.text import shown
 
 WORDS = {
     "train": "train|training",

@@ -27,7 +27,6 @@ from rft.config import MAX_PIXELS
 from rft.packing import encode
 from rft.packing.expected import check_count
 from rft.packing.layouts import folders_read, read_source
-from rft.packing.names import printable
 from rft.packing.pool import check_workers, each_done, progress
 from rft.packing.shard import (
     Commit,
@@ -47,6 +46,7 @@ from rft.shards.label_space import LabelSpace, scoring_hash
 from rft.shards.manifest import Manifest
 from rft.storage import files, local
 from rft.storage.documents import Above0, Megapixels, Positive, Seed, Whole, document
+from rft.text import printable
 
 ALGORITHM = 2  # raise it when the order, the cut or the members change: it is part of the plan
 COMMIT_THREADS = 16  # reading commits is latency-bound on object stores

@@ -23,7 +23,7 @@ from rft.report.label_placement import DPI
 from rft.report.plots import INK, MASK_COLORS, MUTED, drawn, encoded
 from rft.report.tables import FILLS, MASKS
 from rft.runs.gallery import DROP, Gallery
-from rft.storage.documents import plain
+from rft.text import plain
 
 MAX_ROWS = 6
 TILE = 200  # pixels that a small image is enlarged to, about; a large one keeps its size

@@ -20,10 +20,11 @@ from rft.report import comparison as beside
 from rft.report import gallery, plots, tables
 from rft.report.comparison import Beside
 from rft.report.read import Run, load_runs, shown_settings
-from rft.report.tables import COLUMNS, DifferenceRow, Row
+from rft.report.tables import COLUMNS, DifferenceRow, Row, TextTable
 from rft.runs.gallery import read as read_gallery
 from rft.runs.records import Provenance
-from rft.storage import documents, files
+from rft.storage import files
+from rft.text import plain
 
 WIDTH = 100  # columns of text that are not a terminal
 FIGURE_SPACE = "\u2007"  # as wide as a digit
@@ -55,9 +56,14 @@ class Report:
         """How many WiSE models only the CSV and Fig. 7 have."""
         return len(self.rows) - len(self.shown)
 
-    def text_tables(self) -> list[RichTable]:
+    @property
+    def tables(self) -> list[TextTable]:
+        """Results, and differences if there are any."""
+        return tables.text_tables(self.shown, self.differences, self.hidden)
+
+    def console_tables(self) -> list[RichTable]:
         """Return the tables for a console."""
-        found = tables.rich_tables(self.shown, self.differences, self.hidden)
+        found = [tables.console_table(table) for table in self.tables]
         return found if self.beside is None else [*found, beside.rich_table(self.beside)]
 
     def text(self) -> str:
@@ -111,7 +117,7 @@ def write(report: Report, out: Path) -> None:
     """Write the report's files to a folder; what an earlier report left there does not stay."""
     paper = report.beside
     documents = {
-        "table.md": tables.markdown(report.shown, report.differences, report.hidden),
+        "table.md": tables.markdown(report.tables),
         "table.csv": tables.csv_text(report.rows),
         "paper.md": None if paper is None else beside.markdown(paper),
         "paper.csv": None if paper is None else beside.csv_text(paper),
@@ -129,7 +135,7 @@ def show(report: Report, console: Console) -> None:
     """Print the tables."""
     if report.miniature:
         console.print("Miniature world: columns are stand-ins named after the real benchmarks.")
-    for table in report.text_tables():
+    for table in report.console_tables():
         console.print(table)
         console.print()
 
@@ -145,13 +151,7 @@ def render(report: Report) -> str:
     )
     return environment.get_template("page.html").render(
         columns=COLUMNS,
-        rows=_result_cells(report.shown),
-        caption=tables.caption(report.shown, report.hidden),
-        difference_header=tables.difference_header(),
-        differences=[
-            (row.recipe, len(row.seeds), tables.difference_cells(row)) for row in report.differences
-        ],
-        difference_caption=tables.DIFFERENCE_CAPTION,
+        tables=report.tables,
         beside=None if report.beside is None else _beside(report.beside),
         pictures={
             name.removesuffix(".png"): None if png is None else _picture(png)
@@ -163,24 +163,8 @@ def render(report: Report) -> str:
         gallery_run=report.gallery_run,
         miniature=report.miniature,
         provenance=provenance_lines(report.runs),
-        runs=[_describe(run) for group in tables.by_recipe(report.runs).values() for run in group],
+        runs=[_details(run) for group in tables.by_recipe(report.runs).values() for run in group],
     )
-
-
-def _result_cells(rows: Sequence[Row]) -> list[tuple[str, int, list[tuple[str, bool]]]]:
-    """Return (recipe, n, (text, is best) of each column) of each row."""
-    winners = tables.best(rows)
-    return [
-        (
-            row.recipe,
-            len(row.seeds),
-            [
-                (tables.ABSENT if cell is None else cell.text(), index in winners[column])
-                for column, cell in enumerate(row.cells)
-            ],
-        )
-        for index, row in enumerate(rows)
-    ]
 
 
 def _beside(table: Beside) -> dict[str, Any]:
@@ -234,17 +218,17 @@ def _provenance(made: Provenance) -> str:
         *(f"{name} {version}" for name, version in made.packages.items()),
         made.machine,
     ]
-    return documents.plain(", ".join(part for part in parts if part))
+    return plain(", ".join(part for part in parts if part))
 
 
-def _describe(run: Run) -> dict[str, Any]:
+def _details(run: Run) -> dict[str, Any]:
     return {
         "recipe": run.recipe,
         "seed": run.seed,
         "step": run.results.step,
         "checkpoint": run.results.checkpoint_sha256[:12],
         "config_sha256": (run.results.config_sha256 or tables.ABSENT)[:12],
-        "path": documents.plain(str(run.path)),
-        "command": documents.plain(" ".join(run.provenance.command)),
+        "path": plain(str(run.path)),
+        "command": plain(" ".join(run.provenance.command)),
         "config": shown_settings(run.config),
     }

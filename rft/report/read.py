@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 
 from rft import classes, cli
 from rft.config import settings
-from rft.runs import header, records
+from rft.runs import filenames, header, records
 from rft.runs.folder import (
     checkpoint_path,
     evaluation_command,
@@ -23,6 +23,7 @@ from rft.runs.folder import (
 )
 from rft.runs.records import Metrics, Provenance, Results, RunConfig, SetCount
 from rft.storage import files, urls
+from rft.text import to_ascii
 
 RUNS = 2000  # of one report
 DEPTH = 32  # folders between a path that is named and its runs
@@ -53,23 +54,18 @@ class Run:
     @property
     def clip(self) -> str:
         """Name of the CLIP that was fine-tuned, without a folder; empty for a merged model."""
-        return _plain(PurePath(self.config.model.clip.removeprefix("local-dir:")).name)
+        return to_ascii(PurePath(self.config.model.clip.removeprefix("local-dir:")).name)
 
     @property
     def precision(self) -> str:
         """What the run was trained in; empty where nothing was: merged, imported, zero-shot."""
         optim = self.config.optim
-        return _plain(self.config.precision) if optim and optim.epochs != 0 else ""
+        return to_ascii(self.config.precision) if optim and optim.epochs != 0 else ""
 
     @property
     def gallery_path(self) -> Path:
         """Where the run's gallery lies, if it has one."""
-        return self.path / "gallery.npz"
-
-
-def _plain(text: str) -> str:
-    """Return text from a file as any terminal can show it, without control characters."""
-    return ascii(text)[1:-1]
+        return self.path / filenames.GALLERY
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
@@ -102,15 +98,16 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _require_affordable(paths: Sequence[Path]) -> None:
     """Check the size of all documents together, each of which may be a large one."""
+    names = (filenames.CONFIG, filenames.RESULTS, filenames.PROVENANCE, filenames.TRAINING)
     size = 0
     for path in paths:
-        for name in (records.CONFIG, records.RESULTS, records.PROVENANCE, records.TRAINING):
+        for name in names:
             if (path / name).is_file():
                 size += (path / name).stat().st_size
         if size > DOCUMENT_BYTES:
             raise ValueError(
-                f"up to {path}, the runs' config.json, {records.RESULTS}, {records.PROVENANCE} and "
-                f"{records.TRAINING} have {size:,} bytes; one report reads {DOCUMENT_BYTES:,}"
+                f"up to {path}, the runs' {', '.join(names[:-1])} and {names[-1]} have {size:,} "
+                f"bytes; one report reads {DOCUMENT_BYTES:,}"
             )
 
 
@@ -130,7 +127,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         inside = list(_runs_below(path, set()))
         if not inside:
             raise ValueError(
-                f"{path} is not a run folder and has none below it: no config.json was found"
+                f"{path} is not a run folder and has none below it: no {filenames.CONFIG} was found"
                 if path.is_dir()
                 else f"{path} is not a run folder: no such folder"
             )
@@ -149,7 +146,7 @@ def _runs_below(path: Path, visited: set[Path], depth: int = 0) -> Iterator[Path
     if not path.is_dir() or path.resolve() in visited:
         return
     visited.add(path.resolve())
-    if (path / "config.json").is_file():
+    if (path / filenames.CONFIG).is_file():
         yield path
         return
     for inner in sorted(path.iterdir()):
@@ -168,11 +165,11 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
     Raises:
         ValueError: if it is not one, was not evaluated, or holds something malformed.
     """
-    if not (path / records.CONFIG).exists():
-        raise ValueError(f"{path} is not a run folder: it has no config.json")
-    if not (path / records.RESULTS).exists():
+    if not (path / filenames.CONFIG).exists():
+        raise ValueError(f"{path} is not a run folder: it has no {filenames.CONFIG}")
+    if not (path / filenames.RESULTS).exists():
         raise ValueError(
-            f"{path} has no results.json; evaluate it first: {evaluation_command([path])}"
+            f"{path} has no {filenames.RESULTS}; evaluate it first: {evaluation_command([path])}"
         )
     config, results = records.read_config(path), read_results(path)
     assert results is not None, "it exists"
@@ -180,9 +177,9 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
     if reached := unfinished(path):
         # a name of its own: it joins no mean, no pair and no row of the paper
         recipe = f"{recipe} (unfinished, {reached})"
-    provenance = records.find(path / records.PROVENANCE, Provenance) or Provenance()
-    _require_publishable(path / records.CONFIG, shown_settings(config))
-    _require_publishable(path / records.PROVENANCE, " ".join(provenance.command))
+    provenance = records.find_provenance(path) or Provenance()
+    _require_publishable(path / filenames.CONFIG, shown_settings(config))
+    _require_publishable(path / filenames.PROVENANCE, " ".join(provenance.command))
     return Run(
         path=path,
         recipe=recipe,
@@ -190,7 +187,7 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
         results=results,
         config=config,
         provenance=provenance,
-        metrics=read_metrics(path / records.METRICS, lines),
+        metrics=read_metrics(path / filenames.METRICS, lines),
     )
 
 
@@ -240,8 +237,8 @@ def check_current(runs: Sequence[Run]) -> None:
             raise
         require_own_weights(run.path, sha256=run.results.checkpoint_sha256)
         check_step(run)
-        if run.results.config_sha256 not in (None, files.sha256_file(run.path / records.CONFIG)):
-            changed.append(run.path / records.CONFIG)
+        if run.results.config_sha256 not in (None, files.sha256_file(run.path / filenames.CONFIG)):
+            changed.append(run.path / filenames.CONFIG)
     if changed:
         more = f" (and {len(changed) - 1} more)" if changed[1:] else ""
         cli.warn(
@@ -264,7 +261,7 @@ def check_step(run: Run) -> None:
     step = header.read_entries(weights).step if weights.is_file() else None
     if step not in (None, counted):
         raise ValueError(
-            f"{run.path}/results.json says step {counted}, the weights are of step {step}; "
+            f"{run.path}/{filenames.RESULTS} says step {counted}, the weights are of step {step}; "
             "evaluate the run again"
         )
 

@@ -95,6 +95,17 @@ class DifferenceRow:
     against: tuple[Difference | None, ...]
 
 
+@dataclass(frozen=True)
+class TextTable:
+    """A table of recipes as text: what the console, Markdown and the page show."""
+
+    caption: str
+    header: Sequence[str]
+    """Headings after recipe and n, the number of seeds."""
+    lines: list[tuple[str, int, list[tuple[str, bool]]]]
+    """Recipe, n, and of each cell its text and whether it is the best of its column."""
+
+
 def top1(count: SetCount) -> float:
     """Return the top-1 accuracy in percent."""
     return 100 * count.correct / count.total
@@ -230,14 +241,14 @@ def paired(values: dict[int, float], baseline: dict[int, float]) -> Difference |
     return Difference(per_seed, summarise(per_seed))
 
 
-def difference_cells(row: DifferenceRow, join: str = f" {PLUS_MINUS} ") -> list[str]:
+def difference_cells(row: DifferenceRow) -> list[str]:
     """Return for each baseline the mean difference and the seeds' own, as text."""
     cells = []
     for difference in row.against:
         if difference is None:
             cells += [ABSENT, ABSENT]
             continue
-        cells.append(difference.spread.text(2, "+", join))
+        cells.append(difference.spread.text(2, "+"))
         cells.append(" ".join(f"{value:+z.2f}" for value in difference.per_seed))
     return cells
 
@@ -247,28 +258,36 @@ def difference_header() -> list[str]:
     return [text for name in BASELINES for text in (f"vs {name}", "by seed")]
 
 
-def markdown(rows: Sequence[Row], differences: Sequence[DifferenceRow], hidden: int = 0) -> str:
-    """Return both tables as Markdown; `hidden` WiSE models are left out of `rows`."""
+def text_tables(
+    rows: Sequence[Row], differences: Sequence[DifferenceRow], hidden: int = 0
+) -> list[TextTable]:
+    """Return results and differences as text; `hidden` WiSE models are left out of `rows`."""
     winners = best(rows)
-    lines = markdown_head("recipe", "n", *COLUMNS)
+    lines = []
     for index, row in enumerate(rows):
-        cells = [
-            f"**{_text(cell)}**" if index in winners[column] else _text(cell)
-            for column, cell in enumerate(row.cells)
-        ]
-        lines.append(markdown_line(markdown_escape(row.recipe), str(len(row.seeds)), *cells))
-    lines += ["", markdown_escape(caption(rows, hidden))]
-    if differences:
-        lines += ["", *markdown_head("recipe", "n", *difference_header())]
-        for row in differences:
-            name = markdown_escape(row.recipe)
-            lines.append(markdown_line(name, str(len(row.seeds)), *difference_cells(row)))
-        lines += ["", DIFFERENCE_CAPTION]
-    return "\n".join(lines) + "\n"
+        texts = [ABSENT if cell is None else cell.text() for cell in row.cells]
+        cells = [(text, index in winners[column]) for column, text in enumerate(texts)]
+        lines.append((row.recipe, len(row.seeds), cells))
+    results = TextTable(caption(rows, hidden), COLUMNS, lines)
+    if not differences:
+        return [results]
+    lines = [
+        (row.recipe, len(row.seeds), [(text, False) for text in difference_cells(row)])
+        for row in differences
+    ]
+    return [results, TextTable(DIFFERENCE_CAPTION, difference_header(), lines)]
 
 
-def _text(cell: Spread | None) -> str:
-    return ABSENT if cell is None else cell.text()
+def markdown(tables: Sequence[TextTable]) -> str:
+    """Return tables as Markdown."""
+    lines = []
+    for table in tables:
+        lines += markdown_head("recipe", "n", *table.header)
+        for recipe, n, cells in table.lines:
+            texts = [f"**{text}**" if is_best else text for text, is_best in cells]
+            lines.append(markdown_line(markdown_escape(recipe), str(n), *texts))
+        lines += ["", markdown_escape(table.caption), ""]
+    return "\n".join(lines)
 
 
 def markdown_head(*cells: str) -> list[str]:
@@ -323,28 +342,16 @@ def csv_numbers(cell: Spread | None) -> tuple[str, str]:
     return f"{cell.mean:.6f}", "" if cell.sd is None else f"{cell.sd:.6f}"
 
 
-def rich_tables(
-    rows: Sequence[Row], differences: Sequence[DifferenceRow], hidden: int = 0
-) -> list[RichTable]:
-    """Return both tables for a console of 100 columns, in ASCII for any encoding."""
-    winners = best(rows)
-    table = rich_table(caption(rows, hidden), "n", *COLUMNS)
-    for index, row in enumerate(rows):
-        cells = [
-            Text(
-                ABSENT if cell is None else cell.text(join="+-"),
-                style="bold" if index in winners[column] else "",
-            )
-            for column, cell in enumerate(row.cells)
+def console_table(table: TextTable) -> RichTable:
+    """Return a table for a console of 100 columns, in ASCII for any encoding."""
+    found = rich_table(table.caption, "n", *table.header)
+    for recipe, n, cells in table.lines:
+        texts = [
+            Text(text.replace(f" {PLUS_MINUS} ", "+-"), style="bold" if is_best else "")
+            for text, is_best in cells
         ]
-        table.add_row(rich_name(row.recipe), Text(str(len(row.seeds))), *cells)
-    if not differences:
-        return [table]
-    paired_table = rich_table(DIFFERENCE_CAPTION, "n", *difference_header())
-    for row in differences:
-        cells = [Text(text) for text in difference_cells(row, join="+-")]
-        paired_table.add_row(rich_name(row.recipe), Text(str(len(row.seeds))), *cells)
-    return [table, paired_table]
+        found.add_row(rich_name(recipe), Text(str(n)), *texts)
+    return found
 
 
 def rich_table(title: str, *columns: str, justify: JustifyMethod = "right") -> RichTable:

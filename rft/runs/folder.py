@@ -8,15 +8,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rft.runs import header, records
-from rft.runs.records import Provenance, Reached, Results, Training
+from rft.runs import filenames, header, records
+from rft.runs.filenames import LAST, SELECTED, WRITTEN_THROUGH
+from rft.runs.records import Results
 from rft.sets import TRAIN_SET
 from rft.storage import files, local
-
-SELECTED = Path("checkpoints") / "best.safetensors"  # of a run; the last without held-out images
-LAST = Path("checkpoints") / "last.safetensors"  # after the last step
-# folders and files that are written through; all others of a run are replaced as a whole
-WRITTEN_THROUGH = ("checkpoints", "tensorboard", "wandb", "profile", "metrics.jsonl", ".lock")
 
 
 def checkpoint_path(path: Path) -> Path:
@@ -27,8 +23,8 @@ def checkpoint_path(path: Path) -> Path:
 def results_path(checkpoint: Path) -> Path:
     """Return where the counts of a run folder or weights file are kept."""
     if checkpoint.is_dir():
-        return checkpoint / records.RESULTS
-    return checkpoint.with_suffix(".results.json")
+        return checkpoint / filenames.RESULTS
+    return checkpoint.with_suffix(f".{filenames.RESULTS}")
 
 
 def require_no_links(folder: Path) -> None:
@@ -41,8 +37,10 @@ def require_no_links(folder: Path) -> None:
     """
     local.require_own_folder(folder, "--run-dir or --out")
     # checkpoints are the one part that people move to a larger disk
-    local.require_no_links(folder, WRITTEN_THROUGH[:1], "or keep them there with --log.checkpoints")
-    logs = folder / "tensorboard"
+    local.require_no_links(
+        folder, [filenames.CHECKPOINTS], "or keep them there with --log.checkpoints"
+    )
+    logs = folder / filenames.TENSORBOARD
     events = [f"{logs.name}/{path.name}" for path in logs.iterdir()] if logs.is_dir() else []
     local.require_no_links(folder, (*WRITTEN_THROUGH[1:], *events))
 
@@ -101,8 +99,8 @@ def _require_recipe(folder: Path, weights: Path) -> None:
     made_by = header.read_entries(weights).recipe
     if config is not None and made_by not in (None, config.recipe):
         raise ValueError(
-            f"{folder / records.CONFIG} names recipe {config.recipe!r}, its weights were made by "
-            f"{made_by!r}; restore config.json"
+            f"{folder / filenames.CONFIG} names recipe {config.recipe!r}, its weights were made by "
+            f"{made_by!r}; restore {filenames.CONFIG}"
         )
 
 
@@ -113,8 +111,8 @@ def recorded_sha256(folder: Path, weights: Path) -> str | None:
 
 
 def _recorded_hashes(folder: Path) -> dict[str, str]:
-    training = records.find(folder / records.TRAINING, Training)
-    made = records.find(folder / records.PROVENANCE, Provenance)
+    training = records.find_training(folder)
+    made = records.find_provenance(folder)
     for record in (training, made):
         if record is not None and record.weights_sha256 is not None:
             return record.weights_sha256
@@ -133,9 +131,9 @@ def unfinished(folder: Path) -> str:
     # a file in a run folder is as far as that run
     folder = run_of(folder) or folder
     config = records.find_config(folder)
-    if config is None or not config.is_training or (folder / records.TRAINING).exists():
+    if config is None or not config.is_training or (folder / filenames.TRAINING).exists():
         return ""
-    reached = records.find(folder / records.PROGRESS, Reached)
+    reached = records.find_progress(folder)
     return f"step {reached.step} of {reached.of}" if reached else "no step recorded"
 
 

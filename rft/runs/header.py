@@ -14,6 +14,7 @@ from pydantic import Field
 from rft.classes import Classes
 from rft.storage import documents, files, local
 from rft.storage.documents import FOREIGN, Count, Name, Text, document
+from rft.text import short
 
 BYTES = 2**24  # 30,000 tensors take 4 MB, the names of ImageNet-21k's classes 1 MB
 TENSORS = 10_000  # of open_clip's models, MobileCLIP-S2 has the most: 1,722
@@ -76,7 +77,7 @@ def read(path: Path) -> Header:
     where = f"the header of {path}"
     found = documents.parse(data, where)
     if not isinstance(found, dict):
-        raise ValueError(f"{where} is {documents.shown(found)}; it must be an object")
+        raise ValueError(f"{where} is {short(found)}; it must be an object")
     metadata = found.pop("__metadata__", {})
     if len(found) > TENSORS:
         raise ValueError(f"{path} has {len(found):,} tensors; a CLIP has {TENSORS:,} at most")

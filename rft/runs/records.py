@@ -16,17 +16,14 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from rft.runs.filenames import CONFIG, PROGRESS, PROVENANCE, TRAINING
 from rft.storage import documents, files, local
 from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Text, document
 
 T = TypeVar("T")
 
-CONFIG = "config.json"
-TRAINING = "training.json"  # written last by a training
-PROGRESS = "progress.json"  # after each of its checkpoints
-RESULTS = "results.json"  # by an evaluation
-PROVENANCE = "provenance.json"  # written last by a merge or an import
-METRICS = "metrics.jsonl"
+# field of a config.json -> what left the folder; that of a training has neither, but `optim`
+ORIGINS = {"merged_from": "merge", "imported_from": "import"}
 
 RECORD_BYTES = 2**24  # of each; a training's has some thousand
 LARGEST_LOSS = 1e100  # above float32's largest, 3e38, and no axis that is drawn overflows
@@ -234,9 +231,9 @@ class RunConfig:
         return self.optim is not None
 
     @property
-    def is_made(self) -> bool:
+    def is_derived(self) -> bool:
         """Whether it is a merge's or an import's."""
-        return self.merged_from is not None or self.imported_from is not None
+        return any(getattr(self, origin) is not None for origin in ORIGINS)
 
 
 @document(name="metrics", config=FOREIGN)
@@ -272,6 +269,21 @@ def find(path: Path, kind: type[T]) -> T | None:
         ValueError: if it is something else, naming the file, the place in it and what must be.
     """
     return files.read_document(str(path), kind, RECORD_BYTES) if path.exists() else None
+
+
+def find_training(folder: Path) -> Training | None:
+    """Read what a complete training left in its run folder; see `find`."""
+    return find(folder / TRAINING, Training)
+
+
+def find_progress(folder: Path) -> Reached | None:
+    """Read how far the training of a run folder is; see `find`."""
+    return find(folder / PROGRESS, Reached)
+
+
+def find_provenance(folder: Path) -> Provenance | None:
+    """Read which code and command made a run folder; see `find`."""
+    return find(folder / PROVENANCE, Provenance)
 
 
 def read_config(folder: Path) -> RunConfig:

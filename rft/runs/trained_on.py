@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rft.runs import records
-from rft.runs.records import Training
 from rft.storage import documents
 from rft.storage.documents import Name, Sha256
 
@@ -61,7 +60,7 @@ def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
     if metadata.get("step") == "0":
         return frozenset()
     config = records.find_config(path)
-    training = records.find(path / records.TRAINING, Training)
+    training = records.find_training(path)
     if config is None or training is None or not config.train_set or not training.manifest_sha256:
         return frozenset()
     return frozenset([TrainedOn(config.train_set, training.manifest_sha256)])

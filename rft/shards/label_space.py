@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rft import cli
-from rft.classes import Classes, composed, find_twins, prompts_sha256, shown
+from rft.classes import Classes, composed, find_twins, prompts_sha256
 from rft.storage import files
 from rft.storage.documents import Text, document
+from rft.text import shown
 
 MARK = "{c}"  # where a template takes the class name; CLIP_benchmark's convention
 CLIP_CONTEXT = 77  # tokens that the text towers of OpenAI's CLIP read, two of them their own

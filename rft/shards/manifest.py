@@ -22,7 +22,8 @@ from rft.shards.images import Encoding
 from rft.shards.label_space import MARK
 from rft.shards.root import why_missing
 from rft.storage import documents, files, urls
-from rft.storage.documents import Count, Name, Schema, Sha256, Text, document, shown
+from rft.storage.documents import Count, Name, Schema, Sha256, Text, document
+from rft.text import short
 
 SCHEMA = 1
 CLASSES = 100_000  # ImageNet-21k has 21,841
@@ -71,7 +72,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if unmarked := [text for text in self.templates if MARK not in text]:
-            raise ValueError(f"templates: {shown(unmarked[0])} has no {MARK} for the class name")
+            raise ValueError(f"templates: {short(unmarked[0])} has no {MARK} for the class name")
         ids = self.class_ids
         if ids and not len(set(ids)) == len(ids) == len(self.classes):
             raise ValueError("class_ids must be as many as classes, and all different")

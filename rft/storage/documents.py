@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -22,6 +21,8 @@ from pydantic import ValidationError as PydanticError
 from pydantic.dataclasses import dataclass as checked
 from pydantic_core import ErrorDetails
 
+from rft.text import is_hidden, short
+
 T = TypeVar("T")
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -30,7 +31,6 @@ VALUES = (
     1_000_000  # of a document: each takes some hundred bytes of memory; 100,000 shards have 500,000
 )
 EXPLAINED = 10_000  # faults of which the first is looked for: all are listed before one is known
-SHOWN = 80  # characters of a wrong value that an error repeats
 SURPLUS = {"unexpected_keyword_argument", "extra_forbidden"}
 UNKNOWN = {*SURPLUS, "literal_error", "union_tag_invalid"}  # what a newer version may have written
 # in the words of JSON
@@ -48,20 +48,9 @@ OBJECTS = {
 }
 MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
 
-# they rearrange what a terminal shows; the other format characters belong to words and emoji
-BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-# format characters that show nothing anywhere; a joiner within an emoji or a Persian word does
-INVISIBLE = frozenset("\u200b\u2060\ufeff")
-
-
-def _controls(letter: str) -> bool:
-    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in BIDIRECTIONAL
-
 
 def _printable(text: str) -> str:
-    if any(map(_controls, text)) or not INVISIBLE.isdisjoint(text):
+    if any(map(is_hidden, text)):
         raise ValueError("must have no control characters, line breaks or invisible letters")
     return text
 
@@ -196,7 +185,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{shown(twice)} is there twice in one object")
+        raise ValueError(f"{short(twice)} is there twice in one object")
     return found
 
 
@@ -226,7 +215,7 @@ def _explain(fault: ErrorDetails, at: Sequence[str | int]) -> str:
         place = f"{place}.{field}" if place else field
         if kind == "union_tag_not_found":
             return f"{place} is missing"
-        return f"{place} is {shown(context['tag'])}; it must be one of {context['expected_tags']}"
+        return f"{place} is {short(context['tag'])}; it must be one of {context['expected_tags']}"
     if kind in MISSING:
         return f"{place} is missing"
     if kind in SURPLUS:
@@ -239,7 +228,7 @@ def _explain(fault: ErrorDetails, at: Sequence[str | int]) -> str:
     wanted = wanted.removeprefix("Value error, ")
     wanted = re.sub("^(Input|String|Tuple|List|Dictionary) should", "it must", wanted)
     wanted = f"it {wanted}" if wanted.startswith("must ") else wanted
-    return f"{place or 'it'} is {shown(fault['input'])}; {wanted}"
+    return f"{place or 'it'} is {short(fault['input'])}; {wanted}"
 
 
 def _place(parts: Sequence[str | int]) -> str:
@@ -255,27 +244,8 @@ def _place(parts: Sequence[str | int]) -> str:
         elif part.isidentifier() or part.replace("-", "_").isidentifier():
             place += f".{part}" if place else part
         else:
-            place += f"[{shown(part)}]"
+            place += f"[{short(part)}]"
     return place
-
-
-def shown(value: object) -> str:
-    """Return a value for a message, shortened, as any terminal can show it."""
-    text = ascii(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-def plain(text: str, kept: str = "") -> str:
-    """Return text as a terminal shows it: control characters, but those kept, are escaped."""
-    if text.isascii() and text.isprintable():
-        return text
-    letters = (
-        ascii(letter)[1:-1]
-        if letter not in kept and (_controls(letter) or letter in INVISIBLE)
-        else letter
-        for letter in text
-    )
-    return "".join(letters)
 
 
 def _first_line(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import get_loop, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from rft import __version__
+import rft
 from rft.storage import documents, local, remote, urls
 
 T = TypeVar("T")
@@ -425,7 +425,7 @@ def provenance() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
-        "rft": __version__,
+        "rft": rft.__version__,
         "git": git_revision(),
         "packages": versions,
         "python": platform.python_version(),
@@ -440,7 +440,7 @@ def git_revision() -> str | None:
 
     A copy of the tree, such as launch/ makes for a run, has it in the file REVISION.
     """
-    folder = Path(__file__).parents[1]
+    folder = Path(rft.__file__).parents[1]
     # the tree's own repository: one around it, say of an environment's packages, is another's
     if (folder / ".git").exists():
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]

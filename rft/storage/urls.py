@@ -15,6 +15,8 @@ from urllib.parse import unquote
 
 import fsspec
 
+from rft.text import printable
+
 PROTOCOLS = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf")
 HIDDEN = "***"  # what an older rft recorded in place of credentials
 BEFORE_HOST = "a user, password or token before its host"
@@ -245,9 +247,7 @@ def _plain(name: str) -> str:
 
 def shown(url: str) -> str:
     """Return as much of a URL as can hold no credential, and as a terminal can show."""
-    text = _without_credential(url)
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return printable(_without_credential(url), SHOWN)
 
 
 def _without_credential(url: str) -> str:

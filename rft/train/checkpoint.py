@@ -30,6 +30,7 @@ from rft.dist import World
 from rft.runs.records import RECORD_BYTES, Step
 from rft.storage import documents, files, local
 from rft.storage.documents import Count, Sha256, document
+from rft.text import printable
 
 FILE_NAME = re.compile(r"step-([0-9]{8,16})\.pt")
 MOST_CHANGED = 5  # differences from another run that an error names
@@ -372,12 +373,13 @@ def load(store: Store, record: Record, own: Own) -> Saved:
                 return _fitting(content, path.stat().st_size, record, own)
         except unpickle.DAMAGE as error:
             lines = str(error).removeprefix(f"{path} is ").splitlines() or [type(error).__name__]
+            why = printable(lines[0], unpickle.SHOWN)
             raise ValueError(
-                f"{url} is no checkpoint of this run: {unpickle.printable(lines[0])}. Delete it to "
+                f"{url} is no checkpoint of this run: {why}. Delete it to "
                 "resume from the one before, or use a new run folder"
             ) from error
     more = f"; and {len(changed) - MOST_CHANGED} more" if len(changed) > MOST_CHANGED else ""
-    shown = "; ".join(map(unpickle.printable, changed[:MOST_CHANGED]))
+    shown = "; ".join(printable(one, unpickle.SHOWN) for one in changed[:MOST_CHANGED])
     option = repeat_precision(content.must_agree.get("config", {}), own.must_agree["config"])
     raise ValueError(
         f"{url} was made on other data or by another run, this one would not go on where that "

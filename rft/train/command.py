@@ -27,14 +27,9 @@ from rft.dist import World
 from rft.loading.batches import TrainingBatches, fingerprint, plan_training
 from rft.loading.dataset import PackedDataset
 from rft.method.averaging import require_alike
-from rft.runs import records, trained_on
-from rft.runs.folder import (
-    SELECTED,
-    checkpoint_path,
-    require_own_weights,
-    unfinished,
-    weights_record,
-)
+from rft.runs import filenames, trained_on
+from rft.runs.filenames import SELECTED
+from rft.runs.folder import checkpoint_path, require_own_weights, unfinished, weights_record
 from rft.runs.records import Training
 from rft.runs.trained_on import TrainedOn
 from rft.shards.cache import Cache
@@ -347,7 +342,7 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
         if done := dist.from_main(world, dist.on_main(world, lambda: finished(config))):
             tell_finished(config, done, world)
             return 0
-        traces = run.path / "profile" if profile and world.is_main else None
+        traces = run.path / filenames.PROFILE if profile and world.is_main else None
         progress = train(job, request, traces)
         if progress.step < job.total_steps:
             return STOPPED
@@ -377,7 +372,9 @@ def show(job: Job) -> None:
     if job.config.method.masks and len(shown) > 1:
         saved = load_state(folder / SELECTED)
         model = build_classifier(saved.state, saved.architecture)
-        write_gallery(str(folder / "gallery.npz"), model, packed, shown, recipes.masked_methods())
+        write_gallery(
+            str(folder / filenames.GALLERY), model, packed, shown, recipes.masked_methods()
+        )
 
 
 def tell_finished(config: Config, done: Finished, world: World) -> None:
@@ -392,7 +389,7 @@ def tell_finished(config: Config, done: Finished, world: World) -> None:
 
 def tell_next(config: Config, world: World) -> None:
     """Print the command that evaluates a finished run, with the finished other seeds beside it."""
-    runs = commands.with_seeds([Path(config.run)], records.TRAINING)
+    runs = commands.with_seeds([Path(config.run)], filenames.TRAINING)
     cli.say(commands.evaluation(runs, config.data, config.train_set, ranks=world.local_size))
 
 

@@ -22,7 +22,6 @@ from rft.clip import vit
 from rft.config import Config
 from rft.method.relevance import MAP_BYTES
 from rft.runs import records
-from rft.runs.records import Reached
 from rft.train.loop import Job, precision
 from rft.train.objective import Objective, StepAddress, draw
 from rft.train.optim import schedule_warning
@@ -158,7 +157,7 @@ def steps(job: Job) -> list[str]:
     ]
     if warning := schedule_warning(job.total_steps, optim):
         lines.append(f"WARNING: {warning}")
-    reached = records.find(Path(job.config.run) / records.PROGRESS, Reached)
+    reached = records.find_progress(Path(job.config.run))
     if reached is not None:
         lines.append(f"{reached.step:,} of them are done: the run would go on from there")
     return lines

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from rft.cli import warn
 from rft.config import Config
 from rft.evaluate.accuracy import Count
-from rft.runs import records
+from rft.runs import filenames, records
 from rft.storage import files, local
 from rft.train.pictures import Counterfactuals, grid
 from rft.train.run import Held
@@ -128,7 +128,7 @@ class Logs:
 
     def __init__(self, config: Config, done: int) -> None:
         folder = Path(config.run)
-        self._path = folder / records.METRICS
+        self._path = folder / filenames.METRICS
         self.held_out: Count | None = None
         # a killed run may have logged beyond its last checkpoint, and half a line at the end
         with files.publish(str(self._path)) as path, local.writer(path) as stream:
@@ -139,11 +139,11 @@ class Logs:
                     if correct is not None and total is not None:
                         self.held_out = Count(correct, total)
         if done == 0:
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            shutil.rmtree(folder / filenames.TENSORBOARD, ignore_errors=True)
         self._wandb = Wandb(config, done) if config.log.wandb else None
         descriptor = local.open_regular(self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         self._stream = os.fdopen(descriptor, "a")
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self._writer = SummaryWriter(str(folder / filenames.TENSORBOARD), purge_step=done + 1)
         self.folder = Held(folder)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -250,7 +250,7 @@ def wandb_id(folder: Path, done: int) -> str:
     It lies in the folder: made of the configuration and the path alone it would come again after
     the folder was deleted, and wandb would take nothing of the new run for its first steps.
     """
-    path = folder / "wandb" / "id"
+    path = folder / filenames.WANDB_ID
     if done == 0 or not path.exists():
         files.write_bytes(str(path), uuid.uuid4().hex.encode())
     return path.read_text()

@@ -23,7 +23,7 @@ from rft.loading.batches import TrainingBatches
 from rft.loading.dataset import Batch, Reading
 from rft.loading.read import read_batches
 from rft.runs import trained_on
-from rft.runs.folder import LAST, SELECTED
+from rft.runs.filenames import LAST, SELECTED
 from rft.runs.trained_on import TrainedOn
 from rft.train import checkpoint
 from rft.train.checkpoint import Progress

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from rft import dist, small
 from rft.config import Config, load_config, repeat_precision
 from rft.dist import World
-from rft.runs import records
+from rft.runs import filenames, records
 from rft.runs.folder import require_no_links, require_own_weights
 from rft.runs.records import Reached, Training
 from rft.shards.manifest import Manifest
@@ -38,7 +38,7 @@ class RunFolder:
         self.checkpoints = (
             files.join(elsewhere, self.path.resolve().name)
             if elsewhere
-            else str(self.path / "checkpoints")
+            else str(self.path / filenames.CHECKPOINTS)
         )
         self._config = config
 
@@ -52,7 +52,7 @@ class RunFolder:
             ValueError: if it belongs to another configuration, or another job is in it.
         """
         # not thread_local: it is taken in a thread, while this rank speaks to the others
-        lock = filelock.FileLock(self.path / ".lock", thread_local=False)
+        lock = filelock.FileLock(self.path / filenames.LOCK, thread_local=False)
 
         def take() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -65,8 +65,8 @@ class RunFolder:
             # not before: what was in the folder until now may be another run
             check_identity(self._config)
             files.sweep(str(self.path))
-            files.write_json(str(self.path / "config.json"), self._config.to_dict())
-            files.write_json(str(self.path / "provenance.json"), files.provenance())
+            files.write_json(str(self.path / filenames.CONFIG), self._config.to_dict())
+            files.write_json(str(self.path / filenames.PROVENANCE), files.provenance())
 
         try:
             dist.on_main(world, take)
@@ -87,7 +87,7 @@ class RunFolder:
                     raise ValueError(
                         f"another job is writing {self.path} and did not leave within "
                         f"{patience:g} s; wait for it or stop it. If there is none, a lost machine "
-                        f"left its lock: delete {self.path / '.lock'}"
+                        f"left its lock: delete {self.path / filenames.LOCK}"
                     ) from error
             if not said:
                 where = f"another job to leave {self.path}"
@@ -98,7 +98,7 @@ class RunFolder:
     def note_progress(self, record: Record, total: int) -> None:
         """Record how far the run is, after a checkpoint is safe."""
         reached = Reached(step=record.step, of=total, checkpoint=record.name, sha256=record.sha256)
-        files.write_json(str(self.path / records.PROGRESS), asdict(reached))
+        files.write_json(str(self.path / filenames.PROGRESS), asdict(reached))
 
     def require_there(self) -> None:
         """Check that the folder was not deleted or emptied while its run trains.
@@ -108,7 +108,7 @@ class RunFolder:
         Raises:
             ValueError: if it was.
         """
-        if not (self.path / "config.json").exists():
+        if not (self.path / filenames.CONFIG).exists():
             raise ValueError(vanished(self.path))
 
     def finish(self, summary: Training) -> None:
@@ -118,7 +118,7 @@ class RunFolder:
             ValueError: if the folder was deleted meanwhile.
         """
         self.require_there()
-        files.write_json(str(self.path / records.TRAINING), asdict(summary))
+        files.write_json(str(self.path / filenames.TRAINING), asdict(summary))
 
 
 class Held:
@@ -128,7 +128,7 @@ class Held:
         self._folder = folder
         self._descriptor = os.open(folder, os.O_RDONLY)
         # a benchmark trains without one
-        self._config = folder / "config.json" if (folder / "config.json").exists() else folder
+        self._config = folder / filenames.CONFIG if (folder / filenames.CONFIG).exists() else folder
 
     def require(self) -> None:
         """Check that it is the folder that it was.
@@ -168,17 +168,19 @@ def check_identity(config: Config) -> None:
     folder = Path(config.run)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--run-dir {folder} is a file; choose another")
-    path = folder / "config.json"
+    path = folder / filenames.CONFIG
     if not path.exists():
-        if any(folder.glob("checkpoints/*")):
-            raise ValueError(f"{folder} has checkpoints but no config.json; use another folder")
+        if any(folder.glob(f"{filenames.CHECKPOINTS}/*")):
+            raise ValueError(
+                f"{folder} has checkpoints but no {filenames.CONFIG}; use another folder"
+            )
         require_no_data(folder)
         return
-    if records.read_config(folder).is_made:
+    if records.read_config(folder).is_derived:
         raise ValueError(f"{folder} holds a merged or imported model; choose another --run-dir")
     # a run that stopped before its first checkpoint left nothing that another could spoil;
     # checkpoints that lie elsewhere, of a folder that was lost, are checked when they are loaded
-    signs = ("training.json", "progress.json", "checkpoints/*.pt")
+    signs = (filenames.TRAINING, filenames.PROGRESS, f"{filenames.CHECKPOINTS}/*.pt")
     if not any(any(folder.glob(sign)) for sign in signs):
         return
     old, new = load_config(folder).identity(), config.identity()
@@ -227,9 +229,9 @@ def finished(config: Config) -> Finished | None:
             weights that are not the run's, or a damaged training.json.
     """
     check_identity(config)
-    path = Path(config.run) / records.TRAINING
+    path = Path(config.run) / filenames.TRAINING
     try:
-        record = records.find(path, Training)
+        record = records.find_training(path.parent)
     except ValueError as error:
         raise ValueError(
             f"{error}. Restore it, or delete it and run the same command to finish the run from "

@@ -12,7 +12,7 @@ import pytest
 
 from rft.experiments import Plan, experiments
 from tests.launch.conftest import ROOT, SETTINGS, Project, environment
-from tests.test_urls import WITH_SECRET
+from tests.storage.test_urls import WITH_SECRET
 
 GPUS = """
 GPUS_PER_NODE=8 CPUS_PER_NODE=64

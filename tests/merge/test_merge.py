@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rft.clip import model_folder as made
+from rft.clip import model_folder
 from rft.clip.classifier import build_classifier, load_state, save_state
 from rft.config import Config
 from rft.evaluate import command as evaluate_command
@@ -18,7 +18,7 @@ from rft.loading.dataset import PackedDataset
 from rft.merge import command as merge_command
 from rft.merge.ingredients import shared_seed
 from rft.method.averaging import interpolate, uniform_soup
-from rft.runs.folder import LAST, SELECTED
+from rft.runs.filenames import LAST, SELECTED
 from rft.storage import files
 from rft.train import command as train_command
 from tests.conftest import build_model
@@ -393,7 +393,7 @@ def test_a_merge_that_stopped_is_done_again(runs, tmp_path, merge, refused, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(made, "save_state", full)
+        patch.setattr(model_folder, "save_state", full)
         assert "No space left" in refused("wise", start, end, "--out", out)
     assert not (out / SELECTED).exists()
     assert not (out / "provenance.json").exists()

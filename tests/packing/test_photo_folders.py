@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rft.packing.layouts import read_source
-from rft.packing.names import SYSTEM_NAMES, passed_over, printable
+from rft.packing.names import SYSTEM_NAMES, passed_over
 from rft.packing.own_folder import Photos, choose_test, read_folder, same_bytes
 from rft.packing.own_splits import role
 from rft.packing.pack import Options, pack
 from rft.packing.source import require_apart
 from rft.shards.label_space import LabelSpace, choose_labels, doubts
+from rft.text import printable
 
 COMPOSED, APART = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 PROMPT = ("a photo of a {c}.",)

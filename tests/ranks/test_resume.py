@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rft import cli
-from rft.runs.folder import LAST, SELECTED
+from rft.runs.filenames import LAST, SELECTED
 from rft.storage import files
 from rft.train import command as train_command
 from tests.tiny import kill_when, torchrun, torchrun_command

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from rft.classes import Classes
 from rft.report.read import Run
 from rft.report.tables import FILLS, MASKS
-from rft.runs.folder import SELECTED
+from rft.runs.filenames import SELECTED
 from rft.runs.records import Provenance, Results, RunConfig, SetCount
 from rft.sets import TEST_SETS
 from rft.storage import documents, files

@@ -38,12 +38,12 @@ def test_each_column_is_the_set_of_its_heading():
     run.counts.update({name: counted(round(10 * p), 1000) for name, p in percent.items()})
     (row,) = tables.result_rows([run])
     found = {name: cell.mean for name, cell in zip(COLUMNS, row.cells, strict=True)}
-    assert found == pytest.approx(
-        {
-            "ImageNet": 71, "V2": 62, "R": 53, "Sketch": 44, "ObjectNet": 35, "A": 26,
-            "OOD avg": (62 + 53 + 44 + 35 + 26) / 5,
-        }
-    )  # fmt: skip
+    expected = {
+        "ImageNet": 71, "V2": 62, "R": 53, "Sketch": 44, "ObjectNet": 35, "A": 26,
+        "OOD avg": (62 + 53 + 44 + 35 + 26) / 5,
+    }  # fmt: skip
+    assert found == pytest.approx(expected)
+    assert tuple(expected) == COLUMNS, "the order of the paper's tables"
 
 
 def test_sets_weigh_the_same_whatever_their_size():
@@ -72,7 +72,7 @@ def test_average_is_made_for_each_seed_first():
 def test_a_missing_set_has_no_number_and_no_average():
     (row,) = tables.result_rows([run_of("vanilla", percent=ALL[:4])])
     assert [cell is None for cell in row.cells] == [False] * 4 + [True] * 3
-    line = tables.markdown([row], []).splitlines()[2]
+    line = tables.markdown(tables.text_tables([row], [])).splitlines()[2]
     assert line == "| vanilla | 1 | 70.0 | 60.0 | 50.0 | 40.0 | - | - | - |"
 
 
@@ -138,7 +138,7 @@ def test_best_of_a_column_counts_ties_as_printed():
     assert winners[0] == {1, 2}  # 70.01 and 69.99 both read 70.0
     assert winners[1] == {0}
     assert winners[OOD_COLUMN] == {1, 2}  # zero-shot has no imagenet-a
-    assert "| **61.0** |" in tables.markdown(rows, [])
+    assert "| **61.0** |" in tables.markdown(tables.text_tables(rows, []))
 
 
 def test_a_single_row_is_not_best():
@@ -206,7 +206,7 @@ def test_numbers_and_other_names_stay_as_they_are(text):
 
 def test_markdown_takes_no_markup_from_names():
     (row,) = tables.result_rows([run_of("<b>*x*</b> | [a](b)", percent=ALL)])
-    line = tables.markdown([row], []).splitlines()[2]
+    line = tables.markdown(tables.text_tables([row], [])).splitlines()[2]
     assert line.startswith(r"| &lt;b&gt;\*x\*&lt;/b&gt; \| \[a\](b) | 1 |")
 
 
@@ -216,8 +216,8 @@ def test_text_fits_100_columns_and_takes_no_markup_from_names():
     runs += [run_of("wise-kd-object-mask-single-fill", seed, ALL) for seed in range(3)]
     stream = io.StringIO()
     console = Console(file=stream, width=100)
-    for table in tables.rich_tables(tables.result_rows(runs), tables.difference_rows(runs)):
-        console.print(table)
+    for table in tables.text_tables(tables.result_rows(runs), tables.difference_rows(runs)):
+        console.print(tables.console_table(table))
     text = stream.getvalue()
     assert max(map(len, text.splitlines())) <= 100
     assert text.isascii()

@@ -11,7 +11,7 @@ import torch
 from rft import cli
 from rft.clip.classifier import load_state
 from rft.merge import command as merge_command
-from rft.runs.folder import LAST, SELECTED
+from rft.runs.filenames import LAST, SELECTED
 from rft.train import command as train_command
 
 # a batch of 6 of the 68 training images: 11 steps an epoch

@@ -13,7 +13,7 @@ from rft.config import Config, ModelConfig
 from rft.loading.batches import plan_training
 from rft.loading.dataset import PackedDataset
 from rft.loading.order import EpochOrder
-from rft.runs.folder import LAST, SELECTED
+from rft.runs.filenames import LAST, SELECTED
 from rft.train import command as train_command
 from tests import tiny
 from tests.reference import adamw, textbook, zero_shot

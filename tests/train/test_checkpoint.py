@@ -17,7 +17,7 @@ import torch
 
 from rft import dist
 from rft.clip.classifier import load_state, save_state
-from rft.runs.folder import SELECTED
+from rft.runs.filenames import SELECTED
 from rft.runs.records import RECORD_BYTES
 from rft.storage import files, remote
 from rft.storage.remote import Patience

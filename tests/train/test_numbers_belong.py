@@ -22,7 +22,7 @@ from rft.merge import command as merge_command
 from rft.packing.pack import Options, pack
 from rft.report import command as report_command
 from rft.runs import folder as runs
-from rft.runs.folder import LAST, SELECTED
+from rft.runs.filenames import LAST, SELECTED
 from rft.shards.label_space import LabelSpace
 from rft.storage import files
 from rft.train import command as train_command

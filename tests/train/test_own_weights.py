@@ -13,7 +13,7 @@ from rft.evaluate import command as evaluate_command
 from rft.evaluate import localisation
 from rft.merge import command as merge_command
 from rft.report import command as report_command
-from rft.runs.folder import LAST, SELECTED
+from rft.runs.filenames import LAST, SELECTED
 from rft.storage import files
 from rft.train import command as train_command
 from tests import tiny

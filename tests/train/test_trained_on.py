@@ -15,7 +15,7 @@ from rft.convert import command as convert
 from rft.evaluate import command as evaluate_command
 from rft.merge import command as merge_command
 from rft.runs import trained_on
-from rft.runs.folder import LAST, SELECTED
+from rft.runs.filenames import LAST, SELECTED
 from rft.runs.records import read_config
 from rft.runs.trained_on import TrainedOn
 from rft.train import command as train_command

@@ -20,7 +20,8 @@ from rft import cli
 from rft.clip import load, weights
 from rft.clip.classifier import build_classifier, load_state, map_state
 from rft.config import Config, load_config, settings
-from rft.convert.command import Export, Import
+from rft.convert.exports import Export
+from rft.convert.imports import Import
 from rft.evaluate.command import Arguments as Evaluate
 from rft.evaluate.localisation import Arguments as Localise
 from rft.evaluate.localisation import check as check_localisation

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from rft import recipes
-from rft.clip.model_folder import is_made
 from rft.dist import World
 from rft.packing.pack import Options, pack
-from rft.runs.folder import WRITTEN_THROUGH, require_no_links
+from rft.runs import derived
+from rft.runs.filenames import WRITTEN_THROUGH
+from rft.runs.folder import require_no_links
 from rft.shards.cache import Cache, Folder
 from rft.shards.manifest import Shard
 from rft.shards.ranges import Shards
@@ -329,7 +330,7 @@ def test_a_run_writes_through_no_link_in_its_folder(tmp_path, name):
         take(run)
     if "/" not in name:
         with pytest.raises(ValueError, match=f"^{message}{hint}$"):
-            is_made(run, {"merged_from": []})
+            derived.is_complete(run, {"merged_from": []})
     assert sorted(run.rglob("*")) == sorted(
         {run / name, *(run / name).parents} - {*run.parents, run}
     )

@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import subprocess
+from pathlib import Path
+
+import pytest
 
 import rft
 from rft import env
@@ -27,21 +30,27 @@ def test_the_commit_is_this_trees_own(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True)
 
     (tmp_path / "rft").mkdir()
-    monkeypatch.setattr(files, "__file__", str(tmp_path / "rft" / "files.py"))
+    monkeypatch.setattr(rft, "__file__", str(tmp_path / "rft" / "__init__.py"))
     assert files.git_revision() is None
     git("init", "-q")
-    (tmp_path / "rft" / "files.py").touch()
+    (tmp_path / "rft" / "__init__.py").touch()
     git("add", ".")
     git("commit", "-qm", "one")
     assert len(files.git_revision()) == 12
     # packages of an environment that lies inside somebody's repository
-    inside = tmp_path / "environment" / "rft" / "files.py"
+    inside = tmp_path / "environment" / "rft" / "__init__.py"
     inside.parent.mkdir(parents=True)
-    monkeypatch.setattr(files, "__file__", str(inside))
+    monkeypatch.setattr(rft, "__file__", str(inside))
     assert files.git_revision() is None
     # launch/ leaves a copy's commit beside it; one left behind in a checkout is not believed
     (inside.parents[1] / "REVISION").write_text("0123456789ab\n")
     assert files.git_revision() == "0123456789ab"
     (tmp_path / "REVISION").write_text("older\n")
-    monkeypatch.setattr(files, "__file__", str(tmp_path / "rft" / "files.py"))
+    monkeypatch.setattr(rft, "__file__", str(tmp_path / "rft" / "__init__.py"))
     assert files.git_revision() not in ("older", None)
+
+
+def test_a_result_names_the_commit_of_this_checkout():
+    if not (Path(__file__).parents[2] / ".git").exists():
+        pytest.skip("not a checkout")
+    assert files.provenance()["git"] == files.git_revision() is not None

@@ -12,7 +12,7 @@ import pytest
 from rft.runs import folder as runs
 from rft.runs import records, trained_on
 from rft.runs.records import Metrics, Provenance, Reached, Results, Training
-from rft.storage.documents import plain
+from rft.text import plain
 
 SHA = "0123456789abcdef" * 4
 CONFIG: dict[str, Any] = {

@@ -7,7 +7,7 @@ import pytest
 
 from rft.report import read as runs
 from rft.report.read import find_runs, load_run, load_runs, read_metrics
-from rft.runs.folder import SELECTED
+from rft.runs.filenames import SELECTED
 from rft.runs.records import Provenance
 from rft.storage import files
 from tests.report.make_runs import configured, edit, make_run, make_weights, run_of

@@ -1,0 +1,225 @@
+"""`python -m rft.convert export`: a model in a format of other code, with a card."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import open_clip
+import tyro
+from safetensors.torch import save
+from torch import Tensor
+
+from rft import cli
+from rft.classes import Classes
+from rft.clip import card, load, weights
+from rft.clip.architecture import Architecture
+from rft.clip.card import Format
+from rft.clip.classifier import load_state
+from rft.clip.load import PretrainedClip
+from rft.convert import text_tower
+from rft.runs import records, trained_on
+from rft.runs.folder import (
+    checkpoint_path,
+    read_results,
+    require_current,
+    require_own_weights,
+    unfinished,
+)
+from rft.runs.records import RunConfig
+from rft.sets import ID_SET
+from rft.shards.manifest import Manifest
+from rft.storage import files
+
+SUFFIXES = {"released": ".pt", "model-soups": ".pt", "safetensors": ".safetensors"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model in a format of other code, and a card (JSON) that says what it is.
+
+    open-clip: a folder that open_clip.create_model_and_transforms("local-dir:PATH") loads, with the
+    fine-tuned image tower and the original text tower; the classification head lies beside, in
+    head.safetensors.
+
+    released: a checkpoint (.pt) of the code released with the paper.
+
+    model-soups: a state dict (.pt) of model-soups.
+
+    safetensors: rft's own weights file, which rft.evaluate takes too.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """Run folder (its selected model, or the last without held-out images) or .safetensors file."""
+    to: Annotated[Format, tyro.conf.arg(name="to")]
+    """The format."""
+    out: Path
+    """Folder (open-clip) or file to write."""
+    text: str = ""
+    """Where the text tower comes from, if not from what the run started with: a weights tag or file
+    (open-clip, model-soups)."""
+
+
+def export_weights(arguments: Export) -> None:
+    """Write a model in a format of other code.
+
+    Raises:
+        ValueError: if there is no model, the format cannot express it, its text tower is not to be
+            found, or --out holds something else.
+    """
+    out, to = arguments.out, arguments.to
+    if to in SUFFIXES and out.suffix != SUFFIXES[to]:
+        raise ValueError(f"--out is {out}; a file of this format ends in {SUFFIXES[to]}")
+    if arguments.text and to not in ("open-clip", "model-soups"):
+        raise ValueError(f"--text is {arguments.text}, but the format {to} has no text tower")
+    weights_path = checkpoint_path(arguments.source)
+    state, architecture, metadata, classes = load_state(weights_path)
+    digest = files.sha256_file(weights_path)
+    require_own_weights(arguments.source, sha256=digest)
+    if reached := unfinished(arguments.source):
+        cli.warn(f"{arguments.source} has not finished training ({reached}); its card says so")
+    config = records.find_config(arguments.source)
+    if to in ("released", "model-soups"):
+        load.require_openai_tower(architecture, f"the format {to}")
+    clip = None
+    if to in ("open-clip", "model-soups"):
+        clip = text_tower.find(arguments.text, architecture, config)
+        text_tower.require_same(clip.architecture, architecture)
+    source = card.Source(path=str(arguments.source), sha256=digest, text=arguments.text)
+    card_path = out / weights.CARD if to == "open-clip" else out.with_name(f"{out.name}.json")
+    _require_same_export(out, card_path, to, source)
+    metrics = metrics_of(arguments.source)
+    known = classes or classes_of_run(arguments.source, config)
+    if to == "open-clip":
+        assert clip is not None
+        contents = hub_folder(state, architecture, clip)
+    else:
+        contents = {out.name: file_content(to, state, weights_path, metrics, clip)}
+    folder = out if to == "open-clip" else out.parent
+    rows, features = state["head.weight"].shape
+    described = card.Card(
+        format=to,
+        source=source,
+        files={name: files.sha256_bytes(data) for name, data in contents.items()},
+        architecture=architecture,
+        activation="QuickGELU" if architecture.quick_gelu else "GELU",
+        preprocessing=card.Preprocessing(
+            size=architecture.image_size, mean=architecture.mean, std=architecture.std
+        ),
+        head=card.Head(classes=rows, features=features),
+        classes=known.names if known else None,
+        class_ids=known.ids if known else None,
+        prompts_sha256=known.prompts_sha256 if known else None,
+        trained_on=tuple(sorted(trained_on.of_model(arguments.source, metadata))),
+        recipe=config.recipe if config else metadata.get("recipe"),
+        seed=config.seed if config else None,
+        unfinished=reached,
+        metrics=metrics,
+        provenance=files.provenance(),
+    )
+    # first, so that the same command can resume where it was stopped
+    files.write_json(str(card_path), described.to_json())
+    for name, data in contents.items():
+        files.write_bytes(str(folder / name), data)
+    cli.say(f"exported: {out}, described in {card_path}")
+
+
+def classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
+    """Return the classes of the set a run was trained on; None, with a warning, if unknown.
+
+    For weights that were written before they carried their classes. The set counts only if it is
+    still the one of the training, by its hash.
+    """
+    why = "the run does not say on which data it was trained"
+    training = records.find_training(run)
+    if config and config.data and config.train_set and training:
+        try:
+            manifest = Manifest.load(files.join(config.data, config.train_set))
+            if manifest.sha256 == training.manifest_sha256:
+                return manifest.label_space
+            why = f"{config.train_set} was packed again since the run was trained"
+        except ValueError as error:
+            why = str(error)
+    cli.warn(f"the card will name no classes: {why}")
+    return None
+
+
+def metrics_of(source: Path) -> dict[str, Any]:
+    """Return the counts of the weights as they are now; if stale, none and a warning."""
+    results = read_results(source)
+    if results is None:
+        return {}
+    try:
+        warnings = require_current(source, results)
+    except ValueError as error:
+        cli.warn(f"the card will have no accuracies: {error}")
+        return {}
+    for warning in warnings:
+        cli.warn(warning)
+    return {name: dataclasses.asdict(count) for name, count in results.sets.items()}
+
+
+def hub_folder(
+    state: dict[str, Tensor], architecture: Architecture, clip: PretrainedClip
+) -> dict[str, bytes]:
+    """Return name -> content of a folder in open_clip's hub layout; its configuration is last."""
+    whole = {name: value.contiguous() for name, value in clip.model.state_dict().items()}
+    whole |= {name: value for name, value in state.items() if name.startswith("visual.")}
+    head = {name: value for name, value in state.items() if name.startswith("head.")}
+    preprocess = {
+        **open_clip.get_model_preprocess_cfg(clip.model),
+        **load.RESIZE,  # whatever its weights were trained with before
+        "size": architecture.image_size,
+        "mean": architecture.mean,
+        "std": architecture.std,
+    }
+    config = {
+        "model_cfg": load.model_config(clip.architecture.clip),
+        "preprocess_cfg": preprocess,
+    }
+    contents = {weights.HUB_HEAD: save(head)}
+    if vocabulary := load.vocabulary_of(clip.architecture.clip):
+        contents[vocabulary.name] = vocabulary.read_bytes()
+    contents[weights.HUB_WEIGHTS] = save(whole)
+    contents[weights.HUB_CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    return contents
+
+
+def file_content(
+    to: Format,
+    state: dict[str, Tensor],
+    weights_path: Path,
+    metrics: dict[str, Any],
+    clip: PretrainedClip | None,
+) -> bytes:
+    """Return the content of the file for the formats that are one."""
+    if to == "safetensors":
+        return weights_path.read_bytes()
+    if to == "released":
+        counts = metrics.get(ID_SET)
+        return weights.to_released(
+            state, 100 * counts["correct"] / counts["total"] if counts else None
+        )
+    assert clip is not None
+    named = clip.model.state_dict().items()
+    return weights.to_model_soups(
+        state, {name: value for name, value in named if not name.startswith("visual.")}
+    )
+
+
+def _require_same_export(out: Path, card_path: Path, to: Format, source: card.Source) -> None:
+    """Check that what is at --out, if anything, is this very export."""
+    there = any(out.iterdir()) if out.is_dir() else out.exists()
+    if not there and not card_path.exists():
+        return
+    old = card.read(card_path)
+    if old is None:
+        raise ValueError(f"{out if there else card_path} is there already; choose another --out")
+    before, now = _identity(old.format, old.source), _identity(to, source)
+    if changed := files.difference(before, now):
+        raise ValueError(f"{out} holds another export: {'; '.join(changed)}; choose another --out")
+
+
+def _identity(to: Format, source: card.Source) -> dict[str, Any]:
+    return {"format": to, "source": dataclasses.asdict(source)}

@@ -1,0 +1,226 @@
+"""`python -m rft.convert import`: weights of other code become a run folder.
+
+Which formats there are is in rft/clip/weights.py.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import open_clip
+import tyro
+from torch import Tensor
+
+from rft import cli, dist
+from rft import next_steps as commands
+from rft.classes import Classes, check_head
+from rft.clip import load, weights
+from rft.clip.architecture import Architecture
+from rft.clip.classifier import require_finite
+from rft.clip.head import zero_shot_head
+from rft.clip.model_folder import write_run
+from rft.clip.weights import Weights
+from rft.config import Device, ModelConfig
+from rft.convert import text_tower
+from rft.runs import derived, trained_on
+from rft.runs.folder import unfinished
+from rft.runs.records import RunConfig
+from rft.runs.trained_on import TrainedOn
+from rft.sets import ID_SET
+from rft.shards.manifest import Manifest
+from rft.storage import documents, files, urls
+from rft.storage.documents import Seed, document
+
+
+@document(name="--")
+class Import:
+    """Make a run folder of weights that other code saved; nothing in their file is ever run.
+
+    Weights without a classification head (OpenAI, open_clip) get the zero-shot head of the class
+    names and prompts of a packed set: --data URL, and --set if it is not imagenet-val.
+    """
+
+    file: tyro.conf.Positional[str]
+    """Weights file, folder in open_clip's hub layout, weights tag of --clip, or hf-hub:NAME."""
+    out: Path
+    """Run folder to make."""
+    clip: str = ""
+    """open_clip name of the model, e.g. ViT-B-32-quickgelu; needed where the file does not tell."""
+    data: str = ""
+    """Data root whose packed set gives the class names."""
+    packed: Annotated[str, tyro.conf.arg(name="set")] = ID_SET
+    """Name of that set, below the data root."""
+    recipe: str = "imported"
+    """What the report calls it; runs of one recipe with other seeds share a row."""
+    seed: Seed = 0
+    """Which of these it is."""
+    device: Device = "auto"
+    """Where the text tower makes a head: 80,000 prompts take an hour on one CPU thread."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `import` works with."""
+
+    architecture: Architecture
+    state: dict[str, Tensor]
+    """`visual.*`, and `head.*` if the source has a head."""
+    source: dict[str, Any]
+    """What config.json tells about it."""
+    text: ModelConfig | None
+    """What loads its text tower; None if it has none."""
+    classes: Classes | None
+    """Classes of its head; None if it has none or does not say."""
+    seen: frozenset[TrainedOn] | None = None
+    """What it was trained on; None if it does not say."""
+
+
+def import_weights(arguments: Import) -> None:
+    """Write the run folder of weights that other code saved.
+
+    Raises:
+        ValueError: if they cannot be read, do not fit the named model, lack a head that --data does
+            not give, or the folder holds something else.
+    """
+    arguments = dataclasses.replace(arguments, packed=urls.set_name(arguments.packed, "--set"))
+    # a folder that no command reads is not written
+    identity = {"recipe": arguments.recipe, "seed": arguments.seed}
+    documents.decode(json.dumps(identity).encode(), RunConfig, "import")
+    manifest = None
+    if arguments.data:
+        manifest = Manifest.load(files.join(arguments.data, arguments.packed))
+    found = find(arguments.file, arguments.clip)
+    config: dict[str, Any] = {
+        "recipe": arguments.recipe,
+        "seed": arguments.seed,
+        "model": {"clip": found.architecture.clip},
+        "imported_from": found.source,
+    }
+    if "tag" in found.source:
+        config["model"]["pretrained"] = found.source["tag"]
+    if manifest:
+        config |= {"data": arguments.data, "train_set": arguments.packed}
+        config["imported_from"]["manifest_sha256"] = manifest.sha256
+    out = str(arguments.out)
+    if derived.is_complete(arguments.out, config):
+        cli.say(f"already imported: {out}")
+        return
+    if reached := unfinished(Path(arguments.file)):
+        cli.warn(f"{arguments.file} is of a run that has not finished training ({reached})")
+    state = with_head(found, manifest, arguments)
+    require_finite(Path(arguments.file), state)
+    classes = classes_of_head(found, manifest, arguments)
+    metadata = {"step": "0"} | ({} if found.seen is None else trained_on.entries(found.seen))
+    write_run(arguments.out, state, found.architecture, config, metadata, classes)
+    rows = len(state["head.weight"])
+    what = f"{found.source['format']}, {found.architecture.clip}, {rows} classes"
+    cli.say(f"imported: {out} ({what})")
+    cli.say(commands.evaluation([arguments.out], arguments.data, arguments.packed))
+
+
+def find(name: str, clip: str) -> Found:
+    """Read what `import` was pointed at.
+
+    Raises:
+        ValueError: if there is no such file, folder or tag, or it does not fit the named model.
+    """
+    path = Path(name.removeprefix(load.LOCAL))
+    if path.exists():
+        return _from_file(path, clip)
+    if name.startswith(load.HUB):
+        return _from_tag(ModelConfig(clip=name, pretrained=""))
+    if clip and open_clip.get_pretrained_cfg(clip, name):
+        return _from_tag(ModelConfig(clip=clip, pretrained=name))
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip)) if clip else ""
+    raise ValueError(f"no weights at {name}" + (f", and no tag of {clip}: {tags}" if tags else ""))
+
+
+def _from_tag(model: ModelConfig) -> Found:
+    loaded = load.load_clip(model)
+    named = loaded.model.state_dict().items()
+    state = {name: value for name, value in named if name.startswith("visual.")}
+    source = {"format": "open_clip", "tag": model.pretrained, "text": True}
+    return Found(loaded.architecture, state, source, model, None)
+
+
+def _from_file(path: Path, clip: str) -> Found:
+    read = weights.read(path)
+    architecture = _architecture(path, read, clip)
+    load.require_fit(read, architecture)
+    if read.config and read.head:  # without a head the whole CLIP is loaded, which warns too
+        load.warn_of_resize(str(path), read.config.preprocess_cfg)
+    source = {
+        "format": read.format,
+        "path": str(path),
+        "sha256": {file.name: files.sha256_file(file) for file in read.files},
+        "text": bool(read.text),
+    }
+    text = text_tower.of_import(path, architecture) if read.text else None
+    return Found(architecture, {**read.visual, **read.head}, source, text, read.classes, read.seen)
+
+
+def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
+    """Return the named model, with the preprocessing that the weights come with, if any."""
+    own = read.architecture
+    if own is None and read.config:
+        own = load.describe(f"{load.LOCAL}{path}")
+    if clip:
+        named = load.describe(clip)
+        return dataclasses.replace(named, mean=own.mean, std=own.std) if own else named
+    if own is None:
+        names = ", ".join(load.names_of(read)) or "none that open_clip knows"
+        raise ValueError(
+            f"{path} does not name its model ({read.geometry}); add --clip NAME, by its shape one "
+            f"of: {names}"
+        )
+    return own
+
+
+def with_head(found: Found, manifest: Manifest | None, arguments: Import) -> dict[str, Tensor]:
+    """Return image tower and head; the head is made of class names where there is none.
+
+    Raises:
+        ValueError: if there is neither a head nor what makes one.
+    """
+    file = arguments.file
+    if "head.weight" in found.state:
+        return found.state
+    if found.text is None:
+        raise ValueError(f"{file} has neither a classification head nor a text tower to make one")
+    if manifest is None:
+        raise ValueError(
+            f"{file} has no classification head; its text tower makes one of the class names of a "
+            "packed set: --data URL [--set imagenet-val]"
+        )
+    text_tower.require_named(found.text.clip, "--clip", arguments.clip, file)
+    clip = load.load_clip(found.text)
+    clip.model.to(dist.pick_device(arguments.device, dist.world_from_env()))
+    head = zero_shot_head(clip, manifest.classes, manifest.templates).state_dict()
+    return {**found.state, **{f"head.{name}": value.cpu() for name, value in head.items()}}
+
+
+def classes_of_head(found: Found, manifest: Manifest | None, arguments: Import) -> Classes | None:
+    """Return the classes of an imported head; None, with a warning, if nothing names them.
+
+    A head whose file does not name its classes has those of the packed set that --data names.
+
+    Raises:
+        ValueError: if file and data have different classes.
+    """
+    file = arguments.file
+    if "head.weight" not in found.state:  # made of the set's names
+        return manifest.label_space if manifest else None
+    if manifest is None:
+        if found.classes is None:
+            cli.warn(
+                f"{file} does not say which classes its head has: nothing can compare them; name "
+                "a packed set of the same classes in the same order with --data URL --set NAME"
+            )
+        return found.classes
+    rows, known = len(found.state["head.weight"]), manifest.label_space
+    where = files.join(arguments.data, arguments.packed)
+    for warning in check_head(found.classes, rows, file, known, where):
+        cli.warn(warning)
+    return found.classes or known

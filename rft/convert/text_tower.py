@@ -1,0 +1,105 @@
+"""Where the text tower of a model comes from: rft fine-tunes and keeps the image tower alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rft.clip import load
+from rft.clip.architecture import Architecture
+from rft.clip.load import PretrainedClip
+from rft.config import ModelConfig
+from rft.runs import records
+from rft.runs.records import RunConfig
+
+ANCESTORS = 200  # run folders of a merge that are searched for the origin of its text tower
+
+
+def of_import(path: Path, architecture: Architecture) -> ModelConfig:
+    """Return what loads the text tower of an imported file or folder."""
+    if path.is_dir():
+        return ModelConfig(clip=f"{load.LOCAL}{path}", pretrained="")
+    return ModelConfig(clip=architecture.clip, pretrained=str(path))
+
+
+def find(text: str, architecture: Architecture, config: RunConfig | None) -> PretrainedClip:
+    """Return the CLIP that a model was made from, for its text tower.
+
+    Args:
+        text: what --text says; empty looks at the run.
+        architecture: of the model.
+        config: the run's config.json, if there is one.
+
+    Raises:
+        ValueError: if it is not to be found.
+    """
+    if load.names_folder(text):
+        return load.load_clip(ModelConfig(clip=text, pretrained=""))
+    if text:
+        require_named(architecture.clip, "--text")
+        if load.names_folder(architecture.clip):  # whose weights a tag or file would not replace
+            return load.load_file(Path(text), architecture.clip)
+        return load.load_clip(ModelConfig(clip=architecture.clip, pretrained=text))
+    origin = next(_origins(config, architecture, set()), None)
+    if origin is None and load.names_folder(architecture.clip):
+        origin = ModelConfig(clip=architecture.clip, pretrained="")
+    if origin is None:
+        raise ValueError(
+            f"no text tower is known for this {architecture.clip}; add --text "
+            "TAG_OR_FILE (--text openai for a model that was made from OpenAI's)"
+        )
+    require_named(origin.clip, "--text")
+    return load.load_clip(origin)
+
+
+def require_named(clip: str, option: str, *named: str) -> None:
+    """Check that the model hub is asked only for models that the command line names.
+
+    Weights and run folders may be a stranger's, who would learn who reads them.
+
+    Args:
+        clip: the model that they name.
+        option: which option names it.
+        named: what the command line names already.
+
+    Raises:
+        ValueError: if it is one of the hub and not named.
+    """
+    if clip.startswith(load.HUB) and clip not in named:
+        raise ValueError(
+            f"the weights name the model {clip}; the model hub is not asked for what weights name: "
+            f"add {option} {clip} if you know it"
+        )
+
+
+def _origins(
+    config: RunConfig | None, architecture: Architecture, seen: set[Path]
+) -> Iterator[ModelConfig]:
+    """Yield the CLIPs that a run, or the runs that it is merged from, started with.
+
+    `seen` are the run folders that were looked at: a merge may name itself, or one folder in
+    several ways.
+    """
+    if config is None:
+        return
+    if config.model.pretrained:
+        yield ModelConfig(clip=architecture.clip, pretrained=config.model.pretrained)
+    source = config.imported_from
+    if source and source.text and source.path:
+        yield of_import(Path(source.path), architecture)
+    for ancestor in config.merged_from or ():
+        path = Path(ancestor.path).resolve()
+        if path not in seen and len(seen) < ANCESTORS:
+            seen.add(path)
+            yield from _origins(records.find_config(path), architecture, seen)
+
+
+def require_same(original: Architecture, ours: Architecture) -> None:
+    """Check that the text tower comes with the image tower that was fine-tuned.
+
+    Raises:
+        ValueError: with the differences.
+    """
+    if changed := ours.difference(original):
+        raise ValueError(
+            f"the text tower belongs to another model: {'; '.join(changed)}; name the right one "
+            "with --text"
+        )

@@ -1,0 +1,66 @@
+"""Run folders that no training made: `rft.merge` and `rft.convert import` leave them.
+
+A merge is known by `merged_from` in its config.json, an import by `imported_from`. The weights that
+they came from are known by their hash, so that a run or a file may move between two calls.
+`rft.clip.model_folder` writes them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from rft import cli
+from rft.runs import filenames, records
+from rft.runs.filenames import SELECTED
+from rft.runs.folder import recorded_sha256, require_no_links, require_own_weights
+from rft.runs.records import ORIGINS
+from rft.storage import files
+
+SHOWN = 3  # differences in an error
+
+
+def is_complete(out: Path, config: dict[str, Any]) -> bool:
+    """Whether the run folder already holds this merge or import, complete.
+
+    Raises:
+        ValueError: if it holds anything else.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; choose another")
+    require_no_links(out)
+    old = records.find_config(out)
+    if old is None:
+        # what a killed writer left is hidden
+        if out.is_dir() and any(not found.name.startswith(".") for found in out.iterdir()):
+            raise ValueError(f"{out} has files in it but is no run folder; choose another --out")
+        return False
+    origin = next(name for name in ORIGINS if name in config)
+    kind = ORIGINS[origin]
+    if getattr(old, origin) is None:
+        what = "a training run" if old.is_training else "another model"
+        raise ValueError(f"{out} holds {what}; choose another --out")
+    # one that stopped before its weights were there left nothing that another could spoil
+    if not (out / SELECTED).is_file():
+        return False
+    if changed := files.difference(_identity(old.whole), _identity(config)):
+        raise ValueError(
+            f"{out} holds another {kind}: {'; '.join(changed[:SHOWN])}; choose another --out"
+        )
+    require_own_weights(out)
+    if not (out / filenames.PROVENANCE).is_file():
+        return False
+    if recorded_sha256(out, out / SELECTED) is None:
+        cli.warn(
+            f"{out / filenames.PROVENANCE} has no weights_sha256: whether {out / SELECTED} are the "
+            f"weights of this {kind} is not known; choose another --out to make them anew"
+        )
+    return True
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known before it is done, without places."""
+    known = {name: value for name, value in config.items() if name not in ("data", "soup")}
+    if "merged_from" in config:
+        sha256 = [record["sha256"] for record in config["merged_from"]]
+        return {**known, "merged_from": {str(n): digest[:12] for n, digest in enumerate(sha256)}}
+    source = {name: value for name, value in config["imported_from"].items() if name != "path"}
+    return {**known, "imported_from": source}

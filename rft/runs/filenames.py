@@ -1,0 +1,30 @@
+"""What the files of a run folder are called, who writes each, and when; nothing else names them.
+
+A training leaves all of them. A merge or an import leaves config.json, its weights and
+provenance.json. Names are relative to the run folder.
+"""
+
+from pathlib import Path
+
+CONFIG = "config.json"  # the options, before anything else; makes a folder a run folder
+PROVENANCE = "provenance.json"  # code and command; written last by a merge or an import
+METRICS = "metrics.jsonl"  # while the run trains
+PROGRESS = "progress.json"  # after each checkpoint
+TRAINING = "training.json"  # written last by a training
+GALLERY = "gallery.npz"  # by a training that masks, before training.json
+RESULTS = "results.json"  # by rft.evaluate
+LOCALISATION = "localisation.json"  # by rft.evaluate.localisation
+
+# the weights, and what a run resumes from unless --log.checkpoints names another folder
+CHECKPOINTS = "checkpoints"
+SELECTED = Path(CHECKPOINTS) / "best.safetensors"  # the last ones without held-out images
+LAST = Path(CHECKPOINTS) / "last.safetensors"  # after the last step
+
+TENSORBOARD = "tensorboard"  # event files
+WANDB = "wandb"  # what Weights & Biases writes
+WANDB_ID = Path(WANDB) / "id"  # of the run there, so that a resumed one continues it
+PROFILE = "profile"  # traces of --profile
+LOCK = ".lock"  # held by the one training that writes the folder
+
+# written through; all others are replaced as a whole
+WRITTEN_THROUGH = (CHECKPOINTS, TENSORBOARD, WANDB, PROFILE, METRICS, LOCK)

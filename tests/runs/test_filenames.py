@@ -1,0 +1,40 @@
+"""The files of a run folder are named in one place."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rft.runs import filenames
+
+ROOT = Path(__file__).parents[2]
+NAMES = {
+    Path(value).name.encode()
+    for name, value in vars(filenames).items()
+    if name.isupper() and isinstance(value, str | Path) and Path(value).suffix
+}
+
+
+def texts(source: bytes) -> Iterator[str]:
+    """Yield the texts of a module, but not its docstrings."""
+    tree = ast.parse(source)
+    words = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in words:
+            yield node.value
+
+
+@pytest.mark.slow
+def test_no_other_module_names_a_file_of_a_run_folder():
+    assert len(NAMES) == 10
+    found = [
+        (path, text)
+        for folder in ("rft", "tools", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        if path != Path(filenames.__file__)
+        if any(name in (source := path.read_bytes()) for name in NAMES)
+        for text in texts(source)
+        if any(name.decode() in text.replace("open_clip_config.json", "") for name in NAMES)
+    ]
+    assert found == []
