@@ -1,0 +1,329 @@
+"""Run two checkouts of rft on the same inputs and compare what must not change.
+
+Bytes of shards, order of samples, weights, counts, reports, --help; and whether NEW resumes and
+reads the runs of OLD. Only public commands are used, so modules may lie anywhere in either tree.
+Takes ten minutes. Writes versions.json, versions.md, and help.diff of all texts that commands
+printed; exit code 1 if anything differs. Not compared, because it differs between two runs of one
+tree or names its commit:
+
+- provenance.json, and "provenance" in other JSON files
+- tensorboard/, the columns of metrics.jsonl that are not in COLUMNS, what packing prints: times
+- checkpoints/step-*.pt and progress.json, which has their hash; that NEW resumes OLD's is compared
+"""
+
+import argparse
+import datetime
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+FAILED = "FAILED"  # begins a value that could not be made; such a row is never the same
+PLAIN = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+PLAIN["OMP_NUM_THREADS"] = "1"  # threads decide the order of sums
+STOPPED = 75  # exit code of a training that was asked to stop
+PARTS = {"tars": "*.tar", "index": "index.npz", "manifest": "manifest.json", "plan": "plan.json"}
+COLUMNS = ("step", "epoch", "loss", "ce", "mse", "kd", "replaced", "grad_norm", "lr")
+COLUMNS += ("held_out_correct", "held_out_total")
+RECIPE, RUNS = "object-mask-single-fill", "demo/runs"
+RUN, MODELS = f"{RUNS}/{RECIPE}-seed0", f"{RUNS}/vanilla-seed0 {RUNS}/no-mask-seed0"
+# seen from the folder that either tree works in: both pack the images that OLD made
+WORLD = "../old/demo/world"
+CLASSES = f"--classes {WORLD}/classes.json"
+BATCHES = ((0, 0, 1), (0, 24, 2), (1, 3, 4), (7, 11, 1), (29, 24, 8))  # epoch, step, ranks
+PACK = (
+    f"tools/shard_imagenet.py --source {WORLD} {CLASSES} --out packed-KIND",
+    "tools/shard_ood.py --benchmark imagenet-v2 imagenet-r imagenet-sketch objectnet imagenet-a "
+    f"--source {WORLD} {CLASSES} --out packed-KIND",
+    f"tools/shard_folder.py --source {WORLD}/imagenet/val --out photos-KIND",
+)
+DERIVE = (
+    "tools/index_shards.py tars/{0..1}.tar --out indexed/own " + CLASSES,
+    "tools/verify_shards.py indexed/own --deep --report verified.json",
+    f"rft.evaluate.localisation {RUN} --data demo/shards --masks {WORLD}/masks/imagenet/train "
+    "--classes all --samples 400 --workers 0",
+    f"rft.merge uniform-soup {MODELS} --out made/uniform-soup",
+    f"rft.merge greedy-soup {MODELS} --out made/greedy-soup --data demo/shards --workers 0",
+    f"rft.convert export {RUN} --to open-clip --out made/open-clip",
+    # the other formats are for OpenAI's image towers, which the demo has none of
+    f"rft.convert export {RUN} --to safetensors --out made/model.safetensors",
+    "rft.convert import made/open-clip --data demo/shards --out made/imported",
+)
+HELP = ("rft.train", "rft.evaluate", "rft.evaluate.localisation", "rft.merge", "rft.merge wise")
+HELP += ("rft.merge uniform-soup", "rft.merge greedy-soup", "rft.convert", "rft.convert import")
+HELP += ("rft.convert export", "rft.experiments", "rft.demo", "rft.demo paper", "rft.report")
+HELP += ("rft.demo pretrain", "rft.data.show", "tools/shard_imagenet.py", "tools/shard_ood.py")
+HELP += ("tools/shard_folder.py", "tools/index_shards.py", "tools/verify_shards.py")
+SHOW = "rft.data.show {} --epoch {} --step {} --world-size {}"
+PRINTED = tuple(f"{name} --help" for name in HELP)
+PRINTED += tuple(SHOW.format(RUN, *numbers) for numbers in BATCHES)
+PRINTED += ("rft.experiments --runs runs --data data --lines", "rft.env")
+COMPARED = ("packed-*/*", "photos-*/*", "indexed/*", "verified.json", "demo/world")
+COMPARED += ("demo/shards/*", "demo/report/*", f"{RUNS}/*/*.json", f"{RUNS}/*/*.npz")
+COMPARED += (f"{RUNS}/*/checkpoints/*.safetensors", "made/*")
+TRAIN = f"rft.train {RECIPE} --data ../old/demo/shards --scale miniature --optim.epochs 2 "
+TRAIN += "--log.checkpoint-steps 10 --run-dir"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    """A checkout, the folder its commands run in, and what they printed."""
+
+    path: Path
+    revision: str
+    folder: Path
+    texts: dict[str, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def start(self, command: str, folder: Path | None = None) -> subprocess.Popen[str]:
+        """Start a command: a module of rft or a file in tools/, and its arguments."""
+        program, *words = shlex.split(command)
+        # a file by a link of one name, because --help prints its path and wraps lines by it
+        start = ["-m", program] if program.startswith("rft") else [f"tree/{program}"]
+        environment = {**os.environ, **PLAIN, "PYTHONPATH": str(self.path)}
+        options: dict[str, Any] = {"cwd": folder or self.folder, "env": environment, "text": True}
+        options |= dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen([sys.executable, *start, *words], **options)
+
+    def run(self, command: str, folder: Path | None = None) -> str:
+        """Run a command and return what it printed, or in one line why it failed."""
+        process = self.start(command, folder)
+        output, errors = process.communicate()
+        if process.returncode == 0:
+            return self.neutral(output)
+        last = (errors.strip() or "nothing on stderr").splitlines()[-1]
+        self.failures.append(self.neutral(f"{FAILED}: {command}: {last}"))
+        print(f"  {self.failures[-1]}", flush=True)
+        return self.failures[-1]
+
+    def neutral(self, text: str) -> str:
+        """Return a text without the tree's path and commit."""
+        return text.replace(str(self.path), "TREE").replace(self.revision, "COMMIT")
+
+    def digest(self, *paths: Path) -> str:
+        """Return a hash of the names and contents of files and folders, without provenance."""
+        files = [file for path in sorted(paths) for file in (path, *sorted(path.rglob("*")))]
+        files = [file for file in files if file.is_file() and file.name != "provenance.json"]
+        known = [f"{file.name} {hashlib.sha256(self._content(file)).hexdigest()}" for file in files]
+        return hashlib.sha256("\n".join(known).encode()).hexdigest()[:12] if files else "none"
+
+    def value(self, path: Path) -> str:
+        """Return the hash of a file or folder; of a packed set, those of its parts too."""
+        parts = PARTS if (path / "manifest.json").exists() else {}
+        hashes = [f"{name} {self.digest(*path.glob(part))}" for name, part in parts.items()]
+        return ", ".join([*hashes, self.digest(path)])
+
+    def _content(self, path: Path) -> bytes:
+        data = path.read_bytes()
+        if path.suffix == ".json" and b'"provenance"' in data:
+            return json.dumps({**json.loads(data), "provenance": None}, sort_keys=True).encode()
+        return self.neutral(data.decode()).encode() if path.suffix == ".html" else data
+
+
+def main() -> None:
+    """Compare the two trees that the command line names."""
+    kept = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kept)
+    parser.add_argument("old", type=Path, metavar="OLD", help="folder of a checkout")
+    parser.add_argument("new", type=Path, metavar="NEW", help="folder of the one to compare")
+    where = "default: benchmarks/results of the tree that this file lies in"
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help=where)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        old = prepare(arguments.old.resolve(), Path(scratch) / "old")
+        new = prepare(arguments.new.resolve(), Path(scratch) / "new")
+        for tree in (old, new):
+            run_all(tree)
+        handed = hand_over(old, new, Path(scratch) / "handed")
+        rows = [*handed, *file_rows(old, new), *text_rows(old, new)]
+    document = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - started),
+        "python": sys.version.split()[0],
+        "torch": importlib.metadata.version("torch"),
+        **{"old": old.revision, "new": new.revision, "rows": rows},
+    }
+    (arguments.out / "versions.json").write_text(json.dumps(document, indent=2) + "\n")
+    (arguments.out / "versions.md").write_text(to_markdown(document))
+    print(to_markdown(document))
+    lines = [f"{line}\n" for command in PRINTED for line in diff(old, new, command)]
+    (arguments.out / "help.diff").write_text("".join(lines))
+    sys.exit(0 if all(one["same"] for one in rows) else 1)
+
+
+def prepare(path: Path, folder: Path) -> Tree:
+    """Return a tree with an empty folder to work in; check that its own rft is imported."""
+    folder.mkdir()
+    (folder / "tree").symlink_to(path)
+    where = [sys.executable, "-c", "import rft; print(rft.__file__)"]
+    options = {"env": {**os.environ, "PYTHONPATH": str(path)}, "cwd": folder}
+    found = subprocess.run(where, capture_output=True, text=True, **options).stdout.strip()
+    if found != str(path / "rft" / "__init__.py"):
+        sys.exit(f"error: {path} is not a checkout that rft is imported from ({found or 'none'})")
+    describe = ["git", "-C", str(path), "describe", "--always", "--dirty", "--abbrev=12"]
+    revision = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    return Tree(path=path, revision=revision, folder=folder)
+
+
+def run_all(tree: Tree) -> None:
+    """Run every command in a tree; what they write stays in its folder."""
+    print(f"every command in {tree.path} ({tree.revision})", flush=True)
+    made = tree.run("rft.demo --out demo --epochs 1")
+    if made.startswith(FAILED) and tree.folder.name == "old":
+        sys.exit(f"error: without the demo of {tree.path} nothing can be compared: {made}")
+    for kind in ("original", "jpeg", "pixels"):
+        for command in PACK:
+            options = f"--encoding {kind} --size 48 --shard-mb 2 --workers 1"
+            tree.run(f"{command.replace('KIND', kind)} {options}")
+    write_tars(tree.folder / WORLD / "imagenet/val", tree.folder / "tars")
+    for command in DERIVE:
+        tree.run(command)
+    with ThreadPoolExecutor(2) as pool:
+        tree.texts.update(zip(PRINTED, pool.map(tree.run, PRINTED), strict=True))
+
+
+def write_tars(images: Path, folder: Path) -> None:
+    """Write two WebDataset tars of a folder of classes; `tarfile` leaves all times at 0."""
+    folder.mkdir()
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for label, of_class in enumerate(sorted(images.iterdir())):
+                for path in sorted(of_class.iterdir())[number::20]:
+                    for suffix, data in (("jpg", path.read_bytes()), ("cls", b"%d" % label)):
+                        member = tarfile.TarInfo(f"{path.stem}.{suffix}")
+                        member.size = len(data)
+                        tar.addfile(member, BytesIO(data))
+
+
+def hand_over(old: Tree, new: Tree, folder: Path) -> Iterator[dict[str, Any]]:
+    """Have NEW end a run that OLD began, and find done what OLD has done."""
+    print("NEW on the runs of OLD", flush=True)
+    folder.mkdir()
+    old.run(f"{TRAIN} whole", folder)
+    stopped = stop_part_way(old, f"{TRAIN} part", folder)
+    resumed = new.run(f"{TRAIN} part", folder)
+    weights = [old.digest(*(folder / run).glob("*/*.safetensors")) for run in ("whole", "part")]
+    weights[1] = next((text for text in (stopped, resumed) if FAILED in text), weights[1])
+    yield row(f"OLD's run, {stopped}, ended by NEW: weights", *weights)
+    counts = metrics(folder / "whole", folder / "part", COLUMNS[-2:])
+    yield row("OLD's run, ended by NEW: held-out counts", *counts)
+    kept = (folder / "whole", old.folder / RUNS)
+    before = old.digest(*kept)
+    runs = " ".join(f"../old/{RUNS}/{path.name}" for path in sorted((old.folder / RUNS).iterdir()))
+    evaluation = f"rft.evaluate {runs} --data ../old/demo/shards"
+    for name, command in (("training", f"{TRAIN} whole"), ("evaluation", evaluation)):
+        # the first line says that nothing is left to do
+        texts = [tree.run(command, folder).partition("\n")[0] for tree in (old, new)]
+        yield row(f"OLD's {name}, once more", *texts)
+    for tree in (old, new):
+        tree.run(f"rft.report {runs} --out {tree.folder.name}", folder)
+    tables = [tree.digest(folder / tree.folder.name / "table.csv") for tree in (old, new)]
+    yield row("table.csv of a report of OLD's runs", *tables)
+    yield row("OLD's run folders, after all this", before, old.digest(*kept))
+
+
+def stop_part_way(tree: Tree, command: str, folder: Path) -> str:
+    """Start a training and stop it cleanly after its first checkpoint; return where it stopped."""
+    progress = folder / "part" / "progress.json"
+    process = tree.start(command, folder)
+    while process.poll() is None and not progress.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    if process.returncode != STOPPED or not progress.exists():
+        return f"{FAILED}: not stopped, exit code {process.returncode}"
+    reached = json.loads(progress.read_text())
+    return f"stopped at step {reached['step']} of {reached['of']}"
+
+
+def file_rows(old: Tree, new: Tree) -> Iterator[dict[str, Any]]:
+    """Compare the packed sets, and the demo's world, runs and report with what was made of them."""
+    paths = [path for pattern in COMPARED for path in sorted(old.folder.glob(pattern))]
+    for path in paths:
+        if path.name not in ("provenance.json", "progress.json"):
+            name = str(path.relative_to(old.folder))
+            yield row(name, old.value(path), new.value(new.folder / name))
+    for path in sorted((old.folder / RUNS).glob("*/metrics.jsonl")):
+        name = f"{RUNS}/{path.parent.name}"
+        yield row(f"{name}/metrics.jsonl", *metrics(old.folder / name, new.folder / name))
+
+
+def metrics(old: Path, new: Path, columns: Sequence[str] = COLUMNS) -> list[str]:
+    """Return what two runs logged in those columns that OLD has; NEW may have more."""
+    files = [[*run.glob("metrics.jsonl")] for run in (old, new)]
+    logs = [[json.loads(line) for file in one for line in file.open()] for one in files]
+    columns = [name for name in columns if any(name in line for line in logs[0])]
+    values = []
+    for log in logs:
+        lines = [[line.get(name) for name in columns] for line in log if {*columns} & {*line}]
+        loss = next((line["loss"] for line in log[::-1] if "loss" in line), "none")
+        values.append(f"{summary(chr(10).join(map(str, lines)))}, last loss {loss}")
+    return values
+
+
+def summary(text: str) -> str:
+    """Return how many lines a text has, and its hash."""
+    return f"{len(text.splitlines())} lines, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def text_rows(old: Tree, new: Tree) -> Iterator[dict[str, Any]]:
+    """Compare what was printed; where it differs, NEW's value counts the lines."""
+    for name in PRINTED:
+        texts = [tree.texts[name] for tree in (old, new)]
+        values = [text if FAILED in text else summary(text) for text in texts]
+        if lines := diff(old, new, name)[2:]:
+            added, removed = (sum(line.startswith(sign) for line in lines) for sign in "+-")
+            values[1] += f" (+{added} -{removed} lines)"
+        yield row(name, *values)
+    failures = ["; ".join(tree.failures) or "not one" for tree in (old, new)]
+    yield row("commands that failed", *failures)
+
+
+def diff(old: Tree, new: Tree, name: str) -> list[str]:
+    """Return what a command printed in both trees as a unified diff, empty if it is the same."""
+    before, after = (tree.texts[name].splitlines() for tree in (old, new))
+    return list(difflib.unified_diff(before, after, f"OLD {name}", f"NEW {name}", lineterm=""))
+
+
+def to_markdown(document: dict[str, Any]) -> str:
+    """Return the result as a page: how many rows differ, then every row."""
+    rows = document["rows"]
+    made_by = "OLD is {old}, NEW is {new}; {date}, Python {python}, torch {torch}, {seconds} s."
+    lines = [made_by.format(**document)]
+    lines += [f"{sum(not one['same'] for one in rows)} of {len(rows)} rows differ.", ""]
+    lines += ["| compared | OLD | NEW | same |", "|---|---|---|---|"]
+    for one in rows:
+        new, same = ("=", "yes") if one["same"] else (one["new"], "**no**")
+        lines.append(f"| {one['name']} | {one['old']} | {new} | {same} |")
+    return "\n".join(lines) + "\n"
+
+
+def row(name: str, old: str, new: str) -> dict[str, Any]:
+    """Return one comparison; what failed in both trees is not the same."""
+    return {
+        "name": name,
+        "old": old,
+        "new": new,
+        "same": old == new and old != "none" and FAILED not in old,
+    }
+
+
+if __name__ == "__main__":
+    main()
