@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import io
 import json
+import tarfile
 import time
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from rft.packing.foreign.rule import Options as Reading
 from rft.packing.foreign.samples import shard_size
 from rft.packing.own_folder import read_folder
 from rft.packing.pack import Options, pack
-from rft.packing.tar_stream import TarStream
 from rft.packing.verify import check_index, verify
 from rft.report import read as runs
 from rft.runs.gallery import read as read_gallery
@@ -164,12 +164,11 @@ def test_an_index_that_readers_refuse_is_not_written(packed, monkeypatch):
 
 
 def tar_of(path: Path, **members: bytes) -> None:
-    stream = io.BytesIO()
-    tar = TarStream(stream)
-    for suffix, content in members.items():
-        tar.add(f"a.{suffix}", content)
-    tar.close()
-    path.write_bytes(stream.getvalue())
+    with tarfile.open(path, "w") as tar:
+        for suffix, content in members.items():
+            member = tarfile.TarInfo(f"a.{suffix}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 def test_a_label_is_short(tmp_path):

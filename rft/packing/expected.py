@@ -5,12 +5,10 @@ truncated copy), so whoever lists a set in ImageNet's own label space holds it a
 another label space the set is the user's own and nothing is known about it.
 """
 
-import importlib.util
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from rft import cli
+from rft import cli, packages
 from rft.sets import BENCHMARKS
 from rft.shards.label_space import LabelSpace
 
@@ -27,12 +25,8 @@ def published_classes(dataset: str, labels: LabelSpace) -> tuple[str, ...] | Non
     known = BENCHMARKS.get(dataset)
     if known is None or known.class_list is None or not is_imagenet(labels):
         return None
-    # by its file, because importing timm costs seconds
-    spec = importlib.util.find_spec("timm")
-    if spec is None or spec.origin is None:
-        raise ValueError("the package timm is not installed; it holds the class lists")
-    folder = Path(spec.origin).parent / "data" / "_info"
-    return tuple((folder / known.class_list).read_text().split())
+    path = packages.folder("timm") / "data" / "_info" / known.class_list
+    return tuple(path.read_text().split())
 
 
 def check_count(dataset: str, found: int, labels: LabelSpace, allowed: int | None = None) -> None:

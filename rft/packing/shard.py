@@ -18,8 +18,8 @@ from pydantic import Field
 
 from rft.config import MAX_PIXELS
 from rft.packing import encode
+from rft.packing.shard_writer import ShardWriter
 from rft.packing.source import Item, read_item, where
-from rft.packing.tar_stream import TarStream
 from rft.shards.folder import COMMITS, PLAN
 from rft.shards.image_files import require_affordable
 from rft.shards.images import Header, Treated
@@ -164,7 +164,7 @@ def _write(job: ShardJob) -> Written:
     bad: list[Quarantined] = []
     with files.publish(job.shard_url) as path:
         with local.writer(path) as stream:
-            tar = TarStream(stream)
+            tar = ShardWriter(stream)
             for item in job.items:
                 encoded = _encode(job, item, bad)
                 if encoded is not None:
@@ -222,7 +222,7 @@ def too_many(bad: Sequence[Quarantined], allowed: int) -> ValueError:
 
 
 def write_sample(
-    tar: TarStream, item: Item, class_name: str, encoded: encode.Encoded
+    tar: ShardWriter, item: Item, class_name: str, encoded: encode.Encoded
 ) -> dict[str, Any]:
     """Append one sample's members to a tar and return its index row.
 
@@ -235,11 +235,13 @@ def write_sample(
         "mode": header.mode,
         "size": [header.width, header.height],
     }
-    tar.add(f"{item.key}.cls", str(item.label).encode())
-    tar.add(f"{item.key}.json", compact_json(description))
-    tar.add(f"{item.key}.txt", class_name.encode())
+    members = {
+        "cls": str(item.label).encode(),
+        "json": compact_json(description),
+        "txt": class_name.encode(),
+    }
     return {
-        "offset": tar.add(f"{item.key}.{encoded.suffix}", payload),
+        "offset": tar.add(item.key, members, encoded.suffix, payload),
         "length": len(payload),
         "crc32": zlib.crc32(payload),
         "label": item.label,

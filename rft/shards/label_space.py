@@ -5,14 +5,11 @@ position in that list. Nothing here imports torch: ImageNet's lists are read fro
 timm and open_clip carry, because importing either package costs seconds.
 """
 
-import importlib.util
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from rft import cli
+from rft import cli, packages
 from rft.classes import Classes, composed, find_twins, prompts_sha256
 from rft.storage import files
 from rft.storage.documents import Text, document
@@ -76,9 +73,8 @@ class LabelSpace:
     @staticmethod
     def imagenet() -> "LabelSpace":
         """Return ImageNet-1k: WordNet ids in label order, OpenAI's class names and 80 prompts."""
-        package = _package_folder("timm")
-        text = (package / "data" / "_info" / "imagenet_synsets.txt").read_text()
-        metadata = _load_module(_package_folder("open_clip") / "zero_shot_metadata.py")
+        text = (packages.folder("timm") / "data" / "_info" / "imagenet_synsets.txt").read_text()
+        metadata = packages.part("open_clip", "zero_shot_metadata")
         return LabelSpace(
             ids=tuple(text.split()),
             names=tuple(metadata.IMAGENET_CLASSNAMES),
@@ -163,21 +159,3 @@ def _require_text(what: str, text: str) -> None:
     # class lists beside the shards have one name per line; a lone surrogate is not UTF-8
     if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in text):
         raise ValueError(f"{what} is {text!a}: line breaks and control characters cannot be used")
-
-
-def _package_folder(name: str) -> Path:
-    """Return where an installed package lies, without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise ValueError(f"the package {name} is not installed; it holds ImageNet's class lists")
-    return Path(spec.origin).parent
-
-
-def _load_module(path: Path) -> Any:
-    """Execute one module of a package by its file, so that the package itself is not imported."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -34,8 +34,8 @@ from rft.packing.encode import to_jpeg
 from rft.packing.layouts import read_source
 from rft.packing.pack import Options, cut, make_jobs, make_plan, pack, parse_task, shuffle
 from rft.packing.shard import write_shard
+from rft.packing.shard_writer import ShardWriter
 from rft.packing.source import Item
-from rft.packing.tar_stream import tar_header
 from rft.shards.images import Kind, clip_pixels, clip_square, load_image
 from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
@@ -292,14 +292,29 @@ def test_jpeg_reads_back(source: str, tmp_path: Path) -> None:
         assert meta["size"] == list(image.size) == [index.width[row], index.height[row]]
 
 
-@given(st.text("ab0_-.", min_size=1, max_size=130), st.integers(0, 9 * 2**30))
-@example("a" * 100, 8**11 - 1)
-@example("a" * 101, 0)
-@example("a", 8**11)
-def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode, member.uname, member.gname = size, 0o444, "root", "root"
-    assert tar_header(name, size) == member.tobuf(tarfile.PAX_FORMAT)
+@given(
+    st.lists(
+        st.tuples(st.text("ab0_-", min_size=1, max_size=130), st.binary(max_size=1500)),
+        min_size=1,
+        unique_by=lambda sample: sample[0],
+    )
+)
+@example([("a" * 96, b""), ("a" * 97, b"x"), ("b" * 300, b"y" * 20_000)])
+def test_payloads_lie_where_the_writer_says(samples: list[tuple[str, bytes]]) -> None:
+    stream = io.BytesIO()
+    writer = ShardWriter(stream)
+    offsets = [writer.add(key, {"cls": b"0", "txt": b"x"}, "jpg", data) for key, data in samples]
+    sha256 = writer.close()
+    whole = stream.getvalue()
+    assert (len(whole), hashlib.sha256(whole).hexdigest()) == (writer.size, sha256)
+    for offset, (_, data) in zip(offsets, samples, strict=True):
+        assert whole[offset : offset + len(data)] == data
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        members = archive.getmembers()
+    assert [member.offset_data for member in members[2::3]] == offsets
+    assert {(member.mtime, member.mode, member.uname, member.gname) for member in members} == {
+        (0, 0o444, "root", "root")
+    }
 
 
 def test_shards_are_those_of_webdataset(source: str, tmp_path: Path) -> None:
