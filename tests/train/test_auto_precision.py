@@ -18,7 +18,7 @@ from rft.config import resolve_precision
 from rft.demo import command as demo_command
 from rft.experiments import Experiment
 from rft.train import command as train_command
-from rft.train.loop import Job
+from rft.train.job import Job
 from rft.train.run import is_finished
 
 CPU = torch.device("cpu")

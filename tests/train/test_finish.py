@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from rft import cli
 from rft.shards.manifest import Manifest
+from rft.train import build, finish
 from rft.train import command as train_command
-from rft.train.gallery import one_of_each_class
+from rft.train.pictures import one_of_each_class
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_a_run_whose_held_out_images_show_one_class_finishes(train, monkeypatch)
     def shown(labels, samples, count):
         return one_of_each_class(np.zeros_like(labels), samples, count)
 
-    monkeypatch.setattr(train_command, "one_of_each_class", shown)
+    monkeypatch.setattr(finish, "one_of_each_class", shown)
     run = train("object-mask-multi-fill", name="run")
     assert (run / "training.json").exists()
     assert not (run / "gallery.npz").exists()
@@ -62,7 +63,7 @@ def test_a_run_whose_held_out_images_show_one_class_finishes(train, monkeypatch)
 def test_other_pretrained_weights_under_a_started_run(train, capsys, monkeypatch):
     run = train("vanilla", "--optim.epochs", "1", name="run")
     (run / "training.json").unlink()
-    monkeypatch.setattr(train_command, "tower_sha256", lambda model: "another")
+    monkeypatch.setattr(build, "tower_sha256", lambda model: "another")
     with pytest.raises(SystemExit):
         train("vanilla", "--optim.epochs", "1", name="run")
     assert "pretrained_sha256" in capsys.readouterr().err

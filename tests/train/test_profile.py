@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.step import Arguments, build_job
 from rft.loading.dataset import Batch
-from rft.train.loop import accumulate_gradients
 from rft.train.optim import build_optimizer
 from rft.train.profile import profiling
+from rft.train.step import accumulate_gradients
 from tests.conftest import build_model
 
 
