@@ -105,6 +105,16 @@ def tiny_clip(tmp_path_factory) -> str:
 
 
 @pytest.fixture
+def train(tiny_data, tiny_clip, tmp_path):
+    """Train a recipe on the tiny world (`tiny.train`); returns the run folder."""
+
+    def run(recipe: str, *options: object, name: str = "") -> Path:
+        return tiny.train(recipe, tiny_data, tiny_clip, tmp_path / (name or recipe), *options)
+
+    return run
+
+
+@pytest.fixture
 def refused(monkeypatch, capsys):
     """Run a command line in this process; return its one line of complaint."""
 

@@ -29,10 +29,10 @@ def test_with_nothing_to_select_by_the_last_model_is_the_one():
 
 
 @pytest.mark.slow
-def test_held_out_logits_that_are_not_finite_end_the_run(train, tmp_path, capsys):
+def test_held_out_logits_that_are_not_finite_end_the_run(three_epochs, tmp_path, capsys):
     options = ("--optim.lr", "1e30", "--optim.warmup-steps", "0", "--loader.batch-size", "60")
     with pytest.raises(SystemExit) as stopped:
-        train("run", *options, "--log.every-steps", "50", "--optim.epochs", "1")
+        three_epochs("run", *options, "--log.every-steps", "50", "--optim.epochs", "1")
     assert stopped.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: {tmp_path / 'run'} (step 1, held-out images): the logits of ")
