@@ -24,8 +24,8 @@ from rft.config import MAX_PIXELS, Cam, Device
 from rft.dist import World
 from rft.evaluate.cam_overlap import Measured, measure
 from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
+from rft.evaluate.measured_images import Measurable, Selection, select
 from rft.evaluate.overlap import mean_rates, pooled_rates
-from rft.evaluate.selection import Measurable, Selection, select
 from rft.loading.dataset import PackedDataset
 from rft.paper import TABLE_2
 from rft.runs.folder import checkpoint_path, require_own_weights, unfinished

@@ -45,6 +45,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     head = zero_shot_head(pretrained, packed.manifest.classes, packed.manifest.templates)
     teacher = Classifier(pretrained.model.visual, head, pretrained.architecture)
     classes = packed.manifest.label_space
+    # the frozen teacher is the model as pre-trained; the student begins as a copy of it
     student = starting_student(config, teacher, classes)
     ensemble = second_teacher(config, teacher, classes)
     objective = Objective(

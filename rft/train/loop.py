@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: resume, then step by step to the end, with logs, selection and checkpoints."""
 
 import contextlib
 from dataclasses import replace
@@ -59,6 +59,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
     dist.on_main(world, lambda: restore_selected(job, store, own, progress.best_step))
 
     steps_per_epoch, saved, reason = job.batches.plan.steps_per_epoch, progress.step, ""
+    # batches, draws and learning rate follow from the step's number, so only it is resumed from
     steps = range(progress.step, job.total_steps)
     batches = read_batches(job.batches, steps, workers=config.loader.workers, device=job.device)
     meter = Meter(config, world, job.device, steps_per_epoch)
@@ -83,6 +84,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
             meter.add(terms, grad_norm)
             journal.pictures(step + 1, shown, job.student.patch_side)
 
+            # a step is numbered from 0; what is logged and saved counts the steps that are done
             progress = replace(progress, step=step + 1)
             ends_epoch = progress.step % steps_per_epoch == 0
             saves = ends_epoch or progress.step % config.log.checkpoint_steps == 0
@@ -90,14 +92,17 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
             if saves or progress.step % config.log.every_steps == 0:
                 journal.metrics(progress.step, {**meter.read(progress.step), "lr": lr})
             if ends_epoch:
+                # before the checkpoint, which records which model is selected
                 progress = select(job, progress, journal)
             if saves:
                 journal.require_folder()
                 save(job, writer, optimizer, progress)
                 saved = progress.step
+                # the speed is that of training alone
                 meter.restart()
             profiler.step()
         if job.total_steps == 0:
+            # zero-shot: no epoch ended, and the held-out count is wanted all the same
             progress = select(job, progress, journal)
         if saved < progress.step:
             values = meter.read(progress.step) if meter.steps else None

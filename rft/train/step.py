@@ -37,6 +37,7 @@ def accumulate_gradients(
     """
     optim, weight = job.config.optim, job.config.method.distill_weight
     parts = optim.accumulate
+    # summed on the device: to read one here would make the host wait for the whole step
     terms, grad_norm = torch.zeros(4, device=job.device), torch.zeros((), device=job.device)
     pool_ZCHW = donor_pool(job.config.method, job.world, batch.images_BCHW)
     patches = (job.batches.image_size // job.student.patch_side) ** 2
@@ -48,6 +49,7 @@ def accumulate_gradients(
         )
         if draws is not None:
             draws = draws.copied(partial(to_device, device=job.device))
+        # where a counterfactual follows, its backward exchanges the gradients of both
         with dist.skip_sync(module, draws is not None or not ends):
             # not around backward, which has its forward's precision by itself
             with autocast(job.device, job.config.precision):

@@ -19,7 +19,7 @@ from rft.config import ModelConfig
 from rft.demo.world import write_world
 from rft.evaluate import localisation
 from rft.evaluate.cam_overlap import label_map
-from rft.evaluate.selection import RESTRICTED, select
+from rft.evaluate.measured_images import RESTRICTED, select
 from rft.loading.dataset import PackedDataset
 from rft.packing.pack import Options, pack
 from rft.shards.label_space import LabelSpace

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from rft.train import checkpoint, loop
+from rft.evaluate.count import Count
+from rft.train import checkpoint, loop, select
 from tests.train.test_stop import at_step
 
 
@@ -67,7 +68,7 @@ def test_the_run_says_so_and_makes_no_half_of_it(
 def test_the_selected_model_alone_is_deleted(three_epochs, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     # the first epoch's stays the best
-    monkeypatch.setattr(loop, "count_correct", lambda *_, **__: [loop.Count(1, 16)])
+    monkeypatch.setattr(select, "count_correct", lambda *_, **__: [Count(1, 16)])
     at_step(15, monkeypatch, lambda: (folder / "checkpoints" / "best.safetensors").unlink())
     with pytest.raises(SystemExit):
         three_epochs()
