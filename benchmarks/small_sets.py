@@ -23,7 +23,8 @@ from unittest import mock
 
 from benchmarks import machine
 from rft import cli, recipes
-from rft.demo.world import IMAGE_SIZE, write_world
+from rft.demo.render import IMAGE_SIZE
+from rft.demo.world import write_world
 from rft.evaluate import command as evaluation
 from rft.packing.own_folder import read_folder
 from rft.packing.pack import Options, pack, pack_source

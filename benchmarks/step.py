@@ -32,20 +32,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import rft.train.loop
 import rft.train.objective
+import rft.train.step
 from benchmarks import machine
 from rft import cli, dist, recipes
+from rft.clip.architecture import Architecture
 from rft.clip.classifier import Classifier
-from rft.clip.load import Architecture
 from rft.clip.vit import blocks, check_supported, cut_patches
 from rft.config import Precision
 from rft.loading.dataset import Batch
 from rft.method import losses, masking, refill, relevance
+from rft.method.counterfactual import StepAddress
 from rft.storage import files
-from rft.train.loop import Job, accumulate_gradients
-from rft.train.objective import Objective, StepAddress
+from rft.train.job import Job
+from rft.train.objective import Objective
 from rft.train.optim import build_optimizer
+from rft.train.step import accumulate_gradients
 
 ADDRESS = StepAddress(seed=0, step=0, rank=0, micro=0)
 RESULTS = Path(__file__).parent / "results"
@@ -237,7 +239,7 @@ def build_steps(
         if clips:
             nn.utils.clip_grad_norm_(student.parameters(), job.config.optim.clip_norm)
         # looked up here, because phase_seconds puts a stopwatch in its place
-        with rft.train.loop.record_function("optimizer"):
+        with rft.train.step.record_function("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
 
@@ -307,8 +309,8 @@ def phase_seconds(step: Callable[[], None], device: torch.device) -> dict[str, f
         synchronize(device)
         seconds[name] += time.perf_counter() - started
 
-    modules: tuple[Any, ...] = (rft.train.loop, rft.train.objective)
-    original = rft.train.loop.record_function
+    modules: tuple[Any, ...] = (rft.train.step, rft.train.objective)
+    original = rft.train.step.record_function
     try:
         for module in modules:
             module.record_function = stopwatch

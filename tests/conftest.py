@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from rft import dist
+from rft.clip.architecture import Architecture
 from rft.clip.classifier import Classifier
-from rft.clip.load import Architecture
 from rft.storage import urls
 from tests import tiny
 from tests.servers import bucket, store  # noqa: F401
@@ -102,6 +102,16 @@ def tiny_data(tmp_path_factory) -> Path:
 def tiny_clip(tmp_path_factory) -> str:
     """Name of the tiny world's CLIP."""
     return tiny.write_clip(tmp_path_factory.mktemp("clip") / "clip")
+
+
+@pytest.fixture
+def train(tiny_data, tiny_clip, tmp_path):
+    """Train a recipe on the tiny world (`tiny.train`); returns the run folder."""
+
+    def run(recipe: str, *options: object, name: str = "") -> Path:
+        return tiny.train(recipe, tiny_data, tiny_clip, tmp_path / (name or recipe), *options)
+
+    return run
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ PACKAGES = (
     "rft.clip.load",
     "rft.evaluate.count",
     "rft.merge.greedy",
-    "rft.train.gallery",
+    "rft.train.finish",
     "rft.train.loop",
     "rft.train.run",
 )

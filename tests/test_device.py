@@ -1,6 +1,7 @@
 """Copies to a GPU, checked by a recorder: pinned, non-blocking, and taken at once."""
 
 import types
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from rft import device
 from rft.config import MethodConfig
+from rft.device import to_device
 from rft.loading import read
 from rft.loading.dataset import Reading
 from rft.loading.read import Slots
-from rft.train.objective import StepAddress, draw
+from rft.method.counterfactual import StepAddress, draw
 
 CUDA = torch.device("cuda", 0)
 METHOD = MethodConfig(mask="random", fill="multi")
@@ -78,7 +80,7 @@ def test_the_next_batch_may_be_written_at_once(copies, slots):
 
 def test_draws_are_copied_from_pinned_memory_without_waiting(copies):
     draws = draw(METHOD, range(4), 16, 8, StepAddress(0, 0, 0, 0))
-    draws.to(CUDA)
+    draws.copied(partial(to_device, device=CUDA))
     assert len(copies) == 3
     assert all(copy.pinned and copy.non_blocking for copy in copies)
     for copy, expected in zip(copies, draws[:3], strict=True):
@@ -89,7 +91,8 @@ def test_on_a_cpu_nothing_is_copied(copies, slots):
     cpu = torch.device("cpu")
     assert slots.batch(5, item(4), cpu).images_BCHW.data_ptr() == slots.images(5).data_ptr()
     draws = draw(METHOD, range(4), 16, 8, StepAddress(0, 0, 0, 0))
-    assert all(one is other for one, other in zip(draws, draws.to(cpu), strict=True))
+    same = draws.copied(partial(to_device, device=cpu))
+    assert all(one is other for one, other in zip(draws, same, strict=True))
     assert copies == []
 
 

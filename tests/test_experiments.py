@@ -13,7 +13,8 @@ import pytest
 from rft import cli, recipes
 from rft import experiments as experiments_command
 from rft.demo import command as demo_command
-from rft.demo.world import IMAGE_SIZE, write_world
+from rft.demo.render import IMAGE_SIZE
+from rft.demo.world import write_world
 from rft.evaluate import command as evaluate_command
 from rft.experiments import Experiment, Plan, experiments
 from rft.merge import command as merge_command

@@ -18,19 +18,15 @@ from rft.evaluate import command as evaluate_command
 from rft.merge import command as merge_command
 from rft.runs.filenames import LAST
 from rft.train import command as train_command
+from tests import tiny
 from tests.servers.ranges import range_server
 from tests.tiny import call, children, environment, torchrun_command
 from tests.waiting import until
 
-SMALL = ("--scale", "miniature", "--loader.batch-size", 6, "--loader.held-out", 8)
 FROM_NETRC = {"client_kwargs": {"trust_env": True}}
-SHORT = ("--optim.epochs", 1, "--log.image-steps", 4, "--log.checkpoint-steps", 4)
-
-
-def train(data: str | Path, clip: str, run: Path, *options: object) -> None:
-    """Train with everything that a run folder can hold, in this process."""
-    named = ("--data", data, "--run-dir", run, "--model.clip", clip)
-    call(train_command, "object-mask-single-fill", *named, *SMALL, *SHORT, *options)
+RECIPE = "object-mask-single-fill"
+# everything that a run folder can hold
+OFTEN = ("--log.image-steps", 4, "--log.checkpoint-steps", 4)
 
 
 def evaluate(data: str | Path, *runs: Path) -> None:
@@ -57,9 +53,9 @@ def test_no_secret_is_recorded_or_shown(
     monkeypatch.setitem(fsspec.config.conf, "http", FROM_NETRC)
     shown = []
     with range_server(tiny_data, "user:canary-of-the-server") as url:
-        train(url, tiny_clip, run, "--loader.workers", 1)
+        tiny.train(RECIPE, url, tiny_clip, run, *OFTEN, "--loader.workers", 1)
         (run / "training.json").unlink()
-        train(url, tiny_clip, run, "--loader.workers", 0)
+        tiny.train(RECIPE, url, tiny_clip, run, *OFTEN)
         call(merge_command, "wise", run / LAST, run, "--out", run.parent / "wise")
         evaluate(url, run, run.parent / "wise")
         shown += capsys.readouterr()
@@ -91,7 +87,7 @@ def umask(mask: int) -> Iterator[None]:
 def test_a_run_folder_has_the_permissions_of_the_umask(tmp_path, tiny_data, tiny_clip, mask):
     """No more, so that it is private where the user wants that, and no less, for their group."""
     with umask(mask):
-        train(tiny_data, tiny_clip, tmp_path / "run", "--loader.workers", 0)
+        tiny.train(RECIPE, tiny_data, tiny_clip, tmp_path / "run", *OFTEN)
         evaluate(tiny_data, tmp_path / "run")
     run = tmp_path / "run"
     made = {path.name for path in run.rglob("*")}

@@ -104,6 +104,31 @@ def call(command, *arguments: object) -> None:
         cli.run(command.main, ranks="RANK" in os.environ)
 
 
+def training(
+    recipe: str, data: Path | str, clip: str, run: Path | str, *options: object
+) -> list[str]:
+    """The command line after `rft.train`: one short epoch on the tiny world, less `options`."""
+    small = ("--scale", "miniature", "--loader.batch-size", 6, "--loader.held-out", 8)
+    small += ("--loader.workers", 0, "--optim.epochs", 1)
+    named = ("--data", data, "--run-dir", run, "--model.clip", clip)
+    return [recipe, *map(str, (*named, *small, *options))]
+
+
+def train(
+    recipe: str, data: Path | str, clip: str, run: Path, *options: object, ranks: int = 1
+) -> Path:
+    """Train on the tiny world, one rank in this process; returns the run folder."""
+    # here, because processes that start and end in a test import this module for other things
+    from rft.train import command
+
+    words = training(recipe, data, clip, run, *options)
+    if ranks == 1:
+        call(command, *words)
+    else:
+        torchrun(ranks, "rft.train", *words)
+    return run
+
+
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment on one thread, as torchrun sets it for several ranks."""
     root = str(Path(__file__).parents[1])

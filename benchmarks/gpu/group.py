@@ -18,7 +18,8 @@ from benchmarks.gpu import inputs
 from rft import dist
 from rft.loading.dataset import Batch
 from rft.storage import files
-from rft.train.loop import Job, accumulate_gradients, settle_buckets
+from rft.train.job import Job
+from rft.train.step import accumulate_gradients, settle_buckets
 
 assert inputs.REHEARSAL, "the module adds the tiny model to open_clip's"
 

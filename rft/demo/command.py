@@ -17,7 +17,7 @@ from pydantic import Field
 
 from rft import cli
 from rft.demo.miniature import FOLDER, prepare_data, shards
-from rft.evaluate.command import is_current
+from rft.evaluate.results import is_current
 from rft.experiments import Experiment, Plan, experiments
 from rft.loading.dataset import PackedDataset
 from rft.report.page import write_report

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import filelock
 
-from rft.demo.world import IMAGE_SIZE, write_world
+from rft.demo.render import IMAGE_SIZE
+from rft.demo.world import write_world
 from rft.packing.pack import Options, pack
 from rft.sets import BENCHMARKS
 from rft.shards.label_space import LabelSpace

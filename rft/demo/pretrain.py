@@ -23,8 +23,9 @@ from open_clip.model import CLIP
 from safetensors.torch import save
 from torch import Tensor
 
+from rft.clip.architecture import Architecture
 from rft.clip.head import zero_shot_head
-from rft.clip.load import Architecture, PretrainedClip, WordTokenizer
+from rft.clip.load import PretrainedClip, WordTokenizer
 from rft.config import OptimConfig
 from rft.demo.captions import CONTEXT_LENGTH, TEMPLATES, VOCABULARY, caption
 from rft.demo.objects import CLASSES, load_silhouettes

@@ -4,8 +4,6 @@ All checkpoints see each image in the same pass over the data.
 """
 
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,25 +18,13 @@ from rft import next_steps as commands
 from rft.clip.classifier import build_classifier
 from rft.config import MAX_PIXELS, Device
 from rft.dist import World
-from rft.evaluate.checkpoints import (
-    Loaded,
-    load_checkpoints,
-    require_classes,
-    warn_of_other_split,
-)
+from rft.evaluate.checkpoints import load_checkpoints, require_classes, warn_of_other_split
 from rft.evaluate.count import count_correct
+from rft.evaluate.results import is_current, write_results
 from rft.loading.dataset import PackedDataset
-from rft.runs import filenames
-from rft.runs.folder import (
-    checkpoint_path,
-    current_results,
-    require_own_weights,
-    results_path,
-    unfinished,
-)
-from rft.runs.records import Results, SetCount
+from rft.runs.folder import require_own_weights, unfinished
+from rft.runs.records import SetCount
 from rft.sets import TEST_SETS
-from rft.shards.manifest import Manifest
 from rft.shards.root import set_names
 from rft.storage import files
 from rft.storage.documents import BatchSize, Megapixels, Whole, document
@@ -65,14 +51,6 @@ class Arguments:
     max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have; raise it if a set was packed so."""
     device: Device = "auto"
-
-
-def is_current(checkpoint: Path, sets: Mapping[str, Manifest]) -> bool:
-    """Whether the recorded counts belong to these weights and are of these sets, all of each."""
-    recorded = current_results(checkpoint)
-    counts = recorded.sets if recorded else {}
-    found = {name: (count.manifest_sha256, count.total) for name, count in counts.items()}
-    return all(found.get(name) == (one.sha256, one.samples) for name, one in sets.items())
 
 
 def evaluate(
@@ -114,30 +92,6 @@ def evaluate(
     if world.is_main:
         for one, entry in zip(loaded, sets, strict=True):
             write_results(one, entry)
-
-
-def write_results(one: Loaded, sets: dict[str, SetCount]) -> None:
-    """Record and print one checkpoint's counts.
-
-    Raises:
-        ValueError: if its weights were replaced since they were loaded.
-    """
-    one.require_unchanged()
-    checkpoint, config = one.path, one.path / filenames.CONFIG
-    earlier = current_results(checkpoint)
-    results = Results(
-        checkpoint=str(checkpoint_path(checkpoint).relative_to(checkpoint.parent)),
-        checkpoint_sha256=one.sha256,
-        step=int(one.saved.metadata["step"]),
-        config_sha256=files.sha256_file(config) if config.is_file() else None,
-        # what an earlier call counted for the same weights stays
-        sets={**(earlier.sets if earlier else {}), **sets},
-        unfinished=unfinished(checkpoint),
-        provenance=files.provenance(),
-    )
-    files.write_json(str(results_path(checkpoint)), asdict(results))
-    shares = (f"{name} {100 * c.correct / c.total:.2f}" for name, c in sets.items())
-    cli.say(f"{checkpoint}{one.state_of_run}: {', '.join(shares)}")
 
 
 def main() -> None:

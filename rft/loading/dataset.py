@@ -20,7 +20,8 @@ from rft.shards.image_files import require_affordable
 from rft.shards.images import clip_pixels, load_image, npy_header, payload_treatment
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest, note_other_stores
-from rft.shards.ranges import Patience, RangeError, Shards
+from rft.shards.ranges import RangeError, Shards
+from rft.storage.remote import Patience
 
 PAYLOAD_BYTES = 2**28  # of image files that are in memory together
 

@@ -1,1 +1,1 @@
-"""The paper's mathematics, pure functions on tensors; imports nothing of rft."""
+"""The paper's mathematics: pure functions on tensors, of options and addressed random numbers."""

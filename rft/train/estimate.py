@@ -8,6 +8,7 @@ keeps for any number. Temporary tensors and the GPU's own context come on top.
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from torch import Tensor, nn
 from rft import recipes, small
 from rft.clip import vit
 from rft.config import Config
+from rft.device import to_device
+from rft.method.counterfactual import StepAddress, draw
 from rft.method.relevance import MAP_BYTES
 from rft.runs import records
-from rft.train.loop import Job, precision
-from rft.train.objective import Objective, StepAddress, draw
+from rft.train.job import Job
+from rft.train.objective import Objective
 from rft.train.optim import schedule_warning
+from rft.train.step import autocast
 
 RANKS = [2**power for power in range(11)]
 ROWS = 8  # of the table of ranks
@@ -287,15 +291,16 @@ def graph_bytes(job: Job, images: int) -> tuple[int, int]:
     if method.masks:
         patches = (batches.image_size // job.student.patch_side) ** 2
         address = StepAddress(job.config.seed, 0, 0, 0)
-        draws = draw(method, range(images), patches, len(pool_ZCHW), address).to(job.device)
-    with precision(job):
+        draws = draw(method, range(images), patches, len(pool_ZCHW), address)
+        draws = draws.copied(partial(to_device, device=job.device))
+    with autocast(job.device, job.config.precision):
         clean, first = kept_bytes(objective, lambda: objective(images_BCHW, labels_B, draws))
     donor_BP = clean.donor_BP
     if donor_BP is None:
         return first, 0
     # the first graph goes before the second comes, as in a step
     del clean
-    with precision(job):
+    with autocast(job.device, job.config.precision):
         _, second = kept_bytes(objective, lambda: objective(pool_ZCHW, labels_B, draws, donor_BP))
     return first, second
 

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rft.cli import warn
 from rft.config import Config
-from rft.evaluate.accuracy import Count
+from rft.evaluate.count import Count
 from rft.runs import filenames, records
 from rft.storage import files, local
 from rft.train.pictures import Counterfactuals, grid

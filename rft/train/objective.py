@@ -12,55 +12,20 @@ What chance decides is drawn before the first call, on the CPU, so that nothing 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from rft import rng
 from rft.clip import vit
 from rft.clip.classifier import Classifier
 from rft.clip.vit import AttentionTap
 from rft.config import MethodConfig
-from rft.device import to_device
-from rft.method import losses, masking, refill, relevance
+from rft.method import counterfactual, losses, refill
+from rft.method.counterfactual import Draws
 
 Features = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class StepAddress:
-    """Names the random draws of one micro-batch (see rft/rng.py)."""
-
-    seed: int
-    step: int
-    rank: int
-    micro: int
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """Return the generator of this micro-batch for one purpose."""
-        return rng.torch_generator(self.seed, purpose, self.step, self.rank, self.micro)
-
-
-class Draws(NamedTuple):
-    """What is known of a micro-batch's counterfactuals before any model has seen it."""
-
-    mask_BP: Tensor | None
-    """Random masks; None if the CAM decides."""
-    source_BP: Tensor
-    """Where a masked patch comes from (rft/method/refill.py); its sizes may be 1."""
-    own_B1: Tensor
-    """Each image's own number in the donor pool."""
-    kept: int | None
-    """Patches that every image keeps, where that is the same number and the others are dropped."""
-
-    def to(self, device: torch.device) -> "Draws":
-        """Return the draws on `device`; the copy does not make the host wait."""
-        mask_BP = None if self.mask_BP is None else to_device(self.mask_BP, device)
-        source_BP, own_B1 = to_device(self.source_BP, device), to_device(self.own_B1, device)
-        return Draws(mask_BP, source_BP, own_B1, self.kept)
 
 
 class Clean(NamedTuple):
@@ -122,6 +87,7 @@ class Objective(nn.Module):
         return self._counterfactual(images_BCHW, draws, donor_BP)
 
     def _clean(self, images_BCHW: Tensor, labels_B: Tensor, draws: Draws | None) -> Clean:
+        # a list collects each layer's attention; without a CAM none is kept
         taps: list[AttentionTap] | None = [] if self.method.needs_cam else None
         with record_function("clean forward"):
             patches_BPV = self.student.patches(images_BCHW)
@@ -145,12 +111,12 @@ class Objective(nn.Module):
             loss = loss + self.method.distill_weight * mse
         donor_BP = None
         if draws is not None:
-            mask_BP = draws.mask_BP
+            relevance_BP = None
             if taps is not None:
                 with record_function("cam"):
-                    mask_BP = cam_mask(self.method, cam(self.method, logits_BK, labels_B, taps))
-            assert mask_BP is not None, "neither chance nor a CAM decides the masks"
-            donor_BP = refill.donors(mask_BP, draws.source_BP, draws.own_B1)
+                    # before any backward: it looks into the graph that the loss goes back through
+                    relevance_BP = counterfactual.cam(self.method.cam, logits_BK, labels_B, taps)
+            donor_BP = counterfactual.donors(self.method, draws, relevance_BP)
         return Clean(loss, cross_entropy, logit_distillation, mse, donor_BP)
 
     def _counterfactual(self, pool_ZCHW: Tensor, draws: Draws, donor_BP: Tensor) -> Tensor:
@@ -188,44 +154,3 @@ class Objective(nn.Module):
 
 def _features(model: Classifier, patches_BPV: Tensor, **options: Any) -> Tensor:
     return model.features(patches_BPV, **options)
-
-
-def cam(
-    method: MethodConfig, logits_BK: Tensor, labels_B: Tensor, taps: list[AttentionTap]
-) -> Tensor:
-    """Return the class activation map that `method` asks for, each image's maximum 1, (B, P)."""
-    kind = relevance.label_relevance if method.cam == "relevance" else relevance.grad_cam
-    return relevance.normalise(kind(logits_BK, labels_B, taps))
-
-
-def cam_mask(method: MethodConfig, relevance_BP: Tensor) -> Tensor:
-    """Return the mask that `method` makes of a normalised map, bool (B, P)."""
-    kind = masking.object_mask if method.mask == "object" else masking.context_mask
-    return kind(relevance_BP, method.threshold)
-
-
-def draw(method: MethodConfig, own: range, patches: int, pool: int, address: StepAddress) -> Draws:
-    """Draw what chance decides for images `own` of a donor pool, on the CPU.
-
-    The numbers are drawn for the whole pool and each rank takes its images' part, so that they do
-    not depend on who draws them if the address does not.
-    """
-    rows = slice(own.start, own.stop)
-    assert method.masks, "nothing is decided where nothing is masked"
-    mask_BP, kept = None, None
-    if method.mask == "random":
-        kinds = {True: masking.fixed_count_mask, False: masking.bernoulli_mask}
-        generator = address.generator("mask")
-        mask_BP = kinds[method.fixed_count]((pool, patches), method.rate, generator)[rows]
-        if method.drops and method.fixed_count:
-            kept = masking.kept_patches(patches, method.rate)
-    if method.drops:
-        source_BP = torch.tensor([[refill.DROP]])
-    elif method.fill == "multi":
-        source_BP = refill.multi_sources(pool, patches, address.generator("fill"))[rows]
-    else:
-        derange = method.single_fill == "derangement"
-        source_ZP = refill.single_sources(pool, address.generator("fill"), derange=derange)
-        source_BP = source_ZP[rows]
-    own_B1 = torch.arange(own.start, own.stop)[:, None]
-    return Draws(mask_BP, source_BP, own_B1, kept)

@@ -1,19 +1,30 @@
-"""What a step distilled on, as one picture: images, their masks, their counterfactuals.
+"""Pictures of what the method makes of images: live ones while training, and the report's gallery.
 
-A live look at the training itself, from the tensors of the step that has just been done. The
-report's gallery (rft/train/gallery.py) shows the selected model on fixed images.
+`grid` shows what a step has just distilled on, from that step's own tensors. `write_gallery` keeps
+what the selected model's masks and fills make of a few fixed images, as numbers for the report to
+draw (Fig. 5).
 
 Shapes: B images, P patches, V = C times the pixels of a patch, Z images in the donor pool.
 """
 
+import io
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from rft import cli
 from rft.clip import vit
+from rft.clip.classifier import Classifier
+from rft.clip.vit import AttentionTap
+from rft.config import MethodConfig
+from rft.loading.dataset import PackedDataset
 from rft.method import refill
+from rft.method.counterfactual import StepAddress, cam, donors, draw
+from rft.runs import gallery
+from rft.storage import files
 
 COLUMNS = 8
 TILE = 112  # pixels that a small image is enlarged to, about; a large one keeps its size
@@ -58,3 +69,58 @@ def join_patches(patches_BPV: Tensor, side: int) -> Tensor:
     across = round(count**0.5)
     tiles = patches_BPV.view(batch, across, across, values // side**2, side, side)
     return tiles.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, across * side, across * side)
+
+
+def write_gallery(
+    url: str,
+    model: Classifier,
+    packed: PackedDataset,
+    samples: np.ndarray,
+    methods: dict[str, MethodConfig],
+) -> None:
+    """Write `url` (npz): images, relevance and the donor map of each method.
+
+    Every mask x fill is built from one relevance map, by the same functions as in a training step.
+    What no report would draw is not written, with a warning: the model diverged, or its images
+    are too large.
+
+    Args:
+        url: where to write.
+        model: the student whose relevance is shown.
+        packed: the set the images come from.
+        samples: sample numbers; together they are each other's donor pool.
+        methods: recipe name -> mask and fill.
+    """
+    device = next(model.parameters()).device
+    batch = packed.batch(samples, model.architecture.image_size)
+    images_BCHW, labels_B = batch.images_BCHW.to(device), batch.labels_B.to(device)
+    taps: list[AttentionTap] = []
+    patches_BPV = model.patches(images_BCHW)
+    logits_BK = model.logits(model.features(patches_BPV, taps=taps))
+    relevance_BP = cam("relevance", logits_BK, labels_B, taps).cpu()
+    columns = {
+        "images_BCHW": batch.images_BCHW.numpy(),
+        "labels_B": batch.labels_B.numpy(),
+        "class_names": np.array(packed.manifest.classes),
+        "relevance_BP": relevance_BP.numpy(),
+        "patch": np.array(model.architecture.vision_cfg["patch_size"]),
+    }
+    count, patches = patches_BPV.shape[:2]
+    for name, method in methods.items():
+        draws = draw(method, range(count), patches, count, StepAddress(0, 0, 0, 0))
+        columns[f"{gallery.DONOR}{name}"] = donors(method, draws, relevance_BP).numpy()
+    try:
+        gallery.check(columns)
+    except ValueError as error:
+        cli.warn(f"the report will have no picture of masks and fills: {error}")
+        return
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **columns)
+    files.write_bytes(url, stream.getvalue())
+
+
+def one_of_each_class(labels_B: np.ndarray, samples: np.ndarray, count: int) -> np.ndarray:
+    """Return the first sample of each of `count` classes, spread over the label range."""
+    _, first = np.unique(labels_B[samples], return_index=True)
+    chosen = np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)
+    return samples[first[chosen]]

@@ -22,6 +22,7 @@ from rft.dist import World
 from rft.runs import filenames, records
 from rft.runs.folder import require_no_links, require_own_weights
 from rft.runs.records import Reached, Training
+from rft.shards.folder import INDEX, MANIFEST
 from rft.shards.manifest import Manifest
 from rft.storage import files, local
 from rft.train.checkpoint import Record
@@ -200,8 +201,8 @@ def require_no_data(folder: Path) -> None:
     Raises:
         ValueError: naming a set in it.
     """
-    for manifest in sorted((*folder.glob("manifest.json"), *folder.glob("*/manifest.json"))):
-        if manifest.with_name("index.npz").exists():
+    for manifest in sorted((*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}"))):
+        if manifest.with_name(INDEX).exists():
             raise ValueError(
                 f"--run-dir {folder} holds packed data ({manifest.parent}); name a folder of the "
                 "run's own"

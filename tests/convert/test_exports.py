@@ -18,7 +18,7 @@ from rft.config import ModelConfig
 from rft.convert import command as convert_command
 from rft.evaluate import command as evaluate_command
 from rft.evaluate.checkpoints import Loaded
-from rft.evaluate.command import write_results
+from rft.evaluate.results import write_results
 from rft.merge import command as merge_command
 from rft.runs.filenames import SELECTED
 from rft.runs.records import SetCount

@@ -1,7 +1,6 @@
-"""Table 2: the counts, the masks' geometry and names, and the command on one and more ranks."""
+"""Table 2: the images that are chosen, the map, and the command on one and more ranks."""
 
 import dataclasses
-import io
 import itertools
 import json
 import sys
@@ -10,10 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from rft import paper
 from rft.clip.classifier import Classifier, save_classifier
@@ -22,212 +18,20 @@ from rft.clip.load import MINIATURE, load_clip
 from rft.config import ModelConfig
 from rft.demo.world import write_world
 from rft.evaluate import localisation
-from rft.evaluate.object_masks import find_masks, read_mask
-from rft.evaluate.overlap import Pixels, count_masked, count_object, mean_rates, pooled_rates
+from rft.evaluate.cam_overlap import label_map
+from rft.evaluate.measured_images import RESTRICTED, select
 from rft.loading.dataset import PackedDataset
 from rft.packing.pack import Options, pack
-from rft.shards.images import clip_pixels, load_image
 from rft.shards.label_space import LabelSpace
 from rft.storage import files
 from tests import tiny
 from tests.conftest import ARCHITECTURE, build_model, sharpen
+from tests.evaluate.masks import blob, save_mask
 from tests.reference import pixels as reference
 from tests.reference import textbook
 
 THRESHOLDS = (0.7, 0.4, 0.2)
 SUMS = ("masked", "both", "either")
-
-
-def blob(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """A rectangle somewhere in the image, bool (H, W)."""
-    left, right = sorted(rng.choice(width + 1, 2, replace=False))
-    top, bottom = sorted(rng.choice(height + 1, 2, replace=False))
-    mask_HW = np.zeros((height, width), dtype=bool)
-    mask_HW[top:bottom, left:right] = True
-    return mask_HW
-
-
-def save_mask(path: Path, mask_HW: np.ndarray, on: int = 255) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(mask_HW.astype(np.uint8) * on).save(path)
-    return path
-
-
-# --- counting -----------------------------------------------------------------------------------
-
-
-@settings(max_examples=30)
-@given(st.integers(0, 2**31), st.sampled_from([1, 2, 3, 7]), st.sampled_from([1, 2, 4]))
-def test_counts_and_rates_equal_sets_of_pixels(seed, grid, side):
-    rng = np.random.default_rng(seed)
-    size, images = grid * side, 5
-    objects_NHW = np.stack([blob(rng, size, size) for _ in range(images)])
-    objects_NHW[2] = False  # the segmenter saw nothing
-    mask_TNP = torch.from_numpy(rng.random((2, images, grid * grid)) < 0.4)
-    object_NP = count_object(torch.from_numpy(objects_NHW), grid * grid)
-    masked_TN, both_TN = count_masked(mask_TNP, object_NP, side * side)
-    assert {object_NP.dtype, masked_TN.dtype, both_TN.dtype} == {torch.int64}
-    pixels = Pixels(
-        image=size * size,
-        object_N=object_NP.sum(dim=1).numpy(),
-        masked_TN=masked_TN.numpy(),
-        both_TN=both_TN.numpy(),
-    ).with_object()
-    for place, (mean, pooled) in enumerate(
-        zip(mean_rates(pixels), pooled_rates(pixels), strict=True)
-    ):
-        expected = reference.table_2(mask_TNP[place].tolist(), objects_NHW)
-        assert len(pixels.object_N) == expected["images"] == images - 1
-        assert pixels.object_N.sum() == expected["object"]
-        assert pixels.masked_TN[place].sum() == expected["masked"]
-        assert pixels.both_TN[place].sum() == expected["both"]
-        assert pixels.either[place].sum() == expected["either"]
-        assert dataclasses.asdict(mean) == pytest.approx(
-            {name: expected[name] for name in dataclasses.asdict(mean)}, rel=1e-12
-        )
-        assert pooled.image_masking_rate == expected["masked"] / expected["image"]
-        assert pooled.object_masking_rate == expected["both"] / expected["object"]
-        assert pooled.iou == expected["both"] / expected["either"]
-
-
-def test_sums_beyond_32_bits_are_exact():
-    images = 100_000
-    whole_N = np.full(images, 224 * 224 - 1, dtype=np.int64)
-    pixels = Pixels(
-        image=224 * 224, object_N=whole_N, masked_TN=whole_N[None], both_TN=whole_N[None]
-    )
-    assert pixels.either.sum() == images * (224 * 224 - 1) > 2**32
-    assert pooled_rates(pixels)[0].iou == 1
-
-
-def test_patches_are_the_models_patches():
-    # an image that is white where its object is: the lit patches must be the object's
-    model, rng = build_model(), np.random.default_rng(0)
-    objects_BHW = torch.from_numpy(np.stack([blob(rng, 16, 16) for _ in range(20)]))
-    images_BCHW = objects_BHW[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255
-    black_V = model.patches(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))[0, 0]
-    lit_BP = (model.patches(images_BCHW) != black_V).any(dim=2)
-    assert 0 < lit_BP.sum() < lit_BP.numel()
-    assert (lit_BP == (count_object(objects_BHW, 16) > 0)).all()
-
-
-# --- masks --------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60)
-@given(
-    st.tuples(*[st.floats(2, 6)] * 2, *[st.floats(10, 14)] * 2),
-    st.integers(20, 90),
-    st.integers(20, 90),
-    st.sampled_from([0, 2]),
-)
-def test_a_mask_stays_on_its_object(tmp_path_factory, place, width, height, border):
-    """The image is its own mask, and both go their ways: they may differ only along the edge."""
-    # where the object lies in the crop of 16 pixels, taken back to the image
-    scale = (min(width, height) - 2 * border) / 16
-    left, right = (round(width / 2 + (x - 8) * scale) for x in (place[0], place[2]))
-    top, bottom = (round(height / 2 + (y - 8) * scale) for y in (place[1], place[3]))
-    mask_HW = np.zeros((height, width), dtype=bool)
-    mask_HW[top:bottom, left:right] = True
-    path = save_mask(tmp_path_factory.getbasetemp() / "mask.png", mask_HW)
-    cut = read_mask(path, (width, height), 16, border)
-    image = load_image(path.read_bytes())
-    seen_HW = clip_pixels(image, 16, border)[0] > 127
-    edge_HW = np.zeros((16, 16), dtype=bool)
-    padded = np.pad(cut.pixels_HW, 1, mode="edge")
-    for down in range(3):
-        for right in range(3):
-            edge_HW |= padded[down : down + 16, right : right + 16] != cut.pixels_HW
-    assert cut.pixels_HW.any()
-    assert not ((seen_HW != cut.pixels_HW) & ~edge_HW).any()
-    assert cut.sha256.hex() == files.sha256_file(path)
-
-
-@settings(max_examples=40)
-@given(st.integers(0, 2**31), st.integers(5, 90), st.integers(5, 90), st.sampled_from([0, 2]))
-def test_geometry_is_torchvisions(tmp_path_factory, seed, width, height, border):
-    noise_HW = np.random.default_rng(seed).random((height, width)) < 0.5
-    path = save_mask(tmp_path_factory.getbasetemp() / "noise.png", noise_HW)
-    transform = Compose([Resize(16, InterpolationMode.NEAREST), CenterCrop(16)])
-    inside = Image.open(path).crop((border, border, width - border, height - border))
-    expected_HW = np.asarray(transform(inside)) > 0
-    cut = read_mask(path, (width, height), 16, border)
-    np.testing.assert_array_equal(cut.pixels_HW, expected_HW)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16"])
-@pytest.mark.parametrize("on", [1, 255])
-def test_a_mask_may_have_any_one_value_on_the_object(tmp_path, mode, on):
-    mask_HW = blob(np.random.default_rng(3), 16, 16)
-    image = Image.fromarray(mask_HW.astype(np.uint16 if mode == "I;16" else np.uint8) * on)
-    if mode == "P":
-        image.putpalette([0, 0, 0] + [255, 0, 0] * 255)
-    elif mode == "1":
-        image = Image.fromarray(mask_HW)
-    path = tmp_path / "mask.png"
-    image.save(path)
-    assert Image.open(path).mode == mode
-    np.testing.assert_array_equal(read_mask(path, (16, 16), 16).pixels_HW, mask_HW)
-
-
-def test_a_mask_of_the_crop_is_taken_as_it_is(tmp_path):
-    mask_HW = blob(np.random.default_rng(4), 16, 16)
-    path = save_mask(tmp_path / "mask.png", mask_HW)
-    np.testing.assert_array_equal(read_mask(path, (500, 375), 16, 2).pixels_HW, mask_HW)
-
-
-def test_masks_that_are_none(tmp_path):
-    path = save_mask(tmp_path / "mask.png", np.ones((30, 20)))
-    with pytest.raises(ValueError, match=r"mask.png is 20 x 30 pixels, its image 40 x 60; segment"):
-        read_mask(path, (40, 60), 16)
-    with pytest.raises(ValueError, match="its image 30 x 20; it is turned; segment the image as"):
-        read_mask(path, (30, 20), 16)
-    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(path)
-    with pytest.raises(ValueError, match=r"mask.png is not binary; a mask has 0 and one other"):
-        read_mask(path, (16, 16), 16)
-    for palette in ([9, 0, 0, 0, 0, 0], [0, 0, 9, 9, 0, 0]):
-        image = Image.fromarray(np.eye(16, dtype=np.uint8), mode="P")
-        image.putpalette(palette)
-        image.save(path)
-        with pytest.raises(ValueError, match=r"mask.png has a palette that is not black where"):
-            read_mask(path, (16, 16), 16)
-    # Pillow gives it a palette of one colour
-    Image.fromarray(np.eye(16, dtype=np.uint8), mode="P").save(path)
-    assert read_mask(path, (16, 16), 16).pixels_HW.sum() == 16
-    Image.new("RGB", (16, 16)).save(path)
-    with pytest.raises(ValueError, match=r"mask.png has several channels \(RGB\)"):
-        read_mask(path, (16, 16), 16)
-    stream = io.BytesIO()
-    Image.effect_noise((40, 40), 50).save(stream, "PNG")
-    for data in (b"", b"not an image", stream.getvalue()[:-900]):
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"mask.png (is no readable PNG|cannot be decoded)"):
-            read_mask(path, (16, 16), 16)
-
-
-def test_masks_are_found_by_name(tmp_path):
-    on = np.ones((2, 2))
-    expected = {
-        "n01440764_10026": "n01440764/n01440764_10026.png",  # the image's own path
-        "n01440764_10027": "n01440764_10027.PNG",
-        "n01443537_art_0": "n01443537/art_0.png",  # names repeat, so keys have the folder
-        "n01443538_art_0": "sets/r/n01443538/art_0.png",
-        "0_000116_digger___crab_0_42": "n01/0.000116_digger _ crab_0.42.png",
-        "train/cat/7": "train/cat/7.png",  # of third-party shards
-    }
-    for path in [*expected.values(), "n01440764/other.png"]:
-        save_mask(tmp_path / path, on)
-    (tmp_path / "n01440764_10028.txt").write_text("")
-    found = find_masks(tmp_path, [*expected, "n01440764_10028"])
-    assert {key: str(path.relative_to(tmp_path)) for key, path in found.items()} == expected
-    save_mask(tmp_path / "val" / "n01440764_10026.png", on)
-    with pytest.raises(ValueError, match="may both be the mask of sample 'n01440764_10026'"):
-        find_masks(tmp_path, list(expected))
-    with pytest.raises(ValueError, match="several samples have the key '7'"):
-        find_masks(tmp_path, ["7", "8", "7"])
-
-
-# --- the command --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +112,7 @@ def test_the_command_equals_the_textbook(tiny_case, tiny_data, tmp_path, monkeyp
 def test_the_map_is_the_one_that_is_asked_for(images_BCHW, labels_B, cam):
     kind = {"relevance": textbook.relevance, "grad-cam": textbook.grad_cam}[cam]
     model = sharpen(build_model())
-    found = localisation.label_map(model.requires_grad_(False), images_BCHW, labels_B, cam)
+    found = label_map(model.requires_grad_(False), images_BCHW, labels_B, cam)
     model.requires_grad_()
     for n, image_CHW in enumerate(textbook.normalise_images(model, images_BCHW)):
         cam_P = kind(model, image_CHW, int(labels_B[n]))
@@ -398,7 +202,7 @@ def with_imagenets_classes(packed: PackedDataset, labels: list[int]) -> PackedDa
 
 def test_restricted_imagenet(tiny_case):
     names = LabelSpace.imagenet().names
-    chosen = localisation.RESTRICTED
+    chosen = RESTRICTED
     assert len(set(chosen)) == len(chosen) == 144
     ends = {151: "Chihuahua", 268: "hairless", 281: "tabby", 285: "Egyptian", 80: "black grouse"}
     ends |= {100: "black swan"}
@@ -407,7 +211,7 @@ def test_restricted_imagenet(tiny_case):
         assert class_id in chosen
     assert not {79, 101, 150, 269, 280, 286} & set(chosen)
     packed = with_imagenets_classes(tiny_case["packed"], [150, 151, 285, 286, 90, 7])
-    selection = localisation.select(packed, tiny_case["folder"] / "masks", "restricted", 0, 0)
+    selection = select(packed, tiny_case["folder"] / "masks", "restricted", 0, 0)
     assert set(packed.index.label[selection.samples]) == {151, 285, 90}
     inside = np.isin(packed.index.label, [151, 285, 90])
     assert len(selection.samples) + selection.missing == inside.sum()
@@ -452,7 +256,7 @@ def test_the_choice_by_chance_does_not_depend_on_packing(tiny_case):
     folder, packed = tiny_case["folder"] / "masks", tiny_case["packed"]
 
     def chosen(packed: PackedDataset, seed: int) -> set[str]:
-        selection = localisation.select(packed, folder, "all", 10, seed)
+        selection = select(packed, folder, "all", 10, seed)
         assert list(selection.samples) == sorted(selection.paths)
         return {packed.key(sample) for sample in selection.samples}
 

@@ -8,7 +8,7 @@ import pytest
 
 from rft.clip.classifier import load_state, save_classifier
 from rft.evaluate.checkpoints import Loaded
-from rft.evaluate.command import is_current, write_results
+from rft.evaluate.results import is_current, write_results
 from rft.runs.folder import checkpoint_path, current_results
 from rft.runs.records import SetCount
 from rft.storage import files

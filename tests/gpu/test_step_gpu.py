@@ -8,9 +8,10 @@ import torch
 from benchmarks import step as benchmark
 from rft import recipes
 from rft.method import masking, relevance
-from rft.train.loop import Meter, accumulate_gradients
+from rft.train.meter import Meter
 from rft.train.objective import Objective
 from rft.train.optim import build_optimizer, set_schedule
+from rft.train.step import accumulate_gradients
 from tests.conftest import build_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -31,7 +32,7 @@ def test_no_step_waits_for_the_gpu(name, precision, images_BCHW, labels_B):
     config = replace(job.config, method=recipe.method, optim=recipe.optim)
     job = replace(job, config=config, objective=objective.to(device))
     optimizer = build_optimizer(job.objective, job.config.optim)
-    meter = Meter(job)
+    meter = Meter(job.config, job.world, device, steps_per_epoch=1)
     batch = benchmark.Batch(images_BCHW.to(device), labels_B.to(device), labels_B)
     for checked in (False, True):  # the first step may set things up
         torch.cuda.synchronize()

@@ -32,7 +32,7 @@ PACKAGES = (
     "rft.evaluate.count",
     "rft.merge.greedy",
     "rft.report.page",
-    "rft.train.gallery",
+    "rft.train.finish",
     "rft.train.loop",
     "rft.train.run",
     "fsspec.implementations.http",

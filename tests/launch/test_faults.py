@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from rft.storage import files
+from tests import tiny
 from tests.launch.conftest import SCRIPT, Cluster, Project, running_cluster
-from tests.tiny import torchrun, weights
+from tests.tiny import weights
 from tests.waiting import until
 
 pytestmark = pytest.mark.slow
@@ -65,13 +66,6 @@ def quiet(cluster: Cluster) -> Iterator[Cluster]:
     cluster.wait_until_idle("the end of cancelled jobs")
 
 
-def calm_weights(run: Path, data: Path, clip: str) -> list[str]:
-    """The weights of the undisturbed run on two ranks, without SLURM."""
-    words = (*OPTIONS, "--model.clip", clip, "--data", str(data), "--run-dir", str(run))
-    torchrun(2, "rft.train", RECIPE, *words)
-    return weights(run)
-
-
 @pytest.mark.timeout(600)
 def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tmp_path, tiny_data, tiny_clip):
     project.write_settings(settings(tiny_data, tiny_clip))
@@ -109,7 +103,9 @@ def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tmp_path, tiny_da
     assert (run / "training.json").exists(), log_of(run)
     assert not list(run.glob("stop-*"))
     require_each_step_once(run)
-    assert weights(run) == calm_weights(tmp_path / "calm", tiny_data, tiny_clip)
+    # the undisturbed run on two ranks, without SLURM
+    calm = tiny.train(RECIPE, tiny_data, tiny_clip, tmp_path / "calm", *OPTIONS, ranks=2)
+    assert weights(run) == weights(calm)
     for path in project.runs.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 

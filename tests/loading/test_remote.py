@@ -36,7 +36,8 @@ from rft.shards.cache import Cache
 from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest, Shard
-from rft.shards.ranges import Patience, Shards
+from rft.shards.ranges import Shards
+from rft.storage.remote import Patience
 from tests import tiny
 from tests.servers.faults import Fault, Proxy, every_third, faulty, first
 from tests.servers.nginx import web_server

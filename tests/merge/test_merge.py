@@ -20,7 +20,7 @@ from rft.merge.ingredients import shared_seed
 from rft.method.averaging import interpolate, uniform_soup
 from rft.runs.filenames import LAST, SELECTED
 from rft.storage import files
-from rft.train import command as train_command
+from tests import tiny
 from tests.conftest import build_model
 from tests.tiny import call, forget_weights, torchrun
 
@@ -66,11 +66,9 @@ def trained(tmp_path_factory, tiny_data, tiny_clip) -> Path:
     """Folder of three runs with one split: zero-shot, vanilla, and the paper's own."""
     root = tmp_path_factory.mktemp("trained")
     for recipe, seed in (("zero-shot", 0), ("vanilla", 3), ("object-mask-single-fill", 4)):
-        options = ["--data", tiny_data, "--run-dir", root / recipe, "--scale", "miniature"]
-        options += ["--model.clip", tiny_clip, "--loader.batch-size", 6, "--optim.lr", 3e-3]
-        options += ["--loader.held-out", HELD_OUT, "--seed", seed, "--split-seed", 0]
-        options += [] if recipe == "zero-shot" else ["--optim.epochs", 2]
-        call(train_command, recipe, *options)
+        options = ("--loader.held-out", HELD_OUT, "--seed", seed, "--split-seed", 0)
+        options += ("--optim.epochs", 0 if recipe == "zero-shot" else 2, "--optim.lr", 3e-3)
+        tiny.train(recipe, tiny_data, tiny_clip, root / recipe, *options)
     return root
 
 

@@ -10,8 +10,9 @@ import torch
 from rft import dist, recipes
 from rft.dist import World
 from rft.loading.dataset import Batch
-from rft.train.loop import Job, accumulate_gradients, settle_buckets
+from rft.train.job import Job
 from rft.train.objective import Objective
+from rft.train.step import accumulate_gradients, settle_buckets
 from tests.conftest import build_model
 
 BATCH = 12

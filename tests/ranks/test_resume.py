@@ -3,43 +3,25 @@
 import functools
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from rft import cli
 from rft.runs.filenames import LAST, SELECTED
 from rft.storage import files
-from rft.train import command as train_command
+from tests import tiny
 from tests.tiny import kill_when, torchrun, torchrun_command
 
 pytestmark = pytest.mark.slow
 
 
-def options(data: Path, clip: str, run: Path) -> list[str]:
-    return [
-        *("rft.train", "object-mask-single-fill", "--data", str(data), "--run-dir", str(run)),
-        *("--scale", "miniature", "--model.clip", clip, "--method.threshold", "0.5"),
-        *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "6"),
-        *("--log.checkpoint-steps", "4", "--log.every-steps", "3", "--loader.workers", "1"),
-    ]
-
-
-def train(ranks: int, command: list[str]) -> None:
-    """Train on so many ranks; one rank is this process, which is not a new one each time.
-
-    Who reads the batches changes nothing, and loader processes import for seconds.
-    """
-    command = [*command, "--loader.workers", "0"]
-    if ranks > 1:
-        torchrun(ranks, *command)
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command)
-        cli.run(train_command.main)
+RECIPE = "object-mask-single-fill"
+OPTIONS = (
+    *("--method.threshold", "0.5", "--loader.held-out", "16", "--optim.epochs", "6"),
+    *("--log.checkpoint-steps", "4", "--log.every-steps", "3"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +31,8 @@ def calm(tmp_path_factory, tiny_data, tiny_clip) -> Callable[[int], Path]:
     @functools.cache
     def run(ranks: int) -> Path:
         folder = tmp_path_factory.mktemp("calm") / "run"
-        train(ranks, [*options(tiny_data, tiny_clip, folder), "--log.keep", "100"])
+        options = (*OPTIONS, "--log.keep", "100")
+        tiny.train(RECIPE, tiny_data, tiny_clip, folder, *options, ranks=ranks)
         assert (folder / "training.json").exists()
         return folder
 
@@ -81,16 +64,18 @@ def outcome(run: Path) -> tuple[list[str], list, list[dict]]:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_kill_and_resume_is_bit_identical(tmp_path, tiny_data, tiny_clip, calm, capsys, ranks):
     killed = tmp_path / "killed"
-    command = options(tiny_data, tiny_clip, killed)
+    words = tiny.training(RECIPE, tiny_data, tiny_clip, killed, *OPTIONS)
+    command = torchrun_command(ranks, "rft.train", *words, "--loader.workers", "1")
     reached = killed / "checkpoints" / "step-00000012.pt"
-    kill_when(torchrun_command(ranks, *command), lambda: reached.exists())
+    kill_when(command, lambda: reached.exists())
     assert not (killed / "training.json").exists()
-    train(ranks, command)
+    # who reads the batches changes nothing
+    tiny.train(RECIPE, tiny_data, tiny_clip, killed, *OPTIONS, ranks=ranks)
     assert (killed / "training.json").exists()
     assert outcome(killed) == outcome(calm(ranks))
 
     capsys.readouterr()
-    train(1, command)
+    tiny.train(RECIPE, tiny_data, tiny_clip, killed, *OPTIONS)
     assert "already finished" in capsys.readouterr().out
 
 
@@ -104,7 +89,7 @@ def test_a_kill_between_checkpoint_and_selected_model(tmp_path, tiny_data, tiny_
     for path in (run / "checkpoints").glob("step-*.pt"):
         if int(path.stem.removeprefix("step-")) > best_step:
             path.unlink()
-    train(1, [*options(tiny_data, tiny_clip, run), "--log.keep", "100"])
+    tiny.train(RECIPE, tiny_data, tiny_clip, run, *OPTIONS, "--log.keep", "100")
     assert outcome(run) == outcome(calm(1))
 
 

@@ -14,6 +14,7 @@ from rft.merge import command as merge_command
 from rft.report import command as report_command
 from rft.report.page import write_report
 from rft.train import command as train_command
+from tests import tiny
 from tests.tiny import call, forget_weights
 
 pytestmark = pytest.mark.slow
@@ -46,18 +47,12 @@ DAMAGES: dict[str, Callable[[dict[str, Any], str], bytes]] = {
 }
 
 
-def train_options(data: Path, clip: str, run: Path) -> tuple[object, ...]:
-    options = ("--data", data, "--run-dir", run, "--scale", "miniature", "--model.clip", clip)
-    return (*options, "--loader.batch-size", 6, "--loader.held-out", 8, "--loader.workers", 0)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_data, tiny_clip) -> Path:
     """A zero-shot and a trained run, evaluated."""
     root = tmp_path_factory.mktemp("runs")
     for recipe, epochs in (("zero-shot", 0), ("vanilla", 1)):
-        options = train_options(tiny_data, tiny_clip, root / recipe)
-        call(train_command, recipe, *options, "--optim.epochs", epochs)
+        tiny.train(recipe, tiny_data, tiny_clip, root / recipe, "--optim.epochs", epochs)
     call(evaluate_command, root / "zero-shot", root / "vanilla", *evaluation(tiny_data))
     return root
 
@@ -72,7 +67,7 @@ def command(runs, tiny_data, tiny_clip, tmp_path) -> Callable[[str, Path], tuple
 
     def words(name: str, run: Path) -> tuple[Any, ...]:
         out = ("--out", tmp_path / "out" / (name if name != "export" else "a.safetensors"))
-        training = ("vanilla", *train_options(tiny_data, tiny_clip, run), "--optim.epochs", 1)
+        training = tiny.training("vanilla", tiny_data, tiny_clip, run)
         return {
             "evaluate": (evaluate_command, run, *evaluation(tiny_data)),
             "report": (report_command, run, *out),

@@ -18,7 +18,7 @@ from PIL import Image
 import rft.data.show
 import rft.evaluate.command
 from rft import recipes
-from rft.evaluate.accuracy import is_correct
+from rft.evaluate.count import is_correct
 from rft.loading.dataset import PackedDataset
 from rft.packing.foreign.index import index_shards
 from rft.packing.foreign.rule import Options as Reading

@@ -17,8 +17,9 @@ from rft.packing.foreign.rule import Options
 from rft.packing.verify import verify
 from rft.sets import BENCHMARKS
 from rft.shards.manifest import Manifest
-from rft.shards.root import LOOKED_AT, SHOWN, packed_sets, set_name, set_names
+from rft.shards.root import LOOKED_AT, SHOWN, packed_sets, set_names
 from rft.storage import files
+from rft.storage.urls import set_name
 from rft.train import command as train_command
 from tests.tiny import LABELS, call
 

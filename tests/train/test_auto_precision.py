@@ -18,7 +18,7 @@ from rft.config import resolve_precision
 from rft.demo import command as demo_command
 from rft.experiments import Experiment
 from rft.train import command as train_command
-from rft.train.loop import Job
+from rft.train.job import Job
 from rft.train.run import is_finished
 
 CPU = torch.device("cpu")
@@ -46,11 +46,11 @@ def stopped(run: Path) -> Path:
     return run
 
 
-def complaint(train, capsys, *words: str) -> str:
+def complaint(three_epochs, capsys, *words: str) -> str:
     """The line with which the run folder's run is refused."""
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        train(*words)
+        three_epochs(*words)
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -70,10 +70,10 @@ def test_the_choice(choice, gpu, bf16, expected):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_tf32_is_for_those_who_name_it(train, monkeypatch, precision):
+def test_tf32_is_for_those_who_name_it(three_epochs, monkeypatch, precision):
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
-    train("run", "--precision", precision, "--dry-run")
+    three_epochs("run", "--precision", precision, "--dry-run")
     assert chosen == (["high"] if precision == "tf32" else [])
 
 
@@ -95,25 +95,28 @@ def test_emulated_bf16_is_not_counted(monkeypatch, major, native):
 
 
 @pytest.mark.slow
-def test_a_cpu_trains_in_fp32_as_before_and_says_why(train, capsys):
-    run = train()
+def test_a_cpu_trains_in_fp32_as_before_and_says_why(three_epochs, capsys):
+    run = three_epochs()
     assert f"{run}: object-mask-single-fill on 1 x cpu, fp32 (auto: on a CPU)\n" in (
         capsys.readouterr().out
     )
     assert recorded(run) == {"fp32"}
-    named = train("named", "--precision", "fp32")
+    named = three_epochs("named", "--precision", "fp32")
     assert "on 1 x cpu, fp32\n" in capsys.readouterr().out
     (state, *_), (same, *_) = (load_state(r / "checkpoints/last.safetensors") for r in (run, named))
     assert all(torch.equal(value, same[name]) for name, value in state.items())
 
 
 @pytest.mark.slow
-def test_native_bf16_is_used_and_recorded(train, bf16_gpu, capsys):
-    run = train()
+def test_native_bf16_is_used_and_recorded(three_epochs, bf16_gpu, capsys):
+    run = three_epochs()
     assert "on 1 x cpu, bf16 (auto: native on this GPU)\n" in capsys.readouterr().out
     assert recorded(run) == {"bf16"}
     (state, *_) = load_state(run / "checkpoints/last.safetensors")
-    named, fp32 = train("named", "--precision", "bf16"), train("fp32", "--precision", "fp32")
+    named, fp32 = (
+        three_epochs("named", "--precision", "bf16"),
+        three_epochs("fp32", "--precision", "fp32"),
+    )
     (same, *_), (other, *_) = (
         load_state(r / "checkpoints/last.safetensors") for r in (named, fp32)
     )
@@ -123,112 +126,112 @@ def test_native_bf16_is_used_and_recorded(train, bf16_gpu, capsys):
 
 
 @pytest.mark.slow
-def test_the_preset_names_its_own(train, bf16_gpu, monkeypatch, capsys):
+def test_the_preset_names_its_own(three_epochs, bf16_gpu, monkeypatch, capsys):
     set_to = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
-    run = train("run", "--preset", "official-parity")
+    run = three_epochs("run", "--preset", "official-parity")
     assert "on 1 x cpu, tf32\n" in capsys.readouterr().out
     assert recorded(run) == {"tf32"}
     assert set_to == ["high"]
 
 
-def test_a_dry_run_shows_the_choice(train, bf16_gpu, capsys):
-    run = train("run", "--dry-run")
+def test_a_dry_run_shows_the_choice(three_epochs, bf16_gpu, capsys):
+    run = three_epochs("run", "--dry-run")
     said = capsys.readouterr().out.splitlines()
     assert "    precision                bf16  (auto: native on this GPU)" in said
     assert not run.exists()
-    train("run", "--dry-run", "--precision", "bf16")
+    three_epochs("run", "--dry-run", "--precision", "bf16")
     said = capsys.readouterr().out.splitlines()
     assert "  * precision                bf16  (the recipe's is auto)" in said
     bf16_gpu.undo()
-    train("run", "--dry-run")
+    three_epochs("run", "--dry-run")
     assert "precision                fp32  (auto: on a CPU)" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_run_begun_on_a_gpu_is_not_resumed_in_another_precision(train, bf16_gpu, capsys):
-    run = stopped(train())
+def test_a_run_begun_on_a_gpu_is_not_resumed_in_another_precision(three_epochs, bf16_gpu, capsys):
+    run = stopped(three_epochs())
     before = (run / "config.json").read_bytes()
     bf16_gpu.undo()
     for words in (("run",), ("run", "--dry-run")):
-        line = complaint(train, capsys, *words)
+        line = complaint(three_epochs, capsys, *words)
         assert "precision: 'bf16' -> 'fp32'" in line
         assert "to resume it (--precision bf16; auto depends on the device)" in line
     assert (run / "config.json").read_bytes() == before
     assert not (run / "training.json").exists()
-    train("run", "--precision", "bf16")
+    three_epochs("run", "--precision", "bf16")
     assert (run / "training.json").exists()
     assert recorded(run) == {"bf16"}
 
 
 @pytest.mark.slow
-def test_a_run_of_the_version_before_resumes_on_a_cpu(train, bf16_gpu, capsys):
+def test_a_run_of_the_version_before_resumes_on_a_cpu(three_epochs, bf16_gpu, capsys):
     # which recorded the fp32 that was its default
-    run = stopped(train("run", "--precision", "fp32"))
-    line = complaint(train, capsys)
+    run = stopped(three_epochs("run", "--precision", "fp32"))
+    line = complaint(three_epochs, capsys)
     assert "precision: 'fp32' -> 'bf16'" in line
     assert "(--precision fp32; auto depends on the device)" in line
     bf16_gpu.undo()
-    train()
+    three_epochs()
     assert "going on after step 30" in capsys.readouterr().out
     assert recorded(run) == {"fp32"}
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_finished_on_any_device(train, bf16_gpu, capsys):
-    run = train()
+def test_a_finished_run_is_finished_on_any_device(three_epochs, bf16_gpu, capsys):
+    run = three_epochs()
     before = (run / "config.json").read_bytes()
     bf16_gpu.undo()
     capsys.readouterr()
-    train()
+    three_epochs()
     assert capsys.readouterr().out == f"run already finished: {run} (in bf16)\n"
-    train("run", "--dry-run")
+    three_epochs("run", "--dry-run")
     assert capsys.readouterr().out == f"run already finished: {run} (in bf16)\n"
     assert (run / "config.json").read_bytes() == before
     # but only if all else agrees, and not where another precision is named
-    assert "optim.lr: 0.0003 -> 0.5" in complaint(train, capsys, "run", "--optim.lr", "0.5")
-    line = complaint(train, capsys, "run", "--precision", "fp32")
+    assert "optim.lr: 0.0003 -> 0.5" in complaint(three_epochs, capsys, "run", "--optim.lr", "0.5")
+    line = complaint(three_epochs, capsys, "run", "--precision", "fp32")
     assert "precision: 'bf16' -> 'fp32'" in line
     assert "--precision bf16" in line
 
 
 @pytest.mark.slow
-def test_a_finished_run_needs_no_device(train, monkeypatch, capsys):
-    train("run", "--precision", "tf32")
+def test_a_finished_run_needs_no_device(three_epochs, monkeypatch, capsys):
+    three_epochs("run", "--precision", "tf32")
     capsys.readouterr()
     # cuda is not there
-    train("run", "--device", "cuda", "--preset", "paper")
+    three_epochs("run", "--device", "cuda", "--preset", "paper")
     assert "already finished" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_another_difference_does_not_name_the_precision(train, capsys):
-    stopped(train())
-    line = complaint(train, capsys, "run", "--optim.lr", "0.5")
+def test_another_difference_does_not_name_the_precision(three_epochs, capsys):
+    stopped(three_epochs())
+    line = complaint(three_epochs, capsys, "run", "--optim.lr", "0.5")
     assert "Repeat its options to resume it, or choose another --run-dir" in line
 
 
 @pytest.mark.slow
-def test_checkpoints_that_outlived_their_run_folder(train, bf16_gpu, tmp_path, capsys):
+def test_checkpoints_that_outlived_their_run_folder(three_epochs, bf16_gpu, tmp_path, capsys):
     elsewhere = ("--log.checkpoints", f"memory://precision-{tmp_path.name}")
-    shutil.rmtree(train("run", *elsewhere))
+    shutil.rmtree(three_epochs("run", *elsewhere))
     bf16_gpu.undo()
-    line = complaint(train, capsys, "run", *elsewhere)
+    line = complaint(three_epochs, capsys, "run", *elsewhere)
     assert "config.precision: 'bf16' -> 'fp32'" in line
     assert "repeat its options (--precision bf16; auto depends on the device)" in line
-    train("run", *elsewhere, "--precision", "bf16")
+    three_epochs("run", *elsewhere, "--precision", "bf16")
     assert "going on after step 30" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_configuration_edited_by_hand(train, capsys):
-    run = train()
+def test_a_configuration_edited_by_hand(three_epochs, capsys):
+    run = three_epochs()
     document = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(document | {"precision": "auto"}))
-    train()
+    three_epochs()
     assert "already finished" in capsys.readouterr().out
     stopped(run)
-    line = complaint(train, capsys)
+    line = complaint(three_epochs, capsys)
     assert "precision: 'auto' -> 'fp32'" in line
     assert "--precision" not in line
 
@@ -248,8 +251,8 @@ def test_no_job_without_a_precision():
 
 
 @pytest.mark.slow
-def test_the_demo_skips_what_another_device_finished(train, bf16_gpu, tiny_data, tiny_clip):
-    run = train()
+def test_the_demo_skips_what_another_device_finished(three_epochs, bf16_gpu, tiny_data, tiny_clip):
+    run = three_epochs()
     bf16_gpu.undo()
     words = [
         *("torchrun", "-m", "rft.train", "object-mask-single-fill", "--data", str(tiny_data)),

@@ -1,36 +1,19 @@
-"""The systems that build on other runs, by their commands: LP-FT, WiSE-KD, and the presets."""
+"""The systems that build on other runs, by their commands: LP-FT, WiSE-KD, and the presets.
+
+A batch is 6 of the 68 training images: 11 steps an epoch.
+"""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rft import cli
 from rft.clip.classifier import load_state
 from rft.merge import command as merge_command
 from rft.runs.filenames import LAST, SELECTED
-from rft.train import command as train_command
-
-# a batch of 6 of the 68 training images: 11 steps an epoch
-COMMON = ("--scale", "miniature", "--loader.batch-size", "6", "--loader.held-out", "8")
-
-
-@pytest.fixture
-def train(tiny_data, tiny_clip, tmp_path, monkeypatch):
-    """Train a recipe in this process; returns its run folder."""
-
-    def run(recipe: str, *options: str, name: str = "") -> Path:
-        folder = tmp_path / (name or recipe)
-        fixed = ("--data", str(tiny_data), "--run-dir", str(folder), "--model.clip", tiny_clip)
-        arguments = ["rft.train", recipe, *fixed, *COMMON, "--optim.epochs", "1", *options]
-        monkeypatch.setattr(sys, "argv", arguments)
-        cli.run(train_command.main)
-        return folder
-
-    return run
+from tests import tiny
 
 
 def weights(folder: Path, which: Path = SELECTED) -> dict[str, torch.Tensor]:
@@ -70,12 +53,11 @@ def test_a_random_head_is_drawn_from_the_seed(train):
 
 
 @pytest.mark.slow
-def test_wise_kd_learns_from_a_wise_ft_model(train, tmp_path, monkeypatch):
+def test_wise_kd_learns_from_a_wise_ft_model(train, tmp_path):
     zero, vanilla = train("zero-shot", "--optim.epochs", "0"), train("vanilla")
     teacher = tmp_path / "wise"
     merge = ("wise", str(zero), str(vanilla), "--out", str(teacher))
-    monkeypatch.setattr(sys, "argv", ["rft.merge", *merge])
-    cli.run(merge_command.main)
+    tiny.call(merge_command, *merge)
     option = ("--method.kd-teacher", str(teacher))
     for recipe in ("wise-kd-vanilla", "wise-kd-object-mask-single-fill"):
         run = train(recipe, *option)
@@ -149,11 +131,10 @@ def test_options_of_the_method_train(train, options):
     np.testing.assert_allclose(losses, plain, rtol=0.3)
 
 
-def test_training_refuses_the_folder_of_a_merged_model(train, tmp_path, monkeypatch, capsys):
+def test_training_refuses_the_folder_of_a_merged_model(train, tmp_path, capsys):
     run = train("vanilla")
     merge = ("wise", str(run), str(run), "--alpha", "0.3", "--out", str(tmp_path / "no-mask"))
-    monkeypatch.setattr(sys, "argv", ["rft.merge", *merge])
-    cli.run(merge_command.main)
+    tiny.call(merge_command, *merge)
     before = (tmp_path / "no-mask" / SELECTED).read_bytes()
     with pytest.raises(SystemExit):
         train("no-mask")

@@ -22,7 +22,6 @@ from rft.runs.records import RECORD_BYTES
 from rft.storage import files, remote
 from rft.storage.remote import Patience
 from rft.train import checkpoint, loop
-from rft.train import command as train_command
 from rft.train.checkpoint import Progress, Store, Writer, content
 from tests import tiny
 from tests.conftest import build_model
@@ -47,14 +46,9 @@ def own(seed: int = 0) -> checkpoint.Own:
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory, tiny_data, tiny_clip) -> list[str]:
     """Hashes of the undisturbed run's weights."""
-    folder = tmp_path_factory.mktemp("calm") / "run"
-    tiny.call(
-        train_command,
-        *("object-mask-single-fill", "--data", tiny_data, "--run-dir", folder),
-        *("--scale", "miniature", "--model.clip", tiny_clip, "--loader.workers", "0"),
-        *("--loader.held-out", "16", "--loader.batch-size", "6", "--optim.epochs", "3"),
-    )
-    return weights(folder)
+    run, options = tmp_path_factory.mktemp("calm") / "run", ("--loader.held-out", 16)
+    options += ("--optim.epochs", 3)
+    return weights(tiny.train("object-mask-single-fill", tiny_data, tiny_clip, run, *options))
 
 
 class Killed(BaseException):
@@ -73,12 +67,12 @@ def kill_after(step: int, monkeypatch) -> None:
     monkeypatch.setattr(loop, "accumulate_gradients", dying)
 
 
-def killed(train, monkeypatch, step: int, *options: str) -> None:
+def killed(three_epochs, monkeypatch, step: int, *options: str) -> None:
     """Leave a run that died at `step`, its process gone."""
     with monkeypatch.context() as patch:
         kill_after(step, patch)
         with pytest.raises(Killed):
-            train("run", *options)
+            three_epochs("run", *options)
 
 
 def saved(run: Path) -> list[int]:
@@ -88,9 +82,9 @@ def saved(run: Path) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "flipped", "unrecorded"])
 def test_of_a_damaged_checkpoint_the_one_before_is_used(
-    train, calm, monkeypatch, tmp_path, capsys, how
+    three_epochs, calm, monkeypatch, tmp_path, capsys, how
 ):
-    killed(train, monkeypatch, 26)
+    killed(three_epochs, monkeypatch, 26)
     run = tmp_path / "run"
     assert saved(run)[-2:] == [20, 24]
     newest = run / "checkpoints" / "step-00000024.pt"
@@ -103,7 +97,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(
     else:
         newest.with_suffix(".json").unlink()
     capsys.readouterr()
-    train()
+    three_epochs()
     output = capsys.readouterr()
     (line,) = (line for line in output.err.splitlines() if line.startswith("WARNING"))
     assert "step-00000024.pt is damaged" in line
@@ -140,15 +134,17 @@ def test_a_damaged_record_is_a_damaged_checkpoint(tmp_path, record):
 
 
 @pytest.mark.slow
-def test_nothing_starts_again_in_silence_if_all_are_damaged(train, monkeypatch, tmp_path, capsys):
-    killed(train, monkeypatch, 26)
+def test_nothing_starts_again_in_silence_if_all_are_damaged(
+    three_epochs, monkeypatch, tmp_path, capsys
+):
+    killed(three_epochs, monkeypatch, 26)
     for path in tmp_path.glob("run/checkpoints/*.pt"):
         path.write_bytes(b"")
     before = sorted(tmp_path.glob("run/checkpoints/*"))
     for _ in range(2):  # a requeued job must not meet an empty folder
         capsys.readouterr()
         with pytest.raises(SystemExit):
-            train()
+            three_epochs()
         assert "is whole (step 24: 0 bytes instead of" in capsys.readouterr().err
         assert sorted(tmp_path.glob("run/checkpoints/*")) == before
 
@@ -177,17 +173,17 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_what_a_killed_writer_left_is_swept_away(train, monkeypatch, tmp_path):
-    killed(train, monkeypatch, 6)
+def test_what_a_killed_writer_left_is_swept_away(three_epochs, monkeypatch, tmp_path):
+    killed(three_epochs, monkeypatch, 6)
     left = tmp_path / "run" / "checkpoints" / f".step-00000008.pt.{32 * '0'}.tmp"
     left.touch()
-    train()
+    three_epochs()
     assert not left.exists()
 
 
 @pytest.mark.slow
-def test_a_model_selected_after_the_checkpoint_that_is_used(train, monkeypatch, tmp_path):
-    killed(train, monkeypatch, 26)
+def test_a_model_selected_after_the_checkpoint_that_is_used(three_epochs, monkeypatch, tmp_path):
+    killed(three_epochs, monkeypatch, 26)
     path = tmp_path / "run" / SELECTED
     before = files.sha256_file(path)
     saved = load_state(path)
@@ -195,13 +191,13 @@ def test_a_model_selected_after_the_checkpoint_that_is_used(train, monkeypatch, 
     later = {"recipe": saved.metadata["recipe"], "step": "25"}
     other = {name: value + 1 for name, value in saved.state.items()}
     save_state(str(path), other, saved.architecture, later, saved.classes)
-    killed(train, monkeypatch, 27)
+    killed(three_epochs, monkeypatch, 27)
     assert files.sha256_file(path) == before
 
 
 @pytest.mark.slow
-def test_a_selected_models_checkpoint_is_kept(train, monkeypatch, tmp_path):
-    killed(train, monkeypatch, 26, "--log.keep", "1")
+def test_a_selected_models_checkpoint_is_kept(three_epochs, monkeypatch, tmp_path):
+    killed(three_epochs, monkeypatch, 26, "--log.keep", "1")
     run = tmp_path / "run"
     best = json.loads((run / "checkpoints" / "step-00000024.json").read_text())["best_step"]
     assert best < 24
@@ -216,41 +212,43 @@ def test_a_resumed_run_knows_its_best_so_far(tmp_path):
     assert checkpoint.resume(Store(f"{tmp_path}/none", 2), ALONE, run, 1) == Progress()
 
 
-def outlive_the_machine(url: str, train, monkeypatch, run: Path) -> list[str]:
+def outlive_the_machine(url: str, three_epochs, monkeypatch, run: Path) -> list[str]:
     """Lose the machine and the newest checkpoint; return the weights of the run that goes on."""
-    killed(train, monkeypatch, 26, "--log.checkpoints", url)
+    killed(three_epochs, monkeypatch, 26, "--log.checkpoints", url)
     assert not list(run.glob("checkpoints/*.pt"))
     url = f"{url}/{run.name}"
     newest = f"{url}/step-00000024.pt"
     assert newest.rsplit("/", 1)[1] in files.names(url)
     files.write_bytes(newest, files.read_bytes(newest)[:-1] + b"?")
     shutil.rmtree(run)
-    train("run", "--log.checkpoints", url.removesuffix(f"/{run.name}"))
+    three_epochs("run", "--log.checkpoints", url.removesuffix(f"/{run.name}"))
     assert "step-00000024.pt.damaged" in files.names(url)
     assert not [name for name in files.names(url) if name.startswith("step-00000004")]
     return weights(run)
 
 
 @pytest.mark.slow
-def test_checkpoints_on_another_store_outlive_the_machine(train, calm, monkeypatch, tmp_path):
+def test_checkpoints_on_another_store_outlive_the_machine(
+    three_epochs, calm, monkeypatch, tmp_path
+):
     url = f"memory://checkpoints-{tmp_path.name}"
-    assert outlive_the_machine(url, train, monkeypatch, tmp_path / "run") == calm
+    assert outlive_the_machine(url, three_epochs, monkeypatch, tmp_path / "run") == calm
 
 
 @pytest.mark.slow
-def test_checkpoints_on_s3_outlive_the_machine(train, calm, monkeypatch, tmp_path, bucket):
+def test_checkpoints_on_s3_outlive_the_machine(three_epochs, calm, monkeypatch, tmp_path, bucket):
     url = f"{bucket}/runs/first"
-    assert outlive_the_machine(url, train, monkeypatch, tmp_path / "run") == calm
+    assert outlive_the_machine(url, three_epochs, monkeypatch, tmp_path / "run") == calm
 
 
-def test_checkpoints_of_another_run_are_refused(train, monkeypatch, tmp_path, capsys):
+def test_checkpoints_of_another_run_are_refused(three_epochs, monkeypatch, tmp_path, capsys):
     url = f"memory://other-{tmp_path.name}"
-    killed(train, monkeypatch, 6, "--log.checkpoints", url)
+    killed(three_epochs, monkeypatch, 6, "--log.checkpoints", url)
     # as on another machine, where the former content of the folder is unknown
     shutil.rmtree(tmp_path / "run")
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        train("run", "--log.checkpoints", url, "--seed", "5")
+        three_epochs("run", "--log.checkpoints", url, "--seed", "5")
     line = capsys.readouterr().err
     assert "step-00000004.pt was made on other data or by another run" in line
     assert "config.seed: 0 -> 5" in line
@@ -267,17 +265,17 @@ def test_another_donor_pool_is_told(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_what_is_there_stays(
-    train, calm, monkeypatch, tmp_path, capsys
+    three_epochs, calm, monkeypatch, tmp_path, capsys
 ):
     store = tmp_path / "disk"
     store.mkdir()
     with small_disk(store, 2**22) as disk:
-        killed(train, monkeypatch, 6, "--log.checkpoints", str(disk))
+        killed(three_epochs, monkeypatch, 6, "--log.checkpoints", str(disk))
         ballast = disk / "ballast"
         ballast.write_bytes(bytes(shutil.disk_usage(disk).free))
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            train("run", "--log.checkpoints", str(disk))
+            three_epochs("run", "--log.checkpoints", str(disk))
         assert stopped.value.code == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith(f"error: cannot write checkpoint {disk}/run/step-00000008.pt: ")
@@ -285,7 +283,7 @@ def test_a_full_disk_stops_the_run_and_what_is_there_stays(
         assert sorted(path.name for path in disk.glob("run/*.pt")) == ["step-00000004.pt"]
         assert not list(disk.glob("run/.*.tmp")), "nothing half-written is left"
         ballast.unlink()
-        run = train("run", "--log.checkpoints", str(disk))
+        run = three_epochs("run", "--log.checkpoints", str(disk))
         assert weights(run) == calm
 
 
@@ -329,22 +327,22 @@ def test_an_upload_that_fails_names_the_store_and_not_the_run_folder(tmp_path, m
 
 
 @pytest.mark.slow
-def test_checkpoints_elsewhere_are_of_one_configuration(train, tmp_path, capsys):
+def test_checkpoints_elsewhere_are_of_one_configuration(three_epochs, tmp_path, capsys):
     elsewhere = ("--log.checkpoints", f"memory://elsewhere-{tmp_path.name}")
-    folder = train("run", *elsewhere)
+    folder = three_epochs("run", *elsewhere)
     (folder / "training.json").unlink()
     before = (folder / "config.json").read_bytes()
     with pytest.raises(SystemExit):
-        train("run", *elsewhere, "--optim.lr", "0.5")
+        three_epochs("run", *elsewhere, "--optim.lr", "0.5")
     assert "holds a run with another configuration: optim.lr" in capsys.readouterr().err
     assert (folder / "config.json").read_bytes() == before
-    train("run", *elsewhere)
+    three_epochs("run", *elsewhere)
     assert (folder / "training.json").exists()
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(
-    train, calm, monkeypatch, tmp_path, capsys
+    three_epochs, calm, monkeypatch, tmp_path, capsys
 ):
     whole = loop.accumulate_gradients
 
@@ -355,11 +353,11 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "accumulate_gradients", exploding)
         with pytest.raises(SystemExit):
-            train()
+            three_epochs()
     assert "not finite at step 10 (cross-entropy nan" in capsys.readouterr().err
     run = tmp_path / "run"
     assert saved(run)[-1] == 8
-    assert train() == run
+    assert three_epochs() == run
     assert weights(run) == calm
 
 
@@ -544,7 +542,7 @@ def vouch(path: Path) -> None:
     record.write_text(json.dumps({**json.loads(record.read_text()), **known}))
 
 
-def refused(store: Store, path: Path, says: str) -> None:
+def cannot_resume(store: Store, path: Path, says: str) -> None:
     run = own(seed=9)
     before = {name: value.clone() for name, value in run.student.state_dict().items()}
     names = files.names(store.url)
@@ -563,7 +561,7 @@ def refused(store: Store, path: Path, says: str) -> None:
 @pytest.mark.parametrize("what", CONTENT)
 def test_the_content_of_a_checkpoint_is_no_more_trusted_than_its_record(tmp_path, what):
     change, says = CONTENT[what]
-    refused(*written(tmp_path, change), says)
+    cannot_resume(*written(tmp_path, change), says)
     assert not Path("ran").exists()
 
 
@@ -575,7 +573,7 @@ def test_the_bytes_of_a_checkpoint_are_no_more_trusted_than_its_record(tmp_path,
     change, says = BYTES[what]
     path.write_bytes(change(path.read_bytes()))
     vouch(path)
-    refused(store, path, says)
+    cannot_resume(store, path, says)
 
 
 def test_a_step_after_the_last_is_refused(tmp_path):

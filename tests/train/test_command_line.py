@@ -11,22 +11,19 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rft import __version__, cli, recipes
+from rft import __version__, recipes
 from rft.evaluate import command as evaluate_command
 from rft.loading import show as show_command
 from rft.loading.dataset import PackedDataset
 from rft.merge import command as merge_command
 from rft.train import command as train_command
-from tests.tiny import environment, torchrun_command
+from tests import tiny
+from tests.tiny import call, environment, torchrun_command
 
 
 @pytest.fixture
 def options(tiny_data, tiny_clip, tmp_path) -> list[str]:
-    return [
-        *("vanilla", "--data", str(tiny_data), "--run-dir", str(tmp_path / "run")),
-        *("--scale", "miniature", "--model.clip", tiny_clip, "--loader.batch-size", "6"),
-        *("--loader.held-out", "8", "--optim.epochs", "1"),
-    ]
+    return tiny.training("vanilla", tiny_data, tiny_clip, tmp_path / "run")
 
 
 def test_no_argument_means_the_main_recipe_on_the_miniature():
@@ -38,10 +35,10 @@ def test_no_argument_means_the_main_recipe_on_the_miniature():
 
 
 def test_a_dry_run_writes_nothing_and_refuses_what_a_run_refuses(
-    refused, options, monkeypatch, tmp_path, capsys
+    refused, options, tmp_path, capsys
 ):
     before = sorted(tmp_path.rglob("*"))
-    train([*options, "--dry-run", "--seed", "7"], monkeypatch)
+    call(train_command, *options, "--dry-run", "--seed", "7")
     said = capsys.readouterr().out.splitlines()
     assert "  * seed                     7  (the recipe's is 0)" in said
     assert said[-1].endswith("--optim.epochs 1 --seed 7")
@@ -51,12 +48,12 @@ def test_a_dry_run_writes_nothing_and_refuses_what_a_run_refuses(
 
 
 @pytest.mark.slow
-def test_profile_and_pictures_do_not_change_the_result(options, monkeypatch, tmp_path, capsys):
+def test_profile_and_pictures_do_not_change_the_result(options, tmp_path, capsys):
     recipe = ["object-mask-single-fill", *options[1:]]
     plain, seen = tmp_path / "plain", tmp_path / "seen"
-    train([*recipe, "--run-dir", str(plain), "--log.image-steps", "0"], monkeypatch)
+    call(train_command, *recipe, "--run-dir", str(plain), "--log.image-steps", "0")
     watched = ["--run-dir", str(seen), "--log.image-steps", "4", "--profile"]
-    train([*recipe, *watched], monkeypatch)
+    call(train_command, *recipe, *watched)
     assert "profile of 10 steps" in capsys.readouterr().out
     last = [run / "checkpoints" / "last.safetensors" for run in (plain, seen)]
     assert last[0].read_bytes() == last[1].read_bytes()
@@ -164,8 +161,8 @@ def edited(path, **changes) -> None:
         ("[]", "a different version of rft (its provenance.json does not say which)"),
     ],
 )
-def test_a_run_of_a_newer_version(refused, options, monkeypatch, tmp_path, provenance, writer):
-    train([*options, "--optim.epochs", "0"], monkeypatch)
+def test_a_run_of_a_newer_version(refused, options, tmp_path, provenance, writer):
+    call(train_command, *options, "--optim.epochs", "0")
     run = tmp_path / "run"
     (run / "provenance.json").write_text(provenance)
     before = (run / "config.json").read_bytes()
@@ -203,24 +200,19 @@ def test_unknown_model_and_weights(refused, options):
     assert "were trained as ViT-B-32-quickgelu; use that model" in line
 
 
-def train(options: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["rft", *options])
-    cli.run(train_command.main)
-
-
-def test_a_run_folder_belongs_to_one_configuration(refused, options, monkeypatch, tmp_path):
-    train(options, monkeypatch)
+def test_a_run_folder_belongs_to_one_configuration(refused, options, tmp_path):
+    call(train_command, *options)
     before = (tmp_path / "run" / "config.json").read_bytes()
     line = refused(train_command, *options, "--seed", "5", "--optim.lr", "1e-3")
     assert "optim.lr: 0.0003 -> 0.001; order_seed: 0 -> 5; seed: 0 -> 5" in line
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
-def test_a_run_that_never_saved_can_be_started_otherwise(refused, options, monkeypatch, tmp_path):
+def test_a_run_that_never_saved_can_be_started_otherwise(refused, options, tmp_path):
     (tmp_path / "run").mkdir()
     config = recipes.build("no-mask", data="elsewhere", run="r")
     (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict()))
-    train(options, monkeypatch)
+    call(train_command, *options)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["recipe"] == "vanilla"
     merge = ("wise", tmp_path / "run", tmp_path / "run", "--out", tmp_path / "run")
     assert "holds a training run; choose another --out" in refused(merge_command, *merge)
@@ -232,8 +224,8 @@ def test_a_run_folder_that_is_a_file(refused, options, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_data_under_a_started_run(refused, options, monkeypatch, tmp_path, tiny_data):
-    train(options, monkeypatch)
+def test_other_data_under_a_started_run(refused, options, tmp_path, tiny_data):
+    call(train_command, *options)
     (tmp_path / "run" / "training.json").unlink()
     changed = tmp_path / "changed"
     changed.mkdir()
@@ -277,23 +269,23 @@ def test_a_damaged_shard_is_told_in_one_line_by_a_loader_process(options, tmp_pa
     assert not (tmp_path / "run" / "training.json").exists()
 
 
-def test_data_on_a_store_that_is_not_the_disk(options, monkeypatch, tmp_path, tiny_data):
+def test_data_on_a_store_that_is_not_the_disk(options, tmp_path, tiny_data):
     store = fsspec.filesystem("memory")
     store.put(str(tiny_data) + "/", "/rft-test-data/", recursive=True)
     try:
-        train([*options, "--data", "memory://rft-test-data"], monkeypatch)
+        call(train_command, *options, "--data", "memory://rft-test-data")
     finally:
         store.rm("/rft-test-data", recursive=True)
     assert (tmp_path / "run" / "training.json").exists()
 
 
 @pytest.mark.slow
-def test_bfloat16_trains_as_float32_does_but_for_rounding(options, monkeypatch, tmp_path):
+def test_bfloat16_trains_as_float32_does_but_for_rounding(options, tmp_path):
     found = []
     for precision in ("fp32", "bf16"):
         run = tmp_path / precision
         more = ["--precision", precision, "--log.every-steps", "1", "--run-dir", str(run)]
-        train(["object-mask-single-fill", *options[1:], *more], monkeypatch)
+        call(train_command, "object-mask-single-fill", *options[1:], *more)
         lines = (run / "metrics.jsonl").read_text().splitlines()
         found.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
     exact, rounded = map(np.array, found)
@@ -312,8 +304,8 @@ def test_a_loss_that_explodes_stops_the_run_and_names_the_step(options, monkeypa
 
 
 @pytest.mark.slow
-def test_a_head_of_another_label_space(refused, options, monkeypatch, tmp_path, tiny_data):
-    train(options, monkeypatch)
+def test_a_head_of_another_label_space(refused, options, tmp_path, tiny_data):
+    call(train_command, *options)
     shutil.copytree(tiny_data, tmp_path / "data")
     path = tmp_path / "data" / "imagenet-val" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -325,12 +317,11 @@ def test_a_head_of_another_label_space(refused, options, monkeypatch, tmp_path, 
     assert "class 4 is missing in the first, 'n00000009' ('fifth') in the second" in line
 
 
-def test_counts_of_an_earlier_call_stay(options, monkeypatch, tmp_path, tiny_data, capsys):
-    train(options, monkeypatch)
+def test_counts_of_an_earlier_call_stay(options, tmp_path, tiny_data, capsys):
+    call(train_command, *options)
     for sets in (["imagenet-val"], ["imagenet-r"], ["imagenet-val", "imagenet-r"]):
-        arguments = ["rft", str(tmp_path / "run"), "--data", str(tiny_data), "--sets", *sets]
-        monkeypatch.setattr(sys, "argv", [*arguments, "--workers", "0"])
-        cli.run(evaluate_command.main)
+        arguments = (tmp_path / "run", "--data", tiny_data, "--sets", *sets)
+        call(evaluate_command, *arguments, "--workers", "0")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert sorted(results["sets"]) == ["imagenet-r", "imagenet-val"]
     assert "nothing to do" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from rft import cli, recipes
 from rft.config import Config
 from rft.dist import World
 from rft.loading.dataset import Batch
-from rft.train import command as train_command
+from rft.train import build
 from rft.train.estimate import (
     checkpoint_steps,
     configuration,
@@ -23,8 +23,10 @@ from rft.train.estimate import (
     size,
     traffic,
 )
-from rft.train.loop import Job, accumulate_gradients
+from rft.train.finish import run_job
+from rft.train.job import Job
 from rft.train.optim import build_optimizer
+from rft.train.step import accumulate_gradients
 from rft.train.stop import StopRequest
 
 ALONE = World(rank=0, size=1, local_rank=0)
@@ -45,7 +47,7 @@ def prepare(arguments):
     def job(*options: str, recipe: str = "object-mask-single-fill") -> Job:
         default = replace(recipes.build(recipe, scale="miniature"), precision="fp32")
         config = cli.parse(Config, args=[*arguments[1:], *options], default=default)
-        return train_command.prepare(config, ALONE, CPU)
+        return build.prepare(config, ALONE, CPU)
 
     return job
 
@@ -179,7 +181,7 @@ def test_zero_shot_trains_nothing(prepare):
 @pytest.mark.slow
 def test_what_is_written_is_what_was_told(prepare):
     job = prepare("--log.keep", "100", "--log.every-steps", "2")
-    train_command.run_job(job, StopRequest(""))
+    run_job(job, StopRequest(""))
     run = Path(job.config.run)
     names = [path.name for path in run.glob("checkpoints/step-*.pt")]
     assert {f"step-{step:08d}.pt" for step in checkpoint_steps(job)} == set(names)

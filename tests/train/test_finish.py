@@ -3,57 +3,50 @@
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rft import cli
 from rft.shards.manifest import Manifest
-from rft.train import command as train_command
-from rft.train.gallery import one_of_each_class
+from rft.train import build, finish
+from rft.train.pictures import one_of_each_class
 
 
 @pytest.fixture
-def train(tiny_data, tiny_clip, tmp_path, monkeypatch):
+def untrained(train):
     """Run `rft.train` with no training step in it; returns the run folder."""
 
-    def run(recipe: str, *options: str, name: str) -> Path:
-        folder = tmp_path / name
-        fixed = ("--data", str(tiny_data), "--run-dir", str(folder), "--model.clip", tiny_clip)
-        fixed += ("--scale", "miniature", "--loader.batch-size", "6", "--loader.held-out", "8")
-        monkeypatch.setattr(sys, "argv", ["rft", recipe, *fixed, "--optim.epochs", "0", *options])
-        cli.run(train_command.main)
-        return folder
+    def run(recipe: str, *options: object, name: str = "run") -> Path:
+        return train(recipe, "--optim.epochs", 0, *options, name=name)
 
     return run
 
 
 @pytest.mark.slow
-def test_a_finished_run_refuses_other_weights_to_build_on(train, capsys):
-    probes = [train("linear-probe", "--seed", seed, name=f"p{seed}") for seed in ("0", "1")]
+def test_a_finished_run_refuses_other_weights_to_build_on(untrained, capsys):
+    probes = [untrained("linear-probe", "--seed", seed, name=f"p{seed}") for seed in ("0", "1")]
     head = ("--model.head", "random", "--seed", "3")
-    probes.append(train("linear-probe", *head, name="random"))
-    run = train("lp-ft", "--model.start", str(probes[0]), name="run")
+    probes.append(untrained("linear-probe", *head, name="random"))
+    run = untrained("lp-ft", "--model.start", str(probes[0]))
     assert "start_sha256" in json.loads((run / "training.json").read_text())["inputs"]
     # the same weights under another name are the same
-    train("lp-ft", "--model.start", str(probes[1]), name="run")
+    untrained("lp-ft", "--model.start", str(probes[1]))
     assert "already finished" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        train("lp-ft", "--model.start", str(probes[2]), name="run")
+        untrained("lp-ft", "--model.start", str(probes[2]))
     assert "was built on other weights: start_sha256" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_run_whose_held_out_images_show_one_class_finishes(train, monkeypatch):
+def test_a_run_whose_held_out_images_show_one_class_finishes(untrained, monkeypatch):
     # its gallery would have one picture, which no other image can fill
     def shown(labels, samples, count):
         return one_of_each_class(np.zeros_like(labels), samples, count)
 
-    monkeypatch.setattr(train_command, "one_of_each_class", shown)
-    run = train("object-mask-multi-fill", name="run")
+    monkeypatch.setattr(finish, "one_of_each_class", shown)
+    run = untrained("object-mask-multi-fill")
     assert (run / "training.json").exists()
     assert not (run / "gallery.npz").exists()
 
@@ -62,7 +55,7 @@ def test_a_run_whose_held_out_images_show_one_class_finishes(train, monkeypatch)
 def test_other_pretrained_weights_under_a_started_run(train, capsys, monkeypatch):
     run = train("vanilla", "--optim.epochs", "1", name="run")
     (run / "training.json").unlink()
-    monkeypatch.setattr(train_command, "tower_sha256", lambda model: "another")
+    monkeypatch.setattr(build, "tower_sha256", lambda model: "another")
     with pytest.raises(SystemExit):
         train("vanilla", "--optim.epochs", "1", name="run")
     assert "pretrained_sha256" in capsys.readouterr().err
@@ -75,17 +68,17 @@ def moved_data(tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "imagenet-val"])
-def test_a_run_never_goes_into_the_data(train, moved_data, capsys, name):
+def test_a_run_never_goes_into_the_data(untrained, moved_data, capsys, name):
     before = sorted(moved_data.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
-        train("vanilla", "--data", str(moved_data), name=f"data/{name}")
+        untrained("vanilla", "--data", str(moved_data), name=f"data/{name}")
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --run-dir {moved_data / name} holds packed data (")
     assert line.endswith("name a folder of the run's own")
     assert sorted(moved_data.rglob("*")) == before
     # below it is the user's choice, and none of the sets
-    train("vanilla", "--data", str(moved_data), name="data/runs/first")
+    untrained("vanilla", "--data", str(moved_data), name="data/runs/first")
 
 
 def with_other_order(url: Path) -> None:
@@ -94,16 +87,16 @@ def with_other_order(url: Path) -> None:
     dataclasses.replace(manifest, classes=manifest.classes[::-1]).save(str(url))
 
 
-def test_a_finished_run_refuses_other_data(train, moved_data, capsys):
+def test_a_finished_run_refuses_other_data(untrained, moved_data, capsys):
     options = ("--data", str(moved_data))
-    run = train("vanilla", *options, name="run")
+    run = untrained("vanilla", *options)
     url = moved_data / "imagenet-train"
     before = Manifest.load(str(url)).sha256
-    train("vanilla", *options, name="run")
+    untrained("vanilla", *options)
     assert capsys.readouterr().out.endswith(f"run already finished: {run} (in fp32)\n")
     with_other_order(url)
     with pytest.raises(SystemExit) as stopped:
-        train("vanilla", *options, name="run")
+        untrained("vanilla", *options)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {run} is a finished run")
@@ -114,28 +107,28 @@ def test_a_finished_run_refuses_other_data(train, moved_data, capsys):
     record = json.loads((run / "training.json").read_text())
     del record["manifest_sha256"]
     (run / "training.json").write_text(json.dumps(record))
-    train("vanilla", *options, name="run")
+    untrained("vanilla", *options)
     assert "already finished" in capsys.readouterr().out
 
 
-def test_a_finished_run_whose_data_is_gone_is_still_finished(train, moved_data, capsys):
+def test_a_finished_run_whose_data_is_gone_is_still_finished(untrained, moved_data, capsys):
     options = ("--data", str(moved_data))
-    run = train("vanilla", *options, name="run")
+    run = untrained("vanilla", *options)
     shutil.rmtree(moved_data)
     capsys.readouterr()
-    train("vanilla", *options, name="run")
+    untrained("vanilla", *options)
     (line,) = capsys.readouterr().out.splitlines()
     start = f"run already finished: {run} (in fp32; its data could not be compared: no packed"
     assert line.startswith(start)
 
 
 @pytest.mark.parametrize("record", ["null", "[]", '"done"', '{"inputs": null}', "{"])
-def test_a_damaged_record_is_no_finished_run(train, capsys, record):
-    run = train("vanilla", name="run")
+def test_a_damaged_record_is_no_finished_run(untrained, capsys, record):
+    run = untrained("vanilla")
     (run / "training.json").write_text(record)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        train("vanilla", name="run")
+        untrained("vanilla")
     assert stopped.value.code == 2
     said = capsys.readouterr()
     (line,) = said.err.splitlines()
@@ -145,7 +138,7 @@ def test_a_damaged_record_is_no_finished_run(train, capsys, record):
 
 @pytest.mark.parametrize("name", ["visual.conv1.weight", "text_projection"])
 def test_pretrained_weights_that_are_not_finite_are_refused(
-    train, tiny_clip, tmp_path, capsys, name
+    untrained, tiny_clip, tmp_path, capsys, name
 ):
     folder = shutil.copytree(tiny_clip.removeprefix("local-dir:"), tmp_path / "clip")
     file = folder / "open_clip_model.safetensors"
@@ -153,7 +146,7 @@ def test_pretrained_weights_that_are_not_finite_are_refused(
     state[name].view(-1)[3] = float("nan")
     save_file(state, file)
     with pytest.raises(SystemExit) as stopped:
-        train("vanilla", "--model.clip", f"local-dir:{folder}", name="run")
+        untrained("vanilla", "--model.clip", f"local-dir:{folder}")
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: local-dir:{folder}: 1 of ")

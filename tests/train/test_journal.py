@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rft import recipes
 from rft.config import Config
-from rft.evaluate.accuracy import Count
+from rft.evaluate.count import Count
 from rft.train import logs as journal
 from rft.train.logs import Display, Journal, Pace, duration, require_packages, status
 from rft.train.pictures import Counterfactuals, grid

@@ -51,14 +51,9 @@ def trained(tmp_path_factory, tiny_data, reversed_data, tiny_clip) -> Path:
     root = tmp_path_factory.mktemp("trained")
     for name, data in (("", tiny_data), ("-reversed", reversed_data)):
         for recipe, epochs, seed in (("zero-shot", 0, 0), ("vanilla", 1, 1)):
-            train(recipe, data, tiny_clip, root / f"{recipe}{name}", epochs, "--seed", seed)
+            options = ("--optim.epochs", epochs, "--split-seed", 0, "--seed", seed)
+            tiny.train(recipe, data, tiny_clip, root / f"{recipe}{name}", *options)
     return root
-
-
-def train(recipe: str, data: Path, clip: str, run: Path, epochs: int = 1, *more: object) -> None:
-    options = ("--data", data, "--run-dir", run, "--scale", "miniature", "--model.clip", clip)
-    options += ("--loader.batch-size", 6, "--loader.held-out", 8, "--loader.workers", 0)
-    call(train_command, recipe, *options, "--optim.epochs", epochs, "--split-seed", 0, *more)
 
 
 @pytest.fixture
@@ -157,9 +152,8 @@ def test_training_on_a_start_or_a_second_teacher(
     folder, tmp_path, tiny_data, tiny_clip, refused, recipe, option
 ):
     other = folder / "vanilla-reversed"
-    options = ("--data", tiny_data, "--run-dir", tmp_path / "run", "--scale", "miniature")
-    options += ("--model.clip", tiny_clip, "--loader.batch-size", 6, "--loader.held-out", 8)
-    line = refused(train_command, recipe, *options, option, other)
+    words = tiny.training(recipe, tiny_data, tiny_clip, tmp_path / "run", option, other)
+    line = refused(train_command, *words)
     assert f"{option} {other} and the training set have different classes: {SECOND}" in line
     assert not (tmp_path / "run").exists()
 

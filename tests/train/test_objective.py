@@ -8,10 +8,11 @@ from functools import partial
 import pytest
 import torch
 
-from rft import recipes, rng
+from rft import recipes
 from rft.config import MethodConfig
 from rft.method import losses
-from rft.train.objective import Draws, Objective, StepAddress, draw
+from rft.method.counterfactual import Draws, StepAddress, draw
+from rft.train.objective import Objective
 from tests.conftest import build_model, sharpen
 from tests.reference import textbook
 
@@ -40,8 +41,8 @@ def build_objective(method: MethodConfig, **options) -> Objective:
     return Objective(build_model(0), build_model(1), method, ensemble=ensemble, **options)
 
 
-def draw_for(method: MethodConfig, images, address=ADDRESS) -> Draws:
-    return draw(method, range(len(images)), 16, len(images), address)
+def draw_for(method: MethodConfig, images) -> Draws:
+    return draw(method, range(len(images)), 16, len(images), ADDRESS)
 
 
 def step(objective: Objective, images, labels):
@@ -179,59 +180,6 @@ def test_a_frozen_tower_gets_no_gradient_and_the_head_all_of_it(images_BCHW, lab
     step(frozen, images_BCHW, labels_B)
     assert all(parameter.grad is None for parameter in frozen.student.visual.parameters())
     torch.testing.assert_close(frozen.student.head.weight.grad, whole.student.head.weight.grad)
-
-
-def test_an_address_replays_its_draws(images_BCHW):
-    method = method_of("random-mask-multi-fill")
-    first, again = draw_for(method, images_BCHW), draw_for(method, images_BCHW)
-    other = draw_for(method, images_BCHW, StepAddress(0, 4, 0, 0))
-    assert torch.equal(first.source_BP, again.source_BP)
-    assert torch.equal(first.mask_BP, again.mask_BP)
-    assert not torch.equal(first.source_BP, other.source_BP)
-    assert not torch.equal(first.mask_BP, other.mask_BP)
-
-
-def test_every_part_of_an_address_counts():
-    here = {"seed": 1, "step": 2, "rank": 3, "micro": 4}
-    seeds = [StepAddress(**here).generator(purpose).initial_seed() for purpose in ("mask", "fill")]
-    for name, value in here.items():
-        seeds.append(StepAddress(**{**here, name: value + 5}).generator("mask").initial_seed())
-    assert len(set(seeds)) == 6
-    # the names of the parts do not: (step 2, rank 3) is not (step 3, rank 2)
-    seeds.append(StepAddress(seed=1, step=3, rank=2, micro=4).generator("mask").initial_seed())
-    assert len(set(seeds)) == 7
-
-
-@pytest.mark.parametrize("pool", [4, 9])
-def test_masks_and_fills_are_drawn_from_addresses_of_their_own(pool):
-    address = StepAddress(seed=5, step=2, rank=1, micro=3)
-    method = replace(method_of("random-mask-multi-fill"), rate=0.3)
-    found = draw(method, range(pool), 16, pool, address)
-    mask = torch.rand((pool, 16), generator=rng.torch_generator(5, "mask", 2, 1, 3)) < 0.3
-    assert torch.equal(found.mask_BP, mask)
-    fill = rng.torch_generator(5, "fill", 2, 1, 3)
-    shift = torch.randint(1, pool, (pool, 16), generator=fill)
-    assert torch.equal(found.source_BP, (torch.arange(pool)[:, None] + shift) % pool)
-    single = draw(replace(method, fill="single"), range(pool), 16, pool, address)
-    fill = rng.torch_generator(5, "fill", 2, 1, 3)
-    assert torch.equal(single.source_BP[:, 0], torch.randperm(pool, generator=fill))
-
-
-@pytest.mark.parametrize(("rate", "kept"), [(0.25, 12), (0.75, 4)])
-def test_a_fixed_count_follows_the_rate(rate, kept):
-    method = replace(method_of("random-mask-no-fill"), rate=rate)
-    found = draw(method, range(5), 16, 5, ADDRESS)
-    assert found.kept == kept
-    assert ((~found.mask_BP).sum(dim=1) == kept).all()
-
-
-@pytest.mark.parametrize("name", ["random-mask-single-fill", "random-mask-multi-fill"])
-def test_parts_of_a_pool_draw_what_the_whole_draws(name):
-    method = method_of(name)
-    whole = draw(method, range(12), 16, 12, ADDRESS)
-    parts = [draw(method, range(n, n + 4), 16, 12, ADDRESS) for n in (0, 4, 8)]
-    for field in ("mask_BP", "source_BP", "own_B1"):
-        assert torch.equal(getattr(whole, field), torch.cat([getattr(p, field) for p in parts]))
 
 
 def test_a_map_without_relevance_still_trains(images_BCHW, labels_B):

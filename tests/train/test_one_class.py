@@ -12,8 +12,10 @@ WARNING = "scores a single class, so every prediction counts as right"
 
 
 @pytest.mark.slow
-def test_one_class_is_warned_of_in_training_and_evaluation(train, tiny_data, tmp_path, capsys):
-    run = train("run", "--optim.epochs", "1")
+def test_one_class_is_warned_of_in_training_and_evaluation(
+    three_epochs, tiny_data, tmp_path, capsys
+):
+    run = three_epochs("run", "--optim.epochs", "1")
     assert WARNING not in capsys.readouterr().err
     for name in ("imagenet-train", "imagenet-val"):
         shutil.copytree(tiny_data / name, tmp_path / name)
@@ -22,7 +24,7 @@ def test_one_class_is_warned_of_in_training_and_evaluation(train, tiny_data, tmp
             sorted(class_id for group in manifest["groups"] for class_id in group)
         ]
         (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
-    train("other", "--data", str(tmp_path), "--dry-run")
+    three_epochs("other", "--data", str(tmp_path), "--dry-run")
     assert f"{tmp_path}/imagenet-train {WARNING}" in capsys.readouterr().err
     options = ("--sets", "imagenet-val", "--workers", 0)
     tiny.call(evaluate_command, run, "--data", tmp_path, *options)

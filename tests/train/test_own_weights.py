@@ -20,10 +20,8 @@ from tests import tiny
 from tests.tiny import call
 
 
-def training(recipe: str, data: Path, clip: str, run: Path, *more: object) -> tuple[object, ...]:
-    options = ("--data", data, "--run-dir", run, "--scale", "miniature", "--model.clip", clip)
-    options += ("--loader.batch-size", 6, "--loader.held-out", 8, "--loader.workers", 0)
-    return (recipe, *options, "--split-seed", 0, *more)
+def training(recipe: str, data: Path, clip: str, run: Path, *more: object) -> list[str]:
+    return tiny.training(recipe, data, clip, run, "--split-seed", 0, *more)
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ import torch
 
 from benchmarks.step import Arguments, build_job
 from rft.loading.dataset import Batch
-from rft.train.loop import accumulate_gradients
 from rft.train.optim import build_optimizer
 from rft.train.profile import profiling
+from rft.train.step import accumulate_gradients
 from tests.conftest import build_model
 
 
 @pytest.fixture
-def train(images_BCHW, labels_B):
+def take_steps(images_BCHW, labels_B):
     """Do some steps of a longer run; returns the weights."""
 
     def run(folder: Path | None, steps: int, *, first: int = 0, total: int = 0) -> torch.Tensor:
@@ -44,9 +44,9 @@ def counts(path: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_ten_steps_after_the_first_few_and_the_same_weights(train, tmp_path, capsys):
-    profiled = train(tmp_path / "profile", 17)
-    assert torch.equal(profiled, train(None, 17))
+def test_ten_steps_after_the_first_few_and_the_same_weights(take_steps, tmp_path, capsys):
+    profiled = take_steps(tmp_path / "profile", 17)
+    assert torch.equal(profiled, take_steps(None, 17))
     assert "profile of 10 steps: " in capsys.readouterr().out
     assert len(list((tmp_path / "profile").iterdir())) == 2
     found = counts(tmp_path / "profile" / "steps-6-15.json.gz")
@@ -58,19 +58,19 @@ def test_ten_steps_after_the_first_few_and_the_same_weights(train, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_fewer_steps_are_told(train, tmp_path, capsys):
-    train(tmp_path, 3, first=7, total=10)
+def test_fewer_steps_are_told(take_steps, tmp_path, capsys):
+    take_steps(tmp_path, 3, first=7, total=10)
     assert "profile of 3 steps (not 10: there were no more)" in capsys.readouterr().out
     assert counts(tmp_path / "steps-8-10.json.gz")["clean forward"] == 3
 
 
 @pytest.mark.slow
-def test_a_run_that_stops_meanwhile(train, tmp_path, capsys):
-    train(tmp_path, 7, first=100, total=1000)
+def test_a_run_that_stops_meanwhile(take_steps, tmp_path, capsys):
+    take_steps(tmp_path, 7, first=100, total=1000)
     assert "profile of 2 steps (not 10" in capsys.readouterr().out
     assert counts(tmp_path / "steps-106-107.json.gz")["cam"] == 2
-    train(tmp_path / "none", 5, first=100, total=1000)
-    train(tmp_path / "none", 0)
+    take_steps(tmp_path / "none", 5, first=100, total=1000)
+    take_steps(tmp_path / "none", 0)
     said = capsys.readouterr().out.splitlines()
     assert said == [f"--profile: no step was done after step {step}, no trace" for step in (105, 0)]
     assert not (tmp_path / "none").exists()

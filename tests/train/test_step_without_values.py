@@ -32,11 +32,14 @@ from rft.clip.architecture import Architecture
 from rft.clip.classifier import Classifier
 from rft.config import Config
 from rft.loading.dataset import Batch
-from rft.method import losses, masking, relevance
-from rft.train import loop, objective
-from rft.train.loop import Job, Meter, accumulate_gradients
-from rft.train.objective import Draws, Objective
+from rft.method import counterfactual, losses, masking, relevance
+from rft.method.counterfactual import Draws
+from rft.train import step as step_module
+from rft.train.job import Job
+from rft.train.meter import Meter
+from rft.train.objective import Objective
 from rft.train.optim import build_optimizer, set_schedule
+from rft.train.step import accumulate_gradients
 
 BATCH = 512
 LAYERS = 3  # a first, a last and one between: all others are like the second
@@ -115,7 +118,7 @@ def meta(monkeypatch) -> torch.device:
 @pytest.fixture
 def fake(monkeypatch) -> Iterator[torch.device]:
     """The CPU, of which tensors have no values while the test runs; draws are real at first."""
-    mode, real = FakeTensorMode(), loop.draw
+    mode, real = FakeTensorMode(), counterfactual.draw
 
     def draw(*arguments) -> Draws:
         # a derangement is drawn until it is one
@@ -124,7 +127,7 @@ def fake(monkeypatch) -> Iterator[torch.device]:
         values = (mode.from_tensor(part) if torch.is_tensor(part) else part for part in draws)
         return Draws(*values)
 
-    monkeypatch.setattr(loop, "draw", draw)
+    monkeypatch.setattr(counterfactual, "draw", draw)
     with mode:
         yield torch.device("cpu")
 
@@ -179,7 +182,8 @@ def build_config(recipe: str, **changes) -> Config:
 def train_one_step(job: Job, watch: TorchDispatchMode) -> list:
     """One step as the training loop does it; returns the counterfactuals to show."""
     size = job.batches.image_size
-    optimizer, meter, shown = build_optimizer(job.objective, job.config.optim), Meter(job), []
+    optimizer, shown = build_optimizer(job.objective, job.config.optim), []
+    meter = Meter(job.config, job.world, job.device, steps_per_epoch=1)
     batch = Batch(
         torch.empty(BATCH, 3, size, size, dtype=torch.uint8, device=job.device),
         torch.empty(BATCH, dtype=torch.int64, device=job.device),
@@ -319,7 +323,7 @@ def test_a_tensor_made_of_pythons_numbers_is_noticed(job, monkeypatch):
 
 def test_an_index_left_on_the_cpu_is_noticed(job, monkeypatch):
     # a GPU takes it, and the host waits for the copy
-    monkeypatch.setattr(objective, "to_device", lambda tensor, _: tensor)
+    monkeypatch.setattr(step_module, "to_device", lambda tensor, device: tensor)
     with pytest.raises(HostWaitsError, match="operands on"):
         train_one_step(job, NoWaiting())
 
@@ -331,7 +335,7 @@ def test_weights_left_on_the_cpu_are_noticed(job):
 
 
 def test_a_copy_that_blocks_is_noticed(job, monkeypatch):
-    monkeypatch.setattr(objective, "to_device", lambda tensor, device: tensor.to(device))
+    monkeypatch.setattr(step_module, "to_device", lambda tensor, device: tensor.to(device))
     with pytest.raises(HostWaitsError, match=r"a copy to .* that blocks"):
         train_one_step(job, NoWaiting())
 

@@ -30,7 +30,9 @@ def at_step(step: int, monkeypatch, action) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["file", *SIGNALS], ids=str)
-def test_it_stops_after_the_step_with_a_checkpoint(train, tmp_path, monkeypatch, capsys, how):
+def test_it_stops_after_the_step_with_a_checkpoint(
+    three_epochs, tmp_path, monkeypatch, capsys, how
+):
     stop_file = tmp_path / "stop"
     handlers = [signal.getsignal(number) for number in SIGNALS]
 
@@ -44,7 +46,7 @@ def test_it_stops_after_the_step_with_a_checkpoint(train, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         at_step(6, patch, ask)
         with pytest.raises(SystemExit) as stopped:
-            train("run", "--cluster.stop-file", str(stop_file))
+            three_epochs("run", "--cluster.stop-file", str(stop_file))
     assert stopped.value.code == STOPPED == 75
     reason = str(stop_file) if how == "file" else how.name
     said = capsys.readouterr().out
@@ -55,23 +57,23 @@ def test_it_stops_after_the_step_with_a_checkpoint(train, tmp_path, monkeypatch,
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
     stop_file.unlink(missing_ok=True)
-    train("run", "--cluster.stop-file", str(stop_file))
+    three_epochs("run", "--cluster.stop-file", str(stop_file))
     assert "going on after step 7" in capsys.readouterr().out
-    assert weights(folder) == weights(train("calm"))
+    assert weights(folder) == weights(three_epochs("calm"))
 
 
 @pytest.mark.slow
-def test_a_stop_in_the_last_step_is_the_end(train, tmp_path, monkeypatch):
+def test_a_stop_in_the_last_step_is_the_end(three_epochs, tmp_path, monkeypatch):
     at_step(29, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert (train() / "training.json").exists()
+    assert (three_epochs() / "training.json").exists()
 
 
 @pytest.mark.slow
-def test_a_stop_before_the_first_step_leaves_nothing_to_go_on_from(train, tmp_path, capsys):
+def test_a_stop_before_the_first_step_leaves_nothing_to_go_on_from(three_epochs, tmp_path, capsys):
     stop_file = tmp_path / "stop"
     stop_file.touch()
     with pytest.raises(SystemExit) as stopped:
-        train("run", "--cluster.stop-file", str(stop_file))
+        three_epochs("run", "--cluster.stop-file", str(stop_file))
     assert stopped.value.code == STOPPED
     assert "stopped after step 0 of 30" in capsys.readouterr().out
     assert not list(tmp_path.glob("run/checkpoints/*.pt"))
@@ -146,9 +148,9 @@ def other_job(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_job_is_refused(train, other_job, capsys):
+def test_a_second_job_is_refused(three_epochs, other_job, capsys):
     with pytest.raises(SystemExit) as stopped:
-        train("run", "--cluster.lock-wait", "0.5")
+        three_epochs("run", "--cluster.lock-wait", "0.5")
     assert stopped.value.code == 2
     output = capsys.readouterr()
     assert "waiting up to 0.5 s for another job to leave" in output.out
@@ -157,15 +159,17 @@ def test_a_second_job_is_refused(train, other_job, capsys):
 
 
 @pytest.mark.slow
-def test_a_job_waits_for_another_that_leaves(train, other_job, monkeypatch):
+def test_a_job_waits_for_another_that_leaves(three_epochs, other_job, monkeypatch):
     monkeypatch.setattr(run.time, "sleep", lambda _: other_job.kill() or other_job.wait())
-    assert (train() / "training.json").exists()
+    assert (three_epochs() / "training.json").exists()
     assert other_job.returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow
-def test_a_run_that_the_other_job_finished_is_left_alone(train, tmp_path, monkeypatch, capsys):
-    folder = train()
+def test_a_run_that_the_other_job_finished_is_left_alone(
+    three_epochs, tmp_path, monkeypatch, capsys
+):
+    folder = three_epochs()
     summary = (folder / "training.json").read_bytes()
     (folder / "training.json").unlink()
     lock = filelock.FileLock(folder / ".lock")
@@ -177,16 +181,16 @@ def test_a_run_that_the_other_job_finished_is_left_alone(train, tmp_path, monkey
 
     monkeypatch.setattr(run.time, "sleep", finish)
     capsys.readouterr()
-    train()
+    three_epochs()
     assert "run already finished" in capsys.readouterr().out
     assert (folder / "training.json").read_bytes() == summary
 
 
 @pytest.mark.slow
 def test_a_run_that_the_other_job_began_keeps_its_configuration(
-    train, tmp_path, monkeypatch, capsys
+    three_epochs, tmp_path, monkeypatch, capsys
 ):
-    folder = train()
+    folder = three_epochs()
     (folder / "training.json").unlink()
     before = (folder / "config.json").read_bytes()
     begun = folder.rename(tmp_path / "begun")
@@ -201,6 +205,6 @@ def test_a_run_that_the_other_job_began_keeps_its_configuration(
 
     monkeypatch.setattr(run.time, "sleep", leave)
     with pytest.raises(SystemExit):
-        train("run", "--optim.lr", "0.5")
+        three_epochs("run", "--optim.lr", "0.5")
     assert "holds a run with another configuration: optim.lr" in capsys.readouterr().err
     assert (folder / "config.json").read_bytes() == before

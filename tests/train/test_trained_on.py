@@ -18,7 +18,7 @@ from rft.runs import trained_on
 from rft.runs.filenames import LAST, SELECTED
 from rft.runs.records import read_config
 from rft.runs.trained_on import TrainedOn
-from rft.train import command as train_command
+from tests import tiny
 from tests.tiny import call, forget_weights
 
 pytestmark = pytest.mark.slow
@@ -43,18 +43,12 @@ def roots(tiny_data, tmp_path_factory) -> tuple[Path, Path]:
 def runs(roots, tiny_clip, tmp_path_factory) -> Path:
     """Runs on either root, and one on the second that starts from one on the first."""
     folder, (a, b) = tmp_path_factory.mktemp("runs"), roots
-    train("zero-shot", a, tiny_clip, folder / "zero", 0)
-    train("vanilla", a, tiny_clip, folder / "a", 1)
-    train("vanilla", b, tiny_clip, folder / "b", 1, "--seed", 1)
-    train("vanilla", b, tiny_clip, folder / "a-then-b", 1, "--model.start", folder / "a")
+    own = ("--train-set", "train")
+    tiny.train("zero-shot", a, tiny_clip, folder / "zero", *own, "--optim.epochs", 0)
+    tiny.train("vanilla", a, tiny_clip, folder / "a", *own)
+    tiny.train("vanilla", b, tiny_clip, folder / "b", *own, "--seed", 1)
+    tiny.train("vanilla", b, tiny_clip, folder / "a-then-b", *own, "--model.start", folder / "a")
     return folder
-
-
-def train(recipe: str, data: Path, clip: str, run: Path, epochs: int, *more: object) -> None:
-    options = ("--data", data, "--train-set", "train", "--run-dir", run, "--scale", "miniature")
-    options += ("--model.clip", clip, "--loader.batch-size", 6, "--loader.held-out", 8)
-    options += ("--loader.workers", 0, "--optim.epochs", epochs)
-    call(train_command, recipe, *options, *more)
 
 
 @pytest.fixture
@@ -129,10 +123,7 @@ def test_weights_that_do_not_say(runs, roots, said, tmp_path):
 def test_imagenet_has_one_split(tiny_data, tiny_clip, said, tmp_path):
     """However it is packed: no image of its sets is in another."""
     data = shutil.copytree(tiny_data, tmp_path / "data")
-    tiny_run = tmp_path / "run"
-    options = ("--data", tiny_data, "--run-dir", tiny_run, "--scale", "miniature")
-    options += ("--model.clip", tiny_clip, "--loader.batch-size", 6, "--loader.held-out", 8)
-    call(train_command, "vanilla", *options, "--loader.workers", 0, "--optim.epochs", 1)
+    tiny_run = tiny.train("vanilla", tiny_data, tiny_clip, tmp_path / "run")
     path = data / "imagenet-train" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "plan_hash": "0" * 64}))
     line = (tiny_run, "--data", data, "--sets", "imagenet-val", "--workers", 0)

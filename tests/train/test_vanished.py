@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from rft.train import checkpoint, loop
+from rft.evaluate.count import Count
+from rft.train import checkpoint, loop, select
 from tests.train.test_stop import at_step
 
 
@@ -44,7 +45,9 @@ def replace(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 29])
 @pytest.mark.parametrize("how", [delete, move, empty, replace])
-def test_the_run_says_so_and_makes_no_half_of_it(train, tmp_path, monkeypatch, capsys, how, step):
+def test_the_run_says_so_and_makes_no_half_of_it(
+    three_epochs, tmp_path, monkeypatch, capsys, how, step
+):
     folder, left = tmp_path / "run", []
 
     def act():
@@ -53,7 +56,7 @@ def test_the_run_says_so_and_makes_no_half_of_it(train, tmp_path, monkeypatch, c
 
     at_step(step, monkeypatch, act)
     with pytest.raises(SystemExit) as stopped:
-        train()
+        three_epochs()
     assert stopped.value.code == 2
     (line,) = (one for one in capsys.readouterr().err.splitlines() if one.startswith("error"))
     kind = "replaced by a different folder" if how is replace else "was deleted, emptied or moved"
@@ -62,19 +65,19 @@ def test_the_run_says_so_and_makes_no_half_of_it(train, tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
-def test_the_selected_model_alone_is_deleted(train, tmp_path, monkeypatch, capsys):
+def test_the_selected_model_alone_is_deleted(three_epochs, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     # the first epoch's stays the best
-    monkeypatch.setattr(loop, "count_correct", lambda *_, **__: [loop.Count(1, 16)])
+    monkeypatch.setattr(select, "count_correct", lambda *_, **__: [Count(1, 16)])
     at_step(15, monkeypatch, lambda: (folder / "checkpoints" / "best.safetensors").unlink())
     with pytest.raises(SystemExit):
-        train()
+        three_epochs()
     assert "best.safetensors was deleted while the run was training" in capsys.readouterr().err
     assert not (folder / "training.json").exists()
 
 
 @pytest.mark.slow
-def test_after_the_last_step(train, tmp_path, monkeypatch, capsys):
+def test_after_the_last_step(three_epochs, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     end = loop.end
 
@@ -84,6 +87,6 @@ def test_after_the_last_step(train, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(loop, "end", gone)
     with pytest.raises(SystemExit):
-        train()
+        three_epochs()
     assert f"{folder} was deleted, emptied or moved" in capsys.readouterr().err
     assert not folder.exists()

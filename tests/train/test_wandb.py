@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from rft.evaluate.accuracy import Count
+from rft.evaluate.count import Count
 from rft.storage import files
 from rft.train.logs import Journal, Wandb, require_packages
 from rft.train.stop import STOPPED

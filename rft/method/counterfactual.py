@@ -1,0 +1,111 @@
+"""A batch's counterfactual images (section 3.2): what chance decides, and what the CAM decides.
+
+In the order of a step:
+  draw: random masks and the sources of the fills, before any model has seen the images;
+  cam: the relevance of each patch for its image's label;
+  donors: both together as one index map, which `refill.apply_donors` applies to the patches.
+
+Random numbers are addressed by step (rft/rng.py), so a resumed run draws what an uninterrupted one
+would have, and the gallery and the dry run draw as a step does.
+
+Shapes: B images, P patches, K classes, Z images in the donor pool.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rft import rng
+from rft.config import Cam, Mask, MethodConfig
+from rft.method import masking, refill, relevance
+from rft.method.relevance import Tap
+
+
+@dataclass(frozen=True)
+class StepAddress:
+    """Names the random draws of one micro-batch (see rft/rng.py)."""
+
+    seed: int
+    step: int
+    rank: int
+    micro: int
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return the generator of this micro-batch for one purpose."""
+        return rng.torch_generator(self.seed, purpose, self.step, self.rank, self.micro)
+
+
+class Draws(NamedTuple):
+    """What is known of a micro-batch's counterfactuals before any model has seen it."""
+
+    mask_BP: Tensor | None
+    """Random masks; None if the CAM decides."""
+    source_BP: Tensor
+    """Where a masked patch comes from (rft/method/refill.py); its sizes may be 1."""
+    own_B1: Tensor
+    """Each image's own number in the donor pool."""
+    kept: int | None
+    """Patches that every image keeps, where that is the same number and the others are dropped."""
+
+    def copied(self, copy: Callable[[Tensor], Tensor]) -> "Draws":
+        """Return the draws with a copy of each tensor, for example on a GPU."""
+        mask_BP = None if self.mask_BP is None else copy(self.mask_BP)
+        return Draws(mask_BP, copy(self.source_BP), copy(self.own_B1), self.kept)
+
+
+def draw(method: MethodConfig, own: range, patches: int, pool: int, address: StepAddress) -> Draws:
+    """Draw what chance decides for images `own` of a donor pool, on the CPU.
+
+    The numbers are drawn for the whole pool and each rank takes its images' part, so that they do
+    not depend on who draws them if the address does not.
+    """
+    rows = slice(own.start, own.stop)
+    assert method.masks, "nothing is decided where nothing is masked"
+    mask_BP, kept = None, None
+    if method.mask == "random":
+        kinds = {True: masking.fixed_count_mask, False: masking.bernoulli_mask}
+        generator = address.generator("mask")
+        mask_BP = kinds[method.fixed_count]((pool, patches), method.rate, generator)[rows]
+        if method.drops and method.fixed_count:
+            kept = masking.kept_patches(patches, method.rate)
+    if method.drops:
+        source_BP = torch.tensor([[refill.DROP]])
+    elif method.fill == "multi":
+        source_BP = refill.multi_sources(pool, patches, address.generator("fill"))[rows]
+    else:
+        derange = method.single_fill == "derangement"
+        source_ZP = refill.single_sources(pool, address.generator("fill"), derange=derange)
+        source_BP = source_ZP[rows]
+    own_B1 = torch.arange(own.start, own.stop)[:, None]
+    return Draws(mask_BP, source_BP, own_B1, kept)
+
+
+def cam(kind: Cam, logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor:
+    """Return the class activation map of that kind, each image's maximum 1, (B, P)."""
+    relevance_of = relevance.label_relevance if kind == "relevance" else relevance.grad_cam
+    return relevance.normalise(relevance_of(logits_BK, labels_B, taps))
+
+
+def cam_mask(kind: Mask, relevance_BP: Tensor, threshold: float) -> Tensor:
+    """Return the object or the context mask of a normalised map, bool (B, P)."""
+    mask_of = masking.object_mask if kind == "object" else masking.context_mask
+    return mask_of(relevance_BP, threshold)
+
+
+def donors(method: MethodConfig, draws: Draws, relevance_BP: Tensor | None) -> Tensor:
+    """Return the counterfactuals' index map (rft/method/refill.py), int64 (B, P).
+
+    Args:
+        method: which mask.
+        draws: of these images.
+        relevance_BP: their normalised CAM; None where masks are random.
+    """
+    mask_BP = draws.mask_BP
+    if method.needs_cam:
+        assert relevance_BP is not None, "a CAM decides the masks, and none was computed"
+        mask_BP = cam_mask(method.mask, relevance_BP, method.threshold)
+    assert mask_BP is not None, "neither chance nor a CAM decides the masks"
+    return refill.donors(mask_BP, draws.source_BP, draws.own_B1)

@@ -1,0 +1,180 @@
+"""What a run needs before its first step: data, models, plan, and the hashes that identify them."""
+
+import copy
+import hashlib
+from pathlib import Path
+
+import torch
+
+from rft import rng
+from rft.classes import Classes, check_head, compare_prompts
+from rft.cli import warn
+from rft.clip.classifier import Classifier, load_state, map_state
+from rft.clip.head import zero_shot_head
+from rft.clip.load import load_clip
+from rft.config import Config
+from rft.dist import World
+from rft.loading.batches import TrainingBatches, fingerprint, plan_training
+from rft.loading.dataset import PackedDataset
+from rft.method.averaging import require_alike
+from rft.runs import trained_on
+from rft.runs.folder import checkpoint_path, require_own_weights, unfinished
+from rft.runs.trained_on import TrainedOn
+from rft.shards.cache import Cache
+from rft.shards.manifest import warn_of_one_class
+from rft.storage import files
+from rft.train.job import Job
+from rft.train.objective import Objective
+
+
+def prepare(config: Config, world: World, device: torch.device) -> Job:
+    """Load data and model and decide the plan; the same on every rank.
+
+    Raises:
+        ValueError: if the data, the model or the configuration do not fit together.
+    """
+    loader = config.loader
+    cache = Cache(Path(loader.cache_dir), int(loader.cache_gb * 1e9)) if loader.cache_dir else None
+    url = files.join(config.data, config.train_set)
+    packed = PackedDataset(url, cache=cache, max_pixels=loader.max_pixels)
+    warn_of_one_class(packed.url, packed.manifest.groups)
+    plan, samples, held_out = plan_training(packed, config)
+    pretrained = load_clip(config.model)
+    # one image now, so that shards of the wrong size stop the run here and not inside it
+    packed.image(int(samples[0]), pretrained.architecture.image_size)
+    pretrained.model.to(device)
+    head = zero_shot_head(pretrained, packed.manifest.classes, packed.manifest.templates)
+    teacher = Classifier(pretrained.model.visual, head, pretrained.architecture)
+    classes = packed.manifest.label_space
+    # the frozen teacher is the model as pre-trained; the student begins as a copy of it
+    student = starting_student(config, teacher, classes)
+    ensemble = second_teacher(config, teacher, classes)
+    objective = Objective(
+        student,
+        teacher,
+        config.method,
+        ensemble=ensemble,
+        recompute=config.recompute,
+        compile=config.compile,
+    )
+    batches = TrainingBatches(
+        packed,
+        samples,
+        plan,
+        image_size=pretrained.architecture.image_size,
+        rank=world.rank,
+        world_size=world.size,
+        ranks_on_node=world.ranks_on_node,
+    )
+    return Job(
+        config=config,
+        world=world,
+        device=device,
+        objective=objective.to(device),
+        batches=batches,
+        held_out=held_out,
+        fingerprint={
+            **fingerprint(packed, plan, loader.held_out, config.held_out_seed),
+            **inputs_fingerprint(config),
+            "pretrained_sha256": tower_sha256(teacher),
+        },
+        start_seen=start_seen(config),
+    )
+
+
+def start_seen(config: Config) -> frozenset[TrainedOn]:
+    """Return what the weights of --model.start were trained on."""
+    if not config.model.start:
+        return frozenset()
+    path = Path(config.model.start)
+    return trained_on.of_model(path, map_state(checkpoint_path(path)).metadata)
+
+
+def starting_student(config: Config, pretrained: Classifier, classes: Classes) -> Classifier:
+    """Return the model that learns, as it starts; `classes` are those of the training set.
+
+    Raises:
+        ValueError: if the weights to start from are not those of such a model.
+    """
+    student = copy.deepcopy(pretrained)
+    if config.model.head == "random":
+        bound = student.head.in_features**-0.5  # torch's own for a linear layer
+        draw = rng.torch_generator(config.seed, "head")
+        weight_KE = torch.rand(student.head.weight.shape, generator=draw) * 2 * bound - bound
+        with torch.no_grad():
+            student.head.weight.copy_(weight_KE)
+    if config.model.start:
+        load_alike(student, config.model.start, "--model.start", classes)
+    if config.optim.trains == "head":
+        student.visual.requires_grad_(False)
+    return student
+
+
+def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> Classifier | None:
+    """Return WiSE-KD's teacher, or None for a method without one.
+
+    `classes` are those of the training set.
+
+    Raises:
+        ValueError: if its weights are not those of such a model.
+    """
+    if config.method.kd_weight == 0:
+        return None
+    teacher = copy.deepcopy(pretrained)
+    load_alike(teacher, config.method.kd_teacher, "--method.kd-teacher", classes)
+    return teacher
+
+
+def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> None:
+    """Load a run's selected weights into a model of the same architecture.
+
+    Args:
+        model: the model, with a head for `classes`.
+        path: run folder or weights file.
+        option: the command line's name of it, for messages.
+        classes: of the training set.
+
+    Raises:
+        ValueError: naming the option, if the two differ, and the first class that does.
+    """
+    state, architecture, _, known = load_state(checkpoint_path(Path(path)))
+    require_own_weights(Path(path))
+    if reached := unfinished(Path(path)):
+        warn(f"{option} {path} has not finished training ({reached})")
+    if changed := model.architecture.difference(architecture):
+        raise ValueError(f"{option} {path} is a different architecture: {changed[0]}")
+    where = f"{option} {path}"
+    pair = (known, where, classes, "the training set")
+    rows = len(state["head.weight"])
+    for warning in (
+        *check_head(known, rows, where, classes, "the training set"),
+        *compare_prompts(*pair),
+    ):
+        warn(warning)
+    try:
+        require_alike(model.state_dict(), state)
+    except ValueError as error:
+        raise ValueError(f"{option} {path}: {error}") from error
+    model.load_state_dict(state)
+
+
+def inputs_fingerprint(config: Config) -> dict[str, str]:
+    """Return the hashes of the runs' weights that a run builds on."""
+    paths = {"start": config.model.start, "kd_teacher": config.method.kd_teacher}
+    return {
+        f"{name}_sha256": files.sha256_file(checkpoint_path(Path(path)))
+        for name, path in paths.items()
+        if path
+    }
+
+
+def tower_sha256(model: Classifier) -> str:
+    """Return the hash of the image tower's weights, whatever file or name they came from.
+
+    The head is left out: text embeddings may differ in their last bits from device to device.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.visual.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

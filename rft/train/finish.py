@@ -1,0 +1,101 @@
+"""A run from its lock to its last file: train, leave a finished run folder, say what comes next."""
+
+from pathlib import Path
+
+from rft import cli, dist, recipes
+from rft import next_steps as commands
+from rft.clip.classifier import build_classifier, load_state
+from rft.config import Config, load_config
+from rft.dist import World
+from rft.runs import filenames
+from rft.runs.filenames import SELECTED
+from rft.runs.folder import weights_record
+from rft.runs.records import Training
+from rft.storage import files
+from rft.train.build import inputs_fingerprint
+from rft.train.job import Job
+from rft.train.loop import train
+from rft.train.pictures import one_of_each_class, write_gallery
+from rft.train.run import Finished, RunFolder, finished
+from rft.train.stop import STOPPED, StopRequest
+
+
+def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
+    """Train one run to its end and leave a finished run folder.
+
+    Returns:
+        The exit code: 0, or `STOPPED` if something asked to stop before the end.
+    """
+    config, world = job.config, job.world
+    # one node's GPUs may have what another's lack
+    advice = "name one for all of them, e.g. --precision fp32"
+    dist.require_agreement(world, "precision", config.precision, advice)
+    dist.require_agreement(world, "data fingerprint", job.fingerprint)
+    run = RunFolder(config)
+    with run.taken(world, request):
+        # the job that was in the folder until now may have finished it
+        if done := dist.from_main(world, dist.on_main(world, lambda: finished(config))):
+            tell_finished(config, done, world)
+            return 0
+        traces = run.path / filenames.PROFILE if profile and world.is_main else None
+        progress = train(job, request, traces)
+        if progress.step < job.total_steps:
+            return STOPPED
+        dist.on_main(world, run.require_there)
+        dist.on_main(world, lambda: write_run_gallery(job))
+        if world.is_main:
+            run.finish(
+                Training(
+                    steps=progress.step,
+                    best_step=progress.best_step,
+                    world_size=world.size,
+                    manifest_sha256=job.fingerprint["manifest_sha256"],
+                    inputs=inputs_fingerprint(config),
+                    weights_sha256=weights_record(run.path),
+                )
+            )
+            cli.say(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
+            tell_next(config, world)
+    return 0
+
+
+def write_run_gallery(job: Job) -> None:
+    """Write the gallery of what the selected model's masks and fills make of held-out images."""
+    packed, folder = job.batches.packed, RunFolder(job.config).path
+    shown = one_of_each_class(packed.index.label, job.held_out, 8)
+    # a picture of a fill needs another image
+    if job.config.method.masks and len(shown) > 1:
+        saved = load_state(folder / SELECTED)
+        model = build_classifier(saved.state, saved.architecture)
+        write_gallery(
+            str(folder / filenames.GALLERY), model, packed, shown, recipes.masked_methods()
+        )
+
+
+def tell_finished(config: Config, done: Finished, world: World) -> None:
+    """Check a finished run's inputs and say that it is finished."""
+    require_same_inputs(config, done)
+    if world.is_main:
+        notes = [f"in {load_config(Path(config.run)).precision}"]
+        if done.uncompared:
+            notes.append(f"its data could not be compared: {done.uncompared}")
+        cli.say(f"run already finished: {config.run} ({'; '.join(notes)})")
+
+
+def tell_next(config: Config, world: World) -> None:
+    """Print the command that evaluates a finished run, with the finished other seeds beside it."""
+    runs = commands.with_seeds([Path(config.run)], filenames.TRAINING)
+    cli.say(commands.evaluation(runs, config.data, config.train_set, ranks=world.local_size))
+
+
+def require_same_inputs(config: Config, done: Finished) -> None:
+    """Check that a finished run was built on the weights that are named now.
+
+    Raises:
+        ValueError: with the difference.
+    """
+    if changed := files.difference(done.record.inputs, inputs_fingerprint(config)):
+        raise ValueError(
+            f"{config.run} is a finished run that was built on other weights: "
+            f"{'; '.join(changed)}. Name those again, or choose another --run-dir"
+        )

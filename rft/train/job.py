@@ -1,0 +1,76 @@
+"""A run that is ready to train."""
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from rft.classes import Classes
+from rft.clip.classifier import Classifier
+from rft.config import Config, Precision
+from rft.dist import World
+from rft.loading.batches import TrainingBatches
+from rft.runs.trained_on import TrainedOn
+from rft.train.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run trains, on what, and where.
+
+    Everything that is settled before the first step and the same until the last: rft/train/build.py
+    makes it, `--dry-run` describes it, the loop trains it. It is one value because a step, the
+    selection and the checkpoints each need most of it; what needs less takes only that.
+    """
+
+    config: Config
+    world: World
+    device: torch.device
+    objective: Objective
+    batches: TrainingBatches
+    held_out: np.ndarray
+    fingerprint: dict[str, Any]
+    start_seen: frozenset[TrainedOn] = frozenset()
+    """What the weights that the student starts with were trained on."""
+
+    def __post_init__(self) -> None:
+        # anything else would be computed, and recorded, as if it were fp32
+        if self.config.precision not in get_args(Precision):
+            raise RuntimeError(
+                f"a job's precision is {self.config.precision!r}; resolve_precision comes before it"
+            )
+
+    @property
+    def must_agree(self) -> dict[str, Any]:
+        """What two jobs must have the same of, for the second to go on where the first stopped."""
+        return {"config": self.config.identity(), "data": self.fingerprint}
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.optim.epochs * self.batches.plan.steps_per_epoch
+
+    @property
+    def selects(self) -> bool:
+        """Whether held-out images choose among the models of several epochs."""
+        return len(self.held_out) > 0 and self.config.optim.epochs > 1
+
+    def chosen(self, step: int) -> str:
+        """Say in a few words which model the run is left with, and by what."""
+        if self.total_steps == 0:
+            return "the model it started with"
+        if self.selects:
+            return f"model of step {step} selected by {len(self.held_out):,} held-out images"
+        why = "one epoch" if len(self.held_out) else "no held-out images"
+        return f"the last model, of step {step}: {why}"
+
+    @property
+    def classes(self) -> Classes:
+        """Classes of the training set, which are the head's."""
+        return self.batches.packed.manifest.label_space
+
+    @property
+    def student(self) -> Classifier:
+        """The model that learns."""
+        return self.objective.student

@@ -1,0 +1,102 @@
+"""What a run's log lines say: means over the steps since the last line, and where time went."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rft import dist
+from rft.config import Config
+from rft.dist import World
+from rft.loading.dataset import Batch, Reading
+
+COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
+READING = ("wait", "ready", *Reading._fields)
+
+
+class Meter:
+    """Means of the loss terms between two log lines; touches the device only when read."""
+
+    def __init__(
+        self, config: Config, world: World, device: torch.device, steps_per_epoch: int
+    ) -> None:
+        self._config, self._world, self._device = config, world, device
+        self._steps_per_epoch = steps_per_epoch
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was added: the clock starts now, evaluation and checkpoint not counted."""
+        self._terms: list[Tensor] = []
+        self._reading = np.zeros(len(READING))
+        self._started = time.perf_counter()
+
+    def wait_for(self, stream: Iterator[Batch]) -> Batch:
+        """Return the stream's next batch and remember how long that took."""
+        before = time.perf_counter()
+        batch = next(stream)
+        self._reading += (time.perf_counter() - before, batch.ready, *batch.reading)
+        return batch
+
+    def add(self, terms: Tensor, grad_norm: Tensor) -> None:
+        """Add one step's terms."""
+        self._terms.append(torch.cat([terms, grad_norm.reshape(1)]))
+
+    @property
+    def steps(self) -> int:
+        """Steps since the last read."""
+        return len(self._terms)
+
+    def read(self, step: int) -> dict[str, float]:
+        """Return the means since the last read, over all ranks, and start anew.
+
+        Raises:
+            ValueError: if a loss or gradient since then was not finite.
+        """
+        world = self._world
+        # the first read of the device: until here the host ran ahead of it
+        terms_ST = dist.sum_over_ranks(world, torch.stack(self._terms)).cpu() / world.size
+        finite_S = terms_ST.isfinite().all(dim=1)
+        if not finite_S.all():
+            if not world.is_main:
+                dist.step_aside(world)
+            first = int(finite_S.long().argmin())
+            raise ValueError(not_finite(step - self.steps + first + 1, terms_ST[first].tolist()))
+        cross_entropy, kd, mse, replaced, grad_norm = terms_ST.mean(dim=0).tolist()
+        method = self._config.method
+        loss = cross_entropy + method.kd_weight * kd + method.distill_weight * mse
+        seconds = time.perf_counter() - self._started
+        reading_R = torch.from_numpy(self._reading).to(self._device)
+        summed = dict(zip(READING, dist.sum_over_ranks(world, reading_R).tolist(), strict=True))
+        batches = self.steps * world.size
+        values = {
+            "epoch": round(step / self._steps_per_epoch, 4),
+            "loss": loss,
+            "ce": cross_entropy,
+            "mse": mse,
+            "kd": kd,
+            "replaced": replaced,
+            "grad_norm": grad_norm,
+            "images_per_s": self.steps * self._config.loader.batch_size / seconds,
+            # means over batches and ranks, in milliseconds; then sums over both
+            "data_wait_ms": 1000 * summed["wait"] / batches,
+            "read_ms": 1000 * summed["seconds"] / batches,
+            "decode_ms": 1000 * summed["decode_seconds"] / batches,
+            "queue_depth": summed["ready"] / batches,
+            "read_mb": summed["bytes"] / 1e6,
+            **{name: int(summed[name]) for name in COUNTED},
+        }
+        self.restart()
+        return values
+
+
+def not_finite(step: int, terms: list[float]) -> str:
+    """Return what to say when training diverged at `step`."""
+    cross_entropy, kd, mse, _, grad_norm = terms
+    return (
+        f"the loss or its gradient is not finite at step {step} (cross-entropy {cross_entropy:g}, "
+        f"MSE {mse:g}, logit distillation {kd:g}, gradient norm {grad_norm:g}). Checkpoints from "
+        "before that stay, but the same command would meet the same step again: lower "
+        "--optim.lr in a new --run-dir"
+    )

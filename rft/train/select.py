@@ -1,0 +1,77 @@
+"""Which epoch's model the run is left with: held-out accuracy, and the weights file of the best."""
+
+import contextlib
+
+from torch import Tensor
+
+from rft.clip.classifier import load_state, save_state
+from rft.evaluate.count import Count, count_correct
+from rft.runs import trained_on
+from rft.runs.filenames import SELECTED
+from rft.runs.trained_on import TrainedOn
+from rft.train import checkpoint
+from rft.train.checkpoint import Progress
+from rft.train.job import Job
+from rft.train.logs import Journal
+from rft.train.run import RunFolder
+
+
+def select(job: Job, progress: Progress, journal: Journal) -> Progress:
+    """Count held-out accuracy; select the model if it is strictly the best so far.
+
+    Without held-out images the latest model counts as the best: it is the run's model in the end.
+    """
+    count = Count(progress.step, 1)
+    if len(job.held_out):
+        (count,) = count_correct(
+            [job.student],
+            job.batches.packed,
+            image_size=job.batches.image_size,
+            world=job.world,
+            device=job.device,
+            samples=job.held_out,
+            workers=job.config.loader.workers,
+            names=[f"{job.config.run} (step {progress.step}, held-out images)"],
+        )
+        journal.held_out(progress.step, count)
+    return progress.selecting(count.correct)
+
+
+def write_selected(job: Job, best_step: int, state: dict[str, Tensor]) -> None:
+    """Write the selected student, `state` after `best_step`, to the run folder."""
+    path = RunFolder(job.config).path / SELECTED
+    known = metadata(job, best_step)
+    save_state(str(path), state, job.student.architecture, known, job.classes)
+
+
+def restore_selected(
+    job: Job, store: checkpoint.Store, own: checkpoint.Own, best_step: int
+) -> None:
+    """Write the selected model again where the run folder has none, or a later one.
+
+    A later one stays behind by a checkpoint that was damaged afterwards; none, by a kill right
+    after the checkpoint, or where only the checkpoints outlived the machine.
+
+    Raises:
+        ValueError: if no checkpoint of `best_step` is left to write it from.
+    """
+    if best_step < 0:
+        return
+    with contextlib.suppress(ValueError):
+        found = load_state(RunFolder(job.config).path / SELECTED)
+        if found.metadata["step"] == str(best_step):
+            return
+    if best_step not in store.steps() or store.damage(best_step):
+        raise ValueError(
+            f"the run's model, of step {best_step}, is neither in {RunFolder(job.config).path} "
+            f"nor, whole, in {store.url}; restore one, or use a new run folder to start again"
+        )
+    write_selected(job, best_step, checkpoint.load(store, store.record(best_step), own).model)
+
+
+def metadata(job: Job, step: int) -> dict[str, str]:
+    """Return what a weights file of that step says of where it comes from."""
+    seen = set(job.start_seen)
+    if step > 0:
+        seen.add(TrainedOn(job.config.train_set, job.fingerprint["manifest_sha256"]))
+    return {"recipe": job.config.recipe, "step": str(step), **trained_on.entries(seen)}

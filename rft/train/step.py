@@ -1,0 +1,135 @@
+"""One optimizer step's gradients: micro-batches, draws, the two backwards, clipping."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from rft import dist
+from rft.config import Config, MethodConfig, PrecisionChoice
+from rft.device import to_device
+from rft.dist import World
+from rft.loading.dataset import Batch
+from rft.method import counterfactual
+from rft.method.counterfactual import Draws, StepAddress
+from rft.train.job import Job
+from rft.train.pictures import Counterfactuals
+
+
+def accumulate_gradients(
+    job: Job,
+    module: nn.Module,
+    batch: Batch,
+    step: int,
+    shown: list[Counterfactuals] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Leave the batch's averaged, clipped gradient in the parameters.
+
+    Each micro-batch goes backward once for the clean losses and once for the counterfactual, so
+    only one graph is alive at a time; gradients are exchanged in the last backward only, or with
+    clipping after every micro-batch, in the last one of each. Each micro-batch's counterfactuals
+    are appended to `shown` if it is given.
+
+    Returns:
+        The terms (cross-entropy, logit distillation, MSE, share of patches replaced), and the
+        gradient's norm before it was clipped (for the last time).
+    """
+    optim, weight = job.config.optim, job.config.method.distill_weight
+    parts = optim.accumulate
+    # summed on the device: to read one here would make the host wait for the whole step
+    terms, grad_norm = torch.zeros(4, device=job.device), torch.zeros((), device=job.device)
+    pool_ZCHW = donor_pool(job.config.method, job.world, batch.images_BCHW)
+    patches = (job.batches.image_size // job.student.patch_side) ** 2
+    micros = zip(batch.images_BCHW.chunk(parts), batch.labels_B.chunk(parts), strict=True)
+    for micro, (images_BCHW, labels_B) in enumerate(micros):
+        ends = micro == parts - 1 or optim.clip == "micro-step"
+        draws = draw_micro_batch(
+            job.config, job.world, step=step, micro=micro, images=len(images_BCHW), patches=patches
+        )
+        if draws is not None:
+            draws = draws.copied(partial(to_device, device=job.device))
+        # where a counterfactual follows, its backward exchanges the gradients of both
+        with dist.skip_sync(module, draws is not None or not ends):
+            # not around backward, which has its forward's precision by itself
+            with autocast(job.device, job.config.precision):
+                clean = module(images_BCHW, labels_B, draws)
+            with record_function("clean backward"):
+                (clean.loss / parts).backward()
+        terms[0] += clean.cross_entropy.detach() / parts
+        terms[1] += clean.logit_distillation.detach() / parts
+        terms[2] += clean.mse.detach() / parts
+        if draws is not None:
+            pool = images_BCHW if pool_ZCHW is None else pool_ZCHW
+            with dist.skip_sync(module, not ends):
+                with autocast(job.device, job.config.precision):
+                    mse = module(pool, labels_B, draws, clean.donor_BP)
+                with record_function("counterfactual backward"):
+                    (weight * mse / parts).backward()
+            terms[2] += mse.detach() / parts
+            if shown is not None and clean.donor_BP is not None:
+                shown.append(Counterfactuals(pool, clean.donor_BP, draws.own_B1))
+            terms[3] += (clean.donor_BP != draws.own_B1).float().mean() / parts
+        if ends:
+            with record_function("clip"):
+                grad_norm = nn.utils.clip_grad_norm_(job.student.parameters(), optim.clip_norm)
+    return terms, grad_norm
+
+
+def donor_pool(method: MethodConfig, world: World, images_BCHW: Tensor) -> Tensor | None:
+    """Return the whole global batch if fills choose from it; None if from the micro-batch."""
+    if not (method.masks and method.donors == "global"):
+        return None
+    with record_function("gather donors"):
+        return dist.gather_rows(world, images_BCHW)
+
+
+def draw_micro_batch(
+    config: Config, world: World, *, step: int, micro: int, images: int, patches: int
+) -> Draws | None:
+    """Return the draws of one micro-batch of this rank; None where nothing is masked.
+
+    From a global pool all ranks draw the same numbers for the whole batch, so that the result does
+    not depend on how many ranks or micro-batches it is cut into.
+
+    Args:
+        config: of the run.
+        world: this rank among the others.
+        step: the optimizer step (0-based).
+        micro: number of the micro-batch in the step.
+        images: of the micro-batch.
+        patches: of an image.
+    """
+    if not config.method.masks:
+        return None
+    pool = config.donor_pool(world.size)
+    own, rank, part = range(images), world.rank, micro
+    if config.method.donors == "global":
+        first = (world.rank * config.optim.accumulate + micro) * images
+        own, rank, part = range(first, first + images), 0, 0
+    if config.method.same_draws:
+        rank = 0
+    address = StepAddress(config.seed, step, rank, part)
+    return counterfactual.draw(config.method, own, patches, pool, address)
+
+
+def autocast(device: torch.device, precision: PrecisionChoice) -> torch.autocast:
+    """Return the context of a forward in that precision; fp32 and tf32 need none."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def settle_buckets(job: Job, module: nn.Module) -> None:
+    """Run one step's backward on blank images and throw its gradients away.
+
+    Data parallelism regroups its gradient buckets after the first backward, which changes the order
+    of sums on three or more ranks; a resumed run must regroup before its first step, as the
+    uninterrupted one did.
+    """
+    if job.world.alone or job.total_steps == 0:
+        return
+    count = job.config.micro_batch(job.world.size) * job.config.optim.accumulate
+    size = job.batches.image_size
+    images_BCHW = torch.zeros(count, 3, size, size, dtype=torch.uint8, device=job.device)
+    labels_B = torch.zeros(count, dtype=torch.int64, device=job.device)
+    accumulate_gradients(job, module, Batch(images_BCHW, labels_B, labels_B), step=-1)
+    job.objective.zero_grad()
