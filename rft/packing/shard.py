@@ -163,18 +163,16 @@ def _write(job: ShardJob) -> Written:
     treated: list[Treated] = []
     bad: list[Quarantined] = []
     with files.publish(job.shard_url) as path:
-        with local.writer(path) as stream:
-            tar = ShardWriter(stream)
+        with local.writer(path) as stream, ShardWriter(stream) as tar:
             for item in job.items:
                 encoded = _encode(job, item, bad)
                 if encoded is not None:
                     rows.append(write_sample(tar, item, job.classes[item.label], encoded))
                     headers.append(encoded.header)
                     treated.append(encoded.treated)
-            sha256 = tar.close()
         _require_plan(job)
     shard = Shard(
-        name=job.shard_url.rsplit("/", 1)[-1], bytes=tar.size, sha256=sha256, samples=len(rows)
+        name=job.shard_url.rsplit("/", 1)[-1], bytes=tar.size, sha256=tar.sha256, samples=len(rows)
     )
     statistics = Statistics(
         seconds=round(time.monotonic() - started, 3),

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import IO
+from typing import IO, Self
 
 from rft import packages
 from rft.shards.tar import padded
@@ -36,10 +36,17 @@ class ShardWriter:
         # the stream is behind by what the writer buffers
         return self._tar.tarstream.offset - padded(len(payload))
 
-    def close(self) -> str:
-        """End the archive, filled up to a whole record, and return its hex sha256."""
-        self._tar.close()
+    @property
+    def sha256(self) -> str:
+        """Hex hash of the tar; of all of it when it is closed."""
         return self._stream.sha256.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # also after an error, or the writer would end the tar when it is deleted, in a closed file
+        self._tar.close()
 
 
 class _Hashing:

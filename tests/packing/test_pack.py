@@ -302,17 +302,17 @@ def test_jpeg_reads_back(source: str, tmp_path: Path) -> None:
 @example([("a" * 96, b""), ("a" * 97, b"x"), ("b" * 300, b"y" * 20_000)])
 def test_payloads_lie_where_the_writer_says(samples: list[tuple[str, bytes]]) -> None:
     stream = io.BytesIO()
-    writer = ShardWriter(stream)
-    offsets = [writer.add(key, {"cls": b"0", "txt": b"x"}, "jpg", data) for key, data in samples]
-    sha256 = writer.close()
+    with ShardWriter(stream) as writer:
+        members = {"cls": b"0", "txt": b"x"}
+        offsets = [writer.add(key, members, "jpg", data) for key, data in samples]
     whole = stream.getvalue()
-    assert (len(whole), hashlib.sha256(whole).hexdigest()) == (writer.size, sha256)
+    assert (len(whole), hashlib.sha256(whole).hexdigest()) == (writer.size, writer.sha256)
     for offset, (_, data) in zip(offsets, samples, strict=True):
         assert whole[offset : offset + len(data)] == data
     with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
-        members = archive.getmembers()
-    assert [member.offset_data for member in members[2::3]] == offsets
-    assert {(member.mtime, member.mode, member.uname, member.gname) for member in members} == {
+        found = archive.getmembers()
+    assert [member.offset_data for member in found[2::3]] == offsets
+    assert {(member.mtime, member.mode, member.uname, member.gname) for member in found} == {
         (0, 0o444, "root", "root")
     }
 
