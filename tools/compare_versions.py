@@ -113,7 +113,8 @@ class Tree:
 
     def neutral(self, text: str) -> str:
         """Return a text without the tree's path and commit."""
-        return text.replace(str(self.path), "TREE").replace(self.revision, "COMMIT")
+        text = text.replace(str(self.path), "TREE").replace(self.revision, "COMMIT")
+        return re.sub(" +$", "", text, flags=re.MULTILINE)  # a table is as wide as the commit
 
     def digest(self, *paths: Path) -> str:
         """Return a hash of the names and contents of files and folders, without provenance."""
@@ -305,9 +306,8 @@ def diff(old: Tree, new: Tree, name: str) -> list[str]:
 
 def to_markdown(document: dict[str, Any]) -> str:
     """Return the result as a page: how many rows differ, then every row."""
-    rows = document["rows"]
-    made_by = "OLD is {old}, NEW is {new}; {date}, Python {python}, torch {torch}, {seconds} s."
-    lines = [made_by.format(**document)]
+    rows, page = document["rows"], "OLD is {old}, NEW is {new}; {date}, Python {python}, "
+    lines = [(page + "torch {torch}, {seconds} s.").format(**document)]
     lines += [f"{sum(not one['same'] for one in rows)} of {len(rows)} rows differ.", ""]
     lines += ["| compared | OLD | NEW | same |", "|---|---|---|---|"]
     for one in rows:
