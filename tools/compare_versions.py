@@ -7,7 +7,7 @@ printed; exit code 1 if anything differs. Not compared, because it differs betwe
 tree or names its commit:
 
 - provenance.json, and "provenance" in other JSON files
-- tensorboard/, the columns of metrics.jsonl that are not in COLUMNS, what packing prints: times
+- tensorboard/, the columns of metrics.jsonl that are not in COLUMNS, what packing prints, "seconds"
 - checkpoints/step-*.pt and progress.json, which has their hash; that NEW resumes OLD's is compared
 """
 
@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -36,7 +37,6 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FAILED = "FAILED"  # begins a value that could not be made; such a row is never the same
 PLAIN = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 PLAIN["OMP_NUM_THREADS"] = "1"  # threads decide the order of sums
-STOPPED = 75  # exit code of a training that was asked to stop
 PARTS = {"tars": "*.tar", "index": "index.npz", "manifest": "manifest.json", "plan": "plan.json"}
 COLUMNS = ("step", "epoch", "loss", "ce", "mse", "kd", "replaced", "grad_norm", "lr")
 COLUMNS += ("held_out_correct", "held_out_total")
@@ -53,7 +53,7 @@ PACK = (
     f"tools/shard_folder.py --source {WORLD}/imagenet/val --out photos-KIND",
 )
 DERIVE = (
-    "tools/index_shards.py tars/{0..1}.tar --out indexed/own " + CLASSES,
+    "tools/index_shards.py indexed/own/{0..1}.tar --out indexed/own " + CLASSES,
     "tools/verify_shards.py indexed/own --deep --report verified.json",
     f"rft.evaluate.localisation {RUN} --data demo/shards --masks {WORLD}/masks/imagenet/train "
     "--classes all --samples 400 --workers 0",
@@ -113,7 +113,8 @@ class Tree:
 
     def neutral(self, text: str) -> str:
         """Return a text without the tree's path and commit."""
-        return text.replace(str(self.path), "TREE").replace(self.revision, "COMMIT")
+        text = text.replace(str(self.path), "TREE").replace(self.revision, "COMMIT")
+        return re.sub(" +$", "", text, flags=re.MULTILINE)  # a table is as wide as the commit
 
     def digest(self, *paths: Path) -> str:
         """Return a hash of the names and contents of files and folders, without provenance."""
@@ -130,6 +131,8 @@ class Tree:
 
     def _content(self, path: Path) -> bytes:
         data = path.read_bytes()
+        if path.parent.name == "commit":  # the record of a shard, with the time it took
+            return re.sub(rb'"seconds": ?[^,}]+', b"", data)
         if path.suffix == ".json" and b'"provenance"' in data:
             return json.dumps({**json.loads(data), "provenance": None}, sort_keys=True).encode()
         return self.neutral(data.decode()).encode() if path.suffix == ".html" else data
@@ -141,8 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kept)
     parser.add_argument("old", type=Path, metavar="OLD", help="folder of a checkout")
     parser.add_argument("new", type=Path, metavar="NEW", help="folder of the one to compare")
-    where = "default: benchmarks/results of the tree that this file lies in"
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help=where)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="default: benchmarks/results")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -192,7 +194,7 @@ def run_all(tree: Tree) -> None:
         for command in PACK:
             options = f"--encoding {kind} --size 48 --shard-mb 2 --workers 1"
             tree.run(f"{command.replace('KIND', kind)} {options}")
-    write_tars(tree.folder / WORLD / "imagenet/val", tree.folder / "tars")
+    write_tars(tree.folder / WORLD / "imagenet/val", tree.folder / "indexed/own")
     for command in DERIVE:
         tree.run(command)
     with ThreadPoolExecutor(2) as pool:
@@ -201,7 +203,7 @@ def run_all(tree: Tree) -> None:
 
 def write_tars(images: Path, folder: Path) -> None:
     """Write two WebDataset tars of a folder of classes; `tarfile` leaves all times at 0."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for number in range(2):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
             for label, of_class in enumerate(sorted(images.iterdir())):
@@ -247,7 +249,7 @@ def stop_part_way(tree: Tree, command: str, folder: Path) -> str:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    if process.returncode != STOPPED or not progress.exists():
+    if process.returncode != 75 or not progress.exists():  # EX_TEMPFAIL: it can be resumed
         return f"{FAILED}: not stopped, exit code {process.returncode}"
     reached = json.loads(progress.read_text())
     return f"stopped at step {reached['step']} of {reached['of']}"
@@ -304,9 +306,8 @@ def diff(old: Tree, new: Tree, name: str) -> list[str]:
 
 def to_markdown(document: dict[str, Any]) -> str:
     """Return the result as a page: how many rows differ, then every row."""
-    rows = document["rows"]
-    made_by = "OLD is {old}, NEW is {new}; {date}, Python {python}, torch {torch}, {seconds} s."
-    lines = [made_by.format(**document)]
+    rows, page = document["rows"], "OLD is {old}, NEW is {new}; {date}, Python {python}, "
+    lines = [(page + "torch {torch}, {seconds} s.").format(**document)]
     lines += [f"{sum(not one['same'] for one in rows)} of {len(rows)} rows differ.", ""]
     lines += ["| compared | OLD | NEW | same |", "|---|---|---|---|"]
     for one in rows:
