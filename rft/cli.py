@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import tyro
 from fsspec.config import set_conf_env
 
+from rft import log
 from rft.storage import files, urls
 from rft.text import plain
 
@@ -52,6 +53,7 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
             whatever a launcher has left in the environment.
     """
     sys.excepthook = _tell_bug
+    log.setup()
     if not ranks:
         for name in LAUNCHED:
             os.environ.pop(name, None)
@@ -217,23 +219,8 @@ def _require_local_paths(value: object, name: str) -> None:
             _require_local_paths(getattr(value, field.name), f"--{field.name.replace('_', '-')}")
 
 
-def warn(message: str, *lines: str) -> None:
-    """Print a warning that the user must see, and lines below it, once for all ranks."""
-    _say_once(f"WARNING: {message}", *lines)
-
-
-def note(message: str) -> None:
-    """Print what the user may want to know before it happens, once for all ranks."""
-    _say_once(f"note: {message}")
-
-
-def _say_once(*lines: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print("\n".join(map(plain, lines)), file=sys.stderr, flush=True)
-
-
 def say(text: str) -> None:
-    """Print text with names of files in it, which any terminal can show."""
+    """Print a result that names files, which any terminal can show; it is no log line."""
     print(plain(text, kept="\n"), flush=True)
 
 

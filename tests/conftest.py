@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rft import dist
+from rft import dist, log
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import Classifier
 from rft.storage import urls
@@ -21,6 +21,9 @@ from tests.slowness import (  # noqa: F401
     pytest_sessionfinish,
     pytest_terminal_summary,
 )
+
+# as a command does; functions that tests call themselves log too
+log.setup()
 
 # a remote store without a server; no product code opens it, see tests/storage/test_urls.py
 urls.PROTOCOLS = (*urls.PROTOCOLS, "memory")

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,6 +96,16 @@ def write_clip(folder: Path) -> str:
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     return clip_name(folder)
+
+
+STAMP = re.compile(
+    r"^20[0-9]{2}-[01][0-9]-[0-3][0-9] [0-2][0-9](?::[0-5][0-9]){2} \[[0-9]+\] (?:INFO: )?", re.M
+)
+
+
+def unstamped(printed: str) -> str:
+    """Output without times and ranks: a line of INFO is its text, others keep their level."""
+    return STAMP.sub("", printed)
 
 
 def call(command, *arguments: object) -> None:
