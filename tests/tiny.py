@@ -108,6 +108,12 @@ def unstamped(printed: str) -> str:
     return STAMP.sub("", printed)
 
 
+def complaints(errors: str) -> list[str]:
+    """The lines of a stderr that are no line of INFO: warnings, less their time, and an error."""
+    lines = [line for line in errors.splitlines() if "] INFO: " not in line]
+    return [unstamped(line) for line in lines]
+
+
 def call(command, *arguments: object) -> None:
     """Run a command's `main` in this process, as a rank if a test has set RANK."""
     with pytest.MonkeyPatch.context() as patch:
