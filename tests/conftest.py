@@ -7,6 +7,7 @@ import re
 import select
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +15,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import tiny_world
+from benchmarks.servers.loopback import NotHereError
 from rft import dist, log
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import Classifier
@@ -29,6 +32,25 @@ from tests.slowness import (  # noqa: F401
 
 # as a command does; functions that tests call themselves log too
 log.setup()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    """Skip tests of what this machine lacks; fixtures are what finds out."""
+    try:
+        return (yield)
+    except NotHereError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Skip as above, where the test itself finds out."""
+    try:
+        return (yield)
+    except NotHereError as reason:
+        pytest.skip(str(reason))
+
 
 # a remote store without a server; no product code opens it, see tests/storage/test_urls.py
 urls.PROTOCOLS = (*urls.PROTOCOLS, "memory")
@@ -103,13 +125,13 @@ def labels_B() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """Data root of the tiny world's shards."""
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
+    return tiny_world.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory) -> str:
     """Name of the tiny world's CLIP."""
-    return tiny.write_clip(tmp_path_factory.mktemp("clip") / "clip")
+    return tiny_world.write_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_world import environment
 from rft import cli, dist
-from tests.tiny import environment, unstamped
+from tests.tiny import unstamped
 
 
 def fail() -> None:
