@@ -32,6 +32,7 @@ from rft.text import plain
 
 T = TypeVar("T")
 ERROR_LETTERS = 1800  # of its line
+STYLE = re.compile(r"\x1b\[[0-9;]*m")  # how a terminal is asked for a colour
 LEAST_COLUMNS = 40  # of a terminal: in less than 5 tyro's --help has no end
 SIZE = r"[1-9][0-9]{0,3}"  # of a terminal, columns or lines; rich would fill more with spaces
 
@@ -255,7 +256,8 @@ def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
 def _first_section(box: str) -> str:
     """Return the text below the title of a box that tyro drew, up to the next rule, on one line."""
     text: list[str] = []
-    for line in box.splitlines()[1:]:
+    # on a terminal tyro colours what it writes, whatever it is written to
+    for line in STYLE.sub("", box).splitlines()[1:]:
         content = line.strip("│| ")
         is_rule = not content.strip("─-╰╯+")
         if is_rule and text:
