@@ -13,6 +13,7 @@ The last line printed is a JSON object: `tries`, `lost_steps` (all tries togethe
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -425,10 +426,15 @@ def today() -> str:
 
 def told(text: str) -> str:
     """Return the line in which a job tells why it ended."""
-    for line in text.splitlines():
+    for line in map(unstamped, text.splitlines()):
         if line.startswith(("error", "stopped after", "WARNING")):
             return line
     return ""
+
+
+def unstamped(line: str) -> str:
+    """Return a log line without its time and rank; a level stays if it is not INFO."""
+    return re.sub(r"^[0-9-]{10} [0-9:]{8} \[[0-9]+\] (INFO: )?", "", line)
 
 
 def tries_of(arguments: Arguments) -> list[str]:

@@ -26,11 +26,13 @@ from typing import Any, TypeVar
 import tyro
 from fsspec.config import set_conf_env
 
+from rft import log
 from rft.storage import files, urls
 from rft.text import plain
 
 T = TypeVar("T")
 ERROR_LETTERS = 1800  # of its line
+STYLE = re.compile(r"\x1b\[[0-9;]*m")  # how a terminal is asked for a colour
 LEAST_COLUMNS = 40  # of a terminal: in less than 5 tyro's --help has no end
 SIZE = r"[1-9][0-9]{0,3}"  # of a terminal, columns or lines; rich would fill more with spaces
 
@@ -52,6 +54,7 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
             whatever a launcher has left in the environment.
     """
     sys.excepthook = _tell_bug
+    log.setup()
     if not ranks:
         for name in LAUNCHED:
             os.environ.pop(name, None)
@@ -217,23 +220,8 @@ def _require_local_paths(value: object, name: str) -> None:
             _require_local_paths(getattr(value, field.name), f"--{field.name.replace('_', '-')}")
 
 
-def warn(message: str, *lines: str) -> None:
-    """Print a warning that the user must see, and lines below it, once for all ranks."""
-    _say_once(f"WARNING: {message}", *lines)
-
-
-def note(message: str) -> None:
-    """Print what the user may want to know before it happens, once for all ranks."""
-    _say_once(f"note: {message}")
-
-
-def _say_once(*lines: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print("\n".join(map(plain, lines)), file=sys.stderr, flush=True)
-
-
 def say(text: str) -> None:
-    """Print text with names of files in it, which any terminal can show."""
+    """Print a result that names files, which any terminal can show; it is no log line."""
     print(plain(text, kept="\n"), flush=True)
 
 
@@ -268,7 +256,8 @@ def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
 def _first_section(box: str) -> str:
     """Return the text below the title of a box that tyro drew, up to the next rule, on one line."""
     text: list[str] = []
-    for line in box.splitlines()[1:]:
+    # on a terminal tyro colours what it writes, whatever it is written to
+    for line in STYLE.sub("", box).splitlines()[1:]:
         content = line.strip("│| ")
         is_rule = not content.strip("─-╰╯+")
         if is_rule and text:

@@ -1,10 +1,14 @@
 """Copies from the CPU to the device that computes."""
 
 import functools
-import sys
+import logging
 
 import torch
 from torch import Tensor
+
+from rft.log import EVERY_RANK
+
+log = logging.getLogger(__name__)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -27,9 +31,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 @functools.cache
 def _warn_that_copies_wait(reason: str) -> None:
     """Print the warning once per reason, not once per batch."""
-    print(
-        f"WARNING: no pinned memory ({reason}); copies to the GPU make the process wait. Results "
+    log.warning(
+        f"no pinned memory ({reason}); copies to the GPU make the process wait. Results "
         "do not change, training may be slower. Is the machine's memory full?",
-        file=sys.stderr,
-        flush=True,
+        extra=EVERY_RANK,
     )

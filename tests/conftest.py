@@ -1,7 +1,12 @@
 """Small things that many tests need."""
 
+import contextlib
 import gc
+import os
+import re
+import select
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +17,7 @@ from torch import nn
 
 from benchmarks import tiny_world
 from benchmarks.servers.loopback import NotHereError
-from rft import dist
+from rft import dist, log
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import Classifier
 from rft.storage import urls
@@ -24,6 +29,9 @@ from tests.slowness import (  # noqa: F401
     pytest_sessionfinish,
     pytest_terminal_summary,
 )
+
+# as a command does; functions that tests call themselves log too
+log.setup()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -147,12 +155,42 @@ def refused(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             tiny.call(command, *arguments)
         assert stopped.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
+        lines = tiny.complaints(capsys.readouterr().err)
         assert len(lines) == 1, lines
         assert lines[0].startswith("error: ")
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Let stdout and stderr be one terminal; what the context yields returns what it shows."""
+
+    @contextlib.contextmanager
+    def open_terminal(columns: int):
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", str(columns))
+        master, slave = os.openpty()
+        drawn = b""
+
+        def text() -> str:
+            shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode())
+            return shown.replace("\r\n", "\n").replace("\r", "\n")
+
+        with open(slave, "w") as stream:  # noqa: PTH123 (a descriptor)
+            monkeypatch.setattr(sys, "stdout", stream)
+            monkeypatch.setattr(sys, "stderr", stream)
+            try:
+                yield text
+                stream.flush()
+                while select.select([master], [], [], 0.2)[0]:  # it comes in pieces
+                    drawn += os.read(master, 100_000)
+            finally:
+                monkeypatch.undo()
+        os.close(master)
+
+    return open_terminal
 
 
 @pytest.fixture

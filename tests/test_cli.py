@@ -1,5 +1,6 @@
 """How a command ends: a line and an exit code, whatever its streams and environment are."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks.tiny_world import environment
 from rft import cli, dist
+from tests.tiny import unstamped
 
 
 def fail() -> None:
@@ -23,9 +25,11 @@ def test_an_error_is_a_line_that_any_terminal_can_show(capsys):
 
 
 def test_warnings_and_names_are_text(capsys):
-    cli.warn("x\x1b[31m\ny")
+    logging.getLogger("rft.x").warning("x\x1b[31m\ny [b]z[/b] 100% :car:")
     cli.say("next: 'a\x07'\n  (b)")
-    assert capsys.readouterr() == ("next: 'a\\x07'\n  (b)\n", "WARNING: x\\x1b[31m\\ny\n")
+    printed = capsys.readouterr()
+    assert printed.out == "next: 'a\\x07'\n  (b)\n"
+    assert unstamped(printed.err) == "WARNING: x\\x1b[31m\\ny [b]z[/b] 100% :car:\n"
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])

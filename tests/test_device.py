@@ -16,6 +16,7 @@ from rft.loading import read
 from rft.loading.dataset import Reading
 from rft.loading.read import Slots
 from rft.method.counterfactual import StepAddress, draw
+from tests.tiny import unstamped
 
 CUDA = torch.device("cuda", 0)
 METHOD = MethodConfig(mask="random", fill="multi")
@@ -107,5 +108,5 @@ def test_without_pinned_memory_copies_wait_and_one_line_warns(copies, slots, mon
         slots.batch(number, item(4), CUDA)
     assert [copy.source[0, 0, 0, 0].item() for copy in copies[::2]] == [5, 6]
     assert not any(copy.non_blocking for copy in copies)
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = unstamped(capsys.readouterr().err).splitlines()
     assert line.startswith("WARNING: no pinned memory (CUDA error: out of memory); ")

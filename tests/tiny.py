@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,21 @@ from benchmarks.tiny_world import children, environment, kill
 from rft import cli
 from rft.storage import files
 from tests.forked import Request
+
+STAMP = re.compile(
+    r"^20[0-9]{2}-[01][0-9]-[0-3][0-9] [0-2][0-9](?::[0-5][0-9]){2} \[[0-9]+\] (?:INFO: )?", re.M
+)
+
+
+def unstamped(printed: str) -> str:
+    """Output without times and ranks: a line of INFO is its text, others keep their level."""
+    return STAMP.sub("", printed)
+
+
+def complaints(errors: str) -> list[str]:
+    """The lines of a stderr that are no line of INFO: warnings, less their time, and an error."""
+    lines = [line for line in errors.splitlines() if "] INFO: " not in line]
+    return [unstamped(line) for line in lines]
 
 
 def call(command, *arguments: object) -> None:

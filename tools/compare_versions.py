@@ -35,6 +35,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FAILED = "FAILED"  # begins a value that could not be made; such a row is never the same
+STAMP = re.compile(r"\S+ \S+ \[0\] INFO: ")  # begins a log line
 PLAIN = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 PLAIN["OMP_NUM_THREADS"] = "1"  # threads decide the order of sums
 PARTS = {"tars": "*.tar", "index": "index.npz", "manifest": "manifest.json", "plan": "plan.json"}
@@ -233,6 +234,7 @@ def hand_over(old: Tree, new: Tree, folder: Path) -> Iterator[dict[str, Any]]:
     for name, command in (("training", f"{TRAIN} whole"), ("evaluation", evaluation)):
         # the first line says that nothing is left to do
         texts = [tree.run(command, folder).partition("\n")[0] for tree in (old, new)]
+        texts = [STAMP.sub("", text) for text in texts]
         yield row(f"OLD's {name}, once more", *texts)
     for tree in (old, new):
         tree.run(f"rft.report {runs} --out {tree.folder.name}", folder)

@@ -1,5 +1,6 @@
 """Pack anyone's own images, one folder for each class, into tar shards: see --help."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
@@ -18,6 +19,8 @@ from rft.text import printable
 
 SETS = ("train", "test", "val")
 LINES = 20  # warnings, and pairs of equal images, that are printed
+
+log = logging.getLogger("rft.tools")
 
 
 @document(name="--")
@@ -85,9 +88,9 @@ def say(photos: Photos) -> None:
         )
         print(f"class {printable(name)} ({printable(words)}): {numbers}")
     for warning in photos.warnings[:LINES]:
-        cli.warn(warning)
+        log.warning(warning)
     if len(photos.warnings) > LINES:
-        cli.warn(f"{len(photos.warnings) - LINES:,} more such warnings")
+        log.warning(f"{len(photos.warnings) - LINES:,} more such warnings")
     same = same_bytes(sources)
     warn_of_pairs(same.between_classes, "of equal images in two classes; one label is wrong")
     warn_of_pairs(same.between_sets, "of equal images in two sets; a test on them proves nothing")
@@ -100,7 +103,7 @@ def warn_of_pairs(pairs: Sequence[tuple[str, str]], what: str) -> None:
     lines = [f"  {printable(one)} = {printable(other)}" for one, other in pairs[:LINES]]
     more = [f"  ... and {len(pairs) - LINES:,} more"] if len(pairs) > LINES else []
     number = f"{len(pairs):,} pair{'s' if pairs[1:] else ''}"
-    cli.warn(f"{number} {what}:", *lines, *more)
+    log.warning(f"{number} {what}:", extra={"lines": [*lines, *more]})
 
 
 def say_next(sources: Sequence[Source], out: str) -> None:

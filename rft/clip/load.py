@@ -8,6 +8,7 @@ rft, does.
 """
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,13 +30,13 @@ from open_clip.pretrained import download_pretrained_from_hf
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rft.cli import note, warn
 from rft.clip import unpickle, vit, weights
 from rft.clip.architecture import Architecture, three
 from rft.clip.bounds import HubConfig, ModelFields, build, open_clips
 from rft.clip.classifier import require_finite
 from rft.clip.weights import Geometry, Weights
 from rft.config import ModelConfig
+from rft.log import ASIDE
 from rft.runs import filenames, header
 from rft.runs.filenames import SELECTED
 from rft.storage import files
@@ -45,6 +46,8 @@ HUB = "hf-hub:"
 MINIATURE = "rft-miniature"
 RESIZE = {"resize_mode": "shortest", "interpolation": "bicubic"}  # of `rft.shards.images`, always
 WEIGHTS_HINT = "name its model with --model.clip and the file with --model.pretrained"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,10 @@ def from_weights(found: Weights, clip: str) -> PretrainedClip:
     architecture = describe(clip)
     require_fit(found, architecture)
     if remote := model_config(clip)["text_cfg"].get("hf_model_name"):
-        note(f"the text tower of {clip} is described by the model hub's {remote}, which is asked")
+        log.info(
+            f"the text tower of {clip} is described by the model hub's {remote}, which is asked",
+            extra=ASIDE,
+        )
     with torch.device("meta"):  # a tower takes memory only after its weights are known to be there
         expected = _build(clip).state_dict()
     state = {**found.visual, **found.text}
@@ -274,7 +280,7 @@ def warn_of_resize(what: str, preprocess: Mapping[str, Any]) -> None:
     theirs = {name: preprocess.get(name, ours) for name, ours in RESIZE.items()}
     if theirs != RESIZE:
         mode, interpolation = theirs.values()
-        warn(
+        log.warning(
             f"{what} was trained on images that were resized by open_clip's {mode!r}, "
             f"{interpolation}; rft always brings the shorter side to size, bicubic, and crops. "
             "Accuracies may be lower than its authors'"

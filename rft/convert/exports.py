@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,8 @@ from rft.shards.manifest import Manifest
 from rft.storage import files
 
 SUFFIXES = {"released": ".pt", "model-soups": ".pt", "safetensors": ".safetensors"}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def export_weights(arguments: Export) -> None:
     digest = files.sha256_file(weights_path)
     require_own_weights(arguments.source, sha256=digest)
     if reached := unfinished(arguments.source):
-        cli.warn(f"{arguments.source} has not finished training ({reached}); its card says so")
+        log.warning(f"{arguments.source} has not finished training ({reached}); its card says so")
     config = records.find_config(arguments.source)
     if to in ("released", "model-soups"):
         load.require_openai_tower(architecture, f"the format {to}")
@@ -141,7 +144,7 @@ def classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
             why = f"{config.train_set} was packed again since the run was trained"
         except ValueError as error:
             why = str(error)
-    cli.warn(f"the card will name no classes: {why}")
+    log.warning(f"the card will name no classes: {why}")
     return None
 
 
@@ -153,10 +156,10 @@ def metrics_of(source: Path) -> dict[str, Any]:
     try:
         warnings = require_current(source, results)
     except ValueError as error:
-        cli.warn(f"the card will have no accuracies: {error}")
+        log.warning(f"the card will have no accuracies: {error}")
         return {}
     for warning in warnings:
-        cli.warn(warning)
+        log.warning(warning)
     return {name: dataclasses.asdict(count) for name, count in results.sets.items()}
 
 

@@ -5,6 +5,7 @@ Which formats there are is in rft/clip/weights.py.
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,8 @@ from rft.sets import ID_SET
 from rft.shards.manifest import Manifest
 from rft.storage import documents, files, urls
 from rft.storage.documents import Seed, document
+
+log = logging.getLogger(__name__)
 
 
 @document(name="--")
@@ -108,7 +111,7 @@ def import_weights(arguments: Import) -> None:
         cli.say(f"already imported: {out}")
         return
     if reached := unfinished(Path(arguments.file)):
-        cli.warn(f"{arguments.file} is of a run that has not finished training ({reached})")
+        log.warning(f"{arguments.file} is of a run that has not finished training ({reached})")
     state = with_head(found, manifest, arguments)
     require_finite(Path(arguments.file), state)
     classes = classes_of_head(found, manifest, arguments)
@@ -214,7 +217,7 @@ def classes_of_head(found: Found, manifest: Manifest | None, arguments: Import) 
         return manifest.label_space if manifest else None
     if manifest is None:
         if found.classes is None:
-            cli.warn(
+            log.warning(
                 f"{file} does not say which classes its head has: nothing can compare them; name "
                 "a packed set of the same classes in the same order with --data URL --set NAME"
             )
@@ -222,5 +225,5 @@ def classes_of_head(found: Found, manifest: Manifest | None, arguments: Import) 
     rows, known = len(found.state["head.weight"]), manifest.label_space
     where = files.join(arguments.data, arguments.packed)
     for warning in check_head(found.classes, rows, file, known, where):
-        cli.warn(warning)
+        log.warning(warning)
     return found.classes or known

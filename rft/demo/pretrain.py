@@ -8,6 +8,7 @@ Shape suffixes: B batch, C channel, H W pixels, T tokens of a caption, E embeddi
 """
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from rft.demo.captions import CONTEXT_LENGTH, TEMPLATES, VOCABULARY, caption
 from rft.demo.objects import CLASSES, load_silhouettes
 from rft.demo.render import IMAGE_SIZE, render
 from rft.demo.scenes import VERSION, Setting, draw_scene
+from rft.progress import progress
 from rft.rng import derive, numpy_generator
 from rft.storage import files
 from rft.train.optim import learning_rate
@@ -72,6 +74,8 @@ DEV_SETS = {
 }
 DEV_IMAGES = 1000
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Captioned:
@@ -87,45 +91,48 @@ def pretrain(out: Path, seed: int = 0, *, steps: int = 1200, images: int = 30_00
     started = time.perf_counter()
     data = draw_captioned("pretrain", DIVERSE, images, seed)
     dev = {name: draw_captioned(name, s, DEV_IMAGES, seed) for name, s in DEV_SETS.items()}
-    print(f"drew {images} captioned images in {time.perf_counter() - started:.0f} s", flush=True)
+    log.info(f"drew {images} captioned images in {time.perf_counter() - started:.0f} s")
     model = build_model(seed)
     optimizer = build_optimizer(model)
     contrast = ClipLoss()
     batches = draw_batches(images, seed)
-    for step in range(steps):
-        if step % 200 == 0:
-            seconds = time.perf_counter() - started
-            print(
-                f"step {step}/{steps}  {seconds:.0f} s  {describe(measure(model, dev))}", flush=True
-            )
-        chosen = next(batches)
-        loss = contrast(*model(normalise(data.images_BCHW[chosen]), data.tokens_BT[chosen]))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, OPTIM)
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=LARGEST_SCALE)
+    with progress("pre-training", "steps", steps) as advance:
+        for step in range(steps):
+            if step % 200 == 0:
+                seconds = time.perf_counter() - started
+                log.info(f"step {step}/{steps}  {seconds:.0f} s  {describe(measure(model, dev))}")
+            chosen = next(batches)
+            loss = contrast(*model(normalise(data.images_BCHW[chosen]), data.tokens_BT[chosen]))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, OPTIM)
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=LARGEST_SCALE)
+            advance(1, 0)
     measured = measure(model, dev)
     command = f"python -m rft.demo pretrain --out DIR --seed {seed}"
     card = {"command": command, "seed": seed, "steps": steps, "images": images}
     save_model(out, model, {**card, "batch_size": BATCH_SIZE, "measured": measured})
     seconds = time.perf_counter() - started
-    print(f"step {steps}/{steps}  {seconds:.0f} s  {describe(measured)}\nwrote {out}", flush=True)
+    log.info(f"step {steps}/{steps}  {seconds:.0f} s  {describe(measured)}")
+    log.info(f"wrote {out}")
 
 
 def draw_captioned(name: str, setting: Setting, images: int, seed: int) -> Captioned:
     """Draw captioned images of a setting; image n is a function of (name, seed, n) alone."""
     silhouettes = load_silhouettes(setting.bank)
     pictures, labels, texts = [], [], []
-    for number in range(images):
-        rng = numpy_generator(seed, name, number)
-        scene = draw_scene(setting, number % len(CLASSES), silhouettes, rng)
-        pictures.append(render(scene, rng)[0])
-        labels.append(scene.class_id)
-        texts.append(caption(scene, rng))
+    with progress(name, "images", images) as advance:
+        for number in range(images):
+            rng = numpy_generator(seed, name, number)
+            scene = draw_scene(setting, number % len(CLASSES), silhouettes, rng)
+            pictures.append(render(scene, rng)[0])
+            labels.append(scene.class_id)
+            texts.append(caption(scene, rng))
+            advance(1, 0)
     images_BCHW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     tokenize = WordTokenizer(VOCABULARY, CONTEXT_LENGTH)
     return Captioned(images_BCHW, torch.tensor(labels), tokenize(texts))

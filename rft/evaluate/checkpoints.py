@@ -4,11 +4,12 @@ A run that is still training replaces its selected weights at any time. Their ha
 taken when they are loaded, and compared when the counts are written.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rft import cli, dist
+from rft import dist
 from rft.classes import check_head
 from rft.clip.classifier import Saved, load_state, map_state
 from rft.dist import World
@@ -19,6 +20,8 @@ from rft.sets import BENCHMARKS
 from rft.shards.folder import MANIFEST
 from rft.shards.manifest import Manifest, warn_of_one_class
 from rft.storage import files
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def warn_of_other_split(paths: Sequence[Path], data: str) -> None:
                 continue
             found = Manifest.load(url).sha256
             if found != trained_on:
-                cli.warn(
+                log.warning(
                     f"{path} was trained on another {name} (manifest {trained_on[:12]}) than "
                     f"{url} ({found[:12]}): it may have seen images of these test sets"
                 )
@@ -113,4 +116,4 @@ def require_classes(paths: Sequence[Path], packed: Mapping[str, PackedDataset]) 
             )
         ]
         for warning in warnings[:1]:  # one for all sets
-            cli.warn(warning)
+            log.warning(warning)

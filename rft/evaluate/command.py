@@ -3,15 +3,12 @@
 All checkpoints see each image in the same pass over the data.
 """
 
-import sys
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
 
 from rft import cli, dist
 from rft import next_steps as commands
@@ -22,12 +19,16 @@ from rft.evaluate.checkpoints import load_checkpoints, require_classes, warn_of_
 from rft.evaluate.count import count_correct
 from rft.evaluate.results import is_current, write_results
 from rft.loading.dataset import PackedDataset
+from rft.log import ASIDE
+from rft.progress import progress
 from rft.runs.folder import require_own_weights, unfinished
 from rft.runs.records import SetCount
 from rft.sets import TEST_SETS
 from rft.shards.root import set_names
 from rft.storage import files
 from rft.storage.documents import BatchSize, Megapixels, Whole, document
+
+log = logging.getLogger(__name__)
 
 
 @document(name="--")
@@ -68,10 +69,8 @@ def evaluate(
         build_classifier(one.saved.state, one.saved.architecture).to(device) for one in loaded
     ]
     sets: list[dict[str, SetCount]] = [{} for _ in models]
-    console = Console(file=sys.stderr)
-    with Progress(console=console, disable=not (world.is_main and console.is_terminal)) as bar:
-        for name, dataset in packed.items():
-            task = bar.add_task(escape(name), total=len(dataset) / world.size)
+    for name, dataset in packed.items():
+        with progress(name, "images", len(dataset) // world.size, ASIDE) as advance:
             counts = count_correct(
                 models,
                 dataset,
@@ -80,15 +79,15 @@ def evaluate(
                 device=device,
                 batch_size=batch_size,
                 workers=workers,
-                progress=lambda done, task=task: bar.advance(task, done),
+                progress=advance,
                 names=[str(one.path) for one in loaded],
             )
-            for entry, count in zip(sets, counts, strict=True):
-                entry[name] = SetCount(
-                    correct=count.correct,
-                    total=count.total,
-                    manifest_sha256=dataset.manifest.sha256,
-                )
+        for entry, count in zip(sets, counts, strict=True):
+            entry[name] = SetCount(
+                correct=count.correct,
+                total=count.total,
+                manifest_sha256=dataset.manifest.sha256,
+            )
     if world.is_main:
         for one, entry in zip(loaded, sets, strict=True):
             write_results(one, entry)
@@ -129,7 +128,7 @@ def main() -> None:
                 device=device,
             )
         elif world.is_main:
-            print("all counts are already there, nothing to do")
+            log.info("all counts are already there, nothing to do")
     runs = [path for path in arguments.checkpoints if path.is_dir()]
     # the report's tables are the paper's: ImageNet and its five benchmarks
     if world.is_main and runs and set(sets) & set(TEST_SETS):

@@ -6,7 +6,6 @@ for all thresholds, on the images as they are. What a mask is worth is told by i
 rate beside its image masking rate: for random masks of any rate the two are equal in expectation.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,9 +13,6 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
 
 from rft import cli, dist
 from rft.clip.classifier import build_classifier
@@ -27,7 +23,9 @@ from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
 from rft.evaluate.measured_images import Measurable, Selection, select
 from rft.evaluate.overlap import mean_rates, pooled_rates
 from rft.loading.dataset import PackedDataset
+from rft.log import ASIDE
 from rft.paper import TABLE_2
+from rft.progress import progress
 from rft.runs import filenames
 from rft.runs.folder import checkpoint_path, require_own_weights, unfinished
 from rft.sets import TRAIN_SET
@@ -94,9 +92,8 @@ def localise(
     models = [
         build_classifier(one.saved.state, one.saved.architecture).to(device) for one in loaded
     ]
-    console = Console(file=sys.stderr)
-    with Progress(console=console, disable=not (world.is_main and console.is_terminal)) as bar:
-        task = bar.add_task(escape(arguments.set), total=len(selection.samples) / world.size)
+    share = len(selection.samples) // world.size
+    with progress(arguments.set, "images", share, ASIDE) as advance:
         found = measure(
             [model.requires_grad_(False) for model in models],
             packed,
@@ -107,7 +104,7 @@ def localise(
             device=device,
             batch_size=arguments.batch_size,
             workers=arguments.workers,
-            progress=lambda done: bar.advance(task, done),
+            progress=advance,
             names=[str(one.path) for one in loaded],
         )
     if not (found[0].pixels.object_N > 0).any():

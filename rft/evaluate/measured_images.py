@@ -1,12 +1,13 @@
 """Which images of a packed set the CAM is measured on: those of the classes that have a mask."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from rft import cli, rng
+from rft import rng
 from rft.classes import compare
 from rft.evaluate.object_masks import SUFFIX, find_masks
 from rft.loading.dataset import PackedDataset
@@ -16,6 +17,8 @@ Measurable = Literal["restricted", "all"]
 
 # Restricted ImageNet's dogs, cats and birds among ImageNet's 1000 classes (appendix A.2)
 RESTRICTED = (*range(151, 269), *range(281, 286), *range(80, 101))
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,4 +84,4 @@ def require_imagenet(packed: PackedDataset) -> None:
             f"--classes restricted names some of ImageNet's classes, but {error}; use --classes all"
         ) from error
     for warning in warnings:
-        cli.warn(warning)
+        log.warning(warning)

@@ -1,6 +1,7 @@
 """Average fine-tuned weights: `python -m rft.merge {wise,uniform-soup,greedy-soup} ...`."""
 
 import functools
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from rft.storage import files
 from rft.storage.documents import BatchSize, Megapixels, Whole, document
 
 KINDS = ("wise", "uniform-soup", "greedy-soup")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -187,11 +190,11 @@ def check_ends(start: Ingredient, end: Ingredient) -> None:
             "the zero-shot model, END the fine-tuned one; swap the two"
         )
     if start.steps > 0:
-        cli.warn(
+        log.warning(
             f"START {start.path} is not a zero-shot model: it was trained ({start.steps} steps)"
         )
     if untrained:
-        cli.warn(f"END {end.path} is not a fine-tuned model: it was not trained (0 steps)")
+        log.warning(f"END {end.path} is not a fine-tuned model: it was not trained (0 steps)")
 
 
 def read_end(arguments: Wise) -> Ingredient:

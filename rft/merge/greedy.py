@@ -1,5 +1,6 @@
 """The greedy soup of training runs, by the held-out images that selected all of them."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rft import cli
 from rft.classes import check_head
 from rft.clip.classifier import build_classifier
 from rft.config import Config, load_config
@@ -22,6 +22,8 @@ from rft.runs import filenames, records
 from rft.storage import files
 
 Count = Callable[[dict[str, Tensor], str], int]
+
+log = logging.getLogger(__name__)
 
 
 def shared_split(ingredients: Sequence[Ingredient]) -> Config:
@@ -89,7 +91,7 @@ def held_out_images(
         rows = len(ingredient.shapes()["head.weight"])
         where, known = str(ingredient.path), packed.manifest.label_space
         for warning in check_head(ingredient.classes, rows, where, known, packed.url):
-            cli.warn(warning)
+            log.warning(warning)
     return plan_training(packed, config)[2]
 
 

@@ -1,5 +1,6 @@
 """What a merge reads: ingredients, each a run folder or a weights file."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from rft import cli
 from rft.classes import Classes, compare, compare_prompts
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import load_state, map_state
@@ -20,6 +20,8 @@ from rft.runs.records import RunConfig
 from rft.runs.trained_on import TrainedOn
 from rft.sets import BENCHMARKS
 from rft.storage import files
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
     file = path / weights if path.is_dir() else path
     # a file that is named itself is meant, whatever became of its run
     if reached := unfinished(file):
-        cli.warn(f"{file} is of a run that has not finished training ({reached})")
+        log.warning(f"{file} is of a run that has not finished training ({reached})")
     _, architecture, metadata, classes = map_state(file)
     sha256 = files.sha256_file(file)
     require_own_weights(path, file, sha256)
@@ -151,7 +153,7 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
     if warning := trained_on.different_splits(own):
         warnings.append(warning)
     for warning in warnings:
-        cli.warn(warning)
+        log.warning(warning)
 
 
 def seen_by_any(ingredients: Sequence[Ingredient]) -> dict[str, str]:

@@ -9,6 +9,7 @@ and a folder without a manifest is not a data set.
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +23,12 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field
 
-from rft import cli
 from rft.config import MAX_PIXELS
+from rft.log import ASIDE
 from rft.packing import encode
 from rft.packing.expected import check_count
 from rft.packing.layouts import folders_read, read_source
-from rft.packing.pool import check_workers, each_done, progress
+from rft.packing.pool import check_workers, each_done
 from rft.packing.shard import (
     Commit,
     Quarantined,
@@ -39,6 +40,7 @@ from rft.packing.shard import (
     write_shard,
 )
 from rft.packing.source import Item, Source, require_apart
+from rft.progress import progress
 from rft.shards.folder import COMMITS, INDEX, MANIFEST, PLAN, QUARANTINE
 from rft.shards.images import Kind, Quality, Square, encoding_parameters
 from rft.shards.index import COLUMNS, Index
@@ -50,6 +52,8 @@ from rft.text import printable
 
 ALGORITHM = 2  # raise it when the order, the cut or the members change: it is part of the plan
 COMMIT_THREADS = 16  # reading commits is latency-bound on object stores
+
+log = logging.getLogger(__name__)
 
 
 @document(name="--")
@@ -119,9 +123,9 @@ def pack(
     if Path(source).is_dir():  # if not, reading it says so
         require_apart(folders_read(dataset, Path(source)), out, [dataset])
     found = read_source(dataset, Path(source), labels)
-    print(f"{dataset}: {len(found.items):,} images in {printable(found.layout)}", flush=True)
+    log.info(f"{dataset}: {len(found.items):,} images in {printable(found.layout)}")
     if found.links:
-        cli.note(f"{dataset}: {found.links}")
+        log.info(f"{dataset}: {found.links}", extra=ASIDE)
     check_count(dataset, len(found.items), labels, allowed_count)
     return pack_source(found, out, labels, options)
 
@@ -149,19 +153,17 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
         _write_shards(source.dataset, todo, worker_count, options.max_bad)
         waiting = _uncommitted(jobs)
         if waiting:
-            print(
+            log.info(
                 f"{source.dataset}: task {index}/{count} is done; {len(waiting)} of {len(jobs)} "
-                f"shards are still to come from other tasks, the last of which writes the manifest",
-                flush=True,
+                f"shards are still to come from other tasks, the last of which writes the manifest"
             )
             return False
     manifest = finalize(plan, url, options.max_bad)
     total = sum(shard.bytes for shard in manifest.shards)
     left_out = f", {manifest.quarantined} left out (quarantine.jsonl)"
-    print(
+    log.info(
         f"{source.dataset}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, "
-        f"{total / 2**20:,.1f} MiB at {url}{left_out if manifest.quarantined else ''}",
-        flush=True,
+        f"{total / 2**20:,.1f} MiB at {url}{left_out if manifest.quarantined else ''}"
     )
     if source.photos:
         _say_treated(source.dataset, jobs)
@@ -280,7 +282,7 @@ def claim(plan: Plan, url: str, *, create: bool = True) -> None:
         raise ValueError(
             f"{url} holds another plan ({changes}); choose another --out or delete that folder"
         )
-    print(f"{url} held another plan ({changes}) but no shard yet: replaced", flush=True)
+    log.info(f"{url} held another plan ({changes}) but no shard yet: replaced")
     files.write_json(plan_url, plan.parameters)
 
 
@@ -395,7 +397,7 @@ def _say_complete(dataset: str, url: str, max_bad: int) -> bool:
             f"many, or repair them (quarantine.jsonl), delete that folder and pack again"
         )
     left_out = f" ({quarantined} left out)" if quarantined else ""
-    print(f"{dataset}: already packed at {url}{left_out}, nothing to do", flush=True)
+    log.info(f"{dataset}: already packed at {url}{left_out}, nothing to do")
     return True
 
 
@@ -404,8 +406,8 @@ def _say_treated(dataset: str, jobs: Sequence[ShardJob]) -> None:
     with ThreadPoolExecutor(COMMIT_THREADS) as pool:
         records = [commit.statistics for commit in pool.map(Commit.load, jobs)]
     turned, composed = (sum(r.turned for r in records), sum(r.composed for r in records))
-    print(f"{dataset}: photos turned upright (EXIF orientation): {turned:,}", flush=True)
-    print(f"{dataset}: transparent photos composed on white: {composed:,}", flush=True)
+    log.info(f"{dataset}: photos turned upright (EXIF orientation): {turned:,}")
+    log.info(f"{dataset}: transparent photos composed on white: {composed:,}")
 
 
 def _uncommitted(jobs: Sequence[ShardJob]) -> list[ShardJob]:

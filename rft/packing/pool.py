@@ -8,21 +8,16 @@ never outlive it, and a killed worker is an error of one line.
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
-from datetime import timedelta
+from contextlib import closing
 from typing import TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rft import cpus, log
+from rft.progress import progress
 
-from rft import cpus
-
-SECONDS_PER_LINE = 10.0  # how often progress is printed when there is no terminal
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -120,6 +115,7 @@ def _attempt(work: Callable[[Job], Result], job: Job) -> Result:
 
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and never outlive it: a killed parent cannot stop its workers."""
+    log.setup()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # it is held back where the process's fork server is one that its loader started
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -131,39 +127,3 @@ def _start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-@contextmanager
-def progress(title: str, unit: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function to call with how many units, and how many bytes of them, were done."""
-    start, done, size, printed = time.monotonic(), 0, 0, time.monotonic()
-
-    def rate() -> str:
-        seconds = max(time.monotonic() - start, 1e-9)
-        speed = f"{done / seconds:,.{0 if unit == 'samples' else 1}f} {unit}/s"
-        mib = size / 2**20
-        return f"{mib:,.1f} MiB, {speed}, {mib / seconds:,.1f} MiB/s" if size else speed
-
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        disable=not sys.stdout.isatty(),
-    )
-    with bar:
-        row = bar.add_task(title, total=total, rate="")
-
-        def advance(more: int, more_bytes: int) -> None:
-            nonlocal done, size, printed
-            done, size = done + more, size + more_bytes
-            bar.update(row, completed=done, rate=rate())
-            due = time.monotonic() - printed > SECONDS_PER_LINE or done == total
-            if due and bar.disable:
-                seconds = (time.monotonic() - start) / max(done, 1) * (total - done)
-                left = f"{timedelta(seconds=round(seconds))} left"
-                print(f"{title}: {done:,} of {total:,} {unit}, {rate()}, {left}", flush=True)
-                printed = time.monotonic()
-
-        yield advance

@@ -6,6 +6,7 @@ Recipes differ by marker and fill as well as by colour (Okabe and Ito's, safe fo
 
 import contextlib
 import io
+import logging
 import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -20,7 +21,7 @@ from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from rft import cli
+from rft.log import ASIDE
 from rft.report.label_placement import DPI, Box, Point, nearest, place_labels
 from rft.report.read import Run
 from rft.report.tables import (
@@ -44,6 +45,8 @@ INK, MUTED, GRID_LINE = "#222222", "#6b6b6b", "#e4e4e4"
 Dashes = tuple[float, tuple[float, ...]]  # matplotlib's (offset, on and off)
 SOLID: Dashes = (0.0, ())
 DOTTED: Dashes = (0.0, (1, 2))
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -419,7 +422,7 @@ def explained() -> Iterator[None]:
         yield
     if found:
         more = f" (and {len(found) - 1} more warnings)" if found[1:] else ""
-        cli.note(f"of the pictures, matplotlib says: {found[0].message}{more}")
+        log.info(f"of the pictures, matplotlib says: {found[0].message}{more}", extra=ASIDE)
 
 
 def png(figure: Figure) -> bytes:

@@ -5,12 +5,13 @@ trusted to be well formed; everything after `load_run` may rely on what the type
 """
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePath
 
-from rft import classes, cli
+from rft import classes
 from rft.config import settings
 from rft.runs import filenames, header, records
 from rft.runs.folder import (
@@ -30,6 +31,8 @@ DEPTH = 32  # folders between a path that is named and its runs
 MAX_LINES = 2**19  # of all metrics of a report; 60 trainings as in the paper have 150,000
 DOCUMENT_BYTES = 2**25  # of all other documents of a report; a run has some ten thousand
 SETTINGS_LETTERS = 2**16  # of a run's settings on the page; a training has some thousand
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         lines += len(runs[-1].metrics)
     if lines > MAX_LINES:
         # of some of the seeds, a mean curve would be another one
-        cli.warn(
+        log.warning(
             f"no curves are drawn, because the metrics of all runs have more than {MAX_LINES:,} "
             "lines together: name fewer runs to see them"
         )
@@ -241,13 +244,13 @@ def check_current(runs: Sequence[Run]) -> None:
             changed.append(run.path / filenames.CONFIG)
     if changed:
         more = f" (and {len(changed) - 1} more)" if changed[1:] else ""
-        cli.warn(
+        log.warning(
             f"{changed[0]}{more} was changed after the evaluation; its settings are shown as they "
             "are"
         )
     if warnings:
         more = f" (and {len(warnings) - 1} more runs)" if warnings[1:] else ""
-        cli.warn(f"{warnings[0]}{more}")
+        log.warning(f"{warnings[0]}{more}")
 
 
 def check_step(run: Run) -> None:
@@ -290,12 +293,12 @@ def check_same_classes(runs: Sequence[Run]) -> None:
             warnings |= dict.fromkeys(classes.compare(before, str(path), known, str(run.path)))
     if silent:
         more = f" (and {len(silent) - 1} more runs)" if silent[1:] else ""
-        cli.warn(
+        log.warning(
             f"{silent[0]}{more}: the weights do not say which classes their head has; nothing "
             "can compare them"
         )
     for warning in warnings:
-        cli.warn(warning)
+        log.warning(warning)
 
 
 def check_distinct(runs: Sequence[Run]) -> None:

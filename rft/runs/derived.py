@@ -5,10 +5,10 @@ they came from are known by their hash, so that a run or a file may move between
 `rft.clip.model_folder` writes them.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from rft import cli
 from rft.runs import filenames, records
 from rft.runs.filenames import SELECTED
 from rft.runs.folder import recorded_sha256, require_no_links, require_own_weights
@@ -16,6 +16,8 @@ from rft.runs.records import ORIGINS
 from rft.storage import files
 
 SHOWN = 3  # differences in an error
+
+log = logging.getLogger(__name__)
 
 
 def is_complete(out: Path, config: dict[str, Any]) -> bool:
@@ -49,7 +51,7 @@ def is_complete(out: Path, config: dict[str, Any]) -> bool:
     if not (out / filenames.PROVENANCE).is_file():
         return False
     if recorded_sha256(out, out / SELECTED) is None:
-        cli.warn(
+        log.warning(
             f"{out / filenames.PROVENANCE} has no weights_sha256: whether {out / SELECTED} are the "
             f"weights of this {kind} is not known; choose another --out to make them anew"
         )

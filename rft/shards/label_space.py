@@ -5,11 +5,12 @@ position in that list. Nothing here imports torch: ImageNet's lists are read fro
 timm and open_clip carry, because importing either package costs seconds.
 """
 
+import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-from rft import cli, packages
+from rft import packages
 from rft.classes import Classes, composed, find_twins, prompts_sha256
 from rft.storage import files
 from rft.storage.documents import Text, document
@@ -17,6 +18,8 @@ from rft.text import shown
 
 MARK = "{c}"  # where a template takes the class name; CLIP_benchmark's convention
 CLIP_CONTEXT = 77  # tokens that the text towers of OpenAI's CLIP read, two of them their own
+
+log = logging.getLogger(__name__)
 
 
 @document
@@ -117,7 +120,7 @@ def choose_labels(path: str | None) -> LabelSpace:
     labels = LabelSpace.load(path)
     # ImageNet's own list has classes of the same words
     for doubt in doubts(labels) if labels.names != imagenet.names else ():
-        cli.warn(doubt)
+        log.warning(doubt)
     return labels
 
 

@@ -6,6 +6,7 @@ torch here: packing tools and reports read this too.
 """
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -14,8 +15,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from rft import cli
 from rft.classes import Classes, prompts_sha256
+from rft.log import ASIDE
 from rft.sets import BENCHMARKS
 from rft.shards.folder import MANIFEST
 from rft.shards.images import Encoding
@@ -31,6 +32,8 @@ TEMPLATES = 1000  # OpenAI's are 80; a head is made of all of them for each clas
 AGAIN = "pack or index the set again"
 STORES_SHOWN = 3  # in one line
 ShardName = Annotated[Name, Field(max_length=2000)]
+
+log = logging.getLogger(__name__)
 
 
 @document
@@ -187,16 +190,17 @@ def note_other_stores(url: str, manifest: Manifest) -> None:
     if others := manifest.other_stores(url):
         more = f" and {len(others) - STORES_SHOWN} more" if len(others) > STORES_SHOWN else ""
         own = any(urls.place(shard.name) not in others for shard in manifest.shards)
-        cli.note(
+        log.info(
             f"shards of {manifest.dataset} ({url}) are read from "
-            f"{', '.join(others[:STORES_SHOWN])}{more}{' as well' if own else ''}"
+            f"{', '.join(others[:STORES_SHOWN])}{more}{' as well' if own else ''}",
+            extra=ASIDE,
         )
 
 
 def warn_of_one_class(url: str, groups: Sequence[Sequence[int]]) -> None:
     """Warn of a packed set that scores a single class: its accuracy is 100 whatever the model."""
     if len(groups) == 1:
-        cli.warn(f"{url} scores a single class, so every prediction counts as right")
+        log.warning(f"{url} scores a single class, so every prediction counts as right")
 
 
 def group_faults(groups: Sequence[Sequence[int]], classes: int) -> Iterator[str]:

@@ -2,13 +2,13 @@
 
 import copy
 import hashlib
+import logging
 from pathlib import Path
 
 import torch
 
 from rft import rng
 from rft.classes import Classes, check_head, compare_prompts
-from rft.cli import warn
 from rft.clip.classifier import Classifier, load_state, map_state
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
@@ -25,6 +25,8 @@ from rft.shards.manifest import warn_of_one_class
 from rft.storage import files
 from rft.train.job import Job
 from rft.train.objective import Objective
+
+log = logging.getLogger(__name__)
 
 
 def prepare(config: Config, world: World, device: torch.device) -> Job:
@@ -140,7 +142,7 @@ def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> N
     state, architecture, _, known = load_state(checkpoint_path(Path(path)))
     require_own_weights(Path(path))
     if reached := unfinished(Path(path)):
-        warn(f"{option} {path} has not finished training ({reached})")
+        log.warning(f"{option} {path} has not finished training ({reached})")
     if changed := model.architecture.difference(architecture):
         raise ValueError(f"{option} {path} is a different architecture: {changed[0]}")
     where = f"{option} {path}"
@@ -150,7 +152,7 @@ def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> N
         *check_head(known, rows, where, classes, "the training set"),
         *compare_prompts(*pair),
     ):
-        warn(warning)
+        log.warning(warning)
     try:
         require_alike(model.state_dict(), state)
     except ValueError as error:

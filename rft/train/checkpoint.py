@@ -11,6 +11,7 @@ They are written by a thread of their own from a copy in memory, so that trainin
 """
 
 import errno
+import logging
 import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 
 from rft import dist
-from rft.cli import warn
 from rft.clip import unpickle
 from rft.clip.classifier import Classifier
 from rft.config import repeat_precision
@@ -34,6 +34,8 @@ from rft.text import printable
 
 FILE_NAME = re.compile(r"step-([0-9]{8,16})\.pt")
 MOST_CHANGED = 5  # differences from another run that an error names
+
+log = logging.getLogger(__name__)
 
 
 @document(name="progress")
@@ -119,7 +121,7 @@ class Store:
         try:
             self._delete_old()
         except OSError as error:
-            warn(f"old checkpoints stay: {files.reason(error)}")
+            log.warning(f"old checkpoints stay: {files.reason(error)}")
         return record
 
     def steps(self) -> list[int]:
@@ -146,7 +148,9 @@ class Store:
                 for later, what in damaged.items():
                     url = files.join(self.url, file_name(later))
                     files.rename(url, f"{file_name(later)}.damaged")
-                    warn(f"{url} is damaged ({what}): renamed to .damaged, one before it is used")
+                    log.warning(
+                        f"{url} is damaged ({what}): renamed to .damaged, one before it is used"
+                    )
                 return self.record(step)
             damaged[step] = damage
         if damaged:
@@ -477,12 +481,11 @@ def resume(store: Store, world: World, own: Own, donor_pool: int) -> Progress:
     own.student.load_state_dict(saved.model)
     own.optimizer.load_state_dict(saved.optimizer)
     if world.is_main:
-        print(f"going on after step {record.step}", flush=True)
+        log.info(f"going on after step {record.step}")
         if saved.donor_pool != donor_pool:
-            print(
+            log.info(
                 f"fills choose from {donor_pool} images now, from {saved.donor_pool} before: "
                 "the batches stay the same, the counterfactuals do not (a run that begins "
-                "with --method.donors global keeps them)",
-                flush=True,
+                "with --method.donors global keeps them)"
             )
     return saved.progress

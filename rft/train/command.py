@@ -1,9 +1,8 @@
 """Fine-tune CLIP: `torchrun --nproc_per_node N -m rft.train [RECIPE --data URL --run-dir DIR]`."""
 
-import contextlib
 import dataclasses
-import io
 import itertools
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import torch
 import tyro
 
 from rft import cli, dist, recipes, small
-from rft.cli import warn
 from rft.config import Config, resolve_precision
 from rft.dist import World
 from rft.shards.index import Index
@@ -45,6 +43,8 @@ The same command again resumes a run that was stopped.
 Recipes (the paper's numbers for each: rft/paper.py):
 {recipes.describe()}
 """
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,15 +131,13 @@ def use_embedded_world(config: Config, world: World) -> Config:
 
     run = config.run or f"runs/miniature-{config.recipe}-seed{config.seed}"
     if world.is_main:
-        print(
+        log.info(
             f"No --data given: training {config.recipe} on the embedded miniature world. For "
             f"ImageNet: torchrun --nproc_per_node 8 -m rft.train {config.recipe} "
-            "--data URL --run-dir DIR",
-            flush=True,
+            "--data URL --run-dir DIR"
         )
-    # whichever rank is first makes it, the others wait for its lock; one of them tells
-    with contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(io.StringIO()):
-        miniature.prepare_data(miniature.FOLDER)
+    # whichever rank is first makes it, the others wait for its lock
+    miniature.prepare_data(miniature.FOLDER)
     return dataclasses.replace(config, data=str(miniature.shards(miniature.FOLDER)), run=run)
 
 
@@ -147,15 +145,15 @@ def tell_start(job: Job, why: str) -> None:
     """Print what starts, and why in this precision."""
     config, world, device = job.config, job.world, job.device
     precision = f"{config.precision} ({why})" if why else config.precision
-    cli.say(f"{config.run}: {config.recipe} on {world.size} x {device.type}, {precision}")
+    log.info(f"{config.run}: {config.recipe} on {world.size} x {device.type}, {precision}")
     if config.method.masks and not config.method.drops:
         pool = config.donor_pool(world.size)
         few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
-        print(f"fills choose from {pool} images{few}", flush=True)
+        log.info(f"fills choose from {pool} images{few}")
     for line in size_rule(job):
-        print(line, flush=True)
+        log.info(line)
     if warning := schedule_warning(job.total_steps, config.optim):
-        warn(warning)
+        log.warning(warning)
 
 
 def main() -> None:

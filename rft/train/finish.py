@@ -1,5 +1,6 @@
 """A run from its lock to its last file: train, leave a finished run folder, say what comes next."""
 
+import logging
 from pathlib import Path
 
 from rft import cli, dist, recipes
@@ -18,6 +19,8 @@ from rft.train.loop import train
 from rft.train.pictures import one_of_each_class, write_gallery
 from rft.train.run import Finished, RunFolder, finished
 from rft.train.stop import STOPPED, StopRequest
+
+log = logging.getLogger(__name__)
 
 
 def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
@@ -54,7 +57,7 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
                     weights_sha256=weights_record(run.path),
                 )
             )
-            cli.say(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
+            log.info(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
             tell_next(config, world)
     return 0
 
@@ -79,7 +82,7 @@ def tell_finished(config: Config, done: Finished, world: World) -> None:
         notes = [f"in {load_config(Path(config.run)).precision}"]
         if done.uncompared:
             notes.append(f"its data could not be compared: {done.uncompared}")
-        cli.say(f"run already finished: {config.run} ({'; '.join(notes)})")
+        log.info(f"run already finished: {config.run} ({'; '.join(notes)})")
 
 
 def tell_next(config: Config, world: World) -> None:

@@ -1,35 +1,33 @@
-"""What a run tells while it trains: metrics.jsonl, TensorBoard, wandb, a line for a person."""
+"""What a run records while it trains: metrics.jsonl, TensorBoard, wandb, log lines or a bar."""
 
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from rft.cli import warn
 from rft.config import Config
 from rft.evaluate.count import Count
+from rft.progress import Bar
 from rft.runs import filenames, records
 from rft.storage import files, local
 from rft.train.pictures import Counterfactuals, grid
 from rft.train.run import Held
 
-SECONDS_PER_LINE = 60.0  # where there is no terminal; each held-out result is a line too
+SECONDS_PER_LINE = 60.0  # without a terminal; each held-out result is a line too
 SECONDS_TO_UPLOAD = 30.0  # at the end; a job that is told to stop has little time
 PICTURES = "counterfactuals"
+
+log = logging.getLogger(__name__)
 
 
 def require_packages(config: Config) -> None:
@@ -130,6 +128,7 @@ class Logs:
         folder = Path(config.run)
         self._path = folder / filenames.METRICS
         self.held_out: Count | None = None
+        self._time = 0.0
         # a killed run may have logged beyond its last checkpoint, and half a line at the end
         with files.publish(str(self._path)) as path, local.writer(path) as stream:
             for text, line in records.read_metrics(self._path):
@@ -147,8 +146,10 @@ class Logs:
         self.folder = Held(folder)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line and its scalars."""
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        """Append one line, with its time, and its scalars."""
+        # the clock of a machine may be set back, and the lines are read as a sequence
+        self._time = max(self._time, round(time.time(), 3))
+        self._stream.write(json.dumps({"step": step, "time": self._time, **values}) + "\n")
         self._stream.flush()
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
@@ -219,12 +220,12 @@ class Wandb:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add the values of a step."""
 
-        def log() -> None:
+        def send() -> None:
             # wandb keeps what a killed run logged beyond its last checkpoint, takes nothing twice
             if step >= self._run.step:
                 self._run.log(dict(values), step=step)
 
-        self._ask(log)
+        self._ask(send)
 
     def pictures(self, step: int, grid_CHW: Tensor) -> None:
         """Add a picture, uint8."""
@@ -241,7 +242,7 @@ class Wandb:
             work()
         except Exception as error:  # its process, its service and the network have their own errors
             self._answers = False
-            warn(f"nothing more goes to wandb: {files.reason(error)}")
+            log.warning(f"nothing more goes to wandb: {files.reason(error)}")
 
 
 def wandb_id(folder: Path, done: int) -> str:
@@ -257,56 +258,40 @@ def wandb_id(folder: Path, done: int) -> str:
 
 
 class Display:
-    """What a person sees: a bar and a line on a terminal, a plain line now and then elsewhere."""
+    """Shows a user how far the run is: a bar and a line on a terminal, log lines elsewhere."""
 
     def __init__(self, config: Config, done: int, total: int, held_out: Count | None) -> None:
         self._config, self._total, self._held_out = config, total, held_out
-        self._pace = Pace(done, total, time.monotonic())
         self._spoke: float | None = None
-        self._bar = Progress(TextColumn(config.recipe), BarColumn(), MofNCompleteColumn())
-        self._task = self._bar.add_task("train", total=total, completed=done)
         self._status = ""
-        # drawn when there is something new, so that no thread takes turns with the training
-        self._live = Live(console=Console(file=sys.stderr), auto_refresh=False)
-        if self._live.console.is_terminal:
-            self._live.start()
-            self._draw(done)
+        self._bar = Bar(config.recipe, total, done)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show the newest means."""
-        left = duration(self._pace.seconds_left(step, time.monotonic()))
-        self._status = "  ".join([*status(self._config, values), f"ETA {left}"])
-        if self._live.is_started:
-            self._draw(step)
-        elif self._spoke is None or time.monotonic() - self._spoke > SECONDS_PER_LINE:
-            self._say(f"step {step}/{self._total}  {self._line()}")
+        parts = status(self._config, values)
+        last = []
+        if self._held_out is not None:
+            last = [f"held-out {100 * self._held_out.share:.2f}%"]
+        self._bar.show(step, "  ".join([*parts, *last]))
+        self._status = "  ".join([*parts, f"ETA {self._bar.left}"])
+        if self._bar.is_drawn:
+            return
+        if self._spoke is None or time.monotonic() - self._spoke > SECONDS_PER_LINE:
+            self._log("  ".join([f"step {step}/{self._total}", self._status, *last]))
 
     def held_out(self, step: int, count: Count) -> None:
         """Show a held-out result, which stays on the line until the next one."""
         self._held_out = count
         result = f"held-out {100 * count.share:.2f}% ({count.correct}/{count.total})"
         line = f"step {step}/{self._total}  {result}"
-        if self._live.is_started:
-            self._live.console.print(Text(line))
-        else:
-            self._say(f"{line}  {self._status}".rstrip())
+        self._log(line if self._bar.is_drawn else f"{line}  {self._status}".rstrip())
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._live.is_started:
-            self._live.stop()
+        self._bar.close()
 
-    def _line(self) -> str:
-        if self._held_out is None:
-            return self._status
-        return f"{self._status}  held-out {100 * self._held_out.share:.2f}%"
-
-    def _draw(self, step: int) -> None:
-        self._bar.update(self._task, completed=step)
-        self._live.update(Group(self._bar, Text(self._line())), refresh=True)
-
-    def _say(self, line: str) -> None:
-        print(line, flush=True)
+    def _log(self, line: str) -> None:
+        log.info(line)
         self._spoke = time.monotonic()
 
 
@@ -327,31 +312,3 @@ def status(config: Config, values: Mapping[str, float]) -> list[str]:
         f"{images_per_s:.{0 if images_per_s >= 10 else 1}f} img/s",
         f"data wait {100 * waiting:.0f}%",
     ]
-
-
-class Pace:
-    """The time that is left, from what this start of the run has done so far.
-
-    All of its time counts, evaluations, checkpoints and the loader's start too, over the steps
-    done since this start: what an earlier job did, perhaps on other machines, says nothing.
-    """
-
-    def __init__(self, done: int, total: int, now: float) -> None:
-        self._done, self._total, self._started = done, total, now
-
-    def seconds_left(self, step: int, now: float) -> float:
-        """Return the seconds from `now`, when `step` steps of the run are done, to its end."""
-        assert step > self._done, "no step was done since the start"
-        return (now - self._started) / (step - self._done) * (self._total - step)
-
-
-def duration(seconds: float) -> str:
-    """Return a time in its two largest units: 45 s, 3 min 20 s, 2 h 05 min, 1 d 04 h."""
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours:02d} h"
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {left:02d} s" if minutes else f"{left} s"

@@ -1,6 +1,7 @@
 """The training loop: resume, then step by step to the end, with logs, selection and checkpoints."""
 
 import contextlib
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from rft.train.run import RunFolder, vanished
 from rft.train.select import metadata, restore_selected, select, write_selected
 from rft.train.step import accumulate_gradients, settle_buckets
 from rft.train.stop import StopRequest
+
+log = logging.getLogger(__name__)
 
 
 def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progress:
@@ -119,10 +122,9 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
 def end(job: Job, progress: Progress, reason: str) -> None:
     """Write the last weights, or say that they are not the last."""
     if progress.step < job.total_steps:
-        print(
+        log.info(
             f"stopped after step {progress.step} of {job.total_steps} ({reason}); the same command "
-            "goes on from there",
-            flush=True,
+            "goes on from there"
         )
         return
     RunFolder(job.config).require_there()

@@ -8,6 +8,7 @@ Shapes: B images, P patches, V = C times the pixels of a patch, Z images in the 
 """
 
 import io
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from rft import cli
 from rft.clip import vit
 from rft.clip.classifier import Classifier
 from rft.clip.vit import AttentionTap
@@ -29,6 +29,8 @@ from rft.storage import files
 COLUMNS = 8
 TILE = 112  # pixels that a small image is enlarged to, about; a large one keeps its size
 GREY, LIGHT, DARK = 128, 232, 56  # a dropped patch; in a mask what stays, and what is masked
+
+log = logging.getLogger(__name__)
 
 
 class Counterfactuals(NamedTuple):
@@ -112,7 +114,7 @@ def write_gallery(
     try:
         gallery.check(columns)
     except ValueError as error:
-        cli.warn(f"the report will have no picture of masks and fills: {error}")
+        log.warning(f"the report will have no picture of masks and fills: {error}")
         return
     stream = io.BytesIO()
     np.savez_compressed(stream, **columns)

@@ -1,6 +1,7 @@
 """`--profile`: what ten steps of the main rank did, operation by operation; no result changes."""
 
 import gzip
+import logging
 import tempfile
 from pathlib import Path
 from typing import Self
@@ -14,6 +15,8 @@ STEPS = 10
 SKIPPED = 5  # the first ones allocate, compile and fill the loader's queue
 OPERATORS = 25  # rows of the table
 HOST = '"host_name":'  # a line of its own in a trace
+
+log = logging.getLogger(__name__)
 
 
 class profiling:  # noqa: N801 (used as a context)
@@ -58,7 +61,7 @@ class profiling:  # noqa: N801 (used as a context)
         if self._profiler is not None:
             self._profiler.stop()
         if self._folder is not None and self._done <= self._first:
-            print(f"--profile: no step was done after step {self._first}, no trace", flush=True)
+            log.info(f"--profile: no step was done after step {self._first}, no trace")
 
     def step(self) -> None:
         """Count a step."""
@@ -76,7 +79,7 @@ class profiling:  # noqa: N801 (used as a context)
         name = f"steps-{self._first + 1}-{self._done}"
         write_profile(profiler, self._folder, name)
         fewer = "" if steps == STEPS else f" (not {STEPS}: there were no more)"
-        print(f"profile of {steps} steps{fewer}: {self._folder / name}.json.gz", flush=True)
+        log.info(f"profile of {steps} steps{fewer}: {self._folder / name}.json.gz")
 
 
 def write_profile(profiler: profile, folder: Path, name: str) -> None:

@@ -5,6 +5,7 @@ by it. The names of all files: rft/runs/filenames.py.
 """
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from rft.shards.manifest import Manifest
 from rft.storage import files, local
 from rft.train.checkpoint import Record
 from rft.train.stop import StopRequest
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -91,7 +94,7 @@ class RunFolder:
                     ) from error
             if not said:
                 where = f"another job to leave {self.path}"
-                print(f"waiting up to {patience:g} s for {where}", flush=True)
+                log.info(f"waiting up to {patience:g} s for {where}")
                 said = True
             time.sleep(0.5)
 

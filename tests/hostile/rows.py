@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from tests import tiny
 from tests.hostile import sandbox
 from tests.hostile.world import Place, Ran
 
@@ -76,7 +77,8 @@ def complaints(row: Row, ran: Ran, before: dict, after: dict) -> Iterator[str]:
 def _lines(row: Row, ran: Ran) -> Iterator[str]:
     code = ran.outcome.code
     lines = [line for line in ran.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if not line.startswith(("WARNING: ", "note: "))]
+    # under a log line that is a warning, others may be indented
+    errors = [line for line in lines if not tiny.STAMP.match(line) and not line.startswith("  ")]
     wanted = CODES[row.answer] if row.code is None else row.code
     accepted = code == 0 and row.answer in ("accepted", "either", "silent")
     if code != wanted and not accepted:

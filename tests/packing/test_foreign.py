@@ -46,6 +46,7 @@ from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest
 from rft.storage import files
 from tests.pictures import empty_png
+from tests.tiny import unstamped
 
 MAPPINGS = Path(__file__).parent / "objectnet-mappings"
 LABELS = LabelSpace(
@@ -612,9 +613,9 @@ def test_images_that_other_loaders_show_as_stored(tmp_path: Path, capsys) -> Non
     members = [m for name, data in files.items() for m in ((name, data), (f"{name[0]}.cls", b"0"))]
     url = write_tar(tmp_path / "0.tar", members)
     index_shards([url], str(tmp_path / "out"), LABELS, Options())
-    said = capsys.readouterr().out
-    assert "warning: 3 images are stored turned or mirrored (EXIF orientation)" in said
-    assert "warning: 2 images may be transparent" in said
+    said = unstamped(capsys.readouterr().err)
+    assert "WARNING: 3 images are stored turned or mirrored (EXIF orientation)" in said
+    assert "WARNING: 2 images may be transparent" in said
     _, index, _ = check(str(tmp_path / "out"), [url])
     assert (index.width[:4] == 20).all()
 
@@ -785,7 +786,7 @@ def test_keys_that_come_back_in_another_shard_are_told(tmp_path: Path, capsys) -
     for n in range(2):
         write_tar(tmp_path / f"{n}.tar", plain("a", n, n) + plain(f"b{n}", 0, n + 5))
     index_shards([str(tmp_path / "{0..1}.tar")], str(tmp_path), LABELS, Options())
-    assert "note: 1 keys are in more than one shard, such as 'a'" in capsys.readouterr().out
+    assert "1 keys are in more than one shard, such as 'a'" in capsys.readouterr().err
     assert verify(str(tmp_path), deep=True, workers=1).problems == []
 
 

@@ -28,9 +28,9 @@ from PIL import Image
 from timm.data.readers.reader_wds import _load_info, _parse_split_info
 
 from benchmarks.waiting import until
+from rft import progress
 from rft.loading.dataset import PackedDataset
 from rft.packing import pack as packing
-from rft.packing import pool as workers
 from rft.packing.encode import to_jpeg
 from rft.packing.layouts import read_source
 from rft.packing.pack import Options, cut, make_jobs, make_plan, pack, parse_task, shuffle
@@ -41,6 +41,7 @@ from rft.shards.images import Kind, clip_pixels, clip_square, load_image
 from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest
+from tests.tiny import unstamped
 
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.", "the {c}."))
 PIXELS = Options(encoding="pixels", size=16, shard_mb=0.004, workers=1)  # four samples a shard
@@ -365,9 +366,9 @@ def test_commit_records_tell_what_was_packed(source: str, tmp_path: Path) -> Non
 
 
 def test_progress_in_plain_lines(source: str, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(workers, "SECONDS_PER_LINE", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
     assert pack("imagenet-train", source, str(tmp_path), LABELS, ORIGINAL)
-    lines = capsys.readouterr().out.splitlines()
+    lines = unstamped(capsys.readouterr().out).splitlines()
     assert lines[0] == f"imagenet-train: 14 images in 2 folders of {source}/train"
     count = len(Manifest.load(str(tmp_path / "imagenet-train")).shards)
     number = r"[\d,]+(\.\d)?"

@@ -35,6 +35,7 @@ from rft.packing.source import Source, read_item
 from rft.sets import BENCHMARKS
 from rft.shards.keys import make_keys
 from rft.shards.label_space import LabelSpace
+from tests.tiny import unstamped
 
 MAPPINGS = Path(__file__).parent / "objectnet-mappings"
 LABELS = LabelSpace(ids=("n01", "n02", "n03"), names=("one", "two", "three"), templates=("a {c}.",))
@@ -506,8 +507,9 @@ def test_links_out_of_a_benchmark_are_noted(tmp_path: Path, capsys) -> None:
         linked_in(tmp_path, f"sketch/{wnid}/x.png")
     options = Options(encoding="original", workers=1)
     assert pack("imagenet-sketch", str(tmp_path / "in"), str(tmp_path / "out"), LABELS, options)
-    (note,) = (line for line in capsys.readouterr().err.splitlines() if "link" in line)
-    assert note.startswith(f"note: imagenet-sketch: 2 links lead out of {tmp_path}/in, and what")
+    said = unstamped(capsys.readouterr().err)
+    (note,) = (line for line in said.splitlines() if "link" in line)
+    assert note.startswith(f"imagenet-sketch: 2 links lead out of {tmp_path}/in, and what")
     assert note.endswith(f"is packed: {tmp_path}/in/sketch/n01/x.png, ...")
 
 

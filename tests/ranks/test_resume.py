@@ -12,7 +12,7 @@ import torch
 from rft.runs.filenames import LAST, SELECTED
 from rft.storage import files
 from tests import tiny
-from tests.tiny import kill_when, torchrun, torchrun_command
+from tests.tiny import kill_when, torchrun, torchrun_command, unstamped
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +97,8 @@ def test_a_kill_between_checkpoint_and_selected_model(tmp_path, tiny_data, tiny_
 def test_without_any_argument_it_trains_on_the_miniature(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = torchrun(2, "rft.train", "--optim.epochs", "1")
-    assert result.stdout.startswith("No --data given: training object-mask-single-fill on the ")
+    said = unstamped(result.stdout)
+    assert said.startswith("No --data given: training object-mask-single-fill on the ")
     assert "--data URL --run-dir DIR" in result.stdout.splitlines()[0]
     run = tmp_path / "runs" / "miniature-object-mask-single-fill-seed0"
     assert (run / "training.json").exists()

@@ -11,6 +11,7 @@ from rft.runs.filenames import SELECTED
 from rft.runs.records import Provenance
 from rft.storage import files
 from tests.report.make_runs import configured, edit, make_run, make_weights, run_of
+from tests.tiny import unstamped
 
 
 def test_a_run_folder_is_read_whole(tmp_path):
@@ -117,7 +118,7 @@ def test_weights_without_classes_are_warned_of_once(tmp_path, capsys):
         make_weights(path, "vanilla", (), tilt=int(path.name[-1]))
         edit(path / "results.json", checkpoint_sha256=files.sha256_file(path / SELECTED))
     load_runs(paths)
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = unstamped(capsys.readouterr().err).splitlines()
     assert line.startswith(f"WARNING: {paths[1]} (and 1 more runs): the weights do not say which")
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from rft.shards.manifest import Manifest
 from rft.train import build, finish
 from rft.train.pictures import one_of_each_class
+from tests.tiny import unstamped
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_a_finished_run_whose_data_is_gone_is_still_finished(untrained, moved_da
     shutil.rmtree(moved_data)
     capsys.readouterr()
     untrained("vanilla", *options)
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = unstamped(capsys.readouterr().out).splitlines()
     start = f"run already finished: {run} (in fp32; its data could not be compared: no packed"
     assert line.startswith(start)
 

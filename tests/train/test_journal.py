@@ -3,9 +3,8 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
-import select
-import sys
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,9 @@ from rft import recipes
 from rft.config import Config
 from rft.evaluate.count import Count
 from rft.train import logs as journal
-from rft.train.logs import Display, Journal, Pace, duration, require_packages, status
+from rft.train.logs import Display, Journal, require_packages, status
 from rft.train.pictures import Counterfactuals, grid
+from tests.tiny import unstamped
 
 VALUES = {
     "epoch": 0.25,
@@ -57,28 +57,6 @@ def test_the_loss_and_its_parts_and_what_the_loader_costs(tmp_path):
     ]
 
 
-def test_the_time_left_is_told_by_what_this_start_did():
-    pace = Pace(done=900, total=1000, now=50.0)
-    assert pace.seconds_left(920, now=90.0) == 2.0 * 80
-    # an evaluation without a step in it makes the rest longer
-    assert pace.seconds_left(920, now=130.0) == 4.0 * 80
-    assert pace.seconds_left(1000, now=300.0) == 0
-
-
-@pytest.mark.parametrize(
-    ("seconds", "told"),
-    [
-        (44.6, "45 s"),
-        (59.7, "1 min 00 s"),
-        (3599, "59 min 59 s"),
-        (2 * 3600 + 5 * 60, "2 h 05 min"),
-        (100 * 3600, "4 d 04 h"),
-    ],
-)
-def test_durations(seconds, told):
-    assert duration(seconds) == told
-
-
 def test_a_line_at_once_then_one_a_minute_and_each_held_out_result(tmp_path, capsys, monkeypatch):
     display = Display(configuration(tmp_path), 100, 1000, Count(1, 4))
     display.update(110, VALUES)
@@ -87,7 +65,7 @@ def test_a_line_at_once_then_one_a_minute_and_each_held_out_result(tmp_path, cap
     monkeypatch.setattr(journal, "SECONDS_PER_LINE", 0.0)
     display.update(130, VALUES)
     display.close()
-    first, held_out, last = capsys.readouterr().out.splitlines()
+    first, held_out, last = unstamped(capsys.readouterr().out).splitlines()
     assert first.startswith("step 110/1000  epoch 0.25/10  loss 1.500 = ce 0.900 + 30 x mse 0.0200")
     assert "  256 img/s  data wait 25%  ETA " in first
     assert first.endswith("  held-out 25.00%")
@@ -97,26 +75,33 @@ def test_a_line_at_once_then_one_a_minute_and_each_held_out_result(tmp_path, cap
     assert last.endswith("  held-out 75.00%")
 
 
-def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "90")
-    master, slave = os.openpty()
-    with open(slave, "w") as terminal:  # noqa: PTH123 (a descriptor)
-        monkeypatch.setattr(sys, "stderr", terminal)
+def test_a_bar_on_a_terminal(tmp_path, terminal):
+    with terminal(90) as drawn:
         display = Display(configuration(tmp_path), 100, 1000, None)
         display.update(110, VALUES)
         display.held_out(110, Count(3, 4))
         display.update(120, VALUES)
         display.close()
-        drawn = b""
-        while select.select([master], [], [], 0.2)[0]:  # a terminal gives it in pieces
-            drawn += os.read(master, 100_000)
-        drawn = drawn.decode()
-    os.close(master)
-    assert recipes.DEFAULT in drawn
-    for words in ("110/1000", "120/1000", "epoch 0.25/10", "ETA", "step 110/1000  held-out 75.00%"):
-        assert words in drawn, words
-    assert capsys.readouterr().out == ""
+    text = drawn()
+    assert recipes.DEFAULT in text
+    for words in ("110/1000", "120/1000", "epoch 0.25/10", "data wait 25%  held-out"):
+        assert words in text, words
+    assert re.search(r"[0-9]:[0-9]{2}:[0-9]{2} *\n", text), "the time that is left"
+    assert re.search(r"[0-9:]{8} INFO step 110/1000  held-out 75\.00% \(3/4\)", text)
+
+
+def test_the_time_of_a_row_never_goes_backwards(tmp_path, monkeypatch):
+    clock = iter([1_800_000_000.12345, 1_700_000_000.0, 1_800_000_001.0])
+    with Journal(configuration(tmp_path), 0, 100, writes=True) as log:
+        for step in (5, 10, 15):
+            now = next(clock)
+            monkeypatch.setattr(journal.time, "time", lambda now=now: now)
+            log.metrics(step, VALUES)
+            monkeypatch.undo()
+    rows = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
+    assert [row["time"] for row in rows] == [1800000000.123, 1800000000.123, 1800000001.0]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert "time" not in events.Tags()["scalars"]
 
 
 def test_a_resumed_run_drops_what_comes_again_and_knows_its_last_result(tmp_path, capsys):
@@ -127,7 +112,9 @@ def test_a_resumed_run_drops_what_comes_again_and_knows_its_last_result(tmp_path
     with Journal(configuration(tmp_path), 10, 100, writes=True) as log:
         log.metrics(15, VALUES)
     kept = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
-    assert kept == [*lines, {"step": 15, **VALUES}]
+    assert kept[:2] == lines, "rows of an older version have no time and stay"
+    assert abs(kept[2].pop("time") - time.time()) < 60
+    assert kept[2:] == [{"step": 15, **VALUES}]
     assert capsys.readouterr().out.rstrip().endswith("  held-out 75.00%")
 
 

@@ -7,6 +7,7 @@ unnoticed; `--ignore` names the suffixes that may be passed over. Images are onl
 """
 
 import json
+import logging
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rft import cli
+from rft.log import ASIDE
 from rft.packing import encode
 from rft.packing.expected import check_count, parse_allowed_counts
 from rft.packing.foreign.labels import contradiction, read_label
@@ -45,6 +46,8 @@ from rft.storage.urls import check_shard_name
 
 ALGORITHM = "index 1"  # raise it when the same shards would get another index
 OTHER_SUFFIXES = frozenset({"cls", "json", "txt"})
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -290,22 +293,20 @@ def _say(found: Sequence[Found]) -> None:
         total += shard.passed_over
         as_stored += shard.as_stored
     for what, count in sorted(total.items()):
-        print(f"passed over: {count:,} {what}", flush=True)
+        log.info(f"passed over: {count:,} {what}")
     if count := as_stored["turned"]:
-        print(
-            f"warning: {count:,} images are stored turned or mirrored (EXIF orientation); they are "
-            f"read as stored, as torchvision and open_clip do",
-            flush=True,
+        log.warning(
+            f"{count:,} images are stored turned or mirrored (EXIF orientation); they are read as "
+            "stored, as torchvision and open_clip do"
         )
     if count := as_stored["transparent"]:
-        print(
-            f"warning: {count:,} images may be transparent; hidden colours become visible, as "
-            f"with torchvision and open_clip",
-            flush=True,
+        log.warning(
+            f"{count:,} images may be transparent; hidden colours become visible, as with "
+            "torchvision and open_clip"
         )
     if count := sum(shard.contradicted for shard in found):
         example = next(shard.example for shard in found if shard.example)
-        cli.warn(
+        log.warning(
             f"{count:,} samples have a .cls that contradicts --label-field, which was used "
             f"(first: {example}); if the field is right, pass the .cls over with --ignore cls"
         )
@@ -313,4 +314,6 @@ def _say(found: Sequence[Found]) -> None:
     repeated = [key for key, count in keys.items() if count > 1]
     if repeated:
         example = repeated[0].decode()
-        print(f"note: {len(repeated):,} keys are in more than one shard, such as {example!r}")
+        log.info(
+            f"{len(repeated):,} keys are in more than one shard, such as {example!r}", extra=ASIDE
+        )

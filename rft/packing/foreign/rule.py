@@ -5,6 +5,7 @@ Label numbers may be class ids, or count the lines of a list of class names of t
 for a set; `rft.packing.foreign.labels` reads each sample's label by it.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from rft import cli
 from rft.classes import Classes, composed
 from rft.config import MAX_PIXELS
 from rft.packing.expected import published_classes
@@ -30,6 +30,8 @@ LIKE_POSITION = re.compile(r"-?[0-9]{1,18}")  # what a reader may take for one
 LabelsAre = Literal["positions", "names"]
 NAMES_BYTES = 2**22  # of a list of classes; that of ImageNet-21k has 1 MB
 NUMBER_BYTES = 64  # of a file that says how many shards there are
+
+log = logging.getLogger(__name__)
 
 
 @document(name="--")
@@ -323,7 +325,7 @@ def _require_same_order(path: str, names: Sequence[str], labels: LabelSpace) -> 
     )
     if 2 * len(unknown) > len(names):
         raise ValueError(f"{what}; name the label space of these shards with --classes")
-    cli.warn(f"{what}: they are taken to be different words for the same classes")
+    log.warning(f"{what}: they are taken to be different words for the same classes")
 
 
 def _require_nshards(urls: Sequence[str], folders: Sequence[str]) -> None:

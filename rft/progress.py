@@ -1,0 +1,145 @@
+"""The progress of long commands: a bar on a terminal, a log line now and then elsewhere."""
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from rft import log as logs
+from rft.text import plain
+
+SECONDS_PER_LINE = 10.0  # where there is no terminal
+SECONDS_PER_DRAWING = 0.1
+
+
+class Advance(Protocol):
+    """Counts what was done."""
+
+    def __call__(self, units: int, size: int = 0, /) -> None:
+        """Count so many units, and bytes of them."""
+
+
+log = logging.getLogger(__name__)
+
+
+class Bar(Progress):
+    """One task of a known length: its clock, and its picture where both streams are a terminal.
+
+    All of the time since the bar was made counts, over what was done since: what an earlier job
+    did, perhaps on other machines, says nothing. Drawn when there is something new, so that no
+    thread takes turns with the work.
+
+    Args:
+        title: what is done.
+        total: how much of it there is.
+        done: what was done before.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0) -> None:
+        self._left = TimeRemainingColumn()
+        self._status = ""
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            self._left,
+            console=Console(file=sys.stderr),
+            auto_refresh=False,
+            speed_estimate_period=math.inf,
+        )
+        self._row = self.add_task(plain(title), total=total, completed=done)
+        self.advance(self._row, 0)  # the clock starts
+        self.is_drawn = (
+            logs.is_first_rank()
+            and all(map(logs.is_terminal, (sys.stdout, sys.stderr)))
+            and self.console.is_terminal
+        )
+        self._open = contextlib.ExitStack()
+        if self.is_drawn:
+            self._open.enter_context(logs.above(self.console))
+            self._open.enter_context(self)
+            self.refresh()
+
+    @property
+    def left(self) -> str:
+        """The time that is left, as hours, minutes and seconds."""
+        return self._left.render(self.tasks[0]).plain
+
+    @property
+    def speed(self) -> float:
+        """How much is done in a second; 0 before the first update."""
+        return self.tasks[0].speed or 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The time since the bar was made."""
+        return self.tasks[0].elapsed or 0.0
+
+    def show(self, done: int, status: str = "") -> None:
+        """Count up to `done`; what is drawn has a line for `status` below it."""
+        self._status = status
+        self.update(self._row, completed=done, refresh=self.is_drawn)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Yield the bar and its status line."""
+        yield self.make_tasks_table(self.tasks)
+        if self._status:
+            yield Text(self._status)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._open.close()
+
+
+@contextlib.contextmanager
+def progress(
+    title: str, unit: str, total: int, extra: Mapping[str, object] | None = None
+) -> Iterator[Advance]:
+    """Yield a function to call with how many units, and how many bytes of them, were done.
+
+    Args:
+        title: what is done.
+        unit: of what is counted, in the plural.
+        total: how many there are.
+        extra: of the log lines, such as `rft.log.ASIDE` where the result goes to stdout.
+    """
+    done = size = 0
+    bar = Bar(title, total)
+    spoke = drew = time.monotonic()
+
+    def rate() -> str:
+        speed = f"{bar.speed:,.{0 if bar.speed >= 10 else 1}f} {unit}/s"
+        mib = size / 2**20
+        per_s = mib / max(bar.seconds, 1e-9)
+        return f"{mib:,.1f} MiB, {speed}, {per_s:,.1f} MiB/s" if size else speed
+
+    def advance(more: int, more_bytes: int = 0, /) -> None:
+        nonlocal done, size, spoke, drew
+        done, size = done + more, size + more_bytes
+        now, is_last = time.monotonic(), done >= total
+        if bar.is_drawn:
+            if is_last or now - drew > SECONDS_PER_DRAWING:
+                bar.show(done, rate())
+                drew = now
+            return
+        bar.show(done)
+        if is_last or now - spoke > SECONDS_PER_LINE:
+            counted = f"{title}: {done:,} of {total:,} {unit}"
+            log.info("%s, %s, %s left", counted, rate(), bar.left, extra=extra)
+            spoke = now
+
+    with contextlib.closing(bar):
+        yield advance
