@@ -2,8 +2,8 @@
 
 A merge or an import leaves config.json, its weights and provenance.json, a training more of them.
 Names are relative to the run folder. Two kinds of file have their names elsewhere: checkpoints to
-resume from, `checkpoints/step-N.pt` and `step-N.json` (rft/train/checkpoint.py), and what a job of a
-cluster leaves, `job-N.log`, `code/` and `resubmit.sh` (launch/job.sh).
+resume from, `checkpoints/step-N.pt` and `step-N.json` (rft/train/checkpoint.py), and what a job on
+a cluster leaves, `job-N.log`, `code/` and `resubmit.sh` (launch/job.sh).
 """
 
 from pathlib import Path
