@@ -26,19 +26,18 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import pytest
 import torch
 import tyro
 
-from benchmarks import machine
+from benchmarks import machine, tiny_world
+from benchmarks.servers.loopback import NotHereError
+from benchmarks.servers.tmpfs import small_disk
 from rft import cli
 from rft.rng import numpy_generator
 from rft.runs import filenames
 from rft.runs.filenames import LAST, SELECTED
 from rft.storage import files
 from rft.train.checkpoint import Store, file_name, record_name
-from tests import tiny
-from tests.servers.tmpfs import small_disk
 
 RESULTS = Path(__file__).parent / "results"
 RANKS = 2
@@ -97,7 +96,7 @@ class Run:
         command += [f"--nproc_per_node={self.ranks}", "-m", *self.words]
         with self.log().open("w") as stream:
             self.process = subprocess.Popen(
-                command, env=tiny.environment(), stdout=stream, stderr=subprocess.STDOUT,
+                command, env=tiny_world.environment(), stdout=stream, stderr=subprocess.STDOUT,
                 start_new_session=True, text=True,
             )  # fmt: skip
 
@@ -165,7 +164,7 @@ class Run:
         """Return the process ids of the ranks, in order."""
         assert self.process is not None
         found = {}
-        for pid in tiny.children(self.process.pid):
+        for pid in tiny_world.children(self.process.pid):
             with suppress(OSError):  # it ended between listing and reading
                 words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -178,10 +177,10 @@ class Run:
         """Return the process ids of all ranks' loader processes."""
         found = []
         for rank in self.rank_processes():
-            for server in tiny.children(rank):
+            for server in tiny_world.children(rank):
                 with suppress(OSError):
                     if b"forkserver" in Path(f"/proc/{server}/cmdline").read_bytes():
-                        found += tiny.children(server)
+                        found += tiny_world.children(server)
         return found
 
     def weights(self) -> list[str]:
@@ -191,8 +190,8 @@ class Run:
     def leave_nothing_running(self) -> None:
         """End what a failed try may have left."""
         if self.process is not None:
-            for pid in [*tiny.children(self.process.pid), self.process.pid]:
-                tiny.kill(pid)
+            for pid in [*tiny_world.children(self.process.pid), self.process.pid]:
+                tiny_world.kill(pid)
             self.process.wait()
 
 
@@ -223,7 +222,7 @@ def to_random_step(run: Run, random: Random, last: int = STEPS // 2) -> None:
 def kill_rank(run: Run, random: Random) -> None:
     """SIGKILL to one rank."""
     to_random_step(run, random)
-    tiny.kill(int(random.choice(run.rank_processes())))
+    tiny_world.kill(int(random.choice(run.rank_processes())))
     run.wait()
 
 
@@ -231,14 +230,14 @@ def kill_torchrun(run: Run, random: Random) -> None:
     """SIGKILL to torchrun: its ranks are alone."""
     to_random_step(run, random)
     assert run.process is not None
-    tiny.kill(run.process.pid)
+    tiny_world.kill(run.process.pid)
     run.wait()
 
 
 def kill_loader(run: Run, random: Random) -> None:
     """SIGKILL to one loader process."""
     to_random_step(run, random)
-    tiny.kill(int(random.choice(run.loaders())))
+    tiny_world.kill(int(random.choice(run.loaders())))
     run.wait()
 
 
@@ -252,7 +251,7 @@ def signal_all(number: signal.Signals, run: Run, random: Random) -> None:
     """Signal every process of the run at once, as a scheduler does."""
     to_random_step(run, random)
     assert run.process is not None
-    for pid in [run.process.pid, *tiny.children(run.process.pid)]:
+    for pid in [run.process.pid, *tiny_world.children(run.process.pid)]:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
     run.wait()
@@ -303,7 +302,7 @@ def hang(run: Run, random: Random) -> None:
     pid = run.rank_processes()[rank]
     os.kill(pid, signal.SIGSTOP)
     run.require_told(f"no answer from rank {rank} of {run.ranks}")
-    tiny.kill(pid)  # as torchrun does, after giving it half a minute to end by itself
+    tiny_world.kill(pid)  # as torchrun does, after giving it half a minute to end by itself
     run.wait()
 
 
@@ -380,11 +379,12 @@ class Bench:
     def __init__(self, folder: Path, ranks: int = RANKS, kind: type[Run] = Run) -> None:
         self._folder, self._ranks, self._kind = folder, ranks, kind
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.data, self.clip = tiny.shards(folder / "world"), tiny.clip_name(folder / "clip")
+        self.data = tiny_world.shards(folder / "world")
+        self.clip = tiny_world.clip_name(folder / "clip")
         calm = self.run("calm")
         if not calm.finished:
-            tiny.write_data(folder / "world")
-            tiny.write_clip(folder / "clip")
+            tiny_world.write_data(folder / "world")
+            tiny_world.write_clip(folder / "clip")
             calm.finish()
         assert calm.step() == STEPS, f"the run has {calm.step()} steps, not {STEPS}"
         self._weights = calm.weights()
@@ -513,7 +513,7 @@ def main() -> None:
             random = numpy_generator("faults", arguments.seed, number)
             try:
                 outcome = bench.attempt(fault, random)
-            except pytest.skip.Exception as reason:
+            except NotHereError as reason:
                 print(f"{number + 1}/{len(faults)} {fault}: not tried: {reason}", flush=True)
                 continue
             except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, assert_never
 
 import tyro
 from pydantic import Field
@@ -175,9 +175,14 @@ def training(plan: Plan, recipe: str, name: str, seed: int, *options: str) -> tu
 
 def merge(plan: Plan, name: str, seed: int) -> Experiment:
     """Return the merge of a WiSE family or a soup."""
-    if recipes.MERGED[name].kind == "wise":
-        return wise(plan, name, seed)
-    return soup(plan, name, seed)
+    kind = recipes.MERGED[name].kind
+    match kind:
+        case "wise":
+            return wise(plan, name, seed)
+        case "uniform-soup" | "greedy-soup":
+            return soup(plan, name, seed)
+        case _:
+            assert_never(kind)
 
 
 def wise(plan: Plan, family: str, seed: int) -> Experiment:

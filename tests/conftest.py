@@ -2,6 +2,7 @@
 
 import gc
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import tiny_world
+from benchmarks.servers.loopback import NotHereError
 from rft import dist
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import Classifier
@@ -21,6 +24,25 @@ from tests.slowness import (  # noqa: F401
     pytest_sessionfinish,
     pytest_terminal_summary,
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    """Skip tests of what this machine lacks; fixtures are what finds out."""
+    try:
+        return (yield)
+    except NotHereError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Skip as above, where the test itself finds out."""
+    try:
+        return (yield)
+    except NotHereError as reason:
+        pytest.skip(str(reason))
+
 
 # a remote store without a server; no product code opens it, see tests/storage/test_urls.py
 urls.PROTOCOLS = (*urls.PROTOCOLS, "memory")
@@ -95,13 +117,13 @@ def labels_B() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """Data root of the tiny world's shards."""
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
+    return tiny_world.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory) -> str:
     """Name of the tiny world's CLIP."""
-    return tiny.write_clip(tmp_path_factory.mktemp("clip") / "clip")
+    return tiny_world.write_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_world import environment
 from rft import cli, dist
-from tests.tiny import environment
 
 
 def fail() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import tiny_world
 from rft.loading import dataset as loader
 from rft.loading.dataset import PackedDataset
 from rft.packing import archives
@@ -27,7 +28,6 @@ from rft.shards.index import INDEX_BYTES, KEY_BYTES, Index
 from rft.shards.manifest import Manifest, Shard
 from rft.shards.ranges import cut
 from rft.storage import files
-from tests import tiny
 from tests.report.make_runs import make_gallery
 
 ORIGINAL = Options(workers=1)
@@ -36,8 +36,8 @@ ORIGINAL = Options(workers=1)
 @pytest.fixture
 def packed(tmp_path) -> Path:
     """A set of eight original images."""
-    tiny.write_images(tmp_path / "images", "imagenet-r", 2)
-    pack("imagenet-r", str(tmp_path / "images"), str(tmp_path / "out"), tiny.LABELS, ORIGINAL)
+    tiny_world.write_images(tmp_path / "images", "imagenet-r", 2)
+    pack("imagenet-r", str(tmp_path / "images"), str(tmp_path / "out"), tiny_world.LABELS, ORIGINAL)
     return tmp_path / "out" / "imagenet-r"
 
 
@@ -55,30 +55,30 @@ def rewrite(packed: Path, **columns) -> Index:
 
 
 def test_an_image_of_too_many_pixels_is_left_out_by_its_name(tmp_path):
-    tiny.write_images(tmp_path / "images", "imagenet-r", 2)
+    tiny_world.write_images(tmp_path / "images", "imagenet-r", 2)
     bad = next((tmp_path / "images").rglob("*.*"))
     Image.new("RGB", (200, 100)).save(bad)
     source, out = str(tmp_path / "images"), str(tmp_path / "out")
     few = dataclasses.replace(ORIGINAL, max_pixels=0.019)
     with pytest.raises(ValueError, match=f"{bad} is 200 x 100 pixels, .* --max-bad N leaves out"):
-        pack("imagenet-r", source, out, tiny.LABELS, few)
-    pack("imagenet-r", source, out, tiny.LABELS, dataclasses.replace(few, max_bad=1))
+        pack("imagenet-r", source, out, tiny_world.LABELS, few)
+    pack("imagenet-r", source, out, tiny_world.LABELS, dataclasses.replace(few, max_bad=1))
     line = json.loads((Path(out) / "imagenet-r" / "quarantine.jsonl").read_text())
     assert line["reason"].startswith("is 200 x 100 pixels, 0.0 million; --max-pixels allows 0.019")
     for wrong in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"--max-pixels is .*; it must be"):
-            pack("imagenet-r", source, out, tiny.LABELS, Options(max_pixels=wrong))
+            pack("imagenet-r", source, out, tiny_world.LABELS, Options(max_pixels=wrong))
 
 
 def test_a_sparse_file_of_gigabytes_is_not_read(tmp_path):
-    tiny.write_images(tmp_path / "images", "imagenet-r", 2)
+    tiny_world.write_images(tmp_path / "images", "imagenet-r", 2)
     bad = next((tmp_path / "images").rglob("*.*"))
     with bad.open("r+b") as stream:
         stream.truncate(2**35)
     source, out = str(tmp_path / "images"), str(tmp_path / "out")
     with pytest.raises(ValueError, match=f"{bad} has 34,359,738,368 bytes, more than 4 for each"):
-        pack("imagenet-r", source, out, tiny.LABELS, ORIGINAL)
-    pack("imagenet-r", source, out, tiny.LABELS, dataclasses.replace(ORIGINAL, max_bad=1))
+        pack("imagenet-r", source, out, tiny_world.LABELS, ORIGINAL)
+    pack("imagenet-r", source, out, tiny_world.LABELS, dataclasses.replace(ORIGINAL, max_bad=1))
     assert Manifest.load(f"{out}/imagenet-r").quarantined == 1
 
 
@@ -178,7 +178,7 @@ def test_a_label_is_short(tmp_path):
     tar_of(tmp_path / "0.tar", png=stream.getvalue(), cls=b"0".ljust(2**20 + 1))
     with pytest.raises(ValueError, match=r"'a\.cls' has 1,048,577 bytes, no label has so many"):
         index_shards(
-            [str(tmp_path / "0.tar")], str(tmp_path / "set"), tiny.LABELS, Reading(workers=1)
+            [str(tmp_path / "0.tar")], str(tmp_path / "set"), tiny_world.LABELS, Reading(workers=1)
         )
 
 

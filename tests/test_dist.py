@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from benchmarks import tiny_world
 from rft import dist
 from rft.clip.classifier import save_classifier
 from rft.dist import World
 from rft.evaluate import command as evaluate_command
 from rft.train import command as train_command
-from tests import tiny
 from tests.conftest import build_model
 
 ALONE = World(rank=0, size=1, local_rank=0)
@@ -95,8 +95,10 @@ def test_training_stops_where_ranks_disagree(
 @pytest.mark.parametrize("what", ["set of packed data", "set of weights"])
 def test_evaluation_stops_where_ranks_disagree(disagreeing, refused, tiny_data, tmp_path, what):
     disagreeing(what)
-    model = build_model(classes=len(tiny.LABELS.ids))
-    save_classifier(str(tmp_path / "model.safetensors"), model, {"step": "0"}, tiny.LABELS.classes)
+    model = build_model(classes=len(tiny_world.LABELS.ids))
+    save_classifier(
+        str(tmp_path / "model.safetensors"), model, {"step": "0"}, tiny_world.LABELS.classes
+    )
     options = ("--data", tiny_data, "--sets", "imagenet-val", "--workers", "0")
     line = refused(evaluate_command, tmp_path / "model.safetensors", *options)
     assert f"ranks [1] have a different {what}" in line

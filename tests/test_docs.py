@@ -44,7 +44,7 @@ def test_a_pattern_takes_all_its_files_and_says_if_there_is_none(tmp_path, monke
     assert "\nA100 table\n\nH100 table\n\n<!--" in update.with_tables(page)
 
 
-PAGES = (*PAGES_WITH_TABLES, "docs/paper.md", "docs/gpu.md", "SECURITY.md")
+PAGES = (*PAGES_WITH_TABLES, "docs/architecture.md", "docs/paper.md", "docs/gpu.md", "SECURITY.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -82,6 +82,16 @@ def test_files_the_readme_lists_exist():
         assert (ROOT / line).exists(), line
 
 
+def test_the_page_on_architecture_has_every_room_and_no_other():
+    section = (ROOT / "docs/architecture.md").read_text().split("## Rooms")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`rft/([a-z_]+(?:\.py)?)`", row)]
+    rooms = [path.parent.name for path in ROOT.glob("rft/*/__init__.py")]
+    modules = [path.name for path in ROOT.glob("rft/*.py")]
+    # one command under its public name, see rft/data/__init__.py
+    assert sorted(named) == sorted({*rooms, *modules} - {"data", "__init__.py"})
+
+
 def named_functions(page: str) -> list[tuple[Path, str]]:
     """Every `file: function, function` and every `file` that a page names; no function is ""."""
     found = []
@@ -92,7 +102,7 @@ def named_functions(page: str) -> list[tuple[Path, str]]:
     return found
 
 
-@pytest.mark.parametrize("page", ["docs/paper.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/paper.md", "README.md"])
 def test_functions_that_pages_name_exist(page):
     named = named_functions(page)
     assert len(named) > 10

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_world import environment
 from rft import cli, recipes
 from rft import experiments as experiments_command
 from rft.demo import command as demo_command
@@ -26,7 +27,6 @@ from rft.shards.label_space import LabelSpace
 from rft.train import command as train_command
 from tests import reproduction
 from tests.test_docs import updater
-from tests.tiny import environment
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {

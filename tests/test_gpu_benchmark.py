@@ -15,9 +15,9 @@ from benchmarks import machine, step, wheels
 from benchmarks.gpu import command, page, steps
 from benchmarks.gpu.group import difference
 from benchmarks.gpu.runner import Outcome
+from benchmarks.tiny_world import environment
+from benchmarks.waiting import until
 from tests.conftest import build_model
-from tests.tiny import environment
-from tests.waiting import until
 
 PARTS = (
     "chip", "step-rft-rehearsal", "trainer", "tests", "compiled-rft-rehearsal", "masks", "large",

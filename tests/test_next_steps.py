@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import tiny_world
 from rft import cli
 from rft import next_steps as commands
 from rft.evaluate import command as evaluate_command
@@ -19,7 +20,7 @@ from rft.report import command as report_command
 from rft.sets import TEST_SETS
 from rft.shards.label_space import LabelSpace
 from rft.train import command as train_command
-from tests import test_tools, tiny
+from tests import test_tools
 from tests.report.make_runs import edit, make_run
 from tests.tiny import call
 
@@ -177,11 +178,11 @@ def run_tool(tool: str, *arguments: object, capsys) -> str:
 
 
 def test_the_packing_tools(tmp_path, capsys):
-    tiny.write_images(tmp_path / "my images", "imagenet-train", 3)
-    tiny.write_images(tmp_path / "my images", "imagenet-val", 2)
-    tiny.write_images(tmp_path / "my images", "imagenet-r", 2)
+    tiny_world.write_images(tmp_path / "my images", "imagenet-train", 3)
+    tiny_world.write_images(tmp_path / "my images", "imagenet-val", 2)
+    tiny_world.write_images(tmp_path / "my images", "imagenet-r", 2)
     classes = tmp_path / "classes.json"
-    labels = tiny.LABELS
+    labels = tiny_world.LABELS
     document = {"ids": labels.ids, "names": labels.names, "templates": labels.templates}
     classes.write_text(json.dumps(document))
     assert LabelSpace.load(str(classes)) == labels

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tiny_world
 from rft.packing.foreign.index import index_shards
 from rft.packing.foreign.rule import Options as Reading
 from rft.packing.pack import Options, pack
 from rft.storage import files
-from tests import tiny
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -64,9 +64,9 @@ def written(monkeypatch) -> list[str]:
 
 
 def test_packing_names_a_set_when_all_of_it_is_there(tmp_path, written):
-    tiny.write_images(tmp_path / "images", "imagenet-r", 2)
-    options = Options(encoding="pixels", size=tiny.SIZE, shard_mb=0.004, workers=1)
-    pack("imagenet-r", str(tmp_path / "images"), str(tmp_path / "out"), tiny.LABELS, options)
+    tiny_world.write_images(tmp_path / "images", "imagenet-r", 2)
+    options = Options(encoding="pixels", size=tiny_world.SIZE, shard_mb=0.004, workers=1)
+    pack("imagenet-r", str(tmp_path / "images"), str(tmp_path / "out"), tiny_world.LABELS, options)
     assert written[0] == "plan.json"
     assert written[-1] == "manifest.json"
     assert written.count("manifest.json") == 1
@@ -78,10 +78,10 @@ def test_packing_names_a_set_when_all_of_it_is_there(tmp_path, written):
 
 def test_indexing_names_a_set_when_all_of_it_is_there(tmp_path, written):
     images = tmp_path / "images"
-    tiny.write_images(images, "imagenet-r", 2)
-    pack("imagenet-r", str(images), str(tmp_path / "out"), tiny.LABELS, Options(workers=1))
+    tiny_world.write_images(images, "imagenet-r", 2)
+    pack("imagenet-r", str(images), str(tmp_path / "out"), tiny_world.LABELS, Options(workers=1))
     written.clear()
     pattern = str(tmp_path / "out" / "imagenet-r" / "000000.tar")
-    index_shards([pattern], str(tmp_path / "mine"), tiny.LABELS, Reading(dataset="mine"))
+    index_shards([pattern], str(tmp_path / "mine"), tiny_world.LABELS, Reading(dataset="mine"))
     assert written[-1] == "manifest.json"
     assert "index.npz" in written[:-1]

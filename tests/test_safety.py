@@ -13,15 +13,16 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from benchmarks.servers.ranges import range_server
+from benchmarks.tiny_world import children, environment
+from benchmarks.waiting import until
 from rft.demo.command import MEET_IN_FILES
 from rft.evaluate import command as evaluate_command
 from rft.merge import command as merge_command
 from rft.runs.filenames import LAST
 from rft.train import command as train_command
 from tests import tiny
-from tests.servers.ranges import range_server
-from tests.tiny import call, children, environment, torchrun_command
-from tests.waiting import until
+from tests.tiny import call, torchrun_command
 
 FROM_NETRC = {"client_kwargs": {"trust_env": True}}
 RECIPE = "object-mask-single-fill"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import cam_memory, checkpoint, method, step
+from benchmarks.tiny_world import environment
 from tests.conftest import build_model
-from tests.tiny import environment
 
 SMALL = ["--model", "ViT-S-32-alt", "--batch-size", "2", "--classes", "7", "--rounds", "1"]
 

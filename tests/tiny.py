@@ -1,100 +1,19 @@
-"""A tiny world for tests: coloured squares in the official layouts, and a random CLIP for them."""
+"""Commands on the tiny world (benchmarks/tiny_world.py): in this process, or on several ranks."""
 
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from benchmarks.tiny_world import children, environment, kill
 from rft import cli
-from rft.packing.pack import Options, pack
-from rft.shards.label_space import LabelSpace
 from rft.storage import files
 from tests.forked import Request
-
-SIZE = 16
-COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200), "grey": (90,) * 3}
-LABELS = LabelSpace(
-    ids=tuple(f"n0000000{n}" for n in range(len(COLOURS))),
-    names=tuple(COLOURS),
-    templates=("a {c} square", "{c}"),
-)
-WORDS = ("", "<start>", "a", "square", *COLOURS, "<end>")
-# odd sizes on purpose: none divides by two or three
-COUNTS = {"imagenet-train": 19, "imagenet-val": 7, "imagenet-r": 5, "imagenet-a": 3}
-
-
-def write_images(root: Path, dataset: str, per_class: int) -> None:
-    folder = {"imagenet-train": "imagenet/train", "imagenet-val": "imagenet/val"}
-    rng = np.random.default_rng(len(dataset))
-    for wnid, colour in zip(LABELS.ids, COLOURS.values(), strict=True):
-        classes = root / folder.get(dataset, dataset) / wnid
-        classes.mkdir(parents=True)
-        for n in range(per_class):
-            pixels = np.array(colour) + rng.normal(0, 60, (SIZE, SIZE, 3))
-            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-            image.save(classes / f"{wnid}_{n}.png")
-
-
-def shards(root: Path) -> Path:
-    """The data root of `write_data`'s world."""
-    return root / "shards"
-
-
-def write_data(root: Path) -> Path:
-    """Images and shards of four small sets; returns the data root."""
-    for dataset, per_class in COUNTS.items():
-        write_images(root / "images", dataset, per_class)
-        options = Options(encoding="pixels", size=SIZE, shard_mb=0.02, workers=1)
-        pack(dataset, str(root / "images"), str(shards(root)), LABELS, options)
-    return shards(root)
-
-
-def clip_name(folder: Path) -> str:
-    """The --model.clip of `write_clip`'s CLIP."""
-    return f"local-dir:{folder}"
-
-
-def write_clip(folder: Path) -> str:
-    """A random CLIP in open_clip's folder form; returns its name for --model.clip."""
-    # here, because processes that start and end in a test import this module for other things
-    import open_clip
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "layers": 2,
-            "width": 24,
-            "head_width": 8,
-            "patch_size": 4,
-            "image_size": SIZE,
-        },
-        "text_cfg": {
-            "context_length": 8,
-            "vocab_size": len(WORDS),
-            "width": 16,
-            "heads": 2,
-            "layers": 1,
-        },
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = open_clip.model.CLIP(**config)
-    document = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
-    (folder / "open_clip_config.json").write_text(json.dumps(document))
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    return clip_name(folder)
 
 
 def call(command, *arguments: object) -> None:
@@ -127,12 +46,6 @@ def train(
     else:
         torchrun(ranks, "rft.train", *words)
     return run
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """This process's environment on one thread, as torchrun sets it for several ranks."""
-    root = str(Path(__file__).parents[1])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **extra}
 
 
 def torchrun_command(ranks: int, *module_and_options: str) -> list[str]:
@@ -225,22 +138,3 @@ def kill_when(command: list[str], reached: callable) -> None:
             kill(pid)
         kill(process.pid)
         process.wait()
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            listed = task.read_text().split()
-        except OSError:  # it ended between listing and reading
-            continue
-        for child in map(int, listed):
-            found += [child, *children(child)]
-    return found
-
-
-def kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return

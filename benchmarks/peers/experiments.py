@@ -32,7 +32,7 @@ from benchmarks.peers.samples import (
     descriptors,
     photographs,
 )
-from tests.servers.faults import Fault
+from benchmarks.servers.faults import Fault
 
 Result = Literal["pass", "fail", "n.a.", "not run"]
 TESTS = tuple(f"T{number}" for number in range(1, 14))

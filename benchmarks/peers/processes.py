@@ -21,11 +21,11 @@ import torch
 
 from benchmarks import machine
 from benchmarks.peers.samples import Batch
-from rft import dist
 
 # benchmarks run from a checkout: the servers are those of the tests
-from tests.servers import faults, ranges
-from tests.servers.loopback import free_port
+from benchmarks.servers import faults, ranges
+from benchmarks.servers.loopback import free_port
+from rft import dist
 
 
 @dataclass(frozen=True, kw_only=True)

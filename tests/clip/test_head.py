@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import tiny_world
 from rft.clip.classifier import Classifier
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import ModelConfig
-from tests import tiny
 from tests.conftest import ARCHITECTURE, build_model
 from tests.reference import zero_shot
 
@@ -72,7 +72,7 @@ def test_the_head_equals_the_textbook(tiny_clip):
     ],
 )
 def test_a_text_tower_that_open_clip_cannot_compute(tmp_path, fields, message):
-    name = tiny.write_clip(tmp_path / "clip")
+    name = tiny_world.write_clip(tmp_path / "clip")
     path = tmp_path / "clip" / "open_clip_config.json"
     document = json.loads(path.read_text())
     config = document["model_cfg"]

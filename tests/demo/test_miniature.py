@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.tiny_world import environment
 from rft import dist
 from rft.clip.classifier import Classifier
 from rft.clip.head import zero_shot_head
@@ -19,7 +20,6 @@ from rft.demo.world import write_world
 from rft.evaluate.count import count_correct
 from rft.loading.dataset import PackedDataset
 from rft.sets import BENCHMARKS
-from tests.tiny import environment
 
 pytestmark = pytest.mark.slow
 

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.tiny_world import LABELS
 from rft.clip.classifier import save_classifier
 from rft.dist import World
 from rft.evaluate import localisation
 from rft.evaluate.count import Count, count_correct, is_correct
 from rft.loading.dataset import PackedDataset
 from tests.conftest import build_model
-from tests.tiny import LABELS, torchrun
+from tests.tiny import torchrun
 
 CPU = torch.device("cpu")
 EACH = 5  # images of each of the four classes

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import tiny_world
 from rft import paper
 from rft.clip.classifier import Classifier, save_classifier
 from rft.clip.head import zero_shot_head
@@ -38,9 +39,9 @@ SUMS = ("masked", "both", "either")
 def tiny_case(tmp_path_factory, tiny_data) -> dict:
     """A random model of the tiny world; masks for most of 76 images, two of them empty."""
     folder = tmp_path_factory.mktemp("localisation")
-    model = build_model(classes=len(tiny.LABELS.ids))
+    model = build_model(classes=len(tiny_world.LABELS.ids))
     checkpoint = folder / "run" / "checkpoints" / "best.safetensors"
-    save_classifier(str(checkpoint), model, {"step": "7"}, tiny.LABELS.classes)
+    save_classifier(str(checkpoint), model, {"step": "7"}, tiny_world.LABELS.classes)
     (folder / "run" / "config.json").write_text('{"recipe": "x", "seed": 0}\n')
     packed, rng = PackedDataset(str(tiny_data / "imagenet-train")), np.random.default_rng(5)
     masks = {}
@@ -173,7 +174,10 @@ def test_several_checkpoints_are_measured_in_one_pass(tiny_case, tiny_data, tmp_
     paths = [tmp_path / f"{seed}.safetensors" for seed in (0, 1)]
     for seed, path in enumerate(paths):
         save_classifier(
-            str(path), build_model(seed, len(tiny.LABELS.ids)), {"step": "0"}, tiny.LABELS.classes
+            str(path),
+            build_model(seed, len(tiny_world.LABELS.ids)),
+            {"step": "0"},
+            tiny_world.LABELS.classes,
         )
     first, second = map(str, paths)
     call(monkeypatch, first, *arguments(tiny_case, tiny_data, paths[1]))
@@ -322,7 +326,7 @@ def test_checkpoints_that_do_not_fit(tiny_case, tiny_data, tmp_path, refused):
         ARCHITECTURE, vision_cfg={**ARCHITECTURE.vision_cfg, "image_size": 32}
     )
     model = Classifier(large.build_visual(), torch.nn.Linear(12, 4), large)
-    save_classifier(str(path), model, {"step": "0"}, tiny.LABELS.classes)
+    save_classifier(str(path), model, {"step": "0"}, tiny_world.LABELS.classes)
     both = refused(localisation, str(tiny_case["folder"] / "run"), *options)
     assert "the checkpoints want images of [16, 32] px; evaluate them apart" in both
     assert "was packed at 16 px, the model wants 32 px" in refused(localisation, *options)

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from tests.servers.loopback import ADDRESS
-from tests.servers.ranges import RangeHandler, serving
+from benchmarks.servers.loopback import ADDRESS
+from benchmarks.servers.ranges import RangeHandler, serving
 
 MOST = 6 * 2**30  # bytes of an answer without an end: more than any row may take
 

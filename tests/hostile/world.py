@@ -15,10 +15,10 @@ import filelock
 import numpy as np
 from PIL import Image
 
+from benchmarks import tiny_world
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest
 from rft.storage import files
-from tests import tiny
 from tests.hostile.sandbox import ROOT, Outcome, Request, Sandbox, environment
 from tests.packing.test_foreign import write_tar
 
@@ -168,7 +168,7 @@ def pack(root: Path, sandbox: Sandbox) -> None:
     work = root / "work"
     write_photos(work / "photos")
     (work / "classes.json").write_text(json.dumps(CLASSES))
-    tiny.write_clip(work / "clip")
+    tiny_world.write_clip(work / "clip")
     write_foreign(work / "foreign")
     (work / "launch").mkdir()
     for path in (ROOT / "launch").glob("*.s*"):
@@ -211,7 +211,7 @@ def write_photos(folder: Path) -> None:
 
 
 def picture(rng: np.random.Generator, colour: str) -> np.ndarray:
-    pixels = np.array(tiny.COLOURS[colour]) + rng.normal(0, 40, (20, 24, 3))
+    pixels = np.array(tiny_world.COLOURS[colour]) + rng.normal(0, 40, (20, 24, 3))
     return pixels.clip(0, 255).astype(np.uint8)
 
 

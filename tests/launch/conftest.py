@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers.loopback import PROGRAMS, running
-from tests.waiting import until
+from benchmarks.servers.loopback import PROGRAMS, running
+from benchmarks.waiting import until
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "cluster.sh"

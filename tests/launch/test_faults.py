@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.waiting import until
 from rft.storage import files
 from tests import tiny
 from tests.launch.conftest import SCRIPT, Cluster, Project, running_cluster
 from tests.tiny import weights
-from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.waiting import until
 from rft.storage import files
 from tests.launch.conftest import ROOT, SETTINGS, Cluster, Project, environment
-from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 

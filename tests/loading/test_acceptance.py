@@ -24,6 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.waiting import until
 from rft.loading.batches import EvaluationBatches
 from rft.loading.dataset import PackedDataset
 from rft.loading.order import EpochOrder
@@ -35,7 +36,6 @@ from rft.train import command as train_command
 from tests import tiny
 from tests.ranks import loading
 from tests.ranks.loading import CPU, batches_of, plan_of
-from tests.waiting import until
 
 LABELS = LabelSpace(ids=("n01", "n02", "n03"), names=("one", "two", "three"), templates=("{c}",))
 SLOW = pytest.mark.slow  # where loader processes start

@@ -26,6 +26,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import tiny_world
+from benchmarks.servers.faults import Fault, Proxy, every_third, faulty, first
+from benchmarks.servers.ranges import range_server
+from benchmarks.servers.tmpfs import small_disk
+from benchmarks.waiting import SECONDS, until
 from rft.loading.batches import EvaluationBatches, TrainingBatches
 from rft.loading.dataset import Batch, PackedDataset
 from rft.loading.order import Plan
@@ -39,12 +44,8 @@ from rft.shards.manifest import Manifest, Shard
 from rft.shards.ranges import Shards
 from rft.storage.remote import Patience
 from tests import tiny
-from tests.servers.faults import Fault, Proxy, every_third, faulty, first
 from tests.servers.nginx import web_server
-from tests.servers.ranges import range_server
 from tests.servers.s3 import ObjectStore, use_environment
-from tests.servers.tmpfs import small_disk
-from tests.waiting import SECONDS, until
 
 pytestmark = pytest.mark.slow
 
@@ -652,7 +653,7 @@ def started(program: str, *arguments: str | Path | int) -> Iterator[subprocess.P
     """Run a program in a process of its own; it is over when the body is."""
     command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
     with subprocess.Popen(
-        command, env=tiny.environment(), stdout=subprocess.PIPE, text=True
+        command, env=tiny_world.environment(), stdout=subprocess.PIPE, text=True
     ) as process:
         try:
             yield process

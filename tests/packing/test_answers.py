@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.servers.loopback import ADDRESS
+from benchmarks.servers.ranges import odd_server
 from rft.loading.dataset import PackedDataset
 from rft.packing.foreign.index import index_shards
 from rft.packing.verify import verify
@@ -16,8 +18,6 @@ from rft.shards.manifest import Manifest
 from rft.storage import files, remote
 from rft.storage.remote import Patience
 from tests.packing.test_foreign import LABELS, Options, picture, plain, run_tool, write_tar
-from tests.servers.loopback import ADDRESS
-from tests.servers.ranges import odd_server
 from tests.servers.s3 import ObjectStore, use_environment
 
 LATER = "run the same command again later"

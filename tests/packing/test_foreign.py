@@ -27,6 +27,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
+from benchmarks.servers.faults import Fault, faulty
+from benchmarks.servers.ranges import range_server
 from rft import cli
 from rft.loading.dataset import PackedDataset
 from rft.packing.expected import published_classes
@@ -44,8 +46,6 @@ from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest
 from rft.storage import files
 from tests.pictures import empty_png
-from tests.servers.faults import Fault, faulty
-from tests.servers.ranges import range_server
 
 MAPPINGS = Path(__file__).parent / "objectnet-mappings"
 LABELS = LabelSpace(

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data.readers.reader_wds import _load_info, _parse_split_info
 
+from benchmarks.waiting import until
 from rft.loading.dataset import PackedDataset
 from rft.packing import pack as packing
 from rft.packing import pool as workers
@@ -41,7 +42,6 @@ from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest
 from rft.shards.ranges import cut
-from tests.waiting import until
 
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.", "the {c}."))
 PIXELS = Options(encoding="pixels", size=16, shard_mb=0.004, workers=1)  # four samples a shard

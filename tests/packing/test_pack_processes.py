@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import tiny_world
 from rft.packing import encode, shard
 from rft.packing.layouts import read_source
 from rft.packing.pack import Options, claim, make_jobs, make_plan, pack
 from rft.packing.shard import ShardJob, write_shard
 from rft.shards.label_space import LabelSpace
-from tests import tiny
 from tests.packing import halting
 
 pytestmark = pytest.mark.slow
@@ -86,7 +86,7 @@ def command(source: Path, out: Path, *options: str) -> list[str]:
 def start(words: list[str], **settings: object) -> subprocess.Popen[str]:
     """Start a command in a session, and so a process group, of its own."""
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    streams |= {"env": tiny.environment(), "start_new_session": True}
+    streams |= {"env": tiny_world.environment(), "start_new_session": True}
     return subprocess.Popen(words, **{**streams, **settings})
 
 
@@ -157,7 +157,7 @@ def halted(source: Path, folder: Path, step: str) -> Iterator[tuple[subprocess.P
     (folder / "sitecustomize.py").write_text(
         f"from tests.packing import halting\nhalting.halt(*{words!r})\n"
     )
-    environment = tiny.environment()
+    environment = tiny_world.environment()
     environment["PYTHONPATH"] = f"{folder}:{environment['PYTHONPATH']}"
     process = start(
         command(source, folder / "out", "--workers", "2"), stdout=subprocess.PIPE, env=environment

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.waiting import until
 from rft.packing.pool import check_workers, for_each
 from rft.storage import files
-from tests.waiting import until
 
 
 def double(number: int) -> int:

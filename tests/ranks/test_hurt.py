@@ -13,11 +13,11 @@ from pathlib import Path
 import filelock
 import pytest
 
+from benchmarks import tiny_world
 from benchmarks.faults import EVERY, FAULTS, Bench, Run, merged, summary, table
+from benchmarks.waiting import until
 from rft.rng import numpy_generator
-from tests import tiny
 from tests.tiny import torchrun
-from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -136,9 +136,9 @@ def test_a_killed_rank_leaves_no_loader_process(bench):
     try:
         run.wait_for(lambda: run.step() >= 1)
         rank = run.rank_processes()[0]
-        left = [Path(f"/proc/{pid}") for pid in tiny.children(rank)]
+        left = [Path(f"/proc/{pid}") for pid in tiny_world.children(rank)]
         assert run.loaders()
-        tiny.kill(rank)
+        tiny_world.kill(rank)
         run.wait()
         until(lambda: not any(path.exists() for path in left), "the loader processes' end")
     finally:

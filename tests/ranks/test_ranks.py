@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import tiny_world
 from rft.clip.classifier import save_classifier
 from rft.evaluate import command as evaluate_command
-from tests import tiny
 from tests.conftest import build_model
 from tests.tiny import torchrun
 
@@ -106,7 +106,10 @@ def test_counts_do_not_depend_on_ranks(tmp_path, tiny_data, monkeypatch, ranks):
     alone, together = tmp_path / "alone.safetensors", tmp_path / "together.safetensors"
     for path in (alone, together):
         save_classifier(
-            str(path), build_model(classes=len(tiny.LABELS.ids)), {"step": "0"}, tiny.LABELS.classes
+            str(path),
+            build_model(classes=len(tiny_world.LABELS.ids)),
+            {"step": "0"},
+            tiny_world.LABELS.classes,
         )
     monkeypatch.setattr(sys, "argv", ["rft.evaluate", *options(alone, tiny_data)])
     evaluate_command.main()

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.servers.loopback import ADDRESS, free_port, program, running, wait_for_port
+from benchmarks.servers.loopback import ADDRESS, free_port, program, running, wait_for_port
 
 # one process on purpose: there is then no worker that could outlive a killed master
 CONFIGURATION = """

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers.loopback import ADDRESS, free_port, program, running, wait_for_port
-from tests.waiting import SECONDS, until
+from benchmarks.servers.loopback import ADDRESS, free_port, program, running, wait_for_port
+from benchmarks.waiting import SECONDS, until
 
 KEY, SECRET = "testkey", "testsecret12"
 # program -> Debian package

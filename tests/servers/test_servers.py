@@ -12,13 +12,13 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests import tiny
-from tests.servers.faults import Fault, Proxy, every_third, faulty, first
+from benchmarks import tiny_world
+from benchmarks.servers.faults import Fault, Proxy, every_third, faulty, first
+from benchmarks.servers.ranges import range_server
+from benchmarks.servers.tmpfs import small_disk
+from benchmarks.waiting import SECONDS, until
 from tests.servers.nginx import web_server
-from tests.servers.ranges import range_server
 from tests.servers.s3 import ObjectStore, use_environment
-from tests.servers.tmpfs import small_disk
-from tests.waiting import SECONDS, until
 
 DATA = bytes(range(256)) * 1024
 
@@ -175,7 +175,7 @@ def test_no_server_outlives_killed_tests(folder: Path, tmp_path: Path) -> None:
         pass
     command = [sys.executable, "-c", textwrap.dedent(ABANDONED), str(folder), str(tmp_path)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=tiny.environment()
+        command, stdout=subprocess.PIPE, text=True, env=tiny_world.environment()
     ) as process:
         url = process.stdout.readline().strip()
         assert get(f"{url}/a.tar") == DATA

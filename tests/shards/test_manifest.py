@@ -17,6 +17,7 @@ from PIL import Image
 
 import rft.data.show
 import rft.evaluate.command
+from benchmarks.servers.ranges import range_server
 from rft import recipes
 from rft.evaluate.count import is_correct
 from rft.loading.dataset import PackedDataset
@@ -30,7 +31,6 @@ from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest, Shard, group_faults
 from rft.storage import files
 from tests.packing.test_foreign import write_tar
-from tests.servers.ranges import range_server
 
 LABELS = LabelSpace(ids=("n1", "n2", "n3"), names=("one", "two", "three"), templates=("a {c}.",))
 

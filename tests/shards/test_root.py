@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_world import LABELS
 from rft.config import load_config
 from rft.convert import command as convert
 from rft.evaluate import command as evaluate_command
@@ -21,7 +22,7 @@ from rft.shards.root import LOOKED_AT, SHOWN, packed_sets, set_names
 from rft.storage import files
 from rft.storage.urls import set_name
 from rft.train import command as train_command
-from tests.tiny import LABELS, call
+from tests.tiny import call
 
 
 @pytest.fixture

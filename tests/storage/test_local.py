@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tiny_world
 from rft import recipes
 from rft.dist import World
 from rft.packing.pack import Options, pack
@@ -21,7 +22,6 @@ from rft.shards.ranges import Shards
 from rft.storage import files, local
 from rft.train.run import RunFolder
 from rft.train.stop import StopRequest
-from tests import tiny
 
 
 def fifo(path: Path) -> None:
@@ -354,13 +354,15 @@ def test_a_run_folder_may_be_a_link_itself(tmp_path):
 
 
 def test_packing_writes_through_no_link(tmp_path):
-    tiny.write_images(tmp_path / "images", "imagenet-r", 1)
+    tiny_world.write_images(tmp_path / "images", "imagenet-r", 1)
     out, theirs = tmp_path / "out", tmp_path / "theirs"
     (out / "imagenet-r").mkdir(parents=True)
     theirs.mkdir()
     (theirs / f".000000.json.{32 * 'a'}.tmp").write_bytes(b"mine")
     (out / "imagenet-r" / "commit").symlink_to(theirs)
     with pytest.raises(ValueError, match=r"commit is a link, and nothing is written"):
-        pack("imagenet-r", str(tmp_path / "images"), str(out), tiny.LABELS, Options(workers=1))
+        pack(
+            "imagenet-r", str(tmp_path / "images"), str(out), tiny_world.LABELS, Options(workers=1)
+        )
     assert len([*theirs.iterdir()]) == 1
     assert [path.name for path in (out / "imagenet-r").iterdir()] == ["commit"]

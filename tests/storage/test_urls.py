@@ -14,6 +14,8 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from benchmarks.servers.ranges import OddHandler, Oddity, range_server, serving
+from benchmarks.tiny_world import LABELS
 from rft import cli, config, experiments, recipes
 from rft.convert import command as convert
 from rft.demo import command as demo_command
@@ -30,8 +32,6 @@ from rft.shards.manifest import Manifest
 from rft.storage import files, urls
 from rft.train import command as train_command
 from tests.report.make_runs import make_run
-from tests.servers.ranges import OddHandler, Oddity, range_server, serving
-from tests.tiny import LABELS
 from tools import index_shards as index_command
 from tools import shard_folder, shard_imagenet, shard_ood
 from tools import verify_shards as verify_command

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import tiny_world
 from rft.clip.classifier import Classifier, load_state
 from rft.clip.load import load_clip
 from rft.config import Config, ModelConfig
@@ -54,7 +55,7 @@ def batches(packed: PackedDataset, config: Config):
         order = EpochOrder(plan, epoch)
         for step in range(plan.steps_per_epoch):
             chosen = samples[order.batch(step)]
-            images = np.stack([packed.image(int(sample), tiny.SIZE) for sample in chosen])
+            images = np.stack([packed.image(int(sample), tiny_world.SIZE) for sample in chosen])
             labels = packed.index.label[chosen].astype(np.int64)
             yield torch.from_numpy(images), torch.from_numpy(labels)
 

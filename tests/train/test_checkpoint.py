@@ -15,6 +15,8 @@ import fsspec
 import pytest
 import torch
 
+from benchmarks.servers.tmpfs import small_disk
+from benchmarks.waiting import SECONDS
 from rft import dist
 from rft.clip.classifier import load_state, save_state
 from rft.runs.filenames import SELECTED
@@ -25,9 +27,7 @@ from rft.train import checkpoint, loop
 from rft.train.checkpoint import Progress, Store, Writer, content
 from tests import tiny
 from tests.conftest import build_model
-from tests.servers.tmpfs import small_disk
 from tests.tiny import weights
-from tests.waiting import SECONDS
 
 ALONE = dist.World(rank=0, size=1, local_rank=0)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.tiny_world import environment
 from rft import __version__, recipes
 from rft.evaluate import command as evaluate_command
 from rft.loading import show as show_command
@@ -18,7 +19,7 @@ from rft.loading.dataset import PackedDataset
 from rft.merge import command as merge_command
 from rft.train import command as train_command
 from tests import tiny
-from tests.tiny import call, environment, torchrun_command
+from tests.tiny import call, torchrun_command
 
 
 @pytest.fixture

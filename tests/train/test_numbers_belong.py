@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import tiny_world
+from benchmarks.tiny_world import LABELS, SIZE
 from rft.clip.classifier import load_state, save_state
 from rft.convert import command as convert
 from rft.evaluate import command as evaluate_command
@@ -27,7 +29,7 @@ from rft.shards.label_space import LabelSpace
 from rft.storage import files
 from rft.train import command as train_command
 from tests import tiny
-from tests.tiny import LABELS, SIZE, call
+from tests.tiny import call
 
 REVERSED = LabelSpace(ids=LABELS.ids[::-1], names=LABELS.names[::-1], templates=LABELS.templates)
 FIRST = "class 0 is 'n00000000' ('red') in the first, 'n00000003' ('grey') in the second"
@@ -39,7 +41,7 @@ SAME = "(the same classes in a different order)"
 def reversed_data(tiny_data, tmp_path_factory) -> Path:
     """The tiny world's images, packed with its classes in reverse order."""
     root = tmp_path_factory.mktemp("reversed")
-    for dataset in tiny.COUNTS:
+    for dataset in tiny_world.COUNTS:
         options = Options(encoding="pixels", size=SIZE, shard_mb=0.02, workers=1)
         pack(dataset, str(tiny_data.parent / "images"), str(root), REVERSED, options)
     return root

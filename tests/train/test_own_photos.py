@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tiny_world
 from rft.config import Config
 from rft.loading.dataset import PackedDataset
 from rft.storage import files
@@ -19,25 +20,25 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 @pytest.mark.slow
 def test_own_photos_are_packed_trained_on_and_evaluated(tmp_path, tiny_clip):
-    tiny.write_images(tmp_path, "photos", 20)
+    tiny_world.write_images(tmp_path, "photos", 20)
     photos = tmp_path / "photos"
-    for wnid, colour in zip(tiny.LABELS.ids, tiny.COLOURS, strict=True):
+    for wnid, colour in zip(tiny_world.LABELS.ids, tiny_world.COLOURS, strict=True):
         (photos / wnid).rename(photos / f"my {colour}s")
     classes = {
-        "ids": [f"my {colour}s" for colour in tiny.COLOURS],
-        "names": list(tiny.COLOURS),
+        "ids": [f"my {colour}s" for colour in tiny_world.COLOURS],
+        "names": list(tiny_world.COLOURS),
         "templates": ["a {c} square"],
     }
     (tmp_path / "classes.json").write_text(json.dumps(classes))
     command = [sys.executable, TOOLS / "shard_folder.py", "--source", photos]
     command += ["--out", tmp_path / "shards", "--classes", tmp_path / "classes.json"]
     packing = subprocess.run(
-        [*map(str, command)], env=tiny.environment(), capture_output=True, text=True
+        [*map(str, command)], env=tiny_world.environment(), capture_output=True, text=True
     )
     assert packing.returncode == 0, packing.stderr
     train, test = (PackedDataset(str(tmp_path / "shards" / name)) for name in ("train", "test"))
-    assert len(train) == 16 * len(tiny.COLOURS)
-    assert len(test) == 4 * len(tiny.COLOURS)
+    assert len(train) == 16 * len(tiny_world.COLOURS)
+    assert len(test) == 4 * len(tiny_world.COLOURS)
     shutil.rmtree(photos)
 
     # what the tool says to do next, with a model that needs no download

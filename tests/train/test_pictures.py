@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import tiny_world
 from rft import recipes, rng
 from rft.clip import vit
 from rft.loading.dataset import PackedDataset
@@ -11,7 +12,6 @@ from rft.method import refill
 from rft.runs import gallery as gallery_file
 from rft.train import pictures
 from rft.train.pictures import Counterfactuals, grid, join_patches, one_of_each_class, write_gallery
-from tests import tiny
 from tests.conftest import build_model
 from tests.reference import textbook
 
@@ -62,7 +62,7 @@ def test_no_more_columns_than_can_be_seen(images_BCHW):
 def gallery(tiny_data, tmp_path_factory) -> dict[str, np.ndarray]:
     packed = PackedDataset(f"{tiny_data}/imagenet-train")
     path = tmp_path_factory.mktemp("gallery") / "gallery.npz"
-    model = build_model(classes=len(tiny.LABELS.ids))
+    model = build_model(classes=len(tiny_world.LABELS.ids))
     write_gallery(str(path), model, packed, SAMPLES, recipes.masked_methods())
     with np.load(path) as columns:
         return {**columns, "packed": packed}
@@ -70,7 +70,7 @@ def gallery(tiny_data, tmp_path_factory) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def relevance_BP(gallery) -> torch.Tensor:
-    model = build_model(classes=len(tiny.LABELS.ids))
+    model = build_model(classes=len(tiny_world.LABELS.ids))
     images = textbook.normalise_images(model, torch.from_numpy(gallery["images_BCHW"]))
     maps = [
         textbook.relevance(model, image, int(label))
@@ -82,9 +82,9 @@ def relevance_BP(gallery) -> torch.Tensor:
 def test_it_shows_the_images_with_their_labels_and_maps(gallery, relevance_BP):
     packed = gallery["packed"]
     for place, sample in enumerate(SAMPLES):
-        assert (gallery["images_BCHW"][place] == packed.image(int(sample), tiny.SIZE)).all()
+        assert (gallery["images_BCHW"][place] == packed.image(int(sample), tiny_world.SIZE)).all()
         assert gallery["labels_B"][place] == packed.index.label[sample]
-    assert gallery["class_names"].tolist() == list(tiny.COLOURS)
+    assert gallery["class_names"].tolist() == list(tiny_world.COLOURS)
     assert gallery["patch"] == 4
     np.testing.assert_allclose(gallery["relevance_BP"], relevance_BP, rtol=1e-4, atol=1e-5)
 
@@ -111,11 +111,12 @@ def test_each_donor_map_is_its_recipes(gallery, relevance_BP):
 
 def test_none_is_written_that_no_report_would_draw(tiny_data, tmp_path, monkeypatch, capsys):
     packed = PackedDataset(f"{tiny_data}/imagenet-train")
-    model = build_model(classes=len(tiny.LABELS.ids))
-    monkeypatch.setattr(gallery_file, "SIDE", tiny.SIZE - 1)
+    model = build_model(classes=len(tiny_world.LABELS.ids))
+    monkeypatch.setattr(gallery_file, "SIDE", tiny_world.SIZE - 1)
     write_gallery(str(tmp_path / "gallery.npz"), model, packed, SAMPLES, {})
-    assert f"no picture of masks and fills: images_BCHW is 4 images of {tiny.SIZE} pixels" in (
-        capsys.readouterr().err
+    assert (
+        f"no picture of masks and fills: images_BCHW is 4 images of {tiny_world.SIZE} pixels"
+        in (capsys.readouterr().err)
     )
     assert not list(tmp_path.iterdir())
 

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tiny_world
+from benchmarks.waiting import until
 from rft.evaluate.count import Count
 from rft.storage import files
 from rft.train.logs import Journal, Wandb, require_packages
 from rft.train.stop import STOPPED
 from tests import tiny
 from tests.train.test_journal import COUNTERFACTUALS, SHAPE, VALUES, configuration
-from tests.waiting import until
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]'")
 Record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
@@ -137,7 +138,7 @@ def test_wandb_without_a_login_is_one_line(tmp_path, stranger):
 
 def services() -> list[int]:
     """The process ids of wandb's own processes below this one."""
-    return [pid for pid in tiny.children(os.getpid()) if b"wandb-core" in command_line(pid)]
+    return [pid for pid in tiny_world.children(os.getpid()) if b"wandb-core" in command_line(pid)]
 
 
 def command_line(pid: int) -> bytes:
@@ -173,14 +174,14 @@ def test_a_run_that_is_signalled_with_its_wandb_keeps_its_last_step(tmp_path, ti
         *("--optim.epochs", "20", "--log.every-steps", "1", "--log.checkpoint-steps", "1000"),
         *("--log.wandb", "project"),
     )
-    variables = tiny.environment(WANDB_MODE="offline", HOME=str(tmp_path))
+    variables = tiny_world.environment(WANDB_MODE="offline", HOME=str(tmp_path))
     log = tmp_path / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
         progress = run / "progress.json"
         until(lambda: progress.exists() or process.poll() is not None, "the first checkpoint")
         assert process.poll() is None, log.read_text()
-        for pid in [*tiny.children(process.pid), process.pid]:
+        for pid in [*tiny_world.children(process.pid), process.pid]:
             os.kill(pid, signal.SIGTERM)
         code = process.wait()
     assert code == STOPPED, log.read_text()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tests.servers.loopback import ADDRESS
+from benchmarks.servers.loopback import ADDRESS
 
 Kind = Literal["fin", "rst", "stall", "503", "latency", "throttle"]
 CHUNK = 16 * 1024
@@ -166,18 +166,17 @@ def answer(
         client.sendall(head)
         head, body = read_head(server, body)
     client.sendall(head)
-    breaks = fault is not None and fault.kind in ("fin", "rst", "stall")
-    throttled = fault is not None and fault.kind == "throttle"
-    if throttled:
+    if fault is not None and fault.kind == "throttle":
         proxy.count(fault)
     sent = 0
     while body or (body := server.recv(CHUNK)):
-        if breaks and sent + len(body) > fault.after:
+        breaks = fault is not None and fault.kind in ("fin", "rst", "stall")
+        if fault is not None and breaks and sent + len(body) > fault.after:
             client.sendall(body[: fault.after - sent])
             proxy.count(fault)
             break_off(proxy, fault.kind, client, upload)
             return
-        if throttled:
+        if fault is not None and fault.kind == "throttle":
             proxy.closing.wait(len(body) / fault.bytes_per_second)
         client.sendall(body)
         sent += len(body)

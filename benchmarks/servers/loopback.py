@@ -1,4 +1,4 @@
-"""What every server of the tests needs: a free port, its program, a start and a certain end."""
+"""What every server needs: a free port, its program, a start and a certain end."""
 
 import contextlib
 import os
@@ -8,24 +8,31 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from tests.waiting import until
+from benchmarks.waiting import until
 
 ADDRESS = "127.0.0.1"
 # servers are often installed where only root's PATH leads
 PROGRAMS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
+class NotHereError(RuntimeError):
+    """A program or a right that this machine lacks; a test is skipped for it, with the reason."""
+
+
 def program(name: str, package: str) -> str:
-    """Return the path of a program; skip the test, with the reason, where it is not installed."""
+    """Return the path of a program.
+
+    Raises:
+        NotHereError: if it is not installed.
+    """
     path = shutil.which(name, path=PROGRAMS)
     if path is None:
-        pytest.skip(f"{name} is not installed (Debian package {package})")
+        raise NotHereError(f"{name} is not installed (Debian package {package})")
     return path
 
 
 def free_port() -> int:
+    """Return a port of loopback that nothing listens on."""
     with socket.create_server((ADDRESS, 0)) as listener:
         return listener.getsockname()[1]
 
@@ -34,7 +41,7 @@ def free_port() -> int:
 def running(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
     """Run a server in the foreground while the body runs; what it says goes to `log`.
 
-    It cannot outlive the tests: the kernel kills it with its parent, however that ends.
+    It cannot outlive this process: the kernel kills it with its parent, however that ends.
     """
     tied = [program("setpriv", "util-linux"), "--pdeathsig", "KILL", *command]
     with log.open("ab") as stream:

@@ -1,4 +1,4 @@
-"""Waiting for what must happen, in the one way that all tests share."""
+"""Waiting for what must happen, in the one way that tests and benchmarks share."""
 
 import time
 from collections.abc import Callable

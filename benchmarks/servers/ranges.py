@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from tests.servers.loopback import ADDRESS
+from benchmarks.servers.loopback import ADDRESS
 
 
 @contextlib.contextmanager
@@ -70,9 +70,9 @@ def serving(handler: partial) -> Iterator[int]:
 class Server(ThreadingHTTPServer):
     """Says nothing of clients that leave early: that is what the tests are about."""
 
-    def handle_error(self, *_: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(*_)
+            super().handle_error(request, client_address)
 
 
 class RangeHandler(SimpleHTTPRequestHandler):
@@ -80,7 +80,7 @@ class RangeHandler(SimpleHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, user: str, *arguments: object, **options: str) -> None:
+    def __init__(self, user: str, *arguments: Any, **options: str) -> None:
         self.authorization = f"Basic {b64encode(user.encode()).decode()}" if user else None
         super().__init__(*arguments, **options)
 
@@ -108,17 +108,17 @@ class RangeHandler(SimpleHTTPRequestHandler):
         self.remaining = last + 1 - first
         return stream
 
-    def copyfile(self, source: BinaryIO, outputfile: BinaryIO) -> None:
+    def copyfile(self, source: Any, outputfile: Any) -> None:
         outputfile.write(source.read(self.remaining))
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
 
 
 class OddHandler(RangeHandler):
     """Does as an oddity says."""
 
-    def __init__(self, oddity: Oddity, *arguments: object, **options: str) -> None:
+    def __init__(self, oddity: Oddity, *arguments: Any, **options: str) -> None:
         self.oddity = oddity
         super().__init__("", *arguments, **options)
 
