@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -255,13 +256,8 @@ def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
 
 def _first_section(box: str) -> str:
     """Return the text below the title of a box that tyro drew, up to the next rule, on one line."""
-    text: list[str] = []
     # on a terminal tyro colours what it writes, whatever it is written to
-    for line in STYLE.sub("", box).splitlines()[1:]:
-        content = line.strip("│| ")
-        is_rule = not content.strip("─-╰╯+")
-        if is_rule and text:
-            break
-        if not is_rule:
-            text.append(content)
+    lines = [line.strip("│| ") for line in STYLE.sub("", box).splitlines()[1:]]
+    sections = groupby(lines, key=lambda line: bool(line.strip("─-╰╯+")))
+    text = next((list(section) for is_text, section in sections if is_text), [])
     return f"{' '.join(text)} (--help tells more)"

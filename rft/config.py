@@ -10,7 +10,7 @@ import re
 import typing
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, assert_never
 
 import tyro
 from pydantic import Field
@@ -149,7 +149,13 @@ class MethodConfig:
     @property
     def needs_cam(self) -> bool:
         """Whether masks come from the class activation map."""
-        return self.masks and self.mask != "random"
+        match self.mask:
+            case "object" | "context":
+                return True
+            case "random" | "none":
+                return False
+            case _:
+                assert_never(self.mask)
 
     @property
     def fixed_count(self) -> bool:

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, assert_never
 
 import tyro
 from pydantic import Field
@@ -155,7 +155,7 @@ def ingredient(plan: Plan, rate: float, seed: int) -> Experiment:
 
 def ingredient_of(plan: Plan, rate: float) -> tuple[str, str]:
     """Return recipe and learning rate of a soup's ingredient."""
-    (recipe,) = recipes.uniform_soup().inputs
+    (recipe,) = recipes.MERGED["uniform-soup"].inputs
     config = recipes.build(recipe, scale=plan.scale, preset=plan.preset)
     return recipe, f"{config.optim.lr * rate:g}"
 
@@ -175,14 +175,19 @@ def training(plan: Plan, recipe: str, name: str, seed: int, *options: str) -> tu
 
 def merge(plan: Plan, name: str, seed: int) -> Experiment:
     """Return the merge of a WiSE family or a soup."""
-    if recipes.MERGED[name]().kind == "wise":
-        return wise(plan, name, seed)
-    return soup(plan, name, seed)
+    kind = recipes.MERGED[name].kind
+    match kind:
+        case "wise":
+            return wise(plan, name, seed)
+        case "uniform-soup" | "greedy-soup":
+            return soup(plan, name, seed)
+        case _:
+            assert_never(kind)
 
 
 def wise(plan: Plan, family: str, seed: int) -> Experiment:
     """Return the merge of all models of a WiSE family."""
-    start, end = recipes.MERGED[family]().inputs
+    start, end = recipes.MERGED[family].inputs
     name, after = with_seed(family, seed), (with_seed(start, 0), with_seed(end, seed))
     command = ["python", "-m", "rft.merge", "wise", *map(plan.at, after), "--alpha"]
     command += [f"{alpha:g}" for alpha in plan.alphas]

@@ -3,13 +3,14 @@
 What the paper prints for each is in rft/paper.py, under the same names.
 
 The setting of each mask x fill is the one that the released code's example script names; the paper
-prints the values it tried (SETTINGS) but not its choices. Everything a function does not mention is
+prints the values it tried (SETTINGS) but not its choices. Everything a recipe does not mention is
 the same for all (appendix A.1). Any recipe can be scaled to the embedded world (docs/decisions.md).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, get_args
 
 from rft.cli import unknown
 from rft.config import (
@@ -25,8 +26,6 @@ from rft.config import (
 
 DEFAULT = "object-mask-single-fill"
 
-PLAIN = MethodConfig(distill_weight=0)  # cross-entropy alone
-
 # what Figure 6 tries for each mask, and Table 1 chooses from by held-out accuracy
 SETTINGS = {
     "random": ("--method.rate", (0.25, 0.5, 0.75)),
@@ -35,130 +34,84 @@ SETTINGS = {
 }
 
 
-def zero_shot(config: Config) -> Config:
-    """Keep the pre-trained model, with a head of text embeddings."""
-    return _with(config, PLAIN, epochs=0)
+class Recipe(NamedTuple):
+    """What a system differs in from the defaults; `about` is its line of `--help`."""
+
+    about: str
+    method: MethodConfig
+    optim: Mapping[str, Any] = MappingProxyType({})
 
 
-def vanilla(config: Config) -> Config:
-    """Train all weights by cross-entropy alone."""
-    return _with(config, PLAIN)
+PLAIN = MethodConfig(distill_weight=0)  # cross-entropy alone
+OURS = MethodConfig(mask="object", fill="single", threshold=0.3)
 
-
-def linear_probe(config: Config) -> Config:
-    """Train the head alone, on the frozen image tower: LP-FT's first half.
-
-    Not a row of the paper. From the zero-shot head by AdamW, with a rate for the head; LP-FT's own
-    probe starts from a random head (--model.head random) by SGD. The rate was chosen by reasoning:
-    it can move every weight by about its own size in the epochs given. --preset official-parity
-    takes the released code's: 10 epochs at 3e-5.
-    """
-    return _with(config, PLAIN, trains="head", epochs=5, lr=1e-3, weight_decay=0.0)
-
-
-def lp_ft(config: Config) -> Config:
-    """Fine-tune from a linear probe (Kumar et al. 2022): --model.start RUN.
-
-    The paper's row is copied from LP-FT's own paper. Half of vanilla's epochs, so that both halves
-    together cost what vanilla does.
-    """
-    return _with(config, PLAIN, epochs=5)
-
-
-def no_mask(config: Config) -> Config:
-    """Distil features on the clean images themselves."""
-    return _with(config, MethodConfig())
-
-
-def random_mask_no_fill(config: Config) -> Config:
-    """Drop 75% of the patches at random."""
-    return _with(config, MethodConfig(mask="random", fill="none", rate=0.75))
-
-
-def context_mask_no_fill(config: Config) -> Config:
-    """Drop the context: at most 0.6 of the largest relevance."""
-    return _with(config, MethodConfig(mask="context", fill="none", threshold=0.6))
-
-
-def object_mask_no_fill(config: Config) -> Config:
-    """Drop the object: above 0.3 of the largest relevance."""
-    return _with(config, MethodConfig(mask="object", fill="none", threshold=0.3))
-
-
-def random_mask_single_fill(config: Config) -> Config:
-    """Refill 50% of the patches, at random, from one other image."""
-    return _with(config, MethodConfig(mask="random", fill="single", rate=0.5))
-
-
-def context_mask_single_fill(config: Config) -> Config:
-    """Refill the context, at most 0.5 of the largest relevance, from one other image."""
-    return _with(config, MethodConfig(mask="context", fill="single", threshold=0.5))
-
-
-def object_mask_single_fill(config: Config) -> Config:
-    """Refill the object, above 0.3 of the largest relevance, from one other image."""
-    return _with(config, MethodConfig(mask="object", fill="single", threshold=0.3))
-
-
-def random_mask_multi_fill(config: Config) -> Config:
-    """Refill 50% of the patches, at random, each from an image of its own."""
-    return _with(config, MethodConfig(mask="random", fill="multi", rate=0.5))
-
-
-def context_mask_multi_fill(config: Config) -> Config:
-    """Refill the context, at most 0.3, each patch from an image of its own."""
-    return _with(config, MethodConfig(mask="context", fill="multi", threshold=0.3))
-
-
-def object_mask_multi_fill(config: Config) -> Config:
-    """Refill the object, above 0.6, each patch from an image of its own."""
-    return _with(config, MethodConfig(mask="object", fill="multi", threshold=0.6))
-
-
-def wise_kd_vanilla(config: Config) -> Config:
-    """Learn from a WiSE-FT model (alpha 0.5) too (Fig. 7): --method.kd-teacher RUN.
-
-    gamma = 1 and T = 10 (appendix A.3).
-    """
-    return _with(config, MethodConfig(distill_weight=0, kd_weight=1, kd_temperature=10))
-
-
-def wise_kd_object_mask_single_fill(config: Config) -> Config:
-    """Add that second teacher to object-mask-single-fill (eq. 3, Fig. 7)."""
-    ours = object_mask_single_fill(config).method
-    return _with(config, replace(ours, kd_weight=1, kd_temperature=10))
-
-
-TRAINED: dict[str, Callable[[Config], Config]] = {
-    "zero-shot": zero_shot,
-    "vanilla": vanilla,
-    "linear-probe": linear_probe,
-    "lp-ft": lp_ft,
-    "no-mask": no_mask,
-    "random-mask-no-fill": random_mask_no_fill,
-    "context-mask-no-fill": context_mask_no_fill,
-    "object-mask-no-fill": object_mask_no_fill,
-    "random-mask-single-fill": random_mask_single_fill,
-    "context-mask-single-fill": context_mask_single_fill,
-    "object-mask-single-fill": object_mask_single_fill,
-    "random-mask-multi-fill": random_mask_multi_fill,
-    "context-mask-multi-fill": context_mask_multi_fill,
-    "object-mask-multi-fill": object_mask_multi_fill,
-    "wise-kd-vanilla": wise_kd_vanilla,
-    "wise-kd-object-mask-single-fill": wise_kd_object_mask_single_fill,
+TRAINED = {
+    "zero-shot": Recipe(
+        "Keep the pre-trained model, with a head of text embeddings.", PLAIN, {"epochs": 0}
+    ),
+    "vanilla": Recipe("Train all weights by cross-entropy alone.", PLAIN),
+    # Not a row of the paper. From the zero-shot head by AdamW, with a rate for the head; LP-FT's
+    # own probe starts from a random head (--model.head random) by SGD. The rate was chosen by
+    # reasoning: it can move every weight by about its own size in the epochs given. --preset
+    # official-parity takes the released code's: 10 epochs at 3e-5.
+    "linear-probe": Recipe(
+        "Train the head alone, on the frozen image tower: LP-FT's first half.",
+        PLAIN,
+        {"trains": "head", "epochs": 5, "lr": 1e-3, "weight_decay": 0.0},
+    ),
+    # The paper's row is copied from LP-FT's own paper. Half of vanilla's epochs, so that both
+    # halves together cost what vanilla does.
+    "lp-ft": Recipe(
+        "Fine-tune from a linear probe (Kumar et al. 2022): --model.start RUN.",
+        PLAIN,
+        {"epochs": 5},
+    ),
+    "no-mask": Recipe("Distil features on the clean images themselves.", MethodConfig()),
+    "random-mask-no-fill": Recipe(
+        "Drop 75% of the patches at random.",
+        MethodConfig(mask="random", fill="none", rate=0.75),
+    ),
+    "context-mask-no-fill": Recipe(
+        "Drop the context: at most 0.6 of the largest relevance.",
+        MethodConfig(mask="context", fill="none", threshold=0.6),
+    ),
+    "object-mask-no-fill": Recipe(
+        "Drop the object: above 0.3 of the largest relevance.",
+        MethodConfig(mask="object", fill="none", threshold=0.3),
+    ),
+    "random-mask-single-fill": Recipe(
+        "Refill 50% of the patches, at random, from one other image.",
+        MethodConfig(mask="random", fill="single", rate=0.5),
+    ),
+    "context-mask-single-fill": Recipe(
+        "Refill the context, at most 0.5 of the largest relevance, from one other image.",
+        MethodConfig(mask="context", fill="single", threshold=0.5),
+    ),
+    "object-mask-single-fill": Recipe(
+        "Refill the object, above 0.3 of the largest relevance, from one other image.", OURS
+    ),
+    "random-mask-multi-fill": Recipe(
+        "Refill 50% of the patches, at random, each from an image of its own.",
+        MethodConfig(mask="random", fill="multi", rate=0.5),
+    ),
+    "context-mask-multi-fill": Recipe(
+        "Refill the context, at most 0.3, each patch from an image of its own.",
+        MethodConfig(mask="context", fill="multi", threshold=0.3),
+    ),
+    "object-mask-multi-fill": Recipe(
+        "Refill the object, above 0.6, each patch from an image of its own.",
+        MethodConfig(mask="object", fill="multi", threshold=0.6),
+    ),
+    # gamma = 1 and T = 10 (appendix A.3)
+    "wise-kd-vanilla": Recipe(
+        "Learn from a WiSE-FT model (alpha 0.5) too (Fig. 7): --method.kd-teacher RUN.",
+        replace(PLAIN, kd_weight=1, kd_temperature=10),
+    ),
+    "wise-kd-object-mask-single-fill": Recipe(
+        "Add that second teacher to object-mask-single-fill (eq. 3, Fig. 7).",
+        replace(OURS, kd_weight=1, kd_temperature=10),
+    ),
 }
-
-
-@dataclass(frozen=True)
-class Merge:
-    """A model that `rft.merge` makes of trained ones."""
-
-    kind: Literal["wise", "uniform-soup", "greedy-soup"]
-    inputs: tuple[str, ...]
-    """Recipes of the models merged; a soup's are several runs of them."""
-    alphas: tuple[float, ...] = ()
-    """WiSE: shares of the fine-tuned model."""
-
 
 # the sweep of WiSE-FT's own paper and of Figure 7; its ends are the two models themselves
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -166,31 +119,36 @@ ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SOUP_RATES = (1 / 3, 1.0, 3.0)
 
 
-def wise_ft() -> Merge:
-    """Mix (1 - alpha) zero-shot + alpha vanilla (Wortsman et al. 2022); Table 3 has alpha 0.5."""
-    return Merge("wise", ("zero-shot", "vanilla"), ALPHAS)
+class Merge(NamedTuple):
+    """A model that `rft.merge` makes of trained ones."""
+
+    about: str
+    kind: Literal["wise", "uniform-soup", "greedy-soup"]
+    inputs: tuple[str, ...]
+    """Recipes of the models merged; a soup's are several runs of them."""
 
 
-def wise_ours() -> Merge:
-    """Mix zero-shot and object-mask-single-fill: WiSE-Ours (Fig. 7)."""
-    return Merge("wise", ("zero-shot", DEFAULT), ALPHAS)
-
-
-def uniform_soup() -> Merge:
-    """Average models fine-tuned with different settings (Wortsman et al. 2022)."""
-    return Merge("uniform-soup", ("vanilla",))
-
-
-def greedy_soup() -> Merge:
-    """Add only those models that raise held-out accuracy (not a row of the paper)."""
-    return Merge("greedy-soup", ("vanilla",))
-
-
-MERGED: dict[str, Callable[[], Merge]] = {
-    "wise-ft": wise_ft,
-    f"wise-{DEFAULT}": wise_ours,
-    "uniform-soup": uniform_soup,
-    "greedy-soup": greedy_soup,
+MERGED = {
+    "wise-ft": Merge(
+        "Mix (1 - alpha) zero-shot + alpha vanilla (Wortsman et al. 2022); Table 3 has alpha 0.5.",
+        "wise",
+        ("zero-shot", "vanilla"),
+    ),
+    f"wise-{DEFAULT}": Merge(
+        "Mix zero-shot and object-mask-single-fill: WiSE-Ours (Fig. 7).",
+        "wise",
+        ("zero-shot", DEFAULT),
+    ),
+    "uniform-soup": Merge(
+        "Average models fine-tuned with different settings (Wortsman et al. 2022).",
+        "uniform-soup",
+        ("vanilla",),
+    ),
+    "greedy-soup": Merge(
+        "Add only those models that raise held-out accuracy (not a row of the paper).",
+        "greedy-soup",
+        ("vanilla",),
+    ),
 }
 
 
@@ -213,7 +171,9 @@ def build(
         raise unknown("scale", scale, get_args(Scale))
     if preset not in get_args(Preset):
         raise unknown("preset", preset, get_args(Preset))
-    config = TRAINED[name](Config(recipe=name, data=data, run=run))
+    recipe = TRAINED[name]
+    optim = OptimConfig(**recipe.optim)
+    config = Config(recipe=name, data=data, run=run, method=recipe.method, optim=optim)
     # before the scale, which multiplies the rate
     if preset == "official-parity":
         config = _official_parity(config)
@@ -245,10 +205,6 @@ def require_inputs(config: Config) -> None:
             f"{config.recipe} learns from a second teacher; give it with --method.kd-teacher RUN "
             "(a WiSE-FT model: python -m rft.merge wise)"
         )
-
-
-def _with(config: Config, method: MethodConfig, **optim: Any) -> Config:
-    return replace(config, method=method, optim=replace(config.optim, **optim))
 
 
 def _small(config: Config) -> Config:
@@ -310,14 +266,10 @@ def masked_methods() -> dict[str, MethodConfig]:
 
 def describe() -> str:
     """Return all systems, one line each, and what Figure 6 tries, for `--help`."""
-    lines = [f"  {name:32s} {_first_line(recipe)}" for name, recipe in TRAINED.items()]
+    lines = [f"  {name:32s} {recipe.about}" for name, recipe in TRAINED.items()]
     lines += ["", "Merged from trained models by python -m rft.merge:"]
-    lines += [f"  {name:32s} {_first_line(recipe)}" for name, recipe in MERGED.items()]
+    lines += [f"  {name:32s} {merge.about}" for name, merge in MERGED.items()]
     lines += ["", "Settings that the paper tries (Figure 6):"]
     for mask, (option, values) in SETTINGS.items():
         lines.append(f"  {mask + ' mask':14s} {option} {' '.join(map(str, values))}")
     return "\n".join(lines)
-
-
-def _first_line(recipe: Callable[..., Any]) -> str:
-    return (recipe.__doc__ or "").partition("\n")[0]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks import tiny_world
 from rft.loading import dataset as loader
-from rft.loading.dataset import PackedDataset, portions
+from rft.loading.dataset import PackedDataset
 from rft.packing import archives
 from rft.packing.foreign.index import index_shards
 from rft.packing.foreign.rule import Options as Reading
@@ -26,6 +26,7 @@ from rft.report import read as runs
 from rft.runs.gallery import read as read_gallery
 from rft.shards.index import INDEX_BYTES, KEY_BYTES, Index
 from rft.shards.manifest import Manifest, Shard
+from rft.shards.ranges import cut
 from rft.storage import files
 from tests.report.make_runs import make_gallery
 
@@ -121,7 +122,7 @@ def test_huge_files_of_a_batch_are_read_some_at_a_time(packed, monkeypatch):
     assert read[0] == 8
     assert sum(read[1:]) == 8
     assert len(read) > 2
-    assert [*portions([5, 5, 20, 1, 1], 10)] == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert cut([5, 5, 20, 1, 1], 10) == [(0, 2), (2, 3), (3, 5)]
 
 
 # --- shards and indexes -------------------------------------------------------------------------

@@ -6,7 +6,6 @@ parsed, so a short or damaged shard is an error with a name, not a shorter epoch
 
 import os
 import time
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from rft.shards.image_files import require_affordable
 from rft.shards.images import clip_pixels, load_image, npy_header, payload_treatment
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest, note_other_stores
-from rft.shards.ranges import RangeError, Shards
+from rft.shards.ranges import RangeError, Shards, cut
 from rft.storage.remote import Patience
 
 PAYLOAD_BYTES = 2**28  # of image files that are in memory together
@@ -181,8 +180,8 @@ class PackedDataset:
                     images_BCHW[place] = pixels.reshape(3, size, size)
             return 0.0
         # at once, unless the files are huge: then some at a time
-        parts = portions(self.index.length[samples].tolist(), PAYLOAD_BYTES)
-        return sum(self._decode(samples[part], images_BCHW[part]) for part in parts)
+        parts = cut(self.index.length[samples].tolist(), PAYLOAD_BYTES)
+        return sum(self._decode(samples[a:b], images_BCHW[a:b]) for a, b in parts)
 
     def _decode(self, samples: np.ndarray, images_BCHW: np.ndarray) -> float:
         """Write the images of samples whose payloads are files; return the seconds of decoding."""
@@ -304,15 +303,3 @@ class PackedDataset:
                 f"{self.url} was packed at {packed} px, the model wants {size} px; "
                 f"pack it again with --size {size} or --encoding original"
             )
-
-
-def portions(sizes: Sequence[int], limit: int) -> Iterator[slice]:
-    """Cut a list into runs of at most `limit` bytes, or of one element."""
-    start = filled = 0
-    for place, size in enumerate(sizes):
-        if place > start and filled + size > limit:
-            yield slice(start, place)
-            start, filled = place, 0
-        filled += size
-    if start < len(sizes):
-        yield slice(start, len(sizes))

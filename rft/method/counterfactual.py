@@ -13,7 +13,7 @@ Shapes: B images, P patches, K classes, Z images in the donor pool.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
@@ -71,28 +71,44 @@ def draw(method: MethodConfig, own: range, patches: int, pool: int, address: Ste
         mask_BP = kinds[method.fixed_count]((pool, patches), method.rate, generator)[rows]
         if method.drops and method.fixed_count:
             kept = masking.kept_patches(patches, method.rate)
-    if method.drops:
-        source_BP = torch.tensor([[refill.DROP]])
-    elif method.fill == "multi":
-        source_BP = refill.multi_sources(pool, patches, address.generator("fill"))[rows]
-    else:
-        derange = method.single_fill == "derangement"
-        source_ZP = refill.single_sources(pool, address.generator("fill"), derange=derange)
-        source_BP = source_ZP[rows]
+    match method.fill:
+        case "none":
+            source_BP = torch.tensor([[refill.DROP]])
+        case "multi":
+            source_BP = refill.multi_sources(pool, patches, address.generator("fill"))[rows]
+        case "single":
+            derange = method.single_fill == "derangement"
+            source_ZP = refill.single_sources(pool, address.generator("fill"), derange=derange)
+            source_BP = source_ZP[rows]
+        case _:
+            assert_never(method.fill)
     own_B1 = torch.arange(own.start, own.stop)[:, None]
     return Draws(mask_BP, source_BP, own_B1, kept)
 
 
 def cam(kind: Cam, logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor:
     """Return the class activation map of that kind, each image's maximum 1, (B, P)."""
-    relevance_of = relevance.label_relevance if kind == "relevance" else relevance.grad_cam
-    return relevance.normalise(relevance_of(logits_BK, labels_B, taps))
+    match kind:
+        case "relevance":
+            map_BP = relevance.label_relevance(logits_BK, labels_B, taps)
+        case "grad-cam":
+            map_BP = relevance.grad_cam(logits_BK, labels_B, taps)
+        case _:
+            assert_never(kind)
+    return relevance.normalise(map_BP)
 
 
 def cam_mask(kind: Mask, relevance_BP: Tensor, threshold: float) -> Tensor:
     """Return the object or the context mask of a normalised map, bool (B, P)."""
-    mask_of = masking.object_mask if kind == "object" else masking.context_mask
-    return mask_of(relevance_BP, threshold)
+    match kind:
+        case "object":
+            return masking.object_mask(relevance_BP, threshold)
+        case "context":
+            return masking.context_mask(relevance_BP, threshold)
+        case "random" | "none":
+            raise ValueError(f"no CAM decides what mask {kind} is")
+        case _:
+            assert_never(kind)
 
 
 def donors(method: MethodConfig, draws: Draws, relevance_BP: Tensor | None) -> Tensor:

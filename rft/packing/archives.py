@@ -9,62 +9,17 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from rft.shards import tar
 from rft.storage import files, local
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 TRUTH = f"{DEVKIT}/data/ILSVRC2012_validation_ground_truth.txt"
 META = f"{DEVKIT}/data/meta.mat"
 DEVKIT_BYTES = 2**25  # unpacked; it has a fourteenth of that
 HEADER_BUFFER = 1024  # between two headers lies a whole image: reading ahead would be for nothing
-
-
-class Window(io.RawIOBase):
-    """A part of an open file as a seekable stream of its own."""
-
-    def __init__(self, descriptor: int, offset: int, size: int) -> None:
-        self._descriptor, self._offset, self._size, self._position = descriptor, offset, size, 0
-
-    def readable(self) -> bool:
-        """Whether it can be read: always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Whether it can be moved in: always."""
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to `offset` bytes from the part's start, from here or from its end."""
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: "Buffer") -> int:
-        """Fill a buffer with the next bytes; return how many there were."""
-        target = memoryview(buffer)
-        wanted = min(len(target), max(self._size - self._position, 0))
-        data = os.pread(self._descriptor, wanted, self._offset + self._position)
-        target[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-@contextmanager
-def open_part(path: Path, offset: int, size: int) -> Iterator[io.BufferedReader]:
-    """Yield `size` bytes at `offset` of a file as a seekable stream."""
-    descriptor = local.open_regular(path)
-    try:
-        yield io.BufferedReader(Window(descriptor, offset, size), HEADER_BUFFER)
-    finally:
-        os.close(descriptor)
 
 
 def tar_members(path: Path, part: tar.Member | None = None) -> list[tar.Member]:
@@ -74,14 +29,13 @@ def tar_members(path: Path, part: tar.Member | None = None) -> list[tar.Member]:
         ValueError: if it is damaged or cut, or holds two members of one name.
     """
     name = str(path) if part is None else f"{path}: {part.name}"
-    start, size = (0, path.stat().st_size) if part is None else (part.offset, part.size)
     members: dict[str, tar.Member] = {}
-    with open_part(path, start, size) as stream:
-        for member in tar.walk(stream, name):
+    with os.fdopen(local.open_regular(path), "rb", HEADER_BUFFER) as stream:
+        for member in tar.walk(stream, name, part):
             plain = PurePosixPath(member.name).as_posix()  # without a leading "./"
             if plain in members:
                 raise ValueError(f"{name} holds {plain} twice")
-            members[plain] = tar.Member(plain, start + member.offset, member.size)
+            members[plain] = member._replace(name=plain)
     return list(members.values())
 
 

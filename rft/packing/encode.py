@@ -6,7 +6,7 @@ Whatever is packed was decoded once, so that a reader's error means damage and n
 
 import contextlib
 import io
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,7 @@ from rft.shards.image_files import END_OF_IMAGE, FILL, START_OF_IMAGE, START_OF_
 from rft.shards.images import (
     SUBSAMPLING,
     Header,
+    Kind,
     Treated,
     Treatment,
     as_photo,
@@ -57,7 +58,8 @@ def encode(
     Raises:
         ValueError: if the image cannot be decoded, starting with `name`.
     """
-    kind, treatment = encoding["kind"], source_treatment(encoding)
+    kind: Kind = encoding["kind"]
+    treatment = source_treatment(encoding)
     if kind == "original":
         header, treated = _header_of_whole(data, name, treatment, max_pixels)
         return Encoded(data, SUFFIXES[header.format], header, treated)
@@ -66,10 +68,13 @@ def encode(
         rgb, treated = decode(image, data, treatment)
         square = clip_square(rgb, encoding["size"], treatment.border)
     header = _upright(header, treated)
-    if kind == "jpeg":
-        return Encoded(to_jpeg(square, encoding["quality"]), "jpg", header, treated)
-    assert kind == "pixels"
-    return Encoded(to_npy(channels_first(square)), "npy", header, treated)
+    match kind:
+        case "jpeg":
+            return Encoded(to_jpeg(square, encoding["quality"]), "jpg", header, treated)
+        case "pixels":
+            return Encoded(to_npy(channels_first(square)), "npy", header, treated)
+        case _:
+            assert_never(kind)
 
 
 def identify(
@@ -96,13 +101,16 @@ def expected_bytes(encoding: dict[str, Any], source_bytes: int) -> int:
     Exact for `original` and `pixels`. A JPEG of a photograph made small takes up to a byte a pixel
     at quality 95.
     """
-    match encoding["kind"]:
+    kind: Kind = encoding["kind"]
+    match kind:
         case "original":
             return source_bytes
         case "jpeg":
             return encoding["size"] ** 2
-    size = encoding["size"]
-    return len(npy_header(size)) + 3 * size**2
+        case "pixels":
+            return len(npy_header(encoding["size"])) + 3 * encoding["size"] ** 2
+        case _:
+            assert_never(kind)
 
 
 def to_jpeg(image: Image.Image, quality: int) -> bytes:

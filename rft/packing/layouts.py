@@ -72,8 +72,8 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
         return _imagenet(known, source, labels)
     links = Links(source)
     root = _locate(known, source)
-    class_of = {name: class_id for class_id, name in enumerate(labels.ids)}
-    groups = _own_groups(labels)
+    class_of = labels.class_of
+    groups = labels.groups
     match dataset:
         case "objectnet":
             groups_of = objectnet_groups(root / "mappings", len(labels))
@@ -122,11 +122,6 @@ def folders_read(dataset: str, source: Path) -> list[Path]:
     return [source / name for name in known.folders if (source / name).is_dir()]
 
 
-def _own_groups(labels: LabelSpace) -> tuple[tuple[int, ...], ...]:
-    """Return the scoring rule of a set of all classes: each is a group of its own."""
-    return tuple((class_id,) for class_id in range(len(labels)))
-
-
 def _described(dataset: str) -> ImageSet:
     if dataset not in BENCHMARKS:
         raise cli.unknown("data set", dataset, sorted(BENCHMARKS))
@@ -146,7 +141,7 @@ def _imagenet(known: ImageSet, source: Path, labels: LabelSpace) -> Source:
 
     Class folders go first: an archive is often kept beside what was extracted.
     """
-    class_of = {name: class_id for class_id, name in enumerate(labels.ids)}
+    class_of = labels.class_of
     candidates = [source / name for name in known.folders if (source / name).is_dir()]
     archives = [source / parent / str(known.archive) for parent in PARENTS]
     archives = [path for path in archives if path.is_file()]
@@ -171,7 +166,7 @@ def _imagenet(known: ImageSet, source: Path, labels: LabelSpace) -> Source:
         dataset=known.name,
         root=listing.root,
         items=_items(listing.images, class_of),
-        groups=_own_groups(labels),
+        groups=labels.groups,
         layout=listing.layout,
         links=links.said(),
     )

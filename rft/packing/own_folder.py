@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,7 +121,7 @@ def read_folder(
     for tree in trees.values():
         require_classes(tree, labels)
     if splits:
-        sources = [_all_of(name, tree, labels) for name, tree in trees.items()]
+        sources = [_source(name, tree, labels) for name, tree in trees.items()]
     else:
         sources = hold_out(trees[TRAIN], labels, test_share, split_seed)
     passed = Counter(level.passed if splits else ())
@@ -222,20 +222,14 @@ def hold_out(tree: Tree, labels: LabelSpace, share: float, seed: int) -> list[So
     Raises:
         ValueError: if a class has a single image and some are to be held out.
     """
-    images = [image for name in sorted(tree.classes) for image in tree.classes[name]]
-    key_of = dict(zip(images, make_keys([image.path for image in images]), strict=True))
-    parts: dict[str, list[Image]] = {TRAIN: [], "test": []}
-    for name, members in sorted(tree.classes.items()):
-        held = choose_test([image.path for image in members], share, seed, name)
-        for image in members:
-            parts["test" if image.path in held else TRAIN].append(image)
-    layout = _layout(tree.root, labels)
-    if share == 0:
-        del parts["test"]
-    return [
-        _source(name, tree.root, ((key_of[image], image) for image in part), labels, layout)
-        for name, part in parts.items()
-    ]
+    held: set[str] = set()
+    for name, images in sorted(tree.classes.items()):
+        held |= choose_test([image.path for image in images], share, seed, name)
+    whole = _source(TRAIN, tree, labels)
+    train = tuple(item for item in whole.items if item.path not in held)
+    test = tuple(item for item in whole.items if item.path in held)
+    sources = [replace(whole, items=train), replace(whole, dataset="test", items=test)]
+    return sources[: 1 if share == 0 else 2]
 
 
 def choose_test(paths: Sequence[str], share: float, seed: int, name: str) -> frozenset[str]:
@@ -442,26 +436,11 @@ def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -
     return notes
 
 
-def _layout(root: Path, labels: LabelSpace) -> str:
-    return f"{root}, one folder for each of {len(labels)} classes"
-
-
-def _all_of(dataset: str, tree: Tree, labels: LabelSpace) -> Source:
+def _source(dataset: str, tree: Tree, labels: LabelSpace) -> Source:
     """Return all images of a tree as one source."""
     images = [image for name in sorted(tree.classes) for image in tree.classes[name]]
     keys = make_keys([image.path for image in images])
-    rows = zip(keys, images, strict=True)
-    return _source(dataset, tree.root, rows, labels, _layout(tree.root, labels))
-
-
-def _source(
-    dataset: str,
-    root: Path,
-    images: Iterable[tuple[str, Image]],
-    labels: LabelSpace,
-    layout: str,
-) -> Source:
-    class_of = {name: class_id for class_id, name in enumerate(labels.ids)}
+    class_of = labels.class_of
     items = tuple(
         Item(
             key=key,
@@ -469,9 +448,13 @@ def _source(
             label=class_of[composed(image.path.split("/")[0])],
             bytes=image.bytes,
         )
-        for key, image in images
+        for key, image in zip(keys, images, strict=True)
     )
-    groups = tuple((class_id,) for class_id in range(len(labels)))
     return Source(
-        dataset=dataset, root=root, items=items, groups=groups, photos=True, layout=layout
+        dataset=dataset,
+        root=tree.root,
+        items=items,
+        groups=labels.groups,
+        photos=True,
+        layout=f"{tree.root}, one folder for each of {len(labels)} classes",
     )

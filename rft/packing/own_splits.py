@@ -75,17 +75,10 @@ def read_level(folder: Path, ignore: Sequence[str]) -> Level:
 
 def read_shape(folder: Path, ignore: Sequence[str]) -> Shape:
     """Look at what lies directly in a folder."""
-    names: list[str] = []
-    images = False
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if passed_over(entry.name, ignore):
-                continue
-            if entry.is_dir():
-                names.append(entry.name)
-            else:
-                images = images or has_image_suffix(entry.name)
-    return Shape(folder.name, images, tuple(sorted(names)))
+        kept = {e.name: e.is_dir() for e in entries if not passed_over(e.name, ignore)}
+    images = any(has_image_suffix(name) for name, is_folder in kept.items() if not is_folder)
+    return Shape(folder.name, images, tuple(sorted(filter(kept.get, kept))))
 
 
 def role(name: str) -> str:

@@ -46,6 +46,7 @@ from rft.shards.images import Kind, Quality, Square, encoding_parameters
 from rft.shards.index import COLUMNS, Index
 from rft.shards.label_space import LabelSpace, scoring_hash
 from rft.shards.manifest import Manifest
+from rft.shards.ranges import cut
 from rft.storage import files, local
 from rft.storage.documents import Above0, Megapixels, Positive, Seed, Whole, document
 from rft.text import printable
@@ -213,19 +214,6 @@ def shuffle(items: Sequence[Item], seed: int) -> list[Item]:
         return digest, item.key
 
     return sorted(items, key=position)
-
-
-def cut(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Return (start, stop) of consecutive shards of at most `limit` bytes, or of one sample."""
-    bounds, start, filled = [], 0, 0
-    for position, size in enumerate(sizes):
-        if position > start and filled + size > limit:
-            bounds.append((start, position))
-            start, filled = position, 0
-        filled += size
-    if start < len(sizes):
-        bounds.append((start, len(sizes)))
-    return bounds
 
 
 def make_jobs(

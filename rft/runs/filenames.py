@@ -1,7 +1,9 @@
-"""What the files of a run folder are called, who writes each, and when; nothing else names them.
+"""What the files of a run folder are called, who writes each, and when.
 
-A training leaves all of them. A merge or an import leaves config.json, its weights and
-provenance.json. Names are relative to the run folder.
+A merge or an import leaves config.json, its weights and provenance.json, a training more of them.
+Names are relative to the run folder. Two kinds of file have their names elsewhere: checkpoints to
+resume from, `checkpoints/step-N.pt` and `step-N.json` (rft/train/checkpoint.py), and what a job on
+a cluster leaves, `job-N.log`, `code/` and `resubmit.sh` (launch/job.sh).
 """
 
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 CONFIG = "config.json"  # the options, before anything else; makes a folder a run folder
 PROVENANCE = "provenance.json"  # code and command; written last by a merge or an import
 METRICS = "metrics.jsonl"  # while the run trains
-PROGRESS = "progress.json"  # after each checkpoint
+PROGRESS = "progress.json"  # after each checkpoint, for those who look; resuming does not read it
 TRAINING = "training.json"  # written last by a training
 GALLERY = "gallery.npz"  # by a training that masks, before training.json
 RESULTS = "results.json"  # by rft.evaluate

@@ -16,7 +16,7 @@ composed on white first; the encoding says so (`PHOTOS`), so readers of `origina
 
 import io
 from functools import lru_cache
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, assert_never
 
 import numpy as np
 import PIL
@@ -158,7 +158,14 @@ def source_treatment(encoding: dict[str, Any]) -> Treatment:
 
 def payload_treatment(encoding: dict[str, Any]) -> Treatment:
     """Look up what readers do to the payloads: nothing to a JPEG, which was treated before."""
-    return AS_STORED if encoding["kind"] == "jpeg" else source_treatment(encoding)
+    kind: Kind = encoding["kind"]
+    match kind:
+        case "jpeg":
+            return AS_STORED
+        case "original" | "pixels":
+            return source_treatment(encoding)
+        case _:
+            assert_never(kind)
 
 
 def load_image(

@@ -68,6 +68,16 @@ class LabelSpace:
         return len(self.ids)
 
     @property
+    def class_of(self) -> dict[str, int]:
+        """Class ids by folder name."""
+        return {name: class_id for class_id, name in enumerate(self.ids)}
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The scoring rule of a set of all classes: each is a group of its own."""
+        return tuple((class_id,) for class_id in range(len(self)))
+
+    @property
     def classes(self) -> Classes:
         """The classes, to compare with those of a head or a packed set."""
         prompts = prompts_sha256(self.names, self.templates)

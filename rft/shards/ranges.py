@@ -399,3 +399,16 @@ def merge(ranges: Sequence[tuple[int, int, int]]) -> list[Request]:
                 continue
         merged.append(Request(number, start, stop, (member,)))
     return merged
+
+
+def cut(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of consecutive runs of at most `limit` bytes, or of one element."""
+    bounds, start, filled = [], 0, 0
+    for position, size in enumerate(sizes):
+        if position > start and filled + size > limit:
+            bounds.append((start, position))
+            start, filled = position, 0
+        filled += size
+    if start < len(sizes):
+        bounds.append((start, len(sizes)))
+    return bounds

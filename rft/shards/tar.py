@@ -52,19 +52,22 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def walk(stream: IO[bytes], name: str) -> Iterator[Member]:
-    """Yield the regular files of an uncompressed tar in order; `name` is for messages.
+def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[Member]:
+    """Yield the regular files of an uncompressed tar in order. Folders are passed over.
 
-    `stream` must be seekable; between two members the caller may move it. Folders are passed over.
+    Args:
+        stream: seekable; between two members the caller may move it.
+        name: of the tar, for messages.
+        part: member of the stream's tar that is the tar which is meant; None means the stream's.
 
     Raises:
         ValueError: if a header is damaged, the archive is cut or too large to be a shard, or a
             member is no file or folder.
     """
-    total = stream.seek(0, os.SEEK_END)
-    position = count = 0
+    base, total = (part.offset, part.size) if part else (0, stream.seek(0, os.SEEK_END))
+    position = count = 0  # bytes from the base
     said: dict[str, str] = {}  # by headers that describe the next member
-    while (entry := _read_header(stream, position, name)) is not None:
+    while (entry := _read_header(stream, base, position, total, name)) is not None:
         start = position + BLOCK
         size = int(said.get("size", entry.size))
         stores = entry.isreg() or entry.type in DESCRIBES
@@ -77,10 +80,10 @@ def walk(stream: IO[bytes], name: str) -> Iterator[Member]:
                 f"{size:,} bytes"
             )
         if entry.type in DESCRIBES:
-            said |= _describe(stream, start, entry, name)
+            said |= _describe(stream, base, start, entry, name)
             position = stop
             continue
-        member = Member(said.get("path", entry.name).rstrip("/"), start, size)
+        member = Member(said.get("path", entry.name).rstrip("/"), base + start, size)
         if len(member.name) > NAME_LETTERS:
             raise ValueError(
                 f"{name}: a member's name has {len(member.name):,} letters; shorten it"
@@ -93,13 +96,15 @@ def walk(stream: IO[bytes], name: str) -> Iterator[Member]:
         elif not entry.isdir():
             raise ValueError(f"{name}: {member.name!r} is neither a file nor a folder")
         position, said = stop, {}
-    _require_end(stream, position, name)
+    _require_end(stream, base, position, total, name)
 
 
-def _read_header(stream: IO[bytes], position: int, name: str) -> tarfile.TarInfo | None:
+def _read_header(
+    stream: IO[bytes], base: int, position: int, total: int, name: str
+) -> tarfile.TarInfo | None:
     """Return the header at a byte of a tar, or None where zeros end the archive."""
-    stream.seek(position)
-    block = stream.read(BLOCK)
+    stream.seek(base + position)
+    block = stream.read(min(BLOCK, total - position))
     if not block.strip(b"\0") and (block or position):
         return None
     try:
@@ -114,12 +119,14 @@ def _read_header(stream: IO[bytes], position: int, name: str) -> tarfile.TarInfo
         ) from error
 
 
-def _describe(stream: IO[bytes], start: int, entry: tarfile.TarInfo, name: str) -> dict[str, str]:
+def _describe(
+    stream: IO[bytes], base: int, start: int, entry: tarfile.TarInfo, name: str
+) -> dict[str, str]:
     """Return what a header says of the member after it: its path, its size."""
     where = f"{name}: the header at byte {start - BLOCK:,}"
     if entry.size > DESCRIPTION_BYTES:
         raise ValueError(f"{where} has {entry.size:,} bytes, more than any name takes")
-    stream.seek(start)
+    stream.seek(base + start)
     data = stream.read(entry.size)
     if entry.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
@@ -151,11 +158,11 @@ def _pax_records(data: bytes, where: str) -> dict[str, str]:
     return records
 
 
-def _require_end(stream: IO[bytes], end: int, name: str) -> None:
+def _require_end(stream: IO[bytes], base: int, end: int, total: int, name: str) -> None:
     """Check that nothing but zeros, and enough of them, lies behind the last member."""
-    stream.seek(end)
+    stream.seek(base + end)
     zeros = 0
-    while rest := stream.read(1 << 20):
+    while rest := stream.read(min(1 << 20, total - end - zeros)):
         if rest.strip(b"\0"):
             raise ValueError(f"{name}: damaged header or foreign bytes after byte {end:,}")
         zeros += len(rest)

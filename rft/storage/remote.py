@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -206,102 +207,94 @@ async def read_range(
     return bytes(received)
 
 
-async def read(fs: Any, path: str, patience: Patience | None = None, *, limit: int) -> bytes:
+async def read(fs: Any, path: str, *, limit: int) -> bytes:
     """Return the content of a file; a long one comes in ranges, where the store has them.
 
     Raises:
         FileNotFoundError: if the store says that there is no such file.
         Failure: if it does not come, or has more than `limit` bytes.
     """
-    patience = patience or PATIENCE
     content = bytearray()
 
     async def beginning() -> int:
         content.clear()
-        size = await _beginning(fs, path, patience, content, limit)
+        size = await _beginning(fs, path, content, limit)
         if size > limit:
             raise ValueError(too_large(limit))
         return size
 
-    size = await repeated(beginning, patience)
+    size = await repeated(beginning)
     while len(content) < size:
         stop = min(len(content) + REQUEST_BYTES, size)
-        content += await read_range(fs, path, len(content), stop, patience)
+        content += await read_range(fs, path, len(content), stop)
     return bytes(content)
 
 
-async def size(fs: Any, path: str, patience: Patience | None = None) -> int:
+async def size(fs: Any, path: str) -> int:
     """Return the bytes of a file that is to be read in ranges.
 
     Raises:
         FileNotFoundError, IsADirectoryError: if the store says so.
         Failure: if the store does not answer or does not tell, or the server has no ranges.
     """
-    patience = patience or PATIENCE
 
     async def ask() -> int:
         if _is_http(fs):
-            return await _http(fs, path, 0, 1, patience, bytearray(), limit=None)
-        info = await _info(fs, path, patience)
+            return await _http(fs, path, 0, 1, PATIENCE, bytearray(), limit=None)
+        info = await _info(fs, path)
         if info["type"] == "directory":
             raise IsADirectoryError(f"{path} is a folder")
         if info["size"] is None:
             raise ValueError("its size is not told")
         return int(info["size"])
 
-    return await repeated(ask, patience)
+    return await repeated(ask)
 
 
-async def exists(fs: Any, path: str, patience: Patience | None = None) -> bool:
+async def exists(fs: Any, path: str) -> bool:
     """Whether a file or folder is there.
 
     Raises:
         Failure: if the store does not say.
     """
-    patience = patience or PATIENCE
 
     async def ask() -> None:
         if _is_http(fs):
-            await _http(fs, path, 0, 1, patience, bytearray(), limit=0)
+            await _http(fs, path, 0, 1, PATIENCE, bytearray(), limit=0)
         else:
-            await _info(fs, path, patience)
+            await _info(fs, path)
 
     try:
-        await repeated(ask, patience)
+        await repeated(ask)
     except FileNotFoundError:
         return False
     return True
 
 
-async def listing(fs: Any, path: str, patience: Patience | None = None) -> list[dict[str, Any]]:
+async def listing(fs: Any, path: str) -> list[dict[str, Any]]:
     """Return fsspec's entries (`name`, `size`, `type`) of a folder, as the store sees it now.
 
     Raises:
         FileNotFoundError: if there is no such folder.
         Failure: if the store does not say.
     """
-    patience = patience or PATIENCE
     # a listing comes in pages, each of them an answer of its own
-    seconds = patience.seconds(REQUEST_BYTES)
+    seconds = PATIENCE.seconds(REQUEST_BYTES)
 
     async def ask() -> list[dict[str, Any]]:
         return await _call(fs, "ls", seconds, path, detail=True)
 
-    return await repeated(ask, patience)
+    return await repeated(ask)
 
 
-async def download(fs: Any, path: str, descriptor: int, patience: Patience | None = None) -> None:
+async def download(fs: Any, path: str, descriptor: int) -> None:
     """Write the content of a file to an open one.
 
     Raises:
         FileNotFoundError: if the store says that there is no such file.
         Failure: if it does not come.
     """
-
-    async def fetch(start: int, stop: int) -> bytes:
-        return await read_range(fs, path, start, stop, patience)
-
-    await fill(descriptor, await size(fs, path, patience), fetch)
+    await fill(descriptor, await size(fs, path), partial(read_range, fs, path))
 
 
 async def fill(descriptor: int, size: int, fetch: Callable[[int, int], Awaitable[bytes]]) -> None:
@@ -332,24 +325,24 @@ def too_large(limit: int) -> str:
     return f"it has more than {limit:,} bytes, too many for such a file"
 
 
-async def _beginning(fs: Any, path: str, patience: Patience, content: bytearray, limit: int) -> int:
+async def _beginning(fs: Any, path: str, content: bytearray, limit: int) -> int:
     """Append the first request's bytes of a file, or all of it, to `content`; return its size."""
     if _is_http(fs):
-        return await _http(fs, path, 0, REQUEST_BYTES, patience, content, limit=limit)
-    info = await _info(fs, path, patience)
+        return await _http(fs, path, 0, REQUEST_BYTES, PATIENCE, content, limit=limit)
+    info = await _info(fs, path)
     if info["type"] == "directory":
         raise FileNotFoundError(path)
     if info["size"] is None:
-        content += await _call(fs, "cat_file", patience.seconds(REQUEST_BYTES), path)
+        content += await _call(fs, "cat_file", PATIENCE.seconds(REQUEST_BYTES), path)
         return len(content)
     if info["size"]:
         stop = min(int(info["size"]), REQUEST_BYTES)
-        await _range(fs, path, 0, stop, patience, content)
+        await _range(fs, path, 0, stop, PATIENCE, content)
     return int(info["size"])
 
 
-async def _info(fs: Any, path: str, patience: Patience) -> dict[str, Any]:
-    return await _call(fs, "info", patience.stall_seconds, path)
+async def _info(fs: Any, path: str) -> dict[str, Any]:
+    return await _call(fs, "info", PATIENCE.stall_seconds, path)
 
 
 async def _call(fs: Any, name: str, seconds: float, path: str, **options: Any) -> Any:

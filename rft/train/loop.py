@@ -70,7 +70,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
         contextlib.closing(batches) as stream,
         Journal(config, progress.step, job.total_steps, writes=world.is_main) as journal,
         checkpoint.Writer(store) as writer,
-        profiling(traces, progress.step, job.total_steps) as profiler,
+        profiling(traces, progress.step, job.total_steps) as end_profiled_step,
     ):
         for step in steps:
             # all ranks stop after the same step; one that does not come here is missed here
@@ -103,7 +103,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
                 saved = progress.step
                 # the speed is that of training alone
                 meter.restart()
-            profiler.step()
+            end_profiled_step()
         if job.total_steps == 0:
             # zero-shot: no epoch ended, and the held-out count is wanted all the same
             progress = select(job, progress, journal)

@@ -3,8 +3,9 @@
 import gzip
 import logging
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -19,67 +20,50 @@ HOST = '"host_name":'  # a line of its own in a trace
 log = logging.getLogger(__name__)
 
 
-class profiling:  # noqa: N801 (used as a context)
-    """Profiles some steps of the body, which calls `step` after each of its own.
+@contextmanager
+def profiling(folder: Path | None, first_step: int, total: int) -> Iterator[Callable[[], object]]:
+    """Profile some steps of the body, which calls what it is given after each of its own.
 
     Where fewer steps are left than are wanted, those that there are. Writes to `folder` a trace
     for chrome://tracing or Perfetto, and the operators that took the most time as text, and prints
-    where they are as soon as the last profiled step is done.
+    where they are as soon as the last profiled step is done. A run that stops or fails meanwhile
+    leaves the steps that it did.
 
     Args:
         folder: where to write; None profiles nothing.
         first_step: steps of the run that are already done.
         total: steps of the whole run.
     """
+    if folder is None:
+        yield lambda: None
+        return
+    left = total - first_step
+    wanted = min(STEPS, left)
+    skipped = min(SKIPPED, left - wanted)
+    # the step before the first one starts the tools, which takes them long
+    warmup = min(1, skipped)
+    first = first_step + skipped
 
-    def __init__(self, folder: Path | None, first_step: int, total: int) -> None:
-        self._folder = folder
-        self._done = first_step
-        left = total - first_step
-        wanted = min(STEPS, left)
-        skipped = min(SKIPPED, left - wanted)
-        self._first = first_step + skipped
-        self._last = self._first + wanted
-        self._profiler: profile | None = None
-        if folder is not None and wanted:
-            # the step before the first one starts the tools, which takes them long
-            warmup = min(1, skipped)
-            self._profiler = profile(
-                activities=[ProfilerActivity.CPU]
-                + [ProfilerActivity.CUDA] * torch.cuda.is_available(),
-                schedule=schedule(wait=skipped - warmup, warmup=warmup, active=wanted, repeat=1),
-                on_trace_ready=self._write,
-            )
-
-    def __enter__(self) -> Self:
-        if self._profiler is not None:
-            self._profiler.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # a run that stops or fails meanwhile leaves the steps that it did
-        if self._profiler is not None:
-            self._profiler.stop()
-        if self._folder is not None and self._done <= self._first:
-            log.info(f"--profile: no step was done after step {self._first}, no trace")
-
-    def step(self) -> None:
-        """Count a step."""
-        self._done += 1
-        if self._profiler is not None:
-            self._profiler.step()
-            if self._done == self._last:
-                self._profiler.stop()
-                self._profiler = None
-
-    def _write(self, profiler: profile) -> None:
-        steps = self._done - self._first
-        if self._folder is None or steps < 1:
+    def write(profiler: profile) -> None:
+        steps = profiler.step_num - skipped
+        if steps < 1:
             return
-        name = f"steps-{self._first + 1}-{self._done}"
-        write_profile(profiler, self._folder, name)
+        name = f"steps-{first + 1}-{first + steps}"
+        write_profile(profiler, folder, name)
         fewer = "" if steps == STEPS else f" (not {STEPS}: there were no more)"
-        log.info(f"profile of {steps} steps{fewer}: {self._folder / name}.json.gz")
+        log.info(f"profile of {steps} steps{fewer}: {folder / name}.json.gz")
+
+    profiler = profile(
+        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available(),
+        schedule=schedule(wait=skipped - warmup, warmup=warmup, active=max(wanted, 1), repeat=1),
+        on_trace_ready=write,
+    )
+    try:
+        with profiler:
+            yield profiler.step
+    finally:
+        if profiler.step_num <= skipped:
+            log.info(f"--profile: no step was done after step {first}, no trace")
 
 
 def write_profile(profiler: profile, folder: Path, name: str) -> None:

@@ -1,8 +1,7 @@
-"""The run folder: what a run is, what it did, and a lock so that only one job writes it.
+"""The run folder while a training uses it: its identity, its lock, and what says that it is done.
 
-config.json (its hash is the run's identity), metrics.jsonl, tensorboard/, checkpoints/,
-progress.json (after each checkpoint), training.json (written last: the run is finished),
-results.json (rft.evaluate), gallery.npz, provenance.json.
+config.json holds the identity; whether a folder's run may be resumed by another command is decided
+by it. The names of all files: rft/runs/filenames.py.
 """
 
 import contextlib

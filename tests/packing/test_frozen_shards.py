@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from rft.loading.dataset import PackedDataset
-from rft.packing.pack import ALGORITHM, Options, cut, make_plan, pack, shuffle
+from rft.packing.pack import ALGORITHM, Options, make_plan, pack, shuffle
 from rft.packing.source import Item, Source
 from rft.shards.label_space import LabelSpace
+from rft.shards.ranges import cut
 
 LABELS = LabelSpace(
     ids=("n01440764", "n01443537"), names=("tench", "goldfish"), templates=("a {c}.",)

@@ -33,7 +33,7 @@ from rft.loading.dataset import PackedDataset
 from rft.packing import pack as packing
 from rft.packing.encode import to_jpeg
 from rft.packing.layouts import read_source
-from rft.packing.pack import Options, cut, make_jobs, make_plan, pack, parse_task, shuffle
+from rft.packing.pack import Options, make_jobs, make_plan, pack, parse_task, shuffle
 from rft.packing.shard import write_shard
 from rft.packing.shard_writer import ShardWriter
 from rft.packing.source import Item
@@ -41,6 +41,7 @@ from rft.shards.images import Kind, clip_pixels, clip_square, load_image
 from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest
+from rft.shards.ranges import cut
 from tests.tiny import unstamped
 
 LABELS = LabelSpace(ids=("n01", "n02"), names=("one", "two"), templates=("a {c}.", "the {c}."))
@@ -579,6 +580,7 @@ def half_packed(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 KILLED = """
 import os, signal, sys
+from rft.shards.ranges import cut
 from rft.storage import files
 from rft.packing import pack, shard
 from rft.shards.label_space import LabelSpace

@@ -23,13 +23,13 @@ def take_steps(images_BCHW, labels_B):
     def run(folder: Path | None, steps: int, *, first: int = 0, total: int = 0) -> torch.Tensor:
         job = build_job(Arguments(batch_size=6), torch.device("cpu"), "fp32", build_model(0))
         optimizer = build_optimizer(job.objective, job.config.optim)
-        with profiling(folder, first, total or steps) as profiler:
+        with profiling(folder, first, total or steps) as end_step:
             for step in range(first, first + steps):
                 batch = Batch(images_BCHW, labels_B, labels_B)
                 accumulate_gradients(job, job.objective, batch, step)
                 optimizer.step()
                 optimizer.zero_grad()
-                profiler.step()
+                end_step()
         return torch.cat([p.detach().flatten() for p in job.student.parameters()])
 
     return run

@@ -224,7 +224,7 @@ def _groups(
     # in another label space, a set of some classes has those that are there
     if dataset in BENCHMARKS and BENCHMARKS[dataset].class_list:
         return None
-    return tuple((class_id,) for class_id in range(len(labels)))
+    return labels.groups
 
 
 def _objectnet_labels(
