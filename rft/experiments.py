@@ -45,7 +45,7 @@ class Experiment:
 
 
 @document(name="--")
-class Plan:
+class Study:
     """What is to be run where."""
 
     runs: str
@@ -97,28 +97,28 @@ class Plan:
         return self.at(f"{with_seed(family, seed)}/{model}")
 
 
-def experiments(plan: Plan) -> list[Experiment]:
+def experiments(study: Study) -> list[Experiment]:
     """Return the plan's experiments, each behind those it needs; the last one is the report."""
-    found = [train(plan, "zero-shot", 0)]  # which no seed changes
-    for seed in range(plan.seeds):
-        found += of_seed(plan, seed)
-    if plan.only:
-        found = with_needed(found, plan.only)
-    evaluations = [evaluate(plan, found, seed) for seed in range(plan.seeds)]
+    found = [train(study, "zero-shot", 0)]  # which no seed changes
+    for seed in range(study.seeds):
+        found += of_seed(study, seed)
+    if study.only:
+        found = with_needed(found, study.only)
+    evaluations = [evaluate(study, found, seed) for seed in range(study.seeds)]
     # without what is trained for each seed, the later seeds have nothing
     evaluations = [evaluation for evaluation in evaluations if evaluation.after]
-    return [*found, *evaluations, report(plan, found, evaluations)]
+    return [*found, *evaluations, report(study, found, evaluations)]
 
 
-def of_seed(plan: Plan, seed: int) -> list[Experiment]:
+def of_seed(study: Study, seed: int) -> list[Experiment]:
     """Return everything that one seed trains and merges."""
     students = [name for name in recipes.TRAINED if learns_from_wise(name)]
     others = [name for name in recipes.TRAINED if name not in ("zero-shot", *students)]
     return [
-        *(train(plan, name, seed) for name in others),
-        *(ingredient(plan, rate, seed) for rate in recipes.SOUP_RATES if rate != 1),
-        *(merge(plan, name, seed) for name in recipes.MERGED),
-        *(train(plan, name, seed) for name in students),
+        *(train(study, name, seed) for name in others),
+        *(ingredient(study, rate, seed) for rate in recipes.SOUP_RATES if rate != 1),
+        *(merge(study, name, seed) for name in recipes.MERGED),
+        *(train(study, name, seed) for name in students),
     ]
 
 
@@ -132,84 +132,84 @@ def learns_from_wise(recipe: str) -> bool:
     return recipes.build(recipe).method.kd_weight > 0
 
 
-def train(plan: Plan, recipe: str, seed: int) -> Experiment:
+def train(study: Study, recipe: str, seed: int) -> Experiment:
     """Return the training of a recipe."""
     name = with_seed(recipe, seed)
     after, options = (), ()
     if recipe == "lp-ft":
         after = (with_seed("linear-probe", seed),)
-        options = ("--model.start", plan.at(after[0]))
+        options = ("--model.start", study.at(after[0]))
     elif learns_from_wise(recipe):
         after = (with_seed("wise-ft", seed),)
-        options = ("--method.kd-teacher", plan.wise_model("wise-ft", TEACHER_ALPHA, seed))
-    command = training(plan, recipe, name, seed, *options)
-    return Experiment(name, command, after, makes=(plan.at(name),))
+        options = ("--method.kd-teacher", study.wise_model("wise-ft", TEACHER_ALPHA, seed))
+    command = training(study, recipe, name, seed, *options)
+    return Experiment(name, command, after, makes=(study.at(name),))
 
 
-def ingredient(plan: Plan, rate: float, seed: int) -> Experiment:
+def ingredient(study: Study, rate: float, seed: int) -> Experiment:
     """Return vanilla at `rate` times its learning rate, for the soups and not for the report."""
-    recipe, lr = ingredient_of(plan, rate)
+    recipe, lr = ingredient_of(study, rate)
     name = with_seed(f"{recipe}-lr{lr}", seed)
-    return Experiment(name, training(plan, recipe, name, seed, "--optim.lr", lr))
+    return Experiment(name, training(study, recipe, name, seed, "--optim.lr", lr))
 
 
-def ingredient_of(plan: Plan, rate: float) -> tuple[str, str]:
+def ingredient_of(study: Study, rate: float) -> tuple[str, str]:
     """Return recipe and learning rate of a soup's ingredient."""
     (recipe,) = recipes.MERGED["uniform-soup"].inputs
-    config = recipes.build(recipe, scale=plan.scale, preset=plan.preset)
+    config = recipes.build(recipe, scale=study.scale, preset=study.preset)
     return recipe, f"{config.optim.lr * rate:g}"
 
 
-def training(plan: Plan, recipe: str, name: str, seed: int, *options: str) -> tuple[str, ...]:
+def training(study: Study, recipe: str, name: str, seed: int, *options: str) -> tuple[str, ...]:
     """Return the command that trains one run."""
     command = ["torchrun", "-m", "rft.train", recipe]
-    if plan.scale != "paper":
-        command += ["--scale", plan.scale]
-    if plan.preset != "paper":
-        command += ["--preset", plan.preset]
-    command += ["--data", plan.data, "--run-dir", plan.at(name), "--seed", str(seed), *options]
-    if plan.epochs is not None and recipe != "zero-shot":
-        command += ["--optim.epochs", str(plan.epochs)]
-    return (*command, *plan.options)
+    if study.scale != "paper":
+        command += ["--scale", study.scale]
+    if study.preset != "paper":
+        command += ["--preset", study.preset]
+    command += ["--data", study.data, "--run-dir", study.at(name), "--seed", str(seed), *options]
+    if study.epochs is not None and recipe != "zero-shot":
+        command += ["--optim.epochs", str(study.epochs)]
+    return (*command, *study.options)
 
 
-def merge(plan: Plan, name: str, seed: int) -> Experiment:
+def merge(study: Study, name: str, seed: int) -> Experiment:
     """Return the merge of a WiSE family or a soup."""
     kind = recipes.MERGED[name].kind
     match kind:
         case "wise":
-            return wise(plan, name, seed)
+            return wise(study, name, seed)
         case "uniform-soup" | "greedy-soup":
-            return soup(plan, name, seed)
+            return soup(study, name, seed)
         case _:
             assert_never(kind)
 
 
-def wise(plan: Plan, family: str, seed: int) -> Experiment:
+def wise(study: Study, family: str, seed: int) -> Experiment:
     """Return the merge of all models of a WiSE family."""
     start, end = recipes.MERGED[family].inputs
     name, after = with_seed(family, seed), (with_seed(start, 0), with_seed(end, seed))
-    command = ["python", "-m", "rft.merge", "wise", *map(plan.at, after), "--alpha"]
-    command += [f"{alpha:g}" for alpha in plan.alphas]
-    if plan.preset == "official-parity":
+    command = ["python", "-m", "rft.merge", "wise", *map(study.at, after), "--alpha"]
+    command += [f"{alpha:g}" for alpha in study.alphas]
+    if study.preset == "official-parity":
         command += ["--end-weights", "last"]
-    models = tuple(plan.wise_model(family, alpha, seed) for alpha in plan.alphas)
-    command += ["--out", models[0] if len(models) == 1 else plan.at(name)]
+    models = tuple(study.wise_model(family, alpha, seed) for alpha in study.alphas)
+    command += ["--out", models[0] if len(models) == 1 else study.at(name)]
     return Experiment(name, tuple(command), after, models)
 
 
-def soup(plan: Plan, kind: str, seed: int) -> Experiment:
+def soup(study: Study, kind: str, seed: int) -> Experiment:
     """Return the soup of one seed's ingredients, which share their held-out images."""
     after = []
     for rate in recipes.SOUP_RATES:
-        recipe, lr = ingredient_of(plan, rate)
+        recipe, lr = ingredient_of(study, rate)
         after.append(with_seed(recipe if rate == 1 else f"{recipe}-lr{lr}", seed))
     name, greedy = with_seed(kind, seed), kind == "greedy-soup"
-    command = ["torchrun" if greedy else "python", "-m", "rft.merge", kind, *map(plan.at, after)]
+    command = ["torchrun" if greedy else "python", "-m", "rft.merge", kind, *map(study.at, after)]
     if greedy:
-        command += ["--data", plan.data, *plan.workers]
-    command += ["--out", plan.at(name)]
-    return Experiment(name, tuple(command), tuple(after), makes=(plan.at(name),))
+        command += ["--data", study.data, *study.workers]
+    command += ["--out", study.at(name)]
+    return Experiment(name, tuple(command), tuple(after), makes=(study.at(name),))
 
 
 def with_needed(found: Sequence[Experiment], only: Collection[str]) -> list[Experiment]:
@@ -221,20 +221,20 @@ def with_needed(found: Sequence[Experiment], only: Collection[str]) -> list[Expe
     return [one for one in found if one.name in wanted]
 
 
-def evaluate(plan: Plan, found: Sequence[Experiment], seed: int) -> Experiment:
+def evaluate(study: Study, found: Sequence[Experiment], seed: int) -> Experiment:
     """Return the evaluation of a seed's models: those are all in memory at once."""
     mine = [one for one in found if one.makes and one.name.endswith(with_seed("", seed))]
     models = [path for one in mine for path in one.makes]
-    command = ("torchrun", "-m", "rft.evaluate", *models, "--data", plan.data, *plan.workers)
+    command = ("torchrun", "-m", "rft.evaluate", *models, "--data", study.data, *study.workers)
     return Experiment(with_seed("evaluate", seed), command, tuple(one.name for one in mine))
 
 
 def report(
-    plan: Plan, found: Sequence[Experiment], evaluations: Sequence[Experiment]
+    study: Study, found: Sequence[Experiment], evaluations: Sequence[Experiment]
 ) -> Experiment:
     """Return the report on all models."""
     models = [path for one in found for path in one.makes]
-    out = plan.report or f"{plan.runs.rstrip('/')}-report"
+    out = study.report or f"{study.runs.rstrip('/')}-report"
     command = ("python", "-m", "rft.report", *models, "--out", out)
     return Experiment("report", command, tuple(one.name for one in evaluations))
 
@@ -246,7 +246,7 @@ class Arguments:
     What follows `--` goes to every training: -- --model.clip ViT-B-16 --precision bf16
     """
 
-    plan: Annotated[Plan, tyro.conf.arg(name="")]
+    study: Annotated[Study, tyro.conf.arg(name="")]
     lines: bool = False
     """One line an experiment: its name, those it needs (commas between), its command; tabs between
     the three."""
@@ -283,8 +283,8 @@ def main() -> None:
     words = sys.argv[1:]
     own = words[: words.index("--")] if "--" in words else words
     arguments = cli.parse(Arguments, args=own, prog="rft.experiments")
-    plan = replace(arguments.plan, options=tuple(words[len(own) + 1 :]))
-    found = experiments(plan)
+    study = replace(arguments.study, options=tuple(words[len(own) + 1 :]))
+    found = experiments(study)
     print(lines(found) if arguments.lines else text(found))
 
 

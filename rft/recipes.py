@@ -264,7 +264,7 @@ def masked_methods() -> dict[str, MethodConfig]:
     return {name: method for name, method in built.items() if method.masks and not method.kd_weight}
 
 
-def describe() -> str:
+def list_in_words() -> str:
     """Return all systems, one line each, and what Figure 6 tries, for `--help`."""
     lines = [f"  {name:32s} {recipe.about}" for name, recipe in TRAINED.items()]
     lines += ["", "Merged from trained models by python -m rft.merge:"]

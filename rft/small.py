@@ -175,7 +175,7 @@ def fit(config: Config, size: Size, ranks: int, named: Collection[str] = ()) -> 
     return config
 
 
-def describe(config: Config, size: Size, ranks: int) -> list[str]:
+def rule_in_words(config: Config, size: Size, ranks: int) -> list[str]:
     """Return the rule with its values for this set, for the dry run and the start, one line each.
 
     Other scales have no line.

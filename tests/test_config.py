@@ -119,7 +119,7 @@ def test_no_row_of_the_paper_lacks_a_recipe():
 
 
 def test_help_shows_every_system_and_the_grid():
-    text = recipes.describe()
+    text = recipes.list_in_words()
     for name in (*recipes.TRAINED, *recipes.MERGED):
         assert f"  {name} " in text
     assert "--method.threshold 0.3 0.4 0.5 0.6" in text

@@ -23,7 +23,7 @@ from rft.packing.own_folder import read_folder
 from rft.packing.pack import Options, pack
 from rft.packing.verify import check_index, verify
 from rft.report import read as runs
-from rft.runs.gallery import read as read_gallery
+from rft.runs.gallery_file import read as read_gallery
 from rft.shards.index import INDEX_BYTES, KEY_BYTES, Index
 from rft.shards.manifest import Manifest, Shard
 from rft.shards.ranges import cut

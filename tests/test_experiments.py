@@ -17,7 +17,7 @@ from rft.demo import command as demo_command
 from rft.demo.render import IMAGE_SIZE
 from rft.demo.world import write_world
 from rft.evaluate import command as evaluate_command
-from rft.experiments import Experiment, Plan, experiments
+from rft.experiments import Experiment, Study, experiments
 from rft.merge import command as merge_command
 from rft.packing.pack import Options, pack
 from rft.paper import FIGURE_7, VIT_B_16, VIT_B_32
@@ -35,7 +35,7 @@ COMMANDS = {
     "rft.evaluate": evaluate_command,
     "rft.report": report_command,
 }
-PAPER = Plan(runs="runs", data="data")
+PAPER = Study(runs="runs", data="data")
 
 
 def recipe_of(run: str) -> str:
@@ -43,13 +43,13 @@ def recipe_of(run: str) -> str:
     return Path(run).name.partition("-seed")[0]
 
 
-def made(plan: Plan) -> Counter[str]:
+def made(plan: Study) -> Counter[str]:
     return Counter(recipe_of(run) for one in experiments(plan) for run in one.makes)
 
 
 @pytest.mark.parametrize("preset", ["paper", "official-parity"])
 def test_every_row_of_the_paper_is_made_by_one_experiment_a_seed(preset):
-    counts = made(Plan(runs="runs", data="data", seeds=3, preset=preset))
+    counts = made(Study(runs="runs", data="data", seeds=3, preset=preset))
     rows = {row.recipe for row in (*VIT_B_32, *VIT_B_16)} | reproduction.figure_7()
     assert {name: counts[name] for name in rows} == {
         name: 1 if name == "zero-shot" else 3 for name in rows
@@ -110,7 +110,7 @@ def parsed():
 @pytest.mark.parametrize("preset", ["paper", "official-parity"])
 @pytest.mark.parametrize("scale", ["paper", "miniature"])
 def test_the_commands_are_those_of_the_real_command_lines(parsed, scale, preset):
-    plan = Plan(runs="R", data="s3://b/d", scale=scale, preset=preset, seeds=2, epochs=4)
+    plan = Study(runs="R", data="s3://b/d", scale=scale, preset=preset, seeds=2, epochs=4)
     rates = {}
     for one in experiments(plan):
         launcher, arguments = parsed(one.command)
@@ -149,27 +149,27 @@ def test_teachers_and_starts_are_those_of_the_same_seed(parsed):
 
 
 def test_some_recipes_bring_what_they_build_on():
-    names = [one.name for one in experiments(Plan(runs="R", data="D", seeds=2, only=("lp-ft",)))]
+    names = [one.name for one in experiments(Study(runs="R", data="D", seeds=2, only=("lp-ft",)))]
     assert names == [
         *("linear-probe-seed0", "lp-ft-seed0", "linear-probe-seed1", "lp-ft-seed1"),
         *("evaluate-seed0", "evaluate-seed1", "report"),
     ]
-    soups = experiments(Plan(runs="R", data="D", seeds=1, only=("uniform-soup",)))
+    soups = experiments(Study(runs="R", data="D", seeds=1, only=("uniform-soup",)))
     assert len(soups) == len(recipes.SOUP_RATES) + 3
     assert soups[-1].command[3:5] == ("R/vanilla-seed0", "R/uniform-soup-seed0")
-    alone = experiments(Plan(runs="R", data="D", only=("zero-shot",)))
+    alone = experiments(Study(runs="R", data="D", only=("zero-shot",)))
     assert [one.name for one in alone] == ["zero-shot-seed0", "evaluate-seed0", "report"]
 
 
 def test_the_demo_runs_a_part_of_it_in_the_same_folders():
-    demo = Plan(runs="R", data="D", seeds=1, only=demo_command.SHOWN, alphas=(0.5,))
+    demo = Study(runs="R", data="D", seeds=1, only=demo_command.SHOWN, alphas=(0.5,))
     found = experiments(demo)
     assert [one.name for one in found[:-2]] == [
         *("zero-shot-seed0", "vanilla-seed0", "no-mask-seed0", "object-mask-single-fill-seed0"),
         "wise-ft-seed0",
     ]
     assert found[-3].makes == ("R/wise-ft-0.5-seed0",)
-    everything = {one.command for one in experiments(Plan(runs="R", data="D", seeds=1))}
+    everything = {one.command for one in experiments(Study(runs="R", data="D", seeds=1))}
     assert {one.command for one in found[:4]} <= everything
 
 
@@ -182,7 +182,7 @@ def printed(capsys, monkeypatch, *options: str) -> str:
 def test_lines_are_for_a_shell_script(capsys, monkeypatch):
     where = ("--runs", "my runs", "--data", "D")
     lines = printed(capsys, monkeypatch, *where, "--lines", "--seeds", "2").splitlines()
-    found = experiments(Plan(runs="my runs", data="D", seeds=2))
+    found = experiments(Study(runs="my runs", data="D", seeds=2))
     fields = [line.split("\t") for line in lines]
     assert [(one.name, ",".join(one.after)) for one in found] == [(f[0], f[1]) for f in fields]
     assert [list(one.command) for one in found] == [shlex.split(f[2]) for f in fields]
@@ -203,7 +203,7 @@ def test_options_behind_the_dashes_reach_every_training(capsys, monkeypatch, par
 
 def test_the_plan_for_people_has_every_command(capsys, monkeypatch):
     out = printed(capsys, monkeypatch, "--runs", "R", "--data", "D", "--seeds", "1")
-    for one in experiments(Plan(runs="R", data="D", seeds=1)):
+    for one in experiments(Study(runs="R", data="D", seeds=1)):
         assert f"\n    {shlex.join(one.command)}\n" in out
         assert f"\n{one.name}" in f"\n{out}"
 
@@ -248,7 +248,7 @@ def test_the_first_failure_stops_with_one_line(capfd):
 
 
 @pytest.fixture(scope="module")
-def small_plan(tmp_path_factory) -> Plan:
+def small_plan(tmp_path_factory) -> Study:
     """The whole plan, on a twentieth of the miniature's images."""
     folder = tmp_path_factory.mktemp("reproduction")
     write_world(folder / "world", scale=0.05)
@@ -256,7 +256,7 @@ def small_plan(tmp_path_factory) -> Plan:
     options = Options(encoding="pixels", size=IMAGE_SIZE, shard_mb=2, workers=1)
     for dataset in BENCHMARKS:
         pack(dataset, str(folder / "world"), str(folder / "shards"), labels, options)
-    return Plan(
+    return Study(
         runs=str(folder / "runs"),
         data=str(folder / "shards"),
         report=str(folder / "report"),
@@ -275,7 +275,7 @@ def run_all(stages: list[Experiment], monkeypatch) -> None:
         COMMANDS[module].main()
 
 
-def outcomes(plan: Plan) -> dict[Path, int]:
+def outcomes(plan: Study) -> dict[Path, int]:
     """When all weights and results were written."""
     kinds = ("*.safetensors", "results.json")
     found = [path for kind in kinds for path in Path(plan.runs).rglob(kind)]

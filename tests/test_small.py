@@ -107,7 +107,7 @@ def test_an_image_for_each_rank_is_enough_without_fills(images, ranks):
     config = fitted(size, ranks, "vanilla")
     assert config.loader.batch_size == ranks
     assert config.micro_batch(ranks) == 1
-    (line,) = (line for line in small.describe(config, size, ranks) if "batch_size" in line)
+    (line,) = (line for line in small.rule_in_words(config, size, ranks) if "batch_size" in line)
     assert line.endswith(f"({images} images to train on)") or "(1 for each of" in line
 
 
@@ -133,7 +133,7 @@ def test_what_the_command_line_names_stays_and_carries_over():
     assert numbers(small.fit(config, size, 1, {"loader.batch_size"})) == (30, 4, 67, 67)
     named = set(small.OPTIONS)
     assert small.fit(config, size, 1, named) == config
-    shown = small.describe(small.fit(config, size, 1, {"loader.batch_size"}), size, 1)
+    shown = small.rule_in_words(small.fit(config, size, 1, {"loader.batch_size"}), size, 1)
     (line,) = (line for line in shown if "batch_size" in line)
     assert line.split() == ["loader.batch_size", "4", "(given;", "the", "rule's", "is", "16)"]
 
@@ -141,7 +141,7 @@ def test_what_the_command_line_names_stays_and_carries_over():
 def test_every_line_of_the_rule_fits_a_terminal_and_has_its_value():
     size = Size(1_281_167, 1000, 732)
     config = fitted(size, 8)
-    first, *lines = small.describe(config, size, 8)
+    first, *lines = small.rule_in_words(config, size, 8)
     assert first == "--scale small for 1,281,167 images of 1,000 classes on 8 ranks:"
     for option, value, line in zip(small.OPTIONS, numbers(config), lines, strict=True):
         assert line.split()[:2] == [option, f"{value:,}"]
@@ -178,7 +178,7 @@ BATCH_REASONS = {
 def test_the_reason_is_what_decided(size, parts, option, reason):
     for ranks, accumulate in ((1, parts), (parts, 1)):
         config = fitted(size, ranks, accumulate=accumulate)
-        lines = small.describe(config, size, ranks)
+        lines = small.rule_in_words(config, size, ranks)
         # in the dry run two more columns are taken
         assert max(map(len, lines)) <= 78
         (line,) = (line for line in lines if option in line)
@@ -189,7 +189,7 @@ def test_the_reason_is_what_decided(size, parts, option, reason):
 def test_other_scales_have_no_rule(scale):
     config = recipes.build("vanilla", scale=scale)
     assert small.rule(config, Size(60, 16, 3), 1) == {}
-    assert small.describe(config, Size(60, 16, 3), 1) == []
+    assert small.rule_in_words(config, Size(60, 16, 3), 1) == []
 
 
 def test_without_a_size_no_small_set_can_be_trained():

@@ -101,7 +101,7 @@ def _load(config: ModelConfig) -> PretrainedClip:
         found = from_weights(weights.read(_folder(config.clip)), config.clip)
         warn_of_resize(config.clip, hub.preprocess_cfg)
         return found
-    architecture = describe(config.clip)
+    architecture = architecture_of(config.clip)
     if tag := open_clip.get_pretrained_cfg(config.clip, config.pretrained):
         what, quick = f"weights {config.pretrained!r}", bool(tag.get("quick_gelu", False))
         _require_activation(what, quick, architecture)
@@ -126,7 +126,7 @@ def from_weights(found: Weights, clip: str) -> PretrainedClip:
             f"{found.files[0]} ({found.format}) has no text tower to make a head with; start from "
             "the pre-trained weights it was made from"
         )
-    architecture = describe(clip)
+    architecture = architecture_of(clip)
     require_fit(found, architecture)
     if remote := model_config(clip)["text_cfg"].get("hf_model_name"):
         log.info(
@@ -172,7 +172,7 @@ def model_config(clip: str) -> ModelFields:
     return _open_clip_config(clip).model_cfg
 
 
-def describe(clip: str) -> Architecture:
+def architecture_of(clip: str) -> Architecture:
     """Return the architecture of a model without loading weights.
 
     Raises:
@@ -257,7 +257,7 @@ def names_of(found: Weights) -> list[str]:
 
 
 def _through_open_clip(clip: str, tag: str) -> PretrainedClip:
-    architecture = describe(clip)
+    architecture = architecture_of(clip)
     try:
         model: Any = open_clip.create_model(clip, pretrained=tag)
     except (*unpickle.DAMAGE, SafetensorError) as error:

@@ -168,9 +168,9 @@ def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
     """Return the named model, with the preprocessing that the weights come with, if any."""
     own = read.architecture
     if own is None and read.config:
-        own = load.describe(f"{load.LOCAL}{path}")
+        own = load.architecture_of(f"{load.LOCAL}{path}")
     if clip:
-        named = load.describe(clip)
+        named = load.architecture_of(clip)
         return dataclasses.replace(named, mean=own.mean, std=own.std) if own else named
     if own is None:
         names = ", ".join(load.names_of(read)) or "none that open_clip knows"

@@ -18,7 +18,7 @@ from pydantic import Field
 from rft import cli
 from rft.demo.miniature import FOLDER, prepare_data, shards
 from rft.evaluate.results import is_current
-from rft.experiments import Experiment, Plan, experiments
+from rft.experiments import Experiment, Study, experiments
 from rft.loading.dataset import PackedDataset
 from rft.report.page import write_report
 from rft.runs import filenames
@@ -61,9 +61,9 @@ class Pretrain:
     seed: Seed = 0
 
 
-def plan(arguments: Demo, report: Path) -> Plan:
+def plan(arguments: Demo, report: Path) -> Study:
     """Return the plan of every experiment on the miniature world."""
-    return Plan(
+    return Study(
         runs=str(arguments.out / "runs"),
         data=str(shards(arguments.out)),
         report=str(report),
@@ -84,7 +84,7 @@ def paper(arguments: Demo) -> None:
     make(arguments, plan(arguments, arguments.out / "reproduction"))
 
 
-def make(arguments: Demo, chosen: Plan) -> None:
+def make(arguments: Demo, chosen: Study) -> None:
     """Run every stage that is not done yet; print the table and the report's path last."""
     started = time.perf_counter()
     *stages, _ = experiments(chosen)

@@ -99,8 +99,8 @@ def pretrain(out: Path, seed: int = 0, *, steps: int = 1200, images: int = 30_00
     with progress("pre-training", "steps", steps) as advance:
         for step in range(steps):
             if step % 200 == 0:
-                seconds = time.perf_counter() - started
-                log.info(f"step {step}/{steps}  {seconds:.0f} s  {describe(measure(model, dev))}")
+                seconds, text = time.perf_counter() - started, losses_in_words(measure(model, dev))
+                log.info(f"step {step}/{steps}  {seconds:.0f} s  {text}")
             chosen = next(batches)
             loss = contrast(*model(normalise(data.images_BCHW[chosen]), data.tokens_BT[chosen]))
             optimizer.zero_grad()
@@ -117,7 +117,7 @@ def pretrain(out: Path, seed: int = 0, *, steps: int = 1200, images: int = 30_00
     card = {"command": command, "seed": seed, "steps": steps, "images": images}
     save_model(out, model, {**card, "batch_size": BATCH_SIZE, "measured": measured})
     seconds = time.perf_counter() - started
-    log.info(f"step {steps}/{steps}  {seconds:.0f} s  {describe(measured)}")
+    log.info(f"step {steps}/{steps}  {seconds:.0f} s  {losses_in_words(measured)}")
     log.info(f"wrote {out}")
 
 
@@ -194,7 +194,7 @@ def measure(model: CLIP, dev: dict[str, Captioned]) -> dict[str, float]:
     return measured
 
 
-def describe(measured: dict[str, float]) -> str:
+def losses_in_words(measured: dict[str, float]) -> str:
     """Return the accuracies of `measure` in words."""
     shares = {name: measured[f"{name}-correct"] / measured[f"{name}-total"] for name in DEV_SETS}
     return "  ".join(f"{name} {share:.1%}" for name, share in shares.items())

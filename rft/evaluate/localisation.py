@@ -111,7 +111,7 @@ def localise(
         raise ValueError(f"all {len(names):,} masks below {arguments.masks} are empty")
     if world.is_main:
         for one, measured in zip(loaded, found, strict=True):
-            document = describe(arguments, packed, selection, measured)
+            document = to_document(arguments, packed, selection, measured)
             write_result(one, document)
             patch = one.saved.architecture.vision_cfg.get("patch_size")
             is_b32 = (patch, image_size) == (32, 224)
@@ -119,7 +119,7 @@ def localise(
             print(format_table(title, document, beside_paper=is_b32), flush=True)
 
 
-def describe(
+def to_document(
     arguments: Arguments, packed: PackedDataset, selection: Selection, measured: Measured
 ) -> dict[str, Any]:
     """Return one checkpoint's counts and rates as a JSON document."""

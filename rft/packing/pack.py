@@ -92,7 +92,7 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PackPlan:
     """Which samples go into which shard, and the parameters that decided it (`plan.json`)."""
 
     source: Source
@@ -171,7 +171,7 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
     return True
 
 
-def make_plan(source: Source, labels: LabelSpace, options: Options) -> Plan:
+def make_plan(source: Source, labels: LabelSpace, options: Options) -> PackPlan:
     """Return the plan: a global shuffle of the items, cut into shards by bytes.
 
     The order does not depend on that of `source.items`.
@@ -200,7 +200,7 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> Plan:
         "labels": scoring_hash(labels.ids, labels.names, labels.templates, source.groups),
     }
     shards = tuple(tuple(order[start:stop]) for start, stop in cut(sizes, shard_bytes))
-    return Plan(
+    return PackPlan(
         source=source, labels=labels, encoding=encoding, shards=shards, parameters=parameters
     )
 
@@ -217,7 +217,7 @@ def shuffle(items: Sequence[Item], seed: int) -> list[Item]:
 
 
 def make_jobs(
-    plan: Plan, url: str, max_bad: int = 0, max_pixels: float = MAX_PIXELS
+    plan: PackPlan, url: str, max_bad: int = 0, max_pixels: float = MAX_PIXELS
 ) -> list[ShardJob]:
     """Return one job for each shard of the plan."""
     return [
@@ -236,7 +236,7 @@ def make_jobs(
     ]
 
 
-def claim(plan: Plan, url: str, *, create: bool = True) -> None:
+def claim(plan: PackPlan, url: str, *, create: bool = True) -> None:
     """Make `url` the folder of this plan, or find that it already is.
 
     A plan that has come to nothing yet gives way to another one.
@@ -274,7 +274,7 @@ def claim(plan: Plan, url: str, *, create: bool = True) -> None:
     files.write_json(plan_url, plan.parameters)
 
 
-def finalize(plan: Plan, url: str, max_bad: int = 0) -> Manifest:
+def finalize(plan: PackPlan, url: str, max_bad: int = 0) -> Manifest:
     """Write index, side files and, last, the manifest of a folder whose shards are all there.
 
     Raises:
@@ -365,7 +365,7 @@ def _check(options: Options) -> tuple[int, tuple[int, int]]:
     return check_workers(options.workers), task
 
 
-def _is_complete(plan: Plan, url: str, jobs: Sequence[ShardJob]) -> bool:
+def _is_complete(plan: PackPlan, url: str, jobs: Sequence[ShardJob]) -> bool:
     sizes = file_sizes(url)
     if MANIFEST not in sizes or INDEX not in sizes:
         return False

@@ -18,7 +18,7 @@ from typing import TypeVar
 from rft import cpus, log
 from rft.progress import progress
 
-Job = TypeVar("Job")
+Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
@@ -28,7 +28,7 @@ def check_workers(workers: int | None) -> int:
 
 
 def for_each(
-    title: str, work: Callable[[Job], Result], jobs: Sequence[Job], workers: int
+    title: str, work: Callable[[Task], Result], jobs: Sequence[Task], workers: int
 ) -> list[Result]:
     """Return `work(job)` for every job, in order, showing progress; see `each_done`."""
     results: dict[int, Result] = {}
@@ -43,7 +43,7 @@ def for_each(
 
 
 def each_done(
-    work: Callable[[Job], Result], jobs: Sequence[Job], workers: int
+    work: Callable[[Task], Result], jobs: Sequence[Task], workers: int
 ) -> Generator[tuple[int, Result], None, None]:
     """Yield the number of a job and `work(job)`, as they end; the first error stops all.
 
@@ -81,7 +81,7 @@ def each_done(
 
 
 def _submit(
-    pool: ProcessPoolExecutor, work: Callable[[Job], Result], jobs: Sequence[Job]
+    pool: ProcessPoolExecutor, work: Callable[[Task], Result], jobs: Sequence[Task]
 ) -> dict[Future[Result], int]:
     # the first submit starts processes, which inherit the blocked signal until they ignore it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -95,7 +95,7 @@ class _Ended(BaseException):
     """A worker got SIGTERM while it worked."""
 
 
-def _attempt(work: Callable[[Job], Result], job: Job) -> Result:
+def _attempt(work: Callable[[Task], Result], job: Task) -> Result:
     """Work; at SIGTERM clean up and leave. Between two jobs there is nothing to clean up."""
 
     def end(*_: object) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from rft.report.label_placement import DPI
 from rft.report.plots import INK, MASK_COLORS, MUTED, drawn, encoded
 from rft.report.tables import FILLS, MASKS
-from rft.runs.gallery import DROP, Gallery
+from rft.runs.gallery_file import DROP, Gallery
 from rft.text import plain
 
 MAX_ROWS = 6

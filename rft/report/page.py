@@ -21,7 +21,7 @@ from rft.report import gallery, plots, tables
 from rft.report.comparison import Beside
 from rft.report.read import Run, load_runs, shown_settings
 from rft.report.tables import COLUMNS, DifferenceRow, Row, TextTable
-from rft.runs.gallery import read as read_gallery
+from rft.runs.gallery_file import read as read_gallery
 from rft.runs.records import Provenance
 from rft.storage import files
 from rft.text import plain

@@ -18,7 +18,7 @@ from rft.shards.index import Index
 from rft.shards.manifest import Manifest
 from rft.storage import files
 from rft.train.build import prepare
-from rft.train.estimate import describe, size_rule
+from rft.train.estimate import estimate, size_rule
 from rft.train.finish import run_job, tell_finished
 from rft.train.job import Job
 from rft.train.logs import require_packages
@@ -41,7 +41,7 @@ follow from the size of the set; --dry-run prints the rule and its values.
 The same command again resumes a run that was stopped.
 
 Recipes (the paper's numbers for each: rft/paper.py):
-{recipes.describe()}
+{recipes.list_in_words()}
 """
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ def main() -> None:
         if command.dry_run:
             if world.is_main:
                 words = [word for word in sys.argv[1:] if word != "--dry-run"]
-                cli.say(describe(job, words, why))
+                cli.say(estimate(job, words, why))
             return
         if world.is_main:
             tell_start(job, why)

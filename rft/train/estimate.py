@@ -70,7 +70,7 @@ class Memory:
         return self.weights + self.teachers + copies * self.trained + graph
 
 
-def describe(job: Job, arguments: Sequence[str], why: str = "") -> str:
+def estimate(job: Job, arguments: Sequence[str], why: str = "") -> str:
     """Return what a job would be, as text: configuration, data, steps, memory, I/O, next command.
 
     Args:
@@ -149,7 +149,7 @@ def set_size(job: Job) -> small.Size:
 
 def size_rule(job: Job) -> list[str]:
     """Return the rule of `--scale small` with its values for this set; nothing for other scales."""
-    return small.describe(job.config, set_size(job), job.world.size)
+    return small.rule_in_words(job.config, set_size(job), job.world.size)
 
 
 def steps(job: Job) -> list[str]:

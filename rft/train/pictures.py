@@ -23,7 +23,7 @@ from rft.config import MethodConfig
 from rft.loading.dataset import PackedDataset
 from rft.method import refill
 from rft.method.counterfactual import StepAddress, cam, donors, draw
-from rft.runs import gallery
+from rft.runs import gallery_file as gallery
 from rft.storage import files
 
 COLUMNS = 8

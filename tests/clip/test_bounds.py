@@ -54,9 +54,9 @@ def test_every_model_of_open_clip_is_read_or_refused_by_name():
         reason = reason or ("CoCa" if "multimodal_cfg" in config else "")
         if reason:
             with pytest.raises(ValueError, match=f"{reason}.*rft needs"):
-                load.describe(model)
+                load.architecture_of(model)
         else:
-            load.describe(model)
+            load.architecture_of(model)
             read.append(model)
     assert {"ViT-B-32-quickgelu", "ViT-bigG-14", "ViT-e-14", "xlm-roberta-large-ViT-H-14"} <= {
         *read

@@ -366,7 +366,7 @@ def folder_with_card(path: Path, change: Change, metadata: dict | None = None) -
     file = path / "open_clip_model.safetensors"
     if metadata:
         save_file(load_file(file), file, metadata=metadata)
-    tower = load.describe(f"local-dir:{path}")
+    tower = load.architecture_of(f"local-dir:{path}")
     described = card_of(file) | {
         "architecture": dataclasses.asdict(tower),
         "activation": "QuickGELU",

@@ -651,7 +651,7 @@ def test_load_clip_takes_files_of_open_clip(known_models, made, name):  # noqa: 
     found = load_file_as(made / name)
     assert same(found.model.state_dict(), formats.build_clip().state_dict())
     assert not found.model.training
-    assert found.architecture == load.describe(formats.NAME)
+    assert found.architecture == load.architecture_of(formats.NAME)
     assert found.tokenize(["a cat"]).shape == (1, 12)
 
 
@@ -731,7 +731,7 @@ def test_a_model_of_the_hub(made, monkeypatch):
     found = load.load_clip(ModelConfig(clip="hf-hub:someone/tiny", pretrained=""))
     assert same(found.model.state_dict(), formats.build_clip().state_dict())
     assert (found.architecture.mean, found.architecture.quick_gelu) == ((0.5, 0.5, 0.5), True)
-    assert load.describe("hf-hub:someone/tiny") == found.architecture
+    assert load.architecture_of("hf-hub:someone/tiny") == found.architecture
 
 
 def test_a_hub_folder_that_does_not_fit_its_own_configuration(made, tmp_path):

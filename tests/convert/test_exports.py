@@ -213,7 +213,7 @@ def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     line = refused("export", run, "--to", "released", "--out", tmp_path / "m.bin")
     assert "a file of this format ends in .pt" in line
     saved = load_state(run / SELECTED)
-    gelu = load.describe(formats.GELU_NAME)
+    gelu = load.architecture_of(formats.GELU_NAME)
     path = str(tmp_path / "gelu.safetensors")
     save_state(path, saved.state, gelu, saved.metadata, saved.classes)
     line = refused(

@@ -43,7 +43,7 @@ def test_import_of_models_with_a_head(convert, state, tmp_path, name):
     found, architecture, metadata, _ = load_state(out / SELECTED)
     assert f"\nnext: python -m rft.evaluate {out} --data DATA\n  (DATA: " in printed
     assert same(found, state)
-    assert architecture == load.describe(formats.NAME)
+    assert architecture == load.architecture_of(formats.NAME)
     assert metadata == {"recipe": "theirs", "step": "0"}
     config = document(out / "config.json")
     sha256 = files.sha256_file(tmp_path / "model.pt")
@@ -240,7 +240,7 @@ def test_an_import_does_not_ask_the_hub_for_what_a_header_names(
 ):
     asked = []
     monkeypatch.setattr(load, "download_pretrained_from_hf", lambda *a, **_: asked.append(a))
-    tower = dataclasses.replace(load.describe(formats.NAME), clip="hf-hub:evil/model")
+    tower = dataclasses.replace(load.architecture_of(formats.NAME), clip="hf-hub:evil/model")
     own = {"rft": json.dumps({"step": "0", "architecture": tower.to_json()})}
     save_file(formats.build_clip().state_dict(), tmp_path / "m.safetensors", metadata=own)
     out = ("--out", tmp_path / "run", "--data", tiny_data)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rft.experiments import Plan, experiments
+from rft.experiments import Study, experiments
 from tests.launch.conftest import ROOT, SETTINGS, Project, environment
 from tests.storage.test_urls import WITH_SECRET
 
@@ -525,7 +525,7 @@ def test_the_whole_paper_is_submitted_in_order(project):
     result = project.launch("reproduce.sh", *words)
     assert result.returncode == 0, result.stderr
     lines = [shlex.split(line) for line in result.stdout.splitlines()]
-    plan = Plan(
+    plan = Study(
         runs=str(project.runs),
         data=str(project.folder / "shards"),
         seeds=2,

@@ -42,7 +42,7 @@ def test_equals_the_textbook(images_BCHW, labels_B, kind, recompute):
 def test_a_large_towers_masks_equal_the_textbooks(sharpness, tolerance):
     """ViT-B/32's width, heads and tokens; sharper attention loses more digits to rounding."""
     name = "ViT-B-32-quickgelu"
-    visual, architecture = build_tower(name), load.describe(name)
+    visual, architecture = build_tower(name), load.architecture_of(name)
     head = torch.nn.Linear(architecture.embed_dim, 10, bias=False)
     draws = torch.Generator().manual_seed(0)
     with torch.no_grad():

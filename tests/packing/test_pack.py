@@ -148,7 +148,7 @@ def test_plan_holds_every_item_once(items, seed, limit, random) -> None:
 
 
 def test_order_and_plan_hash_follow_their_inputs(source: str) -> None:
-    def plan(labels: LabelSpace = LABELS, **options) -> packing.Plan:
+    def plan(labels: LabelSpace = LABELS, **options) -> packing.PackPlan:
         found = read_source("imagenet-train", Path(source), labels)
         return make_plan(found, labels, Options(**options))
 

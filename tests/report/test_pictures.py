@@ -17,7 +17,7 @@ from rft.report import gallery, plots
 from rft.report import label_placement as labels
 from rft.report.read import load_runs
 from rft.report.tables import GRID, result_rows
-from rft.runs.gallery import read as read_gallery
+from rft.runs.gallery_file import read as read_gallery
 from rft.runs.records import Metrics
 from tests.report.make_runs import make_gallery, make_run, run_of
 from tests.tiny import unstamped

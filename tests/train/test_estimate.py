@@ -16,7 +16,7 @@ from rft.train import build
 from rft.train.estimate import (
     checkpoint_steps,
     configuration,
-    describe,
+    estimate,
     graph_bytes,
     measure,
     possible_ranks,
@@ -153,7 +153,7 @@ def test_numbers_of_ranks_that_can_share_the_batch(prepare):
 
 def test_what_it_says(prepare, arguments, tmp_path):
     job = prepare("--seed", "7")
-    text = describe(job, [*arguments, "--seed", "7"])
+    text = estimate(job, [*arguments, "--seed", "7"])
     assert "* seed                     7  (the recipe's is 0)" in text
     assert "  optim.lr                 0.0003\n" in text
     assert f"    run                      {tmp_path / 'run'}\n" in text
@@ -168,12 +168,12 @@ def test_what_it_says(prepare, arguments, tmp_path):
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "progress.json").write_text(json.dumps({"step": 12, "of": 15}))
-    assert "12 of them are done" in describe(job, arguments)
+    assert "12 of them are done" in estimate(job, arguments)
 
 
 def test_zero_shot_trains_nothing(prepare):
     job = prepare("--optim.epochs", "0", recipe="zero-shot")
-    text = describe(job, ["zero-shot"])
+    text = estimate(job, ["zero-shot"])
     assert "nothing is trained" in text
     assert "writes 0 checkpoints" in text
 

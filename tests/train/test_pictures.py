@@ -9,7 +9,7 @@ from rft import recipes, rng
 from rft.clip import vit
 from rft.loading.dataset import PackedDataset
 from rft.method import refill
-from rft.runs import gallery as gallery_file
+from rft.runs import gallery_file
 from rft.train import pictures
 from rft.train.pictures import Counterfactuals, grid, join_patches, one_of_each_class, write_gallery
 from tests.conftest import build_model

@@ -42,7 +42,7 @@ from rft.report.page import render
 from rft.report.read import load_runs
 from rft.runs import folder as runs
 from rft.runs import trained_on
-from rft.runs.gallery import read as read_gallery
+from rft.runs.gallery_file import read as read_gallery
 from rft.runs.header import read_entries
 from rft.shards import tar
 from rft.shards.images import Treatment, clip_pixels, encoding_parameters, load_image
@@ -498,7 +498,7 @@ def documents(world: Path, folder: Path) -> Target:
                 space = LabelSpace.load(str(folder / name))
                 assert len(space.ids) == len(space.names) >= 2
             case "clip/open_clip_config.json":
-                load.describe(f"local-dir:{folder / 'clip'}").build_visual()
+                load.architecture_of(f"local-dir:{folder / 'clip'}").build_visual()
             case "gallery.npz":
                 (folder / name).write_bytes(edited(valid_gallery, raw))
                 found = read_gallery(folder / name)
