@@ -145,7 +145,7 @@ class Run:
 
     def resumed_at(self) -> int:
         """Return the step after which the job that was started last went on."""
-        for line in self.said().splitlines():
+        for line in map(unstamped, self.said().splitlines()):
             if line.startswith("going on after step "):
                 return int(line.split()[-1])
         return 0

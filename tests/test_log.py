@@ -58,6 +58,7 @@ def test_a_second_setup_changes_nothing(capsys):
     assert capsys.readouterr().out.count("a\n") == 1
 
 
+@pytest.mark.slow
 def test_a_library_that_logs_or_warns_is_not_swallowed():
     script = (
         "import logging, warnings; from rft import cli\n"
@@ -77,6 +78,7 @@ def test_a_library_that_logs_or_warns_is_not_swallowed():
     assert "once" not in done.stderr
 
 
+@pytest.mark.slow
 def test_without_a_command_warnings_are_pythons():
     script = "import logging, rft.progress; log = logging.getLogger('rft.x'); log.info('i'); "
     done = subprocess.run(
@@ -88,6 +90,7 @@ def test_without_a_command_warnings_are_pythons():
     assert (done.stdout, done.stderr) == ("", "w\n")
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_command_that_logs():
     script = (
         "import logging; from rft import cli; cli.run(lambda: logging.getLogger('rft').info('x'))"
@@ -105,6 +108,7 @@ def test_a_full_disk_ends_a_command_that_logs():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_time_level_and_text_as_they_are(terminal):
     with terminal(80) as drawn:
         here.info(f"{HOSTILE} {'long ' * 30}")
@@ -116,6 +120,7 @@ def test_a_terminal_shows_time_level_and_text_as_they_are(terminal):
     assert third == "  [i]below[/i]"
 
 
+@pytest.mark.slow
 def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
     with terminal(80) as drawn:
         monkeypatch.setenv("TERM", "dumb")
@@ -127,6 +132,7 @@ def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
     assert second.endswith("0:00:00 left")
 
 
+@pytest.mark.slow
 def test_lines_stay_above_a_bar(terminal):
     with terminal(80) as drawn:
         with progress(f"[b]{HOSTILE[:8]}[/b]", "things", 2) as advance:

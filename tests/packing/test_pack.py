@@ -647,8 +647,11 @@ def test_packing_needs_no_torch(source: str, tmp_path: Path) -> None:
 
 STUCK = """
 import signal, sys
+from rft import log
 from rft.packing import pack, pool as workers
 from rft.shards.label_space import LabelSpace
+
+log.setup()
 
 def stuck(futures):
     next(iter(futures)).result()

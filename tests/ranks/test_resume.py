@@ -54,6 +54,8 @@ def outcome(run: Path) -> tuple[list[str], list, list[dict]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == sorted(set(steps)), "a resumed run logs each step once"
+    times = [line.pop("time") for line in lines]
+    assert times[0] < times[-1]
     return (
         [files.sha256_file(run / which) for which in (SELECTED, LAST)],
         leaves(torch.load(last, weights_only=True)),

@@ -20,6 +20,7 @@ from rft.experiments import Experiment
 from rft.train import command as train_command
 from rft.train.job import Job
 from rft.train.run import is_finished
+from tests.tiny import unstamped
 
 CPU = torch.device("cpu")
 
@@ -184,9 +185,9 @@ def test_a_finished_run_is_finished_on_any_device(three_epochs, bf16_gpu, capsys
     bf16_gpu.undo()
     capsys.readouterr()
     three_epochs()
-    assert capsys.readouterr().out == f"run already finished: {run} (in bf16)\n"
+    assert unstamped(capsys.readouterr().out) == f"run already finished: {run} (in bf16)\n"
     three_epochs("run", "--dry-run")
-    assert capsys.readouterr().out == f"run already finished: {run} (in bf16)\n"
+    assert unstamped(capsys.readouterr().out) == f"run already finished: {run} (in bf16)\n"
     assert (run / "config.json").read_bytes() == before
     # but only if all else agrees, and not where another precision is named
     assert "optim.lr: 0.0003 -> 0.5" in complaint(three_epochs, capsys, "run", "--optim.lr", "0.5")

@@ -75,6 +75,7 @@ def test_a_line_at_once_then_one_a_minute_and_each_held_out_result(tmp_path, cap
     assert last.endswith("  held-out 75.00%")
 
 
+@pytest.mark.slow
 def test_a_bar_on_a_terminal(tmp_path, terminal):
     with terminal(90) as drawn:
         display = Display(configuration(tmp_path), 100, 1000, None)

@@ -94,7 +94,7 @@ def test_the_size_of_the_set_decides_and_nothing_claims_to_select(small, tmp_pat
     said = small()
     for line in RULE:
         assert f"  {line}" in dry.splitlines()
-        assert line in said.splitlines()
+        assert line in tiny.unstamped(said).splitlines()
     # none of them differs from the recipe's default
     marked = {line.split()[1] for line in dry.splitlines() if line.startswith("  * ")}
     assert marked == {"model.clip", "loader.workers"}
@@ -133,7 +133,10 @@ def test_what_the_command_line_names_wins_and_a_grown_set_is_named(
 ):
     options = ("--loader.batch-size=4", "--optim.epochs", "2")
     said = small(*options)
-    assert "  loader.batch_size         4  (given; the rule's is 8)" in said.splitlines()
+    assert (
+        "  loader.batch_size         4  (given; the rule's is 8)"
+        in tiny.unstamped(said).splitlines()
+    )
     recorded = Config.from_dict(files.read_json(str(tmp_path / "run" / "config.json")))
     assert (recorded.loader.batch_size, recorded.optim.warmup_steps) == (4, 3)
     line = refused(

@@ -13,6 +13,7 @@ from rft.train.optim import build_optimizer
 from rft.train.profile import profiling
 from rft.train.step import accumulate_gradients
 from tests.conftest import build_model
+from tests.tiny import unstamped
 
 
 @pytest.fixture
@@ -71,6 +72,6 @@ def test_a_run_that_stops_meanwhile(take_steps, tmp_path, capsys):
     assert counts(tmp_path / "steps-106-107.json.gz")["cam"] == 2
     take_steps(tmp_path / "none", 5, first=100, total=1000)
     take_steps(tmp_path / "none", 0)
-    said = capsys.readouterr().out.splitlines()
+    said = unstamped(capsys.readouterr().out).splitlines()
     assert said == [f"--profile: no step was done after step {step}, no trace" for step in (105, 0)]
     assert not (tmp_path / "none").exists()
