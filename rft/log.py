@@ -17,6 +17,7 @@ from rft.text import plain
 if TYPE_CHECKING:
     from rich.console import Console
 
+NAME = "rft"
 FORMAT = "%(asctime)s [%(rank)s] %(levelname)s: %(message)s"
 TIME = "%Y-%m-%d %H:%M:%S"
 SHORT_TIME = "%H:%M:%S"
@@ -29,12 +30,14 @@ EVERY_RANK = {"every_rank": True}
 
 
 def setup() -> None:
-    """Show the records of the logger `rft`; a second call changes nothing."""
-    logger = logging.getLogger("rft")
+    """Show the records of the logger `rft`, once, however often this is called."""
+    logger = logging.getLogger(NAME)
     logger.setLevel(logging.INFO)
     logger.propagate = False  # a library that sets up the root logger would show every line twice
-    if not any(isinstance(handler, Handler) for handler in logger.handlers):
-        logger.addHandler(Handler())
+    # by its name: where rft was imported anew, its class is another one
+    for handler in [handler for handler in logger.handlers if handler.name == NAME]:
+        logger.removeHandler(handler)
+    logger.addHandler(Handler())
 
 
 def is_first_rank() -> bool:
@@ -67,6 +70,7 @@ class Handler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
+        self.set_name(NAME)
         self.setFormatter(Formatter(FORMAT, TIME))
 
     def filter(self, record: logging.LogRecord) -> bool:

@@ -1,6 +1,7 @@
 """Log lines: time, rank and level, where they go, and what a terminal is shown."""
 
 import contextlib
+import importlib.util
 import logging
 import os
 import pty
@@ -59,6 +60,17 @@ def test_a_second_setup_changes_nothing(capsys):
 
 
 @pytest.mark.slow
+def test_an_older_import_of_the_module_shows_no_line_twice(capsys):
+    """As in a process that imports rft anew (tools/plant_faults.py)."""
+    spec = importlib.util.find_spec("rft.log")
+    older = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(older)
+    older.setup()
+    log.setup()
+    here.info("a")
+    assert capsys.readouterr().out.count("a\n") == 1
+
+
 def test_a_library_that_logs_or_warns_is_not_swallowed():
     script = (
         "import logging, warnings; from rft import cli\n"
