@@ -119,18 +119,21 @@ ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SOUP_RATES = (1 / 3, 1.0, 3.0)
 
 
+MergeKind = Literal["wise", "uniform-soup", "greedy-soup"]
+
+
 class Merge(NamedTuple):
     """A model that `rft.merge` makes of trained ones."""
 
     about: str
-    kind: Literal["wise", "uniform-soup", "greedy-soup"]
+    kind: MergeKind
     inputs: tuple[str, ...]
     """Recipes of the models merged; a soup's are several runs of them."""
 
 
 MERGED = {
     "wise-ft": Merge(
-        "Mix (1 - alpha) zero-shot + alpha vanilla (Wortsman et al. 2022); Table 3 has alpha 0.5.",
+        "Mix (1 - alpha) zero-shot + alpha vanilla (Wortsman et al. 2022).",
         "wise",
         ("zero-shot", "vanilla"),
     ),

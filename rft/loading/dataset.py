@@ -16,7 +16,14 @@ from torch import Tensor
 from rft.config import MAX_PIXELS
 from rft.shards.cache import Cache
 from rft.shards.image_files import require_affordable
-from rft.shards.images import clip_pixels, load_image, npy_header, payload_treatment
+from rft.shards.images import (
+    clip_pixels,
+    is_array,
+    is_source,
+    load_image,
+    npy_header,
+    payload_treatment,
+)
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest, note_other_stores
 from rft.shards.ranges import RangeError, Shards, cut
@@ -78,7 +85,7 @@ class PackedDataset:
         self.shard_ends = np.cumsum(sizes)
         self.shards = Shards(url, self.manifest.shards, cache=cache, patience=patience)
         self._npy_header = b""
-        if self.manifest.encoding["kind"] == "pixels":
+        if is_array(self.manifest.encoding):
             self._npy_header = npy_header(self.manifest.encoding["size"])
 
     def __len__(self) -> int:
@@ -168,7 +175,7 @@ class PackedDataset:
     def _fill(self, samples: np.ndarray, images_BCHW: np.ndarray) -> float:
         """Write the samples' images; return the seconds spent in decoding."""
         size = images_BCHW.shape[-1]
-        if self.manifest.encoding["kind"] == "pixels":
+        if is_array(self.manifest.encoding):
             # a sample that is on this machine is read to where it belongs, without a copy between
             elsewhere = self._pixels_from_disk(samples, images_BCHW)
             if elsewhere:
@@ -290,7 +297,7 @@ class PackedDataset:
         index, name = self.index, f"{self.url}: its largest"
         require_affordable(int(index.length.max(initial=0)), f"{name} file", self._max_pixels)
         pixels = (index.width.astype(np.int64) * index.height).max(initial=0)
-        if self.manifest.encoding["kind"] == "original" and pixels > self._max_pixels * 1e6:
+        if is_source(self.manifest.encoding) and pixels > self._max_pixels * 1e6:
             raise ValueError(
                 f"{name} image has {pixels / 1e6:,.1f} million pixels, --max-pixels allows "
                 f"{self._max_pixels:g} million: raise it (for training, --loader.max-pixels)"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, assert_never, get_args
 
 import tyro
 
@@ -26,13 +26,14 @@ from rft.merge.ingredients import (
     shared_seed,
 )
 from rft.method import averaging
+from rft.recipes import MergeKind
 from rft.runs import derived, filenames
 from rft.runs.filenames import LAST
 from rft.sets import TRAIN_SET
 from rft.storage import files
 from rft.storage.documents import BatchSize, Megapixels, Whole, document
 
-KINDS = ("wise", "uniform-soup", "greedy-soup")
+KINDS: tuple[MergeKind, ...] = get_args(MergeKind)
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +119,8 @@ def main() -> None:
             uniform_soup(arguments)
         case GreedySoup():
             make_greedy_soup(arguments)
+        case _:
+            assert_never(arguments)
 
 
 def wise(arguments: Wise) -> None:

@@ -1,7 +1,18 @@
 """The loss terms (eq. 2 and 3), fp32 whatever the precision of what comes in."""
 
+from typing import TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor
+
+from rft.config import MethodConfig
+
+Term = TypeVar("Term", Tensor, float)
+
+
+def total(method: MethodConfig, cross_entropy: Term, kd: Term, mse: Term) -> Term:
+    """Return the loss of its terms, tensors or numbers (eq. 2 and 3); an absent term is zero."""
+    return cross_entropy + method.kd_weight * kd + method.distill_weight * mse
 
 
 def classification(logits_BK: Tensor, labels_B: Tensor) -> Tensor:

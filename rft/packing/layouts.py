@@ -83,7 +83,7 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
             present = [name for name in _class_folders(root) if name in class_of]
             _require_all(root, present, list(class_of))
             groups = tuple(groups_of.values())
-        case "imagenet-r" | "imagenet-a":  # published for 200 of the classes
+        case _ if known.class_list is not None:  # published for some of the classes
             present = _class_folders(root)
             published = published_classes(dataset, labels)
             if published is not None:

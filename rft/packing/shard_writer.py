@@ -1,5 +1,6 @@
 """Shards are written by webdataset's own writer, over a stream that counts and hashes."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from typing import IO, Self
@@ -44,9 +45,11 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        # also after an error, or the writer would end the tar when it is deleted, in a closed file
-        self._tar.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # also after an error, or the writer would end the tar when it is deleted, in a closed file;
+        # then that error is the one to show
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self._tar.close()
 
 
 class _Hashing:

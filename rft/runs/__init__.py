@@ -6,5 +6,5 @@
 - `derived`: folders of merges and imports
 - `header`: the header of a weights file
 - `trained_on`: which packed sets weights have seen
-- `gallery`: the arrays of the counterfactual pictures
+- `gallery_file`: the arrays of the counterfactual pictures
 """

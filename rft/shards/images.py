@@ -133,9 +133,7 @@ def encoding_parameters(
     are likewise turned and composed by the reader. The library and its version belong to the others
     because decoders and resampling may change by a grey level.
     """
-    own = {"photos": PHOTOS} if photos else {}
-    if kind == "original":
-        return {"kind": "original", "crop_border": crop_border, **own}
+    own: dict[str, Any] = {"photos": PHOTOS} if photos else {}
     square = {
         "kind": kind,
         "size": size,
@@ -146,14 +144,44 @@ def encoding_parameters(
         "crop_border": crop_border,
         **own,
     }
-    if kind == "jpeg":
-        square |= {"quality": quality, "subsampling": SUBSAMPLING}
-    return square
+    match kind:
+        case "original":
+            return {"kind": "original", "crop_border": crop_border, **own}
+        case "jpeg":
+            return square | {"quality": quality, "subsampling": SUBSAMPLING}
+        case "pixels":
+            return square
+        case _:
+            assert_never(kind)
 
 
 def source_treatment(encoding: dict[str, Any]) -> Treatment:
     """Look up what is done to the source files of a set before the resize."""
     return Treatment("photos" in encoding, encoding["crop_border"])
+
+
+def is_source(encoding: dict[str, Any]) -> bool:
+    """Whether a payload is the file of the source itself, of any size."""
+    kind: Kind = encoding["kind"]
+    match kind:
+        case "original":
+            return True
+        case "jpeg" | "pixels":
+            return False
+        case _:
+            assert_never(kind)
+
+
+def is_array(encoding: dict[str, Any]) -> bool:
+    """Whether a payload is an array of decoded pixels (.npy), and no image file."""
+    kind: Kind = encoding["kind"]
+    match kind:
+        case "pixels":
+            return True
+        case "original" | "jpeg":
+            return False
+        case _:
+            assert_never(kind)
 
 
 def payload_treatment(encoding: dict[str, Any]) -> Treatment:

@@ -11,6 +11,7 @@ from rft import dist
 from rft.config import Config
 from rft.dist import World
 from rft.loading.dataset import Batch, Reading
+from rft.method import losses
 
 COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
 READING = ("wait", "ready", *Reading._fields)
@@ -64,8 +65,7 @@ class Meter:
             first = int(finite_S.long().argmin())
             raise ValueError(not_finite(step - self.steps + first + 1, terms_ST[first].tolist()))
         cross_entropy, kd, mse, replaced, grad_norm = terms_ST.mean(dim=0).tolist()
-        method = self._config.method
-        loss = cross_entropy + method.kd_weight * kd + method.distill_weight * mse
+        loss = losses.total(self._config.method, cross_entropy, kd, mse)
         seconds = time.perf_counter() - self._started
         reading_R = torch.from_numpy(self._reading).to(self._device)
         summed = dict(zip(READING, dist.sum_over_ranks(world, reading_R).tolist(), strict=True))

@@ -95,7 +95,6 @@ class Objective(nn.Module):
             features_BE = features(self.student, patches_BPV, taps=taps, recompute=self.recompute)
             logits_BK = self.student.logits(features_BE)
             cross_entropy = losses.classification(logits_BK, labels_B)
-        loss = cross_entropy
         logit_distillation = mse = torch.zeros_like(cross_entropy)
         if self.ensemble is not None:
             with record_function("second teacher"), torch.no_grad():
@@ -103,12 +102,11 @@ class Objective(nn.Module):
             logit_distillation = losses.knowledge_distillation(
                 logits_BK, taught_BK, self.method.kd_temperature
             )
-            loss = loss + self.method.kd_weight * logit_distillation
         if self.method.distill_weight > 0 and not self.method.masks:
             with record_function("teacher forward"), torch.no_grad():
                 teacher_BE = self._features(self.teacher, patches_BPV)
             mse = losses.feature_mse(features_BE, teacher_BE)
-            loss = loss + self.method.distill_weight * mse
+        loss = losses.total(self.method, cross_entropy, logit_distillation, mse)
         donor_BP = None
         if draws is not None:
             relevance_BP = None
