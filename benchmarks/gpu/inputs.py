@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from rft.clip.weights import HUB_CONFIG, HUB_WEIGHTS
 from rft.packing import pack
 from rft.rng import numpy_generator
+from rft.shards.folder import MANIFEST
 from rft.shards.images import Kind
 from rft.shards.label_space import LabelSpace
 from rft.storage import files
@@ -114,7 +115,7 @@ def write_images(settings: Settings, size: int) -> Path:
 def write_shards(settings: Settings, encoding: Kind, size: int) -> Path:
     """Pack the images; return the data root."""
     root = settings.work / f"{encoding}-{settings.images}-{settings.classes}-{size}"
-    if not (root / SET / "manifest.json").exists():
+    if not (root / SET / MANIFEST).exists():
         pack.pack(
             SET,
             str(write_images(settings, size)),

@@ -27,6 +27,7 @@ from torch import Tensor
 from rft.clip.architecture import Architecture
 from rft.clip.head import zero_shot_head
 from rft.clip.load import PretrainedClip, WordTokenizer
+from rft.clip.weights import CARD, HUB_CONFIG, HUB_WEIGHTS
 from rft.config import OptimConfig
 from rft.demo.captions import CONTEXT_LENGTH, TEMPLATES, VOCABULARY, caption
 from rft.demo.objects import CLASSES, load_silhouettes
@@ -218,9 +219,9 @@ def save_model(out: Path, model: CLIP, card: dict[str, Any]) -> None:
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     config = {"model_cfg": MODEL, "preprocess_cfg": {"size": IMAGE_SIZE, **preprocess}}
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    files.write_json(str(out / "open_clip_config.json"), config)
+    files.write_json(str(out / HUB_CONFIG), config)
     files.write_bytes(str(out / "vocab.txt"), ("\n".join(VOCABULARY) + "\n").encode())
     packages = files.provenance()["packages"]
     made_with = {"world_version": VERSION, "threads": torch.get_num_threads(), "packages": packages}
-    files.write_json(str(out / "card.json"), {**card, **made_with})
-    files.write_bytes(str(out / "open_clip_model.safetensors"), save(state))
+    files.write_json(str(out / CARD), {**card, **made_with})
+    files.write_bytes(str(out / HUB_WEIGHTS), save(state))

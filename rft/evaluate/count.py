@@ -25,7 +25,7 @@ EXCLUDED = -1
 
 @dataclass(frozen=True)
 class Count:
-    """How many of how many; percentages are made by whoever prints them."""
+    """How many of how many; what prints them makes percentages."""
 
     correct: int
     total: int

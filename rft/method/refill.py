@@ -53,7 +53,7 @@ def donors(mask_BP: Tensor, source_BP: Tensor, own_B1: Tensor) -> Tensor:
 def apply_donors(patches_ZPV: Tensor, donor_BP: Tensor, own_B1: Tensor) -> Tensor:
     """Return the patches of the counterfactual images, (B, P, V), from those of the pool.
 
-    Dropped patches keep their own pixels: whoever attends must leave them out (`donor_BP != DROP`).
+    Dropped patches keep their own pixels: attention must leave them out (`donor_BP != DROP`).
     """
     source_BP = torch.where(donor_BP == DROP, own_B1, donor_BP)
     return patches_ZPV[source_BP, torch.arange(donor_BP.shape[1], device=donor_BP.device)]

@@ -1,7 +1,7 @@
 """Whether a copy of a benchmark is what its authors published: number of images, classes.
 
 A copy that lost images on the way still gives a number (published ObjectNet results came from a
-truncated copy), so whoever lists a set in ImageNet's own label space holds it against these. In
+truncated copy), so a set in ImageNet's own label space is held against these when it is listed. In
 another label space the set is the user's own and nothing is known about it.
 """
 

@@ -263,21 +263,19 @@ class Display:
     def __init__(self, config: Config, done: int, total: int, held_out: Count | None) -> None:
         self._config, self._total, self._held_out = config, total, held_out
         self._spoke: float | None = None
+        self._parts: list[str] = []
         self._status = ""
         self._bar = Bar(config.recipe, total, done)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show the newest means."""
-        parts = status(self._config, values)
-        last = []
-        if self._held_out is not None:
-            last = [f"held-out {100 * self._held_out.share:.2f}%"]
-        self._bar.show(step, "  ".join([*parts, *last]))
-        self._status = "  ".join([*parts, f"ETA {self._bar.left}"])
+        self._parts = status(self._config, values)
+        self._bar.show(step, self._shown(self._parts))
+        self._status = "  ".join([*self._parts, f"ETA {self._bar.left}"])
         if self._bar.is_drawn:
             return
         if self._spoke is None or time.monotonic() - self._spoke > SECONDS_PER_LINE:
-            self._log("  ".join([f"step {step}/{self._total}", self._status, *last]))
+            self._log(self._shown([f"step {step}/{self._total}", self._status]))
 
     def held_out(self, step: int, count: Count) -> None:
         """Show a held-out result, which stays on the line until the next one."""
@@ -285,10 +283,16 @@ class Display:
         result = f"held-out {100 * count.share:.2f}% ({count.correct}/{count.total})"
         line = f"step {step}/{self._total}  {result}"
         self._log(line if self._bar.is_drawn else f"{line}  {self._status}".rstrip())
+        self._bar.show(step, self._shown(self._parts))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._bar.close()
+
+    def _shown(self, parts: list[str]) -> str:
+        """Return a line with the last held-out share at its end."""
+        last = [] if self._held_out is None else [f"held-out {100 * self._held_out.share:.2f}%"]
+        return "  ".join([*parts, *last])
 
     def _log(self, line: str) -> None:
         log.info(line)

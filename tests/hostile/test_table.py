@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.hostile import world
-from tests.hostile.__main__ import RESULT, to_markdown
+from tests.hostile.page import RESULT, to_markdown
 from tests.hostile.rows import Row, complaints
 from tests.hostile.sandbox import Sandbox, snapshot
 from tests.hostile.server import hostile_server

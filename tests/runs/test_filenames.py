@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rft.runs import filenames
+from rft.shards import folder as packed_set
 
 ROOT = Path(__file__).parents[2]
 # the names, and a tool that imports nothing of the two versions that it compares
@@ -38,5 +39,20 @@ def test_no_other_module_names_a_file_of_a_run_folder():
         if any(name in (source := path.read_bytes()) for name in NAMES)
         for text in texts(source)
         if any(name.decode() in text.replace("open_clip_config.json", "") for name in NAMES)
+    ]
+    assert found == []
+
+
+@pytest.mark.slow
+def test_no_other_module_opens_a_file_of_a_packed_set_by_its_own_name():
+    """Messages may name one."""
+    names = {packed_set.MANIFEST, packed_set.INDEX, packed_set.PLAN, packed_set.QUARANTINE}
+    found = [
+        (path, text)
+        for folder in ("rft", "tools", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        if path not in (*OWN, Path(packed_set.__file__))
+        for text in texts(path.read_bytes())
+        if text.rpartition("/")[2] in names
     ]
     assert found == []
