@@ -146,7 +146,7 @@ class Run:
     def resumed_at(self) -> int:
         """Return the step after which the job that was started last went on."""
         for line in map(unstamped, self.said().splitlines()):
-            if line.startswith("going on after step "):
+            if line.startswith("resuming after step "):
                 return int(line.split()[-1])
         return 0
 

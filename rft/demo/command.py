@@ -142,7 +142,7 @@ def run(name: str, command: tuple[str, ...]) -> None:
     if code := subprocess.run(command, env=environment).returncode:
         raise ValueError(
             f"{name} ended with exit code {code}, what it said is above; started again, "
-            "this goes on from there"
+            "this resumes there"
         )
 
 

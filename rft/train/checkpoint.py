@@ -481,7 +481,7 @@ def resume(store: Store, world: World, own: Own, donor_pool: int) -> Progress:
     own.student.load_state_dict(saved.model)
     own.optimizer.load_state_dict(saved.optimizer)
     if world.is_main:
-        log.info(f"going on after step {record.step}")
+        log.info(f"resuming after step {record.step}")
         if saved.donor_pool != donor_pool:
             log.info(
                 f"fills choose from {donor_pool} images now, from {saved.donor_pool} before: "

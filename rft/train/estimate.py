@@ -163,7 +163,7 @@ def steps(job: Job) -> list[str]:
         lines.append(f"WARNING: {warning}")
     reached = records.find_progress(Path(job.config.run))
     if reached is not None:
-        lines.append(f"{reached.step:,} of them are done: the run would go on from there")
+        lines.append(f"{reached.step:,} of them are done: the run would resume there")
     return lines
 
 

@@ -124,7 +124,7 @@ def end(job: Job, progress: Progress, reason: str) -> None:
     if progress.step < job.total_steps:
         log.info(
             f"stopped after step {progress.step} of {job.total_steps} ({reason}); the same command "
-            "goes on from there"
+            "resumes there"
         )
         return
     RunFolder(job.config).require_there()

@@ -122,7 +122,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(
     stopped = disturbed(2, tiny_data, tiny_clip, run, *more, STOP_AT_STEP="4")
     assert "stopped after step 5 of " in stopped.stdout
     resumed = disturbed(3, tiny_data, tiny_clip, run, *more)
-    assert "going on after step 5" in resumed.stdout
+    assert "resuming after step 5" in resumed.stdout
     told = "fills choose from 2 images now, from 3 before" in resumed.stdout
     equal = losses(run) == pytest.approx(losses(calm), rel=1e-4)
     # where fills choose from the whole batch nothing depends on the ranks but the order of sums

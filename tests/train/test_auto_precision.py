@@ -174,7 +174,7 @@ def test_a_run_of_the_version_before_resumes_on_a_cpu(three_epochs, bf16_gpu, ca
     assert "(--precision fp32; auto depends on the device)" in line
     bf16_gpu.undo()
     three_epochs()
-    assert "going on after step 30" in capsys.readouterr().out
+    assert "resuming after step 30" in capsys.readouterr().out
     assert recorded(run) == {"fp32"}
 
 
@@ -221,7 +221,7 @@ def test_checkpoints_that_outlived_their_run_folder(three_epochs, bf16_gpu, tmp_
     assert "config.precision: 'bf16' -> 'fp32'" in line
     assert "repeat its options (--precision bf16; auto depends on the device)" in line
     three_epochs("run", *elsewhere, "--precision", "bf16")
-    assert "going on after step 30" in capsys.readouterr().out
+    assert "resuming after step 30" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(
     output = capsys.readouterr()
     (line,) = (line for line in output.err.splitlines() if "] WARNING: " in line)
     assert "step-00000024.pt is damaged" in line
-    assert "going on after step 20" in output.out
+    assert "resuming after step 20" in output.out
     assert weights(run) == calm
     # a person may want to look at it
     assert (run / "checkpoints" / "step-00000024.pt.damaged").exists()
@@ -258,7 +258,7 @@ def test_another_donor_pool_is_told(tmp_path, capsys):
     store, run = Store(str(tmp_path), keep=2), own()
     store.write(content(run.student, run.optimizer, Progress(step=4), run.must_agree, 256))
     checkpoint.resume(store, ALONE, run, 256)
-    assert unstamped(capsys.readouterr().out) == "going on after step 4\n"
+    assert unstamped(capsys.readouterr().out) == "resuming after step 4\n"
     checkpoint.resume(store, ALONE, run, 128)
     assert "fills choose from 128 images now, from 256 before" in capsys.readouterr().out
 

@@ -50,7 +50,7 @@ def test_it_stops_after_the_step_with_a_checkpoint(
     assert stopped.value.code == STOPPED == 75
     reason = str(stop_file) if how == "file" else how.name
     said = capsys.readouterr().out
-    assert f"stopped after step 7 of 30 ({reason}); the same command goes on from there" in said
+    assert f"stopped after step 7 of 30 ({reason}); the same command resumes there" in said
     folder = tmp_path / "run"
     assert not (folder / "training.json").exists()
     assert json.loads((folder / "progress.json").read_text())["step"] == 7
@@ -58,7 +58,7 @@ def test_it_stops_after_the_step_with_a_checkpoint(
 
     stop_file.unlink(missing_ok=True)
     three_epochs("run", "--cluster.stop-file", str(stop_file))
-    assert "going on after step 7" in capsys.readouterr().out
+    assert "resuming after step 7" in capsys.readouterr().out
     assert weights(folder) == weights(three_epochs("calm"))
 
 
