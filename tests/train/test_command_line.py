@@ -264,7 +264,8 @@ def test_a_damaged_shard_is_told_in_one_line_by_a_loader_process(options, tmp_pa
     command = [sys.executable, "-m", "rft.train", *arguments]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert result.returncode == 2
-    line = result.stderr.strip().splitlines()[-1]
+    # behind it, on a busy machine, may be what Python's resource tracker says when it ends
+    (line,) = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
     assert line.startswith("error: damaged bytes (crc32 mismatch) at ")
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run" / "training.json").exists()

@@ -458,7 +458,7 @@ def report(world: Path, folder: Path) -> Target:
         )
         shown = (
             tables.csv_text(rows),
-            tables.markdown(rows, differences, 0),
+            tables.markdown(page.tables),
             page.text(),
             render(page),
         )
