@@ -4,7 +4,7 @@
     python -m rft.convert export RUN --to open-clip --out FOLDER
 
 `import` makes a run folder, which rft.evaluate, rft.merge and rft.report take like one that was
-trained here. The format is told from the file's content; which there are is in rft/clip/weights.py.
+trained here. The format is recognised by the file's content; rft/clip/weights.py has the list.
 """
 
 import sys
@@ -23,7 +23,7 @@ import  OpenAI's .pt, open_clip's .pt, .bin, .safetensors, hub-layout folder, we
         safetensors of rft -> a run folder
 export  a run folder or .safetensors file -> open-clip, released, model-soups, safetensors
 
-`import --help` and `export --help` tell more
+`import --help` and `export --help` list the options
 """
 
 

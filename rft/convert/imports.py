@@ -50,7 +50,7 @@ class Import:
     out: Path
     """Run folder to make."""
     clip: str = ""
-    """open_clip name of the model, e.g. ViT-B-32-quickgelu; needed where the file does not tell."""
+    """open_clip name of the model, e.g. ViT-B-32-quickgelu; needed where the file does not say."""
     data: str = ""
     """Data root whose packed set gives the class names."""
     packed: Annotated[str, tyro.conf.arg(name="set")] = ID_SET
@@ -71,7 +71,7 @@ class Found:
     state: dict[str, Tensor]
     """`visual.*`, and `head.*` if the source has a head."""
     source: dict[str, Any]
-    """What config.json tells about it."""
+    """What config.json says of it."""
     text: ModelConfig | None
     """What loads its text tower; None if it has none."""
     classes: Classes | None
