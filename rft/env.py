@@ -6,6 +6,7 @@ code 1.
 """
 
 import importlib.metadata
+import logging
 import os
 import platform
 import re
@@ -29,6 +30,8 @@ IMAGE_PACKAGES = ("pillow", "pillow-simd")
 FIXED = "13.0.0"
 # vpmaddwd: VEX prefix, then a byte whose low bits say 256 bits and opcode page 0F, then the opcode
 MULTIPLY_256_BITS = re.compile(rb"\xc5[" + re.escape(bytes(range(5, 256, 8))) + rb"]\xf5")
+
+log = logging.getLogger(__name__)
 
 
 def image_core() -> str:
@@ -131,7 +134,7 @@ def main() -> None:
     width = None if sys.stdout.isatty() else 200
     Console(width=width, markup=False, emoji=False).print(table)
     if warning := lacks_fixes(PIL.__version__):
-        print(f"warning: {warning}", file=sys.stderr)
+        log.warning(warning)
     problem = image_core_problem(PIL.__version__, installed_image_packages())
     if problem:
         print(f"error: {problem}", file=sys.stderr)

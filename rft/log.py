@@ -1,14 +1,16 @@
 """How the lines of a command are logged: time, rank, level and text, from one setup.
 
-A module logs to `logging.getLogger(__name__)`, a child of the logger `rft`. A command's result is
-no log line: it is printed. Used as a library, nothing is set up, and Python's own rule holds:
-warnings appear on stderr, the rest where the program's logging sends it.
+A module logs to `logging.getLogger(__name__)`, a child of the logger `rft`. What other libraries
+log, and Python's own warnings, get the same lines. A command's result is no log line: it is
+printed. Used as a library, nothing is set up, and Python's own rule holds: warnings appear on
+stderr, the rest where the program's logging sends it.
 """
 
 import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
@@ -30,14 +32,24 @@ EVERY_RANK = {"every_rank": True}
 
 
 def setup() -> None:
-    """Show the records of the logger `rft`, once, however often this is called."""
-    logger = logging.getLogger(NAME)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False  # a library that sets up the root logger would show every line twice
-    # by its name: where rft was imported anew, its class is another one
-    for handler in [handler for handler in logger.handlers if handler.name == NAME]:
-        logger.removeHandler(handler)
-    logger.addHandler(Handler())
+    """Show the records of rft and of others, once, however often this is called."""
+    own, others = logging.getLogger(NAME), logging.getLogger()
+    own.setLevel(logging.INFO)
+    own.propagate = False  # a library that sets up the root logger would show every line twice
+    for logger in (own, others):
+        # by its name: where rft was imported anew, its class is another one
+        for handler in [handler for handler in logger.handlers if handler.name == NAME]:
+            logger.removeHandler(handler)
+        logger.addHandler(Handler())
+    warnings.formatwarning = _one_line
+    logging.captureWarnings(True)
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+) -> str:
+    """Format a Python warning without the line of source below it, which says nothing to a user."""
+    return f"{category.__name__}: {' '.join(str(message).split())} ({filename}:{lineno})"
 
 
 def is_first_rank() -> bool:
@@ -74,9 +86,10 @@ class Handler(logging.Handler):
         self.setFormatter(Formatter(FORMAT, TIME))
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Keep one of the lines that all ranks log."""
+        """Keep one of the lines that all ranks log; what others log may be of this rank alone."""
         record.rank = os.environ.get("RANK", "0")
-        return is_first_rank() or hasattr(record, "every_rank")
+        is_own = record.name.partition(".")[0] == NAME
+        return is_first_rank() or not is_own or hasattr(record, "every_rank")
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""

@@ -60,7 +60,7 @@ def test_an_image_library_with_known_holes_is_warned_of(imported, warned, monkey
     monkeypatch.setattr(env, "installed_image_packages", lambda: {"pillow": imported})
     env.main()
     shown = capsys.readouterr().err
-    assert ("warning: " in shown) == warned
+    assert ("] WARNING: " in shown) == warned
     assert shown.count("\n") == warned
     assert not warned or f"PIL {imported} lacks the security fixes of Pillow 13.0.0" in shown
 

@@ -75,7 +75,7 @@ def test_a_library_that_logs_or_warns_is_not_swallowed():
     script = (
         "import logging, warnings; from rft import cli\n"
         "def main():\n"
-        "    warnings.warn('of a library')\n"
+        "    warnings.warn('of\\na\\x1b\\n library')\n"
         "    logging.getLogger('other').warning('of another')\n"
         "    logging.basicConfig()\n"
         "    logging.getLogger('rft.x').info('once')\n"
@@ -84,8 +84,11 @@ def test_a_library_that_logs_or_warns_is_not_swallowed():
     done = subprocess.run(
         [sys.executable, "-c", script], env=tiny_environment(), capture_output=True, text=True
     )
-    assert "UserWarning: of a library" in done.stderr
-    assert "of another\n" in done.stderr
+    first, second = done.stderr.splitlines()
+    assert STAMPED.fullmatch(first)
+    assert STAMPED.fullmatch(second)
+    assert unstamped(first) == "WARNING: UserWarning: of a\\x1b library (<string>:3)"
+    assert unstamped(second) == "WARNING: of another"
     assert unstamped(done.stdout) == "once\n"
     assert "once" not in done.stderr
 
