@@ -2,8 +2,8 @@
 
 Bytes of shards, order of samples, weights, counts, reports, --help; and whether NEW resumes and
 reads the runs of OLD. Only public commands are used, so modules may lie anywhere in either tree.
-Takes ten minutes. Writes versions.json, versions.md, and help.diff of all texts that commands
-printed; exit code 1 if anything differs. Not compared, because it differs between two runs of one
+Takes ten minutes. Writes versions.json and versions.md, which has the lines of each folder too, and
+help.diff of all texts that commands printed; exit code 1 if anything differs. Not compared, because it differs between two runs of one
 tree or names its commit:
 
 - provenance.json, and "provenance" in other JSON files
@@ -26,6 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -162,6 +163,7 @@ def main() -> None:
         "python": sys.version.split()[0],
         "torch": importlib.metadata.version("torch"),
         **{"old": old.revision, "new": new.revision, "rows": rows},
+        "lines": {"old": lines_of_python(old.path), "new": lines_of_python(new.path)},
     }
     (arguments.out / "versions.json").write_text(json.dumps(document, indent=2) + "\n")
     (arguments.out / "versions.md").write_text(to_markdown(document))
@@ -306,8 +308,21 @@ def diff(old: Tree, new: Tree, name: str) -> list[str]:
     return list(difflib.unified_diff(before, after, f"OLD {name}", f"NEW {name}", lineterm=""))
 
 
+def lines_of_python(tree: Path) -> dict[str, int]:
+    """Return how many lines of Python each folder of a checkout has, and each room of rft."""
+    listed = ["git", "-C", str(tree), "ls-files", "*.py"]
+    counts: Counter[str] = Counter()
+    for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split():
+        folders = name.split("/")[:-1]
+        lines = len((tree / name).read_bytes().splitlines())
+        counts[folders[0] if folders else "."] += lines
+        if folders[:1] == ["rft"]:
+            counts["rft/" + "/".join(folders[1:2])] += lines
+    return dict(sorted(counts.items()))
+
+
 def to_markdown(document: dict[str, Any]) -> str:
-    """Return the result as a page: how many rows differ, then every row."""
+    """Return the result as a page: how many rows differ, then every row, then lines of Python."""
     rows, page = document["rows"], "OLD is {old}, NEW is {new}; {date}, Python {python}, "
     lines = [(page + "torch {torch}, {seconds} s.").format(**document)]
     lines += [f"{sum(not one['same'] for one in rows)} of {len(rows)} rows differ.", ""]
@@ -315,6 +330,10 @@ def to_markdown(document: dict[str, Any]) -> str:
     for one in rows:
         new, same = ("=", "yes") if one["same"] else (one["new"], "**no**")
         lines.append(f"| {one['name']} | {one['old']} | {new} | {same} |")
+    lines += ["", "| lines of Python | OLD | NEW |", "|---|--:|--:|"]
+    before, after = document["lines"]["old"], document["lines"]["new"]
+    for name in sorted({**before, **after}):
+        lines.append(f"| {name} | {before.get(name, 0):,} | {after.get(name, 0):,} |")
     return "\n".join(lines) + "\n"
 
 
