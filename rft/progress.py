@@ -21,7 +21,7 @@ from rich.text import Text
 from rft import log as logs
 from rft.text import plain
 
-SECONDS_PER_LINE = 10.0  # where there is no terminal
+SECONDS_PER_LINE = 10.0  # without a terminal; a log file of a night stays readable
 SECONDS_PER_DRAWING = 0.1
 
 
@@ -123,7 +123,7 @@ def progress(
     def rate() -> str:
         speed = f"{bar.speed:,.{0 if bar.speed >= 10 else 1}f} {unit}/s"
         mib = size / 2**20
-        per_s = mib / max(bar.seconds, 1e-9)
+        per_s = mib / max(bar.seconds, 1e-9)  # a first unit may take less than the clock shows
         return f"{mib:,.1f} MiB, {speed}, {per_s:,.1f} MiB/s" if size else speed
 
     def advance(more: int, more_bytes: int = 0, /) -> None:
