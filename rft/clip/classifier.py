@@ -162,21 +162,22 @@ def map_state(path: Path) -> Saved:
     """
     files.require_file(path, "checkpoint")
     state, metadata = read_safetensors(path)
-    found = read_header(path, header.entries(metadata, path))
-    features = found.architecture.embed_dim
+    entries = header.entries(metadata, path)
+    architecture, classes = read_header(path, entries), entries.classes
+    features = architecture.embed_dim
     rows = state["head.weight"].numel() // features if "head.weight" in state else 0
     expected = {
-        **found.architecture.expected(),
+        **architecture.expected(),
         "head.weight": torch.empty((rows, features), device="meta"),
         "head.bias": torch.empty(rows, device="meta"),
     }
     if changed := difference(expected, state):
         raise ValueError(f"{path} is damaged: it has {changed}")
-    if found.classes is not None and len(found.classes) != rows:
+    if classes is not None and len(classes) != rows:
         raise ValueError(
-            f"{path} is damaged: its header names {len(found.classes)} classes, its head has {rows}"
+            f"{path} is damaged: its header names {len(classes)} classes, its head has {rows}"
         )
-    return Saved(state, *found)
+    return Saved(state, architecture, entries.metadata, classes)
 
 
 def require_finite(path: Path | str, state: Mapping[str, Tensor]) -> None:

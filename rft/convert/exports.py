@@ -1,6 +1,7 @@
 """`python -m rft.convert export`: a model in a format of other code, with a card."""
 
 import dataclasses
+import io
 import json
 import logging
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import open_clip
+import torch
 import tyro
 from safetensors.torch import save
 from torch import Tensor
@@ -122,7 +124,7 @@ def export_weights(arguments: Export) -> None:
         provenance=files.provenance(),
     )
     # first, so that the same command can resume where it was stopped
-    files.write_json(str(card_path), described.to_json())
+    files.write_json(str(card_path), dataclasses.asdict(described))
     for name, data in contents.items():
         files.write_bytes(str(folder / name), data)
     cli.say(f"exported: {out}, described in {card_path}")
@@ -178,7 +180,7 @@ def hub_folder(
         "std": architecture.std,
     }
     config = {
-        "model_cfg": load.model_config(clip.architecture.clip),
+        "model_cfg": load.hub_config(clip.architecture.clip).model_cfg,
         "preprocess_cfg": preprocess,
     }
     contents = {weights.HUB_HEAD: save(head)}
@@ -199,16 +201,37 @@ def file_content(
     """Return the content of the file for the formats that are one."""
     if to == "safetensors":
         return weights_path.read_bytes()
-    if to == "released":
+    if to == "released":  # what that code evaluates, starts from and distils from
         counts = metrics.get(ID_SET)
-        return weights.to_released(
-            state, 100 * counts["correct"] / counts["total"] if counts else None
-        )
-    assert clip is not None
-    named = clip.model.state_dict().items()
-    return weights.to_model_soups(
-        state, {name: value for name, value in named if not name.startswith("visual.")}
-    )
+        content = {
+            "epoch": 0,
+            "best_value": None,
+            "_data_counters": [0, 0, 0, 0],
+            "model": _renamed(state, {"visual.": "backbone.", "head.": "classifier."}),
+            # in percent; it is printed when a teacher is loaded
+            "test_acc": 100 * counts["correct"] / counts["total"] if counts else None,
+        }
+    else:
+        assert clip is not None
+        # that code keeps all of the text tower but the layers
+        layers = ("visual.", "transformer.")
+        rest = {
+            n: value for n, value in clip.model.state_dict().items() if not n.startswith(layers)
+        }
+        names = {"visual.": "model.visual.", "head.": "classification_head."}
+        content = {**_renamed(rest, {"": "model."}), **_renamed(state, names)}
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+def _renamed(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
+    return {
+        f"{theirs}{name.removeprefix(ours)}": value
+        for name, value in state.items()
+        for ours, theirs in prefixes.items()
+        if name.startswith(ours)
+    }
 
 
 def _require_same_export(out: Path, card_path: Path, to: Format, source: card.Source) -> None:
@@ -219,10 +242,9 @@ def _require_same_export(out: Path, card_path: Path, to: Format, source: card.So
     old = card.read(card_path)
     if old is None:
         raise ValueError(f"{out if there else card_path} is there already; choose another --out")
-    before, now = _identity(old.format, old.source), _identity(to, source)
+    before, now = (
+        {"format": kind, "source": dataclasses.asdict(origin)}
+        for kind, origin in ((old.format, old.source), (to, source))
+    )
     if changed := files.difference(before, now):
         raise ValueError(f"{out} holds another export: {'; '.join(changed)}; choose another --out")
-
-
-def _identity(to: Format, source: card.Source) -> dict[str, Any]:
-    return {"format": to, "source": dataclasses.asdict(source)}
