@@ -4,6 +4,7 @@ State-dict keys are `visual.*` (open_clip's own) and `head.{weight,bias}`. A sav
 safetensors file whose metadata rebuilds the tower, so evaluation needs nothing else.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -132,7 +133,7 @@ def save_state(
     entries: dict[str, Any] = {**metadata, "architecture": architecture.to_json()}
     if classes is not None:
         assert len(classes) == len(state["head.weight"]), "the classes of another head"
-        entries["classes"] = classes.to_json()
+        entries["classes"] = dataclasses.asdict(classes)
     # weights of others may lie in memory in another order (channels last)
     state = {name: value.contiguous() for name, value in state.items()}
     # one JSON string: safetensors writes several metadata entries in no fixed order

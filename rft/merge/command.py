@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, assert_never, get_args
 
 import tyro
+from torch import Tensor
 
 from rft import cli, dist, recipes
 from rft import next_steps as commands
@@ -111,15 +112,14 @@ def main() -> None:
     options = sys.argv[1:] or ["--help"]
     if not options[0].startswith("-") and options[0] not in KINDS:
         raise cli.unknown("merge", options[0], KINDS)
-    arguments = cli.parse(Arguments, args=options, prog="rft.merge").merge
-    match arguments:
-        case Wise():
+    match cli.parse(Arguments, args=options, prog="rft.merge").merge:
+        case Wise() as arguments:
             wise(arguments)
-        case UniformSoup():
+        case UniformSoup() as arguments:
             uniform_soup(arguments)
-        case GreedySoup():
+        case GreedySoup() as arguments:
             make_greedy_soup(arguments)
-        case _:
+        case arguments:
             assert_never(arguments)
 
 
@@ -138,10 +138,11 @@ def wise(arguments: Wise) -> None:
             f"{arguments.out} is a run folder; with several --alpha it would hold one for each, "
             "choose another --out"
         )
+    family = "ft" if end.recipe in ("", "vanilla") else end.recipe  # WiSE-FT is vanilla's name
     jobs: dict[Path, dict[str, Any]] = {}
     for alpha in arguments.alpha:
         config = {
-            "recipe": wise_recipe(end.recipe, alpha),
+            "recipe": f"wise-{family}-{alpha:g}",
             "seed": end.seed,
             "alpha": alpha,
             "end_weights": arguments.end_weights if arguments.end.is_dir() else "file",
@@ -155,9 +156,7 @@ def wise(arguments: Wise) -> None:
     for out, config in jobs.items():
         if out not in done:
             state = averaging.interpolate(first, second, config["alpha"])
-            classes = best_known([start, end]).classes
-            metadata = {**end.metadata, **seen_by_any([start, end])}
-            write_run(out, state, start.architecture, config, metadata, classes)
+            write(out, state, config, [start, end], end.metadata)
         report(out, out in done)
     cli.say(next_step(jobs, end))
 
@@ -216,14 +215,6 @@ def read_end(arguments: Wise) -> Ingredient:
     return read_ingredient(path, LAST)
 
 
-def wise_recipe(recipe: str, alpha: float) -> str:
-    """Return the interpolated model's name; `recipe` is the fine-tuned model's, empty if unknown.
-
-    WiSE-FT is the name of vanilla fine-tuning's.
-    """
-    return f"wise-{'ft' if recipe in ('', 'vanilla') else recipe}-{alpha:g}"
-
-
 def uniform_soup(arguments: UniformSoup) -> None:
     """Write the run folder of the mean of models unless it is there.
 
@@ -239,8 +230,7 @@ def uniform_soup(arguments: UniformSoup) -> None:
     done = derived.is_complete(arguments.out, config)
     if not done:
         state = averaging.uniform_soup(model.load() for model in models)
-        metadata, classes = soup_metadata(models), best_known(models).classes
-        write_run(arguments.out, state, models[0].architecture, config, metadata, classes)
+        write(arguments.out, state, config, models, soup_metadata(models))
     report(arguments.out, done)
     cli.say(next_step([arguments.out], models[0]))
 
@@ -277,8 +267,7 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
             tell = functools.partial(print, flush=True) if world.is_main else lambda _: None
             state, config["soup"] = greedy.make_soup(runs, count, len(held_out), tell)
             if world.is_main:
-                metadata, classes = soup_metadata(runs), best_known(runs).classes
-                write_run(arguments.out, state, runs[0].architecture, config, metadata, classes)
+                write(arguments.out, state, config, runs, soup_metadata(runs))
     if world.is_main:
         report(arguments.out, done)
         cli.say(next_step([arguments.out], runs[0]))
@@ -286,8 +275,19 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
 
 def soup_metadata(models: Sequence[Ingredient]) -> dict[str, str]:
     """Return the metadata of a soup's weights: as many steps as the longest run took."""
-    steps = max(int(model.metadata.get("step", 0)) for model in models)
-    return {"step": str(steps), **seen_by_any(models)}
+    return {"step": str(max(model.steps for model in models))}
+
+
+def write(
+    out: Path,
+    state: dict[str, Tensor],
+    config: dict[str, Any],
+    models: Sequence[Ingredient],
+    metadata: dict[str, str],
+) -> None:
+    """Write the run folder of an average of models, which has seen what any of them has."""
+    metadata = {**metadata, **seen_by_any(models)}
+    write_run(out, state, models[0].architecture, config, metadata, best_known(models).classes)
 
 
 def report(out: Path, done: bool) -> None:

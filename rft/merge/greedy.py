@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,7 +80,8 @@ def held_out_images(
         ValueError: if a run was trained on other data, or has a head for other classes.
     """
     for ingredient in ingredients:
-        trained_on = _manifest_of(ingredient.path)
+        training = records.find_training(ingredient.path)
+        trained_on = training.manifest_sha256 if training else None  # older runs did not keep it
         if trained_on and trained_on != packed.manifest.sha256:
             raise ValueError(
                 f"{ingredient.path} was trained on other data than {packed.url}: manifest "
@@ -93,12 +93,6 @@ def held_out_images(
         for warning in check_head(ingredient.classes, rows, where, known, packed.url):
             log.warning(warning)
     return plan_training(packed, config)[2]
-
-
-def _manifest_of(run: Path) -> str | None:
-    """Return the hash of the data that a run was trained on, None where it was not kept."""
-    training = records.find_training(run)
-    return training.manifest_sha256 if training else None
 
 
 def soup_config(
@@ -166,10 +160,12 @@ def make_soup(
         verdict = "kept" if trial.kept else "left out"
         tell(f"soup with {ingredients[trial.model].path}: {int(trial.score)}, {verdict}")
 
-    def count_soup(state: dict[str, Tensor]) -> int:
-        return count(state, "the soup")
-
-    state, trials = greedy_soup(alone, lambda n: ingredients[n].load(), count_soup, tell_trial)
+    state, trials = greedy_soup(
+        alone,
+        lambda number: ingredients[number].load(),
+        lambda state: count(state, "the soup"),
+        tell_trial,
+    )
     return state, {
         "correct": int(max(trial.score for trial in trials)),
         "total": total,

@@ -24,7 +24,7 @@ from rft.storage import files
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Ingredient:
     """One model to average: where it is and what made it."""
 
@@ -102,15 +102,7 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
     _, architecture, metadata, classes = map_state(file)
     sha256 = files.sha256_file(file)
     require_own_weights(path, file, sha256)
-    return Ingredient(
-        path=path,
-        weights=file,
-        sha256=sha256,
-        config=config,
-        metadata=metadata,
-        architecture=architecture,
-        classes=classes,
-    )
+    return Ingredient(path, file, sha256, config, metadata, architecture, classes)
 
 
 def read_soup(paths: Sequence[Path]) -> list[Ingredient]:
@@ -162,14 +154,7 @@ def seen_by_any(ingredients: Sequence[Ingredient]) -> dict[str, str]:
 
 
 def check_classes(ingredients: Sequence[Ingredient]) -> list[str]:
-    """Check that the heads of models have the same classes.
-
-    Returns:
-        A warning for each that does not say, or was made of different prompts.
-
-    Raises:
-        ValueError: naming two models and the first class that differs.
-    """
+    """Check that the heads of models have the same classes; return what the user must know."""
     known = best_known(ingredients)
     warnings = []
     for other in ingredients:
@@ -184,11 +169,7 @@ def best_known(ingredients: Sequence[Ingredient]) -> Ingredient:
 
     A list with ids says more than one without, and both more than nothing.
     """
-
-    def said(one: Ingredient) -> tuple[bool, bool]:
-        return one.classes is not None, one.classes is not None and bool(one.classes.ids)
-
-    return max(ingredients, key=said)
+    return max(ingredients, key=lambda one: 0 if one.classes is None else 1 + bool(one.classes.ids))
 
 
 def shared_seed(ingredients: Sequence[Ingredient]) -> int:
