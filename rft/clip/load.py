@@ -34,14 +34,13 @@ from rft.clip import unpickle, vit, weights
 from rft.clip.architecture import Architecture, three
 from rft.clip.bounds import HubConfig, ModelFields, build, open_clips
 from rft.clip.classifier import require_finite
-from rft.clip.weights import Geometry, Weights
+from rft.clip.weights import LOCAL, Geometry, Weights
 from rft.config import ModelConfig
 from rft.log import ASIDE
 from rft.runs import filenames, header
 from rft.runs.filenames import SELECTED
 from rft.storage import files
 
-LOCAL = "local-dir:"
 HUB = "hf-hub:"
 VOCABULARY = "vocab.txt"
 MINIATURE = "rft-miniature"
@@ -105,15 +104,25 @@ def load_file(path: Path, clip: str) -> PretrainedClip:
 
 
 def _of_tag_or_file(clip: str, name: str) -> PretrainedClip:
-    path = Path(name)
-    if tag := open_clip.get_pretrained_cfg(clip, name):
-        architecture, quick = architecture_of(clip), bool(tag.get("quick_gelu", False))
-        _require_activation(f"weights {name!r}", quick, architecture)
-        return _through_open_clip(architecture, name)
-    if name and path.exists():
-        return _from_weights(weights.read(path), clip)
-    tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip)) or "none"
-    raise ValueError(f"{name!r} is no weights tag of {clip} and no file; tags: {tags}")
+    tag = open_clip.get_pretrained_cfg(clip, name)
+    if not tag:
+        path = Path(name)
+        if name and path.exists():
+            return _from_weights(weights.read(path), clip)
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip)) or "none"
+        raise ValueError(f"{name!r} is no weights tag of {clip} and no file; tags: {tags}")
+    architecture, quick = architecture_of(clip), bool(tag.get("quick_gelu", False))
+    _require_activation(f"weights {name!r}", quick, architecture)
+    try:
+        model: Any = open_clip.create_model(clip, pretrained=name)
+    except (*unpickle.DAMAGE, SafetensorError) as error:
+        raise ValueError(f"cannot load {clip} {name}: {unpickle.first_line(error)}") from error
+    vit.check_supported(model.visual)
+    pixels = open_clip.get_model_preprocess_cfg(model)
+    warn_of_resize(f"{clip} {name}", pixels)
+    mean, std = three(pixels["mean"]), three(pixels["std"])
+    architecture = dataclasses.replace(architecture, mean=mean, std=std)
+    return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
 
 
 def _from_weights(found: Weights, clip: str) -> PretrainedClip:
@@ -240,20 +249,6 @@ def names_of(found: Weights) -> list[str]:
     return names
 
 
-def _through_open_clip(architecture: Architecture, tag: str) -> PretrainedClip:
-    clip = architecture.clip
-    try:
-        model: Any = open_clip.create_model(clip, pretrained=tag)
-    except (*unpickle.DAMAGE, SafetensorError) as error:
-        raise ValueError(f"cannot load {clip} {tag}: {unpickle.first_line(error)}") from error
-    vit.check_supported(model.visual)
-    pixels = open_clip.get_model_preprocess_cfg(model)
-    warn_of_resize(f"{clip} {tag}", pixels)
-    mean, std = three(pixels["mean"]), three(pixels["std"])
-    architecture = dataclasses.replace(architecture, mean=mean, std=std)
-    return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
-
-
 def warn_of_resize(what: str, preprocess: Mapping[str, Any]) -> None:
     """Warn of weights that were trained on images resized otherwise than rft does it.
 
@@ -298,11 +293,7 @@ def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
 
 
 def _words(vocabulary: Path, tokens: int) -> list[str]:
-    """Return the words of a vocabulary, by their token ids.
-
-    Raises:
-        ValueError: if it is no text, or names tokens that the text tower does not have.
-    """
+    """Return the words of a vocabulary, by their token ids."""
     data = files.read_bytes(str(vocabulary), header.BYTES)
     try:
         words = data.decode().replace("\r\n", "\n").rstrip("\n").split("\n")

@@ -105,12 +105,6 @@ class StandIn:
     def __new__(cls, *_: object, **__: object) -> Self:  # noqa: D102
         return super().__new__(cls)
 
-    def keep(self, state: object) -> None:
-        """Keep the attributes that a pickle sets."""
-        # an object with slots is pickled as (attributes, slots)
-        state = state[0] if isinstance(state, tuple) and state else state
-        self.attributes = state if isinstance(state, dict) else {}
-
     def _forget(self, *_: object) -> None:
         pass
 
@@ -189,7 +183,9 @@ def _require_few(*parts: Any) -> None:
 def _load_build(reader: Any) -> None:
     state, made = reader.stack.pop(), reader.stack[-1]
     if isinstance(made, StandIn):
-        made.keep(state)
+        # an object with slots is pickled as (attributes, slots)
+        state = state[0] if isinstance(state, tuple) and state else state
+        made.attributes = state if isinstance(state, dict) else {}
     elif type(made) is not dict:  # torch's state dicts carry versions of their modules
         raise TypeError(f"a pickle sets attributes of a {type(made).__name__}")
 
@@ -339,22 +335,14 @@ def _rebuild_tensor(storage: Storage, offset: int, size: Any, stride: Any, *_: A
     return StoredTensor(storage, offset, tuple(size), tuple(stride))
 
 
-def _rebuild_parameter(tensor: StoredTensor, *_: Any) -> StoredTensor:
-    return tensor
-
-
-def _items(items: Any = ()) -> Any:
-    # a set would be a copy, as large as a list that the pickle names again in two bytes
-    return items
-
-
 _FUNCTIONS: dict[str, Callable[..., Any] | None] = {
     "torch.storage._load_from_bytes": None,  # a method of the unpickler
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "collections.OrderedDict": lambda: {},
-    "builtins.set": _items,
-    "builtins.frozenset": _items,
+    # a set would be a copy, as large as a list that the pickle names again in two bytes
+    "builtins.set": lambda items=(): items,
+    "builtins.frozenset": lambda items=(): items,
 }
 _PREFIXES = tuple(f"{package}." for package in STOOD_IN_PACKAGES)
 

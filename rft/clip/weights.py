@@ -27,6 +27,7 @@ from rft.runs import header, trained_on
 from rft.runs.trained_on import TrainedOn
 from rft.storage import files, local
 
+LOCAL = "local-dir:"  # before the path of a folder, where open_clip takes a model's name
 HUB_CONFIG = "open_clip_config.json"
 HUB_WEIGHTS = "open_clip_model.safetensors"
 HUB_HEAD = "head.safetensors"  # rft's export puts it beside; open_clip does not look for it
@@ -127,7 +128,7 @@ class Weights:
     config: HubConfig | None = None
     """Content of open_clip_config.json, where the weights came in such a folder."""
     architecture: Architecture | None = None
-    """rft's own description of the tower, where the file has one."""
+    """The tower as the file itself, its card or the folder's configuration describes it."""
     classes: Classes | None = None
     """Classes of the head, where the file or the card of an export beside it names them."""
     seen: frozenset[TrainedOn] | None = None
@@ -138,9 +139,7 @@ class Weights:
         """Which activation the weights were trained with, where that is known."""
         if self.openai:
             return True
-        if self.architecture:
-            return self.architecture.quick_gelu
-        return self.config.model_cfg.get("quick_gelu", False) if self.config else None
+        return self.architecture.quick_gelu if self.architecture else None
 
 
 def read(path: Path) -> Weights:
@@ -187,7 +186,7 @@ def _read_folder(folder: Path) -> Weights:
     path = folder / names[0]
     found = read(path)
     config = files.read_document(str(folder / HUB_CONFIG), HubConfig, header.BYTES)
-    described = Architecture.of(HUB_CONFIG, config)
+    described = Architecture.of(f"{LOCAL}{folder}", config)
     _require_one_model(folder / HUB_CONFIG, described, path, found.architecture)
     found = dataclasses.replace(found, config=config)
     head = folder / HUB_HEAD
@@ -195,15 +194,12 @@ def _read_folder(folder: Path) -> Weights:
         tensors, _ = read_safetensors(head)
         tensors = _as_head(head, tensors, found.geometry)
         found = dataclasses.replace(found, head=tensors, files=(path, head))
-    return _with_card(found, folder / CARD)
+    found = _with_card(found, folder / CARD)
+    return dataclasses.replace(found, architecture=found.architecture or described)
 
 
 def _with_card(found: Weights, path: Path) -> Weights:
-    """Add what the card of rft's export says, if there is one: architecture and classes.
-
-    Raises:
-        ValueError: if it is malformed, or describes other weights than these.
-    """
+    """Add what the card of rft's export says, if there is one: architecture and classes."""
     own = card.read(path)
     if own is None:
         return found
@@ -234,11 +230,7 @@ def _with_card(found: Weights, path: Path) -> Weights:
 def _require_one_model(
     other: Path, described: Architecture, path: Path, found: Architecture | None
 ) -> None:
-    """Check that two files describe one image tower with one preprocessing, if both do.
-
-    Raises:
-        ValueError: naming both and what differs.
-    """
+    """Check that two files describe one image tower with one preprocessing, if both do."""
     if found is not None and (changed := found.difference(described)):
         raise ValueError(
             f"{path} and {other} describe different models: {'; '.join(changed[:3])}; restore the "
@@ -270,11 +262,10 @@ def _load(path: Path, content: Any) -> dict[str, Tensor]:
     A checkpoint also has an optimizer, a step and the like.
     """
     try:
-        for name in ("state_dict", "model"):
-            inner = content.get(name) if isinstance(content, Mapping) else None
-            if isinstance(inner, (Mapping, unpickle.StandIn)):
-                content = inner
-                break
+        named = content if isinstance(content, Mapping) else {}
+        parts = (named.get(name) for name in ("state_dict", "model"))
+        models = (part for part in parts if isinstance(part, (Mapping, unpickle.StandIn)))
+        content = next(models, content)
         _require_normalising(content)
         named = dict(islice(unpickle.named_tensors(content), header.TENSORS + 1))
         if len(named) > header.TENSORS:
@@ -287,11 +278,9 @@ def _load(path: Path, content: Any) -> dict[str, Tensor]:
 
 def _require_normalising(content: Any) -> None:
     """Check that a pickled head is one on normalised features, as rft's is."""
-    modules = (
-        content.attributes.get("_modules", {}) if isinstance(content, unpickle.StandIn) else {}
-    )
+    modules = getattr(content, "attributes", {}).get("_modules", {})
     head = modules.get("classification_head")
-    if isinstance(head, unpickle.StandIn) and head.attributes.get("normalize") is False:
+    if getattr(head, "attributes", {}).get("normalize") is False:
         raise ValueError("its head reads features that are not normalised, rft's does")
 
 
@@ -356,12 +345,12 @@ def _as_head(path: Path, head: dict[str, Tensor], tower: Geometry) -> dict[str, 
 
 def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """Return how two sets of weights differ in names, shapes or kind; empty if they do not."""
-    if missing := sorted(expected.keys() - found.keys()):
-        return f"no {missing[0]!r}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
-    if surplus := sorted(found.keys() - expected.keys()):
-        return f"an unknown {surplus[0]!r}" + (
-            f" and {len(surplus) - 1} more" if surplus[1:] else ""
-        )
+    missing, surplus = (
+        sorted(one.keys() - other.keys()) for one, other in ((expected, found), (found, expected))
+    )
+    if names := missing or surplus:
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        return f"{'no' if missing else 'an unknown'} {names[0]!r}{more}"
     for name, value in expected.items():
         if found[name].shape != value.shape:
             return f"{name} of shape {tuple(found[name].shape)} instead of {tuple(value.shape)}"

@@ -90,17 +90,21 @@ def export_weights(arguments: Export) -> None:
     clip = None
     if to in ("open-clip", "model-soups"):
         clip = text_tower.find(arguments.text, architecture, config)
-        text_tower.require_same(clip.architecture, architecture)
+        if changed := architecture.difference(clip.architecture):
+            raise ValueError(
+                f"the text tower belongs to another model: {'; '.join(changed)}; name the right "
+                "one with --text"
+            )
     source = card.Source(path=str(arguments.source), sha256=digest, text=arguments.text)
     card_path = out / weights.CARD if to == "open-clip" else out.with_name(f"{out.name}.json")
     _require_same_export(out, card_path, to, source)
-    metrics = metrics_of(arguments.source)
-    known = classes or classes_of_run(arguments.source, config)
+    metrics = _metrics_of(arguments.source)
+    known = classes or _classes_of_run(arguments.source, config)
     if to == "open-clip":
         assert clip is not None
-        contents = hub_folder(state, architecture, clip)
+        contents = _hub_folder(state, architecture, clip)
     else:
-        contents = {out.name: file_content(to, state, weights_path, metrics, clip)}
+        contents = {out.name: _file_content(to, state, weights_path, metrics, clip)}
     folder = out if to == "open-clip" else out.parent
     rows, features = state["head.weight"].shape
     described = card.Card(
@@ -130,7 +134,7 @@ def export_weights(arguments: Export) -> None:
     cli.say(f"exported: {out}, described in {card_path}")
 
 
-def classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
+def _classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
     """Return the classes of the set a run was trained on; None, with a warning, if unknown.
 
     For weights that were written before they carried their classes. The set counts only if it is
@@ -150,7 +154,7 @@ def classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
     return None
 
 
-def metrics_of(source: Path) -> dict[str, Any]:
+def _metrics_of(source: Path) -> dict[str, Any]:
     """Return the counts of the weights as they are now; if stale, none and a warning."""
     results = read_results(source)
     if results is None:
@@ -165,7 +169,7 @@ def metrics_of(source: Path) -> dict[str, Any]:
     return {name: dataclasses.asdict(count) for name, count in results.sets.items()}
 
 
-def hub_folder(
+def _hub_folder(
     state: dict[str, Tensor], architecture: Architecture, clip: PretrainedClip
 ) -> dict[str, bytes]:
     """Return name -> content of a folder in open_clip's hub layout; its configuration is last."""
@@ -191,7 +195,7 @@ def hub_folder(
     return contents
 
 
-def file_content(
+def _file_content(
     to: Format,
     state: dict[str, Tensor],
     weights_path: Path,
