@@ -57,6 +57,7 @@ def _held_out(size: Size) -> tuple[int, str]:
         return 0, "a class has only one image: last model used"
     if share * HELD_OUT_LARGEST_PART > size.images:
         return 0, f"one per class exceeds 1/{HELD_OUT_LARGEST_PART}: last model used"
+    # more classes than a tenth has images
     if size.classes > min(tenth, HELD_OUT_MOST):
         return share, "one per class"
     most = f", at most {HELD_OUT_MOST:,}" if tenth > HELD_OUT_MOST else ""

@@ -79,11 +79,9 @@ SHOWN = 200  # characters of a name or a reason that an error repeats
 DAMAGE = (
     AttributeError,
     EOFError,
-    IndexError,
-    KeyError,
+    LookupError,
     MemoryError,
     OverflowError,
-    RecursionError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -220,6 +218,7 @@ _CHECKS: dict[bytes, Callable[[list[Any]], None]] = {
 # these make as many zero bytes as they say, or use what is registered in the process
 _REFUSED = [code[0] for code in (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)]
 
+# the pickle module has no public way to look at an opcode before it runs
 _ACTIONS: dict[int, Callable[[Any], None]] = {
     **{code: act for code, act in pickle._Unpickler.dispatch.items() if code not in _REFUSED},
     **{code[0]: _before(code, check) for code, check in _CHECKS.items()},

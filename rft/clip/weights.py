@@ -195,6 +195,7 @@ def _read_folder(folder: Path) -> Weights:
         tensors = _as_head(head, tensors, found.geometry)
         found = dataclasses.replace(found, head=tensors, files=(path, head))
     found = _with_card(found, folder / CARD)
+    # last, because it names the folder where header and card name the model
     return dataclasses.replace(found, architecture=found.architecture or described)
 
 

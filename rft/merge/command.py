@@ -258,6 +258,7 @@ def _write(
     metadata: dict[str, str],
 ) -> None:
     """Write the run folder of an average of models, which has seen what any of them has."""
+    # an image that any of them has seen is no test image for their average
     seen = trained_on.entries(set().union(*(model.seen for model in models)))
     metadata = {**metadata, **seen}
     architecture, classes = models[0].saved.architecture, best_known(models).saved.classes
