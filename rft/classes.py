@@ -8,7 +8,7 @@ packing tools use this too.
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -47,14 +47,6 @@ class Classes:
         name = shown(self.names[number])
         return f"{shown(self.ids[number])} ({name})" if self.ids else name
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the classes as a JSON document."""
-        return {
-            "ids": list(self.ids),
-            "names": list(self.names),
-            "prompts_sha256": self.prompts_sha256,
-        }
-
 
 def prompts_sha256(names: Sequence[str], templates: Sequence[str]) -> str:
     """Return the hash that stands for all prompts of a zero-shot head."""
@@ -69,22 +61,13 @@ def mismatch(one: Classes, other: Classes) -> int | None:
     in the other list. Ids that are only numbers identify nothing: beside them the names must be
     equal. Lists of different lengths differ at the end of the shorter one, if not before.
     """
-    names = _differing(one.names, other.names)
-    ids = _differing(one.ids, other.ids) if one.ids and other.ids else names
+    names, ids = _differing(one.names, other.names), _differing(one.ids, other.ids)
     counted = all(value.isdecimal() for value in one.ids)
-    found = set(names) if counted else set(names) & set(ids)
-    found |= _moved(one.names, other.names, names)
-    if one.ids and other.ids:
-        found |= _moved(one.ids, other.ids, ids)
+    found = names if counted or not other.ids else names & ids
+    found = found | _moved(one.names, other.names, names) | _moved(one.ids, other.ids, ids)
     if len(one) != len(other):
         found.add(min(len(one), len(other)))
     return min(found, default=None)
-
-
-def renamed(one: Classes, other: Classes) -> list[int]:
-    """Return the classes of two lists without a `mismatch` whose id or name differs."""
-    ids = _differing(one.ids, other.ids) if one.ids and other.ids else []
-    return sorted({*_differing(one.names, other.names), *ids})
 
 
 def compare(one: Classes | None, where: str, other: Classes | None, other_where: str) -> list[str]:
@@ -123,12 +106,12 @@ def compare(one: Classes | None, where: str, other: Classes | None, other_where:
             f"{where} and {other_where} have different classes: class {number} is "
             f"{one.text_of(number)} in the first, {other.text_of(number)} in the second{order}"
         )
-    numbers = renamed(one, other)
-    if not numbers:
+    renamed = _differing(one.names, other.names) | _differing(one.ids, other.ids)
+    if not renamed:
         return []
-    first = numbers[0]
+    first = min(renamed)
     return [
-        f"{where} and {other_where} name {len(numbers)} of {len(one)} classes differently (first: "
+        f"{where} and {other_where} name {len(renamed)} of {len(one)} classes differently (first: "
         f"class {first}, {one.text_of(first)} and {other.text_of(first)}); they are taken to be "
         "the same"
     ]
@@ -185,22 +168,18 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _differing(one: Sequence[str], other: Sequence[str]) -> list[int]:
+def _differing(one: Sequence[str], other: Sequence[str]) -> set[int]:
     """Return the places in which two lists differ, as far as both go."""
     pairs = enumerate(zip(one, other, strict=False))
-    return [number for number, (a, b) in pairs if composed(a) != composed(b)]
+    return {number for number, (a, b) in pairs if composed(a) != composed(b)}
 
 
-def _moved(one: Sequence[str], other: Sequence[str], differing: Sequence[int]) -> set[int]:
+def _moved(one: Sequence[str], other: Sequence[str], differing: set[int]) -> set[int]:
     """Return the differing places whose value stands at a different one in the other list.
 
     A value that both lists have twice, as ImageNet has its missile, has not moved.
     """
-    left = {composed(one[number]) for number in differing}
-    right = {composed(other[number]) for number in differing}
-    both = left & right
-    return {
-        number
-        for number in differing
-        if composed(one[number]) in both or composed(other[number]) in both
-    }
+    left = {number: composed(one[number]) for number in differing}
+    right = {number: composed(other[number]) for number in differing}
+    both = set(left.values()) & set(right.values())
+    return {number for number in differing if left[number] in both or right[number] in both}

@@ -44,29 +44,24 @@ class Size(NamedTuple):
         return Size(int(counts.sum()), len(counts), int(counts.min()))
 
 
-def held_out(size: Size) -> int:
-    """Return how many training images should select the checkpoint, 0 where they are too few.
+def _held_out(size: Size) -> tuple[int, str]:
+    """Return how many training images should select the checkpoint, and what decided it.
 
     A stratified split needs one of each class, and two of it in the set.
     """
-    share = max(min(size.images // HELD_OUT_PART, HELD_OUT_MOST), size.classes)
-    few = share < HELD_OUT_FEWEST or size.fewest < 2
-    return 0 if few or share * HELD_OUT_LARGEST_PART > size.images else share
-
-
-def _why_held_out(size: Size) -> str:
-    """Return what decided how many are held out."""
     tenth = size.images // HELD_OUT_PART
-    if max(tenth, size.classes) < HELD_OUT_FEWEST:
-        return "too few to select by: the last model is used"
+    share = max(min(tenth, HELD_OUT_MOST), size.classes)
+    if share < HELD_OUT_FEWEST:
+        return 0, "too few to select by: the last model is used"
     if size.fewest < 2:
-        return "a class has only one image: last model used"
-    if not held_out(size):
-        return f"one per class exceeds 1/{HELD_OUT_LARGEST_PART}: last model used"
+        return 0, "a class has only one image: last model used"
+    if share * HELD_OUT_LARGEST_PART > size.images:
+        return 0, f"one per class exceeds 1/{HELD_OUT_LARGEST_PART}: last model used"
+    # more classes than a tenth has images
     if size.classes > min(tenth, HELD_OUT_MOST):
-        return "one per class"
+        return share, "one per class"
     most = f", at most {HELD_OUT_MOST:,}" if tenth > HELD_OUT_MOST else ""
-    return f"1/{HELD_OUT_PART} of the images{most}"
+    return share, f"1/{HELD_OUT_PART} of the images{most}"
 
 
 def batch_size(images: int, parts: int) -> int:
@@ -82,53 +77,47 @@ def batch_size(images: int, parts: int) -> int:
     return batch
 
 
-def fewest_images(config: Config, parts: int) -> int:
+def _fewest_images(config: Config, parts: int) -> int:
     """Return the smallest batch that so many ranks x micro-batches can share."""
     if not config.method.masks or config.method.fill == "none":
         return parts
     return max(parts, DONORS) if config.method.donors == "global" else DONORS * parts
 
 
-def _shared_batch(config: Config, images: int, ranks: int) -> int:
-    """Return the batch for so many images, which is larger than they are if they are too few."""
+def _shared_batch(config: Config, images: int, ranks: int) -> tuple[int, str]:
+    """Return the batch for so many images, and what decided it.
+
+    It is larger than they are if they are too few.
+    """
     parts = ranks * config.optim.accumulate
-    batch = batch_size(images, parts)
-    # an image each is enough where no fill needs a second one
-    return batch if batch <= images else fewest_images(config, parts)
+    alone, batch = batch_size(images, 1), batch_size(images, parts)
+    if batch > images:  # an image each is enough where no fill needs a second one
+        batch = _fewest_images(config, parts)
+    steps = images // alone
+    if batch != alone:
+        return batch, f"{batch // parts} for each of {parts} ranks x micro-batches"
+    if batch < SMALLEST_BATCH:
+        return batch, f"{images} image{'s' if images != 1 else ''} to train on"
+    if steps < STEPS_PER_EPOCH:
+        return batch, f"the smallest; {steps} of {STEPS_PER_EPOCH} steps per epoch"
+    if steps >= 2 * STEPS_PER_EPOCH:
+        return batch, f"the largest; {steps:,} steps per epoch"
+    return batch, f"for at least {STEPS_PER_EPOCH} steps per epoch"
 
 
 def _require_enough(config: Config, images: int, ranks: int) -> None:
-    """Check that so many images to train on can be shared by the ranks.
-
-    Raises:
-        ValueError: saying how many ranks can share them.
-    """
+    """Check that so many images to train on can be shared by the ranks."""
     accumulate = config.optim.accumulate
-    fewest = fewest_images(config, ranks * accumulate)
+    fewest = _fewest_images(config, ranks * accumulate)
     if not 0 < images < fewest:  # none is refused where the set is split
         return
     what = f"{images} image{'s' if images > 1 else ''} to train on"
     who = f"{ranks} rank{'s' if ranks > 1 else ''}"
     who += f" x {accumulate} micro-batches" if accumulate > 1 else ""
     why = f", of which each needs {DONORS} for its fills" if fewest > ranks * accumulate else ""
-    fitting = [n for n in range(1, ranks) if fewest_images(config, n * accumulate) <= images]
+    fitting = [n for n in range(1, ranks) if _fewest_images(config, n * accumulate) <= images]
     hint = f"start at most {fitting[-1]}" if fitting else "add images"
     raise ValueError(f"{what} cannot be shared by {who}{why}; {hint}")
-
-
-def _why_batch_size(config: Config, images: int, ranks: int) -> str:
-    """Return what decided the batch; arguments as for `_shared_batch`."""
-    batch, parts = batch_size(images, 1), ranks * config.optim.accumulate
-    if (shared := _shared_batch(config, images, ranks)) != batch:
-        return f"{shared // parts} for each of {parts} ranks x micro-batches"
-    if batch < SMALLEST_BATCH:
-        return f"{images} image{'s' if images != 1 else ''} to train on"
-    steps = images // batch
-    if steps < STEPS_PER_EPOCH:
-        return f"the smallest; {steps} of {STEPS_PER_EPOCH} steps per epoch"
-    if steps >= 2 * STEPS_PER_EPOCH:
-        return f"the largest; {steps:,} steps per epoch"
-    return f"for at least {STEPS_PER_EPOCH} steps per epoch"
 
 
 def rule(config: Config, size: Size, ranks: int) -> dict[str, int]:
@@ -137,16 +126,28 @@ def rule(config: Config, size: Size, ranks: int) -> dict[str, int]:
     Each is computed from those before it as `config` has them, so that an option on the command
     line (a different batch) carries over to the numbers that depend on it (steps, warm-up).
     """
+    return {option: number for option, (number, _) in _rule(config, size, ranks).items()}
+
+
+def _rule(config: Config, size: Size, ranks: int) -> dict[str, tuple[int, str]]:
+    """Return the numbers of `rule`, each with what decided it."""
     if config.scale != "small":
         return {}
     loader, optim = config.loader, config.optim
     left = max(0, size.images - loader.held_out)  # nonsense is refused where the set is split
     epoch = left // loader.batch_size
+    steps = optim.epochs * epoch
     return {
-        "loader.held_out": held_out(size),
+        "loader.held_out": _held_out(size),
         "loader.batch_size": _shared_batch(config, left, ranks),
-        "optim.warmup_steps": min(optim.epochs * epoch // WARMUP_PART, WARMUP_MOST),
-        "log.checkpoint_steps": min(max(epoch, 1), CHECKPOINT_MOST),
+        "optim.warmup_steps": (
+            min(steps // WARMUP_PART, WARMUP_MOST),
+            f"1/{WARMUP_PART} of {steps:,} steps, at most {WARMUP_MOST}",
+        ),
+        "log.checkpoint_steps": (
+            min(max(epoch, 1), CHECKPOINT_MOST),
+            f"an epoch, at most {CHECKPOINT_MOST} steps",
+        ),
     }
 
 
@@ -180,28 +181,18 @@ def rule_in_words(config: Config, size: Size, ranks: int) -> list[str]:
 
     Other scales have no line.
     """
-    if config.scale != "small":
+    numbers = _rule(config, size, ranks)
+    if not numbers:
         return []
-    loader, optim = config.loader, config.optim
-    left = size.images - loader.held_out
-    epoch = left // loader.batch_size
-    reasons = {
-        "loader.held_out": _why_held_out(size),
-        "loader.batch_size": _why_batch_size(config, left, ranks),
-        "optim.warmup_steps": (
-            f"1/{WARMUP_PART} of {optim.epochs * epoch:,} steps, at most {WARMUP_MOST}"
-        ),
-        "log.checkpoint_steps": f"an epoch, at most {CHECKPOINT_MOST} steps",
-    }
-    values, wanted = _values(config), rule(config, size, ranks)
     lines = [
         f"--scale small for {size.images:,} images of {size.classes:,} classes on {ranks} "
         f"rank{'s' if ranks > 1 else ''}:"
     ]
-    for option, reason in reasons.items():
-        own = values[option] != wanted[option]
-        why = f"given; the rule's is {wanted[option]:,}" if own else reason
-        lines.append(f"  {option:20s} {values[option]:6,}  ({why})")
+    for option, (number, reason) in numbers.items():
+        group, name = option.split(".")
+        value = getattr(getattr(config, group), name)
+        why = reason if value == number else f"given; the rule's is {number:,}"
+        lines.append(f"  {option:20s} {value:6,}  ({why})")
     return lines
 
 
@@ -225,8 +216,3 @@ def repeat_numbers(old: dict[str, Any], new: dict[str, Any]) -> str:
     return (
         f" ({' '.join(options)}; --scale small takes them from the size of the set and the ranks)"
     )
-
-
-def _values(config: Config) -> dict[str, int]:
-    groups = {option: option.split(".") for option in OPTIONS}
-    return {option: getattr(getattr(config, a), b) for option, (a, b) in groups.items()}

@@ -5,7 +5,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from open_clip.model import CLIP, CLIPTextCfg
@@ -13,7 +13,6 @@ from open_clip.transform import PreprocessCfg
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
-from rft.classes import Classes
 from rft.clip import vit
 from rft.clip.bounds import Deviation, EmbedDim, HubConfig, Mean, Vision, build, open_clips
 from rft.runs.header import Entries
@@ -101,17 +100,7 @@ def _expected(document: str) -> dict[str, Tensor]:
     return {f"visual.{name}": value for name, value in visual.state_dict().items()}
 
 
-class Header(NamedTuple):
-    """What the header of one of rft's weights files says."""
-
-    architecture: Architecture
-    metadata: dict[str, str]
-    """Recipe, step and training sets."""
-    classes: Classes | None
-    """Classes of the head; None in a file that was written without them."""
-
-
-def read_header(path: Path, entries: Entries) -> Header:
+def read_header(path: Path, entries: Entries) -> Architecture:
     """Rebuild the architecture that the header of one of rft's files names.
 
     Raises:
@@ -125,4 +114,4 @@ def read_header(path: Path, entries: Entries) -> Header:
         architecture.expected()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Header(architecture, entries.metadata, entries.classes)
+    return architecture

@@ -3,11 +3,12 @@
 Such documents come from strangers. Each number is bounded before a tower is built, because a
 tower's memory follows from its configuration; what its weights really take is compared afterwards.
 A configuration stays the dict that open_clip takes: only fields that were given are in it.
+tests/clip/test_bounds.py compares the limits with the largest of the installed open_clip's models.
 """
 
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, Required, TypeVar, cast
+from typing import Annotated, Any, Literal, Required, TypeVar, cast
 
 import open_clip
 from open_clip.model import CLIPVisionCfg
@@ -20,41 +21,8 @@ from rft.storage.documents import FOREIGN, STRICT, Name, Whole, document
 T = TypeVar("T")
 
 
-class Bound(NamedTuple):
-    """The largest value of a field in open_clip's models, and the largest that is read."""
-
-    largest: float
-    model: str
-    limit: int
-
-
-EMBED_DIM = Bound(1536, "ViT-gopt-16-SigLIP2-256", 4096)
-VISION = {
-    "layers": Bound(56, "ViT-e-14", 128),
-    "width": Bound(1792, "ViT-e-14", 4096),
-    "head_width": Bound(112, "ViT-e-14", 256),
-    "mlp_ratio": Bound(8.5715, "ViT-e-14", 16),
-    "patch_size": Bound(32, "ViT-B-32", 64),
-    "image_size": Bound(512, "ViT-B-16-SigLIP2-512", 2048),
-    "attn_pooler_queries": Bound(256, "coca_ViT-L-14", 1024),
-    "attn_pooler_heads": Bound(8, "coca_ViT-L-14", 64),
-}
-TEXT = {
-    "layers": Bound(36, "ViT-e-14", 128),
-    "width": Bound(1280, "ViT-bigG-14", 4096),
-    "heads": Bound(20, "ViT-bigG-14", 64),
-    "mlp_ratio": Bound(4, "ViT-B-32", 16),
-    "context_length": Bound(77, "ViT-B-32", 1024),
-    "vocab_size": Bound(901_629, "ViT-H-14-worldwide", 2**21),
-}
-
-
-def _whole(bound: Bound) -> Any:
-    return Field(ge=1, le=bound.limit)
-
-
-def _ratio(bound: Bound) -> Any:
-    return Field(gt=0, le=bound.limit)
+def _up_to(limit: int) -> Any:
+    return Field(ge=1, le=limit)
 
 
 def _no_timm(value: Any) -> Any:
@@ -89,7 +57,8 @@ Dropped = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(ge=0, le=10)]
 Model = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$", max_length=200)]
 """A name on the model hub; no path."""
-EmbedDim = Annotated[int, _whole(EMBED_DIM)]
+EmbedDim = Annotated[int, _up_to(4096)]
+Ratio = Annotated[float, Field(gt=0, le=16)]
 Mean = Annotated[float, Field(ge=-10, le=10)]
 Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
 
@@ -130,16 +99,16 @@ class VisionFields(Attention, total=False):
     """Fields of open_clip's CLIPVisionCfg."""
 
     timm_model_name: Annotated[str | None, AfterValidator(_no_timm)]
-    layers: Annotated[int, _whole(VISION["layers"]), BeforeValidator(_no_resnet)]
-    width: Annotated[int, _whole(VISION["width"])]
-    head_width: Annotated[int, _whole(VISION["head_width"])]
-    mlp_ratio: Annotated[float, _ratio(VISION["mlp_ratio"])]
-    patch_size: Annotated[int, _whole(VISION["patch_size"])]
-    image_size: Required[Annotated[int, _whole(VISION["image_size"])]]
+    layers: Annotated[int, _up_to(128), BeforeValidator(_no_resnet)]
+    width: Annotated[int, _up_to(4096)]
+    head_width: Annotated[int, _up_to(256)]
+    mlp_ratio: Ratio
+    patch_size: Annotated[int, _up_to(64)]
+    image_size: Required[Annotated[int, _up_to(2048)]]
     patch_dropout: Dropped
     attentional_pool: bool
-    attn_pooler_queries: Annotated[int, _whole(VISION["attn_pooler_queries"])]
-    attn_pooler_heads: Annotated[int, _whole(VISION["attn_pooler_heads"])]
+    attn_pooler_queries: Annotated[int, _up_to(1024)]
+    attn_pooler_heads: Annotated[int, _up_to(64)]
     no_ln_pre: bool
     pos_embed_type: Literal["learnable", "sin_cos_2d"]
     pool_type: Literal["tok", "avg", "none"]
@@ -203,15 +172,15 @@ Vision = Annotated[VisionFields, AfterValidator(_divides)]
 class TextFields(Attention, total=False):
     """Fields of open_clip's CLIPTextCfg."""
 
-    context_length: Annotated[int, _whole(TEXT["context_length"])]
-    vocab_size: Annotated[int, _whole(TEXT["vocab_size"])]
+    context_length: Annotated[int, _up_to(1024)]
+    vocab_size: Annotated[int, _up_to(2**21)]
     hf_tokenizer_name: Model | None
     tokenizer_mode: Name | None
     tokenizer_kwargs: Annotated[dict[str, Any], AfterValidator(_harmless)] | None
-    width: Annotated[int, _whole(TEXT["width"])]
-    heads: Annotated[int, _whole(TEXT["heads"])]
-    layers: Annotated[int, _whole(TEXT["layers"])]
-    mlp_ratio: Annotated[float, _ratio(TEXT["mlp_ratio"])]
+    width: Annotated[int, _up_to(4096)]
+    heads: Annotated[int, _up_to(64)]
+    layers: Annotated[int, _up_to(128)]
+    mlp_ratio: Ratio
     embed_cls: bool
     pad_id: Whole
     eos_id: Whole

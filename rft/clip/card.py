@@ -1,6 +1,5 @@
 """The card (JSON) that an export writes beside its weights: one document, written and read here."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,10 +96,6 @@ class Card:
             return None
         prompts = self.prompts_sha256 or ""
         return Classes(ids=self.class_ids or (), names=self.classes, prompts_sha256=prompts)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the card as a JSON document."""
-        return dataclasses.asdict(self)
 
 
 def read(path: Path) -> Card | None:

@@ -4,6 +4,7 @@ State-dict keys are `visual.*` (open_clip's own) and `head.{weight,bias}`. A sav
 safetensors file whose metadata rebuilds the tower, so evaluation needs nothing else.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -132,7 +133,7 @@ def save_state(
     entries: dict[str, Any] = {**metadata, "architecture": architecture.to_json()}
     if classes is not None:
         assert len(classes) == len(state["head.weight"]), "the classes of another head"
-        entries["classes"] = classes.to_json()
+        entries["classes"] = dataclasses.asdict(classes)
     # weights of others may lie in memory in another order (channels last)
     state = {name: value.contiguous() for name, value in state.items()}
     # one JSON string: safetensors writes several metadata entries in no fixed order
@@ -162,21 +163,22 @@ def map_state(path: Path) -> Saved:
     """
     files.require_file(path, "checkpoint")
     state, metadata = read_safetensors(path)
-    found = read_header(path, header.entries(metadata, path))
-    features = found.architecture.embed_dim
+    entries = header.entries(metadata, path)
+    architecture, classes = read_header(path, entries), entries.classes
+    features = architecture.embed_dim
     rows = state["head.weight"].numel() // features if "head.weight" in state else 0
     expected = {
-        **found.architecture.expected(),
+        **architecture.expected(),
         "head.weight": torch.empty((rows, features), device="meta"),
         "head.bias": torch.empty(rows, device="meta"),
     }
     if changed := difference(expected, state):
         raise ValueError(f"{path} is damaged: it has {changed}")
-    if found.classes is not None and len(found.classes) != rows:
+    if classes is not None and len(classes) != rows:
         raise ValueError(
-            f"{path} is damaged: its header names {len(found.classes)} classes, its head has {rows}"
+            f"{path} is damaged: its header names {len(classes)} classes, its head has {rows}"
         )
-    return Saved(state, *found)
+    return Saved(state, architecture, entries.metadata, classes)
 
 
 def require_finite(path: Path | str, state: Mapping[str, Tensor]) -> None:

@@ -34,15 +34,15 @@ from rft.clip import unpickle, vit, weights
 from rft.clip.architecture import Architecture, three
 from rft.clip.bounds import HubConfig, ModelFields, build, open_clips
 from rft.clip.classifier import require_finite
-from rft.clip.weights import Geometry, Weights
+from rft.clip.weights import LOCAL, Geometry, Weights
 from rft.config import ModelConfig
 from rft.log import ASIDE
 from rft.runs import filenames, header
 from rft.runs.filenames import SELECTED
 from rft.storage import files
 
-LOCAL = "local-dir:"
 HUB = "hf-hub:"
+VOCABULARY = "vocab.txt"
 MINIATURE = "rft-miniature"
 RESIZE = {"resize_mode": "shortest", "interpolation": "bicubic"}  # of `rft.shards.images`, always
 WEIGHTS_HINT = "name its model with --model.clip and the file with --model.pretrained"
@@ -78,9 +78,17 @@ def load_clip(config: ModelConfig) -> PretrainedClip:
             own, a weights file without both towers, an unsupported image tower, or a weight that
             is not finite.
     """
-    loaded = _load(config)
-    tag = "" if names_folder(config.clip) else f" {config.pretrained}"
-    require_finite(f"{config.clip}{tag}", loaded.model.state_dict())
+    clip, tag = config.clip, config.pretrained
+    hub = hub_config(clip)  # first: it refuses what open_clip would do for a folder
+    if names_folder(clip):
+        folder = _local_folder(clip)
+        if folder is None:
+            folder = Path(download_pretrained_from_hf(clip.removeprefix(HUB))).parent
+        loaded, what = _from_weights(weights.read(folder), clip), clip
+        warn_of_resize(clip, hub.preprocess_cfg)
+    else:
+        loaded, what = _of_tag_or_file(clip, tag), f"{clip} {tag}"
+    require_finite(what, loaded.model.state_dict())
     return loaded
 
 
@@ -90,37 +98,35 @@ def load_file(path: Path, clip: str) -> PretrainedClip:
     Raises:
         ValueError: if there is none, it does not fit, or a weight is not finite.
     """
-    loaded = from_weights(weights.read(path), clip)
+    loaded = _from_weights(weights.read(path), clip)
     require_finite(path, loaded.model.state_dict())
     return loaded
 
 
-def _load(config: ModelConfig) -> PretrainedClip:
-    if names_folder(config.clip):
-        hub = _open_clip_config(config.clip)  # first: it refuses what open_clip would do for it
-        found = from_weights(weights.read(_folder(config.clip)), config.clip)
-        warn_of_resize(config.clip, hub.preprocess_cfg)
-        return found
-    architecture = architecture_of(config.clip)
-    if tag := open_clip.get_pretrained_cfg(config.clip, config.pretrained):
-        what, quick = f"weights {config.pretrained!r}", bool(tag.get("quick_gelu", False))
-        _require_activation(what, quick, architecture)
-        return _through_open_clip(config.clip, config.pretrained)
-    path = Path(config.pretrained)
-    if not config.pretrained or not path.exists():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.clip)) or "none"
-        raise ValueError(
-            f"{config.pretrained!r} is no weights tag of {config.clip} and no file; tags: {tags}"
-        )
-    return from_weights(weights.read(path), config.clip)
+def _of_tag_or_file(clip: str, name: str) -> PretrainedClip:
+    tag = open_clip.get_pretrained_cfg(clip, name)
+    if not tag:
+        path = Path(name)
+        if name and path.exists():
+            return _from_weights(weights.read(path), clip)
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip)) or "none"
+        raise ValueError(f"{name!r} is no weights tag of {clip} and no file; tags: {tags}")
+    architecture, quick = architecture_of(clip), bool(tag.get("quick_gelu", False))
+    _require_activation(f"weights {name!r}", quick, architecture)
+    try:
+        model: Any = open_clip.create_model(clip, pretrained=name)
+    except (*unpickle.DAMAGE, SafetensorError) as error:
+        raise ValueError(f"cannot load {clip} {name}: {unpickle.first_line(error)}") from error
+    vit.check_supported(model.visual)
+    pixels = open_clip.get_model_preprocess_cfg(model)
+    warn_of_resize(f"{clip} {name}", pixels)
+    mean, std = three(pixels["mean"]), three(pixels["std"])
+    architecture = dataclasses.replace(architecture, mean=mean, std=std)
+    return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
 
 
-def from_weights(found: Weights, clip: str) -> PretrainedClip:
-    """Return the CLIP that `clip` names with the weights of a file that has both towers.
-
-    Raises:
-        ValueError: if it lacks the text tower or does not fit the named model.
-    """
+def _from_weights(found: Weights, clip: str) -> PretrainedClip:
+    """Return the CLIP that `clip` names with the weights of a file that has both towers."""
     if not found.text:
         raise ValueError(
             f"{found.files[0]} ({found.format}) has no text tower to make a head with; start from "
@@ -128,7 +134,7 @@ def from_weights(found: Weights, clip: str) -> PretrainedClip:
         )
     architecture = architecture_of(clip)
     require_fit(found, architecture)
-    if remote := model_config(clip)["text_cfg"].get("hf_model_name"):
+    if remote := hub_config(clip).model_cfg["text_cfg"].get("hf_model_name"):
         log.info(
             f"the text tower of {clip} is described by the model hub's {remote}, which is asked",
             extra=ASIDE,
@@ -150,7 +156,7 @@ def from_weights(found: Weights, clip: str) -> PretrainedClip:
 
 def _build(clip: str) -> Any:
     """Return both towers of a model with weights still to be loaded."""
-    fields: dict[str, Any] = {**model_config(clip)}
+    fields: dict[str, Any] = {**hub_config(clip).model_cfg}
     text = fields["text_cfg"]
     custom = fields.pop("custom_text", False) or "hf_model_name" in text
     if custom:  # its own weights would be downloaded and then overwritten
@@ -163,22 +169,13 @@ def names_folder(clip: str) -> bool:
     return clip == MINIATURE or clip.startswith((LOCAL, HUB))
 
 
-def model_config(clip: str) -> ModelFields:
-    """Return open_clip's configuration (its `model_cfg`) of a model.
-
-    Raises:
-        ValueError: if there is no such model, or rft cannot work with it.
-    """
-    return _open_clip_config(clip).model_cfg
-
-
 def architecture_of(clip: str) -> Architecture:
     """Return the architecture of a model without loading weights.
 
     Raises:
         ValueError: if there is no such model, or rft cannot work with it.
     """
-    return Architecture.of(clip, _open_clip_config(clip))
+    return Architecture.of(clip, hub_config(clip))
 
 
 def require_fit(found: Weights, architecture: Architecture) -> None:
@@ -189,7 +186,7 @@ def require_fit(found: Weights, architecture: Architecture) -> None:
             differs.
     """
     expected = architecture.expected()
-    if found.geometry != (wanted := Geometry.of(expected)):
+    if found.geometry != (wanted := Geometry.of(expected, architecture.clip)):
         names = ", ".join(names_of(found)) or "none"
         raise ValueError(
             f"{found.files[0]} has another image tower ({found.geometry}) than {architecture.clip} "
@@ -239,35 +236,17 @@ def names_of(found: Weights) -> list[str]:
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
         assert config is not None, f"open_clip lists {name} and has no configuration of it"
-        vision = CLIPVisionCfg(**config["vision_cfg"])
-        layers, size = vision.layers, vision.image_size
-        if vision.timm_model_name or not isinstance(layers, int) or not isinstance(size, int):
+        vision: Any = CLIPVisionCfg(**config["vision_cfg"])
+        # a ResNet has a list of layers
+        plain = isinstance(vision.layers, int) and isinstance(vision.image_size, int)
+        if vision.timm_model_name or not plain:
             continue
-        geometry = Geometry(
-            width=vision.width,
-            patch=vision.patch_size,
-            layers=layers,
-            grid=size // vision.patch_size,
-            embed_dim=config["embed_dim"],
-        )
+        grid = vision.image_size // vision.patch_size
+        sizes = (vision.width, vision.patch_size, vision.layers, grid, config["embed_dim"])
         openais = config.get("quick_gelu", False) and "hf_model_name" not in config["text_cfg"]
-        if geometry == found.geometry and (openais or not found.openai):
+        if Geometry(*sizes) == found.geometry and (openais or not found.openai):
             names.append(name)
     return names
-
-
-def _through_open_clip(clip: str, tag: str) -> PretrainedClip:
-    architecture = architecture_of(clip)
-    try:
-        model: Any = open_clip.create_model(clip, pretrained=tag)
-    except (*unpickle.DAMAGE, SafetensorError) as error:
-        raise ValueError(f"cannot load {clip} {tag}: {unpickle.first_line(error)}") from error
-    vit.check_supported(model.visual)
-    pixels = open_clip.get_model_preprocess_cfg(model)
-    warn_of_resize(f"{clip} {tag}", pixels)
-    mean, std = three(pixels["mean"]), three(pixels["std"])
-    architecture = dataclasses.replace(architecture, mean=mean, std=std)
-    return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
 
 
 def warn_of_resize(what: str, preprocess: Mapping[str, Any]) -> None:
@@ -287,19 +266,18 @@ def warn_of_resize(what: str, preprocess: Mapping[str, Any]) -> None:
         )
 
 
-def _location(clip: str) -> str:
-    """Return what open_clip calls the model."""
+def _local_folder(clip: str) -> Path | None:
     if clip == MINIATURE:
-        return f"{LOCAL}{resources.files('rft') / 'demo' / 'clip'}"
-    return clip
+        return Path(str(resources.files("rft") / "demo" / "clip"))
+    return Path(clip.removeprefix(LOCAL)) if clip.startswith(LOCAL) else None
 
 
 def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
-    text = model_config(clip)["text_cfg"]
+    text = hub_config(clip).model_cfg["text_cfg"]
     known = text.get("vocab_size", CLIPTextCfg().vocab_size)
     if vocabulary := vocabulary_of(clip):
         return WordTokenizer(_words(vocabulary, known), context_length)
-    tokenizer = open_clip.get_tokenizer(_location(clip))
+    tokenizer = open_clip.get_tokenizer(clip)
 
     def tokenize(texts: list[str]) -> Tensor:
         tokens = tokenize_all(tokenizer, texts)
@@ -315,11 +293,7 @@ def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
 
 
 def _words(vocabulary: Path, tokens: int) -> list[str]:
-    """Return the words of a vocabulary, by their token ids.
-
-    Raises:
-        ValueError: if it is no text, or names tokens that the text tower does not have.
-    """
+    """Return the words of a vocabulary, by their token ids."""
     data = files.read_bytes(str(vocabulary), header.BYTES)
     try:
         words = data.decode().replace("\r\n", "\n").rstrip("\n").split("\n")
@@ -350,43 +324,33 @@ def tokenize_all(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> Tens
 
 def vocabulary_of(clip: str) -> Path | None:
     """Return the word list of a local folder that has its own tokenizer."""
-    location = _location(clip)
-    path = Path(location.removeprefix(LOCAL)) / "vocab.txt"
+    folder = _local_folder(clip)
     # what is there and no file is refused when it is read
-    return path if location.startswith(LOCAL) and os.path.lexists(path) else None
+    return folder / VOCABULARY if folder and os.path.lexists(folder / VOCABULARY) else None
 
 
-def _folder(clip: str) -> Path:
-    """Return the local folder with configuration and weights of a model; the hub's is downloaded.
+def hub_config(clip: str) -> HubConfig:
+    """Return `model_cfg` and, where it is kept with the weights, `preprocess_cfg` of a model.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such model, or rft cannot work with it.
     """
-    location = _location(clip)
-    if location.startswith(HUB):
-        return Path(download_pretrained_from_hf(location.removeprefix(HUB))).parent
-    return Path(location.removeprefix(LOCAL))
-
-
-def _open_clip_config(clip: str) -> HubConfig:
-    """Return `model_cfg` and, where it is kept with the weights, `preprocess_cfg`."""
-    location = _location(clip)
-    if location.startswith(LOCAL):
-        path = Path(location.removeprefix(LOCAL)) / weights.HUB_CONFIG
+    if folder := _local_folder(clip):
+        path = folder / weights.HUB_CONFIG
         if not path.is_file():
-            raise ValueError(f"no CLIP at {path.parent}: {_why_no_clip(path)}")
-        return weights.read_hub_config(path)
-    if location.startswith(HUB):
-        name = location.removeprefix(HUB)
+            raise ValueError(f"no CLIP at {folder}: {_why_no_clip(path)}")
+    elif clip.startswith(HUB):
+        name = clip.removeprefix(HUB)
         path = Path(download_pretrained_from_hf(name, filename=weights.HUB_CONFIG))
-        return weights.read_hub_config(path)
-    model_cfg = open_clip.get_model_config(location)
-    if model_cfg is None:
-        raise ValueError(f"open_clip has no model {clip!r}; {_instead_of(clip)}")
-    try:
-        return HubConfig(model_cfg=cast(ModelFields, model_cfg))
-    except ValueError as error:
-        raise ValueError(f"{clip} is no CLIP that rft can work with: {error}") from error
+    else:
+        model_cfg = open_clip.get_model_config(clip)
+        if model_cfg is None:
+            raise ValueError(f"open_clip has no model {clip!r}; {_instead_of(clip)}")
+        try:
+            return HubConfig(model_cfg=cast(ModelFields, model_cfg))
+        except ValueError as error:
+            raise ValueError(f"{clip} is no CLIP that rft can work with: {error}") from error
+    return files.read_document(str(path), HubConfig, header.BYTES)
 
 
 def _why_no_clip(config: Path) -> str:

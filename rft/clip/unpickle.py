@@ -63,9 +63,8 @@ STOOD_IN_NAMES = {
 }
 
 LONGEST_NAME = 1000  # of a tensor, in characters
-MEMBERS = (
-    30_000  # of an archive: a checkpoint with its optimizer has four for each of 2,000 tensors
-)
+# of an archive: a checkpoint with its optimizer has four for each of 2,000 tensors
+MEMBERS = 30_000
 DIRECTORY_BYTES = 2**23  # of an archive: its members' names and places
 OPERATIONS = 2**21  # of a pickle; a whole ViT-bigG-14 with its modules takes less than 2**19
 ARGUMENTS = 20  # of a call; torch's longest has seven
@@ -80,11 +79,9 @@ SHOWN = 200  # characters of a name or a reason that an error repeats
 DAMAGE = (
     AttributeError,
     EOFError,
-    IndexError,
-    KeyError,
+    LookupError,
     MemoryError,
     OverflowError,
-    RecursionError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -106,24 +103,11 @@ class StandIn:
     def __new__(cls, *_: object, **__: object) -> Self:  # noqa: D102
         return super().__new__(cls)
 
-    def __init__(self, *_: object, **__: object) -> None:
+    def _forget(self, *_: object) -> None:
         pass
 
-    def keep(self, state: object) -> None:
-        """Keep the attributes that a pickle sets."""
-        # an object with slots is pickled as (attributes, slots)
-        state = state[0] if isinstance(state, tuple) and state else state
-        self.attributes = state if isinstance(state, dict) else {}
-
-    # the rest is for stand-ins of lists and dicts, whose content is never wanted
-    def __setitem__(self, _: object, __: object) -> None:
-        pass
-
-    def append(self, _: object) -> None:
-        """Take an item and forget it."""
-
-    def extend(self, _: object) -> None:
-        """Take items and forget them."""
+    # of stand-ins of lists and dicts, whose content is never wanted
+    append = extend = __setitem__ = _forget
 
 
 # tuples, so that what was checked stays as it is
@@ -144,29 +128,6 @@ class StoredTensor(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor once it is read.
-
-        Raises:
-            ValueError: if it is larger than its storage: strides of 0 make any size of one number.
-        """
-        size = math.prod(self.size) * self.storage.itemsize
-        if size > self.storage.nbytes:
-            raise ValueError("damaged tensor: it is larger than its storage")
-        return size
-
-    def of(self, flat: Tensor) -> Tensor:
-        """Return the tensor, from the content of its storage.
-
-        Raises:
-            ValueError: if it reaches outside of it.
-        """
-        try:
-            return flat.as_strided(self.size, self.stride, self.offset).clone()
-        except DAMAGE as error:
-            raise ValueError(f"damaged tensor: {first_line(error)}") from error
-
 
 def load_tensors(named: Mapping[str, StoredTensor], limit: int) -> dict[str, Tensor]:
     """Read tensors, each storage once.
@@ -179,40 +140,33 @@ def load_tensors(named: Mapping[str, StoredTensor], limit: int) -> dict[str, Ten
         ValueError: if they have more, bytes are damaged, or a tensor reaches outside of its
             storage.
     """
-    groups: dict[int, list[str]] = {}
-    for name, stored in named.items():
-        groups.setdefault(id(stored.storage), []).append(name)
-    storages = {key: named[names[0]].storage for key, names in groups.items()}
-    sizes = [stored.nbytes for stored in named.values()]
-    if max(sum(sizes), sum(storage.nbytes for storage in storages.values())) > limit:
+    names: dict[int, list[str]] = {}  # by storage, of which one at a time is in memory
+    stored_bytes = tensor_bytes = 0
+    for name, (storage, _, size, _) in named.items():
+        nbytes = math.prod(size) * storage.itemsize
+        if nbytes > storage.nbytes:  # strides of 0 make any size of one number
+            raise ValueError("damaged tensor: it is larger than its storage")
+        tensor_bytes += nbytes
+        if id(storage) not in names:
+            stored_bytes += storage.nbytes
+        names.setdefault(id(storage), []).append(name)
+    if max(tensor_bytes, stored_bytes) > limit:
         raise ValueError("damaged: its tensors are larger than the file")
     loaded: dict[str, Tensor] = {}
-    for key, names in groups.items():
+    for group in names.values():
         try:
-            flat = storages[key].read()
+            flat = named[group[0]].storage.read()
+            for name in group:
+                _, offset, size, stride = named[name]
+                loaded[name] = flat.as_strided(size, stride, offset).clone()
         except DAMAGE as error:
             raise ValueError(f"damaged tensor: {first_line(error)}") from error
-        loaded |= {name: named[name].of(flat) for name in names}
     return {name: loaded[name] for name in named}
 
 
-class Row(tuple):
-    """A tuple that is no key: a tuple of tuples of ... takes for ever to hash, or all the stack."""
-
-    __slots__ = ()
-    __hash__ = None
-
-
-def _row(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    def load_row(reader: Any) -> None:
-        load(reader)
-        reader.stack[-1] = Row(reader.stack[-1])
-
-    return load_row
-
-
 def _require_keys(keys: Iterable[Any]) -> None:
-    # of other types, thousands of unequal keys can have one hash
+    # of other types, thousands of unequal keys can have one hash; that of a tuple of the tuple
+    # before, twice, sixty times over, takes for ever
     for key in keys:
         if type(key) is not str and not (isinstance(key, int) and abs(key) < 2**32):
             raise TypeError(f"a key of type {type(key).__name__}")
@@ -227,7 +181,9 @@ def _require_few(*parts: Any) -> None:
 def _load_build(reader: Any) -> None:
     state, made = reader.stack.pop(), reader.stack[-1]
     if isinstance(made, StandIn):
-        made.keep(state)
+        # an object with slots is pickled as (attributes, slots)
+        state = state[0] if isinstance(state, tuple) and state else state
+        made.attributes = state if isinstance(state, dict) else {}
     elif type(made) is not dict:  # torch's state dicts carry versions of their modules
         raise TypeError(f"a pickle sets attributes of a {type(made).__name__}")
 
@@ -259,14 +215,12 @@ _CHECKS: dict[bytes, Callable[[list[Any]], None]] = {
     pickle.NEWOBJ: lambda stack: _require_few(stack[-1]),
     pickle.NEWOBJ_EX: lambda stack: _require_few(*stack[-2:]),
 }
-_TUPLES = [code[0] for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)]
 # these make as many zero bytes as they say, or use what is registered in the process
 _REFUSED = [code[0] for code in (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)]
 
-
+# the pickle module has no public way to look at an opcode before it runs
 _ACTIONS: dict[int, Callable[[Any], None]] = {
     **{code: act for code, act in pickle._Unpickler.dispatch.items() if code not in _REFUSED},
-    **{code: _row(pickle._Unpickler.dispatch[code]) for code in _TUPLES},
     **{code[0]: _before(code, check) for code, check in _CHECKS.items()},
     pickle.PUT[0]: _load_put,
     pickle.BUILD[0]: _load_build,
@@ -292,14 +246,15 @@ class Unpickler(pickle._Unpickler):
     Args:
         stream: the pickle.
         read_storage: returns the bytes of an archive's storage; None outside of an archive.
-        nested: bytes that storages which are pickled inside of the pickle may have, all together.
+        nested: bytes that storages which are pickled inside of the pickle may have, all together;
+            None where nothing but types of storages may be named.
     """
 
     def __init__(
         self,
         stream: BinaryIO,
         read_storage: Callable[[str], bytes] | None = None,
-        nested: int = 0,
+        nested: int | None = 0,
     ) -> None:
         super().__init__(stream)
         self.dispatch = _Counted(_ACTIONS)  # pyrefly: ignore[read-only]
@@ -317,19 +272,20 @@ class Unpickler(pickle._Unpickler):
         """
         module = "builtins" if module == "__builtin__" else module
         full = f"{module}.{name}"
-        if full == "torch.storage._load_from_bytes":
-            return self._nested_storage
-        if full in _FUNCTIONS:
-            return _FUNCTIONS[full]
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        if full in STOOD_IN_NAMES or f"{module}.".startswith(_PREFIXES):
-            if full not in self._stand_ins:
-                if len(self._stand_ins) == STAND_INS:
-                    raise ValueError(f"it names more than {STAND_INS:,} classes")
-                self._stand_ins[full] = type(name, (StandIn,), {})
-            return self._stand_ins[full]
-        raise RefusedError(f"it wants to use {printable(full, SHOWN)}")
+        stood_in = full in STOOD_IN_NAMES or f"{module}.".startswith(_PREFIXES)
+        if not stood_in and full not in _FUNCTIONS:
+            raise RefusedError(f"it wants to use {printable(full, SHOWN)}")
+        if self._nested_left is None:
+            raise RefusedError(f"it wants to use {printable(full, SHOWN)} for a storage")
+        if not stood_in:
+            return _FUNCTIONS[full] or self._nested_storage
+        if full not in self._stand_ins:
+            if len(self._stand_ins) == STAND_INS:
+                raise ValueError(f"it names more than {STAND_INS:,} classes")
+            self._stand_ins[full] = type(name, (StandIn,), {})
+        return self._stand_ins[full]
 
     def persistent_load(self, pid: Any) -> Storage:
         """Return a storage of the archive; the pickle names it by key, type and length."""
@@ -353,33 +309,14 @@ class Unpickler(pickle._Unpickler):
 
     def _nested_storage(self, data: bytes) -> Storage:
         """Read a storage that was pickled as a file of its own, in torch's old format."""
+        assert self._nested_left is not None
         self._nested_left -= len(data)
         if self._nested_left < 0:
             raise ValueError("its storages are larger than the file")
-        storage = _read_old(lambda: io.BytesIO(data), StorageUnpickler)
+        storage = _read_old(lambda: io.BytesIO(data), None)
         if not isinstance(storage, Storage):
             raise TypeError(f"a storage of {type(storage).__name__}")
         return storage
-
-
-class StorageUnpickler(Unpickler):
-    """The same for a nested storage: nothing but storages, above all none that is nested again."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the type of a storage.
-
-        Raises:
-            RefusedError: for every other name.
-        """
-        found = super().find_class(module, name)
-        if not isinstance(found, torch.dtype):
-            full = printable(f"{module}.{name}", SHOWN)
-            raise RefusedError(f"it wants to use {full} for a storage")
-        return found
-
-
-def _is_int64(value: object) -> bool:
-    return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
 def _is_size(value: object) -> bool:
@@ -397,21 +334,14 @@ def _rebuild_tensor(storage: Storage, offset: int, size: Any, stride: Any, *_: A
     return StoredTensor(storage, offset, tuple(size), tuple(stride))
 
 
-def _rebuild_parameter(tensor: StoredTensor, *_: Any) -> StoredTensor:
-    return tensor
-
-
-def _items(items: Any = ()) -> Any:
-    # a set would be a copy, as large as a list that the pickle names again in two bytes
-    return items
-
-
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[..., Any] | None] = {
+    "torch.storage._load_from_bytes": None,  # a method of the unpickler
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "collections.OrderedDict": lambda: {},
-    "builtins.set": _items,
-    "builtins.frozenset": _items,
+    # a set would be a copy, as large as a list that the pickle names again in two bytes
+    "builtins.set": lambda items=(): items,
+    "builtins.frozenset": lambda items=(): items,
 }
 _PREFIXES = tuple(f"{package}." for package in STOOD_IN_PACKAGES)
 
@@ -432,12 +362,10 @@ def read(path: Path) -> tuple[Any, bool]:
             f"{path} is refused: {error}, which is not on the list of harmless names in "
             "rft/clip/unpickle.py; nothing of it was run"
         ) from error
-    except DAMAGE as error:
-        raise ValueError(f"{path} is damaged or truncated: {first_line(error)}") from error
-    except OSError as error:
-        if error.filename is not None:
+    except (*DAMAGE, OSError) as error:
+        # without a name it is of a place that lies before the file's start
+        if isinstance(error, OSError) and error.filename is not None:
             raise
-        # a place that lies before the file's start
         raise ValueError(f"{path} is damaged or truncated: {first_line(error)}") from error
 
 
@@ -446,13 +374,17 @@ def _read(path: Path) -> tuple[Any, bool]:
         start = stream.read(len(_OLD_TORCH))
         size = stream.seek(0, io.SEEK_END)
     if start == _OLD_TORCH:
-        return _read_old(lambda: local.reader(path), Unpickler, size), False
+        return _read_old(lambda: local.reader(path), size), False
     if not start.startswith(b"PK"):
         with local.reader(path) as stream:
             return Unpickler(stream, nested=size).load(), False
     # stays open for as long as a storage may be read from it
     archive = Archive(local.reader(path))
-    names = _members(archive)
+    names = archive.namelist()
+    if len(names) > MEMBERS:
+        raise ValueError(f"it has {len(names):,} members; a checkpoint has {MEMBERS:,} at most")
+    if len(set(names)) != len(names):
+        raise ValueError("it has two members of one name")
     # torch names the folder inside after the file that it once wrote
     pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -484,22 +416,7 @@ class Archive(zipfile.ZipFile):
         self._stream.close()
 
 
-def _members(archive: zipfile.ZipFile) -> set[str]:
-    """Return the names of an archive's members.
-
-    Raises:
-        ValueError: if there are too many, or two of one name.
-    """
-    found = archive.namelist()
-    if len(found) > MEMBERS:
-        raise ValueError(f"it has {len(found):,} members; a checkpoint has {MEMBERS:,} at most")
-    names = set(found)
-    if len(names) != len(found):
-        raise ValueError("it has two members of one name")
-    return names
-
-
-def _read_old(source: Callable[[], BinaryIO], kind: type[Unpickler], nested: int = 0) -> Any:
+def _read_old(source: Callable[[], BinaryIO], nested: int | None) -> Any:
     """Read torch's format of before 1.6: pickles one after the other, then the storages' bytes."""
     places: dict[str, tuple[int, int]] = {}
 
@@ -511,10 +428,10 @@ def _read_old(source: Callable[[], BinaryIO], kind: type[Unpickler], nested: int
 
     with source() as stream:
         for _ in range(3):  # a magic number, the format's version, the machine's type sizes
-            kind(stream).load()
-        reader = kind(stream, read_storage, nested)
+            Unpickler(stream, nested=None).load()
+        reader = Unpickler(stream, read_storage, nested)
         content = reader.load()
-        for key in kind(stream).load():
+        for key in Unpickler(stream, nested=None).load():
             size = int.from_bytes(stream.read(8), "little") * reader.itemsizes[key]
             places[key] = stream.tell(), size
             stream.seek(size, io.SEEK_CUR)
@@ -549,19 +466,16 @@ def require_data(content: Any) -> None:
     rows = [(content, 0)]
     while rows:
         value, depth = rows.pop()
-        if isinstance(value, StoredTensor):
-            parts, count = [], 1
+        int64 = isinstance(value, int) and -(2**63) <= value < 2**63
+        if value is None or int64 or isinstance(value, StoredTensor | float | str):
+            parts = []
         elif isinstance(value, dict):
-            parts, count = [*value.keys(), *value.values()], 2 * len(value)
+            parts = [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple):
-            parts, count = list(value), len(value)
-        elif isinstance(value, str):
-            parts, count = [], len(value)
-        elif value is None or isinstance(value, float) or _is_int64(value):
-            parts, count = [], 1
+            parts = list(value)
         else:
             raise ValueError(f"it holds a {printable(type(value).__name__, SHOWN)}")
-        left -= count
+        left -= len(value) if isinstance(value, str) else max(1, len(parts))
         if left < 0 or depth > DEPTH:
             raise ValueError(f"it holds more than {ENTRIES:,} things, or more than {DEPTH} deep")
         rows += [(part, depth + 1) for part in parts]
@@ -607,12 +521,9 @@ def _groups(holder: Any) -> Iterator[tuple[Mapping[Any, Any], Collection[Any]]]:
 
     That is parameters, buffers and submodules of an nn.Module; a scripted one has them flat.
     """
-    if not isinstance(holder, StandIn):
-        found: list[tuple[Any, Any]] = [(holder, ())]
-    elif "_modules" not in holder.attributes:
-        found = [(holder.attributes, ())]
-    else:
-        own = holder.attributes
+    own = holder.attributes if isinstance(holder, StandIn) else holder
+    found: list[tuple[Any, Any]] = [(own, ())]
+    if isinstance(holder, StandIn) and "_modules" in own:
         hidden = own.get("_non_persistent_buffers_set", ())
         found = [(own.get("_parameters"), ()), (own.get("_buffers"), hidden), (own["_modules"], ())]
     yield from (group for group in found if isinstance(group[0], Mapping))

@@ -1,4 +1,4 @@
-"""CLIP weights as others save them: recognised by content, read into one form, written back.
+"""CLIP weights as others save them: recognised by content and read into one form.
 
 Read are OpenAI's TorchScript files, open_clip's checkpoints, bare state dicts, safetensors files
 and hub-layout folders, model-soups' state dicts, the released code's checkpoints, wise-ft's pickled
@@ -9,7 +9,6 @@ The names are those of open_clip and rft: the image tower is `visual.*`, the cla
 """
 
 import dataclasses
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +27,7 @@ from rft.runs import header, trained_on
 from rft.runs.trained_on import TrainedOn
 from rft.storage import files, local
 
+LOCAL = "local-dir:"  # before the path of a folder, where open_clip takes a model's name
 HUB_CONFIG = "open_clip_config.json"
 HUB_WEIGHTS = "open_clip_model.safetensors"
 HUB_HEAD = "head.safetensors"  # rft's export puts it beside; open_clip does not look for it
@@ -57,23 +57,19 @@ class Layout:
 
     format: str
     visual: str
-    head: str | None
+    head: str
     text: str | None
-    openai: bool
+    openai: bool = True
     """Whether the code behind the format builds OpenAI's towers, whatever the weights are."""
 
 
 LAYOUTS = (
-    Layout("released", "backbone.", "classifier.", None, True),
+    Layout("released", "backbone.", "classifier.", None),
     Layout(
-        "wise-ft",
-        "image_encoder.model.visual.",
-        "classification_head.",
-        "image_encoder.model.",
-        True,
+        "wise-ft", "image_encoder.model.visual.", "classification_head.", "image_encoder.model."
     ),
-    Layout("model-soups", "model.visual.", "classification_head.", "model.", True),
-    Layout("open_clip", "visual.", "head.", "", False),
+    Layout("model-soups", "model.visual.", "classification_head.", "model."),
+    Layout("open_clip", "visual.", "head.", "", openai=False),
 )
 
 
@@ -94,11 +90,12 @@ class Geometry:
         )
 
     @staticmethod
-    def of(tower: Mapping[str, Tensor]) -> "Geometry":
+    def of(tower: Mapping[str, Tensor], where: Path | str) -> "Geometry":
         """Infer the geometry from the shapes of `visual.*`.
 
         Raises:
-            ValueError: if these are not the weights of a CLIP vision transformer.
+            ValueError: naming `where` they are from, if they are not the weights of a CLIP vision
+                transformer.
         """
         try:
             conv = tower["visual.conv1.weight"].shape
@@ -107,7 +104,9 @@ class Geometry:
             layers = sum(name.endswith(".attn.in_proj_weight") for name in tower)
             return Geometry(conv[0], conv[-1], layers, round(positions**0.5), embed_dim)
         except (KeyError, IndexError, TypeError):
-            raise ValueError("it has no image tower that is a CLIP vision transformer") from None
+            raise ValueError(
+                f"{where}: it has no image tower that is a CLIP vision transformer"
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +116,7 @@ class Weights:
     files: tuple[Path, ...]
     """What was read: the file, or the weights in a folder and the head beside them."""
     format: str
+    geometry: Geometry
     visual: dict[str, Tensor]
     """Image tower, `visual.*`."""
     head: dict[str, Tensor]
@@ -128,7 +128,7 @@ class Weights:
     config: HubConfig | None = None
     """Content of open_clip_config.json, where the weights came in such a folder."""
     architecture: Architecture | None = None
-    """rft's own description of the tower, where the file has one."""
+    """The tower as the file itself, its card or the folder's configuration describes it."""
     classes: Classes | None = None
     """Classes of the head, where the file or the card of an export beside it names them."""
     seen: frozenset[TrainedOn] | None = None
@@ -139,14 +139,7 @@ class Weights:
         """Which activation the weights were trained with, where that is known."""
         if self.openai:
             return True
-        if self.architecture:
-            return self.architecture.quick_gelu
-        return self.config.model_cfg.get("quick_gelu", False) if self.config else None
-
-    @property
-    def geometry(self) -> Geometry:
-        """What the shapes tell about the image tower."""
-        return Geometry.of(self.visual)
+        return self.architecture.quick_gelu if self.architecture else None
 
 
 def read(path: Path) -> Weights:
@@ -159,26 +152,28 @@ def read(path: Path) -> Weights:
     if path.is_dir():
         return _read_folder(path)
     files.require_file(path, "weights")
-    if _is_safetensors(path):
+    with local.reader(path) as stream:
+        start = stream.read(9)
+    if start[8:] == b"{" and start[5:8] == bytes(3):  # a header is shorter than a terabyte
         tensors, metadata = read_safetensors(path)
         found = _sort(path, tensors)
         if "rft" in metadata:
-            own = read_header(path, header.entries(metadata, path))
+            entries = header.entries(metadata, path)
             found = dataclasses.replace(
                 found,
                 format="rft",
-                architecture=own.architecture,
-                classes=own.classes,
-                seen=trained_on.of_metadata(path, own.metadata),
+                architecture=read_header(path, entries),
+                classes=entries.classes,
+                seen=trained_on.of_metadata(path, entries.metadata),
             )
-        return _with_card(found, path.with_name(f"{path.name}.json"))
-    if not _is_pickle(path):
+    elif start[:2] == b"PK" or (start[:1] == b"\x80" and b"\2" <= start[1:2] <= b"\5"):
+        content, scripted = unpickle.read(path)
+        found = _sort(path, _load(path, content), scripted=scripted)
+    else:
         raise ValueError(
             f"{path} is in no format that is known: safetensors, a file of torch.save or "
             "torch.jit.save, a pickle"
         )
-    content, scripted = unpickle.read(path)
-    found = _sort(path, _load(path, _model_of(content)), scripted=scripted)
     return _with_card(found, path.with_name(f"{path.name}.json"))
 
 
@@ -190,25 +185,22 @@ def _read_folder(folder: Path) -> Weights:
         raise ValueError(f"{folder} has none of the weights files {', '.join(_HUB_NAMES)}")
     path = folder / names[0]
     found = read(path)
-    config = read_hub_config(folder / HUB_CONFIG)
-    _require_one_model(
-        folder / HUB_CONFIG, Architecture.of(HUB_CONFIG, config), path, found.architecture
-    )
+    config = files.read_document(str(folder / HUB_CONFIG), HubConfig, header.BYTES)
+    described = Architecture.of(f"{LOCAL}{folder}", config)
+    _require_one_model(folder / HUB_CONFIG, described, path, found.architecture)
     found = dataclasses.replace(found, config=config)
     head = folder / HUB_HEAD
     if head.is_file():
         tensors, _ = read_safetensors(head)
         tensors = _as_head(head, tensors, found.geometry)
         found = dataclasses.replace(found, head=tensors, files=(path, head))
-    return _with_card(found, folder / CARD)
+    found = _with_card(found, folder / CARD)
+    # last, because it names the folder where header and card name the model
+    return dataclasses.replace(found, architecture=found.architecture or described)
 
 
 def _with_card(found: Weights, path: Path) -> Weights:
-    """Add what the card of rft's export says, if there is one: architecture and classes.
-
-    Raises:
-        ValueError: if it is malformed, or describes other weights than these.
-    """
+    """Add what the card of rft's export says, if there is one: architecture and classes."""
     own = card.read(path)
     if own is None:
         return found
@@ -225,41 +217,26 @@ def _with_card(found: Weights, path: Path) -> Weights:
         )
     _require_one_model(path, own.architecture, found.files[0], found.architecture)
     if found.config:
-        config = found.files[0].with_name(HUB_CONFIG)
-        _require_one_model(
-            path, own.architecture, config, Architecture.of(HUB_CONFIG, found.config)
-        )
-    found = dataclasses.replace(found, architecture=found.architecture or own.architecture)
-    if found.seen is None and own.trained_on is not None:
-        found = dataclasses.replace(found, seen=frozenset(own.trained_on))
-    if found.head and found.classes is None:
-        found = dataclasses.replace(found, classes=own.label_space)
-    return found
+        config, described = path.with_name(HUB_CONFIG), Architecture.of(HUB_CONFIG, found.config)
+        _require_one_model(path, own.architecture, config, described)
+    seen, classes = found.seen, found.classes
+    if seen is None and own.trained_on is not None:
+        seen = frozenset(own.trained_on)
+    if classes is None and found.head:
+        classes = own.label_space
+    architecture = found.architecture or own.architecture
+    return dataclasses.replace(found, architecture=architecture, seen=seen, classes=classes)
 
 
 def _require_one_model(
     other: Path, described: Architecture, path: Path, found: Architecture | None
 ) -> None:
-    """Check that two files describe one image tower with one preprocessing, if both do.
-
-    Raises:
-        ValueError: naming both and what differs.
-    """
+    """Check that two files describe one image tower with one preprocessing, if both do."""
     if found is not None and (changed := found.difference(described)):
         raise ValueError(
             f"{path} and {other} describe different models: {'; '.join(changed[:3])}; restore the "
             "one that is wrong"
         )
-
-
-def read_hub_config(path: Path) -> HubConfig:
-    """Return the content of a folder's open_clip_config.json.
-
-    Raises:
-        ValueError: if it describes no CLIP that rft can work with, or has options for a tokenizer
-            that may run code.
-    """
-    return files.read_document(str(path), HubConfig, header.BYTES)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -280,31 +257,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is damaged or truncated: {unpickle.first_line(error)}") from error
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Whether a file starts like one: the length of a header, then the header's brace."""
-    with local.reader(path) as stream:
-        start = stream.read(9)
-    return start[8:] == b"{" and start[5:8] == bytes(3)  # a header is shorter than a terabyte
-
-
-def _is_pickle(path: Path) -> bool:
-    with local.reader(path) as stream:
-        start = stream.read(2)
-    return start == b"PK" or (start[:1] == b"\x80" and 2 <= start[-1] <= 5)
-
-
-def _model_of(content: Any) -> Any:
-    """Return the model inside a checkpoint, which also has an optimizer, a step and the like."""
-    for name in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(
-            content.get(name), (Mapping, unpickle.StandIn)
-        ):
-            return content[name]
-    return content
-
-
 def _load(path: Path, content: Any) -> dict[str, Tensor]:
+    """Read the tensors of the model in what a pickle holds: a checkpoint, a state dict, a module.
+
+    A checkpoint also has an optimizer, a step and the like.
+    """
     try:
+        named = content if isinstance(content, Mapping) else {}
+        parts = (named.get(name) for name in ("state_dict", "model"))
+        models = (part for part in parts if isinstance(part, (Mapping, unpickle.StandIn)))
+        content = next(models, content)
         _require_normalising(content)
         named = dict(islice(unpickle.named_tensors(content), header.TENSORS + 1))
         if len(named) > header.TENSORS:
@@ -317,59 +279,47 @@ def _load(path: Path, content: Any) -> dict[str, Tensor]:
 
 def _require_normalising(content: Any) -> None:
     """Check that a pickled head is one on normalised features, as rft's is."""
-    if isinstance(content, unpickle.StandIn):
-        modules = content.attributes.get("_modules", {})
-        head = modules.get("classification_head")
-        if isinstance(head, unpickle.StandIn) and head.attributes.get("normalize") is False:
-            raise ValueError("its head reads features that are not normalised, rft's does")
+    modules = getattr(content, "attributes", {}).get("_modules", {})
+    head = modules.get("classification_head")
+    if getattr(head, "attributes", {}).get("normalize") is False:
+        raise ValueError("its head reads features that are not normalised, rft's does")
 
 
 def _sort(path: Path, tensors: dict[str, Tensor], *, scripted: bool = False) -> Weights:
     """Tell the format by the tensors' names and give them ours."""
-    tensors = _unwrapped(tensors)
-    layouts = [layout for layout in LAYOUTS if f"{layout.visual}conv1.weight" in tensors]
-    if not layouts:
+    for wrapper in _WRAPPERS:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    layout = next((one for one in LAYOUTS if f"{one.visual}conv1.weight" in tensors), None)
+    if layout is None:
         some = ", ".join(list(tensors)[:3]) or "no tensors"
         raise ValueError(f"{path} holds no CLIP image tower in a layout that is known ({some})")
-    layout = layouts[0]
     openai = layout.openai or (scripted and tensors.keys() >= _OPENAI_NUMBERS)
+    # a scripted module's constants are saved as if they were weights
+    constants = _OPENAI_NUMBERS | {"attn_mask"} if scripted else set()
     visual, head, text = {}, {}, {}
     for name, value in tensors.items():
         if name.startswith(layout.visual):
             visual[f"visual.{name.removeprefix(layout.visual)}"] = value
-        elif layout.head and name.startswith(layout.head):
+        elif name.startswith(layout.head):
             head[f"head.{name.removeprefix(layout.head)}"] = value
-        elif layout.text is not None and name.startswith(layout.text):
-            text[name.removeprefix(layout.text)] = value
-        else:
+        elif layout.text is None or not name.startswith(layout.text):
             raise ValueError(f"{path} has a tensor {name!r} that its format does not have")
+        elif (own := name.removeprefix(layout.text)) not in constants:
+            text[own] = value.float() if value.dtype in FLOATS else value
     visual = _as_floats(path, visual)
-    # a scripted module's constants are saved as if they were weights
-    constants = _OPENAI_NUMBERS | {"attn_mask"} if scripted else set()
-    text = {
-        name: value.float() if value.dtype in FLOATS else value
-        for name, value in text.items()
-        if name not in constants
-    }
-    try:
-        geometry = Geometry.of(visual)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    geometry = Geometry.of(visual, path)
+    # fine-tuning code that removes the text tower may leave some of it
+    whole = any(name.startswith(("transformer.resblocks.", "text.")) for name in text)
     return Weights(
         files=(path,),
         format="openai" if scripted and openai else layout.format,
+        geometry=geometry,
         visual=visual,
         head=_as_head(path, head, geometry) if head else {},
-        text=text if _is_text_tower(text) else {},
+        text=text if whole else {},
         openai=openai,
     )
-
-
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for wrapper in _WRAPPERS:
-        if tensors and all(name.startswith(wrapper) for name in tensors):
-            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
-    return tensors
 
 
 def _as_floats(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -394,67 +344,17 @@ def _as_head(path: Path, head: dict[str, Tensor], tower: Geometry) -> dict[str, 
     return {"head.weight": weight, "head.bias": bias}
 
 
-def _is_text_tower(text: dict[str, Tensor]) -> bool:
-    """Whether this is more than what fine-tuning code leaves of a text tower it has removed."""
-    return any(name.startswith(("transformer.resblocks.", "text.")) for name in text)
-
-
 def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """Return how two sets of weights differ in names, shapes or kind; empty if they do not."""
-    if missing := sorted(expected.keys() - found.keys()):
-        return f"no {missing[0]!r}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
-    if surplus := sorted(found.keys() - expected.keys()):
-        return f"an unknown {surplus[0]!r}" + (
-            f" and {len(surplus) - 1} more" if surplus[1:] else ""
-        )
+    missing, surplus = (
+        sorted(one.keys() - other.keys()) for one, other in ((expected, found), (found, expected))
+    )
+    if names := missing or surplus:
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        return f"{'no' if missing else 'an unknown'} {names[0]!r}{more}"
     for name, value in expected.items():
         if found[name].shape != value.shape:
             return f"{name} of shape {tuple(found[name].shape)} instead of {tuple(value.shape)}"
         if found[name].dtype != value.dtype:
             return f"{name} of {found[name].dtype} instead of {value.dtype}"
     return ""
-
-
-def to_released(state: Mapping[str, Tensor], test_accuracy: float | None) -> bytes:
-    """Return a checkpoint that the released code evaluates, starts from and distils from.
-
-    Args:
-        state: `visual.*` and `head.*`.
-        test_accuracy: percent on ImageNet; that code prints it when it loads a teacher.
-    """
-    return _torch_bytes(
-        {
-            "epoch": 0,
-            "best_value": None,
-            "_data_counters": [0, 0, 0, 0],
-            "model": _rename(state, {"visual.": "backbone.", "head.": "classifier."}),
-            "test_acc": test_accuracy,
-        }
-    )
-
-
-def to_model_soups(state: Mapping[str, Tensor], text: Mapping[str, Tensor]) -> bytes:
-    """Return a state dict that model-soups loads.
-
-    Args:
-        state: `visual.*` and `head.*`.
-        text: the text tower; that code keeps all of it but the layers.
-    """
-    rest = {name: value for name, value in text.items() if not name.startswith("transformer.")}
-    names = {"visual.": "model.visual.", "head.": "classification_head."}
-    return _torch_bytes({**_rename(rest, {"": "model."}), **_rename(state, names)})
-
-
-def _rename(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
-    return {
-        f"{theirs}{name.removeprefix(ours)}": value
-        for name, value in state.items()
-        for ours, theirs in prefixes.items()
-        if name.startswith(ours)
-    }
-
-
-def _torch_bytes(content: dict[str, Any]) -> bytes:
-    stream = io.BytesIO()
-    torch.save(content, stream)
-    return stream.getvalue()

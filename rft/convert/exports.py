@@ -1,6 +1,7 @@
 """`python -m rft.convert export`: a model in a format of other code, with a card."""
 
 import dataclasses
+import io
 import json
 import logging
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import open_clip
+import torch
 import tyro
 from safetensors.torch import save
 from torch import Tensor
@@ -88,17 +90,21 @@ def export_weights(arguments: Export) -> None:
     clip = None
     if to in ("open-clip", "model-soups"):
         clip = text_tower.find(arguments.text, architecture, config)
-        text_tower.require_same(clip.architecture, architecture)
+        if changed := architecture.difference(clip.architecture):
+            raise ValueError(
+                f"the text tower belongs to another model: {'; '.join(changed)}; name the right "
+                "one with --text"
+            )
     source = card.Source(path=str(arguments.source), sha256=digest, text=arguments.text)
     card_path = out / weights.CARD if to == "open-clip" else out.with_name(f"{out.name}.json")
     _require_same_export(out, card_path, to, source)
-    metrics = metrics_of(arguments.source)
-    known = classes or classes_of_run(arguments.source, config)
+    metrics = _metrics_of(arguments.source)
+    known = classes or _classes_of_run(arguments.source, config)
     if to == "open-clip":
         assert clip is not None
-        contents = hub_folder(state, architecture, clip)
+        contents = _hub_folder(state, architecture, clip)
     else:
-        contents = {out.name: file_content(to, state, weights_path, metrics, clip)}
+        contents = {out.name: _file_content(to, state, weights_path, metrics, clip)}
     folder = out if to == "open-clip" else out.parent
     rows, features = state["head.weight"].shape
     described = card.Card(
@@ -122,13 +128,13 @@ def export_weights(arguments: Export) -> None:
         provenance=files.provenance(),
     )
     # first, so that the same command can resume where it was stopped
-    files.write_json(str(card_path), described.to_json())
+    files.write_json(str(card_path), dataclasses.asdict(described))
     for name, data in contents.items():
         files.write_bytes(str(folder / name), data)
     cli.say(f"exported: {out}, described in {card_path}")
 
 
-def classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
+def _classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
     """Return the classes of the set a run was trained on; None, with a warning, if unknown.
 
     For weights that were written before they carried their classes. The set counts only if it is
@@ -148,7 +154,7 @@ def classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
     return None
 
 
-def metrics_of(source: Path) -> dict[str, Any]:
+def _metrics_of(source: Path) -> dict[str, Any]:
     """Return the counts of the weights as they are now; if stale, none and a warning."""
     results = read_results(source)
     if results is None:
@@ -163,7 +169,7 @@ def metrics_of(source: Path) -> dict[str, Any]:
     return {name: dataclasses.asdict(count) for name, count in results.sets.items()}
 
 
-def hub_folder(
+def _hub_folder(
     state: dict[str, Tensor], architecture: Architecture, clip: PretrainedClip
 ) -> dict[str, bytes]:
     """Return name -> content of a folder in open_clip's hub layout; its configuration is last."""
@@ -178,7 +184,7 @@ def hub_folder(
         "std": architecture.std,
     }
     config = {
-        "model_cfg": load.model_config(clip.architecture.clip),
+        "model_cfg": load.hub_config(clip.architecture.clip).model_cfg,
         "preprocess_cfg": preprocess,
     }
     contents = {weights.HUB_HEAD: save(head)}
@@ -189,7 +195,7 @@ def hub_folder(
     return contents
 
 
-def file_content(
+def _file_content(
     to: Format,
     state: dict[str, Tensor],
     weights_path: Path,
@@ -199,16 +205,37 @@ def file_content(
     """Return the content of the file for the formats that are one."""
     if to == "safetensors":
         return weights_path.read_bytes()
-    if to == "released":
+    if to == "released":  # what that code evaluates, starts from and distils from
         counts = metrics.get(ID_SET)
-        return weights.to_released(
-            state, 100 * counts["correct"] / counts["total"] if counts else None
-        )
-    assert clip is not None
-    named = clip.model.state_dict().items()
-    return weights.to_model_soups(
-        state, {name: value for name, value in named if not name.startswith("visual.")}
-    )
+        content = {
+            "epoch": 0,
+            "best_value": None,
+            "_data_counters": [0, 0, 0, 0],
+            "model": _renamed(state, {"visual.": "backbone.", "head.": "classifier."}),
+            # in percent; it is printed when a teacher is loaded
+            "test_acc": 100 * counts["correct"] / counts["total"] if counts else None,
+        }
+    else:
+        assert clip is not None
+        # that code keeps all of the text tower but the layers
+        layers = ("visual.", "transformer.")
+        rest = {
+            n: value for n, value in clip.model.state_dict().items() if not n.startswith(layers)
+        }
+        names = {"visual.": "model.visual.", "head.": "classification_head."}
+        content = {**_renamed(rest, {"": "model."}), **_renamed(state, names)}
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+def _renamed(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
+    return {
+        f"{theirs}{name.removeprefix(ours)}": value
+        for name, value in state.items()
+        for ours, theirs in prefixes.items()
+        if name.startswith(ours)
+    }
 
 
 def _require_same_export(out: Path, card_path: Path, to: Format, source: card.Source) -> None:
@@ -219,10 +246,9 @@ def _require_same_export(out: Path, card_path: Path, to: Format, source: card.So
     old = card.read(card_path)
     if old is None:
         raise ValueError(f"{out if there else card_path} is there already; choose another --out")
-    before, now = _identity(old.format, old.source), _identity(to, source)
+    before, now = (
+        {"format": kind, "source": dataclasses.asdict(origin)}
+        for kind, origin in ((old.format, old.source), (to, source))
+    )
     if changed := files.difference(before, now):
         raise ValueError(f"{out} holds another export: {'; '.join(changed)}; choose another --out")
-
-
-def _identity(to: Format, source: card.Source) -> dict[str, Any]:
-    return {"format": to, "source": dataclasses.asdict(source)}

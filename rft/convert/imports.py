@@ -94,7 +94,7 @@ def import_weights(arguments: Import) -> None:
     manifest = None
     if arguments.data:
         manifest = Manifest.load(files.join(arguments.data, arguments.packed))
-    found = find(arguments.file, arguments.clip)
+    found = _find(arguments.file, arguments.clip)
     config: dict[str, Any] = {
         "recipe": arguments.recipe,
         "seed": arguments.seed,
@@ -112,9 +112,9 @@ def import_weights(arguments: Import) -> None:
         return
     if reached := unfinished(Path(arguments.file)):
         log.warning(f"{arguments.file} is of a run that has not finished training ({reached})")
-    state = with_head(found, manifest, arguments)
+    state = _with_head(found, manifest, arguments)
     require_finite(Path(arguments.file), state)
-    classes = classes_of_head(found, manifest, arguments)
+    classes = _classes_of_head(found, manifest, arguments)
     metadata = {"step": "0"} | ({} if found.seen is None else trained_on.entries(found.seen))
     write_run(arguments.out, state, found.architecture, config, metadata, classes)
     rows = len(state["head.weight"])
@@ -123,12 +123,8 @@ def import_weights(arguments: Import) -> None:
     cli.say(commands.evaluation([arguments.out], arguments.data, arguments.packed))
 
 
-def find(name: str, clip: str) -> Found:
-    """Read what `import` was pointed at.
-
-    Raises:
-        ValueError: if there is no such file, folder or tag, or it does not fit the named model.
-    """
+def _find(name: str, clip: str) -> Found:
+    """Read the file, folder or tag that `import` names."""
     path = Path(name.removeprefix(load.LOCAL))
     if path.exists():
         return _from_file(path, clip)
@@ -167,8 +163,6 @@ def _from_file(path: Path, clip: str) -> Found:
 def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
     """Return the named model, with the preprocessing that the weights come with, if any."""
     own = read.architecture
-    if own is None and read.config:
-        own = load.architecture_of(f"{load.LOCAL}{path}")
     if clip:
         named = load.architecture_of(clip)
         return dataclasses.replace(named, mean=own.mean, std=own.std) if own else named
@@ -181,12 +175,8 @@ def _architecture(path: Path, read: Weights, clip: str) -> Architecture:
     return own
 
 
-def with_head(found: Found, manifest: Manifest | None, arguments: Import) -> dict[str, Tensor]:
-    """Return image tower and head; the head is made of class names where there is none.
-
-    Raises:
-        ValueError: if there is neither a head nor what makes one.
-    """
+def _with_head(found: Found, manifest: Manifest | None, arguments: Import) -> dict[str, Tensor]:
+    """Return image tower and head; the head is made of class names where there is none."""
     file = arguments.file
     if "head.weight" in found.state:
         return found.state
@@ -204,13 +194,10 @@ def with_head(found: Found, manifest: Manifest | None, arguments: Import) -> dic
     return {**found.state, **{f"head.{name}": value.cpu() for name, value in head.items()}}
 
 
-def classes_of_head(found: Found, manifest: Manifest | None, arguments: Import) -> Classes | None:
+def _classes_of_head(found: Found, manifest: Manifest | None, arguments: Import) -> Classes | None:
     """Return the classes of an imported head; None, with a warning, if nothing names them.
 
     A head whose file does not name its classes has those of the packed set that --data names.
-
-    Raises:
-        ValueError: if file and data have different classes.
     """
     file = arguments.file
     if "head.weight" not in found.state:  # made of the set's names

@@ -90,16 +90,3 @@ def _origins(
         if path not in seen and len(seen) < ANCESTORS:
             seen.add(path)
             yield from _origins(records.find_config(path), architecture, seen)
-
-
-def require_same(original: Architecture, ours: Architecture) -> None:
-    """Check that the text tower comes with the image tower that was fine-tuned.
-
-    Raises:
-        ValueError: with the differences.
-    """
-    if changed := ours.difference(original):
-        raise ValueError(
-            f"the text tower belongs to another model: {'; '.join(changed)}; name the right one "
-            "with --text"
-        )

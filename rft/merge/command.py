@@ -1,6 +1,5 @@
 """Average fine-tuned weights: `python -m rft.merge {wise,uniform-soup,greedy-soup} ...`."""
 
-import functools
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, assert_never, get_args
 
 import tyro
+from torch import Tensor
 
 from rft import cli, dist, recipes
 from rft import next_steps as commands
@@ -22,12 +22,11 @@ from rft.merge.ingredients import (
     check_alike,
     read_ingredient,
     read_soup,
-    seen_by_any,
     shared_seed,
 )
 from rft.method import averaging
 from rft.recipes import MergeKind
-from rft.runs import derived, filenames
+from rft.runs import derived, filenames, trained_on
 from rft.runs.filenames import LAST
 from rft.sets import TRAIN_SET
 from rft.storage import files
@@ -111,26 +110,21 @@ def main() -> None:
     options = sys.argv[1:] or ["--help"]
     if not options[0].startswith("-") and options[0] not in KINDS:
         raise cli.unknown("merge", options[0], KINDS)
-    arguments = cli.parse(Arguments, args=options, prog="rft.merge").merge
-    match arguments:
-        case Wise():
-            wise(arguments)
-        case UniformSoup():
-            uniform_soup(arguments)
-        case GreedySoup():
-            make_greedy_soup(arguments)
-        case _:
+    match cli.parse(Arguments, args=options, prog="rft.merge").merge:
+        case Wise() as arguments:
+            _wise(arguments)
+        case UniformSoup() as arguments:
+            _uniform_soup(arguments)
+        case GreedySoup() as arguments:
+            _make_greedy_soup(arguments)
+        case arguments:
             assert_never(arguments)
 
 
-def wise(arguments: Wise) -> None:
-    """Write the run folder of each interpolated model that is not there yet.
-
-    Raises:
-        ValueError: if an alpha is out of range or there twice, or the two models are not alike.
-    """
-    check_alphas(arguments.alpha)
-    start, end = read_ingredient(arguments.start), read_end(arguments)
+def _wise(arguments: Wise) -> None:
+    """Write the run folder of each interpolated model that is not there yet."""
+    _check_alphas(arguments.alpha)
+    start, end = read_ingredient(arguments.start), _read_end(arguments)
     check_alike([start, end])
     several = len(arguments.alpha) > 1
     if several and (arguments.out / filenames.CONFIG).exists():
@@ -138,10 +132,11 @@ def wise(arguments: Wise) -> None:
             f"{arguments.out} is a run folder; with several --alpha it would hold one for each, "
             "choose another --out"
         )
+    family = "ft" if end.recipe in ("", "vanilla") else end.recipe  # WiSE-FT is vanilla's name
     jobs: dict[Path, dict[str, Any]] = {}
     for alpha in arguments.alpha:
         config = {
-            "recipe": wise_recipe(end.recipe, alpha),
+            "recipe": f"wise-{family}-{alpha:g}",
             "seed": end.seed,
             "alpha": alpha,
             "end_weights": arguments.end_weights if arguments.end.is_dir() else "file",
@@ -150,24 +145,18 @@ def wise(arguments: Wise) -> None:
         jobs[arguments.out / config["recipe"] if several else arguments.out] = config
     # all of them are looked at before the first is written
     done = {out for out, config in jobs.items() if derived.is_complete(out, config)}
-    check_ends(start, end)
+    _check_ends(start, end)
     first, second = start.load(), end.load()
     for out, config in jobs.items():
         if out not in done:
             state = averaging.interpolate(first, second, config["alpha"])
-            classes = best_known([start, end]).classes
-            metadata = {**end.metadata, **seen_by_any([start, end])}
-            write_run(out, state, start.architecture, config, metadata, classes)
-        report(out, out in done)
-    cli.say(next_step(jobs, end))
+            _write(out, state, config, [start, end], end.saved.metadata)
+        _report(out, out in done)
+    cli.say(_next_step(jobs, end))
 
 
-def check_alphas(alphas: tuple[float, ...]) -> None:
-    """Check that each alpha is a share and names a model of its own.
-
-    Raises:
-        ValueError: naming the alpha.
-    """
+def _check_alphas(alphas: tuple[float, ...]) -> None:
+    """Check that each alpha is a share and names a model of its own."""
     if not alphas:
         raise ValueError("--alpha needs at least one value in [0, 1]")
     for alpha in alphas:
@@ -178,12 +167,8 @@ def check_alphas(alphas: tuple[float, ...]) -> None:
         raise ValueError(f"--alpha has {twice[0]} twice (six digits count); name each value once")
 
 
-def check_ends(start: Ingredient, end: Ingredient) -> None:
-    """Check that WiSE goes from a model before its training to one after it; warn if that is open.
-
-    Raises:
-        ValueError: if the two are swapped.
-    """
+def _check_ends(start: Ingredient, end: Ingredient) -> None:
+    """Check that WiSE goes from a model before its training to one after; warn if that is open."""
     # an imported model may have been trained elsewhere: its step 0 says nothing
     file = end.config is None and end.recipe in recipes.TRAINED
     untrained = end.steps == 0 and (end.is_training_run or file)
@@ -200,12 +185,8 @@ def check_ends(start: Ingredient, end: Ingredient) -> None:
         log.warning(f"END {end.path} is not a fine-tuned model: it was not trained (0 steps)")
 
 
-def read_end(arguments: Wise) -> Ingredient:
-    """Return the fine-tuned end with the weights that --end-weights asks for.
-
-    Raises:
-        ValueError: if it does not have them.
-    """
+def _read_end(arguments: Wise) -> Ingredient:
+    """Return the fine-tuned end with the weights that --end-weights asks for."""
     path = arguments.end
     if arguments.end_weights == "best":
         return read_ingredient(path)
@@ -216,20 +197,8 @@ def read_end(arguments: Wise) -> Ingredient:
     return read_ingredient(path, LAST)
 
 
-def wise_recipe(recipe: str, alpha: float) -> str:
-    """Return the interpolated model's name; `recipe` is the fine-tuned model's, empty if unknown.
-
-    WiSE-FT is the name of vanilla fine-tuning's.
-    """
-    return f"wise-{'ft' if recipe in ('', 'vanilla') else recipe}-{alpha:g}"
-
-
-def uniform_soup(arguments: UniformSoup) -> None:
-    """Write the run folder of the mean of models unless it is there.
-
-    Raises:
-        ValueError: if there are fewer than two, one is there twice, or they are not alike.
-    """
+def _uniform_soup(arguments: UniformSoup) -> None:
+    """Write the run folder of the mean of models unless it is there."""
     models = read_soup(arguments.models)
     config = {
         "recipe": "uniform-soup",
@@ -239,18 +208,13 @@ def uniform_soup(arguments: UniformSoup) -> None:
     done = derived.is_complete(arguments.out, config)
     if not done:
         state = averaging.uniform_soup(model.load() for model in models)
-        metadata, classes = soup_metadata(models), best_known(models).classes
-        write_run(arguments.out, state, models[0].architecture, config, metadata, classes)
-    report(arguments.out, done)
-    cli.say(next_step([arguments.out], models[0]))
+        _write(arguments.out, state, config, models, _soup_metadata(models))
+    _report(arguments.out, done)
+    cli.say(_next_step([arguments.out], models[0]))
 
 
-def make_greedy_soup(arguments: GreedySoup) -> None:
-    """Write the run folder of the greedy soup unless it is there.
-
-    Raises:
-        ValueError: if the runs are not alike or were not selected by the same images of --data.
-    """
+def _make_greedy_soup(arguments: GreedySoup) -> None:
+    """Write the run folder of the greedy soup unless it is there."""
     runs = read_soup(arguments.runs)
     split = greedy.shared_split(runs)
     url = files.join(arguments.data, split.train_set)
@@ -265,8 +229,8 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
         # rank 0 decides, because files may change while the others look at them
         done = dist.gather_objects(world, done)[0]
         if not done:
-            count = greedy.counter(
-                runs[0],
+            state, config["soup"] = greedy.make_soup(
+                runs,
                 packed,
                 held_out,
                 world=world,
@@ -274,28 +238,39 @@ def make_greedy_soup(arguments: GreedySoup) -> None:
                 batch_size=arguments.batch_size,
                 workers=arguments.workers,
             )
-            tell = functools.partial(print, flush=True) if world.is_main else lambda _: None
-            state, config["soup"] = greedy.make_soup(runs, count, len(held_out), tell)
             if world.is_main:
-                metadata, classes = soup_metadata(runs), best_known(runs).classes
-                write_run(arguments.out, state, runs[0].architecture, config, metadata, classes)
+                _write(arguments.out, state, config, runs, _soup_metadata(runs))
     if world.is_main:
-        report(arguments.out, done)
-        cli.say(next_step([arguments.out], runs[0]))
+        _report(arguments.out, done)
+        cli.say(_next_step([arguments.out], runs[0]))
 
 
-def soup_metadata(models: Sequence[Ingredient]) -> dict[str, str]:
+def _soup_metadata(models: Sequence[Ingredient]) -> dict[str, str]:
     """Return the metadata of a soup's weights: as many steps as the longest run took."""
-    steps = max(int(model.metadata.get("step", 0)) for model in models)
-    return {"step": str(steps), **seen_by_any(models)}
+    return {"step": str(max(model.steps for model in models))}
 
 
-def report(out: Path, done: bool) -> None:
+def _write(
+    out: Path,
+    state: dict[str, Tensor],
+    config: dict[str, Any],
+    models: Sequence[Ingredient],
+    metadata: dict[str, str],
+) -> None:
+    """Write the run folder of an average of models, which has seen what any of them has."""
+    # an image that any of them has seen is no test image for their average
+    seen = trained_on.entries(set().union(*(model.seen for model in models)))
+    metadata = {**metadata, **seen}
+    architecture, classes = models[0].saved.architecture, best_known(models).saved.classes
+    write_run(out, state, architecture, config, metadata, classes)
+
+
+def _report(out: Path, done: bool) -> None:
     """Say what became of a run folder."""
     cli.say(f"{'already merged' if done else 'merged'}: {out}")
 
 
-def next_step(outs: Iterable[Path], model: Ingredient) -> str:
+def _next_step(outs: Iterable[Path], model: Ingredient) -> str:
     """Return the line that tells how to go on, with the data that `model` was trained on."""
     data, train_set = (model.config.data, model.config.train_set) if model.config else ("", "")
     return commands.evaluation(list(outs), data, train_set or TRAIN_SET)

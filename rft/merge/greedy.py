@@ -1,8 +1,7 @@
 """The greedy soup of training runs, by the held-out images that selected all of them."""
 
 import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,6 @@ from rft.method.averaging import Trial, greedy_soup
 from rft.runs import filenames, records
 from rft.storage import files
 
-Count = Callable[[dict[str, Tensor], str], int]
-
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +36,7 @@ def shared_split(ingredients: Sequence[Ingredient]) -> Config:
                 f"{ingredient.path} held no images out that a greedy soup could choose by "
                 "(--loader.held-out 0); uniform-soup needs none"
             )
-        if changed := files.difference(split_of(configs[0]), split_of(config)):
+        if changed := files.difference(_split_of(configs[0]), _split_of(config)):
             raise ValueError(
                 f"{ingredients[0].path} and {ingredient.path} were selected by other held-out "
                 f"images: {'; '.join(changed)}; train them with the same --train-set, "
@@ -63,7 +60,7 @@ def _training_config(ingredient: Ingredient) -> Config:
     return load_config(path)
 
 
-def split_of(config: Config) -> dict[str, Any]:
+def _split_of(config: Config) -> dict[str, Any]:
     """Return what decides a run's held-out images, by the names of its configuration."""
     return {
         "train_set": config.train_set,
@@ -81,24 +78,19 @@ def held_out_images(
         ValueError: if a run was trained on other data, or has a head for other classes.
     """
     for ingredient in ingredients:
-        trained_on = _manifest_of(ingredient.path)
+        training = records.find_training(ingredient.path)
+        trained_on = training.manifest_sha256 if training else None  # older runs did not keep it
         if trained_on and trained_on != packed.manifest.sha256:
             raise ValueError(
                 f"{ingredient.path} was trained on other data than {packed.url}: manifest "
                 f"{trained_on[:12]}, not {packed.manifest.sha256[:12]}; give its --data"
             )
     for ingredient in ingredients:
-        rows = len(ingredient.shapes()["head.weight"])
+        rows = len(ingredient.saved.state["head.weight"])
         where, known = str(ingredient.path), packed.manifest.label_space
-        for warning in check_head(ingredient.classes, rows, where, known, packed.url):
+        for warning in check_head(ingredient.saved.classes, rows, where, known, packed.url):
             log.warning(warning)
     return plan_training(packed, config)[2]
-
-
-def _manifest_of(run: Path) -> str | None:
-    """Return the hash of the data that a run was trained on, None where it was not kept."""
-    training = records.find_training(run)
-    return training.manifest_sha256 if training else None
 
 
 def soup_config(
@@ -110,12 +102,12 @@ def soup_config(
         "seed": shared_seed(ingredients),
         "merged_from": [ingredient.record() for ingredient in ingredients],
         "manifest_sha256": packed.manifest.sha256,
-        **split_of(config),
+        **_split_of(config),
     }
 
 
-def counter(
-    ingredient: Ingredient,
+def make_soup(
+    runs: Sequence[Ingredient],
     packed: PackedDataset,
     held_out: np.ndarray,
     *,
@@ -123,20 +115,22 @@ def counter(
     device: torch.device,
     batch_size: int,
     workers: int,
-) -> Count:
-    """Return a function that counts on how many held-out images some weights are right.
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the soup and its part of config.json; the main rank prints each model and step.
 
-    It takes the weights and what to call them in a message. All ranks share the work and all of
-    them are told. Only one model is on the device at a time.
+    The runs are counted again and not looked up in their metrics.jsonl: the same code on the same
+    device then counts the soups, and a strict comparison is fair. All ranks share the work and all
+    of them are told. Only one model is on the device at a time.
     """
-    model = build_classifier(ingredient.load(), ingredient.architecture).to(device)
+    architecture = runs[0].saved.architecture
+    model = build_classifier(runs[0].load(), architecture).to(device)
 
     def count(state: dict[str, Tensor], name: str) -> int:
         model.load_state_dict(state)
         (found,) = count_correct(
             [model],
             packed,
-            image_size=ingredient.architecture.image_size,
+            image_size=architecture.image_size,
             world=world,
             device=device,
             samples=held_out,
@@ -146,36 +140,36 @@ def counter(
         )
         return found.correct
 
-    return count
-
-
-def make_soup(
-    ingredients: Sequence[Ingredient], count: Count, total: int, tell: Callable[[str], None]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the soup and its part of config.json; `tell` gets a line about each model and step.
-
-    The ingredients are counted again and not looked up in their metrics.jsonl: the same code on the
-    same device then counts the soups, and a strict comparison is fair.
-    """
-    alone = []
-    for ingredient in ingredients:
-        alone.append(count(ingredient.load(), str(ingredient.path)))
-        tell(f"{ingredient.path}: {alone[-1]} of {total} held-out images")
+    def tell(line: str) -> None:
+        if world.is_main:
+            print(line, flush=True)
 
     def tell_trial(trial: Trial) -> None:
         verdict = "kept" if trial.kept else "left out"
-        tell(f"soup with {ingredients[trial.model].path}: {int(trial.score)}, {verdict}")
+        tell(f"soup with {runs[trial.model].path}: {int(trial.score)}, {verdict}")
 
-    def count_soup(state: dict[str, Tensor]) -> int:
-        return count(state, "the soup")
+    alone = []
+    for run in runs:
+        alone.append(count(run.load(), str(run.path)))
+        tell(f"{run.path}: {alone[-1]} of {len(held_out)} held-out images")
+    state, trials = greedy_soup(
+        alone,
+        lambda number: runs[number].load(),
+        lambda state: count(state, "the soup"),
+        tell_trial,
+    )
+    return state, _record(runs, alone, trials, len(held_out))
 
-    state, trials = greedy_soup(alone, lambda n: ingredients[n].load(), count_soup, tell_trial)
-    return state, {
+
+def _record(
+    runs: Sequence[Ingredient], alone: Sequence[int], trials: Sequence[Trial], total: int
+) -> dict[str, Any]:
+    return {
         "correct": int(max(trial.score for trial in trials)),
         "total": total,
         "steps": [
             {
-                **ingredients[trial.model].record(),
+                **runs[trial.model].record(),
                 "correct": alone[trial.model],
                 "soup_correct": int(trial.score),
                 "kept": trial.kept,

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rft.classes import Classes, compare, compare_prompts
-from rft.clip.architecture import Architecture
-from rft.clip.classifier import load_state, map_state
+from rft.classes import compare, compare_prompts
+from rft.clip.classifier import Saved, load_state, map_state
 from rft.method.averaging import require_alike
 from rft.runs import filenames, records, trained_on
 from rft.runs.derived import SHOWN
@@ -24,7 +23,7 @@ from rft.storage import files
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Ingredient:
     """One model to average: where it is and what made it."""
 
@@ -34,16 +33,13 @@ class Ingredient:
     sha256: str
     config: RunConfig | None
     """The run folder's config.json; None for a weights file."""
-    metadata: dict[str, str]
-    """The weights file's own: recipe, step."""
-    architecture: Architecture
-    classes: Classes | None
-    """Classes of its head; None if the weights file does not say."""
+    saved: Saved
+    """What the weights file holds: its header, and its tensors mapped, of which no byte is read."""
 
     @property
     def recipe(self) -> str:
         """Name of the recipe, empty if it is unknown."""
-        return self.config.recipe if self.config else self.metadata.get("recipe", "")
+        return self.config.recipe if self.config else self.saved.metadata.get("recipe", "")
 
     @property
     def seed(self) -> int:
@@ -63,19 +59,15 @@ class Ingredient:
         """
         return load_state(self.weights).state
 
-    def shapes(self) -> dict[str, Tensor]:
-        """Return the weights mapped from their file: none of their bytes is read."""
-        return map_state(self.weights).state
-
     @property
     def steps(self) -> int:
         """Optimizer steps that the weights are away from where their run started."""
-        return int(self.metadata.get("step", 0))
+        return int(self.saved.metadata.get("step", 0))
 
     @property
     def seen(self) -> frozenset[TrainedOn]:
         """What it is known to have been trained on."""
-        return trained_on.of_model(self.path, self.metadata)
+        return trained_on.of_model(self.path, self.saved.metadata)
 
     def record(self) -> dict[str, Any]:
         """Return what a merged model's config.json keeps of it."""
@@ -99,18 +91,10 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
     # a file that is named itself is meant, whatever became of its run
     if reached := unfinished(file):
         log.warning(f"{file} is of a run that has not finished training ({reached})")
-    _, architecture, metadata, classes = map_state(file)
+    saved = map_state(file)
     sha256 = files.sha256_file(file)
     require_own_weights(path, file, sha256)
-    return Ingredient(
-        path=path,
-        weights=file,
-        sha256=sha256,
-        config=config,
-        metadata=metadata,
-        architecture=architecture,
-        classes=classes,
-    )
+    return Ingredient(path, file, sha256, config, saved)
 
 
 def read_soup(paths: Sequence[Path]) -> list[Ingredient]:
@@ -137,15 +121,14 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
     Raises:
         ValueError: naming two models and what differs.
     """
-    warnings = check_classes(ingredients)
+    warnings = _check_classes(ingredients)
     first = ingredients[0]
-    state = first.shapes()
     for other in ingredients[1:]:
         both = f"{first.path} and {other.path}"
-        if changed := first.architecture.difference(other.architecture):
+        if changed := first.saved.architecture.difference(other.saved.architecture):
             raise ValueError(f"{both} have different architectures: {'; '.join(changed[:SHOWN])}")
         try:
-            require_alike(state, other.shapes())
+            require_alike(first.saved.state, other.saved.state)
         except ValueError as error:
             raise ValueError(f"{both}: {error}") from error
     # of ImageNet's sets, none holds images of another, however it was packed
@@ -156,25 +139,13 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
         log.warning(warning)
 
 
-def seen_by_any(ingredients: Sequence[Ingredient]) -> dict[str, str]:
-    """Return what the weights of a merge say of the sets that they have seen."""
-    return trained_on.entries(set().union(*(one.seen for one in ingredients)))
-
-
-def check_classes(ingredients: Sequence[Ingredient]) -> list[str]:
-    """Check that the heads of models have the same classes.
-
-    Returns:
-        A warning for each that does not say, or was made of different prompts.
-
-    Raises:
-        ValueError: naming two models and the first class that differs.
-    """
+def _check_classes(ingredients: Sequence[Ingredient]) -> list[str]:
+    """Check that the heads of models have the same classes; return what the user must know."""
     known = best_known(ingredients)
     warnings = []
     for other in ingredients:
         if other is not known:
-            pair = (known.classes, str(known.path), other.classes, str(other.path))
+            pair = (known.saved.classes, str(known.path), other.saved.classes, str(other.path))
             warnings += [*compare(*pair), *compare_prompts(*pair)]
     return warnings
 
@@ -184,11 +155,10 @@ def best_known(ingredients: Sequence[Ingredient]) -> Ingredient:
 
     A list with ids says more than one without, and both more than nothing.
     """
-
-    def said(one: Ingredient) -> tuple[bool, bool]:
-        return one.classes is not None, one.classes is not None and bool(one.classes.ids)
-
-    return max(ingredients, key=said)
+    return max(
+        ingredients,
+        key=lambda one: 0 if one.saved.classes is None else 1 + bool(one.saved.classes.ids),
+    )
 
 
 def shared_seed(ingredients: Sequence[Ingredient]) -> int:

@@ -1,5 +1,6 @@
 """Synthetic run folders: invented numbers, for tests only."""
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,7 @@ def make_weights(
     head = np.full((len(ids) or 2, 3), tilt, dtype=np.float32)
     entries: dict[str, Any] = {"recipe": recipe, "step": step}
     if ids:  # weights of an older rft name no classes
-        entries["classes"] = classes.to_json()
+        entries["classes"] = dataclasses.asdict(classes)
     header = {"rft": json.dumps(entries)}
     path = run / SELECTED
     path.parent.mkdir(exist_ok=True)
