@@ -29,16 +29,14 @@ from rft.packing.names import (
 from rft.packing.own_splits import (
     find_splits,
     not_read,
-    read_level,
-    read_shape,
+    read_levels,
     require_classes_here,
     role,
     split_folders,
     splits_beside,
 )
-from rft.packing.source import Item, Source
+from rft.packing.source import Found, Source, make_items
 from rft.shards.image_files import IMAGE_SUFFIXES
-from rft.shards.keys import make_keys
 from rft.shards.label_space import LabelSpace, doubts
 from rft.storage import files, local
 from rft.text import printable, shown
@@ -47,13 +45,6 @@ TRAIN = "train"
 NAMED = 6  # files and folders that are not read and named
 DEPTH = 64  # of folders in a class folder
 TAIL = 4096  # bytes at the end of an image file: enough to tell nearly all of one size apart
-
-
-class Image(NamedTuple):
-    """An image file: its path below the root with forward slashes, and its size."""
-
-    path: str
-    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +56,7 @@ class Tree:
     """
 
     root: Path
-    classes: dict[str, list[Image]]
+    classes: dict[str, list[Found]]
     passed: Counter[str]
     beside: tuple[str, ...]
 
@@ -109,8 +100,7 @@ def read_folder(
             raise ValueError(f"--ignore takes names such as '*.mov', without folders: {pattern!r}")
     ids = labels.ids if labels else ()
     links = Links(source)
-    level = read_level(source, ignore)
-    shapes = [read_shape(source / name, ignore) for name in level.folders]
+    level, shapes = read_levels(source, ignore)
     splits = find_splits(source, shapes, ids)
     folders = {name: source / folder for name, folder in splits.items()} or {TRAIN: source}
     trees = {TRAIN: read_tree(folders.pop(TRAIN), ids, ignore, links, is_split=bool(splits))}
@@ -125,7 +115,7 @@ def read_folder(
     else:
         sources = hold_out(trees[TRAIN], labels, test_share, split_seed)
     passed = Counter(level.passed if splits else ())
-    unread = not_read(source, level, splits, ignore) if splits else []
+    unread = not_read(level, splits.values(), ignore) if splits else []
     for tree in trees.values():
         passed.update(tree.passed)
         unread += [f"{tree.root.name}/{name}" for name in tree.beside]
@@ -148,32 +138,25 @@ def read_tree(
     *,
     is_split: bool = False,
 ) -> Tree:
-    """List the images of every class folder in `root`.
+    """List the images of every class folder in `root`, a photo folder or a split of one.
 
-    Args:
-        root: a photo folder, or a split of one.
-        ids: the classes where they are known; none otherwise.
-        ignore: patterns of names to leave out.
-        links: counts those that lead out of the source.
-        is_split: whether it is a split.
+    `ids` are the classes where they are known; `links` counts those that lead out of the source.
 
     Raises:
         ValueError: if there is no class folder, one holds no images, a file is no image, or the
             folders cannot be classes.
     """
     links.look(root)
-    level = read_level(root, ignore)
-    for name in level.files:
-        if has_image_suffix(name):
-            above = f", or, if {root.name} is a class itself, give the folder above it"
-            raise ValueError(
-                f"{root / name} lies in no class folder; sort the images by class"
-                f"{'' if is_split else above}"
-            )
+    level, shapes = read_levels(root, ignore)
+    if level.images:
+        above = f", or, if {root.name} is a class itself, give the folder above it"
+        raise ValueError(
+            f"{root / level.images[0]} lies in no class folder; sort the images by class"
+            f"{'' if is_split else above}"
+        )
     if not level.folders:
         raise ValueError(f"{root} holds no class folders")
     require_distinct(root, level.folders)
-    shapes = [read_shape(root / name, ignore) for name in level.folders]
     require_classes_here(root, shapes, ids, ignore, is_split=is_split)
     passed, foreign = Counter(level.passed), []
     classes = {
@@ -185,7 +168,7 @@ def read_tree(
         if not classes[shape.name]:
             only = "" if not any(map(thumbnails, shape.folders)) else " but thumbnails"
             raise ValueError(f"class folder {root / shape.name} holds no images{only}")
-    return Tree(root=root, classes=classes, passed=passed, beside=tuple(level.files))
+    return Tree(root=root, classes=classes, passed=passed, beside=level.files)
 
 
 def name_classes(folders: Iterable[str]) -> LabelSpace:
@@ -326,7 +309,7 @@ def _read_class(
     passed: Counter[str],
     foreign: list[Path],
     links: Links,
-) -> list[Image]:
+) -> list[Found]:
     """Return the sorted images in and below a class folder; add what is no image to `foreign`."""
     images = []
     seen: set[str] = set()
@@ -352,7 +335,7 @@ def _read_class(
                 continue
             size = regular_size(path, links)
             if has_image_suffix(file_name):
-                images.append(Image(path.relative_to(root).as_posix(), size))
+                images.append(Found(path.relative_to(root).as_posix(), size))
             else:
                 foreign.append(path)
     return sorted(images)
@@ -403,7 +386,7 @@ def _doubtful_folders(tree: Tree) -> list[str]:
     return found
 
 
-def _groups(name: str, images: Sequence[Image]) -> tuple[str, list[str]]:
+def _groups(name: str, images: Sequence[Found]) -> tuple[str, list[str]]:
     """Return the folders that hold all images of a class, and the folder above them.
 
     Folders that hold a single folder are gone through; where images lie beside folders there are
@@ -438,22 +421,10 @@ def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -
 
 def _source(dataset: str, tree: Tree, labels: LabelSpace) -> Source:
     """Return all images of a tree as one source."""
-    images = [image for name in sorted(tree.classes) for image in tree.classes[name]]
-    keys = make_keys([image.path for image in images])
-    class_of = labels.class_of
-    items = tuple(
-        Item(
-            key=key,
-            path=image.path,
-            label=class_of[composed(image.path.split("/")[0])],
-            bytes=image.bytes,
-        )
-        for key, image in zip(keys, images, strict=True)
-    )
     return Source(
         dataset=dataset,
         root=tree.root,
-        items=items,
+        items=make_items(tree.classes, labels.class_of),
         groups=labels.groups,
         photos=True,
         layout=f"{tree.root}, one folder for each of {len(labels)} classes",

@@ -1,14 +1,26 @@
 """A data set on disk, before it is packed: its images one by one, and how each is read."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
 
+from rft.classes import composed
 from rft.packing.names import is_below
+from rft.shards.keys import make_keys
 from rft.storage import files, local
+
+
+class Found(NamedTuple):
+    """An image that a listing found; an item is this with a key and a label (see `Item`)."""
+
+    path: str
+    bytes: int
+    inside: str | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +59,25 @@ class Source:
     photos: bool = False
     layout: str = ""
     links: str = ""
+
+
+def make_items(
+    classes: Mapping[str, Iterable[Found]], class_of: Mapping[str, int]
+) -> tuple[Item, ...]:
+    """Return the images of all classes as items, sorted by class folder and path.
+
+    `class_of` has the class ids by folder name, in Unicode's composed form.
+    """
+    found = [
+        (image, class_of[composed(name)])
+        for name in sorted(classes)
+        for image in sorted(classes[name])
+    ]
+    keys = make_keys([image.path for image, _ in found])
+    return tuple(
+        Item(key=key, label=label, **image._asdict())
+        for key, (image, label) in zip(keys, found, strict=True)
+    )
 
 
 def read_item(root: Path, item: Item) -> bytes:
