@@ -64,7 +64,11 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
     if known.archive is not None:
         listing = _imagenet(known, source, class_of, links)
     else:
-        root = _locate(known, source)
+        places = _places(known, source)
+        if not places:
+            tried = ", ".join(known.folders)
+            raise ValueError(f"no folder of {known.name} in {source}; looked for: {tried}")
+        root = places[0]
         if dataset == "objectnet":
             groups_of = objectnet_groups(root / "mappings", len(labels))
             root = root / "images"
@@ -103,13 +107,13 @@ def folders_read(dataset: str, source: Path) -> list[Path]:
     """Name the folders below `source` whose class folders `read_source` would look for.
 
     Raises:
-        ValueError: if there is no such set, or no folder of it.
+        ValueError: if there is no such set.
     """
     known = _described(dataset)
+    found = _places(known, source)
     if known.archive is None:
-        root = _locate(known, source)
-        return [root / "images" if dataset == "objectnet" else root]
-    return [source / name for name in known.folders if (source / name).is_dir()]
+        found = found[:1]
+    return [place / "images" if dataset == "objectnet" else place for place in found]
 
 
 def _described(dataset: str) -> ImageSet:
@@ -118,12 +122,8 @@ def _described(dataset: str) -> ImageSet:
     return BENCHMARKS[dataset]
 
 
-def _locate(known: ImageSet, source: Path) -> Path:
-    for name in known.folders:
-        if (source / name).is_dir():
-            return source / name
-    tried = ", ".join(known.folders)
-    raise ValueError(f"no folder of {known.name} in {source}; looked for: {tried}")
+def _places(known: ImageSet, source: Path) -> list[Path]:
+    return [source / name for name in known.folders if (source / name).is_dir()]
 
 
 def _imagenet(known: ImageSet, source: Path, class_of: Mapping[str, int], links: Links) -> Listing:
@@ -131,7 +131,7 @@ def _imagenet(known: ImageSet, source: Path, class_of: Mapping[str, int], links:
 
     Class folders go first: an archive is often kept beside what was extracted.
     """
-    candidates = [source / name for name in known.folders if (source / name).is_dir()]
+    candidates = _places(known, source)
     archives = [source / parent / str(known.archive) for parent in PARENTS]
     archives = [path for path in archives if path.is_file()]
     is_train = known.name == TRAIN_SET
@@ -172,29 +172,19 @@ def _class_tars_in(
     if not present:
         return None
     _require_same(root, list(present), class_of)
-    links.look(root)
-
-    def list_tar(name: str) -> list[Found]:
-        path = present[name]
-        if path.is_symlink():
-            links.look(path)
-        return _tarred_images(path, str(path), tar_members(path), f"{name}/")
-
-    return Listing(root, _in_threads(list_tar, present), f"{len(present):,} tars of {root}")
+    for path in (root, *filter(Path.is_symlink, present.values())):
+        links.look(path)
+    images = _in_threads(lambda name: _tarred_images(present[name], f"{name}/"), present)
+    return Listing(root, images, f"{len(present):,} tars of {root}")
 
 
 def _training_archive(path: Path, _source: Path, class_of: Mapping[str, int]) -> Listing:
     """List the images in the tars of the official tar; nothing is extracted."""
     parts = {member.name.removesuffix(".tar"): member for member in tar_members(path)}
     _require_same(path, list(parts), class_of)
-
-    def list_part(name: str) -> list[Found]:
-        part = parts[name]
-        members = tar_members(path, part)
-        return _tarred_images(path, f"{path}: {part.name}", members, f"{name}/")
-
+    images = _in_threads(lambda name: _tarred_images(path, f"{name}/", parts[name]), parts)
     layout = f"{len(parts):,} tars in {path}, which is not extracted"
-    return Listing(path.parent, _in_threads(list_part, parts), layout)
+    return Listing(path.parent, images, layout)
 
 
 def _flat_files_in(
@@ -213,16 +203,16 @@ def _flat_files_in(
 
 
 def _validation_archive(path: Path, source: Path, class_of: Mapping[str, int]) -> Listing:
-    images = _tarred_images(path, str(path), tar_members(path))
+    images = _tarred_images(path)
     by_class, devkit = _by_truth(path, images, [path.parent, source], class_of)
     layout = f"{path}, which is not extracted, with the classes of {devkit}"
     return Listing(path.parent, by_class, layout)
 
 
-def _tarred_images(
-    path: Path, name: str, members: Sequence[tar.Member], folder: str = ""
-) -> list[Found]:
-    """Return the images in a tar, as if they lay in a folder."""
+def _tarred_images(path: Path, folder: str = "", part: tar.Member | None = None) -> list[Found]:
+    """Return the images in a tar, or in the tar that is its member, as if they lay in a folder."""
+    name = f"{path}: {part.name}" if part else str(path)
+    members = tar_members(path, part)
     if not members:
         raise ValueError(f"{name} is empty")
     for member in members:

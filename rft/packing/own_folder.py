@@ -11,7 +11,7 @@ is an error: it could be a photo that was meant to be packed.
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,12 +27,11 @@ from rft.packing.names import (
     thumbnails,
 )
 from rft.packing.own_splits import (
+    doubtful_folders,
     find_splits,
     not_read,
     read_levels,
     require_classes_here,
-    role,
-    split_folders,
     splits_beside,
 )
 from rft.packing.source import Found, Source, make_items
@@ -103,17 +102,17 @@ def read_folder(
     level, shapes = read_levels(source, ignore)
     splits = find_splits(source, shapes, ids)
     folders = {name: source / folder for name, folder in splits.items()} or {TRAIN: source}
-    trees = {TRAIN: read_tree(folders.pop(TRAIN), ids, ignore, links, is_split=bool(splits))}
-    warnings = [] if labels else _doubtful_folders(trees[TRAIN])
+    trees = {TRAIN: _read_tree(folders.pop(TRAIN), ids, ignore, links, is_split=bool(splits))}
+    warnings = [] if labels else doubtful_folders(trees[TRAIN].root, trees[TRAIN].classes)
     labels = labels or name_classes(trees[TRAIN].classes)
     for name, folder in folders.items():
-        trees[name] = read_tree(folder, labels.ids, ignore, links, is_split=True)
+        trees[name] = _read_tree(folder, labels.ids, ignore, links, is_split=True)
     for tree in trees.values():
-        require_classes(tree, labels)
+        _require_classes(tree, labels)
     if splits:
         sources = [_source(name, tree, labels) for name, tree in trees.items()]
     else:
-        sources = hold_out(trees[TRAIN], labels, test_share, split_seed)
+        sources = _hold_out(trees[TRAIN], labels, test_share, split_seed)
     passed = Counter(level.passed if splits else ())
     unread = not_read(level, splits.values(), ignore) if splits else []
     for tree in trees.values():
@@ -130,7 +129,7 @@ def read_folder(
     return Photos(sources, labels, notes, warnings)
 
 
-def read_tree(
+def _read_tree(
     root: Path,
     ids: Collection[str],
     ignore: Sequence[str],
@@ -141,10 +140,6 @@ def read_tree(
     """List the images of every class folder in `root`, a photo folder or a split of one.
 
     `ids` are the classes where they are known; `links` counts those that lead out of the source.
-
-    Raises:
-        ValueError: if there is no class folder, one holds no images, a file is no image, or the
-            folders cannot be classes.
     """
     links.look(root)
     level, shapes = read_levels(root, ignore)
@@ -178,12 +173,8 @@ def name_classes(folders: Iterable[str]) -> LabelSpace:
     return LabelSpace(ids=ids, names=names, templates=LabelSpace.imagenet().templates)
 
 
-def require_classes(tree: Tree, labels: LabelSpace) -> None:
-    """Hold the class folders against the label space.
-
-    Raises:
-        ValueError: naming a folder that is no class, or a class that has no folder.
-    """
+def _require_classes(tree: Tree, labels: LabelSpace) -> None:
+    """Hold the class folders against the label space."""
     present = {composed(name): name for name in tree.classes}
     unknown = sorted(present.keys() - set(labels.ids))
     if unknown:
@@ -199,12 +190,8 @@ def require_classes(tree: Tree, labels: LabelSpace) -> None:
         )
 
 
-def hold_out(tree: Tree, labels: LabelSpace, share: float, seed: int) -> list[Source]:
-    """Return the sources train and test of a tree; only train if the share is 0.
-
-    Raises:
-        ValueError: if a class has a single image and some are to be held out.
-    """
+def _hold_out(tree: Tree, labels: LabelSpace, share: float, seed: int) -> list[Source]:
+    """Return the sources train and test of a tree; only train if the share is 0."""
     held: set[str] = set()
     for name, images in sorted(tree.classes.items()):
         held |= choose_test([image.path for image in images], share, seed, name)
@@ -263,15 +250,6 @@ def same_bytes(sources: Sequence[Source]) -> SameBytes:
     return found
 
 
-def class_counts(sources: Sequence[Source], labels: LabelSpace) -> Mapping[str, list[int]]:
-    """Return the number of images of each class in each source."""
-    counts = {name: [0] * len(sources) for name in labels.ids}
-    for place, source in enumerate(sources):
-        for item in source.items:
-            counts[labels.ids[item.label]][place] += 1
-    return counts
-
-
 class Place(NamedTuple):
     """Where an image lies, in which set and class."""
 
@@ -326,15 +304,12 @@ def _read_class(
         patterns |= {entry: patterns[entry] or thumbnails(entry) for entry in below}
         passed.update(filter(None, patterns.values()))
         below[:] = sorted(entry for entry in below if not patterns[entry])
-        for entry in (*below, *names):
-            if not patterns[entry]:
-                require_utf8(Path(folder) / entry)
-        for file_name in names:
-            path = Path(folder) / file_name
-            if patterns[file_name]:
-                continue
+        paths = [Path(folder) / entry for entry in names if not patterns[entry]]
+        for path in (*(Path(folder) / entry for entry in below), *paths):
+            require_utf8(path)
+        for path in paths:
             size = regular_size(path, links)
-            if has_image_suffix(file_name):
+            if has_image_suffix(path.name):
                 images.append(Found(path.relative_to(root).as_posix(), size))
             else:
                 foreign.append(path)
@@ -353,55 +328,6 @@ def _not_images(foreign: Sequence[Path]) -> ValueError:
         f"not an image: {min(foreign)}{more}; class folders hold only {known}. Convert or remove "
         f"the others, or pass them over with --ignore {' '.join(kinds[:5])}"
     )
-
-
-def _doubtful_folders(tree: Tree) -> list[str]:
-    """Warn of class folders that may be something else: a split, or a group of classes.
-
-    Those that hold a split are named too.
-    """
-    found = []
-    for name, images in tree.classes.items():
-        if role(name):
-            found.append(f"the folder {shown(name)} in {tree.root} is packed as a class")
-        place, below = _groups(name, images)
-        if len(below) > 1:
-            names = ", ".join(map(shown, below[:3]))
-            found.append(
-                f"class {shown(name)} in {tree.root} has no images of its own, only folders "
-                f"({names}{', ...' if below[3:] else ''}); if those are the classes, give --source "
-                f"{tree.root / place}"
-            )
-    within = {
-        name: splits
-        for name, images in tree.classes.items()
-        if (splits := split_folders([image.path for image in images]))
-    }
-    for name, splits in [*within.items()][:1]:
-        others = f" (and in {len(within) - 1:,} more)" if within.keys() - {name} else ""
-        found.append(
-            f"{', '.join(map(shown, splits[:3]))} in {tree.root / name}{others} is called like a "
-            f"split; its images are packed as those of the class"
-        )
-    return found
-
-
-def _groups(name: str, images: Sequence[Found]) -> tuple[str, list[str]]:
-    """Return the folders that hold all images of a class, and the folder above them.
-
-    Folders that hold a single folder are gone through; where images lie beside folders there are
-    none.
-    """
-    place = name
-    while True:
-        # the folders of each path below the place
-        rest = [image.path[len(place) + 1 :].split("/")[:-1] for image in images]
-        if not all(rest):
-            return place, []
-        below = sorted({folders[0] for folders in rest})
-        if len(below) > 1:
-            return place, below
-        place = f"{place}/{below[0]}"
 
 
 def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -> list[str]:

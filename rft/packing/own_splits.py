@@ -9,6 +9,7 @@ names all folders in question they are classes.
 
 import contextlib
 import os
+import posixpath
 import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain, combinations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 from rft.classes import composed
 from rft.packing.names import has_image_suffix, passed_over, regular_size, require_utf8, thumbnails
+from rft.packing.source import Found
 from rft.text import shown
 
 WORDS = {
@@ -195,8 +197,8 @@ def _require_no_sets(source: Path, shapes: Sequence[Level], ends: Sequence[Level
         on_the_way = "/".join(next(iter(chains)))
         raise ValueError(
             f"every folder in {source} holds nothing but {shown(on_the_way)} with further "
-            f"folders: if those are the classes, give --source {sets[0].path}, or move them all into one "
-            f"folder; if {shown(shapes[0].name)}, ... are classes, name them in --classes"
+            f"folders: if those are the classes, give --source {sets[0].path}, or move them all "
+            f"into one folder; if {shown(shapes[0].name)}, ... are classes, name them in --classes"
         )
 
 
@@ -204,7 +206,7 @@ def _require_no_splits(source: Path, shapes: Sequence[Level], ends: Sequence[Lev
     """Refuse sources whose folders are sets with splits rather than classes.
 
     That is so if every folder keeps all its images in a split, or if a folder's only split holds
-    class folders. A split inside a single class is only a warning (`split_folders`).
+    class folders. A split inside a single class is only a warning (`doubtful_folders`).
     """
     splits = [_split_on_the_way(shape, end) for shape, end in zip(shapes, ends, strict=True)]
     for shape, split, end in zip(shapes, splits, ends, strict=True):
@@ -233,12 +235,6 @@ def _split_on_the_way(top: Level, end: Level) -> Path | None:
     if end.is_split_like and all(map(role, end.folders)):
         return end.path / end.folders[0]
     return None
-
-
-def split_folders(paths: Sequence[str]) -> list[str]:
-    """List the subfolders of a class that are named like splits, from its images' paths."""
-    between = {name for path in paths for name in path.split("/")[1:-1]}
-    return sorted(filter(role, between))
 
 
 def _end(shape: Level, ignore: Sequence[str], *, in_class: bool = True) -> Level:
@@ -308,3 +304,35 @@ def _one_class(source: Path, shape: Level, ignore: Sequence[str], is_split: bool
         return f"{message}; one class is too few: every prediction would be right{hint}"
     several = f"{message}, and the class folders seem to lie in {found.path}"
     return f"{several}; {'move them up' if is_split else f'give --source {found.path}'}"
+
+
+def doubtful_folders(root: Path, classes: Mapping[str, Sequence[Found]]) -> list[str]:
+    """Warn of class folders that may be something else: a split, or a group of classes.
+
+    Those that hold a split are named too.
+    """
+    found = []
+    within = []
+    for name, images in classes.items():
+        if role(name):
+            found.append(f"the folder {shown(name)} in {root} is packed as a class")
+        folders = [image.path.rpartition("/")[0] for image in images]
+        place = posixpath.commonpath(folders)
+        below = sorted({folder[len(place) + 1 :].split("/")[0] for folder in folders})
+        if all(below):  # no image lies in the place itself
+            names = ", ".join(map(shown, below[:3]))
+            found.append(
+                f"class {shown(name)} in {root} has no images of its own, only folders "
+                f"({names}{', ...' if below[3:] else ''}); if those are the classes, give --source "
+                f"{root / place}"
+            )
+        between = {part for folder in folders for part in folder.split("/")[1:]}
+        if splits := sorted(filter(role, between)):
+            within.append((root / name, ", ".join(map(shown, splits[:3]))))
+    for place, names in within[:1]:
+        others = f" (and in {len(within) - 1:,} more)" if within[1:] else ""
+        found.append(
+            f"{names} in {place}{others} is called like a split; its images are packed as those of "
+            f"the class"
+        )
+    return found

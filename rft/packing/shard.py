@@ -94,17 +94,26 @@ class Commit:
         Raises:
             ValueError: if it is absent or not one, saying what to do.
         """
+        name = job.shard_url.rsplit("/", 1)[-1]
         try:
             commit = files.read_document(job.commit_url, Commit, COMMIT_BYTES, COMMIT_VALUES)
+            if commit.shard.name != name:
+                raise ValueError(f"{job.commit_url}: shard.name is {commit.shard.name}, not {name}")
         except ValueError as error:
             raise ValueError(f"{error}; delete it and run the same command again") from error
-        name = job.shard_url.rsplit("/", 1)[-1]
-        if commit.shard.name != name:
-            raise ValueError(
-                f"{job.commit_url}: shard.name is {commit.shard.name}, not {name}; delete it and "
-                "run the same command again"
-            )
         return commit
+
+    def finishes(self, job: "ShardJob", sizes: Mapping[str, int]) -> bool:
+        """Whether the job is done, by its record and the `sizes` of all tars.
+
+        A record of a shard that left out more images than are allowed now does not count: they may
+        have been repaired.
+        """
+        return (
+            self.plan_hash == job.plan_hash
+            and sizes.get(self.shard.name) == self.shard.bytes
+            and len(self.quarantined) <= job.max_bad
+        )
 
 
 class Written(NamedTuple):
@@ -151,7 +160,7 @@ def write_shard(job: ShardJob) -> Written:
         return _write(job)
     except FileNotFoundError:
         # the same task may run twice; the one that ends first completes the set and tidies up
-        if files.exists(job.commit_url) and is_committed(job, file_sizes(job.out)):
+        if files.exists(job.commit_url) and Commit.load(job).finishes(job, file_sizes(job.out)):
             return Written(len(job.items), 0)
         raise
 
@@ -193,20 +202,6 @@ def _write(job: ShardJob) -> Written:
     )
     files.write_bytes(job.commit_url, compact_json(asdict(commit)))
     return Written(shard.samples, shard.bytes, tuple(bad))
-
-
-def is_committed(job: ShardJob, sizes: Mapping[str, int]) -> bool:
-    """Whether a shard that has a record is there, by the record and the `sizes` of all tars.
-
-    A record of a shard that left out more images than are allowed now does not count: they may have
-    been repaired.
-    """
-    commit = Commit.load(job)
-    return (
-        commit.plan_hash == job.plan_hash
-        and sizes.get(commit.shard.name) == commit.shard.bytes
-        and len(commit.quarantined) <= job.max_bad
-    )
 
 
 def too_many(bad: Sequence[Quarantined], allowed: int) -> ValueError:
@@ -275,11 +270,7 @@ def _encode(job: ShardJob, item: Item, bad: list[Quarantined]) -> encode.Encoded
 
 
 def _leave_out(job: ShardJob, item: Item, bad: list[Quarantined], error: ValueError) -> None:
-    """Note an image that cannot be packed.
-
-    Raises:
-        ValueError: if that is one more than may be left out.
-    """
+    """Note an image that cannot be packed, or refuse it as one more than may be left out."""
     if job.max_bad == 0:
         raise ValueError(f"{error}; --max-bad N leaves out up to N such images") from error
     reason = str(error).removeprefix(where(job.root, item)).strip()

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,13 +112,12 @@ def require_apart(folders: Iterable[Path], out: str, datasets: Iterable[str]) ->
     if not isinstance(fs, LocalFileSystem):
         return
     targets = [Path(path) / dataset for dataset in datasets]
-    for folder in folders:
-        for target in targets:
-            if is_below(target, folder) or is_below(folder, target):
-                raise ValueError(
-                    f"--out {out} would put shards into {target}, and the images are read from "
-                    f"{folder}; choose an --out beside it"
-                )
+    for folder, target in product(folders, targets):
+        if is_below(target, folder) or is_below(folder, target):
+            raise ValueError(
+                f"--out {out} would put shards into {target}, and the images are read from "
+                f"{folder}; choose an --out beside it"
+            )
 
 
 def where(root: Path, item: Item) -> str:

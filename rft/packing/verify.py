@@ -127,8 +127,8 @@ class Check:
     ids_known: bool
 
 
-def verify(url: str, *, deep: bool, workers: int, max_pixels: float = MAX_PIXELS) -> Report:
-    """Check the set at `url`; see the module's text."""
+def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX_PIXELS) -> Report:
+    """Check the set at `url`; see the module's text. `workers` None is one for each core."""
     report = Report(url=url, deep=deep)
     try:
         manifest = Manifest.load(url)
