@@ -141,18 +141,17 @@ def _imagenet(known: ImageSet, source: Path, class_of: Mapping[str, int], links:
         (in_files(root, source, class_of, links) for root in (*candidates, source)),
     )
     listing = next(filter(None, attempts), None)
-    if listing is not None and archives:
-        return listing._replace(layout=f"{listing.layout}; {archives[0]} is not read")
-    if listing is None and archives:
-        links.look(archives[0])
-        read = _training_archive if is_train else _validation_archive
-        return read(archives[0], source, class_of)
-    if listing is None:
+    if listing is not None:
+        ignored = f"; {archives[0]} is not read" if archives else ""
+        return listing._replace(layout=listing.layout + ignored)
+    if not archives:
         raise ValueError(
             f"no images of {known.name} in {source}; looked for classes in "
             f"{', '.join(known.folders)}, and for {known.archive}"
         )
-    return listing
+    links.look(archives[0])
+    read = _training_archive if is_train else _validation_archive
+    return read(archives[0], source, class_of)
 
 
 def _class_folders_in(root: Path, class_of: Mapping[str, int], links: Links) -> Listing | None:

@@ -75,6 +75,8 @@ def read_level(folder: Path, ignore: Sequence[str]) -> Level:
 def read_levels(folder: Path, ignore: Sequence[str]) -> tuple[Level, list[Level]]:
     """List a folder that may hold classes or splits, and each of the folders in it.
 
+    Of the latter's files the first image is kept, if there is one.
+
     Raises:
         ValueError: for a broken link, or a folder whose name is not UTF-8.
     """
@@ -84,7 +86,9 @@ def read_levels(folder: Path, ignore: Sequence[str]) -> tuple[Level, list[Level]
     for name in level.files:
         if (folder / name).is_symlink():
             regular_size(folder / name)  # a broken link may be a class that is missing
-    return level, [read_level(folder / name, ignore) for name in level.folders]
+    # one image says that a folder has some; the names of all might be millions
+    below = (read_level(folder / name, ignore) for name in level.folders)
+    return level, [one._replace(files=tuple(one.images[:1]), passed=()) for one in below]
 
 
 def role(name: str) -> str:

@@ -408,9 +408,9 @@ def _write_shards(title: str, jobs: Sequence[ShardJob], workers: int | None, max
         progress(title, "samples", sum(len(job.items) for job in jobs)) as advance,
         closing(each_done(write_shard, jobs, workers)) as results,
     ):
-        for _, written in results:
-            advance(written.samples + len(written.quarantined), written.bytes)
-            bad += written.quarantined
+        for _, commit in results:
+            advance(commit.shard.samples + len(commit.quarantined), commit.shard.bytes)
+            bad += commit.quarantined
             if len(bad) > max_bad:  # no need to wait for the end to find out
                 raise too_many(bad, max_bad)
 

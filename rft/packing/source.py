@@ -87,13 +87,12 @@ def read_item(root: Path, item: Item) -> bytes:
     Raises:
         ValueError: if the file is not what it was when it was listed.
     """
-    descriptor = local.open_regular(root / (item.inside or item.path))
-    try:
-        # one byte more shows a file that has grown
-        wanted = item.bytes + (item.inside is None)
-        data = os.pread(descriptor, wanted, item.offset)
-    finally:
-        os.close(descriptor)
+    # one byte more shows a file that has grown
+    wanted = item.bytes + (item.inside is None)
+    # without a buffer, which would read on into the archive's next image
+    with os.fdopen(local.open_regular(root / (item.inside or item.path)), "rb", 0) as stream:
+        stream.seek(item.offset)
+        data = stream.read(wanted)
     if len(data) != item.bytes:
         raise ValueError(
             f"{where(root, item)} has {'more' if len(data) > item.bytes else len(data)} bytes, "

@@ -284,7 +284,7 @@ def _check_members(
 def _check_label(
     stream: IO[bytes], found: dict[str, tar.Member], label: int, check: Check
 ) -> Iterator[str]:
-    suffix = "cls" if check.rule.label_field is None else "json"
+    suffix = check.rule.label_suffix
     if suffix not in found:
         yield f"there is no .{suffix} with a label"
         return

@@ -83,6 +83,11 @@ class Rule:
     crop_border: int = 0
     max_pixels: float = MAX_PIXELS
 
+    @property
+    def label_suffix(self) -> str:
+        """Suffix of the member that holds a sample's label."""
+        return "cls" if self.label_field is None else "json"
+
     @cached_property
     def scored(self) -> frozenset[int]:
         """Class ids that a label may be."""

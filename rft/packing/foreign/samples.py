@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -76,21 +76,23 @@ def open_whole(url: str, size: int) -> Iterator[tuple[IO[bytes], str]]:
     Raises:
         ValueError: if it is not there or cannot be read.
     """
-    # without a name, so that not even a killed process leaves it behind
-    with tempfile.TemporaryFile() as copy:
 
-        async def bring(fs: Any, path: str) -> IO[bytes]:
+    async def bring(fs: Any, path: str) -> IO[bytes]:
+        with ExitStack() as stack:
+            # without a name, so that not even a killed process leaves it behind
+            copy = stack.enter_context(tempfile.TemporaryFile())
             await remote.fill(copy.fileno(), size, partial(remote.read_range, fs, path))
+            stack.pop_all()
             return copy
 
-        try:
-            stream = files.ask(url, "read", bring, local.reader)
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise ValueError(f"no such shard: {url}") from error
-        with stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            stream.seek(0)
-            yield stream, sha256
+    try:
+        stream = files.ask(url, "read", bring, local.reader)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"no such shard: {url}") from error
+    with stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(0)
+        yield stream, sha256
 
 
 def split_name(name: str) -> tuple[str, str] | None:
