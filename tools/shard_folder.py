@@ -1,6 +1,7 @@
 """Pack anyone's own images, one folder for each class, into tar shards: see --help."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
@@ -10,7 +11,7 @@ import tyro
 from pydantic import Field
 
 from rft import cli, recipes
-from rft.packing.own_folder import Photos, class_counts, read_folder, same_bytes
+from rft.packing.own_folder import Photos, read_folder, same_bytes
 from rft.packing.pack import Options, pack_source
 from rft.packing.source import Source, require_apart
 from rft.shards.label_space import LabelSpace
@@ -81,11 +82,9 @@ def say(photos: Photos) -> None:
     for note in photos.notes:
         print(note)
     print(f"prompts: {len(labels.templates)}, such as {labels.templates[0]!r}")
-    counts = class_counts(sources, labels)
-    for name, words in zip(labels.ids, labels.names, strict=True):
-        numbers = ", ".join(
-            f"{count} {source.dataset}" for count, source in zip(counts[name], sources, strict=True)
-        )
+    counts = {source.dataset: Counter(item.label for item in source.items) for source in sources}
+    for class_id, (name, words) in enumerate(zip(labels.ids, labels.names, strict=True)):
+        numbers = ", ".join(f"{count[class_id]} {dataset}" for dataset, count in counts.items())
         print(f"class {printable(name)} ({printable(words)}): {numbers}")
     for warning in photos.warnings[:LINES]:
         log.warning(warning)

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from rft import cli
 from rft.config import MAX_PIXELS
-from rft.packing.pool import check_workers
 from rft.packing.verify import Report, verify
 from rft.storage import files
 from rft.storage.documents import Megapixels, Positive, document
@@ -42,10 +41,11 @@ class VerifyShards:
 def main() -> None:
     """Check what the command line names."""
     command = cli.parse(VerifyShards, config=(tyro.conf.FlagCreatePairsOff,))
-    workers = check_workers(command.workers)
     if command.report is not None:
         files.require_writable(command.report)  # before an hour of reading
-    report = verify(command.url, deep=command.deep, workers=workers, max_pixels=command.max_pixels)
+    report = verify(
+        command.url, deep=command.deep, workers=command.workers, max_pixels=command.max_pixels
+    )
     if command.report is not None:
         files.write_json(command.report, report.to_json())
     say(report)

@@ -41,11 +41,8 @@ def tar_members(path: Path, part: tar.Member | None = None) -> list[tar.Member]:
 
 def find_devkit(folders: Sequence[Path]) -> Path | None:
     """Return the devkit, a folder or its .tar.gz, that lies in the first of the folders."""
-    for folder in folders:
-        for path in (folder / DEVKIT, folder / f"{DEVKIT}.tar.gz"):
-            if path.is_dir() or path.is_file():
-                return path
-    return None
+    forms = (folder / name for folder in folders for name in (DEVKIT, f"{DEVKIT}.tar.gz"))
+    return next((path for path in forms if path.is_dir() or path.is_file()), None)
 
 
 def validation_classes(devkit: Path) -> list[str]:
@@ -79,9 +76,8 @@ def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
         for path in paths:
             if not path.is_file():
                 raise ValueError(f"no such file: {path} (part of ImageNet's devkit)")
-        return files.read_bytes(str(paths[0]), DEVKIT_BYTES), files.read_bytes(
-            str(paths[1]), DEVKIT_BYTES
-        )
+        truth, meta = (files.read_bytes(str(path), DEVKIT_BYTES) for path in paths)
+        return truth, meta
     try:
         # whole and at once (2.5 MB): only then its checksum is looked at
         with local.reader(devkit) as stream, gzip.open(stream) as unpacked:

@@ -24,7 +24,6 @@ from rft.shards.images import (
     clip_square,
     decode,
     exif_orientation,
-    is_source,
     npy_header,
     open_checked,
     source_treatment,
@@ -61,7 +60,7 @@ def encode(
     """
     kind: Kind = encoding["kind"]
     treatment = source_treatment(encoding)
-    if is_source(encoding):
+    if kind == "original":
         header, treated = _header_of_whole(data, name, treatment, max_pixels)
         return Encoded(data, SUFFIXES[header.format], header, treated)
     image, header = open_checked(data, name, treatment.border, max_pixels)
@@ -74,8 +73,6 @@ def encode(
             return Encoded(to_jpeg(square, encoding["quality"]), "jpg", header, treated)
         case "pixels":
             return Encoded(to_npy(channels_first(square)), "npy", header, treated)
-        case "original":
-            raise AssertionError("its file is its payload")
         case _:
             assert_never(kind)
 

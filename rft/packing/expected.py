@@ -37,14 +37,12 @@ def check_count(dataset: str, found: int, labels: LabelSpace, allowed: int | Non
     Raises:
         ValueError: naming the found and the expected number.
     """
-    if allowed is not None:
-        if found != allowed:
-            raise ValueError(
-                f"{dataset} has {found:,} images here, --allow-count says {allowed:,}; it must be "
-                f"exactly the number that is there"
-            )
-        return
-    if dataset not in BENCHMARKS or not is_imagenet(labels):
+    if allowed is not None and found != allowed:
+        raise ValueError(
+            f"{dataset} has {found:,} images here, --allow-count says {allowed:,}; it must be "
+            f"exactly the number that is there"
+        )
+    if allowed is not None or dataset not in BENCHMARKS or not is_imagenet(labels):
         return
     if found != (count := BENCHMARKS[dataset].images):
         raise ValueError(

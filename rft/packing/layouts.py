@@ -10,8 +10,9 @@ which no archive holds; the latter are counted in `layout`. Nothing is decoded h
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,24 +29,14 @@ from rft.packing.names import (
     require_utf8,
 )
 from rft.packing.objectnet import objectnet_groups
-from rft.packing.source import Item, Source
-from rft.sets import BENCHMARKS, ID_SET, PARENTS, TRAIN_SET, ImageSet
+from rft.packing.source import Found, Source, make_items
+from rft.sets import BENCHMARKS, PARENTS, TRAIN_SET, ImageSet
 from rft.shards import tar
-from rft.shards.keys import make_keys
 from rft.shards.label_space import LabelSpace
 from rft.text import printable
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 LISTING_THREADS = 16  # listing is latency-bound on network file systems
-
-
-class Found(NamedTuple):
-    """An image of a class: its file name, its size, and where its bytes are (see Item)."""
-
-    name: str
-    bytes: int
-    inside: str | None = None
-    offset: int = 0
 
 
 class Listing(NamedTuple):
@@ -68,14 +59,17 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
         raise ValueError(f"{source} is a file; give the folder that holds it")
     if not source.is_dir():
         raise ValueError(f"no such folder: {source}")
-    if known.archive is not None:
-        return _imagenet(known, source, labels)
     links = Links(source)
-    root = _locate(known, source)
-    class_of = labels.class_of
-    groups = labels.groups
-    match dataset:
-        case "objectnet":
+    class_of, groups = labels.class_of, labels.groups
+    if known.archive is not None:
+        listing = _imagenet(known, source, class_of, links)
+    else:
+        places = _places(known, source)
+        if not places:
+            tried = ", ".join(known.folders)
+            raise ValueError(f"no folder of {known.name} in {source}; looked for: {tried}")
+        root = places[0]
+        if dataset == "objectnet":
             groups_of = objectnet_groups(root / "mappings", len(labels))
             root = root / "images"
             # A member of the group is as good a label as any: scoring only asks for the group.
@@ -83,7 +77,7 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
             present = [name for name in _class_folders(root) if name in class_of]
             _require_all(root, present, list(class_of))
             groups = tuple(groups_of.values())
-        case _ if known.class_list is not None:  # published for some of the classes
+        elif known.class_list is not None:  # published for some of the classes
             present = _class_folders(root)
             published = published_classes(dataset, labels)
             if published is not None:
@@ -91,20 +85,20 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
                 _require_all(root, present, published)
             _require_known(root, present, class_of)
             groups = tuple(sorted((class_of[composed(name)],) for name in present))
-        case _:
+        else:
             # folders are class ids; sorted as text they would be wrong
             if dataset == "imagenet-v2":
                 class_of = {str(class_id): class_id for class_id in range(len(labels))}
             present = _class_folders(root)
-            _require_known(root, present, class_of)
-            _require_all(root, present, list(class_of))
+            _require_same(root, present, class_of)
+        listing = _list_folders(root, present, links, "class folders")
     return Source(
         dataset=dataset,
-        root=root,
-        items=_items(_list_folders(root, present, links), class_of),
+        root=listing.root,
+        items=make_items(listing.images, class_of),
         groups=groups,
         crop_border=known.border,
-        layout=f"{len(present):,} class folders of {root}{_said(root)}",
+        layout=listing.layout,
         links=links.said(),
     )
 
@@ -113,13 +107,13 @@ def folders_read(dataset: str, source: Path) -> list[Path]:
     """Name the folders below `source` whose class folders `read_source` would look for.
 
     Raises:
-        ValueError: if there is no such set, or no folder of it.
+        ValueError: if there is no such set.
     """
     known = _described(dataset)
+    found = _places(known, source)
     if known.archive is None:
-        root = _locate(known, source)
-        return [root / "images" if dataset == "objectnet" else root]
-    return [source / name for name in known.folders if (source / name).is_dir()]
+        found = found[:1]
+    return [place / "images" if dataset == "objectnet" else place for place in found]
 
 
 def _described(dataset: str) -> ImageSet:
@@ -128,132 +122,102 @@ def _described(dataset: str) -> ImageSet:
     return BENCHMARKS[dataset]
 
 
-def _locate(known: ImageSet, source: Path) -> Path:
-    for name in known.folders:
-        if (source / name).is_dir():
-            return source / name
-    tried = ", ".join(known.folders)
-    raise ValueError(f"no folder of {known.name} in {source}; looked for: {tried}")
+def _places(known: ImageSet, source: Path) -> list[Path]:
+    return [source / name for name in known.folders if (source / name).is_dir()]
 
 
-def _imagenet(known: ImageSet, source: Path, labels: LabelSpace) -> Source:
+def _imagenet(known: ImageSet, source: Path, class_of: Mapping[str, int], links: Links) -> Listing:
     """List ImageNet's training or validation images in the form they are there.
 
     Class folders go first: an archive is often kept beside what was extracted.
     """
-    class_of = labels.class_of
-    candidates = [source / name for name in known.folders if (source / name).is_dir()]
+    candidates = _places(known, source)
     archives = [source / parent / str(known.archive) for parent in PARENTS]
     archives = [path for path in archives if path.is_file()]
-    links = Links(source)
-    listing = _class_folders_in(candidates, class_of, links)
-    if listing is None and known.name == TRAIN_SET:
-        listing = _class_tars_in([*candidates, source], class_of, links)
-    if listing is None and known.name == ID_SET:
-        listing = _flat_files_in([*candidates, source], source, class_of, links)
-    if listing is not None and archives:
-        listing = listing._replace(layout=f"{listing.layout}; {archives[0]} is not read")
-    if listing is None and archives:
-        read = _training_archive if known.name == TRAIN_SET else _validation_archive
-        listing = read(archives[0], source, class_of)
-        links.look(archives[0])
-    if listing is None:
+    is_train = known.name == TRAIN_SET
+    in_files = _class_tars_in if is_train else _flat_files_in
+    attempts = chain(
+        (_class_folders_in(root, class_of, links) for root in candidates),
+        (in_files(root, source, class_of, links) for root in (*candidates, source)),
+    )
+    listing = next(filter(None, attempts), None)
+    if listing is not None:
+        ignored = f"; {archives[0]} is not read" if archives else ""
+        return listing._replace(layout=listing.layout + ignored)
+    if not archives:
         raise ValueError(
             f"no images of {known.name} in {source}; looked for classes in "
             f"{', '.join(known.folders)}, and for {known.archive}"
         )
-    return Source(
-        dataset=known.name,
-        root=listing.root,
-        items=_items(listing.images, class_of),
-        groups=labels.groups,
-        layout=listing.layout,
-        links=links.said(),
-    )
+    links.look(archives[0])
+    read = _training_archive if is_train else _validation_archive
+    return read(archives[0], source, class_of)
 
 
-def _class_folders_in(
-    candidates: Sequence[Path], class_of: Mapping[str, int], links: Links
-) -> Listing | None:
-    for root in candidates:
-        with os.scandir(root) as entries:
-            if not any(entry.is_dir() and not passed_over(entry.name) for entry in entries):
-                continue
-        present = _class_folders(root)
-        _require_same(root, present, class_of)
-        layout = f"{len(present):,} folders of {root}{_said(root)}"
-        return Listing(root, _list_folders(root, present, links), layout)
-    return None
+def _class_folders_in(root: Path, class_of: Mapping[str, int], links: Links) -> Listing | None:
+    with os.scandir(root) as entries:
+        if not any(entry.is_dir() and not passed_over(entry.name) for entry in entries):
+            return None
+    present = _class_folders(root)
+    _require_same(root, present, class_of)
+    return _list_folders(root, present, links, "folders")
 
 
 def _class_tars_in(
-    candidates: Sequence[Path], class_of: Mapping[str, int], links: Links
+    root: Path, _source: Path, class_of: Mapping[str, int], links: Links
 ) -> Listing | None:
-    for root in candidates:
-        present = {name: root / f"{name}.tar" for name in class_of}
-        present = {name: path for name, path in present.items() if path.is_file()}
-        if not present:
-            continue
-        _require_same(root, list(present), class_of)
-
-        links.look(root)
-
-        def list_tar(path: Path) -> list[Found]:
-            if path.is_symlink():
-                links.look(path)
-            return _tarred_images(path, str(path), tar_members(path))
-
-        with ThreadPoolExecutor(LISTING_THREADS) as pool:
-            listed = list(pool.map(list_tar, present.values()))
-        images = dict(zip(present, listed, strict=True))
-        return Listing(root, images, f"{len(present):,} tars of {root}")
-    return None
+    present = {name: root / f"{name}.tar" for name in class_of}
+    present = {name: path for name, path in present.items() if path.is_file()}
+    if not present:
+        return None
+    _require_same(root, list(present), class_of)
+    for path in (root, *filter(Path.is_symlink, present.values())):
+        links.look(path)
+    images = _in_threads(lambda name: _tarred_images(present[name], f"{name}/"), present)
+    return Listing(root, images, f"{len(present):,} tars of {root}")
 
 
-def _training_archive(path: Path, source: Path, class_of: Mapping[str, int]) -> Listing:
+def _training_archive(path: Path, _source: Path, class_of: Mapping[str, int]) -> Listing:
     """List the images in the tars of the official tar; nothing is extracted."""
     parts = {member.name.removesuffix(".tar"): member for member in tar_members(path)}
     _require_same(path, list(parts), class_of)
-
-    def list_part(part: tar.Member) -> list[Found]:
-        return _tarred_images(path, f"{path}: {part.name}", tar_members(path, part))
-
-    with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        listed = list(pool.map(list_part, parts.values()))
-    images = dict(zip(parts, listed, strict=True))
-    return Listing(path.parent, images, f"{len(parts):,} tars in {path}, which is not extracted")
+    images = _in_threads(lambda name: _tarred_images(path, f"{name}/", parts[name]), parts)
+    layout = f"{len(parts):,} tars in {path}, which is not extracted"
+    return Listing(path.parent, images, layout)
 
 
 def _flat_files_in(
-    candidates: Sequence[Path], source: Path, class_of: Mapping[str, int], links: Links
+    root: Path, source: Path, class_of: Mapping[str, int], links: Links
 ) -> Listing | None:
-    for root in candidates:
-        with os.scandir(root) as entries:
-            files_here = [e for e in entries if e.is_file() and has_image_suffix(e.name)]
-        images = [Found(entry.name, entry.stat().st_size, entry.name) for entry in files_here]
-        # with one that is none of the published names, the listing is refused
-        if any(VALIDATION_NAME.fullmatch(image.name) for image in images):
-            by_class, devkit = _by_truth(root, images, [root, root.parent, source], class_of)
-            for path in (root, *(entry for entry in files_here if entry.is_symlink())):
-                links.look(path)
-            return Listing(root, by_class, f"flat files of {root} with the classes of {devkit}")
-    return None
+    with os.scandir(root) as entries:
+        files_here = [e for e in entries if e.is_file() and has_image_suffix(e.name)]
+    # with one that is none of the published names, the listing is refused
+    if not any(VALIDATION_NAME.fullmatch(entry.name) for entry in files_here):
+        return None
+    images = [Found(entry.name, entry.stat().st_size, entry.name) for entry in files_here]
+    by_class, devkit = _by_truth(root, images, [root, root.parent, source], class_of)
+    for path in (root, *(entry for entry in files_here if entry.is_symlink())):
+        links.look(path)
+    return Listing(root, by_class, f"flat files of {root} with the classes of {devkit}")
 
 
 def _validation_archive(path: Path, source: Path, class_of: Mapping[str, int]) -> Listing:
-    images = _tarred_images(path, str(path), tar_members(path))
+    images = _tarred_images(path)
     by_class, devkit = _by_truth(path, images, [path.parent, source], class_of)
     layout = f"{path}, which is not extracted, with the classes of {devkit}"
     return Listing(path.parent, by_class, layout)
 
 
-def _tarred_images(path: Path, name: str, members: Sequence[tar.Member]) -> list[Found]:
+def _tarred_images(path: Path, folder: str = "", part: tar.Member | None = None) -> list[Found]:
+    """Return the images in a tar, or in the tar that is its member, as if they lay in a folder."""
+    name = f"{path}: {part.name}" if part else str(path)
+    members = tar_members(path, part)
     if not members:
         raise ValueError(f"{name} is empty")
     for member in members:
         if "/" in member.name or not has_image_suffix(member.name):
             raise ValueError(f"not an image: {member.name} in {name}; a tar holds only images")
-    return [Found(member.name, member.size, path.name, member.offset) for member in members]
+    return [Found(folder + one.name, one.size, path.name, one.offset) for one in members]
 
 
 def _by_truth(
@@ -269,10 +233,11 @@ def _by_truth(
     wnids = validation_classes(devkit)
     by_class: dict[str, list[Found]] = {}
     for image in images:
-        match = VALIDATION_NAME.fullmatch(image.name)
+        match = VALIDATION_NAME.fullmatch(image.path)
         if match is None or not 1 <= int(match[1]) <= len(wnids):
-            raise ValueError(f"{image.name} of {where} is none of the {len(wnids):,} in {devkit}")
-        by_class.setdefault(wnids[int(match[1]) - 1], []).append(image)
+            raise ValueError(f"{image.path} of {where} is none of the {len(wnids):,} in {devkit}")
+        wnid = wnids[int(match[1]) - 1]
+        by_class.setdefault(wnid, []).append(image._replace(path=f"{wnid}/{image.path}"))
     _require_same(where, list(by_class), class_of)
     return by_class, devkit
 
@@ -293,15 +258,6 @@ def _class_folders(root: Path) -> list[str]:
         raise ValueError(f"{root} holds no class folders")
     require_distinct(root, sorted(names))
     return sorted(names)
-
-
-def _said(root: Path) -> str:
-    """Count the folders beside the class folders that a system made, in words."""
-    with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir())
-    system = [printable(name) for name in names if passed_over(name)]
-    count = f"{len(system)} system folder{'s' if system[1:] else ''}"
-    return f" ({count} passed over: {', '.join(system)})" if system else ""
 
 
 def _require_same(root: Path, present: Sequence[str], class_of: Mapping[str, int]) -> None:
@@ -328,35 +284,23 @@ def _require_all(root: Path, present: Sequence[str], expected: Sequence[str]) ->
         )
 
 
-def _list_folders(root: Path, names: Sequence[str], links: Links) -> dict[str, list[Found]]:
+def _list_folders(root: Path, names: Sequence[str], links: Links, kind: str) -> Listing:
+    """List the images in folders of `root`; folders beside them that a system made are counted."""
     links.look(root)
+    images = _in_threads(lambda name: _list_images(root / name, links), names)
+    with os.scandir(root) as entries:
+        others = sorted(entry.name for entry in entries if entry.is_dir())
+    system = [printable(name) for name in others if passed_over(name)]
+    count = f"{len(system)} system folder{'s' if system[1:] else ''}"
+    said = f" ({count} passed over: {', '.join(system)})" if system else ""
+    return Listing(root, images, f"{len(names):,} {kind} of {root}{said}")
 
-    def list_images(name: str) -> list[Found]:
-        return _list_images(root / name, links)
 
+def _in_threads(
+    list_class: Callable[[str], list[Found]], names: Collection[str]
+) -> dict[str, list[Found]]:
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        return dict(zip(names, pool.map(list_images, names), strict=True))
-
-
-def _items(images: Mapping[str, Sequence[Found]], class_of: Mapping[str, int]) -> tuple[Item, ...]:
-    """Return the images of all classes as items, sorted by path."""
-    rows = [
-        (f"{name}/{found.name}", name, found)
-        for name in sorted(images)
-        for found in sorted(images[name])
-    ]
-    keys = make_keys([path for path, _, _ in rows])
-    return tuple(
-        Item(
-            key=key,
-            path=path,
-            label=class_of[composed(name)],
-            bytes=found.bytes,
-            inside=found.inside,
-            offset=found.offset,
-        )
-        for key, (path, name, found) in zip(keys, rows, strict=True)
-    )
+        return dict(zip(names, pool.map(list_class, names), strict=True))
 
 
 def _list_images(folder: Path, links: Links) -> list[Found]:
@@ -369,7 +313,7 @@ def _list_images(folder: Path, links: Links) -> list[Found]:
             if entry.is_dir() or not has_image_suffix(entry.name):
                 raise ValueError(f"not an image: {entry.path}; class folders hold only images")
             require_utf8(entry.path)
-            images.append(Found(entry.name, regular_size(entry, links)))
+            images.append(Found(f"{folder.name}/{entry.name}", regular_size(entry, links)))
     if not images:
         raise ValueError(f"class folder {folder} is empty")
     return images

@@ -40,14 +40,9 @@ _SYSTEM = {name.casefold(): name for name in SYSTEM_NAMES}
 
 
 def passed_over(name: str, ignore: Iterable[str] = ()) -> str:
-    """Decide whether a file or folder is left out because of its name.
+    """Return what a file or folder that is left out is counted under; empty if it is not left out.
 
-    Args:
-        name: without the folders above it.
-        ignore: patterns of `fnmatch` to leave out besides a system's names, in any case of letters.
-
-    Returns:
-        The name or pattern that it is counted under, empty if it is not left out.
+    That is a system's name, or a pattern of `ignore` (of `fnmatch`, in any case of letters).
     """
     plain = composed(name).casefold()
     for pattern in (*ignore, *SYSTEM_PATTERNS):
@@ -57,12 +52,9 @@ def passed_over(name: str, ignore: Iterable[str] = ()) -> str:
 
 
 def thumbnails(name: str) -> str:
-    """Decide whether a folder inside a class folder is left out because it holds thumbnails.
+    """Return what a folder of thumbnails is counted under, empty if it is none by its name.
 
     A class may be called so, which is why this is not for folders that may be classes.
-
-    Returns:
-        The name that it is counted under, empty if it is not left out.
     """
     plain = composed(name).casefold()
     return plain if THUMBNAILS.fullmatch(plain) else ""
@@ -123,9 +115,7 @@ class Links:
 def regular_size(entry: "os.PathLike[str]", links: Links | None = None) -> int:
     """Look up the size in bytes of a file, or of the file that a link leads to. Opens nothing.
 
-    Args:
-        entry: the file; an entry of a listing may know already what it is.
-        links: counts it if it is a link that leads out of the source.
+    `links` counts it if it is a link that leads out of the source.
 
     Raises:
         ValueError: for a broken link, a FIFO, a socket, a device or a folder.

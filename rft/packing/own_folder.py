@@ -11,7 +11,7 @@ is an error: it could be a photo that was meant to be packed.
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,18 +27,15 @@ from rft.packing.names import (
     thumbnails,
 )
 from rft.packing.own_splits import (
+    doubtful_folders,
     find_splits,
     not_read,
-    read_level,
-    read_shape,
+    read_levels,
     require_classes_here,
-    role,
-    split_folders,
     splits_beside,
 )
-from rft.packing.source import Item, Source
+from rft.packing.source import Found, Source, make_items
 from rft.shards.image_files import IMAGE_SUFFIXES
-from rft.shards.keys import make_keys
 from rft.shards.label_space import LabelSpace, doubts
 from rft.storage import files, local
 from rft.text import printable, shown
@@ -47,13 +44,6 @@ TRAIN = "train"
 NAMED = 6  # files and folders that are not read and named
 DEPTH = 64  # of folders in a class folder
 TAIL = 4096  # bytes at the end of an image file: enough to tell nearly all of one size apart
-
-
-class Image(NamedTuple):
-    """An image file: its path below the root with forward slashes, and its size."""
-
-    path: str
-    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +55,7 @@ class Tree:
     """
 
     root: Path
-    classes: dict[str, list[Image]]
+    classes: dict[str, list[Found]]
     passed: Counter[str]
     beside: tuple[str, ...]
 
@@ -109,23 +99,22 @@ def read_folder(
             raise ValueError(f"--ignore takes names such as '*.mov', without folders: {pattern!r}")
     ids = labels.ids if labels else ()
     links = Links(source)
-    level = read_level(source, ignore)
-    shapes = [read_shape(source / name, ignore) for name in level.folders]
+    level, shapes = read_levels(source, ignore)
     splits = find_splits(source, shapes, ids)
     folders = {name: source / folder for name, folder in splits.items()} or {TRAIN: source}
-    trees = {TRAIN: read_tree(folders.pop(TRAIN), ids, ignore, links, is_split=bool(splits))}
-    warnings = [] if labels else _doubtful_folders(trees[TRAIN])
+    trees = {TRAIN: _read_tree(folders.pop(TRAIN), ids, ignore, links, is_split=bool(splits))}
+    warnings = [] if labels else doubtful_folders(trees[TRAIN].root, trees[TRAIN].classes)
     labels = labels or name_classes(trees[TRAIN].classes)
     for name, folder in folders.items():
-        trees[name] = read_tree(folder, labels.ids, ignore, links, is_split=True)
+        trees[name] = _read_tree(folder, labels.ids, ignore, links, is_split=True)
     for tree in trees.values():
-        require_classes(tree, labels)
+        _require_classes(tree, labels)
     if splits:
         sources = [_source(name, tree, labels) for name, tree in trees.items()]
     else:
-        sources = hold_out(trees[TRAIN], labels, test_share, split_seed)
+        sources = _hold_out(trees[TRAIN], labels, test_share, split_seed)
     passed = Counter(level.passed if splits else ())
-    unread = not_read(source, level, splits, ignore) if splits else []
+    unread = not_read(level, splits.values(), ignore) if splits else []
     for tree in trees.values():
         passed.update(tree.passed)
         unread += [f"{tree.root.name}/{name}" for name in tree.beside]
@@ -140,7 +129,7 @@ def read_folder(
     return Photos(sources, labels, notes, warnings)
 
 
-def read_tree(
+def _read_tree(
     root: Path,
     ids: Collection[str],
     ignore: Sequence[str],
@@ -148,32 +137,21 @@ def read_tree(
     *,
     is_split: bool = False,
 ) -> Tree:
-    """List the images of every class folder in `root`.
+    """List the images of every class folder in `root`, a photo folder or a split of one.
 
-    Args:
-        root: a photo folder, or a split of one.
-        ids: the classes where they are known; none otherwise.
-        ignore: patterns of names to leave out.
-        links: counts those that lead out of the source.
-        is_split: whether it is a split.
-
-    Raises:
-        ValueError: if there is no class folder, one holds no images, a file is no image, or the
-            folders cannot be classes.
+    `ids` are the classes where they are known; `links` counts those that lead out of the source.
     """
     links.look(root)
-    level = read_level(root, ignore)
-    for name in level.files:
-        if has_image_suffix(name):
-            above = f", or, if {root.name} is a class itself, give the folder above it"
-            raise ValueError(
-                f"{root / name} lies in no class folder; sort the images by class"
-                f"{'' if is_split else above}"
-            )
+    level, shapes = read_levels(root, ignore)
+    if level.images:
+        above = f", or, if {root.name} is a class itself, give the folder above it"
+        raise ValueError(
+            f"{root / level.images[0]} lies in no class folder; sort the images by class"
+            f"{'' if is_split else above}"
+        )
     if not level.folders:
         raise ValueError(f"{root} holds no class folders")
     require_distinct(root, level.folders)
-    shapes = [read_shape(root / name, ignore) for name in level.folders]
     require_classes_here(root, shapes, ids, ignore, is_split=is_split)
     passed, foreign = Counter(level.passed), []
     classes = {
@@ -185,7 +163,7 @@ def read_tree(
         if not classes[shape.name]:
             only = "" if not any(map(thumbnails, shape.folders)) else " but thumbnails"
             raise ValueError(f"class folder {root / shape.name} holds no images{only}")
-    return Tree(root=root, classes=classes, passed=passed, beside=tuple(level.files))
+    return Tree(root=root, classes=classes, passed=passed, beside=level.files)
 
 
 def name_classes(folders: Iterable[str]) -> LabelSpace:
@@ -195,12 +173,8 @@ def name_classes(folders: Iterable[str]) -> LabelSpace:
     return LabelSpace(ids=ids, names=names, templates=LabelSpace.imagenet().templates)
 
 
-def require_classes(tree: Tree, labels: LabelSpace) -> None:
-    """Hold the class folders against the label space.
-
-    Raises:
-        ValueError: naming a folder that is no class, or a class that has no folder.
-    """
+def _require_classes(tree: Tree, labels: LabelSpace) -> None:
+    """Hold the class folders against the label space."""
     present = {composed(name): name for name in tree.classes}
     unknown = sorted(present.keys() - set(labels.ids))
     if unknown:
@@ -216,12 +190,8 @@ def require_classes(tree: Tree, labels: LabelSpace) -> None:
         )
 
 
-def hold_out(tree: Tree, labels: LabelSpace, share: float, seed: int) -> list[Source]:
-    """Return the sources train and test of a tree; only train if the share is 0.
-
-    Raises:
-        ValueError: if a class has a single image and some are to be held out.
-    """
+def _hold_out(tree: Tree, labels: LabelSpace, share: float, seed: int) -> list[Source]:
+    """Return the sources train and test of a tree; only train if the share is 0."""
     held: set[str] = set()
     for name, images in sorted(tree.classes.items()):
         held |= choose_test([image.path for image in images], share, seed, name)
@@ -280,15 +250,6 @@ def same_bytes(sources: Sequence[Source]) -> SameBytes:
     return found
 
 
-def class_counts(sources: Sequence[Source], labels: LabelSpace) -> Mapping[str, list[int]]:
-    """Return the number of images of each class in each source."""
-    counts = {name: [0] * len(sources) for name in labels.ids}
-    for place, source in enumerate(sources):
-        for item in source.items:
-            counts[labels.ids[item.label]][place] += 1
-    return counts
-
-
 class Place(NamedTuple):
     """Where an image lies, in which set and class."""
 
@@ -326,7 +287,7 @@ def _read_class(
     passed: Counter[str],
     foreign: list[Path],
     links: Links,
-) -> list[Image]:
+) -> list[Found]:
     """Return the sorted images in and below a class folder; add what is no image to `foreign`."""
     images = []
     seen: set[str] = set()
@@ -343,16 +304,13 @@ def _read_class(
         patterns |= {entry: patterns[entry] or thumbnails(entry) for entry in below}
         passed.update(filter(None, patterns.values()))
         below[:] = sorted(entry for entry in below if not patterns[entry])
-        for entry in (*below, *names):
-            if not patterns[entry]:
-                require_utf8(Path(folder) / entry)
-        for file_name in names:
-            path = Path(folder) / file_name
-            if patterns[file_name]:
-                continue
+        paths = [Path(folder) / entry for entry in names if not patterns[entry]]
+        for path in (*(Path(folder) / entry for entry in below), *paths):
+            require_utf8(path)
+        for path in paths:
             size = regular_size(path, links)
-            if has_image_suffix(file_name):
-                images.append(Image(path.relative_to(root).as_posix(), size))
+            if has_image_suffix(path.name):
+                images.append(Found(path.relative_to(root).as_posix(), size))
             else:
                 foreign.append(path)
     return sorted(images)
@@ -372,55 +330,6 @@ def _not_images(foreign: Sequence[Path]) -> ValueError:
     )
 
 
-def _doubtful_folders(tree: Tree) -> list[str]:
-    """Warn of class folders that may be something else: a split, or a group of classes.
-
-    Those that hold a split are named too.
-    """
-    found = []
-    for name, images in tree.classes.items():
-        if role(name):
-            found.append(f"the folder {shown(name)} in {tree.root} is packed as a class")
-        place, below = _groups(name, images)
-        if len(below) > 1:
-            names = ", ".join(map(shown, below[:3]))
-            found.append(
-                f"class {shown(name)} in {tree.root} has no images of its own, only folders "
-                f"({names}{', ...' if below[3:] else ''}); if those are the classes, give --source "
-                f"{tree.root / place}"
-            )
-    within = {
-        name: splits
-        for name, images in tree.classes.items()
-        if (splits := split_folders([image.path for image in images]))
-    }
-    for name, splits in [*within.items()][:1]:
-        others = f" (and in {len(within) - 1:,} more)" if within.keys() - {name} else ""
-        found.append(
-            f"{', '.join(map(shown, splits[:3]))} in {tree.root / name}{others} is called like a "
-            f"split; its images are packed as those of the class"
-        )
-    return found
-
-
-def _groups(name: str, images: Sequence[Image]) -> tuple[str, list[str]]:
-    """Return the folders that hold all images of a class, and the folder above them.
-
-    Folders that hold a single folder are gone through; where images lie beside folders there are
-    none.
-    """
-    place = name
-    while True:
-        # the folders of each path below the place
-        rest = [image.path[len(place) + 1 :].split("/")[:-1] for image in images]
-        if not all(rest):
-            return place, []
-        below = sorted({folders[0] for folders in rest})
-        if len(below) > 1:
-            return place, below
-        place = f"{place}/{below[0]}"
-
-
 def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -> list[str]:
     """Say what was not read and why, one line each."""
     notes = []
@@ -438,22 +347,10 @@ def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -
 
 def _source(dataset: str, tree: Tree, labels: LabelSpace) -> Source:
     """Return all images of a tree as one source."""
-    images = [image for name in sorted(tree.classes) for image in tree.classes[name]]
-    keys = make_keys([image.path for image in images])
-    class_of = labels.class_of
-    items = tuple(
-        Item(
-            key=key,
-            path=image.path,
-            label=class_of[composed(image.path.split("/")[0])],
-            bytes=image.bytes,
-        )
-        for key, image in zip(keys, images, strict=True)
-    )
     return Source(
         dataset=dataset,
         root=tree.root,
-        items=items,
+        items=make_items(tree.classes, labels.class_of),
         groups=labels.groups,
         photos=True,
         layout=f"{tree.root}, one folder for each of {len(labels)} classes",

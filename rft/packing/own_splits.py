@@ -9,14 +9,16 @@ names all folders in question they are classes.
 
 import contextlib
 import os
+import posixpath
 import re
 from collections.abc import Collection, Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import NamedTuple
 
 from rft.classes import composed
 from rft.packing.names import has_image_suffix, passed_over, regular_size, require_utf8, thumbnails
+from rft.packing.source import Found
 from rft.text import shown
 
 WORDS = {
@@ -32,19 +34,25 @@ DEEPEST = 20  # levels looked through for a hint: links may lead round in a circ
 
 
 class Level(NamedTuple):
-    """The names in a folder, sorted; `passed` holds what each name left out is counted under."""
+    """What lies directly in a folder: sorted names, without those that are passed over.
 
-    folders: list[str]
-    files: list[str]
-    passed: list[str]
+    `passed` holds what each name that was left out is counted under.
+    """
 
-
-class Shape(NamedTuple):
-    """A folder: whether it holds images directly, and the names of the folders in it."""
-
-    name: str
-    images: bool
+    path: Path
     folders: tuple[str, ...]
+    files: tuple[str, ...]
+    passed: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.name
+
+    @property
+    def images(self) -> list[str]:
+        """The files that are images by their name."""
+        return list(filter(has_image_suffix, self.files))
 
     @property
     def is_split_like(self) -> bool:
@@ -53,32 +61,34 @@ class Shape(NamedTuple):
 
 
 def read_level(folder: Path, ignore: Sequence[str]) -> Level:
-    """List a folder without what a system left in it and what the patterns `ignore` match.
+    """List a folder without what a system left in it and what the patterns `ignore` match."""
+    folders, files, passed = [], [], []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if pattern := passed_over(entry.name, ignore):
+                passed.append(pattern)
+            else:
+                (folders if entry.is_dir() else files).append(entry.name)
+    return Level(folder, tuple(folders), tuple(files), tuple(passed))
+
+
+def read_levels(folder: Path, ignore: Sequence[str]) -> tuple[Level, list[Level]]:
+    """List a folder that may hold classes or splits, and each of the folders in it.
+
+    Of the latter's files the first image is kept, if there is one.
 
     Raises:
         ValueError: for a broken link, or a folder whose name is not UTF-8.
     """
-    level = Level([], [], [])
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if pattern := passed_over(entry.name, ignore):
-                level.passed.append(pattern)
-            elif entry.is_dir():
-                require_utf8(entry.path)
-                level.folders.append(entry.name)
-            else:
-                if entry.is_symlink():
-                    regular_size(entry)  # a broken link may be a class that is missing
-                level.files.append(entry.name)
-    return level
-
-
-def read_shape(folder: Path, ignore: Sequence[str]) -> Shape:
-    """Look at what lies directly in a folder."""
-    with os.scandir(folder) as entries:
-        kept = {e.name: e.is_dir() for e in entries if not passed_over(e.name, ignore)}
-    images = any(has_image_suffix(name) for name, is_folder in kept.items() if not is_folder)
-    return Shape(folder.name, images, tuple(sorted(filter(kept.get, kept))))
+    level = read_level(folder, ignore)
+    for name in level.folders:
+        require_utf8(folder / name)
+    for name in level.files:
+        if (folder / name).is_symlink():
+            regular_size(folder / name)  # a broken link may be a class that is missing
+    # one image says that a folder has some; the names of all might be millions
+    below = (read_level(folder / name, ignore) for name in level.folders)
+    return level, [one._replace(files=tuple(one.images[:1]), passed=()) for one in below]
 
 
 def role(name: str) -> str:
@@ -92,13 +102,8 @@ def hinted_role(name: str) -> str:
     return next(filter(None, map(role, WORD.findall(composed(name)))), "")
 
 
-def find_splits(source: Path, shapes: Sequence[Shape], ids: Collection[str]) -> dict[str, str]:
-    """Find the folders that are splits.
-
-    Args:
-        source: the folder that holds them, for messages.
-        shapes: its folders.
-        ids: the classes of `--classes`; none without it.
+def find_splits(source: Path, shapes: Sequence[Level], ids: Collection[str]) -> dict[str, str]:
+    """Find the folders in `source` that are splits; `ids` are the classes of `--classes`, if any.
 
     Returns:
         Folder names by the name of the set they become: train, test and, if there are both a test
@@ -107,11 +112,11 @@ def find_splits(source: Path, shapes: Sequence[Shape], ids: Collection[str]) -> 
     Raises:
         ValueError: if folders look like splits and cannot be told apart.
     """
-    named: dict[str, list[Shape]] = {"train": [], "test": [], "val": []}
+    named: dict[str, list[Level]] = {"train": [], "test": [], "val": []}
     for shape in shapes:
         if found := role(shape.name):
             named[found].append(shape)
-    splits = [shape for group in named.values() for shape in group]
+    splits = [*chain(*named.values())]
     if splits and all(composed(shape.name) in ids for shape in splits):
         return {}
     if named["train"] and (named["test"] or named["val"]):
@@ -141,7 +146,7 @@ def splits_beside(source: Path) -> list[str]:
 
 def require_classes_here(
     source: Path,
-    shapes: Sequence[Shape],
+    shapes: Sequence[Level],
     ids: Collection[str],
     ignore: Sequence[str],
     *,
@@ -155,16 +160,16 @@ def require_classes_here(
     """
     if len(shapes) == 1 and composed(shapes[0].name) not in ids:
         raise ValueError(_one_class(source, shapes[0], ignore, is_split))
-    ends = [_end(source / shape.name, _without_thumbnails(shape), ignore) for shape in shapes]
-    for place, end in ends:
+    ends = [_end(_without_thumbnails(shape), ignore) for shape in shapes]
+    for end in ends:
         roles = {role(name): name for name in end.folders}
         other = roles.get("test") or roles.get("val")
         if "train" in roles and other:
+            above = source / roles["train"] / end.path.relative_to(source)
             raise ValueError(
-                f"{place} holds splits ({shown(roles['train'])}, {shown(other)}); "
+                f"{end.path} holds splits ({shown(roles['train'])}, {shown(other)}); "
                 f"give it as --source if it is a set of its own, or, if it is a class, put the "
-                f"splits above the classes ({source / roles['train'] / place.relative_to(source)}, "
-                f"...)"
+                f"splits above the classes ({above}, ...)"
             )
     if is_split or all(composed(shape.name) in ids for shape in shapes):
         return
@@ -172,19 +177,17 @@ def require_classes_here(
     _require_no_splits(source, shapes, ends)
 
 
-def _require_no_sets(
-    source: Path, shapes: Sequence[Shape], ends: Sequence[tuple[Path, Shape]]
-) -> None:
+def _require_no_sets(source: Path, shapes: Sequence[Level], ends: Sequence[Level]) -> None:
     """Check that folders do not lead to the same folders, as several sets of one kind do."""
-    sets = [(place, end) for place, end in ends if end.is_split_like]
-    for (one, first), (two, second) in combinations(sets, 2):
-        common = sorted(set(first.folders) & set(second.folders))
+    sets = [end for end in ends if end.is_split_like]
+    for one, two in combinations(sets, 2):
+        common = sorted(set(one.folders) & set(two.folders))
         if len(common) > 1:
-            names = [str(place.relative_to(source)) for place in (one, two)]
-            direct = one.parent == source and two.parent == source
+            names = [str(end.path.relative_to(source)) for end in (one, two)]
+            direct = one.path.parent == two.path.parent == source
             hint = "rename them to train and test if they are splits, give one of them as --source"
             if not direct:
-                hint = f"give --source {one}, or move the images of both into one folder,"
+                hint = f"give --source {one.path}, or move the images of both into one folder,"
             raise ValueError(
                 f"{shown(names[0])} and {shown(names[1])} in {source} hold folders of the same "
                 f"names ({', '.join(map(shown, common[:3]))}) and no images of their own: {hint} "
@@ -193,29 +196,27 @@ def _require_no_sets(
                 f"--classes if they are classes"
             )
     # of years/2023/photos/cat that is photos
-    chains = {place.relative_to(source).parts[1:] for place, _ in ends}
+    chains = {end.path.relative_to(source).parts[1:] for end in ends}
     if len(chains) == 1 and chains != {()} and len(sets) == len(ends):
-        place, chain = sets[0][0], "/".join(next(iter(chains)))
+        on_the_way = "/".join(next(iter(chains)))
         raise ValueError(
-            f"every folder in {source} holds nothing but {shown(chain)} with further "
-            f"folders: if those are the classes, give --source {place}, or move them all into one "
-            f"folder; if {shown(shapes[0].name)}, ... are classes, name them in --classes"
+            f"every folder in {source} holds nothing but {shown(on_the_way)} with further "
+            f"folders: if those are the classes, give --source {sets[0].path}, or move them all "
+            f"into one folder; if {shown(shapes[0].name)}, ... are classes, name them in --classes"
         )
 
 
-def _require_no_splits(
-    source: Path, shapes: Sequence[Shape], ends: Sequence[tuple[Path, Shape]]
-) -> None:
+def _require_no_splits(source: Path, shapes: Sequence[Level], ends: Sequence[Level]) -> None:
     """Refuse sources whose folders are sets with splits rather than classes.
 
     That is so if every folder keeps all its images in a split, or if a folder's only split holds
-    class folders. A split inside a single class is only a warning (`split_folders`).
+    class folders. A split inside a single class is only a warning (`doubtful_folders`).
     """
-    splits = [_split_on_the_way(source, place, end) for place, end in ends]
-    for shape, split, (place, end) in zip(shapes, splits, ends, strict=True):
+    splits = [_split_on_the_way(shape, end) for shape, end in zip(shapes, ends, strict=True)]
+    for shape, split, end in zip(shapes, splits, ends, strict=True):
         if split is None:
             continue
-        is_set = end.is_split_like and place.is_relative_to(split)
+        is_set = end.is_split_like and end.path.is_relative_to(split)
         if is_set or all(splits):
             what = "every folder in" if all(splits) else f"{shown(shape.name)} in"
             raise ValueError(
@@ -226,68 +227,47 @@ def _require_no_splits(
             )
 
 
-def _split_on_the_way(source: Path, place: Path, end: Shape) -> Path | None:
+def _split_on_the_way(top: Level, end: Level) -> Path | None:
     """Return a folder called like a split that holds all images of a class, or is one of several.
 
-    Args:
-        source: the folder with the class folders.
-        place: where the single folders in a class folder end.
-        end: the folder there.
+    `end` is where the single folders in the class folder `top` end.
     """
-    top, *below = place.relative_to(source).parts
-    for number, name in enumerate(below, start=1):
-        if role(name):
-            return source.joinpath(top, *below[:number])
+    below = [place for place in (end.path, *end.path.parents) if place.is_relative_to(top.path)]
+    for place in reversed(below[:-1]):
+        if role(place.name):
+            return place
     if end.is_split_like and all(map(role, end.folders)):
-        return place / end.folders[0]
+        return end.path / end.folders[0]
     return None
 
 
-def split_folders(paths: Sequence[str]) -> list[str]:
-    """List the subfolders of a class that are named like splits, from its images' paths."""
-    between = {name for path in paths for name in path.split("/")[1:-1]}
-    return sorted(filter(role, between))
-
-
-def _end(
-    place: Path, shape: Shape, ignore: Sequence[str], *, in_class: bool = True
-) -> tuple[Path, Shape]:
+def _end(shape: Level, ignore: Sequence[str], *, in_class: bool = True) -> Level:
     """Go down through folders that hold one folder and no images; return where that ends."""
     for _ in range(DEEPEST):
         if shape.images or len(shape.folders) != 1:
             break
-        place = place / shape.folders[0]
-        shape = read_shape(place, ignore)
+        shape = read_level(shape.path / shape.folders[0], ignore)
         shape = _without_thumbnails(shape) if in_class else shape
-    return place, shape
+    return shape
 
 
-def _without_thumbnails(shape: Shape) -> Shape:
+def _without_thumbnails(shape: Level) -> Level:
     return shape._replace(folders=tuple(name for name in shape.folders if not thumbnails(name)))
 
 
-def not_read(
-    source: Path, level: Level, splits: Mapping[str, str], ignore: Sequence[str]
-) -> list[str]:
-    """Name the folders beside the splits, with the images in them, and the files there."""
+def not_read(level: Level, splits: Collection[str], ignore: Sequence[str]) -> list[str]:
+    """Name the folders beside the splits, with the number of images in them, and the files."""
     entries = []
-    for name in level.folders:
-        if name not in splits.values():
-            count = count_images(source / name, ignore)
-            entries.append(f"{name}/ ({count:,} image{'' if count == 1 else 's'})")
+    for name in sorted(set(level.folders) - set(splits)):
+        count = 0
+        for _, below, names in os.walk(level.path / name):
+            below[:] = [folder for folder in below if not passed_over(folder, ignore)]
+            count += sum(has_image_suffix(one) and not passed_over(one, ignore) for one in names)
+        entries.append(f"{name}/ ({count:,} image{'' if count == 1 else 's'})")
     return [*entries, *level.files]
 
 
-def count_images(folder: Path, ignore: Sequence[str]) -> int:
-    """Count the image files in and below a folder."""
-    total = 0
-    for _, below, names in os.walk(folder):
-        below[:] = [name for name in below if not passed_over(name, ignore)]
-        total += sum(has_image_suffix(name) and not passed_over(name, ignore) for name in names)
-    return total
-
-
-def _choose(source: Path, named: Mapping[str, Sequence[Shape]]) -> dict[str, str]:
+def _choose(source: Path, named: Mapping[str, Sequence[Level]]) -> dict[str, str]:
     for kind, shapes in named.items():
         if len(shapes) > 1:
             names = " and ".join(shown(shape.name) for shape in shapes[:2])
@@ -295,23 +275,20 @@ def _choose(source: Path, named: Mapping[str, Sequence[Shape]]) -> dict[str, str
                 f"{source} holds {names}: which is the {kind} split? Rename or move the other, or "
                 f"pass it over with --ignore"
             )
-    for shapes in named.values():
-        for shape in shapes:
-            if shape.images and not shape.folders:
-                raise ValueError(
-                    f"{source / shape.name} looks like a split by its name, but it holds images "
-                    f"and no class folders; sort them by class, pass it over with --ignore "
-                    f"{shown(shape.name)}, or name the classes with --classes if it is one"
-                )
-    chosen = {"train": named["train"][0].name}
-    held_out = [shapes[0].name for shapes in (named["test"], named["val"]) if shapes]
-    return chosen | dict(zip(("test", "val"), held_out, strict=False))
+    for shape in chain(*named.values()):
+        if shape.images and not shape.folders:
+            raise ValueError(
+                f"{shape.path} looks like a split by its name, but it holds images and no class "
+                f"folders; sort them by class, pass it over with --ignore {shown(shape.name)}, or "
+                f"name the classes with --classes if it is one"
+            )
+    found = [shapes[0].name for shapes in named.values() if shapes]
+    return dict(zip(("train", "test", "val"), found, strict=False))
 
 
-def _require_no_hints(source: Path, shapes: Sequence[Shape], ids: Collection[str]) -> None:
-    hinted = {shape: hinted_role(shape.name) for shape in shapes}
-    train = [shape for shape, found in hinted.items() if found == "train"]
-    other = [shape for shape, found in hinted.items() if found in ("test", "val")]
+def _require_no_hints(source: Path, shapes: Sequence[Level], ids: Collection[str]) -> None:
+    train = [shape for shape in shapes if hinted_role(shape.name) == "train"]
+    other = [shape for shape in shapes if hinted_role(shape.name) in ("test", "val")]
     doubtful = [*train, *other]
     # a stray image beside the class folders makes no class of a split
     if not (train and other and any(shape.folders for shape in doubtful)):
@@ -323,11 +300,43 @@ def _require_no_hints(source: Path, shapes: Sequence[Shape], ids: Collection[str
         )
 
 
-def _one_class(source: Path, shape: Shape, ignore: Sequence[str], is_split: bool) -> str:
-    place, found = _end(source / shape.name, shape, ignore, in_class=False)
+def _one_class(source: Path, shape: Level, ignore: Sequence[str], is_split: bool) -> str:
+    found = _end(shape, ignore, in_class=False)
     message = f"{source} holds a single folder, {shown(shape.name)}"
     if found.images or len(found.folders) < 2:
         hint = f"; if it has no classes, --ignore {shown(source.name)}" if is_split else ""
         return f"{message}; one class is too few: every prediction would be right{hint}"
-    several = f"{message}, and the class folders seem to lie in {place}"
-    return f"{several}; {'move them up' if is_split else f'give --source {place}'}"
+    several = f"{message}, and the class folders seem to lie in {found.path}"
+    return f"{several}; {'move them up' if is_split else f'give --source {found.path}'}"
+
+
+def doubtful_folders(root: Path, classes: Mapping[str, Sequence[Found]]) -> list[str]:
+    """Warn of class folders that may be something else: a split, or a group of classes.
+
+    Those that hold a split are named too.
+    """
+    found = []
+    within = []
+    for name, images in classes.items():
+        if role(name):
+            found.append(f"the folder {shown(name)} in {root} is packed as a class")
+        folders = [image.path.rpartition("/")[0] for image in images]
+        place = posixpath.commonpath(folders)
+        below = sorted({folder[len(place) + 1 :].split("/")[0] for folder in folders})
+        if all(below):  # no image lies in the place itself
+            names = ", ".join(map(shown, below[:3]))
+            found.append(
+                f"class {shown(name)} in {root} has no images of its own, only folders "
+                f"({names}{', ...' if below[3:] else ''}); if those are the classes, give --source "
+                f"{root / place}"
+            )
+        between = {part for folder in folders for part in folder.split("/")[1:]}
+        if splits := sorted(filter(role, between)):
+            within.append((root / name, ", ".join(map(shown, splits[:3]))))
+    for place, names in within[:1]:
+        others = f" (and in {len(within) - 1:,} more)" if within[1:] else ""
+        found.append(
+            f"{names} in {place}{others} is called like a split; its images are packed as those of "
+            f"the class"
+        )
+    return found

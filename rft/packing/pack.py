@@ -13,7 +13,7 @@ import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,14 +28,13 @@ from rft.log import ASIDE
 from rft.packing import encode
 from rft.packing.expected import check_count
 from rft.packing.layouts import folders_read, read_source
-from rft.packing.pool import check_workers, each_done
+from rft.packing.pool import each_done
 from rft.packing.shard import (
     Commit,
     Quarantined,
     ShardJob,
     compact_json,
     file_sizes,
-    is_committed,
     too_many,
     write_shard,
 )
@@ -121,8 +120,7 @@ def pack(
     See `pack_source` for what else it returns and raises.
     """
     _check(options)  # before a listing that may take minutes
-    if Path(source).is_dir():  # if not, reading it says so
-        require_apart(folders_read(dataset, Path(source)), out, [dataset])
+    require_apart(folders_read(dataset, Path(source)), out, [dataset])
     found = read_source(dataset, Path(source), labels)
     log.info(f"{dataset}: {len(found.items):,} images in {printable(found.layout)}")
     if found.links:
@@ -142,24 +140,32 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
     Raises:
         ValueError: if the source, an image, an option or what is already in `out` is not right.
     """
-    worker_count, (index, count) = _check(options)
+    index, count = _check(options)
     plan = make_plan(source, labels, options)
     url = files.join(out, source.dataset)
     claim(plan, url, create=not options.finalize)
     jobs = make_jobs(plan, url, options.max_bad, options.max_pixels)
-    if _is_complete(plan, url, jobs):
-        return _say_complete(source.dataset, url, options.max_bad)
+    if _is_complete(plan, url, options.max_bad):
+        return True
     if not options.finalize:
-        todo = _uncommitted(jobs[index::count])
-        _write_shards(source.dataset, todo, worker_count, options.max_bad)
-        waiting = _uncommitted(jobs)
-        if waiting:
-            log.info(
-                f"{source.dataset}: task {index}/{count} is done; {len(waiting)} of {len(jobs)} "
-                f"shards are still to come from other tasks, the last of which writes the manifest"
-            )
-            return False
-    manifest = finalize(plan, url, options.max_bad)
+        mine = jobs[index::count]
+        todo = [job for job, commit in zip(mine, _commits(mine), strict=True) if commit is None]
+        _write_shards(source.dataset, todo, options.workers, options.max_bad)
+    found = _commits(jobs)
+    commits = [commit for commit in found if commit is not None]
+    missing = len(found) - len(commits)
+    if missing and options.finalize:
+        raise ValueError(
+            f"{missing} of {len(jobs)} shards of {url} are not packed yet (first: "
+            f"{found.index(None):06d}); run the same command without --finalize first"
+        )
+    if missing:
+        log.info(
+            f"{source.dataset}: task {index}/{count} is done; {missing} of {len(jobs)} shards are "
+            f"still to come from other tasks, the last of which writes the manifest"
+        )
+        return False
+    manifest = finalize(plan, url, commits, options.max_bad)
     total = sum(shard.bytes for shard in manifest.shards)
     left_out = f", {manifest.quarantined} left out (quarantine.jsonl)"
     log.info(
@@ -167,7 +173,10 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
         f"{total / 2**20:,.1f} MiB at {url}{left_out if manifest.quarantined else ''}"
     )
     if source.photos:
-        _say_treated(source.dataset, jobs)
+        turned = sum(commit.statistics.turned for commit in commits)
+        composed = sum(commit.statistics.composed for commit in commits)
+        log.info(f"{source.dataset}: photos turned upright (EXIF orientation): {turned:,}")
+        log.info(f"{source.dataset}: transparent photos composed on white: {composed:,}")
     return True
 
 
@@ -251,44 +260,34 @@ def claim(plan: PackPlan, url: str, *, create: bool = True) -> None:
         local.require_own_folder(Path(folder), "--out")
         local.require_no_links(Path(folder), [COMMITS])
     names = [name for name in file_sizes(url) if not files.TEMPORARY.fullmatch(name)]
-    if PLAN not in names:
-        if names:
+    if PLAN in names:
+        found = files.read_document(plan_url, dict)
+        if found == plan.parameters:
+            return
+        changes = "; ".join(files.difference(found, plan.parameters))
+        records = file_sizes(files.join(url, COMMITS))
+        shards = {*names, *records} - {PLAN, COMMITS}
+        if any(not files.TEMPORARY.fullmatch(name) for name in shards) or not create:
             raise ValueError(
-                f"{url} is not empty and was not packed by rft (it has {names[0]} but no "
-                f"plan.json); choose another --out or delete that folder"
+                f"{url} holds another plan ({changes}); choose another --out or delete that folder"
             )
-        if not create:
-            raise ValueError(f"nothing is packed at {url} yet; run without --finalize first")
-        files.write_json(plan_url, plan.parameters)
-        return
-    found = files.read_document(plan_url, dict)
-    if found == plan.parameters:
-        return
-    changes = "; ".join(files.difference(found, plan.parameters))
-    records = [n for n in file_sizes(files.join(url, COMMITS)) if not files.TEMPORARY.fullmatch(n)]
-    if records or set(names) - {PLAN, COMMITS} or not create:
+        log.info(f"{url} held another plan ({changes}) but no shard yet: replaced")
+    elif names:
         raise ValueError(
-            f"{url} holds another plan ({changes}); choose another --out or delete that folder"
+            f"{url} is not empty and was not packed by rft (it has {names[0]} but no plan.json); "
+            f"choose another --out or delete that folder"
         )
-    log.info(f"{url} held another plan ({changes}) but no shard yet: replaced")
+    elif not create:
+        raise ValueError(f"nothing is packed at {url} yet; run without --finalize first")
     files.write_json(plan_url, plan.parameters)
 
 
-def finalize(plan: PackPlan, url: str, max_bad: int = 0) -> Manifest:
-    """Write index, side files and, last, the manifest of a folder whose shards are all there.
+def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int = 0) -> Manifest:
+    """Write index, side files and, last, the manifest of a folder whose shards all have a record.
 
     Raises:
-        ValueError: if shards are missing, or more than `max_bad` images were left out.
+        ValueError: if more than `max_bad` images were left out.
     """
-    jobs = make_jobs(plan, url, max_bad)
-    waiting = _uncommitted(jobs)
-    if waiting:
-        raise ValueError(
-            f"{len(waiting)} of {len(jobs)} shards of {url} are not packed yet (first: "
-            f"{waiting[0].number:06d}); run the same command without --finalize first"
-        )
-    with ThreadPoolExecutor(COMMIT_THREADS) as pool:
-        commits = list(pool.map(Commit.load, jobs))
     quarantined = [(commit.shard.name, entry) for commit in commits for entry in commit.quarantined]
     if len(quarantined) > max_bad:
         raise too_many([entry for _, entry in quarantined], max_bad)
@@ -357,72 +356,61 @@ def parse_task(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _check(options: Options) -> tuple[int, tuple[int, int]]:
-    """Return the number of workers and the task, or say which option is wrong."""
+def _check(options: Options) -> tuple[int, int]:
+    """Return the task, or say which option is wrong."""
     if options.finalize and options.task is not None:
         raise ValueError("--finalize writes no shards, so it goes without --task")
-    task = (0, 1) if options.task is None else parse_task(options.task)
-    return check_workers(options.workers), task
+    return parse_task(options.task or "0/1")
 
 
-def _is_complete(plan: PackPlan, url: str, jobs: Sequence[ShardJob]) -> bool:
+def _is_complete(plan: PackPlan, url: str, max_bad: int) -> bool:
     sizes = file_sizes(url)
     if MANIFEST not in sizes or INDEX not in sizes:
         return False
     manifest = Manifest.load(url)
-    return (
-        manifest.plan_hash == plan.hash
-        and len(manifest.shards) == len(jobs)
-        and all(sizes.get(shard.name) == shard.bytes for shard in manifest.shards)
-    )
-
-
-def _say_complete(dataset: str, url: str, max_bad: int) -> bool:
-    quarantined = Manifest.load(url).quarantined
-    if quarantined > max_bad:
+    if (
+        manifest.plan_hash != plan.hash
+        or len(manifest.shards) != len(plan.shards)
+        or any(sizes.get(shard.name) != shard.bytes for shard in manifest.shards)
+    ):
+        return False
+    if manifest.quarantined > max_bad:
         raise ValueError(
-            f"{url} is packed without {quarantined} images, --max-bad allows {max_bad}; allow as "
-            f"many, or repair them (quarantine.jsonl), delete that folder and pack again"
+            f"{url} is packed without {manifest.quarantined} images, --max-bad allows {max_bad}; "
+            f"allow as many, or repair them (quarantine.jsonl), delete that folder and pack again"
         )
-    left_out = f" ({quarantined} left out)" if quarantined else ""
-    log.info(f"{dataset}: already packed at {url}{left_out}, nothing to do")
+    left_out = f" ({manifest.quarantined} left out)" if manifest.quarantined else ""
+    log.info(f"{manifest.dataset}: already packed at {url}{left_out}, nothing to do")
     return True
 
 
-def _say_treated(dataset: str, jobs: Sequence[ShardJob]) -> None:
-    """Print how many photos were not taken as they are stored, from the commit records."""
-    with ThreadPoolExecutor(COMMIT_THREADS) as pool:
-        records = [commit.statistics for commit in pool.map(Commit.load, jobs)]
-    turned, composed = (sum(r.turned for r in records), sum(r.composed for r in records))
-    log.info(f"{dataset}: photos turned upright (EXIF orientation): {turned:,}")
-    log.info(f"{dataset}: transparent photos composed on white: {composed:,}")
-
-
-def _uncommitted(jobs: Sequence[ShardJob]) -> list[ShardJob]:
-    """Return the jobs that have no valid commit, or whose tar is gone or of another size."""
+def _commits(jobs: Sequence[ShardJob]) -> list[Commit | None]:
+    """Return the jobs' records; None without a valid one, or if the tar is gone or has changed."""
     if not jobs:
         return []
     sizes, records = file_sizes(jobs[0].out), file_sizes(files.join(jobs[0].out, COMMITS))
 
-    def is_done(job: ShardJob) -> bool:
+    def find(job: ShardJob) -> Commit | None:
         # most are absent in a first run: a listing costs less than asking for each
-        return job.commit_url.rsplit("/", 1)[-1] in records and is_committed(job, sizes)
+        if job.commit_url.rsplit("/", 1)[-1] not in records:
+            return None
+        commit = Commit.load(job)
+        return commit if commit.finishes(job, sizes) else None
 
     with ThreadPoolExecutor(COMMIT_THREADS) as pool:
-        done = list(pool.map(is_done, jobs))
-    return [job for job, is_done_ in zip(jobs, done, strict=True) if not is_done_]
+        return list(pool.map(find, jobs))
 
 
-def _write_shards(title: str, jobs: Sequence[ShardJob], workers: int, max_bad: int) -> None:
+def _write_shards(title: str, jobs: Sequence[ShardJob], workers: int | None, max_bad: int) -> None:
     """Write the shards, in this process or in several; the first error stops it."""
     bad: list[Quarantined] = []
     with (
         progress(title, "samples", sum(len(job.items) for job in jobs)) as advance,
         closing(each_done(write_shard, jobs, workers)) as results,
     ):
-        for _, written in results:
-            advance(written.samples + len(written.quarantined), written.bytes)
-            bad += written.quarantined
+        for _, commit in results:
+            advance(commit.shard.samples + len(commit.quarantined), commit.shard.bytes)
+            bad += commit.quarantined
             if len(bad) > max_bad:  # no need to wait for the end to find out
                 raise too_many(bad, max_bad)
 
@@ -430,8 +418,6 @@ def _write_shards(title: str, jobs: Sequence[ShardJob], workers: int, max_bad: i
 def _remove_temporaries(url: str) -> None:
     """Delete what killed runs left of shards and records; all are committed, none is needed."""
     for folder in (url, files.join(url, COMMITS)):
-        fs, path = files.open_store(folder)
         for name in file_sizes(folder):
             if files.TEMPORARY.fullmatch(name) and re.match(r"\.\d{6}\.", name):
-                with suppress(FileNotFoundError):  # another task may finalise at the same time
-                    fs.rm_file(files.join(path, name))
+                files.remove(files.join(folder, name))

@@ -22,16 +22,11 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def check_workers(workers: int | None) -> int:
-    """Return the number of processes that `--workers` means; None is one for each core."""
-    return cpus.available() if workers is None else workers
-
-
 def for_each(
-    title: str, work: Callable[[Task], Result], jobs: Sequence[Task], workers: int
+    title: str, work: Callable[[Task], Result], jobs: Sequence[Task], workers: int | None
 ) -> list[Result]:
     """Return `work(job)` for every job, in order, showing progress; see `each_done`."""
-    results: dict[int, Result] = {}
+    results = {}
     with (
         progress(title, "shards", len(jobs)) as advance,
         closing(each_done(work, jobs, workers)) as done,
@@ -43,17 +38,19 @@ def for_each(
 
 
 def each_done(
-    work: Callable[[Task], Result], jobs: Sequence[Task], workers: int
+    work: Callable[[Task], Result], jobs: Sequence[Task], workers: int | None
 ) -> Generator[tuple[int, Result], None, None]:
     """Yield the number of a job and `work(job)`, as they end; the first error stops all.
 
-    Work, jobs and results travel between processes unless one worker is enough. Ctrl-C and SIGTERM
-    end work in the middle; what it has of `finally` and context managers is still done.
+    `workers` is the number of processes; None is one for each core. Work, jobs and results travel
+    between processes unless one worker is enough. Ctrl-C and SIGTERM end work in the middle; what
+    it has of `finally` and context managers is still done.
 
     Raises:
         ValueError: if a worker process is killed; and whatever `work` raises.
     """
-    if min(workers, len(jobs)) <= 1:
+    count = min(workers or cpus.available(), len(jobs))
+    if count <= 1:
         for number, job in enumerate(jobs):
             yield number, work(job)
         return
@@ -61,9 +58,7 @@ def each_done(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rft.cli", work.__module__])
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=context, initializer=_start_worker
-    )
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
     try:
         futures = _submit(pool, work, jobs)
         for future in as_completed(futures):

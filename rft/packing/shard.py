@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -22,7 +22,6 @@ from rft.packing.shard_writer import ShardWriter
 from rft.packing.source import Item, read_item, where
 from rft.shards.folder import COMMITS, PLAN
 from rft.shards.image_files import require_affordable
-from rft.shards.images import Header, Treated
 from rft.shards.index import COLUMNS
 from rft.shards.manifest import Shard
 from rft.storage import files, local
@@ -94,25 +93,26 @@ class Commit:
         Raises:
             ValueError: if it is absent or not one, saying what to do.
         """
+        name = job.shard_url.rsplit("/", 1)[-1]
         try:
             commit = files.read_document(job.commit_url, Commit, COMMIT_BYTES, COMMIT_VALUES)
+            if commit.shard.name != name:
+                raise ValueError(f"{job.commit_url}: shard.name is {commit.shard.name}, not {name}")
         except ValueError as error:
             raise ValueError(f"{error}; delete it and run the same command again") from error
-        name = job.shard_url.rsplit("/", 1)[-1]
-        if commit.shard.name != name:
-            raise ValueError(
-                f"{job.commit_url}: shard.name is {commit.shard.name}, not {name}; delete it and "
-                "run the same command again"
-            )
         return commit
 
+    def finishes(self, job: "ShardJob", sizes: Mapping[str, int]) -> bool:
+        """Whether the job is done, by its record and the `sizes` of all tars.
 
-class Written(NamedTuple):
-    """The result of a shard's job."""
-
-    samples: int
-    bytes: int
-    quarantined: tuple[Quarantined, ...] = ()
+        A record of a shard that left out more images than are allowed now does not count: they may
+        have been repaired.
+        """
+        return (
+            self.plan_hash == job.plan_hash
+            and sizes.get(self.shard.name) == self.shard.bytes
+            and len(self.quarantined) <= job.max_bad
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +140,8 @@ class ShardJob:
         return files.join(self.out, COMMITS, f"{self.number:06d}.json")
 
 
-def write_shard(job: ShardJob) -> Written:
-    """Write one tar and its commit record; the same job always writes the same tar.
+def write_shard(job: ShardJob) -> Commit:
+    """Write one tar and then its record, and return that; the same job always writes the same tar.
 
     Raises:
         ValueError: if more than `job.max_bad` images cannot be read, or the folder was taken over
@@ -151,16 +151,17 @@ def write_shard(job: ShardJob) -> Written:
         return _write(job)
     except FileNotFoundError:
         # the same task may run twice; the one that ends first completes the set and tidies up
-        if files.exists(job.commit_url) and is_committed(job, file_sizes(job.out)):
-            return Written(len(job.items), 0)
+        if files.exists(job.commit_url):
+            commit = Commit.load(job)
+            if commit.finishes(job, file_sizes(job.out)):
+                return commit
         raise
 
 
-def _write(job: ShardJob) -> Written:
+def _write(job: ShardJob) -> Commit:
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
-    headers: list[Header] = []
-    treated: list[Treated] = []
+    packed: list[encode.Encoded] = []
     bad: list[Quarantined] = []
     with files.publish(job.shard_url) as path:
         with local.writer(path) as stream, ShardWriter(stream) as tar:
@@ -168,8 +169,7 @@ def _write(job: ShardJob) -> Written:
                 encoded = _encode(job, item, bad)
                 if encoded is not None:
                     rows.append(write_sample(tar, item, job.classes[item.label], encoded))
-                    headers.append(encoded.header)
-                    treated.append(encoded.treated)
+                    packed.append(encoded._replace(payload=b""))
         _require_plan(job)
     shard = Shard(
         name=job.shard_url.rsplit("/", 1)[-1], bytes=tar.size, sha256=tar.sha256, samples=len(rows)
@@ -177,10 +177,10 @@ def _write(job: ShardJob) -> Written:
     statistics = Statistics(
         seconds=round(time.monotonic() - started, 3),
         source_bytes=sum(item.bytes for item in job.items),
-        formats=dict(Counter(header.format for header in headers)),
-        modes=dict(Counter(header.mode for header in headers)),
-        turned=sum(one.orientation != 1 for one in treated),
-        composed=sum(one.composed for one in treated),
+        formats=dict(Counter(one.header.format for one in packed)),
+        modes=dict(Counter(one.header.mode for one in packed)),
+        turned=sum(one.treated.orientation != 1 for one in packed),
+        composed=sum(one.treated.composed for one in packed),
         classes=len({row["label"] for row in rows}),
     )
     columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in COLUMNS}
@@ -192,21 +192,7 @@ def _write(job: ShardJob) -> Written:
         statistics=statistics,
     )
     files.write_bytes(job.commit_url, compact_json(asdict(commit)))
-    return Written(shard.samples, shard.bytes, tuple(bad))
-
-
-def is_committed(job: ShardJob, sizes: Mapping[str, int]) -> bool:
-    """Whether a shard that has a record is there, by the record and the `sizes` of all tars.
-
-    A record of a shard that left out more images than are allowed now does not count: they may have
-    been repaired.
-    """
-    commit = Commit.load(job)
-    return (
-        commit.plan_hash == job.plan_hash
-        and sizes.get(commit.shard.name) == commit.shard.bytes
-        and len(commit.quarantined) <= job.max_bad
-    )
+    return commit
 
 
 def too_many(bad: Sequence[Quarantined], allowed: int) -> ValueError:
@@ -275,11 +261,7 @@ def _encode(job: ShardJob, item: Item, bad: list[Quarantined]) -> encode.Encoded
 
 
 def _leave_out(job: ShardJob, item: Item, bad: list[Quarantined], error: ValueError) -> None:
-    """Note an image that cannot be packed.
-
-    Raises:
-        ValueError: if that is one more than may be left out.
-    """
+    """Note an image that cannot be packed, or refuse it as one more than may be left out."""
     if job.max_bad == 0:
         raise ValueError(f"{error}; --max-bad N leaves out up to N such images") from error
     reason = str(error).removeprefix(where(job.root, item)).strip()

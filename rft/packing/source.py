@@ -1,14 +1,27 @@
 """A data set on disk, before it is packed: its images one by one, and how each is read."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
 
+from rft.classes import composed
 from rft.packing.names import is_below
+from rft.shards.keys import make_keys
 from rft.storage import files, local
+
+
+class Found(NamedTuple):
+    """An image that a listing found; an item is this with a key and a label (see `Item`)."""
+
+    path: str
+    bytes: int
+    inside: str | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,19 +62,37 @@ class Source:
     links: str = ""
 
 
+def make_items(
+    classes: Mapping[str, Iterable[Found]], class_of: Mapping[str, int]
+) -> tuple[Item, ...]:
+    """Return the images of all classes as items, sorted by class folder and path.
+
+    `class_of` has the class ids by folder name, in Unicode's composed form.
+    """
+    found = [
+        (image, class_of[composed(name)])
+        for name in sorted(classes)
+        for image in sorted(classes[name])
+    ]
+    keys = make_keys([image.path for image, _ in found])
+    return tuple(
+        Item(key=key, label=label, **image._asdict())
+        for key, (image, label) in zip(keys, found, strict=True)
+    )
+
+
 def read_item(root: Path, item: Item) -> bytes:
     """Return the bytes of an image.
 
     Raises:
         ValueError: if the file is not what it was when it was listed.
     """
-    descriptor = local.open_regular(root / (item.inside or item.path))
-    try:
-        # one byte more shows a file that has grown
-        wanted = item.bytes + (item.inside is None)
-        data = os.pread(descriptor, wanted, item.offset)
-    finally:
-        os.close(descriptor)
+    # one byte more shows a file that has grown
+    wanted = item.bytes + (item.inside is None)
+    # without a buffer, which would read on into the archive's next image
+    with os.fdopen(local.open_regular(root / (item.inside or item.path)), "rb", 0) as stream:
+        stream.seek(item.offset)
+        data = stream.read(wanted)
     if len(data) != item.bytes:
         raise ValueError(
             f"{where(root, item)} has {'more' if len(data) > item.bytes else len(data)} bytes, "
@@ -80,13 +111,12 @@ def require_apart(folders: Iterable[Path], out: str, datasets: Iterable[str]) ->
     if not isinstance(fs, LocalFileSystem):
         return
     targets = [Path(path) / dataset for dataset in datasets]
-    for folder in folders:
-        for target in targets:
-            if is_below(target, folder) or is_below(folder, target):
-                raise ValueError(
-                    f"--out {out} would put shards into {target}, and the images are read from "
-                    f"{folder}; choose an --out beside it"
-                )
+    for folder, target in product(folders, targets):
+        if is_below(target, folder) or is_below(folder, target):
+            raise ValueError(
+                f"--out {out} would put shards into {target}, and the images are read from "
+                f"{folder}; choose an --out beside it"
+            )
 
 
 def where(root: Path, item: Item) -> str:

@@ -9,9 +9,9 @@ hides another: the check continues.
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -34,9 +34,9 @@ from rft.shards.images import (
     npy_header,
     payload_treatment,
 )
-from rft.shards.index import Index
+from rft.shards.index import COLUMNS, Index
 from rft.shards.label_space import scoring_hash
-from rft.shards.manifest import Manifest, group_faults, note_other_stores
+from rft.shards.manifest import Manifest, Shard, group_faults, note_other_stores
 from rft.storage import documents, files
 from rft.storage.documents import FOREIGN, Name, Text, document
 
@@ -75,57 +75,95 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `--report` writes."""
-        counts = {name: getattr(self, name) for name in ("shards", "samples", "bytes", "per_class")}
-        return {
-            "schema": SCHEMA,
-            "ok": not self.problems,
-            "url": self.url,
-            "deep": self.deep,
-            "dataset": self.dataset,
-            "manifest_sha256": self.manifest_sha256,
-            "counts": counts,
-            "problems": [asdict(problem) for problem in self.problems],
-        }
+        document = asdict(self) | {"schema": SCHEMA, "ok": not self.problems}
+        counted = ("shards", "samples", "bytes", "per_class")
+        return document | {"counts": {name: document.pop(name) for name in counted}}
+
+    def add(self, what: str, shard: str = "") -> None:
+        """Note a problem of the set or of a shard."""
+        self.problems.append(Problem(what=what, shard=shard))
+
+
+@document(config=FOREIGN)
+class RecordedPlan:
+    """What plan.json says of how labels are read; a packer's has no more than `dataset` of it."""
+
+    algorithm: int | Text = ""
+    dataset: Name | None = None
+    encoding: Encoding | None = None
+    labels: Name | None = None
+    label_field: Text | None = None
+    labels_are: LabelsAre | None = None
+    local_labels: tuple[int, ...] | None = None
+    ignore: tuple[Text, ...] = ()
+
+
+class Row(NamedTuple):
+    """A row of the index, as Python's own values (`rft.shards.index.COLUMNS`)."""
+
+    offset: int
+    length: int
+    crc32: int
+    label: int
+    width: int
+    height: int
+    key: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The index's rows of one shard, where it is, and how its labels are read.
+class Check:
+    """What the deep check of a shard needs: its rows of the index, and how its labels are read.
 
-    `size` is what the store says, in bytes; `sha256` is the manifest's. `ids_known` is whether the
-    rule has the classes' ids: older manifests lack them.
+    `size` is what the store says, in bytes. `index` has the rows of this shard alone. `ids_known`
+    is whether the rule has the classes' ids: older manifests lack them.
     """
 
-    name: str
+    shard: Shard
     place: str
     size: int
-    sha256: str
     index: Index | None
     encoding: dict[str, Any]
     rule: Rule
     ids_known: bool
-    max_pixels: float
 
 
-def verify(url: str, *, deep: bool, workers: int, max_pixels: float = MAX_PIXELS) -> Report:
-    """Check the set at `url`; see the module's text."""
+def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX_PIXELS) -> Report:
+    """Check the set at `url`; see the module's text. `workers` None is one for each core."""
     report = Report(url=url, deep=deep)
     try:
         manifest = Manifest.load(url)
     except ValueError as error:
-        report.problems.append(Problem(what=f"manifest.json cannot be used: {error}"))
+        report.add(f"manifest.json cannot be used: {error}")
         return report
     report.dataset, report.manifest_sha256 = manifest.dataset, manifest.sha256
     report.shards, report.samples = len(manifest.shards), manifest.samples
     report.bytes = sum(shard.bytes for shard in manifest.shards)
     plan = _read_plan(url, manifest, report)
-    report.problems += _check_quarantine(url, manifest)
-    index = _read_index(url, manifest, report)
-    if index is not None:
+    if manifest.quarantined:
+        listed = len((files.find_bytes(files.join(url, QUARANTINE)) or b"").splitlines())
+        if listed != manifest.quarantined:
+            report.add(
+                f"quarantine.jsonl lists {listed} images, the manifest says {manifest.quarantined}"
+            )
+    try:
+        index = Index.read(url, manifest)
+    except ValueError as error:
+        report.add(f"index.npz cannot be used: {error}")
+        index = None
+    else:
         in_range = index.label[(index.label >= 0) & (index.label < len(manifest.classes))]
         report.per_class = np.bincount(in_range, minlength=len(manifest.classes)).tolist()
         report.problems += check_index(manifest, index)
-    _check_shards(manifest, index, plan, report, workers, max_pixels)
+    checks = _check_sizes(manifest, index, plan, max_pixels, report)
+    if not deep:
+        return report
+    names = {shard.sha256: shard.name for shard in manifest.shards}
+    found = for_each("shards", check_shard, checks, workers)
+    for check, (sha256, problems) in zip(checks, found, strict=True):
+        if sha256 != check.shard.sha256 and sha256 in names:
+            report.add(f"holds the bytes of {names[sha256]}", check.shard.name)
+        else:
+            report.problems += problems
     return report
 
 
@@ -169,155 +207,125 @@ def _misplaced(index: Index, rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
     ]
 
 
-class Walked(NamedTuple):
-    """The members of a tar by key and suffix, up to byte `end` if its headers are damaged."""
+def check_shard(check: Check) -> tuple[str, list[Problem]]:
+    """Read all of a shard; return its sha256 and every problem that was found."""
+    try:
+        with open_whole(check.place, check.size) as (stream, sha256):
+            return sha256, list(_check_bytes(stream, sha256, check))
+    except (ValueError, OSError) as error:
+        return "", [Problem(shard=check.shard.name, what=str(error))]
 
-    members: dict[str, dict[str, tar.Member]]
-    end: float
-    problems: list[Problem]
 
-
-def check_rows(stream: IO[bytes], sha256: str, rows: Rows) -> Iterator[Problem]:
+def _check_bytes(stream: IO[bytes], sha256: str, check: Check) -> Iterator[Problem]:
     """Yield every difference between a whole shard and its rows of the index, if there is one."""
-    if sha256 != rows.sha256:
-        what = f"sha256 is {sha256[:16]}..., the manifest says {rows.sha256[:16]}..."
-        yield Problem(shard=rows.name, what=what)
-    members, end, problems = _walk(stream, rows.name)
-    yield from problems
-    if rows.index is None:
+    name = check.shard.name
+    if sha256 != check.shard.sha256:
+        what = f"sha256 is {sha256[:16]}..., the manifest says {check.shard.sha256[:16]}..."
+        yield Problem(shard=name, what=what)
+    members: dict[str, dict[str, tar.Member]] = {}
+    end = yield from _walk(stream, name, members)
+    if check.index is None:
         return
-    keys = [key.decode("ascii", "replace") for key in rows.index.key]
-    for row, key in enumerate(keys):
-        offset = int(rows.index.offset[row])
-        differences = [*_check_payload(stream, rows.index, row, rows.encoding, rows.max_pixels)]
-        if offset < end:
-            differences += _check_members(stream, members.get(key, {}), rows.index, row, rows)
+    rows = _rows(check.index)
+    for row in rows:
+        differences = [*_check_payload(stream, row, check)]
+        if row.offset < end:
+            differences += _check_members(stream, members.get(row.key, {}), row, check)
         for what in differences:
-            yield Problem(shard=rows.name, key=key, offset=offset, what=what)
-    for key in sorted(members.keys() - set(keys)):
+            yield Problem(shard=name, key=row.key, offset=row.offset, what=what)
+    for key in sorted(members.keys() - {row.key for row in rows}):
         first = next(iter(members[key].values()))
         names = ", ".join(member.name for member in members[key].values())
         what = f"the index knows nothing of {names}"
-        yield Problem(shard=rows.name, key=key, offset=first.offset, what=what)
+        yield Problem(shard=name, key=key, offset=first.offset, what=what)
 
 
-def _walk(stream: IO[bytes], shard: str) -> Walked:
-    members: dict[str, dict[str, tar.Member]] = {}
-    problems = []
+def _walk(
+    stream: IO[bytes], shard: str, members: dict[str, dict[str, tar.Member]]
+) -> Generator[Problem, None, float]:
+    """Collect the members of a tar by key and suffix; return the byte where it is damaged."""
     end = 0
     try:
         for member in tar.walk(stream, "the tar"):
             end = member.offset + member.size
-            split = split_name(member.name)
-            if split is None:
+            if (split := split_name(member.name)) is None:
                 continue
             key, suffix = split
             if suffix in members.setdefault(key, {}):
                 what = f"a second member is called {member.name!r}"
-                problems.append(Problem(shard=shard, key=key, offset=member.offset, what=what))
+                yield Problem(shard=shard, key=key, offset=member.offset, what=what)
             members[key][suffix] = member
     except ValueError as error:
-        problems.append(Problem(shard=shard, offset=end, what=str(error)))
-        return Walked(members, end, problems)
-    return Walked(members, math.inf, problems)
+        yield Problem(shard=shard, offset=end, what=str(error))
+        return end
+    return math.inf
 
 
 def _check_members(
-    stream: IO[bytes], found: dict[str, tar.Member], index: Index, row: int, rows: Rows
+    stream: IO[bytes], found: dict[str, tar.Member], row: Row, check: Check
 ) -> Iterator[str]:
     """Yield what is wrong with the members of one row's key."""
-    suffixes = frozenset({"npy"}) if is_array(rows.encoding) else IMAGE_SUFFIXES
-    offset, length = int(index.offset[row]), int(index.length[row])
+    suffixes = frozenset({"npy"}) if is_array(check.encoding) else IMAGE_SUFFIXES
     is_payload = False
     for suffix, member in found.items():
-        if suffix in rows.rule.ignore:
+        if suffix in check.rule.ignore:
             continue
-        if suffix in suffixes and (member.offset, member.size) == (offset, length):
+        if suffix in suffixes and (member.offset, member.size) == (row.offset, row.length):
             is_payload = True
         elif suffix in suffixes:
             yield f"{member.name} lies at {member.offset:,} and has {member.size:,} bytes"
         elif suffix not in OTHER_SUFFIXES:
             yield f"the index knows nothing of {member.name}"
     if not is_payload:
-        yield f"no member of this key with {length:,} bytes lies here"
-    yield from _check_label(stream, found, int(index.label[row]), rows)
+        yield f"no member of this key with {row.length:,} bytes lies here"
+    yield from _check_label(stream, found, row.label, check)
 
 
 def _check_label(
-    stream: IO[bytes], found: dict[str, tar.Member], label: int, rows: Rows
+    stream: IO[bytes], found: dict[str, tar.Member], label: int, check: Check
 ) -> Iterator[str]:
-    suffix = "cls" if rows.rule.label_field is None else "json"
+    suffix = check.rule.label_suffix
     if suffix not in found:
         yield f"there is no .{suffix} with a label"
         return
     here = f"its .{suffix}"
     try:
         data = read_text(stream, found[suffix], here)
-        said = parse_label(data, here, rows.rule)
-        if not rows.ids_known and not POSITION.fullmatch(str(said)):
+        said = parse_label(data, here, check.rule)
+        if not check.ids_known and not POSITION.fullmatch(str(said)):
             return  # it may be one of the ids that the manifest does not hold
-        meant = resolve_label(said, here, rows.rule)
+        if resolve_label(said, here, check.rule) != label:
+            yield f"{here} says {str(said)[:40]!r}, the index has class {label}"
     except ValueError as error:
         yield str(error)
-        return
-    if meant != label:
-        yield f"{here} says {str(said)[:40]!r}, the index has class {label}"
 
 
-def _check_payload(
-    stream: IO[bytes], index: Index, row: int, encoding: dict[str, Any], max_pixels: float
-) -> Iterator[str]:
+def _check_payload(stream: IO[bytes], row: Row, check: Check) -> Iterator[str]:
     """Yield what is wrong with the bytes of one row."""
-    offset, length = int(index.offset[row]), int(index.length[row])
+    encoding, max_pixels = check.encoding, check.rule.max_pixels
     # not read and counted: what is read is allocated first
-    there = min(max(stream.seek(0, os.SEEK_END) - offset, 0), length)
-    if there != length:
-        yield f"cut off: {there:,} of {length:,} bytes are there"
+    there = min(max(stream.seek(0, os.SEEK_END) - row.offset, 0), row.length)
+    if there != row.length:
+        yield f"cut off: {there:,} of {row.length:,} bytes are there"
         return
     try:
-        require_affordable(length, "the payload", max_pixels)
+        require_affordable(row.length, "the payload", max_pixels)
+        stream.seek(row.offset)
+        data = stream.read(row.length)
+        if zlib.crc32(data) != row.crc32:
+            yield "damaged bytes: they do not have the crc32 of the index"
+        elif is_array(encoding):
+            header = npy_header(encoding["size"])
+            if not data.startswith(header) or len(data) != len(header) + 3 * encoding["size"] ** 2:
+                yield "the payload is no array of pixels of the set's size"
+        else:
+            image = load_image(data, "the payload", payload_treatment(encoding), max_pixels)
+            side = encoding.get("size")
+            size = (row.width, row.height) if is_source(encoding) else (side, side)
+            if image.size != size:
+                yield f"the image has {image.size} pixels, not {size}"
     except ValueError as error:
         yield str(error)
-        return
-    stream.seek(offset)
-    data = stream.read(length)
-    if zlib.crc32(data) != index.crc32[row]:
-        yield "damaged bytes: they do not have the crc32 of the index"
-        return
-    size = (int(index.width[row]), int(index.height[row]))
-    try:
-        yield from _check_image(data, size, encoding, max_pixels)
-    except ValueError as error:
-        yield str(error)
-
-
-def _check_image(
-    data: bytes, source_size: tuple[int, int], encoding: dict[str, Any], max_pixels: float
-) -> Iterator[str]:
-    if is_array(encoding):
-        header = npy_header(encoding["size"])
-        if not data.startswith(header) or len(data) != len(header) + 3 * encoding["size"] ** 2:
-            yield "the payload is no array of pixels of the set's size"
-        return
-    treatment = payload_treatment(encoding)
-    image = load_image(data, "the payload", treatment, max_pixels)
-    size = source_size if is_source(encoding) else (encoding["size"], encoding["size"])
-    if image.size != size:
-        yield f"the image has {image.size} pixels, not {size}"
-
-
-@document(config=FOREIGN)
-class RecordedPlan:
-    """What plan.json says of how labels are read; a packer's has no more than `dataset` of it."""
-
-    algorithm: int | Text = ""
-    dataset: Name | None = None
-    encoding: Encoding | None = None
-    labels: Name | None = None
-    label_field: Text | None = None
-    labels_are: LabelsAre | None = None
-    local_labels: tuple[int, ...] | None = None
-    ignore: tuple[Text, ...] = ()
 
 
 def _read_plan(url: str, manifest: Manifest, report: Report) -> RecordedPlan:
@@ -328,36 +336,28 @@ def _read_plan(url: str, manifest: Manifest, report: Report) -> RecordedPlan:
         if data is None:
             return RecordedPlan()
         if files.sha256_json(documents.parse(data, path)) != manifest.plan_hash:
-            report.problems.append(
-                Problem(what="plan.json is not the plan that the manifest names")
-            )
-            return RecordedPlan()
+            raise ValueError("plan.json is not the plan that the manifest names")
         plan = documents.decode(data, RecordedPlan, path)
     except ValueError as error:
-        report.problems.append(Problem(what=str(error)))
+        report.add(str(error))
         return RecordedPlan()
+    edited = "the manifest was edited"
     scoring = scoring_hash(
         manifest.class_ids, manifest.classes, manifest.templates, manifest.groups
     )
     if manifest.class_ids and plan.labels not in (None, scoring):
-        what = "its classes, prompts or groups are not those of plan.json: the manifest was edited"
-        report.problems.append(Problem(what=what))
+        report.add(f"its classes, prompts or groups are not those of plan.json: {edited}")
     # a reader would treat or crop the images in another way than the packer meant
     if plan.encoding not in (None, manifest.encoding):
-        what = (
-            f"its encoding is not that of plan.json "
-            f"({_difference(manifest.encoding, plan.encoding)}): the manifest was edited"
-        )
-        report.problems.append(Problem(what=what))
+        differs = _difference(manifest.encoding, plan.encoding)
+        report.add(f"its encoding is not that of plan.json ({differs}): {edited}")
     if plan.dataset not in (None, manifest.dataset):
-        what = (
-            f"its dataset is {manifest.dataset!r}, that of plan.json is {plan.dataset!r}: the "
-            f"manifest was edited"
+        report.add(
+            f"its dataset is {manifest.dataset!r}, that of plan.json is {plan.dataset!r}: {edited}"
         )
-        report.problems.append(Problem(what=what))
     local = plan.local_labels
     for fault in () if local is None else group_faults([local], len(manifest.classes)):
-        report.problems.append(Problem(what=f"local_labels of plan.json: {fault}"))
+        report.add(f"local_labels of plan.json: {fault}")
         return RecordedPlan()
     return plan
 
@@ -371,102 +371,52 @@ def _difference(encoding: dict[str, Any], planned: dict[str, Any]) -> str:
     return "in the order of its fields"
 
 
-def _check_quarantine(url: str, manifest: Manifest) -> Iterator[Problem]:
-    """Yield whether the images that were left out are listed, with their reasons."""
-    path = files.join(url, QUARANTINE)
-    if manifest.quarantined == 0:
-        return
-    listed = len((files.find_bytes(path) or b"").splitlines())
-    if listed != manifest.quarantined:
-        what = f"quarantine.jsonl lists {listed} images, the manifest says {manifest.quarantined}"
-        yield Problem(what=what)
-
-
-def _read_index(url: str, manifest: Manifest, report: Report) -> Index | None:
-    try:
-        return Index.read(url, manifest)
-    except ValueError as error:
-        report.problems.append(Problem(what=f"index.npz cannot be used: {error}"))
-        return None
-
-
-def _rule(manifest: Manifest, plan: RecordedPlan) -> Rule:
-    """Return how the labels of a set's shards are read."""
-    # no LabelSpace, which refuses what older versions packed: a single class, names without words
-    labels = Classes(
-        ids=tuple(map(composed, manifest.class_ids)), names=tuple(map(composed, manifest.classes))
-    )
-    indexed = plan.algorithm == ALGORITHM
-    return Rule(
-        labels=labels,
-        groups=manifest.groups,
-        local=plan.local_labels,
-        label_field=plan.label_field,
-        labels_are=plan.labels_are if indexed else "positions",  # as the packer writes them
-        ignore=frozenset(plan.ignore),
-    )
-
-
-def _check_shards(
+def _check_sizes(
     manifest: Manifest,
     index: Index | None,
     plan: RecordedPlan,
-    report: Report,
-    workers: int,
     max_pixels: float,
-) -> None:
-    """Add what is wrong with the shards themselves."""
+    report: Report,
+) -> list[Check]:
+    """Note shards that are absent or have another size; return what to read of the others."""
     note_other_stores(report.url, manifest)
     places = [files.resolve(report.url, shard.name) for shard in manifest.shards]
     with ThreadPoolExecutor(SIZE_THREADS) as pool:
         sizes = list(pool.map(_size_or_reason, places))
-    bounds = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-    rule = _rule(manifest, plan)
-    jobs = []
-    for number, (shard, place, size) in enumerate(zip(manifest.shards, places, sizes, strict=True)):
+    rule = Rule(
+        # no LabelSpace, which refuses what older versions packed: a single class, names without
+        # words
+        labels=Classes(
+            ids=tuple(map(composed, manifest.class_ids)),
+            names=tuple(map(composed, manifest.classes)),
+        ),
+        groups=manifest.groups,
+        local=plan.local_labels,
+        label_field=plan.label_field,
+        # as the packer writes them
+        labels_are=plan.labels_are if plan.algorithm == ALGORITHM else "positions",
+        ignore=frozenset(plan.ignore),
+        max_pixels=max_pixels,
+    )
+    checks, stop = [], 0
+    for shard, place, size in zip(manifest.shards, places, sizes, strict=True):
+        start, stop = stop, stop + shard.samples
         if isinstance(size, str):
-            report.problems.append(Problem(shard=shard.name, what=size))
+            report.add(size, shard.name)
             continue
         if size != shard.bytes:
-            what = f"has {size:,} bytes, the manifest says {shard.bytes:,}"
-            report.problems.append(Problem(shard=shard.name, what=what))
-        rows = Rows(
-            name=shard.name,
+            report.add(f"has {size:,} bytes, the manifest says {shard.bytes:,}", shard.name)
+        check = Check(
+            shard=shard,
             place=place,
             size=size,
-            sha256=shard.sha256,
-            index=None if index is None else _cut(index, bounds[number], bounds[number + 1]),
+            index=index and _part(index, start, stop),
             encoding=manifest.encoding,
             rule=rule,
             ids_known=bool(manifest.class_ids),
-            max_pixels=max_pixels,
         )
-        jobs.append(rows)
-    if not report.deep:
-        return
-    names = {shard.sha256: shard.name for shard in manifest.shards}
-    for rows, checked in zip(jobs, for_each("shards", check_shard, jobs, workers), strict=True):
-        if checked.sha256 != rows.sha256 and checked.sha256 in names:
-            what = f"holds the bytes of {names[checked.sha256]}"
-            report.problems.append(Problem(shard=rows.name, what=what))
-        else:
-            report.problems += checked.problems
-
-
-class Checked(NamedTuple):
-    """The hash of a shard that was read, and what is wrong with it."""
-
-    sha256: str
-    problems: list[Problem]
-
-
-def check_shard(rows: Rows) -> Checked:
-    """Check one shard, reading all of it."""
-    try:
-        with open_whole(rows.place, rows.size) as (stream, sha256):
-            return Checked(sha256, list(check_rows(stream, sha256, rows)))
-    except (ValueError, OSError) as error:
-        return Checked("", [Problem(shard=rows.name, what=str(error))])
+        checks.append(check)
+    return checks
 
 
 def _size_or_reason(url: str) -> int | str:
@@ -476,7 +426,11 @@ def _size_or_reason(url: str) -> int | str:
         return str(error)
 
 
-def _cut(index: Index, start: int, stop: int) -> Index:
-    return Index(
-        **{column.name: getattr(index, column.name)[start:stop] for column in fields(index)}
-    )
+def _part(index: Index, start: int, stop: int) -> Index:
+    return Index(**{name: getattr(index, name)[start:stop] for name in COLUMNS})
+
+
+def _rows(index: Index) -> list[Row]:
+    columns = {name: getattr(index, name).tolist() for name in COLUMNS}
+    columns["key"] = [key.decode("ascii", "replace") for key in columns["key"]]
+    return list(map(Row, *columns.values()))

@@ -34,7 +34,7 @@ from rft.packing import pack as packing
 from rft.packing.encode import to_jpeg
 from rft.packing.layouts import read_source
 from rft.packing.pack import Options, make_jobs, make_plan, pack, parse_task, shuffle
-from rft.packing.shard import write_shard
+from rft.packing.shard import Commit, write_shard
 from rft.packing.shard_writer import ShardWriter
 from rft.packing.source import Item
 from rft.shards.images import Kind, clip_pixels, clip_square, load_image
@@ -830,11 +830,14 @@ def test_finalize_counts_over_all_tasks(broken: Path, tmp_path: Path) -> None:
     (broken / "imagenet-r" / "n01" / "7.jpg").unlink()
     plan = make_plan(read_source("imagenet-r", broken, LABELS), LABELS, PIXELS)
     packing.claim(plan, str(tmp_path / "imagenet-r"))
-    for job in make_jobs(plan, str(tmp_path / "imagenet-r"), max_bad=1):
+    jobs = make_jobs(plan, str(tmp_path / "imagenet-r"), max_bad=1)
+    for job in jobs:
         write_shard(job)
+    commits = [Commit.load(job) for job in jobs]
     with pytest.raises(ValueError, match=r"2 images cannot be read, --max-bad allows 1 \(n0"):
-        packing.finalize(plan, str(tmp_path / "imagenet-r"), max_bad=1)
-    assert packing.finalize(plan, str(tmp_path / "imagenet-r"), max_bad=2).quarantined == 2
+        packing.finalize(plan, str(tmp_path / "imagenet-r"), commits, max_bad=1)
+    manifest = packing.finalize(plan, str(tmp_path / "imagenet-r"), commits, max_bad=2)
+    assert manifest.quarantined == 2
 
 
 def test_repaired_images_are_tried_again(broken: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.waiting import until
-from rft.packing.pool import check_workers, for_each
+from rft.packing.pool import for_each
 from rft.storage import files
 
 
@@ -116,5 +116,10 @@ def test_what_cleans_up_is_not_interrupted(tmp_path: Path) -> None:
 
 
 def test_number_of_workers() -> None:
-    assert check_workers(3) == 3
-    assert check_workers(None) >= 1
+    """None is one for each core."""
+    assert for_each("work", double, [1], None) == [2]
+
+
+@pytest.mark.slow
+def test_a_worker_for_each_core() -> None:
+    assert for_each("work", double, [1, 2, 3], None) == [2, 4, 6]

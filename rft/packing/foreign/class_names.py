@@ -2,43 +2,37 @@
 
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from rft.classes import composed
 from rft.shards.label_space import LabelSpace
 
 
-@dataclass(frozen=True, kw_only=True)
 class Names:
-    """Numbers by the texts that name them, as written and in `loose_form`."""
+    """Numbers by the texts that name them, as written and in `loose_form`; a text may have several.
 
-    exact: dict[str, list[int]]
-    loose: dict[str, list[int]]
+    `exact` has the texts as written, in Unicode's composed form and without spaces around them.
+    """
 
-    @staticmethod
-    def of(texts: Iterable[tuple[str, int]]) -> "Names":
-        """Return the lookup of texts, each with its number; a text may have several."""
-        exact: dict[str, set[int]] = {}
-        loose: dict[str, set[int]] = {}
+    def __init__(self, texts: Iterable[tuple[str, int]]) -> None:
+        self.exact: dict[str, set[int]] = defaultdict(set)
+        self._loose: dict[str, set[int]] = defaultdict(set)
         for text, number in texts:
-            exact.setdefault(composed(text).strip(), set()).add(number)
-            loose.setdefault(loose_form(text), set()).add(number)
-        loose.pop("", None)
-        return Names(
-            exact={text: sorted(numbers) for text, numbers in exact.items()},
-            loose={text: sorted(numbers) for text, numbers in loose.items()},
-        )
+            self.exact[composed(text).strip()].add(number)
+            self._loose[loose_form(text)].add(number)
+        self._loose.pop("", None)
 
     def find(self, name: str) -> list[int]:
         """Return the numbers that a name means, in order: as written, else by its loose form."""
-        return self.exact.get(composed(name).strip()) or self.loose.get(loose_form(name), [])
+        exact = self.exact.get(composed(name).strip())
+        return sorted(exact or self._loose.get(loose_form(name), ()))
 
 
 def names_of(labels: LabelSpace) -> Names:
     """Return the lookup of class ids by folder names and class names."""
     pairs = enumerate(zip(labels.ids, labels.names, strict=True))
-    return Names.of((text, class_id) for class_id, texts in pairs for text in texts)
+    return Names((text, class_id) for class_id, texts in pairs for text in texts)
 
 
 # Runs of separators, in a text of `_shape`'s letters: w letter or mark, d digit, _ space or

@@ -33,7 +33,7 @@ from rft.packing.foreign.samples import (
     shard_size,
     whole_url,
 )
-from rft.packing.pool import check_workers, for_each
+from rft.packing.pool import for_each
 from rft.shards import tar
 from rft.shards.folder import INDEX, MANIFEST, PLAN
 from rft.shards.image_files import IMAGE_SUFFIXES, require_affordable
@@ -80,7 +80,6 @@ def index_shards(
         ValueError: if a shard, a sample, a label or an option is not right, or `out` already holds
             another data set.
     """
-    workers = check_workers(options.workers)
     urls = [whole_url(url) for url in expand(patterns)]
     dataset = options.dataset or files.name_of(out)
     require_named(out, dataset)
@@ -90,7 +89,7 @@ def index_shards(
     with ThreadPoolExecutor(SIZE_THREADS) as pool:
         sizes = list(pool.map(shard_size, urls))
     jobs = list(zip(urls, sizes, strict=True))
-    found = for_each(f"{dataset}: shards", partial(read_shard, rule=rule), jobs, workers)
+    found = for_each(f"{dataset}: shards", partial(read_shard, rule=rule), jobs, options.workers)
     _require_different(urls, found)
     samples = sum(len(shard.rows["key"]) for shard in found)
     check_count(dataset, samples, labels, allowed)
@@ -110,7 +109,7 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
     found = Found(bytes=size)
     with open_whole(where, size) as (stream, found.sha256):
         for sample in read_samples(stream, where, found.passed_over):
-            image = pick_image(sample, where, rule.ignore, found.passed_over)
+            image = _pick_image(sample, where, rule.ignore, found.passed_over)
             at = f"{where}, key {sample.key!r}"
             what = f"{at}: the image"
             require_affordable(image.size, what, rule.max_pixels)
@@ -143,14 +142,10 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
     return found
 
 
-def pick_image(
+def _pick_image(
     sample: Sample, where: str, ignore: frozenset[str], passed_over: Counter[str]
 ) -> tar.Member:
-    """Return the image of a sample; ignored suffixes are counted in `passed_over`.
-
-    Raises:
-        ValueError: if there is no image, there are two, or a suffix is unknown.
-    """
+    """Return the one image of a sample; ignored suffixes are counted in `passed_over`."""
     images = []
     for suffix, member in sample.members.items():
         if suffix in ignore:
@@ -180,9 +175,8 @@ def _encode_key(key: str, where: str) -> bytes:
 def _require_different(urls: Sequence[str], found: Sequence[Found]) -> None:
     first: dict[str, str] = {}
     for url, shard in zip(urls, found, strict=True):
-        if shard.sha256 in first:
-            raise ValueError(f"{first[shard.sha256]} and {url} hold the same bytes; name one")
-        first[shard.sha256] = url
+        if (other := first.setdefault(shard.sha256, url)) != url:
+            raise ValueError(f"{other} and {url} hold the same bytes; name one")
 
 
 def _assemble(
@@ -269,7 +263,8 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
         raise ValueError(f"{out} is being packed; finish that or choose another --out")
     elif files.exists(index_url) and not files.exists(plan_url):
         raise ValueError(f"{out} has an index.npz that is not ours; choose another --out")
-    if not _holds(plan_url, plan):
+    data = files.find_bytes(plan_url)
+    if data is None or documents.parse(data, plan_url) != plan:
         files.write_json(plan_url, plan)
     if files.find_bytes(index_url) != index:
         files.write_bytes(index_url, index)
@@ -277,22 +272,14 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
         manifest.save(out)
 
 
-def _holds(url: str, document: Any) -> bool:
-    data = files.find_bytes(url)
-    return data is not None and documents.parse(data, url) == document
-
-
 def _say(found: Sequence[Found]) -> None:
     """Print what was passed over, which images are read as they are stored, and repeated keys.
 
     The split by image id minds repeated keys.
     """
-    total: Counter[str] = Counter()
-    as_stored: Counter[str] = Counter()
-    for shard in found:
-        total += shard.passed_over
-        as_stored += shard.as_stored
-    for what, count in sorted(total.items()):
+    as_stored = sum((shard.as_stored for shard in found), Counter())
+    passed_over = sum((shard.passed_over for shard in found), Counter())
+    for what, count in sorted(passed_over.items()):
         log.info(f"passed over: {count:,} {what}")
     if count := as_stored["turned"]:
         log.warning(

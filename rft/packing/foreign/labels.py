@@ -18,7 +18,7 @@ def read_label(stream: IO[bytes], sample: Sample, where: str, rule: Rule) -> int
     Raises:
         ValueError: if it has no label, or the label is no class.
     """
-    wanted = "json" if rule.label_field is not None else "cls"
+    wanted = rule.label_suffix
     if wanted not in sample.members:
         hint = ""
         if wanted == "cls" and "json" in sample.members:
@@ -53,19 +53,17 @@ def contradiction(stream: IO[bytes], sample: Sample, class_id: int, rule: Rule) 
     return ""
 
 
-def _fields(text: str) -> list[tuple[str, Any]] | None:
-    """Return the fields of a JSON object in their order, repeated ones too; None for other JSON.
+class Fields(list[tuple[str, Any]]):
+    """The fields of a JSON object in their order, repeated ones too."""
 
-    The JSON is not ours: it may hold NaN, and repeat what is no label.
+
+def _fields(text: str) -> Fields | None:
+    """Read a JSON object, which is not ours: it may hold NaN, and repeat what is no label.
+
+    None for other JSON.
     """
-    outermost: list[tuple[str, Any]] = []
-
-    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        nonlocal outermost
-        outermost = pairs  # the last object to be closed
-        return dict(pairs)
-
-    return outermost if isinstance(json.loads(text, object_pairs_hook=keep), dict) else None
+    said = json.loads(text, object_pairs_hook=Fields)
+    return said if isinstance(said, Fields) else None
 
 
 def _meanings(text: str, rule: Rule) -> set[int]:
@@ -94,8 +92,7 @@ def parse_label(data: bytes, where: str, rule: Rule) -> int | str:
         text = data.decode("utf-8").strip()
         said = None if rule.label_field is None else _fields(text)
     except (ValueError, RecursionError) as error:  # no UTF-8, or no JSON
-        suffix = "cls" if rule.label_field is None else "json"
-        raise ValueError(f"{where}: its .{suffix} is not readable: {error}") from error
+        raise ValueError(f"{where}: its .{rule.label_suffix} is not readable: {error}") from error
     if rule.label_field is not None:
         return _json_label(said, rule.label_field, where)
     return int(text) if POSITION.fullmatch(text) else composed(text)

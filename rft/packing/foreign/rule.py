@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,6 @@ from rft.packing.objectnet import folder_labels, objectnet_groups
 from rft.sets import BENCHMARKS
 from rft.shards.images import Side
 from rft.shards.label_space import LabelSpace
-from rft.shards.manifest import group_faults
 from rft.storage import files
 from rft.storage.documents import Megapixels, Positive, document
 
@@ -83,13 +83,17 @@ class Rule:
     crop_border: int = 0
     max_pixels: float = MAX_PIXELS
 
+    @property
+    def label_suffix(self) -> str:
+        """Suffix of the member that holds a sample's label."""
+        return "cls" if self.label_field is None else "json"
+
     @cached_property
     def scored(self) -> frozenset[int]:
         """Class ids that a label may be."""
-        groups = self.groups
-        if groups is None:
+        if self.groups is None:
             return frozenset(range(len(self.labels)))
-        return frozenset(class_id for group in groups for class_id in group)
+        return frozenset(chain(*self.groups))
 
     @cached_property
     def positions(self) -> Sequence[int]:
@@ -126,7 +130,7 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
     """Return how labels are read and the set is scored; see Options.
 
     Raises:
-        ValueError: if local class names do not map onto the label space, or nothing is scored.
+        ValueError: if local class names do not map onto the label space.
     """
     places = [] if options.skip_beside else list(dict.fromkeys(map(parent, urls)))
     _require_nshards(urls, [folder for folder in places if folder])
@@ -140,14 +144,13 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
         if names is not None:
             local = _objectnet_labels(names, source, members, Path(options.mappings))
     else:
-        subset = published_subset(dataset, labels)
+        published = published_classes(dataset, labels)
+        subset = None if published is None else tuple(sorted(map(labels.ids.index, published)))
         local = None if names is None else local_labels(names, source, labels, subset)
         groups = _groups(dataset, labels, subset, local)
     border = options.crop_border
     if border is None:
         border = BENCHMARKS[dataset].border if dataset in BENCHMARKS else 0
-    for fault in () if groups is None else group_faults(groups, len(labels)):
-        raise ValueError(f"{dataset} cannot be scored: {fault}")
     return Rule(
         labels=labels.classes,
         groups=groups,
@@ -198,12 +201,6 @@ def local_labels(
     return tuple(found)
 
 
-def published_subset(dataset: str, labels: LabelSpace) -> tuple[int, ...] | None:
-    """Return the class ids of a set that is published for some of ImageNet's; None for others."""
-    folders = published_classes(dataset, labels)
-    return None if folders is None else tuple(sorted(labels.ids.index(name) for name in folders))
-
-
 def _groups(
     dataset: str,
     labels: LabelSpace,
@@ -233,8 +230,9 @@ def _objectnet_labels(
     """Return a class id for each of ObjectNet's own class names; any of its group is as good."""
     label_of_folder = folder_labels(mappings)
     folders = list(groups)
-    texts = [(text, n) for n, name in enumerate(folders) for text in (name, label_of_folder[name])]
-    known = Names.of(texts)
+    known = Names(
+        (text, n) for n, name in enumerate(folders) for text in (name, label_of_folder[name])
+    )
     found: dict[str, int] = {}
     for name in names:
         candidates = [folders[number] for number in known.find(name)]
@@ -257,10 +255,7 @@ def _local_names(
 ) -> tuple[list[str] | None, str]:
     """Return the names that label numbers count, if they count no class ids, and their file.
 
-    Args:
-        folders: of the shards; None is that of shards without one.
-        labels: the label space.
-        given: `--local-classes`.
+    `folders` are those of the shards, None for shards without one; `given` is `--local-classes`.
     """
     if given is not None:
         return _lines(files.read_bytes(given, NAMES_BYTES), given), given

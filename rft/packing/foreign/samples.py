@@ -6,25 +6,21 @@ does this, but they are counted.
 """
 
 import hashlib
-import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
 
 from rft.shards import tar
-from rft.shards.manifest import Shard
-from rft.shards.ranges import Shards
-from rft.storage import files, local
-from rft.storage.remote import REQUEST_BYTES
+from rft.storage import files, local, remote
 
 PASSED_OVER_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
-REQUESTS_AT_ONCE = 4  # requests for one remote shard under way at a time
 TEXT_BYTES = 2**20  # of a .cls or .json
 SIZE_THREADS = 16  # asking for sizes is latency-bound
 
@@ -58,22 +54,17 @@ def shard_size(url: str) -> int:
         ValueError: if it does not exist, is a folder, or its store reports no size.
     """
     try:
-        size = files.size(url)
+        return files.size(url)
     except FileNotFoundError as error:
         raise ValueError(f"no such shard: {url}") from error
     except IsADirectoryError as error:
-        raise ValueError(f"{url} is a folder, not a shard; {_shards_in(url)}") from error
-    return size
-
-
-def _shards_in(folder: str) -> str:
-    """Return how to name the shards of a folder."""
-    tars = [name for name in files.names(folder) if name.endswith(".tar")]
-    found = ""
-    if tars:
-        found = f"of its {len(tars)} .tar files the first is {tars[0]}, the last {tars[-1]}; "
-    pattern = files.join(folder, "{000000..000123}.tar")
-    return f"{found}name its shards, such as '{pattern}'"
+        found, tars = "", [name for name in files.names(url) if name.endswith(".tar")]
+        if tars:
+            found = f"of its {len(tars)} .tar files the first is {tars[0]}, the last {tars[-1]}; "
+        pattern = files.join(url, "{000000..000123}.tar")
+        raise ValueError(
+            f"{url} is a folder, not a shard; {found}name its shards, such as '{pattern}'"
+        ) from error
 
 
 @contextmanager
@@ -85,33 +76,23 @@ def open_whole(url: str, size: int) -> Iterator[tuple[IO[bytes], str]]:
     Raises:
         ValueError: if it is not there or cannot be read.
     """
-    fs, path = files.open_store(url)
-    if isinstance(fs, LocalFileSystem):
-        try:
-            descriptor = local.open_regular(path)
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise ValueError(f"no such shard: {url}") from error
-        with os.fdopen(descriptor, "rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            stream.seek(0)
-            yield stream, sha256
-        return
-    digest = hashlib.sha256()
-    with tempfile.TemporaryFile() as stream:
-        for data in _blocks(url, size):
-            digest.update(data)
-            stream.write(data)
+
+    async def bring(fs: Any, path: str) -> IO[bytes]:
+        with ExitStack() as stack:
+            # without a name, so that not even a killed process leaves it behind
+            copy = stack.enter_context(tempfile.TemporaryFile())
+            await remote.fill(copy.fileno(), size, partial(remote.read_range, fs, path))
+            stack.pop_all()
+            return copy
+
+    try:
+        stream = files.ask(url, "read", bring, local.reader)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"no such shard: {url}") from error
+    with stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         stream.seek(0)
-        yield stream, digest.hexdigest()
-
-
-def _blocks(url: str, size: int) -> Iterator[bytes]:
-    # its hash is not known yet; only a cache would ask for it
-    shards = Shards("", [Shard(name=url, bytes=size, sha256="0" * 64, samples=0)])
-    starts = range(0, size, REQUEST_BYTES)
-    for first in range(0, len(starts), REQUESTS_AT_ONCE):
-        wanted = starts[first : first + REQUESTS_AT_ONCE]
-        yield from shards.ranges([(0, n, min(REQUEST_BYTES, size - n)) for n in wanted])
+        yield stream, sha256
 
 
 def split_name(name: str) -> tuple[str, str] | None:
