@@ -3,8 +3,8 @@
 Bytes of shards, order of samples, weights, counts, reports, --help; and whether NEW resumes and
 reads the runs of OLD. Only public commands are used, so modules may lie anywhere in either tree.
 Takes ten minutes. Writes versions.json and versions.md, which has the lines of each folder too, and
-help.diff of all texts that commands printed; exit code 1 if anything differs. Not compared, because it differs between two runs of one
-tree or names its commit:
+help.diff of all texts that commands printed; exit code 1 if anything differs. Not compared, because
+it differs between two runs of one tree or names its commit:
 
 - provenance.json, and "provenance" in other JSON files
 - tensorboard/, the columns of metrics.jsonl that are not in COLUMNS, what packing prints, "seconds"
