@@ -92,8 +92,8 @@ def make(arguments: Demo, chosen: Study) -> None:
     for stage in stages:
         if not is_done(stage, chosen.data):
             run(stage.name, local(stage.command, arguments.processes))
-    table = write_report([Path(path) for one in stages for path in one.makes], Path(chosen.report))
-    print(f"\n{table}\ndone in {time.perf_counter() - started:.0f} s")
+    made = write_report([Path(path) for one in stages for path in one.makes], Path(chosen.report))
+    print(f"\n{made.text()}\ndone in {time.perf_counter() - started:.0f} s")
     print(f"report: {Path(chosen.report) / 'index.html'}")
 
 

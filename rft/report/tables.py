@@ -79,20 +79,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """OOD average of a recipe minus a baseline's, seed by seed."""
-
-    per_seed: tuple[float, ...]
-    spread: Spread
-
-
-@dataclass(frozen=True)
 class DifferenceRow:
-    """One recipe against each of BASELINES; None where seeds do not match or a set is absent."""
+    """OOD average of a recipe minus that of each of BASELINES."""
 
     recipe: str
     seeds: tuple[int, ...]
-    against: tuple[Difference | None, ...]
+    against: tuple[tuple[float, ...] | None, ...]
+    """Seed by seed; None where seeds do not match or a set is absent."""
 
 
 @dataclass(frozen=True)
@@ -184,16 +177,15 @@ def result_rows(runs: Sequence[Run]) -> list[Row]:
     rows = []
     for recipe, members in by_recipe(runs).items():
         columns = zip(*(accuracies(run) for run in members), strict=True)
-        cells = [_cell([value for value in column if value is not None]) for column in columns]
-        seeds = tuple(run.seed for run in members)
-        # the same for all of them (runs.check_same_settings)
-        rows.append(Row(recipe, seeds, tuple(cells), members[0].precision))
+        # all seeds of a recipe have the same sets, so it is all or none
+        cells = tuple(
+            summarise(values) if (values := [v for v in column if v is not None]) else None
+            for column in columns
+        )
+        # the same for all seeds, too (rft.report.read)
+        precision = members[0].precision
+        rows.append(Row(recipe, tuple(run.seed for run in members), cells, precision))
     return rows
-
-
-def _cell(values: list[float]) -> Spread | None:
-    # all seeds of a recipe have the same sets (runs.check_same_data), so it is all or none
-    return summarise(values) if values else None
 
 
 def best(rows: Sequence[Row]) -> list[set[int]]:
@@ -233,29 +225,23 @@ def difference_rows(runs: Sequence[Run]) -> list[DifferenceRow]:
     return rows
 
 
-def paired(values: dict[int, float], baseline: dict[int, float]) -> Difference | None:
-    """Return seed -> value minus seed -> baseline, or None unless both have the same seeds."""
+def paired(values: dict[int, float], baseline: dict[int, float]) -> tuple[float, ...] | None:
+    """Return each seed's value minus its baseline's, or None unless both have the same seeds."""
     if not values or values.keys() != baseline.keys():
         return None
-    per_seed = tuple(values[seed] - baseline[seed] for seed in sorted(values))
-    return Difference(per_seed, summarise(per_seed))
+    return tuple(values[seed] - baseline[seed] for seed in sorted(values))
 
 
 def difference_cells(row: DifferenceRow) -> list[str]:
     """Return for each baseline the mean difference and the seeds' own, as text."""
     cells = []
-    for difference in row.against:
-        if difference is None:
+    for values in row.against:
+        if values is None:
             cells += [ABSENT, ABSENT]
-            continue
-        cells.append(difference.spread.text(2, "+"))
-        cells.append(" ".join(f"{value:+z.2f}" for value in difference.per_seed))
+        else:
+            by_seed = " ".join(f"{value:+z.2f}" for value in values)
+            cells += [summarise(values).text(2, "+"), by_seed]
     return cells
-
-
-def difference_header() -> list[str]:
-    """Return the headings of `difference_cells`."""
-    return [text for name in BASELINES for text in (f"vs {name}", "by seed")]
 
 
 def text_tables(
@@ -275,24 +261,21 @@ def text_tables(
         (row.recipe, len(row.seeds), [(text, False) for text in difference_cells(row)])
         for row in differences
     ]
-    return [results, TextTable(DIFFERENCE_CAPTION, difference_header(), lines)]
+    header = [text for name in BASELINES for text in (f"vs {name}", "by seed")]
+    return [results, TextTable(DIFFERENCE_CAPTION, header, lines)]
 
 
 def markdown(tables: Sequence[TextTable]) -> str:
     """Return tables as Markdown."""
     lines = []
     for table in tables:
-        lines += markdown_head("recipe", "n", *table.header)
+        lines.append(markdown_line("recipe", "n", *table.header))
+        lines.append(markdown_line("---", *["--:"] * (1 + len(table.header))))
         for recipe, n, cells in table.lines:
             texts = [f"**{text}**" if is_best else text for text, is_best in cells]
             lines.append(markdown_line(markdown_escape(recipe), str(n), *texts))
         lines += ["", markdown_escape(table.caption), ""]
     return "\n".join(lines)
-
-
-def markdown_head(*cells: str) -> list[str]:
-    """Return the heading of a table whose numbers stand on the right."""
-    return [markdown_line(*cells), markdown_line("---", *["--:" for _ in cells[1:]])]
 
 
 def markdown_line(*cells: str) -> str:

@@ -90,7 +90,7 @@ def test_ours_stands_above_the_papers_and_what_was_not_run_alone():
     assert [line.source for line in lines].count("here") == 1
     assert [line.recipe for line in lines][:4] == ["zero-shot", "vanilla", "", "wise-ft-0.5"]
     ours, theirs = lines[1:3]
-    assert (ours.ours, theirs.ours) == (True, False)
+    assert (ours.source, theirs.source) == ("here", "paper")
     # the points stand below each other
     assert ours.cells == (" 9.0+-0.0", *(f"{value:.1f}+-0.0" for value in (*ALL[1:], 40)))
     assert theirs.cells == ("75.9", "64.7", "57.0", "39.8", "39.5", "20.0", "44.2")

@@ -445,13 +445,12 @@ def report(world: Path, folder: Path) -> Target:
             (folder / "run/training.json").unlink()
         found = load_runs([folder / "run", folder / "zero"])
         rows = tables.result_rows(found)
-        differences = tables.difference_rows(found)
         paper = beside.beside(found, rows)
         page = Page(
             runs=found,
             rows=rows,
-            shown=rows,
-            differences=differences,
+            hidden=0,
+            tables=tables.text_tables(rows, tables.difference_rows(found)),
             beside=paper,
             pictures=dict.fromkeys(PICTURES),
             gallery_run=None,
