@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rich.table import Table as RichTable
-from rich.text import Text
 from scipy.stats import spearmanr
 
 from rft.paper import Published, all_published, model_name, published
 from rft.report import tables
 from rft.report.read import Run
-from rft.report.tables import ABSENT, COLUMNS, OOD_COLUMN, PLUS_MINUS, Row
+from rft.report.tables import ABSENT, COLUMNS, FIGURE_SPACE, OOD_COLUMN, Row, TextTable
 
 MIN_RANKED = 3  # the order of fewer rows says nothing
 HERE, PAPER = "here", "paper"
@@ -23,21 +21,11 @@ class Pair(NamedTuple):
     ours: Row | None
 
 
-class Line(NamedTuple):
-    """One line of the table as text."""
-
-    recipe: str
-    """Empty on the second line of a pair."""
-    source: str
-    """HERE or PAPER."""
-    cells: tuple[str, ...]
-
-
 class Beside(NamedTuple):
     """The table beside the paper's."""
 
     pairs: list[Pair]
-    caption: str
+    text: TextTable
 
 
 def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
@@ -61,7 +49,9 @@ def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
         return None
     named = f"{model}, here {', '.join(clips)}" if clips else model
     parts = [*_caption(pairs, named, scales), tables.precisions(rows).strip()]
-    return Beside(pairs, " ".join(part for part in parts if part))
+    caption = " ".join(part for part in parts if part)
+    text = TextTable(caption, ["", *COLUMNS], text_lines(pairs), justify="left")
+    return Beside(pairs, text)
 
 
 def _caption(pairs: Sequence[Pair], model: str, scales: set[str]) -> list[str]:
@@ -111,45 +101,27 @@ def rank_correlation(pairs: Sequence[Pair]) -> tuple[float, int] | None:
     return float(spearmanr(here, paper).statistic), len(averages)
 
 
-def table_lines(pairs: Sequence[Pair], join: str = f" {PLUS_MINUS} ", pad: str = " ") -> list[Line]:
-    """Return the table as text: two lines a recipe, ours first, or the paper's alone.
+def text_lines(pairs: Sequence[Pair]) -> list[tuple[str, str, list[tuple[str, bool]]]]:
+    """Return the lines of the table as text: two of a recipe, ours first, or the paper's alone.
 
-    `pad` stands before a single digit, so that the points of all numbers are below each other.
+    Ours stand out. A recipe's name is on the first of its lines only.
     """
-
-    def aligned(text: str) -> str:
-        return f"{pad}{text}" if text.index(".") == 1 else text
-
     lines = []
     for row, ours in pairs:
         if ours is not None:
-            cells = (
-                ABSENT if cell is None else aligned(cell.text(join=join)) for cell in ours.cells
-            )
-            lines.append(Line(row.recipe, HERE, tuple(cells)))
-        printed = (ABSENT if value is None else aligned(f"{value:.1f}") for value in row.percent)
-        lines.append(Line(row.recipe if ours is None else "", PAPER, tuple(printed)))
+            texts = [None if cell is None else cell.text() for cell in ours.cells]
+            lines.append((row.recipe, HERE, [(_aligned(text), True) for text in texts]))
+        texts = [None if value is None else f"{value:.1f}" for value in row.percent]
+        name = row.recipe if ours is None else ""
+        lines.append((name, PAPER, [(_aligned(text), False) for text in texts]))
     return lines
 
 
-def rich_table(table: Beside) -> RichTable:
-    """Return the table for a console of 100 columns, in ASCII."""
-    found = tables.rich_table(table.caption, "", *COLUMNS, justify="left")
-    for recipe, source, texts in table_lines(table.pairs, join="+-"):
-        cells = [Text(text, style="bold" if source == HERE else "") for text in texts]
-        found.add_row(tables.rich_name(recipe), Text(source), *cells)
-    return found
-
-
-def markdown(table: Beside) -> str:
-    """Return the table as Markdown."""
-    lines = [
-        tables.markdown_line("recipe", "", *COLUMNS),
-        tables.markdown_line(*["---"] * (2 + len(COLUMNS))),
-    ]
-    for recipe, source, cells in table_lines(table.pairs, pad=""):
-        lines.append(tables.markdown_line(recipe, source, *cells))
-    return "\n".join([*lines, "", tables.markdown_escape(table.caption)]) + "\n"
+def _aligned(number: str | None) -> str:
+    """Return a number so that its point is below that of one with two digits before it."""
+    if number is None:
+        return ABSENT
+    return FIGURE_SPACE + number if number.index(".") == 1 else number
 
 
 def csv_text(table: Beside) -> str:

@@ -26,7 +26,6 @@ from rft.storage import files
 from rft.text import plain
 
 WIDTH = 100  # columns of text that are not a terminal
-FIGURE_SPACE = "\u2007"  # as wide as a digit
 UNKNOWN = "not recorded"
 
 
@@ -72,7 +71,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Report:
     documents = {
         "table.md": tables.markdown(report.tables),
         "table.csv": tables.csv_text(report.rows),
-        "paper.md": None if paper is None else beside.markdown(paper),
+        "paper.md": None if paper is None else tables.markdown([paper.text]),
         "paper.csv": None if paper is None else beside.csv_text(paper),
         "index.html": render(report),
     }
@@ -116,11 +115,8 @@ def show(report: Report, console: Console) -> None:
     """Print the tables."""
     if report.miniature:
         console.print("Miniature world: columns are stand-ins named after the real benchmarks.")
-    found = [tables.console_table(table) for table in report.tables]
-    if report.beside is not None:
-        found.append(beside.rich_table(report.beside))
-    for table in found:
-        console.print(table)
+    for table in [*report.tables, *([report.beside.text] if report.beside else [])]:
+        console.print(tables.console_table(table))
         console.print()
 
 
@@ -134,13 +130,10 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"plain": plain, "settings": shown_settings}
-    # a figure space keeps the numbers below each other
-    paper = report.beside and beside.table_lines(report.beside.pairs, pad=FIGURE_SPACE)
     return environment.get_template("page.html").render(
         report=report,
         columns=COLUMNS,
         absent=tables.ABSENT,
-        paper=paper,
         pictures={
             name.removesuffix(".png"): None if png is None else _picture(png)
             for name, png in report.pictures.items()

@@ -35,6 +35,7 @@ GRID = tuple(f"{mask}-mask-{fill}-fill" for fill in FILLS for mask in MASKS)  # 
 
 NUMBER = r"[+-]?[0-9]+(\.[0-9]+)?"
 PLUS_MINUS = "\u00b1"
+FIGURE_SPACE = "\u2007"  # as wide as a digit
 ABSENT = "-"
 NAME_WIDTH = 28  # what the numbers of a result table leave of 100 columns
 
@@ -49,10 +50,10 @@ class Spread:
     mean: float
     sd: float | None
 
-    def text(self, decimals: int = 1, sign: str = "", join: str = f" {PLUS_MINUS} ") -> str:
+    def text(self, decimals: int = 1, sign: str = "") -> str:
         """Return `mean`, or `mean +- sd`; `sign` is "+" to show it on positive means too."""
         mean = f"{self.mean:{sign}z.{decimals}f}"
-        return mean if self.sd is None else f"{mean}{join}{self.sd:.{decimals}f}"
+        return mean if self.sd is None else f"{mean} {PLUS_MINUS} {self.sd:.{decimals}f}"
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ class TextTable:
 
     caption: str
     header: Sequence[str]
-    """Headings after recipe and n, the number of seeds."""
-    lines: list[tuple[str, int, list[tuple[str, bool]]]]
-    """Recipe, n, and of each cell its text and whether it is the best of its column."""
+    """Headings after the recipe: of what says where its numbers are from, and of its cells."""
+    lines: list[tuple[str, str, list[tuple[str, bool]]]]
+    """Recipe, where from, and of each cell its text and whether it stands out."""
+    justify: JustifyMethod = "right"
 
 
 def top1(count: SetCount) -> float:
@@ -253,27 +255,28 @@ def text_tables(
     for index, row in enumerate(rows):
         texts = [ABSENT if cell is None else cell.text() for cell in row.cells]
         cells = [(text, index in winners[column]) for column, text in enumerate(texts)]
-        lines.append((row.recipe, len(row.seeds), cells))
-    results = TextTable(caption(rows, hidden), COLUMNS, lines)
+        lines.append((row.recipe, str(len(row.seeds)), cells))
+    results = TextTable(caption(rows, hidden), ["n", *COLUMNS], lines)
     if not differences:
         return [results]
     lines = [
-        (row.recipe, len(row.seeds), [(text, False) for text in difference_cells(row)])
+        (row.recipe, str(len(row.seeds)), [(text, False) for text in difference_cells(row)])
         for row in differences
     ]
     header = [text for name in BASELINES for text in (f"vs {name}", "by seed")]
-    return [results, TextTable(DIFFERENCE_CAPTION, header, lines)]
+    return [results, TextTable(DIFFERENCE_CAPTION, ["n", *header], lines)]
 
 
 def markdown(tables: Sequence[TextTable]) -> str:
     """Return tables as Markdown."""
     lines = []
     for table in tables:
-        lines.append(markdown_line("recipe", "n", *table.header))
-        lines.append(markdown_line("---", *["--:"] * (1 + len(table.header))))
-        for recipe, n, cells in table.lines:
-            texts = [f"**{text}**" if is_best else text for text, is_best in cells]
-            lines.append(markdown_line(markdown_escape(recipe), str(n), *texts))
+        right = table.justify == "right"
+        lines.append(markdown_line("recipe", *table.header))
+        lines.append(markdown_line("---", *["--:" if right else "---"] * len(table.header)))
+        for recipe, source, cells in table.lines:
+            texts = [f"**{text}**" if bold and right else text.strip() for text, bold in cells]
+            lines.append(markdown_line(markdown_escape(recipe), source, *texts))
         lines += ["", markdown_escape(table.caption), ""]
     return "\n".join(lines)
 
@@ -327,20 +330,8 @@ def csv_numbers(cell: Spread | None) -> tuple[str, str]:
 
 def console_table(table: TextTable) -> RichTable:
     """Return a table for a console of 100 columns, in ASCII for any encoding."""
-    found = rich_table(table.caption, "n", *table.header)
-    for recipe, n, cells in table.lines:
-        texts = [
-            Text(text.replace(f" {PLUS_MINUS} ", "+-"), style="bold" if is_best else "")
-            for text, is_best in cells
-        ]
-        found.add_row(rich_name(recipe), Text(str(n)), *texts)
-    return found
-
-
-def rich_table(title: str, *columns: str, justify: JustifyMethod = "right") -> RichTable:
-    """Return an empty table of recipes."""
-    table = RichTable(
-        title=Text(title),
+    found = RichTable(
+        title=Text(table.caption),
         title_justify="left",
         title_style="",
         header_style="",
@@ -348,15 +339,21 @@ def rich_table(title: str, *columns: str, justify: JustifyMethod = "right") -> R
         show_edge=False,
         padding=0,
     )
-    table.add_column("recipe", overflow="fold")
-    for name in columns:
-        table.add_column(name, justify=justify, overflow="fold")
-    return table
-
-
-def rich_name(recipe: str) -> Text:
-    """Return a recipe's name, a long one on lines that break at its hyphens."""
-    return Text("\n".join(textwrap.wrap(recipe, NAME_WIDTH)))
+    found.add_column("recipe", overflow="fold")
+    for name in table.header:
+        found.add_column(name, justify=table.justify, overflow="fold")
+    for recipe, source, cells in table.lines:
+        # a long name takes several lines, which break at its hyphens
+        name = Text("\n".join(textwrap.wrap(recipe, NAME_WIDTH)))
+        texts = [
+            Text(
+                text.replace(f" {PLUS_MINUS} ", "+-").replace(FIGURE_SPACE, " "),
+                style="bold" if bold else "",
+            )
+            for text, bold in cells
+        ]
+        found.add_row(name, Text(source), *texts)
+    return found
 
 
 def caption(rows: Sequence[Row], hidden: int = 0) -> str:
