@@ -21,7 +21,7 @@ from PIL import Image
 
 from rft.report.label_placement import DPI
 from rft.report.plots import INK, MASK_COLORS, MUTED, drawn, encoded
-from rft.report.tables import FILLS, MASKS
+from rft.report.tables import GRID
 from rft.runs.gallery_file import DROP, Gallery
 from rft.text import plain
 
@@ -111,7 +111,7 @@ def shown_mask(donors: dict[str, np.ndarray]) -> str | None:
 
     Only a drop shows its mask exactly; a fill hides it where an image is its own donor.
     """
-    wanted = [f"{mask}-mask-{fill}-fill" for mask in reversed(MASKS) for fill in FILLS]
+    wanted = (name for mask in reversed(MASK_COLORS) for name in GRID if name.startswith(mask))
     return next((name for name in wanted if name in donors), None)
 
 
@@ -127,14 +127,13 @@ def columns(gallery: Gallery) -> list[Column]:
         masked_BP = gallery.donors[name] != own_B1
         title = f"{name.split('-')[0]} mask"
         found.append(Column("", title, partial(mask_picture, masked_BP, patch)))
-    known = {f"{mask}-mask-{fill}-fill": (mask, fill) for mask in MASKS for fill in FILLS}
-    for name, (mask, fill) in known.items():
+    known = [name for mask in MASK_COLORS for name in GRID if name.startswith(mask)]
+    for name in [*known, *sorted(gallery.donors.keys() - set(known))]:
         if name in gallery.donors:
+            mask, _, fill = name.partition("-mask-")
+            group, title = (f"{mask}-mask", fill) if name in known else (name, "")
             tiles = partial(apply_donors, images_BHWC, gallery.donors[name], patch)
-            found.append(Column(f"{mask}-mask", f"{fill}-fill", tiles))
-    for name in sorted(gallery.donors.keys() - known.keys()):
-        tiles = partial(apply_donors, images_BHWC, gallery.donors[name], patch)
-        found.append(Column(name, "", tiles))
+            found.append(Column(group, title, tiles))
     return found
 
 

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice, pairwise, product
+from itertools import chain, islice, pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from rft.log import ASIDE
+from rft.recipes import MASKED
 from rft.report.label_placement import DPI, Box, Point, nearest, place_labels
 from rft.report.read import Run
 from rft.report.tables import (
@@ -62,7 +63,7 @@ class Style:
 
 MASK_COLORS = {"random": "#009e73", "context": "#0072b2", "object": "#d55e00"}
 FILL_STYLES = {
-    "no": Style(INK, "o", hollow=True, line=(0.0, (1, 1.2))),
+    "none": Style(INK, "o", hollow=True, line=(0.0, (1, 1.2))),
     "single": Style(INK, "o"),
     "multi": Style(INK, "D", size=6.0, line=(0.0, (5, 1.5))),
 }
@@ -88,9 +89,9 @@ def style(recipe: str) -> Style:
     if recipe.startswith("wise-kd-"):
         student = style(recipe.removeprefix("wise-kd-"))
         return replace(student, marker="h", size=8.5, line=(0.0, (6, 1.5, 1, 1.5)))
-    for mask, fill in product(MASK_COLORS, FILL_STYLES):
-        if recipe == f"{mask}-mask-{fill}-fill":
-            return replace(FILL_STYLES[fill], color=MASK_COLORS[mask])
+    if recipe in MASKED:
+        method = MASKED[recipe]
+        return replace(FILL_STYLES[method.fill], color=MASK_COLORS[method.mask])
     return Style("#777777", "p")
 
 

@@ -21,6 +21,7 @@ from rich.console import JustifyMethod
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from rft import recipes
 from rft.report.read import Run
 from rft.runs.records import SetCount
 from rft.sets import BENCHMARKS, OOD_SETS, TEST_SETS
@@ -29,9 +30,7 @@ COLUMNS = (*(BENCHMARKS[name].title for name in TEST_SETS), "OOD avg")
 ID_COLUMN, OOD_COLUMN = 0, len(COLUMNS) - 1
 
 BASELINES = ("vanilla", "no-mask")  # what paired differences are taken against
-MASKS = ("random", "context", "object")
-FILLS = ("no", "single", "multi")
-GRID = tuple(f"{mask}-mask-{fill}-fill" for fill in FILLS for mask in MASKS)  # as in Table 1
+GRID = tuple(recipes.MASKED)  # as in Table 1
 
 NUMBER = r"[+-]?[0-9]+(\.[0-9]+)?"
 PLUS_MINUS = "\u00b1"
