@@ -36,7 +36,7 @@ from rft.demo.scenes import VERSION, Setting, draw_scene
 from rft.progress import progress
 from rft.rng import derive, numpy_generator
 from rft.storage import files
-from rft.train.optim import learning_rate
+from rft.train.optim import set_schedule
 
 MODEL: dict[str, Any] = {
     "embed_dim": 64,
@@ -107,8 +107,7 @@ def pretrain(out: Path, seed: int = 0, *, steps: int = 1200, images: int = 30_00
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, OPTIM)
+            set_schedule(optimizer, step, steps, OPTIM)
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(max=LARGEST_SCALE)
@@ -165,9 +164,8 @@ def build_model(seed: int) -> CLIP:
 
 def build_optimizer(model: CLIP) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only, as CLIP was trained."""
-    parameters = list(model.parameters())
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": OPTIM.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
