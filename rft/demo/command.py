@@ -66,14 +66,7 @@ def make(
     only: tuple[str, ...] = (),
     alphas: tuple[float, ...] = recipes.ALPHAS,
 ) -> None:
-    """Run every stage that is not done yet; print the table and the report's path last.
-
-    Args:
-        arguments: what and where.
-        report: name of the report's folder.
-        only: recipes; all of the paper's if not given.
-        alphas: shares of the fine-tuned model in each WiSE family.
-    """
+    """Run every stage of a study that is not done yet; print the table and the report's path."""
     started = time.perf_counter()
     out = arguments.out
     study = Study(
@@ -105,8 +98,7 @@ def is_done(stage: Experiment, data: str) -> bool:
         return all((Path(path) / filenames.PROVENANCE).exists() for path in stage.makes)
     assert module == "rft.evaluate"
     models = [Path(path) for path in options[: options.index("--data")]]
-    sets = {name: PackedDataset(f"{data}/{name}") for name in TEST_SETS}
-    manifests = {name: packed.manifest for name, packed in sets.items()}
+    manifests = {name: PackedDataset(f"{data}/{name}").manifest for name in TEST_SETS}
     return all(is_current(path, manifests) for path in models)
 
 

@@ -97,7 +97,7 @@ def held_out_images(
 
 def _manifest_of(run: Path) -> str | None:
     """Return the hash of the data that a run was trained on, None where it was not kept."""
-    training = records.find_training(run)
+    training = records.find(run / filenames.TRAINING, records.Training)
     return training.manifest_sha256 if training else None
 
 

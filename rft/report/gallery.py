@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -51,32 +52,21 @@ def enlarge(gallery: Gallery) -> Gallery:
     return Gallery(images_BHWC, gallery.names, gallery.relevance_BP, patch, gallery.donors)
 
 
+def to_pixels(values_BP: np.ndarray, patch: int) -> np.ndarray:
+    """Return the value of each pixel's patch, (B, H, W, 1)."""
+    batch, count = values_BP.shape
+    grid = round(count**0.5)
+    values_BGG1 = values_BP.reshape(batch, grid, grid, 1)
+    return values_BGG1.repeat(patch, axis=1).repeat(patch, axis=2)
+
+
 def apply_donors(images_BHWC: np.ndarray, donor_BP: np.ndarray, patch: int) -> np.ndarray:
     """Return the counterfactual images, (B, H, W, C); dropped patches are hatched grey."""
-    batch, size = images_BHWC.shape[:2]
-    patches_BPHWC = cut(images_BHWC, patch)
-    own_B1 = np.arange(batch)[:, None]
+    own_B1 = np.arange(len(images_BHWC))[:, None]
     dropped_BP = donor_BP == DROP
     source_BP = np.where(dropped_BP, own_B1, donor_BP)
-    chosen_BPHWC = patches_BPHWC[source_BP, np.arange(donor_BP.shape[1])]
-    hatch_1PHWC = cut(hatch(size)[None], patch)
-    return join(np.where(dropped_BP[..., None, None, None], hatch_1PHWC, chosen_BPHWC))
-
-
-def cut(images_BHWC: np.ndarray, patch: int) -> np.ndarray:
-    """Return the patches of images, row by row, (B, P, patch, patch, C)."""
-    batch, size, _, channels = images_BHWC.shape
-    grid = size // patch
-    tiles = images_BHWC.reshape(batch, grid, patch, grid, patch, channels)
-    return tiles.swapaxes(2, 3).reshape(batch, grid * grid, patch, patch, channels)
-
-
-def join(patches_BPHWC: np.ndarray) -> np.ndarray:
-    """Return the images made of patches; the inverse of `cut`."""
-    batch, count, patch, _, channels = patches_BPHWC.shape
-    grid = round(count**0.5)
-    tiles = patches_BPHWC.reshape(batch, grid, grid, patch, patch, channels)
-    return tiles.swapaxes(2, 3).reshape(batch, grid * patch, grid * patch, channels)
+    chosen_BHWC = np.take_along_axis(images_BHWC, to_pixels(source_BP, patch), axis=0)
+    return np.where(to_pixels(dropped_BP, patch), hatch(images_BHWC.shape[1]), chosen_BHWC)
 
 
 def hatch(size: int) -> np.ndarray:
@@ -101,9 +91,7 @@ def heat_map(images_BHWC: np.ndarray, relevance_BP: np.ndarray) -> np.ndarray:
 
 def mask_picture(masked_BP: np.ndarray, patch: int) -> np.ndarray:
     """Return masks as dark patches on a light ground, (B, H, W, 3)."""
-    color_BPC = np.where(masked_BP[..., None], MASKED, KEPT).astype(np.uint8)
-    shape = (*masked_BP.shape, patch, patch, 3)
-    return join(np.broadcast_to(color_BPC[:, :, None, None], shape))
+    return np.where(to_pixels(masked_BP, patch), MASKED, KEPT).astype(np.uint8)
 
 
 def shown_mask(donors: dict[str, np.ndarray]) -> str | None:
@@ -148,22 +136,25 @@ def picture(gallery: Gallery) -> bytes:
     bar_top = tops[-1] + size + 2 * GAP
     height, width = tops[-1] + size + FOOT, lefts[-1] + size + MARGIN
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    page = _Page(figure, width, height)
+
+    def write(x: float, y: float, text: str, size: float, **look: Any) -> None:
+        """Write at pixels from the top left."""
+        look = {"color": INK, **look}
+        figure.text(x / width, 1 - y / height, text, fontsize=size, parse_math=False, **look)
+
     for top, row in zip(tops, rows, strict=True):
         name = plain(large.names[row], kept="\n")
         name = "\n".join(textwrap.wrap(name, 15, max_lines=4, placeholder=" ..."))
-        page.write(NAMES - 2 * GAP, top + size / 2, name, 9.5, ha="right", va="center")
+        write(NAMES - 2 * GAP, top + size / 2, name, 9.5, ha="right", va="center")
     for left, view in zip(lefts, views, strict=True):
-        page.write(left + size / 2, HEAD - 14, view.title, 9.5, ha="center", va="bottom")
+        write(left + size / 2, HEAD - 14, view.title, 9.5, ha="center", va="bottom")
     for left, right, group, color in _group_heads(views, lefts, size):
-        page.write(
-            (left + right) / 2, RULE - 10, group, 10.5, ha="center", va="bottom", color=color
-        )
-    page.write(lefts[1], bar_top + 22, "0", 8.5, ha="left", va="top", color=MUTED)
-    page.write(lefts[1] + size, bar_top + 22, "1", 8.5, ha="right", va="top", color=MUTED)
+        write((left + right) / 2, RULE - 10, group, 10.5, ha="center", va="bottom", color=color)
+    write(lefts[1], bar_top + 22, "0", 8.5, ha="left", va="top", color=MUTED)
+    write(lefts[1] + size, bar_top + 22, "1", 8.5, ha="right", va="top", color=MUTED)
     if any((donor_BP == DROP).any() for donor_BP in large.donors.values()):
         text = "hatched grey: patch dropped"
-        page.write(width - MARGIN, bar_top, text, 8.5, ha="right", va="top", color=MUTED)
+        write(width - MARGIN, bar_top, text, 8.5, ha="right", va="top", color=MUTED)
 
     # into the finished page: as an image of the figure, they would take thirty times their bytes
     pixels_HWC = drawn(figure)
@@ -196,16 +187,3 @@ def _group_heads(
         color = MASK_COLORS.get(group.removesuffix("-mask"), INK)
         heads.append((members[0], members[-1] + size, group, color))
     return heads
-
-
-class _Page:
-    """Text on a figure, in pixels from the top left."""
-
-    def __init__(self, figure: Figure, width: int, height: int) -> None:
-        self._figure, self._width, self._height = figure, width, height
-
-    def write(
-        self, x: float, y: float, text: str, size: float, *, ha: str, va: str, color: str = INK
-    ) -> None:
-        x, y = x / self._width, 1 - y / self._height
-        self._figure.text(x, y, text, fontsize=size, ha=ha, va=va, color=color, parse_math=False)

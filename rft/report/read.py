@@ -177,9 +177,10 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
     if reached := unfinished(path):
         # a name of its own: it joins no mean, no pair and no row of the paper
         recipe = f"{recipe} (unfinished, {reached})"
-    provenance = records.find_provenance(path) or Provenance()
+    provenance = records.find(path / filenames.PROVENANCE, records.Provenance) or Provenance()
     _require_publishable(path / filenames.CONFIG, shown_settings(config))
     _require_publishable(path / filenames.PROVENANCE, " ".join(provenance.command))
+    logged_lines = records.read_metrics(path / filenames.METRICS)
     return Run(
         path=path,
         recipe=recipe,
@@ -187,7 +188,7 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
         results=results,
         config=config,
         provenance=provenance,
-        metrics=read_metrics(path / filenames.METRICS, lines),
+        metrics=tuple(logged.metrics for logged in islice(logged_lines, lines + 1)),
     )
 
 
@@ -208,15 +209,6 @@ def shown_settings(config: RunConfig) -> str:
             return "".join([*parts, "\n... (too long to be shown)"])
         parts.append(part)
     return "".join(parts)
-
-
-def read_metrics(path: Path, most: int = MAX_LINES) -> tuple[Metrics, ...]:
-    """Return the first lines of a metrics.jsonl, and one more than `most` if there is one.
-
-    Raises:
-        ValueError: if they are malformed.
-    """
-    return tuple(logged.metrics for logged in islice(records.read_metrics(path), most + 1))
 
 
 def _check_current(runs: Sequence[Run]) -> None:
