@@ -121,33 +121,18 @@ def with_seed(name: str, seed: int) -> str:
     return f"{name}-seed{seed}"
 
 
-def train(study: Study, recipe: str, seed: int) -> Experiment:
-    """Return the training of a recipe."""
-    name = with_seed(recipe, seed)
+def train(study: Study, recipe: str, seed: int, lr: str = "") -> Experiment:
+    """Return the training of a recipe; with a learning rate of its own it is for soups alone."""
+    name = with_seed(f"{recipe}-lr{lr}" if lr else recipe, seed)
     after, options = (), ()
-    if recipe == "lp-ft":
+    if lr:
+        options = ("--optim.lr", lr)
+    elif recipe == "lp-ft":
         after = (with_seed("linear-probe", seed),)
         options = ("--model.start", study.at(after[0]))
     elif recipe in STUDENTS:
         after = (with_seed("wise-ft", seed),)
         options = ("--method.kd-teacher", study.wise_model("wise-ft", TEACHER_ALPHA, seed))
-    command = training(study, recipe, name, seed, *options)
-    return Experiment(name, command, after, makes=(study.at(name),))
-
-
-def ingredient(study: Study, rate: float, seed: int) -> Experiment:
-    """Return vanilla at `rate` times its learning rate, for the soups."""
-    (recipe,) = recipes.MERGED["uniform-soup"].inputs
-    if rate == 1:
-        return train(study, recipe, seed)
-    config = recipes.build(recipe, scale=study.scale, preset=study.preset)
-    lr = f"{config.optim.lr * rate:g}"
-    name = with_seed(f"{recipe}-lr{lr}", seed)
-    return Experiment(name, training(study, recipe, name, seed, "--optim.lr", lr))
-
-
-def training(study: Study, recipe: str, name: str, seed: int, *options: str) -> tuple[str, ...]:
-    """Return the command that trains one run."""
     command = ["torchrun", "-m", "rft.train", recipe]
     if study.scale != "paper":
         command += ["--scale", study.scale]
@@ -156,42 +141,39 @@ def training(study: Study, recipe: str, name: str, seed: int, *options: str) -> 
     command += ["--data", study.data, "--run-dir", study.at(name), "--seed", str(seed), *options]
     if study.epochs is not None and recipe != "zero-shot":
         command += ["--optim.epochs", str(study.epochs)]
-    return (*command, *study.options)
+    return Experiment(name, (*command, *study.options), after, () if lr else (study.at(name),))
+
+
+def ingredient(study: Study, rate: float, seed: int) -> Experiment:
+    """Return the training of a soup's model: vanilla at `rate` times its learning rate."""
+    (recipe,) = recipes.MERGED["uniform-soup"].inputs
+    config = recipes.build(recipe, scale=study.scale, preset=study.preset)
+    return train(study, recipe, seed, "" if rate == 1 else f"{config.optim.lr * rate:g}")
 
 
 def merge(study: Study, name: str, seed: int) -> Experiment:
-    """Return the merge of a WiSE family or a soup."""
-    match recipes.MERGED[name].kind:
+    """Return the merge of all models of a WiSE family, or of a seed's ingredients of a soup."""
+    merged, out = recipes.MERGED[name], study.at(with_seed(name, seed))
+    launcher, options, models = "python", (), (out,)
+    match merged.kind:
         case "wise":
-            return wise(study, name, seed)
+            start, end = merged.inputs
+            after = (with_seed(start, 0), with_seed(end, seed))
+            options = ("--alpha", *(f"{alpha:g}" for alpha in study.alphas))
+            if study.preset == "official-parity":
+                options += ("--end-weights", "last")
+            models = tuple(study.wise_model(name, alpha, seed) for alpha in study.alphas)
+            if len(models) == 1:
+                (out,) = models
         case "uniform-soup" | "greedy-soup":
-            return soup(study, name, seed)
+            # of one seed, because those share their held-out images
+            after = tuple(ingredient(study, rate, seed).name for rate in recipes.SOUP_RATES)
+            if merged.kind == "greedy-soup":
+                launcher, options = "torchrun", ("--data", study.data, *study.workers)
         case kind:
             assert_never(kind)
-
-
-def wise(study: Study, family: str, seed: int) -> Experiment:
-    """Return the merge of all models of a WiSE family."""
-    start, end = recipes.MERGED[family].inputs
-    name, after = with_seed(family, seed), (with_seed(start, 0), with_seed(end, seed))
-    command = ["python", "-m", "rft.merge", "wise", *map(study.at, after), "--alpha"]
-    command += [f"{alpha:g}" for alpha in study.alphas]
-    if study.preset == "official-parity":
-        command += ["--end-weights", "last"]
-    models = tuple(study.wise_model(family, alpha, seed) for alpha in study.alphas)
-    command += ["--out", models[0] if len(models) == 1 else study.at(name)]
-    return Experiment(name, tuple(command), after, models)
-
-
-def soup(study: Study, kind: str, seed: int) -> Experiment:
-    """Return the soup of one seed's ingredients, which share their held-out images."""
-    after = tuple(ingredient(study, rate, seed).name for rate in recipes.SOUP_RATES)
-    name, greedy = with_seed(kind, seed), kind == "greedy-soup"
-    command = ["torchrun" if greedy else "python", "-m", "rft.merge", kind, *map(study.at, after)]
-    if greedy:
-        command += ["--data", study.data, *study.workers]
-    command += ["--out", study.at(name)]
-    return Experiment(name, tuple(command), after, makes=(study.at(name),))
+    command = (launcher, "-m", "rft.merge", merged.kind, *map(study.at, after), *options)
+    return Experiment(with_seed(name, seed), (*command, "--out", out), after, models)
 
 
 def with_needed(found: Sequence[Experiment], only: Collection[str]) -> list[Experiment]:
