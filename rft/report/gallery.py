@@ -9,7 +9,7 @@ Shapes: B images, H W pixels, C channels, P = G * G patches in row-major order.
 
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -48,8 +48,7 @@ def enlarge(gallery: Gallery) -> Gallery:
     """Return the gallery with each pixel repeated to a square, so that small images can be seen."""
     factor = max(1, round(TILE / gallery.images_BHWC.shape[1]))
     images_BHWC = gallery.images_BHWC.repeat(factor, axis=1).repeat(factor, axis=2)
-    patch = gallery.patch * factor
-    return Gallery(images_BHWC, gallery.names, gallery.relevance_BP, patch, gallery.donors)
+    return replace(gallery, images_BHWC=images_BHWC, patch=gallery.patch * factor)
 
 
 def to_pixels(values_BP: np.ndarray, patch: int) -> np.ndarray:

@@ -162,13 +162,18 @@ def wise_picture(rows: Sequence[Row]) -> bytes | None:
     students = [name for name in points if name.startswith("wise-kd-")]
     if not paths and not students:
         return None
-    lines = [_line(points, path, style(f"{family}-0.5"), SOLID) for family, path in paths.items()]
+
+    def line(names: Sequence[str], look: Style, dashes: Dashes) -> Line:
+        through = tuple((points[name][0].mean, points[name][1].mean) for name in names)
+        return Line(look.color, dashes, through)
+
+    lines = [line(path, style(f"{family}-0.5"), SOLID) for family, path in paths.items()]
     drawn = {"zero-shot", *students, *(name for path in paths.values() for name in path)}
     for student in students:
         teacherless = student.removeprefix("wise-kd-")
         drawn.add(teacherless)
         if teacherless in points:
-            lines.append(_line(points, [teacherless, student], style(student), DOTTED))
+            lines.append(line([teacherless, student], style(student), DOTTED))
     named = shown_recipes(points)
     marks = []
     for name, (x, y) in points.items():
@@ -177,14 +182,6 @@ def wise_picture(rows: Sequence[Row]) -> bytes | None:
             label = name if wise is None else f"{wise.alpha:g}"
             marks.append(Mark(label, style(name), x, y, minor=wise is not None))
     return _picture(marks, lines)
-
-
-def _line(
-    points: dict[str, tuple[Spread, Spread]], names: Sequence[str], look: Style, dashes: Dashes
-) -> Line:
-    """Return the line through some recipes' points."""
-    through = tuple((points[name][0].mean, points[name][1].mean) for name in names)
-    return Line(look.color, dashes, through)
 
 
 def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> bytes:

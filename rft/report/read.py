@@ -165,14 +165,11 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
     Raises:
         ValueError: if it is not one, was not evaluated, or holds something malformed.
     """
-    if not (path / filenames.CONFIG).exists():
-        raise ValueError(f"{path} is not a run folder: it has no {filenames.CONFIG}")
-    if not (path / filenames.RESULTS).exists():
-        raise ValueError(
-            f"{path} has no {filenames.RESULTS}; evaluate it first: {evaluation_command([path])}"
-        )
     config, results = records.read_config(path), read_results(path)
-    assert results is not None, "it exists"
+    if results is None:
+        raise ValueError(
+            f"{path} has no {filenames.RESULTS}; evaluate it first: {evaluation_command(path)}"
+        )
     recipe = config.recipe
     if reached := unfinished(path):
         # a name of its own: it joins no mean, no pair and no row of the paper

@@ -172,19 +172,19 @@ def require_current(checkpoint: Path, results: Results) -> list[str]:
     raise ValueError(
         f"{results_path(checkpoint)} is stale: it was counted with weights "
         f"{results.checkpoint_sha256[:12]}, {weights} is {found[:12]}; evaluate it again: "
-        f"{evaluation_command([checkpoint], list(results.sets))}"
+        f"{evaluation_command(checkpoint, list(results.sets))}"
     )
 
 
-def evaluation_command(runs: Sequence[Path], sets: Sequence[str] = ()) -> str:
-    """Return the command line that evaluates run folders, with the data of the first of them.
+def evaluation_command(run: Path, sets: Sequence[str] = ()) -> str:
+    """Return the command line that evaluates a run folder, with the data that it names.
 
     Without sets, those of the data that the run was trained on: ImageNet has its benchmarks, which
     are the command's default, and one's own photos their test set.
     """
-    config = records.find_config(runs[0])
+    config = records.find_config(run)
     data = config.data if config and config.data else "DATA"
     if not sets and config and config.train_set not in ("", TRAIN_SET):
         sets = ["test"]
-    words = ["python", "-m", "rft.evaluate", *map(str, runs), "--data", data]
+    words = ["python", "-m", "rft.evaluate", str(run), "--data", data]
     return shlex.join([*words, *(["--sets", *sets] if sets else [])])

@@ -40,7 +40,7 @@ def test_a_run_must_be_evaluated_first(tmp_path):
 
 def test_a_folder_must_be_a_run(tmp_path):
     with pytest.raises(ValueError, match="not a run folder"):
-        load_run(tmp_path)
+        load_runs([tmp_path])
     with pytest.raises(ValueError, match="at least one run"):
         load_runs([])
 

@@ -401,7 +401,7 @@ def config(world: Path, folder: Path) -> Target:
         made, style = example
         (folder / "config.json").write_bytes(to_text(changed(document, made), style))
         with contextlib.suppress(ValueError):
-            runs.evaluation_command([folder])
+            runs.evaluation_command(folder)
             runs.unfinished(folder)
         found = load_config(folder)
         again = Config.from_dict(json.loads(json.dumps(found.to_dict())))
