@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from rft.paper import Published, all_published, model_name, published
 from rft.report import tables
 from rft.report.read import Run
-from rft.report.tables import ABSENT, COLUMNS, FIGURE_SPACE, OOD_COLUMN, Row, TextTable
+from rft.report.tables import ABSENT, COLUMNS, FIGURE_SPACE, OOD_COLUMN, Row, TextLine, TextTable
 
 MIN_RANKED = 3  # the order of fewer rows says nothing
 HERE, PAPER = "here", "paper"
@@ -101,7 +101,7 @@ def rank_correlation(pairs: Sequence[Pair]) -> tuple[float, int] | None:
     return float(spearmanr(here, paper).statistic), len(averages)
 
 
-def text_lines(pairs: Sequence[Pair]) -> list[tuple[str, str, list[tuple[str, bool]]]]:
+def text_lines(pairs: Sequence[Pair]) -> list[TextLine]:
     """Return the lines of the table as text: two of a recipe, ours first, or the paper's alone.
 
     Ours stand out. A recipe's name is on the first of its lines only.

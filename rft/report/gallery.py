@@ -93,15 +93,6 @@ def mask_picture(masked_BP: np.ndarray, patch: int) -> np.ndarray:
     return np.where(to_pixels(masked_BP, patch), MASKED, KEPT).astype(np.uint8)
 
 
-def shown_mask(donors: dict[str, np.ndarray]) -> str | None:
-    """Return the recipe whose mask is shown: the object's, where masked patches are dropped.
-
-    Only a drop shows its mask exactly; a fill hides it where an image is its own donor.
-    """
-    wanted = (name for mask in reversed(MASK_COLORS) for name in GRID if name.startswith(mask))
-    return next((name for name in wanted if name in donors), None)
-
-
 def columns(gallery: Gallery) -> list[Column]:
     """Return the picture's columns: image, relevance, mask, and each counterfactual there is."""
     images_BHWC, patch = gallery.images_BHWC, gallery.patch
@@ -109,7 +100,10 @@ def columns(gallery: Gallery) -> list[Column]:
         Column("", "image", lambda: images_BHWC),
         Column("", "relevance", lambda: heat_map(images_BHWC, gallery.relevance_BP)),
     ]
-    if (name := shown_mask(gallery.donors)) is not None:
+    # the object's before others, and where masked patches are dropped: only a drop shows its mask
+    # exactly, a fill hides it where an image is its own donor
+    wanted = (name for mask in reversed(MASK_COLORS) for name in GRID if name.startswith(mask))
+    if (name := next((name for name in wanted if name in gallery.donors), None)) is not None:
         own_B1 = np.arange(len(images_BHWC))[:, None]
         masked_BP = gallery.donors[name] != own_B1
         title = f"{name.split('-')[0]} mask"
@@ -147,7 +141,8 @@ def picture(gallery: Gallery) -> bytes:
         write(NAMES - 2 * GAP, top + size / 2, name, 9.5, ha="right", va="center")
     for left, view in zip(lefts, views, strict=True):
         write(left + size / 2, HEAD - 14, view.title, 9.5, ha="center", va="bottom")
-    for left, right, group, color in _group_heads(views, lefts, size):
+    heads = _group_heads(views, lefts, size)
+    for left, right, group, color in heads:
         write((left + right) / 2, RULE - 10, group, 10.5, ha="center", va="bottom", color=color)
     write(lefts[1], bar_top + 22, "0", 8.5, ha="left", va="top", color=MUTED)
     write(lefts[1] + size, bar_top + 22, "1", 8.5, ha="right", va="top", color=MUTED)
@@ -163,7 +158,7 @@ def picture(gallery: Gallery) -> bytes:
             pixels_HWC[top : top + size, left : left + size, :3] = tiles_BHWC[row]
     ramp = matplotlib.colormaps["inferno"](np.linspace(0, 1, size))[None, :, :3] * 255
     pixels_HWC[bar_top : bar_top + 14, lefts[1] : lefts[1] + size, :3] = ramp.astype(np.uint8)
-    for left, right, _, color in _group_heads(views, lefts, size):
+    for left, right, _, color in heads:
         pixels_HWC[RULE : RULE + 3, left:right, :3] = np.rint(255 * np.array(to_rgb(color)))
     return encoded(pixels_HWC)
 

@@ -38,6 +38,9 @@ FIGURE_SPACE = "\u2007"  # as wide as a digit
 ABSENT = "-"
 NAME_WIDTH = 28  # what the numbers of a result table leave of 100 columns
 
+# recipe, where its numbers are from, and of each cell its text and whether it stands out
+TextLine = tuple[str, str, list[tuple[str, bool]]]
+
 # a rule under the heading and nothing else, in ASCII
 RULED = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
@@ -95,8 +98,7 @@ class TextTable:
     caption: str
     header: Sequence[str]
     """Headings after the recipe: of what says where its numbers are from, and of its cells."""
-    lines: list[tuple[str, str, list[tuple[str, bool]]]]
-    """Recipe, where from, and of each cell its text and whether it stands out."""
+    lines: list[TextLine]
     justify: JustifyMethod = "right"
 
 
