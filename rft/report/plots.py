@@ -344,25 +344,22 @@ def curves(runs: Sequence[Run]) -> bytes | None:
     panels = [panel for panel in PANELS if found[panel]]
     if not panels:
         return None
-    recipes = {recipe for panel in panels for recipe in found[panel]}
+    recipes = [recipe for recipe in shown if any(recipe in found[panel] for panel in panels)]
     columns, left_out = min(len(recipes), 5), _left_out(len(logged))
     lines_below = math.ceil(len(recipes) / columns) + bool(left_out)
     # so many lines leave half of the height to the panels
     height = HEIGHT * max(1, lines_below / 8)
     figure, axes = _axes(4 * len(panels), height, len(panels))
-    handles: dict[str, Line2D] = {}
     for panel, ax in zip(panels, axes, strict=True):
         ax.set_title(panel.title, fontsize=10, color=INK, loc="left")
         ax.set_xlabel("step", fontsize=9, color=INK)
         for recipe, lines in found[panel].items():
-            look = style(recipe)
-            _draw_curves(ax, look, lines)
-            handles.setdefault(recipe, Line2D([], [], color=look.color, linestyle=look.line, lw=2))
-    handles = {recipe: handles[recipe] for recipe in sorted(handles, key=order)}
+            _draw_curves(ax, style(recipe), lines)
     figure.tight_layout(rect=(0, (0.045 + 0.055 * lines_below) * HEIGHT / height, 1, 1))
+    looks = map(style, recipes)
     legend = figure.legend(
-        handles.values(),
-        handles,
+        [Line2D([], [], color=look.color, linestyle=look.line, lw=2) for look in looks],
+        recipes,
         loc="lower center",
         ncols=columns,
         fontsize=9,
