@@ -6,12 +6,11 @@ class folders, dots and spaces in names, a red frame, and folders that stand for
 none. `masks/` has the exact object mask of each image under the same path, as PNG.
 """
 
-import dataclasses
 import json
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,38 +39,27 @@ class WorldSet:
     classes: Sequence[int] = tuple(range(len(CLASSES)))
 
 
+TEST = Setting(bank="test", styles=PHOTOS, contexts="usual")
 SETS = {
-    "imagenet-train": WorldSet(
-        setting=Setting(bank="finetune", styles=PHOTOS, contexts="usual"), images=2000
-    ),
-    "imagenet-val": WorldSet(setting=Setting(bank="test", styles=PHOTOS, contexts="usual")),
+    "imagenet-train": WorldSet(setting=replace(TEST, bank="finetune"), images=2000),
+    "imagenet-val": WorldSet(setting=TEST),
     # collected again, a little differently
     "imagenet-v2": WorldSet(
-        setting=Setting(
-            bank="test",
-            styles=PHOTOS,
-            contexts="usual",
-            rho=0.8,
-            size=(24, 34),
-            brightness=(0.75, 1.2),
-            noise=0.06,
-        )
+        setting=replace(TEST, rho=0.8, size=(24, 34), brightness=(0.75, 1.2), noise=0.06)
     ),
     "imagenet-r": WorldSet(
-        setting=Setting(bank="test", styles=RENDITIONS, contexts="any"),
+        setting=replace(TEST, styles=RENDITIONS, contexts="any"),
         classes=(0, 2, 3, 5, 7, 10, 11, 13, 14, 15),
     ),
-    "imagenet-sketch": WorldSet(
-        setting=Setting(bank="test", styles={"sketch": 1.0}, contexts="any")
-    ),
+    "imagenet-sketch": WorldSet(setting=replace(TEST, styles={"sketch": 1.0}, contexts="any")),
     # all but 1, 12, 13 and 15, for which there is no folder
     "objectnet": WorldSet(
-        setting=Setting(bank="test", styles=PHOTOS, contexts="novel", angle=50, size=(22, 34)),
+        setting=replace(TEST, contexts="novel", angle=50, size=(22, 34)),
         classes=(0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14),
     ),
     # unlike the original it is not filtered by a classifier's mistakes
     "imagenet-a": WorldSet(
-        setting=Setting(bank="test", styles=PHOTOS, contexts="wrong", size=(22, 32)),
+        setting=replace(TEST, contexts="wrong", size=(22, 32)),
         classes=(1, 2, 4, 6, 8, 9, 10, 12, 13, 15),
     ),
 }
@@ -112,11 +100,8 @@ def write_world(out: Path, seed: int = 0, *, scale: float = 1.0) -> None:
     Raises:
         ValueError: if `out` is a file or holds anything else than this very world.
     """
-    sets = {
-        name: dataclasses.replace(full, images=_scaled(full.images, scale))
-        for name, full in SETS.items()
-    }
-    settings = {name: dataclasses.asdict(chosen) for name, chosen in sets.items()}
+    sets = {name: replace(full, images=_scaled(full.images, scale)) for name, full in SETS.items()}
+    settings = {name: asdict(chosen) for name, chosen in sets.items()}
     # as it will be read back
     document = json.loads(json.dumps({"version": VERSION, "seed": seed, "settings": settings}))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

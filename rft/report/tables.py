@@ -359,10 +359,8 @@ def console_table(table: TextTable) -> RichTable:
 
 def caption(rows: Sequence[Row], hidden: int = 0) -> str:
     """Return what the numbers of the result table are."""
-    numbers = sorted({len(row.seeds) for row in rows})
-    spread = ""
-    if numbers[-1] > 1:
-        spread = "; mean and sample standard deviation over n seeds"
+    several = any(len(row.seeds) > 1 for row in rows)
+    spread = "; mean and sample standard deviation over n seeds" if several else ""
     text = f"Top-1 accuracy in %{spread}. OOD avg is the unweighted mean of the five to its left."
     if hidden:
         text += (
