@@ -113,6 +113,7 @@ MEET_IN_FILES = {
 def local(command: tuple[str, ...], processes: int) -> tuple[str, ...]:
     """Return a command of the plan for this interpreter and so many ranks on this machine."""
     launcher, *rest = command
+    # what `torchrun` starts, which need not be on the path
     ranks = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes))
     return sys.executable, *{"python": (), "torchrun": ranks}[launcher], *rest
 

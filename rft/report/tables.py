@@ -34,7 +34,7 @@ GRID = tuple(recipes.MASKED)  # as in Table 1
 
 NUMBER = r"[+-]?[0-9]+(\.[0-9]+)?"
 PLUS_MINUS = "\u00b1"
-FIGURE_SPACE = "\u2007"  # as wide as a digit
+FIGURE_SPACE = "\u2007"  # as wide as a digit: keeps the points of numbers below each other
 ABSENT = "-"
 NAME_WIDTH = 28  # what the numbers of a result table leave of 100 columns
 
@@ -272,6 +272,7 @@ def markdown(tables: Sequence[TextTable]) -> str:
     """Return tables as Markdown."""
     lines = []
     for table in tables:
+        # beside the paper's, a word on the left says which lines are ours
         right = table.justify == "right"
         lines.append(markdown_line("recipe", *table.header))
         lines.append(markdown_line("---", *["--:" if right else "---"] * len(table.header)))
