@@ -376,7 +376,7 @@ def _writer(folder: Path) -> str:
     """Return the version of rft that wrote a run folder, in words for a message."""
     found = None
     with contextlib.suppress(ValueError):
-        found = records.find_provenance(folder)
+        found = records.find(folder / filenames.PROVENANCE, records.Provenance)
     if found is None or not found.rft:
         return f"a different version of rft (its {filenames.PROVENANCE} does not say which)"
     version, commit = found.rft, found.git

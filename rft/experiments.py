@@ -24,6 +24,8 @@ from rft.storage.documents import Epochs, Positive, document
 from rft.text import short
 
 NAMES = (*recipes.TRAINED, *recipes.MERGED)
+# which learn from a second teacher
+STUDENTS = tuple(name for name, one in recipes.TRAINED.items() if one.method.kd_weight > 0)
 TEACHER_ALPHA = 0.5  # of the WiSE-FT model that WiSE-KD learns from (appendix A.3)
 # options of a training that the plan decides
 PLANNED = (
@@ -99,9 +101,13 @@ class Study:
 
 def experiments(study: Study) -> list[Experiment]:
     """Return the plan's experiments, each behind those it needs; the last one is the report."""
+    others = [name for name in recipes.TRAINED if name not in ("zero-shot", *STUDENTS)]
     found = [train(study, "zero-shot", 0)]  # which no seed changes
     for seed in range(study.seeds):
-        found += of_seed(study, seed)
+        found += [train(study, name, seed) for name in others]
+        found += [ingredient(study, rate, seed) for rate in recipes.SOUP_RATES if rate != 1]
+        found += [merge(study, name, seed) for name in recipes.MERGED]
+        found += [train(study, name, seed) for name in STUDENTS]
     if study.only:
         found = with_needed(found, study.only)
     evaluations = [evaluate(study, found, seed) for seed in range(study.seeds)]
@@ -110,58 +116,23 @@ def experiments(study: Study) -> list[Experiment]:
     return [*found, *evaluations, report(study, found, evaluations)]
 
 
-def of_seed(study: Study, seed: int) -> list[Experiment]:
-    """Return everything that one seed trains and merges."""
-    students = [name for name in recipes.TRAINED if learns_from_wise(name)]
-    others = [name for name in recipes.TRAINED if name not in ("zero-shot", *students)]
-    return [
-        *(train(study, name, seed) for name in others),
-        *(ingredient(study, rate, seed) for rate in recipes.SOUP_RATES if rate != 1),
-        *(merge(study, name, seed) for name in recipes.MERGED),
-        *(train(study, name, seed) for name in students),
-    ]
-
-
 def with_seed(name: str, seed: int) -> str:
     """Return the name of an experiment, which is that of its run folder too."""
     return f"{name}-seed{seed}"
 
 
-def learns_from_wise(recipe: str) -> bool:
-    """Whether a recipe trains with a second teacher."""
-    return recipes.build(recipe).method.kd_weight > 0
-
-
-def train(study: Study, recipe: str, seed: int) -> Experiment:
-    """Return the training of a recipe."""
-    name = with_seed(recipe, seed)
+def train(study: Study, recipe: str, seed: int, lr: str = "") -> Experiment:
+    """Return the training of a recipe; with a learning rate of its own it is for soups alone."""
+    name = with_seed(f"{recipe}-lr{lr}" if lr else recipe, seed)
     after, options = (), ()
-    if recipe == "lp-ft":
+    if lr:
+        options = ("--optim.lr", lr)
+    elif recipe == "lp-ft":
         after = (with_seed("linear-probe", seed),)
         options = ("--model.start", study.at(after[0]))
-    elif learns_from_wise(recipe):
+    elif recipe in STUDENTS:
         after = (with_seed("wise-ft", seed),)
         options = ("--method.kd-teacher", study.wise_model("wise-ft", TEACHER_ALPHA, seed))
-    command = training(study, recipe, name, seed, *options)
-    return Experiment(name, command, after, makes=(study.at(name),))
-
-
-def ingredient(study: Study, rate: float, seed: int) -> Experiment:
-    """Return vanilla at `rate` times its learning rate, for the soups and not for the report."""
-    recipe, lr = ingredient_of(study, rate)
-    name = with_seed(f"{recipe}-lr{lr}", seed)
-    return Experiment(name, training(study, recipe, name, seed, "--optim.lr", lr))
-
-
-def ingredient_of(study: Study, rate: float) -> tuple[str, str]:
-    """Return recipe and learning rate of a soup's ingredient."""
-    (recipe,) = recipes.MERGED["uniform-soup"].inputs
-    config = recipes.build(recipe, scale=study.scale, preset=study.preset)
-    return recipe, f"{config.optim.lr * rate:g}"
-
-
-def training(study: Study, recipe: str, name: str, seed: int, *options: str) -> tuple[str, ...]:
-    """Return the command that trains one run."""
     command = ["torchrun", "-m", "rft.train", recipe]
     if study.scale != "paper":
         command += ["--scale", study.scale]
@@ -170,46 +141,39 @@ def training(study: Study, recipe: str, name: str, seed: int, *options: str) -> 
     command += ["--data", study.data, "--run-dir", study.at(name), "--seed", str(seed), *options]
     if study.epochs is not None and recipe != "zero-shot":
         command += ["--optim.epochs", str(study.epochs)]
-    return (*command, *study.options)
+    return Experiment(name, (*command, *study.options), after, () if lr else (study.at(name),))
+
+
+def ingredient(study: Study, rate: float, seed: int) -> Experiment:
+    """Return the training of a soup's model: vanilla at `rate` times its learning rate."""
+    (recipe,) = recipes.MERGED["uniform-soup"].inputs
+    config = recipes.build(recipe, scale=study.scale, preset=study.preset)
+    return train(study, recipe, seed, "" if rate == 1 else f"{config.optim.lr * rate:g}")
 
 
 def merge(study: Study, name: str, seed: int) -> Experiment:
-    """Return the merge of a WiSE family or a soup."""
-    kind = recipes.MERGED[name].kind
-    match kind:
+    """Return the merge of all models of a WiSE family, or of a seed's ingredients of a soup."""
+    merged, out = recipes.MERGED[name], study.at(with_seed(name, seed))
+    launcher, options, models = "python", (), (out,)
+    match merged.kind:
         case "wise":
-            return wise(study, name, seed)
+            start, end = merged.inputs
+            after = (with_seed(start, 0), with_seed(end, seed))
+            options = ("--alpha", *(f"{alpha:g}" for alpha in study.alphas))
+            if study.preset == "official-parity":
+                options += ("--end-weights", "last")
+            models = tuple(study.wise_model(name, alpha, seed) for alpha in study.alphas)
+            if len(models) == 1:
+                (out,) = models
         case "uniform-soup" | "greedy-soup":
-            return soup(study, name, seed)
-        case _:
+            # of one seed, because those share their held-out images
+            after = tuple(ingredient(study, rate, seed).name for rate in recipes.SOUP_RATES)
+            if merged.kind == "greedy-soup":
+                launcher, options = "torchrun", ("--data", study.data, *study.workers)
+        case kind:
             assert_never(kind)
-
-
-def wise(study: Study, family: str, seed: int) -> Experiment:
-    """Return the merge of all models of a WiSE family."""
-    start, end = recipes.MERGED[family].inputs
-    name, after = with_seed(family, seed), (with_seed(start, 0), with_seed(end, seed))
-    command = ["python", "-m", "rft.merge", "wise", *map(study.at, after), "--alpha"]
-    command += [f"{alpha:g}" for alpha in study.alphas]
-    if study.preset == "official-parity":
-        command += ["--end-weights", "last"]
-    models = tuple(study.wise_model(family, alpha, seed) for alpha in study.alphas)
-    command += ["--out", models[0] if len(models) == 1 else study.at(name)]
-    return Experiment(name, tuple(command), after, models)
-
-
-def soup(study: Study, kind: str, seed: int) -> Experiment:
-    """Return the soup of one seed's ingredients, which share their held-out images."""
-    after = []
-    for rate in recipes.SOUP_RATES:
-        recipe, lr = ingredient_of(study, rate)
-        after.append(with_seed(recipe if rate == 1 else f"{recipe}-lr{lr}", seed))
-    name, greedy = with_seed(kind, seed), kind == "greedy-soup"
-    command = ["torchrun" if greedy else "python", "-m", "rft.merge", kind, *map(study.at, after)]
-    if greedy:
-        command += ["--data", study.data, *study.workers]
-    command += ["--out", study.at(name)]
-    return Experiment(name, tuple(command), tuple(after), makes=(study.at(name),))
+    command = (launcher, "-m", "rft.merge", merged.kind, *map(study.at, after), *options)
+    return Experiment(with_seed(name, seed), (*command, "--out", out), after, models)
 
 
 def with_needed(found: Sequence[Experiment], only: Collection[str]) -> list[Experiment]:

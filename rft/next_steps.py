@@ -82,7 +82,7 @@ def _seed(run: Path, done: str) -> tuple[int, str] | None:
             ready = read_results(run)
             data = ready and sorted((name, c.manifest_sha256) for name, c in ready.sets.items())
         else:
-            ready = records.find_training(run)
+            ready = records.find(run / filenames.TRAINING, records.Training)
             data = ready and ready.manifest_sha256
     except (OSError, ValueError):
         return None

@@ -7,7 +7,7 @@ prints the values it tried (SETTINGS) but not its choices. Everything a recipe d
 the same for all (appendix A.1). Any recipe can be scaled to the embedded world (docs/decisions.md).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,8 +15,10 @@ from typing import Any, Literal, NamedTuple, get_args
 from rft.cli import unknown
 from rft.config import (
     Config,
+    Fill,
     LoaderConfig,
     LogConfig,
+    Mask,
     MethodConfig,
     ModelConfig,
     OptimConfig,
@@ -43,7 +45,47 @@ class Recipe(NamedTuple):
 
 
 PLAIN = MethodConfig(distill_weight=0)  # cross-entropy alone
-OURS = MethodConfig(mask="object", fill="single", threshold=0.3)
+
+# Table 1: mask and fill -> the setting, which is a rate where patches are random and a threshold
+# elsewhere, and the line of `--help`, which names it
+GRID: dict[tuple[Mask, Fill], tuple[float, str]] = {
+    ("random", "none"): (0.75, "Drop {:.0%} of the patches at random."),
+    ("context", "none"): (0.6, "Drop the context: at most {} of the largest relevance."),
+    ("object", "none"): (0.3, "Drop the object: above {} of the largest relevance."),
+    ("random", "single"): (0.5, "Refill {:.0%} of the patches, at random, from one other image."),
+    ("context", "single"): (
+        0.5,
+        "Refill the context, at most {} of the largest relevance, from one other image.",
+    ),
+    ("object", "single"): (
+        0.3,
+        "Refill the object, above {} of the largest relevance, from one other image.",
+    ),
+    ("random", "multi"): (
+        0.5,
+        "Refill {:.0%} of the patches, at random, each from an image of its own.",
+    ),
+    ("context", "multi"): (
+        0.3,
+        "Refill the context, at most {}, each patch from an image of its own.",
+    ),
+    ("object", "multi"): (0.6, "Refill the object, above {}, each patch from an image of its own."),
+}
+
+
+def _masked() -> Iterator[tuple[str, Recipe]]:
+    for (mask, fill), (setting, about) in GRID.items():
+        name = f"{mask}-mask-{'no' if fill == 'none' else fill}-fill"
+        if mask == "random":
+            method = MethodConfig(mask=mask, fill=fill, rate=setting)
+        else:
+            method = MethodConfig(mask=mask, fill=fill, threshold=setting)
+        yield name, Recipe(about.format(setting), method)
+
+
+MASKED_RECIPES = dict(_masked())
+MASKED = {name: recipe.method for name, recipe in MASKED_RECIPES.items()}
+OURS = MASKED[DEFAULT]
 
 TRAINED = {
     "zero-shot": Recipe(
@@ -67,41 +109,7 @@ TRAINED = {
         {"epochs": 5},
     ),
     "no-mask": Recipe("Distil features on the clean images themselves.", MethodConfig()),
-    "random-mask-no-fill": Recipe(
-        "Drop 75% of the patches at random.",
-        MethodConfig(mask="random", fill="none", rate=0.75),
-    ),
-    "context-mask-no-fill": Recipe(
-        "Drop the context: at most 0.6 of the largest relevance.",
-        MethodConfig(mask="context", fill="none", threshold=0.6),
-    ),
-    "object-mask-no-fill": Recipe(
-        "Drop the object: above 0.3 of the largest relevance.",
-        MethodConfig(mask="object", fill="none", threshold=0.3),
-    ),
-    "random-mask-single-fill": Recipe(
-        "Refill 50% of the patches, at random, from one other image.",
-        MethodConfig(mask="random", fill="single", rate=0.5),
-    ),
-    "context-mask-single-fill": Recipe(
-        "Refill the context, at most 0.5 of the largest relevance, from one other image.",
-        MethodConfig(mask="context", fill="single", threshold=0.5),
-    ),
-    "object-mask-single-fill": Recipe(
-        "Refill the object, above 0.3 of the largest relevance, from one other image.", OURS
-    ),
-    "random-mask-multi-fill": Recipe(
-        "Refill 50% of the patches, at random, each from an image of its own.",
-        MethodConfig(mask="random", fill="multi", rate=0.5),
-    ),
-    "context-mask-multi-fill": Recipe(
-        "Refill the context, at most 0.3, each patch from an image of its own.",
-        MethodConfig(mask="context", fill="multi", threshold=0.3),
-    ),
-    "object-mask-multi-fill": Recipe(
-        "Refill the object, above 0.6, each patch from an image of its own.",
-        MethodConfig(mask="object", fill="multi", threshold=0.6),
-    ),
+    **MASKED_RECIPES,
     # gamma = 1 and T = 10 (appendix A.3)
     "wise-kd-vanilla": Recipe(
         "Learn from a WiSE-FT model (alpha 0.5) too (Fig. 7): --method.kd-teacher RUN.",
@@ -160,8 +168,7 @@ def build(
 ) -> Config:
     """Return the configuration of a recipe that trains.
 
-    For the scale "small" it is not complete: `rft.small.fit` sets what follows from the size of the
-    set.
+    For the scale "small" it is not complete before `rft.small.fit` has seen the size of the set.
 
     Raises:
         ValueError: if there is no such recipe, scale or preset.
@@ -183,7 +190,9 @@ def build(
     if scale == "miniature":
         config = _miniature(config)
     if scale == "small":
-        config = _small(config)
+        # Model, loss and peak learning rate stay the paper's. What follows from the size of the set
+        # (rft/small.py) is still the paper's here, which no small set can be trained with.
+        config = replace(config, scale="small", log=LogConfig(every_steps=10, image_steps=100))
     return config
 
 
@@ -208,15 +217,6 @@ def require_inputs(config: Config) -> None:
             f"{config.recipe} learns from a second teacher; give it with --method.kd-teacher RUN "
             "(a WiSE-FT model: python -m rft.merge wise)"
         )
-
-
-def _small(config: Config) -> Config:
-    """Scale a recipe to some hundred or thousand photos of one's own.
-
-    Model, loss and peak learning rate stay the paper's. What follows from the size of the set
-    (rft/small.py) is still the paper's here, which no small set can be trained with.
-    """
-    return replace(config, scale="small", log=LogConfig(every_steps=10, image_steps=100))
 
 
 def _miniature(config: Config) -> Config:
@@ -254,17 +254,6 @@ def _official_parity(config: Config) -> Config:
         method=replace(config.method, same_draws=True),
         optim=optim,
     )
-
-
-def names() -> list[str]:
-    """Return the name of every recipe that trains, in the order of the paper's tables."""
-    return list(TRAINED)
-
-
-def masked_methods() -> dict[str, MethodConfig]:
-    """Return the method of each mask x fill, in the order of Table 1."""
-    built = {name: build(name).method for name in names()}
-    return {name: method for name, method in built.items() if method.masks and not method.kd_weight}
 
 
 def list_in_words() -> str:

@@ -10,7 +10,7 @@ from rft.config import Config, LoaderConfig, MethodConfig, ModelConfig, OptimCon
 from rft.storage import files
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipes.TRAINED)
 @pytest.mark.parametrize("scale", ["paper", "miniature"])
 @pytest.mark.parametrize("preset", ["paper", "official-parity"])
 def test_every_recipe_round_trips(name, scale, preset):

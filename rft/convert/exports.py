@@ -22,7 +22,7 @@ from rft.clip.card import Format
 from rft.clip.classifier import load_state
 from rft.clip.load import PretrainedClip
 from rft.convert import text_tower
-from rft.runs import records, trained_on
+from rft.runs import filenames, records, trained_on
 from rft.runs.folder import (
     checkpoint_path,
     read_results,
@@ -141,7 +141,7 @@ def _classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
     still the one of the training, by its hash.
     """
     why = "the run does not say on which data it was trained"
-    training = records.find_training(run)
+    training = records.find(run / filenames.TRAINING, records.Training)
     if config and config.data and config.train_set and training:
         try:
             manifest = Manifest.load(files.join(config.data, config.train_set))

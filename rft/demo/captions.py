@@ -8,7 +8,8 @@ them.
 import numpy as np
 
 from rft.demo.objects import CLASSES, DIGITS, SHAPES
-from rft.demo.scenes import PALETTES, PATTERNS, PLAIN, Scene, pattern_and_palette
+from rft.demo.render import PALETTES, PATTERNS, pattern_and_palette
+from rft.demo.scenes import PLAIN, Scene
 
 TEMPLATES = (
     "a photo of a {c}.",

@@ -9,13 +9,12 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from rft import cli
+from rft import cli, recipes
 from rft.demo.miniature import FOLDER, prepare_data, shards
 from rft.evaluate.results import is_current
 from rft.experiments import Experiment, Study, experiments
@@ -61,40 +60,33 @@ class Pretrain:
     seed: Seed = 0
 
 
-def plan(arguments: Demo, report: Path) -> Study:
-    """Return the plan of every experiment on the miniature world."""
-    return Study(
-        runs=str(arguments.out / "runs"),
-        data=str(shards(arguments.out)),
-        report=str(report),
+def make(
+    arguments: Demo,
+    report: str,
+    only: tuple[str, ...] = (),
+    alphas: tuple[float, ...] = recipes.ALPHAS,
+) -> None:
+    """Run every stage of a study that is not done yet; print the table and the report's path."""
+    started = time.perf_counter()
+    out = arguments.out
+    study = Study(
+        runs=str(out / "runs"),
+        data=str(shards(out)),
+        report=str(out / report),
         scale="miniature",
         seeds=arguments.seeds,
         epochs=arguments.epochs,
+        only=only,
+        alphas=alphas,
     )
-
-
-def demo(arguments: Demo) -> None:
-    """Run the experiments of the README's table."""
-    report = arguments.out / "report"
-    make(arguments, replace(plan(arguments, report), only=SHOWN, alphas=(0.5,)))
-
-
-def paper(arguments: Demo) -> None:
-    """Run the experiments of the paper's tables and of its Fig. 7."""
-    make(arguments, plan(arguments, arguments.out / "reproduction"))
-
-
-def make(arguments: Demo, chosen: Study) -> None:
-    """Run every stage that is not done yet; print the table and the report's path last."""
-    started = time.perf_counter()
-    *stages, _ = experiments(chosen)
-    prepare_data(arguments.out)
+    *stages, _ = experiments(study)
+    prepare_data(out)
     for stage in stages:
-        if not is_done(stage, chosen.data):
+        if not is_done(stage, study.data):
             run(stage.name, local(stage.command, arguments.processes))
-    table = write_report([Path(path) for one in stages for path in one.makes], Path(chosen.report))
-    print(f"\n{table}\ndone in {time.perf_counter() - started:.0f} s")
-    print(f"report: {Path(chosen.report) / 'index.html'}")
+    made = write_report([Path(path) for one in stages for path in one.makes], out / report)
+    print(f"\n{made.text()}\ndone in {time.perf_counter() - started:.0f} s")
+    print(f"report: {out / report / 'index.html'}")
 
 
 def is_done(stage: Experiment, data: str) -> bool:
@@ -106,8 +98,7 @@ def is_done(stage: Experiment, data: str) -> bool:
         return all((Path(path) / filenames.PROVENANCE).exists() for path in stage.makes)
     assert module == "rft.evaluate"
     models = [Path(path) for path in options[: options.index("--data")]]
-    sets = {name: PackedDataset(f"{data}/{name}") for name in TEST_SETS}
-    manifests = {name: packed.manifest for name, packed in sets.items()}
+    manifests = {name: PackedDataset(f"{data}/{name}").manifest for name in TEST_SETS}
     return all(is_current(path, manifests) for path in models)
 
 
@@ -122,11 +113,9 @@ MEET_IN_FILES = {
 def local(command: tuple[str, ...], processes: int) -> tuple[str, ...]:
     """Return a command of the plan for this interpreter and so many ranks on this machine."""
     launcher, *rest = command
-    if launcher == "python":
-        return sys.executable, *rest
-    assert launcher == "torchrun"
-    ranks = ("--nproc_per_node", str(processes))
-    return sys.executable, "-m", "torch.distributed.run", *ranks, *rest
+    # what `torchrun` starts, which need not be on the path
+    ranks = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes))
+    return sys.executable, *{"python": (), "torchrun": ranks}[launcher], *rest
 
 
 def run(name: str, command: tuple[str, ...]) -> None:
@@ -157,6 +146,7 @@ def main() -> None:
         return
     if arguments[:1] == ["paper"]:
         options = {"args": arguments[1:], "prog": "rft.demo paper", "description": PAPER}
-        paper(cli.parse(Demo, **options))
-        return
-    demo(cli.parse(Demo, args=arguments, prog="rft.demo"))
+        make(cli.parse(Demo, **options), "reproduction")
+    else:
+        # the experiments of the README's table
+        make(cli.parse(Demo, args=arguments, prog="rft.demo"), "report", SHOWN, alphas=(0.5,))

@@ -5,7 +5,7 @@ from pathlib import Path
 import filelock
 
 from rft.demo.render import IMAGE_SIZE
-from rft.demo.world import write_world
+from rft.demo.world import CLASS_LIST, write_world
 from rft.packing.pack import Options, pack
 from rft.sets import BENCHMARKS
 from rft.shards.label_space import LabelSpace
@@ -20,7 +20,7 @@ def prepare_data(folder: Path) -> None:
     with filelock.FileLock(folder / ".lock"):
         world = folder / "world"
         write_world(world)
-        labels = LabelSpace.load(str(world / "classes.json"))
+        labels = LabelSpace.load(str(world / CLASS_LIST))
         # small shards, so that the miniature has several of them as a cluster would
         options = Options(encoding="pixels", size=IMAGE_SIZE, shard_mb=2, workers=1)
         for dataset in BENCHMARKS:

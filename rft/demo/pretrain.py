@@ -7,7 +7,6 @@ a part in any choice (docs/decisions.md).
 Shape suffixes: B batch, C channel, H W pixels, T tokens of a caption, E embedding.
 """
 
-import copy
 import logging
 import math
 import time
@@ -24,38 +23,27 @@ from open_clip.model import CLIP
 from safetensors.torch import save
 from torch import Tensor
 
-from rft.clip.architecture import Architecture
 from rft.clip.head import zero_shot_head
-from rft.clip.load import PretrainedClip, WordTokenizer
+from rft.clip.load import (
+    MINIATURE,
+    PretrainedClip,
+    WordTokenizer,
+    architecture_of,
+    model_config,
+)
 from rft.clip.weights import CARD, HUB_CONFIG, HUB_WEIGHTS
 from rft.config import OptimConfig
 from rft.demo.captions import CONTEXT_LENGTH, TEMPLATES, VOCABULARY, caption
 from rft.demo.objects import CLASSES, load_silhouettes
-from rft.demo.render import IMAGE_SIZE, render
+from rft.demo.render import render
 from rft.demo.scenes import VERSION, Setting, draw_scene
 from rft.progress import progress
 from rft.rng import derive, numpy_generator
 from rft.storage import files
-from rft.train.optim import learning_rate
+from rft.train.optim import set_schedule
 
-MODEL: dict[str, Any] = {
-    "embed_dim": 64,
-    "vision_cfg": {
-        "image_size": IMAGE_SIZE,
-        "patch_size": 8,
-        "layers": 4,
-        "width": 96,
-        "head_width": 24,
-    },
-    "text_cfg": {
-        "context_length": CONTEXT_LENGTH,
-        "vocab_size": len(VOCABULARY),
-        "layers": 2,
-        "width": 64,
-        "heads": 2,
-    },
-}
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+# the shipped CLIP's configuration says what is trained, so that no number of it stands twice
+ARCHITECTURE = architecture_of(MINIATURE)
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=60, weight_decay=0.1, beta1=0.9, beta2=0.98)
 CLIP_NORM = 1.0
 BATCH_SIZE = 64
@@ -107,8 +95,7 @@ def pretrain(out: Path, seed: int = 0, *, steps: int = 1200, images: int = 30_00
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, OPTIM)
+            set_schedule(optimizer, step, steps, OPTIM)
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(max=LARGEST_SCALE)
@@ -141,7 +128,8 @@ def draw_captioned(name: str, setting: Setting, images: int, seed: int) -> Capti
 
 def normalise(images_BCHW: Tensor) -> Tensor:
     """Return uint8 images as the model's fp32 input."""
-    mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    spread = (ARCHITECTURE.mean, ARCHITECTURE.std)
+    mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in spread)
     return (images_BCHW.float() / 255 - mean_C11) / std_C11
 
 
@@ -157,17 +145,17 @@ def draw_batches(images: int, seed: int) -> Iterator[Tensor]:
 
 def build_model(seed: int) -> CLIP:
     """Return the untrained CLIP."""
+    fields: dict[str, Any] = {**model_config(MINIATURE)}
     with torch.random.fork_rng(devices=[]):
         # open_clip initialises from the global generator: lend it an addressed state
         torch.default_generator.manual_seed(derive(seed, "pretrain-weights"))
-        return CLIP(**copy.deepcopy(MODEL))
+        return CLIP(**fields)
 
 
 def build_optimizer(model: CLIP) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only, as CLIP was trained."""
-    parameters = list(model.parameters())
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": OPTIM.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -183,7 +171,8 @@ def measure(model: CLIP, dev: dict[str, Captioned]) -> dict[str, float]:
     weight of feature distillation has to be read against.
     """
     model.eval()
-    head = zero_shot_head(to_pretrained(model), CLASSES, TEMPLATES)
+    clip = PretrainedClip(model, WordTokenizer(VOCABULARY, CONTEXT_LENGTH), ARCHITECTURE)
+    head = zero_shot_head(clip, CLASSES, TEMPLATES)
     measured: dict[str, float] = {}
     for name, data in dev.items():
         features_BE = model.encode_image(normalise(data.images_BCHW))
@@ -201,25 +190,11 @@ def losses_in_words(measured: dict[str, float]) -> str:
     return "  ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
 
-def to_pretrained(model: CLIP) -> PretrainedClip:
-    """Return the model with its tokenizer, as `rft.clip.load.load_clip` would."""
-    architecture = Architecture(
-        clip="rft-miniature",
-        embed_dim=MODEL["embed_dim"],
-        vision_cfg=MODEL["vision_cfg"],
-        quick_gelu=False,
-        mean=MEAN,
-        std=STD,
-    )
-    return PretrainedClip(model, WordTokenizer(VOCABULARY, CONTEXT_LENGTH), architecture)
-
-
 def save_model(out: Path, model: CLIP, card: dict[str, Any]) -> None:
     """Write weights, configuration, vocabulary and a card that says where they come from."""
-    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
-    config = {"model_cfg": MODEL, "preprocess_cfg": {"size": IMAGE_SIZE, **preprocess}}
+    config = (Path(__file__).parent / "clip" / HUB_CONFIG).read_bytes()
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    files.write_json(str(out / HUB_CONFIG), config)
+    files.write_bytes(str(out / HUB_CONFIG), config)
     files.write_bytes(str(out / "vocab.txt"), ("\n".join(VOCABULARY) + "\n").encode())
     packages = files.provenance()["packages"]
     made_with = {"world_version": VERSION, "threads": torch.get_num_threads(), "packages": packages}

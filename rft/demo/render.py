@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from rft.demo.objects import SIDE
-from rft.demo.scenes import PLAIN, Scene, pattern_and_palette
+from rft.demo.scenes import PLAIN, Scene
 
 IMAGE_SIZE = 48  # pixels of an image's side
 CONTEXT_DARKNESS = 0.7
@@ -30,7 +30,8 @@ def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     image = draw_context(scene.context, rng)
     colour = 1 - 0.45 * rng.uniform(size=3) * np.sqrt(rng.uniform())
     image = image + opacity[..., None] * (colour - image)
-    image = image * (scene.brightness * _shading(rng))[..., None]
+    shading = 1 + 0.12 * _smooth_noise(3, rng)  # uneven light
+    image = image * (scene.brightness * shading)[..., None]
     image = _STYLES[scene.style](image, opacity, rng)
     return to_bytes(image, scene.noise, rng), opacity > 0.5
 
@@ -73,11 +74,6 @@ def to_bytes(image: np.ndarray, noise: float, rng: np.random.Generator) -> np.nd
     return np.rint(255 * np.clip(noisy, 0, 1)).astype(np.uint8)
 
 
-def _shading(rng: np.random.Generator) -> np.ndarray:
-    """Return uneven light: a smooth factor within 12% of 1."""
-    return 1 + 0.12 * _smooth_noise(3, rng)
-
-
 def _smooth_noise(cells: int, rng: np.random.Generator) -> np.ndarray:
     """Return noise in [-1, 1] whose grain is the image's side divided by `cells`."""
     coarse = rng.uniform(-1, 1, size=(cells, cells)).astype(np.float32)
@@ -109,16 +105,9 @@ def _ripples(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarr
     return _wave(5 * np.hypot(x - x[0, 0] - centre_x, y - y[0, 0] - centre_y))
 
 
-def _grid(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return 12 * (np.maximum(np.abs(_cell(5 * x)), np.abs(_cell(5 * y))) - 0.36)
-
-
 def _speckle(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return (
-        (rng.uniform(size=(IMAGE_SIZE // 2, IMAGE_SIZE // 2)) > 0.6)
-        .repeat(2, axis=0)
-        .repeat(2, axis=1)
-    )
+    light = rng.uniform(size=(IMAGE_SIZE // 2, IMAGE_SIZE // 2)) > 0.6
+    return light.repeat(2, axis=0).repeat(2, axis=1)
 
 
 def _haze(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -136,18 +125,21 @@ _PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray, np.random.Generator], np.
     "clouds": lambda x, y, rng: 0.5 + 0.7 * _smooth_noise(6, rng),
     "bricks": _bricks,
     "ripples": _ripples,
-    "grid": _grid,
+    "grid": lambda x, y, rng: 12 * (np.maximum(np.abs(_cell(5 * x)), np.abs(_cell(5 * y))) - 0.36),
     "waves": lambda x, y, rng: _wave(4 * y + 0.5 * np.sin(4 * np.pi * x)),
     "speckle": _speckle,
     "haze": _haze,
 }
+PATTERNS, PALETTES = tuple(_PATTERNS), tuple(_COLOURS)
+
+
+def pattern_and_palette(context: int) -> tuple[str, str]:
+    """Return the two words that describe a context; no two contexts share both."""
+    palette = context + context // len(PATTERNS)
+    return PATTERNS[context % len(PATTERNS)], PALETTES[palette % len(PALETTES)]
 
 
 # Styles: how a photograph of the scene is drawn again.
-
-
-def _photo(image: np.ndarray, opacity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return image
 
 
 def _cartoon(image: np.ndarray, opacity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -173,7 +165,7 @@ def _sketch(image: np.ndarray, opacity: np.ndarray, rng: np.random.Generator) ->
 
 
 _STYLES: dict[str, Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]] = {
-    "photo": _photo,
+    "photo": lambda image, opacity, rng: image,
     "cartoon": _cartoon,
     "painting": _painting,
     "embroidery": _embroidery,

@@ -15,23 +15,8 @@ from rft.demo.objects import CLASSES, Bank, Silhouettes
 
 VERSION = 1  # of the world; a new one whenever any image changes, with newly trained weights
 
-PATTERNS = (
-    "stripes",
-    "columns",
-    "diagonals",
-    "checks",
-    "dots",
-    "clouds",
-    "bricks",
-    "ripples",
-    "grid",
-    "waves",
-    "speckle",
-    "haze",
-)
-PALETTES = ("red", "green", "blue", "purple")
 PLAIN = -1  # the context that is none
-NUM_CONTEXTS = 24  # each pattern in two of the four palettes
+NUM_CONTEXTS = 24  # each pattern in two of the four palettes (rft/demo/render.py)
 # Context c is the usual one of class c; those above are met in no fine-tuning image.
 CLASS_CONTEXTS = range(len(CLASSES))
 NOVEL_CONTEXTS = range(len(CLASSES), NUM_CONTEXTS)
@@ -78,12 +63,6 @@ class Scene:
     shift: tuple[float, float]
     brightness: float
     noise: float
-
-
-def pattern_and_palette(context: int) -> tuple[str, str]:
-    """Return the two words that describe a context; no two contexts share both."""
-    palette = context + context // len(PATTERNS)
-    return PATTERNS[context % len(PATTERNS)], PALETTES[palette % len(PALETTES)]
 
 
 def draw_scene(

@@ -6,12 +6,11 @@ class folders, dots and spaces in names, a red frame, and folders that stand for
 none. `masks/` has the exact object mask of each image under the same path, as PNG.
 """
 
-import dataclasses
 import json
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,54 +24,42 @@ from rft.demo.scenes import NOVEL_CONTEXTS, VERSION, Scene, Setting, Style, draw
 from rft.rng import derive, numpy_generator
 from rft.storage import files
 
-__all__ = ["IMAGE_SIZE", "ImageSet", "SETS", "write_world"]
-
+CLASS_LIST = "classes.json"  # ids, names and prompts, in the world's folder
 IDS = tuple(f"n{class_id + 1:08d}" for class_id in range(len(CLASSES)))
 PHOTOS: Mapping[Style, float] = {"photo": 1.0}
 RENDITIONS: Mapping[Style, float] = {"cartoon": 1 / 3, "painting": 1 / 3, "embroidery": 1 / 3}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSet:
-    """One set of images: how many, of which classes (in turn), from which scenes."""
+class WorldSet:
+    """One set of images: from which scenes, how many, of which classes (in turn)."""
 
     setting: Setting
     images: int = 1500
     classes: Sequence[int] = tuple(range(len(CLASSES)))
 
 
+TEST = Setting(bank="test", styles=PHOTOS, contexts="usual")
 SETS = {
-    "imagenet-train": ImageSet(
-        setting=Setting(bank="finetune", styles=PHOTOS, contexts="usual"), images=2000
-    ),
-    "imagenet-val": ImageSet(setting=Setting(bank="test", styles=PHOTOS, contexts="usual")),
+    "imagenet-train": WorldSet(setting=replace(TEST, bank="finetune"), images=2000),
+    "imagenet-val": WorldSet(setting=TEST),
     # collected again, a little differently
-    "imagenet-v2": ImageSet(
-        setting=Setting(
-            bank="test",
-            styles=PHOTOS,
-            contexts="usual",
-            rho=0.8,
-            size=(24, 34),
-            brightness=(0.75, 1.2),
-            noise=0.06,
-        )
+    "imagenet-v2": WorldSet(
+        setting=replace(TEST, rho=0.8, size=(24, 34), brightness=(0.75, 1.2), noise=0.06)
     ),
-    "imagenet-r": ImageSet(
-        setting=Setting(bank="test", styles=RENDITIONS, contexts="any"),
+    "imagenet-r": WorldSet(
+        setting=replace(TEST, styles=RENDITIONS, contexts="any"),
         classes=(0, 2, 3, 5, 7, 10, 11, 13, 14, 15),
     ),
-    "imagenet-sketch": ImageSet(
-        setting=Setting(bank="test", styles={"sketch": 1.0}, contexts="any")
-    ),
+    "imagenet-sketch": WorldSet(setting=replace(TEST, styles={"sketch": 1.0}, contexts="any")),
     # all but 1, 12, 13 and 15, for which there is no folder
-    "objectnet": ImageSet(
-        setting=Setting(bank="test", styles=PHOTOS, contexts="novel", angle=50, size=(22, 34)),
+    "objectnet": WorldSet(
+        setting=replace(TEST, contexts="novel", angle=50, size=(22, 34)),
         classes=(0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14),
     ),
     # unlike the original it is not filtered by a classifier's mistakes
-    "imagenet-a": ImageSet(
-        setting=Setting(bank="test", styles=PHOTOS, contexts="wrong", size=(22, 32)),
+    "imagenet-a": WorldSet(
+        setting=replace(TEST, contexts="wrong", size=(22, 32)),
         classes=(1, 2, 4, 6, 8, 9, 10, 12, 13, 15),
     ),
 }
@@ -113,31 +100,27 @@ def write_world(out: Path, seed: int = 0, *, scale: float = 1.0) -> None:
     Raises:
         ValueError: if `out` is a file or holds anything else than this very world.
     """
-    document = describe_world(seed, scale)
+    sets = {name: replace(full, images=_scaled(full.images, scale)) for name, full in SETS.items()}
+    settings = {name: asdict(chosen) for name, chosen in sets.items()}
+    # as it will be read back
+    document = json.loads(json.dumps({"version": VERSION, "seed": seed, "settings": settings}))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _require_same(out, document)
         return
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     partial.mkdir(parents=True)
     try:
-        for name, image_set in _scaled(scale).items():
+        for name, image_set in sets.items():
             _write_set(partial, name, image_set, seed)
-        _write_objectnet_rest(partial, _scaled_count(OBJECTNET_OTHERS, scale), seed)
+        _write_objectnet_rest(partial, _scaled(OBJECTNET_OTHERS, scale), seed)
         for name, text in READMES.items():
             (partial / name / "README.txt").write_text(text)
         classes = {"ids": IDS, "names": CLASSES, "templates": TEMPLATES}
-        files.write_json(str(partial / "classes.json"), classes)
+        files.write_json(str(partial / CLASS_LIST), classes)
         files.write_json(str(partial / "world.json"), document)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def describe_world(seed: int, scale: float) -> dict[str, Any]:
-    """Return the content of `world.json`: all that decides the world."""
-    settings = {name: dataclasses.asdict(chosen) for name, chosen in _scaled(scale).items()}
-    document = {"version": VERSION, "seed": seed, "settings": settings}
-    return json.loads(json.dumps(document))  # as it will be read back
 
 
 def image_path(name: str, number: int, scene: Scene) -> PurePosixPath:
@@ -157,7 +140,8 @@ def image_path(name: str, number: int, scene: Scene) -> PurePosixPath:
         case "imagenet-sketch":
             path = f"sketch/{folder}/sketch_{in_class}.JPEG"
         case "objectnet":
-            path = f"objectnet-1.0/images/{_objectnet_folder(class_id)}/{_png_name(name, number)}"
+            (folder,) = (one for one, (_, ids) in OBJECTNET_FOLDERS.items() if class_id in ids)
+            path = f"objectnet-1.0/images/{folder}/{_png_name(name, number)}"
         case "imagenet-a":
             # the original has the wrong guess that selected the image in its name, with a score
             guess = CLASSES[scene.context]
@@ -184,19 +168,12 @@ def _require_same(out: Path, document: dict[str, Any]) -> None:
         )
 
 
-def _scaled(scale: float) -> dict[str, ImageSet]:
-    return {
-        name: dataclasses.replace(full, images=_scaled_count(full.images, scale))
-        for name, full in SETS.items()
-    }
-
-
-def _scaled_count(count: int, scale: float) -> int:
+def _scaled(count: int, scale: float) -> int:
     # no class may be left without an image: readers refuse an absent folder
     return max(len(CLASSES), round(scale * count))
 
 
-def _write_set(root: Path, name: str, image_set: ImageSet, seed: int) -> None:
+def _write_set(root: Path, name: str, image_set: WorldSet, seed: int) -> None:
     silhouettes = load_silhouettes(image_set.setting.bank)
     for number in range(image_set.images):
         rng = numpy_generator(seed, name, number)
@@ -230,11 +207,6 @@ def _frame(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 def _png_name(*address: int | str) -> str:
     return f"{derive(*address):016x}.png"
-
-
-def _objectnet_folder(class_id: int) -> str:
-    (folder,) = (name for name, (_, members) in OBJECTNET_FOLDERS.items() if class_id in members)
-    return folder
 
 
 def _write_objectnet_rest(root: Path, images: int, seed: int) -> None:

@@ -78,7 +78,7 @@ def held_out_images(
         ValueError: if a run was trained on other data, or has a head for other classes.
     """
     for ingredient in ingredients:
-        training = records.find_training(ingredient.path)
+        training = records.find(ingredient.path / filenames.TRAINING, records.Training)
         trained_on = training.manifest_sha256 if training else None  # older runs did not keep it
         if trained_on and trained_on != packed.manifest.sha256:
             raise ValueError(

@@ -7,8 +7,7 @@ import tyro
 from rich.console import Console
 
 from rft import cli
-from rft.report.page import build, show, write
-from rft.storage import files
+from rft.report.page import show, write_report
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,7 @@ class Arguments:
 def main() -> None:
     """Parse, read, write, print the tables and the page's path last."""
     arguments = cli.parse(Arguments, prog="rft.report")
-    files.require_local(arguments.out, "--out")
-    report = build(arguments.runs)
-    write(report, arguments.out)
+    report = write_report(arguments.runs, arguments.out)
     console = Console()
     if console.is_terminal:
         show(report, console)

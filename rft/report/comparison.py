@@ -1,46 +1,31 @@
 """Our rows and the paper's, one above the other, and whether they come in the same order. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from rich.table import Table as RichTable
-from rich.text import Text
 from scipy.stats import spearmanr
 
 from rft.paper import Published, all_published, model_name, published
 from rft.report import tables
 from rft.report.read import Run
-from rft.report.tables import ABSENT, COLUMNS, OOD_COLUMN, PLUS_MINUS, Row
+from rft.report.tables import ABSENT, COLUMNS, FIGURE_SPACE, OOD_COLUMN, Row, TextLine, TextTable
 
 MIN_RANKED = 3  # the order of fewer rows says nothing
 HERE, PAPER = "here", "paper"
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A row of the paper and ours, if the recipe was run."""
 
     published: Published
     ours: Row | None
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of the table as text."""
-
-    recipe: str
-    """Empty on the second line of a pair."""
-    source: str
-    cells: tuple[str, ...]
-    ours: bool
-
-
-@dataclass(frozen=True)
-class Beside:
+class Beside(NamedTuple):
     """The table beside the paper's."""
 
     pairs: list[Pair]
-    caption: str
+    text: TextTable
 
 
 def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
@@ -62,42 +47,37 @@ def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
     pairs.sort(key=lambda pair: tables.order(pair.published.recipe))
     if all(pair.ours is None for pair in pairs):
         return None
-    parts = (
-        _what(model, clips, pairs),
-        _warning(scales),
-        _notes(pairs),
-        _ranks(pairs),
-        tables.precisions(rows).strip(),
-    )
-    return Beside(pairs, " ".join(part for part in parts if part))
+    named = f"{model}, here {', '.join(clips)}" if clips else model
+    parts = [*_caption(pairs, named, scales), tables.precisions(rows).strip()]
+    caption = " ".join(part for part in parts if part)
+    text = TextTable(caption, ["", *COLUMNS], text_lines(pairs), justify="left")
+    return Beside(pairs, text)
 
 
-def _what(model: str, clips: Sequence[str], pairs: Sequence[Pair]) -> str:
+def _caption(pairs: Sequence[Pair], model: str, scales: set[str]) -> list[str]:
+    """Return what the numbers are, and what must not be read out of them."""
     numbers = sorted({number for pair in pairs for number in pair.published.tables})
     where = f"Table{'s' if len(numbers) > 1 else ''} {' and '.join(map(str, numbers))}"
-    named = f", here {', '.join(clips)}" if clips else ""
-    return (
-        f"Top-1 accuracy in %, here and in the paper's {where} (CLIP {model}{named}). The paper's "
+    parts = [
+        f"Top-1 accuracy in %, here and in the paper's {where} (CLIP {model}). The paper's "
         "are means over three seeds, without a spread; rows that it has alone were not run here."
-    )
-
-
-def _warning(scales: set[str]) -> str:
-    """Return what must not be read out of runs that are not at the paper's scale."""
+    ]
     if "miniature" in scales:
-        return (
+        parts.append(
             "Ours are the miniature world's: compare their order with the paper's, "
             "never their levels."
         )
-    if scales - {"paper"}:
-        return "Ours are of another training set: compare their order with the paper's, not levels."
-    return ""
-
-
-def _notes(pairs: Sequence[Pair]) -> str:
-    """Return what some of the paper's rows are."""
-    rows = [pair.published for pair in pairs if pair.published.note]
-    return f"In the paper, {', and '.join(f'{row.recipe} is {row.note}' for row in rows)}."
+    elif scales - {"paper"}:
+        parts.append(
+            "Ours are of another training set: compare their order with the paper's, not levels."
+        )
+    notes = [f"{row.recipe} is {row.note}" for row, _ in pairs if row.note]
+    parts.append(f"In the paper, {', and '.join(notes)}.")
+    if (found := rank_correlation(pairs)) is not None:
+        rho, count = found
+        where = "of OOD avg, here and in the paper"
+        parts.append(f"Spearman's rank correlation {where}: {rho:.2f} (n = {count} rows).")
+    return parts
 
 
 def rank_correlation(pairs: Sequence[Pair]) -> tuple[float, int] | None:
@@ -108,10 +88,10 @@ def rank_correlation(pairs: Sequence[Pair]) -> tuple[float, int] | None:
     """
     averages = [
         (cell.mean, printed)
-        for pair in pairs
-        if pair.ours is not None
-        and (cell := pair.ours.cells[OOD_COLUMN]) is not None
-        and (printed := pair.published.percent[OOD_COLUMN]) is not None
+        for row, ours in pairs
+        if ours is not None
+        and (cell := ours.cells[OOD_COLUMN]) is not None
+        and (printed := row.percent[OOD_COLUMN]) is not None
     ]
     if len(averages) < MIN_RANKED:
         return None
@@ -121,66 +101,34 @@ def rank_correlation(pairs: Sequence[Pair]) -> tuple[float, int] | None:
     return float(spearmanr(here, paper).statistic), len(averages)
 
 
-def _ranks(pairs: Sequence[Pair]) -> str:
-    found = rank_correlation(pairs)
-    if found is None:
-        return ""
-    rho, count = found
-    where = "of OOD avg, here and in the paper"
-    return f"Spearman's rank correlation {where}: {rho:.2f} (n = {count} rows)."
+def text_lines(pairs: Sequence[Pair]) -> list[TextLine]:
+    """Return the lines of the table as text: two of a recipe, ours first, or the paper's alone.
 
-
-def table_lines(pairs: Sequence[Pair], join: str = f" {PLUS_MINUS} ") -> list[Line]:
-    """Return the table as text: two lines a recipe, ours first, or the paper's alone."""
+    Ours stand out. A recipe's name is on the first of its lines only.
+    """
     lines = []
-    for pair in pairs:
-        row = pair.published
-        if pair.ours is not None:
-            cells = tuple(
-                ABSENT if cell is None else _aligned(cell.text(join=join))
-                for cell in pair.ours.cells
-            )
-            lines.append(Line(row.recipe, HERE, cells, ours=True))
-        printed = tuple(
-            ABSENT if value is None else _aligned(f"{value:.1f}") for value in row.percent
-        )
-        name = row.recipe if pair.ours is None else ""
-        lines.append(Line(name, PAPER, printed, ours=False))
+    for row, ours in pairs:
+        if ours is not None:
+            texts = [None if cell is None else cell.text() for cell in ours.cells]
+            lines.append((row.recipe, HERE, [(_aligned(text), True) for text in texts]))
+        texts = [None if value is None else f"{value:.1f}" for value in row.percent]
+        name = row.recipe if ours is None else ""
+        lines.append((name, PAPER, [(_aligned(text), False) for text in texts]))
     return lines
 
 
-def _aligned(text: str) -> str:
+def _aligned(number: str | None) -> str:
     """Return a number so that its point is below that of one with two digits before it."""
-    return f" {text}" if text.index(".") == 1 else text
-
-
-def rich_table(table: Beside) -> RichTable:
-    """Return the table for a console of 100 columns, in ASCII."""
-    found = tables.rich_table(table.caption, "", *COLUMNS, justify="left")
-    for line in table_lines(table.pairs, join="+-"):
-        cells = [Text(text, style="bold" if line.ours else "") for text in line.cells]
-        found.add_row(tables.rich_name(line.recipe), Text(line.source), *cells)
-    return found
-
-
-def markdown(table: Beside) -> str:
-    """Return the table as Markdown."""
-    lines = [
-        tables.markdown_line("recipe", "", *COLUMNS),
-        tables.markdown_line(*["---"] * (2 + len(COLUMNS))),
-    ]
-    for line in table_lines(table.pairs):
-        cells = [text.strip() for text in line.cells]
-        lines.append(tables.markdown_line(line.recipe, line.source, *cells))
-    return "\n".join([*lines, "", tables.markdown_escape(table.caption)]) + "\n"
+    if number is None:
+        return ABSENT
+    return FIGURE_SPACE + number if number.index(".") == 1 else number
 
 
 def csv_text(table: Beside) -> str:
     """Return the table as CSV, one line a recipe; what is absent is empty."""
     numbers = [text for name in COLUMNS for text in (name, f"{name} sd", f"{name} paper")]
     lines = [["recipe", "tables", "n", *numbers, "note"]]
-    for pair in table.pairs:
-        row, ours = pair.published, pair.ours
+    for row, ours in table.pairs:
         cells = ours.cells if ours is not None else (None,) * len(COLUMNS)
         values: list[str] = []
         for cell, printed in zip(cells, row.percent, strict=True):

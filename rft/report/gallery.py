@@ -9,9 +9,10 @@ Shapes: B images, H W pixels, C channels, P = G * G patches in row-major order.
 
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 
 from rft.report.label_placement import DPI
 from rft.report.plots import INK, MASK_COLORS, MUTED, drawn, encoded
-from rft.report.tables import FILLS, MASKS
+from rft.report.tables import GRID
 from rft.runs.gallery_file import DROP, Gallery
 from rft.text import plain
 
@@ -47,36 +48,24 @@ def enlarge(gallery: Gallery) -> Gallery:
     """Return the gallery with each pixel repeated to a square, so that small images can be seen."""
     factor = max(1, round(TILE / gallery.images_BHWC.shape[1]))
     images_BHWC = gallery.images_BHWC.repeat(factor, axis=1).repeat(factor, axis=2)
-    patch = gallery.patch * factor
-    return Gallery(images_BHWC, gallery.names, gallery.relevance_BP, patch, gallery.donors)
+    return replace(gallery, images_BHWC=images_BHWC, patch=gallery.patch * factor)
+
+
+def to_pixels(values_BP: np.ndarray, patch: int) -> np.ndarray:
+    """Return the value of each pixel's patch, (B, H, W, 1)."""
+    batch, count = values_BP.shape
+    grid = round(count**0.5)
+    values_BGG1 = values_BP.reshape(batch, grid, grid, 1)
+    return values_BGG1.repeat(patch, axis=1).repeat(patch, axis=2)
 
 
 def apply_donors(images_BHWC: np.ndarray, donor_BP: np.ndarray, patch: int) -> np.ndarray:
     """Return the counterfactual images, (B, H, W, C); dropped patches are hatched grey."""
-    batch, size = images_BHWC.shape[:2]
-    patches_BPHWC = cut(images_BHWC, patch)
-    own_B1 = np.arange(batch)[:, None]
+    own_B1 = np.arange(len(images_BHWC))[:, None]
     dropped_BP = donor_BP == DROP
     source_BP = np.where(dropped_BP, own_B1, donor_BP)
-    chosen_BPHWC = patches_BPHWC[source_BP, np.arange(donor_BP.shape[1])]
-    hatch_1PHWC = cut(hatch(size)[None], patch)
-    return join(np.where(dropped_BP[..., None, None, None], hatch_1PHWC, chosen_BPHWC))
-
-
-def cut(images_BHWC: np.ndarray, patch: int) -> np.ndarray:
-    """Return the patches of images, row by row, (B, P, patch, patch, C)."""
-    batch, size, _, channels = images_BHWC.shape
-    grid = size // patch
-    tiles = images_BHWC.reshape(batch, grid, patch, grid, patch, channels)
-    return tiles.swapaxes(2, 3).reshape(batch, grid * grid, patch, patch, channels)
-
-
-def join(patches_BPHWC: np.ndarray) -> np.ndarray:
-    """Return the images made of patches; the inverse of `cut`."""
-    batch, count, patch, _, channels = patches_BPHWC.shape
-    grid = round(count**0.5)
-    tiles = patches_BPHWC.reshape(batch, grid, grid, patch, patch, channels)
-    return tiles.swapaxes(2, 3).reshape(batch, grid * patch, grid * patch, channels)
+    chosen_BHWC = np.take_along_axis(images_BHWC, to_pixels(source_BP, patch), axis=0)
+    return np.where(to_pixels(dropped_BP, patch), hatch(images_BHWC.shape[1]), chosen_BHWC)
 
 
 def hatch(size: int) -> np.ndarray:
@@ -101,18 +90,7 @@ def heat_map(images_BHWC: np.ndarray, relevance_BP: np.ndarray) -> np.ndarray:
 
 def mask_picture(masked_BP: np.ndarray, patch: int) -> np.ndarray:
     """Return masks as dark patches on a light ground, (B, H, W, 3)."""
-    color_BPC = np.where(masked_BP[..., None], MASKED, KEPT).astype(np.uint8)
-    shape = (*masked_BP.shape, patch, patch, 3)
-    return join(np.broadcast_to(color_BPC[:, :, None, None], shape))
-
-
-def shown_mask(donors: dict[str, np.ndarray]) -> str | None:
-    """Return the recipe whose mask is shown: the object's, where masked patches are dropped.
-
-    Only a drop shows its mask exactly; a fill hides it where an image is its own donor.
-    """
-    wanted = [f"{mask}-mask-{fill}-fill" for mask in reversed(MASKS) for fill in FILLS]
-    return next((name for name in wanted if name in donors), None)
+    return np.where(to_pixels(masked_BP, patch), MASKED, KEPT).astype(np.uint8)
 
 
 def columns(gallery: Gallery) -> list[Column]:
@@ -122,19 +100,21 @@ def columns(gallery: Gallery) -> list[Column]:
         Column("", "image", lambda: images_BHWC),
         Column("", "relevance", lambda: heat_map(images_BHWC, gallery.relevance_BP)),
     ]
-    if (name := shown_mask(gallery.donors)) is not None:
+    # the object's before others, and where masked patches are dropped: only a drop shows its mask
+    # exactly, a fill hides it where an image is its own donor
+    wanted = (name for mask in reversed(MASK_COLORS) for name in GRID if name.startswith(mask))
+    if (name := next((name for name in wanted if name in gallery.donors), None)) is not None:
         own_B1 = np.arange(len(images_BHWC))[:, None]
         masked_BP = gallery.donors[name] != own_B1
         title = f"{name.split('-')[0]} mask"
         found.append(Column("", title, partial(mask_picture, masked_BP, patch)))
-    known = {f"{mask}-mask-{fill}-fill": (mask, fill) for mask in MASKS for fill in FILLS}
-    for name, (mask, fill) in known.items():
+    known = [name for mask in MASK_COLORS for name in GRID if name.startswith(mask)]
+    for name in [*known, *sorted(gallery.donors.keys() - set(known))]:
         if name in gallery.donors:
+            mask, _, fill = name.partition("-mask-")
+            group, title = (f"{mask}-mask", fill) if name in known else (name, "")
             tiles = partial(apply_donors, images_BHWC, gallery.donors[name], patch)
-            found.append(Column(f"{mask}-mask", f"{fill}-fill", tiles))
-    for name in sorted(gallery.donors.keys() - known.keys()):
-        tiles = partial(apply_donors, images_BHWC, gallery.donors[name], patch)
-        found.append(Column(name, "", tiles))
+            found.append(Column(group, title, tiles))
     return found
 
 
@@ -149,22 +129,26 @@ def picture(gallery: Gallery) -> bytes:
     bar_top = tops[-1] + size + 2 * GAP
     height, width = tops[-1] + size + FOOT, lefts[-1] + size + MARGIN
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    page = _Page(figure, width, height)
+
+    def write(x: float, y: float, text: str, size: float, **look: Any) -> None:
+        """Write at pixels from the top left."""
+        look = {"color": INK, **look}
+        figure.text(x / width, 1 - y / height, text, fontsize=size, parse_math=False, **look)
+
     for top, row in zip(tops, rows, strict=True):
         name = plain(large.names[row], kept="\n")
         name = "\n".join(textwrap.wrap(name, 15, max_lines=4, placeholder=" ..."))
-        page.write(NAMES - 2 * GAP, top + size / 2, name, 9.5, ha="right", va="center")
+        write(NAMES - 2 * GAP, top + size / 2, name, 9.5, ha="right", va="center")
     for left, view in zip(lefts, views, strict=True):
-        page.write(left + size / 2, HEAD - 14, view.title, 9.5, ha="center", va="bottom")
-    for left, right, group, color in _group_heads(views, lefts, size):
-        page.write(
-            (left + right) / 2, RULE - 10, group, 10.5, ha="center", va="bottom", color=color
-        )
-    page.write(lefts[1], bar_top + 22, "0", 8.5, ha="left", va="top", color=MUTED)
-    page.write(lefts[1] + size, bar_top + 22, "1", 8.5, ha="right", va="top", color=MUTED)
+        write(left + size / 2, HEAD - 14, view.title, 9.5, ha="center", va="bottom")
+    heads = _group_heads(views, lefts, size)
+    for left, right, group, color in heads:
+        write((left + right) / 2, RULE - 10, group, 10.5, ha="center", va="bottom", color=color)
+    write(lefts[1], bar_top + 22, "0", 8.5, ha="left", va="top", color=MUTED)
+    write(lefts[1] + size, bar_top + 22, "1", 8.5, ha="right", va="top", color=MUTED)
     if any((donor_BP == DROP).any() for donor_BP in large.donors.values()):
         text = "hatched grey: patch dropped"
-        page.write(width - MARGIN, bar_top, text, 8.5, ha="right", va="top", color=MUTED)
+        write(width - MARGIN, bar_top, text, 8.5, ha="right", va="top", color=MUTED)
 
     # into the finished page: as an image of the figure, they would take thirty times their bytes
     pixels_HWC = drawn(figure)
@@ -174,7 +158,7 @@ def picture(gallery: Gallery) -> bytes:
             pixels_HWC[top : top + size, left : left + size, :3] = tiles_BHWC[row]
     ramp = matplotlib.colormaps["inferno"](np.linspace(0, 1, size))[None, :, :3] * 255
     pixels_HWC[bar_top : bar_top + 14, lefts[1] : lefts[1] + size, :3] = ramp.astype(np.uint8)
-    for left, right, _, color in _group_heads(views, lefts, size):
+    for left, right, _, color in heads:
         pixels_HWC[RULE : RULE + 3, left:right, :3] = np.rint(255 * np.array(to_rgb(color)))
     return encoded(pixels_HWC)
 
@@ -197,16 +181,3 @@ def _group_heads(
         color = MASK_COLORS.get(group.removesuffix("-mask"), INK)
         heads.append((members[0], members[-1] + size, group, color))
     return heads
-
-
-class _Page:
-    """Text on a figure, in pixels from the top left."""
-
-    def __init__(self, figure: Figure, width: int, height: int) -> None:
-        self._figure, self._width, self._height = figure, width, height
-
-    def write(
-        self, x: float, y: float, text: str, size: float, *, ha: str, va: str, color: str = INK
-    ) -> None:
-        x, y = x / self._width, 1 - y / self._height
-        self._figure.text(x, y, text, fontsize=size, ha=ha, va=va, color=color, parse_math=False)

@@ -19,7 +19,6 @@ PAIRS = 20_000  # how often labels are compared, all with all others, before the
 ROUNDS = 8  # in which labels choose in one order
 CROWD = 25  # from so many labels on, places anywhere in the plot are tried too
 LEAST_APART = DPI / 50  # of places anywhere in the plot
-PART = 32  # candidates whose lines are compared with all other labels at once
 
 
 def place_labels(
@@ -87,19 +86,10 @@ def _cheapest(
 ) -> tuple[float, np.ndarray]:
     """Return the candidate that costs least given the other labels, and its cost."""
     cost_C = cost_C + 20 * overlap(grow(boxes_C4[:, None]), others_O4).sum(axis=1)
-    cheapest_first = cost_C.argsort(kind="stable")
-    cost_C, boxes_C4 = cost_C[cheapest_first], boxes_C4[cheapest_first]
-    least, chosen = np.inf, boxes_C4[0]
-    for first in range(0, len(cost_C), PART):
-        if cost_C[first] >= least:
-            break  # so do all that follow
-        boxes_P4 = boxes_C4[first : first + PART]
-        tangled_PO = _tangled(point, boxes_P4[:, None], points_O2, others_O4)
-        cost_P = cost_C[first : first + PART] + 400 * tangled_PO.sum(axis=1)
-        best = cost_P.argmin()
-        if cost_P[best] < least:
-            least, chosen = cost_P[best], boxes_P4[best]
-    return float(least), chosen
+    tangled_CO = _tangled(point, boxes_C4[:, None], points_O2, others_O4)
+    cost_C = cost_C + 400 * tangled_CO.sum(axis=1)
+    best = cost_C.argmin()
+    return float(cost_C[best]), boxes_C4[best]
 
 
 def candidate_boxes(anchor: np.ndarray, size: Point) -> np.ndarray:

@@ -13,34 +13,33 @@ from typing import Any
 
 import jinja2
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from rft.paper import FIGURE_7
 from rft.report import comparison as beside
 from rft.report import gallery, plots, tables
 from rft.report.comparison import Beside
 from rft.report.read import Run, load_runs, shown_settings
-from rft.report.tables import COLUMNS, DifferenceRow, Row, TextTable
+from rft.report.tables import COLUMNS, Row, TextTable
 from rft.runs.gallery_file import read as read_gallery
 from rft.runs.records import Provenance
 from rft.storage import files
 from rft.text import plain
 
 WIDTH = 100  # columns of text that are not a terminal
-FIGURE_SPACE = "\u2007"  # as wide as a digit
 UNKNOWN = "not recorded"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything a report says, not yet written."""
+    """Everything a report says."""
 
     runs: list[Run]
     rows: list[Row]
     """Every recipe."""
-    shown: list[Row]
-    """Those of the tables that people read; the CSV has the others too."""
-    differences: list[DifferenceRow]
+    hidden: int
+    """How many WiSE models only the CSV and Fig. 7 have."""
+    tables: list[TextTable]
+    """Results, and differences if there are any, of the recipes that are not hidden."""
     beside: Beside | None
     pictures: dict[str, bytes | None]
     """File name -> PNG, or None where the runs have nothing to draw."""
@@ -51,21 +50,6 @@ class Report:
         """Whether a run is at the scale of the embedded miniature world."""
         return any(run.config.scale == "miniature" for run in self.runs)
 
-    @property
-    def hidden(self) -> int:
-        """How many WiSE models only the CSV and Fig. 7 have."""
-        return len(self.rows) - len(self.shown)
-
-    @property
-    def tables(self) -> list[TextTable]:
-        """Results, and differences if there are any."""
-        return tables.text_tables(self.shown, self.differences, self.hidden)
-
-    def console_tables(self) -> list[RichTable]:
-        """Return the tables for a console."""
-        found = [tables.console_table(table) for table in self.tables]
-        return found if self.beside is None else [*found, beside.rich_table(self.beside)]
-
     def text(self) -> str:
         """Return the tables as plain text."""
         stream = io.StringIO()
@@ -73,27 +57,41 @@ class Report:
         return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
 
 
-def write_report(runs: Sequence[Path], out: Path) -> str:
-    """Read run folders, write the report to the folder `out`, and return its tables as plain text.
+def write_report(runs: Sequence[Path], out: Path) -> Report:
+    """Read run folders and write the report's files to the folder `out`.
+
+    What an earlier report left there does not stay.
 
     Raises:
         ValueError: if the runs do not belong in one table, or one of them is malformed.
     """
     files.require_local(out, "--out")
     report = build(runs)
-    write(report, out)
-    return report.text()
+    paper = report.beside
+    documents = {
+        "table.md": tables.markdown(report.tables),
+        "table.csv": tables.csv_text(report.rows),
+        "paper.md": None if paper is None else tables.markdown([paper.text]),
+        "paper.csv": None if paper is None else beside.csv_text(paper),
+        "index.html": render(report),
+    }
+    texts = {name: None if text is None else text.encode() for name, text in documents.items()}
+    for name, content in {**report.pictures, **texts}.items():
+        if content is not None:
+            files.write_bytes(str(out / name), content)
+        else:
+            (out / name).unlink(missing_ok=True)
+    return report
 
 
 def build(paths: Sequence[Path]) -> Report:
-    """Read run folders and make the tables and pictures.
-
-    Raises:
-        ValueError: if the runs do not belong in one table, or one of them is malformed.
-    """
+    """Read run folders and make the tables and pictures; see `write_report`."""
     runs = load_runs(paths)
     rows = tables.result_rows(runs)
     names = tables.shown_recipes(row.recipe for row in rows)
+    shown = [row for row in rows if row.recipe in names]
+    hidden = len(rows) - len(shown)
+    differences = [row for row in tables.difference_rows(runs) if row.recipe in names]
     example = next((run for run in runs if run.gallery_path.is_file()), None)
     with plots.explained():
         pictures = {
@@ -105,38 +103,20 @@ def build(paths: Sequence[Path]) -> Report:
     return Report(
         runs=runs,
         rows=rows,
-        shown=[row for row in rows if row.recipe in names],
-        differences=[row for row in tables.difference_rows(runs) if row.recipe in names],
+        hidden=hidden,
+        tables=tables.text_tables(shown, differences, hidden),
         beside=beside.beside(runs, rows),
         pictures=pictures,
         gallery_run=example,
     )
 
 
-def write(report: Report, out: Path) -> None:
-    """Write the report's files to a folder; what an earlier report left there does not stay."""
-    paper = report.beside
-    documents = {
-        "table.md": tables.markdown(report.tables),
-        "table.csv": tables.csv_text(report.rows),
-        "paper.md": None if paper is None else beside.markdown(paper),
-        "paper.csv": None if paper is None else beside.csv_text(paper),
-        "index.html": render(report),
-    }
-    texts = {name: None if text is None else text.encode() for name, text in documents.items()}
-    for name, content in {**report.pictures, **texts}.items():
-        if content is not None:
-            files.write_bytes(str(out / name), content)
-        else:
-            (out / name).unlink(missing_ok=True)
-
-
 def show(report: Report, console: Console) -> None:
     """Print the tables."""
     if report.miniature:
         console.print("Miniature world: columns are stand-ins named after the real benchmarks.")
-    for table in report.console_tables():
-        console.print(table)
+    for table in [*report.tables, *([report.beside.text] if report.beside else [])]:
+        console.print(tables.console_table(table))
         console.print()
 
 
@@ -149,39 +129,20 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"plain": plain, "settings": shown_settings}
     return environment.get_template("page.html").render(
+        report=report,
         columns=COLUMNS,
-        tables=report.tables,
-        beside=None if report.beside is None else _beside(report.beside),
+        absent=tables.ABSENT,
         pictures={
             name.removesuffix(".png"): None if png is None else _picture(png)
             for name, png in report.pictures.items()
         },
-        hidden=report.hidden,
         held_out=any(line.held_out_total for run in report.runs for line in run.metrics),
         figure_7=figure_7_names(report.rows),
-        gallery_run=report.gallery_run,
-        miniature=report.miniature,
         provenance=provenance_lines(report.runs),
-        runs=[_details(run) for group in tables.by_recipe(report.runs).values() for run in group],
+        runs=[run for group in tables.by_recipe(report.runs).values() for run in group],
     )
-
-
-def _beside(table: Beside) -> dict[str, Any]:
-    """Return the table beside the paper's; a figure space keeps the numbers below each other."""
-    lines = [
-        {
-            "recipe": line.recipe,
-            "source": line.source,
-            "ours": line.ours,
-            "cells": [
-                text.replace(" ", FIGURE_SPACE, 1) if text[0] == " " else text
-                for text in line.cells
-            ],
-        }
-        for line in beside.table_lines(table.pairs)
-    ]
-    return {"lines": lines, "caption": table.caption}
 
 
 def figure_7_names(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -219,16 +180,3 @@ def _provenance(made: Provenance) -> str:
         made.machine,
     ]
     return plain(", ".join(part for part in parts if part))
-
-
-def _details(run: Run) -> dict[str, Any]:
-    return {
-        "recipe": run.recipe,
-        "seed": run.seed,
-        "step": run.results.step,
-        "checkpoint": run.results.checkpoint_sha256[:12],
-        "config_sha256": (run.results.config_sha256 or tables.ABSENT)[:12],
-        "path": plain(str(run.path)),
-        "command": plain(" ".join(run.provenance.command)),
-        "config": shown_settings(run.config),
-    }

@@ -9,9 +9,10 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice, pairwise, product
+from itertools import chain, islice, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,9 +20,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
 
 from rft.log import ASIDE
+from rft.recipes import MASKED
 from rft.report.label_placement import DPI, Box, Point, nearest, place_labels
 from rft.report.read import Run
 from rft.report.tables import (
@@ -62,7 +63,7 @@ class Style:
 
 MASK_COLORS = {"random": "#009e73", "context": "#0072b2", "object": "#d55e00"}
 FILL_STYLES = {
-    "no": Style(INK, "o", hollow=True, line=(0.0, (1, 1.2))),
+    "none": Style(INK, "o", hollow=True, line=(0.0, (1, 1.2))),
     "single": Style(INK, "o"),
     "multi": Style(INK, "D", size=6.0, line=(0.0, (5, 1.5))),
 }
@@ -88,9 +89,9 @@ def style(recipe: str) -> Style:
     if recipe.startswith("wise-kd-"):
         student = style(recipe.removeprefix("wise-kd-"))
         return replace(student, marker="h", size=8.5, line=(0.0, (6, 1.5, 1, 1.5)))
-    for mask, fill in product(MASK_COLORS, FILL_STYLES):
-        if recipe == f"{mask}-mask-{fill}-fill":
-            return replace(FILL_STYLES[fill], color=MASK_COLORS[mask])
+    if recipe in MASKED:
+        method = MASKED[recipe]
+        return replace(FILL_STYLES[method.fill], color=MASK_COLORS[method.mask])
     return Style("#777777", "p")
 
 
@@ -161,13 +162,18 @@ def wise_picture(rows: Sequence[Row]) -> bytes | None:
     students = [name for name in points if name.startswith("wise-kd-")]
     if not paths and not students:
         return None
-    lines = [_line(points, path, style(f"{family}-0.5"), SOLID) for family, path in paths.items()]
+
+    def line(names: Sequence[str], look: Style, dashes: Dashes) -> Line:
+        through = tuple((points[name][0].mean, points[name][1].mean) for name in names)
+        return Line(look.color, dashes, through)
+
+    lines = [line(path, style(f"{family}-0.5"), SOLID) for family, path in paths.items()]
     drawn = {"zero-shot", *students, *(name for path in paths.values() for name in path)}
     for student in students:
         teacherless = student.removeprefix("wise-kd-")
         drawn.add(teacherless)
         if teacherless in points:
-            lines.append(_line(points, [teacherless, student], style(student), DOTTED))
+            lines.append(line([teacherless, student], style(student), DOTTED))
     named = shown_recipes(points)
     marks = []
     for name, (x, y) in points.items():
@@ -178,14 +184,6 @@ def wise_picture(rows: Sequence[Row]) -> bytes | None:
     return _picture(marks, lines)
 
 
-def _line(
-    points: dict[str, tuple[Spread, Spread]], names: Sequence[str], look: Style, dashes: Dashes
-) -> Line:
-    """Return the line through some recipes' points."""
-    through = tuple((points[name][0].mean, points[name][1].mean) for name in names)
-    return Line(look.color, dashes, through)
-
-
 def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> bytes:
     """Return the first marks, and lines, in the plane of ImageNet accuracy and OOD average."""
     figure, axes = _axes(8.2, 5.6, 1)
@@ -193,11 +191,10 @@ def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> bytes:
         axes[0].set_title(left_out, fontsize=8.5, color=MUTED, loc="left")
         marks = marks[:MODELS]
         there = {(mark.x.mean, mark.y.mean) for mark in marks}
-        kept = (tuple(point for point in line.through if point in there) for line in lines)
         lines = [
             replace(line, through=through)
-            for line, through in zip(lines, kept, strict=True)
-            if through
+            for line in lines
+            if (through := tuple(point for point in line.through if point in there))
         ]
     axes[0].set_xlabel("ImageNet top-1 (%)", fontsize=10, color=INK)
     axes[0].set_ylabel("OOD average top-1 (%)", fontsize=10, color=INK)
@@ -267,19 +264,14 @@ def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Seque
         (frame.x0, frame.y0, frame.x1, frame.y1),
     )
     for text, anchor, box in zip(texts, anchors, placed, strict=True):
-        _put_label(figure, axes, text, anchor, box)
-
-
-def _put_label(figure: Figure, axes: Axes, text: Text, anchor: Point, box: Box) -> None:
-    text.set_transform(None)  # pixels of the figure
-    text.set_position(box[:2])
-    text.set_verticalalignment("bottom")
-    end = tuple(nearest(box, anchor))
-    if math.dist(anchor, end) > LED:
-        to_data = axes.transData.inverted()
-        (x0, y0), (x1, y1) = to_data.transform((anchor, end))
-        color = text.get_color()
-        axes.add_line(Line2D([x0, x1], [y0, y1], color=color, linewidth=0.6, alpha=0.7, zorder=2))
+        text.set_transform(None)  # pixels of the figure
+        text.set_position(box[:2])
+        text.set_verticalalignment("bottom")
+        end = tuple(nearest(box, anchor))
+        if math.dist(anchor, end) > LED:
+            xs, ys = axes.transData.inverted().transform((anchor, end)).T
+            look = {"color": text.get_color(), "linewidth": 0.6, "alpha": 0.7, "zorder": 2}
+            axes.add_line(Line2D(xs, ys, **look))
 
 
 def _occupied(axes: Axes, mark: Mark) -> list[Box]:
@@ -295,26 +287,24 @@ def _occupied(axes: Axes, mark: Mark) -> list[Box]:
     return [marker, (left, cy - pad / 3, right, cy + pad / 3), (cx - pad / 3, low, cx, high)]
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One quantity of metrics.jsonl."""
+class Panel(NamedTuple):
+    """One quantity of metrics.jsonl: its title, and its value in a line that has it."""
 
     title: str
-    unit: str
+    value: Callable[[Metrics], float | None]
 
-    def value(self, line: Metrics) -> float | None:
-        """Return the quantity in a line, or None if the line does not have it."""
-        if self.unit == "%":
-            correct, total = line.held_out_correct, line.held_out_total
-            return None if correct is None or total is None else 100 * correct / total
-        return getattr(line, self.unit)
+
+def held_out_percent(line: Metrics) -> float | None:
+    """Return the share of held-out images that were right, in percent."""
+    correct, total = line.held_out_correct, line.held_out_total
+    return None if correct is None or total is None else 100 * correct / total
 
 
 PANELS = (
-    Panel("cross-entropy (training)", "ce"),
-    Panel("feature MSE to the frozen model (training)", "mse"),
-    Panel("KL to the WiSE-FT model (training)", "kd"),
-    Panel("held-out accuracy (%)", "%"),
+    Panel("cross-entropy (training)", lambda line: line.ce),
+    Panel("feature MSE to the frozen model (training)", lambda line: line.mse),
+    Panel("KL to the WiSE-FT model (training)", lambda line: line.kd),
+    Panel("held-out accuracy (%)", held_out_percent),
 )
 
 
@@ -354,25 +344,22 @@ def curves(runs: Sequence[Run]) -> bytes | None:
     panels = [panel for panel in PANELS if found[panel]]
     if not panels:
         return None
-    recipes = {recipe for panel in panels for recipe in found[panel]}
+    recipes = [recipe for recipe in shown if any(recipe in found[panel] for panel in panels)]
     columns, left_out = min(len(recipes), 5), _left_out(len(logged))
     lines_below = math.ceil(len(recipes) / columns) + bool(left_out)
     # so many lines leave half of the height to the panels
     height = HEIGHT * max(1, lines_below / 8)
     figure, axes = _axes(4 * len(panels), height, len(panels))
-    handles: dict[str, Line2D] = {}
     for panel, ax in zip(panels, axes, strict=True):
         ax.set_title(panel.title, fontsize=10, color=INK, loc="left")
         ax.set_xlabel("step", fontsize=9, color=INK)
         for recipe, lines in found[panel].items():
-            _draw_curves(ax, recipe, lines)
-            look = style(recipe)
-            handles.setdefault(recipe, Line2D([], [], color=look.color, linestyle=look.line, lw=2))
-    handles = {recipe: handles[recipe] for recipe in sorted(handles, key=order)}
+            _draw_curves(ax, style(recipe), lines)
     figure.tight_layout(rect=(0, (0.045 + 0.055 * lines_below) * HEIGHT / height, 1, 1))
+    looks = map(style, recipes)
     legend = figure.legend(
-        handles.values(),
-        handles,
+        [Line2D([], [], color=look.color, linestyle=look.line, lw=2) for look in looks],
+        recipes,
         loc="lower center",
         ncols=columns,
         fontsize=9,
@@ -385,8 +372,7 @@ def curves(runs: Sequence[Run]) -> bytes | None:
     return png(figure)
 
 
-def _draw_curves(ax: Axes, recipe: str, lines: Sequence[dict[int, float]]) -> None:
-    look = style(recipe)
+def _draw_curves(ax: Axes, look: Style, lines: Sequence[dict[int, float]]) -> None:
     mean = mean_curve(lines)
     if len(mean) == 1:
         ax.axhline(next(iter(mean.values())), color=look.color, linestyle=look.line, linewidth=1.2)

@@ -6,7 +6,7 @@ trusted to be well formed; everything after `load_run` may rely on what the type
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePath
@@ -91,11 +91,10 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             "lines together: name fewer runs to see them"
         )
         runs = [replace(run, metrics=()) for run in runs]
-    check_current(runs)
-    check_same_classes(runs)
-    check_distinct(runs)
-    check_same_settings(runs)
-    check_same_data(runs)
+    _check_current(runs)
+    _check_same_classes(runs)
+    _check_seeds(runs)
+    _check_same_data(runs)
     return runs
 
 
@@ -104,9 +103,7 @@ def _require_affordable(paths: Sequence[Path]) -> None:
     names = (filenames.CONFIG, filenames.RESULTS, filenames.PROVENANCE, filenames.TRAINING)
     size = 0
     for path in paths:
-        for name in names:
-            if (path / name).is_file():
-                size += (path / name).stat().st_size
+        size += sum((path / name).stat().st_size for name in names if (path / name).is_file())
         if size > DOCUMENT_BYTES:
             raise ValueError(
                 f"up to {path}, the runs' {', '.join(names[:-1])} and {names[-1]} have {size:,} "
@@ -168,21 +165,19 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
     Raises:
         ValueError: if it is not one, was not evaluated, or holds something malformed.
     """
-    if not (path / filenames.CONFIG).exists():
-        raise ValueError(f"{path} is not a run folder: it has no {filenames.CONFIG}")
-    if not (path / filenames.RESULTS).exists():
-        raise ValueError(
-            f"{path} has no {filenames.RESULTS}; evaluate it first: {evaluation_command([path])}"
-        )
     config, results = records.read_config(path), read_results(path)
-    assert results is not None, "it exists"
+    if results is None:
+        raise ValueError(
+            f"{path} has no {filenames.RESULTS}; evaluate it first: {evaluation_command(path)}"
+        )
     recipe = config.recipe
     if reached := unfinished(path):
         # a name of its own: it joins no mean, no pair and no row of the paper
         recipe = f"{recipe} (unfinished, {reached})"
-    provenance = records.find_provenance(path) or Provenance()
+    provenance = records.find(path / filenames.PROVENANCE, records.Provenance) or Provenance()
     _require_publishable(path / filenames.CONFIG, shown_settings(config))
     _require_publishable(path / filenames.PROVENANCE, " ".join(provenance.command))
+    logged_lines = records.read_metrics(path / filenames.METRICS)
     return Run(
         path=path,
         recipe=recipe,
@@ -190,7 +185,7 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
         results=results,
         config=config,
         provenance=provenance,
-        metrics=read_metrics(path / filenames.METRICS, lines),
+        metrics=tuple(logged.metrics for logged in islice(logged_lines, lines + 1)),
     )
 
 
@@ -213,22 +208,8 @@ def shown_settings(config: RunConfig) -> str:
     return "".join(parts)
 
 
-def read_metrics(path: Path, most: int = MAX_LINES) -> tuple[Metrics, ...]:
-    """Return the first lines of a metrics.jsonl, and one more than `most` if there is one.
-
-    Raises:
-        ValueError: if they are malformed.
-    """
-    return tuple(logged.metrics for logged in islice(records.read_metrics(path), most + 1))
-
-
-def check_current(runs: Sequence[Run]) -> None:
-    """Check that the results of each run are of its weights, and these are the run's own.
-
-    Raises:
-        ValueError: naming the first stale one, with the command that evaluates it again, or weights
-            that are not those of their run.
-    """
+def _check_current(runs: Sequence[Run]) -> None:
+    """Check that the results of each run are of its weights, and these are the run's own."""
     warnings: list[str] = []
     changed: list[Path] = []
     for run in runs:
@@ -239,43 +220,32 @@ def check_current(runs: Sequence[Run]) -> None:
             require_own_weights(run.path)
             raise
         require_own_weights(run.path, sha256=run.results.checkpoint_sha256)
-        check_step(run)
+        weights, counted = checkpoint_path(run.path), str(run.results.step)
+        if weights.is_file() and (step := header.read_entries(weights).step) != counted:
+            raise ValueError(
+                f"{run.path}/{filenames.RESULTS} says step {counted}, the weights are of step "
+                f"{step}; evaluate the run again"
+            )
         if run.results.config_sha256 not in (None, files.sha256_file(run.path / filenames.CONFIG)):
             changed.append(run.path / filenames.CONFIG)
     if changed:
-        more = f" (and {len(changed) - 1} more)" if changed[1:] else ""
         log.warning(
-            f"{changed[0]}{more} was changed after the evaluation; its settings are shown as they "
-            "are"
+            f"{_with_more(changed, '')} was changed after the evaluation; its settings are shown "
+            "as they are"
         )
     if warnings:
-        more = f" (and {len(warnings) - 1} more runs)" if warnings[1:] else ""
-        log.warning(f"{warnings[0]}{more}")
+        log.warning(_with_more(warnings))
 
 
-def check_step(run: Run) -> None:
-    """Check that a run folder's results.json is of the step of its weights.
-
-    Raises:
-        ValueError: if it names another step than the weights do.
-    """
-    weights = checkpoint_path(run.path)
-    counted = str(run.results.step)
-    step = header.read_entries(weights).step if weights.is_file() else None
-    if step not in (None, counted):
-        raise ValueError(
-            f"{run.path}/{filenames.RESULTS} says step {counted}, the weights are of step {step}; "
-            "evaluate the run again"
-        )
+def _with_more(found: Sequence[object], what: str = " runs") -> str:
+    """Return the first of several, and how many there are besides."""
+    return f"{found[0]} (and {len(found) - 1} more{what})" if found[1:] else str(found[0])
 
 
-def check_same_classes(runs: Sequence[Run]) -> None:
+def _check_same_classes(runs: Sequence[Run]) -> None:
     """Check that the heads of runs that were evaluated on one set have the same classes.
 
     Weights that do not say which they have are warned of, once.
-
-    Raises:
-        ValueError: naming two folders and the first class that differs.
     """
     first_with: dict[str, tuple[Path, classes.Classes]] = {}
     warnings: dict[str, None] = {}
@@ -292,65 +262,56 @@ def check_same_classes(runs: Sequence[Run]) -> None:
             path, before = first_with.setdefault(name, (run.path, known))
             warnings |= dict.fromkeys(classes.compare(before, str(path), known, str(run.path)))
     if silent:
-        more = f" (and {len(silent) - 1} more runs)" if silent[1:] else ""
         log.warning(
-            f"{silent[0]}{more}: the weights do not say which classes their head has; nothing "
+            f"{_with_more(silent)}: the weights do not say which classes their head has; nothing "
             "can compare them"
         )
     for warning in warnings:
         log.warning(warning)
 
 
-def check_distinct(runs: Sequence[Run]) -> None:
-    """Check that no recipe has two runs of one seed, or of the same weights.
-
-    They would count twice in its mean. Models that were not trained are the same for every seed.
-
-    Raises:
-        ValueError: naming both folders.
-    """
-    seen: dict[tuple[str, int], Run] = {}
-    weights: dict[tuple[str, str], Run] = {}
+def _with_first(runs: Iterable[Run], key: Callable[[Run], object]) -> Iterator[tuple[Run, Run]]:
+    """Yield the first run of each key with each other run of that key."""
+    first_of: dict[object, Run] = {}
     for run in runs:
-        other = seen.setdefault((run.recipe, run.seed), run)
-        if other is not run:
-            raise ValueError(
-                f"{other.path} and {run.path} are both {run.recipe} with seed {run.seed}; "
-                "report one of them"
-            )
-        # a merge with none of the fine-tuned model is the zero-shot one
-        if run.results.step == 0 or run.config.alpha == 0:
-            continue
-        other = weights.setdefault((run.recipe, run.results.checkpoint_sha256), run)
-        if other is not run:
-            raise ValueError(
-                f"{other.path} and {run.path} are seeds {other.seed} and {run.seed} of "
-                f"{run.recipe}, but the same weights; name one"
-            )
+        first = first_of.setdefault(key(run), run)
+        if first is not run:
+            yield first, run
 
 
-def check_same_settings(runs: Sequence[Run]) -> None:
-    """Check that the seeds of a recipe differ in nothing else: their mean would mean nothing.
+def _check_seeds(runs: Sequence[Run]) -> None:
+    """Check that the runs of a recipe differ in seed and weights, and in nothing else.
 
-    Raises:
-        ValueError: naming two folders and what differs.
+    A run would count twice in the mean, and a mean over different settings would mean nothing.
     """
-    first_of: dict[str, Run] = {}
-    for run in runs:
-        other = first_of.setdefault(run.recipe, run)
-        if changed := files.difference(settings(other.config.whole), settings(run.config.whole)):
+    for one, two in _with_first(runs, lambda run: (run.recipe, run.seed)):
+        raise ValueError(
+            f"{one.path} and {two.path} are both {one.recipe} with seed {one.seed}; report one of "
+            "them"
+        )
+    # models that were not trained are the same for every seed; a merge with none of the
+    # fine-tuned model is the zero-shot one
+    trained = [run for run in runs if run.results.step != 0 and run.config.alpha != 0]
+    for one, two in _with_first(trained, lambda run: (run.recipe, run.results.checkpoint_sha256)):
+        raise ValueError(
+            f"{one.path} and {two.path} are seeds {one.seed} and {two.seed} of {one.recipe}, but "
+            "the same weights; name one"
+        )
+    for one, two in _with_first(runs, lambda run: run.recipe):
+        if changed := files.difference(settings(one.config.whole), settings(two.config.whole)):
             raise ValueError(
-                f"{other.path} and {run.path} are both {run.recipe}, but with other settings: "
+                f"{one.path} and {two.path} are both {one.recipe}, but with other settings: "
                 f"{'; '.join(changed)}; report them apart"
             )
+        if missing := sorted(one.counts.keys() ^ two.counts.keys()):
+            raise ValueError(
+                f"the seeds of {one.recipe} were evaluated on different sets: only one of "
+                f"{one.path} and {two.path} has {missing[0]}; evaluate both on the same sets"
+            )
 
 
-def check_same_data(runs: Sequence[Run]) -> None:
-    """Check that each set was the same data for all runs, and each recipe's seeds have equal sets.
-
-    Raises:
-        ValueError: naming the set and two folders.
-    """
+def _check_same_data(runs: Sequence[Run]) -> None:
+    """Check that each set was the same data for all runs."""
     first_with: dict[str, Run] = {}
     for run in runs:
         for name, count in run.counts.items():
@@ -361,14 +322,6 @@ def check_same_data(runs: Sequence[Run]) -> None:
                     f"{name} is not the same data in all runs: {other.path} has {_data(before)}, "
                     f"{run.path} has {_data(count)}; evaluate both on the same packed set"
                 )
-    first_of: dict[str, Run] = {}
-    for run in runs:
-        other = first_of.setdefault(run.recipe, run)
-        if missing := sorted(run.counts.keys() ^ other.counts.keys()):
-            raise ValueError(
-                f"the seeds of {run.recipe} were evaluated on different sets: only one of "
-                f"{other.path} and {run.path} has {missing[0]}; evaluate both on the same sets"
-            )
 
 
 def _data(count: SetCount) -> str:

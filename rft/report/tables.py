@@ -21,6 +21,7 @@ from rich.console import JustifyMethod
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from rft import recipes
 from rft.report.read import Run
 from rft.runs.records import SetCount
 from rft.sets import BENCHMARKS, OOD_SETS, TEST_SETS
@@ -29,14 +30,16 @@ COLUMNS = (*(BENCHMARKS[name].title for name in TEST_SETS), "OOD avg")
 ID_COLUMN, OOD_COLUMN = 0, len(COLUMNS) - 1
 
 BASELINES = ("vanilla", "no-mask")  # what paired differences are taken against
-MASKS = ("random", "context", "object")
-FILLS = ("no", "single", "multi")
-GRID = tuple(f"{mask}-mask-{fill}-fill" for fill in FILLS for mask in MASKS)  # as in Table 1
+GRID = tuple(recipes.MASKED)  # as in Table 1
 
 NUMBER = r"[+-]?[0-9]+(\.[0-9]+)?"
 PLUS_MINUS = "\u00b1"
+FIGURE_SPACE = "\u2007"  # as wide as a digit: keeps the points of numbers below each other
 ABSENT = "-"
 NAME_WIDTH = 28  # what the numbers of a result table leave of 100 columns
+
+# recipe, where its numbers are from, and of each cell its text and whether it stands out
+TextLine = tuple[str, str, list[tuple[str, bool]]]
 
 # a rule under the heading and nothing else, in ASCII
 RULED = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
@@ -49,10 +52,10 @@ class Spread:
     mean: float
     sd: float | None
 
-    def text(self, decimals: int = 1, sign: str = "", join: str = f" {PLUS_MINUS} ") -> str:
+    def text(self, decimals: int = 1, sign: str = "") -> str:
         """Return `mean`, or `mean +- sd`; `sign` is "+" to show it on positive means too."""
         mean = f"{self.mean:{sign}z.{decimals}f}"
-        return mean if self.sd is None else f"{mean}{join}{self.sd:.{decimals}f}"
+        return mean if self.sd is None else f"{mean} {PLUS_MINUS} {self.sd:.{decimals}f}"
 
 
 @dataclass(frozen=True)
@@ -79,20 +82,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """OOD average of a recipe minus a baseline's, seed by seed."""
-
-    per_seed: tuple[float, ...]
-    spread: Spread
-
-
-@dataclass(frozen=True)
 class DifferenceRow:
-    """One recipe against each of BASELINES; None where seeds do not match or a set is absent."""
+    """OOD average of a recipe minus that of each of BASELINES."""
 
     recipe: str
     seeds: tuple[int, ...]
-    against: tuple[Difference | None, ...]
+    against: tuple[tuple[float, ...] | None, ...]
+    """Seed by seed; None where seeds do not match or a set is absent."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +97,9 @@ class TextTable:
 
     caption: str
     header: Sequence[str]
-    """Headings after recipe and n, the number of seeds."""
-    lines: list[tuple[str, int, list[tuple[str, bool]]]]
-    """Recipe, n, and of each cell its text and whether it is the best of its column."""
+    """Headings after the recipe: of what says where its numbers are from, and of its cells."""
+    lines: list[TextLine]
+    justify: JustifyMethod = "right"
 
 
 def top1(count: SetCount) -> float:
@@ -184,16 +180,15 @@ def result_rows(runs: Sequence[Run]) -> list[Row]:
     rows = []
     for recipe, members in by_recipe(runs).items():
         columns = zip(*(accuracies(run) for run in members), strict=True)
-        cells = [_cell([value for value in column if value is not None]) for column in columns]
-        seeds = tuple(run.seed for run in members)
-        # the same for all of them (runs.check_same_settings)
-        rows.append(Row(recipe, seeds, tuple(cells), members[0].precision))
+        # all seeds of a recipe have the same sets, so it is all or none
+        cells = tuple(
+            summarise(values) if (values := [v for v in column if v is not None]) else None
+            for column in columns
+        )
+        # the same for all seeds, too (rft.report.read)
+        precision = members[0].precision
+        rows.append(Row(recipe, tuple(run.seed for run in members), cells, precision))
     return rows
-
-
-def _cell(values: list[float]) -> Spread | None:
-    # all seeds of a recipe have the same sets (runs.check_same_data), so it is all or none
-    return summarise(values) if values else None
 
 
 def best(rows: Sequence[Row]) -> list[set[int]]:
@@ -233,29 +228,23 @@ def difference_rows(runs: Sequence[Run]) -> list[DifferenceRow]:
     return rows
 
 
-def paired(values: dict[int, float], baseline: dict[int, float]) -> Difference | None:
-    """Return seed -> value minus seed -> baseline, or None unless both have the same seeds."""
+def paired(values: dict[int, float], baseline: dict[int, float]) -> tuple[float, ...] | None:
+    """Return each seed's value minus its baseline's, or None unless both have the same seeds."""
     if not values or values.keys() != baseline.keys():
         return None
-    per_seed = tuple(values[seed] - baseline[seed] for seed in sorted(values))
-    return Difference(per_seed, summarise(per_seed))
+    return tuple(values[seed] - baseline[seed] for seed in sorted(values))
 
 
 def difference_cells(row: DifferenceRow) -> list[str]:
     """Return for each baseline the mean difference and the seeds' own, as text."""
     cells = []
-    for difference in row.against:
-        if difference is None:
+    for values in row.against:
+        if values is None:
             cells += [ABSENT, ABSENT]
-            continue
-        cells.append(difference.spread.text(2, "+"))
-        cells.append(" ".join(f"{value:+z.2f}" for value in difference.per_seed))
+        else:
+            by_seed = " ".join(f"{value:+z.2f}" for value in values)
+            cells += [summarise(values).text(2, "+"), by_seed]
     return cells
-
-
-def difference_header() -> list[str]:
-    """Return the headings of `difference_cells`."""
-    return [text for name in BASELINES for text in (f"vs {name}", "by seed")]
 
 
 def text_tables(
@@ -267,32 +256,31 @@ def text_tables(
     for index, row in enumerate(rows):
         texts = [ABSENT if cell is None else cell.text() for cell in row.cells]
         cells = [(text, index in winners[column]) for column, text in enumerate(texts)]
-        lines.append((row.recipe, len(row.seeds), cells))
-    results = TextTable(caption(rows, hidden), COLUMNS, lines)
+        lines.append((row.recipe, str(len(row.seeds)), cells))
+    results = TextTable(caption(rows, hidden), ["n", *COLUMNS], lines)
     if not differences:
         return [results]
     lines = [
-        (row.recipe, len(row.seeds), [(text, False) for text in difference_cells(row)])
+        (row.recipe, str(len(row.seeds)), [(text, False) for text in difference_cells(row)])
         for row in differences
     ]
-    return [results, TextTable(DIFFERENCE_CAPTION, difference_header(), lines)]
+    header = [text for name in BASELINES for text in (f"vs {name}", "by seed")]
+    return [results, TextTable(DIFFERENCE_CAPTION, ["n", *header], lines)]
 
 
 def markdown(tables: Sequence[TextTable]) -> str:
     """Return tables as Markdown."""
     lines = []
     for table in tables:
-        lines += markdown_head("recipe", "n", *table.header)
-        for recipe, n, cells in table.lines:
-            texts = [f"**{text}**" if is_best else text for text, is_best in cells]
-            lines.append(markdown_line(markdown_escape(recipe), str(n), *texts))
+        # beside the paper's, a word on the left says which lines are ours
+        right = table.justify == "right"
+        lines.append(markdown_line("recipe", *table.header))
+        lines.append(markdown_line("---", *["--:" if right else "---"] * len(table.header)))
+        for recipe, source, cells in table.lines:
+            texts = [f"**{text}**" if bold and right else text.strip() for text, bold in cells]
+            lines.append(markdown_line(markdown_escape(recipe), source, *texts))
         lines += ["", markdown_escape(table.caption), ""]
     return "\n".join(lines)
-
-
-def markdown_head(*cells: str) -> list[str]:
-    """Return the heading of a table whose numbers stand on the right."""
-    return [markdown_line(*cells), markdown_line("---", *["--:" for _ in cells[1:]])]
 
 
 def markdown_line(*cells: str) -> str:
@@ -344,20 +332,8 @@ def csv_numbers(cell: Spread | None) -> tuple[str, str]:
 
 def console_table(table: TextTable) -> RichTable:
     """Return a table for a console of 100 columns, in ASCII for any encoding."""
-    found = rich_table(table.caption, "n", *table.header)
-    for recipe, n, cells in table.lines:
-        texts = [
-            Text(text.replace(f" {PLUS_MINUS} ", "+-"), style="bold" if is_best else "")
-            for text, is_best in cells
-        ]
-        found.add_row(rich_name(recipe), Text(str(n)), *texts)
-    return found
-
-
-def rich_table(title: str, *columns: str, justify: JustifyMethod = "right") -> RichTable:
-    """Return an empty table of recipes."""
-    table = RichTable(
-        title=Text(title),
+    found = RichTable(
+        title=Text(table.caption),
         title_justify="left",
         title_style="",
         header_style="",
@@ -365,23 +341,27 @@ def rich_table(title: str, *columns: str, justify: JustifyMethod = "right") -> R
         show_edge=False,
         padding=0,
     )
-    table.add_column("recipe", overflow="fold")
-    for name in columns:
-        table.add_column(name, justify=justify, overflow="fold")
-    return table
-
-
-def rich_name(recipe: str) -> Text:
-    """Return a recipe's name, a long one on lines that break at its hyphens."""
-    return Text("\n".join(textwrap.wrap(recipe, NAME_WIDTH)))
+    found.add_column("recipe", overflow="fold")
+    for name in table.header:
+        found.add_column(name, justify=table.justify, overflow="fold")
+    for recipe, source, cells in table.lines:
+        # a long name takes several lines, which break at its hyphens
+        name = Text("\n".join(textwrap.wrap(recipe, NAME_WIDTH)))
+        texts = [
+            Text(
+                text.replace(f" {PLUS_MINUS} ", "+-").replace(FIGURE_SPACE, " "),
+                style="bold" if bold else "",
+            )
+            for text, bold in cells
+        ]
+        found.add_row(name, Text(source), *texts)
+    return found
 
 
 def caption(rows: Sequence[Row], hidden: int = 0) -> str:
     """Return what the numbers of the result table are."""
-    numbers = sorted({len(row.seeds) for row in rows})
-    spread = ""
-    if numbers[-1] > 1:
-        spread = "; mean and sample standard deviation over n seeds"
+    several = any(len(row.seeds) > 1 for row in rows)
+    spread = "; mean and sample standard deviation over n seeds" if several else ""
     text = f"Top-1 accuracy in %{spread}. OOD avg is the unweighted mean of the five to its left."
     if hidden:
         text += (

@@ -81,7 +81,13 @@ def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "
     folder = path if path.is_dir() else run_of(path)
     if folder is None or not weights.is_file():
         return
-    _require_recipe(folder, weights)
+    config = records.find_config(folder)
+    made_by = header.read_entries(weights).recipe
+    if config is not None and made_by not in (None, config.recipe):
+        raise ValueError(
+            f"{folder / filenames.CONFIG} names recipe {config.recipe!r}, its weights were made by "
+            f"{made_by!r}; restore {filenames.CONFIG}"
+        )
     recorded = recorded_sha256(folder, weights)
     if recorded is None:
         return
@@ -94,29 +100,14 @@ def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "
         )
 
 
-def _require_recipe(folder: Path, weights: Path) -> None:
-    config = records.find_config(folder)
-    made_by = header.read_entries(weights).recipe
-    if config is not None and made_by not in (None, config.recipe):
-        raise ValueError(
-            f"{folder / filenames.CONFIG} names recipe {config.recipe!r}, its weights were made by "
-            f"{made_by!r}; restore {filenames.CONFIG}"
-        )
-
-
 def recorded_sha256(folder: Path, weights: Path) -> str | None:
     """Return the hash that a complete run recorded of a weights file; None of an older rft's."""
-    hashes = _recorded_hashes(folder)
-    return hashes.get(weights.name, hashes.get(weights.resolve().name))
-
-
-def _recorded_hashes(folder: Path) -> dict[str, str]:
-    training = records.find_training(folder)
-    made = records.find_provenance(folder)
+    training = records.find(folder / filenames.TRAINING, records.Training)
+    made = records.find(folder / filenames.PROVENANCE, records.Provenance)
     for record in (training, made):
-        if record is not None and record.weights_sha256 is not None:
-            return record.weights_sha256
-    return {}
+        if record is not None and (hashes := record.weights_sha256) is not None:
+            return hashes.get(weights.name, hashes.get(weights.resolve().name))
+    return None
 
 
 def unfinished(folder: Path) -> str:
@@ -133,7 +124,7 @@ def unfinished(folder: Path) -> str:
     config = records.find_config(folder)
     if config is None or not config.is_training or (folder / filenames.TRAINING).exists():
         return ""
-    reached = records.find_progress(folder)
+    reached = records.find(folder / filenames.PROGRESS, records.Reached)
     return f"step {reached.step} of {reached.of}" if reached else "no step recorded"
 
 
@@ -181,19 +172,19 @@ def require_current(checkpoint: Path, results: Results) -> list[str]:
     raise ValueError(
         f"{results_path(checkpoint)} is stale: it was counted with weights "
         f"{results.checkpoint_sha256[:12]}, {weights} is {found[:12]}; evaluate it again: "
-        f"{evaluation_command([checkpoint], list(results.sets))}"
+        f"{evaluation_command(checkpoint, list(results.sets))}"
     )
 
 
-def evaluation_command(runs: Sequence[Path], sets: Sequence[str] = ()) -> str:
-    """Return the command line that evaluates run folders, with the data of the first of them.
+def evaluation_command(run: Path, sets: Sequence[str] = ()) -> str:
+    """Return the command line that evaluates a run folder, with the data that it names.
 
     Without sets, those of the data that the run was trained on: ImageNet has its benchmarks, which
     are the command's default, and one's own photos their test set.
     """
-    config = records.find_config(runs[0])
+    config = records.find_config(run)
     data = config.data if config and config.data else "DATA"
     if not sets and config and config.train_set not in ("", TRAIN_SET):
         sets = ["test"]
-    words = ["python", "-m", "rft.evaluate", *map(str, runs), "--data", data]
+    words = ["python", "-m", "rft.evaluate", str(run), "--data", data]
     return shlex.join([*words, *(["--sets", *sets] if sets else [])])

@@ -79,25 +79,30 @@ def check(arrays: Mapping[str, np.ndarray]) -> Gallery:
     if not (relevance_BP.min() >= -STRENGTH and relevance_BP.max() <= STRENGTH):
         raise ValueError(f"relevance_BP must be finite, from {-STRENGTH:,.0f} to {STRENGTH:,.0f}")
     class_names = _array(arrays, "class_names", "U", (None,))
-    labels_B = _whole(arrays, "labels_B", (batch,), 0, len(class_names))
+    labels_B = _array(arrays, "labels_B", "iu", (batch,), range(len(class_names)))
+    names = tuple(_text(class_names[label : label + 1]) for label in labels_B.tolist())
+    donor_maps = {}
+    for name in donors:
+        recipe = convert(name.removeprefix(DONOR), Recipe, "the name of a donor map")
+        donor_BP = _array(arrays, name, "iu", shape, range(DROP, batch))
+        donor_maps[recipe] = donor_BP.astype(np.int64)
     return Gallery(
         images_BHWC=images_BCHW.transpose(0, 2, 3, 1),
-        names=tuple(_text(class_names[label : label + 1]) for label in labels_B),
+        names=names,
         relevance_BP=relevance_BP,
         patch=patch,
-        donors={
-            convert(name.removeprefix(DONOR), Recipe, "the name of a donor map"): _whole(
-                arrays, name, shape, DROP, batch
-            )
-            for name in donors
-        },
+        donors=donor_maps,
     )
 
 
 def _array(
-    arrays: Mapping[str, np.ndarray], name: str, kinds: str, shape: tuple[int | None, ...]
+    arrays: Mapping[str, np.ndarray],
+    name: str,
+    kinds: str,
+    shape: tuple[int | None, ...],
+    numbers: range | None = None,
 ) -> np.ndarray:
-    """Return an array of a kind that numpy has a letter for; None is any length."""
+    """Return an array of a kind that numpy has a letter for; None is any length, or any numbers."""
     if name not in arrays:
         raise ValueError(f"{name} is missing")
     array = arrays[name]
@@ -109,17 +114,9 @@ def _array(
     ):
         wanted = ", ".join("any" if length is None else str(length) for length in shape)
         raise ValueError(f"{name} has shape {array.shape}; it must be ({wanted})")
+    if numbers is not None and (array.min() < numbers.start or array.max() >= numbers.stop):
+        raise ValueError(f"{name} must have numbers from {numbers.start} to {numbers.stop - 1}")
     return array
-
-
-def _whole(
-    arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], least: int, end: int
-) -> np.ndarray:
-    """Return an array of whole numbers from `least` to before `end`."""
-    array = _array(arrays, name, "iu", shape)
-    if array.min() < least or array.max() >= end:
-        raise ValueError(f"{name} must have numbers from {least} to {end - 1}")
-    return array.astype(np.int64)
 
 
 def _text(name_1: np.ndarray) -> str:

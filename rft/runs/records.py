@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from rft.runs.filenames import CONFIG, PROGRESS, PROVENANCE, TRAINING
+from rft.runs.filenames import CONFIG
 from rft.storage import documents, files, local
 from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Text, document
 
@@ -269,21 +269,6 @@ def find(path: Path, kind: type[T]) -> T | None:
         ValueError: if it is something else, naming the file, the place in it and what must be.
     """
     return files.read_document(str(path), kind, RECORD_BYTES) if path.exists() else None
-
-
-def find_training(folder: Path) -> Training | None:
-    """Read what a complete training left in its run folder; see `find`."""
-    return find(folder / TRAINING, Training)
-
-
-def find_progress(folder: Path) -> Reached | None:
-    """Read how far the training of a run folder is; see `find`."""
-    return find(folder / PROGRESS, Reached)
-
-
-def find_provenance(folder: Path) -> Provenance | None:
-    """Read which code and command made a run folder; see `find`."""
-    return find(folder / PROVENANCE, Provenance)
 
 
 def read_config(folder: Path) -> RunConfig:

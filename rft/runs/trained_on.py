@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from rft.runs import records
+from rft.runs import filenames, records
 from rft.storage import documents
 from rft.storage.documents import Name, Sha256
 
@@ -60,7 +60,7 @@ def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
     if metadata.get("step") == "0":
         return frozenset()
     config = records.find_config(path)
-    training = records.find_training(path)
+    training = records.find(path / filenames.TRAINING, records.Training)
     if config is None or training is None or not config.train_set or not training.manifest_sha256:
         return frozenset()
     return frozenset([TrainedOn(config.train_set, training.manifest_sha256)])

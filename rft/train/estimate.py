@@ -24,7 +24,7 @@ from rft.config import Config
 from rft.device import to_device
 from rft.method.counterfactual import StepAddress, draw
 from rft.method.relevance import MAP_BYTES
-from rft.runs import records
+from rft.runs import filenames, records
 from rft.train.job import Job
 from rft.train.objective import Objective
 from rft.train.optim import schedule_warning
@@ -161,7 +161,7 @@ def steps(job: Job) -> list[str]:
     ]
     if warning := schedule_warning(job.total_steps, optim):
         lines.append(f"WARNING: {warning}")
-    reached = records.find_progress(Path(job.config.run))
+    reached = records.find(Path(job.config.run) / filenames.PROGRESS, records.Reached)
     if reached is not None:
         lines.append(f"{reached.step:,} of them are done: the run would resume there")
     return lines

@@ -70,9 +70,7 @@ def write_run_gallery(job: Job) -> None:
     if job.config.method.masks and len(shown) > 1:
         saved = load_state(folder / SELECTED)
         model = build_classifier(saved.state, saved.architecture)
-        write_gallery(
-            str(folder / filenames.GALLERY), model, packed, shown, recipes.masked_methods()
-        )
+        write_gallery(str(folder / filenames.GALLERY), model, packed, shown, recipes.MASKED)
 
 
 def tell_finished(config: Config, done: Finished, world: World) -> None:

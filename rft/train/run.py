@@ -234,7 +234,7 @@ def finished(config: Config) -> Finished | None:
     check_identity(config)
     path = Path(config.run) / filenames.TRAINING
     try:
-        record = records.find_training(path.parent)
+        record = records.find(path.parent / filenames.TRAINING, records.Training)
     except ValueError as error:
         raise ValueError(
             f"{error}. Restore it, or delete it and run the same command to finish the run from "

@@ -16,7 +16,7 @@ from rft.config import ModelConfig
 from rft.demo import world
 from rft.demo.captions import CONTEXT_LENGTH, TEMPLATES, VOCABULARY, caption
 from rft.demo.objects import CLASSES, SHAPE_INSTANCES, SHARES, bank_members, load_silhouettes
-from rft.demo.render import IMAGE_SIZE, place, render
+from rft.demo.render import IMAGE_SIZE, pattern_and_palette, place, render
 from rft.demo.scenes import (
     NOVEL_CONTEXTS,
     NUM_CONTEXTS,
@@ -25,7 +25,6 @@ from rft.demo.scenes import (
     Setting,
     draw_context,
     draw_scene,
-    pattern_and_palette,
 )
 from rft.packing.layouts import read_source
 from rft.packing.objectnet import objectnet_groups

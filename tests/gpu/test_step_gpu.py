@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 
 
 # not with --method.no-fill token-drop on a CAM's masks: the length of a tensor depends on them
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipes.TRAINED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_step_waits_for_the_gpu(name, precision, images_BCHW, labels_B):
     device = torch.device("cuda", 0)

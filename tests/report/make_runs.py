@@ -10,8 +10,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from rft.classes import Classes
+from rft.recipes import MASKED
 from rft.report.read import Run
-from rft.report.tables import FILLS, MASKS
 from rft.runs.filenames import SELECTED
 from rft.runs.records import Provenance, Results, RunConfig, SetCount
 from rft.sets import TEST_SETS
@@ -138,7 +138,7 @@ def make_gallery(
         "object": relevance > 0.4,
     }
     fills = {
-        "no": np.full(relevance.shape, -1),
+        "none": np.full(relevance.shape, -1),
         "single": np.broadcast_to(np.roll(np.arange(batch), 1)[:, None], relevance.shape),
         "multi": rng.integers(0, batch, relevance.shape),
     }
@@ -150,10 +150,8 @@ def make_gallery(
         "relevance_BP": relevance,
         "patch": np.array(patch),
     }
-    for mask in MASKS:
-        for fill in FILLS:
-            donors = np.where(masks[mask], fills[fill], own)
-            arrays[f"donor/{mask}-mask-{fill}-fill"] = donors
+    for name, method in MASKED.items():
+        arrays[f"donor/{name}"] = np.where(masks[method.mask], fills[method.fill], own)
     np.savez(path, **{**arrays, **columns})
     return path
 

@@ -80,28 +80,35 @@ def of(*runs, **config):
     return beside.beside(changed, tables.result_rows(changed))
 
 
+def texts(table):
+    """The cells of each line."""
+    return [[text for text, _ in cells] for _, _, cells in table.text.lines]
+
+
 def test_ours_stands_above_the_papers_and_what_was_not_run_alone():
     table = of(
         run_of("vanilla", 0, (9, *ALL[1:])),
         run_of("vanilla", 1, (9, *ALL[1:])),
         run_of("mine", 0, ALL),
     )
-    lines = beside.table_lines(table.pairs, join="+-")
-    assert [line.source for line in lines].count("here") == 1
-    assert [line.recipe for line in lines][:4] == ["zero-shot", "vanilla", "", "wise-ft-0.5"]
-    ours, theirs = lines[1:3]
-    assert (ours.ours, theirs.ours) == (True, False)
-    # the points stand below each other
-    assert ours.cells == (" 9.0+-0.0", *(f"{value:.1f}+-0.0" for value in (*ALL[1:], 40)))
-    assert theirs.cells == ("75.9", "64.7", "57.0", "39.8", "39.5", "20.0", "44.2")
+    lines = table.text.lines
+    assert [source for _, source, _ in lines].count("here") == 1
+    assert [recipe for recipe, _, _ in lines][:4] == ["zero-shot", "vanilla", "", "wise-ft-0.5"]
+    assert [source for _, source, _ in lines[1:3]] == ["here", "paper"]
+    ours, theirs = texts(table)[1:3]
+    # the points stand below each other: a figure space is as wide as a digit
+    spread = " \u00b1 0.0"
+    assert ours == ["\u20079.0" + spread, *(f"{value:.1f}{spread}" for value in (*ALL[1:], 40))]
+    assert theirs == ["75.9", "64.7", "57.0", "39.8", "39.5", "20.0", "44.2"]
+    assert all(bold == (source == "here") for _, source, cells in lines for _, bold in cells)
     assert len(table.pairs) == len(VIT_B_32)
 
 
 def test_absent_numbers_are_dashes():
     table = of(run_of("lp-ft", 0, ALL[:4]), model={"clip": "ViT-B-16"})
-    ours, theirs = beside.table_lines(table.pairs)[2:4]
-    assert ours.cells == ("70.0", "60.0", "50.0", "40.0", "-", "-", "-")
-    assert theirs.cells == ("81.7", "71.6", "72.9", "48.4", "-", "49.1", "-")
+    ours, theirs = texts(table)[2:4]
+    assert ours == ["70.0", "60.0", "50.0", "40.0", "-", "-", "-"]
+    assert theirs == ["81.7", "71.6", "72.9", "48.4", "-", "49.1", "-"]
 
 
 def test_a_b16_has_table_3_alone():
@@ -109,8 +116,8 @@ def test_a_b16_has_table_3_alone():
     tuned = configured(run_of("vanilla", 0, ALL), model={"clip": "ViT-B-16-quickgelu"})
     table = beside.beside([tuned, merged], tables.result_rows([tuned, merged]))
     assert [pair.published for pair in table.pairs] == list(published("ViT-B/16"))
-    assert "the paper's Table 3 (CLIP ViT-B/16, here ViT-B-16-quickgelu)" in table.caption
-    assert "lp-ft is copied from the LP-FT paper" in table.caption
+    assert "the paper's Table 3 (CLIP ViT-B/16, here ViT-B-16-quickgelu)" in table.text.caption
+    assert "lp-ft is copied from the LP-FT paper" in table.text.caption
 
 
 def test_the_miniature_has_the_rows_of_both_models():
@@ -120,7 +127,7 @@ def test_the_miniature_has_the_rows_of_both_models():
     assert len(table.pairs) == len(VIT_B_32) + 1
     (lp_ft,) = (pair for pair in table.pairs if pair.ours is not None)
     assert lp_ft.published.percent == (81.7, 71.6, 72.9, 48.4, None, 49.1, None)
-    assert "lp-ft is copied from the LP-FT paper, for ViT-B/16" in table.caption
+    assert "lp-ft is copied from the LP-FT paper, for ViT-B/16" in table.text.caption
 
 
 def test_clips_of_different_rows_do_not_mix():
@@ -137,9 +144,9 @@ def test_nothing_beside_recipes_that_the_paper_has_not():
 
 def test_the_caption_says_what_cannot_be_compared():
     run = run_of("vanilla", 0, ALL)
-    assert "levels" not in of(run, scale="paper").caption
-    assert "miniature world's" in of(run, scale="miniature").caption
-    assert "another training set" in of(run, scale="small").caption
+    assert "levels" not in of(run, scale="paper").text.caption
+    assert "miniature world's" in of(run, scale="miniature").text.caption
+    assert "another training set" in of(run, scale="small").text.caption
 
 
 def ranked(order, absent=()):
@@ -159,17 +166,19 @@ def test_ranks_agree_disagree_or_have_ties():
     swapped = ranked([rising[1], rising[0], *rising[2:]])
     # 1 - 6 sum d^2 / (n (n^2 - 1))
     assert rank_correlation(swapped.pairs) == (pytest.approx(1 - 6 * 2 / 60), 4)
-    assert "correlation of OOD avg, here and in the paper: 0.80 (n = 4 rows)" in swapped.caption
+    assert (
+        "correlation of OOD avg, here and in the paper: 0.80 (n = 4 rows)" in swapped.text.caption
+    )
     tied = of(*(run_of(name, 0, ALL) for name in rising))
     assert rank_correlation(tied.pairs) is None
-    assert "Spearman" not in tied.caption
+    assert "Spearman" not in tied.text.caption
 
 
 def test_two_rows_have_no_rank_correlation():
     names = ["vanilla", "zero-shot", "no-mask", "mine", "linear-probe"]
     table = ranked(names, absent={"no-mask"})  # no OOD average of its own
     assert rank_correlation(table.pairs) is None
-    assert "Spearman" not in table.caption
+    assert "Spearman" not in table.text.caption
 
 
 def test_csv_has_both_and_where_it_stands():
@@ -187,7 +196,7 @@ def test_csv_has_both_and_where_it_stands():
 
 def test_markdown_is_one_table_and_takes_no_markup_from_names():
     table = of(run_of("vanilla", 0, ALL), model={"clip": "<b>|*x*"})
-    lines = beside.markdown(table).splitlines()
+    lines = tables.markdown([table.text]).splitlines()
     assert {line.count("|") for line in lines[: 2 + len(VIT_B_32) + 1]} == {10}
     assert lines[3:5] == [
         "| vanilla | here | 70.0 | 60.0 | 50.0 | 40.0 | 30.0 | 20.0 | 40.0 |",
@@ -200,7 +209,7 @@ def test_text_fits_100_columns():
     runs = [run_of(row.recipe, seed, ALL) for row in VIT_B_32 for seed in range(3)]
     table = of(*runs, model={"clip": "[bold]ViT"}, scale="miniature")
     stream = io.StringIO()
-    Console(file=stream, width=100).print(beside.rich_table(table))
+    Console(file=stream, width=100).print(tables.console_table(table.text))
     text = stream.getvalue()
     assert text.isascii()
     assert "[bold]ViT" in text

@@ -54,7 +54,7 @@ def paths(tmp_path):
 
 def test_a_report_is_complete_and_self_contained(paths, tmp_path):
     out = tmp_path / "deep" / "report"
-    text = write_report(paths, out)
+    text = write_report(paths, out).text()
     assert {path.name for path in out.iterdir()} == FILES
     assert "object-mask-single-fill" in text
     assert max(map(len, text.splitlines())) <= 100
@@ -117,7 +117,7 @@ def test_what_cannot_be_drawn_is_said_and_does_not_stay(paths, tmp_path):
 
 def test_the_miniature_world_is_not_taken_for_imagenet(tmp_path):
     path = make_run(tmp_path, scale="miniature")
-    text = write_report([path], tmp_path / "report")
+    text = write_report([path], tmp_path / "report").text()
     assert "Miniature world" in text
     assert "never their levels" in " ".join(text.split())
     page = (tmp_path / "report" / "index.html").read_text()
@@ -143,7 +143,7 @@ def test_recipes_trained_in_different_precisions_are_told_apart(tmp_path):
     ]
     paths.append(make_run(tmp_path, "wise-ft-0.5", merged_from=[]))
     out = tmp_path / "report"
-    text = write_report(paths, out)
+    text = write_report(paths, out).text()
     page = Page((out / "index.html").read_text())
     for shown in (text, page.text, (out / "table.md").read_text(), (out / "paper.md").read_text()):
         assert (
@@ -158,7 +158,7 @@ def test_a_sweep_over_alpha_is_a_picture_and_not_a_table(tmp_path):
     names = ["zero-shot", "vanilla", *(f"wise-ft-{tenth / 10:g}" for tenth in range(1, 10))]
     paths = [make_run(tmp_path, name) for name in names]
     out = tmp_path / "report"
-    text = write_report(paths, out)
+    text = write_report(paths, out).text()
     assert (out / "wise.png").is_file()
     page = Page((out / "index.html").read_text())
     for shown in (text, (out / "table.md").read_text()):
@@ -174,7 +174,7 @@ def test_a_sweep_over_alpha_is_a_picture_and_not_a_table(tmp_path):
 
 def test_the_paper_stands_beside_in_every_form(paths, tmp_path):
     out = tmp_path / "report"
-    text = write_report(paths, out)
+    text = write_report(paths, out).text()
     page = Page((out / "index.html").read_text())
     for shown in (text, page.text, (out / "paper.md").read_text()):
         said = " ".join(shown.split())

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from rft.report import read as runs
-from rft.report.read import find_runs, load_run, load_runs, read_metrics
+from rft.report.read import find_runs, load_run, load_runs
 from rft.runs.filenames import SELECTED
-from rft.runs.records import Provenance
+from rft.runs.records import Provenance, read_metrics
 from rft.storage import files
 from tests.report.make_runs import configured, edit, make_run, make_weights, run_of
 from tests.tiny import unstamped
@@ -40,7 +40,7 @@ def test_a_run_must_be_evaluated_first(tmp_path):
 
 def test_a_folder_must_be_a_run(tmp_path):
     with pytest.raises(ValueError, match="not a run folder"):
-        load_run(tmp_path)
+        load_runs([tmp_path])
     with pytest.raises(ValueError, match="at least one run"):
         load_runs([])
 
@@ -178,10 +178,10 @@ def test_impossible_counts_are_refused(tmp_path, correct, total):
 def test_metrics_end_at_the_last_whole_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert [line.step for line in read_metrics(path)] == [1, 2]
+    assert [line.metrics.step for line in read_metrics(path)] == [1, 2]
     path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
     with pytest.raises(ValueError, match="line 2"):
-        read_metrics(path)
+        list(read_metrics(path))
 
 
 @pytest.mark.parametrize("value", ["1e308", "-1e308", "1.7e200"])

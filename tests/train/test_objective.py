@@ -17,7 +17,7 @@ from tests.conftest import build_model, sharpen
 from tests.reference import textbook
 
 ADDRESS = StepAddress(seed=0, step=3, rank=0, micro=0)
-MASKED = [n for n in recipes.names() if recipes.build(n).method.masks]
+MASKED = [n for n in recipes.TRAINED if recipes.build(n).method.masks]
 OPTIONS = {
     "fixed random masks": ("random-mask-single-fill", {"random_mask": "fixed"}),
     "bernoulli masks dropped": ("random-mask-no-fill", {"random_mask": "bernoulli"}),
@@ -86,7 +86,7 @@ def check_against_textbook(method, images, labels, **options):
         assert difference < 1e-5, f"{key}: {difference}"
 
 
-@pytest.mark.parametrize("name", [n for n in recipes.names() if n != "linear-probe"])
+@pytest.mark.parametrize("name", [n for n in recipes.TRAINED if n != "linear-probe"])
 def test_gradients_equal_the_textbook_step(name, images_BCHW, labels_B):
     check_against_textbook(method_of(name), images_BCHW, labels_B)
 

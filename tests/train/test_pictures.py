@@ -63,7 +63,7 @@ def gallery(tiny_data, tmp_path_factory) -> dict[str, np.ndarray]:
     packed = PackedDataset(f"{tiny_data}/imagenet-train")
     path = tmp_path_factory.mktemp("gallery") / "gallery.npz"
     model = build_model(classes=len(tiny_world.LABELS.ids))
-    write_gallery(str(path), model, packed, SAMPLES, recipes.masked_methods())
+    write_gallery(str(path), model, packed, SAMPLES, recipes.MASKED)
     with np.load(path) as columns:
         return {**columns, "packed": packed}
 

@@ -45,7 +45,7 @@ BATCH = 512
 LAYERS = 3  # a first, a last and one between: all others are like the second
 CLASSES = 1000
 # a larger grid of patches changes shapes alone, the same for all recipes
-CASES = [*((recipe, "ViT-B-32") for recipe in recipes.names()), (recipes.DEFAULT, "ViT-B-16")]
+CASES = [*((recipe, "ViT-B-32") for recipe in recipes.TRAINED), (recipes.DEFAULT, "ViT-B-16")]
 
 # options that no recipe sets: a recipe and changes of its configuration
 OPTIONS = {

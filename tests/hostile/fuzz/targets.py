@@ -401,7 +401,7 @@ def config(world: Path, folder: Path) -> Target:
         made, style = example
         (folder / "config.json").write_bytes(to_text(changed(document, made), style))
         with contextlib.suppress(ValueError):
-            runs.evaluation_command([folder])
+            runs.evaluation_command(folder)
             runs.unfinished(folder)
         found = load_config(folder)
         again = Config.from_dict(json.loads(json.dumps(found.to_dict())))
@@ -445,13 +445,12 @@ def report(world: Path, folder: Path) -> Target:
             (folder / "run/training.json").unlink()
         found = load_runs([folder / "run", folder / "zero"])
         rows = tables.result_rows(found)
-        differences = tables.difference_rows(found)
         paper = beside.beside(found, rows)
         page = Page(
             runs=found,
             rows=rows,
-            shown=rows,
-            differences=differences,
+            hidden=0,
+            tables=tables.text_tables(rows, tables.difference_rows(found)),
             beside=paper,
             pictures=dict.fromkeys(PICTURES),
             gallery_run=None,
