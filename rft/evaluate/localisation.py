@@ -18,10 +18,10 @@ from rft import cli, dist
 from rft.clip.classifier import build_classifier
 from rft.config import MAX_PIXELS, Cam, Device
 from rft.dist import World
-from rft.evaluate.cam_overlap import Measured, measure
 from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
+from rft.evaluate.coverage import mean_rates, pooled_rates
+from rft.evaluate.measure_cam import Measured, measure
 from rft.evaluate.measured_images import Measurable, Selection, select
-from rft.evaluate.overlap import mean_rates, pooled_rates
 from rft.loading.dataset import PackedDataset
 from rft.log import ASIDE
 from rft.paper import TABLE_2

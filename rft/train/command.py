@@ -21,7 +21,7 @@ from rft.train.build import prepare
 from rft.train.estimate import estimate, size_rule
 from rft.train.finish import run_job, tell_finished
 from rft.train.job import Job
-from rft.train.logs import require_packages
+from rft.train.journal import require_packages
 from rft.train.optim import schedule_warning
 from rft.train.run import check_identity, finished
 from rft.train.stop import StopRequest

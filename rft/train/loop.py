@@ -17,7 +17,7 @@ from rft.runs.filenames import LAST, SELECTED
 from rft.train import checkpoint
 from rft.train.checkpoint import Progress
 from rft.train.job import Job
-from rft.train.logs import Journal
+from rft.train.journal import Journal
 from rft.train.meter import Meter
 from rft.train.optim import build_optimizer, set_schedule
 from rft.train.profile import profiling

@@ -18,9 +18,9 @@ from rft.clip.vit import AttentionTap
 from rft.config import Cam
 from rft.dist import World
 from rft.evaluate.count import is_finite, require_finite
+from rft.evaluate.coverage import Pixels, count_masked, count_object
 from rft.evaluate.measured_images import Selection
 from rft.evaluate.object_masks import ObjectMask, read_mask
-from rft.evaluate.overlap import Pixels, count_masked, count_object
 from rft.loading.batches import EvaluationBatches
 from rft.loading.dataset import Batch, PackedDataset
 from rft.loading.read import read_batches

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rft.evaluate.overlap import Pixels, count_masked, count_object, mean_rates, pooled_rates
+from rft.evaluate.coverage import Pixels, count_masked, count_object, mean_rates, pooled_rates
 from tests.conftest import build_model
 from tests.evaluate.masks import blob
 from tests.reference import pixels as reference
