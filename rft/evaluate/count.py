@@ -115,16 +115,10 @@ def count_correct(
 def require_finite(
     world: World, names: Sequence[str], bad: Sequence[int], total: int, url: str
 ) -> None:
-    """Check that every model had finite logits for every image; all ranks have the same counts.
+    """Check that no model has `bad` images, without finite logits, among the `total` of a set.
 
-    Weights that are finite may still overflow on the way to the logits.
-
-    Args:
-        world: the ranks; the main one tells.
-        names: of the models.
-        bad: images of each without finite logits.
-        total: images.
-        url: the packed set.
+    Weights that are finite may still overflow on the way to the logits. All ranks have the same
+    counts, and the main one raises.
 
     Raises:
         ValueError: naming the first model that had not, and the set.

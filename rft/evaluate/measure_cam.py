@@ -2,11 +2,12 @@
 
 Batches are the same for any number of ranks, and the images' integers are gathered before anything
 is divided, so that ranks change no digit of the result.
+
+Shapes: M models, C = 2 + 2 T counts for T thresholds, B images of a batch, N of all ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,16 +27,6 @@ from rft.loading.dataset import Batch, PackedDataset
 from rft.loading.read import read_batches
 from rft.method import counterfactual
 from rft.storage import files
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What was counted of one checkpoint, and which masks it was."""
-
-    pixels: Pixels
-    masks_sha256: str
-    bad: int
-    """Images whose map is not finite."""
 
 
 def label_map(model: Classifier, images_BCHW: Tensor, labels_B: Tensor, cam: Cam) -> Tensor:
@@ -64,36 +55,26 @@ def measure(
     device: torch.device,
     batch_size: int,
     workers: int,
-    progress: Callable[[int], None] = lambda _: None,
-    names: Sequence[str] = (),
-) -> list[Measured]:
-    """Return what the masks of each model cover, image by image, on every rank.
+    progress: Callable[[int], None],
+    names: Sequence[str],
+) -> tuple[list[Pixels], str]:
+    """Return what the masks of each model cover, image by image, and the hash of the object masks.
 
-    Args:
-        models: classifiers of one image size, frozen, on `device`.
-        packed: the set that the samples are of.
-        selection: samples and masks.
-        thresholds: CAM thresholds.
-        cam: which map.
-        world: the ranks that share the work.
-        device: where the models are.
-        batch_size: images in one forward.
-        workers: loader processes of each rank; 0 reads in this one.
-        progress: called with the number of images each time this rank has done some.
-        names: what to call each model in a message.
+    Every rank has all images, in the order of the samples. The models are frozen and take images of
+    one size; `cam` is the kind of map, `workers` are also threads that read masks, and the other
+    keywords are those of `rft.evaluate.count.count_correct`.
 
     Raises:
         ValueError: if an image or a mask is damaged, a mask has the wrong size, or a model has
             logits or a map that are NaN or infinite.
     """
-    size = models[0].architecture.image_size
+    size, total = models[0].architecture.image_size, len(selection.samples)
     # a rank takes whole batches, because a batch's size may change the last digit of a map
     batches = EvaluationBatches(packed, selection.samples, image_size=size, batch_size=batch_size)
     first, last = (len(batches) * rank // world.size for rank in (world.rank, world.rank + 1))
     digests: list[bytes] = []
-    rows: list[list[np.ndarray]] = [
-        [np.empty((2 * len(thresholds) + 2, 0), np.int64)] for _ in models
-    ]
+    # a rank may have no batch at all
+    mine_MCB = [np.empty((len(models), 2 * len(thresholds) + 2, 0), np.int64)]
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for batch in read_batches(batches, range(first, last), workers=workers, device=device):
             masks = _read_masks(pool, packed, selection, batch, size)
@@ -101,40 +82,19 @@ def measure(
             read = list(masks)
             digests += [mask.sha256 for mask in read]
             object_BHW = torch.from_numpy(np.stack([mask.pixels_HW for mask in read])).to(device)
-            for parts, relevance_BP in zip(rows, maps, strict=True):
-                parts.append(_count(relevance_BP, object_BHW, thresholds))
+            counts = [_count(relevance_BP, object_BHW, thresholds) for relevance_BP in maps]
+            mine_MCB.append(torch.stack(counts).cpu().numpy())
             progress(len(read))
-    mine = [np.concatenate(parts, axis=1) for parts in rows]
-    measured = _gather(mine, digests, len(selection.samples), size * size, world)
-    bad = [found.bad for found in measured]
-    named = names or ["the model"] * len(models)
-    require_finite(world, named, bad, len(selection.samples), packed.url)
-    return measured
-
-
-def _gather(
-    rows: Sequence[np.ndarray], digests: Sequence[bytes], samples: int, image: int, world: World
-) -> list[Measured]:
-    """Return all ranks' images in the order of the samples, for each model.
-
-    Args:
-        rows: of each model, this rank's rows of `_count`.
-        digests: hashes of the masks that this rank read.
-        samples: images of all ranks.
-        image: pixels of an image.
-        world: the ranks.
-    """
-    gathered = dist.gather_objects(world, (rows, digests))
-    all_digests = b"".join(digest for _, part in gathered for digest in part)
+    parts = dist.gather_objects(world, (np.concatenate(mine_MCB, axis=2), b"".join(digests)))
+    counts_MCN = np.concatenate([counts_MCB for counts_MCB, _ in parts], axis=2)
+    assert counts_MCN.shape[2] == total, "an image was lost or counted twice"
+    require_finite(world, names, counts_MCN[:, 0].sum(axis=1).tolist(), total, packed.url)
     measured = []
-    for number in range(len(rows)):
-        rows_RN = np.concatenate([part[number] for part, _ in gathered], axis=1)
-        assert rows_RN.shape[1] == samples, "an image was lost or counted twice"
-        masked_TN, both_TN = np.split(rows_RN[2:], 2)
-        pixels = Pixels(image=image, object_N=rows_RN[1], masked_TN=masked_TN, both_TN=both_TN)
-        sha256, bad = files.sha256_bytes(all_digests), int(rows_RN[0].sum())
-        measured.append(Measured(pixels=pixels, masks_sha256=sha256, bad=bad))
-    return measured
+    for _, object_N, *covered in counts_MCN:
+        masked_TN, both_TN = np.split(np.stack(covered), 2)
+        pixels = Pixels(image=size**2, object_N=object_N, masked_TN=masked_TN, both_TN=both_TN)
+        measured.append(pixels)
+    return measured, files.sha256_bytes(b"".join(digest for _, digest in parts))
 
 
 def _read_masks(
@@ -150,8 +110,8 @@ def _read_masks(
     return pool.map(read, batch.samples_B.tolist())
 
 
-def _count(relevance_BP: Tensor, object_BHW: Tensor, thresholds: Sequence[float]) -> np.ndarray:
-    """Return whether the map is bad, then object, masked and both pixels, int64 (2 + 2 T, B)."""
+def _count(relevance_BP: Tensor, object_BHW: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Return whether the map is bad, then object, masked and both pixels, int64 (C, B)."""
     object_BP = count_object(object_BHW, relevance_BP.shape[1])
     patch_pixels = object_BHW[0].numel() // relevance_BP.shape[1]
     mask_TBP = torch.stack(
@@ -159,4 +119,4 @@ def _count(relevance_BP: Tensor, object_BHW: Tensor, thresholds: Sequence[float]
     )
     masked_TB, both_TB = count_masked(mask_TBP, object_BP, patch_pixels)
     bad_B = (~is_finite(relevance_BP)).long()
-    return torch.cat([bad_B[None], object_BP.sum(dim=1)[None], masked_TB, both_TB]).cpu().numpy()
+    return torch.cat([bad_B[None], object_BP.sum(dim=1)[None], masked_TB, both_TB])

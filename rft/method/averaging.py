@@ -37,8 +37,6 @@ def uniform_soup(states: Iterable[State]) -> dict[str, Tensor]:
     total = Sum()
     for state in states:
         total.add(state)
-    if total.count == 0:
-        raise ValueError("a soup needs at least one model")
     return total.mean()
 
 
@@ -74,8 +72,6 @@ def greedy_soup(
     Raises:
         ValueError: if there is no model, or not all have the same entries, shapes and types.
     """
-    if not scores:
-        raise ValueError("a soup needs at least one model")
     best_first = sorted(range(len(scores)), key=scores.__getitem__)[::-1]
     soup = Sum()
     steps: list[Trial] = []
@@ -83,7 +79,7 @@ def greedy_soup(
     for model in best_first:
         state = load(model)
         # the best one is its own soup, and its score is known
-        score = score_of(soup.mean_with(state)) if steps else scores[model]
+        score = score_of(soup.mean(state)) if steps else scores[model]
         steps.append(Trial(model, score, kept=score > best))
         if steps[-1].kept:
             soup.add(state)
@@ -116,20 +112,21 @@ class Sum:
                 self._total[name] += value
         self.count += 1
 
-    def mean(self) -> dict[str, Tensor]:
-        """Return the mean of the models that were added, in their own type."""
-        assert self.count > 0
-        return {n: (total / self.count).to(self._like[n].dtype) for n, total in self._total.items()}
+    def mean(self, new: State | None = None) -> dict[str, Tensor]:
+        """Return the mean of the models that were added, in their own type.
 
-    def mean_with(self, new: State) -> dict[str, Tensor]:
-        """Return what the mean would be with one more model, which is not added.
+        With `new`, what it would be with one more model, which is not added.
 
         Raises:
-            ValueError: if it is not like those before it.
+            ValueError: if there is no model, or the new one is not like those before it.
         """
-        require_alike(self._like, new)
+        if self.count == 0:
+            raise ValueError("a soup needs at least one model")
+        if new is not None:
+            require_alike(self._like, new)
+        count = self.count + (new is not None)
         return {
-            name: ((total + new[name]) / (self.count + 1)).to(new[name].dtype)
+            name: ((total if new is None else total + new[name]) / count).to(self._like[name].dtype)
             for name, total in self._total.items()
         }
 
