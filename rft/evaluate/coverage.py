@@ -69,11 +69,9 @@ class Pixels:
 
 
 def count_object(object_BHW: Tensor, patches: int) -> Tensor:
-    """Return how many pixels of the object lie in each patch, int64 (B, P).
+    """Return how many pixels of an object (bool) lie in each patch of its image, int64 (B, P).
 
-    Args:
-        object_BHW: bool; the segmentation masks of square images.
-        patches: patches of an image, row-major over a square grid.
+    Images are square, patches are counted row by row.
     """
     grid = math.isqrt(patches)
     side = object_BHW.shape[-1] // grid
@@ -83,12 +81,9 @@ def count_object(object_BHW: Tensor, patches: int) -> Tensor:
 
 
 def count_masked(mask_TBP: Tensor, object_BP: Tensor, patch_pixels: int) -> tuple[Tensor, Tensor]:
-    """Return |M_cam| and |M_cam & M_seg|, both int64 (T, B).
+    """Return |M_cam| and |M_cam & M_seg|, both int64 (T, B), of patch masks (bool).
 
-    Args:
-        mask_TBP: bool; the patch masks of several thresholds.
-        object_BP: the object's pixels in each patch, from `count_object`.
-        patch_pixels: pixels of a patch.
+    `object_BP` is what `count_object` returns; a patch has `patch_pixels`.
     """
     masked_TB = mask_TBP.sum(dim=2, dtype=torch.int64) * patch_pixels
     return masked_TB, (mask_TBP * object_BP).sum(dim=2)

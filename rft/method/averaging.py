@@ -63,11 +63,8 @@ def greedy_soup(
     of all that are in scores strictly higher with it. Of equal models the later one comes first, as
     in the authors' code, which sorts upwards and reverses.
 
-    Args:
-        scores: each model's own score on the held-out images.
-        load: returns the weights of a model by its number; called once for each.
-        score_of: returns the score of some weights on the same images.
-        tell: called with each step when it is done.
+    `scores` are each model's own on the held-out images, `score_of` those of any weights; `load` is
+    called once for each model's number, `tell` with each step when it is done.
 
     Raises:
         ValueError: if there is no model, or not all have the same entries, shapes and types.

@@ -113,9 +113,7 @@ def starting_student(config: Config, pretrained: Classifier, classes: Classes) -
 
 
 def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> Classifier | None:
-    """Return WiSE-KD's teacher, or None for a method without one.
-
-    `classes` are those of the training set.
+    """Return WiSE-KD's teacher, with a head for the training set's classes; None without one.
 
     Raises:
         ValueError: if its weights are not those of such a model.
@@ -128,24 +126,19 @@ def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> 
 
 
 def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> None:
-    """Load a run's selected weights into a model of the same architecture.
-
-    Args:
-        model: the model, with a head for `classes`.
-        path: run folder or weights file.
-        option: the command line's name of it, for messages.
-        classes: of the training set.
+    """Load the selected weights of a run folder, or a weights file, into a model with such a head.
 
     Raises:
-        ValueError: naming the option, if the two differ, and the first class that does.
+        ValueError: naming the option, if the two differ, and the first class of the training set's
+            that does.
     """
     state, architecture, _, known = load_state(checkpoint_path(Path(path)))
     require_own_weights(Path(path))
-    if reached := unfinished(Path(path)):
-        log.warning(f"{option} {path} has not finished training ({reached})")
-    if changed := model.architecture.difference(architecture):
-        raise ValueError(f"{option} {path} is a different architecture: {changed[0]}")
     where = f"{option} {path}"
+    if reached := unfinished(Path(path)):
+        log.warning(f"{where} has not finished training ({reached})")
+    if changed := model.architecture.difference(architecture):
+        raise ValueError(f"{where} is a different architecture: {changed[0]}")
     pair = (known, where, classes, "the training set")
     rows = len(state["head.weight"])
     for warning in (
@@ -156,7 +149,7 @@ def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> N
     try:
         require_alike(model.state_dict(), state)
     except ValueError as error:
-        raise ValueError(f"{option} {path}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     model.load_state_dict(state)
 
 

@@ -30,15 +30,10 @@ log = logging.getLogger(__name__)
 
 
 def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progress:
-    """Train to the end, or until something asks to stop; go on from the newest checkpoint.
+    """Train to the end, or until something asks to stop; resume from the newest checkpoint.
 
-    Args:
-        job: what to train.
-        request: open since the process began, so that nothing that was asked is lost.
-        traces: folder for a profile of some steps; None profiles nothing.
-
-    Returns:
-        How far the run is; it has not ended if that is not `job.total_steps`.
+    `request` is open since the process began, so that none is lost; `traces` is a folder for a
+    profile of some steps. Returns how far the run is: to its end, or to where it was stopped.
 
     Raises:
         ValueError: if the loss stopped being finite, naming the step.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -45,11 +46,8 @@ def grid(shown: Counterfactuals, side: int) -> Tensor:
     """Return a column for each of the first images, uint8 (3, height, width) on the CPU.
 
     From the top: the image, its mask (dark), and what the models saw instead, with dropped patches
-    in grey. A masked patch that an image's fill takes from the image itself counts as kept.
-
-    Args:
-        shown: the micro-batch.
-        side: of a patch, in pixels.
+    in grey. A masked patch that an image's fill takes from the image itself counts as kept. A patch
+    has `side` pixels a side.
     """
     donor_BP, own_B1 = shown.donor_BP[:COLUMNS], shown.own_B1[:COLUMNS]
     images_BCHW = shown.pool_ZCHW[own_B1[:, 0]]
@@ -67,10 +65,8 @@ def grid(shown: Counterfactuals, side: int) -> Tensor:
 
 def join_patches(patches_BPV: Tensor, side: int) -> Tensor:
     """Return the images made of patches, (B, C, H, W); the inverse of `vit.cut_patches`."""
-    batch, count, values = patches_BPV.shape
-    across = round(count**0.5)
-    tiles = patches_BPV.view(batch, across, across, values // side**2, side, side)
-    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, across * side, across * side)
+    across = round(patches_BPV.shape[1] ** 0.5)
+    return F.pixel_shuffle(patches_BPV.mT.unflatten(2, (across, across)), side)
 
 
 def write_gallery(
@@ -80,18 +76,11 @@ def write_gallery(
     samples: np.ndarray,
     methods: dict[str, MethodConfig],
 ) -> None:
-    """Write `url` (npz): images, relevance and the donor map of each method.
+    """Write `url` (npz): images of some samples, relevance and the donor map of each recipe.
 
-    Every mask x fill is built from one relevance map, by the same functions as in a training step.
-    What no report would draw is not written, with a warning: the model diverged, or its images
-    are too large.
-
-    Args:
-        url: where to write.
-        model: the student whose relevance is shown.
-        packed: the set the images come from.
-        samples: sample numbers; together they are each other's donor pool.
-        methods: recipe name -> mask and fill.
+    Every mask x fill is built from the student's one relevance map, by the same functions as in a
+    training step; the samples are each other's donor pool. What no report would draw is not
+    written, with a warning: the model diverged, or its images are too large.
     """
     device = next(model.parameters()).device
     batch = packed.batch(samples, model.architecture.image_size)
