@@ -81,6 +81,7 @@ def count_correct(
     if samples is None:
         samples = np.arange(len(packed))
     class_to_group_K = torch.from_numpy(packed.manifest.class_to_group()).to(device)
+    # next to each other, so that a rank reads few shards
     first, last = (len(samples) * rank // world.size for rank in (world.rank, world.rank + 1))
     # right images and images without finite logits of each model, then all images
     counts = torch.zeros(2 * len(models) + 1, dtype=torch.int64, device=device)

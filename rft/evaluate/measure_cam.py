@@ -77,6 +77,7 @@ def measure(
     mine_MCB = [np.empty((len(models), 2 * len(thresholds) + 2, 0), np.int64)]
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for batch in read_batches(batches, range(first, last), workers=workers, device=device):
+            # read while the device makes the maps
             masks = _read_masks(pool, packed, selection, batch, size)
             maps = [label_map(model, batch.images_BCHW, batch.labels_B, cam) for model in models]
             read = list(masks)

@@ -92,11 +92,7 @@ class PackedDataset:
         return len(self.index.label)
 
     def payload(self, sample: int) -> bytes:
-        """Return the stored bytes of a sample's image.
-
-        Raises:
-            ValueError: naming shard, key and offset if they are not the bytes that were packed.
-        """
+        """Return the stored bytes of a sample's image; raises what `payloads` does."""
         return self.payloads(np.array([sample]))[0]
 
     def payloads(self, samples: np.ndarray) -> list[bytes]:
@@ -124,11 +120,7 @@ class PackedDataset:
         return [data for data in found if data is not None]
 
     def image(self, sample: int, size: int) -> np.ndarray:
-        """Return a sample as CLIP sees it, uint8 (3, size, size).
-
-        Raises:
-            ValueError: if it was packed at another size, or its bytes are damaged.
-        """
+        """Return a sample as CLIP sees it, uint8 (3, size, size); raises what `batch` does."""
         return self.batch(np.array([sample]), size).images_BCHW[0].numpy()
 
     def batch(self, samples: np.ndarray, size: int, out_BCHW: Tensor | None = None) -> Batch:
@@ -224,6 +216,7 @@ class PackedDataset:
         header = bytearray(len(self._npy_header))
         elsewhere = []
         shard, descriptor = -1, None
+        # by shard, so that each descriptor is looked up once
         for place in sorted(range(len(rows)), key=lambda place: rows[place].shard):
             row = rows[place]
             if row.shard != shard:

@@ -93,10 +93,9 @@ def start_seen(config: Config) -> frozenset[TrainedOn]:
 
 
 def starting_student(config: Config, pretrained: Classifier, classes: Classes) -> Classifier:
-    """Return the model that learns, as it starts; `classes` are those of the training set.
+    """Return the model that learns, as it starts; raises what `load_alike` does.
 
-    Raises:
-        ValueError: if the weights to start from are not those of such a model.
+    `classes` are those of the training set.
     """
     student = copy.deepcopy(pretrained)
     if config.model.head == "random":
@@ -113,11 +112,7 @@ def starting_student(config: Config, pretrained: Classifier, classes: Classes) -
 
 
 def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> Classifier | None:
-    """Return WiSE-KD's teacher, with a head for the training set's classes; None without one.
-
-    Raises:
-        ValueError: if its weights are not those of such a model.
-    """
+    """Return WiSE-KD's teacher, None for a method without one; raises what `load_alike` does."""
     if config.method.kd_weight == 0:
         return None
     teacher = copy.deepcopy(pretrained)
@@ -126,11 +121,10 @@ def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> 
 
 
 def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> None:
-    """Load the selected weights of a run folder, or a weights file, into a model with such a head.
+    """Load the weights of a run folder, or a file, into a model whose head is for `classes`.
 
     Raises:
-        ValueError: naming the option, if the two differ, and the first class of the training set's
-            that does.
+        ValueError: naming the option, if the two differ, and the first class that does.
     """
     state, architecture, _, known = load_state(checkpoint_path(Path(path)))
     require_own_weights(Path(path))

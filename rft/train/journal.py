@@ -69,6 +69,7 @@ class Journal:
         self._wandb = Wandb(config, done) if config.log.wandb else None
         descriptor = local.open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         self._stream = os.fdopen(descriptor, "a")
+        # what a killed run wrote there beyond its last checkpoint comes again
         self._writer = SummaryWriter(str(self._folder / filenames.TENSORBOARD), purge_step=done + 1)
         # held open, so that a folder that takes its place cannot get its number
         self._held = os.open(self._folder, os.O_RDONLY)

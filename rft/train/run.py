@@ -77,6 +77,7 @@ class RunFolder:
 
     def _acquire(self, lock: filelock.FileLock, request: StopRequest) -> None:
         patience = self._config.cluster.lock_wait
+        # at once first: only a real wait is worth a line
         with contextlib.suppress(filelock.Timeout):
             lock.acquire(timeout=0)
             return

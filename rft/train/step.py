@@ -39,12 +39,11 @@ def accumulate_gradients(
         the gradient's norm before it was clipped (for the last time).
     """
     optim, weight = job.config.optim, job.config.method.distill_weight
+    # every loss is divided by it, so that the micro-batches add up to the batch's mean
     parts = optim.accumulate
     # summed on the device: to read one here would make the host wait for the whole step
-    terms, grad_norm = (
-        torch.zeros(len(TERMS), device=job.device),
-        torch.zeros((), device=job.device),
-    )
+    terms = torch.zeros(len(TERMS), device=job.device)
+    grad_norm = torch.zeros((), device=job.device)
     pool_ZCHW = donor_pool(job.config.method, job.world, batch.images_BCHW)
     patches = (job.batches.image_size // job.student.patch_side) ** 2
     micros = zip(batch.images_BCHW.chunk(parts), batch.labels_B.chunk(parts), strict=True)
