@@ -37,7 +37,7 @@ def label_map(model: Classifier, images_BCHW: Tensor, labels_B: Tensor, cam: Cam
     The CAM is the training step's own function.
     """
     taps: list[AttentionTap] = []
-    # the weights are frozen, so the graph starts at the pixels
+    # where the weights are frozen, the graph starts at the pixels
     patches_BPV = model.patches(images_BCHW).requires_grad_()
     logits_BK = model.logits(model.features(patches_BPV, taps=taps))
     relevance_BP = counterfactual.cam(cam, logits_BK, labels_B, taps).detach()

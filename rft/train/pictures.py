@@ -19,11 +19,11 @@ from torchvision.utils import make_grid
 
 from rft.clip import vit
 from rft.clip.classifier import Classifier
-from rft.clip.vit import AttentionTap
 from rft.config import MethodConfig
+from rft.evaluate.measure_cam import label_map
 from rft.loading.dataset import PackedDataset
 from rft.method import refill
-from rft.method.counterfactual import StepAddress, cam, donors, draw
+from rft.method.counterfactual import StepAddress, donors, draw
 from rft.runs import gallery_file as gallery
 from rft.storage import files
 
@@ -79,16 +79,11 @@ def write_gallery(
     """Write `url` (npz): images of some samples, relevance and the donor map of each recipe.
 
     Every mask x fill is built from the student's one relevance map, by the same functions as in a
-    training step; the samples are each other's donor pool. What no report would draw is not
-    written, with a warning: the model diverged, or its images are too large.
+    training step, on the CPU; the samples are each other's donor pool. What no report would draw is
+    not written, with a warning: the model diverged, or its images are too large.
     """
-    device = next(model.parameters()).device
     batch = packed.batch(samples, model.architecture.image_size)
-    images_BCHW, labels_B = batch.images_BCHW.to(device), batch.labels_B.to(device)
-    taps: list[AttentionTap] = []
-    patches_BPV = model.patches(images_BCHW)
-    logits_BK = model.logits(model.features(patches_BPV, taps=taps))
-    relevance_BP = cam("relevance", logits_BK, labels_B, taps).cpu()
+    relevance_BP = label_map(model, batch.images_BCHW, batch.labels_B, "relevance")
     columns = {
         "images_BCHW": batch.images_BCHW.numpy(),
         "labels_B": batch.labels_B.numpy(),
@@ -96,7 +91,7 @@ def write_gallery(
         "relevance_BP": relevance_BP.numpy(),
         "patch": np.array(model.architecture.vision_cfg["patch_size"]),
     }
-    count, patches = patches_BPV.shape[:2]
+    count, patches = relevance_BP.shape
     for name, method in methods.items():
         draws = draw(method, range(count), patches, count, StepAddress(0, 0, 0, 0))
         columns[f"{gallery.DONOR}{name}"] = donors(method, draws, relevance_BP).numpy()
