@@ -129,22 +129,32 @@ class Slots(Dataset[_Item | ValueError]):
     def __init__(self, batches: Batches, count: int) -> None:
         self.batches = batches
         self._shape = (count, batches.largest, 3, batches.image_size, batches.image_size)
-        self._memory = _SharedMemory(8 * count + math.prod(self._shape))
+        if hasattr(os, "memfd_create"):
+            self._descriptor = os.memfd_create("rft batches")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self._descriptor = os.dup(file.fileno())
+        os.ftruncate(self._descriptor, 8 * count + math.prod(self._shape))
         self._attach()
         self._marks_S.fill_(-1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"batches": self.batches, "_shape": self._shape, "_memory": self._memory}
+    def __getstate__(self) -> tuple[Any, ...]:
+        # a started process gets the memory by its descriptor
+        return self.batches, self._shape, DupFd(self._descriptor)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.batches, self._shape, duplicate = state
+        self._descriptor = duplicate.detach()
         self._attach()
 
     def _attach(self) -> None:
-        count = self._shape[0]
-        memory = torch.frombuffer(self._memory.map, dtype=torch.uint8)
-        self._marks_S = memory[: 8 * count].view(torch.int64)  # the number of each slot's batch
-        self._images_SBCHW = memory[8 * count :].view(self._shape)
+        memory = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.uint8)
+        marks = 8 * self._shape[0]
+        self._marks_S = memory[:marks].view(torch.int64)  # the number of each slot's batch
+        self._images_SBCHW = memory[marks:].view(self._shape)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
 
     def __getitem__(self, index: int) -> _Item | ValueError:
         batches = self.batches
@@ -167,29 +177,6 @@ class Slots(Dataset[_Item | ValueError]):
         labels_B = to_device(torch.from_numpy(item.labels_B), device)
         ready = int((self._marks_S > number).sum())
         return Batch(images_BCHW, labels_B, torch.from_numpy(item.samples_B), item.reading, ready)
-
-
-class _SharedMemory:
-    """Nameless memory that a started process gets by its descriptor."""
-
-    def __init__(self, size: int) -> None:
-        if hasattr(os, "memfd_create"):
-            self._descriptor = os.memfd_create("rft batches")
-        else:
-            with tempfile.TemporaryFile() as file:
-                self._descriptor = os.dup(file.fileno())
-        os.ftruncate(self._descriptor, size)
-        self.map = mmap.mmap(self._descriptor, size)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"descriptor": DupFd(self._descriptor), "size": len(self.map)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._descriptor = state["descriptor"].detach()
-        self.map = mmap.mmap(self._descriptor, state["size"])
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
 
 
 def _as_it_is(item: Any) -> Any:
