@@ -6,7 +6,7 @@ is divided, so that ranks change no digit of the result.
 Shapes: M models, C = 2 + 2 T counts for T thresholds, B images of a batch, N of all ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,7 +23,7 @@ from rft.evaluate.coverage import Pixels, count_masked, count_object
 from rft.evaluate.measured_images import Selection
 from rft.evaluate.object_masks import ObjectMask, read_mask
 from rft.loading.batches import EvaluationBatches
-from rft.loading.dataset import Batch, PackedDataset
+from rft.loading.dataset import PackedDataset
 from rft.loading.read import read_batches
 from rft.method import counterfactual
 from rft.storage import files
@@ -69,6 +69,12 @@ def measure(
             logits or a map that are NaN or infinite.
     """
     size, total = models[0].architecture.image_size, len(selection.samples)
+    index, border = packed.index, packed.manifest.encoding.get("crop_border", 0)
+
+    def read(sample: int) -> ObjectMask:
+        source = int(index.width[sample]), int(index.height[sample])
+        return read_mask(selection.paths[sample], source, size, border)
+
     # a rank takes whole batches, because a batch's size may change the last digit of a map
     batches = EvaluationBatches(packed, selection.samples, image_size=size, batch_size=batch_size)
     first, last = (len(batches) * rank // world.size for rank in (world.rank, world.rank + 1))
@@ -78,14 +84,14 @@ def measure(
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for batch in read_batches(batches, range(first, last), workers=workers, device=device):
             # read while the device makes the maps
-            masks = _read_masks(pool, packed, selection, batch, size)
+            coming = pool.map(read, batch.samples_B.tolist())
             maps = [label_map(model, batch.images_BCHW, batch.labels_B, cam) for model in models]
-            read = list(masks)
-            digests += [mask.sha256 for mask in read]
-            object_BHW = torch.from_numpy(np.stack([mask.pixels_HW for mask in read])).to(device)
+            masks = list(coming)
+            digests += [mask.sha256 for mask in masks]
+            object_BHW = torch.from_numpy(np.stack([mask.pixels_HW for mask in masks])).to(device)
             counts = [_count(relevance_BP, object_BHW, thresholds) for relevance_BP in maps]
             mine_MCB.append(torch.stack(counts).cpu().numpy())
-            progress(len(read))
+            progress(len(masks))
     parts = dist.gather_objects(world, (np.concatenate(mine_MCB, axis=2), b"".join(digests)))
     counts_MCN = np.concatenate([counts_MCB for counts_MCB, _ in parts], axis=2)
     assert counts_MCN.shape[2] == total, "an image was lost or counted twice"
@@ -96,19 +102,6 @@ def measure(
         pixels = Pixels(image=size**2, object_N=object_N, masked_TN=masked_TN, both_TN=both_TN)
         measured.append(pixels)
     return measured, files.sha256_bytes(b"".join(digest for _, digest in parts))
-
-
-def _read_masks(
-    pool: ThreadPoolExecutor, packed: PackedDataset, selection: Selection, batch: Batch, size: int
-) -> Iterator[ObjectMask]:
-    """Start to read a batch's masks; the result waits for them."""
-    index, encoding = packed.index, packed.manifest.encoding
-
-    def read(sample: int) -> ObjectMask:
-        source = int(index.width[sample]), int(index.height[sample])
-        return read_mask(selection.paths[sample], source, size, encoding.get("crop_border", 0))
-
-    return pool.map(read, batch.samples_B.tolist())
 
 
 def _count(relevance_BP: Tensor, object_BHW: Tensor, thresholds: Sequence[float]) -> Tensor:
