@@ -24,7 +24,7 @@ from rft.runs import filenames
 from rft.sets import TEST_SETS
 from rft.storage.documents import Epochs, Positive, Seed, document
 from rft.train.command import parse
-from rft.train.run import is_finished
+from rft.train.run import finished
 
 SHOWN = ("zero-shot", "vanilla", "wise-ft", "no-mask", "object-mask-single-fill")
 PAPER = """Run every experiment of the paper on the miniature world.
@@ -93,7 +93,7 @@ def is_done(stage: Experiment, data: str) -> bool:
     """Whether a stage's results are there, which its command would find out more slowly."""
     module, *options = stage.command[2:]
     if module == "rft.train":
-        return is_finished(parse(options))
+        return finished(parse(options)) is not None
     if module == "rft.merge":
         return all((Path(path) / filenames.PROVENANCE).exists() for path in stage.makes)
     assert module == "rft.evaluate"

@@ -92,11 +92,7 @@ class PackedDataset:
         return len(self.index.label)
 
     def payload(self, sample: int) -> bytes:
-        """Return the stored bytes of a sample's image.
-
-        Raises:
-            ValueError: naming shard, key and offset if they are not the bytes that were packed.
-        """
+        """Return the stored bytes of a sample's image; raises what `payloads` does."""
         return self.payloads(np.array([sample]))[0]
 
     def payloads(self, samples: np.ndarray) -> list[bytes]:
@@ -124,11 +120,7 @@ class PackedDataset:
         return [data for data in found if data is not None]
 
     def image(self, sample: int, size: int) -> np.ndarray:
-        """Return a sample as CLIP sees it, uint8 (3, size, size).
-
-        Raises:
-            ValueError: if it was packed at another size, or its bytes are damaged.
-        """
+        """Return a sample as CLIP sees it, uint8 (3, size, size); raises what `batch` does."""
         return self.batch(np.array([sample]), size).images_BCHW[0].numpy()
 
     def batch(self, samples: np.ndarray, size: int, out_BCHW: Tensor | None = None) -> Batch:
@@ -174,17 +166,8 @@ class PackedDataset:
 
     def _fill(self, samples: np.ndarray, images_BCHW: np.ndarray) -> float:
         """Write the samples' images; return the seconds spent in decoding."""
-        size = images_BCHW.shape[-1]
         if is_array(self.manifest.encoding):
-            # a sample that is on this machine is read to where it belongs, without a copy between
-            elsewhere = self._pixels_from_disk(samples, images_BCHW)
-            if elsewhere:
-                payloads = self.payloads(samples[elsewhere])
-                rows = self._rows(samples[elsewhere])
-                for place, row, data in zip(elsewhere, rows, payloads, strict=True):
-                    self._require_pixels(row, data[: len(self._npy_header)])
-                    pixels = np.frombuffer(data, dtype=np.uint8)[len(self._npy_header) :]
-                    images_BCHW[place] = pixels.reshape(3, size, size)
+            self._copy_pixels(samples, images_BCHW)
             return 0.0
         # at once, unless the files are huge: then some at a time
         parts = cut(self.index.length[samples].tolist(), PAYLOAD_BYTES)
@@ -222,16 +205,18 @@ class PackedDataset:
         data = os.pread(descriptor, row.length, row.offset)
         return data if self._is_good(row, len(data), crc32(data)) else None
 
-    def _pixels_from_disk(self, samples: np.ndarray, images_BCHW: np.ndarray) -> list[int]:
-        """Read pixels to their places; return the places whose shards are not local nor cached.
+    def _copy_pixels(self, samples: np.ndarray, images_BCHW: np.ndarray) -> None:
+        """Write the images of samples whose payloads are arrays.
 
-        A `.npy` payload is a header, the same in every sample, and then the pixels. This loop is
-        all that stands between the page cache and a batch, so it does little more than it must.
+        A `.npy` payload is a header, the same in every sample, and then the pixels. A sample on
+        this machine is read to where it belongs, without a copy between: this loop is all that
+        stands between the page cache and a batch, so it does little more than it must.
         """
         rows = self._rows(samples)
         header = bytearray(len(self._npy_header))
         elsewhere = []
         shard, descriptor = -1, None
+        # by shard, so that each descriptor is looked up once
         for place in sorted(range(len(rows)), key=lambda place: rows[place].shard):
             row = rows[place]
             if row.shard != shard:
@@ -246,11 +231,15 @@ class PackedDataset:
             read = os.preadv(descriptor, buffers, row.offset)
             if self._is_good(row, read, crc32(image_CHW, crc32(header))):
                 self._require_pixels(row, header)
-                self.shards.counters.bytes += read
             else:
                 elsewhere.append(place)
                 shard = -1  # its descriptor is closed
-        return elsewhere
+        if not elsewhere:
+            return
+        for place, data in zip(elsewhere, self.payloads(samples[elsewhere]), strict=True):
+            self._require_pixels(rows[place], data[: len(header)])
+            pixels = np.frombuffer(data, dtype=np.uint8)[len(header) :]
+            images_BCHW[place] = pixels.reshape(images_BCHW.shape[1:])
 
     def _descriptor(self, row: "_Row") -> int | None:
         try:
@@ -272,8 +261,7 @@ class PackedDataset:
 
     def _require_whole(self, row: "_Row", length: int, checksum: int) -> None:
         if length != row.length:
-            where = self._where(row)
-            raise ValueError(f"short read: {length} of {row.length} bytes at {where}")
+            raise ValueError(f"short read: {length} of {row.length} bytes at {self._where(row)}")
         if checksum != row.crc32:
             where = self._where(row)
             raise ValueError(f"damaged bytes (crc32 mismatch) at {where}; pack the shard again")
