@@ -4,6 +4,7 @@ A sample is read by its offset in the index and checked against its crc32; tar h
 parsed, so a short or damaged shard is an error with a name, not a shorter epoch.
 """
 
+import dataclasses
 import os
 import time
 from typing import Any, NamedTuple
@@ -140,7 +141,7 @@ class PackedDataset:
             ValueError: if the set was packed at another size, or a sample's bytes are damaged.
         """
         self._require_size(size)
-        began, before = time.perf_counter(), self.shards.counters.copy()
+        began, before = time.perf_counter(), dataclasses.replace(self.shards.counters)
         if out_BCHW is None:
             out_BCHW = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
         images_BCHW = out_BCHW[: len(samples)]

@@ -280,11 +280,7 @@ async def listing(fs: Any, path: str) -> list[dict[str, Any]]:
     """
     # a listing comes in pages, each of them an answer of its own
     seconds = PATIENCE.seconds(REQUEST_BYTES)
-
-    async def ask() -> list[dict[str, Any]]:
-        return await _call(fs, "ls", seconds, path, detail=True)
-
-    return await repeated(ask)
+    return await repeated(partial(_call, fs, "ls", seconds, path, detail=True))
 
 
 async def download(fs: Any, path: str, descriptor: int) -> None:
@@ -299,19 +295,24 @@ async def download(fs: Any, path: str, descriptor: int) -> None:
 
 async def fill(descriptor: int, size: int, fetch: Callable[[int, int], Awaitable[bytes]]) -> None:
     """Write `size` bytes to an open file; `fetch` returns those from a start to a stop."""
-    slots = asyncio.Semaphore(BLOCKS_AT_ONCE)
 
     async def block(start: int) -> None:
+        data = await fetch(start, min(start + REQUEST_BYTES, size))
+        os.pwrite(descriptor, data, start)
+
+    blocks = [partial(block, start) for start in range(0, size, REQUEST_BYTES)]
+    await together(blocks, BLOCKS_AT_ONCE)
+
+
+async def together(jobs: Iterable[Callable[[], Awaitable[Any]]], at_once: int) -> list[Any]:
+    """Run jobs side by side, so many at once; when one fails, no other is left running."""
+    slots = asyncio.Semaphore(at_once)
+
+    async def in_turn(job: Callable[[], Awaitable[Any]]) -> Any:
         async with slots:
-            data = await fetch(start, min(start + REQUEST_BYTES, size))
-            os.pwrite(descriptor, data, start)
+            return await job()
 
-    await together(block(start) for start in range(0, size, REQUEST_BYTES))
-
-
-async def together(jobs: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Run coroutines side by side; when one fails, none of the others is left running."""
-    tasks = [asyncio.ensure_future(job) for job in jobs]
+    tasks = [asyncio.ensure_future(in_turn(job)) for job in jobs]
     try:
         return await asyncio.gather(*tasks)
     finally:

@@ -487,8 +487,8 @@ def filling(request: pytest.FixtureRequest, web: str, tmp_path: Path) -> Iterato
 
 def filler_of(shards: Shards) -> threading.Thread:
     assert shards._filler is not None
-    assert shards._filler._thread.is_alive()
-    return shards._filler._thread
+    assert shards._filler.thread.is_alive()
+    return shards._filler.thread
 
 
 def test_closing_ends_the_filling_thread(filling: list[Shards], tmp_path: Path) -> None:
