@@ -24,9 +24,9 @@ from rft.shards.images import (
     clip_square,
     decode,
     exif_orientation,
-    is_source,
     npy_header,
     open_checked,
+    payload_of,
     source_treatment,
     to_npy,
 )
@@ -61,7 +61,7 @@ def encode(
     """
     kind: Kind = encoding["kind"]
     treatment = source_treatment(encoding)
-    if is_source(encoding):
+    if payload_of(encoding).is_source:
         header, treated = _header_of_whole(data, name, treatment, max_pixels)
         return Encoded(data, SUFFIXES[header.format], header, treated)
     image, header = open_checked(data, name, treatment.border, max_pixels)

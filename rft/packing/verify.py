@@ -26,14 +26,7 @@ from rft.packing.pool import for_each
 from rft.shards import tar
 from rft.shards.folder import PLAN, QUARANTINE
 from rft.shards.image_files import IMAGE_SUFFIXES, require_affordable
-from rft.shards.images import (
-    Encoding,
-    is_array,
-    is_source,
-    load_image,
-    npy_header,
-    payload_treatment,
-)
+from rft.shards.images import Encoding, load_image, npy_header, payload_of
 from rft.shards.index import Index
 from rft.shards.label_space import scoring_hash
 from rft.shards.manifest import Manifest, group_faults, note_other_stores
@@ -226,7 +219,7 @@ def _check_members(
     stream: IO[bytes], found: dict[str, tar.Member], index: Index, row: int, rows: Rows
 ) -> Iterator[str]:
     """Yield what is wrong with the members of one row's key."""
-    suffixes = frozenset({"npy"}) if is_array(rows.encoding) else IMAGE_SUFFIXES
+    suffixes = frozenset({"npy"}) if payload_of(rows.encoding).is_array else IMAGE_SUFFIXES
     offset, length = int(index.offset[row]), int(index.length[row])
     is_payload = False
     for suffix, member in found.items():
@@ -294,14 +287,14 @@ def _check_payload(
 def _check_image(
     data: bytes, source_size: tuple[int, int], encoding: dict[str, Any], max_pixels: float
 ) -> Iterator[str]:
-    if is_array(encoding):
+    payload = payload_of(encoding)
+    if payload.is_array:
         header = npy_header(encoding["size"])
         if not data.startswith(header) or len(data) != len(header) + 3 * encoding["size"] ** 2:
             yield "the payload is no array of pixels of the set's size"
         return
-    treatment = payload_treatment(encoding)
-    image = load_image(data, "the payload", treatment, max_pixels)
-    size = source_size if is_source(encoding) else (encoding["size"], encoding["size"])
+    image = load_image(data, "the payload", payload.treatment, max_pixels)
+    size = source_size if payload.is_source else (encoding["size"], encoding["size"])
     if image.size != size:
         yield f"the image has {image.size} pixels, not {size}"
 

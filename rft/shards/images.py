@@ -124,6 +124,14 @@ class Treated(NamedTuple):
 AS_STORED = Treatment()
 
 
+class Payload(NamedTuple):
+    """What the payloads of a set are, and what readers do to them after decoding."""
+
+    is_source: bool = False  # the file of the source itself, of any size
+    is_array: bool = False  # decoded pixels (.npy), no image file
+    treatment: Treatment = AS_STORED
+
+
 def encoding_parameters(
     kind: Kind, size: int, crop_border: int, quality: int = 95, *, photos: bool = False
 ) -> dict[str, Any]:
@@ -160,38 +168,16 @@ def source_treatment(encoding: dict[str, Any]) -> Treatment:
     return Treatment("photos" in encoding, encoding["crop_border"])
 
 
-def is_source(encoding: dict[str, Any]) -> bool:
-    """Whether a payload is the file of the source itself, of any size."""
+def payload_of(encoding: dict[str, Any]) -> Payload:
+    """Look up what the payloads of a set are."""
     kind: Kind = encoding["kind"]
     match kind:
         case "original":
-            return True
-        case "jpeg" | "pixels":
-            return False
-        case _:
-            assert_never(kind)
-
-
-def is_array(encoding: dict[str, Any]) -> bool:
-    """Whether a payload is an array of decoded pixels (.npy), and no image file."""
-    kind: Kind = encoding["kind"]
-    match kind:
-        case "pixels":
-            return True
-        case "original" | "jpeg":
-            return False
-        case _:
-            assert_never(kind)
-
-
-def payload_treatment(encoding: dict[str, Any]) -> Treatment:
-    """Look up what readers do to the payloads: nothing to a JPEG, which was treated before."""
-    kind: Kind = encoding["kind"]
-    match kind:
+            return Payload(is_source=True, treatment=source_treatment(encoding))
         case "jpeg":
-            return AS_STORED
-        case "original" | "pixels":
-            return source_treatment(encoding)
+            return Payload()  # treated before it was made
+        case "pixels":
+            return Payload(is_array=True)
         case _:
             assert_never(kind)
 

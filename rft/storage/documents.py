@@ -136,7 +136,7 @@ def parse(data: bytes, where: str, *, nan: bool = False, values: int = VALUES) -
         json.loads(data, object_pairs_hook=_unique)
         return pydantic_core.from_json(data, allow_inf_nan=nan)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {_first_line(error)}") from error
+        raise ValueError(f"{where} is not valid JSON: {str(error).splitlines()[0]}") from error
 
 
 def decode(
@@ -246,8 +246,3 @@ def _place(parts: Sequence[str | int]) -> str:
         else:
             place += f"[{short(part)}]"
     return place
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).splitlines()
-    return text[0] if text else type(error).__name__

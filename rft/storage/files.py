@@ -162,8 +162,9 @@ def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
     """
 
     def read(path: Path) -> bytes:
-        size = path.stat().st_size
-        data = local.read_bytes(path) if size <= limit else b""
+        with local.reader(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read() if size <= limit else b""
         if max(size, len(data)) > limit:
             raise ValueError(f"cannot read {url}: {remote.too_large(limit)}")
         return data
@@ -262,7 +263,8 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
     where = url if is_local else str(folder)
     try:
         # what waits to be uploaded may lie in a folder that others read
-        local.create(temporary, 0o666 if is_local else 0o600)
+        mode = 0o666 if is_local else 0o600
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode))
         yield temporary
         if is_local:
             with local.reader(temporary) as stream:
@@ -322,27 +324,19 @@ def listing(url: str) -> list[dict[str, Any]]:
         raise OSError(f"cannot list {url}: {reason(error)}") from error
 
 
-def names(url: str) -> list[str]:
+def names(url: str, kind: str = "file") -> list[str]:
     """Return the names of the files in a folder, sorted; none if there is no such folder.
 
     Raises:
         OSError: if the store does not say.
     """
-    return _entries(url, "file")
-
-
-def _entries(url: str, kind: str) -> list[str]:
     found = (entry["name"].rstrip("/") for entry in listing(url) if entry["type"] == kind)
     return sorted(name.rsplit("/", 1)[-1] for name in found)
 
 
 def folders(url: str) -> list[str]:
-    """Return the names of the folders in a folder, sorted; none if there is no such folder.
-
-    Raises:
-        OSError: if the store does not say.
-    """
-    return _entries(url, "directory")
+    """Return the names of the folders in a folder, as `names` does those of files."""
+    return names(url, "directory")
 
 
 def rename(url: str, name: str) -> None:
