@@ -235,11 +235,8 @@ def next_step(
 ) -> str:
     """Format the command that comes next, so that its line can be pasted into a shell.
 
-    Args:
-        words: of the command line, after `python`.
-        ranks: processes that torchrun starts; one needs no torchrun.
-        unknown: words that the user fills in, each with its meaning, which gets a line of its own.
-        label: what stands before the command.
+    `words` come after `python`, or after torchrun where it starts several `ranks`. `unknown` are
+    words that the user fills in, each with its meaning, which gets a line of its own.
     """
     launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc_per_node", str(ranks)]
     line = f"{label}: {shlex.join([*launcher, *map(str, words)])}"

@@ -342,16 +342,6 @@ class Config:
         document["split_seed"], document["order_seed"] = self.held_out_seed, self.sample_seed
         return document
 
-    @staticmethod
-    def from_dict(document: dict[str, Any]) -> "Config":
-        """Rebuild a configuration from `to_dict`'s document.
-
-        Raises:
-            ValueError: for a field or a choice that this version does not have, a value out of
-                range, or something else than a configuration.
-        """
-        return documents.convert(document, Config, "config")
-
 
 def load_config(folder: Path) -> Config:
     """Read the configuration that a training recorded in its run folder.
@@ -391,13 +381,8 @@ def resolve_precision(choice: PrecisionChoice, *, gpu: bool, bf16: bool) -> tupl
     A GPU without native bf16 (compute capability below 8.0: V100, T4) has no TF32 either and only
     emulates bf16, so fp32 is left.
 
-    Args:
-        choice: what the command line or a preset names.
-        gpu: whether the device is a GPU.
-        bf16: whether it has native bf16.
-
-    Returns:
-        The precision, and the reason in a few words; no reason where the precision was named.
+    `bf16` is whether the device has it natively. A reason in a few words comes with the precision,
+    none where the precision was named.
     """
     if choice != "auto":
         return choice, ""
@@ -409,9 +394,7 @@ def resolve_precision(choice: PrecisionChoice, *, gpu: bool, bf16: bool) -> tupl
 def repeat_precision(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Name the option that resumes a run in its recorded precision, for an error message.
 
-    Args:
-        old: the recorded identity.
-        new: the identity that differs from it, in precision or in something else.
+    The recorded identity and the new one differ, in precision or in something else.
     """
     recorded = old.get("precision")
     if recorded == new["precision"] or recorded not in typing.get_args(Precision):

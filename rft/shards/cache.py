@@ -141,10 +141,7 @@ class Cache:
     def begin(self, shard: Shard, *, keep: Set[str], known: Set[str]) -> "Part | None":
         """Reserve space for a shard; None if it exists, is another process's, or does not fit.
 
-        Args:
-            shard: the shard to be filled.
-            keep: sha256 of the shards that must stay.
-            known: sha256 of all shards of this data set.
+        `keep` has the sha256 of the shards that must stay, `known` of all shards of this data set.
 
         Raises:
             ValueError: if something else than a file of the cache is in its place.

@@ -37,6 +37,7 @@ Quality = Annotated[int, Field(ge=1, le=100)]
 # wide. Cropping first would be cheaper, but Pillow rounds the offset of a crop to 32 bits, so its
 # result differs from torchvision's.
 MOST_ELONGATED = 100
+TOO_ELONGATED = f"the longer side may have at most {MOST_ELONGATED} times the shorter one: crop it"
 SUBSAMPLING: Literal["4:4:4"] = "4:4:4"  # halving the colour channels would show: patches are small
 # The part of an encoding that marks own photos, and what is done to them before the resize.
 PHOTOS: "Photos" = {"orientation": "exif", "alpha": "white"}
@@ -230,7 +231,7 @@ def clip_square(
         image = image.crop((border, border, image.width - border, image.height - border))
     short, long = sorted(image.size)
     if long > MOST_ELONGATED * short:
-        raise ValueError(f"an image of {image.size} pixels: {_too_elongated()}")
+        raise ValueError(f"an image of {image.size} pixels: {TOO_ELONGATED}")
     longer = int(size * long / short)
     width, height = (size, longer) if image.width <= image.height else (longer, size)
     if image.size != (width, height):
@@ -256,11 +257,23 @@ def to_npy(array: np.ndarray) -> bytes:
 def open_checked(
     data: bytes, name: str, border: int, max_pixels: float
 ) -> tuple[Image.Image, Header]:
-    """Read an image's header, and refuse what it announces before any of it is decoded."""
+    """Read an image's header, and refuse what it announces before any of it is decoded.
+
+    Raises:
+        ValueError: if the image is too small, large or elongated, or of a kind that is not known.
+    """
     image = open_image(data, name, max_pixels)
-    header = Header(str(image.format), image.mode, *image.size)
-    _require_usual(header, border, name)
-    return image, header
+    if image.mode not in MODES:
+        raise ValueError(f"{name} cannot be read: its pixels are of mode {image.mode}")
+    is_ = f"{name} is {image.width} x {image.height} pixels"
+    short, long = sorted(image.size)
+    if long > LONGEST_SIDE or short <= 2 * border:
+        raise ValueError(
+            f"{is_}; a side must have more than {2 * border} and at most {LONGEST_SIDE}"
+        )
+    if long - 2 * border > MOST_ELONGATED * (short - 2 * border):
+        raise ValueError(f"{is_}; {TOO_ELONGATED}")
+    return image, Header(str(image.format), image.mode, *image.size)
 
 
 def decode(image: Image.Image, data: bytes, treatment: Treatment) -> tuple[Image.Image, Treated]:
@@ -343,21 +356,3 @@ def _alpha_of_key(image: Image.Image, data: bytes) -> Image.Image:
 def channels_first(image: Image.Image) -> np.ndarray:
     """Return the pixels of an RGB image as tensors have them, (3, height, width)."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
-def _require_usual(header: Header, border: int, name: str) -> None:
-    """Refuse an image that is too small, large or elongated, or of a kind that is not known."""
-    if header.mode not in MODES:
-        raise ValueError(f"{name} cannot be read: its pixels are of mode {header.mode}")
-    is_ = f"{name} is {header.width} x {header.height} pixels"
-    short, long = sorted((header.width, header.height))
-    if long > LONGEST_SIDE or short <= 2 * border:
-        raise ValueError(
-            f"{is_}; a side must have more than {2 * border} and at most {LONGEST_SIDE}"
-        )
-    if long - 2 * border > MOST_ELONGATED * (short - 2 * border):
-        raise ValueError(f"{is_}; {_too_elongated()}")
-
-
-def _too_elongated() -> str:
-    return f"the longer side may have at most {MOST_ELONGATED} times the shorter one: crop it"

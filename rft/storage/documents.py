@@ -139,27 +139,19 @@ def parse(data: bytes, where: str, *, nan: bool = False, values: int = VALUES) -
         raise ValueError(f"{where} is not valid JSON: {str(error).splitlines()[0]}") from error
 
 
-def decode(
-    data: bytes,
-    kind: Callable[..., T] | Any,
-    where: str,
-    *,
-    nan: bool = False,
-    values: int = VALUES,
-) -> T:
+def decode(data: bytes, kind: Callable[..., T] | Any, where: str, *, values: int = VALUES) -> T:
     """Return the document of a type that `data` holds.
 
     Args:
         data: JSON.
         kind: a class made by `document`, or any type that pydantic checks.
         where: what `data` was read from, for messages.
-        nan: whether NaN and infinities are JSON, for fields that take them.
         values: see `parse`.
 
     Raises:
         ValueError: naming place and expectation, if it is something else.
     """
-    parse(data, where, nan=nan, values=values)
+    parse(data, where, values=values)
     return typed(data, kind, where)
 
 

@@ -38,8 +38,8 @@ DOCUMENT_BYTES = 2**26
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what `publish` leaves when killed
 
 
-def open_store(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
-    """Return the fsspec filesystem of `url` and the path inside it; `options` are fsspec's.
+def open_store(url: str) -> tuple[AbstractFileSystem, str]:
+    """Return the fsspec filesystem of `url` and the path inside it.
 
     Raises:
         ValueError: for what `rft.storage.urls` does not let be opened, or a client that is not
@@ -47,7 +47,7 @@ def open_store(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
     """
     urls.check(url)
     try:
-        return fsspec.core.url_to_fs(url, **options)
+        return fsspec.core.url_to_fs(url)
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"cannot open {url!r}: {reason(error)}") from error
 
@@ -70,9 +70,7 @@ def require_local(path: str | Path, option: str) -> None:
 def require_file(path: Path, what: str) -> None:
     """Check that a local path is a file with an end: reading a FIFO or a device may never return.
 
-    Args:
-        path: what is to be read.
-        what: is expected there, for messages.
+    `what` is expected there, for messages.
 
     Raises:
         ValueError: if it is absent or anything else.

@@ -30,10 +30,6 @@ WITHOUT_WAITING = os.O_NONBLOCK | os.O_CLOEXEC
 def require_regular(path: str | os.PathLike[str], status: os.stat_result | None = None) -> None:
     """Check that a path, or the target of a link, is a regular file. Opens nothing.
 
-    Args:
-        path: of the file.
-        status: of the file, if it is known already.
-
     Raises:
         ValueError: for a FIFO, a socket, a device, a folder or (by its status) a link.
         OSError: if it cannot be looked at.
@@ -70,10 +66,7 @@ def open_regular(
 ) -> int:
     """Open a regular file and return its descriptor; nothing else is waited for.
 
-    Args:
-        path: of the file.
-        flags: of `os.open`.
-        folder: descriptor of the folder that a relative path starts from.
+    A relative path starts from `folder`, a descriptor, if there is one.
 
     Raises:
         ValueError: for a FIFO, a socket or a device; with O_NOFOLLOW also for a link.
@@ -112,10 +105,7 @@ def writer(path: str | os.PathLike[str]) -> BufferedWriter:
 def require_no_links(folder: Path, names: Iterable[str], hint: str = "") -> None:
     """Check that what is written through in a folder is there itself, or not at all.
 
-    Args:
-        folder: that the user named; it may be a link itself.
-        names: of files and folders in it.
-        hint: what to do besides removing a link.
+    The folder may be a link; `hint` is what to do besides removing one in it.
 
     Raises:
         ValueError: naming the first that is a link.

@@ -257,15 +257,12 @@ async def exists(fs: Any, path: str) -> bool:
     Raises:
         Failure: if the store does not say.
     """
-
-    async def ask() -> None:
-        if _is_http(fs):
-            await _http(fs, path, 0, 1, PATIENCE, bytearray(), limit=0)
-        else:
-            await _info(fs, path)
-
     try:
-        await repeated(ask)
+        if _is_http(fs):
+            http = partial(_http, fs, path, 0, 1, PATIENCE, bytearray(), limit=0)
+            await repeated(http)
+        else:
+            await repeated(partial(_info, fs, path))
     except FileNotFoundError:
         return False
     return True
