@@ -47,12 +47,8 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
     """Run `main`; turn a user's mistake into one clear line and exit code 2.
 
     Under torchrun the ranks of a node meet the same mistake, so one of each node prints it, and
-    torchrun repeats it at the end of its summary.
-
-    Args:
-        main: of the command.
-        ranks: whether several processes can share its work. A different command is no rank,
-            whatever a launcher has left in the environment.
+    torchrun repeats it at the end of its summary. Without `ranks` a command is one process,
+    whatever a launcher has left in the environment.
     """
     sys.excepthook = _tell_bug
     log.setup()

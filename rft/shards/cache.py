@@ -37,10 +37,6 @@ class Folder:
                 f"another --loader.cache-dir"
             ) from error
 
-    def status(self, name: str) -> os.stat_result:
-        """Look at a file, or at a link itself."""
-        return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
-
     def open(self, name: str, flags: int) -> int:
         """Open a regular file and return its descriptor.
 
@@ -177,7 +173,7 @@ class Cache:
             if name == own or not (whole or part):
                 continue
             with suppress(FileNotFoundError):
-                status = folder.status(name)
+                status = os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False)
                 if not stat.S_ISREG(status.st_mode):
                     continue  # a different user's: it takes no room, and is refused when it is read
                 if part and _delete_abandoned(folder, name):
@@ -216,7 +212,7 @@ class Part:
                 raise ValueError(f"{folder.path / name} has a second name elsewhere; remove it")
             # between opening and locking, the process that had it may have published or deleted it
             self.is_ours = _lock(self.descriptor) and _is_named(folder, name, self.descriptor)
-            self.let_go = opened.pop_all().close
+            self.let_go = opened.pop_all().close  # which leaves the file as it is
 
     def sha256(self) -> str:
         """Return the hash of what was written."""
@@ -248,10 +244,10 @@ def _lock(descriptor: int) -> bool:
 
 def _is_named(folder: Folder, name: str, descriptor: int) -> bool:
     """Whether a name is still that of the file of the descriptor."""
-    try:
-        return os.path.samestat(folder.status(name), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+    with suppress(FileNotFoundError):
+        status = os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False)
+        return os.path.samestat(status, os.fstat(descriptor))
+    return False
 
 
 def _delete_abandoned(folder: Folder, name: str) -> bool:

@@ -71,14 +71,6 @@ class Failure(Exception):  # noqa: N818 - `Error` would say less
         self.tries = tries
 
 
-class HTTPStatus(OSError):  # noqa: N818 - it is what the server said
-    """An HTTP answer that is an error."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(f"{status} {reason}")
-        self.status = status
-
-
 def is_transient(error: BaseException) -> bool:
     """Whether a request that failed so may succeed when it is repeated."""
     if not isinstance(error, Exception):
@@ -324,7 +316,7 @@ def too_large(limit: int) -> str:
 
 
 async def _beginning(fs: Any, path: str, content: bytearray, limit: int) -> int:
-    """Append the first request's bytes of a file, or all of it, to `content`; return its size."""
+    """Return the size of a file; what its store sends along, up to all of it, goes to `content`."""
     if _is_http(fs):
         return await _http(fs, path, 0, REQUEST_BYTES, PATIENCE, content, limit=limit)
     info = await _info(fs, path)
@@ -333,9 +325,6 @@ async def _beginning(fs: Any, path: str, content: bytearray, limit: int) -> int:
     if info["size"] is None:
         content += await _call(fs, "cat_file", PATIENCE.seconds(REQUEST_BYTES), path)
         return len(content)
-    if info["size"]:
-        stop = min(int(info["size"]), REQUEST_BYTES)
-        await _range(fs, path, 0, stop, PATIENCE, content)
     return int(info["size"])
 
 
@@ -412,8 +401,7 @@ async def _http(
 def _require_success(answer: Any, url: str) -> None:
     if answer.status == NOT_FOUND:
         raise FileNotFoundError(url)
-    if answer.status >= CLIENT_ERRORS.start:
-        raise HTTPStatus(answer.status, answer.reason)
+    answer.raise_for_status()
     if answer.status not in (OK, PARTIAL):
         raise ValueError(f"the server sends {answer.status} {answer.reason}, which is no file")
     if answer.content_type == "text/html":

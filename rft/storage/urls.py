@@ -55,10 +55,7 @@ OWNER = {"https": "http", "s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 
 
 def check(url: str) -> str:
-    """Decide whether a URL or a local path may be opened.
-
-    Returns:
-        Its protocol, which is `file` for a plain path too.
+    """Return the protocol of a URL or path that may be opened, `file` for a plain path too.
 
     Raises:
         ValueError: in one line, without what may be a secret.
