@@ -21,7 +21,6 @@ from rft.shards.images import clip_pixels, load_image, npy_header, payload_of
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest, note_other_stores
 from rft.shards.ranges import RangeError, Shards, cut
-from rft.storage.remote import Patience
 
 PAYLOAD_BYTES = 2**28  # of image files that are in memory together
 
@@ -66,7 +65,6 @@ class PackedDataset:
         url: str,
         *,
         cache: Cache | None = None,
-        patience: Patience | None = None,
         max_pixels: float = MAX_PIXELS,
     ) -> None:
         self.url = url
@@ -78,7 +76,7 @@ class PackedDataset:
         self._require_affordable()
         sizes = [shard.samples for shard in self.manifest.shards]
         self.shard_ends = np.cumsum(sizes)
-        self.shards = Shards(url, self.manifest.shards, cache=cache, patience=patience)
+        self.shards = Shards(url, self.manifest.shards, cache=cache)
         self._npy_header = b""
         if self._payload.is_array:
             self._npy_header = npy_header(self.manifest.encoding["size"])

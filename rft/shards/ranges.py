@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from rft.shards.cache import Cache
 from rft.shards.manifest import Shard
 from rft.storage import files, local, remote
-from rft.storage.remote import REQUEST_BYTES, Patience
+from rft.storage.remote import REQUEST_BYTES
 
 # descriptors a process keeps open on shards: half of what the system lets it have
 OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
@@ -64,23 +64,15 @@ class Shards:
     of them survives a fork; pickling keeps only what is needed to make them again.
     """
 
-    def __init__(
-        self,
-        url: str,
-        shards: Sequence[Shard],
-        *,
-        cache: Cache | None = None,
-        patience: Patience | None = None,
-    ) -> None:
+    def __init__(self, url: str, shards: Sequence[Shard], *, cache: Cache | None = None) -> None:
         self.url = url
         self.shards = tuple(shards)
         self.cache = cache
-        self.patience = patience or remote.PATIENCE
         self.counters = Counters()
         self._process = -1
 
     def __getstate__(self) -> dict:
-        return {name: vars(self)[name] for name in ("url", "shards", "cache", "patience")}
+        return {name: vars(self)[name] for name in ("url", "shards", "cache")}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
@@ -208,7 +200,7 @@ class Shards:
         """Return one range, repeating what is missing of it."""
         stop = min(stop, self.shards[number].bytes)
         try:
-            return await remote.read_range(*store, start, stop, self.patience, self._count_retry)
+            return await remote.read_range(*store, start, stop, self._count_retry)
         except FileNotFoundError as error:
             raise RangeError(
                 f"missing shard: {self.location(number)}; copy or pack it again", place
@@ -234,7 +226,7 @@ class _Filler:
     def __init__(self, served: Shards, cache: Cache) -> None:
         self.failure: ValueError | None = None  # why it ended early; the next batch raises it
         self._cache = cache
-        self._shards = Shards(served.url, served.shards, cache=cache, patience=served.patience)
+        self._shards = Shards(served.url, served.shards, cache=cache)
         self._shards._enter_process()
         self._shards.counters, self._shards._stores = served.counters, served._stores
         self._known = {shard.sha256 for shard in served.shards}
