@@ -4,6 +4,7 @@ A sample is read by its offset in the index and checked against its crc32; tar h
 parsed, so a short or damaged shard is an error with a name, not a shorter epoch.
 """
 
+import dataclasses
 import os
 import time
 from typing import Any, NamedTuple
@@ -16,18 +17,10 @@ from torch import Tensor
 from rft.config import MAX_PIXELS
 from rft.shards.cache import Cache
 from rft.shards.image_files import require_affordable
-from rft.shards.images import (
-    clip_pixels,
-    is_array,
-    is_source,
-    load_image,
-    npy_header,
-    payload_treatment,
-)
+from rft.shards.images import clip_pixels, load_image, npy_header, payload_of
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest, note_other_stores
 from rft.shards.ranges import RangeError, Shards, cut
-from rft.storage.remote import Patience
 
 PAYLOAD_BYTES = 2**28  # of image files that are in memory together
 
@@ -72,7 +65,6 @@ class PackedDataset:
         url: str,
         *,
         cache: Cache | None = None,
-        patience: Patience | None = None,
         max_pixels: float = MAX_PIXELS,
     ) -> None:
         self.url = url
@@ -80,12 +72,13 @@ class PackedDataset:
         note_other_stores(url, self.manifest)
         self.index = Index.load(url, self.manifest)
         self._max_pixels = max_pixels
+        self._payload = payload_of(self.manifest.encoding)
         self._require_affordable()
         sizes = [shard.samples for shard in self.manifest.shards]
         self.shard_ends = np.cumsum(sizes)
-        self.shards = Shards(url, self.manifest.shards, cache=cache, patience=patience)
+        self.shards = Shards(url, self.manifest.shards, cache=cache)
         self._npy_header = b""
-        if is_array(self.manifest.encoding):
+        if self._payload.is_array:
             self._npy_header = npy_header(self.manifest.encoding["size"])
 
     def __len__(self) -> int:
@@ -132,7 +125,7 @@ class PackedDataset:
             ValueError: if the set was packed at another size, or a sample's bytes are damaged.
         """
         self._require_size(size)
-        began, before = time.perf_counter(), self.shards.counters.copy()
+        began, before = time.perf_counter(), dataclasses.replace(self.shards.counters)
         if out_BCHW is None:
             out_BCHW = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
         images_BCHW = out_BCHW[: len(samples)]
@@ -166,7 +159,7 @@ class PackedDataset:
 
     def _fill(self, samples: np.ndarray, images_BCHW: np.ndarray) -> float:
         """Write the samples' images; return the seconds spent in decoding."""
-        if is_array(self.manifest.encoding):
+        if self._payload.is_array:
             self._copy_pixels(samples, images_BCHW)
             return 0.0
         # at once, unless the files are huge: then some at a time
@@ -178,7 +171,7 @@ class PackedDataset:
         size = images_BCHW.shape[-1]
         payloads = self.payloads(samples)
         began = time.perf_counter()
-        treatment = payload_treatment(self.manifest.encoding)
+        treatment = self._payload.treatment
         rows = self._rows(samples)
         for image_CHW, row, data in zip(images_BCHW, rows, payloads, strict=True):
             image = load_image(data, self._where(row), treatment, self._max_pixels)
@@ -285,7 +278,7 @@ class PackedDataset:
         index, name = self.index, f"{self.url}: its largest"
         require_affordable(int(index.length.max(initial=0)), f"{name} file", self._max_pixels)
         pixels = (index.width.astype(np.int64) * index.height).max(initial=0)
-        if is_source(self.manifest.encoding) and pixels > self._max_pixels * 1e6:
+        if self._payload.is_source and pixels > self._max_pixels * 1e6:
             raise ValueError(
                 f"{name} image has {pixels / 1e6:,.1f} million pixels, --max-pixels allows "
                 f"{self._max_pixels:g} million: raise it (for training, --loader.max-pixels)"

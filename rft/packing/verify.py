@@ -26,15 +26,8 @@ from rft.packing.pool import for_each
 from rft.shards import tar
 from rft.shards.folder import PLAN, QUARANTINE
 from rft.shards.image_files import IMAGE_SUFFIXES, require_affordable
-from rft.shards.images import (
-    Encoding,
-    is_array,
-    is_source,
-    load_image,
-    npy_header,
-    payload_treatment,
-)
-from rft.shards.index import COLUMNS, Index
+from rft.shards.images import Encoding, load_image, npy_header, payload_of
+from rft.shards.index import Index
 from rft.shards.label_space import scoring_hash
 from rft.shards.manifest import Manifest, Shard, group_faults, note_other_stores
 from rft.storage import documents, files
@@ -99,7 +92,7 @@ class RecordedPlan:
 
 
 class Row(NamedTuple):
-    """A row of the index, as Python's own values (`rft.shards.index.COLUMNS`)."""
+    """A row of the index, as Python's own values (`rft.shards.index.Index`)."""
 
     offset: int
     length: int
@@ -265,7 +258,7 @@ def _check_members(
     stream: IO[bytes], found: dict[str, tar.Member], row: Row, check: Check
 ) -> Iterator[str]:
     """Yield what is wrong with the members of one row's key."""
-    suffixes = frozenset({"npy"}) if is_array(check.encoding) else IMAGE_SUFFIXES
+    suffixes = frozenset({"npy"}) if payload_of(check.encoding).is_array else IMAGE_SUFFIXES
     is_payload = False
     for suffix, member in found.items():
         if suffix in check.rule.ignore:
@@ -303,6 +296,7 @@ def _check_label(
 def _check_payload(stream: IO[bytes], row: Row, check: Check) -> Iterator[str]:
     """Yield what is wrong with the bytes of one row."""
     encoding, max_pixels = check.encoding, check.rule.max_pixels
+    payload = payload_of(encoding)
     # not read and counted: what is read is allocated first
     there = min(max(stream.seek(0, os.SEEK_END) - row.offset, 0), row.length)
     if there != row.length:
@@ -314,14 +308,14 @@ def _check_payload(stream: IO[bytes], row: Row, check: Check) -> Iterator[str]:
         data = stream.read(row.length)
         if zlib.crc32(data) != row.crc32:
             yield "damaged bytes: they do not have the crc32 of the index"
-        elif is_array(encoding):
+        elif payload.is_array:
             header = npy_header(encoding["size"])
             if not data.startswith(header) or len(data) != len(header) + 3 * encoding["size"] ** 2:
                 yield "the payload is no array of pixels of the set's size"
         else:
-            image = load_image(data, "the payload", payload_treatment(encoding), max_pixels)
+            image = load_image(data, "the payload", payload.treatment, max_pixels)
             side = encoding.get("size")
-            size = (row.width, row.height) if is_source(encoding) else (side, side)
+            size = (row.width, row.height) if payload.is_source else (side, side)
             if image.size != size:
                 yield f"the image has {image.size} pixels, not {size}"
     except ValueError as error:
@@ -427,10 +421,10 @@ def _size_or_reason(url: str) -> int | str:
 
 
 def _part(index: Index, start: int, stop: int) -> Index:
-    return Index(**{name: getattr(index, name)[start:stop] for name in COLUMNS})
+    return Index(**{name: getattr(index, name)[start:stop] for name in Row._fields})
 
 
 def _rows(index: Index) -> list[Row]:
-    columns = {name: getattr(index, name).tolist() for name in COLUMNS}
+    columns = {name: getattr(index, name).tolist() for name in Row._fields}
     columns["key"] = [key.decode("ascii", "replace") for key in columns["key"]]
     return list(map(Row, *columns.values()))

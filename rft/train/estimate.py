@@ -6,6 +6,7 @@ keeps for any number. Temporary tensors and the GPU's own context come on top.
 """
 
 import contextlib
+import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from rft.train.step import autocast
 RANKS = [2**power for power in range(8)]  # rows of the table, as far as the batch can be shared
 MAPS = 3  # of one layer that the CAM has at once: attention, its gradient, their product
 LINE_BYTES = 450  # of metrics.jsonl, about
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
