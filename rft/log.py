@@ -46,7 +46,11 @@ def setup() -> None:
 
 
 def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
     """Format a Python warning without the line of source below it, which says nothing to a user."""
     return f"{category.__name__}: {' '.join(str(message).split())} ({filename}:{lineno})"
