@@ -126,6 +126,7 @@ def _lines_below(record: logging.LogRecord) -> list[str]:
 @contextlib.contextmanager
 def above(console: "Console") -> Iterator[None]:
     """Log above what `console` draws, which a line must not be written into."""
+    # of the class, because a second `setup` makes new handlers
     Handler.above = console
     try:
         yield

@@ -189,6 +189,7 @@ def require_fit(found: Weights, architecture: Architecture) -> None:
             differs.
     """
     expected = architecture.expected()
+    # first, because this error can name the models that would fit
     if found.geometry != (wanted := Geometry.of(expected, architecture.clip)):
         names = ", ".join(names_of(found)) or "none"
         raise ValueError(

@@ -41,20 +41,20 @@ DTYPES = {
 # packages whose classes get a stand-in: what CLIP, wise-ft and torch put into checkpoints
 STOOD_IN_PACKAGES = (
     "PIL.Image",
-    "__torch__",
-    "clip",
+    "__torch__",  # of a TorchScript archive
+    "clip",  # OpenAI's package
     "numpy",
     "open_clip",
-    "src",
-    "torch.jit._pickle",
+    "src",  # wise-ft's package
+    "torch.jit._pickle",  # the lists of a TorchScript archive
     "torch.nn",
     "torch.optim",
     "torchvision.transforms",
 )
 STOOD_IN_NAMES = {
-    "_codecs.encode",
+    "_codecs.encode",  # protocol 2 has no bytes: a text is encoded
     "argparse.Namespace",
-    "collections.defaultdict",
+    "collections.defaultdict",  # the state of a pickled optimizer
     "torch.Size",
     "torch.device",
     *map(str, DTYPES.values()),  # torch.float32, ...
@@ -299,6 +299,7 @@ class Unpickler(pickle._Unpickler):
         known = isinstance(dtype, torch.dtype) and isinstance(key, str) and _is_size(length)
         if kind != "storage" or view not in ([], [None]) or not known or not self._read_storage:
             raise RefusedError("it wants to use something of the archive that is no storage")
+        # one for all of its tensors: `load_tensors` reads each once
         if (key, dtype) in self._storages:
             return self._storages[key, dtype]
         read, nbytes = self._read_storage, length * dtype.itemsize
@@ -327,6 +328,7 @@ class Unpickler(pickle._Unpickler):
 
 
 def _is_size(value: object) -> bool:
+    # no bool; no file has as many numbers, and torch's own arithmetic checks for overflow
     return type(value) is int and 0 <= value < 2**48
 
 

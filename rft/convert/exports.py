@@ -122,7 +122,7 @@ def export_weights(arguments: Export) -> None:
         classes=known.names if known else None,
         class_ids=known.ids if known else None,
         prompts_sha256=known.prompts_sha256 if known else None,
-        # sorted: a set has no order, and the same export writes the same card
+        # a set has no order of its own
         trained_on=tuple(sorted(trained_on.of_model(arguments.source, metadata))),
         recipe=config.recipe if config else metadata.get("recipe"),
         seed=config.seed if config else None,
@@ -151,7 +151,7 @@ def _classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
             if manifest.sha256 == training.manifest_sha256:
                 return manifest.label_space
             why = f"{config.train_set} was packed again since the run was trained"
-        except ValueError as error:
+        except ValueError as error:  # its data may be gone; they are needed for names alone
             why = str(error)
     log.warning(f"the card will name no classes: {why}")
     return None
@@ -195,6 +195,7 @@ def _hub_folder(
     if vocabulary := load.vocabulary_of(clip.architecture.clip):
         contents[vocabulary.name] = vocabulary.read_bytes()
     contents[weights.HUB_WEIGHTS] = save(whole)
+    # last: a folder without it is refused, by open_clip as by rft, so half an export loads nowhere
     contents[weights.HUB_CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return contents
 
@@ -229,6 +230,7 @@ def _file_content(
         }
         names = {"visual.": "model.visual.", "head.": "classification_head."}
         content = {**_renamed(rest, {"": "model."}), **_renamed(state, names)}
+    # in memory first: the card, which is written before, holds the hash of these bytes
     stream = io.BytesIO()
     torch.save(content, stream)
     return stream.getvalue()

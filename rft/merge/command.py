@@ -139,6 +139,7 @@ def _wise(arguments: Wise) -> None:
             "recipe": f"wise-{family}-{alpha:g}",
             "seed": end.seed,
             "alpha": alpha,
+            # recorded, because best and last weights of one run make different models
             "end_weights": arguments.end_weights if arguments.end.is_dir() else "file",
             "merged_from": [start.record(), end.record()],
         }
@@ -241,7 +242,7 @@ def _make_greedy_soup(arguments: GreedySoup) -> None:
                 batch_size=arguments.batch_size,
                 workers=arguments.workers,
             )
-            if world.is_main:
+            if world.is_main:  # every rank has the soup
                 _write(arguments.out, state, config, runs, _soup_metadata(runs))
     if world.is_main:
         _report(arguments.out, done)

@@ -133,7 +133,7 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
             require_alike(first.saved.state, other.saved.state)
         except ValueError as error:
             raise ValueError(f"{both}: {error}") from error
-    # of ImageNet's sets, none holds images of another, however it was packed
+    # none of ImageNet's sets holds images of a different one, however it was packed
     own = {str(one.path): [s for s in one.seen if s.name not in BENCHMARKS] for one in ingredients}
     if warning := trained_on.different_splits(own):
         warnings.append(warning)
