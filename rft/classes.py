@@ -65,7 +65,7 @@ def mismatch(one: Classes, other: Classes) -> int | None:
     # also without any ids: then the names alone decide
     counted = all(value.isdecimal() for value in one.ids)
     found = names if counted or not other.ids else names & ids
-    # a value that only moved is the same photos in a different order of classes
+    # the other list has the same value elsewhere: a different order of classes
     found = found | _moved(one.names, other.names, names) | _moved(one.ids, other.ids, ids)
     if len(one) != len(other):
         found.add(min(len(one), len(other)))

@@ -37,8 +37,8 @@ class Classifier(nn.Module):
         self.architecture = architecture
         # images stay uint8 until they are on the device; these fold the division by 255
         for name in ("mean", "std"):
-            # not in the state dict: the header's architecture holds them
             values_C11 = torch.tensor(getattr(architecture, name)).mul(255)[:, None, None]
+            # not in the state dict: the header's architecture holds them
             self.register_buffer(f"_{name}_C11", values_C11, persistent=False)
 
     @property
