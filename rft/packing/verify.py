@@ -144,6 +144,7 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
         report.add(f"index.npz cannot be used: {error}")
         index = None
     else:
+        # np.bincount refuses negative labels, and larger ones would lengthen the list
         in_range = index.label[(index.label >= 0) & (index.label < len(manifest.classes))]
         report.per_class = np.bincount(in_range, minlength=len(manifest.classes)).tolist()
         report.problems += check_index(manifest, index)
@@ -153,6 +154,7 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
     names = {shard.sha256: shard.name for shard in manifest.shards}
     found = for_each("shards", check_shard, checks, workers)
     for check, (sha256, problems) in zip(checks, found, strict=True):
+        # shards in each other's place give one line each, not one for every sample
         if sha256 != check.shard.sha256 and sha256 in names:
             report.add(f"holds the bytes of {names[sha256]}", check.shard.name)
         else:
@@ -179,6 +181,7 @@ def check_index(manifest: Manifest, index: Index) -> Iterator[Problem]:
 
 def _within(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return the rows of one shard among ascending ones of the whole set."""
+    # no row, in a shard of which every image was left out, finds none
     first, last = (rows[0], rows[-1]) if len(rows) else (0, -1)
     return found[np.searchsorted(found, first) : np.searchsorted(found, last, side="right")]
 
@@ -189,12 +192,14 @@ def _misplaced(index: Index, rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
     # as floats, because a damaged uint64 would wrap around
     starts = index.offset[rows].astype(np.float64)
     ends = starts + np.ceil(index.length[rows] / tar.BLOCK) * tar.BLOCK
+    # byte 0 of a tar is a header
     aligned = (index.offset[rows] % tar.BLOCK == 0) & (index.offset[rows] > 0)
     empty = (index.width[rows] == 0) | (index.height[rows] == 0)
     _, first = np.unique(index.key[rows], return_index=True)
     return [
         (rows[~aligned], "no payload of a tar can start here"),
         (rows[empty], "its image has no pixels: width or height is 0"),
+        # between two payloads lies at least the header block of the second
         (rows[1:][starts[1:] < ends[:-1] + tar.BLOCK], "overlaps the sample before it"),
         (np.delete(rows, first), "its key occurs more than once in this shard"),
     ]
@@ -206,6 +211,7 @@ def check_shard(check: Check) -> tuple[str, list[Problem]]:
         with open_whole(check.place, check.size) as (stream, sha256):
             return sha256, list(_check_bytes(stream, sha256, check))
     except (ValueError, OSError) as error:
+        # one problem more, because the other shards are still to be checked
         return "", [Problem(shard=check.shard.name, what=str(error))]
 
 
@@ -222,6 +228,7 @@ def _check_bytes(stream: IO[bytes], sha256: str, check: Check) -> Iterator[Probl
     rows = _rows(check.index)
     for row in rows:
         differences = [*_check_payload(stream, row, check)]
+        # behind a damaged header no member is known, which would be a problem of every row
         if row.offset < end:
             differences += _check_members(stream, members.get(row.key, {}), row, check)
         for what in differences:
@@ -339,6 +346,7 @@ def _read_plan(url: str, manifest: Manifest, report: Report) -> RecordedPlan:
     scoring = scoring_hash(
         manifest.class_ids, manifest.classes, manifest.templates, manifest.groups
     )
+    # the plan's hash covers ids, which older manifests lack
     if manifest.class_ids and plan.labels not in (None, scoring):
         report.add(f"its classes, prompts or groups are not those of plan.json: {edited}")
     # a reader would treat or crop the images in another way than the packer meant
