@@ -59,7 +59,8 @@ def mismatch(one: Classes, other: Classes) -> int | None:
     Ids and names are compared in Unicode's composed form. Of a class, the id or the name may
     differ, because classes are renamed; not both, and not if the value stands for a different class
     in the other list. Ids that are only numbers identify nothing: beside them the names must be
-    equal. Lists of different lengths differ at the end of the shorter one, if not before.
+    equal, and a number must not stand for a different class in the other list. Lists of different
+    lengths differ at the end of the shorter one, if not before.
     """
     names, ids = _differing(one.names, other.names), _differing(one.ids, other.ids)
     # also without any ids: then the names alone decide

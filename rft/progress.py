@@ -14,7 +14,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -24,6 +23,7 @@ from rft.text import plain
 SECONDS_PER_LINE = 10.0  # without a terminal; a log file of a night stays readable
 # enough to look like motion; a unit may take less than a millisecond
 SECONDS_PER_DRAWING = 0.1
+UNKNOWN = "-:--:--"  # the time that is left, before anything is done
 
 
 class Advance(Protocol):
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 class Bar(Progress):
     """One task of a known length: its clock, and its picture where both streams are a terminal.
 
-    The speed is that of the last 1,000 updates since the bar was made: what an earlier job did,
-    perhaps on other machines, does not count. Drawn when there is something new, so that no thread
-    takes turns with the work.
+    Speed and time left follow from all that was done since the bar was made: what an earlier job
+    did, perhaps on other machines, does not count. Drawn when there is something new, so that no
+    thread takes turns with the work.
 
     Args:
         title: what is done.
@@ -50,22 +50,19 @@ class Bar(Progress):
     """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
-        self._left = TimeRemainingColumn()
-        self._status = ""
+        self._status, self._before = "", done
         super().__init__(
             # a title may hold brackets, which are rich's markup
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            self._left,
+            # rich's own column keeps 1,000 updates, and thousands of images are done in a second
+            TextColumn("{task.fields[left]}", style="progress.remaining"),
             # stdout is for results, which another command may read
             console=Console(file=sys.stderr),
             auto_refresh=False,
-            # rich's own limit, 30 s, would leave out slow phases; it keeps 1,000 updates at most
-            speed_estimate_period=math.inf,
         )
-        self._row = self.add_task(plain(title), total=total, completed=done)
-        self.advance(self._row, 0)  # rich measures speed from the first update on
+        self._row = self.add_task(plain(title), total=total, completed=done, left=UNKNOWN)
         self.is_drawn = (
             logs.is_first_rank()
             and all(map(logs.is_terminal, (sys.stdout, sys.stderr)))
@@ -80,12 +77,15 @@ class Bar(Progress):
     @property
     def left(self) -> str:
         """The time that is left, as hours, minutes and seconds."""
-        return self._left.render(self.tasks[0]).plain
+        if not self.speed:
+            return UNKNOWN
+        minutes, seconds = divmod(math.ceil((self.tasks[0].remaining or 0) / self.speed), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
     @property
     def speed(self) -> float:
-        """How much is done in a second; 0 before the first update."""
-        return self.tasks[0].speed or 0.0
+        """How much is done per second, 0 before the first update."""
+        return (self.tasks[0].completed - self._before) / max(self.seconds, 1e-9)
 
     @property
     def seconds(self) -> float:
@@ -95,7 +95,9 @@ class Bar(Progress):
     def show(self, done: int, status: str = "") -> None:
         """Count up to `done`; what is drawn has a line for `status` below it."""
         self._status = status
-        self.update(self._row, completed=done, refresh=self.is_drawn)
+        self.update(self._row, completed=done)
+        if self.is_drawn:
+            self.update(self._row, left=self.left, refresh=True)
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """Yield the bar and its status line."""

@@ -171,8 +171,6 @@ def test_the_time_left_is_of_what_this_start_did(monkeypatch):
     for task in bar.tasks:  # the clock started before
         task._get_time = bar.get_time
         task.start_time = 50.0
-        task._progress.clear()
-    bar.advance(bar.task_ids[0], 0)
     assert bar.left == "-:--:--"
     now[0] = 90.0
     bar.show(920)
@@ -183,6 +181,19 @@ def test_the_time_left_is_of_what_this_start_did(monkeypatch):
     assert bar.left == "0:40:00"
     bar.show(1000)
     assert bar.left == "0:00:00"
+
+
+def test_the_speed_is_of_all_that_was_done_however_often_it_was_counted():
+    now = [0.0]
+    bar = Bar("work", total=4000)
+    bar.get_time = lambda: now[0]
+    for task in bar.tasks:
+        task._get_time, task.start_time = bar.get_time, 0.0
+    for done in range(1, 2001):  # a slow start, and then 1,990 at once
+        now[0] = min(done, 10) * 10.0
+        bar.show(done)
+    assert bar.speed == 20
+    assert bar.left == "0:01:40"
 
 
 def test_a_line_now_and_then_and_one_at_the_end(capsys, monkeypatch):

@@ -309,8 +309,9 @@ class Unpickler(pickle._Unpickler):
             data = read(key)
             if len(data) != nbytes:
                 raise ValueError(f"storage {printable(key, SHOWN)} has {len(data)} bytes")
-            # frombuffer warns of memory that is read-only, and refuses an empty one
-            return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0)
+            if not data:  # frombuffer refuses it
+                return torch.empty(0, dtype=dtype)
+            return torch.frombuffer(bytearray(data), dtype=dtype)  # bytes: it warns of read-only
 
         return self._storages.setdefault((key, dtype), Storage(flat, nbytes, dtype.itemsize))
 

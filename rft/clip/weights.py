@@ -294,11 +294,15 @@ def _require_normalising(content: Any) -> None:
         raise ValueError("its head reads features that are not normalised, rft's does")
 
 
+def _all_start_with(prefix: str, tensors: dict[str, Tensor]) -> bool:
+    return bool(tensors) and all(name.startswith(prefix) for name in tensors)
+
+
 def _sort(path: Path, tensors: dict[str, Tensor], *, scripted: bool = False) -> Weights:
     """Recognise the format by the tensors' names, and rename them to rft's."""
-    for wrapper in _WRAPPERS:
-        if tensors and all(name.startswith(wrapper) for name in tensors):
-            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    # in any order: DDP around a compiled module, or a compiled module around DDP
+    while wrapper := next((w for w in _WRAPPERS if _all_start_with(w, tensors)), ""):
+        tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
     # a file in two layouts at once fails below, at the first name that this one does not have
     layout = next((one for one in LAYOUTS if f"{one.visual}conv1.weight" in tensors), None)
     if layout is None:

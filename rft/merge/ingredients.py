@@ -62,7 +62,7 @@ class Ingredient:
     @property
     def steps(self) -> int:
         """Optimizer steps that the weights are away from where their run started."""
-        return int(self.saved.metadata.get("step", 0))
+        return int(self.saved.metadata["step"])
 
     @property
     def seen(self) -> frozenset[TrainedOn]:

@@ -100,7 +100,7 @@ def test_our_own_file(tmp_path):
 
 
 def test_wrappers_of_a_module_are_not_part_of_a_name(tmp_path, state):
-    for prefix in ("", "module.", "module._orig_mod."):
+    for prefix in ("", "module.", "module._orig_mod.", "_orig_mod.module."):
         torch.save({f"{prefix}{k}": v for k, v in state.items()}, tmp_path / "m.pt")
         found = weights.read(tmp_path / "m.pt")
         assert same({**found.visual, **found.head}, state)
@@ -113,6 +113,12 @@ def test_a_view_of_a_storage_and_a_bfloat16_file(tmp_path, state):
     found = weights.read(tmp_path / "m.pt")
     assert torch.equal(found.head["head.weight"], state["head.weight"])
     assert all(value.dtype == torch.float32 for value in found.visual.values())
+
+
+def test_an_empty_tensor_keeps_its_type(tmp_path):
+    torch.save({"x": torch.empty(0, dtype=torch.bfloat16)}, tmp_path / "m.pt")
+    content, _ = unpickle.read(tmp_path / "m.pt")
+    assert unpickle.load_tensors(content, 1)["x"].dtype == torch.bfloat16
 
 
 def test_a_head_without_bias_has_a_zero_one(tmp_path, state):
