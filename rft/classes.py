@@ -62,8 +62,10 @@ def mismatch(one: Classes, other: Classes) -> int | None:
     equal. Lists of different lengths differ at the end of the shorter one, if not before.
     """
     names, ids = _differing(one.names, other.names), _differing(one.ids, other.ids)
+    # also without any ids: then the names alone decide
     counted = all(value.isdecimal() for value in one.ids)
     found = names if counted or not other.ids else names & ids
+    # the other list has the same value elsewhere: a different order of classes
     found = found | _moved(one.names, other.names, names) | _moved(one.ids, other.ids, ids)
     if len(one) != len(other):
         found.add(min(len(one), len(other)))
@@ -147,6 +149,7 @@ def compare_prompts(
     one: Classes | None, where: str, other: Classes | None, place: str
 ) -> list[str]:
     """Return a warning if two heads were made of different prompts."""
+    # an empty hash is not known, and differs from none
     known = [entry.prompts_sha256 for entry in (one, other) if entry is not None]
     if len(set(filter(None, known))) < 2:
         return []

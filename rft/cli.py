@@ -47,12 +47,8 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
     """Run `main`; turn a user's mistake into one clear line and exit code 2.
 
     Under torchrun the ranks of a node meet the same mistake, so one of each node prints it, and
-    torchrun repeats it at the end of its summary.
-
-    Args:
-        main: of the command.
-        ranks: whether several processes can share its work. A different command is no rank,
-            whatever a launcher has left in the environment.
+    torchrun repeats it at the end of its summary. Without `ranks` a command is one process,
+    whatever a launcher has left in the environment.
     """
     sys.excepthook = _tell_bug
     log.setup()
@@ -235,11 +231,8 @@ def next_step(
 ) -> str:
     """Format the command that comes next, so that its line can be pasted into a shell.
 
-    Args:
-        words: of the command line, after `python`.
-        ranks: processes that torchrun starts; one needs no torchrun.
-        unknown: words that the user fills in, each with its meaning, which gets a line of its own.
-        label: what stands before the command.
+    `words` come after `python`, or after torchrun where it starts several `ranks`. `unknown` are
+    words that the user fills in, each with its meaning, which gets a line of its own.
     """
     launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc_per_node", str(ranks)]
     line = f"{label}: {shlex.join([*launcher, *map(str, words)])}"

@@ -46,14 +46,6 @@ Device = Literal["auto", "cpu", "cuda"]
 Scale = Literal["paper", "small", "miniature"]
 Preset = Literal["paper", "official-parity"]
 Cam = Literal["relevance", "grad-cam"]
-RandomMask = Literal["auto", "bernoulli", "fixed"]
-SingleFill = Literal["permutation", "derangement"]
-NoFill = Literal["auto", "key-mask", "token-drop"]
-DonorPool = Literal["local", "global"]
-Head = Literal["zero-shot", "random"]
-Trains = Literal["all", "head"]
-Schedule = Literal["cosine", "one-cycle"]
-Clip = Literal["step", "micro-step"]
 
 Seconds = Annotated[float, Field(ge=0, lt=1e7)]
 
@@ -69,7 +61,7 @@ class ModelConfig:
     start: str = ""
     """Run folder or .safetensors file that the student starts from (LP-FT: a linear probe's run);
     empty starts from the pre-trained model."""
-    head: Head = "zero-shot"
+    head: Literal["zero-shot", "random"] = "zero-shot"
     """The head that the student starts with: text embeddings, or random (a linear probe's own)."""
 
 
@@ -96,7 +88,7 @@ class LoaderConfig:
     set was packed so. It never changes a result."""
 
     def __post_init__(self) -> None:
-        divides = self.streams > 0 and self.batch_size % self.streams == 0
+        divides = self.batch_size % self.streams == 0
         _require(divides, "loader.streams", self.streams, f"a divisor of {self.batch_size}")
 
 
@@ -114,15 +106,15 @@ class MethodConfig:
     """Share of patches masked (random)."""
     cam: Cam = "relevance"
     """The class activation map: Chefer's relevance over all layers, or GradCAM on the last one."""
-    random_mask: RandomMask = "auto"
+    random_mask: Literal["auto", "bernoulli", "fixed"] = "auto"
     """Each patch on its own (bernoulli) or the same number in each image (fixed); auto is the
     released code's: fixed where masked patches are dropped, bernoulli where they are refilled."""
-    single_fill: SingleFill = "permutation"
+    single_fill: Literal["permutation", "derangement"] = "permutation"
     """Donors of a single fill: a permutation, in which an image may be its own, or one without."""
-    no_fill: NoFill = "auto"
+    no_fill: Literal["auto", "key-mask", "token-drop"] = "auto"
     """How patches are dropped, the result is the same: masked keys, or shorter token lists; auto
     drops tokens where every image keeps the same number."""
-    donors: DonorPool = "local"
+    donors: Literal["local", "global"] = "local"
     """Images that fills take patches from: one rank's micro-batch, as in the released code, or the
     whole global batch, exchanged by the ranks in every step."""
     same_draws: bool = False
@@ -185,19 +177,19 @@ class OptimConfig:
     beta1: Beta = 0.9
     beta2: Beta = 0.999
     eps: Above0 = 1e-8
-    schedule: Schedule = "cosine"
+    schedule: Literal["cosine", "one-cycle"] = "cosine"
     """Linear warm-up and half a cosine to zero, or the released code's OneCycle (2% warm-up along a
     cosine, beta1 swings from 0.95 to 0.85 and back)."""
     warmup_steps: Whole = 500
     """Optimizer steps of linear warm-up (cosine)."""
     clip_norm: Above0 = 1.0
     """Largest L2 norm of the whole gradient."""
-    clip: Clip = "step"
+    clip: Literal["step", "micro-step"] = "step"
     """Clip once, over the averaged gradient, or after every micro-batch, over what has been added
     up so far, as the released code does."""
     accumulate: Positive = 1
     """Micro-batches of one optimizer step; each is its own local donor pool."""
-    trains: Trains = "all"
+    trains: Literal["all", "head"] = "all"
     """What learns: every weight, or the head on the frozen image tower (linear probe)."""
 
 
@@ -322,10 +314,8 @@ class Config:
 
     def donor_pool(self, world_size: int) -> int:
         """Return how many images a fill chooses from."""
-        batch = self.loader.batch_size
-        if self.method.donors == "global":
-            return batch
-        return batch // (world_size * self.optim.accumulate)
+        pools = 1 if self.method.donors == "global" else world_size * self.optim.accumulate
+        return self.loader.batch_size // pools
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a JSON document."""
@@ -341,16 +331,6 @@ class Config:
         document = _deciding(self.to_dict(), {"train_set"})
         document["split_seed"], document["order_seed"] = self.held_out_seed, self.sample_seed
         return document
-
-    @staticmethod
-    def from_dict(document: dict[str, Any]) -> "Config":
-        """Rebuild a configuration from `to_dict`'s document.
-
-        Raises:
-            ValueError: for a field or a choice that this version does not have, a value out of
-                range, or something else than a configuration.
-        """
-        return documents.convert(document, Config, "config")
 
 
 def load_config(folder: Path) -> Config:
@@ -391,13 +371,8 @@ def resolve_precision(choice: PrecisionChoice, *, gpu: bool, bf16: bool) -> tupl
     A GPU without native bf16 (compute capability below 8.0: V100, T4) has no TF32 either and only
     emulates bf16, so fp32 is left.
 
-    Args:
-        choice: what the command line or a preset names.
-        gpu: whether the device is a GPU.
-        bf16: whether it has native bf16.
-
-    Returns:
-        The precision, and the reason in a few words; no reason where the precision was named.
+    `bf16` is whether the device has it natively. A reason in a few words comes with the precision,
+    none where the precision was named.
     """
     if choice != "auto":
         return choice, ""
@@ -409,9 +384,7 @@ def resolve_precision(choice: PrecisionChoice, *, gpu: bool, bf16: bool) -> tupl
 def repeat_precision(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Name the option that resumes a run in its recorded precision, for an error message.
 
-    Args:
-        old: the recorded identity.
-        new: the identity that differs from it, in precision or in something else.
+    The recorded identity and the new one differ, in precision or in something else.
     """
     recorded = old.get("precision")
     if recorded == new["precision"] or recorded not in typing.get_args(Precision):

@@ -119,15 +119,8 @@ def process_group(
     the first rank of each node alone. The group is left as it is then, because taking it down waits
     for the others, who wait in a collective; torchrun ends them all.
 
-    Args:
-        world: as `world_from_env` returns it.
-        device: this rank's.
-        timeout: seconds that ranks wait for one of them.
-        even_alone: open a group for a single rank too, which needs none; on one GPU it is the only
-            way to run what several GPUs run.
-
-    Yields:
-        The world with its control group.
+    Yields the world with its control group. Ranks wait `timeout` seconds for one of them. A single
+    rank gets a group if it is opened `even_alone`: on one GPU nothing else runs what several run.
 
     Raises:
         TimeoutError: naming the ranks that the others waited for in vain.
@@ -160,7 +153,8 @@ def process_group(
         _tell(world, error)
         raise
     except RuntimeError as error:
-        if not _lost_contact(error):
+        # another rank is gone or silent; gloo has no error class of its own
+        if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):
             raise
         # ranks that lose one that died notice at once, those that wait for one began one by one
         seconds = 10 if "Timed out" in str(error) else 3
@@ -203,11 +197,6 @@ def _meeting_place(world: World, wait: datetime.timedelta) -> Any:
 def _tell(world: World, error: Exception) -> None:
     if cli.is_quiet_rank():
         print(f"error on rank {world.rank}: {urls.redact(str(error))}", file=sys.stderr, flush=True)
-
-
-def _lost_contact(error: RuntimeError) -> bool:
-    """Whether a collective failed because of another rank; gloo has no error class of its own."""
-    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
 def _who_is_missing(world: World, store: Any, seconds: float) -> str:

@@ -1,8 +1,8 @@
 """Which libraries are really in use here: `python -m rft.env`.
 
 Pillow and Pillow-SIMD are installed to the same folder, so each overwrites parts of the other: the
-package list may name both, or one whose files are the other's. That is told in a line, with exit
-code 1.
+package list may name both, or one whose files are the other's. That is an error of one line,
+with exit code 1.
 """
 
 import importlib.metadata
@@ -28,7 +28,7 @@ from rft.storage import files
 IMAGE_PACKAGES = ("pillow", "pillow-simd")
 # the lower bound of Pillow in pyproject.toml, which pip never compares with Pillow-SIMD
 FIXED = "13.0.0"
-# vpmaddwd: VEX prefix, then a byte whose low bits say 256 bits and opcode page 0F, then the opcode
+# vpmaddwd: VEX prefix of two bytes, whose second ends in 101 (256 bits, prefix 66), then the opcode
 MULTIPLY_256_BITS = re.compile(rb"\xc5[" + re.escape(bytes(range(5, 256, 8))) + rb"]\xf5")
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ def lacks_fixes(imported: str) -> str | None:
     Args:
         imported: version that `import PIL` gives.
     """
+    # the first three: Pillow-SIMD adds a number (12.1.1.post0) to the release that it follows
     release, fixed = ([int(n) for n in re.findall(r"\d+", v)[:3]] for v in (imported, FIXED))
     if release >= fixed:
         return None
@@ -131,6 +132,7 @@ def main() -> None:
     table = Table(show_header=False, box=None)
     for name, value in rows():
         table.add_row(name, value)
+    # a file has no width, and rich would wrap lines at 80 columns
     width = None if sys.stdout.isatty() else 200
     Console(width=width, markup=False, emoji=False).print(table)
     if warning := lacks_fixes(PIL.__version__):

@@ -37,18 +37,23 @@ def setup() -> None:
     own.setLevel(logging.INFO)
     own.propagate = False  # a library that sets up the root logger would show every line twice
     for logger in (own, others):
-        # by its name: where rft was imported anew, its class is another one
+        # by its name: where rft was imported anew, its class is a different one
         for handler in [handler for handler in logger.handlers if handler.name == NAME]:
             logger.removeHandler(handler)
         logger.addHandler(Handler())
     warnings.formatwarning = _one_line
+    # they become records of the logger py.warnings, which the root's handler shows
     logging.captureWarnings(True)
 
 
 def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
-    """Format a Python warning without the line of source below it, which says nothing to a user."""
+    """Format a Python warning without the line of source below it, which does not help a user."""
     return f"{category.__name__}: {' '.join(str(message).split())} ({filename}:{lineno})"
 
 
@@ -63,7 +68,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 class Formatter(logging.Formatter):
-    """Escapes what records hold of others; `extra={"lines": ...}` are lines below the first."""
+    """Escapes third-party text in records; `extra={"lines": ...}` are lines below the first."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
         """Return the lines of a record, without a traceback."""
@@ -88,6 +93,7 @@ class Handler(logging.Handler):
     def filter(self, record: logging.LogRecord) -> bool:
         """Keep one of the lines that all ranks log; what others log may be of this rank alone."""
         record.rank = os.environ.get("RANK", "0")
+        # a child of the logger `rft` is named rft.something; `rftools` is none
         is_own = record.name.partition(".")[0] == NAME
         return is_first_rank() or not is_own or hasattr(record, "every_rank")
 
@@ -124,6 +130,7 @@ def _lines_below(record: logging.LogRecord) -> list[str]:
 @contextlib.contextmanager
 def above(console: "Console") -> Iterator[None]:
     """Log above what `console` draws, which a line must not be written into."""
+    # of the class, because a second `setup` makes new handlers
     Handler.above = console
     try:
         yield

@@ -116,7 +116,7 @@ def published(model: str) -> tuple[Published, ...]:
 
 
 def all_published() -> tuple[Published, ...]:
-    """Return the rows for ViT-B/32 and those that only ViT-B/16 has, which say so."""
+    """Return the rows for ViT-B/32 and those that only ViT-B/16 has, whose notes name it."""
     names = {row.recipe for row in VIT_B_32}
     others = [row for row in VIT_B_16 if row.recipe not in names]
     return (*VIT_B_32, *(replace(row, note=f"{row.note}, for ViT-B/16") for row in others))

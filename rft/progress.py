@@ -22,6 +22,7 @@ from rft import log as logs
 from rft.text import plain
 
 SECONDS_PER_LINE = 10.0  # without a terminal; a log file of a night stays readable
+# enough to look like motion; a unit may take less than a millisecond
 SECONDS_PER_DRAWING = 0.1
 
 
@@ -38,9 +39,9 @@ log = logging.getLogger(__name__)
 class Bar(Progress):
     """One task of a known length: its clock, and its picture where both streams are a terminal.
 
-    All of the time since the bar was made counts, over what was done since: what an earlier job
-    did, perhaps on other machines, says nothing. Drawn when there is something new, so that no
-    thread takes turns with the work.
+    The speed is that of the last 1,000 updates since the bar was made: what an earlier job did,
+    perhaps on other machines, does not count. Drawn when there is something new, so that no thread
+    takes turns with the work.
 
     Args:
         title: what is done.
@@ -52,16 +53,19 @@ class Bar(Progress):
         self._left = TimeRemainingColumn()
         self._status = ""
         super().__init__(
+            # a title may hold brackets, which are rich's markup
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             self._left,
+            # stdout is for results, which another command may read
             console=Console(file=sys.stderr),
             auto_refresh=False,
+            # rich's own limit, 30 s, would leave out slow phases; it keeps 1,000 updates at most
             speed_estimate_period=math.inf,
         )
         self._row = self.add_task(plain(title), total=total, completed=done)
-        self.advance(self._row, 0)  # the clock starts
+        self.advance(self._row, 0)  # rich measures speed from the first update on
         self.is_drawn = (
             logs.is_first_rank()
             and all(map(logs.is_terminal, (sys.stdout, sys.stderr)))

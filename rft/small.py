@@ -69,6 +69,7 @@ def batch_size(images: int, parts: int) -> int:
     batch = SMALLEST_BATCH
     while batch < LARGEST_BATCH and images >= 2 * batch * STEPS_PER_EPOCH:
         batch *= 2
+    # fewer images than the smallest batch
     while batch > max(images, 1):
         batch //= 2
     # as it is for 1, 2, 4 ranks, so that a run may resume on any of these
@@ -115,6 +116,7 @@ def _require_enough(config: Config, images: int, ranks: int) -> None:
     who = f"{ranks} rank{'s' if ranks > 1 else ''}"
     who += f" x {accumulate} micro-batches" if accumulate > 1 else ""
     why = f", of which each needs {DONORS} for its fills" if fewest > ranks * accumulate else ""
+    # with the same number of micro-batches, which is an option of its own
     fitting = [n for n in range(1, ranks) if _fewest_images(config, n * accumulate) <= images]
     hint = f"start at most {fitting[-1]}" if fitting else "add images"
     raise ValueError(f"{what} cannot be shared by {who}{why}; {hint}")

@@ -40,6 +40,7 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
         sys.__excepthook__(kind, error, trace)
         return
     frames = list(traceback.walk_tb(trace))
+    # of the modules whose bodies run, the innermost is the one whose import fails
     modules = [f.f_globals["__name__"] for f, _ in frames if f.f_code.co_name == "<module>"]
     names = _variables(error, "".join(traceback.format_tb(trace)))
     advice = (
@@ -56,7 +57,9 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
 def _variables(error: BaseException, frames: str) -> list[str]:
     """Name the variables that an error shows: by their name or, in its message, their value."""
     text = f"{frames}{error}"
+    # short names, such as _ and TZ, are in source lines and paths by chance
     named = [
         name for name in os.environ if len(name) > 3 and re.search(rf"\b{re.escape(name)}\b", text)
     ]
+    # libraries quote the value that they refuse
     return named or [name for name, value in os.environ.items() if repr(value) in str(error)]

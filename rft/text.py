@@ -1,4 +1,4 @@
-"""Text of others in one line of a message, a table or a log: what a terminal may be shown of it.
+"""Third-party text in one line of a message, a table or a log: what a terminal may be shown of it.
 
 File names, settings and error messages can hold line breaks, control sequences that a terminal
 obeys, and letters that rearrange or hide their neighbours. Standard library only: `rft.start` needs
@@ -18,6 +18,7 @@ INVISIBLE = frozenset("\u200b\u2060\ufeff")
 def is_hidden(letter: str) -> bool:
     """Whether a terminal obeys a letter, breaks its line there, or shows nothing of it."""
     return (
+        # controls, lone surrogates (names that are no UTF-8), separators of lines and paragraphs
         unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")
         or letter in BIDIRECTIONAL
         or letter in INVISIBLE
@@ -25,10 +26,11 @@ def is_hidden(letter: str) -> bool:
 
 
 def plain(text: str, kept: str = "") -> str:
-    """Escape hidden letters alone, but those kept: for whole lines that a command prints.
+    """Escape hidden letters alone, but those kept: for the lines that a command prints.
 
     Every script and emoji stays readable, so that a path can be copied from the line.
     """
+    # most lines, which spares a look at each letter
     if text.isascii() and text.isprintable():
         return text
     letters = (

@@ -7,7 +7,7 @@ import pytest
 
 from rft import paper, recipes
 from rft.config import Config, LoaderConfig, MethodConfig, ModelConfig, OptimConfig
-from rft.storage import files
+from rft.storage import documents, files
 
 
 @pytest.mark.parametrize("name", recipes.TRAINED)
@@ -15,7 +15,7 @@ from rft.storage import files
 @pytest.mark.parametrize("preset", ["paper", "official-parity"])
 def test_every_recipe_round_trips(name, scale, preset):
     config = recipes.build(name, scale=scale, preset=preset, data="d", run="r")
-    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert documents.convert(json.loads(json.dumps(config.to_dict())), Config, "config") == config
     assert config.recipe == name
     assert config.scale == scale
 
@@ -160,7 +160,7 @@ def test_help_shows_every_system_and_the_grid():
             "distill_weight is 30.0; it must be 0 where only the head is trained",
         ),
         (lambda: recipes.build("object-mask-singlefill"), "did you mean 'object-mask-single-fill'"),
-        (lambda: Config.from_dict({"recipes": 1}), "config: recipe is missing"),
+        (lambda: documents.convert({"recipes": 1}, Config, "config"), "config: recipe is missing"),
     ],
 )
 def test_mistakes_are_named(make, message):

@@ -191,15 +191,18 @@ def run_all(tree: Tree) -> None:
     """Run every command in a tree; what they write stays in its folder."""
     print(f"every command in {tree.path} ({tree.revision})", flush=True)
     made = tree.run("rft.demo --out demo --epochs 1")
+    # both trees pack the images of OLD's demo; without NEW's demo its own rows alone differ
     if made.startswith(FAILED) and tree.folder.name == "old":
         sys.exit(f"error: without the demo of {tree.path} nothing can be compared: {made}")
     for kind in ("original", "jpeg", "pixels"):
         for command in PACK:
+            # small, so that a set of the demo's images has several shards
             options = f"--encoding {kind} --size 48 --shard-mb 2 --workers 1"
             tree.run(f"{command.replace('KIND', kind)} {options}")
     write_tars(tree.folder / WORLD / "imagenet/val", tree.folder / "indexed/own")
     for command in DERIVE:
         tree.run(command)
+    # these commands only print, so they do not disturb each other
     with ThreadPoolExecutor(2) as pool:
         tree.texts.update(zip(PRINTED, pool.map(tree.run, PRINTED), strict=True))
 
@@ -210,6 +213,7 @@ def write_tars(images: Path, folder: Path) -> None:
     for number in range(2):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
             for label, of_class in enumerate(sorted(images.iterdir())):
+                # every twentieth image, and not the same ones in both
                 for path in sorted(of_class.iterdir())[number::20]:
                     for suffix, data in (("jpg", path.read_bytes()), ("cls", b"%d" % label)):
                         member = tarfile.TarInfo(f"{path.stem}.{suffix}")
@@ -225,6 +229,7 @@ def hand_over(old: Tree, new: Tree, folder: Path) -> Iterator[dict[str, Any]]:
     stopped = stop_part_way(old, f"{TRAIN} part", folder)
     resumed = new.run(f"{TRAIN} part", folder)
     weights = [old.digest(*(folder / run).glob("*/*.safetensors")) for run in ("whole", "part")]
+    # the reason, where the run could not be stopped or resumed, in place of a hash
     weights[1] = next((text for text in (stopped, resumed) if FAILED in text), weights[1])
     yield row(f"OLD's run, {stopped}, ended by NEW: weights", *weights)
     counts = metrics(folder / "whole", folder / "part", COLUMNS[-2:])
@@ -249,6 +254,7 @@ def stop_part_way(tree: Tree, command: str, folder: Path) -> str:
     """Start a training and stop it cleanly after its first checkpoint; return where it stopped."""
     progress = folder / "part" / "progress.json"
     process = tree.start(command, folder)
+    # progress.json appears with the first checkpoint
     while process.poll() is None and not progress.exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -279,6 +285,7 @@ def metrics(old: Path, new: Path, columns: Sequence[str] = COLUMNS) -> list[str]
     values = []
     for log in logs:
         lines = [[line.get(name) for name in columns] for line in log if {*columns} & {*line}]
+        # beside the hash, because it shows how far apart two runs are
         loss = next((line["loss"] for line in log[::-1] if "loss" in line), "none")
         values.append(f"{summary(chr(10).join(map(str, lines)))}, last loss {loss}")
     return values
@@ -294,6 +301,7 @@ def text_rows(old: Tree, new: Tree) -> Iterator[dict[str, Any]]:
     for name in PRINTED:
         texts = [tree.texts[name] for tree in (old, new)]
         values = [text if FAILED in text else summary(text) for text in texts]
+        # without the two lines that name the texts, whose + and - count nothing
         if lines := diff(old, new, name)[2:]:
             added, removed = (sum(line.startswith(sign) for line in lines) for sign in "+-")
             values[1] += f" (+{added} -{removed} lines)"

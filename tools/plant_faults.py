@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("planted_faults.toml")
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 600  # a fault may make a test hang; it is noticed then, too
+# no cache, so nothing of a trial stays in its tree; the same examples for each fault
 PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0")
 # imported once, before the tests of each fault are forked off: together they take seconds
 HEAVY = ("torch", "torchvision", "open_clip", "sklearn.model_selection", "scipy.stats")
@@ -70,7 +71,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one fault; `noticed_by` is the first test that failed, empty if none did."""
+    """The result of one fault; `noticed_by` is the first test that failed, empty if none did."""
 
     fault: Fault
     noticed_by: str
@@ -157,7 +158,7 @@ def plant(fault: Fault, text: str) -> str:
 def try_all(
     faults: Sequence[Fault], root: Path, jobs: int, tell: Callable[[Outcome], None]
 ) -> list[Outcome]:
-    """Return what came of each fault, in their order; `tell` is called as each is done.
+    """Return the outcome of each fault, in their order; `tell` is called as each is done.
 
     Raises:
         ValueError: if a test fails without any fault, or one breaks the import of a module.
@@ -193,6 +194,7 @@ def _try_each(faults: Sequence[Fault], trees: list[Path]) -> Iterator[tuple[Faul
                 # not the second in which the compiled file was made: it would stand for this one
                 os.utime(path, (0, 0))
                 running[Trial(fault.tests, tree)] = fault, path, text
+            # looks up every second, because a trial that hangs ends by its deadline alone
             connection.wait([trial.process.sentinel for trial in running], timeout=1)
             for trial in [trial for trial in running if trial.is_over()]:
                 fault, path, text = running.pop(trial)
@@ -205,7 +207,7 @@ def _try_each(faults: Sequence[Fault], trees: list[Path]) -> Iterator[tuple[Faul
 
 
 def copy_tree(root: Path, target: Path) -> None:
-    """Copy what git does not ignore, so that no compiled file of the original comes along."""
+    """Copy the files that git does not ignore: no compiled file of the original comes along."""
     command = ["git", "-C", str(root), "ls-files", "-z", "-co", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -223,6 +225,7 @@ class Trial:
         self._output = tree / "output.txt"
         self._deadline = time.monotonic() + SECONDS
         self._hangs = False
+        # at the first trial only: later ones find them imported
         for name in HEAVY:
             importlib.import_module(name)
         # nothing here runs threads or computes, so a copy of this process is whole
@@ -257,9 +260,11 @@ class Trial:
         if code == pytest.ExitCode.OK:
             return ""
         text = self._output.read_text(errors="replace")
+        # lines of pytest's short summary: FAILED tests/test_a.py::test_b - AssertionError: ...
         kinds = ("FAILED ", "ERROR ")
         lines = [line for line in text.splitlines() if line.startswith(kinds)]
         failed = [line.split(" - ")[0].split(maxsplit=1)[1] for line in lines]
+        # a fault that breaks an import is noticed by anything and proves nothing of the test
         if code != pytest.ExitCode.TESTS_FAILED or not failed or "ERROR collecting" in text:
             raise ValueError(f"{' '.join(self.tests)} cannot be run: {text[-600:]}")
         return failed[0]
@@ -267,11 +272,13 @@ class Trial:
 
 def _run_tests(tests: Sequence[str], tree: Path, output: Path, compiles: bool) -> None:
     """Run tests in a tree, in this process, which imports everything of ours anew."""
+    # a group of its own, so that `end` reaches what the tests started as well
     os.setsid()
     with output.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+    # the copy has inherited the modules of the original tree
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]
     os.environ["PYTHONPATH"] = str(tree)
@@ -283,11 +290,12 @@ def _run_tests(tests: Sequence[str], tree: Path, output: Path, compiles: bool) -
     sys.path.insert(0, str(tree))
     code = pytest.main([*PYTEST, *tests])
     sys.stdout.flush()
+    # a forked copy leaves without the exit handlers of its parent
     os._exit(code)
 
 
 def say(outcome: Outcome) -> None:
-    """Print what came of one fault."""
+    """Print the outcome of one fault."""
     fault = outcome.fault
     verdict = "noticed " if outcome.noticed_by else "SURVIVED" if outcome.is_bad else "survived"
     print(f"{verdict} {fault.area}: {fault.name}", flush=True)

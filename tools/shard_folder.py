@@ -65,6 +65,7 @@ def main() -> None:
     labels = LabelSpace.load(command.classes) if command.classes else None
     photos = read_folder(source, labels, command.test_share, command.split_seed, command.ignore)
     sources, labels = photos.sources, photos.labels
+    # a class folder may be a link, and the set must not be written into its target either
     folders = {(found.root / item.path).parent for found in sources for item in found.items}
     linked = [path for path in folders if not path.resolve().is_relative_to(source.resolve())]
     require_apart(linked, command.out, SETS)
@@ -110,6 +111,7 @@ def say_next(sources: Sequence[Source], out: str) -> None:
     words = ["-m", "rft.train", recipes.DEFAULT, "--data", out, "--train-set", "train"]
     words += ["--scale", "small", "--run-dir", "runs/first"]
     print(cli.next_step(words))
+    # the first is the training set
     if tests := [source.dataset for source in sources[1:]]:
         words = ["-m", "rft.evaluate", "runs/first", "--data", out, "--sets", *tests]
         print(cli.next_step(words, label="then"))

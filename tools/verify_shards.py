@@ -54,7 +54,7 @@ def main() -> None:
 
 def say(report: Report) -> None:
     """Print a summary and the problems, one line each."""
-    # names of others are no markup and no emoji
+    # a problem stays one line; names of others are no markup and no emoji
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if report.dataset:
         filled = [count for count in report.per_class if count]

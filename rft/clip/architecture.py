@@ -72,6 +72,7 @@ class Architecture:
             ValueError: if the tower is not one the method can work with.
         """
         vision = open_clips(self.vision_cfg)
+        # open_clip's CLIP cannot be built without a text tower: this is a small one, and is dropped
         text = CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
         what = f"the image tower of {self.clip}"
         model = build(what, CLIP, self.embed_dim, vision, text, quick_gelu=self.quick_gelu)
@@ -92,6 +93,7 @@ def three(values: Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
+# by its JSON, because an architecture holds a dict and has no hash
 @functools.lru_cache(maxsize=4)  # a soup compares dozens of files with one tower
 def _expected(document: str) -> dict[str, Tensor]:
     architecture = documents.decode(document.encode(), Architecture, "architecture")

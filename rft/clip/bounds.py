@@ -1,6 +1,6 @@
 """How large a CLIP may be that a header or a folder describes: open_clip's largest, with room.
 
-Such documents come from strangers. Each number is bounded before a tower is built, because a
+Such documents are untrusted. Each number is bounded before a tower is built, because a
 tower's memory follows from its configuration; what its weights really take is compared afterwards.
 A configuration stays the dict that open_clip takes: only fields that were given are in it.
 tests/clip/test_bounds.py compares the limits with the largest of the installed open_clip's models.
@@ -21,6 +21,7 @@ from rft.storage.documents import FOREIGN, STRICT, Name, Whole, document
 T = TypeVar("T")
 
 
+# every `limit` is about twice the largest of open_clip's models, or more
 def _up_to(limit: int) -> Any:
     return Field(ge=1, le=limit)
 
@@ -59,6 +60,7 @@ Model = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$", max_length=200
 """A name on the model hub; no path."""
 EmbedDim = Annotated[int, _up_to(4096)]
 Ratio = Annotated[float, Field(gt=0, le=16)]
+# of pixels in [0, 1], which are divided by the deviation
 Mean = Annotated[float, Field(ge=-10, le=10)]
 Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
 
@@ -78,7 +80,7 @@ class Activation(TypedDict, total=False):
 
 
 class Attention(TypedDict, total=False):
-    """What both towers say of their layers."""
+    """Options of the layers, which both towers have."""
 
     ls_init_value: Scale | None
     output_tokens: bool
@@ -104,6 +106,7 @@ class VisionFields(Attention, total=False):
     head_width: Annotated[int, _up_to(256)]
     mlp_ratio: Ratio
     patch_size: Annotated[int, _up_to(64)]
+    # required: `Architecture.image_size` reads the dict, which has no defaults
     image_size: Required[Annotated[int, _up_to(2048)]]
     patch_dropout: Dropped
     attentional_pool: bool
@@ -152,11 +155,13 @@ def _require_mlp(width: int, ratio: float) -> None:
 
 
 def _divides(fields: VisionFields) -> VisionFields:
+    # with open_clip's defaults for fields that are not given
     vision = open_clips(fields)
     for name, part in (("width", "head_width"), ("image_size", "patch_size")):
         value, side = getattr(vision, name), getattr(vision, part)
         if value % side:
             raise ValueError(f"{name} is {value}; it must be a multiple of {part}, {side}")
+    # sine and cosine of row and column have a quarter of the width each
     if vision.pos_embed_type == "sin_cos_2d" and vision.width % 4:
         raise ValueError(
             f"width is {vision.width}; with pos_embed_type sin_cos_2d it must be a multiple of 4"
@@ -195,6 +200,7 @@ class TextFields(Attention, total=False):
 
 
 def _heads(fields: TextFields) -> TextFields:
+    # the defaults of open_clip's CLIPTextCfg
     width, heads = fields.get("width", 512), fields.get("heads", 8)
     if width % heads:
         raise ValueError(f"width is {width}; it must be a multiple of heads, {heads}")

@@ -79,6 +79,7 @@ class Card:
                 f"head.classes is {self.head.classes}; classes names {len(self.label_space)}"
             )
         tower, pixels = self.architecture, self.preprocessing
+        # said twice in a card, for readers: one of two that differ would win unnoticed
         for name, said, own in (
             ("activation", self.activation, "QuickGELU" if tower.quick_gelu else "GELU"),
             ("preprocessing.size", pixels.size, tower.image_size),
@@ -99,7 +100,7 @@ class Card:
 
 
 def read(path: Path) -> Card | None:
-    """Return the card at a path; None if nothing, or a document of another kind, is there.
+    """Return the card at a path; None if it does not exist or is a document of a different kind.
 
     Raises:
         ValueError: naming file and place, if it is no JSON, or a malformed card.
@@ -110,7 +111,7 @@ def read(path: Path) -> Card | None:
     found = documents.parse(data, str(path))
     if not isinstance(found, dict):
         raise ValueError(f"{path} is {short(found)}; it must be an object")
-    # anyone may put a document there; ours says that it is one of an export
+    # other code may have a document of this name; an export's card has both fields
     if not {"format", "architecture"} <= found.keys():
         return None
     return documents.decode(data, Card, str(path))

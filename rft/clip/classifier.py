@@ -38,6 +38,7 @@ class Classifier(nn.Module):
         # images stay uint8 until they are on the device; these fold the division by 255
         for name in ("mean", "std"):
             values_C11 = torch.tensor(getattr(architecture, name)).mul(255)[:, None, None]
+            # not in the state dict: the header's architecture holds them
             self.register_buffer(f"_{name}_C11", values_C11, persistent=False)
 
     @property
@@ -47,11 +48,13 @@ class Classifier(nn.Module):
 
     def patches(self, images_BCHW: Tensor) -> Tensor:
         """Return the normalised pixels of every patch (B, P, V) of uint8 images."""
+        # cut first, because that is a copy, of one byte for each pixel and not of four
         return self.normalise(vit.cut_patches(images_BCHW, self.patch_side))
 
     def normalise(self, patches_BPV: Tensor) -> Tensor:
         """Return uint8 patches as the tower wants them, fp32."""
         channels = len(self._mean_C11)
+        # V is C, row, column (see `cut_patches`): R are the pixels of one channel
         pixels_BPCR = patches_BPV.float().unflatten(-1, (channels, -1))
         mean_C1, std_C1 = self._mean_C11.flatten(1), self._std_C11.flatten(1)
         return ((pixels_BPCR - mean_C1) / std_C1).flatten(-2)
@@ -87,6 +90,7 @@ class Classifier(nn.Module):
 
     def logits(self, features_BE: Tensor) -> Tensor:
         """Return fp32 logits (B, K); they carry CLIP's scale of about 100."""
+        # neighbouring numbers of bf16 are 0.5 apart at 100
         with torch.autocast(features_BE.device.type, enabled=False):
             return self.head(F.normalize(features_BE.float(), dim=-1))
 
@@ -166,6 +170,7 @@ def map_state(path: Path) -> Saved:
     entries = header.entries(metadata, path)
     architecture, classes = read_header(path, entries), entries.classes
     features = architecture.embed_dim
+    # by its size: a head of any other shape is then an error of `difference`
     rows = state["head.weight"].numel() // features if "head.weight" in state else 0
     expected = {
         **architecture.expected(),

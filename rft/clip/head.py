@@ -22,7 +22,7 @@ def zero_shot_head(
     """Return the linear head E -> K that classifies normalised image features.
 
     Args:
-        clip: the pre-trained model, both towers, on the device that is to do the work: ImageNet's
+        clip: the pre-trained model, both towers, on the device that does the work: ImageNet's
             80,000 prompts take seconds on a GPU and an hour on one CPU thread.
         classes: class names in label order, K of them.
         templates: prompts in which `{c}` stands for the name (80 for ImageNet).
@@ -36,6 +36,7 @@ def zero_shot_head(
         raise ValueError(f"prompt template {bad[0]!r} has no placeholder {{c}}")
     if not templates:
         raise ValueError("the data set's manifest has no prompt templates; pack it with --classes")
+    # functions: texts would go through str.format, where any other brace is an error
     prompts = [lambda name, t=template: t.replace("{c}", name) for template in templates]
     device = clip.model.logit_scale.device
     try:
@@ -43,6 +44,7 @@ def zero_shot_head(
             clip.model, clip.tokenize, classes, prompts, device=device
         )
     except TextTooLongError as error:
+        # open_clip tokenizes several classes at once: the error knows the prompt and not its class
         name, template = next(
             (name, template)
             for name in classes
@@ -66,6 +68,7 @@ def zero_shot_head(
             f"features and classes, its image tower needs {expected}; is its pool_type right?"
         )
     head = nn.Linear(weight_EK.shape[0], weight_EK.shape[1], device=device)
+    # (K, E), as nn.Linear has it; a CLIP's scale is stored as its logarithm
     head.weight.copy_(weight_EK.T * clip.model.logit_scale.exp())
     head.bias.zero_()
     return head

@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PretrainedClip:
-    """A whole CLIP, both towers, with what is needed to feed it.
+    """A CLIP, both towers, with what is needed to feed it.
 
     `tokenize` raises `TextTooLongError` for a text that the text tower does not read to its end.
     """
@@ -82,6 +82,7 @@ def load_clip(config: ModelConfig) -> PretrainedClip:
     hub = hub_config(clip)  # first: it refuses what open_clip would do for a folder
     if names_folder(clip):
         folder = _local_folder(clip)
+        # the hub's cache has the configuration in the same folder, since hub_config asked for it
         if folder is None:
             folder = Path(download_pretrained_from_hf(clip.removeprefix(HUB))).parent
         loaded, what = _from_weights(weights.read(folder), clip), clip
@@ -120,6 +121,7 @@ def _of_tag_or_file(clip: str, name: str) -> PretrainedClip:
     vit.check_supported(model.visual)
     pixels = open_clip.get_model_preprocess_cfg(model)
     warn_of_resize(f"{clip} {name}", pixels)
+    # those of the tag; a named model's configuration has none
     mean, std = three(pixels["mean"]), three(pixels["std"])
     architecture = dataclasses.replace(architecture, mean=mean, std=std)
     return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
@@ -142,10 +144,11 @@ def _from_weights(found: Weights, clip: str) -> PretrainedClip:
     with torch.device("meta"):  # a tower takes memory only after its weights are known to be there
         expected = _build(clip).state_dict()
     state = {**found.visual, **found.text}
+    # CustomTextCLIP has its text tower below `text.`, where most files have plain names
     if "text.token_embedding.weight" in expected and "positional_embedding" in state:
         state = convert_to_custom_text_state_dict(state)
     scale = state.get("logit_scale")
-    if scale is not None and scale.numel() == 1:  # with or without a dimension
+    if scale is not None and scale.numel() == 1:  # open_clip has it with or without a dimension
         state["logit_scale"] = scale.reshape(expected["logit_scale"].shape)
     if changed := weights.difference(expected, state):
         raise ValueError(f"{found.files[0]} does not fit {clip}: it has {changed}")
@@ -165,7 +168,7 @@ def _build(clip: str) -> Any:
 
 
 def names_folder(clip: str) -> bool:
-    """Whether a model's name is a place that holds configuration and weights together."""
+    """Whether a name is of a folder, or a model of the hub, with configuration and weights."""
     return clip == MINIATURE or clip.startswith((LOCAL, HUB))
 
 
@@ -186,6 +189,7 @@ def require_fit(found: Weights, architecture: Architecture) -> None:
             differs.
     """
     expected = architecture.expected()
+    # first, because this error can name the models that would fit
     if found.geometry != (wanted := Geometry.of(expected, architecture.clip)):
         names = ", ".join(names_of(found)) or "none"
         raise ValueError(
@@ -208,6 +212,7 @@ def require_openai_tower(architecture: Architecture, what: str) -> None:
         ValueError: naming `what` is for those towers, and the difference.
     """
     ours = dataclasses.asdict(open_clips(architecture.vision_cfg))
+    # open_clip's defaults are OpenAI's tower: heads 64 wide, an MLP of four widths, no extras
     free = ("layers", "width", "patch_size", "image_size")
     theirs = dataclasses.asdict(CLIPVisionCfg(**{name: ours[name] for name in free}))
     ours, theirs = {"quick_gelu": architecture.quick_gelu} | ours, {"quick_gelu": True} | theirs
@@ -281,7 +286,7 @@ def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
 
     def tokenize(texts: list[str]) -> Tensor:
         tokens = tokenize_all(tokenizer, texts)
-        # a tower of transformers has a size of its own, which the configuration does not tell
+        # a tower of transformers has a size of its own, which the configuration does not hold
         if "hf_model_name" not in text and int(tokens.max()) >= known:
             raise ValueError(
                 f"{clip}: its text tower knows {known:,} tokens, the tokenizer more; a folder with "
@@ -296,9 +301,11 @@ def _words(vocabulary: Path, tokens: int) -> list[str]:
     """Return the words of a vocabulary, by their token ids."""
     data = files.read_bytes(str(vocabulary), header.BYTES)
     try:
+        # editors leave Windows' line ends, and a line break after the last word
         words = data.decode().replace("\r\n", "\n").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{vocabulary} is no text in UTF-8: {error}") from error
+    # padding, start and end at the least
     if not 2 < len(words) <= tokens:
         raise ValueError(f"{vocabulary} has {len(words):,} words; the text tower has {tokens:,}")
     return words
@@ -312,10 +319,12 @@ def tokenize_all(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> Tens
     """
     tokens = tokenizer(list(texts))
     limit = tokens.shape[1]
+    # an empty text is start and end: the middle of its row is padding on whichever side that is
     padding = tokenizer([""])[0, limit // 2]
     # padding is at the end, with some tokenizers at the start
     full = (tokens[:, 0] != padding) & (tokens[:, -1] != padding)
     for row in full.nonzero()[:, 0].tolist():
+        # a full row may be a text that just fits: with more space it has no more tokens
         longer = tokenizer([texts[row]], context_length=2 * limit)[0]
         if (longer != padding).sum() > (tokens[row] != padding).sum():
             raise TextTooLongError(texts[row], limit)
@@ -325,7 +334,7 @@ def tokenize_all(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> Tens
 def vocabulary_of(clip: str) -> Path | None:
     """Return the word list of a local folder that has its own tokenizer."""
     folder = _local_folder(clip)
-    # what is there and no file is refused when it is read
+    # whatever has this name and is no file is refused when it is read
     return folder / VOCABULARY if folder and os.path.lexists(folder / VOCABULARY) else None
 
 
@@ -402,6 +411,7 @@ class WordTokenizer:
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.zeros(len(texts), self._context_length, dtype=torch.int64)
         for row, text in zip(tokens, texts, strict=True):
+            # the punctuation of a prompt is no word
             words = text.lower().replace(".", " ").replace(",", " ").split()
             if unknown := [word for word in words if word not in self._ids]:
                 raise ValueError(f"the tokenizer's vocabulary has no {unknown[0]!r} ({text!r})")

@@ -1,4 +1,4 @@
-"""Writes the run folder of a model that no training made; `rft.runs.derived` knows them again."""
+"""Writes the run folder of a model that no training made; `rft.runs.derived` recognises it."""
 
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ def write_run(
     """
     require_finite(out, state)
     files.write_json(str(out / filenames.CONFIG), config)
+    # over the recipe of the model that a merge takes its metadata from
     metadata = {**metadata, "recipe": config["recipe"]}
     save_state(str(out / SELECTED), state, architecture, metadata, classes)
     kept = {"weights_sha256": weights_record(out)}

@@ -41,20 +41,20 @@ DTYPES = {
 # packages whose classes get a stand-in: what CLIP, wise-ft and torch put into checkpoints
 STOOD_IN_PACKAGES = (
     "PIL.Image",
-    "__torch__",
-    "clip",
+    "__torch__",  # of a TorchScript archive
+    "clip",  # OpenAI's package
     "numpy",
     "open_clip",
-    "src",
-    "torch.jit._pickle",
+    "src",  # wise-ft's package
+    "torch.jit._pickle",  # the lists of a TorchScript archive
     "torch.nn",
     "torch.optim",
     "torchvision.transforms",
 )
 STOOD_IN_NAMES = {
-    "_codecs.encode",
+    "_codecs.encode",  # protocol 2 has no bytes: a text is encoded
     "argparse.Namespace",
-    "collections.defaultdict",
+    "collections.defaultdict",  # the state of a pickled optimizer
     "torch.Size",
     "torch.device",
     *map(str, DTYPES.values()),  # torch.float32, ...
@@ -65,14 +65,14 @@ STOOD_IN_NAMES = {
 LONGEST_NAME = 1000  # of a tensor, in characters
 # of an archive: a checkpoint with its optimizer has four for each of 2,000 tensors
 MEMBERS = 30_000
-DIRECTORY_BYTES = 2**23  # of an archive: its members' names and places
+DIRECTORY_BYTES = 2**23  # of an archive: its members' names and offsets
 OPERATIONS = 2**21  # of a pickle; a whole ViT-bigG-14 with its modules takes less than 2**19
 ARGUMENTS = 20  # of a call; torch's longest has seven
 STAND_INS = 1000  # classes that are stood in for; a model with its transforms has fewer than 50
 ENTRIES = 1_000_000  # looked through for tensors: modules may share what they hold
 DEPTH = 20  # of lists and dicts in each other, in a checkpoint to resume from
-DIMENSIONS = 8
-PICKLE_BYTES = 2**26  # inside an archive, where the tensors' bytes lie elsewhere
+DIMENSIONS = 8  # of a tensor; a convolution's weight, a CLIP's largest, has four
+PICKLE_BYTES = 2**26  # inside an archive, where the tensors' bytes are members of their own
 SHOWN = 200  # characters of a name or a reason that an error repeats
 
 # what damage, or a pickle made to confuse, raises inside the unpickler
@@ -92,7 +92,7 @@ DAMAGE = (
 
 
 class RefusedError(ValueError):
-    """A pickle asked for something that is not on the list."""
+    """A pickle names something that is not on the list."""
 
 
 class StandIn:
@@ -100,6 +100,7 @@ class StandIn:
 
     attributes: Mapping[str, Any] = MappingProxyType({})
 
+    # a pickle calls its classes with any arguments
     def __new__(cls, *_: object, **__: object) -> Self:  # noqa: D102
         return super().__new__(cls)
 
@@ -116,7 +117,7 @@ class Storage(NamedTuple):
 
     read: Callable[[], Tensor]
     nbytes: int
-    """As the pickle says, and as what is read must have."""
+    """As the pickle gives it; the bytes that are read must be as many."""
     itemsize: int
 
 
@@ -158,6 +159,7 @@ def load_tensors(named: Mapping[str, StoredTensor], limit: int) -> dict[str, Ten
             flat = named[group[0]].storage.read()
             for name in group:
                 _, offset, size, stride = named[name]
+                # a view beyond its storage raises; a copy does not keep the rest of it in memory
                 loaded[name] = flat.as_strided(size, stride, offset).clone()
         except DAMAGE as error:
             raise ValueError(f"damaged tensor: {first_line(error)}") from error
@@ -168,6 +170,7 @@ def _require_keys(keys: Iterable[Any]) -> None:
     # of other types, thousands of unequal keys can have one hash; that of a tuple of the tuple
     # before, twice, sixty times over, takes for ever
     for key in keys:
+        # the hash of a text has a secret; an int this small is its own hash (-1 has that of -2)
         if type(key) is not str and not (isinstance(key, int) and abs(key) < 2**32):
             raise TypeError(f"a key of type {type(key).__name__}")
 
@@ -189,6 +192,7 @@ def _load_build(reader: Any) -> None:
 
 
 def _load_put(reader: Any) -> None:
+    # PUT is the one that gives a number in digits, of any length
     number = int(reader.readline()[:-1])
     _require_keys([number])
     reader.memo[number] = reader.stack[-1]
@@ -270,6 +274,7 @@ class Unpickler(pickle._Unpickler):
         Raises:
             RefusedError: for every other name.
         """
+        # Python 2's name, which protocol 2 writes still
         module = "builtins" if module == "__builtin__" else module
         full = f"{module}.{name}"
         if module == "torch" and name in DTYPES:
@@ -294,6 +299,7 @@ class Unpickler(pickle._Unpickler):
         known = isinstance(dtype, torch.dtype) and isinstance(key, str) and _is_size(length)
         if kind != "storage" or view not in ([], [None]) or not known or not self._read_storage:
             raise RefusedError("it wants to use something of the archive that is no storage")
+        # one for all of its tensors: `load_tensors` reads each once
         if (key, dtype) in self._storages:
             return self._storages[key, dtype]
         read, nbytes = self._read_storage, length * dtype.itemsize
@@ -303,6 +309,7 @@ class Unpickler(pickle._Unpickler):
             data = read(key)
             if len(data) != nbytes:
                 raise ValueError(f"storage {printable(key, SHOWN)} has {len(data)} bytes")
+            # frombuffer warns of memory that is read-only, and refuses an empty one
             return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0)
 
         return self._storages.setdefault((key, dtype), Storage(flat, nbytes, dtype.itemsize))
@@ -313,6 +320,7 @@ class Unpickler(pickle._Unpickler):
         self._nested_left -= len(data)
         if self._nested_left < 0:
             raise ValueError("its storages are larger than the file")
+        # None: what is nested in a storage may not nest another one
         storage = _read_old(lambda: io.BytesIO(data), None)
         if not isinstance(storage, Storage):
             raise TypeError(f"a storage of {type(storage).__name__}")
@@ -320,6 +328,7 @@ class Unpickler(pickle._Unpickler):
 
 
 def _is_size(value: object) -> bool:
+    # no bool; no file has as many numbers, and torch's own arithmetic checks for overflow
     return type(value) is int and 0 <= value < 2**48
 
 
@@ -352,7 +361,7 @@ def read(path: Path) -> tuple[Any, bool]:
     Its tensors are `StoredTensor`s, its objects `StandIn`s.
 
     Raises:
-        ValueError: if the file is damaged, or asks for anything that is not on the list.
+        ValueError: if the file is damaged, or names anything that is not on the list.
     """
     files.require_file(path, "weights")
     try:
@@ -363,7 +372,7 @@ def read(path: Path) -> tuple[Any, bool]:
             "rft/clip/unpickle.py; nothing of it was run"
         ) from error
     except (*DAMAGE, OSError) as error:
-        # without a name it is of a place that lies before the file's start
+        # without a name it is of an offset before the file's start
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ValueError(f"{path} is damaged or truncated: {first_line(error)}") from error
@@ -377,6 +386,7 @@ def _read(path: Path) -> tuple[Any, bool]:
         return _read_old(lambda: local.reader(path), size), False
     if not start.startswith(b"PK"):
         with local.reader(path) as stream:
+            # a plain pickle of tensors, such as wise-ft's, holds a file of torch for each storage
             return Unpickler(stream, nested=size).load(), False
     # stays open for as long as a storage may be read from it
     archive = Archive(local.reader(path))
@@ -399,6 +409,7 @@ def _read(path: Path) -> tuple[Any, bool]:
 
     program = _read_entry(archive, pickles[0], min(size, PICKLE_BYTES))
     content = Unpickler(io.BytesIO(program), read_storage, size).load()
+    # torch.save writes no constants, torch.jit.save always does
     return content, f"{folder}constants.pkl" in names
 
 
@@ -432,9 +443,11 @@ def _read_old(source: Callable[[], BinaryIO], nested: int | None) -> Any:
         reader = Unpickler(stream, read_storage, nested)
         content = reader.load()
         for key in Unpickler(stream, nested=None).load():
+            # the file gives the length in items
             size = int.from_bytes(stream.read(8), "little") * reader.itemsizes[key]
             places[key] = stream.tell(), size
             stream.seek(size, io.SEEK_CUR)
+        # seek goes beyond the end of a file without an error
         if stream.tell() != stream.seek(0, io.SEEK_END):
             raise EOFError("storages are missing")
     return content
@@ -513,6 +526,7 @@ def named_tensors(content: Any) -> Iterator[tuple[str, StoredTensor]]:
                     inner.append((f"{prefix}{key}.", value))
                 else:
                     yield f"{prefix}{key}", value
+        # a stack: the first submodule comes next, which is the order of a state dict
         rows += reversed(inner)
 
 
@@ -530,8 +544,9 @@ def _groups(holder: Any) -> Iterator[tuple[Mapping[Any, Any], Collection[Any]]]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind."""
+    """Return the first line of an error's message, or its kind."""
     if isinstance(error, KeyError):
+        # a KeyError's text is its key alone
         return f"it refers to {printable(str(error), SHOWN)}, which is not there"
     lines = str(error).strip().splitlines()
     return printable(lines[0], SHOWN) if lines else type(error).__name__

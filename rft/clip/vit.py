@@ -33,7 +33,8 @@ class AttentionTap(NamedTuple):
     """Returns query, key and value, computed again where the forward did not keep them; None where
     the attention map itself is in the graph."""
     watched: Tensor
-    """What a gradient is asked of: the heads' outputs (B, N, L, S), or that map (B, N, 1, L)."""
+    """What the gradient is taken with respect to: the heads' outputs (B, N, L, S), or that map
+    (B, N, 1, L)."""
 
 
 def check_supported(visual: nn.Module, what: str = "the image tower") -> VisionTransformer:
@@ -73,6 +74,7 @@ def cut_patches(images_BCHW: Tensor, side: int) -> Tensor:
     The pixels of a patch lie in the order of the patch convolution's weight: C, row, column.
     """
     batch, channels, height, width = images_BCHW.shape
+    # (B, C, rows of patches, rows in one, columns of patches, columns in one)
     grid = images_BCHW.view(batch, channels, height // side, side, width // side, side)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * side * side)
 
@@ -83,6 +85,7 @@ def embed_tokens(visual: VisionTransformer, patches_BPV: Tensor) -> Tensor:
     The patch convolution's stride is its kernel, so it is one matrix product of the patch's pixels.
     """
     patches_BPD = F.linear(patches_BPV, visual.conv1.weight.flatten(1))
+    # as open_clip does: in the product's type (bf16 under autocast), which the layers then keep
     class_B1D = visual.class_embedding.to(patches_BPD.dtype).expand(len(patches_BPD), 1, -1)
     tokens_BLD = torch.cat([class_B1D, patches_BPD], dim=1)
     return visual.ln_pre(tokens_BLD + visual.positional_embedding.to(tokens_BLD.dtype))
@@ -98,10 +101,12 @@ def drop_tokens(tokens_BLD: Tensor, keep_BP: Tensor, most: int) -> tuple[Tensor,
 
     Returns:
         Tokens (B, 1 + most, D), and bool (B, most): False where an image keeps fewer patches and
-        another one fills the row.
+        a dropped one fills the row.
     """
+    # stable: equal patches keep the grid's order, so that sums round the same way each time
     kept_BM, order_BM = keep_BP.sort(dim=1, descending=True, stable=True)
     order_BM = order_BM[:, :most]
+    # + 1: the class token comes first; gather wants an index for each number of a token
     index_BMD = (order_BM + 1)[..., None].expand(-1, -1, tokens_BLD.shape[-1])
     return torch.cat([tokens_BLD[:, :1], tokens_BLD.gather(1, index_BMD)], 1), kept_BM[:, :most]
 
@@ -127,6 +132,7 @@ def encode(
     """
     mask_B11L = None
     if keep_BP is not None:
+        # the class token always takes part: a row that is masked as a whole has a softmax of NaN
         mask_B11L = F.pad(keep_BP, (1, 0), value=True)[:, None, None, :]
     *layers, last = blocks(visual)
     x_BLD = tokens_BLD
@@ -145,6 +151,7 @@ def _tapped_layer(
     recompute: bool,
 ) -> Tensor:
     """Return the layer's output for the tokens that `attend` returns, (B, Q, D)."""
+    # without gradients nothing is kept for a backward pass
     if not (recompute and torch.is_grad_enabled()):
         x_BQD, heads, watched = _layer(block, attend, x_BLD, mask_B11L)
         if taps is not None:
@@ -156,9 +163,11 @@ def _tapped_layer(
         x_BQD, _, watched = _layer(block, attend, x_BLD, mask_B11L)
         return x_BQD, watched
 
+    # the CAM calls torch.autograd.grad, which the reentrant kind refuses; no layer draws numbers
     x_BQD, watched = checkpoint(layer, x_BLD, use_reentrant=False, preserve_rng_state=False)
     if taps is not None:
         device = x_BLD.device.type
+        # the CAM's hooks run in the backward pass, where the forward's autocast is not in force
         precision = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
@@ -177,6 +186,7 @@ def _layer(
     block: ResidualAttentionBlock, attend: Attend, x_BLD: Tensor, mask_B11L: Tensor | None
 ) -> tuple[Tensor, Heads | None, Tensor]:
     heads, watched, values_BQD = attend(block.attn, block.ln_1(x_BLD), mask_B11L)
+    # the last layer computes the class token alone, the first of the tokens
     x_BQD = x_BLD[:, : values_BQD.shape[1]] + block.ls_1(block.attn.out_proj(values_BQD))
     return x_BQD + block.ls_2(block.mlp(block.ln_2(x_BQD))), heads, watched
 
@@ -193,6 +203,7 @@ def _heads(attention: nn.MultiheadAttention, y_BLD: Tensor) -> Heads:
     projected = F.linear(y_BLD, attention.in_proj_weight, attention.in_proj_bias)
     query, key, value = (
         part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        # nn.MultiheadAttention keeps the weights of query, key and value in one, in this order
         for part in projected.chunk(3, dim=-1)
     )
     return query, key, value

@@ -75,7 +75,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the shapes of an image tower's weights tell about it."""
+    """What follows from the shapes of an image tower's weights."""
 
     width: int
     patch: int
@@ -103,6 +103,7 @@ class Geometry:
             embed_dim = tower["visual.proj"].shape[1]
             layers = sum(name.endswith(".attn.in_proj_weight") for name in tower)
             return Geometry(conv[0], conv[-1], layers, round(positions**0.5), embed_dim)
+        # without any position, -1 has a complex root, which round does not take (TypeError)
         except (KeyError, IndexError, TypeError):
             raise ValueError(
                 f"{where}: it has no image tower that is a CLIP vision transformer"
@@ -157,6 +158,7 @@ def read(path: Path) -> Weights:
     if start[8:] == b"{" and start[5:8] == bytes(3):  # a header is shorter than a terabyte
         tensors, metadata = read_safetensors(path)
         found = _sort(path, tensors)
+        # the only entry that rft writes; files of others have entries of their own
         if "rft" in metadata:
             entries = header.entries(metadata, path)
             found = dataclasses.replace(
@@ -166,6 +168,7 @@ def read(path: Path) -> Weights:
                 classes=entries.classes,
                 seen=trained_on.of_metadata(path, entries.metadata),
             )
+    # a zip, or a pickle's opcode PROTO with protocol 2 (torch's) to 5; older ones have no mark
     elif start[:2] == b"PK" or (start[:1] == b"\x80" and b"\2" <= start[1:2] <= b"\5"):
         content, scripted = unpickle.read(path)
         found = _sort(path, _load(path, content), scripted=scripted)
@@ -183,11 +186,13 @@ def _read_folder(folder: Path) -> Weights:
     names = [name for name in _HUB_NAMES if (folder / name).is_file()]
     if not names:
         raise ValueError(f"{folder} has none of the weights files {', '.join(_HUB_NAMES)}")
+    # rft.convert export writes the first of these names
     path = folder / names[0]
     found = read(path)
     config = files.read_document(str(folder / HUB_CONFIG), HubConfig, header.BYTES)
     described = Architecture.of(f"{LOCAL}{folder}", config)
     _require_one_model(folder / HUB_CONFIG, described, path, found.architecture)
+    # before the card, which is compared with it
     found = dataclasses.replace(found, config=config)
     head = folder / HUB_HEAD
     if head.is_file():
@@ -200,7 +205,7 @@ def _read_folder(folder: Path) -> Weights:
 
 
 def _with_card(found: Weights, path: Path) -> Weights:
-    """Add what the card of rft's export says, if there is one: architecture and classes."""
+    """Add what the card of rft's export holds, if it exists: architecture and classes."""
     own = card.read(path)
     if own is None:
         return found
@@ -247,6 +252,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: if it is damaged.
     """
+    # first: it bounds what the library takes from a header
     header.read(path)
     try:
         with safe_open(path, framework="pt") as stream:
@@ -263,11 +269,13 @@ def _load(path: Path, content: Any) -> dict[str, Tensor]:
     A checkpoint also has an optimizer, a step and the like.
     """
     try:
-        named = content if isinstance(content, Mapping) else {}
-        parts = (named.get(name) for name in ("state_dict", "model"))
+        entries = content if isinstance(content, Mapping) else {}
+        # open_clip's training saves the first, the released code the second
+        parts = (entries.get(name) for name in ("state_dict", "model"))
         models = (part for part in parts if isinstance(part, (Mapping, unpickle.StandIn)))
         content = next(models, content)
         _require_normalising(content)
+        # one more than allowed is enough to know that there are too many
         named = dict(islice(unpickle.named_tensors(content), header.TENSORS + 1))
         if len(named) > header.TENSORS:
             raise ValueError(f"it has more than {header.TENSORS:,} tensors; a CLIP has fewer")
@@ -279,6 +287,7 @@ def _load(path: Path, content: Any) -> dict[str, Tensor]:
 
 def _require_normalising(content: Any) -> None:
     """Check that a pickled head is one on normalised features, as rft's is."""
+    # wise-ft's ClassificationHead keeps this as an attribute, which only a pickled module has
     modules = getattr(content, "attributes", {}).get("_modules", {})
     head = modules.get("classification_head")
     if getattr(head, "attributes", {}).get("normalize") is False:
@@ -286,14 +295,16 @@ def _require_normalising(content: Any) -> None:
 
 
 def _sort(path: Path, tensors: dict[str, Tensor], *, scripted: bool = False) -> Weights:
-    """Tell the format by the tensors' names and give them ours."""
+    """Recognise the format by the tensors' names, and rename them to rft's."""
     for wrapper in _WRAPPERS:
         if tensors and all(name.startswith(wrapper) for name in tensors):
             tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    # a file in two layouts at once fails below, at the first name that this one does not have
     layout = next((one for one in LAYOUTS if f"{one.visual}conv1.weight" in tensors), None)
     if layout is None:
         some = ", ".join(list(tensors)[:3]) or "no tensors"
         raise ValueError(f"{path} holds no CLIP image tower in a layout that is known ({some})")
+    # TorchScript of other code lacks the three numbers, and may have either activation
     openai = layout.openai or (scripted and tensors.keys() >= _OPENAI_NUMBERS)
     # a scripted module's constants are saved as if they were weights
     constants = _OPENAI_NUMBERS | {"attn_mask"} if scripted else set()
@@ -306,18 +317,19 @@ def _sort(path: Path, tensors: dict[str, Tensor], *, scripted: bool = False) -> 
         elif layout.text is None or not name.startswith(layout.text):
             raise ValueError(f"{path} has a tensor {name!r} that its format does not have")
         elif (own := name.removeprefix(layout.text)) not in constants:
+            # buffers of integers, such as position ids, stay what they are
             text[own] = value.float() if value.dtype in FLOATS else value
     visual = _as_floats(path, visual)
     geometry = Geometry.of(visual, path)
     # fine-tuning code that removes the text tower may leave some of it
-    whole = any(name.startswith(("transformer.resblocks.", "text.")) for name in text)
+    has_layers = any(name.startswith(("transformer.resblocks.", "text.")) for name in text)
     return Weights(
         files=(path,),
         format="openai" if scripted and openai else layout.format,
         geometry=geometry,
         visual=visual,
         head=_as_head(path, head, geometry) if head else {},
-        text=text if whole else {},
+        text=text if has_layers else {},
         openai=openai,
     )
 

@@ -81,6 +81,7 @@ def export_weights(arguments: Export) -> None:
     weights_path = checkpoint_path(arguments.source)
     state, architecture, metadata, classes = load_state(weights_path)
     digest = files.sha256_file(weights_path)
+    # configuration and results of the folder go into the card: they must be of these weights
     require_own_weights(arguments.source, sha256=digest)
     if reached := unfinished(arguments.source):
         log.warning(f"{arguments.source} has not finished training ({reached}); its card says so")
@@ -97,6 +98,7 @@ def export_weights(arguments: Export) -> None:
             )
     source = card.Source(path=str(arguments.source), sha256=digest, text=arguments.text)
     card_path = out / weights.CARD if to == "open-clip" else out.with_name(f"{out.name}.json")
+    # before the tensors are copied into the format's bytes, which may be gigabytes
     _require_same_export(out, card_path, to, source)
     metrics = _metrics_of(arguments.source)
     known = classes or _classes_of_run(arguments.source, config)
@@ -120,6 +122,7 @@ def export_weights(arguments: Export) -> None:
         classes=known.names if known else None,
         class_ids=known.ids if known else None,
         prompts_sha256=known.prompts_sha256 if known else None,
+        # a set has no order of its own
         trained_on=tuple(sorted(trained_on.of_model(arguments.source, metadata))),
         recipe=config.recipe if config else metadata.get("recipe"),
         seed=config.seed if config else None,
@@ -148,7 +151,7 @@ def _classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
             if manifest.sha256 == training.manifest_sha256:
                 return manifest.label_space
             why = f"{config.train_set} was packed again since the run was trained"
-        except ValueError as error:
+        except ValueError as error:  # its data may be gone; they are needed for names alone
             why = str(error)
     log.warning(f"the card will name no classes: {why}")
     return None
@@ -173,6 +176,7 @@ def _hub_folder(
     state: dict[str, Tensor], architecture: Architecture, clip: PretrainedClip
 ) -> dict[str, bytes]:
     """Return name -> content of a folder in open_clip's hub layout; its configuration is last."""
+    # safetensors refuses weights that are not contiguous
     whole = {name: value.contiguous() for name, value in clip.model.state_dict().items()}
     whole |= {name: value for name, value in state.items() if name.startswith("visual.")}
     head = {name: value for name, value in state.items() if name.startswith("head.")}
@@ -191,6 +195,7 @@ def _hub_folder(
     if vocabulary := load.vocabulary_of(clip.architecture.clip):
         contents[vocabulary.name] = vocabulary.read_bytes()
     contents[weights.HUB_WEIGHTS] = save(whole)
+    # last: a folder without it is refused, by open_clip as by rft, so half an export loads nowhere
     contents[weights.HUB_CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return contents
 
@@ -204,6 +209,7 @@ def _file_content(
 ) -> bytes:
     """Return the content of the file for the formats that are one."""
     if to == "safetensors":
+        # as they are: written anew, the same weights would have another hash than the run's
         return weights_path.read_bytes()
     if to == "released":  # what that code evaluates, starts from and distils from
         counts = metrics.get(ID_SET)
@@ -224,6 +230,7 @@ def _file_content(
         }
         names = {"visual.": "model.visual.", "head.": "classification_head."}
         content = {**_renamed(rest, {"": "model."}), **_renamed(state, names)}
+    # in memory first: the card, which is written before, holds the hash of these bytes
     stream = io.BytesIO()
     torch.save(content, stream)
     return stream.getvalue()

@@ -1,6 +1,6 @@
 """`python -m rft.convert import`: weights of other code become a run folder.
 
-Which formats there are is in rft/clip/weights.py.
+rft/clip/weights.py lists the formats.
 """
 
 import dataclasses
@@ -71,13 +71,13 @@ class Found:
     state: dict[str, Tensor]
     """`visual.*`, and `head.*` if the source has a head."""
     source: dict[str, Any]
-    """What config.json says of it."""
+    """What config.json records of it."""
     text: ModelConfig | None
     """What loads its text tower; None if it has none."""
     classes: Classes | None
-    """Classes of its head; None if it has none or does not say."""
+    """Classes of its head; None if it has none or does not name them."""
     seen: frozenset[TrainedOn] | None = None
-    """What it was trained on; None if it does not say."""
+    """What it was trained on; None if that is not recorded."""
 
 
 def import_weights(arguments: Import) -> None:
@@ -93,6 +93,7 @@ def import_weights(arguments: Import) -> None:
     documents.decode(json.dumps(identity).encode(), RunConfig, "import")
     manifest = None
     if arguments.data:
+        # a wrong URL ends here, before gigabytes of weights are read
         manifest = Manifest.load(files.join(arguments.data, arguments.packed))
     found = _find(arguments.file, arguments.clip)
     config: dict[str, Any] = {
@@ -102,9 +103,11 @@ def import_weights(arguments: Import) -> None:
         "imported_from": found.source,
     }
     if "tag" in found.source:
+        # by it an export finds the text tower
         config["model"]["pretrained"] = found.source["tag"]
     if manifest:
         config |= {"data": arguments.data, "train_set": arguments.packed}
+        # from a set that was packed anew it is a different import
         config["imported_from"]["manifest_sha256"] = manifest.sha256
     out = str(arguments.out)
     if derived.is_complete(arguments.out, config):
@@ -115,6 +118,7 @@ def import_weights(arguments: Import) -> None:
     state = _with_head(found, manifest, arguments)
     require_finite(Path(arguments.file), state)
     classes = _classes_of_head(found, manifest, arguments)
+    # a header must name a step; how many the other code took is not known
     metadata = {"step": "0"} | ({} if found.seen is None else trained_on.entries(found.seen))
     write_run(arguments.out, state, found.architecture, config, metadata, classes)
     rows = len(state["head.weight"])
@@ -126,6 +130,7 @@ def import_weights(arguments: Import) -> None:
 def _find(name: str, clip: str) -> Found:
     """Read the file, folder or tag that `import` names."""
     path = Path(name.removeprefix(load.LOCAL))
+    # what exists comes first, even if it is called like a tag
     if path.exists():
         return _from_file(path, clip)
     if name.startswith(load.HUB):

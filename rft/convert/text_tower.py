@@ -24,7 +24,7 @@ def find(text: str, architecture: Architecture, config: RunConfig | None) -> Pre
     """Return the CLIP that a model was made from, for its text tower.
 
     Args:
-        text: what --text says; empty looks at the run.
+        text: the value of --text; if empty, the run's own origin is used.
         architecture: of the model.
         config: the run's config.json, if there is one.
 
@@ -51,9 +51,9 @@ def find(text: str, architecture: Architecture, config: RunConfig | None) -> Pre
 
 
 def require_named(clip: str, option: str, *named: str) -> None:
-    """Check that the model hub is asked only for models that the command line names.
+    """Check that only models which the command line names are requested from the model hub.
 
-    Weights and run folders may be a stranger's, who would learn who reads them.
+    Weights and run folders are untrusted: the request would show their author who reads them.
 
     Args:
         clip: the model that they name.
@@ -80,6 +80,7 @@ def _origins(
     """
     if config is None:
         return
+    # a training run; an import by tag has it, too
     if config.model.pretrained:
         yield ModelConfig(clip=architecture.clip, pretrained=config.model.pretrained)
     source = config.imported_from

@@ -24,7 +24,7 @@ from rft.runs import filenames
 from rft.sets import TEST_SETS
 from rft.storage.documents import Epochs, Positive, Seed, document
 from rft.train.command import parse
-from rft.train.run import is_finished
+from rft.train.run import finished
 
 SHOWN = ("zero-shot", "vanilla", "wise-ft", "no-mask", "object-mask-single-fill")
 PAPER = """Run every experiment of the paper on the miniature world.
@@ -95,7 +95,7 @@ def is_done(stage: Experiment, data: str) -> bool:
     # after python or torchrun, and -m
     module, *options = stage.command[2:]
     if module == "rft.train":
-        return is_finished(parse(options))
+        return finished(parse(options)) is not None
     if module == "rft.merge":
         # a merge writes it last
         return all((Path(path) / filenames.PROVENANCE).exists() for path in stage.makes)

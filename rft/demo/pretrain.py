@@ -29,7 +29,7 @@ from rft.clip.load import (
     PretrainedClip,
     WordTokenizer,
     architecture_of,
-    model_config,
+    hub_config,
 )
 from rft.clip.weights import CARD, HUB_CONFIG, HUB_WEIGHTS
 from rft.config import OptimConfig
@@ -148,7 +148,7 @@ def draw_batches(images: int, seed: int) -> Iterator[Tensor]:
 
 def build_model(seed: int) -> CLIP:
     """Return the untrained CLIP."""
-    fields: dict[str, Any] = {**model_config(MINIATURE)}
+    fields: dict[str, Any] = {**hub_config(MINIATURE).model_cfg}
     with torch.random.fork_rng(devices=[]):
         # open_clip initialises from the global generator: lend it an addressed state
         torch.default_generator.manual_seed(derive(seed, "pretrain-weights"))

@@ -8,12 +8,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from rft import dist
 from rft.classes import check_head
-from rft.clip.classifier import Saved, load_state, map_state
+from rft.clip.classifier import Classifier, Saved, build_classifier, load_state, map_state
 from rft.dist import World
 from rft.loading.dataset import PackedDataset
+from rft.runs import filenames
 from rft.runs.folder import checkpoint_path, unfinished
 from rft.runs.trained_on import of_model
 from rft.sets import BENCHMARKS
@@ -33,18 +37,26 @@ class Loaded:
     sha256: str
     saved: Saved
 
-    def require_unchanged(self) -> None:
-        """Check that the weights on disk are still those that were loaded.
+    def record(self) -> dict[str, Any]:
+        """Return what a document of results says of its weights: which they are, of which run.
 
         Raises:
-            ValueError: if a training replaced them in the meantime.
+            ValueError: if a training replaced them since they were loaded.
         """
-        weights = checkpoint_path(self.path)
+        weights, config = checkpoint_path(self.path), self.path / filenames.CONFIG
         if files.sha256_file(weights) != self.sha256:
             raise ValueError(
                 f"{weights} was replaced while it was evaluated, so its counts are not recorded; "
                 "wait until its run has finished, then evaluate it again"
             )
+        return {
+            "checkpoint": str(weights.relative_to(self.path.parent)),
+            "checkpoint_sha256": self.sha256,
+            "step": int(self.saved.metadata["step"]),
+            "config_sha256": files.sha256_file(config) if config.is_file() else None,
+            "unfinished": unfinished(self.path),
+            "provenance": files.provenance(),
+        }
 
     @property
     def state_of_run(self) -> str:
@@ -53,11 +65,13 @@ class Loaded:
         return f" (unfinished, {reached})" if reached else ""
 
 
-def load_checkpoints(paths: Sequence[Path], world: World) -> tuple[list[Loaded], int]:
+def load_checkpoints(
+    paths: Sequence[Path], world: World, device: torch.device
+) -> tuple[list[Loaded], list[Classifier]]:
     """Read the selected weights of run folders, or weights files; all ranks have the same ones.
 
     Returns:
-        The checkpoints and the side of their images in pixels.
+        The checkpoints, and their classifiers on `device`, which all take images of one size.
 
     Raises:
         ValueError: if one is damaged, ranks see different files, or their image sizes differ.
@@ -71,7 +85,8 @@ def load_checkpoints(paths: Sequence[Path], world: World) -> tuple[list[Loaded],
     sizes = {one.saved.architecture.image_size for one in loaded}
     if len(sizes) > 1:
         raise ValueError(f"the checkpoints want images of {sorted(sizes)} px; evaluate them apart")
-    return loaded, sizes.pop()
+    built = (build_classifier(one.saved.state, one.saved.architecture) for one in loaded)
+    return loaded, [model.to(device) for model in built]
 
 
 def warn_of_other_split(paths: Sequence[Path], data: str) -> None:

@@ -4,6 +4,7 @@ All checkpoints see each image in the same pass over the data.
 """
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,6 @@ import tyro
 
 from rft import cli, dist
 from rft import next_steps as commands
-from rft.clip.classifier import build_classifier
 from rft.config import MAX_PIXELS, Device
 from rft.dist import World
 from rft.evaluate.checkpoints import load_checkpoints, require_classes, warn_of_other_split
@@ -57,37 +57,28 @@ class Arguments:
 def evaluate(
     checkpoints: list[Path],
     packed: dict[str, PackedDataset],
-    *,
-    batch_size: int,
-    workers: int,
+    arguments: Arguments,
     world: World,
     device: torch.device,
 ) -> None:
-    """Evaluate every checkpoint on every set and write the counts from the main rank."""
-    loaded, image_size = load_checkpoints(checkpoints, world)
-    models = [
-        build_classifier(one.saved.state, one.saved.architecture).to(device) for one in loaded
-    ]
+    """Evaluate some checkpoints on every set and write the counts from the main rank."""
+    loaded, models = load_checkpoints(checkpoints, world, device)
     sets: list[dict[str, SetCount]] = [{} for _ in models]
     for name, dataset in packed.items():
         with progress(name, "images", len(dataset) // world.size, ASIDE) as advance:
             counts = count_correct(
                 models,
                 dataset,
-                image_size=image_size,
+                image_size=models[0].architecture.image_size,
                 world=world,
                 device=device,
-                batch_size=batch_size,
-                workers=workers,
+                batch_size=arguments.batch_size,
+                workers=arguments.workers,
                 progress=advance,
                 names=[str(one.path) for one in loaded],
             )
         for entry, count in zip(sets, counts, strict=True):
-            entry[name] = SetCount(
-                correct=count.correct,
-                total=count.total,
-                manifest_sha256=dataset.manifest.sha256,
-            )
+            entry[name] = SetCount(**asdict(count), manifest_sha256=dataset.manifest.sha256)
     if world.is_main:
         for one, entry in zip(loaded, sets, strict=True):
             write_results(one, entry)
@@ -119,14 +110,7 @@ def main() -> None:
             world, [path for path in arguments.checkpoints if not is_current(path, manifests)]
         )[0]
         if waiting:
-            evaluate(
-                waiting,
-                packed,
-                batch_size=arguments.batch_size,
-                workers=arguments.workers,
-                world=world,
-                device=device,
-            )
+            evaluate(waiting, packed, arguments, world, device)
         elif world.is_main:
             log.info("all counts are already there, nothing to do")
     runs = [path for path in arguments.checkpoints if path.is_dir()]

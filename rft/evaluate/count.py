@@ -30,9 +30,6 @@ class Count:
     correct: int
     total: int
 
-    def __add__(self, other: "Count") -> "Count":
-        return Count(self.correct + other.correct, self.total + other.total)
-
     @property
     def share(self) -> float:
         """Return correct / total."""
@@ -72,17 +69,11 @@ def count_correct(
 ) -> list[Count]:
     """Return the exact top-1 count of each model, in one pass over the data, on every rank.
 
-    Args:
-        models: modules from uint8 images to logits, in evaluation mode on `device`.
-        packed: the set to evaluate on.
-        image_size: side of the models' input in pixels.
-        world: the ranks that share the work.
-        device: where the models are.
-        samples: sample numbers to evaluate; all of them if not given.
-        batch_size: images in one forward.
-        workers: loader processes of each rank; 0 reads in this one.
-        progress: called with the number of images each time this rank has done some.
-        names: what to call each model in a message.
+    The models are modules from uint8 images of `image_size` pixels a side to logits, in evaluation
+    mode on `device`; `names` are what to call them in a message. Without `samples` all of the set
+    are counted. `batch_size` is the images in one forward, `workers` the loader processes of each
+    rank (0 reads in this one), and `progress` gets the number of images each time that this rank
+    has done some.
 
     Raises:
         ValueError: naming the first model that has a logit which is NaN or infinite.
@@ -90,6 +81,7 @@ def count_correct(
     if samples is None:
         samples = np.arange(len(packed))
     class_to_group_K = torch.from_numpy(packed.manifest.class_to_group()).to(device)
+    # next to each other, so that a rank reads few shards
     first, last = (len(samples) * rank // world.size for rank in (world.rank, world.rank + 1))
     # right images and images without finite logits of each model, then all images
     counts = torch.zeros(2 * len(models) + 1, dtype=torch.int64, device=device)
@@ -115,16 +107,10 @@ def count_correct(
 def require_finite(
     world: World, names: Sequence[str], bad: Sequence[int], total: int, url: str
 ) -> None:
-    """Check that every model had finite logits for every image; all ranks have the same counts.
+    """Check that no model has `bad` images, without finite logits, among the `total` of a set.
 
-    Weights that are finite may still overflow on the way to the logits.
-
-    Args:
-        world: the ranks; the main one tells.
-        names: of the models.
-        bad: images of each without finite logits.
-        total: images.
-        url: the packed set.
+    Weights that are finite may still overflow on the way to the logits. All ranks have the same
+    counts, and the main one raises.
 
     Raises:
         ValueError: naming the first model that had not, and the set.

@@ -7,7 +7,7 @@ rate beside its image masking rate: for random masks of any rate the two are equ
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,19 +15,18 @@ import torch
 import tyro
 
 from rft import cli, dist
-from rft.clip.classifier import build_classifier
 from rft.config import MAX_PIXELS, Cam, Device
 from rft.dist import World
-from rft.evaluate.cam_overlap import Measured, measure
-from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
+from rft.evaluate.checkpoints import load_checkpoints, require_classes
+from rft.evaluate.coverage import Pixels
+from rft.evaluate.measure_cam import measure
 from rft.evaluate.measured_images import Measurable, Selection, select
-from rft.evaluate.overlap import mean_rates, pooled_rates
 from rft.loading.dataset import PackedDataset
 from rft.log import ASIDE
 from rft.paper import TABLE_2
 from rft.progress import progress
 from rft.runs import filenames
-from rft.runs.folder import checkpoint_path, require_own_weights, unfinished
+from rft.runs.folder import require_own_weights, results_path
 from rft.sets import TRAIN_SET
 from rft.storage import files, urls
 from rft.storage.documents import BatchSize, Megapixels, Seed, Whole, document
@@ -83,18 +82,14 @@ def localise(
     arguments: Arguments, packed: PackedDataset, world: World, device: torch.device
 ) -> None:
     """Measure every checkpoint in one pass; the main rank writes and prints."""
-    loaded, image_size = load_checkpoints(arguments.checkpoints, world)
+    loaded, models = load_checkpoints(arguments.checkpoints, world, device)
     selection = select(
         packed, arguments.masks, arguments.classes, arguments.samples, arguments.seed
     )
     names = [packed.key(sample) for sample in selection.samples.tolist()]
     dist.require_agreement(world, "list of masks", files.sha256_json(names))
-    models = [
-        build_classifier(one.saved.state, one.saved.architecture).to(device) for one in loaded
-    ]
-    share = len(selection.samples) // world.size
-    with progress(arguments.set, "images", share, ASIDE) as advance:
-        found = measure(
+    with progress(arguments.set, "images", len(names) // world.size, ASIDE) as advance:
+        found, masks_sha256 = measure(
             [model.requires_grad_(False) for model in models],
             packed,
             selection,
@@ -107,87 +102,60 @@ def localise(
             progress=advance,
             names=[str(one.path) for one in loaded],
         )
-    if not (found[0].pixels.object_N > 0).any():
+    if not (found[0].object_N > 0).any():
         raise ValueError(f"all {len(names):,} masks below {arguments.masks} are empty")
-    if world.is_main:
-        for one, measured in zip(loaded, found, strict=True):
-            document = to_document(arguments, packed, selection, measured)
-            write_result(one, document)
-            patch = one.saved.architecture.vision_cfg.get("patch_size")
-            is_b32 = (patch, image_size) == (32, 224)
-            title = f"{one.path}{one.state_of_run}"
-            print(format_table(title, document, beside_paper=is_b32), flush=True)
+    if not world.is_main:
+        return
+    for one, pixels in zip(loaded, found, strict=True):
+        document = to_document(arguments, packed, selection, pixels, masks_sha256)
+        path = results_path(one.path, filenames.LOCALISATION)
+        files.write_json(str(path), {**one.record(), **document})
+        architecture = one.saved.architecture
+        patch = architecture.vision_cfg.get("patch_size")
+        is_b32 = (patch, architecture.image_size) == (32, 224)
+        title = f"{one.path}{one.state_of_run}"
+        print(format_table(title, document, beside_paper=is_b32), flush=True)
 
 
 def to_document(
-    arguments: Arguments, packed: PackedDataset, selection: Selection, measured: Measured
+    arguments: Arguments,
+    packed: PackedDataset,
+    selection: Selection,
+    measured: Pixels,
+    masks_sha256: str,
 ) -> dict[str, Any]:
     """Return one checkpoint's counts and rates as a JSON document."""
-    pixels = measured.pixels.with_object()
-    rates = zip(mean_rates(pixels), pooled_rates(pixels), strict=True)
-    images = len(measured.pixels.object_N)
+    pixels = measured.with_object()
+    pooled = pixels.pooled()
+    rates = zip(arguments.thresholds, pixels.mean_rates(), pooled.mean_rates(), strict=True)
+    counts = {"masked": pooled.masked_TN, "both": pooled.both_TN, "either": pooled.either}
+    images, seen = len(measured.object_N), len(pixels.object_N)
     return {
+        "schema": 1,
         "set": arguments.set,
         "manifest_sha256": packed.manifest.sha256,
         "masks": str(arguments.masks),
-        "masks_sha256": measured.masks_sha256,  # of the measured images' files, in this order
+        "masks_sha256": masks_sha256,  # of the measured images' files, in this order
         "classes": arguments.classes,
         "cam": arguments.cam,
         "samples": arguments.samples,
         "seed": arguments.seed,
         "images": {
-            "measured": len(pixels.object_N),
-            "empty_mask": images - len(pixels.object_N),
+            "measured": seen,
+            "empty_mask": images - seen,
             "without_mask": selection.missing,
         },
-        "pixels": {
-            "image": len(pixels.object_N) * pixels.image,
-            "object": int(pixels.object_N.sum()),
-        },
+        "pixels": {"image": pooled.image, "object": int(pooled.object_N.item())},
         "thresholds": [
             {
                 "threshold": threshold,
-                "pixels": {
-                    "masked": int(pixels.masked_TN[place].sum()),
-                    "both": int(pixels.both_TN[place].sum()),
-                    "either": int(pixels.either[place].sum()),
-                },
-                "mean": asdict(mean),
-                "pooled": asdict(pooled),
+                "pixels": {name: int(count_T1[place, 0]) for name, count_T1 in counts.items()},
+                "mean": mean._asdict(),
+                "pooled": of_all._asdict(),
             }
-            for place, (threshold, (mean, pooled)) in enumerate(
-                zip(arguments.thresholds, rates, strict=True)
-            )
+            for place, (threshold, mean, of_all) in enumerate(rates)
         ],
     }
-
-
-def result_path(checkpoint: Path) -> Path:
-    """Return where the result of a run folder or weights file is kept."""
-    if checkpoint.is_dir():
-        return checkpoint / filenames.LOCALISATION
-    return checkpoint.with_suffix(f".{filenames.LOCALISATION}")
-
-
-def write_result(one: Loaded, document: dict[str, Any]) -> None:
-    """Record one checkpoint's document, with the hashes of its weights and configuration.
-
-    Raises:
-        ValueError: if its weights were replaced since they were loaded.
-    """
-    one.require_unchanged()
-    checkpoint, config = one.path, one.path / filenames.CONFIG
-    document = {
-        "schema": 1,
-        "checkpoint": str(checkpoint_path(checkpoint).relative_to(checkpoint.parent)),
-        "checkpoint_sha256": one.sha256,
-        "step": int(one.saved.metadata["step"]),
-        "unfinished": unfinished(checkpoint),
-        "config_sha256": files.sha256_file(config) if config.is_file() else None,
-        **document,
-        "provenance": files.provenance(),
-    }
-    files.write_json(str(result_path(checkpoint)), document)
 
 
 def format_table(title: str, document: dict[str, Any], *, beside_paper: bool) -> str:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from rft import cli
 from rft.evaluate.checkpoints import Loaded
-from rft.runs import filenames
-from rft.runs.folder import checkpoint_path, current_results, results_path, unfinished
+from rft.runs.folder import current_results, results_path
 from rft.runs.records import Results, SetCount
 from rft.shards.manifest import Manifest
 from rft.storage import files
@@ -31,19 +30,10 @@ def write_results(one: Loaded, sets: dict[str, SetCount]) -> None:
     Raises:
         ValueError: if its weights were replaced since they were loaded.
     """
-    one.require_unchanged()
-    checkpoint, config = one.path, one.path / filenames.CONFIG
-    earlier = current_results(checkpoint)
-    results = Results(
-        checkpoint=str(checkpoint_path(checkpoint).relative_to(checkpoint.parent)),
-        checkpoint_sha256=one.sha256,
-        step=int(one.saved.metadata["step"]),
-        config_sha256=files.sha256_file(config) if config.is_file() else None,
-        # what an earlier call counted for the same weights stays
-        sets={**(earlier.sets if earlier else {}), **sets},
-        unfinished=unfinished(checkpoint),
-        provenance=files.provenance(),
-    )
-    files.write_json(str(results_path(checkpoint)), asdict(results))
+    record = one.record()
+    earlier = current_results(one.path)
+    # what an earlier call counted for the same weights stays
+    results = Results(**record, sets={**(earlier.sets if earlier else {}), **sets})
+    files.write_json(str(results_path(one.path)), asdict(results))
     shares = (f"{name} {100 * c.correct / c.total:.2f}" for name, c in sets.items())
-    cli.say(f"{checkpoint}{one.state_of_run}: {', '.join(shares)}")
+    cli.say(f"{one.path}{one.state_of_run}: {', '.join(shares)}")

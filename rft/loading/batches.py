@@ -7,7 +7,7 @@ checkpoint keeps of it: a run that would read other batches is refused.
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 
@@ -18,47 +18,30 @@ from rft.loading.order import EpochOrder, Plan, rank_slice
 from rft.loading.split import held_out_split
 
 
-class Batches(Protocol):
-    """A numbered list of batches over one set: what `rft.loading.read` reads, in any order."""
+@dataclass(eq=False)
+class TrainingBatches:
+    """Batch t is one rank's part of global batch t, counted from the start of training."""
 
     packed: PackedDataset
+    samples: np.ndarray
+    plan: Plan
+    _: KW_ONLY
     image_size: int
-    largest: int
-    """Samples in the largest batch."""
+    rank: int
+    world_size: int
+    ranks_on_node: Sequence[int] = ()
+    """Ranks that share this one's cache."""
+    _order: EpochOrder | None = field(default=None, init=False)
 
-    def samples_of(self, number: int) -> np.ndarray:
-        """Return the sample numbers of batch `number`."""
-        ...
+    def __post_init__(self) -> None:
+        assert len(self.samples) == self.plan.samples
+        assert self.plan.batch_size % self.world_size == 0
+        self.ranks_on_node = self.ranks_on_node or (self.rank,)
 
-
-class TrainingBatches:
-    """Batch t is one rank's part of global batch t, counted from the start of training.
-
-    `ranks_on_node` are the ranks that share this one's cache.
-    """
-
-    def __init__(
-        self,
-        packed: PackedDataset,
-        samples: np.ndarray,
-        plan: Plan,
-        *,
-        image_size: int,
-        rank: int,
-        world_size: int,
-        ranks_on_node: Sequence[int] = (),
-    ) -> None:
-        assert len(samples) == plan.samples
-        assert plan.batch_size % world_size == 0
-        self.packed = packed
-        self.samples = samples
-        self.plan = plan
-        self.image_size = image_size
-        self.rank = rank
-        self.world_size = world_size
-        self.ranks_on_node = ranks_on_node or (rank,)
-        self.largest = plan.batch_size // world_size
-        self._order: EpochOrder | None = None
+    @property
+    def largest(self) -> int:
+        """Samples in the largest batch."""
+        return self.plan.batch_size // self.world_size
 
     def global_samples(self, step: int) -> np.ndarray:
         """Return the sample numbers of the whole global batch `step`, (B,)."""
@@ -82,16 +65,20 @@ class TrainingBatches:
         return self._order
 
 
+@dataclass(eq=False)
 class EvaluationBatches:
     """The given samples in their order, cut into batches; the last one may be short."""
 
-    def __init__(
-        self, packed: PackedDataset, samples: np.ndarray, *, image_size: int, batch_size: int
-    ) -> None:
-        self.packed = packed
-        self.samples = samples
-        self.image_size = image_size
-        self.largest = batch_size
+    packed: PackedDataset
+    samples: np.ndarray
+    _: KW_ONLY
+    image_size: int
+    batch_size: int
+
+    @property
+    def largest(self) -> int:
+        """Samples in the largest batch."""
+        return self.batch_size
 
     def __len__(self) -> int:
         return math.ceil(len(self.samples) / self.largest)
@@ -99,6 +86,10 @@ class EvaluationBatches:
     def samples_of(self, number: int) -> np.ndarray:
         """Return the sample numbers of batch `number`."""
         return self.samples[number * self.largest : (number + 1) * self.largest]
+
+
+# what `rft.loading.read` reads, in any order
+Batches = TrainingBatches | EvaluationBatches
 
 
 def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarray, np.ndarray]:

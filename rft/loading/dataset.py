@@ -4,6 +4,7 @@ A sample is read by its offset in the index and checked against its crc32; tar h
 parsed, so a short or damaged shard is an error with a name, not a shorter epoch.
 """
 
+import dataclasses
 import os
 import time
 from typing import Any, NamedTuple
@@ -16,18 +17,10 @@ from torch import Tensor
 from rft.config import MAX_PIXELS
 from rft.shards.cache import Cache
 from rft.shards.image_files import require_affordable
-from rft.shards.images import (
-    clip_pixels,
-    is_array,
-    is_source,
-    load_image,
-    npy_header,
-    payload_treatment,
-)
+from rft.shards.images import clip_pixels, load_image, npy_header, payload_of
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest, note_other_stores
 from rft.shards.ranges import RangeError, Shards, cut
-from rft.storage.remote import Patience
 
 PAYLOAD_BYTES = 2**28  # of image files that are in memory together
 
@@ -72,7 +65,6 @@ class PackedDataset:
         url: str,
         *,
         cache: Cache | None = None,
-        patience: Patience | None = None,
         max_pixels: float = MAX_PIXELS,
     ) -> None:
         self.url = url
@@ -80,23 +72,20 @@ class PackedDataset:
         note_other_stores(url, self.manifest)
         self.index = Index.load(url, self.manifest)
         self._max_pixels = max_pixels
+        self._payload = payload_of(self.manifest.encoding)
         self._require_affordable()
         sizes = [shard.samples for shard in self.manifest.shards]
         self.shard_ends = np.cumsum(sizes)
-        self.shards = Shards(url, self.manifest.shards, cache=cache, patience=patience)
+        self.shards = Shards(url, self.manifest.shards, cache=cache)
         self._npy_header = b""
-        if is_array(self.manifest.encoding):
+        if self._payload.is_array:
             self._npy_header = npy_header(self.manifest.encoding["size"])
 
     def __len__(self) -> int:
         return len(self.index.label)
 
     def payload(self, sample: int) -> bytes:
-        """Return the stored bytes of a sample's image.
-
-        Raises:
-            ValueError: naming shard, key and offset if they are not the bytes that were packed.
-        """
+        """Return the stored bytes of a sample's image; raises what `payloads` does."""
         return self.payloads(np.array([sample]))[0]
 
     def payloads(self, samples: np.ndarray) -> list[bytes]:
@@ -124,11 +113,7 @@ class PackedDataset:
         return [data for data in found if data is not None]
 
     def image(self, sample: int, size: int) -> np.ndarray:
-        """Return a sample as CLIP sees it, uint8 (3, size, size).
-
-        Raises:
-            ValueError: if it was packed at another size, or its bytes are damaged.
-        """
+        """Return a sample as CLIP sees it, uint8 (3, size, size); raises what `batch` does."""
         return self.batch(np.array([sample]), size).images_BCHW[0].numpy()
 
     def batch(self, samples: np.ndarray, size: int, out_BCHW: Tensor | None = None) -> Batch:
@@ -140,7 +125,7 @@ class PackedDataset:
             ValueError: if the set was packed at another size, or a sample's bytes are damaged.
         """
         self._require_size(size)
-        began, before = time.perf_counter(), self.shards.counters.copy()
+        began, before = time.perf_counter(), dataclasses.replace(self.shards.counters)
         if out_BCHW is None:
             out_BCHW = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
         images_BCHW = out_BCHW[: len(samples)]
@@ -174,17 +159,8 @@ class PackedDataset:
 
     def _fill(self, samples: np.ndarray, images_BCHW: np.ndarray) -> float:
         """Write the samples' images; return the seconds spent in decoding."""
-        size = images_BCHW.shape[-1]
-        if is_array(self.manifest.encoding):
-            # a sample that is on this machine is read to where it belongs, without a copy between
-            elsewhere = self._pixels_from_disk(samples, images_BCHW)
-            if elsewhere:
-                payloads = self.payloads(samples[elsewhere])
-                rows = self._rows(samples[elsewhere])
-                for place, row, data in zip(elsewhere, rows, payloads, strict=True):
-                    self._require_pixels(row, data[: len(self._npy_header)])
-                    pixels = np.frombuffer(data, dtype=np.uint8)[len(self._npy_header) :]
-                    images_BCHW[place] = pixels.reshape(3, size, size)
+        if self._payload.is_array:
+            self._copy_pixels(samples, images_BCHW)
             return 0.0
         # at once, unless the files are huge: then some at a time
         parts = cut(self.index.length[samples].tolist(), PAYLOAD_BYTES)
@@ -195,7 +171,7 @@ class PackedDataset:
         size = images_BCHW.shape[-1]
         payloads = self.payloads(samples)
         began = time.perf_counter()
-        treatment = payload_treatment(self.manifest.encoding)
+        treatment = self._payload.treatment
         rows = self._rows(samples)
         for image_CHW, row, data in zip(images_BCHW, rows, payloads, strict=True):
             image = load_image(data, self._where(row), treatment, self._max_pixels)
@@ -222,16 +198,18 @@ class PackedDataset:
         data = os.pread(descriptor, row.length, row.offset)
         return data if self._is_good(row, len(data), crc32(data)) else None
 
-    def _pixels_from_disk(self, samples: np.ndarray, images_BCHW: np.ndarray) -> list[int]:
-        """Read pixels to their places; return the places whose shards are not local nor cached.
+    def _copy_pixels(self, samples: np.ndarray, images_BCHW: np.ndarray) -> None:
+        """Write the images of samples whose payloads are arrays.
 
-        A `.npy` payload is a header, the same in every sample, and then the pixels. This loop is
-        all that stands between the page cache and a batch, so it does little more than it must.
+        A `.npy` payload is a header, the same in every sample, and then the pixels. A sample on
+        this machine is read to where it belongs, without a copy between: this loop is all that
+        stands between the page cache and a batch, so it does little more than it must.
         """
         rows = self._rows(samples)
         header = bytearray(len(self._npy_header))
         elsewhere = []
         shard, descriptor = -1, None
+        # by shard, so that each descriptor is looked up once
         for place in sorted(range(len(rows)), key=lambda place: rows[place].shard):
             row = rows[place]
             if row.shard != shard:
@@ -246,11 +224,15 @@ class PackedDataset:
             read = os.preadv(descriptor, buffers, row.offset)
             if self._is_good(row, read, crc32(image_CHW, crc32(header))):
                 self._require_pixels(row, header)
-                self.shards.counters.bytes += read
             else:
                 elsewhere.append(place)
                 shard = -1  # its descriptor is closed
-        return elsewhere
+        if not elsewhere:
+            return
+        for place, data in zip(elsewhere, self.payloads(samples[elsewhere]), strict=True):
+            self._require_pixels(rows[place], data[: len(header)])
+            pixels = np.frombuffer(data, dtype=np.uint8)[len(header) :]
+            images_BCHW[place] = pixels.reshape(images_BCHW.shape[1:])
 
     def _descriptor(self, row: "_Row") -> int | None:
         try:
@@ -272,8 +254,7 @@ class PackedDataset:
 
     def _require_whole(self, row: "_Row", length: int, checksum: int) -> None:
         if length != row.length:
-            where = self._where(row)
-            raise ValueError(f"short read: {length} of {row.length} bytes at {where}")
+            raise ValueError(f"short read: {length} of {row.length} bytes at {self._where(row)}")
         if checksum != row.crc32:
             where = self._where(row)
             raise ValueError(f"damaged bytes (crc32 mismatch) at {where}; pack the shard again")
@@ -297,7 +278,7 @@ class PackedDataset:
         index, name = self.index, f"{self.url}: its largest"
         require_affordable(int(index.length.max(initial=0)), f"{name} file", self._max_pixels)
         pixels = (index.width.astype(np.int64) * index.height).max(initial=0)
-        if is_source(self.manifest.encoding) and pixels > self._max_pixels * 1e6:
+        if self._payload.is_source and pixels > self._max_pixels * 1e6:
             raise ValueError(
                 f"{name} image has {pixels / 1e6:,.1f} million pixels, --max-pixels allows "
                 f"{self._max_pixels:g} million: raise it (for training, --loader.max-pixels)"

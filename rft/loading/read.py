@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rft.device import to_device
 from rft.loading.batches import Batches
-from rft.loading.dataset import Batch, PackedDataset, Reading
+from rft.loading.dataset import Batch, Reading
 
 SECONDS_ALONE = 2  # that a loader process outlives a trainer that was killed, at most
 BATCHES_AHEAD = 2  # batches that each loader process may have ready or under way
@@ -42,16 +42,15 @@ def read_batches(
     """
     # at least two, so that a batch is never written over the one before it
     slots = Slots(batches, workers * BATCHES_AHEAD + 2)
-    items = _SlotItems(batches, slots)
     if workers == 0 or len(numbers) == 0:
-        found: Iterator[_Item | ValueError] = map(items.__getitem__, numbers)
+        found: Iterator[_Item | ValueError] = map(slots.__getitem__, numbers)
     else:
         # a forked copy of a process that already runs CUDA, gloo or fsspec threads can hang
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["rft.loading.forkserver", "rft.loading.read"])
         found = iter(
             DataLoader(
-                items,
+                slots,
                 batch_size=None,
                 sampler=numbers,
                 num_workers=workers,
@@ -84,10 +83,10 @@ def read_batches(
 def _start_loader(_: int) -> None:
     info = get_worker_info()
     assert info is not None, "this is a loader process"
-    items: Any = info.dataset
+    slots: Any = info.dataset
     # the process ends without collecting what it has: this ends the cache's filling thread, which
     # removes its part
-    Finalize(None, items.packed.shards.close, exitpriority=0)
+    Finalize(None, slots.batches.packed.shards.close, exitpriority=0)
     _follow_trainer()
 
 
@@ -119,32 +118,8 @@ class _Item(NamedTuple):
     reading: Reading
 
 
-class _SlotItems(Dataset[_Item | ValueError]):
-    """Item t fills the slot of batch t."""
-
-    def __init__(self, batches: Batches, slots: "Slots") -> None:
-        self._batches = batches
-        self._slots = slots
-
-    @property
-    def packed(self) -> PackedDataset:
-        """Return the set that is read."""
-        return self._batches.packed
-
-    def __getitem__(self, index: int) -> _Item | ValueError:
-        batches = self._batches
-        try:
-            samples = batches.samples_of(index)
-            batch = batches.packed.batch(samples, batches.image_size, self._slots.images(index))
-        except ValueError as error:
-            # as a value: a loader process would raise it again as a whole traceback in one string
-            return error
-        self._slots.mark(index)
-        return _Item(batch.labels_B.numpy(), batch.samples_B.numpy(), batch.reading)
-
-
-class Slots:
-    """Places for some batches of images, in memory that loader processes share.
+class Slots(Dataset[_Item | ValueError]):
+    """Places for some batches of images, in memory that loader processes share; item t fills one.
 
     Batch t goes to slot t modulo their number. Reused memory is many times faster than fresh: the
     system has to clear every page that it gives out. The memory has no name and is no part of
@@ -152,31 +127,49 @@ class Slots:
     """
 
     def __init__(self, batches: Batches, count: int) -> None:
+        self.batches = batches
         self._shape = (count, batches.largest, 3, batches.image_size, batches.image_size)
-        self._memory = _SharedMemory(8 * count + math.prod(self._shape))
+        if hasattr(os, "memfd_create"):
+            self._descriptor = os.memfd_create("rft batches")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self._descriptor = os.dup(file.fileno())
+        os.ftruncate(self._descriptor, 8 * count + math.prod(self._shape))
         self._attach()
         self._marks_S.fill_(-1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_shape": self._shape, "_memory": self._memory}
+    def __getstate__(self) -> tuple[Any, ...]:
+        # a started process gets the memory by its descriptor
+        return self.batches, self._shape, DupFd(self._descriptor)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.batches, self._shape, duplicate = state
+        self._descriptor = duplicate.detach()
         self._attach()
 
     def _attach(self) -> None:
-        count = self._shape[0]
-        memory = torch.frombuffer(self._memory.map, dtype=torch.uint8)
-        self._marks_S = memory[: 8 * count].view(torch.int64)
-        self._images_SBCHW = memory[8 * count :].view(self._shape)
+        memory = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.uint8)
+        marks = 8 * self._shape[0]
+        self._marks_S = memory[:marks].view(torch.int64)  # the number of each slot's batch
+        self._images_SBCHW = memory[marks:].view(self._shape)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def __getitem__(self, index: int) -> _Item | ValueError:
+        batches = self.batches
+        try:
+            samples = batches.samples_of(index)
+            batch = batches.packed.batch(samples, batches.image_size, self.images(index))
+        except ValueError as error:
+            # as a value: a loader process would raise it again as a whole traceback in one string
+            return error
+        self._marks_S[index % self._shape[0]] = index
+        return _Item(batch.labels_B.numpy(), batch.samples_B.numpy(), batch.reading)
 
     def images(self, number: int) -> Tensor:
         """Return the place for the images of batch `number`."""
         return self._images_SBCHW[number % self._shape[0]]
-
-    def mark(self, number: int) -> None:
-        """Note that batch `number` is in its slot."""
-        self._marks_S[number % self._shape[0]] = number
 
     def batch(self, number: int, item: _Item, device: torch.device) -> Batch:
         """Return batch `number` on a device."""
@@ -184,29 +177,6 @@ class Slots:
         labels_B = to_device(torch.from_numpy(item.labels_B), device)
         ready = int((self._marks_S > number).sum())
         return Batch(images_BCHW, labels_B, torch.from_numpy(item.samples_B), item.reading, ready)
-
-
-class _SharedMemory:
-    """Nameless memory that a started process gets by its descriptor."""
-
-    def __init__(self, size: int) -> None:
-        if hasattr(os, "memfd_create"):
-            self._descriptor = os.memfd_create("rft batches")
-        else:
-            with tempfile.TemporaryFile() as file:
-                self._descriptor = os.dup(file.fileno())
-        os.ftruncate(self._descriptor, size)
-        self.map = mmap.mmap(self._descriptor, size)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"descriptor": DupFd(self._descriptor), "size": len(self.map)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._descriptor = state["descriptor"].detach()
-        self.map = mmap.mmap(self._descriptor, state["size"])
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
 
 
 def _as_it_is(item: Any) -> Any:

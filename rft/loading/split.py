@@ -12,11 +12,7 @@ def held_out_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the sorted sample numbers of the training and the held-out part.
 
-    Args:
-        keys: image ids, (N,).
-        labels: class ids, (N,).
-        held_out: number of images held out, shared among the classes by their sizes.
-        seed: seed of the split.
+    Keys and labels are (N,); the classes share the images that are held out by their sizes.
 
     Raises:
         ValueError: if the set is too small for the split.

@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def _wise(arguments: Wise) -> None:
-    """Write the run folder of each interpolated model that is not there yet."""
+    """Write the run folder of each interpolated model that does not exist yet."""
     _check_alphas(arguments.alpha)
     start, end = read_ingredient(arguments.start), _read_end(arguments)
     check_alike([start, end])
@@ -139,11 +139,12 @@ def _wise(arguments: Wise) -> None:
             "recipe": f"wise-{family}-{alpha:g}",
             "seed": end.seed,
             "alpha": alpha,
+            # recorded, because best and last weights of one run make different models
             "end_weights": arguments.end_weights if arguments.end.is_dir() else "file",
             "merged_from": [start.record(), end.record()],
         }
         jobs[arguments.out / config["recipe"] if several else arguments.out] = config
-    # all of them are looked at before the first is written
+    # all of them are checked before the first is written
     done = {out for out, config in jobs.items() if derived.is_complete(out, config)}
     _check_ends(start, end)
     first, second = start.load(), end.load()
@@ -162,6 +163,7 @@ def _check_alphas(alphas: tuple[float, ...]) -> None:
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise ValueError(f"--alpha is {alpha}; it must lie in [0, 1]")
+    # as in the recipe, after which the folder of each is named
     names = [f"{alpha:g}" for alpha in alphas]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--alpha has {twice[0]} twice (six digits count); name each value once")
@@ -169,9 +171,9 @@ def _check_alphas(alphas: tuple[float, ...]) -> None:
 
 def _check_ends(start: Ingredient, end: Ingredient) -> None:
     """Check that WiSE goes from a model before its training to one after; warn if that is open."""
-    # an imported model may have been trained elsewhere: its step 0 says nothing
-    file = end.config is None and end.recipe in recipes.TRAINED
-    untrained = end.steps == 0 and (end.is_training_run or file)
+    # an imported model may have been trained by other code: its step 0 says nothing
+    training_file = end.config is None and end.recipe in recipes.TRAINED
+    untrained = end.steps == 0 and (end.is_training_run or training_file)
     if start.steps > 0 and untrained:
         raise ValueError(
             f"{start.path} was trained for {start.steps} steps and {end.path} for none: START is "
@@ -186,7 +188,7 @@ def _check_ends(start: Ingredient, end: Ingredient) -> None:
 
 
 def _read_end(arguments: Wise) -> Ingredient:
-    """Return the fine-tuned end with the weights that --end-weights asks for."""
+    """Return the fine-tuned end with the weights that --end-weights names."""
     path = arguments.end
     if arguments.end_weights == "best":
         return read_ingredient(path)
@@ -198,7 +200,7 @@ def _read_end(arguments: Wise) -> Ingredient:
 
 
 def _uniform_soup(arguments: UniformSoup) -> None:
-    """Write the run folder of the mean of models unless it is there."""
+    """Write the run folder of the mean of models unless it exists."""
     models = read_soup(arguments.models)
     config = {
         "recipe": "uniform-soup",
@@ -214,17 +216,19 @@ def _uniform_soup(arguments: UniformSoup) -> None:
 
 
 def _make_greedy_soup(arguments: GreedySoup) -> None:
-    """Write the run folder of the greedy soup unless it is there."""
+    """Write the run folder of the greedy soup unless it exists."""
     runs = read_soup(arguments.runs)
     split = greedy.shared_split(runs)
     url = files.join(arguments.data, split.train_set)
     packed = PackedDataset(url, max_pixels=arguments.max_pixels)
+    # what can be refused is checked before the ranks meet, so that none waits for another
     held_out = greedy.held_out_images(packed, split, runs)
     config = greedy.soup_config(runs, split, packed)
     done = derived.is_complete(arguments.out, config)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device) as world:
+        # ranks of several machines may see different files under one path
         dist.require_agreement(world, "set of models and data", config)
         # rank 0 decides, because files may change while the others look at them
         done = dist.gather_objects(world, done)[0]
@@ -238,7 +242,7 @@ def _make_greedy_soup(arguments: GreedySoup) -> None:
                 batch_size=arguments.batch_size,
                 workers=arguments.workers,
             )
-            if world.is_main:
+            if world.is_main:  # every rank has the soup
                 _write(arguments.out, state, config, runs, _soup_metadata(runs))
     if world.is_main:
         _report(arguments.out, done)
@@ -266,11 +270,11 @@ def _write(
 
 
 def _report(out: Path, done: bool) -> None:
-    """Say what became of a run folder."""
+    """Print whether a run folder was made or skipped."""
     cli.say(f"{'already merged' if done else 'merged'}: {out}")
 
 
 def _next_step(outs: Iterable[Path], model: Ingredient) -> str:
-    """Return the line that tells how to go on, with the data that `model` was trained on."""
+    """Return the line with the next command, for the data that `model` was trained on."""
     data, train_set = (model.config.data, model.config.train_set) if model.config else ("", "")
     return commands.evaluation(list(outs), data, train_set or TRAIN_SET)

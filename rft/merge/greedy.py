@@ -90,6 +90,7 @@ def held_out_images(
         where, known = str(ingredient.path), packed.manifest.label_space
         for warning in check_head(ingredient.saved.classes, rows, where, known, packed.url):
             log.warning(warning)
+    # by the trainer's own function, so that it is the split that selected the runs
     return plan_training(packed, config)[2]
 
 
@@ -119,10 +120,11 @@ def make_soup(
     """Return the soup and its part of config.json; the main rank prints each model and step.
 
     The runs are counted again and not looked up in their metrics.jsonl: the same code on the same
-    device then counts the soups, and a strict comparison is fair. All ranks share the work and all
-    of them are told. Only one model is on the device at a time.
+    device then counts the soups, and a strict comparison is fair. All ranks share the work, and
+    each gets the counts. Only one model is on the device at a time.
     """
     architecture = runs[0].saved.architecture
+    # its weights are replaced for each count
     model = build_classifier(runs[0].load(), architecture).to(device)
 
     def count(state: dict[str, Tensor], name: str) -> int:

@@ -91,6 +91,7 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
     # a file that is named itself is meant, whatever became of its run
     if reached := unfinished(file):
         log.warning(f"{file} is of a run that has not finished training ({reached})")
+    # first: it refuses a damaged file before all of it is hashed
     saved = map_state(file)
     sha256 = files.sha256_file(file)
     require_own_weights(path, file, sha256)
@@ -101,7 +102,7 @@ def read_soup(paths: Sequence[Path]) -> list[Ingredient]:
     """Return the ingredients of a soup.
 
     Raises:
-        ValueError: if there are fewer than two, one is there twice, or they are not alike.
+        ValueError: if there are fewer than two, one is named twice, or they are not alike.
     """
     if len(paths) < 2:
         raise ValueError(f"a soup needs at least two models, {len(paths)} named")
@@ -109,6 +110,7 @@ def read_soup(paths: Sequence[Path]) -> list[Ingredient]:
     seen: dict[str, Path] = {}
     for ingredient in ingredients:
         other = seen.setdefault(ingredient.sha256, ingredient.path)
+        # by identity: one folder that is named twice has two equal paths
         if other is not ingredient.path:
             raise ValueError(f"{other} and {ingredient.path} are the same weights; name one")
     check_alike(ingredients)
@@ -131,7 +133,7 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
             require_alike(first.saved.state, other.saved.state)
         except ValueError as error:
             raise ValueError(f"{both}: {error}") from error
-    # of ImageNet's sets, none holds images of another, however it was packed
+    # none of ImageNet's sets holds images of a different one, however it was packed
     own = {str(one.path): [s for s in one.seen if s.name not in BENCHMARKS] for one in ingredients}
     if warning := trained_on.different_splits(own):
         warnings.append(warning)
@@ -151,10 +153,11 @@ def _check_classes(ingredients: Sequence[Ingredient]) -> list[str]:
 
 
 def best_known(ingredients: Sequence[Ingredient]) -> Ingredient:
-    """Return the first model whose file says most about its classes: all others are held to it.
+    """Return the first model whose file has most of its classes: all others are compared with it.
 
     A list with ids says more than one without, and both more than nothing.
     """
+    # max returns the first of equals
     return max(
         ingredients,
         key=lambda one: 0 if one.saved.classes is None else 1 + bool(one.saved.classes.ids),

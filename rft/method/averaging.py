@@ -37,8 +37,6 @@ def uniform_soup(states: Iterable[State]) -> dict[str, Tensor]:
     total = Sum()
     for state in states:
         total.add(state)
-    if total.count == 0:
-        raise ValueError("a soup needs at least one model")
     return total.mean()
 
 
@@ -65,17 +63,12 @@ def greedy_soup(
     of all that are in scores strictly higher with it. Of equal models the later one comes first, as
     in the authors' code, which sorts upwards and reverses.
 
-    Args:
-        scores: each model's own score on the held-out images.
-        load: returns the weights of a model by its number; called once for each.
-        score_of: returns the score of some weights on the same images.
-        tell: called with each step when it is done.
+    `scores` are each model's own on the held-out images, `score_of` those of any weights; `load` is
+    called once for each model's number, `tell` with each step when it is done.
 
     Raises:
         ValueError: if there is no model, or not all have the same entries, shapes and types.
     """
-    if not scores:
-        raise ValueError("a soup needs at least one model")
     best_first = sorted(range(len(scores)), key=scores.__getitem__)[::-1]
     soup = Sum()
     steps: list[Trial] = []
@@ -83,7 +76,7 @@ def greedy_soup(
     for model in best_first:
         state = load(model)
         # the best one is its own soup, and its score is known
-        score = score_of(soup.mean_with(state)) if steps else scores[model]
+        score = score_of(soup.mean(state)) if steps else scores[model]
         steps.append(Trial(model, score, kept=score > best))
         if steps[-1].kept:
             soup.add(state)
@@ -116,20 +109,21 @@ class Sum:
                 self._total[name] += value
         self.count += 1
 
-    def mean(self) -> dict[str, Tensor]:
-        """Return the mean of the models that were added, in their own type."""
-        assert self.count > 0
-        return {n: (total / self.count).to(self._like[n].dtype) for n, total in self._total.items()}
+    def mean(self, new: State | None = None) -> dict[str, Tensor]:
+        """Return the mean of the models that were added, in their own type.
 
-    def mean_with(self, new: State) -> dict[str, Tensor]:
-        """Return what the mean would be with one more model, which is not added.
+        With `new`, what it would be with one more model, which is not added.
 
         Raises:
-            ValueError: if it is not like those before it.
+            ValueError: if there is no model, or the new one is not like those before it.
         """
-        require_alike(self._like, new)
+        if self.count == 0:
+            raise ValueError("a soup needs at least one model")
+        if new is not None:
+            require_alike(self._like, new)
+        count = self.count + (new is not None)
         return {
-            name: ((total + new[name]) / (self.count + 1)).to(new[name].dtype)
+            name: ((total if new is None else total + new[name]) / count).to(self._like[name].dtype)
             for name, total in self._total.items()
         }
 

@@ -114,10 +114,7 @@ def cam_mask(kind: Mask, relevance_BP: Tensor, threshold: float) -> Tensor:
 def donors(method: MethodConfig, draws: Draws, relevance_BP: Tensor | None) -> Tensor:
     """Return the counterfactuals' index map (rft/method/refill.py), int64 (B, P).
 
-    Args:
-        method: which mask.
-        draws: of these images.
-        relevance_BP: their normalised CAM; None where masks are random.
+    `relevance_BP` is their normalised CAM; None where masks are random.
     """
     mask_BP = draws.mask_BP
     if method.needs_cam:

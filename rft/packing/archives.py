@@ -57,11 +57,13 @@ def validation_classes(devkit: Path) -> list[str]:
     truth, meta = _devkit_files(devkit)
     try:
         synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        # meta.mat lists the synsets above the classes too
         leaves = synsets[synsets["num_children"] == 0]
         wnids = dict(zip(map(int, leaves["ILSVRC2012_ID"]), map(str, leaves["WNID"]), strict=True))
     except Exception as error:  # scipy's parser slips in many ways on damaged files
         what = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{devkit}: meta.mat cannot be read: {what}") from error
+    # a byte that is no ASCII fails below, with the number of its image
     lines = truth.decode("ascii", "replace").split()
     for number, line in enumerate(lines, start=1):
         if not re.fullmatch(r"\d+", line) or int(line) not in wnids:
@@ -82,6 +84,7 @@ def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
         # whole and at once (2.5 MB): only then its checksum is looked at
         with local.reader(devkit) as stream, gzip.open(stream) as unpacked:
             data = unpacked.read(DEVKIT_BYTES + 1)
+    # of gzip: a wrong magic number or checksum, a cut file, a damaged stream
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{devkit} is damaged: {error}; get it again") from error
     if len(data) > DEVKIT_BYTES:

@@ -37,6 +37,7 @@ DEFINE_RESTART_INTERVAL = 0xDD
 NOT_IN_SKELETON = frozenset({0x00, 0x01, *RESTARTS, START_OF_IMAGE, FILL, DEFINE_RESTART_INTERVAL})
 # places that may end a scan, each of which takes eight bytes while they are looked at
 FILLS = 2**24
+# by the byte behind a 0xFF: a stuffed one, a restart and a fill byte do not end a scan
 ENDS_SCAN = ~np.isin(np.arange(256), [0x00, *RESTARTS, FILL])
 SWAPS_SIDES = range(5, 9)  # EXIF orientations that exchange width and height
 
@@ -154,6 +155,7 @@ def _decode_coarsely(
     """Decode an image, a JPEG at an eighth of its size (it still reads all of it)."""
     image, header = open_checked(data, name, treatment.border, max_pixels)
     with pillow_errors(name):
+        # grey and small is the cheapest that libjpeg has; PNG and WebP ignore it
         image.draft("L", (1, 1))
         image.load()
         treated = as_photo(image, data)[1] if treatment.photo else Treated()
@@ -170,6 +172,7 @@ def jpeg_skeleton(data: bytes) -> bytes | None:
         return None
     # found at once by numpy: a loop over the file costs as much as decoding it
     array = np.frombuffer(data, dtype=np.uint8)
+    # without the last byte, which has none behind it
     may_end = array[:-1] == FILL
     if np.count_nonzero(may_end) > FILLS:
         return None
@@ -183,10 +186,12 @@ def jpeg_skeleton(data: bytes) -> bytes | None:
             return b"".join(segments)
         length = int.from_bytes(data[position + 2 : position + 4])
         end = position + 2 + length
+        # a length counts its own two bytes
         if marker in NOT_IN_SKELETON or length < 2 or end > len(data):
             return None
         segments.append(data[position:end])
         position = end
+        # behind its header lies the scan's data, up to a marker that ends it
         if marker == START_OF_SCAN:
             following = int(np.searchsorted(scan_ends, position))
             if following == len(scan_ends):

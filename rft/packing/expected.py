@@ -17,6 +17,7 @@ IMAGENET_CLASSES = 1000
 
 def is_imagenet(labels: LabelSpace) -> bool:
     """Whether the class ids are ImageNet-1k's, in its order."""
+    # the length first: it spares other label spaces the reading of ImageNet's lists
     return len(labels) == IMAGENET_CLASSES and labels.ids == LabelSpace.imagenet().ids
 
 

@@ -111,6 +111,7 @@ def folders_read(dataset: str, source: Path) -> list[Path]:
     """
     known = _described(dataset)
     found = _places(known, source)
+    # ImageNet's folders may hold its other forms, so each of them may be read
     if known.archive is None:
         found = found[:1]
     return [place / "images" if dataset == "objectnet" else place for place in found]
@@ -136,6 +137,8 @@ def _imagenet(known: ImageSet, source: Path, class_of: Mapping[str, int], links:
     archives = [path for path in archives if path.is_file()]
     is_train = known.name == TRAIN_SET
     in_files = _class_tars_in if is_train else _flat_files_in
+    # tried one after the other, so a form that fits ends the search; of tars and flat files the
+    # source itself may be the folder
     attempts = chain(
         (_class_folders_in(root, class_of, links) for root in candidates),
         (in_files(root, source, class_of, links) for root in (*candidates, source)),
@@ -171,6 +174,7 @@ def _class_tars_in(
     if not present:
         return None
     _require_same(root, list(present), class_of)
+    # a file that is no link lies where its folder lies
     for path in (root, *filter(Path.is_symlink, present.values())):
         links.look(path)
     images = _in_threads(lambda name: _tarred_images(present[name], f"{name}/"), present)
@@ -194,6 +198,7 @@ def _flat_files_in(
     # with one that is none of the published names, the listing is refused
     if not any(VALIDATION_NAME.fullmatch(entry.name) for entry in files_here):
         return None
+    # the name twice: `_by_truth` puts the class in front of the first, the second names the file
     images = [Found(entry.name, entry.stat().st_size, entry.name) for entry in files_here]
     by_class, devkit = _by_truth(root, images, [root, root.parent, source], class_of)
     for path in (root, *(entry for entry in files_here if entry.is_symlink())):

@@ -22,7 +22,7 @@ SYSTEM_NAMES = (
     # Synology, QNAP, NetApp
     *("@eaDir", "#recycle", "#snapshot", "@tmp", "@SynoResource"),
     *("@Recycle", "@Recently-Snapshot", "@__thumb", "~snapshot"),
-    # macOS, and its files on servers
+    # macOS, and its files on servers; a folder's icon has a name that ends in a carriage return
     *("__MACOSX", "Icon\r", "Network Trash Folder", "Temporary Items"),
     # Windows; a disk's own folder on Linux
     *("Thumbs.db", "Thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),
@@ -33,6 +33,7 @@ SYSTEM_NAMES = (
 # hidden files, of which "._x.jpg" is macOS's for x.jpg; streams that became files of their own
 SYSTEM_PATTERNS = (
     *("._*", ".*", "*@SynoEAStream", "*@SynoResource", "*:Zone.Identifier"),
+    # what Windows' chkdsk rescued, Lightroom's previews
     *("found.[0-9][0-9][0-9]", "*.lrdata"),
 )
 THUMBNAILS = re.compile(r"[\W_]*thumb(nail)?s?[\W_]*")
@@ -45,7 +46,9 @@ def passed_over(name: str, ignore: Iterable[str] = ()) -> str:
     That is a system's name, or a pattern of `ignore` (of `fnmatch`, in any case of letters).
     """
     plain = composed(name).casefold()
+    # the user's patterns first: one that is counted nowhere is warned of
     for pattern in (*ignore, *SYSTEM_PATTERNS):
+        # both in folded case, because fnmatch.fnmatch ignores case only on Windows
         if fnmatch.fnmatchcase(plain, composed(pattern).casefold()):
             return pattern
     return _SYSTEM.get(plain, "")
@@ -104,6 +107,7 @@ class Links:
         """Return the number of them and the first in one line; nothing if there are none."""
         if not self._found:
             return ""
+        # the first by name below, because folders are listed in threads, in any order
         several = len(self._found) > 1
         count = f"{len(self._found):,} links lead" if several else "a link leads"
         return (
@@ -126,6 +130,7 @@ def regular_size(entry: "os.PathLike[str]", links: Links | None = None) -> int:
         try:
             status = os.stat(path)  # noqa: PTH116
         except OSError as error:
+            # no target, or links in a circle; a target that may not be looked at is no broken link
             if error.errno not in (errno.ENOENT, errno.ELOOP):
                 raise
             raise ValueError(f"{path} is a broken link; remove it, or restore its target") from None

@@ -40,6 +40,7 @@ def objectnet_groups(mappings: Path, num_classes: int) -> dict[str, tuple[int, .
     groups: dict[str, tuple[int, ...]] = {}
     folder_of_class: dict[int, str] = {}
     for folder, label in sorted(folder_to_label.items()):
+        # 200 of the 313 folders show what ImageNet has no class for
         if label not in label_to_names:
             continue
         members = []

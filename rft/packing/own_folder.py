@@ -42,7 +42,7 @@ from rft.text import printable, shown
 
 TRAIN = "train"
 NAMED = 6  # files and folders that are not read and named
-DEPTH = 64  # of folders in a class folder
+DEPTH = 64  # of folders in a class folder; os.walk recurses in Python 3.11
 TAIL = 4096  # bytes at the end of an image file: enough to tell nearly all of one size apart
 
 
@@ -102,6 +102,7 @@ def read_folder(
     level, shapes = read_levels(source, ignore)
     splits = find_splits(source, shapes, ids)
     folders = {name: source / folder for name, folder in splits.items()} or {TRAIN: source}
+    # the training folder first: without --classes its folders are the label space of all
     trees = {TRAIN: _read_tree(folders.pop(TRAIN), ids, ignore, links, is_split=bool(splits))}
     warnings = [] if labels else doubtful_folders(trees[TRAIN].root, trees[TRAIN].classes)
     labels = labels or name_classes(trees[TRAIN].classes)
@@ -113,6 +114,7 @@ def read_folder(
         sources = [_source(name, tree, labels) for name, tree in trees.items()]
     else:
         sources = _hold_out(trees[TRAIN], labels, test_share, split_seed)
+    # without splits the source is the only tree's root, and `_read_tree` has counted it
     passed = Counter(level.passed if splits else ())
     unread = not_read(level, splits.values(), ignore) if splits else []
     for tree in trees.values():
@@ -195,6 +197,7 @@ def _hold_out(tree: Tree, labels: LabelSpace, share: float, seed: int) -> list[S
     held: set[str] = set()
     for name, images in sorted(tree.classes.items()):
         held |= choose_test([image.path for image in images], share, seed, name)
+    # keys are made for both together, so train and test share none
     whole = _source(TRAIN, tree, labels)
     train = tuple(item for item in whole.items if item.path not in held)
     test = tuple(item for item in whole.items if item.path in held)
@@ -215,6 +218,7 @@ def choose_test(paths: Sequence[str], share: float, seed: int, name: str) -> fro
             f"class folder {name!r} has one image, too few to hold some out; add images or set "
             f"--test-share 0"
         )
+    # not this module's name: a different text would hold out different images
     salt = hashlib.blake2b(f"rft.data.folder {seed}".encode()).digest()
 
     def position(path: str) -> tuple[bytes, str]:
@@ -236,6 +240,7 @@ def same_bytes(sources: Sequence[Source]) -> SameBytes:
     found = SameBytes([], [])
     for _, places in sorted(by_size.items()):
         for group in _equal_files(places):
+            # compared with the first of each set and class alone: all pairs would be many
             first: dict[tuple[str, int], Place] = {}
             for place in group:
                 known = first.values()
@@ -292,6 +297,7 @@ def _read_class(
     images = []
     seen: set[str] = set()
     for folder, below, names in os.walk(root / name, followlinks=True, onerror=_raise):
+        # links may lead round in a circle, or two of them to one folder
         place = os.path.realpath(folder)
         if Path(folder).is_symlink():
             links.look(folder)
@@ -303,6 +309,7 @@ def _read_class(
         patterns = {entry: passed_over(entry, ignore) for entry in (*below, *names)}
         patterns |= {entry: patterns[entry] or thumbnails(entry) for entry in below}
         passed.update(filter(None, patterns.values()))
+        # in place: os.walk descends into what is left of the list
         below[:] = sorted(entry for entry in below if not patterns[entry])
         paths = [Path(folder) / entry for entry in names if not patterns[entry]]
         for path in (*(Path(folder) / entry for entry in below), *paths):
@@ -312,6 +319,7 @@ def _read_class(
             if has_image_suffix(path.name):
                 images.append(Found(path.relative_to(root).as_posix(), size))
             else:
+                # collected, so that one error names --ignore for every kind of file
                 foreign.append(path)
     return sorted(images)
 
@@ -331,7 +339,7 @@ def _not_images(foreign: Sequence[Path]) -> ValueError:
 
 
 def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -> list[str]:
-    """Say what was not read and why, one line each."""
+    """List the files that were not read, by reason, one line each."""
     notes = []
     if passed:
         counts = (

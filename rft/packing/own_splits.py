@@ -26,9 +26,11 @@ WORDS = {
     "test": "test|testing",
     "val": "val|valid|validate|validation|dev|development|eval|evaluation|holdout|heldout",
 }
+# words beside the role that change nothing, as in `test_set` and `imgs_train`
 NEUTRAL = "(?:set|data|dataset|split|folder|images?|imgs?|pics|pictures?|photos?|samples|examples)?"
 NAMES = {role: re.compile(f"{NEUTRAL}(?:{words}){NEUTRAL}") for role, words in WORDS.items()}
 BETWEEN_WORDS = re.compile(r"[\s_.-]+")
+# also divides at capitals, as in `trainA`; digits and signs are no part of a word
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_]+")
 DEEPEST = 20  # levels looked through for a hint: links may lead round in a circle
 
@@ -107,11 +109,12 @@ def find_splits(source: Path, shapes: Sequence[Level], ids: Collection[str]) -> 
 
     Returns:
         Folder names by the name of the set they become: train, test and, if there are both a test
-        and a validation split, val. None if the folders are classes.
+        and a validation split, val. Empty if the folders are classes.
 
     Raises:
         ValueError: if folders look like splits and cannot be told apart.
     """
+    # `_choose` relies on this order
     named: dict[str, list[Level]] = {"train": [], "test": [], "val": []}
     for shape in shapes:
         if found := role(shape.name):
@@ -138,6 +141,7 @@ def splits_beside(source: Path) -> list[str]:
     folder = source.resolve()
     if role(folder.name) != "train":
         return []
+    # the folder above may be unreadable, and this is only a hint
     with contextlib.suppress(OSError), os.scandir(folder.parent) as entries:
         names = [entry.name for entry in entries if entry.is_dir()]
         return sorted(name for name in names if role(name) in ("test", "val"))
@@ -182,6 +186,7 @@ def _require_no_sets(source: Path, shapes: Sequence[Level], ends: Sequence[Level
     sets = [end for end in ends if end.is_split_like]
     for one, two in combinations(sets, 2):
         common = sorted(set(one.folders) & set(two.folders))
+        # one name in common may be chance
         if len(common) > 1:
             names = [str(end.path.relative_to(source)) for end in (one, two)]
             direct = one.path.parent == two.path.parent == source
@@ -233,6 +238,7 @@ def _split_on_the_way(top: Level, end: Level) -> Path | None:
     `end` is where the single folders in the class folder `top` end.
     """
     below = [place for place in (end.path, *end.path.parents) if place.is_relative_to(top.path)]
+    # from the outermost inwards, without the class folder itself
     for place in reversed(below[:-1]):
         if role(place.name):
             return place
@@ -260,6 +266,7 @@ def not_read(level: Level, splits: Collection[str], ignore: Sequence[str]) -> li
     entries = []
     for name in sorted(set(level.folders) - set(splits)):
         count = 0
+        # links are not followed: the count is a hint, and they may lead round in a circle
         for _, below, names in os.walk(level.path / name):
             below[:] = [folder for folder in below if not passed_over(folder, ignore)]
             count += sum(has_image_suffix(one) and not passed_over(one, ignore) for one in names)
@@ -283,6 +290,7 @@ def _choose(source: Path, named: Mapping[str, Sequence[Level]]) -> dict[str, str
                 f"name the classes with --classes if it is one"
             )
     found = [shapes[0].name for shapes in named.values() if shapes]
+    # without a test split the validation split is second, and becomes the test set
     return dict(zip(("train", "test", "val"), found, strict=False))
 
 
@@ -330,9 +338,11 @@ def doubtful_folders(root: Path, classes: Mapping[str, Sequence[Found]]) -> list
                 f"({names}{', ...' if below[3:] else ''}); if those are the classes, give --source "
                 f"{root / place}"
             )
+        # without the class folder itself, which comes first
         between = {part for folder in folders for part in folder.split("/")[1:]}
         if splits := sorted(filter(role, between)):
             within.append((root / name, ", ".join(map(shown, splits[:3]))))
+    # one line for all classes, because each class may hold a split
     for place, names in within[:1]:
         others = f" (and in {len(within) - 1:,} more)" if within[1:] else ""
         found.append(

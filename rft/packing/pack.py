@@ -151,6 +151,7 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
         mine = jobs[index::count]
         todo = [job for job, commit in zip(mine, _commits(mine), strict=True) if commit is None]
         _write_shards(source.dataset, todo, options.workers, options.max_bad)
+    # of all tasks: the one that ends last finds every record and completes the set
     found = _commits(jobs)
     commits = [commit for commit in found if commit is not None]
     missing = len(found) - len(commits)
@@ -216,6 +217,7 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> PackPlan:
 
 def shuffle(items: Sequence[Item], seed: int) -> list[Item]:
     """Return the items sorted by a hash of seed and key: no library version can change that."""
+    # not this module's name: a different text would reorder every packed set
     salt = hashlib.blake2b(f"rft.data.pack {seed}".encode()).digest()
 
     def position(item: Item) -> tuple[bytes, str]:
@@ -258,7 +260,9 @@ def claim(plan: PackPlan, url: str, *, create: bool = True) -> None:
     fs, folder = files.open_store(url)
     if isinstance(fs, LocalFileSystem):
         local.require_own_folder(Path(folder), "--out")
+        # records are written through commit/, which a link could lead elsewhere
         local.require_no_links(Path(folder), [COMMITS])
+    # a packer killed in its first write leaves a temporary file and no plan
     names = [name for name in file_sizes(url) if not files.TEMPORARY.fullmatch(name)]
     if PLAN in names:
         found = files.read_document(plan_url, dict)
@@ -267,6 +271,7 @@ def claim(plan: PackPlan, url: str, *, create: bool = True) -> None:
         changes = "; ".join(files.difference(found, plan.parameters))
         records = file_sizes(files.join(url, COMMITS))
         shards = {*names, *records} - {PLAN, COMMITS}
+        # an empty commit/ and temporary files hold no data of that plan
         if any(not files.TEMPORARY.fullmatch(name) for name in shards) or not create:
             raise ValueError(
                 f"{url} holds another plan ({changes}); choose another --out or delete that folder"
@@ -291,6 +296,7 @@ def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int =
     quarantined = [(commit.shard.name, entry) for commit in commits for entry in commit.quarantined]
     if len(quarantined) > max_bad:
         raise too_many([entry for _, entry in quarantined], max_bad)
+    # np.bytes_ makes ASCII bytes of the keys, each as long as the longest
     columns = {
         name: np.array(
             [value for commit in commits for value in getattr(commit.columns, name)], dtype
@@ -318,6 +324,7 @@ def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int =
             compact_json({**asdict(entry), "shard": name}) + b"\n" for name, entry in quarantined
         ]
         files.write_bytes(files.join(url, QUARANTINE), b"".join(lines))
+    # before the manifest: a rerun finds the set complete and would leave them
     _remove_temporaries(url)
     manifest.save(url)
     return manifest
@@ -327,6 +334,7 @@ def side_files(manifest: Manifest) -> dict[str, str]:
     """Return the files that let timm, open_clip and CLIP_benchmark read the shards."""
     names = [shard.name for shard in manifest.shards]
     lengths = [shard.samples for shard in manifest.shards]
+    # the names of splits in timm's own sets
     split = "train" if manifest.dataset.split("-")[-1] == "train" else "validation"
     info = {
         "name": split,
@@ -336,8 +344,11 @@ def side_files(manifest: Manifest) -> dict[str, str]:
         "alt_label": "",
     }
     return {
+        # timm
         "_info.json": json.dumps({"splits": {split: info}}, indent=2) + "\n",
+        # open_clip
         "sizes.json": json.dumps(dict(zip(names, lengths, strict=True)), indent=2) + "\n",
+        # CLIP_benchmark
         "nshards.txt": f"{len(names)}\n",
         "classnames.txt": "\n".join(manifest.classes) + "\n",
         "zeroshot_classification_templates.txt": "\n".join(manifest.templates) + "\n",
@@ -357,7 +368,7 @@ def parse_task(text: str) -> tuple[int, int]:
 
 
 def _check(options: Options) -> tuple[int, int]:
-    """Return the task, or say which option is wrong."""
+    """Return the task (I, N), or raise for options that contradict each other."""
     if options.finalize and options.task is not None:
         raise ValueError("--finalize writes no shards, so it goes without --task")
     return parse_task(options.task or "0/1")
@@ -371,6 +382,7 @@ def _is_complete(plan: PackPlan, url: str, max_bad: int) -> bool:
     if (
         manifest.plan_hash != plan.hash
         or len(manifest.shards) != len(plan.shards)
+        # by size alone: tools/verify_shards.py --deep reads every byte
         or any(sizes.get(shard.name) != shard.bytes for shard in manifest.shards)
     ):
         return False
@@ -406,6 +418,7 @@ def _write_shards(title: str, jobs: Sequence[ShardJob], workers: int | None, max
     bad: list[Quarantined] = []
     with (
         progress(title, "samples", sum(len(job.items) for job in jobs)) as advance,
+        # an error below would leave the generator open, and its workers running
         closing(each_done(write_shard, jobs, workers)) as results,
     ):
         for _, commit in results:
@@ -419,5 +432,6 @@ def _remove_temporaries(url: str) -> None:
     """Delete what killed runs left of shards and records; all are committed, none is needed."""
     for folder in (url, files.join(url, COMMITS)):
         for name in file_sizes(folder):
+            # not those of index and manifest, which a second run of this task may be writing
             if files.TEMPORARY.fullmatch(name) and re.match(r"\.\d{6}\.", name):
                 files.remove(files.join(folder, name))

@@ -56,7 +56,9 @@ def each_done(
         return
     # fork would copy locks that fsspec's or rich's threads may hold
     context = multiprocessing.get_context("forkserver")
+    # each worker runs the command's own file, which imports rft.cli: loaded once for all of them
     context.set_forkserver_preload(["rft.cli", work.__module__])
+    # children that the caller has already are not ended here
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
     try:
@@ -64,6 +66,7 @@ def each_done(
         for future in as_completed(futures):
             yield futures[future], future.result()
     except KeyboardInterrupt:
+        # workers ignore Ctrl-C, and the pool would wait for the jobs they are at
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         raise
@@ -72,6 +75,7 @@ def each_done(
             "a worker process was killed (out of memory?); run again with fewer --workers"
         ) from error
     finally:
+        # jobs that workers have been given are waited for, all others are cancelled
         pool.shutdown(cancel_futures=True)
 
 
@@ -105,6 +109,7 @@ def _attempt(work: Callable[[Task], Result], job: Task) -> Result:
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `end` may still be called here
     except _Ended:
+        # an exception would reach the parent as the job's result, and this worker would take more
         os._exit(1)
 
 
@@ -119,6 +124,7 @@ def _start_worker() -> None:
 
     def exit_with_parent() -> None:
         parent.join()
+        # sys.exit would end this thread alone
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -27,9 +27,10 @@ from rft.shards.manifest import Shard
 from rft.storage import files, local
 from rft.storage.documents import Count, Sha256, Text, document
 
-NAMED_IN_ERRORS = 3
-COMMIT_BYTES = 2**28
+NAMED_IN_ERRORS = 3  # images that cannot be read
+COMMIT_BYTES = 2**28  # three times the record of all of ImageNet in one shard
 COMMIT_VALUES = 20_000_000  # all of ImageNet in one shard has 9 million
+# printable ASCII without spaces
 Key = Annotated[str, Field(min_length=1, max_length=10_000, pattern="^[\\x21-\\x7e]+$")]
 
 
@@ -45,6 +46,7 @@ class Quarantined:
 class Columns:
     """A shard's rows of the index, by column (see `rft.shards.index.Index`)."""
 
+    # the bounds of the types in `rft.shards.index.COLUMNS`
     offset: tuple[Count, ...]
     length: tuple[Annotated[Count, Field(lt=2**32)], ...]
     crc32: tuple[Annotated[Count, Field(lt=2**32)], ...]
@@ -169,6 +171,7 @@ def _write(job: ShardJob) -> Commit:
                 encoded = _encode(job, item, bad)
                 if encoded is not None:
                     rows.append(write_sample(tar, item, job.classes[item.label], encoded))
+                    # without the payloads, which together are as large as the shard
                     packed.append(encoded._replace(payload=b""))
         _require_plan(job)
     shard = Shard(
@@ -191,6 +194,7 @@ def _write(job: ShardJob) -> Commit:
         quarantined=tuple(bad),
         statistics=statistics,
     )
+    # after the tar has its name: a record never precedes what it describes
     files.write_bytes(job.commit_url, compact_json(asdict(commit)))
     return commit
 
@@ -237,7 +241,8 @@ def write_sample(
 
 def file_sizes(url: str) -> dict[str, int]:
     """Return name -> bytes for a folder's entries, as the store sees it now; absent is empty."""
-    entries = files.listing(url)  # other tasks write here too
+    # never a cached listing, because other tasks write here too
+    entries = files.listing(url)
     return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in entries}
 
 
@@ -247,7 +252,7 @@ def compact_json(document: Any) -> bytes:
 
 
 def _encode(job: ShardJob, item: Item, bad: list[Quarantined]) -> encode.Encoded | None:
-    """Return an image's payload, or None if it cannot be read, which `bad` then tells."""
+    """Return an image's payload, or None if it cannot be read; `bad` then has the reason."""
     name = where(job.root, item)
     try:
         require_affordable(item.bytes, name, job.max_pixels)
@@ -264,8 +269,10 @@ def _leave_out(job: ShardJob, item: Item, bad: list[Quarantined], error: ValueEr
     """Note an image that cannot be packed, or refuse it as one more than may be left out."""
     if job.max_bad == 0:
         raise ValueError(f"{error}; --max-bad N leaves out up to N such images") from error
+    # without the source's folder: records are the same wherever the source lies
     reason = str(error).removeprefix(where(job.root, item)).strip()
     bad.append(Quarantined(path=item.path, reason=reason))
+    # of this shard alone; `rft.packing.pack` adds up those of all shards
     if len(bad) > job.max_bad:
         raise too_many(bad, job.max_bad) from error
 

@@ -34,6 +34,7 @@ class ShardWriter:
 
         Members are called `key.suffix`; `described` has the other ones' content by suffix.
         """
+        # in two calls, because the writer sorts the members of one call by suffix
         self._tar.write({"__key__": key, **described})
         self._tar.write({"__key__": key, suffix: payload})
         # the stream is behind by what the writer buffers

@@ -108,6 +108,7 @@ def require_apart(folders: Iterable[Path], out: str, datasets: Iterable[str]) ->
         ValueError: naming both folders.
     """
     fs, path = files.open_store(out)
+    # images are local files, so a remote set cannot lie among them
     if not isinstance(fs, LocalFileSystem):
         return
     targets = [Path(path) / dataset for dataset in datasets]

@@ -26,15 +26,8 @@ from rft.packing.pool import for_each
 from rft.shards import tar
 from rft.shards.folder import PLAN, QUARANTINE
 from rft.shards.image_files import IMAGE_SUFFIXES, require_affordable
-from rft.shards.images import (
-    Encoding,
-    is_array,
-    is_source,
-    load_image,
-    npy_header,
-    payload_treatment,
-)
-from rft.shards.index import COLUMNS, Index
+from rft.shards.images import Encoding, load_image, npy_header, payload_of
+from rft.shards.index import Index
 from rft.shards.label_space import scoring_hash
 from rft.shards.manifest import Manifest, Shard, group_faults, note_other_stores
 from rft.storage import documents, files
@@ -99,7 +92,7 @@ class RecordedPlan:
 
 
 class Row(NamedTuple):
-    """A row of the index, as Python's own values (`rft.shards.index.COLUMNS`)."""
+    """A row of the index, as Python's own values (`rft.shards.index.Index`)."""
 
     offset: int
     length: int
@@ -151,6 +144,7 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
         report.add(f"index.npz cannot be used: {error}")
         index = None
     else:
+        # np.bincount refuses negative labels, and larger ones would lengthen the list
         in_range = index.label[(index.label >= 0) & (index.label < len(manifest.classes))]
         report.per_class = np.bincount(in_range, minlength=len(manifest.classes)).tolist()
         report.problems += check_index(manifest, index)
@@ -160,6 +154,7 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
     names = {shard.sha256: shard.name for shard in manifest.shards}
     found = for_each("shards", check_shard, checks, workers)
     for check, (sha256, problems) in zip(checks, found, strict=True):
+        # shards in each other's place give one line each, not one for every sample
         if sha256 != check.shard.sha256 and sha256 in names:
             report.add(f"holds the bytes of {names[sha256]}", check.shard.name)
         else:
@@ -186,6 +181,7 @@ def check_index(manifest: Manifest, index: Index) -> Iterator[Problem]:
 
 def _within(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return the rows of one shard among ascending ones of the whole set."""
+    # no row, in a shard of which every image was left out, finds none
     first, last = (rows[0], rows[-1]) if len(rows) else (0, -1)
     return found[np.searchsorted(found, first) : np.searchsorted(found, last, side="right")]
 
@@ -196,12 +192,14 @@ def _misplaced(index: Index, rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
     # as floats, because a damaged uint64 would wrap around
     starts = index.offset[rows].astype(np.float64)
     ends = starts + np.ceil(index.length[rows] / tar.BLOCK) * tar.BLOCK
+    # byte 0 of a tar is a header
     aligned = (index.offset[rows] % tar.BLOCK == 0) & (index.offset[rows] > 0)
     empty = (index.width[rows] == 0) | (index.height[rows] == 0)
     _, first = np.unique(index.key[rows], return_index=True)
     return [
         (rows[~aligned], "no payload of a tar can start here"),
         (rows[empty], "its image has no pixels: width or height is 0"),
+        # between two payloads lies at least the header block of the second
         (rows[1:][starts[1:] < ends[:-1] + tar.BLOCK], "overlaps the sample before it"),
         (np.delete(rows, first), "its key occurs more than once in this shard"),
     ]
@@ -213,6 +211,7 @@ def check_shard(check: Check) -> tuple[str, list[Problem]]:
         with open_whole(check.place, check.size) as (stream, sha256):
             return sha256, list(_check_bytes(stream, sha256, check))
     except (ValueError, OSError) as error:
+        # one problem more, because the other shards are still to be checked
         return "", [Problem(shard=check.shard.name, what=str(error))]
 
 
@@ -229,6 +228,7 @@ def _check_bytes(stream: IO[bytes], sha256: str, check: Check) -> Iterator[Probl
     rows = _rows(check.index)
     for row in rows:
         differences = [*_check_payload(stream, row, check)]
+        # behind a damaged header no member is known, which would be a problem of every row
         if row.offset < end:
             differences += _check_members(stream, members.get(row.key, {}), row, check)
         for what in differences:
@@ -265,7 +265,7 @@ def _check_members(
     stream: IO[bytes], found: dict[str, tar.Member], row: Row, check: Check
 ) -> Iterator[str]:
     """Yield what is wrong with the members of one row's key."""
-    suffixes = frozenset({"npy"}) if is_array(check.encoding) else IMAGE_SUFFIXES
+    suffixes = frozenset({"npy"}) if payload_of(check.encoding).is_array else IMAGE_SUFFIXES
     is_payload = False
     for suffix, member in found.items():
         if suffix in check.rule.ignore:
@@ -303,6 +303,7 @@ def _check_label(
 def _check_payload(stream: IO[bytes], row: Row, check: Check) -> Iterator[str]:
     """Yield what is wrong with the bytes of one row."""
     encoding, max_pixels = check.encoding, check.rule.max_pixels
+    payload = payload_of(encoding)
     # not read and counted: what is read is allocated first
     there = min(max(stream.seek(0, os.SEEK_END) - row.offset, 0), row.length)
     if there != row.length:
@@ -314,14 +315,14 @@ def _check_payload(stream: IO[bytes], row: Row, check: Check) -> Iterator[str]:
         data = stream.read(row.length)
         if zlib.crc32(data) != row.crc32:
             yield "damaged bytes: they do not have the crc32 of the index"
-        elif is_array(encoding):
+        elif payload.is_array:
             header = npy_header(encoding["size"])
             if not data.startswith(header) or len(data) != len(header) + 3 * encoding["size"] ** 2:
                 yield "the payload is no array of pixels of the set's size"
         else:
-            image = load_image(data, "the payload", payload_treatment(encoding), max_pixels)
+            image = load_image(data, "the payload", payload.treatment, max_pixels)
             side = encoding.get("size")
-            size = (row.width, row.height) if is_source(encoding) else (side, side)
+            size = (row.width, row.height) if payload.is_source else (side, side)
             if image.size != size:
                 yield f"the image has {image.size} pixels, not {size}"
     except ValueError as error:
@@ -345,6 +346,7 @@ def _read_plan(url: str, manifest: Manifest, report: Report) -> RecordedPlan:
     scoring = scoring_hash(
         manifest.class_ids, manifest.classes, manifest.templates, manifest.groups
     )
+    # the plan's hash covers ids, which older manifests lack
     if manifest.class_ids and plan.labels not in (None, scoring):
         report.add(f"its classes, prompts or groups are not those of plan.json: {edited}")
     # a reader would treat or crop the images in another way than the packer meant
@@ -427,10 +429,10 @@ def _size_or_reason(url: str) -> int | str:
 
 
 def _part(index: Index, start: int, stop: int) -> Index:
-    return Index(**{name: getattr(index, name)[start:stop] for name in COLUMNS})
+    return Index(**{name: getattr(index, name)[start:stop] for name in Row._fields})
 
 
 def _rows(index: Index) -> list[Row]:
-    columns = {name: getattr(index, name).tolist() for name in COLUMNS}
+    columns = {name: getattr(index, name).tolist() for name in Row._fields}
     columns["key"] = [key.decode("ascii", "replace") for key in columns["key"]]
     return list(map(Row, *columns.values()))

@@ -20,11 +20,9 @@ def checkpoint_path(path: Path) -> Path:
     return path / SELECTED if path.is_dir() else path
 
 
-def results_path(checkpoint: Path) -> Path:
-    """Return where the counts of a run folder or weights file are kept."""
-    if checkpoint.is_dir():
-        return checkpoint / filenames.RESULTS
-    return checkpoint.with_suffix(f".{filenames.RESULTS}")
+def results_path(checkpoint: Path, name: str = filenames.RESULTS) -> Path:
+    """Return where the counts, or other results, of a run folder or weights file are kept."""
+    return checkpoint / name if checkpoint.is_dir() else checkpoint.with_suffix(f".{name}")
 
 
 def require_no_links(folder: Path) -> None:

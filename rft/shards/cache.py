@@ -12,13 +12,12 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Set
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from rft.shards.manifest import Shard
 from rft.storage import local
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 HASH = re.compile("[0-9a-f]{64}")
 WHOLE, PART = re.compile(rf"({HASH.pattern})\.tar"), re.compile(rf"\.{HASH.pattern}\.part")
 
@@ -38,15 +37,6 @@ class Folder:
                 f"another --loader.cache-dir"
             ) from error
 
-    def names(self) -> list[str]:
-        """Return the names of the cache's own files."""
-        names = os.listdir(self.descriptor)  # noqa: PTH208 - a descriptor is no path
-        return [name for name in names if WHOLE.fullmatch(name) or PART.fullmatch(name)]
-
-    def status(self, name: str) -> os.stat_result:
-        """Look at a file, or at a link itself."""
-        return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
-
     def open(self, name: str, flags: int) -> int:
         """Open a regular file and return its descriptor.
 
@@ -58,10 +48,6 @@ class Folder:
             return local.open_regular(name, flags | os.O_NOFOLLOW, self.descriptor)
         except ValueError as error:
             raise ValueError(f"in the cache folder {self.path}: {error}") from error
-
-    def rename(self, name: str, final: str) -> None:
-        """Give a file another name."""
-        os.rename(name, final, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
 
     def delete(self, name: str) -> None:
         """Delete a file if it exists, and free its space even where a process has it open."""
@@ -114,7 +100,6 @@ class Cache:
             raise ValueError(f"cannot make the cache folder {folder}: {error.strerror}") from error
         self.folder = folder.resolve()  # a link of the user's own is followed here, and only here
         self.limit = limit
-        self.refusals = 0
 
     def path(self, shard: Shard) -> Path:
         """Return where a shard is kept.
@@ -137,7 +122,7 @@ class Cache:
 
         The owner of a file can put other pixels with fitting checksums into it at any time.
         """
-        with suppress(FileNotFoundError), self._opened() as folder:
+        with suppress(FileNotFoundError), closing(Folder(self.folder)) as folder:
             descriptor = folder.open(self.path(shard).name, os.O_RDONLY)
             if os.fstat(descriptor).st_uid in (os.geteuid(), 0):
                 return descriptor
@@ -146,77 +131,54 @@ class Cache:
 
     def drop(self, shard: Shard) -> None:
         """Delete a shard's file and free its space, even where a process has it open."""
-        with suppress(FileNotFoundError), self._opened() as folder:
+        with suppress(FileNotFoundError), closing(Folder(self.folder)) as folder:
             folder.delete(self.path(shard).name)
 
     def begin(self, shard: Shard, *, keep: Set[str], known: Set[str]) -> "Part | None":
         """Reserve space for a shard; None if it exists, is another process's, or does not fit.
 
-        Args:
-            shard: the shard to be filled.
-            keep: sha256 of the shards that must stay.
-            known: sha256 of all shards of this data set.
+        `keep` has the sha256 of the shards that must stay, `known` of all shards of this data set.
 
         Raises:
             ValueError: if something else than a file of the cache is in its place.
+            OSError: if the disk has no room, or fails.
         """
         final = self.path(shard).name
         self.folder.mkdir(parents=True, exist_ok=True)
         folder = Folder(self.folder)
-        try:
-            part = Part(folder, f".{shard.sha256}.part", final)
-        except BaseException:
-            folder.close()
-            raise
-        if not _lock(part.descriptor) or not part.is_ours():
-            part.let_go()
-            return None
-        taken = False
-        try:
-            if not self.has(shard):
+        part = Part(folder, f".{shard.sha256}.part", final)
+        with ExitStack() as unless_taken:
+            unless_taken.callback(part.close)
+            if part.is_ours and not self.has(shard):
                 with folder.lock():
                     if self._make_room(folder, shard.bytes, part.name, keep, known):
                         _allocate(part.descriptor, shard.bytes)
-                        taken = True
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            self.refusals += 1
-        finally:
-            if not taken:
-                part.close()
-        return part if taken else None
+                        unless_taken.pop_all()
+                        return part
+        return None
 
     def trim(self, known: Set[str]) -> None:
         """Delete what is above the limit, which may be lower than it was in an earlier run."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._opened() as folder, folder.lock():
+        with closing(Folder(self.folder)) as folder, folder.lock():
             self._make_room(folder, 0, "", set(), known)
-
-    @contextmanager
-    def _opened(self) -> Iterator[Folder]:
-        folder = Folder(self.folder)
-        try:
-            yield folder
-        finally:
-            folder.close()
 
     def _make_room(
         self, folder: Folder, size: int, own: str, keep: Set[str], known: Set[str]
     ) -> bool:
         """Delete what may go until `size` bytes fit; False if they do not."""
         used, droppable = 0, []
-        for name in folder.names():
-            if name == own:
+        for name in os.listdir(folder.descriptor):  # noqa: PTH208 - a descriptor is no path
+            whole, part = WHOLE.fullmatch(name), PART.fullmatch(name)
+            if name == own or not (whole or part):
                 continue
             with suppress(FileNotFoundError):
-                status = folder.status(name)
+                status = os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False)
                 if not stat.S_ISREG(status.st_mode):
                     continue  # a different user's: it takes no room, and is refused when it is read
-                if PART.fullmatch(name) and _delete_abandoned(folder, name):
+                if part and _delete_abandoned(folder, name):
                     continue
                 used += status.st_size
-                whole = WHOLE.fullmatch(name)
                 if whole and whole[1] not in keep:
                     age = status.st_mtime_ns
                     order = (1, -age) if whole[1] in known else (0, age)
@@ -230,7 +192,9 @@ class Cache:
 
 
 class Part:
-    """A shard's file while it is being filled; the lock on its descriptor makes it ours.
+    """A shard's file while it is being filled, in an open folder that is closed with it.
+
+    The lock on its descriptor makes it ours; without the lock, `close` leaves the file as it is.
 
     Raises:
         ValueError: if the name is not that of a file which the cache alone has.
@@ -239,15 +203,16 @@ class Part:
     def __init__(self, folder: Folder, name: str, final: str) -> None:
         self.name = name
         self._folder, self._final = folder, final
-        self.descriptor = folder.open(name, os.O_RDWR | os.O_CREAT)
-        # written and cut at once: with another name it may be a file of the user's
-        if os.fstat(self.descriptor).st_nlink > 1:
-            os.close(self.descriptor)
-            raise ValueError(f"{folder.path / name} has a second name elsewhere; remove it")
-
-    def is_ours(self) -> bool:
-        """Whether the name is still that of the file that we have locked."""
-        return _is_named(self._folder, self.name, self.descriptor)
+        with ExitStack() as opened:
+            opened.callback(folder.close)
+            self.descriptor = folder.open(name, os.O_RDWR | os.O_CREAT)
+            opened.callback(os.close, self.descriptor)
+            # written and cut at once: with another name it may be a file of the user's
+            if os.fstat(self.descriptor).st_nlink > 1:
+                raise ValueError(f"{folder.path / name} has a second name elsewhere; remove it")
+            # between opening and locking, the process that had it may have published or deleted it
+            self.is_ours = _lock(self.descriptor) and _is_named(folder, name, self.descriptor)
+            self.let_go = opened.pop_all().close  # which leaves the file as it is
 
     def sha256(self) -> str:
         """Return the hash of what was written."""
@@ -257,20 +222,16 @@ class Part:
 
     def publish(self) -> None:
         """Make it the shard's file."""
+        descriptor = self._folder.descriptor
         # a process that adds up the files now would look for it under neither of its names
         with self._folder.lock():
-            self._folder.rename(self.name, self._final)
+            os.rename(self.name, self._final, src_dir_fd=descriptor, dst_dir_fd=descriptor)
 
     def close(self) -> None:
-        """Close the file; one that was not published is deleted."""
-        if self.is_ours():
+        """Close the file; if it is ours and was not published, it is deleted."""
+        if self.is_ours and _is_named(self._folder, self.name, self.descriptor):
             self._folder.delete(self.name)
         self.let_go()
-
-    def let_go(self) -> None:
-        """Close the descriptors and leave the file as it is."""
-        os.close(self.descriptor)
-        self._folder.close()
 
 
 def _lock(descriptor: int) -> bool:
@@ -283,10 +244,10 @@ def _lock(descriptor: int) -> bool:
 
 def _is_named(folder: Folder, name: str, descriptor: int) -> bool:
     """Whether a name is still that of the file of the descriptor."""
-    try:
-        return os.path.samestat(folder.status(name), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+    with suppress(FileNotFoundError):
+        status = os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False)
+        return os.path.samestat(status, os.fstat(descriptor))
+    return False
 
 
 def _delete_abandoned(folder: Folder, name: str) -> bool:

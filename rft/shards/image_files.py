@@ -42,13 +42,8 @@ def open_image(
     """Read the header of an image file, and refuse one of too many pixels before it is decoded.
 
     `Image.open` would keep to itself why a file is not read ("cannot handle 12-bit layers"), and
-    has a limit of its own, for the whole process.
-
-    Args:
-        data: the file.
-        name: for messages.
-        max_pixels: how many it may have, in millions.
-        formats: Pillow's names of the formats that it may have.
+    has a limit of its own, for the whole process. `name` is for messages, `max_pixels` counts
+    millions, and `formats` are Pillow's names of those that the file may have.
 
     Raises:
         ValueError: if it cannot be read, or has too many bytes or pixels.

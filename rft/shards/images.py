@@ -37,6 +37,7 @@ Quality = Annotated[int, Field(ge=1, le=100)]
 # wide. Cropping first would be cheaper, but Pillow rounds the offset of a crop to 32 bits, so its
 # result differs from torchvision's.
 MOST_ELONGATED = 100
+TOO_ELONGATED = f"the longer side may have at most {MOST_ELONGATED} times the shorter one: crop it"
 SUBSAMPLING: Literal["4:4:4"] = "4:4:4"  # halving the colour channels would show: patches are small
 # The part of an encoding that marks own photos, and what is done to them before the resize.
 PHOTOS: "Photos" = {"orientation": "exif", "alpha": "white"}
@@ -124,6 +125,14 @@ class Treated(NamedTuple):
 AS_STORED = Treatment()
 
 
+class Payload(NamedTuple):
+    """What the payloads of a set are, and what readers do to them after decoding."""
+
+    is_source: bool = False  # the file of the source itself, of any size
+    is_array: bool = False  # decoded pixels (.npy), no image file
+    treatment: Treatment = AS_STORED
+
+
 def encoding_parameters(
     kind: Kind, size: int, crop_border: int, quality: int = 95, *, photos: bool = False
 ) -> dict[str, Any]:
@@ -160,38 +169,16 @@ def source_treatment(encoding: dict[str, Any]) -> Treatment:
     return Treatment("photos" in encoding, encoding["crop_border"])
 
 
-def is_source(encoding: dict[str, Any]) -> bool:
-    """Whether a payload is the file of the source itself, of any size."""
+def payload_of(encoding: dict[str, Any]) -> Payload:
+    """Look up what the payloads of a set are."""
     kind: Kind = encoding["kind"]
     match kind:
         case "original":
-            return True
-        case "jpeg" | "pixels":
-            return False
-        case _:
-            assert_never(kind)
-
-
-def is_array(encoding: dict[str, Any]) -> bool:
-    """Whether a payload is an array of decoded pixels (.npy), and no image file."""
-    kind: Kind = encoding["kind"]
-    match kind:
-        case "pixels":
-            return True
-        case "original" | "jpeg":
-            return False
-        case _:
-            assert_never(kind)
-
-
-def payload_treatment(encoding: dict[str, Any]) -> Treatment:
-    """Look up what readers do to the payloads: nothing to a JPEG, which was treated before."""
-    kind: Kind = encoding["kind"]
-    match kind:
+            return Payload(is_source=True, treatment=source_treatment(encoding))
         case "jpeg":
-            return AS_STORED
-        case "original" | "pixels":
-            return source_treatment(encoding)
+            return Payload()  # treated before it was made
+        case "pixels":
+            return Payload(is_array=True)
         case _:
             assert_never(kind)
 
@@ -244,7 +231,7 @@ def clip_square(
         image = image.crop((border, border, image.width - border, image.height - border))
     short, long = sorted(image.size)
     if long > MOST_ELONGATED * short:
-        raise ValueError(f"an image of {image.size} pixels: {_too_elongated()}")
+        raise ValueError(f"an image of {image.size} pixels: {TOO_ELONGATED}")
     longer = int(size * long / short)
     width, height = (size, longer) if image.width <= image.height else (longer, size)
     if image.size != (width, height):
@@ -270,11 +257,23 @@ def to_npy(array: np.ndarray) -> bytes:
 def open_checked(
     data: bytes, name: str, border: int, max_pixels: float
 ) -> tuple[Image.Image, Header]:
-    """Read an image's header, and refuse what it announces before any of it is decoded."""
+    """Read an image's header, and refuse what it announces before any of it is decoded.
+
+    Raises:
+        ValueError: if the image is too small, large or elongated, or of a kind that is not known.
+    """
     image = open_image(data, name, max_pixels)
-    header = Header(str(image.format), image.mode, *image.size)
-    _require_usual(header, border, name)
-    return image, header
+    if image.mode not in MODES:
+        raise ValueError(f"{name} cannot be read: its pixels are of mode {image.mode}")
+    is_ = f"{name} is {image.width} x {image.height} pixels"
+    short, long = sorted(image.size)
+    if long > LONGEST_SIDE or short <= 2 * border:
+        raise ValueError(
+            f"{is_}; a side must have more than {2 * border} and at most {LONGEST_SIDE}"
+        )
+    if long - 2 * border > MOST_ELONGATED * (short - 2 * border):
+        raise ValueError(f"{is_}; {TOO_ELONGATED}")
+    return image, Header(str(image.format), image.mode, *image.size)
 
 
 def decode(image: Image.Image, data: bytes, treatment: Treatment) -> tuple[Image.Image, Treated]:
@@ -357,21 +356,3 @@ def _alpha_of_key(image: Image.Image, data: bytes) -> Image.Image:
 def channels_first(image: Image.Image) -> np.ndarray:
     """Return the pixels of an RGB image as tensors have them, (3, height, width)."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
-def _require_usual(header: Header, border: int, name: str) -> None:
-    """Refuse an image that is too small, large or elongated, or of a kind that is not known."""
-    if header.mode not in MODES:
-        raise ValueError(f"{name} cannot be read: its pixels are of mode {header.mode}")
-    is_ = f"{name} is {header.width} x {header.height} pixels"
-    short, long = sorted((header.width, header.height))
-    if long > LONGEST_SIDE or short <= 2 * border:
-        raise ValueError(
-            f"{is_}; a side must have more than {2 * border} and at most {LONGEST_SIDE}"
-        )
-    if long - 2 * border > MOST_ELONGATED * (short - 2 * border):
-        raise ValueError(f"{is_}; {_too_elongated()}")
-
-
-def _too_elongated() -> str:
-    return f"the longer side may have at most {MOST_ELONGATED} times the shorter one: crop it"

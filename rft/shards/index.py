@@ -8,7 +8,7 @@ import dataclasses
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 
@@ -18,16 +18,6 @@ from rft.shards.manifest import AGAIN, Manifest
 from rft.storage import files
 from rft.storage.arrays import read_npz
 
-COLUMNS = {
-    "offset": np.uint64,
-    "length": np.uint32,
-    "crc32": np.uint32,
-    "label": np.int32,
-    "width": np.uint16,
-    "height": np.uint16,
-    "key": np.bytes_,
-}
-ROW_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())  # of all columns but the key
 KEY_BYTES = 1024  # of the longest key; each key of an index takes as many
 KEYS_AT_ONCE = 2**16  # that are checked together: masks of all keys would be several indexes
 HEADERS_BYTES = 2**14  # what an index has besides its rows, and more
@@ -45,13 +35,13 @@ class Index:
     own photos are turned upright; `key` is the sample's id as ASCII bytes (`n01440764_10026`).
     """
 
-    offset: np.ndarray  # uint64
-    length: np.ndarray  # uint32
-    crc32: np.ndarray  # uint32
-    label: np.ndarray  # int32
-    width: np.ndarray  # uint16
-    height: np.ndarray  # uint16
-    key: np.ndarray  # S<longest>
+    offset: Annotated[np.ndarray, np.uint64]
+    length: Annotated[np.ndarray, np.uint32]
+    crc32: Annotated[np.ndarray, np.uint32]
+    label: Annotated[np.ndarray, np.int32]
+    width: Annotated[np.ndarray, np.uint16]
+    height: Annotated[np.ndarray, np.uint16]
+    key: Annotated[np.ndarray, np.bytes_]
 
     def to_bytes(self) -> bytes:
         """Return the content of `index.npz`; the same columns give the same bytes.
@@ -106,7 +96,7 @@ class Index:
             columns = read_npz(data, limit)
         except ValueError as error:
             raise ValueError(f"{path} is no archive of columns ({error}); {AGAIN}") from error
-        for fault in _column_faults(columns, manifest.samples):
+        if fault := _column_fault(columns, manifest.samples):
             raise ValueError(f"{path}: {fault}; {AGAIN}")
         return Index(**columns)
 
@@ -140,20 +130,21 @@ class Index:
         yield np.flatnonzero(ends + tar.END > size), "its payload reaches beyond the shard's bytes"
 
 
-assert list(COLUMNS) == [field.name for field in dataclasses.fields(Index)]
+COLUMNS = {name: hint.__metadata__[0] for name, hint in Index.__annotations__.items()}
+ROW_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())  # of all columns but the key
 
 
-def _column_faults(columns: dict[str, Any], samples: int) -> Iterator[str]:
-    """Yield which columns of an index cannot be those of so many samples."""
+def _column_fault(columns: dict[str, np.ndarray], samples: int) -> str:
+    """Return why columns of an index cannot be those of so many samples, or nothing."""
     if columns.keys() != COLUMNS.keys():
-        yield f"its columns must be {', '.join(COLUMNS)}, they are {', '.join(columns)}"
-        return
+        return f"its columns must be {', '.join(COLUMNS)}, they are {', '.join(columns)}"
     for name, kind in COLUMNS.items():
         column = columns[name]
         expected = np.dtype(kind)
         # texts are as long as the longest one
         same = column.dtype.kind == "S" if kind is np.bytes_ else column.dtype == expected
         if not same or column.ndim != 1:
-            yield f"column {name} must be a list of {expected}, not {column.dtype} {column.shape}"
-        elif len(column) != samples:
-            yield f"column {name} has {len(column)} samples, the manifest {samples}"
+            return f"column {name} must be a list of {expected}, not {column.dtype} {column.shape}"
+        if len(column) != samples:
+            return f"column {name} has {len(column)} samples, the manifest {samples}"
+    return ""

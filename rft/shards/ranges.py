@@ -8,15 +8,15 @@ deleted at any time.
 """
 
 import asyncio
-import dataclasses
 import os
 import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from rft.shards.cache import Cache
 from rft.shards.manifest import Shard
 from rft.storage import files, local, remote
-from rft.storage.remote import REQUEST_BYTES, Patience
+from rft.storage.remote import REQUEST_BYTES
 
 # descriptors a process keeps open on shards: half of what the system lets it have
 OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
@@ -46,11 +46,7 @@ class Counters:
     cache_hits: int = 0
     cache_misses: int = 0
     cache_repairs: int = 0  # found damaged or cut short in the cache, read again from the source
-    cache_refusals: int = 0  # shards for which the disk had no room
-
-    def copy(self) -> "Counters":
-        """Return the counters as they are now."""
-        return dataclasses.replace(self)
+    cache_refusals: int = 0  # shards for which the disk had no room, or that it did not take
 
 
 class RangeError(ValueError):
@@ -68,33 +64,18 @@ class Shards:
     of them survives a fork; pickling keeps only what is needed to make them again.
     """
 
-    def __init__(
-        self,
-        url: str,
-        shards: Sequence[Shard],
-        *,
-        cache: Cache | None = None,
-        patience: Patience | None = None,
-    ) -> None:
+    def __init__(self, url: str, shards: Sequence[Shard], *, cache: Cache | None = None) -> None:
         self.url = url
         self.shards = tuple(shards)
         self.cache = cache
-        self.patience = patience or remote.PATIENCE
         self.counters = Counters()
         self._process = -1
 
     def __getstate__(self) -> dict:
-        return {
-            "url": self.url,
-            "shards": self.shards,
-            "cache": self.cache,
-            "patience": self.patience,
-        }
+        return {name: vars(self)[name] for name in ("url", "shards", "cache")}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(
-            state["url"], state["shards"], cache=state["cache"], patience=state["patience"]
-        )
+        self.__init__(**state)
 
     def location(self, number: int) -> str:
         """Return the URL of a shard."""
@@ -113,13 +94,8 @@ class Shards:
         fs, path = self._store(number)
         if isinstance(fs, LocalFileSystem):
             descriptor = local.open_regular(path)
-        elif self.cache is None:
+        elif self.cache is None or (descriptor := self.cache.open(self.shards[number])) is None:
             return None
-        else:
-            found = self.cache.open(self.shards[number])
-            if found is None:
-                return None
-            descriptor = found
         if len(self._descriptors) == OPEN_FILES:
             os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors[number] = descriptor
@@ -142,10 +118,14 @@ class Shards:
             ValueError: if a shard that the cache fetched is not the manifest's.
         """
         self._enter_process()
-        self._raise_failure()
+        if self._filler is not None and self._filler.failure is not None:
+            raise self._filler.failure
         merged = merge(requests)
-        stores = {number: self._store(number) for number, *_ in merged}
-        answers: Any = sync(get_loop(), self._fetch_all, merged, stores)
+        fetches = [
+            partial(self._fetch, self._store(number), number, start, stop, members[0])
+            for number, start, stop, members in merged
+        ]
+        answers: Any = sync(get_loop(), remote.together, fetches, REQUESTS)
         self.counters.requests += len(merged)
         found = [b""] * len(requests)
         for (_, start, _, members), data in zip(merged, answers, strict=True):
@@ -165,7 +145,7 @@ class Shards:
             os.close(self._descriptors.pop(number))
         if self._filler is None:
             self._filler = _Filler(self, self.cache)
-        self._filler.look_ahead(numbers)
+        self._filler.lists.put(tuple(numbers))
 
     def repair(self, number: int) -> None:
         """Delete the cached copy of a shard, because its bytes are damaged."""
@@ -178,7 +158,7 @@ class Shards:
         """End the filling thread and close the descriptors, both of which come back on next use."""
         filler = self._let_go()
         if filler is not None:
-            filler.join()
+            filler.thread.join()
 
     def _let_go(self) -> "_Filler | None":
         """Close the descriptors of this process; return its filler, which is told to end."""
@@ -214,25 +194,13 @@ class Shards:
         fs = self._stores[host]
         return fs, str(fs._strip_protocol(url))
 
-    async def _fetch_all(
-        self, merged: "Sequence[Request]", stores: dict[int, Store]
-    ) -> list[bytes]:
-        slots = asyncio.Semaphore(REQUESTS)
-
-        async def fetch(request: "Request") -> bytes:
-            async with slots:
-                fs, path = stores[request.number]
-                return await self._fetch(fs, path, request)
-
-        return await remote.together(fetch(request) for request in merged)
-
-    async def _fetch(self, fs: Any, path: str, request: "Request") -> bytes:
+    async def _fetch(
+        self, store: Store, number: int, start: int, stop: int, place: int = 0
+    ) -> bytes:
         """Return one range, repeating what is missing of it."""
-        number, start, stop, members = request
-        place = members[0] if members else 0
         stop = min(stop, self.shards[number].bytes)
         try:
-            return await remote.read_range(fs, path, start, stop, self.patience, self._count_retry)
+            return await remote.read_range(*store, start, stop, self._count_retry)
         except FileNotFoundError as error:
             raise RangeError(
                 f"missing shard: {self.location(number)}; copy or pack it again", place
@@ -247,18 +215,6 @@ class Shards:
     def _count_retry(self) -> None:
         self.counters.range_retries += 1
 
-    def _raise_failure(self) -> None:
-        if self._filler is not None and self._filler.failure is not None:
-            raise self._filler.failure
-
-    async def _fill_part(self, number: int, descriptor: int) -> None:
-        fs, path = self._store(number)
-
-        async def fetch(start: int, stop: int) -> bytes:
-            return await self._fetch(fs, path, Request(number, start, stop, ()))
-
-        await remote.fill(descriptor, self.shards[number].bytes, fetch)
-
 
 class _Filler:
     """A thread that brings the wanted shards into the cache, until it is stopped.
@@ -270,31 +226,23 @@ class _Filler:
     def __init__(self, served: Shards, cache: Cache) -> None:
         self.failure: ValueError | None = None  # why it ended early; the next batch raises it
         self._cache = cache
-        self._shards = Shards(served.url, served.shards, cache=cache, patience=served.patience)
+        self._shards = Shards(served.url, served.shards, cache=cache)
         self._shards._enter_process()
         self._shards.counters, self._shards._stores = served.counters, served._stores
         self._known = {shard.sha256 for shard in served.shards}
         # of all ways to reach a thread the one that a destructor may use anywhere: it has no lock
-        self._lists: SimpleQueue[Sequence[int]] = SimpleQueue()
+        self.lists: SimpleQueue[Sequence[int]] = SimpleQueue()
         self._stopped = False
         self._transfer: asyncio.Task | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def look_ahead(self, numbers: Sequence[int]) -> None:
-        """Replace the list of wanted shards."""
-        self._lists.put(tuple(numbers))
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
 
     def stop(self) -> None:
         """Make the thread end soon, also in the middle of a shard."""
         self._stopped = True
-        self._lists.put(())
+        self.lists.put(())
         if self._transfer is not None:
             get_loop().call_soon_threadsafe(self._transfer.cancel)
-
-    def join(self) -> None:
-        """Wait for the thread's end."""
-        self._thread.join()
 
     def _run(self) -> None:
         wanted: Sequence[int] = ()
@@ -309,7 +257,7 @@ class _Filler:
                 idle = not todo
                 if idle:
                     skipped.clear()
-                elif not self._try(todo[0], wanted):
+                elif not self._fill(todo[0], wanted):
                     skipped.add(todo[0])
         except CancelledError:
             return
@@ -320,45 +268,37 @@ class _Filler:
         """Return the newest list that was asked for, after PAUSE or a new one if `wait`."""
         with suppress(Empty):
             if wait:
-                wanted = self._lists.get(timeout=PAUSE)
+                wanted = self.lists.get(timeout=PAUSE)
             while True:
-                wanted = self._lists.get_nowait()
+                wanted = self.lists.get_nowait()
         return wanted
 
     def _is_missing(self, number: int) -> bool:
         shard = self._shards.shards[number]
         return not self._shards.is_local(number) and not self._cache.has(shard)
 
-    def _try(self, number: int, wanted: Sequence[int]) -> bool:
-        """Bring one shard into the cache; False if it is another's to fill, or has no room."""
-        try:
-            filled = self._fill(number, wanted)
-        except OSError:  # of the disk, which a cache can do without
-            self._cache.refusals += 1
-            filled = False
-        if not filled:
-            self._shards.counters.cache_refusals = self._cache.refusals
-        return filled
-
     def _fill(self, number: int, wanted: Sequence[int]) -> bool:
+        """Bring one shard into the cache; False if it is another's to fill, or has no room."""
         shards = self._shards.shards
         keep = {shards[n].sha256 for n in wanted}
-        part = self._cache.begin(shards[number], keep=keep, known=self._known)
-        if part is None:
-            return False
         try:
-            transfer = self._transfer_to(part.descriptor, number)
-            asyncio.run_coroutine_threadsafe(transfer, get_loop()).result()
-            found = part.sha256()
-            if found != shards[number].sha256:
-                raise ValueError(
-                    f"{self._shards.location(number)} has sha256 {found[:12]}..., its manifest "
-                    f"says {shards[number].sha256[:12]}...; the shard was damaged or replaced: "
-                    "pack it again"
-                )
-            part.publish()
-        finally:
-            part.close()
+            part = self._cache.begin(shards[number], keep=keep, known=self._known)
+            if part is None:
+                return False
+            with closing(part):
+                transfer = self._transfer_to(part.descriptor, number)
+                asyncio.run_coroutine_threadsafe(transfer, get_loop()).result()
+                found = part.sha256()
+                if found != shards[number].sha256:
+                    raise ValueError(
+                        f"{self._shards.location(number)} has sha256 {found[:12]}..., its manifest "
+                        f"says {shards[number].sha256[:12]}...; the shard was damaged or replaced: "
+                        "pack it again"
+                    )
+                part.publish()
+        except OSError:  # of the disk, which a cache can do without
+            self._shards.counters.cache_refusals += 1
+            return False
         return True
 
     async def _transfer_to(self, descriptor: int, number: int) -> None:
@@ -367,7 +307,9 @@ class _Filler:
         # when nothing writes to the descriptor any more
         if self._stopped:
             raise asyncio.CancelledError
-        await self._shards._fill_part(number, descriptor)
+        shards = self._shards
+        fetch = partial(shards._fetch, shards._store(number), number)
+        await remote.fill(descriptor, shards.shards[number].bytes, fetch)
 
 
 class Request(NamedTuple):

@@ -36,11 +36,7 @@ def packed_sets(root: str) -> list[str]:
 
 
 def why_missing(url: str) -> str:
-    """Return a hint for a set without a manifest, from what lies around it; empty if it is unknown.
-
-    Args:
-        url: of the set; its data root is the folder above.
-    """
+    """Return a hint for a set without a manifest, from what lies around it; empty if unknown."""
     if url.startswith(("http://", "https://")):
         return ""  # a web server has no list of its folders
     with contextlib.suppress(OSError, ValueError):

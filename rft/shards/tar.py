@@ -13,7 +13,7 @@ after them, is decided below, and each block moves the walk forward.
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
 BLOCK = 512  # bytes; headers and payloads are padded to whole blocks
@@ -39,6 +39,10 @@ OTHER_KINDS = {
 }
 
 
+# returns bytes from a place in a tar on, fewer at its end
+Read = Callable[[int, int], bytes]
+
+
 class Member(NamedTuple):
     """A regular file in a tar: its payload is `size` bytes at `offset` of the archive."""
 
@@ -55,19 +59,22 @@ def padded(size: int) -> int:
 def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[Member]:
     """Yield the regular files of an uncompressed tar in order. Folders are passed over.
 
-    Args:
-        stream: seekable; between two members the caller may move it.
-        name: of the tar, for messages.
-        part: member of the stream's tar that is the tar which is meant; None means the stream's.
+    The stream must be seekable; between two members the caller may move it. `name` is for messages.
+    With `part`, a member of the stream's tar, that member is the tar which is walked.
 
     Raises:
         ValueError: if a header is damaged, the archive is cut or too large to be a shard, or a
             member is no file or folder.
     """
     base, total = (part.offset, part.size) if part else (0, stream.seek(0, os.SEEK_END))
+
+    def read(position: int, size: int) -> bytes:
+        stream.seek(base + position)
+        return stream.read(min(size, total - position))
+
     position = count = 0  # bytes from the base
     said: dict[str, str] = {}  # by headers that describe the next member
-    while (entry := _read_header(stream, base, position, total, name)) is not None:
+    while (entry := _read_header(read, position, name)) is not None:
         start = position + BLOCK
         size = int(said.get("size", entry.size))
         stores = entry.isreg() or entry.type in DESCRIBES
@@ -80,7 +87,7 @@ def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[M
                 f"{size:,} bytes"
             )
         if entry.type in DESCRIBES:
-            said |= _describe(stream, base, start, entry, name)
+            said |= _describe(read, start, entry, name)
             position = stop
             continue
         member = Member(said.get("path", entry.name).rstrip("/"), base + start, size)
@@ -96,22 +103,20 @@ def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[M
         elif not entry.isdir():
             raise ValueError(f"{name}: {member.name!r} is neither a file nor a folder")
         position, said = stop, {}
-    _require_end(stream, base, position, total, name)
+    _require_end(read, position, name)
 
 
-def _read_header(
-    stream: IO[bytes], base: int, position: int, total: int, name: str
-) -> tarfile.TarInfo | None:
+def _read_header(read: Read, position: int, name: str) -> tarfile.TarInfo | None:
     """Return the header at a byte of a tar, or None where zeros end the archive."""
-    stream.seek(base + position)
-    block = stream.read(min(BLOCK, total - position))
+    block = read(position, BLOCK)
     if not block.strip(b"\0") and (block or position):
         return None
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.TarError as error:
-        if what := _other_kind(block) if position == 0 else "":
-            raise ValueError(f"{name} is no plain tar but {what}") from error
+        for magic, what in OTHER_KINDS.items():
+            if position == 0 and block.startswith(magic):
+                raise ValueError(f"{name} is no plain tar but {what}") from error
         if position == 0 or len(block) < BLOCK:
             raise ValueError(f"{name} is no whole tar: {error} after byte {position:,}") from error
         raise ValueError(
@@ -119,15 +124,12 @@ def _read_header(
         ) from error
 
 
-def _describe(
-    stream: IO[bytes], base: int, start: int, entry: tarfile.TarInfo, name: str
-) -> dict[str, str]:
+def _describe(read: Read, start: int, entry: tarfile.TarInfo, name: str) -> dict[str, str]:
     """Return what a header says of the member after it: its path, its size."""
     where = f"{name}: the header at byte {start - BLOCK:,}"
     if entry.size > DESCRIPTION_BYTES:
         raise ValueError(f"{where} has {entry.size:,} bytes, more than any name takes")
-    stream.seek(base + start)
-    data = stream.read(entry.size)
+    data = read(start, entry.size)
     if entry.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
     if entry.type == tarfile.GNUTYPE_LONGLINK:
@@ -158,11 +160,10 @@ def _pax_records(data: bytes, where: str) -> dict[str, str]:
     return records
 
 
-def _require_end(stream: IO[bytes], base: int, end: int, total: int, name: str) -> None:
+def _require_end(read: Read, end: int, name: str) -> None:
     """Check that nothing but zeros, and enough of them, lies behind the last member."""
-    stream.seek(base + end)
     zeros = 0
-    while rest := stream.read(min(1 << 20, total - end - zeros)):
+    while rest := read(end + zeros, 1 << 20):
         if rest.strip(b"\0"):
             raise ValueError(f"{name}: damaged header or foreign bytes after byte {end:,}")
         zeros += len(rest)
@@ -170,9 +171,3 @@ def _require_end(stream: IO[bytes], base: int, end: int, total: int, name: str) 
             raise ValueError(f"{name}: more than {ZEROS:,} zeros after byte {end:,}")
     if zeros < END:
         raise ValueError(f"{name} is cut off at byte {end + zeros:,}: a tar ends with {END} zeros")
-
-
-def _other_kind(start: bytes) -> str:
-    """Return what a file with these first bytes is, empty if it is none of the known kinds."""
-    kinds = (what for magic, what in OTHER_KINDS.items() if start.startswith(magic))
-    return next(kinds, "")

@@ -40,9 +40,7 @@ UNREADABLE = (
 def read_npz(data: bytes, limit: int) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz by name; they cannot be written to.
 
-    Args:
-        data: the archive, as `np.savez` or `np.savez_compressed` writes it.
-        limit: bytes that all arrays may have together, with their headers.
+    All of them together may have `limit` bytes, with their headers.
 
     Raises:
         ValueError: if it is no such archive, or has more than that.
@@ -56,11 +54,14 @@ def read_npz(data: bytes, limit: int) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
             _require_affordable(members, limit)
-            names = [member.filename.removesuffix(".npy") for member in members]
-            return {
-                name: _to_array(_read_member(archive, member), name)
-                for name, member in zip(names, members, strict=True)
-            }
+            arrays = {}
+            for member in members:
+                with archive.open(member) as stream:
+                    # with a size: without one, zipfile first unpacks all there is and then cuts it
+                    data = stream.read(member.file_size)
+                name = member.filename.removesuffix(".npy")
+                arrays[name] = _to_array(data, name)
+            return arrays
     except UNREADABLE as error:
         raise ValueError(f"no readable .npz: {error}") from error
 
@@ -77,12 +78,6 @@ def _require_affordable(members: list[zipfile.ZipInfo], limit: int) -> None:
             raise ValueError(f"{member.filename!a} is compressed in a way that is not known")
     if (size := sum(member.file_size for member in members)) > limit:
         raise ValueError(f"its arrays have {size:,} bytes, more than the {limit:,} that they may")
-
-
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    # with a size: without one, zipfile first unpacks all there is and then cuts it
-    with archive.open(member) as stream:
-        return stream.read(member.file_size)
 
 
 def _to_array(data: bytes, name: str) -> np.ndarray:

@@ -94,11 +94,8 @@ Text = Annotated[str, Field(max_length=100_000)]
 def document(cls: type[T] | None = None, /, *, name: str = "", config: ConfigDict = STRICT) -> Any:
     """Make a frozen dataclass with keyword arguments whose fields are checked when it is made.
 
-    Args:
-        cls: the class.
-        name: what stands before a field in an error that is raised from Python; "--" for the
-            options of a command.
-        config: pydantic's; `FOREIGN` passes over fields that it does not know.
+    `name` stands before a field in an error that is raised from Python, "--" for the options of a
+    command. `FOREIGN` as pydantic's `config` passes over fields that it does not know.
     """
     if cls is None:
         return functools.partial(document, name=name, config=config)
@@ -117,13 +114,9 @@ def document(cls: type[T] | None = None, /, *, name: str = "", config: ConfigDic
 
 
 def parse(data: bytes, where: str, *, nan: bool = False, values: int = VALUES) -> Any:
-    """Return any JSON document as Python has it.
+    """Return any JSON document as Python has it; `where` is its file, for messages.
 
-    Args:
-        data: JSON.
-        where: what `data` was read from, for messages.
-        nan: whether NaN and infinities pass.
-        values: how many it may hold, which bounds the memory that it takes.
+    NaN and infinities pass with `nan`. A bound on its `values` is one on the memory that they take.
 
     Raises:
         ValueError: if it is not JSON (there are no NaN and no lone surrogates), nested too deeply,
@@ -136,30 +129,18 @@ def parse(data: bytes, where: str, *, nan: bool = False, values: int = VALUES) -
         json.loads(data, object_pairs_hook=_unique)
         return pydantic_core.from_json(data, allow_inf_nan=nan)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {_first_line(error)}") from error
+        raise ValueError(f"{where} is not valid JSON: {str(error).splitlines()[0]}") from error
 
 
-def decode(
-    data: bytes,
-    kind: Callable[..., T] | Any,
-    where: str,
-    *,
-    nan: bool = False,
-    values: int = VALUES,
-) -> T:
-    """Return the document of a type that `data` holds.
+def decode(data: bytes, kind: Callable[..., T] | Any, where: str, *, values: int = VALUES) -> T:
+    """Return the document of a type that JSON holds; `where` and `values` are those of `parse`.
 
-    Args:
-        data: JSON.
-        kind: a class made by `document`, or any type that pydantic checks.
-        where: what `data` was read from, for messages.
-        nan: whether NaN and infinities are JSON, for fields that take them.
-        values: see `parse`.
+    The type is a class made by `document`, or any that pydantic checks.
 
     Raises:
         ValueError: naming place and expectation, if it is something else.
     """
-    parse(data, where, nan=nan, values=values)
+    parse(data, where, values=values)
     return typed(data, kind, where)
 
 
@@ -246,8 +227,3 @@ def _place(parts: Sequence[str | int]) -> str:
         else:
             place += f"[{short(part)}]"
     return place
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).splitlines()
-    return text[0] if text else type(error).__name__

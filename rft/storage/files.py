@@ -38,8 +38,8 @@ DOCUMENT_BYTES = 2**26
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")  # what `publish` leaves when killed
 
 
-def open_store(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
-    """Return the fsspec filesystem of `url` and the path inside it; `options` are fsspec's.
+def open_store(url: str) -> tuple[AbstractFileSystem, str]:
+    """Return the fsspec filesystem of `url` and the path inside it.
 
     Raises:
         ValueError: for what `rft.storage.urls` does not let be opened, or a client that is not
@@ -47,7 +47,7 @@ def open_store(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
     """
     urls.check(url)
     try:
-        return fsspec.core.url_to_fs(url, **options)
+        return fsspec.core.url_to_fs(url)
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"cannot open {url!r}: {reason(error)}") from error
 
@@ -70,9 +70,7 @@ def require_local(path: str | Path, option: str) -> None:
 def require_file(path: Path, what: str) -> None:
     """Check that a local path is a file with an end: reading a FIFO or a device may never return.
 
-    Args:
-        path: what is to be read.
-        what: is expected there, for messages.
+    `what` is expected there, for messages.
 
     Raises:
         ValueError: if it is absent or anything else.
@@ -162,8 +160,9 @@ def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
     """
 
     def read(path: Path) -> bytes:
-        size = path.stat().st_size
-        data = local.read_bytes(path) if size <= limit else b""
+        with local.reader(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read() if size <= limit else b""
         if max(size, len(data)) > limit:
             raise ValueError(f"cannot read {url}: {remote.too_large(limit)}")
         return data
@@ -262,7 +261,8 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
     where = url if is_local else str(folder)
     try:
         # what waits to be uploaded may lie in a folder that others read
-        local.create(temporary, 0o666 if is_local else 0o600)
+        mode = 0o666 if is_local else 0o600
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode))
         yield temporary
         if is_local:
             with local.reader(temporary) as stream:
@@ -322,27 +322,19 @@ def listing(url: str) -> list[dict[str, Any]]:
         raise OSError(f"cannot list {url}: {reason(error)}") from error
 
 
-def names(url: str) -> list[str]:
+def names(url: str, kind: str = "file") -> list[str]:
     """Return the names of the files in a folder, sorted; none if there is no such folder.
 
     Raises:
         OSError: if the store does not say.
     """
-    return _entries(url, "file")
-
-
-def _entries(url: str, kind: str) -> list[str]:
     found = (entry["name"].rstrip("/") for entry in listing(url) if entry["type"] == kind)
     return sorted(name.rsplit("/", 1)[-1] for name in found)
 
 
 def folders(url: str) -> list[str]:
-    """Return the names of the folders in a folder, sorted; none if there is no such folder.
-
-    Raises:
-        OSError: if the store does not say.
-    """
-    return _entries(url, "directory")
+    """Return the names of the folders in a folder, as `names` does those of files."""
+    return names(url, "directory")
 
 
 def rename(url: str, name: str) -> None:

@@ -12,21 +12,17 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
 DEVICES = Path("/dev")
+REMOVE, COPY = "; remove it", "; copy what it holds to a regular file"
+# what is not regular, and what to do about it; a FIFO may be the shell's, as in `--classes <(...)`
 KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-    stat.S_IFLNK: "a link",
+    stat.S_IFIFO: ("a FIFO", COPY),
+    stat.S_IFSOCK: ("a socket", REMOVE),
+    stat.S_IFCHR: ("a device", COPY),
+    stat.S_IFBLK: ("a device", COPY),
+    stat.S_IFDIR: ("a folder", ""),
+    stat.S_IFLNK: ("a link", REMOVE),
 }
-# what is said of the others is "remove it"; a FIFO may be the shell's, as in `--classes <(...)`
-ADVICE = {
-    stat.S_IFIFO: "; copy what it holds to a regular file",
-    stat.S_IFCHR: "; copy what it holds to a regular file",
-    stat.S_IFBLK: "; copy what it holds to a regular file",
-    stat.S_IFDIR: "",
-}
+OTHER_KIND = ("something else", REMOVE)
 # O_NONBLOCK: opening a FIFO does not wait for its other end
 WITHOUT_WAITING = os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -34,18 +30,13 @@ WITHOUT_WAITING = os.O_NONBLOCK | os.O_CLOEXEC
 def require_regular(path: str | os.PathLike[str], status: os.stat_result | None = None) -> None:
     """Check that a path, or the target of a link, is a regular file. Opens nothing.
 
-    Args:
-        path: of the file.
-        status: of the file, if it is known already.
-
     Raises:
         ValueError: for a FIFO, a socket, a device, a folder or (by its status) a link.
         OSError: if it cannot be looked at.
     """
     mode = (status or os.stat(path)).st_mode  # noqa: PTH116 - a str is a path too
     if not stat.S_ISREG(mode):
-        kind = stat.S_IFMT(mode)
-        what, advice = KINDS.get(kind, "something else"), ADVICE.get(kind, "; remove it")
+        what, advice = KINDS.get(stat.S_IFMT(mode), OTHER_KIND)
         raise ValueError(f"{os.fspath(path)} is {what}, not a regular file{advice}")
 
 
@@ -66,7 +57,7 @@ def require_replaceable(path: Path) -> None:
     except FileNotFoundError:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-        what = KINDS.get(stat.S_IFMT(mode), "something else")
+        what, _ = KINDS.get(stat.S_IFMT(mode), OTHER_KIND)
         raise ValueError(f"{path} is {what}, which is not replaced by a file; name a regular file")
 
 
@@ -75,10 +66,7 @@ def open_regular(
 ) -> int:
     """Open a regular file and return its descriptor; nothing else is waited for.
 
-    Args:
-        path: of the file.
-        flags: of `os.open`.
-        folder: descriptor of the folder that a relative path starts from.
+    A relative path starts from `folder`, a descriptor, if there is one.
 
     Raises:
         ValueError: for a FIFO, a socket or a device; with O_NOFOLLOW also for a link.
@@ -105,49 +93,19 @@ def open_regular(
 
 
 def reader(path: str | os.PathLike[str]) -> BufferedReader:
-    """Return a regular file, open to be read.
-
-    Raises:
-        ValueError, OSError: as `open_regular`.
-    """
+    """Open a regular file to be read; raises as `open_regular`."""
     return os.fdopen(open_regular(path), "rb")
 
 
 def writer(path: str | os.PathLike[str]) -> BufferedWriter:
-    """Return a regular file that is there, empty and open to be written; no link is followed.
-
-    Raises:
-        ValueError, OSError: as `open_regular`.
-    """
+    """Empty a regular file and open it to be written, through no link; raises as `open_regular`."""
     return os.fdopen(open_regular(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "wb")
-
-
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Return the content of a regular file.
-
-    Raises:
-        ValueError, OSError: as `open_regular`.
-    """
-    with reader(path) as stream:
-        return stream.read()
-
-
-def create(path: Path, mode: int = 0o666) -> None:
-    """Make an empty file where nothing exists, not even a link.
-
-    Raises:
-        OSError: if something exists there, or it cannot be made.
-    """
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode))
 
 
 def require_no_links(folder: Path, names: Iterable[str], hint: str = "") -> None:
     """Check that what is written through in a folder is there itself, or not at all.
 
-    Args:
-        folder: that the user named; it may be a link itself.
-        names: of files and folders in it.
-        hint: what to do besides removing a link.
+    The folder may be a link; `hint` is what to do besides removing one in it.
 
     Raises:
         ValueError: naming the first that is a link.

@@ -60,7 +60,7 @@ class Patience:
         return self.stall_seconds + count / self.bytes_per_second
 
 
-PATIENCE = Patience()  # wherever no other is given
+PATIENCE = Patience()  # of all requests
 
 
 class Failure(Exception):  # noqa: N818 - `Error` would say less
@@ -69,14 +69,6 @@ class Failure(Exception):  # noqa: N818 - `Error` would say less
     def __init__(self, tries: int) -> None:
         super().__init__(tries)
         self.tries = tries
-
-
-class HTTPStatus(OSError):  # noqa: N818 - it is what the server said
-    """An HTTP answer that is an error."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(f"{status} {reason}")
-        self.status = status
 
 
 def is_transient(error: BaseException) -> bool:
@@ -155,19 +147,17 @@ def client(shared: Any) -> Any:
 
 async def repeated(
     request: Callable[[], Coroutine[Any, Any, Result]],
-    patience: Patience | None = None,
     on_retry: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Make a request as often as `patience` allows, until it succeeds.
+    """Make a request as often as `PATIENCE` allows, until it succeeds.
 
     Raises:
         FileNotFoundError, IsADirectoryError: if the store says so.
         Failure: if it does not succeed; its cause says why.
     """
-    patience = patience or PATIENCE
     attempts = AsyncRetrying(
-        stop=stop_after_attempt(patience.tries),
-        wait=wait_random_exponential(multiplier=0.1, max=patience.longest_pause),
+        stop=stop_after_attempt(PATIENCE.tries),
+        wait=wait_random_exponential(multiplier=0.1, max=PATIENCE.longest_pause),
         retry=retry_if_exception(is_transient),
         before_sleep=lambda _: on_retry(),
         reraise=True,
@@ -181,12 +171,7 @@ async def repeated(
 
 
 async def read_range(
-    fs: Any,
-    path: str,
-    start: int,
-    stop: int,
-    patience: Patience | None = None,
-    on_retry: Callable[[], None] = lambda: None,
+    fs: Any, path: str, start: int, stop: int, on_retry: Callable[[], None] = lambda: None
 ) -> bytes:
     """Return bytes `start` to `stop` of a file; what is missing of them is asked for again.
 
@@ -194,16 +179,15 @@ async def read_range(
         FileNotFoundError: if the store says that there is no such file.
         Failure: if they do not come.
     """
-    patience = patience or PATIENCE
     received = bytearray()
 
     async def missing() -> None:
-        await _range(fs, path, start + len(received), stop, patience, received)
+        await _range(fs, path, start + len(received), stop, received)
         if len(received) < stop - start:
             raise ConnectionError(f"{len(received)} of {stop - start} bytes came")
 
     if start < stop:  # HTTP has no empty ranges
-        await repeated(missing, patience, on_retry)
+        await repeated(missing, on_retry)
     return bytes(received)
 
 
@@ -240,7 +224,7 @@ async def size(fs: Any, path: str) -> int:
 
     async def ask() -> int:
         if _is_http(fs):
-            return await _http(fs, path, 0, 1, PATIENCE, bytearray(), limit=None)
+            return await _http(fs, path, 0, 1, bytearray(), limit=None)
         info = await _info(fs, path)
         if info["type"] == "directory":
             raise IsADirectoryError(f"{path} is a folder")
@@ -257,15 +241,12 @@ async def exists(fs: Any, path: str) -> bool:
     Raises:
         Failure: if the store does not say.
     """
-
-    async def ask() -> None:
-        if _is_http(fs):
-            await _http(fs, path, 0, 1, PATIENCE, bytearray(), limit=0)
-        else:
-            await _info(fs, path)
-
     try:
-        await repeated(ask)
+        if _is_http(fs):
+            http = partial(_http, fs, path, 0, 1, bytearray(), limit=0)
+            await repeated(http)
+        else:
+            await repeated(partial(_info, fs, path))
     except FileNotFoundError:
         return False
     return True
@@ -280,11 +261,7 @@ async def listing(fs: Any, path: str) -> list[dict[str, Any]]:
     """
     # a listing comes in pages, each of them an answer of its own
     seconds = PATIENCE.seconds(REQUEST_BYTES)
-
-    async def ask() -> list[dict[str, Any]]:
-        return await _call(fs, "ls", seconds, path, detail=True)
-
-    return await repeated(ask)
+    return await repeated(partial(_call, fs, "ls", seconds, path, detail=True))
 
 
 async def download(fs: Any, path: str, descriptor: int) -> None:
@@ -299,19 +276,24 @@ async def download(fs: Any, path: str, descriptor: int) -> None:
 
 async def fill(descriptor: int, size: int, fetch: Callable[[int, int], Awaitable[bytes]]) -> None:
     """Write `size` bytes to an open file; `fetch` returns those from a start to a stop."""
-    slots = asyncio.Semaphore(BLOCKS_AT_ONCE)
 
     async def block(start: int) -> None:
+        data = await fetch(start, min(start + REQUEST_BYTES, size))
+        os.pwrite(descriptor, data, start)
+
+    blocks = [partial(block, start) for start in range(0, size, REQUEST_BYTES)]
+    await together(blocks, BLOCKS_AT_ONCE)
+
+
+async def together(jobs: Iterable[Callable[[], Awaitable[Any]]], at_once: int) -> list[Any]:
+    """Run jobs side by side, so many at once; when one fails, no other is left running."""
+    slots = asyncio.Semaphore(at_once)
+
+    async def in_turn(job: Callable[[], Awaitable[Any]]) -> Any:
         async with slots:
-            data = await fetch(start, min(start + REQUEST_BYTES, size))
-            os.pwrite(descriptor, data, start)
+            return await job()
 
-    await together(block(start) for start in range(0, size, REQUEST_BYTES))
-
-
-async def together(jobs: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Run coroutines side by side; when one fails, none of the others is left running."""
-    tasks = [asyncio.ensure_future(job) for job in jobs]
+    tasks = [asyncio.ensure_future(in_turn(job)) for job in jobs]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -326,18 +308,15 @@ def too_large(limit: int) -> str:
 
 
 async def _beginning(fs: Any, path: str, content: bytearray, limit: int) -> int:
-    """Append the first request's bytes of a file, or all of it, to `content`; return its size."""
+    """Return the size of a file; what its store sends along, up to all of it, goes to `content`."""
     if _is_http(fs):
-        return await _http(fs, path, 0, REQUEST_BYTES, PATIENCE, content, limit=limit)
+        return await _http(fs, path, 0, REQUEST_BYTES, content, limit=limit)
     info = await _info(fs, path)
     if info["type"] == "directory":
         raise FileNotFoundError(path)
     if info["size"] is None:
         content += await _call(fs, "cat_file", PATIENCE.seconds(REQUEST_BYTES), path)
         return len(content)
-    if info["size"]:
-        stop = min(int(info["size"]), REQUEST_BYTES)
-        await _range(fs, path, 0, stop, PATIENCE, content)
     return int(info["size"])
 
 
@@ -353,14 +332,12 @@ async def _call(fs: Any, name: str, seconds: float, path: str, **options: Any) -
     return await asyncio.to_thread(getattr(fs, name), path, **options)
 
 
-async def _range(
-    fs: Any, path: str, start: int, stop: int, patience: Patience, received: bytearray
-) -> None:
+async def _range(fs: Any, path: str, start: int, stop: int, received: bytearray) -> None:
     """Append bytes `start` to `stop` of a file, or as many as come, to `received`."""
     if _is_http(fs):
-        await _http(fs, path, start, stop, patience, received, limit=None)
+        await _http(fs, path, start, stop, received, limit=None)
         return
-    data = await _call(fs, "cat_file", patience.seconds(stop - start), path, start=start, end=stop)
+    data = await _call(fs, "cat_file", PATIENCE.seconds(stop - start), path, start=start, end=stop)
     if len(data) > stop - start:
         raise ValueError(f"{len(data)} bytes came where {stop - start} were requested: {NO_RANGES}")
     received += data
@@ -371,14 +348,7 @@ def _is_http(fs: Any) -> bool:
 
 
 async def _http(
-    fs: Any,
-    url: str,
-    start: int,
-    stop: int,
-    patience: Patience,
-    received: bytearray,
-    *,
-    limit: int | None,
+    fs: Any, url: str, start: int, stop: int, received: bytearray, *, limit: int | None
 ) -> int:
     """Append bytes `start` to `stop` of a URL, or as many as come, to `received`.
 
@@ -392,7 +362,7 @@ async def _http(
     session = await fs.set_session()
     clock, before = asyncio.get_running_loop().time, len(received)
     began, count = clock(), 0
-    async with asyncio.timeout(patience.stall_seconds) as deadline:
+    async with asyncio.timeout(PATIENCE.stall_seconds) as deadline:
         async with session.get(fs.encode_url(url), **options) as answer:
             if answer.status == RANGE_NOT_SATISFIABLE and start == 0:
                 return 0
@@ -407,15 +377,14 @@ async def _http(
                     raise ValueError(OTHER_BYTES)
                 if limit is not None and count > limit:
                     raise ValueError(too_large(limit))
-                deadline.reschedule(began + patience.seconds(count))
+                deadline.reschedule(began + PATIENCE.seconds(count))
     return count if size is None else size
 
 
 def _require_success(answer: Any, url: str) -> None:
     if answer.status == NOT_FOUND:
         raise FileNotFoundError(url)
-    if answer.status >= CLIENT_ERRORS.start:
-        raise HTTPStatus(answer.status, answer.reason)
+    answer.raise_for_status()
     if answer.status not in (OK, PARTIAL):
         raise ValueError(f"the server sends {answer.status} {answer.reason}, which is no file")
     if answer.content_type == "text/html":

@@ -55,10 +55,7 @@ OWNER = {"https": "http", "s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 
 
 def check(url: str) -> str:
-    """Decide whether a URL or a local path may be opened.
-
-    Returns:
-        Its protocol, which is `file` for a plain path too.
+    """Return the protocol of a URL or path that may be opened, `file` for a plain path too.
 
     Raises:
         ValueError: in one line, without what may be a secret.
@@ -269,9 +266,9 @@ def redact(text: str) -> str:
     A server may redirect to a signed URL, and clients repeat in errors where they were sent. There,
     a URL ends at a quote or white space too, and not in a sentence's punctuation.
     """
-    starts = [found.start() for found in START.finditer(text)]
-    parts = [text[: starts[0]] if starts else text]
-    for found in (text[a:b] for a, b in itertools.pairwise([*starts, len(text)])):
+    found_urls = urls_in(text)
+    parts = [text[: len(text) - sum(map(len, found_urls))]]
+    for found in found_urls:
         url = re.split(r"""[\s"'<>]""", found, maxsplit=1)[0].rstrip(".,:)]}")
         if credential(url):
             cut = shown(url)

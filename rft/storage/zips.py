@@ -13,11 +13,9 @@ LARGE_END = struct.Struct("<4sQ2H2L4Q")  # before that
 
 
 def require_small_directory(stream: BinaryIO, limit: int) -> None:
-    """Check the size of a zip archive's directory; the stream is at its start afterwards.
+    """Check that the directory of a zip archive has at most `limit` bytes.
 
-    Args:
-        stream: the archive.
-        limit: bytes that its directory may have.
+    The stream is at its start afterwards.
 
     Raises:
         ValueError: if it has more, or does not end as an archive does.

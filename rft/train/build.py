@@ -93,10 +93,9 @@ def start_seen(config: Config) -> frozenset[TrainedOn]:
 
 
 def starting_student(config: Config, pretrained: Classifier, classes: Classes) -> Classifier:
-    """Return the model that learns, as it starts; `classes` are those of the training set.
+    """Return the model that learns, as it starts; raises what `load_alike` does.
 
-    Raises:
-        ValueError: if the weights to start from are not those of such a model.
+    `classes` are those of the training set.
     """
     student = copy.deepcopy(pretrained)
     if config.model.head == "random":
@@ -113,13 +112,7 @@ def starting_student(config: Config, pretrained: Classifier, classes: Classes) -
 
 
 def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> Classifier | None:
-    """Return WiSE-KD's teacher, or None for a method without one.
-
-    `classes` are those of the training set.
-
-    Raises:
-        ValueError: if its weights are not those of such a model.
-    """
+    """Return WiSE-KD's teacher, None for a method without one; raises what `load_alike` does."""
     if config.method.kd_weight == 0:
         return None
     teacher = copy.deepcopy(pretrained)
@@ -128,24 +121,18 @@ def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> 
 
 
 def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> None:
-    """Load a run's selected weights into a model of the same architecture.
-
-    Args:
-        model: the model, with a head for `classes`.
-        path: run folder or weights file.
-        option: the command line's name of it, for messages.
-        classes: of the training set.
+    """Load the weights of a run folder, or a file, into a model whose head is for `classes`.
 
     Raises:
         ValueError: naming the option, if the two differ, and the first class that does.
     """
     state, architecture, _, known = load_state(checkpoint_path(Path(path)))
     require_own_weights(Path(path))
-    if reached := unfinished(Path(path)):
-        log.warning(f"{option} {path} has not finished training ({reached})")
-    if changed := model.architecture.difference(architecture):
-        raise ValueError(f"{option} {path} is a different architecture: {changed[0]}")
     where = f"{option} {path}"
+    if reached := unfinished(Path(path)):
+        log.warning(f"{where} has not finished training ({reached})")
+    if changed := model.architecture.difference(architecture):
+        raise ValueError(f"{where} is a different architecture: {changed[0]}")
     pair = (known, where, classes, "the training set")
     rows = len(state["head.weight"])
     for warning in (
@@ -156,7 +143,7 @@ def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> N
     try:
         require_alike(model.state_dict(), state)
     except ValueError as error:
-        raise ValueError(f"{option} {path}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     model.load_state_dict(state)
 
 

@@ -18,10 +18,10 @@ from rft.shards.index import Index
 from rft.shards.manifest import Manifest
 from rft.storage import files
 from rft.train.build import prepare
-from rft.train.estimate import estimate, size_rule
+from rft.train.estimate import estimate
 from rft.train.finish import run_job, tell_finished
 from rft.train.job import Job
-from rft.train.logs import require_packages
+from rft.train.journal import require_packages
 from rft.train.optim import schedule_warning
 from rft.train.run import check_identity, finished
 from rft.train.stop import StopRequest
@@ -150,7 +150,8 @@ def tell_start(job: Job, why: str) -> None:
         pool = config.donor_pool(world.size)
         few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
         log.info(f"fills choose from {pool} images{few}")
-    for line in size_rule(job):
+    set_size = small.Size.of(job.batches.packed.index.label)
+    for line in small.rule_in_words(config, set_size, world.size):
         log.info(line)
     if warning := schedule_warning(job.total_steps, config.optim):
         log.warning(warning)

@@ -5,11 +5,12 @@ machine: what autograd really keeps for one image and for two, on the real model
 keeps for any number. Temporary tensors and the GPU's own context come on top.
 """
 
+import contextlib
+import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rft import recipes, small
 from rft.clip import vit
 from rft.config import Config
 from rft.device import to_device
+from rft.loading.order import Plan
 from rft.method.counterfactual import StepAddress, draw
 from rft.method.relevance import MAP_BYTES
 from rft.runs import filenames, records
@@ -30,10 +32,11 @@ from rft.train.objective import Objective
 from rft.train.optim import schedule_warning
 from rft.train.step import autocast
 
-RANKS = [2**power for power in range(11)]
-ROWS = 8  # of the table of ranks
+RANKS = [2**power for power in range(8)]  # rows of the table, as far as the batch can be shared
 MAPS = 3  # of one layer that the CAM has at once: attention, its gradient, their product
 LINE_BYTES = 450  # of metrics.jsonl, about
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,22 +76,31 @@ class Memory:
 def estimate(job: Job, arguments: Sequence[str], why: str = "") -> str:
     """Return what a job would be, as text: configuration, data, steps, memory, I/O, next command.
 
-    Args:
-        job: as `rft.train` prepares it; the ranks of its world are the ones that the command names.
-        arguments: of the command line, without `--dry-run`.
-        why: reason for the precision, where `auto` chose it.
+    `arguments` are those of the command line without `--dry-run`; `why` is the reason for the
+    precision, where `auto` chose it.
     """
+    config, ranks, packed = job.config, job.world.size, job.batches.packed
+    set_size = small.Size.of(packed.index.label)
+    manifest = packed.manifest
+    stored = size(sum(shard.bytes for shard in manifest.shards))
+    gpus = ranks if ranks > 1 else max(1, torch.cuda.device_count())
+    start = ["torchrun", "--nproc_per_node", str(gpus), "-m", "rft.train", *arguments]
     sections = {
         "Configuration (* differs from the recipe's default)": configuration(
-            job.config, why, small.rule(job.config, set_size(job), job.world.size)
+            config, why, small.rule(config, set_size, ranks)
         ),
-        "Data": [*data(job), *size_rule(job)],
-        "Steps": steps(job),
+        "Data": [
+            f"{config.train_set}: {len(packed):,} samples of {len(manifest.classes):,} classes in "
+            f"{len(manifest.shards):,} shards, {stored} ({manifest.encoding['kind']})",
+            f"{job.batches.plan.samples:,} to train on, {len(job.held_out):,} held out",
+            *small.rule_in_words(config, set_size, ranks),
+        ],
+        "Steps": steps(config, job.batches.plan, job.total_steps),
         "Memory of a rank (an estimate: temporary tensors and the GPU's context come on top)": (
-            memory_table(job, measure(job)) if job.total_steps else ["nothing is trained"]
+            memory_table(config, ranks, measure(job)) if job.total_steps else ["nothing is trained"]
         ),
         "I/O": traffic(job),
-        "Next": [command(job, arguments)],
+        "Next": [shlex.join(start)],
     }
     blocks = ["\n".join([title, *(f"  {line}" for line in ls)]) for title, ls in sections.items()]
     return "\n\n".join(blocks)
@@ -130,46 +142,22 @@ def _shown(value: Any) -> str:
     return "-" if value in ("", None) else str(value)
 
 
-def data(job: Job) -> list[str]:
-    """Return what the training set is."""
-    packed, plan = job.batches.packed, job.batches.plan
-    manifest = packed.manifest
-    total = sum(shard.bytes for shard in manifest.shards)
-    return [
-        f"{job.config.train_set}: {len(packed):,} samples of {len(manifest.classes):,} classes in "
-        f"{len(manifest.shards):,} shards, {size(total)} ({manifest.encoding['kind']})",
-        f"{plan.samples:,} to train on, {len(job.held_out):,} held out",
-    ]
-
-
-def set_size(job: Job) -> small.Size:
-    """Return the size of the training set, with the images that are held out."""
-    return small.Size.of(job.batches.packed.index.label)
-
-
-def size_rule(job: Job) -> list[str]:
-    """Return the rule of `--scale small` with its values for this set; nothing for other scales."""
-    return small.rule_in_words(job.config, set_size(job), job.world.size)
-
-
-def steps(job: Job) -> list[str]:
+def steps(config: Config, plan: Plan, total: int) -> list[str]:
     """Return how many optimizer steps there are, and how many are done."""
-    optim, plan = job.config.optim, job.batches.plan
     lines = [
-        f"{plan.steps_per_epoch:,} an epoch, {job.total_steps:,} in {optim.epochs} epochs of "
+        f"{plan.steps_per_epoch:,} an epoch, {total:,} in {config.optim.epochs} epochs of "
         f"global batch {plan.batch_size:,}"
     ]
-    if warning := schedule_warning(job.total_steps, optim):
-        lines.append(f"WARNING: {warning}")
-    reached = records.find(Path(job.config.run) / filenames.PROGRESS, records.Reached)
+    if warning := schedule_warning(total, config.optim):
+        log.warning(warning)
+    reached = records.find(Path(config.run) / filenames.PROGRESS, records.Reached)
     if reached is not None:
         lines.append(f"{reached.step:,} of them are done: the run would resume there")
     return lines
 
 
-def memory_table(job: Job, memory: Memory) -> list[str]:
-    """Return the memory for some numbers of ranks among which the batch can be divided."""
-    config = job.config
+def memory_table(config: Config, own: int, memory: Memory) -> list[str]:
+    """Return the memory for this run's number of ranks and others that can share its batch."""
     parts = {
         "student": memory.weights,
         "teachers": memory.teachers,
@@ -180,7 +168,7 @@ def memory_table(job: Job, memory: Memory) -> list[str]:
     each = max(memory.clean.image, memory.counterfactual.image)
     lines = [f"{fixed}; for each image {size(each)}"]
     lines.append("ranks  images at once  fills choose from  clean graph  counterfactual   in all")
-    for ranks in possible_ranks(config, job.world.size):
+    for ranks in possible_ranks(config, own):
         images = config.micro_batch(ranks)
         pool = config.donor_pool(ranks) if config.method.masks and not config.method.drops else "-"
         clean, other = memory.clean.bytes(images), memory.counterfactual.bytes(images)
@@ -193,14 +181,12 @@ def memory_table(job: Job, memory: Memory) -> list[str]:
 
 def possible_ranks(config: Config, own: int) -> list[int]:
     """Return this run's number of ranks and others that can share its batch, rising."""
-
-    def fits(ranks: int) -> bool:
-        try:
-            return config.micro_batch(ranks) > 0
-        except ValueError:
-            return False
-
-    return sorted({own, *list(takewhile(fits, RANKS))[:ROWS]})
+    found = {own}
+    with contextlib.suppress(ValueError):
+        for ranks in RANKS:
+            config.micro_batch(ranks)
+            found.add(ranks)
+    return sorted(found)
 
 
 def traffic(job: Job) -> list[str]:
@@ -214,7 +200,8 @@ def traffic(job: Job) -> list[str]:
     if len(job.held_out):
         held_out = float(np.sum(packed.index.length[job.held_out]))
         lines.append(f"reads {size(held_out)} more after each epoch (held out)")
-    saved, results = checkpoint_steps(job), config.optim.epochs * bool(len(job.held_out))
+    saved = checkpoint_steps(job.total_steps, plan.steps_per_epoch, config.log.checkpoint_steps)
+    results = config.optim.epochs * bool(len(job.held_out))
     count = len(saved)
     weights = _bytes(job.student)
     each = weights + 2 * _bytes(job.student, trained=True)
@@ -233,23 +220,15 @@ def traffic(job: Job) -> list[str]:
     return lines
 
 
-def checkpoint_steps(job: Job) -> set[int]:
+def checkpoint_steps(total: int, epoch: int, between: int) -> set[int]:
     """Return the steps after which a checkpoint is written if nothing stops the run."""
-    total = job.total_steps
-    ends = range(job.batches.plan.steps_per_epoch, total + 1, job.batches.plan.steps_per_epoch)
-    between = job.config.log.checkpoint_steps
-    return {*ends, *range(between, total + 1, between)}
-
-
-def command(job: Job, arguments: Sequence[str]) -> str:
-    """Return the command that starts the run."""
-    ranks = job.world.size if job.world.size > 1 else max(1, torch.cuda.device_count())
-    return shlex.join(["torchrun", "--nproc_per_node", str(ranks), "-m", "rft.train", *arguments])
+    return {*range(epoch, total + 1, epoch), *range(between, total + 1, between)}
 
 
 def measure(job: Job) -> Memory:
     """Return the memory of a rank: weights by size, activations by running both graphs."""
     objective, method = job.objective, job.config.method
+    teachers = (objective.teacher, objective.ensemble)
     one, two = (graph_bytes(job, images) for images in (1, 2))
     # a line through both; less than nothing fixed can only be the rounding of small tensors
     clean, counterfactual = (
@@ -260,8 +239,7 @@ def measure(job: Job) -> Memory:
     heads = vit.blocks(job.student.visual)[0].attn.num_heads
     return Memory(
         weights=_bytes(objective.student),
-        teachers=_bytes(objective.teacher)
-        + (_bytes(objective.ensemble) if objective.ensemble is not None else 0),
+        teachers=sum(_bytes(teacher) for teacher in teachers if teacher is not None),
         trained=_bytes(objective.student, trained=True),
         clean=clean,
         counterfactual=counterfactual,

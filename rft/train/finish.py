@@ -1,6 +1,7 @@
 """A run from its lock to its last file: train, leave a finished run folder, say what comes next."""
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from rft import cli, dist, recipes
@@ -47,18 +48,21 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
         dist.on_main(world, run.require_there)
         dist.on_main(world, lambda: write_run_gallery(job))
         if world.is_main:
-            run.finish(
-                Training(
-                    steps=progress.step,
-                    best_step=progress.best_step,
-                    world_size=world.size,
-                    manifest_sha256=job.fingerprint["manifest_sha256"],
-                    inputs=inputs_fingerprint(config),
-                    weights_sha256=weights_record(run.path),
-                )
+            record = Training(
+                steps=progress.step,
+                best_step=progress.best_step,
+                world_size=world.size,
+                manifest_sha256=job.fingerprint["manifest_sha256"],
+                inputs=inputs_fingerprint(config),
+                weights_sha256=weights_record(run.path),
             )
+            run.require_there()
+            files.write_json(str(run.path / filenames.TRAINING), asdict(record))
             log.info(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
-            tell_next(config, world)
+            # with the finished other seeds beside it
+            runs = commands.with_seeds([run.path], filenames.TRAINING)
+            ranks = world.local_size
+            cli.say(commands.evaluation(runs, config.data, config.train_set, ranks=ranks))
     return 0
 
 
@@ -74,29 +78,18 @@ def write_run_gallery(job: Job) -> None:
 
 
 def tell_finished(config: Config, done: Finished, world: World) -> None:
-    """Check a finished run's inputs and say that it is finished."""
-    require_same_inputs(config, done)
-    if world.is_main:
-        notes = [f"in {load_config(Path(config.run)).precision}"]
-        if done.uncompared:
-            notes.append(f"its data could not be compared: {done.uncompared}")
-        log.info(f"run already finished: {config.run} ({'; '.join(notes)})")
-
-
-def tell_next(config: Config, world: World) -> None:
-    """Print the command that evaluates a finished run, with the finished other seeds beside it."""
-    runs = commands.with_seeds([Path(config.run)], filenames.TRAINING)
-    cli.say(commands.evaluation(runs, config.data, config.train_set, ranks=world.local_size))
-
-
-def require_same_inputs(config: Config, done: Finished) -> None:
-    """Check that a finished run was built on the weights that are named now.
+    """Say that a run is finished.
 
     Raises:
-        ValueError: with the difference.
+        ValueError: if it was built on other weights than those that are named now.
     """
     if changed := files.difference(done.record.inputs, inputs_fingerprint(config)):
         raise ValueError(
             f"{config.run} is a finished run that was built on other weights: "
             f"{'; '.join(changed)}. Name those again, or choose another --run-dir"
         )
+    if world.is_main:
+        notes = [f"in {load_config(Path(config.run)).precision}"]
+        if done.uncompared:
+            notes.append(f"its data could not be compared: {done.uncompared}")
+        log.info(f"run already finished: {config.run} ({'; '.join(notes)})")

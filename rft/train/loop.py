@@ -17,7 +17,7 @@ from rft.runs.filenames import LAST, SELECTED
 from rft.train import checkpoint
 from rft.train.checkpoint import Progress
 from rft.train.job import Job
-from rft.train.logs import Journal
+from rft.train.journal import Journal
 from rft.train.meter import Meter
 from rft.train.optim import build_optimizer, set_schedule
 from rft.train.profile import profiling
@@ -30,15 +30,10 @@ log = logging.getLogger(__name__)
 
 
 def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progress:
-    """Train to the end, or until something asks to stop; go on from the newest checkpoint.
+    """Train to the end, or until something asks to stop; resume from the newest checkpoint.
 
-    Args:
-        job: what to train.
-        request: open since the process began, so that nothing that was asked is lost.
-        traces: folder for a profile of some steps; None profiles nothing.
-
-    Returns:
-        How far the run is; it has not ended if that is not `job.total_steps`.
+    `request` is open since the process began, so that none is lost; `traces` is a folder for a
+    profile of some steps. Returns how far the run is: to its end, or to where it was stopped.
 
     Raises:
         ValueError: if the loss stopped being finite, naming the step.

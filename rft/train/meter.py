@@ -1,7 +1,7 @@
 """What a run's log lines say: means over the steps since the last line, and where time went."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from rft.config import Config
 from rft.dist import World
 from rft.loading.dataset import Batch, Reading
 from rft.method import losses
+from rft.train.step import TERMS
 
 COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
 READING = ("wait", "ready", *Reading._fields)
@@ -63,21 +64,16 @@ class Meter:
             if not world.is_main:
                 dist.step_aside(world)
             first = int(finite_S.long().argmin())
-            raise ValueError(not_finite(step - self.steps + first + 1, terms_ST[first].tolist()))
-        cross_entropy, kd, mse, replaced, grad_norm = terms_ST.mean(dim=0).tolist()
-        loss = losses.total(self._config.method, cross_entropy, kd, mse)
+            raise ValueError(not_finite(step - self.steps + first + 1, _named(terms_ST[first])))
+        means = _named(terms_ST.mean(dim=0))
         seconds = time.perf_counter() - self._started
         reading_R = torch.from_numpy(self._reading).to(self._device)
         summed = dict(zip(READING, dist.sum_over_ranks(world, reading_R).tolist(), strict=True))
         batches = self.steps * world.size
         values = {
             "epoch": round(step / self._steps_per_epoch, 4),
-            "loss": loss,
-            "ce": cross_entropy,
-            "mse": mse,
-            "kd": kd,
-            "replaced": replaced,
-            "grad_norm": grad_norm,
+            "loss": losses.total(self._config.method, means["ce"], means["kd"], means["mse"]),
+            **means,
             "images_per_s": self.steps * self._config.loader.batch_size / seconds,
             # means over batches and ranks, in milliseconds; then sums over both
             "data_wait_ms": 1000 * summed["wait"] / batches,
@@ -91,12 +87,15 @@ class Meter:
         return values
 
 
-def not_finite(step: int, terms: list[float]) -> str:
+def _named(terms_T: Tensor) -> dict[str, float]:
+    return dict(zip((*TERMS, "grad_norm"), terms_T.tolist(), strict=True))
+
+
+def not_finite(step: int, terms: Mapping[str, float]) -> str:
     """Return what to say when training diverged at `step`."""
-    cross_entropy, kd, mse, _, grad_norm = terms
     return (
-        f"the loss or its gradient is not finite at step {step} (cross-entropy {cross_entropy:g}, "
-        f"MSE {mse:g}, logit distillation {kd:g}, gradient norm {grad_norm:g}). Checkpoints from "
-        "before that stay, but the same command would meet the same step again: lower "
-        "--optim.lr in a new --run-dir"
+        f"the loss or its gradient is not finite at step {step} (cross-entropy {terms['ce']:g}, "
+        f"MSE {terms['mse']:g}, logit distillation {terms['kd']:g}, gradient norm "
+        f"{terms['grad_norm']:g}). Checkpoints from before that stay, but the same command would "
+        "meet the same step again: lower --optim.lr in a new --run-dir"
     )

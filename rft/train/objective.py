@@ -63,7 +63,8 @@ class Objective(nn.Module):
         self.method = method
         self.recompute = recompute
         # the clean forward of a step with a CAM stays as it is: its attention is looked into
-        self._features: Features = torch.compile(_features) if compile else _features
+        features = Classifier.features
+        self._features: Features = torch.compile(features) if compile else features
 
     def forward(
         self,
@@ -91,7 +92,7 @@ class Objective(nn.Module):
         taps: list[AttentionTap] | None = [] if self.method.needs_cam else None
         with record_function("clean forward"):
             patches_BPV = self.student.patches(images_BCHW)
-            features = self._features if taps is None else _features
+            features = self._features if taps is None else Classifier.features
             features_BE = features(self.student, patches_BPV, taps=taps, recompute=self.recompute)
             logits_BK = self.student.logits(features_BE)
             cross_entropy = losses.classification(logits_BK, labels_B)
@@ -123,9 +124,9 @@ class Objective(nn.Module):
         patches_BPV = self.student.normalise(refill.apply_donors(pool_ZPV, donor_BP, draws.own_B1))
         dropping: dict[str, Any] = {}
         if self.method.drops:
-            keep_BP = donor_BP != refill.DROP
-            dropping = {"keep_BP": keep_BP, "most": self._most_kept(draws, keep_BP)}
-            dropping["ragged"] = draws.kept is None
+            keep_BP, ragged = donor_BP != refill.DROP, draws.kept is None
+            most = self._most_kept(draws, keep_BP)
+            dropping = {"keep_BP": keep_BP, "most": most, "ragged": ragged}
         with record_function("teacher forward"), torch.no_grad():
             teacher_BE = self._features(self.teacher, patches_BPV, **dropping)
         with record_function("counterfactual forward"):
@@ -141,14 +142,8 @@ class Objective(nn.Module):
         match self.method.no_fill:
             case "key-mask":
                 return None
-            case "auto":
-                return draws.kept
-            case "token-drop":
-                if draws.kept is not None:
-                    return draws.kept
+            case "token-drop" if draws.kept is None:
                 # the length of a tensor must be known here: this one waits for the GPU
                 return int(keep_BP.sum(dim=1).amax())
-
-
-def _features(model: Classifier, patches_BPV: Tensor, **options: Any) -> Tensor:
-    return model.features(patches_BPV, **options)
+            case "auto" | "token-drop":
+                return draws.kept

@@ -26,13 +26,17 @@ def set_schedule(
     optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimConfig
 ) -> float:
     """Set learning rate and beta1 of optimizer step `step` (0-based); return the learning rate."""
-    if config.schedule == "one-cycle":
-        lr, beta1 = one_cycle(step, total_steps, config)
-    else:
-        lr, beta1 = learning_rate(step, total_steps, config), config.beta1
+    lr, beta1 = _rates(step, total_steps, config)
     for group in optimizer.param_groups:
         group["lr"], group["betas"] = lr, (beta1, config.beta2)
     return lr
+
+
+def _rates(step: int, total_steps: int, config: OptimConfig) -> tuple[float, float]:
+    """Return learning rate and beta1."""
+    if config.schedule == "one-cycle":
+        return one_cycle(step, total_steps, config)
+    return learning_rate(step, total_steps, config), config.beta1
 
 
 def schedule_warning(total_steps: int, config: OptimConfig) -> str:
@@ -42,14 +46,11 @@ def schedule_warning(total_steps: int, config: OptimConfig) -> str:
     """
     if total_steps == 0:
         return ""
-    steps = range(total_steps)
+    warmup, other = config.warmup_steps, f"--optim.warmup-steps {total_steps // 10}"
     if config.schedule == "one-cycle":
-        rates, warmup = [one_cycle(step, total_steps, config)[0] for step in steps], 0
-        advice = "use --optim.schedule cosine, a smaller batch or more epochs"
-    else:
-        rates, warmup = [learning_rate(s, total_steps, config) for s in steps], config.warmup_steps
-        advice = f"use --optim.warmup-steps {total_steps // 10}, a smaller batch or more epochs"
-    highest = max(rates)
+        warmup, other = 0, "--optim.schedule cosine"
+    advice = f"use {other}, a smaller batch or more epochs"
+    highest = max(_rates(step, total_steps, config)[0] for step in range(total_steps))
     run = f"the run has {total_steps:,} step{'s' if total_steps > 1 else ''}"
     if highest < REACHED * config.lr:
         cause = f", its warm-up {warmup:,}" if warmup else ""

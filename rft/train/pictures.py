@@ -13,16 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from rft.clip import vit
 from rft.clip.classifier import Classifier
-from rft.clip.vit import AttentionTap
 from rft.config import MethodConfig
+from rft.evaluate.measure_cam import label_map
 from rft.loading.dataset import PackedDataset
 from rft.method import refill
-from rft.method.counterfactual import StepAddress, cam, donors, draw
+from rft.method.counterfactual import StepAddress, donors, draw
 from rft.runs import gallery_file as gallery
 from rft.storage import files
 
@@ -45,11 +46,8 @@ def grid(shown: Counterfactuals, side: int) -> Tensor:
     """Return a column for each of the first images, uint8 (3, height, width) on the CPU.
 
     From the top: the image, its mask (dark), and what the models saw instead, with dropped patches
-    in grey. A masked patch that an image's fill takes from the image itself counts as kept.
-
-    Args:
-        shown: the micro-batch.
-        side: of a patch, in pixels.
+    in grey. A masked patch that an image's fill takes from the image itself counts as kept. A patch
+    has `side` pixels a side.
     """
     donor_BP, own_B1 = shown.donor_BP[:COLUMNS], shown.own_B1[:COLUMNS]
     images_BCHW = shown.pool_ZCHW[own_B1[:, 0]]
@@ -67,10 +65,8 @@ def grid(shown: Counterfactuals, side: int) -> Tensor:
 
 def join_patches(patches_BPV: Tensor, side: int) -> Tensor:
     """Return the images made of patches, (B, C, H, W); the inverse of `vit.cut_patches`."""
-    batch, count, values = patches_BPV.shape
-    across = round(count**0.5)
-    tiles = patches_BPV.view(batch, across, across, values // side**2, side, side)
-    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, across * side, across * side)
+    across = round(patches_BPV.shape[1] ** 0.5)
+    return F.pixel_shuffle(patches_BPV.mT.unflatten(2, (across, across)), side)
 
 
 def write_gallery(
@@ -80,26 +76,14 @@ def write_gallery(
     samples: np.ndarray,
     methods: dict[str, MethodConfig],
 ) -> None:
-    """Write `url` (npz): images, relevance and the donor map of each method.
+    """Write `url` (npz): images of some samples, relevance and the donor map of each recipe.
 
-    Every mask x fill is built from one relevance map, by the same functions as in a training step.
-    What no report would draw is not written, with a warning: the model diverged, or its images
-    are too large.
-
-    Args:
-        url: where to write.
-        model: the student whose relevance is shown.
-        packed: the set the images come from.
-        samples: sample numbers; together they are each other's donor pool.
-        methods: recipe name -> mask and fill.
+    Every mask x fill is built from the student's one relevance map, by the same functions as in a
+    training step, on the CPU; the samples are each other's donor pool. What no report would draw is
+    not written, with a warning: the model diverged, or its images are too large.
     """
-    device = next(model.parameters()).device
     batch = packed.batch(samples, model.architecture.image_size)
-    images_BCHW, labels_B = batch.images_BCHW.to(device), batch.labels_B.to(device)
-    taps: list[AttentionTap] = []
-    patches_BPV = model.patches(images_BCHW)
-    logits_BK = model.logits(model.features(patches_BPV, taps=taps))
-    relevance_BP = cam("relevance", logits_BK, labels_B, taps).cpu()
+    relevance_BP = label_map(model, batch.images_BCHW, batch.labels_B, "relevance")
     columns = {
         "images_BCHW": batch.images_BCHW.numpy(),
         "labels_B": batch.labels_B.numpy(),
@@ -107,7 +91,7 @@ def write_gallery(
         "relevance_BP": relevance_BP.numpy(),
         "patch": np.array(model.architecture.vision_cfg["patch_size"]),
     }
-    count, patches = patches_BPV.shape[:2]
+    count, patches = relevance_BP.shape
     for name, method in methods.items():
         draws = draw(method, range(count), patches, count, StepAddress(0, 0, 0, 0))
         columns[f"{gallery.DONOR}{name}"] = donors(method, draws, relevance_BP).numpy()

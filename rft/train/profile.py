@@ -24,15 +24,10 @@ log = logging.getLogger(__name__)
 def profiling(folder: Path | None, first_step: int, total: int) -> Iterator[Callable[[], object]]:
     """Profile some steps of the body, which calls what it is given after each of its own.
 
-    Where fewer steps are left than are wanted, those that there are. Writes to `folder` a trace
-    for chrome://tracing or Perfetto, and the operators that took the most time as text, and prints
-    where they are as soon as the last profiled step is done. A run that stops or fails meanwhile
-    leaves the steps that it did.
-
-    Args:
-        folder: where to write; None profiles nothing.
-        first_step: steps of the run that are already done.
-        total: steps of the whole run.
+    Where fewer of the run's `total` steps are left than are wanted, those that there are. Writes to
+    `folder` (None: profiles nothing) a trace for chrome://tracing or Perfetto, and the operators
+    that took the most time as text, and prints where they are as soon as the last profiled step is
+    done. A run that stops or fails meanwhile leaves the steps that it did.
     """
     if folder is None:
         yield lambda: None

@@ -6,8 +6,6 @@ by it. The names of all files: rft/runs/filenames.py.
 
 import contextlib
 import logging
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -79,24 +77,20 @@ class RunFolder:
 
     def _acquire(self, lock: filelock.FileLock, request: StopRequest) -> None:
         patience = self._config.cluster.lock_wait
-        deadline = time.monotonic() + patience
-        said = False
-        while True:
-            try:
-                lock.acquire(timeout=0)
-                return
-            except filelock.Timeout as error:
-                if request.reason or time.monotonic() > deadline:
-                    raise ValueError(
-                        f"another job is writing {self.path} and did not leave within "
-                        f"{patience:g} s; wait for it or stop it. If there is none, a lost machine "
-                        f"left its lock: delete {self.path / filenames.LOCK}"
-                    ) from error
-            if not said:
-                where = f"another job to leave {self.path}"
-                log.info(f"waiting up to {patience:g} s for {where}")
-                said = True
-            time.sleep(0.5)
+        # at once first: only a real wait is worth a line
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire(timeout=0)
+            return
+        if patience and not request.reason:
+            log.info(f"waiting up to {patience:g} s for another job to leave {self.path}")
+        try:
+            lock.acquire(patience, poll_interval=0.5, cancel_check=lambda: bool(request.reason))
+        except filelock.Timeout as error:
+            raise ValueError(
+                f"another job is writing {self.path} and did not leave within {patience:g} s; wait "
+                "for it or stop it. If there is none, a lost machine left its lock: delete "
+                f"{self.path / filenames.LOCK}"
+            ) from error
 
     def note_progress(self, record: Record, total: int) -> None:
         """Record how far the run is, after a checkpoint is safe."""
@@ -113,43 +107,6 @@ class RunFolder:
         """
         if not (self.path / filenames.CONFIG).exists():
             raise ValueError(vanished(self.path))
-
-    def finish(self, summary: Training) -> None:
-        """Record that the run is complete.
-
-        Raises:
-            ValueError: if the folder was deleted meanwhile.
-        """
-        self.require_there()
-        files.write_json(str(self.path / filenames.TRAINING), asdict(summary))
-
-
-class Held:
-    """A run folder that this process writes: notices when it is deleted, emptied or replaced."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._descriptor = os.open(folder, os.O_RDONLY)
-        # a benchmark trains without one
-        self._config = folder / filenames.CONFIG if (folder / filenames.CONFIG).exists() else folder
-
-    def require(self) -> None:
-        """Check that it is the folder that it was.
-
-        Raises:
-            ValueError: if it is not, so that nothing is written into what took its place.
-        """
-        try:
-            same = os.path.samestat(self._folder.stat(), os.fstat(self._descriptor))
-            self._config.stat()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(vanished(self._folder)) from error
-        if not same:
-            raise ValueError(vanished(self._folder, "was replaced by a different folder"))
-
-    def close(self) -> None:
-        """Let go of it."""
-        os.close(self._descriptor)
 
 
 def vanished(path: Path, how: str = "was deleted, emptied or moved") -> str:
@@ -243,31 +200,17 @@ def finished(config: Config) -> Finished | None:
     if record is None:
         return None
     require_own_weights(path.parent)
-    return Finished(record, _compare_data(config, record.manifest_sha256))
-
-
-def is_finished(config: Config) -> bool:
-    """Whether the run folder holds this very run, complete; raises what `finished` does."""
-    return finished(config) is not None
-
-
-def _compare_data(config: Config, trained_on: str | None) -> str:
-    """Hold the set that is named now against the manifest's hash that a finished run recorded.
-
-    Returns:
-        Why they could not be compared, or an empty string. Runs that recorded no hash are not.
-    """
-    if trained_on is None:
-        return ""
-    url = files.join(config.data, config.train_set)
+    trained_on, url = record.manifest_sha256, files.join(config.data, config.train_set)
+    if trained_on is None:  # an older rft's
+        return Finished(record, "")
     try:
         now = Manifest.load(url).sha256
     except (ValueError, OSError) as error:
-        return str(error)
+        return Finished(record, str(error))
     if now != trained_on:
         raise ValueError(
             f"{config.run} is a finished run that was trained on other data than {url} holds now: "
             f"the manifest's hash was {trained_on[:12]}, it is {now[:12]}. Restore the data, "
             "or choose another --run-dir"
         )
-    return ""
+    return Finished(record, "")

@@ -12,7 +12,7 @@ from rft.runs.trained_on import TrainedOn
 from rft.train import checkpoint
 from rft.train.checkpoint import Progress
 from rft.train.job import Job
-from rft.train.logs import Journal
+from rft.train.journal import Journal
 from rft.train.run import RunFolder
 
 

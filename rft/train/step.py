@@ -16,6 +16,9 @@ from rft.method.counterfactual import Draws, StepAddress
 from rft.train.job import Job
 from rft.train.pictures import Counterfactuals
 
+# what a step reports, in this order; metrics.jsonl has a field of each name
+TERMS = ("ce", "mse", "kd", "replaced")
+
 
 def accumulate_gradients(
     job: Job,
@@ -32,13 +35,15 @@ def accumulate_gradients(
     are appended to `shown` if it is given.
 
     Returns:
-        The terms (cross-entropy, logit distillation, MSE, share of patches replaced), and the
-        gradient's norm before it was clipped (for the last time).
+        The terms (cross-entropy, MSE, logit distillation, share of patches replaced: `TERMS`), and
+        the gradient's norm before it was clipped (for the last time).
     """
     optim, weight = job.config.optim, job.config.method.distill_weight
+    # every loss is divided by it, so that the micro-batches add up to the batch's mean
     parts = optim.accumulate
     # summed on the device: to read one here would make the host wait for the whole step
-    terms, grad_norm = torch.zeros(4, device=job.device), torch.zeros((), device=job.device)
+    terms = torch.zeros(len(TERMS), device=job.device)
+    grad_norm = torch.zeros((), device=job.device)
     pool_ZCHW = donor_pool(job.config.method, job.world, batch.images_BCHW)
     patches = (job.batches.image_size // job.student.patch_side) ** 2
     micros = zip(batch.images_BCHW.chunk(parts), batch.labels_B.chunk(parts), strict=True)
@@ -56,9 +61,8 @@ def accumulate_gradients(
                 clean = module(images_BCHW, labels_B, draws)
             with record_function("clean backward"):
                 (clean.loss / parts).backward()
-        terms[0] += clean.cross_entropy.detach() / parts
-        terms[1] += clean.logit_distillation.detach() / parts
-        terms[2] += clean.mse.detach() / parts
+        found = torch.stack([clean.cross_entropy, clean.mse, clean.logit_distillation]).detach()
+        terms[:3] += found / parts
         if draws is not None:
             pool = images_BCHW if pool_ZCHW is None else pool_ZCHW
             with dist.skip_sync(module, not ends):
@@ -66,7 +70,7 @@ def accumulate_gradients(
                     mse = module(pool, labels_B, draws, clean.donor_BP)
                 with record_function("counterfactual backward"):
                     (weight * mse / parts).backward()
-            terms[2] += mse.detach() / parts
+            terms[1] += mse.detach() / parts
             if shown is not None and clean.donor_BP is not None:
                 shown.append(Counterfactuals(pool, clean.donor_BP, draws.own_B1))
             terms[3] += (clean.donor_BP != draws.own_B1).float().mean() / parts
@@ -87,18 +91,10 @@ def donor_pool(method: MethodConfig, world: World, images_BCHW: Tensor) -> Tenso
 def draw_micro_batch(
     config: Config, world: World, *, step: int, micro: int, images: int, patches: int
 ) -> Draws | None:
-    """Return the draws of one micro-batch of this rank; None where nothing is masked.
+    """Return the draws of micro-batch `micro` of this rank's `step`; None where nothing is masked.
 
     From a global pool all ranks draw the same numbers for the whole batch, so that the result does
     not depend on how many ranks or micro-batches it is cut into.
-
-    Args:
-        config: of the run.
-        world: this rank among the others.
-        step: the optimizer step (0-based).
-        micro: number of the micro-batch in the step.
-        images: of the micro-batch.
-        patches: of an image.
     """
     if not config.method.masks:
         return None

@@ -19,7 +19,7 @@ from rft.clip.load import MINIATURE, load_clip
 from rft.config import ModelConfig
 from rft.demo.world import write_world
 from rft.evaluate import localisation
-from rft.evaluate.cam_overlap import label_map
+from rft.evaluate.measure_cam import label_map
 from rft.evaluate.measured_images import RESTRICTED, select
 from rft.loading.dataset import PackedDataset
 from rft.packing.pack import Options, pack

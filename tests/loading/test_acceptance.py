@@ -322,7 +322,7 @@ def test_t12_nothing_of_the_parent_reaches_the_workers(packed):
     dataset.image(0, 24)
     assert dataset.shards._descriptors
     state = dataset.shards.__getstate__()
-    assert set(state) == {"url", "shards", "cache", "patience"}
+    assert set(state) == {"url", "shards", "cache"}
     training: Any = _Watching(dataset)
     stream = read_batches(training, range(2), workers=2, device=CPU)
     for batch in stream:

@@ -11,6 +11,7 @@ from rft.loading import order
 from rft.loading.batches import fingerprint, plan_training
 from rft.loading.dataset import PackedDataset
 from rft.loading.order import EpochOrder
+from rft.storage import documents
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def config(**changes) -> Config:
         "held_out": 16,
         **changes.pop("loader", {}),
     }
-    return Config.from_dict({**default.to_dict(), "loader": loader, **changes})
+    return documents.convert({**default.to_dict(), "loader": loader, **changes}, Config, "config")
 
 
 def chosen(packed, **changes) -> tuple[list[int], list[int]]:

@@ -42,6 +42,7 @@ from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest, Shard
 from rft.shards.ranges import Shards
+from rft.storage import remote
 from rft.storage.remote import Patience
 from tests import tiny
 from tests.servers.nginx import web_server
@@ -178,21 +179,27 @@ def is_sound(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["fin", "rst", "stall", "503"])
-def test_t7_broken_connections(through_faults: Through, expected: list[str], kind: str) -> None:
+def test_t7_broken_connections(
+    through_faults: Through, expected: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Answers end in the middle, are reset, stall or are refused: the same ids and pixels come."""
     # each stall takes as long as our patience
     schedule = first(6) if kind == "stall" else every_third
     with through_faults(Fault(kind=kind, after=MIDDLE), schedule) as (proxy, url):
-        packed = PackedDataset(url, patience=PATIENCE)
+        packed = PackedDataset(url)
+        monkeypatch.setattr(remote, "PATIENCE", PATIENCE)
         assert digests(packed) == expected
     assert proxy.fired[kind] > 0
     # more where this machine was too slow for our patience; fewer if a client retried in silence
     assert packed.shards.counters.range_retries >= proxy.fired[kind]
 
 
-def test_t7_random_refusals(nginx: str, expected: list[str]) -> None:
+def test_t7_random_refusals(
+    nginx: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed = PackedDataset(f"{nginx}/{TRAIN}")
-    packed.shards = Shards(f"{nginx}/flaky/{TRAIN}", packed.manifest.shards, patience=PATIENCE)
+    packed.shards = Shards(f"{nginx}/flaky/{TRAIN}", packed.manifest.shards)
+    monkeypatch.setattr(remote, "PATIENCE", PATIENCE)
     assert digests(packed) == expected
     assert packed.shards.counters.range_retries > 0
 
@@ -202,16 +209,19 @@ def test_t7_random_refusals(nginx: str, expected: list[str]) -> None:
     [Fault(kind="throttle", bytes_per_second=2**20), Fault(kind="latency", seconds=0.05)],
     ids=lambda fault: fault.kind,
 )
-def test_slow_connections(through_faults: Through, expected: list[str], fault: Fault) -> None:
+def test_slow_connections(
+    through_faults: Through, expected: list[str], fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A slow line is not a dead one."""
+    monkeypatch.setattr(remote, "PATIENCE", ONE_TRY)
     with through_faults(fault, every_third) as (proxy, url):
-        assert digests(PackedDataset(url, patience=ONE_TRY)) == expected
+        assert digests(PackedDataset(url)) == expected
     assert proxy.fired[fault.kind] > 0
 
 
-def test_slow_server(nginx: str, expected: list[str]) -> None:
-    packed = PackedDataset(f"{nginx}/slow/{TRAIN}", patience=ONE_TRY)
-    assert digests(packed) == expected
+def test_slow_server(nginx: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PATIENCE", ONE_TRY)
+    assert digests(PackedDataset(f"{nginx}/slow/{TRAIN}")) == expected
 
 
 def sample_named(packed: PackedDataset, error: ValueError) -> str:
@@ -225,30 +235,33 @@ def sample_named(packed: PackedDataset, error: ValueError) -> str:
 
 
 @pytest.mark.parametrize("kind", ["fin", "stall", "503"])
-def test_patience_ends(through_faults: Through, kind: str) -> None:
+def test_patience_ends(through_faults: Through, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with through_faults(Fault(kind=kind, after=5000), lambda n: n > 0) as (proxy, url):
         packed = PackedDataset(url)
         packed.payload(SAMPLES - 1)  # to start a client takes longer than our patience
-        packed.shards.patience = LITTLE_PATIENCE
+        patience = LITTLE_PATIENCE
         if kind != "stall":  # nothing but the fault ends a try, however slow this machine is
-            packed.shards.patience = dataclasses.replace(LITTLE_PATIENCE, stall_seconds=SECONDS)
+            patience = dataclasses.replace(LITTLE_PATIENCE, stall_seconds=SECONDS)
+        monkeypatch.setattr(remote, "PATIENCE", patience)
         with pytest.raises(ValueError, match="2 tries") as caught:
             packed.payload(0)
         until(lambda: proxy.fired[kind] == 2, "two faults")
     sample_named(packed, caught.value)
 
 
-def test_too_slow_is_an_error(web: str) -> None:
+def test_too_slow_is_an_error(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with faulty(web, Fault(kind="throttle", bytes_per_second=1000), first(10**6)) as proxy:
-        packed = PackedDataset(f"{proxy.url}/{TRAIN}", patience=LITTLE_PATIENCE)
+        packed = PackedDataset(f"{proxy.url}/{TRAIN}")
+        monkeypatch.setattr(remote, "PATIENCE", LITTLE_PATIENCE)
         with pytest.raises(ValueError, match="2 tries") as caught:
             packed.payload(0)
     sample_named(packed, caught.value)
 
 
-def test_server_without_ranges(nginx: str) -> None:
+def test_server_without_ranges(nginx: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole files come where parts are asked for: never the wrong bytes."""
-    packed = PackedDataset(f"{nginx}/norange/{TRAIN}", patience=ONE_TRY)
+    monkeypatch.setattr(remote, "PATIENCE", ONE_TRY)
+    packed = PackedDataset(f"{nginx}/norange/{TRAIN}")
     for sample in range(len(packed)):
         with pytest.raises(ValueError, match="does not serve ranges") as caught:
             packed.payload(sample)
@@ -257,9 +270,12 @@ def test_server_without_ranges(nginx: str) -> None:
         )
 
 
-def test_server_that_compresses(nginx: str, expected: list[str]) -> None:
+def test_server_that_compresses(
+    nginx: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server that may compress is asked not to: there are no ranges in compressed answers."""
-    assert digests(PackedDataset(f"{nginx}/gzip/{TRAIN}", patience=ONE_TRY)) == expected
+    monkeypatch.setattr(remote, "PATIENCE", ONE_TRY)
+    assert digests(PackedDataset(f"{nginx}/gzip/{TRAIN}")) == expected
 
 
 @pytest.mark.parametrize("store_kind", ["http", "s3"])
@@ -302,7 +318,7 @@ def test_wrong_secret(store: ObjectStore, s3_copy: str, monkeypatch: pytest.Monk
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing listens: one line with the address, not a stack of client errors."""
-    monkeypatch.setattr("rft.storage.remote.PATIENCE", LITTLE_PATIENCE)
+    monkeypatch.setattr(remote, "PATIENCE", LITTLE_PATIENCE)
     with pytest.raises(ValueError, match=r"^cannot read http://127\.0\.0\.1:9/set/manifest\.json"):
         PackedDataset("http://127.0.0.1:9/set")
 
@@ -356,10 +372,11 @@ def test_second_epoch_needs_no_server(web: str, tmp_path: Path, expected: list[s
 
 
 def test_cache_is_filled_through_faults(
-    through_faults: Through, tmp_path: Path, expected: list[str]
+    through_faults: Through, tmp_path: Path, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with through_faults(Fault(kind="fin", after=MIDDLE), every_third) as (proxy, url):
-        packed = PackedDataset(url, patience=PATIENCE, cache=Cache(tmp_path, 2**30))
+        packed = PackedDataset(url, cache=Cache(tmp_path, 2**30))
+        monkeypatch.setattr(remote, "PATIENCE", PATIENCE)
         fill(packed, list(range(len(packed.manifest.shards))))
         assert digests(packed) == expected
     assert proxy.fired["fin"] > 0
@@ -468,13 +485,14 @@ def test_disk_errors_do_not_end_the_filling(
 
 
 @pytest.fixture(params=["amid a shard", "idle"])
-def filling(request: pytest.FixtureRequest, web: str, tmp_path: Path) -> Iterator[list[Shards]]:
+def filling(
+    request: pytest.FixtureRequest, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[Shards]]:
     """Return the only reference to shards whose cache is being filled, or is full, in a list."""
     stalled = request.param != "idle"
     with faulty(web, Fault(kind="stall", after=MIDDLE), lambda _: stalled) as proxy:
-        patience = Patience(stall_seconds=1000)
-        cache = Cache(tmp_path, 2**30)
-        packed = PackedDataset(f"{proxy.url}/{TRAIN}", cache=cache, patience=patience)
+        packed = PackedDataset(f"{proxy.url}/{TRAIN}", cache=Cache(tmp_path, 2**30))
+        monkeypatch.setattr(remote, "PATIENCE", Patience(stall_seconds=1000))
         if stalled:
             packed.shards.look_ahead([0])
             until(lambda: proxy.fired["stall"])
@@ -487,8 +505,8 @@ def filling(request: pytest.FixtureRequest, web: str, tmp_path: Path) -> Iterato
 
 def filler_of(shards: Shards) -> threading.Thread:
     assert shards._filler is not None
-    assert shards._filler._thread.is_alive()
-    return shards._filler._thread
+    assert shards._filler.thread.is_alive()
+    return shards._filler.thread
 
 
 def test_closing_ends_the_filling_thread(filling: list[Shards], tmp_path: Path) -> None:
@@ -528,7 +546,7 @@ def test_a_loader_process_that_ends_takes_its_part_along(
     stall = Fault(kind="stall", after=MIDDLE)
     with faulty(web, stall, lambda _: True, matching=rf"^GET \S+{last}") as proxy:
         url, cache = f"{proxy.url}/{TRAIN}", Cache(tmp_path, 2**30)
-        packed = PackedDataset(url, cache=cache, patience=Patience(stall_seconds=1000))
+        packed = PackedDataset(url, cache=cache)
         batches = FirstAgain(packed, np.arange(SAMPLES), image_size=SIZE, batch_size=4)
         stream = read_batches(batches, range(1000), workers=1, device=CPU)
         next(stream)
@@ -608,12 +626,13 @@ READER = """
     import json, sys, time
     from pathlib import Path
     from rft.shards.cache import Cache
-    from rft.shards.ranges import Patience
+    from rft.storage import remote
     from rft.loading.dataset import PackedDataset
     from tests.loading.test_remote import digests
 
     url, folder, limit, go, stop = sys.argv[1:]
-    packed = PackedDataset(url, cache=Cache(Path(folder), int(limit)), patience=Patience(tries=30))
+    remote.PATIENCE = remote.Patience(tries=30)
+    packed = PackedDataset(url, cache=Cache(Path(folder), int(limit)))
     print("ready", flush=True)
     while not Path(go).exists():
         time.sleep(0.01)
@@ -627,24 +646,23 @@ STUCK = """
     import signal, sys
     from pathlib import Path
     from rft.shards.cache import Cache
-    from rft.shards.ranges import Patience, Shards
+    from rft.shards.ranges import Shards
     from rft.shards.manifest import Manifest
+    from rft.storage import remote
 
     url, folder, limit = sys.argv[1:]
-    cache, patience = Cache(Path(folder), int(limit)), Patience(stall_seconds=1000)
-    shards = Shards(url, Manifest.load(url).shards, cache=cache, patience=patience)
+    remote.PATIENCE = remote.Patience(stall_seconds=1000)
+    shards = Shards(url, Manifest.load(url).shards, cache=Cache(Path(folder), int(limit)))
     shards.look_ahead([0])
     signal.pause()
 """
 
 PROCESSES = """
     import json, sys
-    from rft.shards.ranges import Patience
     from rft.loading.dataset import PackedDataset
     from tests.loading.test_remote import digests
 
-    patience = Patience(tries=30, longest_pause=0.02)  # nothing stalls, and clients start slowly
-    print(json.dumps(digests(PackedDataset(sys.argv[1], patience=patience), workers=2)))
+    print(json.dumps(digests(PackedDataset(sys.argv[1]), workers=2)))
 """
 
 

@@ -41,7 +41,7 @@ def test_it_names_what_each_rank_reads(run, tiny_data, monkeypatch, capsys):
     )
     assert code == 0
     rows = [line.split() for line in out.splitlines()[2:]]
-    config = recipes.Config.from_dict(files.read_json(f"{run}/config.json"))
+    config = files.read_document(f"{run}/config.json", recipes.Config)
     packed = PackedDataset(str(tiny_data / "imagenet-train"))
     plan, samples, held_out = plan_training(packed, config)
     for rank in range(3):

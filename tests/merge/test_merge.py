@@ -19,7 +19,7 @@ from rft.merge import command as merge_command
 from rft.merge.ingredients import shared_seed
 from rft.method.averaging import interpolate, uniform_soup
 from rft.runs.filenames import LAST, SELECTED
-from rft.storage import files
+from rft.storage import documents, files
 from tests import tiny
 from tests.conftest import build_model
 from tests.tiny import call, forget_weights, torchrun
@@ -258,7 +258,7 @@ def pot(runs, tmp_path) -> list[Path]:
 
 def count_by_hand(state: dict[str, torch.Tensor], run: Path, data: Path) -> int:
     """Held-out images that are right, one after the other."""
-    config = Config.from_dict(config_of(run))
+    config = documents.convert(config_of(run), Config, "config")
     packed = PackedDataset(str(data / config.train_set))
     _, samples, held_out = plan_training(packed, config)
     assert len(held_out) == HELD_OUT

@@ -25,7 +25,7 @@ from rft.shards.images import (
     clip_pixels,
     encoding_parameters,
     load_image,
-    payload_treatment,
+    payload_of,
 )
 from rft.shards.manifest import Manifest
 from rft.storage import documents
@@ -61,7 +61,7 @@ def with_exif(orientation: int, pixels: np.ndarray, format_name: str) -> bytes:
 def show(data: bytes, encoding: dict) -> tuple[np.ndarray, Treated]:
     """A file packed as `original` and read again, (H, W, 3)."""
     encoded = encode(data, "x", encoding)
-    image = load_image(encoded.payload, "x", payload_treatment(encoding))
+    image = load_image(encoded.payload, "x", payload_of(encoding).treatment)
     assert image.size == (encoded.header.width, encoded.header.height)
     return np.asarray(image), encoded.treated
 
@@ -93,7 +93,7 @@ def test_a_photo_is_turned_upright(orientation: int, format_name: str) -> None:
             square = Image.fromarray(square_CHW.transpose(1, 2, 0))
             assert encoded.payload == to_jpeg(square, 95)
             # a payload that is upright already is not turned a second time
-            assert not payload_treatment(encoding).photo
+            assert not payload_of(encoding).treatment.photo
     stored, untreated = show(data, encoding_parameters("original", 0, 0))
     assert np.abs(stored.astype(int) - stored_HWC).max() <= 2
     assert untreated == Treated()

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import socket
 import stat
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_a_file_and_a_link_to_it_are_read(tmp_path):
         files.read_bytes(str(tmp_path))
 
 
-def test_temporary_files_are_new_and_as_private_as_their_files(tmp_path):
+def test_temporary_files_are_new_and_as_private_as_their_files(tmp_path, monkeypatch):
     before = os.umask(0o027)
     try:
         with files.publish(str(tmp_path / "here")) as here:
@@ -130,10 +131,14 @@ def test_temporary_files_are_new_and_as_private_as_their_files(tmp_path):
     finally:
         os.umask(before)
     (tmp_path / "victim").write_bytes(b"mine")
-    (tmp_path / "link").symlink_to("victim")
-    for name in ("victim", "link"):
-        with pytest.raises(FileExistsError):
-            local.create(tmp_path / name)
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
+    temporary = tmp_path / f".new.{32 * '0'}.tmp"
+    for make in (Path.symlink_to, Path.hardlink_to):
+        make(temporary, tmp_path / "victim")
+        with pytest.raises(FileExistsError), files.publish(str(tmp_path / "new")):
+            pytest.fail("somebody else's file is written")
+        temporary.unlink(missing_ok=True)
+    assert (tmp_path / "victim").read_bytes() == b"mine"
 
 
 def test_nothing_is_written_through_a_link_that_took_the_place_of_a_file(tmp_path):

@@ -29,7 +29,7 @@ from rft.packing.foreign.rule import Options
 from rft.report import command as report_command
 from rft.report.page import write_report
 from rft.shards.manifest import Manifest
-from rft.storage import files, urls
+from rft.storage import documents, files, urls
 from rft.train import command as train_command
 from tests.report.make_runs import make_run
 from tests.tiny import unstamped
@@ -477,7 +477,7 @@ def test_the_recorded_set_of_a_strangers_run_is_one_below_its_data_root(tmp_path
     document = recipes.build("vanilla", data="/data", run=str(tmp_path)).to_dict()
     for name in ("../other", "/etc", "s3://b/x", "%2e%2e/x", "a\\b", "a\nb"):
         with pytest.raises(ValueError, match="--train-set is"):
-            config.Config.from_dict({**document, "train_set": name})
+            documents.convert({**document, "train_set": name}, config.Config, "config")
 
 
 # --- manifests with shards elsewhere ------------------------------------------------------------

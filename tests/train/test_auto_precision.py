@@ -19,7 +19,7 @@ from rft.demo import command as demo_command
 from rft.experiments import Experiment
 from rft.train import command as train_command
 from rft.train.job import Job
-from rft.train.run import is_finished
+from rft.train.run import finished
 from tests.tiny import unstamped
 
 CPU = torch.device("cpu")
@@ -264,4 +264,4 @@ def test_the_demo_skips_what_another_device_finished(three_epochs, bf16_gpu, tin
     assert demo_command.is_done(stage, str(tiny_data))
     stopped(run)
     assert not demo_command.is_done(stage, str(tiny_data))
-    assert not is_finished(train_command.parse(words[3:]))
+    assert finished(train_command.parse(words[3:])) is None

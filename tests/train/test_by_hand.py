@@ -15,6 +15,7 @@ from rft.loading.batches import plan_training
 from rft.loading.dataset import PackedDataset
 from rft.loading.order import EpochOrder
 from rft.runs.filenames import LAST, SELECTED
+from rft.storage import files
 from rft.train import command as train_command
 from tests import tiny
 from tests.reference import adamw, textbook, zero_shot
@@ -62,7 +63,7 @@ def batches(packed: PackedDataset, config: Config):
 
 @pytest.mark.slow
 def test_four_steps_by_hand(run, tiny_data, tiny_clip):
-    config = Config.from_dict(json.loads((run / "config.json").read_text()))
+    config = files.read_document(str(run / "config.json"), Config)
     packed = PackedDataset(f"{tiny_data}/imagenet-train")
     clip = load_clip(ModelConfig(clip=tiny_clip))
     weight_KE = zero_shot.head_weight(clip, packed.manifest.classes, packed.manifest.templates)

@@ -20,9 +20,9 @@ def build_meter(**method) -> Meter:
 
 def test_the_logged_terms_are_means_over_steps_with_the_losses_weights():
     meter = build_meter(distill_weight=7.0, kd_weight=2.0)
-    # cross-entropy, logit distillation, MSE, share replaced; gradient norm
-    meter.add(torch.tensor([1.0, 0.5, 0.2, 0.25]), torch.tensor(3.0))
-    meter.add(torch.tensor([2.0, 1.5, 0.4, 0.75]), torch.tensor(5.0))
+    # cross-entropy, MSE, logit distillation, share replaced; gradient norm
+    meter.add(torch.tensor([1.0, 0.2, 0.5, 0.25]), torch.tensor(3.0))
+    meter.add(torch.tensor([2.0, 0.4, 1.5, 0.75]), torch.tensor(5.0))
     found = meter.read(2)
     expected = {"ce": 1.5, "kd": 1.0, "mse": 0.3, "replaced": 0.5, "grad_norm": 4.0}
     assert {name: found[name] for name in expected} == pytest.approx(expected)

@@ -98,7 +98,7 @@ def test_the_size_of_the_set_decides_and_nothing_claims_to_select(small, tmp_pat
     # none of them differs from the recipe's default
     marked = {line.split()[1] for line in dry.splitlines() if line.startswith("  * ")}
     assert marked == {"model.clip", "loader.workers"}
-    recorded = Config.from_dict(files.read_json(str(tmp_path / "run" / "config.json")))
+    recorded = files.read_document(str(tmp_path / "run" / "config.json"), Config)
     assert (recorded.loader.held_out, recorded.loader.batch_size) == (0, 8)
     assert (recorded.optim.warmup_steps, recorded.log.checkpoint_steps) == (9, 9)
     assert "(the last model, of step 90: no held-out images)" in said
@@ -137,7 +137,7 @@ def test_what_the_command_line_names_wins_and_a_grown_set_is_named(
         "  loader.batch_size         4  (given; the rule's is 8)"
         in tiny.unstamped(said).splitlines()
     )
-    recorded = Config.from_dict(files.read_json(str(tmp_path / "run" / "config.json")))
+    recorded = files.read_document(str(tmp_path / "run" / "config.json"), Config)
     assert (recorded.loader.batch_size, recorded.optim.warmup_steps) == (4, 3)
     line = refused(
         train_command,

@@ -160,7 +160,8 @@ def test_a_second_job_is_refused(three_epochs, other_job, capsys):
 
 @pytest.mark.slow
 def test_a_job_waits_for_another_that_leaves(three_epochs, other_job, monkeypatch):
-    monkeypatch.setattr(run.time, "sleep", lambda _: other_job.kill() or other_job.wait())
+    # what it logs before it waits
+    monkeypatch.setattr(run.log, "info", lambda _: other_job.kill() or other_job.wait())
     assert (three_epochs() / "training.json").exists()
     assert other_job.returncode == -signal.SIGKILL
 
@@ -179,7 +180,7 @@ def test_a_run_that_the_other_job_finished_is_left_alone(
         (folder / "training.json").write_bytes(summary)
         lock.release()
 
-    monkeypatch.setattr(run.time, "sleep", finish)
+    monkeypatch.setattr(run.log, "info", finish)
     capsys.readouterr()
     three_epochs()
     assert "run already finished" in capsys.readouterr().out
@@ -203,7 +204,7 @@ def test_a_run_that_the_other_job_began_keeps_its_configuration(
             path.rename(folder / path.name)
         lock.release()
 
-    monkeypatch.setattr(run.time, "sleep", leave)
+    monkeypatch.setattr(run.log, "info", leave)
     with pytest.raises(SystemExit):
         three_epochs("run", "--optim.lr", "0.5")
     assert "holds a run with another configuration: optim.lr" in capsys.readouterr().err

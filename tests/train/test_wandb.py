@@ -19,10 +19,10 @@ from benchmarks import tiny_world
 from benchmarks.waiting import until
 from rft.evaluate.count import Count
 from rft.storage import files
-from rft.train.logs import Journal, Wandb, require_packages
+from rft.train.journal import Journal, Wandb, require_packages
 from rft.train.stop import STOPPED
 from tests import tiny
-from tests.train.test_logs import COUNTERFACTUALS, SHAPE, VALUES, configuration
+from tests.train.test_journal import COUNTERFACTUALS, SHAPE, VALUES, configuration
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]'")
 Record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record

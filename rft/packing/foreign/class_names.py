@@ -21,6 +21,7 @@ class Names:
         for text, number in texts:
             self.exact[composed(text).strip()].add(number)
             self._loose[loose_form(text)].add(number)
+        # names that are separators alone would all be one
         self._loose.pop("", None)
 
     def find(self, name: str) -> list[int]:
@@ -59,6 +60,7 @@ def loose_form(name: str) -> str:
     stays: combining marks, symbols and emoji (`c`, `c++` and `c#` are three names), a hyphen that
     is a sign (`A-`, `-1`), and punctuation in numbers (`1.5`).
     """
+    # composed again, because casefold takes some letters apart (U+01F0)
     text = composed(composed(name).strip().casefold())
     shape = "".join(map(_shape, text))
     kept, end = "", 0

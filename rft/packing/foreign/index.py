@@ -112,6 +112,7 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
             image = _pick_image(sample, where, rule.ignore, found.passed_over)
             at = f"{where}, key {sample.key!r}"
             what = f"{at}: the image"
+            # before it is read into memory
             require_affordable(image.size, what, rule.max_pixels)
             data = read_member(stream, image)
             header, as_photo = encode.identify(data, what, rule.crop_border, rule.max_pixels)
@@ -175,6 +176,7 @@ def _encode_key(key: str, where: str) -> bytes:
 def _require_different(urls: Sequence[str], found: Sequence[Found]) -> None:
     first: dict[str, str] = {}
     for url, shard in zip(urls, found, strict=True):
+        # by content, because a copy or a link has a different name and counts every sample twice
         if (other := first.setdefault(shard.sha256, url)) != url:
             raise ValueError(f"{other} and {url} hold the same bytes; name one")
 
@@ -189,6 +191,7 @@ def _assemble(
     }
     groups = rule.groups
     if groups is None:
+        # Python's own integers, because JSON has none of NumPy's
         groups = tuple((int(class_id),) for class_id in np.unique(columns["label"]))
     encoding = encoding_parameters("original", 0, rule.crop_border)
     plan = {
@@ -201,7 +204,8 @@ def _assemble(
         "labels": scoring_hash(labels.ids, labels.names, labels.templates, groups),
         "shards": files.sha256_json([shard.sha256 for shard in found]),
     }
-    if rule.labels_are is not None:  # plans from before there was a choice stay as they are
+    # absent where nothing was chosen, so that plans without the option keep their hash
+    if rule.labels_are is not None:
         plan["labels_are"] = rule.labels_are
     index = Index(**columns).to_bytes()
     manifest = Manifest(
@@ -246,6 +250,7 @@ def shard_names(shards: Sequence[str], out: str) -> list[str]:
 def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -> None:
     """Write what is not there yet, the manifest last."""
     index_url, plan_url = files.join(out, INDEX), files.join(out, PLAN)
+    # with lists in place of tuples, as it is when it is read back
     plan = json.loads(json.dumps(plan))
     if files.exists(files.join(out, MANIFEST)):
         old = Manifest.load(out)
@@ -258,12 +263,14 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
                 f"delete its manifest.json or choose another --out"
             )
     elif (
+        # a packer writes its manifest last
         files.exists(plan_url) and files.read_document(plan_url, dict).get("algorithm") != ALGORITHM
     ):
         raise ValueError(f"{out} is being packed; finish that or choose another --out")
     elif files.exists(index_url) and not files.exists(plan_url):
         raise ValueError(f"{out} has an index.npz that is not ours; choose another --out")
     data = files.find_bytes(plan_url)
+    # a run that was killed may have left a plan of different options
     if data is None or documents.parse(data, plan_url) != plan:
         files.write_json(plan_url, plan)
     if files.find_bytes(index_url) != index:

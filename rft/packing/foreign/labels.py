@@ -45,6 +45,7 @@ def contradiction(stream: IO[bytes], sample: Sample, class_id: int, rule: Rule) 
     for name, value in said or ():
         if other == "json" and name not in LABEL_FIELDS:
             continue
+        # by the exact type: true and false are instances of int
         meanings = _meanings(str(value), rule) if type(value) in (int, str) else set()
         if meanings and class_id not in meanings:
             field = f"{name!r}: " if name else ""
@@ -73,6 +74,7 @@ def _meanings(text: str, rule: Rule) -> set[int]:
     if text in rule.class_of_id:
         found.add(rule.class_of_id[text])
     if POSITION.fullmatch(text):
+        # a .json may count all classes where the .cls counts the local ones
         for places in (rule.positions, range(len(rule.labels))):
             if int(text) < len(places):
                 found.add(places[int(text)])
@@ -91,7 +93,7 @@ def parse_label(data: bytes, where: str, rule: Rule) -> int | str:
     try:
         text = data.decode("utf-8").strip()
         said = None if rule.label_field is None else _fields(text)
-    except (ValueError, RecursionError) as error:  # no UTF-8, or no JSON
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, nested too deep
         raise ValueError(f"{where}: its .{rule.label_suffix} is not readable: {error}") from error
     if rule.label_field is not None:
         return _json_label(said, rule.label_field, where)
@@ -156,6 +158,7 @@ def _json_label(said: list[tuple[str, Any]] | None, name: str, where: str) -> in
     if len(values) > 1:
         raise ValueError(f"{where}: its .json has {name!r} {len(values)} times; keep one of them")
     value = values[0] if values else None
+    # before int is accepted, of which bool is a subclass
     if isinstance(value, bool | float):
         kind = "true or false" if isinstance(value, bool) else "a number with a fraction"
         raise ValueError(

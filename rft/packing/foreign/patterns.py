@@ -12,9 +12,9 @@ from braceexpand import (
 )
 
 SHARDS = 1_000_000  # of a set
-PATTERN_LETTERS = 4096
+PATTERN_LETTERS = 4096  # as Linux allows in a path
 URL_LETTERS = 2**28  # of all URLs together
-DEPTH = 32  # of braces in braces
+DEPTH = 32  # of braces in braces, through which braceexpand recurses
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
@@ -29,10 +29,13 @@ def expand(patterns: Sequence[str]) -> list[str]:
             raise ValueError(f"a shard pattern has {len(pattern):,} letters: {pattern[:40]!r}...")
         count = count_expanded(pattern)
         if len(urls) + count > SHARDS or count * len(pattern) > URL_LETTERS:
+            # counts multiply, so this one may have thousands of digits
             named = f"{count:,}" if count < 10**30 else "uncounted"
             raise ValueError(f"{pattern[:99]!r} names {named} shards; a set has at most {SHARDS:,}")
+        # without escapes, of which `count_expanded` knows nothing
         found = list(braceexpand(pattern, escape=False))
         for sign in "{}*":
+            # a local file may have such a sign in its name
             if sign in found[0] and not _is_local_file(found[0]):
                 raise ValueError(
                     f"{pattern!r}: {sign!r} is not expanded; name shards one by one or with a "

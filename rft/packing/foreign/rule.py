@@ -132,6 +132,7 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
     Raises:
         ValueError: if local class names do not map onto the label space.
     """
+    # each folder once, in the order of the shards; None for the top of a store
     places = [] if options.skip_beside else list(dict.fromkeys(map(parent, urls)))
     _require_nshards(urls, [folder for folder in places if folder])
     names, source = _local_names(places, labels, options.local_classes)
@@ -157,6 +158,7 @@ def make_rule(dataset: str, urls: Sequence[str], labels: LabelSpace, options: Op
         local=local,
         label_field=options.label_field,
         labels_are=options.labels_are,
+        # users write .JSON too; suffixes of members are in lower case and without the dot
         ignore=frozenset(suffix.lower().lstrip(".") for suffix in options.ignore),
         crop_border=border,
         max_pixels=options.max_pixels,
@@ -247,6 +249,7 @@ def _objectnet_labels(
         raise ValueError(
             f"{source} names {len(found)} of ObjectNet's {len(groups)} classes (not {missing!r})"
         )
+    # in the order of `names`, which labels count
     return tuple(found.values())
 
 
@@ -262,6 +265,7 @@ def _local_names(
     beside = {}
     without = []
     for folder in folders:
+        # CLIP_benchmark's list lies one folder above its shards
         for place in filter(None, (folder, parent(folder) if folder else None)):
             path = files.join(place, "classnames.txt")
             data = _find_beside(path, NAMES_BYTES)
@@ -275,6 +279,7 @@ def _local_names(
     path, names = next(iter(beside.items()))
     if any(other != names for other in beside.values()):
         raise ValueError(f"{path} and {list(beside)[-1]} differ; name one with --local-classes")
+    # a list of a different length is a label space of its own, which labels count
     if len(names) != len(labels):
         if without:
             raise ValueError(
@@ -284,6 +289,7 @@ def _local_names(
             )
         return names, path
     _require_same_order(path, names, labels)
+    # line numbers of a list in the label space's order are class ids
     return None, ""
 
 
@@ -302,6 +308,7 @@ def _require_same_order(path: str, names: Sequence[str], labels: LabelSpace) -> 
                 f"{path} has {name!r} in place {number}, the label space in place {found[0]}; "
                 f"give the file as --local-classes if the labels count its lines"
             )
+        # two classes of the very same name, as ImageNet's missiles, are told apart by the position
         exact = composed(name) in known.exact
         if not exact and len({labels.names[place] for place in found}) > 1:
             either = " or ".join(labels.ids[place] for place in found)
@@ -351,6 +358,7 @@ def _lines(data: bytes, path: str) -> list[str]:
         ValueError: if it is not UTF-8, a line between others is blank, or there is no name.
     """
     try:
+        # Windows' editors put a byte order mark in front
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text") from error

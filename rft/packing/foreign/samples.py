@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from rft.shards import tar
 from rft.storage import files, local, remote
 
-PASSED_OVER_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
+PASSED_OVER_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")  # its `skip_meta`
 TEXT_BYTES = 2**20  # of a .cls or .json
 SIZE_THREADS = 16  # asking for sizes is latency-bound
 
@@ -82,6 +82,7 @@ def open_whole(url: str, size: int) -> Iterator[tuple[IO[bytes], str]]:
             # without a name, so that not even a killed process leaves it behind
             copy = stack.enter_context(tempfile.TemporaryFile())
             await remote.fill(copy.fileno(), size, partial(remote.read_range, fs, path))
+            # left open for the caller; an error above has closed it, and thereby removed it
             stack.pop_all()
             return copy
 

@@ -50,6 +50,7 @@ from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest
 from rft.storage import files
+from rft.storage.documents import convert
 from rft.train.command import parse_command
 from tests.hostile.fuzz.engine import Target
 from tests.hostile.fuzz.mutate import (
@@ -404,7 +405,7 @@ def config(world: Path, folder: Path) -> Target:
             runs.evaluation_command(folder)
             runs.unfinished(folder)
         found = load_config(folder)
-        again = Config.from_dict(json.loads(json.dumps(found.to_dict())))
+        again = convert(json.loads(json.dumps(found.to_dict())), Config, "config")
         assert again == found
         assert again.to_dict() == found.to_dict()
         assert found.micro_batch(1) > 0
@@ -530,7 +531,7 @@ def commands(world: Path, folder: Path) -> Target:
     def train(words: list[str]) -> None:
         command = parse_command(["vanilla", "--run-dir", "r", *words])
         command.config.micro_batch(1)
-        again = Config.from_dict(json.loads(json.dumps(command.config.to_dict())))
+        again = convert(json.loads(json.dumps(command.config.to_dict())), Config, "config")
         assert again == command.config
 
     parsers: dict[str, tuple[Callable[[list[str]], Any], list[str]]] = {

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rft.paper import Covered
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
@@ -46,22 +48,30 @@ class Pixels:
             both_TN=self.both_TN[:, seen_N],
         )
 
+    def pooled(self) -> "Pixels":
+        """Return the pixels of all images as those of one; its rates favour large objects."""
+        return Pixels(
+            image=len(self.object_N) * self.image,
+            object_N=self.object_N.sum(keepdims=True),
+            masked_TN=self.masked_TN.sum(axis=1, keepdims=True),
+            both_TN=self.both_TN.sum(axis=1, keepdims=True),
+        )
 
-@dataclass(frozen=True)
-class Rates:
-    """The three numbers of Table 2 for one threshold, each in [0, 1]."""
+    def mean_rates(self) -> list[Covered]:
+        """Return for each threshold the means over images of the images' own rates.
 
-    image_masking_rate: float
-    object_masking_rate: float
-    iou: float
+        Every object must have pixels. The sums are fp64 and in the order of the images.
+        """
+        image_T = (self.masked_TN / self.image).mean(axis=1)
+        object_T = (self.both_TN / self.object_N).mean(axis=1)
+        iou_T = (self.both_TN / self.either).mean(axis=1)
+        return [Covered(*map(float, row)) for row in zip(image_T, object_T, iou_T, strict=True)]
 
 
 def count_object(object_BHW: Tensor, patches: int) -> Tensor:
-    """Return how many pixels of the object lie in each patch, int64 (B, P).
+    """Return how many pixels of an object (bool) lie in each patch of its image, int64 (B, P).
 
-    Args:
-        object_BHW: bool; the segmentation masks of square images.
-        patches: patches of an image, row-major over a square grid.
+    Images are square, patches are counted row by row.
     """
     grid = math.isqrt(patches)
     side = object_BHW.shape[-1] // grid
@@ -71,39 +81,9 @@ def count_object(object_BHW: Tensor, patches: int) -> Tensor:
 
 
 def count_masked(mask_TBP: Tensor, object_BP: Tensor, patch_pixels: int) -> tuple[Tensor, Tensor]:
-    """Return |M_cam| and |M_cam & M_seg|, both int64 (T, B).
+    """Return |M_cam| and |M_cam & M_seg|, both int64 (T, B), of patch masks (bool).
 
-    Args:
-        mask_TBP: bool; the patch masks of several thresholds.
-        object_BP: the object's pixels in each patch, from `count_object`.
-        patch_pixels: pixels of a patch.
+    `object_BP` is what `count_object` returns; a patch has `patch_pixels`.
     """
     masked_TB = mask_TBP.sum(dim=2, dtype=torch.int64) * patch_pixels
     return masked_TB, (mask_TBP * object_BP).sum(dim=2)
-
-
-def mean_rates(pixels: Pixels) -> list[Rates]:
-    """Return for each threshold the means over images of the images' own rates.
-
-    Every object must have pixels. The sums are fp64 and in the order of the images.
-    """
-    image_T = (pixels.masked_TN / pixels.image).mean(axis=1)
-    object_T = (pixels.both_TN / pixels.object_N).mean(axis=1)
-    iou_T = (pixels.both_TN / pixels.either).mean(axis=1)
-    return [Rates(*map(float, row)) for row in zip(image_T, object_T, iou_T, strict=True)]
-
-
-def pooled_rates(pixels: Pixels) -> list[Rates]:
-    """Return for each threshold the rates of all images' pixels together.
-
-    A large object counts for more here than in `mean_rates`.
-    """
-    images, object_pixels = len(pixels.object_N), int(pixels.object_N.sum())
-    sums = (column_TN.sum(axis=1) for column_TN in (pixels.masked_TN, pixels.both_TN))
-    rates = []
-    for masked, both in zip(*(column_T.tolist() for column_T in sums), strict=True):
-        either = masked + object_pixels - both
-        rates.append(
-            Rates(masked / (images * pixels.image), both / object_pixels, both / either),
-        )
-    return rates

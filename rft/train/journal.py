@@ -21,7 +21,7 @@ from rft.progress import Bar
 from rft.runs import filenames, records
 from rft.storage import files, local
 from rft.train.pictures import Counterfactuals, grid
-from rft.train.run import Held
+from rft.train.run import vanished
 
 SECONDS_PER_LINE = 60.0  # without a terminal; each held-out result is a line too
 SECONDS_TO_UPLOAD = 30.0  # at the end; a job that is told to stop has little time
@@ -51,50 +51,87 @@ class Journal:
     """All of it on the main rank; on the others nothing is written or shown."""
 
     def __init__(self, config: Config, done: int, total: int, *, writes: bool) -> None:
-        self._folder, self._image_steps = config.run, config.log.image_steps
-        self._logs = Logs(config, done) if writes else None
-        self._display = Display(config, done, total, self._logs.held_out) if self._logs else None
+        self._writes, self._image_steps = writes, config.log.image_steps
+        if not writes:
+            return
+        self._folder = Path(config.run)
+        path, last = self._folder / filenames.METRICS, None
+        self._time = 0.0
+        # a killed run may have logged beyond its last checkpoint, and half a line at the end
+        with files.publish(str(path)) as kept, local.writer(kept) as stream:
+            for text, line in records.read_metrics(path):
+                if line.step <= done:
+                    stream.write(text)
+                    if line.held_out_correct is not None and line.held_out_total is not None:
+                        last = Count(line.held_out_correct, line.held_out_total)
+        if done == 0:
+            shutil.rmtree(self._folder / filenames.TENSORBOARD, ignore_errors=True)
+        self._wandb = Wandb(config, done) if config.log.wandb else None
+        descriptor = local.open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        self._stream = os.fdopen(descriptor, "a")
+        # what a killed run wrote there beyond its last checkpoint comes again
+        self._writer = SummaryWriter(str(self._folder / filenames.TENSORBOARD), purge_step=done + 1)
+        # held open, so that a folder that takes its place cannot get its number
+        self._held = os.open(self._folder, os.O_RDONLY)
+        # a benchmark trains without one
+        sign = self._folder / filenames.CONFIG
+        self._sign = sign if sign.exists() else self._folder
+        self._display = Display(config, done, total, last)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record the means of the steps since the last call."""
-        if self._logs and self._display:
-            with self._writing():
-                self._logs.write(step, values)
+        if self._writes:
+            self._write(step, values)
             self._display.update(step, values)
 
     def held_out(self, step: int, count: Count) -> None:
         """Record a held-out result."""
-        if self._logs and self._display:
-            values = {"held_out_correct": count.correct, "held_out_total": count.total}
-            with self._writing():
-                self._logs.write(step, values)
+        if self._writes:
+            self._write(step, {"held_out_correct": count.correct, "held_out_total": count.total})
             self._display.held_out(step, count)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line, with its time, and its scalars."""
+        # the clock of a machine may be set back, and the lines are read as a sequence
+        self._time = max(self._time, round(time.time(), 3))
+        with self._writing():
+            self._stream.write(json.dumps({"step": step, "time": self._time, **values}) + "\n")
+            self._stream.flush()
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            if self._wandb:
+                self._wandb.write(step, values)
 
     def collects(self, step: int) -> list[Counterfactuals] | None:
         """Return a list for what this step distils on, None if it will not be shown."""
-        wanted = self._logs and self._image_steps and step % self._image_steps == 0
+        wanted = self._writes and self._image_steps and step % self._image_steps == 0
         return [] if wanted else None
 
     def pictures(self, step: int, shown: list[Counterfactuals] | None, side: int) -> None:
-        """Record a picture of what a step distilled on, if anything was collected of it.
-
-        Args:
-            step: the step.
-            shown: what `collects` returned, filled by the step.
-            side: of a patch, in pixels.
-        """
-        if self._logs and shown:
-            with self._writing():
-                self._logs.pictures(step, grid(shown[0], side))
+        """Record what `collects` got of a step, if anything, as a picture; `side` is a patch's."""
+        if not shown:
+            return
+        with self._writing():
+            grid_CHW = grid(shown[0], side)
+            self._writer.add_image(PICTURES, grid_CHW, step)
+            if self._wandb:
+                self._wandb.pictures(step, grid_CHW)
 
     def require_folder(self) -> None:
-        """Check that the run folder is there, before anything is written into it.
+        """Check that the run folder is the one that it was, before anything is written into it.
 
         Raises:
             ValueError: if it was deleted, emptied or replaced.
         """
-        if self._logs:
-            self._logs.folder.require()
+        if not self._writes:
+            return
+        try:
+            same = os.path.samestat(self._folder.stat(), os.fstat(self._held))
+            self._sign.stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(vanished(self._folder)) from error
+        if not same:
+            raise ValueError(vanished(self._folder, "was replaced by a different folder"))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -111,64 +148,17 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._logs and self._display:
-            self._display.close()
-            # what ended the run is told, not that its logs could not be closed then
-            with contextlib.suppress(OSError) if kind else self._writing():
-                self._logs.close(failed=kind is not None)
-
-
-class Logs:
-    """metrics.jsonl, TensorBoard and, if the configuration names a project, wandb.
-
-    `held_out` is the last held-out result of the steps that were done before.
-    """
-
-    def __init__(self, config: Config, done: int) -> None:
-        folder = Path(config.run)
-        self._path = folder / filenames.METRICS
-        self.held_out: Count | None = None
-        self._time = 0.0
-        # a killed run may have logged beyond its last checkpoint, and half a line at the end
-        with files.publish(str(self._path)) as path, local.writer(path) as stream:
-            for text, line in records.read_metrics(self._path):
-                if line.step <= done:
-                    stream.write(text)
-                    correct, total = line.held_out_correct, line.held_out_total
-                    if correct is not None and total is not None:
-                        self.held_out = Count(correct, total)
-        if done == 0:
-            shutil.rmtree(folder / filenames.TENSORBOARD, ignore_errors=True)
-        self._wandb = Wandb(config, done) if config.log.wandb else None
-        descriptor = local.open_regular(self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
-        self._stream = os.fdopen(descriptor, "a")
-        self._writer = SummaryWriter(str(folder / filenames.TENSORBOARD), purge_step=done + 1)
-        self.folder = Held(folder)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line, with its time, and its scalars."""
-        # the clock of a machine may be set back, and the lines are read as a sequence
-        self._time = max(self._time, round(time.time(), 3))
-        self._stream.write(json.dumps({"step": step, "time": self._time, **values}) + "\n")
-        self._stream.flush()
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.write(step, values)
-
-    def pictures(self, step: int, grid_CHW: Tensor) -> None:
-        """Add a picture, uint8."""
-        self._writer.add_image(PICTURES, grid_CHW, step)
-        if self._wandb:
-            self._wandb.pictures(step, grid_CHW)
-
-    def close(self, *, failed: bool) -> None:
-        """Flush and close all logs; wandb shows a run that failed as such."""
-        self._stream.close()
-        self._writer.close()
-        self.folder.close()
-        if self._wandb:
-            self._wandb.close(failed=failed)
+        if not self._writes:
+            return
+        self._display.close()
+        # what ended the run is told, not that its logs could not be closed then
+        with contextlib.suppress(OSError) if kind else self._writing():
+            self._stream.close()
+            self._writer.close()
+            os.close(self._held)
+            if self._wandb:
+                # wandb shows a run that failed as such
+                self._wandb.close(failed=kind is not None)
 
 
 class Wandb:

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rft import recipes
 from rft.config import Config
 from rft.evaluate.count import Count
-from rft.train import logs
-from rft.train.logs import Display, Journal, require_packages, status
+from rft.train import journal
+from rft.train.journal import Display, Journal, require_packages, status
 from rft.train.pictures import Counterfactuals, grid
 from tests.tiny import unstamped
 
@@ -62,7 +62,7 @@ def test_a_line_at_once_then_one_a_minute_and_each_held_out_result(tmp_path, cap
     display.update(110, VALUES)
     display.update(120, VALUES)
     display.held_out(120, Count(3, 4))
-    monkeypatch.setattr(logs, "SECONDS_PER_LINE", 0.0)
+    monkeypatch.setattr(journal, "SECONDS_PER_LINE", 0.0)
     display.update(130, VALUES)
     display.close()
     first, held_out, last = unstamped(capsys.readouterr().out).splitlines()
@@ -96,7 +96,7 @@ def test_the_time_of_a_row_never_goes_backwards(tmp_path, monkeypatch):
     with Journal(configuration(tmp_path), 0, 100, writes=True) as log:
         for step in (5, 10, 15):
             now = next(clock)
-            monkeypatch.setattr(logs.time, "time", lambda now=now: now)
+            monkeypatch.setattr(journal.time, "time", lambda now=now: now)
             log.metrics(step, VALUES)
             monkeypatch.undo()
     rows = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))

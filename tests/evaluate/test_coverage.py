@@ -1,14 +1,12 @@
 """How far patch masks cover objects, against sets of pixels."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rft.evaluate.overlap import Pixels, count_masked, count_object, mean_rates, pooled_rates
+from rft.evaluate.coverage import Pixels, count_masked, count_object
 from tests.conftest import build_model
 from tests.evaluate.masks import blob
 from tests.reference import pixels as reference
@@ -34,7 +32,7 @@ def test_counts_and_rates_equal_sets_of_pixels(seed, grid, side):
         both_TN=both_TN.numpy(),
     ).with_object()
     for place, (mean, pooled) in enumerate(
-        zip(mean_rates(pixels), pooled_rates(pixels), strict=True)
+        zip(pixels.mean_rates(), pixels.pooled().mean_rates(), strict=True)
     ):
         expected = reference.table_2(mask_TNP[place].tolist(), objects_NHW)
         assert len(pixels.object_N) == expected["images"] == images - 1
@@ -42,8 +40,8 @@ def test_counts_and_rates_equal_sets_of_pixels(seed, grid, side):
         assert pixels.masked_TN[place].sum() == expected["masked"]
         assert pixels.both_TN[place].sum() == expected["both"]
         assert pixels.either[place].sum() == expected["either"]
-        assert dataclasses.asdict(mean) == pytest.approx(
-            {name: expected[name] for name in dataclasses.asdict(mean)}, rel=1e-12
+        assert mean._asdict() == pytest.approx(
+            {name: expected[name] for name in mean._fields}, rel=1e-12
         )
         assert pooled.image_masking_rate == expected["masked"] / expected["image"]
         assert pooled.object_masking_rate == expected["both"] / expected["object"]
@@ -57,7 +55,7 @@ def test_sums_beyond_32_bits_are_exact():
         image=224 * 224, object_N=whole_N, masked_TN=whole_N[None], both_TN=whole_N[None]
     )
     assert pixels.either.sum() == images * (224 * 224 - 1) > 2**32
-    assert pooled_rates(pixels)[0].iou == 1
+    assert pixels.pooled().mean_rates()[0].iou == 1
 
 
 def test_patches_are_the_models_patches():
