@@ -113,6 +113,7 @@ def _heart(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
     # the curve (x^2 + y^2 - 1)^3 = x^2 y^3 has its tip at negative y, which is up here: hence -y
     x, y = 1.2 * np.abs(x), 1.2 * -y + 0.1
     level = (x**2 + y**2 - 1) ** 3 - (0.8 + 0.4 * u) * x**2 * y**3
+    # no distance: a cube root is steepest at zero, so this shape alone has hard edges
     return np.cbrt(level) * 0.3
 
 
