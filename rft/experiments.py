@@ -24,7 +24,7 @@ from rft.storage.documents import Epochs, Positive, document
 from rft.text import short
 
 NAMES = (*recipes.TRAINED, *recipes.MERGED)
-# which learn from a second teacher
+# which learn from a second teacher, a WiSE-FT model of the same seed
 STUDENTS = tuple(name for name, one in recipes.TRAINED.items() if one.method.kd_weight > 0)
 TEACHER_ALPHA = 0.5  # of the WiSE-FT model that WiSE-KD learns from (appendix A.3)
 # options of a training that the plan decides
@@ -78,7 +78,7 @@ class Study:
         files.require_local(self.runs, "--runs")
         files.require_local(self.report, "--report")
         for option in self.options:
-            # an option may be written with either
+            # tyro takes hyphens and underscores
             if option.partition("=")[0].replace("_", "-") in PLANNED:
                 raise ValueError(f"{option} cannot be the same in every training: the plan sets it")
 
@@ -94,6 +94,7 @@ class Study:
     def wise_model(self, family: str, alpha: float, seed: int) -> str:
         """Return the path of one model of a WiSE family."""
         model = f"{family}-{alpha:g}"
+        # where `rft.merge wise` writes: one alpha makes --out the model, several a folder of models
         if len(self.alphas) == 1:
             return self.at(with_seed(model, seed))
         return self.at(f"{with_seed(family, seed)}/{model}")
@@ -104,6 +105,7 @@ def experiments(study: Study) -> list[Experiment]:
     others = [name for name in recipes.TRAINED if name not in ("zero-shot", *STUDENTS)]
     found = [train(study, "zero-shot", 0)]  # which no seed changes
     for seed in range(study.seeds):
+        # each after what it needs: a probe before lp-ft, trainings before merges before students
         found += [train(study, name, seed) for name in others]
         found += [ingredient(study, rate, seed) for rate in recipes.SOUP_RATES if rate != 1]
         found += [merge(study, name, seed) for name in recipes.MERGED]
@@ -139,8 +141,10 @@ def train(study: Study, recipe: str, seed: int, lr: str = "") -> Experiment:
     if study.preset != "paper":
         command += ["--preset", study.preset]
     command += ["--data", study.data, "--run-dir", study.at(name), "--seed", str(seed), *options]
+    # zero-shot refuses epochs (recipes.require_inputs)
     if study.epochs is not None and recipe != "zero-shot":
         command += ["--optim.epochs", str(study.epochs)]
+    # a soup's ingredients are no rows of the report, so nothing evaluates them
     return Experiment(name, (*command, *study.options), after, () if lr else (study.at(name),))
 
 
@@ -148,6 +152,7 @@ def ingredient(study: Study, rate: float, seed: int) -> Experiment:
     """Return the training of a soup's model: vanilla at `rate` times its learning rate."""
     (recipe,) = recipes.MERGED["uniform-soup"].inputs
     config = recipes.build(recipe, scale=study.scale, preset=study.preset)
+    # the ingredient at rate 1 is vanilla itself, which is trained and reported anyway
     return train(study, recipe, seed, "" if rate == 1 else f"{config.optim.lr * rate:g}")
 
 
@@ -158,6 +163,7 @@ def merge(study: Study, name: str, seed: int) -> Experiment:
     match merged.kind:
         case "wise":
             start, end = merged.inputs
+            # zero-shot exists once, as seed 0
             after = (with_seed(start, 0), with_seed(end, seed))
             options = ("--alpha", *(f"{alpha:g}" for alpha in study.alphas))
             if study.preset == "official-parity":
@@ -169,6 +175,7 @@ def merge(study: Study, name: str, seed: int) -> Experiment:
             # of one seed, because those share their held-out images
             after = tuple(ingredient(study, rate, seed).name for rate in recipes.SOUP_RATES)
             if merged.kind == "greedy-soup":
+                # it counts held-out images, which ranks share; an average alone is one process
                 launcher, options = "torchrun", ("--data", study.data, *study.workers)
         case kind:
             assert_never(kind)
@@ -178,7 +185,9 @@ def merge(study: Study, name: str, seed: int) -> Experiment:
 
 def with_needed(found: Sequence[Experiment], only: Collection[str]) -> list[Experiment]:
     """Return the experiments of some recipes and those they need, in the order they had."""
+    # a soup's ingredients, vanilla-lr..., are no recipes: they come with their soups
     wanted = {one.name for one in found if one.name.rpartition("-seed")[0] in only}
+    # each stands behind those it needs, so one pass from the end finds all
     for one in reversed(found):
         if one.name in wanted:
             wanted.update(one.after)
@@ -187,6 +196,7 @@ def with_needed(found: Sequence[Experiment], only: Collection[str]) -> list[Expe
 
 def evaluate(study: Study, found: Sequence[Experiment], seed: int) -> Experiment:
     """Return the evaluation of a seed's models: those are all in memory at once."""
+    # with its hyphen: -seed1 does not end what ends in -seed11
     mine = [one for one in found if one.makes and one.name.endswith(with_seed("", seed))]
     models = [path for one in mine for path in one.makes]
     command = ("torchrun", "-m", "rft.evaluate", *models, "--data", study.data, *study.workers)
@@ -245,6 +255,7 @@ def lines(found: Sequence[Experiment]) -> str:
 def main() -> None:
     """Parse and print."""
     words = sys.argv[1:]
+    # cut off before tyro sees them: they are rft.train's options, and checked by it
     own = words[: words.index("--")] if "--" in words else words
     arguments = cli.parse(Arguments, args=own, prog="rft.experiments")
     study = replace(arguments.study, options=tuple(words[len(own) + 1 :]))

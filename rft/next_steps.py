@@ -26,6 +26,7 @@ def evaluation(
     words: list[object] = ["-m", "rft.evaluate", *models, "--data", data or "DATA"]
     unknown = {} if data else {"DATA": "folder or URL below which the packed sets lie"}
     tests = test_sets(data, train_set)
+    # those are rft.evaluate's default
     if tests != TEST_SETS:
         words += ["--sets", *(tests or ["SET"])]
     if not tests:
@@ -43,6 +44,7 @@ def test_sets(data: str, train_set: str) -> tuple[str, ...]:
     if not data:
         return known
     try:
+        # some of the benchmarks may not be packed yet, and evaluation refuses absent ones
         return tuple(name for name in known if files.exists(files.join(data, name, MANIFEST)))
     except (OSError, ValueError):  # a URL without its credentials, a network that is down
         return known
@@ -67,7 +69,9 @@ def with_seeds(runs: Sequence[Path], done: str) -> list[Path]:
     for run in runs:
         for beside in sorted(run.parent.iterdir()):
             seed = _seed(beside, done)
+            # equal but for the seed; None stands for a run that is not ready
             same = seed is not None and any(seed[1:] == known[1:] for known in seeds if known)
+            # one folder per seed: a report refuses two of one
             if same and seed not in seeds and beside.resolve() not in found:
                 found[beside.resolve()] = beside
                 seeds.add(seed)
@@ -84,6 +88,7 @@ def _seed(run: Path, done: str) -> tuple[int, str] | None:
         else:
             ready = records.find(run / filenames.TRAINING, records.Training)
             data = ready and ready.manifest_sha256
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # most folders beside a run are something else, or damaged
         return None
+    # as text, because dicts cannot be in a set
     return (config.seed, repr((settings(config.whole), data))) if ready else None

@@ -41,6 +41,7 @@ class Recipe(NamedTuple):
 
     about: str
     method: MethodConfig
+    # read-only: all recipes without options of their own share it
     optim: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -75,6 +76,7 @@ GRID: dict[tuple[Mask, Fill], tuple[float, str]] = {
 
 def _masked() -> Iterator[tuple[str, Recipe]]:
     for (mask, fill), (setting, about) in GRID.items():
+        # the paper writes no-fill; the option's word is none
         name = f"{mask}-mask-{'no' if fill == 'none' else fill}-fill"
         if mask == "random":
             method = MethodConfig(mask=mask, fill=fill, rate=setting)
@@ -177,6 +179,7 @@ def build(
         raise ValueError(f"{name} is not trained but merged: python -m rft.merge --help")
     if name not in TRAINED:
         raise unknown("recipe", name, sorted(TRAINED))
+    # these come from Python too, where no parser has checked them
     if scale not in get_args(Scale):
         raise unknown("scale", scale, get_args(Scale))
     if preset not in get_args(Preset):
@@ -247,7 +250,7 @@ def _official_parity(config: Config) -> Config:
     return replace(
         config,
         preset="official-parity",
-        # its distributed sampler never hears of the seed
+        # its distributed sampler is never given the seed
         order_seed=0,
         # the default of the torch it ran on, on the cards it names
         precision="tf32",

@@ -1,4 +1,4 @@
-"""What is said about images in the miniature world: captions, prompts and their vocabulary.
+"""Words about images of the miniature world: captions, prompts and their vocabulary.
 
 Captions name the object almost always and the context seldom, as captions of photographs do; what
 they leave out is still in the image, so the pre-trained model knows contexts but is not tied to
@@ -24,19 +24,21 @@ TEMPLATES = (
     "a sketch of a {c}.",
 )
 CONTEXT_LENGTH = 16  # tokens
+# words are whole tokens: all that captions and TEMPLATES use must be in the vocabulary
 _MEDIA = ("photo", "cartoon", "painting", "embroidery", "sketch", "picture", "image")
 _OTHER = ("a", "an", "the", "of", "on", "with", "behind", "plain", "ground", "rotated", "thing")
-# A word's place is its token id; the end must have the largest (rft.clip.load.WordTokenizer).
+# A word's index is its token id; the end must have the largest (rft.clip.load.WordTokenizer).
 VOCABULARY = (
     *("<pad>", "<start>"),
     *sorted({"digit", *DIGITS, *SHAPES, *PATTERNS, *PALETTES, *_MEDIA, *_OTHER}),
     "<end>",
 )
-TURNED = 20  # degrees from which on an object may be called rotated
+TURNED = 20  # degrees from which on an object may be called rotated; an upright one leans up to 12
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Return a caption of the scene, drawn from many that would be true of it."""
+    # in this order: other draws are other captions, and the shipped CLIP was trained on these
     name = CLASSES[scene.class_id] if rng.uniform() < 0.95 else "thing"
     if abs(scene.angle) > TURNED and rng.uniform() < 0.5:
         name = f"rotated {name}"

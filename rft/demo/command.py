@@ -79,6 +79,7 @@ def make(
         only=only,
         alphas=alphas,
     )
+    # without the last, the report, which this process makes itself
     *stages, _ = experiments(study)
     prepare_data(out)
     for stage in stages:
@@ -90,13 +91,16 @@ def make(
 
 
 def is_done(stage: Experiment, data: str) -> bool:
-    """Whether a stage's results are there, which its command would find out more slowly."""
+    """Whether a stage's results exist: its command would notice, but takes seconds to start."""
+    # after python or torchrun, and -m
     module, *options = stage.command[2:]
     if module == "rft.train":
         return finished(parse(options)) is not None
     if module == "rft.merge":
+        # a merge writes it last
         return all((Path(path) / filenames.PROVENANCE).exists() for path in stage.makes)
     assert module == "rft.evaluate"
+    # the models stand first (rft.experiments.evaluate)
     models = [Path(path) for path in options[: options.index("--data")]]
     manifests = {name: PackedDataset(f"{data}/{name}").manifest for name in TEST_SETS}
     return all(is_current(path, manifests) for path in models)
@@ -124,9 +128,11 @@ def run(name: str, command: tuple[str, ...]) -> None:
     Raises:
         ValueError: if it fails.
     """
+    # to be pasted: not the path of this interpreter
     shown = shlex.join(("python", *command[1:]))
     print(f"\n$ {shown}", flush=True)
-    # one thread for each rank, which is what torchrun would choose after saying so at length
+    # one thread for each rank, which torchrun would choose with a long warning; the user's own
+    # variables come last and win
     environment = {"OMP_NUM_THREADS": "1", **MEET_IN_FILES, **os.environ}
     if code := subprocess.run(command, env=environment).returncode:
         raise ValueError(

@@ -20,7 +20,7 @@ SHARES: dict[Bank, float] = {"pretrain": 0.40, "finetune": 0.28, "dev": 0.10, "t
 SHAPES = ("star", "ring", "cross", "triangle", "heart", "crescent")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLASSES = (*(f"digit {digit}" for digit in DIGITS), *SHAPES)  # in label order
-SHAPE_INSTANCES = 180  # as many as there are scans of each digit
+SHAPE_INSTANCES = 180  # about as many as there are scans of each digit (174 to 183)
 SIDE = 32  # pixels of a silhouette
 
 # class id -> opacity (instances, SIDE, SIDE), float32 in [0, 1]
@@ -33,6 +33,7 @@ def load_silhouettes(bank: Bank) -> Silhouettes:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
+    # scikit-learn's scans are 8 x 8 counts from 0 to 16
     scans = pixels.reshape(-1, 8, 8).astype(np.float32) / 16
     digits = [np.stack([_enlarge(scan) for scan in scans[labels == n]]) for n in range(10)]
     shapes = [_draw_instances(name) for name in SHAPES]
@@ -45,12 +46,14 @@ def load_silhouettes(bank: Bank) -> Silhouettes:
 def bank_members(class_id: int, instances: int) -> dict[Bank, np.ndarray]:
     """Return the instance numbers of each bank: a random partition of all of them."""
     order = numpy_generator("banks", class_id).permutation(instances)
+    # of sums, not of shares: rounding loses no instance
     ends = np.rint(np.cumsum(list(SHARES.values())) * instances).astype(int)
     return dict(zip(SHARES, np.split(order, ends[:-1]), strict=True))
 
 
 def _enlarge(scan: np.ndarray) -> np.ndarray:
     large = Image.fromarray(scan).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    # steeper: enlarging fourfold blurs an edge over four pixels
     return np.clip((np.asarray(large) - 0.25) * 2.5, 0, 1)
 
 
@@ -61,10 +64,12 @@ def _draw_instances(name: str) -> np.ndarray:
 
 def _draw(distance: Callable[..., np.ndarray], rng: np.random.Generator) -> np.ndarray:
     """Draw one instance of a shape: random aspect, shear, size and proportion."""
+    # centres of pixels, from -1 to 1; y grows downwards
     y, x = (np.mgrid[:SIDE, :SIDE] + 0.5) / (SIDE / 2) - 1
     width, height = rng.uniform(0.72, 0.95, size=2)
     shear = rng.uniform(-0.15, 0.15)
     proportion = rng.uniform()
+    # the inverse map: coordinates of the pixels in the shape's own square
     inside = -distance((x + shear * y) / width, y / height, proportion)
     edge = 2 / SIDE  # one pixel
     return np.clip(inside / edge + 0.5, 0, 1).astype(np.float32)
@@ -75,6 +80,7 @@ def _draw(distance: Callable[..., np.ndarray], rng: np.random.Generator) -> np.n
 
 
 def _star(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
+    # all edges are folded onto one: angles from a tip, mirrored at it; -y puts a tip on top
     sector = 2 * np.pi / 5
     angle = np.abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
     radius, notch = np.hypot(x, y), 0.36 + 0.14 * u
@@ -104,8 +110,10 @@ def _triangle(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
 
 
 def _heart(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
+    # the curve (x^2 + y^2 - 1)^3 = x^2 y^3 has its tip at negative y, which is up here: hence -y
     x, y = 1.2 * np.abs(x), 1.2 * -y + 0.1
     level = (x**2 + y**2 - 1) ** 3 - (0.8 + 0.4 * u) * x**2 * y**3
+    # no distance: a cube root is steepest at zero, so this shape alone has hard edges
     return np.cbrt(level) * 0.3
 
 

@@ -47,7 +47,7 @@ ARCHITECTURE = architecture_of(MINIATURE)
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=60, weight_decay=0.1, beta1=0.9, beta2=0.98)
 CLIP_NORM = 1.0
 BATCH_SIZE = 64
-LARGEST_SCALE = math.log(100)  # CLIP's bound on the logit scale
+LARGEST_SCALE = math.log(100)  # CLIP's bound on the logit scale, which the model keeps as a log
 
 DIVERSE = Setting(
     bank="pretrain",
@@ -97,6 +97,7 @@ def pretrain(out: Path, seed: int = 0, *, steps: int = 1200, images: int = 30_00
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             set_schedule(optimizer, step, steps, OPTIM)
             optimizer.step()
+            # after the step, which may pass the bound
             with torch.no_grad():
                 model.logit_scale.clamp_(max=LARGEST_SCALE)
             advance(1, 0)
@@ -121,6 +122,7 @@ def draw_captioned(name: str, setting: Setting, images: int, seed: int) -> Capti
             labels.append(scene.class_id)
             texts.append(caption(scene, rng))
             advance(1, 0)
+    # in memory as uint8: 30,000 images of 48 x 48 take 207 MB, as fp32 four times that
     images_BCHW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     tokenize = WordTokenizer(VOCABULARY, CONTEXT_LENGTH)
     return Captioned(images_BCHW, torch.tensor(labels), tokenize(texts))
@@ -138,6 +140,7 @@ def draw_batches(images: int, seed: int) -> Iterator[Tensor]:
     epoch = 0
     while True:
         order = numpy_generator(seed, "pretrain-order", epoch).permutation(images)
+        # the rest of an epoch is left out: a smaller batch has fewer negatives
         for batch in range(images // BATCH_SIZE):
             yield torch.from_numpy(order[batch * BATCH_SIZE :][:BATCH_SIZE])
         epoch += 1
@@ -160,6 +163,7 @@ def build_optimizer(model: CLIP) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": OPTIM.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    # matrices alone decay: not biases, norms, the class token and the logit scale
     return torch.optim.AdamW(groups, betas=(OPTIM.beta1, OPTIM.beta2), fused=True)
 
 
@@ -193,10 +197,12 @@ def losses_in_words(measured: dict[str, float]) -> str:
 def save_model(out: Path, model: CLIP, card: dict[str, Any]) -> None:
     """Write weights, configuration, vocabulary and a card that says where they come from."""
     config = (Path(__file__).parent / "clip" / HUB_CONFIG).read_bytes()
+    # safetensors refuses tensors that are not contiguous
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     files.write_bytes(str(out / HUB_CONFIG), config)
     files.write_bytes(str(out / "vocab.txt"), ("\n".join(VOCABULARY) + "\n").encode())
     packages = files.provenance()["packages"]
     made_with = {"world_version": VERSION, "threads": torch.get_num_threads(), "packages": packages}
     files.write_json(str(out / CARD), {**card, **made_with})
+    # last: the folder does not load before its weights are there
     files.write_bytes(str(out / HUB_WEIGHTS), save(state))

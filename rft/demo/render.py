@@ -15,7 +15,8 @@ from rft.demo.scenes import PLAIN, Scene
 IMAGE_SIZE = 48  # pixels of an image's side
 CONTEXT_DARKNESS = 0.7
 
-# palette -> (dark, light); each colour is jittered from image to image
+# palette -> (dark, light); each colour is jittered from image to image. Order counts, here and in
+# _PATTERNS: a context's number decides its pattern and palette (pattern_and_palette)
 _COLOURS = {
     "red": ((0.40, 0.08, 0.08), (0.95, 0.45, 0.30)),
     "green": ((0.05, 0.30, 0.10), (0.45, 0.85, 0.35)),
@@ -26,8 +27,10 @@ _COLOURS = {
 
 def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return the image, uint8 (48, 48, 3), and the exact mask of its object, bool (48, 48)."""
+    # all draws come from one generator: another order would be another world (VERSION)
     opacity = place(scene)
     image = draw_context(scene.context, rng)
+    # bright: no channel is below 0.55
     colour = 1 - 0.45 * rng.uniform(size=3) * np.sqrt(rng.uniform())
     image = image + opacity[..., None] * (colour - image)
     shading = 1 + 0.12 * _smooth_noise(3, rng)  # uneven light
@@ -62,6 +65,7 @@ def place(scene: Scene) -> np.ndarray:
         *(cos, sin, SIDE / 2 - cos * centre_x - sin * centre_y),
         *(-sin, cos, SIDE / 2 + sin * centre_x - cos * centre_y),
     )
+    # outside the silhouette PIL fills with zeros
     placed = Image.fromarray(scene.silhouette).transform(
         (IMAGE_SIZE, IMAGE_SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
     )
@@ -86,6 +90,7 @@ def _smooth_noise(cells: int, rng: np.random.Generator) -> np.ndarray:
 
 def _wave(t: np.ndarray) -> np.ndarray:
     """Return a soft square wave of period 1."""
+    # beyond [0, 1], where draw_context clips it: flat tops and steep sides
     return 0.5 + 0.9 * np.sin(2 * np.pi * t)
 
 
@@ -96,22 +101,26 @@ def _cell(t: np.ndarray) -> np.ndarray:
 
 def _bricks(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     row = np.floor(6 * y)
+    # six rows of three bricks, every other row shifted by half a brick
     mortar = np.maximum(np.abs(_cell(6 * y)) - 0.32, np.abs(_cell(3 * x + 0.5 * row)) - 0.41)
     return 0.8 - 10 * mortar
 
 
 def _ripples(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     centre_x, centre_y = rng.uniform(0.2, 0.8, size=2)
+    # from the image's corner, not the random origin: the centre is to lie in the image
     return _wave(5 * np.hypot(x - x[0, 0] - centre_x, y - y[0, 0] - centre_y))
 
 
 def _speckle(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    # grains of 2 x 2 pixels, 40% of them light
     light = rng.uniform(size=(IMAGE_SIZE // 2, IMAGE_SIZE // 2)) > 0.6
     return light.repeat(2, axis=0).repeat(2, axis=1)
 
 
 def _haze(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     turn = rng.uniform(0, 2 * np.pi)
+    # without the random origin: the middle of the image is the middle grey
     slope = np.cos(turn) * (x - x.mean()) + np.sin(turn) * (y - y.mean())
     return 0.5 + 0.8 * slope
 
@@ -135,6 +144,7 @@ PATTERNS, PALETTES = tuple(_PATTERNS), tuple(_COLOURS)
 
 def pattern_and_palette(context: int) -> tuple[str, str]:
     """Return the two words that describe a context; no two contexts share both."""
+    # 12 is a multiple of 4: without the shift, contexts c and c + 12 would be one
     palette = context + context // len(PATTERNS)
     return PATTERNS[context % len(PATTERNS)], PALETTES[palette % len(PALETTES)]
 
@@ -178,6 +188,7 @@ def _edges(field: np.ndarray) -> np.ndarray:
     padded = np.pad(field, 1, mode="edge")
     across = padded[1:-1, 2:] - padded[1:-1, :-2]
     down = padded[2:, 1:-1] - padded[:-2, 1:-1]
+    # not halved: a full step of a field in [0, 1] is 1
     return np.hypot(across, down)
 
 

@@ -69,6 +69,7 @@ def draw_scene(
     setting: Setting, class_id: int, silhouettes: Silhouettes, rng: np.random.Generator
 ) -> Scene:
     """Draw one scene with an object of the class `class_id`."""
+    # the draws below come in this order: another order would be another world (VERSION)
     instances = silhouettes[class_id]
     wide = rng.uniform() < setting.wide_rotation
     angle = WIDE_ANGLE if wide else setting.angle
@@ -95,6 +96,7 @@ def draw_context(setting: Setting, class_id: int, rng: np.random.Generator) -> i
         case "usual" if rng.uniform() < setting.rho:
             return class_id
         case "usual":
+            # the class's own included, so it is met a little more often than rho
             return int(rng.choice(CLASS_CONTEXTS))
         case "wrong":
             return int(rng.choice([c for c in CLASS_CONTEXTS if c != class_id]))

@@ -25,6 +25,7 @@ from rft.rng import derive, numpy_generator
 from rft.storage import files
 
 CLASS_LIST = "classes.json"  # ids, names and prompts, in the world's folder
+# like WordNet's, which name ImageNet's class folders
 IDS = tuple(f"n{class_id + 1:08d}" for class_id in range(len(CLASSES)))
 PHOTOS: Mapping[Style, float] = {"photo": 1.0}
 RENDITIONS: Mapping[Style, float] = {"cartoon": 1 / 3, "painting": 1 / 3, "embroidery": 1 / 3}
@@ -87,26 +88,28 @@ OBJECTNET_FOLDERS: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 OBJECTNET_OTHERS = 30  # images in each folder that stands for no class
 # The 2012 challenge numbered the classes in another order; here, any that is not the same.
+# 7 and 16 share no divisor, so each class has a number of its own.
 CLASS_TO_2012 = tuple((7 * class_id + 3) % len(CLASSES) for class_id in range(len(CLASSES)))
 # As in ImageNet, a class's label may list synonyms; commas do not separate labels.
 SYNONYMS = {"digit zero": "nought", "star": "pentagram", "ring": "annulus", "cross": "plus sign"}
 
 
 def write_world(out: Path, seed: int = 0, *, scale: float = 1.0) -> None:
-    """Write the whole world to `out`, whole or not at all; the same world there is left alone.
+    """Write the world to `out`, atomically; the same world there stays unchanged.
 
     `scale` multiplies the number of images in each set.
 
     Raises:
-        ValueError: if `out` is a file or holds anything else than this very world.
+        ValueError: if `out` is a file or holds anything but this very world.
     """
     sets = {name: replace(full, images=_scaled(full.images, scale)) for name, full in SETS.items()}
     settings = {name: asdict(chosen) for name, chosen in sets.items()}
-    # as it will be read back
+    # as it will be read back: lists for tuples
     document = json.loads(json.dumps({"version": VERSION, "seed": seed, "settings": settings}))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _require_same(out, document)
         return
+    # beside `out`: a rename stays within one file system; what a killed process leaves is hidden
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     partial.mkdir(parents=True)
     try:
@@ -126,6 +129,7 @@ def write_world(out: Path, seed: int = 0, *, scale: float = 1.0) -> None:
 def image_path(name: str, number: int, scene: Scene) -> PurePosixPath:
     """Return where image `number` of a set lies below the world's folder."""
     class_id = scene.class_id
+    # a set's classes take turns (_write_set), so this counts within a class
     folder, in_class = IDS[class_id], number // len(SETS[name].classes)
     match name:
         case "imagenet-train":
@@ -133,6 +137,7 @@ def image_path(name: str, number: int, scene: Scene) -> PurePosixPath:
         case "imagenet-val":
             path = f"imagenet/val/{folder}/ILSVRC2012_val_{number + 1:08d}.JPEG"
         case "imagenet-v2":
+            # the originals are named by hashes, which say nothing of the order
             unique = f"{derive(name, number):016x}"
             path = f"imagenetv2-matched-frequency-format-val/{class_id}/{unique}.jpeg"
         case "imagenet-r":
@@ -176,6 +181,7 @@ def _scaled(count: int, scale: float) -> int:
 def _write_set(root: Path, name: str, image_set: WorldSet, seed: int) -> None:
     silhouettes = load_silhouettes(image_set.setting.bank)
     for number in range(image_set.images):
+        # one generator for each image: sets can grow without changing the images before
         rng = numpy_generator(seed, name, number)
         class_id = image_set.classes[number % len(image_set.classes)]
         scene = draw_scene(image_set.setting, class_id, silhouettes, rng)
@@ -202,6 +208,7 @@ def _frame(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     width, side = OBJECTNET_FRAME, IMAGE_SIZE + 2 * OBJECTNET_FRAME
     framed = np.full((side, side, 3), (255, 0, 0), dtype=np.uint8)
     framed[width:-width, width:-width] = image
+    # the frame is no part of the object
     return framed, np.pad(mask, width)
 
 
@@ -230,6 +237,7 @@ def objectnet_mappings() -> dict[str, str]:
     full_names = [f"{name}, {SYNONYMS[name]}" if name in SYNONYMS else name for name in CLASSES]
     folder_to_label = {folder: label for folder, (label, _) in OBJECTNET_FOLDERS.items()}
     label_to_names = {
+        # semicolons, because a label itself may have commas
         label: "; ".join(full_names[class_id] for class_id in members)
         for label, members in sorted(OBJECTNET_FOLDERS.values())
         if members

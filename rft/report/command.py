@@ -34,5 +34,7 @@ def main() -> None:
     if console.is_terminal:
         show(report, console)
     else:
+        # rich would fold the tables of a pipe at 80 columns
         print(report.text())
+    # the last line of the output: a script can take the path from there
     cli.say(f"{arguments.out / 'index.html'}")

@@ -29,7 +29,7 @@ class Beside(NamedTuple):
 
 
 def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
-    """Return every row of Tables 1 and 3 for the runs' CLIP with ours, or None.
+    """Pair every row of Tables 1 and 3 for the runs' CLIP with ours.
 
     None if no recipe was run that the paper has, or the runs are of CLIPs that belong to different
     rows of Table 3. A merged model does not say which CLIP it is of; the others do. The miniature's
@@ -41,21 +41,24 @@ def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
         return None
     (model,) = models
     scales = {run.config.scale for run in runs}
+    # an unfinished run has a name of its own here and pairs with no row of the paper
     ours = {row.recipe: row for row in rows}
     theirs = all_published() if "miniature" in scales else published(model)
     pairs = [Pair(row, ours.get(row.recipe)) for row in theirs]
+    # as in the result table; in the paper's lists, rows that only ViT-B/16 has come last
     pairs.sort(key=lambda pair: tables.order(pair.published.recipe))
     if all(pair.ours is None for pair in pairs):
         return None
     named = f"{model}, here {', '.join(clips)}" if clips else model
     parts = [*_caption(pairs, named, scales), tables.precisions(rows).strip()]
     caption = " ".join(part for part in parts if part)
+    # to the left: cells with a spread are longer, and only the part before it lines up
     text = TextTable(caption, ["", *COLUMNS], text_lines(pairs), justify="left")
     return Beside(pairs, text)
 
 
 def _caption(pairs: Sequence[Pair], model: str, scales: set[str]) -> list[str]:
-    """Return what the numbers are, and what must not be read out of them."""
+    """Explain the numbers, and warn of comparisons that they do not allow."""
     numbers = sorted({number for pair in pairs for number in pair.published.tables})
     where = f"Table{'s' if len(numbers) > 1 else ''} {' and '.join(map(str, numbers))}"
     parts = [
@@ -67,10 +70,11 @@ def _caption(pairs: Sequence[Pair], model: str, scales: set[str]) -> list[str]:
             "Ours are the miniature world's: compare their order with the paper's, "
             "never their levels."
         )
-    elif scales - {"paper"}:
+    elif scales - {"paper"}:  # "small": photos of one's own
         parts.append(
             "Ours are of another training set: compare their order with the paper's, not levels."
         )
+    # each of the paper's models has such rows, so the sentence is never empty
     notes = [f"{row.recipe} is {row.note}" for row, _ in pairs if row.note]
     parts.append(f"In the paper, {', and '.join(notes)}.")
     if (found := rank_correlation(pairs)) is not None:
@@ -96,6 +100,7 @@ def rank_correlation(pairs: Sequence[Pair]) -> tuple[float, int] | None:
     if len(averages) < MIN_RANKED:
         return None
     here, paper = zip(*averages, strict=True)
+    # scipy returns NaN, with a warning, where one side is constant
     if len(set(here)) == 1 or len(set(paper)) == 1:
         return None
     return float(spearmanr(here, paper).statistic), len(averages)
@@ -121,15 +126,17 @@ def _aligned(number: str | None) -> str:
     """Return a number so that its point is below that of one with two digits before it."""
     if number is None:
         return ABSENT
+    # no number is negative: the first letter is a digit
     return FIGURE_SPACE + number if number.index(".") == 1 else number
 
 
 def csv_text(table: Beside) -> str:
-    """Return the table as CSV, one line a recipe; what is absent is empty."""
+    """Return the table as CSV, one line per recipe; absent numbers are empty."""
     numbers = [text for name in COLUMNS for text in (name, f"{name} sd", f"{name} paper")]
     lines = [["recipe", "tables", "n", *numbers, "note"]]
     for row, ours in table.pairs:
         cells = ours.cells if ours is not None else (None,) * len(COLUMNS)
+        # an absent number has two empty cells, mean and spread, so the columns stay
         values: list[str] = []
         for cell, printed in zip(cells, row.percent, strict=True):
             values += [*tables.csv_numbers(cell), "" if printed is None else f"{printed:.1f}"]

@@ -1,8 +1,8 @@
-"""What the method makes of a few images, side by side (Fig. 5).
+"""The counterfactuals that the method makes of a few images, side by side (Fig. 5).
 
 A counterfactual is a donor map: for image n and patch p the number of the image whose patch p is
 shown there, n itself where the image is kept, -1 where the patch is dropped. Here it is applied to
-pixels. The heat map is the only place where relevance, one number a patch, is upsampled.
+pixels. The heat map is the only place where relevance, one number per patch, is upsampled.
 
 Shapes: B images, H W pixels, C channels, P = G * G patches in row-major order.
 """
@@ -30,8 +30,8 @@ MAX_ROWS = 6
 TILE = 200  # pixels that a small image is enlarged to, about; a large one keeps its size
 GAP, GROUP_GAP, MARGIN, HEAD, FOOT, NAMES = 10, 34, 24, 116, 84, 210  # pixels
 RULE = 54  # below the heading of a group
-KEPT, MASKED = (232, 232, 232), (38, 70, 110)
-HATCH_LIGHT, HATCH_DARK = 205, 150
+KEPT, MASKED = (232, 232, 232), (38, 70, 110)  # RGB
+HATCH_LIGHT, HATCH_DARK = 205, 150  # grey levels
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def enlarge(gallery: Gallery) -> Gallery:
     """Return the gallery with each pixel repeated to a square, so that small images can be seen."""
     factor = max(1, round(TILE / gallery.images_BHWC.shape[1]))
     images_BHWC = gallery.images_BHWC.repeat(factor, axis=1).repeat(factor, axis=2)
+    # relevance and donors have one entry per patch and stay as they are
     return replace(gallery, images_BHWC=images_BHWC, patch=gallery.patch * factor)
 
 
@@ -64,7 +65,9 @@ def apply_donors(images_BHWC: np.ndarray, donor_BP: np.ndarray, patch: int) -> n
     own_B1 = np.arange(len(images_BHWC))[:, None]
     dropped_BP = donor_BP == DROP
     source_BP = np.where(dropped_BP, own_B1, donor_BP)
+    # the index broadcasts over channels: a pixel's patch has one donor
     chosen_BHWC = np.take_along_axis(images_BHWC, to_pixels(source_BP, patch), axis=0)
+    # one hatched square for the image, so that lines run on across neighbouring patches
     return np.where(to_pixels(dropped_BP, patch), hatch(images_BHWC.shape[1]), chosen_BHWC)
 
 
@@ -79,11 +82,13 @@ def heat_map(images_BHWC: np.ndarray, relevance_BP: np.ndarray) -> np.ndarray:
     """Return the images in grey under their relevance in colour, stronger where it is higher."""
     size = images_BHWC.shape[1]
     grid = round(relevance_BP.shape[1] ** 0.5)
+    # float32, which Pillow resizes as mode F, without rounding to levels
     coarse = relevance_BP.reshape(-1, grid, grid)
     smooth = [Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in coarse]
     relevance_BHW = np.clip(np.stack([np.asarray(one) for one in smooth]), 0, 1)
     color_BHWC = 255 * matplotlib.colormaps["inferno"](relevance_BHW)[..., :3]
     grey_BHW1 = images_BHWC.mean(axis=3, keepdims=True)
+    # a fifth of the image shows through where relevance is highest
     weight_BHW1 = 0.25 + 0.55 * relevance_BHW[..., None]
     return np.rint(grey_BHW1 * (1 - weight_BHW1) + color_BHWC * weight_BHW1).astype(np.uint8)
 
@@ -105,10 +110,12 @@ def columns(gallery: Gallery) -> list[Column]:
     wanted = (name for mask in reversed(MASK_COLORS) for name in GRID if name.startswith(mask))
     if (name := next((name for name in wanted if name in gallery.donors), None)) is not None:
         own_B1 = np.arange(len(images_BHWC))[:, None]
+        # DROP is no image's number, so dropped patches count
         masked_BP = gallery.donors[name] != own_B1
         title = f"{name.split('-')[0]} mask"
         found.append(Column("", title, partial(mask_picture, masked_BP, patch)))
     known = [name for mask in MASK_COLORS for name in GRID if name.startswith(mask)]
+    # a file may name a donor map after any recipe; those outside the grid go last
     for name in [*known, *sorted(gallery.donors.keys() - set(known))]:
         if name in gallery.donors:
             mask, _, fill = name.partition("-mask-")
@@ -132,11 +139,13 @@ def picture(gallery: Gallery) -> bytes:
 
     def write(x: float, y: float, text: str, size: float, **look: Any) -> None:
         """Write at pixels from the top left."""
+        # parse_math=False below: dollar signs in a class's name are no formula
         look = {"color": INK, **look}
         figure.text(x / width, 1 - y / height, text, fontsize=size, parse_math=False, **look)
 
     for top, row in zip(tops, rows, strict=True):
         name = plain(large.names[row], kept="\n")
+        # about as many letters as NAMES has room for at this size
         name = "\n".join(textwrap.wrap(name, 15, max_lines=4, placeholder=" ..."))
         write(NAMES - 2 * GAP, top + size / 2, name, 9.5, ha="right", va="center")
     for left, view in zip(lefts, views, strict=True):
@@ -144,13 +153,15 @@ def picture(gallery: Gallery) -> bytes:
     heads = _group_heads(views, lefts, size)
     for left, right, group, color in heads:
         write((left + right) / 2, RULE - 10, group, 10.5, ha="center", va="bottom", color=color)
+    # the scale of the relevance, below its column, which is the second
     write(lefts[1], bar_top + 22, "0", 8.5, ha="left", va="top", color=MUTED)
     write(lefts[1] + size, bar_top + 22, "1", 8.5, ha="right", va="top", color=MUTED)
     if any((donor_BP == DROP).any() for donor_BP in large.donors.values()):
         text = "hatched grey: patch dropped"
         write(width - MARGIN, bar_top, text, 8.5, ha="right", va="top", color=MUTED)
 
-    # into the finished page: as an image of the figure, they would take thirty times their bytes
+    # into the finished page: as an image of the figure, they would take thirty times their bytes;
+    # it is RGBA, and all writes leave the alpha channel opaque
     pixels_HWC = drawn(figure)
     for left, view in zip(lefts, views, strict=True):
         tiles_BHWC = view.tiles()
@@ -178,6 +189,7 @@ def _group_heads(
     heads = []
     for group in dict.fromkeys(view.group for view in views if view.group):
         members = [left for left, view in zip(lefts, views, strict=True) if view.group == group]
+        # a group is a mask, or a recipe that is not of the grid
         color = MASK_COLORS.get(group.removesuffix("-mask"), INK)
         heads.append((members[0], members[-1] + size, group, color))
     return heads

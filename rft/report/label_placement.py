@@ -2,6 +2,8 @@
 
 The geometry is that of arrays which broadcast: boxes (..., 4) are left, bottom, right, top, points
 (..., 2) are x, y. A plot of 100 points compares millions of pairs of places.
+
+Shapes: L labels, C candidates of one label, O other labels or obstacles, S segments of lines.
 """
 
 from collections.abc import Sequence
@@ -47,6 +49,7 @@ def place_labels(
         candidates.append((cost_C, boxes_C4))
     rightwards = sorted(range(len(anchors)), key=lambda index: anchors[index])
     upwards = sorted(range(len(anchors)), key=lambda index: anchors[index][::-1])
+    # 25 labels have 8 rounds in each of 4 orders, 64 labels 4 rounds in one order
     passes = max(2, PAIRS // len(anchors) ** 2)
     turns = [rightwards, rightwards[::-1], upwards, upwards[::-1]][: max(1, passes // ROUNDS)]
     tried = [_settle(points_L2, candidates, turn, min(passes, ROUNDS)) for turn in turns]
@@ -61,6 +64,7 @@ def _settle(
     rounds: int,
 ) -> tuple[float, np.ndarray]:
     """Return what the labels cost in all and where they are, when they choose in this order."""
+    # NaN until a label has a box: unequal to itself, so the first round is never taken for the last
     boxes_L4 = np.full((len(points_L2), 4), np.nan)
     cost_L = np.zeros(len(points_L2))
     for _ in range(rounds):
@@ -85,6 +89,7 @@ def _cheapest(
     others_O4: np.ndarray,
 ) -> tuple[float, np.ndarray]:
     """Return the candidate that costs least given the other labels, and its cost."""
+    # 20 for each pixel covered, as for obstacles (_own_cost)
     cost_C = cost_C + 20 * overlap(grow(boxes_C4[:, None]), others_O4).sum(axis=1)
     tangled_CO = _tangled(point, boxes_C4[:, None], points_O2, others_O4)
     cost_C = cost_C + 400 * tangled_CO.sum(axis=1)
@@ -94,6 +99,7 @@ def _cheapest(
 
 def candidate_boxes(anchor: np.ndarray, size: Point) -> np.ndarray:
     """Return boxes of a size on rings around an anchor, (C, 4): nearest first, from its right."""
+    # inches; the rings lie further apart the further out they are
     gap_R11 = DPI * np.array([0.1, 0.15, 0.22, 0.34, 0.5, 0.7, 0.95, 1.25, 1.6])[:, None, None]
     angle_A = np.arange(24) * np.pi / 12
     towards_A2 = np.stack([np.cos(angle_A), np.sin(angle_A)], axis=-1)
@@ -103,10 +109,8 @@ def candidate_boxes(anchor: np.ndarray, size: Point) -> np.ndarray:
 
 
 def grid_boxes(size: Point, bounds: Box) -> np.ndarray:
-    """Return boxes of a size in rows all over the bounds, (C, 4); a third of a width apart.
-
-    Some letters have no width.
-    """
+    """Return boxes of a size in rows all over the bounds, (C, 4); a third of a width apart."""
+    # some letters have no width, and arange takes no step of zero
     x_X = np.arange(bounds[0], bounds[2] - size[0], max(size[0] / 3, LEAST_APART))
     y_Y = np.arange(bounds[1], bounds[3] - size[1], size[1] + DPI / 50)
     corner_C2 = np.stack(np.meshgrid(x_X, y_Y), axis=-1).reshape(-1, 2)
@@ -120,16 +124,19 @@ def _own_cost(
     lines: Sequence[Segment],
     bounds: Box,
 ) -> np.ndarray:
+    # reshape: an empty list has no second axis
     obstacles_O4 = np.array(obstacles, dtype=float).reshape(-1, 4)
     lines_S22 = np.array(lines, dtype=float).reshape(-1, 2, 2)
     boxes_C14, end_C2 = boxes_C4[:, None], nearest(boxes_C4, point)
     area_C = (boxes_C4[:, 2] - boxes_C4[:, 0]) * (boxes_C4[:, 3] - boxes_C4[:, 1])
     outside_C = area_C - overlap(boxes_C4, bounds)
     covered_C = overlap(boxes_C14, obstacles_O4).sum(axis=1)
+    # a line to a label begins within its point's own marker and bars
     others_O4 = obstacles_O4[~inside(point, obstacles_O4)]
     passed_C = crosses(point, end_C2[:, None], others_O4).sum(axis=1)
     struck_C = crosses(lines_S22[:, 0], lines_S22[:, 1], boxes_C14).sum(axis=1)
     away_C = np.linalg.norm(end_C2 - point, axis=1)
+    # each fault in the pixels that a label goes to avoid it, areas by the pixel
     return away_C + 150 * passed_C + 400 * struck_C + 20 * (outside_C + covered_C)
 
 
@@ -145,6 +152,7 @@ def _tangled(
 
 def grow(boxes: np.ndarray) -> np.ndarray:
     """Return boxes with a margin on every side."""
+    # a hundredth of an inch: labels that only just do not touch read as one
     return boxes + DPI / 100 * np.array([-1, -1, 1, 1])
 
 
@@ -175,7 +183,8 @@ def crosses(start: ArrayLike, end: ArrayLike, box: ArrayLike) -> np.ndarray:
     """Whether segments enter boxes: are between left and right while between bottom and top."""
     first, last = np.zeros(()), np.ones(())  # shares of the way
     low_and_high = _coordinates(box)
-    # a segment along an axis meets two of the sides never, at infinity
+    # a segment along an axis meets two of the sides at infinity, or never: 0 / 0 is NaN, and
+    # first < last is false of NaN, so a segment along a side does not enter
     with np.errstate(divide="ignore", invalid="ignore"):
         for axis, (here, there) in enumerate(
             zip(_coordinates(start), _coordinates(end), strict=True)
@@ -189,11 +198,13 @@ def crosses(start: ArrayLike, end: ArrayLike, box: ArrayLike) -> np.ndarray:
 
 def intersect(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
     """Whether segments from a to b and from c to d cross."""
+    # zero is no crossing: lines to two labels may begin at one point
     apart = _side(a, b, c) * _side(a, b, d) < 0
     return apart & (_side(c, d, a) * _side(c, d, b) < 0)
 
 
 def _side(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    # its sign: on which side of the line from a through b the point c lies
     along, across = b - a, c - a
     return along[..., 0] * across[..., 1] - along[..., 1] * across[..., 0]
 

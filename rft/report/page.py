@@ -1,6 +1,6 @@
 """The report's files: index.html with everything in it, and each part on its own.
 
-Every file appears whole or not at all; index.html is written last.
+Every file is replaced atomically; index.html is written last.
 """
 
 import base64
@@ -53,14 +53,16 @@ class Report:
     def text(self) -> str:
         """Return the tables as plain text."""
         stream = io.StringIO()
+        # the same text whatever FORCE_COLOR, TTY_COMPATIBLE and COLUMNS are set to
         show(self, Console(file=stream, width=WIDTH, color_system=None, force_terminal=False))
+        # rich pads each line to the table's width
         return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Report:
     """Read run folders and write the report's files to the folder `out`.
 
-    What an earlier report left there does not stay.
+    Files of an earlier report there are replaced or removed.
 
     Raises:
         ValueError: if the runs do not belong in one table, or one of them is malformed.
@@ -76,6 +78,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Report:
         "index.html": render(report),
     }
     texts = {name: None if text is None else text.encode() for name, text in documents.items()}
+    # index.html is the last of the texts: when it appears, everything beside it is of this report
     for name, content in {**report.pictures, **texts}.items():
         if content is not None:
             files.write_bytes(str(out / name), content)
@@ -122,6 +125,7 @@ def show(report: Report, console: Console) -> None:
 
 def render(report: Report) -> str:
     """Return index.html; everything that comes from a file is escaped."""
+    # StrictUndefined: a misspelt name in the template is an error, not an empty text
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -148,6 +152,7 @@ def render(report: Report) -> str:
 def figure_7_names(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Return (ours, the paper's) name of each system of Fig. 7 among the rows, if they differ."""
     families = {wise.family for row in rows if (wise := tables.wise_model(row.recipe)) is not None}
+    # FIGURE_7 names families: wise-ft, not wise-ft-0.5
     names = families | {row.recipe for row in rows}
     return [
         (name, label) for name, label in FIGURE_7.items() if name in names and name != label.lower()
@@ -156,13 +161,14 @@ def figure_7_names(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def _picture(png: bytes) -> dict[str, Any]:
     """Return an image for the page, at half its pixels. The size is in the PNG's header."""
+    # the first chunk of a PNG is its header, whose data begin at byte 16
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     data = base64.b64encode(png).decode("ascii")
     return {"source": f"data:image/png;base64,{data}", "width": width // 2, "height": height // 2}
 
 
 def provenance_lines(runs: Sequence[Run]) -> list[str]:
-    """Return what made the runs: one line, or one for each different answer with its count."""
+    """List code and packages of the runs: one line, or one for each difference with its count."""
     lines = Counter(_provenance(run.provenance) for run in runs)
     if len(lines) == 1:
         return list(lines)
@@ -179,4 +185,5 @@ def _provenance(made: Provenance) -> str:
         *(f"{name} {version}" for name, version in made.packages.items()),
         made.machine,
     ]
+    # the template escapes HTML, not control characters
     return plain(", ".join(part for part in parts if part))

@@ -147,6 +147,7 @@ def wise_paths(recipes: Collection[str]) -> dict[str, list[str]]:
         if (wise := wise_model(recipe)) is not None:
             ends = {0.0: "zero-shot", 1.0: wise.end}
             present = {alpha: end for alpha, end in ends.items() if end in recipes}
+            # the ends are there first, so a merged model of alpha 0 or 1 does not replace them
             paths.setdefault(wise.family, present).setdefault(wise.alpha, recipe)
     return {family: [path[alpha] for alpha in sorted(path)] for family, path in paths.items()}
 
@@ -167,17 +168,19 @@ def wise_picture(rows: Sequence[Row]) -> bytes | None:
         through = tuple((points[name][0].mean, points[name][1].mean) for name in names)
         return Line(look.color, dashes, through)
 
+    # all of a family have one style: 0.5 stands for any alpha
     lines = [line(path, style(f"{family}-0.5"), SOLID) for family, path in paths.items()]
-    drawn = {"zero-shot", *students, *(name for path in paths.values() for name in path)}
+    included = {"zero-shot", *students, *(name for path in paths.values() for name in path)}
     for student in students:
         teacherless = student.removeprefix("wise-kd-")
-        drawn.add(teacherless)
+        included.add(teacherless)
         if teacherless in points:
             lines.append(line([teacherless, student], style(student), DOTTED))
     named = shown_recipes(points)
     marks = []
     for name, (x, y) in points.items():
-        if name in drawn:
+        if name in included:
+            # one model of each family has its whole name, the others of the path only alpha
             wise = None if name in named else wise_model(name)
             label = name if wise is None else f"{wise.alpha:g}"
             marks.append(Mark(label, style(name), x, y, minor=wise is not None))
@@ -190,6 +193,7 @@ def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> bytes:
     if left_out := _left_out(len(marks)):
         axes[0].set_title(left_out, fontsize=8.5, color=MUTED, loc="left")
         marks = marks[:MODELS]
+        # lines know points, not names
         there = {(mark.x.mean, mark.y.mean) for mark in marks}
         lines = [
             replace(line, through=through)
@@ -204,6 +208,7 @@ def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> bytes:
     for line in lines:
         xs, ys = zip(*line.through, strict=True)
         axes[0].plot(xs, ys, color=line.color, linestyle=line.dashes, linewidth=1, zorder=2)
+    # last: labels are placed in pixels, so nothing may move after them
     figure.tight_layout()
     _label_marks(figure, axes[0], marks, lines)
     return png(figure)
@@ -254,6 +259,7 @@ def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Seque
         )
         for mark in marks
     ]
+    # only their sizes count: all texts still lie at the origin
     extents = [text.get_window_extent(canvas.get_renderer()) for text in texts]
     frame = axes.bbox
     placed = place_labels(
@@ -271,6 +277,7 @@ def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Seque
         if math.dist(anchor, end) > LED:
             xs, ys = axes.transData.inverted().transform((anchor, end)).T
             look = {"color": text.get_color(), "linewidth": 0.6, "alpha": 0.7, "zorder": 2}
+            # not by plot, which asks the axes to rescale: labels are placed in pixels
             axes.add_line(Line2D(xs, ys, **look))
 
 
@@ -278,11 +285,13 @@ def _occupied(axes: Axes, mark: Mark) -> list[Box]:
     """Return the pixels that a marker and its error bars cover."""
     x, y = mark.x, mark.y
     cx, cy = axes.transData.transform((x.mean, y.mean))
+    # about half of a marker, and a margin
     pad = DPI / (25 if mark.minor else 15)
     marker = (cx - pad, cy - pad, cx + pad, cy + pad)
     if mark.minor:
         return [marker]
     left, low = axes.transData.transform((x.mean - (x.sd or 0), y.mean - (y.sd or 0)))
+    # linear axes: bars are as long on the other side
     right, high = 2 * cx - left, 2 * cy - low
     return [marker, (left, cy - pad / 3, right, cy + pad / 3), (cx - pad / 3, low, cx, high)]
 
@@ -355,6 +364,7 @@ def curves(runs: Sequence[Run]) -> bytes | None:
         ax.set_xlabel("step", fontsize=9, color=INK)
         for recipe, lines in found[panel].items():
             _draw_curves(ax, style(recipe), lines)
+    # a line of the legend takes 0.055 of HEIGHT, 0.2 inches
     figure.tight_layout(rect=(0, (0.045 + 0.055 * lines_below) * HEIGHT / height, 1, 1))
     looks = map(style, recipes)
     legend = figure.legend(
@@ -368,12 +378,14 @@ def curves(runs: Sequence[Run]) -> bytes | None:
         title_fontproperties={"size": 8.5},
     )
     for text in legend.get_texts():
+        # a run's recipe may have dollar signs, which are no formula
         text.set_parse_math(False)
     return png(figure)
 
 
 def _draw_curves(ax: Axes, look: Style, lines: Sequence[dict[int, float]]) -> None:
     mean = mean_curve(lines)
+    # a line through one point would not be seen
     if len(mean) == 1:
         ax.axhline(next(iter(mean.values())), color=look.color, linestyle=look.line, linewidth=1.2)
         return
@@ -387,6 +399,7 @@ def _draw_curves(ax: Axes, look: Style, lines: Sequence[dict[int, float]]) -> No
 def _axes(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
     """Return a figure of some inches with a row of clean axes."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    # squeeze=False: an array of axes even for one
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -404,6 +417,7 @@ def explained() -> Iterator[None]:
     matplotlib warns of each letter that its font does not have, and repeats it as it is.
     """
     with warnings.catch_warnings(record=True) as found:
+        # whatever -W says: no warning is raised as an error, and each text is kept once
         warnings.simplefilter("default")
         yield
     if found:
@@ -426,5 +440,6 @@ def drawn(figure: Figure) -> np.ndarray:
 def encoded(pixels_HWC: np.ndarray) -> bytes:
     """Return pixels as PNG."""
     stream = io.BytesIO()
+    # origin: a matplotlibrc may turn images upside down
     imsave(stream, pixels_HWC, format="png", origin="upper", dpi=DPI)
     return stream.getvalue()

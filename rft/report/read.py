@@ -1,4 +1,4 @@
-"""What the report reads: run folders, checked once and then plain data.
+"""The report's input: run folders, checked once and then plain data.
 
 A run folder comes from rft.train or rft.merge and was counted by rft.evaluate. Nothing in it is
 trusted to be well formed; everything after `load_run` may rely on what the types say.
@@ -26,7 +26,7 @@ from rft.runs.records import Metrics, Provenance, Results, RunConfig, SetCount
 from rft.storage import files, urls
 from rft.text import to_ascii
 
-RUNS = 2000  # of one report
+RUNS = 2000  # of one report; the paper's experiments with three seeds make 106
 DEPTH = 32  # folders between a path that is named and its runs
 MAX_LINES = 2**19  # of all metrics of a report; 60 trainings as in the paper have 150,000
 DOCUMENT_BYTES = 2**25  # of all other documents of a report; a run has some ten thousand
@@ -85,7 +85,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         runs.append(load_run(path, max(MAX_LINES - lines, 0)))
         lines += len(runs[-1].metrics)
     if lines > MAX_LINES:
-        # of some of the seeds, a mean curve would be another one
+        # none rather than some: the mean over some of the seeds would be a different curve
         log.warning(
             f"no curves are drawn, because the metrics of all runs have more than {MAX_LINES:,} "
             "lines together: name fewer runs to see them"
@@ -103,6 +103,7 @@ def _require_affordable(paths: Sequence[Path]) -> None:
     names = (filenames.CONFIG, filenames.RESULTS, filenames.PROVENANCE, filenames.TRAINING)
     size = 0
     for path in paths:
+        # metrics.jsonl has a limit on lines instead (MAX_LINES)
         size += sum((path / name).stat().st_size for name in names if (path / name).is_file())
         if size > DOCUMENT_BYTES:
             raise ValueError(
@@ -124,6 +125,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         raise ValueError("name at least one run folder to report on")
     found: dict[Path, Path] = {}
     for path in paths:
+        # visited anew for each path: one that is named twice is not empty the second time
         inside = list(_runs_below(path, set()))
         if not inside:
             raise ValueError(
@@ -149,6 +151,7 @@ def _runs_below(path: Path, visited: set[Path], depth: int = 0) -> Iterator[Path
     if (path / filenames.CONFIG).is_file():
         yield path
         return
+    # in one order on every file system: the gallery shown is that of the first run which has one
     for inner in sorted(path.iterdir()):
         # what a killed writer leaves is hidden
         if not inner.name.startswith("."):
@@ -190,7 +193,7 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
 
 
 def _require_publishable(path: Path, text: str) -> None:
-    """Check the text that a report shows of a file: it may hold what was once typed."""
+    """Refuse a file with a credential in the text that a report shows of it."""
     if urls.redact(text) != text:
         raise ValueError(
             f"{path} has a URL with a credential, which a report would publish; take it out"
@@ -198,7 +201,8 @@ def _require_publishable(path: Path, text: str) -> None:
 
 
 def shown_settings(config: RunConfig) -> str:
-    """Return a run's config.json as the page shows it: of one without end, the beginning."""
+    """Return a run's config.json as the page shows it; of one that is too long, the beginning."""
+    # in parts: a stranger's file may grow many times its size by indentation
     parts, letters = [], 0
     for part in json.JSONEncoder(indent=2, sort_keys=True).iterencode(config.whole):
         letters += len(part)
@@ -219,6 +223,7 @@ def _check_current(runs: Sequence[Run]) -> None:
             # replaced weights are to be restored, not to be evaluated
             require_own_weights(run.path)
             raise
+        # the file has just been found to have this hash, so it is not read a second time
         require_own_weights(run.path, sha256=run.results.checkpoint_sha256)
         weights, counted = checkpoint_path(run.path), str(run.results.step)
         if weights.is_file() and (step := header.read_entries(weights).step) != counted:
@@ -248,16 +253,17 @@ def _check_same_classes(runs: Sequence[Run]) -> None:
     Weights that do not say which they have are warned of, once.
     """
     first_with: dict[str, tuple[Path, classes.Classes]] = {}
-    warnings: dict[str, None] = {}
+    warnings: dict[str, None] = {}  # a set in order: each warning once
     silent: list[Path] = []
     for run in runs:
         weights = checkpoint_path(run.path)
-        if not weights.is_file():
+        if not weights.is_file():  # which _check_current warned of
             continue
         known = header.read_entries(weights).classes
         if known is None:  # written before weights carried their classes
             silent.append(run.path)
             continue
+        # heads that were never evaluated on one set may have different classes
         for name in run.counts:
             path, before = first_with.setdefault(name, (run.path, known))
             warnings |= dict.fromkeys(classes.compare(before, str(path), known, str(run.path)))
@@ -297,6 +303,7 @@ def _check_seeds(runs: Sequence[Run]) -> None:
             f"{one.path} and {two.path} are seeds {one.seed} and {two.seed} of {one.recipe}, but "
             "the same weights; name one"
         )
+    # after the seeds: `settings` leaves out what may differ between them
     for one, two in _with_first(runs, lambda run: run.recipe):
         if changed := files.difference(settings(one.config.whole), settings(two.config.whole)):
             raise ValueError(

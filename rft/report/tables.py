@@ -41,7 +41,7 @@ NAME_WIDTH = 28  # what the numbers of a result table leave of 100 columns
 # recipe, where its numbers are from, and of each cell its text and whether it stands out
 TextLine = tuple[str, str, list[tuple[str, bool]]]
 
-# a rule under the heading and nothing else, in ASCII
+# a rule under the heading, the third of rich's eight lines, and nothing else, in ASCII
 RULED = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
@@ -54,6 +54,7 @@ class Spread:
 
     def text(self, decimals: int = 1, sign: str = "") -> str:
         """Return `mean`, or `mean +- sd`; `sign` is "+" to show it on positive means too."""
+        # z: a mean that rounds to zero has no minus
         mean = f"{self.mean:{sign}z.{decimals}f}"
         return mean if self.sd is None else f"{mean} {PLUS_MINUS} {self.sd:.{decimals}f}"
 
@@ -136,6 +137,7 @@ def by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def order(recipe: str) -> tuple[int, str, float]:
     """Return the sort key that puts recipes in the order of the paper's tables, others last."""
+    # the first number is the block of the table; the others sort within it
     first = ("zero-shot", "linear-probe", "vanilla", "lp-ft")
     if recipe in first:
         return 0, "", first.index(recipe)
@@ -154,6 +156,8 @@ def order(recipe: str) -> tuple[int, str, float]:
 
 def wise_model(recipe: str) -> Wise | None:
     """Return what the name of a WiSE model says, or None for other recipes."""
+    # alpha as {:g} prints it, 1e-05 included, at whose hyphen a greedy match would split;
+    # ASCII: \d matches digits of every script
     match = re.fullmatch(r"(wise-(.+?))-(\d+(?:\.\d+)?(?:e-\d+)?)", recipe, re.ASCII)
     if match is None or float(match[3]) > 1:
         return None
@@ -172,11 +176,12 @@ def shown_recipes(recipes: Iterable[str]) -> set[str]:
             kept.add(recipe)
         else:
             families.setdefault(wise.family, []).append((abs(wise.alpha - 0.5), recipe))
+    # of 0.4 and 0.6, equally near, 0.4: the name decides
     return kept | {min(members)[1] for members in families.values()}
 
 
 def result_rows(runs: Sequence[Run]) -> list[Row]:
-    """Return the result table: one row a recipe."""
+    """Return the result table: one row per recipe."""
     rows = []
     for recipe, members in by_recipe(runs).items():
         columns = zip(*(accuracies(run) for run in members), strict=True)
@@ -203,6 +208,7 @@ def best(rows: Sequence[Row]) -> list[set[int]]:
             for index, row in enumerate(rows)
             if (cell := row.cells[column]) is not None
         }
+        # NaN equals nothing: an empty column has no best
         top = max(shown.values(), default=math.nan)
         winners.append({i for i, value in shown.items() if value == top and len(rows) > 1})
     return winners
@@ -217,6 +223,7 @@ def difference_rows(runs: Sequence[Run]) -> list[DifferenceRow]:
     }
     rows = []
     for recipe, values in averages.items():
+        # vanilla's difference to no-mask is no-mask's to vanilla, with the other sign
         if recipe == BASELINES[0]:
             continue
         against = tuple(
@@ -290,6 +297,7 @@ def markdown_line(*cells: str) -> str:
 
 def markdown_escape(text: str) -> str:
     """Return text that Markdown shows as it is."""
+    # HTML first: Markdown passes it on; its entities hold none of the letters escaped after it
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(text, quote=False))
 
 
@@ -315,7 +323,7 @@ def csv_lines(lines: Iterable[Sequence[str]]) -> str:
 def csv_cell(text: str) -> str:
     """Return a cell's text; an apostrophe makes one that would be computed a text.
 
-    A number may begin with a sign. Full-width signs count too, to a spreadsheet in some languages.
+    A number may begin with a sign. In some languages a spreadsheet takes full-width signs, too.
     """
     start = unicodedata.normalize("NFKC", text.lstrip(" "))[:1]
     if start not in tuple("=+-@|%\t\r\n") or re.fullmatch(NUMBER, text):
@@ -332,6 +340,7 @@ def csv_numbers(cell: Spread | None) -> tuple[str, str]:
 
 def console_table(table: TextTable) -> RichTable:
     """Return a table for a console of 100 columns, in ASCII for any encoding."""
+    # Text, not str, here and below: rich reads [words] in a str as markup
     found = RichTable(
         title=Text(table.caption),
         title_justify="left",
@@ -341,6 +350,7 @@ def console_table(table: TextTable) -> RichTable:
         show_edge=False,
         padding=0,
     )
+    # fold: rich would otherwise cut a number that does not fit and end it with dots
     found.add_column("recipe", overflow="fold")
     for name in table.header:
         found.add_column(name, justify=table.justify, overflow="fold")
@@ -359,7 +369,7 @@ def console_table(table: TextTable) -> RichTable:
 
 
 def caption(rows: Sequence[Row], hidden: int = 0) -> str:
-    """Return what the numbers of the result table are."""
+    """Explain the numbers of the result table."""
     several = any(len(row.seeds) > 1 for row in rows)
     spread = "; mean and sample standard deviation over n seeds" if several else ""
     text = f"Top-1 accuracy in %{spread}. OOD avg is the unweighted mean of the five to its left."

@@ -35,6 +35,7 @@ def is_complete(out: Path, config: dict[str, Any]) -> bool:
         if out.is_dir() and any(not found.name.startswith(".") for found in out.iterdir()):
             raise ValueError(f"{out} has files in it but is no run folder; choose another --out")
         return False
+    # every merge and import names one: merged_from or imported_from
     origin = next(name for name in ORIGINS if name in config)
     kind = ORIGINS[origin]
     if getattr(old, origin) is None:
@@ -48,6 +49,7 @@ def is_complete(out: Path, config: dict[str, Any]) -> bool:
             f"{out} holds another {kind}: {'; '.join(changed[:SHOWN])}; choose another --out"
         )
     require_own_weights(out)
+    # written last: without it the writer was stopped after the weights
     if not (out / filenames.PROVENANCE).is_file():
         return False
     if recorded_sha256(out, out / SELECTED) is None:
@@ -59,9 +61,11 @@ def is_complete(out: Path, config: dict[str, Any]) -> bool:
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what is known before it is done, without places."""
+    """Return the entries of a config.json that decide the result, without paths."""
+    # how a soup came about is known only afterwards
     known = {name: value for name, value in config.items() if name not in ("data", "soup")}
     if "merged_from" in config:
+        # numbered, so that a difference names the model; cut, because it is printed
         sha256 = [record["sha256"] for record in config["merged_from"]]
         return {**known, "merged_from": {str(n): digest[:12] for n, digest in enumerate(sha256)}}
     source = {name: value for name, value in config["imported_from"].items() if name != "path"}

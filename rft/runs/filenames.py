@@ -11,7 +11,7 @@ from pathlib import Path
 CONFIG = "config.json"  # the options, before anything else; makes a folder a run folder
 PROVENANCE = "provenance.json"  # code and command; written last by a merge or an import
 METRICS = "metrics.jsonl"  # while the run trains
-PROGRESS = "progress.json"  # after each checkpoint, for those who look; resuming does not read it
+PROGRESS = "progress.json"  # after each checkpoint, for monitoring; resuming does not read it
 TRAINING = "training.json"  # written last by a training
 GALLERY = "gallery.npz"  # by a training that masks, before training.json
 RESULTS = "results.json"  # by rft.evaluate

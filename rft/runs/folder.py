@@ -40,6 +40,7 @@ def require_no_links(folder: Path) -> None:
     )
     logs = folder / filenames.TENSORBOARD
     events = [f"{logs.name}/{path.name}" for path in logs.iterdir()] if logs.is_dir() else []
+    # the first of them, checkpoints/, was checked above with its own advice
     local.require_no_links(folder, (*WRITTEN_THROUGH[1:], *events))
 
 
@@ -57,6 +58,7 @@ def run_of(weights: Path) -> Path | None:
 def weights_record(folder: Path) -> dict[str, str]:
     """Return what the record of a complete run says of its weights: the hash of each file."""
     kept = [path for path in (SELECTED, LAST) if (folder / path).is_file()]
+    # both: merges may take the last weights instead of the selected ones
     return {path.name: files.sha256_file(folder / path) for path in kept}
 
 
@@ -72,8 +74,8 @@ def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "
         sha256: hash of that file, where it is known.
 
     Raises:
-        ValueError: if they are not, config.json names another recipe than the weights do, or a file
-            of the run is damaged.
+        ValueError: if they are not, config.json names a recipe and the weights a different one, or
+            a file of the run is damaged.
     """
     weights = weights or checkpoint_path(path)
     folder = path if path.is_dir() else run_of(path)
@@ -86,6 +88,7 @@ def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "
             f"{folder / filenames.CONFIG} names recipe {config.recipe!r}, its weights were made by "
             f"{made_by!r}; restore {filenames.CONFIG}"
         )
+    # None, too, while a run trains: the hashes come with training.json, its last file
     recorded = recorded_sha256(folder, weights)
     if recorded is None:
         return
@@ -100,10 +103,12 @@ def require_own_weights(path: Path, weights: Path | None = None, sha256: str = "
 
 def recorded_sha256(folder: Path, weights: Path) -> str | None:
     """Return the hash that a complete run recorded of a weights file; None of an older rft's."""
+    # a training records them in training.json, a merge or import in provenance.json
     training = records.find(folder / filenames.TRAINING, records.Training)
     made = records.find(folder / filenames.PROVENANCE, records.Provenance)
     for record in (training, made):
         if record is not None and (hashes := record.weights_sha256) is not None:
+            # a link may have a name of its own
             return hashes.get(weights.name, hashes.get(weights.resolve().name))
     return None
 
@@ -181,6 +186,7 @@ def evaluation_command(run: Path, sets: Sequence[str] = ()) -> str:
     are the command's default, and one's own photos their test set.
     """
     config = records.find_config(run)
+    # without a data root in config.json, DATA is for the user to fill in
     data = config.data if config and config.data else "DATA"
     if not sets and config and config.train_set not in ("", TRAIN_SET):
         sets = ["test"]

@@ -60,19 +60,23 @@ def check(arrays: Mapping[str, np.ndarray]) -> Gallery:
     donors = [name for name in arrays if name.startswith(DONOR)]
     if len(donors) > COLUMNS:
         raise ValueError(f"it has {len(donors)} donor maps; it may have {COLUMNS}")
+    # here as well as in read_npz: a training checks its arrays before it writes them
     if (size := sum(array.nbytes for array in arrays.values())) > BYTES:
         raise ValueError(f"its arrays have {size:,} bytes; they may have {BYTES:,}")
     images_BCHW = _array(arrays, "images_BCHW", "u", (None, 3, None, None))
     batch, _, height, width = images_BCHW.shape
+    # "u" is unsigned of any width
     if images_BCHW.dtype != np.uint8 or height != width:
         raise ValueError("images_BCHW must be square and of type uint8")
     if not (1 <= batch <= IMAGES and 1 <= height <= SIDE):
         found = f"{batch} images of {height} pixels a side"
         raise ValueError(f"images_BCHW is {found}; it may be 1 to {IMAGES} of 1 to {SIDE}")
+    # item: a Python integer, which does not overflow below
     patch = _array(arrays, "patch", "iu", ()).item()
     if patch < 1 or height % patch:
         raise ValueError(f"patch is {patch}: {height} x {width} pixels cannot be cut into such")
     shape = (batch, (height // patch) ** 2)
+    # float64 beyond float32 becomes infinite, which the next check refuses
     with np.errstate(over="ignore"):
         relevance_BP = _array(arrays, "relevance_BP", "f", shape).astype(np.float32)
     # written so that NaN does not pass
@@ -80,10 +84,12 @@ def check(arrays: Mapping[str, np.ndarray]) -> Gallery:
         raise ValueError(f"relevance_BP must be finite, from {-STRENGTH:,.0f} to {STRENGTH:,.0f}")
     class_names = _array(arrays, "class_names", "U", (None,))
     labels_B = _array(arrays, "labels_B", "iu", (batch,), range(len(class_names)))
+    # a slice, because numpy fails on a single text with letters of no Unicode
     names = tuple(_text(class_names[label : label + 1]) for label in labels_B.tolist())
     donor_maps = {}
     for name in donors:
         recipe = convert(name.removeprefix(DONOR), Recipe, "the name of a donor map")
+        # the range first: int64 would turn a large unsigned number into a negative one
         donor_BP = _array(arrays, name, "iu", shape, range(DROP, batch))
         donor_maps[recipe] = donor_BP.astype(np.int64)
     return Gallery(
@@ -125,4 +131,5 @@ def _text(name_1: np.ndarray) -> str:
         text = name_1.tobytes().decode("utf-32-le")
     except UnicodeDecodeError as error:
         raise ValueError("class_names has letters that are not of Unicode") from error
+    # numpy pads texts with zeros
     return convert(text.rstrip("\0"), Text, "class_names")

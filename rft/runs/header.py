@@ -25,6 +25,7 @@ class Stored:
     """What a header says of one tensor; the library checks type and place."""
 
     dtype: Name
+    # a convolution's weights have four dimensions, the most of a vision transformer
     shape: Annotated[tuple[Count, ...], Field(max_length=8)]
 
 
@@ -39,6 +40,7 @@ class Header(NamedTuple):
 class Entries:
     """What the header of one of rft's weights files says; older ones say less."""
 
+    # 15 digits stay below 2**53, the limit of a step in documents
     step: Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,14})$")]
     recipe: Name | None = None
     trained_on: Annotated[str, Field(max_length=1_000_000)] | None = None
@@ -62,8 +64,10 @@ def read(path: Path) -> Header:
     """
     files.require_file(path, "weights")
     with local.reader(path) as stream:
+        # the format: length of the header in 8 bytes, the header as JSON, then the tensors
         length = int.from_bytes(stream.read(8), "little")
         size = os.fstat(stream.fileno()).st_size
+        # {} is the shortest header
         if not 2 <= length <= size - 8:
             raise ValueError(
                 f"{path} is damaged or truncated: no safetensors header ends within its {size:,} "
@@ -78,6 +82,7 @@ def read(path: Path) -> Header:
     found = documents.parse(data, where)
     if not isinstance(found, dict):
         raise ValueError(f"{where} is {short(found)}; it must be an object")
+    # the one entry that is no tensor
     metadata = found.pop("__metadata__", {})
     if len(found) > TENSORS:
         raise ValueError(f"{path} has {len(found):,} tensors; a CLIP has {TENSORS:,} at most")
@@ -95,6 +100,7 @@ def entries(metadata: Mapping[str, str], path: Path) -> Entries:
     """
     if "rft" not in metadata:
         raise ValueError(f"{path} was not written by rft: its header names no recipe")
+    # one entry with JSON in it: metadata may hold texts alone
     return documents.decode(metadata["rft"].encode(), Entries, f"the header of {path}")
 
 

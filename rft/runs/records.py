@@ -31,12 +31,14 @@ LINE_BYTES = 2**16  # of metrics; they have some hundred
 
 
 def _recipe(text: str) -> str:
+    # a name of spaces alone is printable, and invisible in a table
     if not text.strip():
         raise ValueError("must be a printable name")
     return text
 
 
 def _set_name(name: str) -> str:
+    # joined to a data root, the name must stay below it
     if posixpath.normpath(name) != name or name.split("/")[0] in ("", ".", "..") or "://" in name:
         raise ValueError("must be the name of a packed set, such as imagenet-val")
     return name
@@ -250,13 +252,14 @@ class Metrics:
     def __post_init__(self) -> None:
         if (self.held_out_correct is None) != (self.held_out_total is None):
             raise ValueError("held_out_correct and held_out_total must be there together")
+        # both are absent or neither, so 0 stands for both
         if (self.held_out_correct or 0) > (self.held_out_total or 0):
             found = f"{self.held_out_correct} of {self.held_out_total}"
             raise ValueError(f"held_out_correct is {found}; it must not be more")
 
 
 class Logged(NamedTuple):
-    """A whole line of metrics.jsonl."""
+    """A complete line of metrics.jsonl."""
 
     text: bytes
     metrics: Metrics
@@ -282,6 +285,7 @@ def read_config(folder: Path) -> RunConfig:
     whole = documents.parse(data, path)
     if isinstance(whole, dict) and "recipe" not in whole:
         raise ValueError(f"{folder} is not a run folder: its {CONFIG} names no recipe")
+    # `whole` replaces whatever a field of that name holds in the file
     return dataclasses.replace(documents.decode(data, RunConfig, path), whole=whole)
 
 
@@ -305,6 +309,7 @@ def read_metrics(path: Path) -> Iterator[Logged]:
     if not path.exists():
         return
     with local.reader(path) as stream:
+        # at most LINE_BYTES of a line at a time: a stranger's file may be one line
         lines = iter(partial(stream.readline, LINE_BYTES), b"")
         for number, text in enumerate(lines, start=1):
             where = f"{path} line {number}"
@@ -313,6 +318,7 @@ def read_metrics(path: Path) -> Iterator[Logged]:
                     raise ValueError(f"{where} has more than {LINE_BYTES} bytes")
                 return
             documents.parse(text, where, nan=True)
+            # resuming copies lines as they are, so fields that Metrics passes over are checked, too
             documents.typed(text, dict[str, Number], where)
             yield Logged(text, documents.typed(text, Metrics, where))
 

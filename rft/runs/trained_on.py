@@ -26,12 +26,13 @@ class TrainedOn(NamedTuple):
 
 
 def entries(seen: Iterable[TrainedOn]) -> dict[str, str]:
-    """Return what a weights file's metadata says of the sets; none at all is said too."""
+    """Return the metadata entry that names the sets."""
+    # an empty list too: without an entry, the weights are taken for older ones, which are unknown
     return {KEY: json.dumps(sorted(set(seen)))}
 
 
 def of_metadata(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn] | None:
-    """Return the sets that a weights file's metadata names; None if it does not say.
+    """Return the sets that a weights file's metadata names; None if it has no entry.
 
     Raises:
         ValueError: naming the file, if it is malformed.
@@ -45,7 +46,7 @@ def of_metadata(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]
 def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
     """Return the sets that a run folder's or weights file's model is known to have seen.
 
-    Weights of before this was kept say nothing; the folder of a run that has ended does.
+    Older weights name none; the folder of a run that has ended does.
 
     Args:
         path: the run folder or weights file.
@@ -57,6 +58,7 @@ def of_model(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn]:
     seen = of_metadata(path, metadata)
     if seen is not None:
         return seen
+    # zero-shot: training.json names a set, which the weights have not seen
     if metadata.get("step") == "0":
         return frozenset()
     config = records.find_config(path)
@@ -73,6 +75,7 @@ def different_splits(models: Mapping[str, Iterable[TrainedOn]]) -> str:
     """
     first: dict[str, tuple[str, str]] = {}
     for model, seen in models.items():
+        # sorted: a set's order differs between processes, and the warning should not
         for name, sha256 in sorted(seen):
             other, expected = first.setdefault(name, (model, sha256))
             if sha256 != expected:
