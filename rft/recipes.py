@@ -10,7 +10,7 @@ the same for all (appendix A.1). Any recipe can be scaled to the embedded world 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, assert_never, get_args
 
 from rft.cli import unknown
 from rft.config import (
@@ -78,10 +78,15 @@ def _masked() -> Iterator[tuple[str, Recipe]]:
     for (mask, fill), (setting, about) in GRID.items():
         # the paper writes no-fill; the option's word is none
         name = f"{mask}-mask-{'no' if fill == 'none' else fill}-fill"
-        if mask == "random":
-            method = MethodConfig(mask=mask, fill=fill, rate=setting)
-        else:
-            method = MethodConfig(mask=mask, fill=fill, threshold=setting)
+        match mask:
+            case "random":
+                method = MethodConfig(mask=mask, fill=fill, rate=setting)
+            case "object" | "context":
+                method = MethodConfig(mask=mask, fill=fill, threshold=setting)
+            case "none":
+                raise AssertionError("a recipe without masks has no setting in the grid")
+            case _:
+                assert_never(mask)
         yield name, Recipe(about.format(setting), method)
 
 

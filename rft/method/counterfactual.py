@@ -63,14 +63,19 @@ def draw(method: MethodConfig, own: range, patches: int, pool: int, address: Ste
     not depend on who draws them if the address does not.
     """
     rows = slice(own.start, own.stop)
-    assert method.masks, "nothing is decided where nothing is masked"
     mask_BP, kept = None, None
-    if method.mask == "random":
-        kinds = {True: masking.fixed_count_mask, False: masking.bernoulli_mask}
-        generator = address.generator("mask")
-        mask_BP = kinds[method.fixed_count]((pool, patches), method.rate, generator)[rows]
-        if method.drops and method.fixed_count:
-            kept = masking.kept_patches(patches, method.rate)
+    match method.mask:
+        case "random":
+            make = masking.fixed_count_mask if method.fixed_count else masking.bernoulli_mask
+            mask_BP = make((pool, patches), method.rate, address.generator("mask"))[rows]
+            if method.drops and method.fixed_count:
+                kept = masking.kept_patches(patches, method.rate)
+        case "object" | "context":
+            pass  # the CAM decides, once there is one
+        case "none":
+            raise AssertionError("nothing is decided where nothing is masked")
+        case _:
+            assert_never(method.mask)
     match method.fill:
         case "none":
             source_BP = torch.tensor([[refill.DROP]])

@@ -1,9 +1,11 @@
 """What the files of a run folder are called, who writes each, and when.
 
 A merge or an import leaves config.json, its weights and provenance.json, a training more of them.
-Names are relative to the run folder. Two kinds of file have their names elsewhere: checkpoints to
-resume from, `checkpoints/step-N.pt` and `step-N.json` (rft/train/checkpoint.py), and what a job on
-a cluster leaves, `job-N.log`, `code/` and `resubmit.sh` (launch/job.sh).
+Names are relative to the run folder. Other files have their names elsewhere: checkpoints to resume
+from, `checkpoints/step-N.pt` and `step-N.json`, and `.damaged` behind what could not be used
+(rft/train/checkpoint.py); traces (rft/train/profile.py); what a job on a cluster leaves,
+`job-N.log`, `code/`, `stop-N` and `resubmit.sh` (launch/job.sh); and while a file is being written,
+`.NAME.ID.tmp` (rft/storage/files.py).
 """
 
 from pathlib import Path
