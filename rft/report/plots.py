@@ -301,6 +301,8 @@ class Panel(NamedTuple):
 
     title: str
     value: Callable[[Metrics], float | None]
+    is_loss: bool = True
+    """Whether it is a term of the loss, and 0 at every step of a recipe without that term."""
 
 
 def held_out_percent(line: Metrics) -> float | None:
@@ -313,18 +315,18 @@ PANELS = (
     Panel("cross-entropy (training)", lambda line: line.ce),
     Panel("feature MSE to the frozen model (training)", lambda line: line.mse),
     Panel("KL to the WiSE-FT model (training)", lambda line: line.kd),
-    Panel("held-out accuracy (%)", held_out_percent),
+    Panel("held-out accuracy (%)", held_out_percent, is_loss=False),
 )
 
 
 def curve(run: Run, panel: Panel) -> dict[int, float]:
-    """Return step -> value of one run; a quantity that is always zero was not in its loss."""
+    """Return step -> value of one run; none for a term that its loss does not have."""
     values = {
         line.step: value
         for line in sorted(run.metrics, key=lambda line: line.step)
         if (value := panel.value(line)) is not None and math.isfinite(value)
     }
-    return values if any(values.values()) else {}
+    return {} if panel.is_loss and not any(values.values()) else values
 
 
 def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:

@@ -262,6 +262,12 @@ def test_steps_are_drawn_in_their_order():
     assert list(plots.curve(run, plots.PANELS[0])) == [1, 3, 5]
 
 
+def test_a_run_that_is_never_right_is_drawn():
+    lines = tuple(Metrics(step=n, held_out_correct=0, held_out_total=8) for n in (1, 2))
+    run = replace(run_of("vanilla"), metrics=lines)
+    assert plots.curve(run, plots.PANELS[3]) == {1: 0.0, 2: 0.0}
+
+
 def test_letters_without_a_glyph_are_one_line_that_a_terminal_can_show(capsys):
     with plots.explained():
         rows = result_rows([run_of("\u4e00\u4e01\U0001f3f4\U000e0067", percent=ALL)])
