@@ -3,7 +3,7 @@
 A user's mistake is a `ValueError` (or an `OSError` from a file they named): it becomes one line on
 stderr and exit code 2. Everything else is a bug and keeps its traceback; RFT_TRACEBACK=1 in the
 environment shows one for a mistake too. No command starts with the credentials of a URL on its
-command line, which many of them record; those in what other libraries say are cut.
+command line, which many of them record; those in texts of other libraries are cut.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
     torchrun repeats it at the end of its summary. Without `ranks` a command is one process,
     whatever a launcher has left in the environment.
     """
-    sys.excepthook = _tell_bug
+    sys.excepthook = _tell_bug  # for what no clause below catches
     log.setup()
     if not ranks:
         for name in LAUNCHED:
@@ -63,7 +63,7 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
             urls.refuse_credentials(word)
         try:
             main()
-        except SystemExit:
+        except SystemExit:  # of --help, or a code of the command's own: its output counts too
             _finish_output()
             raise
         _finish_output()
@@ -71,7 +71,7 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
         _drop_output()
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, as shells report it
     except (ValueError, OSError) as error:
         if os.environ.get("RFT_TRACEBACK"):
             raise
@@ -80,7 +80,7 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
         where = "" if rank == "0" else f" on rank {rank}"
         line = _shortened(plain(f"error{where}: {message}"))
         if not is_quiet_rank():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # stderr is full or closed: the exit code is left
                 print(line, file=sys.stderr, flush=True)
         _hand_to_torchrun(line)
         _drop_output()
@@ -109,6 +109,7 @@ def _bound_terminal() -> None:
     for stream in range(3):  # rich looks at each of them
         with contextlib.suppress(OSError):
             widths.append(os.get_terminal_size(stream).columns)
+    # COLUMNS first, as rich has it; a terminal without a size reports 0
     width = widths[0] or min(filter(None, widths), default=LEAST_COLUMNS)
     if width < LEAST_COLUMNS:
         os.environ["COLUMNS"] = str(LEAST_COLUMNS)
@@ -120,6 +121,7 @@ def _require_client_settings() -> None:
         if name.startswith("FSSPEC"):
             with warnings.catch_warnings(record=True) as ignored:
                 warnings.simplefilter("always")
+                # into a dictionary that is dropped: fsspec itself read it when it was imported
                 set_conf_env({}, {name: value})
             if ignored:
                 raise ValueError(
@@ -146,6 +148,7 @@ def _drop_output() -> None:
                 stream.flush()
         except OSError:
             with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+                # or the flush at Python's exit fails too, with a message and code 120
                 os.dup2(nowhere.fileno(), stream.fileno())
 
 
@@ -153,6 +156,7 @@ def _hand_to_torchrun(line: str) -> None:
     """Leave a line where torchrun, if there is one, looks for the cause that it prints last."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
+            # the form of torch.distributed.elastic's ErrorHandler; its summary prints py_callstack
             cause = {"py_callstack": line, "timestamp": str(int(time.time()))}
             Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": cause}}))
 
@@ -162,7 +166,7 @@ def is_quiet_rank() -> bool:
 
     Without a torchrun, as where its variables are left in a shell, no process would print it.
     """
-    # the folder is gone when torchrun has ended
+    # the folder is gone when torchrun has ended; without the variable, the others below decide
     error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull))
     if not (error_file.is_absolute() and error_file.parent.is_dir()):
         return False
@@ -182,7 +186,7 @@ def _tell_bug(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def parse(kind: Callable[..., T], **options: Any) -> T:
-    """Return what `tyro.cli` makes of the command line; options go to it.
+    """Parse the command line with `tyro.cli`, which gets the options.
 
     Raises:
         ValueError: with the first lines of tyro's complaint, which it would print as a box. For an
@@ -195,7 +199,7 @@ def parse(kind: Callable[..., T], **options: Any) -> T:
         _require_local_paths(found, "")
         return found
     except SystemExit as stopped:
-        if stopped.code != 2:
+        if stopped.code != 2:  # --help
             raise
         text = _first_section(complaint.getvalue())
         # an option's own line says which it is

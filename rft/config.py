@@ -230,6 +230,7 @@ class ClusterConfig:
 class Config:
     """One fine-tuning run."""
 
+    # the word in front of the options names it, so it is no option itself
     recipe: tyro.conf.Suppress[tyro.conf.Fixed[str]]
     """Name of the recipe this configuration started from."""
     data: str
@@ -314,6 +315,7 @@ class Config:
 
     def donor_pool(self, world_size: int) -> int:
         """Return how many images a fill chooses from."""
+        # a local pool is one micro-batch of one rank
         pools = 1 if self.method.donors == "global" else world_size * self.optim.accumulate
         return self.loader.batch_size // pools
 
@@ -328,7 +330,9 @@ class Config:
         are computed may change between two starts of one run. The identity of the data and of all
         weights that a run builds on is their hash in the checkpoint's fingerprint.
         """
+        # the set counts by its hash: a renamed or moved one is the same data
         document = _deciding(self.to_dict(), {"train_set"})
+        # resolved: no seed and the run's own seed named are one run
         document["split_seed"], document["order_seed"] = self.held_out_seed, self.sample_seed
         return document
 
@@ -360,6 +364,7 @@ def _writer(folder: Path) -> str:
     if found is None or not found.rft:
         return f"a different version of rft (its {filenames.PROVENANCE} does not say which)"
     version, commit = found.rft, found.git
+    # as lists of numbers: as texts, 0.10 would come before 0.9
     numbers, own = ([int(n) for n in re.findall(r"\d+", v)] for v in (version, __version__))
     kind = "a newer rft" if numbers > own else "a different rft"
     return f"{kind} ({version}{f', commit {commit}' if commit else ''})"
@@ -413,7 +418,7 @@ def _deciding(document: dict[str, Any], others: set[str]) -> dict[str, Any]:
     """Copy a config.json without its neutral fields and some others."""
     kept = {name: value for name, value in document.items() if name not in NEUTRAL[""] | others}
     for group in NEUTRAL.keys() & kept.keys():
-        if isinstance(kept[group], dict):
+        if isinstance(kept[group], dict):  # a document of others may have anything here
             kept[group] = {k: v for k, v in kept[group].items() if k not in NEUTRAL[group]}
     return kept
 

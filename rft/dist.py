@@ -64,6 +64,7 @@ def world_from_env() -> World:
         ValueError: naming the variable that is no number, or not one of such a world.
     """
     size = _number("WORLD_SIZE", 1, range(1, 2**31))
+    # only checked: torch reads it where the ranks meet
     _number("MASTER_PORT", 0, range(2**16))
     return World(
         rank=_number("RANK", 0, range(size)),
@@ -87,7 +88,7 @@ def pick_device(choice: str, world: World) -> torch.device:
     """Return this rank's device for `auto`, `cpu` or `cuda`.
 
     Raises:
-        ValueError: if `cuda` is asked for and absent, or there are more ranks than GPUs.
+        ValueError: if `cuda` is requested and absent, or there are more ranks than GPUs.
     """
     if choice == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees no GPU; use --device cpu")
@@ -115,9 +116,9 @@ def process_group(
 ) -> Iterator[World]:
     """Join the other ranks (NCCL on GPU, gloo on CPU) for the length of the body.
 
-    A mistake that only this rank meets, such as a damaged shard, is told here: `cli.run` speaks for
-    the first rank of each node alone. The group is left as it is then, because taking it down waits
-    for the others, who wait in a collective; torchrun ends them all.
+    A mistake that only this rank meets, such as a damaged shard, is printed here: `cli.run` prints
+    those of the first rank of each node alone. The group is left as it is then, because taking it
+    down waits for the others, who wait in a collective; torchrun ends them all.
 
     Yields the world with its control group. Ranks wait `timeout` seconds for one of them. A single
     rank gets a group if it is opened `even_alone`: on one GPU nothing else runs what several run.
@@ -137,10 +138,11 @@ def process_group(
     try:
         torch.distributed.init_process_group(
             backend,
+            # apart from torchrun's own keys and from those of `_who_is_missing`
             store=torch.distributed.PrefixStore("rft", store),
             rank=world.rank,
             world_size=world.size,
-            # NCCL ends the process without a word of ours: the control group's turn comes first
+            # NCCL ends the process without a message of ours, so the control group times out first
             timeout=2 * patience if control_backend else patience,
         )
         control: Any = None
@@ -149,7 +151,7 @@ def process_group(
         yield dataclasses.replace(world, grouped=True, control=control)
         # gloo can abort when a peer is gone before everyone has finished
         torch.distributed.barrier(group=control)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # a user's mistake, as `cli.run` has it
         _tell(world, error)
         raise
     except RuntimeError as error:
@@ -176,6 +178,7 @@ def _meeting_place(world: World, wait: datetime.timedelta) -> Any:
     (docs/cluster.md), ranks on one machine meet in a file beside its own, new for each start.
     """
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # torchrun's file is .../attempt_N/RANK/error.json; [1] is the folder of all ranks of a start
     folders = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents
     if agents or len(folders) < 2 or world.size > world.local_size:
         if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -200,9 +203,9 @@ def _tell(world: World, error: Exception) -> None:
 
 
 def _who_is_missing(world: World, store: Any, seconds: float) -> str:
-    """Return a line that names the ranks which do not answer within `seconds`.
+    """Name the ranks which do not answer within `seconds`, in a line for the error.
 
-    The ranks that wait tell each other so in the store they met in, which none of them holds.
+    Ranks that wait record it in the store they met in, which none of them holds.
     """
     names = [f"rft/waits/{rank}" for rank in range(world.size)]
     missing = [rank for rank in range(world.size) if rank != world.rank]
@@ -212,7 +215,7 @@ def _who_is_missing(world: World, store: Any, seconds: float) -> str:
         while missing and time.monotonic() < deadline:
             missing = [rank for rank in missing if not store.check([names[rank]])]
             time.sleep(0.1)
-    except torch.distributed.DistError:
+    except torch.distributed.DistError:  # the store ended with the torchrun that held it
         return "lost contact with the other ranks, and with torchrun, which started them"
     if not missing:
         return "a message between ranks was lost, but all of them answer: look at the network"
@@ -224,7 +227,7 @@ def _who_is_missing(world: World, store: Any, seconds: float) -> str:
 
 
 def step_aside(world: World) -> NoReturn:
-    """End this rank without a word, where the main rank tells why all of them end.
+    """End this rank silently, where the main rank reports why all of them end.
 
     The main rank must not take part in anything after that: its end is waited for, because torchrun
     ends all ranks when the first one is gone, and it may still have a checkpoint to write.
@@ -232,7 +235,7 @@ def step_aside(world: World) -> NoReturn:
     Raises:
         SystemExit: always; code 2, as after an error.
     """
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError):  # the main rank ends: its barrier never comes
         torch.distributed.barrier(group=world.control)
     raise SystemExit(2)
 
@@ -245,10 +248,13 @@ def on_main(world: World, work: Callable[[], T]) -> T | None:
     """
     if world.alone:
         return work()
+    # in a thread of its own, so that this one can keep the others waiting meanwhile
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work) if world.is_main else None
+        # a broadcast each second, so that no collective waits longer than its timeout
         while not from_main(world, future and bool(wait([future], timeout=1).done)):
             continue
+    # where `work` raised, the main rank raises it below
     if from_main(world, future and future.exception() is not None) and future is None:
         step_aside(world)
     return future.result() if future else None
@@ -258,6 +264,7 @@ def largest(world: World, value: int) -> int:
     """Return the largest of all ranks' `value`, on every rank; nothing waits for a GPU."""
     if world.alone:
         return value
+    # on the CPU, where the control group is; without one, gloo serves all tensors
     number = torch.tensor(value)
     torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=world.control)
     return int(number)
@@ -282,7 +289,7 @@ def gather_objects(world: World, value: Any) -> list[Any]:
 
 
 def meet(world: World) -> None:
-    """Wait for all ranks before they wait in NCCL, which cannot tell who is missing."""
+    """Wait for all ranks before they wait in NCCL, which cannot name a missing one."""
     if world.control is not None:
         torch.distributed.barrier(group=world.control)
 
@@ -291,7 +298,7 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of `tensor` over all ranks; exact for int64 counts."""
     if not world.alone:
         meet(world)
-        tensor = tensor.clone()
+        tensor = tensor.clone()  # all_reduce works in place
         torch.distributed.all_reduce(tensor)
     return tensor
 
@@ -301,6 +308,7 @@ def gather_rows(world: World, tensor: torch.Tensor) -> torch.Tensor:
     if world.alone:
         return tensor
     meet(world)
+    # one tensor for all ranks: the call fills it, first dimension by rank
     rows = tensor.new_empty((world.size * len(tensor), *tensor.shape[1:]))
     torch.distributed.all_gather_into_tensor(rows, tensor.contiguous())
     return rows
@@ -330,8 +338,9 @@ def data_parallel(world: World, module: nn.Module, device: torch.device) -> nn.M
         return module
     # constants, the same everywhere: broadcast in each step they make all ranks wait for the first
     constants = [name for name, _ in module.named_buffers()]
+    # private: torch has no public call for it yet (pytorch issue 43690)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
-    meet(world)
+    meet(world)  # DistributedDataParallel compares shapes and sends weights through NCCL at once
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=device_ids)
 

@@ -16,6 +16,7 @@ if typing.TYPE_CHECKING:
 
 def derive(*address: int | str) -> int:
     """Return the 63-bit seed of an address; the type of each part counts (1 is not "1")."""
+    # Python's own integers alone: NumPy's have a different repr, and would give another seed
     digest = hashlib.blake2b(repr(address).encode(), digest_size=8).digest()
     # torch's seeds are signed; Python's own hash() differs from process to process
     return int.from_bytes(digest, "little") >> 1

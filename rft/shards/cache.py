@@ -30,6 +30,7 @@ class Folder:
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError as error:
+            # a link raises ELOOP in POSIX and, with O_DIRECTORY, ENOTDIR on Linux, as a file does
             if error.errno not in (errno.ELOOP, errno.ENOTDIR):
                 raise
             raise ValueError(
@@ -69,6 +70,7 @@ class Folder:
         """Hold the folder's lock for the length of the body."""
         descriptor = self.open(".lock", os.O_RDWR | os.O_CREAT)
         try:
+            # flock, not lockf: it locks open files, not processes, so threads exclude each other
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
@@ -114,15 +116,16 @@ class Cache:
         return self.folder / f"{shard.sha256}.tar"
 
     def has(self, shard: Shard) -> bool:
-        """Whether the shard is there."""
+        """Whether the cache has the shard."""
         return self.path(shard).exists()
 
     def open(self, shard: Shard) -> int | None:
-        """Return a descriptor of a shard's file, or None if it is not there or not this user's.
+        """Return a descriptor of a shard's file, or None if it is absent or not this user's.
 
         The owner of a file can put other pixels with fitting checksums into it at any time.
         """
         with suppress(FileNotFoundError), closing(Folder(self.folder)) as folder:
+            # root can exchange any file of this user anyway
             descriptor = folder.open(self.path(shard).name, os.O_RDONLY)
             if os.fstat(descriptor).st_uid in (os.geteuid(), 0):
                 return descriptor
@@ -149,8 +152,10 @@ class Cache:
         part = Part(folder, f".{shard.sha256}.part", final)
         with ExitStack() as unless_taken:
             unless_taken.callback(part.close)
+            # only under the part's lock: its last filler may have published the shard just now
             if part.is_ours and not self.has(shard):
                 with folder.lock():
+                    # locked, or two processes would give the same space to two shards
                     if self._make_room(folder, shard.bytes, part.name, keep, known):
                         _allocate(part.descriptor, shard.bytes)
                         unless_taken.pop_all()
@@ -170,6 +175,7 @@ class Cache:
         used, droppable = 0, []
         for name in os.listdir(folder.descriptor):  # noqa: PTH208 - a descriptor is no path
             whole, part = WHOLE.fullmatch(name), PART.fullmatch(name)
+            # our own part is what `size` stands for
             if name == own or not (whole or part):
                 continue
             with suppress(FileNotFoundError):
@@ -181,6 +187,7 @@ class Cache:
                 used += status.st_size
                 if whole and whole[1] not in keep:
                     age = status.st_mtime_ns
+                    # sorted: other sets before this one, theirs oldest first and ours newest first
                     order = (1, -age) if whole[1] in known else (0, age)
                     droppable.append((order, status.st_size, name))
         for _, freed, name in sorted(droppable):
@@ -216,6 +223,7 @@ class Part:
 
     def sha256(self) -> str:
         """Return the hash of what was written."""
+        # a duplicate: closing the descriptor itself would release the lock
         with os.fdopen(os.dup(self.descriptor), "rb") as stream:
             stream.seek(0)
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -223,6 +231,7 @@ class Part:
     def publish(self) -> None:
         """Make it the shard's file."""
         descriptor = self._folder.descriptor
+        # not synced to the disk: a sample that a crash damages fails its crc32 and is fetched again
         # a process that adds up the files now would look for it under neither of its names
         with self._folder.lock():
             os.rename(self.name, self._final, src_dir_fd=descriptor, dst_dir_fd=descriptor)
@@ -235,6 +244,7 @@ class Part:
 
 
 def _lock(descriptor: int) -> bool:
+    # the lock ends with its process, however that ends: so a part without one is abandoned
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -267,5 +277,5 @@ def _allocate(descriptor: int, size: int) -> None:
     """Reserve the disk's space now, so that a full disk is known before anything is fetched."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
-    else:
+    else:  # macOS has no such call; the size counts for the bound, the space is not reserved
         os.ftruncate(descriptor, size)

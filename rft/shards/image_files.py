@@ -27,6 +27,7 @@ SCANS = 20  # of a JPEG with as many pixels as may be, more of a smaller one; en
 SEGMENTS = 10_000  # of a JPEG; a depth map beside it takes some hundred
 PARSED_BYTES = 2**24  # of what Pillow parses or copies: 256 times what one segment can hold
 FILL_BYTES = 2**16  # between the segments of a JPEG
+# how segments begin that Pillow joins (EXIF) or takes apart block by block (Photoshop's)
 PARSED = (b"Exif\0\0", b"Photoshop 3.0\0")
 CHUNKS = 300_000  # of a PNG; the largest one has 55,000 of the size that libpng writes
 PROFILES = 10  # of a PNG, which may have one
@@ -51,6 +52,7 @@ def open_image(
     require_affordable(len(data), name, max_pixels)
     for known in formats:
         factory, accept = Image.OPEN[known]
+        # 16 bytes, as Image.open has it; a Pillow without WebP returns a message in place of True
         if accept is None or accept(data[:16]) is not True:
             continue
         if known == "JPEG":
@@ -59,6 +61,7 @@ def open_image(
             _require_few_chunks(data, name)
         with pillow_errors(name, "read"):
             image = factory(io.BytesIO(data), "")
+        # never 0: Pillow's plugins refuse images without pixels
         millions = image.width * image.height / 1e6
         if millions > max_pixels:
             raise ValueError(
@@ -81,8 +84,9 @@ def _require_few_segments(data: bytes, name: str) -> None:
     it has for each further segment of it.
     """
     segments = parsed = between = 0
-    position = 2
+    position = 2  # behind START_OF_IMAGE
     while (found := NEXT_MARKER.search(data, position)) and found[0][1] not in STARTS_OR_ENDS:
+        # a segment: its marker, then a length that counts its own two bytes and the content
         start, length = found.end(), int.from_bytes(data[found.end() : found.end() + 2])
         segments += 1
         between += found.start() - position
@@ -103,12 +107,13 @@ def _require_few_scans(data: bytes, name: str, allowed: int) -> None:
     if data.count(bytes((FILL, START_OF_SCAN))) <= allowed:
         return
     segments = scans = 0
-    position = 2
+    position = 2  # behind START_OF_IMAGE
     while (found := NEXT_MARKER.search(data, position)) and found[0][1] != END_OF_IMAGE:
         segments += 1
         scans += found[0][1] == START_OF_SCAN
         _require_few(segments, SEGMENTS, "segments", name)
         _require_few(scans, allowed, "scans, too many for its pixels", name)
+        # behind a scan's header lies its compressed data, which the search passes over
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
 
 
@@ -126,6 +131,7 @@ def _require_few_chunks(data: bytes, name: str) -> None:
     """
     chunks = profiles = 0
     position = len(PNG_START)
+    # a chunk: 4 bytes of length, 4 of type, content, 4 of checksum; Pillow stops at IEND
     while position < len(data) and data[position + 4 : position + 8] != b"IEND":
         profiles += data[position + 4 : position + 8] == b"iCCP"
         position += PNG_FRAME + int.from_bytes(data[position : position + 4])

@@ -232,6 +232,7 @@ def clip_square(
     short, long = sorted(image.size)
     if long > MOST_ELONGATED * short:
         raise ValueError(f"an image of {image.size} pixels: {TOO_ELONGATED}")
+    # torchvision's own expression
     longer = int(size * long / short)
     width, height = (size, longer) if image.width <= image.height else (longer, size)
     if image.size != (width, height):
@@ -250,6 +251,7 @@ def npy_header(size: int) -> bytes:
 def to_npy(array: np.ndarray) -> bytes:
     """Return `array` as the content of a `.npy` file; equal shapes give equal sizes."""
     stream = io.BytesIO()
+    # version pinned: readers compare a sample's header with `npy_header` byte by byte
     np.lib.format.write_array(stream, array, version=(1, 0), allow_pickle=False)
     return stream.getvalue()
 
@@ -294,7 +296,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def as_photo(image: Image.Image, data: bytes) -> tuple[Image.Image, Treated]:
     """Compose a decoded image on white and turn it upright."""
+    # before the conversions: a converted image has no format, and PNGs are treated apart
     orientation = exif_orientation(image, data)
+    # a palette may give each colour an opacity of its own, which the conversion resolves
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     alpha, rgb = _alpha(image, data), _to_rgb(image)
@@ -317,7 +321,7 @@ def exif_orientation(image: Image.Image, data: bytes) -> int:
     try:
         found = image.getexif().get(ORIENTATION)
         return int(found) if found in TURNS else 1
-    except MemoryError:
+    except MemoryError:  # the machine's fault: `pillow_errors` makes an OSError of it
         raise
     except Exception:  # parsers slip in many ways; a damaged tag is no reason to leave out an image
         return 1
@@ -340,10 +344,11 @@ def _alpha_of_key(image: Image.Image, data: bytes) -> Image.Image:
     Pillow leaves the colour as the file has it, in levels of the file's depth, and scales the
     pixels.
     """
+    # behind the chunk's type, and 4 bytes each of width and height
     depth = data[data.index(b"IHDR") + 12]
     key, pixels = np.array(image.info["transparency"]), np.asarray(image)
     if image.mode == "RGB":
-        if depth == 16:
+        if depth == 16:  # Pillow keeps the high bytes alone: other colours would match the key too
             raise ValueError("its transparent colour has 16 bits; save it with an alpha channel")
         clear_HW = (pixels == key).all(axis=2)
     elif image.mode == "1":

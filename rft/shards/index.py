@@ -55,6 +55,7 @@ class Index:
                 f"the names of the images"
             )
         stream = io.BytesIO()
+        # zipfile dates members that are written so 1980-01-01: no clock gets into the bytes
         np.savez(stream, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
         if (size := stream.tell()) > INDEX_BYTES:
             raise ValueError(
@@ -80,7 +81,7 @@ class Index:
 
     @staticmethod
     def read(url: str, manifest: Manifest) -> "Index":
-        """Read `url/index.npz`, whatever its rows say.
+        """Read `url/index.npz`, whatever its rows hold: verification reports them all.
 
         Raises:
             ValueError: if the file is absent or was changed, or its columns are not those of the
@@ -90,6 +91,7 @@ class Index:
         # as many rows as the manifest says, no more, whatever the store sends
         limit = min(manifest.samples * (ROW_BYTES + KEY_BYTES) + HEADERS_BYTES, INDEX_BYTES)
         data = files.read_bytes(path, limit)
+        # before anything is parsed: what fails below this line was packed so
         if files.sha256_bytes(data) != manifest.index_sha256:
             raise ValueError(f"{path} does not have the sha256 in its manifest; pack the set again")
         try:
@@ -104,8 +106,9 @@ class Index:
         odd = np.zeros(len(self.key), bool)
         for start in range(0, len(self.key), KEYS_AT_ONCE):
             keys = np.ascontiguousarray(self.key[start : start + KEYS_AT_ONCE])
+            # (rows, letters)
             letters = keys.view(np.uint8).reshape(len(keys), -1)
-            # NumPy fills up with zeros
+            # NumPy fills texts up with zeros, which are no letters; a zero before a letter is one
             wrong = ((letters < ord(" ")) & (letters > 0)) | (letters > ord("~"))
             inside = (letters[:, :-1] == 0) & (letters[:, 1:] > 0)
             odd[start : start + len(keys)] = wrong.any(axis=1) | inside.any(axis=1)
@@ -121,11 +124,13 @@ class Index:
         classes = len(manifest.classes)
         known = (self.label >= 0) & (self.label < classes)
         yield np.flatnonzero(~known), f"its label is none of the {classes} classes"
+        # 0 stands in for labels out of range, which are faults already
         scored = manifest.class_to_group()[np.where(known, self.label, 0)] >= 0
         yield np.flatnonzero(known & ~scored), "its label lies in no group, so it never scores"
         sizes = [shard.bytes for shard in manifest.shards]
         size = np.repeat(np.array(sizes, float), [shard.samples for shard in manifest.shards])
-        # as floats, because a damaged uint64 would wrap around
+        # as floats, because a damaged uint64 would wrap around; payloads fill whole blocks, and the
+        # archive's end follows the last one
         ends = self.offset.astype(float) + np.ceil(self.length / tar.BLOCK) * tar.BLOCK
         yield np.flatnonzero(ends + tar.END > size), "its payload reaches beyond the shard's bytes"
 
@@ -135,7 +140,7 @@ ROW_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())  # of all 
 
 
 def _column_fault(columns: dict[str, np.ndarray], samples: int) -> str:
-    """Return why columns of an index cannot be those of so many samples, or nothing."""
+    """Explain why columns of an index cannot be those of so many samples; empty if they can."""
     if columns.keys() != COLUMNS.keys():
         return f"its columns must be {', '.join(COLUMNS)}, they are {', '.join(columns)}"
     for name, kind in COLUMNS.items():

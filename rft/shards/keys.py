@@ -23,6 +23,7 @@ def make_keys(paths: Sequence[str]) -> list[str]:
     long = [f"{safe_in_key(folder)}_{stem}" for (folder, _), stem in zip(parts, stems, strict=True)]
     if len(set(long)) == len(long):
         return long
+    # of the path as it is: two paths may differ only in letters that keys do not have
     hashed = [
         f"{stem}-{files.sha256_json(path)[:16]}" for stem, path in zip(long, paths, strict=True)
     ]

@@ -61,6 +61,7 @@ class LabelSpace:
             raise ValueError(
                 f"{shown(self.ids[0])} is the only class; with one class every prediction is right"
             )
+        # last: composed before, twins would look like one id that occurs twice
         for field in ("ids", "names", "templates"):
             object.__setattr__(self, field, tuple(map(composed, getattr(self, field))))
 
@@ -110,7 +111,7 @@ def scoring_hash(
     templates: Sequence[str],
     groups: Sequence[Sequence[int]],
 ) -> str:
-    """Return what a plan keeps of its label space and scoring rule, to compare with a manifest's.
+    """Hash a label space and scoring rule: a plan keeps it, to be compared with a manifest's.
 
     Short, because it is for people to compare; there is no reason to forge it.
     """
@@ -137,6 +138,7 @@ def choose_labels(path: str | None) -> LabelSpace:
 def doubts(labels: LabelSpace) -> list[str]:
     """List what is legal in a label space and rarely meant: equal words, prompts that are long."""
     found = []
+    # by words in lower case with single spaces, as CLIP's tokenizer reads them
     first: dict[str, str] = {}
     for name, words in zip(labels.ids, labels.names, strict=True):
         other = first.setdefault(" ".join(words.casefold().split()), name)

@@ -89,6 +89,7 @@ class Manifest:
             raise ValueError("the shards hold no samples")
         first: dict[str, str] = {}
         for shard in self.shards:
+            # empty tars are all the same bytes, and nothing in them counts
             if shard.samples and (name := first.setdefault(shard.sha256, shard.name)) != shard.name:
                 raise ValueError(
                     f"shards: {name!r} and {shard.name!r} hold the same bytes, so samples would "
@@ -100,7 +101,7 @@ class Manifest:
         """Number of samples in the dataset."""
         return sum(shard.samples for shard in self.shards)
 
-    @cached_property
+    @cached_property  # kept in __dict__, past the setattr that a frozen class forbids
     def sha256(self) -> str:
         """Hash of the manifest's content: the identity of the data."""
         return files.sha256_json(self._document())
@@ -110,6 +111,7 @@ class Manifest:
 
         Files elsewhere on this machine are not among them: reading these is not announced.
         """
+        # a set would print them in a different order each time
         places = dict.fromkeys(urls.place(shard.name) for shard in self.shards)
         return [place for place in places if place not in ("", urls.place(url))]
 
@@ -120,9 +122,10 @@ class Manifest:
         return Classes(ids=self.class_ids, names=self.classes, prompts_sha256=prompts)
 
     def class_to_group(self) -> np.ndarray:
-        """Return for each class the group it scores in, or -1 if its logit takes no part. (K,)."""
+        """Look up the group that each class scores in, -1 if its logit takes no part. (K,)."""
         table = np.full(len(self.classes), -1, dtype=np.int64)
         for group, members in enumerate(self.groups):
+            # a list: NumPy takes a tuple for one index per axis
             table[list(members)] = group
         return table
 
@@ -138,6 +141,7 @@ class Manifest:
         try:
             data = files.read_bytes(path)
         except ValueError as error:
+            # `read_bytes` raises ValueError for every fault; its cause shows an absent file
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             hint = why_missing(url)
@@ -149,6 +153,7 @@ class Manifest:
         except ValueError as error:
             newer = "a newer rft may read it; " if documents.names_unknown(error) else ""
             raise ValueError(f"{error}; {newer}{AGAIN}") from error
+        # not in Shard: which names are allowed depends on where the manifest lies
         for number, shard in enumerate(manifest.shards):
             try:
                 urls.check_shard_name(shard.name, url)
@@ -186,7 +191,7 @@ def require_named(url: str, dataset: str) -> None:
 
 
 def note_other_stores(url: str, manifest: Manifest) -> None:
-    """Print which hosts or buckets besides the manifest's own will be asked for its shards."""
+    """Print which hosts or buckets besides the manifest's own will get requests for its shards."""
     if others := manifest.other_stores(url):
         more = f" and {len(others) - STORES_SHOWN} more" if len(others) > STORES_SHOWN else ""
         own = any(urls.place(shard.name) not in others for shard in manifest.shards)

@@ -28,9 +28,10 @@ from rft.shards.manifest import Shard
 from rft.storage import files, local, remote
 from rft.storage.remote import REQUEST_BYTES
 
-# descriptors a process keeps open on shards: half of what the system lets it have
+# descriptors a process keeps open on shards: half of what the system lets it have (-1, which no
+# count reaches, where it sets no limit)
 OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-GAP_BYTES = 2**16  # ranges this near to each other share a request
+GAP_BYTES = 2**16  # ranges this near share a request: the gap costs less than a round trip
 REQUESTS = 16  # requests of one process under way at a time
 Store = tuple[Any, str]  # a fsspec file system and a path there
 PAUSE = 1.0  # seconds until a shard that another process is filling is looked at again
@@ -50,7 +51,7 @@ class Counters:
 
 
 class RangeError(ValueError):
-    """A remote range that does not come; `place` is where it stands in the list asked for."""
+    """A remote range that cannot be read; `place` is its index in the list of requests."""
 
     def __init__(self, message: str, place: int) -> None:
         super().__init__(message)
@@ -69,6 +70,7 @@ class Shards:
         self.shards = tuple(shards)
         self.cache = cache
         self.counters = Counters()
+        # of no process yet: `_enter_process` makes what belongs to one
         self._process = -1
 
     def __getstate__(self) -> dict:
@@ -85,7 +87,7 @@ class Shards:
         """Return an open descriptor of a local or cached shard, or None for a remote one.
 
         Raises:
-            FileNotFoundError: if a local shard is not there.
+            FileNotFoundError: if a local shard is absent.
         """
         self._enter_process()
         if number in self._descriptors:
@@ -96,13 +98,14 @@ class Shards:
             descriptor = local.open_regular(path)
         elif self.cache is None or (descriptor := self.cache.open(self.shards[number])) is None:
             return None
+        # the least recently used one goes: `move_to_end` above keeps the order
         if len(self._descriptors) == OPEN_FILES:
             os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors[number] = descriptor
         return descriptor
 
     def is_local(self, number: int) -> bool:
-        """Whether a shard's own place is this machine's file system."""
+        """Whether a shard itself, not its cached copy, lies in this machine's file system."""
         self._enter_process()
         if number not in self._local:
             self._local[number] = isinstance(self._store(number)[0], LocalFileSystem)
@@ -125,6 +128,7 @@ class Shards:
             partial(self._fetch, self._store(number), number, start, stop, members[0])
             for number, start, stop, members in merged
         ]
+        # fsspec's clients belong to its own loop, which runs in a thread of its own
         answers: Any = sync(get_loop(), remote.together, fetches, REQUESTS)
         self.counters.requests += len(merged)
         found = [b""] * len(requests)
@@ -161,8 +165,8 @@ class Shards:
             filler.thread.join()
 
     def _let_go(self) -> "_Filler | None":
-        """Close the descriptors of this process; return its filler, which is told to end."""
-        if self._process != os.getpid():
+        """Close the descriptors of this process; return its filler, which is made to end."""
+        if self._process != os.getpid():  # nothing was read yet, or these are the parent's
             return None
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
@@ -192,6 +196,7 @@ class Shards:
         if host not in self._stores:
             self._stores[host] = remote.client(files.open_store(url)[0])
         fs = self._stores[host]
+        # what url_to_fs returns as the path, without a look-up of the client for each sample
         return fs, str(fs._strip_protocol(url))
 
     async def _fetch(
@@ -227,6 +232,7 @@ class _Filler:
         self.failure: ValueError | None = None  # why it ended early; the next batch raises it
         self._cache = cache
         self._shards = Shards(served.url, served.shards, cache=cache)
+        # first: it makes an empty _stores, which is then shared instead
         self._shards._enter_process()
         self._shards.counters, self._shards._stores = served.counters, served._stores
         self._known = {shard.sha256 for shard in served.shards}
@@ -234,12 +240,14 @@ class _Filler:
         self.lists: SimpleQueue[Sequence[int]] = SimpleQueue()
         self._stopped = False
         self._transfer: asyncio.Task | None = None
+        # daemon: a process that ends does not wait for a shard
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def stop(self) -> None:
         """Make the thread end soon, also in the middle of a shard."""
         self._stopped = True
+        # wakes the thread where it waits for a list
         self.lists.put(())
         if self._transfer is not None:
             get_loop().call_soon_threadsafe(self._transfer.cancel)
@@ -249,23 +257,23 @@ class _Filler:
         skipped: set[int] = set()
         idle = True
         try:
-            with suppress(OSError):
+            with suppress(OSError):  # the first shard meets it again, and is counted as refused
                 self._cache.trim(self._known)
             while not self._stopped:
                 wanted = self._newest(wanted, wait=idle)
                 todo = [n for n in wanted if n not in skipped and self._is_missing(n)]
                 idle = not todo
-                if idle:
+                if idle:  # after a pause the skipped ones may be filled, or have room
                     skipped.clear()
                 elif not self._fill(todo[0], wanted):
                     skipped.add(todo[0])
-        except CancelledError:
+        except CancelledError:  # by `stop`; not asyncio's class, but the one that result() raises
             return
         except ValueError as error:
             self.failure = error
 
     def _newest(self, wanted: Sequence[int], *, wait: bool) -> Sequence[int]:
-        """Return the newest list that was asked for, after PAUSE or a new one if `wait`."""
+        """Take the newest list that was handed over, after PAUSE or a new one if `wait`."""
         with suppress(Empty):
             if wait:
                 wanted = self.lists.get(timeout=PAUSE)
@@ -305,7 +313,7 @@ class _Filler:
         self._transfer = asyncio.current_task()
         # not the future that other threads have: it is over when it is cancelled, this one only
         # when nothing writes to the descriptor any more
-        if self._stopped:
+        if self._stopped:  # before there was a task that `stop` could cancel
             raise asyncio.CancelledError
         shards = self._shards
         fetch = partial(shards._fetch, shards._store(number), number)
@@ -322,7 +330,7 @@ class Request(NamedTuple):
 
 
 def merge(ranges: Sequence[tuple[int, int, int]]) -> list[Request]:
-    """Return requests that cover the (shard number, offset, length) ranges.
+    """Plan few requests that cover all (shard number, offset, length) ranges.
 
     Ranges of one shard with at most GAP_BYTES between them share a request of at most
     REQUEST_BYTES; a longer range has one of its own.
@@ -333,6 +341,7 @@ def merge(ranges: Sequence[tuple[int, int, int]]) -> list[Request]:
         stop = start + length
         if merged:
             last = merged[-1]
+            # the gap is negative where they overlap
             near = last.number == number and start - last.stop <= GAP_BYTES
             if near and max(stop, last.stop) - last.start <= REQUEST_BYTES:
                 merged[-1] = last._replace(
@@ -344,7 +353,7 @@ def merge(ranges: Sequence[tuple[int, int, int]]) -> list[Request]:
 
 
 def cut(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Return (start, stop) of consecutive runs of at most `limit` bytes, or of one element."""
+    """Cut a list into consecutive runs (start, stop) of at most `limit` bytes or one element."""
     bounds, start, filled = [], 0, 0
     for position, size in enumerate(sizes):
         if position > start and filled + size > limit:

@@ -16,7 +16,7 @@ def set_names(names: Iterable[str], option: str) -> tuple[str, ...]:
     """Return the names of sets, each once.
 
     Raises:
-        ValueError: naming the option, if there is none, or one cannot be a set's.
+        ValueError: naming the option, if none is given, or one cannot be a set's.
     """
     found = tuple(dict.fromkeys(set_name(name, option) for name in names))
     if not found:
@@ -28,7 +28,7 @@ def packed_sets(root: str) -> list[str]:
     """Return the names of the folders of `root` that hold a manifest, sorted.
 
     Raises:
-        OSError: if the store does not let us look.
+        OSError: if the store does not list them.
         ValueError: if the URL cannot be opened.
     """
     folders = files.folders(root)[:LOOKED_AT]
@@ -36,7 +36,7 @@ def packed_sets(root: str) -> list[str]:
 
 
 def why_missing(url: str) -> str:
-    """Return a hint for a set without a manifest, from what lies around it; empty if unknown."""
+    """Guess from the files around a URL why it holds no manifest, as a hint; empty if unknown."""
     if url.startswith(("http://", "https://")):
         return ""  # a web server has no list of its folders
     with contextlib.suppress(OSError, ValueError):

@@ -39,7 +39,7 @@ OTHER_KINDS = {
 }
 
 
-# returns bytes from a place in a tar on, fewer at its end
+# returns so many bytes from a position in a tar, fewer at its end
 Read = Callable[[int, int], bytes]
 
 
@@ -70,13 +70,16 @@ def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[M
 
     def read(position: int, size: int) -> bytes:
         stream.seek(base + position)
+        # never negative, which would read all: positions are compared with the total first
         return stream.read(min(size, total - position))
 
     position = count = 0  # bytes from the base
     said: dict[str, str] = {}  # by headers that describe the next member
     while (entry := _read_header(read, position, name)) is not None:
         start = position + BLOCK
+        # a PAX header overrides the field, whose octal digits end at 8 GiB
         size = int(said.get("size", entry.size))
+        # other members, such as folders, have no content, whatever their size field holds
         stores = entry.isreg() or entry.type in DESCRIBES
         stop = start + (padded(size) if stores else 0)
         if size < 0:
@@ -98,6 +101,7 @@ def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[M
         count += 1
         if count > MEMBERS:
             raise ValueError(f"{name} holds more than {MEMBERS:,} files; make several tars of them")
+        # tarfile counts sparse files as regular, but their gaps are not in the archive
         if entry.isreg() and entry.type != tarfile.GNUTYPE_SPARSE:
             yield member
         elif not entry.isdir():
@@ -109,6 +113,7 @@ def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[M
 def _read_header(read: Read, position: int, name: str) -> tarfile.TarInfo | None:
     """Return the header at a byte of a tar, or None where zeros end the archive."""
     block = read(position, BLOCK)
+    # no bytes at all are an end too, which `_require_end` refuses; an empty file is no tar
     if not block.strip(b"\0") and (block or position):
         return None
     try:
@@ -125,7 +130,7 @@ def _read_header(read: Read, position: int, name: str) -> tarfile.TarInfo | None
 
 
 def _describe(read: Read, start: int, entry: tarfile.TarInfo, name: str) -> dict[str, str]:
-    """Return what a header says of the member after it: its path, its size."""
+    """Read a header that describes the member after it: its path, its size."""
     where = f"{name}: the header at byte {start - BLOCK:,}"
     if entry.size > DESCRIPTION_BYTES:
         raise ValueError(f"{where} has {entry.size:,} bytes, more than any name takes")
@@ -148,9 +153,12 @@ def _describe(read: Read, start: int, entry: tarfile.TarInfo, name: str) -> dict
 def _pax_records(data: bytes, where: str) -> dict[str, str]:
     """Return the records of a PAX header (POSIX.1-2001): "LENGTH KEY=VALUE" lines."""
     records, position = {}, 0
+    # a zero ends the records, as tarfile has it
     while position < len(data) and data[position]:
+        # seven digits and the space: DESCRIPTION_BYTES has no more
         space = data.find(b" ", position, position + 8)
         digits = data[position : max(space, position)]
+        # LENGTH counts itself, the space and the line break
         stop = position + int(digits) if digits.isdigit() else 0
         key, equals, value = data[space + 1 : stop - 1].partition(b"=")
         if not space < stop <= len(data) or not equals or data[stop - 1 : stop] != b"\n":

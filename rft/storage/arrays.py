@@ -20,6 +20,7 @@ from rft.storage.zips import require_small_directory
 MEMBERS = 64  # arrays of one archive
 DIRECTORY_BYTES = 2**16  # of a zip's directory, which is read before it can be looked at
 MAGIC = b"\x93NUMPY"
+# numpy's header of little-endian numbers and texts: objects, records and dates do not match
 HEADER = re.compile(
     rb"\{'descr': '([<|][biufSU]\d{1,9})', 'fortran_order': (True|False), "
     rb"'shape': \(((?:\d{1,18}, ?)*\d{0,18})\), \} *\n"
@@ -45,13 +46,13 @@ def read_npz(data: bytes, limit: int) -> dict[str, np.ndarray]:
     Raises:
         ValueError: if it is no such archive, or has more than that.
     """
-    stream = io.BytesIO(data)
+    packed = io.BytesIO(data)
     try:
-        require_small_directory(stream, DIRECTORY_BYTES)
+        require_small_directory(packed, DIRECTORY_BYTES)
     except ValueError as error:
         raise ValueError(f"no readable .npz: {error}") from error
     try:
-        with zipfile.ZipFile(stream) as archive:
+        with zipfile.ZipFile(packed) as archive:
             members = archive.infolist()
             _require_affordable(members, limit)
             arrays = {}
@@ -74,6 +75,7 @@ def _require_affordable(members: list[zipfile.ZipInfo], limit: int) -> None:
     for member in members:
         if not member.filename.endswith(".npy"):
             raise ValueError(f"{member.filename!a} is no array")
+        # np.savez and np.savez_compressed write these alone
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{member.filename!a} is compressed in a way that is not known")
     if (size := sum(member.file_size for member in members)) > limit:
@@ -82,6 +84,7 @@ def _require_affordable(members: list[zipfile.ZipInfo], limit: int) -> None:
 
 def _to_array(data: bytes, name: str) -> np.ndarray:
     """Return the array in the bytes of a .npy file, without a copy."""
+    # version 1 has the header's length in 2 bytes, 2 in 4; 3 is for records with Unicode names
     version, prefix = data[6:8], {b"\1\0": 2, b"\2\0": 4}.get(data[6:8], 0)
     if not data.startswith(MAGIC) or not prefix:
         raise ValueError(f"{name!a} is no array of a known version ({version.hex()})")
@@ -95,6 +98,7 @@ def _to_array(data: bytes, name: str) -> np.ndarray:
     except TypeError as error:
         raise ValueError(f"{name!a} has elements of an unknown type") from error
     shape = tuple(map(int, re.findall(rb"\d+", header[3])))
+    # texts of no letters take no bytes, so any shape would fit; Python's integers cannot overflow
     if not kind.itemsize or math.prod(shape) * kind.itemsize != len(data) - stop:
         found = f"{len(data) - stop:,} bytes"
         raise ValueError(f"{name!a} has {found}, which is not what {kind} {shape} takes")

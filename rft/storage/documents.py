@@ -3,7 +3,7 @@
 `document` makes a dataclass whose fields are checked when it is made, from Python as from JSON: a
 wrong type, an unknown field or choice, a number out of range or not finite is an error. `decode`
 reads one from a file's bytes. What a field may be stands in its annotation, with the types below.
-Errors are one line: which file, where in it, what is there and what must be. No torch.
+Errors are one line: file, place in it, value and expectation. No torch.
 """
 
 import dataclasses
@@ -25,12 +25,15 @@ from rft.text import is_hidden, short
 
 T = TypeVar("T")
 
+# strict: no number from a text, no 1 from true; unknown fields may be misspelt options
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+# of files that other versions of rft, or other programs, write with fields of their own
 FOREIGN = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 VALUES = (
     1_000_000  # of a document: each takes some hundred bytes of memory; 100,000 shards have 500,000
 )
 EXPLAINED = 10_000  # faults of which the first is looked for: all are listed before one is known
+# pydantic's two names for an unknown field: of a dataclass, of a TypedDict
 SURPLUS = {"unexpected_keyword_argument", "extra_forbidden"}
 UNKNOWN = {*SURPLUS, "literal_error", "union_tag_invalid"}  # what a newer version may have written
 # in the words of JSON
@@ -100,6 +103,7 @@ def document(cls: type[T] | None = None, /, *, name: str = "", config: ConfigDic
     if cls is None:
         return functools.partial(document, name=name, config=config)
     made: Any = checked(cls, frozen=True, kw_only=True, config=config)
+    # for Python's callers: pydantic reads JSON without __init__, and `typed` words its errors
     check: Callable[..., None] = made.__init__
 
     @functools.wraps(check)
@@ -126,6 +130,7 @@ def parse(data: bytes, where: str, *, nan: bool = False, values: int = VALUES) -
     if sum(data.count(sign) for sign in (b",", b"[", b"{")) > values:
         raise ValueError(f"{where} holds more than {values:,} values, too many for such a file")
     try:
+        # parsed twice: json finds fields that repeat, pydantic_core refuses NaN and lone surrogates
         json.loads(data, object_pairs_hook=_unique)
         return pydantic_core.from_json(data, allow_inf_nan=nan)
     except (ValueError, RecursionError) as error:
@@ -147,6 +152,7 @@ def decode(data: bytes, kind: Callable[..., T] | Any, where: str, *, values: int
 def typed(data: bytes, kind: Callable[..., T] | Any, where: str) -> T:
     """Return the document of a type that JSON which `parse` has taken holds; see `decode`."""
     try:
+        # from bytes: of Python's objects, strict takes no list for a tuple, no dict for a dataclass
         return _adapter(kind).validate_json(data)
     except PydanticError as error:
         raise ValueError(f"{where}: {explain(error)}") from error
@@ -159,6 +165,7 @@ def convert(value: Any, kind: Callable[..., T] | Any, where: str) -> T:
 
 @lru_cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
+    # pydantic refuses a second config for a dataclass
     return TypeAdapter(kind, config=None if dataclasses.is_dataclass(kind) else STRICT)
 
 
@@ -177,7 +184,7 @@ def names_unknown(error: ValueError) -> bool:
 
 
 def explain(error: PydanticError, at: Sequence[str | int] = ()) -> str:
-    """Return on one line what is wrong: the first fault, and how many more there are."""
+    """Word on one line what is wrong: the first fault, and the number of further ones."""
     if error.error_count() > EXPLAINED:
         return f"it has {error.error_count():,} fields or values that it must not have"
     faults = error.errors(include_url=False)
@@ -213,7 +220,7 @@ def _explain(fault: ErrorDetails, at: Sequence[str | int]) -> str:
 
 
 def _place(parts: Sequence[str | int]) -> str:
-    """Return where in a document something is, such as `shards[3].name`."""
+    """Write the path of a value in a document, such as `shards[3].name`."""
     if parts[:1] == ["--"]:
         return "--" + _place(parts[1:]).replace("_", "-")
     place = ""

@@ -102,18 +102,18 @@ def resolve(url: str, name: str) -> str:
 
 
 def ask(url: str, verb: str, question: Callable, of_path: Callable) -> Any:
-    """Return what `rft.storage.remote` says of `url`; `of_path` answers for a path.
+    """Answer a question about `url`: by `rft.storage.remote`, or by `of_path` for a local path.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: if the store says so.
-        ValueError: if it does not answer: what could not be done (`verb`), and why.
+        FileNotFoundError, IsADirectoryError: as the store reports.
+        ValueError: if it does not answer: `verb` is for the message.
     """
     fs, path = open_store(url)
     try:
         if isinstance(fs, LocalFileSystem):
             return of_path(Path(path))
         return sync(get_loop(), question, remote.client(fs), path)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError) as error:  # the latter: below a file
         raise FileNotFoundError(path) from error
     except IsADirectoryError:
         raise
@@ -125,21 +125,22 @@ def exists(url: str) -> bool:
     """Whether a file or folder is at `url`.
 
     Raises:
-        ValueError: if the store does not say.
+        ValueError: if the store does not answer.
     """
     try:
+        # not Path.exists, which is False after some errors too, such as a loop of links
         return ask(url, "look for", remote.exists, lambda path: bool(path.stat()))
     except FileNotFoundError:
         return False
 
 
 def size(url: str) -> int:
-    """Return the bytes of a file that is to be read in ranges.
+    """Measure a file that is to be read in ranges, in bytes.
 
     Raises:
-        FileNotFoundError: if the store says that there is no such file.
+        FileNotFoundError: if the store reports that no such file exists.
         IsADirectoryError: if it is a folder.
-        ValueError: if the store does not say, or has no ranges.
+        ValueError: if the store gives no size, or has no ranges.
     """
 
     def measure(path: Path) -> int:
@@ -153,7 +154,7 @@ def size(url: str) -> int:
 
 
 def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
-    """Return the whole content of `url`, None if the store says that there is no such file.
+    """Return the whole content of `url`, None if the store reports that no such file exists.
 
     Raises:
         ValueError: if it cannot be read, or is larger than `limit` bytes.
@@ -163,6 +164,7 @@ def find_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes | None:
         with local.reader(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             data = stream.read() if size <= limit else b""
+        # the file may have grown since it was measured
         if max(size, len(data)) > limit:
             raise ValueError(f"cannot read {url}: {remote.too_large(limit)}")
         return data
@@ -179,16 +181,17 @@ def read_bytes(url: str, limit: int = DOCUMENT_BYTES) -> bytes:
     """Return the whole content of `url`.
 
     Raises:
-        ValueError: if there is no such file, it cannot be read, or it is larger than `limit` bytes.
+        ValueError: if no such file exists, it cannot be read, or it is larger than `limit` bytes.
     """
     data = find_bytes(url, limit)
     if data is None:
+        # the cause distinguishes an absent file from one that cannot be read
         raise ValueError(f"no such file: {url}") from FileNotFoundError(url)
     return data
 
 
 def reason(error: BaseException) -> str:
-    """Return in a few words, on one line and without credentials, why a client could not read.
+    """Word on one line, without credentials, why a client could not read.
 
     rft is given no credentials, but a server may redirect a client to a URL that holds some.
     """
@@ -196,7 +199,7 @@ def reason(error: BaseException) -> str:
 
 
 def read_json(url: str, limit: int = DOCUMENT_BYTES) -> Any:
-    """Return the JSON document at `url`, whatever it says.
+    """Read the JSON document at `url`, whatever its content.
 
     Raises:
         ValueError: if it is absent, larger than `limit` bytes, or not JSON.
@@ -207,7 +210,7 @@ def read_json(url: str, limit: int = DOCUMENT_BYTES) -> Any:
 def read_document(
     url: str, kind: type[T], limit: int = DOCUMENT_BYTES, values: int = documents.VALUES
 ) -> T:
-    """Return the JSON document at `url`, which must be of a kind that `documents` checks.
+    """Read the JSON document at `url`, which must be of a kind that `documents` checks.
 
     Raises:
         ValueError: if it is absent, larger than `limit` bytes, holds more than `values`
@@ -218,7 +221,7 @@ def read_document(
 
 @contextlib.contextmanager
 def _client_errors(verb: str, url: str) -> Iterator[None]:
-    """Turn what a client library raises into an OSError that says what could not be done."""
+    """Turn what a client library raises into an OSError that names what could not be done."""
     try:
         yield
     except OSError:
@@ -265,14 +268,17 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode))
         yield temporary
         if is_local:
+            # before the rename: after a power cut the name must not stand for an empty file
             with local.reader(temporary) as stream:
                 os.fsync(stream.fileno())
             temporary.replace(path)
         else:
             where = url
             with _client_errors("write", url):
+                # by fsspec's shared client, which retries by itself; `remote.client` would not
                 fs.put_file(str(temporary), path)
     except OSError as error:
+        # a full disk, for one, is reported without the file's name
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, where) from error
@@ -289,7 +295,7 @@ def local_copy(url: str) -> Iterator[Path]:
     """
     fs, path = open_store(url)
     if isinstance(fs, LocalFileSystem):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # opening it reports that
             local.require_regular(path)
         yield Path(path)
         return
@@ -306,10 +312,10 @@ def local_copy(url: str) -> Iterator[Path]:
 
 
 def listing(url: str) -> list[dict[str, Any]]:
-    """Return fsspec's entries (`name`, `size`, `type`) of a folder; none if there is no folder.
+    """Return fsspec's entries (`name`, `size`, `type`) of a folder; none if it does not exist.
 
     Raises:
-        OSError: if the store does not say.
+        OSError: if the store does not answer.
     """
     fs, path = open_store(url)
     try:
@@ -323,10 +329,10 @@ def listing(url: str) -> list[dict[str, Any]]:
 
 
 def names(url: str, kind: str = "file") -> list[str]:
-    """Return the names of the files in a folder, sorted; none if there is no such folder.
+    """Return the names of the files in a folder, sorted; none if it does not exist.
 
     Raises:
-        OSError: if the store does not say.
+        OSError: if the store does not answer.
     """
     found = (entry["name"].rstrip("/") for entry in listing(url) if entry["type"] == kind)
     return sorted(name.rsplit("/", 1)[-1] for name in found)
@@ -353,7 +359,7 @@ def rename(url: str, name: str) -> None:
 
 
 def remove(url: str) -> None:
-    """Delete the file at `url` if there is one."""
+    """Delete the file at `url` if it exists."""
     fs, path = open_store(url)
     with contextlib.suppress(FileNotFoundError), _client_errors("delete", url):
         fs.rm_file(path)
@@ -362,6 +368,7 @@ def remove(url: str) -> None:
 def sweep(url: str) -> None:
     """Delete what killed writers left in a folder that no other process writes now."""
     for name in names(url):
+        # the user's own hidden files stay
         if TEMPORARY.fullmatch(name):
             remove(join(url, name))
 
@@ -385,6 +392,7 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256_json(document: Any) -> str:
     """Return the hex sha256 of a JSON document in its canonical (sorted, compact) form."""
+    # this form must not change: plans, manifests and finished runs are known by this hash
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return sha256_bytes(text.encode())
 
@@ -396,7 +404,7 @@ def sha256_file(path: Path) -> str:
 
 
 def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Return one readable line for each leaf in which two JSON documents differ."""
+    """List the leaves in which two JSON documents differ, for a message, a line each."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for key in sorted(old.keys() | new.keys()):
@@ -407,7 +415,7 @@ def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def provenance() -> dict[str, Any]:
-    """Return what produced a result: code version, packages, interpreter, machine kind.
+    """Describe what produced a result, for its record: code, packages, interpreter, machine kind.
 
     No environment variable or host name is recorded; a command line with credentials was refused.
     """
@@ -415,6 +423,7 @@ def provenance() -> dict[str, Any]:
     versions = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            # of the installed distribution: importing torch for its version would take seconds
             versions[name] = importlib.metadata.version(name)
     return {
         "rft": rft.__version__,

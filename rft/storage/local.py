@@ -50,11 +50,12 @@ def require_replaceable(path: Path) -> None:
         ValueError: for a folder, a device, a FIFO or a socket, and for whatever lies in `/dev`.
         OSError: if it cannot be looked at.
     """
+    # the parent alone: /dev/stdout itself resolves to a file or terminal elsewhere
     if path.parent.resolve() == DEVICES:
         raise ValueError(f"{path} lies in {DEVICES}, where nothing is written; name a regular file")
     try:
         mode = path.lstat().st_mode
-    except FileNotFoundError:
+    except FileNotFoundError:  # a new file
         return
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
         what, _ = KINDS.get(stat.S_IFMT(mode), OTHER_KIND)
@@ -74,6 +75,7 @@ def open_regular(
         OSError: if it cannot be opened.
     """
     try:
+        # 0o666: the mode of a new file, before the user's umask
         descriptor = os.open(path, flags | WITHOUT_WAITING, 0o666, dir_fd=folder)
     except OSError as error:
         # what cannot be opened may be what must not be: a link, a socket, a FIFO without a reader

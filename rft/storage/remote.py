@@ -56,7 +56,7 @@ class Patience:
     longest_pause: float = 20.0
 
     def seconds(self, count: int) -> float:
-        """Return how long `count` bytes may take."""
+        """Give the deadline for an answer of `count` bytes, from the start of its request."""
         return self.stall_seconds + count / self.bytes_per_second
 
 
@@ -73,7 +73,7 @@ class Failure(Exception):  # noqa: N818 - `Error` would say less
 
 def is_transient(error: BaseException) -> bool:
     """Whether a request that failed so may succeed when it is repeated."""
-    if not isinstance(error, Exception):
+    if not isinstance(error, Exception):  # tenacity asks about a cancelled task as well
         return False
     status = status_of(error)
     if status in CLIENT_ERRORS and status not in BUSY:
@@ -100,12 +100,13 @@ def status_of(error: BaseException) -> int:
 
 
 def explain(error: BaseException) -> str:
-    """Return what a request failed with and what can be done, in a few words."""
+    """Word an error for its message: what a request failed with and what can be done about it."""
     if isinstance(error, Failure):
         assert error.__cause__ is not None
         tries = f" ({error.tries} tries)" if error.tries > 1 else ""
         return explain(error.__cause__) + tries
     if isinstance(error, PermissionError):
+        # a store's error names no file, one of this machine's disk does
         return NO_PERMISSION if error.filename is None else "no permission"
     if "NonHttpUrlRedirect" in type(error).__name__:
         return f"the server redirects to {error}, which is not followed"
@@ -125,7 +126,7 @@ def client(shared: Any) -> Any:
     Repeating is done, and counted, here: not by s3fs or gcsfs, not by boto below s3fs. An HTTP
     server is asked not to compress, because there are no ranges in a compressed answer.
     """
-    if not shared.async_impl:
+    if not shared.async_impl:  # the hub's (hf), whose requests are made by its own library
         return shared
     # kept at the shared one: it goes with that when the process forks or the settings change
     found = vars(shared).get("rft_client")
@@ -137,11 +138,14 @@ def client(shared: Any) -> Any:
         if not isinstance(headers, Mapping):  # they may hold a token, so they are not shown
             raise ValueError("headers in fsspec's settings (FSSPEC_HTTP) are not an object")
         options["headers"] = {**headers, "Accept-Encoding": "identity"}
+    # skip_instance_cache: other users of fsspec must not get a client that never retries
     own: Any = type(shared)(*shared.storage_args, **options, skip_instance_cache=True)
     if hasattr(own, "retries"):
         own.retries = 1
     if hasattr(own, "config_kwargs"):
+        # total: the first attempt counts too, as it does not in boto's max_attempts
         own.config_kwargs = {**own.config_kwargs, "retries": {"total_max_attempts": 1}}
+    # threads may make one each; all of them get the same
     return vars(shared).setdefault("rft_client", own)
 
 
@@ -152,7 +156,7 @@ async def repeated(
     """Make a request as often as `PATIENCE` allows, until it succeeds.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: if the store says so.
+        FileNotFoundError, IsADirectoryError: as the store reports.
         Failure: if it does not succeed; its cause says why.
     """
     attempts = AsyncRetrying(
@@ -173,15 +177,16 @@ async def repeated(
 async def read_range(
     fs: Any, path: str, start: int, stop: int, on_retry: Callable[[], None] = lambda: None
 ) -> bytes:
-    """Return bytes `start` to `stop` of a file; what is missing of them is asked for again.
+    """Return bytes `start` to `stop` of a file; missing ones are requested again.
 
     Raises:
-        FileNotFoundError: if the store says that there is no such file.
-        Failure: if they do not come.
+        FileNotFoundError: if the store reports that no such file exists.
+        Failure: if they cannot be had.
     """
     received = bytearray()
 
     async def missing() -> None:
+        # from where the last try broke off
         await _range(fs, path, start + len(received), stop, received)
         if len(received) < stop - start:
             raise ConnectionError(f"{len(received)} of {stop - start} bytes came")
@@ -195,13 +200,13 @@ async def read(fs: Any, path: str, *, limit: int) -> bytes:
     """Return the content of a file; a long one comes in ranges, where the store has them.
 
     Raises:
-        FileNotFoundError: if the store says that there is no such file.
-        Failure: if it does not come, or has more than `limit` bytes.
+        FileNotFoundError: if the store reports that no such file exists.
+        Failure: if it cannot be had, or has more than `limit` bytes.
     """
     content = bytearray()
 
     async def beginning() -> int:
-        content.clear()
+        content.clear()  # of a try that broke off
         size = await _beginning(fs, path, content, limit)
         if size > limit:
             raise ValueError(too_large(limit))
@@ -215,11 +220,11 @@ async def read(fs: Any, path: str, *, limit: int) -> bytes:
 
 
 async def size(fs: Any, path: str) -> int:
-    """Return the bytes of a file that is to be read in ranges.
+    """Measure a file that is to be read in ranges, in bytes.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: if the store says so.
-        Failure: if the store does not answer or does not tell, or the server has no ranges.
+        FileNotFoundError, IsADirectoryError: as the store reports.
+        Failure: if the store does not answer or gives no size, or the server has no ranges.
     """
 
     async def ask() -> int:
@@ -236,10 +241,10 @@ async def size(fs: Any, path: str) -> int:
 
 
 async def exists(fs: Any, path: str) -> bool:
-    """Whether a file or folder is there.
+    """Whether a file or folder exists.
 
     Raises:
-        Failure: if the store does not say.
+        Failure: if the store does not answer.
     """
     try:
         if _is_http(fs):
@@ -256,8 +261,8 @@ async def listing(fs: Any, path: str) -> list[dict[str, Any]]:
     """Return fsspec's entries (`name`, `size`, `type`) of a folder, as the store sees it now.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        Failure: if the store does not say.
+        FileNotFoundError: if no such folder exists.
+        Failure: if the store does not answer.
     """
     # a listing comes in pages, each of them an answer of its own
     seconds = PATIENCE.seconds(REQUEST_BYTES)
@@ -268,8 +273,8 @@ async def download(fs: Any, path: str, descriptor: int) -> None:
     """Write the content of a file to an open one.
 
     Raises:
-        FileNotFoundError: if the store says that there is no such file.
-        Failure: if it does not come.
+        FileNotFoundError: if the store reports that no such file exists.
+        Failure: if it cannot be had.
     """
     await fill(descriptor, await size(fs, path), partial(read_range, fs, path))
 
@@ -296,14 +301,14 @@ async def together(jobs: Iterable[Callable[[], Awaitable[Any]]], at_once: int) -
     tasks = [asyncio.ensure_future(in_turn(job)) for job in jobs]
     try:
         return await asyncio.gather(*tasks)
-    finally:
+    finally:  # gather leaves the others running when one fails
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def too_large(limit: int) -> str:
-    """Return why a file of more than so many bytes is not read."""
+    """Word the refusal of a file of more than so many bytes."""
     return f"it has more than {limit:,} bytes, too many for such a file"
 
 
@@ -358,17 +363,19 @@ async def _http(
     from aiohttp import ClientTimeout  # its import takes as long as the rest of rft.storage.files
 
     headers = {**fs.kwargs.get("headers", {}), "Range": f"bytes={start}-{stop - 1}"}
+    # aiohttp's own five minutes for an answer are replaced by the deadline below
     options = {"timeout": ClientTimeout(total=None), **fs.kwargs, "headers": headers}
     session = await fs.set_session()
     clock, before = asyncio.get_running_loop().time, len(received)
     began, count = clock(), 0
     async with asyncio.timeout(PATIENCE.stall_seconds) as deadline:
         async with session.get(fs.encode_url(url), **options) as answer:
+            # an empty file has no first byte
             if answer.status == RANGE_NOT_SATISFIABLE and start == 0:
                 return 0
             _require_success(answer, url)
             size = _size_of(answer, start, stop, limit is not None)
-            if limit == 0:
+            if limit == 0:  # leaving the block closes the connection: the body is never received
                 return 0
             async for chunk in answer.content.iter_any():
                 received += chunk
@@ -387,6 +394,7 @@ def _require_success(answer: Any, url: str) -> None:
     answer.raise_for_status()
     if answer.status not in (OK, PARTIAL):
         raise ValueError(f"the server sends {answer.status} {answer.reason}, which is no file")
+    # a login page or a proxy may answer so, with status 200, for any address
     if answer.content_type == "text/html":
         raise ValueError(
             "the server sends a web page in its place: check the address and the login"
@@ -405,8 +413,10 @@ def _size_of(answer: Any, start: int, stop: int, read_all: bool) -> int | None:
         if found is None or int(found[1]) != start or not plain:
             raise ValueError(OTHER_BYTES)
         return int(found[2])
+    # a server without ranges may still send exactly the file that was requested
     if not read_all and not (start == 0 and plain and answer.content_length == stop):
         raise ValueError(NO_RANGES)
+    # the body ends where the connection does, on purpose or not
     if answer.content_length is None and "Transfer-Encoding" not in answer.headers:
         raise ValueError("the server does not tell its size, so it may be cut off")
     return None

@@ -32,7 +32,10 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 START = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z0-9+.-]{2,}):/{1,2}")
 UNQUOTED = 3  # times: servers behind proxies get names that were escaped more than once
 SHOWN = 300  # letters of a URL in a message
+# not of a value that was hidden (HIDDEN) before
 PARAMETER = re.compile(r"[?&;#]([^?&;#=]+)=(?!\*{3})")
+# in a name in lower case with _ for -: what ends it or a part of it (two lines), what ends it,
+# what is one of its words, what is all of it
 SECRET = re.compile(
     r"""(signature|credentials?|token|secret|password|passwd|passphrase|authorization|bearer
     |accessid)($|\W)
@@ -51,6 +54,7 @@ INSTEAD = {
     "az": "the client takes AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
     "hf": "the client takes HF_TOKEN or the login of `hf auth login`",
 }
+# protocols that share the client, and so the advice, of another
 OWNER = {"https": "http", "s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 
 
@@ -95,7 +99,7 @@ def _open() -> str:
 
 
 def _fault(protocol: str, rest: str) -> str:
-    """Return what makes a URL of an open protocol ambiguous, as the end of a sentence."""
+    """Name what makes a URL of an open protocol ambiguous, as the end of a sentence."""
     if protocol == "file":
         if not rest.startswith("/") or "://" in rest:
             return "must have three slashes and an absolute path: file:///folder"
@@ -107,13 +111,14 @@ def _fault(protocol: str, rest: str) -> str:
         return "has a backslash, an unprintable character, or white space at its end"
     if protocol in WEB and "#" in rest:
         return "has a '#', behind which nothing is sent to the server; write %23"
+    # unquoted: aiohttp's yarl resolves %2e%2e, S3 does not
     if {"..", "."} & set(re.split(r"[/\\?#]", unquote(rest))):
         return "has '.' or '..' between its slashes, which clients read in different ways"
     return ""
 
 
 def protocol_word(path: str) -> str:
-    """Return what stands in a path where a URL has its protocol, or nothing.
+    """Find the word of a path that stands where a URL has its protocol; empty if it has none.
 
     `http:/x` and `s3:b` are URLs gone wrong, as are the paths that `pathlib` makes of URLs; fsspec
     reads `file:x` and `data:x` as something else than a path. Other names may have a colon.
@@ -121,6 +126,7 @@ def protocol_word(path: str) -> str:
     word, mark, rest = path.partition("/")[0].partition(":")
     if not mark:
         return ""
+    # pipe: is a shell command where webdataset reads URLs
     known = word.strip().lower() in (*fsspec.available_protocols(), "pipe")
     empty = not rest and path.startswith(f"{word}:/")
     return word.strip() if known or empty else ""
@@ -150,6 +156,7 @@ def check_relative(name: str) -> None:
     decoded = unquote(name)
     if not all(parts) or {".", ".."} & set(re.split(r"[/\\]", decoded)):
         raise ValueError(f"{name!a} is not a relative name without empty parts, '.' and '..'")
+    # an escaped slash would part the name anew where a server decodes it
     if "\\" in decoded or decoded.count("/") != name.count("/") or CONTROL.search(decoded):
         raise ValueError(f"{name!a} has a backslash, an escaped slash or a control character")
     if "::" in name or is_whole(name) or protocol_word(name) or re.match("[A-Za-z]:", name):
@@ -165,6 +172,7 @@ def set_name(name: str, option: str) -> str:
     plain = posixpath.normpath(name)
     try:
         check_relative(plain)
+        # normpath has resolved '..' already: a/../b would pass for b
         below = plain.strip(" .") and ".." not in name.split("/")
     except ValueError:
         below = False
@@ -215,7 +223,7 @@ def urls_in(text: str) -> list[str]:
 
 
 def credential(url: str) -> str:
-    """Return what of a URL is a credential, in words, or nothing."""
+    """Name the part of a URL that is a credential, in words; empty if it has none."""
     protocol, rest = _split(url.replace(f"{HIDDEN}@", ""))
     # as a lenient client might: a third slash, an escaped or a full-width "@"
     authority = _authority(rest if protocol == "file" else rest.lstrip("/"))
@@ -226,6 +234,7 @@ def credential(url: str) -> str:
         return BEFORE_HOST
     # a password with a slash, as S3's may have, is no port
     _, colon, _ = authority.partition(":")
+    # [ begins an IPv6 address, whose colons part no password
     if colon and "@" in rest and authority[0] != "[" and not PORT.search(authority):
         return BEFORE_HOST
     for name in PARAMETER.findall(rest):
@@ -267,6 +276,7 @@ def redact(text: str) -> str:
     a URL ends at a quote or white space too, and not in a sentence's punctuation.
     """
     found_urls = urls_in(text)
+    # the URLs reach from the first one to the end, so the text before them is the rest
     parts = [text[: len(text) - sum(map(len, found_urls))]]
     for found in found_urls:
         url = re.split(r"""[\s"'<>]""", found, maxsplit=1)[0].rstrip(".,:)]}")

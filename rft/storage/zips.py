@@ -21,6 +21,7 @@ def require_small_directory(stream: BinaryIO, limit: int) -> None:
         ValueError: if it has more, or does not end as an archive does.
     """
     size = stream.seek(0, 2)
+    # all three records, or the whole of a file that is shorter
     length = min(size, LARGE_END.size + LOCATOR.size + END.size)
     stream.seek(size - length)
     tail = stream.read(length)
@@ -38,6 +39,7 @@ def require_small_directory(stream: BinaryIO, limit: int) -> None:
         # versions of zipfile look for it at either place
         if not large.startswith(b"PK\6\6") or place != size - length:
             raise ValueError("its directory is not where its end says")
+        # zipfile takes this size wherever a locator exists, whatever the last record says
         directory = LARGE_END.unpack(large)[8]
     if directory > limit:
         raise ValueError(f"its directory has {directory:,} bytes; it may have {limit:,} at most")
