@@ -32,6 +32,7 @@ from rft.storage import documents, files, local
 from rft.storage.documents import Count, Sha256, document
 from rft.text import printable
 
+# [0-9], because \d takes digits of every script; 16 of them hold the largest step, 2**53
 FILE_NAME = re.compile(r"step-([0-9]{8,16})\.pt")
 MOST_CHANGED = 5  # differences from another run that an error names
 
@@ -43,6 +44,7 @@ class Progress:
     """How far a run is and which of its models is the best so far."""
 
     step: Count = 0
+    # both -1 until a model is selected
     best_step: Step = -1
     best_correct: Step = -1
 
@@ -128,6 +130,7 @@ class Store:
         """Return the steps of the checkpoint files that are there, ascending."""
         found = map(FILE_NAME.fullmatch, files.names(self.url))
         steps = {match[0]: int(match[1]) for match in found if match}
+        # with more zeros than ours it would be a second name of one step
         return sorted(step for name, step in steps.items() if name == file_name(step))
 
     def newest_whole(self) -> Record | None:
@@ -140,11 +143,13 @@ class Store:
                 read, which says nothing of it.
             OSError: if the store does not answer, or the new name of a damaged one is a folder's.
         """
+        # safe, because the caller holds the lock of the run folder: nothing else writes here
         files.sweep(self.url)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             damage = self.damage(step)
             if not damage:
+                # not before a good one is found: if all are damaged, none may lose its name
                 for later, what in damaged.items():
                     url = files.join(self.url, file_name(later))
                     files.rename(url, f"{file_name(later)}.damaged")
@@ -169,6 +174,7 @@ class Store:
         if record_name(step) not in files.names(self.url):
             return "its record is missing"
         url = files.join(self.url, record_name(step))
+        # outside the try: a record that cannot be read now is not a damaged one
         data = files.read_bytes(url, RECORD_BYTES)
         try:
             record = documents.decode(data, Record, url)
@@ -180,6 +186,7 @@ class Store:
             with files.local_copy(files.join(self.url, file_name(step))) as path:
                 size, digest = path.stat().st_size, files.sha256_file(path)
         except OSError as error:
+            # the disk lost the bytes; other errors, such as a missing permission, say nothing of them
             if error.errno != errno.EIO:
                 raise
             return files.reason(error)
@@ -204,6 +211,7 @@ class Store:
         except ValueError:
             return  # it is not known what they need
         for step in set(steps) - kept:
+            # the file first: without its record it would count as damaged
             files.remove(files.join(self.url, file_name(step)))
             files.remove(files.join(self.url, record_name(step)))
 
@@ -262,6 +270,7 @@ class Writer:
             OSError: if it could not be.
         """
         if self._pending is not None:
+            # forgotten first, so that one failure is raised once
             pending, self._pending = self._pending, None
             pending.result()
 
@@ -269,12 +278,14 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # waits: a checkpoint that is under way is finished, even if training failed meanwhile
         self._thread.shutdown()
 
 
 def to_cpu(value: Any) -> Any:
     """Return a copy of nested dicts, lists and tensors whose tensors are on the CPU."""
     if isinstance(value, Tensor):
+        # copy: on a CPU, `to` alone returns the tensor itself, which the next step changes
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: to_cpu(part) for key, part in value.items()}
@@ -345,6 +356,7 @@ class Own:
         parameters = (parameter for group in groups for parameter in group["params"])
         for number, parameter in enumerate(parameters):
             place = f"optimizer.{number}"
+            # fused AdamW counts steps in fp32 tensors without dimensions, one for each parameter
             own[f"{place}.step"] = torch.zeros(())
             own[f"{place}.exp_avg"] = own[f"{place}.exp_avg_sq"] = parameter
         return own
@@ -376,6 +388,7 @@ def load(store: Store, record: Record, own: Own) -> Saved:
             if not (changed := files.difference(content.must_agree, own.must_agree)):
                 return _fitting(content, path.stat().st_size, record, own)
         except unpickle.DAMAGE as error:
+            # `path` may be a temporary copy, and `unpickle.read` begins its messages with it
             lines = str(error).removeprefix(f"{path} is ").splitlines() or [type(error).__name__]
             why = printable(lines[0], unpickle.SHOWN)
             raise ValueError(
@@ -442,6 +455,7 @@ def _tensors(
         stored = found.get(name)
         if name not in wanted or not isinstance(stored, unpickle.StoredTensor):
             raise ValueError(f"{name} is {'no tensor' if name in wanted else 'not of this model'}")
+        # before any tensor is read, so that a wrong size costs no memory
         if stored.size != tuple(wanted[name].shape):
             raise ValueError(f"{name} is {stored.size}, not {tuple(wanted[name].shape)}")
     tensors = unpickle.load_tensors(found, size)
@@ -457,6 +471,7 @@ def _in_range(name: str, tensor: Tensor, step: int) -> bool:
     if name.startswith("model.") or name.endswith(".exp_avg"):
         return bool(tensor.isfinite().all())
     if name.endswith(".step"):
+        # not 0: AdamW makes its state in the first step that it takes
         return 1 <= float(tensor) <= step
     return bool((tensor >= 0).all())  # squares may be too large for a float, and then are infinite
 
@@ -474,6 +489,7 @@ def resume(store: Store, world: World, own: Own, donor_pool: int) -> Progress:
         ValueError: if it was made by another run, on other data or in another sample order, or
             is not what a run writes; student and optimizer are as they were.
     """
+    # one rank looks, because looking hashes each file and renames damaged ones
     record = dist.from_main(world, dist.on_main(world, store.newest_whole))
     if record is None:
         return Progress()

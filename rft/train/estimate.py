@@ -67,8 +67,10 @@ class Memory:
 
     def total(self, images: int, ranks: int) -> float:
         """Return all of it, for so many images forwarded at once."""
+        # gradient and both moments of AdamW
         copies = 3 if ranks == 1 else 4  # data parallelism exchanges a copy of the gradient
         cam = MAPS * min(images * self.map_image, MAP_BYTES)
+        # the larger of the two, because a step never has both graphs alive
         graph = max(self.clean.bytes(images) + cam, self.counterfactual.bytes(images))
         return self.weights + self.teachers + copies * self.trained + graph
 
@@ -182,6 +184,7 @@ def memory_table(config: Config, own: int, memory: Memory) -> list[str]:
 def possible_ranks(config: Config, own: int) -> list[int]:
     """Return this run's number of ranks and others that can share its batch, rising."""
     found = {own}
+    # where one power of two cannot share the batch, no larger one can
     with contextlib.suppress(ValueError):
         for ranks in RANKS:
             config.micro_batch(ranks)
@@ -268,6 +271,7 @@ def graph_bytes(job: Job, images: int) -> tuple[int, int]:
     draws = None
     if method.masks:
         patches = (batches.image_size // job.student.patch_side) ** 2
+        # any address: a graph depends on the draws only where random masks drop unequal numbers
         address = StepAddress(job.config.seed, 0, 0, 0)
         draws = draw(method, range(images), patches, len(pool_ZCHW), address)
         draws = draws.copied(partial(to_device, device=job.device))
@@ -294,6 +298,7 @@ def kept_bytes(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
+            # what is returned keeps the storage alive, so that no other tensor gets its address
             kept[storage.data_ptr()] = storage.nbytes()
         # the tensor itself would hold its own graph for ever
         return tensor.detach()

@@ -65,8 +65,10 @@ class Journal:
                     if line.held_out_correct is not None and line.held_out_total is not None:
                         last = Count(line.held_out_correct, line.held_out_total)
         if done == 0:
+            # curves of a run that never reached a checkpoint
             shutil.rmtree(self._folder / filenames.TENSORBOARD, ignore_errors=True)
         self._wandb = Wandb(config, done) if config.log.wandb else None
+        # appended to in place, so a link that took its place since would be written through
         descriptor = local.open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         self._stream = os.fdopen(descriptor, "a")
         # what a killed run wrote there beyond its last checkpoint comes again
@@ -264,6 +266,7 @@ class Display:
         self._status = "  ".join([*self._parts, f"ETA {self._bar.left}"])
         if self._bar.is_drawn:
             return
+        # the first means at once: they show that the run works
         if self._spoke is None or time.monotonic() - self._spoke > SECONDS_PER_LINE:
             self._log(self._shown([f"step {step}/{self._total}", self._status]))
 

@@ -60,18 +60,23 @@ class Meter:
         # the first read of the device: until here the host ran ahead of it
         terms_ST = dist.sum_over_ranks(world, torch.stack(self._terms)).cpu() / world.size
         finite_S = terms_ST.isfinite().all(dim=1)
+        # the sums are the same on every rank, so all come to the same verdict
         if not finite_S.all():
             if not world.is_main:
                 dist.step_aside(world)
+            # the first False
             first = int(finite_S.long().argmin())
             raise ValueError(not_finite(step - self.steps + first + 1, _named(terms_ST[first])))
         means = _named(terms_ST.mean(dim=0))
+        # after the wait for the device: the time that the steps took, not that of launching them
         seconds = time.perf_counter() - self._started
+        # NCCL sums tensors on the GPU alone
         reading_R = torch.from_numpy(self._reading).to(self._device)
         summed = dict(zip(READING, dist.sum_over_ranks(world, reading_R).tolist(), strict=True))
         batches = self.steps * world.size
         values = {
             "epoch": round(step / self._steps_per_epoch, 4),
+            # linear in the terms, so the loss of the means is the mean of the losses
             "loss": losses.total(self._config.method, means["ce"], means["kd"], means["mse"]),
             **means,
             "images_per_s": self.steps * self._config.loader.batch_size / seconds,

@@ -82,6 +82,7 @@ def one_cycle(step: int, total_steps: int, config: OptimConfig) -> tuple[float, 
     the optimizer's own beta1).
     """
     low, high = config.lr / 25, config.lr
+    # where torch's own phases end; below 50 steps the peak lies before the first of them
     peak, end = 0.02 * total_steps - 1, total_steps - 1
     if step <= peak:
         done = step / peak if peak else 1.0  # 2% of 50 steps is the first one

@@ -66,6 +66,7 @@ def grid(shown: Counterfactuals, side: int) -> Tensor:
 def join_patches(patches_BPV: Tensor, side: int) -> Tensor:
     """Return the images made of patches, (B, C, H, W); the inverse of `vit.cut_patches`."""
     across = round(patches_BPV.shape[1] ** 0.5)
+    # pixel_shuffle takes channels in the order of `cut_patches`: C, row, column of the patch
     return F.pixel_shuffle(patches_BPV.mT.unflatten(2, (across, across)), side)
 
 
@@ -93,6 +94,7 @@ def write_gallery(
     }
     count, patches = relevance_BP.shape
     for name, method in methods.items():
+        # one address for all runs, so that their pictures show the same random draws
         draws = draw(method, range(count), patches, count, StepAddress(0, 0, 0, 0))
         columns[f"{gallery.DONOR}{name}"] = donors(method, draws, relevance_BP).numpy()
     try:

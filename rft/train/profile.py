@@ -50,6 +50,7 @@ def profiling(folder: Path | None, first_step: int, total: int) -> Iterator[Call
 
     profiler = profile(
         activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available(),
+        # torch refuses a schedule without an active step, as for a run that has none left
         schedule=schedule(wait=skipped - warmup, warmup=warmup, active=max(wanted, 1), repeat=1),
         on_trace_ready=write,
     )

@@ -65,6 +65,7 @@ class RunFolder:
             self._acquire(lock, request)
             # not before: what was in the folder until now may be another run
             check_identity(self._config)
+            # only under the lock: it would delete what a job that is still here is writing
             files.sweep(str(self.path))
             files.write_json(str(self.path / filenames.CONFIG), self._config.to_dict())
             files.write_json(str(self.path / filenames.PROVENANCE), files.provenance())
@@ -73,6 +74,7 @@ class RunFolder:
             dist.on_main(world, take)
             yield
         finally:
+            # does nothing where it was not taken: on the other ranks, and after an error
             lock.release()
 
     def _acquire(self, lock: filelock.FileLock, request: StopRequest) -> None:
@@ -84,6 +86,7 @@ class RunFolder:
         if patience and not request.reason:
             log.info(f"waiting up to {patience:g} s for another job to leave {self.path}")
         try:
+            # filelock raises its Timeout for a cancelled wait too
             lock.acquire(patience, poll_interval=0.5, cancel_check=lambda: bool(request.reason))
         except filelock.Timeout as error:
             raise ValueError(
@@ -161,6 +164,7 @@ def require_no_data(folder: Path) -> None:
         ValueError: naming a set in it.
     """
     for manifest in sorted((*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}"))):
+        # a manifest.json alone may be that of any program
         if manifest.with_name(INDEX).exists():
             raise ValueError(
                 f"--run-dir {folder} holds packed data ({manifest.parent}); name a folder of the "

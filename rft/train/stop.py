@@ -8,6 +8,7 @@ from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STOPPED = 75  # exit code of a run that can go on (EX_TEMPFAIL)
+# within it, a second SIGINT is a copy of the first, from SLURM or torchrun
 SECONDS_TO_WONDER = 2
 
 
@@ -54,6 +55,7 @@ class StopRequest:
         if not self._reason and self._file and os.path.exists(self._file):  # noqa: PTH110
             self._reason = self._file
         # a launcher that was killed can tell its ranks nothing: they would train on unseen
+        # RANK: without torchrun a parent may end on purpose, as a shell does after nohup
         if not self._reason and "RANK" in os.environ and os.getppid() != self._parent:
             self._reason = "the process that started this one is gone"
         return self._reason
