@@ -186,7 +186,7 @@ class Store:
             with files.local_copy(files.join(self.url, file_name(step))) as path:
                 size, digest = path.stat().st_size, files.sha256_file(path)
         except OSError as error:
-            # the disk lost the bytes; other errors, such as a missing permission, say nothing of them
+            # the disk lost the bytes; other errors, as of a missing permission, say nothing of them
             if error.errno != errno.EIO:
                 raise
             return files.reason(error)
