@@ -72,6 +72,7 @@ class EpochOrder:
         first_position = np.cumsum(sizes) - sizes
         self._shard_first = first_position[self._shard_order]
         self._virtual_ends = np.cumsum(sizes[self._shard_order])
+        # virtual positions count samples in the permuted order of the shards; cuts make streams of them
         self._cuts = np.arange(plan.streams + 1, dtype=np.int64) * plan.samples // plan.streams
         self._block_ends = [self._stream_blocks(c) for c in range(plan.streams)]
         self._blocks: dict[int, tuple[int, np.ndarray]] = {}
@@ -99,6 +100,7 @@ class EpochOrder:
         slots = plan.batch_size // world_size
         streams: set[int] = set()
         for rank in ranks:
+            # a batch is `share` samples of stream 0, then of stream 1, ...; a rank has `slots` in a row
             streams.update(range(rank * slots // share, ((rank + 1) * slots - 1) // share + 1))
         now: list[int] = []
         later: list[int] = []
@@ -126,9 +128,11 @@ class EpochOrder:
         """Return the virtual positions at which the blocks of a stream end, ascending."""
         low, high = self._cuts[stream], self._cuts[stream + 1]
         inside = self._virtual_ends[(self._virtual_ends > low) & (self._virtual_ends < high)]
+        # a piece is what a stream has of one shard; its first and last shard may be shared
         piece_ends = np.append(inside, high)
         # streams with equal first blocks would all need their next shards at the same step
         first = int(self._generator("stagger", stream).integers(self.plan.block_shards))
+        # unique: the last end may be `high` already, and shards without samples repeat an end
         return np.unique(np.append(piece_ends[first :: self.plan.block_shards], high))
 
     def _stream_items(self, stream: int, start: int, count: int) -> np.ndarray:
@@ -153,9 +157,11 @@ class EpochOrder:
             return cached[1]
         virtual = np.arange(low, high, dtype=np.int64)
         shard = np.searchsorted(self._virtual_ends, virtual, side="right")
+        # `where` discards the last shard's end, which index -1 finds for the first shard
         shard_low = np.where(shard > 0, self._virtual_ends[shard - 1], 0)
         positions = self._shard_first[shard] + virtual - shard_low
         order = self._generator("block", stream, block).permutation(positions)
+        # one block per stream, because steps are read in rising order
         self._blocks[stream] = (block, order)
         return order
 

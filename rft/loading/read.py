@@ -42,6 +42,7 @@ def read_batches(
     """
     # at least two, so that a batch is never written over the one before it
     slots = Slots(batches, workers * BATCHES_AHEAD + 2)
+    # without a batch to read, as for a rank with no part of a small set, no process is started
     if workers == 0 or len(numbers) == 0:
         found: Iterator[_Item | ValueError] = map(slots.__getitem__, numbers)
     else:
@@ -105,6 +106,7 @@ def _follow_trainer() -> None:
             signalled = signal.sigtimedwait({signal.SIGTERM}, SECONDS_ALONE)
             if signalled is not None and signalled.si_pid == trainer.pid:
                 break
+        # from a thread, sys.exit would end the thread alone
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -134,6 +136,7 @@ class Slots(Dataset[_Item | ValueError]):
         else:
             with tempfile.TemporaryFile() as file:
                 self._descriptor = os.dup(file.fileno())
+        # 8 bytes for the mark of each slot
         os.ftruncate(self._descriptor, 8 * count + math.prod(self._shape))
         self._attach()
         self._marks_S.fill_(-1)
@@ -150,10 +153,12 @@ class Slots(Dataset[_Item | ValueError]):
     def _attach(self) -> None:
         memory = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.uint8)
         marks = 8 * self._shape[0]
+        # marks first: torch views bytes as int64 only at a multiple of 8
         self._marks_S = memory[:marks].view(torch.int64)  # the number of each slot's batch
         self._images_SBCHW = memory[marks:].view(self._shape)
 
     def __del__(self) -> None:
+        # the mapping stays valid: mmap keeps a descriptor of its own
         os.close(self._descriptor)
 
     def __getitem__(self, index: int) -> _Item | ValueError:
@@ -164,6 +169,7 @@ class Slots(Dataset[_Item | ValueError]):
         except ValueError as error:
             # as a value: a loader process would raise it again as a whole traceback in one string
             return error
+        # after the images: the trainer counts marks to see how many batches are ready
         self._marks_S[index % self._shape[0]] = index
         return _Item(batch.labels_B.numpy(), batch.samples_B.numpy(), batch.reading)
 
@@ -175,6 +181,7 @@ class Slots(Dataset[_Item | ValueError]):
         """Return batch `number` on a device."""
         images_BCHW = to_device(self.images(number)[: len(item.labels_B)], device)
         labels_B = to_device(torch.from_numpy(item.labels_B), device)
+        # slots of batches that were taken keep their smaller numbers
         ready = int((self._marks_S > number).sum())
         return Batch(images_BCHW, labels_B, torch.from_numpy(item.samples_B), item.reading, ready)
 

@@ -30,6 +30,7 @@ def held_out_split(
     # here, because importing sklearn takes a second that no other command needs to spend
     from sklearn.model_selection import train_test_split
 
+    # the last key counts first: by class, then by name
     canonical = np.lexsort((keys, labels))
     train, held = train_test_split(
         np.arange(samples),
@@ -37,4 +38,5 @@ def held_out_split(
         random_state=seed,
         stratify=labels[canonical],
     )
+    # sorted as the set is stored: `PackedDataset.shard_sizes` requires it
     return np.sort(canonical[train]), np.sort(canonical[held])
