@@ -72,7 +72,7 @@ class EpochOrder:
         first_position = np.cumsum(sizes) - sizes
         self._shard_first = first_position[self._shard_order]
         self._virtual_ends = np.cumsum(sizes[self._shard_order])
-        # virtual positions count samples in the permuted order of the shards; cuts make streams of them
+        # virtual positions count samples in the permuted order of the shards, which cuts split
         self._cuts = np.arange(plan.streams + 1, dtype=np.int64) * plan.samples // plan.streams
         self._block_ends = [self._stream_blocks(c) for c in range(plan.streams)]
         self._blocks: dict[int, tuple[int, np.ndarray]] = {}
@@ -100,7 +100,7 @@ class EpochOrder:
         slots = plan.batch_size // world_size
         streams: set[int] = set()
         for rank in ranks:
-            # a batch is `share` samples of stream 0, then of stream 1, ...; a rank has `slots` in a row
+            # slots of a batch go to the streams in runs of `share`, to the ranks in runs of `slots`
             streams.update(range(rank * slots // share, ((rank + 1) * slots - 1) // share + 1))
         now: list[int] = []
         later: list[int] = []
