@@ -67,12 +67,15 @@ def draw(method: MethodConfig, own: range, patches: int, pool: int, address: Ste
     mask_BP, kept = None, None
     if method.mask == "random":
         kinds = {True: masking.fixed_count_mask, False: masking.bernoulli_mask}
+        # an address of its own, so that masks do not depend on the numbers that a fill draws
         generator = address.generator("mask")
         mask_BP = kinds[method.fixed_count]((pool, patches), method.rate, generator)[rows]
+        # known without the masks, so that the length of token lists is not read from the device
         if method.drops and method.fixed_count:
             kept = masking.kept_patches(patches, method.rate)
     match method.fill:
         case "none":
+            # one number for all images and patches; `torch.where` expands it
             source_BP = torch.tensor([[refill.DROP]])
         case "multi":
             source_BP = refill.multi_sources(pool, patches, address.generator("fill"))[rows]
