@@ -103,7 +103,7 @@ class Sum:
         if self.count == 0:
             # shapes and types without the bytes
             self._like = {name: torch.empty_like(v, device="meta") for name, v in state.items()}
-            # copy: for an fp64 model, `to` alone returns the model's tensors, which are added to below
+            # copy: of an fp64 model, `to` alone returns its own tensors, which are added to below
             self._total = {name: v.to(torch.float64, copy=True) for name, v in state.items()}
         else:
             require_alike(self._like, state)
