@@ -50,6 +50,7 @@ class Loaded:
                 "wait until its run has finished, then evaluate it again"
             )
         return {
+            # without the folders above, so that a moved folder keeps a true record
             "checkpoint": str(weights.relative_to(self.path.parent)),
             "checkpoint_sha256": self.sha256,
             "step": int(self.saved.metadata["step"]),
@@ -82,6 +83,7 @@ def load_checkpoints(
         map_state(weights)  # the errors of a file that is no checkpoint
         loaded.append(Loaded(path, files.sha256_file(weights), load_state(weights)))
     dist.require_agreement(world, "set of weights", [one.sha256 for one in loaded])
+    # all models see the same batches, which are decoded at one size
     sizes = {one.saved.architecture.image_size for one in loaded}
     if len(sizes) > 1:
         raise ValueError(f"the checkpoints want images of {sorted(sizes)} px; evaluate them apart")
@@ -99,6 +101,7 @@ def warn_of_other_split(paths: Sequence[Path], data: str) -> None:
         metadata = map_state(checkpoint_path(path)).metadata
         for name, trained_on in sorted(of_model(path, metadata)):
             url = files.join(data, name)
+            # a set that is not beside the test sets cannot be compared
             if name in BENCHMARKS or not files.exists(files.join(url, MANIFEST)):
                 continue
             found = Manifest.load(url).sha256
@@ -107,6 +110,7 @@ def warn_of_other_split(paths: Sequence[Path], data: str) -> None:
                     f"{path} was trained on another {name} (manifest {trained_on[:12]}) than "
                     f"{url} ({found[:12]}): it may have seen images of these test sets"
                 )
+                # one line per model, however many sets it has seen
                 break
 
 

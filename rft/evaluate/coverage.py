@@ -76,6 +76,7 @@ def count_object(object_BHW: Tensor, patches: int) -> Tensor:
     grid = math.isqrt(patches)
     side = object_BHW.shape[-1] // grid
     assert object_BHW.shape[1:] == (grid * side, grid * side), "not a square of whole patches"
+    # from behind, because an unflatten moves the dimensions after it
     grid_BGRGR = object_BHW.unflatten(2, (grid, side)).unflatten(1, (grid, side))
     return grid_BGRGR.sum(dim=(2, 4), dtype=torch.int64).flatten(1)
 
@@ -86,4 +87,5 @@ def count_masked(mask_TBP: Tensor, object_BP: Tensor, patch_pixels: int) -> tupl
     `object_BP` is what `count_object` returns; a patch has `patch_pixels`.
     """
     masked_TB = mask_TBP.sum(dim=2, dtype=torch.int64) * patch_pixels
+    # bool times int64 is int64: exact
     return masked_TB, (mask_TBP * object_BP).sum(dim=2)

@@ -97,6 +97,7 @@ def measure(
     assert counts_MCN.shape[2] == total, "an image was lost or counted twice"
     require_finite(world, names, counts_MCN[:, 0].sum(axis=1).tolist(), total, packed.url)
     measured = []
+    # index 0, the bad maps, was checked above
     for _, object_N, *covered in counts_MCN:
         masked_TN, both_TN = np.split(np.stack(covered), 2)
         pixels = Pixels(image=size**2, object_N=object_N, masked_TN=masked_TN, both_TN=both_TN)

@@ -62,11 +62,13 @@ def select(
             f"--samples asks for {samples:,} images, only {len(found):,} of the "
             f"{len(keys):,} have a mask below {masks}"
         )
+    # by key, not by sample number, which depends on how the set was packed
     chosen = sorted(found)
     if samples:
         order = rng.numpy_generator(seed, "localisation").permutation(len(chosen))
         chosen = [chosen[place] for place in order[:samples]]
     paths = {sample_of[key]: found[key] for key in chosen}
+    # in the order of the set again, so that shards are read in sequence
     return Selection(samples=np.array(sorted(paths)), paths=paths, missing=len(keys) - len(found))
 
 

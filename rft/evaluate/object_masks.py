@@ -71,6 +71,7 @@ def read_mask(path: Path, source: tuple[int, int], size: int, border: int = 0) -
     data = files.read_bytes(str(path), int(BYTES_PER_PIXEL * MAX_PIXELS * 1e6))
     image = _binary(data, path)
     if image.size == source:
+        # nearest: any other resampling makes values between object and background
         image = clip_square(image, size, border, Image.Resampling.NEAREST)
     elif image.size != (size, size):
         width, height = source
@@ -85,6 +86,7 @@ def read_mask(path: Path, source: tuple[int, int], size: int, border: int = 0) -
 
 def _png_files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
+        # in place, because os.walk follows this list; file systems list folders in any order
         folders.sort()
         for name in sorted(names):
             if name.lower().endswith(SUFFIX):
@@ -112,6 +114,7 @@ def _binary(data: bytes, path: Path) -> Image.Image:
     image = open_image(data, str(path), formats=("PNG",))
     with pillow_errors(str(path)):
         values = np.asarray(image)
+    # of a palette these are the numbers; of modes LA, RGB and RGBA a third dimension
     if values.ndim != 2:
         raise ValueError(f"{path} has several channels ({image.mode}); a mask has one")
     on_HW = values > 0
