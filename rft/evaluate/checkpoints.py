@@ -38,7 +38,7 @@ class Loaded:
     saved: Saved
 
     def record(self) -> dict[str, Any]:
-        """Return what a document of results says of its weights: which they are, of which run.
+        """Identify these weights, and the run that they are of, in a document of results.
 
         Raises:
             ValueError: if a training replaced them since they were loaded.
@@ -80,8 +80,10 @@ def load_checkpoints(
     loaded = []
     for path in paths:
         weights = checkpoint_path(path)
-        map_state(weights)  # the errors of a file that is no checkpoint
+        # first: its errors are clearer than those of a hash of no file or of a folder
+        map_state(weights)
         loaded.append(Loaded(path, files.sha256_file(weights), load_state(weights)))
+    # a run that still trains may replace its weights between the reads of two ranks
     dist.require_agreement(world, "set of weights", [one.sha256 for one in loaded])
     # all models see the same batches, which are decoded at one size
     sizes = {one.saved.architecture.image_size for one in loaded}

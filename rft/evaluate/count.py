@@ -20,7 +20,7 @@ from rft.loading.batches import EvaluationBatches
 from rft.loading.dataset import PackedDataset
 from rft.loading.read import read_batches
 
-EXCLUDED = -1
+EXCLUDED = -1  # in `Manifest.class_to_group`
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Pixels:
         Every object must have pixels. The sums are fp64 and in the order of the images.
         """
         image_T = (self.masked_TN / self.image).mean(axis=1)
+        # each image counts the same, however large its object
         object_T = (self.both_TN / self.object_N).mean(axis=1)
         iou_T = (self.both_TN / self.either).mean(axis=1)
         return [Covered(*map(float, row)) for row in zip(image_T, object_T, iou_T, strict=True)]

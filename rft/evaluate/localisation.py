@@ -2,8 +2,8 @@
 
 The patches that object masking would mask are held against segmentation masks. The paper averages
 over masks made while training, one run for each threshold; here one checkpoint's CAM is measured,
-for all thresholds, on the images as they are. What a mask is worth is told by its object masking
-rate beside its image masking rate: for random masks of any rate the two are equal in expectation.
+for all thresholds, on the images as they are. The worth of a mask is its object masking rate
+beside its image masking rate: for random masks of any rate the two are equal in expectation.
 """
 
 from collections.abc import Sequence

@@ -96,7 +96,7 @@ Batches = TrainingBatches | EvaluationBatches
 
 
 def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarray, np.ndarray]:
-    """Return a run's plan, the sample numbers that it orders, and those held out.
+    """Split a set for a run: its plan, the sample numbers that it orders, and those held out.
 
     Raises:
         ValueError: if the set is too small for the batch or for the held-out part.
@@ -116,7 +116,7 @@ def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarr
 
 
 def fingerprint(packed: PackedDataset, plan: Plan, held_out: int, held_out_seed: int) -> dict:
-    """Return all that decides which samples step t holds, for a checkpoint to be compared with."""
+    """Collect all that decides which samples step t holds, for a checkpoint to be compared with."""
     return {
         "algorithm": order.ALGORITHM,
         "manifest_sha256": packed.manifest.sha256,

@@ -222,8 +222,8 @@ class PackedDataset:
                 elsewhere.append(place)
                 continue
             image_CHW = images_BCHW[place]
-            # before the read, which would take as many bytes as the buffers hold; this call raises
             if row.length != len(header) + image_CHW.nbytes:
+                # raises; preadv would fill the buffers, whatever the length of the payload
                 self._require_pixels(row, b"")
             buffers: list[Any] = [header, image_CHW]
             read = os.preadv(descriptor, buffers, row.offset)

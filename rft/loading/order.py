@@ -6,7 +6,7 @@ batches are the same for every world size that divides the batch, and resuming i
 
 Block mode reads remote shards nearly in sequence: the shards are permuted, their samples are cut
 into C equal streams, each stream is shuffled in blocks of K shards, and every batch takes B/C
-samples from each stream. The tail of fewer than B samples is dropped, another one each epoch.
+samples from each stream. The tail of fewer than B samples is dropped, a different one each epoch.
 """
 
 from collections.abc import Sequence
@@ -88,10 +88,11 @@ class EpochOrder:
         return np.concatenate([self._stream_items(c, step * share, share) for c in streams])
 
     def shards_ahead(self, step: int, ranks: Sequence[int], world_size: int) -> list[int]:
-        """Return the shards that the next batches of some ranks draw from, most urgent first.
+        """List the shards that the next batches of some ranks draw from, for the cache to fetch.
 
-        These are, for each of the ranks' streams, the shards of the blocks that batch `step` draws
-        from, and then those of the block after them. Everything at once has no blocks: all shards.
+        Most urgent first: for each of the ranks' streams, the shards of the blocks that batch
+        `step` draws from, and then those of the block after them. Everything at once has no blocks:
+        all shards.
         """
         plan = self.plan
         if plan.block_shards == 0:
@@ -125,7 +126,7 @@ class EpochOrder:
         return numpy_generator(self.plan.seed, "order", self.epoch, *purpose)
 
     def _stream_blocks(self, stream: int) -> np.ndarray:
-        """Return the virtual positions at which the blocks of a stream end, ascending."""
+        """Find the virtual positions at which the blocks of a stream end, ascending."""
         low, high = self._cuts[stream], self._cuts[stream + 1]
         inside = self._virtual_ends[(self._virtual_ends > low) & (self._virtual_ends < high)]
         # a piece is what a stream has of one shard; its first and last shard may be shared

@@ -1,7 +1,7 @@
 """Batches read ahead by loader processes, into memory that they share with the training process.
 
 Loader processes keep no state: item t is this rank's part of global batch t. They write its images
-to their place in shared memory, so that no batch is copied from process to process.
+to their slot in shared memory, so that no batch is copied from process to process.
 """
 
 import math
@@ -94,8 +94,8 @@ def _start_loader(_: int) -> None:
 def _follow_trainer() -> None:
     """End this loader process at a SIGTERM from the training process, or when that has ended.
 
-    Signals of others pass it by (rft/loading/forkserver.py). torch alone would have it watch the
-    process that forked it, which lives as long as it does.
+    Signals from other processes are ignored (rft/loading/forkserver.py). torch alone would have it
+    watch the process that forked it, which lives as long as it does.
     """
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "a loader process has a training process"
@@ -121,7 +121,7 @@ class _Item(NamedTuple):
 
 
 class Slots(Dataset[_Item | ValueError]):
-    """Places for some batches of images, in memory that loader processes share; item t fills one.
+    """Space for some batches of images, in memory that loader processes share; item t fills a slot.
 
     Batch t goes to slot t modulo their number. Reused memory is many times faster than fresh: the
     system has to clear every page that it gives out. The memory has no name and is no part of
@@ -151,6 +151,7 @@ class Slots(Dataset[_Item | ValueError]):
         self._attach()
 
     def _attach(self) -> None:
+        # shared by default, so that all processes see the same pages
         memory = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.uint8)
         marks = 8 * self._shape[0]
         # marks first: torch views bytes as int64 only at a multiple of 8
@@ -174,11 +175,11 @@ class Slots(Dataset[_Item | ValueError]):
         return _Item(batch.labels_B.numpy(), batch.samples_B.numpy(), batch.reading)
 
     def images(self, number: int) -> Tensor:
-        """Return the place for the images of batch `number`."""
+        """Find the slot for the images of batch `number`."""
         return self._images_SBCHW[number % self._shape[0]]
 
     def batch(self, number: int, item: _Item, device: torch.device) -> Batch:
-        """Return batch `number` on a device."""
+        """Bring batch `number` from its slot to a device."""
         images_BCHW = to_device(self.images(number)[: len(item.labels_B)], device)
         labels_B = to_device(torch.from_numpy(item.labels_B), device)
         # slots of batches that were taken keep their smaller numbers

@@ -10,7 +10,7 @@ import numpy as np
 def held_out_split(
     keys: np.ndarray, labels: np.ndarray, held_out: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sorted sample numbers of the training and the held-out part.
+    """Split a set into training and held-out samples: the sorted numbers of both.
 
     Keys and labels are (N,); the classes share the images that are held out by their sizes.
 

@@ -51,7 +51,7 @@ class Draws(NamedTuple):
     """Patches that every image keeps, where that is the same number and the others are dropped."""
 
     def copied(self, copy: Callable[[Tensor], Tensor]) -> "Draws":
-        """Return the draws with a copy of each tensor, for example on a GPU."""
+        """Copy every tensor, for example to a GPU."""
         mask_BP = None if self.mask_BP is None else copy(self.mask_BP)
         return Draws(mask_BP, copy(self.source_BP), copy(self.own_B1), self.kept)
 

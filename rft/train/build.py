@@ -94,7 +94,7 @@ def start_seen(config: Config) -> frozenset[TrainedOn]:
 
 
 def starting_student(config: Config, pretrained: Classifier, classes: Classes) -> Classifier:
-    """Return the model that learns, as it starts; raises what `load_alike` does.
+    """Make the model that learns, as it starts; raises what `load_alike` does.
 
     `classes` are those of the training set.
     """
@@ -114,7 +114,7 @@ def starting_student(config: Config, pretrained: Classifier, classes: Classes) -
 
 
 def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> Classifier | None:
-    """Return WiSE-KD's teacher, None for a method without one; raises what `load_alike` does."""
+    """Load WiSE-KD's teacher, None for a method without one; raises what `load_alike` does."""
     if config.method.kd_weight == 0:
         return None
     teacher = copy.deepcopy(pretrained)
@@ -161,7 +161,9 @@ def inputs_fingerprint(config: Config) -> dict[str, str]:
 
 
 def tower_sha256(model: Classifier) -> str:
-    """Return the hash of the image tower's weights, whatever file or name they came from.
+    """Hash the weights of the pre-trained image tower: a resumed run must start from the same ones.
+
+    The hash does not depend on the file or name that they came from.
 
     The head is left out: text embeddings may differ in their last bits from device to device.
     """

@@ -7,7 +7,7 @@ before the file gets its name: a file whose record does not fit is damaged, and 
 used. A record vouches for bytes that were damaged by chance. It has the same writer as the
 file, so the content is compared with the run that resumes before anything of it is used.
 
-They are written by a thread of their own from a copy in memory, so that training goes on meanwhile.
+They are written by a thread of their own from a copy in memory: training continues meanwhile.
 """
 
 import errno
@@ -55,7 +55,7 @@ class Progress:
             raise ValueError("best_step and best_correct must be there together")
 
     def selecting(self, correct: int) -> "Progress":
-        """Return the progress after a held-out count: strictly the best so far is selected."""
+        """Note a held-out count: the model is selected if the count is strictly the best so far."""
         if correct <= self.best_correct:
             return self
         return replace(self, best_step=self.step, best_correct=correct)
@@ -77,12 +77,12 @@ class Record:
 
 
 def file_name(step: int) -> str:
-    """Return the name of the checkpoint after `step`."""
+    """Name the checkpoint after `step`; padded, so that a listing is in the order of the steps."""
     return f"step-{step:08d}.pt"
 
 
 def record_name(step: int) -> str:
-    """Return the name of its record."""
+    """Name the record of that checkpoint, which lies beside it."""
     return f"step-{step:08d}.json"
 
 
@@ -100,7 +100,7 @@ class Store:
         """Write the checkpoint of `content`, then delete those that are not needed any more.
 
         Raises:
-            OSError: if it cannot be written; those before it are whole.
+            OSError: if it cannot be written; those before it are intact.
         """
         progress = content["progress"]
         step, url = progress["step"], files.join(self.url, file_name(progress["step"]))
@@ -127,20 +127,20 @@ class Store:
         return record
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoint files that are there, ascending."""
+        """List the steps whose checkpoint files exist, intact or not, ascending."""
         found = map(FILE_NAME.fullmatch, files.names(self.url))
         steps = {match[0]: int(match[1]) for match in found if match}
         # with more zeros than ours it would be a second name of one step
         return sorted(step for name, step in steps.items() if name == file_name(step))
 
     def newest_whole(self) -> Record | None:
-        """Return the newest checkpoint that is as it was written; None if there is none at all.
+        """Find the checkpoint to resume from, the newest that is as it was written, if any.
 
-        Damaged ones behind it are told of and renamed.
+        Newer ones, which are damaged, are renamed with a warning.
 
         Raises:
             ValueError: if there are checkpoints and all of them are damaged, or if one cannot be
-                read, which says nothing of it.
+                read now, which does not make it a damaged one.
             OSError: if the store does not answer, or the new name of a damaged one is a folder's.
         """
         # safe, because the caller holds the lock of the run folder: nothing else writes here
@@ -166,7 +166,7 @@ class Store:
         return None
 
     def damage(self, step: int) -> str:
-        """Return what is wrong with a checkpoint; empty if it is as it was written.
+        """Compare a checkpoint with its record: what is wrong, empty if it is as it was written.
 
         Raises:
             ValueError: if it cannot be read.
@@ -226,7 +226,7 @@ def save(content: dict[str, Any], path: Path) -> None:
         with local.writer(path) as stream:
             torch.save(content, stream)
     except RuntimeError as error:
-        # torch's writer speaks of positions in the file, what the system said is behind it
+        # torch's writer names positions in the file; the system's error is the context of its own
         cause = error.__context__
         raise (cause if isinstance(cause, OSError) else OSError(str(error))) from error
 
@@ -259,7 +259,7 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint that was written last could not be; `wait` tells why."""
+        """Whether the checkpoint that was written last could not be; `wait` raises why."""
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
@@ -283,7 +283,7 @@ class Writer:
 
 
 def to_cpu(value: Any) -> Any:
-    """Return a copy of nested dicts, lists and tensors whose tensors are on the CPU."""
+    """Copy nested dicts, lists and tensors to the CPU, where the next step does not change them."""
     if isinstance(value, Tensor):
         # copy: on a CPU, `to` alone returns the tensor itself, which the next step changes
         return value.detach().to("cpu", copy=True)
@@ -301,14 +301,14 @@ def content(
     must_agree: dict[str, Any],
     donor_pool: int,
 ) -> dict[str, Any]:
-    """Return what a checkpoint holds; its tensors are those in use.
+    """Collect what a checkpoint holds; its tensors are those in use, to be copied.
 
     Args:
         student: the model that learns.
         optimizer: its optimizer.
         progress: how far it is.
-        must_agree: what the job that goes on from here must have the same of.
-        donor_pool: images that a fill chose from; another number of ranks may change it.
+        must_agree: what the job that resumes here must have the same of.
+        donor_pool: images that a fill chose from; a different number of ranks may change it.
     """
     return {
         "model": student.state_dict(),
@@ -350,7 +350,7 @@ class Own:
     """The largest count that can select a model."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return a tensor of the shape and type of each that a checkpoint has, by name."""
+        """Name all tensors of a checkpoint of this run, each with one of its shape and type."""
         own = {f"model.{name}": value for name, value in self.student.state_dict().items()}
         groups = self.optimizer.param_groups
         parameters = (parameter for group in groups for parameter in group["params"])
@@ -414,7 +414,7 @@ def _read(path: Path) -> Content:
 
 
 def _fitting(content: Content, size: int, record: Record, own: Own) -> Saved:
-    """Return what a checkpoint file of `size` bytes holds, if this run could have written it."""
+    """Accept the content of a file of `size` bytes only if this run could have written it."""
     progress = Progress(**content.progress)
     if (progress.step, progress.best_step) != (record.step, record.best_step):
         raise ValueError("its record names another step or best_step")
@@ -446,7 +446,7 @@ def _fitting(content: Content, size: int, record: Record, own: Own) -> Saved:
 def _tensors(
     model: dict[str, Any], state: dict[int, dict[str, Any]], size: int, own: Own, step: int
 ) -> dict[str, Tensor]:
-    """Return the tensors of model and optimizer by the names of `Own.tensors`."""
+    """Read the tensors of model and optimizer, checked against those of `Own.tensors`."""
     found = {f"model.{name}": value for name, value in model.items()}
     for number, entry in state.items():
         found |= {f"optimizer.{number}.{name}": value for name, value in entry.items()}

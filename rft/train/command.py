@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> Config:
 
 
 def parse_command(arguments: list[str], ranks: int = 1) -> Command:
-    """Return what a command line says; `ranks` processes will share a batch.
+    """Turn a command line into a configuration; `ranks` processes will share a batch.
 
     With `--scale small` the size of the set is read from it.
 
@@ -110,14 +110,14 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
 
 
 def _named(options: list[str], names: Sequence[str]) -> set[str]:
-    """Return which of the names (`group.name`) a command line gives, in any spelling of tyro's."""
+    """Find the options (`group.name`) that a command line gives, in any spelling of tyro's."""
     # tyro takes --loader.batch-size and --loader.batch_size; both become __loader.batch_size
     words = {word.partition("=")[0].replace("-", "_") for word in options if word[:2] == "--"}
     return {name for name in names if f"__{name}" in words}
 
 
 def _value_of(options: list[str], name: str) -> str:
-    """Return the value of one option before the whole line can be parsed, or an empty string."""
+    """Look up one option before the line can be parsed as a whole; empty if it is not given."""
     value = ""
     for option, following in itertools.pairwise([*options, ""]):
         if option == name:
@@ -185,7 +185,7 @@ def main() -> None:
         # torch's name for TF32 in matrix products
         torch.set_float32_matmul_precision("high")
     with StopRequest(config.cluster.stop_file) as request:
-        # before the ranks join, so that a mistake that all of them see is told once
+        # before the ranks join, so that a mistake that all of them see is printed once
         job = prepare(config, world, device)
         if command.dry_run:
             if world.is_main:

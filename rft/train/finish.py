@@ -1,4 +1,4 @@
-"""A run from its lock to its last file: train, leave a finished run folder, say what comes next."""
+"""A run from its lock to its last file: train, finish the run folder, print the next command."""
 
 import logging
 from dataclasses import asdict
@@ -81,7 +81,7 @@ def write_run_gallery(job: Job) -> None:
 
 
 def tell_finished(config: Config, done: Finished, world: World) -> None:
-    """Say that a run is finished.
+    """Report that a run is finished.
 
     Raises:
         ValueError: if it was built on other weights than those that are named now.

@@ -119,7 +119,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
 
 
 def end(job: Job, progress: Progress, reason: str) -> None:
-    """Write the last weights, or say that they are not the last."""
+    """Write the last weights, or report where the run stopped before them."""
     if progress.step < job.total_steps:
         log.info(
             f"stopped after step {progress.step} of {job.total_steps} ({reason}); the same command "

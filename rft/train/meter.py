@@ -1,4 +1,4 @@
-"""What a run's log lines say: means over the steps since the last line, and where time went."""
+"""The numbers in a run's log lines: means over the steps since the last line, where time went."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ class Meter:
         self._started = time.perf_counter()
 
     def wait_for(self, stream: Iterator[Batch]) -> Batch:
-        """Return the stream's next batch and remember how long that took."""
+        """Take the stream's next batch and remember how long that took."""
         before = time.perf_counter()
         batch = next(stream)
         self._reading += (time.perf_counter() - before, batch.ready, *batch.reading)
@@ -51,7 +51,7 @@ class Meter:
         return len(self._terms)
 
     def read(self, step: int) -> dict[str, float]:
-        """Return the means since the last read, over all ranks, and start anew.
+        """Take the means since the last read, over all ranks, and start anew.
 
         Raises:
             ValueError: if a loss or gradient since then was not finite.
@@ -97,7 +97,7 @@ def _named(terms_T: Tensor) -> dict[str, float]:
 
 
 def not_finite(step: int, terms: Mapping[str, float]) -> str:
-    """Return what to say when training diverged at `step`."""
+    """Make the error message of a training that diverged at `step`."""
     return (
         f"the loss or its gradient is not finite at step {step} (cross-entropy {terms['ce']:g}, "
         f"MSE {terms['mse']:g}, logit distillation {terms['kd']:g}, gradient norm "

@@ -40,7 +40,7 @@ def _rates(step: int, total_steps: int, config: OptimConfig) -> tuple[float, flo
 
 
 def schedule_warning(total_steps: int, config: OptimConfig) -> str:
-    """Return a warning of a schedule that hardly trains at its peak rate; empty if it does.
+    """Warn of a schedule that hardly trains at its peak rate: a message, or nothing.
 
     That is a warm-up of half the run or more, or a peak that no step has.
     """

@@ -43,7 +43,7 @@ class Counterfactuals(NamedTuple):
 
 
 def grid(shown: Counterfactuals, side: int) -> Tensor:
-    """Return a column for each of the first images, uint8 (3, height, width) on the CPU.
+    """Draw a column for each of the first images, uint8 (3, height, width) on the CPU.
 
     From the top: the image, its mask (dark), and what the models saw instead, with dropped patches
     in grey. A masked patch that an image's fill takes from the image itself counts as kept. A patch
@@ -108,7 +108,7 @@ def write_gallery(
 
 
 def one_of_each_class(labels_B: np.ndarray, samples: np.ndarray, count: int) -> np.ndarray:
-    """Return the first sample of each of `count` classes, spread over the label range."""
+    """Choose the images of a gallery: the first of `count` classes each, spread over the labels."""
     _, first = np.unique(labels_B[samples], return_index=True)
     chosen = np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)
     return samples[first[chosen]]

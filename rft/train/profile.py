@@ -69,6 +69,7 @@ def write_profile(profiler: profile, folder: Path, name: str) -> None:
         sort_by=f"self_{where}_time_total", row_limit=OPERATORS, max_name_column_width=40
     )
     files.write_bytes(str(folder / f"{name}.txt"), table.encode())
+    # torch writes in pieces, and with the name of the machine: not into the run folder
     with tempfile.TemporaryDirectory() as temporary:
         trace = Path(temporary) / "trace.json"
         profiler.export_chrome_trace(str(trace))

@@ -1,4 +1,4 @@
-"""The run folder while a training uses it: its identity, its lock, and what says that it is done.
+"""The run folder while a training uses it: its identity, its lock, and the record of its end.
 
 config.json holds the identity; whether a folder's run may be resumed by another command is decided
 by it. The names of all files: rft/runs/filenames.py.
@@ -50,7 +50,7 @@ class RunFolder:
         A job whose node was lost may still write it for a while: wait for that.
 
         Raises:
-            ValueError: if it belongs to another configuration, or another job is in it.
+            ValueError: if it belongs to a different configuration, or a different job is in it.
         """
         # not thread_local: it is taken in a thread, while this rank speaks to the others
         lock = filelock.FileLock(self.path / filenames.LOCK, thread_local=False)
@@ -113,7 +113,7 @@ class RunFolder:
 
 
 def vanished(path: Path, how: str = "was deleted, emptied or moved") -> str:
-    """Return the message for a run folder, or a file of it, that is gone while its run trains."""
+    """Make the error message for a run folder, or a file of it, that vanished in training."""
     return (
         f"{path} {how} while the run was training; nothing more is written. Restore it to resume "
         "from the newest checkpoint, or delete what is left and run the same command to start anew"
@@ -182,7 +182,7 @@ class Finished(NamedTuple):
 
 
 def finished(config: Config) -> Finished | None:
-    """Return what the run folder holds of this very run if it is complete, else None.
+    """Look whether this very run is complete in its folder; None if it is not.
 
     Where the precision is still `auto`, a complete run in any precision is this one: nothing is
     left to compute. Of the data, only the manifest is read; a set that is gone leaves the run as

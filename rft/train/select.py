@@ -72,7 +72,7 @@ def restore_selected(
 
 
 def metadata(job: Job, step: int) -> dict[str, str]:
-    """Return what a weights file of that step says of where it comes from."""
+    """Make the header of a weights file of that step: recipe, step and training sets."""
     seen = set(job.start_seen)
     # a model that was never trained has not seen the set
     if step > 0:

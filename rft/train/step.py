@@ -85,7 +85,7 @@ def accumulate_gradients(
 
 
 def donor_pool(method: MethodConfig, world: World, images_BCHW: Tensor) -> Tensor | None:
-    """Return the whole global batch if fills choose from it; None if from the micro-batch."""
+    """Gather the global batch if fills choose from it; None if they do from the micro-batch."""
     if not (method.masks and method.donors == "global"):
         return None
     with record_function("gather donors"):
@@ -95,7 +95,7 @@ def donor_pool(method: MethodConfig, world: World, images_BCHW: Tensor) -> Tenso
 def draw_micro_batch(
     config: Config, world: World, *, step: int, micro: int, images: int, patches: int
 ) -> Draws | None:
-    """Return the draws of micro-batch `micro` of this rank's `step`; None where nothing is masked.
+    """Draw what chance decides in micro-batch `micro` of this rank's `step`; None without masks.
 
     From a global pool all ranks draw the same numbers for the whole batch, so that the result does
     not depend on how many ranks or micro-batches it is cut into.
