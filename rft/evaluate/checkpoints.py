@@ -38,7 +38,7 @@ class Loaded:
     saved: Saved
 
     def record(self) -> dict[str, Any]:
-        """Return what a document of results says of its weights: which they are, of which run.
+        """Identify these weights, and the run that they are of, in a document of results.
 
         Raises:
             ValueError: if a training replaced them since they were loaded.
@@ -50,6 +50,7 @@ class Loaded:
                 "wait until its run has finished, then evaluate it again"
             )
         return {
+            # without the folders above, so that a moved folder keeps a true record
             "checkpoint": str(weights.relative_to(self.path.parent)),
             "checkpoint_sha256": self.sha256,
             "step": int(self.saved.metadata["step"]),
@@ -79,9 +80,12 @@ def load_checkpoints(
     loaded = []
     for path in paths:
         weights = checkpoint_path(path)
-        map_state(weights)  # the errors of a file that is no checkpoint
+        # first: its errors are clearer than those of a hash of no file or of a folder
+        map_state(weights)
         loaded.append(Loaded(path, files.sha256_file(weights), load_state(weights)))
+    # a run that still trains may replace its weights between the reads of two ranks
     dist.require_agreement(world, "set of weights", [one.sha256 for one in loaded])
+    # all models see the same batches, which are decoded at one size
     sizes = {one.saved.architecture.image_size for one in loaded}
     if len(sizes) > 1:
         raise ValueError(f"the checkpoints want images of {sorted(sizes)} px; evaluate them apart")
@@ -99,6 +103,7 @@ def warn_of_other_split(paths: Sequence[Path], data: str) -> None:
         metadata = map_state(checkpoint_path(path)).metadata
         for name, trained_on in sorted(of_model(path, metadata)):
             url = files.join(data, name)
+            # a set that is not beside the test sets cannot be compared
             if name in BENCHMARKS or not files.exists(files.join(url, MANIFEST)):
                 continue
             found = Manifest.load(url).sha256
@@ -107,6 +112,7 @@ def warn_of_other_split(paths: Sequence[Path], data: str) -> None:
                     f"{path} was trained on another {name} (manifest {trained_on[:12]}) than "
                     f"{url} ({found[:12]}): it may have seen images of these test sets"
                 )
+                # one line per model, however many sets it has seen
                 break
 
 

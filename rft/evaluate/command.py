@@ -65,6 +65,7 @@ def evaluate(
     loaded, models = load_checkpoints(checkpoints, world, device)
     sets: list[dict[str, SetCount]] = [{} for _ in models]
     for name, dataset in packed.items():
+        # the main rank's part: only it shows a bar
         with progress(name, "images", len(dataset) // world.size, ASIDE) as advance:
             counts = count_correct(
                 models,
@@ -95,6 +96,7 @@ def main() -> None:
         for name in sets
     }
     manifests = {name: dataset.manifest for name, dataset in packed.items()}
+    # before the ranks join: a mistake that all of them see is printed once
     require_classes(arguments.checkpoints, packed)
     for path in arguments.checkpoints:
         require_own_weights(path)

@@ -20,7 +20,7 @@ from rft.loading.batches import EvaluationBatches
 from rft.loading.dataset import PackedDataset
 from rft.loading.read import read_batches
 
-EXCLUDED = -1
+EXCLUDED = -1  # in `Manifest.class_to_group`
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def is_correct(logits_BK: Tensor, labels_B: Tensor, class_to_group_K: Tensor) ->
     the label's group. With one group for each class this is plain top-1; for ObjectNet it equals
     the benchmark's rule over its 113 categories (groups are disjoint).
     """
+    # not left out of the tensor: the argmax must stay a class number
     excluded_K = class_to_group_K == EXCLUDED
     predicted_B = logits_BK.masked_fill(excluded_K, -torch.inf).argmax(dim=1)
     return class_to_group_K[predicted_B] == class_to_group_K[labels_B]

@@ -63,6 +63,7 @@ class Pixels:
         Every object must have pixels. The sums are fp64 and in the order of the images.
         """
         image_T = (self.masked_TN / self.image).mean(axis=1)
+        # each image counts the same, however large its object
         object_T = (self.both_TN / self.object_N).mean(axis=1)
         iou_T = (self.both_TN / self.either).mean(axis=1)
         return [Covered(*map(float, row)) for row in zip(image_T, object_T, iou_T, strict=True)]
@@ -76,6 +77,7 @@ def count_object(object_BHW: Tensor, patches: int) -> Tensor:
     grid = math.isqrt(patches)
     side = object_BHW.shape[-1] // grid
     assert object_BHW.shape[1:] == (grid * side, grid * side), "not a square of whole patches"
+    # from behind, because an unflatten moves the dimensions after it
     grid_BGRGR = object_BHW.unflatten(2, (grid, side)).unflatten(1, (grid, side))
     return grid_BGRGR.sum(dim=(2, 4), dtype=torch.int64).flatten(1)
 
@@ -86,4 +88,5 @@ def count_masked(mask_TBP: Tensor, object_BP: Tensor, patch_pixels: int) -> tupl
     `object_BP` is what `count_object` returns; a patch has `patch_pixels`.
     """
     masked_TB = mask_TBP.sum(dim=2, dtype=torch.int64) * patch_pixels
+    # bool times int64 is int64: exact
     return masked_TB, (mask_TBP * object_BP).sum(dim=2)

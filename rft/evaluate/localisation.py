@@ -2,8 +2,8 @@
 
 The patches that object masking would mask are held against segmentation masks. The paper averages
 over masks made while training, one run for each threshold; here one checkpoint's CAM is measured,
-for all thresholds, on the images as they are. What a mask is worth is told by its object masking
-rate beside its image masking rate: for random masks of any rate the two are equal in expectation.
+for all thresholds, on the images as they are. The worth of a mask is its object masking rate
+beside its image masking rate: for random masks of any rate the two are equal in expectation.
 """
 
 from collections.abc import Sequence
@@ -86,10 +86,12 @@ def localise(
     selection = select(
         packed, arguments.masks, arguments.classes, arguments.samples, arguments.seed
     )
+    # by key: nodes that see different mask folders would choose different images
     names = [packed.key(sample) for sample in selection.samples.tolist()]
     dist.require_agreement(world, "list of masks", files.sha256_json(names))
     with progress(arguments.set, "images", len(names) // world.size, ASIDE) as advance:
         found, masks_sha256 = measure(
+            # a CAM needs the gradient of attention maps alone
             [model.requires_grad_(False) for model in models],
             packed,
             selection,
@@ -102,6 +104,7 @@ def localise(
             progress=advance,
             names=[str(one.path) for one in loaded],
         )
+    # object masks are the same for every model, so the first one's count is enough
     if not (found[0].object_N > 0).any():
         raise ValueError(f"all {len(names):,} masks below {arguments.masks} are empty")
     if not world.is_main:
@@ -112,6 +115,7 @@ def localise(
         files.write_json(str(path), {**one.record(), **document})
         architecture = one.saved.architecture
         patch = architecture.vision_cfg.get("patch_size")
+        # the paper's Table 2 is about ViT-B/32 alone
         is_b32 = (patch, architecture.image_size) == (32, 224)
         title = f"{one.path}{one.state_of_run}"
         print(format_table(title, document, beside_paper=is_b32), flush=True)

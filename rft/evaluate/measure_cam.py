@@ -30,11 +30,10 @@ from rft.storage import files
 
 
 def label_map(model: Classifier, images_BCHW: Tensor, labels_B: Tensor, cam: Cam) -> Tensor:
-    """Return each patch's relevance for its image's label, divided by the largest, (B, P).
+    """Compute the CAM by the training step's own function, outside of a training.
 
-    An image without finite logits has no relevance: NaN everywhere.
-
-    The CAM is the training step's own function.
+    Each patch's relevance for its image's label, divided by the largest, (B, P); NaN everywhere for
+    an image without finite logits.
     """
     taps: list[AttentionTap] = []
     # where the weights are frozen, the graph starts at the pixels
@@ -85,6 +84,7 @@ def measure(
         for batch in read_batches(batches, range(first, last), workers=workers, device=device):
             # read while the device makes the maps
             coming = pool.map(read, batch.samples_B.tolist())
+            # one model after the other: a map needs a graph, and one graph is alive at a time
             maps = [label_map(model, batch.images_BCHW, batch.labels_B, cam) for model in models]
             masks = list(coming)
             digests += [mask.sha256 for mask in masks]
@@ -97,6 +97,7 @@ def measure(
     assert counts_MCN.shape[2] == total, "an image was lost or counted twice"
     require_finite(world, names, counts_MCN[:, 0].sum(axis=1).tolist(), total, packed.url)
     measured = []
+    # index 0, the bad maps, was checked above
     for _, object_N, *covered in counts_MCN:
         masked_TN, both_TN = np.split(np.stack(covered), 2)
         pixels = Pixels(image=size**2, object_N=object_N, masked_TN=masked_TN, both_TN=both_TN)
@@ -113,4 +114,5 @@ def _count(relevance_BP: Tensor, object_BHW: Tensor, thresholds: Sequence[float]
     )
     masked_TB, both_TB = count_masked(mask_TBP, object_BP, patch_pixels)
     bad_B = (~is_finite(relevance_BP)).long()
+    # the order that `measure` takes apart
     return torch.cat([bad_B[None], object_BP.sum(dim=1)[None], masked_TB, both_TB])

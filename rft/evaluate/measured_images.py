@@ -62,11 +62,14 @@ def select(
             f"--samples asks for {samples:,} images, only {len(found):,} of the "
             f"{len(keys):,} have a mask below {masks}"
         )
+    # by key, not by sample number, which depends on how the set was packed
     chosen = sorted(found)
     if samples:
+        # a permutation, so that a larger choice of one seed contains the smaller ones
         order = rng.numpy_generator(seed, "localisation").permutation(len(chosen))
         chosen = [chosen[place] for place in order[:samples]]
     paths = {sample_of[key]: found[key] for key in chosen}
+    # back in the order of the set, so that shards are read in sequence
     return Selection(samples=np.array(sorted(paths)), paths=paths, missing=len(keys) - len(found))
 
 
@@ -74,7 +77,7 @@ def require_imagenet(packed: PackedDataset) -> None:
     """Check that a set has ImageNet's classes: RESTRICTED counts their places.
 
     Raises:
-        ValueError: naming the first class that is another one.
+        ValueError: naming the first class that is a different one.
     """
     imagenet = LabelSpace.imagenet().classes
     try:

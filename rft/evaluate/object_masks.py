@@ -32,7 +32,7 @@ class ObjectMask(NamedTuple):
 
 
 def find_masks(folder: Path, keys: Sequence[str]) -> dict[str, Path]:
-    """Return where the masks of the named samples lie below a folder; some may have none.
+    """Find the masks of the named samples below a folder; some may have none.
 
     Raises:
         ValueError: if there is no such folder, two samples have one key, or two files may be the
@@ -40,6 +40,7 @@ def find_masks(folder: Path, keys: Sequence[str]) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"no folder of masks at {folder}")
+    # a count and a set of keys in one
     wanted = Counter(keys)
     if twice := [key for key, count in wanted.items() if count > 1]:
         raise ValueError(f"several samples have the key {twice[0]!r}: whose is a mask called that?")
@@ -68,9 +69,11 @@ def read_mask(path: Path, source: tuple[int, int], size: int, border: int = 0) -
     Raises:
         ValueError: naming the file, if it is no such PNG or has another size.
     """
+    # read whole, because the hash is of the file and not of the pixels
     data = files.read_bytes(str(path), int(BYTES_PER_PIXEL * MAX_PIXELS * 1e6))
     image = _binary(data, path)
     if image.size == source:
+        # nearest: any other resampling makes values between object and background
         image = clip_square(image, size, border, Image.Resampling.NEAREST)
     elif image.size != (size, size):
         width, height = source
@@ -85,6 +88,7 @@ def read_mask(path: Path, source: tuple[int, int], size: int, border: int = 0) -
 
 def _png_files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
+        # in place, because os.walk follows this list; file systems list folders in any order
         folders.sort()
         for name in sorted(names):
             if name.lower().endswith(SUFFIX):
@@ -92,7 +96,7 @@ def _png_files(folder: Path) -> Iterator[Path]:
 
 
 def _keys_of(path: Path) -> set[str]:
-    """Return the keys that the sample of a mask may have: all or the end of its path.
+    """Derive the keys that the sample of a mask may have from its path: all of it or its end.
 
     rft joins folder and name by "_" where names alone are not different; shards that other code
     made may have "/" in their keys.
@@ -112,6 +116,7 @@ def _binary(data: bytes, path: Path) -> Image.Image:
     image = open_image(data, str(path), formats=("PNG",))
     with pillow_errors(str(path)):
         values = np.asarray(image)
+    # of a palette these are the numbers; of modes LA, RGB and RGBA a third dimension
     if values.ndim != 2:
         raise ValueError(f"{path} has several channels ({image.mode}); a mask has one")
     on_HW = values > 0

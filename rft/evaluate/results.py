@@ -31,6 +31,7 @@ def write_results(one: Loaded, sets: dict[str, SetCount]) -> None:
         ValueError: if its weights were replaced since they were loaded.
     """
     record = one.record()
+    # None for counts of other weights, which are dropped
     earlier = current_results(one.path)
     # what an earlier call counted for the same weights stays
     results = Results(**record, sets={**(earlier.sets if earlier else {}), **sets})

@@ -34,6 +34,7 @@ class TrainingBatches:
     _order: EpochOrder | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        # a plan counts positions in `samples`, so the two must be of one split
         assert len(self.samples) == self.plan.samples
         assert self.plan.batch_size % self.world_size == 0
         self.ranks_on_node = self.ranks_on_node or (self.rank,)
@@ -46,6 +47,7 @@ class TrainingBatches:
     def global_samples(self, step: int) -> np.ndarray:
         """Return the sample numbers of the whole global batch `step`, (B,)."""
         epoch, step_of_epoch = divmod(step, self.plan.steps_per_epoch)
+        # the plan orders positions among the training samples; these are the numbers in the set
         return self.samples[self._order_of(epoch).batch(step_of_epoch)]
 
     def samples_of(self, number: int) -> np.ndarray:
@@ -60,6 +62,7 @@ class TrainingBatches:
         return rank_slice(self.global_samples(number), self.rank, self.world_size)
 
     def _order_of(self, epoch: int) -> EpochOrder:
+        # one epoch is kept, because steps are read in rising order
         if self._order is None or self._order.epoch != epoch:
             self._order = EpochOrder(self.plan, epoch)
         return self._order
@@ -93,7 +96,7 @@ Batches = TrainingBatches | EvaluationBatches
 
 
 def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarray, np.ndarray]:
-    """Return a run's plan, the sample numbers that it orders, and those held out.
+    """Split a set for a run: its plan, the sample numbers that it orders, and those held out.
 
     Raises:
         ValueError: if the set is too small for the batch or for the held-out part.
@@ -113,7 +116,7 @@ def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarr
 
 
 def fingerprint(packed: PackedDataset, plan: Plan, held_out: int, held_out_seed: int) -> dict:
-    """Return all that decides which samples step t holds, for a checkpoint to be compared with."""
+    """Collect all that decides which samples step t holds, for a checkpoint to be compared with."""
     return {
         "algorithm": order.ALGORITHM,
         "manifest_sha256": packed.manifest.sha256,

@@ -75,6 +75,7 @@ class PackedDataset:
         self._payload = payload_of(self.manifest.encoding)
         self._require_affordable()
         sizes = [shard.samples for shard in self.manifest.shards]
+        # samples are numbered shard by shard: each end is the number of the next shard's first one
         self.shard_ends = np.cumsum(sizes)
         self.shards = Shards(url, self.manifest.shards, cache=cache)
         self._npy_header = b""
@@ -98,6 +99,7 @@ class PackedDataset:
         found = [self._from_disk(row) for row in rows]
         remote = [place for place, data in enumerate(found) if data is None]
         if remote:
+            # shard, offset and length
             ranges = [rows[place][1:4] for place in remote]
             try:
                 answers = self.shards.ranges(ranges)
@@ -134,6 +136,7 @@ class PackedDataset:
         reading = Reading(
             seconds=time.perf_counter() - began,
             decode_seconds=decoding,
+            # all fields but the two times are counters of the same name
             **{name: getattr(spent, name) - getattr(before, name) for name in Reading._fields[2:]},
         )
         labels_B = self.index.label[samples].astype(np.int64)
@@ -150,6 +153,7 @@ class PackedDataset:
 
     def shard_of(self, sample: int) -> int:
         """Return the number of the shard that holds a sample."""
+        # right: an end belongs to the next shard, and shards without samples are passed over
         return int(np.searchsorted(self.shard_ends, sample, side="right"))
 
     def shard_sizes(self, samples: np.ndarray) -> tuple[int, ...]:
@@ -219,9 +223,11 @@ class PackedDataset:
                 continue
             image_CHW = images_BCHW[place]
             if row.length != len(header) + image_CHW.nbytes:
+                # raises; preadv would fill the buffers, whatever the length of the payload
                 self._require_pixels(row, b"")
             buffers: list[Any] = [header, image_CHW]
             read = os.preadv(descriptor, buffers, row.offset)
+            # the index has one crc32 over both parts
             if self._is_good(row, read, crc32(image_CHW, crc32(header))):
                 self._require_pixels(row, header)
             else:
@@ -278,6 +284,7 @@ class PackedDataset:
         index, name = self.index, f"{self.url}: its largest"
         require_affordable(int(index.length.max(initial=0)), f"{name} file", self._max_pixels)
         pixels = (index.width.astype(np.int64) * index.height).max(initial=0)
+        # payloads of other encodings have the model's size, whatever that of their originals
         if self._payload.is_source and pixels > self._max_pixels * 1e6:
             raise ValueError(
                 f"{name} image has {pixels / 1e6:,.1f} million pixels, --max-pixels allows "

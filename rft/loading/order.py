@@ -6,7 +6,7 @@ batches are the same for every world size that divides the batch, and resuming i
 
 Block mode reads remote shards nearly in sequence: the shards are permuted, their samples are cut
 into C equal streams, each stream is shuffled in blocks of K shards, and every batch takes B/C
-samples from each stream. The tail of fewer than B samples is dropped, another one each epoch.
+samples from each stream. The tail of fewer than B samples is dropped, a different one each epoch.
 """
 
 from collections.abc import Sequence
@@ -72,6 +72,7 @@ class EpochOrder:
         first_position = np.cumsum(sizes) - sizes
         self._shard_first = first_position[self._shard_order]
         self._virtual_ends = np.cumsum(sizes[self._shard_order])
+        # virtual positions count samples in the permuted order of the shards, which cuts split
         self._cuts = np.arange(plan.streams + 1, dtype=np.int64) * plan.samples // plan.streams
         self._block_ends = [self._stream_blocks(c) for c in range(plan.streams)]
         self._blocks: dict[int, tuple[int, np.ndarray]] = {}
@@ -87,10 +88,11 @@ class EpochOrder:
         return np.concatenate([self._stream_items(c, step * share, share) for c in streams])
 
     def shards_ahead(self, step: int, ranks: Sequence[int], world_size: int) -> list[int]:
-        """Return the shards that the next batches of some ranks draw from, most urgent first.
+        """List the shards that the next batches of some ranks draw from, for the cache to fetch.
 
-        These are, for each of the ranks' streams, the shards of the blocks that batch `step` draws
-        from, and then those of the block after them. Everything at once has no blocks: all shards.
+        Most urgent first: for each of the ranks' streams, the shards of the blocks that batch
+        `step` draws from, and then those of the block after them. Everything at once has no blocks:
+        all shards.
         """
         plan = self.plan
         if plan.block_shards == 0:
@@ -99,6 +101,7 @@ class EpochOrder:
         slots = plan.batch_size // world_size
         streams: set[int] = set()
         for rank in ranks:
+            # slots of a batch go to the streams in runs of `share`, to the ranks in runs of `slots`
             streams.update(range(rank * slots // share, ((rank + 1) * slots - 1) // share + 1))
         now: list[int] = []
         later: list[int] = []
@@ -123,12 +126,14 @@ class EpochOrder:
         return numpy_generator(self.plan.seed, "order", self.epoch, *purpose)
 
     def _stream_blocks(self, stream: int) -> np.ndarray:
-        """Return the virtual positions at which the blocks of a stream end, ascending."""
+        """Find the virtual positions at which the blocks of a stream end, ascending."""
         low, high = self._cuts[stream], self._cuts[stream + 1]
         inside = self._virtual_ends[(self._virtual_ends > low) & (self._virtual_ends < high)]
+        # a piece is what a stream has of one shard; its first and last shard may be shared
         piece_ends = np.append(inside, high)
         # streams with equal first blocks would all need their next shards at the same step
         first = int(self._generator("stagger", stream).integers(self.plan.block_shards))
+        # unique: the last end may be `high` already, and shards without samples repeat an end
         return np.unique(np.append(piece_ends[first :: self.plan.block_shards], high))
 
     def _stream_items(self, stream: int, start: int, count: int) -> np.ndarray:
@@ -153,9 +158,11 @@ class EpochOrder:
             return cached[1]
         virtual = np.arange(low, high, dtype=np.int64)
         shard = np.searchsorted(self._virtual_ends, virtual, side="right")
+        # `where` discards the last shard's end, which index -1 finds for the first shard
         shard_low = np.where(shard > 0, self._virtual_ends[shard - 1], 0)
         positions = self._shard_first[shard] + virtual - shard_low
         order = self._generator("block", stream, block).permutation(positions)
+        # one block per stream, because steps are read in rising order
         self._blocks[stream] = (block, order)
         return order
 

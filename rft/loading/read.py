@@ -1,7 +1,7 @@
 """Batches read ahead by loader processes, into memory that they share with the training process.
 
 Loader processes keep no state: item t is this rank's part of global batch t. They write its images
-to their place in shared memory, so that no batch is copied from process to process.
+to their slot in shared memory, so that no batch is copied from process to process.
 """
 
 import math
@@ -42,6 +42,7 @@ def read_batches(
     """
     # at least two, so that a batch is never written over the one before it
     slots = Slots(batches, workers * BATCHES_AHEAD + 2)
+    # without a batch to read, as for a rank with no part of a small set, no process is started
     if workers == 0 or len(numbers) == 0:
         found: Iterator[_Item | ValueError] = map(slots.__getitem__, numbers)
     else:
@@ -93,8 +94,8 @@ def _start_loader(_: int) -> None:
 def _follow_trainer() -> None:
     """End this loader process at a SIGTERM from the training process, or when that has ended.
 
-    Signals of others pass it by (rft/loading/forkserver.py). torch alone would have it watch the
-    process that forked it, which lives as long as it does.
+    Signals from other processes are ignored (rft/loading/forkserver.py). torch alone would have it
+    watch the process that forked it, which lives as long as it does.
     """
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "a loader process has a training process"
@@ -105,6 +106,7 @@ def _follow_trainer() -> None:
             signalled = signal.sigtimedwait({signal.SIGTERM}, SECONDS_ALONE)
             if signalled is not None and signalled.si_pid == trainer.pid:
                 break
+        # from a thread, sys.exit would end the thread alone
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -119,7 +121,7 @@ class _Item(NamedTuple):
 
 
 class Slots(Dataset[_Item | ValueError]):
-    """Places for some batches of images, in memory that loader processes share; item t fills one.
+    """Space for some batches of images, in memory that loader processes share; item t fills a slot.
 
     Batch t goes to slot t modulo their number. Reused memory is many times faster than fresh: the
     system has to clear every page that it gives out. The memory has no name and is no part of
@@ -134,6 +136,7 @@ class Slots(Dataset[_Item | ValueError]):
         else:
             with tempfile.TemporaryFile() as file:
                 self._descriptor = os.dup(file.fileno())
+        # 8 bytes for the mark of each slot
         os.ftruncate(self._descriptor, 8 * count + math.prod(self._shape))
         self._attach()
         self._marks_S.fill_(-1)
@@ -148,12 +151,15 @@ class Slots(Dataset[_Item | ValueError]):
         self._attach()
 
     def _attach(self) -> None:
+        # shared by default, so that all processes see the same pages
         memory = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.uint8)
         marks = 8 * self._shape[0]
+        # marks first: torch views bytes as int64 only at a multiple of 8
         self._marks_S = memory[:marks].view(torch.int64)  # the number of each slot's batch
         self._images_SBCHW = memory[marks:].view(self._shape)
 
     def __del__(self) -> None:
+        # the mapping stays valid: mmap keeps a descriptor of its own
         os.close(self._descriptor)
 
     def __getitem__(self, index: int) -> _Item | ValueError:
@@ -164,17 +170,19 @@ class Slots(Dataset[_Item | ValueError]):
         except ValueError as error:
             # as a value: a loader process would raise it again as a whole traceback in one string
             return error
+        # after the images: the trainer counts marks to see how many batches are ready
         self._marks_S[index % self._shape[0]] = index
         return _Item(batch.labels_B.numpy(), batch.samples_B.numpy(), batch.reading)
 
     def images(self, number: int) -> Tensor:
-        """Return the place for the images of batch `number`."""
+        """Find the slot for the images of batch `number`."""
         return self._images_SBCHW[number % self._shape[0]]
 
     def batch(self, number: int, item: _Item, device: torch.device) -> Batch:
-        """Return batch `number` on a device."""
+        """Bring batch `number` from its slot to a device."""
         images_BCHW = to_device(self.images(number)[: len(item.labels_B)], device)
         labels_B = to_device(torch.from_numpy(item.labels_B), device)
+        # slots of batches that were taken keep their smaller numbers
         ready = int((self._marks_S > number).sum())
         return Batch(images_BCHW, labels_B, torch.from_numpy(item.samples_B), item.reading, ready)
 

@@ -55,6 +55,7 @@ def main() -> None:
         )
     if plan.batch_size % arguments.world_size:
         raise ValueError(f"--world-size must divide the batch of {plan.batch_size}")
+    # the order counts positions among the training samples, without those held out
     batch = samples[EpochOrder(plan, arguments.epoch).batch(arguments.step)]
     number = arguments.epoch * plan.steps_per_epoch + arguments.step
     table = Table("slot", "rank", "id", "class", "shard", "offset", box=None)

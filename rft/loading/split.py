@@ -10,7 +10,7 @@ import numpy as np
 def held_out_split(
     keys: np.ndarray, labels: np.ndarray, held_out: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sorted sample numbers of the training and the held-out part.
+    """Split a set into training and held-out samples: the sorted numbers of both.
 
     Keys and labels are (N,); the classes share the images that are held out by their sizes.
 
@@ -30,6 +30,7 @@ def held_out_split(
     # here, because importing sklearn takes a second that no other command needs to spend
     from sklearn.model_selection import train_test_split
 
+    # the last key counts first: by class, then by name
     canonical = np.lexsort((keys, labels))
     train, held = train_test_split(
         np.arange(samples),
@@ -37,4 +38,5 @@ def held_out_split(
         random_state=seed,
         stratify=labels[canonical],
     )
+    # sorted as the set is stored: `PackedDataset.shard_sizes` requires it
     return np.sort(canonical[train]), np.sort(canonical[held])

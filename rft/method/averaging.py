@@ -77,6 +77,7 @@ def greedy_soup(
         state = load(model)
         # the best one is its own soup, and its score is known
         score = score_of(soup.mean(state)) if steps else scores[model]
+        # the first model beats -infinity, so a soup has at least one
         steps.append(Trial(model, score, kept=score > best))
         if steps[-1].kept:
             soup.add(state)
@@ -102,6 +103,7 @@ class Sum:
         if self.count == 0:
             # shapes and types without the bytes
             self._like = {name: torch.empty_like(v, device="meta") for name, v in state.items()}
+            # copy: of an fp64 model, `to` alone returns its own tensors, which are added to below
             self._total = {name: v.to(torch.float64, copy=True) for name, v in state.items()}
         else:
             require_alike(self._like, state)
@@ -141,6 +143,7 @@ def require_alike(first: State, second: State) -> None:
         if value.shape != other.shape:
             shapes = f"{tuple(value.shape)} and {tuple(other.shape)}"
             raise ValueError(f"the models are not alike: {name!r} has shapes {shapes}")
+        # a sum takes the first model's types, so a mean would depend on the order
         if value.dtype != other.dtype:
             types = f"{value.dtype} and {other.dtype}"
             raise ValueError(f"the models are not alike: {name!r} has types {types}")

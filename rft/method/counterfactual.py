@@ -51,7 +51,7 @@ class Draws(NamedTuple):
     """Patches that every image keeps, where that is the same number and the others are dropped."""
 
     def copied(self, copy: Callable[[Tensor], Tensor]) -> "Draws":
-        """Return the draws with a copy of each tensor, for example on a GPU."""
+        """Copy every tensor, for example to a GPU."""
         mask_BP = None if self.mask_BP is None else copy(self.mask_BP)
         return Draws(mask_BP, copy(self.source_BP), copy(self.own_B1), self.kept)
 
@@ -66,8 +66,10 @@ def draw(method: MethodConfig, own: range, patches: int, pool: int, address: Ste
     mask_BP, kept = None, None
     match method.mask:
         case "random":
+            # an address of its own, so that masks do not depend on the numbers that a fill draws
             make = masking.fixed_count_mask if method.fixed_count else masking.bernoulli_mask
             mask_BP = make((pool, patches), method.rate, address.generator("mask"))[rows]
+            # known without the masks: the length of token lists is not read from the device
             if method.drops and method.fixed_count:
                 kept = masking.kept_patches(patches, method.rate)
         case "object" | "context":
@@ -78,6 +80,7 @@ def draw(method: MethodConfig, own: range, patches: int, pool: int, address: Ste
             assert_never(method.mask)
     match method.fill:
         case "none":
+            # one number for all images and patches; `torch.where` expands it
             source_BP = torch.tensor([[refill.DROP]])
         case "multi":
             source_BP = refill.multi_sources(pool, patches, address.generator("fill"))[rows]

@@ -34,6 +34,8 @@ def knowledge_distillation(student_BK: Tensor, teacher_BK: Tensor, temperature: 
     Hinton et al. 2015, as the released code has it; the paper's eq. 3 writes the arguments the
     other way round.
     """
+    # T^2 undoes the 1 / T^2 of a softened gradient, so that the weight fits any T
+    # batchmean, because "mean" divides by the number of classes too
     student_BK = (student_BK.float() / temperature).log_softmax(dim=1)
     teacher_BK = (teacher_BK.float() / temperature).log_softmax(dim=1)
     return temperature**2 * F.kl_div(student_BK, teacher_BK, reduction="batchmean", log_target=True)

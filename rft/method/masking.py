@@ -29,10 +29,12 @@ def fixed_count_mask(shape_BP: Sequence[int], rate: float, generator: torch.Gene
 
     The released code does this where masked patches are dropped, as MAE does.
     """
+    # argsort of the argsort is each patch's rank in its image's random order
     rank_BP = torch.rand(shape_BP, generator=generator).argsort(dim=1).argsort(dim=1)
     return rank_BP >= kept_patches(shape_BP[1], rate)
 
 
 def kept_patches(patches: int, rate: float) -> int:
     """Return how many of `patches` a mask of fixed count keeps."""
+    # rounded down, as the int(L * (1 - mask_ratio)) of MAE
     return int(patches * (1 - rate))

@@ -55,5 +55,7 @@ def apply_donors(patches_ZPV: Tensor, donor_BP: Tensor, own_B1: Tensor) -> Tenso
 
     Dropped patches keep their own pixels: attention must leave them out (`donor_BP != DROP`).
     """
+    # as an index, DROP would mean the last image of the pool
     source_BP = torch.where(donor_BP == DROP, own_B1, donor_BP)
+    # patch p of the result is patch p of its source
     return patches_ZPV[source_BP, torch.arange(donor_BP.shape[1], device=donor_BP.device)]

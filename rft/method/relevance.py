@@ -38,8 +38,10 @@ def label_relevance(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) ->
         taps: the layers, first to last.
     """
     heads, last = taps[-1]
+    # the last layer may be tapped at its map (B, N, 1, L), others at their outputs (B, N, L, S)
     tokens = last.shape[-1] if heads() is None else last.shape[-2]
     row_BL = torch.zeros(len(last), tokens, device=last.device)
+    # the class token's row of the identity, R_0
     row_BL[:, 0] = 1
 
     def consume(heads: Callable[[], Heads | None], watched: Tensor, gradient: Tensor) -> None:
@@ -47,6 +49,7 @@ def label_relevance(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) ->
 
     hooks = [watched.register_hook(partial(consume, heads, watched)) for heads, watched in taps]
     try:
+        # on its way to the first layer the gradient meets every layer's hook, from last to first
         _gradient(logits_BK, labels_B, taps[0][1])
     finally:
         # the loss goes backward through the same layers
@@ -71,6 +74,7 @@ def propagate(row_BL: Tensor, tap: Tap, gradient: Tensor) -> None:
             part = slice(first, first + images)
             some = None if heads is None else (heads[0][part], heads[1][part], heads[2][part])
             attention_BQL = layer_relevance(some, watched[part], gradient[part])
+            # at the last layer the row is 0 but for the class token, so its one query is enough
             row_B1Q = row_BL[part, None, :queries]
             row_BL[part] += (row_B1Q @ attention_BQL)[:, 0]
 
@@ -92,6 +96,7 @@ def map_and_gradient(
         return watched.float(), gradient.float()
     query, key, value = (part.detach().float() for part in heads)
     scale = query.shape[-1] ** -0.5
+    # in place: each copy of a map may take MAP_BYTES
     probabilities_BNQL = (query @ key.transpose(-2, -1)).mul_(scale).softmax(dim=-1)
     return probabilities_BNQL, gradient.float() @ value.transpose(-2, -1)
 
@@ -108,6 +113,7 @@ def grad_cam(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor
     heads, watched = taps[-1]
     gradient = _gradient(logits_BK, labels_B, watched)
     with torch.no_grad(), torch.autocast(logits_BK.device.type, enabled=False):
+        # query 0 is the class token's in every case; its attention to itself, key 0, is no patch
         maps = map_and_gradient(heads(), watched, gradient)
         probabilities_BNP, gradient_BNP = (of_class[:, :, 0, 1:] for of_class in maps)
         weight_BN1 = gradient_BNP.mean(dim=-1, keepdim=True)

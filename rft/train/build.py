@@ -44,6 +44,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     pretrained = load_clip(config.model)
     # one image now, so that shards of the wrong size stop the run here and not inside it
     packed.image(int(samples[0]), pretrained.architecture.image_size)
+    # before the head is made: embedding ImageNet's prompts takes an hour on one CPU thread
     pretrained.model.to(device)
     head = zero_shot_head(pretrained, packed.manifest.classes, packed.manifest.templates)
     teacher = Classifier(pretrained.model.visual, head, pretrained.architecture)
@@ -85,7 +86,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
 
 
 def start_seen(config: Config) -> frozenset[TrainedOn]:
-    """Return what the weights of --model.start were trained on."""
+    """Name the sets that --model.start was trained on: the new weights have seen them as well."""
     if not config.model.start:
         return frozenset()
     path = Path(config.model.start)
@@ -93,13 +94,14 @@ def start_seen(config: Config) -> frozenset[TrainedOn]:
 
 
 def starting_student(config: Config, pretrained: Classifier, classes: Classes) -> Classifier:
-    """Return the model that learns, as it starts; raises what `load_alike` does.
+    """Make the model that learns, as it starts; raises what `load_alike` does.
 
     `classes` are those of the training set.
     """
     student = copy.deepcopy(pretrained)
     if config.model.head == "random":
         bound = student.head.in_features**-0.5  # torch's own for a linear layer
+        # by address, so that every rank begins with the same head
         draw = rng.torch_generator(config.seed, "head")
         weight_KE = torch.rand(student.head.weight.shape, generator=draw) * 2 * bound - bound
         with torch.no_grad():
@@ -112,7 +114,7 @@ def starting_student(config: Config, pretrained: Classifier, classes: Classes) -
 
 
 def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> Classifier | None:
-    """Return WiSE-KD's teacher, None for a method without one; raises what `load_alike` does."""
+    """Load WiSE-KD's teacher, None for a method without one; raises what `load_alike` does."""
     if config.method.kd_weight == 0:
         return None
     teacher = copy.deepcopy(pretrained)
@@ -141,6 +143,7 @@ def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> N
     ):
         log.warning(warning)
     try:
+        # not left to load_state_dict, whose RuntimeError would read as a bug of rft
         require_alike(model.state_dict(), state)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -148,7 +151,7 @@ def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> N
 
 
 def inputs_fingerprint(config: Config) -> dict[str, str]:
-    """Return the hashes of the runs' weights that a run builds on."""
+    """Hash the weights of the runs that a run builds on: replaced ones make it a different run."""
     paths = {"start": config.model.start, "kd_teacher": config.method.kd_teacher}
     return {
         f"{name}_sha256": files.sha256_file(checkpoint_path(Path(path)))
@@ -158,11 +161,14 @@ def inputs_fingerprint(config: Config) -> dict[str, str]:
 
 
 def tower_sha256(model: Classifier) -> str:
-    """Return the hash of the image tower's weights, whatever file or name they came from.
+    """Hash the weights of the pre-trained image tower: a resumed run must start from the same ones.
+
+    The hash does not depend on the file or name that they came from.
 
     The head is left out: text embeddings may differ in their last bits from device to device.
     """
     digest = hashlib.sha256()
+    # sorted by name: the hash is the same whatever order a tower registers its weights in
     for name, value in sorted(model.visual.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())

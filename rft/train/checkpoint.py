@@ -7,7 +7,7 @@ before the file gets its name: a file whose record does not fit is damaged, and 
 used. A record vouches for bytes that were damaged by chance. It has the same writer as the
 file, so the content is compared with the run that resumes before anything of it is used.
 
-They are written by a thread of their own from a copy in memory, so that training goes on meanwhile.
+They are written by a thread of their own from a copy in memory: training continues meanwhile.
 """
 
 import errno
@@ -32,6 +32,7 @@ from rft.storage import documents, files, local
 from rft.storage.documents import Count, Sha256, document
 from rft.text import printable
 
+# [0-9], because \d takes digits of every script; 16 of them hold the largest step, 2**53
 FILE_NAME = re.compile(r"step-([0-9]{8,16})\.pt")
 MOST_CHANGED = 5  # differences from another run that an error names
 
@@ -43,6 +44,7 @@ class Progress:
     """How far a run is and which of its models is the best so far."""
 
     step: Count = 0
+    # both -1 until a model is selected
     best_step: Step = -1
     best_correct: Step = -1
 
@@ -53,7 +55,7 @@ class Progress:
             raise ValueError("best_step and best_correct must be there together")
 
     def selecting(self, correct: int) -> "Progress":
-        """Return the progress after a held-out count: strictly the best so far is selected."""
+        """Note a held-out count: the model is selected if the count is strictly the best so far."""
         if correct <= self.best_correct:
             return self
         return replace(self, best_step=self.step, best_correct=correct)
@@ -75,12 +77,12 @@ class Record:
 
 
 def file_name(step: int) -> str:
-    """Return the name of the checkpoint after `step`."""
+    """Name the checkpoint after `step`; padded, so that a listing is in the order of the steps."""
     return f"step-{step:08d}.pt"
 
 
 def record_name(step: int) -> str:
-    """Return the name of its record."""
+    """Name the record of that checkpoint, which lies beside it."""
     return f"step-{step:08d}.json"
 
 
@@ -98,7 +100,7 @@ class Store:
         """Write the checkpoint of `content`, then delete those that are not needed any more.
 
         Raises:
-            OSError: if it cannot be written; those before it are whole.
+            OSError: if it cannot be written; those before it are intact.
         """
         progress = content["progress"]
         step, url = progress["step"], files.join(self.url, file_name(progress["step"]))
@@ -125,26 +127,29 @@ class Store:
         return record
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoint files that are there, ascending."""
+        """List the steps whose checkpoint files exist, intact or not, ascending."""
         found = map(FILE_NAME.fullmatch, files.names(self.url))
         steps = {match[0]: int(match[1]) for match in found if match}
+        # with more zeros than ours it would be a second name of one step
         return sorted(step for name, step in steps.items() if name == file_name(step))
 
     def newest_whole(self) -> Record | None:
-        """Return the newest checkpoint that is as it was written; None if there is none at all.
+        """Find the checkpoint to resume from, the newest that is as it was written, if any.
 
-        Damaged ones behind it are told of and renamed.
+        Newer ones, which are damaged, are renamed with a warning.
 
         Raises:
             ValueError: if there are checkpoints and all of them are damaged, or if one cannot be
-                read, which says nothing of it.
+                read now, which does not make it a damaged one.
             OSError: if the store does not answer, or the new name of a damaged one is a folder's.
         """
+        # safe, because the caller holds the lock of the run folder: nothing else writes here
         files.sweep(self.url)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             damage = self.damage(step)
             if not damage:
+                # not before a good one is found: if all are damaged, none may lose its name
                 for later, what in damaged.items():
                     url = files.join(self.url, file_name(later))
                     files.rename(url, f"{file_name(later)}.damaged")
@@ -161,7 +166,7 @@ class Store:
         return None
 
     def damage(self, step: int) -> str:
-        """Return what is wrong with a checkpoint; empty if it is as it was written.
+        """Compare a checkpoint with its record: what is wrong, empty if it is as it was written.
 
         Raises:
             ValueError: if it cannot be read.
@@ -169,6 +174,7 @@ class Store:
         if record_name(step) not in files.names(self.url):
             return "its record is missing"
         url = files.join(self.url, record_name(step))
+        # outside the try: a record that cannot be read now is not a damaged one
         data = files.read_bytes(url, RECORD_BYTES)
         try:
             record = documents.decode(data, Record, url)
@@ -180,6 +186,7 @@ class Store:
             with files.local_copy(files.join(self.url, file_name(step))) as path:
                 size, digest = path.stat().st_size, files.sha256_file(path)
         except OSError as error:
+            # the disk lost the bytes; other errors, as of a missing permission, say nothing of them
             if error.errno != errno.EIO:
                 raise
             return files.reason(error)
@@ -204,6 +211,7 @@ class Store:
         except ValueError:
             return  # it is not known what they need
         for step in set(steps) - kept:
+            # the file first: without its record it would count as damaged
             files.remove(files.join(self.url, file_name(step)))
             files.remove(files.join(self.url, record_name(step)))
 
@@ -218,7 +226,7 @@ def save(content: dict[str, Any], path: Path) -> None:
         with local.writer(path) as stream:
             torch.save(content, stream)
     except RuntimeError as error:
-        # torch's writer speaks of positions in the file, what the system said is behind it
+        # torch's writer names positions in the file; the system's error is the context of its own
         cause = error.__context__
         raise (cause if isinstance(cause, OSError) else OSError(str(error))) from error
 
@@ -251,7 +259,7 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint that was written last could not be; `wait` tells why."""
+        """Whether the checkpoint that was written last could not be; `wait` raises why."""
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
@@ -262,6 +270,7 @@ class Writer:
             OSError: if it could not be.
         """
         if self._pending is not None:
+            # forgotten first, so that one failure is raised once
             pending, self._pending = self._pending, None
             pending.result()
 
@@ -269,12 +278,14 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # waits: a checkpoint that is under way is finished, even if training failed meanwhile
         self._thread.shutdown()
 
 
 def to_cpu(value: Any) -> Any:
-    """Return a copy of nested dicts, lists and tensors whose tensors are on the CPU."""
+    """Copy nested dicts, lists and tensors to the CPU, where the next step does not change them."""
     if isinstance(value, Tensor):
+        # copy: on a CPU, `to` alone returns the tensor itself, which the next step changes
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: to_cpu(part) for key, part in value.items()}
@@ -290,14 +301,14 @@ def content(
     must_agree: dict[str, Any],
     donor_pool: int,
 ) -> dict[str, Any]:
-    """Return what a checkpoint holds; its tensors are those in use.
+    """Collect what a checkpoint holds; its tensors are those in use, to be copied.
 
     Args:
         student: the model that learns.
         optimizer: its optimizer.
         progress: how far it is.
-        must_agree: what the job that goes on from here must have the same of.
-        donor_pool: images that a fill chose from; another number of ranks may change it.
+        must_agree: what the job that resumes here must have the same of.
+        donor_pool: images that a fill chose from; a different number of ranks may change it.
     """
     return {
         "model": student.state_dict(),
@@ -339,12 +350,13 @@ class Own:
     """The largest count that can select a model."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return a tensor of the shape and type of each that a checkpoint has, by name."""
+        """Name all tensors of a checkpoint of this run, each with one of its shape and type."""
         own = {f"model.{name}": value for name, value in self.student.state_dict().items()}
         groups = self.optimizer.param_groups
         parameters = (parameter for group in groups for parameter in group["params"])
         for number, parameter in enumerate(parameters):
             place = f"optimizer.{number}"
+            # fused AdamW counts steps in fp32 tensors without dimensions, one for each parameter
             own[f"{place}.step"] = torch.zeros(())
             own[f"{place}.exp_avg"] = own[f"{place}.exp_avg_sq"] = parameter
         return own
@@ -376,6 +388,7 @@ def load(store: Store, record: Record, own: Own) -> Saved:
             if not (changed := files.difference(content.must_agree, own.must_agree)):
                 return _fitting(content, path.stat().st_size, record, own)
         except unpickle.DAMAGE as error:
+            # `path` may be a temporary copy, and `unpickle.read` begins its messages with it
             lines = str(error).removeprefix(f"{path} is ").splitlines() or [type(error).__name__]
             why = printable(lines[0], unpickle.SHOWN)
             raise ValueError(
@@ -401,7 +414,7 @@ def _read(path: Path) -> Content:
 
 
 def _fitting(content: Content, size: int, record: Record, own: Own) -> Saved:
-    """Return what a checkpoint file of `size` bytes holds, if this run could have written it."""
+    """Accept the content of a file of `size` bytes only if this run could have written it."""
     progress = Progress(**content.progress)
     if (progress.step, progress.best_step) != (record.step, record.best_step):
         raise ValueError("its record names another step or best_step")
@@ -433,7 +446,7 @@ def _fitting(content: Content, size: int, record: Record, own: Own) -> Saved:
 def _tensors(
     model: dict[str, Any], state: dict[int, dict[str, Any]], size: int, own: Own, step: int
 ) -> dict[str, Tensor]:
-    """Return the tensors of model and optimizer by the names of `Own.tensors`."""
+    """Read the tensors of model and optimizer, checked against those of `Own.tensors`."""
     found = {f"model.{name}": value for name, value in model.items()}
     for number, entry in state.items():
         found |= {f"optimizer.{number}.{name}": value for name, value in entry.items()}
@@ -442,6 +455,7 @@ def _tensors(
         stored = found.get(name)
         if name not in wanted or not isinstance(stored, unpickle.StoredTensor):
             raise ValueError(f"{name} is {'no tensor' if name in wanted else 'not of this model'}")
+        # before any tensor is read, so that a wrong size costs no memory
         if stored.size != tuple(wanted[name].shape):
             raise ValueError(f"{name} is {stored.size}, not {tuple(wanted[name].shape)}")
     tensors = unpickle.load_tensors(found, size)
@@ -457,6 +471,7 @@ def _in_range(name: str, tensor: Tensor, step: int) -> bool:
     if name.startswith("model.") or name.endswith(".exp_avg"):
         return bool(tensor.isfinite().all())
     if name.endswith(".step"):
+        # not 0: AdamW makes its state in the first step that it takes
         return 1 <= float(tensor) <= step
     return bool((tensor >= 0).all())  # squares may be too large for a float, and then are infinite
 
@@ -474,6 +489,7 @@ def resume(store: Store, world: World, own: Own, donor_pool: int) -> Progress:
         ValueError: if it was made by another run, on other data or in another sample order, or
             is not what a run writes; student and optimizer are as they were.
     """
+    # one rank looks, because looking hashes each file and renames damaged ones
     record = dist.from_main(world, dist.on_main(world, store.newest_whole))
     if record is None:
         return Progress()

@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> Config:
 
 
 def parse_command(arguments: list[str], ranks: int = 1) -> Command:
-    """Return what a command line says; `ranks` processes will share a batch.
+    """Turn a command line into a configuration; `ranks` processes will share a batch.
 
     With `--scale small` the size of the set is read from it.
 
@@ -77,6 +77,7 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
     options = arguments[1:] if named else arguments
     # recipe, scale and preset decide the defaults that the whole line is then parsed over
     wants_help = bool({"-h", "--help"} & set(options))
+    # without --data the miniature is trained; --help shows the defaults of ImageNet all the same
     papers = wants_help or bool(_value_of(options, "--data"))
     scale = _value_of(options, "--scale") or ("paper" if papers else SMALL)
     preset = _value_of(options, "--preset") or "paper"
@@ -109,13 +110,14 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
 
 
 def _named(options: list[str], names: Sequence[str]) -> set[str]:
-    """Return which of the names (`group.name`) a command line gives, in any spelling of tyro's."""
+    """Find the options (`group.name`) that a command line gives, in any spelling of tyro's."""
+    # tyro takes --loader.batch-size and --loader.batch_size; both become __loader.batch_size
     words = {word.partition("=")[0].replace("-", "_") for word in options if word[:2] == "--"}
     return {name for name in names if f"__{name}" in words}
 
 
 def _value_of(options: list[str], name: str) -> str:
-    """Return the value of one option before the whole line can be parsed, or an empty string."""
+    """Look up one option before the line can be parsed as a whole; empty if it is not given."""
     value = ""
     for option, following in itertools.pairwise([*options, ""]):
         if option == name:
@@ -127,6 +129,7 @@ def _value_of(options: list[str], name: str) -> str:
 
 def use_embedded_world(config: Config, world: World) -> Config:
     """Make the miniature world where it is missing and point the run at it."""
+    # here, because no other run needs it; the one import of a room above (docs/architecture.md)
     from rft.demo import miniature
 
     run = config.run or f"runs/miniature-{config.recipe}-seed{config.seed}"
@@ -162,9 +165,11 @@ def main() -> None:
     world = dist.world_from_env()
     command = parse_command(sys.argv[1:], world.size)
     config = command.config
+    # called for its error: whether these ranks can share the batch, before any data is read
     config.micro_batch(world.size)
     if not config.data:
         config = use_embedded_world(config, world)
+    # before a device is looked for: a finished run is reported on a machine without a GPU too
     if done := finished(config):
         tell_finished(config, done, world)
         return
@@ -177,9 +182,10 @@ def main() -> None:
     if world.size == 1 or command.dry_run:
         check_identity(config)
     if config.precision == "tf32":
+        # torch's name for TF32 in matrix products
         torch.set_float32_matmul_precision("high")
     with StopRequest(config.cluster.stop_file) as request:
-        # before the ranks join, so that a mistake that all of them see is told once
+        # before the ranks join, so that a mistake that all of them see is printed once
         job = prepare(config, world, device)
         if command.dry_run:
             if world.is_main:

@@ -1,7 +1,7 @@
 """`--dry-run`: what a run would be, before anything is written or started.
 
 Sizes of weights, data and checkpoints are exact. The memory of activations is measured on this
-machine: what autograd really keeps for one image and for two, on the real model, tells what it
+machine: what autograd really keeps for one image and for two, on the real model, gives what it
 keeps for any number. Temporary tensors and the GPU's own context come on top.
 """
 
@@ -48,7 +48,7 @@ class Kept:
     image: float
 
     def bytes(self, images: int) -> float:
-        """Return what it keeps for so many images."""
+        """Extrapolate to so many images."""
         return self.fixed + images * self.image
 
 
@@ -66,15 +66,17 @@ class Memory:
     """One layer's attention maps of an image, fp32; 0 without a CAM."""
 
     def total(self, images: int, ranks: int) -> float:
-        """Return all of it, for so many images forwarded at once."""
+        """Add it all up, for so many images forwarded at once."""
+        # gradient and both moments of AdamW
         copies = 3 if ranks == 1 else 4  # data parallelism exchanges a copy of the gradient
         cam = MAPS * min(images * self.map_image, MAP_BYTES)
+        # the larger of the two, because a step never has both graphs alive
         graph = max(self.clean.bytes(images) + cam, self.counterfactual.bytes(images))
         return self.weights + self.teachers + copies * self.trained + graph
 
 
 def estimate(job: Job, arguments: Sequence[str], why: str = "") -> str:
-    """Return what a job would be, as text: configuration, data, steps, memory, I/O, next command.
+    """Describe what a job would be: configuration, data, steps, memory, I/O, next command.
 
     `arguments` are those of the command line without `--dry-run`; `why` is the reason for the
     precision, where `auto` chose it.
@@ -109,7 +111,7 @@ def estimate(job: Job, arguments: Sequence[str], why: str = "") -> str:
 def configuration(
     config: Config, why: str = "", by_size: Mapping[str, int] | None = None
 ) -> list[str]:
-    """Return one line for each field, those marked that differ from the recipe's default.
+    """List the configuration by field, with a mark where it differs from the recipe's default.
 
     A precision that `auto` chose is none of them; `why` stands behind it. `by_size` are the
     defaults that follow from the size of the set.
@@ -143,7 +145,7 @@ def _shown(value: Any) -> str:
 
 
 def steps(config: Config, plan: Plan, total: int) -> list[str]:
-    """Return how many optimizer steps there are, and how many are done."""
+    """Count the optimizer steps of the run, and those that are done; warn of a bad schedule."""
     lines = [
         f"{plan.steps_per_epoch:,} an epoch, {total:,} in {config.optim.epochs} epochs of "
         f"global batch {plan.batch_size:,}"
@@ -157,7 +159,7 @@ def steps(config: Config, plan: Plan, total: int) -> list[str]:
 
 
 def memory_table(config: Config, own: int, memory: Memory) -> list[str]:
-    """Return the memory for this run's number of ranks and others that can share its batch."""
+    """Tabulate the memory of a rank, for this run's number of ranks and other possible ones."""
     parts = {
         "student": memory.weights,
         "teachers": memory.teachers,
@@ -180,8 +182,9 @@ def memory_table(config: Config, own: int, memory: Memory) -> list[str]:
 
 
 def possible_ranks(config: Config, own: int) -> list[int]:
-    """Return this run's number of ranks and others that can share its batch, rising."""
+    """List the numbers of ranks that can share the batch, this run's among them, rising."""
     found = {own}
+    # where one power of two cannot share the batch, no larger one can
     with contextlib.suppress(ValueError):
         for ranks in RANKS:
             config.micro_batch(ranks)
@@ -190,7 +193,7 @@ def possible_ranks(config: Config, own: int) -> list[int]:
 
 
 def traffic(job: Job) -> list[str]:
-    """Return what is read and written."""
+    """Estimate what the run reads per epoch and second, and what it writes."""
     config, plan, packed = job.config, job.batches.plan, job.batches.packed
     image = float(np.mean(packed.index.length[job.batches.samples]))
     epoch = plan.steps_per_epoch * plan.batch_size
@@ -221,12 +224,12 @@ def traffic(job: Job) -> list[str]:
 
 
 def checkpoint_steps(total: int, epoch: int, between: int) -> set[int]:
-    """Return the steps after which a checkpoint is written if nothing stops the run."""
+    """List the steps after which a checkpoint is written if nothing stops the run."""
     return {*range(epoch, total + 1, epoch), *range(between, total + 1, between)}
 
 
 def measure(job: Job) -> Memory:
-    """Return the memory of a rank: weights by size, activations by running both graphs."""
+    """Measure the memory of a rank: weights by size, activations by running both graphs."""
     objective, method = job.objective, job.config.method
     teachers = (objective.teacher, objective.ensemble)
     one, two = (graph_bytes(job, images) for images in (1, 2))
@@ -248,7 +251,7 @@ def measure(job: Job) -> Memory:
 
 
 def graph_bytes(job: Job, images: int) -> tuple[int, int]:
-    """Return what the clean and the counterfactual graph of a step keep for so many images.
+    """Measure what the clean and the counterfactual graph of a step keep for so many images.
 
     The student's gradients and weights stay as they are.
     """
@@ -268,6 +271,7 @@ def graph_bytes(job: Job, images: int) -> tuple[int, int]:
     draws = None
     if method.masks:
         patches = (batches.image_size // job.student.patch_side) ** 2
+        # any address: a graph depends on the draws only where random masks drop unequal numbers
         address = StepAddress(job.config.seed, 0, 0, 0)
         draws = draw(method, range(images), patches, len(pool_ZCHW), address)
         draws = draws.copied(partial(to_device, device=job.device))
@@ -294,6 +298,7 @@ def kept_bytes(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
+            # what is returned keeps the storage alive, so that no other tensor gets its address
             kept[storage.data_ptr()] = storage.nbytes()
         # the tensor itself would hold its own graph for ever
         return tensor.detach()
@@ -313,5 +318,5 @@ def _bytes(module: nn.Module, *, trained: bool = False) -> int:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as a person reads it."""
+    """Format a number of bytes in kB, MB or GB."""
     return decimal(round(count))

@@ -1,4 +1,4 @@
-"""A run from its lock to its last file: train, leave a finished run folder, say what comes next."""
+"""A run from its lock to its last file: train, finish the run folder, print the next command."""
 
 import logging
 from dataclasses import asdict
@@ -56,7 +56,9 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
                 inputs=inputs_fingerprint(config),
                 weights_sha256=weights_record(run.path),
             )
+            # a second look, because a gallery takes a while
             run.require_there()
+            # last: with this file the run counts as complete
             files.write_json(str(run.path / filenames.TRAINING), asdict(record))
             log.info(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
             # with the finished other seeds beside it
@@ -72,17 +74,19 @@ def write_run_gallery(job: Job) -> None:
     shown = one_of_each_class(packed.index.label, job.held_out, 8)
     # a picture of a fill needs another image
     if job.config.method.masks and len(shown) > 1:
+        # from the file: the student in memory is the last model, not the selected one
         saved = load_state(folder / SELECTED)
         model = build_classifier(saved.state, saved.architecture)
         write_gallery(str(folder / filenames.GALLERY), model, packed, shown, recipes.MASKED)
 
 
 def tell_finished(config: Config, done: Finished, world: World) -> None:
-    """Say that a run is finished.
+    """Report that a run is finished.
 
     Raises:
         ValueError: if it was built on other weights than those that are named now.
     """
+    # not part of the identity, which leaves out the paths of these weights
     if changed := files.difference(done.record.inputs, inputs_fingerprint(config)):
         raise ValueError(
             f"{config.run} is a finished run that was built on other weights: "

@@ -57,7 +57,7 @@ class Job:
         return len(self.held_out) > 0 and self.config.optim.epochs > 1
 
     def chosen(self, step: int) -> str:
-        """Say in a few words which model the run is left with, and by what."""
+        """Describe in a few words which model the run is left with, and how it was selected."""
         if self.total_steps == 0:
             return "the model it started with"
         if self.selects:

@@ -24,7 +24,7 @@ from rft.train.pictures import Counterfactuals, grid
 from rft.train.run import vanished
 
 SECONDS_PER_LINE = 60.0  # without a terminal; each held-out result is a line too
-SECONDS_TO_UPLOAD = 30.0  # at the end; a job that is told to stop has little time
+SECONDS_TO_UPLOAD = 30.0  # at the end; a job that is asked to stop has little time
 PICTURES = "counterfactuals"
 
 log = logging.getLogger(__name__)
@@ -60,16 +60,19 @@ class Journal:
         # a killed run may have logged beyond its last checkpoint, and half a line at the end
         with files.publish(str(path)) as kept, local.writer(kept) as stream:
             for text, line in records.read_metrics(path):
+                # the text as it stands: fields of a different version of rft stay
                 if line.step <= done:
                     stream.write(text)
                     if line.held_out_correct is not None and line.held_out_total is not None:
                         last = Count(line.held_out_correct, line.held_out_total)
         if done == 0:
+            # curves of a run that never reached a checkpoint
             shutil.rmtree(self._folder / filenames.TENSORBOARD, ignore_errors=True)
         self._wandb = Wandb(config, done) if config.log.wandb else None
+        # appended to in place, so a link that took its place since would be written through
         descriptor = local.open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         self._stream = os.fdopen(descriptor, "a")
-        # what a killed run wrote there beyond its last checkpoint comes again
+        # hides what a killed run wrote there beyond its last checkpoint: those steps are repeated
         self._writer = SummaryWriter(str(self._folder / filenames.TENSORBOARD), purge_step=done + 1)
         # held open, so that a folder that takes its place cannot get its number
         self._held = os.open(self._folder, os.O_RDONLY)
@@ -103,7 +106,7 @@ class Journal:
                 self._wandb.write(step, values)
 
     def collects(self, step: int) -> list[Counterfactuals] | None:
-        """Return a list for what this step distils on, None if it will not be shown."""
+        """Give the step a list to leave its counterfactuals in, None if they will not be shown."""
         wanted = self._writes and self._image_steps and step % self._image_steps == 0
         return [] if wanted else None
 
@@ -151,7 +154,7 @@ class Journal:
         if not self._writes:
             return
         self._display.close()
-        # what ended the run is told, not that its logs could not be closed then
+        # the error that ended the run is raised, not that its logs could not be closed then
         with contextlib.suppress(OSError) if kind else self._writing():
             self._stream.close()
             self._writer.close()
@@ -164,7 +167,7 @@ class Journal:
 class Wandb:
     """One Weights & Biases run for one run folder, however often it is resumed.
 
-    Of this machine it is told nothing but what wandb cannot do without: no source, no console, no
+    Of this machine it gets nothing but what wandb cannot do without: no source, no console, no
     git remote, host, user, package list or hardware, and URLs without their credentials. Without a
     network, WANDB_MODE=offline keeps everything in the run folder for `wandb sync`. A run outlives
     wandb's process, which takes a scheduler's signal, meant for every process, for its own end.
@@ -222,7 +225,7 @@ class Wandb:
         self.write(step, {PICTURES: self._image(grid_CHW.permute(1, 2, 0).numpy())})
 
     def close(self, *, failed: bool) -> None:
-        """Send what is left, for as long as a job that is told to stop can wait."""
+        """Send what is left, for as long as a job that is asked to stop can wait."""
         self._ask(lambda: self._run.finish(exit_code=int(failed)))
 
     def _ask(self, work: Callable[[], None]) -> None:
@@ -236,9 +239,9 @@ class Wandb:
 
 
 def wandb_id(folder: Path, done: int) -> str:
-    """Return the id of the wandb run of a run folder: a new one if nothing of it is done yet.
+    """Identify the wandb run of a run folder: a new one if nothing of it is done yet.
 
-    It lies in the folder: made of the configuration and the path alone it would come again after
+    It lies in the folder: made of the configuration and the path alone it would be the same after
     the folder was deleted, and wandb would take nothing of the new run for its first steps.
     """
     path = folder / filenames.WANDB_ID
@@ -264,6 +267,7 @@ class Display:
         self._status = "  ".join([*self._parts, f"ETA {self._bar.left}"])
         if self._bar.is_drawn:
             return
+        # the first means at once: they show that the run works
         if self._spoke is None or time.monotonic() - self._spoke > SECONDS_PER_LINE:
             self._log(self._shown([f"step {step}/{self._total}", self._status]))
 
@@ -280,7 +284,7 @@ class Display:
         self._bar.close()
 
     def _shown(self, parts: list[str]) -> str:
-        """Return a line with the last held-out share at its end."""
+        """Make one line, with the last held-out share at its end."""
         last = [] if self._held_out is None else [f"held-out {100 * self._held_out.share:.2f}%"]
         return "  ".join([*parts, *last])
 
@@ -290,7 +294,7 @@ class Display:
 
 
 def status(config: Config, values: Mapping[str, float]) -> list[str]:
-    """Return what the means of some steps say: epoch, loss and its parts, speed, wait for data."""
+    """Format the means of some steps: epoch, loss and its parts, speed, wait for data."""
     method = config.method
     parts = [f"ce {values['ce']:.3f}"]
     if method.distill_weight:

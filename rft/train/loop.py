@@ -49,6 +49,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
         optimizer=optimizer,
         must_agree=job.must_agree,
         total_steps=job.total_steps,
+        # without held-out images the count that selects is the step (rft/train/select.py)
         most_correct=len(job.held_out) or job.total_steps,
     )
     progress = checkpoint.resume(store, world, own, config.donor_pool(world.size))
@@ -70,6 +71,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
         for step in steps:
             # all ranks stop after the same step; one that does not come here is missed here
             if stops(world, request, writer):
+                # any rank may be the one that was asked, and the main one prints why
                 reason = next(filter(None, dist.gather_objects(world, request.reason)))
                 break
             batch = meter.wait_for(stream)
@@ -103,19 +105,21 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
             # zero-shot: no epoch ended, and the held-out count is wanted all the same
             progress = select(job, progress, journal)
         if saved < progress.step:
+            # on every rank, because it sums over them; no steps are left right after a log line
             values = meter.read(progress.step) if meter.steps else None
             journal.require_folder()
             # first: there may be little time left, and what ends the run may have ended its logs
             save(job, writer, optimizer, progress)
             if values:
                 journal.metrics(progress.step, values)
+        # before any rank leaves: an error of the last checkpoint is an error of the run
         dist.on_main(world, writer.wait)
     dist.on_main(world, lambda: end(job, progress, reason))
     return progress
 
 
 def end(job: Job, progress: Progress, reason: str) -> None:
-    """Write the last weights, or say that they are not the last."""
+    """Write the last weights, or report where the run stopped before them."""
     if progress.step < job.total_steps:
         log.info(
             f"stopped after step {progress.step} of {job.total_steps} ({reason}); the same command "
@@ -124,6 +128,7 @@ def end(job: Job, progress: Progress, reason: str) -> None:
         return
     RunFolder(job.config).require_there()
     folder = RunFolder(job.config).path
+    # a run without steps saves no checkpoint, with which the selected weights come otherwise
     for name in (LAST, SELECTED) if job.total_steps == 0 else (LAST,):
         save_classifier(str(folder / name), job.student, metadata(job, progress.step), job.classes)
 
@@ -134,6 +139,7 @@ def stops(world: World, request: StopRequest, writer: checkpoint.Writer) -> bool
     Raises:
         OSError: if the last checkpoint could not be written.
     """
+    # the larger one wins: a failed checkpoint is an error, whatever else asks to stop
     verdict = dist.largest(world, 2 if writer.failed else int(bool(request.reason)))
     if verdict == 2:
         dist.on_main(world, writer.wait)
@@ -157,6 +163,7 @@ def save(
     def finish(record: checkpoint.Record, saved: dict[str, Any]) -> None:
         folder.require_there()
         if progress.best_step == progress.step:
+            # the copy that was written: the student has learnt on since
             write_selected(job, progress.step, saved["model"])
         elif progress.best_step >= 0 and not (folder.path / SELECTED).exists():
             raise ValueError(vanished(folder.path / SELECTED, "was deleted"))

@@ -1,4 +1,4 @@
-"""What a run's log lines say: means over the steps since the last line, and where time went."""
+"""The numbers in a run's log lines: means over the steps since the last line, where time went."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ class Meter:
         self._started = time.perf_counter()
 
     def wait_for(self, stream: Iterator[Batch]) -> Batch:
-        """Return the stream's next batch and remember how long that took."""
+        """Take the stream's next batch and remember how long that took."""
         before = time.perf_counter()
         batch = next(stream)
         self._reading += (time.perf_counter() - before, batch.ready, *batch.reading)
@@ -51,7 +51,7 @@ class Meter:
         return len(self._terms)
 
     def read(self, step: int) -> dict[str, float]:
-        """Return the means since the last read, over all ranks, and start anew.
+        """Take the means since the last read, over all ranks, and start anew.
 
         Raises:
             ValueError: if a loss or gradient since then was not finite.
@@ -60,18 +60,23 @@ class Meter:
         # the first read of the device: until here the host ran ahead of it
         terms_ST = dist.sum_over_ranks(world, torch.stack(self._terms)).cpu() / world.size
         finite_S = terms_ST.isfinite().all(dim=1)
+        # the sums are the same on every rank, so all come to the same verdict
         if not finite_S.all():
             if not world.is_main:
                 dist.step_aside(world)
+            # the first False
             first = int(finite_S.long().argmin())
             raise ValueError(not_finite(step - self.steps + first + 1, _named(terms_ST[first])))
         means = _named(terms_ST.mean(dim=0))
+        # after the wait for the device: the time that the steps took, not that of launching them
         seconds = time.perf_counter() - self._started
+        # NCCL sums tensors on the GPU alone
         reading_R = torch.from_numpy(self._reading).to(self._device)
         summed = dict(zip(READING, dist.sum_over_ranks(world, reading_R).tolist(), strict=True))
         batches = self.steps * world.size
         values = {
             "epoch": round(step / self._steps_per_epoch, 4),
+            # linear in the terms, so the loss of the means is the mean of the losses
             "loss": losses.total(self._config.method, means["ce"], means["kd"], means["mse"]),
             **means,
             "images_per_s": self.steps * self._config.loader.batch_size / seconds,
@@ -92,7 +97,7 @@ def _named(terms_T: Tensor) -> dict[str, float]:
 
 
 def not_finite(step: int, terms: Mapping[str, float]) -> str:
-    """Return what to say when training diverged at `step`."""
+    """Make the error message of a training that diverged at `step`."""
     return (
         f"the loss or its gradient is not finite at step {step} (cross-entropy {terms['ce']:g}, "
         f"MSE {terms['mse']:g}, logit distillation {terms['kd']:g}, gradient norm "

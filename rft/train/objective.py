@@ -96,6 +96,7 @@ class Objective(nn.Module):
             features_BE = features(self.student, patches_BPV, taps=taps, recompute=self.recompute)
             logits_BK = self.student.logits(features_BE)
             cross_entropy = losses.classification(logits_BK, labels_B)
+        # tensors, so that an absent term adds and is summed over ranks as any other
         logit_distillation = mse = torch.zeros_like(cross_entropy)
         if self.ensemble is not None:
             with record_function("second teacher"), torch.no_grad():
@@ -124,6 +125,7 @@ class Objective(nn.Module):
         patches_BPV = self.student.normalise(refill.apply_donors(pool_ZPV, donor_BP, draws.own_B1))
         dropping: dict[str, Any] = {}
         if self.method.drops:
+            # a CAM or a Bernoulli mask keeps different numbers of patches in different images
             keep_BP, ragged = donor_BP != refill.DROP, draws.kept is None
             most = self._most_kept(draws, keep_BP)
             dropping = {"keep_BP": keep_BP, "most": most, "ragged": ragged}

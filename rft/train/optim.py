@@ -40,7 +40,7 @@ def _rates(step: int, total_steps: int, config: OptimConfig) -> tuple[float, flo
 
 
 def schedule_warning(total_steps: int, config: OptimConfig) -> str:
-    """Return a warning of a schedule that hardly trains at its peak rate; empty if it does.
+    """Warn of a schedule that hardly trains at its peak rate: a message, or nothing.
 
     That is a warm-up of half the run or more, or a peak that no step has.
     """
@@ -82,6 +82,7 @@ def one_cycle(step: int, total_steps: int, config: OptimConfig) -> tuple[float, 
     the optimizer's own beta1).
     """
     low, high = config.lr / 25, config.lr
+    # where torch's own phases end; below 50 steps the peak lies before the first of them
     peak, end = 0.02 * total_steps - 1, total_steps - 1
     if step <= peak:
         done = step / peak if peak else 1.0  # 2% of 50 steps is the first one

@@ -43,7 +43,7 @@ class Counterfactuals(NamedTuple):
 
 
 def grid(shown: Counterfactuals, side: int) -> Tensor:
-    """Return a column for each of the first images, uint8 (3, height, width) on the CPU.
+    """Draw a column for each of the first images, uint8 (3, height, width) on the CPU.
 
     From the top: the image, its mask (dark), and what the models saw instead, with dropped patches
     in grey. A masked patch that an image's fill takes from the image itself counts as kept. A patch
@@ -66,6 +66,7 @@ def grid(shown: Counterfactuals, side: int) -> Tensor:
 def join_patches(patches_BPV: Tensor, side: int) -> Tensor:
     """Return the images made of patches, (B, C, H, W); the inverse of `vit.cut_patches`."""
     across = round(patches_BPV.shape[1] ** 0.5)
+    # pixel_shuffle takes channels in the order of `cut_patches`: C, row, column of the patch
     return F.pixel_shuffle(patches_BPV.mT.unflatten(2, (across, across)), side)
 
 
@@ -93,6 +94,7 @@ def write_gallery(
     }
     count, patches = relevance_BP.shape
     for name, method in methods.items():
+        # one address for all runs, so that their pictures show the same random draws
         draws = draw(method, range(count), patches, count, StepAddress(0, 0, 0, 0))
         columns[f"{gallery.DONOR}{name}"] = donors(method, draws, relevance_BP).numpy()
     try:
@@ -106,7 +108,7 @@ def write_gallery(
 
 
 def one_of_each_class(labels_B: np.ndarray, samples: np.ndarray, count: int) -> np.ndarray:
-    """Return the first sample of each of `count` classes, spread over the label range."""
+    """Choose the images of a gallery: the first of `count` classes each, spread over the labels."""
     _, first = np.unique(labels_B[samples], return_index=True)
     chosen = np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)
     return samples[first[chosen]]

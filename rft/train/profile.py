@@ -50,6 +50,7 @@ def profiling(folder: Path | None, first_step: int, total: int) -> Iterator[Call
 
     profiler = profile(
         activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available(),
+        # torch refuses a schedule without an active step, as for a run that has none left
         schedule=schedule(wait=skipped - warmup, warmup=warmup, active=max(wanted, 1), repeat=1),
         on_trace_ready=write,
     )
@@ -68,6 +69,7 @@ def write_profile(profiler: profile, folder: Path, name: str) -> None:
         sort_by=f"self_{where}_time_total", row_limit=OPERATORS, max_name_column_width=40
     )
     files.write_bytes(str(folder / f"{name}.txt"), table.encode())
+    # torch writes in pieces, and with the name of the machine: not into the run folder
     with tempfile.TemporaryDirectory() as temporary:
         trace = Path(temporary) / "trace.json"
         profiler.export_chrome_trace(str(trace))

@@ -1,4 +1,4 @@
-"""The run folder while a training uses it: its identity, its lock, and what says that it is done.
+"""The run folder while a training uses it: its identity, its lock, and the record of its end.
 
 config.json holds the identity; whether a folder's run may be resumed by another command is decided
 by it. The names of all files: rft/runs/filenames.py.
@@ -50,7 +50,7 @@ class RunFolder:
         A job whose node was lost may still write it for a while: wait for that.
 
         Raises:
-            ValueError: if it belongs to another configuration, or another job is in it.
+            ValueError: if it belongs to a different configuration, or a different job is in it.
         """
         # not thread_local: it is taken in a thread, while this rank speaks to the others
         lock = filelock.FileLock(self.path / filenames.LOCK, thread_local=False)
@@ -65,6 +65,7 @@ class RunFolder:
             self._acquire(lock, request)
             # not before: what was in the folder until now may be another run
             check_identity(self._config)
+            # only under the lock: it would delete what a job that is still here is writing
             files.sweep(str(self.path))
             files.write_json(str(self.path / filenames.CONFIG), self._config.to_dict())
             files.write_json(str(self.path / filenames.PROVENANCE), files.provenance())
@@ -73,6 +74,7 @@ class RunFolder:
             dist.on_main(world, take)
             yield
         finally:
+            # does nothing where it was not taken: on the other ranks, and after an error
             lock.release()
 
     def _acquire(self, lock: filelock.FileLock, request: StopRequest) -> None:
@@ -84,6 +86,7 @@ class RunFolder:
         if patience and not request.reason:
             log.info(f"waiting up to {patience:g} s for another job to leave {self.path}")
         try:
+            # filelock raises its Timeout for a cancelled wait too
             lock.acquire(patience, poll_interval=0.5, cancel_check=lambda: bool(request.reason))
         except filelock.Timeout as error:
             raise ValueError(
@@ -110,7 +113,7 @@ class RunFolder:
 
 
 def vanished(path: Path, how: str = "was deleted, emptied or moved") -> str:
-    """Return the message for a run folder, or a file of it, that is gone while its run trains."""
+    """Make the error message for a run folder, or a file of it, that vanished in training."""
     return (
         f"{path} {how} while the run was training; nothing more is written. Restore it to resume "
         "from the newest checkpoint, or delete what is left and run the same command to start anew"
@@ -161,6 +164,7 @@ def require_no_data(folder: Path) -> None:
         ValueError: naming a set in it.
     """
     for manifest in sorted((*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}"))):
+        # a manifest.json alone may be that of any program
         if manifest.with_name(INDEX).exists():
             raise ValueError(
                 f"--run-dir {folder} holds packed data ({manifest.parent}); name a folder of the "
@@ -178,7 +182,7 @@ class Finished(NamedTuple):
 
 
 def finished(config: Config) -> Finished | None:
-    """Return what the run folder holds of this very run if it is complete, else None.
+    """Look whether this very run is complete in its folder; None if it is not.
 
     Where the precision is still `auto`, a complete run in any precision is this one: nothing is
     left to compute. Of the data, only the manifest is read; a set that is gone leaves the run as

@@ -21,6 +21,7 @@ def select(job: Job, progress: Progress, journal: Journal) -> Progress:
 
     Without held-out images the latest model counts as the best: it is the run's model in the end.
     """
+    # no share of anything: a number that rises with the step, so that the latest is the best
     count = Count(progress.step, 1)
     if len(job.held_out):
         (count,) = count_correct(
@@ -57,6 +58,7 @@ def restore_selected(
     """
     if best_step < 0:
         return
+    # raised for weights that are absent or damaged: both are written anew
     with contextlib.suppress(ValueError):
         found = load_state(RunFolder(job.config).path / SELECTED)
         if found.metadata["step"] == str(best_step):
@@ -70,8 +72,9 @@ def restore_selected(
 
 
 def metadata(job: Job, step: int) -> dict[str, str]:
-    """Return what a weights file of that step says of where it comes from."""
+    """Make the header of a weights file of that step: recipe, step and training sets."""
     seen = set(job.start_seen)
+    # a model that was never trained has not seen the set
     if step > 0:
         seen.add(TrainedOn(job.config.train_set, job.fingerprint["manifest_sha256"]))
     return {"recipe": job.config.recipe, "step": str(step), **trained_on.entries(seen)}

@@ -46,15 +46,18 @@ def accumulate_gradients(
     grad_norm = torch.zeros((), device=job.device)
     pool_ZCHW = donor_pool(job.config.method, job.world, batch.images_BCHW)
     patches = (job.batches.image_size // job.student.patch_side) ** 2
+    # equal parts: `Config.micro_batch` refuses a batch that cannot be cut so
     micros = zip(batch.images_BCHW.chunk(parts), batch.labels_B.chunk(parts), strict=True)
     for micro, (images_BCHW, labels_B) in enumerate(micros):
+        # clipping each time needs the averaged gradient; averaging that again changes nothing
         ends = micro == parts - 1 or optim.clip == "micro-step"
         draws = draw_micro_batch(
             job.config, job.world, step=step, micro=micro, images=len(images_BCHW), patches=patches
         )
         if draws is not None:
             draws = draws.copied(partial(to_device, device=job.device))
-        # where a counterfactual follows, its backward exchanges the gradients of both
+        # where a counterfactual follows, its backward exchanges the gradients of both; around the
+        # forward too, in which data parallelism decides whether the backward exchanges
         with dist.skip_sync(module, draws is not None or not ends):
             # not around backward, which has its forward's precision by itself
             with autocast(job.device, job.config.precision):
@@ -70,6 +73,7 @@ def accumulate_gradients(
                     mse = module(pool, labels_B, draws, clean.donor_BP)
                 with record_function("counterfactual backward"):
                     (weight * mse / parts).backward()
+            # the clean MSE is 0 here: features are distilled on the counterfactuals instead
             terms[1] += mse.detach() / parts
             if shown is not None and clean.donor_BP is not None:
                 shown.append(Counterfactuals(pool, clean.donor_BP, draws.own_B1))
@@ -81,7 +85,7 @@ def accumulate_gradients(
 
 
 def donor_pool(method: MethodConfig, world: World, images_BCHW: Tensor) -> Tensor | None:
-    """Return the whole global batch if fills choose from it; None if from the micro-batch."""
+    """Gather the global batch if fills choose from it; None if they do from the micro-batch."""
     if not (method.masks and method.donors == "global"):
         return None
     with record_function("gather donors"):
@@ -91,7 +95,7 @@ def donor_pool(method: MethodConfig, world: World, images_BCHW: Tensor) -> Tenso
 def draw_micro_batch(
     config: Config, world: World, *, step: int, micro: int, images: int, patches: int
 ) -> Draws | None:
-    """Return the draws of micro-batch `micro` of this rank's `step`; None where nothing is masked.
+    """Draw what chance decides in micro-batch `micro` of this rank's `step`; None without masks.
 
     From a global pool all ranks draw the same numbers for the whole batch, so that the result does
     not depend on how many ranks or micro-batches it is cut into.
@@ -102,6 +106,7 @@ def draw_micro_batch(
     own, rank, part = range(images), world.rank, micro
     if config.method.donors == "global":
         first = (world.rank * config.optim.accumulate + micro) * images
+        # images of a rank lie next to each other in the pool, as `gather_rows` joins them
         own, rank, part = range(first, first + images), 0, 0
     if config.method.same_draws:
         rank = 0
@@ -127,5 +132,6 @@ def settle_buckets(job: Job, module: nn.Module) -> None:
     size = job.batches.image_size
     images_BCHW = torch.zeros(count, 3, size, size, dtype=torch.uint8, device=job.device)
     labels_B = torch.zeros(count, dtype=torch.int64, device=job.device)
+    # no real step draws at -1; sample numbers are not looked at, so the labels stand in
     accumulate_gradients(job, module, Batch(images_BCHW, labels_B, labels_B), step=-1)
     job.objective.zero_grad()

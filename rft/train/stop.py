@@ -7,16 +7,17 @@ from types import FrameType
 from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-STOPPED = 75  # exit code of a run that can go on (EX_TEMPFAIL)
+STOPPED = 75  # exit code of a run that can be resumed (EX_TEMPFAIL)
+# within it, a second SIGINT is a copy of the first, from SLURM or torchrun
 SECONDS_TO_WONDER = 2
 
 
 class StopRequest:
-    """Listens as long as it is open; what was asked once stays asked.
+    """Listens as long as it is open; a stop request is sticky.
 
     Signals only leave a note: the step under way is finished. They come more than once (SLURM sends
-    them to every process, torchrun again to its ranks). Only a second Ctrl-C of a person, who sees
-    that nothing happens, ends the process in the middle of one.
+    them to every process, torchrun again to its ranks). Only a second Ctrl-C, from a user who
+    sees that nothing happens, ends the process in the middle of one.
     """
 
     def __init__(self, stop_file: str) -> None:
@@ -53,7 +54,8 @@ class StopRequest:
         # not Path.exists, which raises when a network file system has a bad moment
         if not self._reason and self._file and os.path.exists(self._file):  # noqa: PTH110
             self._reason = self._file
-        # a launcher that was killed can tell its ranks nothing: they would train on unseen
+        # a launcher that was killed sends its ranks no signal: they would train on unseen
+        # RANK: without torchrun a parent may end on purpose, as a shell does after nohup
         if not self._reason and "RANK" in os.environ and os.getppid() != self._parent:
             self._reason = "the process that started this one is gone"
         return self._reason
