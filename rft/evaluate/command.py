@@ -108,9 +108,13 @@ def main() -> None:
         hashes = {name: manifest.sha256 for name, manifest in manifests.items()}
         dist.require_agreement(world, "set of packed data", hashes)
         # rank 0 decides, because files may change while the others look at them
-        waiting = dist.gather_objects(
-            world, [path for path in arguments.checkpoints if not is_current(path, manifests)]
-        )[0]
+        waiting = dist.from_main(
+            world,
+            dist.on_main(
+                world,
+                lambda: [one for one in arguments.checkpoints if not is_current(one, manifests)],
+            ),
+        )
         if waiting:
             evaluate(waiting, packed, arguments, world, device)
         elif world.is_main:

@@ -118,7 +118,7 @@ def localise(
         # the paper's Table 2 is about ViT-B/32 alone
         is_b32 = (patch, architecture.image_size) == (32, 224)
         title = f"{one.path}{one.state_of_run}"
-        print(format_table(title, document, beside_paper=is_b32), flush=True)
+        cli.say(format_table(title, document, beside_paper=is_b32))
 
 
 def to_document(

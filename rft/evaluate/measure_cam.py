@@ -72,7 +72,7 @@ def measure(
 
     def read(sample: int) -> ObjectMask:
         source = int(index.width[sample]), int(index.height[sample])
-        return read_mask(selection.paths[sample], source, size, border)
+        return read_mask(selection.paths[sample], source, size, border, packed.max_pixels)
 
     # a rank takes whole batches, because a batch's size may change the last digit of a map
     batches = EvaluationBatches(packed, selection.samples, image_size=size, batch_size=batch_size)

@@ -56,7 +56,9 @@ def find_masks(folder: Path, keys: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def read_mask(path: Path, source: tuple[int, int], size: int, border: int = 0) -> ObjectMask:
+def read_mask(
+    path: Path, source: tuple[int, int], size: int, border: int = 0, max_pixels: float = MAX_PIXELS
+) -> ObjectMask:
     """Read a mask and cut it as its image was cut.
 
     Args:
@@ -65,13 +67,14 @@ def read_mask(path: Path, source: tuple[int, int], size: int, border: int = 0) -
             upright first. A mask has this size, or is already the square that the model sees.
         size: side of the model's input in pixels.
         border: pixels that are cut off each side of the image first.
+        max_pixels: millions of pixels that a mask may have.
 
     Raises:
         ValueError: naming the file, if it is no such PNG or has another size.
     """
     # read whole, because the hash is of the file and not of the pixels
-    data = files.read_bytes(str(path), int(BYTES_PER_PIXEL * MAX_PIXELS * 1e6))
-    image = _binary(data, path)
+    data = files.read_bytes(str(path), int(BYTES_PER_PIXEL * max_pixels * 1e6))
+    image = _binary(data, path, max_pixels)
     if image.size == source:
         # nearest: any other resampling makes values between object and background
         image = clip_square(image, size, border, Image.Resampling.NEAREST)
@@ -111,9 +114,9 @@ def _keys_of(path: Path) -> set[str]:
     return keys
 
 
-def _binary(data: bytes, path: Path) -> Image.Image:
+def _binary(data: bytes, path: Path, max_pixels: float) -> Image.Image:
     """Decode a mask to 0 and 255, mode L."""
-    image = open_image(data, str(path), formats=("PNG",))
+    image = open_image(data, str(path), max_pixels, formats=("PNG",))
     with pillow_errors(str(path)):
         values = np.asarray(image)
     # of a palette these are the numbers; of modes LA, RGB and RGBA a third dimension

@@ -71,7 +71,7 @@ class PackedDataset:
         self.manifest = Manifest.load(url)
         note_other_stores(url, self.manifest)
         self.index = Index.load(url, self.manifest)
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
         self._payload = payload_of(self.manifest.encoding)
         self._require_affordable()
         sizes = [shard.samples for shard in self.manifest.shards]
@@ -178,7 +178,7 @@ class PackedDataset:
         treatment = self._payload.treatment
         rows = self._rows(samples)
         for image_CHW, row, data in zip(images_BCHW, rows, payloads, strict=True):
-            image = load_image(data, self._where(row), treatment, self._max_pixels)
+            image = load_image(data, self._where(row), treatment, self.max_pixels)
             image_CHW[:] = clip_pixels(image, size, treatment.border)
         return time.perf_counter() - began
 
@@ -282,13 +282,13 @@ class PackedDataset:
     def _require_affordable(self) -> None:
         """Check what the index says of the largest image, before any is read."""
         index, name = self.index, f"{self.url}: its largest"
-        require_affordable(int(index.length.max(initial=0)), f"{name} file", self._max_pixels)
+        require_affordable(int(index.length.max(initial=0)), f"{name} file", self.max_pixels)
         pixels = (index.width.astype(np.int64) * index.height).max(initial=0)
         # payloads of other encodings have the model's size, whatever that of their originals
-        if self._payload.is_source and pixels > self._max_pixels * 1e6:
+        if self._payload.is_source and pixels > self.max_pixels * 1e6:
             raise ValueError(
                 f"{name} image has {pixels / 1e6:,.1f} million pixels, --max-pixels allows "
-                f"{self._max_pixels:g} million: raise it (for training, --loader.max-pixels)"
+                f"{self.max_pixels:g} million: raise it (for training, --loader.max-pixels)"
             )
 
     def _require_size(self, size: int) -> None:

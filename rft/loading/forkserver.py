@@ -9,4 +9,6 @@ import signal
 
 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, signal.SIG_IGN)
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+# macOS has no call that says who sent a signal; there a SIGTERM ends a loader process at once
+if hasattr(signal, "sigtimedwait"):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

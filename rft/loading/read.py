@@ -102,6 +102,9 @@ def _follow_trainer() -> None:
 
     def wait() -> None:
         while trainer.is_alive():
+            if not hasattr(signal, "sigtimedwait"):  # macOS
+                trainer.join(SECONDS_ALONE)
+                continue
             # only a thread that waits for a signal learns who sent it
             signalled = signal.sigtimedwait({signal.SIGTERM}, SECONDS_ALONE)
             if signalled is not None and signalled.si_pid == trainer.pid:

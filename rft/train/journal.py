@@ -63,6 +63,7 @@ class Journal:
                 # the text as it stands: fields of a different version of rft stay
                 if line.step <= done:
                     stream.write(text)
+                    self._time = line.time or 0.0
                     if line.held_out_correct is not None and line.held_out_total is not None:
                         last = Count(line.held_out_correct, line.held_out_total)
         if done == 0:

@@ -81,7 +81,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
             with record_function("optimizer"):
                 optimizer.step()
                 optimizer.zero_grad()
-            meter.add(terms, grad_norm)
+            meter.add(terms, grad_norm, lr)
             journal.pictures(step + 1, shown, job.student.patch_side)
 
             # a step is numbered from 0; what is logged and saved counts the steps that are done
@@ -90,7 +90,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
             saves = ends_epoch or progress.step % config.log.checkpoint_steps == 0
             # a checkpoint is only written after its losses were seen to be finite
             if saves or progress.step % config.log.every_steps == 0:
-                journal.metrics(progress.step, {**meter.read(progress.step), "lr": lr})
+                journal.metrics(progress.step, meter.read(progress.step))
             if ends_epoch:
                 # before the checkpoint, which records which model is selected
                 progress = select(job, progress, journal)

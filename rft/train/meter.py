@@ -41,8 +41,9 @@ class Meter:
         self._reading += (time.perf_counter() - before, batch.ready, *batch.reading)
         return batch
 
-    def add(self, terms: Tensor, grad_norm: Tensor) -> None:
-        """Add one step's terms."""
+    def add(self, terms: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Add one step's terms; of the learning rates, the last one is logged."""
+        self._lr = lr
         self._terms.append(torch.cat([terms, grad_norm.reshape(1)]))
 
     @property
@@ -87,6 +88,7 @@ class Meter:
             "queue_depth": summed["ready"] / batches,
             "read_mb": summed["bytes"] / 1e6,
             **{name: int(summed[name]) for name in COUNTED},
+            "lr": self._lr,
         }
         self.restart()
         return values

@@ -89,6 +89,11 @@ class RunFolder:
             # filelock raises its Timeout for a cancelled wait too
             lock.acquire(patience, poll_interval=0.5, cancel_check=lambda: bool(request.reason))
         except filelock.Timeout as error:
+            if request.reason:
+                raise ValueError(
+                    f"stopped ({request.reason}) while another job was writing {self.path}; run "
+                    "the same command again"
+                ) from error
             raise ValueError(
                 f"another job is writing {self.path} and did not leave within {patience:g} s; wait "
                 "for it or stop it. If there is none, a lost machine left its lock: delete "
@@ -195,7 +200,7 @@ def finished(config: Config) -> Finished | None:
     check_identity(config)
     path = Path(config.run) / filenames.TRAINING
     try:
-        record = records.find(path.parent / filenames.TRAINING, records.Training)
+        record = records.find(path, records.Training)
     except ValueError as error:
         raise ValueError(
             f"{error}. Restore it, or delete it and run the same command to finish the run from "

@@ -5,7 +5,7 @@ import contextlib
 from torch import Tensor
 
 from rft.clip.classifier import load_state, save_state
-from rft.evaluate.count import Count, count_correct
+from rft.evaluate.count import count_correct
 from rft.runs import trained_on
 from rft.runs.filenames import SELECTED
 from rft.runs.trained_on import TrainedOn
@@ -21,20 +21,19 @@ def select(job: Job, progress: Progress, journal: Journal) -> Progress:
 
     Without held-out images the latest model counts as the best: it is the run's model in the end.
     """
-    # no share of anything: a number that rises with the step, so that the latest is the best
-    count = Count(progress.step, 1)
-    if len(job.held_out):
-        (count,) = count_correct(
-            [job.student],
-            job.batches.packed,
-            image_size=job.batches.image_size,
-            world=job.world,
-            device=job.device,
-            samples=job.held_out,
-            workers=job.config.loader.workers,
-            names=[f"{job.config.run} (step {progress.step}, held-out images)"],
-        )
-        journal.held_out(progress.step, count)
+    if not len(job.held_out):
+        return progress.selecting(progress.step)  # it rises, so the latest is the best
+    (count,) = count_correct(
+        [job.student],
+        job.batches.packed,
+        image_size=job.batches.image_size,
+        world=job.world,
+        device=job.device,
+        samples=job.held_out,
+        workers=job.config.loader.workers,
+        names=[f"{job.config.run} (step {progress.step}, held-out images)"],
+    )
+    journal.held_out(progress.step, count)
     return progress.selecting(count.correct)
 
 

@@ -42,7 +42,7 @@ def accumulate_gradients(
     # every loss is divided by it, so that the micro-batches add up to the batch's mean
     parts = optim.accumulate
     # summed on the device: to read one here would make the host wait for the whole step
-    terms = torch.zeros(len(TERMS), device=job.device)
+    terms = {name: torch.zeros((), device=job.device) for name in TERMS}
     grad_norm = torch.zeros((), device=job.device)
     pool_ZCHW = donor_pool(job.config.method, job.world, batch.images_BCHW)
     patches = (job.batches.image_size // job.student.patch_side) ** 2
@@ -64,8 +64,7 @@ def accumulate_gradients(
                 clean = module(images_BCHW, labels_B, draws)
             with record_function("clean backward"):
                 (clean.loss / parts).backward()
-        found = torch.stack([clean.cross_entropy, clean.mse, clean.logit_distillation]).detach()
-        terms[:3] += found / parts
+        found = {"ce": clean.cross_entropy, "mse": clean.mse, "kd": clean.logit_distillation}
         if draws is not None:
             pool = images_BCHW if pool_ZCHW is None else pool_ZCHW
             with dist.skip_sync(module, not ends):
@@ -74,14 +73,16 @@ def accumulate_gradients(
                 with record_function("counterfactual backward"):
                     (weight * mse / parts).backward()
             # the clean MSE is 0 here: features are distilled on the counterfactuals instead
-            terms[1] += mse.detach() / parts
-            if shown is not None and clean.donor_BP is not None:
+            found["mse"] = mse
+            found["replaced"] = (clean.donor_BP != draws.own_B1).float().mean()
+            if shown is not None:
                 shown.append(Counterfactuals(pool, clean.donor_BP, draws.own_B1))
-            terms[3] += (clean.donor_BP != draws.own_B1).float().mean() / parts
+        for name, value in found.items():
+            terms[name] += value.detach() / parts
         if ends:
             with record_function("clip"):
                 grad_norm = nn.utils.clip_grad_norm_(job.student.parameters(), optim.clip_norm)
-    return terms, grad_norm
+    return torch.stack([terms[name] for name in TERMS]), grad_norm
 
 
 def donor_pool(method: MethodConfig, world: World, images_BCHW: Tensor) -> Tensor | None:

@@ -284,6 +284,8 @@ def test_the_choice_by_chance_does_not_depend_on_packing(tiny_case):
         (("--set", "imagenet-trian"), "no packed dataset at"),
         (("--samples", "72"), "--samples asks for 72 images, only 71 of the 76 have a mask below"),
         (("--masks", "/nowhere"), "no folder of masks at /nowhere"),
+        # the images have the size of the model's input, the masks are those of 16 x 16 pixels
+        (("--max-pixels", "0.00023"), "--max-pixels allows 0.00023 million"),
         (("--set", "imagenet-a", "--device", "cuda"), "device is cuda, but torch sees no GPU"),
     ],
 )

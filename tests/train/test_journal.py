@@ -103,6 +103,12 @@ def test_the_time_of_a_row_never_goes_backwards(tmp_path, monkeypatch):
     assert [row["time"] for row in rows] == [1800000000.123, 1800000000.123, 1800000001.0]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert "time" not in events.Tags()["scalars"]
+    # nor from one start of the run to the next
+    monkeypatch.setattr(journal.time, "time", lambda: 1_700_000_000.0)
+    with Journal(configuration(tmp_path), 15, 100, writes=True) as log:
+        log.metrics(20, VALUES)
+    last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["time"] == 1800000001.0
 
 
 def test_a_resumed_run_drops_what_comes_again_and_knows_its_last_result(tmp_path, capsys):

@@ -54,6 +54,8 @@ def test_it_stops_after_the_step_with_a_checkpoint(
     folder = tmp_path / "run"
     assert not (folder / "training.json").exists()
     assert json.loads((folder / "progress.json").read_text())["step"] == 7
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["lr"] > 0) == (7, True)
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
     stop_file.unlink(missing_ok=True)
@@ -156,6 +158,15 @@ def test_a_second_job_is_refused(three_epochs, other_job, capsys):
     assert "waiting up to 0.5 s for another job to leave" in output.out
     assert "another job is writing" in output.err
     assert len(output.err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_job_that_is_stopped_while_it_waits_says_so(three_epochs, other_job, monkeypatch, capsys):
+    monkeypatch.setattr(run.log, "info", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        three_epochs("run", "--cluster.lock-wait", "3600")
+    assert stopped.value.code == 2
+    assert "error: stopped (SIGTERM) while another job was writing" in capsys.readouterr().err
 
 
 @pytest.mark.slow
