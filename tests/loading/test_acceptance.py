@@ -391,3 +391,45 @@ def test_resume_is_immediate(packed):
     (ids,) = (ids for ids, _ in global_batches(dataset, plan, 1, 0, range(far, far + 1)))
     assert ids == EpochOrder(plan, 1000).batch(3).tolist()
     assert dataset.shards.counters.bytes < 10 * 2**20
+
+
+READER = """
+import multiprocessing, signal, sys
+import numpy as np, torch
+from rft.loading.batches import EvaluationBatches
+from rft.loading.dataset import PackedDataset
+from rft.loading.read import read_batches
+assert not hasattr(signal, "sigtimedwait")
+packed = PackedDataset(sys.argv[1])
+batches = EvaluationBatches(packed, np.arange(len(packed)), image_size=24, batch_size=8)
+stream = read_batches(batches, range(len(batches)), workers=2, device=torch.device("cpu"))
+next(stream)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+if sys.argv[2] == "ends":
+    print(sum(len(batch.labels_B) for batch in stream) + 8)
+else:
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ends", "is killed"])
+def test_loader_processes_end_with_their_trainer_on_macos(packed, tmp_path, how):
+    """Where no call says who sent a signal: it is taken away in all of the processes."""
+    (tmp_path / "sitecustomize.py").write_text("import signal; del signal.sigtimedwait")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    with subprocess.Popen(
+        [sys.executable, "-c", READER, packed["pixels"].url, how],
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        loaders = [Path(f"/proc/{pid}") for pid in process.stdout.readline().split()]
+        assert len(loaders) == 2
+        if how == "ends":
+            assert process.stdout.read() == f"{3 * PER_CLASS}\n"
+            assert process.wait() == 0
+        else:
+            process.kill()
+        until(lambda: not any(path.exists() for path in loaders), "the loader processes' end")
