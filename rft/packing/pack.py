@@ -13,7 +13,6 @@ import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -416,16 +415,15 @@ def _commits(jobs: Sequence[ShardJob]) -> list[Commit | None]:
 def _write_shards(title: str, jobs: Sequence[ShardJob], workers: int | None, max_bad: int) -> None:
     """Write the shards, in this process or in several; the first error stops it."""
     bad: list[Quarantined] = []
-    with (
-        progress(title, "samples", sum(len(job.items) for job in jobs)) as advance,
-        # an error below would leave the generator open, and its workers running
-        closing(each_done(write_shard, jobs, workers)) as results,
-    ):
-        for _, commit in results:
+    with progress(title, "samples", sum(len(job.items) for job in jobs)) as advance:
+
+        def done(_: int, commit: Commit) -> None:
             advance(commit.shard.samples + len(commit.quarantined), commit.shard.bytes)
-            bad += commit.quarantined
+            bad.extend(commit.quarantined)
             if len(bad) > max_bad:  # no need to wait for the end to find out
                 raise too_many(bad, max_bad)
+
+        each_done(write_shard, jobs, workers, done)
 
 
 def _remove_temporaries(url: str) -> None:
