@@ -37,13 +37,13 @@ from rft.packing.shard import (
     too_many,
     write_shard,
 )
-from rft.packing.source import Item, Source, require_apart
+from rft.packing.source import Item, Source, require_apart, where
 from rft.progress import progress
 from rft.shards.folder import COMMITS, INDEX, MANIFEST, PLAN, QUARANTINE
 from rft.shards.images import Kind, Quality, Square, encoding_parameters
-from rft.shards.index import COLUMNS, Index
+from rft.shards.index import COLUMNS, INDEX_BYTES, KEY_BYTES, ROW_BYTES, Index
 from rft.shards.label_space import LabelSpace, scoring_hash
-from rft.shards.manifest import Manifest
+from rft.shards.manifest import Manifest, Shard
 from rft.shards.ranges import cut
 from rft.storage import files, local
 from rft.storage.documents import Above0, Megapixels, Positive, Seed, Whole, document
@@ -141,6 +141,7 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
     """
     index, count = _check(options)
     plan = make_plan(source, labels, options)
+    _require_readable(plan)
     url = files.join(out, source.dataset)
     claim(plan, url, create=not options.finalize)
     jobs = make_jobs(plan, url, options.max_bad, options.max_pixels)
@@ -303,18 +304,8 @@ def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int =
         for name, dtype in COLUMNS.items()
     }
     index = Index(**columns).to_bytes()
-    manifest = Manifest(
-        dataset=plan.source.dataset,
-        classes=plan.labels.names,
-        class_ids=plan.labels.ids,
-        templates=plan.labels.templates,
-        groups=plan.source.groups,
-        encoding=plan.encoding,
-        plan_hash=plan.hash,
-        index_sha256=files.sha256_bytes(index),
-        shards=tuple(commit.shard for commit in commits),
-        quarantined=len(quarantined),
-    )
+    shards = [commit.shard for commit in commits]
+    manifest = _manifest(plan, shards, files.sha256_bytes(index), len(quarantined))
     files.write_bytes(files.join(url, INDEX), index)
     for name, content in side_files(manifest).items():
         files.write_bytes(files.join(url, name), content.encode())
@@ -327,6 +318,51 @@ def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int =
     _remove_temporaries(url)
     manifest.save(url)
     return manifest
+
+
+def _manifest(
+    plan: PackPlan, shards: Sequence[Shard], index_sha256: str, quarantined: int = 0
+) -> Manifest:
+    return Manifest(
+        dataset=plan.source.dataset,
+        classes=plan.labels.names,
+        class_ids=plan.labels.ids,
+        templates=plan.labels.templates,
+        groups=plan.source.groups,
+        encoding=plan.encoding,
+        plan_hash=plan.hash,
+        index_sha256=index_sha256,
+        shards=tuple(shards),
+        quarantined=quarantined,
+    )
+
+
+def _require_readable(plan: PackPlan) -> None:
+    """Refuse before anything is packed what readers of the finished set would refuse.
+
+    Raises:
+        ValueError: for a key or an index that is too large, or a manifest that cannot be right.
+    """
+    some_hash = "0" * 64
+    try:
+        _manifest(plan, [Shard(name="0.tar", bytes=0, sha256=some_hash, samples=1)], some_hash)
+    except ValueError as error:
+        raise ValueError(
+            f"{plan.source.dataset}: no manifest can hold its label space ({error}); change "
+            f"--classes"
+        ) from error
+    items = plan.source.items
+    longest = max(items, key=lambda item: len(item.key))
+    if (letters := len(longest.key)) > KEY_BYTES:
+        raise ValueError(
+            f"{where(plan.source.root, longest)} would have a key of {letters:,} letters, at most "
+            f"{KEY_BYTES:,} are read; shorten the names of the file and its folders"
+        )
+    if len(items) * (ROW_BYTES + letters) > INDEX_BYTES:
+        raise ValueError(
+            f"the index of {len(items):,} images with keys of up to {letters:,} letters would have "
+            f"more than the {INDEX_BYTES:,} bytes that are read; make several sets of them"
+        )
 
 
 def side_files(manifest: Manifest) -> dict[str, str]:
@@ -360,7 +396,7 @@ def parse_task(text: str) -> tuple[int, int]:
     Raises:
         ValueError: if it is not of that form, or I is not one of 0 ... N-1.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise ValueError(f"--task must be I/N with I from 0 to N-1 (such as 0/4), not {text!r}")
     return int(match[1]), int(match[2])
@@ -431,5 +467,5 @@ def _remove_temporaries(url: str) -> None:
     for folder in (url, files.join(url, COMMITS)):
         for name in file_sizes(folder):
             # not those of index and manifest, which a second run of this task may be writing
-            if files.TEMPORARY.fullmatch(name) and re.match(r"\.\d{6}\.", name):
+            if files.TEMPORARY.fullmatch(name) and re.match(r"\.[0-9]{6,}\.", name):
                 files.remove(files.join(folder, name))
