@@ -230,6 +230,7 @@ def _tarred_images(path: Path, folder: str = "", part: tar.Member | None = None)
     if not members:
         raise ValueError(f"{name} is empty")
     for member in members:
+        require_utf8(f"{name}/{member.name}")
         if "/" in member.name or not has_image_suffix(member.name):
             raise ValueError(f"not an image: {member.name} in {name}; a tar holds only images")
     return [Found(folder + one.name, one.size, path.name, one.offset) for one in members]

@@ -679,6 +679,21 @@ def test_a_flat_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         read_source("imagenet-val", tmp_path, LABELS)
 
 
+@pytest.mark.parametrize("form", [train_archive, train_class_tars])
+def test_a_name_in_an_archive_that_is_not_utf8_is_refused(
+    tmp_path: Path, form: Callable[[Path], None]
+) -> None:
+    form(tmp_path)
+    path = next(tmp_path.rglob("*n02.tar" if form is train_class_tars else "*.tar"))
+    image = os.fsdecode(b"caf\xe9.JPEG")
+    path.write_bytes(
+        tar_bytes({image: b"x"}) if form is train_class_tars else with_classes(n02={image: b"x"})
+    )
+    said = r"the name b'caf\\xe9\.JPEG' in .*n02\.tar is not UTF-8; rename it"
+    with pytest.raises(ValueError, match=said):
+        read_source("imagenet-train", tmp_path, LABELS)
+
+
 def test_other_digits_are_no_number_of_a_validation_image(tmp_path: Path) -> None:
     val_flat(tmp_path)
     path = tmp_path / "ILSVRC2012" / "val" / validation_name(1)
