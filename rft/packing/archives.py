@@ -66,7 +66,7 @@ def validation_classes(devkit: Path) -> list[str]:
     # a byte that is no ASCII fails below, with the number of its image
     lines = truth.decode("ascii", "replace").split()
     for number, line in enumerate(lines, start=1):
-        if not re.fullmatch(r"\d+", line) or int(line) not in wnids:
+        if not re.fullmatch(r"[0-9]{1,9}", line) or int(line) not in wnids:
             raise ValueError(f"{devkit}: image {number} has class {line[:20]!r}, none of meta.mat")
     return [wnids[int(line)] for line in lines]
 
@@ -85,7 +85,7 @@ def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
         with local.reader(devkit) as stream, gzip.open(stream) as unpacked:
             data = unpacked.read(DEVKIT_BYTES + 1)
     # of gzip: a wrong magic number or checksum, a cut file, a damaged stream
-    except (OSError, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{devkit} is damaged: {error}; get it again") from error
     if len(data) > DEVKIT_BYTES:
         raise ValueError(f"{devkit} unpacks to more than {DEVKIT_BYTES:,} bytes; get it again")

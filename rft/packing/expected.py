@@ -60,7 +60,7 @@ def parse_allowed_counts(texts: Sequence[str], datasets: Sequence[str]) -> dict[
     """
     counts = {}
     for text in texts:
-        match = re.fullmatch(r"([^=]+)=(\d+)", text)
+        match = re.fullmatch(r"([^=]+)=([0-9]{1,18})", text)
         if match is None:
             raise ValueError(f"--allow-count must be SET=N (imagenet-val=49999), not {text!r}")
         if match[1] not in datasets:

@@ -35,7 +35,9 @@ from rft.shards import tar
 from rft.shards.label_space import LabelSpace
 from rft.text import printable
 
-VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+VALIDATION_NAME = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
+# benchmarks as they are downloaded, which may lie beside the tars of classes
+DOWNLOAD = re.compile("ILSVRC|imagenet|objectnet", re.IGNORECASE)
 LISTING_THREADS = 16  # listing is latency-bound on network file systems
 
 
@@ -169,15 +171,21 @@ def _class_folders_in(root: Path, class_of: Mapping[str, int], links: Links) -> 
 def _class_tars_in(
     root: Path, _source: Path, class_of: Mapping[str, int], links: Links
 ) -> Listing | None:
-    present = {name: root / f"{name}.tar" for name in class_of}
-    present = {name: path for name, path in present.items() if path.is_file()}
-    if not present:
+    with os.scandir(root) as entries:
+        found = [e for e in entries if e.name.endswith(".tar") and not e.is_dir()]
+    present = {
+        name: entry
+        for entry in sorted(found, key=lambda entry: entry.name)
+        if (name := entry.name.removesuffix(".tar")) in class_of
+        or not (passed_over(entry.name) or DOWNLOAD.match(name))
+    }
+    if not any(composed(name) in class_of for name in present):
         return None
     _require_same(root, list(present), class_of)
-    # a file that is no link lies where its folder lies
-    for path in (root, *filter(Path.is_symlink, present.values())):
-        links.look(path)
-    images = _in_threads(lambda name: _tarred_images(present[name], f"{name}/"), present)
+    links.look(root)
+    for entry in present.values():
+        regular_size(entry, links)
+    images = _in_threads(lambda name: _tarred_images(root / f"{name}.tar", f"{name}/"), present)
     return Listing(root, images, f"{len(present):,} tars of {root}")
 
 
@@ -194,15 +202,17 @@ def _flat_files_in(
     root: Path, source: Path, class_of: Mapping[str, int], links: Links
 ) -> Listing | None:
     with os.scandir(root) as entries:
-        files_here = [e for e in entries if e.is_file() and has_image_suffix(e.name)]
+        files_here = [e for e in entries if has_image_suffix(e.name) and not e.is_dir()]
     # with one that is none of the published names, the listing is refused
     if not any(VALIDATION_NAME.fullmatch(entry.name) for entry in files_here):
         return None
-    # the name twice: `_by_truth` puts the class in front of the first, the second names the file
-    images = [Found(entry.name, entry.stat().st_size, entry.name) for entry in files_here]
+    links.look(root)
+    images = []
+    for entry in files_here:
+        require_utf8(entry.path)
+        # the name twice: `_by_truth` puts the class before the first, the second names the file
+        images.append(Found(entry.name, regular_size(entry, links), entry.name))
     by_class, devkit = _by_truth(root, images, [root, root.parent, source], class_of)
-    for path in (root, *(entry for entry in files_here if entry.is_symlink())):
-        links.look(path)
     return Listing(root, by_class, f"flat files of {root} with the classes of {devkit}")
 
 
@@ -220,6 +230,7 @@ def _tarred_images(path: Path, folder: str = "", part: tar.Member | None = None)
     if not members:
         raise ValueError(f"{name} is empty")
     for member in members:
+        require_utf8(f"{name}/{member.name}")
         if "/" in member.name or not has_image_suffix(member.name):
             raise ValueError(f"not an image: {member.name} in {name}; a tar holds only images")
     return [Found(folder + one.name, one.size, path.name, one.offset) for one in members]
@@ -259,6 +270,8 @@ def _class_folders(root: Path) -> list[str]:
                     names.append(entry.name)
             elif has_image_suffix(entry.name):
                 raise ValueError(f"{entry.path} lies in no class folder; sort the images by class")
+            elif entry.is_symlink() and not passed_over(entry.name):
+                regular_size(entry)  # a broken link may be a class that is missing
     if not names:
         raise ValueError(f"{root} holds no class folders")
     require_distinct(root, sorted(names))

@@ -125,7 +125,7 @@ def regular_size(entry: "os.PathLike[str]", links: Links | None = None) -> int:
         ValueError: for a broken link, a FIFO, a socket, a device or a folder.
     """
     path = os.fspath(entry)
-    status = entry.stat(follow_symlinks=False) if isinstance(entry, os.DirEntry) else os.lstat(path)
+    status = os.lstat(path)
     if stat.S_ISLNK(status.st_mode):
         try:
             status = os.stat(path)  # noqa: PTH116

@@ -27,6 +27,7 @@ from rft.packing.names import (
     thumbnails,
 )
 from rft.packing.own_splits import (
+    DEPTH,
     doubtful_folders,
     find_splits,
     not_read,
@@ -42,7 +43,6 @@ from rft.text import printable, shown
 
 TRAIN = "train"
 NAMED = 6  # files and folders that are not read and named
-DEPTH = 64  # of folders in a class folder; os.walk recurses in Python 3.11
 TAIL = 4096  # bytes at the end of an image file: enough to tell nearly all of one size apart
 
 

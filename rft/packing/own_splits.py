@@ -32,6 +32,7 @@ NAMES = {role: re.compile(f"{NEUTRAL}(?:{words}){NEUTRAL}") for role, words in W
 BETWEEN_WORDS = re.compile(r"[\s_.-]+")
 # also divides at capitals, as in `trainA`; digits and signs are no part of a word
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_]+")
+DEPTH = 64  # of folders in a class folder; os.walk recurses in Python 3.11
 DEEPEST = 20  # levels looked through for a hint: links may lead round in a circle
 
 
@@ -266,9 +267,10 @@ def not_read(level: Level, splits: Collection[str], ignore: Sequence[str]) -> li
     entries = []
     for name in sorted(set(level.folders) - set(splits)):
         count = 0
-        # links are not followed: the count is a hint, and they may lead round in a circle
-        for _, below, names in os.walk(level.path / name):
-            below[:] = [folder for folder in below if not passed_over(folder, ignore)]
+        # links are not followed and the deepest folders are not read: the count is a hint
+        for folder, below, names in os.walk(level.path / name):
+            deep = len(Path(folder).relative_to(level.path).parts) >= DEPTH
+            below[:] = [one for one in below if not (deep or passed_over(one, ignore))]
             count += sum(has_image_suffix(one) and not passed_over(one, ignore) for one in names)
         entries.append(f"{name}/ ({count:,} image{'' if count == 1 else 's'})")
     return [*entries, *level.files]

@@ -13,7 +13,6 @@ import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,13 +37,13 @@ from rft.packing.shard import (
     too_many,
     write_shard,
 )
-from rft.packing.source import Item, Source, require_apart
+from rft.packing.source import Item, Source, require_apart, where
 from rft.progress import progress
 from rft.shards.folder import COMMITS, INDEX, MANIFEST, PLAN, QUARANTINE
 from rft.shards.images import Kind, Quality, Square, encoding_parameters
-from rft.shards.index import COLUMNS, Index
+from rft.shards.index import COLUMNS, INDEX_BYTES, KEY_BYTES, ROW_BYTES, Index
 from rft.shards.label_space import LabelSpace, scoring_hash
-from rft.shards.manifest import Manifest
+from rft.shards.manifest import Manifest, Shard
 from rft.shards.ranges import cut
 from rft.storage import files, local
 from rft.storage.documents import Above0, Megapixels, Positive, Seed, Whole, document
@@ -142,6 +141,7 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
     """
     index, count = _check(options)
     plan = make_plan(source, labels, options)
+    _require_readable(plan)
     url = files.join(out, source.dataset)
     claim(plan, url, create=not options.finalize)
     jobs = make_jobs(plan, url, options.max_bad, options.max_pixels)
@@ -304,18 +304,8 @@ def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int =
         for name, dtype in COLUMNS.items()
     }
     index = Index(**columns).to_bytes()
-    manifest = Manifest(
-        dataset=plan.source.dataset,
-        classes=plan.labels.names,
-        class_ids=plan.labels.ids,
-        templates=plan.labels.templates,
-        groups=plan.source.groups,
-        encoding=plan.encoding,
-        plan_hash=plan.hash,
-        index_sha256=files.sha256_bytes(index),
-        shards=tuple(commit.shard for commit in commits),
-        quarantined=len(quarantined),
-    )
+    shards = [commit.shard for commit in commits]
+    manifest = _manifest(plan, shards, files.sha256_bytes(index), len(quarantined))
     files.write_bytes(files.join(url, INDEX), index)
     for name, content in side_files(manifest).items():
         files.write_bytes(files.join(url, name), content.encode())
@@ -328,6 +318,51 @@ def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int =
     _remove_temporaries(url)
     manifest.save(url)
     return manifest
+
+
+def _manifest(
+    plan: PackPlan, shards: Sequence[Shard], index_sha256: str, quarantined: int = 0
+) -> Manifest:
+    return Manifest(
+        dataset=plan.source.dataset,
+        classes=plan.labels.names,
+        class_ids=plan.labels.ids,
+        templates=plan.labels.templates,
+        groups=plan.source.groups,
+        encoding=plan.encoding,
+        plan_hash=plan.hash,
+        index_sha256=index_sha256,
+        shards=tuple(shards),
+        quarantined=quarantined,
+    )
+
+
+def _require_readable(plan: PackPlan) -> None:
+    """Refuse before anything is packed what readers of the finished set would refuse.
+
+    Raises:
+        ValueError: for a key or an index that is too large, or a manifest that cannot be right.
+    """
+    some_hash = "0" * 64
+    try:
+        _manifest(plan, [Shard(name="0.tar", bytes=0, sha256=some_hash, samples=1)], some_hash)
+    except ValueError as error:
+        raise ValueError(
+            f"{plan.source.dataset}: no manifest can hold its label space ({error}); change "
+            f"--classes"
+        ) from error
+    items = plan.source.items
+    longest = max(items, key=lambda item: len(item.key))
+    if (letters := len(longest.key)) > KEY_BYTES:
+        raise ValueError(
+            f"{where(plan.source.root, longest)} would have a key of {letters:,} letters, at most "
+            f"{KEY_BYTES:,} are read; shorten the names of the file and its folders"
+        )
+    if len(items) * (ROW_BYTES + letters) > INDEX_BYTES:
+        raise ValueError(
+            f"the index of {len(items):,} images with keys of up to {letters:,} letters would have "
+            f"more than the {INDEX_BYTES:,} bytes that are read; make several sets of them"
+        )
 
 
 def side_files(manifest: Manifest) -> dict[str, str]:
@@ -361,7 +396,7 @@ def parse_task(text: str) -> tuple[int, int]:
     Raises:
         ValueError: if it is not of that form, or I is not one of 0 ... N-1.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise ValueError(f"--task must be I/N with I from 0 to N-1 (such as 0/4), not {text!r}")
     return int(match[1]), int(match[2])
@@ -416,16 +451,15 @@ def _commits(jobs: Sequence[ShardJob]) -> list[Commit | None]:
 def _write_shards(title: str, jobs: Sequence[ShardJob], workers: int | None, max_bad: int) -> None:
     """Write the shards, in this process or in several; the first error stops it."""
     bad: list[Quarantined] = []
-    with (
-        progress(title, "samples", sum(len(job.items) for job in jobs)) as advance,
-        # an error below would leave the generator open, and its workers running
-        closing(each_done(write_shard, jobs, workers)) as results,
-    ):
-        for _, commit in results:
+    with progress(title, "samples", sum(len(job.items) for job in jobs)) as advance:
+
+        def done(_: int, commit: Commit) -> None:
             advance(commit.shard.samples + len(commit.quarantined), commit.shard.bytes)
-            bad += commit.quarantined
+            bad.extend(commit.quarantined)
             if len(bad) > max_bad:  # no need to wait for the end to find out
                 raise too_many(bad, max_bad)
+
+        each_done(write_shard, jobs, workers, done)
 
 
 def _remove_temporaries(url: str) -> None:
@@ -433,5 +467,5 @@ def _remove_temporaries(url: str) -> None:
     for folder in (url, files.join(url, COMMITS)):
         for name in file_sizes(folder):
             # not those of index and manifest, which a second run of this task may be writing
-            if files.TEMPORARY.fullmatch(name) and re.match(r"\.\d{6}\.", name):
+            if files.TEMPORARY.fullmatch(name) and re.match(r"\.[0-9]{6,}\.", name):
                 files.remove(files.join(folder, name))

@@ -9,10 +9,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from typing import TypeVar
 
 from rft import cpus, log
@@ -27,32 +26,35 @@ def for_each(
 ) -> list[Result]:
     """Return `work(job)` for every job, in order, showing progress; see `each_done`."""
     results = {}
-    with (
-        progress(title, "shards", len(jobs)) as advance,
-        closing(each_done(work, jobs, workers)) as done,
-    ):
-        for number, result in done:
+    with progress(title, "shards", len(jobs)) as advance:
+
+        def done(number: int, result: Result) -> None:
             results[number] = result
             advance(1, 0)
+
+        each_done(work, jobs, workers, done)
     return [results[number] for number in range(len(jobs))]
 
 
 def each_done(
-    work: Callable[[Task], Result], jobs: Sequence[Task], workers: int | None
-) -> Generator[tuple[int, Result], None, None]:
-    """Yield the number of a job and `work(job)`, as they end; the first error stops all.
+    work: Callable[[Task], Result],
+    jobs: Sequence[Task],
+    workers: int | None,
+    done: Callable[[int, Result], None],
+) -> None:
+    """Call `done` with the number of a job and `work(job)`, as they end; the first error stops all.
 
     `workers` is the number of processes; None is one for each core. Work, jobs and results travel
     between processes unless one worker is enough. Ctrl-C and SIGTERM end work in the middle; what
     it has of `finally` and context managers is still done.
 
     Raises:
-        ValueError: if a worker process is killed; and whatever `work` raises.
+        ValueError: if a worker process is killed; and whatever `work` or `done` raises.
     """
     count = min(workers or cpus.available(), len(jobs))
     if count <= 1:
         for number, job in enumerate(jobs):
-            yield number, work(job)
+            done(number, work(job))
         return
     # fork would copy locks that fsspec's or rich's threads may hold
     context = multiprocessing.get_context("forkserver")
@@ -63,8 +65,14 @@ def each_done(
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
     try:
         futures = _submit(pool, work, jobs)
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        try:
+            for future in as_completed(futures):
+                done(futures[future], future.result())
+        except Exception:
+            # jobs that workers have been given are waited for, all others are cancelled; here,
+            # where Ctrl-C is still heard
+            pool.shutdown(cancel_futures=True)
+            raise
     except KeyboardInterrupt:
         # workers ignore Ctrl-C, and the pool would wait for the jobs they are at
         for process in set(multiprocessing.active_children()) - others:
@@ -75,7 +83,6 @@ def each_done(
             "a worker process was killed (out of memory?); run again with fewer --workers"
         ) from error
     finally:
-        # jobs that workers have been given are waited for, all others are cancelled
         pool.shutdown(cancel_futures=True)
 
 

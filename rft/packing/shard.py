@@ -22,7 +22,7 @@ from rft.packing.shard_writer import ShardWriter
 from rft.packing.source import Item, read_item, where
 from rft.shards.folder import COMMITS, PLAN
 from rft.shards.image_files import require_affordable
-from rft.shards.index import COLUMNS
+from rft.shards.index import COLUMNS, KEY_BYTES
 from rft.shards.manifest import Shard
 from rft.storage import files, local
 from rft.storage.documents import Count, Sha256, Text, document
@@ -31,7 +31,7 @@ NAMED_IN_ERRORS = 3  # images that cannot be read
 COMMIT_BYTES = 2**28  # three times the record of all of ImageNet in one shard
 COMMIT_VALUES = 20_000_000  # all of ImageNet in one shard has 9 million
 # printable ASCII without spaces
-Key = Annotated[str, Field(min_length=1, max_length=10_000, pattern="^[\\x21-\\x7e]+$")]
+Key = Annotated[str, Field(min_length=1, max_length=KEY_BYTES, pattern="^[\\x21-\\x7e]+$")]
 
 
 @document
@@ -62,7 +62,11 @@ class Columns:
 
 @document
 class Statistics:
-    """Statistics of packing a shard: its time, and what kinds of images it has."""
+    """Statistics of packing a shard: its time, and what kinds of images it has.
+
+    Of these, `turned` and `composed` are printed. The others are read by nothing, and stay: a
+    record without them would be refused by versions that know them, and the reverse.
+    """
 
     seconds: Annotated[float, Field(ge=0)]
     source_bytes: Count

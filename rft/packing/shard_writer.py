@@ -20,7 +20,11 @@ class ShardWriter:
         self._stream = stream
         # the same owner and time on any machine; members are bytes already
         options = {"user": "root", "group": "root", "mtime": 0, "encoder": False}
-        self._tar = packages.part("webdataset", "writer").TarWriter(self, **options)
+        # a header in front of each name of more than 100 letters, which USTAR would refuse;
+        # webdataset 1.0.2 writes PAX whatever it is given
+        self._tar = packages.part("webdataset", "writer").TarWriter(
+            self, format="PAX_FORMAT", **options
+        )
 
     def write(self, data: bytes) -> int:
         """Take bytes from webdataset's writer, for which this is the file."""

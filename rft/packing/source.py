@@ -87,8 +87,8 @@ def read_item(root: Path, item: Item) -> bytes:
     Raises:
         ValueError: if the file is not what it was when it was listed.
     """
-    # one byte more shows a file that has grown
-    wanted = item.bytes + (item.inside is None)
+    # one byte more shows a file that has grown; at byte 0 of an archive is a header, no image
+    wanted = item.bytes + (item.offset == 0)
     # without a buffer, which would read on into the archive's next image
     with os.fdopen(local.open_regular(root / (item.inside or item.path)), "rb", 0) as stream:
         stream.seek(item.offset)

@@ -18,7 +18,7 @@ import numpy as np
 
 from rft.classes import Classes, composed
 from rft.config import MAX_PIXELS
-from rft.packing.foreign.index import ALGORITHM, OTHER_SUFFIXES
+from rft.packing.foreign.index import OTHER_SUFFIXES
 from rft.packing.foreign.labels import POSITION, parse_label, resolve_label
 from rft.packing.foreign.rule import LabelsAre, Rule
 from rft.packing.foreign.samples import SIZE_THREADS, open_whole, read_text, shard_size, split_name
@@ -79,9 +79,13 @@ class Report:
 
 @document(config=FOREIGN)
 class RecordedPlan:
-    """What plan.json says of how labels are read; a packer's has no more than `dataset` of it."""
+    """What plan.json says of how labels are read.
 
-    algorithm: int | Text = ""
+    Only the plan of third-party shards has `shards`, whatever version wrote it: a packer's has no
+    more than data set, encoding and label space.
+    """
+
+    shards: Name | None = None
     dataset: Name | None = None
     encoding: Encoding | None = None
     labels: Name | None = None
@@ -133,11 +137,7 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
     report.bytes = sum(shard.bytes for shard in manifest.shards)
     plan = _read_plan(url, manifest, report)
     if manifest.quarantined:
-        listed = len((files.find_bytes(files.join(url, QUARANTINE)) or b"").splitlines())
-        if listed != manifest.quarantined:
-            report.add(
-                f"quarantine.jsonl lists {listed} images, the manifest says {manifest.quarantined}"
-            )
+        _check_quarantine(url, manifest, report)
     try:
         index = Index.read(url, manifest)
     except ValueError as error:
@@ -160,6 +160,18 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
         else:
             report.problems += problems
     return report
+
+
+def _check_quarantine(url: str, manifest: Manifest, report: Report) -> None:
+    try:
+        data = files.find_bytes(files.join(url, QUARANTINE))
+    except ValueError as error:
+        report.add(str(error))
+        return
+    if (listed := len((data or b"").splitlines())) != manifest.quarantined:
+        report.add(
+            f"quarantine.jsonl lists {listed} images, the manifest says {manifest.quarantined}"
+        )
 
 
 def check_index(manifest: Manifest, index: Index) -> Iterator[Problem]:
@@ -396,7 +408,7 @@ def _check_sizes(
         local=plan.local_labels,
         label_field=plan.label_field,
         # as the packer writes them
-        labels_are=plan.labels_are if plan.algorithm == ALGORITHM else "positions",
+        labels_are=plan.labels_are if plan.shards else "positions",
         ignore=frozenset(plan.ignore),
         max_pixels=max_pixels,
     )

@@ -357,6 +357,19 @@ def test_positions_in_a_local_list_may_be_ids_too(tmp_path: Path) -> None:
     assert verify(str(tmp_path / "out"), deep=True, workers=1).problems == []
 
 
+@pytest.mark.parametrize("version", ["index 0", "index 2"])
+def test_verify_reads_labels_of_other_versions_as_they_did(
+    tmp_path: Path, monkeypatch, version: str
+) -> None:
+    """An id that is a number is no position, as it is in a packer's own shards."""
+    members = [("k0.jpg", picture(0)), ("k0.json", b'{"y": "10"}')]
+    url = write_tar(tmp_path / "0.tar", members)
+    monkeypatch.setattr("rft.packing.foreign.index.ALGORITHM", version)
+    index_shards([url], str(tmp_path / "out"), NUMBERED, Options(label_field="y"))
+    monkeypatch.undo()
+    assert verify(str(tmp_path / "out"), deep=True, workers=1).problems == []
+
+
 def test_verify_reads_labels_as_the_index_did(tmp_path: Path) -> None:
     """A wrong class for a text that is an id is found, and an older manifest has no ids."""
     members = [("k0.jpg", picture(0)), ("k0.json", b'{"y": "10"}')]
@@ -551,6 +564,34 @@ def test_again_changes_nothing_and_another_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "set" / "index.npz").read_bytes() == before["set/index.npz"][0]
 
 
+def test_a_rerun_reads_an_index_of_any_size_that_is_allowed(tmp_path: Path, monkeypatch) -> None:
+    """ImageNet-21k's has 500 MB; a document of JSON has at most 64 MiB."""
+    url, out = write_tar(tmp_path / "0.tar", plain("a", 0)), str(tmp_path)
+    expected = index_shards([url], out, LABELS, Options())
+    before = snapshot(tmp_path)
+    size = len(before["index.npz"][0])
+    find, limits = files.find_bytes, []
+
+    def find_bytes(url: str, limit: int = size - 1) -> bytes | None:
+        limits.append(limit)
+        return find(url, limit)
+
+    monkeypatch.setattr(files, "find_bytes", find_bytes)
+    assert index_shards([url], out, LABELS, Options()) == expected
+    assert size - 1 in limits
+    assert snapshot(tmp_path) == before
+
+
+def test_a_plan_that_an_older_version_left_is_replaced(tmp_path: Path, monkeypatch) -> None:
+    url = write_tar(tmp_path / "0.tar", plain("a", 0))
+    with monkeypatch.context() as patch:
+        patch.setattr("rft.packing.foreign.index.ALGORITHM", "index 0")
+        index_shards([url], str(tmp_path), LABELS, Options())
+    (tmp_path / "manifest.json").unlink()
+    manifest = index_shards([url], str(tmp_path), LABELS, Options())
+    assert files.sha256_json(json.loads((tmp_path / "plan.json").read_text())) == manifest.plan_hash
+
+
 def test_a_folder_that_is_being_packed_is_left_alone(tmp_path: Path) -> None:
     url = write_tar(tmp_path / "0.tar", plain("a", 0))
     (tmp_path / "plan.json").write_text('{"algorithm": 1}')
@@ -593,7 +634,9 @@ BAD_SAMPLES: dict[str, tuple[Members, str]] = {
         [("a.png", empty_png(6000, 1)), ("a.cls", b"0")],
         r"key 'a': the image is 6000 x 1 pixels; .* at most 100 times",
     ),
-    "no ASCII": (plain("\u00e4", 0), "is not ASCII"),
+    "no ASCII": (plain("\u00e4", 0), "is not printable ASCII"),
+    "a sign that is not printed": (plain("a\x07b", 0), r"key 'a\\x07b' is not printable ASCII"),
+    "a key that is too long": (plain("k" * 1025, 0), "key 'k{40}'... has 1,025 letters, at most"),
     "nothing": ([], "holds no samples"),
 }
 
@@ -723,6 +766,7 @@ def test_what_is_no_tar(tmp_path: Path, kind: str) -> None:
         (["{0...5}.tar"], r"'\{' is not expanded"),
         (["{}.tar"], r"'\{' is not expanded"),
         (["{0..x}.tar"], r"'\{' is not expanded"),
+        (["{a,b*}.tar"], r"'\{a,b\*\}\.tar': '\*' is not expanded"),
         (["{0..1}.tar", "1.tar"], "1.tar is named twice"),
         (["gone-{0..1}.tar"], "no such shard: .*gone-0.tar"),
         (["https://user:secret@host/0.tar"], r"https://\*{3} was given with a user, password"),

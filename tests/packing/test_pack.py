@@ -36,7 +36,8 @@ from rft.packing.layouts import read_source
 from rft.packing.pack import Options, make_jobs, make_plan, pack, parse_task, shuffle
 from rft.packing.shard import Commit, write_shard
 from rft.packing.shard_writer import ShardWriter
-from rft.packing.source import Item
+from rft.packing.source import Item, Source
+from rft.packing.verify import verify
 from rft.shards.images import Kind, clip_pixels, clip_square, load_image
 from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
@@ -171,7 +172,7 @@ def test_order_is_frozen() -> None:
     assert " ".join(item.key for item in shuffle(items, 0)) == "k0 k5 k1 k4 k3 k6 k7 k2"
 
 
-@pytest.mark.parametrize("text", ["1", "2/2", "-1/2", "a/b", "0/0", "1/2/3"])
+@pytest.mark.parametrize("text", ["1", "2/2", "-1/2", "a/b", "0/0", "1/2/3", "\u0661/\u0662"])
 def test_task_errors(text: str) -> None:
     with pytest.raises(ValueError, match="--task must be I/N"):
         parse_task(text)
@@ -194,7 +195,95 @@ def test_option_errors(source: str, tmp_path: Path, options: dict, message: str)
     assert not snapshot(tmp_path)
 
 
+KEPT = "k" * 200  # a file's name has at most 255 letters, so long keys come from deep folders
+
+
+def deep_items(folders: int) -> tuple[Item, ...]:
+    path = f"n01/{f'{KEPT}/' * folders}1.JPEG"
+    key = path.removesuffix(".JPEG").replace("/", "_")
+    return (
+        Item(key=key, path=path, label=0, bytes=9),
+        Item(key="n02_1", path="n02/1.JPEG", label=1, bytes=9),
+    )
+
+
+def refused_before_packing(tmp_path: Path, folders: int, labels: LabelSpace = LABELS) -> str:
+    """Pack images that do not exist: whatever is opened gives a different error."""
+    found = Source(
+        dataset="own", root=tmp_path / "in", items=deep_items(folders), groups=labels.groups
+    )
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - its text is returned
+        packing.pack_source(found, str(tmp_path / "out"), labels, ORIGINAL)
+    assert not (tmp_path / "out").exists()
+    return str(error.value)
+
+
+def test_keys_that_no_reader_takes_are_refused_before_packing(tmp_path: Path) -> None:
+    said = refused_before_packing(tmp_path, 6)
+    assert said.startswith(f"{tmp_path}/in/n01/{KEPT}/")
+    assert "1.JPEG would have a key of 1,211 letters, at most 1,024 are read; shorten" in said
+
+
+def test_an_index_that_no_reader_takes_is_refused_before_packing(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(packing, "INDEX_BYTES", 400)
+    said = refused_before_packing(tmp_path, 1)
+    assert said.startswith("the index of 2 images with keys of up to 206 letters would have more")
+
+
+def test_a_manifest_that_no_reader_takes_is_refused_before_packing(tmp_path: Path) -> None:
+    """Readers take at most 1,000 prompts, and a label space has no limit."""
+    many = tuple(f"{n} {{c}}" for n in range(1001))
+    labels = LabelSpace(ids=LABELS.ids, names=LABELS.names, templates=many)
+    said = refused_before_packing(tmp_path, 1, labels)
+    assert said.startswith("own: no manifest can hold its label space (templates is ")
+    assert said.endswith("; it must have at most 1000 elements); change --classes")
+
+
 # --- reading back -------------------------------------------------------------------------------
+
+
+def test_long_keys_read_back(tmp_path: Path) -> None:
+    """Their members have PAX headers, which webdataset, tar and our own readers know."""
+    for n in range(4):
+        name = f"{n}{'x' * (149 if n % 2 else 94)}"
+        write_image(tmp_path / "in" / "train" / LABELS.ids[n // 2] / f"{name}.JPEG", n)
+    assert pack("imagenet-train", str(tmp_path / "in"), str(tmp_path), LABELS, ORIGINAL)
+    folder = tmp_path / "imagenet-train"
+    _, index = check_offsets(folder)
+    assert sorted(map(len, index.key.tolist())) == [95, 95, 150, 150]
+    data = PackedDataset(str(folder))
+    samples = read_with_webdataset(folder)
+    assert [sample["__key__"] for sample in samples] == [data.key(n) for n in range(4)]
+    for row, sample in enumerate(samples):
+        original = (tmp_path / "in" / "train" / json.loads(sample["json"])["path"]).read_bytes()
+        assert data.payload(row) == sample["jpg"] == original
+    assert verify(str(folder), deep=True, workers=1).problems == []
+    shards = sorted(folder.glob("*.tar"))
+    listings = [
+        subprocess.run(["tar", "-tf", path], capture_output=True, text=True, check=True).stdout
+        for path in shards
+    ]
+    names = {line.split(".")[0] for listing in listings for line in listing.splitlines()}
+    assert names == {key.decode() for key in index.key}
+
+
+@pytest.mark.parametrize("letters", [5, 95, 96, 150])
+def test_headers_of_long_names_alone_differ_from_ustar(letters: int) -> None:
+    key, written, ustar = "k" * letters, io.BytesIO(), io.BytesIO()
+    with ShardWriter(written) as shard:
+        shard.add(key, {"json": b"{}"}, "jpg", b"image")
+    with tarfile.open(fileobj=ustar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        # a key of the same letters where USTAR takes no more
+        for name, data in ((f"{key[:95]}.json", b"{}"), (f"{key[:95]}.jpg", b"image")):
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(data), 0o444
+            member.uname = member.gname = "root"
+            archive.addfile(member, io.BytesIO(data))
+    assert (written.getvalue() == ustar.getvalue()) == (letters <= 95)
+    first_type = written.getvalue()[156:157]
+    assert first_type == (tarfile.REGTYPE if letters <= 95 else tarfile.XHDTYPE)
 
 
 def test_original_reads_back(source: str, tmp_path: Path) -> None:

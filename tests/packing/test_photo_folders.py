@@ -163,6 +163,14 @@ def test_what_lies_beside_the_splits_is_named_and_counted(tmp_path: Path) -> Non
     ]
 
 
+def test_images_beside_the_splits_are_counted_to_the_depth_that_is_packed(tmp_path: Path) -> None:
+    """Python 3.11 walks folders by recursion: below about a thousand it raises RecursionError."""
+    for split in ("train", "test"):
+        classes(tmp_path / split, "cat", "dog")
+    fill(tmp_path / "other", "a/" * 63 + "1.jpg", "a/" * 64 + "1.jpg")
+    assert read(tmp_path).notes == ["not read: other/ (1 image)"]
+
+
 def test_a_training_split_given_alone(tmp_path: Path) -> None:
     for split in ("train", "test"):
         classes(tmp_path / split, "cat", "dog")

@@ -1,6 +1,7 @@
 """Label spaces and the official folder layouts: what is found, and what is refused."""
 
 import dataclasses
+import errno
 import gzip
 import io
 import json
@@ -35,6 +36,8 @@ from rft.packing.source import Source, read_item
 from rft.sets import BENCHMARKS
 from rft.shards.keys import make_keys
 from rft.shards.label_space import LabelSpace
+from rft.storage import local
+from tests.packing.test_photo_folders import SPECIAL
 from tests.tiny import unstamped
 
 MAPPINGS = Path(__file__).parent / "objectnet-mappings"
@@ -196,6 +199,16 @@ def test_complete_sets_by_wnid(tmp_path: Path, dataset: str, folder: str) -> Non
     assert source.root == tmp_path / folder
     assert source.groups == ((0,), (1,), (2,))
     assert source.crop_border == 0
+
+
+def test_a_broken_link_in_place_of_a_class_folder_is_refused(tmp_path: Path) -> None:
+    """Of a set of some classes nothing else would say that one is missing."""
+    touch(tmp_path, "n01/a.jpg", "n03/a.jpg")
+    (tmp_path / ".#README").symlink_to("nowhere")
+    read_source("imagenet-r", tmp_path, LABELS)
+    (tmp_path / "n02").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="n02 is a broken link; remove it, or restore its target"):
+        read_source("imagenet-r", tmp_path, LABELS)
 
 
 def test_foldered_validation_copy_goes_before_the_flat_one(tmp_path: Path) -> None:
@@ -644,6 +657,83 @@ def test_flat_validation_images_of_fewer_classes(tmp_path: Path) -> None:
         read_source("imagenet-val", tmp_path, LABELS)
 
 
+@pytest.mark.parametrize("kind", ["a FIFO", "a broken link", "a device"])
+@pytest.mark.parametrize("form", [val_flat, train_class_tars])
+def test_what_is_no_regular_file_among_flat_files_and_tars(
+    tmp_path: Path, form: Callable[[Path], None], kind: str
+) -> None:
+    form(tmp_path)
+    place = tmp_path / (
+        f"ILSVRC2012/val/{validation_name(1)}" if form is val_flat else "train/n02.tar"
+    )
+    place.unlink()
+    SPECIAL[kind](place)
+    with pytest.raises(ValueError, match=f"{place} is {kind}"):
+        read_source("imagenet-val" if form is val_flat else "imagenet-train", tmp_path, LABELS)
+
+
+def test_a_flat_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    val_flat(tmp_path)
+    touch(tmp_path / "ILSVRC2012" / "val", os.fsdecode(b"caf\xe9.JPEG"))
+    with pytest.raises(ValueError, match=r"the name b'caf\\xe9\.JPEG' in .*val is not UTF-8"):
+        read_source("imagenet-val", tmp_path, LABELS)
+
+
+@pytest.mark.parametrize("form", [train_archive, train_class_tars])
+def test_a_name_in_an_archive_that_is_not_utf8_is_refused(
+    tmp_path: Path, form: Callable[[Path], None]
+) -> None:
+    form(tmp_path)
+    path = next(tmp_path.rglob("*n02.tar" if form is train_class_tars else "*.tar"))
+    image = os.fsdecode(b"caf\xe9.JPEG")
+    path.write_bytes(
+        tar_bytes({image: b"x"}) if form is train_class_tars else with_classes(n02={image: b"x"})
+    )
+    said = r"the name b'caf\\xe9\.JPEG' in .*n02\.tar is not UTF-8; rename it"
+    with pytest.raises(ValueError, match=said):
+        read_source("imagenet-train", tmp_path, LABELS)
+
+
+def test_other_digits_are_no_number_of_a_validation_image(tmp_path: Path) -> None:
+    val_flat(tmp_path)
+    path = tmp_path / "ILSVRC2012" / "val" / validation_name(1)
+    path.rename(path.with_name(validation_name(1).replace("1.J", "\N{BENGALI DIGIT ONE}.J")))
+    with pytest.raises(ValueError, match="is none of the 4 in"):
+        read_source("imagenet-val", tmp_path, LABELS)
+
+
+def test_class_tars_of_other_classes(tmp_path: Path) -> None:
+    """They are refused as class folders are; archives and what a system left are no classes."""
+    train_class_tars_in_the_source(tmp_path)
+    touch(tmp_path, "ILSVRC2012_img_val.tar", "imagenet-r.tar", "._n09.tar", "n09.zip")
+    (tmp_path / "n10.tar").mkdir()
+    assert read_source("imagenet-train", tmp_path, LABELS).layout == f"3 tars of {tmp_path}"
+    make_tar(tmp_path / "n09.tar", {"n09_1.JPEG": b"x"})
+    with pytest.raises(ValueError, match=r"unknown class: 'n09' in .* none of the 3 classes"):
+        read_source("imagenet-train", tmp_path, LABELS)
+
+
+@pytest.mark.parametrize("form", [val_folders, val_flat])
+def test_a_file_that_grew_after_the_listing(tmp_path: Path, form: Callable[[Path], None]) -> None:
+    form(tmp_path)
+    source = read_source("imagenet-val", tmp_path, LABELS)
+    with next(tmp_path.rglob(validation_name(2))).open("ab") as stream:
+        stream.write(b"more")
+    with pytest.raises(ValueError, match=r"00000002\.JPEG has more bytes, 1200 when it was listed"):
+        contents(source)
+
+
+def test_a_devkit_that_may_not_be_read_is_not_damaged(tmp_path: Path, monkeypatch) -> None:
+    val_flat(tmp_path)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(local, "reader", refuse)
+    with pytest.raises(PermissionError, match=rf"Permission denied: .*{DEVKIT}\.tar\.gz"):
+        read_source("imagenet-val", tmp_path, LABELS)
+
+
 def test_a_source_that_is_no_folder(tmp_path: Path) -> None:
     train_archive(tmp_path)
     with pytest.raises(ValueError, match="is a file; give the folder that holds it"):
@@ -708,6 +798,8 @@ def test_allowed_counts() -> None:
     assert parse_allowed_counts(["imagenet-a=7"], names) == {"imagenet-a": 7}
     with pytest.raises(ValueError, match="must be SET=N"):
         parse_allowed_counts(["7"], names)
+    with pytest.raises(ValueError, match="must be SET=N"):
+        parse_allowed_counts(["imagenet-a=\N{ARABIC-INDIC DIGIT SEVEN}"], names)
     with pytest.raises(ValueError, match="did you mean 'imagenet-a'"):
         parse_allowed_counts(["imagenet-aa=7"], names)
 

@@ -517,6 +517,15 @@ def test_images_that_were_left_out_are_listed(packed: Path) -> None:
     assert lines(packed) == []
 
 
+def test_a_list_that_cannot_be_read_hides_no_other_problem(packed: Path) -> None:
+    replace(Manifest.load(str(packed)), quarantined=2).save(str(packed))
+    (packed / "quarantine.jsonl").mkdir()
+    (packed / "000001.tar").unlink()
+    first, second = lines(packed, deep=False)
+    assert first == f"cannot read {packed}/quarantine.jsonl: it is a folder"
+    assert second.startswith("000001.tar: no such shard")
+
+
 def test_how_a_problem_reads() -> None:
     problem = Problem(shard="0.tar", key="n01_1", offset=1536, what="cut off")
     assert str(problem) == "0.tar, key 'n01_1', offset 1,536: cut off"

@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from benchmarks.waiting import until
-from rft.packing.pool import for_each
+from rft.packing.pool import each_done, for_each
 from rft.storage import files
 
 
@@ -68,6 +69,46 @@ def test_an_interrupt_ends_it_at_once_and_leaves_nothing(tmp_path: Path, workers
         process.kill()
     assert (process.returncode, said) == (130, "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_a_result_is_taken(tmp_path: Path) -> None:
+    """Ctrl-C does not wait until the other workers end what they are at."""
+
+    def interrupt(number: int, _: None) -> None:
+        assert number == 1
+        until(lambda: list(tmp_path.iterdir()))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        each_done(publish_unless_last, [str(tmp_path / "a"), ""], 2, interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_interrupt_after_an_error(tmp_path: Path, monkeypatch) -> None:
+    """Nor does it where an error waits for the other workers."""
+    shutdown, calls = ProcessPoolExecutor.shutdown, []
+
+    def interrupted(pool: ProcessPoolExecutor, **options: bool) -> None:
+        calls.append(options)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        shutdown(pool, **options)
+
+    def fail(number: int, _: None) -> None:
+        until(lambda: list(tmp_path.iterdir()))
+        raise ValueError(number)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        each_done(publish_unless_last, [str(tmp_path / "a"), ""], 2, fail)
+    assert not list(tmp_path.iterdir())
+
+
+def publish_unless_last(path: str) -> None:
+    if path:
+        publish_slowly(path)
 
 
 def publish_slowly(path: str) -> None:

@@ -38,7 +38,7 @@ from rft.shards import tar
 from rft.shards.folder import INDEX, MANIFEST, PLAN
 from rft.shards.image_files import IMAGE_SUFFIXES, require_affordable
 from rft.shards.images import encoding_parameters
-from rft.shards.index import COLUMNS, Index
+from rft.shards.index import COLUMNS, INDEX_BYTES, KEY_BYTES, Index
 from rft.shards.label_space import LabelSpace, scoring_hash
 from rft.shards.manifest import Manifest, Shard, require_named
 from rft.storage import documents, files
@@ -60,7 +60,7 @@ class Found:
     """
 
     bytes: int
-    sha256: str = ""
+    sha256: str
     rows: dict[str, list] = field(default_factory=lambda: {name: [] for name in COLUMNS})
     passed_over: Counter[str] = field(default_factory=Counter)
     as_stored: Counter[str] = field(default_factory=Counter)
@@ -106,8 +106,8 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
         ValueError: naming shard and key (or byte) of what is not right.
     """
     where, size = job
-    found = Found(bytes=size)
-    with open_whole(where, size) as (stream, found.sha256):
+    with open_whole(where, size) as (stream, sha256):
+        found = Found(bytes=size, sha256=sha256)
         for sample in read_samples(stream, where, found.passed_over):
             image = _pick_image(sample, where, rule.ignore, found.passed_over)
             at = f"{where}, key {sample.key!r}"
@@ -167,10 +167,15 @@ def _pick_image(
 
 
 def _encode_key(key: str, where: str) -> bytes:
-    try:
-        return key.encode("ascii")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: key {key!r} is not ASCII; pack the images again") from error
+    # what `Index` would refuse once all shards are read, or its readers later
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{where}: key {key!r} is not printable ASCII; pack the images again")
+    if len(key) > KEY_BYTES:
+        raise ValueError(
+            f"{where}: key {key[:40]!r}... has {len(key):,} letters, at most {KEY_BYTES:,} are "
+            f"read; pack the images again under shorter names"
+        )
+    return key.encode()
 
 
 def _require_different(urls: Sequence[str], found: Sequence[Found]) -> None:
@@ -262,10 +267,8 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
                 f"{out} already holds another data set or index (different: {', '.join(changed)}); "
                 f"delete its manifest.json or choose another --out"
             )
-    elif (
-        # a packer writes its manifest last
-        files.exists(plan_url) and files.read_document(plan_url, dict).get("algorithm") != ALGORITHM
-    ):
+    # only the plan of an index has hashes of shards; a packer writes its manifest last
+    elif files.exists(plan_url) and "shards" not in files.read_document(plan_url, dict):
         raise ValueError(f"{out} is being packed; finish that or choose another --out")
     elif files.exists(index_url) and not files.exists(plan_url):
         raise ValueError(f"{out} has an index.npz that is not ours; choose another --out")
@@ -273,7 +276,7 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
     # a run that was killed may have left a plan of different options
     if data is None or documents.parse(data, plan_url) != plan:
         files.write_json(plan_url, plan)
-    if files.find_bytes(index_url) != index:
+    if files.find_bytes(index_url, INDEX_BYTES) != index:
         files.write_bytes(index_url, index)
     if not files.exists(files.join(out, MANIFEST)):
         manifest.save(out)

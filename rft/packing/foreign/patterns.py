@@ -1,5 +1,6 @@
 """Brace patterns: `folder/{000..127}.tar` names shards, and is counted before it is expanded."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from braceexpand import (
 SHARDS = 1_000_000  # of a set
 PATTERN_LETTERS = 4096  # as Linux allows in a path
 URL_LETTERS = 2**28  # of all URLs together
+NOT_EXPANDED = re.compile(r"[{}*]")
 DEPTH = 32  # of braces in braces, through which braceexpand recurses
 
 
@@ -34,11 +36,11 @@ def expand(patterns: Sequence[str]) -> list[str]:
             raise ValueError(f"{pattern[:99]!r} names {named} shards; a set has at most {SHARDS:,}")
         # without escapes, of which `count_expanded` knows nothing
         found = list(braceexpand(pattern, escape=False))
-        for sign in "{}*":
+        for url in found:
             # a local file may have such a sign in its name
-            if sign in found[0] and not _is_local_file(found[0]):
+            if (sign := NOT_EXPANDED.search(url)) and not _is_local_file(url):
                 raise ValueError(
-                    f"{pattern!r}: {sign!r} is not expanded; name shards one by one or with a "
+                    f"{pattern!r}: {sign[0]!r} is not expanded; name shards one by one or with a "
                     f"range in braces, such as 'folder/{{000..127}}.tar' or '{{0..3}}.tar'"
                 )
         urls += found
