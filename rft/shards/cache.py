@@ -262,7 +262,7 @@ def _is_named(folder: Folder, name: str, descriptor: int) -> bool:
 
 
 def _delete_abandoned(folder: Folder, name: str) -> bool:
-    """Delete a part whose filler was killed; False if one is alive, or the user may not delete it."""
+    """Delete a part whose filler was killed; False if one is alive, or it may not be."""
     with suppress(PermissionError), ExitStack() as opened:
         descriptor = folder.open(name, os.O_RDWR)
         opened.callback(os.close, descriptor)
