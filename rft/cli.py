@@ -32,7 +32,7 @@ from rft.storage import files, urls
 from rft.text import plain
 
 T = TypeVar("T")
-ERROR_LETTERS = 1800  # of its line
+ERROR_LETTERS = 1800  # of its line; tests/hostile takes at most 2,000
 STYLE = re.compile(r"\x1b\[[0-9;]*m")  # how a terminal is asked for a colour
 LEAST_COLUMNS = 40  # of a terminal: in less than 5 tyro's --help has no end
 SIZE = r"[1-9][0-9]{0,3}"  # of a terminal, columns or lines; rich would fill more with spaces
@@ -166,10 +166,12 @@ def is_quiet_rank() -> bool:
 
     Without a torchrun, as where its variables are left in a shell, no process would print it.
     """
-    # the folder is gone when torchrun has ended; without the variable, the others below decide
-    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull))
-    if not (error_file.is_absolute() and error_file.parent.is_dir()):
-        return False
+    # a launcher of another kind may set none: then the variables below decide
+    if (text := os.environ.get("TORCHELASTIC_ERROR_FILE")) is not None:
+        error_file = Path(text)
+        # the folder is gone when torchrun has ended
+        if not (error_file.is_absolute() and error_file.parent.is_dir()):
+            return False
     texts = [os.environ.get(name, "") for name in LAUNCHED]
     if "TORCHELASTIC_RUN_ID" not in os.environ or not all(
         re.fullmatch("[0-9]{1,10}", text, re.ASCII) for text in texts

@@ -255,7 +255,8 @@ def on_main(world: World, work: Callable[[], T]) -> T | None:
         while not from_main(world, future and bool(wait([future], timeout=1).done)):
             continue
     # where `work` raised, the main rank raises it below
-    if from_main(world, future and future.exception() is not None) and future is None:
+    failed = from_main(world, future and future.exception() is not None)
+    if failed and not world.is_main:
         step_aside(world)
     return future.result() if future else None
 

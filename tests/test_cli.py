@@ -167,7 +167,8 @@ RANK = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "
         ({"TORCHELASTIC_ERROR_FILE": "{folder}/error.json"}, True),
         # left behind in a shell, so no other process prints the line
         ({"TORCHELASTIC_ERROR_FILE": "{folder}/gone/error.json"}, False),
-        ({"TORCHELASTIC_ERROR_FILE": "error.json"}, False),
+        *(({"TORCHELASTIC_ERROR_FILE": path}, False) for path in ("error.json", "")),
+        ({"TORCHELASTIC_ERROR_FILE": None}, True),
         ({"TORCHELASTIC_RUN_ID": None}, False),
         *(({name: None}, False) for name in RANK),
         *(({"LOCAL_RANK": value}, False) for value in ("0", "2", "-1", "x", "", "9" * 5000)),

@@ -193,8 +193,9 @@ class Cache:
         for _, freed, name in sorted(droppable):
             if used + size <= self.limit:
                 break
-            folder.delete(name)
-            used -= freed
+            with suppress(PermissionError):  # a different user's: it stays, and counts
+                folder.delete(name)
+                used -= freed
         return used + size <= self.limit
 
 
@@ -261,16 +262,15 @@ def _is_named(folder: Folder, name: str, descriptor: int) -> bool:
 
 
 def _delete_abandoned(folder: Folder, name: str) -> bool:
-    """Delete a part whose filler was killed; False if one is alive."""
-    descriptor = folder.open(name, os.O_RDWR)
-    try:
+    """Delete a part whose filler was killed; False if one is alive, or it may not be."""
+    with suppress(PermissionError), ExitStack() as opened:
+        descriptor = folder.open(name, os.O_RDWR)
+        opened.callback(os.close, descriptor)
         # while we have the lock of the file that has the name, no process can put another there
-        if not (_lock(descriptor) and _is_named(folder, name, descriptor)):
-            return False
-        folder.delete(name)
-        return True
-    finally:
-        os.close(descriptor)
+        if _lock(descriptor) and _is_named(folder, name, descriptor):
+            folder.delete(name)
+            return True
+    return False
 
 
 def _allocate(descriptor: int, size: int) -> None:

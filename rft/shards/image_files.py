@@ -19,7 +19,8 @@ BYTES_PER_PIXEL = 4  # of a file: more than any format takes for what is decoded
 FORMATS = ("JPEG", "PNG", "WEBP")  # MPO is a JPEG with further pictures behind the first
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})  # of files and members with such a name
 # JPEG markers: a second byte behind 0xFF (ISO/IEC 10918-1, table B.1)
-START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN, FILL = 0xD8, 0xD9, 0xDA, 0xFF
+START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN = 0xD8, 0xD9, 0xDA
+START_OF_MARKER = FILL = 0xFF  # which may be repeated before a marker
 STARTS_OR_ENDS = (START_OF_SCAN, END_OF_IMAGE)
 # what does not end entropy-coded data: a stuffed 0xFF, a restart, and a fill byte before a marker
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -93,7 +94,7 @@ def _require_few_segments(data: bytes, name: str) -> None:
         parsed += length if data.startswith(PARSED, start + 2) else 0
         _require_few(segments, SEGMENTS, "segments", name)
         _require_few(parsed, PARSED_BYTES, "bytes of EXIF and Photoshop's blocks", name)
-        position = start + length
+        position = min(start + length, len(data))
     between += (found.start() if found else len(data)) - position
     _require_few(between, FILL_BYTES, "bytes between its segments", name)
 
@@ -104,7 +105,7 @@ def _require_few_scans(data: bytes, name: str, allowed: int) -> None:
     Each of them passes over all pixels, for a few bytes of the file.
     """
     # counting markers, thumbnails' among them, is fast and nearly always enough
-    if data.count(bytes((FILL, START_OF_SCAN))) <= allowed:
+    if data.count(bytes((START_OF_MARKER, START_OF_SCAN))) <= allowed:
         return
     segments = scans = 0
     position = 2  # behind START_OF_IMAGE

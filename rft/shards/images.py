@@ -54,7 +54,7 @@ TURNS = {
 # what a PNG with an orientation holds somewhere: EXIF as its own chunk or as text, or XMP
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 GREY_16_BIT = frozenset({"I", "I;16", "I;16B", "I;16L"})  # Pillow's names have changed over time
-GREY_STEP = {1: 255, 2: 85, 4: 17}  # from one level to the next of a PNG with fewer bits
+GREY_STEP = {2: 85, 4: 17}  # from one level to the next of a PNG with so few bits
 MODES = GREY_16_BIT | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"}  # others are refused
 
 

@@ -93,7 +93,7 @@ class Index:
         data = files.read_bytes(path, limit)
         # before anything is parsed: what fails below this line was packed so
         if files.sha256_bytes(data) != manifest.index_sha256:
-            raise ValueError(f"{path} does not have the sha256 in its manifest; pack the set again")
+            raise ValueError(f"{path} does not have the sha256 in its manifest; {AGAIN}")
         try:
             columns = read_npz(data, limit)
         except ValueError as error:
@@ -105,7 +105,7 @@ class Index:
     def _odd_keys(self) -> np.ndarray:
         odd = np.zeros(len(self.key), bool)
         for start in range(0, len(self.key), KEYS_AT_ONCE):
-            keys = np.ascontiguousarray(self.key[start : start + KEYS_AT_ONCE])
+            keys = self.key[start : start + KEYS_AT_ONCE]
             # (rows, letters)
             letters = keys.view(np.uint8).reshape(len(keys), -1)
             # NumPy fills texts up with zeros, which are no letters; a zero before a letter is one

@@ -1,6 +1,7 @@
 """Sample keys: what a sample is called in its tar, in the index and by its object mask."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -15,6 +16,9 @@ def make_keys(paths: Sequence[str]) -> list[str]:
     webdataset cuts a member's name at the first dot, so keys keep only ASCII letters, digits, "_"
     and "-". The whole set uses the first naming under which no two keys are equal: the file's stem,
     then folder and stem, then folder, stem and a hash of the path.
+
+    Raises:
+        ValueError: naming a path that is listed twice.
     """
     parts = [path.rsplit("/", 1) for path in paths]
     stems = [safe_in_key(PurePosixPath(name).stem) for _, name in parts]
@@ -27,7 +31,9 @@ def make_keys(paths: Sequence[str]) -> list[str]:
     hashed = [
         f"{stem}-{files.sha256_json(path)[:16]}" for stem, path in zip(long, paths, strict=True)
     ]
-    assert len(set(hashed)) == len(set(paths))
+    if len(set(hashed)) < len(hashed):
+        ((twice, _),) = Counter(paths).most_common(1)
+        raise ValueError(f"image {twice} is listed twice; remove one of them from the source")
     return hashed
 
 

@@ -239,6 +239,7 @@ class _Filler:
         # of all ways to reach a thread the one that a destructor may use anywhere: it has no lock
         self.lists: SimpleQueue[Sequence[int]] = SimpleQueue()
         self._stopped = False
+        self._refused: set[int] = set()  # shards that are counted as such
         self._transfer: asyncio.Task | None = None
         # daemon: a process that ends does not wait for a shard
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -305,7 +306,8 @@ class _Filler:
                     )
                 part.publish()
         except OSError:  # of the disk, which a cache can do without
-            self._shards.counters.cache_refusals += 1
+            self._shards.counters.cache_refusals += number not in self._refused
+            self._refused.add(number)
             return False
         return True
 

@@ -77,11 +77,11 @@ def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[M
     said: dict[str, str] = {}  # by headers that describe the next member
     while (entry := _read_header(read, position, name)) is not None:
         start = position + BLOCK
-        # a PAX header overrides the field, whose octal digits end at 8 GiB
-        size = int(said.get("size", entry.size))
+        describes = entry.type in DESCRIBES
+        # a PAX header overrides its member's field, whose octal digits end at 8 GiB
+        size = entry.size if describes else int(said.get("size", entry.size))
         # other members, such as folders, have no content, whatever their size field holds
-        stores = entry.isreg() or entry.type in DESCRIBES
-        stop = start + (padded(size) if stores else 0)
+        stop = start + (padded(size) if entry.isreg() or describes else 0)
         if size < 0:
             raise ValueError(f"{name}: the member at byte {position:,} has {size:,} bytes")
         if stop > total:
@@ -89,8 +89,9 @@ def walk(stream: IO[bytes], name: str, part: Member | None = None) -> Iterator[M
                 f"{name} is cut off at byte {total:,}: the member at byte {position:,} has "
                 f"{size:,} bytes"
             )
-        if entry.type in DESCRIBES:
-            said |= _describe(read, start, entry, name)
+        if describes:
+            # of several headers of a member tarfile lets the first count
+            said = _describe(read, start, entry, name) | said
             position = stop
             continue
         member = Member(said.get("path", entry.name).rstrip("/"), base + start, size)

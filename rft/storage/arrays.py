@@ -102,5 +102,5 @@ def _to_array(data: bytes, name: str) -> np.ndarray:
     if not kind.itemsize or math.prod(shape) * kind.itemsize != len(data) - stop:
         found = f"{len(data) - stop:,} bytes"
         raise ValueError(f"{name!a} has {found}, which is not what {kind} {shape} takes")
-    array = np.frombuffer(data, kind, offset=stop) if len(data) > stop else np.empty(0, kind)
+    array = np.frombuffer(data, kind, offset=stop)
     return array.reshape(shape, order="F" if header[2] == b"True" else "C")

@@ -49,7 +49,7 @@ OBJECTS = {
     "too_short": "must have {min_length} or more elements",
     "too_long": "must have at most {max_length} elements",
 }
-MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
+MISSING = {"missing", "missing_argument"}  # the latter of a NamedTuple, in older pydantic
 
 
 def _printable(text: str) -> str:

@@ -24,7 +24,7 @@ KINDS = {
 }
 OTHER_KIND = ("something else", REMOVE)
 # O_NONBLOCK: opening a FIFO does not wait for its other end
-WITHOUT_WAITING = os.O_NONBLOCK | os.O_CLOEXEC
+WITHOUT_WAITING = os.O_NONBLOCK
 
 
 def require_regular(path: str | os.PathLike[str], status: os.stat_result | None = None) -> None:

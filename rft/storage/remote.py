@@ -1,8 +1,9 @@
-"""Requests to remote stores: how often they are made, how long they may take, what answers mean.
+"""Requests that read from remote stores: how often, for how long, and what answers mean.
 
 Only a store's own "not found" (HTTP 404) means that a file is absent. Everything else that fails is
 repeated where another try can help, and is an error with its reason where none does. This module is
-the only owner of that rule; `rft.storage.files` and `rft.shards.ranges` word the errors.
+the only owner of that rule; `rft.storage.files` and `rft.shards.ranges` word the errors. Uploads,
+renames and deletions go through fsspec's own clients (`rft.storage.files`).
 
 fsspec's own look-ups are not used for HTTP: its `exists` is False and its `info` raises
 FileNotFoundError whatever the server answered.
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 REQUEST_BYTES = 8 * 2**20  # longest request: what a dropped connection can cost
-BLOCKS_AT_ONCE = 4  # requests for one file under way at a time
+BLOCKS_AT_ONCE = 4  # requests for one file under way at a time; their answers are in memory
 CLIENT_ERRORS = range(400, 500)  # HTTP answers that another try will not change ...
 BUSY = (408, 429)  # ... but for these
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})")  # below 2**63
@@ -46,14 +47,15 @@ class Patience:
 
     A request is given up when its answer does not begin within `stall_seconds`, and when after n
     bytes it has taken `stall_seconds` + n / `bytes_per_second`; requests are short (REQUEST_BYTES),
-    so a stalled connection blocks nothing for long. Between tries is a random pause, at most 0.1,
-    0.2, 0.4 ... seconds and never above `longest_pause`.
+    so a stalled connection blocks nothing for long. Between tries is a random pause of at most 0.1,
+    0.2, 0.4 ... seconds up to `longest_pause`, which is that before the last of 8 tries. So a store
+    that refuses at once is given up within 13 seconds, a silent one after two minutes.
     """
 
     tries: int = 8
     stall_seconds: float = 15.0
     bytes_per_second: float = 2**18
-    longest_pause: float = 20.0
+    longest_pause: float = 6.4
 
     def seconds(self, count: int) -> float:
         """Give the deadline for an answer of `count` bytes, from the start of its request."""
@@ -200,7 +202,7 @@ async def read(fs: Any, path: str, *, limit: int) -> bytes:
     """Return the content of a file; a long one comes in ranges, where the store has them.
 
     Raises:
-        FileNotFoundError: if the store reports that no such file exists.
+        FileNotFoundError, IsADirectoryError: as the store reports.
         Failure: if it cannot be had, or has more than `limit` bytes.
     """
     content = bytearray()
@@ -230,12 +232,9 @@ async def size(fs: Any, path: str) -> int:
     async def ask() -> int:
         if _is_http(fs):
             return await _http(fs, path, 0, 1, bytearray(), limit=None)
-        info = await _info(fs, path)
-        if info["type"] == "directory":
-            raise IsADirectoryError(f"{path} is a folder")
-        if info["size"] is None:
-            raise ValueError("its size is not told")
-        return int(info["size"])
+        if (found := await _size(fs, path)) is None:
+            raise ValueError("the store does not report its size")
+        return found
 
     return await repeated(ask)
 
@@ -283,8 +282,10 @@ async def fill(descriptor: int, size: int, fetch: Callable[[int, int], Awaitable
     """Write `size` bytes to an open file; `fetch` returns those from a start to a stop."""
 
     async def block(start: int) -> None:
-        data = await fetch(start, min(start + REQUEST_BYTES, size))
-        os.pwrite(descriptor, data, start)
+        data = memoryview(await fetch(start, min(start + REQUEST_BYTES, size)))
+        while data:  # a nearly full disk takes a part; the next write raises its error
+            written = os.pwrite(descriptor, data, start)
+            data, start = data[written:], start + written
 
     blocks = [partial(block, start) for start in range(0, size, REQUEST_BYTES)]
     await together(blocks, BLOCKS_AT_ONCE)
@@ -316,13 +317,20 @@ async def _beginning(fs: Any, path: str, content: bytearray, limit: int) -> int:
     """Return the size of a file; what its store sends along, up to all of it, goes to `content`."""
     if _is_http(fs):
         return await _http(fs, path, 0, REQUEST_BYTES, content, limit=limit)
+    if (size := await _size(fs, path)) is not None:
+        return size
+    # one byte more shows a file that is too large
+    content += await _call(
+        fs, "cat_file", PATIENCE.seconds(REQUEST_BYTES), path, start=0, end=limit + 1
+    )
+    return len(content)
+
+
+async def _size(fs: Any, path: str) -> int | None:
     info = await _info(fs, path)
     if info["type"] == "directory":
-        raise FileNotFoundError(path)
-    if info["size"] is None:
-        content += await _call(fs, "cat_file", PATIENCE.seconds(REQUEST_BYTES), path)
-        return len(content)
-    return int(info["size"])
+        raise IsADirectoryError(f"{path} is a folder")
+    return None if info["size"] is None else int(info["size"])
 
 
 async def _info(fs: Any, path: str) -> dict[str, Any]:

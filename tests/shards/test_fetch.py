@@ -1,7 +1,9 @@
 """Requests and the cache, without a network: what is asked for, and which files may stay."""
 
+import errno
 import os
 import random
+import threading
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from rft.shards import ranges as fetch
 from rft.shards.cache import Cache, Part
 from rft.shards.manifest import Shard
-from rft.shards.ranges import merge
+from rft.shards.ranges import Shards, merge
 from rft.storage.remote import is_transient
 
 RANGES = st.lists(
@@ -123,6 +125,47 @@ def test_a_lower_limit_is_kept_at_the_next_start(tmp_path):
         fill(Cache(tmp_path, 300), shard)
     Cache(tmp_path, 150).trim({k * 64 for k in "abc"})
     assert kept(Cache(tmp_path, 150)) == "a"
+
+
+@pytest.mark.parametrize("call", ["open", "unlink"])
+@pytest.mark.parametrize("name", ["{}.tar", ".{}.part"])
+def test_a_file_that_may_not_be_deleted_is_passed_over(tmp_path, monkeypatch, name, call):
+    """In a shared folder a different user's file counts, and our own make room."""
+    theirs = tmp_path / name.format("9" * 64)
+    theirs.write_bytes(bytes(100))
+    real = getattr(os, call)
+
+    def refuse(path, *arguments, **options):
+        written = call == "unlink" or arguments[0] & (os.O_WRONLY | os.O_RDWR)
+        if path == theirs.name and written:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, refuse)
+    cache = Cache(tmp_path, 300)
+    for shard in shards("abc"):
+        assert fill(cache, shard)
+    assert used(cache) == 300
+    assert theirs.stat().st_size == 100
+    assert "c" in kept(cache)
+
+
+def test_a_shard_that_the_disk_refuses_again_and_again_counts_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "PAUSE", 0.001)
+    cache, tries, enough = Cache(tmp_path, 1000), [], threading.Event()
+
+    def refuse(shard, **_):
+        tries.append(shard.name)
+        if tries.count("b") == 3:
+            enough.set()
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(cache, "begin", refuse)
+    reading = Shards("memory://none", shards("ab"), cache=cache)
+    reading.look_ahead([0, 1])
+    assert enough.wait(60)
+    reading.close()
+    assert reading.counters.cache_refusals == 2
 
 
 def test_one_process_fills_a_shard_and_a_dead_ones_part_is_taken_over(tmp_path):

@@ -616,6 +616,12 @@ def test_what_stands_before_a_jpegs_pixels_costs_no_more_than_its_bytes(kind: st
                 load_image(SMALL[:2] + count * part + end, "x", Treatment(photo=True))
 
 
+def test_a_segment_that_reaches_beyond_the_file_makes_up_for_nothing() -> None:
+    last = b"\xff\xfe\xff\xff"  # a comment that is not there
+    with pytest.raises(ValueError, match=r"^x has more than 65,536 bytes between its segments"):
+        load_image(SMALL[:2] + 100_000 * b"\xff" + last, "x")
+
+
 @pytest.mark.slow
 def test_so_do_the_chunks_of_a_png() -> None:
     data = to_bytes(random_image(10, 10), "PNG")

@@ -194,6 +194,14 @@ def put(column: np.ndarray, value: int) -> np.ndarray:
     return changed
 
 
+def test_an_index_of_another_hash_says_what_to_do(packed: Path) -> None:
+    with (packed / "index.npz").open("ab") as stream:
+        stream.write(b"x")
+    said = r"index\.npz does not have the sha256 in its manifest; pack or index the set again$"
+    with pytest.raises(ValueError, match=said):
+        Index.load(str(packed), Manifest.load(str(packed)))
+
+
 @pytest.mark.parametrize("kind", INDEXES)
 def test_an_index_that_cannot_be_right(packed: Path, kind: str) -> None:
     change, message = INDEXES[kind]

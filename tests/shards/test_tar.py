@@ -186,6 +186,24 @@ def test_a_size_in_a_pax_header_counts():
     assert found(comment + FILE + ENDED) == [("a.jpg", b"abc")]
 
 
+@pytest.mark.parametrize(
+    "descriptions",
+    [
+        pax(("size", "600")) + long_name(200),
+        pax(("path", "a"), ("size", "600")) + long_name(200),
+        long_name(200) + pax(("path", "a"), ("size", "600")),
+        pax(("path", "a"), ("size", "600")) + pax(("path", "b"), ("size", "3")),
+    ],
+    ids=["size", "first path", "first name", "first pax"],
+)
+def test_several_headers_of_one_member_mean_what_tarfile_reads(descriptions: bytes):
+    data = descriptions + header() + filled(bytes(600)) + FILE + ENDED
+    with tarfile.open(fileobj=io.BytesIO(data)) as opened:
+        expected = [(entry.name, opened.extractfile(entry).read()) for entry in opened]
+    assert found(data) == expected
+    assert len(expected) == 2
+
+
 NAMES = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1, max_size=150
 )

@@ -37,6 +37,7 @@ def test_arrays_come_back(columns, save):
         assert found[name].dtype == array.dtype
         assert found[name].shape == array.shape
         assert found[name].tobytes() == array.tobytes()
+        assert not found[name].flags.writeable
 
 
 def test_the_order_of_columns_comes_back():
