@@ -39,7 +39,7 @@ def test_no_step_waits_for_the_gpu(name, precision, images_BCHW, labels_B):
         torch.cuda.set_sync_debug_mode("error" if checked else "default")
         try:
             set_schedule(optimizer, 0, 10, job.config.optim)
-            meter.add(*accumulate_gradients(job, job.objective, batch, step=0))
+            meter.add(*accumulate_gradients(job, job.objective, batch, step=0), 0.1)
             optimizer.step()
             optimizer.zero_grad()
         finally:

@@ -191,7 +191,7 @@ def train_one_step(job: Job, watch: TorchDispatchMode) -> list:
     )
     with watch:
         set_schedule(optimizer, 0, 1000, job.config.optim)
-        meter.add(*accumulate_gradients(job, job.objective, batch, 0, shown))
+        meter.add(*accumulate_gradients(job, job.objective, batch, 0, shown), 0.1)
         optimizer.step()
         optimizer.zero_grad()
     trainable = [parameter for parameter in job.student.parameters() if parameter.requires_grad]
