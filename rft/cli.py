@@ -51,7 +51,7 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
     whatever a launcher has left in the environment.
     """
     sys.excepthook = _tell_bug  # for what no clause below catches
-    log.setup()
+    log.setup(urls.redact)
     if not ranks:
         for name in LAUNCHED:
             os.environ.pop(name, None)

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from rft.text import plain
@@ -31,8 +31,12 @@ ASIDE = {"aside": True}
 EVERY_RANK = {"every_rank": True}
 
 
-def setup() -> None:
-    """Show the records of rft and of others, once, however often this is called."""
+def setup(redact: Callable[[str], str] = str) -> None:
+    """Show the records of rft and of others, once, however often this is called.
+
+    Args:
+        redact: takes credentials out of what other libraries log; rft's own lines hold none.
+    """
     own, others = logging.getLogger(NAME), logging.getLogger()
     own.setLevel(logging.INFO)
     own.propagate = False  # a library that sets up the root logger would show every line twice
@@ -40,7 +44,7 @@ def setup() -> None:
         # by its name: where rft was imported anew, its class is a different one
         for handler in [handler for handler in logger.handlers if handler.name == NAME]:
             logger.removeHandler(handler)
-        logger.addHandler(Handler())
+        logger.addHandler(Handler(redact))
     warnings.formatwarning = _one_line
     # they become records of the logger py.warnings, which the root's handler shows
     logging.captureWarnings(True)
@@ -85,8 +89,9 @@ class Handler(logging.Handler):
     above: "Console | None" = None
     """Where something is drawn on the terminal that lines must stay above."""
 
-    def __init__(self) -> None:
+    def __init__(self, redact: Callable[[str], str]) -> None:
         super().__init__()
+        self._redact = redact
         self.set_name(NAME)
         self.setFormatter(Formatter(FORMAT, TIME))
 
@@ -94,8 +99,10 @@ class Handler(logging.Handler):
         """Keep one of the lines that all ranks log; what others log may be of this rank alone."""
         record.rank = os.environ.get("RANK", "0")
         # a child of the logger `rft` is named rft.something; `rftools` is none
-        is_own = record.name.partition(".")[0] == NAME
-        return is_first_rank() or not is_own or hasattr(record, "every_rank")
+        if record.name.partition(".")[0] != NAME:
+            record.msg, record.args = self._redact(record.getMessage()), ()
+            return True
+        return is_first_rank() or hasattr(record, "every_rank")
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""

@@ -41,7 +41,7 @@ PLAIN = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 PLAIN["OMP_NUM_THREADS"] = "1"  # threads decide the order of sums
 PARTS = {"tars": "*.tar", "index": "index.npz", "manifest": "manifest.json", "plan": "plan.json"}
 COLUMNS = ("step", "epoch", "loss", "ce", "mse", "kd", "replaced", "grad_norm", "lr")
-COLUMNS += ("held_out_correct", "held_out_total")
+COLUMNS += ("read_mb", "held_out_correct", "held_out_total")
 RECIPE, RUNS = "object-mask-single-fill", "demo/runs"
 RUN, MODELS = f"{RUNS}/{RECIPE}-seed0", f"{RUNS}/vanilla-seed0 {RUNS}/no-mask-seed0"
 # seen from the folder that either tree works in: both pack the images that OLD made

@@ -230,6 +230,7 @@ class PackedDataset:
             # the index has one crc32 over both parts
             if self._is_good(row, read, crc32(image_CHW, crc32(header))):
                 self._require_pixels(row, header)
+                self.shards.counters.bytes += read
             else:
                 elsewhere.append(place)
                 shard = -1  # its descriptor is closed

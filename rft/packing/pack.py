@@ -406,7 +406,7 @@ def _check(options: Options) -> tuple[int, int]:
     """Return the task (I, N), or raise for options that contradict each other."""
     if options.finalize and options.task is not None:
         raise ValueError("--finalize writes no shards, so it goes without --task")
-    return parse_task(options.task or "0/1")
+    return parse_task("0/1" if options.task is None else options.task)
 
 
 def _is_complete(plan: PackPlan, url: str, max_bad: int) -> bool:

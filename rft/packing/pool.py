@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from rft import cpus, log
 from rft.progress import progress
+from rft.storage import urls
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -122,7 +123,7 @@ def _attempt(work: Callable[[Task], Result], job: Task) -> Result:
 
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and never outlive it: a killed parent cannot stop its workers."""
-    log.setup()
+    log.setup(urls.redact)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # it is held back where the process's fork server is one that its loader started
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

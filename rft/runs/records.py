@@ -243,7 +243,7 @@ class Metrics:
     """What the report shows of a line of metrics.jsonl."""
 
     step: Count
-    time: Annotated[float, Field(ge=0, lt=2**53)] | None = None
+    time: Number | None = None
     """Seconds since 1970; lines of older versions have none."""
     ce: Loss | None = None
     mse: Loss | None = None

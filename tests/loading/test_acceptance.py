@@ -393,6 +393,12 @@ def test_resume_is_immediate(packed):
     assert dataset.shards.counters.bytes < 10 * 2**20
 
 
+@pytest.mark.parametrize("encoding", ["original", "pixels"])
+def test_bytes_that_were_read_are_counted(packed, encoding):
+    dataset, samples = packed[encoding], np.arange(0, 3 * PER_CLASS, 2)
+    assert dataset.batch(samples, 24).reading.bytes == dataset.index.length[samples].sum()
+
+
 READER = """
 import multiprocessing, signal, sys
 import numpy as np, torch

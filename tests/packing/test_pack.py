@@ -186,6 +186,7 @@ def test_task_errors(text: str) -> None:
         ({"workers": 0}, "--workers"),
         ({"quality": 0}, "--quality"),
         ({"max_bad": -1}, "--max-bad"),
+        ({"task": ""}, "--task must be I/N"),  # a variable that a script did not set
         ({"finalize": True, "task": "0/2"}, "--finalize"),
     ],
 )
