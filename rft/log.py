@@ -100,7 +100,11 @@ class Handler(logging.Handler):
         record.rank = os.environ.get("RANK", "0")
         # a child of the logger `rft` is named rft.something; `rftools` is none
         if record.name.partition(".")[0] != NAME:
-            record.msg, record.args = self._redact(record.getMessage()), ()
+            try:
+                text = record.getMessage()
+            except (TypeError, ValueError, KeyError):  # arguments that do not fit the text
+                text = f"{record.msg} {record.args}"
+            record.msg, record.args = self._redact(text), ()
             return True
         return is_first_rank() or hasattr(record, "every_rank")
 

@@ -41,6 +41,11 @@ def test_lines_of_others_are_escaped_and_lines_below_stay_lines(capsys):
     assert unstamped(capsys.readouterr().err) == f"WARNING: {SHOWN}\n  {SHOWN}\n  ...\n"
 
 
+def test_a_wrong_call_of_a_library_ends_no_command(capsys):
+    logging.getLogger("other").warning("%d of", "two")
+    assert unstamped(capsys.readouterr().err) == "WARNING: %d of ('two',)\n"
+
+
 def test_what_all_ranks_meet_is_shown_by_the_first(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     here.warning("of all")

@@ -20,7 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")  # MPO is a JPEG with further pictures behind 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})  # of files and members with such a name
 # JPEG markers: a second byte behind 0xFF (ISO/IEC 10918-1, table B.1)
 START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN = 0xD8, 0xD9, 0xDA
-START_OF_MARKER = FILL = 0xFF  # which may be repeated before a marker
+START_OF_MARKER = FILL = 0xFF  # the byte that begins a marker may be repeated
 STARTS_OR_ENDS = (START_OF_SCAN, END_OF_IMAGE)
 # what does not end entropy-coded data: a stuffed 0xFF, a restart, and a fill byte before a marker
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
