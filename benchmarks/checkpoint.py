@@ -21,6 +21,7 @@ from benchmarks import machine, step
 from rft import cli, dist
 from rft.storage import files
 from rft.train.checkpoint import Progress, Store, Writer, content
+from rft.train.kernels import Choice
 from rft.train.optim import build_optimizer
 
 RESULTS = Path(__file__).parent / "results"
@@ -76,7 +77,7 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
     def what() -> dict[str, Any]:
         nonlocal number
         number += 1
-        return content(student, optimizer, Progress(step=number), {}, 1)
+        return content(student, optimizer, Progress(step=number), {}, 1, Choice())
 
     train()
     before = time.perf_counter()

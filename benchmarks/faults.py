@@ -215,6 +215,11 @@ Random = np.random.Generator
 def to_random_step(run: Run, random: Random, last: int = STEPS // 2) -> None:
     """Start the run and wait for a random moment of it."""
     run.start()
+    reach_random_step(run, random, last)
+
+
+def reach_random_step(run: Run, random: Random, last: int = STEPS // 2) -> None:
+    """Wait for a random moment of a run that was started."""
     at = int(random.integers(1, last))
     run.wait_for(lambda: run.step() >= at)
     time.sleep(random.uniform(0, 0.05))
@@ -237,8 +242,13 @@ def kill_torchrun(run: Run, random: Random) -> None:
 
 def kill_loader(run: Run, random: Random) -> None:
     """SIGKILL to one loader process."""
-    to_random_step(run, random)
-    tiny_world.kill(int(random.choice(run.loaders())))
+    run.start()
+    run.wait_for(lambda: run.step() >= 1)
+    # found now: one that is killed when it has read its last batch is not missed, and on a busy
+    # machine the search takes as long as the run
+    loader = int(random.choice(run.loaders()))
+    reach_random_step(run, random)
+    tiny_world.kill(loader)
     run.wait()
 
 

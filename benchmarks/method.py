@@ -93,7 +93,8 @@ def text() -> str:
     if compiled := load(COMPILED):
         share = compiled["compiled_over_step"]
         where = f"{compiled['model']}, {compiled['device'].upper()}"
-        parts.append(f"With --compile a step takes {share:.2f} of its time ({where}).")
+        cold = f", after {compiled['cold_seconds']:.0f} s of compiling"
+        parts.append(f"With --compile on a step takes {share:.2f} of its time ({where}{cold}).")
     if cam := load(CAM):
         header = [f"clean forward and CAM, {cam['model']}, fp32, CPU", "an image"]
         names = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, assert_never
 
 import tyro
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rft import __version__
 from rft.runs import filenames, records
@@ -45,9 +45,15 @@ PrecisionChoice = Literal["auto", "fp32", "tf32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 Scale = Literal["paper", "small", "miniature"]
 Preset = Literal["paper", "official-parity"]
+Compile = Literal["auto", "on", "off"]
 Cam = Literal["relevance", "grad-cam"]
 
 Seconds = Annotated[float, Field(ge=0, lt=1e7)]
+
+
+def _of_flag(value: object) -> object:
+    """Read the flag that `compile` was in runs of earlier versions."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
 
 
 @document(name="model")
@@ -261,8 +267,10 @@ class Config:
     recompute: bool = False
     """Keep only each layer's input and compute the layer again in the backward pass (activation
     checkpointing): a third more time for a fraction of the memory."""
-    compile: bool = False
-    """Compile the forward passes that no CAM looks into (torch.compile)."""
+    compile: Annotated[Compile, BeforeValidator(_of_flag)] = "auto"
+    """Compile what lies between the products of the layers and of the CAM (torch.compile, Triton).
+    auto measures on a GPU what is faster there, if the run is long enough, and is off on a CPU,
+    where it was measured to be slower; a run keeps its first choice."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     method: MethodConfig = field(default_factory=MethodConfig)

@@ -9,7 +9,8 @@ STEPS = {
     "vanilla": "vanilla (open_clip's forward)",
     "vanilla_compiled": "vanilla, compiled",
     "step": "**rft**, object-mask single-fill",
-    "step_compiled": "rft --compile",
+    "step_compiled": "rft --compile on",
+    "step_triton": "rft, compiled, with the CAM's Triton kernel",
     "textbook": "textbook counterfactual step",
     "textbook_tf32": "textbook, fp32 with TF32",
 }

@@ -24,6 +24,7 @@ from rft.config import Precision
 PRECISION: Precision = "bf16"
 EAGER = ("step", "vanilla", "textbook", "textbook_tf32")
 COMPILED = ("step_compiled", "vanilla_compiled")
+TRITON = "step_triton"  # a kernel that only a GPU runs
 COUNTED = 8  # images on which operations are counted, which are the same for every image
 LARGE_KERNEL = 0.03  # share of the time of all kernels
 # of cuBLAS and of the driver too, which torch has no class for
@@ -48,6 +49,8 @@ def steps(record: Record, settings: Settings, model: str, names: Sequence[str]) 
         if name == "step":
             look_into(record, run, device, values["seconds"])
 
+    if "step_compiled" in names and device.type == "cuda":
+        names = (*names, TRITON)
     each({name: functools.partial(time_one, name) for name in names})
 
 
@@ -117,7 +120,9 @@ def flops_per_image(
     counted.
     """
     few = replace(arguments, batch_size=min(COUNTED, arguments.batch_size), recompute=False)
-    plain = step.build_steps(few, device, PRECISION, student)[name.removesuffix("_compiled")]
+    plain = step.build_steps(few, device, PRECISION, student)[
+        name.removesuffix("_compiled").removesuffix("_triton")
+    ]
     return step.count_flops(plain) / few.batch_size
 
 

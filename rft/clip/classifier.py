@@ -46,18 +46,19 @@ class Classifier(nn.Module):
         """Side of a patch in pixels."""
         return self.visual.conv1.kernel_size[0]
 
-    def patches(self, images_BCHW: Tensor) -> Tensor:
+    def patches(self, images_BCHW: Tensor, pieces: vit.Pieces = vit.EAGER) -> Tensor:
         """Return the normalised pixels of every patch (B, P, V) of uint8 images."""
         # cut first, because that is a copy, of one byte for each pixel and not of four
-        return self.normalise(vit.cut_patches(images_BCHW, self.patch_side))
+        return self.normalise(vit.cut_patches(images_BCHW, self.patch_side), pieces)
 
-    def normalise(self, patches_BPV: Tensor) -> Tensor:
-        """Return uint8 patches as the tower wants them, fp32."""
-        channels = len(self._mean_C11)
-        # V is C, row, column (see `cut_patches`): R are the pixels of one channel
-        pixels_BPCR = patches_BPV.float().unflatten(-1, (channels, -1))
+    def normalise(self, patches_BPV: Tensor, pieces: vit.Pieces = vit.EAGER) -> Tensor:
+        """Return uint8 patches as the tower wants them, in the type of its products."""
+        device = patches_BPV.device.type
+        # what autocast would make of them in each tower, made once
+        lowered = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if lowered else torch.float32
         mean_C1, std_C1 = self._mean_C11.flatten(1), self._std_C11.flatten(1)
-        return ((pixels_BPCR - mean_C1) / std_C1).flatten(-2)
+        return pieces.standardise(patches_BPV, mean_C1, std_C1, dtype)
 
     def features(
         self,
@@ -68,6 +69,7 @@ class Classifier(nn.Module):
         ragged: bool = True,
         taps: list[vit.AttentionTap] | None = None,
         recompute: bool = False,
+        pieces: vit.Pieces = vit.EAGER,
     ) -> Tensor:
         """Return projected, un-normalised features (B, E).
 
@@ -79,6 +81,7 @@ class Classifier(nn.Module):
             ragged: whether they do.
             taps: if given, one tap on each layer's attention is appended.
             recompute: compute the layers again in the backward pass to save memory.
+            pieces: what lies between the products of a layer.
         """
         tokens_BLD = vit.embed_tokens(self.visual, patches_BPV)
         if most is not None:
@@ -86,7 +89,14 @@ class Classifier(nn.Module):
             tokens_BLD, keep_BP = vit.drop_tokens(tokens_BLD, keep_BP, most)
             # no mask at all leaves attention its fastest kernel
             keep_BP = keep_BP if ragged else None
-        return vit.encode(self.visual, tokens_BLD, keep_BP=keep_BP, taps=taps, recompute=recompute)
+        return vit.encode(
+            self.visual,
+            tokens_BLD,
+            keep_BP=keep_BP,
+            taps=taps,
+            recompute=recompute,
+            pieces=pieces,
+        )
 
     def logits(self, features_BE: Tensor) -> Tensor:
         """Return fp32 logits (B, K); they carry CLIP's scale of about 100."""

@@ -10,7 +10,8 @@ tokens, Q queries (L, or 1 in the last layer), N heads, D width, E embedding, S 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,64 @@ class AttentionTap(NamedTuple):
     watched: Tensor
     """What the gradient is taken with respect to: the heads' outputs (B, N, L, S), or that map
     (B, N, 1, L)."""
+
+
+class Pieces(NamedTuple):
+    """What lies between a layer's products, each the plain function below or that one compiled.
+
+    A piece touches every number of every token without being a product: on a GPU its time is that
+    of reading and writing memory, and a compiler makes one kernel of it. The products stay outside,
+    with their own nodes in autograd's graph: the backward of a compiled region computes every
+    gradient that there is, and the CAM's wants those of the tokens alone. With the products inside,
+    it would compute those of all weights as well, a whole pass of operations, and drop them.
+    """
+
+    standardise: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
+    norm: Callable[[nn.Module, Tensor], Tensor]
+    add_norm: Callable[[nn.Module, nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+    activate: Callable[[nn.Module, Tensor], Tensor]
+
+
+def standardise(patches_BPV: Tensor, mean_C1: Tensor, std_C1: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return uint8 patches with each channel's mean taken off and divided by its deviation."""
+    # V is C, row, column (see `cut_patches`): R are the pixels of one channel
+    pixels_BPCR = patches_BPV.float().unflatten(-1, (len(mean_C1), -1))
+    return ((pixels_BPCR - mean_C1) / std_C1).flatten(-2).to(dtype)
+
+
+def norm(normalise: nn.Module, x_BLD: Tensor) -> Tensor:
+    """Return the normalised tokens, in their own type."""
+    return normalise(x_BLD)
+
+
+def add_norm(
+    scale: nn.Module, normalise: nn.Module, x_BLD: Tensor, branch_BLD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens with a branch's output added, and the same normalised."""
+    x_BLD = x_BLD + scale(branch_BLD)
+    return x_BLD, normalise(x_BLD)
+
+
+def activate(activation: nn.Module, hidden_BLH: Tensor) -> Tensor:
+    """Return the activation of the MLP's hidden numbers."""
+    return activation(hidden_BLH)
+
+
+EAGER = Pieces(standardise, norm, add_norm, activate)
+
+
+@cache
+def compiled() -> Pieces:
+    """Return the pieces under torch.compile, which compiles at their first call.
+
+    Every layer shares one graph of each, for each token count and for weights that learn or do not.
+    """
+    # the CAM goes backward through a graph that the loss needs again, and torch refuses that for a
+    # graph whose buffers a backward may overwrite
+    torch._functorch.config.donated_buffer = False  # pyrefly: ignore[missing-attribute]
+    # sizes do not change within a run, and a kernel for any size is slower
+    fixed = partial(torch.compile, dynamic=False)
+    return Pieces(fixed(standardise), fixed(norm), fixed(add_norm), fixed(activate))
 
 
 def check_supported(visual: nn.Module, what: str = "the image tower") -> VisionTransformer:
@@ -66,6 +125,18 @@ def check_supported(visual: nn.Module, what: str = "the image tower") -> VisionT
 def blocks(visual: VisionTransformer) -> list[ResidualAttentionBlock]:
     """Return the transformer's layers, first to last."""
     return list(visual.transformer.resblocks)  # pyrefly: ignore[bad-return]
+
+
+@torch.no_grad()
+def lower(visual: VisionTransformer, dtype: torch.dtype) -> None:
+    """Keep the matrices of a frozen tower in the type of its products.
+
+    Autocast would make the same copy of them in every forward. Vectors stay as they are: those of a
+    norm are computed with in fp32.
+    """
+    for parameter in visual.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.to(dtype)
 
 
 def cut_patches(images_BCHW: Tensor, side: int) -> Tensor:
@@ -118,6 +189,7 @@ def encode(
     keep_BP: Tensor | None = None,
     taps: list[AttentionTap] | None = None,
     recompute: bool = False,
+    pieces: Pieces = EAGER,
 ) -> Tensor:
     """Return the projected class-token features, un-normalised, (B, E).
 
@@ -129,6 +201,7 @@ def encode(
         taps: if given, one tap is appended for each layer, first to last.
         recompute: keep only each layer's input for the backward pass and compute the layer again
             there (activation checkpointing): less memory for one more forward.
+        pieces: what lies between the products of a layer.
     """
     mask_B11L = None
     if keep_BP is not None:
@@ -137,8 +210,8 @@ def encode(
     *layers, last = blocks(visual)
     x_BLD = tokens_BLD
     for block in layers:
-        x_BLD = _tapped_layer(block, _attention, x_BLD, mask_B11L, taps, recompute)
-    class_B1D = _tapped_layer(last, _class_attention, x_BLD, mask_B11L, taps, recompute)
+        x_BLD = _tapped_layer(block, _attention, x_BLD, mask_B11L, taps, recompute, pieces)
+    class_B1D = _tapped_layer(last, _class_attention, x_BLD, mask_B11L, taps, recompute, pieces)
     return visual.ln_post(class_B1D[:, 0]) @ visual.proj
 
 
@@ -149,18 +222,19 @@ def _tapped_layer(
     mask_B11L: Tensor | None,
     taps: list[AttentionTap] | None,
     recompute: bool,
+    pieces: Pieces,
 ) -> Tensor:
     """Return the layer's output for the tokens that `attend` returns, (B, Q, D)."""
     # without gradients nothing is kept for a backward pass
     if not (recompute and torch.is_grad_enabled()):
-        x_BQD, heads, watched = _layer(block, attend, x_BLD, mask_B11L)
+        x_BQD, heads, watched = _layer(block, attend, x_BLD, mask_B11L, pieces)
         if taps is not None:
             taps.append(AttentionTap(lambda: heads, watched))
         return x_BQD
 
     def layer(x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         # the heads are not returned, or they would be kept
-        x_BQD, _, watched = _layer(block, attend, x_BLD, mask_B11L)
+        x_BQD, _, watched = _layer(block, attend, x_BLD, mask_B11L, pieces)
         return x_BQD, watched
 
     # the CAM calls torch.autograd.grad, which the reentrant kind refuses; no layer draws numbers
@@ -183,12 +257,20 @@ def _tapped_layer(
 
 
 def _layer(
-    block: ResidualAttentionBlock, attend: Attend, x_BLD: Tensor, mask_B11L: Tensor | None
+    block: ResidualAttentionBlock,
+    attend: Attend,
+    x_BLD: Tensor,
+    mask_B11L: Tensor | None,
+    pieces: Pieces,
 ) -> tuple[Tensor, Heads | None, Tensor]:
-    heads, watched, values_BQD = attend(block.attn, block.ln_1(x_BLD), mask_B11L)
+    mlp: Any = block.mlp
+    heads, watched, values_BQD = attend(block.attn, pieces.norm(block.ln_1, x_BLD), mask_B11L)
     # the last layer computes the class token alone, the first of the tokens
-    x_BQD = x_BLD[:, : values_BQD.shape[1]] + block.ls_1(block.attn.out_proj(values_BQD))
-    return x_BQD + block.ls_2(block.mlp(block.ln_2(x_BQD))), heads, watched
+    x_BQD, y_BQD = pieces.add_norm(
+        block.ls_1, block.ln_2, x_BLD[:, : values_BQD.shape[1]], block.attn.out_proj(values_BQD)
+    )
+    hidden_BQH = pieces.activate(mlp.gelu, mlp.c_fc(y_BQD))
+    return x_BQD + block.ls_2(mlp.c_proj(hidden_BQH)), heads, watched
 
 
 def _attention(

@@ -21,7 +21,7 @@ from torch import Tensor
 from rft import rng
 from rft.config import Cam, Mask, MethodConfig
 from rft.method import masking, refill, relevance
-from rft.method.relevance import Tap
+from rft.method.relevance import Tap, Through
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,20 @@ def draw(method: MethodConfig, own: range, patches: int, pool: int, address: Ste
     return Draws(mask_BP, source_BP, own_B1, kept)
 
 
-def cam(kind: Cam, logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor:
-    """Return the class activation map of that kind, each image's maximum 1, (B, P)."""
+def cam(
+    kind: Cam,
+    logits_BK: Tensor,
+    labels_B: Tensor,
+    taps: Sequence[Tap],
+    through: Through = relevance.through_maps,
+) -> Tensor:
+    """Return the class activation map of that kind, each image's maximum 1, (B, P).
+
+    `through` is how relevance goes through a layer.
+    """
     match kind:
         case "relevance":
-            map_BP = relevance.label_relevance(logits_BK, labels_B, taps)
+            map_BP = relevance.label_relevance(logits_BK, labels_B, taps, through)
         case "grad-cam":
             map_BP = relevance.grad_cam(logits_BK, labels_B, taps)
         case _:

@@ -11,7 +11,7 @@ token attends), S head width, K classes.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -22,11 +22,77 @@ Heads = tuple[Tensor, Tensor, Tensor]
 # returns None, and the layer's attention map in that graph, (B, N, Q, L).
 Tap = tuple[Callable[[], Heads | None], Tensor]
 
+# From a row r of R (B, L), a layer's heads and the gradient of their outputs to r A, fp32 (B, L)
+Through = Callable[[Tensor, Heads, Tensor], Tensor]
+
 # bytes of one fp32 attention map that may exist at once; more images are worked off in parts
 MAP_BYTES = 2**28
 
 
-def label_relevance(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor:
+def through_maps(row_BL: Tensor, heads: Heads, gradient: Tensor) -> Tensor:
+    """Return r A with the layer's map and its gradient written out, some images at a time."""
+    return in_parts(_through_map, row_BL, heads, gradient)
+
+
+def in_parts(through: Through, row_BL: Tensor, heads: Heads, gradient: Tensor) -> Tensor:
+    """Return r A of a layer, of so many images at a time that a map takes MAP_BYTES at most."""
+    num_heads, tokens = gradient.shape[1], row_BL.shape[1]
+    images = max(1, MAP_BYTES // (4 * num_heads * tokens**2))
+    columns = (tensor.split(images) for tensor in (row_BL, *heads, gradient))
+    parts = zip(*columns, strict=True)
+    return torch.cat([through(row, (q, k, v), dO) for row, q, k, v, dO in parts])
+
+
+@cache
+def compiled_maps() -> Through:
+    """Return `through_maps` with all that lies between its products compiled into few kernels.
+
+    The maps are still written, but passed over four times in place of eleven.
+    """
+    between = torch.compile(_between, dynamic=False)
+
+    def through(row_BL: Tensor, heads: Heads, gradient: Tensor) -> Tensor:
+        return between(row_BL, *scores_and_gradient(heads, gradient))
+
+    return partial(in_parts, through)
+
+
+def _through_map(row_BL: Tensor, heads: Heads, gradient: Tensor) -> Tensor:
+    attention_BLL = layer_relevance(*map_and_gradient(heads, gradient))
+    return (row_BL[:, None] @ attention_BLL)[:, 0]
+
+
+def _between(row_BL: Tensor, scores_BNLL: Tensor, gradient_BNLL: Tensor) -> Tensor:
+    attention_BLL = (gradient_BNLL * scores_BNLL.softmax(dim=-1)).relu().mean(dim=1)
+    # no product of matrices, which a compiler would leave to a library as a pass of its own
+    return (row_BL[:, :, None] * attention_BLL).sum(dim=1)
+
+
+def layer_relevance(probabilities_BNQL: Tensor, gradient_BNQL: Tensor) -> Tensor:
+    """Return A = mean_heads relu(G * P) of one layer, fp32 (B, Q, L)."""
+    return (gradient_BNQL * probabilities_BNQL).relu_().mean(dim=1)
+
+
+def map_and_gradient(heads: Heads, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return P and G = ds/dP of one layer, fp32, both (B, N, L, L)."""
+    scores_BNLL, gradient_BNLL = scores_and_gradient(heads, gradient)
+    return scores_BNLL.softmax(dim=-1), gradient_BNLL
+
+
+def scores_and_gradient(heads: Heads, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what P is the softmax of, and G = ds/dP, fp32, both (B, N, L, L).
+
+    With O = P V, G = dO V^T, so fused attention that never exposes P serves as well.
+    """
+    query, key, value = (part.float() for part in heads)
+    # in place: each copy of a map may take MAP_BYTES
+    scores_BNLL = (query @ key.transpose(-2, -1)).mul_(query.shape[-1] ** -0.5)
+    return scores_BNLL, gradient.float() @ value.transpose(-2, -1)
+
+
+def label_relevance(
+    logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap], through: Through = through_maps
+) -> Tensor:
     """Return the un-normalised relevance of every patch for its image's label, fp32 (B, P).
 
     The graph of `logits_BK` is kept, so the same forward can serve the loss. The logits must carry
@@ -36,6 +102,7 @@ def label_relevance(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) ->
         logits_BK: the student's logits.
         labels_B: the label of each image.
         taps: the layers, first to last.
+        through: how a row goes through a layer that is tapped at its heads.
     """
     heads, last = taps[-1]
     # the last layer may be tapped at its map (B, N, 1, L), others at their outputs (B, N, L, S)
@@ -45,7 +112,7 @@ def label_relevance(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) ->
     row_BL[:, 0] = 1
 
     def consume(heads: Callable[[], Heads | None], watched: Tensor, gradient: Tensor) -> None:
-        propagate(row_BL, (heads, watched), gradient)
+        propagate(row_BL, (heads, watched), gradient, through)
 
     hooks = [watched.register_hook(partial(consume, heads, watched)) for heads, watched in taps]
     try:
@@ -58,47 +125,24 @@ def label_relevance(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) ->
     return row_BL[:, 1:]
 
 
-def propagate(row_BL: Tensor, tap: Tap, gradient: Tensor) -> None:
+def propagate(row_BL: Tensor, tap: Tap, gradient: Tensor, through: Through) -> None:
     """Take the class token's row of R through one layer, in place: r <- r + r A.
 
     Args:
         row_BL: the row, as the layers above left it.
         tap: the layer.
         gradient: of the score with respect to the tap's tensor.
+        through: how a row goes through a layer that is tapped at its heads.
     """
     with torch.no_grad(), torch.autocast(row_BL.device.type, enabled=False):
-        heads, watched = tap[0](), tap[1].detach()
-        batch, num_heads, queries = watched.shape[:3]
-        images = max(1, MAP_BYTES // (4 * num_heads * queries * row_BL.shape[1]))
-        for first in range(0, batch, images):
-            part = slice(first, first + images)
-            some = None if heads is None else (heads[0][part], heads[1][part], heads[2][part])
-            attention_BQL = layer_relevance(some, watched[part], gradient[part])
-            # at the last layer the row is 0 but for the class token, so its one query is enough
-            row_B1Q = row_BL[part, None, :queries]
-            row_BL[part] += (row_B1Q @ attention_BQL)[:, 0]
-
-
-def layer_relevance(heads: Heads | None, watched: Tensor, gradient: Tensor) -> Tensor:
-    """Return A = mean_heads relu(G * P) of one layer, fp32 (B, Q, L)."""
-    probabilities_BNQL, gradient_BNQL = map_and_gradient(heads, watched, gradient)
-    return (gradient_BNQL * probabilities_BNQL).relu_().mean(dim=1)
-
-
-def map_and_gradient(
-    heads: Heads | None, watched: Tensor, gradient: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return P and G = ds/dP of one layer, fp32, both (B, N, Q, L).
-
-    With O = P V, G = dO V^T, so fused attention that never exposes P serves as well.
-    """
-    if heads is None:
-        return watched.float(), gradient.float()
-    query, key, value = (part.detach().float() for part in heads)
-    scale = query.shape[-1] ** -0.5
-    # in place: each copy of a map may take MAP_BYTES
-    probabilities_BNQL = (query @ key.transpose(-2, -1)).mul_(scale).softmax(dim=-1)
-    return probabilities_BNQL, gradient.float() @ value.transpose(-2, -1)
+        heads = tap[0]()
+        if heads is None:
+            # the last layer's map, of the class token alone: the row is 0 but for it so far
+            row_BL += (row_BL[:, None, :1] @ layer_relevance(tap[1].float(), gradient.float()))[
+                :, 0
+            ]
+        else:
+            row_BL += through(row_BL, heads, gradient)
 
 
 def grad_cam(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor:
@@ -113,9 +157,10 @@ def grad_cam(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor
     heads, watched = taps[-1]
     gradient = _gradient(logits_BK, labels_B, watched)
     with torch.no_grad(), torch.autocast(logits_BK.device.type, enabled=False):
+        found = heads()
+        maps = (watched, gradient) if found is None else map_and_gradient(found, gradient)
         # query 0 is the class token's in every case; its attention to itself, key 0, is no patch
-        maps = map_and_gradient(heads(), watched, gradient)
-        probabilities_BNP, gradient_BNP = (of_class[:, :, 0, 1:] for of_class in maps)
+        probabilities_BNP, gradient_BNP = (each[:, :, 0, 1:].float() for each in maps)
         weight_BN1 = gradient_BNP.mean(dim=-1, keepdim=True)
         return (weight_BN1 * probabilities_BNP).mean(dim=1).relu()
 

@@ -9,6 +9,7 @@ import torch
 
 from rft import rng
 from rft.classes import Classes, check_head, compare_prompts
+from rft.clip import vit
 from rft.clip.classifier import Classifier, load_state, map_state
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
@@ -52,13 +53,16 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     # the frozen teacher is the model as pre-trained; the student begins as a copy of it
     student = starting_student(config, teacher, classes)
     ensemble = second_teacher(config, teacher, classes)
+    pretrained_sha256 = tower_sha256(teacher)
+    if config.precision == "bf16":
+        for frozen in filter(None, (teacher, ensemble)):
+            vit.lower(frozen.visual, torch.bfloat16)
     objective = Objective(
         student,
         teacher,
         config.method,
         ensemble=ensemble,
         recompute=config.recompute,
-        compile=config.compile,
     )
     batches = TrainingBatches(
         packed,
@@ -79,7 +83,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
         fingerprint={
             **fingerprint(packed, plan, loader.held_out, config.held_out_seed),
             **inputs_fingerprint(config),
-            "pretrained_sha256": tower_sha256(teacher),
+            "pretrained_sha256": pretrained_sha256,
         },
         start_seen=start_seen(config),
     )

@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +31,7 @@ from rft.runs.records import RECORD_BYTES, Step
 from rft.storage import documents, files, local
 from rft.storage.documents import Count, Sha256, document
 from rft.text import printable
+from rft.train.kernels import Choice
 
 # [0-9], because \d takes digits of every script; 16 of them hold the largest step, 2**53
 FILE_NAME = re.compile(r"step-([0-9]{8,16})\.pt")
@@ -300,6 +301,7 @@ def content(
     progress: Progress,
     must_agree: dict[str, Any],
     donor_pool: int,
+    kernels: Choice,
 ) -> dict[str, Any]:
     """Collect what a checkpoint holds; its tensors are those in use, to be copied.
 
@@ -309,6 +311,7 @@ def content(
         progress: how far it is.
         must_agree: what the job that resumes here must have the same of.
         donor_pool: images that a fill chose from; a different number of ranks may change it.
+        kernels: what its steps are computed with.
     """
     return {
         "model": student.state_dict(),
@@ -316,6 +319,7 @@ def content(
         "progress": asdict(progress),
         "must_agree": must_agree,
         "donor_pool": donor_pool,
+        "kernels": asdict(kernels),
     }
 
 
@@ -328,6 +332,8 @@ class Content:
     progress: dict[str, Any]
     must_agree: dict[str, dict[str, Any]]
     donor_pool: Count
+    # by default what every version before this field computed with
+    kernels: dict[str, Any] = field(default_factory=dict)
 
 
 @document(name="optimizer")
@@ -370,6 +376,7 @@ class Saved:
     optimizer: dict[str, Any]
     progress: Progress
     donor_pool: int
+    kernels: Choice
 
 
 def load(store: Store, record: Record, own: Own) -> Saved:
@@ -440,6 +447,7 @@ def _fitting(content: Content, size: int, record: Record, own: Own) -> Saved:
         },
         progress=progress,
         donor_pool=content.donor_pool,
+        kernels=Choice(**content.kernels),
     )
 
 
@@ -476,8 +484,10 @@ def _in_range(name: str, tensor: Tensor, step: int) -> bool:
     return bool((tensor >= 0).all())  # squares may be too large for a float, and then are infinite
 
 
-def resume(store: Store, world: World, own: Own, donor_pool: int) -> Progress:
+def resume(store: Store, world: World, own: Own, donor_pool: int) -> tuple[Progress, Choice | None]:
     """Load the newest whole checkpoint into student and optimizer; without one, start at 0.
+
+    Returns how far the run is, and the kernels that it was computed with; None at the start.
 
     Args:
         store: where checkpoints are.
@@ -492,7 +502,7 @@ def resume(store: Store, world: World, own: Own, donor_pool: int) -> Progress:
     # one rank looks, because looking hashes each file and renames damaged ones
     record = dist.from_main(world, dist.on_main(world, store.newest_whole))
     if record is None:
-        return Progress()
+        return Progress(), None
     saved = load(store, record, own)
     own.student.load_state_dict(saved.model)
     own.optimizer.load_state_dict(saved.optimizer)
@@ -504,4 +514,4 @@ def resume(store: Store, world: World, own: Own, donor_pool: int) -> Progress:
                 "the batches stay the same, the counterfactuals do not (a run that begins "
                 "with --method.donors global keeps them)"
             )
-    return saved.progress
+    return saved.progress, saved.kernels

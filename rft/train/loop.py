@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import record_function
 
 from rft import dist
@@ -16,8 +17,10 @@ from rft.loading.read import read_batches
 from rft.runs.filenames import LAST, SELECTED
 from rft.train import checkpoint
 from rft.train.checkpoint import Progress
+from rft.train.fastest import choose
 from rft.train.job import Job
 from rft.train.journal import Journal
+from rft.train.kernels import Choice
 from rft.train.meter import Meter
 from rft.train.optim import build_optimizer, set_schedule
 from rft.train.profile import profiling
@@ -52,9 +55,8 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
         # without held-out images the count that selects is the step (rft/train/select.py)
         most_correct=len(job.held_out) or job.total_steps,
     )
-    progress = checkpoint.resume(store, world, own, config.donor_pool(world.size))
-    module = dist.data_parallel(world, job.objective, job.device)
-    settle_buckets(job, module)
+    progress, began_with = checkpoint.resume(store, world, own, config.donor_pool(world.size))
+    module = settled(job, progress.step, began_with)
     dist.on_main(world, lambda: restore_selected(job, store, own, progress.best_step))
 
     steps_per_epoch, saved, reason = job.batches.plan.steps_per_epoch, progress.step, ""
@@ -118,6 +120,15 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
     return progress
 
 
+def settled(job: Job, done: int, began_with: Choice | None) -> nn.Module:
+    """Choose the objective's kernels and make it data-parallel; raises what `choose` does."""
+    # before the buckets settle, whose order follows from that of the kernels' gradients
+    job.objective.kernels = choose(job, done, began_with)
+    module = dist.data_parallel(job.world, job.objective, job.device)
+    settle_buckets(job, module)
+    return module
+
+
 def end(job: Job, progress: Progress, reason: str) -> None:
     """Write the last weights, or report where the run stopped before them."""
     if progress.step < job.total_steps:
@@ -169,5 +180,12 @@ def save(
             raise ValueError(vanished(folder.path / SELECTED, "was deleted"))
         folder.note_progress(record, job.total_steps)
 
-    pool = job.config.donor_pool(job.world.size)
-    writer.write(checkpoint.content(job.student, optimizer, progress, job.must_agree, pool), finish)
+    content = checkpoint.content(
+        job.student,
+        optimizer,
+        progress,
+        job.must_agree,
+        donor_pool=job.config.donor_pool(job.world.size),
+        kernels=job.objective.kernels.choice,
+    )
+    writer.write(content, finish)

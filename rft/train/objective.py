@@ -11,7 +11,6 @@ x_cf = x, the first is enough:
 What chance decides is drawn before the first call, on the CPU, so that nothing waits for a GPU.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +23,7 @@ from rft.clip.vit import AttentionTap
 from rft.config import MethodConfig
 from rft.method import counterfactual, losses, refill
 from rft.method.counterfactual import Draws
-
-Features = Callable[..., Tensor]
+from rft.train.kernels import Kernels
 
 
 class Clean(NamedTuple):
@@ -53,7 +51,7 @@ class Objective(nn.Module):
         *,
         ensemble: Classifier | None = None,
         recompute: bool = False,
-        compile: bool = False,
+        kernels: Kernels = Kernels(),  # noqa: B008 (a constant)
     ) -> None:
         super().__init__()
         assert (ensemble is not None) == (method.kd_weight > 0), "kd_weight and a second teacher"
@@ -62,9 +60,7 @@ class Objective(nn.Module):
         self.ensemble = None if ensemble is None else ensemble.eval().requires_grad_(False)
         self.method = method
         self.recompute = recompute
-        # the clean forward of a step with a CAM stays as it is: its attention is looked into
-        features = Classifier.features
-        self._features: Features = torch.compile(features) if compile else features
+        self.kernels = kernels
 
     def forward(
         self,
@@ -90,23 +86,25 @@ class Objective(nn.Module):
     def _clean(self, images_BCHW: Tensor, labels_B: Tensor, draws: Draws | None) -> Clean:
         # a list collects each layer's attention; without a CAM none is kept
         taps: list[AttentionTap] | None = [] if self.method.needs_cam else None
+        pieces = self.kernels.pieces
         with record_function("clean forward"):
-            patches_BPV = self.student.patches(images_BCHW)
-            features = self._features if taps is None else Classifier.features
-            features_BE = features(self.student, patches_BPV, taps=taps, recompute=self.recompute)
+            patches_BPV = self.student.patches(images_BCHW, pieces)
+            features_BE = self.student.features(
+                patches_BPV, taps=taps, recompute=self.recompute, pieces=pieces
+            )
             logits_BK = self.student.logits(features_BE)
             cross_entropy = losses.classification(logits_BK, labels_B)
         # tensors, so that an absent term adds and is summed over ranks as any other
         logit_distillation = mse = torch.zeros_like(cross_entropy)
         if self.ensemble is not None:
             with record_function("second teacher"), torch.no_grad():
-                taught_BK = self.ensemble.logits(self._features(self.ensemble, patches_BPV))
+                taught_BK = self.ensemble.logits(self.ensemble.features(patches_BPV, pieces=pieces))
             logit_distillation = losses.knowledge_distillation(
                 logits_BK, taught_BK, self.method.kd_temperature
             )
         if self.method.distill_weight > 0 and not self.method.masks:
             with record_function("teacher forward"), torch.no_grad():
-                teacher_BE = self._features(self.teacher, patches_BPV)
+                teacher_BE = self.teacher.features(patches_BPV, pieces=pieces)
             mse = losses.feature_mse(features_BE, teacher_BE)
         loss = losses.total(self.method, cross_entropy, logit_distillation, mse)
         donor_BP = None
@@ -115,26 +113,30 @@ class Objective(nn.Module):
             if taps is not None:
                 with record_function("cam"):
                     # before any backward: it looks into the graph that the loss goes back through
-                    relevance_BP = counterfactual.cam(self.method.cam, logits_BK, labels_B, taps)
+                    relevance_BP = counterfactual.cam(
+                        self.method.cam, logits_BK, labels_B, taps, self.kernels.through
+                    )
             donor_BP = counterfactual.donors(self.method, draws, relevance_BP)
         return Clean(loss, cross_entropy, logit_distillation, mse, donor_BP)
 
     def _counterfactual(self, pool_ZCHW: Tensor, draws: Draws, donor_BP: Tensor) -> Tensor:
         pool_ZPV = vit.cut_patches(pool_ZCHW, self.student.patch_side)
         # both towers want the same numbers
-        patches_BPV = self.student.normalise(refill.apply_donors(pool_ZPV, donor_BP, draws.own_B1))
-        dropping: dict[str, Any] = {}
+        filled_BPV = refill.apply_donors(pool_ZPV, donor_BP, draws.own_B1)
+        patches_BPV = self.student.normalise(filled_BPV, self.kernels.pieces)
+        options: dict[str, Any] = {"pieces": self.kernels.pieces}
         if self.method.drops:
             # a CAM or a Bernoulli mask keeps different numbers of patches in different images
             keep_BP, ragged = donor_BP != refill.DROP, draws.kept is None
             most = self._most_kept(draws, keep_BP)
-            dropping = {"keep_BP": keep_BP, "most": most, "ragged": ragged}
+            options |= {"keep_BP": keep_BP, "most": most, "ragged": ragged}
+            if ragged and most is not None:
+                # a length for each batch, and a compiler would compile for each of them
+                options["pieces"] = vit.EAGER
         with record_function("teacher forward"), torch.no_grad():
-            teacher_BE = self._features(self.teacher, patches_BPV, **dropping)
+            teacher_BE = self.teacher.features(patches_BPV, **options)
         with record_function("counterfactual forward"):
-            student_BE = self._features(
-                self.student, patches_BPV, recompute=self.recompute, **dropping
-            )
+            student_BE = self.student.features(patches_BPV, recompute=self.recompute, **options)
             mse = losses.feature_mse(student_BE, teacher_BE)
         # data parallelism waits for every parameter: give the unused head its zero gradient
         unused = sum(parameter.sum() for parameter in self.student.head.parameters())

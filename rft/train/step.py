@@ -129,10 +129,16 @@ def settle_buckets(job: Job, module: nn.Module) -> None:
     """
     if job.world.alone or job.total_steps == 0:
         return
+    # no real step draws at -1
+    accumulate_gradients(job, module, blank_batch(job), step=-1)
+    job.objective.zero_grad()
+
+
+def blank_batch(job: Job) -> Batch:
+    """Make a batch of this rank's size on its device, black images of class 0."""
     count = job.config.micro_batch(job.world.size) * job.config.optim.accumulate
     size = job.batches.image_size
     images_BCHW = torch.zeros(count, 3, size, size, dtype=torch.uint8, device=job.device)
     labels_B = torch.zeros(count, dtype=torch.int64, device=job.device)
-    # no real step draws at -1; sample numbers are not looked at, so the labels stand in
-    accumulate_gradients(job, module, Batch(images_BCHW, labels_B, labels_B), step=-1)
-    job.objective.zero_grad()
+    # a step does not look at sample numbers, so the labels stand in
+    return Batch(images_BCHW, labels_B, labels_B)

@@ -1,5 +1,6 @@
 """Our forward is open_clip's forward, for every tower that it serves; the others are refused."""
 
+import copy
 import functools
 
 import open_clip
@@ -156,14 +157,31 @@ def test_dropped_tokens_are_not_computed(images_BCHW, monkeypatch):
     monkeypatch.setattr(
         vit,
         "_layer",
-        lambda block, attend, x, mask: (lengths.append(x.shape[1]), real(block, attend, x, mask))[
-            1
-        ],
+        lambda block, attend, x, *rest: (
+            lengths.append(x.shape[1]),
+            real(block, attend, x, *rest),
+        )[1],
     )
     patches = model.patches(images_BCHW)
     keep = torch.arange(16).expand(6, 16) < 5
     model.features(patches, keep_BP=keep, most=5)
     assert lengths == [6, 6, 6]
+
+
+def test_lowered_weights_give_what_autocast_gives(images_BCHW):
+    model = build_model()
+    keep_BP = torch.arange(16).expand(6, 16) < 5
+    for options in ({}, {"keep_BP": keep_BP}, {"keep_BP": keep_BP, "most": 5}):
+        whole = copy.deepcopy(model)
+        lowered = copy.deepcopy(model)
+        vit.lower(lowered.visual, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            patches = model.patches(images_BCHW)
+            assert patches.dtype == torch.bfloat16
+            features = [one.features(patches, **options) for one in (whole, lowered)]
+        assert torch.equal(*features)
+    assert lowered.visual.conv1.weight.dtype == torch.bfloat16
+    assert lowered.visual.ln_pre.weight.dtype == torch.float32
 
 
 def test_a_saved_classifier_comes_back_whole(tmp_path, images_BCHW):

@@ -25,11 +25,13 @@ from rft.storage import files, remote
 from rft.storage.remote import Patience
 from rft.train import checkpoint, loop
 from rft.train.checkpoint import Progress, Store, Writer, content
+from rft.train.kernels import Choice
 from tests import tiny
 from tests.conftest import build_model
 from tests.tiny import unstamped, weights
 
 ALONE = dist.World(rank=0, size=1, local_rank=0)
+KERNELS = Choice(layers="compiled")
 
 
 def own(seed: int = 0) -> checkpoint.Own:
@@ -153,7 +155,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypat
     store, model = Store(f"memory://unread-{tmp_path.name}", keep=2), build_model()
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (4, 8):
-        store.write(content(model, optimizer, Progress(step=step), {}, 1))
+        store.write(content(model, optimizer, Progress(step=step), {}, 1, KERNELS))
     names = files.names(store.url)
     memory = fsspec.filesystem("memory")
     read = memory.cat_file
@@ -207,9 +209,9 @@ def test_a_selected_models_checkpoint_is_kept(three_epochs, monkeypatch, tmp_pat
 def test_a_resumed_run_knows_its_best_so_far(tmp_path):
     store, run = Store(str(tmp_path), keep=2), own()
     progress = Progress(step=8, best_step=4, best_correct=7)
-    store.write(content(run.student, run.optimizer, progress, run.must_agree, 1))
-    assert checkpoint.resume(store, ALONE, run, 1) == progress
-    assert checkpoint.resume(Store(f"{tmp_path}/none", 2), ALONE, run, 1) == Progress()
+    store.write(content(run.student, run.optimizer, progress, run.must_agree, 1, KERNELS))
+    assert checkpoint.resume(store, ALONE, run, 1) == (progress, KERNELS)
+    assert checkpoint.resume(Store(f"{tmp_path}/none", 2), ALONE, run, 1) == (Progress(), None)
 
 
 def outlive_the_machine(url: str, three_epochs, monkeypatch, run: Path) -> list[str]:
@@ -256,7 +258,7 @@ def test_checkpoints_of_another_run_are_refused(three_epochs, monkeypatch, tmp_p
 
 def test_another_donor_pool_is_told(tmp_path, capsys):
     store, run = Store(str(tmp_path), keep=2), own()
-    store.write(content(run.student, run.optimizer, Progress(step=4), run.must_agree, 256))
+    store.write(content(run.student, run.optimizer, Progress(step=4), run.must_agree, 256, KERNELS))
     checkpoint.resume(store, ALONE, run, 256)
     assert unstamped(capsys.readouterr().out) == "resuming after step 4\n"
     checkpoint.resume(store, ALONE, run, 128)
@@ -375,7 +377,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", slow)
     store, order = Store(str(tmp_path), keep=2), []
     with Writer(store) as writer:
-        what = content(student, optimizer, Progress(step=4), run.must_agree, 1)
+        what = content(student, optimizer, Progress(step=4), run.must_agree, 1, KERNELS)
         writer.write(what, lambda record, copy: order.append(record.step))
         assert begun.wait(SECONDS)
         before = {name: value.clone() for name, value in student.state_dict().items()}
@@ -388,7 +390,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         assert order == [4]
     monkeypatch.undo()
     resumed = own(seed=9)
-    assert checkpoint.resume(store, ALONE, resumed, 1) == Progress(step=4)
+    assert checkpoint.resume(store, ALONE, resumed, 1)[0] == Progress(step=4)
     for name, value in resumed.student.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -524,7 +526,7 @@ def written(folder: Path, change: Change = lambda _: None) -> tuple[Store, Path]
     """Write a checkpoint with changed content; returns its file."""
     store, run = Store(str(folder), keep=2), own()
     progress = Progress(step=8, best_step=4, best_correct=7)
-    saved = content(run.student, run.optimizer, progress, run.must_agree, 1)
+    saved = content(run.student, run.optimizer, progress, run.must_agree, 1, KERNELS)
     saved = checkpoint.to_cpu(saved)
     step = saved["progress"]["step"]
     store.write(saved)

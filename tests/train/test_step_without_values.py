@@ -349,12 +349,12 @@ def test_a_head_in_bf16_is_noticed(fake, monkeypatch):
 
 @pytest.mark.slow
 def test_a_cam_in_bf16_is_noticed(fake, monkeypatch):
-    real = relevance.layer_relevance
+    real = relevance.scores_and_gradient
 
-    def layer_relevance(*arguments) -> Tensor:
+    def scores_and_gradient(*arguments) -> tuple[Tensor, ...]:
         with torch.autocast("cpu", torch.bfloat16):
-            return real(*arguments).float()
+            return tuple(found.float() for found in real(*arguments))
 
-    monkeypatch.setattr(relevance, "layer_relevance", layer_relevance)
+    monkeypatch.setattr(relevance, "scores_and_gradient", scores_and_gradient)
     with pytest.raises(AssertionError, match="the CAM"):
         step_in_bf16(build_config(recipes.DEFAULT, precision="bf16"), fake)

@@ -1,0 +1,151 @@
+"""`--compile`: which kernels a run computes with, by measurement on the GPU that it trains on.
+
+The choice is part of a checkpoint, because other kernels round otherwise: a resumed run computes as
+it began, whatever would be faster where it resumes.
+"""
+
+import logging
+import time
+from dataclasses import replace
+
+import torch
+
+from rft import dist
+from rft.clip import vit
+from rft.method import relevance
+from rft.method.relevance import Through
+from rft.train.job import Job
+from rft.train.kernels import Choice, Kernels, load
+from rft.train.step import accumulate_gradients, blank_batch
+
+ROUNDS = 3  # timed steps of each choice
+WORTH = 120.0  # seconds of training as written, below which the compiling would not pay
+# of the largest number of a row: sums in another order, and for tf32 products of fewer digits
+TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 1e-4}
+
+log = logging.getLogger(__name__)
+
+
+def choose(job: Job, done: int, recorded: Choice | None) -> Kernels:
+    """Return the kernels for a run of which `done` steps are done; the same on every rank.
+
+    `recorded` is what those steps were computed with, if it was resumed.
+
+    Raises:
+        ValueError: if they were asked for and cannot be compiled here.
+    """
+    wanted = job.config.compile
+    on_gpu = job.device.type == "cuda"
+    if wanted == "off" or (recorded is None and wanted == "auto" and not on_gpu):
+        return Kernels()
+    if wanted == "on":
+        choice = Choice(layers="compiled", cam="compiled" if _has_maps(job) else "eager")
+    elif recorded is not None:
+        choice = recorded
+    else:
+        return load(fastest(job, done))
+    if problem := first_problem(job, choice):
+        if wanted == "on":
+            raise ValueError(f"--compile on: {problem}; use --compile off")
+        log.warning(f"{problem}; this run began with {choice} and is computed as written from here")
+        return Kernels()
+    return load(choice)
+
+
+def fastest(job: Job, done: int) -> Choice:
+    """Time the ways to compute a step that there are, on blank images; return the fastest."""
+    world, times = job.world, {Choice(): seconds(job, Choice())}
+
+    def time(choice: Choice) -> None:
+        if problem := first_problem(job, choice):
+            if world.is_main:
+                log.warning(f"{problem}; not used")
+        else:
+            times[choice] = seconds(job, choice)
+
+    def best() -> Choice:
+        # one rank decides, because their clocks differ
+        return dist.from_main(world, min(times, key=lambda choice: times[choice]))
+
+    left = (job.total_steps - done) * times[Choice()]
+    if dist.from_main(world, left < WORTH):
+        return Choice()
+    time(Choice(layers="compiled"))
+    if _has_maps(job):
+        layers = best().layers
+        time(Choice(layers=layers, cam="compiled"))
+        time(Choice(layers=layers, cam="triton"))
+    choice = best()
+    if world.is_main:
+        share = times[choice] / times[Choice()]
+        log.info(f"{choice}: a step takes {share:.2f} of its time as written, measured here")
+    return choice
+
+
+def _has_maps(job: Job) -> bool:
+    return job.config.method.needs_cam and job.config.method.cam == "relevance"
+
+
+def first_problem(job: Job, choice: Choice) -> str:
+    """Compute a step with these kernels on every rank; return why one cannot, empty if all can."""
+    problem = ""
+    try:
+        kernels = load(choice)
+        check(job, kernels.through)
+        run(job, kernels)
+    # a compiler has no one class for what it cannot do, and a driver none for what it refuses
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        problem = f"{choice} cannot be used here ({type(error).__name__}: {reason})"
+    return next(filter(None, dist.gather_objects(job.world, problem)), "")
+
+
+def seconds(job: Job, choice: Choice) -> float:
+    """Return the seconds of a step's gradients, the fastest of some; after one that compiles."""
+    kernels, found = load(choice), []
+    for _ in range(1 + ROUNDS):
+        began = time.perf_counter()
+        run(job, kernels)
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def run(job: Job, kernels: Kernels) -> None:
+    """Compute the gradients of a step on blank images on this rank alone, and throw them away."""
+    method = replace(job.config.method, donors="local")
+    alone = replace(job, config=replace(job.config, method=method))
+    own = job.objective.kernels
+    try:
+        job.objective.kernels = kernels
+        # the objective itself, not what exchanges its gradients: ranks may fail one by one
+        accumulate_gradients(alone, job.objective, blank_batch(job), step=-1)
+        if job.device.type == "cuda":
+            torch.cuda.synchronize(job.device)
+    finally:
+        job.objective.kernels = own
+        job.objective.zero_grad()
+
+
+def check(job: Job, through: Through) -> None:
+    """Compare a CAM's kernel with the one that is written out, on random heads.
+
+    Raises:
+        ArithmeticError: if they differ by more than the rounding of sums.
+    """
+    if through is relevance.through_maps:
+        return
+    draws = torch.Generator().manual_seed(0)
+    attention = vit.blocks(job.student.visual)[0].attn
+    tokens = 1 + (job.batches.image_size // job.student.patch_side) ** 2
+    shape = (2, attention.num_heads, tokens, attention.head_dim)
+    dtype = torch.bfloat16 if job.config.precision == "bf16" else torch.float32
+    query, key, value, gradient = (
+        torch.randn(shape, generator=draws).to(job.device, dtype) for _ in range(4)
+    )
+    row_BL = torch.rand(2, tokens, generator=draws).to(job.device)
+    ours, theirs = (
+        way(row_BL, (query, key, value), gradient) for way in (through, relevance.through_maps)
+    )
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not difference < TOLERANCE[job.config.precision]:
+        raise ArithmeticError(f"a CAM that differs by {difference:.1e} of its largest number")

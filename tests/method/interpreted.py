@@ -1,0 +1,37 @@
+"""Compare the CAM's Triton kernel with the CAM that is written out, in Triton's interpreter.
+
+A program of its own, with TRITON_INTERPRET=1: Triton reads that when it is imported. Prints the
+largest difference of each case, as a share of the largest number.
+"""
+
+import json
+
+import torch
+
+from rft.method import relevance
+from rft.method.relevance_kernel import through_tiles
+
+# images, heads, tokens, head width: tokens below, at and over one tile's and many tiles' number,
+# widths that are no power of two, or below the smallest that a product takes
+CASES = [(3, 2, 17, 16), (2, 3, 50, 64), (1, 2, 64, 8), (2, 2, 65, 24), (1, 2, 197, 80)]
+
+
+def difference(case: tuple[int, int, int, int], dtype: torch.dtype) -> float:
+    """Compare the rows of one layer, whose heads lie in memory as in a tower."""
+    images, heads, tokens, width = case
+    draws = torch.Generator().manual_seed(0)
+    projected = 2 * torch.randn(images, tokens, 3 * heads * width, generator=draws)
+    query, key, value = (
+        part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in projected.to(dtype).chunk(3, -1)
+    )
+    gradient = torch.randn(images, tokens, heads, width, generator=draws).to(dtype).transpose(1, 2)
+    row_BL = torch.rand(images, tokens, generator=draws)
+    tiles = through_tiles(row_BL, (query, key, value), gradient, widened=True)
+    maps = relevance.through_maps(row_BL, (query, key, value), gradient)
+    return float((tiles - maps).abs().max() / maps.abs().max())
+
+
+if __name__ == "__main__":
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    found = {f"{case} {name}": difference(case, types[name]) for case in CASES for name in types}
+    print(json.dumps(found))
