@@ -8,6 +8,7 @@ import torch
 from benchmarks import step as benchmark
 from rft import recipes
 from rft.method import masking, relevance
+from rft.train.kernels import Choice, load
 from rft.train.meter import Meter
 from rft.train.objective import Objective
 from rft.train.optim import build_optimizer, set_schedule
@@ -44,6 +45,56 @@ def test_no_step_waits_for_the_gpu(name, precision, images_BCHW, labels_B):
             optimizer.zero_grad()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+COMPILED = (
+    Choice(layers="compiled", cam="compiled"),
+    Choice(layers="compiled", cam="triton"),
+)
+
+
+@pytest.mark.parametrize("choice", COMPILED, ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_step_is_the_eager_one_and_waits_for_nothing(choice, precision):
+    device = torch.device("cuda", 0)
+    arguments = benchmark.Arguments(batch_size=8)
+    student = benchmark.build_classifier("ViT-B-32", 1000)
+    job = benchmark.build_job(arguments, device, precision, student)
+    batch = benchmark.random_batch(arguments, device, 224)
+
+    def gradients(choice: Choice) -> torch.Tensor:
+        job.objective.kernels = load(choice)
+        job.student.zero_grad()
+        accumulate_gradients(job, job.objective, batch, step=0)
+        return torch.cat([p.grad.flatten() for p in job.student.parameters()])
+
+    eager, ours = gradients(Choice()), gradients(choice)
+    # bf16 rounds each tensor that a compiler no longer writes
+    tolerance = 1e-4 if precision == "fp32" else 5e-2
+    assert (ours - eager).norm() < tolerance * eager.norm()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(choice)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [50, 197, 577])
+@pytest.mark.parametrize("cam", ["compiled", "triton"])
+def test_the_cams_kernels_equal_the_maps(cam, tokens, dtype):
+    draws = torch.Generator().manual_seed(0)
+    query, key, value, gradient = (
+        torch.randn(4, 12, tokens, 64, generator=draws).to("cuda", dtype) for _ in range(4)
+    )
+    row_BL = torch.rand(4, tokens, generator=draws).cuda()
+    maps = relevance.through_maps(row_BL, (query, key, value), gradient)
+    through = load(Choice(cam=cam)).through
+    ours = through(row_BL, (query, key, value), gradient)
+    assert (ours - maps).abs().max() < 1e-5 * maps.abs().max()
+    # the same bits each time: a mask must not depend on the order in which a GPU adds
+    assert torch.equal(ours, through(row_BL, (query, key, value), gradient))
 
 
 def test_masks_in_bf16_agree_with_fp32_for_vit_b_32():

@@ -80,6 +80,15 @@ def test_gradients_do_not_depend_on_ranks(gradients, recipe, donors, ranks, accu
     assert largest_difference(found, whole) < 5e-6
 
 
+def test_ranks_choose_the_same_kernels(tmp_path):
+    result = torchrun(2, "tests.ranks.choosing", str(tmp_path))
+    found = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert found == ["layers compiled, CAM eager; tried"] * 2
+    # one line, of the main rank, names what another rank met
+    says = "CAM compiled cannot be used here (RuntimeError: no compiler on this node); not used"
+    assert (result.stdout + result.stderr).count(says) == 1
+
+
 def test_local_donors_depend_on_ranks(gradients):
     # what docs/paper.md says of the donor pool, and what makes the test above able to fail
     recipe, donors, ranks, accumulate = DIFFERENT
