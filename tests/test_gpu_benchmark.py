@@ -20,7 +20,8 @@ from benchmarks.waiting import until
 from tests.conftest import build_model
 
 PARTS = (
-    "chip", "step-rft-rehearsal", "trainer", "tests", "compiled-rft-rehearsal", "masks", "large",
+    "chip", "step-rft-rehearsal", "trainer", "tests", "compiled-rft-rehearsal",
+    "compiled-trainer", "masks", "large",
     "resume", "evaluation",
 )  # fmt: skip
 BROKEN = "tests"

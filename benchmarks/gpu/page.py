@@ -25,7 +25,7 @@ def text(document: dict[str, Any]) -> str:
         heading(document, parts.get("chip", {})),
         step_table(parts, settings["models"]),
         *step_lines(parts, settings["models"]),
-        trainer_table(parts.get("trainer", {}), parts, settings),
+        trainer_table(parts, settings),
         bullets(parts),
         missing(document["parts"]),
     ]
@@ -127,20 +127,27 @@ def shortened(kernels: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def trainer_table(trainer: dict[str, Any], parts: dict[str, Any], settings: dict[str, Any]) -> str:
+TRAINED = (  # part, encoding, the step that the rate is compared with, words for the row
+    ("trainer", "pixels", "step", ""),
+    ("compiled-trainer", "pixels", "step_compiled", ", --compile on"),
+    ("trainer", "jpeg", "step", ""),
+)
+
+
+def trainer_table(parts: dict[str, Any], settings: dict[str, Any]) -> str:
     """Lay out a row for each model and encoding of the shards."""
     rows = []
     for model in settings["models"]:
-        alone = measured_steps(parts, model).get("step", {}).get("images_per_s")
-        for encoding in ("pixels", "jpeg"):
-            row = trainer.get(model, {}).get(encoding)
+        for part, encoding, step, words in TRAINED:
+            alone = measured_steps(parts, model).get(step, {}).get("images_per_s")
+            row = parts.get(part, {}).get(model, {}).get(encoding)
             cells = [NOT_MEASURED, "", "", ""]
             if row is not None:
                 share = "" if alone is None else f"{row['images_per_s'] / alone:.0%}"
                 first, last = row["batches_ready"]
                 rate, waits = f"{row['images_per_s']:,.0f}", f"{row['waiting_share']:.1%}"
                 cells = [rate, waits, f"{first:g} to {last:g}", share]
-            rows.append([f"{model}, `{encoding}` shards", *cells])
+            rows.append([f"{model}, `{encoding}` shards{words}", *cells])
     title = f"whole trainer, {settings['trainer_steps']} steps"
     title += f", {settings['trainer_workers']} loader processes"
     ready = "batches ready, first to last row"

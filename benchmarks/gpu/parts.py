@@ -45,11 +45,11 @@ def all_parts(settings: Settings) -> list[Part]:
     """List the parts in the order of their value."""
 
     def part(
-        name: str, work: Callable[..., None], least: float, most: float, *options: Any
+        name: str, work: Callable[..., None], least: float, most: float, *options: Any, **named: Any
     ) -> Part:
         return Part(
             name=name,
-            work=lambda record: work(record, settings, *options),
+            work=lambda record: work(record, settings, *options, **named),
             least=least,
             # compilers on a busy CPU take what they take
             most=math.inf if settings.device == "cpu" else most,
@@ -63,6 +63,7 @@ def all_parts(settings: Settings) -> list[Part]:
         part("tests", gpu_tests, 20, 90),
         # a part of its own: compiling takes longer than everything else about a step
         *(part(f"compiled-{m}", steps, 30, 150, m, COMPILED) for m in settings.models),
+        part("compiled-trainer", trainer, 30, 150, compiled=True),
         part("masks", masks, 10, 45),
         part("large", large, 15, 60),
         part("resume", resume, 40, 120),

@@ -32,11 +32,15 @@ ERROR = re.compile(r"error\b|[\w.]*(Error|Exception)\b")
 GROUPED = 64  # images of the step that is run in a process group
 
 
-def trainer(record: Record, settings: Settings) -> None:
-    """Time the whole training command, with loader, logs and checkpoint, one epoch."""
+def trainer(record: Record, settings: Settings, *, compiled: bool = False) -> None:
+    """Time the whole training command, with loader, logs and checkpoint, one epoch.
+
+    As written, or `compiled`: auto would not compile for so few steps.
+    """
     largest = settings.models[-1]
+    kinds = KINDS[:1] if compiled else KINDS
     # the most telling first; where images come from a decoder, the fastest model shows it most
-    cases = [(model, kind) for kind in KINDS for model in reversed(settings.models)]
+    cases = [(model, kind) for kind in kinds for model in reversed(settings.models)]
     cases.sort(key=lambda case: case == (largest, "jpeg"))
 
     def train(model: str, encoding: Kind) -> None:
@@ -46,6 +50,7 @@ def trainer(record: Record, settings: Settings) -> None:
         forget(folder)
         made = time.perf_counter()
         command = train_command(settings, model, encoding, folder)
+        command += ["--compile", "on" if compiled else "off"]
         in_fork(partial(run_module, "rft.train", command))
         took = {
             "making": round(made - started, 1),

@@ -3,6 +3,9 @@
 Every way gives the same gradients and masks up to rounding; rft/train/fastest.py chooses one.
 """
 
+import os
+import stat
+from pathlib import Path
 from typing import Literal, NamedTuple, assert_never
 
 from rft.clip import vit
@@ -37,7 +40,10 @@ def load(choice: Choice) -> Kernels:
 
     Raises:
         ImportError: if Triton is asked for and not installed.
+        PermissionError: if other users can write what the compiler runs.
     """
+    if "compiled" in (choice.layers, choice.cam):
+        require_own_cache()
     pieces = vit.compiled() if choice.layers == "compiled" else vit.EAGER
     match choice.cam:
         case "eager":
@@ -50,3 +56,24 @@ def load(choice: Choice) -> Kernels:
         case _:
             assert_never(choice.cam)
     return Kernels(choice, pieces, through)
+
+
+def require_own_cache() -> None:
+    """Check that nobody else can put compiled code where torch.compile looks for its own.
+
+    By default that is a folder of a known name below the system's temporary one, which torch takes
+    as it finds it.
+
+    Raises:
+        PermissionError: if it belongs to another user, or others may write to it.
+    """
+    # an import of a second, which only a run that compiles needs
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = Path(cache_dir())
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"other users can write to {folder}, from which torch.compile runs code: set "
+            "TORCHINDUCTOR_CACHE_DIR to a folder of your own"
+        )

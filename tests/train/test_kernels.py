@@ -1,6 +1,7 @@
 """Compiled kernels compute what the eager ones do, compile once, and are chosen by measurement."""
 
 import json
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -196,6 +197,24 @@ def test_a_cam_that_differs_is_not_used(job):
     fastest.check(job, lambda *a: relevance.through_maps(*a) * 1.00001)
     with pytest.raises(ArithmeticError, match="differs by"):
         fastest.check(job, lambda *a: relevance.through_maps(*a) * 1.001)
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757])
+def test_a_compilers_cache_that_others_can_write_is_not_used(job, tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    load(COMPILED)
+    tmp_path.chmod(mode)
+    with pytest.raises(ValueError, match=rf"other users can write to {tmp_path}, from which"):
+        fastest.choose(with_compile(job, "on"), 0, None)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
+def test_a_compilers_cache_of_another_user_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    os.chown(tmp_path, 12345, 12345)
+    with pytest.raises(PermissionError, match="set TORCHINDUCTOR_CACHE_DIR"):
+        load(Choice(cam="compiled"))
+    load(Choice())
 
 
 def test_the_flag_of_earlier_runs_is_read():
