@@ -65,14 +65,15 @@ def require_own_cache() -> None:
     as it finds it.
 
     Raises:
-        PermissionError: if it belongs to another user, or others may write to it.
+        PermissionError: if it belongs to another user, or all users may write to it. Its group may:
+            a umask that allows that trusts the group.
     """
     # an import of a second, which only a run that compiles needs
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folder = Path(cache_dir())
     found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
         raise PermissionError(
             f"other users can write to {folder}, from which torch.compile runs code: set "
             "TORCHINDUCTOR_CACHE_DIR to a folder of your own"
