@@ -80,6 +80,12 @@ def test_gradients_do_not_depend_on_ranks(gradients, recipe, donors, ranks, accu
     assert largest_difference(found, whole) < 5e-6
 
 
+def test_gradients_lie_in_the_memory_that_ranks_exchange(gradients):
+    found = gradients("vanilla", "local", 2, 2)
+    # a bucket holds more than this model's gradients
+    assert len({gradient.untyped_storage().data_ptr() for gradient in found.values()}) == 1
+
+
 def test_local_donors_depend_on_ranks(gradients):
     # what docs/paper.md says of the donor pool, and what makes the test above able to fail
     recipe, donors, ranks, accumulate = DIFFERENT
