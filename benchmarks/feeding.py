@@ -261,7 +261,7 @@ def page(result: dict[str, Any]) -> str:
         f"assumptions, none was measured**: images/s of one GPU, {assumed}; {derived}.",
         sizing(result),
         f"The division, checked by {result['ranks']} simulated ranks on {result['cpus']} cores, "
-        "below and above what the rates say these can feed:",
+        "below and above what these feed by their rates:",
         "| encoding | images/s wanted | images/s read | of the cores' rate | time without data, "
         f"expected | measured, mean (highest rank) | images per CPU second |\n"
         f"|---|--:|--:|--:|--:|--:|--:|\n{simulation}",

@@ -66,7 +66,7 @@ def training_batches(url: str, batch_size: int, rank: int = 0, ranks: int = 1) -
 
 
 def take(request: Request) -> Answer:
-    """Read as `request` says; batches made before the consumer begins are not counted."""
+    """Read at the speed of `request`; batches made before the consumer begins are not counted."""
     batches = training_batches(request.url, request.batch_size, request.rank, request.ranks)
     pause = request.batch_size / request.images_per_second if request.images_per_second else 0.0
     images = payload = 0

@@ -1,4 +1,4 @@
-"""The sizing table: what its numbers are made of, and ranks that wait as long as it says."""
+"""The sizing table: what its numbers are made of, and ranks that wait as long as it predicts."""
 
 import json
 import subprocess

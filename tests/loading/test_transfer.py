@@ -241,6 +241,16 @@ def test_a_batch_is_copied_while_the_one_before_it_is_computed_on(late, batches)
         late.compute.submit(lambda number=number: done.append(number))
 
 
+def test_the_first_copy_waits_for_what_had_its_memory_before(late, batches):
+    done: list[str] = []
+    late.compute.submit(lambda: done.append("before"))
+    stream = read_batches(batches, range(2), workers=0, device=CUDA)
+    next(stream)
+    late.streams[1].synchronize()
+    assert done == ["before"]
+    stream.close()
+
+
 def test_a_stream_that_is_left_early_unlocks_its_memory(gpu, batches):
     stream = read_batches(batches, range(len(batches)), workers=0, device=CUDA)
     next(stream)
