@@ -96,6 +96,8 @@ bench: $(VENV)/.installed  ## the step, the loader and the packer against their 
 	$(BIN)/python -m benchmarks.checkpoint --save
 	$(BIN)/python -m benchmarks.faults --save
 	$(BIN)/python -m benchmarks.loader --save
+	$(BIN)/python -m benchmarks.reader --save
+	$(BIN)/python -m benchmarks.feeding --save
 	$(BIN)/python -m benchmarks.pack --save
 	$(BIN)/python -m benchmarks.simd_difference --save
 	$(BIN)/python -m benchmarks.small_sets --save

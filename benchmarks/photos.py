@@ -13,6 +13,8 @@ import dataclasses
 import importlib.resources
 import io
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +22,10 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from rft import cli
+from rft import cli, cpus
+from rft.packing.pack import Options, pack
 from rft.rng import numpy_generator
+from rft.shards.images import Kind
 from rft.shards.label_space import LabelSpace
 from rft.storage import files
 
@@ -111,6 +115,18 @@ def write(out: Path, images: int) -> LabelSpace:
     # last: a folder without it is written again
     files.write_json(str(listing), dataclasses.asdict(labels))
     return labels
+
+
+def pack_as(encodings: Sequence[Kind], work: Path, images: int) -> dict[Kind, str]:
+    """Write photographs below `work` unless they are there; return the sets packed of them anew."""
+    labels, sets = write(work / "photos", images), {}
+    for encoding in encodings:
+        out = work / encoding
+        shutil.rmtree(out, ignore_errors=True)
+        options = Options(encoding=encoding, shard_mb=16, workers=cpus.available())
+        pack("imagenet-train", str(work / "photos"), str(out), labels, options)
+        sets[encoding] = str(out / "imagenet-train")
+    return sets
 
 
 def main() -> None:

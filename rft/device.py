@@ -1,7 +1,10 @@
 """Copies from the CPU to the device that computes."""
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,3 +39,90 @@ def _warn_that_copies_wait(reason: str) -> None:
         "do not change, training may be slower. Is the machine's memory full?",
         extra=EVERY_RANK,
     )
+
+
+class Transfer:
+    """Copies numbered batches from their memory to a device, each beside the work on the last.
+
+    On a GPU, batch t lands in buffer t modulo 2 by a copy that neither the host nor the work on
+    batch t - 1 waits for. Three orders keep it right: the work on batch t comes after its copy, the
+    copy after the work on batch t - 2, and the host leaves a batch's memory alone until `free`.
+    Without page-locked memory (`locked` is false) a copy is `to_device`'s. So on a CPU nothing is
+    copied.
+    """
+
+    def __init__(self, device: torch.device, largest: Sequence[int], *, locked: bool) -> None:
+        self.device = device
+        self._locked = locked
+        if not locked:
+            return
+        self._buffers = torch.empty((2, *largest), dtype=torch.uint8, device=device)
+        self._stream = torch.cuda.Stream(device)
+        self._copied = [torch.cuda.Event(), torch.cuda.Event()]
+        self._used = [torch.cuda.Event(), torch.cuda.Event()]
+        # what had the buffers' memory before may not be through with it
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def free(self, number: int) -> None:
+        """Wait until the memory of batch `number` - 2 may be written; before `number` is taken.
+
+        All work on batch `number` - 1 must have been launched.
+        """
+        if not self._locked:
+            return
+        self._used[(number - 1) % 2].record(torch.cuda.current_stream(self.device))
+        self._copied[number % 2].synchronize()
+
+    def copy(self, number: int, images_BCHW: Tensor) -> Tensor:
+        """Bring the images of batch `number` to the device; valid until the next one is taken."""
+        if not self._locked:
+            return to_device(images_BCHW, self.device)
+        target_BCHW = self._buffers[number % 2][: len(images_BCHW)]
+        self._stream.wait_event(self._used[number % 2])
+        with torch.cuda.stream(self._stream):
+            target_BCHW.copy_(images_BCHW, non_blocking=True)
+        self._copied[number % 2].record(self._stream)
+        torch.cuda.current_stream(self.device).wait_event(self._copied[number % 2])
+        return target_BCHW
+
+    def end(self) -> None:
+        """Wait for the copies that are under way."""
+        if self._locked:
+            self._stream.synchronize()
+
+
+@contextlib.contextmanager
+def transferring(
+    memory: Tensor, largest: Sequence[int], device: torch.device
+) -> Iterator[Transfer]:
+    """Open copies of batches of at most the shape `largest` that lie in `memory`, all uint8.
+
+    For a GPU the memory is page-locked meanwhile, so that the GPU reads it by itself. Where that is
+    refused, one line warns and each batch is copied to pinned memory first.
+    """
+    with contextlib.ExitStack() as stack:
+        locked = device.type == "cuda" and _page_lock(memory, device)
+        if locked:
+            stack.callback(_unlock, memory)
+        transfer = Transfer(device, largest, locked=locked)
+        stack.callback(transfer.end)
+        yield transfer
+
+
+def _page_lock(memory: Tensor, device: torch.device) -> bool:
+    """Page-lock `memory` for the GPU's own reads; whether that was granted."""
+    cudart: Any = torch.cuda.cudart()
+    try:
+        torch.cuda.check_error(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    except RuntimeError as error:
+        _warn_that_copies_wait(str(error).partition("\n")[0])
+        # CUDA keeps the refusal as its last error, and the next kernel's launch would raise it
+        with contextlib.suppress(RuntimeError):
+            torch.ones((), device=device)
+        return False
+    return True
+
+
+def _unlock(memory: Tensor) -> None:
+    cudart: Any = torch.cuda.cudart()
+    torch.cuda.check_error(cudart.cudaHostUnregister(memory.data_ptr()))

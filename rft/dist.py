@@ -343,7 +343,8 @@ def data_parallel(world: World, module: nn.Module, device: torch.device) -> nn.M
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
     meet(world)  # DistributedDataParallel compares shapes and sends weights through NCCL at once
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids)
+    # gradients lie in the buckets that are exchanged, not beside them
+    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def skip_sync(module: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rft import device
 from rft.config import MethodConfig
-from rft.device import to_device
+from rft.device import Transfer, to_device
 from rft.loading import read
 from rft.loading.dataset import Reading
 from rft.loading.read import Slots
@@ -57,13 +57,18 @@ def slots() -> Slots:
     return Slots(types.SimpleNamespace(largest=4, image_size=2), 2)
 
 
+def unlocked(slots: Slots, where: torch.device = CUDA) -> Transfer:
+    """Copies of batches whose memory could not be page-locked."""
+    return Transfer(where, slots.largest, locked=False)
+
+
 def item(images: int) -> read._Item:
     return read._Item(np.arange(images) + 7, np.arange(images) + 70, Reading())
 
 
 def test_a_batch_is_copied_from_pinned_memory_without_waiting(copies, slots):
     slots.images(5).copy_(torch.arange(48).reshape(4, 3, 2, 2))
-    slots.batch(5, item(3), CUDA)  # a short batch
+    slots.batch(5, item(3), unlocked(slots))  # a short batch
     images, labels = copies
     assert all(copy.pinned and copy.non_blocking for copy in copies)
     assert torch.equal(images.source.flatten(), torch.arange(36, dtype=torch.uint8))
@@ -72,7 +77,7 @@ def test_a_batch_is_copied_from_pinned_memory_without_waiting(copies, slots):
 
 def test_the_next_batch_may_be_written_at_once(copies, slots):
     slots.images(5).fill_(5)
-    slots.batch(5, item(4), CUDA)
+    slots.batch(5, item(4), unlocked(slots))
     slots.images(7).fill_(77)
     assert (slots.images(5) == 77).all(), "batches 5 and 7 have the same memory"
     # the GPU may only now come to read it
@@ -90,7 +95,8 @@ def test_draws_are_copied_from_pinned_memory_without_waiting(copies):
 
 def test_on_a_cpu_nothing_is_copied(copies, slots):
     cpu = torch.device("cpu")
-    assert slots.batch(5, item(4), cpu).images_BCHW.data_ptr() == slots.images(5).data_ptr()
+    batch = slots.batch(5, item(4), unlocked(slots, cpu))
+    assert batch.images_BCHW.data_ptr() == slots.images(5).data_ptr()
     draws = draw(METHOD, range(4), 16, 8, StepAddress(0, 0, 0, 0))
     same = draws.copied(partial(to_device, device=cpu))
     assert all(one is other for one, other in zip(draws, same, strict=True))
@@ -105,7 +111,7 @@ def test_without_pinned_memory_copies_wait_and_one_line_warns(copies, slots, mon
     device._warn_that_copies_wait.cache_clear()
     for number in (5, 6):
         slots.images(number).fill_(number)
-        slots.batch(number, item(4), CUDA)
+        slots.batch(number, item(4), unlocked(slots))
     assert [copy.source[0, 0, 0, 0].item() for copy in copies[::2]] == [5, 6]
     assert not any(copy.non_blocking for copy in copies)
     (line,) = unstamped(capsys.readouterr().err).splitlines()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from rft.device import to_device
+from rft.device import Transfer, to_device, transferring
 from rft.loading.batches import Batches
 from rft.loading.dataset import Batch, Reading
 
@@ -61,24 +61,28 @@ def read_batches(
                 multiprocessing_context=context,
             )
         )
-    for number in numbers:
-        try:
-            item = next(found)
-        except RuntimeError as error:
-            # ends the loader processes at once; torch has no class for this error
-            del found
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ChildProcessError(
-                f"a loader process was killed before batch {number} ({error}), by a person or "
-                "because memory ran out: fewer --loader.workers need less; then run the same "
-                "command again"
-            ) from error
-        if isinstance(item, ValueError):
-            # the error will keep this frame alive, and the frame the loader processes
-            del found
-            raise item
-        yield slots.batch(number, item, device)
+    with transferring(slots.memory, slots.largest, device) as transfer:
+        for number in numbers:
+            # taking a batch has the slot of the one two before it written: `next` reads that batch
+            # itself, or sends its number to a loader process
+            transfer.free(number)
+            try:
+                item = next(found)
+            except RuntimeError as error:
+                # ends the loader processes at once; torch has no class for this error
+                del found
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise ChildProcessError(
+                    f"a loader process was killed before batch {number} ({error}), by a person or "
+                    "because memory ran out: fewer --loader.workers need less; then run the same "
+                    "command again"
+                ) from error
+            if isinstance(item, ValueError):
+                # the error will keep this frame alive, and the frame the loader processes
+                del found
+                raise item
+            yield slots.batch(number, item, transfer)
 
 
 def _start_loader(_: int) -> None:
@@ -155,11 +159,11 @@ class Slots(Dataset[_Item | ValueError]):
 
     def _attach(self) -> None:
         # shared by default, so that all processes see the same pages
-        memory = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.uint8)
+        self.memory = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.uint8)
         marks = 8 * self._shape[0]
         # marks first: torch views bytes as int64 only at a multiple of 8
-        self._marks_S = memory[:marks].view(torch.int64)  # the number of each slot's batch
-        self._images_SBCHW = memory[marks:].view(self._shape)
+        self._marks_S = self.memory[:marks].view(torch.int64)  # the number of each slot's batch
+        self._images_SBCHW = self.memory[marks:].view(self._shape)
 
     def __del__(self) -> None:
         # the mapping stays valid: mmap keeps a descriptor of its own
@@ -177,14 +181,19 @@ class Slots(Dataset[_Item | ValueError]):
         self._marks_S[index % self._shape[0]] = index
         return _Item(batch.labels_B.numpy(), batch.samples_B.numpy(), batch.reading)
 
+    @property
+    def largest(self) -> tuple[int, ...]:
+        """The shape of the largest batch, BCHW."""
+        return self._shape[1:]
+
     def images(self, number: int) -> Tensor:
         """Find the slot for the images of batch `number`."""
         return self._images_SBCHW[number % self._shape[0]]
 
-    def batch(self, number: int, item: _Item, device: torch.device) -> Batch:
-        """Bring batch `number` from its slot to a device."""
-        images_BCHW = to_device(self.images(number)[: len(item.labels_B)], device)
-        labels_B = to_device(torch.from_numpy(item.labels_B), device)
+    def batch(self, number: int, item: _Item, transfer: Transfer) -> Batch:
+        """Bring batch `number` from its slot to the device."""
+        images_BCHW = transfer.copy(number, self.images(number)[: len(item.labels_B)])
+        labels_B = to_device(torch.from_numpy(item.labels_B), transfer.device)
         # slots of batches that were taken keep their smaller numbers
         ready = int((self._marks_S > number).sum())
         return Batch(images_BCHW, labels_B, torch.from_numpy(item.samples_B), item.reading, ready)

@@ -89,6 +89,12 @@ def test_ranks_choose_the_same_kernels(tmp_path):
     assert (result.stdout + result.stderr).count(says) == 1
 
 
+def test_gradients_lie_in_the_memory_that_ranks_exchange(gradients):
+    found = gradients("vanilla", "local", 2, 2)
+    # a bucket holds more than this model's gradients
+    assert len({gradient.untyped_storage().data_ptr() for gradient in found.values()}) == 1
+
+
 def test_local_donors_depend_on_ranks(gradients):
     # what docs/paper.md says of the donor pool, and what makes the test above able to fail
     recipe, donors, ranks, accumulate = DIFFERENT
