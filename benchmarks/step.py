@@ -108,7 +108,7 @@ def build_job(
     plan = types.SimpleNamespace(steps_per_epoch=1)
     batches: Any = types.SimpleNamespace(image_size=student.architecture.image_size, plan=plan)
     return Job(
-        config=replace(config, loader=loader, precision=precision),
+        config=replace(config, loader=loader, precision=precision, recompute=arguments.recompute),
         world=WORLD,
         device=device,
         objective=Objective(
