@@ -87,22 +87,27 @@ def _to_bf16(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Ten
     return output.bfloat16()
 
 
+def without_values(job: Job) -> tuple[FakeTensorMode, Job]:
+    """Return a job of one rank on fake tensors, and the mode under which they compute."""
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        objective = copy.deepcopy(plain_objective(job))
+    if job.config.precision == "bf16" and job.device.type == "cpu":
+        norms_as_on_a_gpu(objective)
+    return mode, replace(job, world=ALONE, objective=objective)
+
+
 def track(job: Job, ranks: Sequence[int]) -> list[float]:
     """Count the peak of a step on fake tensors, for each number of ranks.
 
     Four of them at most are counted; the others lie on a line, because a count takes a second or
     more and peaks are nearly linear in the images.
     """
-    mode = FakeTensorMode()
-    with FakeCopyMode(mode):
-        objective = copy.deepcopy(plain_objective(job))
-    if job.config.precision == "bf16" and job.device.type == "cpu":
-        norms_as_on_a_gpu(objective)
+    mode, fake = without_values(job)
     images = {count: job.config.micro_batch(count) for count in ranks}
     # one rank keeps no gradient between its steps, so it is on no line with the others
     ends = sorted({*ranks[:2], ranks[-1], job.world.size} & {*ranks}, reverse=True)
     with mode:
-        fake = replace(job, world=ALONE, objective=objective)
         counted = [peak(fake, count) for count in ends]
     rising = [images[count] for count in ends]
     return np.interp([images[count] for count in ranks], rising, counted).tolist()
