@@ -92,6 +92,10 @@ bench: $(VENV)/.installed  ## the step, the loader and the packer against their 
 	$(BIN)/python -m benchmarks.step --processes 3 --save
 	$(BIN)/python -m benchmarks.step --compile --save
 	$(BIN)/python -m benchmarks.cam_memory --save
+	$(BIN)/python -m benchmarks.memory --model ViT-B-32 --save
+	$(BIN)/python -m benchmarks.memory --model ViT-B-16 --real --save
+	$(BIN)/python -m benchmarks.memory --model ViT-L-14 --real --save
+	$(BIN)/python -m benchmarks.cam_share --save
 	$(BIN)/python -m benchmarks.method
 	$(BIN)/python -m benchmarks.checkpoint --save
 	$(BIN)/python -m benchmarks.faults --save

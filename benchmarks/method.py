@@ -1,7 +1,9 @@
-"""The page of the method's cost on a CPU: `python -m benchmarks.method` writes results/method.md.
+"""The pages of the method's cost: `python -m benchmarks.method` writes method.md and counted.md.
 
-It is made of what benchmarks.step and benchmarks.cam_memory saved, with a row for every case that
-the table wants and a word where one was not measured. benchmarks.gpu writes a GPU's page.
+method.md is made of what benchmarks.step and benchmarks.cam_memory saved, with a row for every case
+that the table wants and a word where one was not measured; counted.md of what was counted on
+tensors without values, by benchmarks.memory and benchmarks.cam_share. benchmarks.gpu writes a GPU's
+page.
 """
 
 from pathlib import Path
@@ -12,9 +14,11 @@ from rft.storage import files
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS / "method.md"
+COUNTED = RESULTS / "counted.md"
 STEPS = {"step_ViT-B-32_cpu": "ViT-B/32, CPU"}
 COMPILED = "step_compiled_ViT-B-32_cpu"
 CAM = "cam_memory_ViT-L-14-336_cpu"
+MEMORY = ("memory_ViT-B-32_cpu", "memory_ViT-B-16_cpu", "memory_ViT-L-14_cpu")
 NOT_MEASURED = "not measured"
 
 
@@ -67,6 +71,47 @@ def cam_row(result: dict[str, Any], case: str) -> list[str]:
     return [f"{result['bytes_per_image'][case] / 1e6:.0f} MB", fits]
 
 
+def memory_row(row: dict[str, Any]) -> list[str]:
+    """Return the cells of one case of the dry run's memory."""
+    line, real = row["line"], row["real"]
+    compared = [NOT_MEASURED, ""]
+    if real:
+        low, high = real["dry_run_over_real"]
+        few, more = real["images"]
+        compared = [
+            f"{low:.3f} ({few} images), {high:.3f} ({more})",
+            f"{real['per_image_over_real']:.3f}",
+        ]
+    return [
+        f"{row['model']}, {row['name']}, {row['precision']}",
+        f"{row['dry_run_bytes'] / 1e9:.1f} GB",
+        f"{line['over_tracker']:.3f} ({line['ranks']} ranks)" if line else "",
+        *compared,
+    ]
+
+
+def share_table(result: dict[str, Any]) -> str:
+    """Return the table of the CAM's counted share, with what it assumes."""
+    header = ["CAM / whole step, bf16, counted", "operations", "memory traffic", "time, estimated"]
+    header += ["of it the maps", "the backward pass"]
+    rows = []
+    for row in result["rows"]:
+        maps, backward = row["share"]["maps"], row["share"]["backward"]
+        cells = [f"{maps[name] + backward[name]:.1%}" for name in ("flops", "bytes", "seconds")]
+        cells += [f"{maps['seconds']:.1%}", f"{backward['seconds']:.1%}"]
+        rows.append([f"{row['model']}, {row['batch_size']} images", *cells])
+    rates = ", ".join(
+        f"{rate / 1e12:,.0f} TFLOP/s {name.removeprefix('torch.')}"
+        for name, rate in result["assumed_flops_per_s"].items()
+    )
+    how = (
+        "The time of an operator is estimated as the longer one of its bytes at "
+        f"{result['assumed_bytes_per_s'] / 1e12:.2f} TB/s and its operations at {rates}, an H100's "
+        "published ceilings; nothing was timed."
+    )
+    return f"{table(header, rows)}\n\n{how}"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table, all columns but the first of numbers."""
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
@@ -107,6 +152,19 @@ def text() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def counted() -> str:
+    """Return the page of what was counted and not timed."""
+    parts = []
+    if found := [result for name in MEMORY if (result := load(name))]:
+        header = [f"`--dry-run`, {found[0]['rows'][0]['images']} images on one rank", "its figure"]
+        header += ["a row on a line / torch's tracker", "dry run / real step, CPU", "per image"]
+        rows = [memory_row(row) for result in found for row in result["rows"]]
+        parts.append(table(header, rows))
+    if share := load("cam_share"):
+        parts.append(share_table(share))
+    return "\n\n".join(parts) + "\n"
+
+
 def load(name: str) -> dict[str, Any] | None:
     """Return a saved result, or None if there is none."""
     path = RESULTS / f"{name}.json"
@@ -114,9 +172,10 @@ def load(name: str) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    """Write the page."""
-    files.write_bytes(str(PAGE), text().encode())
-    print(f"wrote {PAGE}")
+    """Write the pages."""
+    for page, content in ((PAGE, text()), (COUNTED, counted())):
+        files.write_bytes(str(page), content.encode())
+        print(f"wrote {page}")
 
 
 if __name__ == "__main__":

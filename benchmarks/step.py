@@ -114,7 +114,7 @@ def build_job(
     if precision == "bf16":  # as rft/train/build.py does
         vit.lower(teacher.visual, torch.bfloat16)
     return Job(
-        config=replace(config, loader=loader, precision=precision),
+        config=replace(config, loader=loader, precision=precision, recompute=arguments.recompute),
         world=WORLD,
         device=device,
         objective=Objective(student, teacher, config.method, recompute=arguments.recompute).to(

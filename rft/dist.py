@@ -1,4 +1,4 @@
-"""The only user of torch.distributed: who am I, sum this, wrap that.
+"""The only user of torch.distributed (but for its memory tracker): who am I, sum this, wrap that.
 
 Works the same in one process without torchrun; then nothing is initialised.
 """

@@ -73,6 +73,7 @@ def steps_were_timed_and_seen_into(parts):
         assert row["mfu"] > 0
     assert both["textbook_tf32"]["precision"] == "tf32"
     assert both["step"]["precision"] == "bf16"
+    assert both["step"]["dry_run_memory"] > 0
     assert {"cam", "clean forward", "counterfactual backward"} <= measured["phase_share"].keys()
     assert sum(measured["phase_share"].values()) == pytest.approx(1, abs=0.01)
     assert all(0.03 < share < 1 for share in measured["kernels"].values())
@@ -126,6 +127,14 @@ def test_saved_tables_are_made_of_the_saved_results():
     saved = [*command.RESULTS.glob("gpu_*.json"), command.RESULTS / "rehearsal_cpu.json"]
     for path in saved:
         assert path.with_suffix(".md").read_text() == page.text(json.loads(path.read_text())), path
+
+
+def test_the_dry_runs_memory_is_shown_beside_the_peak():
+    row = {"batch_size": 512, "seconds": 0.1, "images_per_s": 5120, "mfu": 0.5}
+    row["peak_memory"] = 10_000_000_000
+    assert page.step_cells(row, None)[-1] == "10.0 GB"
+    row["dry_run_memory"] = 9_800_000_000
+    assert page.step_cells(row, None)[-1] == "10.0 GB (--dry-run / it: 0.98)"
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cam_memory, checkpoint, method, step
+from benchmarks import cam_memory, cam_share, checkpoint, memory, method, step
 from benchmarks.tiny_world import environment
+from rft import recipes
 from tests.conftest import build_model
 
 SMALL = ["--model", "ViT-S-32-alt", "--batch-size", "2", "--classes", "7", "--rounds", "1"]
@@ -84,6 +85,46 @@ def test_a_map_at_a_time_needs_less_memory_and_too_much_is_told():
     assert 0 < ours < 0.3e9
 
 
+@pytest.mark.slow
+@pytest.mark.program
+def test_the_dry_runs_memory_is_that_of_a_real_step():
+    """By the system's account of a process, which knows nothing of torch's tracker."""
+    arguments = memory.Arguments(model="ViT-S-32-alt", batch_size=64, few=(8, 40))
+    case = memory.Case(arguments.model, recipes.DEFAULT, "fp32")
+    row = memory.measure_case(case, step.build_classifier(case.model, 1000), arguments)
+    assert row["line"]["over_tracker"] == pytest.approx(1, abs=0.1)
+    assert row["real"]["dry_run_over_real"] == [pytest.approx(1, abs=0.1)] * 2
+    assert method.memory_row(row)[0] == f"ViT-S-32-alt, {recipes.DEFAULT}, fp32"
+
+
+def test_operators_cost_what_their_tensors_hold():
+    left, right = torch.zeros(5, 3), torch.zeros(3, 4)
+    with cam_share.Costs() as costs:
+        product = left.view(5, 3) @ right
+        with costs.during("scaled"):
+            product.mul_(2)
+            product.t().reshape(2, 10)  # a copy: the transposed view has no such shape
+            product.reshape(2, 10)
+    numbers = 5 * 3 + 3 * 4 + 5 * 4
+    seconds = 4 * numbers / cam_share.BYTES_PER_S
+    assert costs.found["other"] == {"flops": 120, "bytes": 4 * numbers, "seconds": seconds}
+    assert costs.found["scaled"]["flops"] == 0
+    assert costs.found["scaled"]["bytes"] == 4 * 4 * 5 * 4
+
+
+@pytest.mark.slow
+def test_the_cams_share_is_of_all_that_a_step_computes():
+    arguments = step.Arguments(model="ViT-S-32-alt", batch_size=2)
+    found = cam_share.count_step(arguments)
+    student = step.build_classifier(arguments.model, arguments.classes)
+    real = step.build_steps(arguments, torch.device("cpu"), "fp32", student)["step"]
+    result = cam_share.shares(found)
+    assert result["step_flops"] == step.count_flops(real)
+    assert {"cam", "maps", "clean backward", "teacher forward"} <= found.keys()
+    # two products of a map's size in each layer, against some dozens of a token's width
+    assert 0 < result["share"]["maps"]["flops"] < result["share"]["backward"]["flops"] < 0.2
+
+
 def test_the_page_says_what_was_not_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(method, "RESULTS", tmp_path)
     page = method.text()
@@ -94,6 +135,7 @@ def test_the_saved_page_is_made_of_the_saved_results():
     if not method.PAGE.exists():
         pytest.skip("nothing was saved: make bench")
     assert method.PAGE.read_text() == method.text()
+    assert method.COUNTED.read_text() == method.counted()
 
 
 @pytest.mark.slow

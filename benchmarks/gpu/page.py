@@ -75,14 +75,15 @@ def step_cells(row: dict[str, Any] | None, vanilla: float | None) -> list[str]:
     """Fill the cells of one timed step; `vanilla` is the rate that it is compared with."""
     if row is None:
         return [NOT_MEASURED, *[""] * 5]
-    memory = row.get("peak_memory")
+    memory, counted = row.get("peak_memory"), row.get("dry_run_memory")
+    share = f" (--dry-run / it: {counted / memory:.2f})" if memory and counted else ""
     return [
         str(row["batch_size"]),
         f"{1000 * row['seconds']:.1f}",
         f"{row['images_per_s']:,.0f}",
         "" if vanilla is None else f"{vanilla / row['images_per_s']:.2f}",
         f"{row['mfu']:.0%}",
-        "" if memory is None else f"{memory / 1e9:.1f} GB",
+        "" if memory is None else f"{memory / 1e9:.1f} GB{share}",
     ]
 
 

@@ -20,6 +20,7 @@ from benchmarks.gpu.runner import Record, each
 from rft import dist
 from rft.clip.classifier import Classifier
 from rft.config import Precision
+from rft.train import memory
 
 PRECISION: Precision = "bf16"
 EAGER = ("step", "vanilla", "textbook", "textbook_tf32")
@@ -108,7 +109,18 @@ def time_step(
         "mfu": round(batch * flops / seconds / ceiling(device, precision), 4),
         "peak_memory": step.peak_memory(run, device),
     }
+    if name == "step":
+        values["dry_run_memory"] = dry_run_memory(arguments, device, student, batch)
     return values, run
+
+
+def dry_run_memory(
+    arguments: step.Arguments, device: torch.device, student: Classifier, batch: int
+) -> int | None:
+    """Return the bytes that `--dry-run` prints for such a step; None if it only estimates them."""
+    job = step.build_job(replace(arguments, batch_size=batch), device, PRECISION, student)
+    need = memory.needs(job, [1])
+    return None if need.estimated else round(need.totals[0])
 
 
 def flops_per_image(

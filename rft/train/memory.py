@@ -1,0 +1,308 @@
+"""Memory that one rank's optimizer step takes of its device.
+
+torch's own tracker counts it over a step of the training loop (rft/train/step.py) on fake tensors,
+which have shapes and no bytes: weights, gradients, AdamW's state, activations and temporary
+tensors. A GPU's context and the gaps of its allocator come on top. The tracker is not public in
+torch. Where a release lacks it, what autograd keeps for one image and for two is measured on the
+real model and extrapolated (`measure`).
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from rft.clip import vit
+from rft.config import Config, MethodConfig
+from rft.device import to_device
+from rft.dist import World
+from rft.loading.dataset import Batch
+from rft.method.counterfactual import StepAddress, draw
+from rft.method.relevance import MAP_BYTES
+from rft.train.job import Job
+from rft.train.objective import Objective
+from rft.train.optim import build_optimizer
+from rft.train.step import accumulate_gradients, autocast
+
+MAPS = 3  # of one layer that the CAM has at once: attention, its gradient, their product
+ALONE = World(rank=0, size=1, local_rank=0)
+
+
+class Needs(NamedTuple):
+    """The memory of a rank for each of several numbers of ranks."""
+
+    totals: list[float]
+    """Bytes at the peak of a step."""
+    estimated: str
+    """Why torch's tracker did not count them; empty where it did."""
+
+
+def needs(job: Job, ranks: Sequence[int]) -> Needs:
+    """Return the bytes that a rank needs where one of `ranks`, rising, shares the batch.
+
+    Nothing of the job is changed.
+    """
+    try:
+        return Needs(track(job, ranks), "")
+    # a private part of torch: what other releases raise cannot be listed
+    except Exception as error:
+        reason = f"torch {torch.__version__}'s tracker failed: {type(error).__name__}"
+        memory = measure(job)
+        return Needs([memory.total(job.config.micro_batch(count)) for count in ranks], reason)
+
+
+class Unpinned(TorchFunctionMode):
+    """Leaves out the copy to pinned memory, which fake tensors refuse (rft/device.py)."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call `func`; a tensor is its own pinned copy."""
+        return args[0] if func is Tensor.pin_memory else func(*args, **(kwargs or {}))
+
+
+def norms_as_on_a_gpu(module: nn.Module) -> None:
+    """Have every norm compute in fp32, as bf16's autocast does on a GPU and not on a CPU.
+
+    That keeps more for the backward pass.
+    """
+    for norm in module.modules():
+        if isinstance(norm, nn.LayerNorm):
+            norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+            norm.register_forward_hook(_to_bf16)
+
+
+def _to_bf16(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.bfloat16()
+
+
+def without_values(job: Job) -> tuple[FakeTensorMode, Job]:
+    """Return a job of one rank on fake tensors, and the mode under which they compute."""
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        objective = copy.deepcopy(plain_objective(job))
+    if job.config.precision == "bf16" and job.device.type == "cpu":
+        norms_as_on_a_gpu(objective)
+    return mode, replace(job, world=ALONE, objective=objective)
+
+
+def track(job: Job, ranks: Sequence[int]) -> list[float]:
+    """Count the peak of a step on fake tensors, for each number of ranks.
+
+    Four of them at most are counted; the others lie on a line, because a count takes a second or
+    more and peaks are nearly linear in the images.
+    """
+    mode, fake = without_values(job)
+    images = {count: job.config.micro_batch(count) for count in ranks}
+    # one rank keeps no gradient between its steps, so it is on no line with the others
+    ends = sorted({*ranks[:2], ranks[-1], job.world.size} & {*ranks}, reverse=True)
+    with mode:
+        counted = [peak(fake, count) for count in ends]
+    rising = [images[count] for count in ends]
+    return np.interp([images[count] for count in ranks], rising, counted).tolist()
+
+
+def peak(job: Job, ranks: int) -> int:
+    """Count the most bytes that a rank of so many has at once, in a step after the first.
+
+    Call it under the mode of the job's fake tensors: the values of real ones would change.
+    """
+    # imported here: it takes a while, and not every torch has it
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.distributed._tools.mod_tracker import ModTracker
+
+    class NoModules(ModTracker):
+        """Watches no modules: those that are frozen, or run twice in a step, are refused."""
+
+        def __enter__(self) -> "NoModules":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    config, device, size = countable(job.config, ranks), job.device, job.batches.image_size
+    job = replace(job, config=config)
+    job = replace(job, objective=plain_objective(job))
+    count = config.loader.batch_size
+    batch = Batch(
+        torch.empty(count, 3, size, size, dtype=torch.uint8, device=device),
+        torch.zeros(count, dtype=torch.int64, device=device),
+        torch.zeros(count, dtype=torch.int64),
+    )
+    optimizer = build_optimizer(job.objective, config.optim)
+    for parameter in job.objective.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    if ranks == 1:
+        optimizer.zero_grad()
+    # otherwise gradients stay: they are the memory through which ranks exchange them
+    tracker = MemTracker()
+    tracker._mod_tracker = NoModules()
+    tracker.track_external(job.objective, optimizer, batch.images_BCHW, batch.labels_B)
+    with tracker, Unpinned():
+        accumulate_gradients(job, job.objective, batch, step=0)
+        optimizer.step()
+    pool = 0
+    if config.method.masks and config.method.donors == "global":
+        # the other ranks' images, and their copy cut into patches
+        pool = 2 * (ranks - 1) * batch.images_BCHW.nbytes
+    found = tracker.get_tracker_snapshot("peak")
+    return pool + sum(found[on]["Total"] for on in found if on.type == device.type)
+
+
+def countable(config: Config, ranks: int) -> Config:
+    """Return what one rank of so many trains, without what would read a tensor's value.
+
+    No derangement is drawn, which changes no shape. Where a CAM decides how many tokens are
+    dropped, all of them are kept, the most that a step can need.
+    """
+    method, loader = replace(config.method, single_fill="permutation"), config.loader
+    if counts_all_tokens(method):
+        method = replace(method, no_fill="key-mask")
+    loader = replace(loader, batch_size=loader.batch_size // ranks)
+    return replace(config, method=method, loader=loader)
+
+
+def counts_all_tokens(method: MethodConfig) -> bool:
+    """Whether images drop different numbers of tokens, which only a step can know."""
+    fixed = method.mask == "random" and method.fixed_count
+    return method.drops and method.no_fill == "token-drop" and not fixed
+
+
+def plain_objective(job: Job) -> Objective:
+    """Return the job's objective, never compiled: that takes minutes and keeps about the same."""
+    return Objective(
+        job.student,
+        job.objective.teacher,
+        job.config.method,
+        ensemble=job.objective.ensemble,
+        recompute=job.config.recompute,
+    )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that one graph keeps until its backward."""
+
+    fixed: float
+    """For any number of images: weights in another precision."""
+    image: float
+
+    def bytes(self, images: int) -> float:
+        """Extrapolate to so many images."""
+        return self.fixed + images * self.image
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one rank needs, in bytes."""
+
+    weights: int
+    teachers: int
+    trained: int
+    """Of the weights that learn; their gradient is as large, AdamW's state twice."""
+    clean: Kept
+    counterfactual: Kept
+    map_image: int
+    """One layer's attention maps of an image, fp32; 0 without a CAM."""
+
+    def total(self, images: int) -> float:
+        """Add it all up, for so many images forwarded at once."""
+        copies = 3  # gradient and both moments of AdamW
+        cam = MAPS * min(images * self.map_image, MAP_BYTES)
+        # the larger of the two, because a step never has both graphs alive
+        graph = max(self.clean.bytes(images) + cam, self.counterfactual.bytes(images))
+        return self.weights + self.teachers + copies * self.trained + graph
+
+
+def measure(job: Job) -> Memory:
+    """Measure the memory of a rank: weights by size, activations by running both graphs."""
+    objective, method = job.objective, job.config.method
+    teachers = (objective.teacher, objective.ensemble)
+    one, two = (graph_bytes(job, images) for images in (1, 2))
+    # a line through both; less than nothing fixed can only be the rounding of small tensors
+    clean, counterfactual = (
+        Kept(fixed=max(0.0, 2 * low - high), image=high - low)
+        for low, high in zip(one, two, strict=True)
+    )
+    tokens = 1 + (job.batches.image_size // job.student.patch_side) ** 2
+    heads = vit.blocks(job.student.visual)[0].attn.num_heads
+    return Memory(
+        weights=module_bytes(objective.student),
+        teachers=sum(module_bytes(teacher) for teacher in teachers if teacher is not None),
+        trained=module_bytes(objective.student, trained=True),
+        clean=clean,
+        counterfactual=counterfactual,
+        map_image=4 * heads * tokens**2 if method.needs_cam and method.cam == "relevance" else 0,
+    )
+
+
+def graph_bytes(job: Job, images: int) -> tuple[int, int]:
+    """Measure what the clean and the counterfactual graph of a step keep for so many images.
+
+    The student's gradients and weights stay as they are.
+    """
+    batches, method = job.batches, job.config.method
+    # one more is the other image that a fill needs
+    batch = batches.packed.batch(batches.samples[: images + 1], batches.image_size)
+    pool_ZCHW = batch.images_BCHW.to(job.device)
+    images_BCHW, labels_B = pool_ZCHW[:images], batch.labels_B[:images].to(job.device)
+    objective = plain_objective(job)
+    draws = None
+    if method.masks:
+        patches = (batches.image_size // job.student.patch_side) ** 2
+        # any address: a graph depends on the draws only where random masks drop unequal numbers
+        address = StepAddress(job.config.seed, 0, 0, 0)
+        draws = draw(method, range(images), patches, len(pool_ZCHW), address)
+        draws = draws.copied(partial(to_device, device=job.device))
+    with autocast(job.device, job.config.precision):
+        clean, first = kept_bytes(objective, lambda: objective(images_BCHW, labels_B, draws))
+    donor_BP = clean.donor_BP
+    if donor_BP is None:
+        return first, 0
+    # the first graph goes before the second comes, as in a step
+    del clean
+    with autocast(job.device, job.config.precision):
+        _, second = kept_bytes(objective, lambda: objective(pool_ZCHW, labels_B, draws, donor_BP))
+    return first, second
+
+
+def kept_bytes(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:
+    """Return what `call` returns, and the bytes that autograd keeps for its backward.
+
+    Tensors that share a storage count once, the module's own parameters not at all.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            # what is returned keeps the storage alive, so that no other tensor gets its address
+            kept[storage.data_ptr()] = storage.nbytes()
+        # the tensor itself would hold its own graph for ever
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    return result, sum(kept.values())
+
+
+def module_bytes(module: nn.Module, *, trained: bool = False) -> int:
+    """Return the size of a module's parameters, or of those among them that learn."""
+    return sum(
+        parameter.nbytes
+        for parameter in module.parameters()
+        if parameter.requires_grad or not trained
+    )
