@@ -27,6 +27,7 @@ from rft.loading.order import Plan
 from rft.method.counterfactual import StepAddress, draw
 from rft.method.relevance import MAP_BYTES
 from rft.runs import filenames, records
+from rft.train import features
 from rft.train.job import Job
 from rft.train.objective import Objective
 from rft.train.optim import schedule_warning
@@ -199,6 +200,7 @@ def traffic(job: Job) -> list[str]:
     epoch = plan.steps_per_epoch * plan.batch_size
     lines = [
         f"reads {size(epoch * image)} an epoch: {size(1000 * image)}/s for every 1,000 images/s",
+        *features.in_words(job),
     ]
     if len(job.held_out):
         held_out = float(np.sum(packed.index.length[job.held_out]))

@@ -11,7 +11,8 @@ x_cf = x, the first is enough:
 What chance decides is drawn before the first call, on the CPU, so that nothing waits for a GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from rft.method import counterfactual, losses, refill
 from rft.method.counterfactual import Draws
 
 Features = Callable[..., Tensor]
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Clean(NamedTuple):
@@ -66,12 +68,31 @@ class Objective(nn.Module):
         features = Classifier.features
         self._features: Features = torch.compile(features) if compile else features
 
+    @property
+    def frozen(self) -> dict[str, Classifier]:
+        """The towers that do not learn and see clean images, by the name of their model here."""
+        towers = {}
+        if not any(parameter.requires_grad for parameter in self.student.visual.parameters()):
+            towers["student"] = self.student
+        if self.method.distill_weight > 0 and not self.method.masks:
+            towers["teacher"] = self.teacher
+        if self.ensemble is not None:
+            towers["ensemble"] = self.ensemble
+        return towers
+
+    @torch.no_grad()
+    def frozen_features(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """Return the features (B, E) of the frozen towers, for `forward` to be called with."""
+        patches_BPV = self.student.patches(images_BCHW)
+        return {name: self._features(model, patches_BPV) for name, model in self.frozen.items()}
+
     def forward(
         self,
         images_BCHW: Tensor,
         labels_B: Tensor,
         draws: Draws | None,
         donor_BP: Tensor | None = None,
+        known: Mapping[str, Tensor] = NONE,
     ) -> Clean | Tensor:
         """Return the clean losses and the donors, or the MSE on the counterfactuals.
 
@@ -81,32 +102,45 @@ class Objective(nn.Module):
             labels_B: class ids.
             draws: this micro-batch's; None if there is no counterfactual part.
             donor_BP: None for the clean call; its answer for the counterfactual call.
+            known: for the clean call, the features of all frozen towers or of none. With the
+                student's among them the images are not looked at.
         """
         if donor_BP is None:
-            return self._clean(images_BCHW, labels_B, draws)
+            return self._clean(images_BCHW, labels_B, draws, known)
         assert draws is not None, "a counterfactual was decided without draws"
         return self._counterfactual(images_BCHW, draws, donor_BP)
 
-    def _clean(self, images_BCHW: Tensor, labels_B: Tensor, draws: Draws | None) -> Clean:
+    def _clean(
+        self,
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        draws: Draws | None,
+        known: Mapping[str, Tensor],
+    ) -> Clean:
         # a list collects each layer's attention; without a CAM none is kept
         taps: list[AttentionTap] | None = [] if self.method.needs_cam else None
         with record_function("clean forward"):
-            patches_BPV = self.student.patches(images_BCHW)
-            features = self._features if taps is None else Classifier.features
-            features_BE = features(self.student, patches_BPV, taps=taps, recompute=self.recompute)
+            if "student" in known:
+                patches_BPV, features_BE = images_BCHW, known["student"]
+            else:
+                patches_BPV = self.student.patches(images_BCHW)
+                features = self._features if taps is None else Classifier.features
+                features_BE = features(
+                    self.student, patches_BPV, taps=taps, recompute=self.recompute
+                )
             logits_BK = self.student.logits(features_BE)
             cross_entropy = losses.classification(logits_BK, labels_B)
         # tensors, so that an absent term adds and is summed over ranks as any other
         logit_distillation = mse = torch.zeros_like(cross_entropy)
         if self.ensemble is not None:
             with record_function("second teacher"), torch.no_grad():
-                taught_BK = self.ensemble.logits(self._features(self.ensemble, patches_BPV))
+                taught_BK = self.ensemble.logits(self._known(known, "ensemble", patches_BPV))
             logit_distillation = losses.knowledge_distillation(
                 logits_BK, taught_BK, self.method.kd_temperature
             )
         if self.method.distill_weight > 0 and not self.method.masks:
             with record_function("teacher forward"), torch.no_grad():
-                teacher_BE = self._features(self.teacher, patches_BPV)
+                teacher_BE = self._known(known, "teacher", patches_BPV)
             mse = losses.feature_mse(features_BE, teacher_BE)
         loss = losses.total(self.method, cross_entropy, logit_distillation, mse)
         donor_BP = None
@@ -118,6 +152,11 @@ class Objective(nn.Module):
                     relevance_BP = counterfactual.cam(self.method.cam, logits_BK, labels_B, taps)
             donor_BP = counterfactual.donors(self.method, draws, relevance_BP)
         return Clean(loss, cross_entropy, logit_distillation, mse, donor_BP)
+
+    def _known(self, known: Mapping[str, Tensor], name: str, patches_BPV: Tensor) -> Tensor:
+        if name in known:
+            return known[name]
+        return self._features(getattr(self, name), patches_BPV)
 
     def _counterfactual(self, pool_ZCHW: Tensor, draws: Draws, donor_BP: Tensor) -> Tensor:
         pool_ZPV = vit.cut_patches(pool_ZCHW, self.student.patch_side)
