@@ -48,6 +48,7 @@ class Batch(NamedTuple):
     reading: Reading = Reading()
     ready: int = 0  # batches after this one that were waiting to be taken
     features: Mapping[str, Tensor] = MappingProxyType({})  # (B, E), see rft/train/features.py
+    computing: float = 0.0  # seconds that the process which takes the batch spent on those
 
 
 class _Row(NamedTuple):

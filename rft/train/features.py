@@ -13,6 +13,7 @@ Shapes: B batch, E embedding.
 """
 
 import logging
+import time
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -165,9 +166,10 @@ class Rows:
 
     def computed(self, step: int, batch: Batch) -> Batch:
         """Compute a batch's features, which are written too."""
+        began = time.perf_counter()
         features = self._forward(batch.images_BCHW)
         self._keep(self._job.batches.global_samples(step), features)
-        return batch._replace(features=features)
+        return batch._replace(features=features, computing=time.perf_counter() - began)
 
     def finish(self) -> bool:
         """Compute the rows that are still missing; whether every rank can read them all."""

@@ -194,6 +194,7 @@ def test_rows_that_vanish_while_they_are_read_are_computed(job, capsys, recipe, 
             if step == per_epoch + 1:
                 happens(folder)
             require_right(made, step, batch)
+            assert (batch.computing > 0) == (step < per_epoch)
             no_images = recipe == "linear-probe" and step >= per_epoch
             assert batch.images_BCHW.numel() == 0 or not no_images
     warned = "damaged or from a different file" in capsys.readouterr().err
