@@ -126,11 +126,14 @@ class FeatureFolder:
         `key` names all that decides the rows. Files that no process has open are deleted for it,
         least recently opened first. None, with one line that says why, where it does not fit or
         the file system refuses.
+
+        Raises:
+            ValueError: if the folder is none that can be used.
         """
         name = f"{files.sha256_json({'algorithm': ALGORITHM, **key})}.features"
         size = rows * record_bytes(width)
+        local.require_own_folder(self.path, "the option for features")
         try:
-            local.require_own_folder(self.path, "the features' folder")
             self.path.mkdir(parents=True, exist_ok=True)
             if not self._make_room(size, name):
                 if not self._refused:
@@ -141,8 +144,15 @@ class FeatureFolder:
                 self._refused = True
                 return None
             return FeatureFile(self.path / name, self._open(self.path / name, size), width)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(
+                f"features cannot be kept in {self.path}, which is or lies below a file; name a "
+                "different folder"
+            ) from error
         except (OSError, ValueError) as error:
-            log.warning(f"features are not kept in {self.path}: {files.reason(error)}")
+            if not self._refused:
+                log.warning(f"features are not kept in {self.path}: {files.reason(error)}")
+            self._refused = True
             return None
 
     def _open(self, path: Path, size: int) -> int:

@@ -147,14 +147,15 @@ def test_a_refused_write_is_one_warning_and_no_row(tmp_path, capsys, request):
     assert str(file.path) in line
 
 
-def test_links_and_what_cannot_be_a_folder_are_not_used(tmp_path, file, capsys):
+def test_links_are_not_used_and_a_file_is_no_folder(tmp_path, file, capsys):
     aside = tmp_path / "aside"
     aside.mkdir()
     path = aside / file.path.name
     path.symlink_to(file.path)
     assert FeatureFolder(aside, SIZE).open(KEY, ROWS, WIDTH) is None
     assert "is a link" in " ".join(lines(capsys))
-    assert FeatureFolder(file.path / "below", SIZE).open(KEY, ROWS, WIDTH) is None
-    assert "are not kept in" in " ".join(lines(capsys))
+    for path in (file.path, file.path / "below"):
+        with pytest.raises(ValueError, match="is or lies below a file; name a different folder"):
+            FeatureFolder(path, SIZE).open(KEY, ROWS, WIDTH)
     FeatureFolder(aside, SIZE).clear()
     assert file.read(np.array([2]))[1].all()

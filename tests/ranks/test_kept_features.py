@@ -30,6 +30,11 @@ def test_the_weights_are_those_without(tmp_path, tiny_data, tiny_clip, ranks, re
         name: sum(line["read_mb"] for line in found if line.get("epoch", 0) > 1)
         for name, found in lines.items()
     }
+    counts = [
+        [line["held_out_correct"] for line in found if "held_out_correct" in line]
+        for found in lines.values()
+    ]
+    assert counts == 3 * [counts[0]]
     assert read["none"] > 0
     assert read["apart"] == pytest.approx(read["none"])
     assert read["kept"] == pytest.approx(0 if recipe == "linear-probe" else read["none"])

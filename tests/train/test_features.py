@@ -203,6 +203,21 @@ def test_rows_that_vanish_while_they_are_read_are_computed(job, capsys, recipe, 
 
 
 @pytest.mark.slow
+def test_two_seeds_fill_one_file_at_the_same_time(job, tmp_path):
+    shared = ("--loader.features-dir", tmp_path / "shared")
+    jobs = [job("linear-probe", *shared, "--seed", seed) for seed in (0, 1)]
+    steps = range(2 * jobs[0].batches.plan.steps_per_epoch)
+    with (
+        closing(features.read_batches(jobs[0], steps)) as first,
+        closing(features.read_batches(jobs[1], steps)) as second,
+    ):
+        for step, *batches in zip(steps, first, second, strict=True):
+            for made, batch in zip(jobs, batches, strict=True):
+                require_right(made, step, batch)
+    assert len(list((tmp_path / "shared").iterdir())) == 1
+
+
+@pytest.mark.slow
 def test_a_full_disk_is_one_warning_and_no_features(job, capsys):
     made = job("no-mask")
     per_epoch = made.batches.plan.steps_per_epoch
