@@ -89,6 +89,12 @@ class LoaderConfig:
     """Folder on this node's own disk for shards that lie on remote storage; empty keeps none."""
     cache_gb: Above0 = 100
     """Largest size of that folder, in GB; the ranks of a node share it."""
+    features_dir: str = ""
+    """Folder that several runs share for the features of frozen image towers (linear probe,
+    no-mask's teacher, WiSE-KD's second teacher): filled in the first epoch, read in later ones.
+    Empty keeps them in the run folder while the run trains."""
+    features_gb: From0 = 10
+    """Largest size of that folder, in GB; 0 keeps no features."""
     max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have which is decoded while training; raise it if the
     set was packed so. It never changes a result."""
@@ -416,7 +422,7 @@ NEUTRAL: dict[str, set[str]] = {
     "": {"data", "run", "log", "cluster", "device", "recompute", "compile"},
     "model": {"start"},
     "method": {"kd_teacher"},
-    "loader": {"workers", "cache_dir", "cache_gb", "max_pixels"},
+    "loader": {"workers", "cache_dir", "cache_gb", "features_dir", "features_gb", "max_pixels"},
 }
 # fields that seeds of one recipe may differ in besides; each seed builds on runs of its own
 OF_SEED = {"seed", "split_seed", "order_seed", "merged_from", "soup", "imported_from"}

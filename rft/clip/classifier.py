@@ -5,6 +5,7 @@ safetensors file whose metadata rebuilds the tower, so evaluation needs nothing 
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -218,3 +219,24 @@ def build_classifier(state: dict[str, Tensor], architecture: Architecture) -> Cl
     model = Classifier(architecture.build_visual(), head, architecture)
     model.load_state_dict(state)
     return model.eval()
+
+
+def tower_sha256(model: Classifier) -> str:
+    """Hash the weights of the image tower; they do not depend on the file that they came from.
+
+    The head is left out: text embeddings may differ in their last bits from device to device.
+    """
+    digest = hashlib.sha256()
+    # sorted by name: the hash is the same whatever order a tower registers its weights in
+    for name, value in sorted(model.visual.state_dict().items()):
+        digest.update(name.encode())
+        # as bytes: NumPy has no bf16
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tower_identity(model: Classifier) -> dict[str, Any]:
+    """Return what decides the features of an image, in the same precision on the same device."""
+    # the name may be a folder of another machine
+    architecture = dataclasses.asdict(model.architecture) | {"clip": ""}
+    return {"sha256": tower_sha256(model), "architecture": architecture}

@@ -73,6 +73,7 @@ def load_checkpoints(
 
     Returns:
         The checkpoints, and their classifiers on `device`, which all take images of one size.
+        Those of equal towers share one.
 
     Raises:
         ValueError: if one is damaged, ranks see different files, or their image sizes differ.
@@ -89,8 +90,22 @@ def load_checkpoints(
     sizes = {one.saved.architecture.image_size for one in loaded}
     if len(sizes) > 1:
         raise ValueError(f"the checkpoints want images of {sorted(sizes)} px; evaluate them apart")
-    built = (build_classifier(one.saved.state, one.saved.architecture) for one in loaded)
+    built = [build_classifier(one.saved.state, one.saved.architecture) for one in loaded]
+    share_towers(built)
     return loaded, [model.to(device) for model in built]
+
+
+def share_towers(models: Sequence[Classifier]) -> None:
+    """Give models with equal towers one and the same, which is then forwarded once for all."""
+    for number, model in enumerate(models):
+        state = model.visual.state_dict()
+        for other in models[:number]:
+            if model.architecture.difference(other.architecture):
+                continue
+            pairs = zip(state.values(), other.visual.state_dict().values(), strict=True)
+            if all(torch.equal(own, its) for own, its in pairs):
+                model.visual = other.visual
+                break
 
 
 def warn_of_other_split(paths: Sequence[Path], data: str) -> None:

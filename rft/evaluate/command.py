@@ -1,6 +1,7 @@
 """Evaluate checkpoints exactly: `torchrun ... -m rft.evaluate CHECKPOINT... --data URL`.
 
-All checkpoints see each image in the same pass over the data.
+All checkpoints see each image in the same pass over the data, and those that share an image tower
+forward it once.
 """
 
 import logging
@@ -17,8 +18,10 @@ from rft.config import MAX_PIXELS, Device
 from rft.dist import World
 from rft.evaluate.checkpoints import load_checkpoints, require_classes, warn_of_other_split
 from rft.evaluate.count import count_correct
+from rft.evaluate.forward import Kept
 from rft.evaluate.results import is_current, write_results
 from rft.loading.dataset import PackedDataset
+from rft.loading.features import FeatureFolder
 from rft.log import ASIDE
 from rft.progress import progress
 from rft.runs.folder import require_own_weights, unfinished
@@ -26,7 +29,7 @@ from rft.runs.records import SetCount
 from rft.sets import TEST_SETS
 from rft.shards.root import set_names
 from rft.storage import files
-from rft.storage.documents import BatchSize, Megapixels, Whole, document
+from rft.storage.documents import Above0, BatchSize, Megapixels, Whole, document
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,11 @@ class Arguments:
     max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have; raise it if a set was packed so."""
     device: Device = "auto"
+    features_dir: Path | None = None
+    """Folder in which the features of image towers are kept, for later evaluations of heads on the
+    same towers (zero-shot, linear probes) and sets; safe to delete."""
+    features_gb: Above0 = 10
+    """Largest size of that folder, in GB."""
 
 
 def evaluate(
@@ -64,6 +72,10 @@ def evaluate(
     """Evaluate some checkpoints on every set and write the counts from the main rank."""
     loaded, models = load_checkpoints(checkpoints, world, device)
     sets: list[dict[str, SetCount]] = [{} for _ in models]
+    kept = None
+    if arguments.features_dir is not None:
+        folder = FeatureFolder(arguments.features_dir, int(arguments.features_gb * 1e9))
+        kept = Kept.of(folder, models)
     for name, dataset in packed.items():
         # the main rank's part: only it shows a bar
         with progress(name, "images", len(dataset) // world.size, ASIDE) as advance:
@@ -77,6 +89,7 @@ def evaluate(
                 workers=arguments.workers,
                 progress=advance,
                 names=[str(one.path) for one in loaded],
+                kept=kept,
             )
         for entry, count in zip(sets, counts, strict=True):
             entry[name] = SetCount(**asdict(count), manifest_sha256=dataset.manifest.sha256)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from rft import dist
 from rft.dist import World
+from rft.evaluate.forward import Kept, forward
 from rft.loading.batches import EvaluationBatches
 from rft.loading.dataset import PackedDataset
-from rft.loading.read import read_batches
 
 EXCLUDED = -1  # in `Manifest.class_to_group`
 
@@ -67,14 +67,16 @@ def count_correct(
     workers: int = 0,
     progress: Callable[[int], None] = lambda _: None,
     names: Sequence[str] = (),
+    kept: Kept | None = None,
 ) -> list[Count]:
     """Return the exact top-1 count of each model, in one pass over the data, on every rank.
 
     The models are modules from uint8 images of `image_size` pixels a side to logits, in evaluation
-    mode on `device`; `names` are what to call them in a message. Without `samples` all of the set
-    are counted. `batch_size` is the images in one forward, `workers` the loader processes of each
-    rank (0 reads in this one), and `progress` gets the number of images each time that this rank
-    has done some.
+    mode on `device`; `names` are what to call them in a message. Classifiers that share a tower
+    forward it once; with `kept`, its features are read from there, or else written there for the
+    next call, and the counts are the same. Without `samples` all of the set are counted.
+    `batch_size` is the images in one forward, `workers` the loader processes of each rank (0 reads
+    in this one), and `progress` gets the number of images each time that this rank has done some.
 
     Raises:
         ValueError: naming the first model that has a logit which is NaN or infinite.
@@ -89,15 +91,15 @@ def count_correct(
     mine = EvaluationBatches(
         packed, samples[first:last], image_size=image_size, batch_size=batch_size
     )
-    for batch in read_batches(mine, range(len(mine)), workers=workers, device=device):
-        for number, model in enumerate(models):
-            logits_BK = model(batch.images_BCHW)
-            right_B = is_correct(logits_BK, batch.labels_B, class_to_group_K)
+    files = kept.open(packed, samples, batch_size, world, device) if kept else {}
+    for labels_B, logits in forward(models, mine, first, files, workers=workers, device=device):
+        for number, logits_BK in enumerate(logits):
+            right_B = is_correct(logits_BK, labels_B, class_to_group_K)
             counts[number] += right_B.sum()
             # looked at in the end: a look now would wait for the GPU
             counts[len(models) + number] += (~is_finite(logits_BK)).sum()
-        counts[-1] += len(batch.labels_B)
-        progress(len(batch.labels_B))
+        counts[-1] += len(labels_B)
+        progress(len(labels_B))
     *found, total = dist.sum_over_ranks(world, counts).tolist()
     assert total == len(samples), f"counted {total} of {len(samples)} samples"
     correct, bad = found[: len(models)], found[len(models) :]

@@ -7,6 +7,8 @@ parsed, so a short or damaged shard is an error with a name, not a shorter epoch
 import dataclasses
 import os
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,11 +42,13 @@ class Reading(NamedTuple):
 class Batch(NamedTuple):
     """Images as stored, with labels and sample numbers."""
 
-    images_BCHW: Tensor  # uint8
+    images_BCHW: Tensor  # uint8; (B, 0) where `features` are all that is wanted of them
     labels_B: Tensor  # int64
     samples_B: Tensor  # int64
     reading: Reading = Reading()
     ready: int = 0  # batches after this one that were waiting to be taken
+    features: Mapping[str, Tensor] = MappingProxyType({})  # (B, E), see rft/train/features.py
+    computing: float = 0.0  # seconds that the process which takes the batch spent on those
 
 
 class _Row(NamedTuple):

@@ -28,7 +28,8 @@ TENSORBOARD = "tensorboard"  # event files
 WANDB = "wandb"  # what Weights & Biases writes
 WANDB_ID = Path(WANDB) / "id"  # of the run there, so that a resumed one continues it
 PROFILE = "profile"  # traces of --profile
+FEATURES = "features"  # of frozen towers while the run trains; safe to delete
 LOCK = ".lock"  # held by the one training that writes the folder
 
 # written through; all others are replaced as a whole
-WRITTEN_THROUGH = (CHECKPOINTS, TENSORBOARD, WANDB, PROFILE, METRICS, LOCK)
+WRITTEN_THROUGH = (CHECKPOINTS, TENSORBOARD, WANDB, PROFILE, FEATURES, METRICS, LOCK)

@@ -1,7 +1,6 @@
 """What a run needs before its first step: data, models, plan, and the hashes that identify them."""
 
 import copy
-import hashlib
 import logging
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from rft import rng
 from rft.classes import Classes, check_head, compare_prompts
 from rft.clip import vit
-from rft.clip.classifier import Classifier, load_state, map_state
+from rft.clip.classifier import Classifier, load_state, map_state, tower_sha256
 from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import Config
@@ -162,18 +161,3 @@ def inputs_fingerprint(config: Config) -> dict[str, str]:
         for name, path in paths.items()
         if path
     }
-
-
-def tower_sha256(model: Classifier) -> str:
-    """Hash the weights of the pre-trained image tower: a resumed run must start from the same ones.
-
-    The hash does not depend on the file or name that they came from.
-
-    The head is left out: text embeddings may differ in their last bits from device to device.
-    """
-    digest = hashlib.sha256()
-    # sorted by name: the hash is the same whatever order a tower registers its weights in
-    for name, value in sorted(model.visual.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -98,6 +98,7 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
         )
     files.require_local(config.run, "--run-dir")
     files.require_local(config.loader.cache_dir, "--loader.cache-dir")
+    files.require_local(config.loader.features_dir, "--loader.features-dir")
     if not config.data and config.scale != SMALL:
         raise ValueError("--data is missing; give the URL that tools/shard_imagenet.py wrote to")
     recipes.require_inputs(config)

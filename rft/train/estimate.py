@@ -18,6 +18,7 @@ from rft import recipes, small
 from rft.config import Config
 from rft.loading.order import Plan
 from rft.runs import filenames, records
+from rft.train import features
 from rft.train.job import Job
 from rft.train.memory import counts_all_tokens, module_bytes, needs
 from rft.train.optim import schedule_warning
@@ -157,6 +158,7 @@ def traffic(job: Job) -> list[str]:
     epoch = plan.steps_per_epoch * plan.batch_size
     lines = [
         f"reads {size(epoch * image)} an epoch: {size(1000 * image)}/s for every 1,000 images/s",
+        *features.in_words(job),
     ]
     if len(job.held_out):
         held_out = float(np.sum(packed.index.length[job.held_out]))

@@ -13,9 +13,8 @@ from torch.profiler import record_function
 from rft import dist
 from rft.clip.classifier import save_classifier
 from rft.dist import World
-from rft.loading.read import read_batches
 from rft.runs.filenames import LAST, SELECTED
-from rft.train import checkpoint
+from rft.train import checkpoint, features
 from rft.train.checkpoint import Progress
 from rft.train.fastest import choose
 from rft.train.job import Job
@@ -62,10 +61,10 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
     steps_per_epoch, saved, reason = job.batches.plan.steps_per_epoch, progress.step, ""
     # batches, draws and learning rate follow from the step's number, so only it is resumed from
     steps = range(progress.step, job.total_steps)
-    batches = read_batches(job.batches, steps, workers=config.loader.workers, device=job.device)
+    kept = features.held_out(job)
     meter = Meter(config, world, job.device, steps_per_epoch)
     with (
-        contextlib.closing(batches) as stream,
+        contextlib.closing(features.read_batches(job, steps)) as stream,
         Journal(config, progress.step, job.total_steps, writes=world.is_main) as journal,
         checkpoint.Writer(store) as writer,
         profiling(traces, progress.step, job.total_steps) as end_profiled_step,
@@ -95,7 +94,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
                 journal.metrics(progress.step, meter.read(progress.step))
             if ends_epoch:
                 # before the checkpoint, which records which model is selected
-                progress = select(job, progress, journal)
+                progress = select(job, progress, journal, kept)
             if saves:
                 journal.require_folder()
                 save(job, writer, optimizer, progress)
@@ -105,7 +104,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
             end_profiled_step()
         if job.total_steps == 0:
             # zero-shot: no epoch ended, and the held-out count is wanted all the same
-            progress = select(job, progress, journal)
+            progress = select(job, progress, journal, kept)
         if saved < progress.step:
             # on every rank, because it sums over them; no steps are left right after a log line
             values = meter.read(progress.step) if meter.steps else None
@@ -139,6 +138,8 @@ def end(job: Job, progress: Progress, reason: str) -> None:
         return
     RunFolder(job.config).require_there()
     folder = RunFolder(job.config).path
+    if not job.config.loader.features_dir:
+        features.folder(job.config).clear()  # nothing reads them any more
     # a run without steps saves no checkpoint, with which the selected weights come otherwise
     for name in (LAST, SELECTED) if job.total_steps == 0 else (LAST,):
         save_classifier(str(folder / name), job.student, metadata(job, progress.step), job.classes)

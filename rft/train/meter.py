@@ -38,7 +38,8 @@ class Meter:
         """Take the stream's next batch and remember how long that took."""
         before = time.perf_counter()
         batch = next(stream)
-        self._reading += (time.perf_counter() - before, batch.ready, *batch.reading)
+        waited = time.perf_counter() - before - batch.computing
+        self._reading += (waited, batch.ready, *batch.reading)
         return batch
 
     def add(self, terms: Tensor, grad_norm: Tensor, lr: float) -> None:

@@ -11,6 +11,8 @@ x_cf = x, the first is enough:
 What chance decides is drawn before the first call, on the CPU, so that nothing waits for a GPU.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,8 @@ from rft.config import MethodConfig
 from rft.method import counterfactual, losses, refill
 from rft.method.counterfactual import Draws
 from rft.train.kernels import Kernels
+
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Clean(NamedTuple):
@@ -62,12 +66,33 @@ class Objective(nn.Module):
         self.recompute = recompute
         self.kernels = kernels
 
+    @property
+    def frozen(self) -> dict[str, Classifier]:
+        """The towers that do not learn and see clean images, by the name of their model here."""
+        towers = {}
+        if not any(parameter.requires_grad for parameter in self.student.visual.parameters()):
+            towers["student"] = self.student
+        if self.method.distill_weight > 0 and not self.method.masks:
+            towers["teacher"] = self.teacher
+        if self.ensemble is not None:
+            towers["ensemble"] = self.ensemble
+        return towers
+
+    @torch.no_grad()
+    def frozen_features(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """Return the features (B, E) of the frozen towers, for `forward` to be called with."""
+        pieces = self.kernels.pieces
+        patches_BPV = self.student.patches(images_BCHW, pieces)
+        towers = self.frozen.items()
+        return {name: model.features(patches_BPV, pieces=pieces) for name, model in towers}
+
     def forward(
         self,
         images_BCHW: Tensor,
         labels_B: Tensor,
         draws: Draws | None,
         donor_BP: Tensor | None = None,
+        known: Mapping[str, Tensor] = NONE,
     ) -> Clean | Tensor:
         """Return the clean losses and the donors, or the MSE on the counterfactuals.
 
@@ -77,34 +102,45 @@ class Objective(nn.Module):
             labels_B: class ids.
             draws: this micro-batch's; None if there is no counterfactual part.
             donor_BP: None for the clean call; its answer for the counterfactual call.
+            known: for the clean call, the features of all frozen towers or of none. With the
+                student's among them the images are not looked at.
         """
         if donor_BP is None:
-            return self._clean(images_BCHW, labels_B, draws)
+            return self._clean(images_BCHW, labels_B, draws, known)
         assert draws is not None, "a counterfactual was decided without draws"
         return self._counterfactual(images_BCHW, draws, donor_BP)
 
-    def _clean(self, images_BCHW: Tensor, labels_B: Tensor, draws: Draws | None) -> Clean:
+    def _clean(
+        self,
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        draws: Draws | None,
+        known: Mapping[str, Tensor],
+    ) -> Clean:
         # a list collects each layer's attention; without a CAM none is kept
         taps: list[AttentionTap] | None = [] if self.method.needs_cam else None
         pieces = self.kernels.pieces
         with record_function("clean forward"):
-            patches_BPV = self.student.patches(images_BCHW, pieces)
-            features_BE = self.student.features(
-                patches_BPV, taps=taps, recompute=self.recompute, pieces=pieces
-            )
+            if "student" in known:
+                patches_BPV, features_BE = images_BCHW, known["student"]
+            else:
+                patches_BPV = self.student.patches(images_BCHW, pieces)
+                features_BE = self.student.features(
+                    patches_BPV, taps=taps, recompute=self.recompute, pieces=pieces
+                )
             logits_BK = self.student.logits(features_BE)
             cross_entropy = losses.classification(logits_BK, labels_B)
         # tensors, so that an absent term adds and is summed over ranks as any other
         logit_distillation = mse = torch.zeros_like(cross_entropy)
         if self.ensemble is not None:
             with record_function("second teacher"), torch.no_grad():
-                taught_BK = self.ensemble.logits(self.ensemble.features(patches_BPV, pieces=pieces))
+                taught_BK = self.ensemble.logits(self._known(known, "ensemble", patches_BPV))
             logit_distillation = losses.knowledge_distillation(
                 logits_BK, taught_BK, self.method.kd_temperature
             )
         if self.method.distill_weight > 0 and not self.method.masks:
             with record_function("teacher forward"), torch.no_grad():
-                teacher_BE = self.teacher.features(patches_BPV, pieces=pieces)
+                teacher_BE = self._known(known, "teacher", patches_BPV)
             mse = losses.feature_mse(features_BE, teacher_BE)
         loss = losses.total(self.method, cross_entropy, logit_distillation, mse)
         donor_BP = None
@@ -118,6 +154,11 @@ class Objective(nn.Module):
                     )
             donor_BP = counterfactual.donors(self.method, draws, relevance_BP)
         return Clean(loss, cross_entropy, logit_distillation, mse, donor_BP)
+
+    def _known(self, known: Mapping[str, Tensor], name: str, patches_BPV: Tensor) -> Tensor:
+        if name in known:
+            return known[name]
+        return getattr(self, name).features(patches_BPV, pieces=self.kernels.pieces)
 
     def _counterfactual(self, pool_ZCHW: Tensor, draws: Draws, donor_BP: Tensor) -> Tensor:
         pool_ZPV = vit.cut_patches(pool_ZCHW, self.student.patch_side)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from rft.clip.classifier import load_state, save_state
 from rft.evaluate.count import count_correct
+from rft.evaluate.forward import Kept
 from rft.runs import trained_on
 from rft.runs.filenames import SELECTED
 from rft.runs.trained_on import TrainedOn
@@ -16,8 +17,10 @@ from rft.train.journal import Journal
 from rft.train.run import RunFolder
 
 
-def select(job: Job, progress: Progress, journal: Journal) -> Progress:
+def select(job: Job, progress: Progress, journal: Journal, kept: Kept | None = None) -> Progress:
     """Count held-out accuracy; select the model if it is strictly the best so far.
+
+    `kept` has the features of a tower that does not learn.
 
     Without held-out images the latest model counts as the best: it is the run's model in the end.
     """
@@ -32,6 +35,7 @@ def select(job: Job, progress: Progress, journal: Journal) -> Progress:
         samples=job.held_out,
         workers=job.config.loader.workers,
         names=[f"{job.config.run} (step {progress.step}, held-out images)"],
+        kept=kept,
     )
     journal.held_out(progress.step, count)
     return progress.selecting(count.correct)

@@ -48,6 +48,7 @@ def accumulate_gradients(
     patches = (job.batches.image_size // job.student.patch_side) ** 2
     # equal parts: `Config.micro_batch` refuses a batch that cannot be cut so
     micros = zip(batch.images_BCHW.chunk(parts), batch.labels_B.chunk(parts), strict=True)
+    known = {name: rows_BE.chunk(parts) for name, rows_BE in batch.features.items()}
     for micro, (images_BCHW, labels_B) in enumerate(micros):
         # clipping each time needs the averaged gradient; averaging that again changes nothing
         ends = micro == parts - 1 or optim.clip == "micro-step"
@@ -61,7 +62,8 @@ def accumulate_gradients(
         with dist.skip_sync(module, draws is not None or not ends):
             # not around backward, which has its forward's precision by itself
             with autocast(job.device, job.config.precision):
-                clean = module(images_BCHW, labels_B, draws)
+                rows = {name: chunks[micro] for name, chunks in known.items()}
+                clean = module(images_BCHW, labels_B, draws, known=rows)
             with record_function("clean backward"):
                 (clean.loss / parts).backward()
         found = {"ce": clean.cross_entropy, "mse": clean.mse, "kd": clean.logit_distillation}

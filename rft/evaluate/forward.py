@@ -1,0 +1,148 @@
+"""Logits of several models on the same batches: each tower runs once, or not at all.
+
+A tower that several classifiers share forwards each batch once. Where a folder keeps features, a
+batch whose rows are all there is not even read. The key of a file names how the samples were cut
+into batches, so the rows of a batch are those that its own forward gave.
+
+Shapes: B batch, E embedding, K classes.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rft.clip.classifier import Classifier, tower_identity
+from rft.device import to_device
+from rft.dist import World
+from rft.loading.batches import EvaluationBatches
+from rft.loading.dataset import PackedDataset
+from rft.loading.features import FeatureFile, FeatureFolder, computed_by
+from rft.loading.read import read_batches
+from rft.storage import files
+
+Files = dict[nn.Module, FeatureFile]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where features are kept, and of which towers."""
+
+    folder: FeatureFolder
+    towers: Mapping[nn.Module, tuple[Classifier, dict[str, Any]]]
+    """By their `visual`: a classifier of the tower, and its identity (`tower_identity`)."""
+
+    @classmethod
+    def of(cls, folder: FeatureFolder, models: Sequence[Classifier]) -> "Kept":
+        """Keep the features of the towers of some models."""
+        towers = {model.visual: model for model in models}
+        return cls(folder, {visual: (one, tower_identity(one)) for visual, one in towers.items()})
+
+    def open(
+        self,
+        packed: PackedDataset,
+        samples: np.ndarray,
+        batch_size: int,
+        world: World,
+        device: torch.device,
+    ) -> Files:
+        """Open the file of each tower, whose row n is sample number n of `samples`."""
+        key = {
+            "manifest_sha256": packed.manifest.sha256,
+            "samples_sha256": files.sha256_bytes(np.ascontiguousarray(samples, np.int64).tobytes()),
+            "batches": [batch_size, world.size],
+            "precision": f"fp32, matrix products {torch.get_float32_matmul_precision()}",
+            "computed_by": computed_by(device),
+        }
+        opened = {
+            visual: self.folder.open(
+                {**key, "tower": identity}, len(samples), model.architecture.embed_dim
+            )
+            for visual, (model, identity) in self.towers.items()
+        }
+        return {visual: file for visual, file in opened.items() if file is not None}
+
+
+def forward(
+    models: Sequence[nn.Module],
+    batches: EvaluationBatches,
+    first: int,
+    opened: Files,
+    *,
+    workers: int,
+    device: torch.device,
+) -> Generator[tuple[Tensor, list[Tensor]]]:
+    """Yield the labels of each batch and every model's logits.
+
+    `first` is the row of the first sample in the `opened` files, which are closed in the end.
+    Raises what `read_batches` does.
+    """
+    towers = {_tower(model): model for model in models}
+    reads = towers.keys() <= opened.keys()
+    with ExitStack() as stack:
+        for file in opened.values():
+            stack.callback(file.close)
+        size = batches.batch_size
+        rows = [
+            np.arange(first + start, first + min(start + size, len(batches.samples)))
+            for start in range(0, len(batches.samples), size)
+        ]
+        known = {n for n in range(len(batches)) if reads and _read(opened, rows[n]) is not None}
+        unread = [batches.samples_of(n) for n in range(len(batches)) if n not in known]
+        # cut as before: all but the last batch are full
+        others = replace(batches, samples=np.concatenate([batches.samples[:0], *unread]))
+        stream = stack.enter_context(
+            closing(read_batches(others, range(len(others)), workers=workers, device=device))
+        )
+        for n, rows_B in enumerate(rows):
+            found = _read(opened, rows_B) if n in known else None
+            if found is None:
+                # what was there a moment ago and is damaged now is read at once
+                batch = next(stream) if n not in known else _batch(batches, n, device)
+                labels_B = batch.labels_B
+                features = {
+                    tower: _features(one, batch.images_BCHW) for tower, one in towers.items()
+                }
+                for tower in towers.keys() & opened.keys():
+                    opened[tower].keep(rows_B, features[tower].float().cpu().numpy())
+            else:
+                labels = batches.packed.index.label[batches.samples_of(n)].astype(np.int64)
+                labels_B = to_device(torch.from_numpy(labels), device)
+                features = {t: to_device(torch.from_numpy(found[t]), device) for t in towers}
+            yield labels_B, [_logits(model, features[_tower(model)]) for model in models]
+
+
+def _tower(model: nn.Module) -> nn.Module:
+    return model.visual if isinstance(model, Classifier) else model
+
+
+def _features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
+    """Return the features of a classifier's tower, or the logits of any other model."""
+    if isinstance(model, Classifier):
+        return model.features(model.patches(images_BCHW))
+    return model(images_BCHW)
+
+
+def _logits(model: nn.Module, features_BE: Tensor) -> Tensor:
+    return model.logits(features_BE) if isinstance(model, Classifier) else features_BE
+
+
+def _batch(batches: EvaluationBatches, number: int, device: torch.device) -> Any:
+    batch = batches.packed.batch(batches.samples_of(number), batches.image_size)
+    return batch._replace(
+        images_BCHW=to_device(batch.images_BCHW, device), labels_B=to_device(batch.labels_B, device)
+    )
+
+
+def _read(opened: Files, rows_B: np.ndarray) -> dict[nn.Module, np.ndarray] | None:
+    """Return the rows of every file, None if one is missing."""
+    found = {}
+    for tower, file in opened.items():
+        found[tower], whole_B = file.read(rows_B)
+        if not whole_B.all():
+            return None
+    return found

@@ -1,0 +1,292 @@
+"""Features of frozen towers: computed in the first epoch, read from files in later ones.
+
+Images are not augmented, so a frozen tower gives a clean image the same features in every epoch:
+the student's in a linear probe, no-mask's teacher, WiSE-KD's second teacher. In the epoch that
+fills the files each rank computes its part of every batch as it always does, and the main rank,
+which gets all parts, writes them. What that epoch did not see is computed at its end. From then on
+a batch comes with its rows, and without images where no tower looks at them.
+
+A row is only used where its forward had the same number of images in the same precision on the same
+kind of device; on a CPU it is then equal bit by bit to what its own batch would give.
+
+Shapes: B batch, E embedding.
+"""
+
+import logging
+import time
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.filesize import decimal
+from torch import Tensor
+
+from rft import dist
+from rft.clip.classifier import tower_identity
+from rft.config import Config
+from rft.device import to_device
+from rft.evaluate.forward import Kept
+from rft.loading import read
+from rft.loading.batches import EvaluationBatches
+from rft.loading.dataset import Batch
+from rft.loading.features import FeatureFile, FeatureFolder, computed_by, record_bytes
+from rft.loading.order import rank_slice
+from rft.runs import filenames
+from rft.train.job import Job
+from rft.train.step import autocast
+
+PROBED = 64  # rows that a rank reads to see whether the main rank's file is its own too
+SCANNED = 4096  # rows that are looked at together
+
+log = logging.getLogger(__name__)
+
+
+def folder(config: Config) -> FeatureFolder:
+    """Return where a run keeps features."""
+    loader = config.loader
+    path = (
+        Path(loader.features_dir) if loader.features_dir else Path(config.run, filenames.FEATURES)
+    )
+    return FeatureFolder(path, int(loader.features_gb * 1e9))
+
+
+def keeps(job: Job) -> bool:
+    """Whether the run reads features from files: one with frozen towers and several epochs."""
+    several = job.config.optim.epochs > 1 and job.config.loader.features_gb > 0
+    return several and bool(job.objective.frozen)
+
+
+def in_words(job: Job) -> list[str]:
+    """Describe what a run keeps, for `--dry-run`."""
+    if not keeps(job):
+        return []
+    towers, where = job.objective.frozen, folder(job.config)
+    each = record_bytes(job.student.architecture.embed_dim)
+    count = len(job.batches.packed) * len(towers) + len(job.held_out) * ("student" in towers)
+    if count * each > where.limit:
+        return [
+            f"keeps no features of the frozen image tower: {decimal(count * each)} are more than "
+            "--loader.features-gb"
+        ]
+    after = "reads no images" if "student" in towers else "its forward is not repeated"
+    return [
+        f"keeps the features of the frozen {' and '.join(towers)}, {decimal(count * each)} in "
+        f"{where.path}: after the first epoch {after}"
+    ]
+
+
+def held_out(job: Job) -> Kept | None:
+    """Return where the held-out images' features are kept; None if their tower learns."""
+    if not (keeps(job) and "student" in job.objective.frozen and len(job.held_out)):
+        return None
+    return Kept.of(folder(job.config), [job.student])
+
+
+def read_batches(job: Job, steps: range) -> Generator[Batch]:
+    """Yield this rank's batches of `steps`, with the features of frozen towers where they are kept.
+
+    Ranks must take each batch together. Raises what `rft.loading.read.read_batches` does.
+    """
+    with ExitStack() as stack:
+        rows = Rows.open(job, stack) if keeps(job) and steps else None
+        rest = steps
+        if rows is not None:
+            if not rows.complete:
+                epoch_end = -(-(steps.start + 1) // rows.per_epoch) * rows.per_epoch
+                filling = range(steps.start, min(epoch_end, steps.stop))
+                for step, batch in zip(filling, _stream(job, filling, stack), strict=True):
+                    yield rows.computed(step, batch)
+                rest = range(filling.stop, steps.stop)
+            if rest and rows.finish():
+                yield from rows.read(rest, stack)
+                return
+        yield from _stream(job, rest, stack)
+
+
+def _stream(job: Job, steps: range, stack: ExitStack) -> Generator[Batch]:
+    workers = job.config.loader.workers
+    batches = read.read_batches(job.batches, steps, workers=workers, device=job.device)
+    return stack.enter_context(closing(batches))
+
+
+class Rows:
+    """The files of a job's frozen towers; row n is sample n of the set. All ranks act alike."""
+
+    def __init__(self, job: Job, opened: Mapping[str, FeatureFile], have: np.ndarray) -> None:
+        self._job, self._opened, self._have = job, opened, have
+        self.per_epoch = job.batches.plan.steps_per_epoch
+        # of the batch before, on their way from the device while it computes on
+        self._pending: tuple[np.ndarray, dict[str, Tensor], torch.cuda.Event | None] | None = None
+
+    @classmethod
+    def open(cls, job: Job, stack: ExitStack) -> "Rows | None":
+        """Open the files and find which rows they have; None if a rank cannot keep any."""
+        config, world, packed = job.config, job.world, job.batches.packed
+        keys = {
+            name: {
+                "manifest_sha256": packed.manifest.sha256,
+                "forward": config.micro_batch(world.size),
+                "precision": config.precision,
+                "layers": job.objective.kernels.choice.layers,
+                "computed_by": computed_by(job.device),
+                "tower": tower_identity(model),
+            }
+            for name, model in job.objective.frozen.items()
+        }
+        opened = {}
+        # the main rank's, should the GPUs of the ranks have different names
+        for name, key in dist.from_main(world, keys).items():
+            width = job.student.architecture.embed_dim
+            file = folder(config).open(key, len(packed), width)
+            if file is not None:
+                stack.callback(file.close)
+                opened[name] = file
+        if dist.largest(world, int(len(opened) < len(keys))):
+            return None
+
+        def find() -> np.ndarray:
+            have = np.zeros(len(packed), dtype=bool)
+            for start in range(0, len(packed), SCANNED):
+                numbers = np.arange(start, min(start + SCANNED, len(packed)))
+                have[numbers] = np.all([file.read(numbers)[1] for file in opened.values()], axis=0)
+            return np.packbits(have)
+
+        packed_bits = dist.from_main(world, dist.on_main(world, find))
+        have = np.unpackbits(packed_bits, count=len(packed)).astype(bool)
+        rows = cls(job, opened, have)
+        if rows.complete:
+            log.info(f"features are read from {folder(config).path}")
+        return rows
+
+    @property
+    def complete(self) -> bool:
+        """Whether every training sample has its rows."""
+        return bool(self._have[self._job.batches.samples].all())
+
+    def computed(self, step: int, batch: Batch) -> Batch:
+        """Compute a batch's features, which are written too."""
+        began = time.perf_counter()
+        features = self._forward(batch.images_BCHW)
+        self._keep(self._job.batches.global_samples(step), features)
+        return batch._replace(features=features, computing=time.perf_counter() - began)
+
+    def finish(self) -> bool:
+        """Compute the rows that are still missing; whether every rank can read them all."""
+        job, world, files = self._job, self._job.world, self._opened.values()
+        # the warning was logged when it failed
+        if dist.largest(world, int(any(file.failed for file in files))):
+            return False
+        missing = job.batches.samples[~self._have[job.batches.samples]]
+        images = job.config.micro_batch(world.size)
+        together = images * world.size
+        # repeated to whole batches: a forward of fewer images may give different last bits
+        missing = np.resize(missing, -(-len(missing) // together) * together)
+        mine = missing.reshape(-1, world.size, images)[:, world.rank].reshape(-1)
+        batches = EvaluationBatches(
+            job.batches.packed, mine, image_size=job.batches.image_size, batch_size=images
+        )
+        numbers = range(len(batches))
+        workers = job.config.loader.workers
+        with closing(
+            read.read_batches(batches, numbers, workers=workers, device=job.device)
+        ) as stream:
+            for number, batch in zip(numbers, stream, strict=True):
+                part = missing[number * together : (number + 1) * together]
+                self._keep(part, self._forward(batch.images_BCHW))
+        dist.on_main(world, self._flush)
+        samples = job.batches.samples
+        probed = samples[:: max(1, len(samples) // PROBED)]
+        seen = all(not file.failed and file.read(probed)[1].all() for file in files)
+        if dist.largest(world, int(not seen)):
+            log.warning(
+                f"not every rank can read what was written to {folder(job.config).path}, so "
+                "features are computed in each epoch; do all nodes see that folder?"
+            )
+            return False
+        return True
+
+    def read(self, steps: range, stack: ExitStack) -> Generator[Batch]:
+        """Yield the batches of `steps` with their rows; without images where none are wanted."""
+        job = self._job
+        if "student" not in self._opened:
+            for batch in _stream(job, steps, stack):
+                samples = batch.samples_B.numpy()
+                yield batch._replace(features=self._read(samples, batch.images_BCHW))
+            return
+        for step in steps:
+            samples = rank_slice(
+                job.batches.global_samples(step), job.world.rank, job.world.size
+            ).astype(np.int64)
+            labels_B = torch.from_numpy(job.batches.packed.index.label[samples].astype(np.int64))
+            yield Batch(
+                torch.empty(len(samples), 0, dtype=torch.uint8, device=job.device),
+                to_device(labels_B, job.device),
+                torch.from_numpy(samples),
+                features=self._read(samples),
+            )
+
+    def _read(self, samples: np.ndarray, images_BCHW: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the rows of this rank's samples; computed anew if one of them is damaged."""
+        features = {}
+        for name, file in self._opened.items():
+            rows_BE, whole_B = file.read(samples)
+            if not whole_B.all():
+                break
+            features[name] = to_device(torch.from_numpy(rows_BE), self._job.device)
+        else:
+            return features
+        if images_BCHW is None:
+            batches = self._job.batches
+            images = batches.packed.batch(samples, batches.image_size).images_BCHW
+            images_BCHW = to_device(images, self._job.device)
+        features = self._forward(images_BCHW)
+        for name, file in self._opened.items():
+            file.keep(samples, features[name].cpu().numpy())
+        return features
+
+    def _forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """Return the features of each tower, fp32, in forwards of a micro-batch each."""
+        job, size = self._job, self._job.config.micro_batch(self._job.world.size)
+        with autocast(job.device, job.config.precision):
+            parts = [job.objective.frozen_features(part) for part in images_BCHW.split(size)]
+        # fp32 holds bf16 exactly, and every loss computes in it
+        return {name: torch.cat([part[name].float() for part in parts]) for name in self._opened}
+
+    def _keep(self, samples: np.ndarray, features: Mapping[str, Tensor]) -> None:
+        """Have the main rank write what all ranks computed for a global batch."""
+        world = self._job.world
+        # on every rank: gathering needs all of them
+        rows = {name: dist.gather_rows(world, rows_BE) for name, rows_BE in features.items()}
+        self._have[samples] = True
+        if not world.is_main:
+            return
+        self._write()
+        event = None
+        if self._job.device.type == "cuda":
+            # copied while the step computes: to wait here would keep the GPU waiting for its work
+            rows = {
+                name: torch.empty_like(rows_BE, device="cpu", pin_memory=True).copy_(
+                    rows_BE, non_blocking=True
+                )
+                for name, rows_BE in rows.items()
+            }
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = samples, rows, event
+
+    def _write(self) -> None:
+        if self._pending is None:
+            return
+        samples, rows, event = self._pending
+        if event is not None:
+            event.synchronize()
+        for name, file in self._opened.items():
+            file.keep(samples, rows[name].numpy())
+        self._pending = None
+
+    def _flush(self) -> None:
+        self._write()
+        for file in self._opened.values():
+            file.sync()
