@@ -22,7 +22,7 @@ from rft.clip.classifier import Classifier
 from rft.config import Precision
 
 PRECISION: Precision = "bf16"
-EAGER = ("step", "vanilla", "textbook", "textbook_tf32")
+EAGER = ("step", "vanilla", "own_vanilla", "textbook", "textbook_tf32")
 COMPILED = ("step_compiled", "vanilla_compiled")
 COUNTED = 8  # images on which operations are counted, which are the same for every image
 LARGE_KERNEL = 0.03  # share of the time of all kernels

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rft import dist
 from rft.dist import World
-from rft.loading.batches import EvaluationBatches
+from rft.loading.batches import EvaluationBatches, rank_part
 from rft.loading.dataset import PackedDataset
 from rft.loading.read import read_batches
 
@@ -82,13 +82,10 @@ def count_correct(
     if samples is None:
         samples = np.arange(len(packed))
     class_to_group_K = torch.from_numpy(packed.manifest.class_to_group()).to(device)
-    # next to each other, so that a rank reads few shards
-    first, last = (len(samples) * rank // world.size for rank in (world.rank, world.rank + 1))
     # right images and images without finite logits of each model, then all images
     counts = torch.zeros(2 * len(models) + 1, dtype=torch.int64, device=device)
-    mine = EvaluationBatches(
-        packed, samples[first:last], image_size=image_size, batch_size=batch_size
-    )
+    part = rank_part(samples, world.rank, world.size)
+    mine = EvaluationBatches(packed, part, image_size=image_size, batch_size=batch_size)
     for batch in read_batches(mine, range(len(mine)), workers=workers, device=device):
         for number, model in enumerate(models):
             logits_BK = model(batch.images_BCHW)

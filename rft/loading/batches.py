@@ -91,6 +91,13 @@ class EvaluationBatches:
         return self.samples[number * self.largest : (number + 1) * self.largest]
 
 
+def rank_part(samples: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """Return a rank's part of the samples of an evaluation: every sample is in exactly one."""
+    # next to each other, so that a rank reads few shards
+    first, last = (len(samples) * number // world_size for number in (rank, rank + 1))
+    return samples[first:last]
+
+
 # what `rft.loading.read` reads, in any order
 Batches = TrainingBatches | EvaluationBatches
 
