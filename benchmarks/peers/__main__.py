@@ -157,6 +157,8 @@ def main() -> None:
     for test in arguments.tests:
         if test not in TESTS:
             raise cli.unknown("test", test, list(TESTS))
+    # before the questions: what a tree becomes meanwhile was not asked
+    about = machine.describe(machine.DATA_PLANE)
     work = Path(tempfile.mkdtemp(prefix="peers-"))
     try:
         with ThreadPoolExecutor(arguments.at_once) as pool:
@@ -169,7 +171,7 @@ def main() -> None:
         shutil.rmtree(work, ignore_errors=True)
     document = {
         "benchmark": "peers",
-        **machine.describe(machine.DATA_PLANE),
+        **about,
         "packages": {peer: packages for peer, (packages, _) in found.items()},
         "answers": {peer: answers for peer, (_, answers) in found.items()},
         "own_tests": own,
