@@ -8,11 +8,11 @@ taken round by round. What each contender does is in benchmarks/contenders.py; n
 a measurement. The peers need what `python -m benchmarks.environments` installs; one that is not
 there is left out, with the reason. The last line is one JSON object.
 
-    pixels_over_memcpy      rft on --encoding pixels / one thread copying as many random payloads
-    pixels_over_webdataset  rft on --encoding pixels / webdataset on the same arrays, npy + cls
-    jpeg_over_bare          rft on --encoding original / CPUs x one process that only decodes and
-                            crops (the same in so many processes at once is in the table too)
-    simd_over_pillow        rft on --encoding original with Pillow-SIMD / the same with Pillow
+    pixels_over_memcpy   rft on --encoding pixels / one thread copying as many random payloads
+    pixels_over_npy_cls  rft on --encoding pixels / webdataset on the same arrays, npy + cls
+    jpeg_over_bare       rft on --encoding original / CPUs x one process that only decodes and
+                         crops (the same in so many processes at once is in the table too)
+    simd_over_pillow     rft on --encoding original with Pillow-SIMD / the same with Pillow
 """
 
 import json
@@ -240,7 +240,7 @@ def figures(outcomes: dict[str, Outcome], cpus: int) -> dict[str, ratios.Ratio |
     bare = [cpus * rate for rate in outcomes["bare"].images_per_second]
     return {
         "pixels_over_memcpy": ratios.of_rounds(pixels, outcomes["memcpy"].images_per_second),
-        "pixels_over_webdataset": ratios.of_rounds(pixels, reader),
+        "pixels_over_npy_cls": ratios.of_rounds(pixels, reader),
         "jpeg_over_bare": ratios.of_rounds(rft, bare),
         "simd_over_pillow": ratios.of_rounds(outcomes["rft, Pillow-SIMD"].images_per_second, rft),
     }

@@ -53,7 +53,8 @@ def made(result: Mapping[str, Any]) -> str:
 
     Files that are older than a field lack it.
     """
-    threads = f", {result['threads']} threads" if "threads" in result else ""
+    count = result.get("threads")
+    threads = f", {count} thread{'' if count == 1 else 's'}" if count else ""
     return (
         f"commit {result.get('commit') or 'not recorded'}, {result['date'][:10]}, "
         f"{result.get('processor', 'processor not recorded')}{threads}"

@@ -6,10 +6,10 @@ decodes and crops (and compresses) them in memory. The sources are in the page c
 interleaved, ratios are taken round by round, and the last line is one JSON object. Copying without
 a wait for the disk is not compared: when the system decides to write moved it by a factor of three.
 
-    original_over_copy  packing --encoding original / shutil.copyfile of the same files and a wait
-                        for the disk, as packing has it
-    pixels_over_bare    packing --encoding pixels / processes x one that decodes and crops
-    jpeg_over_bare      packing --encoding jpeg / processes x one that also compresses
+    original_over_copy_synced  packing --encoding original / shutil.copyfile of the same files and
+                               a wait for the disk, as packing has it
+    pixels_over_bare           packing --encoding pixels / processes x one that decodes and crops
+    jpeg_over_bare             packing --encoding jpeg / processes x one that also compresses
 """
 
 import contextlib
@@ -43,7 +43,7 @@ ALONE = ("crop", "compress")  # done by one process, on its share
 SHARDS_PER_PROCESS = 8
 # what is measured, in words
 WORK = {
-    "copy": "copy the files and have them on the disk, as packed shards are",
+    "copy_synced": "copy the files and have them on the disk, as packed shards are",
     "original": "pack `original`",
     "crop": "decode and crop, 1 process",
     "pixels": "pack `pixels`",
@@ -161,7 +161,7 @@ def photographs(arguments: Arguments) -> Path:
 def measure(arguments: Arguments, labels: LabelSpace) -> dict[str, list[float]]:
     """Return the seconds that each kind of work took in every round."""
     todo: dict[str, tuple[Callable[..., None], tuple[Any, ...], list[Part]]] = {
-        "copy": (copy_part, (), parts(arguments, labels, "copy")),
+        "copy_synced": (copy_part, (), parts(arguments, labels, "copy")),
         "crop": (crop_part, (), parts(arguments, labels, "crop")[:1]),
         "compress": (compress_part, (), parts(arguments, labels, "compress")[:1]),
     }
@@ -208,7 +208,7 @@ def figures(seconds: dict[str, list[float]]) -> dict[str, ratios.Ratio | None]:
         return [1 / value for value in seconds[name]]
 
     return {
-        "original_over_copy": ratios.of_rounds(rates("original"), rates("copy")),
+        "original_over_copy_synced": ratios.of_rounds(rates("original"), rates("copy_synced")),
         "pixels_over_bare": ratios.of_rounds(rates("pixels"), rates("crop")),
         "jpeg_over_bare": ratios.of_rounds(rates("jpeg"), rates("compress")),
     }

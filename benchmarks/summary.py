@@ -18,12 +18,12 @@ PAGE = RESULTS / "data.md"
 RATIOS = {
     "loader": {
         "pixels_over_memcpy": "rft on `pixels` / one thread copying random payloads in memory",
-        "pixels_over_webdataset": "rft on `pixels` / webdataset on the same arrays, `npy` + `cls`",
+        "pixels_over_npy_cls": "rft on `pixels` / webdataset on the same arrays, `npy` + `cls`",
         "jpeg_over_bare": "rft on `original` / {cpus} x one process that only decodes and crops",
         "simd_over_pillow": "rft on `original` with Pillow-SIMD / with Pillow",
     },
     "pack": {
-        "original_over_copy": "packing `original` / copying the files and waiting for the disk",
+        "original_over_copy_synced": "packing `original` / copying and waiting for the disk",
         "pixels_over_bare": "packing `pixels` / {cpus} x one process that only decodes and crops",
         "jpeg_over_bare": "packing `jpeg` / {cpus} x one process that also compresses",
     },
@@ -36,8 +36,10 @@ def table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def rate(row: dict[str, Any]) -> str:
+def rate(row: dict[str, Any] | None) -> str:
     """Return images a second with the lowest and the highest round, or why there is none."""
+    if row is None:
+        return ratios.NOT_MEASURED
     if row["images_per_second"] is None:
         return row["reason"]
     low, middle, high = row["lowest"], row["images_per_second"], row["highest"]
@@ -47,7 +49,7 @@ def rate(row: dict[str, Any]) -> str:
 def ratio_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what a benchmark's ratios mean, and their values."""
     return [
-        (meaning.format(cpus=result["cpus"]), ratios.shown(result[name]))
+        (meaning.format(cpus=result["cpus"]), ratios.shown(result.get(name)))
         for name, meaning in RATIOS[result["benchmark"]].items()
     ]
 
@@ -68,14 +70,14 @@ def page(loader: dict[str, Any], pack: dict[str, Any], simd: dict[str, Any]) -> 
         table(("ratio", "value"), ratio_rows(loader) + ratio_rows(pack)),
         table(
             ("loading batches of 224 x 224", "images/s (lowest to highest round)"),
-            [(name, rate(loader["rows"][name])) for name in runs(loader["cpus"])],
+            [(name, rate(loader["rows"].get(name))) for name in runs(loader["cpus"])],
         ),
         "`npy + cls` and `jpg + cls` are tars of two members a sample, as webdataset's users write "
         "them, with the same bytes in each image as rft's; streaming and litdata read their own "
         "formats, open_clip `jpg` + `txt`.",
         table(
             ("packing", "images/s (lowest to highest round)"),
-            [(meaning, rate(pack["rows"][name])) for name, meaning in WORK.items()],
+            [(meaning, rate(pack["rows"].get(name))) for name, meaning in WORK.items()],
         ),
         f"Pillow-SIMD {cores['Pillow-SIMD']} and Pillow {cores['Pillow']} differ by at most "
         f"{difference['max_levels']} of 255 grey levels, in {difference['share_differing']:.2%} "
