@@ -257,7 +257,8 @@ def _litdata_sample(path: str) -> dict[str, Any]:
 
 
 def _litdata_crop(sample: dict[str, Any]) -> tuple[np.ndarray, int]:
-    return _crop(sample["image"]), sample["label"]
+    # it hands out a view of its chunk, which Pillow does not read
+    return _crop(bytes(sample["image"])), sample["label"]
 
 
 def _crop(data: bytes) -> np.ndarray:
