@@ -107,8 +107,11 @@ def own_tests(tests: tuple[str, ...], work: Path) -> dict[str, dict[str, int]]:
 
 def page(document: dict[str, Any]) -> str:
     """Return the result as Markdown: a table, then what was seen where a peer did not pass."""
-    answers: dict[str, Answers] = document["answers"]
-    tests = list(next(iter(answers.values())))
+    # a file that was read has its keys sorted
+    answers: dict[str, Answers] = {
+        n: document["answers"][n] for n in PEERS if n in document["answers"]
+    }
+    tests = [test for test in TESTS if test in document["own_tests"]]
     lines = [
         f"| | {' | '.join(answers)} |",
         f"|---|{'---|' * len(answers)}",
@@ -120,11 +123,10 @@ def page(document: dict[str, Any]) -> str:
     lines += ["", heading(document)]
     for peer, found in answers.items():
         versions = document["packages"][peer]
-        named = ", ".join(f"{name} {version}" for name, version in versions.items())
+        named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         lines += ["", f"**{peer}** ({named})", ""]
         lines += [
-            f"- {test} {answer['result']}: {escaped(answer['seen'])}"
-            for test, answer in found.items()
+            f"- {test} {found[test]['result']}: {escaped(found[test]['seen'])}" for test in tests
         ]
     return "\n".join(lines) + "\n"
 
@@ -132,7 +134,7 @@ def page(document: dict[str, Any]) -> str:
 def heading(document: dict[str, Any]) -> str:
     """Return what the answers are of, with the tests that rft has besides."""
     own = document["own_tests"]
-    passed = ", ".join(f"{test} {found.get('passed', 0)}" for test, found in own.items())
+    passed = ", ".join(f"{test} {own[test].get('passed', 0)}" for test in TESTS if test in own)
     others = sum(number for found in own.values() for name, number in found.items())
     others -= sum(found.get("passed", 0) for found in own.values())
     return (
