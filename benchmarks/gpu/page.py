@@ -75,6 +75,8 @@ def step_table(parts: dict[str, Any], models: Sequence[str]) -> str:
 
 def over(row: dict[str, Any], vanilla: dict[str, Any]) -> str:
     """Write the time per image of one step over another's, between the extremes of both."""
+    if row is vanilla:
+        return "1"
     images = vanilla["batch_size"] / row["batch_size"]
     return ratios.shown(
         {
