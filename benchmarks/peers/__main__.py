@@ -49,7 +49,8 @@ class Arguments:
     at_once: int = 2
     """Peers that are asked at the same time."""
     save: bool = False
-    """Write benchmarks/results/peers.json and docs/results/peers.md as well."""
+    """Write benchmarks/results/peers.json and docs/results/peers.md as well; of what was not asked
+    now, the saved answers stay, each with its commit."""
 
 
 def ask(peer: str, tests: tuple[str, ...], work: Path) -> tuple[dict[str, str], Answers]:
@@ -105,13 +106,27 @@ def own_tests(tests: tuple[str, ...], work: Path) -> dict[str, dict[str, int]]:
     return {test: dict(found) for test, found in outcomes.items()}
 
 
+def with_earlier(document: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return the result with the earlier answers of what was not asked now."""
+    answers = {
+        peer: {**earlier["answers"].get(peer, {}), **document["answers"].get(peer, {})}
+        for peer in earlier["answers"] | document["answers"]
+    }
+    return {
+        **document,
+        "packages": earlier["packages"] | document["packages"],
+        "answers": answers,
+        "own_tests": earlier["own_tests"] | document["own_tests"],
+    }
+
+
 def page(document: dict[str, Any]) -> str:
     """Return the result as Markdown: a table, then what was seen where a peer did not pass."""
     # a file that was read has its keys sorted
     answers: dict[str, Answers] = {
         n: document["answers"][n] for n in PEERS if n in document["answers"]
     }
-    tests = [test for test in TESTS if test in document["own_tests"]]
+    tests = [test for test in TESTS if all(test in found for found in answers.values())]
     lines = [
         f"| | {' | '.join(answers)} |",
         f"|---|{'---|' * len(answers)}",
@@ -126,7 +141,9 @@ def page(document: dict[str, Any]) -> str:
         named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         lines += ["", f"**{peer}** ({named})", ""]
         lines += [
-            f"- {test} {found[test]['result']}: {escaped(found[test]['seen'])}" for test in tests
+            f"- {test} {found[test]['result']}: {escaped(found[test]['seen'])}"
+            + older(found[test], document)
+            for test in tests
         ]
     return "\n".join(lines) + "\n"
 
@@ -139,10 +156,16 @@ def heading(document: dict[str, Any]) -> str:
     others -= sum(found.get("passed", 0) for found in own.values())
     return (
         "All were asked by the same program, "
-        f"{machine.made(document)}. Times that JSON records hold are not compared in T9. rft has "
+        f"{machine.made(document)}, but for answers that name another commit. Times that JSON records hold are not compared in T9. rft has "
         f"tests of the same questions besides; passed, by question: {passed}; failed or skipped: "
         f"{others}. What was seen (an exception is one that reaches the loop; some log theirs):"
     )
+
+
+def older(answer: dict[str, Any], document: dict[str, Any]) -> str:
+    """Return the commit of an answer that is not of the last call."""
+    commit = answer["commit"]
+    return "" if commit == document["commit"] else f" (commit {commit})"
 
 
 def escaped(text: str) -> str:
@@ -168,9 +191,11 @@ def main() -> None:
                 peer: pool.submit(ask, peer, arguments.tests, work) for peer in arguments.peers
             }
             found = {peer: future.result() for peer, future in asked.items()}
-        own = own_tests(arguments.tests, work)
+        own = own_tests(arguments.tests, work) if "rft" in arguments.peers else {}
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    for answer in (answer for _, answers in found.values() for answer in answers.values()):
+        answer["commit"] = about["commit"]
     document = {
         "benchmark": "peers",
         **about,
@@ -178,6 +203,8 @@ def main() -> None:
         "answers": {peer: answers for peer, (_, answers) in found.items()},
         "own_tests": own,
     }
+    if arguments.save and RESULTS.exists():
+        document = with_earlier(document, files.read_json(str(RESULTS)))
     print(page(document))
     if arguments.save:
         files.write_json(str(RESULTS), document)

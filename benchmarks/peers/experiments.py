@@ -41,7 +41,7 @@ TESTS = tuple(f"T{number}" for number in range(1, 14))
 LAYOUTS = ((1, 0), (1, 3), (2, 0), (2, 2), (4, 1), (8, 0), (8, 2))
 EVALUATION_RANKS = (1, 3, 7, 8)
 FULL_STEPS = COUNT // GLOBAL_BATCH  # what comes after is a tail
-KILLS = 20
+KILLS = 60  # what a kill leaves behind depends on the moment: some leave nothing
 EPOCHS = 12
 BOX = 120.0  # seconds that an experiment may take, less what its last process may
 
