@@ -1,6 +1,7 @@
 """rft is asked as the peers are, and the page shows what the probes saw."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def test_rft_answers_the_probes_of_the_peers(tmp_path):
     assert "data.seed: 1 -> 7" in seen["T13"]
 
 
+@pytest.mark.slow
 def test_two_packings_differ_in_the_times_of_their_records_alone(tmp_path):
     for name in ("one", "two"):
         PEER.pack(photographs(12), tmp_path / name)
@@ -46,7 +48,19 @@ def test_the_page_is_made_of_the_saved_answers():
     document = files.read_json(str(peers.RESULTS))
     text = peers.page(document)
     assert peers.PAGE.read_text() == text
-    document["answers"]["rft"]["T1"] = {"result": "fail", "seen": "a batch that *differs*"}
+    document["answers"]["rft"]["T1"] |= {"result": "fail", "seen": "a batch that *differs*"}
     changed = peers.page(document)
     assert "| T1 | fail |" in changed
     assert r"- T1 fail: a batch that \*differs\*" in changed
+
+
+def test_what_was_not_asked_again_keeps_its_answer_and_its_commit():
+    document = files.read_json(str(peers.RESULTS))
+    again = {"result": "fail", "seen": "asked again", "commit": "0" * 12}
+    part = {**document, "commit": "0" * 12, "answers": {"litdata": {"T9": again}}, "own_tests": {}}
+    both = peers.with_earlier(part, document)
+    assert both["own_tests"] == document["own_tests"]
+    text = peers.page(both)
+    assert "\n- T9 fail: asked again\n" in text
+    answers = sum(len(found) for found in document["answers"].values())
+    assert len(re.findall(r"^- T.* \(commit \w+\)$", text, re.MULTILINE)) == answers - 1

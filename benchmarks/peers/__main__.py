@@ -155,10 +155,10 @@ def heading(document: dict[str, Any]) -> str:
     others = sum(number for found in own.values() for name, number in found.items())
     others -= sum(found.get("passed", 0) for found in own.values())
     return (
-        "All were asked by the same program, "
-        f"{machine.made(document)}, but for answers that name another commit. Times that JSON records hold are not compared in T9. rft has "
-        f"tests of the same questions besides; passed, by question: {passed}; failed or skipped: "
-        f"{others}. What was seen (an exception is one that reaches the loop; some log theirs):"
+        f"All were asked by the same program, {machine.made(document)}, but for answers that name "
+        "another commit. Times that JSON records hold are not compared in T9. rft has tests of the "
+        f"same questions besides; passed, by question: {passed}; failed or skipped: {others}. What "
+        "was seen (an exception is one that reaches the loop; some log theirs):"
     )
 
 
