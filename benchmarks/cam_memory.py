@@ -131,7 +131,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         print(f"{case:10s} {arguments.images} images: {told}", flush=True)
     return {
         "benchmark": "cam_memory",
-        **machine.describe(),
+        **machine.describe(machine.STEP),
         "torch": torch.__version__,
         "model": arguments.model,
         "images": arguments.images,

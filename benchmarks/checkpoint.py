@@ -100,7 +100,7 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "benchmark": "checkpoint",
-        **machine.describe(),
+        **machine.describe(machine.STEP),
         "device": device.type,
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "torch": torch.__version__,
@@ -142,9 +142,9 @@ def note(result: dict[str, Any]) -> str:
     return (
         f"{result['model']}, {result['batch_size']} images a step, a checkpoint of "
         f"{result['checkpoint_bytes'] / 1e9:.2f} GB on a local disk; medians of {result['rounds']} "
-        f"minutes each, in turn, on {result['accelerator'] or result['processor']}, "
-        f"{result['cores']} cores, {result['date'][:10]}. On a CPU the thread that writes takes "
-        "its time from the steps; GPU: not measured."
+        f"minutes each, in turn, on {result['accelerator'] or 'the CPU'}, {result['cores']} cores; "
+        f"{machine.made(result)}. On a CPU the thread that writes takes its time from the steps; "
+        "GPU: not measured."
     )
 
 

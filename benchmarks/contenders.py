@@ -7,6 +7,9 @@ uint8 from those that leave normalisation to the GPU, float from open_clip, whos
 Every one but open_clip's uses the same decoding and resizing code, so the figures compare what
 moves the samples, and the cores spend the rest on the same arithmetic.
 
+A pass never ends within a measurement: rft's, webdataset's and open_clip's have no end, and
+streaming's and litdata's epochs are made long enough, which is checked.
+
 This program reads a line, measures, and writes a JSON line, until its input ends: rounds of several
 contenders can then be interleaved without starting Python again.
 """
@@ -14,6 +17,7 @@ contenders can then be interleaved without starting Python again.
 import importlib.metadata
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -40,6 +44,8 @@ from rft.shards.images import clip_pixels, load_image
 SIZE = 224
 ENDLESS = 10**7  # samples or batches; no measurement gets there
 SHUFFLE = 1000  # samples in webdataset's shuffle buffer
+SHARDS = 8  # of the sets that are written for others
+FASTEST = 600  # images a core decodes per second, at most: Pillow-SIMD's rate on the fastest here
 Batches = Generator[Any, None, None]  # of images, (B, 3, 224, 224)
 Start = Callable[[], Batches]
 
@@ -128,12 +134,12 @@ def bare_crop(data: bytes) -> np.ndarray:
 
 
 def webdataset_pixels(arguments: Arguments) -> Start:
-    """Return webdataset's reader on the tars that rft packed as pixels."""
+    """Return webdataset's reader on tars of the same arrays as rft's pixels, npy and cls."""
     return _webdataset(arguments, "pixels", "npy", _crop_of_npy)
 
 
 def webdataset(arguments: Arguments) -> Start:
-    """Return webdataset's reader on the tars that rft packed as JPEGs."""
+    """Return webdataset's reader on tars of the same JPEGs, jpg and cls."""
     return _webdataset(arguments, "original", "jpg", _crop)
 
 
@@ -142,9 +148,12 @@ def _webdataset(
 ) -> Start:
     import webdataset as wds
 
-    shards = sorted(map(str, (arguments.work / encoding / "imagenet-train").glob("*.tar")))
+    folder = arguments.work / f"webdataset-{encoding}"
+    if not folder.exists():
+        packed = PackedDataset(str(arguments.work / encoding / "imagenet-train"))
+        _write(folder, lambda path: _write_pair_tars(path, packed, suffix))
     pipeline = wds.DataPipeline(
-        wds.ResampledShards(shards),
+        wds.ResampledShards([str(path) for path in sorted(folder.glob("*.tar"))]),
         wds.tarfile_to_samples(),
         wds.shuffle(SHUFFLE),
         wds.to_tuple(suffix, "cls"),
@@ -213,9 +222,14 @@ def litdata(arguments: Arguments) -> Start:
         optimize,
     )
 
-    folder = arguments.work / "litdata"
+    # its loader starts every epoch anew, so one must outlast a measurement
+    taken = arguments.batch_size * passed_over(arguments.workers)
+    taken += max(1, arguments.workers) * FASTEST * arguments.seconds
+    photos = _photos(arguments)
+    copies = math.ceil(taken / len(photos))
+    folder = arguments.work / f"litdata-{copies}"
     if not folder.exists():
-        inputs = [str(path) for path in _photos(arguments)]
+        inputs = copies * [str(path) for path in photos]
         _write(
             folder,
             lambda path: optimize(
@@ -235,12 +249,7 @@ def litdata(arguments: Arguments) -> Start:
         drop_last=True,
     )
 
-    def start() -> Batches:
-        while True:
-            for images, _ in loader:
-                yield images
-
-    return start
+    return lambda: (images for images, _ in loader)
 
 
 def _litdata_sample(path: str) -> dict[str, Any]:
@@ -248,7 +257,8 @@ def _litdata_sample(path: str) -> dict[str, Any]:
 
 
 def _litdata_crop(sample: dict[str, Any]) -> tuple[np.ndarray, int]:
-    return _crop(sample["image"]), sample["label"]
+    # it hands out a view of its chunk, which Pillow does not read
+    return _crop(bytes(sample["image"])), sample["label"]
 
 
 def _crop(data: bytes) -> np.ndarray:
@@ -275,13 +285,26 @@ def _write(folder: Path, write: Callable[[Path], Any]) -> None:
     temporary.rename(folder)
 
 
-def _write_caption_tars(folder: Path, photos: list[Path], shards: int = 8) -> None:
+def _write_pair_tars(folder: Path, packed: PackedDataset, suffix: str) -> None:
+    """Write what rft packed as its users have it: two members for each sample, not rft's four."""
     from webdataset import TarWriter
 
     folder.mkdir(parents=True)
-    for shard in range(shards):
+    for shard in range(SHARDS):
         with TarWriter(str(folder / f"{shard:05d}.tar")) as writer:
-            for photo in photos[shard::shards]:
+            for number in range(shard, len(packed), SHARDS):
+                label = int(packed.index.label[number])
+                sample = {suffix: packed.payload(number), "cls": b"%d" % label}
+                writer.write({"__key__": packed.key(number), **sample})
+
+
+def _write_caption_tars(folder: Path, photos: list[Path]) -> None:
+    from webdataset import TarWriter
+
+    folder.mkdir(parents=True)
+    for shard in range(SHARDS):
+        with TarWriter(str(folder / f"{shard:05d}.tar")) as writer:
+            for photo in photos[shard::SHARDS]:
                 sample = {"jpg": photo.read_bytes(), "txt": f"a photo, {photo.stem}"}
                 writer.write({"__key__": photo.stem, **sample})
 
@@ -303,17 +326,31 @@ def rate(start: Start, arguments: Arguments) -> dict[str, float]:
     """Return images a second of one pass, and the CPUs it kept busy.
 
     The first batches are not counted: they were made while processes started and queues filled.
+
+    Raises:
+        ValueError: if the pass ends, because what a new one costs is not the rate of a loader.
     """
     batches = start()
-    assert tuple(next(batches).shape) == (arguments.batch_size, 3, SIZE, SIZE)
-    for _ in range(4 * arguments.workers):
-        next(batches)
-    count, busy, started = 0, cpu_seconds(), time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < arguments.seconds:
-        count += len(next(batches))
+    try:
+        assert tuple(next(batches).shape) == (arguments.batch_size, 3, SIZE, SIZE)
+        for _ in range(passed_over(arguments.workers) - 1):
+            next(batches)
+        count, busy, started = 0, cpu_seconds(), time.perf_counter()
+        while (elapsed := time.perf_counter() - started) < arguments.seconds:
+            count += len(next(batches))
+    except StopIteration as end:
+        raise ValueError(
+            f"an epoch of {arguments.name} ended inside the measurement; use more --images or "
+            "fewer --seconds"
+        ) from end
     busy = cpu_seconds() - busy
     batches.close()  # loader processes end with the iterator that owns them
     return {"images_per_second": count / elapsed, "cpus": busy / elapsed}
+
+
+def passed_over(workers: int) -> int:
+    """Return how many batches of a pass come before those that are counted."""
+    return 1 + 4 * workers
 
 
 def cpu_seconds() -> float:

@@ -514,7 +514,7 @@ def note(about: dict[str, object], outcomes: Sequence[Outcome]) -> str:
     return (
         f"A run of {STEPS} steps on {RANKS} ranks (gloo, CPU), a checkpoint every {EVERY} steps, "
         "hurt at a random point and started again with the same command. Lost steps were computed "
-        f"twice. {about['processor']}, {about['cores']} cores, {' and '.join(dates)}."
+        f"twice. Faults of {' and '.join(dates)}; the last of {machine.made(about)}."
     )
 
 

@@ -3,16 +3,16 @@
 rft's loader against a plain memcpy, against a bare decoding loop and against other loaders, on the
 same photographs (benchmarks/photos.py), all confined to the same few CPUs, with everything in the
 page cache. Every contender is a process of its own that is stopped while another is measured;
-rounds are interleaved, so a machine that is busy for a while slows all of them, and medians are
-compared. What each contender does is in benchmarks/contenders.py. The peers need what
-`python -m benchmarks.environments` installs; one that is not there is left out, with the reason.
-The last line is one JSON object.
+rounds are interleaved, so a machine that is busy for a while slows all of them, and ratios are
+taken round by round. What each contender does is in benchmarks/contenders.py; no epoch ends inside
+a measurement. The peers need what `python -m benchmarks.environments` installs; one that is not
+there is left out, with the reason. The last line is one JSON object.
 
-    pixels_over_memcpy      rft on --encoding pixels / one thread copying as many random payloads
-    pixels_over_webdataset  rft on --encoding pixels / webdataset on the same tar files
-    jpeg_over_bare          rft on --encoding original / CPUs x one process that only decodes and
-                            crops (the same in so many processes at once is in the table too)
-    simd_over_pillow        rft on --encoding original with Pillow-SIMD / the same with Pillow
+    pixels_over_memcpy   rft on --encoding pixels / one thread copying as many random payloads
+    pixels_over_npy_cls  rft on --encoding pixels / webdataset on the same arrays, npy + cls
+    jpeg_over_bare       rft on --encoding original / CPUs x one process that only decodes and
+                         crops (the same in so many processes at once is in the table too)
+    simd_over_pillow     rft on --encoding original with Pillow-SIMD / the same with Pillow
 """
 
 import json
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environments, machine, photos
+from benchmarks import environments, machine, photos, ratios
 from rft import cli
 from rft.packing import pack
 from rft.storage import files
@@ -97,13 +97,13 @@ def runs(cpus: int) -> dict[str, Run]:
         "memcpy": Run(contender="memcpy", workers=0),
         "rft pixels, no worker": Run(contender="rft_pixels", workers=0),
         f"rft pixels, {cpus} workers": Run(contender="rft_pixels", workers=cpus),
-        "webdataset pixels, no worker": Run(contender="webdataset_pixels", workers=0),
-        f"webdataset pixels, {cpus} workers": Run(contender="webdataset_pixels", workers=cpus),
+        "webdataset npy + cls, no worker": Run(contender="webdataset_pixels", workers=0),
+        f"webdataset npy + cls, {cpus} workers": Run(contender="webdataset_pixels", workers=cpus),
         "bare": Run(contender="bare", workers=0),
         f"bare, {cpus} at once": Run(contender="bare", workers=0, processes=cpus),
         "rft": Run(contender="rft_original", workers=cpus),
         "rft, Pillow-SIMD": Run(contender="rft_original", workers=cpus, environment="pillow-simd"),
-        "webdataset": Run(contender="webdataset", workers=cpus),
+        "webdataset, jpg + cls": Run(contender="webdataset", workers=cpus),
         "open_clip": Run(contender="open_clip", workers=cpus, environment="open_clip"),
         "mosaicml-streaming": Run(
             contender="mosaicml_streaming", workers=cpus, environment="mosaicml-streaming"
@@ -227,24 +227,22 @@ def measure(arguments: Arguments, work: Path) -> dict[str, Outcome]:
     return outcomes
 
 
-def figures(outcomes: dict[str, Outcome], cpus: int) -> dict[str, float | None]:
+def figures(outcomes: dict[str, Outcome], cpus: int) -> dict[str, ratios.Ratio | None]:
     """Return the ratios that this benchmark is about; None where one side could not run."""
 
-    def best(*names: str) -> float | None:
-        rates = [rate for name in names if (rate := outcomes[name].median()) is not None]
-        return max(rates, default=None)
-
-    def ratio(above: float | None, below: float | None) -> float | None:
-        return None if above is None or below is None else round(above / below, 3)
+    def best(*names: str) -> list[float]:
+        found = max((outcomes[name] for name in names), key=lambda one: one.median() or 0.0)
+        return found.images_per_second
 
     pixels = best("rft pixels, no worker", f"rft pixels, {cpus} workers")
-    reader = best("webdataset pixels, no worker", f"webdataset pixels, {cpus} workers")
-    bare = outcomes["bare"].median()
+    reader = best("webdataset npy + cls, no worker", f"webdataset npy + cls, {cpus} workers")
+    rft = outcomes["rft"].images_per_second
+    bare = [cpus * rate for rate in outcomes["bare"].images_per_second]
     return {
-        "pixels_over_memcpy": ratio(pixels, outcomes["memcpy"].median()),
-        "pixels_over_webdataset": ratio(pixels, reader),
-        "jpeg_over_bare": ratio(outcomes["rft"].median(), None if bare is None else cpus * bare),
-        "simd_over_pillow": ratio(outcomes["rft, Pillow-SIMD"].median(), outcomes["rft"].median()),
+        "pixels_over_memcpy": ratios.of_rounds(pixels, outcomes["memcpy"].images_per_second),
+        "pixels_over_npy_cls": ratios.of_rounds(pixels, reader),
+        "jpeg_over_bare": ratios.of_rounds(rft, bare),
+        "simd_over_pillow": ratios.of_rounds(outcomes["rft, Pillow-SIMD"].images_per_second, rft),
     }
 
 
@@ -283,7 +281,7 @@ def main() -> None:
             )
     result = {
         "benchmark": "loader",
-        **machine.describe(),
+        **machine.describe(machine.DATA_PLANE),
         "cpus": arguments.cpus,
         "images": arguments.images,
         "batch_size": arguments.batch_size,

@@ -1,4 +1,7 @@
-"""What a benchmark ran on, and signals to whole sessions of the processes it started."""
+"""What made a result, and signals to whole sessions of the processes that a benchmark started.
+
+`describe` is the one owner of what every file in benchmarks/results carries.
+"""
 
 import ctypes
 import hashlib
@@ -6,25 +9,94 @@ import importlib.metadata
 import os
 import platform
 import signal
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from rft.storage import files
+
+ROOT = Path(__file__).parents[1]
+CODE = ("*.py", "*.toml", "launch", "Makefile")  # of git's files, those that decide what runs
+DATA_PLANE = ("rft/loading", "rft/packing", "rft/shards", "rft/storage")
+STEP = ("rft/clip", "rft/method", "rft/train")
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-def describe() -> dict[str, Any]:
-    """Return date, kind of machine and interpreter; no host name."""
+def describe(code: Sequence[str] = ("rft",)) -> dict[str, Any]:
+    """Return date, commit, packages and kind of machine; no host name.
+
+    `code` are the folders whose code is measured: results with one hash are of the same code,
+    whatever else their commits changed.
+    """
+    made = files.provenance()
     return {
         "date": date(),
-        "machine": f"{platform.system()} {platform.machine()}",
+        "commit": commit(),
+        "code": {"folders": list(code), "sha256": source_sha256(code)},
+        "machine": made["machine"],
         "processor": _processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
+        "cores": made["cpus"],
+        "threads": torch.get_num_threads(),
+        "python": made["python"],
+        "versions": made["packages"],
     }
+
+
+def made(result: Mapping[str, Any]) -> str:
+    """Write what made a result: commit, day, processor and threads; for the line above its table.
+
+    Files that are older than a field lack it.
+    """
+    count = result.get("threads")
+    threads = f", {count} thread{'' if count == 1 else 's'}" if count else ""
+    return (
+        f"commit {result.get('commit') or 'not recorded'}, {result['date'][:10]}, "
+        f"{result.get('processor', 'processor not recorded')}{threads}"
+    )
+
+
+def together(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write what made each of the results that a page joins, by name, and whether they belong.
+
+    Raises:
+        ValueError: if they are of different processors, because a page is read as of one machine.
+    """
+    processors = {one["processor"] for one in results.values() if "processor" in one}
+    if len(processors) > 1:
+        raise ValueError(
+            f"{', '.join(results)} were measured on different machines ({', '.join(processors)}); "
+            "measure all of them on one"
+        )
+    lines = [f"- {name}: {made(one)}." for name, one in results.items()]
+    code: dict[tuple[str, ...], set[str]] = {}
+    for one in results.values():
+        if "code" in one:
+            code.setdefault(tuple(one["code"]["folders"]), set()).add(one["code"]["sha256"])
+    lines += [
+        f"- **Not of the same code**: {', '.join(folders)} changed between these measurements."
+        for folders, hashes in code.items()
+        if len(hashes) > 1
+    ]
+    return "\n".join(lines)
+
+
+def commit() -> str | None:
+    """Return the commit of the sources, with `-dirty` if code differs from it; None if unknown.
+
+    Results and pages do not count: the first result that a command saves changes the tree.
+    """
+    revision = files.git_revision()
+    if revision is None or not revision.endswith("-dirty"):
+        return revision
+    command = ["git", "-C", str(ROOT), "diff", "--quiet", "HEAD", "--", *CODE]
+    clean = subprocess.run(command, check=False).returncode == 0
+    return revision.removesuffix("-dirty") if clean else revision
 
 
 def session_processes(session: int) -> list[int]:
@@ -52,13 +124,12 @@ def versions(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def source_sha256() -> str:
-    """Hash the Python files of rft, its benchmarks and its tests on GPUs: the code under test."""
-    root = Path(__file__).parents[1]
+def source_sha256(folders: Sequence[str] = ("rft", "benchmarks", "tests/gpu")) -> str:
+    """Hash the Python files below some folders; all are the code that benchmarks.gpu runs."""
     digest = hashlib.sha256()
-    for folder in ("rft", "benchmarks", "tests/gpu"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

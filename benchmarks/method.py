@@ -9,41 +9,47 @@ page.
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine, ratios
+from benchmarks.ratios import NOT_MEASURED
 from rft import cli
 from rft.storage import files
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS / "method.md"
 COUNTED = RESULTS / "counted.md"
+RATES = {  # columns of images per second
+    "vanilla": "vanilla img/s",
+    "own_vanilla": "rft vanilla img/s",
+    "textbook": "textbook img/s",
+    "step": "rft img/s",
+}
+RATIOS = {  # columns of time
+    "step_over_vanilla": "rft / vanilla time",
+    "step_over_own_vanilla": "rft / rft vanilla time",
+    "textbook_over_step": "textbook / rft time",
+}
+COMPILED_RATIOS = {
+    "compiled_over_step": "compiled / as it is, rft",
+    "vanilla_compiled_over_vanilla": "compiled / as it is, vanilla",
+    "step_compiled_over_vanilla_compiled": "rft / vanilla, both compiled",
+}
 STEPS = {"step_ViT-B-32_cpu": "ViT-B/32, CPU"}
 COMPILED = "step_compiled_ViT-B-32_cpu"
 CAM = "cam_memory_ViT-L-14-336_cpu"
 MEMORY = ("memory_ViT-B-32_cpu", "memory_ViT-B-16_cpu", "memory_ViT-L-14_cpu")
-NOT_MEASURED = "not measured"
 
 
 def step_row(result: dict[str, Any] | None) -> list[str]:
     """Return the cells of one saved result of the step."""
     if result is None:
-        return [NOT_MEASURED, *[""] * 6]
+        return [NOT_MEASURED, *[""] * (len(RATES) + len(RATIOS) + 1)]
+    rates = result["images_per_second"]
     return [
         f"{result['batch_size']} images, {result['precision']}",
-        f"{result['images_per_second']['vanilla']:.1f}",
-        f"{result['images_per_second']['textbook']:.1f}",
-        f"{result['images_per_second']['step']:.1f}",
-        ratio(result, "step_over_vanilla"),
-        ratio(result, "textbook_over_step"),
+        *(f"{rates[name]:.1f}" if name in rates else NOT_MEASURED for name in RATES),
+        *(ratios.shown(result.get(name)) for name in RATIOS),
         f"{result['mfu']['step']:.0%}",
     ]
-
-
-def ratio(result: dict[str, Any], name: str) -> str:
-    """Return a ratio, and its range over the processes if there were several."""
-    text = f"{result[name]:.2f}"
-    if "of_all_processes" not in result:
-        return text
-    low, *_, high = result["of_all_processes"][name]
-    return f"{text} ({low:.2f} to {high:.2f})"
 
 
 def phase_lines(result: dict[str, Any]) -> str:
@@ -54,14 +60,13 @@ def phase_lines(result: dict[str, Any]) -> str:
 
 def alternatives(result: dict[str, Any]) -> str:
     """Return what was measured of the choices that rft made, as ratios."""
-    seconds = result["alternatives_seconds"]
-    over = {
-        "AdamW by single operations / fused": ("adamw_foreach", "adamw_fused"),
-        "patch embedding by convolution / matrix product": ("patches_conv", "patches_matmul"),
-        "the same channels-last / matrix product": ("patches_conv_channels_last", "patches_matmul"),
+    words = {
+        "adamw": "AdamW by single operations / fused",
+        "patches_conv": "patch embedding by convolution / matrix product",
+        "patches_conv_channels_last": "the same channels-last / matrix product",
     }
-    ratios = (f"{name}: {seconds[a] / seconds[b]:.2f}" for name, (a, b) in over.items())
-    return f"Time of {'; '.join(ratios)}."
+    found = (f"{words[name]}: {ratios.shown(r)}" for name, r in result["alternatives"].items())
+    return f"Time of {'; '.join(found)}."
 
 
 def cam_row(result: dict[str, Any], case: str) -> list[str]:
@@ -119,27 +124,30 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def text() -> str:
-    """Return the page for what benchmarks/results holds."""
+    """Return the page for what benchmarks/results holds.
+
+    Raises:
+        ValueError: if the results are of different machines.
+    """
     found = {name: load(name) for name in STEPS}
     measured = [result for result in found.values() if result]
-    header = ["", "step of", "vanilla img/s", "textbook img/s", "rft img/s"]
-    header += ["rft / vanilla time", "textbook / rft time", "of the matmul ceiling"]
+    header = ["", "step of", *RATES.values(), *RATIOS.values(), "of the matmul ceiling"]
     rows = [[STEPS[name], *step_row(result)] for name, result in found.items()]
     parts = [table(header, rows)]
-    for result in measured:
-        where = f"{result['processor']}, {result['threads']} threads"
-        parts.append(
-            f"{result['model']} on {where}, torch {result['torch']}, {result['date'][:10]}: "
-            f"medians of {result['rounds']} interleaved rounds, of the middle one of several "
-            "processes where a range is given. Time of a step: "
-            f"{phase_lines(result)}. Counted operations, textbook / rft: "
-            f"{result['flops_textbook_over_step']:.2f}. {alternatives(result)}"
-        )
+    parts += [
+        f"{result['model']}, {result['threads']} threads, torch {result['torch']}: medians of "
+        f"{result['rounds']} interleaved rounds; vanilla is cross-entropy through open_clip's "
+        "forward, rft vanilla the training loop's own step of that recipe. Ratios are taken "
+        "round by round, in parentheses their range over all rounds of all processes. Time of "
+        f"a step: {phase_lines(result)}. Counted operations, textbook / rft: "
+        f"{result['flops_textbook_over_step']:.2f}. {alternatives(result)}"
+        for result in measured
+    ]
     if compiled := load(COMPILED):
-        share = compiled["compiled_over_step"]
-        where = f"{compiled['model']}, {compiled['device'].upper()}"
-        cold = f", after {compiled['cold_seconds']:.0f} s of compiling"
-        parts.append(f"With --compile on a step takes {share:.2f} of its time ({where}{cold}).")
+        header = [f"time under --compile, {compiled['model']}, CPU", "ratio"]
+        rows = [[words, ratios.shown(compiled.get(n))] for n, words in COMPILED_RATIOS.items()]
+        parts.append(table(header, rows))
+        parts.append(f"The first step with --compile on takes {compiled['cold_seconds']:.0f} s.")
     if cam := load(CAM):
         header = [f"clean forward and CAM, {cam['model']}, fp32, CPU", "an image"]
         names = {
@@ -149,7 +157,9 @@ def text() -> str:
         }
         rows = [[meaning, *cam_row(cam, case)] for case, meaning in names.items()]
         parts.append(table([*header, f"{cam['images']} images"], rows))
-    return "\n\n".join(parts) + "\n"
+    names = {**STEPS, COMPILED: "under --compile", CAM: "clean forward and CAM"}
+    joined = {words: result for name, words in names.items() if (result := load(name))}
+    return "\n\n".join([*parts, *([machine.together(joined)] if joined else [])]) + "\n"
 
 
 def counted() -> str:

@@ -10,12 +10,11 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import environments, photos
+from benchmarks import environments, machine, photos
 from rft import cli
 from rft.storage import files
 
@@ -100,8 +99,8 @@ def main() -> None:
         "benchmark": "simd_difference",
         "images": arguments.images,
         "size": SIZE,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions,
+        **machine.describe(),
+        "cores_compared": versions,
         **stages,
     }
     for name, values in stages.items():

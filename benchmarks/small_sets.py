@@ -219,7 +219,6 @@ def main() -> None:
     prepare(arguments)
     result = {
         **machine.describe(),
-        "git": files.git_revision(),
         "seeds": arguments.seeds,
         "zero_shot": zero_shot(arguments),
         "rows": measure(arguments),

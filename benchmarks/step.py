@@ -1,8 +1,9 @@
 """What a counterfactual step costs: `python -m benchmarks.step --model ViT-B-32`.
 
-Three optimizer steps on the same random images and weights, interleaved so that a busy machine
-slows all of them alike:
+Optimizer steps on the same random images and weights, interleaved so that a busy machine slows all
+of them alike:
   vanilla   cross-entropy through open_clip's own forward;
+  own_vanilla  the training loop's own step of the recipe `vanilla`;
   textbook  the counterfactual step in the released code's order: three student forwards with
             explicit attention, the maps of all layers and the relevance matrix stored in full;
   step      the training loop's own.
@@ -34,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rft.train.objective
 import rft.train.step
-from benchmarks import machine
+from benchmarks import machine, ratios
 from rft import cli, dist, recipes
 from rft.clip import vit
 from rft.clip.architecture import Architecture
@@ -54,12 +55,18 @@ from rft.train.step import accumulate_gradients
 
 ADDRESS = StepAddress(seed=0, step=0, rank=0, micro=0)
 RESULTS = Path(__file__).parent / "results"
+# of time: what could be done instead over what rft does
+ALTERNATIVES = {
+    "adamw": ("adamw_foreach", "adamw_fused"),
+    "patches_conv": ("patches_conv", "patches_matmul"),
+    "patches_conv_channels_last": ("patches_conv_channels_last", "patches_matmul"),
+}
 WORLD = dist.World(rank=0, size=1, local_rank=0)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Time one optimizer step of three implementations, object-mask single-fill."""
+    """Time one optimizer step: vanilla in two implementations, object-mask single-fill in two."""
 
     model: str = "ViT-B-32"
     """open_clip model name; its weights are random."""
@@ -74,8 +81,8 @@ class Arguments:
     recompute: bool = False
     """The training loop's step with --recompute (activation checkpointing)."""
     compile: bool = False
-    """Also time the training loop's step with --compile; saved apart, because the others take
-    another time with it in their process."""
+    """Also time vanilla under torch.compile and the training loop's step with --compile; saved
+    apart, because the others take another time with it in their process."""
     save: bool = False
     """Write the result to benchmarks/results/ as well."""
 
@@ -257,6 +264,12 @@ def build_steps(
     def textbook(precision: Precision) -> None:
         whole(lambda: textbook_step(plain, images_BCHW, labels_B, precision), precision)
 
+    def own_vanilla() -> None:
+        method = recipes.build("vanilla").method
+        objective = Objective(student, job.objective.teacher, method)
+        own = replace(job, objective=objective, config=replace(job.config, method=method))
+        whole(lambda: accumulate_gradients(own, objective, batch, step=0), precision, clips=False)
+
     def ours(choice: Choice) -> None:
         job.objective.kernels = kernels.load(choice)
         module = job.objective
@@ -265,6 +278,7 @@ def build_steps(
 
     return {
         "vanilla": vanilla,
+        "own_vanilla": own_vanilla,
         "textbook": lambda: textbook(precision),
         "step": lambda: ours(Choice()),
         "vanilla_compiled": lambda: vanilla(compiled_visual()),
@@ -361,8 +375,8 @@ def matmul_ceiling(device: torch.device, precision: Precision) -> float:
 
 def alternatives(
     student: Classifier, arguments: Arguments, device: torch.device
-) -> dict[str, float]:
-    """Return the median seconds of what could be done in two ways, on the model's own sizes.
+) -> dict[str, ratios.Ratio | None]:
+    """Return the ratios of time of what could be done in two ways, on the model's own sizes.
 
     The optimizer's update in one fused kernel or one for each operation, and the patch embedding as
     a matrix product (what rft does) or as open_clip's convolution, plain and channels-last.
@@ -391,7 +405,10 @@ def alternatives(
     }
     seconds = time_steps(work, arguments.rounds, device)
     student.zero_grad()
-    return {name: round(statistics.median(values), 5) for name, values in seconds.items()}
+    return {
+        name: ratios.of_rounds(seconds[above], seconds[below])
+        for name, (above, below) in ALTERNATIVES.items()
+    }
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
@@ -399,8 +416,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     device = torch.device("cpu")
     student = build_classifier(arguments.model, arguments.classes)
     built = build_steps(arguments, device, "fp32", student)
-    names = ("vanilla", "textbook", "step", *["step_compiled"] * arguments.compile)
-    steps = {name: built[name] for name in names}
+    steps = {name: built[name] for name in (*EAGER, *COMPILED * arguments.compile)}
     began = time.perf_counter()
     if arguments.compile:
         steps["step_compiled"]()
@@ -408,14 +424,17 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     rounds = time_steps(steps, arguments.rounds, device)
     seconds = {name: statistics.median(values) for name, values in rounds.items()}
     phases = phase_seconds(steps["step"], device)
-    flops = {name: count_flops(steps[name]) for name in ("vanilla", "textbook", "step")}
+    flops = {name: count_flops(steps[name]) for name in EAGER}
     ceiling = matmul_ceiling(device, "fp32")
     count = arguments.batch_size
+
+    def over(above: str, below: str) -> ratios.Ratio | None:
+        return ratios.of_rounds(rounds[above], rounds[below])
+
     result = {
         "benchmark": "step",
-        **machine.describe(),
+        **machine.describe(machine.STEP),
         "device": device.type,
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": "fp32",
         **{name: value for name, value in asdict(arguments).items() if name in SETTINGS},
@@ -430,19 +449,31 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         "flops": flops,
         "matmul_ceiling_flops": round(ceiling),
         "mfu": {name: round(flops[name] / seconds[name] / ceiling, 4) for name in flops},
-        "step_over_vanilla": round(seconds["step"] / seconds["vanilla"], 3),
-        "textbook_over_step": round(seconds["textbook"] / seconds["step"], 3),
+        **{name: over(*sides) for name, sides in RATIOS.items()},
         "flops_textbook_over_step": round(flops["textbook"] / flops["step"], 3),
-        "alternatives_seconds": alternatives(student, arguments, device),
+        "alternatives": alternatives(student, arguments, device),
     }
     if arguments.compile:
         result["cold_seconds"] = round(cold, 1)
-        result["compiled_over_step"] = round(seconds["step_compiled"] / seconds["step"], 3)
+        result |= {name: over(*sides) for name, sides in COMPILED_RATIOS.items()}
     return result
 
 
 SETTINGS = ("model", "batch_size", "classes", "rounds", "recompute")
-RATIOS = ("step_over_vanilla", "textbook_over_step")
+EAGER = ("vanilla", "own_vanilla", "textbook", "step")
+COMPILED = ("vanilla_compiled", "step_compiled")
+# of time: name -> the step above, the step below
+RATIOS = {
+    "step_over_vanilla": ("step", "vanilla"),
+    "step_over_own_vanilla": ("step", "own_vanilla"),
+    "own_vanilla_over_vanilla": ("own_vanilla", "vanilla"),
+    "textbook_over_step": ("textbook", "step"),
+}
+COMPILED_RATIOS = {
+    "compiled_over_step": ("step_compiled", "step"),
+    "vanilla_compiled_over_vanilla": ("vanilla_compiled", "vanilla"),
+    "step_compiled_over_vanilla_compiled": ("step_compiled", "vanilla_compiled"),
+}
 
 
 def repeat(arguments: Arguments) -> dict[str, Any]:
@@ -455,10 +486,14 @@ def repeat(arguments: Arguments) -> dict[str, Any]:
     for _ in range(arguments.processes):
         told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         results.append(json.loads(told.splitlines()[-1]))
-        print({name: results[-1][name] for name in RATIOS}, flush=True)
-    results.sort(key=lambda result: result["textbook_over_step"])
-    ratios = {name: sorted(result[name] for result in results) for name in RATIOS}
-    return {**results[len(results) // 2], "of_all_processes": ratios}
+        print({name: results[-1][name]["median"] for name in RATIOS}, flush=True)
+    results.sort(key=lambda result: result["textbook_over_step"]["median"])
+    middle = results[len(results) // 2]
+    for name in RATIOS:
+        # the range is of all rounds of all processes
+        middle[name]["lowest"] = min(result[name]["lowest"] for result in results)
+        middle[name]["highest"] = max(result[name]["highest"] for result in results)
+    return {**middle, "processes": arguments.processes}
 
 
 def main() -> None:

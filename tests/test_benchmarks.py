@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,16 @@ from open_clip import OPENAI_DATASET_STD as STD
 from PIL import Image
 from torchvision.transforms import v2
 
-from benchmarks import contenders, environments, loader, machine, pack, photos, simd_difference
+from benchmarks import (
+    contenders,
+    environments,
+    loader,
+    machine,
+    pack,
+    photos,
+    ratios,
+    simd_difference,
+)
 from benchmarks import summary as pages
 from rft.packing import encode
 from rft.packing.pack import Options
@@ -103,7 +113,7 @@ import numpy as np
 from benchmarks import contenders
 name, work, out = sys.argv[1:]
 arguments = contenders.Arguments(
-    name=name, work=Path(work), workers=0, batch_size=5, seconds=0.01
+    name=name, work=Path(work), workers=0, batch_size=5, seconds=0.1
 )
 batches = contenders.CONTENDERS[name](arguments)()
 np.save(out, np.concatenate([np.asarray(next(batches)) for _ in range(8)]))
@@ -158,6 +168,26 @@ def test_a_rate_is_what_was_delivered_and_ends_the_pass(monkeypatch):
     assert ended == [True]
 
 
+def test_an_epoch_that_ends_inside_a_measurement_is_an_error(monkeypatch):
+    monkeypatch.setattr(contenders, "cpu_seconds", lambda: 0.0)
+    few = [torch.zeros(5, 3, 224, 224, dtype=torch.uint8)] * 3
+    few_batches = lambda: (batch for batch in few)  # noqa: E731 - as the contenders' are
+    with pytest.raises(ValueError, match="an epoch of none ended inside the measurement"):
+        contenders.rate(few_batches, dataclasses.replace(contender("none", Path()), seconds=60))
+
+
+@pytest.mark.slow
+def test_webdataset_reads_two_members_for_each_sample(work):
+    contenders.CONTENDERS["webdataset"](contender("webdataset", work))
+    contenders.CONTENDERS["webdataset_pixels"](contender("webdataset_pixels", work))
+    for encoding, suffix in (("original", "jpg"), ("pixels", "npy")):
+        names = []
+        for path in (work / f"webdataset-{encoding}").glob("*.tar"):
+            with tarfile.open(path) as tar:
+                names += tar.getnames()
+        assert Counter(name.rsplit(".", 1)[1] for name in names) == {suffix: IMAGES, "cls": IMAGES}
+
+
 def arguments(**changes) -> loader.Arguments:
     return loader.Arguments(cpus=1, rounds=2, seconds=0.05, batch_size=5, **changes)
 
@@ -185,28 +215,32 @@ def test_rounds_of_real_processes_and_one_that_cannot_run(work, monkeypatch):
     assert "nobody" in line["reason"]
 
 
-def outcomes_of(**rates: float | None) -> dict[str, loader.Outcome]:
-    found = {name: loader.Outcome(absent="not there") for name in loader.runs(2)}
-    for name, rate in rates.items():
-        found[name.replace("__", ", ").replace("_", " ")] = loader.Outcome(images_per_second=[rate])
-    return found
-
-
 def test_ratios_of_the_loader():
-    found = outcomes_of(
-        memcpy=100.0,
-        rft_pixels__no_worker=40.0,
-        rft_pixels__2_workers=70.0,
-        webdataset_pixels__2_workers=7.0,
-        bare=2.0,
-        rft=3.8,
-    )
+    found = {name: loader.Outcome(absent="not there") for name in loader.runs(2)}
+    for name, rates in {
+        "memcpy": [100.0, 50.0],
+        "rft pixels, no worker": [40.0, 40.0],
+        "rft pixels, 2 workers": [70.0, 40.0],
+        "webdataset npy + cls, 2 workers": [7.0, 5.0],
+        "bare": [2.0, 1.0],
+        "rft": [3.8, 1.8],
+    }.items():
+        found[name] = loader.Outcome(images_per_second=rates)
+    # of the faster of two ways to read, each round by itself
     assert loader.figures(found, 2) == {
-        "pixels_over_memcpy": 0.7,
-        "pixels_over_webdataset": 10.0,
-        "jpeg_over_bare": 0.95,
+        "pixels_over_memcpy": {"median": 0.75, "lowest": 0.7, "highest": 0.8},
+        "pixels_over_npy_cls": {"median": 9.0, "lowest": 8.0, "highest": 10.0},
+        "jpeg_over_bare": {"median": 0.925, "lowest": 0.9, "highest": 0.95},
         "simd_over_pillow": None,
     }
+
+
+def test_a_ratio_with_a_wide_range_has_no_middle():
+    assert ratios.shown(ratios.of_rounds([3.0, 4.0, 4.4], [3.0, 3.0, 3.0])) == "1.33 (1.00 to 1.47)"
+    assert ratios.shown(ratios.of_rounds([3.0, 4.0, 4.6], [3.0, 3.0, 3.0])) == "1.00 to 1.53"
+    assert ratios.shown(ratios.of_rounds([], [1.0])) == "not measured"
+    with pytest.raises(ValueError, match="longer"):
+        ratios.of_rounds([1.0], [1.0, 2.0])
 
 
 @pytest.mark.parametrize("changes", [{"rounds": 0}, {"seconds": 0}, {"cpus": 10**6}, {"cpus": 0}])
@@ -246,16 +280,15 @@ def test_compressing_alone_gives_what_packing_stores(work):
 
 
 def test_ratios_of_the_packer():
-    rates = {"copy": 10.0, "copy_synced": 4.0, "original": 8.0}
-    rates |= {"crop": 1.0, "pixels": 1.9, "compress": 0.5, "jpeg": 0.9}
-    assert pack.figures(rates, 2) == {
-        "original_over_copy": 0.8,
-        "original_over_copy_synced": 2.0,
-        "pixels_over_bare": 0.95,
-        "jpeg_over_bare": 0.9,
+    seconds = {"copy_synced": [4.0, 8.0], "original": [2.0, 5.0]}
+    seconds |= {"crop": [1.9, 1.9], "pixels": [2.0, 1.9], "compress": [3.0], "jpeg": [4.0]}
+    assert pack.figures(seconds) == {
+        "original_over_copy_synced": {"median": 1.8, "lowest": 1.6, "highest": 2.0},
+        "pixels_over_bare": {"median": 0.975, "lowest": 0.95, "highest": 1.0},
+        "jpeg_over_bare": {"median": 0.75, "lowest": 0.75, "highest": 0.75},
     }
     settings = pack.Arguments(images=100, processes=1)
-    line = pack.row("copy", [1.0, 2.0, 4.0], settings, mib=10.0)
+    line = pack.row("copy_synced", [1.0, 2.0, 4.0], settings, mib=10.0)
     assert line["images_per_second"] == 50
     assert (line["lowest"], line["highest"]) == (25, 100)
     assert line["source_mib_per_second"] == 5
@@ -269,7 +302,7 @@ def test_the_pack_benchmark_as_a_program(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(result.stdout.splitlines()[-1])
     assert set(found["rows"]) == set(pack.WORK)
-    assert all(found[name] > 0 for name in summary_ratios("pack"))
+    assert all(found[name]["median"] > 0 for name in summary_ratios("pack"))
     assert not (tmp_path / "out").exists()
 
 
@@ -320,22 +353,30 @@ def test_the_page_names_every_run_and_every_ratio():
     rows = {name: loader.row(run, outcome) for name, run in table.items()}
     rows["litdata"] = {"images_per_second": None, "reason": "not installed"}
     loaded = {"benchmark": "loader", "rows": rows, "cpus": 2, "images": 10, "rounds": 3}
-    loaded |= {**machine.describe(), **dict.fromkeys(summary_ratios("loader"), 0.7)}
+    seven, nine = (dict.fromkeys(("median", "lowest", "highest"), value) for value in (0.7, 0.9))
+    loaded |= {**machine.describe(), **dict.fromkeys(summary_ratios("loader"), seven)}
     loaded["simd_over_pillow"] = None
     settings = pack.Arguments(images=10, processes=1)
     lines = {name: pack.row(name, [1.0], settings, 1.0) for name in pack.WORK}
-    packed = {"benchmark": "pack", "cpus": 1, "rows": lines}
-    packed |= dict.fromkeys(summary_ratios("pack"), 0.9)
-    simd = {"images": 5, "versions": {"Pillow": "13.0.0", "Pillow-SIMD": "12.1.1.post0"}}
+    packed = {**machine.describe(), "benchmark": "pack", "cpus": 1, "rows": lines}
+    packed |= dict.fromkeys(summary_ratios("pack"), nine)
+    simd = {"images": 5, "cores_compared": {"Pillow": "13.0.0", "Pillow-SIMD": "12.1.1.post0"}}
+    simd |= machine.describe()
     simd["decoded_and_resized"] = {"max_levels": 1, "share_differing": 0.0036}
     page = pages.page(loaded, packed, simd)
     assert all(f"| {name} |" in page for name in table)
     assert "| rft | 2 (1 to 3) |" in page
     assert "| litdata | not installed |" in page
-    assert page.count("| 0.70 |") == len(summary_ratios("loader")) - 1
-    assert page.count("| 0.90 |") == len(summary_ratios("pack"))
+    assert page.count("| 0.70 (0.70 to 0.70) |") == len(summary_ratios("loader")) - 1
+    assert page.count("| 0.90 (0.90 to 0.90) |") == len(summary_ratios("pack"))
     assert "| not measured |" in page
     assert "at most 1 of 255 grey levels, in 0.36% of the values of 5 images" in page
+    assert "- packing: commit " in page
+    assert "Not of the same code" not in page
+    changed = {**packed, "code": {**packed["code"], "sha256": "0" * 64}}
+    assert "**Not of the same code**: rft changed" in pages.page(loaded, changed, simd)
+    with pytest.raises(ValueError, match="different machines"):
+        pages.page(loaded, {**packed, "processor": "another"}, simd)
 
 
 def test_the_saved_page_is_made_of_the_saved_results():

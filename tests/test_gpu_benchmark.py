@@ -285,6 +285,15 @@ def test_an_empty_result_says_that_nothing_was_measured():
     assert text.count("| not measured |") == len(page.STEPS) + 2
 
 
+def test_a_ratio_lies_between_the_extremes_of_both_steps():
+    vanilla = {"batch_size": 8, "seconds": 1.0, "fastest": 0.8, "slowest": 1.25}
+    ours = {"batch_size": 4, "seconds": 1.0, "fastest": 0.95, "slowest": 1.0}
+    assert page.over(vanilla, vanilla) == "1"
+    assert page.over(ours, {**vanilla, "fastest": 0.9, "slowest": 1.0}) == "2.00 (1.90 to 2.22)"
+    # half of its images, so twice the time for each
+    assert page.over(ours, vanilla) == "1.52 to 2.50"
+
+
 def test_kernels_of_one_beginning_stay_apart_in_the_table():
     names = [f"void at::native::{'x' * 80}<{kind}>" for kind in ("float", "bf16")]
     found = page.shortened({names[0]: 0.1, names[1]: 0.04})
@@ -389,7 +398,7 @@ def test_tries_that_end_early_add_up(result):
 
 def test_other_sources_or_settings_start_anew(result, monkeypatch):
     result().add("chip", outcome("done"))
-    monkeypatch.setattr(machine, "source_sha256", lambda: "0" * 64)
+    monkeypatch.setattr(machine, "source_sha256", lambda *_: "0" * 64)
     assert result().lacking(again=False) == ["chip", "tests"]
 
 

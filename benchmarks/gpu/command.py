@@ -141,7 +141,6 @@ class Result:
             "benchmark": kind,
             "schema": SCHEMA,
             **machine.describe(),
-            "commit": files.git_revision(),
             "source_sha256": machine.source_sha256(),
             "driver": None if arguments.rehearse else parts.driver(),
             "versions": machine.versions(VERSIONS),

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.method import NOT_MEASURED, table
+from benchmarks import ratios
+from benchmarks.method import table
+from benchmarks.ratios import NOT_MEASURED
 
 STEPS = {
     "vanilla": "vanilla (open_clip's forward)",
     "vanilla_compiled": "vanilla, compiled",
+    "own_vanilla": "rft's own vanilla",
     "step": "**rft**, object-mask single-fill",
     "step_compiled": "rft --compile on",
     "step_triton": "rft, compiled, with the CAM's Triton kernel",
@@ -64,15 +67,29 @@ def step_table(parts: dict[str, Any], models: Sequence[str]) -> str:
     rows = []
     for model in models:
         found = measured_steps(parts, model)
-        vanilla = found.get("vanilla", {}).get("images_per_s")
+        vanilla = found.get("vanilla")
         for name, title in STEPS.items():
             rows.append([f"{model}: {title}", *step_cells(found.get(name), vanilla)])
     header = ["step", "images", "ms", "images/s", "time / vanilla's", "of the matmul ceiling"]
     return table([*header, "peak memory"], rows)
 
 
-def step_cells(row: dict[str, Any] | None, vanilla: float | None) -> list[str]:
-    """Fill the cells of one timed step; `vanilla` is the rate that it is compared with."""
+def over(row: dict[str, Any], vanilla: dict[str, Any]) -> str:
+    """Write the time per image of one step over another's, between the extremes of both."""
+    if row is vanilla:
+        return "1"
+    images = vanilla["batch_size"] / row["batch_size"]
+    return ratios.shown(
+        {
+            "median": images * row["seconds"] / vanilla["seconds"],
+            "lowest": images * row["fastest"] / vanilla["slowest"],
+            "highest": images * row["slowest"] / vanilla["fastest"],
+        }
+    )
+
+
+def step_cells(row: dict[str, Any] | None, vanilla: dict[str, Any] | None) -> list[str]:
+    """Fill the cells of one timed step; `vanilla` is the one that it is compared with."""
     if row is None:
         return [NOT_MEASURED, *[""] * 5]
     memory, counted = row.get("peak_memory"), row.get("dry_run_memory")
@@ -81,7 +98,7 @@ def step_cells(row: dict[str, Any] | None, vanilla: float | None) -> list[str]:
         str(row["batch_size"]),
         f"{1000 * row['seconds']:.1f}",
         f"{row['images_per_s']:,.0f}",
-        "" if vanilla is None else f"{vanilla / row['images_per_s']:.2f}",
+        "" if vanilla is None else over(row, vanilla),
         f"{row['mfu']:.0%}",
         "" if memory is None else f"{memory / 1e9:.1f} GB{share}",
     ]

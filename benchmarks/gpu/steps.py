@@ -23,7 +23,7 @@ from rft.config import Precision
 from rft.train import memory
 
 PRECISION: Precision = "bf16"
-EAGER = ("step", "vanilla", "textbook", "textbook_tf32")
+EAGER = ("step", "vanilla", "own_vanilla", "textbook", "textbook_tf32")
 COMPILED = ("step_compiled", "vanilla_compiled")
 TRITON = "step_triton"  # a kernel that only a GPU runs
 COUNTED = 8  # images on which operations are counted, which are the same for every image

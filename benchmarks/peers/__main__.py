@@ -1,7 +1,8 @@
 """Put the thirteen questions to the peers and to rft: `python -m benchmarks.peers --save`.
 
-The peers need what `python -m benchmarks.environments` installs. rft's answers are its own tests,
-found by their names (`test_t1_*` to `test_t13_*`). The last line is one JSON object.
+The peers need what `python -m benchmarks.environments` installs. rft is asked as they are; its own
+tests of the same questions, which go further, are counted beside (`test_t1_*` to `test_t13_*`). The
+last line is one JSON object.
 """
 
 import json
@@ -10,14 +11,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as Xml
 
-from benchmarks import environments
+from benchmarks import environments, machine
 from benchmarks.peers.experiments import TESTS
 from rft import cli
 from rft.storage import files
@@ -26,13 +27,14 @@ RESULTS = environments.ROOT / "benchmarks" / "results" / "peers.json"
 PAGE = environments.ROOT / "docs" / "results" / "peers.md"
 # peer -> its program and environment
 PEERS = {
+    "rft": ("on_rft", None),
     "webdataset": ("on_webdataset", None),
     "open_clip": ("on_open_clip", "open_clip"),
     "timm": ("on_timm", "open_clip"),
     "mosaicml-streaming": ("on_streaming", "mosaicml-streaming"),
     "litdata": ("on_litdata", "litdata"),
 }
-PATIENCE = 900.0  # seconds for all questions to one peer
+PATIENCE = 1800.0  # seconds for all questions to one peer
 Answers = dict[str, dict[str, Any]]
 
 
@@ -47,7 +49,8 @@ class Arguments:
     at_once: int = 2
     """Peers that are asked at the same time."""
     save: bool = False
-    """Write benchmarks/results/peers.json and docs/results/peers.md as well."""
+    """Write benchmarks/results/peers.json and docs/results/peers.md as well; of what was not asked
+    now, the saved answers stay, each with its commit."""
 
 
 def ask(peer: str, tests: tuple[str, ...], work: Path) -> tuple[dict[str, str], Answers]:
@@ -81,8 +84,8 @@ def ask(peer: str, tests: tuple[str, ...], work: Path) -> tuple[dict[str, str], 
     return versions, answers
 
 
-def ask_ourselves(tests: tuple[str, ...], work: Path) -> Answers:
-    """Return what pytest says of rft's tests of the same questions."""
+def own_tests(tests: tuple[str, ...], work: Path) -> dict[str, dict[str, int]]:
+    """Count how rft's own tests of the same questions end, by question and outcome."""
     report = work / "rft.xml"
     names = " or ".join(f"test_{test.lower()}_" for test in tests)
     command = [sys.executable, "-m", "pytest", "-q", "tests", "-k", names]
@@ -94,26 +97,36 @@ def ask_ourselves(tests: tuple[str, ...], work: Path) -> Answers:
             stderr=log,
             check=False,
         )
-    outcomes: dict[str, list[str]] = {test: [] for test in tests}
+    outcomes: dict[str, Counter[str]] = {test: Counter() for test in tests}
     for case in Xml.parse(report).iter("testcase"):
         number = re.match(r"test_(t\d+)_", case.get("name", ""))
         if number is not None and number[1].upper() in outcomes:
             children = {child.tag for child in case} & {"failure", "error", "skipped"}
-            outcomes[number[1].upper()].append(next(iter(children), "passed"))
-    answers = {}
-    for test, found in outcomes.items():
-        passed = found.count("passed")
-        good = passed > 0 and not {"failure", "error"} & set(found)
-        skipped = f", {found.count('skipped')} skipped" if "skipped" in found else ""
-        seen = f"{passed} of {len(found)} tests passed{skipped}"
-        answers[test] = {"result": "pass" if good else "fail", "seen": seen}
-    return answers
+            outcomes[number[1].upper()][next(iter(children), "passed")] += 1
+    return {test: dict(found) for test, found in outcomes.items()}
+
+
+def with_earlier(document: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return the result with the earlier answers of what was not asked now."""
+    answers = {
+        peer: {**earlier["answers"].get(peer, {}), **document["answers"].get(peer, {})}
+        for peer in earlier["answers"] | document["answers"]
+    }
+    return {
+        **document,
+        "packages": earlier["packages"] | document["packages"],
+        "answers": answers,
+        "own_tests": earlier["own_tests"] | document["own_tests"],
+    }
 
 
 def page(document: dict[str, Any]) -> str:
     """Return the result as Markdown: a table, then what was seen where a peer did not pass."""
-    answers: dict[str, Answers] = document["answers"]
-    tests = list(answers["rft"])
+    # a file that was read has its keys sorted
+    answers: dict[str, Answers] = {
+        n: document["answers"][n] for n in PEERS if n in document["answers"]
+    }
+    tests = [test for test in TESTS if all(test in found for found in answers.values())]
     lines = [
         f"| | {' | '.join(answers)} |",
         f"|---|{'---|' * len(answers)}",
@@ -122,23 +135,37 @@ def page(document: dict[str, Any]) -> str:
             for test in tests
         ),
     ]
-    own = ", ".join(f"{test} {answers['rft'][test]['seen'].split(' of ')[0]}" for test in tests)
-    lines += [
-        "",
-        f"rft's own tests that passed, by question: {own}. What was seen of the others "
-        "(an exception is one that reaches the loop; some only log theirs):",
-    ]
+    lines += ["", heading(document)]
     for peer, found in answers.items():
-        if peer == "rft":
-            continue
-        versions = document["versions"][peer]
-        named = ", ".join(f"{name} {version}" for name, version in versions.items())
+        versions = document["packages"][peer]
+        named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         lines += ["", f"**{peer}** ({named})", ""]
         lines += [
-            f"- {test} {answer['result']}: {escaped(answer['seen'])}"
-            for test, answer in found.items()
+            f"- {test} {found[test]['result']}: {escaped(found[test]['seen'])}"
+            + older(found[test], document)
+            for test in tests
         ]
     return "\n".join(lines) + "\n"
+
+
+def heading(document: dict[str, Any]) -> str:
+    """Return what the answers are of, with the tests that rft has besides."""
+    own = document["own_tests"]
+    passed = ", ".join(f"{test} {own[test].get('passed', 0)}" for test in TESTS if test in own)
+    others = sum(number for found in own.values() for name, number in found.items())
+    others -= sum(found.get("passed", 0) for found in own.values())
+    return (
+        f"All were asked by the same program, {machine.made(document)}, but for answers that name "
+        "another commit. Times that JSON records hold are not compared in T9. rft has tests of the "
+        f"same questions besides; passed, by question: {passed}; failed or skipped: {others}. What "
+        "was seen (an exception is one that reaches the loop; some log theirs):"
+    )
+
+
+def older(answer: dict[str, Any], document: dict[str, Any]) -> str:
+    """Return the commit of an answer that is not of the last call."""
+    commit = answer["commit"]
+    return "" if commit == document["commit"] else f" (commit {commit})"
 
 
 def escaped(text: str) -> str:
@@ -155,6 +182,8 @@ def main() -> None:
     for test in arguments.tests:
         if test not in TESTS:
             raise cli.unknown("test", test, list(TESTS))
+    # before the questions: what a tree becomes meanwhile was not asked
+    about = machine.describe(machine.DATA_PLANE)
     work = Path(tempfile.mkdtemp(prefix="peers-"))
     try:
         with ThreadPoolExecutor(arguments.at_once) as pool:
@@ -162,16 +191,20 @@ def main() -> None:
                 peer: pool.submit(ask, peer, arguments.tests, work) for peer in arguments.peers
             }
             found = {peer: future.result() for peer, future in asked.items()}
-        answers = {"rft": ask_ourselves(arguments.tests, work)}
+        own = own_tests(arguments.tests, work) if "rft" in arguments.peers else {}
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    answers |= {peer: peers_answers for peer, (_, peers_answers) in found.items()}
+    for answer in (answer for _, answers in found.values() for answer in answers.values()):
+        answer["commit"] = about["commit"]
     document = {
         "benchmark": "peers",
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {peer: versions for peer, (versions, _) in found.items()},
-        "answers": answers,
+        **about,
+        "packages": {peer: packages for peer, (packages, _) in found.items()},
+        "answers": {peer: answers for peer, (_, answers) in found.items()},
+        "own_tests": own,
     }
+    if arguments.save and RESULTS.exists():
+        document = with_earlier(document, files.read_json(str(RESULTS)))
     print(page(document))
     if arguments.save:
         files.write_json(str(RESULTS), document)

@@ -137,6 +137,7 @@ PEER = Peer(
     peek=peek,
     clients=("botocore.client", "boto3", "obstore", "litdata.streaming.client"),
     pack=pack,
+    time_of_work=rb'"updated_at": "?[0-9.]+',
     names=names,
     own={"T8": t8},
 )

@@ -27,6 +27,9 @@ from benchmarks.servers import faults, ranges
 from benchmarks.servers.loopback import free_port
 from rft import dist
 
+# seconds that a process has to answer: eight ranks with loader processes of their own take most
+PATIENCE = 60.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
@@ -115,7 +118,7 @@ def _child(function: Callable[[], Any], out: Path, variables: dict[str, str]) ->
     os._exit(0)
 
 
-def call(function: Callable[[], Any], folder: Path, seconds: float = 25) -> Ended:
+def call(function: Callable[[], Any], folder: Path, seconds: float = PATIENCE) -> Ended:
     """Run a function in a process of its own, with a new file in `folder` for what it tells."""
     return Child(function, new_path(folder, "call")).wait(time.monotonic() + seconds)
 
@@ -125,7 +128,7 @@ def deliver(
     world_size: int,
     folder: Path,
     *,
-    seconds: float = 25,
+    seconds: float = PATIENCE,
     kill_after: int | None = None,
 ) -> list[Delivered]:
     """Run the ranks of a job at the same time and return what each was given.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rft import dist
 from rft.dist import World
 from rft.evaluate.forward import Kept, forward
-from rft.loading.batches import EvaluationBatches
+from rft.loading.batches import EvaluationBatches, rank_part
 from rft.loading.dataset import PackedDataset
 
 EXCLUDED = -1  # in `Manifest.class_to_group`
@@ -84,15 +84,13 @@ def count_correct(
     if samples is None:
         samples = np.arange(len(packed))
     class_to_group_K = torch.from_numpy(packed.manifest.class_to_group()).to(device)
-    # next to each other, so that a rank reads few shards
-    first, last = (len(samples) * rank // world.size for rank in (world.rank, world.rank + 1))
     # right images and images without finite logits of each model, then all images
     counts = torch.zeros(2 * len(models) + 1, dtype=torch.int64, device=device)
-    mine = EvaluationBatches(
-        packed, samples[first:last], image_size=image_size, batch_size=batch_size
-    )
+    part = rank_part(len(samples), world.rank, world.size)
+    mine = EvaluationBatches(packed, samples[part], image_size=image_size, batch_size=batch_size)
     files = kept.open(packed, samples, batch_size, world, device) if kept else {}
-    for labels_B, logits in forward(models, mine, first, files, workers=workers, device=device):
+    logits_of = forward(models, mine, part.start, files, workers=workers, device=device)
+    for labels_B, logits in logits_of:
         for number, logits_BK in enumerate(logits):
             right_B = is_correct(logits_BK, labels_B, class_to_group_K)
             counts[number] += right_B.sum()

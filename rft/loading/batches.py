@@ -91,6 +91,13 @@ class EvaluationBatches:
         return self.samples[number * self.largest : (number + 1) * self.largest]
 
 
+def rank_part(samples: int, rank: int, world_size: int) -> slice:
+    """Return a rank's part of so many samples of an evaluation: every sample is in exactly one."""
+    # next to each other, so that a rank reads few shards
+    first, last = (samples * number // world_size for number in (rank, rank + 1))
+    return slice(first, last)
+
+
 # what `rft.loading.read` reads, in any order
 Batches = TrainingBatches | EvaluationBatches
 

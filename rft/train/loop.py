@@ -81,7 +81,9 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
             terms, grad_norm = accumulate_gradients(job, module, batch, step, shown)
             with record_function("optimizer"):
                 optimizer.step()
-                optimizer.zero_grad()
+                # zeros keep the gradients in the memory that ranks exchange: new ones would lie
+                # beside it until the backward that exchanges them
+                optimizer.zero_grad(set_to_none=world.alone)
             meter.add(terms, grad_norm, lr)
             journal.pictures(step + 1, shown, job.student.patch_side)
 

@@ -133,7 +133,8 @@ def settle_buckets(job: Job, module: nn.Module) -> None:
         return
     # no real step draws at -1
     accumulate_gradients(job, module, blank_batch(job), step=-1)
-    job.objective.zero_grad()
+    # as the loop does
+    job.objective.zero_grad(set_to_none=False)
 
 
 def blank_batch(job: Job) -> Batch:

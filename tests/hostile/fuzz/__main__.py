@@ -67,7 +67,6 @@ def main() -> None:
     result = {
         "benchmark": "fuzz",
         **machine.describe(),
-        "git": files.git_revision(),
         "versions": machine.versions(PACKAGES),
         "minutes": arguments.minutes,
         "seed": arguments.seed,
@@ -155,7 +154,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     lines.append(row("all", total))
     for name, counts in result["targets"].items():
         lines += [f"- {name}: {where} ({number})" for where, number in counts["crashes"].items()]
-    commit = result["git"] or "an unknown commit"
+    commit = result["commit"] or "an unknown commit"
     lines += [
         "",
         f"{result['minutes']:g} minutes at {commit} on {result['processor']}, {result['cores']} "

@@ -1,0 +1,39 @@
+"""Ratios of two measurements: divided round by round, shown with their range.
+
+What slows a machine for a while slows both sides of a round, so the ratio of one round is steadier
+than that of two medians.
+"""
+
+import statistics
+from collections.abc import Sequence
+
+WIDEST = 1.5  # largest / smallest round of a ratio that still has a middle worth printing
+NOT_MEASURED = "not measured"
+Ratio = dict[str, float]
+
+
+def of_rounds(above: Sequence[float], below: Sequence[float]) -> Ratio | None:
+    """Divide measurement by measurement of the same round; None if a side has none."""
+    if not above or not below:
+        return None
+    found = [a / b for a, b in zip(above, below, strict=True)]
+    return {
+        "median": round(statistics.median(found), 3),
+        "lowest": round(min(found), 3),
+        "highest": round(max(found), 3),
+    }
+
+
+def shown(ratio: Ratio | float | None) -> str:
+    """Write a ratio with its range, and without its middle if the range is wide.
+
+    A bare number is of a result that is older than ranges.
+    """
+    if ratio is None:
+        return NOT_MEASURED
+    if isinstance(ratio, float):
+        return f"{ratio:.2f} (range not recorded)"
+    low, high = ratio["lowest"], ratio["highest"]
+    if high > WIDEST * low:
+        return f"{low:.2f} to {high:.2f}"
+    return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
