@@ -463,9 +463,15 @@ def _write_shards(title: str, jobs: Sequence[ShardJob], workers: int | None, max
 
 
 def _remove_temporaries(url: str) -> None:
-    """Delete what killed runs left of shards and records; all are committed, none is needed."""
+    """Delete what killed runs left.
+
+    Of shards and records all, because every one is committed and none is needed; of index, side
+    files and manifest what nobody is writing, as a second run of this task may be.
+    """
     for folder in (url, files.join(url, COMMITS)):
         for name in file_sizes(folder):
-            # not those of index and manifest, which a second run of this task may be writing
             if files.TEMPORARY.fullmatch(name) and re.match(r"\.[0-9]{6,}\.", name):
                 files.remove(files.join(folder, name))
+    fs, path = files.open_store(url)
+    if isinstance(fs, LocalFileSystem):  # a store has none: objects appear whole
+        files.remove_abandoned(Path(path))

@@ -5,6 +5,7 @@ last, so that a reader never sees half a file. No URL is ever handed to a shell.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -259,31 +260,58 @@ def publish(url: str, scratch: Path | None = None) -> Iterator[Path]:
     is_local = isinstance(fs, LocalFileSystem)
     folder = Path(path).parent if is_local else scratch or Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
-    # not tempfile.mkstemp: its mode 0600 would survive the rename and override the user's umask
-    temporary = folder / f".{Path(path).name}.{uuid.uuid4().hex}.tmp"
+    # what waits to be uploaded may lie in a folder that others read
+    mode = 0o666 if is_local else 0o600
     where = url if is_local else str(folder)
     try:
-        # what waits to be uploaded may lie in a folder that others read
-        mode = 0o666 if is_local else 0o600
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode))
-        yield temporary
-        if is_local:
-            # before the rename: after a power cut the name must not stand for an empty file
-            with local.reader(temporary) as stream:
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        else:
-            where = url
-            with _client_errors("write", url):
-                # by fsspec's shared client, which retries by itself; `remote.client` would not
-                fs.put_file(str(temporary), path)
+        with _temporary(folder, Path(path).name, mode) as temporary:
+            yield temporary
+            if is_local:
+                # before the rename: after a power cut the name must not stand for an empty file
+                with local.reader(temporary) as stream:
+                    os.fsync(stream.fileno())
+                temporary.replace(path)
+            else:
+                where = url
+                with _client_errors("write", url):
+                    # by fsspec's shared client, which retries; `remote.client` would not
+                    fs.put_file(str(temporary), path)
     except OSError as error:
         # a full disk, for one, is reported without the file's name
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, where) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path, name: str, mode: int) -> Iterator[Path]:
+    """Make an empty file beside `name` and hold it, so that `remove_abandoned` leaves it alone."""
+    while True:
+        # not tempfile.mkstemp: its mode 0600 would survive the rename and override the user's umask
+        path = folder / f".{name}.{uuid.uuid4().hex}.tmp"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        try:
+            # not every network file system has locks; there, nothing is removed as abandoned
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            # it may have been removed before it was held
+            if path.exists():
+                yield path
+                return
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete what killed writers left in a local folder that others may be writing now."""
+    for path in folder.iterdir():
+        if not TEMPORARY.fullmatch(path.name):
+            continue
+        # gone meanwhile, no regular file, held by its writer, or on a file system without locks
+        with contextlib.suppress(OSError, ValueError), local.reader(path) as stream:
+            fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 @contextlib.contextmanager
