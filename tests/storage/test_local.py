@@ -1,6 +1,7 @@
 """Files that others may have put there: nothing hangs, and nothing is reached through a link."""
 
 import dataclasses
+import fcntl
 import os
 import socket
 import stat
@@ -371,3 +372,34 @@ def test_packing_writes_through_no_link(tmp_path):
         )
     assert len([*theirs.iterdir()]) == 1
     assert [path.name for path in (out / "imagenet-r").iterdir()] == ["commit"]
+
+
+def test_only_what_nobody_writes_is_removed(tmp_path):
+    abandoned = tmp_path / f".index.npz.{'0' * 32}.tmp"
+    own = tmp_path / ".hidden.tmp"  # the user's: not of our form
+    folder = tmp_path / f".folder.{'1' * 32}.tmp"
+    folder.mkdir()
+    for path in (abandoned, own):
+        path.write_bytes(b"x")
+    with files.publish(str(tmp_path / "file")) as temporary:
+        temporary.write_bytes(b"whole")
+        files.remove_abandoned(tmp_path)
+        assert not abandoned.exists()
+        assert temporary.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"file", own.name, folder.name}
+
+
+def test_a_file_removed_before_it_was_held_is_made_again(tmp_path, monkeypatch):
+    real, removed = fcntl.flock, []
+
+    def slow(descriptor: int, kind: int) -> None:
+        if not removed:
+            removed.append(True)
+            files.remove_abandoned(tmp_path)
+        real(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    files.write_bytes(str(tmp_path / "file"), b"whole")
+    assert removed
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"whole"
