@@ -170,9 +170,6 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     return {
         "benchmark": "features",
         **machine.describe(),
-        "commit": files.git_revision(),
-        "source_sha256": machine.source_sha256(),
-        "versions": machine.versions(("torch", "open_clip_torch", "numpy")),
         "device": device.type,
         "accelerator": torch.cuda.get_device_name(device) if gpu else None,
         **{name: value for name, value in asdict(arguments).items() if name in SETTINGS},

@@ -21,8 +21,6 @@ NOT_RERUN = {
     "pack_cpu.json",
     "rehearsal_cpu.json",
     "small_sets.json",
-    "step_ViT-B-32_cpu.json",
-    "step_compiled_ViT-B-32_cpu.json",
 }
 # trees and areas with a commit each: tools/compare_versions.py, tools/plant_faults.py
 OF_SEVERAL_COMMITS = {"versions.json", "planted_faults.json"}
