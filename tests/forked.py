@@ -78,6 +78,11 @@ def become(rank: int, port: int, request: Request) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "forked"}
         os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(request.ranks))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # torch makes its pool of threads anew in a fork, at its first use; here, before several
+    # threads use it at once, which it does not expect
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
     module, *options = request.words
     sys.argv = [module, *options]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

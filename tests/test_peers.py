@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers import __main__ as peers
+from benchmarks.peers import command as peers
 from benchmarks.peers.experiments import tree
 from benchmarks.peers.on_rft.peer import PEER
 from benchmarks.peers.samples import photographs

@@ -213,6 +213,11 @@ def _enter(request: Request) -> None:
     _limit(resource.RLIMIT_AS, _address_space() + ADDRESSES)
     _limit(resource.RLIMIT_FSIZE, FILE_BYTES)
     _limit(resource.RLIMIT_CORE, 0)
+    # a forked copy makes torch's pool of threads anew at its first use: here, before several
+    # threads use it at once, which torch does not expect
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
     # tries again in a second, not in minutes
     from rft.storage import remote
 

@@ -139,7 +139,7 @@ def test_the_peak_of_a_real_step(prepare, case):
     job = prepare(*options, recipe=recipe)
     need = needs(job, [1])
     assert not need.estimated
-    assert need.totals == [pytest.approx(real_peak(job), rel=0.03)]
+    assert need.totals == [pytest.approx(real_peak(job), rel=0.05)]
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_two_teachers(prepare):
         job.student, job.objective.teacher, method, ensemble=copy.deepcopy(job.objective.teacher)
     )
     job = replace(job, config=replace(job.config, method=method), objective=objective)
-    assert track(job, [1]) == [pytest.approx(real_peak(job), rel=0.03)]
+    assert track(job, [1]) == [pytest.approx(real_peak(job), rel=0.05)]
 
 
 @pytest.mark.slow

@@ -1,0 +1,212 @@
+"""Put the thirteen questions to the peers and to rft: `python -m benchmarks.peers --save`.
+
+The peers need what `python -m benchmarks.environments` installs. rft is asked as they are; its own
+tests of the same questions, which go further, are counted beside (`test_t1_*` to `test_t13_*`). The
+last line is one JSON object.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as Xml
+
+from benchmarks import environments, machine
+from benchmarks.peers.experiments import TESTS
+from rft import cli
+from rft.storage import files
+
+RESULTS = environments.ROOT / "benchmarks" / "results" / "peers.json"
+PAGE = environments.ROOT / "docs" / "results" / "peers.md"
+# peer -> its program and environment
+PEERS = {
+    "rft": ("on_rft", None),
+    "webdataset": ("on_webdataset", None),
+    "open_clip": ("on_open_clip", "open_clip"),
+    "timm": ("on_timm", "open_clip"),
+    "mosaicml-streaming": ("on_streaming", "mosaicml-streaming"),
+    "litdata": ("on_litdata", "litdata"),
+}
+PATIENCE = 1800.0  # seconds for all questions to one peer
+Answers = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Ask all peers, each in the environment that it needs."""
+
+    peers: tuple[str, ...] = tuple(PEERS)
+    """Which of them."""
+    tests: tuple[str, ...] = TESTS
+    """Which of T1 to T13."""
+    at_once: int = 2
+    """Peers that are asked at the same time."""
+    save: bool = False
+    """Write benchmarks/results/peers.json and docs/results/peers.md as well; of what was not asked
+    now, the saved answers stay, each with its commit."""
+
+
+def ask(peer: str, tests: tuple[str, ...], work: Path) -> tuple[dict[str, str], Answers]:
+    """Return a peer's versions and its answers; what did not come is `not run`, with the reason."""
+    module, environment = PEERS[peer]
+    absent = environment and environments.absence(environment)
+    if absent:
+        return {}, {test: {"result": "not run", "seen": absent} for test in tests}
+    command = [sys.executable, "-m", f"benchmarks.peers.{module}", "--work", str(work / peer)]
+    log = work / f"{peer}.log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [*command, "--tests", *tests],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={**environments.variables(environment), "OMP_NUM_THREADS": "1"},
+            cwd=environments.ROOT,
+            text=True,
+        )
+        try:
+            said = process.communicate(timeout=PATIENCE)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = process.communicate()[0]
+    documents = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    versions = documents[0]["versions"] if documents else {}
+    last = (log.read_text().strip().splitlines() or ["it ended without a word"])[-1]
+    answers = {test: {"result": "not run", "seen": last} for test in tests}
+    for document in documents[1:]:
+        answers[document["test"]] = {"result": document["result"], "seen": document["seen"]}
+    return versions, answers
+
+
+def own_tests(tests: tuple[str, ...], work: Path) -> dict[str, dict[str, int]]:
+    """Count how rft's own tests of the same questions end, by question and outcome."""
+    report = work / "rft.xml"
+    names = " or ".join(f"test_{test.lower()}_" for test in tests)
+    command = [sys.executable, "-m", "pytest", "-q", "tests", "-k", names]
+    with (work / "rft.log").open("w") as log:
+        subprocess.run(
+            [*command, f"--junitxml={report}"],
+            cwd=environments.ROOT,
+            stdout=log,
+            stderr=log,
+            check=False,
+        )
+    outcomes: dict[str, Counter[str]] = {test: Counter() for test in tests}
+    for case in Xml.parse(report).iter("testcase"):
+        number = re.match(r"test_(t\d+)_", case.get("name", ""))
+        if number is not None and number[1].upper() in outcomes:
+            children = {child.tag for child in case} & {"failure", "error", "skipped"}
+            outcomes[number[1].upper()][next(iter(children), "passed")] += 1
+    return {test: dict(found) for test, found in outcomes.items()}
+
+
+def with_earlier(document: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return the result with the earlier answers of what was not asked now."""
+    answers = {
+        peer: {**earlier["answers"].get(peer, {}), **document["answers"].get(peer, {})}
+        for peer in earlier["answers"] | document["answers"]
+    }
+    return {
+        **document,
+        "packages": earlier["packages"] | document["packages"],
+        "answers": answers,
+        "own_tests": earlier["own_tests"] | document["own_tests"],
+    }
+
+
+def page(document: dict[str, Any]) -> str:
+    """Return the result as Markdown: a table, then what was seen where a peer did not pass."""
+    # a file that was read has its keys sorted
+    answers: dict[str, Answers] = {
+        n: document["answers"][n] for n in PEERS if n in document["answers"]
+    }
+    tests = [test for test in TESTS if all(test in found for found in answers.values())]
+    lines = [
+        f"| | {' | '.join(answers)} |",
+        f"|---|{'---|' * len(answers)}",
+        *(
+            f"| {test} | {' | '.join(found[test]['result'] for found in answers.values())} |"
+            for test in tests
+        ),
+    ]
+    lines += ["", heading(document)]
+    for peer, found in answers.items():
+        versions = document["packages"][peer]
+        named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        lines += ["", f"**{peer}** ({named})", ""]
+        lines += [
+            f"- {test} {found[test]['result']}: {escaped(found[test]['seen'])}"
+            + older(found[test], document)
+            for test in tests
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def heading(document: dict[str, Any]) -> str:
+    """Return what the answers are of, with the tests that rft has besides."""
+    own = document["own_tests"]
+    passed = ", ".join(f"{test} {own[test].get('passed', 0)}" for test in TESTS if test in own)
+    others = sum(number for found in own.values() for name, number in found.items())
+    others -= sum(found.get("passed", 0) for found in own.values())
+    return (
+        f"All were asked by the same program, {machine.made(document)}, but for answers that name "
+        "another commit. Times that JSON records hold are not compared in T9. rft has tests of the "
+        f"same questions besides; passed, by question: {passed}; failed or skipped: {others}. What "
+        "was seen (an exception is one that reaches the loop; some log theirs):"
+    )
+
+
+def older(answer: dict[str, Any], document: dict[str, Any]) -> str:
+    """Return the commit of an answer that is not of the last call."""
+    commit = answer["commit"]
+    return "" if commit == document["commit"] else f" (commit {commit})"
+
+
+def escaped(text: str) -> str:
+    """Return text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text)
+
+
+def main() -> None:
+    """Ask, print, save."""
+    arguments = cli.parse(Arguments, prog="benchmarks.peers")
+    for peer in arguments.peers:
+        if peer not in PEERS:
+            raise cli.unknown("peer", peer, list(PEERS))
+    for test in arguments.tests:
+        if test not in TESTS:
+            raise cli.unknown("test", test, list(TESTS))
+    # before the questions: what a tree becomes meanwhile was not asked
+    about = machine.describe(machine.DATA_PLANE)
+    work = Path(tempfile.mkdtemp(prefix="peers-"))
+    try:
+        with ThreadPoolExecutor(arguments.at_once) as pool:
+            asked = {
+                peer: pool.submit(ask, peer, arguments.tests, work) for peer in arguments.peers
+            }
+            found = {peer: future.result() for peer, future in asked.items()}
+        own = own_tests(arguments.tests, work) if "rft" in arguments.peers else {}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    for answer in (answer for _, answers in found.values() for answer in answers.values()):
+        answer["commit"] = about["commit"]
+    document = {
+        "benchmark": "peers",
+        **about,
+        "packages": {peer: packages for peer, (packages, _) in found.items()},
+        "answers": {peer: answers for peer, (_, answers) in found.items()},
+        "own_tests": own,
+    }
+    if arguments.save and RESULTS.exists():
+        document = with_earlier(document, files.read_json(str(RESULTS)))
+    print(page(document))
+    if arguments.save:
+        files.write_json(str(RESULTS), document)
+        files.write_bytes(str(PAGE), page(document).encode())
+    print(json.dumps(document))
