@@ -8,6 +8,7 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 
 import fsspec
@@ -49,7 +50,9 @@ def test_no_secret_is_recorded_or_shown(
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login user password canary-of-the-server\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    # loader processes read the variable, which this process did when it imported fsspec
+    # loader processes read the variable, which this process did when it imported fsspec; so did the
+    # server that they are forked from, if a test before this one has started it
+    forkserver._forkserver._stop()
     monkeypatch.setenv("FSSPEC_HTTP", json.dumps(FROM_NETRC))
     monkeypatch.setitem(fsspec.config.conf, "http", FROM_NETRC)
     shown = []

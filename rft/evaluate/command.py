@@ -103,6 +103,8 @@ def main() -> None:
     arguments = cli.parse(Arguments, prog="rft.evaluate")
     if not arguments.checkpoints:
         raise ValueError("name at least one run folder or .safetensors file to evaluate")
+    if arguments.features_dir is not None:
+        files.require_local(arguments.features_dir, "--features-dir")
     sets = set_names(arguments.sets, "--sets")
     packed = {
         name: PackedDataset(files.join(arguments.data, name), max_pixels=arguments.max_pixels)

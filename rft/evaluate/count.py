@@ -8,6 +8,7 @@ Shapes: B batch, K classes, G groups.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,14 +91,15 @@ def count_correct(
     mine = EvaluationBatches(packed, samples[part], image_size=image_size, batch_size=batch_size)
     files = kept.open(packed, samples, batch_size, world, device) if kept else {}
     logits_of = forward(models, mine, part.start, files, workers=workers, device=device)
-    for labels_B, logits in logits_of:
-        for number, logits_BK in enumerate(logits):
-            right_B = is_correct(logits_BK, labels_B, class_to_group_K)
-            counts[number] += right_B.sum()
-            # looked at in the end: a look now would wait for the GPU
-            counts[len(models) + number] += (~is_finite(logits_BK)).sum()
-        counts[-1] += len(labels_B)
-        progress(len(labels_B))
+    with closing(logits_of) as stream:
+        for labels_B, logits in stream:
+            for number, logits_BK in enumerate(logits):
+                right_B = is_correct(logits_BK, labels_B, class_to_group_K)
+                counts[number] += right_B.sum()
+                # looked at in the end: a look now would wait for the GPU
+                counts[len(models) + number] += (~is_finite(logits_BK)).sum()
+            counts[-1] += len(labels_B)
+            progress(len(labels_B))
     *found, total = dist.sum_over_ranks(world, counts).tolist()
     assert total == len(samples), f"counted {total} of {len(samples)} samples"
     correct, bad = found[: len(models)], found[len(models) :]

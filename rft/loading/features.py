@@ -43,9 +43,15 @@ class FeatureFile:
     def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return rows (B, E) and which of them are there, bool (B,); the others are arbitrary."""
         records = np.zeros((len(numbers), record_bytes(self.width)), dtype=np.uint8)
-        for part, offset in self._runs(numbers):
-            buffers: list[Any] = [records[part]]
-            os.preadv(self._descriptor, buffers, offset)
+        try:
+            for part, offset in self._runs(numbers):
+                buffers: list[Any] = [records[part]]
+                os.preadv(self._descriptor, buffers, offset)
+        except OSError as error:
+            # another machine deleted the file, or the disk is failing
+            if not self.failed:
+                self._fail(error, "read from")
+            records[:] = 0
         found_B, expected_B = self._stored(records), self._checks(numbers, records)
         whole_B = found_B == expected_B
         # 0 is what a hole in the file reads as: never written
@@ -78,10 +84,10 @@ class FeatureFile:
         """Close the file, which may then be deleted to make room."""
         os.close(self._descriptor)
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: OSError, what: str = "written to") -> None:
         self.failed = True
         log.warning(
-            f"features cannot be written to {self.path}: {files.reason(error)}. Results do not "
+            f"features cannot be {what} {self.path}: {files.reason(error)}. Results do not "
             "change; what is not kept is computed again",
             extra=EVERY_RANK,
         )
@@ -132,14 +138,15 @@ class FeatureFolder:
         """
         name = f"{files.sha256_json({'algorithm': ALGORITHM, **key})}.features"
         size = rows * record_bytes(width)
-        local.require_own_folder(self.path, "the option for features")
+        local.require_own_folder(self.path, "--loader.features-dir, or --features-dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self._make_room(size, name):
                 if not self._refused:
                     log.info(
                         f"features of {rows:,} images are not kept: their {size / 1e9:,.2f} GB do "
-                        f"not fit in the {self.limit / 1e9:g} GB that {self.path} may have"
+                        f"not fit in the {self.limit / 1e9:g} GB that {self.path} may have; raise "
+                        "--loader.features-gb (of rft.evaluate --features-gb) to keep them"
                     )
                 self._refused = True
                 return None
@@ -151,7 +158,11 @@ class FeatureFolder:
             ) from error
         except (OSError, ValueError) as error:
             if not self._refused:
-                log.warning(f"features are not kept in {self.path}: {files.reason(error)}")
+                log.warning(
+                    f"features are not kept in {self.path}: {files.reason(error)}. Results do not "
+                    "change; another folder (--loader.features-dir, of rft.evaluate "
+                    "--features-dir) saves the time"
+                )
             self._refused = True
             return None
 
@@ -217,7 +228,8 @@ def computed_by(device: torch.device) -> str:
 
 def _delete_unused(path: Path) -> bool:
     with suppress(OSError, ValueError):
-        descriptor = local.open_regular(path, os.O_RDONLY | os.O_NOFOLLOW)
+        # to write: NFS has an exclusive lock for such a descriptor alone
+        descriptor = local.open_regular(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()

@@ -289,7 +289,7 @@ def _temporary(folder: Path, name: str, mode: int) -> Iterator[Path]:
     while True:
         # not tempfile.mkstemp: its mode 0600 would survive the rename and override the user's umask
         path = folder / f".{name}.{uuid.uuid4().hex}.tmp"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
         try:
             # not every network file system has locks; there, nothing is removed as abandoned
             with contextlib.suppress(OSError):
@@ -309,9 +309,14 @@ def remove_abandoned(folder: Path) -> None:
         if not TEMPORARY.fullmatch(path.name):
             continue
         # gone meanwhile, no regular file, held by its writer, or on a file system without locks
-        with contextlib.suppress(OSError, ValueError), local.reader(path) as stream:
-            fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        with contextlib.suppress(OSError, ValueError):
+            # to write: NFS has an exclusive lock for such a descriptor alone
+            descriptor = local.open_regular(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager

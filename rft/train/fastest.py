@@ -38,10 +38,16 @@ def choose(job: Job, done: int, recorded: Choice | None) -> Kernels:
     on_gpu = job.device.type == "cuda"
     if wanted == "off" or (recorded is None and wanted == "auto" and not on_gpu):
         return Kernels()
+    # nothing is left to compute, or it began as written
+    if done >= job.total_steps or (wanted == "auto" and recorded == Choice()):
+        return Kernels()
     if wanted == "on":
         choice = Choice(layers="compiled", cam="compiled" if _has_maps(job) else "eager")
     elif recorded is not None:
         choice = recorded
+    elif job.config.method.masks and job.config.micro_batch(job.world.size) < 2:
+        # each image needs another as its donor, and a rank that tries alone has none
+        return Kernels()
     else:
         return load(fastest(job, done))
     if problem := first_problem(job, choice):
@@ -76,6 +82,8 @@ def fastest(job: Job, done: int) -> Choice:
         time(Choice(layers=layers, cam="compiled"))
         time(Choice(layers=layers, cam="triton"))
     choice = best()
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()  # of what was tried
     if world.is_main:
         share = times[choice] / times[Choice()]
         log.info(f"{choice}: a step takes {share:.2f} of its time as written, measured here")

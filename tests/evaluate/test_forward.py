@@ -126,3 +126,8 @@ def test_damaged_features_are_computed_again(tmp_path, tiny_data, probes, capsys
     assert "damaged or from a different file" in capsys.readouterr().err
     assert evaluate(probes, tiny_data, *kept) == expected
     assert "damaged" not in capsys.readouterr().err
+
+
+def test_a_url_is_no_folder_for_features(tmp_path, refused):
+    words = (tmp_path / "run", "--data", tmp_path, "--features-dir", "s3://bucket/kept")
+    assert "--features-dir is s3:" in refused(command, *words)

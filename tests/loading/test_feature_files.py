@@ -1,5 +1,6 @@
 """Files of features: whatever happens to one, a row that is read is right or is missing."""
 
+import errno
 import os
 import resource
 import shutil
@@ -49,6 +50,20 @@ def test_rows_come_back_and_others_are_missing(file, tmp_path, capsys):
             assert whole.tolist() == (numbers % 2 == 0).tolist()
             assert np.array_equal(found[whole], rows(numbers[whole]))
     assert lines(capsys) == []
+
+
+def test_a_refused_read_is_one_warning_and_no_row(file, monkeypatch, capsys):
+    def stale(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "preadv", stale)
+    for _ in range(2):
+        found, whole = file.read(np.array([0, 2]))
+        assert found.shape == (2, WIDTH)
+        assert not whole.any()
+    (line,) = lines(capsys)
+    assert line.startswith(f"WARNING: features cannot be read from {file.path}: ")
+    assert file.failed
 
 
 def flip(path: Path) -> None:

@@ -137,6 +137,17 @@ def test_a_resumed_run_keeps_its_kernels(job, monkeypatch):
     assert fastest.choose(job, 4, Choice()) == Kernels()
 
 
+def test_a_run_that_is_done_or_has_no_donor_to_try_with_compiles_nothing(job, monkeypatch):
+    monkeypatch.setattr(fastest, "run", None)
+    monkeypatch.setattr(fastest, "seconds", None)
+    assert fastest.choose(with_compile(job, "on"), job.total_steps, None) == Kernels()
+    # as on a GPU, where auto would try; on many ranks each has one image, and donors of all
+    alone = replace(job, device=torch.device("cuda"), world=replace(job.world, size=6))
+    method = replace(job.config.method, donors="global")
+    alone = replace(alone, config=replace(job.config, method=method))
+    assert fastest.choose(alone, 0, None) == Kernels()
+
+
 def test_kernels_that_cannot_be_used_are_an_error_or_a_warning(job, monkeypatch, capsys):
     def fails(*_, **__):
         raise RuntimeError("no compiler here\nand much more")
