@@ -39,7 +39,7 @@ results: $(VENV)/.installed  ## the demo on three seeds, into docs/results and t
 
 # three at a time, because many tests wait for processes or servers that they started; files are not
 # kept together, so that the slowest one does not end alone
-test: $(VENV)/.installed  ## every test but `make programs`, in about twelve minutes on two cores
+test: $(VENV)/.installed  ## every test but `make programs`, in about fourteen minutes on two cores
 	$(BIN)/pytest -q -n 3 --dist worksteal -m "not program"
 
 programs: $(VENV)/.installed  ## the tests that run a whole benchmark, demo or installation
