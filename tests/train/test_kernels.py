@@ -130,6 +130,7 @@ def test_a_cpu_measures_nothing(job, monkeypatch):
     assert fastest.choose(job, 0, None) == Kernels()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_kernels(job, monkeypatch):
     monkeypatch.setattr(fastest, "first_problem", lambda *_: "")
     monkeypatch.setattr(fastest, "fastest", None)
@@ -148,6 +149,7 @@ def test_a_run_that_is_done_or_has_no_donor_to_try_with_compiles_nothing(job, mo
     assert fastest.choose(alone, 0, None) == Kernels()
 
 
+@pytest.mark.slow
 def test_kernels_that_cannot_be_used_are_an_error_or_a_warning(job, monkeypatch, capsys):
     def fails(*_, **__):
         raise RuntimeError("no compiler here\nand much more")
@@ -210,6 +212,7 @@ def test_a_cam_that_differs_is_not_used(job):
         fastest.check(job, lambda *a: relevance.through_maps(*a) * 1.001)
 
 
+@pytest.mark.slow  # imports torch's compiler
 def test_a_compilers_cache_that_others_can_write_is_not_used(job, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     tmp_path.chmod(0o775)  # of a umask that trusts the group
@@ -219,6 +222,7 @@ def test_a_compilers_cache_that_others_can_write_is_not_used(job, tmp_path, monk
         fastest.choose(with_compile(job, "on"), 0, None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
 def test_a_compilers_cache_of_another_user_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -243,6 +243,7 @@ def test_weights_and_optimizer_state_are_counted_exactly(prepare):
     assert probe.clean.image < memory.clean.image / 10
 
 
+@pytest.mark.slow
 def test_nothing_of_the_job_is_changed(prepare):
     job = prepare()
     before = [parameter.clone() for parameter in job.objective.parameters()]
