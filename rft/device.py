@@ -95,7 +95,7 @@ class Transfer:
 def transferring(
     memory: Tensor, largest: Sequence[int], device: torch.device
 ) -> Iterator[Transfer]:
-    """Open copies of batches of at most the shape `largest` that lie in `memory`, all uint8.
+    """Prepare copies to `device` of uint8 batches in `memory`, of the shape `largest` or smaller.
 
     For a GPU the memory is page-locked meanwhile, so that the GPU reads it by itself. Where that is
     refused, one line warns and each batch is copied to pinned memory first.

@@ -343,7 +343,7 @@ def data_parallel(world: World, module: nn.Module, device: torch.device) -> nn.M
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
     meet(world)  # DistributedDataParallel compares shapes and sends weights through NCCL at once
     device_ids = [device.index] if device.type == "cuda" else None
-    # gradients lie in the buckets that are exchanged, not beside them
+    # gradients share the memory of the exchanged buckets: no second copy
     return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
 
 

@@ -466,7 +466,7 @@ def _remove_temporaries(url: str) -> None:
     """Delete what killed runs left.
 
     Of shards and records all, because every one is committed and none is needed; of index, side
-    files and manifest what nobody is writing, as a second run of this task may be.
+    files and manifest only unlocked ones: a second run of this task may be writing the others.
     """
     for folder in (url, files.join(url, COMMITS)):
         for name in file_sizes(folder):

@@ -59,7 +59,7 @@ def load(choice: Choice) -> Kernels:
 
 
 def require_own_cache() -> None:
-    """Check that nobody else can put compiled code where torch.compile looks for its own.
+    """Check that no other user can write compiled code to torch.compile's cache.
 
     By default that is a folder of a known name below the system's temporary one, which torch takes
     as it finds it.

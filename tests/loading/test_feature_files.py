@@ -170,7 +170,7 @@ def test_links_are_not_used_and_a_file_is_no_folder(tmp_path, file, capsys):
     assert FeatureFolder(aside, SIZE).open(KEY, ROWS, WIDTH) is None
     assert "is a link" in " ".join(lines(capsys))
     for path in (file.path, file.path / "below"):
-        with pytest.raises(ValueError, match="is or lies below a file; name a different folder"):
+        with pytest.raises(ValueError, match="is a file; name a different folder"):
             FeatureFolder(path, SIZE).open(KEY, ROWS, WIDTH)
     FeatureFolder(aside, SIZE).clear()
     assert file.read(np.array([2]))[1].all()
