@@ -153,7 +153,7 @@ class FeatureFolder:
             return FeatureFile(self.path / name, self._open(self.path / name, size), width)
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(
-                f"features cannot be kept in {self.path}: it or a folder above it is a file; name a "
+                f"features cannot be kept in {self.path}: it or a folder above is a file; name a "
                 "different folder"
             ) from error
         except (OSError, ValueError) as error:
