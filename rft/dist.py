@@ -289,6 +289,15 @@ def gather_objects(world: World, value: Any) -> list[Any]:
     return values
 
 
+def gather_on_main(world: World, value: Any) -> list[Any]:
+    """Return every rank's `value`, in rank order, on the main rank; nothing elsewhere."""
+    if world.alone:
+        return [value]
+    values: list[Any] = [None] * world.size if world.is_main else []
+    torch.distributed.gather_object(value, values or None, dst=0, group=world.control)
+    return values
+
+
 def meet(world: World) -> None:
     """Wait for all ranks before they wait in NCCL, which cannot name a missing one."""
     if world.control is not None:

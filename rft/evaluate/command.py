@@ -5,7 +5,6 @@ forward it once.
 """
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -17,15 +16,14 @@ from rft import next_steps as commands
 from rft.config import MAX_PIXELS, Device
 from rft.dist import World
 from rft.evaluate.checkpoints import load_checkpoints, require_classes, warn_of_other_split
-from rft.evaluate.count import count_correct
+from rft.evaluate.count import predict
 from rft.evaluate.forward import Kept
-from rft.evaluate.results import is_current, write_results
+from rft.evaluate.results import Evaluated, is_current, write_results
 from rft.loading.dataset import PackedDataset
 from rft.loading.features import FeatureFolder
 from rft.log import ASIDE
 from rft.progress import progress
 from rft.runs.folder import require_own_weights, unfinished
-from rft.runs.records import SetCount
 from rft.sets import TEST_SETS
 from rft.shards.root import set_names
 from rft.storage import files
@@ -38,7 +36,8 @@ log = logging.getLogger(__name__)
 class Arguments:
     """Count top-1 correct predictions on ImageNet and the five OOD benchmarks.
 
-    A run folder's counts go to its results.json, those of FILE.safetensors to FILE.results.json.
+    A run folder's counts go to its results.json and what it predicts for each image to its
+    predictions/, those of FILE.safetensors to FILE.results.json and FILE.predictions/.
     Checkpoints whose counts are already there, for the same weights and data, are left alone.
     """
 
@@ -49,7 +48,9 @@ class Arguments:
     sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = TEST_SETS
     """Packed sets to evaluate on: these, or any other below the data root."""
     batch_size: BatchSize = 256
-    """Images in one forward."""
+    """Images that are read together. It changes no result: each forward takes 64 of them."""
+    logits: bool = False
+    """Keep all logits in half precision too: 100 MB for ImageNet's 50,000 images."""
     workers: Whole = 4
     """Loader processes of each rank; 0 reads in the evaluating process."""
     max_pixels: Megapixels = MAX_PIXELS
@@ -71,7 +72,7 @@ def evaluate(
 ) -> None:
     """Evaluate some checkpoints on every set and write the counts from the main rank."""
     loaded, models = load_checkpoints(checkpoints, world, device)
-    sets: list[dict[str, SetCount]] = [{} for _ in models]
+    sets: list[dict[str, Evaluated]] = [{} for _ in models]
     kept = None
     if arguments.features_dir is not None:
         folder = FeatureFolder(arguments.features_dir, int(arguments.features_gb * 1e9))
@@ -79,7 +80,7 @@ def evaluate(
     for name, dataset in packed.items():
         # the main rank's part: only it shows a bar
         with progress(name, "images", len(dataset) // world.size, ASIDE) as advance:
-            counts = count_correct(
+            predicted = predict(
                 models,
                 dataset,
                 image_size=models[0].architecture.image_size,
@@ -90,9 +91,10 @@ def evaluate(
                 progress=advance,
                 names=[str(one.path) for one in loaded],
                 kept=kept,
+                logits=arguments.logits,
             )
-        for entry, count in zip(sets, counts, strict=True):
-            entry[name] = SetCount(**asdict(count), manifest_sha256=dataset.manifest.sha256)
+        for entry, one in zip(sets, predicted, strict=True):
+            entry[name] = Evaluated(one, dataset.manifest.sha256)
     if world.is_main:
         for one, entry in zip(loaded, sets, strict=True):
             write_results(one, entry)
@@ -127,7 +129,11 @@ def main() -> None:
             world,
             dist.on_main(
                 world,
-                lambda: [one for one in arguments.checkpoints if not is_current(one, manifests)],
+                lambda: [
+                    one
+                    for one in arguments.checkpoints
+                    if not is_current(one, manifests, logits=arguments.logits)
+                ],
             ),
         )
         if waiting:

@@ -1,8 +1,11 @@
 """Logits of several models on the same batches: each tower runs once, or not at all.
 
 A tower that several classifiers share forwards each batch once. Where a folder keeps features, a
-batch whose rows are all there is not even read. The key of a file names how the samples were cut
-into batches, so the rows of a batch are those that its own forward gave.
+batch whose rows are all there is not even read.
+
+The last bits of a product depend on how many images it is made of. So every forward takes TOGETHER
+images that begin at a multiple of that in the set, and features and logits are the same bit by bit
+whatever the batch size and the number of ranks.
 
 Shapes: B batch, E embedding, K classes.
 """
@@ -18,13 +21,13 @@ from torch import Tensor, nn
 
 from rft.clip.classifier import Classifier, tower_identity
 from rft.device import to_device
-from rft.dist import World
 from rft.loading.batches import EvaluationBatches
 from rft.loading.dataset import PackedDataset
 from rft.loading.features import FeatureFile, FeatureFolder, computed_by
 from rft.loading.read import read_batches
 from rft.storage import files
 
+TOGETHER = 64  # images in one forward; more would be little faster on a GPU
 Files = dict[nn.Module, FeatureFile]
 
 
@@ -42,19 +45,12 @@ class Kept:
         towers = {model.visual: model for model in models}
         return cls(folder, {visual: (one, tower_identity(one)) for visual, one in towers.items()})
 
-    def open(
-        self,
-        packed: PackedDataset,
-        samples: np.ndarray,
-        batch_size: int,
-        world: World,
-        device: torch.device,
-    ) -> Files:
+    def open(self, packed: PackedDataset, samples: np.ndarray, device: torch.device) -> Files:
         """Open the file of each tower, whose row n is sample number n of `samples`."""
         key = {
             "manifest_sha256": packed.manifest.sha256,
             "samples_sha256": files.sha256_bytes(np.ascontiguousarray(samples, np.int64).tobytes()),
-            "batches": [batch_size, world.size],
+            "forward": TOGETHER,
             "precision": f"fp32, matrix products {torch.get_float32_matmul_precision()}",
             "computed_by": computed_by(device),
         }
@@ -76,17 +72,18 @@ def forward(
     workers: int,
     device: torch.device,
 ) -> Generator[tuple[Tensor, list[Tensor]]]:
-    """Yield the labels of each batch and every model's logits.
+    """Yield the labels of TOGETHER images, of the last ones fewer, and every model's logits.
 
-    `first` is the row of the first sample in the `opened` files, which are closed in the end.
-    Raises what `read_batches` does.
+    Batches are whole multiples of TOGETHER. `first` is the row of the first sample in the `opened`
+    files, which are closed in the end. Raises what `read_batches` does.
     """
     towers = {_tower(model): model for model in models}
     reads = towers.keys() <= opened.keys()
+    size = batches.batch_size
+    assert first % TOGETHER == size % TOGETHER == 0, "forwards would be cut in other places"
     with ExitStack() as stack:
         for file in opened.values():
             stack.callback(file.close)
-        size = batches.batch_size
         rows = [
             np.arange(first + start, first + min(start + size, len(batches.samples)))
             for start in range(0, len(batches.samples), size)
@@ -104,8 +101,10 @@ def forward(
                 # what was there a moment ago and is damaged now is read at once
                 batch = next(stream) if n not in known else _batch(batches, n, device)
                 labels_B = batch.labels_B
+                parts = batch.images_BCHW.split(TOGETHER)
                 features = {
-                    tower: _features(one, batch.images_BCHW) for tower, one in towers.items()
+                    tower: torch.cat([_features(one, images_BCHW) for images_BCHW in parts])
+                    for tower, one in towers.items()
                 }
                 for tower in towers.keys() & opened.keys():
                     opened[tower].keep(rows_B, features[tower].float().cpu().numpy())
@@ -113,7 +112,12 @@ def forward(
                 labels = batches.packed.index.label[batches.samples_of(n)].astype(np.int64)
                 labels_B = to_device(torch.from_numpy(labels), device)
                 features = {t: to_device(torch.from_numpy(found[t]), device) for t in towers}
-            yield labels_B, [_logits(model, features[_tower(model)]) for model in models]
+            for start in range(0, len(rows_B), TOGETHER):
+                part = slice(start, start + TOGETHER)
+                yield (
+                    labels_B[part],
+                    [_logits(model, features[_tower(model)][part]) for model in models],
+                )
 
 
 def _tower(model: nn.Module) -> nn.Module:

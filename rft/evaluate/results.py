@@ -1,4 +1,4 @@
-"""The counts of a checkpoint on disk: whether they are of these weights and sets, and their record.
+"""Counts and predictions of a checkpoint on disk: whether they are of these weights and sets.
 
 Results belong to weights: a file of counts names the hash of the weights that they were counted
 with, and counts of other weights are as good as none.
@@ -7,25 +7,51 @@ with, and counts of other weights are as good as none.
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from rft import cli
 from rft.evaluate.checkpoints import Loaded
+from rft.evaluate.count import Predicted
+from rft.runs import predictions
 from rft.runs.folder import current_results, results_path
 from rft.runs.records import Results, SetCount
 from rft.shards.manifest import Manifest
 from rft.storage import files
 
 
-def is_current(checkpoint: Path, sets: Mapping[str, Manifest]) -> bool:
-    """Whether the recorded counts belong to these weights and are of these sets, all of each."""
+class Evaluated(NamedTuple):
+    """What a checkpoint predicts for a packed set."""
+
+    predicted: Predicted
+    manifest_sha256: str
+
+
+def is_current(checkpoint: Path, sets: Mapping[str, Manifest], *, logits: bool = False) -> bool:
+    """Whether the records belong to these weights and are of these sets, all of each.
+
+    Files of predictions, and of `logits` if they are wanted, are compared by their hash.
+    """
     recorded = current_results(checkpoint)
     counts = recorded.sets if recorded else {}
-    found = {name: (count.manifest_sha256, count.total) for name, count in counts.items()}
-    return all(found.get(name) == (one.sha256, one.samples) for name, one in sets.items())
+    return all(
+        (count := counts.get(name)) is not None
+        and (count.manifest_sha256, count.total) == (one.sha256, one.samples)
+        and _is(predictions.path_of(checkpoint, name), count.predictions_sha256)
+        and (not logits or _is(predictions.logits_path_of(checkpoint, name), count.logits_sha256))
+        for name, one in sets.items()
+    )
 
 
-def write_results(one: Loaded, sets: dict[str, SetCount]) -> None:
-    """Record and print one checkpoint's counts.
+def _is(path: Path, sha256: str | None) -> bool:
+    return path.is_file() and files.sha256_file(path) == sha256
+
+
+def write_results(one: Loaded, sets: Mapping[str, Evaluated]) -> None:
+    """Record what one checkpoint predicts, and print its accuracies.
+
+    results.json comes last: a file of predictions counts only once that names its hash.
 
     Raises:
         ValueError: if its weights were replaced since they were loaded.
@@ -33,8 +59,37 @@ def write_results(one: Loaded, sets: dict[str, SetCount]) -> None:
     record = one.record()
     # None for counts of other weights, which are dropped
     earlier = current_results(one.path)
+    counts = {name: _write(one.path, name, found) for name, found in sets.items()}
     # what an earlier call counted for the same weights stays
-    results = Results(**record, sets={**(earlier.sets if earlier else {}), **sets})
+    results = Results(**record, sets={**(earlier.sets if earlier else {}), **counts})
     files.write_json(str(results_path(one.path)), asdict(results))
-    shares = (f"{name} {100 * c.correct / c.total:.2f}" for name, c in sets.items())
+    shares = (f"{name} {100 * c.correct / c.total:.2f}" for name, c in counts.items())
     cli.say(f"{one.path}{one.state_of_run}: {', '.join(shares)}")
+
+
+def _write(checkpoint: Path, name: str, found: Evaluated) -> SetCount:
+    """Write the files of a set; return what results.json has of it."""
+    data = found.predicted.predictions.to_bytes()
+    files.write_bytes(str(predictions.path_of(checkpoint, name)), data)
+    path, half_sha256 = predictions.logits_path_of(checkpoint, name), None
+    if (logits_NK := found.predicted.logits_NK) is not None:
+        # straight to the disk: of a large set they are gigabytes
+        with files.publish(str(path)) as scratch, scratch.open("wb") as stream:
+            np.save(stream, logits_NK)
+        half_sha256 = files.sha256_file(path)
+    else:
+        # those of an earlier call are of other predictions, or the same that are there
+        half_sha256 = _kept_logits(checkpoint, name, files.sha256_bytes(data))
+    return SetCount(
+        **asdict(found.predicted.count),
+        manifest_sha256=found.manifest_sha256,
+        predictions_sha256=files.sha256_bytes(data),
+        logits_sha256=half_sha256,
+    )
+
+
+def _kept_logits(checkpoint: Path, name: str, predictions_sha256: str) -> str | None:
+    """Return the hash of the logits that an earlier call kept for the same predictions."""
+    earlier = current_results(checkpoint)
+    count = earlier.sets.get(name) if earlier else None
+    return count.logits_sha256 if count and count.predictions_sha256 == predictions_sha256 else None

@@ -91,11 +91,15 @@ class EvaluationBatches:
         return self.samples[number * self.largest : (number + 1) * self.largest]
 
 
-def rank_part(samples: int, rank: int, world_size: int) -> slice:
-    """Return a rank's part of so many samples of an evaluation: every sample is in exactly one."""
+def rank_part(samples: int, rank: int, world_size: int, whole: int = 1) -> slice:
+    """Return a rank's part of so many samples of an evaluation: every sample is in exactly one.
+
+    Parts begin at multiples of `whole` samples.
+    """
     # next to each other, so that a rank reads few shards
-    first, last = (samples * number // world_size for number in (rank, rank + 1))
-    return slice(first, last)
+    wholes = -(-samples // whole)
+    first, last = (wholes * number // world_size * whole for number in (rank, rank + 1))
+    return slice(first, min(last, samples))
 
 
 # what `rft.loading.read` reads, in any order

@@ -17,6 +17,7 @@ PROGRESS = "progress.json"  # after each checkpoint, for monitoring; resuming do
 TRAINING = "training.json"  # written last by a training
 GALLERY = "gallery.npz"  # by a training that masks, before training.json
 RESULTS = "results.json"  # by rft.evaluate
+PREDICTIONS = "predictions"  # by rft.evaluate before results.json: a file for each set
 LOCALISATION = "localisation.json"  # by rft.evaluate.localisation
 
 # the weights, and what a run resumes from unless --log.checkpoints names another folder

@@ -77,6 +77,10 @@ class SetCount:
     correct: Count
     total: Annotated[int, Field(gt=0, le=2**53)]
     manifest_sha256: Sha256
+    predictions_sha256: Sha256 | None = None
+    """Of the set's file of predictions (`rft.runs.predictions`); older counts have none."""
+    logits_sha256: Sha256 | None = None
+    """Of its file of logits, where they were asked for."""
 
     def __post_init__(self) -> None:
         if self.correct > self.total:

@@ -1,0 +1,137 @@
+"""What a model predicted for each image of a set: one .npz for each set, in a run's folder.
+
+Everything that is said of a model on a set is made of these rows: accuracies, intervals, paired
+tests, calibration. `numpy.load` reads a file, and pandas in two lines (docs/evaluation.md). The
+columns are plain arrays of one length. results.json has the file's hash, beside those of the
+weights and of the data, so a file of other weights is found out. No torch.
+
+Where classes share a category, as in ObjectNet, they are scored together: a category's logit is
+the highest one of its classes, which is the benchmark's rule, and probabilities are taken over
+categories. A category is called by the smallest class id in it; where each class is its own, that
+is the class id.
+
+Shapes: N images.
+"""
+
+import dataclasses
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rft.runs import filenames
+from rft.storage import files
+from rft.storage.arrays import read_npz
+
+KEY_LETTERS = 1024  # of the longest key, as in an index
+HEADERS_BYTES = 2**13  # of the arrays, and more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """A row for each image of a set, in the order of the set; all columns have N elements."""
+
+    key: np.ndarray
+    """The image's id, text."""
+    label: np.ndarray
+    """Its class, or category, int32."""
+    prediction: np.ndarray
+    """The class, or category, with the highest logit among those that are scored, int32."""
+    rank: np.ndarray
+    """How many categories the model puts before the label, int32: 0 is right, below 5 a top-5
+    hit."""
+    confidence: np.ndarray
+    """Probability of the prediction, float32."""
+    log_likelihood: np.ndarray
+    """Natural logarithm of the label's probability, float32."""
+
+    @property
+    def right(self) -> np.ndarray:
+        """Return which images are predicted right, bool (N,)."""
+        return self.rank == 0
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the file; equal rows give equal bytes."""
+        stream = io.BytesIO()
+        # members are dated 1980-01-01: no clock gets into the bytes
+        np.savez_compressed(stream, **{name: getattr(self, name) for name in COLUMNS})
+        return stream.getvalue()
+
+
+COLUMNS = {
+    "key": "U",
+    "label": "int32",
+    "prediction": "int32",
+    "rank": "int32",
+    "confidence": "float32",
+    "log_likelihood": "float32",
+}
+assert list(COLUMNS) == [field.name for field in dataclasses.fields(Predictions)]
+NUMBERS_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values() if kind != "U")
+
+
+def path_of(checkpoint: Path, name: str) -> Path:
+    """Return where the predictions of a run folder or weights file on a packed set are kept."""
+    folder = filenames.PREDICTIONS
+    if not checkpoint.is_dir():
+        return checkpoint.with_suffix(f".{folder}") / f"{name}.npz"
+    return checkpoint / folder / f"{name}.npz"
+
+
+def logits_path_of(checkpoint: Path, name: str) -> Path:
+    """Return where the logits of a run folder or weights file on a packed set are kept, if asked.
+
+    They are a .npy of half precision (N, K), of all classes of the head.
+    """
+    return path_of(checkpoint, name).with_suffix(".logits.npy")
+
+
+def read(path: Path, images: int, sha256: str = "") -> Predictions:
+    """Read a file of predictions of so many images.
+
+    Args:
+        path: the file.
+        images: how many its set has.
+        sha256: what results.json says of the file; not compared if empty.
+
+    Raises:
+        ValueError: if it is absent, was changed, or holds anything else.
+    """
+    limit = images * (NUMBERS_BYTES + 4 * KEY_LETTERS) + HEADERS_BYTES
+    data = files.read_bytes(str(path), limit)
+    if sha256 and files.sha256_bytes(data) != sha256:
+        raise ValueError(
+            f"{path} is not the file that {filenames.RESULTS} was written with; evaluate the run "
+            "again"
+        )
+    try:
+        columns = read_npz(data, limit)
+        if fault := _fault(columns, images):
+            raise ValueError(fault)
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of predictions: {error}") from error
+    return Predictions(**columns)
+
+
+def _fault(columns: dict[str, np.ndarray], images: int) -> str:
+    """Explain why arrays cannot be the predictions of so many images; empty if they can."""
+    if columns.keys() != COLUMNS.keys():
+        return f"its columns must be {', '.join(COLUMNS)}, they are {', '.join(columns)}"
+    for name, kind in COLUMNS.items():
+        column = columns[name]
+        same = column.dtype.kind == "U" if kind == "U" else column.dtype == np.dtype(kind)
+        if not same or column.shape != (images,):
+            return f"{name} must be {images:,} of {kind}, not {column.dtype} {column.shape}"
+    for name in ("label", "prediction", "rank"):
+        if (columns[name] < 0).any():
+            return f"{name} has a negative number"
+    confidence_N, likelihood_N = columns["confidence"], columns["log_likelihood"]
+    # written so that NaN does not pass
+    if not ((confidence_N > 0) & (confidence_N <= 1)).all():
+        return "a confidence is not in (0, 1]"
+    if not (likelihood_N <= 0).all():
+        return "a log-likelihood is above 0"
+    if ((columns["rank"] == 0) != (columns["label"] == columns["prediction"])).any():
+        return "an image has its label predicted and a rank above 0, or the other way round"
+    return ""

@@ -1,0 +1,121 @@
+"""Comparisons of two systems are those of statsmodels and of images drawn one by one."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+
+from rft.statistics import paired
+from rft.statistics.accuracy import wilson
+
+rights = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80)
+
+
+def draw(images: int, one: float, two: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return which images two models have right; hard images are hard for both."""
+    draws = np.random.default_rng(seed)
+    hard_N = draws.uniform(size=images)
+    noise_N = 0.1 * draws.normal(size=(2, images))
+    return hard_N + noise_N[0] < one, hard_N + noise_N[1] < two
+
+
+@given(rights)
+def test_mcnemar_is_statsmodels(pairs):
+    one_N, two_N = np.array(pairs).T
+    found = paired.mcnemar(one_N, two_N)
+    table = [
+        [np.sum(one_N & two_N), np.sum(one_N & ~two_N)],
+        [np.sum(~one_N & two_N), np.sum(~one_N & ~two_N)],
+    ]
+    assert (found.gained, found.lost) == (table[0][1], table[1][0])
+    # statsmodels' is above 1 where both are equal
+    assert found.p == pytest.approx(min(1.0, mcnemar(table, exact=True).pvalue), abs=1e-12)
+
+
+def test_mcnemar_of_many_images_is_exact():
+    one_N, two_N = draw(50_000, 0.76, 0.75)
+    found = paired.mcnemar(one_N, two_N)
+    smaller = min(found.gained, found.lost)
+    expected = 2 * stats.binom.cdf(smaller, found.gained + found.lost, 0.5)
+    assert found.p == pytest.approx(expected, rel=1e-12)
+    # as if they were different images: a test of two shares sees nothing
+    assert found.p < 1e-3
+
+
+def naive(sets, replicates: int, seed: int) -> np.ndarray:
+    """Return the mean gain of each replicate, drawing images one by one."""
+    draws = np.random.default_rng(seed)
+    return np.array(
+        [
+            np.mean(
+                [gain_N[draws.integers(len(gain_N), size=len(gain_N))].mean() for gain_N in sets]
+            )
+            for _ in range(replicates)
+        ]
+    )
+
+
+def test_the_bootstrap_is_that_of_images_drawn_one_by_one():
+    sets = [
+        paired.gains(one_N[None], two_N[None])
+        for one_N, two_N in (draw(300, 0.7, 0.6, 1), draw(120, 0.4, 0.41, 2))
+    ]
+    found = paired.bootstrap(sets, replicates=20_000)
+    drawn = naive(sets, 20_000, seed=1)
+    assert found.value == pytest.approx(np.mean([gain_N.mean() for gain_N in sets]), abs=1e-15)
+    # an end's own error is about 0.02 standard deviations
+    assert found.interval == pytest.approx(
+        np.quantile(drawn, [0.025, 0.975]), abs=0.1 * drawn.std()
+    )
+
+
+def test_the_bootstrap_of_one_set_is_scipys():
+    one_N, two_N = draw(400, 0.7, 0.66)
+    gain_N = paired.gains(one_N[None], two_N[None])
+    found = paired.bootstrap([gain_N], replicates=20_000)
+    expected = stats.bootstrap(
+        (gain_N,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(3)
+    )
+    assert found.interval == pytest.approx(
+        tuple(expected.confidence_interval), abs=0.1 * expected.standard_error
+    )
+
+
+def test_seeds_are_folded_image_by_image():
+    one_SN = np.array([[True, True, False, False], [True, False, False, True]])
+    two_SN = np.array([[False, True, False, True]])
+    gain_N = paired.gains(one_SN, two_SN)
+    assert gain_N.tolist() == [1.0, -0.5, 0.0, -0.5]
+    assert paired.bootstrap([gain_N]).value == 0.0
+
+
+def test_equal_systems_differ_by_nothing():
+    one_N, _ = draw(100, 0.5, 0.5)
+    found = paired.bootstrap([paired.gains(one_N[None], one_N[None])] * 3)
+    assert found == (0.0, (0.0, 0.0), 1.0)
+    assert paired.mcnemar(one_N, one_N) == (0, 0, 1.0)
+
+
+@given(rights)
+def test_exchanged_systems_have_the_other_sign(pairs):
+    one_N, two_N = np.array(pairs).T
+    there = paired.mcnemar(one_N, two_N)
+    back = paired.mcnemar(two_N, one_N)
+    assert (there.gained, there.lost, there.p) == (back.lost, back.gained, back.p)
+
+
+def test_a_seed_gives_the_same_interval():
+    one_N, two_N = draw(100, 0.6, 0.5)
+    gain_N = paired.gains(one_N[None], two_N[None])
+    assert paired.bootstrap([gain_N]) == paired.bootstrap([gain_N])
+    assert paired.bootstrap([gain_N], seed=1) != paired.bootstrap([gain_N])
+
+
+def test_pairs_say_more_than_two_intervals():
+    """Intervals of two accuracies overlap where the pairs show a difference."""
+    one_N, two_N = draw(7500, 0.52, 0.50)
+    one, two = (wilson(int(right_N.sum()), 7500) for right_N in (one_N, two_N))
+    assert one.low < two.high
+    assert paired.bootstrap([paired.gains(one_N[None], two_N[None])]).interval.low > 0
