@@ -48,7 +48,7 @@ def test_a_subset_is_scored_over_its_own_classes():
 def test_no_image_counts_twice_on_several_ranks(images, ranks):
     """Trap 7: a sampler that pads gives ranks equally many images, some of them twice."""
     parts = [rank_part(images, rank, ranks, TOGETHER) for rank in range(ranks)]
-    assert sum([list(range(images)[part]) for part in parts], []) == list(range(images))
+    assert [image for part in parts for image in range(images)[part]] == list(range(images))
 
 
 def test_a_padded_count_is_another_number():
