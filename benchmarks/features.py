@@ -203,7 +203,7 @@ ROWS = {
     "probe_with_selection": "the same with the epoch's evaluation and checkpoint",
     "no_mask_without_over_kept": "no-mask: a later epoch without features / with them",
     "no_mask_first_over_without": "no-mask: the epoch that writes / one without features",
-    "evaluation_first_over_second": "`rft.evaluate`: a first evaluation / a second one of the tower",
+    "evaluation_first_over_second": "`rft.evaluate`: the first evaluation / a second of the tower",
 }
 
 
