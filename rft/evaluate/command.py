@@ -94,7 +94,7 @@ def evaluate(
                 logits=arguments.logits,
             )
         for entry, one in zip(sets, predicted, strict=True):
-            entry[name] = Evaluated(one, dataset.manifest.sha256)
+            entry[name] = Evaluated(one, dataset.manifest)
     if world.is_main:
         for one, entry in zip(loaded, sets, strict=True):
             write_results(one, entry)

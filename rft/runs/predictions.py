@@ -2,8 +2,9 @@
 
 Everything that is said of a model on a set is made of these rows: accuracies, intervals, paired
 tests, calibration. `numpy.load` reads a file, and pandas in two lines (docs/evaluation.md). The
-columns are plain arrays of one length. results.json has the file's hash, beside those of the
-weights and of the data, so a file of other weights is found out. No torch.
+columns are plain arrays of one length; sets with domains have one more. results.json has the file's
+hash, beside those of the weights and of the data, so a file of other weights is found out. No
+torch.
 
 Where classes share a category, as in ObjectNet, they are scored together: a category's logit is
 the highest one of its classes, which is the benchmark's rule, and probabilities are taken over
@@ -25,6 +26,7 @@ from rft.storage import files
 from rft.storage.arrays import read_npz
 
 KEY_LETTERS = 1024  # of the longest key, as in an index
+DOMAIN_LETTERS = 1000  # of the longest name of a domain, as in a manifest
 HEADERS_BYTES = 2**13  # of the arrays, and more
 
 
@@ -45,6 +47,8 @@ class Predictions:
     """Probability of the prediction, float32."""
     log_likelihood: np.ndarray
     """Natural logarithm of the label's probability, float32."""
+    domain: np.ndarray | None = None
+    """Name of its domain, text, as pandas groups by it; None for a set without domains."""
 
     @property
     def right(self) -> np.ndarray:
@@ -55,7 +59,9 @@ class Predictions:
         """Return the content of the file; equal rows give equal bytes."""
         stream = io.BytesIO()
         # members are dated 1980-01-01: no clock gets into the bytes
-        np.savez_compressed(stream, **{name: getattr(self, name) for name in COLUMNS})
+        columns = {name: getattr(self, name) for name in (*COLUMNS, *OPTIONAL)}
+        there = {name: column for name, column in columns.items() if column is not None}
+        np.savez_compressed(stream, **there)
         return stream.getvalue()
 
 
@@ -67,7 +73,8 @@ COLUMNS = {
     "confidence": "float32",
     "log_likelihood": "float32",
 }
-assert list(COLUMNS) == [field.name for field in dataclasses.fields(Predictions)]
+OPTIONAL = {"domain": "U"}
+assert [*COLUMNS, *OPTIONAL] == [field.name for field in dataclasses.fields(Predictions)]
 NUMBERS_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values() if kind != "U")
 
 
@@ -98,7 +105,7 @@ def read(path: Path, images: int, sha256: str = "") -> Predictions:
     Raises:
         ValueError: if it is absent, was changed, or holds anything else.
     """
-    limit = images * (NUMBERS_BYTES + 4 * KEY_LETTERS) + HEADERS_BYTES
+    limit = images * (NUMBERS_BYTES + 4 * (KEY_LETTERS + DOMAIN_LETTERS)) + HEADERS_BYTES
     data = files.read_bytes(str(path), limit)
     if sha256 and files.sha256_bytes(data) != sha256:
         raise ValueError(
@@ -116,10 +123,10 @@ def read(path: Path, images: int, sha256: str = "") -> Predictions:
 
 def _fault(columns: dict[str, np.ndarray], images: int) -> str:
     """Explain why arrays cannot be the predictions of so many images; empty if they can."""
-    if columns.keys() != COLUMNS.keys():
+    if columns.keys() - OPTIONAL.keys() != COLUMNS.keys():
         return f"its columns must be {', '.join(COLUMNS)}, they are {', '.join(columns)}"
-    for name, kind in COLUMNS.items():
-        column = columns[name]
+    for name, column in columns.items():
+        kind = {**COLUMNS, **OPTIONAL}[name]
         same = column.dtype.kind == "U" if kind == "U" else column.dtype == np.dtype(kind)
         if not same or column.shape != (images,):
             return f"{name} must be {images:,} of {kind}, not {column.dtype} {column.shape}"

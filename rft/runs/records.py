@@ -17,8 +17,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from rft.runs.filenames import CONFIG
+from rft.sets import Score
 from rft.storage import documents, files, local
-from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Text, document
+from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Share, Text, document
 
 T = TypeVar("T")
 
@@ -81,10 +82,20 @@ class SetCount:
     """Of the set's file of predictions (`rft.runs.predictions`); older counts have none."""
     logits_sha256: Sha256 | None = None
     """Of its file of logits, where they were asked for."""
+    score: Score = "top1"
+    """The number that the set is known by, as its manifest declares."""
+    ood: bool = False
+    """Whether it counts into the OOD average."""
+    value: Share | None = None
+    """That number, where it is another than top-1."""
+    worst_domain: Text = ""
+    """The domain that it is of, if it is that of one."""
 
     def __post_init__(self) -> None:
         if self.correct > self.total:
             raise ValueError(f"{self.correct} are correct of {self.total}; it must not be more")
+        if (self.value is None) != (self.score == "top1"):
+            raise ValueError(f"value is {self.value}, and score is {self.score!r}")
 
 
 @document(name="results")
