@@ -450,7 +450,7 @@ def _check_sizes(
             place=place,
             size=size,
             index=index and _part(index, start, stop),
-            source=samples and samples.source[start:stop],
+            source=None if samples is None else samples.source[start:stop],
             encoding=manifest.encoding,
             rule=rule,
             ids_known=bool(manifest.class_ids),

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from benchmarks.tiny_world import LABELS, SIZE
 from rft.evaluate import command
+from rft.evaluate.count import domains_of
 from rft.evaluate.scores import in_words, score_of
+from rft.loading.dataset import PackedDataset
 from rft.packing.domains import read_domains
 from rft.packing.pack import Options, pack_source
 from rft.runs import predictions
@@ -132,3 +134,13 @@ def test_a_column_of_domains_that_is_none_is_refused(tmp_path):
         (tmp_path / "p.npz").write_bytes(replace(made, domain=domain).to_bytes())
         with pytest.raises(ValueError, match=f"domain must be .*{message}"):
             predictions.read(tmp_path / "p.npz", 2)
+
+
+def test_domains_are_those_of_the_samples(several):
+    packed = PackedDataset(str(several / "shifted"))
+    every = domains_of(packed, np.arange(len(packed)))
+    some = np.array([7, 3, 30])
+    assert domains_of(packed, some).tolist() == every[some].tolist()
+    assert sorted(set(every.tolist())) == ["imagenet-a", "imagenet-r"]
+    # shuffled: the first images are not of one domain
+    assert len(set(every[:8].tolist())) == 2
