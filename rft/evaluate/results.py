@@ -18,6 +18,7 @@ from rft.evaluate.scores import in_words, score_of
 from rft.runs import predictions
 from rft.runs.folder import current_results, results_path
 from rft.runs.records import Results, SetCount, Temperature
+from rft.sets import Score
 from rft.shards.manifest import Manifest
 from rft.storage import files
 
@@ -26,8 +27,10 @@ class Evaluated(NamedTuple):
     """What a checkpoint predicts for a packed set."""
 
     predicted: Predicted
-    manifest: Manifest
+    manifest_sha256: str
     temperature: Temperature | None = None
+    score: Score = "top1"
+    ood: bool = False
 
 
 def is_current(
@@ -92,9 +95,9 @@ def _write(checkpoint: Path, name: str, found: Evaluated) -> SetCount:
         half_sha256 = _kept_logits(checkpoint, name, files.sha256_bytes(data))
     return SetCount(
         **asdict(found.predicted.count),
-        **asdict(score_of(found.predicted.predictions, found.manifest.score)),
-        ood=found.manifest.is_ood,
-        manifest_sha256=found.manifest.sha256,
+        **asdict(score_of(found.predicted.predictions, found.score)),
+        ood=found.ood,
+        manifest_sha256=found.manifest_sha256,
         predictions_sha256=files.sha256_bytes(data),
         logits_sha256=half_sha256,
         temperature=found.temperature,
