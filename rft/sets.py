@@ -38,6 +38,21 @@ Ood = Literal["imagenet-v2", "imagenet-r", "imagenet-sketch", "objectnet", "imag
 OOD_SETS: tuple[Ood, ...] = get_args(Ood)
 """Out-of-distribution, in the order of the paper's tables."""
 TEST_SETS = (ID_SET, *OOD_SETS)
+ClassScore = Literal["top1", "mean-per-class"]
+"""Scores of any set: the share of images that are right, and the mean of that of each class."""
+DomainScore = Literal["worst-domain", "mean-over-domains"]
+"""Scores of a set whose images lie in domains: the lowest accuracy of one, and their mean."""
+Score = Literal[ClassScore, DomainScore]
+"""The one number that a set is known by; a benchmark's is top1."""
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur"),
+    *("motion_blur", "zoom_blur", "snow", "frost", "fog", "brightness", "contrast"),
+    *("elastic_transform", "pixelate", "jpeg_compression"),
+    # held out by its authors to choose hyperparameters with, and no part of its average
+    *("speckle_noise", "gaussian_blur", "spatter", "saturate"),
+)
+"""Of ImageNet-C: the folders above those of the severities."""
+SEVERITIES = ("1", "2", "3", "4", "5")
 
 BENCHMARKS = {
     one.name: one

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from rft import cli
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest
+from rft.shards.samples import Samples
 from tests.tiny import unstamped
 
 TOOLS = Path(__file__).parent.parent / "tools"
@@ -105,6 +107,83 @@ def test_task_array(world: Path, tmp_path: Path, run: Callable[..., Result]) -> 
     code, out, err = run("shard_imagenet", *arguments, "--task", "0/2")
     assert (code, err) == (0, "")
     assert len(Manifest.load(str(tmp_path / "imagenet-val")).shards) == 2
+
+
+def test_a_set_of_any_name(world: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    arguments = ["--name", "mine", "--source", str(world / "imagenet-r"), "--out", str(tmp_path)]
+    code, out, err = run("shard_set", *arguments, "--ood", "--score", "mean-per-class")
+    assert (code, err) == (0, "")
+    assert "found 2 images: 2 class folders of " in out
+    assert "classes: 2 of 2 have images; 2 compete; score: mean-per-class; in the OOD" in out
+    assert f"--data {tmp_path} --sets mine" in out
+    manifest = Manifest.load(str(tmp_path / "mine"))
+    assert (manifest.score, manifest.ood, manifest.domains) == ("mean-per-class", True, ())
+    code, _, err = run("shard_set", *arguments, "--ood")
+    assert (code, "holds another plan (score: 'mean-per-class' -> " in err) == (2, True)
+
+
+def test_a_set_of_domains(world: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    for corruption in ("fog/1", "fog/2", "snow/2"):
+        shutil.copytree(world / "imagenet-r", tmp_path / "c" / corruption)
+    arguments = ["--name", "imagenet-c", "--source", str(tmp_path / "c"), "--domains", "2"]
+    code, out, err = run("shard_set", *arguments, "--out", str(tmp_path / "out"))
+    assert (code, err) == (0, "")
+    assert "domains: 3, each of 2 to 2 images" in out
+    assert "severities that are not here: snow/1, snow/3, snow/4, snow/5, fog/3, fog/4" in out
+    manifest = Manifest.load(str(tmp_path / "out/imagenet-c"))
+    assert manifest.domains == ("fog/1", "fog/2", "snow/2")
+    assert (manifest.score, manifest.ood, manifest.samples) == ("mean-over-domains", False, 6)
+
+
+def test_a_set_that_a_table_describes(
+    world: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    (world / "metadata.csv").write_text(
+        "split,filename,y,place\ntest,n01/art_0.jpg,n01,1\ntest,n02/art_0.jpg,n02,3\n"
+    )
+    arguments = ["--name", "wild", "--source", str(world), "--out", str(tmp_path)]
+    arguments += ["--metadata", str(world / "metadata.csv"), "--file", "imagenet-r/{filename}"]
+    code, _, err = run("shard_set", *arguments, "--domain", "{place}", "--split", "test")
+    assert (code, err) == (0, "")
+    manifest = Manifest.load(str(tmp_path / "wild"))
+    assert (manifest.score, manifest.domains) == ("worst-domain", ("1", "3"))
+
+
+def test_test_sets_of_own_photos_are_declared(
+    world: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    arguments = ["--source", str(world / "imagenet"), "--out", str(tmp_path), "--ood"]
+    code, _, err = run("shard_folder", *arguments, "--score", "mean-per-class")
+    assert (code, err) == (0, "")
+    train, test = (Manifest.load(str(tmp_path / name)) for name in ("train", "test"))
+    assert (train.score, train.ood) == ("top1", False)
+    assert (test.score, test.ood) == ("mean-per-class", True)
+
+
+def test_third_party_shards_are_declared(
+    world: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    arguments = ["--benchmark", "imagenet-r", "--source", str(world), "--out", str(tmp_path)]
+    assert run("shard_ood", *arguments)[0] == 0
+    packed = str(tmp_path / "imagenet-r")
+    index = [f"{packed}/000000.tar", "--out", str(tmp_path / "indexed"), "--skip-beside"]
+    code, _, err = run("index_shards", *index, "--ood", "--score", "mean-per-class")
+    assert (code, err) == (0, "")
+    indexed = str(tmp_path / "indexed")
+    manifest = Manifest.load(indexed)
+    assert (manifest.score, manifest.ood) == ("mean-per-class", True)
+    # the payloads are the files
+    both = [Samples.load(url, Manifest.load(url)).source.tolist() for url in (packed, indexed)]
+    assert both[0] == both[1]
+    code, _, err = run("index_shards", *index, "--ood")
+    assert (code, "(different: score, plan_hash)" in err or "score" in err) == (2, True)
+    # an index of an older version stays as it is
+    older = replace(manifest, samples_sha256=None)
+    older.save(indexed)
+    (tmp_path / "indexed/samples.npz").unlink()
+    assert run("index_shards", *index, "--ood", "--score", "mean-per-class")[0] == 0
+    assert Manifest.load(indexed) == older
+    assert not (tmp_path / "indexed/samples.npz").exists()
 
 
 def empty_a_class(world: Path) -> None:
@@ -203,6 +282,9 @@ def test_bad_images(world: Path, tmp_path: Path, run: Callable[..., Result]) -> 
     assert (code, "(1 left out), nothing to do" in out) == (0, True)
 
 
+SET = ("--name", "mine", "--source", "x", "--out", "y")
+
+
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [
@@ -218,6 +300,19 @@ def test_bad_images(world: Path, tmp_path: Path, run: Callable[..., Result]) -> 
             "shard_imagenet",
             ["--source", "x", "--out", "y", "--splits", "val", "--allow-count", "imagenet-r=7"],
             "unknown set in --allow-count 'imagenet-r'",
+        ),
+        ("shard_set", [*SET, "--name", "imagenet-r"], "imagenet-r is a benchmark, whose images"),
+        ("shard_set", [*SET, "--name", "../x"], "--name is '../x'"),
+        ("shard_set", [*SET, "--domain", "{place}"], "--file, --label, --domain and --split are"),
+        (
+            "shard_set",
+            [*SET, "--metadata", "x.csv", "--domains", "1"],
+            "--domains counts folders, and --metadata names files",
+        ),
+        (
+            "index_shards",
+            ["x.tar", "--out", "imagenet-r", "--ood"],
+            "imagenet-r is a benchmark: its score",
         ),
     ],
 )

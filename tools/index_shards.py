@@ -14,7 +14,7 @@ from rft.shards.label_space import choose_labels
 
 @dataclass(frozen=True, kw_only=True)
 class IndexShards:
-    """Write manifest.json and index.npz for existing WebDataset tar shards; they are only read.
+    """Write manifest, index.npz and samples.npz for existing WebDataset tar shards, which stay.
 
     A sample is an image (jpg, jpeg, png, webp) with its label: a .cls member, or a field of its
     .json. That covers timm's imagenet-1k-wds, CLIP_benchmark's wds_* sets and img2dataset's output.

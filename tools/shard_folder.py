@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +14,7 @@ from rft import cli, recipes
 from rft.packing.own_folder import Photos, read_folder, same_bytes
 from rft.packing.pack import Options, pack_source
 from rft.packing.source import Source, require_apart
+from rft.sets import ClassScore
 from rft.shards.label_space import LabelSpace
 from rft.storage.documents import Seed, Share, document
 from rft.text import printable
@@ -53,6 +54,12 @@ class ShardFolder:
     """Names of files and folders to pass over, such as '*.mov' '*.aae', in any case of letters.
     Hidden files and those that NAS devices, macOS and Windows leave behind are always passed over.
     """
+    score: ClassScore = "top1"
+    """The number that the test sets are known by: the share of images that are right, or the mean
+    of that of each class."""
+    ood: bool = False
+    """Declare the test sets out-of-distribution: they count into the OOD average, and no training
+    takes their images."""
     packing: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     """How to pack."""
 
@@ -64,7 +71,7 @@ def main() -> None:
     require_apart([source], command.out, SETS)
     labels = LabelSpace.load(command.classes) if command.classes else None
     photos = read_folder(source, labels, command.test_share, command.split_seed, command.ignore)
-    sources, labels = photos.sources, photos.labels
+    sources, labels = declare(photos.sources, command), photos.labels
     # a class folder may be a link, and the set must not be written into its target either
     folders = {(found.root / item.path).parent for found in sources for item in found.items}
     linked = [path for path in folders if not path.resolve().is_relative_to(source.resolve())]
@@ -73,6 +80,17 @@ def main() -> None:
     complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
     if all(complete):
         say_next(sources, command.out)
+
+
+def declare(sources: Sequence[Source], command: ShardFolder) -> list[Source]:
+    """Return the sources with what the command declares of test sets; the first is to train on."""
+    train, *tests = sources
+    if command.ood and not tests:
+        raise ValueError(
+            "--ood declares a test set, and all images would be packed as train; "
+            "tools/shard_set.py packs them as one set of any name"
+        )
+    return [train, *(replace(one, score=command.score, ood=command.ood) for one in tests)]
 
 
 def say(photos: Photos) -> None:

@@ -19,9 +19,9 @@ LINES = 50  # problems printed; the report file has all
 class VerifyShards:
     """Check that a set is what its manifest says; exit code 0 if so, 1 if not.
 
-    The quick check reads manifest.json and index.npz and asks for the size of each shard. --deep
-    reads every byte: the sha256 and the tar headers of each shard, and for each sample its key,
-    place, crc32 and label, and it decodes the image. Example:
+    The quick check reads manifest.json, index.npz and samples.npz and asks for the size of each
+    shard. --deep reads every byte: the sha256 and the tar headers of each shard, and for each
+    sample its key, place, crc32, label and hash, and it decodes the image. Example:
 
     python tools/verify_shards.py s3://bucket/rft/imagenet-val --deep --report val.json
     """

@@ -113,7 +113,10 @@ def evaluate(
                 temperatures=[None if one is None else one.value for one in temperatures],
             )
         for entry, found, temperature in zip(sets, predicted, temperatures, strict=True):
-            entry[name] = Evaluated(found, dataset.manifest.sha256, temperature)
+            manifest = dataset.manifest
+            entry[name] = Evaluated(
+                found, manifest.sha256, temperature, manifest.score, manifest.is_ood
+            )
     if world.is_main:
         for one, entry in zip(loaded, sets, strict=True):
             write_results(one, entry)

@@ -23,6 +23,7 @@ from rft.evaluate.forward import TOGETHER, Kept, forward
 from rft.loading.batches import EvaluationBatches, rank_part
 from rft.loading.dataset import PackedDataset
 from rft.runs.predictions import SCALED, Predictions
+from rft.shards.samples import Samples
 
 EXCLUDED = -1  # in `Manifest.class_to_group`
 
@@ -143,6 +144,8 @@ def predict(
     """
     if samples is None:
         samples = np.arange(len(packed))
+    # before the work, because a damaged file ends it
+    domain_N = domains_of(packed, samples)
     table = packed.manifest.class_to_group()
     class_to_group_K = torch.from_numpy(table).to(device)
     part = rank_part(len(samples), world.rank, world.size, TOGETHER)
@@ -190,8 +193,20 @@ def predict(
             kept_logits[number].clear()
         if not temperatures or temperatures[number] is None:
             joined = {name: column for name, column in joined.items() if name not in SCALED}
-        predicted.append(Predicted(Predictions(key=key_N, label=label_N, **joined), all_NK))
+        rows_N = Predictions(key=key_N, label=label_N, domain=domain_N, **joined)
+        predicted.append(Predicted(rows_N, all_NK))
     return predicted
+
+
+def domains_of(packed: PackedDataset, samples: np.ndarray) -> np.ndarray | None:
+    """Return the name of the domain of each of some samples, (N,); None for a set without domains.
+
+    Raises:
+        ValueError: if the set's file of them is absent or damaged.
+    """
+    names = packed.manifest.domains
+    domain_N = Samples.load(packed.url, packed.manifest).domain if names else None
+    return None if domain_N is None else np.array(names)[domain_N[samples]]
 
 
 # columns of `Predictions` that a model makes, with their types

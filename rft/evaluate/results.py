@@ -14,9 +14,11 @@ import numpy as np
 from rft import cli
 from rft.evaluate.checkpoints import Loaded
 from rft.evaluate.count import Predicted
+from rft.evaluate.scores import in_words, score_of
 from rft.runs import predictions
 from rft.runs.folder import current_results, results_path
 from rft.runs.records import Results, SetCount, Temperature
+from rft.sets import Score
 from rft.shards.manifest import Manifest
 from rft.storage import files
 
@@ -27,6 +29,8 @@ class Evaluated(NamedTuple):
     predicted: Predicted
     manifest_sha256: str
     temperature: Temperature | None = None
+    score: Score = "top1"
+    ood: bool = False
 
 
 def is_current(
@@ -72,7 +76,7 @@ def write_results(one: Loaded, sets: Mapping[str, Evaluated]) -> None:
     # what an earlier call counted for the same weights stays
     results = Results(**record, sets={**(earlier.sets if earlier else {}), **counts})
     files.write_json(str(results_path(one.path)), asdict(results))
-    shares = (f"{name} {100 * c.correct / c.total:.2f}" for name, c in counts.items())
+    shares = (f"{name} {in_words(count)}" for name, count in counts.items())
     cli.say(f"{one.path}{one.state_of_run}: {', '.join(shares)}")
 
 
@@ -91,6 +95,8 @@ def _write(checkpoint: Path, name: str, found: Evaluated) -> SetCount:
         half_sha256 = _kept_logits(checkpoint, name, files.sha256_bytes(data))
     return SetCount(
         **asdict(found.predicted.count),
+        **asdict(score_of(found.predicted.predictions, found.score)),
+        ood=found.ood,
         manifest_sha256=found.manifest_sha256,
         predictions_sha256=files.sha256_bytes(data),
         logits_sha256=half_sha256,

@@ -29,6 +29,7 @@ from rft.recipes import MergeKind
 from rft.runs import derived, filenames, trained_on
 from rft.runs.filenames import LAST
 from rft.sets import TRAIN_SET
+from rft.shards.guard import require_no_test_images
 from rft.storage import files
 from rft.storage.documents import BatchSize, Megapixels, Whole, document
 
@@ -223,6 +224,7 @@ def _make_greedy_soup(arguments: GreedySoup) -> None:
     url = files.join(arguments.data, split.train_set)
     packed = PackedDataset(url, max_pixels=arguments.max_pixels)
     # what can be refused is checked before the ranks meet, so that none waits for another
+    require_no_test_images(arguments.data, split.train_set, packed.manifest, packed.index.key)
     held_out = greedy.held_out_images(packed, split, runs)
     config = greedy.soup_config(runs, split, packed)
     done = derived.is_complete(arguments.out, config)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from rft import cli
 from rft.classes import composed
@@ -38,6 +38,7 @@ from rft.text import printable
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
 # benchmarks as they are downloaded, which may lie beside the tars of classes
 DOWNLOAD = re.compile("ILSVRC|imagenet|objectnet", re.IGNORECASE)
+Place = TypeVar("Place")
 LISTING_THREADS = 16  # listing is latency-bound on network file systems
 
 
@@ -76,11 +77,11 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
             root = root / "images"
             # A member of the group is as good a label as any: scoring only asks for the group.
             class_of = {folder: members[0] for folder, members in groups_of.items()}
-            present = [name for name in _class_folders(root) if name in class_of]
+            present = [name for name in class_folders(root) if name in class_of]
             _require_all(root, present, list(class_of))
             groups = tuple(groups_of.values())
         elif known.class_list is not None:  # published for some of the classes
-            present = _class_folders(root)
+            present = class_folders(root)
             published = published_classes(dataset, labels)
             if published is not None:
                 class_of = {name: class_of[name] for name in published}
@@ -91,7 +92,7 @@ def read_source(dataset: str, source: Path, labels: LabelSpace) -> Source:
             # folders are class ids; sorted as text they would be wrong
             if dataset == "imagenet-v2":
                 class_of = {str(class_id): class_id for class_id in range(len(labels))}
-            present = _class_folders(root)
+            present = class_folders(root)
             _require_same(root, present, class_of)
         listing = _list_folders(root, present, links, "class folders")
     return Source(
@@ -163,7 +164,7 @@ def _class_folders_in(root: Path, class_of: Mapping[str, int], links: Links) -> 
     with os.scandir(root) as entries:
         if not any(entry.is_dir() and not passed_over(entry.name) for entry in entries):
             return None
-    present = _class_folders(root)
+    present = class_folders(root)
     _require_same(root, present, class_of)
     return _list_folders(root, present, links, "folders")
 
@@ -185,7 +186,7 @@ def _class_tars_in(
     links.look(root)
     for entry in present.values():
         regular_size(entry, links)
-    images = _in_threads(lambda name: _tarred_images(root / f"{name}.tar", f"{name}/"), present)
+    images = in_threads(lambda name: _tarred_images(root / f"{name}.tar", f"{name}/"), present)
     return Listing(root, images, f"{len(present):,} tars of {root}")
 
 
@@ -193,7 +194,7 @@ def _training_archive(path: Path, _source: Path, class_of: Mapping[str, int]) ->
     """List the images in the tars of the official tar; nothing is extracted."""
     parts = {member.name.removesuffix(".tar"): member for member in tar_members(path)}
     _require_same(path, list(parts), class_of)
-    images = _in_threads(lambda name: _tarred_images(path, f"{name}/", parts[name]), parts)
+    images = in_threads(lambda name: _tarred_images(path, f"{name}/", parts[name]), parts)
     layout = f"{len(parts):,} tars in {path}, which is not extracted"
     return Listing(path.parent, images, layout)
 
@@ -258,7 +259,7 @@ def _by_truth(
     return by_class, devkit
 
 
-def _class_folders(root: Path) -> list[str]:
+def class_folders(root: Path) -> list[str]:
     """Return the sorted names of the folders in `root`, of which there is at least one."""
     if not root.is_dir():
         raise ValueError(f"no such folder: {root}")
@@ -305,7 +306,7 @@ def _require_all(root: Path, present: Sequence[str], expected: Sequence[str]) ->
 def _list_folders(root: Path, names: Sequence[str], links: Links, kind: str) -> Listing:
     """List the images in folders of `root`; folders beside them that a system made are counted."""
     links.look(root)
-    images = _in_threads(lambda name: _list_images(root / name, links), names)
+    images = in_threads(lambda name: list_images(root / name, links), names)
     with os.scandir(root) as entries:
         others = sorted(entry.name for entry in entries if entry.is_dir())
     system = [printable(name) for name in others if passed_over(name)]
@@ -314,14 +315,15 @@ def _list_folders(root: Path, names: Sequence[str], links: Links, kind: str) -> 
     return Listing(root, images, f"{len(names):,} {kind} of {root}{said}")
 
 
-def _in_threads(
-    list_class: Callable[[str], list[Found]], names: Collection[str]
-) -> dict[str, list[Found]]:
+def in_threads(
+    list_class: Callable[[Place], list[Found]], places: Collection[Place]
+) -> dict[Place, list[Found]]:
+    """Return the images of each class, which may be named by anything."""
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        return dict(zip(names, pool.map(list_class, names), strict=True))
+        return dict(zip(places, pool.map(list_class, places), strict=True))
 
 
-def _list_images(folder: Path, links: Links) -> list[Found]:
+def list_images(folder: Path, links: Links) -> list[Found]:
     """Return the images in one class folder."""
     images = []
     if folder.is_symlink():

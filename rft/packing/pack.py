@@ -39,12 +39,13 @@ from rft.packing.shard import (
 )
 from rft.packing.source import Item, Source, require_apart, where
 from rft.progress import progress
-from rft.shards.folder import COMMITS, INDEX, MANIFEST, PLAN, QUARANTINE
+from rft.shards.folder import COMMITS, INDEX, MANIFEST, PLAN, QUARANTINE, SAMPLES
 from rft.shards.images import Kind, Quality, Square, encoding_parameters
 from rft.shards.index import COLUMNS, INDEX_BYTES, KEY_BYTES, ROW_BYTES, Index
 from rft.shards.label_space import LabelSpace, scoring_hash
-from rft.shards.manifest import Manifest, Shard
+from rft.shards.manifest import DOMAINS, Manifest, Shard, declared
 from rft.shards.ranges import cut
+from rft.shards.samples import Samples
 from rft.storage import files, local
 from rft.storage.documents import Above0, Megapixels, Positive, Seed, Whole, document
 from rft.text import printable
@@ -196,7 +197,11 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> PackPlan:
     shard_bytes = int(options.shard_mb * 2**20)
     order = shuffle(source.items, options.seed)
     sizes = [encode.expected_bytes(encoding, item.bytes) for item in order]
-    listing = sorted((item.key, item.path, item.label, item.bytes) for item in order)
+    domains = source.domains
+    listing = sorted(
+        (item.key, item.path, item.label, item.bytes, *([item.domain] if domains else []))
+        for item in order
+    )
     parameters = {
         "algorithm": ALGORITHM,
         "dataset": source.dataset,
@@ -208,6 +213,7 @@ def make_plan(source: Source, labels: LabelSpace, options: Options) -> PackPlan:
         # short, because they are for people to compare; there is no reason to forge them
         "items": files.sha256_json(listing)[:16],
         "labels": scoring_hash(labels.ids, labels.names, labels.templates, source.groups),
+        **declared(source.score, ood=source.ood),
     }
     shards = tuple(tuple(order[start:stop]) for start, stop in cut(sizes, shard_bytes))
     return PackPlan(
@@ -304,9 +310,15 @@ def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int =
         for name, dtype in COLUMNS.items()
     }
     index = Index(**columns).to_bytes()
+    source = [value for commit in commits for value in commit.columns.source]
+    samples = Samples(
+        source=np.array(source, np.uint64), domain=_domains(plan.source, columns["key"])
+    ).to_bytes()
     shards = [commit.shard for commit in commits]
-    manifest = _manifest(plan, shards, files.sha256_bytes(index), len(quarantined))
+    hashes = (files.sha256_bytes(index), files.sha256_bytes(samples))
+    manifest = _manifest(plan, shards, *hashes, len(quarantined))
     files.write_bytes(files.join(url, INDEX), index)
+    files.write_bytes(files.join(url, SAMPLES), samples)
     for name, content in side_files(manifest).items():
         files.write_bytes(files.join(url, name), content.encode())
     if quarantined:
@@ -320,8 +332,21 @@ def finalize(plan: PackPlan, url: str, commits: Sequence[Commit], max_bad: int =
     return manifest
 
 
+def _domains(source: Source, key_N: np.ndarray) -> np.ndarray | None:
+    """Return the number of each sample's domain, int32 (N,); None for a set without domains."""
+    if not source.domains:
+        return None
+    number_of = {name: number for number, name in enumerate(source.domains)}
+    domain_of = {item.key.encode(): number_of[item.domain] for item in source.items}
+    return np.array([domain_of[key] for key in key_N.tolist()], np.int32)
+
+
 def _manifest(
-    plan: PackPlan, shards: Sequence[Shard], index_sha256: str, quarantined: int = 0
+    plan: PackPlan,
+    shards: Sequence[Shard],
+    index_sha256: str,
+    samples_sha256: str,
+    quarantined: int = 0,
 ) -> Manifest:
     return Manifest(
         dataset=plan.source.dataset,
@@ -334,6 +359,10 @@ def _manifest(
         index_sha256=index_sha256,
         shards=tuple(shards),
         quarantined=quarantined,
+        samples_sha256=samples_sha256,
+        domains=plan.source.domains,
+        score=plan.source.score,
+        ood=plan.source.ood,
     )
 
 
@@ -343,9 +372,15 @@ def _require_readable(plan: PackPlan) -> None:
     Raises:
         ValueError: for a key or an index that is too large, or a manifest that cannot be right.
     """
+    if (count := len(plan.source.domains)) > DOMAINS:
+        raise ValueError(
+            f"{plan.source.dataset} has {count:,} domains, at most {DOMAINS:,} are read; make them "
+            "coarser"
+        )
     some_hash = "0" * 64
+    shards = [Shard(name="0.tar", bytes=0, sha256=some_hash, samples=1)]
     try:
-        _manifest(plan, [Shard(name="0.tar", bytes=0, sha256=some_hash, samples=1)], some_hash)
+        _manifest(plan, shards, some_hash, some_hash)
     except ValueError as error:
         raise ValueError(
             f"{plan.source.dataset}: no manifest can hold its label space ({error}); change "
@@ -414,6 +449,9 @@ def _is_complete(plan: PackPlan, url: str, max_bad: int) -> bool:
     if MANIFEST not in sizes or INDEX not in sizes:
         return False
     manifest = Manifest.load(url)
+    # sets of older versions have none, and stay as they are
+    if manifest.samples_sha256 is not None and SAMPLES not in sizes:
+        return False
     if (
         manifest.plan_hash != plan.hash
         or len(manifest.shards) != len(plan.shards)

@@ -24,12 +24,13 @@ from rft.shards.folder import COMMITS, PLAN
 from rft.shards.image_files import require_affordable
 from rft.shards.index import COLUMNS, KEY_BYTES
 from rft.shards.manifest import Shard
+from rft.shards.samples import source_hash
 from rft.storage import files, local
 from rft.storage.documents import Count, Sha256, Text, document
 
 NAMED_IN_ERRORS = 3  # images that cannot be read
 COMMIT_BYTES = 2**28  # three times the record of all of ImageNet in one shard
-COMMIT_VALUES = 20_000_000  # all of ImageNet in one shard has 9 million
+COMMIT_VALUES = 20_000_000  # all of ImageNet in one shard has 10 million
 # printable ASCII without spaces
 Key = Annotated[str, Field(min_length=1, max_length=KEY_BYTES, pattern="^[\\x21-\\x7e]+$")]
 
@@ -44,7 +45,7 @@ class Quarantined:
 
 @document
 class Columns:
-    """A shard's rows of the index, by column (see `rft.shards.index.Index`)."""
+    """A shard's rows of the index, by column (see `rft.shards.index.Index`), and of samples.npz."""
 
     # the bounds of the types in `rft.shards.index.COLUMNS`
     offset: tuple[Count, ...]
@@ -54,9 +55,12 @@ class Columns:
     width: tuple[Annotated[Count, Field(lt=2**16)], ...]
     height: tuple[Annotated[Count, Field(lt=2**16)], ...]
     key: tuple[Key, ...]
+    source: tuple[Annotated[int, Field(ge=0, lt=2**64)], ...] = ()
+    """Of `rft.shards.samples`; records of older versions have none."""
 
     def __post_init__(self) -> None:
-        if len({len(getattr(self, name)) for name in COLUMNS}) != 1:
+        lengths = {len(getattr(self, name)) for name in COLUMNS}
+        if len(lengths) != 1 or not {len(self.source)} <= {0, *lengths}:
             raise ValueError("columns have different lengths")
 
 
@@ -112,10 +116,11 @@ class Commit:
         """Whether the job is done, by its record and the `sizes` of all tars.
 
         A record of a shard that left out more images than are allowed now does not count: they may
-        have been repaired.
+        have been repaired. Nor does one without `source`: the same bytes are written again.
         """
         return (
             self.plan_hash == job.plan_hash
+            and len(self.columns.source) == self.shard.samples
             and sizes.get(self.shard.name) == self.shard.bytes
             and len(self.quarantined) <= job.max_bad
         )
@@ -172,9 +177,11 @@ def _write(job: ShardJob) -> Commit:
     with files.publish(job.shard_url) as path:
         with local.writer(path) as stream, ShardWriter(stream) as tar:
             for item in job.items:
-                encoded = _encode(job, item, bad)
-                if encoded is not None:
-                    rows.append(write_sample(tar, item, job.classes[item.label], encoded))
+                read = _encode(job, item, bad)
+                if read is not None:
+                    encoded, source = read
+                    row = write_sample(tar, item, job.classes[item.label], encoded)
+                    rows.append({**row, "source": source})
                     # without the payloads, which together are as large as the shard
                     packed.append(encoded._replace(payload=b""))
         _require_plan(job)
@@ -190,7 +197,8 @@ def _write(job: ShardJob) -> Commit:
         composed=sum(one.treated.composed for one in packed),
         classes=len({row["label"] for row in rows}),
     )
-    columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in COLUMNS}
+    names = (*COLUMNS, "source")
+    columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in names}
     commit = Commit(
         plan_hash=job.plan_hash,
         shard=shard,
@@ -255,8 +263,11 @@ def compact_json(document: Any) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
-def _encode(job: ShardJob, item: Item, bad: list[Quarantined]) -> encode.Encoded | None:
-    """Return an image's payload, or None if it cannot be read; `bad` then has the reason."""
+def _encode(job: ShardJob, item: Item, bad: list[Quarantined]) -> tuple[encode.Encoded, int] | None:
+    """Return an image's payload and the hash of its file.
+
+    None if it cannot be read; `bad` then has the reason.
+    """
     name = where(job.root, item)
     try:
         require_affordable(item.bytes, name, job.max_pixels)
@@ -264,7 +275,7 @@ def _encode(job: ShardJob, item: Item, bad: list[Quarantined]) -> encode.Encoded
         return _leave_out(job, item, bad, error)
     data = read_item(job.root, item)  # a file that cannot be opened at all is never left out
     try:
-        return encode.encode(data, name, job.encoding, job.max_pixels)
+        return encode.encode(data, name, job.encoding, job.max_pixels), source_hash(data)
     except ValueError as error:
         return _leave_out(job, item, bad, error)
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rft.classes import composed
 from rft.packing.names import is_below
+from rft.sets import Score
 from rft.shards.keys import make_keys
 from rft.storage import files, local
 
@@ -22,6 +24,7 @@ class Found(NamedTuple):
     bytes: int
     inside: str | None = None
     offset: int = 0
+    domain: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +33,8 @@ class Item:
 
     `path` is class folder and file name with a forward slash; `key` names the sample in its tar;
     `bytes` is the size of the image when it was listed. The bytes are the file `path` below the
-    source's root, or `bytes` bytes at `offset` of the file `inside` below the root.
+    source's root, or `bytes` bytes at `offset` of the file `inside` below the root. `domain` names
+    where or how it was taken, in a set that has domains.
     """
 
     key: str
@@ -39,6 +43,7 @@ class Item:
     bytes: int
     inside: str | None = None
     offset: int = 0
+    domain: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,8 @@ class Source:
     the number of pixels to cut from each side before any resize. `photos` marks the user's own
     photos, which are turned upright and composed on white (`rft.shards.images.PHOTOS`); benchmarks
     are not.
-    `layout` says in words what was found, `links` which images lie elsewhere, if any do.
+    `layout` says in words what was found, `links` which images lie elsewhere, if any do. `score`
+    and `ood` are declared for the manifest.
     """
 
     dataset: str
@@ -60,6 +66,13 @@ class Source:
     photos: bool = False
     layout: str = ""
     links: str = ""
+    score: Score = "top1"
+    ood: bool = False
+
+    @cached_property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains that images are in, sorted; empty for a set without."""
+        return tuple(sorted({item.domain for item in self.items} - {""}))
 
 
 def make_items(

@@ -23,13 +23,15 @@ from rft.packing.foreign.labels import POSITION, parse_label, resolve_label
 from rft.packing.foreign.rule import LabelsAre, Rule
 from rft.packing.foreign.samples import SIZE_THREADS, open_whole, read_text, shard_size, split_name
 from rft.packing.pool import for_each
+from rft.sets import Score
 from rft.shards import tar
 from rft.shards.folder import PLAN, QUARANTINE
 from rft.shards.image_files import IMAGE_SUFFIXES, require_affordable
 from rft.shards.images import Encoding, load_image, npy_header, payload_of
 from rft.shards.index import Index
 from rft.shards.label_space import scoring_hash
-from rft.shards.manifest import Manifest, Shard, group_faults, note_other_stores
+from rft.shards.manifest import Manifest, Shard, declared, group_faults, note_other_stores
+from rft.shards.samples import Samples, source_hash
 from rft.storage import documents, files
 from rft.storage.documents import FOREIGN, Name, Text, document
 
@@ -93,6 +95,8 @@ class RecordedPlan:
     labels_are: LabelsAre | None = None
     local_labels: tuple[int, ...] | None = None
     ignore: tuple[Text, ...] = ()
+    score: Score = "top1"
+    ood: bool = False
 
 
 class Row(NamedTuple):
@@ -111,14 +115,16 @@ class Row(NamedTuple):
 class Check:
     """What the deep check of a shard needs: its rows of the index, and how its labels are read.
 
-    `size` is what the store says, in bytes. `index` has the rows of this shard alone. `ids_known`
-    is whether the rule has the classes' ids: older manifests lack them.
+    `size` is what the store says, in bytes. `index` has the rows of this shard alone, and `source`
+    the same rows of that column of samples.npz, which older sets lack. `ids_known` is whether the
+    rule has the classes' ids: older manifests lack them.
     """
 
     shard: Shard
     place: str
     size: int
     index: Index | None
+    source: np.ndarray | None
     encoding: dict[str, Any]
     rule: Rule
     ids_known: bool
@@ -148,7 +154,8 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
         in_range = index.label[(index.label >= 0) & (index.label < len(manifest.classes))]
         report.per_class = np.bincount(in_range, minlength=len(manifest.classes)).tolist()
         report.problems += check_index(manifest, index)
-    checks = _check_sizes(manifest, index, plan, max_pixels, report)
+    samples = _read_samples(url, manifest, report)
+    checks = _check_sizes(manifest, index, samples, plan, max_pixels, report)
     if not deep:
         return report
     names = {shard.sha256: shard.name for shard in manifest.shards}
@@ -160,6 +167,16 @@ def verify(url: str, *, deep: bool, workers: int | None, max_pixels: float = MAX
         else:
             report.problems += problems
     return report
+
+
+def _read_samples(url: str, manifest: Manifest, report: Report) -> Samples | None:
+    if manifest.samples_sha256 is None:  # of an older version
+        return None
+    try:
+        return Samples.load(url, manifest)
+    except ValueError as error:
+        report.add(f"samples.npz cannot be used: {error}")
+        return None
 
 
 def _check_quarantine(url: str, manifest: Manifest, report: Report) -> None:
@@ -238,8 +255,9 @@ def _check_bytes(stream: IO[bytes], sha256: str, check: Check) -> Iterator[Probl
     if check.index is None:
         return
     rows = _rows(check.index)
-    for row in rows:
-        differences = [*_check_payload(stream, row, check)]
+    sources = [None] * len(rows) if check.source is None else check.source.tolist()
+    for row, source in zip(rows, sources, strict=True):
+        differences = [*_check_payload(stream, row, source, check)]
         # behind a damaged header no member is known, which would be a problem of every row
         if row.offset < end:
             differences += _check_members(stream, members.get(row.key, {}), row, check)
@@ -312,8 +330,8 @@ def _check_label(
         yield str(error)
 
 
-def _check_payload(stream: IO[bytes], row: Row, check: Check) -> Iterator[str]:
-    """Yield what is wrong with the bytes of one row."""
+def _check_payload(stream: IO[bytes], row: Row, source: int | None, check: Check) -> Iterator[str]:
+    """Yield what is wrong with the bytes of one row; `source` is its hash, if it has one."""
     encoding, max_pixels = check.encoding, check.rule.max_pixels
     payload = payload_of(encoding)
     # not read and counted: what is read is allocated first
@@ -337,6 +355,9 @@ def _check_payload(stream: IO[bytes], row: Row, check: Check) -> Iterator[str]:
             size = (row.width, row.height) if payload.is_source else (side, side)
             if image.size != size:
                 yield f"the image has {image.size} pixels, not {size}"
+            # a payload of another encoding is not the file that was hashed
+            if payload.is_source and source not in (None, source_hash(data)):
+                yield "its hash in samples.npz is of a different image"
     except ValueError as error:
         yield str(error)
 
@@ -369,6 +390,9 @@ def _read_plan(url: str, manifest: Manifest, report: Report) -> RecordedPlan:
         report.add(
             f"its dataset is {manifest.dataset!r}, that of plan.json is {plan.dataset!r}: {edited}"
         )
+    found, planned = declared(manifest.score, ood=manifest.ood), declared(plan.score, ood=plan.ood)
+    if found != planned:
+        report.add(f"its score or ood ({found}) is not that of plan.json ({planned}): {edited}")
     local = plan.local_labels
     for fault in () if local is None else group_faults([local], len(manifest.classes)):
         report.add(f"local_labels of plan.json: {fault}")
@@ -388,6 +412,7 @@ def _difference(encoding: dict[str, Any], planned: dict[str, Any]) -> str:
 def _check_sizes(
     manifest: Manifest,
     index: Index | None,
+    samples: Samples | None,
     plan: RecordedPlan,
     max_pixels: float,
     report: Report,
@@ -425,6 +450,7 @@ def _check_sizes(
             place=place,
             size=size,
             index=index and _part(index, start, stop),
+            source=None if samples is None else samples.source[start:stop],
             encoding=manifest.encoding,
             rule=rule,
             ids_known=bool(manifest.class_ids),

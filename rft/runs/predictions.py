@@ -2,8 +2,9 @@
 
 Everything that is said of a model on a set is made of these rows: accuracies, intervals, paired
 tests, calibration. `numpy.load` reads a file, and pandas in two lines (docs/evaluation.md). The
-columns are plain arrays of one length. results.json has the file's hash, beside those of the
-weights and of the data, so a file of other weights is found out. No torch.
+columns are plain arrays of one length; sets with domains have one more. results.json has the file's
+hash, beside those of the weights and of the data, so a file of other weights is found out. No
+torch.
 
 Where classes share a category, as in ObjectNet, they are scored together: a category's logit is
 the highest one of its classes, which is the benchmark's rule, and probabilities are taken over
@@ -25,6 +26,7 @@ from rft.storage import files
 from rft.storage.arrays import read_npz
 
 KEY_LETTERS = 1024  # of the longest key, as in an index
+DOMAIN_LETTERS = 1000  # of the longest name of a domain, as in a manifest
 HEADERS_BYTES = 2**13  # of the arrays, and more
 
 
@@ -49,6 +51,8 @@ class Predictions:
     """Of the logits divided by the temperature in results.json, where one was fitted; float32."""
     scaled_log_likelihood: np.ndarray | None = None
     """Likewise."""
+    domain: np.ndarray | None = None
+    """Name of its domain, text, as pandas groups by it; None for a set without domains."""
 
     @property
     def right(self) -> np.ndarray:
@@ -75,6 +79,7 @@ COLUMNS = {
     "log_likelihood": "float32",
     "scaled_confidence": "float32",
     "scaled_log_likelihood": "float32",
+    "domain": "U",
 }
 RANGE = {
     **dict.fromkeys(("label", "prediction", "rank"), (0, 2**31 - 1)),
@@ -113,7 +118,7 @@ def read(path: Path, images: int, sha256: str = "") -> Predictions:
     Raises:
         ValueError: if it is absent, was changed, or holds anything else.
     """
-    limit = images * (NUMBERS_BYTES + 4 * KEY_LETTERS) + HEADERS_BYTES
+    limit = images * (NUMBERS_BYTES + 4 * (KEY_LETTERS + DOMAIN_LETTERS)) + HEADERS_BYTES
     data = files.read_bytes(str(path), limit)
     if sha256 and files.sha256_bytes(data) != sha256:
         raise ValueError(
@@ -131,15 +136,15 @@ def read(path: Path, images: int, sha256: str = "") -> Predictions:
 
 def _fault(columns: dict[str, np.ndarray], images: int) -> str:
     """Explain why arrays cannot be the predictions of so many images; empty if they can."""
-    plain = [name for name in COLUMNS if name not in SCALED]
-    if columns.keys() not in ({*plain}, {*COLUMNS}):
+    plain = [name for name in COLUMNS if name not in (*SCALED, "domain")]
+    if columns.keys() - {"domain"} not in ({*plain}, {*plain, *SCALED}):
         return f"its columns must be {', '.join(plain)}, they are {', '.join(columns)}"
     for name, column in columns.items():
         kind = COLUMNS[name]
         same = column.dtype.kind == "U" if kind == "U" else column.dtype == np.dtype(kind)
         if not same or column.shape != (images,):
             return f"{name} must be {images:,} of {kind}, not {column.dtype} {column.shape}"
-    for name in columns.keys() - {"key"}:
+    for name in columns.keys() & RANGE.keys():
         lowest, highest = RANGE[name]
         # written so that NaN does not pass
         if not ((columns[name] >= lowest) & (columns[name] <= highest)).all():

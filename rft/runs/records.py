@@ -17,8 +17,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from rft.runs.filenames import CONFIG
+from rft.sets import Score
 from rft.storage import documents, files, local
-from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Text, document
+from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Share, Text, document
 
 T = TypeVar("T")
 
@@ -96,10 +97,20 @@ class SetCount:
     """Of its file of logits, where they were asked for."""
     temperature: Temperature | None = None
     """Of the scaled columns of its predictions, where one was fitted."""
+    score: Score = "top1"
+    """The number that the set is known by, as its manifest declares."""
+    ood: bool = False
+    """Whether it counts into the OOD average."""
+    value: Share | None = None
+    """That number, where it is another than top-1."""
+    worst_domain: Text = ""
+    """The domain that it is of, if it is that of one."""
 
     def __post_init__(self) -> None:
         if self.correct > self.total:
             raise ValueError(f"{self.correct} are correct of {self.total}; it must not be more")
+        if (self.value is None) != (self.score == "top1"):
+            raise ValueError(f"value is {self.value}, and score is {self.score!r}")
 
 
 @document(name="results")

@@ -2,6 +2,7 @@
 
 MANIFEST = "manifest.json"  # written last: a folder without it is no packed set
 INDEX = "index.npz"
+SAMPLES = "samples.npz"  # of older sets absent; the manifest has its hash
 PLAN = "plan.json"  # written first: which set is packed or indexed here
 COMMITS = "commit"  # a folder: the record of each shard that is finished
 QUARANTINE = "quarantine.jsonl"  # images that were left out because they cannot be decoded

@@ -10,14 +10,14 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 from pydantic import Field
 
 from rft.classes import Classes, prompts_sha256
 from rft.log import ASIDE
-from rft.sets import BENCHMARKS
+from rft.sets import BENCHMARKS, OOD_SETS, DomainScore, Score
 from rft.shards.folder import MANIFEST
 from rft.shards.images import Encoding
 from rft.shards.label_space import MARK
@@ -29,6 +29,7 @@ from rft.text import short
 SCHEMA = 1
 CLASSES = 100_000  # ImageNet-21k has 21,841
 TEMPLATES = 1000  # OpenAI's are 80; a head is made of all of them for each class
+DOMAINS = 100_000  # iWildCam has 323
 AGAIN = "pack or index the set again"
 STORES_SHOWN = 3  # in one line
 ShardName = Annotated[Name, Field(max_length=2000)]
@@ -59,6 +60,9 @@ class Manifest:
     `groups` is the scoring rule: a prediction is the argmax over the classes named in any group,
     and it is right when it lies in the same group as the label. ImageNet has one group for each
     class, ImageNet-R and -A one for each of their 200, ObjectNet 113 groups over 125 classes.
+    `samples_sha256` is of `rft.shards.samples`, whose `domain` counts in `domains`. `score` is the
+    number that the set is known by; `ood` declares that it counts into the OOD average, which the
+    five benchmarks do without (`is_ood`).
     """
 
     dataset: Name
@@ -70,6 +74,10 @@ class Manifest:
     index_sha256: Sha256
     shards: tuple[Shard, ...]
     class_ids: tuple[Text, ...] = ()
+    samples_sha256: Sha256 | None = None
+    domains: Annotated[tuple[Name, ...], Field(max_length=DOMAINS)] = ()
+    score: Score = "top1"
+    ood: bool = False
     quarantined: Count = 0  # images of the source left out because they cannot be decoded
     schema: Schema = SCHEMA
 
@@ -81,6 +89,8 @@ class Manifest:
             raise ValueError("class_ids must be as many as classes, and all different")
         for fault in group_faults(self.groups, len(self.classes)):
             raise ValueError(fault)
+        require_declarable(self.dataset, self.score, ood=self.ood)
+        self._require_domains()
         names = Counter(shard.name for shard in self.shards)
         for name, count in names.items():
             if count > 1:
@@ -96,10 +106,25 @@ class Manifest:
                     "count twice; name one of them"
                 )
 
+    def _require_domains(self) -> None:
+        if len(set(self.domains)) < len(self.domains):
+            raise ValueError("domains must be all different")
+        if self.domains and self.samples_sha256 is None:
+            raise ValueError(
+                "domains are named, and samples_sha256 of the file that has them is not"
+            )
+        if self.score in get_args(DomainScore) and not self.domains:
+            raise ValueError(f"score is {self.score!r}, and the set has no domains")
+
     @property
     def samples(self) -> int:
         """Number of samples in the dataset."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def is_ood(self) -> bool:
+        """Whether it counts into the OOD average: nothing may be trained or selected on it."""
+        return self.ood or self.dataset in OOD_SETS
 
     @cached_property  # kept in __dict__, past the setattr that a frozen class forbids
     def sha256(self) -> str:
@@ -168,10 +193,33 @@ class Manifest:
 
     def _document(self) -> dict[str, Any]:
         document = dataclasses.asdict(self)
-        # a manifest from before there were ids keeps its hash: finished runs know the data by it
-        if not self.class_ids:
-            del document["class_ids"]
+        # a manifest from before there were these keeps its hash: finished runs know the data by it
+        for field in dataclasses.fields(self):
+            if field.name in LATER and document[field.name] == field.default:
+                del document[field.name]
         return document
+
+
+LATER = ("class_ids", "samples_sha256", "domains", "score", "ood")
+"""Fields that older manifests lack: they are written where they are not at their defaults."""
+
+
+def declared(score: Score, *, ood: bool) -> dict[str, Any]:
+    """Return what plan.json records of a declaration; older plans have nothing of the usual one."""
+    return {**({"score": score} if score != "top1" else {}), **({"ood": True} if ood else {})}
+
+
+def require_declarable(dataset: str, score: Score, *, ood: bool) -> None:
+    """Check that what is declared of a set does not contradict what is known of a benchmark.
+
+    Raises:
+        ValueError: naming the set.
+    """
+    if dataset in BENCHMARKS and (ood or score != "top1"):
+        raise ValueError(
+            f"{dataset} is a benchmark: its score (top1) and whether it counts into the OOD "
+            "average follow from its name, so neither is declared"
+        )
 
 
 def require_named(url: str, dataset: str) -> None:

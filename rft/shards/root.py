@@ -24,14 +24,16 @@ def set_names(names: Iterable[str], option: str) -> tuple[str, ...]:
     return found
 
 
-def packed_sets(root: str) -> list[str]:
+def packed_sets(root: str, most: int | None = LOOKED_AT) -> list[str]:
     """Return the names of the folders of `root` that hold a manifest, sorted.
+
+    At most `most` folders are looked at; None is all.
 
     Raises:
         OSError: if the store does not list them.
         ValueError: if the URL cannot be opened.
     """
-    folders = files.folders(root)[:LOOKED_AT]
+    folders = files.folders(root)[:most]
     return [name for name in folders if files.exists(files.join(root, name, MANIFEST))]
 
 

@@ -21,6 +21,7 @@ from rft.runs import trained_on
 from rft.runs.folder import checkpoint_path, require_own_weights, unfinished
 from rft.runs.trained_on import TrainedOn
 from rft.shards.cache import Cache
+from rft.shards.guard import require_no_test_images
 from rft.shards.manifest import warn_of_one_class
 from rft.storage import files
 from rft.train.job import Job
@@ -40,6 +41,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     url = files.join(config.data, config.train_set)
     packed = PackedDataset(url, cache=cache, max_pixels=loader.max_pixels)
     warn_of_one_class(packed.url, packed.manifest.groups)
+    require_no_test_images(config.data, config.train_set, packed.manifest, packed.index.key)
     plan, samples, held_out = plan_training(packed, config)
     pretrained = load_clip(config.model)
     # one image now, so that shards of the wrong size stop the run here and not inside it

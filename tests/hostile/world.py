@@ -110,6 +110,11 @@ class Place:
         (self / name / "index.npz").write_bytes(data)
         self.edit(f"{name}/manifest.json", index_sha256=files.sha256_bytes(data))
 
+    def publish_samples(self, data: bytes, name: str = "shards/test") -> None:
+        """Write other bytes as a set's samples.npz, with a manifest that vouches for them."""
+        (self / name / "samples.npz").write_bytes(data)
+        self.edit(f"{name}/manifest.json", samples_sha256=files.sha256_bytes(data))
+
     def publish_shard(self, data: bytes, name: str = "shards/test") -> None:
         """Write other bytes as a set's first shard, with a manifest that vouches for them."""
         shard = self.read(f"{name}/manifest.json")["shards"][0]["name"]

@@ -1,4 +1,4 @@
-"""A manifest and an index for third-party shards, which are read and never written.
+"""A manifest and its .npz files for third-party shards, which are read and never written.
 
 Every shard is walked strictly and read once. A sample (see `rft.packing.foreign.samples`) needs one
 image and one label. An unknown suffix is refused, so that a second picture (`x.seg.png`) never goes
@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -35,12 +35,13 @@ from rft.packing.foreign.samples import (
 )
 from rft.packing.pool import for_each
 from rft.shards import tar
-from rft.shards.folder import INDEX, MANIFEST, PLAN
+from rft.shards.folder import INDEX, MANIFEST, PLAN, SAMPLES
 from rft.shards.image_files import IMAGE_SUFFIXES, require_affordable
 from rft.shards.images import encoding_parameters
 from rft.shards.index import COLUMNS, INDEX_BYTES, KEY_BYTES, Index
 from rft.shards.label_space import LabelSpace, scoring_hash
-from rft.shards.manifest import Manifest, Shard, require_named
+from rft.shards.manifest import Manifest, Shard, declared, require_declarable, require_named
+from rft.shards.samples import Samples, source_hash
 from rft.storage import documents, files
 from rft.storage.urls import check_shard_name
 
@@ -54,6 +55,7 @@ log = logging.getLogger(__name__)
 class Found:
     """What one shard holds: its columns of the index, and what was passed over.
 
+    `source` is the column of `rft.shards.samples`, of the payloads: they are all that is there.
     `as_stored` counts the images that would look different if they were treated as photos.
     `contradicted` counts the samples whose .cls and .json name different classes; `example` is the
     first of them.
@@ -62,6 +64,7 @@ class Found:
     bytes: int
     sha256: str
     rows: dict[str, list] = field(default_factory=lambda: {name: [] for name in COLUMNS})
+    source: list[int] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
     as_stored: Counter[str] = field(default_factory=Counter)
     contradicted: int = 0
@@ -71,7 +74,7 @@ class Found:
 def index_shards(
     patterns: Sequence[str], out: str, labels: LabelSpace, options: Options
 ) -> Manifest:
-    """Write `out/manifest.json` and `out/index.npz` for the shards that the patterns name.
+    """Write manifest.json, index.npz and samples.npz in `out` for the shards that patterns name.
 
     Where all shards lie in `out` or below it, the manifest names them relative to it, so that the
     folder can be moved. A rerun changes nothing.
@@ -83,6 +86,7 @@ def index_shards(
     urls = [whole_url(url) for url in expand(patterns)]
     dataset = options.dataset or files.name_of(out)
     require_named(out, dataset)
+    require_declarable(dataset, options.score, ood=options.ood)
     allowed = parse_allowed_counts(options.allow_count, [dataset]).get(dataset)
     names = shard_names(urls, out)
     rule = make_rule(dataset, urls, labels, options)
@@ -93,8 +97,8 @@ def index_shards(
     _require_different(urls, found)
     samples = sum(len(shard.rows["key"]) for shard in found)
     check_count(dataset, samples, labels, allowed)
-    manifest, index, plan = _assemble(dataset, names, found, labels, rule)
-    _publish(out, manifest, index, plan)
+    manifest, columns, plan = _assemble(dataset, names, found, labels, rule, options)
+    _publish(out, manifest, columns, plan)
     _say(found)
     return manifest
 
@@ -138,6 +142,7 @@ def read_shard(job: tuple[str, int], rule: Rule) -> Found:
             }
             for name, value in row.items():
                 found.rows[name].append(value)
+            found.source.append(source_hash(data))
     if not found.rows["key"]:
         raise ValueError(f"{where} holds no samples")
     return found
@@ -187,9 +192,14 @@ def _require_different(urls: Sequence[str], found: Sequence[Found]) -> None:
 
 
 def _assemble(
-    dataset: str, names: Sequence[str], found: Sequence[Found], labels: LabelSpace, rule: Rule
-) -> tuple[Manifest, bytes, dict[str, Any]]:
-    """Return manifest, content of index.npz and plan of the shards that were read."""
+    dataset: str,
+    names: Sequence[str],
+    found: Sequence[Found],
+    labels: LabelSpace,
+    rule: Rule,
+    options: Options,
+) -> tuple[Manifest, dict[str, bytes], dict[str, Any]]:
+    """Return manifest, content of the .npz files by name, and plan of the shards that were read."""
     columns = {
         name: np.concatenate([np.array(shard.rows[name], dtype) for shard in found])
         for name, dtype in COLUMNS.items()
@@ -208,11 +218,14 @@ def _assemble(
         "ignore": sorted(rule.ignore),
         "labels": scoring_hash(labels.ids, labels.names, labels.templates, groups),
         "shards": files.sha256_json([shard.sha256 for shard in found]),
+        **declared(options.score, ood=options.ood),
     }
     # absent where nothing was chosen, so that plans without the option keep their hash
     if rule.labels_are is not None:
         plan["labels_are"] = rule.labels_are
     index = Index(**columns).to_bytes()
+    source = np.array([value for shard in found for value in shard.source], np.uint64)
+    samples = Samples(source=source).to_bytes()
     manifest = Manifest(
         dataset=dataset,
         classes=labels.names,
@@ -222,12 +235,15 @@ def _assemble(
         encoding=encoding,
         plan_hash=files.sha256_json(plan),
         index_sha256=files.sha256_bytes(index),
+        samples_sha256=files.sha256_bytes(samples),
+        score=options.score,
+        ood=options.ood,
         shards=tuple(
             Shard(name=name, bytes=one.bytes, sha256=one.sha256, samples=len(one.rows["key"]))
             for name, one in zip(names, found, strict=True)
         ),
     )
-    return manifest, index, plan
+    return manifest, {INDEX: index, SAMPLES: samples}, plan
 
 
 def shard_names(shards: Sequence[str], out: str) -> list[str]:
@@ -252,13 +268,16 @@ def shard_names(shards: Sequence[str], out: str) -> list[str]:
     return names
 
 
-def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -> None:
+def _publish(out: str, manifest: Manifest, columns: dict[str, bytes], plan: dict[str, Any]) -> None:
     """Write what is not there yet, the manifest last."""
     index_url, plan_url = files.join(out, INDEX), files.join(out, PLAN)
     # with lists in place of tuples, as it is when it is read back
     plan = json.loads(json.dumps(plan))
     if files.exists(files.join(out, MANIFEST)):
         old = Manifest.load(out)
+        if old.samples_sha256 is None:
+            # an older version's index stays, because finished runs know the set by its manifest
+            manifest, columns = replace(manifest, samples_sha256=None), {INDEX: columns[INDEX]}
         changed = [
             f.name for f in fields(Manifest) if getattr(old, f.name) != getattr(manifest, f.name)
         ]
@@ -276,8 +295,9 @@ def _publish(out: str, manifest: Manifest, index: bytes, plan: dict[str, Any]) -
     # a run that was killed may have left a plan of different options
     if data is None or documents.parse(data, plan_url) != plan:
         files.write_json(plan_url, plan)
-    if files.find_bytes(index_url, INDEX_BYTES) != index:
-        files.write_bytes(index_url, index)
+    for name, data in columns.items():
+        if files.find_bytes(files.join(out, name), INDEX_BYTES) != data:
+            files.write_bytes(files.join(out, name), data)
     if not files.exists(files.join(out, MANIFEST)):
         manifest.save(out)
 

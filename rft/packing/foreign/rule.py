@@ -20,7 +20,7 @@ from rft.packing.expected import published_classes
 from rft.packing.foreign.class_names import Names, names_of
 from rft.packing.foreign.samples import parent
 from rft.packing.objectnet import folder_labels, objectnet_groups
-from rft.sets import BENCHMARKS
+from rft.sets import BENCHMARKS, ClassScore
 from rft.shards.images import Side
 from rft.shards.label_space import LabelSpace
 from rft.storage import files
@@ -54,6 +54,12 @@ class Options:
     "not found" of files that do not exist."""
     mappings: str | None = None
     """The mappings/ folder of ObjectNet's archive (objectnet only)."""
+    score: ClassScore = "top1"
+    """The number that the set is known by: the share of images that are right, or the mean of that
+    of each class. A benchmark's is top1."""
+    ood: bool = False
+    """Declare an out-of-distribution test set: it counts into the OOD average, and training refuses
+    its images. The five benchmarks need no declaration."""
     crop_border: Side | None = None
     """Pixels to cut from each side before any resize; None is 2 for objectnet and 0 for others."""
     ignore: tuple[str, ...] = ()

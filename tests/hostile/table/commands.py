@@ -26,6 +26,7 @@ FOREIGN = (*INDEX[:3], "new/test", *INDEX[4:])
 PLAN = ("rft.experiments", "--runs", "r", "--data", "d")
 IMAGENET = ("tools/shard_imagenet.py", "--source", "photos", "--out", "packed", "--workers", "1")
 OOD = ("tools/shard_ood.py", "--benchmark", "imagenet-r", "--source", "photos", "--out", "packed")
+SET = ("tools/shard_set.py", "--name", "own", "--source", "photos", "--out", "packed")
 DEMO = ("rft.demo", "--out", "world")
 NAMED = ("rft.merge", "rft.convert")  # whose first word is a command of its own
 OPTIONS: tuple[tuple[Sequence[str], str, str, str], ...] = (
@@ -147,6 +148,11 @@ OPTIONS: tuple[tuple[Sequence[str], str, str, str], ...] = (
     (PLAN, "--runs", "s3://bucket/runs", "--runs"),
     ((*PLAN, "--lines"), "--runs", "a\nb", "runs|line break|newline|control"),
     ((*PLAN, "--lines"), "--data", "a\nb", "data|line break|newline|control"),
+    (SET, "--domains", "-1", "domains"),
+    (SET, "--domains", "100", "domains"),
+    (SET, "--domains", "3", "photos"),
+    (SET, "--score", "best", "score"),
+    (SET, "--allow-count", "0", "allow-count"),
     (DEMO, "--seeds", "0", "seeds"),
     (DEMO, "--processes", "0", "processes"),
     (DEMO, "--processes", "-3", "processes"),
@@ -176,6 +182,12 @@ ALONE: tuple[tuple[Sequence[str], str], ...] = (
     (("tools/shard_folder.py",), "source|out"),
     (("tools/shard_imagenet.py",), "source|out"),
     (("tools/shard_ood.py",), "benchmark|source|out"),
+    (("tools/shard_set.py",), "name|source|out"),
+    ((*SET, "--metadata", "gone.csv", "--split", "test"), r"gone\.csv"),
+    ((*SET, "--metadata", "classes.json", "--split", "test"), r"classes\.json has"),
+    ((*SET, "--metadata", "/dev/zero", "--split", "test"), "a device, not a regular file"),
+    ((*SET, "--name", "../outside"), "--name"),
+    ((*SET, "--name", "s3://bucket/x"), "--name"),
     (("tools/index_shards.py", "foreign/{0..1.tar", "--out", "x"), "brace"),
     (("tools/index_shards.py", "foreign/*.tar", "--out", "x"), r"\*"),
     (("tools/index_shards.py", "foreign/0.tar", "foreign/0.tar", "--out", "x"), "twice"),

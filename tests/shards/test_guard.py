@@ -1,0 +1,203 @@
+"""The guard: no image of an OOD set is trained on or selected by, whatever its set is called."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.tiny_world import LABELS, SIZE
+from rft.merge import command as merging
+from rft.packing.layouts import read_source
+from rft.packing.pack import Options, pack_source
+from rft.shards.guard import require_no_test_images
+from rft.shards.index import Index
+from rft.shards.manifest import Manifest
+from rft.shards.samples import Samples
+from rft.train import command as training
+from tests import tiny
+from tests.shards.test_samples import manifest
+
+PIXELS = Options(encoding="pixels", size=SIZE, shard_mb=0.02, workers=1)
+
+
+def pack_as(data: Path, benchmark: str, root: Path, name: str, options=PIXELS, **changes) -> None:
+    """Pack the images of a benchmark of the tiny world under a name of the user's own."""
+    found = read_source(benchmark, data.parent / "images", LABELS)
+    assert pack_source(replace(found, dataset=name, **changes), str(root), LABELS, options)
+
+
+def copy(data: Path, root: Path, *names: str) -> None:
+    for name in names:
+        shutil.copytree(data / name, root / name)
+
+
+def forget(folder: Path) -> None:
+    """Let a set be one of an older version, which made no samples.npz."""
+    (folder / "samples.npz").unlink()
+    manifest = Manifest.load(str(folder))
+    replace(manifest, samples_sha256=None).save(str(folder))
+
+
+def guard(root: Path, name: str) -> None:
+    manifest = Manifest.load(str(root / name))
+    index = Index.load(str(root / name), manifest)
+    require_no_test_images(str(root), name, manifest, index.key)
+
+
+def warnings(capsys) -> list[str]:
+    return tiny.complaints(capsys.readouterr().err)
+
+
+def test_different_images_pass(tiny_data, capsys):
+    guard(tiny_data, "imagenet-train")
+    guard(tiny_data, "imagenet-val")
+    assert warnings(capsys) == []
+
+
+@pytest.mark.parametrize("encoding", ["original", "pixels"])
+def test_a_copy_under_another_name_is_found(tiny_data, tmp_path, encoding):
+    """In any encoding: what is compared are the files that were packed."""
+    copy(tiny_data, tmp_path, "imagenet-r", "imagenet-val")
+    options = replace(PIXELS, encoding=encoding)
+    pack_as(tiny_data, "imagenet-r", tmp_path, "mine", options)
+    index = Index.load(str(tmp_path / "mine"), Manifest.load(str(tmp_path / "mine")))
+    with pytest.raises(ValueError, match="mine holds 20 images of imagenet-r") as caught:
+        guard(tmp_path, "mine")
+    assert f"(first: {index.key[0].decode()!r})" in str(caught.value)
+    shutil.rmtree(tmp_path / "imagenet-r")
+    guard(tmp_path, "mine")
+
+
+HASHES = st.lists(st.sampled_from([0, 1, 2, 3, 2**63, 2**64 - 1]), min_size=1, max_size=4)
+
+
+@pytest.mark.slow
+@given(HASHES, HASHES)
+def test_refused_exactly_where_a_hash_is_common(tmp_path_factory, train, test):
+    root = tmp_path_factory.getbasetemp() / "hashes"
+    for name, values in (("train", train), ("test", test)):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        data = Samples(source=np.array(values, np.uint64)).to_bytes()
+        (root / name / "samples.npz").write_bytes(data)
+        replace(manifest(data, len(values)), ood=name == "test").save(str(root / name))
+    keys = np.array([f"k{n}".encode() for n in range(len(train))])
+    common = [n for n, value in enumerate(train) if value in test]
+    document = Manifest.load(str(root / "train"))
+    if not common:
+        require_no_test_images(str(root), "train", document, keys)
+        return
+    said = rf"holds {len(common)} images of test \(first: 'k{common[0]}'\)"
+    with pytest.raises(ValueError, match=said):
+        require_no_test_images(str(root), "train", document, keys)
+
+
+def test_one_image_among_others_is_found(tiny_data, tmp_path):
+    copy(tiny_data, tmp_path, "imagenet-a")
+    found = read_source("imagenet-train", tiny_data.parent / "images", LABELS)
+    stolen = read_source("imagenet-a", tiny_data.parent / "images", LABELS).items[0]
+    # a link leads to it, as a user would mix folders
+    folder = tmp_path / "images" / LABELS.ids[0]
+    folder.mkdir(parents=True)
+    for item in found.items[:5]:
+        shutil.copy(found.root / item.path, folder)
+    (folder / "renamed.png").symlink_to(tiny_data.parent / "images/imagenet-a" / stolen.path)
+    for name in LABELS.ids[1:]:
+        shutil.copytree(found.root / name, tmp_path / "images" / name)
+    mixed = read_source("imagenet-sketch", tmp_path / "images", LABELS)
+    assert pack_source(replace(mixed, dataset="mixed"), str(tmp_path), LABELS, PIXELS)
+    with pytest.raises(ValueError, match=r"mixed holds 1 images of imagenet-a \(first: 'renamed'"):
+        guard(tmp_path, "mixed")
+
+
+def test_ood_sets_are_refused_by_what_their_manifest_says(tiny_data, tmp_path):
+    with pytest.raises(ValueError, match=r"out-of-distribution test set \(imagenet-r\)"):
+        guard(tiny_data, "imagenet-r")
+    shutil.copytree(tiny_data / "imagenet-r", tmp_path / "renamed")
+    with pytest.raises(ValueError, match=r"renamed is an out-of-distribution .*\(imagenet-r\)"):
+        guard(tmp_path, "renamed")
+    pack_as(tiny_data, "imagenet-val", tmp_path, "own", ood=True)
+    with pytest.raises(ValueError, match=r"out-of-distribution test set \(own\)"):
+        guard(tmp_path, "own")
+
+
+def test_declared_sets_are_compared_as_the_benchmarks_are(tiny_data, tmp_path):
+    pack_as(tiny_data, "imagenet-val", tmp_path, "declared", ood=True)
+    pack_as(tiny_data, "imagenet-val", tmp_path, "train")
+    with pytest.raises(ValueError, match="train holds 28 images of declared"):
+        guard(tmp_path, "train")
+    pack_as(tiny_data, "imagenet-val", tmp_path / "second", "test")
+    pack_as(tiny_data, "imagenet-val", tmp_path / "second", "train")
+    guard(tmp_path / "second", "train")
+
+
+def test_sets_without_hashes_are_named_in_one_warning(tiny_data, tmp_path, capsys):
+    copy(tiny_data, tmp_path, "imagenet-train", "imagenet-r", "imagenet-a")
+    forget(tmp_path / "imagenet-r")
+    guard(tmp_path, "imagenet-train")
+    (warning,) = warnings(capsys)
+    assert f"{tmp_path}/imagenet-r: cannot compare its images with those of" in warning
+    assert "pack or index the set again" in warning
+    forget(tmp_path / "imagenet-train")
+    guard(tmp_path, "imagenet-train")
+    (warning,) = warnings(capsys)
+    assert f"{tmp_path}/imagenet-train: cannot compare its images with those of" in warning
+    assert "imagenet-a, imagenet-r" in warning
+
+
+def test_damaged_hashes_of_the_training_set_are_an_error(tiny_data, tmp_path, capsys):
+    copy(tiny_data, tmp_path, "imagenet-train", "imagenet-r")
+    (tmp_path / "imagenet-train/samples.npz").write_bytes(b"noise")
+    with pytest.raises(ValueError, match=r"imagenet-train/samples\.npz does not have the sha256"):
+        guard(tmp_path, "imagenet-train")
+    # nothing is compared where no OOD set lies beside it
+    shutil.rmtree(tmp_path / "imagenet-r")
+    guard(tmp_path, "imagenet-train")
+    copy(tiny_data, tmp_path, "imagenet-r")
+    (tmp_path / "imagenet-r/manifest.json").write_bytes(b"noise")
+    guard(tmp_path, "imagenet-train")
+    (warning,) = warnings(capsys)
+    assert "imagenet-r/manifest.json" in warning
+
+
+def test_a_store_without_a_list_is_asked_for_the_benchmarks(tiny_data, tmp_path, monkeypatch):
+    """As a web server, which has no list of its folders."""
+    copy(tiny_data, tmp_path, "imagenet-r")
+    pack_as(tiny_data, "imagenet-r", tmp_path, "mine")
+
+    def refuse(*_: object) -> list[str]:
+        raise ValueError("no list")
+
+    monkeypatch.setattr("rft.storage.files.folders", refuse)
+    with pytest.raises(ValueError, match="mine holds 20 images of imagenet-r"):
+        guard(tmp_path, "mine")
+
+
+def test_training_is_refused_before_it_starts(refused, tiny_data, tiny_clip, tmp_path):
+    root = tmp_path / "shards"
+    copy(tiny_data, root, "imagenet-r")
+    pack_as(tiny_data, "imagenet-r", root, "mine")
+    words = tiny.training("vanilla", root, tiny_clip, tmp_path / "run", "--train-set", "mine")
+    for more in ([], ["--dry-run"]):
+        assert "mine holds 20 images of imagenet-r" in refused(training, *words, *more)
+    words = tiny.training("vanilla", root, tiny_clip, tmp_path / "run", "--train-set", "imagenet-r")
+    assert "is an out-of-distribution test set" in refused(training, *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_greedy_soup_selects_by_no_test_images(refused, tiny_data, tiny_clip, tmp_path):
+    root = tmp_path / "shards"
+    copy(tiny_data, root, "imagenet-train")
+    runs = [
+        tiny.train("vanilla", root, tiny_clip, tmp_path / f"run{n}", "--seed", n, "--split-seed", 0)
+        for n in (0, 1)
+    ]
+    # what it was trained on turns out to be test images
+    pack_as(tiny_data, "imagenet-train", root, "found-later", ood=True)
+    said = refused(merging, "greedy-soup", *runs, "--data", root, "--out", tmp_path / "soup")
+    assert "imagenet-train holds 76 images of found-later" in said
+    assert not (tmp_path / "soup").exists()
