@@ -155,7 +155,7 @@ def warn_of_other_split(systems: Sequence[System], data: str) -> None:
     """
     for one in systems:
         path = path_of(one)
-        for name, trained_on in sorted(of_model(path, header_of(one).metadata)):
+        for name, trained_on, *_ in sorted(of_model(path, header_of(one).metadata)):
             url = files.join(data, name)
             # a set that is not beside the test sets cannot be compared
             if name in BENCHMARKS or not files.exists(files.join(url, MANIFEST)):
