@@ -59,7 +59,9 @@ class Loaded:
         Raises:
             ValueError: if a training or merge replaced them since they were loaded.
         """
-        weights, config = checkpoint_path(self.path), self.path / filenames.CONFIG
+        # an average's are where rft.merge writes them
+        weights = checkpoint_path(self.path) if self.average is None else self.path / SELECTED
+        config = self.path / filenames.CONFIG
         written = self.average is None or derived.is_complete(self.path, self.average.config)
         if written and files.sha256_file(weights) != self.sha256:
             raise ValueError(
@@ -68,7 +70,6 @@ class Loaded:
             )
         if self.average is not None and not written and current_results(self.path) is None:
             files.write_json(str(config), self.average.config)
-            weights = self.path / SELECTED
         return {
             # without the folders above, so that a moved folder keeps a true record
             "checkpoint": str(weights.relative_to(self.path.parent)),

@@ -57,15 +57,13 @@ class Arguments:
     data: str
     """Data root: the URL under which the tools wrote the packed sets."""
     wise: Annotated[
-        tuple[tuple[str, ...], ...],
-        tyro.conf.UseAppendAction,
+        tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]],
         tyro.conf.arg(metavar="START END A..."),
     ] = ()
     """Evaluate the WiSE-FT models of these ends and alphas too (`rft.merge wise`), without writing
     their weights. May be given several times."""
     soup: Annotated[
-        tuple[tuple[Path, ...], ...],
-        tyro.conf.UseAppendAction,
+        tyro.conf.UseAppendAction[tuple[tuple[Path, ...], ...]],
         tyro.conf.arg(metavar="MODEL MODEL..."),
     ] = ()
     """Evaluate the uniform soup of these models too (`rft.merge uniform-soup`), likewise."""
