@@ -60,18 +60,16 @@ class Arguments:
         tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]],
         tyro.conf.arg(metavar="START END A..."),
     ] = ()
-    """Evaluate the WiSE-FT models of these ends and alphas too (`rft.merge wise`), without writing
-    their weights. May be given several times."""
+    """WiSE-FT models of these ends and alphas too, averaged in memory as `rft.merge wise` does."""
     soup: Annotated[
         tyro.conf.UseAppendAction[tuple[tuple[Path, ...], ...]],
         tyro.conf.arg(metavar="MODEL MODEL..."),
     ] = ()
-    """Evaluate the uniform soup of these models too (`rft.merge uniform-soup`), likewise."""
+    """The uniform soup of these models too, likewise (`rft.merge uniform-soup`)."""
     out: Path | None = None
-    """Folder for the results of --wise and --soup: a run folder for each, named after its recipe,
-    which `rft.merge` can complete with the weights."""
+    """Folder for results of --wise and --soup: a run folder without weights for each, by recipe."""
     end_weights: EndWeights = "best"
-    """Weights of each END of --wise: selected, or after the last step (`rft.merge wise --help`)."""
+    """Weights of each END of --wise: selected, or of the last step, as in `rft.merge wise`."""
     sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = TEST_SETS
     """Packed sets to evaluate on: these, or any other below the data root."""
     batch_size: BatchSize = 256
