@@ -2,16 +2,20 @@
 
 WiSE-FT models between two ends, averaged in memory as `rft.evaluate --wise` does, see every test
 set of the miniature world in one pass. Asked is how much longer the pass is than the reading and
-decoding of one, the models' own compute aside:
+decoding of one, the models' own compute aside. Own compute is what is done for each model and image
+whatever else there is: the logits, and the scores of them (prediction, rank, probabilities).
 
 - reading: every batch is read and decoded, and nothing else is done (`rft.loading.read`).
-- beside: `predict` with systems that compute nothing: each answers with the logits that its model
-  gave before. So this is reading, scoring, collecting and everything else that is not a model.
-  beside / reading is the number that must stay below the bound.
+- answered: `predict` with systems that compute no logits: each answers with random ones that are in
+  memory. So this is reading, scoring, collecting and everything else that is not a forward.
+- scoring: the same logits are scored, in as few calls as `predict` makes, and nothing else is done.
+  (answered - scoring) / reading is the number that must stay below the bound. answered / reading is
+  saved beside it: the miniature's raw pixels are read faster than logits are scored in fp64, so it
+  is well above.
 - whole: `predict` with the models themselves.
-- compute: the models' logits on the same batches, which are already in memory, and nothing else.
-  (whole - compute) / reading is the same number by subtraction. It is the difference of two large
-  times, so its range is wide: it is kept as a check of the first.
+- logits: the models' logits on the same batches, which are already in memory, and nothing else.
+  (whole - logits - scoring) / reading is the same number by subtraction alone. It is the difference
+  of two large times, so its range is wide: it is kept as a check, of fewer rounds.
 
 All are sums over the sets, taken in turn in each round, without loader processes, which would hide
 reading behind compute. Loading, averaging and hashing the systems is timed apart: it is no part of
@@ -36,7 +40,7 @@ from rft.clip.classifier import Classifier, save_classifier
 from rft.clip.load import MINIATURE, architecture_of
 from rft.demo.miniature import prepare_data, shards
 from rft.evaluate.checkpoints import load_checkpoints
-from rft.evaluate.count import predict
+from rft.evaluate.count import SCORED_TOGETHER, predict, score
 from rft.evaluate.forward import TOGETHER
 from rft.evaluate.unwritten import read_averages
 from rft.loading.batches import EvaluationBatches
@@ -55,8 +59,10 @@ class Arguments:
 
     systems: int = 20
     """WiSE-FT models; 2 or more."""
-    rounds: int = 7
-    """Times that everything is timed, in turn."""
+    rounds: int = 15
+    """Times that reading, answers and scoring are timed, in turn."""
+    whole_rounds: int = 2
+    """Of these, rounds that time whole passes and the models' logits too, which take minutes."""
     batch_size: int = 256
     """Images that are read together."""
     sets: tuple[str, ...] = TEST_SETS
@@ -76,13 +82,14 @@ class Answers(nn.Module):
 
     def __init__(self, logits_NK: Tensor):
         super().__init__()
-        self.logits_NK = logits_NK
-        self.given = 0
+        # an iterator, because a module is slow to set a number of its own
+        self.rows = iter(logits_NK.split(TOGETHER))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Return the next rows."""
-        self.given += len(images_BCHW)
-        return self.logits_NK[self.given - len(images_BCHW) : self.given]
+        """Return the rows of the next images."""
+        rows_BK = next(self.rows)
+        assert len(rows_BK) == len(images_BCHW)
+        return rows_BK
 
 
 def load(arguments: Arguments, packed: PackedDataset) -> tuple[list[Classifier], float]:
@@ -125,9 +132,11 @@ def _read(arguments: Arguments, packed: PackedDataset, size: int) -> Any:
 
 
 @torch.no_grad()
-def logits_of(models: Sequence[nn.Module], batches: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return the logits of each model on each batch."""
-    return [[model(images_BCHW) for images_BCHW in batches] for model in models]
+def compute_logits(models: Sequence[nn.Module], batches: Sequence[Tensor]) -> None:
+    """Compute the logits of each model on each batch."""
+    for images_BCHW in batches:
+        for model in models:
+            model(images_BCHW)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -145,14 +154,19 @@ def _wait() -> None:
 
 def measure_set(
     arguments: Arguments, packed: PackedDataset, models: Sequence[Classifier]
-) -> Callable[[], Mapping[str, float]]:
-    """Prepare a set; return what measures one round of it, seconds by part."""
+) -> Callable[[int], Mapping[str, float]]:
+    """Prepare a set; return what measures a round of it by its number: seconds by part."""
     size = models[0].architecture.image_size
     batches = batches_of(arguments, packed, size)
-    answers = [torch.cat(parts) for parts in logits_of(models, batches)]
+    class_to_group_K = torch.from_numpy(packed.manifest.class_to_group()).to(device())
+    shape = (len(models), len(packed), len(class_to_group_K))
+    answers_SNK = 100 * torch.randn(shape, device=device())
+    # every system's rows, in groups as `predict` scores them
+    rows = answers_SNK.flatten(0, 1).split(max(1, SCORED_TOGETHER // shape[2]))
+    labels = torch.from_numpy(packed.index.label).long().repeat(len(models)).to(device())
 
-    def run(systems: Sequence[nn.Module]) -> list[Any]:
-        return predict(
+    def run(systems: Sequence[nn.Module]) -> None:
+        predict(
             systems,
             packed,
             image_size=size,
@@ -165,18 +179,22 @@ def measure_set(
         for _ in _read(arguments, packed, size):
             pass
 
-    def compute() -> None:
-        logits_of(models, batches)
+    def score_all() -> None:
+        for logits_BK, labels_B in zip(rows, labels.split(len(rows[0])), strict=True):
+            score(logits_BK, labels_B, class_to_group_K)
 
-    # what is timed is what is meant
-    counts = [one.count for one in run(models)]
-    assert counts == [one.count for one in run([Answers(one) for one in answers])]
-    return lambda: {
-        "reading": _seconds(read),
-        "beside": _seconds(lambda: run([Answers(one) for one in answers])),
-        "whole": _seconds(lambda: run(models)),
-        "compute": _seconds(compute),
+    parts = {
+        "reading": read,
+        "answered": lambda: run([Answers(one_NK) for one_NK in answers_SNK]),
+        "scoring": score_all,
     }
+    whole_parts = {"whole": lambda: run(models), "logits": lambda: compute_logits(models, batches)}
+
+    def measure_round(number: int) -> dict[str, float]:
+        chosen = parts | (whole_parts if number < arguments.whole_rounds else {})
+        return {name: _seconds(work) for name, work in chosen.items()}
+
+    return measure_round
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
@@ -188,11 +206,14 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     models, loading = load(arguments, next(iter(sets.values())))
     timed = [measure_set(arguments, packed, models) for packed in sets.values()]
     seconds: dict[str, list[float]] = {}
-    for _ in range(arguments.rounds):
-        found = [one() for one in timed]
+    for number in range(arguments.rounds):
+        found = [one(number) for one in timed]
         for part in found[0]:
             seconds.setdefault(part, []).append(sum(one[part] for one in found))
-    rest = [a - b for a, b in zip(seconds["whole"], seconds["compute"], strict=True)]
+    reading, scoring = seconds["reading"], seconds["scoring"]
+    rest = [a - b for a, b in zip(seconds["answered"], scoring, strict=True)]
+    pairs = zip(seconds.get("whole", []), seconds.get("logits", []), scoring, strict=False)
+    subtracted = [whole - logits - scored for whole, logits, scored in pairs]
     gpu = device().type == "cuda"
     return {
         "benchmark": "many_systems",
@@ -205,8 +226,9 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         "clip": arguments.clip if arguments.clip == MINIATURE else "other",
         "load_seconds": round(loading, 3),
         "seconds": {part: [round(s, 6) for s in all_] for part, all_ in seconds.items()},
-        "beside_over_reading": ratios.of_rounds(seconds["beside"], seconds["reading"]),
-        "rest_over_reading": ratios.of_rounds(rest, seconds["reading"]),
+        "rest_over_reading": ratios.of_rounds(rest, reading),
+        "answered_over_reading": ratios.of_rounds(seconds["answered"], reading),
+        "subtracted_over_reading": ratios.of_rounds(subtracted, reading[: len(subtracted)]),
         "bound": BOUND,
     }
 

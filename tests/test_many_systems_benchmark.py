@@ -12,15 +12,21 @@ def test_parts_are_of_every_round_and_divided_as_named(tmp_path, tiny_data, tiny
     sets = ("imagenet-val", "imagenet-a")
     found = measure(
         Arguments(
-            systems=3, rounds=3, sets=sets, data=tiny_data, clip=tiny_clip, work=tmp_path / "work"
+            systems=3,
+            rounds=3,
+            whole_rounds=1,
+            sets=sets,
+            data=tiny_data,
+            clip=tiny_clip,
+            work=tmp_path / "work",
         )
     )
     seconds = found["seconds"]
-    assert list(seconds) == ["reading", "beside", "whole", "compute"]
-    assert all(len(rounds) == 3 and min(rounds) > 0 for rounds in seconds.values())
+    assert list(seconds) == ["reading", "answered", "scoring", "whole", "logits"]
+    assert [len(rounds) for rounds in seconds.values()] == [3, 3, 3, 1, 1]
+    assert all(min(rounds) > 0 for rounds in seconds.values())
     assert found["images"] == {"imagenet-val": 28, "imagenet-a": 12}
-    expected = statistics.median(
-        a / b for a, b in zip(seconds["beside"], seconds["reading"], strict=True)
-    )
-    assert found["beside_over_reading"]["median"] == pytest.approx(expected, rel=0.02)
+    rounds = zip(*(seconds[part] for part in ("reading", "answered", "scoring")), strict=True)
+    expected = statistics.median((answered - scored) / read for read, answered, scored in rounds)
+    assert found["rest_over_reading"]["median"] == pytest.approx(expected, rel=0.02)
     assert not list((tmp_path / "work").glob("out*"))

@@ -71,7 +71,7 @@ def score(
     logits_BK: Tensor,
     labels_B: Tensor,
     class_to_group_K: Tensor,
-    temperature: float | Tensor = 1.0,
+    temperature: float | Tensor | None = None,
 ) -> Scored:
     """Hold logits against labels by a set's scoring rule.
 
@@ -100,10 +100,12 @@ def score(
     best_B1 = scored_BK.argmax(dim=1, keepdim=True)
     prediction_B1 = group_BK.gather(1, best_B1)
     probabilities = []
-    for divisor in (1.0, temperature):
-        log_BG = (high_BG / divisor).log_softmax(dim=1)
+    # without a temperature both are the same
+    for scaled_BG in [high_BG] if temperature is None else [high_BG, high_BG / temperature]:
+        log_BG = scaled_BG.log_softmax(dim=1)
         probabilities.append(log_BG.gather(1, prediction_B1).squeeze(1).exp())
         probabilities.append(log_BG.gather(1, label_B1).squeeze(1))
+    probabilities = (2 * probabilities)[:4] if temperature is None else probabilities
     return Scored(prediction_B1.squeeze(1), before_BG.sum(dim=1), *probabilities)
 
 
@@ -172,7 +174,7 @@ def predict(
                 logits_SBK.flatten(0, 1),
                 labels_B.repeat(len(models)),
                 class_to_group_K,
-                divisor_S.repeat_interleave(len(labels_B))[:, None],
+                divisor_S.repeat_interleave(len(labels_B))[:, None] if any(temperatures) else None,
             )
             by_model = zip(*(column.split(len(labels_B)) for column in scored), strict=True)
             kept_SBK = logits_SBK.half() if logits is np.float16 else logits_SBK
