@@ -8,14 +8,15 @@ whatever else there is: the logits, and the scores of them (prediction, rank, pr
 - reading: every batch is read and decoded, and nothing else is done (`rft.loading.read`).
 - answered: `predict` with systems that compute no logits: each answers with random ones that are in
   memory. So this is reading, scoring, collecting and everything else that is not a forward.
-- scoring: the same logits are scored, in as few calls as `predict` makes, and nothing else is done.
-  (answered - scoring) / reading is the number that must stay below the bound. answered / reading is
+- own: the same systems are called for the same batches, which are in memory, and their logits are
+  scored in as few calls as `predict` makes; nothing else is done.
+  (answered - own) / reading is the number that must stay below the bound. answered / reading is
   saved beside it: the miniature's raw pixels are read faster than logits are scored in fp64, so it
   is well above.
 - whole: `predict` with the models themselves.
 - logits: the models' logits on the same batches, which are already in memory, and nothing else.
-  (whole - logits - scoring) / reading is the same number by subtraction alone. It is the difference
-  of two large times, so its range is wide: it is kept as a check, of fewer rounds.
+  (whole - logits - own) / reading is the same number for real models. It is the difference of two
+  large times, so its range is wide: it is kept as a check, of fewer rounds.
 
 All are sums over the sets, taken in turn in each round, without loader processes, which would hide
 reading behind compute. Loading, averaging and hashing the systems is timed apart: it is no part of
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,7 +62,7 @@ class Arguments:
     systems: int = 20
     """WiSE-FT models; 2 or more."""
     rounds: int = 15
-    """Times that reading, answers and scoring are timed, in turn."""
+    """Times that reading, answers and own compute are timed, in turn."""
     whole_rounds: int = 2
     """Of these, rounds that time whole passes and the models' logits too, which take minutes."""
     batch_size: int = 256
@@ -163,7 +165,7 @@ def measure_set(
     answers_SNK = 100 * torch.randn(shape, device=device())
     # every system's rows, in groups as `predict` scores them
     rows = answers_SNK.flatten(0, 1).split(max(1, SCORED_TOGETHER // shape[2]))
-    labels = torch.from_numpy(packed.index.label).long().repeat(len(models)).to(device())
+    labels = torch.from_numpy(packed.index.label.astype(np.int64)).repeat(len(models)).to(device())
 
     def run(systems: Sequence[nn.Module]) -> None:
         predict(
@@ -179,14 +181,15 @@ def measure_set(
         for _ in _read(arguments, packed, size):
             pass
 
-    def score_all() -> None:
+    def work_alone() -> None:
+        compute_logits([Answers(one_NK) for one_NK in answers_SNK], batches)
         for logits_BK, labels_B in zip(rows, labels.split(len(rows[0])), strict=True):
             score(logits_BK, labels_B, class_to_group_K)
 
     parts = {
         "reading": read,
         "answered": lambda: run([Answers(one_NK) for one_NK in answers_SNK]),
-        "scoring": score_all,
+        "own": work_alone,
     }
     whole_parts = {"whole": lambda: run(models), "logits": lambda: compute_logits(models, batches)}
 
@@ -210,10 +213,10 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         found = [one(number) for one in timed]
         for part in found[0]:
             seconds.setdefault(part, []).append(sum(one[part] for one in found))
-    reading, scoring = seconds["reading"], seconds["scoring"]
-    rest = [a - b for a, b in zip(seconds["answered"], scoring, strict=True)]
-    pairs = zip(seconds.get("whole", []), seconds.get("logits", []), scoring, strict=False)
-    subtracted = [whole - logits - scored for whole, logits, scored in pairs]
+    reading, own = seconds["reading"], seconds["own"]
+    rest = [a - b for a, b in zip(seconds["answered"], own, strict=True)]
+    pairs = zip(seconds.get("whole", []), seconds.get("logits", []), own, strict=False)
+    subtracted = [whole - logits - one for whole, logits, one in pairs]
     gpu = device().type == "cuda"
     return {
         "benchmark": "many_systems",
