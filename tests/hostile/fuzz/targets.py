@@ -43,8 +43,8 @@ from rft.report.read import load_runs
 from rft.runs import folder as runs
 from rft.runs import trained_on
 from rft.runs.gallery_file import read as read_gallery
-from rft.runs.predictions import read as read_predictions
 from rft.runs.header import read_entries
+from rft.runs.predictions import read as read_predictions
 from rft.shards import tar
 from rft.shards.images import Treatment, clip_pixels, encoding_parameters, load_image
 from rft.shards.index import Index
