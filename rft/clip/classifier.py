@@ -22,6 +22,7 @@ from rft.clip import vit
 from rft.clip.architecture import Architecture, read_header
 from rft.clip.weights import difference, read_safetensors
 from rft.runs import header
+from rft.runs.derived import require_weights
 from rft.storage import files
 
 
@@ -145,15 +146,20 @@ def save_state(
         metadata: recipe and step.
         classes: of the head; None only where nothing says which they are.
     """
-    entries: dict[str, Any] = {**metadata, "architecture": architecture.to_json()}
-    if classes is not None:
-        assert len(classes) == len(state["head.weight"]), "the classes of another head"
-        entries["classes"] = dataclasses.asdict(classes)
-    # weights of others may lie in memory in another order (channels last)
-    state = {name: value.contiguous() for name, value in state.items()}
-    # one JSON string: safetensors writes several metadata entries in no fixed order
     # to bytes first: safetensors' own writer ignores the umask
-    files.write_bytes(url, save(state, metadata={"rft": json.dumps(entries)}))
+    files.write_bytes(url, to_bytes(Saved(state, architecture, metadata, classes)))
+
+
+def to_bytes(saved: Saved) -> bytes:
+    """Return the weights file of a model: the same bytes for the same weights and header."""
+    entries: dict[str, Any] = {**saved.metadata, "architecture": saved.architecture.to_json()}
+    if saved.classes is not None:
+        assert len(saved.classes) == len(saved.state["head.weight"]), "the classes of another head"
+        entries["classes"] = dataclasses.asdict(saved.classes)
+    # weights of others may lie in memory in another order (channels last)
+    state = {name: value.contiguous() for name, value in saved.state.items()}
+    # one JSON string: safetensors writes several metadata entries in no fixed order
+    return save(state, metadata={"rft": json.dumps(entries)})
 
 
 def load_state(path: Path) -> Saved:
@@ -176,7 +182,7 @@ def map_state(path: Path) -> Saved:
     Raises:
         ValueError: if it is absent, damaged, or was not written by rft.
     """
-    files.require_file(path, "checkpoint")
+    require_weights(path)
     state, metadata = read_safetensors(path)
     entries = header.entries(metadata, path)
     architecture, classes = read_header(path, entries), entries.classes

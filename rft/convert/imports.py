@@ -19,7 +19,7 @@ from rft import next_steps as commands
 from rft.classes import Classes, check_head
 from rft.clip import load, weights
 from rft.clip.architecture import Architecture
-from rft.clip.classifier import require_finite
+from rft.clip.classifier import Saved, require_finite
 from rft.clip.head import zero_shot_head
 from rft.clip.model_folder import write_run
 from rft.clip.weights import Weights
@@ -120,7 +120,8 @@ def import_weights(arguments: Import) -> None:
     classes = _classes_of_head(found, manifest, arguments)
     # a header must name a step; how many the other code took is not known
     metadata = {"step": "0"} | ({} if found.seen is None else trained_on.entries(found.seen))
-    write_run(arguments.out, state, found.architecture, config, metadata, classes)
+    metadata["recipe"] = arguments.recipe
+    write_run(arguments.out, Saved(state, found.architecture, metadata, classes), config)
     rows = len(state["head.weight"])
     what = f"{found.source['format']}, {found.architecture.clip}, {rows} classes"
     cli.say(f"imported: {out} ({what})")

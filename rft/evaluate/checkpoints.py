@@ -1,24 +1,36 @@
 """The weights that an evaluation counts with: read once, the same on every rank, of known classes.
 
+An average is computed of its models' weights (`rft.evaluate.unwritten`).
+
 A run that is still training replaces its selected weights at any time. Their hash is therefore
 taken when they are loaded, and compared when the counts are written.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rft import dist
+from rft.averages.average import Average, states
 from rft.classes import check_head
-from rft.clip.classifier import Classifier, Saved, build_classifier, load_state, map_state
+from rft.clip.classifier import (
+    Classifier,
+    Saved,
+    build_classifier,
+    load_state,
+    require_finite,
+    to_bytes,
+)
 from rft.dist import World
+from rft.evaluate.unwritten import System, Unwritten, header_of, path_of
 from rft.loading.dataset import PackedDataset
-from rft.runs import filenames
-from rft.runs.folder import checkpoint_path, unfinished
+from rft.runs import derived, filenames
+from rft.runs.filenames import SELECTED
+from rft.runs.folder import checkpoint_path, current_results, unfinished
 from rft.runs.trained_on import of_model
 from rft.sets import BENCHMARKS
 from rft.shards.folder import MANIFEST
@@ -30,25 +42,34 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """One checkpoint in memory."""
+    """One model in memory; its weights are in its classifier alone."""
 
     path: Path
-    """The run folder or weights file that the user named."""
+    """The run folder or weights file that the user named, or the run folder of an average."""
     sha256: str
     saved: Saved
+    average: Average | None = None
+    """What these weights are, if no file holds them."""
 
     def record(self) -> dict[str, Any]:
         """Identify these weights, and the run that they are of, in a document of results.
 
+        An average's run folder gets its config.json first.
+
         Raises:
-            ValueError: if a training replaced them since they were loaded.
+            ValueError: if a training or merge replaced them since they were loaded.
         """
-        weights, config = checkpoint_path(self.path), self.path / filenames.CONFIG
-        if files.sha256_file(weights) != self.sha256:
+        # an average's are where rft.merge writes them
+        weights = checkpoint_path(self.path) if self.average is None else self.path / SELECTED
+        config = self.path / filenames.CONFIG
+        written = self.average is None or derived.is_complete(self.path, self.average.config)
+        if written and files.sha256_file(weights) != self.sha256:
             raise ValueError(
                 f"{weights} was replaced while it was evaluated, so its counts are not recorded; "
                 "wait until its run has finished, then evaluate it again"
             )
+        if self.average is not None and not written and current_results(self.path) is None:
+            files.write_json(str(config), self.average.config)
         return {
             # without the folders above, so that a moved folder keeps a true record
             "checkpoint": str(weights.relative_to(self.path.parent)),
@@ -56,6 +77,7 @@ class Loaded:
             "step": int(self.saved.metadata["step"]),
             "config_sha256": files.sha256_file(config) if config.is_file() else None,
             "unfinished": unfinished(self.path),
+            **({} if written else {"without_weights": True}),
             "provenance": files.provenance(),
         }
 
@@ -67,7 +89,7 @@ class Loaded:
 
 
 def load_checkpoints(
-    paths: Sequence[Path], world: World, device: torch.device
+    systems: Sequence[System], world: World, device: torch.device
 ) -> tuple[list[Loaded], list[Classifier]]:
     """Read the selected weights of run folders, or weights files; all ranks have the same ones.
 
@@ -78,45 +100,63 @@ def load_checkpoints(
     Raises:
         ValueError: if one is damaged, ranks see different files, or their image sizes differ.
     """
-    loaded = []
-    for path in paths:
-        weights = checkpoint_path(path)
-        # first: its errors are clearer than those of a hash of no file or of a folder
-        map_state(weights)
-        loaded.append(Loaded(path, files.sha256_file(weights), load_state(weights)))
-    # a run that still trains may replace its weights between the reads of two ranks
-    dist.require_agreement(world, "set of weights", [one.sha256 for one in loaded])
     # all models see the same batches, which are decoded at one size
-    sizes = {one.saved.architecture.image_size for one in loaded}
+    sizes = {header_of(one).architecture.image_size for one in systems}
     if len(sizes) > 1:
         raise ValueError(f"the checkpoints want images of {sorted(sizes)} px; evaluate them apart")
-    built = [build_classifier(one.saved.state, one.saved.architecture) for one in loaded]
-    share_towers(built)
-    return loaded, [model.to(device) for model in built]
+    made = states(one.average for one in systems if isinstance(one, Unwritten))
+    loaded: list[Loaded] = []
+    models: list[Classifier] = []
+    for one in systems:
+        if isinstance(one, Unwritten):
+            saved = one.average.saved(next(made))
+            require_finite(one.path, saved.state)
+            # of the file that rft.merge would write
+            found = Loaded(one.path, files.sha256_bytes(to_bytes(saved)), saved, one.average)
+        else:
+            weights = checkpoint_path(one)
+            found = Loaded(one, files.sha256_file(weights), load_state(weights))
+        model = build_classifier(found.saved.state, found.saved.architecture).to(device)
+        share_tower(model, models)
+        models.append(model)
+        # many models' weights fit once, on the device
+        loaded.append(replace(found, saved=found.saved._replace(state={})))
+    # a run that still trains may replace its weights between the reads of two ranks
+    dist.require_agreement(world, "set of weights", [one.sha256 for one in loaded])
+    return loaded, models
 
 
-def share_towers(models: Sequence[Classifier]) -> None:
-    """Give models with equal towers one and the same, which is then forwarded once for all."""
-    for number, model in enumerate(models):
-        state = model.visual.state_dict()
-        for other in models[:number]:
-            if model.architecture.difference(other.architecture):
-                continue
-            pairs = zip(state.values(), other.visual.state_dict().values(), strict=True)
-            if all(torch.equal(own, its) for own, its in pairs):
-                model.visual = other.visual
-                break
+def share_tower(model: Classifier, others: Sequence[Classifier]) -> None:
+    """Give a model the tower of another one if they are equal: it is then forwarded once."""
+    state = model.visual.state_dict()
+    for other in others:
+        if model.architecture.difference(other.architecture):
+            continue
+        pairs = zip(state.values(), other.visual.state_dict().values(), strict=True)
+        if all(torch.equal(own, its) for own, its in pairs):
+            model.visual = other.visual
+            break
 
 
-def warn_of_other_split(paths: Sequence[Path], data: str) -> None:
+def at_once(systems: Sequence[System], world: World, device: torch.device) -> int:
+    """Return how many of the systems the memory of every rank's device holds together."""
+    if device.type != "cuda":
+        return len(systems)
+    # all in fp32; half of what is free is for images and what lies between the layers
+    sizes = [sum(4 * v.numel() for v in header_of(one).state.values()) for one in systems]
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(dist.gather_objects(world, max(1, free // 2 // max(sizes))))
+
+
+def warn_of_other_split(systems: Sequence[System], data: str) -> None:
     """Warn of models whose training set is not the one beside the test sets of their evaluation.
 
     Own photos are split anew when they are packed with a different seed or share: a test image may
     then be one that the model was trained on. ImageNet's sets have no images in common.
     """
-    for path in paths:
-        metadata = map_state(checkpoint_path(path)).metadata
-        for name, trained_on, *_ in sorted(of_model(path, metadata)):
+    for one in systems:
+        path = path_of(one)
+        for name, trained_on, *_ in sorted(of_model(path, header_of(one).metadata)):
             url = files.join(data, name)
             # a set that is not beside the test sets cannot be compared
             if name in BENCHMARKS or not files.exists(files.join(url, MANIFEST)):
@@ -131,7 +171,7 @@ def warn_of_other_split(paths: Sequence[Path], data: str) -> None:
                 break
 
 
-def require_classes(paths: Sequence[Path], packed: Mapping[str, PackedDataset]) -> None:
+def require_classes(systems: Sequence[System], packed: Mapping[str, PackedDataset]) -> None:
     """Check that checkpoints and sets have the same classes; warn where a file does not say.
 
     Only headers are read.
@@ -141,8 +181,8 @@ def require_classes(paths: Sequence[Path], packed: Mapping[str, PackedDataset]) 
     """
     for dataset in packed.values():
         warn_of_one_class(dataset.url, dataset.manifest.groups)
-    for path in paths:
-        saved = map_state(checkpoint_path(path))
+    for one in systems:
+        saved, path = header_of(one), path_of(one)
         rows = len(saved.state["head.weight"])
         warnings = [
             warning

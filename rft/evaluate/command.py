@@ -1,10 +1,11 @@
-"""Evaluate checkpoints exactly: `torchrun ... -m rft.evaluate CHECKPOINT... --data URL`.
+"""Evaluate models exactly: `torchrun ... -m rft.evaluate CHECKPOINT... --data URL`.
 
-All checkpoints see each image in the same pass over the data, and those that share an image tower
-forward it once.
+All models, checkpoints and averages of them, see each image in the same pass over the data, and
+those that share an image tower forward it once.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,13 +15,20 @@ import tyro
 
 from rft import cli, dist
 from rft import next_steps as commands
+from rft.averages.ingredients import EndWeights
 from rft.config import MAX_PIXELS, Device
 from rft.dist import World
-from rft.evaluate.checkpoints import load_checkpoints, require_classes, warn_of_other_split
+from rft.evaluate.checkpoints import (
+    at_once,
+    load_checkpoints,
+    require_classes,
+    warn_of_other_split,
+)
 from rft.evaluate.count import predict
 from rft.evaluate.forward import Kept
 from rft.evaluate.results import Evaluated, is_current, write_results
 from rft.evaluate.temperature import fit_temperatures
+from rft.evaluate.unwritten import System, path_of, read_averages
 from rft.loading.dataset import PackedDataset
 from rft.loading.features import FeatureFolder
 from rft.log import ASIDE
@@ -44,10 +52,24 @@ class Arguments:
     Checkpoints whose counts are already there, for the same weights and data, are left alone.
     """
 
-    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders (the selected model; the last without held-out images) or .safetensors files."""
     data: str
     """Data root: the URL under which the tools wrote the packed sets."""
+    wise: Annotated[
+        tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]],
+        tyro.conf.arg(metavar="START END A..."),
+    ] = ()
+    """WiSE-FT models of these ends and alphas too, averaged in memory as `rft.merge wise` does."""
+    soup: Annotated[
+        tyro.conf.UseAppendAction[tuple[tuple[Path, ...], ...]],
+        tyro.conf.arg(metavar="MODEL MODEL..."),
+    ] = ()
+    """The uniform soup of these models too, likewise (`rft.merge uniform-soup`)."""
+    out: Path | None = None
+    """Folder for results of --wise and --soup: a run folder without weights for each, by recipe."""
+    end_weights: EndWeights = "best"
+    """Weights of each END of --wise: selected, or of the last step, as in `rft.merge wise`."""
     sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = TEST_SETS
     """Packed sets to evaluate on: these, or any other below the data root."""
     batch_size: BatchSize = 256
@@ -70,14 +92,14 @@ class Arguments:
 
 
 def evaluate(
-    checkpoints: list[Path],
+    systems: Sequence[System],
     packed: dict[str, PackedDataset],
     arguments: Arguments,
     world: World,
     device: torch.device,
 ) -> None:
-    """Evaluate some checkpoints on every set and write the counts from the main rank."""
-    loaded, models = load_checkpoints(checkpoints, world, device)
+    """Evaluate some systems on every set in one pass; write their results from the main rank."""
+    loaded, models = load_checkpoints(systems, world, device)
     sets: list[dict[str, Evaluated]] = [{} for _ in models]
     temperatures: list[Temperature | None] = [None] * len(models)
     if arguments.temperature:
@@ -122,11 +144,25 @@ def evaluate(
             write_results(one, entry)
 
 
+def find_systems(arguments: Arguments) -> list[System]:
+    """Return what the command line names, each run folder once.
+
+    Raises:
+        ValueError: if it names nothing, or an average that cannot be made.
+    """
+    averages = read_averages(arguments.wise, arguments.soup, arguments.out, arguments.end_weights)
+    # by name: an average that was merged before may be named as a run folder, too
+    found = {path_of(one): one for one in (*arguments.checkpoints, *averages)}
+    if not found:
+        raise ValueError("name at least one run folder or .safetensors file to evaluate")
+    return list(found.values())
+
+
 def main() -> None:
     """Parse, skip what is done, evaluate the rest."""
     arguments = cli.parse(Arguments, prog="rft.evaluate")
-    if not arguments.checkpoints:
-        raise ValueError("name at least one run folder or .safetensors file to evaluate")
+    # before the ranks join: a mistake that all of them see is printed once
+    systems = find_systems(arguments)
     if arguments.features_dir is not None:
         files.require_local(arguments.features_dir, "--features-dir")
     sets = set_names(arguments.sets, "--sets")
@@ -135,12 +171,11 @@ def main() -> None:
         for name in sets
     }
     manifests = {name: dataset.manifest for name, dataset in packed.items()}
-    # before the ranks join: a mistake that all of them see is printed once
-    require_classes(arguments.checkpoints, packed)
+    require_classes(systems, packed)
     for path in arguments.checkpoints:
         require_own_weights(path)
         unfinished(path)  # a damaged record is found before the work
-    warn_of_other_split(arguments.checkpoints, arguments.data)
+    warn_of_other_split(systems, arguments.data)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device) as world:
@@ -152,19 +187,30 @@ def main() -> None:
             dist.on_main(
                 world,
                 lambda: [
-                    one
-                    for one in arguments.checkpoints
+                    number
+                    for number, one in enumerate(systems)
                     if not is_current(
-                        one, manifests, logits=arguments.logits, temperature=arguments.temperature
+                        path_of(one),
+                        manifests,
+                        logits=arguments.logits,
+                        temperature=arguments.temperature,
                     )
                 ],
             ),
         )
-        if waiting:
-            evaluate(waiting, packed, arguments, world, device)
+        left = [systems[number] for number in waiting]
+        if left:
+            together = at_once(left, world, device)
+            if together < len(left) and world.is_main:
+                log.info(
+                    f"the GPU's memory holds {together} of {len(left)} models at once, so the data "
+                    "are read several times"
+                )
+            for first in range(0, len(left), together):
+                evaluate(left[first : first + together], packed, arguments, world, device)
         elif world.is_main:
             log.info("all counts are already there, nothing to do")
-    runs = [path for path in arguments.checkpoints if path.is_dir()]
+    runs = [path for path in map(path_of, systems) if path.is_dir()]
     # the report's tables are the paper's: ImageNet and its five benchmarks
     if world.is_main and runs and set(sets) & set(TEST_SETS):
         cli.say(commands.report(runs))

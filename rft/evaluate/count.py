@@ -5,10 +5,10 @@ same group of images whatever the ranks and batches are (`rft.evaluate.forward`)
 predicted exactly once, and the rows are the same bit by bit for any number of ranks. Logits that
 are not finite are found, because their argmax is class 0.
 
-Shapes: B batch, K classes, G groups, N images of the set.
+Shapes: B batch, K classes, G groups, N images of the set, S models.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from rft.runs.predictions import SCALED, Predictions
 from rft.shards.samples import Samples
 
 EXCLUDED = -1  # in `Manifest.class_to_group`
+SCORED_TOGETHER = 2**21  # logits of all models; 16 MB in fp64, and some temporaries of that size
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ class Scored(NamedTuple):
 
 
 def score(
-    logits_BK: Tensor, labels_B: Tensor, class_to_group_K: Tensor, temperature: float = 1.0
+    logits_BK: Tensor,
+    labels_B: Tensor,
+    class_to_group_K: Tensor,
+    temperature: float | Tensor | None = None,
 ) -> Scored:
     """Hold logits against labels by a set's scoring rule.
 
@@ -77,7 +81,8 @@ def score(
     of equal ones, and it is right when it is the label's group. With one group for each class this
     is plain top-1; for ObjectNet it equals the benchmark's rule over its 113 categories (groups are
     disjoint). Probabilities are the softmax over groups, each with its highest logit, in fp64; the
-    scaled ones of logits divided by the temperature.
+    scaled ones of logits divided by the temperature, one for all or (B, 1). A row depends on no
+    other one.
     """
     groups = int(class_to_group_K.max()) + 1
     scored_K = torch.nonzero(class_to_group_K != EXCLUDED).squeeze(1)
@@ -97,16 +102,18 @@ def score(
     best_B1 = scored_BK.argmax(dim=1, keepdim=True)
     prediction_B1 = group_BK.gather(1, best_B1)
     probabilities = []
-    for divisor in (1.0, temperature):
-        log_BG = (high_BG / divisor).log_softmax(dim=1)
+    # without a temperature both are the same
+    for scaled_BG in [high_BG] if temperature is None else [high_BG, high_BG / temperature]:
+        log_BG = scaled_BG.log_softmax(dim=1)
         probabilities.append(log_BG.gather(1, prediction_B1).squeeze(1).exp())
         probabilities.append(log_BG.gather(1, label_B1).squeeze(1))
+    probabilities = (2 * probabilities)[:4] if temperature is None else probabilities
     return Scored(prediction_B1.squeeze(1), before_BG.sum(dim=1), *probabilities)
 
 
 def is_finite(logits_BK: Tensor) -> Tensor:
-    """Return for each image whether it has a prediction at all: all logits finite, bool (B,)."""
-    return logits_BK.isfinite().all(dim=1)
+    """Return for each image whether it has a prediction at all: all logits finite, bool."""
+    return logits_BK.isfinite().all(dim=-1)
 
 
 @torch.no_grad()
@@ -156,22 +163,32 @@ def predict(
         batch_size=-(-batch_size // TOGETHER) * TOGETHER,
     )
     files = kept.open(packed, samples, device) if kept else {}
+    divisor_S = torch.tensor(
+        [temperature or 1.0 for temperature in temperatures or [None] * len(models)],
+        dtype=torch.float64,
+        device=device,
+    )
     rows: list[list[Scored]] = [[] for _ in models]
     kept_logits: list[list[np.ndarray]] = [[] for _ in models]
-    divisors = [temperature or 1.0 for temperature in temperatures or [None] * len(models)]
-    bad = torch.zeros(len(models), dtype=torch.int64, device=device)
+    bad_S = torch.zeros(len(models), dtype=torch.int64, device=device)
     logits_of = forward(models, mine, part.start, files, workers=workers, device=device)
     with closing(logits_of) as stream:
-        for labels_B, found in stream:
-            for number, logits_BK in enumerate(found):
-                rows[number].append(score(logits_BK, labels_B, class_to_group_K, divisors[number]))
-                kept_BK = logits_BK.half() if logits is np.float16 else logits_BK
-                # looked at in the end: a look now would wait for the GPU
-                bad[number] += (~is_finite(kept_BK)).sum()
+        for labels_B, logits_SBK in _grouped(stream, progress):
+            scored = score(
+                logits_SBK.flatten(0, 1),
+                labels_B.repeat(len(models)),
+                class_to_group_K,
+                divisor_S.repeat_interleave(len(labels_B))[:, None] if any(temperatures) else None,
+            )
+            by_model = zip(*(column.split(len(labels_B)) for column in scored), strict=True)
+            kept_SBK = logits_SBK.half() if logits is np.float16 else logits_SBK
+            # looked at in the end: a look now would wait for the GPU
+            bad_S += (~is_finite(kept_SBK)).sum(dim=1)
+            for number, columns in enumerate(by_model):
+                rows[number].append(Scored(*columns))
                 if logits is not None:
-                    kept_logits[number].append(kept_BK.cpu().numpy())
-            progress(len(labels_B))
-    counted = dist.sum_over_ranks(world, bad).tolist()
+                    kept_logits[number].append(kept_SBK[number].cpu().numpy())
+    counted = dist.sum_over_ranks(world, bad_S).tolist()
     require_finite(world, names or ["the model"] * len(models), counted, len(samples), packed.url)
     columns = [_columns(parts) for parts in rows]
     ranks = dist.gather_objects(world, columns)
@@ -207,6 +224,27 @@ def domains_of(packed: PackedDataset, samples: np.ndarray) -> np.ndarray | None:
     names = packed.manifest.domains
     domain_N = Samples.load(packed.url, packed.manifest).domain if names else None
     return None if domain_N is None else np.array(names)[domain_N[samples]]
+
+
+def _grouped(
+    stream: Iterable[tuple[Tensor, Sequence[Tensor]]], progress: Callable[[int], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Join labels (B,) and logits (S, B, K) of several forwards, which are then scored together.
+
+    Scoring is many small operations: for each model and forward, they would take longer than to
+    read the images. No row depends on another one, so the results are the same.
+    """
+    labels: list[Tensor] = []
+    logits: list[Tensor] = []
+    for labels_B, found in stream:
+        labels.append(labels_B)
+        logits.append(torch.stack(list(found)))
+        progress(len(labels_B))
+        if sum(logits_SBK.numel() for logits_SBK in logits) >= SCORED_TOGETHER:
+            yield torch.cat(labels), torch.cat(logits, dim=1)
+            labels, logits = [], []
+    if labels:
+        yield torch.cat(labels), torch.cat(logits, dim=1)
 
 
 # columns of `Predictions` that a model makes, with their types

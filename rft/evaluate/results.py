@@ -72,6 +72,8 @@ def write_results(one: Loaded, sets: Mapping[str, Evaluated]) -> None:
     record = one.record()
     # None for counts of other weights, which are dropped
     earlier = current_results(one.path)
+    if earlier and earlier.checkpoint_sha256 != one.sha256:
+        earlier = None
     counts = {name: _write(one.path, name, found) for name, found in sets.items()}
     # what an earlier call counted for the same weights stays
     results = Results(**record, sets={**(earlier.sets if earlier else {}), **counts})

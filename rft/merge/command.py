@@ -1,41 +1,31 @@
 """Average fine-tuned weights: `python -m rft.merge {wise,uniform-soup,greedy-soup} ...`."""
 
-import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, assert_never, get_args
+from typing import Annotated, assert_never, get_args
 
 import tyro
 from torch import Tensor
 
-from rft import cli, dist, recipes
+from rft import cli, dist
 from rft import next_steps as commands
+from rft.averages import average
+from rft.averages.average import Average
+from rft.averages.ingredients import EndWeights, Ingredient, read_soup
 from rft.clip.model_folder import write_run
 from rft.config import MAX_PIXELS, Device
 from rft.loading.dataset import PackedDataset
 from rft.merge import greedy
-from rft.merge.ingredients import (
-    Ingredient,
-    best_known,
-    check_alike,
-    read_ingredient,
-    read_soup,
-    shared_seed,
-)
-from rft.method import averaging
 from rft.recipes import MergeKind
-from rft.runs import derived, filenames, trained_on
-from rft.runs.filenames import LAST
+from rft.runs import derived, filenames
 from rft.sets import TRAIN_SET
 from rft.shards.guard import require_no_test_images
 from rft.storage import files
 from rft.storage.documents import BatchSize, Megapixels, Whole, document
 
 KINDS: tuple[MergeKind, ...] = get_args(MergeKind)
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,7 +45,7 @@ class Wise:
     """Run folder to make, or folder of run folders."""
     alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A...")] = (0.5,)
     """Shares of the fine-tuned model, in [0, 1]: 0.5, or 0 0.1 0.2 ... 1."""
-    end_weights: Literal["best", "last"] = "best"
+    end_weights: EndWeights = "best"
     """Weights of the fine-tuned run: selected by held-out accuracy (the last without held-out
     images), or after the last step, as the paper's released code takes them."""
 
@@ -124,97 +114,35 @@ def main() -> None:
 
 def _wise(arguments: Wise) -> None:
     """Write the run folder of each interpolated model that does not exist yet."""
-    _check_alphas(arguments.alpha)
-    start, end = read_ingredient(arguments.start), _read_end(arguments)
-    check_alike([start, end])
-    several = len(arguments.alpha) > 1
+    ends = (arguments.start, arguments.end)
+    found = average.wise(*ends, arguments.alpha, arguments.end_weights, "--alpha")
+    several = len(found) > 1
     if several and (arguments.out / filenames.CONFIG).exists():
         raise ValueError(
             f"{arguments.out} is a run folder; with several --alpha it would hold one for each, "
             "choose another --out"
         )
-    family = "ft" if end.recipe in ("", "vanilla") else end.recipe  # WiSE-FT is vanilla's name
-    jobs: dict[Path, dict[str, Any]] = {}
-    for alpha in arguments.alpha:
-        config = {
-            "recipe": f"wise-{family}-{alpha:g}",
-            "seed": end.seed,
-            "alpha": alpha,
-            # recorded, because best and last weights of one run make different models
-            "end_weights": arguments.end_weights if arguments.end.is_dir() else "file",
-            "merged_from": [start.record(), end.record()],
-        }
-        jobs[arguments.out / config["recipe"] if several else arguments.out] = config
-    # all of them are checked before the first is written
-    done = {out for out, config in jobs.items() if derived.is_complete(out, config)}
-    _check_ends(start, end)
-    # a rerun reads no weights
-    first, second = (start.load(), end.load()) if len(done) < len(jobs) else ({}, {})
-    for out, config in jobs.items():
-        if out not in done:
-            state = averaging.interpolate(first, second, config["alpha"])
-            _write(out, state, config, [start, end], end.saved.metadata)
-        _report(out, out in done)
-    cli.say(_next_step(jobs, end))
-
-
-def _check_alphas(alphas: tuple[float, ...]) -> None:
-    """Check that each alpha is a share and names a model of its own."""
-    if not alphas:
-        raise ValueError("--alpha needs at least one value in [0, 1]")
-    for alpha in alphas:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"--alpha is {alpha}; it must lie in [0, 1]")
-    # as in the recipe, after which the folder of each is named
-    names = [f"{alpha:g}" for alpha in alphas]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"--alpha has {twice[0]} twice (six digits count); name each value once")
-
-
-def _check_ends(start: Ingredient, end: Ingredient) -> None:
-    """Check that WiSE goes from a model before its training to one after; warn if that is open."""
-    # an imported model may have been trained by other code: its step 0 says nothing
-    training_file = end.config is None and end.recipe in recipes.TRAINED
-    untrained = end.steps == 0 and (end.is_training_run or training_file)
-    if start.steps > 0 and untrained:
-        raise ValueError(
-            f"{start.path} was trained for {start.steps} steps and {end.path} for none: START is "
-            "the zero-shot model, END the fine-tuned one; swap the two"
-        )
-    if start.steps > 0:
-        log.warning(
-            f"START {start.path} is not a zero-shot model: it was trained ({start.steps} steps)"
-        )
-    if untrained:
-        log.warning(f"END {end.path} is not a fine-tuned model: it was not trained (0 steps)")
-
-
-def _read_end(arguments: Wise) -> Ingredient:
-    """Return the fine-tuned end with the weights that --end-weights names."""
-    path = arguments.end
-    if arguments.end_weights == "best":
-        return read_ingredient(path)
-    if not path.is_dir():
-        raise ValueError(f"--end-weights last means a run folder's, but {path} is not a folder")
-    if not (path / LAST).is_file():
-        raise ValueError(f"{path} did not keep its last weights ({LAST}); use --end-weights best")
-    return read_ingredient(path, LAST)
+    _, end = found[0].models
+    _make({arguments.out / one.name if several else arguments.out: one for one in found}, end)
 
 
 def _uniform_soup(arguments: UniformSoup) -> None:
     """Write the run folder of the mean of models unless it exists."""
-    models = read_soup(arguments.models)
-    config = {
-        "recipe": "uniform-soup",
-        "seed": shared_seed(models),
-        "merged_from": [model.record() for model in models],
-    }
-    done = derived.is_complete(arguments.out, config)
-    if not done:
-        state = averaging.uniform_soup(model.load() for model in models)
-        _write(arguments.out, state, config, models, _soup_metadata(models))
-    _report(arguments.out, done)
-    cli.say(_next_step([arguments.out], models[0]))
+    soup = average.uniform_soup(arguments.models)
+    _make({arguments.out: soup}, soup.models[0])
+
+
+def _make(jobs: Mapping[Path, Average], trained: Ingredient) -> None:
+    """Write the run folders that do not exist yet; `trained` names the data to evaluate on."""
+    # all of them are checked before the first is written
+    done = {out for out, one in jobs.items() if derived.is_complete(out, one.config)}
+    # lazy: a rerun reads no weights
+    made = average.states(one for out, one in jobs.items() if out not in done)
+    for out, one in jobs.items():
+        if out not in done:
+            _write(out, one, next(made))
+        _report(out, out in done)
+    cli.say(_next_step(jobs, trained))
 
 
 def _make_greedy_soup(arguments: GreedySoup) -> None:
@@ -227,6 +155,7 @@ def _make_greedy_soup(arguments: GreedySoup) -> None:
     require_no_test_images(arguments.data, split.train_set, packed.manifest, packed.index.key)
     held_out = greedy.held_out_images(packed, split, runs)
     config = greedy.soup_config(runs, split, packed)
+    soup = Average(runs, config, average.soup_metadata(runs))
     done = derived.is_complete(arguments.out, config)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
@@ -246,30 +175,14 @@ def _make_greedy_soup(arguments: GreedySoup) -> None:
                 workers=arguments.workers,
             )
             if world.is_main:  # every rank has the soup
-                _write(arguments.out, state, config, runs, _soup_metadata(runs))
+                _write(arguments.out, soup, state)
     if world.is_main:
         _report(arguments.out, done)
         cli.say(_next_step([arguments.out], runs[0]))
 
 
-def _soup_metadata(models: Sequence[Ingredient]) -> dict[str, str]:
-    """Return the metadata of a soup's weights: as many steps as the longest run took."""
-    return {"step": str(max(model.steps for model in models))}
-
-
-def _write(
-    out: Path,
-    state: dict[str, Tensor],
-    config: dict[str, Any],
-    models: Sequence[Ingredient],
-    metadata: dict[str, str],
-) -> None:
-    """Write the run folder of an average of models, which has seen what any of them has."""
-    # an image that any of them has seen is no test image for their average
-    seen = trained_on.entries(set().union(*(model.seen for model in models)))
-    metadata = {**metadata, **seen}
-    architecture, classes = models[0].saved.architecture, best_known(models).saved.classes
-    write_run(out, state, architecture, config, metadata, classes)
+def _write(out: Path, one: Average, state: dict[str, Tensor]) -> None:
+    write_run(out, one.saved(state), one.config)
 
 
 def _report(out: Path, done: bool) -> None:

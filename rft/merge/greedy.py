@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rft.averages.ingredients import Ingredient, shared_seed
 from rft.classes import check_head
 from rft.clip.classifier import build_classifier
 from rft.config import Config, load_config
@@ -15,7 +16,6 @@ from rft.dist import World
 from rft.evaluate.count import count_correct
 from rft.loading.batches import plan_training
 from rft.loading.dataset import PackedDataset
-from rft.merge.ingredients import Ingredient, shared_seed
 from rft.method.averaging import Trial, greedy_soup
 from rft.runs import filenames, records
 from rft.storage import files

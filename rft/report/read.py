@@ -23,7 +23,7 @@ from rft.runs.folder import (
     unfinished,
 )
 from rft.runs.records import Metrics, Provenance, Results, RunConfig, SetCount
-from rft.storage import files, urls
+from rft.storage import documents, files, urls
 from rft.text import to_ascii
 
 RUNS = 2000  # of one report; the paper's experiments with three seeds make 106
@@ -177,7 +177,12 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
     if reached := unfinished(path):
         # a name of its own: it joins no mean, no pair and no row of the paper
         recipe = f"{recipe} (unfinished, {reached})"
-    provenance = records.find(path / filenames.PROVENANCE, records.Provenance) or Provenance()
+    provenance = records.find(path / filenames.PROVENANCE, records.Provenance)
+    if provenance is None and results.without_weights:
+        # no merge left one: the evaluation made the average
+        where = f"{path / filenames.RESULTS}: provenance"
+        provenance = documents.convert(results.provenance, Provenance, where)
+    provenance = provenance or Provenance()
     _require_publishable(path / filenames.CONFIG, shown_settings(config))
     _require_publishable(path / filenames.PROVENANCE, " ".join(provenance.command))
     logged_lines = records.read_metrics(path / filenames.METRICS)
@@ -257,7 +262,8 @@ def _check_same_classes(runs: Sequence[Run]) -> None:
     silent: list[Path] = []
     for run in runs:
         weights = checkpoint_path(run.path)
-        if not weights.is_file():  # which _check_current warned of
+        # _check_current warned of it, or an average has none
+        if not weights.is_file():
             continue
         known = header.read_entries(weights).classes
         if known is None:  # written before weights carried their classes

@@ -6,13 +6,14 @@ they came from are known by their hash, so that a run or a file may move between
 """
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
 from rft.runs import filenames, records
 from rft.runs.filenames import SELECTED
 from rft.runs.folder import recorded_sha256, require_no_links, require_own_weights
-from rft.runs.records import ORIGINS
+from rft.runs.records import ORIGINS, RunConfig
 from rft.storage import files
 
 SHOWN = 3  # differences in an error
@@ -41,13 +42,17 @@ def is_complete(out: Path, config: dict[str, Any]) -> bool:
     if getattr(old, origin) is None:
         what = "a training run" if old.is_training else "another model"
         raise ValueError(f"{out} holds {what}; choose another --out")
+    has_weights = (out / SELECTED).is_file()
     # one that stopped before its weights were there left nothing that another could spoil
-    if not (out / SELECTED).is_file():
+    if not has_weights and not (out / filenames.RESULTS).is_file():
         return False
     if changed := files.difference(_identity(old.whole), _identity(config)):
         raise ValueError(
             f"{out} holds another {kind}: {'; '.join(changed[:SHOWN])}; choose another --out"
         )
+    # counts alone: of an average that was evaluated without being written
+    if not has_weights:
+        return False
     require_own_weights(out)
     # written last: without it the writer was stopped after the weights
     if not (out / filenames.PROVENANCE).is_file():
@@ -58,6 +63,38 @@ def is_complete(out: Path, config: dict[str, Any]) -> bool:
             f"weights of this {kind} is not known; choose another --out to make them anew"
         )
     return True
+
+
+def require_weights(weights: Path) -> None:
+    """Check that a weights file exists.
+
+    Raises:
+        ValueError: naming it, or the command that writes it in the folder of an average.
+    """
+    folder = weights.parent.parent
+    if folder / SELECTED == weights and not weights.exists():
+        config = records.find_config(folder)
+        if config is not None and config.merged_from is not None:
+            raise ValueError(
+                f"{folder} is an average without weights, as rft.evaluate --wise and --soup leave "
+                f"it; write them: {_merge_command(folder, config)}"
+            )
+    files.require_file(weights, "checkpoint")
+
+
+def _merge_command(folder: Path, config: RunConfig) -> str:
+    """Return the command line that makes a merge."""
+    models = [model.path for model in config.merged_from or ()]
+    if config.alpha is not None:
+        words = ["wise", *models, "--alpha", str(config.alpha)]
+        if config.whole.get("end_weights") == "last":
+            words += ["--end-weights", "last"]
+    else:
+        # a soup's recipe is the merge's name
+        words = [config.recipe, *models]
+        if config.soup is not None:
+            words += ["--data", config.data or "DATA"]
+    return shlex.join(["python", "-m", "rft.merge", *words, "--out", str(folder)])
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:

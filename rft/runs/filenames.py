@@ -1,6 +1,7 @@
 """What the files of a run folder are called, who writes each, and when.
 
 A merge or an import leaves config.json, its weights and provenance.json, a training more of them.
+An average that was evaluated without being written has config.json and results alone.
 Names are relative to the run folder. Other files have their names elsewhere: checkpoints to resume
 from, `checkpoints/step-N.pt` and `step-N.json`, and `.damaged` behind what could not be used
 (rft/train/checkpoint.py); traces (rft/train/profile.py); what a job on a cluster leaves,

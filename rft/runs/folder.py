@@ -152,9 +152,19 @@ def current_results(checkpoint: Path) -> Results | None:
         ValueError: if the file is damaged.
     """
     results, weights = read_results(checkpoint), checkpoint_path(checkpoint)
-    if results is None or not weights.is_file():
+    if results is None:
         return None
+    if not weights.is_file():
+        return results if _is_of_config(checkpoint, results) else None
     return results if results.checkpoint_sha256 == files.sha256_file(weights) else None
+
+
+def _is_of_config(folder: Path, results: Results) -> bool:
+    """Whether counts without weights are of the average that config.json describes."""
+    config = folder / filenames.CONFIG
+    if not results.without_weights or not config.is_file():
+        return False
+    return results.config_sha256 == files.sha256_file(config)
 
 
 def require_current(checkpoint: Path, results: Results) -> list[str]:
@@ -168,7 +178,16 @@ def require_current(checkpoint: Path, results: Results) -> list[str]:
     """
     weights = checkpoint_path(checkpoint)
     if not weights.is_file():
-        return [f"{weights} is missing: whether the results are of these weights is not known"]
+        if not results.without_weights:
+            return [f"{weights} is missing: whether the results are of these weights is not known"]
+        if _is_of_config(checkpoint, results):
+            return []
+        config = checkpoint / filenames.CONFIG
+        raise ValueError(
+            f"{config} was changed since {results_path(checkpoint)} was written, and without "
+            "weights only it says which model was counted; restore it, or delete the folder and "
+            "evaluate again"
+        )
     found = files.sha256_file(weights)
     if found == results.checkpoint_sha256:
         return []

@@ -127,6 +127,8 @@ class Results:
     """Packed set -> counts."""
     unfinished: Text = ""
     """How far the training was, if it had not ended."""
+    without_weights: bool = False
+    """Whether the weights were averaged in memory and not written; config.json then says which."""
     provenance: dict[Name, Any] = dataclasses.field(default_factory=dict)
 
 

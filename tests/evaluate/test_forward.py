@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import tiny_world
 from rft.clip.classifier import save_classifier
 from rft.dist import World
-from rft.evaluate import command
+from rft.evaluate import command, count
 from rft.evaluate.checkpoints import load_checkpoints
-from rft.evaluate.count import count_correct
+from rft.evaluate.count import count_correct, predict
 from rft.loading.dataset import PackedDataset
 from tests import tiny
 from tests.conftest import build_model
@@ -131,3 +132,22 @@ def test_damaged_features_are_computed_again(tmp_path, tiny_data, probes, capsys
 def test_a_url_is_no_folder_for_features(tmp_path, refused):
     words = (tmp_path / "run", "--data", tmp_path, "--features-dir", "s3://bucket/kept")
     assert "--features-dir is s3:" in refused(command, *words)
+
+
+def test_rows_do_not_depend_on_what_is_scored_together(tiny_data, monkeypatch):
+    packed = PackedDataset(str(tiny_data / "imagenet-train"))
+    models = [build_model(seed, len(packed.manifest.classes)).eval() for seed in range(3)]
+    options = {"image_size": 16, "world": WORLD, "device": CPU, "logits": np.float16}
+    options["temperatures"] = [None, 0.5, 2.0]
+    whole = predict(models, packed, **options)
+    # each forward on its own, then the first with the last one
+    for logits in (1, 3 * 64 * 4 + 1):
+        monkeypatch.setattr(count, "SCORED_TOGETHER", logits)
+        apart = predict(models, packed, **options)
+        for one, other in zip(whole, apart, strict=True):
+            assert one.predictions.to_bytes() == other.predictions.to_bytes()
+            assert np.array_equal(one.logits_NK, other.logits_NK)
+    # and each model has its own temperature
+    for model, temperature, one in zip(models, options["temperatures"], whole, strict=True):
+        (alone,) = predict([model], packed, **{**options, "temperatures": [temperature]})
+        assert alone.predictions.to_bytes() == one.predictions.to_bytes()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rft.averages import ingredients
+from rft.averages.ingredients import shared_seed
 from rft.clip import model_folder
 from rft.clip.classifier import build_classifier, load_state, save_state
 from rft.config import Config
@@ -16,8 +18,6 @@ from rft.evaluate import command as evaluate_command
 from rft.loading.batches import plan_training
 from rft.loading.dataset import PackedDataset
 from rft.merge import command as merge_command
-from rft.merge import ingredients
-from rft.merge.ingredients import shared_seed
 from rft.method.averaging import interpolate, uniform_soup
 from rft.runs.filenames import LAST, SELECTED
 from rft.storage import documents, files

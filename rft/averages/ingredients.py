@@ -1,10 +1,10 @@
-"""What a merge reads: ingredients, each a run folder or a weights file."""
+"""What an average is made of: ingredients, each a run folder or a weights file."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -13,12 +13,14 @@ from rft.clip.classifier import Saved, load_state, map_state
 from rft.method.averaging import require_alike
 from rft.runs import filenames, records, trained_on
 from rft.runs.derived import SHOWN
-from rft.runs.filenames import SELECTED
+from rft.runs.filenames import LAST, SELECTED
 from rft.runs.folder import require_own_weights, unfinished
 from rft.runs.records import RunConfig
 from rft.runs.trained_on import TrainedOn
 from rft.sets import BENCHMARKS
 from rft.storage import files
+
+EndWeights = Literal["best", "last"]
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,21 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
     sha256 = files.sha256_file(file)
     require_own_weights(path, file, sha256)
     return Ingredient(path, file, sha256, config, saved)
+
+
+def read_end(path: Path, weights: EndWeights) -> Ingredient:
+    """Return the fine-tuned end of WiSE: with its selected weights, or those of the last step.
+
+    Raises:
+        ValueError: as `read_ingredient`, or if the last weights are of no run folder, or not kept.
+    """
+    if weights == "best":
+        return read_ingredient(path)
+    if not path.is_dir():
+        raise ValueError(f"--end-weights last means a run folder's, but {path} is not a folder")
+    if not (path / LAST).is_file():
+        raise ValueError(f"{path} did not keep its last weights ({LAST}); use --end-weights best")
+    return read_ingredient(path, LAST)
 
 
 def read_soup(paths: Sequence[Path]) -> list[Ingredient]:

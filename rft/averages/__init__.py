@@ -1,0 +1,1 @@
+"""Averages of models before any weight is read: ingredients, checks, names, configuration."""

@@ -1,0 +1,164 @@
+"""WiSE-FT models and soups as data: what they are made of and what their run folder says.
+
+`rft.merge` writes their weights, `rft.evaluate` counts with them and writes none. Both take names,
+configuration and header from here, so that their folders are of one kind. Nothing here reads a
+weight before `states` does.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rft import recipes
+from rft.averages.ingredients import (
+    EndWeights,
+    Ingredient,
+    best_known,
+    check_alike,
+    read_end,
+    read_ingredient,
+    read_soup,
+    shared_seed,
+)
+from rft.clip.classifier import Saved
+from rft.method import averaging
+from rft.runs import trained_on
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Average:
+    """A model that is an average of others, over every weight, head included."""
+
+    models: Sequence[Ingredient]
+    config: dict[str, Any]
+    """Its config.json."""
+    origin: Mapping[str, str]
+    """Metadata that its weights take over: step, and whatever else is kept."""
+
+    @property
+    def name(self) -> str:
+        """Name of its recipe, and of its run folder where several have one parent."""
+        return self.config["recipe"]
+
+    @property
+    def classes_of(self) -> Ingredient:
+        """The model whose header names its classes."""
+        return best_known(self.models)
+
+    def saved(self, state: dict[str, Tensor]) -> Saved:
+        """Return the content of its weights file, whose tensors are `state`."""
+        # an image that any of them has seen is no test image for their average
+        seen = trained_on.entries(set().union(*(model.seen for model in self.models)))
+        metadata = {**self.origin, **seen, "recipe": self.name}
+        architecture = self.models[0].saved.architecture
+        return Saved(state, architecture, metadata, self.classes_of.saved.classes)
+
+
+def wise(
+    start_path: Path, end_path: Path, alphas: Sequence[float], end_weights: EndWeights, option: str
+) -> list[Average]:
+    """Return the WiSE-FT models between two ends: (1 - alpha) x START + alpha x END.
+
+    `option` is the one that named the alphas, for messages.
+
+    Raises:
+        ValueError: if an alpha is not in [0, 1] or named twice, or the ends cannot be averaged or
+            are swapped.
+    """
+    _check_alphas(alphas, option)
+    start, end = read_ingredient(start_path), read_end(end_path, end_weights)
+    check_alike([start, end])
+    _check_ends(start, end)
+    family = "ft" if end.recipe in ("", "vanilla") else end.recipe  # WiSE-FT is vanilla's name
+    return [
+        Average(
+            models=(start, end),
+            config={
+                "recipe": f"wise-{family}-{alpha:g}",
+                "seed": end.seed,
+                "alpha": alpha,
+                # recorded, because best and last weights of one run make different models
+                "end_weights": end_weights if end_path.is_dir() else "file",
+                "merged_from": [start.record(), end.record()],
+            },
+            origin=end.saved.metadata,
+        )
+        for alpha in alphas
+    ]
+
+
+def _check_alphas(alphas: Sequence[float], option: str) -> None:
+    """Check that each alpha is a share and names a model of its own."""
+    if not alphas:
+        raise ValueError(f"{option} needs at least one value in [0, 1]")
+    for alpha in alphas:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"{option} is {alpha}; it must lie in [0, 1]")
+    # as in the recipe, after which the folder of each is named
+    names = [f"{alpha:g}" for alpha in alphas]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{option} has {twice[0]} twice (six digits count); name each value once")
+
+
+def _check_ends(start: Ingredient, end: Ingredient) -> None:
+    """Check that WiSE goes from a model before its training to one after; warn if that is open."""
+    # an imported model may have been trained by other code: its step 0 says nothing
+    training_file = end.config is None and end.recipe in recipes.TRAINED
+    untrained = end.steps == 0 and (end.is_training_run or training_file)
+    if start.steps > 0 and untrained:
+        raise ValueError(
+            f"{start.path} was trained for {start.steps} steps and {end.path} for none: START is "
+            "the zero-shot model, END the fine-tuned one; swap the two"
+        )
+    if start.steps > 0:
+        log.warning(
+            f"START {start.path} is not a zero-shot model: it was trained ({start.steps} steps)"
+        )
+    if untrained:
+        log.warning(f"END {end.path} is not a fine-tuned model: it was not trained (0 steps)")
+
+
+def uniform_soup(paths: Sequence[Path]) -> Average:
+    """Return the mean of models.
+
+    Raises:
+        ValueError: if there are fewer than two, one is named twice, or they are not alike.
+    """
+    models = read_soup(paths)
+    config = {
+        "recipe": "uniform-soup",
+        "seed": shared_seed(models),
+        "merged_from": [model.record() for model in models],
+    }
+    return Average(models, config, soup_metadata(models))
+
+
+def soup_metadata(models: Sequence[Ingredient]) -> dict[str, str]:
+    """Return the metadata of a soup's weights: as many steps as the longest run took."""
+    return {"step": str(max(model.steps for model in models))}
+
+
+def states(averages: Iterable[Average]) -> Iterator[dict[str, Tensor]]:
+    """Yield the weights of WiSE models and uniform soups, one average after the other.
+
+    Ends are read once for all of their WiSE models that stand together, a soup's models one by one.
+
+    Raises:
+        ValueError: if a weight of an ingredient is not finite.
+    """
+    for _, group in groupby(averages, key=lambda one: [model.sha256 for model in one.models]):
+        ends: list[dict[str, Tensor]] = []
+        for one in group:
+            alpha = one.config.get("alpha")
+            if alpha is None:
+                yield averaging.uniform_soup(model.load() for model in one.models)
+                continue
+            ends = ends or [model.load() for model in one.models]
+            yield averaging.interpolate(ends[0], ends[1], alpha)
