@@ -1,9 +1,9 @@
-"""Copies from the CPU to the device that computes."""
+"""Copies between the CPU and the device that computes."""
 
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,11 +31,36 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
+def to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor from its device; return what waits for the copy and gives it.
+
+    On a CPU the result is `tensor` itself.
+    """
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    try:
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        _warn_that_copies_wait(str(error).partition("\n")[0])
+        # waits, and raises if it was the GPU that failed
+        copied = tensor.cpu()
+        return lambda: copied
+    copy.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+
+    def arrived() -> Tensor:
+        event.synchronize()
+        return copy
+
+    return arrived
+
+
 @functools.cache
 def _warn_that_copies_wait(reason: str) -> None:
     """Print the warning once per reason, not once per batch."""
     log.warning(
-        f"no pinned memory ({reason}); copies to the GPU make the process wait. Results "
+        f"no pinned memory ({reason}); copies to or from the GPU make the process wait. Results "
         "do not change, training may be slower. Is the machine's memory full?",
         extra=EVERY_RANK,
     )

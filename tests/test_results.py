@@ -15,16 +15,11 @@ FIELDS = {"date", "commit", "code", "machine", "processor", "threads", "python",
 NOT_RERUN = {
     "cam_memory_ViT-L-14-336_cpu.json",
     "cam_share.json",
-    "checkpoint_cpu.json",
     "faults.json",
-    "feeding_cpu.json",
     "fuzz.json",
-    "loader_cpu.json",
     "memory_ViT-B-16_cpu.json",
     "memory_ViT-B-32_cpu.json",
     "memory_ViT-L-14_cpu.json",
-    "pack_cpu.json",
-    "reader_cpu.json",
     "small_sets.json",
 }
 # trees and areas with a commit each: tools/compare_versions.py, tools/plant_faults.py

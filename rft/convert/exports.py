@@ -169,7 +169,12 @@ def _metrics_of(source: Path) -> dict[str, Any]:
         return {}
     for warning in warnings:
         log.warning(warning)
-    return {name: dataclasses.asdict(count) for name, count in results.sets.items()}
+    # a card has numbers; predictions stay in the run folder
+    kept = ("correct", "total", "manifest_sha256")
+    return {
+        name: {field: getattr(count, field) for field in kept}
+        for name, count in results.sets.items()
+    }
 
 
 def _hub_folder(

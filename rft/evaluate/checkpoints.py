@@ -116,7 +116,7 @@ def warn_of_other_split(paths: Sequence[Path], data: str) -> None:
     """
     for path in paths:
         metadata = map_state(checkpoint_path(path)).metadata
-        for name, trained_on in sorted(of_model(path, metadata)):
+        for name, trained_on, *_ in sorted(of_model(path, metadata)):
             url = files.join(data, name)
             # a set that is not beside the test sets cannot be compared
             if name in BENCHMARKS or not files.exists(files.join(url, MANIFEST)):

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
 
@@ -19,11 +20,13 @@ from rft.evaluate.checkpoints import load_checkpoints, require_classes, warn_of_
 from rft.evaluate.count import predict
 from rft.evaluate.forward import Kept
 from rft.evaluate.results import Evaluated, is_current, write_results
+from rft.evaluate.temperature import fit_temperatures
 from rft.loading.dataset import PackedDataset
 from rft.loading.features import FeatureFolder
 from rft.log import ASIDE
 from rft.progress import progress
 from rft.runs.folder import require_own_weights, unfinished
+from rft.runs.records import Temperature
 from rft.sets import TEST_SETS
 from rft.shards.root import set_names
 from rft.storage import files
@@ -51,6 +54,9 @@ class Arguments:
     """Images that are read together. It changes no result: each forward takes 64 of them."""
     logits: bool = False
     """Keep all logits in half precision too: 100 MB for ImageNet's 50,000 images."""
+    temperature: bool = False
+    """Fit each model's temperature on the images that its training held out, and keep confidences
+    at that temperature too. The training set must lie below --data."""
     workers: Whole = 4
     """Loader processes of each rank; 0 reads in the evaluating process."""
     max_pixels: Megapixels = MAX_PIXELS
@@ -73,6 +79,18 @@ def evaluate(
     """Evaluate some checkpoints on every set and write the counts from the main rank."""
     loaded, models = load_checkpoints(checkpoints, world, device)
     sets: list[dict[str, Evaluated]] = [{} for _ in models]
+    temperatures: list[Temperature | None] = [None] * len(models)
+    if arguments.temperature:
+        temperatures = fit_temperatures(
+            loaded,
+            models,
+            arguments.data,
+            max_pixels=arguments.max_pixels,
+            world=world,
+            device=device,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+        )
     kept = None
     if arguments.features_dir is not None:
         folder = FeatureFolder(arguments.features_dir, int(arguments.features_gb * 1e9))
@@ -91,10 +109,11 @@ def evaluate(
                 progress=advance,
                 names=[str(one.path) for one in loaded],
                 kept=kept,
-                logits=arguments.logits,
+                logits=np.float16 if arguments.logits else None,
+                temperatures=[one and one.value for one in temperatures],
             )
-        for entry, one in zip(sets, predicted, strict=True):
-            entry[name] = Evaluated(one, dataset.manifest.sha256)
+        for entry, found, temperature in zip(sets, predicted, temperatures, strict=True):
+            entry[name] = Evaluated(found, dataset.manifest.sha256, temperature)
     if world.is_main:
         for one, entry in zip(loaded, sets, strict=True):
             write_results(one, entry)
@@ -132,7 +151,9 @@ def main() -> None:
                 lambda: [
                     one
                     for one in arguments.checkpoints
-                    if not is_current(one, manifests, logits=arguments.logits)
+                    if not is_current(
+                        one, manifests, logits=arguments.logits, temperature=arguments.temperature
+                    )
                 ],
             ),
         )

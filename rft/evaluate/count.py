@@ -22,7 +22,7 @@ from rft.dist import World
 from rft.evaluate.forward import TOGETHER, Kept, forward
 from rft.loading.batches import EvaluationBatches, rank_part
 from rft.loading.dataset import PackedDataset
-from rft.runs.predictions import Predictions
+from rft.runs.predictions import SCALED, Predictions
 
 EXCLUDED = -1  # in `Manifest.class_to_group`
 
@@ -45,7 +45,7 @@ class Predicted(NamedTuple):
 
     predictions: Predictions
     logits_NK: np.ndarray | None
-    """In half precision, on the main rank, if they are wanted."""
+    """On the main rank, if they are wanted."""
 
     @property
     def count(self) -> Count:
@@ -62,15 +62,20 @@ class Scored(NamedTuple):
     rank_B: Tensor
     confidence_B: Tensor
     log_likelihood_B: Tensor
+    scaled_confidence_B: Tensor
+    scaled_log_likelihood_B: Tensor
 
 
-def score(logits_BK: Tensor, labels_B: Tensor, class_to_group_K: Tensor) -> Scored:
+def score(
+    logits_BK: Tensor, labels_B: Tensor, class_to_group_K: Tensor, temperature: float = 1.0
+) -> Scored:
     """Hold logits against labels by a set's scoring rule.
 
     The prediction is the group of the highest logit over the classes that lie in a group, the first
     of equal ones, and it is right when it is the label's group. With one group for each class this
     is plain top-1; for ObjectNet it equals the benchmark's rule over its 113 categories (groups are
-    disjoint). Probabilities are the softmax over groups, each with its highest logit, in fp64.
+    disjoint). Probabilities are the softmax over groups, each with its highest logit, in fp64; the
+    scaled ones of logits divided by the temperature.
     """
     groups = int(class_to_group_K.max()) + 1
     scored_K = torch.nonzero(class_to_group_K != EXCLUDED).squeeze(1)
@@ -89,13 +94,12 @@ def score(logits_BK: Tensor, labels_B: Tensor, class_to_group_K: Tensor) -> Scor
     before_BG = (high_BG > own_B1) | ((high_BG == own_B1) & (first_BG < own_first_B1))
     best_B1 = scored_BK.argmax(dim=1, keepdim=True)
     prediction_B1 = group_BK.gather(1, best_B1)
-    log_BG = high_BG.log_softmax(dim=1)
-    return Scored(
-        prediction_B1.squeeze(1),
-        before_BG.sum(dim=1),
-        log_BG.gather(1, prediction_B1).squeeze(1).exp(),
-        log_BG.gather(1, label_B1).squeeze(1),
-    )
+    probabilities = []
+    for divisor in (1.0, temperature):
+        log_BG = (high_BG / divisor).log_softmax(dim=1)
+        probabilities.append(log_BG.gather(1, prediction_B1).squeeze(1).exp())
+        probabilities.append(log_BG.gather(1, label_B1).squeeze(1))
+    return Scored(prediction_B1.squeeze(1), before_BG.sum(dim=1), *probabilities)
 
 
 def is_finite(logits_BK: Tensor) -> Tensor:
@@ -117,7 +121,8 @@ def predict(
     progress: Callable[[int], None] = lambda _: None,
     names: Sequence[str] = (),
     kept: Kept | None = None,
-    logits: bool = False,
+    logits: type[np.floating] | None = None,
+    temperatures: Sequence[float | None] = (),
 ) -> list[Predicted]:
     """Return what each model predicts for each image, in one pass over the data, on every rank.
 
@@ -128,7 +133,8 @@ def predict(
     `batch_size` is the images that are read together, made up to whole forwards of
     `rft.evaluate.forward.TOGETHER`, `workers` the loader processes of each rank (0 reads in this
     one), and `progress` gets the number of images each time that this rank has done some. With
-    `logits`, the main rank gets all of them too.
+    `logits`, the main rank gets all of them too, in that type. A model with a temperature has
+    scaled columns.
 
     Raises:
         ValueError: naming the first model that has a logit which is NaN or infinite, or too large
@@ -147,18 +153,19 @@ def predict(
     )
     files = kept.open(packed, samples, device) if kept else {}
     rows: list[list[Scored]] = [[] for _ in models]
-    halves: list[list[np.ndarray]] = [[] for _ in models]
+    kept_logits: list[list[np.ndarray]] = [[] for _ in models]
+    divisors = [temperature or 1.0 for temperature in temperatures or [None] * len(models)]
     bad = torch.zeros(len(models), dtype=torch.int64, device=device)
     logits_of = forward(models, mine, part.start, files, workers=workers, device=device)
     with closing(logits_of) as stream:
         for labels_B, found in stream:
             for number, logits_BK in enumerate(found):
-                rows[number].append(score(logits_BK, labels_B, class_to_group_K))
-                kept_BK = logits_BK.half() if logits else logits_BK
+                rows[number].append(score(logits_BK, labels_B, class_to_group_K, divisors[number]))
+                kept_BK = logits_BK.half() if logits is np.float16 else logits_BK
                 # looked at in the end: a look now would wait for the GPU
                 bad[number] += (~is_finite(kept_BK)).sum()
-                if logits:
-                    halves[number].append(kept_BK.cpu().numpy())
+                if logits is not None:
+                    kept_logits[number].append(kept_BK.cpu().numpy())
             progress(len(labels_B))
     counted = dist.sum_over_ranks(world, bad).tolist()
     require_finite(world, names or ["the model"] * len(models), counted, len(samples), packed.url)
@@ -174,12 +181,14 @@ def predict(
         assert total == len(samples), f"predicted {total} of {len(samples)} samples"
         joined["prediction"] = called[joined["prediction"]]
         all_NK = None
-        if logits:
+        if logits is not None:
             # one model at a time, and on the main rank alone: they are large
-            parts = dist.gather_on_main(world, halves[number])
-            flat = [half_BK for part in parts for half_BK in part]
+            parts = dist.gather_on_main(world, kept_logits[number])
+            flat = [logits_BK for part in parts for logits_BK in part]
             all_NK = np.concatenate(flat) if flat else None
-            halves[number].clear()
+            kept_logits[number].clear()
+        if not temperatures or temperatures[number] is None:
+            joined = {name: column for name, column in joined.items() if name not in SCALED}
         predicted.append(Predicted(Predictions(key=key_N, label=label_N, **joined), all_NK))
     return predicted
 
@@ -190,6 +199,8 @@ DRAWN = {
     "rank": np.int32,
     "confidence": np.float32,
     "log_likelihood": np.float32,
+    "scaled_confidence": np.float32,
+    "scaled_log_likelihood": np.float32,
 }
 
 

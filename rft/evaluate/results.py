@@ -16,7 +16,7 @@ from rft.evaluate.checkpoints import Loaded
 from rft.evaluate.count import Predicted
 from rft.runs import predictions
 from rft.runs.folder import current_results, results_path
-from rft.runs.records import Results, SetCount
+from rft.runs.records import Results, SetCount, Temperature
 from rft.shards.manifest import Manifest
 from rft.storage import files
 
@@ -26,12 +26,20 @@ class Evaluated(NamedTuple):
 
     predicted: Predicted
     manifest_sha256: str
+    temperature: Temperature | None = None
 
 
-def is_current(checkpoint: Path, sets: Mapping[str, Manifest], *, logits: bool = False) -> bool:
+def is_current(
+    checkpoint: Path,
+    sets: Mapping[str, Manifest],
+    *,
+    logits: bool = False,
+    temperature: bool = False,
+) -> bool:
     """Whether the records belong to these weights and are of these sets, all of each.
 
-    Files of predictions, and of `logits` if they are wanted, are compared by their hash.
+    Files of predictions, and of `logits` if they are wanted, are compared by their hash; a
+    `temperature` that is wanted must be there.
     """
     recorded = current_results(checkpoint)
     counts = recorded.sets if recorded else {}
@@ -39,6 +47,7 @@ def is_current(checkpoint: Path, sets: Mapping[str, Manifest], *, logits: bool =
         (count := counts.get(name)) is not None
         and (count.manifest_sha256, count.total) == (one.sha256, one.samples)
         and _is(predictions.path_of(checkpoint, name), count.predictions_sha256)
+        and not (temperature and count.temperature is None)
         and (not logits or _is(predictions.logits_path_of(checkpoint, name), count.logits_sha256))
         for name, one in sets.items()
     )
@@ -71,7 +80,7 @@ def _write(checkpoint: Path, name: str, found: Evaluated) -> SetCount:
     """Write the files of a set; return what results.json has of it."""
     data = found.predicted.predictions.to_bytes()
     files.write_bytes(str(predictions.path_of(checkpoint, name)), data)
-    path, half_sha256 = predictions.logits_path_of(checkpoint, name), None
+    path = predictions.logits_path_of(checkpoint, name)
     if (logits_NK := found.predicted.logits_NK) is not None:
         # straight to the disk: of a large set they are gigabytes
         with files.publish(str(path)) as scratch, scratch.open("wb") as stream:
@@ -85,6 +94,7 @@ def _write(checkpoint: Path, name: str, found: Evaluated) -> SetCount:
         manifest_sha256=found.manifest_sha256,
         predictions_sha256=files.sha256_bytes(data),
         logits_sha256=half_sha256,
+        temperature=found.temperature,
     )
 
 

@@ -112,6 +112,8 @@ def _tile(
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         probability = tl.exp(score - largest[:, None]) / total[:, None]
         of_map = tl.dot(d, tl.trans(v), input_precision="ieee")
-        weighed = tl.maximum(probability * of_map, 0.0) * r[:, None]
+        # a NaN stays one, as in the CAM that is written out: it must stop the run
+        kept = tl.maximum(probability * of_map, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        weighed = kept * r[:, None]
         j = start + tl.arange(0, TILE)
         tl.store(part + j, tl.sum(weighed, axis=0), mask=j < tokens)

@@ -45,6 +45,10 @@ class Predictions:
     """Probability of the prediction, float32."""
     log_likelihood: np.ndarray
     """Natural logarithm of the label's probability, float32."""
+    scaled_confidence: np.ndarray | None = None
+    """Of the logits divided by the temperature in results.json, where one was fitted; float32."""
+    scaled_log_likelihood: np.ndarray | None = None
+    """Likewise."""
 
     @property
     def right(self) -> np.ndarray:
@@ -55,7 +59,10 @@ class Predictions:
         """Return the content of the file; equal rows give equal bytes."""
         stream = io.BytesIO()
         # members are dated 1980-01-01: no clock gets into the bytes
-        np.savez_compressed(stream, **{name: getattr(self, name) for name in COLUMNS})
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        np.savez_compressed(
+            stream, **{name: column for name, column in columns.items() if column is not None}
+        )
         return stream.getvalue()
 
 
@@ -66,7 +73,15 @@ COLUMNS = {
     "rank": "int32",
     "confidence": "float32",
     "log_likelihood": "float32",
+    "scaled_confidence": "float32",
+    "scaled_log_likelihood": "float32",
 }
+RANGE = {
+    **dict.fromkeys(("label", "prediction", "rank"), (0, 2**31 - 1)),
+    **dict.fromkeys(("confidence", "scaled_confidence"), (0, 1)),
+    **dict.fromkeys(("log_likelihood", "scaled_log_likelihood"), (-np.inf, 0)),
+}
+SCALED = ("scaled_confidence", "scaled_log_likelihood")  # both or none
 assert list(COLUMNS) == [field.name for field in dataclasses.fields(Predictions)]
 NUMBERS_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values() if kind != "U")
 
@@ -116,22 +131,19 @@ def read(path: Path, images: int, sha256: str = "") -> Predictions:
 
 def _fault(columns: dict[str, np.ndarray], images: int) -> str:
     """Explain why arrays cannot be the predictions of so many images; empty if they can."""
-    if columns.keys() != COLUMNS.keys():
-        return f"its columns must be {', '.join(COLUMNS)}, they are {', '.join(columns)}"
-    for name, kind in COLUMNS.items():
-        column = columns[name]
+    plain = [name for name in COLUMNS if name not in SCALED]
+    if columns.keys() not in ({*plain}, {*COLUMNS}):
+        return f"its columns must be {', '.join(plain)}, they are {', '.join(columns)}"
+    for name, column in columns.items():
+        kind = COLUMNS[name]
         same = column.dtype.kind == "U" if kind == "U" else column.dtype == np.dtype(kind)
         if not same or column.shape != (images,):
             return f"{name} must be {images:,} of {kind}, not {column.dtype} {column.shape}"
-    for name in ("label", "prediction", "rank"):
-        if (columns[name] < 0).any():
-            return f"{name} has a negative number"
-    confidence_N, likelihood_N = columns["confidence"], columns["log_likelihood"]
-    # written so that NaN does not pass
-    if not ((confidence_N > 0) & (confidence_N <= 1)).all():
-        return "a confidence is not in (0, 1]"
-    if not (likelihood_N <= 0).all():
-        return "a log-likelihood is above 0"
+    for name in columns.keys() - {"key"}:
+        lowest, highest = RANGE[name]
+        # written so that NaN does not pass
+        if not ((columns[name] >= lowest) & (columns[name] <= highest)).all():
+            return f"{name} must be from {lowest:g} to {highest:g}"
     if ((columns["rank"] == 0) != (columns["label"] == columns["prediction"])).any():
         return "an image has its label predicted and a rank above 0, or the other way round"
     return ""

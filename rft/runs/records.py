@@ -70,6 +70,19 @@ Hashes = dict[Name, Sha256]
 """File or input -> hash."""
 
 
+@document(name="temperature")
+class Temperature:
+    """What a model's logits are divided by so that its confidences match its accuracy."""
+
+    value: Annotated[float, Field(gt=0)]
+    images: Annotated[int, Field(gt=0, le=2**53)]
+    """That it was fitted on: held-out images of a training set."""
+    train_set: SetName
+    manifest_sha256: Sha256
+    held_out: Count
+    split_seed: RecordedSeed
+
+
 @document(name="count")
 class SetCount:
     """How many of how many were right on one packed set."""
@@ -81,6 +94,8 @@ class SetCount:
     """Of the set's file of predictions (`rft.runs.predictions`); older counts have none."""
     logits_sha256: Sha256 | None = None
     """Of its file of logits, where they were asked for."""
+    temperature: Temperature | None = None
+    """Of the scaled columns of its predictions, where one was fitted."""
 
     def __post_init__(self) -> None:
         if self.correct > self.total:

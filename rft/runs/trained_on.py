@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rft.runs import filenames, records
+from rft.runs.records import RecordedSeed
 from rft.storage import documents
-from rft.storage.documents import Name, Sha256
+from rft.storage.documents import Count, Name, Sha256
 
 KEY = "trained_on"
 
@@ -23,6 +24,10 @@ class TrainedOn(NamedTuple):
     name: Name
     """Of the set below its data root."""
     manifest_sha256: Sha256
+    held_out: Count = 0
+    """How many of its images the weights have not seen, drawn by `rft.loading.split`."""
+    split_seed: RecordedSeed = 0
+    """Seed of that draw."""
 
 
 def entries(seen: Iterable[TrainedOn]) -> dict[str, str]:
@@ -76,12 +81,12 @@ def different_splits(models: Mapping[str, Iterable[TrainedOn]]) -> str:
     first: dict[str, tuple[str, str]] = {}
     for model, seen in models.items():
         # sorted: a set's order differs between processes, and the warning should not
-        for name, sha256 in sorted(seen):
-            other, expected = first.setdefault(name, (model, sha256))
-            if sha256 != expected:
+        for one in sorted(seen):
+            other, expected = first.setdefault(one.name, (model, one.manifest_sha256))
+            if one.manifest_sha256 != expected:
                 return (
-                    f"{other} and {model} were trained on different sets called {name} (manifests "
-                    f"{expected[:12]} and {sha256[:12]}): together they may have seen the test "
-                    "images beside either"
+                    f"{other} and {model} were trained on different sets called {one.name} "
+                    f"(manifests {expected[:12]} and {one.manifest_sha256[:12]}): together "
+                    "they may have seen the test images beside either"
                 )
     return ""

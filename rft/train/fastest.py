@@ -14,6 +14,7 @@ from rft import dist
 from rft.clip import vit
 from rft.method import relevance
 from rft.method.relevance import Through
+from rft.train import features
 from rft.train.job import Job
 from rft.train.kernels import Choice, Kernels, load
 from rft.train.step import accumulate_gradients, blank_batch
@@ -73,8 +74,11 @@ def fastest(job: Job, done: int) -> Choice:
         # one rank decides, because their clocks differ
         return dist.from_main(world, min(times, key=lambda choice: times[choice]))
 
-    left = (job.total_steps - done) * times[Choice()]
-    if dist.from_main(world, left < WORTH):
+    steps = job.total_steps - done
+    if features.keeps(job) and "student" in job.objective.frozen:
+        # the steps after the first epoch's read what the tower gave
+        steps = min(steps, job.batches.plan.steps_per_epoch)
+    if dist.from_main(world, steps * times[Choice()] < WORTH):
         return Choice()
     time(Choice(layers="compiled"))
     if _has_maps(job):

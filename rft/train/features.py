@@ -14,7 +14,7 @@ Shapes: B batch, E embedding.
 
 import logging
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from rft import dist
 from rft.clip.classifier import tower_identity
 from rft.config import Config
-from rft.device import to_device
+from rft.device import to_cpu, to_device
 from rft.evaluate.forward import Kept
 from rft.loading import read
 from rft.loading.batches import EvaluationBatches
@@ -118,7 +118,7 @@ class Rows:
         self._job, self._opened, self._have = job, opened, have
         self.per_epoch = job.batches.plan.steps_per_epoch
         # of the batch before, on their way from the device while it computes on
-        self._pending: tuple[np.ndarray, dict[str, Tensor], torch.cuda.Event | None] | None = None
+        self._pending: tuple[np.ndarray, dict[str, Callable[[], Tensor]]] | None = None
 
     @classmethod
     def open(cls, job: Job, stack: ExitStack) -> "Rows | None":
@@ -263,27 +263,15 @@ class Rows:
         if not world.is_main:
             return
         self._write()
-        event = None
-        if self._job.device.type == "cuda":
-            # copied while the step computes: to wait here would keep the GPU waiting for its work
-            rows = {
-                name: torch.empty_like(rows_BE, device="cpu", pin_memory=True).copy_(
-                    rows_BE, non_blocking=True
-                )
-                for name, rows_BE in rows.items()
-            }
-            event = torch.cuda.Event()
-            event.record()
-        self._pending = samples, rows, event
+        # copied while the step computes: to wait here would keep the GPU waiting for its work
+        self._pending = samples, {name: to_cpu(rows_BE) for name, rows_BE in rows.items()}
 
     def _write(self) -> None:
         if self._pending is None:
             return
-        samples, rows, event = self._pending
-        if event is not None:
-            event.synchronize()
+        samples, arriving = self._pending
         for name, file in self._opened.items():
-            file.keep(samples, rows[name].numpy())
+            file.keep(samples, arriving[name]().numpy())
         self._pending = None
 
     def _flush(self) -> None:

@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import Literal, NamedTuple, assert_never
 
+import torch
+
 from rft.clip import vit
 from rft.method import relevance
 from rft.method.relevance import Through
@@ -44,6 +46,7 @@ def load(choice: Choice) -> Kernels:
     """
     if "compiled" in (choice.layers, choice.cam):
         require_own_cache()
+        _set_up_compiler()
     pieces = vit.compiled() if choice.layers == "compiled" else vit.EAGER
     match choice.cam:
         case "eager":
@@ -56,6 +59,14 @@ def load(choice: Choice) -> Kernels:
         case _:
             assert_never(choice.cam)
     return Kernels(choice, pieces, through)
+
+
+def _set_up_compiler() -> None:
+    # kernels by rule instead of by trial: the same on each node, as a resumed run's must be
+    torch._inductor.config.deterministic = True  # pyrefly: ignore[missing-attribute]
+    # Two token counts, gradients or none, two types: a second teacher with dropped tokens needs the
+    # eight variants that are allowed by default, and one more would run as written without a word.
+    torch._dynamo.config.recompile_limit = 32  # pyrefly: ignore[missing-attribute]
 
 
 def require_own_cache() -> None:

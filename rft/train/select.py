@@ -79,5 +79,7 @@ def metadata(job: Job, step: int) -> dict[str, str]:
     seen = set(job.start_seen)
     # a model that was never trained has not seen the set
     if step > 0:
-        seen.add(TrainedOn(job.config.train_set, job.fingerprint["manifest_sha256"]))
+        known = job.fingerprint
+        split = known["held_out"], known["held_out_seed"]
+        seen.add(TrainedOn(job.config.train_set, known["manifest_sha256"], *split))
     return {"recipe": job.config.recipe, "step": str(step), **trained_on.entries(seen)}

@@ -21,12 +21,12 @@ from rft.evaluate.checkpoints import Loaded
 from rft.evaluate.results import write_results
 from rft.merge import command as merge_command
 from rft.runs.filenames import SELECTED
-from rft.runs.records import SetCount
 from rft.shards.manifest import Manifest
 from rft.storage import files
 from rft.train import command as train_command
 from tests import formats
 from tests.convert.compare import document, same, state_of
+from tests.predicted import evaluated
 from tests.tiny import call, forget_weights
 
 pytestmark = pytest.mark.usefixtures("known_models")
@@ -279,10 +279,10 @@ def test_export_never_overwrites(convert, refused, run, tmp_path, openai):
 
 def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
     """A file of equal name is no reason to take an export for this one, nor old counts."""
-    counts = {"imagenet-val": {"correct": 3, "total": 4, "manifest_sha256": "0" * 64}}
+    counts = {"imagenet-val": {"correct": 3, "total": 10, "manifest_sha256": "0" * 64}}
     weights_path = run / SELECTED
     loaded = Loaded(run, files.sha256_file(weights_path), load_state(weights_path))
-    write_results(loaded, {"imagenet-val": SetCount(correct=3, total=4, manifest_sha256="0" * 64)})
+    write_results(loaded, {"imagenet-val": evaluated(3)})
     command = ("export", run, "--to", "safetensors", "--out", tmp_path / "m.safetensors")
     convert(*command)
     card = document(tmp_path / "m.safetensors.json")

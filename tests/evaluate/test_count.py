@@ -16,7 +16,7 @@ from benchmarks.tiny_world import LABELS
 from rft.clip.classifier import save_classifier
 from rft.dist import World
 from rft.evaluate import localisation
-from rft.evaluate.count import Count, count_correct, is_correct
+from rft.evaluate.count import Count, count_correct, predict, score
 from rft.loading.dataset import PackedDataset
 from tests.conftest import build_model
 from tests.tiny import torchrun
@@ -27,19 +27,23 @@ EACH = 5  # images of each of the four classes
 GREEN_FIRST, GREY_FIRST = (1, 2, 3, 0), (3, 0, 1, 2)
 
 
+def is_correct(logits_BK: Tensor, labels_B: Tensor, class_to_group_K: Tensor) -> list[bool]:
+    return (score(logits_BK, labels_B, class_to_group_K).rank_B == 0).tolist()
+
+
 def test_plain_top_1():
     logits = torch.tensor([[0.1, 0.9, 0.0], [0.8, 0.1, 0.1]])
-    assert is_correct(logits, torch.tensor([1, 2]), torch.arange(3)).tolist() == [True, False]
+    assert is_correct(logits, torch.tensor([1, 2]), torch.arange(3)) == [True, False]
 
 
 def test_classes_outside_the_subset_take_no_part():
     # class 1 has the highest logit but is not in the benchmark
     groups = torch.tensor([0, -1, 1])
-    assert is_correct(torch.tensor([[0.5, 0.9, 0.1]]), torch.tensor([0]), groups).tolist() == [True]
+    assert is_correct(torch.tensor([[0.5, 0.9, 0.1]]), torch.tensor([0]), groups) == [True]
 
 
-@given(st.integers(0, 2**31))
-def test_groups_equal_the_maximum_over_each_category(seed):
+@given(st.integers(0, 2**31), st.booleans())
+def test_groups_equal_the_maximum_over_each_category(seed, ties):
     # wise-ft's rule: the maximum logit of each ObjectNet category, then the best category
     generator = torch.Generator().manual_seed(seed)
     members = [[0, 5], [2], [3, 7, 8], [9]]
@@ -47,10 +51,43 @@ def test_groups_equal_the_maximum_over_each_category(seed):
     for group, classes in enumerate(members):
         class_to_group[classes] = group
     logits = torch.randn(20, 10, generator=generator)
+    if ties:
+        logits = logits.round()
     group_of_image = torch.randint(4, (20,), generator=generator)
     labels = torch.tensor([members[group][0] for group in group_of_image.tolist()])
-    best = torch.stack([logits[:, classes].amax(dim=1) for classes in members], dim=1).argmax(dim=1)
-    assert (is_correct(logits, labels, class_to_group) == (best == group_of_image)).all()
+    found = score(logits, labels, class_to_group)
+    for row, group in enumerate(group_of_image.tolist()):
+        own = [
+            (float(logits[row, classes].max()), group_) for group_, classes in enumerate(members)
+        ]
+        # of equal categories the one that holds the first of the best classes leads
+        first = {g: min(c for c in members[g] if logits[row, c] == high) for high, g in own}
+        order = [g for _, g in sorted(own, key=lambda one: (-one[0], first[one[1]]))]
+        assert int(found.prediction_B[row]) == order[0]
+        assert int(found.rank_B[row]) == order.index(group)
+        scores = np.array([high for high, _ in own], np.float64)
+        probability = np.exp(scores - np.logaddexp.reduce(scores))
+        assert float(found.confidence_B[row]) == pytest.approx(probability.max(), rel=1e-12)
+        assert float(found.log_likelihood_B[row].exp()) == pytest.approx(
+            probability[group], rel=1e-12
+        )
+
+
+def test_rows_are_in_the_order_of_the_samples(tiny_data):
+    packed = PackedDataset(f"{tiny_data}/imagenet-r")
+    packed.manifest = replace(packed.manifest, groups=((0, 1), (3, 2)))
+    world = World(rank=0, size=1, local_rank=0)
+    samples = np.array([3, 17, 0])
+    (found,) = predict(
+        [Always(GREEN_FIRST)], packed, image_size=16, world=world, device=CPU, samples=samples
+    )
+    rows = found.predictions
+    assert rows.key.tolist() == [packed.key(sample) for sample in samples]
+    # categories are called by their first class: 0 of red and green, 2 of blue and grey
+    assert rows.label.tolist() == [[0, 0, 2, 2][label] for label in packed.index.label[samples]]
+    assert rows.prediction.tolist() == [0, 0, 0]
+    assert rows.right.tolist() == (rows.label == 0).tolist()
+    assert found.logits_NK is None
 
 
 class Always(nn.Module):
@@ -110,7 +147,7 @@ def test_some_samples_alone(tiny_data):
 def test_every_image_is_reported_once(tiny_data):
     done: list[int] = []
     counts(tiny_data, ((0,), (1,), (2,), (3,)), Always(GREEN_FIRST), progress=done.append)
-    assert done == [7, 7, 6]
+    assert done == [20]
 
 
 class Broken(Always):

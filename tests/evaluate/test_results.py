@@ -8,11 +8,11 @@ import pytest
 
 from rft.clip.classifier import load_state, save_classifier
 from rft.evaluate.checkpoints import Loaded
-from rft.evaluate.results import is_current, write_results
+from rft.evaluate.results import Evaluated, is_current, write_results
 from rft.runs.folder import checkpoint_path, current_results
-from rft.runs.records import SetCount
 from rft.storage import files
 from tests.conftest import build_model
+from tests.predicted import evaluated
 
 OLD, NEW = "0" * 64, "1" * 64
 
@@ -28,30 +28,28 @@ def current(path: Path, sets: dict[str, str], samples: int = 10) -> bool:
     return is_current(path, {name: Packed(sha256, samples) for name, sha256 in sets.items()})
 
 
-def entry(correct: int, manifest: str = OLD) -> SetCount:
-    return SetCount(correct=correct, total=10, manifest_sha256=manifest)
-
-
 def weights(path: Path, seed: int = 0) -> Path:
     save_classifier(str(path), build_model(seed), {"step": "3"}, None)
     return path
 
 
-def record(path: Path, sets: dict[str, SetCount]) -> None:
+def record(path: Path, sets: dict[str, Evaluated]) -> None:
     """Write counts as an evaluation of the weights as they are now does."""
     weights = checkpoint_path(path)
     write_results(Loaded(path, files.sha256_file(weights), load_state(weights)), sets)
 
 
-def recorded_sets(path: Path) -> dict[str, SetCount]:
+def recorded_sets(path: Path) -> dict[str, tuple[int, str]]:
+    """What is right of each set, and of which data."""
     results = current_results(path)
-    return results.sets if results else {}
+    sets = results.sets if results else {}
+    return {name: (count.correct, count.manifest_sha256) for name, count in sets.items()}
 
 
 @pytest.fixture
 def model(tmp_path) -> Path:
     path = weights(tmp_path / "model.safetensors")
-    record(path, {"imagenet-val": entry(7), "imagenet-r": entry(3)})
+    record(path, {"imagenet-val": evaluated(7), "imagenet-r": evaluated(3)})
     return path
 
 
@@ -62,16 +60,16 @@ def document(model: Path) -> dict:
 def test_counts_say_what_they_were_made_of(model):
     assert document(model)["checkpoint_sha256"] == files.sha256_file(model)
     assert document(model)["step"] == 3
-    assert recorded_sets(model) == {"imagenet-val": entry(7), "imagenet-r": entry(3)}
+    assert recorded_sets(model) == {"imagenet-val": (7, OLD), "imagenet-r": (3, OLD)}
 
 
 def test_counts_of_other_weights_are_none(model):
     weights(model, seed=1)
     assert recorded_sets(model) == {}
     assert not current(model, {"imagenet-val": OLD})
-    record(model, {"imagenet-val": entry(2)})
+    record(model, {"imagenet-val": evaluated(2)})
     # R was not counted for these weights
-    assert recorded_sets(model) == {"imagenet-val": entry(2)}
+    assert recorded_sets(model) == {"imagenet-val": (2, OLD)}
 
 
 def test_counts_of_other_data_are_replaced(model):
@@ -79,8 +77,8 @@ def test_counts_of_other_data_are_replaced(model):
     assert current(model, {"imagenet-r": OLD})
     assert not current(model, {"imagenet-val": NEW})
     assert not current(model, {"imagenet-val": OLD, "imagenet-a": OLD})
-    record(model, {"imagenet-val": entry(5, NEW)})
-    assert recorded_sets(model) == {"imagenet-val": entry(5, NEW), "imagenet-r": entry(3)}
+    record(model, {"imagenet-val": evaluated(5, NEW)})
+    assert recorded_sets(model) == {"imagenet-val": (5, NEW), "imagenet-r": (3, OLD)}
     assert current(model, {"imagenet-val": NEW, "imagenet-r": OLD})
 
 

@@ -267,3 +267,25 @@ def test_memory_that_cannot_be_locked_is_copied_with_one_warning(gpu, batches, c
     assert max(gpu.pinned) == BATCH * 3 * 16 * 16
     (line,) = unstamped(capsys.readouterr().err).splitlines()
     assert line.startswith("WARNING: no pinned memory (operation not supported (2)); ")
+
+
+def test_a_refused_pinned_buffer_is_one_warning(monkeypatch, capsys):
+    """For copies from the GPU: features that are kept need no pinned memory."""
+    device._warn_that_copies_wait.cache_clear()
+
+    def refuse(*_: object, **options: object) -> Tensor:
+        assert options == {"device": "cpu", "pin_memory": True}
+        raise RuntimeError("out of memory (2)\nmore")
+
+    monkeypatch.setattr(torch, "empty_like", refuse)
+
+    class OnGpu:
+        device = CUDA
+
+        def cpu(self) -> Tensor:
+            return torch.arange(3)
+
+    arrived: Callable[[], Tensor] = device.to_cpu(OnGpu())  # pyrefly: ignore[bad-argument-type]
+    assert arrived().tolist() == [0, 1, 2]
+    (line,) = unstamped(capsys.readouterr().err).splitlines()
+    assert line.startswith("WARNING: no pinned memory (out of memory (2)); ")

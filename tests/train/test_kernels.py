@@ -189,6 +189,27 @@ def test_the_fastest_is_chosen(job, monkeypatch, changed, best):
     assert fastest.fastest(job, 999) == Choice()
 
 
+def test_steps_that_read_what_a_tower_gave_do_not_pay_for_compiling(job, monkeypatch):
+    monkeypatch.setattr(fastest, "first_problem", lambda *_: "")
+    monkeypatch.setattr(fastest, "seconds", lambda _, choice: TIMES[choice])
+    monkeypatch.setattr(Job, "total_steps", 1000)
+    optim = replace(job.config.optim, epochs=2)
+    probe = replace(job, config=replace(job.config, optim=optim))
+    monkeypatch.setattr(type(job.objective), "frozen", {"student": job.student})
+    assert job.batches.plan.steps_per_epoch * TIMES[Choice()] < fastest.WORTH
+    assert fastest.fastest(probe, 0) == Choice()
+
+
+@pytest.mark.slow
+def test_a_node_compiles_what_another_does(monkeypatch):
+    """What the compiler tries out depends on the node; and no variant is left uncompiled."""
+    monkeypatch.setattr(torch._inductor.config, "deterministic", False)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    load(COMPILED)
+    assert torch._inductor.config.deterministic
+    assert torch._dynamo.config.recompile_limit > 8
+
+
 def test_what_cannot_be_used_is_not_chosen(job, monkeypatch, capsys):
     problem = lambda _, choice: "no Triton" if choice.cam == "triton" else ""  # noqa: E731
     monkeypatch.setattr(fastest, "first_problem", problem)

@@ -43,6 +43,7 @@ from rft.report.read import load_runs
 from rft.runs import folder as runs
 from rft.runs import trained_on
 from rft.runs.gallery_file import read as read_gallery
+from rft.runs.predictions import read as read_predictions
 from rft.runs.header import read_entries
 from rft.shards import tar
 from rft.shards.images import Treatment, clip_pixels, encoding_parameters, load_image
@@ -473,13 +474,15 @@ def report(world: Path, folder: Path) -> Target:
 
 
 def documents(world: Path, folder: Path) -> Target:
-    """The other documents: class lists, a hub folder's configuration and card, galleries."""
+    """Class lists, a hub folder's configuration and card, galleries, predictions."""
+    from tests.predicted import evaluated
     from tests.report.make_runs import make_gallery
 
     shutil.copytree(world / "hub", folder / "hub", dirs_exist_ok=True)
     shutil.copytree(world / "clip", folder / "clip", dirs_exist_ok=True)
     make_gallery(folder / "gallery.npz", size=16)
     valid_gallery = (folder / "gallery.npz").read_bytes()
+    valid_predictions = evaluated(3).predicted.predictions.to_bytes()
     sources = {
         "classes.json": world / "classes.json",
         "hub/card.json": world / "hub/card.json",
@@ -503,10 +506,14 @@ def documents(world: Path, folder: Path) -> Target:
                 (folder / name).write_bytes(edited(valid_gallery, raw))
                 found = read_gallery(folder / name)
                 assert len(found.names) == len(found.images_BHWC)
+            case "predictions.npz":
+                (folder / name).write_bytes(edited(valid_predictions, raw))
+                rows = read_predictions(folder / name, 10)
+                assert (rows.right == (rows.label == rows.prediction)).all()
             case _:
                 weights.read(folder / "hub")
 
-    names = st.sampled_from([*sorted(valid), "gallery.npz"])
+    names = st.sampled_from([*sorted(valid), "gallery.npz", "predictions.npz"])
     return Target(
         st.tuples(names, changes(), styles(), edits()), check, (("hub/card.json", [], "", []),)
     )

@@ -1,0 +1,190 @@
+"""Do 95% intervals hold what they promise? `python -m benchmarks.coverage [--save]`.
+
+Sets of images are drawn at random from a population whose accuracies are known, an interval is made
+of each, and those that contain the true value are counted:
+
+    Wilson      of one accuracy, as `rft.statistics.accuracy.wilson`; beside it the textbook's
+                plus or minus 1.96 standard errors;
+    bootstrap   of a difference of two systems on the same images, as
+                `rft.statistics.paired.bootstrap`: one set, the average of five sets of the OOD
+                benchmarks' sizes, and systems that are means of three seeds.
+
+An interval for images says nothing of other training seeds. The last line is one JSON object.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine
+from rft import cli
+from rft.sets import BENCHMARKS, OOD_SETS
+from rft.statistics.accuracy import LEVEL, wilson
+from rft.statistics.paired import bootstrap, gains
+from rft.storage import files
+
+RESULTS = Path(__file__).parent / "results"
+SHARES = (0.02, 0.3, 0.76, 0.98)
+TOTALS = (20, 200, 7500, 50_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Count how often intervals contain the true value."""
+
+    draws: int = 10_000
+    """Sets that are drawn for each row of Wilson's table."""
+    paired_draws: int = 2000
+    """Sets that are drawn for each row of the bootstrap's."""
+    replicates: int = 2000
+    """Of each bootstrap."""
+    seed: int = 0
+    save: bool = False
+    """Write the result to benchmarks/results/ as well."""
+
+
+def of_accuracies(arguments: Arguments) -> list[dict[str, Any]]:
+    """Return the coverage of intervals of one accuracy, for each share and number of images."""
+    draws, rows = np.random.default_rng(arguments.seed), []
+    for share in SHARES:
+        for total in TOTALS:
+            counts, repeats = np.unique(
+                draws.binomial(total, share, arguments.draws), return_counts=True
+            )
+            intervals = [wilson(int(count), total) for count in counts]
+            inside = [one.low <= share <= one.high for one in intervals]
+            found = counts / total
+            error = 1.96 * np.sqrt(found * (1 - found) / total)
+            textbook = np.abs(found - share) <= error
+            rows.append(
+                {
+                    "share": share,
+                    "images": total,
+                    "wilson": round(float(np.average(inside, weights=repeats)), 4),
+                    "textbook": round(float(np.average(textbook, weights=repeats)), 4),
+                }
+            )
+    return rows
+
+
+@dataclass(frozen=True)
+class Population:
+    """Kinds of images, each with how often each seed of two systems has it right."""
+
+    weight_T: np.ndarray
+    one_ST: np.ndarray
+    two_ST: np.ndarray
+
+    @property
+    def gain(self) -> float:
+        """Return the true difference of the two systems, these trainings being given."""
+        return float(self.weight_T @ gains(self.one_ST, self.two_ST))
+
+    def draw(self, images: int, draws: np.random.Generator) -> np.ndarray:
+        """Return the gains of images that are drawn at random, (N,)."""
+        kind_N = draws.choice(len(self.weight_T), images, p=self.weight_T)
+        return gains(self.one_ST, self.two_ST)[kind_N]
+
+
+def population(
+    accuracy: float, better: float, seeds: int, draws: np.random.Generator
+) -> Population:
+    """Make up kinds of images: easy ones are easy for all seeds of both systems."""
+    kinds = 400
+    hard_T = draws.uniform(size=kinds)
+    noise = 0.08
+    one_ST = hard_T + noise * draws.normal(size=(seeds, kinds)) < accuracy + better
+    two_ST = hard_T + noise * draws.normal(size=(seeds, kinds)) < accuracy
+    return Population(draws.dirichlet(np.full(kinds, 5.0)), one_ST, two_ST)
+
+
+def of_differences(arguments: Arguments) -> list[dict[str, Any]]:
+    """Return the coverage of intervals of paired differences."""
+    ood = tuple(BENCHMARKS[name].images for name in OOD_SETS)
+    cases: list[tuple[str, Sequence[int], int]] = [
+        ("one set of 200 images", (200,), 1),
+        ("one set of 7,500 images", (7500,), 1),
+        ("five sets of the OOD benchmarks' sizes", ood, 1),
+        ("the same, three seeds", ood, 3),
+        ("five sets of 300 images, three seeds", (300,) * 5, 3),
+    ]
+    rows = []
+    for number, (name, sizes, seeds) in enumerate(cases):
+        draws = np.random.default_rng([arguments.seed, number])
+        kinds = [
+            population(accuracy, 0.01, seeds, draws)
+            for accuracy in np.linspace(0.45, 0.75, len(sizes))
+        ]
+        true = float(np.mean([one.gain for one in kinds]))
+        inside, widths = 0, []
+        for draw in range(arguments.paired_draws):
+            sets = [one.draw(size, draws) for one, size in zip(kinds, sizes, strict=True)]
+            found = bootstrap(sets, seed=draw, replicates=arguments.replicates).interval
+            inside += found.low <= true <= found.high
+            widths.append(found.high - found.low)
+        rows.append(
+            {
+                "case": name,
+                "true_points": round(100 * true, 3),
+                "median_width_points": round(100 * float(np.median(widths)), 3),
+                "bootstrap": round(inside / arguments.paired_draws, 4),
+            }
+        )
+    return rows
+
+
+def measure(arguments: Arguments) -> dict[str, Any]:
+    """Return everything that is saved."""
+    return {
+        "benchmark": "coverage",
+        **machine.describe(("rft/statistics",)),
+        "level": LEVEL,
+        **{name: value for name, value in asdict(arguments).items() if name != "save"},
+        "accuracies": of_accuracies(arguments),
+        "differences": of_differences(arguments),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as Markdown."""
+    lines = [
+        f"Share of {result['draws']:,} drawn sets (differences: {result['paired_draws']:,}) whose "
+        f"{result['level']:.0%} interval contains the true value. {machine.made(result)}.",
+        "",
+        "| true accuracy | images | Wilson | textbook |",
+        "| --: | --: | --: | --: |",
+    ]
+    lines += [
+        f"| {row['share']:.0%} | {row['images']:,} | {row['wilson']:.1%} | {row['textbook']:.1%} |"
+        for row in result["accuracies"]
+    ]
+    lines += [
+        "",
+        "| difference of two systems | true, points | width, points | bootstrap |",
+        "| --- | --: | --: | --: |",
+    ]
+    lines += [
+        f"| {row['case']} | {row['true_points']:.2f} | {row['median_width_points']:.2f} "
+        f"| {row['bootstrap']:.1%} |"
+        for row in result["differences"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, and save if asked to."""
+    arguments = cli.parse(Arguments, prog="benchmarks.coverage")
+    result = measure(arguments)
+    if arguments.save:
+        files.write_json(str(RESULTS / "coverage.json"), result)
+        files.write_bytes(str(RESULTS / "coverage.md"), table(result).encode())
+    print(table(result))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)

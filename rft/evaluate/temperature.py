@@ -1,0 +1,146 @@
+"""The temperature that makes a model's confidences match its accuracy, from held-out images.
+
+It is fitted on images that the model was not trained on and that are no test images: those that its
+training held out to select the checkpoint. Weights carry which images these are
+(`rft.runs.trained_on`), through merges too.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rft import dist
+from rft.clip.classifier import Classifier
+from rft.config import load_config
+from rft.dist import World
+from rft.evaluate.checkpoints import Loaded
+from rft.evaluate.count import predict
+from rft.loading.dataset import PackedDataset
+from rft.loading.split import held_out_split
+from rft.runs import filenames, records
+from rft.runs.records import Temperature
+from rft.runs.trained_on import TrainedOn, of_model
+from rft.statistics import calibration
+from rft.storage import files
+
+log = logging.getLogger(__name__)
+
+
+def held_out_of(one: Loaded) -> TrainedOn:
+    """Return which images may set the temperature of a checkpoint.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    seen = of_model(one.path, one.saved.metadata)
+    if not seen:
+        return _of_untrained(one.path)
+    if len(seen) > 1:
+        raise ValueError(
+            "its trainings held different images out, so none of them is new to it; train its "
+            "models with one --split-seed"
+        )
+    (found,) = seen
+    if found.held_out == 0:
+        raise ValueError(
+            "its training held no images out (--loader.held-out 0), or was one of an older rft"
+        )
+    return found
+
+
+def _of_untrained(path: Path) -> TrainedOn:
+    """Return what the run of a model that saw no image holds out: a zero-shot run has a split."""
+    config = records.find_config(path)
+    training = records.find(path / filenames.TRAINING, records.Training)
+    if config is None or not config.is_training or not training or not training.manifest_sha256:
+        raise ValueError("it is no run of rft.train, so it names no held-out images")
+    own = load_config(path)
+    if own.loader.held_out == 0:
+        raise ValueError("its run holds no images out (--loader.held-out 0)")
+    return TrainedOn(
+        own.train_set, training.manifest_sha256, own.loader.held_out, own.held_out_seed
+    )
+
+
+def fit_temperatures(
+    loaded: Sequence[Loaded],
+    models: Sequence[Classifier],
+    data: str,
+    *,
+    max_pixels: float,
+    world: World,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+) -> list[Temperature | None]:
+    """Fit the temperature of each model, in one pass for those with the same held-out images.
+
+    None, with a warning, for a model that has no such images or that no temperature fits best; the
+    same on every rank.
+
+    Raises:
+        ValueError: if a training set is absent below `data`, or has other images than the model's.
+    """
+    splits: dict[TrainedOn, list[int]] = {}
+    for number, one in enumerate(loaded):
+        try:
+            splits.setdefault(held_out_of(one), []).append(number)
+        except ValueError as error:
+            _warn(world, one.path, error)
+    found: list[Temperature | None] = [None] * len(models)
+    for split, numbers in splits.items():
+        url = files.join(data, split.name)
+        packed = PackedDataset(url, max_pixels=max_pixels)
+        if packed.manifest.sha256 != split.manifest_sha256:
+            raise ValueError(
+                f"{loaded[numbers[0]].path} held images of a different {split.name} out (manifest "
+                f"{split.manifest_sha256[:12]}) than {url} has ({packed.manifest.sha256[:12]}); "
+                "name its --data, or leave --temperature out"
+            )
+        index = packed.index
+        _, samples = held_out_split(index.key, index.label, split.held_out, split.split_seed)
+        predicted = predict(
+            [models[number] for number in numbers],
+            packed,
+            image_size=models[numbers[0]].architecture.image_size,
+            world=world,
+            device=device,
+            samples=samples,
+            batch_size=batch_size,
+            workers=workers,
+            names=[str(loaded[number].path) for number in numbers],
+            logits=np.float32,
+        )
+        label_N = index.label[samples]
+        for number, one in zip(numbers, predicted, strict=True):
+            value = dist.from_main(world, _fit(one.logits_NK, label_N))
+            if isinstance(value, str):
+                _warn(world, loaded[number].path, value)
+            else:
+                found[number] = Temperature(
+                    value=value,
+                    images=len(samples),
+                    train_set=split.name,
+                    manifest_sha256=split.manifest_sha256,
+                    held_out=split.held_out,
+                    split_seed=split.split_seed,
+                )
+    return found
+
+
+def _fit(logits_NK: np.ndarray | None, label_N: np.ndarray) -> float | str | None:
+    """Return the temperature, or why there is none; None on ranks that have no logits."""
+    if logits_NK is None:
+        return None
+    try:
+        return calibration.fit_temperature(logits_NK, label_N)
+    except ValueError as error:
+        return str(error)
+
+
+def _warn(world: World, path: Path, reason: object) -> None:
+    if world.is_main:
+        log.warning(f"{path} gets no temperature: {reason}")

@@ -1,0 +1,120 @@
+"""Temperatures come from images that a training held out, and from no others."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rft.clip.classifier import build_classifier, load_state
+from rft.config import load_config
+from rft.dist import World
+from rft.evaluate import command as evaluation
+from rft.evaluate.count import predict
+from rft.loading.batches import plan_training
+from rft.loading.dataset import PackedDataset
+from rft.merge import command as merging
+from rft.runs.filenames import SELECTED
+from rft.runs.predictions import path_of, read
+from rft.runs.trained_on import of_metadata
+from rft.statistics import calibration
+from tests.tiny import call, unstamped
+
+pytestmark = pytest.mark.slow
+SET = "imagenet-val"
+
+
+def evaluate(data: Path, *options: object) -> None:
+    words = ("--sets", SET, "--workers", 0, "--device", "cpu", "--temperature")
+    call(evaluation, *options, "--data", data, *words)
+
+
+def recorded(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())["sets"][SET]
+
+
+def logits(run: Path, packed: PackedDataset, samples: np.ndarray) -> np.ndarray:
+    saved = load_state(run / SELECTED)
+    (found,) = predict(
+        [build_classifier(saved.state, saved.architecture)],
+        packed,
+        image_size=saved.architecture.image_size,
+        world=World(rank=0, size=1, local_rank=0),
+        device=torch.device("cpu"),
+        samples=samples,
+        logits=np.float32,
+    )
+    assert found.logits_NK is not None
+    return found.logits_NK
+
+
+def test_it_is_fitted_on_held_out_images_alone(train, tiny_data):
+    """Trap 3: fitted on the ID test set it is another number, and the test set was used."""
+    run = train("vanilla", "--split-seed", 3)
+    evaluate(tiny_data, run)
+    packed = PackedDataset(f"{tiny_data}/imagenet-train")
+    held_out = plan_training(packed, load_config(run))[2]
+    label_N = packed.index.label
+    expected = calibration.fit_temperature(logits(run, packed, held_out), label_N[held_out])
+    found = recorded(run)["temperature"]
+    assert found["value"] == pytest.approx(expected, rel=1e-12)
+    assert (found["images"], found["split_seed"], found["train_set"]) == (8, 3, "imagenet-train")
+    test = PackedDataset(f"{tiny_data}/{SET}")
+    everything = np.arange(len(test))
+    test_NK = logits(run, test, everything)
+    faulty = calibration.fit_temperature(test_NK, test.index.label)
+    assert abs(faulty - expected) > 0.01 * expected
+    rows = read(path_of(run, SET), len(test))
+    scaled_N = calibration.log_likelihood(test_NK, test.index.label, found["value"])
+    assert rows.scaled_log_likelihood == pytest.approx(scaled_N, rel=1e-5, abs=1e-5)
+    plain_N = calibration.log_likelihood(test_NK, test.index.label)
+    assert rows.log_likelihood == pytest.approx(plain_N, rel=1e-5, abs=1e-5)
+    # a prediction is the same at any temperature
+    assert (rows.prediction == test_NK.argmax(axis=1)).all()
+
+
+def test_models_of_several_splits_in_one_call(train, tiny_data, capsys, tmp_path):
+    runs = [
+        train("vanilla", "--split-seed", seed, "--seed", seed, name=f"run{seed}") for seed in (1, 2)
+    ]
+    none = train("zero-shot", "--loader.held-out", 0)
+    soup, wise = tmp_path / "soup", tmp_path / "wise"
+    call(merging, "uniform-soup", *runs, "--out", soup)
+    call(merging, "wise", train("zero-shot", name="zero"), runs[0], "--out", wise)
+    capsys.readouterr()
+    evaluate(tiny_data, *runs, none, soup, wise)
+    warnings = [
+        line for line in unstamped(capsys.readouterr().err).splitlines() if "gets no" in line
+    ]
+    assert warnings == [
+        f"WARNING: {none} gets no temperature: its run holds no images out (--loader.held-out 0)",
+        f"WARNING: {soup} gets no temperature: its trainings held different images out, so none of "
+        "them is new to it; train its models with one --split-seed",
+    ]
+    seeds = [recorded(run)["temperature"] for run in (*runs, none, soup, wise)]
+    assert [found and found["split_seed"] for found in seeds] == [1, 2, None, None, 1]
+    assert read(path_of(soup, SET), recorded(soup)["total"]).scaled_confidence is None
+
+
+def test_a_training_on_a_run_keeps_both_splits(train):
+    """A model that saw the other split's held-out images has none that are new to it."""
+    first = train("linear-probe", "--split-seed", 1)
+    second = train("lp-ft", "--model.start", first, "--split-seed", 2)
+    seen = of_metadata(second, load_state(second / SELECTED).metadata)
+    assert sorted((one.held_out, one.split_seed) for one in seen) == [(8, 1), (8, 2)]
+
+
+def test_another_training_set_below_the_root_is_refused(train, tiny_data, tmp_path, refused):
+    from benchmarks.tiny_world import LABELS, write_images
+    from rft.packing.pack import Options, pack
+
+    run = train("vanilla")
+    write_images(tmp_path / "images", "imagenet-train", 5)
+    options = Options(encoding="pixels", size=16, shard_mb=0.05, workers=1)
+    pack("imagenet-train", str(tmp_path / "images"), str(tmp_path / "data"), LABELS, options)
+    (tmp_path / "data" / SET).symlink_to(tiny_data / SET)
+    words = ("--sets", SET, "--workers", 0, "--device", "cpu", "--temperature")
+    line = refused(evaluation, run, "--data", tmp_path / "data", *words)
+    assert f"{run} held images of a different imagenet-train out (manifest" in line
+    assert not (run / "results.json").exists()
