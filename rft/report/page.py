@@ -210,7 +210,8 @@ def render(report: Report) -> str:
         ids={row.name: row.id for row in report.rows},
         last=OOD_COLUMN,
         absent=tables.ABSENT,
-        pictures={name: _shown(picture) for name, picture in report.pictures.items()},
+        pictures=dict.fromkeys((*FIGURES, "gallery"))
+        | {name: _shown(picture) for name, picture in report.pictures.items()},
         held_out=any(line.held_out_total for run in report.runs for line in run.metrics),
         figure_7=figure_7_names(report.rows),
         grids=_named(targets, lambda name: details.statistics_grid(shown, measured, name)),

@@ -50,7 +50,8 @@ def _compared(runs: Sequence[Run], rows: Sequence[Row]) -> str:
     of_clips = f", CLIP {_listed(clips)}" if clips else ""
     return (
         f"{_plural(len(rows), 'system')} from {_plural(len(runs), 'run')}, {of_each} "
-        f"seed{'' if seeds == [1] else 's'} of each{of_clips}. Test images: {_listed(sets)}."
+        f"seed{'' if seeds == [1] else 's'} of each{of_clips}. "
+        f"Test images: {_listed(sets) or 'none'}."
     )
 
 

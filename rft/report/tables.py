@@ -178,7 +178,8 @@ def heading(column: str) -> str:
 def target(rows: Sequence[Row]) -> str:
     """Return the column that rows are compared by: the OOD average, or the first there is."""
     found = columns(rows)
-    return OOD_COLUMN if OOD_COLUMN in found else found[0]
+    # runs that were evaluated on no set at all have nothing to compare
+    return OOD_COLUMN if OOD_COLUMN in found or not found else found[0]
 
 
 def ood_average(run: Run) -> float | None:
@@ -334,16 +335,17 @@ def paired(values: dict[int, float], baseline: dict[int, float]) -> tuple[float,
     return tuple(values[seed] - baseline[seed] for seed in sorted(values))
 
 
-def difference_cells(row: DifferenceRow, seeds: bool = True) -> list[str]:
+def difference_cells(row: DifferenceRow, seeds: bool = True) -> list[list[str]]:
     """Return for each baseline the difference, and the seeds' own if wanted, as text."""
     cells = []
     for values, measured in zip(row.against, row.measured, strict=True):
         if measured is not None:
-            cells.append(interval_text(measured))
+            own = [interval_text(measured)]
         else:
-            cells.append(ABSENT if values is None else summarise(values).text(2, "+"))
+            own = [ABSENT if values is None else summarise(values).text(2, "+")]
         if seeds:
-            cells.append(" ".join(f"{value:+z.2f}" for value in values) if values else ABSENT)
+            own.append(" ".join(f"{value:+z.2f}" for value in values) if values else ABSENT)
+        cells.append(own)
     return cells
 
 
@@ -370,12 +372,21 @@ def text_tables(
     measured = any(pair is not None for row in differences for pair in row.measured)
     # with one seed, its own difference is the one that stands before; differences.csv has each
     several = not measured and any(len(row.seeds) > 1 for row in differences)
+    cells = [difference_cells(row, several) for row in differences]
+    # a baseline that nothing is compared with is no column
+    kept = [
+        place
+        for place in range(len(cells[0]))
+        if any(own[place][0] != ABSENT for own in cells)
+    ]  # fmt: skip
     lines = [
-        (row.name, str(len(row.seeds)), [(t, False) for t in difference_cells(row, several)])
-        for row in differences
+        (row.name, str(len(row.seeds)), [(text, False) for place in kept for text in own[place]])
+        for row, own in zip(differences, cells, strict=True)
     ]
-    names = [[f"vs {row.name}", *(["by seed"] if several else [])] for row in baselines(rows)]
-    header = ["n", *(text for pair in names for text in pair)]
+    names = [row.name for row in baselines(rows)]
+    header = ["n"]
+    for place in kept:
+        header += [f"vs {names[place]}", *(["by seed"] if several else [])]
     text = difference_caption(heading(target(rows)), measured=measured, several=several)
     return [results, TextTable(text, header, lines)]
 

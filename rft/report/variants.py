@@ -23,11 +23,19 @@ def variants(documents: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     A run is its recipe and its settings. Equal texts are equal settings.
     """
     by_recipe: dict[str, dict[str, Mapping[str, Any]]] = {}
-    keys = [json.dumps(settings, sort_keys=True) for _, settings in documents]
-    for (recipe, settings), key in zip(documents, keys, strict=True):
+    found = [(recipe, _present(settings)) for recipe, settings in documents]
+    keys = [json.dumps(settings, sort_keys=True) for _, settings in found]
+    for (recipe, settings), key in zip(found, keys, strict=True):
         by_recipe.setdefault(recipe, {}).setdefault(key, settings)
     named = {recipe: _named(groups) for recipe, groups in by_recipe.items()}
-    return [named[recipe][key] for (recipe, _), key in zip(documents, keys, strict=True)]
+    return [named[recipe][key] for (recipe, _), key in zip(found, keys, strict=True)]
+
+
+def _present(settings: Any) -> Any:
+    """Return settings without those that are null: older versions did not have them."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _present(value) for name, value in settings.items() if value is not None}
 
 
 def _named(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -42,6 +50,7 @@ def _named(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         name: old for settings in groups.values() for name, old, _ in differing(first, settings)
     }
     short_names = _short_names(before)
+    texts: dict[str, str] = {}
     named: dict[str, str] = {}
     for key, changed in changes.items():
         values = {**before, **changed}
@@ -50,9 +59,11 @@ def _named(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             parts.append(f"and {len(before) - SHOWN} more")
         text = ", ".join(parts)
         # 1 and 1.0 are one setting; others differ in what the name does not show
-        same = [other for other in named if named[other].partition(" #")[0] == text]
-        equal = next((other for other in same if changes[other] == changed), None)
-        named[key] = named[equal] if equal else f"{text} #{len(same) + 1}" if same else text
+        same = [other for other, name in texts.items() if name == text]
+        equal = next((other for other in same if groups[other] == groups[key]), None)
+        different = {named[other] for other in same}
+        texts[key] = text
+        named[key] = named[equal] if equal else f"{text} #{len(different) + 1}" if same else text
     return named
 
 
