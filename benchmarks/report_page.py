@@ -75,9 +75,15 @@ def make_run(path: Path, number: int, share: float) -> None:
     """Write one run folder, complete and evaluated."""
     recipe = RECIPES[number] if number < len(RECIPES) else "vanilla"
     skill = 0.5 + 0.2 * float(np.random.default_rng(number).uniform())
-    config = {"recipe": recipe, "seed": 0, "precision": "bf16", "model": {"clip": "ViT-B-32"}}
+    config: dict[str, Any] = {
+        "recipe": recipe,
+        "seed": 0,
+        "precision": "bf16",
+        "model": {"clip": "ViT-B-32"},
+    }
     if recipe != "uniform-soup" and not recipe.startswith("wise-"):
-        config["optim"] = {"lr": 3e-5 if number < len(RECIPES) else number * 1e-6, "epochs": EPOCHS}
+        rate = 3e-5 if number < len(RECIPES) else round(number * 1e-6, 9)
+        config["optim"] = {"lr": rate, "epochs": EPOCHS}
         files.write_json(
             str(path / filenames.TRAINING), {"steps": LINES, "best_step": LINES, "world_size": 8}
         )

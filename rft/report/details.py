@@ -212,27 +212,30 @@ def class_changes(
     For the OOD average, a class's images of all its sets are counted together.
     """
     names = OOD_SETS if column == OOD_COLUMN else (column,)
-    changes: dict[int, ClassChange] = {}
-    for name in names:
-        one, two = measures.sets.get((row, name)), measures.sets.get((other, name))
-        if one is None or two is None:
-            continue
-        classes = measures.classes[name]
-        change_K = one.class_correct_K - two.class_correct_K
-        for place, (label, images) in enumerate(
-            zip(classes.label_K.tolist(), classes.images_K.tolist(), strict=True)
-        ):
-            before = changes.get(label, ClassChange(classes.name(place), 0, 0.0))
-            # images until the last set is added
-            changes[label] = before._replace(
-                images=before.images + images, points=before.points + float(change_K[place])
-            )
-    found = [one._replace(points=100 * one.points / one.images) for one in changes.values()]
-    # of equal ones, those with more images, then by name
-    ranked = sorted(found, key=lambda one: (-one.points, -one.images, one.name))
-    gains = [one for one in ranked if one.points > 0][:CLASSES]
-    ranked = sorted(found, key=lambda one: (one.points, -one.images, one.name))
-    return gains, [one for one in ranked if one.points < 0][:CLASSES]
+    both = [name for name in names if {(row, name), (other, name)} <= measures.sets.keys()]
+    if not both:
+        return [], []
+    of_sets = [measures.classes[name] for name in both]
+    label_K, class_of = np.unique(
+        np.concatenate([classes.label_K for classes in of_sets]), return_inverse=True
+    )
+    images_K, change_K = np.zeros((2, len(label_K)))
+    np.add.at(images_K, class_of, np.concatenate([classes.images_K for classes in of_sets]))
+    changes = [
+        measures.sets[row, name].class_correct_K - measures.sets[other, name].class_correct_K
+        for name in both
+    ]
+    np.add.at(change_K, class_of, np.concatenate(changes))
+    points_K = 100 * change_K / images_K
+
+    def named(place: int) -> ClassChange:
+        label = int(label_K[place])
+        return ClassChange(of_sets[0].name_of(label), int(images_K[place]), float(points_K[place]))
+
+    # of equal ones those with more images, then the first
+    gains = [named(k) for k in np.lexsort((-images_K, -points_K))[:CLASSES] if points_K[k] > 0]
+    losses = [named(k) for k in np.lexsort((-images_K, points_K))[:CLASSES] if points_K[k] < 0]
+    return gains, losses
 
 
 def per_class_csv(rows: Sequence[Row], measures: Measures) -> str:
@@ -247,7 +250,8 @@ def per_class_csv(rows: Sequence[Row], measures: Measures) -> str:
                 "" if one is None else f"{100 * one.class_correct_K[place] / images:.4f}"
                 for one in of_rows
             ]
-            known = [classes.id(place), classes.name(place)]
+            label = int(classes.label_K[place])
+            known = [classes.id_of(label), classes.name_of(label)]
             lines.append([heading(column), *known, str(images), *cells])
     return tables.csv_lines(lines)
 

@@ -68,16 +68,14 @@ class SetClasses:
     images_K: np.ndarray
     known: Classes | None
 
-    def name(self, place: int) -> str:
-        """Return what the class at a place is called."""
-        label = int(self.label_K[place])
+    def name_of(self, label: int) -> str:
+        """Return what the class of a label is called."""
         if self.known is None or label >= len(self.known):
             return f"class {label}"
         return self.known.names[label]
 
-    def id(self, place: int) -> str:
-        """Return its id, such as a WordNet id; its number where it has none."""
-        label = int(self.label_K[place])
+    def id_of(self, label: int) -> str:
+        """Return its id, such as a WordNet id; the label where it has none."""
         known = self.known
         return known.ids[label] if known and label < len(known.ids) else str(label)
 
@@ -294,7 +292,7 @@ def _measure_set(
             images.require_same(run, one, name)
             read.append(one)
         right = _Right(np.stack([one.right for one in read]), tuple(run.seed for run in members))
-        none_N = np.zeros(len(images.label_N), dtype=np.intp)
+        none_N = np.zeros(right.right_SN.shape[1], dtype=np.intp)
         # the gain over a system that is never right is the accuracy
         gains = paired.tally(right.hits(), len(members), none_N, 1)
         drawn_R = paired.redraw(gains, _draws(name, row))

@@ -219,6 +219,7 @@ def render(report: Report) -> str:
         flips=details.flips_grid(shown, measured, reference),
         changes=class_changes(report, targets),
         most=details.CLASSES,
+        points=plots.POINTS,
         provenance=provenance_lines(report.runs),
         commands={run.path: command(run) for run in report.runs},
         runs=[run for group in tables.by_row(report.runs).values() for run in group],

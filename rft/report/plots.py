@@ -44,6 +44,7 @@ from rft.runs.records import Metrics
 from rft.statistics.calibration import Bins
 
 MODELS = 64  # of a picture; labels that keep clear of each other take time with their square
+POINTS = 500  # of a curve; a panel is 600 pixels wide
 HEIGHT = 3.7  # inches of the curves with up to 8 lines of legend below them
 LED = DPI / 11  # pixels from a marker to its label that want a line between them
 
@@ -421,6 +422,14 @@ def curves(runs: Sequence[Run], rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
+def thinned(line: dict[int, float]) -> tuple[list[int], list[float]]:
+    """Return steps and values of a line's points that are drawn, its last one included."""
+    steps, values = list(line), list(line.values())
+    every = math.ceil(len(steps) / POINTS)
+    # counted from the end
+    return steps[::-1][::every][::-1], values[::-1][::every][::-1]
+
+
 def _draw_curves(ax: Axes, look: Style, lines: Sequence[dict[int, float]]) -> list[Line2D]:
     """Draw the runs of a row and their mean; return what was drawn."""
     mean = mean_curve(lines)
@@ -432,8 +441,8 @@ def _draw_curves(ax: Axes, look: Style, lines: Sequence[dict[int, float]]) -> li
     if len(lines) > 1:
         for line in lines:
             thin = {"color": look.color, "linewidth": 0.6, "alpha": 0.35}
-            drawn += ax.plot(list(line), list(line.values()), **thin)
-    steps, values = list(mean), list(mean.values())
+            drawn += ax.plot(*thinned(line), **thin)
+    steps, values = thinned(mean)
     drawn += ax.plot(steps, values, color=look.color, linestyle=look.line, linewidth=1.6)
     return drawn
 
@@ -456,25 +465,40 @@ def calibration_picture(rows: Sequence[Row], bins: Mapping[tuple[str, str], Bins
     drawn = drawn[:CALIBRATED]
     across = min(ACROSS, len(drawn))
     down = math.ceil(len(drawn) / across)
-    figure, axes = _axes(max(5.0, 2.1 * across), 2.3 * down + 0.7, across, down)
+    width, height = 1.0 + 2.0 * across, 0.9 + 2.2 * down
+    figure, axes = _axes(width, height, across, down)
     styles = looks(rows)
-    for ax, row in zip(axes, drawn, strict=False):
+    for place, (ax, row) in enumerate(zip(axes, drawn, strict=False)):
         ax.plot([0, 1], [0, 1], color=MUTED, linewidth=0.7, linestyle=DOTTED)
         for column, (_, dashes) in KINDS.items():
             if (one := bins.get((row.name, column))) is not None:
-                look = {"color": styles[row.name].color, "linestyle": dashes, "linewidth": 1.4}
-                (line,) = ax.plot(one.confidence_M, one.accuracy_M, marker=".", **look)
+                (line,) = ax.plot(
+                    one.confidence_M,
+                    one.accuracy_M,
+                    color=styles[row.name].color,
+                    linestyle=dashes,
+                    linewidth=1.4,
+                    marker=".",
+                )
                 tie(line, row.id)
-        title = "\n".join(textwrap.wrap(row.name, 24)[:2])
+        title = "\n".join(textwrap.wrap(row.name, 26)[:2])
         ax.set_title(title, fontsize=8, color=INK, loc="left", parse_math=False)
-        ax.set_xlim(0, 1)
-        ax.set_ylim(0, 1)
-        ax.set_aspect("equal")
+        ax.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        # all panels have the same scales, and their numbers stand at the outer ones
+        ax.tick_params(labelleft=place % across == 0, labelbottom=place + across >= len(drawn))
     for ax in axes[len(drawn) :]:
         ax.set_visible(False)
+    # placed by hand: to measure the texts of so many panels takes longer than to draw them
+    figure.subplots_adjust(
+        left=0.85 / width,
+        right=1 - 0.15 / width,
+        bottom=0.55 / height,
+        top=1 - 0.75 / height,
+        wspace=0.15,
+        hspace=0.3,
+    )
     figure.supxlabel("confidence", fontsize=9, color=INK)
     figure.supylabel("accuracy", fontsize=9, color=INK)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / (2.3 * down + 0.7)))
     figure.legend(
         [Line2D([], [], color=INK, linestyle=dashes) for _, dashes in KINDS.values()],
         [name for name, _ in KINDS.values()],

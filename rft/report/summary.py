@@ -95,9 +95,9 @@ def _against(best: Row, other: Row, role: str, column: str, measures: Measures) 
             "could be chance is not known."
         )
     _, (low, high), p = pair.difference
-    judged = (
-        "significant" if significant(pair) else "not significant, or not for every seed by itself"
-    )
+    judged = "significant" if significant(pair) else "not significant"
+    if low > 0 and judged != "significant":
+        judged += ", because not every seed's own difference has this sign"
     return (
         f"{points:+z.1f} points over {other.name}{role} (95% interval {100 * low:+z.1f} to "
         f"{100 * high:+z.1f}, p {'<' if p < 0.001 else '='} {max(p, 0.001):.2g}): {judged}."
@@ -111,7 +111,8 @@ def _warnings(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> I
             "the benchmarks, and their numbers say nothing about ImageNet."
         )
     if single := [row.name for row in rows if len(row.seeds) == 1 and row.recipe != "zero-shot"]:
-        which = "All systems have" if len(single) == len(rows) else f"{_listed(single)}:"
+        which = f"{_listed(single)}:" if len(single) <= NAMED else f"{len(single)} systems have"
+        which = "All systems have" if len(single) == len(rows) else which
         yield f"{which} one seed: how much another training would differ is not known."
     for note in dict.fromkeys(note for run in runs for note in run.notes):
         of = [f"{run.row} (seed {run.seed})" for run in runs if note in run.notes]
@@ -119,8 +120,9 @@ def _warnings(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> I
     yield from _missing_sets(rows)
     if measures.without:
         of = [f"{run.row} (seed {run.seed})" for run in measures.without]
+        which = "All runs" if len(of) == len(runs) else _listed(of)
         yield (
-            f"{_listed(of)}: no predictions in the run folder, only the counts of "
+            f"{which}: no predictions in the run folder, only the counts of "
             f"{filenames.RESULTS}. Intervals, p-values, top-5, accuracies per class and "
             "calibration are missing for them; evaluate them again."
         )

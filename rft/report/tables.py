@@ -192,9 +192,16 @@ def ood_average(run: Run) -> float | None:
 def by_row(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Return the runs of each row by seed, rows in the order of the paper's tables."""
     groups: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (order(run.recipe), run.variant, run.seed)):
+    for run in sorted(runs, key=lambda run: (order(run.recipe), by_number(run.variant), run.seed)):
         groups.setdefault(run.row, []).append(run)
     return groups
+
+
+def by_number(text: str) -> list[tuple[float, str]]:
+    """Return the sort key that puts texts in the order of their numbers: 3e-05 before 0.001."""
+    # words and numbers in turn, words first
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text, flags=re.ASCII)
+    return [(float(part), "") if n % 2 else (0.0, part) for n, part in enumerate(parts)]
 
 
 def order(recipe: str) -> tuple[int, str, float]:

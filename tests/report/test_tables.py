@@ -235,6 +235,12 @@ def test_no_margins_without_a_baseline_or_an_average():
     assert differences([run_of("vanilla", 0, ALL[:3]), run_of("x", 0, ALL)]) == []
 
 
+def test_settings_stand_in_the_order_of_their_numbers():
+    names = ["lr 1e-05", "lr 3e-05", "lr 0.001", "lr 0.01, wd 2", "lr 0.01, wd 10"]
+    runs = [replace(run_of("vanilla", percent=ALL), variant=name) for name in sorted(names)]
+    assert [row.variant for row in tables.result_rows(runs)] == names
+
+
 def test_the_baseline_of_several_settings_is_the_best_one():
     runs = [
         replace(run_of("vanilla", 0, tuple(p + n for p in ALL)), variant=f"lr {n}")
