@@ -103,7 +103,7 @@ def test_what_is_there_is_not_made_anew(tmp_path, large_data, capsys):
     call(command, *words)
     first = path_of(model, SET).stat().st_mtime_ns
     call(command, *words)
-    assert "nothing to do" in capsys.readouterr().err
+    assert "nothing to do" in capsys.readouterr().out
     assert path_of(model, SET).stat().st_mtime_ns == first
     # of another model, or damaged: made again
     data = path_of(model, SET).read_bytes()
