@@ -119,7 +119,7 @@ def _notes(run: Run) -> Iterator[str]:
     if not checkpoint_path(run.path).is_file():
         yield "its weights are missing, so whether the results are of them is not known"
     if run.results.config_sha256 not in (None, files.sha256_file(run.path / filenames.CONFIG)):
-        yield "its config.json was changed after the evaluation"
+        yield f"its {filenames.CONFIG} was changed after the evaluation"
 
 
 def classes_of(runs: Sequence[Run], name: str) -> classes.Classes | None:

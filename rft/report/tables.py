@@ -24,6 +24,7 @@ from rich.text import Text
 from rft import recipes
 from rft.report.measures import AveragePair, Measures, SetPair, significant
 from rft.report.read import Run
+from rft.runs import filenames
 from rft.runs.records import SetCount
 from rft.sets import BENCHMARKS, ID_SET, OOD_SETS, TEST_SETS
 from rft.statistics import robustness
@@ -163,7 +164,7 @@ def columns(rows: Sequence[Row]) -> list[str]:
     if len(there) > SETS:
         raise ValueError(
             f"the runs were evaluated on {len(there):,} sets; a report shows {SETS}: take some out "
-            "of their results.json"
+            f"of their {filenames.RESULTS}"
         )
     return [*known, *sorted(there - set(known))]
 

@@ -81,7 +81,14 @@ def test_models_of_several_splits_in_one_call(train, tiny_data, capsys, tmp_path
     none = train("zero-shot", "--loader.held-out", 0, "--optim.epochs", 0)
     soup, wise = tmp_path / "soup", tmp_path / "wise"
     call(merging, "uniform-soup", *runs, "--out", soup)
-    call(merging, "wise", train("zero-shot", "--optim.epochs", 0, name="zero"), runs[0], "--out", wise)
+    call(
+        merging,
+        "wise",
+        train("zero-shot", "--optim.epochs", 0, name="zero"),
+        runs[0],
+        "--out",
+        wise,
+    )
     capsys.readouterr()
     evaluate(tiny_data, *runs, none, soup, wise)
     warnings = [
