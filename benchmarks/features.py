@@ -197,13 +197,38 @@ def _rounded(run: Epochs) -> dict[str, list[float]]:
     return {name: [round(value, 4) for value in values] for name, values in asdict(run).items()}
 
 
+ROWS = {
+    "probe_first_over_later": "linear probe: the epoch that writes / a later one",
+    "probe_without_over_kept": "linear probe: a later epoch without features / with them",
+    "probe_with_selection": "the same with the epoch's evaluation and checkpoint",
+    "no_mask_without_over_kept": "no-mask: a later epoch without features / with them",
+    "no_mask_first_over_without": "no-mask: the epoch that writes / one without features",
+    "evaluation_first_over_second": "`rft.evaluate`: the first evaluation / a second of the tower",
+}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a saved result as Markdown."""
+    lines = [
+        f"{result['model']}, batches of {result['batch_size']}, epochs of {result['steps']} steps "
+        f"on the {result['device']}; medians of {result['rounds']} trainings each way, in turn; "
+        f"{machine.made(result)}.",
+        "",
+        "| time | ratio |",
+        "|---|--:|",
+        *(f"| {meaning} | {result[name]:.3g} |" for name, meaning in ROWS.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure, print, and save if asked to."""
     arguments = cli.parse(Arguments, prog="benchmarks.features")
     result = measure(arguments)
     if arguments.save:
-        where = RESULTS / f"features_{'gpu' if result['accelerator'] else 'cpu'}.json"
-        files.write_json(str(where), result)
+        where = RESULTS / f"features_{'gpu' if result['accelerator'] else 'cpu'}"
+        files.write_json(f"{where}.json", result)
+        files.write_bytes(f"{where}.md", table(result).encode())
     print(json.dumps(result))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.features import Arguments, measure
+from benchmarks.features import ROWS, Arguments, measure, table
 
 
 @pytest.mark.slow
@@ -31,3 +31,5 @@ def test_every_way_is_measured_and_divided_as_named(tmp_path):
     assert found["no_mask_without_over_kept"] == pytest.approx(without / kept, rel=0.1)
     assert [len(pair) for pair in found["evaluation_seconds"]] == [2]
     assert not list(tmp_path.glob("**/*.features"))
+    page = table(found)
+    assert all(f"| {ROWS[name]} | {found[name]:.3g} |" in page for name in ROWS)
