@@ -137,6 +137,7 @@ def test_different_seeds_are_compared_each_with_each(world):
     assert found.pair("vanilla", "zero-shot", "imagenet-r").seeds == pytest.approx(own)
 
 
+@pytest.mark.slow
 def test_equal_seeds_are_paired_whatever_their_order(tmp_path):
     """A file of a run may be named by any seed; pairs go by the number."""
     one = [make_predicted(tmp_path / "a", "vanilla", seed) for seed in (0, 1)]
@@ -150,6 +151,7 @@ def test_equal_seeds_are_paired_whatever_their_order(tmp_path):
     assert found.pair("no-mask", "vanilla", "imagenet-v2").seeds == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_intervals_do_not_depend_on_what_else_is_compared(world):
     paths, _, found = world
     _, alone = measured([*paths["vanilla"], *paths["no-mask"]])
@@ -175,6 +177,7 @@ def test_what_is_significant(low, high, seeds, expected):
     assert significant(pair) == significant(-pair) == expected
 
 
+@pytest.mark.slow
 def test_only_the_first_rows_are_compared(world, monkeypatch):
     paths, _, _ = world
     monkeypatch.setattr(measures_module, "COMPARED", 2)

@@ -1,5 +1,6 @@
 """Rows of one recipe are named by the settings in which they differ, and in nothing else."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,6 +73,7 @@ documents = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), documents), min_size=1, max_size=5))
 def test_rows_have_one_name_if_and_only_if_their_settings_are_equal(found):
     names = named(*found)

@@ -142,6 +142,7 @@ def test_counted_gains_are_those_of_the_images(one_seeds, two_seeds):
     assert found.lost == np.count_nonzero(gain_N < -1e-9)
 
 
+@pytest.mark.slow
 def test_an_accuracys_interval_is_that_of_images_drawn_one_by_one():
     """Over seeds, an image's own value is its mean: it is drawn as a whole."""
     sets = [drawn_seeds(3, 300, 0.7, 1), drawn_seeds(3, 120, 0.4, 2)]
