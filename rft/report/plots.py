@@ -390,7 +390,9 @@ def curves(runs: Sequence[Run], rows: Sequence[Row]) -> Figure | None:
     if not panels:
         return None
     names = [name for name in shown if any(name in found[panel] for panel in panels)]
-    columns, left_out = min(len(names), 5), _left_out(len(logged))
+    # inches that a column of the legend takes: its line and gap, and about so much for each letter
+    room = 4 * len(panels) / (0.65 + 0.08 * max(map(len, names)))
+    columns, left_out = max(1, min(len(names), 5, int(room))), _left_out(len(logged))
     lines_below = math.ceil(len(names) / columns) + bool(left_out)
     # so many lines leave half of the height to the panels
     height = HEIGHT * max(1, lines_below / 8)

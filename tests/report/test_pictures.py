@@ -241,6 +241,18 @@ def test_the_curves_of_many_recipes_leave_room_for_their_names(drawn):
     assert below < axes.get_position().y0
 
 
+@pytest.mark.slow
+def test_the_names_of_curves_lie_within_the_picture(drawn):
+    metrics = (Metrics(step=1, ce=1.0), Metrics(step=2, ce=2.0))
+    names = [f"{n} object-mask-single-fill of some setting" for n in range(12)]
+    runs = [replace(run_of(name, percent=ALL), metrics=metrics) for name in names]
+    (_, width, _), (axes,) = drawn(plots.curves, runs, result_rows(runs))
+    (legend,) = axes.figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= width
+
+
 def test_labels_without_a_width_have_a_bounded_number_of_places():
     bounds = (0.0, 0.0, 1640.0, 1120.0)
     for width in (0.0, 0.1):
