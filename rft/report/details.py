@@ -1,5 +1,6 @@
 """Numbers that are made of predictions: per row and set, per pair of rows, per class. Pure."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from rft.report.tables import (
     OOD_COLUMN,
     PLUS_MINUS,
     Row,
+    Spread,
     columns,
     heading,
     pair_of,
@@ -40,6 +42,8 @@ SHOWN = {
     "nll": ("NLL", 1, 3),
     "error_width": ("ECE", 100, 1),
     "error_mass": ("ECE, equal mass", 100, 1),
+    "scaled_nll": ("NLL, scaled", 1, 3),
+    "scaled_error": ("ECE, scaled", 100, 1),
 }
 assert SHOWN.keys() == set(Numbers._fields) - {"top1"}
 
@@ -84,20 +88,27 @@ class Grid:
     lines: list[tuple[Row, list[str]]]
 
 
+def spread(seeds: Sequence[Numbers], name: str) -> Spread | None:
+    """Return one of a row's numbers in its unit; None if a seed lacks it (no temperature)."""
+    values = [SHOWN[name][1] * getattr(one, name) for one in seeds]
+    return None if any(map(math.isnan, values)) else summarise(values)
+
+
 def statistics_grid(rows: Sequence[Row], measures: Measures, column: str) -> Grid | None:
     """Return what is shown of the rows in one column; None if no row has predictions."""
+    by_row = {row.name: numbers(measures, row.name, column) for row in rows}
+    there = [row for row in rows if by_row[row.name]]
+    # temperatures are fitted if asked for
+    shown = [name for name in SHOWN if any(spread(by_row[row.name], name) for row in there)]
     lines = []
-    for row in rows:
-        seeds = numbers(measures, row.name, column)
-        if not seeds:
-            continue
+    for row in there:
         cells = [row.cells[column].text(), interval_percent(interval(measures, row.name, column))]
-        for name, (_, unit, decimals) in SHOWN.items():
-            cells.append(summarise([unit * getattr(one, name) for one in seeds]).text(decimals))
+        for name in shown:
+            found = spread(by_row[row.name], name)
+            cells.append(ABSENT if found is None else found.text(SHOWN[name][2]))
         lines.append((row, cells))
-    if not lines:
-        return None
-    return Grid(["top-1", "95% interval", *(title for title, *_ in SHOWN.values())], lines)
+    header = ["top-1", "95% interval", *(SHOWN[name][0] for name in shown)]
+    return Grid(header, lines) if lines else None
 
 
 def statistics_csv(rows: Sequence[Row], measures: Measures) -> str:
@@ -117,8 +128,7 @@ def statistics_csv(rows: Sequence[Row], measures: Measures) -> str:
             line += [str(len(seeds)), *tables.csv_numbers(row.cells[column])]
             line += [f"{100 * end:.6f}" for end in found]
             for title in titles:
-                unit = SHOWN[title][1]
-                line += tables.csv_numbers(summarise([unit * getattr(one, title) for one in seeds]))
+                line += tables.csv_numbers(spread(seeds, title))
             lines.append(line)
     return tables.csv_lines(lines)
 

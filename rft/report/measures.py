@@ -7,6 +7,7 @@ predictions were kept have counts alone, and no measures.
 Shapes: N images of a set, R runs of all rows, S seeds of one row, K classes.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -43,6 +44,10 @@ class Numbers(NamedTuple):
     """Calibration error over bins of equal width."""
     error_mass: float
     """Over bins of equally many images."""
+    scaled_nll: float
+    """Of logits divided by the temperature; NaN where none was fitted."""
+    scaled_error: float
+    """Over bins of equal width, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +348,10 @@ def _set_measures(
 
 def _numbers(rows: Predictions, correct_K: np.ndarray, images_K: np.ndarray) -> Numbers:
     images, right_N = len(rows.label), rows.right
+    scaled_nll = scaled_error = math.nan
+    if rows.scaled_confidence is not None and rows.scaled_log_likelihood is not None:
+        scaled_nll = -float(rows.scaled_log_likelihood.mean(dtype=np.float64))
+        scaled_error = calibration.bins(rows.scaled_confidence, right_N).error
     return Numbers(
         top1=int(right_N.sum()) / images,
         top5=accuracy.top(rows.rank, TOP) / images,
@@ -350,6 +359,8 @@ def _numbers(rows: Predictions, correct_K: np.ndarray, images_K: np.ndarray) -> 
         nll=-float(rows.log_likelihood.mean(dtype=np.float64)),
         error_width=calibration.bins(rows.confidence, right_N).error,
         error_mass=calibration.bins(rows.confidence, right_N, "mass").error,
+        scaled_nll=scaled_nll,
+        scaled_error=scaled_error,
     )
 
 

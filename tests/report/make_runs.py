@@ -76,6 +76,7 @@ def predict(
     classes: int = 2,
     salt: int = 0,
     labels: dict[str, np.ndarray] | None = None,
+    scaled: bool = False,
 ) -> None:
     """Give a run predictions that are right where `rights` says, (N,) of each set; no model's."""
     counts = json.loads((run / "results.json").read_text())["sets"]
@@ -95,6 +96,8 @@ def predict(
             rank=rank_N,
             confidence=confidence_N,
             log_likelihood=likelihood_N,
+            scaled_confidence=confidence_N**2 if scaled else None,
+            scaled_log_likelihood=2 * likelihood_N if scaled else None,
         )
         data = rows.to_bytes()
         files.write_bytes(str(path_of(run, name)), data)

@@ -57,6 +57,25 @@ def test_what_the_page_shows_of_a_row(made):
     assert details.statistics_grid(rows, Measures(), ID_COLUMN) is None
 
 
+def test_numbers_at_a_temperature_are_shown_where_one_was_fitted(tmp_path, made):
+    _, rows, measured = made
+    line = read(details.statistics_csv(rows, measured))[0]
+    assert (line["scaled_nll"], line["scaled_error sd"]) == ("", "")
+    new, old = (make_predicted(tmp_path, name) for name in ("vanilla", "no-mask"))
+    right_N = np.arange(IMAGES) % 3 > 0
+    predict(new, dict.fromkeys(TEST_SETS, right_N), scaled=True)
+    runs = load_runs([new, old])
+    rows, measured = tables.result_rows(runs), measure(tables.by_row(runs), TEST_SETS, OOD_SETS)
+    grid = details.statistics_grid(rows, measured, ID_COLUMN)
+    assert grid.header[-2:] == ["NLL, scaled", "ECE, scaled"]
+    (_, cells), (_, without) = grid.lines
+    kept = predictions.read(predictions.path_of(new, ID_COLUMN), IMAGES)
+    error = calibration.bins(kept.scaled_confidence, right_N).error
+    nll = -kept.scaled_log_likelihood.astype(float).mean()
+    assert cells[-2:] == [f"{nll:.3f}", f"{100 * error:.1f}"]
+    assert without[-2:] == ["-", "-"]
+
+
 def test_statistics_read_back(made):
     _, rows, measured = made
     found = {(line["recipe"], line["set"]): line for line in
