@@ -110,7 +110,7 @@ def evaluate(
                 names=[str(one.path) for one in loaded],
                 kept=kept,
                 logits=np.float16 if arguments.logits else None,
-                temperatures=[one and one.value for one in temperatures],
+                temperatures=[None if one is None else one.value for one in temperatures],
             )
         for entry, found, temperature in zip(sets, predicted, temperatures, strict=True):
             entry[name] = Evaluated(found, dataset.manifest.sha256, temperature)

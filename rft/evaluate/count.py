@@ -40,7 +40,8 @@ class Count:
         return self.correct / self.total
 
 
-class Predicted(NamedTuple):
+@dataclass(frozen=True)
+class Predicted:
     """What a model predicts for a set."""
 
     predictions: Predictions

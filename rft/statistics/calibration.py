@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 from scipy.special import logsumexp, softmax
 
 BINS = 15
@@ -101,7 +101,8 @@ def fit_temperature(logits_NK: np.ndarray, label_N: np.ndarray) -> float:
             f"no temperature from {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g} fits these "
             f"{len(label_N):,} images best: are all of them predicted right, or by chance?"
         )
-    return float(1 / brentq(slope, low, high, xtol=1e-15, rtol=1e-14))
+    found = root_scalar(slope, bracket=(low, high), method="brentq", xtol=1e-15, rtol=1e-14)
+    return float(1 / found.root)
 
 
 def log_likelihood(

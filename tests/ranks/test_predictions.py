@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from benchmarks.tiny_world import LABELS, write_images
 from rft.clip.classifier import save_classifier
 from rft.evaluate import command
+from rft.evaluate.forward import TOGETHER, forward
+from rft.loading.batches import EvaluationBatches, rank_part
+from rft.loading.dataset import PackedDataset
 from rft.packing.pack import Options, pack
 from rft.runs.predictions import path_of, read
 from rft.storage import files
@@ -120,3 +124,28 @@ def test_what_is_there_is_not_made_anew(tmp_path, large_data, capsys):
     call(command, *words)
     results = json.loads((tmp_path / "model.results.json").read_text())["sets"][SET]
     assert results["logits_sha256"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 64, 100, 1000])
+def test_a_forward_has_the_same_images_whatever_the_batch(large_data, batch_size):
+    """On this CPU a row's bits do not depend on its neighbours; on a GPU they may."""
+    sizes = []
+
+    class Recording(torch.nn.Module):
+        def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(images_BCHW))
+            return torch.zeros(len(images_BCHW), len(LABELS.ids))
+
+    packed = PackedDataset(f"{large_data}/{SET}")
+    for rank in range(3):
+        part = rank_part(len(packed), rank, 3, TOGETHER)
+        batches = EvaluationBatches(
+            packed,
+            np.arange(len(packed))[part],
+            image_size=16,
+            batch_size=-(-batch_size // TOGETHER) * TOGETHER,
+        )
+        cpu = torch.device("cpu")
+        for _ in forward([Recording()], batches, part.start, {}, workers=0, device=cpu):
+            pass
+    assert sizes == [64, 64, 24]

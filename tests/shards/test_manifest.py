@@ -19,7 +19,7 @@ import rft.data.show
 import rft.evaluate.command
 from benchmarks.servers.ranges import range_server
 from rft import recipes
-from rft.evaluate.count import is_correct
+from rft.evaluate.count import score
 from rft.loading.dataset import PackedDataset
 from rft.packing.foreign.index import index_shards
 from rft.packing.foreign.rule import Options as Reading
@@ -261,10 +261,8 @@ def test_classes_in_no_group_take_no_part(healthy: Path) -> None:
             [9.0, 0.0, 3.0, 9.0, 2.0],  # 2, where the label is 1
         ]
     )
-    right = is_correct(
-        logits, torch.tensor([1, 2, 2, 1]), torch.from_numpy(manifest.class_to_group())
-    )
-    assert right.tolist() == [True, True, True, False]
+    found = score(logits, torch.tensor([1, 2, 2, 1]), torch.from_numpy(manifest.class_to_group()))
+    assert found.rank_B.tolist() == [0, 0, 0, 1]
 
 
 def test_group_faults_are_all_named() -> None:
