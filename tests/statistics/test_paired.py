@@ -161,3 +161,11 @@ def test_an_accuracys_interval_is_that_of_images_drawn_one_by_one():
 def test_an_exchanged_difference_is_the_other_system_minus_the_one():
     found = paired.Difference(0.5, (0.2, 0.7), 0.01)
     assert -found == (-0.5, (-0.7, -0.2), 0.01)
+
+
+def test_the_p_value_has_both_sides():
+    one_N, two_N = draw(2000, 0.6, 0.59)
+    gain_N = paired.gains(one_N[None], two_N[None])
+    z = gain_N.mean() / gain_N.std() * len(gain_N) ** 0.5
+    # of so many images the normal distribution's is nearly the same
+    assert paired.bootstrap([gain_N]).p == pytest.approx(2 * stats.norm.sf(abs(z)), rel=0.2)
