@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/decisions.md", "docs/data.md", "docs/cluster.md", "docs/security.md")
 RESULTS = "docs/results"
 COPIED = (
-    "table.md", "table.csv", "paper.md", "paper.csv",
-    "scatter.png", "wise.png", "curves.png", "gallery.png",
+    "table.md", "table.csv", "table.tex", "statistics.csv", "paper.md", "paper.csv",
+    "scatter.png", "wise.png", "curves.png", "calibration.png", "gallery.png",
 )  # fmt: skip
 NOT_MEASURED = "Not measured."
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)

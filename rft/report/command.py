@@ -14,9 +14,10 @@ from rft.report.page import show, write_report
 class Arguments:
     """Put evaluated runs side by side: tables, pictures, one self-contained page.
 
-    Runs of one recipe with several seeds become one row, mean and spread. Every run must have been
-    evaluated (python -m rft.evaluate), all of them on the same packed sets. Example:
+    Runs of one recipe that differ in nothing but the seed become one row, mean and spread. Every
+    run must have been evaluated (python -m rft.evaluate), all of them on the same packed sets.
 
+    Example:
     python -m rft.report runs --out report
     """
 
@@ -24,12 +25,14 @@ class Arguments:
     """Run folders, or folders that hold them at any depth; each run needs a results.json."""
     out: Path
     """Folder for index.html with everything, and each table and picture on its own."""
+    testbed: Path | None = None
+    """CSV file of other models, for effective robustness: columns model, id and ood, in %."""
 
 
 def main() -> None:
     """Parse, read, write, print the tables and the page's path last."""
     arguments = cli.parse(Arguments, prog="rft.report")
-    report = write_report(arguments.runs, arguments.out)
+    report = write_report(arguments.runs, arguments.out, arguments.testbed)
     console = Console()
     if console.is_terminal:
         show(report, console)

@@ -8,7 +8,17 @@ from scipy.stats import spearmanr
 from rft.paper import Published, all_published, model_name, published
 from rft.report import tables
 from rft.report.read import Run
-from rft.report.tables import ABSENT, COLUMNS, FIGURE_SPACE, OOD_COLUMN, Row, TextLine, TextTable
+from rft.report.tables import (
+    ABSENT,
+    COLUMNS,
+    FIGURE_SPACE,
+    OOD_COLUMN,
+    Row,
+    TextLine,
+    TextTable,
+    cell_text,
+    heading,
+)
 
 MIN_RANKED = 3  # the order of fewer rows says nothing
 HERE, PAPER = "here", "paper"
@@ -31,9 +41,10 @@ class Beside(NamedTuple):
 def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
     """Pair every row of Tables 1 and 3 for the runs' CLIP with ours.
 
-    None if no recipe was run that the paper has, or the runs are of CLIPs that belong to different
-    rows of Table 3. A merged model does not say which CLIP it is of; the others do. The miniature's
-    CLIP stands for both of the paper's.
+    None if no recipe was run that the paper has, on a set that it has, or the runs are of CLIPs
+    that belong to different rows of Table 3. A merged model does not say which CLIP it is of; the
+    others do. The miniature's CLIP stands for both of the paper's. A recipe with several settings
+    has a pair for each.
     """
     clips = sorted({run.clip for run in runs} - {""})
     models = {model_name(clip) for clip in clips} or {model_name("")}
@@ -42,9 +53,12 @@ def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
     (model,) = models
     scales = {run.config.scale for run in runs}
     # an unfinished run has a name of its own here and pairs with no row of the paper
-    ours = {row.recipe: row for row in rows}
+    ours: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.cells.keys() & set(COLUMNS):
+            ours.setdefault(row.recipe, []).append(row)
     theirs = all_published() if "miniature" in scales else published(model)
-    pairs = [Pair(row, ours.get(row.recipe)) for row in theirs]
+    pairs = [Pair(row, own) for row in theirs for own in ours.get(row.recipe, [None])]
     # as in the result table; in the paper's lists, rows that only ViT-B/16 has come last
     pairs.sort(key=lambda pair: tables.order(pair.published.recipe))
     if all(pair.ours is None for pair in pairs):
@@ -53,7 +67,7 @@ def beside(runs: Sequence[Run], rows: Sequence[Row]) -> Beside | None:
     parts = [*_caption(pairs, named, scales), tables.precisions(rows).strip()]
     caption = " ".join(part for part in parts if part)
     # to the left: cells with a spread are longer, and only the part before it lines up
-    text = TextTable(caption, ["", *COLUMNS], text_lines(pairs), justify="left")
+    text = TextTable(caption, ["", *map(heading, COLUMNS)], text_lines(pairs), justify="left")
     return Beside(pairs, text)
 
 
@@ -75,7 +89,7 @@ def _caption(pairs: Sequence[Pair], model: str, scales: set[str]) -> list[str]:
             "Ours are of another training set: compare their order with the paper's, not levels."
         )
     # each of the paper's models has such rows, so the sentence is never empty
-    notes = [f"{row.recipe} is {row.note}" for row, _ in pairs if row.note]
+    notes = dict.fromkeys(f"{row.recipe} is {row.note}" for row, _ in pairs if row.note)
     parts.append(f"In the paper, {', and '.join(notes)}.")
     if (found := rank_correlation(pairs)) is not None:
         rho, count = found
@@ -87,15 +101,17 @@ def _caption(pairs: Sequence[Pair], model: str, scales: set[str]) -> list[str]:
 def rank_correlation(pairs: Sequence[Pair]) -> tuple[float, int] | None:
     """Return Spearman's rank correlation of the OOD average here and in the paper, and of how many.
 
-    Equal averages share their rank. None for fewer than three rows, or where all averages of one
-    side are equal and there is no order.
+    Equal averages share their rank. A recipe with several settings has no rank: the paper has one.
+    None for fewer than three rows, or where all averages of one side are equal and there is no
+    order.
     """
     averages = [
-        (cell.mean, printed)
+        (ours.cells[OOD_COLUMN].mean, printed)
         for row, ours in pairs
         if ours is not None
-        and (cell := ours.cells[OOD_COLUMN]) is not None
-        and (printed := row.percent[OOD_COLUMN]) is not None
+        and not ours.variant
+        and OOD_COLUMN in ours.cells
+        and (printed := row.percent[COLUMNS.index(OOD_COLUMN)]) is not None
     ]
     if len(averages) < MIN_RANKED:
         return None
@@ -107,39 +123,40 @@ def rank_correlation(pairs: Sequence[Pair]) -> tuple[float, int] | None:
 
 
 def text_lines(pairs: Sequence[Pair]) -> list[TextLine]:
-    """Return the lines of the table as text: two of a recipe, ours first, or the paper's alone.
+    """Return the lines of the table as text: two of a row, ours first, or the paper's alone.
 
-    Ours stand out. A recipe's name is on the first of its lines only.
+    Ours stand out. A row's name is on the first of its lines only.
     """
     lines = []
     for row, ours in pairs:
         if ours is not None:
-            texts = [None if cell is None else cell.text() for cell in ours.cells]
-            lines.append((row.recipe, HERE, [(_aligned(text), True) for text in texts]))
-        texts = [None if value is None else f"{value:.1f}" for value in row.percent]
+            texts = [cell_text(ours, name) for name in COLUMNS]
+            lines.append((ours.name, HERE, [(_aligned(text), True) for text in texts]))
+        texts = [ABSENT if value is None else f"{value:.1f}" for value in row.percent]
         name = row.recipe if ours is None else ""
         lines.append((name, PAPER, [(_aligned(text), False) for text in texts]))
     return lines
 
 
-def _aligned(number: str | None) -> str:
+def _aligned(number: str) -> str:
     """Return a number so that its point is below that of one with two digits before it."""
-    if number is None:
-        return ABSENT
     # no number is negative: the first letter is a digit
-    return FIGURE_SPACE + number if number.index(".") == 1 else number
+    return FIGURE_SPACE + number if number.find(".") == 1 else number
 
 
 def csv_text(table: Beside) -> str:
-    """Return the table as CSV, one line per recipe; absent numbers are empty."""
-    numbers = [text for name in COLUMNS for text in (name, f"{name} sd", f"{name} paper")]
+    """Return the table as CSV, one line per row; absent numbers are empty."""
+    headings = map(heading, COLUMNS)
+    numbers = [text for name in headings for text in (name, f"{name} sd", f"{name} paper")]
     lines = [["recipe", "tables", "n", *numbers, "note"]]
     for row, ours in table.pairs:
-        cells = ours.cells if ours is not None else (None,) * len(COLUMNS)
+        cells = {} if ours is None else ours.cells
         # an absent number has two empty cells, mean and spread, so the columns stay
         values: list[str] = []
-        for cell, printed in zip(cells, row.percent, strict=True):
-            values += [*tables.csv_numbers(cell), "" if printed is None else f"{printed:.1f}"]
+        for name, printed in zip(COLUMNS, row.percent, strict=True):
+            own = tables.csv_numbers(cells.get(name))
+            values += [*own, "" if printed is None else f"{printed:.1f}"]
         n = "0" if ours is None else str(len(ours.seeds))
-        lines.append([row.recipe, " ".join(map(str, row.tables)), n, *values, row.note])
+        recipe = row.recipe if ours is None else ours.name
+        lines.append([recipe, " ".join(map(str, row.tables)), n, *values, row.note])
     return tables.csv_lines(lines)

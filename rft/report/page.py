@@ -5,28 +5,48 @@ Every file is replaced atomically; index.html is written last.
 
 import base64
 import io
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from rft.paper import FIGURE_7
 from rft.report import comparison as beside
-from rft.report import gallery, plots, tables
+from rft.report import details, gallery, measures, plots, svg, tables
 from rft.report.comparison import Beside
+from rft.report.measures import Measures
 from rft.report.read import Run, load_runs, shown_settings
-from rft.report.tables import COLUMNS, Row, TextTable
+from rft.report.summary import Summary, summarise
+from rft.report.tables import OOD_COLUMN, Row, TextTable, heading
+from rft.report.testbed import read_line
 from rft.runs.gallery_file import read as read_gallery
-from rft.runs.records import Provenance
+from rft.runs.records import ORIGINS, Provenance
+from rft.sets import OOD_SETS
+from rft.statistics.robustness import Line
 from rft.storage import files
 from rft.text import plain
 
-WIDTH = 100  # columns of text that are not a terminal
+WIDTH = 80  # columns of text that are not a terminal
 UNKNOWN = "not recorded"
+SVG_BYTES = 400_000  # of a figure in the page; a larger one is shown as PNG
+FIGURES = ("scatter", "wise", "curves", "calibration")
+PICTURES = (
+    *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
+    "gallery.png",
+)
+
+
+class Picture(NamedTuple):
+    """A picture as files have it; a gallery has no SVG."""
+
+    png: bytes
+    svg: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +55,27 @@ class Report:
 
     runs: list[Run]
     rows: list[Row]
-    """Every recipe."""
-    hidden: int
-    """How many WiSE models only the CSV and Fig. 7 have."""
+    """Every row."""
+    shown: list[Row]
+    """Those without the WiSE models that only files and Fig. 7 have."""
+    measures: Measures
+    summary: Summary
     tables: list[TextTable]
-    """Results, and differences if there are any, of the recipes that are not hidden."""
+    """Results, and differences if there are any, of the rows that are shown."""
     beside: Beside | None
-    pictures: dict[str, bytes | None]
-    """File name -> PNG, or None where the runs have nothing to draw."""
+    pictures: dict[str, Picture]
+    """Name -> picture, of those that the runs have something to draw for."""
     gallery_run: Run | None
 
     @property
-    def miniature(self) -> bool:
-        """Whether a run is at the scale of the embedded miniature world."""
-        return any(run.config.scale == "miniature" for run in self.runs)
+    def hidden(self) -> int:
+        """Return how many WiSE models only files and Fig. 7 have."""
+        return len(self.rows) - len(self.shown)
+
+    @property
+    def reference(self) -> Row:
+        """Return the row that gains and losses are shown against: vanilla, or else the first."""
+        return next(iter(tables.baselines(self.shown)), self.shown[0])
 
     def text(self) -> str:
         """Return the tables as plain text."""
@@ -59,27 +86,19 @@ class Report:
         return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Report:
+def write_report(runs: Sequence[Path], out: Path, testbed: Path | None = None) -> Report:
     """Read run folders and write the report's files to the folder `out`.
 
     Files of an earlier report there are replaced or removed.
 
     Raises:
-        ValueError: if the runs do not belong in one table, or one of them is malformed.
+        ValueError: if the runs do not belong in one table, or a file is malformed.
     """
     files.require_local(out, "--out")
-    report = build(runs)
-    paper = report.beside
-    documents = {
-        "table.md": tables.markdown(report.tables),
-        "table.csv": tables.csv_text(report.rows),
-        "paper.md": None if paper is None else tables.markdown([paper.text]),
-        "paper.csv": None if paper is None else beside.csv_text(paper),
-        "index.html": render(report),
-    }
-    texts = {name: None if text is None else text.encode() for name, text in documents.items()}
-    # index.html is the last of the texts: when it appears, everything beside it is of this report
-    for name, content in {**report.pictures, **texts}.items():
+    line = None if testbed is None else read_line(testbed)
+    report = compose(load_runs(runs), line)
+    # index.html is the last: when it appears, everything beside it is of this report
+    for name, content in {**documents(report), "index.html": render(report).encode()}.items():
         if content is not None:
             files.write_bytes(str(out / name), content)
         else:
@@ -87,40 +106,89 @@ def write_report(runs: Sequence[Path], out: Path) -> Report:
     return report
 
 
-def build(paths: Sequence[Path]) -> Report:
-    """Read run folders and make the tables and pictures; see `write_report`."""
-    runs = load_runs(paths)
-    rows = tables.result_rows(runs)
+def documents(report: Report) -> dict[str, bytes | None]:
+    """Return file name -> content of everything but the page; None where there is nothing."""
+    measured, paper = report.measures, report.beside
+    found: dict[str, bytes | None] = {}
+    for name in PICTURES:
+        stem, _, kind = name.partition(".")
+        drawn = report.pictures.get(stem)
+        found[name] = None
+        if drawn is not None:
+            found[name] = drawn.png if kind == "png" else svg.document(drawn.svg)
+    texts = {
+        "table.md": tables.markdown(report.tables),
+        "table.csv": tables.csv_text(report.rows),
+        "table.tex": details.tex(report.shown),
+        "paper.md": None if paper is None else tables.markdown([paper.text]),
+        "paper.csv": None if paper is None else beside.csv_text(paper),
+        "statistics.csv": details.statistics_csv(report.rows, measured) if measured.sets else None,
+        "per_class.csv": details.per_class_csv(report.rows, measured) if measured.sets else None,
+        "differences.csv": details.differences_csv(report.rows, measured)
+        if measured.pairs
+        else None,
+    }
+    return found | {name: None if text is None else text.encode() for name, text in texts.items()}
+
+
+def compose(runs: list[Run], line: Line | None = None, *, draw: bool = True) -> Report:
+    """Make tables, statistics and pictures of runs that were read; without pictures if not asked.
+
+    Raises:
+        ValueError: if a file of predictions, or a gallery, is malformed.
+    """
+    rows = tables.result_rows(runs, line)
     names = tables.shown_recipes(row.recipe for row in rows)
     shown = [row for row in rows if row.recipe in names]
-    hidden = len(rows) - len(shown)
-    differences = [row for row in tables.difference_rows(runs) if row.recipe in names]
+    counted = [name for name in tables.columns(rows) if any(name in run.counts for run in runs)]
+    measured = measures.measure(tables.by_row(runs), counted, OOD_SETS)
+    differences = tables.difference_rows(runs, shown, measured)
     example = next((run for run in runs if run.gallery_path.is_file()), None)
-    with plots.explained():
-        pictures = {
-            "scatter.png": plots.scatter(rows),
-            "wise.png": plots.wise_picture(rows),
-            "curves.png": plots.curves(runs),
-            "gallery.png": gallery.picture(read_gallery(example.gallery_path)) if example else None,
-        }
+    pictures = {}
+    if draw:
+        with plots.explained():
+            pictures = _pictures(runs, rows, shown, measured)
+            if example is not None:
+                pictures["gallery"] = Picture(gallery.picture(read_gallery(example.gallery_path)))
     return Report(
         runs=runs,
         rows=rows,
-        hidden=hidden,
-        tables=tables.text_tables(shown, differences, hidden),
+        shown=shown,
+        measures=measured,
+        summary=summarise(runs, rows, shown, measured),
+        tables=tables.text_tables(shown, differences, len(rows) - len(shown)),
         beside=beside.beside(runs, rows),
         pictures=pictures,
         gallery_run=example,
     )
 
 
+def _pictures(
+    runs: Sequence[Run], rows: Sequence[Row], shown: Sequence[Row], measured: Measures
+) -> dict[str, Picture]:
+    drawn: dict[str, Figure | None] = {
+        "scatter": plots.scatter(rows),
+        "wise": plots.wise_picture(rows),
+        "curves": plots.curves(runs, rows),
+        "calibration": plots.calibration_picture(shown, details.diagrams(shown, measured)),
+    }
+    assert tuple(drawn) == FIGURES
+    return {
+        name: Picture(plots.png(figure), svg.svg(figure, name))
+        for name, figure in drawn.items()
+        if figure is not None
+    }
+
+
 def show(report: Report, console: Console) -> None:
-    """Print the tables."""
-    if report.miniature:
+    """Print the tables of the runs, and where the paper's numbers are."""
+    if any(run.config.scale == "miniature" for run in report.runs):
         console.print("Miniature world: columns are stand-ins named after the real benchmarks.")
-    for table in [*report.tables, *([report.beside.text] if report.beside else [])]:
+    for table in report.tables:
         console.print(tables.console_table(table))
         console.print()
+    if report.beside is not None:
+        console.print("The paper's numbers stand beside these in index.html and paper.md.")
 
 
 def render(report: Report) -> str:
@@ -133,20 +201,64 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"plain": plain, "settings": shown_settings}
+    environment.filters |= {"plain": plain, "settings": shown_settings, "heading": heading}
+    shown, measured, reference = report.shown, report.measures, report.reference
+    targets = details.targets(shown)
     return environment.get_template("page.html").render(
         report=report,
-        columns=COLUMNS,
+        columns=tables.columns(shown),
+        ids={row.name: row.id for row in report.rows},
+        last=OOD_COLUMN,
         absent=tables.ABSENT,
-        pictures={
-            name.removesuffix(".png"): None if png is None else _picture(png)
-            for name, png in report.pictures.items()
-        },
+        pictures=dict.fromkeys((*FIGURES, "gallery"))
+        | {name: _shown(picture) for name, picture in report.pictures.items()},
         held_out=any(line.held_out_total for run in report.runs for line in run.metrics),
         figure_7=figure_7_names(report.rows),
+        grids=_named(targets, lambda name: details.statistics_grid(shown, measured, name)),
+        matrices=_named(targets, lambda name: details.matrix(shown, measured, name)),
+        flips=details.flips_grid(shown, measured, reference),
+        changes=class_changes(report, targets),
+        most=details.CLASSES,
+        points=plots.POINTS,
         provenance=provenance_lines(report.runs),
-        runs=[run for group in tables.by_recipe(report.runs).values() for run in group],
+        commands={run.path: command(run) for run in report.runs},
+        runs=[run for group in tables.by_row(report.runs).values() for run in group],
     )
+
+
+def _named(targets: Sequence[str], make: Any) -> list[tuple[str, Any]]:
+    """Return (heading, what is made of a column) for each column that something is made of."""
+    return [(heading(name), made) for name in targets if (made := make(name))]
+
+
+def class_changes(report: Report, targets: Sequence[str]) -> list[tuple[Row, list[Any]]]:
+    """Return (row, (heading, gains, losses) of each column) against the reference row."""
+    found = []
+    for row in report.shown[: measures.COMPARED]:
+        lists = [
+            (heading(name), *details.class_changes(
+                report.measures, row.name, report.reference.name, name
+            ))
+            for name in targets
+        ]  # fmt: skip
+        if row != report.reference and any(gains or losses for _, gains, losses in lists):
+            found.append((row, lists))
+    return found
+
+
+MODULES = {"merge": "rft.merge", "import": "rft.convert"}
+
+
+def command(run: Run) -> str:
+    """Return the command that started a run, ready to paste; empty if it was not recorded."""
+    words = list(run.provenance.command)
+    # what python -m makes of a module's name
+    if words[:1] == ["__main__.py"]:
+        config = run.config
+        made = [by for name, by in ORIGINS.items() if getattr(config, name) is not None]
+        words[:1] = ["python", "-m", MODULES[made[0]] if made else "rft.train"]
+    # hidden letters are escaped after quoting: a line with such is for reading
+    return plain(shlex.join(words))
 
 
 def figure_7_names(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -159,12 +271,19 @@ def figure_7_names(rows: Sequence[Row]) -> list[tuple[str, str]]:
     ]
 
 
-def _picture(png: bytes) -> dict[str, Any]:
-    """Return an image for the page, at half its pixels. The size is in the PNG's header."""
+def _shown(picture: Picture) -> dict[str, Any]:
+    """Return a picture for the page: its SVG if that is small, or else its PNG at half its pixels.
+
+    The size of a PNG is in its header.
+    """
+    if picture.svg and len(picture.svg) <= SVG_BYTES:
+        # marked as safe in the template: the writer escapes texts (rft.report.svg)
+        return {"svg": picture.svg}
     # the first chunk of a PNG is its header, whose data begin at byte 16
-    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
-    data = base64.b64encode(png).decode("ascii")
-    return {"source": f"data:image/png;base64,{data}", "width": width // 2, "height": height // 2}
+    width, height = (int.from_bytes(picture.png[at : at + 4], "big") for at in (16, 20))
+    data = base64.b64encode(picture.png).decode("ascii")
+    source = f"data:image/png;base64,{data}"
+    return {"svg": "", "source": source, "width": width // 2, "height": height // 2}
 
 
 def provenance_lines(runs: Sequence[Run]) -> list[str]:

@@ -1,22 +1,26 @@
 """Accuracy in and out of distribution against each other (Fig. 6 and 7), and the training curves.
 
-Figures are made through matplotlib's object interface and returned as PNG bytes; no global state.
-Recipes differ by marker and fill as well as by colour (Okabe and Ito's, safe for the colour-blind).
+Figures are made through matplotlib's object interface; no global state. Artists of one row are tied
+to its id, for a page's scripts. Recipes differ by marker and fill as well as by colour (Okabe and
+Ito's, safe for the colour-blind).
 """
 
 import contextlib
 import io
 import logging
 import math
+import textwrap
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, pairwise
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.lines import Line2D
@@ -25,19 +29,22 @@ from rft.log import ASIDE
 from rft.recipes import MASKED
 from rft.report.label_placement import DPI, Box, Point, nearest, place_labels
 from rft.report.read import Run
+from rft.report.svg import tie
 from rft.report.tables import (
     ID_COLUMN,
     OOD_COLUMN,
     Row,
     Spread,
-    by_recipe,
+    by_row,
     order,
     shown_recipes,
     wise_model,
 )
 from rft.runs.records import Metrics
+from rft.statistics.calibration import Bins
 
 MODELS = 64  # of a picture; labels that keep clear of each other take time with their square
+POINTS = 500  # of a curve; a panel is 600 pixels wide
 HEIGHT = 3.7  # inches of the curves with up to 8 lines of legend below them
 LED = DPI / 11  # pixels from a marker to its label that want a line between them
 
@@ -95,10 +102,27 @@ def style(recipe: str) -> Style:
     return Style("#777777", "p")
 
 
+def looks(rows: Sequence[Row]) -> dict[str, Style]:
+    """Return each row's style, by its name; several settings of one recipe differ in colour."""
+    found = {}
+    for row in rows:
+        same = [other.name for other in rows if other.recipe == row.recipe]
+        look = style(row.recipe)
+        if len(same) > 1:
+            share = same.index(row.name) / (len(same) - 1)
+            # the map's last colours are too light for a white ground
+            color = to_hex(matplotlib.colormaps["viridis"](0.85 * share))
+            look = replace(look, color=color)
+        found[row.name] = look
+    return found
+
+
 @dataclass(frozen=True)
 class Mark:
     """One model in a picture of two accuracies."""
 
+    id: str
+    """Of its row."""
     label: str
     look: Style
     x: Spread
@@ -117,22 +141,27 @@ class Line:
 
 
 def accuracy_points(rows: Sequence[Row]) -> dict[str, tuple[Spread, Spread]]:
-    """Return recipe -> (ImageNet accuracy, OOD average) where there are both."""
+    """Return name of a row -> (ImageNet accuracy, OOD average) where there are both."""
     return {
-        row.recipe: (x, y)
+        row.name: (row.cells[ID_COLUMN], row.cells[OOD_COLUMN])
         for row in rows
-        if (x := row.cells[ID_COLUMN]) is not None and (y := row.cells[OOD_COLUMN]) is not None
+        if ID_COLUMN in row.cells and OOD_COLUMN in row.cells
     }
 
 
-def scatter(rows: Sequence[Row]) -> bytes | None:
-    """Return the ID-against-OOD picture (Fig. 6), or None if no recipe has both numbers.
+def scatter(rows: Sequence[Row]) -> Figure | None:
+    """Return the ID-against-OOD picture (Fig. 6), or None if no row has both numbers.
 
     Error bars are one sample standard deviation over seeds. Of each WiSE family it has one model.
     """
-    points = accuracy_points(rows)
-    kept = shown_recipes(points)
-    marks = [Mark(name, style(name), x, y) for name, (x, y) in points.items() if name in kept]
+    points, styles = accuracy_points(rows), looks(rows)
+    drawn = [row for row in rows if row.name in points]
+    kept = shown_recipes(row.recipe for row in drawn)
+    marks = [
+        Mark(row.id, row.name, styles[row.name], *points[row.name])
+        for row in drawn
+        if row.recipe in kept
+    ]
     return _picture(marks, []) if marks else None
 
 
@@ -152,7 +181,7 @@ def wise_paths(recipes: Collection[str]) -> dict[str, list[str]]:
     return {family: [path[alpha] for alpha in sorted(path)] for family, path in paths.items()}
 
 
-def wise_picture(rows: Sequence[Row]) -> bytes | None:
+def wise_picture(rows: Sequence[Row]) -> Figure | None:
     """Return the picture of integrating WiSE-FT (Fig. 7), or None without such a model.
 
     A line follows a WiSE family over alpha; a dotted one leads from a fine-tuned model to the same
@@ -177,17 +206,18 @@ def wise_picture(rows: Sequence[Row]) -> bytes | None:
         if teacherless in points:
             lines.append(line([teacherless, student], style(student), DOTTED))
     named = shown_recipes(points)
+    ids = {row.name: row.id for row in rows}
     marks = []
     for name, (x, y) in points.items():
         if name in included:
             # one model of each family has its whole name, the others of the path only alpha
             wise = None if name in named else wise_model(name)
             label = name if wise is None else f"{wise.alpha:g}"
-            marks.append(Mark(label, style(name), x, y, minor=wise is not None))
+            marks.append(Mark(ids[name], label, style(name), x, y, minor=wise is not None))
     return _picture(marks, lines)
 
 
-def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> bytes:
+def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> Figure:
     """Return the first marks, and lines, in the plane of ImageNet accuracy and OOD average."""
     figure, axes = _axes(8.2, 5.6, 1)
     if left_out := _left_out(len(marks)):
@@ -211,7 +241,7 @@ def _picture(marks: Sequence[Mark], lines: Sequence[Line]) -> bytes:
     # last: labels are placed in pixels, so nothing may move after them
     figure.tight_layout()
     _label_marks(figure, axes[0], marks, lines)
-    return png(figure)
+    return figure
 
 
 def _left_out(count: int) -> str:
@@ -221,7 +251,7 @@ def _left_out(count: int) -> str:
 
 def _draw_mark(axes: Axes, mark: Mark) -> None:
     look = mark.look
-    axes.errorbar(
+    point, _, _ = axes.errorbar(
         mark.x.mean,
         mark.y.mean,
         xerr=None if mark.minor else mark.x.sd,
@@ -236,6 +266,7 @@ def _draw_mark(axes: Axes, mark: Mark) -> None:
         capsize=2,
         zorder=3,
     )
+    tie(point, mark.id)
 
 
 def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Sequence[Line]) -> None:
@@ -259,6 +290,8 @@ def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Seque
         )
         for mark in marks
     ]
+    for text, mark in zip(texts, marks, strict=True):
+        tie(text, mark.id)
     # only their sizes count: all texts still lie at the origin
     extents = [text.get_window_extent(canvas.get_renderer()) for text in texts]
     frame = axes.bbox
@@ -270,8 +303,9 @@ def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Seque
         (frame.x0, frame.y0, frame.x1, frame.y1),
     )
     for text, anchor, box in zip(texts, anchors, placed, strict=True):
-        text.set_transform(None)  # pixels of the figure
-        text.set_position(box[:2])
+        # inches, because an SVG has other pixels
+        text.set_transform(figure.dpi_scale_trans)
+        text.set_position((box[0] / DPI, box[1] / DPI))
         text.set_verticalalignment("bottom")
         end = tuple(nearest(box, anchor))
         if math.dist(anchor, end) > LED:
@@ -336,18 +370,18 @@ def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
     return dict(zip(steps, values_LS.mean(axis=0).tolist(), strict=True))
 
 
-def curves(runs: Sequence[Run]) -> bytes | None:
+def curves(runs: Sequence[Run], rows: Sequence[Row]) -> Figure | None:
     """Return loss terms and held-out accuracy by step, or None if no run has metrics.
 
-    A thin line is a run, the thick one its recipe's mean. A recipe with a single point, such as
+    A thin line is a run, the thick one its row's mean. A row with a single point, such as
     zero-shot, is a level across the panel.
     """
-    logged = by_recipe([run for run in runs if run.metrics])
+    logged = by_row([run for run in runs if run.metrics])
     shown = dict(islice(logged.items(), MODELS))
     found = {
         panel: {
-            recipe: lines
-            for recipe, members in shown.items()
+            name: lines
+            for name, members in shown.items()
             if (lines := [line for run in members if (line := curve(run, panel))])
         }
         for panel in PANELS
@@ -355,23 +389,26 @@ def curves(runs: Sequence[Run]) -> bytes | None:
     panels = [panel for panel in PANELS if found[panel]]
     if not panels:
         return None
-    recipes = [recipe for recipe in shown if any(recipe in found[panel] for panel in panels)]
-    columns, left_out = min(len(recipes), 5), _left_out(len(logged))
-    lines_below = math.ceil(len(recipes) / columns) + bool(left_out)
+    names = [name for name in shown if any(name in found[panel] for panel in panels)]
+    # inches that a column of the legend takes: its line and gap, and about so much for each letter
+    room = 4 * len(panels) / (0.65 + 0.08 * max(map(len, names)))
+    columns, left_out = max(1, min(len(names), 5, int(room))), _left_out(len(logged))
+    lines_below = math.ceil(len(names) / columns) + bool(left_out)
     # so many lines leave half of the height to the panels
     height = HEIGHT * max(1, lines_below / 8)
     figure, axes = _axes(4 * len(panels), height, len(panels))
+    styles, ids = looks(rows), {row.name: row.id for row in rows}
     for panel, ax in zip(panels, axes, strict=True):
         ax.set_title(panel.title, fontsize=10, color=INK, loc="left")
         ax.set_xlabel("step", fontsize=9, color=INK)
-        for recipe, lines in found[panel].items():
-            _draw_curves(ax, style(recipe), lines)
+        for name, lines in found[panel].items():
+            for line in _draw_curves(ax, styles[name], lines):
+                tie(line, ids[name])
     # a line of the legend takes 0.055 of HEIGHT, 0.2 inches
     figure.tight_layout(rect=(0, (0.045 + 0.055 * lines_below) * HEIGHT / height, 1, 1))
-    looks = map(style, recipes)
     legend = figure.legend(
-        [Line2D([], [], color=look.color, linestyle=look.line, lw=2) for look in looks],
-        recipes,
+        [Line2D([], [], color=styles[n].color, linestyle=styles[n].line, lw=2) for n in names],
+        names,
         loc="lower center",
         ncols=columns,
         fontsize=9,
@@ -379,30 +416,109 @@ def curves(runs: Sequence[Run]) -> bytes | None:
         title=left_out or None,
         title_fontproperties={"size": 8.5},
     )
-    for text in legend.get_texts():
+    for text, line, name in zip(legend.get_texts(), legend.get_lines(), names, strict=True):
         # a run's recipe may have dollar signs, which are no formula
         text.set_parse_math(False)
-    return png(figure)
+        tie(text, ids[name])
+        tie(line, ids[name])
+    return figure
 
 
-def _draw_curves(ax: Axes, look: Style, lines: Sequence[dict[int, float]]) -> None:
+def thinned(line: dict[int, float]) -> tuple[list[int], list[float]]:
+    """Return steps and values of a line's points that are drawn, its last one included."""
+    steps, values = list(line), list(line.values())
+    every = math.ceil(len(steps) / POINTS)
+    # counted from the end
+    return steps[::-1][::every][::-1], values[::-1][::every][::-1]
+
+
+def _draw_curves(ax: Axes, look: Style, lines: Sequence[dict[int, float]]) -> list[Line2D]:
+    """Draw the runs of a row and their mean; return what was drawn."""
     mean = mean_curve(lines)
     # a line through one point would not be seen
     if len(mean) == 1:
-        ax.axhline(next(iter(mean.values())), color=look.color, linestyle=look.line, linewidth=1.2)
-        return
+        level = next(iter(mean.values()))
+        return [ax.axhline(level, color=look.color, linestyle=look.line, linewidth=1.2)]
+    drawn: list[Line2D] = []
     if len(lines) > 1:
         for line in lines:
-            ax.plot(list(line), list(line.values()), color=look.color, linewidth=0.6, alpha=0.35)
-    steps, values = list(mean), list(mean.values())
-    ax.plot(steps, values, color=look.color, linestyle=look.line, linewidth=1.6)
+            thin = {"color": look.color, "linewidth": 0.6, "alpha": 0.35}
+            drawn += ax.plot(*thinned(line), **thin)
+    steps, values = thinned(mean)
+    drawn += ax.plot(steps, values, color=look.color, linestyle=look.line, linewidth=1.6)
+    return drawn
 
 
-def _axes(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
-    """Return a figure of some inches with a row of clean axes."""
+CALIBRATED = 24  # rows of the calibration picture
+ACROSS = 6  # of its panels
+KINDS = {ID_COLUMN: ("ImageNet", SOLID), OOD_COLUMN: ("OOD", (0.0, (4, 2)))}
+
+
+def calibration_picture(rows: Sequence[Row], bins: Mapping[tuple[str, str], Bins]) -> Figure | None:
+    """Return a panel for each row: accuracy over confidence, in bins of equal width.
+
+    `bins` are those of (row, column), where the OOD column is all images of its sets; None if
+    there are none.
+    """
+    drawn = [row for row in rows if any((row.name, column) in bins for column in KINDS)]
+    if not drawn:
+        return None
+    left_out = f"the first {CALIBRATED} of {len(drawn):,} models" if drawn[CALIBRATED:] else ""
+    drawn = drawn[:CALIBRATED]
+    across = min(ACROSS, len(drawn))
+    down = math.ceil(len(drawn) / across)
+    width, height = 1.0 + 2.0 * across, 0.9 + 2.2 * down
+    figure, axes = _axes(width, height, across, down)
+    styles = looks(rows)
+    for place, (ax, row) in enumerate(zip(axes, drawn, strict=False)):
+        ax.plot([0, 1], [0, 1], color=MUTED, linewidth=0.7, linestyle=DOTTED)
+        for column, (_, dashes) in KINDS.items():
+            if (one := bins.get((row.name, column))) is not None:
+                (line,) = ax.plot(
+                    one.confidence_M,
+                    one.accuracy_M,
+                    color=styles[row.name].color,
+                    linestyle=dashes,
+                    linewidth=1.4,
+                    marker=".",
+                )
+                tie(line, row.id)
+        title = "\n".join(textwrap.wrap(row.name, 26)[:2])
+        ax.set_title(title, fontsize=8, color=INK, loc="left", parse_math=False)
+        ax.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        # all panels have the same scales, and their numbers stand at the outer ones
+        ax.tick_params(labelleft=place % across == 0, labelbottom=place + across >= len(drawn))
+    for ax in axes[len(drawn) :]:
+        ax.set_visible(False)
+    # placed by hand: to measure the texts of so many panels takes longer than to draw them
+    figure.subplots_adjust(
+        left=0.85 / width,
+        right=1 - 0.15 / width,
+        bottom=0.55 / height,
+        top=1 - 0.75 / height,
+        wspace=0.15,
+        hspace=0.3,
+    )
+    figure.supxlabel("confidence", fontsize=9, color=INK)
+    figure.supylabel("accuracy", fontsize=9, color=INK)
+    figure.legend(
+        [Line2D([], [], color=INK, linestyle=dashes) for _, dashes in KINDS.values()],
+        [name for name, _ in KINDS.values()],
+        loc="upper right",
+        ncols=2,
+        fontsize=8.5,
+        frameon=False,
+        title=left_out or None,
+        title_fontproperties={"size": 8.5},
+    )
+    return figure
+
+
+def _axes(width: float, height: float, across: int, down: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return a figure of some inches with rows of clean axes."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     # squeeze=False: an array of axes even for one
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    axes = list(figure.subplots(down, across, squeeze=False).reshape(-1))
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(MUTED)

@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 
 from rft import classes
 from rft.config import settings
+from rft.report.variants import variants
 from rft.runs import filenames, header, records
 from rft.runs.folder import (
     checkpoint_path,
@@ -41,13 +42,23 @@ class Run:
 
     path: Path
     recipe: str
-    """Name of its row; of a run that has not ended, one that says so."""
+    """Its recipe; of a run that has not ended, a name that says so."""
+    variant: str = ""
+    """Settings in which it differs from other runs of its recipe, if there are any."""
     seed: int
     results: Results
     config: RunConfig
     provenance: Provenance
     metrics: tuple[Metrics, ...]
     """Lines of metrics.jsonl; a merged model has none."""
+    unfinished: bool = False
+    notes: tuple[str, ...] = ()
+    """What is not known of it, for the page."""
+
+    @property
+    def row(self) -> str:
+        """Name of its row, which it shares with other seeds of the same settings."""
+        return f"{self.recipe}, {self.variant}" if self.variant else self.recipe
 
     @property
     def counts(self) -> dict[str, SetCount]:
@@ -76,7 +87,8 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
     Raises:
         ValueError: if there is none, one is not an evaluated run folder, its results are of other
-            weights, two are the same recipe and seed, or they were evaluated on different data.
+            weights, two are the same recipe, settings and seed, or they were evaluated on different
+            data.
     """
     found = find_runs(paths)
     _require_affordable(found)
@@ -91,11 +103,37 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             "lines together: name fewer runs to see them"
         )
         runs = [replace(run, metrics=()) for run in runs]
+    named = variants([(run.recipe, settings(run.config.whole)) for run in runs])
+    runs = [replace(run, variant=variant) for run, variant in zip(runs, named, strict=True)]
     _check_current(runs)
     _check_same_classes(runs)
     _check_seeds(runs)
     _check_same_data(runs)
-    return runs
+    return [replace(run, notes=tuple(_notes(run))) for run in runs]
+
+
+def _notes(run: Run) -> Iterator[str]:
+    """Yield what the page says of a run that passed the checks (`_check_current` logs the same)."""
+    if run.unfinished:
+        yield "its training has not ended"
+    if not checkpoint_path(run.path).is_file():
+        yield "its weights are missing, so whether the results are of them is not known"
+    if run.results.config_sha256 not in (None, files.sha256_file(run.path / filenames.CONFIG)):
+        yield f"its {filenames.CONFIG} was changed after the evaluation"
+
+
+def classes_of(runs: Sequence[Run], name: str) -> classes.Classes | None:
+    """Return the classes of the heads that were evaluated on a set; None if no weights say.
+
+    All of them have the same, or `load_runs` had refused them.
+    """
+    for run in runs:
+        weights = checkpoint_path(run.path)
+        if name not in run.counts or not weights.is_file():
+            continue
+        if (known := header.read_entries(weights).classes) is not None:
+            return known
+    return None
 
 
 def _require_affordable(paths: Sequence[Path]) -> None:
@@ -173,8 +211,8 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
         raise ValueError(
             f"{path} has no {filenames.RESULTS}; evaluate it first: {evaluation_command(path)}"
         )
-    recipe = config.recipe
-    if reached := unfinished(path):
+    recipe, reached = config.recipe, unfinished(path)
+    if reached:
         # a name of its own: it joins no mean, no pair and no row of the paper
         recipe = f"{recipe} (unfinished, {reached})"
     provenance = records.find(path / filenames.PROVENANCE, records.Provenance)
@@ -194,6 +232,7 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
         config=config,
         provenance=provenance,
         metrics=tuple(logged.metrics for logged in islice(logged_lines, lines + 1)),
+        unfinished=bool(reached),
     )
 
 
@@ -292,34 +331,27 @@ def _with_first(runs: Iterable[Run], key: Callable[[Run], object]) -> Iterator[t
 
 
 def _check_seeds(runs: Sequence[Run]) -> None:
-    """Check that the runs of a recipe differ in seed and weights, and in nothing else.
+    """Check that the runs of a row differ in seed and weights; one would count twice in the mean.
 
-    A run would count twice in the mean, and a mean over different settings would mean nothing.
+    Their settings are the same, or they would be different rows.
     """
-    for one, two in _with_first(runs, lambda run: (run.recipe, run.seed)):
+    for one, two in _with_first(runs, lambda run: (run.row, run.seed)):
         raise ValueError(
-            f"{one.path} and {two.path} are both {one.recipe} with seed {one.seed}; report one of "
-            "them"
+            f"{one.path} and {two.path} are both {one.row} with seed {one.seed}; report one of them"
         )
     # models that were not trained are the same for every seed; a merge with none of the
     # fine-tuned model is the zero-shot one
     trained = [run for run in runs if run.results.step != 0 and run.config.alpha != 0]
-    for one, two in _with_first(trained, lambda run: (run.recipe, run.results.checkpoint_sha256)):
+    for one, two in _with_first(trained, lambda run: (run.row, run.results.checkpoint_sha256)):
         raise ValueError(
-            f"{one.path} and {two.path} are seeds {one.seed} and {two.seed} of {one.recipe}, but "
-            "the same weights; name one"
+            f"{one.path} and {two.path} are seeds {one.seed} and {two.seed} of {one.row}, but the "
+            "same weights; name one"
         )
-    # after the seeds: `settings` leaves out what may differ between them
-    for one, two in _with_first(runs, lambda run: run.recipe):
-        if changed := files.difference(settings(one.config.whole), settings(two.config.whole)):
-            raise ValueError(
-                f"{one.path} and {two.path} are both {one.recipe}, but with other settings: "
-                f"{'; '.join(changed)}; report them apart"
-            )
+    for one, two in _with_first(runs, lambda run: run.row):
         if missing := sorted(one.counts.keys() ^ two.counts.keys()):
             raise ValueError(
-                f"the seeds of {one.recipe} were evaluated on different sets: only one of "
-                f"{one.path} and {two.path} has {missing[0]}; evaluate both on the same sets"
+                f"the seeds of {one.row} were evaluated on different sets: only one of {one.path} "
+                f"and {two.path} has {missing[0]}; evaluate both on the same sets"
             )
 
 

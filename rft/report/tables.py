@@ -13,7 +13,7 @@ import re
 import statistics
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -22,12 +22,25 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from rft import recipes
+from rft.report.measures import AveragePair, Measures, SetPair, significant
 from rft.report.read import Run
+from rft.runs import filenames
 from rft.runs.records import SetCount
-from rft.sets import BENCHMARKS, OOD_SETS, TEST_SETS
+from rft.sets import BENCHMARKS, ID_SET, OOD_SETS, TEST_SETS
+from rft.statistics import robustness
+from rft.statistics.robustness import Line
+from rft.storage import files
 
-COLUMNS = (*(BENCHMARKS[name].title for name in TEST_SETS), "OOD avg")
-ID_COLUMN, OOD_COLUMN = 0, len(COLUMNS) - 1
+# columns go by the name of their set; no set has an empty name, or one that begins with a slash
+ID_COLUMN, OOD_COLUMN, EFFECTIVE = ID_SET, "", "/effective robustness"
+COLUMNS = (*TEST_SETS, OOD_COLUMN)
+"""Of the paper's tables."""
+HEADINGS = {
+    **{name: one.title for name, one in BENCHMARKS.items()},
+    OOD_COLUMN: "OOD avg",
+    EFFECTIVE: "eff. rob.",
+}
+SETS = 200  # columns of a report
 
 BASELINES = ("vanilla", "no-mask")  # what paired differences are taken against
 GRID = tuple(recipes.MASKED)  # as in Table 1
@@ -36,7 +49,8 @@ NUMBER = r"[+-]?[0-9]+(\.[0-9]+)?"
 PLUS_MINUS = "\u00b1"
 FIGURE_SPACE = "\u2007"  # as wide as a digit: keeps the points of numbers below each other
 ABSENT = "-"
-NAME_WIDTH = 28  # what the numbers of a result table leave of 100 columns
+SIGNIFICANT = "*"
+NAME_WIDTH = 24  # what the numbers of a result table leave of 80 columns
 
 # recipe, where its numbers are from, and of each cell its text and whether it stands out
 TextLine = tuple[str, str, list[tuple[str, bool]]]
@@ -73,23 +87,38 @@ class Wise:
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe: a cell for each of COLUMNS, None where a set was not evaluated."""
+    """The runs of one recipe with one setting."""
 
     recipe: str
     seeds: tuple[int, ...]
-    cells: tuple[Spread | None, ...]
+    cells: dict[str, Spread]
+    """Column -> its number, of those that the row has."""
     precision: str = ""
     """What all of its runs were trained in; empty if they were not trained."""
+    variant: str = ""
+    """Settings in which it differs from other rows of its recipe, if there are any."""
+
+    @property
+    def name(self) -> str:
+        """Return what the row is called, which no other row is."""
+        return f"{self.recipe}, {self.variant}" if self.variant else self.recipe
+
+    @property
+    def id(self) -> str:
+        """Return what ties the row's elements on a page together, the same in every report."""
+        return files.sha256_bytes(self.name.encode())[:10]
 
 
 @dataclass(frozen=True)
 class DifferenceRow:
-    """OOD average of a recipe minus that of each of BASELINES."""
+    """One column of a row minus that of each of some baselines."""
 
-    recipe: str
+    name: str
     seeds: tuple[int, ...]
     against: tuple[tuple[float, ...] | None, ...]
-    """Seed by seed; None where seeds do not match or a set is absent."""
+    """Seed by seed, in points; None where seeds do not match or a set is absent."""
+    measured: tuple[SetPair | AveragePair | None, ...]
+    """From images, a share; None without predictions."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +130,8 @@ class TextTable:
     """Headings after the recipe: of what says where its numbers are from, and of its cells."""
     lines: list[TextLine]
     justify: JustifyMethod = "right"
+    compact: frozenset[int] = frozenset()
+    """Cells that a console shows without their spread."""
 
 
 def top1(count: SetCount) -> float:
@@ -113,11 +144,43 @@ def summarise(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def accuracies(run: Run) -> tuple[float | None, ...]:
-    """Return a run's percentages in the order of COLUMNS."""
-    sets = [run.counts.get(name) for name in TEST_SETS]
-    values = [None if count is None else top1(count) for count in sets]
-    return (*values, ood_average(run))
+def accuracies(run: Run) -> dict[str, float]:
+    """Return a run's percentages by column: the paper's first, in its order, then other sets."""
+    own = sorted(run.counts.keys() - set(TEST_SETS))
+    values = {name: top1(run.counts[name]) for name in TEST_SETS if name in run.counts}
+    if (average := ood_average(run)) is not None:
+        values[OOD_COLUMN] = average
+    return values | {name: top1(run.counts[name]) for name in own}
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Return the columns that a row has: the paper's in its order, then own sets by name.
+
+    Raises:
+        ValueError: if there are too many to be shown.
+    """
+    there = {name for row in rows for name in row.cells}
+    known = [name for name in (*COLUMNS, EFFECTIVE) if name in there]
+    if len(there) > SETS:
+        raise ValueError(
+            f"the runs were evaluated on {len(there):,} sets; a report shows {SETS}: take some out "
+            f"of their {filenames.RESULTS}"
+        )
+    return [*known, *sorted(there - set(known))]
+
+
+def heading(column: str) -> str:
+    """Return a column's heading; an own set is called by its name."""
+    if column in HEADINGS:
+        return HEADINGS[column]
+    return f"{column} (own set)" if column in HEADINGS.values() else column
+
+
+def target(rows: Sequence[Row]) -> str:
+    """Return the column that rows are compared by: the OOD average, or the first there is."""
+    found = columns(rows)
+    # runs that were evaluated on no set at all have nothing to compare
+    return OOD_COLUMN if OOD_COLUMN in found or not found else found[0]
 
 
 def ood_average(run: Run) -> float | None:
@@ -127,12 +190,19 @@ def ood_average(run: Run) -> float | None:
     return statistics.fmean(top1(run.counts[name]) for name in OOD_SETS)
 
 
-def by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return each recipe's runs by seed, recipes in the order of the paper's tables."""
+def by_row(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each row by seed, rows in the order of the paper's tables."""
     groups: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
-        groups.setdefault(run.recipe, []).append(run)
-    return {recipe: groups[recipe] for recipe in sorted(groups, key=order)}
+    for run in sorted(runs, key=lambda run: (order(run.recipe), by_number(run.variant), run.seed)):
+        groups.setdefault(run.row, []).append(run)
+    return groups
+
+
+def by_number(text: str) -> list[tuple[float, str]]:
+    """Return the sort key that puts texts in the order of their numbers: 3e-05 before 0.001."""
+    # words and numbers in turn, words first
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text, flags=re.ASCII)
+    return [(float(part), "") if n % 2 else (0.0, part) for n, part in enumerate(parts)]
 
 
 def order(recipe: str) -> tuple[int, str, float]:
@@ -180,59 +250,90 @@ def shown_recipes(recipes: Iterable[str]) -> set[str]:
     return kept | {min(members)[1] for members in families.values()}
 
 
-def result_rows(runs: Sequence[Run]) -> list[Row]:
-    """Return the result table: one row per recipe."""
+def result_rows(runs: Sequence[Run], line: Line | None = None) -> list[Row]:
+    """Return the result table; with a testbed's line, effective robustness is a column."""
     rows = []
-    for recipe, members in by_recipe(runs).items():
-        columns = zip(*(accuracies(run) for run in members), strict=True)
-        # all seeds of a recipe have the same sets, so it is all or none
-        cells = tuple(
-            summarise(values) if (values := [v for v in column if v is not None]) else None
-            for column in columns
-        )
-        # the same for all seeds, too (rft.report.read)
-        precision = members[0].precision
-        rows.append(Row(recipe, tuple(run.seed for run in members), cells, precision))
+    for members in by_row(runs).values():
+        by_seed = [accuracies(run) | effective(accuracies(run), line) for run in members]
+        # all seeds of a row have the same sets, so it is all or none
+        cells = {name: summarise([values[name] for values in by_seed]) for name in by_seed[0]}
+        first = members[0]
+        seeds = tuple(run.seed for run in members)
+        # settings are the same for all seeds, too (rft.report.read)
+        rows.append(Row(first.recipe, seeds, cells, first.precision, first.variant))
     return rows
 
 
-def best(rows: Sequence[Row]) -> list[set[int]]:
+def effective(percent: Mapping[str, float], line: Line | None) -> dict[str, float]:
+    """Return effective robustness in points, as a column, where a run has one."""
+    in_, out = percent.get(ID_COLUMN), percent.get(OOD_COLUMN)
+    # the line is one of logits
+    if line is None or in_ is None or out is None or not 0 < in_ < 100:
+        return {}
+    return {EFFECTIVE: 100 * robustness.effective_robustness(line, in_ / 100, out / 100)}
+
+
+def best(rows: Sequence[Row]) -> dict[str, set[int]]:
     """Return for each column the rows that are best in it, by the numbers as they are printed.
 
     Numbers that look the same are equal: all of them are best. A single row is not best.
     """
-    winners = []
-    for column in range(len(COLUMNS)):
+    winners = {}
+    for column in columns(rows):
         shown = {
-            index: round(cell.mean, 1)
+            index: round(row.cells[column].mean, 1)
             for index, row in enumerate(rows)
-            if (cell := row.cells[column]) is not None
+            if column in row.cells
         }
         # NaN equals nothing: an empty column has no best
         top = max(shown.values(), default=math.nan)
-        winners.append({i for i, value in shown.items() if value == top and len(rows) > 1})
+        winners[column] = {i for i, value in shown.items() if value == top and len(rows) > 1}
     return winners
 
 
-def difference_rows(runs: Sequence[Run]) -> list[DifferenceRow]:
-    """Return each recipe's paired differences in OOD average; none if nothing can be paired."""
-    groups = by_recipe(runs)
-    averages = {
-        recipe: {run.seed: average for run in members if (average := ood_average(run)) is not None}
-        for recipe, members in groups.items()
+def baselines(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of `BASELINES`, with the best of each one's settings in the column compared.
+
+    The strongest baseline is the one that a method has to be better than.
+    """
+    column = target(rows) if rows else ""
+    found = []
+    for recipe in BASELINES:
+        members = [row for row in rows if row.recipe == recipe and column in row.cells]
+        if members:
+            found.append(max(members, key=lambda row: row.cells[column].mean))
+    return found
+
+
+def difference_rows(
+    runs: Sequence[Run], rows: Sequence[Row], measures: Measures
+) -> list[DifferenceRow]:
+    """Return each row's differences to the baselines; none if nothing can be paired."""
+    column, against = target(rows), baselines(rows)
+    groups = by_row(runs)
+    by_seed = {
+        row.name: {run.seed: accuracies(run)[column] for run in groups[row.name]}
+        for row in rows
+        if column in row.cells
     }
-    rows = []
-    for recipe, values in averages.items():
-        # vanilla's difference to no-mask is no-mask's to vanilla, with the other sign
-        if recipe == BASELINES[0]:
+    found = []
+    for name, values in by_seed.items():
+        # a baseline's difference to a later one is that one's to it, with the other sign
+        others = [row.name for row in against]
+        if others[:1] == [name]:
             continue
-        against = tuple(
-            None if recipe == baseline else paired(values, averages.get(baseline, {}))
-            for baseline in BASELINES
-        )
-        if any(against):
-            rows.append(DifferenceRow(recipe, tuple(values), against))
-    return rows
+        own = tuple(None if o == name else paired(values, by_seed[o]) for o in others)
+        measured = tuple(None if o == name else pair_of(measures, name, o, column) for o in others)
+        if any(own) or any(measured):
+            found.append(DifferenceRow(name, tuple(values), own, measured))
+    return found
+
+
+def pair_of(measures: Measures, row: str, other: str, column: str) -> SetPair | AveragePair | None:
+    """Return what the images say of two rows in one column."""
+    if column == OOD_COLUMN:
+        return measures.average_pair(row, other)
+    return measures.pair(row, other, column)
 
 
 def paired(values: dict[int, float], baseline: dict[int, float]) -> tuple[float, ...] | None:
@@ -242,37 +343,75 @@ def paired(values: dict[int, float], baseline: dict[int, float]) -> tuple[float,
     return tuple(values[seed] - baseline[seed] for seed in sorted(values))
 
 
-def difference_cells(row: DifferenceRow) -> list[str]:
-    """Return for each baseline the mean difference and the seeds' own, as text."""
+def difference_cells(row: DifferenceRow, seeds: bool = True) -> list[list[str]]:
+    """Return for each baseline the difference, and the seeds' own if wanted, as text."""
     cells = []
-    for values in row.against:
-        if values is None:
-            cells += [ABSENT, ABSENT]
+    for values, measured in zip(row.against, row.measured, strict=True):
+        if measured is not None:
+            own = [interval_text(measured)]
         else:
-            by_seed = " ".join(f"{value:+z.2f}" for value in values)
-            cells += [summarise(values).text(2, "+"), by_seed]
+            own = [ABSENT if values is None else summarise(values).text(2, "+")]
+        if seeds:
+            own.append(" ".join(f"{value:+z.2f}" for value in values) if values else ABSENT)
+        cells.append(own)
     return cells
+
+
+def interval_text(pair: SetPair | AveragePair) -> str:
+    """Return a difference in points, its interval, and a mark if it counts (`significant`)."""
+    value, (low, high), _ = pair.difference
+    mark = SIGNIFICANT if significant(pair) else ""
+    return f"{100 * value:+z.2f} [{100 * low:+z.2f}, {100 * high:+z.2f}]{mark}"
 
 
 def text_tables(
     rows: Sequence[Row], differences: Sequence[DifferenceRow], hidden: int = 0
 ) -> list[TextTable]:
     """Return results and differences as text; `hidden` WiSE models are left out of `rows`."""
-    winners = best(rows)
+    winners, shown = best(rows), columns(rows)
     lines = []
     for index, row in enumerate(rows):
-        texts = [ABSENT if cell is None else cell.text() for cell in row.cells]
-        cells = [(text, index in winners[column]) for column, text in enumerate(texts)]
-        lines.append((row.recipe, str(len(row.seeds)), cells))
-    results = TextTable(caption(rows, hidden), ["n", *COLUMNS], lines)
+        cells = [(cell_text(row, name), index in winners[name]) for name in shown]
+        lines.append((row.name, str(len(row.seeds)), cells))
+    header = ["n", *map(heading, shown)]
+    results = TextTable(caption(rows, hidden), header, lines, compact=compact(shown))
     if not differences:
         return [results]
+    measured = any(pair is not None for row in differences for pair in row.measured)
+    # with one seed, its own difference is the one that stands before; differences.csv has each
+    several = not measured and any(len(row.seeds) > 1 for row in differences)
+    cells = [difference_cells(row, several) for row in differences]
+    # a baseline that nothing is compared with is no column
+    kept = [
+        place
+        for place in range(len(cells[0]))
+        if any(own[place][0] != ABSENT for own in cells)
+    ]  # fmt: skip
     lines = [
-        (row.recipe, str(len(row.seeds)), [(text, False) for text in difference_cells(row)])
-        for row in differences
+        (row.name, str(len(row.seeds)), [(text, False) for place in kept for text in own[place]])
+        for row, own in zip(differences, cells, strict=True)
     ]
-    header = [text for name in BASELINES for text in (f"vs {name}", "by seed")]
-    return [results, TextTable(DIFFERENCE_CAPTION, ["n", *header], lines)]
+    names = [row.name for row in baselines(rows)]
+    header = ["n"]
+    for place in kept:
+        header += [f"vs {names[place]}", *(["by seed"] if several else [])]
+    text = difference_caption(heading(target(rows)), measured=measured, several=several)
+    return [results, TextTable(text, header, lines)]
+
+
+def cell_text(row: Row, column: str) -> str:
+    """Return a row's number in a column."""
+    if column not in row.cells:
+        return ABSENT
+    return row.cells[column].text(sign="+" if column == EFFECTIVE else "")
+
+
+def compact(shown: Sequence[str]) -> frozenset[int]:
+    """Return which columns have no spread where there is little room: all but those compared."""
+    kept = {ID_COLUMN, OOD_COLUMN}
+    if len(shown) <= 3 or not kept & set(shown):
+        return frozenset()
+    return frozenset(place for place, name in enumerate(shown) if name not in kept)
 
 
 def markdown(tables: Sequence[TextTable]) -> str:
@@ -303,12 +442,13 @@ def markdown_escape(text: str) -> str:
 
 def csv_text(rows: Sequence[Row]) -> str:
     """Return the result table as CSV: means and standard deviations, absent ones empty."""
-    numbers = [text for name in COLUMNS for text in (name, f"{name} sd")]
+    shown = columns(rows)
+    numbers = [text for name in map(heading, shown) for text in (name, f"{name} sd")]
     lines = [["recipe", "n", "seeds", *numbers]]
     for row in rows:
-        values = [text for cell in row.cells for text in csv_numbers(cell)]
+        values = [text for name in shown for text in csv_numbers(row.cells.get(name))]
         seeds = " ".join(map(str, row.seeds))
-        lines.append([row.recipe, str(len(row.seeds)), seeds, *values])
+        lines.append([row.name, str(len(row.seeds)), seeds, *values])
     return csv_lines(lines)
 
 
@@ -358,21 +498,28 @@ def console_table(table: TextTable) -> RichTable:
         # a long name takes several lines, which break at its hyphens
         name = Text("\n".join(textwrap.wrap(recipe, NAME_WIDTH)))
         texts = [
-            Text(
-                text.replace(f" {PLUS_MINUS} ", "+-").replace(FIGURE_SPACE, " "),
-                style="bold" if bold else "",
-            )
-            for text, bold in cells
+            Text(_for_console(text, place in table.compact), style="bold" if bold else "")
+            for place, (text, bold) in enumerate(cells)
         ]
         found.add_row(name, Text(source), *texts)
     return found
+
+
+def _for_console(text: str, compact: bool) -> str:
+    if compact:
+        text = text.partition(f" {PLUS_MINUS} ")[0]
+    return text.replace(f" {PLUS_MINUS} ", "+-").replace(FIGURE_SPACE, " ")
 
 
 def caption(rows: Sequence[Row], hidden: int = 0) -> str:
     """Explain the numbers of the result table."""
     several = any(len(row.seeds) > 1 for row in rows)
     spread = "; mean and sample standard deviation over n seeds" if several else ""
-    text = f"Top-1 accuracy in %{spread}. OOD avg is the unweighted mean of the five to its left."
+    text = f"Top-1 accuracy in %{spread}."
+    if OOD_COLUMN in columns(rows):
+        text += f" OOD avg is the unweighted mean of {', '.join(map(heading, OOD_SETS))}."
+    if EFFECTIVE in columns(rows):
+        text += " eff. rob. is the OOD average minus that of the testbed's line, in points."
     if hidden:
         text += (
             f" Of each WiSE family only the alpha nearest 0.5; table.csv has the other {hidden}."
@@ -387,10 +534,18 @@ def precisions(rows: Sequence[Row]) -> str:
     if len(found) < 2:
         return ""
     parts = (
-        f"{name} ({', '.join(row.recipe for row in trained if row.precision == name)})"
+        f"{name} ({', '.join(row.name for row in trained if row.precision == name)})"
         for name in found
     )
     return f" Trained in different precisions: {'; '.join(parts)}."
 
 
-DIFFERENCE_CAPTION = "Difference in OOD avg, in points, paired by seed: mean, then each seed's own."
+def difference_caption(column: str, *, measured: bool, several: bool) -> str:
+    """Explain the numbers of the table of differences."""
+    if measured:
+        return (
+            f"Difference in {column}, in points, with the 95% interval of test images drawn anew. "
+            f"{SIGNIFICANT}: the interval excludes 0, and every seed's own difference has its sign."
+        )
+    by_seed = ": mean and sample standard deviation, then each seed's own" if several else ""
+    return f"Difference in {column}, in points, paired by seed{by_seed}."

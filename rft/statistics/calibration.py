@@ -6,6 +6,7 @@ averaged over batches is biased upwards and depends on their size.
 Shapes: N images, K classes or groups of classes, M bins.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -57,6 +58,21 @@ def bins(
         for values in (confidence_N, right_N)
     )
     return Bins(count_M[seen], *means)
+
+
+def merge(parts: Sequence[Bins], number: int = BINS) -> Bins:
+    """Return the diagram of all images of several, each of bins of equal width."""
+    edges = np.linspace(0, 1, number + 1)
+    count_M, confidence_M, right_M = np.zeros((3, number))
+    for part in parts:
+        # a bin's mean confidence lies in it
+        bin_M = np.searchsorted(edges[1:-1], part.confidence_M)
+        count_M[bin_M] += part.count_M
+        confidence_M[bin_M] += part.count_M * part.confidence_M
+        right_M[bin_M] += part.count_M * part.accuracy_M
+    seen = count_M > 0
+    count_M = count_M[seen]
+    return Bins(count_M.astype(np.int64), confidence_M[seen] / count_M, right_M[seen] / count_M)
 
 
 def fit_temperature(logits_NK: np.ndarray, label_N: np.ndarray) -> float:

@@ -436,15 +436,19 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """List the leaves in which two JSON documents differ, for a message, a line each."""
+def differing(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the leaves in which two JSON documents differ: name, and both values (None: absent)."""
     if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
         for key in sorted(old.keys() | new.keys()):
             name = f"{prefix}.{key}" if prefix else key
-            lines += difference(old.get(key), new.get(key), name)
-        return lines
-    return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
+            yield from differing(old.get(key), new.get(key), name)
+    elif old != new:
+        yield prefix, old, new
+
+
+def difference(old: Any, new: Any) -> list[str]:
+    """List the leaves in which two JSON documents differ, for a message, a line each."""
+    return [f"{name}: {was!r} -> {now!r}" for name, was, now in differing(old, new)]
 
 
 def provenance() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rft.classes import Classes
 from rft.recipes import MASKED
 from rft.report.read import Run
 from rft.runs.filenames import SELECTED
+from rft.runs.predictions import Predictions, path_of
 from rft.runs.records import Provenance, Results, RunConfig, SetCount
 from rft.sets import TEST_SETS
 from rft.storage import documents, files
@@ -66,6 +67,68 @@ def make_run(
         ]
         (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return path
+
+
+def predict(
+    run: Path,
+    rights: dict[str, np.ndarray],
+    *,
+    classes: int = 2,
+    salt: int = 0,
+    labels: dict[str, np.ndarray] | None = None,
+    scaled: bool = False,
+) -> None:
+    """Give a run predictions that are right where `rights` says, (N,) of each set; no model's."""
+    counts = json.loads((run / "results.json").read_text())["sets"]
+    for name, right_N in rights.items():
+        draws = np.random.default_rng([salt, *run.name.encode(), *name.encode()])
+        images = len(right_N)
+        label_N = (np.arange(images) % classes).astype(np.int32)
+        if labels is not None:
+            label_N = labels[name].astype(np.int32)
+        rank_N = np.where(right_N, 0, draws.integers(1, 9, images)).astype(np.int32)
+        confidence_N = draws.uniform(0.2, 1, images).astype(np.float32)
+        likelihood_N = np.where(right_N, np.log(confidence_N), -3).astype(np.float32)
+        rows = Predictions(
+            key=np.array([f"{name}/{n:05d}" for n in range(images)]),
+            label=label_N,
+            prediction=np.where(right_N, label_N, (label_N + 1) % classes).astype(np.int32),
+            rank=rank_N,
+            confidence=confidence_N,
+            log_likelihood=likelihood_N,
+            scaled_confidence=confidence_N**2 if scaled else None,
+            scaled_log_likelihood=2 * likelihood_N if scaled else None,
+        )
+        data = rows.to_bytes()
+        files.write_bytes(str(path_of(run, name)), data)
+        counts[name] = {
+            "correct": int(right_N.sum()),
+            "total": images,
+            "manifest_sha256": files.sha256_bytes(name.encode()),
+            "predictions_sha256": files.sha256_bytes(data),
+        }
+    edit(run / "results.json", sets=counts)
+
+
+def make_predicted(
+    folder: Path,
+    recipe: str = "vanilla",
+    seed: int = 0,
+    *,
+    skill: float = 0.6,
+    images: int = 60,
+    sets: tuple[str, ...] = TEST_SETS,
+    **config: Any,
+) -> Path:
+    """A run with predictions; all runs have the same easy and hard images."""
+    run = make_run(folder, recipe, seed, percent=(), **config)
+    rights = {}
+    for place, name in enumerate(sets):
+        hard_N = np.random.default_rng(place).uniform(size=images)
+        own_N = np.random.default_rng([place, seed, *recipe.encode()]).normal(0, 0.1, images)
+        rights[name] = hard_N + own_N < skill
+    predict(run, rights)
+    return run
 
 
 def make_weights(

@@ -1,5 +1,8 @@
 """What the pictures plot, by matplotlib's own objects: which number lies on which axis."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
@@ -7,16 +10,9 @@ from matplotlib.figure import Figure
 
 from rft.report import plots
 from rft.report.read import load_runs
-from rft.report.tables import result_rows
+from rft.report.tables import ID_COLUMN, result_rows
+from rft.statistics.calibration import Bins
 from tests.report.make_runs import make_run, run_of
-
-
-@pytest.fixture
-def figures(monkeypatch) -> list[Figure]:
-    """The figures that are drawn, instead of their pixels."""
-    drawn: list[Figure] = []
-    monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or b"")
-    return drawn
 
 
 def percent(imagenet: float, ood: float) -> tuple[float, ...]:
@@ -68,9 +64,8 @@ def bars(container: ErrorbarContainer) -> tuple[float, float]:
     return (horizontal[1][0] - horizontal[0][0]) / 2, (vertical[1][1] - vertical[0][1]) / 2
 
 
-def test_imagenet_lies_along_x_and_the_ood_average_along_y(figures):
-    plots.scatter(rows())
-    (figure,) = figures
+def test_imagenet_lies_along_x_and_the_ood_average_along_y():
+    figure = plots.scatter(rows())
     (axes,) = figure.axes
     assert axes.get_xlabel() == "ImageNet top-1 (%)"
     assert axes.get_ylabel() == "OOD average top-1 (%)"
@@ -82,13 +77,12 @@ def test_imagenet_lies_along_x_and_the_ood_average_along_y(figures):
     assert len(axes.containers) == len(POINTS)
 
 
-def test_each_name_is_nearest_to_its_own_mark(figures):
-    plots.scatter(rows())
-    (axes,) = figures[0].axes
+def test_each_name_is_nearest_to_its_own_mark():
+    (axes,) = plots.scatter(rows()).axes
     assert sorted(text.get_text() for text in axes.texts) == sorted(POINTS)
     for text in axes.texts:
         assert to_hex(text.get_color()) == plots.style(text.get_text()).color
-        left, low = text.get_position()
+        left, low = plots.DPI * np.array(text.get_position())
 
         def distance(recipe: str, x: float = left, y: float = low) -> float:
             anchor = axes.transData.transform(MEAN[recipe])
@@ -97,17 +91,16 @@ def test_each_name_is_nearest_to_its_own_mark(figures):
         assert min(POINTS, key=distance) == text.get_text()
 
 
-def test_a_single_seed_has_no_bars(figures):
-    plots.scatter(rows({"vanilla": [(75.0, 40.0)]}))
-    assert not any(container.has_xerr for container in figures[0].axes[0].containers)
-    assert not any(container.has_yerr for container in figures[0].axes[0].containers)
+def test_a_single_seed_has_no_bars():
+    (axes,) = plots.scatter(rows({"vanilla": [(75.0, 40.0)]})).axes
+    assert not any(container.has_xerr for container in axes.containers)
+    assert not any(container.has_yerr for container in axes.containers)
 
 
-def test_the_wise_line_goes_through_its_models_by_alpha(figures):
+def test_the_wise_line_goes_through_its_models_by_alpha():
     path = {"zero-shot": (63, 48), "wise-ft-0.25": (70, 53), "wise-ft-0.75": (76, 51)}
     points = {**path, "vanilla": (75, 45), "wise-kd-vanilla": (77, 47)}
-    plots.wise_picture(rows({name: [pair] for name, pair in points.items()}))
-    (axes,) = figures[0].axes
+    (axes,) = plots.wise_picture(rows({name: [pair] for name, pair in points.items()})).axes
     drawn = [
         list(zip(line.get_xdata(), line.get_ydata(), strict=True))
         for line in axes.lines
@@ -119,18 +112,17 @@ def test_the_wise_line_goes_through_its_models_by_alpha(figures):
     ]
 
 
-def test_models_along_a_path_have_no_bars(figures):
+def test_models_along_a_path_have_no_bars():
     points = {"zero-shot": [(63, 48), (63, 48)], "vanilla": [(75, 40), (77, 50)]}
     points |= {f"wise-ft-{a}": [(70 + a, 50), (72 + a, 53)] for a in (0.2, 0.5)}
-    plots.wise_picture(rows(points))
-    containers = figures[0].axes[0].containers
+    containers = plots.wise_picture(rows(points)).axes[0].containers
     with_bars = [c for c in containers if c.has_xerr]
     # the two ends and the model nearest to 0.5
     assert (len(containers), len(with_bars)) == (4, 3)
     assert all(c.has_xerr == c.has_yerr for c in containers)
 
 
-def test_curves_are_values_over_steps(tmp_path, figures):
+def test_curves_are_values_over_steps(tmp_path):
     paths = [make_run(tmp_path, "no-mask", seed, metrics=False) for seed in (0, 1)]
     for seed, path in enumerate(paths):
         lines = [
@@ -139,8 +131,8 @@ def test_curves_are_values_over_steps(tmp_path, figures):
         ]
         held_out = f'{{"step": 20, "held_out_correct": {30 + 10 * seed}, "held_out_total": 50}}\n'
         (path / "metrics.jsonl").write_text("".join([*lines, held_out]))
-    plots.curves(load_runs(paths))
-    (figure,) = figures
+    runs = load_runs(paths)
+    figure = plots.curves(runs, result_rows(runs))
     assert [ax.get_title(loc="left") for ax in figure.axes] == [
         "cross-entropy (training)",
         "feature MSE to the frozen model (training)",
@@ -156,3 +148,28 @@ def test_curves_are_values_over_steps(tmp_path, figures):
     assert list(level.get_ydata()) == pytest.approx([70, 70])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["no-mask"]
+
+
+def test_settings_of_one_recipe_differ_in_colour():
+    runs = [replace(run_of("vanilla", 0, percent(70 + n, 50)), variant=f"lr {n}") for n in range(4)]
+    runs.append(run_of("no-mask", 0, percent(75, 50)))
+    styles = plots.looks(result_rows(runs))
+    assert len({look.color for look in styles.values()}) == 5
+    assert {look.marker for name, look in styles.items() if name != "no-mask"} == {"X"}
+    assert styles["no-mask"] == plots.style("no-mask")
+    texts = plots.scatter(result_rows(runs)).axes[0].texts
+    assert {text.get_text(): to_hex(text.get_color()) for text in texts} == {
+        name: look.color for name, look in styles.items()
+    }
+
+
+def test_a_calibration_panel_is_accuracy_over_confidence():
+    (row,) = rows({"vanilla": [(75.0, 40.0)]})
+    one = Bins(np.array([10, 30]), np.array([0.3, 0.8]), np.array([0.2, 0.9]))
+    figure = plots.calibration_picture([row], {("vanilla", ID_COLUMN): one})
+    (axes,) = figure.axes
+    diagonal, line = axes.lines
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 1]
+    assert line.get_xydata().tolist() == [[0.3, 0.2], [0.8, 0.9]]
+    assert axes.get_title(loc="left") == "vanilla"
+    assert plots.calibration_picture([row], {}) is None

@@ -3,6 +3,7 @@
 import csv
 import io
 import statistics
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -21,7 +22,7 @@ ALL = (70.0, 60.0, 50.0, 40.0, 30.0, 20.0)
 @pytest.mark.parametrize("row", [*VIT_B_32, *VIT_B_16], ids=lambda row: row.recipe)
 def test_printed_average_is_the_mean_of_the_five(row):
     assert len(row.percent) == len(COLUMNS)
-    five, printed = row.percent[1:6], row.percent[OOD_COLUMN]
+    five, printed = row.percent[1:6], row.percent[COLUMNS.index(OOD_COLUMN)]
     assert (printed is None) == (None in five)
     if printed is not None:
         # the paper averages unrounded accuracies
@@ -217,3 +218,21 @@ def test_text_fits_100_columns():
     starts = [line for line in lines if line.startswith("context-mask-single-fill here  70.0+-0.0")]
     assert len(starts) == 1
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_each_setting_of_a_recipe_stands_above_the_paper_and_has_no_rank():
+    runs = [replace(run_of("no-mask", 0, ALL), variant=f"lr {rate}") for rate in (1, 2)]
+    runs += [
+        run_of(name, 0, (50, *[20 + n] * 5)) for n, name in enumerate(("vanilla", "zero-shot"))
+    ]
+    table = beside.beside(runs, tables.result_rows(runs))
+    names = [name for name, source, _ in table.text.lines if source == "here"]
+    assert names == ["zero-shot", "vanilla", "no-mask, lr 1", "no-mask, lr 2"]
+    assert rank_correlation(table.pairs) is None
+    assert "no-mask, lr 2,1,1,70" in beside.csv_text(table).replace('"', "")
+
+
+def test_the_paper_stands_beside_its_own_sets_alone():
+    run = run_of("vanilla", 0)
+    run.counts["my-photos"] = run_of("vanilla", 0, ALL).counts["imagenet-val"]
+    assert beside.beside([run], tables.result_rows([run])) is None

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from rft.report import gallery, plots
@@ -31,20 +30,12 @@ def decode(png: bytes) -> np.ndarray:
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def drawn():
     """Draw; return the shape of the PNG and the axes that it is of."""
-    figures: list[Figure] = []
-    encode = plots.png
 
-    def png(figure: Figure) -> bytes:
-        figures.append(figure)
-        return encode(figure)
-
-    monkeypatch.setattr(plots, "png", png)
-
-    def draw(function, argument) -> tuple[tuple[int, ...], list[Axes]]:
-        shape = decode(function(argument)).shape
-        return shape, figures.pop().axes
+    def draw(function, *arguments) -> tuple[tuple[int, ...], list[Axes]]:
+        figure = function(*arguments)
+        return decode(plots.png(figure)).shape, figure.axes
 
     return draw
 
@@ -196,7 +187,7 @@ def test_curves(tmp_path, drawn):
     level = make_run(tmp_path, "zero-shot", metrics=False)
     (level / "metrics.jsonl").write_text('{"step":0,"held_out_correct":3,"held_out_total":4}\n')
     runs = load_runs([*paths, level])
-    shape, panels = drawn(plots.curves, runs)
+    shape, panels = drawn(plots.curves, runs, result_rows(runs))
     assert shape == (740, 2400, 3)
     shown = [panel for panel in plots.PANELS if any(plots.curve(run, panel) for run in runs)]
     assert [axes.get_title(loc="left") for axes in panels] == [panel.title for panel in shown]
@@ -216,7 +207,7 @@ def test_curves(tmp_path, drawn):
 @pytest.mark.slow
 def test_distilled_logits_have_a_panel(tmp_path, drawn):
     runs = load_runs([make_run(tmp_path, "wise-kd-vanilla"), make_run(tmp_path, "vanilla")])
-    shape, panels = drawn(plots.curves, runs)
+    shape, panels = drawn(plots.curves, runs, result_rows(runs))
     assert shape == (740, 3200, 3)
     assert [len(axes.lines) for axes in panels] == [2, 1, 1, 2]
     assert [bool(plots.curve(run, plots.PANELS[2])) for run in runs] == [True, False]
@@ -235,7 +226,7 @@ def test_pictures_have_a_bounded_number_of_models(drawn, monkeypatch):
     _, (axes,) = drawn(plots.wise_picture, rows)
     assert len(axes.containers) == 8
     assert axes.get_title(loc="left") == "the first 8 of 27 models"
-    _, (axes,) = drawn(plots.curves, runs)
+    _, (axes,) = drawn(plots.curves, runs, result_rows(runs))
     assert len(axes.lines) == 8
     (legend,) = axes.figure.legends
     assert legend.get_title().get_text() == "the first 8 of 27 models"
@@ -244,10 +235,22 @@ def test_pictures_have_a_bounded_number_of_models(drawn, monkeypatch):
 def test_the_curves_of_many_recipes_leave_room_for_their_names(drawn):
     metrics = (Metrics(step=1, ce=1.0), Metrics(step=2, ce=2.0))
     runs = [replace(run_of(f"r{n}", percent=ALL), metrics=metrics) for n in range(64)]
-    (height, *_), (axes,) = drawn(plots.curves, runs)
+    (height, *_), (axes,) = drawn(plots.curves, runs, result_rows(runs))
     (legend,) = axes.figure.legends
     below = legend.get_window_extent().y1 / height
     assert below < axes.get_position().y0
+
+
+@pytest.mark.slow
+def test_the_names_of_curves_lie_within_the_picture(drawn):
+    metrics = (Metrics(step=1, ce=1.0), Metrics(step=2, ce=2.0))
+    names = [f"{n} object-mask-single-fill of some setting" for n in range(12)]
+    runs = [replace(run_of(name, percent=ALL), metrics=metrics) for name in names]
+    (_, width, _), (axes,) = drawn(plots.curves, runs, result_rows(runs))
+    (legend,) = axes.figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= width
 
 
 def test_labels_without_a_width_have_a_bounded_number_of_places():
@@ -278,7 +281,8 @@ def test_letters_without_a_glyph_are_one_line_that_a_terminal_can_show(capsys):
 
 
 def test_nothing_to_curve():
-    assert plots.curves([run_of("vanilla", percent=ALL)]) is None
+    runs = [run_of("vanilla", percent=ALL)]
+    assert plots.curves(runs, result_rows(runs)) is None
 
 
 def test_mean_curve_is_over_common_steps():

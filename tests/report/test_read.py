@@ -227,12 +227,24 @@ def test_settings_without_end_are_cut_between_values():
 
 
 def test_seeds_with_other_settings_are_not_averaged(tmp_path):
+    """They are rows of their own, named by what differs."""
     paths = [
-        make_run(tmp_path, seed=0, optim={"lr": 3e-5}),
-        make_run(tmp_path, seed=1, optim={"lr": 1e-3}),
+        make_run(tmp_path / str(rate), seed=seed, optim={"lr": rate, "epochs": 10})
+        for rate in (3e-5, 1e-3)
+        for seed in (0, 1)
     ]
-    with pytest.raises(ValueError, match=r"other settings: optim.lr: 3e-05 -> 0.001"):
-        load_runs(paths)
+    assert [run.row for run in load_runs(paths)] == [
+        *["vanilla, lr 3e-05"] * 2,
+        *["vanilla, lr 0.001"] * 2,
+    ]
+
+
+def test_one_seed_may_have_several_settings_but_none_twice(tmp_path):
+    paths = [make_run(tmp_path / str(rate), optim={"lr": rate}) for rate in (3e-5, 1e-3)]
+    assert [run.seed for run in load_runs(paths)] == [0, 0]
+    again = make_run(tmp_path / "again", optim={"lr": 1e-3})
+    with pytest.raises(ValueError, match=r"are both vanilla, lr 0.001 with seed 0"):
+        load_runs([*paths, again])
 
 
 def test_seeds_in_different_precisions_are_not_averaged(tmp_path):
@@ -240,8 +252,10 @@ def test_seeds_in_different_precisions_are_not_averaged(tmp_path):
         make_run(tmp_path, seed=seed, optim={"epochs": 10}, precision=precision)
         for seed, precision in enumerate(("fp32", "bf16"))
     ]
-    with pytest.raises(ValueError, match=r"other settings: precision: 'fp32' -> 'bf16'"):
-        load_runs(paths)
+    assert [run.row for run in load_runs(paths)] == [
+        "vanilla, precision fp32",
+        "vanilla, precision bf16",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -283,10 +297,12 @@ def test_what_seeds_build_on_may_differ(tmp_path):
         )
         for seed in (0, 1)
     ]
-    assert len(load_runs([*kd, *soups])) == 4
+    assert [run.row for run in load_runs([*kd, *soups])] == [
+        *["wise-kd-vanilla"] * 2,
+        *["greedy-soup"] * 2,
+    ]
     edit(kd[1] / "config.json", method={"kd_weight": 2, "kd_teacher": ""})
-    with pytest.raises(ValueError, match=r"method.kd_weight: 1 -> 2"):
-        load_runs(kd)
+    assert [run.variant for run in load_runs(kd)] == ["kd_weight 1", "kd_weight 2"]
 
 
 @pytest.mark.parametrize(
@@ -304,3 +320,17 @@ def test_the_name_of_the_clip(tmp_path, model, expected):
 
 def test_a_merged_model_does_not_name_its_clip(tmp_path):
     assert load_run(make_run(tmp_path, "wise-ft-0.5", merged_from=[])).clip == ""
+
+
+def test_what_is_not_known_of_a_run_is_noted(tmp_path):
+    paths = [make_run(tmp_path, "vanilla", seed, optim={"epochs": 1}) for seed in range(4)]
+    (paths[1] / "training.json").unlink()
+    (paths[2] / SELECTED).unlink()
+    edit(paths[3] / "config.json", data="elsewhere")
+    first, *others = load_runs(paths)
+    assert first.notes == ()
+    for run, words in zip(
+        others, ("training has not ended", "weights are missing", "was changed"), strict=True
+    ):
+        (note,) = run.notes
+        assert words in note

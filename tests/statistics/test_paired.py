@@ -119,3 +119,53 @@ def test_pairs_say_more_than_two_intervals():
     one, two = (wilson(int(right_N.sum()), 7500) for right_N in (one_N, two_N))
     assert one.low < two.high
     assert paired.bootstrap([paired.gains(one_N[None], two_N[None])]).interval.low > 0
+
+
+def drawn_seeds(seeds: int, images: int, share: float, seed: int) -> np.ndarray:
+    """Return which images each seed of a system has right, bool (S, N)."""
+    draws = np.random.default_rng(seed)
+    hard_N = draws.uniform(size=images)
+    return hard_N + 0.2 * draws.normal(size=(seeds, images)) < share
+
+
+@pytest.mark.parametrize(("one_seeds", "two_seeds"), [(1, 1), (3, 3), (3, 1), (2, 3)])
+def test_counted_gains_are_those_of_the_images(one_seeds, two_seeds):
+    one_SN = drawn_seeds(one_seeds, 500, 0.7, 1)
+    two_SN = drawn_seeds(two_seeds, 500, 0.6, 2)
+    gain_N = paired.gains(one_SN, two_SN)
+    found = paired.tally(one_SN.sum(axis=0), one_seeds, two_SN.sum(axis=0), two_seeds)
+    values, counts = np.unique(gain_N.round(12), return_counts=True)
+    assert found.gain_V == pytest.approx(values, abs=1e-12)
+    assert found.images_V.tolist() == counts.tolist()
+    assert found.mean == pytest.approx(gain_N.mean(), abs=1e-14)
+    assert found.gained == np.count_nonzero(gain_N > 1e-9)
+    assert found.lost == np.count_nonzero(gain_N < -1e-9)
+
+
+@pytest.mark.slow
+def test_an_accuracys_interval_is_that_of_images_drawn_one_by_one():
+    """Over seeds, an image's own value is its mean: it is drawn as a whole."""
+    sets = [drawn_seeds(3, 300, 0.7, 1), drawn_seeds(3, 120, 0.4, 2)]
+    counted = [
+        paired.tally(right_SN.sum(axis=0), 3, np.zeros(right_SN.shape[1], int), 1)
+        for right_SN in sets
+    ]
+    found = paired.bootstrap_of(counted, np.random.default_rng(0), replicates=20_000)
+    drawn = naive([right_SN.mean(axis=0) for right_SN in sets], 20_000, seed=1)
+    assert found.value == pytest.approx(np.mean([right_SN.mean() for right_SN in sets]))
+    assert found.interval == pytest.approx(
+        np.quantile(drawn, [0.025, 0.975]), abs=0.1 * drawn.std()
+    )
+
+
+def test_an_exchanged_difference_is_the_other_system_minus_the_one():
+    found = paired.Difference(0.5, (0.2, 0.7), 0.01)
+    assert -found == (-0.5, (-0.7, -0.2), 0.01)
+
+
+def test_the_p_value_has_both_sides():
+    one_N, two_N = draw(2000, 0.6, 0.59)
+    gain_N = paired.gains(one_N[None], two_N[None])
+    z = gain_N.mean() / gain_N.std() * len(gain_N) ** 0.5
+    # of so many images the normal distribution's is nearly the same
+    assert paired.bootstrap([gain_N]).p == pytest.approx(2 * stats.norm.sf(abs(z)), rel=0.2)

@@ -34,11 +34,10 @@ from rft.packing import encode
 from rft.packing.foreign.index import read_shard
 from rft.packing.foreign.rule import Rule
 from rft.packing.foreign.samples import read_samples
-from rft.report import comparison as beside
 from rft.report import tables
 from rft.report.command import Arguments as Report
-from rft.report.page import Report as Page
-from rft.report.page import render
+from rft.report.page import compose, render
+from rft.report.page import documents as documents_of
 from rft.report.read import load_runs
 from rft.runs import folder as runs
 from rft.runs import trained_on
@@ -72,7 +71,6 @@ from tests.hostile.table.tars import BROKEN as BROKEN_TARS
 from tests.hostile.table.tars import END, header, member, number, pax
 from tests.hostile.table.weights import header_of, with_header
 
-PICTURES = ("scatter.png", "wise.png", "curves.png", "gallery.png")
 MOST_SAMPLES = 100  # that a mutated set is read with: a valid one has four
 SMALL_BYTES = 10**6  # a seed that is larger slows everything and finds no more
 
@@ -446,22 +444,13 @@ def report(world: Path, folder: Path) -> Target:
         if unfinished:
             (folder / "run/training.json").unlink()
         found = load_runs([folder / "run", folder / "zero"])
-        rows = tables.result_rows(found)
-        paper = beside.beside(found, rows)
-        page = Page(
-            runs=found,
-            rows=rows,
-            hidden=0,
-            tables=tables.text_tables(rows, tables.difference_rows(found)),
-            beside=paper,
-            pictures=dict.fromkeys(PICTURES),
-            gallery_run=None,
-        )
+        made_of = compose(found, draw=False)
         shown = (
-            tables.csv_text(rows),
-            tables.markdown(page.tables),
-            page.text(),
-            render(page),
+            tables.csv_text(made_of.rows),
+            tables.markdown(made_of.tables),
+            made_of.text(),
+            render(made_of),
+            *(content.decode() for content in documents_of(made_of).values() if content),
         )
         assert "<script>alert" not in shown[3]
         for text in shown:

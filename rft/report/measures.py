@@ -1,0 +1,403 @@
+"""What the predictions of runs say: accuracies with intervals, calibration, and every pair of rows.
+
+Predictions are read one set at a time, one row's runs at a time; what is kept of them is which
+images are right, one bit of each, until the set is done. Runs that were evaluated before
+predictions were kept have counts alone, and no measures.
+
+Shapes: N images of a set, R runs of all rows, S seeds of one row, K classes.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from rft.classes import Classes
+from rft.report.read import Run, classes_of
+from rft.runs import filenames, predictions
+from rft.runs.predictions import Predictions
+from rft.statistics import accuracy, calibration, paired
+from rft.statistics.accuracy import Interval
+from rft.statistics.calibration import Bins
+from rft.statistics.paired import Difference, Gains
+
+COMPARED = 64  # rows that are compared with each other: 2,016 pairs
+IMAGES = 2**21  # of a set; ImageNet's training set has 1.3 million
+PAIR_REPLICATES = 2_000
+"""Of each pair, as there are many: the ends of an interval are good to about 2% of its width."""
+TOP = 5
+
+
+class Numbers(NamedTuple):
+    """Of one run on one set; shares are in [0, 1]."""
+
+    top1: float
+    top5: float
+    per_class: float
+    """Mean of the classes' accuracies."""
+    nll: float
+    """Negative log-likelihood of the label, the mean over images, in nats."""
+    error_width: float
+    """Calibration error over bins of equal width."""
+    error_mass: float
+    """Over bins of equally many images."""
+    scaled_nll: float
+    """Of logits divided by the temperature; NaN where none was fitted."""
+    scaled_error: float
+    """Over bins of equal width, likewise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetMeasures:
+    """One row on one set."""
+
+    images: int
+    seeds: tuple[Numbers, ...]
+    """In the order of the row's runs."""
+    interval: Interval
+    """Of top-1, from the images: Wilson's for one seed, the bootstrap's of their means for more."""
+    bins: Bins
+    """Confidence against accuracy of all seeds' images, in bins of equal width."""
+    class_correct_K: np.ndarray
+    """Images of each class that are right, the mean over seeds, fp64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetClasses:
+    """The classes of a set, in rising order of what its labels call them."""
+
+    label_K: np.ndarray
+    images_K: np.ndarray
+    known: Classes | None
+
+    def name_of(self, label: int) -> str:
+        """Return what the class of a label is called."""
+        if self.known is None or label >= len(self.known):
+            return f"class {label}"
+        return self.known.names[label]
+
+    def id_of(self, label: int) -> str:
+        """Return its id, such as a WordNet id; the label where it has none."""
+        known = self.known
+        return known.ids[label] if known and label < len(known.ids) else str(label)
+
+
+class SetPair(NamedTuple):
+    """One row against another on one set."""
+
+    difference: Difference
+    gained: int
+    """Images that the one has right more often, over its seeds, than the other."""
+    lost: int
+    seeds: tuple[float, ...]
+    """Difference of each two seeds: of the same seed where both rows have the same ones."""
+    mcnemar: tuple[float, ...]
+    """p-value of each of these."""
+
+    def __neg__(self) -> "SetPair":
+        """Return the other row against the one."""
+        seeds = tuple(-value for value in self.seeds)
+        return SetPair(-self.difference, self.lost, self.gained, seeds, self.mcnemar)
+
+
+class AveragePair(NamedTuple):
+    """One row against another, in the mean over several sets."""
+
+    difference: Difference
+    seeds: tuple[float, ...]
+
+    def __neg__(self) -> "AveragePair":
+        """Return the other row against the one."""
+        return AveragePair(-self.difference, tuple(-value for value in self.seeds))
+
+
+def significant(pair: SetPair | AveragePair) -> bool:
+    """Whether a difference counts: its interval has no 0, and every seed's own has its sign."""
+    low, high = pair.difference.interval
+    if low > 0:
+        return all(value > 0 for value in pair.seeds)
+    return high < 0 and all(value < 0 for value in pair.seeds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """All that the predictions of a report's runs say. Shares, not percent."""
+
+    sets: dict[tuple[str, str], SetMeasures] = field(default_factory=dict)
+    """(row, set) -> its numbers."""
+    averages: dict[str, Interval] = field(default_factory=dict)
+    """Row -> interval of its OOD average."""
+    classes: dict[str, SetClasses] = field(default_factory=dict)
+    pairs: dict[tuple[str, str, str], SetPair] = field(default_factory=dict)
+    """(row, other, set) -> the first against the other; of two orders one is here."""
+    average_pairs: dict[tuple[str, str], AveragePair] = field(default_factory=dict)
+    without: tuple[Run, ...] = ()
+    """Runs of which a set has no predictions."""
+
+    def pair(self, row: str, other: str, name: str) -> SetPair | None:
+        """Return a row against another on a set; None if one of them has no predictions of it."""
+        if (found := self.pairs.get((row, other, name))) is not None:
+            return found
+        found = self.pairs.get((other, row, name))
+        return None if found is None else -found
+
+    def average_pair(self, row: str, other: str) -> AveragePair | None:
+        """Return a row against another in the OOD average, if both have all of its sets."""
+        if (found := self.average_pairs.get((row, other))) is not None:
+            return found
+        found = self.average_pairs.get((other, row))
+        return None if found is None else -found
+
+
+class _Sum:
+    """Replicates of an average over sets, of those that were added; one array, not one of each."""
+
+    def __init__(self) -> None:
+        self.sets = 0
+        self.total_R: np.ndarray | float = 0.0
+
+    def add(self, drawn_R: np.ndarray) -> None:
+        self.sets += 1
+        self.total_R = self.total_R + drawn_R
+
+    def difference(self, value: float) -> Difference:
+        """Return the average as a difference of some value."""
+        return paired.summarise(value, np.asarray(self.total_R) / self.sets)
+
+
+class _Right(NamedTuple):
+    """Which images a row has right on one set."""
+
+    right_SN: np.ndarray
+    seeds: tuple[int, ...]
+
+    def hits(self) -> np.ndarray:
+        """Return how many seeds have each image right, int (N,)."""
+        return self.right_SN.sum(axis=0, dtype=np.intp)
+
+
+def measure(
+    rows: Mapping[str, Sequence[Run]], names: Sequence[str], average_of: Sequence[str]
+) -> Measures:
+    """Measure rows of runs on sets, and compare the first `COMPARED` rows with each other.
+
+    Args:
+        rows: name of each row -> its runs, one of each seed.
+        names: the sets.
+        average_of: those whose mean is compared too, the OOD benchmarks.
+
+    Raises:
+        ValueError: if predictions were changed, or are not of the same images.
+    """
+    found = Measures(without=tuple(_without(rows, names)))
+    compared = list(rows)[:COMPARED]
+    sums: dict[str, _Sum] = {row: _Sum() for row in rows}
+    pair_sums: dict[tuple[str, str], _Sum] = {}
+    for name in names:
+        averaged = name in average_of
+        rights = _measure_set(found, rows, name, sums if averaged else {})
+        for pair, drawn_R in _compare(found, {r: rights[r] for r in compared if r in rights}, name):
+            if averaged:
+                pair_sums.setdefault(pair, _Sum()).add(drawn_R)
+    for row, one in sums.items():
+        if one.sets == len(average_of) > 0:
+            # of a row's average only the interval is used: the value is made of its counts
+            found.averages[row] = one.difference(0.0).interval
+    for (row, other), one in pair_sums.items():
+        if one.sets == len(average_of):
+            of_sets = [found.pairs[row, other, name] for name in average_of]
+            value = float(np.mean([pair.difference.value for pair in of_sets]))
+            seeds = np.mean([pair.seeds for pair in of_sets], axis=0)
+            found.average_pairs[row, other] = AveragePair(
+                one.difference(value), tuple(seeds.tolist())
+            )
+    return found
+
+
+def _without(rows: Mapping[str, Sequence[Run]], names: Sequence[str]) -> Iterator[Run]:
+    for members in rows.values():
+        for run in members:
+            if any(name in run.counts and not _is_kept(run, name) for name in names):
+                yield run
+
+
+def _is_kept(run: Run, name: str) -> bool:
+    """Whether a run's predictions of a set are there; results may be copied without them."""
+    count = run.counts.get(name)
+    return (
+        count is not None
+        and count.predictions_sha256 is not None
+        and predictions.path_of(run.path, name).is_file()
+    )
+
+
+def _read(run: Run, name: str) -> Predictions:
+    """Read a run's predictions of a set.
+
+    Raises:
+        ValueError: if they were changed, or do not give the count of results.json.
+    """
+    count, path = run.counts[name], predictions.path_of(run.path, name)
+    if count.total > IMAGES:
+        raise ValueError(
+            f"{path} has predictions of {count.total:,} images; a report reads those of {IMAGES:,}"
+        )
+    rows = predictions.read(path, count.total, count.predictions_sha256 or "")
+    if (right := int(rows.right.sum())) != count.correct:
+        raise ValueError(
+            f"{path} has {right:,} images right, {filenames.RESULTS} says {count.correct:,}; "
+            "evaluate the run again"
+        )
+    return rows
+
+
+class _Images(NamedTuple):
+    """The images of a set, as the first run has them."""
+
+    run: Run
+    key_N: np.ndarray
+    label_N: np.ndarray
+
+    def require_same(self, run: Run, rows: Predictions, name: str) -> None:
+        """Check that another run has the same images with the same labels in the same order."""
+        for what, own, other in (
+            ("images", self.key_N, rows.key),
+            ("labels", self.label_N, rows.label),
+        ):
+            if not np.array_equal(own, other):
+                first = int(np.argmax(own != other))
+                raise ValueError(
+                    f"{self.run.path} and {run.path} have predictions of different {what} for "
+                    f"{name}, although both name one packed set (first: row {first}, "
+                    f"{own[first]!a} and {other[first]!a}); evaluate both again"
+                )
+
+
+def _measure_set(
+    found: Measures,
+    rows: Mapping[str, Sequence[Run]],
+    name: str,
+    sums: Mapping[str, _Sum],
+) -> dict[str, _Right]:
+    """Measure each row whose runs all have predictions of a set; return what each has right."""
+    images: _Images | None = None
+    rights: dict[str, _Right] = {}
+    for row, members in rows.items():
+        if not all(_is_kept(run, name) for run in members):
+            continue
+        read: list[Predictions] = []
+        for run in members:
+            one = _read(run, name)
+            if images is None:
+                images = _Images(run, one.key, one.label)
+                found.classes[name] = _classes(one.label, classes_of([run], name))
+            images.require_same(run, one, name)
+            read.append(one)
+        right = _Right(np.stack([one.right for one in read]), tuple(run.seed for run in members))
+        none_N = np.zeros(right.right_SN.shape[1], dtype=np.intp)
+        # the gain over a system that is never right is the accuracy
+        gains = paired.tally(right.hits(), len(members), none_N, 1)
+        drawn_R = paired.redraw(gains, _draws(name, row))
+        if row in sums:
+            sums[row].add(drawn_R)
+        found.sets[row, name] = _set_measures(found.classes[name], read, right, gains, drawn_R)
+        rights[row] = right
+    return rights
+
+
+def _draws(*names: str) -> np.random.Generator:
+    """Return the draws of a row or pair: the same whatever else is in the report."""
+    return np.random.default_rng(list("\0".join(names).encode()))
+
+
+def _classes(label_N: np.ndarray, known: Classes | None) -> SetClasses:
+    label_K, images_K = np.unique(label_N, return_counts=True)
+    return SetClasses(label_K=label_K, images_K=images_K, known=known)
+
+
+def _set_measures(
+    classes: SetClasses,
+    read: Sequence[Predictions],
+    right: _Right,
+    gains: Gains,
+    drawn_R: np.ndarray,
+) -> SetMeasures:
+    images = len(read[0].label)
+    # labels may have gaps, as in ImageNet-R
+    class_N = np.searchsorted(classes.label_K, read[0].label)
+    correct_SK = np.stack(
+        [accuracy.per_group(one.right, class_N, len(classes.label_K))[0] for one in read]
+    )
+    if len(read) == 1:
+        interval = accuracy.wilson(int(right.right_SN.sum()), images)
+    else:
+        interval = paired.summarise(gains.mean, drawn_R).interval
+    confidence_N = np.concatenate([one.confidence for one in read])
+    seeds = zip(read, correct_SK, strict=True)
+    return SetMeasures(
+        images=images,
+        seeds=tuple(_numbers(one, correct_K, classes.images_K) for one, correct_K in seeds),
+        interval=interval,
+        bins=calibration.bins(confidence_N, right.right_SN.reshape(-1)),
+        class_correct_K=correct_SK.mean(axis=0),
+    )
+
+
+def _numbers(rows: Predictions, correct_K: np.ndarray, images_K: np.ndarray) -> Numbers:
+    images, right_N = len(rows.label), rows.right
+    scaled_nll = scaled_error = math.nan
+    if rows.scaled_confidence is not None and rows.scaled_log_likelihood is not None:
+        scaled_nll = -float(rows.scaled_log_likelihood.mean(dtype=np.float64))
+        scaled_error = calibration.bins(rows.scaled_confidence, right_N).error
+    return Numbers(
+        top1=int(right_N.sum()) / images,
+        top5=accuracy.top(rows.rank, TOP) / images,
+        per_class=accuracy.mean_of_groups(correct_K, images_K),
+        nll=-float(rows.log_likelihood.mean(dtype=np.float64)),
+        error_width=calibration.bins(rows.confidence, right_N).error,
+        error_mass=calibration.bins(rows.confidence, right_N, "mass").error,
+        scaled_nll=scaled_nll,
+        scaled_error=scaled_error,
+    )
+
+
+def _compare(
+    found: Measures, rights: Mapping[str, _Right], name: str
+) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
+    """Compare each two rows on a set; yield (row, other) and their replicates."""
+    if len(rights) < 2:
+        return
+    right_RN = np.concatenate([one.right_SN for one in rights.values()]).astype(np.float32)
+    # numbers of images below 2^24, which float32 has exactly
+    both_RR = np.rint(right_RN @ right_RN.T).astype(np.int64)
+    firsts = np.cumsum([0, *(len(one.seeds) for one in rights.values())])
+    at = {row: range(*firsts[place : place + 2]) for place, row in enumerate(rights)}
+    hits = {row: one.hits() for row, one in rights.items()}
+    images = right_RN.shape[1]
+    # a later row of the table against an earlier one, as a method against its baselines
+    for other, row in combinations(rights, 2):
+        one, two = rights[row], rights[other]
+        gains = paired.tally(hits[row], len(one.seeds), hits[other], len(two.seeds))
+        drawn_R = paired.redraw(gains, _draws(name, row, other), PAIR_REPLICATES)
+        matched = _matched(one.seeds, two.seeds)
+        a = np.array([at[row][place] for place, _ in matched])
+        b = np.array([at[other][place] for _, place in matched])
+        gained, lost = both_RR[a, a] - both_RR[a, b], both_RR[b, b] - both_RR[a, b]
+        found.pairs[row, other, name] = SetPair(
+            paired.summarise(gains.mean, drawn_R),
+            gains.gained,
+            gains.lost,
+            tuple(((gained - lost) / images).tolist()),
+            tuple(paired.mcnemar_p(gained, lost).tolist()),
+        )
+        yield (row, other), drawn_R
+
+
+def _matched(one: Sequence[int], two: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the places of seeds that are compared: equal ones, or else each with each."""
+    if set(one) == set(two):
+        return [(place, list(two).index(seed)) for place, seed in enumerate(one)]
+    return [(a, b) for a in range(len(one)) for b in range(len(two))]

@@ -1,0 +1,144 @@
+"""The top of a report: what was compared, what came of it, and what to be careful with. Pure."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rft.report import details, tables
+from rft.report.measures import Measures, significant
+from rft.report.read import Run
+from rft.report.tables import OOD_COLUMN, Row, columns, heading, pair_of, target
+from rft.runs import filenames
+from rft.sets import OOD_SETS, TEST_SETS
+
+NAMED = 8  # rows or sets that a sentence lists
+
+# blocks of the paper's tables that hold no system of its own (`tables.order`)
+BASELINE_BLOCKS = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Sentences for the top of the page."""
+
+    compared: str
+    conclusions: list[str]
+    warnings: list[str]
+
+
+def summarise(
+    runs: Sequence[Run], rows: Sequence[Row], shown: Sequence[Row], measures: Measures
+) -> Summary:
+    """Return the sentences; `shown` are the rows without those that a WiSE path is made of."""
+    return Summary(
+        _compared(runs, rows),
+        list(_conclusions(shown, measures)),
+        list(_warnings(runs, rows, measures)),
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _compared(runs: Sequence[Run], rows: Sequence[Row]) -> str:
+    seeds = sorted({len(row.seeds) for row in rows})
+    of_each = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    images = {name: count.total for run in runs for name, count in run.counts.items()}
+    sets = [f"{heading(name)} ({images[name]:,})" for name in columns(rows) if name in images]
+    clips = sorted({run.clip for run in runs} - {""})
+    of_clips = f", CLIP {_listed(clips)}" if clips else ""
+    return (
+        f"{_plural(len(rows), 'system')} from {_plural(len(runs), 'run')}, {of_each} "
+        f"seed{'' if seeds == [1] else 's'} of each{of_clips}. "
+        f"Test images: {_listed(sets) or 'none'}."
+    )
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _conclusions(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
+    """Yield what the numbers say: the best row, and how far it lies above its baselines."""
+    column = target(rows)
+    there = [row for row in rows if column in row.cells]
+    if len(there) < 2:
+        return
+    # of equal ones, the first in the order of the table
+    best = max(there, key=lambda row: row.cells[column].mean)
+    found = details.interval(measures, best.name, column)
+    images = "" if found is None else f" (95% interval {details.interval_percent(found)})"
+    yield (
+        f"Best {heading(column)}: {best.name}, {best.cells[column].text()}%{images}. It is chosen "
+        "on these test sets."
+    )
+    baselines = [row for row in there if tables.order(row.recipe)[0] in BASELINE_BLOCKS]
+    vanilla = [row for row in tables.baselines(rows) if row.recipe == "vanilla"]
+    others = sorted(
+        (row for row in baselines if row != best), key=lambda row: -row.cells[column].mean
+    )
+    named = {row.name: "" for row in vanilla if row != best}
+    if others:
+        named[others[0].name] = ", the best baseline" if len(others) > 1 else ""
+    by_name = {row.name: row for row in rows}
+    for name, role in named.items():
+        yield _against(best, by_name[name], role, column, measures)
+
+
+def _against(best: Row, other: Row, role: str, column: str, measures: Measures) -> str:
+    pair = pair_of(measures, best.name, other.name, column)
+    points = best.cells[column].mean - other.cells[column].mean
+    if pair is None:
+        return (
+            f"{points:+z.1f} points over {other.name}{role}; without predictions, whether that "
+            "could be chance is not known."
+        )
+    _, (low, high), p = pair.difference
+    judged = "significant" if significant(pair) else "not significant"
+    if low > 0 and judged != "significant":
+        judged += ", because not every seed's own difference has this sign"
+    return (
+        f"{points:+z.1f} points over {other.name}{role} (95% interval {100 * low:+z.1f} to "
+        f"{100 * high:+z.1f}, p {'<' if p < 0.001 else '='} {max(p, 0.001):.2g}): {judged}."
+    )
+
+
+def _warnings(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> Iterator[str]:
+    if any(run.config.scale == "miniature" for run in runs):
+        yield (
+            "Miniature world: a tiny CLIP on procedural images. Columns are stand-ins named after "
+            "the benchmarks, and their numbers say nothing about ImageNet."
+        )
+    if single := [row.name for row in rows if len(row.seeds) == 1 and row.recipe != "zero-shot"]:
+        which = f"{_listed(single)}:" if len(single) <= NAMED else f"{len(single)} systems have"
+        which = "All systems have" if len(single) == len(rows) else which
+        yield f"{which} one seed: how much another training would differ is not known."
+    for note in dict.fromkeys(note for run in runs for note in run.notes):
+        of = [f"{run.row} (seed {run.seed})" for run in runs if note in run.notes]
+        yield f"{_listed(of)}: {note}."
+    yield from _missing_sets(rows)
+    if measures.without:
+        of = [f"{run.row} (seed {run.seed})" for run in measures.without]
+        which = "All runs" if len(of) == len(runs) else _listed(of)
+        yield (
+            f"{which}: no predictions in the run folder, only the counts of "
+            f"{filenames.RESULTS}. Intervals, p-values, top-5, accuracies per class and "
+            "calibration are missing for them; evaluate them again."
+        )
+    if precisions := tables.precisions(rows).strip():
+        yield precisions
+
+
+def _missing_sets(rows: Sequence[Row]) -> Iterator[str]:
+    counted = set(columns(rows))
+    # own sets alone are no incomplete benchmark
+    if counted & set(TEST_SETS):
+        if absent := [heading(name) for name in TEST_SETS if name not in counted]:
+            yield f"Not evaluated: {', '.join(absent)}."
+        if OOD_COLUMN in counted:
+            lacking = [row.name for row in rows if OOD_COLUMN not in row.cells]
+            if lacking:
+                yield f"No OOD average, for lack of a set: {_listed(lacking)}."
+        elif counted & set(OOD_SETS):
+            yield f"No OOD average: no system has all {len(OOD_SETS)} of its sets."

@@ -1,0 +1,244 @@
+"""What predictions say of rows and pairs is what a plain computation says; files must agree."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from rft.report import measures as measures_module
+from rft.report import tables
+from rft.report.measures import AveragePair, SetPair, measure, significant
+from rft.report.read import load_runs
+from rft.runs import predictions
+from rft.sets import OOD_SETS, TEST_SETS
+from rft.statistics import calibration, paired
+from rft.statistics.accuracy import Interval, wilson
+from rft.statistics.paired import Difference
+from rft.storage import files
+from tests.report.make_runs import edit, make_predicted, make_run, predict
+
+SEEDS = (0, 1, 2)
+
+
+def measured(paths, **changes):
+    runs = load_runs(paths)
+    found = measure(tables.by_row(runs), TEST_SETS, OOD_SETS, **changes)
+    return runs, found
+
+
+def rows_of(path, name):
+    count = json.loads((path / "results.json").read_text())["sets"][name]
+    return predictions.read(predictions.path_of(path, name), count["total"])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Three rows: two with three seeds, zero-shot with one."""
+    folder = tmp_path_factory.mktemp("measured")
+    skills = {"zero-shot": 0.5, "vanilla": 0.55, "no-mask": 0.7}
+    paths = {
+        name: [
+            make_predicted(folder, name, seed, skill=skill)
+            for seed in SEEDS[: 1 if name == "zero-shot" else 3]
+        ]
+        for name, skill in skills.items()
+    }
+    runs, found = measured([path for members in paths.values() for path in members])
+    return paths, runs, found
+
+
+def test_a_rows_numbers_are_those_of_its_images(world):
+    paths, _, found = world
+    for row, members in paths.items():
+        for name in TEST_SETS:
+            one = found.sets[row, name]
+            for path, numbers in zip(members, one.seeds, strict=True):
+                rows = rows_of(path, name)
+                assert numbers.top1 == np.mean(rows.prediction == rows.label)
+                assert numbers.top5 == np.mean(rows.rank < 5)
+                by_class = [np.mean(rows.right[rows.label == label]) for label in (0, 1)]
+                assert numbers.per_class == pytest.approx(np.mean(by_class))
+                assert numbers.nll == pytest.approx(-rows.log_likelihood.astype(float).mean())
+                bins = calibration.bins(rows.confidence, rows.right)
+                assert numbers.error_width == bins.error
+                mass = calibration.bins(rows.confidence, rows.right, "mass")
+                assert numbers.error_mass == mass.error
+
+
+def test_one_seed_has_wilsons_interval_and_several_that_of_their_images(world):
+    paths, _, found = world
+    right_N = rows_of(paths["zero-shot"][0], "imagenet-a").right
+    interval = found.sets["zero-shot", "imagenet-a"].interval
+    assert interval == wilson(int(right_N.sum()), len(right_N))
+    right_SN = np.stack([rows_of(path, "imagenet-a").right for path in paths["vanilla"]])
+    expected = paired.bootstrap([right_SN.mean(axis=0)], seed=5).interval
+    width = expected.high - expected.low
+    interval = found.sets["vanilla", "imagenet-a"].interval
+    assert interval == pytest.approx(expected, abs=0.05 * width)
+
+
+def test_the_averages_interval_draws_each_set_by_itself(world):
+    paths, _, found = world
+    gains = [
+        np.mean([rows_of(path, name).right for path in paths["vanilla"]], axis=0)
+        for name in OOD_SETS
+    ]
+    expected = paired.bootstrap(gains, seed=5).interval
+    width = expected.high - expected.low
+    assert found.averages["vanilla"] == pytest.approx(expected, abs=0.05 * width)
+
+
+def test_a_pair_is_the_bootstrap_of_its_images_and_mcnemars_test_of_each_seed(world):
+    paths, _, found = world
+    gains = []
+    for name in OOD_SETS:
+        one_SN, two_SN = (
+            np.stack([rows_of(path, name).right for path in paths[row]])
+            for row in ("no-mask", "vanilla")
+        )
+        gain_N = paired.gains(one_SN, two_SN)
+        gains.append(gain_N)
+        pair = found.pair("no-mask", "vanilla", name)
+        assert pair.difference.value == pytest.approx(gain_N.mean())
+        expected = paired.bootstrap([gain_N], seed=5).interval
+        width = expected.high - expected.low
+        assert pair.difference.interval == pytest.approx(expected, abs=0.1 * width)
+        assert (pair.gained, pair.lost) == ((gain_N > 1e-9).sum(), (gain_N < -1e-9).sum())
+        tests = [paired.mcnemar(a_N, b_N) for a_N, b_N in zip(one_SN, two_SN, strict=True)]
+        assert pair.mcnemar == pytest.approx([test.p for test in tests])
+        own = [a_N.mean() - b_N.mean() for a_N, b_N in zip(one_SN, two_SN, strict=True)]
+        assert pair.seeds == pytest.approx(own)
+    average = found.average_pair("no-mask", "vanilla")
+    expected = paired.bootstrap(gains, seed=5)
+    width = expected.interval.high - expected.interval.low
+    assert average.difference.value == pytest.approx(expected.value)
+    assert average.difference.interval == pytest.approx(expected.interval, abs=0.1 * width)
+    assert average.seeds == pytest.approx(
+        np.mean([found.pair("no-mask", "vanilla", name).seeds for name in OOD_SETS], axis=0)
+    )
+
+
+def test_the_other_order_of_a_pair_has_the_other_sign(world):
+    _, _, found = world
+    there, back = (found.pair(*pair, "objectnet") for pair in (
+        ("no-mask", "vanilla"), ("vanilla", "no-mask"),
+    ))  # fmt: skip
+    assert back == -there
+    assert (back.gained, back.lost) == (there.lost, there.gained)
+    assert found.average_pair("vanilla", "no-mask") == -found.average_pair("no-mask", "vanilla")
+    assert found.pair("no-mask", "no-mask", "objectnet") is None
+
+
+def test_different_seeds_are_compared_each_with_each(world):
+    paths, _, found = world
+    right_N = rows_of(paths["zero-shot"][0], "imagenet-r").right
+    own = [rows_of(path, "imagenet-r").right.mean() - right_N.mean() for path in paths["vanilla"]]
+    assert found.pair("vanilla", "zero-shot", "imagenet-r").seeds == pytest.approx(own)
+
+
+@pytest.mark.slow
+def test_equal_seeds_are_paired_whatever_their_order(tmp_path):
+    """A file of a run may be named by any seed; pairs go by the number."""
+    one = [make_predicted(tmp_path / "a", "vanilla", seed) for seed in (0, 1)]
+    two = [make_predicted(tmp_path / "b", "no-mask", seed) for seed in (1, 0)]
+    _, found = measured([*one, *two])
+    expected = [
+        rows_of(two[1 - seed], "imagenet-v2").right.mean()
+        - rows_of(one[seed], "imagenet-v2").right.mean()
+        for seed in (0, 1)
+    ]
+    assert found.pair("no-mask", "vanilla", "imagenet-v2").seeds == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_intervals_do_not_depend_on_what_else_is_compared(world):
+    paths, _, found = world
+    _, alone = measured([*paths["vanilla"], *paths["no-mask"]])
+    assert alone.average_pairs["no-mask", "vanilla"] == found.average_pairs["no-mask", "vanilla"]
+    assert alone.averages["vanilla"] == found.averages["vanilla"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "seeds", "expected"),
+    [
+        (0.1, 0.2, (0.1, 0.2), True),
+        (-0.2, -0.1, (-0.1, -0.2), True),
+        (-0.1, 0.2, (0.1, 0.2), False),
+        (0.1, 0.2, (0.3, -0.01), False),
+        (0.1, 0.2, (0.3, 0.0), False),
+        (0.0, 0.2, (0.1,), False),
+    ],
+)
+def test_what_is_significant(low, high, seeds, expected):
+    difference = Difference((low + high) / 2, Interval(low, high), 0.01)
+    assert significant(AveragePair(difference, seeds)) == expected
+    pair = SetPair(difference, 1, 1, seeds, (1.0,) * len(seeds))
+    assert significant(pair) == significant(-pair) == expected
+
+
+@pytest.mark.slow
+def test_only_the_first_rows_are_compared(world, monkeypatch):
+    paths, _, _ = world
+    monkeypatch.setattr(measures_module, "COMPARED", 2)
+    _, found = measured([path for members in paths.values() for path in members])
+    assert set(found.average_pairs) == {("vanilla", "zero-shot")}
+    assert ("no-mask", "imagenet-a") in found.sets
+
+
+def test_runs_without_predictions_have_counts_alone(tmp_path):
+    old = make_run(tmp_path, "vanilla", percent=(70, 60, 50, 40, 30, 20), total=60)
+    new = make_predicted(tmp_path, "no-mask")
+    runs, found = measured([old, new])
+    assert found.without == (runs[0],)
+    assert {row for row, _ in found.sets} == {"no-mask"}
+    assert found.pairs == {}
+    # one seed of two: the mean over seeds would be of something else
+    half = make_run(tmp_path, "no-mask", 1, percent=(70, 60, 50, 40, 30, 20), total=60)
+    _, found = measured([old, new, half])
+    assert found.sets == {}
+
+
+def test_runs_of_different_images_are_refused(tmp_path):
+    paths = [make_predicted(tmp_path, name) for name in ("vanilla", "no-mask")]
+    right_N = np.ones(60, bool)
+    labels = {"imagenet-r": (np.arange(60) + 1) % 2}
+    predict(paths[1], {"imagenet-r": right_N}, labels=labels)
+    words = f"{paths[0]} and {paths[1]} have predictions of different labels for imagenet-r"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        measured(paths)
+
+
+def test_runs_of_different_keys_are_refused(tmp_path):
+    paths = [make_predicted(tmp_path, name) for name in ("vanilla", "no-mask")]
+    data = rows_of(paths[0], "imagenet-r")
+    key_N = data.key[::-1].copy()
+    other = predictions.Predictions(**{**vars(data), "key": key_N}).to_bytes()
+    where = predictions.path_of(paths[1], "imagenet-r")
+    where.write_bytes(other)
+    sets = json.loads((paths[1] / "results.json").read_text())["sets"]
+    sets["imagenet-r"] |= {
+        "predictions_sha256": files.sha256_bytes(other),
+        "correct": int(data.right.sum()),
+    }
+    edit(paths[1] / "results.json", sets=sets)
+    with pytest.raises(ValueError, match=r"different images for imagenet-r.*first: row 0"):
+        measured(paths)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"correct": 1}, "images right, results.json says 1; evaluate the run again"),
+        ({"predictions_sha256": "0" * 64}, "is not the file that results.json was written with"),
+        ({"total": 2**40}, "has predictions of 1,099,511,627,776 images; a report reads those of"),
+    ],
+)
+def test_predictions_that_do_not_belong_are_refused(tmp_path, changes, message):
+    path = make_predicted(tmp_path, "vanilla")
+    sets = json.loads((path / "results.json").read_text())["sets"]
+    sets["imagenet-a"] |= changes
+    edit(path / "results.json", sets=sets)
+    with pytest.raises(ValueError, match=message) as caught:
+        measured([path])
+    assert str(path) in str(caught.value)
