@@ -24,15 +24,10 @@ def of_rounds(above: Sequence[float], below: Sequence[float]) -> Ratio | None:
     }
 
 
-def shown(ratio: Ratio | float | None) -> str:
-    """Write a ratio with its range, and without its middle if the range is wide.
-
-    A bare number is of a result that is older than ranges.
-    """
+def shown(ratio: Ratio | None) -> str:
+    """Write a ratio with its range, and without its middle if the range is wide."""
     if ratio is None:
         return NOT_MEASURED
-    if isinstance(ratio, float):
-        return f"{ratio:.2f} (range not recorded)"
     low, high = ratio["lowest"], ratio["highest"]
     if high > WIDEST * low:
         return f"{low:.2f} to {high:.2f}"

@@ -88,9 +88,6 @@ def compiled() -> Pieces:
 
     Every layer shares one graph of each, for each token count and for weights that learn or do not.
     """
-    # the CAM goes backward through a graph that the loss needs again, and torch refuses that for a
-    # graph whose buffers a backward may overwrite
-    torch._functorch.config.donated_buffer = False  # pyrefly: ignore[missing-attribute]
     # sizes do not change within a run, and a kernel for any size is slower
     fixed = partial(torch.compile, dynamic=False)
     return Pieces(fixed(standardise), fixed(norm), fixed(add_norm), fixed(activate))

@@ -201,7 +201,7 @@ class FeatureFolder:
         for status, path in sorted(others, key=lambda other: other[0].st_mtime_ns):
             if size > self.limit or used + size <= self.limit:
                 break
-            if _delete_unused(path):
+            if local.remove_unlocked(path):
                 used -= status.st_size
         return used + size <= self.limit
 
@@ -224,16 +224,3 @@ def computed_by(device: torch.device) -> str:
     if device.type == "cuda":
         return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _delete_unused(path: Path) -> bool:
-    with suppress(OSError, ValueError):
-        # to write: NFS has an exclusive lock for such a descriptor alone
-        descriptor = local.open_regular(path, os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            return True
-        finally:
-            os.close(descriptor)
-    return False

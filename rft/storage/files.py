@@ -306,17 +306,8 @@ def _temporary(folder: Path, name: str, mode: int) -> Iterator[Path]:
 def remove_abandoned(folder: Path) -> None:
     """Delete what killed writers left in a local folder that others may be writing now."""
     for path in folder.iterdir():
-        if not TEMPORARY.fullmatch(path.name):
-            continue
-        # gone meanwhile, no regular file, held by its writer, or on a file system without locks
-        with contextlib.suppress(OSError, ValueError):
-            # to write: NFS has an exclusive lock for such a descriptor alone
-            descriptor = local.open_regular(path, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-            finally:
-                os.close(descriptor)
+        if TEMPORARY.fullmatch(path.name):
+            local.remove_unlocked(path)
 
 
 @contextlib.contextmanager

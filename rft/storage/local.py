@@ -5,6 +5,8 @@ has no end. What is written must not lie behind a symbolic link, which would lea
 deletion, to files that the user did not name. A folder that the user names may be a link.
 """
 
+import contextlib
+import fcntl
 import os
 import stat
 from collections.abc import Iterable
@@ -60,6 +62,23 @@ def require_replaceable(path: Path) -> None:
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
         what, _ = KINDS.get(stat.S_IFMT(mode), OTHER_KIND)
         raise ValueError(f"{path} is {what}, which is not replaced by a file; name a regular file")
+
+
+def remove_unlocked(path: Path) -> bool:
+    """Remove a regular file that no process holds a lock on; whether it was removed.
+
+    A file stays that is gone meanwhile, that is none, or whose file system has no locks.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        # to write: NFS has an exclusive lock for such a descriptor alone
+        descriptor = open_regular(path, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            return True
+        finally:
+            os.close(descriptor)
+    return False
 
 
 def open_regular(

@@ -62,10 +62,13 @@ def load(choice: Choice) -> Kernels:
 
 
 def _set_up_compiler() -> None:
+    # the CAM goes backward through a graph that the loss needs again, and torch refuses that for a
+    # graph whose buffers a backward may overwrite
+    torch._functorch.config.donated_buffer = False  # pyrefly: ignore[missing-attribute]
     # kernels by rule instead of by trial: the same on each node, as a resumed run's must be
     torch._inductor.config.deterministic = True  # pyrefly: ignore[missing-attribute]
     # Two token counts, gradients or none, two types: a second teacher with dropped tokens needs the
-    # eight variants that are allowed by default, and one more would run as written without a word.
+    # eight variants that are allowed by default, and a ninth would silently run uncompiled.
     torch._dynamo.config.recompile_limit = 32  # pyrefly: ignore[missing-attribute]
 
 

@@ -90,6 +90,7 @@ def test_a_finished_world_is_left_alone_and_another_is_refused(folder, tmp_path)
         world.write_world(tmp_path, scale=SCALE)
 
 
+@pytest.mark.slow
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(root: Path, *_):
         (root / "half").touch()

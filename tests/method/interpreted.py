@@ -19,7 +19,7 @@ CASES = [(3, 2, 17, 16), (2, 3, 50, 64), (1, 2, 64, 8), (2, 2, 65, 24), (1, 2, 1
 def difference(
     case: tuple[int, int, int, int], dtype: torch.dtype, *, broken: bool = False
 ) -> float:
-    """Compare the rows of one layer, whose heads lie in memory as in a tower.
+    """Compare one layer's rows; its heads have the memory layout of a tower's.
 
     `broken` has a NaN in the gradient of the first image: both must then have the same ones.
     """

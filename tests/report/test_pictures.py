@@ -232,6 +232,7 @@ def test_pictures_have_a_bounded_number_of_models(drawn, monkeypatch):
     assert legend.get_title().get_text() == "the first 8 of 27 models"
 
 
+@pytest.mark.slow
 def test_the_curves_of_many_recipes_leave_room_for_their_names(drawn):
     metrics = (Metrics(step=1, ce=1.0), Metrics(step=2, ce=2.0))
     runs = [replace(run_of(f"r{n}", percent=ALL), metrics=metrics) for n in range(64)]

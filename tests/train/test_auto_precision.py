@@ -70,6 +70,7 @@ def test_the_choice(choice, gpu, bf16, expected):
     assert resolve_precision(choice, gpu=gpu, bf16=bf16) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_tf32_is_for_those_who_name_it(three_epochs, monkeypatch, precision):
     chosen = []
@@ -136,6 +137,7 @@ def test_the_preset_names_its_own(three_epochs, bf16_gpu, monkeypatch, capsys):
     assert set_to == ["high"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_the_choice(three_epochs, bf16_gpu, capsys):
     run = three_epochs("run", "--dry-run")
     said = capsys.readouterr().out.splitlines()

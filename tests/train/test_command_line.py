@@ -35,6 +35,7 @@ def test_no_argument_means_the_main_recipe_on_the_miniature():
     assert train_command.parse(["--scale", "miniature", "--data", "d", "--run", "r"]).run == "r"
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing_and_refuses_what_a_run_refuses(
     refused, options, tmp_path, capsys
 ):

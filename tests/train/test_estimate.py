@@ -56,6 +56,7 @@ def test_numbers_of_ranks_that_can_share_the_batch(prepare):
     assert possible_ranks(in_parts, 1) == [1, 2]
 
 
+@pytest.mark.slow
 def test_what_it_says(prepare, arguments, tmp_path):
     job = prepare("--seed", "7")
     text = estimate(job, [*arguments, "--seed", "7"])
