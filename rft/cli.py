@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import tyro
 from fsspec.config import set_conf_env
 
-from rft import log
+from rft import commands, log
 from rft.storage import files, urls
 from rft.text import plain
 
@@ -194,6 +194,8 @@ def parse(kind: Callable[..., T], **options: Any) -> T:
         ValueError: with the first lines of tyro's complaint, which it would print as a box. For an
             option that is a path and was given a URL: pathlib makes a folder `s3:` of it.
     """
+    if commands.STARTED in os.environ:
+        options["prog"] = os.environ[commands.STARTED]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -234,15 +236,24 @@ def next_step(
     ranks: int = 1,
     unknown: Mapping[str, str] | None = None,
     label: str = "next",
+    on_gpus: bool = False,
 ) -> str:
     """Format the command that comes next, so that its line can be pasted into a shell.
 
     `words` come after `python`, or after torchrun where it starts several `ranks`. `unknown` are
-    words that the user fills in, each with its meaning, which gets a line of its own.
+    words that the user fills in, each with its meaning, which gets a line of its own. `on_gpus`
+    adds how several GPUs share it.
     """
-    launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc_per_node", str(ranks)]
-    line = f"{label}: {shlex.join([*launcher, *map(str, words)])}"
-    notes = (f"  ({word}: {meaning})" for word, meaning in (unknown or {}).items())
+    texts = [str(word) for word in words]
+    if commands.STARTED in os.environ:
+        # the same command by the name that this one was started by; it starts ranks by itself
+        launcher, texts = ["rft"], [*commands.named(texts)]
+    else:
+        launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc_per_node", str(ranks)]
+    line = f"{label}: {shlex.join([*launcher, *texts])}"
+    notes = [f"  ({word}: {meaning})" for word, meaning in (unknown or {}).items()]
+    if on_gpus and commands.STARTED not in os.environ:
+        notes.append(SEVERAL_GPUS)
     return "\n".join([line, *notes])
 
 

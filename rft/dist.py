@@ -6,11 +6,12 @@ Works the same in one process without torchrun; then nothing is initialised.
 import contextlib
 import dataclasses
 import datetime
+import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -361,3 +362,30 @@ def skip_sync(module: nn.Module, skip: bool) -> contextlib.AbstractContextManage
     if skip and isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()
+
+
+def start_ranks(module: str, options: Sequence[str], ranks: int) -> int:
+    """Start `python -m MODULE OPTION...` as so many ranks on this machine, as torchrun does.
+
+    Returns:
+        The exit code: 0, that of the rank that failed first, or 128 + the number of its signal, or
+        of the one that this process got. What went wrong was printed by a rank.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # its own account of a failure is a page, below the one line that says all
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # as torchrun does, but without its warning
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    words = ["--standalone", "--nproc_per_node", str(ranks), "-m", module, *options]
+    try:
+        run.run(run.parse_args(words))
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    return 0

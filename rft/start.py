@@ -23,7 +23,8 @@ def is_command() -> bool:
     """Whether this process was started as a command of rft; others import it as a library."""
     # "-m" stands there until the module is found, and rft is imported to find it
     started = sys.argv[0] if sys.argv else ""
-    return started == "-m" or Path(started).resolve().parent == TOOLS
+    path = Path(started)
+    return started == "-m" or path.stem == "rft" or path.resolve().parent == TOOLS
 
 
 def watch_imports() -> None:

@@ -1,72 +1,7 @@
 """Pack ImageNet's training and validation images into tar shards: see --help."""
 
-from dataclasses import dataclass, field
-from typing import Literal
-
-import tyro
-
-from rft import cli, recipes
-from rft.packing.expected import parse_allowed_counts
-from rft.packing.pack import Options, pack
-from rft.shards.label_space import choose_labels
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardImagenet:
-    """Pack ImageNet into WebDataset tar shards: OUT/imagenet-train and OUT/imagenet-val.
-
-    The source is found by looking, and the same images in any form give the same shards: class
-    folders (train/<wnid>/*.JPEG, val/<wnid>/*.JPEG), or the archives as they are downloaded, which
-    are never extracted (ILSVRC2012_img_train.tar or a folder of its 1000 tars;
-    ILSVRC2012_img_val.tar or its flat files in val/, with ILSVRC2012_devkit_t12.tar.gz or that
-    folder beside them, which has their classes). A killed or failed run continues when it is
-    started again with the same arguments, and gives the same bytes for any number of workers and
-    tasks. Example, on four machines (I = 0, 1, 2, 3):
-
-    python tools/shard_imagenet.py --source /data/imagenet --out s3://bucket/rft --task I/4
-    """
-
-    source: str
-    """Folder that holds train/ and val/ or the archives, itself or in imagenet/ or ILSVRC2012/."""
-    out: str
-    """Where the packed sets go: a folder, or a URL (s3://, gs://, az://, ...)."""
-    splits: tuple[Literal["train", "val"], ...] = ("train", "val")
-    """Which splits to pack."""
-    classes: str | None = None
-    """JSON file with another label space (keys ids, names, templates); None is ImageNet's 1000."""
-    allow_count: tuple[str, ...] = ()
-    """SET=N: accept this copy, which has N images and not the published number (for each set one,
-    such as imagenet-val=49999)."""
-    packing: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
-    """How to pack."""
-
-
-def main() -> None:
-    """Pack what the command line names."""
-    command = cli.parse(ShardImagenet, config=(tyro.conf.FlagCreatePairsOff,))
-    if not command.splits:
-        raise ValueError("--splits names nothing to pack")
-    labels = choose_labels(command.classes)
-    datasets = [f"imagenet-{split}" for split in command.splits]
-    allowed = parse_allowed_counts(command.allow_count, datasets)
-    complete = [
-        pack(name, command.source, command.out, labels, command.packing, allowed.get(name))
-        for name in datasets
-    ]
-    if all(complete):
-        say_next(command)
-
-
-def say_next(command: ShardImagenet) -> None:
-    """Print the command that trains on the set, or evaluates on it where it is the test set."""
-    words: list[str] = ["-m", "rft.train", recipes.DEFAULT, "--data", command.out]
-    if "train" in command.splits:
-        print(cli.next_step([*words, "--run-dir", "runs/first"]))
-    else:
-        words = ["-m", "rft.evaluate", "RUN", "--data", command.out, "--sets", "imagenet-val"]
-        print(cli.next_step(words, unknown={"RUN": "folder of a run that was trained"}))
-    print(cli.SEVERAL_GPUS)
-
+from rft import cli
+from rft.packing.commands.imagenet import main
 
 if __name__ == "__main__":
     cli.run(main)

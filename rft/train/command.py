@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,6 +164,8 @@ def tell_start(job: Job, why: str) -> None:
 
 def main() -> None:
     """Parse, check, train."""
+    # or the tokenizer warns of each loader process that is forked after its use
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     world = dist.world_from_env()
     command = parse_command(sys.argv[1:], world.size)
     config = command.config

@@ -1,0 +1,1 @@
+"""The commands that make packed sets: tools/*.py, and `rft pack`, `rft index`, `rft verify`."""

@@ -1,0 +1,136 @@
+"""Pack one's own images into tar shards: `python tools/shard_folder.py`."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import Field
+
+from rft import cli, recipes
+from rft.packing.own_folder import Photos, read_folder, same_bytes
+from rft.packing.pack import Options, pack_source
+from rft.packing.source import Source, require_apart
+from rft.sets import ClassScore
+from rft.shards.label_space import LabelSpace
+from rft.storage.documents import Seed, Share, document
+from rft.text import printable
+
+SETS = ("train", "test", "val")
+LINES = 20  # warnings, and pairs of equal images, that are printed
+
+log = logging.getLogger("rft.tools")
+
+
+@document(name="--")
+class ShardFolder:
+    """Pack your own images into WebDataset tar shards: OUT/train and OUT/test.
+
+    The source is DIR/<class>/..., of which a share is held out as the test set, or
+    DIR/train/<class>/... and DIR/test/<class>/... (or val; spellings such as Training and test_set
+    are recognised). Images are JPEG, PNG or WebP. A killed or failed run continues when it is
+    started again with the same arguments, and gives the same bytes for any number of workers and
+    tasks. Example:
+
+    python tools/shard_folder.py --source photos --out shards --classes classes.json
+    """
+
+    source: str
+    """Folder that holds the class folders, or train/ and test/ (or val/) with these in them."""
+    out: str
+    """Where the packed sets go: a folder, or a URL (s3://, gs://, az://, ...)."""
+    classes: str | None = None
+    """JSON file that says what the class folders show, in label order: {"ids": [folder names],
+    "names": [words for the text encoder], "templates": ["a photo of a {c}.", ...]}. None takes the
+    folder names with underscores as spaces, and OpenAI's 80 prompts for ImageNet."""
+    test_share: Annotated[Share, Field(lt=1)] = 0.2
+    """Share of each class that is held out as test set, where the source has none; 0 is none."""
+    split_seed: Seed = 0
+    """Seed of that choice."""
+    ignore: tuple[str, ...] = ()
+    """Names of files and folders to pass over, such as '*.mov' '*.aae', in any case of letters.
+    Hidden files and those that NAS devices, macOS and Windows leave behind are always passed over.
+    """
+    score: ClassScore = "top1"
+    """The number that the test sets are known by: the share of images that are right, or the mean
+    of that of each class."""
+    ood: bool = False
+    """Declare the test sets out-of-distribution: they count into the OOD average, and no training
+    takes their images."""
+    packing: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    """How to pack."""
+
+
+def main() -> None:
+    """Pack what the command line names."""
+    command = cli.parse(ShardFolder, config=(tyro.conf.FlagCreatePairsOff,))
+    source = Path(command.source)
+    require_apart([source], command.out, SETS)
+    labels = LabelSpace.load(command.classes) if command.classes else None
+    photos = read_folder(source, labels, command.test_share, command.split_seed, command.ignore)
+    sources, labels = declare(photos.sources, command), photos.labels
+    # a class folder may be a link, and the set must not be written into its target either
+    folders = {(found.root / item.path).parent for found in sources for item in found.items}
+    linked = [path for path in folders if not path.resolve().is_relative_to(source.resolve())]
+    require_apart(linked, command.out, SETS)
+    say(photos)
+    complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
+    if all(complete):
+        say_next(sources, command.out)
+
+
+def declare(sources: Sequence[Source], command: ShardFolder) -> list[Source]:
+    """Return the sources with what the command declares of test sets; the first is to train on."""
+    train, *tests = sources
+    if command.ood and not tests:
+        raise ValueError(
+            "--ood declares a test set, and all images would be packed as train; "
+            "tools/shard_set.py packs them as one set of any name"
+        )
+    return [train, *(replace(one, score=command.score, ood=command.ood) for one in tests)]
+
+
+def say(photos: Photos) -> None:
+    """Print what was found, and warnings of what is rarely meant."""
+    sources, labels = photos.sources, photos.labels
+    for layout in dict.fromkeys(source.layout for source in sources):
+        print(f"found {printable(layout)}")
+    for note in photos.notes:
+        print(note)
+    print(f"prompts: {len(labels.templates)}, such as {labels.templates[0]!r}")
+    counts = {source.dataset: Counter(item.label for item in source.items) for source in sources}
+    for class_id, (name, words) in enumerate(zip(labels.ids, labels.names, strict=True)):
+        numbers = ", ".join(f"{count[class_id]} {dataset}" for dataset, count in counts.items())
+        print(f"class {printable(name)} ({printable(words)}): {numbers}")
+    for warning in photos.warnings[:LINES]:
+        log.warning(warning)
+    if len(photos.warnings) > LINES:
+        log.warning(f"{len(photos.warnings) - LINES:,} more such warnings")
+    same = same_bytes(sources)
+    warn_of_pairs(same.between_classes, "of equal images in two classes; one label is wrong")
+    warn_of_pairs(same.between_sets, "of equal images in two sets; a test on them proves nothing")
+
+
+def warn_of_pairs(pairs: Sequence[tuple[str, str]], what: str) -> None:
+    """Print a warning with the number of pairs and the first of them."""
+    if not pairs:
+        return
+    lines = [f"  {printable(one)} = {printable(other)}" for one, other in pairs[:LINES]]
+    more = [f"  ... and {len(pairs) - LINES:,} more"] if len(pairs) > LINES else []
+    number = f"{len(pairs):,} pair{'s' if pairs[1:] else ''}"
+    log.warning(f"{number} {what}:", extra={"lines": [*lines, *more]})
+
+
+def say_next(sources: Sequence[Source], out: str) -> None:
+    """Print the commands that train on the sets and test on them."""
+    words = ["-m", "rft.train", recipes.DEFAULT, "--data", out, "--train-set", "train"]
+    words += ["--scale", "small", "--run-dir", "runs/first"]
+    tests = [source.dataset for source in sources[1:]]
+    print(cli.next_step(words, on_gpus=not tests))
+    # the first is the training set
+    if tests:
+        words = ["-m", "rft.evaluate", "runs/first", "--data", out, "--sets", *tests]
+        print(cli.next_step(words, label="then", on_gpus=True))

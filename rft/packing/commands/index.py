@@ -1,0 +1,50 @@
+"""Make existing tar shards readable for rft: `python tools/index_shards.py`."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from rft import cli
+from rft.packing.foreign.index import index_shards
+from rft.packing.foreign.rule import Options
+from rft.shards.label_space import choose_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexShards:
+    """Write manifest, index.npz and samples.npz for existing WebDataset tar shards, which stay.
+
+    A sample is an image (jpg, jpeg, png, webp) with its label: a .cls member, or a field of its
+    .json. That covers timm's imagenet-1k-wds, CLIP_benchmark's wds_* sets and img2dataset's output.
+    Evaluation and training find a set by its folder name, so --out ends in it. Examples:
+
+    python tools/index_shards.py '/data/imagenet/imagenet1k-train-{0000..1023}.tar'
+    --out s3://bucket/rft/imagenet-train
+
+    python tools/index_shards.py 'https://host/wds_imagenet-r/test/{0..3}.tar' --out data/imagenet-r
+    """
+
+    shards: tyro.conf.Positional[tuple[str, ...]]
+    """Paths or URLs, with bash braces: 'folder/{000..127}.tar'."""
+    out: str
+    """Folder or URL of manifest and index; where the shards lie in it, it moves with them."""
+    classes: str | None = None
+    """JSON file with another label space (keys ids, names, templates); None is ImageNet's 1000."""
+    reading: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    """How the shards are understood."""
+
+
+def main() -> None:
+    """Index what the command line names."""
+    command = cli.parse(IndexShards, config=(tyro.conf.FlagCreatePairsOff,))
+    labels = choose_labels(command.classes)
+    manifest = index_shards(command.shards, command.out, labels, command.reading)
+    print(
+        f"{manifest.dataset}: {manifest.samples:,} samples in {len(manifest.shards)} shards, "
+        f"{len(manifest.groups)} classes scored; index at {command.out}"
+    )
+    # beside this file, wherever it was called from
+    verify = Path(sys.argv[0]).with_name("verify_shards.py")
+    print(cli.next_step([verify, command.out, "--deep"]))

@@ -1,0 +1,79 @@
+"""Check sets against their manifests: `python tools/verify_shards.py`."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+from rich.console import Console
+
+from rft import cli
+from rft.config import MAX_PIXELS
+from rft.packing.verify import Report, verify
+from rft.storage import files
+from rft.storage.documents import Megapixels, Positive, document
+
+LINES = 50  # problems printed; the report file has all
+
+
+@document(name="--")
+class VerifyShards:
+    """Check that a set is what its manifest says; exit code 0 if so, 1 if not.
+
+    The quick check reads manifest.json, index.npz and samples.npz and asks for the size of each
+    shard. --deep reads every byte: the sha256 and the tar headers of each shard, and for each
+    sample its key, place, crc32, label and hash, and it decodes the image. Example:
+
+    python tools/verify_shards.py s3://bucket/rft/imagenet-val --deep --report val.json
+    """
+
+    url: tyro.conf.Positional[str]
+    """Folder or URL that holds manifest.json."""
+    deep: bool = False
+    """Read every byte of every shard."""
+    max_pixels: Megapixels = MAX_PIXELS
+    """Millions of pixels that an image may have (--deep); raise it for panoramas."""
+    report: str | None = None
+    """Write the result to this JSON file, all problems with it."""
+    workers: Positive | None = None
+    """Processes that read shards (--deep); None is one for each core this process may use."""
+
+
+def main() -> None:
+    """Check what the command line names."""
+    command = cli.parse(VerifyShards, config=(tyro.conf.FlagCreatePairsOff,))
+    if command.report is not None:
+        files.require_writable(command.report)  # before an hour of reading
+    report = verify(
+        command.url, deep=command.deep, workers=command.workers, max_pixels=command.max_pixels
+    )
+    if command.report is not None:
+        files.write_json(command.report, report.to_json())
+    say(report)
+    sys.exit(1 if report.problems else 0)
+
+
+def say(report: Report) -> None:
+    """Print a summary and the problems, one line each."""
+    # a problem stays one line; names of others are no markup and no emoji
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    if report.dataset:
+        filled = [count for count in report.per_class if count]
+        spread = f" of {_range(filled)} samples" if filled else ""
+        console.print(
+            f"{report.dataset}: {report.samples:,} samples in {report.shards:,} shards, "
+            f"{report.bytes / 2**20:,.1f} MiB, {len(filled):,} classes{spread}",
+        )
+    for problem in report.problems[:LINES]:
+        console.print(str(problem), style="red")
+    if len(report.problems) > LINES:
+        console.print(f"... and {len(report.problems) - LINES:,} more; --report FILE has them all")
+    depth = "every byte was read" if report.deep else "quick check; --deep reads every byte"
+    if report.problems:
+        console.print(f"{len(report.problems):,} problems ({depth})", style="bold red")
+    else:
+        console.print(f"all is as the manifest says ({depth})", style="green")
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
