@@ -28,6 +28,8 @@ class Command(NamedTuple):
     """Whether several processes can share its work."""
     script: str = ""
     """Its file in tools/, if it has one."""
+    first: tuple[str, ...] = ()
+    """Options that it always has."""
 
     @property
     def package(self) -> str:
@@ -60,7 +62,10 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "merge": Command("rft.merge.command", "average weights: WiSE-FT, soups", ranks=True),
     "convert": Command("rft.convert.command", "import and export weights"),
     "report": Command("rft.report.command", "put evaluated runs side by side"),
-    "reproduce": Command("rft.demo.command", "the paper's experiments in miniature"),
+    "demo": Command("rft.demo.command", "the method on a miniature world, from images to a report"),
+    "reproduce": Command(
+        "rft.demo.command", "every experiment of the paper, in miniature", first=("paper",)
+    ),
     "env": Command("rft.env", "which libraries are in use here"),
 }
 
@@ -106,6 +111,7 @@ def run(words: Sequence[str]) -> None:
     elif found is None:
         found = _refuse("command", name, COMMANDS)
     os.environ[STARTED] = f"rft {name}"
+    rest[:0] = found.first
     ranks = _take_ranks(rest) if found.ranks else 1
     sys.argv = [sys.argv[0], *rest]
     # late: they take seconds, and which is needed is known only now
@@ -124,7 +130,7 @@ def named(words: Sequence[str]) -> list[str]:
     started = words[1] if words[0] == "-m" else Path(words[0]).name
     every = {(name,): one for name, one in COMMANDS.items() if isinstance(one, Command)}
     every |= {("pack", kind): one for kind, one in PACK.items()}
-    (found,) = (name for name, one in every.items() if started in (one.package, one.script))
+    found = next(name for name, one in every.items() if started in (one.package, one.script))
     return [*found, *words[2 if words[0] == "-m" else 1 :]]
 
 

@@ -9,6 +9,7 @@ import datetime
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,15 @@ from rft.storage import files, urls
 from rft.text import short
 
 T = TypeVar("T")
+
+# variables for ranks on one machine: torchrun would choose one thread for each with a long warning,
+# and its usual store listens on every address
+RANKS_HERE = {
+    "OMP_NUM_THREADS": "1",
+    "PET_RDZV_BACKEND": "c10d",
+    "PET_RDZV_CONF": "store_type=file",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,24 +378,32 @@ def start_ranks(module: str, options: Sequence[str], ranks: int) -> int:
     """Start `python -m MODULE OPTION...` as so many ranks on this machine, as torchrun does.
 
     Returns:
-        The exit code: 0, that of the rank that failed first, or 128 + the number of its signal, or
-        of the one that this process got. What went wrong was printed by a rank.
+        The exit code: 0, that of the rank that failed first, which printed why, or 128 + the number
+        of the signal that this process got.
+
+    Raises:
+        ChildProcessError: if a rank was ended by a signal.
     """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # its own account of a failure is a page, below the one line that says all
-    for name in ("torch.distributed.elastic", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    # as torchrun does, but without its warning
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    words = ["--standalone", "--nproc_per_node", str(ranks), "-m", module, *options]
+    logging.disable(logging.CRITICAL)
+    for name, value in RANKS_HERE.items():
+        os.environ.setdefault(name, value)
+    words = ["--nproc_per_node", str(ranks), "-m", module, *options]
     try:
         run.run(run.parse_args(words))
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+        rank, first = error.get_first_failure()
+        if first.exitcode > 0:
+            return first.exitcode
+        # it had no time for a line of its own
+        raise ChildProcessError(
+            f"rank {rank} was ended by {signal.Signals(-first.exitcode).name}; SIGKILL often means "
+            "that the machine's memory was used up"
+        ) from error
     except SignalException as stopped:
         return 128 + stopped.sigval
     return 0

@@ -17,7 +17,7 @@ import pytest
 from benchmarks.servers.ranges import range_server
 from benchmarks.tiny_world import children, environment
 from benchmarks.waiting import until
-from rft.demo.command import MEET_IN_FILES
+from rft.dist import RANKS_HERE
 from rft.evaluate import command as evaluate_command
 from rft.merge import command as merge_command
 from rft.runs.filenames import LAST
@@ -129,7 +129,7 @@ def sockets(pid: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variables", [{}, MEET_IN_FILES], ids=["standalone", "loopback only"])
+@pytest.mark.parametrize("variables", [{}, RANKS_HERE], ids=["standalone", "loopback only"])
 def test_ranks_on_one_machine_listen_on_loopback(tmp_path, variables):
     """torchrun's own two stores listen everywhere; docs/cluster.md tells how it does without.
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rft import cli, recipes
+from rft import cli, dist, recipes
 from rft.demo.miniature import FOLDER, prepare_data, shards
 from rft.evaluate.results import is_current
 from rft.experiments import Experiment, Study, experiments
@@ -106,14 +106,6 @@ def is_done(stage: Experiment, data: str) -> bool:
     return all(is_current(path, manifests) for path in models)
 
 
-# ranks that meet in torchrun's usual store make it listen on every address of the machine
-MEET_IN_FILES = {
-    "PET_RDZV_BACKEND": "c10d",
-    "PET_RDZV_CONF": "store_type=file",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-}
-
-
 def local(command: tuple[str, ...], processes: int) -> tuple[str, ...]:
     """Return a command of the plan for this interpreter and so many ranks on this machine."""
     launcher, *rest = command
@@ -131,9 +123,8 @@ def run(name: str, command: tuple[str, ...]) -> None:
     # to be pasted: not the path of this interpreter
     shown = shlex.join(("python", *command[1:]))
     print(f"\n$ {shown}", flush=True)
-    # one thread for each rank, which torchrun would choose with a long warning; the user's own
-    # variables come last and win
-    environment = {"OMP_NUM_THREADS": "1", **MEET_IN_FILES, **os.environ}
+    # the user's own variables come last and win
+    environment = {**dist.RANKS_HERE, **os.environ}
     if code := subprocess.run(command, env=environment).returncode:
         raise ValueError(
             f"{name} ended with exit code {code}, what it said is above; started again, "
