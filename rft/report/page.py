@@ -65,6 +65,8 @@ class Report:
     beside: Beside | None
     pictures: dict[str, Picture]
     """Name -> picture, of those that the runs have something to draw for."""
+    frames: dict[int, bytes]
+    """Step -> WebP of the gallery's images at that step, ascending."""
     gallery_run: Run | None
 
     @property
@@ -144,12 +146,14 @@ def compose(runs: list[Run], line: Line | None = None, *, draw: bool = True) -> 
     measured = measures.measure(tables.by_row(runs), counted, OOD_SETS)
     differences = tables.difference_rows(runs, shown, measured)
     example = next((run for run in runs if run.gallery_path.is_file()), None)
-    pictures = {}
+    pictures, frames = {}, {}
     if draw:
         with plots.explained():
             pictures = _pictures(runs, rows, shown, measured)
             if example is not None:
-                pictures["gallery"] = Picture(gallery.picture(read_gallery(example.gallery_path)))
+                found = read_gallery(example.gallery_path)
+                pictures["gallery"] = Picture(gallery.picture(found))
+                frames = gallery.frames(found)
     return Report(
         runs=runs,
         rows=rows,
@@ -159,6 +163,7 @@ def compose(runs: list[Run], line: Line | None = None, *, draw: bool = True) -> 
         tables=tables.text_tables(shown, differences, len(rows) - len(shown)),
         beside=beside.beside(runs, rows),
         pictures=pictures,
+        frames=frames,
         gallery_run=example,
     )
 
@@ -212,6 +217,9 @@ def render(report: Report) -> str:
         absent=tables.ABSENT,
         pictures=dict.fromkeys((*FIGURES, "gallery"))
         | {name: _shown(picture) for name, picture in report.pictures.items()},
+        frames=[
+            (f"step {step}", _data_url("webp", content)) for step, content in report.frames.items()
+        ],
         held_out=any(line.held_out_total for run in report.runs for line in run.metrics),
         figure_7=figure_7_names(report.rows),
         grids=_named(targets, lambda name: details.statistics_grid(shown, measured, name)),
@@ -281,9 +289,12 @@ def _shown(picture: Picture) -> dict[str, Any]:
         return {"svg": picture.svg}
     # the first chunk of a PNG is its header, whose data begin at byte 16
     width, height = (int.from_bytes(picture.png[at : at + 4], "big") for at in (16, 20))
-    data = base64.b64encode(picture.png).decode("ascii")
-    source = f"data:image/png;base64,{data}"
+    source = _data_url("png", picture.png)
     return {"svg": "", "source": source, "width": width // 2, "height": height // 2}
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def provenance_lines(runs: Sequence[Run]) -> list[str]:

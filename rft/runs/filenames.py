@@ -17,6 +17,7 @@ METRICS = "metrics.jsonl"  # while the run trains
 PROGRESS = "progress.json"  # after each checkpoint, for monitoring; resuming does not read it
 TRAINING = "training.json"  # written last by a training
 GALLERY = "gallery.npz"  # by a training that masks, before training.json
+FRAMES = "frames.npz"  # what gallery.npz will show of the steps, while the run trains
 RESULTS = "results.json"  # by rft.evaluate
 PREDICTIONS = "predictions"  # by rft.evaluate before results.json: a file for each set
 LOCALISATION = "localisation.json"  # by rft.evaluate.localisation

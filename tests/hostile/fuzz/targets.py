@@ -469,7 +469,7 @@ def documents(world: Path, folder: Path) -> Target:
 
     shutil.copytree(world / "hub", folder / "hub", dirs_exist_ok=True)
     shutil.copytree(world / "clip", folder / "clip", dirs_exist_ok=True)
-    make_gallery(folder / "gallery.npz", size=16)
+    make_gallery(folder / "gallery.npz", size=16, frames=2)
     valid_gallery = (folder / "gallery.npz").read_bytes()
     valid_predictions = evaluated(3).predicted.predictions.to_bytes()
     sources = {
