@@ -35,4 +35,4 @@ FEATURES = "features"  # of frozen towers while the run trains; safe to delete
 LOCK = ".lock"  # held by the one training that writes the folder
 
 # written through; all others are replaced as a whole
-WRITTEN_THROUGH = (CHECKPOINTS, TENSORBOARD, WANDB, PROFILE, FEATURES, METRICS, LOCK)
+WRITTEN_THROUGH = (CHECKPOINTS, TENSORBOARD, WANDB, PROFILE, FEATURES, PREDICTIONS, METRICS, LOCK)
