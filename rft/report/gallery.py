@@ -36,8 +36,8 @@ RULE = 54  # below the heading of a group
 KEPT, MASKED = (232, 232, 232), (38, 70, 110)  # RGB
 HATCH_LIGHT, HATCH_DARK = 205, 150  # grey levels
 FRAME_BYTES = 60_000  # of the picture of a frame
-FRAME_IMAGES = 8
-QUALITIES = (80, 60, 40, 20)  # of WebP, the first that fits
+FRAME_IMAGES, FRAME_SIDE = 8, 256  # pixels of an image at most; a page has less room for eight
+QUALITIES = (75, 40, 20)  # of WebP, the first that fits
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def frames(gallery: Gallery) -> dict[int, bytes]:
     if gallery.frames is None or len(gallery.frames.steps_S) < 2:
         return {}
     large = enlarge(gallery)
-    count = len(large.images_BHWC)
+    count, size = large.images_BHWC.shape[:2]
     chosen = np.linspace(0, count - 1, min(count, FRAME_IMAGES)).astype(int)
     images_BHWC, kept = large.images_BHWC[chosen], gallery.frames
     found = {}
@@ -199,7 +199,7 @@ def frames(gallery: Gallery) -> dict[int, bytes]:
             rows.append(np.where(masked_BHW1, np.array(MASKED, np.uint8), images_BHWC))
         # images side by side
         pixels_HWC = np.concatenate([np.concatenate([*row], axis=1) for row in rows])
-        found[step] = _webp(Image.fromarray(pixels_HWC))
+        found[step] = _webp(Image.fromarray(pixels_HWC).reduce(-(-size // FRAME_SIDE)))
     return found
 
 

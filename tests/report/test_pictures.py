@@ -465,6 +465,13 @@ def test_frames_show_relevance_and_masks_of_each_step(tmp_path, masks):
     assert len(set(found.values())) == 4
 
 
+@pytest.mark.slow
+def test_frames_of_large_images_are_no_larger_than_a_page(tmp_path):
+    path = make_gallery(tmp_path / "gallery.npz", size=288, patch=32, batch=2, frames=2)
+    for webp in gallery.frames(read_gallery(path)).values():
+        assert decode(webp).shape == (288, 288, 3)
+
+
 def test_without_two_steps_there_are_no_frames(tmp_path):
     for frames in (0, 1):
         path = make_gallery(tmp_path / "gallery.npz", batch=2, frames=frames)
