@@ -137,10 +137,11 @@ def keep_frame(job: Job, step: int) -> None:
         return
     batch = job.batches.packed.batch(samples, job.batches.image_size)
     images_BCHW, labels_B = (to_device(one, job.device) for one in batch[:2])
-    # no more together than a step has memory for
-    together = job.config.micro_batch(job.world.size)
+    # no more together than a step has memory for: fp32 takes twice the bytes of bf16
+    together = max(1, job.config.micro_batch(job.world.size) // 2)
     parts = zip(images_BCHW.split(together), labels_B.split(together), strict=True)
-    maps = [label_map(job.student, images, labels, method.cam) for images, labels in parts]
+    recompute = job.objective.recompute
+    maps = [label_map(job.student, *part, method.cam, recompute=recompute) for part in parts]
     relevance_BP = torch.cat(maps).cpu()
     columns = {"steps_S": np.array([step]), "relevance_SBP": relevance_BP[None].numpy()}
     if method.needs_cam:

@@ -121,3 +121,10 @@ def test_the_maps_are_of_the_runs_own_kind(three_epochs):
     chefer, grad_cam = three_epochs("chefer", *options[2:]), three_epochs("cam", *options)
     maps = [read(run / GALLERY).frames.relevance_SBP for run in (chefer, grad_cam)]
     assert not np.allclose(*maps)
+
+
+@pytest.mark.slow
+def test_recomputed_layers_give_the_same_frames(three_epochs):
+    options = ("--optim.epochs", 0)
+    kept, recomputed = three_epochs("kept", *options), three_epochs("re", *options, "--recompute")
+    assert (kept / GALLERY).read_bytes() == (recomputed / GALLERY).read_bytes()
