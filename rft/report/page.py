@@ -23,11 +23,10 @@ from rft.report.comparison import Beside
 from rft.report.measures import Measures
 from rft.report.read import Run, load_runs, shown_settings
 from rft.report.summary import Summary, summarise
-from rft.report.tables import OOD_COLUMN, Row, TextTable, heading
+from rft.report.tables import OOD_COLUMN, Row, TextTable, heading, is_average
 from rft.report.testbed import read_line
 from rft.runs.gallery_file import read as read_gallery
 from rft.runs.records import ORIGINS, Provenance
-from rft.sets import OOD_SETS
 from rft.statistics.robustness import Line
 from rft.storage import files
 from rft.text import plain
@@ -141,7 +140,8 @@ def compose(runs: list[Run], line: Line | None = None, *, draw: bool = True) -> 
     names = tables.shown_recipes(row.recipe for row in rows)
     shown = [row for row in rows if row.recipe in names]
     counted = [name for name in tables.columns(rows) if any(name in run.counts for run in runs)]
-    measured = measures.measure(tables.by_row(runs), counted, OOD_SETS)
+    averages = {name: tables.sets_of(name) for name in tables.columns(rows) if is_average(name)}
+    measured = measures.measure(tables.by_row(runs), counted, averages)
     differences = tables.difference_rows(runs, shown, measured)
     example = next((run for run in runs if run.gallery_path.is_file()), None)
     pictures = {}
