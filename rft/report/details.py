@@ -214,6 +214,7 @@ class ClassChange(NamedTuple):
     name: str
     images: int
     points: float
+    label: int
 
 
 def class_changes(
@@ -243,7 +244,8 @@ def class_changes(
 
     def named(place: int) -> ClassChange:
         label = int(label_K[place])
-        return ClassChange(of_sets[0].name_of(label), int(images_K[place]), float(points_K[place]))
+        name = of_sets[0].name_of(label)
+        return ClassChange(name, int(images_K[place]), float(points_K[place]), label)
 
     # of equal ones those with more images, then the first
     gains = [named(k) for k in np.lexsort((-images_K, -points_K))[:CLASSES] if points_K[k] > 0]

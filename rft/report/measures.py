@@ -238,7 +238,7 @@ def _is_kept(run: Run, name: str) -> bool:
     )
 
 
-def _read(run: Run, name: str) -> Predictions:
+def read_predictions(run: Run, name: str) -> Predictions:
     """Read a run's predictions of a set.
 
     Raises:
@@ -297,7 +297,7 @@ def _measure_set(
             continue
         read: list[Predictions] = []
         for run in members:
-            one = _read(run, name)
+            one = read_predictions(run, name)
             if images is None:
                 images = _Images(run, one.key, one.label)
                 found.classes[name] = _classes(one.label, classes_of([run], name))
