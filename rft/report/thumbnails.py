@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rft.runs.records import SetCount
 from rft.shards.folder import MANIFEST
@@ -84,13 +84,15 @@ def _pictures(packed: PackedSet, samples: Mapping[int, str]) -> Iterator[tuple[i
                 f"same data have {key!a}; evaluate the runs again"
             )
     numbers = np.array(sorted(samples))
+    # ObjectNet's images may be published with their red frame only, which packing cuts off
+    framed = packed.manifest.encoding["crop_border"] > 0
     for start, stop in cut(packed.index.length[numbers].tolist(), PAYLOAD_BYTES):
         part_M = numbers[start:stop]
         for sample, payload in zip(part_M.tolist(), _payloads(packed, part_M), strict=True):
             try:
                 if isinstance(payload, ValueError):
                     raise payload
-                yield sample, thumbnail(packed.picture(sample, payload))
+                yield sample, thumbnail(packed.picture(sample, payload), framed=framed)
             except ValueError as error:
                 broken.append(str(error))
     if broken:
@@ -116,10 +118,15 @@ def _payloads(packed: PackedSet, samples_M: np.ndarray) -> Sequence[bytes | Valu
         return [one for sample in samples_M for one in _payloads(packed, np.array([sample]))]
 
 
-def thumbnail(image: Image.Image) -> bytes:
-    """Return an RGB image as WebP, at most `SIDE` pixels long; equal images give equal bytes."""
+def thumbnail(image: Image.Image, *, framed: bool = False) -> bytes:
+    """Return an RGB image as WebP, at most `SIDE` pixels long, with a red line around it if asked.
+
+    Equal images give equal bytes.
+    """
     # not larger than it is: the page enlarges small ones
     image.thumbnail((SIDE, SIDE))
+    if framed:
+        image = ImageOps.expand(ImageOps.crop(image, 1), 1, "red")
     stream = io.BytesIO()
     image.save(stream, "WEBP", quality=QUALITY)
     return stream.getvalue()

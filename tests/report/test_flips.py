@@ -132,7 +132,14 @@ class Shown(HTMLParser):
     def has_colour(self, picture: tuple[str, str], name: str = SET) -> bool:
         text, number = picture
         pixels_HWC = np.asarray(self.image(number).convert("RGB"), dtype=float)
-        return np.abs(pixels_HWC - colour_of(text.split(",")[0], name)).max() < 8
+        # blocks at the edges have something of the frame
+        inside_HWC = pixels_HWC[20:-20, 20:-20]
+        return np.abs(inside_HWC - colour_of(text.split(",")[0], name)).max() < 8
+
+    def is_framed(self, number: str) -> bool:
+        pixels_HWC = np.asarray(self.image(number).convert("RGB"), dtype=float)
+        edges = [*pixels_HWC[[0, -1]], *pixels_HWC[:, [0, -1]].swapaxes(0, 1)]
+        return all(np.mean(edge[:, 0] - edge[:, 1:].max(axis=1)) > 60 for edge in edges)
 
 
 def page_of(runs, data: object = "") -> str:
@@ -176,6 +183,8 @@ def test_the_pictures_are_the_images_that_flipped(pair, data):
         is_original = data.parent.name.startswith("original")
         assert page.image(picture[1]).size == ((96, 63) if is_original else (64, 64))
         assert page.has_colour(picture)
+        # the terms of ObjectNet, whose packed images have none
+        assert page.is_framed(picture[1])
     text, _ = page.pictures[0]
     assert text == "n00000000_5, a cat; vanilla: a dog; no-mask: a cat"
 
@@ -271,7 +280,7 @@ def test_a_page_is_bounded(pair, data, monkeypatch):
 def test_large_thumbnails_stay_small():
     """Noise, which compresses worst."""
     noise = np.random.default_rng(0).integers(0, 256, (500, 400, 3), dtype=np.uint8)
-    made = thumbnail(Image.fromarray(noise))
+    made = thumbnail(Image.fromarray(noise), framed=True)
     assert Image.open(io.BytesIO(made)).size == (77, 96)
     assert len(made) < 9_000
 
