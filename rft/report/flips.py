@@ -81,7 +81,7 @@ class ClassFlips:
 
 @dataclass(frozen=True, kw_only=True)
 class Flips:
-    """What a page shows of images; nothing without data."""
+    """What a page shows of images."""
 
     classes: Mapping[tuple[str, str, int], ClassFlips] = field(default_factory=dict)
     """(row, heading of a column, label) -> its images."""
@@ -233,8 +233,8 @@ def _predicted(runs: Sequence[Run], name: str) -> _Predicted:
         read[0].key,
         read[0].label,
         np.stack([one.prediction for one in read]),
-        np.sum([one.right for one in read], axis=0, dtype=np.intp),
-        np.mean([one.log_likelihood for one in read], axis=0, dtype=np.float64),
+        np.stack([one.right for one in read]).sum(axis=0, dtype=np.intp),
+        np.stack([one.log_likelihood for one in read]).mean(axis=0, dtype=np.float64),
     )
 
 

@@ -106,7 +106,7 @@ def write_report(
     files.require_local(out, "--out")
     line = None if testbed is None else read_line(testbed)
     report = compose(load_runs(runs), line)
-    page = render(report, flips_of(report, data, max_pixels) if data else Flips())
+    page = render(report, flips_of(report, data, max_pixels) if data else None)
     # index.html is the last: when it appears, everything beside it is of this report
     for name, content in {**documents(report), "index.html": page.encode()}.items():
         if content is not None:
@@ -243,7 +243,7 @@ def render(report: Report, images: Flips | None = None) -> str:
         matrices=_named(targets, lambda name: details.matrix(shown, measured, name)),
         flips=details.flips_grid(shown, measured, reference),
         changes=class_changes(report, targets),
-        images=images or Flips(),
+        images=images,
         per_class=flips.PER_CLASS,
         most=details.CLASSES,
         points=plots.POINTS,
