@@ -109,6 +109,7 @@ class Shown(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.pictures: list[tuple[str, str]] = []
+        self.kinds: list[str] = []
         self.tags: list[str] = []
         self.sheet = dict(
             re.findall(
@@ -122,6 +123,11 @@ class Shown(HTMLParser):
         found = dict(attrs)
         if found.get("class", "").startswith("thumb-"):
             self.pictures.append((found["aria-label"], found["class"]))
+
+    def handle_data(self, data):
+        # of the class's accuracy, then of its images
+        if found := re.match(r"Images (gained|lost): (\d+)|ImageNet, (gained|lost):", data):
+            self.kinds.append(found[0])
 
     def keys(self) -> list[str]:
         return [text.split(",")[0] for text, _ in self.pictures]
@@ -179,6 +185,9 @@ def test_the_pictures_are_the_images_that_flipped(pair, data):
     """By the change of the label's likelihood, then by key; each as its colour and its shape."""
     page = shown(pair, data)
     assert page.keys() == [*keys(0, 5, 1, 3), *keys(1, 2)]
+    assert page.kinds == [
+        *("ImageNet, gained:", "Images gained: 3", "ImageNet, lost:", "Images lost: 1"),
+    ]
     for picture in page.pictures:
         is_original = data.parent.name.startswith("original")
         assert page.image(picture[1]).size == ((96, 63) if is_original else (64, 64))
