@@ -26,7 +26,7 @@ from rft.report.thumbnails import Place, read_thumbnails
 from rft.text import printable
 
 PER_CLASS = 6  # images gained, and as many lost
-IMAGES = 600  # of a page, each counted as often as it is shown
+IMAGES = 1000  # of a page, each counted as often as it is shown
 BYTES = 900_000  # of a page's different thumbnails; as text they are a third more
 LETTERS = 60  # of a key or a class's name
 PREDICTIONS = 3  # of a row's seeds that are named
@@ -42,6 +42,8 @@ class Flip:
     """An image that a row has right more often than the reference row, or less often."""
 
     place: Place
+    set: str
+    """Heading of its set."""
     key: str
     label: str
     before: str
@@ -269,6 +271,7 @@ class _Pair:
         """Return what is shown of an image."""
         return Flip(
             place=(self.name, sample),
+            set=heading(self.name),
             key=str(self.after.key_N[sample]),
             label=_short(self.classes.name_of(int(self.after.label_N[sample]))),
             before=self.before.shown(sample, self.classes),

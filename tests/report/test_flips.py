@@ -195,7 +195,7 @@ def test_the_pictures_are_the_images_that_flipped(pair, data):
         # the terms of ObjectNet, whose packed images have none
         assert page.is_framed(picture[1])
     text, _ = page.pictures[0]
-    assert text == "n00000000_5, a cat; vanilla: a dog; no-mask: a cat"
+    assert text == "n00000000_5, a cat, ImageNet; vanilla: a dog; no-mask: a cat"
 
 
 def test_without_data_the_page_says_how_to_see_them(pair):
@@ -239,7 +239,7 @@ def test_of_several_seeds_those_count_that_have_it_right_more_often(data, tmp_pa
     page = shown(runs, data)
     # the first has one of three in both rows' mean: two misses each
     assert page.pictures[0][0] == (
-        "n00000000_6, a cat; vanilla: a cat (2 of 3), a dog (1 of 3); no-mask: a cat"
+        "n00000000_6, a cat, ImageNet; vanilla: a cat (2 of 3), a dog (1 of 3); no-mask: a cat"
     )
     assert len(page.pictures) == 1
     single = make(tmp_path, data, "x", right={SET: everything})
