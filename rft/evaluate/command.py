@@ -216,4 +216,4 @@ def main() -> None:
     runs = [path for path in map(path_of, systems) if path.is_dir()]
     # the report's tables are the paper's: ImageNet and its five benchmarks
     if world.is_main and runs and set(sets) & set(TEST_SETS):
-        cli.say(commands.report(runs))
+        cli.say(commands.report(runs, arguments.data))
