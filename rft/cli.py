@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
@@ -33,6 +33,8 @@ from rft.text import plain
 
 T = TypeVar("T")
 ERROR_LETTERS = 1800  # of its line; tests/hostile takes at most 2,000
+HELP_ALL = "--help-all"
+OPTION = re.compile(r"│ (?:-\w, )?--\S.*?(?=  |$)")  # the line of an option in tyro's help
 STYLE = re.compile(r"\x1b\[[0-9;]*m")  # how a terminal is asked for a colour
 LEAST_COLUMNS = 40  # of a terminal: in less than 5 tyro's --help has no end
 SIZE = r"[1-9][0-9]{0,3}"  # of a terminal, columns or lines; rich would fill more with spaces
@@ -187,8 +189,11 @@ def _tell_bug(kind: type[BaseException], error: BaseException, trace: TracebackT
     print(urls.redact(text), end="", file=sys.stderr, flush=True)
 
 
-def parse(kind: Callable[..., T], **options: Any) -> T:
+def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) -> T:
     """Parse the command line with `tyro.cli`, which gets the options.
+
+    Where a command has many options, `shown` are the names of those that --help prints; --help-all
+    prints all.
 
     Raises:
         ValueError: with the first lines of tyro's complaint, which it would print as a box. For an
@@ -196,18 +201,37 @@ def parse(kind: Callable[..., T], **options: Any) -> T:
     """
     if commands.STARTED in os.environ:
         options["prog"] = os.environ[commands.STARTED]
+    words = list(options.pop("args", sys.argv[1:]))
+    if shown and HELP_ALL in words:
+        words, shown = [*words, "--help"], ()
+        words.remove(HELP_ALL)
     complaint = io.StringIO()
+    # tyro prints its help and exits; it draws boxes where the encoding has them
+    help_text = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    caught = contextlib.redirect_stdout(help_text) if shown else contextlib.nullcontext()
     try:
-        with contextlib.redirect_stderr(complaint):
-            found = tyro.cli(kind, **options)
+        with contextlib.redirect_stderr(complaint), caught:
+            found = tyro.cli(kind, args=words, **options)
         _require_local_paths(found, "")
         return found
     except SystemExit as stopped:
         if stopped.code != 2:  # --help
+            if shown:
+                help_text.seek(0)
+                print(plain(only_shown(help_text.read(), shown), kept="\n"))
             raise
-        text = _first_section(complaint.getvalue())
+        sections = _sections(complaint.getvalue())
         # an option's own line says which it is
-        raise ValueError(re.sub(r"^Error parsing [\w.]+: (?=--)", "", text)) from None
+        text = re.sub(r"^Error parsing [\w.]+: (?=--)", "", " ".join(next(sections, [])))
+        meant = [
+            line.split()[0]
+            for title, *lines in sections
+            if title.startswith("Perhaps you meant")
+            for line in lines
+            if line.startswith("--")
+        ]
+        hint = f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
+        raise ValueError(f"{text}{hint} (--help tells more)") from None
 
 
 def _require_local_paths(value: object, name: str) -> None:
@@ -264,10 +288,31 @@ def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}; {hint}")
 
 
-def _first_section(box: str) -> str:
-    """Return the text below the title of a box that tyro drew, up to the next rule, on one line."""
+def only_shown(help_text: str, shown: Sequence[str]) -> str:
+    """Return what tyro printed for --help with some of its options, and how many more there are.
+
+    A box of which no option is left goes too.
+    """
+    boxes: list[list[str]] = [[]]  # the first is what stands before the boxes
+    hidden, keep = 0, True
+    for line in help_text.splitlines():
+        if line.startswith("╭"):
+            boxes.append([])
+        if line.startswith(("╭", "╰")):
+            keep = True
+        elif option := OPTION.match(line):
+            names = {name.removeprefix("--") for name in re.findall(r"--[\w.-]+", option[0])}
+            keep = bool(names & {*shown, "help"})
+            hidden += not keep
+        if keep:
+            boxes[-1].append(line)
+    texts = ["\n".join(box) for box in boxes if box == boxes[0] or any(map(OPTION.match, box))]
+    return "\n".join([*texts, f"{hidden} more options: {HELP_ALL}"])
+
+
+def _sections(box: str) -> Iterator[list[str]]:
+    """Return the lines between the rules of a box that tyro drew, below its title."""
     # on a terminal tyro colours what it writes, whatever it is written to
     lines = [line.strip("│| ") for line in STYLE.sub("", box).splitlines()[1:]]
     sections = groupby(lines, key=lambda line: bool(line.strip("─-╰╯+")))
-    text = next((list(section) for is_text, section in sections if is_text), [])
-    return f"{' '.join(text)} (--help tells more)"
+    return (list(section) for is_text, section in sections if is_text)

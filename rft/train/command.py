@@ -45,6 +45,15 @@ Recipes (the paper's numbers for each: rft/paper.py):
 {recipes.list_in_words()}
 """
 
+# the options that --help prints; --help-all prints all
+SHOWN = (
+    *("data", "run-dir", "train-set", "scale", "seed", "precision", "device", "dry-run"),
+    *("model.clip", "model.pretrained", "model.start"),
+    *("loader.batch-size", "loader.held-out", "loader.workers", "loader.cache-dir"),
+    *("method.threshold", "method.rate", "method.distill-weight"),
+    *("optim.lr", "optim.epochs", "optim.warmup-steps", "optim.weight-decay", "tracker"),
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -77,7 +86,7 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
     recipe = arguments[0] if named else recipes.DEFAULT
     options = arguments[1:] if named else arguments
     # recipe, scale and preset decide the defaults that the whole line is then parsed over
-    wants_help = bool({"-h", "--help"} & set(options))
+    wants_help = bool({"-h", "--help", cli.HELP_ALL} & set(options))
     # without --data the miniature is trained; --help shows the defaults of ImageNet all the same
     papers = wants_help or bool(_value_of(options, "--data"))
     scale = _value_of(options, "--scale") or ("paper" if papers else SMALL)
@@ -89,6 +98,7 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
         Command,
         args=options,
         default=Command(config=default),
+        shown=SHOWN,
         prog="rft.train",
         description="",
     )
