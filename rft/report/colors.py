@@ -21,5 +21,10 @@ def _luminance(color: str) -> float:
 def legible(color: str, ground: str) -> str:
     """Return a colour as it is, or mixed with black or white until it is legible on a ground."""
     end = 0.0 if contrast("#000000", ground) > contrast("#ffffff", ground) else 1.0
-    mixes = ([c + (end - c) * tenth / 10 for c in to_rgb(color)] for tenth in range(11))
-    return next(found for mix in mixes if contrast(found := to_hex(mix), ground) >= LEGIBLE)
+    red, green, blue = to_rgb(color)
+    for tenth in range(11):
+        own, other = 1 - tenth / 10, end * tenth / 10
+        mixed = to_hex((own * red + other, own * green + other, own * blue + other))
+        if contrast(mixed, ground) >= LEGIBLE:
+            break
+    return mixed

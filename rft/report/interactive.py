@@ -1,4 +1,4 @@
-"""What the page's script gets: numbers that are in no table of the page, and the right to run. Pure.
+"""Data and permission of the page's script: numbers that are in no table, and its hash. Pure.
 
 The script is page.js. It reads differences of every two rows, the numbers of rows that a figure
 names, and the paths over alpha.

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from rft.paper import FIGURE_7
-from rft.report import comparison as beside
 from rft.report import colors, details, gallery, interactive, measures, plots, svg, tables
+from rft.report import comparison as beside
 from rft.report.comparison import Beside
 from rft.report.measures import Measures
 from rft.report.read import Run, load_runs, shown_settings

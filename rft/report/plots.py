@@ -185,7 +185,7 @@ def wise_paths(recipes: Collection[str]) -> dict[str, list[str]]:
 
 
 def alpha_of(recipe: str) -> float:
-    """Return the alpha of a recipe on a path of `wise_paths`, whose ends have no alpha in a name."""
+    """Return the alpha of a recipe on a path of `wise_paths`; its ends' names have none."""
     wise = wise_model(recipe)
     return wise.alpha if wise is not None else float(recipe != "zero-shot")
 
