@@ -53,6 +53,8 @@
       const found = [...rows];
       if (order) found.sort((a, b) => compare(a, b, sorted, order === "ascending" ? 1 : -1));
       table.tBodies[0].append(...found);
+      // the keyboard enters at the top, whatever row that is now
+      found.forEach((row, place) => { row.cells[0].tabIndex = place ? -1 : 0; });
       heads.forEach((head, column) => {
         head.setAttribute("aria-sort", order && column === sorted ? order : "none");
       });
@@ -180,7 +182,12 @@
       point(drawing && id, event.clientX, event.clientY);
     });
   }
-  document.documentElement.addEventListener("pointerleave", () => { light(null); point(null); });
+  document.documentElement.addEventListener("pointerleave", (event) => {
+    // a finger leaves whenever it is lifted
+    if (event.pointerType !== "mouse") return;
+    light(null);
+    point(null);
+  });
   document.addEventListener("focusin", (event) => {
     const found = event.target.closest("[data-row]");
     // a click moves the focus, too, and has its own place
