@@ -82,18 +82,18 @@
     return `${value < 0 && Number(text) ? "-" : "+"}${text}`;
   }
 
-  // Returns text and title of a cell.
+  // Returns what is in a cell, and its title.
   function difference(row, other, column) {
     const a = data.means[row][column], b = data.means[other][column];
-    if (a === null || b === null) return [data.absent, ""];
-    if (row === other) return ["0", ""];
+    if (a === null || b === null) return [[data.absent], ""];
+    if (row === other) return [["0"], ""];
     const sign = row > other ? 1 : -1;
     const pair = data.pairs[Math.max(row, other)]?.[Math.min(row, other)]?.[column];
-    if (!pair) return [signed(a - b), ""];
+    if (!pair) return [[signed(a - b)], ""];
     const [value, low, high, significant] = pair;
     const [from, to] = row > other ? [low, high] : [-high, -low];
     return [
-      signed(sign * value) + (significant ? data.mark : ""),
+      [signed(sign * value), ...(significant ? [make("span", { class: "mark" }, data.mark)] : [])],
       `95% interval ${signed(from)} to ${signed(to)}`,
     ];
   }
@@ -102,7 +102,7 @@
     const rows = [...table.tBodies[0].rows];
     const cells = rows.map((row) => [...row.cells].slice(2));
     const accuracies = cells.map((line) => line.map((cell) => [...cell.childNodes]));
-    const note = make("output");
+    const note = make("output", { class: "muted" });
     const select = make("select", {}, make("option", { value: "" }, "accuracy"), ...rows.map(
       (row, place) => make("option", { value: place }, `difference to ${row.cells[0].textContent}`),
     ));
@@ -110,19 +110,21 @@
       const against = select.value;
       cells.forEach((line, row) => line.forEach((cell, column) => {
         const kept = accuracies[row][column];
-        const [text, title] = against ? difference(row, Number(against), column) : ["", ""];
-        cell.replaceChildren(...(against ? [text] : kept));
+        const [parts, title] = against ? difference(row, Number(against), column) : [kept, ""];
+        cell.replaceChildren(...parts);
         if (title) cell.title = title; else cell.removeAttribute("title");
       }));
-      note.textContent = !against ? "" : data.pairs.flat(2).some(Boolean)
-        ? `In points. ${data.mark}: the 95% interval of test images drawn anew, shown over a cell, excludes 0, `
+      const measured = data.pairs.flat(2).some(Boolean)
+        ? `${data.mark}: the 95% interval of test images drawn anew, shown over a cell, excludes 0, `
           + "and every seed's own difference has its sign."
-        : "In points. No predictions: without intervals.";
+        : "Without predictions there are no intervals.";
+      // beside the controls, which are not printed
+      note.textContent = !against ? ""
+        : `Difference to ${rows[against].cells[0].textContent}, in points. ${measured}`;
       sort();
     });
-    table.closest(".scroll").before(
-      make("div", { class: "controls" }, make("label", {}, "show ", select), note),
-    );
+    const controls = make("div", { class: "controls" }, make("label", {}, "show ", select));
+    table.closest(".scroll").before(controls, note);
   }
 
   for (const table of document.querySelectorAll("table.sortable")) {
@@ -222,6 +224,8 @@
       show();
     }
     for (const entry of entries) entry.classList.add("pressable");
+    drawing.before(make("p", { class: "controls muted" },
+      "Choose entries of the legend to see their curves alone; Escape shows all."));
     drawing.addEventListener("click", (event) => {
       const found = nearest(drawing, event.clientX, event.clientY);
       if (found && legend.contains(found)) toggle(found.dataset.row);
