@@ -3,7 +3,8 @@
 WiSE-FT models between two ends, averaged in memory as `rft.evaluate --wise` does, see every test
 set of the miniature world in one pass. Asked is how much longer the pass is than the reading and
 decoding of one, the models' own compute aside. Own compute is what is done for each model and image
-whatever else there is: the logits, and the scores of them (prediction, rank, probabilities).
+whatever else there is: the logits, whether they are finite, and the scores of them (prediction,
+rank, probabilities).
 
 - reading: every batch is read and decoded, and nothing else is done (`rft.loading.read`).
 - answered: `predict` with systems that compute no logits: each answers with random ones that are in
@@ -42,7 +43,7 @@ from rft.clip.classifier import Classifier, save_classifier
 from rft.clip.load import MINIATURE, architecture_of
 from rft.demo.miniature import prepare_data, shards
 from rft.evaluate.checkpoints import load_checkpoints
-from rft.evaluate.count import SCORED_TOGETHER, predict, score
+from rft.evaluate.count import SCORED_TOGETHER, is_finite, predict, score
 from rft.evaluate.forward import TOGETHER
 from rft.evaluate.unwritten import read_averages
 from rft.loading.batches import EvaluationBatches
@@ -184,6 +185,7 @@ def measure_set(
     def work_alone() -> None:
         compute_logits([Answers(one_NK) for one_NK in answers_SNK], batches)
         for logits_BK, labels_B in zip(rows, labels.split(len(rows[0])), strict=True):
+            is_finite(logits_BK)
             score(logits_BK, labels_B, class_to_group_K)
 
     parts = {

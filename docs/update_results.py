@@ -14,7 +14,14 @@ from rft import cli
 from rft.storage import files
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/decisions.md", "docs/data.md", "docs/cluster.md", "docs/security.md")
+PAGES = (
+    "README.md",
+    "docs/decisions.md",
+    "docs/data.md",
+    "docs/cluster.md",
+    "docs/evaluation.md",
+    "docs/security.md",
+)
 RESULTS = "docs/results"
 COPIED = (
     "table.md", "table.csv", "table.tex", "statistics.csv", "paper.md", "paper.csv",

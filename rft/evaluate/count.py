@@ -113,7 +113,8 @@ def score(
 
 def is_finite(logits_BK: Tensor) -> Tensor:
     """Return for each image whether it has a prediction at all: all logits finite, bool."""
-    return logits_BK.isfinite().all(dim=-1)
+    # one pass: the sum of finite fp32 numbers is finite in fp64, and inf less inf is NaN
+    return logits_BK.sum(dim=-1, dtype=torch.float64).isfinite()
 
 
 @torch.no_grad()
@@ -168,7 +169,7 @@ def predict(
         dtype=torch.float64,
         device=device,
     )
-    rows: list[list[Scored]] = [[] for _ in models]
+    rows: list[Scored] = []
     kept_logits: list[list[np.ndarray]] = [[] for _ in models]
     bad_S = torch.zeros(len(models), dtype=torch.int64, device=device)
     logits_of = forward(models, mine, part.start, files, workers=workers, device=device)
@@ -180,27 +181,26 @@ def predict(
                 class_to_group_K,
                 divisor_S.repeat_interleave(len(labels_B))[:, None] if any(temperatures) else None,
             )
-            by_model = zip(*(column.split(len(labels_B)) for column in scored), strict=True)
+            rows.append(Scored(*(column.view(len(models), -1) for column in scored)))
             kept_SBK = logits_SBK.half() if logits is np.float16 else logits_SBK
             # looked at in the end: a look now would wait for the GPU
             bad_S += (~is_finite(kept_SBK)).sum(dim=1)
-            for number, columns in enumerate(by_model):
-                rows[number].append(Scored(*columns))
-                if logits is not None:
-                    kept_logits[number].append(kept_SBK[number].cpu().numpy())
+            if logits is not None:
+                for number, kept_BK in enumerate(kept_SBK):
+                    kept_logits[number].append(kept_BK.cpu().numpy())
     counted = dist.sum_over_ranks(world, bad_S).tolist()
     require_finite(world, names or ["the model"] * len(models), counted, len(samples), packed.url)
-    columns = [_columns(parts) for parts in rows]
-    ranks = dist.gather_objects(world, columns)
+    ranks = dist.gather_objects(world, _columns(rows, len(models)))
+    columns = {name: np.concatenate([own[name] for own in ranks], axis=1) for name in DRAWN}
+    total = columns["rank"].shape[1]
+    assert total == len(samples), f"predicted {total} of {len(samples)} samples"
     index, called = packed.index, _called(table)
     key_N = index.key[samples].astype(str)
     label_N = called[table[index.label[samples]]]
     predicted = []
     for number in range(len(models)):
-        joined = {name: np.concatenate([own[number][name] for own in ranks]) for name in DRAWN}
-        total = len(joined["rank"])
-        assert total == len(samples), f"predicted {total} of {len(samples)} samples"
-        joined["prediction"] = called[joined["prediction"]]
+        drawn = {name: column_SN[number] for name, column_SN in columns.items()}
+        drawn["prediction"] = called[drawn["prediction"]]
         all_NK = None
         if logits is not None:
             # one model at a time, and on the main rank alone: they are large
@@ -209,8 +209,8 @@ def predict(
             all_NK = np.concatenate(flat) if flat else None
             kept_logits[number].clear()
         if not temperatures or temperatures[number] is None:
-            joined = {name: column for name, column in joined.items() if name not in SCALED}
-        rows_N = Predictions(key=key_N, label=label_N, domain=domain_N, **joined)
+            drawn = {name: column_N for name, column_N in drawn.items() if name not in SCALED}
+        rows_N = Predictions(key=key_N, label=label_N, domain=domain_N, **drawn)
         predicted.append(Predicted(rows_N, all_NK))
     return predicted
 
@@ -235,16 +235,24 @@ def _grouped(
     read the images. No row depends on another one, so the results are the same.
     """
     labels: list[Tensor] = []
-    logits: list[Tensor] = []
+    logits: list[Sequence[Tensor]] = []
+
+    def joined() -> tuple[Tensor, Tensor]:
+        # all at once, because each copy takes as long as a part of the scoring
+        by_model = [logits_BK for of_model in zip(*logits, strict=True) for logits_BK in of_model]
+        return torch.cat(labels), torch.cat(by_model).unflatten(0, (len(logits[0]), -1))
+
+    size = 0
     for labels_B, found in stream:
         labels.append(labels_B)
-        logits.append(torch.stack(list(found)))
+        logits.append(found)
         progress(len(labels_B))
-        if sum(logits_SBK.numel() for logits_SBK in logits) >= SCORED_TOGETHER:
-            yield torch.cat(labels), torch.cat(logits, dim=1)
-            labels, logits = [], []
+        size += sum(logits_BK.numel() for logits_BK in found)
+        if size >= SCORED_TOGETHER:
+            yield joined()
+            labels, logits, size = [], [], 0
     if labels:
-        yield torch.cat(labels), torch.cat(logits, dim=1)
+        yield joined()
 
 
 # columns of `Predictions` that a model makes, with their types
@@ -258,14 +266,14 @@ DRAWN = {
 }
 
 
-def _columns(parts: Sequence[Scored]) -> dict[str, np.ndarray]:
-    """Return this rank's rows of one model; a rank may have none."""
-    if not parts:
-        return {name: np.empty(0, kind) for name, kind in DRAWN.items()}
-    joined = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+def _columns(rows: Sequence[Scored], models: int) -> dict[str, np.ndarray]:
+    """Join this rank's columns (S, B) of several scorings to (S, N); a rank may have no image."""
+    if not rows:
+        return {name: np.empty((models, 0), kind) for name, kind in DRAWN.items()}
+    joined = (torch.cat(parts, dim=1).cpu().numpy() for parts in zip(*rows, strict=True))
     return {
-        name: column.astype(kind)
-        for (name, kind), column in zip(DRAWN.items(), joined, strict=True)
+        name: column_SN.astype(kind)
+        for (name, kind), column_SN in zip(DRAWN.items(), joined, strict=True)
     }
 
 

@@ -103,21 +103,21 @@ def forward(
                 labels_B = batch.labels_B
                 parts = batch.images_BCHW.split(TOGETHER)
                 features = {
-                    tower: torch.cat([_features(one, images_BCHW) for images_BCHW in parts])
+                    tower: [_features(one, images_BCHW) for images_BCHW in parts]
                     for tower, one in towers.items()
                 }
                 for tower in towers.keys() & opened.keys():
-                    opened[tower].keep(rows_B, features[tower].float().cpu().numpy())
+                    opened[tower].keep(rows_B, torch.cat(features[tower]).float().cpu().numpy())
             else:
                 labels = batches.packed.index.label[batches.samples_of(n)].astype(np.int64)
                 labels_B = to_device(torch.from_numpy(labels), device)
-                features = {t: to_device(torch.from_numpy(found[t]), device) for t in towers}
-            for start in range(0, len(rows_B), TOGETHER):
-                part = slice(start, start + TOGETHER)
-                yield (
-                    labels_B[part],
-                    [_logits(model, features[_tower(model)][part]) for model in models],
-                )
+                features = {
+                    tower: to_device(torch.from_numpy(found[tower]), device).split(TOGETHER)
+                    for tower in towers
+                }
+            for part, part_labels_B in enumerate(labels_B.split(TOGETHER)):
+                logits = [_logits(model, features[_tower(model)][part]) for model in models]
+                yield part_labels_B, logits
 
 
 def _tower(model: nn.Module) -> nn.Module:

@@ -288,13 +288,13 @@ def test_counts_of_one_set_do_not_survive_new_weights(folder, tiny_data):
 
 def test_weights_that_change_while_they_are_evaluated(folder, tiny_data, refused, monkeypatch):
     run = folder / "vanilla"
-    count = evaluate_command.count_correct
+    predict = evaluate_command.predict
 
-    def counted_while_training(*arguments, **options):
+    def predicted_while_training(*arguments, **options):
         spoil(run / SELECTED)
-        return count(*arguments, **options)
+        return predict(*arguments, **options)
 
-    monkeypatch.setattr(evaluate_command, "count_correct", counted_while_training)
+    monkeypatch.setattr(evaluate_command, "predict", predicted_while_training)
     line = refused(evaluate_command, *evaluation(run, data=tiny_data))
     assert f"{run / SELECTED} was replaced while it was evaluated" in line
     assert not (run / "results.json").exists()
