@@ -6,6 +6,7 @@ names, and the paths over alpha.
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rft.report import details, plots, tables
 from rft.report.measures import COMPARED, AveragePair, Measures, SetPair, significant
 from rft.report.tables import Row, columns, heading
 
+CELLS = 100_000  # differences in a page, some 25 bytes each; 64 rows with six sets have 14,000
 SCRIPT = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
 
 
@@ -30,6 +32,9 @@ def page_data(rows: Sequence[Row], shown: Sequence[Row], measures: Measures) -> 
         for row in rows
     }
     found = columns(shown)
+    paired = shown[:COMPARED]
+    while math.comb(len(paired), 2) * len(found) > CELLS:
+        paired = paired[:-1]
     return {
         "absent": tables.ABSENT,
         "mark": tables.SIGNIFICANT,
@@ -42,7 +47,7 @@ def page_data(rows: Sequence[Row], shown: Sequence[Row], measures: Measures) -> 
                 [_pair(tables.pair_of(measures, row.name, other.name, name)) for name in found]
                 for other in shown[:place]
             ]
-            for place, row in enumerate(shown[:COMPARED])
+            for place, row in enumerate(paired)
         ],
         "paths": _paths(rows),
     }

@@ -118,9 +118,11 @@
         ? `${data.mark}: the 95% interval of test images drawn anew, shown over a cell, excludes 0, `
           + "and every seed's own difference has its sign."
         : "Without predictions there are no intervals.";
+      const others = rows.length > data.pairs.length
+        ? ` Intervals are of the first ${data.pairs.length} rows.` : "";
       // beside the controls, which are not printed
       note.textContent = !against ? ""
-        : `Difference to ${rows[against].cells[0].textContent}, in points. ${measured}`;
+        : `Difference to ${rows[against].cells[0].textContent}, in points. ${measured}${others}`;
       sort();
     });
     const controls = make("div", { class: "controls" }, make("label", {}, "show ", select));

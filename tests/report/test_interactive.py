@@ -54,6 +54,17 @@ def test_without_predictions_there_are_means_alone(tmp_path):
     assert data["pairs"] == [[], [[None, None]]]
 
 
+def test_differences_of_many_sets_are_bounded(tmp_path, monkeypatch):
+    for name, skill in (("vanilla", 0.5), ("no-mask", 0.6), ("mine", 0.7)):
+        make_predicted(tmp_path, name, skill=skill)
+    report = compose(load_runs([tmp_path]), draw=False)
+    # two rows have one pair in seven columns, three have three
+    monkeypatch.setattr(interactive, "CELLS", 20)
+    data = interactive.page_data(report.rows, report.shown, report.measures)
+    assert [len(line) for line in data["pairs"]] == [0, 1]
+    assert len(data["means"]) == 3
+
+
 def test_the_policy_names_the_script_that_is_there(report):
     text = render(report)
     # as a browser reads it: from the tag to the first end tag
