@@ -476,11 +476,12 @@ def test_a_phone_sees_all_of_it(browser, small, forty):
             assert left["width"] < PHONE["width"] / 2
             assert left["x"] + left["width"] <= right["x"]
             assert right["x"] + right["width"] <= PHONE["width"]
-            # what is above and below a table is not scrolled with it
+            # what is above and below a table is not scrolled with it, and as wide as the text
+            box_of_title = page.locator("#accuracy h2").bounding_box()
             for part in ("#accuracy caption span", "#accuracy select"):
                 box = page.locator(part).bounding_box()
-                assert box["x"] >= 0
-                assert box["x"] + box["width"] <= PHONE["width"]
+                assert box["x"] == pytest.approx(box_of_title["x"], abs=0.5)
+                assert box["x"] + box["width"] <= box_of_title["x"] + box_of_title["width"] + 0.5
             # no other one covers the last
             page.locator("[data-figure=scatter] .point").last.tap()
             assert page.locator(".tip").is_visible()
