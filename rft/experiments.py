@@ -209,7 +209,7 @@ def report(
     """Return the report on all models."""
     models = [path for one in found for path in one.makes]
     out = study.report or f"{study.runs.rstrip('/')}-report"
-    command = ("python", "-m", "rft.report", *models, "--out", out)
+    command = ("python", "-m", "rft.report", *models, "--out", out, "--data", study.data)
     return Experiment("report", command, tuple(one.name for one in evaluations))
 
 

@@ -50,10 +50,10 @@ def test_sets(data: str, train_set: str) -> tuple[str, ...]:
         return known
 
 
-def report(runs: Sequence[Path]) -> str:
+def report(runs: Sequence[Path], data: str) -> str:
     """Format the `next:` line that reports evaluated runs, with the other seeds of each."""
     words = ["-m", "rft.report", *with_seeds(runs, filenames.RESULTS), "--out", "report"]
-    return cli.next_step(words)
+    return cli.next_step([*words, "--data", data])
 
 
 def with_seeds(runs: Sequence[Path], done: str) -> list[Path]:

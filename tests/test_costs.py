@@ -276,6 +276,7 @@ HOSTILE = {
     "more than the limit": ({}, {"x": np.zeros(2**26, np.uint8)}),
     "no images": ({}, {"images_BCHW": np.zeros(3, np.uint8)}),
     "no texts": ({}, {"class_names": np.zeros(3)}),
+    "many steps": ({"frames": 3}, {"steps_S": np.arange(2**16)}),
 }
 
 

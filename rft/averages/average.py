@@ -108,21 +108,28 @@ def _check_alphas(alphas: Sequence[float], option: str) -> None:
 
 
 def _check_ends(start: Ingredient, end: Ingredient) -> None:
-    """Check that WiSE goes from a model before its training to one after; warn if that is open."""
-    # an imported model may have been trained by other code: its step 0 says nothing
-    training_file = end.config is None and end.recipe in recipes.TRAINED
-    untrained = end.steps == 0 and (end.is_training_run or training_file)
-    if start.steps > 0 and untrained:
+    """Check that WiSE does not go from a model after its training to one before."""
+    if start.steps > 0 and _is_untrained(end):
         raise ValueError(
             f"{start.path} was trained for {start.steps} steps and {end.path} for none: START is "
             "the zero-shot model, END the fine-tuned one; swap the two"
         )
+
+
+def warn_of_ends(start: Ingredient, end: Ingredient) -> None:
+    """Warn if it is open whether WiSE goes from a model before its training to one after."""
     if start.steps > 0:
         log.warning(
             f"START {start.path} is not a zero-shot model: it was trained ({start.steps} steps)"
         )
-    if untrained:
+    if _is_untrained(end):
         log.warning(f"END {end.path} is not a fine-tuned model: it was not trained (0 steps)")
+
+
+def _is_untrained(end: Ingredient) -> bool:
+    # an imported model may have been trained by other code: its step 0 says nothing
+    training_file = end.config is None and end.recipe in recipes.TRAINED
+    return end.steps == 0 and (end.is_training_run or training_file)
 
 
 def uniform_soup(paths: Sequence[Path]) -> Average:

@@ -85,7 +85,8 @@ def make(
     for stage in stages:
         if not is_done(stage, study.data):
             run(stage.name, local(stage.command, arguments.processes))
-    made = write_report([Path(path) for one in stages for path in one.makes], out / report)
+    runs = [Path(path) for one in stages for path in one.makes]
+    made = write_report(runs, out / report, data=study.data)
     print(f"\n{made.text()}\ndone in {time.perf_counter() - started:.0f} s")
     print(f"report: {out / report / 'index.html'}")
 

@@ -33,6 +33,7 @@ from rft.loading.dataset import PackedDataset
 from rft.loading.features import FeatureFolder
 from rft.log import ASIDE
 from rft.progress import progress
+from rft.runs import predictions
 from rft.runs.folder import require_own_weights, unfinished
 from rft.runs.records import Temperature
 from rft.sets import TEST_SETS
@@ -172,6 +173,8 @@ def main() -> None:
     }
     manifests = {name: dataset.manifest for name, dataset in packed.items()}
     require_classes(systems, packed)
+    for one in systems:
+        predictions.require_no_links(path_of(one), sets)
     for path in arguments.checkpoints:
         require_own_weights(path)
         unfinished(path)  # a damaged record is found before the work
@@ -213,4 +216,4 @@ def main() -> None:
     runs = [path for path in map(path_of, systems) if path.is_dir()]
     # the report's tables are the paper's: ImageNet and its five benchmarks
     if world.is_main and runs and set(sets) & set(TEST_SETS):
-        cli.say(commands.report(runs))
+        cli.say(commands.report(runs, arguments.data))

@@ -29,16 +29,18 @@ from rft.method import counterfactual
 from rft.storage import files
 
 
-def label_map(model: Classifier, images_BCHW: Tensor, labels_B: Tensor, cam: Cam) -> Tensor:
-    """Compute the CAM by the training step's own function, outside of a training.
+def label_map(
+    model: Classifier, images_BCHW: Tensor, labels_B: Tensor, cam: Cam, *, recompute: bool = False
+) -> Tensor:
+    """Compute the CAM by the training step's own function, outside of a step.
 
     Each patch's relevance for its image's label, divided by the largest, (B, P); NaN everywhere for
-    an image without finite logits.
+    an image without finite logits. `recompute` is that of `Classifier.features`.
     """
     taps: list[AttentionTap] = []
     # where the weights are frozen, the graph starts at the pixels
     patches_BPV = model.patches(images_BCHW).requires_grad_()
-    logits_BK = model.logits(model.features(patches_BPV, taps=taps))
+    logits_BK = model.logits(model.features(patches_BPV, taps=taps, recompute=recompute))
     relevance_BP = counterfactual.cam(cam, logits_BK, labels_B, taps).detach()
     return relevance_BP.where(is_finite(logits_BK.detach())[:, None], torch.nan)
 

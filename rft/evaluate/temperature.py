@@ -23,6 +23,7 @@ from rft.loading.split import held_out_split
 from rft.runs import filenames, records
 from rft.runs.records import Temperature
 from rft.runs.trained_on import TrainedOn, of_model
+from rft.shards.guard import require_no_test_images
 from rft.statistics import calibration
 from rft.storage import files
 
@@ -82,7 +83,8 @@ def fit_temperatures(
     same on every rank.
 
     Raises:
-        ValueError: if a training set is absent below `data`, or has other images than the model's.
+        ValueError: if a training set is absent below `data`, has other images than the model's, or
+            holds an image of an OOD test set.
     """
     splits: dict[TrainedOn, list[int]] = {}
     for number, one in enumerate(loaded):
@@ -101,6 +103,7 @@ def fit_temperatures(
                 "name its --data, or leave --temperature out"
             )
         index = packed.index
+        require_no_test_images(data, split.name, packed.manifest, index.key)
         _, samples = held_out_split(index.key, index.label, split.held_out, split.split_seed)
         predicted = predict(
             [models[number] for number in numbers],

@@ -67,7 +67,8 @@ def read_averages(
         return []
     if out is None:
         raise ValueError("--wise and --soup need --out DIR, the folder for their results")
-    found = [one for words in wise for one in _wise(words, end_weights)]
+    paths = [_wise(words, end_weights) for words in wise]
+    found = [one for path in paths for one in path]
     found += [average.uniform_soup(models) for models in soups]
     first: dict[str, Average] = {}
     for one in found:
@@ -77,7 +78,10 @@ def read_averages(
                 f"two systems are called {one.name}: of {' and of '.join(models)}; evaluate them "
                 "by two commands, each with an --out of its own"
             )
-    return [_system(out / one.name, one) for one in found]
+    systems = [_system(out / one.name, one) for one in found]
+    for first_of_path, *_ in paths:
+        average.warn_of_ends(*first_of_path.models)
+    return systems
 
 
 def _models(one: Average) -> str:

@@ -122,20 +122,28 @@ def _wise(arguments: Wise) -> None:
             f"{arguments.out} is a run folder; with several --alpha it would hold one for each, "
             "choose another --out"
         )
-    _, end = found[0].models
-    _make({arguments.out / one.name if several else arguments.out: one for one in found}, end)
+    jobs = {arguments.out / one.name if several else arguments.out: one for one in found}
+    done = _done(jobs)
+    start, end = found[0].models
+    average.warn_of_ends(start, end)
+    _make(jobs, done, end)
 
 
 def _uniform_soup(arguments: UniformSoup) -> None:
     """Write the run folder of the mean of models unless it exists."""
     soup = average.uniform_soup(arguments.models)
-    _make({arguments.out: soup}, soup.models[0])
+    jobs = {arguments.out: soup}
+    _make(jobs, _done(jobs), soup.models[0])
 
 
-def _make(jobs: Mapping[Path, Average], trained: Ingredient) -> None:
-    """Write the run folders that do not exist yet; `trained` names the data to evaluate on."""
+def _done(jobs: Mapping[Path, Average]) -> set[Path]:
+    """Return the run folders that are complete; one that holds another model is an error."""
     # all of them are checked before the first is written
-    done = {out for out, one in jobs.items() if derived.is_complete(out, one.config)}
+    return {out for out, one in jobs.items() if derived.is_complete(out, one.config)}
+
+
+def _make(jobs: Mapping[Path, Average], done: set[Path], trained: Ingredient) -> None:
+    """Write the run folders that are not done; `trained` names the data to evaluate on."""
     # lazy: a rerun reads no weights
     made = average.states(one for out, one in jobs.items() if out not in done)
     for out, one in jobs.items():

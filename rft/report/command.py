@@ -1,16 +1,17 @@
 """Compare evaluated runs: `python -m rft.report RUN... --out DIR`."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
 from rft import cli
+from rft.config import MAX_PIXELS
 from rft.report.page import show, write_report
+from rft.storage.documents import Megapixels, document
 
 
-@dataclass(frozen=True)
+@document(name="--")
 class Arguments:
     """Put evaluated runs side by side: tables, pictures, one self-contained page.
 
@@ -27,12 +28,22 @@ class Arguments:
     """Folder for index.html with everything, and each table and picture on its own."""
     testbed: Path | None = None
     """CSV file of other models, for effective robustness: columns model, id and ood, in %."""
+    data: str = ""
+    """Data root as for rft.evaluate, to show the images that were gained and lost."""
+    max_pixels: Megapixels = MAX_PIXELS
+    """Millions of pixels that such an image may have; raise it if a set was packed so."""
 
 
 def main() -> None:
     """Parse, read, write, print the tables and the page's path last."""
     arguments = cli.parse(Arguments, prog="rft.report")
-    report = write_report(arguments.runs, arguments.out, arguments.testbed)
+    report = write_report(
+        arguments.runs,
+        arguments.out,
+        arguments.testbed,
+        arguments.data,
+        arguments.max_pixels,
+    )
     console = Console()
     if console.is_terminal:
         show(report, console)

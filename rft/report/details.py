@@ -25,7 +25,9 @@ from rft.report.tables import (
     Spread,
     columns,
     heading,
+    is_average,
     pair_of,
+    sets_of,
     summarise,
 )
 from rft.sets import OOD_SETS
@@ -49,17 +51,17 @@ assert SHOWN.keys() == set(Numbers._fields) - {"top1"}
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
-    """Return the columns of which everything is shown: ID and OOD average, or else the first."""
+    """Return the columns of which everything is shown: ID and OOD averages, or else the first."""
     shown = columns(rows)
-    return [name for name in (ID_COLUMN, OOD_COLUMN) if name in shown] or shown[:1]
+    return [name for name in shown if name == ID_COLUMN or is_average(name)] or shown[:1]
 
 
 def numbers(measures: Measures, row: str, column: str) -> list[Numbers]:
     """Return a row's numbers in a column, of each seed; none without predictions.
 
-    Those of the OOD average are the unweighted means of its sets'.
+    Those of an average are the unweighted means of its sets'.
     """
-    names = OOD_SETS if column == OOD_COLUMN else (column,)
+    names = sets_of(column)
     of_sets = [measures.sets.get((row, name)) for name in names]
     found = [one.seeds for one in of_sets if one is not None]
     if len(found) < len(names):
@@ -69,8 +71,8 @@ def numbers(measures: Measures, row: str, column: str) -> list[Numbers]:
 
 def interval(measures: Measures, row: str, column: str) -> Interval | None:
     """Return the interval of a row's top-1 in a column, a share; None without predictions."""
-    if column == OOD_COLUMN:
-        return measures.averages.get(row)
+    if is_average(column):
+        return measures.averages.get((row, column))
     found = measures.sets.get((row, column))
     return None if found is None else found.interval
 
@@ -212,6 +214,7 @@ class ClassChange(NamedTuple):
     name: str
     images: int
     points: float
+    label: int
 
 
 def class_changes(
@@ -219,10 +222,11 @@ def class_changes(
 ) -> tuple[list[ClassChange], list[ClassChange]]:
     """Return the classes that gained most and lost most, at most `CLASSES` each.
 
-    For the OOD average, a class's images of all its sets are counted together.
+    For an average, a class's images of all its sets are counted together.
     """
-    names = OOD_SETS if column == OOD_COLUMN else (column,)
-    both = [name for name in names if {(row, name), (other, name)} <= measures.sets.keys()]
+    both = [
+        name for name in sets_of(column) if {(row, name), (other, name)} <= measures.sets.keys()
+    ]
     if not both:
         return [], []
     of_sets = [measures.classes[name] for name in both]
@@ -240,7 +244,8 @@ def class_changes(
 
     def named(place: int) -> ClassChange:
         label = int(label_K[place])
-        return ClassChange(of_sets[0].name_of(label), int(images_K[place]), float(points_K[place]))
+        name = of_sets[0].name_of(label)
+        return ClassChange(name, int(images_K[place]), float(points_K[place]), label)
 
     # of equal ones those with more images, then the first
     gains = [named(k) for k in np.lexsort((-images_K, -points_K))[:CLASSES] if points_K[k] > 0]

@@ -1,5 +1,7 @@
 """The counterfactuals that the method makes of a few images, side by side (Fig. 5).
 
+And how the masks came about: a frame of the same images for each of some steps of the training.
+
 A counterfactual is a donor map: for image n and patch p the number of the image whose patch p is
 shown there, n itself where the image is kept, -1 where the patch is dropped. Here it is applied to
 pixels. The heat map is the only place where relevance, one number per patch, is upsampled.
@@ -7,6 +9,7 @@ pixels. The heat map is the only place where relevance, one number per patch, is
 Shapes: B images, H W pixels, C channels, P = G * G patches in row-major order.
 """
 
+import io
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +35,9 @@ GAP, GROUP_GAP, MARGIN, HEAD, FOOT, NAMES = 10, 34, 24, 116, 84, 210  # pixels
 RULE = 54  # below the heading of a group
 KEPT, MASKED = (232, 232, 232), (38, 70, 110)  # RGB
 HATCH_LIGHT, HATCH_DARK = 205, 150  # grey levels
+FRAME_BYTES = 60_000  # of the picture of a frame
+FRAME_IMAGES, FRAME_SIDE = 8, 256  # pixels of an image at most; a page has less room for eight
+QUALITIES = (75, 40, 20)  # of WebP, the first that fits
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,40 @@ def picture(gallery: Gallery) -> bytes:
     for left, right, _, color in heads:
         pixels_HWC[RULE : RULE + 3, left:right, :3] = np.rint(255 * np.array(to_rgb(color)))
     return encoded(pixels_HWC)
+
+
+def frames(gallery: Gallery) -> dict[int, bytes]:
+    """Return step -> WebP of the images' relevance and, below, without what the run masks.
+
+    In the order of the steps; empty if there are no two steps to compare.
+    """
+    if gallery.frames is None or len(gallery.frames.steps_S) < 2:
+        return {}
+    large = enlarge(gallery)
+    count, size = large.images_BHWC.shape[:2]
+    chosen = np.linspace(0, count - 1, min(count, FRAME_IMAGES)).astype(int)
+    images_BHWC, kept = large.images_BHWC[chosen], gallery.frames
+    found = {}
+    for place, step in enumerate(kept.steps_S.tolist()):
+        rows = [heat_map(images_BHWC, kept.relevance_SBP[place, chosen])]
+        if kept.masked_SBP is not None:
+            masked_BHW1 = to_pixels(kept.masked_SBP[place, chosen], large.patch)
+            rows.append(np.where(masked_BHW1, np.array(MASKED, np.uint8), images_BHWC))
+        # images side by side
+        pixels_HWC = np.concatenate([np.concatenate([*row], axis=1) for row in rows])
+        found[step] = _webp(Image.fromarray(pixels_HWC).reduce(-(-size // FRAME_SIDE)))
+    return found
+
+
+def _webp(image: Image.Image) -> bytes:
+    """Encode a picture in FRAME_BYTES: at the best quality that fits, or else at half its size."""
+    while True:
+        for quality in QUALITIES:
+            stream = io.BytesIO()
+            image.save(stream, "WEBP", quality=quality)
+            if len(stream.getvalue()) <= FRAME_BYTES:
+                return stream.getvalue()
+        image = image.reduce(2)
 
 
 def _lefts(views: Sequence[Column], size: int) -> list[int]:

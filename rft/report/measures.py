@@ -128,12 +128,13 @@ class Measures:
 
     sets: dict[tuple[str, str], SetMeasures] = field(default_factory=dict)
     """(row, set) -> its numbers."""
-    averages: dict[str, Interval] = field(default_factory=dict)
-    """Row -> interval of its OOD average."""
+    averages: dict[tuple[str, str], Interval] = field(default_factory=dict)
+    """(row, column of an average) -> its interval."""
     classes: dict[str, SetClasses] = field(default_factory=dict)
     pairs: dict[tuple[str, str, str], SetPair] = field(default_factory=dict)
     """(row, other, set) -> the first against the other; of two orders one is here."""
-    average_pairs: dict[tuple[str, str], AveragePair] = field(default_factory=dict)
+    average_pairs: dict[tuple[str, str, str], AveragePair] = field(default_factory=dict)
+    """(row, other, column of an average), likewise."""
     without: tuple[Run, ...] = ()
     """Runs of which a set has no predictions."""
 
@@ -144,11 +145,11 @@ class Measures:
         found = self.pairs.get((other, row, name))
         return None if found is None else -found
 
-    def average_pair(self, row: str, other: str) -> AveragePair | None:
-        """Return a row against another in the OOD average, if both have all of its sets."""
-        if (found := self.average_pairs.get((row, other))) is not None:
+    def average_pair(self, row: str, other: str, column: str) -> AveragePair | None:
+        """Return a row against another in an average, if both have all of its sets."""
+        if (found := self.average_pairs.get((row, other, column))) is not None:
             return found
-        found = self.average_pairs.get((other, row))
+        found = self.average_pairs.get((other, row, column))
         return None if found is None else -found
 
 
@@ -180,40 +181,43 @@ class _Right(NamedTuple):
 
 
 def measure(
-    rows: Mapping[str, Sequence[Run]], names: Sequence[str], average_of: Sequence[str]
+    rows: Mapping[str, Sequence[Run]],
+    names: Sequence[str],
+    averages: Mapping[str, Sequence[str]],
 ) -> Measures:
     """Measure rows of runs on sets, and compare the first `COMPARED` rows with each other.
 
     Args:
         rows: name of each row -> its runs, one of each seed.
         names: the sets.
-        average_of: those whose mean is compared too, the OOD benchmarks.
+        averages: column of an average -> its sets, whose mean is compared too.
 
     Raises:
         ValueError: if predictions were changed, or are not of the same images.
     """
     found = Measures(without=tuple(_without(rows, names)))
     compared = list(rows)[:COMPARED]
-    sums: dict[str, _Sum] = {row: _Sum() for row in rows}
-    pair_sums: dict[tuple[str, str], _Sum] = {}
+    sums = {column: {row: _Sum() for row in rows} for column in averages}
+    pair_sums: dict[str, dict[tuple[str, str], _Sum]] = {column: {} for column in averages}
     for name in names:
-        averaged = name in average_of
-        rights = _measure_set(found, rows, name, sums if averaged else {})
+        within = [column for column, sets in averages.items() if name in sets]
+        rights = _measure_set(found, rows, name, [sums[column] for column in within])
         for pair, drawn_R in _compare(found, {r: rights[r] for r in compared if r in rights}, name):
-            if averaged:
-                pair_sums.setdefault(pair, _Sum()).add(drawn_R)
-    for row, one in sums.items():
-        if one.sets == len(average_of) > 0:
-            # of a row's average only the interval is used: the value is made of its counts
-            found.averages[row] = one.difference(0.0).interval
-    for (row, other), one in pair_sums.items():
-        if one.sets == len(average_of):
-            of_sets = [found.pairs[row, other, name] for name in average_of]
-            value = float(np.mean([pair.difference.value for pair in of_sets]))
-            seeds = np.mean([pair.seeds for pair in of_sets], axis=0)
-            found.average_pairs[row, other] = AveragePair(
-                one.difference(value), tuple(seeds.tolist())
-            )
+            for column in within:
+                pair_sums[column].setdefault(pair, _Sum()).add(drawn_R)
+    for column, sets in averages.items():
+        for row, one in sums[column].items():
+            if one.sets == len(sets):
+                # of a row's average only the interval is used: the value is made of its counts
+                found.averages[row, column] = one.difference(0.0).interval
+        for (row, other), one in pair_sums[column].items():
+            if one.sets == len(sets):
+                of_sets = [found.pairs[row, other, name] for name in sets]
+                value = float(np.mean([pair.difference.value for pair in of_sets]))
+                seeds = np.mean([pair.seeds for pair in of_sets], axis=0)
+                found.average_pairs[row, other, column] = AveragePair(
+                    one.difference(value), tuple(seeds.tolist())
+                )
     return found
 
 
@@ -234,7 +238,7 @@ def _is_kept(run: Run, name: str) -> bool:
     )
 
 
-def _read(run: Run, name: str) -> Predictions:
+def read_predictions(run: Run, name: str) -> Predictions:
     """Read a run's predictions of a set.
 
     Raises:
@@ -280,9 +284,12 @@ def _measure_set(
     found: Measures,
     rows: Mapping[str, Sequence[Run]],
     name: str,
-    sums: Mapping[str, _Sum],
+    sums: Sequence[Mapping[str, _Sum]],
 ) -> dict[str, _Right]:
-    """Measure each row whose runs all have predictions of a set; return what each has right."""
+    """Measure each row whose runs all have predictions of a set; return what each has right.
+
+    `sums` are, of each average that the set is part of, the rows' replicates.
+    """
     images: _Images | None = None
     rights: dict[str, _Right] = {}
     for row, members in rows.items():
@@ -290,7 +297,7 @@ def _measure_set(
             continue
         read: list[Predictions] = []
         for run in members:
-            one = _read(run, name)
+            one = read_predictions(run, name)
             if images is None:
                 images = _Images(run, one.key, one.label)
                 found.classes[name] = _classes(one.label, classes_of([run], name))
@@ -301,8 +308,8 @@ def _measure_set(
         # the gain over a system that is never right is the accuracy
         gains = paired.tally(right.hits(), len(members), none_N, 1)
         drawn_R = paired.redraw(gains, _draws(name, row))
-        if row in sums:
-            sums[row].add(drawn_R)
+        for of_average in sums:
+            of_average[row].add(drawn_R)
         found.sets[row, name] = _set_measures(found.classes[name], read, right, gains, drawn_R)
         rights[row] = right
     return rights

@@ -16,18 +16,19 @@ import jinja2
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from rft.config import MAX_PIXELS
 from rft.paper import FIGURE_7
-from rft.report import colors, details, gallery, interactive, measures, plots, svg, tables
+from rft.report import colors, details, flips, gallery, interactive, measures, plots, svg, tables
 from rft.report import comparison as beside
 from rft.report.comparison import Beside
+from rft.report.flips import Flips, find_flips
 from rft.report.measures import Measures
 from rft.report.read import Run, load_runs, shown_settings
 from rft.report.summary import Summary, summarise
-from rft.report.tables import OOD_COLUMN, Row, TextTable, heading
+from rft.report.tables import OOD_COLUMN, Row, TextTable, heading, is_average
 from rft.report.testbed import read_line
 from rft.runs.gallery_file import read as read_gallery
 from rft.runs.records import ORIGINS, Provenance
-from rft.sets import OOD_SETS
 from rft.statistics.robustness import Line
 from rft.storage import files
 from rft.text import plain
@@ -66,6 +67,8 @@ class Report:
     beside: Beside | None
     pictures: dict[str, Picture]
     """Name -> picture, of those that the runs have something to draw for."""
+    frames: dict[int, bytes]
+    """Step -> WebP of the gallery's images at that step, ascending."""
     gallery_run: Run | None
 
     @property
@@ -87,19 +90,28 @@ class Report:
         return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
 
 
-def write_report(runs: Sequence[Path], out: Path, testbed: Path | None = None) -> Report:
+def write_report(
+    runs: Sequence[Path],
+    out: Path,
+    testbed: Path | None = None,
+    data: str = "",
+    max_pixels: float = MAX_PIXELS,
+) -> Report:
     """Read run folders and write the report's files to the folder `out`.
 
-    Files of an earlier report there are replaced or removed.
+    Files of an earlier report there are replaced or removed. With a data root, the page shows
+    images that were gained and lost, of at most so many million pixels.
 
     Raises:
-        ValueError: if the runs do not belong in one table, or a file is malformed.
+        ValueError: if the runs do not belong in one table, a file is malformed, or a set below
+            `data` is not the one that was evaluated.
     """
     files.require_local(out, "--out")
     line = None if testbed is None else read_line(testbed)
     report = compose(load_runs(runs), line)
+    page = render(report, flips_of(report, data, max_pixels) if data else None)
     # index.html is the last: when it appears, everything beside it is of this report
-    for name, content in {**documents(report), "index.html": render(report).encode()}.items():
+    for name, content in {**documents(report), "index.html": page.encode()}.items():
         if content is not None:
             files.write_bytes(str(out / name), content)
         else:
@@ -142,15 +154,18 @@ def compose(runs: list[Run], line: Line | None = None, *, draw: bool = True) -> 
     names = tables.shown_recipes(row.recipe for row in rows)
     shown = [row for row in rows if row.recipe in names]
     counted = [name for name in tables.columns(rows) if any(name in run.counts for run in runs)]
-    measured = measures.measure(tables.by_row(runs), counted, OOD_SETS)
+    averages = {name: tables.sets_of(name) for name in tables.columns(rows) if is_average(name)}
+    measured = measures.measure(tables.by_row(runs), counted, averages)
     differences = tables.difference_rows(runs, shown, measured)
     example = next((run for run in runs if run.gallery_path.is_file()), None)
-    pictures = {}
+    pictures, frames = {}, {}
     if draw:
         with plots.explained():
             pictures = _pictures(runs, rows, shown, measured)
             if example is not None:
-                pictures["gallery"] = Picture(gallery.picture(read_gallery(example.gallery_path)))
+                found = read_gallery(example.gallery_path)
+                pictures["gallery"] = Picture(gallery.picture(found))
+                frames = gallery.frames(found)
     return Report(
         runs=runs,
         rows=rows,
@@ -160,6 +175,7 @@ def compose(runs: list[Run], line: Line | None = None, *, draw: bool = True) -> 
         tables=tables.text_tables(shown, differences, len(rows) - len(shown)),
         beside=beside.beside(runs, rows),
         pictures=pictures,
+        frames=frames,
         gallery_run=example,
     )
 
@@ -192,7 +208,21 @@ def show(report: Report, console: Console) -> None:
         console.print("The paper's numbers stand beside these in index.html and paper.md.")
 
 
-def render(report: Report) -> str:
+def flips_of(report: Report, data: str, max_pixels: float) -> Flips:
+    """Return the images behind the classes that the page lists, from the sets of a data root."""
+    targets = details.targets(report.shown)
+    return find_flips(
+        tables.by_row(report.runs),
+        report.measures,
+        report.reference.name,
+        class_changes(report, targets),
+        targets,
+        data,
+        max_pixels,
+    )
+
+
+def render(report: Report, images: Flips | None = None) -> str:
     """Return index.html; everything that comes from a file is escaped."""
     # StrictUndefined: a misspelt name in the template is an error, not an empty text
     environment = jinja2.Environment(
@@ -213,12 +243,17 @@ def render(report: Report) -> str:
         absent=tables.ABSENT,
         pictures=dict.fromkeys((*FIGURES, "gallery"))
         | {name: _shown(picture) for name, picture in report.pictures.items()},
+        frames=[
+            (f"step {step}", _data_url("webp", content)) for step, content in report.frames.items()
+        ],
         held_out=any(line.held_out_total for run in report.runs for line in run.metrics),
         figure_7=figure_7_names(report.rows),
         grids=_named(targets, lambda name: details.statistics_grid(shown, measured, name)),
         matrices=_named(targets, lambda name: details.matrix(shown, measured, name)),
         flips=details.flips_grid(shown, measured, reference),
         changes=class_changes(report, targets),
+        images=images,
+        per_class=flips.PER_CLASS,
         most=details.CLASSES,
         points=plots.POINTS,
         provenance=provenance_lines(report.runs),
@@ -287,9 +322,12 @@ def _shown(picture: Picture) -> dict[str, Any]:
         return {"svg": svg.themed(picture.svg, plots.NEUTRAL)}
     # the first chunk of a PNG is its header, whose data begin at byte 16
     width, height = (int.from_bytes(picture.png[at : at + 4], "big") for at in (16, 20))
-    data = base64.b64encode(picture.png).decode("ascii")
-    source = f"data:image/png;base64,{data}"
+    source = _data_url("png", picture.png)
     return {"svg": "", "source": source, "width": width // 2, "height": height // 2}
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def provenance_lines(runs: Sequence[Run]) -> list[str]:

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from rft.report import details, tables
 from rft.report.measures import Measures, significant
 from rft.report.read import Run
-from rft.report.tables import OOD_COLUMN, Row, columns, heading, pair_of, target
+from rft.report.tables import (
+    OOD_COLUMN,
+    Row,
+    columns,
+    heading,
+    is_average,
+    pair_of,
+    target,
+)
 from rft.runs import filenames
 from rft.sets import OOD_SETS, TEST_SETS
 
@@ -136,9 +144,8 @@ def _missing_sets(rows: Sequence[Row]) -> Iterator[str]:
     if counted & set(TEST_SETS):
         if absent := [heading(name) for name in TEST_SETS if name not in counted]:
             yield f"Not evaluated: {', '.join(absent)}."
-        if OOD_COLUMN in counted:
-            lacking = [row.name for row in rows if OOD_COLUMN not in row.cells]
-            if lacking:
-                yield f"No OOD average, for lack of a set: {_listed(lacking)}."
-        elif counted & set(OOD_SETS):
+        if OOD_COLUMN not in counted and counted & set(OOD_SETS):
             yield f"No OOD average: no system has all {len(OOD_SETS)} of its sets."
+    for column in filter(is_average, columns(rows)):
+        if lacking := [row.name for row in rows if column not in row.cells]:
+            yield f"No {heading(column)}, for lack of a set: {_listed(lacking)}."

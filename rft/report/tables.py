@@ -1,7 +1,8 @@
 """Counts to percentages, seeds to mean and spread, and both to text. Pure.
 
 The OOD average is the unweighted mean of the five benchmarks' top-1, made for each seed; then the
-mean over seeds (Tables 1 and 3). Spread is the sample standard deviation (n - 1) over seeds: it
+mean over seeds (Tables 1 and 3). Where sets beyond these were declared OOD, the mean over all OOD
+sets is one more column. Spread is the sample standard deviation (n - 1) over seeds: it
 says nothing about the sampling of the test images, which all seeds share.
 """
 
@@ -33,6 +34,8 @@ from rft.storage import files
 
 # columns go by the name of their set; no set has an empty name, or one that begins with a slash
 ID_COLUMN, OOD_COLUMN, EFFECTIVE = ID_SET, "", "/effective robustness"
+AVERAGE = "//"
+"""Begins the column of an average over other sets than the five, and each of their names in it."""
 COLUMNS = (*TEST_SETS, OOD_COLUMN)
 """Of the paper's tables."""
 HEADINGS = {
@@ -144,17 +147,49 @@ def summarise(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def accuracies(run: Run) -> dict[str, float]:
-    """Return a run's percentages by column: the paper's first, in its order, then other sets."""
+def sets_of(column: str) -> tuple[str, ...]:
+    """Return the sets that a column is the mean of: those of an average, or its own."""
+    if column == OOD_COLUMN:
+        return OOD_SETS
+    # names of sets are normalised paths, which hold no two slashes
+    return tuple(column.split(AVERAGE)[1:]) if column.startswith(AVERAGE) else (column,)
+
+
+def is_average(column: str) -> bool:
+    """Whether a column is the mean over several sets."""
+    return column == OOD_COLUMN or column.startswith(AVERAGE)
+
+
+def all_ood(runs: Sequence[Run]) -> str | None:
+    """Return the column of the average over all OOD sets of some runs.
+
+    None if that is the benchmarks' own, or of a single set: sets beyond the five count as declared.
+    """
+    counted = {name for run in runs for name in run.counts}
+    declared = {name for run in runs for name, one in run.counts.items() if one.ood}
+    declared -= BENCHMARKS.keys()
+    names = [*(name for name in OOD_SETS if name in counted), *sorted(declared)]
+    return AVERAGE + AVERAGE.join(names) if declared and len(names) > 1 else None
+
+
+def percent(run: Run, column: str) -> float | None:
+    """Return a run's accuracy in a column of sets, in percent; None if it lacks one of them."""
+    names = sets_of(column)
+    if any(name not in run.counts for name in names):
+        return None
+    return statistics.fmean(top1(run.counts[name]) for name in names)
+
+
+def accuracies(run: Run, average: str | None = None) -> dict[str, float]:
+    """Return a run's percentages by column: the paper's first, then other sets, then an average."""
     own = sorted(run.counts.keys() - set(TEST_SETS))
-    values = {name: top1(run.counts[name]) for name in TEST_SETS if name in run.counts}
-    if (average := ood_average(run)) is not None:
-        values[OOD_COLUMN] = average
-    return values | {name: top1(run.counts[name]) for name in own}
+    names = [*COLUMNS, *own, *([] if average is None else [average])]
+    values = {name: percent(run, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """Return the columns that a row has: the paper's in its order, then own sets by name.
+    """Return the columns that a row has: the paper's in its order, own sets by name, an average.
 
     Raises:
         ValueError: if there are too many to be shown.
@@ -166,28 +201,30 @@ def columns(rows: Sequence[Row]) -> list[str]:
             f"the runs were evaluated on {len(there):,} sets; a report shows {SETS}: take some out "
             f"of their {filenames.RESULTS}"
         )
-    return [*known, *sorted(there - set(known))]
+    return [*known, *sorted(there - set(known), key=lambda name: (is_average(name), name))]
 
 
 def heading(column: str) -> str:
     """Return a column's heading; an own set is called by its name."""
     if column in HEADINGS:
         return HEADINGS[column]
-    return f"{column} (own set)" if column in HEADINGS.values() else column
+    if is_average(column):
+        return f"{HEADINGS[OOD_COLUMN]} ({len(sets_of(column))} sets)"
+    known = column in HEADINGS.values() or column.startswith(HEADINGS[OOD_COLUMN])
+    return f"{column} (own set)" if known else column
 
 
 def target(rows: Sequence[Row]) -> str:
-    """Return the column that rows are compared by: the OOD average, or the first there is."""
+    """Return the column that rows are compared by: an OOD average, or the first there is."""
     found = columns(rows)
+    # the benchmarks' average stands before that of all sets;
     # runs that were evaluated on no set at all have nothing to compare
-    return OOD_COLUMN if OOD_COLUMN in found or not found else found[0]
+    return next(filter(is_average, found), found[0] if found else OOD_COLUMN)
 
 
 def ood_average(run: Run) -> float | None:
     """Return the unweighted mean of the five OOD accuracies, or None if one is missing."""
-    if any(name not in run.counts for name in OOD_SETS):
-        return None
-    return statistics.fmean(top1(run.counts[name]) for name in OOD_SETS)
+    return percent(run, OOD_COLUMN)
 
 
 def by_row(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -252,9 +289,10 @@ def shown_recipes(recipes: Iterable[str]) -> set[str]:
 
 def result_rows(runs: Sequence[Run], line: Line | None = None) -> list[Row]:
     """Return the result table; with a testbed's line, effective robustness is a column."""
-    rows = []
+    rows, average = [], all_ood(runs)
     for members in by_row(runs).values():
-        by_seed = [accuracies(run) | effective(accuracies(run), line) for run in members]
+        found = [accuracies(run, average) for run in members]
+        by_seed = [values | effective(values, line) for values in found]
         # all seeds of a row have the same sets, so it is all or none
         cells = {name: summarise([values[name] for values in by_seed]) for name in by_seed[0]}
         first = members[0]
@@ -312,7 +350,11 @@ def difference_rows(
     column, against = target(rows), baselines(rows)
     groups = by_row(runs)
     by_seed = {
-        row.name: {run.seed: accuracies(run)[column] for run in groups[row.name]}
+        row.name: {
+            run.seed: value
+            for run in groups[row.name]
+            if (value := percent(run, column)) is not None
+        }
         for row in rows
         if column in row.cells
     }
@@ -331,8 +373,8 @@ def difference_rows(
 
 def pair_of(measures: Measures, row: str, other: str, column: str) -> SetPair | AveragePair | None:
     """Return what the images say of two rows in one column."""
-    if column == OOD_COLUMN:
-        return measures.average_pair(row, other)
+    if is_average(column):
+        return measures.average_pair(row, other, column)
     return measures.pair(row, other, column)
 
 
@@ -516,8 +558,9 @@ def caption(rows: Sequence[Row], hidden: int = 0) -> str:
     several = any(len(row.seeds) > 1 for row in rows)
     spread = "; mean and sample standard deviation over n seeds" if several else ""
     text = f"Top-1 accuracy in %{spread}."
-    if OOD_COLUMN in columns(rows):
-        text += f" OOD avg is the unweighted mean of {', '.join(map(heading, OOD_SETS))}."
+    for column in filter(is_average, columns(rows)):
+        names = ", ".join(map(heading, sets_of(column)))
+        text += f" {heading(column)} is the unweighted mean of {names}."
     if EFFECTIVE in columns(rows):
         text += " eff. rob. is the OOD average minus that of the testbed's line, in points."
     if hidden:

@@ -17,6 +17,7 @@ METRICS = "metrics.jsonl"  # while the run trains
 PROGRESS = "progress.json"  # after each checkpoint, for monitoring; resuming does not read it
 TRAINING = "training.json"  # written last by a training
 GALLERY = "gallery.npz"  # by a training that masks, before training.json
+FRAMES = "frames.npz"  # what gallery.npz will show of the steps, while the run trains
 RESULTS = "results.json"  # by rft.evaluate
 PREDICTIONS = "predictions"  # by rft.evaluate before results.json: a file for each set
 LOCALISATION = "localisation.json"  # by rft.evaluate.localisation
@@ -34,4 +35,4 @@ FEATURES = "features"  # of frozen towers while the run trains; safe to delete
 LOCK = ".lock"  # held by the one training that writes the folder
 
 # written through; all others are replaced as a whole
-WRITTEN_THROUGH = (CHECKPOINTS, TENSORBOARD, WANDB, PROFILE, FEATURES, METRICS, LOCK)
+WRITTEN_THROUGH = (CHECKPOINTS, TENSORBOARD, WANDB, PROFILE, FEATURES, PREDICTIONS, METRICS, LOCK)

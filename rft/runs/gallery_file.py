@@ -3,9 +3,10 @@
 Each array has a type, a shape and a range, and what the picture of them costs follows from the
 limits here. No torch.
 
-Shapes: B images, C H W channels and pixels, P = G * G patches in row-major order.
+Shapes: B images, C H W channels and pixels, P = G * G patches in row-major order, S steps.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,27 @@ from rft.storage.documents import Text, convert
 BYTES = 2**26  # of all arrays; `rft.train` writes some megabytes
 IMAGES = 16  # `rft.train` writes 8
 COLUMNS = 24  # donor maps; `rft.train` writes one for each of 9 recipes
+STEPS = 12  # of the training; `rft.train` keeps 9
 SIDE = 512  # pixels, as open_clip's largest model has
 STRENGTH = 1e6  # of relevance; an image's maximum is 1, and bicubic resizing must not overflow
 DROP = -1
 DONOR = "donor/"
+
+
+@dataclass(frozen=True)
+class Frames:
+    """How the images looked to the model at some steps of its training."""
+
+    steps_S: np.ndarray
+    """Steps done, int64, ascending."""
+    relevance_SBP: np.ndarray
+    """Normalised map of the run's own kind of CAM, float32."""
+    masked_SBP: np.ndarray | None = None
+    """The run's masks, bool; None where chance decides them."""
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return the arrays by their names in a file."""
+        return {name: column for name, column in vars(self).items() if column is not None}
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,8 @@ class Gallery:
     patch: int
     donors: dict[str, np.ndarray]
     """Recipe -> donor map, int64 (B, P)."""
+    frames: Frames | None
+    """None in a file of before frames were kept."""
 
 
 def read(path: Path) -> Gallery:
@@ -46,9 +66,25 @@ def read(path: Path) -> Gallery:
         ValueError: if it is not one, naming the array that is wrong.
     """
     try:
-        return check(read_npz(files.read_bytes(str(path), BYTES), BYTES))
+        return check(_arrays(path))
     except ValueError as error:
         raise ValueError(f"{path} is not a gallery of rft.train: {error}") from error
+
+
+def read_frames(path: Path, batch: int, patches: int) -> Frames | None:
+    """Read the frames of so many images in a gallery.npz or frames.npz; None if it has none.
+
+    Raises:
+        ValueError: if they are not such, naming the array that is wrong.
+    """
+    try:
+        return _frames(_arrays(path), (batch, patches))
+    except ValueError as error:
+        raise ValueError(f"{path} has no frames of this run: {error}") from error
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    return read_npz(files.read_bytes(str(path), BYTES), BYTES)
 
 
 def check(arrays: Mapping[str, np.ndarray]) -> Gallery:
@@ -76,12 +112,7 @@ def check(arrays: Mapping[str, np.ndarray]) -> Gallery:
     if patch < 1 or height % patch:
         raise ValueError(f"patch is {patch}: {height} x {width} pixels cannot be cut into such")
     shape = (batch, (height // patch) ** 2)
-    # float64 beyond float32 becomes infinite, which the next check refuses
-    with np.errstate(over="ignore"):
-        relevance_BP = _array(arrays, "relevance_BP", "f", shape).astype(np.float32)
-    # written so that NaN does not pass
-    if not (relevance_BP.min() >= -STRENGTH and relevance_BP.max() <= STRENGTH):
-        raise ValueError(f"relevance_BP must be finite, from {-STRENGTH:,.0f} to {STRENGTH:,.0f}")
+    relevance_BP = _relevance(arrays, "relevance_BP", shape)
     class_names = _array(arrays, "class_names", "U", (None,))
     labels_B = _array(arrays, "labels_B", "iu", (batch,), range(len(class_names)))
     # a slice, because numpy fails on a single text with letters of no Unicode
@@ -98,7 +129,34 @@ def check(arrays: Mapping[str, np.ndarray]) -> Gallery:
         relevance_BP=relevance_BP,
         patch=patch,
         donors=donor_maps,
+        frames=_frames(arrays, shape),
     )
+
+
+def _frames(arrays: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Frames | None:
+    """Return the frames among the arrays, each of `shape`; None if there are none."""
+    if not any(field.name in arrays for field in dataclasses.fields(Frames)):
+        return None
+    steps_S = _array(arrays, "steps_S", "iu", (None,), range(2**53))
+    if not 1 <= len(steps_S) <= STEPS or (steps_S[1:] <= steps_S[:-1]).any():
+        raise ValueError(f"steps_S must be 1 to {STEPS} ascending steps")
+    found = {
+        "steps_S": steps_S.astype(np.int64),
+        "relevance_SBP": _relevance(arrays, "relevance_SBP", (len(steps_S), *shape)),
+    }
+    if "masked_SBP" in arrays:
+        found["masked_SBP"] = _array(arrays, "masked_SBP", "b", (len(steps_S), *shape))
+    return Frames(**found)
+
+
+def _relevance(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    # float64 beyond float32 becomes infinite, which the next check refuses
+    with np.errstate(over="ignore"):
+        relevance = _array(arrays, name, "f", shape).astype(np.float32)
+    # written so that NaN does not pass
+    if not (relevance.min() >= -STRENGTH and relevance.max() <= STRENGTH):
+        raise ValueError(f"{name} must be finite, from {-STRENGTH:,.0f} to {STRENGTH:,.0f}")
+    return relevance
 
 
 def _array(
@@ -113,14 +171,19 @@ def _array(
         raise ValueError(f"{name} is missing")
     array = arrays[name]
     if array.dtype.kind not in kinds:
-        wanted = {"u": "uint8", "f": "floating-point", "U": "texts"}.get(kinds, "whole numbers")
+        words = {"u": "uint8", "f": "floating-point", "U": "texts", "b": "true or false"}
+        wanted = words.get(kinds, "whole numbers")
         raise ValueError(f"{name} is of type {array.dtype}; it must be {wanted}")
     if array.ndim != len(shape) or any(
         wanted not in (None, found) for found, wanted in zip(array.shape, shape, strict=True)
     ):
         wanted = ", ".join("any" if length is None else str(length) for length in shape)
         raise ValueError(f"{name} has shape {array.shape}; it must be ({wanted})")
-    if numbers is not None and (array.min() < numbers.start or array.max() >= numbers.stop):
+    if (
+        numbers is not None
+        and array.size
+        and (array.min() < numbers.start or array.max() >= numbers.stop)
+    ):
         raise ValueError(f"{name} must have numbers from {numbers.start} to {numbers.stop - 1}")
     return array
 

@@ -16,13 +16,14 @@ Shapes: N images.
 
 import dataclasses
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from rft.runs import filenames
-from rft.storage import files
+from rft.storage import files, local
 from rft.storage.arrays import read_npz
 
 KEY_LETTERS = 1024  # of the longest key, as in an index
@@ -97,6 +98,18 @@ def path_of(checkpoint: Path, name: str) -> Path:
     if not checkpoint.is_dir():
         return checkpoint.with_suffix(f".{folder}") / f"{name}.npz"
     return checkpoint / folder / f"{name}.npz"
+
+
+def require_no_links(checkpoint: Path, names: Iterable[str]) -> None:
+    """Check that no link leads to a folder of a model's predictions on some packed sets.
+
+    Raises:
+        ValueError: naming the link.
+    """
+    folder = path_of(checkpoint, "").parent
+    # the name of a set may have folders; "." is the last of its parents
+    parents = (parent for name in names for parent in PurePosixPath(name).parents)
+    local.require_no_links(folder.parent, (f"{folder.name}/{parent}" for parent in parents))
 
 
 def logits_path_of(checkpoint: Path, name: str) -> Path:

@@ -14,10 +14,10 @@ from rft.runs.filenames import SELECTED
 from rft.runs.folder import weights_record
 from rft.runs.records import Training
 from rft.storage import files
+from rft.train import pictures
 from rft.train.build import inputs_fingerprint
 from rft.train.job import Job
 from rft.train.loop import train
-from rft.train.pictures import one_of_each_class, write_gallery
 from rft.train.run import Finished, RunFolder, finished
 from rft.train.stop import STOPPED, StopRequest
 
@@ -71,13 +71,15 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
 def write_run_gallery(job: Job) -> None:
     """Write the gallery of what the selected model's masks and fills make of held-out images."""
     packed, folder = job.batches.packed, RunFolder(job.config).path
-    shown = one_of_each_class(packed.index.label, job.held_out, 8)
-    # a picture of a fill needs another image
-    if job.config.method.masks and len(shown) > 1:
+    shown = pictures.gallery_samples(job)
+    if len(shown):
         # from the file: the student in memory is the last model, not the selected one
         saved = load_state(folder / SELECTED)
         model = build_classifier(saved.state, saved.architecture)
-        write_gallery(str(folder / filenames.GALLERY), model, packed, shown, recipes.MASKED)
+        frames = pictures.kept_frames(job, job.total_steps + 1)
+        url = str(folder / filenames.GALLERY)
+        pictures.write_gallery(url, model, packed, shown, recipes.MASKED, frames)
+        (folder / filenames.FRAMES).unlink(missing_ok=True)
 
 
 def tell_finished(config: Config, done: Finished, world: World) -> None:

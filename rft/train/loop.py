@@ -22,6 +22,7 @@ from rft.train.journal import Journal
 from rft.train.kernels import Choice
 from rft.train.meter import Meter
 from rft.train.optim import build_optimizer, set_schedule
+from rft.train.pictures import keep_frame
 from rft.train.profile import profiling
 from rft.train.run import RunFolder, vanished
 from rft.train.select import metadata, restore_selected, select, write_selected
@@ -57,6 +58,8 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
     progress, began_with = checkpoint.resume(store, world, own, config.donor_pool(world.size))
     module = settled(job, progress.step, began_with)
     dist.on_main(world, lambda: restore_selected(job, store, own, progress.best_step))
+    # those of later steps come with the selection
+    keep_frame(job, progress.step)
 
     steps_per_epoch, saved, reason = job.batches.plan.steps_per_epoch, progress.step, ""
     # batches, draws and learning rate follow from the step's number, so only it is resumed from

@@ -2,14 +2,16 @@
 
 `grid` shows what a step has just distilled on, from that step's own tensors. `write_gallery` keeps
 what the selected model's masks and fills make of a few fixed images, as numbers for the report to
-draw (Fig. 5).
+draw (Fig. 5), and `keep_frame` how the masks of these images change with the steps before.
 
-Shapes: B images, P patches, V = C times the pixels of a patch, Z images in the donor pool.
+Shapes: B images, P patches, V = C times the pixels of a patch, Z images in the donor pool, S steps.
 """
 
 import io
 import logging
-from typing import NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +22,20 @@ from torchvision.utils import make_grid
 from rft.clip import vit
 from rft.clip.classifier import Classifier
 from rft.config import MethodConfig
+from rft.device import to_device
 from rft.evaluate.measure_cam import label_map
 from rft.loading.dataset import PackedDataset
 from rft.method import refill
-from rft.method.counterfactual import StepAddress, donors, draw
+from rft.method.counterfactual import StepAddress, cam_mask, donors, draw
+from rft.runs import filenames
 from rft.runs import gallery_file as gallery
+from rft.runs.gallery_file import Frames
 from rft.storage import files
+from rft.train.job import Job
 
 COLUMNS = 8
+IMAGES = 8  # of a gallery
+FRAMES = 9  # steps of a run that its gallery shows
 TILE = 112  # pixels that a small image is enlarged to, about; a large one keeps its size
 GREY, LIGHT, DARK = 128, 232, 56  # a dropped patch; in a mask what stays, and what is masked
 
@@ -76,12 +84,14 @@ def write_gallery(
     packed: PackedDataset,
     samples: np.ndarray,
     methods: dict[str, MethodConfig],
+    frames: Mapping[str, np.ndarray],
 ) -> None:
     """Write `url` (npz): images of some samples, relevance and the donor map of each recipe.
 
     Every mask x fill is built from the student's one relevance map, by the same functions as in a
-    training step, on the CPU; the samples are each other's donor pool. What no report would draw is
-    not written, with a warning: the model diverged, or its images are too large.
+    training step, on the CPU; the samples are each other's donor pool. The arrays of `frames` are
+    added. What no report would draw is not written, with a warning: the model diverged, or its
+    images are too large.
     """
     batch = packed.batch(samples, model.architecture.image_size)
     relevance_BP = label_map(model, batch.images_BCHW, batch.labels_B, "relevance")
@@ -97,14 +107,82 @@ def write_gallery(
         # one address for all runs, so that their pictures show the same random draws
         draws = draw(method, range(count), patches, count, StepAddress(0, 0, 0, 0))
         columns[f"{gallery.DONOR}{name}"] = donors(method, draws, relevance_BP).numpy()
+    columns |= frames
     try:
         gallery.check(columns)
     except ValueError as error:
         log.warning(f"the report will have no picture of masks and fills: {error}")
         return
+    write_npz(url, columns)
+
+
+def write_npz(url: str, columns: dict[str, Any]) -> None:
+    """Write arrays, intact or not at all; the same arrays give the same bytes."""
     stream = io.BytesIO()
+    # zipfile dates members that are written so 1980-01-01
     np.savez_compressed(stream, **columns)
     files.write_bytes(url, stream.getvalue())
+
+
+def keep_frame(job: Job, step: int) -> None:
+    """Add how the student sees the gallery's images after `step` to frames.npz, on the main rank.
+
+    Of the start and of the ends of epochs, FRAMES at most are kept, evenly spread. To be called
+    before the checkpoint of the step, so that a resumed run finds every frame that it will not
+    compute. No random number is drawn and no weight is touched.
+    """
+    method, samples = job.config.method, gallery_samples(job)
+    steps = frame_steps(job.config.optim.epochs, job.batches.plan.steps_per_epoch)
+    if not (job.world.is_main and len(samples) and step in steps):
+        return
+    batch = job.batches.packed.batch(samples, job.batches.image_size)
+    images_BCHW, labels_B = (to_device(one, job.device) for one in batch[:2])
+    # no more together than a step has memory for: fp32 takes twice the bytes of bf16
+    together = max(1, job.config.micro_batch(job.world.size) // 2)
+    parts = zip(images_BCHW.split(together), labels_B.split(together), strict=True)
+    recompute = job.objective.recompute
+    maps = [label_map(job.student, *part, method.cam, recompute=recompute) for part in parts]
+    relevance_BP = torch.cat(maps).cpu()
+    columns = {"steps_S": np.array([step]), "relevance_SBP": relevance_BP[None].numpy()}
+    if method.needs_cam:
+        mask_BP = cam_mask(method.mask, relevance_BP, method.threshold)
+        columns["masked_SBP"] = mask_BP[None].numpy()
+    # at the start, frames are those of a run that came no further
+    kept = kept_frames(job, step) if step else {}
+    if kept.keys() == columns.keys():
+        columns = {name: np.concatenate([kept[name], columns[name]]) for name in columns}
+    write_npz(str(Path(job.config.run) / filenames.FRAMES), columns)
+
+
+def kept_frames(job: Job, before: int) -> dict[str, np.ndarray]:
+    """Return the frames of the run that are of earlier steps than that; see `Frames.columns`."""
+    folder, side = Path(job.config.run), job.student.patch_side
+    # a run whose last steps are repeated after its end has them in its gallery
+    paths = (folder / name for name in (filenames.FRAMES, filenames.GALLERY))
+    found: Frames | None = None
+    if path := next(filter(Path.exists, paths), None):
+        patches = (job.batches.image_size // side) ** 2
+        try:
+            found = gallery.read_frames(path, len(gallery_samples(job)), patches)
+        except ValueError as error:
+            log.warning(f"the report will have no pictures of the steps before {before}: {error}")
+    if found is None:
+        return {}
+    return {name: column[found.steps_S < before] for name, column in found.columns().items()}
+
+
+def frame_steps(epochs: int, steps_per_epoch: int) -> list[int]:
+    """Return the steps after which `keep_frame` keeps something, ascending."""
+    ends = np.linspace(0, epochs, min(FRAMES, epochs + 1)).astype(int)
+    return (ends * steps_per_epoch).tolist()
+
+
+def gallery_samples(job: Job) -> np.ndarray:
+    """Choose the images of a run's gallery; none if it has no gallery."""
+    labels_N = job.batches.packed.index.label
+    shown = one_of_each_class(labels_N, job.held_out, IMAGES)
+    # a picture of a fill needs another image
+    return shown if job.config.method.masks and len(shown) > 1 else shown[:0]
 
 
 def one_of_each_class(labels_B: np.ndarray, samples: np.ndarray, count: int) -> np.ndarray:

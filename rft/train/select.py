@@ -14,11 +14,12 @@ from rft.train import checkpoint
 from rft.train.checkpoint import Progress
 from rft.train.job import Job
 from rft.train.journal import Journal
+from rft.train.pictures import keep_frame
 from rft.train.run import RunFolder
 
 
 def select(job: Job, progress: Progress, journal: Journal, kept: Kept | None = None) -> Progress:
-    """Count held-out accuracy; select the model if it is strictly the best so far.
+    """Count held-out accuracy, keep a frame; select the model if it is strictly the best so far.
 
     `kept` has the features of a tower that does not learn.
 
@@ -38,6 +39,7 @@ def select(job: Job, progress: Progress, journal: Journal, kept: Kept | None = N
         kept=kept,
     )
     journal.held_out(progress.step, count)
+    keep_frame(job, progress.step)
     return progress.selecting(count.correct)
 
 

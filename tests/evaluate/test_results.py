@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 
 from rft.clip.classifier import load_state, save_classifier
+from rft.evaluate import command
 from rft.evaluate.checkpoints import Loaded
 from rft.evaluate.results import Evaluated, is_current, write_results
 from rft.runs.folder import checkpoint_path, current_results
@@ -51,6 +52,20 @@ def model(tmp_path) -> Path:
     path = weights(tmp_path / "model.safetensors")
     record(path, {"imagenet-val": evaluated(7), "imagenet-r": evaluated(3)})
     return path
+
+
+@pytest.mark.slow
+def test_no_predictions_are_written_behind_a_link(train, tiny_data, tmp_path, refused):
+    run = train("vanilla", "--optim.epochs", 0)
+    (tmp_path / "theirs").mkdir()
+    (run / "predictions").symlink_to(tmp_path / "theirs")
+    line = refused(command, run, "--data", tiny_data, "--sets", "imagenet-r", "--workers", 0)
+    assert line == (
+        f"error: {run / 'predictions'} is a link, and nothing is written or deleted through links; "
+        "remove it"
+    )
+    assert not list((tmp_path / "theirs").iterdir())
+    assert not (run / "results.json").exists()
 
 
 def document(model: Path) -> dict:

@@ -19,6 +19,7 @@ from rft.runs.filenames import SELECTED
 from rft.runs.predictions import path_of, read
 from rft.runs.trained_on import of_metadata
 from rft.statistics import calibration
+from tests.shards.test_guard import copy, pack_as
 from tests.tiny import call, unstamped
 
 pytestmark = pytest.mark.slow
@@ -124,4 +125,15 @@ def test_another_training_set_below_the_root_is_refused(train, tiny_data, tmp_pa
     words = ("--sets", SET, "--workers", 0, "--device", "cpu", "--temperature")
     line = refused(evaluation, run, "--data", tmp_path / "data", *words)
     assert f"{run} held images of a different imagenet-train out (manifest" in line
+    assert not (run / "results.json").exists()
+
+
+def test_held_out_images_that_are_test_images_are_refused(train, tiny_data, tmp_path, refused):
+    """The training set turns out to be an OOD set under another name."""
+    run, root = train("vanilla"), tmp_path / "data"
+    copy(tiny_data, root, "imagenet-train", SET)
+    pack_as(tiny_data, "imagenet-train", root, "found-later", ood=True)
+    words = ("--sets", SET, "--workers", 0, "--device", "cpu", "--temperature")
+    line = refused(evaluation, run, "--data", root, *words)
+    assert "imagenet-train holds 76 images of found-later" in line
     assert not (run / "results.json").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rft.runs.filenames import LAST, SELECTED
+from rft.runs.filenames import GALLERY, LAST, SELECTED
 from rft.storage import files
 from tests import tiny
 from tests.tiny import kill_when, torchrun, torchrun_command, unstamped
@@ -49,7 +49,7 @@ def leaves(value) -> list:
 
 
 def outcome(run: Path) -> tuple[list[str], list, list[dict]]:
-    """The hashes of both weights files, the last checkpoint's content and the held-out counts."""
+    """The hashes of weights and gallery, the last checkpoint's content and the held-out counts."""
     last = max((run / "checkpoints").glob("step-*.pt"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
@@ -57,7 +57,7 @@ def outcome(run: Path) -> tuple[list[str], list, list[dict]]:
     times = [line.pop("time") for line in lines]
     assert times[0] < times[-1]
     return (
-        [files.sha256_file(run / which) for which in (SELECTED, LAST)],
+        [files.sha256_file(run / which) for which in (SELECTED, LAST, GALLERY)],
         leaves(torch.load(last, weights_only=True)),
         [line for line in lines if "held_out_correct" in line],
     )

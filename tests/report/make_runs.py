@@ -177,9 +177,17 @@ def make_metrics(
 
 
 def make_gallery(
-    path: Path, size: int = 48, patch: int = 8, batch: int = 6, **columns: np.ndarray
+    path: Path,
+    size: int = 48,
+    patch: int = 8,
+    batch: int = 6,
+    frames: int = 0,
+    **columns: np.ndarray,
 ) -> Path:
-    """Write a gallery.npz of coloured blobs, with every mask x fill; `columns` replace its own."""
+    """Write a gallery.npz of coloured blobs, with every mask x fill; `columns` replace its own.
+
+    With frames, as many steps in which the heat of noise becomes that of the blob.
+    """
     rng = np.random.default_rng(size)
     grid = size // patch
     y, x = np.mgrid[:size, :size] / size
@@ -215,6 +223,12 @@ def make_gallery(
     }
     for name, method in MASKED.items():
         arrays[f"donor/{name}"] = np.where(masks[method.mask], fills[method.fill], own)
+    if frames:
+        noise = rng.random(relevance.shape).astype(np.float32)
+        share_S11 = np.linspace(0, 1, frames, dtype=np.float32)[:, None, None]
+        arrays["steps_S"] = 100 * np.arange(frames)
+        arrays["relevance_SBP"] = (1 - share_S11) * noise + share_S11 * relevance
+        arrays["masked_SBP"] = arrays["relevance_SBP"] > 0.4
     np.savez(path, **{**arrays, **columns})
     return path
 

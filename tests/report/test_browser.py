@@ -30,10 +30,6 @@ HOSTILE = (
     "<!--<script>document.title='changed'</script>",
     "\"'`&quot;&lt;{{ 7*7 }}${7*7} \u05d0\u05d1",
 )
-# gallery steps as the page has them: without scripts the last, and the others in its details
-FRAMES = """<div class="frames" id="steps"><figure data-label="step 250">c</figure>
-<details class="others"><summary>earlier</summary><figure data-label="step 0">a</figure>
-<figure data-label="step 100">b</figure></details></div></main>"""
 
 
 def why_not() -> str:
@@ -79,7 +75,7 @@ def small(tmp_path_factory) -> Path:
             make_predicted(folder / "runs", name, seed, skill=skill)
     # as text, 8.3 comes after 70.0
     make_run(folder / "runs", "mine", percent=(8.3, 20), total=60, metrics=False)
-    make_gallery(folder / "runs" / "vanilla-seed0" / "gallery.npz", batch=2)
+    make_gallery(folder / "runs" / "vanilla-seed0" / "gallery.npz", batch=2, frames=3)
     write_report([folder / "runs"], folder / "report")
     return folder / "report" / "index.html"
 
@@ -360,22 +356,22 @@ def test_entries_of_the_legend_isolate_curves(browser, small):
 
 
 def test_frames_are_shown_one_at_a_time(browser, small):
-    path = small.with_name("frames.html")
-    path.write_text(small.read_text().replace("</main>", FRAMES))
-    with opened(browser, path) as page:
-        frames = page.locator("#steps")
+    def shown(page) -> list[str]:
+        return page.locator(".frames figure:visible figcaption").all_inner_texts()
+
+    with opened(browser, small) as page:
+        frames = page.locator(".frames")
         assert frames.locator("details").count() == 0
-        assert frames.locator("figure:visible").all_inner_texts() == ["c"]
-        assert frames.locator("output").inner_text() == "step 250"
+        assert frames.locator("figure").count() == 3
+        assert shown(page) == [frames.locator("output").inner_text()] == ["step 200"]
         frames.get_by_role("slider").focus()
-        page.keyboard.press("Home")
-        assert frames.locator("figure:visible").all_inner_texts() == ["a"]
-        page.keyboard.press("ArrowRight")
-        assert frames.locator("figure:visible").all_inner_texts() == ["b"]
-        assert frames.locator("output").inner_text() == "step 100"
-    with opened(browser, path, java_script_enabled=False) as page:
-        assert page.locator("#steps figure:visible").all_inner_texts() == ["c"]
-        assert page.locator("#steps input").count() == 0
+        for key, label in (("Home", "step 0"), ("ArrowRight", "step 100"), ("End", "step 200")):
+            page.keyboard.press(key)
+            assert shown(page) == [frames.locator("output").inner_text()] == [label]
+    with opened(browser, small, java_script_enabled=False) as page:
+        assert shown(page) == ["step 200"]
+        page.locator(".frames summary").click()
+        assert shown(page) == ["step 0", "step 100", "step 200"]
 
 
 def test_the_keyboard_reaches_everything_in_few_steps(browser, forty):
@@ -480,7 +476,7 @@ def test_a_phone_sees_all_of_it(browser, small, forty):
             box_of_title = page.locator("#accuracy h2").bounding_box()
             for part in ("#accuracy caption span", "#accuracy select"):
                 box = page.locator(part).bounding_box()
-                assert box["x"] == pytest.approx(box_of_title["x"], abs=0.5)
+                assert box["x"] >= box_of_title["x"] - 0.5
                 assert box["x"] + box["width"] <= box_of_title["x"] + box_of_title["width"] + 0.5
             # no other one covers the last
             page.locator("[data-figure=scatter] .point").last.tap()

@@ -28,7 +28,7 @@ def made(tmp_path_factory):
     ]
     runs = load_runs(paths)
     rows = tables.result_rows(runs)
-    return paths, rows, measure(tables.by_row(runs), TEST_SETS, OOD_SETS)
+    return paths, rows, measure(tables.by_row(runs), TEST_SETS, {OOD_COLUMN: OOD_SETS})
 
 
 def read(text):
@@ -65,7 +65,8 @@ def test_numbers_at_a_temperature_are_shown_where_one_was_fitted(tmp_path, made)
     right_N = np.arange(IMAGES) % 3 > 0
     predict(new, dict.fromkeys(TEST_SETS, right_N), scaled=True)
     runs = load_runs([new, old])
-    rows, measured = tables.result_rows(runs), measure(tables.by_row(runs), TEST_SETS, OOD_SETS)
+    rows = tables.result_rows(runs)
+    measured = measure(tables.by_row(runs), TEST_SETS, {OOD_COLUMN: OOD_SETS})
     grid = details.statistics_grid(rows, measured, ID_COLUMN)
     assert grid.header[-2:] == ["NLL, scaled", "ECE, scaled"]
     (_, cells), (_, without) = grid.lines
@@ -109,7 +110,7 @@ def test_the_matrix_is_row_minus_column(made):
     (one, cells), (_, others) = details.matrix(rows, measured, OOD_COLUMN)
     assert one.name == "vanilla"
     assert (cells[0].text, others[1].text) == ("", "")
-    value = 100 * measured.average_pair("no-mask", "vanilla").difference.value
+    value = 100 * measured.average_pair("no-mask", "vanilla", OOD_COLUMN).difference.value
     assert value > 3
     assert others[0].text == f"{value:+.2f}*"
     assert cells[1].text == f"{-value:+.2f}*"
@@ -139,7 +140,7 @@ def test_classes_gain_and_lose(tmp_path):
             },
         )
     runs = load_runs(paths)
-    measured = measure(tables.by_row(runs), TEST_SETS, OOD_SETS)
+    measured = measure(tables.by_row(runs), TEST_SETS, {OOD_COLUMN: OOD_SETS})
     gains, losses = details.class_changes(measured, "no-mask", "vanilla", ID_COLUMN)
     assert [(one.name, one.images, one.points) for one in gains] == [("a dog", 20, 100.0)]
     assert [(one.name, one.images, one.points) for one in losses] == [("a cat", 20, -100.0)]

@@ -9,7 +9,9 @@ import pytest
 from rft.report import measures as measures_module
 from rft.report import tables
 from rft.report.measures import AveragePair, SetPair, measure, significant
+from rft.report.page import compose
 from rft.report.read import load_runs
+from rft.report.tables import OOD_COLUMN
 from rft.runs import predictions
 from rft.sets import OOD_SETS, TEST_SETS
 from rft.statistics import calibration, paired
@@ -23,7 +25,7 @@ SEEDS = (0, 1, 2)
 
 def measured(paths, **changes):
     runs = load_runs(paths)
-    found = measure(tables.by_row(runs), TEST_SETS, OOD_SETS, **changes)
+    found = measure(tables.by_row(runs), TEST_SETS, {OOD_COLUMN: OOD_SETS}, **changes)
     return runs, found
 
 
@@ -86,7 +88,7 @@ def test_the_averages_interval_draws_each_set_by_itself(world):
     ]
     expected = paired.bootstrap(gains, seed=5).interval
     width = expected.high - expected.low
-    assert found.averages["vanilla"] == pytest.approx(expected, abs=0.05 * width)
+    assert found.averages["vanilla", OOD_COLUMN] == pytest.approx(expected, abs=0.05 * width)
 
 
 def test_a_pair_is_the_bootstrap_of_its_images_and_mcnemars_test_of_each_seed(world):
@@ -109,7 +111,7 @@ def test_a_pair_is_the_bootstrap_of_its_images_and_mcnemars_test_of_each_seed(wo
         assert pair.mcnemar == pytest.approx([test.p for test in tests])
         own = [a_N.mean() - b_N.mean() for a_N, b_N in zip(one_SN, two_SN, strict=True)]
         assert pair.seeds == pytest.approx(own)
-    average = found.average_pair("no-mask", "vanilla")
+    average = found.average_pair("no-mask", "vanilla", OOD_COLUMN)
     expected = paired.bootstrap(gains, seed=5)
     width = expected.interval.high - expected.interval.low
     assert average.difference.value == pytest.approx(expected.value)
@@ -126,7 +128,10 @@ def test_the_other_order_of_a_pair_has_the_other_sign(world):
     ))  # fmt: skip
     assert back == -there
     assert (back.gained, back.lost) == (there.lost, there.gained)
-    assert found.average_pair("vanilla", "no-mask") == -found.average_pair("no-mask", "vanilla")
+    there, back = (found.average_pair(*pair, OOD_COLUMN) for pair in (
+        ("no-mask", "vanilla"), ("vanilla", "no-mask"),
+    ))  # fmt: skip
+    assert back == -there
     assert found.pair("no-mask", "no-mask", "objectnet") is None
 
 
@@ -155,8 +160,9 @@ def test_equal_seeds_are_paired_whatever_their_order(tmp_path):
 def test_intervals_do_not_depend_on_what_else_is_compared(world):
     paths, _, found = world
     _, alone = measured([*paths["vanilla"], *paths["no-mask"]])
-    assert alone.average_pairs["no-mask", "vanilla"] == found.average_pairs["no-mask", "vanilla"]
-    assert alone.averages["vanilla"] == found.averages["vanilla"]
+    pair = ("no-mask", "vanilla", OOD_COLUMN)
+    assert alone.average_pairs[pair] == found.average_pairs[pair]
+    assert alone.averages["vanilla", OOD_COLUMN] == found.averages["vanilla", OOD_COLUMN]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +188,7 @@ def test_only_the_first_rows_are_compared(world, monkeypatch):
     paths, _, _ = world
     monkeypatch.setattr(measures_module, "COMPARED", 2)
     _, found = measured([path for members in paths.values() for path in members])
-    assert set(found.average_pairs) == {("vanilla", "zero-shot")}
+    assert set(found.average_pairs) == {("vanilla", "zero-shot", OOD_COLUMN)}
     assert ("no-mask", "imagenet-a") in found.sets
 
 
@@ -242,3 +248,63 @@ def test_predictions_that_do_not_belong_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         measured([path])
     assert str(path) in str(caught.value)
+
+
+def declare(path, *names):
+    """Let sets of a run be declared OOD when they were packed."""
+    sets = json.loads((path / "results.json").read_text())["sets"]
+    for name in names:
+        sets[name]["ood"] = True
+    edit(path / "results.json", sets=sets)
+
+
+def test_declared_sets_count_into_an_average_of_their_own(tmp_path):
+    """The benchmarks' average stays what it is; a row has the other if it has all of its sets."""
+    sets = (*TEST_SETS, "garden", "zoo")
+    paths = [make_predicted(tmp_path, name, sets=sets) for name in ("vanilla", "no-mask")]
+    few = make_predicted(tmp_path, "zero-shot")
+    for path in paths:
+        declare(path, "imagenet-val", "zoo")
+    report = compose(load_runs([*paths, few]), draw=False)
+    (average,) = (name for name in tables.columns(report.rows) if tables.heading(name) == (
+        "OOD avg (6 sets)"
+    ))  # fmt: skip
+    names = (*OOD_SETS, "zoo")
+    assert tables.sets_of(average) == names
+    none, one, two = report.rows
+    assert none.cells.keys() == {*TEST_SETS, OOD_COLUMN}
+    for row in (one, two):
+        assert row.cells[average].mean == pytest.approx(
+            np.mean([row.cells[name].mean for name in names])
+        )
+        assert row.cells[OOD_COLUMN].mean == pytest.approx(
+            np.mean([row.cells[name].mean for name in OOD_SETS])
+        )
+    found = report.measures
+    pair = tables.pair_of(found, "no-mask", "vanilla", average)
+    assert pair.difference.value == pytest.approx(
+        np.mean([found.pair("no-mask", "vanilla", name).difference.value for name in names])
+    )
+    drawn = [rows_of(paths[0], name).right.astype(float) for name in names]
+    expected = paired.bootstrap(drawn, seed=5).interval
+    assert found.averages["vanilla", average] == pytest.approx(
+        expected, abs=0.1 * (expected.high - expected.low)
+    )
+    assert "OOD avg (6 sets) is the unweighted mean of V2, R, Sketch, ObjectNet, A, zoo." in (
+        report.tables[0].caption
+    )
+    assert "No OOD avg (6 sets), for lack of a set: zero-shot." in report.summary.warnings
+
+
+def test_own_sets_have_an_average_where_several_are_declared(tmp_path):
+    path = make_predicted(tmp_path, "vanilla", sets=("garden", "zoo"))
+
+    def shown():
+        rows = tables.result_rows(load_runs([path]))
+        return [tables.heading(name) for name in tables.columns(rows)], tables.target(rows)
+
+    assert shown() == (["garden", "zoo"], "garden")
+    declare(path, "zoo")
+    assert shown() == (["garden", "zoo"], "garden")
+    declare(path, "garden")
+    assert shown() == (["garden", "zoo", "OOD avg (2 sets)"], "//garden//zoo")

@@ -90,6 +90,24 @@ def test_a_report_is_complete_and_self_contained(paths, tmp_path):
     assert "Miniature" not in text
 
 
+@pytest.mark.slow
+def test_frames_of_the_training_are_in_their_order(paths, tmp_path):
+    make_gallery(paths[3] / "gallery.npz", batch=2, frames=3)
+    write_report(paths, tmp_path / "report")
+    text = (tmp_path / "report" / "index.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    labels = [attributes["data-label"] for _, attributes in page.tags if "data-label" in attributes]
+    assert labels == ["step 0", "step 100", "step 200"]
+    images = [attributes for tag, attributes in page.tags if tag == "img"][1:]
+    assert [image["src"].partition(",")[0] for image in images] == 3 * ["data:image/webp;base64"]
+    assert [image["alt"].partition(":")[0] for image in images] == labels
+    # the last one is seen without a script and without a click
+    frames = text[text.index('<div class="frames">') :]
+    assert frames.index("step 100") < frames.index("</details>") < frames.index("step 200")
+    assert_no_reference(page)
+
+
 def assert_no_reference(page: Page) -> None:
     assert not {"link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
     # the data, and the script that the page's policy names; a third would be of a file

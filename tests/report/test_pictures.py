@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from rft.report import gallery, plots
 from rft.report import label_placement as labels
@@ -440,6 +441,61 @@ def test_an_unknown_strategy_has_its_own_column(tmp_path):
     assert gallery.columns(read_gallery(path))[-1].group == "mosaic"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("masks", [True, False])
+def test_frames_show_relevance_and_masks_of_each_step(tmp_path, masks):
+    path = make_gallery(tmp_path / "gallery.npz", batch=3, frames=4)
+    if not masks:
+        arrays = dict(np.load(path))
+        del arrays["masked_SBP"]
+        np.savez(path, **arrays)
+    loaded = read_gallery(path)
+    found = gallery.frames(loaded)
+    assert list(found) == [0, 100, 200, 300]
+    large = gallery.enlarge(loaded).images_BHWC
+    for place, webp in enumerate(found.values()):
+        shown = decode(webp).astype(int)
+        assert shown.shape == (192 * (1 + masks), 3 * 192, 3)
+        heat = gallery.heat_map(large, loaded.frames.relevance_SBP[place])
+        assert abs(shown[:192] - np.hstack([*heat])).mean() < 4
+        if masks:
+            masked = loaded.frames.masked_SBP[place].reshape(3, 6, 6).repeat(32, 1).repeat(32, 2)
+            below = np.hstack([*np.where(masked[..., None], gallery.MASKED, large)])
+            assert abs(shown[192:] - below).mean() < 6
+    assert len(set(found.values())) == 4
+
+
+@pytest.mark.slow
+def test_frames_of_large_images_are_no_larger_than_a_page(tmp_path):
+    path = make_gallery(tmp_path / "gallery.npz", size=288, patch=32, batch=2, frames=2)
+    for webp in gallery.frames(read_gallery(path)).values():
+        assert decode(webp).shape == (288, 288, 3)
+
+
+def test_without_two_steps_there_are_no_frames(tmp_path):
+    for frames in (0, 1):
+        path = make_gallery(tmp_path / "gallery.npz", batch=2, frames=frames)
+        assert gallery.frames(read_gallery(path)) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "steps"), [("photos", 9), ("noise", 2)])
+def test_frames_are_small(tmp_path, what, steps):
+    images = np.random.default_rng(0).integers(0, 256, (8, 224, 224, 3), dtype=np.uint8)
+    if what == "photos":
+        crops = [(n, y, x) for n in (0, 1) for y in (0, 200) for x in (0, 400)]
+        photos = load_sample_images().images
+        images = np.stack([photos[n][y : y + 224, x : x + 224] for n, y, x in crops])
+    columns = {"images_BCHW": images.transpose(0, 3, 1, 2)}
+    path = make_gallery(tmp_path / "gallery.npz", 224, 16, 8, steps, **columns)
+    found = gallery.frames(read_gallery(path))
+    assert len(found) == steps
+    assert max(map(len, found.values())) <= 60_000
+    sizes = {decode(webp).shape for webp in found.values()}
+    # no quality of noise is small enough
+    assert all(width < 8 * 224 for _, width, _ in sizes) == (what == "noise"), sizes
+
+
 def letter(code: int) -> np.ndarray:
     """Six class names, of which numpy makes no text."""
     return np.full(6, code, np.uint32).view("<U1")
@@ -474,11 +530,25 @@ def letter(code: int) -> np.ndarray:
         ({"class_names": np.full(6, "x" * 100_001)}, "class_names: it is 'x.* at most 100000"),
         ({"images_BCHW": np.zeros((3, 48, 48), dtype=np.uint8)}, "not a gallery"),
         ({"labels_B": np.arange(1, 7)}, "labels_B"),
+        ({"steps_S": np.array([0, 200, 100])}, "steps_S must be 1 to 12 ascending steps"),
+        ({"steps_S": np.array([0, 100, 100])}, "steps_S must be 1 to 12 ascending steps"),
+        ({"steps_S": np.arange(13)}, "steps_S must be 1 to 12 ascending steps"),
+        ({"steps_S": np.array([], int)}, "steps_S must be 1 to 12 ascending steps"),
+        ({"steps_S": np.array([-1, 0, 1])}, "steps_S must have numbers from 0"),
+        ({"steps_S": np.array([0, 1, 2**63], np.uint64)}, "steps_S must have numbers from 0"),
+        ({"steps_S": np.zeros(3)}, "steps_S is of type float64"),
+        ({"relevance_SBP": np.zeros((2, 6, 36))}, "relevance_SBP has shape"),
+        ({"relevance_SBP": np.full((3, 6, 36), np.nan)}, "relevance_SBP must be finite"),
+        ({"masked_SBP": np.zeros((3, 36), bool)}, "masked_SBP has shape"),
+        (
+            {"masked_SBP": np.zeros((3, 6, 36), int)},
+            "masked_SBP is of type int64; .* true or false",
+        ),
         ({"class_names": np.array([{}], dtype=object)}, "not a gallery"),
     ],
 )
 def test_galleries_that_do_not_fit_are_refused(tmp_path, columns, message):
-    path = make_gallery(tmp_path / "gallery.npz")
+    path = make_gallery(tmp_path / "gallery.npz", frames=3)
     np.savez(path, **{**np.load(path), **columns})
     with pytest.raises(ValueError, match=message) as caught:
         read_gallery(path)
@@ -486,9 +556,10 @@ def test_galleries_that_do_not_fit_are_refused(tmp_path, columns, message):
 
 
 def test_a_gallery_without_an_array_is_refused(tmp_path):
-    path = make_gallery(tmp_path / "gallery.npz")
+    path = make_gallery(tmp_path / "gallery.npz", frames=3)
     arrays = dict(np.load(path))
-    for name in [name for name in arrays if not name.startswith("donor/")]:
+    optional = ("donor/", "masked_SBP")
+    for name in [name for name in arrays if not name.startswith(optional)]:
         np.savez(path, **{other: array for other, array in arrays.items() if other != name})
         with pytest.raises(ValueError, match=f"gallery.npz is not.*: {name} is missing"):
             read_gallery(path)

@@ -112,7 +112,7 @@ def test_missing_sets_are_named():
         [run_of("vanilla", 0, ALL[:4])]
     )
     found = warnings([run_of("vanilla", 0, ALL[:4]), run_of("no-mask", 0, ALL)])
-    assert "No OOD average, for lack of a set: vanilla." in found
+    assert "No OOD avg, for lack of a set: vanilla." in found
     assert "Not evaluated" not in found
     own = run_of("vanilla", 0)
     own.counts["zoo"] = run_of("vanilla", 0, ALL).counts["imagenet-val"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rft.runs import predictions
-from rft.runs.predictions import Predictions, path_of, read
+from rft.runs.predictions import Predictions, path_of, read, require_no_links
 from rft.storage import files
 
 ROWS = Predictions(
@@ -36,6 +36,21 @@ def test_a_file_lies_beside_its_weights(tmp_path):
     assert path_of(tmp_path, "own/test") == tmp_path / "predictions" / "own" / "test.npz"
     file = tmp_path / "model.v2.safetensors"
     assert path_of(file, "imagenet-r") == tmp_path / "model.v2.predictions" / "imagenet-r.npz"
+
+
+@pytest.mark.parametrize("link", ["predictions", "predictions/own"])
+def test_nothing_is_written_behind_a_link(tmp_path, link):
+    require_no_links(tmp_path, ["imagenet-r", "own/test"])
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=f"^{tmp_path / link} is a link, .*; remove it$"):
+        require_no_links(tmp_path, ["imagenet-r", "own/test"])
+    # a file of this name is replaced
+    (tmp_path / link).unlink()
+    (tmp_path / "predictions").mkdir(exist_ok=True)
+    path_of(tmp_path, "imagenet-r").symlink_to(tmp_path / "theirs")
+    require_no_links(tmp_path, ["imagenet-r"])
 
 
 def changed(**columns: object) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rft.shards.manifest import Manifest
-from rft.train import build, finish
+from rft.train import build, pictures
 from rft.train.pictures import one_of_each_class
 from tests.tiny import unstamped
 
@@ -46,7 +46,7 @@ def test_a_run_whose_held_out_images_show_one_class_finishes(untrained, monkeypa
     def shown(labels, samples, count):
         return one_of_each_class(np.zeros_like(labels), samples, count)
 
-    monkeypatch.setattr(finish, "one_of_each_class", shown)
+    monkeypatch.setattr(pictures, "one_of_each_class", shown)
     run = untrained("object-mask-multi-fill")
     assert (run / "training.json").exists()
     assert not (run / "gallery.npz").exists()

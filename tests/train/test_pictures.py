@@ -63,7 +63,7 @@ def gallery(tiny_data, tmp_path_factory) -> dict[str, np.ndarray]:
     packed = PackedDataset(f"{tiny_data}/imagenet-train")
     path = tmp_path_factory.mktemp("gallery") / "gallery.npz"
     model = build_model(classes=len(tiny_world.LABELS.ids))
-    write_gallery(str(path), model, packed, SAMPLES, recipes.MASKED)
+    write_gallery(str(path), model, packed, SAMPLES, recipes.MASKED, {})
     with np.load(path) as columns:
         return {**columns, "packed": packed}
 
@@ -113,7 +113,7 @@ def test_none_is_written_that_no_report_would_draw(tiny_data, tmp_path, monkeypa
     packed = PackedDataset(f"{tiny_data}/imagenet-train")
     model = build_model(classes=len(tiny_world.LABELS.ids))
     monkeypatch.setattr(gallery_file, "SIDE", tiny_world.SIZE - 1)
-    write_gallery(str(tmp_path / "gallery.npz"), model, packed, SAMPLES, {})
+    write_gallery(str(tmp_path / "gallery.npz"), model, packed, SAMPLES, {}, {})
     assert (
         f"no picture of masks and fills: images_BCHW is 4 images of {tiny_world.SIZE} pixels"
         in (capsys.readouterr().err)

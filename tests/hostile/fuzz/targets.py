@@ -49,6 +49,7 @@ from rft.shards.images import Treatment, clip_pixels, encoding_parameters, load_
 from rft.shards.index import Index
 from rft.shards.label_space import LabelSpace
 from rft.shards.manifest import Manifest
+from rft.shards.samples import Samples
 from rft.storage import files
 from rft.storage.documents import convert
 from rft.train.command import parse_command
@@ -137,36 +138,48 @@ def manifest(world: Path, folder: Path) -> Target:
 
 
 def index(world: Path, folder: Path) -> Target:
-    """The bytes of index.npz, under a manifest that vouches for them."""
+    """The bytes of index.npz or samples.npz, under a manifest that vouches for them."""
     source = world / "shards/test"
-    document, valid = read_json(source / "manifest.json"), (source / "index.npz").read_bytes()
-    whole = Manifest.load(str(source))
-    with zipfile.ZipFile(io.BytesIO(valid)) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
+    document, whole = read_json(source / "manifest.json"), Manifest.load(str(source))
+    document["domains"] = ["fog", "snow"]
+    rows = np.arange(whole.samples)
+    samples = Samples(source=rows.astype(np.uint64), domain=(rows % 2).astype(np.int32))
+    valid = {"index": (source / "index.npz").read_bytes(), "samples": samples.to_bytes()}
+    members = {}
+    for kind, data in valid.items():
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members[kind] = {name: archive.read(name) for name in archive.namelist()}
     tokens = [b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06", b"\x93NUMPY", b"'<u8'", b"'|O'", b"(4,)"]
     tokens += [b"(4,99999999)", b"(-1,)", b"True", b"'descr'", b"\x08\x00", b"{'", b"|S9999999"]
 
-    def check(example: tuple[list[Edit], list[tuple[str, list[Edit]]], int]) -> None:
-        outer, inner, method = example
-        parts = dict(members)
-        for name, made in inner:
+    def check(example: tuple[str, list[Edit], list[tuple[int, list[Edit]]], int]) -> None:
+        kind, outer, inner, method = example
+        parts = dict(members[kind])
+        for place, made in inner:
+            name = sorted(parts)[place % len(parts)]
             parts[name] = edited(parts[name], made)
         stream = io.BytesIO()
         with zipfile.ZipFile(stream, "w", method) as archive:
             for name, data in parts.items():
                 archive.writestr(name, data)
-        data = edited(stream.getvalue() if inner else valid, outer)
-        (folder / "index.npz").write_bytes(data)
-        document["index_sha256"] = files.sha256_bytes(data)
+        data = edited(stream.getvalue() if inner else valid[kind], outer)
+        for name, content in (valid | {kind: data}).items():
+            (folder / f"{name}.npz").write_bytes(content)
+            document[f"{name}_sha256"] = files.sha256_bytes(content)
         (folder / "manifest.json").write_text(json.dumps(document))
-        found = Index.load(str(folder), Manifest.load(str(folder)))
-        assert len(found.label) == whole.samples
+        manifest = Manifest.load(str(folder))
+        found, of = Index.load(str(folder), manifest), Samples.load(str(folder), manifest)
+        assert len(found.label) == len(of.source) == whole.samples
         assert ((found.label >= 0) & (found.label < len(whole.classes))).all()
+        assert of.domain is not None
+        assert ((of.domain >= 0) & (of.domain < len(manifest.domains))).all()
 
-    member_edits = st.tuples(st.sampled_from(sorted(members)), edits(tokens))
+    member_edits = st.tuples(st.integers(0, 20), edits(tokens))
     methods = st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-    example = st.tuples(edits(tokens), st.lists(member_edits, max_size=2), methods)
-    return Target(example, check, (([], [], zipfile.ZIP_STORED),))
+    kinds = st.sampled_from(sorted(valid))
+    example = st.tuples(kinds, edits(tokens), st.lists(member_edits, max_size=2), methods)
+    found = (("index", [], [], zipfile.ZIP_STORED), ("samples", [], [], zipfile.ZIP_STORED))
+    return Target(example, check, found)
 
 
 def tars(world: Path, folder: Path) -> Target:
@@ -469,7 +482,7 @@ def documents(world: Path, folder: Path) -> Target:
 
     shutil.copytree(world / "hub", folder / "hub", dirs_exist_ok=True)
     shutil.copytree(world / "clip", folder / "clip", dirs_exist_ok=True)
-    make_gallery(folder / "gallery.npz", size=16)
+    make_gallery(folder / "gallery.npz", size=16, frames=2)
     valid_gallery = (folder / "gallery.npz").read_bytes()
     valid_predictions = evaluated(3).predicted.predictions.to_bytes()
     sources = {

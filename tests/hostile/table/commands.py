@@ -136,6 +136,8 @@ OPTIONS: tuple[tuple[Sequence[str], str, str, str], ...] = (
     (FOREIGN, "--dataset", "objectnet", "mappings"),
     (VERIFY, "--workers", "0", "workers"),
     (VERIFY, "--report", "s3://", "s3|report"),
+    (REPORT, "--max-pixels", "0", "pixels"),
+    (REPORT, "--max-pixels", "nan", "pixels"),
     (IMAGENET, "--splits", "test", "splits"),
     (IMAGENET, "--allow-count", "imagenet-val=x", "allow-count"),
     (IMAGENET, "--size", "0", "size|found|train"),

@@ -202,6 +202,10 @@ def dear_gallery(patch: int, columns: int) -> Callable[[Place], None]:
             "relevance_BP": np.zeros((count, grid), np.float16),
             "patch": np.array(patch),
             **{f"donor/r{n}": donors for n in range(columns)},
+            # all the steps too, where the limit of bytes has room for them
+            "steps_S": np.arange(steps := 12 if patch > 1 else 1),
+            "relevance_SBP": np.zeros((steps, count, grid), np.float16),
+            "masked_SBP": np.ones((steps, count, grid), bool),
         }
         np.savez(place / "run/gallery.npz", **arrays)
 
