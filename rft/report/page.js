@@ -103,7 +103,8 @@
     const cells = rows.map((row) => [...row.cells].slice(2));
     const accuracies = cells.map((line) => line.map((cell) => [...cell.childNodes]));
     const note = make("output", { class: "muted" });
-    const select = make("select", {}, make("option", { value: "" }, "accuracy"), ...rows.map(
+    // after a reload, a browser would put back a choice that the table does not show
+    const select = make("select", { autocomplete: "off" }, make("option", { value: "" }, "accuracy"), ...rows.map(
       (row, place) => make("option", { value: place }, `difference to ${row.cells[0].textContent}`),
     ));
     select.addEventListener("change", () => {
@@ -233,9 +234,10 @@
       if (found && legend.contains(found)) toggle(found.dataset.row);
     });
     drawing.addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" && event.key !== " ") return;
+      const entry = event.target.closest(".pressable");
+      if (!entry || (event.key !== "Enter" && event.key !== " ")) return;
       event.preventDefault();
-      toggle(event.target.closest("[data-row]").dataset.row);
+      toggle(entry.dataset.row);
     });
     document.addEventListener("keydown", (event) => {
       if (event.key !== "Escape") return;
@@ -249,8 +251,9 @@
     const legend = drawing.querySelector("[id*=legend]:has([data-row])");
     const stops = new Map();
     // of a legend's entry its text, of a point its marker, of a panel the whole
-    const of = legend ? "[id*=legend] [data-row]:has(text)" : drawing.querySelector(".point") ? ".point" : "[data-row]";
-    for (const element of drawing.querySelectorAll(of)) {
+    const plain = drawing.querySelector(".point") ? ".point" : "[data-row]";
+    const wanted = legend ? "[id*=legend] [data-row]:has(text)" : plain;
+    for (const element of drawing.querySelectorAll(wanted)) {
       if (!stops.has(element.dataset.row)) stops.set(element.dataset.row, element);
     }
     // as an image it would have no parts
@@ -271,8 +274,9 @@
   function slider(label, texts, start, show) {
     const list = make("datalist", { id: `steps-${document.querySelectorAll("datalist").length}` },
       ...texts.map((text, place) => make("option", { value: place, label: text })));
-    const range = make("input",
-      { type: "range", min: 0, max: texts.length - 1, step: 1, value: start, list: list.id });
+    const range = make("input", {
+      type: "range", min: 0, max: texts.length - 1, step: 1, value: start, list: list.id, autocomplete: "off",
+    });
     const output = make("output");
     const update = () => {
       const place = Number(range.value);
@@ -314,12 +318,10 @@
 
   // One of several pictures, such as the gallery's steps; the last one is shown first.
   for (const frames of document.querySelectorAll(".frames")) {
-    const others = frames.querySelector(".others");
-    const shown = [...frames.querySelectorAll("figure[data-label]")];
-    const all = [...shown.filter((one) => others?.contains(one)), ...shown.filter((one) => !others?.contains(one))];
+    const all = [...frames.querySelectorAll("figure[data-label]")];
     if (all.length < 2) continue;
     frames.append(...all);
-    others?.remove();
+    frames.querySelector(".others").remove();
     frames.prepend(slider("show", all.map((one) => one.dataset.label), all.length - 1, (place) => {
       all.forEach((one, at) => { one.hidden = at !== place; });
       return [all[place].dataset.label];
