@@ -103,7 +103,7 @@
     const cells = rows.map((row) => [...row.cells].slice(2));
     const accuracies = cells.map((line) => line.map((cell) => [...cell.childNodes]));
     const note = make("output", { class: "muted" });
-    // after a reload, a browser would put back a choice that the table does not show
+    // off: some browsers put a choice back after a reload, which the table does not show then
     const select = make("select", { autocomplete: "off" }, make("option", { value: "" }, "accuracy"), ...rows.map(
       (row, place) => make("option", { value: place }, `difference to ${row.cells[0].textContent}`),
     ));
