@@ -2,16 +2,15 @@
 
 import contextlib
 import csv
-import importlib.util
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from docs import screenshots
 from rft.recipes import MASKED
 from rft.report.colors import LEGIBLE, contrast
 from rft.report.page import write_report
@@ -21,9 +20,6 @@ from tests.report.make_runs import edit, make_gallery, make_predicted, make_run,
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = "chromium"
-# it runs as root where tests do, draws without a GPU, and looks for no updates
-OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 DESK, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='changed'\">",
@@ -32,29 +28,14 @@ HOSTILE = (
 )
 
 
-def why_not() -> str:
-    """Why there can be no browser here; empty if there can."""
-    if importlib.util.find_spec("playwright") is None:
-        return "the Python package playwright is not installed"
-    if shutil.which(CHROMIUM) is None:
-        return f"{CHROMIUM} is not installed (Debian package {CHROMIUM})"
-    return ""
-
-
 @pytest.fixture(scope="module")
 def browser():
-    if reason := why_not():
+    if reason := screenshots.why_not():
         if os.environ.get("RFT_REQUIRE_CHROMIUM"):
             pytest.fail(f"no browser, which RFT_REQUIRE_CHROMIUM asks for: {reason}")
         pytest.skip(f"no browser: {reason}")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(
-            executable_path=shutil.which(CHROMIUM), args=list(OPTIONS)
-        )
-        yield found
-        found.close()
+    with screenshots.browser() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
