@@ -23,6 +23,7 @@ PAGES_WITH_TABLES = (
     "docs/decisions.md",
     "docs/data.md",
     "docs/cluster.md",
+    "docs/evaluation.md",
     "docs/security.md",
 )
 

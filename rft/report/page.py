@@ -18,8 +18,8 @@ from rich.console import Console
 
 from rft.config import MAX_PIXELS
 from rft.paper import FIGURE_7
+from rft.report import colors, details, flips, gallery, interactive, measures, plots, svg, tables
 from rft.report import comparison as beside
-from rft.report import details, flips, gallery, measures, plots, svg, tables
 from rft.report.comparison import Beside
 from rft.report.flips import Flips, find_flips
 from rft.report.measures import Measures
@@ -35,7 +35,8 @@ from rft.text import plain
 
 WIDTH = 80  # columns of text that are not a terminal
 UNKNOWN = "not recorded"
-SVG_BYTES = 400_000  # of a figure in the page; a larger one is shown as PNG
+SVG_BYTES = 1_500_000  # of a figure in the page; a larger one is shown as PNG
+PRINTED = 24  # rows of a table of every row against every other that is printed
 FIGURES = ("scatter", "wise", "curves", "calibration")
 PICTURES = (
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
@@ -258,6 +259,11 @@ def render(report: Report, images: Flips | None = None) -> str:
         provenance=provenance_lines(report.runs),
         commands={run.path: command(run) for run in report.runs},
         runs=[run for group in tables.by_row(report.runs).values() for run in group],
+        grounds=colors,
+        data=interactive.page_data(report.rows, shown, measured),
+        script=interactive.SCRIPT,
+        script_hash=interactive.source_hash(interactive.SCRIPT),
+        printed=PRINTED,
     )
 
 
@@ -313,7 +319,7 @@ def _shown(picture: Picture) -> dict[str, Any]:
     """
     if picture.svg and len(picture.svg) <= SVG_BYTES:
         # marked as safe in the template: the writer escapes texts (rft.report.svg)
-        return {"svg": picture.svg}
+        return {"svg": svg.themed(picture.svg, plots.NEUTRAL)}
     # the first chunk of a PNG is its header, whose data begin at byte 16
     width, height = (int.from_bytes(picture.png[at : at + 4], "big") for at in (16, 20))
     source = _data_url("png", picture.png)

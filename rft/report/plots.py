@@ -27,6 +27,7 @@ from matplotlib.lines import Line2D
 
 from rft.log import ASIDE
 from rft.recipes import MASKED
+from rft.report.colors import LIGHT, legible
 from rft.report.label_placement import DPI, Box, Point, nearest, place_labels
 from rft.report.read import Run
 from rft.report.svg import tie
@@ -49,6 +50,8 @@ HEIGHT = 3.7  # inches of the curves with up to 8 lines of legend below them
 LED = DPI / 11  # pixels from a marker to its label that want a line between them
 
 INK, MUTED, GRID_LINE = "#222222", "#6b6b6b", "#e4e4e4"
+NEUTRAL = {INK: "--ink", MUTED: "--muted", GRID_LINE: "--rule", LIGHT: "--ground"}
+"""Colour -> property of the page that takes its place there."""
 
 Dashes = tuple[float, tuple[float, ...]]  # matplotlib's (offset, on and off)
 SOLID: Dashes = (0.0, ())
@@ -181,6 +184,12 @@ def wise_paths(recipes: Collection[str]) -> dict[str, list[str]]:
     return {family: [path[alpha] for alpha in sorted(path)] for family, path in paths.items()}
 
 
+def alpha_of(recipe: str) -> float:
+    """Return the alpha of a recipe on a path of `wise_paths`; its ends' names have none."""
+    wise = wise_model(recipe)
+    return wise.alpha if wise is not None else float(recipe != "zero-shot")
+
+
 def wise_picture(rows: Sequence[Row]) -> Figure | None:
     """Return the picture of integrating WiSE-FT (Fig. 7), or None without such a model.
 
@@ -251,7 +260,7 @@ def _left_out(count: int) -> str:
 
 def _draw_mark(axes: Axes, mark: Mark) -> None:
     look = mark.look
-    point, _, _ = axes.errorbar(
+    point, caps, bars = axes.errorbar(
         mark.x.mean,
         mark.y.mean,
         xerr=None if mark.minor else mark.x.sd,
@@ -259,14 +268,16 @@ def _draw_mark(axes: Axes, mark: Mark) -> None:
         color=look.color,
         marker=look.marker,
         markersize=look.size * (0.6 if mark.minor else 1),
-        markerfacecolor="white" if look.hollow else look.color,
+        markerfacecolor=LIGHT if look.hollow else look.color,
         markeredgewidth=1.4 if look.hollow else 0.6,
-        markeredgecolor=look.color if look.hollow else "white",
+        markeredgecolor=look.color if look.hollow else LIGHT,
         elinewidth=1,
         capsize=2,
         zorder=3,
     )
-    tie(point, mark.id)
+    tie(point, mark.id, "point")
+    for part in (*caps, *bars):
+        tie(part, mark.id)
 
 
 def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Sequence[Line]) -> None:
@@ -284,7 +295,7 @@ def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Seque
             0,
             mark.label,
             fontsize=7.5 if mark.minor else 8.5,
-            color=mark.look.color,
+            color=legible(mark.look.color, LIGHT),
             parse_math=False,
             zorder=5,
         )
@@ -302,7 +313,7 @@ def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Seque
         list(chain.from_iterable(pairwise(map(pixels, line.through)) for line in lines)),
         (frame.x0, frame.y0, frame.x1, frame.y1),
     )
-    for text, anchor, box in zip(texts, anchors, placed, strict=True):
+    for mark, text, anchor, box in zip(marks, texts, anchors, placed, strict=True):
         # inches, because an SVG has other pixels
         text.set_transform(figure.dpi_scale_trans)
         text.set_position((box[0] / DPI, box[1] / DPI))
@@ -311,8 +322,10 @@ def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Mark], lines: Seque
         if math.dist(anchor, end) > LED:
             xs, ys = axes.transData.inverted().transform((anchor, end)).T
             look = {"color": text.get_color(), "linewidth": 0.6, "alpha": 0.7, "zorder": 2}
+            leader = Line2D(xs, ys, **look)
+            tie(leader, mark.id)
             # not by plot, which asks the axes to rescale: labels are placed in pixels
-            axes.add_line(Line2D(xs, ys, **look))
+            axes.add_line(leader)
 
 
 def _occupied(axes: Axes, mark: Mark) -> list[Box]:
@@ -450,7 +463,7 @@ def _draw_curves(ax: Axes, look: Style, lines: Sequence[dict[int, float]]) -> li
 
 
 CALIBRATED = 24  # rows of the calibration picture
-ACROSS = 6  # of its panels
+ACROSS = 6  # of its panels, at most
 KINDS = {ID_COLUMN: ("ImageNet", SOLID), OOD_COLUMN: ("OOD", (0.0, (4, 2)))}
 
 
@@ -465,8 +478,9 @@ def calibration_picture(rows: Sequence[Row], bins: Mapping[tuple[str, str], Bins
         return None
     left_out = f"the first {CALIBRATED} of {len(drawn):,} models" if drawn[CALIBRATED:] else ""
     drawn = drawn[:CALIBRATED]
-    across = min(ACROSS, len(drawn))
-    down = math.ceil(len(drawn) / across)
+    down = math.ceil(len(drawn) / ACROSS)
+    # as even as they can be: nine are five and four
+    across = math.ceil(len(drawn) / down)
     width, height = 1.0 + 2.0 * across, 0.9 + 2.2 * down
     figure, axes = _axes(width, height, across, down)
     styles = looks(rows)
@@ -474,7 +488,7 @@ def calibration_picture(rows: Sequence[Row], bins: Mapping[tuple[str, str], Bins
         ax.plot([0, 1], [0, 1], color=MUTED, linewidth=0.7, linestyle=DOTTED)
         for column, (_, dashes) in KINDS.items():
             if (one := bins.get((row.name, column))) is not None:
-                (line,) = ax.plot(
+                ax.plot(
                     one.confidence_M,
                     one.accuracy_M,
                     color=styles[row.name].color,
@@ -482,7 +496,8 @@ def calibration_picture(rows: Sequence[Row], bins: Mapping[tuple[str, str], Bins
                     linewidth=1.4,
                     marker=".",
                 )
-                tie(line, row.id)
+        # the whole panel
+        tie(ax, row.id)
         title = "\n".join(textwrap.wrap(row.name, 26)[:2])
         ax.set_title(title, fontsize=8, color=INK, loc="left", parse_math=False)
         ax.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
@@ -516,7 +531,7 @@ def calibration_picture(rows: Sequence[Row], bins: Mapping[tuple[str, str], Bins
 
 def _axes(width: float, height: float, across: int, down: int = 1) -> tuple[Figure, list[Axes]]:
     """Return a figure of some inches with rows of clean axes."""
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=LIGHT)
     # squeeze=False: an array of axes even for one
     axes = list(figure.subplots(down, across, squeeze=False).reshape(-1))
     for ax in axes:

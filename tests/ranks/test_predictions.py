@@ -126,8 +126,9 @@ def test_what_is_there_is_not_made_anew(tmp_path, large_data, capsys):
     assert results["logits_sha256"]
 
 
+@pytest.mark.parametrize("ranks", range(1, 9))
 @pytest.mark.parametrize("batch_size", [1, 64, 100, 1000])
-def test_a_forward_has_the_same_images_whatever_the_batch(large_data, batch_size):
+def test_a_forward_has_the_same_images_whatever_the_batch(large_data, batch_size, ranks):
     """On this CPU a row's bits do not depend on its neighbours; on a GPU they may."""
     sizes = []
 
@@ -137,8 +138,8 @@ def test_a_forward_has_the_same_images_whatever_the_batch(large_data, batch_size
             return torch.zeros(len(images_BCHW), len(LABELS.ids))
 
     packed = PackedDataset(f"{large_data}/{SET}")
-    for rank in range(3):
-        part = rank_part(len(packed), rank, 3, TOGETHER)
+    for rank in range(ranks):
+        part = rank_part(len(packed), rank, ranks, TOGETHER)
         batches = EvaluationBatches(
             packed,
             np.arange(len(packed))[part],

@@ -9,6 +9,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from rft.report import plots
+from rft.report.colors import LIGHT, legible
 from rft.report.read import load_runs
 from rft.report.tables import ID_COLUMN, result_rows
 from rft.statistics.calibration import Bins
@@ -81,7 +82,8 @@ def test_each_name_is_nearest_to_its_own_mark():
     (axes,) = plots.scatter(rows()).axes
     assert sorted(text.get_text() for text in axes.texts) == sorted(POINTS)
     for text in axes.texts:
-        assert to_hex(text.get_color()) == plots.style(text.get_text()).color
+        color = plots.style(text.get_text()).color
+        assert to_hex(text.get_color()) == legible(color, LIGHT)
         left, low = plots.DPI * np.array(text.get_position())
 
         def distance(recipe: str, x: float = left, y: float = low) -> float:
@@ -159,7 +161,7 @@ def test_settings_of_one_recipe_differ_in_colour():
     assert styles["no-mask"] == plots.style("no-mask")
     texts = plots.scatter(result_rows(runs)).axes[0].texts
     assert {text.get_text(): to_hex(text.get_color()) for text in texts} == {
-        name: look.color for name, look in styles.items()
+        name: legible(look.color, LIGHT) for name, look in styles.items()
     }
 
 

@@ -109,7 +109,12 @@ def test_frames_of_the_training_are_in_their_order(paths, tmp_path):
 
 
 def assert_no_reference(page: Page) -> None:
-    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    assert not {"link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    # the data, and the script that the page's policy names; a third would be of a file
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [
+        {"type": "application/json", "id": "page-data"},
+        {},
+    ]
     for _, attributes in page.tags:
         # within the page: a marker that is drawn several times
         assert (attributes.get("xlink:href") or "#").startswith("#")
@@ -346,6 +351,7 @@ def test_no_torch_is_imported():
 
 def test_only_held_out_images_are_said_to_select(paths, tmp_path):
     words = "held-out images come from the training set and select"
+    main = re.compile("<main>.*</main>", re.DOTALL)
     write_report(paths, tmp_path / "with")
     assert words in Page((tmp_path / "with" / "index.html").read_text()).text
     for path in paths:
@@ -353,6 +359,6 @@ def test_only_held_out_images_are_said_to_select(paths, tmp_path):
         kept = [line for line in lines if "held_out_correct" not in line]
         (path / "metrics.jsonl").write_text("".join(kept))
     write_report(paths, tmp_path / "without")
-    page = (tmp_path / "without" / "index.html").read_text()
+    page = main.findall((tmp_path / "without" / "index.html").read_text())[0]
     assert "held-out" not in page
     assert "select" not in page

@@ -1,13 +1,15 @@
 """Figures in a page: the same bytes, texts as texts, ids of their own, and rows that are tied."""
 
+import re
 from xml.etree import ElementTree
 
 from matplotlib.figure import Figure
 
 from rft.report import svg
+from rft.report.colors import DARK, LIGHT, legible
 from rft.report.svg import SVG
 
-HOSTILE = '<script>alert(1)</script> id="x" url(#y) & $x_$ \ufffe'
+HOSTILE = '<script>alert(1)</script> id="x" url(#y) fill: #123456 & $x_$ \ufffe'
 
 
 def drawing(name: str = "one") -> Figure:
@@ -25,6 +27,39 @@ def elements(text: str) -> list[ElementTree.Element]:
 
 def test_the_same_figure_is_the_same_bytes():
     assert svg.svg(drawing(), "one") == svg.svg(drawing(), "one")
+
+
+def test_a_page_gives_its_own_colours_and_font():
+    text = svg.themed(svg.svg(drawing(), "one"), {LIGHT: "--ground"})
+    assert "font-family" not in text
+    styles = [e.get("style", "") for e in elements(text)]
+    assert any("fill: var(--ground)" in style for style in styles)
+    assert LIGHT not in text
+    # matplotlib's first colour, and its form for a dark ground
+    dark = legible("#1f77b4", DARK)
+    assert dark != "#1f77b4"
+    assert f"stroke: #1f77b4; stroke: light-dark(#1f77b4, {dark})" in text
+    # a name is no style
+    assert text.count("fill: #123456") == 1
+
+
+def test_coordinates_have_two_decimals():
+    values = [
+        value
+        for e in elements(svg.svg(drawing(), "one"))
+        for key, value in e.attrib.items()
+        if key in ("d", "x", "y", "transform")
+    ]
+    assert any(re.search(r"\d\.\d\d\b", value) for value in values)
+    assert not any(re.search(r"\.\d{3}|  |-0\.00", value) for value in values)
+
+
+def test_a_point_is_marked():
+    figure = Figure()
+    (line,) = figure.subplots().plot([0], [0], marker="o")
+    svg.tie(line, "abc", "point")
+    (point,) = [e for e in elements(svg.svg(figure, "one")) if e.get("class") == "point"]
+    assert point.get("data-row") == "abc"
 
 
 def test_names_are_text():

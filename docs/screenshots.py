@@ -1,0 +1,92 @@
+"""Pictures of a page as readers see it: `python docs/screenshots.py PAGE --out DIR`.
+
+Chromium opens the page from disk at the width of a desk and of a phone, on a light and on a dark
+ground. Playwright drives the one that the system has; both come with the development environment
+(the Debian package chromium, and `playwright` of pyproject.toml).
+"""
+
+import contextlib
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from rft import cli
+from rft.storage import files
+
+CHROMIUM = "chromium"
+# it runs as root where tests do, draws without a GPU, and looks for no updates
+OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
+WIDTHS = {"desk": 1440, "phone": 390}  # pixels
+GROUNDS: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Take pictures of a page: DIR/page-desk-light.png, and of other widths and grounds."""
+
+    page: tyro.conf.Positional[Path]
+    """HTML file."""
+    out: Path
+    """Folder for the pictures."""
+    height: int = 2400
+    """Pixels from the top of the page."""
+
+
+def why_not() -> str:
+    """Why there can be no browser here; empty if there can."""
+    if importlib.util.find_spec("playwright") is None:
+        return "the Python package playwright is not installed"
+    if shutil.which(CHROMIUM) is None:
+        return f"{CHROMIUM} is not installed (Debian package {CHROMIUM})"
+    return ""
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Any]:
+    """Start Chromium; Playwright's browser is yielded.
+
+    Raises:
+        ValueError: if there can be none.
+    """
+    if reason := why_not():
+        raise ValueError(f"no browser: {reason}")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=shutil.which(CHROMIUM), args=list(OPTIONS)
+        )
+        yield started
+        started.close()
+
+
+def take(path: Path, out: Path, height: int) -> Iterator[Path]:
+    """Take the pictures of a page; yield each one's path."""
+    with browser() as started:
+        for name, width in WIDTHS.items():
+            for ground in GROUNDS:
+                size = {"width": width, "height": height}
+                page = started.new_page(viewport=size, color_scheme=ground)
+                page.goto(path.resolve().as_uri())
+                picture = out / f"page-{name}-{ground}.png"
+                files.write_bytes(str(picture), page.screenshot())
+                page.close()
+                yield picture
+
+
+def main() -> None:
+    """Parse and take them."""
+    arguments = cli.parse(Arguments, prog="screenshots")
+    if not arguments.page.is_file():
+        raise ValueError(f"{arguments.page} is not there; name the HTML file of a report")
+    for picture in take(arguments.page, arguments.out, arguments.height):
+        cli.say(str(picture))
+
+
+if __name__ == "__main__":
+    cli.run(main)
