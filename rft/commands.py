@@ -62,6 +62,7 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "merge": Command("rft.merge.command", "average weights: WiSE-FT, soups", ranks=True),
     "convert": Command("rft.convert.command", "import and export weights"),
     "report": Command("rft.report.command", "put evaluated runs side by side"),
+    "predict": Command("rft.predict.command", "class names of new images, as lines, CSV or a page"),
     "demo": Command("rft.demo.command", "the method on a miniature world, from images to a report"),
     "reproduce": Command(
         "rft.demo.command", "every experiment of the paper, in miniature", first=("paper",)

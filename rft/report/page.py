@@ -3,7 +3,6 @@
 Every file is replaced atomically; index.html is written last.
 """
 
-import base64
 import io
 import shlex
 from collections import Counter
@@ -12,20 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from rft.config import MAX_PIXELS
 from rft.paper import FIGURE_7
-from rft.report import colors, details, flips, gallery, interactive, measures, plots, svg, tables
 from rft.report import comparison as beside
+from rft.report import colors, details, flips, gallery, interactive, measures, plots, svg, tables
 from rft.report.comparison import Beside
 from rft.report.flips import Flips, find_flips
 from rft.report.measures import Measures
 from rft.report.read import Run, load_runs, shown_settings
 from rft.report.summary import Summary, summarise
 from rft.report.tables import OOD_COLUMN, Row, TextTable, heading, is_average
+from rft.report.templates import data_url, environment
 from rft.report.testbed import read_line
 from rft.runs.gallery_file import read as read_gallery
 from rft.runs.records import ORIGINS, Provenance
@@ -224,18 +223,11 @@ def flips_of(report: Report, data: str, max_pixels: float) -> Flips:
 
 def render(report: Report, images: Flips | None = None) -> str:
     """Return index.html; everything that comes from a file is escaped."""
-    # StrictUndefined: a misspelt name in the template is an error, not an empty text
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"plain": plain, "settings": shown_settings, "heading": heading}
+    made = environment()
+    made.filters |= {"settings": shown_settings, "heading": heading}
     shown, measured, reference = report.shown, report.measures, report.reference
     targets = details.targets(shown)
-    return environment.get_template("page.html").render(
+    return made.get_template("page.html").render(
         report=report,
         columns=tables.columns(shown),
         ids={row.name: row.id for row in report.rows},
@@ -244,7 +236,7 @@ def render(report: Report, images: Flips | None = None) -> str:
         pictures=dict.fromkeys((*FIGURES, "gallery"))
         | {name: _shown(picture) for name, picture in report.pictures.items()},
         frames=[
-            (f"step {step}", _data_url("webp", content)) for step, content in report.frames.items()
+            (f"step {step}", data_url("webp", content)) for step, content in report.frames.items()
         ],
         held_out=any(line.held_out_total for run in report.runs for line in run.metrics),
         figure_7=figure_7_names(report.rows),
@@ -322,12 +314,8 @@ def _shown(picture: Picture) -> dict[str, Any]:
         return {"svg": svg.themed(picture.svg, plots.NEUTRAL)}
     # the first chunk of a PNG is its header, whose data begin at byte 16
     width, height = (int.from_bytes(picture.png[at : at + 4], "big") for at in (16, 20))
-    source = _data_url("png", picture.png)
+    source = data_url("png", picture.png)
     return {"svg": "", "source": source, "width": width // 2, "height": height // 2}
-
-
-def _data_url(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def provenance_lines(runs: Sequence[Run]) -> list[str]:

@@ -118,13 +118,13 @@ def _payloads(packed: PackedSet, samples_M: np.ndarray) -> Sequence[bytes | Valu
         return [one for sample in samples_M for one in _payloads(packed, np.array([sample]))]
 
 
-def thumbnail(image: Image.Image, *, framed: bool = False) -> bytes:
-    """Return an RGB image as WebP, at most `SIDE` pixels long, with a red line around it if asked.
+def thumbnail(image: Image.Image, *, framed: bool = False, side: int = SIDE) -> bytes:
+    """Return an RGB image as WebP, at most `side` pixels long, with a red line around it if asked.
 
     Equal images give equal bytes.
     """
     # not larger than it is: the page enlarges small ones
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((side, side))
     if framed:
         image = ImageOps.expand(ImageOps.crop(image, 1), 1, "red")
     stream = io.BytesIO()

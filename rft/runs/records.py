@@ -28,6 +28,7 @@ ORIGINS = {"merged_from": "merge", "imported_from": "import"}
 
 RECORD_BYTES = 2**24  # of each; a training's has some thousand
 LARGEST_LOSS = 1e100  # above float32's largest, 3e38, and no axis that is drawn overflows
+SAME_TEMPERATURE = 1e-3  # relative difference of two fits on the same images
 LINE_BYTES = 2**16  # of metrics; they have some hundred
 
 
@@ -130,6 +131,26 @@ class Results:
     without_weights: bool = False
     """Whether the weights were averaged in memory and not written; config.json then says which."""
     provenance: dict[Name, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def temperature(self) -> Temperature | None:
+        """The model's fitted temperature; None if none was fitted.
+
+        It is of held-out training images, so the set that it is recorded with does not matter.
+
+        Raises:
+            ValueError: if the sets were evaluated at different ones.
+        """
+        found = [one.temperature for one in self.sets.values() if one.temperature is not None]
+        for one in found[1:]:
+            # fitted anew on a different device, the last digits differ
+            close = math.isclose(one.value, found[0].value, rel_tol=SAME_TEMPERATURE)
+            if not close or dataclasses.replace(one, value=found[0].value) != found[0]:
+                raise ValueError(
+                    f"its sets were evaluated at different temperatures ({found[0].value:g} and "
+                    f"{one.value:g}); evaluate all of them again with --temperature"
+                )
+        return found[0] if found else None
 
 
 @document(name="training")

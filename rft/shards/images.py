@@ -265,6 +265,27 @@ def open_checked(
         ValueError: if the image is too small, large or elongated, or of a kind that is not known.
     """
     image = open_image(data, name, max_pixels)
+    _require_known(image, name, border)
+    return image, Header(str(image.format), image.mode, *image.size)
+
+
+def photo_of(image: Image.Image, name: str = "image") -> Image.Image:
+    """Treat an image that the caller opened or made as one of the user's own photos, to RGB.
+
+    The result is that of `load_image` for the file it was opened from. `name` is for messages.
+
+    Raises:
+        ValueError: if it cannot be decoded, or is of a kind or size that is not read from files.
+        OSError: if there is not enough memory.
+    """
+    _require_known(image, name, 0)
+    with pillow_errors(name):
+        image.load()
+        return as_photo(image, None)[0]
+
+
+def _require_known(image: Image.Image, name: str, border: int) -> None:
+    """Refuse an image by its header: too small, large or elongated, or of an unknown kind."""
     if image.mode not in MODES:
         raise ValueError(f"{name} cannot be read: its pixels are of mode {image.mode}")
     is_ = f"{name} is {image.width} x {image.height} pixels"
@@ -275,7 +296,6 @@ def open_checked(
         )
     if long - 2 * border > MOST_ELONGATED * (short - 2 * border):
         raise ValueError(f"{is_}; {TOO_ELONGATED}")
-    return image, Header(str(image.format), image.mode, *image.size)
 
 
 def decode(image: Image.Image, data: bytes, treatment: Treatment) -> tuple[Image.Image, Treated]:
@@ -294,8 +314,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
-def as_photo(image: Image.Image, data: bytes) -> tuple[Image.Image, Treated]:
-    """Compose a decoded image on white and turn it upright."""
+def as_photo(image: Image.Image, data: bytes | None) -> tuple[Image.Image, Treated]:
+    """Compose a decoded image on white and turn it upright; `data` is its file, where known."""
     # before the conversions: a converted image has no format, and PNGs are treated apart
     orientation = exif_orientation(image, data)
     # a palette may give each colour an opacity of its own, which the conversion resolves
@@ -311,12 +331,13 @@ def as_photo(image: Image.Image, data: bytes) -> tuple[Image.Image, Treated]:
     return rgb, Treated(orientation, alpha is not None)
 
 
-def exif_orientation(image: Image.Image, data: bytes) -> int:
+def exif_orientation(image: Image.Image, data: bytes | None) -> int:
     """Read the EXIF orientation as Pillow's `exif_transpose` does; 1 if there is no readable one.
 
     `exif_transpose` itself rewrites the other tags, and fails on damaged ones.
     """
-    if image.format == "PNG" and not any(mark in data for mark in PNG_ORIENTATION):
+    is_png = image.format == "PNG" and data is not None
+    if is_png and not any(mark in data for mark in PNG_ORIENTATION):
         return 1  # without the marks Pillow would decode it to look behind the pixels
     try:
         found = image.getexif().get(ORIENTATION)
@@ -327,11 +348,13 @@ def exif_orientation(image: Image.Image, data: bytes) -> int:
         return 1
 
 
-def _alpha(image: Image.Image, data: bytes) -> Image.Image | None:
+def _alpha(image: Image.Image, data: bytes | None) -> Image.Image | None:
     """Return the opacity of each pixel, mode L; None if the image is opaque."""
     if "A" in image.mode:
         alpha = image.getchannel("A")
     elif "transparency" in image.info:
+        if data is None:  # the depth of the file's levels is not kept
+            raise ValueError("one colour of it is transparent; give the path of its file")
         alpha = _alpha_of_key(image, data)
     else:
         return None

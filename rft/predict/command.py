@@ -1,0 +1,223 @@
+"""Class names of new images: `python -m rft.predict RUN IMAGE...`.
+
+Exit code 0 if all images were read, 1 if some were not, 2 if none was.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rft import cli
+from rft.config import MAX_PIXELS, Device
+from rft.evaluate.forward import TOGETHER
+from rft.log import ASIDE
+from rft.predict.images import Found, find_images, read_squares
+from rft.predict.model import Model, Prediction, load
+from rft.predict.page import SHOWN, START, Shown, render, shown
+from rft.progress import progress
+from rft.report.tables import csv_lines
+from rft.storage import files
+from rft.storage.documents import Megapixels, Positive, document
+from rft.text import plain
+
+LINES = 20  # images that are named where they are in a file too, and those that cannot be read
+CSV_START = "image,class,probability"
+
+log = logging.getLogger(__name__)
+
+
+@document(name="--")
+class Arguments:
+    """Print the most probable classes of images, with probabilities.
+
+    Images are treated as your own photos are when they are packed: upright, on white. Logits are
+    those of rft.evaluate. Probabilities are at the temperature that rft.evaluate --temperature
+    fitted, where it did. Images that cannot be read are named and skipped, with exit code 1.
+
+    Example:
+    python -m rft.predict runs/first holiday --out predictions.csv --html predictions.html
+    """
+
+    model: tyro.conf.Positional[Path]
+    """Run folder, weights file with a classification head, or export of --to open-clip."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, and folders that hold some at any depth."""
+    out: Path | None = None
+    """CSV file to write: image, class and probability of the most probable classes, temperature."""
+    html: Path | None = None
+    """Page to write: pictures, names, probabilities as bars; one file that needs no network."""
+    top: Positive = 5
+    """Classes of each image."""
+    cam: bool = False
+    """Show on the page which patches are relevant for the first class: the method's own CAM."""
+    ignore: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
+    """Names of files and folders to pass over in folders, such as '*.mov', in any case of letters.
+    Hidden files and those that NAS devices, macOS and Windows leave behind are always passed over.
+    """
+    max_pixels: Megapixels = MAX_PIXELS
+    """Millions of pixels that an image may have."""
+    device: Device = "auto"
+
+
+def main() -> None:
+    """Parse, check, predict; write the files last."""
+    arguments = cli.parse(Arguments, prog="rft.predict", config=(tyro.conf.FlagCreatePairsOff,))
+    found = find_images(arguments.images, arguments.ignore)
+    check(arguments, found)
+    model = load(arguments.model, device=arguments.device, max_pixels=arguments.max_pixels)
+    predicted, drawn, refused = predict(model, found, arguments)
+    if not predicted:
+        raise ValueError(f"no image was read, of {len(refused):,}; the first: {refused[0]}")
+    written = write(model, predicted, drawn, refused, arguments)
+    say(model, predicted, found, refused, written)
+    sys.exit(1 if refused else 0)
+
+
+def check(arguments: Arguments, found: Found) -> None:
+    """Check, before anything is read, what is written and that there is something to read.
+
+    Raises:
+        ValueError: naming the option or folder.
+    """
+    if not arguments.images:
+        raise ValueError("name at least one image, or a folder of images")
+    if not found.paths and not found.refused:
+        raise ValueError(f"{arguments.images[0]} holds no images")
+    if arguments.cam and arguments.html is None:
+        raise ValueError("--cam draws on the page; name one with --html")
+    files_of = {"--out": arguments.out, "--html": arguments.html}
+    targets = {option: path.resolve() for option, path in files_of.items() if path is not None}
+    if len(set(targets.values())) < len(targets):
+        raise ValueError(f"--out and --html are both {arguments.out}; name two files")
+    for option, start in (("--out", CSV_START.encode()), ("--html", START)):
+        if (path := files_of[option]) is None:
+            continue
+        files.require_writable(str(path))
+        # a photo, named in the place of an output, is never lost
+        if path.exists() and path.stat().st_size and not _begins(path, start):
+            raise ValueError(f"{option} {path} exists and is no file of rft.predict; name another")
+
+
+def _begins(path: Path, start: bytes) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(start)) == start
+
+
+def predict(
+    model: Model, found: Found, arguments: Arguments
+) -> tuple[list[tuple[str, Prediction]], list[Shown], list[str]]:
+    """Return path and prediction of each image, the page's images, and why others are missing."""
+    paths = [str(path) for path in found.paths]
+    refused = dict(found.refused)
+    predicted: list[tuple[str, Prediction]] = []
+    drawn: list[Shown] = []
+    with (
+        progress("predict", "images", len(paths), ASIDE) as advance,
+        closing(
+            read_squares(
+                paths,
+                model.image_size,
+                TOGETHER,
+                max_pixels=arguments.max_pixels,
+                refuse=lambda number, error: refused.update({found.paths[number]: str(error)}),
+            )
+        ) as stream,
+    ):
+        done = 0
+        for squares in stream:
+            logits_BK = model.forward(squares.images_BCHW)[1]
+            names = [paths[number] for number in squares.numbers]
+            found_here = model.predictions(logits_BK, arguments.top)
+            predicted += zip(names, found_here, strict=True)
+            if arguments.html is not None and (left := SHOWN - len(drawn)) > 0:
+                images_BCHW = squares.images_BCHW[:left]
+                maps_BGG = None
+                if arguments.cam:
+                    maps_BGG = model.maps(images_BCHW, logits_BK[:left].argmax(dim=1))
+                part = (names[:left], found_here[:left], images_BCHW.numpy(), maps_BGG)
+                drawn += shown(*part)
+            advance(squares.numbers[-1] + 1 - done)
+            done = squares.numbers[-1] + 1
+        # of the last ones, if they cannot be read
+        advance(len(paths) - done)
+    return predicted, drawn, [refused[path] for path in sorted(refused)]
+
+
+def write(
+    model: Model,
+    predicted: Sequence[tuple[str, Prediction]],
+    drawn: Sequence[Shown],
+    refused: Sequence[str],
+    arguments: Arguments,
+) -> list[Path]:
+    """Write the files that the command line names, each intact or not at all; return them."""
+    written = []
+    if (out := arguments.out) is not None:
+        top = len(predicted[0][1].names)
+        files.write_bytes(str(out), csv_text(predicted, top).encode())
+        written.append(out)
+    if (html := arguments.html) is not None:
+        page = render(model, drawn, len(predicted), _bounded(refused))
+        files.write_bytes(str(html), page)
+        written.append(html)
+    return written
+
+
+def csv_text(predicted: Sequence[tuple[str, Prediction]], top: int) -> str:
+    """Return the CSV: an image in a row, its `top` classes side by side, the temperature last."""
+    more = [f"{name} {place}" for place in range(2, top + 1) for name in ("class", "probability")]
+    lines = [[*CSV_START.split(","), *more, "temperature"]]
+    for path, one in predicted:
+        shares = one.shares
+        cells = [text for name, share in shares for text in (plain(name), f"{share:.6f}")]
+        value = "" if one.temperature is None else f"{one.temperature:.6g}"
+        lines.append([plain(path), *cells, value])
+    return csv_lines(lines)
+
+
+def say(
+    model: Model,
+    predicted: Sequence[tuple[str, Prediction]],
+    found: Found,
+    refused: Sequence[str],
+    written: Sequence[Path],
+) -> None:
+    """Print the predictions, all of them where no file has them, and what was left out."""
+    lines = [f"{plain(path)}: {in_words(one)}" for path, one in predicted]
+    if written:
+        more = [f"... and {len(lines) - LINES:,} more"] if len(lines) > LINES else []
+        lines = [*lines[:LINES], *more]
+    lines.append(f"{len(predicted):,} images, probabilities {_scale(model)}")
+    if found.passed:
+        counts = (f"{count:,} {plain(name)}" for name, count in sorted(found.passed.items()))
+        lines.append(f"passed over by name: {', '.join(counts)}")
+    lines += [f"written: {plain(str(path))}" for path in written]
+    cli.say("\n".join(lines))
+    if refused:
+        count = f"{len(refused):,} file{'s' if refused[1:] else ''} not read:"
+        below = [f"  {plain(line)}" for line in _bounded(refused)]
+        log.warning(count, extra={"lines": below})
+
+
+def in_words(one: Prediction) -> str:
+    """Write a prediction in one line."""
+    return ", ".join(f"{plain(name)} {100 * share:.1f}%" for name, share in one.shares)
+
+
+def _scale(model: Model) -> str:
+    if model.temperature is None:
+        return "as the model has them (no temperature was fitted)"
+    return (
+        f"at temperature {model.temperature.value:.3g} "
+        f"(fitted on {model.temperature.images:,} held-out images)"
+    )
+
+
+def _bounded(refused: Sequence[str]) -> list[str]:
+    more = [f"... and {len(refused) - LINES:,} more"] if len(refused) > LINES else []
+    return [*refused[:LINES], *more]

@@ -1,0 +1,337 @@
+"""A fine-tuned model to use from Python: `rft.load("runs/first").classify(["cat.jpg"])`.
+
+Images are treated as one's own photos are when they are packed, and forwarded as `rft.evaluate`
+does it, so logits and probabilities are those of an evaluation, bit by bit where the same images
+come in the same order on the same kind of device.
+
+Shapes: N images, B of them in one forward, K classes, E features, G patches along a side.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rft import dist
+from rft.classes import Classes
+from rft.clip import load as clips
+from rft.clip import weights
+from rft.clip.classifier import Classifier, build_classifier, require_finite
+from rft.config import MAX_PIXELS, Device
+from rft.device import to_device
+from rft.dist import World
+from rft.evaluate.count import is_finite
+from rft.evaluate.forward import TOGETHER
+from rft.evaluate.measure_cam import label_map
+from rft.predict.images import Picture, Squares, read_squares
+from rft.runs.derived import require_weights
+from rft.runs.folder import (
+    checkpoint_path,
+    read_results,
+    require_own_weights,
+    run_of,
+    unfinished,
+)
+from rft.runs.records import Temperature
+from rft.storage import files
+
+MAPS_TOGETHER = 16  # images of one forward for relevance, whose graph is kept
+
+log = logging.getLogger(__name__)
+
+
+class Prediction(NamedTuple):
+    """The most probable classes of an image, the best first; all fields have one entry for each."""
+
+    names: tuple[str, ...]
+    ids: tuple[str, ...]
+    """Folder names, WordNet ids or the like; names where a model has no ids."""
+    labels: tuple[int, ...]
+    """Rows of the head."""
+    probabilities: tuple[float, ...]
+    temperature: float | None = None
+    """What logits were divided by for the probabilities; None if nothing was fitted."""
+
+    @property
+    def name(self) -> str:
+        """The name of the best class."""
+        return self.names[0]
+
+    @property
+    def probability(self) -> float:
+        """The probability of the best class."""
+        return self.probabilities[0]
+
+    @property
+    def shares(self) -> list[tuple[str, float]]:
+        """Name and probability of each class."""
+        return list(zip(self.names, self.probabilities, strict=True))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Model:
+    """A classifier on its device, with its classes and temperature; see `load`.
+
+    Every method takes PIL images, paths or both, in any number, and raises a ValueError that names
+    the first one that cannot be read.
+    """
+
+    where: str
+    """The run folder, file or export that it was loaded from."""
+    classifier: Classifier
+    """In evaluation mode, its weights frozen."""
+    classes: Classes
+    temperature: Temperature | None
+    """Fitted by `rft.evaluate --temperature`, with the images that it was fitted on."""
+    device: torch.device
+    max_pixels: float = MAX_PIXELS
+    """Millions of pixels that an image file may have."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, by label."""
+        return self.classes.names
+
+    @property
+    def class_ids(self) -> tuple[str, ...]:
+        """Ids of the classes, by label; their names where there are no ids."""
+        return self.classes.ids or self.classes.names
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square that the model sees of an image."""
+        return self.classifier.architecture.image_size
+
+    def classify(self, images: Iterable[Picture], top: int = 5) -> list[Prediction]:
+        """Return the `top` most probable classes of each image, N predictions.
+
+        Raises:
+            ValueError: for an image that cannot be read, or without finite logits.
+        """
+        return [
+            one
+            for squares in self._squares(images)
+            for one in self.predictions(self.forward(squares.images_BCHW)[1], top)
+        ]
+
+    def logits(self, images: Iterable[Picture]) -> np.ndarray:
+        """Return the logits (N, K), float32, not divided by the temperature; raises as above."""
+        found = [self.forward(one.images_BCHW)[1].cpu().numpy() for one in self._squares(images)]
+        return np.concatenate([np.empty((0, len(self.classes)), np.float32), *found])
+
+    def features(self, images: Iterable[Picture]) -> np.ndarray:
+        """Return the image tower's features (N, E), float32; raises as above.
+
+        They are projected and not normalised: divide by their norm for cosine similarities.
+        """
+        found = [self.forward(one.images_BCHW)[0].cpu().numpy() for one in self._squares(images)]
+        width = self.classifier.architecture.embed_dim
+        return np.concatenate([np.empty((0, width), np.float32), *found])
+
+    def relevance(
+        self, images: Iterable[Picture], classes: Sequence[int | str] | None = None
+    ) -> np.ndarray:
+        """Return how relevant each patch is for a class, the method's own CAM, (N, G, G), float32.
+
+        An image's largest value is 1. The patches cover the square that the model sees: the centre
+        of the image, its shorter side whole.
+
+        Args:
+            images: N images.
+            classes: for each image a label, or a class's id or name; the predicted one by default.
+
+        Raises:
+            ValueError: as above, for an unknown class, or another number of classes than images.
+        """
+        labels = None if classes is None else torch.tensor([self.label_of(one) for one in classes])
+        side = self.image_size // self.classifier.patch_side
+        maps, count = [np.empty((0, side, side), np.float32)], 0
+        for squares in self._squares(images):
+            count += len(squares.numbers)
+            if labels is None:
+                labels_B = self.forward(squares.images_BCHW)[1].argmax(dim=1)
+            else:
+                self._require_as_many(labels, count)
+                labels_B = labels[squares.numbers]
+            maps.append(self.maps(squares.images_BCHW, labels_B))
+        if labels is not None:
+            self._require_as_many(labels, count, ended=True)
+        return np.concatenate(maps)
+
+    def label_of(self, name: int | str) -> int:
+        """Return the label of a class that is given by label, id or name.
+
+        Raises:
+            ValueError: if there is no such class, or several have the name.
+        """
+        if isinstance(name, str):
+            for known in (self.class_ids, self.class_names):
+                if known.count(name) == 1:
+                    return known.index(name)
+            several = name in (*self.class_ids, *self.class_names)
+            what = "several classes are called" if several else "there is no class"
+            raise ValueError(f"{self.where}: {what} {name!r}; give its label")
+        if not 0 <= name < len(self.classes):
+            raise ValueError(f"{self.where}: there is no class {name} of {len(self.classes)}")
+        return int(name)
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features (B, E) and logits (B, K) of images as the model sees them, on the device.
+
+        Those of at most `rft.evaluate.forward.TOGETHER` images are an evaluation's.
+
+        Raises:
+            ValueError: if a logit is not finite.
+        """
+        features_BE = self.classifier.features(
+            self.classifier.patches(to_device(images_BCHW, self.device))
+        )
+        logits_BK = self.classifier.logits(features_BE)
+        if not is_finite(logits_BK).all():
+            raise ValueError(
+                f"{self.where}: the logits of an image are NaN or infinite; its training diverged: "
+                "use weights from before that"
+            )
+        return features_BE, logits_BK
+
+    def predictions(self, logits_BK: Tensor, top: int) -> list[Prediction]:
+        """Return the most probable classes of each row; of equal ones the first comes first.
+
+        Raises:
+            ValueError: if `top` is not positive.
+        """
+        if top < 1:
+            raise ValueError(f"top is {top}; it must be 1 or more")
+        value = None if self.temperature is None else self.temperature.value
+        # fp64, as rft.evaluate has it
+        scaled_BK = logits_BK.double() / (value or 1.0)
+        order_BT = scaled_BK.sort(dim=1, descending=True, stable=True).indices[:, :top]
+        share_BT = scaled_BK.softmax(dim=1).gather(1, order_BT)
+        return [
+            Prediction(
+                tuple(self.class_names[label] for label in labels),
+                tuple(self.class_ids[label] for label in labels),
+                tuple(labels),
+                tuple(shares),
+                value,
+            )
+            for labels, shares in zip(order_BT.tolist(), share_BT.tolist(), strict=True)
+        ]
+
+    def maps(self, images_BCHW: Tensor, labels_B: Tensor) -> np.ndarray:
+        """Return the relevance (B, G, G) of images as the model sees them, for their labels."""
+        side = self.image_size // self.classifier.patch_side
+        parts = zip(images_BCHW.split(MAPS_TOGETHER), labels_B.split(MAPS_TOGETHER), strict=True)
+        found = []
+        with torch.enable_grad():  # a caller may have turned it off
+            for part in parts:
+                part_BCHW, part_B = (to_device(one, self.device) for one in part)
+                found.append(label_map(self.classifier, part_BCHW, part_B, "relevance"))
+        return torch.cat(found).cpu().numpy().reshape(-1, side, side)
+
+    def _squares(self, images: Iterable[Picture]) -> Iterator[Squares]:
+        if isinstance(images, str | os.PathLike | Image.Image):
+            raise ValueError(f"{images!r} is one image; give a list of images or paths")
+        return read_squares(images, self.image_size, TOGETHER, max_pixels=self.max_pixels)
+
+    def _require_as_many(self, labels: Tensor, count: int, *, ended: bool = False) -> None:
+        if len(labels) < count or (ended and len(labels) > count):
+            raise ValueError(f"{len(labels)} classes were given for another number of images")
+
+
+def load(path: str | Path, *, device: Device = "auto", max_pixels: float = MAX_PIXELS) -> Model:
+    """Load a model to use.
+
+    Args:
+        path: a run folder (its selected model, or the last without held-out images), a weights file
+            with a classification head, or a folder that `rft convert export --to open-clip` wrote.
+        device: auto is a GPU if there is one.
+        max_pixels: millions of pixels that an image file may have.
+
+    Raises:
+        ValueError: if there is no model, a file is damaged or does not fit the others, or the
+            weights have no head.
+    """
+    files.require_local(path, "the model")
+    path = Path(path)
+    found, sha256 = _read(path)
+    assert found.architecture is not None
+    require_finite(path, {**found.visual, **found.head})
+    on = dist.pick_device(device, World(rank=0, size=1, local_rank=0))
+    classifier = build_classifier({**found.visual, **found.head}, found.architecture)
+    return Model(
+        where=str(path),
+        classifier=classifier.to(on).requires_grad_(False),
+        classes=found.classes or _numbered(path, len(found.head["head.weight"])),
+        temperature=_temperature(path, sha256),
+        device=on,
+        max_pixels=max_pixels,
+    )
+
+
+def _read(path: Path) -> tuple[weights.Weights, str]:
+    """Return the weights that `path` names, and the hash of their file."""
+    file = path
+    if path.is_dir() and not (path / weights.HUB_CONFIG).is_file():
+        file = checkpoint_path(path)
+        # it names the command that writes the weights of an average
+        require_weights(file)
+    found = weights.read(file)
+    sha256 = files.sha256_file(found.files[0])
+    require_own_weights(path, sha256=sha256)
+    if reached := unfinished(path):
+        log.warning(f"{path} has not finished training ({reached})")
+    if not found.head:
+        raise ValueError(
+            f"{path} has no classification head; make a run folder with one for your classes: "
+            f"python -m rft.convert import {path} --data URL --out RUN"
+        )
+    if found.architecture is None:
+        raise ValueError(
+            f"{path} does not name its model; make a run folder of it: "
+            f"python -m rft.convert import {path} --clip NAME --out RUN"
+        )
+    clips.require_fit(found, found.architecture)
+    if found.config is not None:
+        clips.warn_of_resize(str(path), found.config.preprocess_cfg)
+    rows = len(found.head["head.weight"])
+    if found.classes is not None and len(found.classes) != rows:
+        raise ValueError(
+            f"{path} is damaged: it names {len(found.classes)} classes, its head has {rows}"
+        )
+    return found, sha256
+
+
+def _numbered(path: Path, rows: int) -> Classes:
+    log.warning(f"{path} does not name the classes of its head; they are shown as numbers")
+    return Classes(names=tuple(f"class {label}" for label in range(rows)))
+
+
+def _temperature(path: Path, sha256: str) -> Temperature | None:
+    """Look up the temperature of the weights with that hash in the results beside them.
+
+    Raises:
+        ValueError: if results.json is damaged, or has different ones.
+    """
+    # a weights file may lie in its run folder, and have results of its own
+    for place in filter(None, (path, run_of(path))):
+        results = read_results(place)
+        if results is not None and results.checkpoint_sha256 == sha256:
+            try:
+                return results.temperature
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+        if results is not None and results.temperature is not None:
+            log.warning(
+                f"{place} was evaluated with other weights, so its temperature is not used; "
+                "evaluate it again with --temperature"
+            )
+    return None
