@@ -100,6 +100,7 @@ bench: $(VENV)/.installed  ## the step, the loader and the packer against their 
 	$(BIN)/python -m benchmarks.checkpoint --save
 	$(BIN)/python -m benchmarks.features --save
 	$(BIN)/python -m benchmarks.many_systems --save
+	$(BIN)/python -m benchmarks.predict --save
 	$(BIN)/python -m benchmarks.faults --save
 	$(BIN)/python -m benchmarks.loader --save
 	$(BIN)/python -m benchmarks.reader --save

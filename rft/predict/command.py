@@ -43,9 +43,11 @@ class Arguments:
     python -m rft.predict runs/first holiday --out predictions.csv --html predictions.html
     """
 
-    model: tyro.conf.Positional[Path]
+    model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Run folder, weights file with a classification head, or export of --to open-clip."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: tyro.conf.Positional[
+        Annotated[tuple[Path, ...], tyro.conf.arg(metavar="IMAGE...")]
+    ] = ()
     """Image files, and folders that hold some at any depth."""
     out: Path | None = None
     """CSV file to write: image, class and probability of the most probable classes, temperature."""

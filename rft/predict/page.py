@@ -57,7 +57,5 @@ def _picture(image_HWC: np.ndarray) -> str:
 def render(model: Model, images: Sequence[Shown], total: int, refused: Sequence[str]) -> bytes:
     """Return the page: `images` of `total`, and the reasons why others are not among them."""
     template = environment([Path(__file__).parent]).get_template("page_of_images.html")
-    text = template.render(
-        model=model, images=images, total=total, refused=refused, grounds=colors
-    )
+    text = template.render(model=model, images=images, total=total, refused=refused, grounds=colors)
     return START + text.encode()

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from rft.config import MAX_PIXELS
 from rft.paper import FIGURE_7
-from rft.report import comparison as beside
 from rft.report import colors, details, flips, gallery, interactive, measures, plots, svg, tables
+from rft.report import comparison as beside
 from rft.report.comparison import Beside
 from rft.report.flips import Flips, find_flips
 from rft.report.measures import Measures

@@ -31,6 +31,7 @@ PACKAGES = (
     "rft.packing.verify",
     "rft.evaluate.count",
     "rft.merge.greedy",
+    "rft.predict.page",
     "rft.report.page",
     "rft.train.finish",
     "rft.train.loop",

@@ -27,6 +27,7 @@ from rft.shards.images import (
     clip_square,
     encoding_parameters,
     load_image,
+    photo_of,
     to_npy,
 )
 from tests.pictures import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, empty_png, png_row
@@ -283,6 +284,38 @@ DEPTHS = {
 def test_every_depth(name: str, photo: bool) -> None:
     data, expected = DEPTHS[name]
     assert np.asarray(load_image(data, "x", Treatment(photo=photo)))[0].tolist() == expected
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_an_opened_image_is_treated_as_its_file(name: str) -> None:
+    data, expected = DEPTHS[name]
+    assert np.asarray(photo_of(Image.open(io.BytesIO(data))))[0].tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_opened_photo_is_turned_and_composed_as_its_file(kind: str, orientation: int) -> None:
+    image = random_image(20, 30)
+    if kind != "JPEG":
+        image.putalpha(image.getchannel("R"))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = to_bytes(image, kind, exif=exif)
+    expected = np.asarray(load_image(data, "x", Treatment(photo=True)))
+    opened = Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(np.asarray(photo_of(opened)), expected)
+    # a copy has no format, and keeps what it knows
+    np.testing.assert_array_equal(np.asarray(photo_of(opened.copy())), expected)
+
+
+def test_an_opened_image_of_an_unknown_depth_is_refused_where_it_matters() -> None:
+    data = png_row([0, 1, 2, 3], 2, GREY, chunk(b"tRNS", bytes([0, 3])))
+    with pytest.raises(ValueError, match="one colour of it is transparent; give the path"):
+        photo_of(Image.open(io.BytesIO(data)), "a photo")
+    with pytest.raises(ValueError, match="a photo cannot be read: its pixels are of mode HSV"):
+        photo_of(Image.new("HSV", (4, 4)), "a photo")
+    with pytest.raises(ValueError, match="a photo is 5000 x 2 pixels"):
+        photo_of(Image.new("RGB", (5000, 2)), "a photo")
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")

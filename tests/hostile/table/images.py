@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from tests.hostile.rows import Answer, Row
-from tests.hostile.world import INDEX, LOCALISE, PACK, Place
+from tests.hostile.world import INDEX, LOCALISE, PACK, PREDICT, Place
 from tests.packing.test_foreign import write_tar
 
 NEW = tuple("packed" if word == "shards" else word for word in PACK)
@@ -204,6 +204,14 @@ def rows() -> Iterator[Row]:
         answer = "either" if spare else "refused"
         yield row(
             f"{name}, indexed", FOREIGN, in_tar(BROKEN[name]), r"0\.tar", "odd", answer=answer
+        )
+        yield row(
+            f"{name}, predicted",
+            (*PREDICT[:2], "photos/red/odd.png", *PREDICT[3:]),
+            photo(BROKEN[name]),
+            r"odd\.png",
+            answer=answer,
+            slow=True,
         )
         yield row(
             f"{name}, as a mask",

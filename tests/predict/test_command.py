@@ -1,0 +1,219 @@
+"""`rft predict`: what is printed and written, and what is refused."""
+
+import csv
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import rft
+from rft.predict import command
+from rft.text import is_hidden
+from tests import tiny
+from tests.predict.conftest import images_of
+
+pytestmark = pytest.mark.slow
+
+HOSTILE = (
+    "=HYPERLINK(1).png",
+    "<script>alert(1)<.png",
+    "\x1b[31mred\nline.png",
+    "\u202egnp.png",
+    "{{ 7*7 }}'\".png",
+)
+
+
+@pytest.fixture
+def predict(home, capsys):
+    """Run the command on the trained model; returns its exit code, output and complaints."""
+
+    def run(*arguments: object) -> tuple[int, list[str], list[str]]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            tiny.call(command, home.run, *arguments)
+        printed = capsys.readouterr()
+        return stopped.value.code, printed.out.splitlines(), tiny.complaints(printed.err)
+
+    return run
+
+
+@pytest.fixture
+def folder(home, tmp_path) -> Path:
+    """Three photos in a folder."""
+    made = tmp_path / "new"
+    made.mkdir()
+    for path in images_of(home)[:3]:
+        shutil.copy(path, made)
+    return made
+
+
+class Page(HTMLParser):
+    """Elements and texts of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_every_image_has_a_line_with_classes_and_probabilities(home, predict, folder):
+    code, out, errors = predict(folder, "--top", 2)
+    assert (code, errors) == (0, [])
+    paths = sorted(folder.iterdir())
+    found = rft.load(home.run).classify(paths, top=2)
+    for line, path, one in zip(out[:3], paths, found, strict=True):
+        shares = [f"{name} {100 * share:.1f}%" for name, share in one.shares]
+        assert line == f"{path}: {', '.join(shares)}"
+    assert re.fullmatch(
+        r"3 images, probabilities at temperature \S+ \(fitted on 8 held-out images\)", out[3]
+    )
+
+
+def test_the_csv_has_a_row_for_each_image(home, predict, folder, tmp_path):
+    out = tmp_path / "deep" / "p.csv"
+    code, printed, _ = predict(folder, "--out", out, "--top", 3)
+    assert (code, printed[-1]) == (0, f"written: {out}")
+    with out.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    model = rft.load(home.run)
+    paths = sorted(folder.iterdir())
+    assert [row["image"] for row in rows] == list(map(str, paths))
+    for row, one in zip(rows, model.classify(paths, top=3), strict=True):
+        names = (row["class"], row["class 2"], row["class 3"])
+        shares = (row["probability"], row["probability 2"], row["probability 3"])
+        assert names == one.names
+        assert [float(share) for share in shares] == pytest.approx(one.probabilities, abs=1e-6)
+        assert float(row["temperature"]) == pytest.approx(model.temperature.value, rel=1e-5)
+
+
+def test_the_page_shows_what_the_model_saw(home, predict, folder, tmp_path):
+    out = tmp_path / "p.html"
+    code, _, _ = predict(folder, "--html", out, "--top", 2)
+    page = Page(out)
+    assert code == 0
+    assert len(page.of("img")) == 3
+    assert all(image["src"].startswith("data:image/webp;base64,") for image in page.of("img"))
+    assert len(page.of("li")) == 6
+    for path in folder.iterdir():
+        assert str(path) in page.text
+    policy = page.of("meta")[2]["content"]
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert not page.of("script")
+    assert not page.of("link")
+    # again, with the relevance beside each: a page of this command is replaced
+    code, _, _ = predict(folder, "--html", out, "--top", 2, "--cam")
+    with_maps = Page(out)
+    assert code == 0
+    assert len(with_maps.of("img")) == 6
+    sources = [image["src"] for image in with_maps.of("img")]
+    assert sources[::2] == [image["src"] for image in page.of("img")]
+    assert not set(sources[::2]) & set(sources[1::2])
+
+
+def test_a_page_has_a_bounded_number_of_images(predict, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "SHOWN", 2)
+    code, _, _ = predict(folder, "--html", tmp_path / "p.html")
+    page = Page(tmp_path / "p.html")
+    assert (code, len(page.of("img"))) == (0, 2)
+    assert "The first 2 images are shown." in page.text
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_predicted(predict, folder, tmp_path):
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "phone.heic").touch()
+    out, html = tmp_path / "p.csv", tmp_path / "p.html"
+    code, printed, errors = predict(folder, "--out", out, "--html", html)
+    assert code == 1
+    assert errors[0].endswith("2 files not read:")
+    assert f"  {folder}/broken.jpg is no readable JPEG, PNG or WebP image" in errors
+    assert any("phone.heic is no image by its name" in line for line in errors)
+    assert printed[3].startswith("3 images, ")
+    assert len(out.read_text().splitlines()) == 1 + 3
+    assert "broken.jpg is no readable" in Page(html).text
+    # passed over, it is no mistake
+    (folder / "broken.jpg").unlink()
+    assert predict(folder, "--ignore", "*.heic")[0] == 0
+
+
+def test_a_long_list_of_what_cannot_be_read_is_cut(predict, folder):
+    for number in range(command.LINES + 5):
+        (folder / f"bad{number:02d}.jpg").touch()
+    code, _, errors = predict(folder)
+    assert code == 1
+    assert len(errors) == 1 + command.LINES + 1
+    assert errors[-1].strip() == "... and 5 more"
+
+
+def test_nothing_is_written_where_nothing_was_read(predict, folder, tmp_path):
+    (tmp_path / "bad.jpg").touch()
+    code, _, errors = predict(tmp_path / "bad.jpg", "--out", tmp_path / "p.csv")
+    assert (code, len(errors)) == (2, 1)
+    assert errors[0].startswith("error: no image was read, of 1; the first: ")
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_hostile_names_are_text_everywhere(predict, tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for name in HOSTILE:
+        Image.new("RGB", (20, 20), "red").save(folder / name)
+    (folder / "\x1b[2Jbad\n.jpg").touch()
+    out, html = tmp_path / "p.csv", tmp_path / "p.html"
+    # the names themselves, without a folder before them
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        code, printed, errors = predict(".", "--out", out, "--html", html)
+    assert code == 1
+    # a line for each image, the count, two files
+    assert len(printed) == len(HOSTILE) + 3
+    assert not any(map(is_hidden, "".join([*printed, *errors])))
+    with out.open(newline="") as stream:
+        names = [row["image"] for row in csv.DictReader(stream)]
+    assert "'=HYPERLINK(1).png" in names
+    assert "{{ 7*7 }}'\".png" in names
+    assert not any(map(is_hidden, "".join(names)))
+    page = Page(html)
+    assert not page.of("script")
+    assert "<script>alert(1)<.png" in page.text
+    assert "{{ 7*7 }}'\".png" in page.text
+    assert not any(map(is_hidden, page.text.replace("\n", "")))
+
+
+def test_what_exists_as_something_else_is_not_replaced(home, folder, tmp_path, refused):
+    photo = min(folder.iterdir())
+    before = photo.read_bytes()
+    (tmp_path / "folder").mkdir()
+
+    def line(*arguments: object) -> str:
+        return refused(command, home.run, folder, *arguments)
+
+    for option in ("--out", "--html"):
+        assert "exists and is no file of rft.predict" in line(option, photo)
+        assert "is a folder, which is not replaced" in line(option, tmp_path / "folder")
+        assert "it must be a local folder or file" in line(option, "s3://bucket/x")
+    both = tmp_path / "both"
+    assert "name two files" in line("--out", both, "--html", both)
+    assert "name one with --html" in line("--cam")
+    assert photo.read_bytes() == before
+    assert not both.exists()
+
+
+def test_there_must_be_something_to_read(home, tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    assert "name at least one image" in refused(command, home.run)
+    assert "empty holds no images" in refused(command, home.run, tmp_path / "empty")
+    assert "no weights at" in refused(command, tmp_path / "none", __file__)
