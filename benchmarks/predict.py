@@ -9,7 +9,8 @@ predicted by the same model in turn:
   core decoding ahead.
 
 Seconds are of the whole pass, and of what comes after its first forward: until then an evaluation
-starts loader processes. predict / evaluate is the number that must stay near 1. Weights are drawn at random. The last line is one JSON object.
+starts loader processes. predict / evaluate is the number that must stay near 1. Weights are drawn
+at random. The last line is one JSON object.
 """
 
 import json

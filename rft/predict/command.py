@@ -70,6 +70,10 @@ def main() -> None:
     """Parse, check, predict; write the files last."""
     arguments = cli.parse(Arguments, prog="rft.predict", config=(tyro.conf.FlagCreatePairsOff,))
     found = find_images(arguments.images, arguments.ignore)
+    # of an earlier call, in the folder of the images
+    own = {path.resolve() for path in (arguments.out, arguments.html) if path is not None}
+    for path in [path for path in found.refused if path.resolve() in own]:
+        del found.refused[path]
     check(arguments, found)
     model = load(arguments.model, device=arguments.device, max_pixels=arguments.max_pixels)
     predicted, drawn, refused = predict(model, found, arguments)
@@ -145,8 +149,8 @@ def predict(
                 drawn += shown(*part)
             advance(squares.numbers[-1] + 1 - done)
             done = squares.numbers[-1] + 1
-        # of the last ones, if they cannot be read
-        advance(len(paths) - done)
+        if done < len(paths):  # the last ones cannot be read
+            advance(len(paths) - done)
     return predicted, drawn, [refused[path] for path in sorted(refused)]
 
 

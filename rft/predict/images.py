@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -124,10 +125,14 @@ def read_squares(
         ValueError: for the first image that cannot be read, unless `refuse` keeps it.
         OSError: if there is not enough memory.
     """
+    locks: dict[int, Lock] = {}
 
     def decode(job: tuple[int, Picture]) -> np.ndarray | ValueError:
+        number, image = job
         try:
-            return read_square(job[1], size, f"image {job[0]}", max_pixels)
+            # an opened image that is given twice is decoded once, and not by two threads
+            with locks.setdefault(id(image), Lock()):
+                return read_square(image, size, f"image {number}", max_pixels)
         except ValueError as error:
             return error
 

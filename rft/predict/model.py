@@ -279,16 +279,17 @@ def load(path: str | Path, *, device: Device = "auto", max_pixels: float = MAX_P
 
 def _read(path: Path) -> tuple[weights.Weights, str]:
     """Return the weights that `path` names, and the hash of their file."""
-    file = path
-    if path.is_dir() and not (path / weights.HUB_CONFIG).is_file():
-        file = checkpoint_path(path)
+    is_export = (path / weights.HUB_CONFIG).is_file()
+    file = path if is_export else checkpoint_path(path)
+    if file != path:
         # it names the command that writes the weights of an average
         require_weights(file)
     found = weights.read(file)
     sha256 = files.sha256_file(found.files[0])
-    require_own_weights(path, sha256=sha256)
-    if reached := unfinished(path):
-        log.warning(f"{path} has not finished training ({reached})")
+    if not is_export:  # such a folder may have a config.json of other code
+        require_own_weights(path, sha256=sha256)
+        if reached := unfinished(path):
+            log.warning(f"{path} has not finished training ({reached})")
     if not found.head:
         raise ValueError(
             f"{path} has no classification head; make a run folder with one for your classes: "

@@ -149,6 +149,13 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_predicted(predict, folder,
     assert predict(folder, "--ignore", "*.heic")[0] == 0
 
 
+def test_files_of_an_earlier_call_may_lie_beside_the_images(predict, folder):
+    files = ("--out", folder / "p.csv", "--html", folder / "p.html")
+    assert predict(folder, *files)[::2] == (0, [])
+    assert predict(folder, *files)[::2] == (0, [])
+    assert predict(folder)[0] == 1
+
+
 def test_a_long_list_of_what_cannot_be_read_is_cut(predict, folder):
     for number in range(command.LINES + 5):
         (folder / f"bad{number:02d}.jpg").touch()

@@ -70,6 +70,14 @@ def test_images_come_in_their_order_without_those_that_cannot_be_read(tmp_path):
     assert "image 9 cannot be read: its pixels are of mode LAB" in str(refused[9])
 
 
+def test_one_opened_image_may_be_given_many_times(tmp_path):
+    noise_HWC = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    Image.fromarray(noise_HWC).save(tmp_path / "x.jpg")
+    given = [Image.open(tmp_path / "x.jpg")] * 50 + [tmp_path / "x.jpg"]
+    (squares,) = read_squares(given, 16, 64, max_pixels=1)
+    assert (squares.images_BCHW == squares.images_BCHW[-1]).all()
+
+
 def test_no_more_is_read_ahead_than_two_batches():
     taken = count()
     images = (Image.new("RGB", (4, 4)) for _ in iter(lambda: next(taken) < 1000, False))
