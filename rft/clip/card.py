@@ -1,7 +1,7 @@
 """The card (JSON) that an export writes beside its weights: one document, written and read here."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -69,6 +69,8 @@ class Card:
     seed: RecordedSeed | None = None
     unfinished: Text = ""
     """How far the training is, if it has not ended."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """What the logits are divided by for probabilities, where one was fitted."""
     # for readers: nothing here uses them
     metrics: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)

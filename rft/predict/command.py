@@ -218,10 +218,7 @@ def in_words(one: Prediction) -> str:
 def _scale(model: Model) -> str:
     if model.temperature is None:
         return "as the model has them (no temperature was fitted)"
-    return (
-        f"at temperature {model.temperature.value:.3g} "
-        f"(fitted on {model.temperature.images:,} held-out images)"
-    )
+    return f"at temperature {model.temperature:.3g}, fitted on held-out images"
 
 
 def _bounded(refused: Sequence[str]) -> list[str]:

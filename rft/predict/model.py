@@ -21,8 +21,8 @@ from torch import Tensor
 
 from rft import dist
 from rft.classes import Classes
+from rft.clip import card, weights
 from rft.clip import load as clips
-from rft.clip import weights
 from rft.clip.classifier import Classifier, build_classifier, require_finite
 from rft.config import MAX_PIXELS, Device
 from rft.device import to_device
@@ -39,7 +39,6 @@ from rft.runs.folder import (
     run_of,
     unfinished,
 )
-from rft.runs.records import Temperature
 from rft.storage import files
 
 MAPS_TOGETHER = 16  # images of one forward for relevance, whose graph is kept
@@ -88,8 +87,8 @@ class Model:
     classifier: Classifier
     """In evaluation mode, its weights frozen."""
     classes: Classes
-    temperature: Temperature | None
-    """Fitted by `rft.evaluate --temperature`, with the images that it was fitted on."""
+    temperature: float | None
+    """What `rft.evaluate --temperature` fitted on held-out images; None if it did not."""
     device: torch.device
     max_pixels: float = MAX_PIXELS
     """Millions of pixels that an image file may have."""
@@ -206,13 +205,14 @@ class Model:
         """Return the most probable classes of each row; of equal ones the first comes first.
 
         Raises:
-            ValueError: if `top` is not positive.
+            ValueError: if `top` is not positive, or the temperature leaves no finite logits.
         """
         if top < 1:
             raise ValueError(f"top is {top}; it must be 1 or more")
-        value = None if self.temperature is None else self.temperature.value
         # fp64, as rft.evaluate has it
-        scaled_BK = logits_BK.double() / (value or 1.0)
+        scaled_BK = logits_BK.double() / (self.temperature or 1.0)
+        if not is_finite(scaled_BK).all():
+            raise ValueError(f"{self.where}: its temperature, {self.temperature:g}, is no real one")
         order_BT = scaled_BK.sort(dim=1, descending=True, stable=True).indices[:, :top]
         share_BT = scaled_BK.softmax(dim=1).gather(1, order_BT)
         return [
@@ -221,7 +221,7 @@ class Model:
                 tuple(self.class_ids[label] for label in labels),
                 tuple(labels),
                 tuple(shares),
-                value,
+                self.temperature,
             )
             for labels, shares in zip(order_BT.tolist(), share_BT.tolist(), strict=True)
         ]
@@ -316,23 +316,28 @@ def _numbered(path: Path, rows: int) -> Classes:
     return Classes(names=tuple(f"class {label}" for label in range(rows)))
 
 
-def _temperature(path: Path, sha256: str) -> Temperature | None:
-    """Look up the temperature of the weights with that hash in the results beside them.
+def _temperature(path: Path, sha256: str) -> float | None:
+    """Look up the temperature of the weights with that hash: in results, or the card of an export.
 
     Raises:
         ValueError: if results.json is damaged, or has different ones.
     """
-    # a weights file may lie in its run folder, and have results of its own
-    for place in filter(None, (path, run_of(path))):
+    # a weights file may lie in its run folder, and have results of its own; an export has none
+    places = [] if (path / weights.HUB_CONFIG).is_file() else [path, run_of(path)]
+    for place in filter(None, places):
         results = read_results(place)
         if results is not None and results.checkpoint_sha256 == sha256:
             try:
-                return results.temperature
+                found = results.temperature
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
+            if found is not None:
+                return found.value
         if results is not None and results.temperature is not None:
             log.warning(
                 f"{place} was evaluated with other weights, so its temperature is not used; "
                 "evaluate it again with --temperature"
             )
-    return None
+    # reading the weights has compared their hashes with the card's
+    own = card.read(path / weights.CARD if path.is_dir() else path.with_name(f"{path.name}.json"))
+    return own.temperature if own else None

@@ -1,5 +1,6 @@
 """A model from Python: what evaluation computes, of the same files."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -61,8 +62,8 @@ def test_probabilities_are_those_that_an_evaluation_keeps(home, model):
     assert [one.labels[0] for one in found] == recorded["prediction"].tolist()
     scaled = np.array([one.probability for one in found]).astype(np.float32)
     np.testing.assert_array_equal(scaled, recorded["scaled_confidence"])
-    assert {one.temperature for one in found} == {model.temperature.value}
-    assert model.temperature == read_results(home.run).sets["test"].temperature
+    assert {one.temperature for one in found} == {model.temperature}
+    assert model.temperature == read_results(home.run).sets["test"].temperature.value
 
 
 def test_without_a_fitted_temperature_they_are_the_models_own(home, tmp_path):
@@ -91,6 +92,10 @@ def test_of_equal_logits_the_first_class_comes_first(model):
     assert one.labels == (1, 2, 3)
     with pytest.raises(ValueError, match="top is 0; it must be 1 or more"):
         model.predictions(torch.zeros(1, 4), top=0)
+    # anyone may write one into results.json
+    tiny_one = dataclasses.replace(model, temperature=1e-308)
+    with pytest.raises(ValueError, match="its temperature, 1e-308, is no real one"):
+        tiny_one.predictions(torch.tensor([[100.0, 1.0]]), top=1)
 
 
 def test_opened_images_are_treated_as_their_files(home, model):
@@ -183,6 +188,11 @@ def test_a_file_an_export_and_a_run_are_one_model(home, model, tmp_path, tiny_cl
     assert outside.temperature is None
     export = ("export", home.run, "--to", "open-clip", "--out", tmp_path / "export")
     tiny.call(convert, *export)
+    # the card of an export has the temperature
+    shutil.copytree(tmp_path / "export", tmp_path / "fitted")
+    card = json.loads((tmp_path / "fitted" / "card.json").read_text())
+    (tmp_path / "fitted" / "card.json").write_text(json.dumps(card | {"temperature": 1.5}))
+    assert rft.load(tmp_path / "fitted").classify(paths, top=1)[0].temperature == 1.5
     # as other code leaves it in such a folder
     (tmp_path / "export" / "config.json").write_text('{"model_type": "clip"}')
     exported = rft.load(str(tmp_path / "export"))

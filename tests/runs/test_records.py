@@ -12,6 +12,7 @@ import pytest
 from rft.runs import folder as runs
 from rft.runs import records, trained_on
 from rft.runs.records import Metrics, Provenance, Reached, Results, Training
+from rft.storage import documents
 from rft.text import plain
 
 SHA = "0123456789abcdef" * 4
@@ -331,3 +332,27 @@ def test_what_weights_have_seen_is_a_list_of_names_and_hashes(seen):
         with pytest.raises(ValueError, match=r"^w.safetensors is damaged: trained_on") as raised:
             trained_on.of_metadata(path, {trained_on.KEY: text})
         assert plain(str(raised.value)) == str(raised.value)
+
+
+def with_temperatures(*values: float | None) -> Results:
+    """Results of a set for each value, with its temperature."""
+    fitted = {"images": 8, "train_set": "train", "manifest_sha256": SHA, "held_out": 8}
+    sets = {}
+    for number, value in enumerate(values):
+        found = None if value is None else {**fitted, "value": value, "split_seed": 0}
+        sets[f"set{number}"] = {
+            **GOOD["results.json"]["sets"]["imagenet-val"],
+            "temperature": found,
+        }
+    document = {**GOOD["results.json"], "sets": sets}
+    return documents.decode(json.dumps(document).encode(), Results, "results.json")
+
+
+def test_a_model_has_one_temperature():
+    assert with_temperatures().temperature is None
+    assert with_temperatures(None, None).temperature is None
+    assert with_temperatures(None, 1.5).temperature.value == 1.5
+    # fitted on two devices
+    assert with_temperatures(1.5, None, 1.5000001).temperature.value == 1.5
+    with pytest.raises(ValueError, match=r"temperatures \(1\.5 and 1\.6\); evaluate all"):
+        _ = with_temperatures(1.5, 1.6).temperature
