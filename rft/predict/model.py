@@ -233,7 +233,8 @@ class Model:
         found = []
         with torch.enable_grad():  # a caller may have turned it off
             for part in parts:
-                part_BCHW, part_B = (to_device(one, self.device) for one in part)
+                # labels may be on the device already
+                part_BCHW, part_B = to_device(part[0], self.device), part[1].to(self.device)
                 found.append(label_map(self.classifier, part_BCHW, part_B, "relevance"))
         return torch.cat(found).cpu().numpy().reshape(-1, side, side)
 

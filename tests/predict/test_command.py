@@ -1,6 +1,7 @@
 """`rft predict`: what is printed and written, and what is refused."""
 
 import csv
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -11,6 +12,8 @@ from PIL import Image
 
 import rft
 from rft.predict import command
+from rft.predict.images import read_squares
+from rft.predict.page import shown
 from rft.text import is_hidden
 from tests import tiny
 from tests.predict.conftest import images_of
@@ -121,6 +124,13 @@ def test_the_page_shows_what_the_model_saw(home, predict, folder, tmp_path):
     assert len(with_maps.of("img")) == 6
     sources = [image["src"] for image in with_maps.of("img")]
     assert sources[::2] == [image["src"] for image in page.of("img")]
+    # of the first class of each
+    model, paths = rft.load(home.run), sorted(folder.iterdir())
+    (squares,) = read_squares(paths, 16, 64, max_pixels=1)
+    found = model.classify(paths, top=2)
+    maps_BGG = model.relevance(paths, [one.name for one in found])
+    expected = shown(list(map(str, paths)), found, squares.images_BCHW.numpy(), maps_BGG)
+    assert sources[1::2] == [one.overlay for one in expected]
     assert not set(sources[::2]) & set(sources[1::2])
 
 
@@ -179,6 +189,8 @@ def test_hostile_names_are_text_everywhere(predict, tmp_path):
     for name in HOSTILE:
         Image.new("RGB", (20, 20), "red").save(folder / name)
     (folder / "\x1b[2Jbad\n.jpg").touch()
+    # a name that is no UTF-8
+    shutil.copy(folder / HOSTILE[0], os.fsencode(folder) + b"/\xff.png")
     out, html = tmp_path / "p.csv", tmp_path / "p.html"
     # the names themselves, without a folder before them
     with pytest.MonkeyPatch.context() as patch:
@@ -186,12 +198,12 @@ def test_hostile_names_are_text_everywhere(predict, tmp_path):
         code, printed, errors = predict(".", "--out", out, "--html", html)
     assert code == 1
     # a line for each image, the count, two files
-    assert len(printed) == len(HOSTILE) + 3
+    assert len(printed) == len(HOSTILE) + 1 + 3
     assert not any(map(is_hidden, "".join([*printed, *errors])))
     with out.open(newline="") as stream:
         names = [row["image"] for row in csv.DictReader(stream)]
     assert "'=HYPERLINK(1).png" in names
-    assert "{{ 7*7 }}'\".png" in names
+    assert {"{{ 7*7 }}'\".png", "\\udcff.png"} < set(names)
     assert not any(map(is_hidden, "".join(names)))
     page = Page(html)
     assert not page.of("script")
