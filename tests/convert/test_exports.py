@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from rft.clip import load, unpickle, weights
+from rft.clip import hub, load, unpickle, weights
 from rft.clip.classifier import build_classifier, load_state, save_state
 from rft.config import ModelConfig
 from rft.convert import command as convert_command
@@ -243,8 +243,7 @@ def test_the_card_beside_a_file_keeps_its_preprocessing(convert, run, tmp_path, 
 @pytest.mark.parametrize("text", [None, "openai", "openai.pt"])
 def test_the_hub_is_not_asked_for_what_weights_name(refused, run, openai, monkeypatch, text):
     asked = []
-    for module in (load, open_clip.factory):
-        monkeypatch.setattr(module, "download_pretrained_from_hf", lambda *a, **_: asked.append(a))
+    monkeypatch.setattr(hub, "fetch", lambda *a: asked.append(a))
     path = openai.parent / "m.safetensors"
     state, architecture, metadata, classes = load_state(run / SELECTED)
     named = dataclasses.replace(architecture, clip="hf-hub:evil/model")
