@@ -21,8 +21,9 @@ from rft.clip.architecture import Architecture
 from rft.clip.card import Format
 from rft.clip.classifier import load_state
 from rft.clip.load import PretrainedClip
-from rft.convert import text_tower
-from rft.runs import filenames, records, trained_on
+from rft.config import settings
+from rft.convert import model_card, text_tower
+from rft.runs import filenames, predictions, records, trained_on
 from rft.runs.folder import (
     checkpoint_path,
     read_results,
@@ -30,9 +31,10 @@ from rft.runs.folder import (
     require_own_weights,
     unfinished,
 )
-from rft.runs.records import RunConfig
+from rft.runs.records import RunConfig, SetCount
 from rft.sets import ID_SET
 from rft.shards.manifest import Manifest
+from rft.statistics.accuracy import mean_of_groups, per_group, wilson
 from rft.storage import files
 
 SUFFIXES = {"released": ".pt", "model-soups": ".pt", "safetensors": ".safetensors"}
@@ -46,7 +48,8 @@ class Export:
 
     open-clip: a folder that open_clip.create_model_and_transforms("local-dir:PATH") loads, with the
     fine-tuned image tower and the original text tower; the classification head lies beside, in
-    head.safetensors.
+    head.safetensors, and so do load.py, which classifies with open_clip alone, and a page about the
+    model (README.md).
 
     released: a checkpoint (.pt) of the code released with the paper.
 
@@ -122,6 +125,9 @@ def export_weights(arguments: Export) -> None:
         classes=known.names if known else None,
         class_ids=known.ids if known else None,
         prompts_sha256=known.prompts_sha256 if known else None,
+        base_model=text_tower.base_model(arguments.text, architecture, config),
+        temperature=_temperature_of(metrics),
+        settings=settings(config.whole) if config else {},
         # a set has no order of its own
         trained_on=tuple(sorted(trained_on.of_model(arguments.source, metadata))),
         recipe=config.recipe if config else metadata.get("recipe"),
@@ -132,6 +138,9 @@ def export_weights(arguments: Export) -> None:
     )
     # first, so that the same command can resume where it was stopped
     files.write_json(str(card_path), dataclasses.asdict(described))
+    if to == "open-clip":
+        # not among the hashes of the card: it is their maker's to edit
+        files.write_bytes(str(folder / model_card.NAME), model_card.page(described))
     for name, data in contents.items():
         files.write_bytes(str(folder / name), data)
     cli.say(f"exported: {out}, described in {card_path}")
@@ -169,12 +178,36 @@ def _metrics_of(source: Path) -> dict[str, Any]:
         return {}
     for warning in warnings:
         log.warning(warning)
-    # a card has numbers; predictions stay in the run folder
+    return {name: _numbers(source, name, count) for name, count in results.sets.items()}
+
+
+def _numbers(source: Path, name: str, count: SetCount) -> dict[str, Any]:
+    """Return what a card has of a set's counts; predictions stay in the run folder."""
     kept = ("correct", "total", "manifest_sha256")
-    return {
-        name: {field: getattr(count, field) for field in kept}
-        for name, count in results.sets.items()
-    }
+    found: dict[str, Any] = {field: getattr(count, field) for field in kept}
+    found["interval"] = wilson(count.correct, count.total)
+    if count.value is not None:
+        found[count.score] = count.value
+    if count.temperature is not None:
+        found["temperature"] = count.temperature.value
+    if count.predictions_sha256 is not None:
+        path = predictions.path_of(source, name)
+        try:
+            rows = predictions.read(path, count.total, count.predictions_sha256)
+        except ValueError as error:
+            log.warning(f"the card will have no accuracy per class of {name}: {error}")
+        else:
+            groups = int(max(rows.label.max(), rows.prediction.max())) + 1
+            found["mean_per_class"] = mean_of_groups(*per_group(rows.right, rows.label, groups))
+    return found
+
+
+def _temperature_of(metrics: dict[str, Any]) -> float | None:
+    """Return the temperature that was fitted; None, with a warning, if sets have different ones."""
+    found = {count["temperature"] for count in metrics.values() if "temperature" in count}
+    if len(found) > 1:
+        log.warning("the card will have no temperature: the sets were counted with different ones")
+    return found.pop() if len(found) == 1 else None
 
 
 def _hub_folder(
@@ -196,7 +229,7 @@ def _hub_folder(
         "model_cfg": load.hub_config(clip.architecture.clip).model_cfg,
         "preprocess_cfg": preprocess,
     }
-    contents = {weights.HUB_HEAD: save(head)}
+    contents = {weights.HUB_HEAD: save(head), model_card.LOADER: model_card.loader()}
     if vocabulary := load.vocabulary_of(clip.architecture.clip):
         contents[vocabulary.name] = vocabulary.read_bytes()
     contents[weights.HUB_WEIGHTS] = save(whole)

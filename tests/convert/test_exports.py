@@ -63,7 +63,10 @@ def test_released_export_carries_the_accuracy_that_the_teacher_prints(
     assert torch.load(tmp_path / "m.pt", weights_only=True)["test_acc"] == expected
     card = document(tmp_path / "m.pt.json")
     kept = ("correct", "total", "manifest_sha256")
-    assert card["metrics"]["imagenet-val"] == {name: counts[name] for name in kept}
+    found = card["metrics"]["imagenet-val"]
+    assert {name: found[name] for name in kept} == {name: counts[name] for name in kept}
+    # four classes of seven images each
+    assert found["mean_per_class"] == pytest.approx(counts["correct"] / counts["total"])
 
 
 @pytest.mark.slow
@@ -279,14 +282,17 @@ def test_export_never_overwrites(convert, refused, run, tmp_path, openai):
 
 def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
     """A file of equal name is no reason to take an export for this one, nor old counts."""
-    counts = {"imagenet-val": {"correct": 3, "total": 10, "manifest_sha256": "0" * 64}}
+    counts = {"correct": 3, "total": 10, "manifest_sha256": "0" * 64, "mean_per_class": 0.3}
     weights_path = run / SELECTED
     loaded = Loaded(run, files.sha256_file(weights_path), load_state(weights_path))
     write_results(loaded, {"imagenet-val": evaluated(3)})
     command = ("export", run, "--to", "safetensors", "--out", tmp_path / "m.safetensors")
     convert(*command)
     card = document(tmp_path / "m.safetensors.json")
-    assert card["metrics"] == counts
+    (found,) = card["metrics"].values()
+    # scipy's, to six digits; by hand (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+    assert found["interval"] == pytest.approx([0.107791, 0.603222], abs=1e-6)
+    assert found == counts | {"interval": found["interval"]}
     assert card["source"]["sha256"] == files.sha256_file(run / SELECTED)
     convert(*command)  # the same weights again
     state, architecture, metadata, classes = load_state(run / SELECTED)
