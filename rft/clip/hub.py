@@ -91,7 +91,7 @@ def _ask(url: str) -> str:
         except RemoteEntryNotFoundError:
             return ""  # the hub answers; open_clip looks for other names
         except Exception as error:  # the HTTP client that the hub's library uses has its own
-            status = getattr(getattr(error, "response", None), "status_code", 0)
+            status = status_of(error)
             reason = f"it answers {status}" if status else files.reason(error)
             if 0 < status < SERVER_ERRORS or isinstance(error, OfflineModeIsEnabled):
                 break
@@ -99,3 +99,8 @@ def _ask(url: str) -> str:
             # a proxy's or a hotel's page, which answers for any address
             return "" if found.commit_hash else "what answers is no model hub"
     return reason
+
+
+def status_of(error: Exception) -> int:
+    """Return the HTTP status that an error of huggingface_hub carries, or 0."""
+    return int(getattr(getattr(error, "response", None), "status_code", 0))
