@@ -104,7 +104,7 @@ def load_file(path: Path, clip: str) -> PretrainedClip:
 
 
 def _of_tag_or_file(clip: str, name: str) -> PretrainedClip:
-    tag = open_clip.get_pretrained_cfg(clip, name)
+    tag: dict[str, Any] = open_clip.get_pretrained_cfg(clip, name)
     if not tag:
         path = Path(name)
         if name and path.exists():

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -16,7 +17,8 @@ FOLDER = Path(__file__).parent
 def classify(paths: list[str]) -> tuple[list[str], torch.Tensor]:
     """Return the names of the classes, and their probabilities (images, classes)."""
     card = json.loads((FOLDER / "card.json").read_text(encoding="utf-8"))
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{FOLDER}")
+    loaded: Any = open_clip.create_model_and_transforms(f"local-dir:{FOLDER}")
+    model, _, transform = loaded
     head = load_file(FOLDER / "head.safetensors")
     images = torch.stack([transform(ImageOps.exif_transpose(Image.open(path))) for path in paths])
     features = model.eval().encode_image(images, normalize=True)
