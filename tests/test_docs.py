@@ -45,7 +45,11 @@ def test_a_pattern_takes_all_its_files_and_says_if_there_is_none(tmp_path, monke
     assert "\nA100 table\n\nH100 table\n\n<!--" in update.with_tables(page)
 
 
-PAGES = (*PAGES_WITH_TABLES, "docs/architecture.md", "docs/paper.md", "docs/gpu.md", "SECURITY.md")
+PAGES = (
+    *PAGES_WITH_TABLES,
+    *(f"docs/{name}.md" for name in ("architecture", "paper", "gpu", "export")),
+    "SECURITY.md",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)
