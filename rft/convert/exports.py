@@ -87,6 +87,7 @@ class Model(NamedTuple):
     config: RunConfig | None
     unfinished: str
     metrics: dict[str, Any]
+    temperature: float | None
     classes: Classes | None
 
 
@@ -113,7 +114,8 @@ def export_weights(arguments: Export) -> None:
     old = _require_same_export(out, card_path, to, source)
     metrics = _metrics_of(arguments.source)
     classes = saved.classes or _classes_of_run(arguments.source, config)
-    model = Model(path, digest, saved, config, reached, metrics, classes)
+    temperature = _temperature_of(metrics)
+    model = Model(path, digest, saved, config, reached, metrics, temperature, classes)
     contents = _contents(arguments, model, clip)
     described = _describe(arguments, model, source, contents)
     folder = out if to == "open-clip" else out.parent
@@ -177,7 +179,7 @@ def _contents(arguments: Export, model: Model, clip: PretrainedClip | None) -> d
         return {name: _file_content(to, state, model.path, model.metrics, clip)}
     entries = {
         "classes": model.classes.names if model.classes else None,
-        "temperature": _temperature_of(model.metrics),
+        "temperature": model.temperature,
         "source_sha256": model.sha256,
         "rft": rft.__version__,
     }
@@ -204,7 +206,7 @@ def _describe(
         class_ids=known.ids if known else None,
         prompts_sha256=known.prompts_sha256 if known else None,
         base_model=text_tower.base_model(arguments.text, architecture, config),
-        temperature=_temperature_of(model.metrics),
+        temperature=model.temperature,
         settings=settings(config.whole) if config else {},
         # a set has no order of its own
         trained_on=tuple(sorted(trained_on.of_model(arguments.source, metadata))),

@@ -6,8 +6,9 @@ token is on a command line, which others on the machine can see.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.utils import get_session, validate_repo_id
@@ -76,18 +77,20 @@ def push(folder: Path, names: Set[str], repo: str, *, private: bool) -> str:
     Raises:
         ValueError: if the repository holds a different model, or the hub does not take the files.
     """
+    api = _api()
     with _errors(repo):
         get_session().timeout = SECONDS
-        api = _api()
-        # of the organisation's own choice, where that is not public
+        # None is what the organisation has chosen
         api.create_repo(repo, private=private or None, exist_ok=True)
-        there = _require_same_model(api, repo, folder, names)
-        if PAGE in there:
-            log.info(f"{repo} has a page, {PAGE}, which stays as it is")
+        there = {one.path: one for one in api.list_repo_tree(repo, recursive=True)}
+    _require_same_model(repo, there, folder, names)
+    if PAGE in there:
+        log.info(f"{repo} has a page, {PAGE}, which stays as it is")
+    with _errors(repo):
         api.upload_folder(
             repo_id=repo,
             folder_path=folder,
-            allow_patterns=sorted(names - (there & {PAGE})),
+            allow_patterns=sorted(names - ({PAGE} & there.keys())),
             commit_message="Export of rft",
         )
     return f"{constants.ENDPOINT}/{repo}"
@@ -97,27 +100,21 @@ def _api() -> HfApi:
     return HfApi(endpoint=constants.ENDPOINT, library_name="rft")
 
 
-def _require_same_model(api: HfApi, repo: str, folder: Path, names: Set[str]) -> Set[str]:
-    """Check that a repository is empty, or holds this export or a part of it; return its files."""
-    there = {one.path: one for one in api.list_repo_tree(repo, recursive=True)}
-    for name in (weights.HUB_WEIGHTS, weights.HUB_HEAD):
-        found = there.get(name)
-        if found is None:
-            continue
+def _require_same_model(repo: str, there: Mapping[str, Any], folder: Path, names: Set[str]) -> None:
+    """Check that a repository is empty, or holds this export or a part of it."""
+    for name in (one for one in (weights.HUB_WEIGHTS, weights.HUB_HEAD) if one in there):
         # large files are known by this hash, and these names are large files there
-        theirs = getattr(getattr(found, "lfs", None), "sha256", "")
+        theirs = getattr(getattr(there[name], "lfs", None), "sha256", "")
         ours = files.sha256_file(folder / name)
         if theirs != ours:
             raise ValueError(
                 f"{repo} holds a different model: its {name} is {theirs[:12] or 'no large file'}, "
                 f"this one {ours[:12]}; push to a new name"
             )
-    if weights.HUB_WEIGHTS not in there:
-        # the hub makes the first of these
-        others = there.keys() - {".gitattributes", PAGE, *names}
-        if others:
-            raise ValueError(f"{repo} holds other files ({min(others)}); push to a new name")
-    return there.keys()
+    # the hub makes the first of these
+    others = there.keys() - {".gitattributes", PAGE, *names}
+    if others and weights.HUB_WEIGHTS not in there:
+        raise ValueError(f"{repo} holds other files ({min(others)}); push to a new name")
 
 
 @contextlib.contextmanager
@@ -126,8 +123,6 @@ def _errors(repo: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # its HTTP client has errors of its own
-        if isinstance(error, ValueError) and str(error).startswith(repo):
-            raise
         status = hub.status_of(error)
         hint = f": {HINTS[status]}" if status in HINTS else ""
         reason = f"{constants.ENDPOINT} answers {status}{hint}" if status else files.reason(error)

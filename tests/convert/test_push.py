@@ -91,6 +91,7 @@ def test_a_repository_of_other_files(refused, login, words):
     assert login.repositories[REPO] == {"pytorch_model.bin": b"x"}
 
 
+@pytest.mark.slow
 def test_no_login(refused, hub: Hub, words, tmp_path):  # noqa: F811
     line = refused(*words)
     assert f"cannot push to {REPO}: no login; `hf auth login`, or HF_TOKEN" in line
@@ -98,6 +99,7 @@ def test_no_login(refused, hub: Hub, words, tmp_path):  # noqa: F811
     assert not (tmp_path / "export").exists()
 
 
+@pytest.mark.slow
 def test_a_token_that_the_hub_does_not_take(monkeypatch, refused, login, words, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secret-of-someone")
     line = refused(*words)
@@ -114,12 +116,14 @@ def test_a_name_of_someone_else(refused, login, words):
     assert login.repositories == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [500, 503])
 def test_a_hub_that_fails(refused, login, words, status):
     login.status = status
     assert f"cannot push to {REPO}: {login.url} answers {status}" in refused(*words)
 
 
+@pytest.mark.slow
 def test_no_network(monkeypatch, refused, login, words, tmp_path):
     ask_instead(monkeypatch, f"http://{ADDRESS}:{free_port()}", tmp_path)
     monkeypatch.setenv("HF_TOKEN", login.token)
@@ -128,6 +132,7 @@ def test_no_network(monkeypatch, refused, login, words, tmp_path):
     assert "HF_HUB_OFFLINE" in refused(*words)
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_answers(monkeypatch, refused, login, words, tmp_path):
     asked = threading.Event()
     monkeypatch.setattr(product, "SECONDS", 0.2)
@@ -163,6 +168,7 @@ def test_names_that_the_hub_does_not_have(url):
         push.repository(url)
 
 
+@pytest.mark.slow
 def test_options_that_do_not_belong_together(refused, run, tmp_path):
     words = ("export", run, "--to", "safetensors", "--out", tmp_path / "m.safetensors")
     assert "--push takes the folder of --to open-clip" in refused(*words, "--push", "hf://a/b")
