@@ -56,13 +56,13 @@ def base_model(text: str, architecture: Architecture, config: RunConfig | None) 
     """Return the model of the hub that a model started from; None where that is not known.
 
     Args:
-        text: the value of --text; if empty, the run's own origin counts.
+        text: the value of --text, which counts where the run does not record its origin.
         architecture: of the model.
         config: the run's config.json, if there is one.
     """
-    origins = _origins(config, architecture, set())
-    if text:
-        origins = iter([ModelConfig(clip=architecture.clip, pretrained=text)])
+    # what the text tower is taken from is the next best guess
+    named = text if load.names_folder(text) else architecture.clip
+    origins = [*_origins(config, architecture, set()), ModelConfig(clip=named, pretrained=text)]
     for origin in origins:
         if (name := origin.clip).startswith(load.HUB):
             return name.removeprefix(load.HUB)

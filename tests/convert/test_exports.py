@@ -203,6 +203,18 @@ def test_training_starts_from_an_openai_file_and_its_run_is_exported(
     card = document(tmp_path / "hub" / "card.json")
     assert card["classes"] == ["red", "green", "blue", "grey"]
     assert (card["recipe"], card["seed"]) == ("vanilla", 0)
+    assert card["settings"]["loader"]["batch_size"] == 34
+    page = (tmp_path / "hub" / "README.md").read_text()
+    ((_, manifest, *_),) = card["trained_on"]
+    for line in (
+        "| recipe | vanilla |",
+        "| optim.epochs | 1 |",
+        f"| training set imagenet-train | manifest {manifest} |",
+        "- ImageNet: its terms of access",
+        "datasets:\n- ILSVRC/imagenet-1k",
+        "0. red\n1. green\n",
+    ):
+        assert line in page
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What lies beside the weights of an export: the page, and a loader that needs open_clip alone."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,9 +17,10 @@ from PIL import Image
 
 from rft.clip import card
 from rft.clip.classifier import build_classifier, load_state
-from rft.convert import model_card
+from rft.convert import model_card, text_tower
 from rft.evaluate.checkpoints import Loaded
 from rft.evaluate.results import write_results
+from rft.runs import records
 from rft.runs.filenames import SELECTED
 from rft.shards.images import clip_pixels
 from rft.storage import files
@@ -28,6 +30,7 @@ from tests.predicted import evaluated
 
 pytestmark = pytest.mark.usefixtures("known_models")
 TEMPERATURE = 1.75
+OPENAI = "timm/vit_base_patch32_clip_224.openai"  # that open_clip takes OpenAI's weights from
 # they would end the metadata, a cell, a line or an attribute; or be one of another type
 HOSTILE = (
     "---\n",
@@ -193,6 +196,27 @@ def test_a_licence_that_is_not_known_is_unknown(base, licence):
     (line,) = re.findall(r"^- Pre-trained weights.*$", text, re.M)
     assert line.endswith(f": {licence}.")
     assert "- Training images: unknown to rft." in text
+
+
+@pytest.mark.parametrize(
+    ("text", "clip", "pretrained", "base"),
+    [
+        ("", "ViT-B-32", "laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
+        ("", "ViT-B-32-quickgelu", "openai", OPENAI),
+        ("openai", "ViT-B-32-quickgelu", "", OPENAI),
+        ("", "hf-hub:someone/else", "", "someone/else"),
+        ("hf-hub:someone/else", "ViT-B-32", "", "someone/else"),
+        ("hf-hub:someone/else", "ViT-B-32-quickgelu", "openai", OPENAI),
+        ("", "ViT-B-32", "weights.pt", None),
+        ("weights.pt", "ViT-B-32-quickgelu", "openai", OPENAI),
+        ("", "local-dir:/home/me/clip", "", None),
+    ],
+)
+def test_the_base_model_is_that_of_the_hub(text, clip, pretrained, base):
+    tower = dataclasses.replace(ARCHITECTURE, clip=clip)
+    model = records.Model(clip=clip, pretrained=pretrained)
+    config = records.RunConfig(recipe="vanilla", seed=0, model=model)
+    assert text_tower.base_model(text, tower, config) == base
 
 
 def test_a_thousand_classes_are_in_the_card():
