@@ -49,7 +49,7 @@ def _metadata(card: Card) -> str:
     data = ModelCardData(
         pipeline_tag="image-classification",
         library_name="open_clip",
-        # of the fine-tuned weights, which depends on the training data too: for their maker to say
+        # of the fine-tuned weights, which depends on the training data too, so it is their maker's choice
         license="unknown",
         tags=["clip", "open_clip", "image-classification", "robust-fine-tuning", "rft"],
         base_model=card.base_model,
@@ -180,7 +180,7 @@ def _licences(card: Card) -> Iterator[str]:
     else:
         yield "- Training images: unknown to rft."
     yield (
-        "- The metadata of this page says `unknown`: the maker of this model has to name a licence "
+        "- The metadata of this page has `unknown`: the maker of this model has to name a licence "
         "that both allow."
     )
 
