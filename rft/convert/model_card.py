@@ -49,7 +49,7 @@ def _metadata(card: Card) -> str:
     data = ModelCardData(
         pipeline_tag="image-classification",
         library_name="open_clip",
-        # of the fine-tuned weights, which depends on the training data too, so it is their maker's choice
+        # the data count too: which licence the fine-tuned weights get is their maker's choice
         license="unknown",
         tags=["clip", "open_clip", "image-classification", "robust-fine-tuning", "rft"],
         base_model=card.base_model,
