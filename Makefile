@@ -79,7 +79,7 @@ lint: $(VENV)/.installed  ## style, types, module contracts, spelling, shell scr
 COMPILE = $(BIN)/uv pip compile -q --no-config --universal --python-version 3.11 --generate-hashes \
 	--no-annotate --custom-compile-command "make lock" $(UPGRADE) pyproject.toml --group build
 lock: $(VENV)/.installed  ## requirements/*.txt for pyproject.toml, with hashes
-	$(COMPILE) --extra s3 --extra gcs --extra azure --extra wandb -o requirements/extras.txt
+	$(COMPILE) --extra s3 --extra gcs --extra azure --extra wandb --extra onnx -o requirements/extras.txt
 	$(COMPILE) -c requirements/extras.txt -o requirements/run.txt
 	$(COMPILE) -c requirements/extras.txt --extra dev -o requirements/dev.txt
 	$(COMPILE) --resolution lowest-direct --extra dev --extra gcs --extra azure -o requirements/lowest.txt

@@ -81,9 +81,11 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" on rank {rank}"
         line = _shortened(plain(f"error{where}: {message}"))
+        # what can be done about it, where that takes more than the line
+        notes = [_shortened(plain(f"  {urls.redact(n)}")) for n in getattr(error, "__notes__", ())]
         if not is_quiet_rank():
             with contextlib.suppress(OSError):  # stderr is full or closed: the exit code is left
-                print(line, file=sys.stderr, flush=True)
+                print(line, *notes, sep="\n", file=sys.stderr, flush=True)
         _hand_to_torchrun(line)
         _drop_output()
         sys.exit(2)

@@ -24,6 +24,18 @@ def test_an_error_is_a_line_that_any_terminal_can_show(capsys):
     assert capsys.readouterr().err == line
 
 
+def test_notes_of_an_error_are_lines_below_it(capsys):
+    def fail_with_advice() -> None:
+        error = ValueError("a")
+        error.add_note("b\nc")
+        error.add_note("d")
+        raise error
+
+    with pytest.raises(SystemExit):
+        cli.run(fail_with_advice)
+    assert capsys.readouterr().err == "error: a\n  b\\nc\n  d\n"
+
+
 def test_warnings_and_names_are_text(capsys):
     logging.getLogger("rft.x").warning("x\x1b[31m\ny [b]z[/b] 100% :car:")
     cli.say("next: 'a\x07'\n  (b)")

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,8 +139,9 @@ def test_help_has_what_people_need_and_help_all_the_rest(rft):
     code, everything, _ = rft("train", "--help-all")
     assert code == 0
     assert "--log.wandb" in everything
-    hidden = len([line for line in everything.splitlines() if cli.OPTION.match(line)])
-    assert f"{hidden - len(options)} more options" in printed
+    # without boxes: what the tests catch has an encoding that has none
+    every = re.findall(r"^ {2}(?:-h, )?--[a-z]", everything, re.MULTILINE)
+    assert f"{len(every) - len(options)} more options" in printed
 
 
 @pytest.mark.slow

@@ -47,10 +47,7 @@ def test_a_pattern_takes_all_its_files_and_says_if_there_is_none(tmp_path, monke
 
 PAGES = (
     *PAGES_WITH_TABLES,
-    "docs/architecture.md",
-    "docs/paper.md",
-    "docs/gpu.md",
-    "docs/predict.md",
+    *(f"docs/{name}.md" for name in ("architecture", "paper", "gpu", "predict", "export")),
     "SECURITY.md",
 )
 

@@ -17,7 +17,7 @@ EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 # what each lock of requirements/ was made for, beside rft's own dependencies
 LOCKS = {
     "run": (),
-    "extras": ("s3", "gcs", "azure", "wandb"),
+    "extras": ("s3", "gcs", "azure", "wandb", "onnx"),
     "dev": ("dev",),
     "lowest": ("dev", "gcs", "azure"),
 }

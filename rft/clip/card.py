@@ -14,7 +14,7 @@ from rft.storage import documents, files
 from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Text, document
 from rft.text import short
 
-Format = Literal["open-clip", "released", "model-soups", "safetensors"]
+Format = Literal["open-clip", "onnx", "released", "model-soups", "safetensors"]
 
 
 @document(name="source", config=FOREIGN)
@@ -69,9 +69,12 @@ class Card:
     seed: RecordedSeed | None = None
     unfinished: Text = ""
     """How far the training is, if it has not ended."""
+    base_model: Name | None = None
+    """The model of the hub that it started from, where that is known."""
     temperature: Annotated[float, Field(gt=0)] | None = None
     """What the logits are divided by for probabilities, where one was fitted."""
     # for readers: nothing here uses them
+    settings: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
 

@@ -26,11 +26,10 @@ from open_clip.model import (
     CustomTextCLIP,
     convert_to_custom_text_state_dict,
 )
-from open_clip.pretrained import download_pretrained_from_hf
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rft.clip import unpickle, vit, weights
+from rft.clip import hub, unpickle, vit, weights
 from rft.clip.architecture import Architecture, three
 from rft.clip.bounds import HubConfig, ModelFields, build, open_clips
 from rft.clip.classifier import require_finite
@@ -79,14 +78,14 @@ def load_clip(config: ModelConfig) -> PretrainedClip:
             is not finite.
     """
     clip, tag = config.clip, config.pretrained
-    hub = hub_config(clip)  # first: it refuses what open_clip would do for a folder
+    described = hub_config(clip)  # first: it refuses what open_clip would do for a folder
     if names_folder(clip):
         folder = _local_folder(clip)
         # the hub's cache has the configuration in the same folder, since hub_config asked for it
         if folder is None:
-            folder = Path(download_pretrained_from_hf(clip.removeprefix(HUB))).parent
+            folder = hub.fetch(clip.removeprefix(HUB)).parent
         loaded, what = _from_weights(weights.read(folder), clip), clip
-        warn_of_resize(clip, hub.preprocess_cfg)
+        warn_of_resize(clip, described.preprocess_cfg)
     else:
         loaded, what = _of_tag_or_file(clip, tag), f"{clip} {tag}"
     require_finite(what, loaded.model.state_dict())
@@ -105,7 +104,7 @@ def load_file(path: Path, clip: str) -> PretrainedClip:
 
 
 def _of_tag_or_file(clip: str, name: str) -> PretrainedClip:
-    tag = open_clip.get_pretrained_cfg(clip, name)
+    tag: dict[str, Any] = open_clip.get_pretrained_cfg(clip, name)
     if not tag:
         path = Path(name)
         if name and path.exists():
@@ -114,15 +113,15 @@ def _of_tag_or_file(clip: str, name: str) -> PretrainedClip:
         raise ValueError(f"{name!r} is no weights tag of {clip} and no file; tags: {tags}")
     architecture, quick = architecture_of(clip), bool(tag.get("quick_gelu", False))
     _require_activation(f"weights {name!r}", quick, architecture)
+    path = hub.fetch_tag(tag)
     try:
-        model: Any = open_clip.create_model(clip, pretrained=name)
+        model: Any = open_clip.create_model(clip, pretrained=str(path))
     except (*unpickle.DAMAGE, SafetensorError) as error:
         raise ValueError(f"cannot load {clip} {name}: {unpickle.first_line(error)}") from error
     vit.check_supported(model.visual)
-    pixels = open_clip.get_model_preprocess_cfg(model)
-    warn_of_resize(f"{clip} {name}", pixels)
+    warn_of_resize(f"{clip} {name}", tag)
     # those of the tag; a named model's configuration has none
-    mean, std = three(pixels["mean"]), three(pixels["std"])
+    mean, std = three(tag["mean"]), three(tag["std"])
     architecture = dataclasses.replace(architecture, mean=mean, std=std)
     return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
 
@@ -349,8 +348,7 @@ def hub_config(clip: str) -> HubConfig:
         if not path.is_file():
             raise ValueError(f"no CLIP at {folder}: {_why_no_clip(path)}")
     elif clip.startswith(HUB):
-        name = clip.removeprefix(HUB)
-        path = Path(download_pretrained_from_hf(name, filename=weights.HUB_CONFIG))
+        path = hub.fetch(clip.removeprefix(HUB), weights.HUB_CONFIG)
     else:
         model_cfg = open_clip.get_model_config(clip)
         if model_cfg is None:

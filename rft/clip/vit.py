@@ -154,7 +154,7 @@ def embed_tokens(visual: VisionTransformer, patches_BPV: Tensor) -> Tensor:
     """
     patches_BPD = F.linear(patches_BPV, visual.conv1.weight.flatten(1))
     # as open_clip does: in the product's type (bf16 under autocast), which the layers then keep
-    class_B1D = visual.class_embedding.to(patches_BPD.dtype).expand(len(patches_BPD), 1, -1)
+    class_B1D = visual.class_embedding.to(patches_BPD.dtype).expand(patches_BPD.shape[0], 1, -1)
     tokens_BLD = torch.cat([class_B1D, patches_BPD], dim=1)
     return visual.ln_pre(tokens_BLD + visual.positional_embedding.to(tokens_BLD.dtype))
 

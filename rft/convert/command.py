@@ -17,11 +17,12 @@ USAGE = """Bring weights of other code in, take weights out.
 
 usage: python -m rft.convert import FILE --out RUN [--clip NAME] [--data URL]
        python -m rft.convert export RUN_OR_FILE --to FORMAT --out PATH [--text TAG_OR_FILE]
+                                       [--push hf://USER/NAME]
 
 import  OpenAI's .pt, open_clip's .pt, .bin, .safetensors, hub-layout folder, weights tag or
         hf-hub:NAME, model-soups' state dict, the released code's checkpoint, wise-ft's pickle,
         safetensors of rft -> a run folder
-export  a run folder or .safetensors file -> open-clip, released, model-soups, safetensors
+export  a run folder or .safetensors file -> open-clip, onnx, released, model-soups, safetensors
 
 `import --help` and `export --help` list the options
 """

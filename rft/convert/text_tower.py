@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import open_clip
+
 from rft.clip import load
 from rft.clip.architecture import Architecture
 from rft.clip.load import PretrainedClip
@@ -48,6 +50,26 @@ def find(text: str, architecture: Architecture, config: RunConfig | None) -> Pre
         )
     require_named(origin.clip, "--text")
     return load.load_clip(origin)
+
+
+def base_model(text: str, architecture: Architecture, config: RunConfig | None) -> str | None:
+    """Return the model of the hub that a model started from; None where that is not known.
+
+    Args:
+        text: the value of --text, which counts where the run does not record its origin.
+        architecture: of the model.
+        config: the run's config.json, if there is one.
+    """
+    # what the text tower is taken from is the next best guess
+    named = text if load.names_folder(text) else architecture.clip
+    origins = [*_origins(config, architecture, set()), ModelConfig(clip=named, pretrained=text)]
+    for origin in origins:
+        if (name := origin.clip).startswith(load.HUB):
+            return name.removeprefix(load.HUB)
+        if tag := open_clip.get_pretrained_cfg(name, origin.pretrained):
+            # with a slash and a file's name, or none, behind it
+            return str(tag.get("hf_hub", "")).rpartition("/")[0] or None
+    return None
 
 
 def require_named(clip: str, option: str, *named: str) -> None:

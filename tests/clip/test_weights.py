@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rft.clip import load, unpickle, weights
+from rft.clip import hub, load, unpickle, weights
 from rft.clip.classifier import load_state, save_classifier
 from rft.config import ModelConfig
 from tests import formats
@@ -591,12 +591,7 @@ def test_a_folder_cannot_make_a_tokenizer_run_its_code(tmp_path, monkeypatch, op
     load.load_clip(ModelConfig(clip=f"local-dir:{good}", pretrained=""))
     assert len(asked) == 1
     folder = hub_folder(tmp_path / "evil", text={**text, "tokenizer_kwargs": options})
-    for module in (load, open_clip.factory):
-        monkeypatch.setattr(
-            module,
-            "download_pretrained_from_hf",
-            lambda _, filename="open_clip_model.safetensors", **__: str(folder / filename),
-        )
+    monkeypatch.setattr(hub, "fetch", lambda _, name="open_clip_model.safetensors": folder / name)
     for clip in (f"local-dir:{folder}", "hf-hub:some/one"):
         with pytest.raises(ValueError, match=r"open_clip_config\.json: .*tokenizer_kwargs"):
             load.load_clip(ModelConfig(clip=clip, pretrained=""))
@@ -725,19 +720,6 @@ def test_a_custom_text_model_takes_plain_names(known_models, made, monkeypatch):
     assert torch.equal(
         found.model.text.token_embedding.weight, formats.build_clip().token_embedding.weight
     )
-
-
-def test_a_model_of_the_hub(made, monkeypatch):
-    def download(model_id: str, filename: str = "open_clip_model.safetensors", **_: object) -> str:
-        assert model_id == "someone/tiny"
-        return str(made / "hub" / filename)
-
-    for module in (load, open_clip.factory):
-        monkeypatch.setattr(module, "download_pretrained_from_hf", download)
-    found = load.load_clip(ModelConfig(clip="hf-hub:someone/tiny", pretrained=""))
-    assert same(found.model.state_dict(), formats.build_clip().state_dict())
-    assert (found.architecture.mean, found.architecture.quick_gelu) == ((0.5, 0.5, 0.5), True)
-    assert load.architecture_of("hf-hub:someone/tiny") == found.architecture
 
 
 def test_a_hub_folder_that_does_not_fit_its_own_configuration(made, tmp_path):

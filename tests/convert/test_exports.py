@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from rft.clip import load, unpickle, weights
+from rft.clip import hub, load, unpickle, weights
 from rft.clip.classifier import build_classifier, load_state, save_state
 from rft.config import ModelConfig
 from rft.convert import command as convert_command
@@ -63,7 +63,10 @@ def test_released_export_carries_the_accuracy_that_the_teacher_prints(
     assert torch.load(tmp_path / "m.pt", weights_only=True)["test_acc"] == expected
     card = document(tmp_path / "m.pt.json")
     kept = ("correct", "total", "manifest_sha256")
-    assert card["metrics"]["imagenet-val"] == {name: counts[name] for name in kept}
+    found = card["metrics"]["imagenet-val"]
+    assert {name: found[name] for name in kept} == {name: counts[name] for name in kept}
+    # four classes of seven images each
+    assert found["mean_per_class"] == pytest.approx(counts["correct"] / counts["total"])
 
 
 @pytest.mark.slow
@@ -200,6 +203,18 @@ def test_training_starts_from_an_openai_file_and_its_run_is_exported(
     card = document(tmp_path / "hub" / "card.json")
     assert card["classes"] == ["red", "green", "blue", "grey"]
     assert (card["recipe"], card["seed"]) == ("vanilla", 0)
+    assert card["settings"]["loader"]["batch_size"] == 34
+    page = (tmp_path / "hub" / "README.md").read_text()
+    ((_, manifest, *_),) = card["trained_on"]
+    for line in (
+        "| recipe | vanilla |",
+        "| optim.epochs | 1 |",
+        f"| training set imagenet-train | manifest {manifest} |",
+        "- ImageNet: its terms of access",
+        "datasets:\n- ILSVRC/imagenet-1k",
+        "0. red\n1. green\n",
+    ):
+        assert line in page
 
 
 @pytest.mark.slow
@@ -243,8 +258,7 @@ def test_the_card_beside_a_file_keeps_its_preprocessing(convert, run, tmp_path, 
 @pytest.mark.parametrize("text", [None, "openai", "openai.pt"])
 def test_the_hub_is_not_asked_for_what_weights_name(refused, run, openai, monkeypatch, text):
     asked = []
-    for module in (load, open_clip.factory):
-        monkeypatch.setattr(module, "download_pretrained_from_hf", lambda *a, **_: asked.append(a))
+    monkeypatch.setattr(hub, "fetch", lambda *a: asked.append(a))
     path = openai.parent / "m.safetensors"
     state, architecture, metadata, classes = load_state(run / SELECTED)
     named = dataclasses.replace(architecture, clip="hf-hub:evil/model")
@@ -280,14 +294,17 @@ def test_export_never_overwrites(convert, refused, run, tmp_path, openai):
 
 def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
     """A file of equal name is no reason to take an export for this one, nor old counts."""
-    counts = {"imagenet-val": {"correct": 3, "total": 10, "manifest_sha256": "0" * 64}}
+    counts = {"correct": 3, "total": 10, "manifest_sha256": "0" * 64, "mean_per_class": 0.3}
     weights_path = run / SELECTED
     loaded = Loaded(run, files.sha256_file(weights_path), load_state(weights_path))
     write_results(loaded, {"imagenet-val": evaluated(3)})
     command = ("export", run, "--to", "safetensors", "--out", tmp_path / "m.safetensors")
     convert(*command)
     card = document(tmp_path / "m.safetensors.json")
-    assert card["metrics"] == counts
+    (found,) = card["metrics"].values()
+    # scipy's, to six digits; by hand (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+    assert found["interval"] == pytest.approx([0.107791, 0.603222], abs=1e-6)
+    assert found == counts | {"interval": found["interval"]}
     assert card["source"]["sha256"] == files.sha256_file(run / SELECTED)
     convert(*command)  # the same weights again
     state, architecture, metadata, classes = load_state(run / SELECTED)

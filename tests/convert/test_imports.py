@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rft.clip import load, weights
+from rft.clip import hub, load, weights
 from rft.clip.classifier import load_state
 from rft.config import ModelConfig
 from rft.evaluate import command as evaluate_command
@@ -80,7 +80,7 @@ def test_a_weights_tag(convert, openai, tmp_path, tiny_data, monkeypatch):
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, formats.NAME, {"tiny": tag})
     path = tmp_path / "tiny.pt"
     torch.save(formats.build_clip().state_dict(), path)
-    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(path))
+    monkeypatch.setattr(hub, "download_pretrained", lambda _: str(path))
     options = ("--clip", formats.NAME, "--data", tiny_data, "--out", tmp_path / "run")
     convert("import", "tiny", *options)
     architecture = load_state(tmp_path / "run" / SELECTED).architecture
@@ -239,7 +239,7 @@ def test_an_import_does_not_ask_the_hub_for_what_a_header_names(
     refused, tmp_path, tiny_data, monkeypatch
 ):
     asked = []
-    monkeypatch.setattr(load, "download_pretrained_from_hf", lambda *a, **_: asked.append(a))
+    monkeypatch.setattr(hub, "fetch", lambda *a: asked.append(a))
     tower = dataclasses.replace(load.architecture_of(formats.NAME), clip="hf-hub:evil/model")
     own = {"rft": json.dumps({"step": "0", "architecture": tower.to_json()})}
     save_file(formats.build_clip().state_dict(), tmp_path / "m.safetensors", metadata=own)

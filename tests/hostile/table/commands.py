@@ -29,6 +29,7 @@ IMAGENET = ("tools/shard_imagenet.py", "--source", "photos", "--out", "packed", 
 OOD = ("tools/shard_ood.py", "--benchmark", "imagenet-r", "--source", "photos", "--out", "packed")
 SET = ("tools/shard_set.py", "--name", "own", "--source", "photos", "--out", "packed")
 DEMO = ("rft.demo", "--out", "world")
+PUSHED = ("rft.convert", "export", "run", "--out", "x")
 NAMED = ("rft.merge", "rft.convert")  # whose first word is a command of its own
 OPTIONS: tuple[tuple[Sequence[str], str, str, str], ...] = (
     # command, option, value, what the line says
@@ -107,7 +108,7 @@ OPTIONS: tuple[tuple[Sequence[str], str, str, str], ...] = (
     (IMPORT, "--seed", "x", "seed"),
     (IMPORT, "--set", "../x", "set"),
     (EXPORT, "--out", "s3://bucket/x", "--out"),
-    (EXPORT, "--to", "onnx", "to"),
+    (EXPORT, "--to", "tflite", "to"),
     (EXPORT, "--text", "gone.pt", "gone"),
     (NEW, "--test-share", "nan", "share"),
     (NEW, "--test-share", "-1", "share"),
@@ -190,6 +191,13 @@ ALONE: tuple[tuple[Sequence[str], str], ...] = (
     (("rft.convert", "import"), "file|out"),
     (("rft.convert", "import", "gone.pt", "--out", "x"), "gone"),
     (("rft.convert", "export", "gone", "--to", "released", "--out", "x.pt"), "gone"),
+    (
+        ("rft.convert", "export", "run", "--out", "x.pt", "--to", "released", "--push", "hf://a/b"),
+        "--push takes the folder",
+    ),
+    ((*PUSHED, "--to", "open-clip", "--push", "hf://datasets/a"), "hf://USER/NAME"),
+    ((*PUSHED, "--to", "open-clip", "--push", "hf://a/../b"), "hf://USER/NAME"),
+    ((*PUSHED, "--to", "open-clip", "--private"), "--push"),
     (("rft.data.show",), "run|step"),
     (("rft.data.show", "zero", "--step", "0", "--step"), "step"),
     (("rft.evaluate.localisation",), "checkpoints|data|masks"),

@@ -1,0 +1,219 @@
+"""The page of an export (README.md), with the metadata that model hubs read at its top.
+
+Names of classes, sets and recipes are third-party text: huggingface_hub's YAML writer quotes them
+in the metadata, and every punctuation mark is escaped in the text.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import PurePosixPath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from rft.clip.card import Card
+from rft.sets import BENCHMARKS, TRAIN_SET
+from rft.statistics.accuracy import LEVEL
+
+NAME = "README.md"
+LOADER = "load.py"
+SHOWN_CLASSES = 100
+# that Markdown obeys: some anywhere, a dot or dash where a list or a link would begin
+MARKS = re.compile(
+    r"[\\`*_{}\[\]<>()#+!|~&:@$^]|^[-=]|(?<=www)\.|(?<!\w)\.|\.(?!\w)", re.IGNORECASE
+)
+# of pre-trained weights, by the owner of their repository or its name's end; from their own pages
+LICENCES = {"laion/": "MIT", ".openai": "MIT"}
+IMAGENET = "ILSVRC/imagenet-1k"  # on the hub
+SETTINGS = (
+    *("method.mask", "method.fill", "method.rate", "method.threshold", "method.distill_weight"),
+    *("optim.epochs", "optim.lr", "optim.weight_decay", "optim.trains", "loader.batch_size"),
+    *("alpha", "scale", "preset", "precision"),
+)
+
+
+def loader() -> bytes:
+    """Return the content of load.py."""
+    return (resources.files("rft") / "convert" / "standalone.py").read_bytes()
+
+
+def page(card: Card) -> bytes:
+    """Return the page of an open-clip export."""
+    text = "\n\n".join([f"---\n{_metadata(card)}\n---", *_sections(card)])
+    return f"{text}\n".encode()
+
+
+def _metadata(card: Card) -> str:
+    on_imagenet = any(seen.name == TRAIN_SET for seen in card.trained_on or ())
+    data = ModelCardData(
+        pipeline_tag="image-classification",
+        library_name="open_clip",
+        # the data count too: which licence the fine-tuned weights get is their maker's choice
+        license="unknown",
+        tags=["clip", "open_clip", "image-classification", "robust-fine-tuning", "rft"],
+        base_model=card.base_model,
+        datasets=[IMAGENET] if on_imagenet else None,
+        metrics=["accuracy"] if card.metrics else None,
+        # for the results alone
+        model_name=_title(card) if card.metrics else None,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=name,
+                dataset_name=_set_title(name),
+                dataset_revision=count["manifest_sha256"],
+                metric_type="accuracy",
+                metric_name="top-1 accuracy",
+                metric_value=round(count["correct"] / count["total"], 6),
+            )
+            for name, count in card.metrics.items()
+        ]
+        or None,
+    )
+    return data.to_yaml()
+
+
+def _sections(card: Card) -> Iterator[str]:
+    yield f"# {_text(_title(card))}"
+    yield _about(card)
+    yield (
+        f"## Use\n\n`python {LOADER} IMAGE...` prints a class for each image. It needs "
+        "`pip install open_clip_torch` and nothing else; its function `classify` returns all "
+        "probabilities. rft reads the folder by `rft convert import FOLDER --out RUN`."
+    )
+    yield f"## How it was made\n\n{_table(('setting', 'value'), list(_made(card)))}"
+    yield "\n\n".join(["## Accuracy", *_accuracies(card)])
+    yield "\n".join(["## Limits", "", *_limits(card)])
+    yield "\n".join(["## Licence", "", *_licences(card)])
+    yield "\n".join(["## Classes", "", *_classes(card)])
+
+
+def _about(card: Card) -> str:
+    made = f", made with the recipe {_text(card.recipe)}" if card.recipe else ""
+    done = f" **Its training had not ended ({_text(card.unfinished)}).**" if card.unfinished else ""
+    return (
+        f"An image classifier of {card.head.classes:,} classes: the image tower of "
+        f"{_text(_short(card.architecture.clip))} and a linear head on its normalised "
+        f"features{made}. The text tower is that of the pre-trained model. rft implements [Masked "
+        "Images Are Counterfactual Samples for Robust Fine-tuning]"
+        f"(https://arxiv.org/abs/2303.03052).{done}"
+    )
+
+
+def _made(card: Card) -> Iterator[tuple[str, object]]:
+    yield "pre-trained weights", card.base_model or "not recorded"
+    yield "recipe", card.recipe or "not recorded"
+    yield "seed", "not recorded" if card.seed is None else card.seed
+    for name in SETTINGS:
+        group, _, field = name.rpartition(".")
+        values = card.settings.get(group, {}) if group else card.settings
+        # a document of others may have anything here
+        value = values.get(field) if isinstance(values, dict) else None
+        if isinstance(value, str | int | float):
+            yield name, value
+    for seen in card.trained_on or ():
+        yield f"training set {seen.name}", f"manifest {seen.manifest_sha256}"
+    for name, sha256 in card.files.items():
+        yield f"SHA-256 of {name}", sha256
+    yield "SHA-256 of the run's weights", card.source.sha256
+    yield "rft", card.provenance.get("rft", "")
+    for name, version in card.provenance.get("packages", {}).items():
+        yield name, version
+
+
+def _accuracies(card: Card) -> Iterator[str]:
+    if not card.metrics:
+        yield "Not measured."
+        return
+    rows = []
+    for name, count in card.metrics.items():
+        low, high = count["interval"]
+        balanced = count.get("mean_per_class")
+        rows.append(
+            (
+                _set_title(name),
+                f"{100 * count['correct'] / count['total']:.2f}",
+                f"{100 * low:.2f} to {100 * high:.2f}",
+                f"{count['correct']:,} of {count['total']:,}",
+                "" if balanced is None else f"{100 * balanced:.2f}",
+            )
+        )
+    heads = ("set", "top-1, %", f"{LEVEL:.0%} interval", "right", "mean per class, %")
+    yield _table(heads, rows)
+    yield (
+        "The intervals (Wilson) are of the sampling of test images alone. A training with another "
+        "seed gives another model."
+    )
+
+
+def _limits(card: Card) -> Iterator[str]:
+    yield f"- Every image gets one of the {card.head.classes:,} classes, whatever it shows."
+    if card.temperature:
+        yield (
+            f"- Probabilities are of logits divided by {card.temperature:.4g}, a temperature "
+            "fitted on held-out training images. They hold for images like those."
+        )
+    else:
+        yield (
+            "- No temperature was fitted: the largest probability is no estimate of how often the "
+            "class is right."
+        )
+    yield "- The accuracies above are of their test sets. Other images may give lower ones."
+    yield (
+        "- The pre-trained model has seen images and texts of the web. What it took from them "
+        "about people and groups was not examined."
+    )
+    yield (
+        "- Classes that are described in words (zero-shot) may be recognised less well than by the "
+        "pre-trained model: fine-tuning moves the image features, and not the text tower."
+    )
+
+
+def _licences(card: Card) -> Iterator[str]:
+    base = card.base_model or ""
+    found = [one for part, one in LICENCES.items() if base.startswith(part) or base.endswith(part)]
+    named = f" ({_text(base)})" if base else ""
+    yield f"- Pre-trained weights{named}: {found[0] if found else 'unknown'}."
+    if any(seen.name == TRAIN_SET for seen in card.trained_on or ()):
+        yield "- ImageNet: its terms of access are for non-commercial research and education."
+    else:
+        yield "- Training images: unknown to rft."
+    yield (
+        "- The metadata of this page has `unknown`: the maker of this model has to name a licence "
+        "that both allow."
+    )
+
+
+def _classes(card: Card) -> Iterator[str]:
+    if card.classes is None:
+        yield "Not recorded."
+        return
+    for number, name in enumerate(card.classes[:SHOWN_CLASSES]):
+        yield f"{number}. {_text(name)}"
+    if card.classes[SHOWN_CLASSES:]:
+        yield f"\nand {len(card.classes) - SHOWN_CLASSES:,} more in card.json."
+
+
+def _title(card: Card) -> str:
+    return f"{_short(card.architecture.clip)} {card.recipe or 'classifier'}"
+
+
+def _short(clip: str) -> str:
+    """Return the name of a model; of a folder, which may show a home, the last part alone."""
+    return PurePosixPath(clip.partition(":")[2] or clip).name or clip
+
+
+def _set_title(name: str) -> str:
+    return BENCHMARKS[name].title if name in BENCHMARKS else name
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [heads, ["---"] * len(heads)]
+    lines += [[_text(str(cell)) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _text(text: Any) -> str:
+    """Escape a text for Markdown, where a mark of punctuation behind a backslash is itself."""
+    return MARKS.sub(r"\\\g<0>", " ".join(str(text).split()))

@@ -1,0 +1,33 @@
+"""Classify images with this folder: `python load.py IMAGE...`; needs open_clip_torch alone."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+
+FOLDER = Path(__file__).parent
+
+
+@torch.no_grad()
+def classify(paths: list[str]) -> tuple[list[str], torch.Tensor]:
+    """Return the names of the classes, and their probabilities (images, classes)."""
+    card = json.loads((FOLDER / "card.json").read_text(encoding="utf-8"))
+    loaded: Any = open_clip.create_model_and_transforms(f"local-dir:{FOLDER}")
+    model, _, transform = loaded
+    head = load_file(FOLDER / "head.safetensors")
+    images = torch.stack([transform(ImageOps.exif_transpose(Image.open(path))) for path in paths])
+    features = model.eval().encode_image(images, normalize=True)
+    logits = features @ head["head.weight"].T + head["head.bias"]
+    names = card["classes"] or [f"class {n}" for n in range(logits.shape[1])]
+    return names, (logits / (card["temperature"] or 1)).softmax(dim=1)
+
+
+if __name__ == "__main__":
+    names, probabilities = classify(sys.argv[1:])
+    for path, row in zip(sys.argv[1:], probabilities, strict=True):
+        print(f"{path}: {names[int(row.argmax())]} ({float(row.max()):.1%})")

@@ -1,0 +1,238 @@
+"""What lies beside the weights of an export: the page, and a loader that needs open_clip alone."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from rft.clip import card
+from rft.clip.classifier import build_classifier, load_state
+from rft.convert import model_card, text_tower
+from rft.evaluate.checkpoints import Loaded
+from rft.evaluate.results import write_results
+from rft.runs import records
+from rft.runs.filenames import SELECTED
+from rft.shards.images import clip_pixels
+from rft.storage import files
+from tests.conftest import ARCHITECTURE
+from tests.convert.compare import document
+from tests.predicted import evaluated
+
+pytestmark = pytest.mark.usefixtures("known_models")
+TEMPERATURE = 1.75
+OPENAI = "timm/vit_base_patch32_clip_224.openai"  # that open_clip takes OpenAI's weights from
+# they would end the metadata, a cell, a line or an attribute; or be one of another type
+HOSTILE = (
+    "---\n",
+    "a: b",
+    "*x",
+    "no",
+    "1.5",
+    "[link](http://evil.example)",
+    "<script>alert(1)</script>",
+    "a|b",
+    "`code`",
+    "caf\u00e9 \u732b",
+    "'\"",
+    "# head",
+    "1. one",
+    "- dash",
+    "www.evil.example",
+    "\\",
+)
+
+
+@pytest.fixture
+def counted(run) -> Path:
+    """A run with counts and a fitted temperature."""
+    weights = run / SELECTED
+    loaded = Loaded(run, files.sha256_file(weights), load_state(weights))
+    write_results(loaded, {"imagenet-val": evaluated(3), "my|set": evaluated(9)})
+    results = document(run / "results.json")
+    fitted = {"value": TEMPERATURE, "images": 8, "train_set": "train", "held_out": 8}
+    for count in results["sets"].values():
+        count["temperature"] = {**fitted, "manifest_sha256": "0" * 64, "split_seed": 0}
+    (run / "results.json").write_text(json.dumps(results))
+    return run
+
+
+@pytest.fixture
+def folder(convert, counted, openai, tmp_path) -> Path:
+    """Its export."""
+    out = tmp_path / "hub"
+    convert("export", counted, "--to", "open-clip", "--out", out, "--text", openai)
+    return out
+
+
+def run_without_rft(script: str, *arguments: object) -> str:
+    """Run Python code in a process that cannot import rft; return what it prints."""
+    hidden = f"import sys; sys.modules['rft'] = None\n{script}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", hidden, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_loader_gives_rfts_probabilities(folder, counted, tmp_path):
+    rng = np.random.default_rng(0)
+    paths = []
+    for number, (width, height) in enumerate([(16, 16), (40, 31), (23, 90)]):
+        paths.append(tmp_path / f"{number}.png")
+        pixels = rng.integers(256, size=(height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(paths[-1])
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(paths[1]).save(turned, exif=exif, quality=95)
+    # started as the page says, in one process with a look at what it computed
+    script = (
+        "import json, runpy\n"
+        "del sys.argv[0]\n"
+        "found = runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "print(json.dumps([found['names'], found['probabilities'].tolist()]))"
+    )
+    *lines, computed = run_without_rft(script, folder / "load.py", *paths, turned).splitlines()
+    names, found = json.loads(computed)
+    images = [Image.open(path) for path in paths]
+    images.append(Image.open(turned).transpose(Image.Transpose.ROTATE_270))
+    images_BCHW = torch.from_numpy(np.stack([clip_pixels(image, 16) for image in images]))
+    model = build_classifier(*load_state(counted / SELECTED)[:2])
+    with torch.no_grad():
+        expected_BK = (model(images_BCHW) / TEMPERATURE).softmax(dim=1)
+    torch.testing.assert_close(torch.tensor(found), expected_BK, rtol=0, atol=1e-5)
+    assert names == [f"class {n}" for n in range(4)]  # the released code's file names none
+    for path, line, row_K in zip([*paths, turned], lines, expected_BK, strict=True):
+        assert line == f"{path}: class {int(row_K.argmax())} ({float(row_K.max()):.1%})"
+
+
+@pytest.mark.slow
+def test_the_page_has_metadata_and_what_is_known(folder, counted):
+    page = ModelCard.load(folder / "README.md")
+    data = page.data.to_dict()
+    assert data["pipeline_tag"] == "image-classification"
+    assert data["library_name"] == "open_clip"
+    assert data["license"] == "unknown"
+    assert "base_model" not in data
+    (index,) = data["model-index"]
+    results = {one["dataset"]["type"]: one["metrics"][0] for one in index["results"]}
+    assert results["imagenet-val"]["value"] == 0.3
+    assert results["my|set"]["value"] == 0.9
+    text = page.text
+    assert "| ImageNet | 30.00 | 10.78 to 60.32 | 3 of 10 | 30.00 |" in text
+    assert "| my\\|set | 90.00 |" in text
+    assert f"divided by {TEMPERATURE}" in text
+    assert files.sha256_file(folder / "head.safetensors") in text
+    assert files.sha256_file(counted / SELECTED) in text
+    assert str(folder.parent) not in text  # no path of this machine
+    assert card.read(folder / "card.json").temperature == TEMPERATURE
+
+
+def described(**fields: object) -> str:
+    """The page of a card with these fields."""
+    tower = ARCHITECTURE
+    pixels = card.Preprocessing(size=tower.image_size, mean=tower.mean, std=tower.std)
+    plain = {
+        "format": "open-clip",
+        "source": card.Source(path="run", sha256="0" * 64),
+        "files": {},
+        "architecture": tower,
+        "activation": "QuickGELU",
+        "preprocessing": pixels,
+        "head": card.Head(classes=len(fields.get("classes", "ab")), features=tower.embed_dim),
+    }
+    return model_card.page(card.Card(**plain, **fields)).decode()
+
+
+def test_foreign_names_stay_text():
+    names = tuple(name.strip() for name in HOSTILE)
+    count = {"correct": 1, "total": 2, "manifest_sha256": "0" * 64, "interval": (0.1, 0.9)}
+    text = described(
+        classes=names,
+        recipe="x: [1, '---'] | <b>",
+        base_model="some/one: *a",
+        metrics={"s: |<i>": count},
+    )
+    head, _, body = text.removeprefix("---\n").partition("\n---\n")
+    data = yaml.safe_load(head)
+    assert data["base_model"] == "some/one: *a"
+    (result,) = data["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "s: |<i>"
+    # nothing of a name has a meaning: each mark of it stands behind a backslash
+    for number, name in enumerate(names):
+        (line,) = re.findall(rf"^{number}\. (.*)$", body, re.M)
+        assert re.sub(r"\\(.)", r"\1", line) == name
+        assert not re.findall(r"(?<!\\)(?:\\\\)*[<>`|*\[\]#:]|^-|www\.|^1\. ", line)
+    assert "<b>" not in body
+    assert "<i>" not in body
+
+
+@pytest.mark.parametrize(
+    ("base", "licence"),
+    [
+        ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "MIT"),
+        ("timm/vit_base_patch32_clip_224.openai", "MIT"),
+        ("someone/else", "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_a_licence_that_is_not_known_is_unknown(base, licence):
+    text = described(base_model=base)
+    (line,) = re.findall(r"^- Pre-trained weights.*$", text, re.M)
+    assert line.endswith(f": {licence}.")
+    assert "- Training images: unknown to rft." in text
+
+
+@pytest.mark.parametrize(
+    ("text", "clip", "pretrained", "base"),
+    [
+        ("", "ViT-B-32", "laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
+        ("", "ViT-B-32-quickgelu", "openai", OPENAI),
+        ("openai", "ViT-B-32-quickgelu", "", OPENAI),
+        ("", "hf-hub:someone/else", "", "someone/else"),
+        ("hf-hub:someone/else", "ViT-B-32", "", "someone/else"),
+        ("hf-hub:someone/else", "ViT-B-32-quickgelu", "openai", OPENAI),
+        ("", "ViT-B-32", "weights.pt", None),
+        ("weights.pt", "ViT-B-32-quickgelu", "openai", OPENAI),
+        ("", "local-dir:/home/me/clip", "", None),
+    ],
+)
+def test_the_base_model_is_that_of_the_hub(text, clip, pretrained, base):
+    tower = dataclasses.replace(ARCHITECTURE, clip=clip)
+    model = records.Model(clip=clip, pretrained=pretrained)
+    config = records.RunConfig(recipe="vanilla", seed=0, model=model)
+    assert text_tower.base_model(text, tower, config) == base
+
+
+def test_a_thousand_classes_are_in_the_card():
+    text = described(classes=tuple(f"name {n}" for n in range(1000)))
+    assert "99. name 99\n\nand 900 more in card.json.\n" in text
+    assert "name 100\n" not in text
+
+
+def test_what_is_not_known_is_named():
+    text = described(unfinished="step 3 of 9")
+    for line in (
+        "| recipe | not recorded |",
+        "Not measured.",
+        "not ended (step 3 of 9)",
+        "Not recorded",
+    ):
+        assert line in text
+    assert "model-index" not in text
+    assert "model_name" not in text
