@@ -14,6 +14,7 @@ import numpy as np
 from rft.report import thumbnails
 from rft.runs.predictions import Predictions
 from rft.statistics import accuracy
+from rft.text import printable
 
 if TYPE_CHECKING:
     from rft.report.measures import SetClasses, SetMeasures
@@ -24,6 +25,7 @@ CLASSES = 40  # of a row's table: the worst
 PAIRS = 15  # of classes that are confused
 MATRIX = 30  # classes of a matrix; of more, the pairs say enough
 CONFIDENT = 12  # mistakes of a row that are shown
+LETTERS = 60  # of a class's name or a key
 BYTES = 400_000  # of a page's thumbnails of mistakes
 
 
@@ -101,6 +103,11 @@ def find(rows: Predictions) -> Mistakes:
         label_K=tuple(label_K.tolist()) if matrix_KK is not None else (),
         matrix_KK=matrix_KK,
     )
+
+
+def brief(name: str) -> str:
+    """Return a name for the page: a third party's may be long, and stands in many places."""
+    return printable(name, LETTERS)
 
 
 class ClassLine(NamedTuple):

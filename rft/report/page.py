@@ -277,7 +277,12 @@ def render(report: Report, images: Flips | None = None, wrong: Pictures | None =
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"plain": plain, "settings": shown_settings, "heading": heading}
+    environment.filters |= {
+        "brief": mistakes.brief,
+        "plain": plain,
+        "settings": shown_settings,
+        "heading": heading,
+    }
     shown, measured, reference = report.shown, report.measures, report.reference
     targets = details.targets(shown)
     return environment.get_template("page.html").render(
