@@ -218,7 +218,7 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
         if stopped.code != 2:  # --help
             if shown:
                 help_text.seek(0)
-                print(plain(only_shown(help_text.read(), shown), kept="\n"))
+                _print_drawn(only_shown(help_text.read(), shown))
             raise
         sections = _sections(complaint.getvalue())
         # an option's own line says which it is
@@ -308,6 +308,15 @@ def only_shown(help_text: str, shown: Sequence[str]) -> str:
             boxes[-1].append(line)
     texts = ["\n".join(box) for box in boxes if box == boxes[0] or any(map(OPTION.match, box))]
     return "\n".join([*texts, f"{hidden} more options: {HELP_ALL}"])
+
+
+def _print_drawn(text: str) -> None:
+    """Print a text with boxes, which not every encoding has."""
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = text.translate(str.maketrans("╭─╮│╰╯", "+-+|++")).encode("ascii", "replace").decode()
+    print(text)
 
 
 def _sections(box: str) -> Iterator[list[str]]:

@@ -99,7 +99,7 @@ def usage() -> str:
         name for name, one in COMMANDS.items() if isinstance(one, Command) and one.ranks
     )
     lines += ["", "rft COMMAND --help prints its options, rft --version the version."]
-    lines += [f"{shared}: one process for each visible GPU; {RANKS} N for another number."]
+    lines += [f"{shared} start a process for each visible GPU; {RANKS} N: others."]
     return "\n".join(lines)
 
 
