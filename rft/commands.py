@@ -63,9 +63,7 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "train": Command("rft.train.command", "fine-tune CLIP by a recipe", ranks=True),
     "evaluate": Command("rft.evaluate.command", "predict all test images of a run", ranks=True),
     "merge": Command("rft.merge.command", "average weights: WiSE-FT, soups", ranks=True),
-    "choose": Command(
-        "rft.merge.choose", "choose one of several models by held-out images", ranks=True
-    ),
+    "choose": Command("rft.merge.choose", "choose one of several models by held-out images"),
     "convert": Command("rft.convert.command", "import and export weights"),
     "report": Command("rft.report.command", "put evaluated runs side by side"),
     "demo": Command("rft.demo.command", "the method on a miniature world, from images to a report"),

@@ -62,13 +62,17 @@ def run_here(name: str, words: Sequence[str]) -> None:
     title = " ".join(["rft", *names[: len(names) - len(options)]])
     show(["rft", *names] if by_rft else ["python", *words])
 
+    environment = {**os.environ, **({commands.STARTED: title} if by_rft else {})}
+
     def work() -> None:
-        if by_rft:
-            os.environ[commands.STARTED] = title
+        os.environ.update(environment)
         sys.argv = [title if by_rft else words[0], *options]
         cli.run(importlib.import_module(found.module).main)
 
-    code = fork(work) if FORKS else subprocess.run([sys.executable, *words]).returncode
+    if FORKS:
+        code = fork(work)
+    else:
+        code = subprocess.run([sys.executable, *words], env=environment).returncode
     if code == INTERRUPTED:
         print("stopped; the same command resumes here", file=sys.stderr, flush=True)
     if code in (MISTAKE, STOPPED, INTERRUPTED):

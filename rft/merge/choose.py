@@ -66,7 +66,7 @@ class Arguments:
     batch_size: BatchSize = 256
     """Images in one forward."""
     workers: Whole = 4
-    """Loader processes of each rank; 0 reads in the counting process."""
+    """Loader processes; 0 reads in the counting process."""
     max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have."""
     device: Device = "auto"
@@ -169,16 +169,14 @@ def main() -> None:
     require_no_test_images(arguments.data, split.train_set, packed.manifest, packed.index.key)
     require_classes(systems, {split.train_set: packed})
     held_out = held_out_images(packed, split, runs)
-    world = dist.world_from_env()
+    world = World(rank=0, size=1, local_rank=0)
     device = dist.pick_device(arguments.device, world)
-    with dist.process_group(world, device) as world:
-        found = choose(systems, packed, held_out, arguments, world, device)
-    if world.is_main:
-        for one in found.candidates:
-            cli.say(f"{one.path}: {one.correct} of {found.images} held-out images")
-        files.write_json(str(arguments.save), asdict(found))
-        cli.say(f"chosen by held-out images: {found.chosen}")
+    found = choose(systems, packed, held_out, arguments, world, device)
+    for one in found.candidates:
+        cli.say(f"{one.path}: {one.correct} of {found.images} held-out images")
+    files.write_json(str(arguments.save), asdict(found))
+    cli.say(f"chosen by held-out images: {found.chosen}")
 
 
 if __name__ == "__main__":
-    cli.run(main, ranks=True)
+    cli.run(main)

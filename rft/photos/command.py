@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ from rft.config import Config, Device, ModelConfig
 from rft.merge import choose
 from rft.packing.commands import folder
 from rft.packing.own_folder import Photos, read_folder
-from rft.packing.source import require_apart
+from rft.packing.source import Item, require_apart
 from rft.photos import plan, rates
 from rft.photos.example import write_example
 from rft.photos.plan import Stage, Task
@@ -155,24 +156,21 @@ def _with_photos(arguments: Arguments) -> Arguments:
 
 
 def _require_usable(photos: Photos, source: Path) -> None:
-    if [one.dataset for one in photos.sources][-1] != plan.TEST_SET and len(photos.sources) < 2:
-        raise ValueError(f"{source} has no test part; add one, or give the folder of the photos")
+    if plan.TEST_SET not in {one.dataset for one in photos.sources}:
+        raise ValueError(f"{source} has no test part; add one, or name a folder without splits")
     if len(photos.labels) < 2:
         raise ValueError(f"{source} has one class; two or more are needed to tell apart")
 
 
 def found(photos: Photos, source: Path) -> list[str]:
     """Return what was found, for people: counts, split, and what is odd about the classes."""
-    train, test = (
-        next(one for one in photos.sources if one.dataset == name)
-        for name in (plan.TRAIN_SET, plan.TEST_SET)
-    )
+    train, test = (_items(photos, name) for name in (plan.TRAIN_SET, plan.TEST_SET))
     names = photos.labels.names
-    counts = [Counter(item.label for item in one.items) for one in (train, test)]
+    counts = [Counter(item.label for item in items) for items in (train, test)]
     total = sum(len(one.items) for one in photos.sources)
     lines = [
         f"{printable(str(source))}: {total:,} photos of {len(names):,} classes; "
-        f"{len(train.items):,} to train on, {len(test.items):,} to test with"
+        f"{len(train):,} to train on, {len(test):,} to test with"
     ]
     if len(names) <= LISTED:
         lines += [
@@ -234,7 +232,11 @@ def training(task: Task, recipe: str, photos: Photos) -> Config:
 
 
 def _size(photos: Photos) -> small.Size:
-    return small.Size.of(np.array([item.label for item in photos.sources[0].items]))
+    return small.Size.of(np.array([item.label for item in _items(photos, plan.TRAIN_SET)]))
+
+
+def _items(photos: Photos, name: str) -> Sequence[Item]:
+    return next(one.items for one in photos.sources if one.dataset == name)
 
 
 def sizes(photos: Photos, config: Config) -> plan.Sizes:
@@ -243,7 +245,7 @@ def sizes(photos: Photos, config: Config) -> plan.Sizes:
     held_out, epochs = config.loader.held_out, config.optim.epochs
     return plan.Sizes(
         train=train,
-        test=len(photos.sources[1].items),
+        test=len(_items(photos, plan.TEST_SET)),
         classes=len(photos.labels),
         prompts=len(photos.labels.templates),
         held_out=held_out,

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from rft.report.measures import Measures, significant
 from rft.report.read import Run
 from rft.report.tables import Row, columns, heading, is_average, pair_of, target
-from rft.runs.records import RunConfig
 from rft.sets import BENCHMARKS
 from rft.shards.folder import MANIFEST
 from rft.shards.guard import common_images
@@ -68,7 +67,7 @@ def shared_images(runs: Sequence[Run], data: str) -> list[str]:
     Images are compared by their files' bytes. Benchmarks are not compared: their authors saw to it,
     and ImageNet's training set is large. What cannot be compared is no alarm.
     """
-    pairs = dict.fromkeys((_train_set(run.config), name) for run in runs for name in run.counts)
+    pairs = dict.fromkeys((run.config.train_set, name) for run in runs for name in run.counts)
     found = []
     for train_set, name in pairs:
         if not train_set or name in BENCHMARKS or train_set in BENCHMARKS or name == train_set:
@@ -84,7 +83,3 @@ def shared_images(runs: Sequence[Run], data: str) -> list[str]:
                 "and pack again."
             )
     return found
-
-
-def _train_set(config: RunConfig) -> str:
-    return config.train_set or ""
