@@ -228,7 +228,7 @@ def test_mistakes_are_refused_before_anything_starts(tmp_path, refused):
 @pytest.mark.slow
 def test_a_run_that_was_stopped_or_killed_is_resumed(tmp_path):
     root, out = write(tmp_path / "photos", [40, 40]), tmp_path / "out"
-    command_line = [sys.executable, "-m", "rft.photos", *words(root, out, "--epochs", 60)]
+    command_line = [sys.executable, "-m", "rft.photos", *words(root, out, "--epochs", 40)]
     reached = out / "runs" / "object-mask-single-fill" / "progress.json"
 
     def start() -> subprocess.Popen[str]:
@@ -258,7 +258,7 @@ def test_a_run_that_was_stopped_or_killed_is_resumed(tmp_path):
     step = json.loads(reached.read_text())["step"]
     assert 0 < step < json.loads(reached.read_text())["of"]
     before = made(out)
-    result = photos(root, out, "--epochs", 60)
+    result = photos(root, out, "--epochs", 40)
     assert result.returncode == 0, result.stderr
     assert "resum" in result.stdout
     kept = [path for path in before if "zero-shot" in path or "shards" in path]
