@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
+from rft.runs import filenames
 from rft.runs.records import SetCount
 from rft.shards.folder import MANIFEST
 from rft.shards.manifest import Manifest
@@ -69,7 +70,7 @@ def _open(url: str, count: SetCount, max_pixels: float) -> PackedSet:
     if (packed.manifest.sha256, len(packed)) != (count.manifest_sha256, count.total):
         raise ValueError(
             f"{url} is not the set that the runs were evaluated on: its manifest is "
-            f"{packed.manifest.sha256[:12]} ({len(packed):,} images), results.json has "
+            f"{packed.manifest.sha256[:12]} ({len(packed):,} images), {filenames.RESULTS} has "
             f"{count.manifest_sha256[:12]} ({count.total:,}); give --data of their evaluation"
         )
     return packed
