@@ -49,6 +49,9 @@ PACK: Mapping[str, Command] = {
     ),
 }
 COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
+    "photos": Command(
+        "rft.photos.command", "from a folder of photos to a report and a model: all stages"
+    ),
     "pack": PACK,
     "index": Command(
         f"{PACKING}.index", "make existing tar shards readable", script="index_shards.py"
@@ -60,6 +63,7 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "train": Command("rft.train.command", "fine-tune CLIP by a recipe", ranks=True),
     "evaluate": Command("rft.evaluate.command", "predict all test images of a run", ranks=True),
     "merge": Command("rft.merge.command", "average weights: WiSE-FT, soups", ranks=True),
+    "choose": Command("rft.merge.choose", "choose one of several models by held-out images"),
     "convert": Command("rft.convert.command", "import and export weights"),
     "report": Command("rft.report.command", "put evaluated runs side by side"),
     "predict": Command("rft.predict.command", "class names of new images, as lines, CSV or a page"),

@@ -19,8 +19,10 @@ from dataclasses import asdict, dataclass
 # none of them is a command: runpy warns of a command that is imported already
 PACKAGES = (
     "rft.clip.load",
+    "rft.convert.exports",
     "rft.evaluate.count",
     "rft.merge.greedy",
+    "rft.report.page",
     "rft.train.finish",
     "rft.train.loop",
     "rft.train.run",

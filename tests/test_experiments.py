@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tiny_world import environment
-from rft import cli, recipes
+from rft import cli, recipes, stages
 from rft import experiments as experiments_command
 from rft.demo import command as demo_command
 from rft.demo.render import IMAGE_SIZE
@@ -243,7 +243,7 @@ def test_the_script_hands_its_options_on(tmp_path):
 
 def test_the_first_failure_stops_with_one_line(capfd):
     with pytest.raises(ValueError, match="vanilla-seed1 ended with exit code 3"):
-        demo_command.run("vanilla-seed1", (sys.executable, "-c", "raise SystemExit(3)"))
+        stages.run("vanilla-seed1", (sys.executable, "-c", "raise SystemExit(3)"))
     assert capfd.readouterr().out == "\n$ python -c 'raise SystemExit(3)'\n"
 
 

@@ -4,9 +4,6 @@ Runs the commands that a cluster would run (pack, torchrun train, merge, torchru
 on a small procedural world, and prints each. Whatever is already done is skipped.
 """
 
-import os
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rft import cli, dist, recipes
+from rft import cli, recipes, stages
 from rft.demo.miniature import FOLDER, prepare_data, shards
 from rft.evaluate.results import is_current
 from rft.experiments import Experiment, Study, experiments
@@ -80,12 +77,12 @@ def make(
         alphas=alphas,
     )
     # without the last, the report, which this process makes itself
-    *stages, _ = experiments(study)
+    *plan, _ = experiments(study)
     prepare_data(out)
-    for stage in stages:
+    for stage in plan:
         if not is_done(stage, study.data):
-            run(stage.name, local(stage.command, arguments.processes))
-    runs = [Path(path) for one in stages for path in one.makes]
+            stages.run(stage.name, stages.local(stage.command, arguments.processes))
+    runs = [Path(path) for one in plan for path in one.makes]
     made = write_report(runs, out / report, data=study.data)
     print(f"\n{made.text()}\ndone in {time.perf_counter() - started:.0f} s")
     print(f"report: {out / report / 'index.html'}")
@@ -105,32 +102,6 @@ def is_done(stage: Experiment, data: str) -> bool:
     models = [Path(path) for path in options[: options.index("--data")]]
     manifests = {name: PackedDataset(f"{data}/{name}").manifest for name in TEST_SETS}
     return all(is_current(path, manifests) for path in models)
-
-
-def local(command: tuple[str, ...], processes: int) -> tuple[str, ...]:
-    """Return a command of the plan for this interpreter and so many ranks on this machine."""
-    launcher, *rest = command
-    # what `torchrun` starts, which need not be on the path
-    ranks = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes))
-    return sys.executable, *{"python": (), "torchrun": ranks}[launcher], *rest
-
-
-def run(name: str, command: tuple[str, ...]) -> None:
-    """Print a command and run it.
-
-    Raises:
-        ValueError: if it fails.
-    """
-    # to be pasted: not the path of this interpreter
-    shown = shlex.join(("python", *command[1:]))
-    print(f"\n$ {shown}", flush=True)
-    # the user's own variables come last and win
-    environment = {**dist.RANKS_HERE, **os.environ}
-    if code := subprocess.run(command, env=environment).returncode:
-        raise ValueError(
-            f"{name} ended with exit code {code}, what it said is above; started again, "
-            "this resumes there"
-        )
 
 
 def main() -> None:

@@ -215,8 +215,8 @@ def choose_test(paths: Sequence[str], share: float, seed: int, name: str) -> fro
         return frozenset()
     if len(paths) < 2:
         raise ValueError(
-            f"class folder {name!r} has one image, too few to hold some out; add images or set "
-            f"--test-share 0"
+            f"class folder {name!r} has one image, too few to hold some out; add images, pass it "
+            f"over with --ignore {name!r}, or pack without a test set (--test-share 0)"
         )
     # not this module's name: a different text would hold out different images
     salt = hashlib.blake2b(f"rft.data.folder {seed}".encode()).digest()

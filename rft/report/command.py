@@ -1,5 +1,6 @@
 """Compare evaluated runs: `python -m rft.report RUN... --out DIR`."""
 
+import logging
 from pathlib import Path
 
 import tyro
@@ -9,6 +10,8 @@ from rft import cli
 from rft.config import MAX_PIXELS
 from rft.report.page import show, write_report
 from rft.storage.documents import Megapixels, document
+
+log = logging.getLogger(__name__)
 
 
 @document(name="--")
@@ -50,5 +53,7 @@ def main() -> None:
     else:
         # rich would fold the tables of a pipe at 80 columns
         print(report.text())
+    for alarm in report.summary.alarms:
+        log.warning(alarm)
     # the last line of the output: a script can take the path from there
     cli.say(f"{arguments.out / 'index.html'}")

@@ -8,7 +8,6 @@ them, rows, classes and images take turns: first the first image of each row's f
 Shapes: N images of a set, M some of them, S seeds of a row.
 """
 
-import base64
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from rft.config import MAX_PIXELS
+from rft.report import thumbnails
 from rft.report.details import ClassChange
 from rft.report.measures import Measures, SetClasses, read_predictions
 from rft.report.read import Run
@@ -101,11 +101,7 @@ class Flips:
 
     def styles(self) -> str:
         """Return a style sheet with the pictures; it has no text of others."""
-        return "\n".join(
-            f".thumb-{number}{{background-image:url(data:image/webp;base64,"
-            f"{base64.b64encode(picture).decode('ascii')})}}"
-            for number, picture in enumerate(self.pictures)
-        )
+        return thumbnails.styles("thumb", self.pictures)
 
 
 def find_flips(

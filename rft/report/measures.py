@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rft.classes import Classes
+from rft.report import mistakes
+from rft.report.mistakes import Mistakes
 from rft.report.read import Run, classes_of
 from rft.runs import filenames, predictions
 from rft.runs.predictions import Predictions
@@ -63,6 +65,8 @@ class SetMeasures:
     """Confidence against accuracy of all seeds' images, in bins of equal width."""
     class_correct_K: np.ndarray
     """Images of each class that are right, the mean over seeds, fp64."""
+    mistakes: Mistakes
+    """Of the first seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,6 +354,7 @@ def _set_measures(
         interval=interval,
         bins=calibration.bins(confidence_N, right.right_SN.reshape(-1)),
         class_correct_K=correct_SK.mean(axis=0),
+        mistakes=mistakes.find(read[0]),
     )
 
 

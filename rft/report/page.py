@@ -16,18 +16,33 @@ from rich.console import Console
 
 from rft.config import MAX_PIXELS
 from rft.paper import FIGURE_7
-from rft.report import colors, details, flips, gallery, interactive, measures, plots, svg, tables
+from rft.report import (
+    alarms,
+    colors,
+    details,
+    flips,
+    gallery,
+    interactive,
+    measures,
+    mistakes,
+    plots,
+    svg,
+    tables,
+)
 from rft.report import comparison as beside
 from rft.report.comparison import Beside
 from rft.report.flips import Flips, find_flips
 from rft.report.measures import Measures
+from rft.report.mistakes import Pictures, RowMistakes
 from rft.report.read import Run, load_runs, shown_settings
 from rft.report.summary import Summary, summarise
 from rft.report.tables import OOD_COLUMN, Row, TextTable, heading, is_average
 from rft.report.templates import data_url, environment
 from rft.report.testbed import read_line
+from rft.report.thumbnails import read_thumbnails
 from rft.runs.gallery_file import read as read_gallery
 from rft.runs.records import ORIGINS, Provenance
+from rft.shards.folder import MANIFEST
 from rft.statistics.robustness import Line
 from rft.storage import files
 from rft.text import plain
@@ -107,8 +122,10 @@ def write_report(
     """
     files.require_local(out, "--out")
     line = None if testbed is None else read_line(testbed)
-    report = compose(load_runs(runs), line)
-    page = render(report, flips_of(report, data, max_pixels) if data else None)
+    read = load_runs(runs)
+    report = compose(read, line, shared=alarms.shared_images(read, data) if data else ())
+    images = flips_of(report, data, max_pixels) if data else None
+    page = render(report, images, mistakes_of(report, data, max_pixels) if data else None)
     # index.html is the last: when it appears, everything beside it is of this report
     for name, content in {**documents(report), "index.html": page.encode()}.items():
         if content is not None:
@@ -143,8 +160,12 @@ def documents(report: Report) -> dict[str, bytes | None]:
     return found | {name: None if text is None else text.encode() for name, text in texts.items()}
 
 
-def compose(runs: list[Run], line: Line | None = None, *, draw: bool = True) -> Report:
+def compose(
+    runs: list[Run], line: Line | None = None, *, draw: bool = True, shared: Sequence[str] = ()
+) -> Report:
     """Make tables, statistics and pictures of runs that were read; without pictures if not asked.
+
+    `shared` are the alarms of images that training and test sets share.
 
     Raises:
         ValueError: if a file of predictions, or a gallery, is malformed.
@@ -170,7 +191,7 @@ def compose(runs: list[Run], line: Line | None = None, *, draw: bool = True) -> 
         rows=rows,
         shown=shown,
         measures=measured,
-        summary=summarise(runs, rows, shown, measured),
+        summary=summarise(runs, rows, shown, measured, shared),
         tables=tables.text_tables(shown, differences, len(rows) - len(shown)),
         beside=beside.beside(runs, rows),
         pictures=pictures,
@@ -221,10 +242,34 @@ def flips_of(report: Report, data: str, max_pixels: float) -> Flips:
     )
 
 
-def render(report: Report, images: Flips | None = None) -> str:
+def mistakes_set(report: Report) -> str:
+    """Return the set whose mistakes are shown: the first of the main columns' sets."""
+    name = details.targets(report.shown)[0]
+    return next(one for one in tables.sets_of(name))
+
+
+def mistakes_of(report: Report, data: str, max_pixels: float) -> Pictures:
+    """Return thumbnails of the most confident mistakes, from the set of a data root."""
+    name = mistakes_set(report)
+    found = report.measures.sets
+    wanted = {
+        (name, one.sample): one.key
+        for row in report.shown[: mistakes.ROWS]
+        if (row.name, name) in found
+        for one in found[row.name, name].mistakes.confident
+    }
+    # an absent set is named where gained and lost images are (rft.report.flips)
+    if not wanted or not files.exists(files.join(data, name, MANIFEST)):
+        return Pictures()
+    count = next(run.counts[name] for run in report.runs if name in run.counts)
+    pictures, _ = read_thumbnails(data, wanted, {name: count}, max_pixels)
+    return Pictures.of({sample: picture for (_, sample), picture in pictures.items()})
+
+
+def render(report: Report, images: Flips | None = None, wrong: Pictures | None = None) -> str:
     """Return index.html; everything that comes from a file is escaped."""
     made = environment()
-    made.filters |= {"settings": shown_settings, "heading": heading}
+    made.filters |= {"brief": mistakes.brief, "settings": shown_settings, "heading": heading}
     shown, measured, reference = report.shown, report.measures, report.reference
     targets = details.targets(shown)
     return made.get_template("page.html").render(
@@ -246,6 +291,10 @@ def render(report: Report, images: Flips | None = None) -> str:
         changes=class_changes(report, targets),
         images=images,
         per_class=flips.PER_CLASS,
+        mistakes=rows_mistakes(report),
+        mistakes_heading=heading(mistakes_set(report)),
+        mistaken=measured.classes.get(mistakes_set(report)),
+        wrong=wrong,
         most=details.CLASSES,
         points=plots.POINTS,
         provenance=provenance_lines(report.runs),
@@ -257,6 +306,15 @@ def render(report: Report, images: Flips | None = None) -> str:
         script_hash=interactive.source_hash(interactive.SCRIPT),
         printed=PRINTED,
     )
+
+
+def rows_mistakes(report: Report) -> list[RowMistakes]:
+    """Return what the page shows of where rows are wrong."""
+    measured, name = report.measures, mistakes_set(report)
+    classes = measured.classes.get(name)
+    if classes is None:
+        return []
+    return mistakes.of_rows(report.shown, measured.sets, classes, name)
 
 
 def _named(targets: Sequence[str], make: Any) -> list[tuple[str, Any]]:

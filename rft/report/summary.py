@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rft.report import details, tables
+from rft.report import alarms, details, tables
 from rft.report.measures import Measures, significant
 from rft.report.read import Run
 from rft.report.tables import (
@@ -31,16 +31,28 @@ class Summary:
     compared: str
     conclusions: list[str]
     warnings: list[str]
+    alarms: list[str]
+    """The first of the warnings: a result that should not be used before it is understood."""
 
 
 def summarise(
-    runs: Sequence[Run], rows: Sequence[Row], shown: Sequence[Row], measures: Measures
+    runs: Sequence[Run],
+    rows: Sequence[Row],
+    shown: Sequence[Row],
+    measures: Measures,
+    shared: Sequence[str] = (),
 ) -> Summary:
-    """Return the sentences; `shown` are the rows without those that a WiSE path is made of."""
+    """Return the sentences.
+
+    `shown` are the rows without those that a WiSE path is made of, `shared` the alarms of images
+    that training and test sets share.
+    """
+    found = [*shared, *alarms.of_rows(shown, measures)]
     return Summary(
         _compared(runs, rows),
         list(_conclusions(shown, measures)),
-        list(_warnings(runs, rows, measures)),
+        [*found, *_warnings(runs, rows, measures)],
+        found,
     )
 
 

@@ -1,5 +1,6 @@
 """Small pictures of samples, read from the packed sets that runs were evaluated on."""
 
+import base64
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,3 +132,12 @@ def thumbnail(image: Image.Image, *, framed: bool = False, side: int = SIDE) -> 
     stream = io.BytesIO()
     image.save(stream, "WEBP", quality=QUALITY)
     return stream.getvalue()
+
+
+def styles(name: str, pictures: Sequence[bytes]) -> str:
+    """Return a style sheet in which class `name`-N has the WebP picture N as background."""
+    return "\n".join(
+        f".{name}-{number}{{background-image:url(data:image/webp;base64,"
+        f"{base64.b64encode(picture).decode('ascii')})}}"
+        for number, picture in enumerate(pictures)
+    )

@@ -68,6 +68,21 @@ def require_no_test_images(root: str, name: str, manifest: Manifest, key_N: np.n
         )
 
 
+def common_images(one: str, other: str) -> int:
+    """Return how many different images two packed sets share, by the bytes of their files.
+
+    Sets that were packed without hashes, or whose hashes are damaged, are warned of and share none.
+    """
+    found = []
+    for url in (one, other):
+        try:
+            found.append(np.unique(Samples.load(url, Manifest.load(url)).source))
+        except ValueError as error:
+            _warn(url, "its images with those of other sets", str(error))
+            return 0
+    return len(np.intersect1d(*found, assume_unique=True))
+
+
 def _ood_sets(root: str, name: str) -> dict[str, Manifest]:
     """Return the OOD sets beside a set, by name; a damaged one is warned of."""
     found = {}

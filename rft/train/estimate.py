@@ -22,6 +22,7 @@ from rft.train import features
 from rft.train.job import Job
 from rft.train.memory import counts_all_tokens, module_bytes, needs
 from rft.train.optim import schedule_warning
+from rft.train.rate import about, step_seconds
 
 RANKS = [2**power for power in range(8)]  # rows of the table, as far as the batch can be shared
 LINE_BYTES = 450  # of metrics.jsonl, about
@@ -53,6 +54,7 @@ def estimate(job: Job, arguments: Sequence[str], why: str = "") -> str:
         ],
         "Steps": steps(config, job.batches.plan, job.total_steps),
         "Memory of a rank": memory_table(job) if job.total_steps else ["nothing is trained"],
+        "Time": expected_time(job),
         "I/O": traffic(job),
         "Next": [shlex.join(start)],
     }
@@ -138,6 +140,21 @@ def memory_table(job: Job) -> list[str]:
         pool = config.donor_pool(count) if config.method.masks and not config.method.drops else "-"
         lines.append(f"{count:5d}  {config.micro_batch(count):14d}  {pool:>17}  {size(total):>7}")
     return lines
+
+
+def expected_time(job: Job) -> list[str]:
+    """Estimate the time of the run from steps that are timed here, in a few seconds."""
+    if not job.total_steps:
+        return ["nothing is trained"]
+    try:
+        seconds = step_seconds(job)
+    except ValueError as error:
+        return [f"not measured: {error}"]
+    return [
+        f"{about(seconds * job.total_steps)} for {job.total_steps:,} steps, at {seconds:.3g} s per "
+        "step as measured on this machine just now;",
+        "reading images, held-out images and checkpoints come on top",
+    ]
 
 
 def possible_ranks(config: Config, own: int) -> list[int]:

@@ -45,7 +45,7 @@ def accumulate_gradients(
     terms = {name: torch.zeros((), device=job.device) for name in TERMS}
     grad_norm = torch.zeros((), device=job.device)
     pool_ZCHW = donor_pool(job.config.method, job.world, batch.images_BCHW)
-    patches = (job.batches.image_size // job.student.patch_side) ** 2
+    patches = (job.student.architecture.image_size // job.student.patch_side) ** 2
     # equal parts: `Config.micro_batch` refuses a batch that cannot be cut so
     micros = zip(batch.images_BCHW.chunk(parts), batch.labels_B.chunk(parts), strict=True)
     known = {name: rows_BE.chunk(parts) for name, rows_BE in batch.features.items()}
@@ -140,7 +140,7 @@ def settle_buckets(job: Job, module: nn.Module) -> None:
 def blank_batch(job: Job) -> Batch:
     """Make a batch of this rank's size on its device, black images of class 0."""
     count = job.config.micro_batch(job.world.size) * job.config.optim.accumulate
-    size = job.batches.image_size
+    size = job.student.architecture.image_size
     images_BCHW = torch.zeros(count, 3, size, size, dtype=torch.uint8, device=job.device)
     labels_B = torch.zeros(count, dtype=torch.int64, device=job.device)
     # a step does not look at sample numbers, so the labels stand in

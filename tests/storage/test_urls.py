@@ -23,9 +23,11 @@ from rft.evaluate import command as evaluate_command
 from rft.evaluate import localisation as localisation_command
 from rft.loading import show as show_command
 from rft.loading.dataset import PackedDataset
+from rft.merge import choose
 from rft.merge import command as merge_command
 from rft.packing.foreign.index import index_shards, shard_names
 from rft.packing.foreign.rule import Options
+from rft.photos import command as photos_command
 from rft.predict import command as predict_command
 from rft.report import command as report_command
 from rft.report.page import write_report
@@ -339,7 +341,7 @@ def test_where_a_server_sends_us_is_told_without_its_signature(tmp_path: Path) -
 COMMANDS = (
     *(train_command, evaluate_command, localisation_command, show_command, merge_command, convert),
     *(report_command, predict_command, experiments, demo_command, index_command, verify_command),
-    *(shard_folder, shard_imagenet, shard_ood),
+    *(shard_folder, shard_imagenet, shard_ood, choose, photos_command),
 )
 
 

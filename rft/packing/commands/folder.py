@@ -105,11 +105,16 @@ def say(photos: Photos) -> None:
     for class_id, (name, words) in enumerate(zip(labels.ids, labels.names, strict=True)):
         numbers = ", ".join(f"{count[class_id]} {dataset}" for dataset, count in counts.items())
         print(f"class {printable(name)} ({printable(words)}): {numbers}")
+    warn(photos)
+
+
+def warn(photos: Photos) -> None:
+    """Print warnings of what is rarely meant."""
     for warning in photos.warnings[:LINES]:
         log.warning(warning)
     if len(photos.warnings) > LINES:
         log.warning(f"{len(photos.warnings) - LINES:,} more such warnings")
-    same = same_bytes(sources)
+    same = same_bytes(photos.sources)
     warn_of_pairs(same.between_classes, "of equal images in two classes; one label is wrong")
     warn_of_pairs(same.between_sets, "of equal images in two sets; a test on them proves nothing")
 

@@ -1,0 +1,182 @@
+"""Choose one of several models by held-out images: `python -m rft.merge.choose RUN... --data URL`.
+
+All are counted on the images that the runs' own trainings held out, the averages without writing
+their weights. No test image is looked at. Those images selected the epoch of each fine-tuned model,
+so its count is a little too good; a tie therefore goes to the model nearest to the pre-trained one.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+
+from rft import cli, dist
+from rft.averages.ingredients import EndWeights, read_ingredient
+from rft.config import MAX_PIXELS, Device
+from rft.dist import World
+from rft.evaluate.checkpoints import Loaded, load_checkpoints, require_classes
+from rft.evaluate.count import Count, count_correct
+from rft.evaluate.unwritten import System, read_averages
+from rft.loading.dataset import PackedDataset
+from rft.merge.greedy import held_out_images, shared_split
+from rft.runs import records
+from rft.shards.guard import require_no_test_images
+from rft.storage import files
+from rft.storage.documents import (
+    BatchSize,
+    Megapixels,
+    Name,
+    Positive,
+    Schema,
+    Sha256,
+    Text,
+    Whole,
+    document,
+)
+
+BYTES = 2**20  # of a document of candidates
+
+
+@document(name="--")
+class Arguments:
+    """Choose the model that is right on most held-out images; no test set is looked at.
+
+    Of equal ones an untrained model comes first, then averages, then fine-tuned models, each in the
+    order in which they are named.
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
+    """Training runs that held the same images out."""
+    data: str
+    """Data root: the URL under which the tools wrote the set that the runs were trained on."""
+    wise: Annotated[
+        tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]],
+        tyro.conf.arg(metavar="START END A..."),
+    ] = ()
+    """WiSE-FT models of these ends and alphas too, averaged in memory."""
+    out: Path | None = None
+    """Folder of the averages' run folders, as for `rft.evaluate --wise`."""
+    save: Path
+    """JSON file for the counts and the choice."""
+    end_weights: EndWeights = "best"
+    """Weights of each END of --wise: selected, or of the last step."""
+    batch_size: BatchSize = 256
+    """Images in one forward."""
+    workers: Whole = 4
+    """Loader processes; 0 reads in the counting process."""
+    max_pixels: Megapixels = MAX_PIXELS
+    """Millions of pixels that an image may have."""
+    device: Device = "auto"
+
+
+@document(name="candidate")
+class Candidate:
+    """A model that was counted."""
+
+    path: Text
+    sha256: Sha256
+    correct: Whole
+
+
+@document(name="choice")
+class Choice:
+    """What was counted on which images, and what was chosen."""
+
+    schema: Schema = 1
+    train_set: Name
+    manifest_sha256: Sha256
+    images: Positive
+    """Held-out images that each was counted on."""
+    candidates: tuple[Candidate, ...]
+    chosen: Text
+    """Path of the run folder."""
+
+
+class Standing(NamedTuple):
+    """Where a candidate stands; the smallest is chosen."""
+
+    wrong: int
+    kind: int
+    """0 for an untrained model, 1 for an average, 2 for a fine-tuned one."""
+    place: int
+
+    @staticmethod
+    def of(place: int, one: Loaded, count: Count) -> "Standing":
+        """Return the standing of the candidate that was named at some place."""
+        config = records.find_config(one.path)
+        # an average that was written since is a run folder like any other
+        merged = one.average is not None or (config is not None and config.merged_from is not None)
+        trained = 0 if int(one.saved.metadata["step"]) == 0 else 2
+        return Standing(count.total - count.correct, 1 if merged else trained, place)
+
+
+def choose(
+    systems: list[System],
+    packed: PackedDataset,
+    held_out: np.ndarray,
+    arguments: Arguments,
+    world: World,
+    device: torch.device,
+) -> Choice:
+    """Count every candidate and return the choice."""
+    loaded, models = load_checkpoints(systems, world, device)
+    counts = count_correct(
+        models,
+        packed,
+        image_size=models[0].architecture.image_size,
+        world=world,
+        device=device,
+        samples=held_out,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        names=[str(one.path) for one in loaded],
+    )
+    standings = [Standing.of(n, *pair) for n, pair in enumerate(zip(loaded, counts, strict=True))]
+    return Choice(
+        train_set=packed.manifest.dataset,
+        manifest_sha256=packed.manifest.sha256,
+        images=counts[0].total,
+        candidates=tuple(
+            Candidate(path=str(one.path), sha256=one.sha256, correct=count.correct)
+            for one, count in zip(loaded, counts, strict=True)
+        ),
+        chosen=str(loaded[min(standings).place].path),
+    )
+
+
+def read(path: Path) -> Choice:
+    """Read the document of a choice; raises ValueError if it is absent or malformed."""
+    return files.read_document(str(path), Choice, BYTES)
+
+
+def main() -> None:
+    """Parse, count, write the choice."""
+    arguments = cli.parse(Arguments, prog="rft.merge.choose")
+    systems = [
+        *arguments.runs,
+        *read_averages(arguments.wise, (), arguments.out, arguments.end_weights),
+    ]
+    runs = [read_ingredient(path) for path in arguments.runs]
+    if len(systems) < 2:
+        raise ValueError("name at least two models to choose from")
+    split = shared_split(runs)
+    packed = PackedDataset(
+        files.join(arguments.data, split.train_set), max_pixels=arguments.max_pixels
+    )
+    require_no_test_images(arguments.data, split.train_set, packed.manifest, packed.index.key)
+    require_classes(systems, {split.train_set: packed})
+    held_out = held_out_images(packed, split, runs)
+    world = World(rank=0, size=1, local_rank=0)
+    device = dist.pick_device(arguments.device, world)
+    found = choose(systems, packed, held_out, arguments, world, device)
+    for one in found.candidates:
+        cli.say(f"{one.path}: {one.correct} of {found.images} held-out images")
+    files.write_json(str(arguments.save), asdict(found))
+    cli.say(f"chosen by held-out images: {found.chosen}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

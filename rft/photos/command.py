@@ -1,0 +1,286 @@
+"""`rft photos FOLDER --out OUT`: from photos to a report and a model, by one command."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from pydantic import Field
+
+from rft import cli, recipes, small, stages
+from rft.clip.load import MINIATURE, hub_config
+from rft.config import Config, Device, ModelConfig
+from rft.merge import choose
+from rft.packing.commands import folder
+from rft.packing.own_folder import Photos, read_folder
+from rft.packing.source import Item, require_apart
+from rft.photos import plan, rates
+from rft.photos.example import write_example
+from rft.photos.plan import Stage, Task
+from rft.shards.label_space import LabelSpace
+from rft.storage.documents import Epochs, Seed, Share, Whole, document
+from rft.text import printable
+from rft.train.rate import about
+
+# what the stages import; the modules of their commands come by name
+MODULES = (
+    "rft.packing.commands.folder",
+    "rft.train.command",
+    "rft.train.finish",
+    "rft.merge.command",
+    "rft.merge.choose",
+    "rft.evaluate.command",
+    "rft.report.command",
+    "rft.convert.command",
+)
+LISTED = 30  # classes whose counts are printed
+UNBALANCED = 20  # times as many photos in one class as in another are worth a word
+FEW = 5  # photos of a class to train on, likewise
+
+
+@document(name="--")
+class Arguments:
+    """Fine-tune CLIP on your own photos, a folder for each class, and export the best model.
+
+    Packs the photos, trains zero-shot (nothing), vanilla and object-mask-single-fill, averages both
+    with the pre-trained model (WiSE-FT), chooses among the five by images held out of training,
+    evaluates them on a part that no training sees, writes a report, and exports the chosen one for
+    open_clip. The photos are only read. The same command again does what is missing. Every stage is
+    a command that is printed and can be run by hand.
+
+    Example:
+    rft photos holiday --out holiday-rft
+    """
+
+    folder: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder that holds the class folders, or train/ and test/ with these in them."""
+    out: Path = Path("rft-photos")
+    """Folder for everything that is made."""
+    clip: str = ModelConfig.clip
+    """The CLIP: an open_clip model name, or local-dir:PATH for a folder in open_clip's layout."""
+    pretrained: str = ModelConfig.pretrained
+    """Its open_clip weights tag, or a weights file."""
+    classes: str | None = None
+    """JSON file that says what the class folders show: {"ids": [folder names], "names": [words for
+    the text encoder], "templates": ["a photo of a {c}.", ...]}; without it the folder names."""
+    epochs: Epochs | None = None
+    """Epochs of each training; the recipes' ten if not given."""
+    seed: Seed = 0
+    """Seed of the trainings."""
+    test_share: Annotated[Share, Field(gt=0, lt=1)] = 0.2
+    """Share of each class that is the test part, where the folder has none."""
+    split_seed: Seed = 0
+    """Seed of that choice."""
+    ignore: tuple[str, ...] = ()
+    """Names of files and folders to pass over, such as '*.heic' '*.mov', in any case of letters."""
+    max_bad: Whole = 0
+    """How many photos may be left out because they cannot be decoded."""
+    device: Device = "auto"
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print what was found, the stages and about how long each takes, and start nothing."""
+    example: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Try it without photos and without a download: draws 304 photos of the miniature world into
+    OUT/photos and takes the tiny CLIP that comes with rft."""
+
+
+def main() -> None:
+    """Parse, look, print the plan, run its stages."""
+    arguments = cli.parse(Arguments, prog="rft.photos")
+    began = time.perf_counter()
+    arguments = _with_photos(arguments)
+    assert arguments.folder is not None
+    source, out = arguments.folder, arguments.out
+    require_apart([source], str(out), ("shards", "runs", "report", "model"))
+    labels = LabelSpace.load(arguments.classes) if arguments.classes else None
+    photos = read_folder(
+        source, labels, arguments.test_share, arguments.split_seed, arguments.ignore
+    )
+    _require_usable(photos, source)
+    print("\n".join(found(photos, source)), flush=True)
+    folder.warn(photos)
+    task = _task(arguments)
+    configs = {name: training(task, name, photos) for name in plan.FAMILIES}
+    first = next(iter(configs.values()))
+    held_out = first.loader.held_out
+    before = _before(task, held_out)
+    # once for all stages; not before, as a mistake above is known without it
+    stages.load(MODULES)
+    if task.clip == MINIATURE:
+        # its tensors are tiny: two threads wait for each other, on a busy machine for most of the
+        # time
+        torch.set_num_threads(1)
+    known = rates.measure(
+        rates.Sample(
+            configs,
+            names=photos.labels.names,
+            templates=photos.labels.templates,
+            photos=rates.sample_of(photos.sources),
+            size=task.image_size,
+        )
+    )
+    times = plan.seconds(sizes(photos, first), known)
+    after = plan.end(task, task.run(plan.ZERO_SHOT))
+    print("\nstages, by rates measured on this machine just now:")
+    print("\n".join(plan.table(times, [*before, *after])), flush=True)
+    if not held_out:
+        print(
+            "too few photos to hold some out of training: "
+            f"{plan.FAMILIES[plan.WITHOUT_HELD_OUT]}-{plan.ALPHA:g} is exported, whatever is found"
+        )
+    if arguments.dry_run:
+        print("nothing was started (--dry-run)")
+        return
+    for stage in before:
+        run(stage)
+    chosen = _chosen(task, held_out)
+    for stage in plan.end(task, chosen):
+        run(stage)
+    _tell_end(task, chosen, time.perf_counter() - began)
+
+
+def _with_photos(arguments: Arguments) -> Arguments:
+    """Draw the example's photos, or check that a folder was named."""
+    if not arguments.example:
+        if arguments.folder is None:
+            raise ValueError(
+                "name the folder of your photos; --example tries the command without any"
+            )
+        return arguments
+    if arguments.folder is not None:
+        raise ValueError(f"--example draws its own photos; leave {arguments.folder} out")
+    source = arguments.out / "photos"
+    write_example(source)
+    return replace(
+        arguments, folder=source, clip=MINIATURE, pretrained="", classes=str(source) + ".json"
+    )
+
+
+def _require_usable(photos: Photos, source: Path) -> None:
+    if plan.TEST_SET not in {one.dataset for one in photos.sources}:
+        raise ValueError(f"{source} has no test part; add one, or name a folder without splits")
+    if len(photos.labels) < 2:
+        raise ValueError(f"{source} has one class; two or more are needed to tell apart")
+
+
+def found(photos: Photos, source: Path) -> list[str]:
+    """Return what was found, for people: counts, split, and what is odd about the classes."""
+    train, test = (_items(photos, name) for name in (plan.TRAIN_SET, plan.TEST_SET))
+    names = photos.labels.names
+    counts = [Counter(item.label for item in items) for items in (train, test)]
+    total = sum(len(one.items) for one in photos.sources)
+    lines = [
+        f"{printable(str(source))}: {total:,} photos of {len(names):,} classes; "
+        f"{len(train):,} to train on, {len(test):,} to test with"
+    ]
+    if len(names) <= LISTED:
+        lines += [
+            f"  {printable(name)}: {counts[0][label]:,} + {counts[1][label]:,}"
+            for label, name in enumerate(names)
+        ]
+    lines += photos.notes
+    order = sorted(range(len(names)), key=lambda label: counts[0][label])
+    small_one, large_one = order[0], order[-1]
+    fewest, most = counts[0][small_one], counts[0][large_one]
+    if most >= UNBALANCED * fewest:
+        lines.append(
+            f"unbalanced: {printable(names[large_one])} has {most:,} photos to train on, "
+            f"{printable(names[small_one])} {fewest:,}; look at the accuracy of each class"
+        )
+    few = [names[label] for label in order if counts[0][label] < FEW]
+    if few:
+        lines.append(
+            f"{len(few):,} classes have fewer than {FEW} photos to train on, such as "
+            f"{printable(few[0])}"
+        )
+    return lines
+
+
+def _task(arguments: Arguments) -> Task:
+    assert arguments.folder is not None
+    # refuses a name that open_clip does not know
+    vision = hub_config(arguments.clip).model_cfg["vision_cfg"]
+    local = arguments.clip.startswith("local-dir:") or arguments.clip == MINIATURE
+    return Task(
+        source=arguments.folder,
+        out=arguments.out,
+        clip=arguments.clip,
+        pretrained="" if local else arguments.pretrained,
+        image_size=int(vision["image_size"]),
+        classes=arguments.classes,
+        test_share=arguments.test_share,
+        split_seed=arguments.split_seed,
+        ignore=arguments.ignore,
+        max_bad=arguments.max_bad,
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+
+
+def training(task: Task, recipe: str, photos: Photos) -> Config:
+    """Return the configuration that a training will have, before its set is packed."""
+    config = recipes.build(recipe, scale="small", data=str(task.data), run=str(task.run(recipe)))
+    optim = config.optim if task.epochs is None else replace(config.optim, epochs=task.epochs)
+    config = replace(
+        config,
+        seed=task.seed,
+        device=task.device,
+        model=ModelConfig(clip=task.clip, pretrained=task.pretrained),
+        optim=optim,
+    )
+    return small.fit(config, _size(photos), 1)
+
+
+def _size(photos: Photos) -> small.Size:
+    return small.Size.of(np.array([item.label for item in _items(photos, plan.TRAIN_SET)]))
+
+
+def _items(photos: Photos, name: str) -> Sequence[Item]:
+    return next(one.items for one in photos.sources if one.dataset == name)
+
+
+def sizes(photos: Photos, config: Config) -> plan.Sizes:
+    """Return the sizes that the time of each stage follows from."""
+    train = _size(photos).images
+    held_out, epochs = config.loader.held_out, config.optim.epochs
+    return plan.Sizes(
+        train=train,
+        test=len(_items(photos, plan.TEST_SET)),
+        classes=len(photos.labels),
+        prompts=len(photos.labels.templates),
+        held_out=held_out,
+        steps=epochs * ((train - held_out) // config.loader.batch_size),
+        epochs=epochs,
+    )
+
+
+def _before(task: Task, held_out: int) -> list[Stage]:
+    """Return the stages up to the choice."""
+    found = [plan.pack(task), *(plan.train(task, recipe) for recipe in plan.TRAINED)]
+    found.append(plan.evaluate(task, held_out=held_out > 0))
+    return [*found, plan.choose(task)] if held_out else found
+
+
+def run(stage: Stage) -> None:
+    """Run a stage."""
+    stages.run_here(stage.name, stage.words)
+
+
+def _chosen(task: Task, held_out: int) -> Path:
+    """Return the run folder of the model that is exported."""
+    if not held_out:
+        return task.wise(plan.WITHOUT_HELD_OUT)
+    return Path(choose.read(task.choice).chosen)
+
+
+def _tell_end(task: Task, chosen: Path, seconds: float) -> None:
+    """Print where everything is, and what is alarming."""
+    print(f"\ndone in {about(seconds).removeprefix('about ')}")
+    cli.say(f"chosen: {chosen.name}")
+    cli.say(f"report: {task.report / 'index.html'}")
+    cli.say(f"model:  {task.model}")

@@ -1,0 +1,213 @@
+"""The stages of `rft photos` as data: which documented command does what, in which order. Pure.
+
+Where what lies below OUT: `shards/` the packed photos, `runs/` the models, `choice.json` which one
+was chosen, `report/` the report, `model/` the export.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rft import recipes
+from rft.clip.load import MINIATURE
+from rft.config import Device
+from rft.photos.rates import Rates
+from rft.storage.documents import Epochs, Seed
+from rft.train.rate import about
+
+ZERO_SHOT, VANILLA, OURS = "zero-shot", "vanilla", recipes.DEFAULT
+# in this order ties are resolved, after the kind of model (rft.merge.choose)
+TRAINED = (ZERO_SHOT, OURS, VANILLA)
+ALPHA = 0.5  # of both WiSE averages; nothing is known of a new set that would choose another
+FAMILIES = {OURS: f"wise-{OURS}", VANILLA: "wise-ft"}
+# Without held-out images nothing measured can choose. Between the pre-trained model and ours: it
+# keeps what either knows, and the paper has it ahead of both ends out of distribution.
+WITHOUT_HELD_OUT = OURS
+CANDIDATES = len(TRAINED) + len(FAMILIES)
+# pixels are read and not decoded, and to start loader processes takes longer than that
+WORKERS = "0"
+TRAIN_SET, TEST_SET = "train", "test"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is to be made of which photos."""
+
+    source: Path
+    out: Path
+    clip: str
+    pretrained: str
+    image_size: int
+    classes: str | None
+    test_share: float
+    split_seed: Seed
+    ignore: tuple[str, ...]
+    max_bad: int
+    epochs: Epochs | None
+    seed: Seed
+    device: Device
+
+    @property
+    def data(self) -> Path:
+        """The data root."""
+        return self.out / "shards"
+
+    @property
+    def choice(self) -> Path:
+        """The document of the chosen model."""
+        return self.out / "choice.json"
+
+    @property
+    def report(self) -> Path:
+        """Folder of the report."""
+        return self.out / "report"
+
+    @property
+    def model(self) -> Path:
+        """Folder of the export."""
+        return self.out / "model"
+
+    def run(self, name: str) -> Path:
+        """Return a run folder."""
+        return self.out / "runs" / name
+
+    def wise(self, recipe: str) -> Path:
+        """Return the run folder of the average of the pre-trained model and a fine-tuned one."""
+        return self.run(f"{FAMILIES[recipe]}-{ALPHA:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A command of the plan, as the words after `python`."""
+
+    name: str
+    words: tuple[str, ...]
+
+
+def pack(task: Task) -> Stage:
+    """Return the command that packs the photos, as the square that the model sees."""
+    words = ["tools/shard_folder.py", "--source", str(task.source), "--out", str(task.data)]
+    words += ["--encoding", "pixels", "--size", str(task.image_size)]
+    if task.classes:
+        words += ["--classes", task.classes]
+    words += ["--test-share", f"{task.test_share:g}", "--split-seed", str(task.split_seed)]
+    if task.ignore:
+        words += ["--ignore", *task.ignore]
+    if task.max_bad:
+        words += ["--max-bad", str(task.max_bad)]
+    return Stage(name="pack", words=tuple(words))
+
+
+def train(task: Task, recipe: str) -> Stage:
+    """Return the training of a recipe."""
+    words = ["-m", "rft.train", recipe, "--data", str(task.data), "--train-set", TRAIN_SET]
+    words += ["--scale", "small", "--run-dir", str(task.run(recipe)), "--seed", str(task.seed)]
+    words += ["--model.clip", task.clip, "--device", task.device, "--loader.workers", WORKERS]
+    if task.pretrained:
+        words += ["--model.pretrained", task.pretrained]
+    if recipe != ZERO_SHOT:
+        words += numbers(task, recipe)
+    return Stage(name=f"train {recipe}", words=tuple(words))
+
+
+def numbers(task: Task, recipe: str) -> list[str]:
+    """Return the options of a training's numbers that are not the paper's."""
+    words = [] if task.epochs is None else ["--optim.epochs", str(task.epochs)]
+    if task.clip == MINIATURE:
+        # the tiny CLIP's own: with the paper's it would hardly move
+        tiny = recipes.build(recipe, scale="miniature")
+        words += ["--optim.lr", f"{tiny.optim.lr:g}"]
+        if tiny.method.distill_weight:
+            words += ["--method.distill-weight", f"{tiny.method.distill_weight:g}"]
+    return words
+
+
+def averages(task: Task) -> list[str]:
+    """Return the options that make both WiSE averages in memory."""
+    words = []
+    for recipe in FAMILIES:
+        words += ["--wise", str(task.run(ZERO_SHOT)), str(task.run(recipe)), f"{ALPHA:g}"]
+    return [*words, "--out", str(task.out / "runs")]
+
+
+def choose(task: Task) -> Stage:
+    """Return the choice by held-out images."""
+    runs = [str(task.run(recipe)) for recipe in TRAINED]
+    words = ["-m", "rft.merge.choose", *runs, "--data", str(task.data), *averages(task)]
+    words += ["--save", str(task.choice), "--device", task.device, "--workers", WORKERS]
+    return Stage(name="choose", words=tuple(words))
+
+
+def evaluate(task: Task, *, held_out: bool) -> Stage:
+    """Return the evaluation of all candidates on the test part."""
+    runs = [str(task.run(recipe)) for recipe in TRAINED]
+    words = ["-m", "rft.evaluate", *runs, "--data", str(task.data), *averages(task)]
+    words += ["--sets", TEST_SET, "--device", task.device, "--workers", WORKERS]
+    if held_out:
+        words += ["--temperature"]
+    return Stage(name="evaluate", words=tuple(words))
+
+
+def merge(task: Task, recipe: str) -> Stage:
+    """Return the command that writes the weights of an average."""
+    ends = [str(task.run(ZERO_SHOT)), str(task.run(recipe))]
+    words = ["-m", "rft.merge", "wise", *ends, "--alpha", f"{ALPHA:g}"]
+    return Stage(name="merge", words=(*words, "--out", str(task.wise(recipe))))
+
+
+def report(task: Task) -> Stage:
+    """Return the report of all candidates."""
+    words = ["-m", "rft.report", str(task.out / "runs"), "--out", str(task.report)]
+    return Stage(name="report", words=(*words, "--data", str(task.data)))
+
+
+def export(task: Task, chosen: Path) -> Stage:
+    """Return the export of the chosen model."""
+    words = ["-m", "rft.convert", "export", str(chosen), "--to", "open-clip"]
+    return Stage(name="export", words=(*words, "--out", str(task.model)))
+
+
+def end(task: Task, chosen: Path) -> list[Stage]:
+    """Return the stages after the choice."""
+    merged = [merge(task, recipe) for recipe in FAMILIES if task.wise(recipe) == chosen]
+    # the report last: its warnings are what is read
+    return [*merged, export(task, chosen), report(task)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the time of each stage follows from."""
+
+    train: int
+    """Images to train on and to hold out."""
+    test: int
+    classes: int
+    prompts: int
+    """Of each class."""
+    held_out: int
+    steps: int
+    """Optimizer steps of a training."""
+    epochs: int
+
+
+def seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
+    """Return the expected time of each stage, in seconds."""
+    start = rates.load + sizes.classes * sizes.prompts * rates.prompt
+    selection = sizes.epochs * sizes.held_out * rates.forward
+    found = {
+        "pack": (sizes.train + sizes.test) * rates.pack,
+        f"train {ZERO_SHOT}": start + sizes.held_out * rates.forward,
+    }
+    for recipe in FAMILIES:
+        found[f"train {recipe}"] = start + sizes.steps * rates.step[recipe] + selection
+    found["evaluate"] = CANDIDATES * (sizes.test + sizes.held_out) * rates.forward
+    found["choose"] = CANDIDATES * sizes.held_out * rates.forward if sizes.held_out else 0.0
+    found["report"] = found["export"] = 0.0
+    return found
+
+
+def table(times: dict[str, float], stages: Sequence[Stage]) -> list[str]:
+    """Return a line for each stage that is to come, and their sum."""
+    known = [(one.name, times.get(one.name, 0.0)) for one in stages]
+    lines = [f"  {name:32}{about(value)}" for name, value in known]
+    return [*lines, f"  {'all':32}{about(sum(value for _, value in known))}"]

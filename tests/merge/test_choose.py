@@ -1,0 +1,76 @@
+"""The choice by held-out images: exact counts, ties by a rule, no test image read."""
+
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+
+from rft.averages import average
+from rft.evaluate.count import Count
+from rft.merge import choose
+from rft.merge import command as merge
+from rft.merge.choose import Standing
+from tests import tiny
+from tests.merge.test_merge import HELD_OUT, count_by_hand, state_of
+
+
+def loaded(step: int, average: object = None):
+    metadata = types.SimpleNamespace(metadata={"step": str(step)})
+    return types.SimpleNamespace(path=Path("absent"), saved=metadata, average=average)
+
+
+def count(correct: int) -> Count:
+    return Count(correct=correct, total=10)
+
+
+def test_of_equal_counts_the_model_nearest_to_the_pre_trained_one_is_first():
+    mean = object()
+    tied = [
+        (loaded(9), 7),
+        (loaded(9, mean), 7),
+        (loaded(0), 7),
+        (loaded(9, mean), 7),
+        (loaded(9), 8),
+    ]
+    standings = [Standing.of(n, one, count(right)) for n, (one, right) in enumerate(tied)]
+    assert [one.place for one in sorted(standings)] == [4, 2, 1, 3, 0]
+
+
+@pytest.mark.slow
+def test_every_candidate_is_counted_on_the_held_out_images(train, tiny_data, tmp_path, capsys):
+    held_out = ("--loader.held-out", HELD_OUT)
+    zero_shot = train("zero-shot", "--optim.epochs", 0, *held_out)
+    vanilla = train("vanilla", "--optim.lr", 0.01, *held_out)
+    # the training set is all that is there
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data / "imagenet-train", data / "imagenet-train")
+    capsys.readouterr()
+    options = ("--wise", zero_shot, vanilla, 0.5, "--out", tmp_path, "--workers", 0)
+    saved = tmp_path / "choice.json"
+    tiny.call(choose, zero_shot, vanilla, "--data", data, *options, "--save", saved)
+    found = choose.read(saved)
+    states = [state_of(zero_shot), state_of(vanilla)]
+    (mean,) = average.states(average.wise(zero_shot, vanilla, [0.5], "best", "--alpha"))
+    by_hand = [count_by_hand(state, vanilla, data) for state in (*states, mean)]
+    assert [one.correct for one in found.candidates] == by_hand
+    assert found.images == HELD_OUT
+    best = max(by_hand)
+    kinds = [0, 2, 1]
+    expected = min(range(3), key=lambda n: (best - by_hand[n], kinds[n]))
+    assert found.chosen == found.candidates[expected].path
+    assert capsys.readouterr().out.splitlines()[-1] == f"chosen by held-out images: {found.chosen}"
+    assert not (tmp_path / "wise-ft-0.5").exists()
+    # an average that was written in between is still one, also where it ties
+    tiny.call(merge, "wise", zero_shot, vanilla, "--out", tmp_path / "wise-ft-0.5")
+    tiny.call(choose, zero_shot, vanilla, "--data", data, *options, "--save", saved)
+    assert choose.read(saved) == found
+
+
+@pytest.mark.slow
+def test_runs_without_held_out_images_are_refused(train, tiny_data, tmp_path, refused):
+    runs = [train("vanilla", "--loader.held-out", 0, "--seed", n, name=f"v{n}") for n in (0, 1)]
+    line = refused(choose, *runs, "--data", tiny_data, "--save", tmp_path / "choice.json")
+    assert "held no images out" in line
+    assert not (tmp_path / "choice.json").exists()
+    assert "two models" in refused(choose, runs[0], "--data", tiny_data, "--save", tmp_path / "c")
