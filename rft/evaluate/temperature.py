@@ -57,7 +57,7 @@ def _of_untrained(path: Path) -> TrainedOn:
     config = records.find_config(path)
     training = records.find(path / filenames.TRAINING, records.Training)
     if config is None or not config.is_training or not training or not training.manifest_sha256:
-        raise ValueError("it is no run of rft.train, so it names no held-out images")
+        raise ValueError("it is not a run of rft.train, so it names no held-out images")
     own = load_config(path)
     if own.loader.held_out == 0:
         raise ValueError("its run holds no images out (--loader.held-out 0)")

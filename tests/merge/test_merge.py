@@ -440,7 +440,7 @@ def test_nothing_is_written_if_one_of_several_is_in_the_way(runs, tmp_path, merg
 @pytest.mark.parametrize(
     ("alpha", "message"),
     [
-        (["1.5"], "--alpha is 1.5; it must lie in [0, 1]"),
+        (["1.5"], "--alpha is 1.5; it must be in [0, 1]"),
         (["0.5", "-0.1"], "--alpha is -0.1"),
         (["nan"], "--alpha is nan"),
         (["0.5", "0.50000001"], "--alpha has 0.5 twice"),
