@@ -155,7 +155,7 @@ def compose(runs: list[Run], line: Line | None = None, *, draw: bool = True) -> 
     shown = [row for row in rows if row.recipe in names]
     counted = [name for name in tables.columns(rows) if any(name in run.counts for run in runs)]
     averages = {name: tables.sets_of(name) for name in tables.columns(rows) if is_average(name)}
-    measured = measures.measure(tables.by_row(runs), counted, averages)
+    measured = measures.measure(tables.by_row(runs), counted, tables.of_images(averages, runs))
     differences = tables.difference_rows(runs, shown, measured)
     example = next((run for run in runs if run.gallery_path.is_file()), None)
     pictures, frames = {}, {}

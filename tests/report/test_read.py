@@ -334,3 +334,26 @@ def test_what_is_not_known_of_a_run_is_noted(tmp_path):
     ):
         (note,) = run.notes
         assert words in note
+
+
+def test_images_that_were_trained_on_are_noted(tmp_path):
+    path = make_run(tmp_path, "vanilla", percent=(70, 60))
+    sets = json.loads((path / "results.json").read_text())["sets"]
+    sets["imagenet-v2"]["seen"] = 17
+    edit(path / "results.json", sets=sets)
+    (run,) = load_runs([path])
+    assert "17 of the 1,000 images of imagenet-v2 were in its training set" in run.notes
+
+
+def test_an_average_that_was_never_written_lacks_nothing(tmp_path):
+    path = make_run(tmp_path, "wise-ft-0.5", merged_from=[])
+    results = json.loads((path / "results.json").read_text())
+    edit(
+        path / "results.json",
+        without_weights=True,
+        config_sha256=files.sha256_file(path / "config.json"),
+    )
+    (path / SELECTED).unlink(missing_ok=True)
+    assert "sets" in results
+    (run,) = load_runs([path])
+    assert run.notes == ()
