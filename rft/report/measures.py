@@ -188,7 +188,7 @@ class _Right(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Units:
+class Units:
     """Which images of a set are drawn together: those of one name and class, in several domains.
 
     In ImageNet-C they are versions of one image. Where a set has such names by chance, intervals
@@ -203,7 +203,7 @@ class _Units:
     """Images of each unit."""
 
     @classmethod
-    def of(cls, rows: Predictions) -> "_Units | None":
+    def of(cls, rows: Predictions) -> "Units | None":
         """Return the units of a set with domains; None if no image has another version there."""
         if rows.domain is None:
             return None
@@ -222,7 +222,7 @@ class _Units:
 
 
 def _redraw(
-    units: _Units | None,
+    units: Units | None,
     images: Gains,
     one: tuple[np.ndarray, int],
     two: tuple[np.ndarray | None, int],
@@ -344,7 +344,7 @@ def _measure_set(
     rows: Mapping[str, Sequence[Run]],
     name: str,
     sums: Sequence[Mapping[str, _Sum]],
-) -> tuple[dict[str, _Right], _Units | None]:
+) -> tuple[dict[str, _Right], Units | None]:
     """Measure each row whose runs all have predictions of a set.
 
     `sums` are, of each average that the set is part of, the rows' replicates.
@@ -353,7 +353,7 @@ def _measure_set(
         What each row has right, and which images are drawn together.
     """
     images: _Images | None = None
-    units: _Units | None = None
+    units: Units | None = None
     rights: dict[str, _Right] = {}
     for row, members in rows.items():
         if not all(_is_kept(run, name) for run in members):
@@ -362,7 +362,7 @@ def _measure_set(
         for run in members:
             one = read_predictions(run, name)
             if images is None:
-                images, units = _Images(run, one.key, one.label), _Units.of(one)
+                images, units = _Images(run, one.key, one.label), Units.of(one)
                 found.classes[name] = _classes(one.label, classes_of([run], name))
             images.require_same(run, one, name)
             read.append(one)
@@ -434,7 +434,7 @@ def _numbers(rows: Predictions, correct_K: np.ndarray, images_K: np.ndarray) -> 
 
 
 def _compare(
-    found: Measures, rights: Mapping[str, _Right], name: str, units: _Units | None
+    found: Measures, rights: Mapping[str, _Right], name: str, units: Units | None
 ) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
     """Compare each two rows on a set; yield (row, other) and their replicates."""
     if len(rights) < 2:

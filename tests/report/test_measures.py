@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from rft.report import details, tables
 from rft.report import measures as measures_module
-from rft.report.measures import AveragePair, SetPair, measure, significant
+from rft.report.measures import AveragePair, SetPair, Units, measure, significant
 from rft.report.page import compose, render
 from rft.report.read import load_runs
 from rft.report.tables import OOD_COLUMN
@@ -382,6 +383,23 @@ def test_versions_of_an_image_are_drawn_together(tmp_path, seeds):
     report = compose(runs, draw=False)
     assert any("c: images of one name in several domains" in one for one in report.summary.warnings)
     assert details.differences_csv(report.rows, report.measures).splitlines()[1].endswith(",")
+
+
+def test_files_of_one_name_in_two_classes_are_different_images():
+    """Numbered files: 1.jpg of cats is no version of 1.jpg of dogs."""
+    zeros = np.zeros(4, np.int32)
+    rows = predictions.Predictions(
+        key=np.array(["fog_1", "snow_1", "fog_1", "snow_1"]),
+        label=np.array([0, 0, 1, 1], np.int32),
+        domain=np.array(["fog", "snow", "fog", "snow"]),
+        **dict.fromkeys(("prediction", "rank", "confidence", "log_likelihood"), zeros),
+    )
+    found = Units.of(rows)
+    assert found.number_N.tolist() == [0, 0, 1, 1]
+    assert found.size_U.tolist() == [2, 2]
+    # no image has another version
+    assert Units.of(replace(rows, key=np.array(["fog_1", "snow_2", "fog_3", "snow_4"]))) is None
+    assert Units.of(replace(rows, domain=None)) is None
 
 
 def test_an_infinite_likelihood_has_no_spread(tmp_path):
