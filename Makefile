@@ -45,7 +45,7 @@ test: $(VENV)/.installed  ## every test but `make programs`, in about fourteen m
 programs: $(VENV)/.installed  ## the tests that run a whole benchmark, demo or installation
 	$(BIN)/pytest -q -n 2 --dist worksteal -m program
 
-quick: $(VENV)/.installed  ## the tests of at most 0.3 s each, in about a minute on two cores
+quick: $(VENV)/.installed  ## tests of at most 0.3 s each, in about a minute on two cores
 	$(BIN)/pytest -q -n 3 --dist worksteal -m "not slow"
 
 marks: $(VENV)/.installed  ## are all others marked `slow`? on a machine that does nothing else

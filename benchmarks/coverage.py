@@ -7,7 +7,10 @@ of each, and those that contain the true value are counted:
                 plus or minus 1.96 standard errors;
     bootstrap   of a difference of two systems on the same images, as
                 `rft.statistics.paired.bootstrap`: one set, the average of five sets of the OOD
-                benchmarks' sizes, and systems that are means of three seeds.
+                benchmarks' sizes, and systems that are means of three seeds;
+    together    of a difference on versions of images, as in ImageNet-C, whose versions are drawn
+                together; beside it as if each version were an image of its own;
+    seeds       of the mean accuracy of three seeds, near 100% too, where all images may be right.
 
 An interval for images says nothing of other training seeds. The last line is one JSON object.
 """
@@ -24,7 +27,7 @@ from benchmarks import machine
 from rft import cli
 from rft.sets import BENCHMARKS, OOD_SETS
 from rft.statistics.accuracy import LEVEL, wilson
-from rft.statistics.paired import bootstrap, gains
+from rft.statistics.paired import bootstrap, bootstrap_of, gains, tally
 from rft.storage import files
 
 RESULTS = Path(__file__).parent / "results"
@@ -137,6 +140,60 @@ def of_differences(arguments: Arguments) -> list[dict[str, Any]]:
     return rows
 
 
+def of_versions(arguments: Arguments) -> list[dict[str, Any]]:
+    """Return the coverage of differences on sets with several versions of each image."""
+    rows = []
+    for units, versions in ((50, 15), (500, 15), (500, 75)):
+        draws = np.random.default_rng([arguments.seed, units, versions])
+        kind = population(0.6, 0.05, versions, draws)
+        inside = np.zeros(2)
+        for draw in range(arguments.paired_draws):
+            unit_N = draws.choice(len(kind.weight_T), units, p=kind.weight_T)
+            # versions are to a population's images what seeds are: they share how hard it is
+            one_VN, two_VN = kind.one_ST[:, unit_N], kind.two_ST[:, unit_N]
+            size_N = np.full(units, versions)
+            together = tally(one_VN.sum(axis=0), 1, two_VN.sum(axis=0), 1, size_N)
+            apart = tally(one_VN.reshape(-1), 1, two_VN.reshape(-1), 1)
+            for place, found in enumerate((together, apart)):
+                made = bootstrap_of(
+                    [found], np.random.default_rng(draw), replicates=arguments.replicates
+                ).interval
+                inside[place] += made.low <= kind.gain <= made.high
+        shares = (inside / arguments.paired_draws).round(4).tolist()
+        rows.append(
+            {"images": units, "versions": versions, "together": shares[0], "apart": shares[1]}
+        )
+    return rows
+
+
+def of_seeds(arguments: Arguments) -> list[dict[str, Any]]:
+    """Return the coverage of intervals of three seeds' mean accuracy."""
+    rows = []
+    for share in (0.6, 0.95, 0.99):
+        for total in (20, 200, 2000):
+            draws = np.random.default_rng([arguments.seed, total, int(100 * share)])
+            # at these shares the border of what is right lies within the noise
+            hard_T = draws.uniform(size=2000)
+            right_ST = hard_T + 0.03 * draws.normal(size=(3, 2000)) < share
+            true, inside = float(right_ST.mean()), 0
+            for draw in range(arguments.paired_draws):
+                right_SN = right_ST[:, draws.integers(2000, size=total)]
+                found = bootstrap_of(
+                    [tally(right_SN.sum(axis=0), 3)],
+                    np.random.default_rng(draw),
+                    replicates=arguments.replicates,
+                ).interval
+                inside += found.low <= true <= found.high
+            rows.append(
+                {
+                    "share": round(true, 4),
+                    "images": total,
+                    "bootstrap": round(inside / arguments.paired_draws, 4),
+                }
+            )
+    return rows
+
+
 def measure(arguments: Arguments) -> dict[str, Any]:
     """Return everything that is saved."""
     return {
@@ -146,6 +203,8 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         **{name: value for name, value in asdict(arguments).items() if name != "save"},
         "accuracies": of_accuracies(arguments),
         "differences": of_differences(arguments),
+        "together": of_versions(arguments),
+        "seeds": of_seeds(arguments),
     }
 
 
@@ -171,6 +230,25 @@ def table(result: dict[str, Any]) -> str:
         f"| {row['case']} | {row['true_points']:.2f} | {row['median_width_points']:.2f} "
         f"| {row['bootstrap']:.1%} |"
         for row in result["differences"]
+    ]
+    lines += [
+        "",
+        "| difference on versions of images | drawn together | each as an image |",
+        "| --- | --: | --: |",
+    ]
+    lines += [
+        f"| {row['images']:,} images in {row['versions']} versions | {row['together']:.1%} "
+        f"| {row['apart']:.1%} |"
+        for row in result["together"]
+    ]
+    lines += [
+        "",
+        "| true accuracy, mean of three seeds | images | bootstrap |",
+        "| --: | --: | --: |",
+    ]
+    lines += [
+        f"| {row['share']:.1%} | {row['images']:,} | {row['bootstrap']:.1%} |"
+        for row in result["seeds"]
     ]
     return "\n".join(lines) + "\n"
 

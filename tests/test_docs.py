@@ -18,14 +18,7 @@ def updater():
     return module
 
 
-PAGES_WITH_TABLES = (
-    "README.md",
-    "docs/decisions.md",
-    "docs/data.md",
-    "docs/cluster.md",
-    "docs/evaluation.md",
-    "docs/security.md",
-)
+PAGES_WITH_TABLES = updater().PAGES
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_TABLES)

@@ -24,6 +24,8 @@ from tests import test_tools
 from tests.report.make_runs import edit, make_run
 from tests.tiny import call
 
+pytestmark = pytest.mark.slow  # together
+
 PARSERS = {
     "rft.train": train_command.parse_command,
     "rft.evaluate": lambda options: cli.parse(evaluate_command.Arguments, args=options),
@@ -132,7 +134,6 @@ def follow(printed: str, capsys) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_from_training_to_the_report(trained, folder, capsys):
     printed = trained[1]
     evaluated = parsed(next_words(printed))

@@ -100,7 +100,7 @@ def _check_alphas(alphas: Sequence[float], option: str) -> None:
         raise ValueError(f"{option} needs at least one value in [0, 1]")
     for alpha in alphas:
         if not 0 <= alpha <= 1:
-            raise ValueError(f"{option} is {alpha}; it must lie in [0, 1]")
+            raise ValueError(f"{option} is {alpha}; it must be in [0, 1]")
     # as in the recipe, after which the folder of each is named
     names = [f"{alpha:g}" for alpha in alphas]
     if twice := sorted({name for name in names if names.count(name) > 1}):

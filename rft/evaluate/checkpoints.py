@@ -34,6 +34,7 @@ from rft.runs.folder import checkpoint_path, current_results, unfinished
 from rft.runs.trained_on import of_model
 from rft.sets import BENCHMARKS
 from rft.shards.folder import MANIFEST
+from rft.shards.guard import seen_images
 from rft.shards.manifest import Manifest, warn_of_one_class
 from rft.storage import files
 
@@ -169,6 +170,30 @@ def warn_of_other_split(systems: Sequence[System], data: str) -> None:
                 )
                 # one line per model, however many sets it has seen
                 break
+
+
+def images_seen(
+    systems: Sequence[System], data: str, manifests: Mapping[str, Manifest]
+) -> list[dict[str, int]]:
+    """Return for each system how many images of each set it was trained on, with a warning.
+
+    Training accuracy may be what is wanted, so it is counted, and results.json says what it is.
+    """
+    found, known = [], {}
+    for one in systems:
+        path = path_of(one)
+        trained_on = frozenset(
+            (name, sha256) for name, sha256, *_ in of_model(path, header_of(one).metadata)
+        )
+        if trained_on not in known:
+            known[trained_on] = seen_images(data, sorted(trained_on), manifests)
+        found.append(known[trained_on])
+        for name, count in known[trained_on].items():
+            log.warning(
+                f"{path} was trained on {count:,} of the {manifests[name].samples:,} images of "
+                f"{name}: its accuracy there is no test accuracy"
+            )
+    return found
 
 
 def require_classes(systems: Sequence[System], packed: Mapping[str, PackedDataset]) -> None:

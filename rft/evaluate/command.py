@@ -20,13 +20,14 @@ from rft.config import MAX_PIXELS, Device
 from rft.dist import World
 from rft.evaluate.checkpoints import (
     at_once,
+    images_seen,
     load_checkpoints,
     require_classes,
     warn_of_other_split,
 )
 from rft.evaluate.count import predict
 from rft.evaluate.forward import Kept
-from rft.evaluate.results import Evaluated, is_current, write_results
+from rft.evaluate.results import Evaluated, is_current, warn_of_no_temperature, write_results
 from rft.evaluate.temperature import fit_temperatures
 from rft.evaluate.unwritten import System, path_of, read_averages
 from rft.loading.dataset import PackedDataset
@@ -50,7 +51,8 @@ class Arguments:
 
     A run folder's counts go to its results.json and what it predicts for each image to its
     predictions/, those of FILE.safetensors to FILE.results.json and FILE.predictions/.
-    Checkpoints whose counts are already there, for the same weights and data, are left alone.
+    Checkpoints whose counts are already there, for the same weights and data, are not evaluated
+    again.
     """
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]] = ()
@@ -96,13 +98,17 @@ def evaluate(
     systems: Sequence[System],
     packed: dict[str, PackedDataset],
     arguments: Arguments,
+    seen: Sequence[dict[str, int]],
     world: World,
     device: torch.device,
 ) -> None:
-    """Evaluate some systems on every set in one pass; write their results from the main rank."""
+    """Evaluate some systems on every set in one pass; write their results from the main rank.
+
+    `seen` are how many images of each set each system was trained on.
+    """
     loaded, models = load_checkpoints(systems, world, device)
     sets: list[dict[str, Evaluated]] = [{} for _ in models]
-    temperatures: list[Temperature | None] = [None] * len(models)
+    temperatures: Sequence[Temperature | str | None] = [None] * len(models)
     if arguments.temperature:
         temperatures = fit_temperatures(
             loaded,
@@ -133,12 +139,19 @@ def evaluate(
                 names=[str(one.path) for one in loaded],
                 kept=kept,
                 logits=np.float16 if arguments.logits else None,
-                temperatures=[None if one is None else one.value for one in temperatures],
+                temperatures=[
+                    one.value if isinstance(one, Temperature) else None for one in temperatures
+                ],
             )
-        for entry, found, temperature in zip(sets, predicted, temperatures, strict=True):
-            manifest = dataset.manifest
+        manifest = dataset.manifest
+        for number, entry in enumerate(sets):
             entry[name] = Evaluated(
-                found, manifest.sha256, temperature, manifest.score, manifest.is_ood
+                predicted[number],
+                manifest.sha256,
+                temperatures[number],
+                seen[number].get(name, 0),
+                manifest.score,
+                manifest.is_ood,
             )
     if world.is_main:
         for one, entry in zip(loaded, sets, strict=True):
@@ -179,6 +192,7 @@ def main() -> None:
         require_own_weights(path)
         unfinished(path)  # a damaged record is found before the work
     warn_of_other_split(systems, arguments.data)
+    seen = images_seen(systems, arguments.data, manifests)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device) as world:
@@ -202,6 +216,7 @@ def main() -> None:
             ),
         )
         left = [systems[number] for number in waiting]
+        seen = [seen[number] for number in waiting]
         if left:
             together = at_once(left, world, device)
             if together < len(left) and world.is_main:
@@ -210,10 +225,12 @@ def main() -> None:
                     "are read several times"
                 )
             for first in range(0, len(left), together):
-                evaluate(left[first : first + together], packed, arguments, world, device)
+                part = slice(first, first + together)
+                evaluate(left[part], packed, arguments, seen[part], world, device)
         elif world.is_main:
             log.info("all counts are already there, nothing to do")
+        if arguments.temperature and world.is_main:
+            warn_of_no_temperature([path_of(one) for one in systems], sets)
     runs = [path for path in map(path_of, systems) if path.is_dir()]
-    # the report's tables are the paper's: ImageNet and its five benchmarks
-    if world.is_main and runs and set(sets) & set(TEST_SETS):
+    if world.is_main and runs:
         cli.say(commands.report(runs, arguments.data))

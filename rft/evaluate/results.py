@@ -4,7 +4,8 @@ Results belong to weights: a file of counts names the hash of the weights that t
 with, and counts of other weights are as good as none.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -22,13 +23,17 @@ from rft.sets import Score
 from rft.shards.manifest import Manifest
 from rft.storage import files
 
+log = logging.getLogger(__name__)
+
 
 class Evaluated(NamedTuple):
     """What a checkpoint predicts for a packed set."""
 
     predicted: Predicted
     manifest_sha256: str
-    temperature: Temperature | None = None
+    temperature: Temperature | str | None = None
+    """Fitted on held-out images; or why it was not, where one was asked for."""
+    seen: int = 0
     score: Score = "top1"
     ood: bool = False
 
@@ -43,7 +48,7 @@ def is_current(
     """Whether the records belong to these weights and are of these sets, all of each.
 
     Files of predictions, and of `logits` if they are wanted, are compared by their hash; a
-    `temperature` that is wanted must be there.
+    `temperature` that is wanted must be there, or why there is none.
     """
     recorded = current_results(checkpoint)
     counts = recorded.sets if recorded else {}
@@ -51,7 +56,7 @@ def is_current(
         (count := counts.get(name)) is not None
         and (count.manifest_sha256, count.total) == (one.sha256, one.samples)
         and _is(predictions.path_of(checkpoint, name), count.predictions_sha256)
-        and not (temperature and count.temperature is None)
+        and not (temperature and count.temperature is None and not count.no_temperature)
         and (not logits or _is(predictions.logits_path_of(checkpoint, name), count.logits_sha256))
         for name, one in sets.items()
     )
@@ -82,6 +87,15 @@ def write_results(one: Loaded, sets: Mapping[str, Evaluated]) -> None:
     cli.say(f"{one.path}{one.state_of_run}: {', '.join(shares)}")
 
 
+def warn_of_no_temperature(checkpoints: Sequence[Path], sets: Sequence[str]) -> None:
+    """Warn of each checkpoint whose results say that no temperature was fitted, and why."""
+    for checkpoint in checkpoints:
+        results = current_results(checkpoint)
+        counts = [results.sets[name] for name in sets] if results else []
+        for reason in sorted({count.no_temperature for count in counts} - {""}):
+            log.warning(f"{checkpoint} gets no temperature: {reason}")
+
+
 def _write(checkpoint: Path, name: str, found: Evaluated) -> SetCount:
     """Write the files of a set; return what results.json has of it."""
     data = found.predicted.predictions.to_bytes()
@@ -102,7 +116,9 @@ def _write(checkpoint: Path, name: str, found: Evaluated) -> SetCount:
         manifest_sha256=found.manifest_sha256,
         predictions_sha256=files.sha256_bytes(data),
         logits_sha256=half_sha256,
-        temperature=found.temperature,
+        temperature=None if isinstance(found.temperature, str) else found.temperature,
+        no_temperature=found.temperature if isinstance(found.temperature, str) else "",
+        seen=found.seen,
     )
 
 

@@ -5,7 +5,6 @@ training held out to select the checkpoint. Weights carry which images these are
 (`rft.runs.trained_on`), through merges too.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from rft.runs.trained_on import TrainedOn, of_model
 from rft.shards.guard import require_no_test_images
 from rft.statistics import calibration
 from rft.storage import files
-
-log = logging.getLogger(__name__)
 
 
 def held_out_of(one: Loaded) -> TrainedOn:
@@ -57,7 +54,7 @@ def _of_untrained(path: Path) -> TrainedOn:
     config = records.find_config(path)
     training = records.find(path / filenames.TRAINING, records.Training)
     if config is None or not config.is_training or not training or not training.manifest_sha256:
-        raise ValueError("it is no run of rft.train, so it names no held-out images")
+        raise ValueError("it is not a run of rft.train, so it names no held-out images")
     own = load_config(path)
     if own.loader.held_out == 0:
         raise ValueError("its run holds no images out (--loader.held-out 0)")
@@ -76,23 +73,23 @@ def fit_temperatures(
     device: torch.device,
     batch_size: int,
     workers: int,
-) -> list[Temperature | None]:
+) -> list[Temperature | str]:
     """Fit the temperature of each model, in one pass for those with the same held-out images.
 
-    None, with a warning, for a model that has no such images or that no temperature fits best; the
-    same on every rank.
+    For a model that has no such images, or that no temperature fits best, the reason; the same on
+    every rank.
 
     Raises:
         ValueError: if a training set is absent below `data`, has other images than the model's, or
             holds an image of an OOD test set.
     """
     splits: dict[TrainedOn, list[int]] = {}
+    found: list[Temperature | str] = [""] * len(models)
     for number, one in enumerate(loaded):
         try:
             splits.setdefault(held_out_of(one), []).append(number)
         except ValueError as error:
-            _warn(world, one.path, error)
-    found: list[Temperature | None] = [None] * len(models)
+            found[number] = str(error)
     for split, numbers in splits.items():
         url = files.join(data, split.name)
         packed = PackedDataset(url, max_pixels=max_pixels)
@@ -121,16 +118,16 @@ def fit_temperatures(
         for number, one in zip(numbers, predicted, strict=True):
             value = dist.from_main(world, _fit(one.logits_NK, label_N))
             if isinstance(value, str):
-                _warn(world, loaded[number].path, value)
-            else:
-                found[number] = Temperature(
-                    value=value,
-                    images=len(samples),
-                    train_set=split.name,
-                    manifest_sha256=split.manifest_sha256,
-                    held_out=split.held_out,
-                    split_seed=split.split_seed,
-                )
+                found[number] = value
+                continue
+            found[number] = Temperature(
+                value=value,
+                images=len(samples),
+                train_set=split.name,
+                manifest_sha256=split.manifest_sha256,
+                held_out=split.held_out,
+                split_seed=split.split_seed,
+            )
     return found
 
 
@@ -142,8 +139,3 @@ def _fit(logits_NK: np.ndarray | None, label_N: np.ndarray) -> float | str | Non
         return calibration.fit_temperature(logits_NK, label_N)
     except ValueError as error:
         return str(error)
-
-
-def _warn(world: World, path: Path, reason: object) -> None:
-    if world.is_main:
-        log.warning(f"{path} gets no temperature: {reason}")

@@ -1,17 +1,10 @@
-"""What should stop a reader: fine-tuning that lost accuracy, collapse, shared images. Pure.
-
-The first two come from predictions; the third needs the packed sets (`shared_images`).
-"""
+"""What should stop a reader: training images in a test set, lost accuracy, collapse. Pure."""
 
 from collections.abc import Iterator, Sequence
 
 from rft.report.measures import Measures, significant
 from rft.report.read import Run
 from rft.report.tables import Row, columns, heading, is_average, pair_of, target
-from rft.sets import BENCHMARKS
-from rft.shards.folder import MANIFEST
-from rft.shards.guard import common_images
-from rft.storage import files
 from rft.text import printable
 
 BASELINE = "zero-shot"
@@ -20,9 +13,23 @@ BASELINE = "zero-shot"
 PREDICTED_SHARE = 0.5
 
 
-def of_rows(rows: Sequence[Row], measures: Measures) -> list[str]:
-    """Return the alarms of a report's rows."""
-    return [*_lost(rows, measures), *_collapsed(rows, measures)]
+def of_report(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> list[str]:
+    """Return the alarms of a report's runs and rows."""
+    return [*_seen(runs), *_lost(rows, measures), *_collapsed(rows, measures)]
+
+
+def _seen(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield the test sets that hold images which a model was trained on, as its evaluation found."""
+    found: dict[tuple[str, int, int], dict[str, None]] = {}
+    for run in runs:
+        for name, count in run.counts.items():
+            if count.seen:
+                found.setdefault((name, count.seen, count.total), {})[run.row] = None
+    for (name, seen, total), rows in found.items():
+        yield (
+            f"{seen:,} of the {total:,} images of {printable(heading(name))} were in the training "
+            f"set of {', '.join(rows)}: this accuracy is too good. Take them out and pack again."
+        )
 
 
 def _lost(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
@@ -59,27 +66,3 @@ def _collapsed(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
                     f"{there:,} classes. Look at the accuracy of each class; are some of them far "
                     "more frequent than others in the training set?"
                 )
-
-
-def shared_images(runs: Sequence[Run], data: str) -> list[str]:
-    """Return an alarm for each test set below a data root that holds images of a training set.
-
-    Images are compared by their files' bytes. Benchmarks are not compared: their authors saw to it,
-    and ImageNet's training set is large. What cannot be compared is no alarm.
-    """
-    pairs = dict.fromkeys((run.config.train_set, name) for run in runs for name in run.counts)
-    found = []
-    for train_set, name in pairs:
-        if not train_set or name in BENCHMARKS or train_set in BENCHMARKS or name == train_set:
-            continue
-        urls = [files.join(data, one) for one in (train_set, name)]
-        if not all(files.exists(files.join(url, MANIFEST)) for url in urls):
-            continue
-        common = common_images(*urls)
-        if common:
-            found.append(
-                f"{common:,} images of the test set {printable(name)} are images of the training "
-                f"set {printable(train_set)} too: accuracies on it are too good. Remove the copies "
-                "and pack again."
-            )
-    return found

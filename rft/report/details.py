@@ -1,6 +1,7 @@
 """Numbers that are made of predictions: per row and set, per pair of rows, per class. Pure."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -109,7 +110,13 @@ def statistics_grid(rows: Sequence[Row], measures: Measures, column: str) -> Gri
             found = spread(by_row[row.name], name)
             cells.append(ABSENT if found is None else found.text(SHOWN[name][2]))
         lines.append((row, cells))
-    header = ["top-1", "95% interval", *(SHOWN[name][0] for name in shown)]
+    # an average may be one of declared scores
+    of_images = any(interval(measures, row.name, column) for row in there)
+    header = [
+        "top-1" if of_images else "score",
+        "95% interval",
+        *(SHOWN[name][0] for name in shown),
+    ]
     return Grid(header, lines) if lines else None
 
 
@@ -310,11 +317,17 @@ TEX = {
     # as quotes, two of them would be one letter
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    # at the beginning of a line, an option of the line break before it
+    "[": "{[}",
+    "*": "{*}",
+    # two would be one letter, and to some languages of babel a quote is a command
+    "`": r"\char96{}",
+    '"': r"\char34{}",
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
 }
 
 
 def tex_escape(text: str) -> str:
     """Return text that LaTeX shows as it is."""
-    # in one pass, so that no escape is escaped
-    return "".join(TEX.get(letter, letter) for letter in text)
+    # in one pass, so that no escape is escaped; two hyphens would be a dash
+    return re.sub("-(?=-)", "-{}", "".join(TEX.get(letter, letter) for letter in text))

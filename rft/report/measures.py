@@ -9,7 +9,7 @@ Shapes: N images of a set, R runs of all rows, S seeds of one row, K classes.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -21,15 +21,17 @@ from rft.report.mistakes import Mistakes
 from rft.report.read import Run, classes_of
 from rft.runs import filenames, predictions
 from rft.runs.predictions import Predictions
+from rft.shards import keys as sample_keys
 from rft.statistics import accuracy, calibration, paired
 from rft.statistics.accuracy import Interval
 from rft.statistics.calibration import Bins
 from rft.statistics.paired import Difference, Gains
 
 COMPARED = 64  # rows that are compared with each other: 2,016 pairs
-IMAGES = 2**21  # of a set; ImageNet's training set has 1.3 million
+IMAGES = 2**23  # of a set that is measured; the whole ImageNet-C has 4.75 million
 PAIR_REPLICATES = 2_000
-"""Of each pair, as there are many: the ends of an interval are good to about 2% of its width."""
+"""Of each pair, as there are many: the ends of an interval then vary from draw to draw with a
+standard deviation of about 1.5% of its width."""
 TOP = 5
 
 
@@ -60,7 +62,8 @@ class SetMeasures:
     seeds: tuple[Numbers, ...]
     """In the order of the row's runs."""
     interval: Interval
-    """Of top-1, from the images: Wilson's for one seed, the bootstrap's of their means for more."""
+    """Of top-1: Wilson's for one seed; the bootstrap's of their means for more, or where images are
+    drawn together."""
     bins: Bins
     """Confidence against accuracy of all seeds' images, in bins of equal width."""
     class_correct_K: np.ndarray
@@ -99,7 +102,7 @@ class SetPair(NamedTuple):
     seeds: tuple[float, ...]
     """Difference of each two seeds: of the same seed where both rows have the same ones."""
     mcnemar: tuple[float, ...]
-    """p-value of each of these."""
+    """p-value of each of these; none where images are drawn together."""
 
     def __neg__(self) -> "SetPair":
         """Return the other row against the one."""
@@ -141,6 +144,10 @@ class Measures:
     """(row, other, column of an average), likewise."""
     without: tuple[Run, ...] = ()
     """Runs of which a set has no predictions."""
+    too_large: tuple[str, ...] = ()
+    """Sets of more than `IMAGES` images, which are not measured."""
+    versions: tuple[str, ...] = ()
+    """Sets whose images of one name, in several domains, are drawn together."""
 
     def pair(self, row: str, other: str, name: str) -> SetPair | None:
         """Return a row against another on a set; None if one of them has no predictions of it."""
@@ -184,6 +191,56 @@ class _Right(NamedTuple):
         return self.right_SN.sum(axis=0, dtype=np.intp)
 
 
+@dataclass(frozen=True)
+class Units:
+    """Which images of a set are drawn together: those of one name and class, in several domains.
+
+    In ImageNet-C they are versions of one image. Where a set has such names by chance, intervals
+    are right, too: units of independent images are independent.
+
+    Shapes: U units.
+    """
+
+    number_N: np.ndarray
+    """Of each image's unit."""
+    size_U: np.ndarray
+    """Images of each unit."""
+
+    @classmethod
+    def of(cls, rows: Predictions) -> "Units | None":
+        """Return the units of a set with domains; None if no image has another version there."""
+        if rows.domain is None:
+            return None
+        names = [
+            sample_keys.below_domain(*pair) for pair in zip(rows.key, rows.domain, strict=True)
+        ]
+        _, name_N = np.unique(names, return_inverse=True)
+        # labels too: numbered files of two classes may have one name
+        both_N = name_N * (int(rows.label.max()) + 1) + rows.label
+        _, number_N, size_U = np.unique(both_N, return_inverse=True, return_counts=True)
+        return cls(number_N, size_U) if (size_U > 1).any() else None
+
+    def total(self, hits_N: np.ndarray) -> np.ndarray:
+        """Add up what images have, for each unit."""
+        return np.bincount(self.number_N, hits_N, len(self.size_U)).astype(np.int64)
+
+
+def _redraw(
+    units: Units | None,
+    images: Gains,
+    one: tuple[np.ndarray, int],
+    two: tuple[np.ndarray | None, int],
+    draws: np.random.Generator,
+    replicates: int = paired.REPLICATES,
+) -> np.ndarray:
+    """Draw the units of a set anew; `images` are its gains if each image is a unit."""
+    if units is not None:
+        (one_N, one_seeds), (two_N, two_seeds) = one, two
+        two_U = None if two_N is None else units.total(two_N)
+        images = paired.tally(units.total(one_N), one_seeds, two_U, two_seeds, units.size_U)
+    return paired.redraw(images, draws, replicates)
+
+
 def measure(
     rows: Mapping[str, Sequence[Run]],
     names: Sequence[str],
@@ -199,14 +256,20 @@ def measure(
     Raises:
         ValueError: if predictions were changed, or are not of the same images.
     """
-    found = Measures(without=tuple(_without(rows, names)))
+    runs = [run for members in rows.values() for run in members]
+    too_large = {n for run in runs for n, count in run.counts.items() if count.total > IMAGES}
+    names = [name for name in names if name not in too_large]
+    found = Measures(without=tuple(_without(rows, names)), too_large=tuple(sorted(too_large)))
+    versions = []
     compared = list(rows)[:COMPARED]
     sums = {column: {row: _Sum() for row in rows} for column in averages}
     pair_sums: dict[str, dict[tuple[str, str], _Sum]] = {column: {} for column in averages}
     for name in names:
         within = [column for column, sets in averages.items() if name in sets]
-        rights = _measure_set(found, rows, name, [sums[column] for column in within])
-        for pair, drawn_R in _compare(found, {r: rights[r] for r in compared if r in rights}, name):
+        rights, units = _measure_set(found, rows, name, [sums[column] for column in within])
+        versions += [name] if units else []
+        there = {row: rights[row] for row in compared if row in rights}
+        for pair, drawn_R in _compare(found, there, name, units):
             for column in within:
                 pair_sums[column].setdefault(pair, _Sum()).add(drawn_R)
     for column, sets in averages.items():
@@ -222,7 +285,7 @@ def measure(
                 found.average_pairs[row, other, column] = AveragePair(
                     one.difference(value), tuple(seeds.tolist())
                 )
-    return found
+    return replace(found, versions=tuple(versions))
 
 
 def _without(rows: Mapping[str, Sequence[Run]], names: Sequence[str]) -> Iterator[Run]:
@@ -249,10 +312,6 @@ def read_predictions(run: Run, name: str) -> Predictions:
         ValueError: if they were changed, or do not give the count of results.json.
     """
     count, path = run.counts[name], predictions.path_of(run.path, name)
-    if count.total > IMAGES:
-        raise ValueError(
-            f"{path} has predictions of {count.total:,} images; a report reads those of {IMAGES:,}"
-        )
     rows = predictions.read(path, count.total, count.predictions_sha256 or "")
     if (right := int(rows.right.sum())) != count.correct:
         raise ValueError(
@@ -289,12 +348,16 @@ def _measure_set(
     rows: Mapping[str, Sequence[Run]],
     name: str,
     sums: Sequence[Mapping[str, _Sum]],
-) -> dict[str, _Right]:
-    """Measure each row whose runs all have predictions of a set; return what each has right.
+) -> tuple[dict[str, _Right], Units | None]:
+    """Measure each row whose runs all have predictions of a set.
 
     `sums` are, of each average that the set is part of, the rows' replicates.
+
+    Returns:
+        What each row has right, and which images are drawn together.
     """
     images: _Images | None = None
+    units: Units | None = None
     rights: dict[str, _Right] = {}
     for row, members in rows.items():
         if not all(_is_kept(run, name) for run in members):
@@ -303,20 +366,23 @@ def _measure_set(
         for run in members:
             one = read_predictions(run, name)
             if images is None:
-                images = _Images(run, one.key, one.label)
+                images, units = _Images(run, one.key, one.label), Units.of(one)
                 found.classes[name] = _classes(one.label, classes_of([run], name))
             images.require_same(run, one, name)
             read.append(one)
         right = _Right(np.stack([one.right for one in read]), tuple(run.seed for run in members))
-        none_N = np.zeros(right.right_SN.shape[1], dtype=np.intp)
-        # the gain over a system that is never right is the accuracy
-        gains = paired.tally(right.hits(), len(members), none_N, 1)
-        drawn_R = paired.redraw(gains, _draws(name, row))
+        hits_N = right.hits()
+        gains = paired.tally(hits_N, len(members))
+        own = (hits_N, len(members))
+        drawn_R = _redraw(units, gains, own, (None, 1), _draws(name, row))
         for of_average in sums:
             of_average[row].add(drawn_R)
-        found.sets[row, name] = _set_measures(found.classes[name], read, right, gains, drawn_R)
+        # Wilson's is about images that are drawn one by one
+        bootstrap = paired.summarise(gains.mean, drawn_R).interval
+        interval = None if len(members) == 1 and units is None else bootstrap
+        found.sets[row, name] = _set_measures(found.classes[name], read, right, interval)
         rights[row] = right
-    return rights
+    return rights, units
 
 
 def _draws(*names: str) -> np.random.Generator:
@@ -333,25 +399,21 @@ def _set_measures(
     classes: SetClasses,
     read: Sequence[Predictions],
     right: _Right,
-    gains: Gains,
-    drawn_R: np.ndarray,
+    interval: Interval | None,
 ) -> SetMeasures:
+    """Measure a row; its interval is Wilson's if it is not given."""
     images = len(read[0].label)
     # labels may have gaps, as in ImageNet-R
     class_N = np.searchsorted(classes.label_K, read[0].label)
     correct_SK = np.stack(
         [accuracy.per_group(one.right, class_N, len(classes.label_K))[0] for one in read]
     )
-    if len(read) == 1:
-        interval = accuracy.wilson(int(right.right_SN.sum()), images)
-    else:
-        interval = paired.summarise(gains.mean, drawn_R).interval
     confidence_N = np.concatenate([one.confidence for one in read])
     seeds = zip(read, correct_SK, strict=True)
     return SetMeasures(
         images=images,
         seeds=tuple(_numbers(one, correct_K, classes.images_K) for one, correct_K in seeds),
-        interval=interval,
+        interval=interval or accuracy.wilson(int(right.right_SN.sum()), images),
         bins=calibration.bins(confidence_N, right.right_SN.reshape(-1)),
         class_correct_K=correct_SK.mean(axis=0),
         mistakes=mistakes.find(read[0]),
@@ -377,7 +439,7 @@ def _numbers(rows: Predictions, correct_K: np.ndarray, images_K: np.ndarray) -> 
 
 
 def _compare(
-    found: Measures, rights: Mapping[str, _Right], name: str
+    found: Measures, rights: Mapping[str, _Right], name: str, units: Units | None
 ) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
     """Compare each two rows on a set; yield (row, other) and their replicates."""
     if len(rights) < 2:
@@ -392,8 +454,10 @@ def _compare(
     # a later row of the table against an earlier one, as a method against its baselines
     for other, row in combinations(rights, 2):
         one, two = rights[row], rights[other]
-        gains = paired.tally(hits[row], len(one.seeds), hits[other], len(two.seeds))
-        drawn_R = paired.redraw(gains, _draws(name, row, other), PAIR_REPLICATES)
+        own, its = (hits[row], len(one.seeds)), (hits[other], len(two.seeds))
+        gains = paired.tally(*own, *its)
+        draws = _draws(name, row, other)
+        drawn_R = _redraw(units, gains, own, its, draws, PAIR_REPLICATES)
         matched = _matched(one.seeds, two.seeds)
         a = np.array([at[row][place] for place, _ in matched])
         b = np.array([at[other][place] for _, place in matched])
@@ -403,7 +467,8 @@ def _compare(
             gains.gained,
             gains.lost,
             tuple(((gained - lost) / images).tolist()),
-            tuple(paired.mcnemar_p(gained, lost).tolist()),
+            # the test is one of images that are independent
+            () if units else tuple(paired.mcnemar_p(gained, lost).tolist()),
         )
         yield (row, other), drawn_R
 

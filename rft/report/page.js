@@ -82,19 +82,19 @@
     return `${value < 0 && Number(text) ? "-" : "+"}${text}`;
   }
 
-  // Returns what is in a cell, and its title.
+  // Returns what is in a cell: the difference, and below it its interval where there is one.
   function difference(row, other, column) {
     const a = data.means[row][column], b = data.means[other][column];
-    if (a === null || b === null) return [[data.absent], ""];
-    if (row === other) return [["0"], ""];
+    if (a === null || b === null) return [data.absent];
+    if (row === other) return ["0"];
     const sign = row > other ? 1 : -1;
     const pair = data.pairs[Math.max(row, other)]?.[Math.min(row, other)]?.[column];
-    if (!pair) return [[signed(a - b)], ""];
+    if (!pair) return [signed(a - b)];
     const [value, low, high, significant] = pair;
     const [from, to] = row > other ? [low, high] : [-high, -low];
     return [
-      [signed(sign * value), ...(significant ? [make("span", { class: "mark" }, data.mark)] : [])],
-      `95% interval ${signed(from)} to ${signed(to)}`,
+      signed(sign * value), ...(significant ? [make("span", { class: "mark" }, data.mark)] : []),
+      make("span", { class: "interval" }, `${signed(from)} to ${signed(to)}`),
     ];
   }
 
@@ -111,13 +111,11 @@
       const against = select.value;
       cells.forEach((line, row) => line.forEach((cell, column) => {
         const kept = accuracies[row][column];
-        const [parts, title] = against ? difference(row, Number(against), column) : [kept, ""];
-        cell.replaceChildren(...parts);
-        if (title) cell.title = title; else cell.removeAttribute("title");
+        cell.replaceChildren(...(against ? difference(row, Number(against), column) : kept));
       }));
       const measured = data.pairs.flat(2).some(Boolean)
-        ? `${data.mark}: the 95% interval of test images drawn anew, shown over a cell, excludes 0, `
-          + "and every seed's own difference has its sign."
+        ? "Below it the 95% interval of test images drawn anew. "
+          + `${data.mark}: it excludes 0, and every seed's own difference has its sign.`
         : "Without predictions there are no intervals.";
       const others = rows.length > data.pairs.length
         ? ` Intervals are of the first ${data.pairs.length} rows.` : "";
@@ -126,7 +124,7 @@
         : `Difference to ${rows[against].cells[0].textContent}, in points. ${measured}${others}`;
       sort();
     });
-    const controls = make("div", { class: "controls" }, make("label", {}, "show ", select));
+    const controls = make("div", { class: "controls" }, make("label", {}, "numbers of the table: ", select));
     table.closest(".scroll").before(controls, note);
   }
 
@@ -322,7 +320,7 @@
     if (all.length < 2) continue;
     frames.append(...all);
     frames.querySelector(".others").remove();
-    frames.prepend(slider("show", all.map((one) => one.dataset.label), all.length - 1, (place) => {
+    frames.prepend(slider("picture", all.map((one) => one.dataset.label), all.length - 1, (place) => {
       all.forEach((one, at) => { one.hidden = at !== place; });
       return [all[place].dataset.label];
     }));

@@ -17,7 +17,6 @@ from rich.console import Console
 from rft.config import MAX_PIXELS
 from rft.paper import FIGURE_7
 from rft.report import (
-    alarms,
     colors,
     details,
     flips,
@@ -122,8 +121,7 @@ def write_report(
     """
     files.require_local(out, "--out")
     line = None if testbed is None else read_line(testbed)
-    read = load_runs(runs)
-    report = compose(read, line, shared=alarms.shared_images(read, data) if data else ())
+    report = compose(load_runs(runs), line)
     images = flips_of(report, data, max_pixels) if data else None
     page = render(report, images, mistakes_of(report, data, max_pixels) if data else None)
     # index.html is the last: when it appears, everything beside it is of this report
@@ -160,12 +158,8 @@ def documents(report: Report) -> dict[str, bytes | None]:
     return found | {name: None if text is None else text.encode() for name, text in texts.items()}
 
 
-def compose(
-    runs: list[Run], line: Line | None = None, *, draw: bool = True, shared: Sequence[str] = ()
-) -> Report:
+def compose(runs: list[Run], line: Line | None = None, *, draw: bool = True) -> Report:
     """Make tables, statistics and pictures of runs that were read; without pictures if not asked.
-
-    `shared` are the alarms of images that training and test sets share.
 
     Raises:
         ValueError: if a file of predictions, or a gallery, is malformed.
@@ -175,7 +169,7 @@ def compose(
     shown = [row for row in rows if row.recipe in names]
     counted = [name for name in tables.columns(rows) if any(name in run.counts for run in runs)]
     averages = {name: tables.sets_of(name) for name in tables.columns(rows) if is_average(name)}
-    measured = measures.measure(tables.by_row(runs), counted, averages)
+    measured = measures.measure(tables.by_row(runs), counted, tables.of_images(averages, runs))
     differences = tables.difference_rows(runs, shown, measured)
     example = next((run for run in runs if run.gallery_path.is_file()), None)
     pictures, frames = {}, {}
@@ -191,7 +185,7 @@ def compose(
         rows=rows,
         shown=shown,
         measures=measured,
-        summary=summarise(runs, rows, shown, measured, shared),
+        summary=summarise(runs, rows, shown, measured),
         tables=tables.text_tables(shown, differences, len(rows) - len(shown)),
         beside=beside.beside(runs, rows),
         pictures=pictures,

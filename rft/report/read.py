@@ -116,7 +116,8 @@ def _notes(run: Run) -> Iterator[str]:
     """Yield what the page says of a run that passed the checks (`_check_current` logs the same)."""
     if run.unfinished:
         yield "its training has not ended"
-    if not checkpoint_path(run.path).is_file():
+    # an average's were never written
+    if not (run.results.without_weights or checkpoint_path(run.path).is_file()):
         yield "its weights are missing, so whether the results are of them is not known"
     if run.results.config_sha256 not in (None, files.sha256_file(run.path / filenames.CONFIG)):
         yield f"its {filenames.CONFIG} was changed after the evaluation"

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rft.report import alarms, details, tables
-from rft.report.measures import Measures, significant
+from rft.report.measures import IMAGES, Measures, significant
 from rft.report.read import Run
 from rft.report.tables import (
     OOD_COLUMN,
@@ -36,18 +36,10 @@ class Summary:
 
 
 def summarise(
-    runs: Sequence[Run],
-    rows: Sequence[Row],
-    shown: Sequence[Row],
-    measures: Measures,
-    shared: Sequence[str] = (),
+    runs: Sequence[Run], rows: Sequence[Row], shown: Sequence[Row], measures: Measures
 ) -> Summary:
-    """Return the sentences.
-
-    `shown` are the rows without those that a WiSE path is made of, `shared` the alarms of images
-    that training and test sets share.
-    """
-    found = [*shared, *alarms.of_rows(shown, measures)]
+    """Return the sentences; `shown` are the rows without those that a WiSE path is made of."""
+    found = alarms.of_report(runs, shown, measures)
     return Summary(
         _compared(runs, rows),
         list(_conclusions(shown, measures)),
@@ -138,6 +130,21 @@ def _warnings(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> I
         of = [f"{run.row} (seed {run.seed})" for run in runs if note in run.notes]
         yield f"{_listed(of)}: {note}."
     yield from _missing_sets(rows)
+    for name, other in sorted(tables.copies(runs).items()):
+        yield (
+            f"{heading(name)} is the same packed data as {heading(other)}; the average over all "
+            "declared OOD sets has it once."
+        )
+    if large := [heading(name) for name in measures.too_large]:
+        yield (
+            f"{_listed(large)}: more than {IMAGES:,} images, so there are no intervals, p-values "
+            "and other numbers that are made of predictions."
+        )
+    if drawn_together := [heading(name) for name in measures.versions]:
+        yield (
+            f"{_listed(drawn_together)}: images of one name in several domains are drawn together "
+            "for intervals, because versions of an image are not independent."
+        )
     if measures.without:
         of = [f"{run.row} (seed {run.seed})" for run in measures.without]
         which = "All runs" if len(of) == len(runs) else _listed(of)

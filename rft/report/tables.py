@@ -27,7 +27,7 @@ from rft.report.measures import AveragePair, Measures, SetPair, significant
 from rft.report.read import Run
 from rft.runs import filenames
 from rft.runs.records import SetCount
-from rft.sets import BENCHMARKS, ID_SET, OOD_SETS, TEST_SETS
+from rft.sets import BENCHMARKS, ID_SET, OOD_SETS, TEST_SETS, Score
 from rft.statistics import robustness
 from rft.statistics.robustness import Line
 from rft.storage import files
@@ -36,6 +36,9 @@ from rft.storage import files
 ID_COLUMN, OOD_COLUMN, EFFECTIVE = ID_SET, "", "/effective robustness"
 AVERAGE = "//"
 """Begins the column of an average over other sets than the five, and each of their names in it."""
+SCORED = "/"
+"""Begins the column of a set's declared score where that is another number than top-1, and stands
+between the score and the set."""
 COLUMNS = (*TEST_SETS, OOD_COLUMN)
 """Of the paper's tables."""
 HEADINGS = {
@@ -143,8 +146,12 @@ def top1(count: SetCount) -> float:
 
 
 def summarise(values: Sequence[float]) -> Spread:
-    """Return the mean and, for two values or more, the sample standard deviation."""
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    """Return the mean and, for two finite values or more, the sample standard deviation.
+
+    A log-likelihood may be infinite, and then its mean is.
+    """
+    several = len(values) > 1 and all(map(math.isfinite, values))
+    return Spread(statistics.fmean(values), statistics.stdev(values) if several else None)
 
 
 def sets_of(column: str) -> tuple[str, ...]:
@@ -153,6 +160,36 @@ def sets_of(column: str) -> tuple[str, ...]:
         return OOD_SETS
     # names of sets are normalised paths, which hold no two slashes
     return tuple(column.split(AVERAGE)[1:]) if column.startswith(AVERAGE) else (column,)
+
+
+def score_column(score: Score, name: str) -> str:
+    """Return the column of a set's declared score."""
+    return f"{SCORED}{score}{SCORED}{name}"
+
+
+def is_score(column: str) -> bool:
+    """Whether a column is a set's declared score."""
+    return column.startswith(SCORED) and column != EFFECTIVE and not is_average(column)
+
+
+def own_scores(runs: Sequence[Run]) -> dict[str, Score]:
+    """Return set -> its declared score, of the sets where that is another number than top-1.
+
+    The mean over domains of one size is top-1.
+    """
+    return {
+        name: count.score
+        for run in runs
+        for name, count in run.counts.items()
+        if count.value is not None
+        and not math.isclose(count.value, count.correct / count.total, abs_tol=1e-12)
+    }
+
+
+def of_images(averages: Mapping[str, Sequence[str]], runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return the averages whose sets are all scored by top-1: a bootstrap of images is of these."""
+    scores = own_scores(runs)
+    return {name: list(sets) for name, sets in averages.items() if not scores.keys() & set(sets)}
 
 
 def is_average(column: str) -> bool:
@@ -164,26 +201,52 @@ def all_ood(runs: Sequence[Run]) -> str | None:
     """Return the column of the average over all OOD sets of some runs.
 
     None if that is the benchmarks' own, or of a single set: sets beyond the five count as declared.
+    One packed set under several names counts once (`copies`).
     """
-    counted = {name for run in runs for name in run.counts}
     declared = {name for run in runs for name, one in run.counts.items() if one.ood}
-    declared -= BENCHMARKS.keys()
+    declared -= BENCHMARKS.keys() | copies(runs).keys()
+    counted = {name for run in runs for name in run.counts}
     names = [*(name for name in OOD_SETS if name in counted), *sorted(declared)]
     return AVERAGE + AVERAGE.join(names) if declared and len(names) > 1 else None
 
 
+def copies(runs: Sequence[Run]) -> dict[str, str]:
+    """Return set -> the set of another name that is the same packed data, benchmarks first."""
+    found = {name: count.manifest_sha256 for run in runs for name, count in run.counts.items()}
+    first: dict[str, str] = {}
+    for name in sorted(found, key=lambda name: (name not in BENCHMARKS, name)):
+        first.setdefault(found[name], name)
+    return {name: first[sha256] for name, sha256 in found.items() if first[sha256] != name}
+
+
+def declared(count: SetCount) -> float:
+    """Return the score that a set is known by, in percent."""
+    return top1(count) if count.value is None else 100 * count.value
+
+
 def percent(run: Run, column: str) -> float | None:
-    """Return a run's accuracy in a column of sets, in percent; None if it lacks one of them."""
-    names = sets_of(column)
+    """Return a run's number in a column of sets, in percent; None if it lacks one of them.
+
+    An average is one of the scores that its sets are known by.
+    """
+    score = is_score(column)
+    names = (column.split(SCORED, 2)[2],) if score else sets_of(column)
     if any(name not in run.counts for name in names):
         return None
-    return statistics.fmean(top1(run.counts[name]) for name in names)
+    shown = declared if score or is_average(column) else top1
+    return statistics.fmean(shown(run.counts[name]) for name in names)
 
 
-def accuracies(run: Run, average: str | None = None) -> dict[str, float]:
-    """Return a run's percentages by column: the paper's first, then other sets, then an average."""
+def accuracies(
+    run: Run, average: str | None = None, scores: Mapping[str, Score] | None = None
+) -> dict[str, float]:
+    """Return a run's percentages by column: the paper's first, then other sets, then an average.
+
+    `scores` are those of sets with a column of their own for it (`own_scores`).
+    """
     own = sorted(run.counts.keys() - set(TEST_SETS))
-    names = [*COLUMNS, *own, *([] if average is None else [average])]
+    columns = [score_column(score, name) for name, score in (scores or {}).items()]
+    names = [*COLUMNS, *own, *columns, *([] if average is None else [average])]
     values = {name: percent(run, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -201,7 +264,13 @@ def columns(rows: Sequence[Row]) -> list[str]:
             f"the runs were evaluated on {len(there):,} sets; a report shows {SETS}: take some out "
             f"of their {filenames.RESULTS}"
         )
-    return [*known, *sorted(there - set(known), key=lambda name: (is_average(name), name))]
+
+    def place(column: str) -> tuple[bool, str, bool]:
+        """Put a set's score behind its top-1, and averages last."""
+        name = column.split(SCORED, 2)[2] if is_score(column) else column
+        return is_average(column), name, is_score(column)
+
+    return [*known, *sorted(there - set(known), key=place)]
 
 
 def heading(column: str) -> str:
@@ -210,6 +279,9 @@ def heading(column: str) -> str:
         return HEADINGS[column]
     if is_average(column):
         return f"{HEADINGS[OOD_COLUMN]} ({len(sets_of(column))} sets)"
+    if is_score(column):
+        _, score, name = column.split(SCORED, 2)
+        return f"{heading(name)}, {score}"
     known = column in HEADINGS.values() or column.startswith(HEADINGS[OOD_COLUMN])
     return f"{column} (own set)" if known else column
 
@@ -289,9 +361,9 @@ def shown_recipes(recipes: Iterable[str]) -> set[str]:
 
 def result_rows(runs: Sequence[Run], line: Line | None = None) -> list[Row]:
     """Return the result table; with a testbed's line, effective robustness is a column."""
-    rows, average = [], all_ood(runs)
+    rows, average, scores = [], all_ood(runs), own_scores(runs)
     for members in by_row(runs).values():
-        found = [accuracies(run, average) for run in members]
+        found = [accuracies(run, average, scores) for run in members]
         by_seed = [values | effective(values, line) for values in found]
         # all seeds of a row have the same sets, so it is all or none
         cells = {name: summarise([values[name] for values in by_seed]) for name in by_seed[0]}
@@ -557,9 +629,12 @@ def caption(rows: Sequence[Row], hidden: int = 0) -> str:
     """Explain the numbers of the result table."""
     several = any(len(row.seeds) > 1 for row in rows)
     spread = "; mean and sample standard deviation over n seeds" if several else ""
-    text = f"Top-1 accuracy in %{spread}."
-    for column in filter(is_average, columns(rows)):
-        names = ", ".join(map(heading, sets_of(column)))
+    shown = columns(rows)
+    own = ", or the score that a heading names" if any(map(is_score, shown)) else ""
+    text = f"Top-1 accuracy in %{own}{spread}."
+    for column in filter(is_average, shown):
+        scores = {name: one for one in shown if is_score(one) for name in [one.split(SCORED, 2)[2]]}
+        names = ", ".join(heading(scores.get(name, name)) for name in sets_of(column))
         text += f" {heading(column)} is the unweighted mean of {names}."
     if EFFECTIVE in columns(rows):
         text += " eff. rob. is the OOD average minus that of the testbed's line, in points."

@@ -143,7 +143,7 @@ def read(path: Path, images: int, sha256: str = "") -> Predictions:
         if fault := _fault(columns, images):
             raise ValueError(fault)
     except ValueError as error:
-        raise ValueError(f"{path} is no file of predictions: {error}") from error
+        raise ValueError(f"{path} is not a file of predictions: {error}") from error
     return Predictions(**columns)
 
 

@@ -98,6 +98,10 @@ class SetCount:
     """Of its file of logits, where they were asked for."""
     temperature: Temperature | None = None
     """Of the scaled columns of its predictions, where one was fitted."""
+    no_temperature: Text = ""
+    """Why none was, where one was asked for."""
+    seen: Count = 0
+    """Images that the model was trained on, as far as that is known."""
     score: Score = "top1"
     """The number that the set is known by, as its manifest declares."""
     ood: bool = False

@@ -1,16 +1,20 @@
-"""No test image of an OOD set may be trained on or selected by, whatever its set is called.
+"""No test image may be trained on or selected by, whatever its set is called.
 
-A set that is declared or known to be OOD is refused by its manifest. A copy under another name is
-found by the hashes of its images (`rft.shards.samples`): a training set is held against every OOD
-set that lies beside it. Sets elsewhere cannot be looked at.
+A benchmark's test set, and one that is declared OOD, is refused by its manifest. A copy under
+another name is found by the hashes of its images (`rft.shards.samples`): a training set is held
+against every such set that lies beside it. Other places cannot be looked at.
+
+A test set of own photos is not declared as one, and another training may have a part of it, so an
+evaluation counts what its models have seen (`seen_images`).
 """
 
 import contextlib
 import logging
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from rft.sets import OOD_SETS
+from rft.sets import ID_SET, TEST_SETS
 from rft.shards.folder import MANIFEST
 from rft.shards.manifest import Manifest
 from rft.shards.root import packed_sets
@@ -30,61 +34,84 @@ def require_no_test_images(root: str, name: str, manifest: Manifest, key_N: np.n
         key_N: the keys of its index, for the message.
 
     Raises:
-        ValueError: if it is an OOD set, or holds an image of one that lies beside it.
+        ValueError: if it is a test set, or holds an image of one that lies beside it.
     """
     url = files.join(root, name)
-    if manifest.is_ood:
+    if is_test_set(manifest):
+        what = "an out-of-distribution" if manifest.is_ood else "a"
         raise ValueError(
-            f"{url} is an out-of-distribution test set ({manifest.dataset}), so nothing is trained "
-            "on it or selected by it; name another set with --train-set"
+            f"{url} is {what} test set ({manifest.dataset}), so nothing is trained on it or "
+            "selected by it; name another set with --train-set"
         )
-    others = _ood_sets(root, name)
+    others = _test_sets(root, name)
     if not others:
         return
     if manifest.samples_sha256 is None:
         _warn(url, f"its images with those of {', '.join(others)}", "it was packed without hashes")
         return
     source_N = Samples.load(url, manifest).source
-    # sorted once: each of the others is far smaller than ImageNet's training set
-    sorted_N = np.sort(source_N)
     found: dict[str, np.ndarray] = {}
     for other, its in others.items():
         try:
-            theirs_M = np.unique(Samples.load(files.join(root, other), its).source)
+            theirs_M = Samples.load(files.join(root, other), its).source
         except ValueError as error:
             _warn(files.join(root, other), f"its images with those of {name}", str(error))
             continue
-        place_M = np.searchsorted(sorted_N, theirs_M).clip(max=len(sorted_N) - 1)
-        if (common_M := sorted_N[place_M] == theirs_M).any():
+        if (common_M := np.isin(theirs_M, source_N)).any():
             found[other] = theirs_M[common_M]
     if found:
         shared = np.isin(source_N, np.concatenate(list(found.values())))
         rows = np.flatnonzero(shared)
         first = key_N[rows[0]].decode("ascii", "replace")
+        which = "is a test set" if len(found) == 1 else "are test sets"
+        images = "1 image" if len(rows) == 1 else f"{len(rows):,} images"
         raise ValueError(
-            f"{url} holds {len(rows):,} images of {', '.join(found)} (first: {first!r}), which are "
-            "out-of-distribution test sets: their accuracy would mean nothing; take these images "
-            "out of the training set and pack it again"
+            f"{url} holds {images} of {', '.join(found)} (first: {first!r}), which {which}: an "
+            "accuracy there would mean nothing; take them out of the training set and pack it again"
         )
 
 
-def common_images(one: str, other: str) -> int:
-    """Return how many different images two packed sets share, by the bytes of their files.
+def is_test_set(manifest: Manifest) -> bool:
+    """Whether a set is known to be there for tests alone: a benchmark's, or one declared OOD."""
+    return manifest.is_ood or manifest.dataset == ID_SET
 
-    Sets that were packed without hashes, or whose hashes are damaged, are warned of and share none.
+
+def seen_images(
+    root: str, trained_on: Collection[tuple[str, str]], tests: Mapping[str, Manifest]
+) -> dict[str, int]:
+    """Return how many images of each set below a data root a model was trained on, if any.
+
+    Args:
+        root: the data root.
+        trained_on: name and manifest's hash of each packed set that the model has seen. What its
+            training held out counts as seen, as it selected the weights.
+        tests: name of each set -> its manifest.
+
+    Raises:
+        ValueError: if a file of hashes that is there was changed.
     """
-    found = []
-    for url in (one, other):
-        try:
-            found.append(np.unique(Samples.load(url, Manifest.load(url)).source))
-        except ValueError as error:
-            _warn(url, "its images with those of other sets", str(error))
-            return 0
-    return len(np.intersect1d(*found, assume_unique=True))
+    hashes = {sha256 for _, sha256 in trained_on}
+    seen = {name: one.samples for name, one in tests.items() if one.sha256 in hashes}
+    for name, sha256 in trained_on:
+        url = files.join(root, name)
+        if not files.exists(files.join(url, MANIFEST)):
+            continue
+        manifest = Manifest.load(url)
+        # sets of older versions have no hashes, which the training warned of
+        if manifest.sha256 != sha256 or manifest.samples_sha256 is None:
+            continue
+        source_N = Samples.load(url, manifest).source
+        for test, its in tests.items():
+            if test in seen or its.samples_sha256 is None:
+                continue
+            theirs_M = Samples.load(files.join(root, test), its).source
+            if count := np.count_nonzero(np.isin(theirs_M, source_N)):
+                seen[test] = int(count)
+    return seen
 
 
-def _ood_sets(root: str, name: str) -> dict[str, Manifest]:
-    """Return the OOD sets beside a set, by name; a damaged one is warned of."""
+def _test_sets(root: str, name: str) -> dict[str, Manifest]:
+    """Return the test sets beside a set, by name; a damaged one is warned of."""
     found = {}
     for other in _beside(root):
         if other == name:
@@ -93,22 +120,22 @@ def _ood_sets(root: str, name: str) -> dict[str, Manifest]:
             manifest = Manifest.load(files.join(root, other))
         except ValueError as error:
             # whether it is one is not known, and it is not what this command was asked to read
-            if other in OOD_SETS:
+            if other in TEST_SETS:
                 _warn(files.join(root, other), f"its images with those of {name}", str(error))
             continue
-        if manifest.is_ood:
+        if is_test_set(manifest):
             found[other] = manifest
     return found
 
 
 def _beside(root: str) -> list[str]:
-    """Name the packed sets below a root; of one that cannot be listed, the known OOD sets."""
+    """Name the packed sets below a root; of one that cannot be listed, the benchmarks'."""
     # a store may let its files be read and not listed, and a web server has no list
     if not root.startswith(("http://", "https://")):
         with contextlib.suppress(OSError, ValueError):
             return packed_sets(root, most=None)
     try:
-        return [name for name in OOD_SETS if files.exists(files.join(root, name, MANIFEST))]
+        return [name for name in TEST_SETS if files.exists(files.join(root, name, MANIFEST))]
     except ValueError as error:
         _warn(root, "the training set with the sets beside it", str(error))
         return []

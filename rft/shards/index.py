@@ -13,10 +13,10 @@ from typing import Annotated
 import numpy as np
 
 from rft.shards import tar
+from rft.shards.columns import read_columns
 from rft.shards.folder import INDEX
 from rft.shards.manifest import AGAIN, Manifest
 from rft.storage import files
-from rft.storage.arrays import read_npz
 
 KEY_BYTES = 1024  # of the longest key; each key of an index takes as many
 KEYS_AT_ONCE = 2**16  # that are checked together: masks of all keys would be several indexes
@@ -88,16 +88,9 @@ class Index:
                 manifest's samples.
         """
         path = files.join(url, INDEX)
-        # as many rows as the manifest says, no more, whatever the store sends
+        # as many rows as the manifest says
         limit = min(manifest.samples * (ROW_BYTES + KEY_BYTES) + HEADERS_BYTES, INDEX_BYTES)
-        data = files.read_bytes(path, limit)
-        # before anything is parsed: what fails below this line was packed so
-        if files.sha256_bytes(data) != manifest.index_sha256:
-            raise ValueError(f"{path} does not have the sha256 in its manifest; {AGAIN}")
-        try:
-            columns = read_npz(data, limit)
-        except ValueError as error:
-            raise ValueError(f"{path} is no archive of columns ({error}); {AGAIN}") from error
+        columns = read_columns(path, limit, manifest.index_sha256)
         if fault := _column_fault(columns, manifest.samples):
             raise ValueError(f"{path}: {fault}; {AGAIN}")
         return Index(**columns)

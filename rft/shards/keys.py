@@ -37,6 +37,14 @@ def make_keys(paths: Sequence[str]) -> list[str]:
     return hashed
 
 
+def below_domain(key: str, domain: str) -> str:
+    """Return a key without the folders of its domain in front: what versions of an image share.
+
+    A key that does not begin with them is returned whole: domains of a table are no folders.
+    """
+    return key.removeprefix(f"{safe_in_key(domain)}_")
+
+
 def safe_in_key(name: str) -> str:
     """Replace the letters that no key has."""
     return UNSAFE_IN_KEY.sub("_", name)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rft.shards.columns import read_columns
 from rft.shards.folder import SAMPLES
 from rft.shards.manifest import AGAIN, Manifest
 from rft.storage import files
-from rft.storage.arrays import read_npz
 
 COLUMNS = {"source": np.dtype(np.uint64), "domain": np.dtype(np.int32)}
 HEADERS_BYTES = 2**13  # what the file has besides its rows, and more
@@ -48,17 +48,10 @@ class Samples:
         path = files.join(url, SAMPLES)
         if manifest.samples_sha256 is None:
             raise ValueError(f"{url} has no {SAMPLES}, which older versions did not make; {AGAIN}")
-        # as many rows as the manifest says, no more, whatever the store sends
+        # as many rows as the manifest says
         row_bytes = sum(kind.itemsize for kind in COLUMNS.values())
         limit = manifest.samples * row_bytes + HEADERS_BYTES
-        data = files.read_bytes(path, limit)
-        # before anything is parsed: what fails below this line was packed so
-        if files.sha256_bytes(data) != manifest.samples_sha256:
-            raise ValueError(f"{path} does not have the sha256 in its manifest; {AGAIN}")
-        try:
-            columns = read_npz(data, limit)
-        except ValueError as error:
-            raise ValueError(f"{path} is no archive of columns ({error}); {AGAIN}") from error
+        columns = read_columns(path, limit, manifest.samples_sha256)
         if fault := _fault(columns, manifest):
             raise ValueError(f"{path}: {fault}; {AGAIN}")
         return Samples(**columns)

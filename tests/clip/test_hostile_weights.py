@@ -28,6 +28,8 @@ from rft.storage import files
 from tests import formats
 from tests.conftest import build_model
 
+pytestmark = pytest.mark.slow  # together
+
 Change = Callable[[dict], object]
 
 
@@ -273,7 +275,6 @@ FOLDERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("change", "message"), FOLDERS.values(), ids=FOLDERS.keys())
 def test_a_folder_that_describes_too_much_is_one_line(tmp_path, change, message):
     name = folder_with(tmp_path / "hub", change)
@@ -493,7 +494,6 @@ BOMBS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("data", "message"), BOMBS.values(), ids=BOMBS.keys())
 def test_a_small_pickle_takes_little_time(tmp_path, data, message):
     path = tmp_path / "m.pt"
@@ -550,7 +550,6 @@ def test_two_members_of_one_name(tmp_path):
         weights.read(tmp_path / "m.pt")
 
 
-@pytest.mark.slow
 def test_an_archive_of_many_members(tmp_path):
     members = {f"data/{n}": b"" for n in range(unpickle.MEMBERS)}
     (tmp_path / "m.pt").write_bytes(archive(**members))
@@ -558,7 +557,6 @@ def test_an_archive_of_many_members(tmp_path):
         weights.read(tmp_path / "m.pt")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("new", [True, False])
 def test_each_storage_is_read_once_however_many_views_it_has(tmp_path, new, monkeypatch):
     flat = torch.arange(100_000.0)
@@ -661,7 +659,6 @@ def costs_of(read: Callable[[], object]) -> tuple[str, float, int]:
     return found
 
 
-@pytest.mark.slow
 def test_no_small_file_takes_much(tmp_path, good):
     path = tmp_path / "m.safetensors"
     document, content = parts(good)
@@ -685,7 +682,6 @@ def test_no_small_file_takes_much(tmp_path, good):
 # Anything at all
 
 
-@pytest.mark.slow
 @given(st.data())
 def test_a_mutated_file_is_read_or_one_line(tmp_path_factory, good, data):
     path = tmp_path_factory.mktemp("mutated") / "m.safetensors"
@@ -714,7 +710,6 @@ OPCODES = [bytes([code]) for code in unpickle._ACTIONS] + [
 ]
 
 
-@pytest.mark.slow
 @given(st.lists(st.sampled_from(OPCODES), max_size=40), st.booleans())
 def test_any_pickle_is_read_or_one_line(tmp_path_factory, codes, archived):
     path = tmp_path_factory.mktemp("pickle") / "m.pt"
@@ -734,7 +729,6 @@ def saved() -> tuple[bytes, ...]:
     return tuple(made)
 
 
-@pytest.mark.slow
 @given(st.data())
 def test_a_mutated_torch_file_is_read_or_one_line(tmp_path_factory, saved, data):
     path = tmp_path_factory.mktemp("torch") / "m.pt"

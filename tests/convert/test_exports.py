@@ -29,10 +29,9 @@ from tests.convert.compare import document, same, state_of
 from tests.predicted import evaluated
 from tests.tiny import call, forget_weights
 
-pytestmark = pytest.mark.usefixtures("known_models")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("known_models")]
 
 
-@pytest.mark.slow
 def test_released_and_model_soups_round_trips(convert, run, released, state, tmp_path):
     text = tmp_path / "text.pt"
     torch.save(formats.build_clip().state_dict(), text)
@@ -69,7 +68,6 @@ def test_released_export_carries_the_accuracy_that_the_teacher_prints(
     assert found["mean_per_class"] == pytest.approx(counts["correct"] / counts["total"])
 
 
-@pytest.mark.slow
 def test_safetensors_export_is_evaluated_and_described(convert, openai, tmp_path, tiny_data):
     options = ("--clip", formats.NAME, "--data", tiny_data)
     convert("import", openai, "--out", tmp_path / "run", *options)
@@ -91,7 +89,6 @@ def test_safetensors_export_is_evaluated_and_described(convert, openai, tmp_path
     assert same(state_of(tmp_path / "again"), state_of(tmp_path / "run"))
 
 
-@pytest.mark.slow
 def test_open_clip_export_gives_the_same_features(convert, run, state, tmp_path, openai):
     out = tmp_path / "hub"
     convert("export", run, "--to", "open-clip", "--out", out, "--text", openai)
@@ -119,7 +116,6 @@ def test_open_clip_export_gives_the_same_features(convert, run, state, tmp_path,
     assert open_clip.get_tokenizer(f"local-dir:{out}")(["a cat"]).shape == (1, 12)
 
 
-@pytest.mark.slow
 def test_open_clip_round_trip(convert, run, state, tmp_path, openai):
     out = tmp_path / "hub"
     convert("export", run, "--to", "open-clip", "--out", out, "--text", openai)
@@ -144,7 +140,6 @@ def test_a_folder_of_the_users_own_with_its_words(convert, tmp_path, tiny_clip, 
     assert clip.architecture.mean == (0.5, 0.5, 0.5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("theirs", [{"resize_mode": "squash"}, {"interpolation": "bilinear"}])
 def test_another_way_to_resize_is_warned_of(tmp_path, tiny_clip, tiny_data, capsys, theirs):
     def warning(*arguments: object) -> str:
@@ -173,7 +168,6 @@ def test_another_way_to_resize_is_warned_of(tmp_path, tiny_clip, tiny_data, caps
     assert warning(*line, tmp_path / "headed").count("resized") == 1
 
 
-@pytest.mark.slow
 def test_a_merged_model_finds_its_text_tower(convert, openai, tmp_path, tiny_data):
     options = ("--clip", formats.NAME, "--data", tiny_data)
     convert("import", openai, "--out", tmp_path / "a", *options)
@@ -186,7 +180,6 @@ def test_a_merged_model_finds_its_text_tower(convert, openai, tmp_path, tiny_dat
     assert same({**found.visual, **found.head}, state_of(tmp_path / "m"))
 
 
-@pytest.mark.slow
 def test_training_starts_from_an_openai_file_and_its_run_is_exported(
     convert, openai, tmp_path, tiny_data
 ):
@@ -217,7 +210,6 @@ def test_training_starts_from_an_openai_file_and_its_run_is_exported(
         assert line in page
 
 
-@pytest.mark.slow
 def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     hub = ("--to", "open-clip", "--out", tmp_path / "hub")
     assert "no checkpoint at" in refused("export", tmp_path / "none.safetensors", *hub)
@@ -269,7 +261,6 @@ def test_the_hub_is_not_asked_for_what_weights_name(refused, run, openai, monkey
     assert asked == []
 
 
-@pytest.mark.slow
 def test_export_never_overwrites(convert, refused, run, tmp_path, openai):
     hub = ("--to", "open-clip", "--out", tmp_path / "hub", "--text", openai)
     convert("export", run, *hub)

@@ -31,6 +31,8 @@ from rft.packing.objectnet import objectnet_groups
 from rft.rng import numpy_generator
 from rft.shards.label_space import LabelSpace
 
+pytestmark = pytest.mark.slow  # together
+
 SCALE = 0.01  # 20 training images, 16 of each other set
 DIVERSE = Setting(
     bank="dev",
@@ -67,7 +69,6 @@ def scenes(setting: Setting, count: int):
         yield draw_scene(setting, number % len(CLASSES), silhouettes, rng), rng
 
 
-@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     world.write_world(tmp_path / "again", scale=SCALE)
     world.write_world(tmp_path / "other", seed=1, scale=SCALE)
@@ -78,7 +79,6 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     assert all(other[path] != same[path] for path in images)
 
 
-@pytest.mark.slow
 def test_a_finished_world_is_left_alone_and_another_is_refused(folder, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     world.write_world(folder, scale=SCALE)
@@ -90,7 +90,6 @@ def test_a_finished_world_is_left_alone_and_another_is_refused(folder, tmp_path)
         world.write_world(tmp_path, scale=SCALE)
 
 
-@pytest.mark.slow
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(root: Path, *_):
         (root / "half").touch()
@@ -108,7 +107,6 @@ def test_only_the_training_set_shares_objects_with_fine_tuning():
     assert set(banks.values()) == {"test"}
 
 
-@pytest.mark.slow
 def test_every_set_is_read_in_its_official_layout(folder, labels):
     for name, image_set in world.SETS.items():
         source = read_source(name, folder, labels)
@@ -206,7 +204,6 @@ def test_contexts_follow_their_rule():
     assert len({pattern_and_palette(context) for context in range(NUM_CONTEXTS)}) == NUM_CONTEXTS
 
 
-@pytest.mark.slow
 def test_no_instance_is_in_two_banks():
     for class_id in range(len(CLASSES)):
         members = bank_members(class_id, SHAPE_INSTANCES)
@@ -222,7 +219,6 @@ def test_no_instance_is_in_two_banks():
         assert len(set.union(*seen)) == sum(map(len, seen))
 
 
-@pytest.mark.slow
 def test_every_caption_and_prompt_is_in_the_vocabulary():
     clip = load_clip(ModelConfig(clip="rft-miniature", pretrained=""))
     texts = [caption(scene, rng) for scene, rng in scenes(DIVERSE, 500)]

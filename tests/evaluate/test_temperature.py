@@ -100,6 +100,13 @@ def test_models_of_several_splits_in_one_call(train, tiny_data, capsys, tmp_path
         f"WARNING: {soup} gets no temperature: its trainings held different images out, so none of "
         "them is new to it; train its models with one --split-seed",
     ]
+    # a rerun has nothing to do, and says so again
+    before = (soup / "results.json").stat().st_mtime_ns
+    evaluate(tiny_data, *runs, none, soup, wise)
+    again = capsys.readouterr()
+    assert "all counts are already there, nothing to do" in again.out
+    assert [line for line in unstamped(again.err).splitlines() if "gets no" in line] == warnings
+    assert (soup / "results.json").stat().st_mtime_ns == before
     seeds = [recorded(run)["temperature"] for run in (*runs, none, soup, wise)]
     assert [found and found["split_seed"] for found in seeds] == [1, 2, None, None, 1]
     assert read(path_of(soup, SET), recorded(soup)["total"]).scaled_confidence is None
@@ -137,3 +144,21 @@ def test_held_out_images_that_are_test_images_are_refused(train, tiny_data, tmp_
     line = refused(evaluation, run, "--data", root, *words)
     assert "imagenet-train holds 76 images of found-later" in line
     assert not (run / "results.json").exists()
+
+
+def test_training_images_are_counted_and_warned_of(train, tiny_data, tmp_path, capsys):
+    run, root = train("vanilla"), tmp_path / "data"
+    copy(tiny_data, root, "imagenet-train", SET)
+    pack_as(tiny_data, "imagenet-train", root, "copy")
+    capsys.readouterr()
+    call(evaluation, run, "--data", root, "--sets", "copy", SET, "--workers", 0, "--device", "cpu")
+    printed = capsys.readouterr()
+    (line,) = (one for one in unstamped(printed.err).splitlines() if "was trained on" in one)
+    assert line == (
+        f"WARNING: {run} was trained on 76 of the 76 images of copy: its accuracy there is no test "
+        "accuracy"
+    )
+    sets = json.loads((run / "results.json").read_text())["sets"]
+    assert (sets["copy"]["seen"], sets[SET]["seen"]) == (76, 0)
+    # a set of the user's own leads to a report as the benchmarks do
+    assert "next: python -m rft.report" in printed.out

@@ -52,8 +52,12 @@ def test_no_image_counts_twice_on_several_ranks(images, ranks):
 
 
 def test_a_padded_count_is_another_number():
-    right_N = np.array([True, False, False, False, True])
-    padded = np.resize(right_N, 6)
+    """What a sampler that pads gives each of four ranks, beside what they really get."""
+    right_N = np.arange(130) < 64
+    padded = np.resize(right_N, 4 * 33)
+    parts = [rank_part(len(right_N), rank, 4, TOGETHER) for rank in range(4)]
+    ours = np.concatenate([right_N[part] for part in parts])
+    assert ours.mean() == right_N.mean()
     assert padded.mean() != right_N.mean()
 
 

@@ -14,6 +14,8 @@ from rft.experiments import Study, experiments
 from tests.launch.conftest import ROOT, SETTINGS, Project, environment
 from tests.storage.test_urls import WITH_SECRET
 
+pytestmark = pytest.mark.slow  # together
+
 GPUS = """
 GPUS_PER_NODE=8 CPUS_PER_NODE=64
 SBATCH_OPTIONS=(--account='a b') CPU_OPTIONS=(--account=cpu)
@@ -199,7 +201,6 @@ def copied(project: Project, place: Path) -> set[str]:
     return {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
 def test_the_code_is_copied_as_it_is(project, tmp_path):
     project.write_settings()
     # as editors leave them
@@ -235,7 +236,6 @@ def test_the_code_is_copied_as_it_is(project, tmp_path):
     assert {str(path) for path in again} == {name for name in tracked if "." in name}
 
 
-@pytest.mark.slow
 def test_a_run_keeps_the_code_it_began_with(project, tmp_path):
     project.write_settings()
     place = tmp_path / "code"
@@ -518,7 +518,6 @@ def test_ranks_on_a_node_with_gpus_do_not_take_its_cpu(project):
     assert " --device cuda --seed 1\n" in attempt(project, "exit 0")
 
 
-@pytest.mark.slow
 def test_the_whole_paper_is_submitted_in_order(project):
     project.write_settings(GPUS)
     words = ("--dry-run", "--seeds", "2", "--", "--precision", "bf16")

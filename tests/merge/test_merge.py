@@ -25,6 +25,8 @@ from tests import tiny
 from tests.conftest import build_model
 from tests.tiny import call, forget_weights, torchrun
 
+pytestmark = pytest.mark.slow  # together
+
 HELD_OUT = 40
 
 
@@ -273,7 +275,6 @@ def count_by_hand(state: dict[str, torch.Tensor], run: Path, data: Path) -> int:
     return right
 
 
-@pytest.mark.slow
 def test_greedy_soup_is_the_recipe_and_the_same_on_two_ranks(pot, tmp_path, tiny_data, merge):
     alone = {path: count_by_hand(state_of(path), path, tiny_data) for path in pot}
     order = sorted(pot, key=alone.__getitem__)[::-1]  # of equal ones the last named comes first
@@ -440,7 +441,7 @@ def test_nothing_is_written_if_one_of_several_is_in_the_way(runs, tmp_path, merg
 @pytest.mark.parametrize(
     ("alpha", "message"),
     [
-        (["1.5"], "--alpha is 1.5; it must lie in [0, 1]"),
+        (["1.5"], "--alpha is 1.5; it must be in [0, 1]"),
         (["0.5", "-0.1"], "--alpha is -0.1"),
         (["nan"], "--alpha is nan"),
         (["0.5", "0.50000001"], "--alpha has 0.5 twice"),

@@ -20,6 +20,8 @@ from rft.storage.remote import Patience
 from tests.packing.test_foreign import LABELS, Options, picture, plain, run_tool, write_tar
 from tests.servers.s3 import ObjectStore, use_environment
 
+pytestmark = pytest.mark.slow  # together
+
 LATER = "run the same command again later"
 NO_RANGES = "the server does not serve ranges of it"
 NO_PERMISSION = "no permission, or no such file in a store that may not be listed"
@@ -100,7 +102,6 @@ def labels(out: Path) -> list[int]:
 # --- shards -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", WORKS)
 def test_shards_are_read(served: Path, tmp_path: Path, mode: str) -> None:
     for number, look in enumerate(
@@ -119,7 +120,6 @@ def test_shards_are_read(served: Path, tmp_path: Path, mode: str) -> None:
             assert max(server.requests.values()) > int(mode[-1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", SHARD_FAILS)
 def test_shards_are_refused(served: Path, tmp_path: Path, mode: str) -> None:
     with odd_server(served, "plain") as server:
@@ -217,7 +217,6 @@ def test_what_is_not_there(indexed: Path) -> None:
             files.names(url)
 
 
-@pytest.mark.slow
 def test_a_long_file_comes_in_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "REQUEST_BYTES", 1000)
     for size in (0, 1, 999, 1000, 1001, 5500):
@@ -249,7 +248,6 @@ def test_folders_that_may_not_be_entered(tmp_path: Path, monkeypatch) -> None:
     )
 
 
-@pytest.mark.slow
 def test_s3_says_why(
     store: ObjectStore, bucket: str, indexed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

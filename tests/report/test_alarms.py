@@ -1,17 +1,15 @@
 """Alarms: where fine-tuning lost, where it collapsed, where a test proves nothing."""
 
+import json
+
 import numpy as np
 import pytest
-from PIL import Image
 
-from rft.packing.own_folder import read_folder
-from rft.packing.pack import Options, pack_source
-from rft.report import alarms
 from rft.report.page import compose
 from rft.report.read import load_runs
 from rft.runs.predictions import path_of
 from rft.storage import files
-from tests.report.make_runs import configured, edit, make_predicted, make_run, predict, run_of
+from tests.report.make_runs import edit, make_predicted, make_run, predict
 
 pytestmark = pytest.mark.slow
 
@@ -74,31 +72,11 @@ def test_few_predicted_classes_are_a_collapse(tmp_path, classes, predicted, alar
         )
 
 
-def test_images_of_a_test_set_that_are_training_images_are_counted(tmp_path):
-    photos, rng = tmp_path / "photos", np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (photos / name).mkdir(parents=True)
-        for n in range(5):
-            pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(photos / name / f"{n}.png")
-    copied = read_folder(photos, None, 0.4, 0)
-    # one test image gets the bytes of a training image, two others those of one and the same
-    train, test = copied.sources
-    for at, source in ((0, 0), (1, 1), (2, 1)):
-        content = (train.root / train.items[source].path).read_bytes()
-        (test.root / test.items[at].path).write_bytes(content)
-    found = read_folder(photos, None, 0.4, 0)
-    data = tmp_path / "shards"
-    for source in found.sources:
-        pack_source(source, str(data), found.labels, Options(encoding="pixels", size=8, workers=1))
-    run = configured(run_of("vanilla", 0, (70.0,)), train_set="train")
-    counted = run.results.sets["imagenet-val"]
-    run = configured(run, train_set="train")
-    own = {"test": counted}
-    object.__setattr__(run.results, "sets", own)
-    (line,) = alarms.shared_images([run], str(data))
-    assert line.startswith("2 images of the test set test are images of the training set train too")
-    # a data root without them, and a benchmark, are not compared
-    assert alarms.shared_images([run], str(tmp_path / "elsewhere")) == []
-    benchmark = configured(run_of("vanilla", 0, (70.0,)), train_set="train")
-    assert alarms.shared_images([benchmark], str(data)) == []
+def test_test_images_that_were_trained_on_are_an_alarm(tmp_path):
+    paths = [make_predicted(tmp_path, "vanilla", seed, sets=("test",)) for seed in (0, 1)]
+    for path in paths:
+        sets = json.loads((path / "results.json").read_text())["sets"]
+        sets["test"]["seen"] = 17
+        edit(path / "results.json", sets=sets)
+    (line,) = found(*paths)
+    assert line.startswith("17 of the 60 images of test were in the training set of vanilla:")

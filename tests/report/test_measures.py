@@ -2,14 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from rft.report import details, tables
 from rft.report import measures as measures_module
-from rft.report import tables
-from rft.report.measures import AveragePair, SetPair, measure, significant
-from rft.report.page import compose
+from rft.report.measures import AveragePair, SetPair, Units, measure, significant
+from rft.report.page import compose, render
 from rft.report.read import load_runs
 from rft.report.tables import OOD_COLUMN
 from rft.runs import predictions
@@ -237,7 +238,6 @@ def test_runs_of_different_keys_are_refused(tmp_path):
     [
         ({"correct": 1}, "images right, results.json says 1; evaluate the run again"),
         ({"predictions_sha256": "0" * 64}, "is not the file that results.json was written with"),
-        ({"total": 2**40}, "has predictions of 1,099,511,627,776 images; a report reads those of"),
     ],
 )
 def test_predictions_that_do_not_belong_are_refused(tmp_path, changes, message):
@@ -308,3 +308,172 @@ def test_own_sets_have_an_average_where_several_are_declared(tmp_path):
     assert shown() == (["garden", "zoo"], "garden")
     declare(path, "garden")
     assert shown() == (["garden", "zoo", "OOD avg (2 sets)"], "//garden//zoo")
+
+
+def test_a_set_that_is_too_large_is_counted_and_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(measures_module, "IMAGES", 59)
+    large = make_predicted(tmp_path, "vanilla", sets=("imagenet-val",))
+    small = make_predicted(tmp_path, "no-mask", sets=("zoo",), images=59)
+    report = compose(load_runs([large, small]), draw=False)
+    assert report.measures.sets.keys() == {("no-mask", "zoo")}
+    assert report.measures.without == ()
+    assert tables.ID_COLUMN in report.rows[0].cells
+    (line,) = (one for one in report.summary.warnings if one.startswith("ImageNet: more than"))
+    assert "no intervals, p-values" in line
+
+
+def with_domains(path, name, domains, label_N):
+    """Let a run's images lie in domains, as packing names them: several versions of each image."""
+    rows = rows_of(path, name)
+    images = len(rows.key) // len(domains)
+    domain_N = np.repeat(domains, images)
+    keys = [
+        f"{domain.replace('/', '_')}_n01_{number % images:05d}"
+        for number, domain in enumerate(domain_N)
+    ]
+    changed = vars(rows) | {"key": np.array(keys), "domain": domain_N, "label": label_N}
+    prediction_N = np.where(rows.right, label_N, label_N + 1).astype(np.int32)
+    data = predictions.Predictions(**changed | {"prediction": prediction_N}).to_bytes()
+    predictions.path_of(path, name).write_bytes(data)
+    sets = json.loads((path / "results.json").read_text())["sets"]
+    sets[name]["predictions_sha256"] = files.sha256_bytes(data)
+    edit(path / "results.json", sets=sets)
+
+
+def corrupted(folder, recipe, skill, seeds=1):
+    """Runs on 40 images in 6 domains; easy images are so in all of them."""
+    paths = []
+    for seed in range(seeds):
+        path = make_predicted(folder, recipe, seed, sets=("c",), images=240)
+        hard_N = np.tile(np.random.default_rng(0).uniform(size=40), 6)
+        noise_N = np.random.default_rng([seed, *recipe.encode()]).normal(0, 0.05, 240)
+        predict(path, {"c": hard_N + noise_N < skill})
+        label_N = np.tile(np.arange(40) % 2, 6).astype(np.int32)
+        with_domains(
+            path, "c", [f"{one}/{n}" for one in ("fog", "snow") for n in (1, 2, 3)], label_N
+        )
+        paths.append(path)
+    return paths
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_versions_of_an_image_are_drawn_together(tmp_path, seeds):
+    paths = [
+        *corrupted(tmp_path, "vanilla", 0.5, seeds),
+        *corrupted(tmp_path, "no-mask", 0.6, seeds),
+    ]
+    runs = load_runs(paths)
+    found = measure(tables.by_row(runs), ["c"], {})
+    assert found.versions == ("c",)
+    right_SN = np.stack([rows_of(path, "c").right for path in paths])
+    # of equal size, so units' means have the mean of the images
+    own_SU = right_SN.reshape(2, seeds, 6, 40).mean(axis=(1, 2))
+    for row, own_U in zip(("vanilla", "no-mask"), own_SU, strict=True):
+        expected = paired.bootstrap([own_U], seed=5).interval
+        width = expected.high - expected.low
+        assert found.sets[row, "c"].interval == pytest.approx(expected, abs=0.05 * width)
+    pair = found.pair("no-mask", "vanilla", "c")
+    expected = paired.bootstrap([own_SU[1] - own_SU[0]], seed=5).interval
+    width = expected.high - expected.low
+    assert pair.difference.interval == pytest.approx(expected, abs=0.1 * width)
+    # images are counted one by one, and no test takes them for independent ones
+    gain_N = right_SN[seeds:].mean(axis=0) - right_SN[:seeds].mean(axis=0)
+    assert (pair.gained, pair.lost) == ((gain_N > 0).sum(), (gain_N < 0).sum())
+    assert pair.mcnemar == ()
+    report = compose(runs, draw=False)
+    assert any("c: images of one name in several domains" in one for one in report.summary.warnings)
+    assert details.differences_csv(report.rows, report.measures).splitlines()[1].endswith(",")
+
+
+def test_files_of_one_name_in_two_classes_are_different_images():
+    """Numbered files: 1.jpg of cats is no version of 1.jpg of dogs."""
+    zeros = np.zeros(4, np.int32)
+    rows = predictions.Predictions(
+        key=np.array(["fog_1", "snow_1", "fog_1", "snow_1"]),
+        label=np.array([0, 0, 1, 1], np.int32),
+        domain=np.array(["fog", "snow", "fog", "snow"]),
+        **dict.fromkeys(("prediction", "rank", "confidence", "log_likelihood"), zeros),
+    )
+    found = Units.of(rows)
+    assert found.number_N.tolist() == [0, 0, 1, 1]
+    assert found.size_U.tolist() == [2, 2]
+    # no image has another version
+    assert Units.of(replace(rows, key=np.array(["fog_1", "snow_2", "fog_3", "snow_4"]))) is None
+    assert Units.of(replace(rows, domain=None)) is None
+
+
+def test_an_infinite_likelihood_has_no_spread(tmp_path):
+    """A label's probability may be 0 in float32."""
+    for seed in (0, 1):
+        path = make_predicted(tmp_path, "vanilla", seed, sets=("zoo",))
+        rows = rows_of(path, "zoo")
+        likelihood_N = np.where(rows.right, rows.log_likelihood, -np.inf).astype(np.float32)
+        data = predictions.Predictions(**vars(rows) | {"log_likelihood": likelihood_N}).to_bytes()
+        predictions.path_of(path, "zoo").write_bytes(data)
+        sets = json.loads((path / "results.json").read_text())["sets"]
+        sets["zoo"]["predictions_sha256"] = files.sha256_bytes(data)
+        edit(path / "results.json", sets=sets)
+    report = compose(load_runs([tmp_path]), draw=False)
+    (line,) = details.statistics_csv(report.rows, report.measures).splitlines()[1:]
+    assert ",inf,," in line
+    grid = details.statistics_grid(report.shown, report.measures, "zoo")
+    assert "inf" in grid.lines[0][1]
+
+
+def test_a_sets_declared_score_is_a_column_and_what_averages_take(tmp_path):
+    sets = ("imagenet-r", "wilds")
+    paths = [make_predicted(tmp_path, name, sets=sets) for name in ("vanilla", "no-mask")]
+    for path, value in zip(paths, (0.25, 0.375), strict=True):
+        counts = json.loads((path / "results.json").read_text())["sets"]
+        counts["wilds"] |= {
+            "score": "worst-domain",
+            "value": value,
+            "ood": True,
+            "worst_domain": "x",
+        }
+        edit(path / "results.json", sets=counts)
+    report = compose(load_runs(paths), draw=False)
+    column = tables.score_column("worst-domain", "wilds")
+    assert [row.cells[column].mean for row in report.rows] == [25, 37.5]
+    headings = [tables.heading(name) for name in tables.columns(report.rows)]
+    assert headings == ["R", "wilds", "wilds, worst-domain", "OOD avg (2 sets)"]
+    average = tables.columns(report.rows)[-1]
+    for row in report.rows:
+        mean = (row.cells["imagenet-r"].mean + row.cells[column].mean) / 2
+        assert row.cells[average].mean == pytest.approx(mean)
+        # drawing images says nothing of a worst domain
+        assert details.interval(report.measures, row.name, average) is None
+    assert tables.pair_of(report.measures, "no-mask", "vanilla", average) is None
+    assert tables.pair_of(report.measures, "no-mask", "vanilla", "wilds") is not None
+    caption = report.tables[0].caption
+    assert "or the score that a heading names" in caption
+    assert "OOD avg (2 sets) is the unweighted mean of R, wilds, worst-domain." in caption
+    grid = details.statistics_grid(report.shown, report.measures, average)
+    assert grid.header[0] == "score"
+    render(report)
+
+
+def test_a_mean_over_domains_of_one_size_is_top1(tmp_path):
+    path = make_predicted(tmp_path, "vanilla", sets=("imagenet-r", "c"))
+    counts = json.loads((path / "results.json").read_text())["sets"]
+    value = counts["c"]["correct"] / counts["c"]["total"]
+    counts["c"] |= {"score": "mean-over-domains", "value": value + 1e-16, "ood": True}
+    edit(path / "results.json", sets=counts)
+    report = compose(load_runs([path]), draw=False)
+    assert [tables.heading(name) for name in tables.columns(report.rows)] == [
+        "R", "c", "OOD avg (2 sets)"
+    ]  # fmt: skip
+    average = tables.columns(report.rows)[-1]
+    assert details.interval(report.measures, "vanilla", average) is not None
+
+
+def test_a_copy_of_a_set_counts_once(tmp_path):
+    path = make_predicted(tmp_path, "vanilla", sets=("imagenet-r", "imagenet-a", "mine", "zoo"))
+    counts = json.loads((path / "results.json").read_text())["sets"]
+    counts["mine"]["manifest_sha256"] = counts["imagenet-r"]["manifest_sha256"]
+    edit(path / "results.json", sets=counts)
+    declare(path, "mine", "zoo")
+    report = compose(load_runs([path]), draw=False)
+    average = tables.columns(report.rows)[-1]
+    assert tables.sets_of(average) == ("imagenet-r", "imagenet-a", "zoo")
+    assert any("mine is the same packed data as R" in one for one in report.summary.warnings)

@@ -334,3 +334,17 @@ def test_what_is_not_known_of_a_run_is_noted(tmp_path):
     ):
         (note,) = run.notes
         assert words in note
+
+
+def test_an_average_that_was_never_written_lacks_nothing(tmp_path):
+    path = make_run(tmp_path, "wise-ft-0.5", merged_from=[])
+    results = json.loads((path / "results.json").read_text())
+    edit(
+        path / "results.json",
+        without_weights=True,
+        config_sha256=files.sha256_file(path / "config.json"),
+    )
+    (path / SELECTED).unlink(missing_ok=True)
+    assert "sets" in results
+    (run,) = load_runs([path])
+    assert run.notes == ()

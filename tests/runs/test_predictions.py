@@ -86,7 +86,7 @@ def test_what_cannot_be_predictions_is_refused(tmp_path, columns, says):
     np.savez_compressed(stream, **changed(**columns))
     path = tmp_path / "imagenet-val.npz"
     path.write_bytes(stream.getvalue())
-    with pytest.raises(ValueError, match=rf"{path} is no file of predictions: .*{says}"):
+    with pytest.raises(ValueError, match=rf"{path} is not a file of predictions: .*{says}"):
         read(path, 3)
 
 

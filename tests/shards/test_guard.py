@@ -13,7 +13,7 @@ from benchmarks.tiny_world import LABELS, SIZE
 from rft.merge import command as merging
 from rft.packing.layouts import read_source
 from rft.packing.pack import Options, pack_source
-from rft.shards.guard import require_no_test_images
+from rft.shards.guard import require_no_test_images, seen_images
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest
 from rft.shards.samples import Samples
@@ -54,8 +54,41 @@ def warnings(capsys) -> list[str]:
 
 def test_different_images_pass(tiny_data, capsys):
     guard(tiny_data, "imagenet-train")
-    guard(tiny_data, "imagenet-val")
     assert warnings(capsys) == []
+
+
+def test_the_id_test_set_is_refused_under_any_name(tiny_data, tmp_path):
+    with pytest.raises(ValueError, match=r"is a test set \(imagenet-val\)"):
+        guard(tiny_data, "imagenet-val")
+    shutil.copytree(tiny_data / "imagenet-val", tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"mine is a test set \(imagenet-val\)"):
+        guard(tmp_path, "mine")
+    copy(tiny_data, tmp_path, "imagenet-val")
+    pack_as(tiny_data, "imagenet-val", tmp_path, "packed-again")
+    with pytest.raises(ValueError, match="packed-again holds 28 images of imagenet-val, mine"):
+        guard(tmp_path, "packed-again")
+
+
+def test_an_evaluation_knows_which_images_were_trained_on(tiny_data, tmp_path):
+    """Whole sets, copies under another name and single images."""
+    copy(tiny_data, tmp_path, "imagenet-train", "imagenet-r")
+    pack_as(tiny_data, "imagenet-train", tmp_path, "copy", replace(PIXELS, encoding="original"))
+    found = read_source("imagenet-train", tiny_data.parent / "images", LABELS)
+    some = replace(found, dataset="some", items=found.items[::3])
+    assert pack_source(some, str(tmp_path), LABELS, PIXELS)
+    tests = {
+        name: Manifest.load(str(tmp_path / name))
+        for name in ("imagenet-train", "imagenet-r", "copy", "some")
+    }
+    trained_on = [("imagenet-train", tests["imagenet-train"].sha256)]
+    expected = {"imagenet-train": 76, "copy": 76, "some": len(some.items)}
+    assert seen_images(str(tmp_path), trained_on, tests) == expected
+    # another set of that name, and one that is not there
+    assert seen_images(str(tmp_path), [("imagenet-train", "0" * 64)], tests) == {}
+    assert seen_images(str(tmp_path), [("absent", tests["copy"].sha256)], tests) == {"copy": 76}
+    forget(tmp_path / "some")
+    tests["some"] = Manifest.load(str(tmp_path / "some"))
+    assert seen_images(str(tmp_path), trained_on, tests) == {"imagenet-train": 76, "copy": 76}
 
 
 @pytest.mark.parametrize("encoding", ["original", "pixels"])
@@ -90,7 +123,8 @@ def test_refused_exactly_where_a_hash_is_common(tmp_path_factory, train, test):
     if not common:
         require_no_test_images(str(root), "train", document, keys)
         return
-    said = rf"holds {len(common)} images of test \(first: 'k{common[0]}'\)"
+    images = "1 image" if len(common) == 1 else f"{len(common)} images"
+    said = rf"holds {images} of test \(first: 'k{common[0]}'\)"
     with pytest.raises(ValueError, match=said):
         require_no_test_images(str(root), "train", document, keys)
 
@@ -109,7 +143,7 @@ def test_one_image_among_others_is_found(tiny_data, tmp_path):
         shutil.copytree(found.root / name, tmp_path / "images" / name)
     mixed = read_source("imagenet-sketch", tmp_path / "images", LABELS)
     assert pack_source(replace(mixed, dataset="mixed"), str(tmp_path), LABELS, PIXELS)
-    with pytest.raises(ValueError, match=r"mixed holds 1 images of imagenet-a \(first: 'renamed'"):
+    with pytest.raises(ValueError, match=r"mixed holds 1 image of imagenet-a \(first: 'renamed'"):
         guard(tmp_path, "mixed")
 
 

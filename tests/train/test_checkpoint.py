@@ -560,6 +560,7 @@ def cannot_resume(store: Store, path: Path, says: str) -> None:
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.slow  # together
 @pytest.mark.parametrize("what", CONTENT)
 def test_the_content_of_a_checkpoint_is_no_more_trusted_than_its_record(tmp_path, what):
     change, says = CONTENT[what]

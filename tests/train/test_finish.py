@@ -14,6 +14,8 @@ from rft.train import build, pictures
 from rft.train.pictures import one_of_each_class
 from tests.tiny import unstamped
 
+pytestmark = pytest.mark.slow  # together
+
 
 @pytest.fixture
 def untrained(train):
@@ -25,7 +27,6 @@ def untrained(train):
     return run
 
 
-@pytest.mark.slow
 def test_a_finished_run_refuses_other_weights_to_build_on(untrained, capsys):
     probes = [untrained("linear-probe", "--seed", seed, name=f"p{seed}") for seed in ("0", "1")]
     head = ("--model.head", "random", "--seed", "3")
@@ -40,7 +41,6 @@ def test_a_finished_run_refuses_other_weights_to_build_on(untrained, capsys):
     assert "was built on other weights: start_sha256" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_run_whose_held_out_images_show_one_class_finishes(untrained, monkeypatch):
     # its gallery would have one picture, which no other image can fill
     def shown(labels, samples, count):
@@ -52,7 +52,6 @@ def test_a_run_whose_held_out_images_show_one_class_finishes(untrained, monkeypa
     assert not (run / "gallery.npz").exists()
 
 
-@pytest.mark.slow
 def test_other_pretrained_weights_under_a_started_run(train, capsys, monkeypatch):
     run = train("vanilla", "--optim.epochs", "1", name="run")
     (run / "training.json").unlink()

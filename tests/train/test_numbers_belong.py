@@ -31,6 +31,8 @@ from rft.train import command as train_command
 from tests import tiny
 from tests.tiny import call
 
+pytestmark = pytest.mark.slow  # together
+
 REVERSED = LabelSpace(ids=LABELS.ids[::-1], names=LABELS.names[::-1], templates=LABELS.templates)
 FIRST = "class 0 is 'n00000000' ('red') in the first, 'n00000003' ('grey') in the second"
 SECOND = "class 0 is 'n00000003' ('grey') in the first, 'n00000000' ('red') in the second"
@@ -97,7 +99,6 @@ def document(path: Path) -> dict:
 # classes
 
 
-@pytest.mark.slow
 def test_a_trained_head_carries_the_classes_of_its_data(folder):
     assert load_state(folder / "vanilla" / SELECTED).classes == LABELS.classes
     assert load_state(folder / "vanilla" / LAST).classes == LABELS.classes
@@ -256,7 +257,6 @@ def test_data_packed_before_manifests_had_ids(folder, tiny_data, tmp_path, refus
 # numbers
 
 
-@pytest.mark.slow
 def test_results_of_other_weights_are_stale(folder, tiny_data, tmp_path, refused, capsys):
     run, out = folder / "vanilla", tmp_path / "report"
     evaluate(run, data=tiny_data)
@@ -300,7 +300,6 @@ def test_weights_that_change_while_they_are_evaluated(folder, tiny_data, refused
     assert not (run / "results.json").exists()
 
 
-@pytest.mark.slow
 def test_a_run_that_has_not_ended_is_named(folder, tiny_data, tmp_path, capsys):
     run, other = folder / "vanilla", folder / "zero-shot"
     (run / "training.json").unlink()
@@ -323,7 +322,6 @@ def test_a_run_that_has_not_ended_is_named(folder, tiny_data, tmp_path, capsys):
     assert runs.unfinished(run) == "no step recorded"
 
 
-@pytest.mark.slow
 def test_results_of_before_still_load(folder, tiny_data, tmp_path):
     run = folder / "vanilla"
     evaluate(run, data=tiny_data)
