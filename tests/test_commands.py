@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from rft import cli, commands
+from rft.entry import main
 from tests import tiny
 
 # what the installed `rft` does
-START = "from rft.commands import main; main()"
+START = "from rft.entry import main; main()"
 EVERY = [
     *(one for one in commands.COMMANDS.values() if isinstance(one, commands.Command)),
     *commands.PACK.values(),
@@ -32,7 +33,7 @@ def rft(monkeypatch, capsys):
         monkeypatch.delenv(commands.STARTED, raising=False)
         code = 0
         try:
-            commands.main()
+            main()
         except SystemExit as stopped:
             code = stopped.code if isinstance(stopped.code, int) else 0
         # it is set for the whole of a process, which here goes on with other tests
@@ -71,7 +72,7 @@ def test_the_kinds_of_packing_are_listed(rft):
 
 def test_help_imports_nothing_slow():
     program = (
-        "import sys; sys.argv = ['rft', '--help']; from rft.commands import main; main(); "
+        "import sys; sys.argv = ['rft', '--help']; from rft.entry import main; main(); "
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -29,7 +29,7 @@ def direct(lock: str) -> dict[str, Requirement]:
     lines = [*PYPROJECT["project"]["dependencies"], *PYPROJECT["dependency-groups"]["build"]]
     lines += [line for extra in LOCKS[lock] for line in EXTRAS[extra]]
     found = {canonicalize_name(need.name): need for need in map(Requirement, lines)}
-    itself = found.pop("rft", None)  # an extra may ask for another one: rft[s3]
+    itself = found.pop("rft-clip", None)  # an extra may ask for another one: rft[s3]
     for extra in itself.extras if itself else ():
         found |= {canonicalize_name(need.name): need for need in map(Requirement, EXTRAS[extra])}
     return found

@@ -19,7 +19,7 @@ def of_report(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> l
 
 
 def _seen(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield the test sets that hold images which a model was trained on, as its evaluation found."""
+    """Yield the test sets with images that a model was trained on, as its evaluation found."""
     found: dict[tuple[str, int, int], dict[str, None]] = {}
     for run in runs:
         for name, count in run.counts.items():
