@@ -256,6 +256,12 @@ def say(text: str) -> None:
     print(plain(text, kept="\n"), flush=True)
 
 
+def say_next(text: str) -> None:
+    """Print the command that comes next (`next_step`), unless a plan runs it."""
+    if commands.STAGE not in os.environ:
+        say(text)
+
+
 def next_step(
     words: Sequence[object],
     *,

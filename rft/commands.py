@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 # what `rft COMMAND` was started as, for the commands that are printed to come next
 STARTED = "RFT_COMMAND"
+# set for a stage of a plan, which knows what comes next
+STAGE = "RFT_STAGE"
 RANKS = "--ranks"
 
 

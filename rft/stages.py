@@ -44,7 +44,7 @@ def run(name: str, command: tuple[str, ...]) -> None:
     # to be pasted: not the path of this interpreter
     show(("python", *command[1:]))
     # the user's own variables come last and win
-    environment = {**dist.RANKS_HERE, **os.environ}
+    environment = {**dist.RANKS_HERE, **os.environ, commands.STAGE: "1"}
     _require_done(name, subprocess.run(command, env=environment).returncode)
 
 
@@ -62,7 +62,8 @@ def run_here(name: str, words: Sequence[str]) -> None:
     title = " ".join(["rft", *names[: len(names) - len(options)]])
     show(["rft", *names] if by_rft else ["python", *words])
 
-    environment = {**os.environ, **({commands.STARTED: title} if by_rft else {})}
+    environment = {**os.environ, commands.STAGE: "1"}
+    environment |= {commands.STARTED: title} if by_rft else {}
 
     def work() -> None:
         os.environ.update(environment)

@@ -32,7 +32,7 @@ from rft.runs.folder import (
     require_own_weights,
     unfinished,
 )
-from rft.runs.records import RunConfig, SetCount
+from rft.runs.records import Results, RunConfig, SetCount
 from rft.sets import ID_SET
 from rft.shards.manifest import Manifest
 from rft.statistics.accuracy import mean_of_groups, per_group, wilson
@@ -112,9 +112,11 @@ def export_weights(arguments: Export) -> None:
     card_path = out / weights.CARD if to == "open-clip" else out.with_name(f"{out.name}.json")
     # before the tensors are copied into the format's bytes, which may be gigabytes
     old = _require_same_export(out, card_path, to, source)
-    metrics = _metrics_of(arguments.source)
+    results = _results_of(arguments.source)
+    sets = results.sets if results else {}
+    metrics = {name: _numbers(arguments.source, name, count) for name, count in sets.items()}
     classes = saved.classes or _classes_of_run(arguments.source, config)
-    temperature = _temperature_of(metrics)
+    temperature = _temperature_of(results)
     model = Model(path, digest, saved, config, reached, metrics, temperature, classes)
     contents = _contents(arguments, model, clip)
     described = _describe(arguments, model, source, contents)
@@ -254,19 +256,19 @@ def _classes_of_run(run: Path, config: RunConfig | None) -> Classes | None:
     return None
 
 
-def _metrics_of(source: Path) -> dict[str, Any]:
-    """Return the counts of the weights as they are now; if stale, none and a warning."""
+def _results_of(source: Path) -> Results | None:
+    """Return the results of the weights as they are now; if stale, none and a warning."""
     results = read_results(source)
     if results is None:
-        return {}
+        return None
     try:
         warnings = require_current(source, results)
     except ValueError as error:
         log.warning(f"the card will have no accuracies: {error}")
-        return {}
+        return None
     for warning in warnings:
         log.warning(warning)
-    return {name: _numbers(source, name, count) for name, count in results.sets.items()}
+    return results
 
 
 def _numbers(source: Path, name: str, count: SetCount) -> dict[str, Any]:
@@ -290,12 +292,14 @@ def _numbers(source: Path, name: str, count: SetCount) -> dict[str, Any]:
     return found
 
 
-def _temperature_of(metrics: dict[str, Any]) -> float | None:
+def _temperature_of(results: Results | None) -> float | None:
     """Return the temperature that was fitted; None, with a warning, if sets have different ones."""
-    found = {count["temperature"] for count in metrics.values() if "temperature" in count}
-    if len(found) > 1:
-        log.warning("the card will have no temperature: the sets were counted with different ones")
-    return found.pop() if len(found) == 1 else None
+    try:
+        found = results.temperature if results else None
+    except ValueError as error:
+        log.warning(f"the card will have no temperature: {error}")
+        return None
+    return found.value if found else None
 
 
 def _hub_folder(

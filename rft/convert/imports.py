@@ -125,7 +125,7 @@ def import_weights(arguments: Import) -> None:
     rows = len(state["head.weight"])
     what = f"{found.source['format']}, {found.architecture.clip}, {rows} classes"
     cli.say(f"imported: {out} ({what})")
-    cli.say(commands.evaluation([arguments.out], arguments.data, arguments.packed))
+    cli.say_next(commands.evaluation([arguments.out], arguments.data, arguments.packed))
 
 
 def _find(name: str, clip: str) -> Found:

@@ -233,4 +233,4 @@ def main() -> None:
             warn_of_no_temperature([path_of(one) for one in systems], sets)
     runs = [path for path in map(path_of, systems) if path.is_dir()]
     if world.is_main and runs:
-        cli.say(commands.report(runs, arguments.data))
+        cli.say_next(commands.report(runs, arguments.data))

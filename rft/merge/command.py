@@ -150,7 +150,7 @@ def _make(jobs: Mapping[Path, Average], done: set[Path], trained: Ingredient) ->
         if out not in done:
             _write(out, one, next(made))
         _report(out, out in done)
-    cli.say(_next_step(jobs, trained))
+    cli.say_next(_next_step(jobs, trained))
 
 
 def _make_greedy_soup(arguments: GreedySoup) -> None:
@@ -186,7 +186,7 @@ def _make_greedy_soup(arguments: GreedySoup) -> None:
                 _write(arguments.out, soup, state)
     if world.is_main:
         _report(arguments.out, done)
-        cli.say(_next_step([arguments.out], runs[0]))
+        cli.say_next(_next_step([arguments.out], runs[0]))
 
 
 def _write(out: Path, one: Average, state: dict[str, Tensor]) -> None:

@@ -33,8 +33,7 @@ def shared_split(ingredients: Sequence[Ingredient]) -> Config:
     for ingredient, config in zip(ingredients, configs, strict=True):
         if config.loader.held_out == 0:
             raise ValueError(
-                f"{ingredient.path} held no images out that a greedy soup could choose by "
-                "(--loader.held-out 0); uniform-soup needs none"
+                f"{ingredient.path} held no images out to choose by (--loader.held-out 0)"
             )
         if changed := files.difference(_split_of(configs[0]), _split_of(config)):
             raise ValueError(
@@ -49,13 +48,12 @@ def _training_config(ingredient: Ingredient) -> Config:
     path = ingredient.path
     if ingredient.config is None:
         raise ValueError(
-            f"{path} is not a run folder; a greedy soup needs the {filenames.CONFIG} of each "
-            "training run to find its held-out images"
+            f"{path} is not a run folder; only the {filenames.CONFIG} of a training run says which "
+            "images it held out"
         )
     if not ingredient.is_training_run:
         raise ValueError(
-            f"{path} is a merged or imported model; a greedy soup takes training runs, which held "
-            "images out"
+            f"{path} is a merged or imported model; only training runs held images out"
         )
     return load_config(path)
 

@@ -64,7 +64,7 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
             # with the finished other seeds beside it
             runs = commands.with_seeds([run.path], filenames.TRAINING)
             ranks = world.local_size
-            cli.say(commands.evaluation(runs, config.data, config.train_set, ranks=ranks))
+            cli.say_next(commands.evaluation(runs, config.data, config.train_set, ranks=ranks))
     return 0
 
 

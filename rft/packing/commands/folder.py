@@ -134,8 +134,8 @@ def say_next(sources: Sequence[Source], out: str) -> None:
     words = ["-m", "rft.train", recipes.DEFAULT, "--data", out, "--train-set", "train"]
     words += ["--scale", "small", "--run-dir", "runs/first"]
     tests = [source.dataset for source in sources[1:]]
-    print(cli.next_step(words, on_gpus=not tests))
+    cli.say_next(cli.next_step(words, on_gpus=not tests))
     # the first is the training set
     if tests:
         words = ["-m", "rft.evaluate", "runs/first", "--data", out, "--sets", *tests]
-        print(cli.next_step(words, label="then", on_gpus=True))
+        cli.say_next(cli.next_step(words, label="then", on_gpus=True))

@@ -61,8 +61,8 @@ def say_next(command: ShardImagenet) -> None:
     """Print the command that trains on the set, or evaluates on it where it is the test set."""
     words: list[str] = ["-m", "rft.train", recipes.DEFAULT, "--data", command.out]
     if "train" in command.splits:
-        print(cli.next_step([*words, "--run-dir", "runs/first"], on_gpus=True))
+        cli.say_next(cli.next_step([*words, "--run-dir", "runs/first"], on_gpus=True))
     else:
         words = ["-m", "rft.evaluate", "RUN", "--data", command.out, "--sets", "imagenet-val"]
         unknown = {"RUN": "folder of a run that was trained"}
-        print(cli.next_step(words, unknown=unknown, on_gpus=True))
+        cli.say_next(cli.next_step(words, unknown=unknown, on_gpus=True))

@@ -47,4 +47,4 @@ def main() -> None:
     )
     # beside this file, wherever it was called from
     verify = Path(sys.argv[0]).with_name("verify_shards.py")
-    print(cli.next_step([verify, command.out, "--deep"]))
+    cli.say_next(cli.next_step([verify, command.out, "--deep"]))

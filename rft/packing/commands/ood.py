@@ -51,4 +51,4 @@ def main() -> None:
     if all(complete):
         words = ["-m", "rft.evaluate", "RUN", "--data", command.out, "--sets", *command.benchmark]
         unknown = {"RUN": "folder of a run that was trained"}
-        print(cli.next_step(words, unknown=unknown, on_gpus=True))
+        cli.say_next(cli.next_step(words, unknown=unknown, on_gpus=True))

@@ -83,7 +83,7 @@ def main() -> None:
     if pack_source(found, command.out, listed.labels, command.packing):
         words = ["-m", "rft.evaluate", "RUN", "--data", command.out, "--sets", name]
         unknown = {"RUN": "folder of a run that was trained"}
-        print(cli.next_step(words, unknown=unknown, on_gpus=True))
+        cli.say_next(cli.next_step(words, unknown=unknown, on_gpus=True))
 
 
 def read(command: ShardSet, name: str, source: Path, labels: LabelSpace | None) -> Listed:
