@@ -37,7 +37,7 @@ def rft(monkeypatch, capsys):
         except SystemExit as stopped:
             code = stopped.code if isinstance(stopped.code, int) else 0
         # it is set for the whole of a process, which here goes on with other tests
-        monkeypatch.delenv(commands.STARTED, raising=False)
+        os.environ.pop(commands.STARTED, None)
         return code, *capsys.readouterr()
 
     return run
