@@ -27,6 +27,8 @@ FOREIGN = (*INDEX[:3], "new/test", *INDEX[4:])
 PLAN = ("rft.experiments", "--runs", "r", "--data", "d")
 IMAGENET = ("tools/shard_imagenet.py", "--source", "photos", "--out", "packed", "--workers", "1")
 OOD = ("tools/shard_ood.py", "--benchmark", "imagenet-r", "--source", "photos", "--out", "packed")
+DRAWN = ("--clip", "rft-miniature", "--dry-run")
+CHOICE = ("--data", "shards", "--save", "choice.json", "--workers", "0", "--device", "cpu")
 SET = ("tools/shard_set.py", "--name", "own", "--source", "photos", "--out", "packed")
 DEMO = ("rft.demo", "--out", "world")
 PUSHED = ("rft.convert", "export", "run", "--out", "x")
@@ -187,6 +189,21 @@ ALONE: tuple[tuple[Sequence[str], str], ...] = (
     (("rft.predict", "run", "classes.json"), r"classes\.json is no readable"),
     (("rft.predict", "run", "gone.jpg"), r"gone\.jpg cannot be read"),
     (("rft.predict", "run", "/dev/zero"), "a device, not a regular file"),
+    (("rft.photos",), "name the folder of your photos"),
+    (("rft.photos", "gone", *DRAWN), "gone"),
+    (("rft.photos", "classes.json", *DRAWN), r"classes\.json"),
+    (("rft.photos", "photos", "--example"), "leave photos out"),
+    (("rft.photos", "photos", *DRAWN, "--test-share", "1.5"), "test-share"),
+    (("rft.photos", "photos", *DRAWN, "--classes", "gone.json"), r"gone\.json"),
+    (("rft.photos", "photos", "--out", "photos/made", "--clip", "rft-miniature"), "photos"),
+    (("rft.photos", "photos", "--out", "s3://bucket/x"), "--out"),
+    (("rft.photos", "photos", "--clip", "no-such-clip", "--dry-run"), "no-such-clip"),
+    (("rft.merge.choose",), "RUN|data|save"),
+    (("rft.merge.choose", "gone", *CHOICE), "gone"),
+    (("rft.merge.choose", "clip", *CHOICE), "clip"),
+    (("rft.merge.choose", "run", "zero", "--data", "gone", "--save", "x.json"), "gone"),
+    (("rft.merge.choose", "run", *CHOICE, "--wise", "zero"), "wise|END"),
+    (("rft.merge.choose", "run", "zero", *CHOICE, "--save", "/dev/zero"), "/dev/zero|device"),
     (("rft.convert", "turn"), "turn"),
     (("rft.convert", "import"), "file|out"),
     (("rft.convert", "import", "gone.pt", "--out", "x"), "gone"),
