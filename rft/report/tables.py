@@ -211,8 +211,13 @@ def all_ood(runs: Sequence[Run]) -> str | None:
 
 
 def copies(runs: Sequence[Run]) -> dict[str, str]:
-    """Return set -> the set of another name that is the same packed data, benchmarks first."""
-    found = {name: count.manifest_sha256 for run in runs for name, count in run.counts.items()}
+    """Return OOD set -> that of another name which is the same packed data, benchmarks first."""
+    found = {
+        name: count.manifest_sha256
+        for run in runs
+        for name, count in run.counts.items()
+        if count.ood or name in OOD_SETS
+    }
     first: dict[str, str] = {}
     for name in sorted(found, key=lambda name: (name not in BENCHMARKS, name)):
         first.setdefault(found[name], name)
@@ -259,9 +264,10 @@ def columns(rows: Sequence[Row]) -> list[str]:
     """
     there = {name for row in rows for name in row.cells}
     known = [name for name in (*COLUMNS, EFFECTIVE) if name in there]
-    if len(there) > SETS:
+    sets = [name for name in there if not is_score(name) and not is_average(name)]
+    if len(sets) > SETS:
         raise ValueError(
-            f"the runs were evaluated on {len(there):,} sets; a report shows {SETS}: take some out "
+            f"the runs were evaluated on {len(sets):,} sets; a report shows {SETS}: take some out "
             f"of their {filenames.RESULTS}"
         )
 
@@ -289,9 +295,11 @@ def heading(column: str) -> str:
 def target(rows: Sequence[Row]) -> str:
     """Return the column that rows are compared by: an OOD average, or the first there is."""
     found = columns(rows)
-    # the benchmarks' average stands before that of all sets;
-    # runs that were evaluated on no set at all have nothing to compare
-    return next(filter(is_average, found), found[0] if found else OOD_COLUMN)
+    # the benchmarks' average stands before that of all sets
+    if (average := next(filter(is_average, found), None)) is not None:
+        return average
+    # the score that the first set is known by; of no set at all there is nothing to compare
+    return next((one for one in found[1:2] if is_score(one)), found[0] if found else OOD_COLUMN)
 
 
 def ood_average(run: Run) -> float | None:
@@ -636,6 +644,8 @@ def caption(rows: Sequence[Row], hidden: int = 0) -> str:
         scores = {name: one for one in shown if is_score(one) for name in [one.split(SCORED, 2)[2]]}
         names = ", ".join(heading(scores.get(name, name)) for name in sets_of(column))
         text += f" {heading(column)} is the unweighted mean of {names}."
+    if own:
+        text += " Declared scores have no intervals."
     if EFFECTIVE in columns(rows):
         text += " eff. rob. is the OOD average minus that of the testbed's line, in points."
     if hidden:
