@@ -191,8 +191,8 @@ class _Right(NamedTuple):
 class Units:
     """Which images of a set are drawn together: those of one name and class, in several domains.
 
-    In ImageNet-C they are versions of one image. Other sets have such names by chance; nobody
-    declares which, so the wider of both intervals is taken (`wider`).
+    In ImageNet-C they are versions of one image. Other sets have such names by chance, and no
+    set declares which, so the wider of both intervals is taken (`wider`).
 
     Shapes: U units.
     """

@@ -37,7 +37,7 @@ ID_COLUMN, OOD_COLUMN, EFFECTIVE = ID_SET, "", "/effective robustness"
 AVERAGE = "//"
 """Begins the column of an average over other sets than the five, and each of their names in it."""
 SCORED = "/"
-"""Begins the column of a set's declared score where that is another number than top-1, and stands
+"""Begins the column of a set's declared score where that is not top-1, and stands
 between the score and the set."""
 COLUMNS = (*TEST_SETS, OOD_COLUMN)
 """Of the paper's tables."""
@@ -173,7 +173,7 @@ def is_score(column: str) -> bool:
 
 
 def own_scores(runs: Sequence[Run]) -> dict[str, Score]:
-    """Return set -> its declared score, of the sets where that is another number than top-1.
+    """Return set -> its declared score, of the sets where that is not top-1.
 
     The mean over domains of one size is top-1.
     """
