@@ -99,8 +99,8 @@ def _against(best: Row, other: Row, role: str, column: str, measures: Measures) 
     points = best.cells[column].mean - other.cells[column].mean
     if pair is None:
         names = [(row.name, name) for row in (best, other) for name in tables.sets_of(column)]
-        scores = tables.is_score(column) or all(name in measures.sets for name in names)
-        why = "a declared score has no interval, so" if scores else "without predictions,"
+        there = all(name in measures.sets for name in names)
+        why = "a declared score has no interval, so" if there else "without predictions,"
         return (
             f"{points:+z.1f} points over {other.name}{role}; {why} whether that could be chance is "
             "not known."

@@ -158,6 +158,8 @@ def sets_of(column: str) -> tuple[str, ...]:
     """Return the sets that a column is the mean of: those of an average, or its own."""
     if column == OOD_COLUMN:
         return OOD_SETS
+    if is_score(column):
+        return (column.split(SCORED, 2)[2],)
     # names of sets are normalised paths, which hold no two slashes
     return tuple(column.split(AVERAGE)[1:]) if column.startswith(AVERAGE) else (column,)
 
@@ -234,11 +236,10 @@ def percent(run: Run, column: str) -> float | None:
 
     An average is one of the scores that its sets are known by.
     """
-    score = is_score(column)
-    names = (column.split(SCORED, 2)[2],) if score else sets_of(column)
+    names = sets_of(column)
     if any(name not in run.counts for name in names):
         return None
-    shown = declared if score or is_average(column) else top1
+    shown = declared if is_score(column) or is_average(column) else top1
     return statistics.fmean(shown(run.counts[name]) for name in names)
 
 
@@ -273,7 +274,7 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
     def place(column: str) -> tuple[bool, str, bool]:
         """Put a set's score behind its top-1, and averages last."""
-        name = column.split(SCORED, 2)[2] if is_score(column) else column
+        name = column if is_average(column) else sets_of(column)[0]
         return is_average(column), name, is_score(column)
 
     return [*known, *sorted(there - set(known), key=place)]
@@ -286,8 +287,7 @@ def heading(column: str) -> str:
     if is_average(column):
         return f"{HEADINGS[OOD_COLUMN]} ({len(sets_of(column))} sets)"
     if is_score(column):
-        _, score, name = column.split(SCORED, 2)
-        return f"{heading(name)}, {score}"
+        return f"{heading(*sets_of(column))}, {column.split(SCORED, 2)[1]}"
     known = column in HEADINGS.values() or column.startswith(HEADINGS[OOD_COLUMN])
     return f"{column} (own set)" if known else column
 
@@ -641,7 +641,7 @@ def caption(rows: Sequence[Row], hidden: int = 0) -> str:
     own = ", or the score that a heading names" if any(map(is_score, shown)) else ""
     text = f"Top-1 accuracy in %{own}{spread}."
     for column in filter(is_average, shown):
-        scores = {name: one for one in shown if is_score(one) for name in [one.split(SCORED, 2)[2]]}
+        scores = {sets_of(one)[0]: one for one in shown if is_score(one)}
         names = ", ".join(heading(scores.get(name, name)) for name in sets_of(column))
         text += f" {heading(column)} is the unweighted mean of {names}."
     if own:

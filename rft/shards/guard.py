@@ -23,6 +23,8 @@ from rft.storage import files
 
 OFFICIAL_COPIES = 1000  # one image of so many in ImageNet's training set may be a test image
 
+EVALUATED = "those that are evaluated"
+
 log = logging.getLogger(__name__)
 
 
@@ -54,10 +56,8 @@ def require_no_test_images(root: str, name: str, manifest: Manifest, key_N: np.n
     source_N = Samples.load(url, manifest).source
     found: dict[str, np.ndarray] = {}
     for other, its in others.items():
-        try:
-            theirs_M = Samples.load(files.join(root, other), its).source
-        except ValueError as error:
-            _warn(files.join(root, other), f"its images with those of {name}", str(error))
+        theirs_M = _source(files.join(root, other), its, f"those of {name}")
+        if theirs_M is None:
             continue
         if (common_M := np.isin(theirs_M, source_N)).any():
             found[other] = theirs_M[common_M]
@@ -98,7 +98,7 @@ def seen_images(
     """
     hashes = {sha256 for _, sha256 in trained_on}
     whole = {name: one.samples for name, one in tests.items() if one.sha256 in hashes}
-    sources: dict[str, np.ndarray] = {}
+    sources: dict[str, np.ndarray | None] = {}
     seen: dict[str, np.ndarray] = {}
     for name, sha256 in trained_on:
         url = files.join(root, name)
@@ -109,23 +109,31 @@ def seen_images(
             # sets of older versions have no hashes, which the training warned of
             if manifest.sha256 != sha256 or manifest.samples_sha256 is None:
                 continue
-            source_N = Samples.load(url, manifest).source
         except ValueError as error:
-            _warn(url, "its images with those that are evaluated", str(error))
+            _warn(url, f"its images with {EVALUATED}", str(error))
+            continue
+        if (source_N := _source(url, manifest, EVALUATED)) is None:
             continue
         for test, its in tests.items():
             if test in whole or its.samples_sha256 is None:
                 continue
-            try:
-                if test not in sources:
-                    sources[test] = Samples.load(files.join(root, test), its).source
-            except ValueError as error:
-                _warn(files.join(root, test), f"its images with those of {name}", str(error))
+            if test not in sources:
+                sources[test] = _source(files.join(root, test), its, f"those of {name}")
+            if (theirs_M := sources[test]) is None:
                 continue
-            found_M = np.isin(sources[test], source_N)
+            found_M = np.isin(theirs_M, source_N)
             seen[test] = seen.get(test, False) | found_M
     counts = {name: int(np.count_nonzero(found_M)) for name, found_M in seen.items()}
     return whole | {name: count for name, count in counts.items() if count}
+
+
+def _source(url: str, manifest: Manifest, others: str) -> np.ndarray | None:
+    """Return the hashes of a set's images; None, with a warning, if they cannot be read."""
+    try:
+        return Samples.load(url, manifest).source
+    except ValueError as error:
+        _warn(url, f"its images with {others}", str(error))
+        return None
 
 
 def _test_sets(root: str, name: str) -> dict[str, Manifest]:

@@ -323,7 +323,7 @@ def test_a_set_that_is_too_large_is_counted_and_not_measured(tmp_path, monkeypat
 
 
 def with_domains(path, name, domains, label_N):
-    """Let a run's images lie in domains, as packing names them: several versions of each image."""
+    """Name a run's images as packing does those of domains: several versions of each image."""
     rows = rows_of(path, name)
     images = len(rows.key) // len(domains)
     domain_N = np.repeat(domains, images)
@@ -386,7 +386,7 @@ def test_versions_of_an_image_are_drawn_together(tmp_path, seeds):
 
 
 def test_files_of_one_name_in_two_classes_are_different_images():
-    """Numbered files: 1.jpg of cats is no version of 1.jpg of dogs."""
+    """Numbered files: 1.jpg of cats is not a version of 1.jpg of dogs."""
     zeros = np.zeros(4, np.int32)
     rows = predictions.Predictions(
         key=np.array(["fog_1", "snow_1", "fog_1", "snow_1"]),
