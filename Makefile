@@ -42,7 +42,7 @@ results: $(VENV)/.installed  ## the demo on three seeds, into docs/results and t
 test: $(VENV)/.installed  ## every test but `make programs`, in about fourteen minutes on two cores
 	$(BIN)/pytest -q -n 3 --dist worksteal -m "not program"
 
-programs: $(VENV)/.installed  ## the tests that run a whole benchmark, demo or installation
+programs: $(VENV)/.installed  ## the tests that run a whole benchmark, demo, installation or walk through a cluster
 	$(BIN)/pytest -q -n 2 --dist worksteal -m program
 
 quick: $(VENV)/.installed  ## tests of at most 0.3 s each, in about a minute on two cores

@@ -143,7 +143,7 @@ def of_differences(arguments: Arguments) -> list[dict[str, Any]]:
 def of_versions(arguments: Arguments) -> list[dict[str, Any]]:
     """Return the coverage of differences on sets with several versions of each image."""
     rows = []
-    for units, versions in ((50, 15), (500, 15), (500, 75)):
+    for units, versions in ((10, 15), (50, 15), (500, 15), (500, 75)):
         draws = np.random.default_rng([arguments.seed, units, versions])
         kind = population(0.6, 0.05, versions, draws)
         inside = np.zeros(2)

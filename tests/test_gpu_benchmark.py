@@ -19,6 +19,8 @@ from benchmarks.tiny_world import environment
 from benchmarks.waiting import until
 from tests.conftest import build_model
 
+pytestmark = pytest.mark.slow  # together
+
 PARTS = (
     "chip", "step-rft-rehearsal", "trainer", "tests", "compiled-rft-rehearsal",
     "compiled-trainer", "masks", "large",
@@ -27,7 +29,6 @@ PARTS = (
 BROKEN = "tests"
 
 
-@pytest.mark.slow
 @pytest.mark.program
 @pytest.mark.timeout(3600)
 def test_a_rehearsal(tmp_path):
@@ -138,7 +139,6 @@ def test_the_dry_runs_memory_is_shown_beside_the_peak():
     assert page.step_cells(row, None)[-1] == "10.0 GB (--dry-run / it: 0.98)"
 
 
-@pytest.mark.slow
 def test_no_gpu_is_one_line(tmp_path):
     line = [sys.executable, "-m", "benchmarks.gpu"]
     line += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
@@ -214,7 +214,6 @@ for name, outcome in outcomes.items():
 """
 
 
-@pytest.mark.slow
 def test_a_part_that_fails_dies_or_hangs_leaves_the_others_alone(tmp_path):
     line = [sys.executable, "-c", RUNNER, str(tmp_path)]
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, check=True)
@@ -251,7 +250,6 @@ run(parts, Path(sys.argv[1]), time.monotonic() + 600, done)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_command_that_is_ended_leaves_no_part_behind(tmp_path, number):
     line = [sys.executable, "-c", ENDED, str(tmp_path)]
@@ -316,7 +314,6 @@ def test_a_value_that_is_not_finite_is_never_equal():
         difference(ours, {**ours, "b": ours["a"]})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("message", ["CUDA out of memory.", "CUBLAS_STATUS_ALLOC_FAILED when"])
 def test_a_batch_is_halved_until_two_steps_fit(monkeypatch, message):
     calls = []
@@ -462,7 +459,6 @@ def test_wheels_are_the_packages_that_torch_does_not_bring():
     assert not [name for name in found if name.startswith(("nvidia", "cuda"))]
 
 
-@pytest.mark.slow
 @pytest.mark.program
 def test_wheels_install_into_an_empty_environment(tmp_path):
     """From the registry into a folder, and from the folder alone into an environment."""

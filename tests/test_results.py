@@ -11,10 +11,6 @@ from benchmarks import machine
 RESULTS = machine.ROOT / "benchmarks" / "results"
 # of the description, what a reader needs to have a result again
 FIELDS = {"date", "commit", "code", "machine", "processor", "threads", "python", "versions"}
-# Results older than the fields. A rerun takes its file from this list, which must become empty.
-NOT_RERUN = {
-    "small_sets.json",
-}
 # trees and areas with a commit each: tools/compare_versions.py, tools/plant_faults.py
 OF_SEVERAL_COMMITS = {"versions.json", "planted_faults.json"}
 
@@ -26,8 +22,7 @@ def lacking(path: Path) -> set[str]:
 
 def test_every_result_names_what_made_it():
     paths = [path for path in RESULTS.glob("*.json") if path.name not in OF_SEVERAL_COMMITS]
-    assert {path.name for path in paths if lacking(path)} <= NOT_RERUN
-    assert {path.name for path in paths if not lacking(path)} & NOT_RERUN == set()
+    assert [path.name for path in paths if lacking(path)] == []
 
 
 def test_results_of_several_commits_name_each():

@@ -5,7 +5,7 @@ those that share an image tower forward it once.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +27,13 @@ from rft.evaluate.checkpoints import (
 )
 from rft.evaluate.count import predict
 from rft.evaluate.forward import Kept
-from rft.evaluate.results import Evaluated, is_current, warn_of_no_temperature, write_results
+from rft.evaluate.results import (
+    Evaluated,
+    is_current,
+    record_seen,
+    warn_of_no_temperature,
+    write_results,
+)
 from rft.evaluate.temperature import fit_temperatures
 from rft.evaluate.unwritten import System, path_of, read_averages
 from rft.loading.dataset import PackedDataset
@@ -38,6 +44,7 @@ from rft.runs import predictions
 from rft.runs.folder import require_own_weights, unfinished
 from rft.runs.records import Temperature
 from rft.sets import TEST_SETS
+from rft.shards.manifest import Manifest
 from rft.shards.root import set_names
 from rft.storage import files
 from rft.storage.documents import Above0, BatchSize, Megapixels, Whole, document
@@ -172,6 +179,33 @@ def find_systems(arguments: Arguments) -> list[System]:
     return list(found.values())
 
 
+def waiting(
+    systems: Sequence[System],
+    manifests: Mapping[str, Manifest],
+    arguments: Arguments,
+    world: World,
+) -> tuple[list[System], list[dict[str, int]]]:
+    """Return the systems without current results, and how many images of each set each has seen.
+
+    The results of the others get the latter. Rank 0 decides, because files may change while the
+    others look at them, and the hashes of a training set are megabytes.
+    """
+
+    def look() -> tuple[list[int], list[dict[str, int]]]:
+        seen = images_seen(systems, arguments.data, manifests)
+        left = []
+        for number, one in enumerate(systems):
+            wanted = {"logits": arguments.logits, "temperature": arguments.temperature}
+            if is_current(path_of(one), manifests, **wanted):
+                record_seen(path_of(one), seen[number])
+            else:
+                left.append(number)
+        return left, seen
+
+    numbers, seen = dist.from_main(world, dist.on_main(world, look))
+    return [systems[number] for number in numbers], [seen[number] for number in numbers]
+
+
 def main() -> None:
     """Parse, skip what is done, evaluate the rest."""
     arguments = cli.parse(Arguments, prog="rft.evaluate")
@@ -192,31 +226,12 @@ def main() -> None:
         require_own_weights(path)
         unfinished(path)  # a damaged record is found before the work
     warn_of_other_split(systems, arguments.data)
-    seen = images_seen(systems, arguments.data, manifests)
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device) as world:
         hashes = {name: manifest.sha256 for name, manifest in manifests.items()}
         dist.require_agreement(world, "set of packed data", hashes)
-        # rank 0 decides, because files may change while the others look at them
-        waiting = dist.from_main(
-            world,
-            dist.on_main(
-                world,
-                lambda: [
-                    number
-                    for number, one in enumerate(systems)
-                    if not is_current(
-                        path_of(one),
-                        manifests,
-                        logits=arguments.logits,
-                        temperature=arguments.temperature,
-                    )
-                ],
-            ),
-        )
-        left = [systems[number] for number in waiting]
-        seen = [seen[number] for number in waiting]
+        left, seen = waiting(systems, manifests, arguments, world)
         if left:
             together = at_once(left, world, device)
             if together < len(left) and world.is_main:

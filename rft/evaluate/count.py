@@ -86,21 +86,25 @@ def score(
     """
     groups = int(class_to_group_K.max()) + 1
     scored_K = torch.nonzero(class_to_group_K != EXCLUDED).squeeze(1)
-    group_BK = class_to_group_K[scored_K].expand(len(logits_BK), -1)
+    group_K = class_to_group_K[scored_K]
     scored_BK = logits_BK[:, scored_K].double()
-    high_BG = scored_BK.new_full((len(logits_BK), groups), -torch.inf)
-    high_BG = high_BG.scatter_reduce(1, group_BK, scored_BK, "amax")
-    # which class of a group has its highest logit: of groups with equal ones the first class leads
-    leads_BK = torch.where(
-        scored_BK == high_BG.gather(1, group_BK), scored_K, len(class_to_group_K)
-    )
-    first_BG = torch.full_like(high_BG, len(class_to_group_K), dtype=torch.int64)
-    first_BG = first_BG.scatter_reduce(1, group_BK, leads_BK, "amin")
+    if torch.equal(group_K, torch.arange(groups, device=group_K.device)):
+        # each class is its own group, as in most sets: the same numbers in half the time
+        high_BG, first_BG = scored_BK, scored_K.expand_as(scored_BK)
+    else:
+        group_BK = group_K.expand_as(scored_BK)
+        high_BG = scored_BK.new_full((len(logits_BK), groups), -torch.inf)
+        high_BG = high_BG.scatter_reduce(1, group_BK, scored_BK, "amax")
+        # which class of a group has its highest logit: of groups with equal ones the first leads
+        leads_BK = torch.where(
+            scored_BK == high_BG.gather(1, group_BK), scored_K, len(class_to_group_K)
+        )
+        first_BG = torch.full_like(high_BG, len(class_to_group_K), dtype=torch.int64)
+        first_BG = first_BG.scatter_reduce(1, group_BK, leads_BK, "amin")
     label_B1 = class_to_group_K[labels_B][:, None]
     own_B1, own_first_B1 = high_BG.gather(1, label_B1), first_BG.gather(1, label_B1)
     before_BG = (high_BG > own_B1) | ((high_BG == own_B1) & (first_BG < own_first_B1))
-    best_B1 = scored_BK.argmax(dim=1, keepdim=True)
-    prediction_B1 = group_BK.gather(1, best_B1)
+    prediction_B1 = group_K[scored_BK.argmax(dim=1)][:, None]
     probabilities = []
     # without a temperature both are the same
     for scaled_BG in [high_BG] if temperature is None else [high_BG, high_BG / temperature]:

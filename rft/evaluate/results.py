@@ -6,7 +6,7 @@ with, and counts of other weights are as good as none.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +85,19 @@ def write_results(one: Loaded, sets: Mapping[str, Evaluated]) -> None:
     files.write_json(str(results_path(one.path)), asdict(results))
     shares = (f"{name} {in_words(count)}" for name, count in counts.items())
     cli.say(f"{one.path}{one.state_of_run}: {', '.join(shares)}")
+
+
+def record_seen(checkpoint: Path, seen: Mapping[str, int]) -> None:
+    """Record how many images of each set a model was trained on, in results that are current.
+
+    A number that is known stays where the training set is not there to be compared any more.
+    """
+    results = current_results(checkpoint)
+    counts = results.sets if results else {}
+    newer = {n: replace(counts[n], seen=k) for n, k in seen.items() if counts[n].seen != k}
+    if results and newer:
+        found = replace(results, sets={**counts, **newer})
+        files.write_json(str(results_path(checkpoint)), asdict(found))
 
 
 def warn_of_no_temperature(checkpoints: Sequence[Path], sets: Sequence[str]) -> None:

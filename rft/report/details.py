@@ -191,7 +191,8 @@ def matrix(
             pair = pair_of(measures, row.name, other.name, column)
             cells.append(PairCell("", "") if pair is None else _pair_cell(pair))
         lines.append((row, cells))
-    return lines if len(kept) > 1 else []
+    # an average of declared scores has no pair
+    return lines if any(cell.text for _, cells in lines for cell in cells) else []
 
 
 def _pair_cell(pair: SetPair | AveragePair) -> PairCell:
@@ -329,5 +330,6 @@ TEX = {
 
 def tex_escape(text: str) -> str:
     """Return text that LaTeX shows as it is."""
-    # in one pass, so that no escape is escaped; two hyphens would be a dash
-    return re.sub("-(?=-)", "-{}", "".join(TEX.get(letter, letter) for letter in text))
+    # in one pass, so that no escape is escaped; two hyphens would be a dash, two quotes another one
+    escaped = "".join(TEX.get(letter, letter) for letter in text)
+    return re.sub(r"([-'])(?=\1)", r"\1{}", escaped)

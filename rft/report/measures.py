@@ -25,7 +25,7 @@ from rft.shards import keys as sample_keys
 from rft.statistics import accuracy, calibration, paired
 from rft.statistics.accuracy import Interval
 from rft.statistics.calibration import Bins
-from rft.statistics.paired import Difference, Gains
+from rft.statistics.paired import Difference
 
 COMPARED = 64  # rows that are compared with each other: 2,016 pairs
 IMAGES = 2**23  # of a set that is measured; the whole ImageNet-C has 4.75 million
@@ -195,8 +195,8 @@ class _Right(NamedTuple):
 class Units:
     """Which images of a set are drawn together: those of one name and class, in several domains.
 
-    In ImageNet-C they are versions of one image. Where a set has such names by chance, intervals
-    are right, too: units of independent images are independent.
+    In ImageNet-C they are versions of one image. Other sets have such names by chance, and no
+    set declares which, so the wider of both intervals is taken (`wider`).
 
     Shapes: U units.
     """
@@ -225,20 +225,13 @@ class Units:
         return np.bincount(self.number_N, hits_N, len(self.size_U)).astype(np.int64)
 
 
-def _redraw(
-    units: Units | None,
-    images: Gains,
-    one: tuple[np.ndarray, int],
-    two: tuple[np.ndarray | None, int],
-    draws: np.random.Generator,
-    replicates: int = paired.REPLICATES,
-) -> np.ndarray:
-    """Draw the units of a set anew; `images` are its gains if each image is a unit."""
-    if units is not None:
-        (one_N, one_seeds), (two_N, two_seeds) = one, two
-        two_U = None if two_N is None else units.total(two_N)
-        images = paired.tally(units.total(one_N), one_seeds, two_U, two_seeds, units.size_U)
-    return paired.redraw(images, draws, replicates)
+def wider(images_R: np.ndarray, units_R: np.ndarray) -> np.ndarray:
+    """Return the replicates that vary more: of images drawn one by one, or in units.
+
+    Versions of an image make units vary more. Where names repeat by chance both vary alike, unless
+    there are so few units that drawing them shows too little.
+    """
+    return units_R if units_R.std() > images_R.std() else images_R
 
 
 def measure(
@@ -373,8 +366,11 @@ def _measure_set(
         right = _Right(np.stack([one.right for one in read]), tuple(run.seed for run in members))
         hits_N = right.hits()
         gains = paired.tally(hits_N, len(members))
-        own = (hits_N, len(members))
-        drawn_R = _redraw(units, gains, own, (None, 1), _draws(name, row))
+        draws = _draws(name, row)
+        drawn_R = paired.redraw(gains, draws)
+        if units is not None:
+            together = paired.tally(units.total(hits_N), len(members), size_N=units.size_U)
+            drawn_R = wider(drawn_R, paired.redraw(together, draws))
         for of_average in sums:
             of_average[row].add(drawn_R)
         # Wilson's is about images that are drawn one by one
@@ -450,14 +446,18 @@ def _compare(
     firsts = np.cumsum([0, *(len(one.seeds) for one in rights.values())])
     at = {row: range(*firsts[place : place + 2]) for place, row in enumerate(rights)}
     hits = {row: one.hits() for row, one in rights.items()}
+    totals = {row: units.total(hits_N) for row, hits_N in hits.items()} if units else {}
     images = right_RN.shape[1]
     # a later row of the table against an earlier one, as a method against its baselines
     for other, row in combinations(rights, 2):
         one, two = rights[row], rights[other]
-        own, its = (hits[row], len(one.seeds)), (hits[other], len(two.seeds))
-        gains = paired.tally(*own, *its)
+        gains = paired.tally(hits[row], len(one.seeds), hits[other], len(two.seeds))
         draws = _draws(name, row, other)
-        drawn_R = _redraw(units, gains, own, its, draws, PAIR_REPLICATES)
+        drawn_R = paired.redraw(gains, draws, PAIR_REPLICATES)
+        if units is not None:
+            both = (totals[row], len(one.seeds), totals[other], len(two.seeds))
+            together = paired.tally(*both, units.size_U)
+            drawn_R = wider(drawn_R, paired.redraw(together, draws, PAIR_REPLICATES))
         matched = _matched(one.seeds, two.seeds)
         a = np.array([at[row][place] for place, _ in matched])
         b = np.array([at[other][place] for _, place in matched])

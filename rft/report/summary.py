@@ -102,9 +102,12 @@ def _against(best: Row, other: Row, role: str, column: str, measures: Measures) 
     pair = pair_of(measures, best.name, other.name, column)
     points = best.cells[column].mean - other.cells[column].mean
     if pair is None:
+        names = [(row.name, name) for row in (best, other) for name in tables.sets_of(column)]
+        there = all(name in measures.sets for name in names)
+        why = "a declared score has no interval, so" if there else "without predictions,"
         return (
-            f"{points:+z.1f} points over {other.name}{role}; without predictions, whether that "
-            "could be chance is not known."
+            f"{points:+z.1f} points over {other.name}{role}; {why} whether that could be chance is "
+            "not known."
         )
     _, (low, high), p = pair.difference
     judged = "significant" if significant(pair) else "not significant"
@@ -143,7 +146,7 @@ def _warnings(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> I
     if drawn_together := [heading(name) for name in measures.versions]:
         yield (
             f"{_listed(drawn_together)}: images of one name in several domains are drawn together "
-            "for intervals, because versions of an image are not independent."
+            "for intervals, as versions of one image."
         )
     if measures.without:
         of = [f"{run.row} (seed {run.seed})" for run in measures.without]

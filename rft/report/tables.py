@@ -37,7 +37,7 @@ ID_COLUMN, OOD_COLUMN, EFFECTIVE = ID_SET, "", "/effective robustness"
 AVERAGE = "//"
 """Begins the column of an average over other sets than the five, and each of their names in it."""
 SCORED = "/"
-"""Begins the column of a set's declared score where that is another number than top-1, and stands
+"""Begins the column of a set's declared score where that is not top-1, and stands
 between the score and the set."""
 COLUMNS = (*TEST_SETS, OOD_COLUMN)
 """Of the paper's tables."""
@@ -158,6 +158,8 @@ def sets_of(column: str) -> tuple[str, ...]:
     """Return the sets that a column is the mean of: those of an average, or its own."""
     if column == OOD_COLUMN:
         return OOD_SETS
+    if is_score(column):
+        return (column.split(SCORED, 2)[2],)
     # names of sets are normalised paths, which hold no two slashes
     return tuple(column.split(AVERAGE)[1:]) if column.startswith(AVERAGE) else (column,)
 
@@ -173,7 +175,7 @@ def is_score(column: str) -> bool:
 
 
 def own_scores(runs: Sequence[Run]) -> dict[str, Score]:
-    """Return set -> its declared score, of the sets where that is another number than top-1.
+    """Return set -> its declared score, of the sets where that is not top-1.
 
     The mean over domains of one size is top-1.
     """
@@ -211,8 +213,13 @@ def all_ood(runs: Sequence[Run]) -> str | None:
 
 
 def copies(runs: Sequence[Run]) -> dict[str, str]:
-    """Return set -> the set of another name that is the same packed data, benchmarks first."""
-    found = {name: count.manifest_sha256 for run in runs for name, count in run.counts.items()}
+    """Return OOD set -> that of another name which is the same packed data, benchmarks first."""
+    found = {
+        name: count.manifest_sha256
+        for run in runs
+        for name, count in run.counts.items()
+        if count.ood or name in OOD_SETS
+    }
     first: dict[str, str] = {}
     for name in sorted(found, key=lambda name: (name not in BENCHMARKS, name)):
         first.setdefault(found[name], name)
@@ -229,11 +236,10 @@ def percent(run: Run, column: str) -> float | None:
 
     An average is one of the scores that its sets are known by.
     """
-    score = is_score(column)
-    names = (column.split(SCORED, 2)[2],) if score else sets_of(column)
+    names = sets_of(column)
     if any(name not in run.counts for name in names):
         return None
-    shown = declared if score or is_average(column) else top1
+    shown = declared if is_score(column) or is_average(column) else top1
     return statistics.fmean(shown(run.counts[name]) for name in names)
 
 
@@ -259,15 +265,16 @@ def columns(rows: Sequence[Row]) -> list[str]:
     """
     there = {name for row in rows for name in row.cells}
     known = [name for name in (*COLUMNS, EFFECTIVE) if name in there]
-    if len(there) > SETS:
+    sets = [name for name in there if not is_score(name) and not is_average(name)]
+    if len(sets) > SETS:
         raise ValueError(
-            f"the runs were evaluated on {len(there):,} sets; a report shows {SETS}: take some out "
+            f"the runs were evaluated on {len(sets):,} sets; a report shows {SETS}: take some out "
             f"of their {filenames.RESULTS}"
         )
 
     def place(column: str) -> tuple[bool, str, bool]:
         """Put a set's score behind its top-1, and averages last."""
-        name = column.split(SCORED, 2)[2] if is_score(column) else column
+        name = column if is_average(column) else sets_of(column)[0]
         return is_average(column), name, is_score(column)
 
     return [*known, *sorted(there - set(known), key=place)]
@@ -280,8 +287,7 @@ def heading(column: str) -> str:
     if is_average(column):
         return f"{HEADINGS[OOD_COLUMN]} ({len(sets_of(column))} sets)"
     if is_score(column):
-        _, score, name = column.split(SCORED, 2)
-        return f"{heading(name)}, {score}"
+        return f"{heading(*sets_of(column))}, {column.split(SCORED, 2)[1]}"
     known = column in HEADINGS.values() or column.startswith(HEADINGS[OOD_COLUMN])
     return f"{column} (own set)" if known else column
 
@@ -289,9 +295,11 @@ def heading(column: str) -> str:
 def target(rows: Sequence[Row]) -> str:
     """Return the column that rows are compared by: an OOD average, or the first there is."""
     found = columns(rows)
-    # the benchmarks' average stands before that of all sets;
-    # runs that were evaluated on no set at all have nothing to compare
-    return next(filter(is_average, found), found[0] if found else OOD_COLUMN)
+    # the benchmarks' average stands before that of all sets
+    if (average := next(filter(is_average, found), None)) is not None:
+        return average
+    # the score that the first set is known by; of no set at all there is nothing to compare
+    return next((one for one in found[1:2] if is_score(one)), found[0] if found else OOD_COLUMN)
 
 
 def ood_average(run: Run) -> float | None:
@@ -633,9 +641,11 @@ def caption(rows: Sequence[Row], hidden: int = 0) -> str:
     own = ", or the score that a heading names" if any(map(is_score, shown)) else ""
     text = f"Top-1 accuracy in %{own}{spread}."
     for column in filter(is_average, shown):
-        scores = {name: one for one in shown if is_score(one) for name in [one.split(SCORED, 2)[2]]}
+        scores = {sets_of(one)[0]: one for one in shown if is_score(one)}
         names = ", ".join(heading(scores.get(name, name)) for name in sets_of(column))
         text += f" {heading(column)} is the unweighted mean of {names}."
+    if own:
+        text += " Declared scores have no intervals."
     if EFFECTIVE in columns(rows):
         text += " eff. rob. is the OOD average minus that of the testbed's line, in points."
     if hidden:

@@ -8,6 +8,8 @@ from pathlib import PurePosixPath
 from rft.storage import files
 
 UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]")
+HASH_DIGITS = 16  # of a path, behind names that are not distinct without
+HASH = re.compile(rf"-[0-9a-f]{{{HASH_DIGITS}}}$")
 
 
 def make_keys(paths: Sequence[str]) -> list[str]:
@@ -29,7 +31,8 @@ def make_keys(paths: Sequence[str]) -> list[str]:
         return long
     # of the path as it is: two paths may differ only in letters that keys do not have
     hashed = [
-        f"{stem}-{files.sha256_json(path)[:16]}" for stem, path in zip(long, paths, strict=True)
+        f"{stem}-{files.sha256_json(path)[:HASH_DIGITS]}"
+        for stem, path in zip(long, paths, strict=True)
     ]
     if len(set(hashed)) < len(hashed):
         ((twice, _),) = Counter(paths).most_common(1)
@@ -38,11 +41,12 @@ def make_keys(paths: Sequence[str]) -> list[str]:
 
 
 def below_domain(key: str, domain: str) -> str:
-    """Return a key without the folders of its domain in front: what versions of an image share.
+    """Return a key without the folders of its domain and without a hash: what versions share.
 
-    A key that does not begin with them is returned whole: domains of a table are no folders.
+    A key that does not begin with the folders keeps all before the hash: domains of a table are no
+    folders.
     """
-    return key.removeprefix(f"{safe_in_key(domain)}_")
+    return HASH.sub("", key.removeprefix(f"{safe_in_key(domain)}_"))
 
 
 def safe_in_key(name: str) -> str:

@@ -23,6 +23,9 @@ REPLICATES = 10_000
 of about 0.7% of its width."""
 
 
+NOISE = 1e-12  # what rounding makes of a difference of 0
+
+
 class McNemar(NamedTuple):
     """McNemar's exact test of two models on one set."""
 
@@ -160,7 +163,7 @@ def redraw(found: Gains, draws: np.random.Generator, replicates: int = REPLICATE
     rule of three, Hanley and Lippman-Hand 1983).
     """
     units = found.units_V.sum()
-    if len(found.gain_V) == 1:
+    if np.ptp(found.gain_V) < NOISE:
         other_R = draws.beta(1, units, replicates)
         # half of each, so that neither side is the more likely
         upwards_R = draws.permutation(replicates) % 2 == 0
@@ -179,8 +182,7 @@ def summarise(value: float, drawn_R: np.ndarray, level: float = LEVEL) -> Differ
     tail = (1 - level) / 2
     low, high = np.quantile(drawn_R, [tail, 1 - tail])
     # rounding must not make a replicate of no difference one of a side
-    noise = 1e-12
-    sides = [np.count_nonzero(drawn_R <= noise), np.count_nonzero(drawn_R >= -noise)]
+    sides = [np.count_nonzero(drawn_R <= NOISE), np.count_nonzero(drawn_R >= -NOISE)]
     p = min(1.0, 2 * (min(sides) + 1) / (len(drawn_R) + 1))
     return Difference(value, Interval(float(low), float(high)), p)
 

@@ -42,6 +42,27 @@ def test_classes_outside_the_subset_take_no_part():
     assert is_correct(torch.tensor([[0.5, 0.9, 0.1]]), torch.tensor([0]), groups) == [True]
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_classes_that_are_their_own_groups_are_scored_as_any_groups(ties):
+    """They have a shorter way, which groups in another order do not take."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(50, 8, generator=generator), torch.arange(50) % 8
+    # class 3 is not of the set; no label is
+    labels[labels == 3] = 4
+    logits = logits.round() if ties else logits
+    own = torch.tensor([0, 1, 2, -1, 3, 4, 5, 6])
+    other = torch.tensor([6, 0, 5, -1, 2, 4, 1, 3])
+    short, long = score(logits, labels, own), score(logits, labels, other)
+    class_of = {group: number for number, group in enumerate(own.tolist())}
+    predicted = [other[class_of[group]] for group in short.prediction_B.tolist()]
+    assert long.prediction_B.tolist() == predicted
+    assert long.rank_B.tolist() == short.rank_B.tolist()
+    for name in ("confidence_B", "log_likelihood_B"):
+        assert getattr(long, name).tolist() == pytest.approx(
+            getattr(short, name).tolist(), rel=1e-14
+        )
+
+
 @given(st.integers(0, 2**31), st.booleans())
 def test_groups_equal_the_maximum_over_each_category(seed, ties):
     # wise-ft's rule: the maximum logit of each ObjectNet category, then the best category

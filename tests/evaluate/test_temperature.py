@@ -155,10 +155,32 @@ def test_training_images_are_counted_and_warned_of(train, tiny_data, tmp_path, c
     printed = capsys.readouterr()
     (line,) = (one for one in unstamped(printed.err).splitlines() if "was trained on" in one)
     assert line == (
-        f"WARNING: {run} was trained on 76 of the 76 images of copy: its accuracy there is no test "
-        "accuracy"
+        f"WARNING: {run} was trained on 76 of the 76 images of copy: its accuracy there is up to "
+        "100 points too high"
     )
     sets = json.loads((run / "results.json").read_text())["sets"]
     assert (sets["copy"]["seen"], sets[SET]["seen"]) == (76, 0)
     # a set of the user's own leads to a report as the benchmarks do
     assert "next: python -m rft.report" in printed.out
+
+
+def test_results_learn_of_training_images_without_another_evaluation(train, tiny_data, tmp_path):
+    """The training set was not there when the model was evaluated, or the results are older."""
+    run, root = train("vanilla"), tmp_path / "data"
+    copy(tiny_data, root, "imagenet-train")
+    pack_as(tiny_data, "imagenet-train", root, "copy")
+    words = (run, "--data", root, "--sets", "copy", "--workers", 0, "--device", "cpu")
+    (root / "imagenet-train").rename(tmp_path / "away")
+    call(evaluation, *words)
+    before = json.loads((run / "results.json").read_text())
+    assert before["sets"]["copy"]["seen"] == 0
+    (tmp_path / "away").rename(root / "imagenet-train")
+    call(evaluation, *words)
+    after = json.loads((run / "results.json").read_text())
+    assert after["sets"]["copy"].pop("seen") == 76
+    before["sets"]["copy"].pop("seen")
+    assert after == before
+    # what is known stays known
+    (root / "imagenet-train").rename(tmp_path / "away")
+    call(evaluation, *words)
+    assert json.loads((run / "results.json").read_text())["sets"]["copy"]["seen"] == 76

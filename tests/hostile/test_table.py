@@ -18,7 +18,7 @@ from tests.hostile.table import ROWS
 from tests.hostile.world import Place
 
 LEAST = 120  # rows that the table must have
-QUICK_SHARE = 30
+QUICK_SHARE = 100
 
 
 def parameters() -> Iterator[Any]:

@@ -66,6 +66,7 @@ def quiet(cluster: Cluster) -> Iterator[Cluster]:
     cluster.wait_until_idle("the end of cancelled jobs")
 
 
+@pytest.mark.program
 @pytest.mark.timeout(600)
 def test_a_lost_node_a_preemption_and_a_cancel(quiet, project, tmp_path, tiny_data, tiny_clip):
     project.write_settings(settings(tiny_data, tiny_clip))

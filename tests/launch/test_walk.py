@@ -58,6 +58,7 @@ def shell(cluster: Cluster, folder: Path) -> Iterator[Shell]:
             process.kill()
 
 
+@pytest.mark.program
 @pytest.mark.timeout(600)
 def test_every_command_of_the_page(cluster: Cluster, project: Project):
     first, *walk = blocks()

@@ -48,6 +48,8 @@ from rft.storage import files
 from tests.pictures import empty_png
 from tests.tiny import unstamped
 
+pytestmark = pytest.mark.slow  # together
+
 MAPPINGS = Path(__file__).parent / "objectnet-mappings"
 LABELS = LabelSpace(
     ids=("n01", "n02", "n03"), names=("red fox", "toad", "sloth bear"), templates=("a {c}.",)
@@ -506,7 +508,6 @@ def test_remote_shards_and_remote_index(tmp_path: Path) -> None:
         fs.rm("/h2", recursive=True)
 
 
-@pytest.mark.slow
 def test_web_server_that_drops_connections(tmp_path: Path) -> None:
     """As CLIP_benchmark's sets on the Hugging Face hub: text files beside, shards by HTTP."""
     write_clip_benchmark(tmp_path / "wds", list(range(3)) * 4, LABELS.names, "jpg")
@@ -546,7 +547,6 @@ def test_parent(url: str, expected: str | None) -> None:
 # --- again --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_again_changes_nothing_and_another_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "set" / "0.tar", plain("a", 0))
     write_tar(tmp_path / "set" / "1.tar", plain("b", 1, 1))
@@ -1114,7 +1114,6 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> int
     return 0
 
 
-@pytest.mark.slow
 def test_command(tmp_path: Path, monkeypatch, capsys) -> None:
     classes = tmp_path / "classes.json"
     document = {"ids": LABELS.ids, "names": LABELS.names, "templates": LABELS.templates}
@@ -1149,7 +1148,6 @@ PATTERNS = st.recursive(
 )
 
 
-@pytest.mark.slow
 @given(PATTERNS)
 def test_patterns_are_counted_without_expanding_them(pattern: str) -> None:
     assume(len(pattern) < 100)

@@ -20,6 +20,8 @@ from rft.packing.source import require_apart
 from rft.shards.label_space import LabelSpace, choose_labels, doubts
 from rft.text import printable
 
+pytestmark = pytest.mark.slow  # together
+
 COMPOSED, APART = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 PROMPT = ("a photo of a {c}.",)
 
@@ -511,7 +513,6 @@ def test_files_that_end_alike_are_not_equal(tmp_path: Path) -> None:
 SPOTS = st.tuples(st.sampled_from(["train", "test"]), st.integers(0, 2), st.integers(0, 3))
 
 
-@pytest.mark.slow
 @given(st.lists(SPOTS, min_size=1, max_size=12))
 def test_every_equal_image_is_named(tmp_path_factory, spots) -> None:
     root = tmp_path_factory.mktemp("equal")

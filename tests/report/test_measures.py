@@ -323,7 +323,7 @@ def test_a_set_that_is_too_large_is_counted_and_not_measured(tmp_path, monkeypat
 
 
 def with_domains(path, name, domains, label_N):
-    """Let a run's images lie in domains, as packing names them: several versions of each image."""
+    """Name a run's images as packing does those of domains: several versions of each image."""
     rows = rows_of(path, name)
     images = len(rows.key) // len(domains)
     domain_N = np.repeat(domains, images)
@@ -386,7 +386,7 @@ def test_versions_of_an_image_are_drawn_together(tmp_path, seeds):
 
 
 def test_files_of_one_name_in_two_classes_are_different_images():
-    """Numbered files: 1.jpg of cats is no version of 1.jpg of dogs."""
+    """Numbered files: 1.jpg of cats is not a version of 1.jpg of dogs."""
     zeros = np.zeros(4, np.int32)
     rows = predictions.Predictions(
         key=np.array(["fog_1", "snow_1", "fog_1", "snow_1"]),
@@ -397,9 +397,30 @@ def test_files_of_one_name_in_two_classes_are_different_images():
     found = Units.of(rows)
     assert found.number_N.tolist() == [0, 0, 1, 1]
     assert found.size_U.tolist() == [2, 2]
+    # packing adds a hash where names are not distinct
+    hashed = [f"{domain}_1-{n:016x}" for n, domain in enumerate(("fog", "snow", "fog", "snow"))]
+    assert Units.of(replace(rows, key=np.array(hashed))).size_U.tolist() == [2, 2]
     # no image has another version
     assert Units.of(replace(rows, key=np.array(["fog_1", "snow_2", "fog_3", "snow_4"]))) is None
     assert Units.of(replace(rows, domain=None)) is None
+
+
+def test_names_that_repeat_by_chance_make_no_interval_narrow(tmp_path):
+    """A photo of each class at each of many places, all called 0.jpg, is two units."""
+    path = make_predicted(tmp_path, "vanilla", sets=("places",), images=400)
+    rows = rows_of(path, "places")
+    domain_N = np.repeat([f"site{n}" for n in range(200)], 2)
+    keys = [f"{site}_{'cat' if n % 2 else 'dog'}_0" for n, site in enumerate(domain_N)]
+    data = replace(rows, key=np.array(keys), domain=domain_N).to_bytes()
+    predictions.path_of(path, "places").write_bytes(data)
+    sets = json.loads((path / "results.json").read_text())["sets"]
+    sets["places"]["predictions_sha256"] = files.sha256_bytes(data)
+    edit(path / "results.json", sets=sets)
+    found = measure(tables.by_row(load_runs([path])), ["places"], {})
+    assert found.versions == ("places",)
+    expected = wilson(int(rows.right.sum()), 400)
+    low, high = found.sets["vanilla", "places"].interval
+    assert high - low == pytest.approx(expected.high - expected.low, rel=0.05)
 
 
 def test_an_infinite_likelihood_has_no_spread(tmp_path):
@@ -448,9 +469,21 @@ def test_a_sets_declared_score_is_a_column_and_what_averages_take(tmp_path):
     caption = report.tables[0].caption
     assert "or the score that a heading names" in caption
     assert "OOD avg (2 sets) is the unweighted mean of R, wilds, worst-domain." in caption
+    assert "Declared scores have no intervals." in caption
     grid = details.statistics_grid(report.shown, report.measures, average)
     assert grid.header[0] == "score"
+    assert details.matrix(report.shown, report.measures, average) == []
+    assert "a declared score has no interval" in report.summary.conclusions[1]
     render(report)
+    # of one set alone, too, its score is what it is known by
+    for path in paths:
+        counts = json.loads((path / "results.json").read_text())["sets"]
+        edit(path / "results.json", sets={"wilds": counts["wilds"]})
+    report = compose(load_runs(paths), draw=False)
+    assert tables.target(report.rows) == column
+    best, against = report.summary.conclusions
+    assert best.startswith("Best wilds, worst-domain: no-mask, 37.5%")
+    assert "a declared score has no interval" in against
 
 
 def test_a_mean_over_domains_of_one_size_is_top1(tmp_path):

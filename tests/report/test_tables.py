@@ -116,8 +116,17 @@ def test_own_sets_alone_are_compared_by_the_first():
 def test_more_sets_than_a_page_shows_are_refused():
     run = run_of("vanilla", percent=ALL)
     run.counts.update({f"s{n}": counted(1, 2) for n in range(tables.SETS)})
-    with pytest.raises(ValueError, match="on 207 sets; a report shows 200"):
+    with pytest.raises(ValueError, match="on 206 sets; a report shows 200"):
         tables.columns(tables.result_rows([run]))
+
+
+def test_scores_are_no_further_sets():
+    run = run_of("vanilla", percent=ALL)
+    for n in range(tables.SETS - 10):
+        count = replace(counted(1, 2), score="worst-domain", value=0.25)
+        run.counts[f"s{n}"] = count
+    found = tables.columns(tables.result_rows([run]))
+    assert len(found) == len(tables.COLUMNS) + 2 * (tables.SETS - 10)
 
 
 def test_effective_robustness_is_what_lies_above_the_line():

@@ -1,6 +1,7 @@
 """The guard: no image of an OOD set is trained on or selected by, whatever its set is called."""
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_the_id_test_set_is_refused_under_any_name(tiny_data, tmp_path):
         guard(tmp_path, "packed-again")
 
 
-def test_an_evaluation_knows_which_images_were_trained_on(tiny_data, tmp_path):
+def test_an_evaluation_knows_which_images_were_trained_on(tiny_data, tmp_path, capsys):
     """Whole sets, copies under another name and single images."""
     copy(tiny_data, tmp_path, "imagenet-train", "imagenet-r")
     pack_as(tiny_data, "imagenet-train", tmp_path, "copy", replace(PIXELS, encoding="original"))
@@ -89,6 +90,47 @@ def test_an_evaluation_knows_which_images_were_trained_on(tiny_data, tmp_path):
     forget(tmp_path / "some")
     tests["some"] = Manifest.load(str(tmp_path / "some"))
     assert seen_images(str(tmp_path), trained_on, tests) == {"imagenet-train": 76, "copy": 76}
+    # a file that is gone is no reason not to evaluate
+    assert warnings(capsys) == []
+    (tmp_path / "imagenet-train" / "samples.npz").unlink()
+    assert seen_images(str(tmp_path), trained_on, tests) == {"imagenet-train": 76}
+    assert "cannot compare its images with those that are evaluated" in warnings(capsys)[0]
+
+
+def of_hashes(root: Path, name: str, values: Iterable[int]) -> Manifest:
+    """Write what the guard reads of a packed set, of images with these hashes."""
+    source_N = np.array(list(values), np.uint64)
+    data = Samples(source=source_N).to_bytes()
+    (root / name).mkdir()
+    (root / name / "samples.npz").write_bytes(data)
+    replace(manifest(data, len(source_N)), dataset=name).save(str(root / name))
+    return Manifest.load(str(root / name))
+
+
+def test_a_model_of_two_trainings_has_seen_what_either_has(tmp_path):
+    trained_on = [
+        (name, of_hashes(tmp_path, name, values).sha256)
+        for name, values in (("a", range(30)), ("b", range(20, 50)))
+    ]
+    tests = {"test": of_hashes(tmp_path, "test", range(25, 80))}
+    for order in (trained_on, trained_on[::-1]):
+        assert seen_images(str(tmp_path), order, tests) == {"test": 25}
+
+
+@pytest.mark.parametrize(("images", "refused"), [(3, False), (5, True)])
+def test_a_few_copies_in_imagenets_own_training_set_are_a_warning(
+    tmp_path, capsys, images, refused
+):
+    train = of_hashes(tmp_path, "imagenet-train", range(4000))
+    of_hashes(tmp_path, "imagenet-val", range(4000 - images, 9000))
+    keys = np.array([f"k{n}".encode() for n in range(4000)])
+    arguments = (str(tmp_path), "imagenet-train", train, keys)
+    if refused:
+        with pytest.raises(ValueError, match="holds 5 images of imagenet-val"):
+            require_no_test_images(*arguments)
+    else:
+        require_no_test_images(*arguments)
+        assert "holds 3 images of imagenet-val (first: 'k3997')" in warnings(capsys)[0]
 
 
 @pytest.mark.parametrize("encoding", ["original", "pixels"])

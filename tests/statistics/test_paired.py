@@ -121,6 +121,21 @@ def test_an_interval_of_all_images_right_or_wrong_is_near_wilsons(images, right)
     assert high - low == pytest.approx(width, abs=0.5 * width)
 
 
+@pytest.mark.parametrize("right", [0, 1])
+def test_units_of_several_sizes_that_are_all_right_have_a_width_too(right):
+    size_U = np.array([1] * 50 + [4] * 50)
+    found = paired.tally(3 * right * size_U, 3, size_N=size_U)
+    low, high = paired.summarise(
+        found.mean, paired.redraw(found, np.random.default_rng(0))
+    ).interval
+    assert 0.02 < high - low < 0.05
+    equal = paired.tally(size_U, 1, size_U, 1, size_U)
+    low, high = paired.summarise(
+        equal.mean, paired.redraw(equal, np.random.default_rng(0))
+    ).interval
+    assert low < -0.02 < 0.02 < high
+
+
 def versions(units: int, sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return which of some images' versions two systems have right, and each version's unit."""
     draws = np.random.default_rng(0)

@@ -21,6 +21,8 @@ from rft.train import command as train_command
 from tests import tiny
 from tests.tiny import call, torchrun_command
 
+pytestmark = pytest.mark.slow  # together
+
 
 @pytest.fixture
 def options(tiny_data, tiny_clip, tmp_path) -> list[str]:
@@ -35,7 +37,6 @@ def test_no_argument_means_the_main_recipe_on_the_miniature():
     assert train_command.parse(["--scale", "miniature", "--data", "d", "--run", "r"]).run == "r"
 
 
-@pytest.mark.slow
 def test_a_dry_run_writes_nothing_and_refuses_what_a_run_refuses(
     refused, options, tmp_path, capsys
 ):
@@ -49,7 +50,6 @@ def test_a_dry_run_writes_nothing_and_refuses_what_a_run_refuses(
     assert "no packed dataset at" in line
 
 
-@pytest.mark.slow
 def test_profile_and_pictures_do_not_change_the_result(options, tmp_path, capsys):
     recipe = ["object-mask-single-fill", *options[1:]]
     plain, seen = tmp_path / "plain", tmp_path / "seen"
@@ -116,7 +116,6 @@ def test_the_last_of_a_repeated_option_decides_the_defaults_too():
     assert (config.scale, config.loader.batch_size) == ("miniature", 64)
 
 
-@pytest.mark.slow
 def test_a_model_that_was_meant_otherwise(refused, options, tmp_path, tiny_clip):
     folder = tiny_clip.removeprefix("local-dir:")
     run = tmp_path / "other"
@@ -153,7 +152,6 @@ def edited(path, **changes) -> None:
     path.write_text(json.dumps({**document, **changes}))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("provenance", "writer"),
     [
@@ -192,7 +190,6 @@ def test_a_run_of_a_newer_version(refused, options, tmp_path, provenance, writer
         (run / "config.json").write_bytes(before)
 
 
-@pytest.mark.slow
 def test_unknown_model_and_weights(refused, options):
     line = refused(train_command, *options, "--model.clip", "ViT-Z-99")
     assert "open_clip has no model 'ViT-Z-99'" in line
@@ -225,7 +222,6 @@ def test_a_run_folder_that_is_a_file(refused, options, tmp_path):
     assert "is a file; choose another" in refused(train_command, *options)
 
 
-@pytest.mark.slow
 def test_other_data_under_a_started_run(refused, options, tmp_path, tiny_data):
     call(train_command, *options)
     (tmp_path / "run" / "training.json").unlink()
@@ -250,7 +246,6 @@ def test_a_folder_that_is_a_url_is_refused(refused, options, tmp_path):
     assert "it must be a local folder" in refused(merge_command, *merge)
 
 
-@pytest.mark.slow
 def test_a_damaged_shard_is_told_in_one_line_by_a_loader_process(options, tmp_path, tiny_data):
     shutil.copytree(tiny_data, tmp_path / "data")
     packed = PackedDataset(str(tmp_path / "data" / "imagenet-train"))
@@ -282,7 +277,6 @@ def test_data_on_a_store_that_is_not_the_disk(options, tmp_path, tiny_data):
     assert (tmp_path / "run" / "training.json").exists()
 
 
-@pytest.mark.slow
 def test_bfloat16_trains_as_float32_does_but_for_rounding(options, tmp_path):
     found = []
     for precision in ("fp32", "bf16"):
@@ -306,7 +300,6 @@ def test_a_loss_that_explodes_stops_the_run_and_names_the_step(options, monkeypa
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
 
 
-@pytest.mark.slow
 def test_a_head_of_another_label_space(refused, options, tmp_path, tiny_data):
     call(train_command, *options)
     shutil.copytree(tiny_data, tmp_path / "data")
@@ -330,7 +323,6 @@ def test_counts_of_an_earlier_call_stay(options, tmp_path, tiny_data, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_two_jobs_on_one_run_folder(refused, options, tmp_path):
     (tmp_path / "run").mkdir()
     with filelock.FileLock(tmp_path / "run" / ".lock"):
@@ -367,7 +359,6 @@ def test_evaluation_and_merge_mistakes(refused, tmp_path, tiny_data):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.slow
 def test_torchruns_summary_ends_with_the_mistake():
     command = torchrun_command(2, "rft.train", "vanila", "--data", "x", "--run-dir", "y")
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)
