@@ -26,7 +26,7 @@ mapfile -t dev < <(comm -13 <(pins run.txt extras.txt) <(pins dev.txt))
     echo "under [Apache-2.0](../LICENSE). What needs attention: [docs/security.md](../docs/security.md#supply-chain)."
     printf '\n## To run rft\n\n'
     table "${run[@]}"
-    printf '\n## Only for the extras s3, gcs, azure and wandb\n\n'
+    printf '\n## Only for the extras\n\n'
     table "${extras[@]}"
     printf '\n## Only for development\n\n'
     table "${dev[@]}"

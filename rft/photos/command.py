@@ -61,9 +61,9 @@ class Arguments:
     """Folder that holds the class folders, or train/ and test/ with these in them."""
     out: Path = Path("rft-photos")
     """Folder for everything that is made."""
-    clip: str = ModelConfig.clip
+    clip: Annotated[str, tyro.conf.arg(name="model.clip")] = ModelConfig.clip
     """The CLIP: an open_clip model name, or local-dir:PATH for a folder in open_clip's layout."""
-    pretrained: str = ModelConfig.pretrained
+    pretrained: Annotated[str, tyro.conf.arg(name="model.pretrained")] = ModelConfig.pretrained
     """Its open_clip weights tag, or a weights file."""
     classes: str | None = None
     """JSON file that says what the class folders show: {"ids": [folder names], "names": [words for

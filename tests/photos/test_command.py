@@ -20,7 +20,7 @@ from rft.storage import files
 from tests import tiny
 from tests.photos.photo_folders import name_classes, picture, write
 
-CLIP = ("--clip", "rft-miniature")
+CLIP = ("--model.clip", "rft-miniature")
 RUNS = {
     "zero-shot",
     "vanilla",
@@ -220,7 +220,7 @@ def test_mistakes_are_refused_before_anything_starts(tmp_path, refused):
     assert "leave" in refused(command, root, "--out", out, "--example")
     one = write(tmp_path / "one", [4])
     assert "one class" in refused(command, *words(one, out))
-    assert "no model 'ViT-B'" in refused(command, root, "--out", out, "--clip", "ViT-B")
+    assert "no model 'ViT-B'" in refused(command, root, "--out", out, "--model.clip", "ViT-B")
     assert "c000" in refused(command, root, "--out", root / "c000" / "out")
     assert not out.exists()
 

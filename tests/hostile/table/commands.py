@@ -27,7 +27,7 @@ FOREIGN = (*INDEX[:3], "new/test", *INDEX[4:])
 PLAN = ("rft.experiments", "--runs", "r", "--data", "d")
 IMAGENET = ("tools/shard_imagenet.py", "--source", "photos", "--out", "packed", "--workers", "1")
 OOD = ("tools/shard_ood.py", "--benchmark", "imagenet-r", "--source", "photos", "--out", "packed")
-DRAWN = ("--clip", "rft-miniature", "--dry-run")
+DRAWN = ("--model.clip", "rft-miniature", "--dry-run")
 CHOICE = ("--data", "shards", "--save", "choice.json", "--workers", "0", "--device", "cpu")
 SET = ("tools/shard_set.py", "--name", "own", "--source", "photos", "--out", "packed")
 DEMO = ("rft.demo", "--out", "world")
@@ -195,9 +195,9 @@ ALONE: tuple[tuple[Sequence[str], str], ...] = (
     (("rft.photos", "photos", "--example"), "leave photos out"),
     (("rft.photos", "photos", *DRAWN, "--test-share", "1.5"), "test-share"),
     (("rft.photos", "photos", *DRAWN, "--classes", "gone.json"), r"gone\.json"),
-    (("rft.photos", "photos", "--out", "photos/made", "--clip", "rft-miniature"), "photos"),
+    (("rft.photos", "photos", "--out", "photos/made", "--model.clip", "rft-miniature"), "photos"),
     (("rft.photos", "photos", "--out", "s3://bucket/x"), "--out"),
-    (("rft.photos", "photos", "--clip", "no-such-clip", "--dry-run"), "no-such-clip"),
+    (("rft.photos", "photos", "--model.clip", "no-such-clip", "--dry-run"), "no-such-clip"),
     (("rft.merge.choose",), "RUN|data|save"),
     (("rft.merge.choose", "gone", *CHOICE), "gone"),
     (("rft.merge.choose", "clip", *CHOICE), "clip"),
