@@ -13,7 +13,7 @@ LOCK   ?= dev
 UPGRADE ?=
 
 .PHONY: demo reproduce results test programs quick marks pythons lowest faults fuzz lint lock licenses \
-	bench gpu wheels peers simd clean
+	bench dist gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
 # compiled files are kept, whatever the environment says: pytest rewrites every assert, in each process
 export PYTHONDONTWRITEBYTECODE :=
@@ -86,6 +86,9 @@ lock: $(VENV)/.installed  ## requirements/*.txt for pyproject.toml, with hashes
 
 licenses: $(VENV)/.installed  ## requirements/licenses.md: the licence of every locked package
 	requirements/licenses.sh $(BIN)
+
+dist: $(VENV)/.installed  ## the wheel and the sdist, in dist/
+	$(BIN)/python -m uv build --quiet --no-build-isolation --out-dir dist
 
 bench: $(VENV)/.installed  ## the step, the loader and the packer against their peers; checkpoints; faults
 	$(BIN)/python -m benchmarks.environments
