@@ -321,7 +321,7 @@ def only_shown(help_text: str, shown: Sequence[str]) -> str:
 def _print_drawn(text: str) -> None:
     """Print a text with boxes, which not every encoding has."""
     try:
-        text.encode(sys.stdout.encoding)
+        text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         text = text.translate(str.maketrans("╭─╮│╰╯", "+-+|++")).encode("ascii", "replace").decode()
     print(text)
