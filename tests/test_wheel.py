@@ -3,6 +3,7 @@
 The libraries that rft needs are those of this environment; rft itself is the wheel's alone.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -90,10 +91,15 @@ def test_packs_trains_and_reports(installed, tmp_path):
         path = tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draws.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+    # the words that the tiny CLIP's tokenizer has
+    space = {"ids": ["cat", "dog"], "names": ["star", "ring"], "templates": ["a photo of a {c}"]}
+    (tmp_path / "classes.json").write_text(json.dumps(space))
     where = [str(installed / "python"), "-c", "import rft; print(rft.__file__)"]
     found = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert Path(found.stdout.strip()).is_relative_to(installed.parent)
-    packed = rft("pack", "folder", "--source", "photos", "--out", "shards")
+    packed = rft(
+        "pack", "folder", "--source", "photos", "--out", "shards", "--classes", "classes.json"
+    )
     assert "next: rft train" in packed
     rft("verify", "shards/train", "--deep")
     options = ["--data", "shards", "--train-set", "train", "--scale", "small"]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from rft import cpus
 from rft.device import Transfer, to_device, transferring
 from rft.loading.batches import Batches
 from rft.loading.dataset import Batch, Reading
@@ -40,10 +41,13 @@ def read_batches(
         ValueError: if a sample is damaged; the message names shard, key and offset.
         ChildProcessError: if a loader process was killed.
     """
+    # more than there are cores or batches would wait for each other; and to start a process takes
+    # longer than to read the single batch of a small held-out set
+    workers = min(workers, cpus.available(), len(numbers))
+    alone = workers == 0 or len(numbers) == 1
     # at least two, so that a batch is never written over the one before it
-    slots = Slots(batches, workers * BATCHES_AHEAD + 2)
-    # without a batch to read, as for a rank with no part of a small set, no process is started
-    if workers == 0 or len(numbers) == 0:
+    slots = Slots(batches, (0 if alone else workers) * BATCHES_AHEAD + 2)
+    if alone:
         found: Iterator[_Item | ValueError] = map(slots.__getitem__, numbers)
     else:
         # a forked copy of a process that already runs CUDA, gloo or fsspec threads can hang

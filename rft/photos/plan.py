@@ -155,10 +155,11 @@ def merge(task: Task, recipe: str) -> Stage:
     return Stage(name="merge", words=(*words, "--out", str(task.wise(recipe))))
 
 
-def report(task: Task) -> Stage:
-    """Return the report of all candidates."""
+def report(task: Task, chosen: Path) -> Stage:
+    """Return the report of all candidates, the chosen one first."""
     words = ["-m", "rft.report", str(task.out / "runs"), "--out", str(task.report)]
-    return Stage(name="report", words=(*words, "--data", str(task.data)))
+    words += ["--data", str(task.data), "--chosen", str(chosen)]
+    return Stage(name="report", words=tuple(words))
 
 
 def export(task: Task, chosen: Path) -> Stage:
@@ -171,7 +172,7 @@ def end(task: Task, chosen: Path) -> list[Stage]:
     """Return the stages after the choice."""
     merged = [merge(task, recipe) for recipe in FAMILIES if task.wise(recipe) == chosen]
     # the report last: its warnings are what is read
-    return [*merged, export(task, chosen), report(task)]
+    return [*merged, export(task, chosen), report(task, chosen)]
 
 
 @dataclass(frozen=True, kw_only=True)

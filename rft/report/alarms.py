@@ -44,7 +44,7 @@ def _lost(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
             f"{row.name} lost accuracy against {BASELINE} on {heading(column)}: "
             f"{100 * pair.difference.value:+.1f} points (95% interval {100 * low:+.1f} to "
             f"{100 * high:+.1f}). Fine-tuning made it worse; use {BASELINE} or a WiSE average, or "
-            "train with a lower --optim.lr or fewer --optim.epochs."
+            "train with a lower learning rate or fewer epochs."
         )
 
 

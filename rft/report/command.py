@@ -33,6 +33,8 @@ class Arguments:
     """CSV file of other models, for effective robustness: columns model, id and ood, in %."""
     data: str = ""
     """Data root as for rft.evaluate, to show the images that were gained and lost."""
+    chosen: Path | None = None
+    """The run folder that was chosen without test images (`rft choose`): it is named first."""
     max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that such an image may have; raise it if a set was packed so."""
 
@@ -46,6 +48,7 @@ def main() -> None:
         arguments.testbed,
         arguments.data,
         arguments.max_pixels,
+        arguments.chosen,
     )
     console = Console()
     if console.is_terminal:

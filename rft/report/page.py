@@ -6,7 +6,7 @@ Every file is replaced atomically; index.html is written last.
 import io
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from rft import recipes
 from rft.config import MAX_PIXELS
 from rft.paper import FIGURE_7
 from rft.report import (
@@ -41,6 +42,7 @@ from rft.report.testbed import read_line
 from rft.report.thumbnails import read_thumbnails
 from rft.runs.gallery_file import read as read_gallery
 from rft.runs.records import ORIGINS, Provenance
+from rft.shards import photo_names
 from rft.shards.folder import MANIFEST
 from rft.statistics.robustness import Line
 from rft.storage import files
@@ -83,6 +85,8 @@ class Report:
     frames: dict[int, bytes]
     """Step -> WebP of the gallery's images at that step, ascending."""
     gallery_run: Run | None
+    chosen: Row | None = None
+    """Row of the model that was chosen without test images."""
 
     @property
     def hidden(self) -> int:
@@ -109,11 +113,13 @@ def write_report(
     testbed: Path | None = None,
     data: str = "",
     max_pixels: float = MAX_PIXELS,
+    chosen: Path | None = None,
 ) -> Report:
     """Read run folders and write the report's files to the folder `out`.
 
     Files of an earlier report there are replaced or removed. With a data root, the page shows
-    images that were gained and lost, of at most so many million pixels.
+    images that were gained and lost, of at most so many million pixels. `chosen` is the run folder
+    of the model that was chosen without test images.
 
     Raises:
         ValueError: if the runs do not belong in one table, a file is malformed, or a set below
@@ -121,9 +127,11 @@ def write_report(
     """
     files.require_local(out, "--out")
     line = None if testbed is None else read_line(testbed)
-    report = compose(load_runs(runs), line)
+    report = compose(load_runs(runs), line, chosen=chosen)
     images = flips_of(report, data, max_pixels) if data else None
-    page = render(report, images, mistakes_of(report, data, max_pixels) if data else None)
+    wrong = mistakes_of(report, data, max_pixels) if data else None
+    names = photo_names.read(files.join(data, mistakes_set(report))) if data else {}
+    page = render(report, images, wrong, names)
     # index.html is the last: when it appears, everything beside it is of this report
     for name, content in {**documents(report), "index.html": page.encode()}.items():
         if content is not None:
@@ -158,13 +166,17 @@ def documents(report: Report) -> dict[str, bytes | None]:
     return found | {name: None if text is None else text.encode() for name, text in texts.items()}
 
 
-def compose(runs: list[Run], line: Line | None = None, *, draw: bool = True) -> Report:
+def compose(
+    runs: list[Run], line: Line | None = None, *, draw: bool = True, chosen: Path | None = None
+) -> Report:
     """Make tables, statistics and pictures of runs that were read; without pictures if not asked.
 
     Raises:
-        ValueError: if a file of predictions, or a gallery, is malformed.
+        ValueError: if a file of predictions, or a gallery, is malformed, or the chosen run is none
+            of the runs.
     """
     rows = tables.result_rows(runs, line)
+    chosen_row = None if chosen is None else _row_of(chosen, runs, rows)
     names = tables.shown_recipes(row.recipe for row in rows)
     shown = [row for row in rows if row.recipe in names]
     counted = [name for name in tables.columns(rows) if any(name in run.counts for run in runs)]
@@ -185,13 +197,23 @@ def compose(runs: list[Run], line: Line | None = None, *, draw: bool = True) -> 
         rows=rows,
         shown=shown,
         measures=measured,
-        summary=summarise(runs, rows, shown, measured),
+        summary=summarise(runs, rows, shown, measured, chosen_row),
         tables=tables.text_tables(shown, differences, len(rows) - len(shown)),
         beside=beside.beside(runs, rows),
         pictures=pictures,
         frames=frames,
         gallery_run=example,
+        chosen=chosen_row,
     )
+
+
+def _row_of(path: Path, runs: Sequence[Run], rows: Sequence[Row]) -> Row:
+    """Return the row of a run folder; raises ValueError if it is none of the runs."""
+    names = {run.row for run in runs if Path(run.path).resolve() == path.resolve()}
+    for row in rows:
+        if row.name in names:
+            return row
+    raise ValueError(f"--chosen {path} is none of the runs that are shown")
 
 
 def _pictures(
@@ -248,7 +270,7 @@ def mistakes_of(report: Report, data: str, max_pixels: float) -> Pictures:
     found = report.measures.sets
     wanted = {
         (name, one.sample): one.key
-        for row in report.shown[: mistakes.ROWS]
+        for row in _chosen_first(report)[: mistakes.ROWS]
         if (row.name, name) in found
         for one in found[row.name, name].mistakes.confident
     }
@@ -260,8 +282,16 @@ def mistakes_of(report: Report, data: str, max_pixels: float) -> Pictures:
     return Pictures.of({sample: picture for (_, sample), picture in pictures.items()})
 
 
-def render(report: Report, images: Flips | None = None, wrong: Pictures | None = None) -> str:
-    """Return index.html; everything that comes from a file is escaped."""
+def render(
+    report: Report,
+    images: Flips | None = None,
+    wrong: Pictures | None = None,
+    names: Mapping[str, str] | None = None,
+) -> str:
+    """Return index.html; everything that comes from a file is escaped.
+
+    `names` are the paths of own photos by key.
+    """
     made = environment()
     made.filters |= {"brief": mistakes.brief, "settings": shown_settings, "heading": heading}
     shown, measured, reference = report.shown, report.measures, report.reference
@@ -271,6 +301,8 @@ def render(report: Report, images: Flips | None = None, wrong: Pictures | None =
         columns=tables.columns(shown),
         ids={row.name: row.id for row in report.rows},
         last=OOD_COLUMN,
+        benchmarks=tables.of_benchmarks(shown),
+        meanings=meanings(shown),
         absent=tables.ABSENT,
         pictures=dict.fromkeys((*FIGURES, "gallery"))
         | {name: _shown(picture) for name, picture in report.pictures.items()},
@@ -286,6 +318,7 @@ def render(report: Report, images: Flips | None = None, wrong: Pictures | None =
         images=images,
         per_class=flips.PER_CLASS,
         mistakes=rows_mistakes(report),
+        names=names or {},
         mistakes_heading=heading(mistakes_set(report)),
         mistaken=measured.classes.get(mistakes_set(report)),
         wrong=wrong,
@@ -308,7 +341,24 @@ def rows_mistakes(report: Report) -> list[RowMistakes]:
     classes = measured.classes.get(name)
     if classes is None:
         return []
-    return mistakes.of_rows(report.shown, measured.sets, classes, name)
+    return mistakes.of_rows(_chosen_first(report), measured.sets, classes, name)
+
+
+def _chosen_first(report: Report) -> list[Row]:
+    """Return the rows that are shown, the chosen one first."""
+    return sorted(report.shown, key=lambda row: row != report.chosen)
+
+
+def meanings(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return (row, what it is) of the rows whose recipe rft knows."""
+    found = []
+    for row in rows:
+        wise = tables.wise_model(row.recipe)
+        name = row.recipe if wise is None else wise.family
+        known = recipes.MERGED.get(name) or recipes.TRAINED.get(name)
+        if known is not None:
+            found.append((row.name, known.about))
+    return found
 
 
 def _named(targets: Sequence[str], make: Any) -> list[tuple[str, Any]]:

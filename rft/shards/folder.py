@@ -5,4 +5,5 @@ INDEX = "index.npz"
 SAMPLES = "samples.npz"  # of older sets absent; the manifest has its hash
 PLAN = "plan.json"  # written first: which set is packed or indexed here
 COMMITS = "commit"  # a folder: the record of each shard that is finished
+PHOTOS = "photos.jsonl"  # of one's own photos: which file each sample was
 QUARANTINE = "quarantine.jsonl"  # images that were left out because they cannot be decoded

@@ -87,7 +87,9 @@ def test_times_follow_from_sizes_and_rates():
 
 
 def test_the_table_has_each_stage_and_their_sum():
-    lines = plan.table({"pack": 20.0, "report": 100.0}, [plan.pack(TASK), plan.report(TASK)])
+    lines = plan.table(
+        {"pack": 20.0, "report": 100.0}, [plan.pack(TASK), plan.report(TASK, Path("runs/x"))]
+    )
     assert [line.split(None, 1) for line in lines] == [
         ["pack", "about 20 s"],
         ["report", "about 2 min"],

@@ -482,7 +482,7 @@ def test_a_sets_declared_score_is_a_column_and_what_averages_take(tmp_path):
     report = compose(load_runs(paths), draw=False)
     assert tables.target(report.rows) == column
     best, against = report.summary.conclusions
-    assert best.startswith("Best wilds, worst-domain: no-mask, 37.5%")
+    assert best.startswith("Highest wilds, worst-domain: no-mask, 37.5%")
     assert "a declared score has no interval" in against
 
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from rft.report.page import command as command_of
-from rft.report.page import provenance_lines, write_report
+from rft.report.page import compose, provenance_lines, render, write_report
 from rft.report.read import load_runs
 from rft.storage import files
 from tests.report.make_runs import edit, make_gallery, make_predicted, make_run, make_weights
@@ -170,10 +170,36 @@ def test_a_report_of_own_sets_has_their_columns_and_no_paper(tmp_path):
     assert "recipe  n garden  zoo" in text
     page = Page((out / "index.html").read_text())
     assert "Beside the paper" not in page.text
-    assert "Best garden: no-mask" in page.text
+    assert "Highest garden: no-mask" in page.text
     assert "OOD avg" not in page.text
     assert {path.name for path in out.iterdir()} >= {"differences.csv", "per_class.csv"}
     assert not (out / "paper.md").exists()
+
+
+def test_the_chosen_model_comes_first_and_photos_have_their_names(tmp_path):
+    zero, vanilla, ours = [
+        make_predicted(tmp_path, name, skill=skill, sets=("zoo",))
+        for name, skill in (("zero-shot", 0.6), ("vanilla", 0.5), ("no-mask", 0.4))
+    ]
+    paths = [zero, vanilla, ours]
+    report = compose(load_runs(paths), draw=False, chosen=ours)
+    key = report.measures.sets["no-mask", "zoo"].mistakes.confident[0].key
+    page = Page(render(report, names={key: "bär/größe 1.jpg"}))
+    first = "Chosen without any test image: no-mask, "
+    shown = re.search(first + r"\d+\.\d% \(95% interval [\d. to]+\) on zoo\.", page.text)
+    assert shown is not None
+    assert page.text.index(first) < page.text.index("points over zero-shot")
+    assert page.text.index(first) < page.text.index("Highest zoo: zero-shot")
+    # in the table, and its mistakes before those of the others
+    assert "no-mask (chosen)" in page.text
+    assert page.text.index("no-mask (chosen) on zoo:") < page.text.index("zero-shot on zoo:")
+    assert "bär/größe 1.jpg" in page.text
+    # own sets: nothing of the paper's experiment, and against the untrained model first
+    assert "In distribution against out of distribution" not in page.text
+    assert "Counterfactual images" not in page.text
+    assert "no-mask: classes against zero-shot" in page.text
+    with pytest.raises(ValueError, match="is none of the runs"):
+        compose(load_runs(paths), draw=False, chosen=tmp_path / "data")
 
 
 def test_predictions_give_every_part_of_the_page(tmp_path):

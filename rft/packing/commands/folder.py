@@ -15,7 +15,9 @@ from rft.packing.own_folder import Photos, read_folder, same_bytes
 from rft.packing.pack import Options, pack_source
 from rft.packing.source import Source, require_apart
 from rft.sets import ClassScore
+from rft.shards import photo_names
 from rft.shards.label_space import LabelSpace
+from rft.storage import files
 from rft.storage.documents import Seed, Share, document
 from rft.text import printable
 
@@ -78,6 +80,9 @@ def main() -> None:
     require_apart(linked, command.out, SETS)
     say(photos)
     complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
+    for one in sources:
+        names = ((item.key, item.path) for item in one.items)
+        photo_names.write(files.join(command.out, one.dataset), names)
     if all(complete):
         say_next(sources, command.out)
 
