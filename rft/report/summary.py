@@ -105,8 +105,8 @@ def _conclusions(rows: Sequence[Row], measures: Measures) -> Iterator[str]:
     found = details.interval(measures, best.name, column)
     images = "" if found is None else f" (95% interval {details.interval_percent(found)})"
     yield (
-        f"Highest {heading(column)}: {best.name}, {best.cells[column].text()}%{images}. The highest "
-        f"of {len(there)} rows on these very test images is a little too high."
+        f"Highest {heading(column)}: {best.name}, {best.cells[column].text()}%{images}. The "
+        f"highest of {len(there)} rows on these very test images is a little too high."
     )
     baselines = [row for row in there if tables.order(row.recipe)[0] in BASELINE_BLOCKS]
     vanilla = [row for row in tables.baselines(rows) if row.recipe == "vanilla"]
