@@ -13,7 +13,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -27,7 +29,7 @@ from typing import Any, TypeVar
 import tyro
 from fsspec.config import set_conf_env
 
-from rft import commands, log
+from rft import commands, log, start
 from rft.storage import files, urls
 from rft.text import plain
 
@@ -35,6 +37,13 @@ T = TypeVar("T")
 ERROR_LETTERS = 1800  # of its line; tests/hostile takes at most 2,000
 HELP_ALL = "--help-all"
 OPTION = re.compile(r"│ (?:-\w, )?--\S.*?(?=  |$)")  # the line of an option in tyro's help
+# what tyro complains of a text in place of a number, which may be left out where it has None
+NO_NUMBER = re.compile(
+    r"^Error parsing (?P<name>--[\w.-]+): "
+    r"(?:(?P<whole>invalid literal for int\(\) with base 10: )|could not convert string to float: "
+    r"|no type matching (?:\{None\}\|)?(?P<kind>INT|FLOAT) could be instantiated from \[)"
+    r"'(?P<value>.*)'\]?\.?$"
+)
 STYLE = re.compile(r"\x1b\[[0-9;]*m")  # how a terminal is asked for a colour
 LEAST_COLUMNS = 40  # of a terminal: in less than 5 tyro's --help has no end
 SIZE = r"[1-9][0-9]{0,3}"  # of a terminal, columns or lines; rich would fill more with spaces
@@ -45,12 +54,13 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SEVERAL_GPUS = "  (with several GPUs: torchrun --nproc_per_node NUMBER in place of python)"
 
 
-def run(main: Callable[[], None], *, ranks: bool = False) -> None:
+def run(main: Callable[[], None], *, ranks: bool = False, again: str = "") -> None:
     """Run `main`; turn a user's mistake into one clear line and exit code 2.
 
     Under torchrun the ranks of a node meet the same mistake, so one of each node prints it, and
     torchrun repeats it at the end of its summary. Without `ranks` a command is one process,
-    whatever a launcher has left in the environment.
+    whatever a launcher has left in the environment. `again` is the command line of a plan, which
+    resumes what Ctrl-C stopped.
     """
     sys.excepthook = _tell_bug  # for what no clause below catches
     log.setup(urls.redact)
@@ -65,30 +75,49 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> None:
             urls.refuse_credentials(word)
         try:
             main()
-        except SystemExit:  # of --help, or a code of the command's own: its output counts too
-            _finish_output()
+        except SystemExit as stopped:  # of --help, or a code of the command's own
+            _finish_output()  # its output counts too
+            if again and stopped.code == start.INTERRUPTED:  # a stage of the plan was
+                start.say_interrupted(again, "stopped")
             raise
         _finish_output()
     except BrokenPipeError:  # the reader of our output has seen enough
         _drop_output()
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(130)  # 128 + SIGINT, as shells report it
+        _say_interrupted(again)
+        _drop_output()
+        sys.exit(start.INTERRUPTED)
     except (ValueError, OSError) as error:
         if os.environ.get("RFT_TRACEBACK"):
             raise
-        message = urls.redact(" ".join(str(error).split()))
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f" on rank {rank}"
-        line = _shortened(plain(f"error{where}: {message}"))
-        # what can be done about it, where that takes more than the line
-        notes = [_shortened(plain(f"  {urls.redact(n)}")) for n in getattr(error, "__notes__", ())]
-        if not is_quiet_rank():
-            with contextlib.suppress(OSError):  # stderr is full or closed: the exit code is left
-                print(line, *notes, sep="\n", file=sys.stderr, flush=True)
-        _hand_to_torchrun(line)
+        _say_error(error)
         _drop_output()
         sys.exit(2)
+
+
+def _say_error(error: Exception) -> None:
+    """Print a user's mistake, and leave it to torchrun, which may repeat it."""
+    message = commands.by_name(urls.redact(" ".join(str(error).split())))
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" on rank {rank}"
+    line = _shortened(plain(f"error{where}: {message}"))
+    # what can be done about it, where that takes more than the line
+    advice = map(commands.by_name, getattr(error, "__notes__", ()))
+    notes = [_shortened(plain(f"  {urls.redact(note)}")) for note in advice]
+    with contextlib.suppress(OSError):  # one file may hold both streams: in their order
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    if not is_quiet_rank():
+        with contextlib.suppress(OSError):  # stderr is full or closed: the exit code is left
+            print(line, *notes, sep="\n", file=sys.stderr, flush=True)
+    _hand_to_torchrun(line)
+
+
+def _say_interrupted(again: str) -> None:
+    if not is_quiet_rank():
+        with contextlib.suppress(OSError):
+            start.say_interrupted(again)
 
 
 def _shortened(line: str) -> str:
@@ -202,29 +231,32 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
             option that is a path and was given a URL: pathlib makes a folder `s3:` of it.
     """
     if commands.STARTED in os.environ:
-        options["prog"] = os.environ[commands.STARTED]
+        # "rft.convert export" has a kind behind the command
+        kind_of = options.get("prog", "").partition(" ")[2]
+        options["prog"] = f"{os.environ[commands.STARTED]} {kind_of}".rstrip()
     words = list(options.pop("args", sys.argv[1:]))
+    given = [word for word in words if word.startswith("--")]
     if shown and HELP_ALL in words:
         words, shown = [*words, "--help"], ()
         words.remove(HELP_ALL)
     complaint = io.StringIO()
-    # tyro prints its help and exits; it draws boxes where the encoding has them
-    help_text = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    caught = contextlib.redirect_stdout(help_text) if shown else contextlib.nullcontext()
     try:
-        with contextlib.redirect_stderr(complaint), caught:
+        with contextlib.redirect_stderr(complaint), _caught() as help_text:
             found = tyro.cli(kind, args=words, **options)
         _require_local_paths(found, "")
         return found
     except SystemExit as stopped:
         if stopped.code != 2:  # --help
-            if shown:
-                help_text.seek(0)
-                _print_drawn(only_shown(help_text.read(), shown))
+            text = _read(help_text)
+            print_help(only_shown(text, shown) if shown else text)
             raise
         sections = _sections(complaint.getvalue())
         # an option's own line says which it is
         text = re.sub(r"^Error parsing [\w.]+: (?=--)", "", " ".join(next(sections, [])))
+        if text.startswith("Missing"):
+            # tyro counts arguments first, and an unknown option is the likelier mistake
+            _require_known_options(given, kind, options)
+        text = NO_NUMBER.sub(_number, text)
         meant = [
             line.split()[0]
             for title, *lines in sections
@@ -234,6 +266,35 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
         ]
         hint = f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
         raise ValueError(f"{text}{hint} (--help tells more)") from None
+
+
+def _caught() -> contextlib.redirect_stdout[io.TextIOWrapper]:
+    """Catch tyro's help, which it prints; it draws boxes where the encoding has them."""
+    return contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+
+
+def _read(stream: io.TextIOWrapper) -> str:
+    stream.seek(0)
+    return stream.read()
+
+
+def _require_known_options(
+    given: Sequence[str], kind: Callable[..., object], options: Mapping[str, Any]
+) -> None:
+    """Refuse the first of the `given` options that the command does not have, by its --help."""
+    with contextlib.suppress(SystemExit), _caught() as help_text:
+        tyro.cli(kind, args=["--help"], **options)
+    lines = [found[0] for found in map(OPTION.match, _read(help_text).splitlines()) if found]
+    known = {name for line in lines for name in re.findall(r"--[\w.-]+", line)}
+    for word in given:
+        name = word.partition("=")[0].replace("_", "-")
+        if name not in known:
+            raise unknown("option", name, sorted(known))
+
+
+def _number(found: re.Match[str]) -> str:
+    what = "whole number" if found["whole"] or found["kind"] == "INT" else "number"
+    return f"{found['name']} is {found['value']!r}; it must be a {what}"
 
 
 def _require_local_paths(value: object, name: str) -> None:
@@ -316,6 +377,31 @@ def only_shown(help_text: str, shown: Sequence[str]) -> str:
             boxes[-1].append(line)
     texts = ["\n".join(box) for box in boxes if box == boxes[0] or any(map(OPTION.match, box))]
     return "\n".join([*texts, f"{hidden} more options: {HELP_ALL}"])
+
+
+def print_help(text: str) -> None:
+    """Print a help text, perhaps with boxes, no wider than the terminal; commands by name."""
+    columns = shutil.get_terminal_size().columns
+    lines = [part for line in text.splitlines() for part in _help_lines(line, columns)]
+    _print_drawn("\n".join(lines))
+
+
+def _help_lines(line: str, columns: int) -> list[str]:
+    """Wrap a line of a help text; what is to the right of a gap stays a column."""
+    if line.startswith("│"):
+        # an option that may be left out is of its type to the user; columns stay where they are
+        line = re.sub(r"\{None\}\|(\S+)", r"\1       ", line)
+        named = commands.by_name(line, bare=True)
+        return [f"{named[:-1].rstrip():{len(line) - 1}}{line[-1]}"]
+    line = commands.by_name(line.replace("{None}|", ""), bare=True)
+    if line.startswith(("╭", "╰")) or len(line) <= columns:
+        return [line]
+    indent = re.match(r"\s*(?:\S+ {2,}|usage: )?", line)
+    assert indent is not None
+    below = " " * min(len(indent[0]), columns // 2)
+    return textwrap.wrap(
+        line, columns, subsequent_indent=below, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _print_drawn(text: str) -> None:

@@ -102,7 +102,9 @@ def pick_device(choice: str, world: World) -> torch.device:
         ValueError: if `cuda` is requested and absent, or there are more ranks than GPUs.
     """
     if choice == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch sees no GPU; use --device cpu")
+        raise ValueError(
+            "device is cuda, but torch sees no GPU; use cpu (--device cpu, in Python device='cpu')"
+        )
     if choice == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():

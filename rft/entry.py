@@ -6,20 +6,33 @@ A command that several GPUs share starts a process for each GPU that is visible,
 
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import rft
-from rft.commands import COMMANDS, RANKS, STARTED, Command
+from rft import start
+from rft.commands import COMMANDS, GROUPS, RANKS, STARTED, Command
+from rft.text import plain
+
+HELP, VERSION = ("-h", "--help"), ("-V", "--version")
 
 
 def main() -> None:
-    """Run the command that the first words name."""
+    """Run the command that the first words name; Ctrl-C is a line at any time."""
     words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help", "help"):
+    try:
+        _main(words)
+    except KeyboardInterrupt:  # while libraries are imported; later `cli.run` catches it
+        start.say_interrupted(_again(words))
+        sys.exit(start.INTERRUPTED)
+
+
+def _main(words: Sequence[str]) -> None:
+    if not words or words[0] in (*HELP, "help"):
         print(usage())
-    elif words[0] in ("-V", "--version"):
+    elif words[0] in VERSION:
         print(f"rft {rft.__version__}")
     else:
         run(words)
@@ -27,18 +40,30 @@ def main() -> None:
 
 def usage() -> str:
     """Return what `rft --help` prints."""
-    lines = ["usage: rft COMMAND [OPTION...]", "", "Robust fine-tuning of CLIP.", ""]
-    for name, found in COMMANDS.items():
-        if isinstance(found, Command):
-            lines.append(f"  {name:16}{found.about}")
-        else:
-            lines += [f"  {name + ' ' + kind:16}{one.about}" for kind, one in found.items()]
+    lines = ["usage: rft COMMAND [OPTION...]", "", "Robust fine-tuning of CLIP."]
+    for title, group in GROUPS.items():
+        lines += ["", f"{title}:"]
+        for name, found in group.items():
+            kinds = {name: found} if isinstance(found, Command) else _of(name, found)
+            lines += [f"  {words:16}{one.about}" for words, one in kinds.items()]
     shared = ", ".join(
         name for name, one in COMMANDS.items() if isinstance(one, Command) and one.ranks
     )
-    lines += ["", "rft COMMAND --help prints its options, rft --version the version."]
+    lines += ["", "To try it without photos: rft photos --example"]
+    lines += ["rft COMMAND --help prints its options, rft --version the version."]
     lines += [f"{shared} start a process for each visible GPU; {RANKS} N: others."]
     return "\n".join(lines)
+
+
+def _of(name: str, kinds: Mapping[str, Command]) -> dict[str, Command]:
+    return {f"{name} {kind}": one for kind, one in kinds.items()}
+
+
+def _again(words: Sequence[str]) -> str:
+    """Return the command line of a plan, which resumes it; empty for other commands."""
+    found = COMMANDS.get(words[0]) if words else None
+    is_plan = isinstance(found, Command) and found.plan
+    return plain(shlex.join(["rft", *words])) if is_plan else ""
 
 
 def run(words: Sequence[str]) -> None:
@@ -46,14 +71,19 @@ def run(words: Sequence[str]) -> None:
     name, found = words[0], COMMANDS.get(words[0])
     rest = list(words[1:])
     if isinstance(found, Mapping):
-        if not rest or rest[0] in ("-h", "--help"):
+        if not rest or rest[0] in HELP:
             lines = [f"  rft {name} {kind:10}{one.about}" for kind, one in found.items()]
             print("\n".join([f"usage: rft {name} KIND [OPTION...]", "", *lines]))
             return
         kind = rest.pop(0)
-        name, found = f"{name} {kind}", found.get(kind) or _refuse(f"kind of {name}", kind, found)
+        name, found = (
+            f"{name} {kind}",
+            found.get(kind) or _refuse(f"kind of {name}", kind, list(found)),
+        )
+    elif name.startswith("-"):
+        found = _refuse("option", name, [*HELP, *VERSION])
     elif found is None:
-        found = _refuse("command", name, COMMANDS)
+        found = _refuse("command", name, list(COMMANDS))
     os.environ[STARTED] = f"rft {name}"
     rest[:0] = found.first
     ranks = _take_ranks(rest) if found.ranks else 1
@@ -62,19 +92,20 @@ def run(words: Sequence[str]) -> None:
     from rft import cli
 
     if ranks == 1:
-        cli.run(importlib.import_module(found.module).main, ranks=found.ranks)
+        main = importlib.import_module(found.module).main
+        cli.run(main, ranks=found.ranks, again=_again(words))
     else:
         from rft import dist
 
         cli.run(lambda: sys.exit(dist.start_ranks(found.package, rest, ranks)))
 
 
-def _refuse(what: str, name: str, known: Mapping[str, object]) -> Command:
+def _refuse(what: str, name: str, known: Sequence[str]) -> Command:
     """End with the line of a name that is not known."""
     from rft import cli
 
     def refuse() -> None:
-        raise cli.unknown(what, name, list(known))
+        raise cli.unknown(what, name, known)
 
     cli.run(refuse)
     raise AssertionError(name)
@@ -90,7 +121,7 @@ def _take_ranks(options: list[str]) -> int:
     # started by a launcher, or a machine without a GPU of NVIDIA's, which is seen without torch
     if "WORLD_SIZE" in os.environ or not any(Path("/dev").glob("nvidia[0-9]*")):
         return 1
-    if any(option in ("-h", "--help") for option in options):
+    if any(option in HELP for option in options):
         return 1
     import torch
 

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from rft import __version__, cli, cpus
 from rft.storage import files
+from rft.storage.documents import document
 
 IMAGE_PACKAGES = ("pillow", "pillow-simd")
 # the lower bound of Pillow in pyproject.toml, which pip never compares with Pillow-SIMD
@@ -32,6 +33,11 @@ FIXED = "13.0.0"
 MULTIPLY_256_BITS = re.compile(rb"\xc5[" + re.escape(bytes(range(5, 256, 8))) + rb"]\xf5")
 
 log = logging.getLogger(__name__)
+
+
+@document(name="--")
+class Arguments:
+    """Print which libraries are in use here; exit code 1 if the image library is a mixture."""
 
 
 def image_core() -> str:
@@ -128,7 +134,13 @@ def rows() -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Print the table; end with 1 if the image library is a mixture."""
+    """Parse and print."""
+    cli.parse(Arguments, prog="rft.env")
+    show()
+
+
+def show() -> None:
+    """Print the table and what is wrong; end with 1 if the image library is a mixture."""
     table = Table(show_header=False, box=None)
     for name, value in rows():
         table.add_row(name, value)

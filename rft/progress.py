@@ -112,7 +112,12 @@ class Bar(Progress):
 
 @contextlib.contextmanager
 def progress(
-    title: str, unit: str, total: int, extra: Mapping[str, object] | None = None
+    title: str,
+    unit: str,
+    total: int,
+    extra: Mapping[str, object] | None = None,
+    *,
+    ends: bool = True,
 ) -> Iterator[Advance]:
     """Yield a function to call with how many units, and how many bytes of them, were done.
 
@@ -121,6 +126,7 @@ def progress(
         unit: of what is counted, in the plural.
         total: how many there are.
         extra: of the log lines, such as `rft.log.ASIDE` where the result goes to stdout.
+        ends: whether the end has a log line too, as where no result follows at once.
     """
     done = size = 0
     bar = Bar(title, total)
@@ -142,7 +148,7 @@ def progress(
                 drew = now
             return
         bar.show(done)
-        if is_last or now - spoke > SECONDS_PER_LINE:
+        if (is_last and ends) or now - spoke > SECONDS_PER_LINE:
             counted = f"{title}: {done:,} of {total:,} {unit}"
             log.info("%s, %s, %s left", counted, rate(), bar.left, extra=extra)
             spoke = now

@@ -13,10 +13,12 @@ import warnings
 from pathlib import Path
 from types import TracebackType
 
+from rft import commands
 from rft.text import printable
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 MESSAGE_LETTERS = 300  # of a library's message
+INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells report it
 
 
 def is_command() -> bool:
@@ -36,7 +38,16 @@ def watch_imports() -> None:
     sys.excepthook = _tell
 
 
+def say_interrupted(again: str = "", what: str = "interrupted") -> None:
+    """Print the line of Ctrl-C, with the command that resumes; a stage leaves it to its plan."""
+    if commands.STAGE not in os.environ:
+        print(f"{what}; to resume: {again}" if again else what, file=sys.stderr, flush=True)
+
+
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        say_interrupted()
+        sys.exit(INTERRUPTED)
     if not isinstance(error, (ValueError, OSError)) or os.environ.get("RFT_TRACEBACK"):
         sys.__excepthook__(kind, error, trace)
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tiny_world import environment
-from rft import cli, dist
+from rft import cli, commands, dist
 from tests.tiny import unstamped
 
 
@@ -42,6 +42,46 @@ def test_warnings_and_names_are_text(capsys):
     printed = capsys.readouterr()
     assert printed.out == "next: 'a\\x07'\n  (b)\n"
     assert unstamped(printed.err) == "WARNING: x\\x1b[31m\\ny [b]z[/b] 100% :car:\n"
+
+
+@pytest.mark.parametrize(
+    ("stopped", "again", "line"),
+    [
+        (KeyboardInterrupt(), "", "interrupted"),
+        (KeyboardInterrupt(), "rft photos a", "interrupted; to resume: rft photos a"),
+        # a stage of a plan was, and has printed its own line
+        (SystemExit(130), "rft photos a", "stopped; to resume: rft photos a"),
+        (SystemExit(130), "", ""),
+        (SystemExit(0), "rft photos a", ""),
+    ],
+)
+def test_an_interruption_is_a_line_with_what_resumes(monkeypatch, capsys, stopped, again, line):
+    def main() -> None:
+        print("before")
+        raise stopped
+
+    for stage in (False, True):
+        if stage:  # its plan prints the line
+            monkeypatch.setenv(commands.STAGE, "1")
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main, again=again)
+        assert ended.value.code == (0 if stopped.args == (0,) else 130)
+        printed = capsys.readouterr()
+        assert printed.out == "before\n"
+        assert printed.err == (f"{line}\n" if line and not stage else "")
+
+
+@pytest.mark.slow
+def test_an_error_comes_after_what_was_printed_before_it():
+    text = "from rft import cli\ndef main():\n    print('x'); raise ValueError('y')\ncli.run(main)"
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        env=environment(PYTHONUNBUFFERED=""),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.stdout == "x\nerror: y\n"
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])

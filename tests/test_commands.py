@@ -63,6 +63,14 @@ def test_the_commands_are_listed(rft, words):
     assert max(map(len, printed.splitlines())) <= 80
 
 
+def test_the_list_begins_with_what_most_people_want(rft):
+    lines = rft("--help")[1].splitlines()
+    start = lines.index("Start here:")
+    assert [line.split()[0] for line in lines[start + 1 : start + 3]] == ["photos", "predict"]
+    assert "To try it without photos: rft photos --example" in lines
+    assert sum(map(len, commands.GROUPS.values())) == len(commands.COMMANDS)
+
+
 def test_the_kinds_of_packing_are_listed(rft):
     for words in (("pack",), ("pack", "--help")):
         code, printed, _ = rft(*words)
@@ -86,6 +94,7 @@ def test_help_imports_nothing_slow():
     [
         (("trian",), "error: unknown command 'trian'; did you mean 'train'?"),
         (("pack", "fodler"), "error: unknown kind of pack 'fodler'; did you mean 'folder'?"),
+        (("--versoin",), "error: unknown option '--versoin'; did you mean '--version'?"),
         (("train", "--ranks", "two"), "error: --ranks is 'two'; it must be a whole number"),
         (("train", "--ranks=0"), "error: --ranks is '0'; it must be a whole number"),
         (("evaluate", "--ranks"), "error: --ranks is ''; it must be a whole number"),
@@ -140,9 +149,60 @@ def test_help_has_what_people_need_and_help_all_the_rest(rft):
     code, everything, _ = rft("train", "--help-all")
     assert code == 0
     assert "--log.wandb" in everything
-    # without boxes: what the tests catch has an encoding that has none
-    every = re.findall(r"^ {2}(?:-h, )?--[a-z]", everything, re.MULTILINE)
+    every = [line for line in everything.splitlines() if cli.OPTION.match(line)]
     assert f"{len(every) - len(options)} more options" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("train",), ("evaluate",), ("convert",), ("convert", "export"), ("merge", "wise")),
+        *(("verify",), ("report",), ("predict",), ("env",), ("pack", "folder")),
+    ],
+    ids=" ".join,
+)
+def test_help_fits_and_names_commands_as_they_were_started(rft, words, monkeypatch):
+    for columns in (80, 60):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        code, printed, errors = rft(*words, "--help")
+        assert (code, errors) == (0, "")
+        assert f"usage: rft {' '.join(words)} " in printed
+        assert max(map(len, printed.splitlines())) <= columns
+        # boxes keep their right border
+        boxes = [line for line in printed.splitlines() if line.startswith(("│", "|"))]
+        assert all(len(line) == len(boxes[0]) and line[-1] in "│|" for line in boxes)
+        assert not re.search("python -m|torchrun|tools/[a-z]|{None}", printed)
+        assert not re.search(r"rft\.(train|evaluate|merge|report|convert)\b", printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("predict", "--hmtl", "x"), "unknown option '--hmtl'; did you mean '--html'?"),
+        (("photos", "a", "--epochs", "ten"), "--epochs is 'ten'; it must be a whole number"),
+        (("predict", "a", "--top", "x"), "--top is 'x'; it must be a whole number"),
+        (("photos", "a", "--test-share", "x"), "--test-share is 'x'; it must be a number"),
+        (("env", "all"), "Unrecognized options: all"),
+    ],
+)
+def test_a_mistake_in_an_option_names_it(rft, words, line):
+    code, printed, errors = rft(*words)
+    assert (code, printed) == (2, "")
+    assert errors.startswith(f"error: {line}")
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_messages_name_commands_as_they_were_started(rft, tmp_path):
+    from rft import recipes
+
+    errors = rft("train", "wise-ft", "--data", "d", "--run-dir", str(tmp_path / "r"))[2]
+    assert "not trained but merged: rft merge --help" in errors
+    with pytest.raises(ValueError, match=r"python -m rft\.merge --help"):
+        recipes.build("wise-ft")
+    assert commands.by_name("python -m rft.train") == "python -m rft.train"
 
 
 @pytest.mark.slow
@@ -150,6 +210,44 @@ def test_a_mistyped_option_is_answered_with_the_right_one(rft):
     code, _, errors = rft("train", "vanilla", "--loader.batchsize", "4")
     assert code == 2
     assert "did you mean --loader.batch-size?" in errors
+
+
+# Ctrl-C while a module is imported: an event, and no moment of a clock
+INTERRUPTING = """
+import os, signal, sys
+
+def hook(event, details):
+    if event == "import" and details[0] == MODULE:
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(hook)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "words", "line"),
+    [
+        # before anything of a command is imported, while its libraries are, and below `cli.run`
+        ("rft.cli", ("photos", "a b", "--out", "c"), "; to resume: rft photos 'a b' --out c"),
+        ("torch", ("photos", "a b", "--out", "c"), "; to resume: rft photos 'a b' --out c"),
+        ("torch", ("predict", "run", "a.png"), ""),
+        ("webdataset", ("env",), ""),
+    ],
+)
+def test_an_interruption_of_the_start_is_one_line(module, words, line):
+    program = INTERRUPTING.replace("MODULE", repr(module)) + START
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.stderr == f"interrupted{line}\n"
+    assert (done.returncode, done.stdout) == (130, "")
+
+
+@pytest.mark.slow
+def test_an_interruption_of_a_module_is_one_line():
+    program = INTERRUPTING.replace("MODULE", "'torch'")
+    program += "sys.argv = ['rft']\nimport rft\nimport rft.predict.command"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 @contextlib.contextmanager

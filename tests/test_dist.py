@@ -42,7 +42,7 @@ def test_the_cpu_where_it_is_named_or_there_is_no_gpu(gpus):
     assert dist.pick_device("cpu", ALONE) == torch.device("cpu")
     gpus(0)
     assert dist.pick_device("auto", ALONE) == torch.device("cpu")
-    with pytest.raises(ValueError, match="torch sees no GPU; use --device cpu"):
+    with pytest.raises(ValueError, match="torch sees no GPU; use cpu"):
         dist.pick_device("cuda", ALONE)
     assert current == []
 

@@ -43,7 +43,7 @@ def test_both_packages_over_each_other_end_with_one_line(tmp_path, monkeypatch, 
     (folder / "METADATA").write_text("Name: pillow-simd\nVersion: 12.1.1.post0\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        env.main()
+        env.show()
     assert stopped.value.code == 1
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
@@ -58,7 +58,7 @@ def test_both_packages_over_each_other_end_with_one_line(tmp_path, monkeypatch, 
 def test_an_image_library_with_known_holes_is_warned_of(imported, warned, monkeypatch, capsys):
     monkeypatch.setattr(PIL, "__version__", imported)
     monkeypatch.setattr(env, "installed_image_packages", lambda: {"pillow": imported})
-    env.main()
+    env.show()
     shown = capsys.readouterr().err
     assert ("] WARNING: " in shown) == warned
     assert shown.count("\n") == warned

@@ -381,7 +381,7 @@ def _instead_of(clip: str) -> str:
         return f"it is a folder: {_why_no_clip(path / weights.HUB_CONFIG)} (else {LOCAL}{clip})"
     if path.is_file():
         return f"it is a file; {WEIGHTS_HINT}"
-    known = {name.lower(): name for name in open_clip.list_models()}
+    known = {name.lower(): name for name in (MINIATURE, *open_clip.list_models())}
     # OpenAI's own spelling is ViT-B/32
     if close := get_close_matches(clip.replace("/", "-").lower(), known, n=3):
         return f"did you mean {' or '.join(known[name] for name in close)}?"

@@ -16,15 +16,17 @@ from rft.convert.imports import Import, import_weights
 USAGE = """Bring weights of other code in, take weights out.
 
 usage: python -m rft.convert import FILE --out RUN [--clip NAME] [--data URL]
-       python -m rft.convert export RUN_OR_FILE --to FORMAT --out PATH [--text TAG_OR_FILE]
-                                       [--push hf://USER/NAME]
+       python -m rft.convert export RUN_OR_FILE --to FORMAT --out PATH
+                             [--text TAG_OR_FILE] [--push hf://USER/NAME]
 
-import  OpenAI's .pt, open_clip's .pt, .bin, .safetensors, hub-layout folder, weights tag or
-        hf-hub:NAME, model-soups' state dict, the released code's checkpoint, wise-ft's pickle,
-        safetensors of rft -> a run folder
-export  a run folder or .safetensors file -> open-clip, onnx, released, model-soups, safetensors
+  import  Makes a run folder, which rft.evaluate, rft.merge, rft.report and \
+rft.predict take. Reads OpenAI's .pt, open_clip's .pt, .bin, .safetensors, \
+hub-layout folder, weights tag or hf-hub:NAME, model-soups' state dict, the \
+released code's checkpoint, wise-ft's pickle, and rft's own safetensors.
+  export  Makes of a run folder or .safetensors file: open-clip (a folder that \
+classifies without rft), onnx, released, model-soups or safetensors.
 
-`import --help` and `export --help` list the options
+`import --help` and `export --help` list the options.
 """
 
 
@@ -32,7 +34,7 @@ def main() -> None:
     """Parse and convert."""
     kind, *options = sys.argv[1:] or ["--help"]
     if kind in ("-h", "--help"):
-        print(USAGE)
+        cli.print_help(USAGE)
     elif kind == "import":
         import_weights(cli.parse(Import, args=options, prog="rft.convert import"))
     elif kind == "export":

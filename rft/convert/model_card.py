@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from rft.clip.card import Card
+from rft.clip.load import MINIATURE, names_folder
 from rft.sets import BENCHMARKS, TRAIN_SET
 from rft.statistics.accuracy import LEVEL
 
@@ -80,7 +81,7 @@ def _sections(card: Card) -> Iterator[str]:
     yield (
         f"## Use\n\n`python {LOADER} IMAGE...` prints a class for each image. It needs "
         "`pip install open_clip_torch` and nothing else; its function `classify` returns all "
-        "probabilities. rft reads the folder by `rft convert import FOLDER --out RUN`."
+        "probabilities. With rft: `rft predict FOLDER IMAGE...`, or `rft.load(FOLDER)` in Python."
     )
     yield f"## How it was made\n\n{_table(('setting', 'value'), list(_made(card)))}"
     yield "\n\n".join(["## Accuracy", *_accuracies(card)])
@@ -102,7 +103,8 @@ def _about(card: Card) -> str:
 
 
 def _made(card: Card) -> Iterator[tuple[str, object]]:
-    yield "pre-trained weights", card.base_model or "not recorded"
+    yield "pre-trained model", _short(card.architecture.clip)
+    yield "pre-trained weights", card.base_model or _weights(card) or "not recorded"
     yield "recipe", card.recipe or "not recorded"
     yield "seed", "not recorded" if card.seed is None else card.seed
     for name in SETTINGS:
@@ -120,6 +122,18 @@ def _made(card: Card) -> Iterator[tuple[str, object]]:
     yield "rft", card.provenance.get("rft", "")
     for name, version in card.provenance.get("packages", {}).items():
         yield name, version
+
+
+def _weights(card: Card) -> str:
+    """Return what the run's settings name, where that is no repository of the hub."""
+    clip = card.architecture.clip
+    if clip == MINIATURE:
+        return "those that come with rft"
+    if names_folder(clip):  # which has its own, whatever the settings name
+        return "those of a folder"
+    model = card.settings.get("model")
+    tag = model.get("pretrained") if isinstance(model, dict) else None
+    return _short(tag) if isinstance(tag, str) else ""
 
 
 def _accuracies(card: Card) -> Iterator[str]:

@@ -27,6 +27,10 @@ HINTS = {
     404: "no such repository, or none that its token may see",
 }
 
+WITHOUT = (
+    "without a network: export without --push, and run the same command with it where there is one"
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -126,4 +130,11 @@ def _errors(repo: str) -> Iterator[None]:
         status = hub.status_of(error)
         hint = f": {HINTS[status]}" if status in HINTS else ""
         reason = f"{constants.ENDPOINT} answers {status}{hint}" if status else files.reason(error)
-        raise ValueError(f"cannot push to {repo}: {reason}") from error
+        refusal = ValueError(f"cannot push to {repo}: {reason}")
+        if not status:  # the hub was not reached
+            refusal.add_note(
+                f"the hub is {constants.ENDPOINT}: check the network, a proxy (HTTPS_PROXY) and "
+                "HF_ENDPOINT"
+            )
+            refusal.add_note(WITHOUT)
+        raise refusal from error

@@ -28,6 +28,11 @@ def classify(paths: list[str]) -> tuple[list[str], torch.Tensor]:
 
 
 if __name__ == "__main__":
-    names, probabilities = classify(sys.argv[1:])
+    if not sys.argv[1:] or sys.argv[1].startswith("-"):
+        sys.exit("usage: python load.py IMAGE...")
+    try:
+        names, probabilities = classify(sys.argv[1:])
+    except OSError as error:  # no such file, or no image
+        sys.exit(f"error: {error}")
     for path, row in zip(sys.argv[1:], probabilities, strict=True):
         print(f"{path}: {names[int(row.argmax())]} ({float(row.max()):.1%})")

@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 @document(name="--")
 class Arguments:
-    """Count top-1 correct predictions on ImageNet and the five OOD benchmarks.
+    """Count correct predictions on packed test sets: those of your photos, or of the paper.
 
     A run folder's counts go to its results.json and what it predicts for each image to its
     predictions/, those of FILE.safetensors to FILE.results.json and FILE.predictions/.
@@ -81,7 +81,7 @@ class Arguments:
     end_weights: EndWeights = "best"
     """Weights of each END of --wise: selected, or of the last step, as in `rft.merge wise`."""
     sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = TEST_SETS
-    """Packed sets to evaluate on: these, or any other below the data root."""
+    """Packed sets to evaluate on: these, or any other below the data root (of own photos: test)."""
     batch_size: BatchSize = 256
     """Images that are read together. It changes no result: each forward takes 64 of them."""
     logits: bool = False

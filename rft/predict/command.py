@@ -5,6 +5,7 @@ Exit code 0 if all images were read, 1 if some were not, 2 if none was.
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +18,7 @@ from rft.config import MAX_PIXELS, Device
 from rft.evaluate.forward import TOGETHER
 from rft.log import ASIDE
 from rft.predict.images import Found, find_images, read_squares
-from rft.predict.model import Model, Prediction, load
+from rft.predict.model import Model, Prediction, load, require_model
 from rft.predict.page import SHOWN, START, Shown, render, shown
 from rft.progress import progress
 from rft.report.tables import csv_lines
@@ -25,7 +26,7 @@ from rft.storage import files
 from rft.storage.documents import Megapixels, Positive, document
 from rft.text import plain
 
-LINES = 20  # images that are named where they are in a file too, and those that cannot be read
+LINES = 20  # classes that are counted where a file has all images, and images not read
 CSV_START = "image,class,probability"
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Arguments:
 def main() -> None:
     """Parse, check, predict; write the files last."""
     arguments = cli.parse(Arguments, prog="rft.predict", config=(tyro.conf.FlagCreatePairsOff,))
+    require_model(arguments.model)
     found = find_images(arguments.images, arguments.ignore)
     # of an earlier call, in the folder of the images
     own = {path.resolve() for path in (arguments.out, arguments.html) if path is not None}
@@ -123,7 +125,8 @@ def predict(
     predicted: list[tuple[str, Prediction]] = []
     drawn: list[Shown] = []
     with (
-        progress("predict", "images", len(paths), ASIDE) as advance,
+        # a result follows at once: without a terminal only what takes long is worth a line
+        progress("predict", "images", len(paths), ASIDE, ends=False) as advance,
         closing(
             read_squares(
                 paths,
@@ -193,12 +196,15 @@ def say(
     refused: Sequence[str],
     written: Sequence[Path],
 ) -> None:
-    """Print the predictions, all of them where no file has them, and what was left out."""
-    lines = [f"{plain(path)}: {in_words(one)}" for path, one in predicted]
+    """Print the predictions, where no file has them, and a summary of all; what was left out."""
+    lines = [] if written else [f"{plain(path)}: {in_words(one)}" for path, one in predicted]
+    images = f"{len(predicted):,} image{'s' if predicted[1:] else ''}"
+    lines.append(f"{images}, probabilities {_scale(model)}")
     if written:
-        more = [f"... and {len(lines) - LINES:,} more"] if len(lines) > LINES else []
-        lines = [*lines[:LINES], *more]
-    lines.append(f"{len(predicted):,} images, probabilities {_scale(model)}")
+        counts = Counter(one.name for _, one in predicted).most_common()
+        shown = [f"{plain(name)} {count:,}" for name, count in counts[:LINES]]
+        more = [f"and {len(counts) - LINES:,} more classes"] if counts[LINES:] else []
+        lines.append(f"predicted: {', '.join([*shown, *more])}")
     if found.passed:
         counts = (f"{count:,} {plain(name)}" for name, count in sorted(found.passed.items()))
         lines.append(f"passed over by name: {', '.join(counts)}")

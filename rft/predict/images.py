@@ -163,9 +163,35 @@ def read_square(image: Picture, size: int, name: str, max_pixels: float) -> np.n
     """
     if isinstance(image, Image.Image):
         return clip_pixels(photo_of(image, name), size)
+    if not isinstance(image, str | os.PathLike):
+        hint = "; for an array: PIL.Image.fromarray(array)" if hasattr(image, "shape") else ""
+        raise ValueError(f"{name} is {_kind(image)}; it must be a path or a PIL image{hint}")
     path = os.fspath(image)
     data = _read_file(path, max_pixels)
     return clip_pixels(load_image(data, path, Treatment(photo=True), max_pixels), size)
+
+
+def require_several(images: object) -> None:
+    """Check that images are not one image, whose letters, rows or pixels would be taken for them.
+
+    Raises:
+        ValueError: if they are.
+    """
+    if isinstance(images, str | os.PathLike):
+        raise ValueError(f"{os.fspath(images)!r} is one image; give a list of images or paths")
+    # an array of paths is as good as a list
+    is_pixels = isinstance(images, np.ndarray) and images.dtype.kind in "biuf"
+    if is_pixels or isinstance(images, Image.Image | Tensor):
+        raise ValueError(f"this is {_kind(images)}; give a list of PIL images or paths")
+
+
+def _kind(value: object) -> str:
+    kind = type(value)
+    return f"a PIL image ({kind.__name__})" if isinstance(value, Image.Image) else f"{_full(kind)}"
+
+
+def _full(kind: type) -> str:
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def _read_file(path: str, max_pixels: float) -> bytes:

@@ -8,18 +8,16 @@ Shapes: N images, B of them in one forward, K classes, E features, G patches alo
 """
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from rft import dist
+from rft import cli, dist
 from rft.classes import Classes
 from rft.clip import card, weights
 from rft.clip import load as clips
@@ -30,7 +28,8 @@ from rft.dist import World
 from rft.evaluate.count import is_finite
 from rft.evaluate.forward import TOGETHER
 from rft.evaluate.measure_cam import label_map
-from rft.predict.images import Picture, Squares, read_squares
+from rft.packing.names import has_image_suffix
+from rft.predict.images import Picture, Squares, read_squares, require_several
 from rft.runs.derived import require_weights
 from rft.runs.folder import (
     checkpoint_path,
@@ -41,6 +40,7 @@ from rft.runs.folder import (
 )
 from rft.storage import files
 
+EXPORT = "model"  # the folder of an export, in the --out of rft photos
 MAPS_TOGETHER = 16  # images of one forward for relevance, whose graph is kept
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,11 @@ class Model:
     device: torch.device
     max_pixels: float = MAX_PIXELS
     """Millions of pixels that an image file may have."""
+
+    def __repr__(self) -> str:
+        clip, several = self.classifier.architecture.clip, len(self.classes)
+        scale = "" if self.temperature is None else f", temperature {self.temperature:.3g}"
+        return f"<rft.Model {self.where}: {clip}, {several:,} classes{scale}, on {self.device}>"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -239,8 +244,7 @@ class Model:
         return torch.cat(found).cpu().numpy().reshape(-1, side, side)
 
     def _squares(self, images: Iterable[Picture]) -> Iterator[Squares]:
-        if isinstance(images, str | os.PathLike | Image.Image):
-            raise ValueError(f"{images!r} is one image; give a list of images or paths")
+        require_several(images)
         return read_squares(images, self.image_size, TOGETHER, max_pixels=self.max_pixels)
 
     def _require_as_many(self, labels: Tensor, count: int, *, ended: bool = False) -> None:
@@ -262,7 +266,10 @@ def load(path: str | Path, *, device: Device = "auto", max_pixels: float = MAX_P
             weights have no head.
     """
     files.require_local(path, "the model")
+    if device not in (known := get_args(Device)):
+        raise cli.unknown("device", str(device), known)
     path = Path(path)
+    require_model(path)
     found, sha256 = _read(path)
     assert found.architecture is not None
     require_finite(path, {**found.visual, **found.head})
@@ -276,6 +283,23 @@ def load(path: str | Path, *, device: Device = "auto", max_pixels: float = MAX_P
         device=on,
         max_pixels=max_pixels,
     )
+
+
+def require_model(path: Path) -> None:
+    """Refuse what is easily taken for a model: an image, or a folder that has one in it.
+
+    Raises:
+        ValueError: with what was probably meant.
+    """
+    if has_image_suffix(path.name) and not path.is_dir():
+        raise ValueError(
+            f"{path} is an image; name the model first: a run folder, an export or a weights file"
+        )
+    if not path.is_dir() or checkpoint_path(path).is_file() or (path / weights.HUB_CONFIG).exists():
+        return
+    # as `rft photos` leaves it
+    if (path / EXPORT / weights.HUB_CONFIG).is_file():
+        raise ValueError(f"{path} is no model; did you mean {path / EXPORT}?")
 
 
 def _read(path: Path) -> tuple[weights.Weights, str]:

@@ -32,14 +32,16 @@ SMALL_POOL = 64  # a donor pool below this is worth a word
 
 USAGE = f"""Fine-tune CLIP so that it stays robust.
 
-usage: torchrun --nproc_per_node N -m rft.train RECIPE --data URL --run-dir DIR [--any.option VALUE]
+usage: torchrun --nproc_per_node N -m rft.train RECIPE --data URL --run-dir DIR
+       [--any.option VALUE]
 
-Without --data it trains on the embedded miniature world, {recipes.DEFAULT} if no recipe is named.
-The defaults below are the paper's; --scale miniature starts from those for that world, and
---preset official-parity from what the paper's released code does where it differs from its text.
-With --scale small, for your own photos, held-out images, batch, warm-up and checkpoint interval
-follow from the size of the set; --dry-run prints the rule and its values.
-The same command again resumes a run that was stopped.
+The recipe is {recipes.DEFAULT} if none is named. Without --data it
+trains on the embedded miniature world. The defaults below are the paper's.
+--scale miniature starts from those for that world, --preset official-parity
+from what the paper's released code does where it differs from its text. With
+--scale small, for your own photos, held-out images, batch, warm-up and
+checkpoint interval follow from the size of the set; --dry-run prints the rule
+and its values. The same command again resumes a run that was stopped.
 
 Recipes (the paper's numbers for each: rft/paper.py):
 {recipes.list_in_words()}
@@ -93,7 +95,7 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
     preset = _value_of(options, "--preset") or "paper"
     default = recipes.build(recipe, scale=scale, preset=preset)
     if wants_help:
-        print(USAGE)
+        cli.print_help(USAGE)
     command = cli.parse(
         Command,
         args=options,

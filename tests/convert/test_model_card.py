@@ -156,7 +156,7 @@ def described(**fields: object) -> str:
         "preprocessing": pixels,
         "head": card.Head(classes=len(fields.get("classes", "ab")), features=tower.embed_dim),
     }
-    return model_card.page(card.Card(**plain, **fields)).decode()
+    return model_card.page(card.Card(**{**plain, **fields})).decode()
 
 
 def test_foreign_names_stay_text():
@@ -223,6 +223,46 @@ def test_a_thousand_classes_are_in_the_card():
     text = described(classes=tuple(f"name {n}" for n in range(1000)))
     assert "99. name 99\n\nand 900 more in card.json.\n" in text
     assert "name 100\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("clip", "settings", "weights"),
+    [
+        ("rft-miniature", {}, "those that come with rft"),
+        ("local-dir:/home/me/clip", {"model": {"pretrained": "openai"}}, "those of a folder"),
+        ("ViT-B-32", {"model": {"pretrained": "/home/me/own.pt"}}, "own.pt"),
+        ("ViT-B-32", {"model": 3}, "not recorded"),
+    ],
+)
+def test_pre_trained_weights_have_a_name(clip, settings, weights):
+    tower = dataclasses.replace(ARCHITECTURE, clip=clip)
+    text = described(architecture=tower, settings=settings)
+    assert f"| pre-trained weights | {model_card._text(weights)} |" in text
+    assert "/home/me" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ((), "usage: python load.py IMAGE..."),
+        (("--help",), "usage: python load.py IMAGE..."),
+        (("none.png",), "error: [Errno 2] No such file or directory: "),
+        (("README.md",), "error: cannot identify image file "),
+    ],
+)
+def test_a_mistake_of_the_loader_is_a_line(folder, words, line):
+    done = subprocess.run(
+        [sys.executable, folder / "load.py", *words], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(line)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_page_names_the_commands_that_take_it():
+    assert "`rft predict FOLDER IMAGE...`, or `rft.load(FOLDER)`" in described()
+    assert "rft convert import" not in described()
 
 
 def test_what_is_not_known_is_named():

@@ -9,8 +9,8 @@ from huggingface_hub import constants
 
 from benchmarks.servers.loopback import ADDRESS, free_port
 from rft.clip import hub as product
-from rft.convert import push
-from tests import formats
+from rft.convert import command, push
+from tests import formats, tiny
 from tests.servers.hub import Hub, ask_instead, hub  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("known_models")
@@ -123,17 +123,30 @@ def test_a_hub_that_fails(refused, login, words, status):
     assert f"cannot push to {REPO}: {login.url} answers {status}" in refused(*words)
 
 
+def unreached(capsys, words) -> str:
+    """Run a push that does not reach the hub; return the error's line, without its advice."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        tiny.call(command, *words)
+    assert stopped.value.code == 2
+    line, *advice = tiny.complaints(capsys.readouterr().err)
+    assert advice[0].startswith(f"  the hub is {constants.ENDPOINT}: check the network, a proxy")
+    assert advice[1:] == [f"  {push.WITHOUT}"]
+    return line
+
+
 @pytest.mark.slow
-def test_no_network(monkeypatch, refused, login, words, tmp_path):
+def test_no_network(monkeypatch, capsys, login, words, tmp_path):
     ask_instead(monkeypatch, f"http://{ADDRESS}:{free_port()}", tmp_path)
     monkeypatch.setenv("HF_TOKEN", login.token)
-    assert f"cannot push to {REPO}: [Errno 111] Connection refused" in refused(*words)
+    line = unreached(capsys, words)
+    assert f"cannot push to {REPO}: [Errno 111] Connection refused" in line
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in refused(*words)
+    assert "HF_HUB_OFFLINE" in unreached(capsys, words)
 
 
 @pytest.mark.slow
-def test_a_hub_that_never_answers(monkeypatch, refused, login, words, tmp_path):
+def test_a_hub_that_never_answers(monkeypatch, capsys, login, words, tmp_path):
     asked = threading.Event()
     monkeypatch.setattr(product, "SECONDS", 0.2)
     with socket.create_server((ADDRESS, 0)) as silent:
@@ -147,7 +160,7 @@ def test_a_hub_that_never_answers(monkeypatch, refused, login, words, tmp_path):
 
         thread = threading.Thread(target=accept)
         thread.start()
-        line = refused(*words)
+        line = unreached(capsys, words)
         thread.join()
     assert asked.is_set()
     assert line == f"error: cannot push to {REPO}: timed out"

@@ -581,3 +581,18 @@ def test_the_number_of_processes_changes_nothing(packed: Path) -> None:
     change(shard, offset)
     (packed / Manifest.load(str(packed)).shards[1].name).unlink()
     assert verify(str(packed), deep=True, workers=2) == check(packed)
+
+
+def test_a_data_root_is_answered_with_its_sets(packed, monkeypatch, capsys) -> None:
+    root = packed.parent
+    assert run(monkeypatch, str(root)) == 2
+    said = capsys.readouterr()
+    one = root / packed.name
+    line = f"error: {root} is a data root, with {packed.name}; name one set, as in {one}\n"
+    assert (said.out, said.err) == ("", line)
+
+
+def test_one_problem_is_no_problems(packed, monkeypatch, capsys) -> None:
+    (packed / "manifest.json").unlink()
+    assert run(monkeypatch, str(packed)) == 1
+    assert "\n1 problem (quick check" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import shutil
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -103,6 +104,30 @@ def test_the_csv_has_a_row_for_each_image(home, predict, folder, tmp_path):
         assert float(row["temperature"]) == pytest.approx(model.temperature, rel=1e-5)
 
 
+def test_with_a_file_a_summary_is_printed(home, predict, folder, tmp_path, capsys):
+    out = tmp_path / "p.csv"
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        tiny.call(command, home.run, folder, "--out", out)
+    printed = capsys.readouterr()
+    # no line of progress either, where there is a result at once
+    assert printed.err == ""
+    first, second, third = printed.out.splitlines()
+    assert first.startswith("3 images, probabilities at temperature ")
+    names = Counter(one.name for one in rft.load(home.run).classify(sorted(folder.iterdir())))
+    assert second == "predicted: " + ", ".join(f"{name} {n}" for name, n in names.most_common())
+    assert third == f"written: {out}"
+    # one image is one
+    code, lines, _ = predict(min(folder.iterdir()))
+    assert code == 0
+    assert lines[1].startswith("1 image, probabilities ")
+
+
+def test_an_image_in_the_place_of_the_model_is_named(home, folder, refused):
+    photo = min(folder.iterdir())
+    assert f"{photo} is an image; name the model first" in refused(command, photo, home.run)
+
+
 def test_the_page_shows_what_the_model_saw(home, predict, folder, tmp_path):
     out = tmp_path / "p.html"
     code, _, _ = predict(folder, "--html", out, "--top", 2)
@@ -151,7 +176,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_predicted(predict, folder,
     assert errors[0].endswith("2 files not read:")
     assert f"  {folder}/broken.jpg is no readable JPEG, PNG or WebP image" in errors
     assert any("phone.heic is no image by its name" in line for line in errors)
-    assert printed[3].startswith("3 images, ")
+    assert printed[0].startswith("3 images, ")
     assert len(out.read_text().splitlines()) == 1 + 3
     assert "broken.jpg is no readable" in Page(html).text
     # passed over, it is no mistake
@@ -197,8 +222,8 @@ def test_hostile_names_are_text_everywhere(predict, tmp_path):
         patch.chdir(folder)
         code, printed, errors = predict(".", "--out", out, "--html", html)
     assert code == 1
-    # a line for each image, the count, two files
-    assert len(printed) == len(HOSTILE) + 1 + 3
+    # the count, the classes, two files: each image has its line in the file alone
+    assert len(printed) == 4
     assert not any(map(is_hidden, "".join([*printed, *errors])))
     with out.open(newline="") as stream:
         names = [row["image"] for row in csv.DictReader(stream)]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from PIL import Image
 import rft
 from rft.classes import Classes
 from rft.clip.classifier import build_classifier, load_state, save_classifier
+from rft.clip.weights import HUB_CONFIG
 from rft.convert import command as convert
 from rft.dist import World
 from rft.evaluate.count import predict
 from rft.loading.dataset import PackedDataset
+from rft.photos.plan import Task
 from rft.predict.images import read_squares
 from rft.predict.model import Model
 from rft.runs.folder import checkpoint_path, read_results
@@ -170,10 +173,26 @@ def test_an_image_that_cannot_be_read_is_named(home, model, tmp_path):
         ([Image.new("RGB", (8, 8)), Image.new("F", (8, 8))], "image 1 cannot be read: .* mode F"),
         (tmp_path / "broken.jpg", "is one image; give a list"),
         (str(tmp_path / "broken.jpg"), "is one image; give a list"),
-        (Image.new("RGB", (8, 8)), "is one image; give a list"),
+        (Image.new("RGB", (8, 8)), r"^this is a PIL image \(Image\); give a list of PIL images"),
+        (np.zeros((8, 8, 3)), r"^this is numpy\.ndarray; give a list of PIL images or paths$"),
+        ([np.zeros((8, 8, 3))], r"image 0 is numpy\.ndarray; .* PIL\.Image\.fromarray\(array\)"),
+        ([None], r"image 0 is NoneType; it must be a path or a PIL image$"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refused:
             model.classify(images)
+        assert " at 0x" not in str(refused.value)
+
+
+def test_paths_may_come_in_an_array(home, model):
+    paths = [str(path) for path in images_of(home)[:3]]
+    assert model.classify(np.array(paths)) == model.classify(paths)
+
+
+def test_a_model_prints_as_one_line(home, model):
+    expected = f"<rft.Model {home.run}: {model.classifier.architecture.clip}, 4 classes, "
+    assert repr(model).startswith(expected)
+    assert re.search(r", temperature [\d.]+, on (cpu|cuda)", repr(model))
+    assert "\n" not in repr(model)
 
 
 def test_a_file_an_export_and_a_run_are_one_model(home, model, tmp_path, tiny_clip):
@@ -215,9 +234,20 @@ def test_what_is_no_model_is_refused(tmp_path, tiny_clip):
         (tmp_path / "text.safetensors", "in no format that is known"),
         (tmp_path / "nan.safetensors", "head.weight are not finite"),
         ("s3://bucket/run", "it must be a local folder or file"),
+        (tmp_path / "a.PNG", r"a\.PNG is an image; name the model first: a run folder"),
     ):
         with pytest.raises(ValueError, match=message):
             rft.load(path)
+    with pytest.raises(ValueError, match=r"unknown device 'gpu'; .*cpu"):
+        rft.load(tmp_path, device="gpu")
+
+
+def test_the_folder_that_holds_an_export_is_answered_with_it(tmp_path):
+    export = Task.model.fget(SimpleNamespace(out=tmp_path))  # as `rft photos` leaves it
+    (export / HUB_CONFIG).parent.mkdir()
+    (export / HUB_CONFIG).touch()
+    with pytest.raises(ValueError, match=rf"^{tmp_path} is no model; did you mean {export}\?$"):
+        rft.load(tmp_path)
 
 
 def test_logits_that_are_not_finite_are_refused(tmp_path):

@@ -131,6 +131,7 @@ def test_a_model_that_was_meant_otherwise(refused, options, tmp_path, tiny_clip)
         "with --model.pretrained",
         "ViT-B/32": "did you mean ViT-B-32",
         "vit-b-32-quickgelu": "did you mean ViT-B-32-quickgelu",
+        "rft-miniatur": "did you mean rft-miniature",
         "laion/some-model": "for a model of the hub hf-hub:ORGANISATION/NAME",
     }.items():
         line = refused(train_command, *options, "--model.clip", name)

@@ -1,7 +1,9 @@
 """Check sets against their manifests: `python tools/verify_shards.py`."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -9,6 +11,8 @@ from rich.console import Console
 from rft import cli
 from rft.config import MAX_PIXELS
 from rft.packing.verify import Report, verify
+from rft.shards.folder import MANIFEST
+from rft.shards.root import packed_sets
 from rft.storage import files
 from rft.storage.documents import Megapixels, Positive, document
 
@@ -21,13 +25,14 @@ class VerifyShards:
 
     The quick check reads manifest.json, index.npz and samples.npz and asks for the size of each
     shard. --deep reads every byte: the sha256 and the tar headers of each shard, and for each
-    sample its key, place, crc32, label and hash, and it decodes the image. Example:
+    sample its key, place, crc32, label and hash, and it decodes the image.
 
+    Example:
     python tools/verify_shards.py s3://bucket/rft/imagenet-val --deep --report val.json
     """
 
-    url: tyro.conf.Positional[str]
-    """Folder or URL that holds manifest.json."""
+    url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SET")]
+    """Packed set: the folder or URL that holds manifest.json, below a data root."""
     deep: bool = False
     """Read every byte of every shard."""
     max_pixels: Megapixels = MAX_PIXELS
@@ -41,6 +46,7 @@ class VerifyShards:
 def main() -> None:
     """Check what the command line names."""
     command = cli.parse(VerifyShards, config=(tyro.conf.FlagCreatePairsOff,))
+    require_one_set(command.url)
     if command.report is not None:
         files.require_writable(command.report)  # before an hour of reading
     report = verify(
@@ -50,6 +56,24 @@ def main() -> None:
         files.write_json(command.report, report.to_json())
     say(report)
     sys.exit(1 if report.problems else 0)
+
+
+def require_one_set(url: str) -> None:
+    """Check that a URL is not the data root, which holds sets and is none.
+
+    Raises:
+        ValueError: naming its sets.
+    """
+    found: list[str] = []
+    # what cannot be listed, such as a web server's folder, is read as the set that it should be
+    with contextlib.suppress(OSError, ValueError):
+        if not files.exists(files.join(url, MANIFEST)):
+            found = packed_sets(url)
+    if found:
+        one = files.join(url, found[-1])
+        raise ValueError(
+            f"{url} is a data root, with {', '.join(found)}; name one set, as in {one}"
+        )
 
 
 def say(report: Report) -> None:
@@ -69,7 +93,8 @@ def say(report: Report) -> None:
         console.print(f"... and {len(report.problems) - LINES:,} more; --report FILE has them all")
     depth = "every byte was read" if report.deep else "quick check; --deep reads every byte"
     if report.problems:
-        console.print(f"{len(report.problems):,} problems ({depth})", style="bold red")
+        what = "problems" if report.problems[1:] else "problem"
+        console.print(f"{len(report.problems):,} {what} ({depth})", style="bold red")
     else:
         console.print(f"all is as the manifest says ({depth})", style="green")
 
