@@ -1,7 +1,7 @@
 """Which file each sample of one's own photos was: keys lack the letters that tars do not take.
 
-A page that shows a mistake names the photo by it; the tars have it too, in each sample's JSON, which
-a page would have to search them for. Nothing that is counted depends on it.
+A page that shows a mistake names the photo by it; the tars have it too, in each sample's JSON, for
+which a page would have to search them. Nothing that is counted depends on it.
 """
 
 import json
