@@ -1,4 +1,4 @@
-"""The commands that follow a training, a merge or an evaluation, ready to paste."""
+"""The commands that follow a training, a merge, an evaluation or a report, ready to paste."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +54,15 @@ def report(runs: Sequence[Path], data: str) -> str:
     """Format the `next:` line that reports evaluated runs, with the other seeds of each."""
     words = ["-m", "rft.report", *with_seeds(runs, filenames.RESULTS), "--out", "report"]
     return cli.next_step([*words, "--data", data])
+
+
+def use(run: str) -> str:
+    """Format the lines that use a model: on new images, and outside rft."""
+    unknown = {"IMAGE...": "images, or folders of them"}
+    words = ["-m", "rft.predict", run, "IMAGE...", "--html", "predictions.html"]
+    export = ["-m", "rft.convert", "export", run, "--to", "open-clip", "--out", "model"]
+    lines = cli.next_step(words, unknown=unknown), cli.next_step(export, label="or")
+    return "\n".join(lines)
 
 
 def with_seeds(runs: Sequence[Path], done: str) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from rft import cli
+from rft import cli, next_steps
 from rft.config import MAX_PIXELS
 from rft.report.page import show, write_report
 from rft.storage.documents import Megapixels, document
@@ -58,5 +58,9 @@ def main() -> None:
         print(report.text())
     for alarm in report.summary.alarms:
         log.warning(alarm)
+    # which of several to use is not for test images to say (rft choose)
+    trained = [run for run in report.runs if run.recipe != "zero-shot"]
+    if len(trained) == 1:
+        cli.say_next(next_steps.use(str(trained[0].path)))
     # the last line of the output: a script can take the path from there
     cli.say(f"{arguments.out / 'index.html'}")

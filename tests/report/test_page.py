@@ -355,6 +355,15 @@ def test_command_line_ends_with_the_page(paths, tmp_path):
     lines = done.stdout.splitlines()
     assert any(line.startswith("vanilla  ") for line in lines)
     assert lines[-1] == str(tmp_path / "report" / "index.html")
+    # of several trained models it names none: test images would choose
+    assert "next:" not in done.stdout
+
+
+def test_a_report_of_one_trained_model_ends_with_its_use(tmp_path):
+    zero, mine = (make_run(tmp_path, name, percent=(70, 60)) for name in ("zero-shot", "vanilla"))
+    done = command(zero, mine, "--out", tmp_path / "report")
+    assert f"next: python -m rft.predict {mine} IMAGE... --html predictions.html" in done.stdout
+    assert f"or: python -m rft.convert export {mine} --to open-clip --out model" in done.stdout
 
 
 def test_command_line_says_a_mistake_in_one_line(paths, tmp_path):
