@@ -6,6 +6,7 @@ This process must not compute with torch before, because its pool of threads doe
 fork. On other systems, and with several ranks, a stage is a new process.
 """
 
+import contextlib
 import ctypes
 import importlib
 import multiprocessing
@@ -14,14 +15,17 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from rft import cli, commands, dist
 from rft.commands import Command
+from rft.text import plain
 
 FORKS = sys.platform == "linux"
+CONTINUED = "   "  # before the words of a line that continues one
+COLUMNS = 80  # of a command's line, which is continued below
 # exit codes: `rft.cli.run` printed the user's mistake; a training can be resumed; Ctrl-C
 MISTAKE, STOPPED, INTERRUPTED = 2, 75, 130
 PR_SET_PDEATHSIG = 1
@@ -74,10 +78,8 @@ def run_here(name: str, words: Sequence[str]) -> None:
         code = fork(work)
     else:
         code = subprocess.run([sys.executable, *words], env=environment).returncode
-    if code == INTERRUPTED:
-        print("stopped; the same command resumes here", file=sys.stderr, flush=True)
     if code in (MISTAKE, STOPPED, INTERRUPTED):
-        # of the first two the stage has printed a line that says all
+        # the stage has printed what was wrong; how the plan resumes is the plan's line
         sys.exit(code)
     _require_done(name, code)
 
@@ -133,8 +135,39 @@ def _hand_on(process: Any) -> Callable[[int, FrameType | None], None]:
 
 
 def show(words: Sequence[str]) -> None:
-    """Print a command line that is about to run."""
-    print(f"\n$ {shlex.join(words)}", flush=True)
+    """Print a command line that is about to run, on several lines that can be pasted as one."""
+    lines = ["$"]
+    options: list[list[str]] = [[]]
+    for word in map(shlex.quote, words):
+        if word.startswith("-"):
+            options.append([])
+        options[-1].append(word)
+    room = COLUMNS - len(" \\")
+    for option in options:
+        # an option stays with its values where a line holds them
+        whole = " ".join(option)
+        for text in [whole] if len(CONTINUED) + 1 + len(whole) <= room else option:
+            if len(lines[-1]) + 1 + len(text) > room and lines[-1] not in ("$", CONTINUED):
+                lines[-1] += " \\"
+                lines.append(CONTINUED)
+            lines[-1] += f" {text}"
+    print("\n" + "\n".join(lines), flush=True)
+
+
+@contextlib.contextmanager
+def resumed_by(command: str) -> Iterator[None]:
+    """Print what resumes a plan that is stopped or interrupted, as the last line.
+
+    Args:
+        command: the plan's own, to be pasted.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, KeyboardInterrupt) or stop.code in (STOPPED, INTERRUPTED):
+            line = plain(f"stopped; to resume: {command}")
+            print(f"\n{line}", file=sys.stderr, flush=True)
+        raise
 
 
 def _require_done(name: str, code: int) -> None:

@@ -1,6 +1,7 @@
 """Stages: what is printed, what a failure and a signal do."""
 
 import os
+import shlex
 import signal
 import sys
 
@@ -71,3 +72,34 @@ def test_every_stage_of_a_plan_can_be_named():
         assert stages.command_of(commands.named(words)).module
     assert command.main
     assert choose.main
+
+
+def test_a_long_command_is_continued_and_can_be_pasted(capsys):
+    words = ["python", "-m", "rft.train", "vanilla", "--data", "my photos/out", "--seed", "0"]
+    words += ["--run-dir", "a/long/name/of/a/folder/for/runs", "--ignore", *["'*.HEIC'"] * 9]
+    stages.show(words)
+    printed = capsys.readouterr().out
+    assert printed.startswith("\n$ python -m rft.train vanilla ")
+    lines = printed.strip().splitlines()
+    assert len(lines) > 2
+    assert max(map(len, lines)) <= 80
+    # an option and its value are not parted
+    assert not [line for line in lines if line.endswith(("--seed \\", "--run-dir \\"))]
+    pasted = printed.removeprefix("\n$ ").replace("\\\n", "")
+    assert shlex.split(pasted) == words
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(75), SystemExit(130)])
+def test_a_plan_that_is_stopped_ends_with_what_resumes_it(capsys, stop):
+    with pytest.raises(type(stop)), stages.resumed_by("rft photos mine --out 'my out'"):
+        raise stop
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "stopped; to resume: rft photos mine --out 'my out'"
+    )
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_a_mistake_is_not_resumed(capsys, code):
+    with pytest.raises(SystemExit), stages.resumed_by("rft photos"):
+        sys.exit(code)
+    assert capsys.readouterr().err == ""

@@ -271,15 +271,16 @@ def test_bad_images(world: Path, tmp_path: Path, run: Callable[..., Result]) -> 
     assert err.startswith(f"error: {bad} is no readable JPEG, PNG or WebP image; --max-bad N")
     code, out, err = run("shard_ood", *arguments, "--max-bad", "1")
     assert (code, err) == (0, "")
-    assert "1 left out (quarantine.jsonl)" in out
-    (line,) = (tmp_path / "imagenet-r" / "quarantine.jsonl").read_text().splitlines()
+    listed = tmp_path / "imagenet-r" / "quarantine.jsonl"
+    assert f"1 left out: n02/art_1.jpg ({listed})" in out
+    (line,) = listed.read_text().splitlines()
     assert json.loads(line) == {
         "path": "n02/art_1.jpg",
         "reason": "is no readable JPEG, PNG or WebP image",
         "shard": "000000.tar",
     }
     code, out, _ = run("shard_ood", *arguments, "--max-bad", "1")
-    assert (code, "(1 left out), nothing to do" in out) == (0, True)
+    assert (code, f"(1 left out: {listed}), nothing to do" in out) == (0, True)
 
 
 SET = ("--name", "mine", "--source", "x", "--out", "y")

@@ -101,12 +101,18 @@ def record_seen(checkpoint: Path, seen: Mapping[str, int]) -> None:
 
 
 def warn_of_no_temperature(checkpoints: Sequence[Path], sets: Sequence[str]) -> None:
-    """Warn of each checkpoint whose results say that no temperature was fitted, and why."""
+    """Warn of the checkpoints whose results say that no temperature was fitted, for each reason."""
+    without: dict[str, list[str]] = {}
     for checkpoint in checkpoints:
         results = current_results(checkpoint)
         counts = [results.sets[name] for name in sets] if results else []
         for reason in sorted({count.no_temperature for count in counts} - {""}):
-            log.warning(f"{checkpoint} gets no temperature: {reason}")
+            without.setdefault(reason, []).append(str(checkpoint))
+    for reason, names in without.items():
+        several = len(names) > 1
+        what = f"{len(names)} models get" if several else f"{names[0]} gets"
+        lines = [f"  {name}" for name in names] if several else []
+        log.warning(f"{what} no temperature: {reason}", extra={"lines": lines})
 
 
 def _write(checkpoint: Path, name: str, found: Evaluated) -> SetCount:

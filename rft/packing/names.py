@@ -11,12 +11,15 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path, PurePosixPath
+
+import tyro
 
 from rft.classes import composed, find_twins
 from rft.shards.image_files import IMAGE_SUFFIXES
 from rft.storage import local
-from rft.text import printable
+from rft.text import printable, shown
 
 SYSTEM_NAMES = (
     # Synology, QNAP, NetApp
@@ -36,8 +39,26 @@ SYSTEM_PATTERNS = (
     # what Windows' chkdsk rescued, Lightroom's previews
     *("found.[0-9][0-9][0-9]", "*.lrdata"),
 )
+Patterns = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
+"""Values of --ignore: names after each, and each adds to those before."""
 THUMBNAILS = re.compile(r"[\W_]*thumb(nail)?s?[\W_]*")
 _SYSTEM = {name.casefold(): name for name in SYSTEM_NAMES}
+
+
+def patterns_of(values: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """Return the names of all --ignore of a command line."""
+    return tuple(chain.from_iterable(values))
+
+
+def taken_for_name(values: Iterable[Iterable[str]]) -> str:
+    """Word a hint where the last name of --ignore may have been meant as a folder or file.
+
+    An option that takes any number of names takes what stands behind it, too.
+    """
+    last = "".join(patterns_of(values)[-1:])
+    if not last or not Path(last).exists():
+        return ""
+    return f"; --ignore took {shown(last)} as a name to pass over: write it before the options"
 
 
 def passed_over(name: str, ignore: Iterable[str] = ()) -> str:

@@ -8,15 +8,17 @@ left behind and what `--ignore` names are passed over and counted. Any other fil
 is an error: it could be a photo that was meant to be packed.
 """
 
+import glob
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from rft.classes import composed
+from rft.config import MAX_PIXELS
 from rft.packing.names import (
     Links,
     has_image_suffix,
@@ -36,13 +38,16 @@ from rft.packing.own_splits import (
     splits_beside,
 )
 from rft.packing.source import Found, Source, make_items
-from rft.shards.image_files import IMAGE_SUFFIXES
+from rft.shards.image_files import IMAGE_SUFFIXES, require_affordable
+from rft.shards.images import open_checked
 from rft.shards.label_space import LabelSpace, doubts
 from rft.storage import files, local
 from rft.text import printable, shown
 
 TRAIN = "train"
 NAMED = 6  # files and folders that are not read and named
+LISTED = 20  # unusable files and classes that are named
+HEADER = 2**16  # bytes at the start of an image file: enough for nearly all headers
 TAIL = 4096  # bytes at the end of an image file: enough to tell nearly all of one size apart
 
 
@@ -50,13 +55,15 @@ TAIL = 4096  # bytes at the end of an image file: enough to tell nearly all of o
 class Tree:
     """The images of each class folder below `root`, both sorted.
 
-    `passed` counts what was left out, by the name or pattern that it matched; `beside` are the
-    files beside the class folders, which are not read either.
+    `passed` counts what was left out, by the name or pattern that it matched; `foreign` are the
+    files in class folders that are no images, `beside` those beside the class folders, which are
+    not read.
     """
 
     root: Path
     classes: dict[str, list[Found]]
     passed: Counter[str]
+    foreign: tuple[Path, ...]
     beside: tuple[str, ...]
 
 
@@ -67,6 +74,36 @@ class Photos(NamedTuple):
     labels: LabelSpace
     notes: list[str]
     warnings: list[str]
+
+
+class UnusableError(ValueError):
+    """What a photo folder holds that cannot be used, all of it; its notes name each.
+
+    Args:
+        faults: of each kind, a text for the line of the error.
+        found: a line for each file or class.
+        ignore: patterns for --ignore that pass over what can be passed over.
+        damaged: number of files that only --max-bad leaves out.
+        holds_out: whether a class has an image that could be packed without a test set.
+    """
+
+    def __init__(
+        self,
+        faults: Sequence[str],
+        found: Sequence[str],
+        *,
+        ignore: Sequence[str],
+        damaged: int,
+        holds_out: bool,
+    ) -> None:
+        super().__init__("; ".join(faults))
+        self.ignore, self.damaged, self.holds_out = tuple(ignore), damaged, holds_out
+        # a single one is in the line itself
+        if len(found) > 1:
+            for line in found[:LISTED]:
+                self.add_note(line)
+        if len(found) > LISTED:
+            self.add_note(f"... and {len(found) - LISTED:,} more")
 
 
 class SameBytes(NamedTuple):
@@ -82,16 +119,22 @@ def read_folder(
     test_share: float,
     split_seed: int,
     ignore: Sequence[str] = (),
+    max_bad: int | None = None,
 ) -> Photos:
     """List the images below `source` as sources called train and test (and val, if both exist).
 
     Without a label space the class folders' names are the classes' names; see `name_classes`.
-    Files and folders whose name matches one of the patterns `ignore` are left out.
+    Files and folders whose name matches one of the patterns `ignore` are left out. With `max_bad`
+    the header of each image is read: more damaged ones are an error, fewer are warned of.
 
     Raises:
-        ValueError: if a class is missing, empty or unknown, a file is no image, a class has too few
-            images to hold some out, or classes and splits cannot be told apart.
+        UnusableError: naming all files that are no images or are damaged, and all classes that have
+            too few images to hold some out.
+        ValueError: if a class is missing, empty or unknown, or classes and splits cannot be told
+            apart.
     """
+    if source.is_file():
+        raise ValueError(f"{source} is a file; name the folder that holds the class folders")
     if not source.is_dir():
         raise ValueError(f"no such folder: {source}")
     for pattern in ignore:
@@ -103,17 +146,31 @@ def read_folder(
     splits = find_splits(source, shapes, ids)
     folders = {name: source / folder for name, folder in splits.items()} or {TRAIN: source}
     # the training folder first: without --classes its folders are the label space of all
-    trees = {TRAIN: _read_tree(folders.pop(TRAIN), ids, ignore, links, is_split=bool(splits))}
-    warnings = [] if labels else doubtful_folders(trees[TRAIN].root, trees[TRAIN].classes)
-    labels = labels or name_classes(trees[TRAIN].classes)
+    train = _read_tree(folders.pop(TRAIN), ids, ignore, links, is_split=bool(splits))
+    trees = {TRAIN: train}
+    given, labels = labels is not None, labels or name_classes(train.classes)
     for name, folder in folders.items():
         trees[name] = _read_tree(folder, labels.ids, ignore, links, is_split=True)
     for tree in trees.values():
         _require_classes(tree, labels)
+    damaged = [] if max_bad is None else [one for tree in trees.values() for one in _damaged(tree)]
+    enough = 1 if splits or test_share == 0 else 2  # images of a class, of which one is held out
+    _require_usable(
+        foreign=[path for tree in trees.values() for path in tree.foreign],
+        damaged=damaged if len(damaged) > (max_bad or 0) else [],
+        small={
+            tree.root / name: len(images)
+            for tree in trees.values()
+            for name, images in tree.classes.items()
+            if len(images) < enough
+        },
+    )
+    # after the check: it takes folders that hold images
+    warnings = [] if given else doubtful_folders(train.root, train.classes)
     if splits:
         sources = [_source(name, tree, labels) for name, tree in trees.items()]
     else:
-        sources = _hold_out(trees[TRAIN], labels, test_share, split_seed)
+        sources = _hold_out(train, labels, test_share, split_seed)
     # without splits the source is the only tree's root, and `_read_tree` has counted it
     passed = Counter(level.passed if splits else ())
     unread = not_read(level, splits.values(), ignore) if splits else []
@@ -121,9 +178,10 @@ def read_folder(
         passed.update(tree.passed)
         unread += [f"{tree.root.name}/{name}" for name in tree.beside]
     warnings += doubts(labels)
+    warnings += [f"{fault}; it is left out (--max-bad)" for fault in damaged]
     warnings += [
-        f"{shown(name)} beside {source} is not read; give --source {source.resolve().parent} to "
-        f"test on it"
+        f"{shown(name)} beside {source} is not read; give the folder "
+        f"{source.resolve().parent} to test on it"
         for name in (() if splits else splits_beside(source))
     ]
     warnings += [f"--ignore {name!r} matches nothing" for name in ignore if name not in passed]
@@ -155,17 +213,19 @@ def _read_tree(
         raise ValueError(f"{root} holds no class folders")
     require_distinct(root, level.folders)
     require_classes_here(root, shapes, ids, ignore, is_split=is_split)
-    passed, foreign = Counter(level.passed), []
+    passed = Counter(level.passed)
+    foreign: list[Path] = []
     classes = {
         name: _read_class(root, name, ignore, passed, foreign, links) for name in level.folders
     }
-    if foreign:
-        raise _not_images(foreign)
     for shape in shapes:
-        if not classes[shape.name]:
+        # the files that are no images are named with all others of their kind
+        if not classes[shape.name] and not any(path.is_relative_to(shape.path) for path in foreign):
             only = "" if not any(map(thumbnails, shape.folders)) else " but thumbnails"
             raise ValueError(f"class folder {root / shape.name} holds no images{only}")
-    return Tree(root=root, classes=classes, passed=passed, beside=level.files)
+    return Tree(
+        root=root, classes=classes, passed=passed, foreign=tuple(foreign), beside=level.files
+    )
 
 
 def name_classes(folders: Iterable[str]) -> LabelSpace:
@@ -195,8 +255,8 @@ def _require_classes(tree: Tree, labels: LabelSpace) -> None:
 def _hold_out(tree: Tree, labels: LabelSpace, share: float, seed: int) -> list[Source]:
     """Return the sources train and test of a tree; only train if the share is 0."""
     held: set[str] = set()
-    for name, images in sorted(tree.classes.items()):
-        held |= choose_test([image.path for image in images], share, seed, name)
+    for images in tree.classes.values():
+        held |= choose_test([image.path for image in images], share, seed)
     # keys are made for both together, so train and test share none
     whole = _source(TRAIN, tree, labels)
     train = tuple(item for item in whole.items if item.path not in held)
@@ -205,19 +265,13 @@ def _hold_out(tree: Tree, labels: LabelSpace, share: float, seed: int) -> list[S
     return sources[: 1 if share == 0 else 2]
 
 
-def choose_test(paths: Sequence[str], share: float, seed: int, name: str) -> frozenset[str]:
+def choose_test(paths: Sequence[str], share: float, seed: int) -> frozenset[str]:
     """Return the paths of one class that are held out: the nearest number to the share, above 0.
 
-    Raises:
-        ValueError: if nothing would be left to train on.
+    At least two are needed, so that one is left to train on.
     """
     if share == 0:
         return frozenset()
-    if len(paths) < 2:
-        raise ValueError(
-            f"class folder {name!r} has one image, too few to hold some out; add images, pass it "
-            f"over with --ignore {name!r}, or pack without a test set (--test-share 0)"
-        )
     # not this module's name: a different text would hold out different images
     salt = hashlib.blake2b(f"rft.data.folder {seed}".encode()).digest()
 
@@ -328,14 +382,77 @@ def _raise(error: OSError) -> None:
     raise error  # os.walk would pass over a folder it cannot read
 
 
-def _not_images(foreign: Sequence[Path]) -> ValueError:
-    more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
-    known = ", ".join(sorted(f".{suffix}" for suffix in IMAGE_SUFFIXES))
-    kinds = sorted({f"'*{path.suffix.lower()}'" if path.suffix else path.name for path in foreign})
-    return ValueError(
-        f"not an image: {min(foreign)}{more}; class folders hold only {known}. Convert or remove "
-        f"the others, or pass them over with --ignore {' '.join(kinds[:5])}"
-    )
+def _damaged(tree: Tree) -> Iterator[str]:
+    """Yield why images cannot be read, by their headers alone: nothing is decoded."""
+    for name in sorted(tree.classes):
+        for image in tree.classes[name]:
+            try:
+                _require_header(tree.root / image.path, image.bytes)
+            except ValueError as error:
+                yield str(error)
+
+
+def _require_header(path: Path, size: int) -> None:
+    """Check the header of an image file as packing does, by its first bytes if these suffice."""
+    if size == 0:
+        raise ValueError(f"{path} is empty")
+    require_affordable(size, str(path))
+    with local.reader(path) as stream:
+        start = stream.read(HEADER)
+        try:
+            open_checked(start, str(path), 0, MAX_PIXELS)
+        except ValueError:
+            if size <= HEADER:
+                raise
+            open_checked(start + stream.read(), str(path), 0, MAX_PIXELS)
+
+
+def _require_usable(
+    *, foreign: Sequence[Path], damaged: Sequence[str], small: Mapping[Path, int]
+) -> None:
+    """Raise one error for all that cannot be used; `small` counts images by class folder."""
+    faults, ignore, found = [], [], []
+    if foreign:
+        known = ", ".join(sorted(f".{suffix}" for suffix in IMAGE_SUFFIXES))
+        # a name may hold what a pattern gives a meaning
+        kinds = {
+            f"*{glob.escape(path.suffix.lower())}" if path.suffix else glob.escape(path.name)
+            for path in foreign
+        }
+        ignore += sorted(kinds)
+        faults.append(
+            f"not an image: {min(foreign)}{_more(foreign)}; class folders hold only {known}. "
+            f"Convert or remove the others, or pass them over with --ignore {_patterns(ignore)}"
+        )
+        found += [f"not an image: {path}" for path in sorted(foreign)]
+    if damaged:
+        faults.append(
+            f"{damaged[0]}{_more(damaged)}; get it again, or leave it out with --max-bad "
+            f"{len(damaged)}"
+        )
+        found += damaged
+    if small:
+        patterns = sorted({glob.escape(folder.name) for folder in small})
+        ignore += patterns
+        counts = ("no image", "one image")
+        folder, count = next(iter(small.items()))
+        faults.append(
+            f"class folder {shown(folder.name)} has {counts[count]}{_more(small)}, too few to pack "
+            f"or to hold some out; add images, or pass it over with --ignore {_patterns(patterns)}"
+        )
+        found += [f"{counts[count]}: {folder}" for folder, count in sorted(small.items())]
+    if faults:
+        raise UnusableError(
+            faults, found, ignore=ignore, damaged=len(damaged), holds_out=1 in small.values()
+        )
+
+
+def _more(found: Sized) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+
+
+def _patterns(patterns: Sequence[str]) -> str:
+    return " ".join(map(shown, patterns[:5]))
 
 
 def _notes(passed: Counter[str], ignore: Sequence[str], unread: Sequence[str]) -> list[str]:

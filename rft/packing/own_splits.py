@@ -130,7 +130,7 @@ def find_splits(source: Path, shapes: Sequence[Level], ids: Collection[str]) -> 
         other = "training split" if role(alone.name) != "train" else "test or validation split"
         raise ValueError(
             f"{source} holds {shown(alone.name)}, which looks like a split, and no {other}; give "
-            f"--source {source / alone.name} to pack it alone, rename the other split to train, "
+            f"the folder {source / alone.name} to pack it alone, rename the other split to train, "
             f"test or val, or name {shown(alone.name)} in --classes if it is a class"
         )
     _require_no_hints(source, shapes, ids)
@@ -173,7 +173,7 @@ def require_classes_here(
             above = source / roles["train"] / end.path.relative_to(source)
             raise ValueError(
                 f"{end.path} holds splits ({shown(roles['train'])}, {shown(other)}); "
-                f"give it as --source if it is a set of its own, or, if it is a class, put the "
+                f"give it as the source if it is a set of its own, or, if it is a class, put the "
                 f"splits above the classes ({above}, ...)"
             )
     if is_split or all(composed(shape.name) in ids for shape in shapes):
@@ -191,9 +191,11 @@ def _require_no_sets(source: Path, shapes: Sequence[Level], ends: Sequence[Level
         if len(common) > 1:
             names = [str(end.path.relative_to(source)) for end in (one, two)]
             direct = one.path.parent == two.path.parent == source
-            hint = "rename them to train and test if they are splits, give one of them as --source"
+            hint = (
+                "rename them to train and test if they are splits, give one of them as the source"
+            )
             if not direct:
-                hint = f"give --source {one.path}, or move the images of both into one folder,"
+                hint = f"give the folder {one.path}, or move the images of both into one folder,"
             raise ValueError(
                 f"{shown(names[0])} and {shown(names[1])} in {source} hold folders of the same "
                 f"names ({', '.join(map(shown, common[:3]))}) and no images of their own: {hint} "
@@ -207,7 +209,7 @@ def _require_no_sets(source: Path, shapes: Sequence[Level], ends: Sequence[Level
         on_the_way = "/".join(next(iter(chains)))
         raise ValueError(
             f"every folder in {source} holds nothing but {shown(on_the_way)} with further "
-            f"folders: if those are the classes, give --source {sets[0].path}, or move them all "
+            f"folders: if those are the classes, give the folder {sets[0].path}, or move them all "
             f"into one folder; if {shown(shapes[0].name)}, ... are classes, name them in --classes"
         )
 
@@ -228,8 +230,8 @@ def _require_no_splits(source: Path, shapes: Sequence[Level], ends: Sequence[Lev
             raise ValueError(
                 f"{what} {source} holds its images only in a folder that is called like a split "
                 f"({split.relative_to(source)}): if the folders in it are the classes, give "
-                f"--source {split}; if {shown(shape.name)} is a class, move its images up or name "
-                f"it in --classes"
+                f"the folder {split}; if {shown(shape.name)} is a class, move its images up or "
+                f"name it in --classes"
             )
 
 
@@ -317,7 +319,7 @@ def _one_class(source: Path, shape: Level, ignore: Sequence[str], is_split: bool
         hint = f"; if it has no classes, --ignore {shown(source.name)}" if is_split else ""
         return f"{message}; one class is too few: every prediction would be right{hint}"
     several = f"{message}, and the class folders seem to lie in {found.path}"
-    return f"{several}; {'move them up' if is_split else f'give --source {found.path}'}"
+    return f"{several}; {'move them up' if is_split else f'give the folder {found.path}'}"
 
 
 def doubtful_folders(root: Path, classes: Mapping[str, Sequence[Found]]) -> list[str]:
@@ -337,8 +339,8 @@ def doubtful_folders(root: Path, classes: Mapping[str, Sequence[Found]]) -> list
             names = ", ".join(map(shown, below[:3]))
             found.append(
                 f"class {shown(name)} in {root} has no images of its own, only folders "
-                f"({names}{', ...' if below[3:] else ''}); if those are the classes, give --source "
-                f"{root / place}"
+                f"({names}{', ...' if below[3:] else ''}); if those are the classes, give the "
+                f"folder {root / place}"
             )
         # without the class folder itself, which comes first
         between = {part for folder in folders for part in folder.split("/")[1:]}

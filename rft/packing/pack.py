@@ -29,6 +29,7 @@ from rft.packing.expected import check_count
 from rft.packing.layouts import folders_read, read_source
 from rft.packing.pool import each_done
 from rft.packing.shard import (
+    NAMED_IN_ERRORS,
     Commit,
     Quarantined,
     ShardJob,
@@ -169,16 +170,20 @@ def pack_source(source: Source, out: str, labels: LabelSpace, options: Options) 
         return False
     manifest = finalize(plan, url, commits, options.max_bad)
     total = sum(shard.bytes for shard in manifest.shards)
-    left_out = f", {manifest.quarantined} left out (quarantine.jsonl)"
+    bad = [entry.path for commit in commits for entry in commit.quarantined]
+    names = f"{', '.join(bad[:NAMED_IN_ERRORS])}{', ...' if len(bad) > NAMED_IN_ERRORS else ''}"
+    left_out = f", {len(bad):,} left out: {names} ({files.join(url, QUARANTINE)})" if bad else ""
     log.info(
         f"{source.dataset}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, "
-        f"{total / 2**20:,.1f} MiB at {url}{left_out if manifest.quarantined else ''}"
+        f"{total / 2**20:,.1f} MiB at {url}{left_out}"
     )
     if source.photos:
         turned = sum(commit.statistics.turned for commit in commits)
         composed = sum(commit.statistics.composed for commit in commits)
-        log.info(f"{source.dataset}: photos turned upright (EXIF orientation): {turned:,}")
-        log.info(f"{source.dataset}: transparent photos composed on white: {composed:,}")
+        if turned:
+            log.info(f"{source.dataset}: photos turned upright (EXIF orientation): {turned:,}")
+        if composed:
+            log.info(f"{source.dataset}: transparent photos composed on white: {composed:,}")
     return True
 
 
@@ -462,9 +467,10 @@ def _is_complete(plan: PackPlan, url: str, max_bad: int) -> bool:
     if manifest.quarantined > max_bad:
         raise ValueError(
             f"{url} is packed without {manifest.quarantined} images, --max-bad allows {max_bad}; "
-            f"allow as many, or repair them (quarantine.jsonl), delete that folder and pack again"
+            f"allow as many, or repair them ({QUARANTINE}), delete that folder and pack again"
         )
-    left_out = f" ({manifest.quarantined} left out)" if manifest.quarantined else ""
+    listed = f" ({manifest.quarantined} left out: {files.join(url, QUARANTINE)})"
+    left_out = listed if manifest.quarantined else ""
     log.info(f"{manifest.dataset}: already packed at {url}{left_out}, nothing to do")
     return True
 

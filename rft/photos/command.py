@@ -1,8 +1,13 @@
 """`rft photos FOLDER --out OUT`: from photos to a report and a model, by one command."""
 
+import itertools
+import logging
+import sys
+import tempfile
+import textwrap
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,20 +15,20 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from pydantic import Field
 
 from rft import cli, recipes, small, stages
 from rft.clip.load import MINIATURE, hub_config
 from rft.config import Config, Device, ModelConfig
 from rft.merge import choose
 from rft.packing.commands import folder
-from rft.packing.own_folder import Photos, read_folder
+from rft.packing.names import Patterns, patterns_of, taken_for_name
+from rft.packing.own_folder import Photos, UnusableError, read_folder
 from rft.packing.source import Item, require_apart
-from rft.photos import plan, rates
+from rft.photos import plan, rates, record
 from rft.photos.example import write_example
-from rft.photos.plan import Stage, Task
+from rft.photos.plan import ZERO_SHOT, Stage, Task
 from rft.shards.label_space import LabelSpace
-from rft.storage.documents import Epochs, Seed, Share, Whole, document
+from rft.storage.documents import Epochs, Part, Seed, Whole, document
 from rft.text import printable
 from rft.train.rate import about
 
@@ -38,9 +43,13 @@ MODULES = (
     "rft.report.command",
     "rft.convert.command",
 )
+GLUE = "\0"  # in no name of a folder
 LISTED = 30  # classes whose counts are printed
+YOURS = "NEW_PHOTOS"
 UNBALANCED = 20  # times as many photos in one class as in another are worth a word
 FEW = 5  # photos of a class to train on, likewise
+
+log = logging.getLogger(__name__)
 
 
 @document(name="--")
@@ -72,11 +81,11 @@ class Arguments:
     """Epochs of each training; the recipes' ten if not given."""
     seed: Seed = 0
     """Seed of the trainings."""
-    test_share: Annotated[Share, Field(gt=0, lt=1)] = 0.2
+    test_share: Part = 0.2
     """Share of each class that is the test part, where the folder has none."""
     split_seed: Seed = 0
     """Seed of that choice."""
-    ignore: tuple[str, ...] = ()
+    ignore: Annotated[Patterns, tyro.conf.arg(metavar="NAME...")] = ()
     """Names of files and folders to pass over, such as '*.heic' '*.mov', in any case of letters."""
     max_bad: Whole = 0
     """How many photos may be left out because they cannot be decoded."""
@@ -91,21 +100,29 @@ class Arguments:
 def main() -> None:
     """Parse, look, print the plan, run its stages."""
     arguments = cli.parse(Arguments, prog="rft.photos")
+    with stages.resumed_by(_same_command()):
+        make(arguments)
+
+
+def make(arguments: Arguments) -> None:
+    """Look at the photos, print the plan, run its stages."""
     began = time.perf_counter()
+    _require_folder(arguments.out)
     arguments = _with_photos(arguments)
     assert arguments.folder is not None
     source, out = arguments.folder, arguments.out
     require_apart([source], str(out), ("shards", "runs", "report", "model"))
-    labels = LabelSpace.load(arguments.classes) if arguments.classes else None
-    photos = read_folder(
-        source, labels, arguments.test_share, arguments.split_seed, arguments.ignore
-    )
+    photos = _read(arguments, source)
     _require_usable(photos, source)
     print("\n".join(found(photos, source)), flush=True)
     folder.warn(photos)
     task = _task(arguments)
     configs = {name: training(task, name, photos) for name in plan.FAMILIES}
     first = next(iter(configs.values()))
+    now = record.made_from(photos, options(task, first))
+    record.agree(out, now)
+    if arguments.epochs == 0:
+        log.warning("--epochs 0 trains nothing: every model stays the pre-trained one")
     held_out = first.loader.held_out
     before = _before(task, held_out)
     # once for all stages; not before, as a mistake above is known without it
@@ -114,7 +131,77 @@ def main() -> None:
         # its tensors are tiny: two threads wait for each other, on a busy machine for most of the
         # time
         torch.set_num_threads(1)
-    known = rates.measure(
+    known = task.choice.exists() or not held_out
+    coming = [*before, *plan.end(task, _chosen(task, held_out) if known else task.run(ZERO_SHOT))]
+    done = {stage.name for stage in coming if plan.is_done(task, stage)}
+    times: dict[str, float] = {}
+    how = "all but the last are done already"
+    if len(done) < len(coming) - 1:  # the report is made by every call
+        times = plan.seconds(sizes(photos, first), _rates(task, configs, photos))
+        how = "by rates measured on this machine just now"
+    print(f"\nstages, {how}:")
+    print("\n".join(plan.table(times, coming, done)), flush=True)
+    if not held_out:
+        print("\n".join(without_held_out(first, _size(photos))), flush=True)
+    if arguments.dry_run:
+        print("nothing was started (--dry-run)")
+        return
+    record.write(out, now)
+    for stage in before:
+        run(stage)
+    chosen = _chosen(task, held_out)
+    for stage in plan.end(task, chosen):
+        run(stage)
+    _say_end(task, chosen, time.perf_counter() - began)
+
+
+def _same_command(*more: str, label: str = "") -> str:
+    """Return this command as it was typed, with more options, to be pasted."""
+    line = cli.next_step(["-m", "rft.photos", *sys.argv[1:], *more], label=label)
+    return line if label else line.removeprefix(": ")
+
+
+def _require_folder(out: Path) -> None:
+    """Check that a folder can be made at `out`, or written into; nothing stays there.
+
+    Raises:
+        ValueError: naming what is in the way.
+    """
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"--out {out}: {there} is a file; name a folder")
+    try:
+        # not by its permissions: they do not tell of read-only disks and of /proc
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--out {out}: nothing can be written into {there} ({error.strerror}); name another "
+            "folder"
+        ) from error
+
+
+def _read(arguments: Arguments, source: Path) -> Photos:
+    """List the photos; a refusal of files or classes names the command that does without them."""
+    labels = LabelSpace.load(arguments.classes) if arguments.classes else None
+    try:
+        return read_folder(
+            source,
+            labels,
+            arguments.test_share,
+            arguments.split_seed,
+            patterns_of(arguments.ignore),
+            arguments.max_bad,
+        )
+    except UnusableError as error:
+        more = ["--ignore", *error.ignore] if error.ignore else []
+        more += ["--max-bad", str(error.damaged)] if error.damaged else []
+        error.add_note(_same_command(*more, label="without them"))
+        raise
+
+
+def _rates(task: Task, configs: Mapping[str, Config], photos: Photos) -> rates.Rates:
+    return rates.measure(
         rates.Sample(
             configs,
             names=photos.labels.names,
@@ -123,32 +210,45 @@ def main() -> None:
             size=task.image_size,
         )
     )
-    times = plan.seconds(sizes(photos, first), known)
-    after = plan.end(task, task.run(plan.ZERO_SHOT))
-    print("\nstages, by rates measured on this machine just now:")
-    print("\n".join(plan.table(times, [*before, *after])), flush=True)
-    if not held_out:
-        print(
-            "too few photos to hold some out of training: "
-            f"{plan.FAMILIES[plan.WITHOUT_HELD_OUT]}-{plan.ALPHA:g} is exported, whatever is found"
-        )
-    if arguments.dry_run:
-        print("nothing was started (--dry-run)")
-        return
-    for stage in before:
-        run(stage)
-    chosen = _chosen(task, held_out)
-    for stage in plan.end(task, chosen):
-        run(stage)
-    _tell_end(task, chosen, time.perf_counter() - began)
+
+
+def options(task: Task, config: Config) -> dict[str, str]:
+    """Return the options that change what is made, as they are typed."""
+    return {
+        "--model.clip": task.clip,
+        "--model.pretrained": task.pretrained,
+        "--epochs": str(config.optim.epochs),
+        "--seed": str(task.seed),
+        "--test-share": f"{task.test_share:g}",
+        "--split-seed": str(task.split_seed),
+    }
+
+
+def without_held_out(config: Config, size: small.Size) -> list[str]:
+    """Word what is exported where nothing can choose, and how many photos would suffice."""
+    lines = [
+        "too few photos to hold some out of training:",
+        f"  {plan.FAMILIES[plan.WITHOUT_HELD_OUT]}-{plan.ALPHA:g} is exported, whatever is found",
+    ]
+    pairs = size._replace(fewest=max(size.fewest, 2))
+    enough = next(
+        images
+        for images in itertools.count(size.images)
+        if small.rule(config, pairs._replace(images=images), 1)["loader.held_out"]
+    )
+    each = ", of each class two or more" if size.fewest < 2 else ""
+    lines.append(f"  {enough:,} to train on would be enough{each}; there are {size.images:,}")
+    return lines
 
 
 def _with_photos(arguments: Arguments) -> Arguments:
     """Draw the example's photos, or check that a folder was named."""
     if not arguments.example:
         if arguments.folder is None:
+            hint = taken_for_name(arguments.ignore)
             raise ValueError(
-                "name the folder of your photos; --example tries the command without any"
+                "name the folder of your photos"
+                f"{hint or '; --example tries the command without any'}"
             )
         return arguments
     if arguments.folder is not None:
@@ -178,10 +278,20 @@ def found(photos: Photos, source: Path) -> list[str]:
         f"{len(train):,} to train on, {len(test):,} to test with"
     ]
     if len(names) <= LISTED:
-        lines += [
-            f"  {printable(name)}: {counts[0][label]:,} + {counts[1][label]:,}"
+        # without a break between a name and its numbers
+        each = (
+            f"{printable(name)} {counts[0][label]:,}+{counts[1][label]:,}".replace(" ", GLUE)
             for label, name in enumerate(names)
-        ]
+        )
+        text = textwrap.fill(
+            ", ".join(each),
+            stages.COLUMNS,
+            initial_indent="  ",
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += text.replace(GLUE, " ").splitlines()
     lines += photos.notes
     order = sorted(range(len(names)), key=lambda label: counts[0][label])
     small_one, large_one = order[0], order[-1]
@@ -214,7 +324,7 @@ def _task(arguments: Arguments) -> Task:
         classes=arguments.classes,
         test_share=arguments.test_share,
         split_seed=arguments.split_seed,
-        ignore=arguments.ignore,
+        ignore=patterns_of(arguments.ignore),
         max_bad=arguments.max_bad,
         epochs=arguments.epochs,
         seed=arguments.seed,
@@ -278,9 +388,12 @@ def _chosen(task: Task, held_out: int) -> Path:
     return Path(choose.read(task.choice).chosen)
 
 
-def _tell_end(task: Task, chosen: Path, seconds: float) -> None:
-    """Print where everything is, and what is alarming."""
+def _say_end(task: Task, chosen: Path, seconds: float) -> None:
+    """Print where everything is, and how the model is used."""
     print(f"\ndone in {about(seconds).removeprefix('about ')}")
     cli.say(f"chosen: {chosen.name}")
     cli.say(f"report: {task.report / 'index.html'}")
     cli.say(f"model:  {task.model}")
+    words = ["-m", "rft.predict", task.model, YOURS, "--html", "page.html", "--cam"]
+    unknown = {YOURS: "image files, or folders that hold some"}
+    cli.say_next(cli.next_step(words, unknown=unknown))

@@ -4,14 +4,17 @@ Where what lies below OUT: `shards/` the packed photos, `runs/` the models, `cho
 was chosen, `report/` the report, `model/` the export.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rft import recipes
 from rft.clip.load import MINIATURE
+from rft.clip.weights import CARD
 from rft.config import Device
 from rft.photos.rates import Rates
+from rft.runs import filenames
+from rft.shards.folder import MANIFEST
 from rft.storage.documents import Epochs, Seed
 from rft.train.rate import about
 
@@ -207,8 +210,30 @@ def seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
     return found
 
 
-def table(times: dict[str, float], stages: Sequence[Stage]) -> list[str]:
-    """Return a line for each stage that is to come, and their sum."""
-    known = [(one.name, times.get(one.name, 0.0)) for one in stages]
-    lines = [f"  {name:32}{about(value)}" for name, value in known]
-    return [*lines, f"  {'all':32}{about(sum(value for _, value in known))}"]
+def is_done(task: Task, stage: Stage) -> bool:
+    """Whether the result of a stage exists; the stage itself checks what it is of."""
+    kind, _, name = stage.name.partition(" ")
+    candidates = [task.run(recipe) for recipe in TRAINED] + [
+        task.wise(recipe) for recipe in FAMILIES
+    ]
+    results = {
+        "pack": [task.data / one / MANIFEST for one in (TRAIN_SET, TEST_SET)],
+        "train": [task.run(name) / filenames.TRAINING],
+        "evaluate": [run / filenames.RESULTS for run in candidates],
+        "choose": [task.choice],
+        "merge": [Path(stage.words[-1]) / filenames.PROVENANCE],
+        "export": [task.model / CARD],
+    }
+    # a report is made anew, whatever exists
+    return kind in results and all(path.exists() for path in results[kind])
+
+
+def table(
+    times: Mapping[str, float], stages: Sequence[Stage], done: Collection[str] = ()
+) -> list[str]:
+    """Return a line for each stage, and the sum of those that are to come."""
+    left = {one.name: times.get(one.name, 0.0) for one in stages if one.name not in done}
+    lines = [
+        f"  {one.name:32}{about(left[one.name]) if one.name in left else 'done'}" for one in stages
+    ]
+    return [*lines, f"  {'all':32}{about(sum(left.values()))}"]

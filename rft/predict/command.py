@@ -17,6 +17,7 @@ from rft import cli
 from rft.config import MAX_PIXELS, Device
 from rft.evaluate.forward import TOGETHER
 from rft.log import ASIDE
+from rft.packing.names import Patterns, patterns_of, taken_for_name
 from rft.predict.images import Found, find_images, read_squares
 from rft.predict.model import Model, Prediction, load, require_model
 from rft.predict.page import SHOWN, START, Shown, render, shown
@@ -58,7 +59,7 @@ class Arguments:
     """Classes of each image."""
     cam: bool = False
     """Show on the page which patches are relevant for the first class: the method's own CAM."""
-    ignore: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
+    ignore: Annotated[Patterns, tyro.conf.arg(metavar="NAME...")] = ()
     """Names of files and folders to pass over in folders, such as '*.mov', in any case of letters.
     Hidden files and those that NAS devices, macOS and Windows leave behind are always passed over.
     """
@@ -71,7 +72,7 @@ def main() -> None:
     """Parse, check, predict; write the files last."""
     arguments = cli.parse(Arguments, prog="rft.predict", config=(tyro.conf.FlagCreatePairsOff,))
     require_model(arguments.model)
-    found = find_images(arguments.images, arguments.ignore)
+    found = find_images(arguments.images, patterns_of(arguments.ignore))
     # of an earlier call, in the folder of the images
     own = {path.resolve() for path in (arguments.out, arguments.html) if path is not None}
     for path in [path for path in found.refused if path.resolve() in own]:
@@ -93,7 +94,8 @@ def check(arguments: Arguments, found: Found) -> None:
         ValueError: naming the option or folder.
     """
     if not arguments.images:
-        raise ValueError("name at least one image, or a folder of images")
+        hint = taken_for_name(arguments.ignore)
+        raise ValueError(f"name at least one image, or a folder of images{hint}")
     if not found.paths and not found.refused:
         raise ValueError(f"{arguments.images[0]} holds no images")
     if arguments.cam and arguments.html is None:

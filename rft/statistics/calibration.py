@@ -99,7 +99,8 @@ def fit_temperature(logits_NK: np.ndarray, label_N: np.ndarray) -> float:
     if not slope(low) < 0 < slope(high):
         raise ValueError(
             f"no temperature from {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g} fits these "
-            f"{len(label_N):,} images best: are all of them predicted right, or by chance?"
+            f"{len(label_N):,} images best, as where all are predicted right, or by chance; "
+            "probabilities stay as the model has them"
         )
     found = root_scalar(slope, bracket=(low, high), method="brentq", xtol=1e-15, rtol=1e-14)
     return float(1 / found.root)

@@ -70,6 +70,13 @@ def _schema(number: int) -> int:
     return number
 
 
+def _part(number: float) -> float:
+    # one text for both bounds: a share of 1 and one of 2 are the same mistake
+    if not 0 < number < 1:
+        raise ValueError("must be above 0 and below 1, such as 0.2")
+    return number
+
+
 Schema = Annotated[int, AfterValidator(_schema)]
 """Version of a document; not a Literal, which true would be too."""
 Sha256 = Annotated[str, AfterValidator(_sha256)]
@@ -83,6 +90,8 @@ Epochs = Annotated[int, Field(ge=0, le=1_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What NumPy and scikit-learn take as well."""
 Share = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, AfterValidator(_part)]
+"""A share that leaves something on both sides."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 From0 = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]

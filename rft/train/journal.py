@@ -268,8 +268,11 @@ class Display:
         self._status = "  ".join([*self._parts, f"ETA {self._bar.left}"])
         if self._bar.is_drawn:
             return
-        # the first means at once: they show that the run works
-        if self._spoke is None or time.monotonic() - self._spoke > SECONDS_PER_LINE:
+        # the first means at once: they show that the run works; the last, where no held-out count
+        # follows with a line of its own
+        is_last = step == self._total and self._held_out is None
+        due = self._spoke is None or time.monotonic() - self._spoke > SECONDS_PER_LINE
+        if due or is_last:
             self._log(self._shown([f"step {step}/{self._total}", self._status]))
 
     def held_out(self, step: int, count: Count) -> None:

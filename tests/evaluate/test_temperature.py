@@ -20,7 +20,7 @@ from rft.runs.predictions import path_of, read
 from rft.runs.trained_on import of_metadata
 from rft.statistics import calibration
 from tests.shards.test_guard import copy, pack_as
-from tests.tiny import call, unstamped
+from tests.tiny import call, complaints, unstamped
 
 pytestmark = pytest.mark.slow
 SET = "imagenet-val"
@@ -184,3 +184,14 @@ def test_results_learn_of_training_images_without_another_evaluation(train, tiny
     (root / "imagenet-train").rename(tmp_path / "away")
     call(evaluation, *words)
     assert json.loads((run / "results.json").read_text())["sets"]["copy"]["seen"] == 76
+
+
+def test_one_reason_of_several_models_is_one_warning(train, tiny_data, capsys):
+    options = ("--loader.held-out", 0, "--optim.epochs", 0)
+    runs = [train("zero-shot", *options, "--seed", seed, name=f"run{seed}") for seed in (1, 2)]
+    capsys.readouterr()
+    evaluate(tiny_data, *runs)
+    assert complaints(capsys.readouterr().err) == [
+        "WARNING: 2 models get no temperature: its run holds no images out (--loader.held-out 0)",
+        *(f"  {run}" for run in runs),
+    ]

@@ -1,6 +1,7 @@
 """Own photos: what is found, how the test set is chosen, and that packing works."""
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from PIL import Image
 
 from rft import cli
 from rft.loading.dataset import PackedDataset
-from rft.packing.own_folder import choose_test, name_classes, read_folder, same_bytes
+from rft.packing.own_folder import UnusableError, choose_test, name_classes, read_folder, same_bytes
 from rft.packing.verify import verify
 from rft.shards.images import clip_pixels, load_image
 from rft.shards.label_space import LabelSpace
@@ -146,6 +147,50 @@ def test_mistakes(photos: Path, mistake: str) -> None:
         read_folder(photos, LABELS, 0.2, 0)
 
 
+def test_all_that_cannot_be_used_is_one_error(photos: Path) -> None:
+    """With the patterns that pass it over, also where a name holds letters of a pattern."""
+    for name in ("dog/a.HEIC", "tabby_cat/b.mov", "heic only/c.HEIC", "dog/read [me]"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).touch()
+    write_images(photos, "fo*x/1.jpg", first_seed=90)
+    with pytest.raises(UnusableError, match=r"not an image: .*\(and 3 more\)") as caught:
+        read_folder(photos, None, 0.2, 0)
+    assert len(caught.value.__notes__) == 6
+    assert caught.value.ignore == ("*.heic", "*.mov", "read [[]me]", "fo[*]x", "heic only")
+    found = read_folder(photos, None, 0.2, 0, caught.value.ignore)
+    assert found.labels.ids == ("dog", "tabby_cat")
+    assert found.warnings == []
+
+
+def test_headers_are_read_where_asked(photos: Path) -> None:
+    """An empty file and a damaged header; what fails in decoding alone is left to packing."""
+    cat = sorted(path for path in (photos / "tabby_cat").rglob("*") if path.is_file())
+    cat[0].write_bytes(b"")
+    cat[1].write_bytes(cat[1].read_bytes()[:20])
+    cat[2].write_bytes(cat[2].read_bytes()[:-30])
+    found = read_folder(photos, None, 0.2, 0)
+    assert found.warnings == []
+    for max_bad in (0, 1):
+        with pytest.raises(UnusableError, match=r"is empty \(and 1 more\)") as caught:
+            read_folder(photos, None, 0.2, 0, (), max_bad)
+        assert (caught.value.damaged, caught.value.ignore) == (2, ())
+    allowed = read_folder(photos, None, 0.2, 0, (), 2)
+    assert [one.items for one in allowed.sources] == [one.items for one in found.sources]
+    for warning, path in zip(allowed.warnings, cat[:2], strict=True):
+        assert warning.startswith(f"{path} ")
+        assert warning.endswith("; it is left out (--max-bad)")
+
+
+def test_a_header_longer_than_the_first_bytes_is_read(photos: Path) -> None:
+    """A phone's JPEG may have a preview before it: the size lies behind it."""
+    path = photos / "dog" / "long.jpg"
+    segment = b"\xff\xe2" + (2**16 - 1).to_bytes(2) + bytes(2**16 - 3)
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(stream, "JPEG")
+    path.write_bytes(stream.getvalue()[:2] + 3 * segment + stream.getvalue()[2:])
+    assert read_folder(photos, None, 0.2, 0, (), 0).warnings == []
+
+
 def test_a_class_of_one_image(photos: Path) -> None:
     write_images(photos, "fox/1.jpg", first_seed=90)
     with pytest.raises(ValueError, match="class folder 'fox' has one image"):
@@ -175,19 +220,19 @@ NAMES = st.lists(st.text("ab0_ /", min_size=1, max_size=6), min_size=2, max_size
 @pytest.mark.slow
 @given(NAMES, st.floats(0.01, 0.99), st.integers(0, 3), st.randoms())
 def test_choice(names: list[str], share: float, seed: int, random) -> None:
-    held = choose_test(names, share, seed, "x")
+    held = choose_test(names, share, seed)
     assert 1 <= len(held) < len(names)
     assert abs(len(held) - share * len(names)) <= 1
     assert held <= set(names)
-    assert choose_test(random.sample(names, len(names)), share, seed, "x") == held
+    assert choose_test(random.sample(names, len(names)), share, seed) == held
     # a larger share takes more of the same
-    assert held <= choose_test(names, min(share + 0.1, 0.99), seed, "x")
+    assert held <= choose_test(names, min(share + 0.1, 0.99), seed)
 
 
 def test_choice_is_frozen() -> None:
     """A test set must not change sides with a version of rft."""
     names = [f"dog/{n}.jpg" for n in range(10)]
-    assert sorted(choose_test(names, 0.3, 0, "dog")) == ["dog/1.jpg", "dog/3.jpg", "dog/9.jpg"]
+    assert sorted(choose_test(names, 0.3, 0)) == ["dog/1.jpg", "dog/3.jpg", "dog/9.jpg"]
 
 
 def test_the_same_image_on_two_sides(photos: Path) -> None:
@@ -307,9 +352,11 @@ def test_command_names_what_it_passes_over_and_equal_images(photos: Path, tmp_pa
     code, said, err = run(*arguments)
     assert (code, said) == (2, "")
     assert "--ignore '*.mov'" in err
-    code, said, err = run(*arguments, "--ignore", "*.MOV")
+    (photos / "dog" / "notes").touch()
+    # a repeated option adds to the first
+    code, said, err = run(*arguments, "--ignore", "*.MOV", "--ignore", "notes")
     assert code == 0
-    assert "passed over by name: 1 *.MOV (--ignore), 1 @eaDir\n" in said
+    assert "passed over by name: 1 *.MOV (--ignore), 1 @eaDir, 1 notes (--ignore)\n" in said
     assert "class dog (dog): 5 train, 1 test" in said
     first, second = unstamped(err).splitlines()
     assert first.startswith("WARNING: 1 pair of equal images in two classes")

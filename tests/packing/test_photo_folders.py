@@ -188,7 +188,7 @@ def test_a_level_too_high_is_refused_with_the_right_one(tmp_path: Path, above: s
     classes(tmp_path / above, "cat", "dog")
     fill(tmp_path, "__MACOSX/animals/._cat", ".DS_Store", "@eaDir/1.jpg")
     with pytest.raises(
-        ValueError, match=f"holds a single folder.*give --source {tmp_path}/{above}$"
+        ValueError, match=f"holds a single folder.*give the folder {tmp_path}/{above}$"
     ):
         read(tmp_path)
     with pytest.raises(ValueError, match="holds a single folder"):
@@ -199,7 +199,7 @@ def test_a_level_too_high_is_refused_with_the_right_one(tmp_path: Path, above: s
 def test_a_level_above_splits(tmp_path: Path) -> None:
     for split in ("train", "test"):
         classes(tmp_path / "animals" / split, "cat", "dog")
-    with pytest.raises(ValueError, match=f"give --source {tmp_path}/animals$"):
+    with pytest.raises(ValueError, match=f"give the folder {tmp_path}/animals$"):
         read(tmp_path)
 
 
@@ -239,7 +239,7 @@ def test_groups_of_classes_are_warned_of(tmp_path: Path) -> None:
     animals, plants = read(tmp_path).warnings
     assert "class 'animals'" in animals
     assert "only folders ('cat', 'dog')" in animals
-    assert f"give --source {tmp_path}/plants" in plants
+    assert f"give the folder {tmp_path}/plants" in plants
     assert read(tmp_path, space("animals", "plants")).warnings == []
 
 
@@ -300,7 +300,7 @@ def test_a_level_too_high_below_several_folders(tmp_path: Path, case: str) -> No
     folders, message, better = TOO_HIGH[case]
     classes(tmp_path, *folders)
     fill(tmp_path, "@eaDir/1.jpg", f"{folders[0]}/.DS_Store")
-    with pytest.raises(ValueError, match=f"{message}.*give --source {tmp_path}/{better}[,; ]"):
+    with pytest.raises(ValueError, match=f"{message}.*give the folder {tmp_path}/{better}[,; ]"):
         read(tmp_path)
     # whoever names them as classes is believed
     named = sorted({folder.split("/")[0] for folder in folders})
@@ -338,7 +338,7 @@ def test_groups_of_classes_below_a_folder_are_warned_of(tmp_path: Path) -> None:
     (warning,) = read(tmp_path).warnings
     assert warning.startswith("class 'animals'")
     assert warning.endswith(
-        f"only folders ('cat', 'dog'); if those are the classes, give --source "
+        f"only folders ('cat', 'dog'); if those are the classes, give the folder "
         f"{tmp_path}/animals/photos"
     )
 
@@ -633,7 +633,7 @@ def test_official_folders_in_another_unicode_form(tmp_path: Path) -> None:
 @given(st.lists(st.text("aeé ü", min_size=1, max_size=5), min_size=2, unique=True))
 def test_the_choice_does_not_depend_on_the_unicode_form(names: list[str]) -> None:
     def held(form: str) -> set[str]:
-        chosen = choose_test([unicodedata.normalize(form, n) for n in names], 0.4, 0, "x")
+        chosen = choose_test([unicodedata.normalize(form, n) for n in names], 0.4, 0)
         return {unicodedata.normalize("NFC", name) for name in chosen}
 
     assert held("NFC") == held("NFD")

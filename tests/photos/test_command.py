@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.tiny_world import environment
-from rft.photos import command
+from rft.photos import command, record
 from rft.report.read import load_runs
 from rft.shards.manifest import Manifest
 from rft.storage import files
@@ -93,11 +95,15 @@ def test_two_classes_end_in_a_report_and_an_export(two):
     assert card["classes"] == ["red bricks zero", "red bricks one"]
     page = (out / "report" / "index.html").read_text()
     assert "Classes and mistakes" in page
-    assert result.stdout.splitlines()[-3:] == [
+    assert result.stdout.splitlines()[-5:] == [
         f"chosen: {Path(choice['chosen']).name}",
         f"report: {out}/report/index.html",
         f"model:  {out}/model",
+        f"next: python -m rft.predict {out}/model NEW_PHOTOS --html page.html --cam",
+        "  (NEW_PHOTOS: image files, or folders that hold some)",
     ]
+    # the counts of classes once, by the command itself
+    assert result.stdout.count("red bricks zero") == 1
     # every stage is a command that can be pasted
     stages = [line for line in result.stdout.splitlines() if line.startswith("$ ")]
     assert [line.split()[1] for line in stages] == ["python"] * len(stages)
@@ -111,14 +117,77 @@ def test_the_same_command_again_makes_nothing_anew(two):
     result = photos(root, out, "--epochs", 1)
     assert result.returncode == 0, result.stderr
     assert made(out) == before
+    # nothing is measured for what is done
+    table = result.stdout.partition("stages, all but the last are done already:\n")[2]
+    rows = [line.split("  ", 2)[1:] for line in table.partition("\n  all ")[0].splitlines()]
+    done = [name for name, state in rows if state.strip() == "done"]
+    assert done == [name for name, _ in rows if name != "report"]
+    assert {"pack", "train vanilla", "evaluate", "choose", "export"} <= {*done}
 
 
-def test_one_photo_in_a_class_is_refused_with_what_to_do(tmp_path, refused):
-    root = write(tmp_path / "photos", [6, 1])
-    line = refused(command, *words(root, tmp_path / "out"))
+@pytest.mark.slow
+def test_other_options_and_photos_are_refused_in_words_of_this_command(two, refused, tmp_path):
+    root, out, _, _ = two
+    before = made(out)
+    line = refused(command, *words(root, out, "--epochs", 3, "--seed", 1))
+    assert line == (
+        f"error: {out} was made with --epochs 1 --seed 0: use that as before, or another --out"
+    )
+    more = shutil.copytree(root, tmp_path / "more")
+    write(more, [6, 0], first=130)
+    line = refused(command, *words(more, out, "--epochs", 1))
+    assert f"error: photos changed since {out} was made (208 -> 21" in line
+    assert line.endswith(f"delete {', '.join(str(out / name) for name in record.MADE)}")
+    assert made(out) == before
+
+
+def complaint(capsys, *arguments: object) -> list[str]:
+    """Run the command in this process to its refusal; return the lines of it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        tiny.call(command, *arguments)
+    assert stopped.value.code == 2
+    return tiny.complaints(capsys.readouterr().err)
+
+
+def test_one_photo_in_a_class_is_refused_with_what_to_do(tmp_path, capsys):
+    root, out = write(tmp_path / "photos", [6, 1, 6]), tmp_path / "out"
+    line, note = complaint(capsys, *words(root, out))
     assert "class folder 'c001' has one image" in line
     assert "--ignore 'c001'" in line
-    assert not (tmp_path / "out").exists()
+    # the option that packing has, and this command has not
+    assert "--test-share" not in line
+    assert note.startswith("  without them: python -m rft.photos ")
+    assert note.endswith("--ignore c001")
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_all_that_cannot_be_used_is_named_at_once_with_the_command(tmp_path, capsys):
+    root, out = write(tmp_path / "photos", [8, 8]), tmp_path / "out"
+    (root / "c000" / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    (root / "c001" / "about [1]").touch()
+    (root / "c001" / "empty.jpg").touch()
+    (root / "c001" / "7.png").write_bytes((root / "c001" / "7.png").read_bytes()[:20])
+    write(root, [1], ["lone"])
+    options = words(root, out, "--dry-run", "--ignore", "*.mov")
+    line, *notes = complaint(capsys, *options)
+    assert line.startswith(f"error: not an image: {root}/c000/IMG_1.HEIC (and 1 more); class ")
+    assert [note.removeprefix("  ").replace(f"{root}/", "") for note in notes[:-1]] == [
+        "not an image: c000/IMG_1.HEIC",
+        "not an image: c001/about [1]",
+        "c001/7.png cannot be read: Truncated File Read",
+        "c001/empty.jpg is empty",
+        "one image: lone",
+    ]
+    label, pasted = notes[-1].split(": ", 1)
+    typed = shlex.split(pasted)
+    assert (label, typed[:3]) == ("  without them", ["python", "-m", "rft.photos"])
+    assert typed[3:] == [*options, "--ignore", "*.heic", "about [[]1]", "lone", "--max-bad", "2"]
+    # the class that is passed over needs no words
+    text = dry(root, out, *typed[3 + len(options) :], folders=["c000", "c001"])
+    assert "empty.jpg is empty; it is left out (--max-bad)" in text
+    assert "passed over by name: 1 *.heic (--ignore), 1 about [[]1] (--ignore), 1 lone" in text
 
 
 @pytest.mark.slow
@@ -127,6 +196,7 @@ def test_unbalanced_classes_are_named(tmp_path):
     assert "unbalanced: red bricks zero has 160 photos to train on, red bricks one 1;" in text
     assert "too few photos to hold some out of training" in text
     assert "wise-object-mask-single-fill-0.5 is exported" in text
+    assert "200 to train on would be enough, of each class two or more; there are 161" in text
 
 
 @pytest.mark.slow
@@ -149,22 +219,27 @@ def test_split_folders_are_kept(tmp_path):
 
 
 @pytest.mark.slow
-def test_corrupt_and_heic_files_are_named(tmp_path, refused):
+def test_photos_that_fail_in_decoding_are_named_by_packing(tmp_path):
     root, out = write(tmp_path / "photos", [8, 8]), tmp_path / "out"
-    (root / "c000" / "IMG_1.HEIC").write_bytes(b"ftypheic")
-    (root / "c001" / "7.png").write_bytes((root / "c001" / "7.png").read_bytes()[:200])
-    line = refused(command, *words(root, out))
-    assert "IMG_1.HEIC" in line
-    assert "--ignore '*.heic'" in line
-    options = ("--ignore", "*.heic", "--epochs", 0)
-    result = photos(root, out, *options)
+    # intact headers
+    for number in range(6, 8):
+        path = root / "c001" / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:200])
+    result = photos(root, out, "--epochs", 0)
     assert result.returncode != 0
     (line,) = [line for line in tiny.complaints(result.stderr) if line.startswith("error: ")]
-    assert "7.png" in line
-    result = photos(root, out, *options, "--max-bad", 1)
+    assert re.search(r"c001/[67]\.png", line)
+    result = photos(root, out, "--epochs", 0, "--max-bad", 2)
     assert result.returncode == 0, result.stderr
+    assert "WARNING: --epochs 0 trains nothing" in result.stderr
     packed = [Manifest.load(str(out / "shards" / name)).samples for name in ("train", "test")]
-    assert sum(packed) == 15
+    assert sum(packed) == 14
+    named = re.findall(r"left out: (.+) \((.+)\)$", result.stdout, re.M)
+    assert sorted(name for names, _ in named for name in names.split(", ")) == [
+        "c001/6.png",
+        "c001/7.png",
+    ]
+    assert all(Path(path).exists() for _, path in named)
     assert (out / "model" / "card.json").exists()
 
 
@@ -176,7 +251,7 @@ def test_copies_in_training_and_test_are_an_alarm(tmp_path):
             (folder / f"copy of {path.name}").write_bytes(path.read_bytes())
     result = photos(root, out, "--epochs", 1)
     assert result.returncode == 0, result.stderr
-    assert "of equal images in two sets" in result.stderr
+    assert result.stderr.count("of equal images in two sets") == 1
     (alarm,) = [line for line in tiny.complaints(result.stderr) if "is too good" in line]
     assert "were in the training set of" in alarm
     # zero-shot was trained on nothing
@@ -216,15 +291,44 @@ def test_three_hundred_classes_are_summed_up(tmp_path):
     assert len([line for line in text.splitlines() if "red bricks" in line]) == 1
 
 
+@pytest.mark.slow
+def test_counts_of_classes_fill_the_lines_of_a_terminal(tmp_path):
+    text = dry(write(tmp_path / "photos", [4] * 30), tmp_path / "out")
+    lines = text.partition("to test with\n")[2].partition("\n30 classes have fewer")[0].splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 12
+    assert sum(line.count(" 3+1") for line in lines) == 30
+
+
 def test_mistakes_are_refused_before_anything_starts(tmp_path, refused):
     root, out = write(tmp_path / "photos", [4, 4]), tmp_path / "out"
+    (tmp_path / "a.txt").touch()
     assert "--example tries the command" in refused(command, "--out", out)
+    line = refused(command, "--ignore", "*.heic", root, "--out", out)
+    assert f"--ignore took '{root}' as a name to pass over: write it before the options" in line
+    assert "a.txt is a file; name the folder" in refused(command, tmp_path / "a.txt", "--out", out)
     assert "leave" in refused(command, root, "--out", out, "--example")
     one = write(tmp_path / "one", [4])
     assert "one class" in refused(command, *words(one, out))
     assert "no model 'ViT-B'" in refused(command, root, "--out", out, "--model.clip", "ViT-B")
     assert "c000" in refused(command, root, "--out", root / "c000" / "out")
+    for share in (0, 1, 2):
+        line = refused(command, *words(root, out, "--test-share", share))
+        assert "; it must be above 0 and below 1, such as 0.2" in line
     assert not out.exists()
+
+
+@pytest.mark.parametrize("below", ["", "new/folder"])
+def test_an_out_that_cannot_be_written_is_refused_at_once(tmp_path, refused, below):
+    root, file = write(tmp_path / "photos", [4, 4]), tmp_path / "a.txt"
+    file.touch()
+    line = refused(command, root, "--out", file / below, "--dry-run")
+    assert f"--out {file / below}: {file} is a file; name a folder" in line
+    if Path("/proc/self").exists():
+        line = refused(command, root, "--out", Path("/proc/x") / below, "--dry-run")
+        assert "nothing can be written into /proc" in line
+    # what was tried leaves nothing
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["photos"]
 
 
 @pytest.mark.slow
@@ -250,7 +354,9 @@ def test_a_run_that_was_stopped_or_killed_is_resumed(tmp_path):
     wait_for(process, reached.exists)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate()
-    assert (process.returncode, tiny.complaints(errors)) == (75, [])
+    again = shlex.join(["python", *command_line[1:]])
+    assert process.returncode == 75
+    assert tiny.complaints(errors) == ["", f"stopped; to resume: {again}"]
     step = json.loads(reached.read_text())["step"]
     # a kill reaches the command alone; its stage must not train on
     process = start()

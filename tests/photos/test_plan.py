@@ -95,3 +95,29 @@ def test_the_table_has_each_stage_and_their_sum():
         ["report", "about 2 min"],
         ["all", "about 2 min"],
     ]
+
+
+def test_what_is_done_has_no_time():
+    lines = plan.table(
+        {"pack": 20.0, "report": 100.0}, [plan.pack(TASK), plan.report(TASK)], {"pack"}
+    )
+    assert [line.split(None, 1) for line in lines] == [
+        ["pack", "done"],
+        ["report", "about 2 min"],
+        ["all", "about 2 min"],
+    ]
+
+
+def test_a_training_that_was_stopped_is_not_done(tmp_path):
+    task = replace(TASK, out=tmp_path)
+    stage = plan.train(task, plan.VANILLA)
+    (tmp_path / "runs" / "vanilla").mkdir(parents=True)
+    (tmp_path / "runs" / "vanilla" / "progress.json").touch()
+    assert not plan.is_done(task, stage)
+    (tmp_path / "runs" / "vanilla" / "training.json").touch()
+    assert plan.is_done(task, stage)
+    assert not plan.is_done(task, plan.train(task, plan.OURS))
+    # made by every call
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html").touch()
+    assert not plan.is_done(task, plan.report(task))

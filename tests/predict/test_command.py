@@ -182,6 +182,12 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_predicted(predict, folder,
     # passed over, it is no mistake
     (folder / "broken.jpg").unlink()
     assert predict(folder, "--ignore", "*.heic")[0] == 0
+    # a repeated option adds to the first, and takes what stands behind it
+    (folder / "a.txt").touch()
+    assert predict(folder, "--ignore", "*.heic", "--ignore", "*.txt")[0] == 0
+    code, _, (error,) = predict("--ignore", "*.heic", folder)
+    assert code == 2
+    assert f"--ignore took '{folder}' as a name to pass over: write it before" in error
 
 
 def test_files_of_an_earlier_call_may_lie_beside_the_images(predict, folder):

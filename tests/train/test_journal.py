@@ -75,6 +75,17 @@ def test_a_line_at_once_then_one_a_minute_and_each_held_out_result(tmp_path, cap
     assert last.endswith("  held-out 75.00%")
 
 
+def test_the_last_step_has_a_line_where_no_held_out_result_has_one(tmp_path, capsys):
+    """A training of a few seconds would end at "step 10/120" to all appearance."""
+    for last_count, expected in ((None, [10, 120]), (Count(1, 4), [10])):
+        display = Display(configuration(tmp_path), 0, 120, last_count)
+        for step in (10, 20, 120):
+            display.update(step, VALUES)
+        display.close()
+        lines = unstamped(capsys.readouterr().out).splitlines()
+        assert [line.split()[1] for line in lines] == [f"{step}/120" for step in expected]
+
+
 @pytest.mark.slow
 def test_a_bar_on_a_terminal(tmp_path, terminal):
     with terminal(90) as drawn:

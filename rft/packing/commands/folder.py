@@ -1,6 +1,7 @@
 """Pack one's own images into tar shards: `python tools/shard_folder.py`."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import field, replace
@@ -10,15 +11,16 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from rft import cli, recipes
-from rft.packing.own_folder import Photos, read_folder, same_bytes
+from rft import cli, commands, recipes
+from rft.packing.names import Patterns, patterns_of
+from rft.packing.own_folder import Photos, UnusableError, read_folder, same_bytes
 from rft.packing.pack import Options, pack_source
 from rft.packing.source import Source, require_apart
 from rft.sets import ClassScore
 from rft.shards import photo_names
 from rft.shards.label_space import LabelSpace
 from rft.storage import files
-from rft.storage.documents import Seed, Share, document
+from rft.storage.documents import Seed, document
 from rft.text import printable
 
 SETS = ("train", "test", "val")
@@ -48,11 +50,11 @@ class ShardFolder:
     """JSON file that says what the class folders show, in label order: {"ids": [folder names],
     "names": [words for the text encoder], "templates": ["a photo of a {c}.", ...]}. None takes the
     folder names with underscores as spaces, and OpenAI's 80 prompts for ImageNet."""
-    test_share: Annotated[Share, Field(lt=1)] = 0.2
+    test_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of each class that is held out as test set, where the source has none; 0 is none."""
     split_seed: Seed = 0
     """Seed of that choice."""
-    ignore: tuple[str, ...] = ()
+    ignore: Annotated[Patterns, tyro.conf.arg(metavar="NAME...")] = ()
     """Names of files and folders to pass over, such as '*.mov' '*.aae', in any case of letters.
     Hidden files and those that NAS devices, macOS and Windows leave behind are always passed over.
     """
@@ -72,13 +74,20 @@ def main() -> None:
     source = Path(command.source)
     require_apart([source], command.out, SETS)
     labels = LabelSpace.load(command.classes) if command.classes else None
-    photos = read_folder(source, labels, command.test_share, command.split_seed, command.ignore)
+    ignore = patterns_of(command.ignore)
+    try:
+        photos = read_folder(source, labels, command.test_share, command.split_seed, ignore)
+    except UnusableError as error:
+        if error.holds_out:
+            error.add_note("or pack without a test set: --test-share 0")
+        raise
     sources, labels = declare(photos.sources, command), photos.labels
     # a class folder may be a link, and the set must not be written into its target either
     folders = {(found.root / item.path).parent for found in sources for item in found.items}
     linked = [path for path in folders if not path.resolve().is_relative_to(source.resolve())]
     require_apart(linked, command.out, SETS)
-    say(photos)
+    if commands.STAGE not in os.environ:  # a plan has printed it
+        say(photos)
     complete = [pack_source(source, command.out, labels, command.packing) for source in sources]
     for one in sources:
         names = ((item.key, item.path) for item in one.items)
