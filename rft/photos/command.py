@@ -19,6 +19,7 @@ import tyro
 from rft import cli, recipes, small, stages
 from rft.clip.load import MINIATURE, hub_config
 from rft.config import Config, Device, ModelConfig
+from rft.loading.dataset import PackedDataset
 from rft.merge import choose
 from rft.packing.commands import folder
 from rft.packing.names import Patterns, patterns_of, taken_for_name
@@ -117,7 +118,8 @@ def make(arguments: Arguments) -> None:
     print("\n".join(found(photos, source)), flush=True)
     folder.warn(photos)
     task = _task(arguments)
-    configs = {name: training(task, name, photos) for name in plan.FAMILIES}
+    size = _size(photos)
+    configs = {name: training(task, name, size) for name in plan.FAMILIES}
     first = next(iter(configs.values()))
     now = record.made_from(photos, options(task, first))
     record.agree(out, now)
@@ -142,12 +144,19 @@ def make(arguments: Arguments) -> None:
     print(f"\nstages, {how}:")
     print("\n".join(plan.table(times, coming, done)), flush=True)
     if not held_out:
-        print("\n".join(without_held_out(first, _size(photos))), flush=True)
+        print("\n".join(without_held_out(first, size)), flush=True)
     if arguments.dry_run:
         print("nothing was started (--dry-run)")
         return
     record.write(out, now)
-    for stage in before:
+    pack, *_ = before
+    run(pack)
+    size = _packed(task)
+    if held_out and not training(task, plan.OURS, size).loader.held_out:
+        # photos that cannot be decoded are known only now
+        print("\n".join(without_held_out(first, size)), flush=True)
+        held_out = 0
+    for stage in _before(task, held_out)[1:]:
         run(stage)
     chosen = _chosen(task, held_out)
     for stage in plan.end(task, chosen):
@@ -332,8 +341,8 @@ def _task(arguments: Arguments) -> Task:
     )
 
 
-def training(task: Task, recipe: str, photos: Photos) -> Config:
-    """Return the configuration that a training will have, before its set is packed."""
+def training(task: Task, recipe: str, size: small.Size) -> Config:
+    """Return the configuration that a training will have."""
     config = recipes.build(recipe, scale="small", data=str(task.data), run=str(task.run(recipe)))
     optim = config.optim if task.epochs is None else replace(config.optim, epochs=task.epochs)
     config = replace(
@@ -343,11 +352,15 @@ def training(task: Task, recipe: str, photos: Photos) -> Config:
         model=ModelConfig(clip=task.clip, pretrained=task.pretrained),
         optim=optim,
     )
-    return small.fit(config, _size(photos), 1)
+    return small.fit(config, size, 1)
 
 
 def _size(photos: Photos) -> small.Size:
     return small.Size.of(np.array([item.label for item in _items(photos, plan.TRAIN_SET)]))
+
+
+def _packed(task: Task) -> small.Size:
+    return small.Size.of(PackedDataset(str(task.data / plan.TRAIN_SET)).index.label)
 
 
 def _items(photos: Photos, name: str) -> Sequence[Item]:

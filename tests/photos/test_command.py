@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.tiny_world import environment
+from rft.packing.own_folder import read_folder
 from rft.photos import command, record
 from rft.report.read import load_runs
 from rft.shards.manifest import Manifest
@@ -241,6 +242,20 @@ def test_photos_that_fail_in_decoding_are_named_by_packing(tmp_path):
     ]
     assert all(Path(path).exists() for _, path in named)
     assert (out / "model" / "card.json").exists()
+
+
+@pytest.mark.slow
+def test_a_photo_that_is_left_out_may_leave_too_few_to_hold_some_out(tmp_path):
+    """200 to train on are enough, 199 are not; which it is, packing finds out."""
+    root, out = write(tmp_path / "photos", [125, 125]), tmp_path / "out"
+    (train, _) = read_folder(root, None, 0.2, 0).sources
+    path = root / train.items[0].path
+    path.write_bytes(path.read_bytes()[:200])
+    result = photos(root, out, "--epochs", 0, "--max-bad", 1)
+    assert result.returncode == 0, result.stderr
+    assert "200 to train on would be enough; there are 199" in result.stdout
+    assert not (out / "choice.json").exists()
+    assert result.stdout.splitlines()[-5] == "chosen: wise-object-mask-single-fill-0.5"
 
 
 @pytest.mark.slow
