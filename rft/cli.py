@@ -77,7 +77,8 @@ def run(main: Callable[[], None], *, ranks: bool = False, again: str = "") -> No
             main()
         except SystemExit as stopped:  # of --help, or a code of the command's own
             _finish_output()  # its output counts too
-            if again and stopped.code == start.INTERRUPTED:  # a stage of the plan was
+            # a stage of the plan was
+            if again and stopped.code in (start.INTERRUPTED, start.STOPPED):
                 start.say_interrupted(again, "stopped")
             raise
         _finish_output()
@@ -239,9 +240,9 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
     if shown and HELP_ALL in words:
         words, shown = [*words, "--help"], ()
         words.remove(HELP_ALL)
-    complaint = io.StringIO()
+    complaint, help_text = io.StringIO(), _boxes()
     try:
-        with contextlib.redirect_stderr(complaint), _caught() as help_text:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(help_text):
             found = tyro.cli(kind, args=words, **options)
         _require_local_paths(found, "")
         return found
@@ -268,9 +269,9 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
         raise ValueError(f"{text}{hint} (--help tells more)") from None
 
 
-def _caught() -> contextlib.redirect_stdout[io.TextIOWrapper]:
-    """Catch tyro's help, which it prints; it draws boxes where the encoding has them."""
-    return contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+def _boxes() -> io.TextIOWrapper:
+    """Return a stream for tyro's help, which has boxes where the encoding does."""
+    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
 
 
 def _read(stream: io.TextIOWrapper) -> str:
@@ -282,7 +283,8 @@ def _require_known_options(
     given: Sequence[str], kind: Callable[..., object], options: Mapping[str, Any]
 ) -> None:
     """Refuse the first of the `given` options that the command does not have, by its --help."""
-    with contextlib.suppress(SystemExit), _caught() as help_text:
+    help_text = _boxes()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(help_text):
         tyro.cli(kind, args=["--help"], **options)
     lines = [found[0] for found in map(OPTION.match, _read(help_text).splitlines()) if found]
     known = {name for line in lines for name in re.findall(r"--[\w.-]+", line)}

@@ -18,7 +18,8 @@ from rft.text import printable
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 MESSAGE_LETTERS = 300  # of a library's message
-INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells report it
+# exit codes: 128 + SIGINT, as shells report it; of a run that can be resumed (EX_TEMPFAIL)
+INTERRUPTED, STOPPED = 130, 75
 
 
 def is_command() -> bool:
