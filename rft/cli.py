@@ -86,7 +86,8 @@ def run(main: Callable[[], None], *, ranks: bool = False, again: str = "") -> No
         _drop_output()
         sys.exit(1)
     except KeyboardInterrupt:
-        _say_interrupted(again)
+        with contextlib.suppress(OSError):
+            start.say_interrupted(again)
         _drop_output()
         sys.exit(start.INTERRUPTED)
     except (ValueError, OSError) as error:
@@ -113,12 +114,6 @@ def _say_error(error: Exception) -> None:
         with contextlib.suppress(OSError):  # stderr is full or closed: the exit code is left
             print(line, *notes, sep="\n", file=sys.stderr, flush=True)
     _hand_to_torchrun(line)
-
-
-def _say_interrupted(again: str) -> None:
-    if not is_quiet_rank():
-        with contextlib.suppress(OSError):
-            start.say_interrupted(again)
 
 
 def _shortened(line: str) -> str:

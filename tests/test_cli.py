@@ -61,15 +61,17 @@ def test_an_interruption_is_a_line_with_what_resumes(monkeypatch, capsys, stoppe
         print("before")
         raise stopped
 
-    for stage in (False, True):
-        if stage:  # its plan prints the line
-            monkeypatch.setenv(commands.STAGE, "1")
+    # the plan of a stage prints the line, and of several ranks the first
+    for silent in ({}, {commands.STAGE: "1"}, {"RANK": "1"}):
+        monkeypatch.delenv(commands.STAGE, raising=False)
+        for name, value in silent.items():
+            monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as ended:
-            cli.run(main, again=again)
+            cli.run(main, ranks=True, again=again)
         assert ended.value.code == (stopped.args or (130,))[0]
         printed = capsys.readouterr()
         assert printed.out == "before\n"
-        assert printed.err == (f"{line}\n" if line and not stage else "")
+        assert printed.err == (f"{line}\n" if line and not silent else "")
 
 
 @pytest.mark.slow
