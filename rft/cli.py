@@ -77,7 +77,8 @@ def run(main: Callable[[], None], *, ranks: bool = False, again: str = "") -> No
             main()
         except SystemExit as stopped:  # of --help, or a code of the command's own
             _finish_output()  # its output counts too
-            if again and stopped.code == start.INTERRUPTED:  # a stage of the plan was
+            # a stage of the plan was
+            if again and stopped.code in (start.INTERRUPTED, start.STOPPED):
                 start.say_interrupted(again, "stopped")
             raise
         _finish_output()
@@ -85,7 +86,8 @@ def run(main: Callable[[], None], *, ranks: bool = False, again: str = "") -> No
         _drop_output()
         sys.exit(1)
     except KeyboardInterrupt:
-        _say_interrupted(again)
+        with contextlib.suppress(OSError):
+            start.say_interrupted(again)
         _drop_output()
         sys.exit(start.INTERRUPTED)
     except (ValueError, OSError) as error:
@@ -112,12 +114,6 @@ def _say_error(error: Exception) -> None:
         with contextlib.suppress(OSError):  # stderr is full or closed: the exit code is left
             print(line, *notes, sep="\n", file=sys.stderr, flush=True)
     _hand_to_torchrun(line)
-
-
-def _say_interrupted(again: str) -> None:
-    if not is_quiet_rank():
-        with contextlib.suppress(OSError):
-            start.say_interrupted(again)
 
 
 def _shortened(line: str) -> str:
@@ -239,7 +235,7 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
     if shown and HELP_ALL in words:
         words, shown = [*words, "--help"], ()
         words.remove(HELP_ALL)
-    complaint, help_text = io.StringIO(), _buffer()
+    complaint, help_text = io.StringIO(), _boxes()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(help_text):
             found = tyro.cli(kind, args=words, **options)
@@ -268,8 +264,8 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
         raise ValueError(f"{text}{hint} (--help tells more)") from None
 
 
-def _buffer() -> io.TextIOWrapper:
-    """Return what catches tyro's help, which it prints: it draws boxes where the encoding has them."""
+def _boxes() -> io.TextIOWrapper:
+    """Return a stream for tyro's help, which has boxes where the encoding does."""
     return io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
 
 
@@ -282,7 +278,7 @@ def _require_known_options(
     given: Sequence[str], kind: Callable[..., object], options: Mapping[str, Any]
 ) -> None:
     """Refuse the first of the `given` options that the command does not have, by its --help."""
-    help_text = _buffer()
+    help_text = _boxes()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(help_text):
         tyro.cli(kind, args=["--help"], **options)
     lines = [found[0] for found in map(OPTION.match, _read(help_text).splitlines()) if found]

@@ -18,7 +18,8 @@ from rft.text import printable
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 MESSAGE_LETTERS = 300  # of a library's message
-INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells report it
+# exit codes: 128 + SIGINT, as shells report it; of a run that can be resumed (EX_TEMPFAIL)
+INTERRUPTED, STOPPED = 130, 75
 
 
 def is_command() -> bool:
@@ -39,8 +40,11 @@ def watch_imports() -> None:
 
 
 def say_interrupted(again: str = "", what: str = "interrupted") -> None:
-    """Print the line of Ctrl-C, with the command that resumes; a stage leaves it to its plan."""
-    if commands.STAGE not in os.environ:
+    """Print the line of Ctrl-C, with the command that resumes.
+
+    A stage leaves it to its plan, and a rank to the first one: all of them get the signal.
+    """
+    if commands.STAGE not in os.environ and os.environ.get("RANK", "0") == "0":
         print(f"{what}; to resume: {again}" if again else what, file=sys.stderr, flush=True)
 
 

@@ -51,6 +51,7 @@ def test_warnings_and_names_are_text(capsys):
         (KeyboardInterrupt(), "rft photos a", "interrupted; to resume: rft photos a"),
         # a stage of a plan was, and has printed its own line
         (SystemExit(130), "rft photos a", "stopped; to resume: rft photos a"),
+        (SystemExit(75), "rft photos a", "stopped; to resume: rft photos a"),
         (SystemExit(130), "", ""),
         (SystemExit(0), "rft photos a", ""),
     ],
@@ -60,15 +61,17 @@ def test_an_interruption_is_a_line_with_what_resumes(monkeypatch, capsys, stoppe
         print("before")
         raise stopped
 
-    for stage in (False, True):
-        if stage:  # its plan prints the line
-            monkeypatch.setenv(commands.STAGE, "1")
+    # the plan of a stage prints the line, and of several ranks the first
+    for silent in ({}, {commands.STAGE: "1"}, {"RANK": "1"}):
+        monkeypatch.delenv(commands.STAGE, raising=False)
+        for name, value in silent.items():
+            monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as ended:
-            cli.run(main, again=again)
-        assert ended.value.code == (0 if stopped.args == (0,) else 130)
+            cli.run(main, ranks=True, again=again)
+        assert ended.value.code == (stopped.args or (130,))[0]
         printed = capsys.readouterr()
         assert printed.out == "before\n"
-        assert printed.err == (f"{line}\n" if line and not stage else "")
+        assert printed.err == (f"{line}\n" if line and not silent else "")
 
 
 @pytest.mark.slow

@@ -174,10 +174,13 @@ def _limits(card: Card) -> Iterator[str]:
             "class is right."
         )
     yield "- The accuracies above are of their test sets. Other images may give lower ones."
-    yield (
-        "- The pre-trained model has seen images and texts of the web. What it took from them "
-        "about people and groups was not examined."
-    )
+    if card.architecture.clip == MINIATURE:
+        yield "- The pre-trained model is a toy for examples. It has seen small drawings alone."
+    else:
+        yield (
+            "- The pre-trained model has seen images and texts of the web. What it took from them "
+            "about people and groups was not examined."
+        )
     yield (
         "- Classes that are described in words (zero-shot) may be recognised less well than by the "
         "pre-trained model: fine-tuning moves the image features, and not the text tower."

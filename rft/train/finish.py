@@ -13,13 +13,14 @@ from rft.runs import filenames
 from rft.runs.filenames import SELECTED
 from rft.runs.folder import weights_record
 from rft.runs.records import Training
+from rft.start import STOPPED
 from rft.storage import files
 from rft.train import pictures
 from rft.train.build import inputs_fingerprint
 from rft.train.job import Job
 from rft.train.loop import train
 from rft.train.run import Finished, RunFolder, finished
-from rft.train.stop import STOPPED, StopRequest
+from rft.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ from types import FrameType
 from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-STOPPED = 75  # exit code of a run that can be resumed (EX_TEMPFAIL)
 # within it, a second SIGINT is a copy of the first, from SLURM or torchrun
 SECONDS_TO_WONDER = 2
 

@@ -238,6 +238,7 @@ def test_pre_trained_weights_have_a_name(clip, settings, weights):
     tower = dataclasses.replace(ARCHITECTURE, clip=clip)
     text = described(architecture=tower, settings=settings)
     assert f"| pre-trained weights | {model_card._text(weights)} |" in text
+    assert ("seen images and texts of the web" in text) == (clip != "rft-miniature")
     assert "/home/me" not in text
 
 

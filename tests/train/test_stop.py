@@ -9,8 +9,9 @@ import sys
 import filelock
 import pytest
 
+from rft.start import STOPPED
 from rft.train import loop, run, stop
-from rft.train.stop import STOPPED, StopRequest
+from rft.train.stop import StopRequest
 from tests.tiny import weights
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]

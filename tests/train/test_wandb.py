@@ -18,9 +18,9 @@ import pytest
 from benchmarks import tiny_world
 from benchmarks.waiting import until
 from rft.evaluate.count import Count
+from rft.start import STOPPED
 from rft.storage import files
 from rft.train.journal import Journal, Wandb, require_packages
-from rft.train.stop import STOPPED
 from tests import tiny
 from tests.train.test_journal import COUNTERFACTUALS, SHAPE, VALUES, configuration
 
