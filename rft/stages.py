@@ -6,7 +6,6 @@ This process must not compute with torch before, because its pool of threads doe
 fork. On other systems, and with several ranks, a stage is a new process.
 """
 
-import contextlib
 import ctypes
 import importlib
 import multiprocessing
@@ -15,19 +14,17 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from rft import cli, commands, dist
+from rft import cli, commands, dist, start
 from rft.commands import Command
-from rft.text import plain
 
 FORKS = sys.platform == "linux"
 CONTINUED = "   "  # before the words of a line that continues one
 COLUMNS = 80  # of a command's line, which is continued below
-# exit codes: `rft.cli.run` printed the user's mistake; a training can be resumed; Ctrl-C
-MISTAKE, STOPPED, INTERRUPTED = 2, 75, 130
+MISTAKE = 2  # exit code: `rft.cli.run` printed the user's mistake
 PR_SET_PDEATHSIG = 1
 
 
@@ -78,7 +75,7 @@ def run_here(name: str, words: Sequence[str]) -> None:
         code = fork(work)
     else:
         code = subprocess.run([sys.executable, *words], env=environment).returncode
-    if code in (MISTAKE, STOPPED, INTERRUPTED):
+    if code in (MISTAKE, start.STOPPED, start.INTERRUPTED):
         # the stage has printed what was wrong; how the plan resumes is the plan's line
         sys.exit(code)
     _require_done(name, code)
@@ -152,22 +149,6 @@ def show(words: Sequence[str]) -> None:
                 lines.append(CONTINUED)
             lines[-1] += f" {text}"
     print("\n" + "\n".join(lines), flush=True)
-
-
-@contextlib.contextmanager
-def resumed_by(command: str) -> Iterator[None]:
-    """Print what resumes a plan that is stopped or interrupted, as the last line.
-
-    Args:
-        command: the plan's own, to be pasted.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, KeyboardInterrupt) or stop.code in (STOPPED, INTERRUPTED):
-            line = plain(f"stopped; to resume: {command}")
-            print(f"\n{line}", file=sys.stderr, flush=True)
-        raise
 
 
 def _require_done(name: str, code: int) -> None:

@@ -87,19 +87,3 @@ def test_a_long_command_is_continued_and_can_be_pasted(capsys):
     assert not [line for line in lines if line.endswith(("--seed \\", "--run-dir \\"))]
     pasted = printed.removeprefix("\n$ ").replace("\\\n", "")
     assert shlex.split(pasted) == words
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(75), SystemExit(130)])
-def test_a_plan_that_is_stopped_ends_with_what_resumes_it(capsys, stop):
-    with pytest.raises(type(stop)), stages.resumed_by("rft photos mine --out 'my out'"):
-        raise stop
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "stopped; to resume: rft photos mine --out 'my out'"
-    )
-
-
-@pytest.mark.parametrize("code", [0, 1, 2])
-def test_a_mistake_is_not_resumed(capsys, code):
-    with pytest.raises(SystemExit), stages.resumed_by("rft photos"):
-        sys.exit(code)
-    assert capsys.readouterr().err == ""

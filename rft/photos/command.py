@@ -101,12 +101,6 @@ class Arguments:
 def main() -> None:
     """Parse, look, print the plan, run its stages."""
     arguments = cli.parse(Arguments, prog="rft.photos")
-    with stages.resumed_by(_same_command()):
-        make(arguments)
-
-
-def make(arguments: Arguments) -> None:
-    """Look at the photos, print the plan, run its stages."""
     began = time.perf_counter()
     _require_folder(arguments.out)
     arguments = _with_photos(arguments)

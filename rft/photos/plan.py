@@ -13,6 +13,7 @@ from rft.clip.load import MINIATURE
 from rft.clip.weights import CARD
 from rft.config import Device
 from rft.photos.rates import Rates
+from rft.predict.model import EXPORT
 from rft.runs import filenames
 from rft.shards.folder import MANIFEST
 from rft.storage.documents import Epochs, Seed
@@ -68,7 +69,7 @@ class Task:
     @property
     def model(self) -> Path:
         """Folder of the export."""
-        return self.out / "model"
+        return self.out / EXPORT
 
     def run(self, name: str) -> Path:
         """Return a run folder."""

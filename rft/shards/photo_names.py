@@ -15,7 +15,12 @@ BYTES = 2**28  # of the file of a set that is read: some million photos
 
 
 def write(url: str, names: Iterable[tuple[str, str]]) -> None:
-    """Write the paths of a packed set's photos, from (key, path below the source)."""
+    """Write the paths of a packed set's photos, from (key, path below the source), unless there.
+
+    A folder is packed from one list of photos only: its plan refuses any other.
+    """
+    if files.exists(files.join(url, PHOTOS)):
+        return
     lines = [json.dumps({"key": key, "path": path}) + "\n" for key, path in names]
     files.write_bytes(files.join(url, PHOTOS), "".join(lines).encode())
 

@@ -371,7 +371,7 @@ def test_a_run_that_was_stopped_or_killed_is_resumed(tmp_path):
     _, errors = process.communicate()
     again = shlex.join(["python", *command_line[1:]])
     assert process.returncode == 75
-    assert tiny.complaints(errors) == ["", f"stopped; to resume: {again}"]
+    assert tiny.complaints(errors) == [f"stopped; to resume: {again}"]
     step = json.loads(reached.read_text())["step"]
     # a kill reaches the command alone; its stage must not train on
     process = start()

@@ -99,7 +99,9 @@ def test_the_table_has_each_stage_and_their_sum():
 
 def test_what_is_done_has_no_time():
     lines = plan.table(
-        {"pack": 20.0, "report": 100.0}, [plan.pack(TASK), plan.report(TASK)], {"pack"}
+        {"pack": 20.0, "report": 100.0},
+        [plan.pack(TASK), plan.report(TASK, Path("runs/x"))],
+        {"pack"},
     )
     assert [line.split(None, 1) for line in lines] == [
         ["pack", "done"],
@@ -120,4 +122,4 @@ def test_a_training_that_was_stopped_is_not_done(tmp_path):
     # made by every call
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "index.html").touch()
-    assert not plan.is_done(task, plan.report(task))
+    assert not plan.is_done(task, plan.report(task, Path("runs/x")))
