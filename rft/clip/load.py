@@ -412,7 +412,12 @@ class WordTokenizer:
             # the punctuation of a prompt is no word
             words = text.lower().replace(".", " ").replace(",", " ").split()
             if unknown := [word for word in words if word not in self._ids]:
-                raise ValueError(f"the tokenizer's vocabulary has no {unknown[0]!r} ({text!r})")
+                raise ValueError(
+                    f"this tiny CLIP reads {len(self._ids)} words, of which {unknown[0]!r} of "
+                    f"{text!r} is none; it is for rft's own examples: name a different "
+                    "--model.clip, or give classes and templates of its words with --classes (its "
+                    f"{VOCABULARY} has them, such as {', '.join(sorted(self._ids)[-6:-1])})"
+                )
             ids = [1, *(self._ids[word] for word in words), max(self._ids.values())]
             if len(ids) > self._context_length:
                 raise TextTooLongError(text, self._context_length)

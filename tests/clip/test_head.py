@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from benchmarks import tiny_world
 from rft.clip.classifier import Classifier
 from rft.clip.head import zero_shot_head
-from rft.clip.load import load_clip
+from rft.clip.load import WordTokenizer, load_clip
 from rft.config import ModelConfig
 from tests.conftest import ARCHITECTURE, build_model
 from tests.reference import zero_shot
@@ -112,3 +112,9 @@ def test_pixels_are_normalised_by_the_architectures_numbers():
         value = torch.full((1, 1, 16), (51 / 255 - mean) / std)
         torch.testing.assert_close(found[:, :, channel], value)
     assert isinstance(model, Classifier)
+
+
+def test_a_word_that_a_tiny_clip_does_not_read_comes_with_what_to_do():
+    tokenize = WordTokenizer(["", "<start>", "a", "photo", "of", "star", "<end>"], 8)
+    with pytest.raises(ValueError, match=r"6 words, of which 'bad' of 'a bad photo' is none; .*--"):
+        tokenize(["a photo of a star", "a bad photo"])
