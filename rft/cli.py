@@ -21,7 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -251,7 +251,8 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
         text = re.sub(r"^Error parsing [\w.]+: (?=--)", "", " ".join(next(sections, [])))
         if text.startswith("Missing"):
             # tyro counts arguments first, and an unknown option is the likelier mistake
-            _require_known_options(given, kind, options)
+            kinds = [*takewhile(lambda word: not word.startswith("-"), words)]
+            _require_known_options(given, kinds, kind, options)
         text = NO_NUMBER.sub(_number, text)
         meant = [
             line.split()[0]
@@ -275,12 +276,18 @@ def _read(stream: io.TextIOWrapper) -> str:
 
 
 def _require_known_options(
-    given: Sequence[str], kind: Callable[..., object], options: Mapping[str, Any]
+    given: Sequence[str],
+    before: Sequence[str],
+    kind: Callable[..., object],
+    options: Mapping[str, Any],
 ) -> None:
-    """Refuse the first of the `given` options that the command does not have, by its --help."""
+    """Refuse the first of the `given` options that the command does not have, by its --help.
+
+    `before` are the words before the options: the first may be a kind that has options of its own.
+    """
     help_text = _boxes()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(help_text):
-        tyro.cli(kind, args=["--help"], **options)
+        tyro.cli(kind, args=[*before, "--help"], **options)
     lines = [found[0] for found in map(OPTION.match, _read(help_text).splitlines()) if found]
     known = {name for line in lines for name in re.findall(r"--[\w.-]+", line)}
     for word in given:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rft import start, text
+from rft import commands, start, text
 from rft.text import plain, printable, short, shown, to_ascii
 
 HOSTILE = [
@@ -56,10 +56,13 @@ def test_long_texts_are_cut():
     assert to_ascii("é" * 1000) == "\\xe9" * 1000
 
 
-@pytest.mark.parametrize("module", [start, text])
+@pytest.mark.parametrize("module", [commands, start, text])
 def test_what_runs_before_all_else_is_of_the_standard_library(module):
     for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
         if isinstance(node, ast.Import):
             assert {name.name.split(".")[0] for name in node.names} <= sys.stdlib_module_names
         if isinstance(node, ast.ImportFrom):
-            assert node.module == "rft.text" or node.module.split(".")[0] in sys.stdlib_module_names
+            names = {f"{node.module}.{name.name}" for name in node.names} | {node.module}
+            assert names & {"rft.text", "rft.commands"} or (
+                node.module.split(".")[0] in sys.stdlib_module_names
+            )

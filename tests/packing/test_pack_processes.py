@@ -183,14 +183,14 @@ def test_t9_killed_with_its_workers(
 @pytest.mark.parametrize(
     "step", ["os.rename .plan.json.tmp", halting.FORK_SERVER, halting.WORKER, *IN_WORKERS]
 )
-def test_ctrl_c_is_quiet(source: Path, tmp_path: Path, step: str) -> None:
+def test_ctrl_c_is_one_line(source: Path, tmp_path: Path, step: str) -> None:
     """A terminal sends it to every process, also to one that only begins to start."""
     with halted(source, tmp_path, step) as (process, gate):
         os.killpg(process.pid, signal.SIGINT)
         opened = os.open(gate, os.O_RDWR)  # only a process that the signal passed by waits there
         _, errors = process.communicate()
         os.close(opened)
-    assert (process.returncode, errors) == (130, "")
+    assert (process.returncode, errors) == (130, "interrupted\n")
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
