@@ -267,7 +267,7 @@ def _require_usable(photos: Photos, source: Path) -> None:
     if plan.TEST_SET not in {one.dataset for one in photos.sources}:
         raise ValueError(f"{source} has no test part; add one, or name a folder without splits")
     if len(photos.labels) < 2:
-        raise ValueError(f"{source} has one class; two or more are needed to tell apart")
+        raise ValueError(f"{source} has one class; a classifier needs two or more")
 
 
 def found(photos: Photos, source: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """The stages of `rft photos` as data: which documented command does what, in which order. Pure.
 
-Where what lies below OUT: `shards/` the packed photos, `runs/` the models, `choice.json` which one
+The layout of OUT: `shards/` the packed photos, `runs/` the models, `choice.json` which one
 was chosen, `report/` the report, `model/` the export.
 """
 
