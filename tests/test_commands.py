@@ -272,6 +272,7 @@ def wait_for(stream, text: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.program
 def test_two_ranks_are_started_and_an_interruption_is_one_line(tmp_path, tiny_data, tiny_clip):
     with training(tmp_path / "run", tiny_data, tiny_clip) as process:
         assert "2 x cpu" in wait_for(process.stdout, "2 x cpu")
@@ -285,6 +286,7 @@ def test_two_ranks_are_started_and_an_interruption_is_one_line(tmp_path, tiny_da
 
 
 @pytest.mark.slow
+@pytest.mark.program
 def test_a_killed_rank_is_named(tmp_path, tiny_data, tiny_clip):
     with training(tmp_path / "run", tiny_data, tiny_clip) as process:
         wait_for(process.stdout, "step ")
@@ -300,6 +302,7 @@ def test_a_killed_rank_is_named(tmp_path, tiny_data, tiny_clip):
 
 
 @pytest.mark.slow
+@pytest.mark.program
 def test_a_mistake_of_ranks_is_one_line(tmp_path, tiny_data, tiny_clip):
     options = tiny.training("vanilla", tiny_data, tiny_clip, tmp_path / "run", "--optim.lr", -1)
     process = start("train", "--ranks", "2", *options)

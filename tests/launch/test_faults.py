@@ -135,6 +135,7 @@ def require_given_up(cluster: Cluster, project: Project, job: str) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.program
 def test_a_sweep_goes_on_after_faults_and_what_cannot_work_is_not_repeated(
     quiet, project, tiny_data, tiny_clip
 ):
@@ -164,6 +165,7 @@ def test_a_sweep_goes_on_after_faults_and_what_cannot_work_is_not_repeated(
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.program
 def test_what_cannot_work_is_not_repeated_where_nothing_is_preempted(
     tmp_path_factory, project, tiny_data, tiny_clip
 ):

@@ -347,6 +347,7 @@ def test_an_out_that_cannot_be_written_is_refused_at_once(tmp_path, refused, bel
 
 
 @pytest.mark.slow
+@pytest.mark.program
 def test_a_run_that_was_stopped_or_killed_is_resumed(tmp_path):
     root, out = write(tmp_path / "photos", [40, 40]), tmp_path / "out"
     command_line = [sys.executable, "-m", "rft.photos", *words(root, out, "--epochs", 40)]
