@@ -29,6 +29,7 @@ from rft import cli
 ROOT = Path(__file__).parents[1]
 # what runs the tests on the GPU, beside what rft itself requires
 TESTS = ("pytest", "pytest-timeout")
+OWN = "rft-clip"  # the distribution of rft itself
 PROVIDED = ("torch", "torchvision")
 # figures, held-out splits and ImageNet's devkit, a server for log folders, downloads from the model
 # hub: a hundred megabytes that no part of it imports
@@ -102,7 +103,7 @@ def packages(arguments: Arguments) -> list[str]:
         "sys_platform": "linux",
     }
     provided = closure(PROVIDED, environment)
-    carried = closure(["rft", *TESTS], environment, skipped={*provided, *UNUSED}) - {"rft"}
+    carried = closure([OWN, *TESTS], environment, skipped={*provided, *UNUSED}) - {OWN}
     return [f"{name}=={importlib.metadata.version(name)}" for name in sorted(carried)]
 
 

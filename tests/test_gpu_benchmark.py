@@ -454,7 +454,7 @@ def test_two_calls_in_one_work_folder(refused, tmp_path):
 def test_wheels_are_the_packages_that_torch_does_not_bring():
     found = {line.partition("==")[0] for line in wheels.packages(wheels.Arguments())}
     assert {"open-clip-torch", "timm", "safetensors", "tyro", "tensorboard", "pytest"} <= found
-    brought = {"torch", "torchvision", "triton", "numpy", "pillow", "fsspec", "sympy", "rft"}
+    brought = {"torch", "torchvision", "triton", "numpy", "pillow", "fsspec", "sympy", "rft-clip"}
     assert not found & {*brought, *wheels.UNUSED}
     assert not [name for name in found if name.startswith(("nvidia", "cuda"))]
 
