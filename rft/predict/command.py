@@ -110,7 +110,9 @@ def check(arguments: Arguments, found: Found) -> None:
         files.require_writable(str(path))
         # a photo, named in the place of an output, is never lost
         if path.exists() and path.stat().st_size and not _begins(path, start):
-            raise ValueError(f"{option} {path} exists and is no file of rft.predict; name another")
+            raise ValueError(
+                f"{option} {path} exists and was not written by rft predict; choose another name"
+            )
 
 
 def _begins(path: Path, start: bytes) -> bool:

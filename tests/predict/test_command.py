@@ -252,7 +252,7 @@ def test_what_exists_as_something_else_is_not_replaced(home, folder, tmp_path, r
         return refused(command, home.run, folder, *arguments)
 
     for option in ("--out", "--html"):
-        assert "exists and is no file of rft.predict" in line(option, photo)
+        assert "exists and was not written by rft predict" in line(option, photo)
         assert "is a folder, which is not replaced" in line(option, tmp_path / "folder")
         assert "it must be a local folder or file" in line(option, "s3://bucket/x")
     both = tmp_path / "both"
