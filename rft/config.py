@@ -351,6 +351,21 @@ class Config:
         return document
 
 
+def completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Give a recorded configuration, or its identity, the options that its rft did not have yet.
+
+    Their defaults are what every run did before. A merged or imported model's document, which has
+    other parts, stays as it is.
+    """
+    groups = Config(recipe="", data="", run="").identity()
+    known = {name: group for name, group in groups.items() if isinstance(group, dict)}
+    return recorded | {
+        name: {**known[name], **recorded[name]}
+        for name in known.keys() & recorded.keys()
+        if isinstance(recorded[name], dict)  # a document of others may have anything here
+    }
+
+
 def load_config(folder: Path) -> Config:
     """Read the configuration that a training recorded in its run folder.
 
@@ -442,4 +457,4 @@ def settings(document: dict[str, Any]) -> dict[str, Any]:
 
     The document may be a merged or imported model's, or an older version's.
     """
-    return _deciding(document, OF_SEED)
+    return _deciding(completed(document), OF_SEED)

@@ -23,9 +23,9 @@ from rft.storage import files
 from rft.storage.documents import Epochs, Positive, document
 from rft.text import short
 
-NAMES = (*recipes.TRAINED, *recipes.MERGED)
+NAMES = (*recipes.PAPER, *recipes.PAPER_MERGED)
 # which learn from a second teacher, a WiSE-FT model of the same seed
-STUDENTS = tuple(name for name, one in recipes.TRAINED.items() if one.method.kd_weight > 0)
+STUDENTS = tuple(name for name, one in recipes.PAPER.items() if one.method.kd_weight > 0)
 TEACHER_ALPHA = 0.5  # of the WiSE-FT model that WiSE-KD learns from (appendix A.3)
 # options of a training that the plan decides
 PLANNED = (
@@ -102,13 +102,13 @@ class Study:
 
 def experiments(study: Study) -> list[Experiment]:
     """Return the plan's experiments, each behind those it needs; the last one is the report."""
-    others = [name for name in recipes.TRAINED if name not in ("zero-shot", *STUDENTS)]
+    others = [name for name in recipes.PAPER if name not in ("zero-shot", *STUDENTS)]
     found = [train(study, "zero-shot", 0)]  # which no seed changes
     for seed in range(study.seeds):
         # each after what it needs: a probe before lp-ft, trainings before merges before students
         found += [train(study, name, seed) for name in others]
         found += [ingredient(study, rate, seed) for rate in recipes.SOUP_RATES if rate != 1]
-        found += [merge(study, name, seed) for name in recipes.MERGED]
+        found += [merge(study, name, seed) for name in recipes.PAPER_MERGED]
         found += [train(study, name, seed) for name in STUDENTS]
     if study.only:
         found = with_needed(found, study.only)

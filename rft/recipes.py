@@ -1,4 +1,7 @@
-"""Every system of the paper by name: what trains, and what is merged from trained models.
+"""Every system by name: what trains, and what is merged from trained models.
+
+The paper's systems (PAPER, PAPER_MERGED) come first, then the methods that were published after it
+(LATER, LATER_MERGED) and recipes of our own (RESEARCH). docs/methods.md compares them.
 
 What the paper prints for each is in rft/paper.py, under the same names.
 
@@ -94,7 +97,7 @@ MASKED_RECIPES = dict(_masked())
 MASKED = {name: recipe.method for name, recipe in MASKED_RECIPES.items()}
 OURS = MASKED[DEFAULT]
 
-TRAINED = {
+PAPER = {
     "zero-shot": Recipe(
         "Keep the pre-trained model, with a head of text embeddings.", PLAIN, {"epochs": 0}
     ),
@@ -128,6 +131,14 @@ TRAINED = {
     ),
 }
 
+# methods that were published after the paper, or that it does not compare with
+LATER: dict[str, Recipe] = {}
+
+# of our own, for limits that the paper names (docs/decisions.md)
+RESEARCH: dict[str, Recipe] = {}
+
+TRAINED = {**PAPER, **LATER, **RESEARCH}
+
 # the sweep of WiSE-FT's own paper and of Figure 7; its ends are the two models themselves
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # the paper's uniform soup is Wortsman et al.'s own 72 models; here vanilla at these times its rate
@@ -146,7 +157,7 @@ class Merge(NamedTuple):
     """Recipes of the models merged; a soup's are several runs of them."""
 
 
-MERGED = {
+PAPER_MERGED = {
     "wise-ft": Merge(
         "Mix (1 - alpha) zero-shot + alpha vanilla (Wortsman et al. 2022).",
         "wise",
@@ -168,6 +179,10 @@ MERGED = {
         ("vanilla",),
     ),
 }
+
+LATER_MERGED: dict[str, Merge] = {}
+
+MERGED = {**PAPER_MERGED, **LATER_MERGED}
 
 
 def build(

@@ -6,7 +6,15 @@ import json
 import pytest
 
 from rft import paper, recipes
-from rft.config import Config, LoaderConfig, MethodConfig, ModelConfig, OptimConfig
+from rft.config import (
+    Config,
+    LoaderConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    completed,
+    settings,
+)
 from rft.storage import documents, files
 
 
@@ -176,3 +184,16 @@ def test_a_batch_must_fit_the_ranks():
     with pytest.raises(ValueError, match="needs another image in the micro-batch"):
         config.micro_batch(512)
     assert recipes.build("vanilla").micro_batch(512) == 1
+
+
+def test_a_record_of_before_an_option_has_its_default():
+    config = recipes.build("vanilla")
+    now = config.identity()
+    older = {**now, "optim": {k: v for k, v in now["optim"].items() if k != "clip"}}
+    assert completed(older) == now
+    whole = config.to_dict()
+    whole["optim"].pop("clip")
+    assert settings(whole) == settings(config.to_dict())
+    # without a known option it is what it was, and what is not known is kept
+    assert completed({"merged_from": [1], "method": 3}) == {"merged_from": [1], "method": 3}
+    assert completed({"optim": {"later": 1}})["optim"]["later"] == 1

@@ -63,7 +63,7 @@ def test_every_row_of_the_paper_is_made_by_one_experiment_a_seed(preset):
 
 def test_every_recipe_is_in_the_plan():
     names = {one.name for one in experiments(PAPER)}
-    for name in (*recipes.TRAINED, *recipes.MERGED):
+    for name in (*recipes.PAPER, *recipes.PAPER_MERGED):
         assert f"{name}-seed0" in names
         assert (f"{name}-seed2" in names) == (name != "zero-shot")
 

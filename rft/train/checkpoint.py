@@ -25,7 +25,7 @@ from torch import Tensor
 from rft import dist
 from rft.clip import unpickle
 from rft.clip.classifier import Classifier
-from rft.config import repeat_precision
+from rft.config import completed, repeat_precision
 from rft.dist import World
 from rft.runs.records import RECORD_BYTES, Step
 from rft.storage import documents, files, local
@@ -392,7 +392,10 @@ def load(store: Store, record: Record, own: Own) -> Saved:
             raise ValueError(f"no checkpoint at {url}; do all nodes see the same files?")
         try:
             content = _read(path)
-            if not (changed := files.difference(content.must_agree, own.must_agree)):
+            made_by = dict(content.must_agree)
+            if "config" in made_by:
+                made_by["config"] = completed(made_by["config"])
+            if not (changed := files.difference(made_by, own.must_agree)):
                 return _fitting(content, path.stat().st_size, record, own)
         except unpickle.DAMAGE as error:
             # `path` may be a temporary copy, and `unpickle.read` begins its messages with it
