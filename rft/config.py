@@ -118,11 +118,18 @@ class MethodConfig:
     """Share of patches masked (random)."""
     cam: Cam = "relevance"
     """The class activation map: Chefer's relevance over all layers, or GradCAM on the last one."""
+    cam_model: Literal["student", "teacher"] = "student"
+    """Whose map decides the masks: the model being trained, as in the paper, or the frozen
+    pre-trained one, through its zero-shot head."""
     random_mask: Literal["auto", "bernoulli", "fixed"] = "auto"
     """Each patch on its own (bernoulli) or the same number in each image (fixed); auto is the
     released code's: fixed where masked patches are dropped, bernoulli where they are refilled."""
-    single_fill: Literal["permutation", "derangement"] = "permutation"
-    """Donors of a single fill: a permutation, in which an image may be its own, or one without."""
+    single_fill: Literal["permutation", "derangement", "replacement"] = "permutation"
+    """Donors of a single fill: a permutation, in which an image may be its own, one without, or any
+    other image for each, drawn with replacement."""
+    donor_choice: Literal["any", "unlike"] = "any"
+    """Images that a fill draws from: all of the pool, or for each image the half of the others to
+    which the frozen pre-trained model gives the smallest probability of its label."""
     no_fill: Literal["auto", "key-mask", "token-drop"] = "auto"
     """How patches are dropped, the result is the same: masked keys, or shorter token lists; auto
     drops tokens where every image keeps the same number."""
@@ -133,6 +140,9 @@ class MethodConfig:
     """All ranks draw the same masks and fills, as in the released code."""
     distill_weight: From0 = 30.0
     """Weight (beta) of the feature MSE to the frozen pre-trained model; 0 is plain fine-tuning."""
+    head_weight: From0 = 0.0
+    """Weight of KL(teacher || student) of the class probabilities where features are distilled: the
+    teacher's through the zero-shot head, the student's through its own."""
     kd_weight: From0 = 0.0
     """Weight (gamma) of the distillation of kd-teacher's logits on clean images (WiSE-KD)."""
     kd_temperature: Above0 = 10.0
@@ -174,6 +184,25 @@ class MethodConfig:
         _require(fills, "method.fill", self.fill, "none where nothing is masked")
         taught = self.kd_weight > 0 or not self.kd_teacher
         _require(taught, "method.kd_teacher", self.kd_teacher, "empty where kd-weight is 0")
+        looks = self.needs_cam or self.cam_model == "student"
+        wanted = "student where no CAM decides the masks"
+        _require(looks, "method.cam_model", self.cam_model, wanted)
+        distils = self.distill_weight > 0 or self.head_weight == 0
+        wanted = "0 where distill-weight is 0, because it is beside the features"
+        _require(distils, "method.head_weight", self.head_weight, wanted)
+        self._check_donors()
+
+    def _check_donors(self) -> None:
+        if self.donor_choice == "any":
+            return
+        fills = self.fill != "none" and self.single_fill == "permutation"
+        wanted = (
+            "any unless patches are refilled from local donors and --method.single-fill is left as "
+            "it is: unlike donors are drawn with replacement, and from the images that this rank's "
+            "teacher has seen"
+        )
+        fills = fills and self.donors == "local"
+        _require(fills, "method.donor_choice", self.donor_choice, wanted)
 
 
 @document(name="optim")

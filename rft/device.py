@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rft.config import PrecisionChoice
 from rft.log import EVERY_RANK
 
 log = logging.getLogger(__name__)
+
+
+def autocast(device: torch.device, precision: PrecisionChoice) -> torch.autocast:
+    """Return the context of a forward in that precision; fp32 and tf32 need none."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -134,8 +134,27 @@ PAPER = {
 # methods that were published after the paper, or that it does not compare with
 LATER: dict[str, Recipe] = {}
 
-# of our own, for limits that the paper names (docs/decisions.md)
-RESEARCH: dict[str, Recipe] = {}
+# to be chosen on development seeds (docs/decisions.md, "Research recipes")
+HEAD_WEIGHT = 0.1
+# Of our own, for limits that the paper names: object-mask-single-fill with one change each.
+RESEARCH = {
+    "unlike-donors": Recipe(
+        "Take each donor from the half of the pool that is least like the label.",
+        replace(OURS, donor_choice="unlike"),
+    ),
+    "teacher-cam": Recipe(
+        "Mask by the relevance of the frozen pre-trained model.",
+        replace(OURS, cam_model="teacher"),
+    ),
+    "head-distillation": Recipe(
+        "Distil the class probabilities on the counterfactuals too.",
+        replace(OURS, head_weight=HEAD_WEIGHT),
+    ),
+    "counterfactual-plus": Recipe(
+        "All three: unlike donors, the teacher's CAM, the head distilled.",
+        replace(OURS, donor_choice="unlike", cam_model="teacher", head_weight=HEAD_WEIGHT),
+    ),
+}
 
 TRAINED = {**PAPER, **LATER, **RESEARCH}
 

@@ -197,3 +197,29 @@ def test_a_record_of_before_an_option_has_its_default():
     # without a known option it is what it was, and what is not known is kept
     assert completed({"merged_from": [1], "method": 3}) == {"merged_from": [1], "method": 3}
     assert completed({"optim": {"later": 1}})["optim"]["later"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": "random", "fill": "single", "cam_model": "teacher"}, "no CAM decides the masks"),
+        ({"distill_weight": 0, "head_weight": 1.0}, "beside the features"),
+        ({"mask": "object", "fill": "none", "donor_choice": "unlike"}, "are refilled"),
+        (
+            {"mask": "object", "fill": "single", "donor_choice": "unlike", "donors": "global"},
+            "local donors",
+        ),
+        (
+            {
+                "mask": "object",
+                "fill": "single",
+                "donor_choice": "unlike",
+                "single_fill": "derangement",
+            },
+            "with replacement",
+        ),
+    ],
+)
+def test_a_research_option_without_effect_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MethodConfig(**changes)

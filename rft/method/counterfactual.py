@@ -44,7 +44,8 @@ class Draws(NamedTuple):
     mask_BP: Tensor | None
     """Random masks; None if the CAM decides."""
     source_BP: Tensor
-    """Where a masked patch comes from (rft/method/refill.py); its sizes may be 1."""
+    """Where a masked patch comes from (rft/method/refill.py); its sizes may be 1. With unlike
+    donors, the donor's rank among the others of the pool, the least like the label first."""
     own_B1: Tensor
     """Each image's own number in the donor pool."""
     kept: int | None
@@ -78,20 +79,24 @@ def draw(method: MethodConfig, own: range, patches: int, pool: int, address: Ste
             raise AssertionError("nothing is decided where nothing is masked")
         case _:
             assert_never(method.mask)
-    match method.fill:
-        case "none":
-            # one number for all images and patches; `torch.where` expands it
-            source_BP = torch.tensor([[refill.DROP]])
-        case "multi":
-            source_BP = refill.multi_sources(pool, patches, address.generator("fill"))[rows]
-        case "single":
-            derange = method.single_fill == "derangement"
-            source_ZP = refill.single_sources(pool, address.generator("fill"), derange=derange)
-            source_BP = source_ZP[rows]
-        case _:
-            assert_never(method.fill)
+    if method.fill == "none":
+        # one number for all images and patches; `torch.where` expands it
+        source_BP = torch.tensor([[refill.DROP]])
+    else:
+        source_BP = _sources(method, patches, pool, address.generator("fill"))[rows]
     own_B1 = torch.arange(own.start, own.stop)[:, None]
     return Draws(mask_BP, source_BP, own_B1, kept)
+
+
+def _sources(method: MethodConfig, patches: int, pool: int, generator: torch.Generator) -> Tensor:
+    """Draw `Draws.source_BP` for the whole pool; its second size is 1 for a single fill."""
+    columns = patches if method.fill == "multi" else 1
+    if method.donor_choice == "unlike":
+        return torch.randint(refill.unlike_others(pool), (pool, columns), generator=generator)
+    if method.fill == "multi" or method.single_fill == "replacement":
+        return refill.multi_sources(pool, columns, generator)
+    derange = method.single_fill == "derangement"
+    return refill.single_sources(pool, generator, derange=derange)
 
 
 def cam(
@@ -128,14 +133,28 @@ def cam_mask(kind: Mask, relevance_BP: Tensor, threshold: float) -> Tensor:
             assert_never(kind)
 
 
-def donors(method: MethodConfig, draws: Draws, relevance_BP: Tensor | None) -> Tensor:
+def donors(
+    method: MethodConfig,
+    draws: Draws,
+    relevance_BP: Tensor | None,
+    likeness_BZ: Tensor | None = None,
+) -> Tensor:
     """Return the counterfactuals' index map (rft/method/refill.py), int64 (B, P).
 
-    `relevance_BP` is their normalised CAM; None where masks are random.
+    Args:
+        method: the masks and fills.
+        draws: what chance has decided.
+        relevance_BP: the images' normalised CAM; None where masks are random.
+        likeness_BZ: how much each image of the pool looks like each one's label to the teacher;
+            None unless donors are chosen by it.
     """
     mask_BP = draws.mask_BP
     if method.needs_cam:
         assert relevance_BP is not None, "a CAM decides the masks, and none was computed"
         mask_BP = cam_mask(method.mask, relevance_BP, method.threshold)
     assert mask_BP is not None, "neither chance nor a CAM decides the masks"
-    return refill.donors(mask_BP, draws.source_BP, draws.own_B1)
+    source_BP = draws.source_BP
+    if method.donor_choice == "unlike":
+        assert likeness_BZ is not None, "donors are chosen by their likeness, and none was computed"
+        source_BP = refill.unlike_sources(source_BP, likeness_BZ, draws.own_B1)
+    return refill.donors(mask_BP, source_BP, draws.own_B1)

@@ -10,9 +10,16 @@ from rft.config import MethodConfig
 Term = TypeVar("Term", Tensor, float)
 
 
-def total(method: MethodConfig, cross_entropy: Term, kd: Term, mse: Term) -> Term:
+def total(method: MethodConfig, cross_entropy: Term, kd: Term, mse: Term, head: Term) -> Term:
     """Return the loss of its terms, tensors or numbers (eq. 2 and 3); an absent term is zero."""
-    return cross_entropy + method.kd_weight * kd + method.distill_weight * mse
+    return cross_entropy + method.kd_weight * kd + distillation(method, mse, head)
+
+
+def distillation(method: MethodConfig, mse: Term, head: Term) -> Term:
+    """Add up the distillation on the same images: of the features, and of the probabilities."""
+    features = method.distill_weight * mse
+    # not added where it has no weight: `head` is then a zero that costs a kernel
+    return features + method.head_weight * head if method.head_weight > 0 else features
 
 
 def classification(logits_BK: Tensor, labels_B: Tensor) -> Tensor:

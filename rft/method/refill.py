@@ -39,6 +39,38 @@ def multi_sources(pool: int, patches: int, generator: torch.Generator) -> Tensor
     return (torch.arange(pool)[:, None] + shift_ZP) % pool
 
 
+def likeness(logits_ZK: Tensor, labels_B: Tensor) -> Tensor:
+    """How much each image of the pool looks like an image's label to a model, fp32 (B, Z).
+
+    That is the probability that its logits give to the label.
+    """
+    return logits_ZK.float().softmax(dim=1)[:, labels_B].T
+
+
+def unlike_others(pool: int) -> int:
+    """Count the images that a fill may choose from if it takes the half of the others least alike.
+
+    At least one: the smallest pool of a fill has two images.
+    """
+    return max(1, (pool - 1) // 2)
+
+
+def unlike_sources(rank_BP: Tensor, likeness_BZ: Tensor, own_B1: Tensor) -> Tensor:
+    """Find the donors of some ranks, 0 for the image of the pool that is least like the label.
+
+    Args:
+        rank_BP: int64, below `unlike_others(Z)`; its second size may be 1.
+        likeness_BZ: of the pool's images to each image's label; of equal ones the first in the pool
+            comes first.
+        own_B1: each image's own number in the pool, which is never chosen.
+
+    Returns:
+        Numbers of pool images, int64, shaped as `rank_BP`.
+    """
+    others_BZ = likeness_BZ.scatter(1, own_B1, torch.inf)
+    return others_BZ.argsort(dim=1, stable=True).gather(1, rank_BP)
+
+
 def donors(mask_BP: Tensor, source_BP: Tensor, own_B1: Tensor) -> Tensor:
     """Return the index map, int64 (B, P).
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from rft import dist
 from rft.clip.classifier import tower_identity
 from rft.config import Config
-from rft.device import to_cpu, to_device
+from rft.device import autocast, to_cpu, to_device
 from rft.evaluate.forward import Kept
 from rft.loading import read
 from rft.loading.batches import EvaluationBatches
@@ -35,7 +35,6 @@ from rft.loading.features import FeatureFile, FeatureFolder, computed_by, record
 from rft.loading.order import rank_slice
 from rft.runs import filenames
 from rft.train.job import Job
-from rft.train.step import autocast
 
 PROBED = 64  # rows that a rank reads to see whether the main rank's file is its own too
 SCANNED = 4096  # rows that are looked at together

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from rft.clip import vit
 from rft.config import Config, MethodConfig
-from rft.device import to_device
+from rft.device import autocast, to_device
 from rft.dist import World
 from rft.loading.dataset import Batch
 from rft.method.counterfactual import StepAddress, draw
@@ -29,7 +29,7 @@ from rft.method.relevance import MAP_BYTES
 from rft.train.job import Job
 from rft.train.objective import Objective
 from rft.train.optim import build_optimizer
-from rft.train.step import accumulate_gradients, autocast
+from rft.train.step import accumulate_gradients
 
 MAPS = 3  # of one layer that the CAM has at once: attention, its gradient, their product
 ALONE = World(rank=0, size=1, local_rank=0)

@@ -12,7 +12,7 @@ from rft.config import Config
 from rft.dist import World
 from rft.loading.dataset import Batch, Reading
 from rft.method import losses
-from rft.train.step import TERMS
+from rft.train.step import reported
 
 COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
 READING = ("wait", "ready", *Reading._fields)
@@ -26,6 +26,7 @@ class Meter:
     ) -> None:
         self._config, self._world, self._device = config, world, device
         self._steps_per_epoch = steps_per_epoch
+        self._names = (*reported(config.method), "grad_norm")
         self.restart()
 
     def restart(self) -> None:
@@ -68,8 +69,10 @@ class Meter:
                 dist.step_aside(world)
             # the first False
             first = int(finite_S.long().argmin())
-            raise ValueError(not_finite(step - self.steps + first + 1, _named(terms_ST[first])))
-        means = _named(terms_ST.mean(dim=0))
+            raise ValueError(
+                not_finite(step - self.steps + first + 1, self._named(terms_ST[first]))
+            )
+        means = self._named(terms_ST.mean(dim=0))
         # after the wait for the device: the time that the steps took, not that of launching them
         seconds = time.perf_counter() - self._started
         # NCCL sums tensors on the GPU alone
@@ -79,7 +82,9 @@ class Meter:
         values = {
             "epoch": round(step / self._steps_per_epoch, 4),
             # linear in the terms, so the loss of the means is the mean of the losses
-            "loss": losses.total(self._config.method, means["ce"], means["kd"], means["mse"]),
+            "loss": losses.total(
+                self._config.method, means["ce"], means["kd"], means["mse"], means.get("head", 0.0)
+            ),
             **means,
             "images_per_s": self.steps * self._config.loader.batch_size / seconds,
             # means over batches and ranks, in milliseconds; then sums over both
@@ -94,9 +99,8 @@ class Meter:
         self.restart()
         return values
 
-
-def _named(terms_T: Tensor) -> dict[str, float]:
-    return dict(zip((*TERMS, "grad_norm"), terms_T.tolist(), strict=True))
+    def _named(self, terms_T: Tensor) -> dict[str, float]:
+        return dict(zip(self._names, terms_T.tolist(), strict=True))
 
 
 def not_finite(step: int, terms: Mapping[str, float]) -> str:

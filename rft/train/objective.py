@@ -2,6 +2,8 @@
 
 L = CE(g(f(x)), y) + gamma KD(g(f(x)), g_e(f_e(x))) + beta MSE(f(x_cf), f_0(x_cf))   (eq. 2 and 3)
 
+`head_weight`, of rft's own, adds KL(g_0(f_0(x_cf)) || g(f(x_cf))) of the class probabilities.
+
 f_0 is the frozen pre-trained tower; the ensemble (f_e, g_e) is WiSE-KD's second teacher, if there
 is one. One module holds all models so that data parallelism wraps it as a whole. A step is two
 calls with a backward after each, and only one of the two graphs is ever alive; without masks, where
@@ -40,8 +42,21 @@ class Clean(NamedTuple):
     """0 without a second teacher."""
     mse: Tensor
     """Of the features on the clean images; 0 if they are not what is distilled on."""
+    head: Tensor
+    """The head's distillation on the clean images, as `mse`."""
     donor_BP: Tensor | None
     """The counterfactuals' index map; None if there is no counterfactual part."""
+
+
+class Counterfactual(NamedTuple):
+    """What the counterfactual call returns."""
+
+    loss: Tensor
+    """Weighted; to be sent backward."""
+    mse: Tensor
+    """Of the features."""
+    head: Tensor
+    """The head's distillation; 0 where it has no weight."""
 
 
 class Objective(nn.Module):
@@ -67,12 +82,20 @@ class Objective(nn.Module):
         self.kernels = kernels
 
     @property
+    def sees_clean(self) -> bool:
+        """Whether the clean images' features of the teacher are wanted."""
+        method = self.method
+        plain = method.distill_weight > 0 and not method.masks
+        # a CAM of the teacher has a forward of its own, whose features serve the choice as well
+        return plain or (method.donor_choice == "unlike" and method.cam_model == "student")
+
+    @property
     def frozen(self) -> dict[str, Classifier]:
         """The towers that do not learn and see clean images, by the name of their model here."""
         towers = {}
         if not any(parameter.requires_grad for parameter in self.student.visual.parameters()):
             towers["student"] = self.student
-        if self.method.distill_weight > 0 and not self.method.masks:
+        if self.sees_clean:
             towers["teacher"] = self.teacher
         if self.ensemble is not None:
             towers["ensemble"] = self.ensemble
@@ -93,8 +116,8 @@ class Objective(nn.Module):
         draws: Draws | None,
         donor_BP: Tensor | None = None,
         known: Mapping[str, Tensor] = NONE,
-    ) -> Clean | Tensor:
-        """Return the clean losses and the donors, or the MSE on the counterfactuals.
+    ) -> Clean | Counterfactual:
+        """Return the clean losses and the donors, or the losses on the counterfactuals.
 
         Args:
             images_BCHW: uint8; this micro-batch for the clean call, and for the counterfactual call
@@ -118,7 +141,9 @@ class Objective(nn.Module):
         known: Mapping[str, Tensor],
     ) -> Clean:
         # a list collects each layer's attention; without a CAM none is kept
-        taps: list[AttentionTap] | None = [] if self.method.needs_cam else None
+        method = self.method
+        looks = method.needs_cam and method.cam_model == "student"
+        taps: list[AttentionTap] | None = [] if looks else None
         pieces = self.kernels.pieces
         with record_function("clean forward"):
             if "student" in known:
@@ -131,36 +156,75 @@ class Objective(nn.Module):
             logits_BK = self.student.logits(features_BE)
             cross_entropy = losses.classification(logits_BK, labels_B)
         # tensors, so that an absent term adds and is summed over ranks as any other
-        logit_distillation = mse = torch.zeros_like(cross_entropy)
+        logit_distillation = mse = head = torch.zeros_like(cross_entropy)
         if self.ensemble is not None:
             with record_function("second teacher"), torch.no_grad():
                 taught_BK = self.ensemble.logits(self._known(known, "ensemble", patches_BPV))
             logit_distillation = losses.knowledge_distillation(
-                logits_BK, taught_BK, self.method.kd_temperature
+                logits_BK, taught_BK, method.kd_temperature
             )
-        if self.method.distill_weight > 0 and not self.method.masks:
+        teacher_BE = None
+        if self.sees_clean:
             with record_function("teacher forward"), torch.no_grad():
                 teacher_BE = self._known(known, "teacher", patches_BPV)
-            mse = losses.feature_mse(features_BE, teacher_BE)
-        loss = losses.total(self.method, cross_entropy, logit_distillation, mse)
+            if not method.masks:
+                mse, head = self._distillation(features_BE, logits_BK, teacher_BE)
+        loss = losses.total(method, cross_entropy, logit_distillation, mse, head)
         donor_BP = None
         if draws is not None:
+            if method.needs_cam and method.cam_model == "teacher":
+                taps = []
+                logits_BK, teacher_BE = self._teacher_graph(patches_BPV, taps)
             relevance_BP = None
             if taps is not None:
                 with record_function("cam"):
                     # before any backward: it looks into the graph that the loss goes back through
                     relevance_BP = counterfactual.cam(
-                        self.method.cam, logits_BK, labels_B, taps, self.kernels.through
+                        method.cam, logits_BK, labels_B, taps, self.kernels.through
                     )
-            donor_BP = counterfactual.donors(self.method, draws, relevance_BP)
-        return Clean(loss, cross_entropy, logit_distillation, mse, donor_BP)
+            likeness_BZ = self._likeness(teacher_BE, labels_B)
+            donor_BP = counterfactual.donors(method, draws, relevance_BP, likeness_BZ)
+        return Clean(loss, cross_entropy, logit_distillation, mse, head, donor_BP)
+
+    def _teacher_graph(
+        self, patches_BPV: Tensor, taps: list[AttentionTap]
+    ) -> tuple[Tensor, Tensor]:
+        """Make the teacher's logits (B, K), in a graph with a tap on each layer, and features."""
+        with record_function("teacher forward"):
+            # its weights are frozen, so the graph starts at the pixels
+            patches_BPV = patches_BPV.detach().requires_grad_()
+            features_BE = self.teacher.features(
+                patches_BPV, taps=taps, recompute=self.recompute, pieces=self.kernels.pieces
+            )
+            return self.teacher.logits(features_BE), features_BE.detach()
+
+    def _likeness(self, teacher_BE: Tensor | None, labels_B: Tensor) -> Tensor | None:
+        """How much the images look like each one's label (B, B); None where no donor needs it."""
+        if self.method.donor_choice == "any":
+            return None
+        assert teacher_BE is not None, "donors are chosen by the teacher, which saw no clean image"
+        with torch.no_grad():
+            return refill.likeness(self.teacher.logits(teacher_BE), labels_B)
+
+    def _distillation(
+        self, student_BE: Tensor, student_BK: Tensor | None, teacher_BE: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the features' MSE and the head's KL; without logits the student makes them."""
+        mse = losses.feature_mse(student_BE, teacher_BE)
+        if self.method.head_weight == 0:
+            return mse, torch.zeros_like(mse)
+        with torch.no_grad():
+            teacher_BK = self.teacher.logits(teacher_BE)
+        if student_BK is None:
+            student_BK = self.student.logits(student_BE)
+        return mse, losses.knowledge_distillation(student_BK, teacher_BK, temperature=1)
 
     def _known(self, known: Mapping[str, Tensor], name: str, patches_BPV: Tensor) -> Tensor:
         if name in known:
             return known[name]
         return getattr(self, name).features(patches_BPV, pieces=self.kernels.pieces)
 
-    def _counterfactual(self, pool_ZCHW: Tensor, draws: Draws, donor_BP: Tensor) -> Tensor:
+    def _counterfactual(self, pool_ZCHW: Tensor, draws: Draws, donor_BP: Tensor) -> Counterfactual:
         pool_ZPV = vit.cut_patches(pool_ZCHW, self.student.patch_side)
         # both towers want the same numbers
         filled_BPV = refill.apply_donors(pool_ZPV, donor_BP, draws.own_B1)
@@ -178,10 +242,11 @@ class Objective(nn.Module):
             teacher_BE = self.teacher.features(patches_BPV, **options)
         with record_function("counterfactual forward"):
             student_BE = self.student.features(patches_BPV, recompute=self.recompute, **options)
-            mse = losses.feature_mse(student_BE, teacher_BE)
-        # data parallelism waits for every parameter: give the unused head its zero gradient
-        unused = sum(parameter.sum() for parameter in self.student.head.parameters())
-        return mse + 0.0 * unused
+            mse, head = self._distillation(student_BE, None, teacher_BE)
+        if self.method.head_weight == 0:
+            # data parallelism waits for every parameter: give the unused head its zero gradient
+            mse = mse + 0.0 * sum(parameter.sum() for parameter in self.student.head.parameters())
+        return Counterfactual(losses.distillation(self.method, mse, head), mse, head)
 
     def _most_kept(self, draws: Draws, keep_BP: Tensor) -> int | None:
         match self.method.no_fill:

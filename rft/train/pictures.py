@@ -22,7 +22,7 @@ from torchvision.utils import make_grid
 from rft.clip import vit
 from rft.clip.classifier import Classifier
 from rft.config import MethodConfig
-from rft.device import to_device
+from rft.device import autocast, to_device
 from rft.evaluate.measure_cam import label_map
 from rft.loading.dataset import PackedDataset
 from rft.method import refill
@@ -125,7 +125,7 @@ def write_npz(url: str, columns: dict[str, Any]) -> None:
 
 
 def keep_frame(job: Job, step: int) -> None:
-    """Add how the student sees the gallery's images after `step` to frames.npz, on the main rank.
+    """Add how the model whose CAM decides sees the gallery's images to the main rank's frames.npz.
 
     Of the start and of the ends of epochs, FRAMES at most are kept, evenly spread. To be called
     before the checkpoint of the step, so that a resumed run finds every frame that it will not
@@ -141,7 +141,12 @@ def keep_frame(job: Job, step: int) -> None:
     together = max(1, job.config.micro_batch(job.world.size) // 2)
     parts = zip(images_BCHW.split(together), labels_B.split(together), strict=True)
     recompute = job.objective.recompute
-    maps = [label_map(job.student, *part, method.cam, recompute=recompute) for part in parts]
+    if method.cam_model == "student":
+        maps = [label_map(job.student, *part, method.cam, recompute=recompute) for part in parts]
+    else:
+        # its matrices may be kept in bf16, which only the step's own precision can compute with
+        with autocast(job.device, job.config.precision):
+            maps = [label_map(job.objective.teacher, *part, method.cam) for part in parts]
     relevance_BP = torch.cat(maps).cpu()
     columns = {"steps_S": np.array([step]), "relevance_SBP": relevance_BP[None].numpy()}
     if method.needs_cam:

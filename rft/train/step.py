@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from rft import dist
-from rft.config import Config, MethodConfig, PrecisionChoice
-from rft.device import to_device
+from rft.config import Config, MethodConfig
+from rft.device import autocast, to_device
 from rft.dist import World
 from rft.loading.dataset import Batch
 from rft.method import counterfactual
@@ -18,6 +18,11 @@ from rft.train.pictures import Counterfactuals
 
 # what a step reports, in this order; metrics.jsonl has a field of each name
 TERMS = ("ce", "mse", "kd", "replaced")
+
+
+def reported(method: MethodConfig) -> tuple[str, ...]:
+    """Name the terms that a method's step reports, in their order; fields of metrics.jsonl."""
+    return (*TERMS, *(("head",) if method.head_weight > 0 else ()))
 
 
 def accumulate_gradients(
@@ -35,14 +40,14 @@ def accumulate_gradients(
     are appended to `shown` if it is given.
 
     Returns:
-        The terms (cross-entropy, MSE, logit distillation, share of patches replaced: `TERMS`), and
-        the gradient's norm before it was clipped (for the last time).
+        The terms that are `reported` (cross-entropy, MSE, logit distillation, share of patches
+        replaced, ...), and the gradient's norm before it was clipped (for the last time).
     """
-    optim, weight = job.config.optim, job.config.method.distill_weight
+    optim, names = job.config.optim, reported(job.config.method)
     # every loss is divided by it, so that the micro-batches add up to the batch's mean
     parts = optim.accumulate
     # summed on the device: to read one here would make the host wait for the whole step
-    terms = {name: torch.zeros((), device=job.device) for name in TERMS}
+    terms = {name: torch.zeros((), device=job.device) for name in names}
     grad_norm = torch.zeros((), device=job.device)
     pool_ZCHW = donor_pool(job.config.method, job.world, batch.images_BCHW)
     patches = (job.student.architecture.image_size // job.student.patch_side) ** 2
@@ -66,25 +71,30 @@ def accumulate_gradients(
                 clean = module(images_BCHW, labels_B, draws, known=rows)
             with record_function("clean backward"):
                 (clean.loss / parts).backward()
-        found = {"ce": clean.cross_entropy, "mse": clean.mse, "kd": clean.logit_distillation}
+        found = {
+            "ce": clean.cross_entropy,
+            "mse": clean.mse,
+            "kd": clean.logit_distillation,
+            "head": clean.head,
+        }
         if draws is not None:
             pool = images_BCHW if pool_ZCHW is None else pool_ZCHW
             with dist.skip_sync(module, not ends):
                 with autocast(job.device, job.config.precision):
-                    mse = module(pool, labels_B, draws, clean.donor_BP)
+                    distilled = module(pool, labels_B, draws, clean.donor_BP)
                 with record_function("counterfactual backward"):
-                    (weight * mse / parts).backward()
-            # the clean MSE is 0 here: features are distilled on the counterfactuals instead
-            found["mse"] = mse
+                    (distilled.loss / parts).backward()
+            # the clean ones are 0 here: features are distilled on the counterfactuals instead
+            found |= {"mse": distilled.mse, "head": distilled.head}
             found["replaced"] = (clean.donor_BP != draws.own_B1).float().mean()
             if shown is not None:
                 shown.append(Counterfactuals(pool, clean.donor_BP, draws.own_B1))
-        for name, value in found.items():
-            terms[name] += value.detach() / parts
+        for name in terms.keys() & found.keys():
+            terms[name] += found[name].detach() / parts
         if ends:
             with record_function("clip"):
                 grad_norm = nn.utils.clip_grad_norm_(job.student.parameters(), optim.clip_norm)
-    return torch.stack([terms[name] for name in TERMS]), grad_norm
+    return torch.stack([terms[name] for name in names]), grad_norm
 
 
 def donor_pool(method: MethodConfig, world: World, images_BCHW: Tensor) -> Tensor | None:
@@ -115,11 +125,6 @@ def draw_micro_batch(
         rank = 0
     address = StepAddress(config.seed, step, rank, part)
     return counterfactual.draw(config.method, own, patches, pool, address)
-
-
-def autocast(device: torch.device, precision: PrecisionChoice) -> torch.autocast:
-    """Return the context of a forward in that precision; fp32 and tf32 need none."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def settle_buckets(job: Job, module: nn.Module) -> None:

@@ -129,3 +129,19 @@ def test_patches_are_cut_as_unfold_cuts_them(seed, batch, grid, side):
     images = torch.rand(batch, 3, grid * side, grid * side, generator=generator(seed))
     expected = torch.nn.functional.unfold(images, side, stride=side).transpose(1, 2)
     assert torch.equal(vit.cut_patches(images, side), expected)
+
+
+@given(seeds, batches)
+def test_unlike_donors_are_of_the_half_of_the_others_that_is_least_like(seed, batch):
+    draws = generator(seed)
+    # few values, so that some are equal
+    likeness_BZ = torch.randint(4, (batch, batch), generator=draws).float()
+    rank_BP = torch.randint(refill.unlike_others(batch), (batch, 5), generator=draws)
+    source_BP = refill.unlike_sources(rank_BP, likeness_BZ, own(batch))
+    assert (source_BP != own(batch)).all()
+    for n in range(batch):
+        others = [z for z in range(batch) if z != n]
+        # Python's sort is stable: of equal ones the first in the pool comes first
+        others.sort(key=lambda z: float(likeness_BZ[n, z]))
+        assert source_BP[n].tolist() == [others[rank] for rank in rank_BP[n].tolist()]
+    assert refill.unlike_others(batch) == max(1, (batch - 1) // 2)

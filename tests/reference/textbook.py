@@ -108,15 +108,17 @@ def step_loss(
     *,
     gamma: float = 1,
     temperature: float = 10,
+    head_weight: float = 0,
 ) -> Tensor:
     """CE on the clean images plus beta x MSE on the counterfactual ones, image by image.
 
-    With a second teacher, plus gamma x its logits' distillation.
+    With a second teacher, plus gamma x its logits' distillation; with a head weight, plus that x
+    the distillation of the teacher's class probabilities on the counterfactuals.
     """
     images = normalise_images(student, images_u8)
     patch = student.visual.patch_size[0]
     counterfactual = refill_pixels(images, donor_BP, patch)
-    ce, mse, distilled = [], [], []
+    ce, mse, distilled, head = [], [], [], []
     for n in range(len(images)):
         clean, _ = features(student.visual, images[n])
         ce.append(-logits(student, clean).log_softmax(dim=-1)[labels[n]])
@@ -129,5 +131,17 @@ def step_loss(
         with torch.no_grad():
             theirs, _ = features(teacher.visual, counterfactual[n], drops)
         mse.append(((mine - theirs) ** 2).mean())
+        head.append(kd(logits(student, mine)[None], logits(teacher, theirs)[None].detach(), 1))
     taught = torch.stack(distilled).mean() if distilled else 0
-    return torch.stack(ce).mean() + gamma * taught + beta * torch.stack(mse).mean()
+    distillation = beta * torch.stack(mse).mean() + head_weight * torch.stack(head).mean()
+    return torch.stack(ce).mean() + gamma * taught + distillation
+
+
+def unlike_donor(model, images: Tensor, label: int, own: int, rank: int) -> int:
+    """The pool's image that comes at `rank` from the one least like the label, without `own`."""
+    found = []
+    for n in range(len(images)):
+        feature, _ = features(model.visual, images[n])
+        found.append((float(logits(model, feature).softmax(dim=0)[label]), n))
+    others = sorted(pair for pair in found if pair[1] != own)
+    return others[rank][1]

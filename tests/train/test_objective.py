@@ -28,6 +28,10 @@ OPTIONS = {
         {"kd_weight": 2.5, "kd_temperature": 4.0, "distill_weight": 7.0},
     ),
     "weight on clean images": ("no-mask", {"distill_weight": 7.0}),
+    "the head on clean images": ("no-mask", {"head_weight": 3.0}),
+    "the head on dropped patches": ("object-mask-no-fill", {"head_weight": 3.0}),
+    "donors with replacement": ("object-mask-single-fill", {"single_fill": "replacement"}),
+    "unlike donors of each patch": ("random-mask-multi-fill", {"donor_choice": "unlike"}),
 }
 
 
@@ -46,21 +50,28 @@ def draw_for(method: MethodConfig, images) -> Draws:
 
 def step(objective: Objective, images, labels):
     """One step as the loop does it; returns the clean losses, the MSE and the donors."""
+    clean, found = both_calls(objective, images, labels)
+    return clean, clean.mse if found is None else found.mse, clean.donor_BP
+
+
+def both_calls(objective: Objective, images, labels):
+    """One step as the loop does it; returns what each call returned, None for one not made."""
     draws = draw_for(objective.method, images) if objective.method.masks else None
     clean = objective(images, labels, draws)
     clean.loss.backward()
     if clean.donor_BP is None:
-        return clean, clean.mse, None
-    mse = objective(images, labels, draws, clean.donor_BP)
-    (objective.method.distill_weight * mse).backward()
-    return clean, mse, clean.donor_BP
+        return clean, None
+    found = objective(images, labels, draws, clean.donor_BP)
+    found.loss.backward()
+    return clean, found
 
 
 def check_against_textbook(method, images, labels, **options):
     objective = build_objective(method, **options)
     student = objective.student
-    clean, mse, donor_BP = step(objective, images, labels)
-    whole = clean.loss if donor_BP is None else clean.loss + method.distill_weight * mse
+    clean, found = both_calls(objective, images, labels)
+    whole = clean.loss if found is None else clean.loss + found.loss
+    donor_BP = clean.donor_BP
     if donor_BP is None:
         donor_BP = torch.arange(len(images))[:, None].expand(-1, 16)
     plain = copy.deepcopy(student)
@@ -75,6 +86,7 @@ def check_against_textbook(method, images, labels, **options):
         objective.ensemble,
         gamma=method.kd_weight,
         temperature=method.kd_temperature,
+        head_weight=method.head_weight,
     )
     loss.backward()
     torch.testing.assert_close(whole, loss, rtol=1e-5, atol=1e-5)
@@ -142,6 +154,51 @@ def test_masks_are_the_chosen_maps_at_the_chosen_threshold(images_BCHW, labels_B
         above = relevance_P / (relevance_P.max() + 1e-8) > 0.6
         assert ((donor_BP[n] == -1) == (above if mask == "object" else ~above)).all()
         assert 0 < above.sum() < 16
+
+
+@pytest.mark.parametrize("fill", ["single", "multi"])
+def test_unlike_donors_are_those_the_teacher_sees_least_of_the_label_in(
+    images_BCHW, labels_B, fill
+):
+    method = MethodConfig(mask="random", fill=fill, rate=0.9, donor_choice="unlike")
+    objective = build_objective(method)
+    sharpen(objective.teacher)
+    draws = draw_for(method, images_BCHW)
+    donor_BP = objective(images_BCHW, labels_B, draws).donor_BP
+    images = textbook.normalise_images(objective.teacher, images_BCHW)
+    seen = set()
+    for n, label in enumerate(labels_B.tolist()):
+        for p in range(16):
+            rank = int(draws.source_BP[n, p if fill == "multi" else 0])
+            expected = textbook.unlike_donor(objective.teacher, images, label, n, rank)
+            assert donor_BP[n, p] == (expected if draws.mask_BP[n, p] else n)
+            seen.add(rank)
+    # the half of the five others: two
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("choice", ["any", "unlike"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_teachers_cam_is_the_frozen_models(images_BCHW, labels_B, choice, recompute):
+    method = MethodConfig(
+        mask="object", fill="single", threshold=0.85, cam_model="teacher", donor_choice=choice
+    )
+    objective = build_objective(method, recompute=recompute)
+    sharpen(objective.teacher)
+    draws = draw_for(method, images_BCHW)
+    donor_BP = objective(images_BCHW, labels_B, draws).donor_BP
+    assert all(parameter.grad is None for parameter in objective.teacher.parameters())
+    # the textbook's map needs a graph, which frozen weights alone do not make
+    teacher = copy.deepcopy(objective.teacher).requires_grad_()
+    normalised = textbook.normalise_images(teacher, images_BCHW)
+    for n, label in enumerate(labels_B.tolist()):
+        relevance_P = textbook.relevance(teacher, normalised[n], label)
+        masked = relevance_P / (relevance_P.max() + 1e-8) > 0.85
+        source = int(draws.source_BP[n, 0])
+        if choice == "unlike":
+            source = textbook.unlike_donor(teacher, normalised, label, n, source)
+        assert (donor_BP[n] == torch.where(masked, source, n)).all()
+        assert 0 < masked.sum() < 16
 
 
 def test_vanilla_has_no_counterfactual_part(images_BCHW, labels_B):

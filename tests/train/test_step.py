@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from benchmarks.step import Arguments, Batch, build_job
+from rft.device import autocast
 from rft.dist import World
 from rft.method.counterfactual import Draws
 from rft.train.job import Job
-from rft.train.step import accumulate_gradients, autocast, draw_micro_batch
+from rft.train.step import accumulate_gradients, draw_micro_batch
 from tests.conftest import build_model
 
 
@@ -62,7 +63,7 @@ def test_clipping_after_every_micro_batch(job, images_BCHW, labels_B, norm):
         alone.student.zero_grad()
         clean = alone.objective(images_BCHW[rows], labels_B[rows], address)
         (clean.loss / 3).backward()
-        mse = alone.objective(images_BCHW[rows], labels_B[rows], address, clean.donor_BP)
+        mse = alone.objective(images_BCHW[rows], labels_B[rows], address, clean.donor_BP).mse
         (alone.config.method.distill_weight * mse / 3).backward()
         parts.append(torch.cat([p.grad.flatten() for p in alone.student.parameters()]))
     torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-5)
