@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 LOCK   ?= dev
 UPGRADE ?=
 
-.PHONY: demo reproduce results test programs quick marks pythons lowest faults fuzz lint lock licenses \
+.PHONY: demo reproduce post-2023 results test programs quick marks pythons lowest faults fuzz lint lock licenses \
 	bench dist gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
 # compiled files are kept, whatever the environment says: pytest rewrites every assert, in each process
@@ -31,6 +31,10 @@ demo: $(VENV)/.installed  ## the paper's experiment in miniature, from images to
 
 reproduce: $(VENV)/.installed  ## every row of the paper's tables and of Fig. 7 in miniature
 	launch/reproduce.sh --miniature --out $(DEMO) --seeds $(SEEDS) \
+		$(if $(EPOCHS),--epochs $(EPOCHS))
+
+post-2023: $(VENV)/.installed  ## the method beside those that came later, on equal terms, in miniature
+	launch/reproduce.sh --miniature --suite post-2023 --out $(DEMO) --seeds $(SEEDS) \
 		$(if $(EPOCHS),--epochs $(EPOCHS))
 
 results: $(VENV)/.installed  ## the demo on three seeds, into docs/results and the pages that quote it

@@ -155,13 +155,14 @@ def table(result: Mapping[str, Any]) -> str:
         f"{weight}: {', '.join(map(str, found))}"
         for weight, found in choice["held_out_correct"].items()
     )
+    weights = f"{choice['chosen']:g}, was chosen by the held-out images right on seeds "
+    weights += f"{' and '.join(map(str, DEVELOPMENT))} ({counts})"
     note = (
-        f"Top-1 accuracy in %, mean ± standard deviation over {len(FRESH)} seeds. The difference is "
-        f"the mean over the seeds of the paired difference in OOD average to {BASELINE}, in points, "
-        "with the 95% interval of Student's t; p-values of the four recipes are corrected by Holm's "
-        f"rule. unlike-donors against the control: {_interval(control)}, p {control['p']:.3f}. The "
-        f"head's weight, {choice['chosen']:g}, was chosen by the held-out images right on seeds "
-        f"{' and '.join(map(str, DEVELOPMENT))} ({counts})."
+        f"Top-1 accuracy in %, mean ± standard deviation over {len(FRESH)} seeds. The difference "
+        f"is the mean over the seeds of the paired difference in OOD average to {BASELINE}, in "
+        "points, with the 95% interval of Student's t; p-values of the four recipes are corrected "
+        f"by Holm's rule. unlike-donors against the control: {_interval(control)}, p "
+        f"{control['p']:.3f}. The head's weight, {weights}."
     )
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", note])
 

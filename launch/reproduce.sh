@@ -4,8 +4,10 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: launch/reproduce.sh [--dry-run] [--seeds N] [--only RECIPE...] [-- OPTION OF RFT.TRAIN...]
-       launch/reproduce.sh --miniature [--seeds N] [--epochs N] [--out DIR] [--processes N]
+usage: launch/reproduce.sh [--dry-run] [--suite S] [--seeds N] [--only RECIPE...]
+                           [-- OPTION OF RFT.TRAIN...]
+       launch/reproduce.sh --miniature [--suite S] [--seeds N] [--epochs N] [--out DIR]
+                           [--processes N]
 
 Submits every row of the paper's Tables 1 and 3 and every model of its Fig. 7 to SLURM, each job
 behind those it needs, with the settings of launch/cluster.env. The report comes last. Again, once
@@ -13,6 +15,8 @@ no job of it waits or runs: what is done is skipped.
 
   --dry-run      print the jobs and submit none
   --seeds N      fine-tuning seeds, 3 if not given, as in the paper
+  --suite S      post-2023: the method beside those that came later, on equal terms; paper if not
+                 given
   --only ...     these recipes and what they build on; more: python -m rft.experiments --help
   -- ...         what follows goes to every training: -- --model.clip ViT-B-16 --precision bf16
 

@@ -1,18 +1,20 @@
-"""The paper's experiments as data: every command, and which others must have ended before it.
+"""The experiments as data: every command, and which others must have ended before it.
+
+Those of the paper, or with `--suite post-2023` its method beside those that came later.
 
 `python -m rft.experiments --runs DIR --data URL` prints them, `--lines` for a shell script. Every
 command skips what is done, so that all of them can be run twice. One that starts with `torchrun`
 can be given more ranks, one that starts with `python` is a single process.
 
-A run lies at RUNS/<recipe>-seed<N>; of a WiSE family of several alphas, each model lies at
-RUNS/<family>-seed<N>/<family>-<alpha>.
+A run's folder is RUNS/<recipe>-seed<N>; of a WiSE family of several alphas, each model's is
+RUNS/<family>-seed<N>/<family>-<alpha>. Those of the later suite are in RUNS/post-2023.
 """
 
 import shlex
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Any, Literal, assert_never
 
 import tyro
 from pydantic import Field
@@ -23,14 +25,20 @@ from rft.storage import files
 from rft.storage.documents import Epochs, Positive, document
 from rft.text import short
 
-NAMES = (*recipes.PAPER, *recipes.PAPER_MERGED)
+Suite = Literal["paper", "post-2023"]
+# what --only may name, by suite
+NAMES: dict[Suite, tuple[str, ...]] = {
+    "paper": (*recipes.PAPER, *recipes.PAPER_MERGED),
+    "post-2023": (*recipes.SUITE, *recipes.SUITE_MERGED),
+}
 # which learn from a second teacher, a WiSE-FT model of the same seed
 STUDENTS = tuple(name for name, one in recipes.PAPER.items() if one.method.kd_weight > 0)
-TEACHER_ALPHA = 0.5  # of the WiSE-FT model that WiSE-KD learns from (appendix A.3)
+# of a WiSE-FT model where nothing chooses it, as its authors advise; WiSE-KD learns from that one
+ALPHA = 0.5
 # options of a training that the plan decides
 PLANNED = (
     "--data", "--run-dir", "--run", "--seed", "--scale", "--preset", "--optim.epochs", "--optim.lr",
-    "--model.start", "--method.kd-teacher",
+    "--model.start", "--method.kd-teacher", "--like",
 )  # fmt: skip
 
 
@@ -55,7 +63,10 @@ class Study:
     data: str
     """Data root: the URL under which the tools wrote the packed sets."""
     report: str = ""
-    """Folder of the report; --runs with -report behind it if not given."""
+    """Folder of the report; --runs with -report behind it, or -post-2023-report, if not given."""
+    suite: Suite = "paper"
+    """The paper's own experiments; or its method beside those that came later, on equal terms: the
+    held-out accuracy of seed 0 chooses from the values that each recipe declares, for all seeds."""
     scale: Literal["paper", "miniature"] = "paper"
     """Which numbers the recipes start from."""
     preset: Preset = "paper"
@@ -73,8 +84,8 @@ class Study:
 
     def __post_init__(self) -> None:
         for name in self.only:
-            if name not in NAMES:
-                raise cli.unknown("recipe", name, sorted(NAMES))
+            if name not in NAMES[self.suite]:
+                raise cli.unknown("recipe", name, sorted(NAMES[self.suite]))
         files.require_local(self.runs, "--runs")
         files.require_local(self.report, "--report")
         for option in self.options:
@@ -88,8 +99,18 @@ class Study:
         return ("--workers", "0") if self.scale == "miniature" else ()
 
     def at(self, name: str) -> str:
-        """Return the path of a run."""
-        return f"{self.runs.rstrip('/')}/{name}"
+        """Return the path of a run, or of a choice among some."""
+        return f"{self.root}/{name}"
+
+    @property
+    def root(self) -> str:
+        """Folder of this suite's runs: a chosen setting may not be that of the paper's suite."""
+        runs = self.runs.rstrip("/")
+        return runs if self.suite == "paper" else f"{runs}/{self.suite}"
+
+    def choice(self, recipe: str) -> str:
+        """Return the path of the document that names a recipe's chosen run."""
+        return self.at(f"{recipe}-choice.json")
 
     def wise_model(self, family: str, alpha: float, seed: int) -> str:
         """Return the path of one model of a WiSE family."""
@@ -102,14 +123,15 @@ class Study:
 
 def experiments(study: Study) -> list[Experiment]:
     """Return the plan's experiments, each behind those it needs; the last one is the report."""
-    others = [name for name in recipes.PAPER if name not in ("zero-shot", *STUDENTS)]
-    found = [train(study, "zero-shot", 0)]  # which no seed changes
-    for seed in range(study.seeds):
-        # each after what it needs: a probe before lp-ft, trainings before merges before students
-        found += [train(study, name, seed) for name in others]
-        found += [ingredient(study, rate, seed) for rate in recipes.SOUP_RATES if rate != 1]
-        found += [merge(study, name, seed) for name in recipes.PAPER_MERGED]
-        found += [train(study, name, seed) for name in STUDENTS]
+    if study.suite == "post-2023":
+        study = replace(study, alphas=(ALPHA,))
+    match study.suite:
+        case "paper":
+            found = of_paper(study)
+        case "post-2023":
+            found = on_equal_terms(study)
+        case suite:
+            assert_never(suite)
     if study.only:
         found = with_needed(found, study.only)
     evaluations = [evaluate(study, found, seed) for seed in range(study.seeds)]
@@ -118,23 +140,88 @@ def experiments(study: Study) -> list[Experiment]:
     return [*found, *evaluations, report(study, found, evaluations)]
 
 
+def of_paper(study: Study) -> list[Experiment]:
+    """Return the trainings and merges of the paper's tables and figures."""
+    others = [name for name in recipes.PAPER if name not in ("zero-shot", *STUDENTS)]
+    found = [train(study, "zero-shot", 0)]  # which no seed changes
+    for seed in range(study.seeds):
+        # each after what it needs: a probe before lp-ft, trainings before merges before students
+        found += [train(study, name, seed) for name in others]
+        found += [ingredient(study, rate, seed) for rate in recipes.SOUP_RATES if rate != 1]
+        found += [merge(study, name, seed) for name in recipes.PAPER_MERGED]
+        found += [train(study, name, seed) for name in STUDENTS]
+    return found
+
+
+def on_equal_terms(study: Study) -> list[Experiment]:
+    """Return the trainings, choices and merges that compare the later methods with the paper's.
+
+    A recipe's values are tried on seed 0 and chosen from by its held-out images; every seed, that
+    one too, is then trained with the chosen one.
+    """
+    found = [train(study, "zero-shot", 0)]
+    trained = [name for name in recipes.SUITE if name != "zero-shot"]
+    chosen = [name for name in trained if recipes.TRAINED[name].grid]
+    for name in chosen:
+        tried = grid(study, name)
+        found += [*tried, choose(study, name, tried)]
+    for seed in range(study.seeds):
+        found += [train(study, name, seed, like=name in chosen) for name in trained]
+        if any(recipes.MERGED[name].kind == "model-stock" for name in recipes.SUITE_MERGED):
+            found += [ingredient(study, rate, seed) for rate in recipes.SOUP_RATES if rate != 1]
+        found += [merge(study, name, seed) for name in recipes.SUITE_MERGED]
+    return found
+
+
+def grid(study: Study, recipe: str) -> list[Experiment]:
+    """Return the trainings of seed 0 that a recipe's setting is chosen from."""
+    declared = recipes.TRAINED[recipe].grid
+    assert declared is not None, f"{recipe} declares no values"
+    option, values = declared
+    found = []
+    for value in values:
+        setting = f"{value:g}"
+        one = train(study, recipe, 0, part=f"-at{setting}", options=(option, setting))
+        found.append(one)
+    return found
+
+
+def choose(study: Study, recipe: str, tried: Sequence[Experiment]) -> Experiment:
+    """Return the choice among trainings by their held-out images."""
+    runs = [study.at(one.name) for one in tried]
+    command = ("python", "-m", "rft.merge.choose", *runs, "--data", study.data, *study.workers)
+    command += ("--save", study.choice(recipe))
+    return Experiment(f"{recipe}-choice", command, tuple(one.name for one in tried))
+
+
 def with_seed(name: str, seed: int) -> str:
     """Return the name of an experiment, which is that of its run folder too."""
     return f"{name}-seed{seed}"
 
 
-def train(study: Study, recipe: str, seed: int, lr: str = "") -> Experiment:
-    """Return the training of a recipe; with a learning rate of its own it is for soups alone."""
-    name = with_seed(f"{recipe}-lr{lr}" if lr else recipe, seed)
-    after, options = (), ()
-    if lr:
-        options = ("--optim.lr", lr)
+def train(
+    study: Study,
+    recipe: str,
+    seed: int,
+    *,
+    part: str = "",
+    options: tuple[str, ...] = (),
+    like: bool = False,
+) -> Experiment:
+    """Return the training of a recipe.
+
+    With a part of a name and options of its own it is for a soup or a choice alone, and no row of
+    the report. With `like` it takes the setting that was chosen.
+    """
+    name, after = with_seed(f"{recipe}{part}", seed), ()
+    if like:
+        after, options = (f"{recipe}-choice",), ("--like", study.choice(recipe))
     elif recipe == "lp-ft":
         after = (with_seed("linear-probe", seed),)
         options = ("--model.start", study.at(after[0]))
     elif recipe in STUDENTS:
         after = (with_seed("wise-ft", seed),)
-        options = ("--method.kd-teacher", study.wise_model("wise-ft", TEACHER_ALPHA, seed))
+        options = ("--method.kd-teacher", study.wise_model("wise-ft", ALPHA, seed))
     command = ["torchrun", "-m", "rft.train", recipe]
     if study.scale != "paper":
         command += ["--scale", study.scale]
@@ -144,8 +231,7 @@ def train(study: Study, recipe: str, seed: int, lr: str = "") -> Experiment:
     # zero-shot refuses epochs (recipes.require_inputs)
     if study.epochs is not None and recipe != "zero-shot":
         command += ["--optim.epochs", str(study.epochs)]
-    # a soup's ingredients are no rows of the report, so nothing evaluates them
-    return Experiment(name, (*command, *study.options), after, () if lr else (study.at(name),))
+    return Experiment(name, (*command, *study.options), after, () if part else (study.at(name),))
 
 
 def ingredient(study: Study, rate: float, seed: int) -> Experiment:
@@ -153,7 +239,9 @@ def ingredient(study: Study, rate: float, seed: int) -> Experiment:
     (recipe,) = recipes.MERGED["uniform-soup"].inputs
     config = recipes.build(recipe, scale=study.scale, preset=study.preset)
     # the ingredient at rate 1 is vanilla itself, which is trained and reported anyway
-    return train(study, recipe, seed, "" if rate == 1 else f"{config.optim.lr * rate:g}")
+    lr = f"{config.optim.lr * rate:g}"
+    own: dict[str, Any] = {} if rate == 1 else {"part": f"-lr{lr}", "options": ("--optim.lr", lr)}
+    return train(study, recipe, seed, **own)
 
 
 def merge(study: Study, name: str, seed: int) -> Experiment:
@@ -208,14 +296,17 @@ def report(
 ) -> Experiment:
     """Return the report on all models."""
     models = [path for one in found for path in one.makes]
-    out = study.report or f"{study.runs.rstrip('/')}-report"
+    suite = "" if study.suite == "paper" else f"-{study.suite}"
+    out = study.report or f"{study.runs.rstrip('/')}{suite}-report"
     command = ("python", "-m", "rft.report", *models, "--out", out, "--data", study.data)
     return Experiment("report", command, tuple(one.name for one in evaluations))
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Print the commands of the paper's Tables 1 and 3 and Fig. 7, each behind those it needs.
+    """Print the commands of a comparison, each behind those it needs.
+
+    By default those of the paper's Tables 1 and 3 and Fig. 7.
 
     What follows `--` goes to every training: -- --model.clip ViT-B-16 --precision bf16
     """

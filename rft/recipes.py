@@ -32,11 +32,15 @@ from rft.config import (
 DEFAULT = "object-mask-single-fill"
 
 # what Figure 6 tries for each mask, and Table 1 chooses from by held-out accuracy
-SETTINGS = {
+SETTINGS: dict[str, tuple[str, tuple[float, ...]]] = {
     "random": ("--method.rate", (0.25, 0.5, 0.75)),
     "context": ("--method.threshold", (0.3, 0.4, 0.5, 0.6)),
     "object": ("--method.threshold", (0.3, 0.4, 0.5, 0.6)),
 }
+
+
+# an option, and the values of it from which held-out accuracy chooses
+Grid = tuple[str, tuple[float, ...]]
 
 
 class Recipe(NamedTuple):
@@ -46,6 +50,9 @@ class Recipe(NamedTuple):
     method: MethodConfig
     # read-only: all recipes without options of their own share it
     optim: Mapping[str, Any] = MappingProxyType({})
+    grid: Grid | None = None
+    """What is chosen from where methods are compared on equal terms (rft/experiments.py); None for
+    a method without a setting of its own."""
 
 
 PLAIN = MethodConfig(distill_weight=0)  # cross-entropy alone
@@ -90,7 +97,7 @@ def _masked() -> Iterator[tuple[str, Recipe]]:
                 raise AssertionError("a recipe without masks has no setting in the grid")
             case _:
                 assert_never(mask)
-        yield name, Recipe(about.format(setting), method)
+        yield name, Recipe(about.format(setting), method, grid=SETTINGS[mask])
 
 
 MASKED_RECIPES = dict(_masked())
@@ -158,6 +165,9 @@ RESEARCH = {
 
 TRAINED = {**PAPER, **LATER, **RESEARCH}
 
+# compared on equal terms with the methods that came later (docs/methods.md)
+SUITE = ("zero-shot", "vanilla", DEFAULT, *LATER)
+
 # the sweep of WiSE-FT's own paper and of Figure 7; its ends are the two models themselves
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # the paper's uniform soup is Wortsman et al.'s own 72 models; here vanilla at these times its rate
@@ -200,6 +210,8 @@ PAPER_MERGED = {
 }
 
 LATER_MERGED: dict[str, Merge] = {}
+
+SUITE_MERGED = ("wise-ft", f"wise-{DEFAULT}", *LATER_MERGED)
 
 MERGED = {**PAPER_MERGED, **LATER_MERGED}
 

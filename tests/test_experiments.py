@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,15 @@ from rft.demo.render import IMAGE_SIZE
 from rft.demo.world import write_world
 from rft.evaluate import command as evaluate_command
 from rft.experiments import Experiment, Study, experiments
+from rft.merge import choose as choose_command
 from rft.merge import command as merge_command
 from rft.packing.pack import Options, pack
 from rft.paper import FIGURE_7, VIT_B_16, VIT_B_32
 from rft.report import command as report_command
+from rft.runs import filenames
 from rft.sets import BENCHMARKS
 from rft.shards.label_space import LabelSpace
+from rft.storage import files
 from rft.train import command as train_command
 from tests import reproduction
 from tests.test_docs import updater
@@ -32,10 +36,12 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "rft.train": train_command,
     "rft.merge": merge_command,
+    "rft.merge.choose": choose_command,
     "rft.evaluate": evaluate_command,
     "rft.report": report_command,
 }
 PAPER = Study(runs="runs", data="data")
+LATER = Study(runs="runs", data="data", suite="post-2023")
 
 
 def recipe_of(run: str) -> str:
@@ -68,11 +74,13 @@ def test_every_recipe_is_in_the_plan():
         assert (f"{name}-seed2" in names) == (name != "zero-shot")
 
 
-def test_each_stands_behind_what_makes_the_folders_it_reads():
+@pytest.mark.parametrize("plan", [PAPER, LATER], ids=["paper", "post-2023"])
+def test_each_stands_behind_what_makes_the_folders_it_reads(plan):
     maker: dict[str, str] = {}
-    for one in experiments(PAPER):
+    for one in experiments(plan):
         assert set(one.after) <= set(maker.values()), one.name
-        own = {f"runs/{one.name}", *one.makes}
+        saved = [word for word in one.command if word.endswith(f"{one.name}.json")]
+        own = {plan.at(one.name), *one.makes, *saved}
         assert not own & maker.keys()
         named = {word for word in one.command if word.startswith("runs/")}
         needed = {maker[path] for path in named - own}
@@ -81,8 +89,9 @@ def test_each_stands_behind_what_makes_the_folders_it_reads():
         maker |= dict.fromkeys(own, one.name)
 
 
-def test_the_report_waits_for_everything():
-    found = {one.name: one for one in experiments(PAPER)}
+@pytest.mark.parametrize("plan", [PAPER, LATER], ids=["paper", "post-2023"])
+def test_the_report_waits_for_everything(plan):
+    found = {one.name: one for one in experiments(plan)}
     reached, waiting = set(), ["report"]
     while waiting:
         name = waiting.pop()
@@ -159,6 +168,44 @@ def test_some_recipes_bring_what_they_build_on():
     assert soups[-1].command[3:5] == ("R/vanilla-seed0", "R/uniform-soup-seed0")
     alone = experiments(Study(runs="R", data="D", only=("zero-shot",)))
     assert [one.name for one in alone] == ["zero-shot-seed0", "evaluate-seed0", "report"]
+
+
+def test_every_method_that_came_later_is_compared_on_equal_terms():
+    found = {one.name: one for one in experiments(LATER)}
+    rows = {recipe_of(run) for one in found.values() for run in one.makes}
+    # WiSE at its authors' own alpha
+    merged = {f"{name}-0.5" if "wise" in name else name for name in recipes.SUITE_MERGED}
+    assert rows == {*recipes.SUITE, *merged}
+    for name in recipes.SUITE:
+        declared = recipes.TRAINED[name].grid
+        tried = [one for one in found if one.startswith(f"{name}-at")]
+        assert len(tried) == (len(declared[1]) if declared else 0)
+        for seed in range(3 if name != "zero-shot" else 1):
+            like = ("--like", f"runs/post-2023/{name}-choice.json")
+            command = found[f"{name}-seed{seed}"].command
+            assert (command[-2:] == like) == bool(declared)
+    # none of its runs is the paper's suite's, whose settings may differ
+    assert not {one.name for one in experiments(PAPER) if one.makes} - {"report"} & {
+        path.removeprefix("runs/") for one in found.values() for path in one.makes
+    }
+
+
+@pytest.mark.slow
+def test_its_values_are_tried_by_the_option_that_the_recipe_declares(parsed):
+    for one in experiments(replace(LATER, scale="miniature")):
+        if one.command[2] != "rft.train" or "--like" in one.command:
+            continue
+        config = parsed(one.command)[1]
+        own = recipes.build(config.recipe, scale="miniature")
+        changed = files.difference(own.identity(), config.identity())
+        declared = recipes.TRAINED[config.recipe].grid
+        if "-at" in one.name and declared:
+            value = float(one.name.partition("-at")[2].partition("-seed")[0])
+            assert value in declared[1]
+            option = declared[0].removeprefix("--").replace("-", "_")
+            assert all(line.startswith(f"{option}: ") for line in changed)
+            group, name = option.split(".")
+            assert getattr(getattr(config, group), name) == value
 
 
 def test_the_demo_runs_a_part_of_it_in_the_same_folders():
@@ -304,7 +351,26 @@ def test_all_commands_together_give_the_papers_tables(small_plan, monkeypatch, t
     before = outcomes(small_plan)
     run_all(stages, monkeypatch)  # again, and nothing is done
     assert outcomes(small_plan) == before
+    assert reproduction.missing_later(report), "no method of the later suite was run"
     # the check would see a row that is not there
     table = (report / "paper.md").read_text()
     (report / "paper.md").write_text(table.replace("| lp-ft | here", "| lp | here"))
     assert reproduction.missing(report) == ["lp-ft in paper.md"]
+
+
+@pytest.mark.slow
+@pytest.mark.program
+@pytest.mark.timeout(900)
+def test_all_commands_of_the_later_suite_give_its_table(small_plan, monkeypatch):
+    plan = replace(small_plan, suite="post-2023", report=f"{small_plan.report}-later")
+    *stages, last = experiments(plan)
+    run_all([*stages, last], monkeypatch)
+    assert reproduction.missing_later(Path(plan.report)) == []
+    assert all(demo_command.is_done(stage, plan.data) for stage in stages)
+    before = outcomes(plan)
+    run_all(stages, monkeypatch)  # again, and nothing is done
+    assert outcomes(plan) == before
+    # a choice among other weights is none among these
+    chosen = next(one for one in stages if one.name.endswith("-choice"))
+    (Path(plan.at(chosen.after[0])) / filenames.SELECTED).unlink()
+    assert not demo_command.is_done(chosen, plan.data)

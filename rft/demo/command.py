@@ -1,5 +1,7 @@
 """The paper's experiments in miniature: `python -m rft.demo` some of them, `... paper` all.
 
+`... paper --suite post-2023` compares its method with those that came later.
+
 Runs the commands that a cluster would run (pack, torchrun train, merge, torchrun evaluate, report)
 on a small procedural world, and prints each. Whatever is already done is skipped.
 """
@@ -14,20 +16,18 @@ from pydantic import Field
 from rft import cli, recipes, stages
 from rft.demo.miniature import FOLDER, prepare_data, shards
 from rft.evaluate.results import is_current
-from rft.experiments import Experiment, Study, experiments
+from rft.experiments import Experiment, Study, Suite, experiments
 from rft.loading.dataset import PackedDataset
 from rft.report.page import write_report
-from rft.runs import filenames
+from rft.runs import choice, filenames
 from rft.sets import TEST_SETS
 from rft.storage.documents import Epochs, Positive, Seed, document
 from rft.train.command import parse
 from rft.train.run import finished
 
 SHOWN = ("zero-shot", "vanilla", "wise-ft", "no-mask", "object-mask-single-fill")
-PAPER = """Run every experiment of the paper on the miniature world.
-
-All rows of Tables 1 and 3 and all models of Fig. 7; the table beside the paper's comes last. Data
-and runs are shared with the demo in the same folder."""
+# folders of the suites' reports
+REPORTS: dict[Suite, str] = {"paper": "reproduction", "post-2023": "post-2023"}
 
 
 @document(name="--")
@@ -49,6 +49,18 @@ class Demo:
 
 
 @document(name="--")
+class Reproduction(Demo):
+    """Run every experiment of the paper on the miniature world.
+
+    All rows of Tables 1 and 3 and all models of Fig. 7; the table beside the paper's comes last.
+    Data and runs are shared with the demo in the same folder.
+    """
+
+    suite: Suite = "paper"
+    """The paper's experiments, or its method beside those that came later, on equal terms."""
+
+
+@document(name="--")
 class Pretrain:
     """Train the tiny CLIP that plays the pre-trained model, as it was for the one shipped."""
 
@@ -62,6 +74,7 @@ def make(
     report: str,
     only: tuple[str, ...] = (),
     alphas: tuple[float, ...] = recipes.ALPHAS,
+    suite: Suite = "paper",
 ) -> None:
     """Run every stage of a study that is not done yet; print the table and the report's path."""
     started = time.perf_counter()
@@ -75,6 +88,7 @@ def make(
         epochs=arguments.epochs,
         only=only,
         alphas=alphas,
+        suite=suite,
     )
     # without the last, the report, which this process makes itself
     *plan, _ = experiments(study)
@@ -97,6 +111,9 @@ def is_done(stage: Experiment, data: str) -> bool:
     if module == "rft.merge":
         # a merge writes it last
         return all((Path(path) / filenames.PROVENANCE).exists() for path in stage.makes)
+    if module == "rft.merge.choose":
+        saved = Path(options[options.index("--save") + 1])
+        return saved.exists() and choice.is_current(choice.read(saved))
     assert module == "rft.evaluate"
     # the models stand first (rft.experiments.evaluate)
     models = [Path(path) for path in options[: options.index("--data")]]
@@ -114,8 +131,8 @@ def main() -> None:
         pretrain(chosen.out, chosen.seed)
         return
     if arguments[:1] == ["paper"]:
-        options = {"args": arguments[1:], "prog": "rft.demo paper", "description": PAPER}
-        make(cli.parse(Demo, **options), "reproduction")
+        chosen = cli.parse(Reproduction, args=arguments[1:], prog="rft.demo paper")
+        make(chosen, REPORTS[chosen.suite], suite=chosen.suite)
     else:
         # the experiments of the README's table
         make(cli.parse(Demo, args=arguments, prog="rft.demo"), "report", SHOWN, alphas=(0.5,))

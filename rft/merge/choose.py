@@ -22,28 +22,18 @@ from rft.evaluate.count import Count, count_correct
 from rft.evaluate.unwritten import System, read_averages
 from rft.loading.dataset import PackedDataset
 from rft.merge.greedy import held_out_images, shared_split
-from rft.runs import records
+from rft.runs import choice, records
+from rft.runs.choice import Candidate, Choice
 from rft.shards.guard import require_no_test_images
 from rft.storage import files
-from rft.storage.documents import (
-    BatchSize,
-    Megapixels,
-    Name,
-    Positive,
-    Schema,
-    Sha256,
-    Text,
-    Whole,
-    document,
-)
-
-BYTES = 2**20  # of a document of candidates
+from rft.storage.documents import BatchSize, Megapixels, Whole, document
 
 
 @document(name="--")
 class Arguments:
     """Choose the model that is right on most held-out images; no test set is looked at.
 
+    The same command again counts nothing if --save holds the choice among the same runs.
     Of equal ones an untrained model comes first, then averages, then fine-tuned models, each in the
     order in which they are named.
     """
@@ -70,29 +60,6 @@ class Arguments:
     max_pixels: Megapixels = MAX_PIXELS
     """Millions of pixels that an image may have."""
     device: Device = "auto"
-
-
-@document(name="candidate")
-class Candidate:
-    """A model that was counted."""
-
-    path: Text
-    sha256: Sha256
-    correct: Whole
-
-
-@document(name="choice")
-class Choice:
-    """What was counted on which images, and what was chosen."""
-
-    schema: Schema = 1
-    train_set: Name
-    manifest_sha256: Sha256
-    images: Positive
-    """Held-out images that each was counted on."""
-    candidates: tuple[Candidate, ...]
-    chosen: Text
-    """Path of the run folder."""
 
 
 class Standing(NamedTuple):
@@ -147,9 +114,15 @@ def choose(
     )
 
 
-def read(path: Path) -> Choice:
-    """Read the document of a choice; raises ValueError if it is absent or malformed."""
-    return files.read_document(str(path), Choice, BYTES)
+def _known(arguments: Arguments, manifest_sha256: str) -> Choice | None:
+    """Return the choice that --save holds, if it is the one among these runs on this data."""
+    try:
+        found = choice.read(arguments.save)
+    except ValueError:  # absent, or not of a choice: it is written anew
+        return None
+    same = [one.path for one in found.candidates] == list(map(str, arguments.runs))
+    same = same and found.manifest_sha256 == manifest_sha256
+    return found if same and choice.is_current(found) else None
 
 
 def main() -> None:
@@ -167,6 +140,9 @@ def main() -> None:
         files.join(arguments.data, split.train_set), max_pixels=arguments.max_pixels
     )
     require_no_test_images(arguments.data, split.train_set, packed.manifest, packed.index.key)
+    if not arguments.wise and (known := _known(arguments, packed.manifest.sha256)):
+        cli.say(f"already chosen by held-out images: {known.chosen}")
+        return
     require_classes(systems, {split.train_set: packed})
     held_out = held_out_images(packed, split, runs)
     world = World(rank=0, size=1, local_rank=0)

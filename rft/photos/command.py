@@ -20,7 +20,6 @@ from rft import cli, recipes, small, stages
 from rft.clip.load import MINIATURE, hub_config
 from rft.config import Config, Device, ModelConfig
 from rft.loading.dataset import PackedDataset
-from rft.merge import choose
 from rft.packing.commands import folder
 from rft.packing.names import Patterns, patterns_of, taken_for_name
 from rft.packing.own_folder import Photos, UnusableError, read_folder
@@ -28,6 +27,7 @@ from rft.packing.source import Item, require_apart
 from rft.photos import plan, rates, record
 from rft.photos.example import write_example
 from rft.photos.plan import ZERO_SHOT, Stage, Task
+from rft.runs import choice
 from rft.shards.label_space import LabelSpace
 from rft.storage.documents import Epochs, Part, Seed, Whole, document
 from rft.text import printable
@@ -392,7 +392,7 @@ def _chosen(task: Task, held_out: int) -> Path:
     """Return the run folder of the model that is exported."""
     if not held_out:
         return task.wise(plan.WITHOUT_HELD_OUT)
-    return Path(choose.read(task.choice).chosen)
+    return Path(choice.read(task.choice).chosen)
 
 
 def _say_end(task: Task, chosen: Path, seconds: float) -> None:

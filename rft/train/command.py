@@ -7,14 +7,16 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import tyro
 
 from rft import cli, dist, recipes, small
-from rft.config import Config, resolve_precision
+from rft.config import NEUTRAL, Config, load_config, resolve_precision
 from rft.dist import World
+from rft.runs import choice
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest
 from rft.storage import files
@@ -28,6 +30,8 @@ from rft.train.run import check_identity, finished
 from rft.train.stop import StopRequest
 
 SMALL = "miniature"
+LIKE = "--like"
+GROUPS = ("model", "loader", "method", "optim")
 SMALL_POOL = 64  # a donor pool below this is worth a word
 
 USAGE = f"""Fine-tune CLIP so that it stays robust.
@@ -64,6 +68,9 @@ class Command:
     """A command line."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
+    like: Path | None = None
+    """JSON file of `rft choose`: options that decide a result start from those of the run that it
+    chose, of the same recipe, scale and preset, instead of from the recipe's."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Tell what the run would be (configuration, steps, memory, I/O) and start nothing."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -94,6 +101,9 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
     scale = _value_of(options, "--scale") or ("paper" if papers else SMALL)
     preset = _value_of(options, "--preset") or "paper"
     default = recipes.build(recipe, scale=scale, preset=preset)
+    like = _value_of(options, LIKE)
+    if like and not wants_help:
+        default = _chosen(Path(like), default)
     if wants_help:
         cli.print_help(USAGE)
     command = cli.parse(
@@ -119,8 +129,35 @@ def parse_command(arguments: list[str], ranks: int = 1) -> Command:
     if config.scale == "small":
         url = files.join(config.data, config.train_set)
         size = small.Size.of(Index.load(url, Manifest.load(url)).label)
-        config = small.fit(config, size, ranks, _named(options, small.OPTIONS))
+        # of a chosen run they are numbers that it was compared with
+        named = set(small.OPTIONS) if like else _named(options, small.OPTIONS)
+        config = small.fit(config, size, ranks, named)
     return dataclasses.replace(command, config=config)
+
+
+def _chosen(path: Path, recipe: Config) -> Config:
+    """Give a recipe the deciding options of the run that a choice names.
+
+    Raises:
+        ValueError: if the choice or the run cannot be read, or the run is of a different recipe.
+    """
+    run = Path(choice.read(path).chosen)
+    found = load_config(run)
+    for name in ("recipe", "scale", "preset"):
+        own, other = getattr(recipe, name), getattr(found, name)
+        if own != other:
+            raise ValueError(
+                f"{LIKE} {path} chose {run}, whose {name} is {other}, and this run's is {own}; "
+                "settings are carried over between runs of one recipe"
+            )
+    kept = {name: _deciding(getattr(recipe, name), getattr(found, name), name) for name in GROUPS}
+    return dataclasses.replace(recipe, precision=found.precision, **kept)
+
+
+def _deciding(own: Any, found: Any, group: str) -> Any:
+    """Take the options of a group that decide a result; runs that it builds on are a seed's own."""
+    names = {field.name for field in dataclasses.fields(own)} - NEUTRAL.get(group, set())
+    return dataclasses.replace(own, **{name: getattr(found, name) for name in names})
 
 
 def _named(options: list[str], names: Sequence[str]) -> set[str]:

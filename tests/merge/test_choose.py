@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from rft.averages import average
+from rft.config import load_config
 from rft.evaluate.count import Count
 from rft.merge import choose
 from rft.merge import command as merge
 from rft.merge.choose import Standing
+from rft.runs import choice, filenames
+from rft.train.command import parse
 from tests import tiny
 from tests.merge.test_merge import HELD_OUT, count_by_hand, state_of
 
@@ -49,7 +52,7 @@ def test_every_candidate_is_counted_on_the_held_out_images(train, tiny_data, tmp
     options = ("--wise", zero_shot, vanilla, 0.5, "--out", tmp_path, "--workers", 0)
     saved = tmp_path / "choice.json"
     tiny.call(choose, zero_shot, vanilla, "--data", data, *options, "--save", saved)
-    found = choose.read(saved)
+    found = choice.read(saved)
     states = [state_of(zero_shot), state_of(vanilla)]
     (mean,) = average.states(average.wise(zero_shot, vanilla, [0.5], "best", "--alpha"))
     by_hand = [count_by_hand(state, vanilla, data) for state in (*states, mean)]
@@ -64,7 +67,7 @@ def test_every_candidate_is_counted_on_the_held_out_images(train, tiny_data, tmp
     # an average that was written in between is still one, also where it ties
     tiny.call(merge, "wise", zero_shot, vanilla, "--out", tmp_path / "wise-ft-0.5")
     tiny.call(choose, zero_shot, vanilla, "--data", data, *options, "--save", saved)
-    assert choose.read(saved) == found
+    assert choice.read(saved) == found
 
 
 @pytest.mark.slow
@@ -74,3 +77,57 @@ def test_runs_without_held_out_images_are_refused(train, tiny_data, tmp_path, re
     assert "held no images out" in line
     assert not (tmp_path / "choice.json").exists()
     assert "two models" in refused(choose, runs[0], "--data", tiny_data, "--save", tmp_path / "c")
+
+
+@pytest.mark.slow
+def test_the_same_choice_again_counts_nothing(train, tiny_data, tmp_path, capsys):
+    held_out = ("--loader.held-out", HELD_OUT, "--split-seed", 0)
+    runs = [train("vanilla", *held_out, "--seed", n, name=f"chosen{n}") for n in (0, 1)]
+    saved = tmp_path / "choice.json"
+    command = ("--data", tiny_data, "--workers", 0, "--save", saved)
+    tiny.call(choose, *runs, *command)
+    first = saved.read_bytes()
+    known = choice.read(saved)
+    assert choice.is_current(known)
+    capsys.readouterr()
+    tiny.call(choose, *runs, *command)
+    assert capsys.readouterr().out == f"already chosen by held-out images: {known.chosen}\n"
+    # of other candidates, or of other weights, it is none of these
+    tiny.call(choose, *runs[::-1], *command)
+    assert [one.path for one in choice.read(saved).candidates] == list(map(str, runs[::-1]))
+    saved.write_text("not a choice")
+    tiny.call(choose, *runs, *command)
+    assert saved.read_bytes() == first
+    weights = runs[0] / filenames.SELECTED
+    weights.rename(tmp_path / "moved")
+    assert not choice.is_current(known)
+    (tmp_path / "moved").rename(weights)
+
+
+@pytest.mark.slow
+def test_a_training_takes_the_chosen_settings(train, tiny_data, tmp_path):
+    held_out = ("--loader.held-out", HELD_OUT, "--split-seed", 0)
+    runs = [
+        train("vanilla", *held_out, "--optim.lr", lr, "--loader.workers", workers, name=f"lr{lr}")
+        for lr, workers in ((0.01, 1), (0.02, 1))
+    ]
+    saved = tmp_path / "choice.json"
+    tiny.call(choose, *runs, "--data", tiny_data, "--workers", 0, "--save", saved)
+    chosen = load_config(Path(choice.read(saved).chosen))
+    line = ["vanilla", "--data", str(tiny_data), "--run-dir", str(tmp_path / "again")]
+    line += ["--scale", "miniature"]
+    found = parse([*line, "--like", str(saved), "--seed", "3"])
+    assert found.optim == chosen.optim
+    assert found.precision == chosen.precision == "fp32"
+    assert found.loader.held_out == HELD_OUT
+    # a seed, and what changes no result, are this command line's
+    assert (found.seed, found.loader.workers) == (3, 0)
+    assert found.run == str(tmp_path / "again")
+    # what is named is changed
+    assert parse([*line, f"--like={saved}", "--optim.lr", "0.5"]).optim.lr == 0.5
+    with pytest.raises(ValueError, match="recipe is vanilla, and this run's is no-mask"):
+        parse(["no-mask", *line[1:], "--like", str(saved)])
+    with pytest.raises(ValueError, match="scale is miniature, and this run's is paper"):
+        parse([*line, "--like", str(saved), "--scale", "paper"])
+    with pytest.raises(ValueError, match=r"absent\.json"):
+        parse([*line, "--like", str(tmp_path / "absent.json")])

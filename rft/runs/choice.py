@@ -1,0 +1,43 @@
+"""Which of several models was chosen by held-out images (rft/merge/choose.py). No torch."""
+
+from pathlib import Path
+
+from rft.runs.folder import checkpoint_path
+from rft.storage import files
+from rft.storage.documents import Name, Positive, Schema, Sha256, Text, Whole, document
+
+BYTES = 2**20  # of a document of candidates
+
+
+@document(name="candidate")
+class Candidate:
+    """A model that was counted."""
+
+    path: Text
+    sha256: Sha256
+    correct: Whole
+
+
+@document(name="choice")
+class Choice:
+    """What was counted on which images, and what was chosen."""
+
+    schema: Schema = 1
+    train_set: Name
+    manifest_sha256: Sha256
+    images: Positive
+    """Held-out images that each was counted on."""
+    candidates: tuple[Candidate, ...]
+    chosen: Text
+    """Path of the run folder."""
+
+
+def read(path: Path) -> Choice:
+    """Read the document of a choice; raises ValueError if it is absent or malformed."""
+    return files.read_document(str(path), Choice, BYTES)
+
+
+def is_current(found: Choice) -> bool:
+    """Whether every candidate is a model on disk with the weights that were counted."""
+    weights = [(checkpoint_path(Path(one.path)), one.sha256) for one in found.candidates]
+    return all(path.is_file() and files.sha256_file(path) == known for path, known in weights)
