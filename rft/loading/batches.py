@@ -59,11 +59,12 @@ class TrainingBatches:
         """Return this rank's sample numbers of step `number`, and let the cache look ahead."""
         if self.packed.shards.cache is not None:
             epoch, step_of_epoch = divmod(number, self.plan.steps_per_epoch)
-            self.packed.shards.look_ahead(
-                self._order_of(epoch).shards_ahead(
-                    step_of_epoch, self.ranks_on_node, self.world_size
-                )
+            ahead = self._order_of(epoch).shards_ahead(
+                step_of_epoch, self.ranks_on_node, self.world_size
             )
+            # few shots leave shards without a sample
+            sizes = self.plan.shard_sizes
+            self.packed.shards.look_ahead([shard for shard in ahead if sizes[shard]])
         return rank_slice(self.global_samples(number), self.rank, self.world_size)
 
     def read(self, number: int, out_BCHW: Tensor | None = None) -> Batch:

@@ -92,11 +92,11 @@ class EpochOrder:
 
         Most urgent first: for each of the ranks' streams, the shards of the blocks that batch
         `step` draws from, and then those of the block after them. Everything at once has no blocks:
-        all shards that hold samples.
+        all shards.
         """
         plan = self.plan
         if plan.block_shards == 0:
-            return [shard for shard, samples in enumerate(plan.shard_sizes) if samples]
+            return list(range(len(plan.shard_sizes)))
         share = plan.batch_size // plan.streams
         slots = plan.batch_size // world_size
         streams: set[int] = set()
@@ -114,8 +114,7 @@ class EpochOrder:
             now += self._shards_between(start, int(ends[last]))
             if last + 1 < len(ends):
                 later += self._shards_between(int(ends[last]), int(ends[last + 1]))
-        # a few-shot choice may leave a shard without samples
-        return [shard for shard in dict.fromkeys(now + later) if plan.shard_sizes[shard]]
+        return list(dict.fromkeys(now + later))
 
     def _shards_between(self, low: int, high: int) -> list[int]:
         """Return the shards that hold virtual positions low ... high - 1."""
