@@ -1,9 +1,9 @@
 """Random crops and flips of training images, drawn by address.
 
 What an epoch does to an image follows from seed, epoch and image id alone. So it is the same for
-any number of ranks and loader processes, in any batch, and after resuming. The crop is the one that
-CLIP and its fine-tuning methods train with: torchvision's `RandomResizedCrop` with 0.9 to 1 of the
-area, bicubic; the flip is its `RandomHorizontalFlip`. Only the random numbers are our own.
+any number of ranks and loader processes, in any batch, and after resuming. The crop is the one with
+which open_clip trains: torchvision's `RandomResizedCrop` with 0.9 to 1 of the area, bicubic; the
+flip is torchvision's `RandomHorizontalFlip`. Only the random numbers are our own.
 """
 
 import math
