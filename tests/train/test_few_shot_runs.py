@@ -10,6 +10,7 @@ import pytest
 from benchmarks.tiny_world import LABELS
 from rft.clip.classifier import map_state
 from rft.config import load_config
+from rft.convert import command as convert
 from rft.evaluate import command as evaluate_command
 from rft.loading.batches import plan_training
 from rft.loading.dataset import PackedDataset
@@ -196,6 +197,40 @@ def test_weights_name_the_shots_they_have_seen(train, tiny_data):
     assert json.loads(header(run)) == [[SET, manifest, 8, 0, 4]]
     seen = trained_on.of_metadata(run, {trained_on.KEY: header(run)})
     assert seen == {TrainedOn(SET, manifest, 8, 0, 4)}
+
+
+def test_an_export_names_the_shots(train, tiny_clip, tmp_path):
+    run = train("vanilla", *SHOTS)
+    call(
+        convert, "export", run, "--to", "open-clip", "--text", tiny_clip, "--out", tmp_path / "hub"
+    )
+    card = json.loads((tmp_path / "hub" / "card.json").read_text())
+    (seen,) = card["trained_on"]
+    assert seen[-1] == 4
+    page = (tmp_path / "hub" / "README.md").read_text()
+    assert f"4 images of each class, manifest {seen[1]}" in page
+    # and comes back with them
+    call(convert, "import", tmp_path / "hub", "--out", tmp_path / "again")
+    found = map_state(tmp_path / "again" / SELECTED).metadata[trained_on.KEY]
+    assert json.loads(found) == [seen]
+
+
+def test_two_ranks_learn_from_the_same_pixels(train_files, original, tiny_clip, tmp_path):
+    # with weights that hardly move, a step's loss is a function of its pixels
+    options = (*SHOTS, "--optim.lr", 1e-9, "--log.every-steps", 1, "--optim.epochs", 2)
+    options += ("--optim.warmup-steps", 0)
+    alone = losses(train_files("vanilla", *options, *CROPS, name="alone"))
+    both = tmp_path / "both"
+    tiny.train("vanilla", original, tiny_clip, both, *options, *CROPS, ranks=2)
+    plain = losses(train_files("vanilla", *options, name="plain"))
+    assert len(alone) == 4
+    assert losses(both) == pytest.approx(alone, rel=1e-6)
+    assert all(abs(one - other) > 1e-4 for one, other in zip(alone, plain, strict=True))
+
+
+def losses(run: Path) -> list[float]:
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in found if "loss" in line]
 
 
 def test_soups_of_different_shots_share_their_held_out_images(train, tiny_data, tmp_path, capsys):
