@@ -47,6 +47,7 @@ Scale = Literal["paper", "small", "miniature"]
 Preset = Literal["paper", "official-parity"]
 Compile = Literal["auto", "on", "off"]
 Cam = Literal["relevance", "grad-cam"]
+Augment = Literal["none", "crop-flip"]
 
 Seconds = Annotated[float, Field(ge=0, lt=1e7)]
 
@@ -79,6 +80,12 @@ class LoaderConfig:
     """Images in a global batch, over all ranks and accumulation steps."""
     held_out: Whole = 10240
     """Training images kept out, stratified by class, to select the checkpoint; 0 keeps the last."""
+    shots: Whole = 0
+    """Images of each class to train on (few-shot), drawn by id with the split's seed from those
+    that are not held out; 0 trains on all. The choice for 4 contains that for 2."""
+    augment: Augment = "none"
+    """crop-flip: a random crop of 0.9 to 1 of the area and a random horizontal flip, new in each
+    epoch, of each image that is trained on; not for sets packed as pixels."""
     streams: Positive = 1
     """Sample streams a global batch is drawn from (block shuffle only)."""
     block_shards: Whole = 0
@@ -289,9 +296,10 @@ class Config:
     """The paper's text, or what its released code really does where the two differ
     (docs/paper.md); a preset only chooses other defaults."""
     seed: Seed = 0
-    """Seed of the sample order, the masks and the fills."""
+    """Seed of the sample order, the masks, the fills and the augmentation."""
     split_seed: Seed | None = None
-    """Seed of the held-out split; the run's seed if not given, as in the paper."""
+    """Seed of the held-out split and of the few-shot choice; the run's seed if not given, as in the
+    paper."""
     order_seed: Seed | None = None
     """Seed of the sample order; the run's seed if not given."""
     precision: PrecisionChoice = "auto"

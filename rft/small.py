@@ -37,6 +37,10 @@ class Size(NamedTuple):
     fewest: int
     """Images of the smallest of them."""
 
+    def chosen(self, shots: int) -> "Size":
+        """Return the size of what is trained on with so many shots; 0 are none."""
+        return Size(shots * self.classes, self.classes, shots) if shots else self
+
     @staticmethod
     def of(labels: np.ndarray) -> "Size":
         """Count the class ids of all images of a set, (N,); a set has at least one."""
@@ -44,11 +48,15 @@ class Size(NamedTuple):
         return Size(int(counts.sum()), len(counts), int(counts.min()))
 
 
-def _held_out(size: Size) -> tuple[int, str]:
+def _held_out(size: Size, shots: int) -> tuple[int, str]:
     """Return how many training images should select the checkpoint, and what decided it.
 
-    A stratified split needs one of each class, and two of it in the set.
+    A stratified split needs one of each class, and two of it in the set. With shots it is a tenth
+    of the shots, and taken from the other images.
     """
+    if 0 < size.fewest <= shots:
+        return 0, "a class has no image besides its shots: last model used"
+    size = size.chosen(shots)
     tenth = size.images // HELD_OUT_PART
     share = max(min(tenth, HELD_OUT_MOST), size.classes)
     if share < HELD_OUT_FEWEST:
@@ -122,6 +130,13 @@ def _require_enough(config: Config, images: int, ranks: int) -> None:
     raise ValueError(f"{what} cannot be shared by {who}{why}; {hint}")
 
 
+def _to_train(config: Config, size: Size) -> int:
+    """Return how many images are trained on; 0 for nonsense, refused where the set is split."""
+    if config.loader.shots:
+        return size.chosen(config.loader.shots).images
+    return max(0, size.images - config.loader.held_out)
+
+
 def rule(config: Config, size: Size, ranks: int) -> dict[str, int]:
     """Return the rule's four numbers by option name; other scales have none.
 
@@ -136,11 +151,11 @@ def _rule(config: Config, size: Size, ranks: int) -> dict[str, tuple[int, str]]:
     if config.scale != "small":
         return {}
     loader, optim = config.loader, config.optim
-    left = max(0, size.images - loader.held_out)  # nonsense is refused where the set is split
+    left = _to_train(config, size)
     epoch = left // loader.batch_size
     steps = optim.epochs * epoch
     return {
-        "loader.held_out": _held_out(size),
+        "loader.held_out": _held_out(size, loader.shots),
         "loader.batch_size": _shared_batch(config, left, ranks),
         "optim.warmup_steps": (
             min(steps // WARMUP_PART, WARMUP_MOST),
@@ -171,7 +186,7 @@ def fit(config: Config, size: Size, ranks: int, named: Collection[str] = ()) -> 
     for option in OPTIONS:  # in order: each is computed from those before it
         if option not in named:
             if option == "loader.batch_size":
-                _require_enough(config, size.images - config.loader.held_out, ranks)
+                _require_enough(config, _to_train(config, size), ranks)
             group, name = option.split(".")
             changed = replace(getattr(config, group), **{name: rule(config, size, ranks)[option]})
             config = replace(config, **{group: changed})
@@ -186,8 +201,9 @@ def rule_in_words(config: Config, size: Size, ranks: int) -> list[str]:
     numbers = _rule(config, size, ranks)
     if not numbers:
         return []
+    chosen = size.chosen(config.loader.shots)
     lines = [
-        f"--scale small for {size.images:,} images of {size.classes:,} classes on {ranks} "
+        f"--scale small for {chosen.images:,} images of {size.classes:,} classes on {ranks} "
         f"rank{'s' if ranks > 1 else ''}:"
     ]
     for option, (number, reason) in numbers.items():

@@ -25,8 +25,11 @@ def numbers(config: Config) -> tuple[int, ...]:
     )
 
 
-def fitted(size: Size, ranks: int = 1, recipe: str = "vanilla", **optim: int) -> Config:
+def fitted(
+    size: Size, ranks: int = 1, recipe: str = "vanilla", shots: int = 0, **optim: int
+) -> Config:
     config = recipes.build(recipe, scale="small", data="d", run="r")
+    config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, shots=shots))
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **optim))
     return small.fit(config, size, ranks)
 
@@ -51,6 +54,36 @@ def fitted(size: Size, ranks: int = 1, recipe: str = "vanilla", **optim: int) ->
 )
 def test_the_rule(size, expected):
     assert numbers(fitted(size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "shots", "expected"),
+    [
+        # as the rule has it for a set of so many images, all of which are trained on
+        (Size(3000, 16, 187), 16, (25, 16, 16, 16)),
+        (Size(1_281_167, 1000, 732), 16, (1600, 64, 250, 250)),
+        # one of each class is more than a fifth
+        (Size(1_281_167, 1000, 732), 4, (0, 64, 62, 62)),
+        (Size(1_281_167, 1000, 732), 1, (0, 32, 31, 31)),
+        # the smallest class has nothing left to hold out
+        (Size(3000, 16, 16), 16, (0, 16, 16, 16)),
+        (Size(3000, 16, 17), 16, (25, 16, 16, 16)),
+        # its shots cannot be drawn, which is refused where the set is split
+        (Size(3000, 16, 3), 16, (0, 16, 16, 16)),
+    ],
+)
+def test_the_rule_follows_from_the_shots(size, shots, expected):
+    config = fitted(size, shots=shots)
+    assert numbers(config) == expected
+    (first, *_) = small.rule_in_words(config, size, 1)
+    assert first.startswith(
+        f"--scale small for {shots * size.classes:,} images of {size.classes:,}"
+    )
+
+
+def test_shots_are_shared_by_ranks():
+    with pytest.raises(ValueError, match="4 images to train on cannot be shared by 8 ranks"):
+        fitted(Size(3000, 4, 100), ranks=8, shots=1)
 
 
 @pytest.mark.slow

@@ -124,7 +124,11 @@ def export_weights(arguments: Export) -> None:
     if to == "open-clip":
         described = _with_page(described, folder, old, contents)
     # first, so that the same command can resume where it was stopped
-    files.write_json(str(card_path), dataclasses.asdict(described))
+    files.write_json(
+        str(card_path),
+        dataclasses.asdict(described)
+        | {"trained_on": trained_on.as_lists(described.trained_on or ())},
+    )
     for name, data in contents.items():
         files.write_bytes(str(folder / name), data)
     cli.say(f"exported: {out}, described in {card_path}")

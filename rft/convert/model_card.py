@@ -115,7 +115,8 @@ def _made(card: Card) -> Iterator[tuple[str, object]]:
         if isinstance(value, str | int | float):
             yield name, value
     for seen in card.trained_on or ():
-        yield f"training set {seen.name}", f"manifest {seen.manifest_sha256}"
+        part = f"{seen.shots} images of each class, " if seen.shots else ""
+        yield f"training set {seen.name}", f"{part}manifest {seen.manifest_sha256}"
     for name, sha256 in card.files.items():
         yield f"SHA-256 of {name}", sha256
     yield "SHA-256 of the run's weights", card.source.sha256

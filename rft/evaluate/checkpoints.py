@@ -6,12 +6,14 @@ A run that is still training replaces its selected weights at any time. Their ha
 taken when they are loaded, and compared when the counts are written.
 """
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rft import dist
@@ -28,13 +30,15 @@ from rft.clip.classifier import (
 from rft.dist import World
 from rft.evaluate.unwritten import System, Unwritten, header_of, path_of
 from rft.loading.dataset import PackedDataset
+from rft.loading.split import split_set
 from rft.runs import derived, filenames
 from rft.runs.filenames import SELECTED
 from rft.runs.folder import checkpoint_path, current_results, unfinished
-from rft.runs.trained_on import of_model
+from rft.runs.trained_on import TrainedOn, of_model
 from rft.sets import BENCHMARKS
 from rft.shards.folder import MANIFEST
 from rft.shards.guard import seen_images
+from rft.shards.index import Index
 from rft.shards.manifest import Manifest, warn_of_one_class
 from rft.storage import files
 
@@ -182,11 +186,11 @@ def images_seen(
     found, known = [], {}
     for one in systems:
         path = path_of(one)
-        trained_on = frozenset(
-            (name, sha256) for name, sha256, *_ in of_model(path, header_of(one).metadata)
-        )
+        trained_on = of_model(path, header_of(one).metadata)
         if trained_on not in known:
-            known[trained_on] = seen_images(data, sorted(trained_on), manifests)
+            pairs = sorted({(name, sha256) for name, sha256, *_ in trained_on})
+            parts = few_shot_parts(trained_on, data, manifests)
+            known[trained_on] = seen_images(data, pairs, manifests, parts)
         found.append(known[trained_on])
         for name, count in known[trained_on].items():
             log.warning(
@@ -195,6 +199,42 @@ def images_seen(
                 "points too high"
             )
     return found
+
+
+def few_shot_parts(
+    trained_on: Iterable[TrainedOn], data: str, manifests: Mapping[str, Manifest]
+) -> dict[str, np.ndarray]:
+    """Find which samples a model has seen of the sets that it was trained on with few shots.
+
+    By the hash of their manifest, for sets that are here; held-out samples count as seen. What a
+    training without shots has seen is the whole set, which is no part.
+    """
+    by_set: dict[str, list[TrainedOn]] = {}
+    for one in trained_on:
+        by_set.setdefault(one.manifest_sha256, []).append(one)
+    found = {}
+    for sha256, entries in by_set.items():
+        names = dict.fromkeys((*(one.name for one in entries), *manifests))
+        if not all(one.shots for one in entries):
+            continue
+        for name in names:
+            url = files.join(data, name)
+            # a damaged set is named where it is compared
+            with contextlib.suppress(ValueError):
+                if not files.exists(files.join(url, MANIFEST)):
+                    continue
+                manifest = Manifest.load(url)
+                if manifest.sha256 == sha256:
+                    found[sha256] = _seen_by(entries, Index.load(url, manifest), manifest)
+                    break
+    return found
+
+
+def _seen_by(entries: Iterable[TrainedOn], index: Index, manifest: Manifest) -> np.ndarray:
+    splits = (
+        split_set(index, manifest, one.held_out, one.shots, one.split_seed) for one in entries
+    )
+    return np.unique(np.concatenate([part for split in splits for part in split]))
 
 
 def require_classes(systems: Sequence[System], packed: Mapping[str, PackedDataset]) -> None:

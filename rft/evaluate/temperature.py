@@ -33,7 +33,8 @@ def held_out_of(one: Loaded) -> TrainedOn:
     Raises:
         ValueError: if there are none.
     """
-    seen = of_model(one.path, one.saved.metadata)
+    # whatever was trained on, what was held out is new to the model
+    seen = {found._replace(shots=0) for found in of_model(one.path, one.saved.metadata)}
     if not seen:
         return _of_untrained(one.path)
     if len(seen) > 1:

@@ -8,14 +8,17 @@ checkpoint keeps of it: a run that would read other batches is refused.
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from rft.config import Config
 from rft.loading import order
-from rft.loading.dataset import PackedDataset
+from rft.loading.augment import Augmentation
+from rft.loading.dataset import Batch, PackedDataset
 from rft.loading.order import EpochOrder, Plan, rank_slice
-from rft.loading.split import held_out_split
+from rft.loading.split import split_set
 
 
 @dataclass(eq=False)
@@ -31,6 +34,8 @@ class TrainingBatches:
     world_size: int
     ranks_on_node: Sequence[int] = ()
     """Ranks that share this one's cache."""
+    augment_seed: int | None = None
+    """Seed of the augmentation; None reads the images as they are."""
     _order: EpochOrder | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -54,12 +59,21 @@ class TrainingBatches:
         """Return this rank's sample numbers of step `number`, and let the cache look ahead."""
         if self.packed.shards.cache is not None:
             epoch, step_of_epoch = divmod(number, self.plan.steps_per_epoch)
-            self.packed.shards.look_ahead(
-                self._order_of(epoch).shards_ahead(
-                    step_of_epoch, self.ranks_on_node, self.world_size
-                )
+            ahead = self._order_of(epoch).shards_ahead(
+                step_of_epoch, self.ranks_on_node, self.world_size
             )
+            # few shots leave shards without a sample
+            sizes = self.plan.shard_sizes
+            self.packed.shards.look_ahead([shard for shard in ahead if sizes[shard]])
         return rank_slice(self.global_samples(number), self.rank, self.world_size)
+
+    def read(self, number: int, out_BCHW: Tensor | None = None) -> Batch:
+        """Read batch `number`; see `PackedDataset.batch`."""
+        drawn = None
+        if self.augment_seed is not None:
+            drawn = Augmentation(self.augment_seed, number // self.plan.steps_per_epoch)
+        samples = self.samples_of(number)
+        return self.packed.batch(samples, self.image_size, out_BCHW, drawn)
 
     def _order_of(self, epoch: int) -> EpochOrder:
         # one epoch is kept, because steps are read in rising order
@@ -90,6 +104,10 @@ class EvaluationBatches:
         """Return the sample numbers of batch `number`."""
         return self.samples[number * self.largest : (number + 1) * self.largest]
 
+    def read(self, number: int, out_BCHW: Tensor | None = None) -> Batch:
+        """Read batch `number`; see `PackedDataset.batch`."""
+        return self.packed.batch(self.samples_of(number), self.image_size, out_BCHW)
+
 
 def rank_part(samples: int, rank: int, world_size: int, whole: int = 1) -> slice:
     """Return a rank's part of so many samples of an evaluation: every sample is in exactly one.
@@ -110,12 +128,18 @@ def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarr
     """Split a set for a run: its plan, the sample numbers that it orders, and those held out.
 
     Raises:
-        ValueError: if the set is too small for the batch or for the held-out part.
+        ValueError: if the set is too small for the batch, the held-out part or the shots.
     """
     loader = config.loader
-    samples, held_out = held_out_split(
-        packed.index.key, packed.index.label, loader.held_out, config.held_out_seed
+    samples, held_out = split_set(
+        packed.index, packed.manifest, loader.held_out, loader.shots, config.held_out_seed
     )
+    if loader.shots and loader.batch_size > len(samples):
+        raise ValueError(
+            f"a batch of {loader.batch_size} is larger than the {len(samples)} training samples "
+            f"that --loader.shots {loader.shots} leaves; choose a --loader.batch-size of at most "
+            f"{len(samples)}, or more shots"
+        )
     plan = Plan(
         shard_sizes=packed.shard_sizes(samples),
         batch_size=loader.batch_size,
@@ -126,7 +150,9 @@ def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarr
     return plan, samples, held_out
 
 
-def fingerprint(packed: PackedDataset, plan: Plan, held_out: int, held_out_seed: int) -> dict:
+def fingerprint(
+    packed: PackedDataset, plan: Plan, held_out: int, held_out_seed: int, shots: int = 0
+) -> dict[str, Any]:
     """Collect all that decides which samples step t holds, for a checkpoint to be compared with."""
     return {
         "algorithm": order.ALGORITHM,
@@ -138,4 +164,6 @@ def fingerprint(packed: PackedDataset, plan: Plan, held_out: int, held_out_seed:
         "seed": plan.seed,
         "held_out": held_out,
         "held_out_seed": held_out_seed,
+        # checkpoints of runs without shots stay as they were
+        **({"shots": shots} if shots else {}),
     }

@@ -12,6 +12,7 @@ import torch
 from isal.isal_zlib import crc32
 from torch import Tensor
 
+from rft.loading.augment import Augmentation
 from rft.shards.images import clip_pixels, load_image
 from rft.shards.packed import PAYLOAD_BYTES, PackedSet
 from rft.shards.ranges import cut
@@ -48,10 +49,17 @@ class PackedDataset(PackedSet):
         """Return a sample as CLIP sees it, uint8 (3, size, size); raises what `batch` does."""
         return self.batch(np.array([sample]), size).images_BCHW[0].numpy()
 
-    def batch(self, samples: np.ndarray, size: int, out_BCHW: Tensor | None = None) -> Batch:
+    def batch(
+        self,
+        samples: np.ndarray,
+        size: int,
+        out_BCHW: Tensor | None = None,
+        augmentation: Augmentation | None = None,
+    ) -> Batch:
         """Return the named samples as one batch of uint8 images.
 
-        The images are written to the first rows of `out_BCHW` where it is given.
+        The images are written to the first rows of `out_BCHW` where it is given. `augmentation` is
+        for sets whose images are decoded (`require_decoded`).
 
         Raises:
             ValueError: if the set was packed at another size, or a sample's bytes are damaged.
@@ -61,7 +69,7 @@ class PackedDataset(PackedSet):
         if out_BCHW is None:
             out_BCHW = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
         images_BCHW = out_BCHW[: len(samples)]
-        decoding = self._fill(samples, images_BCHW.numpy())
+        decoding = self._fill(samples, images_BCHW.numpy(), augmentation)
         spent = self.shards.counters
         reading = Reading(
             seconds=time.perf_counter() - began,
@@ -77,16 +85,34 @@ class PackedDataset(PackedSet):
             reading,
         )
 
-    def _fill(self, samples: np.ndarray, images_BCHW: np.ndarray) -> float:
+    def require_decoded(self, option: str) -> None:
+        """Check that the set's images can be augmented, as `option` wants it.
+
+        Raises:
+            ValueError: if they are stored as pixels.
+        """
+        if self._payload.is_array:
+            raise ValueError(
+                f"{option} crops each image anew in each epoch, but {self.url} holds the model's "
+                "input itself (--encoding pixels), which is copied into the batch and never "
+                "decoded; pack the set with --encoding original, or leave the option out"
+            )
+
+    def _fill(
+        self, samples: np.ndarray, images_BCHW: np.ndarray, augmentation: Augmentation | None
+    ) -> float:
         """Write the samples' images; return the seconds spent in decoding."""
         if self._payload.is_array:
+            assert augmentation is None, "require_decoded comes before it"
             self._copy_pixels(samples, images_BCHW)
             return 0.0
         # at once, unless the files are huge: then some at a time
         parts = cut(self.index.length[samples].tolist(), PAYLOAD_BYTES)
-        return sum(self._decode(samples[a:b], images_BCHW[a:b]) for a, b in parts)
+        return sum(self._decode(samples[a:b], images_BCHW[a:b], augmentation) for a, b in parts)
 
-    def _decode(self, samples: np.ndarray, images_BCHW: np.ndarray) -> float:
+    def _decode(
+        self, samples: np.ndarray, images_BCHW: np.ndarray, augmentation: Augmentation | None
+    ) -> float:
         """Write the images of samples whose payloads are files; return the seconds of decoding."""
         size = images_BCHW.shape[-1]
         payloads = self.payloads(samples)
@@ -95,7 +121,11 @@ class PackedDataset(PackedSet):
         rows = self._rows(samples)
         for image_CHW, row, data in zip(images_BCHW, rows, payloads, strict=True):
             image = load_image(data, self._where(row), treatment, self.max_pixels)
-            image_CHW[:] = clip_pixels(image, size, treatment.border)
+            if augmentation is None:
+                image_CHW[:] = clip_pixels(image, size, treatment.border)
+            else:
+                key = self.key(row.sample)
+                image_CHW[:] = augmentation.pixels(image, key, size, treatment.border)
         return time.perf_counter() - began
 
     def _copy_pixels(self, samples: np.ndarray, images_BCHW: np.ndarray) -> None:

@@ -174,10 +174,8 @@ class Slots(Dataset[_Item | ValueError]):
         os.close(self._descriptor)
 
     def __getitem__(self, index: int) -> _Item | ValueError:
-        batches = self.batches
         try:
-            samples = batches.samples_of(index)
-            batch = batches.packed.batch(samples, batches.image_size, self.images(index))
+            batch = self.batches.read(index, self.images(index))
         except ValueError as error:
             # as a value: a loader process would raise it again as a whole traceback in one string
             return error

@@ -1,10 +1,45 @@
-"""The held-out split: training images that select the checkpoint, chosen by image id.
+"""Which training images select the checkpoint, and which of the others are trained on.
 
-A split by id never depends on how the images were packed, and it is the released code's own:
-sklearn's stratified split over the images in class and name order (its data/imagenet.py).
+Both are chosen by image id, so they never depend on how the images were packed. The held-out split
+is the released code's own: sklearn's stratified split over the images in class and name order (its
+data/imagenet.py). The few-shot choice is made from what that leaves, so that the held-out images
+are the same for every number of shots.
 """
 
 import numpy as np
+
+from rft import rng
+from rft.shards.index import Index
+from rft.shards.manifest import Manifest
+
+
+def split_set(
+    index: Index, manifest: Manifest, held_out: int, shots: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split a set into the samples that are trained on and those held out: sorted numbers of both.
+
+    With `shots` above 0, training has that many samples of each class, and the rest is in neither.
+
+    Raises:
+        ValueError: if the set, or one of its classes, is too small.
+    """
+    samples, held = held_out_split(index.key, index.label, held_out, seed)
+    if not shots:
+        return samples, held
+    classes = len(manifest.classes)
+    # a class without any image in the set is trained without images, as it is without shots
+    present_K = np.bincount(index.label, minlength=classes) > 0
+    count_K = np.bincount(index.label[samples], minlength=classes)
+    short = np.flatnonzero(present_K & (count_K < shots))
+    if len(short):
+        name, count = manifest.classes[short[0]], count_K[short[0]]
+        others = f", and {len(short) - 1:,} more classes have too few" if len(short) > 1 else ""
+        raise ValueError(
+            f"--loader.shots is {shots}, but class {name!r} has {count} training "
+            f"image{'s' if count != 1 else ''} besides those of the {held_out:,} held out{others}; "
+            "choose fewer shots or a smaller --loader.held-out, or add images"
+        )
+    return few_shot(index.key, index.label, samples, shots, seed), held
 
 
 def held_out_split(
@@ -40,3 +75,28 @@ def held_out_split(
     )
     # sorted as the set is stored: `PackedDataset.shard_sizes` requires it
     return np.sort(canonical[train]), np.sort(canonical[held])
+
+
+def few_shot(
+    keys: np.ndarray, labels: np.ndarray, samples: np.ndarray, shots: int, seed: int
+) -> np.ndarray:
+    """Choose `shots` of the given samples of each class: their sorted numbers.
+
+    Each id has a number of its own, a hash of seed and id, and a class gives its smallest ones. So
+    a choice is part of every larger one, and depends neither on the packing nor on other classes.
+
+    Args:
+        keys: ids of the whole set, (N,).
+        labels: their classes, (N,).
+        samples: numbers of those to choose from, each class with at least `shots` of them.
+        shots: images of each class.
+        seed: of the choice.
+    """
+    key_N, label_N = keys[samples], labels[samples]
+    hashed = (rng.derive(seed, "shots", key.decode()) for key in key_N.tolist())
+    hash_N = np.fromiter(hashed, np.int64, len(key_N))
+    # the last one counts first: by class, then by hash; ids only separate equal hashes
+    order = np.lexsort((key_N, hash_N, label_N))
+    firsts = np.flatnonzero(np.diff(label_N[order], prepend=-1))
+    rank = np.arange(len(order)) - np.repeat(firsts, np.diff(firsts, append=len(order)))
+    return np.sort(samples[order[rank < shots]])

@@ -27,13 +27,20 @@ class TrainedOn(NamedTuple):
     held_out: Count = 0
     """How many of its images the weights have not seen, drawn by `rft.loading.split`."""
     split_seed: RecordedSeed = 0
-    """Seed of that draw."""
+    """Seed of that draw, and of the next."""
+    shots: Count = 0
+    """Images of each class that they were trained on; 0 are all that were not held out."""
+
+
+def as_lists(seen: Iterable[TrainedOn]) -> list[list[str | int]]:
+    """List sets for a JSON document; without shots, as versions read it that know of none."""
+    return [list(one if one.shots else one[:-1]) for one in sorted(set(seen))]
 
 
 def entries(seen: Iterable[TrainedOn]) -> dict[str, str]:
     """Return the metadata entry that names the sets."""
     # an empty list too: without an entry, the weights are taken for older ones, which are unknown
-    return {KEY: json.dumps(sorted(set(seen)))}
+    return {KEY: json.dumps(as_lists(seen))}
 
 
 def of_metadata(path: Path, metadata: Mapping[str, str]) -> frozenset[TrainedOn] | None:

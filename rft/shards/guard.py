@@ -11,6 +11,7 @@ evaluation counts what its models have seen (`seen_images`).
 import contextlib
 import logging
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -84,7 +85,10 @@ def is_test_set(manifest: Manifest) -> bool:
 
 
 def seen_images(
-    root: str, trained_on: Collection[tuple[str, str]], tests: Mapping[str, Manifest]
+    root: str,
+    trained_on: Collection[tuple[str, str]],
+    tests: Mapping[str, Manifest],
+    parts: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> dict[str, int]:
     """Return how many images of each set below a data root a model was trained on, if any.
 
@@ -93,11 +97,17 @@ def seen_images(
         trained_on: name and manifest's hash of each packed set that the model has seen. What its
             training held out counts as seen, as it selected the weights.
         tests: name of each set -> its manifest.
+        parts: manifest's hash of a set that it has not seen all of -> numbers of the samples that
+            it has seen, held-out ones among them.
 
     What cannot be compared because a file is damaged is warned of.
     """
     hashes = {sha256 for _, sha256 in trained_on}
-    whole = {name: one.samples for name, one in tests.items() if one.sha256 in hashes}
+    whole = {
+        name: len(parts[one.sha256]) if one.sha256 in parts else one.samples
+        for name, one in tests.items()
+        if one.sha256 in hashes
+    }
     sources: dict[str, np.ndarray | None] = {}
     seen: dict[str, np.ndarray] = {}
     for name, sha256 in trained_on:
@@ -114,6 +124,7 @@ def seen_images(
             continue
         if (source_N := _source(url, manifest, EVALUATED)) is None:
             continue
+        source_N = source_N[parts.get(sha256, slice(None))]
         for test, its in tests.items():
             if test in whole or its.samples_sha256 is None:
                 continue

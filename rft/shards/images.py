@@ -225,10 +225,7 @@ def clip_square(
         ValueError: if nothing is left inside the border, or one side is over MOST_ELONGATED times
             the other.
     """
-    if border:
-        if min(image.size) <= 2 * border:
-            raise ValueError(f"an image of {image.size} pixels is all border ({border} a side)")
-        image = image.crop((border, border, image.width - border, image.height - border))
+    image = cut_border(image, border)
     short, long = sorted(image.size)
     if long > MOST_ELONGATED * short:
         raise ValueError(f"an image of {image.size} pixels: {TOO_ELONGATED}")
@@ -240,6 +237,19 @@ def clip_square(
     # round() takes halves to the even neighbour, and so does torchvision
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
+
+
+def cut_border(image: Image.Image, border: int) -> Image.Image:
+    """Cut `border` pixels from each side of an image.
+
+    Raises:
+        ValueError: if nothing is left inside.
+    """
+    if not border:
+        return image
+    if min(image.size) <= 2 * border:
+        raise ValueError(f"an image of {image.size} pixels is all border ({border} a side)")
+    return image.crop((border, border, image.width - border, image.height - border))
 
 
 @lru_cache

@@ -14,6 +14,7 @@ from rft.clip.head import zero_shot_head
 from rft.clip.load import load_clip
 from rft.config import Config
 from rft.dist import World
+from rft.loading import augment
 from rft.loading.batches import TrainingBatches, fingerprint, plan_training
 from rft.loading.dataset import PackedDataset
 from rft.method.averaging import require_alike
@@ -43,6 +44,8 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     warn_of_one_class(packed.url, packed.manifest.groups)
     require_no_test_images(config.data, config.train_set, packed.manifest, packed.index.key)
     plan, samples, held_out = plan_training(packed, config)
+    if loader.augment != "none":
+        packed.require_decoded(f"--loader.augment {loader.augment}")
     pretrained = load_clip(config.model)
     # one image now, so that shards of the wrong size stop the run here and not inside it
     packed.image(int(samples[0]), pretrained.architecture.image_size)
@@ -73,6 +76,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
         rank=world.rank,
         world_size=world.size,
         ranks_on_node=world.ranks_on_node,
+        augment_seed=None if loader.augment == "none" else config.seed,
     )
     return Job(
         config=config,
@@ -82,7 +86,8 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
         batches=batches,
         held_out=held_out,
         fingerprint={
-            **fingerprint(packed, plan, loader.held_out, config.held_out_seed),
+            **fingerprint(packed, plan, loader.held_out, config.held_out_seed, loader.shots),
+            **({} if loader.augment == "none" else {"augmentation": augment.ALGORITHM}),
             **inputs_fingerprint(config),
             "pretrained_sha256": pretrained_sha256,
         },

@@ -21,7 +21,7 @@ from rft.shards.index import Index
 from rft.shards.manifest import Manifest
 from rft.storage import files
 from rft.train.build import prepare
-from rft.train.estimate import estimate
+from rft.train.estimate import estimate, shots
 from rft.train.finish import run_job, tell_finished
 from rft.train.job import Job
 from rft.train.journal import require_packages
@@ -55,7 +55,7 @@ Recipes (the paper's numbers for each: rft/paper.py):
 SHOWN = (
     *("data", "run-dir", "train-set", "scale", "seed", "precision", "device", "dry-run"),
     *("model.clip", "model.pretrained", "model.start"),
-    *("loader.batch-size", "loader.held-out", "loader.workers", "loader.cache-dir"),
+    *("loader.batch-size", "loader.held-out", "loader.shots", "loader.workers", "loader.cache-dir"),
     *("method.threshold", "method.rate", "method.distill-weight"),
     *("optim.lr", "optim.epochs", "optim.warmup-steps", "optim.weight-decay", "tracker"),
 )
@@ -204,6 +204,9 @@ def tell_start(job: Job, why: str) -> None:
         pool = config.donor_pool(world.size)
         few = " (few: the paper's has 512)" if pool < SMALL_POOL else ""
         log.info(f"fills choose from {pool} images{few}")
+    if config.loader.shots:
+        images = job.batches.plan.samples
+        log.info(f"few-shot: {images:,} images to train on{shots(config)}")
     set_size = small.Size.of(job.batches.packed.index.label)
     for line in small.rule_in_words(config, set_size, world.size):
         log.info(line)

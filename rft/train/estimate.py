@@ -49,7 +49,8 @@ def estimate(job: Job, arguments: Sequence[str], why: str = "") -> str:
         "Data": [
             f"{config.train_set}: {len(packed):,} samples of {len(manifest.classes):,} classes in "
             f"{len(manifest.shards):,} shards, {stored} ({manifest.encoding['kind']})",
-            f"{job.batches.plan.samples:,} to train on, {len(job.held_out):,} held out",
+            f"{job.batches.plan.samples:,} to train on{shots(config)}, "
+            f"{len(job.held_out):,} held out",
             *small.rule_in_words(config, set_size, ranks),
         ],
         "Steps": steps(config, job.batches.plan, job.total_steps),
@@ -60,6 +61,11 @@ def estimate(job: Job, arguments: Sequence[str], why: str = "") -> str:
     }
     blocks = ["\n".join([title, *(f"  {line}" for line in ls)]) for title, ls in sections.items()]
     return "\n\n".join(blocks)
+
+
+def shots(config: Config) -> str:
+    """Describe the few-shot choice behind the number of images; empty without one."""
+    return f" ({config.loader.shots} of each class)" if config.loader.shots else ""
 
 
 def configuration(

@@ -1,7 +1,8 @@
 """Features of frozen towers: computed in the first epoch, read from files in later ones.
 
-Images are not augmented, so a frozen tower gives a clean image the same features in every epoch:
-the student's in a linear probe, no-mask's teacher, WiSE-KD's second teacher. In the epoch that
+Without augmentation a frozen tower gives a clean image the same features in every epoch: the
+student's in a linear probe, no-mask's teacher, WiSE-KD's second teacher. With it, only those of the
+held-out images are kept. In the epoch that
 fills the files each rank computes its part of every batch as it always does, and the main rank,
 which gets all parts, writes them. What that epoch did not see is computed at its end. From then on
 a batch comes with its rows, and without images where no tower looks at them.
@@ -52,13 +53,22 @@ def folder(config: Config) -> FeatureFolder:
 
 
 def keeps(job: Job) -> bool:
-    """Whether the run reads features from files: one with frozen towers and several epochs."""
-    several = job.config.optim.epochs > 1 and job.config.loader.features_gb > 0
-    return several and bool(job.objective.frozen)
+    """Whether the run reads training images' features from files.
+
+    It does with frozen towers and several epochs that show the same pixels.
+    """
+    return _lasts(job) and job.config.loader.augment == "none" and bool(job.objective.frozen)
+
+
+def _lasts(job: Job) -> bool:
+    """Whether features that are kept would be read in a later epoch."""
+    return job.config.optim.epochs > 1 and job.config.loader.features_gb > 0
 
 
 def in_words(job: Job) -> list[str]:
     """Describe what a run keeps, for `--dry-run`."""
+    if job.config.loader.augment != "none" and _lasts(job) and job.objective.frozen:
+        return ["keeps no features of training images, which are augmented anew in each epoch"]
     if not keeps(job):
         return []
     towers, where = job.objective.frozen, folder(job.config)
@@ -78,7 +88,7 @@ def in_words(job: Job) -> list[str]:
 
 def held_out(job: Job) -> Kept | None:
     """Return where the held-out images' features are kept; None if their tower learns."""
-    if not (keeps(job) and "student" in job.objective.frozen and len(job.held_out)):
+    if not (_lasts(job) and "student" in job.objective.frozen and len(job.held_out)):
         return None
     return Kept.of(folder(job.config), [job.student])
 

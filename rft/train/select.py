@@ -82,6 +82,6 @@ def metadata(job: Job, step: int) -> dict[str, str]:
     # a model that was never trained has not seen the set
     if step > 0:
         known = job.fingerprint
-        split = known["held_out"], known["held_out_seed"]
+        split = known["held_out"], known["held_out_seed"], known.get("shots", 0)
         seen.add(TrainedOn(job.config.train_set, known["manifest_sha256"], *split))
     return {"recipe": job.config.recipe, "step": str(step), **trained_on.entries(seen)}

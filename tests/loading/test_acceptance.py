@@ -348,6 +348,9 @@ class _Watching:
             [os.getppid(), len(shards._descriptors), int(fsspec.asyn.iothread[0] is not None)]
         )
 
+    def read(self, number: int, out_BCHW: torch.Tensor):
+        return self.packed.batch(self.samples_of(number), self.image_size, out_BCHW)
+
 
 class _Told:
     def __init__(self, packed: PackedDataset) -> None:

@@ -321,8 +321,8 @@ def test_a_weights_file_in_other_codes_folder_belongs_to_no_run(tmp_path):
 @pytest.mark.parametrize(
     "seen",
     [
-        3, {}, [3], [["train"]], [["train", SHA, "a"]], [["train", SHA, 1, 2, 3]],
-        [["train", "x"]], [[3, SHA]],
+        3, {}, [3], [["train"]], [["train", SHA, "a"]], [["train", SHA, 1, 2, 3, 4]],
+        [["train", SHA, 1, 2, -1]], [["train", "x"]], [[3, SHA]],
         [["a\x1bb", SHA]], [{"name": "train", "manifest_sha256": 3}],
     ],
 )  # fmt: skip

@@ -16,11 +16,13 @@ class Photos(PackedDataset):
         super().__init__(reading.source, cache=cache)
         self.inheritance = reading.decode
 
-    def batch(self, samples: np.ndarray, size: int, out_BCHW: Any = None) -> Any:
+    def batch(
+        self, samples: np.ndarray, size: int, out_BCHW: Any = None, augmentation: Any = None
+    ) -> Any:
         """Return what rft reads."""
         if self.inheritance.report:
             self.inheritance.tell()
-        return super().batch(samples, size, out_BCHW)
+        return super().batch(samples, size, out_BCHW, augmentation)
 
     def numbers(self, samples_B: Any) -> list[int]:
         """Return the photographs' numbers, which their files are named after."""
