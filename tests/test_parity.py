@@ -36,8 +36,6 @@ def test_every_method_names_its_repository_and_a_variable_of_its_own():
 
 
 def test_the_saved_page_is_made_of_the_saved_result_which_is_within_the_tolerance():
-    if not parity.RESULT.exists():
-        pytest.skip("nothing was saved: python -m benchmarks.parity --save")
     document = files.read_json(str(parity.RESULT))
     assert parity.PAGE.read_text() == parity.page(document)
     assert parity.beyond(document) == []

@@ -208,15 +208,16 @@ def test_they_compose_with_the_papers_method(job, images_BCHW, labels_B, optimiz
 @pytest.mark.parametrize("recipe", ["l2-sp", "spd", "ftp"])
 def test_theta_0_keeps_its_digits_where_the_teacher_is_bf16(prepare, recipe):
     job = prepare("--precision", "bf16", recipe=recipe)
-    exact = prepare("--precision", "fp32", recipe=recipe)
     assert job.objective.teacher.visual.proj.dtype == torch.bfloat16
-    for anchors in (job.objective.anchored()[1], build_optimizer(job.objective, job.config.optim)):
-        if not isinstance(anchors, list):
-            anchors = [anchor for _, anchor in anchors._pairs] if recipe != "l2-sp" else []
-        for anchor, own in zip(anchors, exact.objective.teacher.parameters(), strict=False):
-            assert torch.equal(anchor, own)
-    assert len(job.objective.anchored()[1]) == len(list(job.student.parameters()))
+    exact = list(prepare(recipe=recipe).objective.teacher.parameters())
+    learning, anchors = job.objective.anchored()
+    assert [id(weight) for weight in learning] == [id(w) for w in job.student.parameters()]
+    assert len(anchors) == len(exact)
+    for anchor, own in zip(anchors, exact, strict=True):
+        assert torch.equal(anchor, own)
+    # no copy where nothing needs it
     assert prepare("--precision", "bf16", recipe="vanilla").objective.pretrained is None
+    assert prepare(recipe=recipe).objective.pretrained is None
 
 
 def test_rounded_anchors_are_refused():
