@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from benchmarks import machine, parities
 from rft import cli
 from rft.storage import files
@@ -114,20 +116,20 @@ def beyond(document: dict[str, Any]) -> list[str]:
 
 def page(document: dict[str, Any]) -> str:
     """Write the result as Markdown."""
-    lines = ["| method | released code | compared | largest difference |", "|---|---|---|--:|"]
+    header = ["method", "released code", "compared", "largest difference", "rft", "torch", "day"]
+    lines = [f"| {' | '.join(header)} |", "|---|---|---|--:|---|---|---|"]
     for method, found in sorted(document["parities"].items()):
         code = f"{found['repository']} at {found['peer_commit'][:12]}"
+        made = f"{found['commit'] or 'not recorded'} | {found['torch']} | {found['date'][:10]}"
         lines += [
-            f"| `{method}` | {code} | {name} | {difference:.1e} |"
+            f"| `{method}` | {code} | {name} | {difference:.1e} | {made} |"
             for name, difference in sorted(found["differences"].items())
         ]
-    commits = {found["commit"] or "not recorded" for found in document["parities"].values()}
     lines += [
         "",
-        "Differences are divided by the largest number of the released code's tensor; both sides "
-        f"compute in fp32 on the CPU, and {document['tolerance']:.0e} is the tolerance. Measured "
-        f"by `python -m benchmarks.parity`: {machine.made(document)}; rft at "
-        f"{', '.join(sorted(commits))}; torch {document['versions']['torch']}.",
+        "Both sides compute in fp32 on the CPU. A difference is divided by the largest number of "
+        f"the released code's tensor; {document['tolerance']:.0e} is the tolerance "
+        f"(`python -m benchmarks.parity`, last called on {document['processor']}).",
     ]
     return "\n".join(lines) + "\n"
 
@@ -144,7 +146,9 @@ def main() -> None:
         if folder is None:
             print(f"{name}: not measured, {absence(known[name])}")
             continue
-        measured[name] = {**compare(known[name], folder), "commit": about["commit"]}
+        # each has its own: earlier results stay beside new ones
+        made = {"date": about["date"], "commit": about["commit"], "torch": torch.__version__}
+        measured[name] = {**compare(known[name], folder), **made}
     document = {**about, "parities": measured}
     if arguments.save and RESULT.exists():
         document = with_earlier(document, files.read_json(str(RESULT)))

@@ -40,6 +40,8 @@ def test_the_saved_page_is_made_of_the_saved_result_which_is_within_the_toleranc
     assert parity.PAGE.read_text() == parity.page(document)
     assert parity.beyond(document) == []
     assert document["parities"].keys() <= METHODS.keys()
+    for found in document["parities"].values():
+        assert all(found[name] for name in ("date", "commit", "torch", "peer_commit"))
 
 
 def method(name: str, difference: float) -> SimpleNamespace:
@@ -81,7 +83,7 @@ def test_what_has_no_checkout_is_named_and_keeps_its_earlier_result(two, capsys,
         "one": 2e-7,
         "two": 3e-7,
     }
-    assert "| `one` | owner/one at not recorded | weights | 2.0e-07 |" in parity.PAGE.read_text()
+    assert "| `one` | owner/one at not recorded | weights | 2.0e-07 | " in parity.PAGE.read_text()
 
 
 def test_nothing_is_written_unless_asked_for(two, capsys):
