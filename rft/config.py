@@ -47,6 +47,7 @@ Scale = Literal["paper", "small", "miniature"]
 Preset = Literal["paper", "official-parity"]
 Compile = Literal["auto", "on", "off"]
 Cam = Literal["relevance", "grad-cam"]
+Optimizer = Literal["adamw", "spd", "ftp"]
 Augment = Literal["none", "crop-flip"]
 
 Seconds = Annotated[float, Field(ge=0, lt=1e7)]
@@ -214,7 +215,7 @@ class MethodConfig:
 
 @document(name="optim")
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer, its schedule, and what holds weights to the pre-trained model's (theta_0)."""
 
     epochs: Epochs = 10
     """Passes over the training set; 0 keeps the zero-shot model."""
@@ -239,6 +240,34 @@ class OptimConfig:
     """Micro-batches of one optimizer step; each is its own local donor pool."""
     trains: Literal["all", "head"] = "all"
     """What learns: every weight, or the head on the frozen image tower (linear probe)."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of weights that do not learn, such as 'visual.conv1*' or
+    'visual.transformer.resblocks.[0-5].*' (* any text, ? one character, [0-5] one of them)."""
+    l2_sp: From0 = 0.0
+    """Strength (lambda) of L2-SP: lambda / 2 |theta - theta_0|^2 is part of the loss, though not of
+    the logged one. theta_0 are tower and zero-shot head of the pre-trained model, wherever the
+    student starts."""
+    optimizer: Optimizer = "adamw"
+    """AdamW, or AdamW whose steps are drawn back towards theta_0: by selective projection decay
+    (spd) or by fast trainable projection (ftp). weight-decay works beside them; recipes spd and
+    ftp have none."""
+    spd: Above0 = 1.0
+    """Strength (lambda) of selective projection decay; 1 takes back all that a step moved away from
+    theta_0 in tensors that had moved too far."""
+    ftp_k: Share = 1.0
+    """Fast trainable projection: factor of what would tighten a constraint; below 1 it holds
+    weights less."""
+
+    @property
+    def anchored(self) -> bool:
+        """Whether weights are held to the pre-trained model's."""
+        return self.l2_sp > 0 or self.optimizer != "adamw"
+
+    def __post_init__(self) -> None:
+        # an option without effect is a mistake that stays unseen
+        for name, value, optimizer in (("spd", self.spd, "spd"), ("ftp_k", self.ftp_k, "ftp")):
+            used = self.optimizer == optimizer or value == getattr(OptimConfig, name)
+            _require(used, f"optim.{name}", value, f"1 where optim.optimizer is not {optimizer}")
 
 
 @document(name="log")
@@ -331,6 +360,12 @@ class Config:
         sees = self.model.head == "zero-shot" or not (self.method.needs_cam or self.model.start)
         wanted = "zero-shot where a CAM looks through it, or another run's head replaces it"
         _require(sees, "model.head", self.model.head, wanted)
+        held = self.model.head == "zero-shot" or not self.optim.anchored
+        wanted = "zero-shot where l2-sp, spd or ftp hold weights to the pre-trained model's"
+        _require(held, "model.head", self.model.head, wanted)
+        kept = not self.model.start or self.optim.optimizer != "ftp"
+        wanted = "empty for the optimizer ftp, whose first step returns to the pre-trained weights"
+        _require(kept, "model.start", self.model.start, wanted)
 
     @property
     def held_out_seed(self) -> int:
@@ -372,7 +407,10 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a JSON document."""
-        return dataclasses.asdict(self)
+        document = dataclasses.asdict(self)
+        # as JSON has it, so that a recorded configuration and a new one compare equal
+        document["optim"]["freeze"] = list(self.optim.freeze)
+        return document
 
     def identity(self) -> dict[str, Any]:
         """Return the part of the configuration that decides the result.

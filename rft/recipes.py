@@ -139,7 +139,26 @@ PAPER = {
 }
 
 # methods that were published after the paper, or that it does not compare with
-LATER: dict[str, Recipe] = {}
+LATER: dict[str, Recipe] = {
+    # lambda 0.1 is the best of Li et al. 2018, who had no CLIP
+    "l2-sp": Recipe(
+        "Hold weights to the pre-trained ones by a squared distance (L2-SP, 2018).",
+        PLAIN,
+        {"l2_sp": 0.1, "weight_decay": 0.0},
+    ),
+    # the released code names no value for CLIP; 1 is a whole projection
+    "spd": Recipe(
+        "Draw tensors back whose step leads too far (selective projection decay, 2024).",
+        PLAIN,
+        {"optimizer": "spd", "weight_decay": 0.0},
+    ),
+    # k = 1 and no weight decay, as the released code's script
+    "ftp": Recipe(
+        "Project rows onto learnt balls around the pre-trained ones (FTP, 2023).",
+        PLAIN,
+        {"optimizer": "ftp", "weight_decay": 0.0},
+    ),
+}
 
 # to be chosen on development seeds (docs/decisions.md, "Research recipes")
 HEAD_WEIGHT = 0.1
@@ -312,7 +331,9 @@ def _official_parity(config: Config) -> Config:
 
 def list_in_words() -> str:
     """Return all systems, one line each, and what Figure 6 tries, for `--help`."""
-    lines = [f"  {name:32s} {recipe.about}" for name, recipe in TRAINED.items()]
+    lines = [f"  {name:32s} {recipe.about}" for name, recipe in (PAPER | RESEARCH).items()]
+    lines += ["", "Methods published after the paper:"]
+    lines += [f"  {name:32s} {recipe.about}" for name, recipe in LATER.items()]
     lines += ["", "Merged from trained models by python -m rft.merge:"]
     lines += [f"  {name:32s} {merge.about}" for name, merge in MERGED.items()]
     lines += ["", "Settings that the paper tries (Figure 6):"]

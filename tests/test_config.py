@@ -134,6 +134,13 @@ def test_help_shows_every_system_and_the_grid():
     assert "--method.rate 0.25 0.5 0.75" in text
 
 
+RANDOM, START = ModelConfig(head="random"), ModelConfig(start="probe")
+
+
+def held(model: ModelConfig, **optim) -> Config:
+    return Config(recipe="", data="d", run="r", model=model, optim=OptimConfig(**optim))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -147,6 +154,15 @@ def test_help_shows_every_system_and_the_grid():
         (lambda: OptimConfig(lr=float("inf")), "optim.lr is inf"),
         (lambda: OptimConfig(beta1=1.0), "optim.beta1 is 1.0"),
         (lambda: OptimConfig(weight_decay=-1), "optim.weight_decay is -1"),
+        (lambda: OptimConfig(l2_sp=-1), "optim.l2_sp is -1"),
+        (lambda: OptimConfig(optimizer="adam"), "optim.optimizer is 'adam'"),
+        (lambda: OptimConfig(optimizer="spd", spd=0), "optim.spd is 0"),
+        (lambda: OptimConfig(optimizer="ftp", ftp_k=1.1), "optim.ftp_k is 1.1"),
+        (lambda: OptimConfig(spd=0.5), "optim.spd is 0.5; it must be 1 where optim.optimizer is"),
+        (lambda: OptimConfig(optimizer="spd", ftp_k=0.5), "is 0.5; it must be 1 where .* not ftp"),
+        (lambda: held(optimizer="spd", model=RANDOM), "model.head is random; it must be zero-shot"),
+        (lambda: held(l2_sp=0.1, model=RANDOM), "model.head is random; it must be zero-shot"),
+        (lambda: held(optimizer="ftp", model=START), "model.start is probe; it must be empty for"),
         (
             lambda: dataclasses.replace(
                 recipes.build("object-mask-single-fill"), model=ModelConfig(head="random")
@@ -223,3 +239,24 @@ def test_a_record_of_before_an_option_has_its_default():
 def test_a_research_option_without_effect_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         MethodConfig(**changes)
+
+
+def test_patterns_of_frozen_weights_are_part_of_the_identity_and_survive_json(tmp_path):
+    config = recipes.build("vanilla", data="d", run=str(tmp_path))
+    frozen = dataclasses.replace(
+        config, optim=dataclasses.replace(config.optim, freeze=("a*", "b"))
+    )
+    assert frozen.identity() != config.identity()
+    path = str(tmp_path / "config.json")
+    files.write_json(path, frozen.to_dict())
+    # of a recorded run and of one that is made now, whose lists are of one kind
+    assert files.read_document(path, Config).identity() == frozen.identity()
+    assert settings(files.read_json(path)) == settings(frozen.to_dict())
+
+
+def test_a_record_of_before_the_methods_in_weight_space_is_a_run_without_them():
+    config = recipes.build("vanilla")
+    older = config.identity()
+    for name in ("freeze", "l2_sp", "optimizer", "spd", "ftp_k"):
+        older["optim"].pop(name)
+    assert completed(older) == config.identity()

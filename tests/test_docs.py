@@ -66,7 +66,7 @@ def test_limits_that_the_page_on_security_names_exist():
 
 def test_the_readme_names_every_recipe():
     text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"`([a-z-]+)`", text))
+    named = set(re.findall(r"`([a-z0-9-]+)`", text))
     named |= {f"{m}-mask-{f}-fill" for m in ("random", "context", "object") for f in FILLS}
     assert set(recipes.TRAINED) <= named
 

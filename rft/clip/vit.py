@@ -204,6 +204,9 @@ def encode(
     if keep_BP is not None:
         # the class token always takes part: a row that is masked as a whole has a softmax of NaN
         mask_B11L = F.pad(keep_BP, (1, 0), value=True)[:, None, None, :]
+    if taps is not None and torch.is_grad_enabled() and not tokens_BLD.requires_grad:
+        # where the first layers are frozen, the CAM wants the gradient in them all the same
+        tokens_BLD = tokens_BLD.detach().requires_grad_()
     *layers, last = blocks(visual)
     x_BLD = tokens_BLD
     for block in layers:

@@ -29,7 +29,8 @@ LICENCES = {"laion/": "MIT", ".openai": "MIT"}
 IMAGENET = "ILSVRC/imagenet-1k"  # on the hub
 SETTINGS = (
     *("method.mask", "method.fill", "method.rate", "method.threshold", "method.distill_weight"),
-    *("optim.epochs", "optim.lr", "optim.weight_decay", "optim.trains", "loader.batch_size"),
+    *("optim.epochs", "optim.lr", "optim.weight_decay", "optim.trains", "optim.freeze"),
+    *("optim.optimizer", "optim.l2_sp", "loader.batch_size"),
     *("alpha", "scale", "preset", "precision"),
 )
 
@@ -114,6 +115,8 @@ def _made(card: Card) -> Iterator[tuple[str, object]]:
         value = values.get(field) if isinstance(values, dict) else None
         if isinstance(value, str | int | float):
             yield name, value
+        elif isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+            yield name, " ".join(value)
     for seen in card.trained_on or ():
         part = f"{seen.shots} images of each class, " if seen.shots else ""
         yield f"training set {seen.name}", f"{part}manifest {seen.manifest_sha256}"

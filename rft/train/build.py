@@ -2,6 +2,9 @@
 
 import copy
 import logging
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -58,7 +61,10 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     student = starting_student(config, teacher, classes)
     ensemble = second_teacher(config, teacher, classes)
     pretrained_sha256 = tower_sha256(teacher)
+    anchor = None
     if config.precision == "bf16":
+        if config.optim.anchored:
+            anchor = copy.deepcopy(teacher)
         for frozen in filter(None, (teacher, ensemble)):
             vit.lower(frozen.visual, torch.bfloat16)
     objective = Objective(
@@ -66,6 +72,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
         teacher,
         config.method,
         ensemble=ensemble,
+        pretrained=anchor,
         recompute=config.recompute,
     )
     batches = TrainingBatches(
@@ -120,7 +127,41 @@ def starting_student(config: Config, pretrained: Classifier, classes: Classes) -
         load_alike(student, config.model.start, "--model.start", classes)
     if config.optim.trains == "head":
         student.visual.requires_grad_(False)
+    freeze(student, config.optim.freeze)
     return student
+
+
+def freeze(student: Classifier, patterns: Sequence[str]) -> None:
+    """Let the weights whose names match a pattern not learn.
+
+    Raises:
+        ValueError: if a pattern matches no weight, or none that would learn without it, or if no
+            weight is left in the image tower or at all.
+    """
+    weights = dict(student.named_parameters())
+    tower = [name for name in weights if name.startswith("visual.")]
+    tower_learns = any(weights[name].requires_grad for name in tower)
+    for pattern in patterns:
+        matched = [name for name in weights if fnmatchcase(name, pattern)]
+        if not matched:
+            near = get_close_matches(pattern, weights, n=3, cutoff=0.3) or list(weights)[:3]
+            raise ValueError(
+                f"--optim.freeze {pattern!r} matches no weight; the nearest: {', '.join(near)}"
+            )
+        if not any(weights[name].requires_grad for name in matched):
+            raise ValueError(
+                f"--optim.freeze {pattern!r} changes nothing: {matched[0]} and all others that it "
+                "matches are frozen already; leave it out"
+            )
+        for name in matched:
+            weights[name].requires_grad_(False)
+    if not any(weight.requires_grad for weight in weights.values()):
+        raise ValueError("--optim.freeze leaves no weight that learns; name fewer of them")
+    if tower_learns and not any(weights[name].requires_grad for name in tower):
+        raise ValueError(
+            "--optim.freeze names every weight of the image tower; --optim.trains head does that, "
+            "and computes the tower's features only once"
+        )
 
 
 def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> Classifier | None:

@@ -31,6 +31,8 @@ from rft.runs.records import RECORD_BYTES, Step
 from rft.storage import documents, files, local
 from rft.storage.documents import Count, Sha256, document
 from rft.text import printable
+from rft.train import anchored
+from rft.train.anchored import Anchored
 from rft.train.kernels import Choice
 
 # [0-9], because \d takes digits of every script; 16 of them hold the largest step, 2**53
@@ -365,6 +367,9 @@ class Own:
             # fused AdamW counts steps in fp32 tensors without dimensions, one for each parameter
             own[f"{place}.step"] = torch.zeros(())
             own[f"{place}.exp_avg"] = own[f"{place}.exp_avg_sq"] = parameter
+            if isinstance(self.optimizer, Anchored):
+                extra = self.optimizer.extra_state(parameter)
+                own |= {f"{place}.{name}": like for name, like in extra.items()}
         return own
 
 
@@ -479,7 +484,10 @@ def _tensors(
 
 
 def _in_range(name: str, tensor: Tensor, step: int) -> bool:
-    if name.startswith("model.") or name.endswith(".exp_avg"):
+    if name.endswith(f".{anchored.RADIUS}"):
+        return bool(tensor.isfinite()) and float(tensor) > 0
+    signed = (".exp_avg", f".{anchored.STEP}", f".{anchored.RADIUS_AVG}")
+    if name.startswith("model.") or name.endswith(signed):
         return bool(tensor.isfinite().all())
     if name.endswith(".step"):
         # not 0: AdamW makes its state in the first step that it takes

@@ -20,12 +20,13 @@ from rft.loading.order import Plan
 from rft.runs import filenames, records
 from rft.train import features
 from rft.train.job import Job
-from rft.train.memory import counts_all_tokens, module_bytes, needs
+from rft.train.memory import counts_all_tokens, module_bytes, needs, state_bytes
 from rft.train.optim import schedule_warning
 from rft.train.rate import about, step_seconds
 
 RANKS = [2**power for power in range(8)]  # rows of the table, as far as the batch can be shared
 LINE_BYTES = 450  # of metrics.jsonl, about
+OPTIMIZERS = {"adamw": "AdamW", "spd": "AdamW", "ftp": "AdamW and FTP"}  # what has a state
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +128,10 @@ def memory_table(job: Job) -> list[str]:
         "student": module_bytes(objective.student),
         "teachers": sum(map(module_bytes, filter(None, (objective.teacher, objective.ensemble)))),
         "gradient": trained,
-        "AdamW": 2 * trained,
+        OPTIMIZERS[config.optim.optimizer]: state_bytes(job),
     }
+    if objective.pretrained is not None:
+        parts["pre-trained weights in fp32"] = module_bytes(objective.pretrained)
     need = needs(job, ranks)
     how = (
         f"ESTIMATE ({need.estimated}): activations alone, temporary tensors come on top"

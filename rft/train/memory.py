@@ -1,7 +1,7 @@
 """Memory that one rank's optimizer step takes of its device.
 
 torch's own tracker counts it over a step of the training loop (rft/train/step.py) on fake tensors,
-which have shapes and no bytes: weights, gradients, AdamW's state, activations and temporary
+which have shapes and no bytes: weights, gradients, the optimizer's state, activations and temporary
 tensors. A GPU's context and the gaps of its allocator come on top. The tracker is not public in
 torch. Where a release lacks it, what autograd keeps for one image and for two is measured on the
 real model and extrapolated (`measure`).
@@ -187,6 +187,7 @@ def plain_objective(job: Job) -> Objective:
         job.objective.teacher,
         job.config.method,
         ensemble=job.objective.ensemble,
+        pretrained=job.objective.pretrained,
         recompute=job.config.recompute,
     )
 
@@ -211,7 +212,9 @@ class Memory:
     weights: int
     teachers: int
     trained: int
-    """Of the weights that learn; their gradient is as large, AdamW's state twice."""
+    """Of the weights that learn; their gradient is as large."""
+    states: int
+    """Of the optimizer."""
     clean: Kept
     counterfactual: Kept
     map_image: int
@@ -219,17 +222,16 @@ class Memory:
 
     def total(self, images: int) -> float:
         """Add it all up, for so many images forwarded at once."""
-        copies = 3  # gradient and both moments of AdamW
         cam = MAPS * min(images * self.map_image, MAP_BYTES)
         # the larger of the two, because a step never has both graphs alive
         graph = max(self.clean.bytes(images) + cam, self.counterfactual.bytes(images))
-        return self.weights + self.teachers + copies * self.trained + graph
+        return self.weights + self.teachers + self.trained + self.states + graph
 
 
 def measure(job: Job) -> Memory:
     """Measure the memory of a rank: weights by size, activations by running both graphs."""
     objective, method = job.objective, job.config.method
-    teachers = (objective.teacher, objective.ensemble)
+    teachers = (objective.teacher, objective.ensemble, objective.pretrained)
     one, two = (graph_bytes(job, images) for images in (1, 2))
     # a line through both; less than nothing fixed can only be the rounding of small tensors
     clean, counterfactual = (
@@ -242,6 +244,7 @@ def measure(job: Job) -> Memory:
         weights=module_bytes(objective.student),
         teachers=sum(module_bytes(teacher) for teacher in teachers if teacher is not None),
         trained=module_bytes(objective.student, trained=True),
+        states=state_bytes(job),
         clean=clean,
         counterfactual=counterfactual,
         map_image=4 * heads * tokens**2 if method.needs_cam and method.cam == "relevance" else 0,
@@ -297,6 +300,12 @@ def kept_bytes(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = call()
     return result, sum(kept.values())
+
+
+def state_bytes(job: Job) -> int:
+    """Return the size of the optimizer's state: both moments of AdamW, and FTP's last step."""
+    copies = 3 if job.config.optim.optimizer == "ftp" else 2
+    return copies * module_bytes(job.student, trained=True)
 
 
 def module_bytes(module: nn.Module, *, trained: bool = False) -> int:

@@ -69,17 +69,32 @@ class Objective(nn.Module):
         method: MethodConfig,
         *,
         ensemble: Classifier | None = None,
+        pretrained: Classifier | None = None,
         recompute: bool = False,
         kernels: Kernels = Kernels(),  # noqa: B008 (a constant)
     ) -> None:
+        """Join the models; `pretrained` is the teacher in fp32 where the teacher itself is lower.
+
+        Only methods that hold weights to the pre-trained ones need it.
+        """
         super().__init__()
         assert (ensemble is not None) == (method.kd_weight > 0), "kd_weight and a second teacher"
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
         self.ensemble = None if ensemble is None else ensemble.eval().requires_grad_(False)
+        self.pretrained = None if pretrained is None else pretrained.eval().requires_grad_(False)
         self.method = method
         self.recompute = recompute
         self.kernels = kernels
+
+    def anchored(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the weights that learn and, in the same order, the pre-trained ones (theta_0)."""
+        pretrained = self.pretrained or self.teacher
+        pairs = zip(self.student.parameters(), pretrained.parameters(), strict=True)
+        learning = [(own, anchor.detach()) for own, anchor in pairs if own.requires_grad]
+        # a difference to rounded weights would be that of their rounding
+        assert all(own.dtype == anchor.dtype for own, anchor in learning), "theta_0 was lowered"
+        return [own for own, _ in learning], [anchor for _, anchor in learning]
 
     @property
     def sees_clean(self) -> bool:

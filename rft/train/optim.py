@@ -1,25 +1,42 @@
-"""AdamW and its schedules, functions of the step (appendix A.1)."""
+"""The optimizers and their schedules, functions of the step (appendix A.1)."""
 
 import math
+from typing import Any, assert_never
 
 import torch
 from torch import nn
 
 from rft.config import OptimConfig
+from rft.train.anchored import FastTrainableProjection, SelectiveProjectionDecay
+from rft.train.objective import Objective
 
 REACHED = 0.99  # of the peak rate: OneCycle's lies between two steps of a short run
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over every trainable parameter, weight decay on all of them."""
-    return torch.optim.AdamW(
-        [parameter for parameter in module.parameters() if parameter.requires_grad],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    """Return the optimizer of every trainable parameter, weight decay on all of them.
+
+    Optimizers other than AdamW need an `Objective`, which has the pre-trained weights.
+    """
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
+    if config.optimizer == "adamw":
+        learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(learning, **options)
+    assert isinstance(module, Objective), "nothing has the pre-trained weights"
+    learning, anchors = module.anchored()
+    match config.optimizer:
+        case "spd":
+            return SelectiveProjectionDecay(learning, anchors, config.spd, **options)
+        case "ftp":
+            return FastTrainableProjection(learning, anchors, config.ftp_k, **options)
+        case _:
+            assert_never(config.optimizer)
 
 
 def set_schedule(

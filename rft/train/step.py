@@ -11,7 +11,7 @@ from rft.config import Config, MethodConfig
 from rft.device import autocast, to_device
 from rft.dist import World
 from rft.loading.dataset import Batch
-from rft.method import counterfactual
+from rft.method import counterfactual, weight_space
 from rft.method.counterfactual import Draws, StepAddress
 from rft.train.job import Job
 from rft.train.pictures import Counterfactuals
@@ -32,7 +32,7 @@ def accumulate_gradients(
     step: int,
     shown: list[Counterfactuals] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Leave the batch's averaged, clipped gradient in the parameters.
+    """Leave the batch's averaged, clipped gradient in the parameters, with that of L2-SP.
 
     Each micro-batch goes backward once for the clean losses and once for the counterfactual, so
     only one graph is alive at a time; gradients are exchanged in the last backward only, or with
@@ -92,9 +92,23 @@ def accumulate_gradients(
         for name in terms.keys() & found.keys():
             terms[name] += found[name].detach() / parts
         if ends:
-            with record_function("clip"):
-                grad_norm = nn.utils.clip_grad_norm_(job.student.parameters(), optim.clip_norm)
+            grad_norm = finish_gradient(job, 1 / parts if optim.clip == "micro-step" else 1.0)
     return torch.stack([terms[name] for name in names]), grad_norm
+
+
+def finish_gradient(job: Job, share: float) -> Tensor:
+    """Add L2-SP's gradient, then clip; return the norm before it was clipped.
+
+    `share` is the part of the step's losses that has come since the last time: L2-SP is a loss as
+    they are, and is clipped with them.
+    """
+    optim = job.config.optim
+    if optim.l2_sp > 0:
+        with record_function("l2-sp"):
+            parameters, anchors = job.objective.anchored()
+            weight_space.add_l2_sp(parameters, anchors, optim.l2_sp * share)
+    with record_function("clip"):
+        return nn.utils.clip_grad_norm_(job.student.parameters(), optim.clip_norm)
 
 
 def donor_pool(method: MethodConfig, world: World, images_BCHW: Tensor) -> Tensor | None:

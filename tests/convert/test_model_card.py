@@ -143,6 +143,16 @@ def test_the_page_has_metadata_and_what_is_known(folder, counted):
     assert card.read(folder / "card.json").temperature == TEMPERATURE
 
 
+def test_what_held_or_froze_weights_is_among_the_settings():
+    optim = {"freeze": ["visual.conv1*", "head.*"], "optimizer": "ftp", "l2_sp": 0.1}
+    text = described(settings={"optim": optim})
+    assert "| optim.freeze | visual.conv1\\* head\\.\\* |" in text
+    assert "| optim.optimizer | ftp |" in text
+    # of a run that froze nothing, and of a document that others wrote
+    for value in ([], [1], ["a", {}], {}):
+        assert "optim.freeze" not in described(settings={"optim": {"freeze": value}})
+
+
 def described(**fields: object) -> str:
     """The page of a card with these fields."""
     tower = ARCHITECTURE

@@ -1,5 +1,6 @@
 """What only a GPU can show: nothing waits for it within a step, and bf16 leaves the masks alone."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -29,7 +30,10 @@ def test_no_step_waits_for_the_gpu(name, precision, images_BCHW, labels_B):
     student.visual.requires_grad_(recipe.optim.trains == "all")
     job = benchmark.build_job(arguments, device, precision, student)
     ensemble = build_model(2) if recipe.method.kd_weight else None
-    objective = Objective(student, job.objective.teacher, recipe.method, ensemble=ensemble)
+    # the teacher may be bf16, and then is no theta_0
+    pretrained = copy.deepcopy(student) if recipe.optim.anchored else None
+    models = (student, job.objective.teacher)
+    objective = Objective(*models, recipe.method, ensemble=ensemble, pretrained=pretrained)
     config = replace(job.config, method=recipe.method, optim=recipe.optim)
     job = replace(job, config=config, objective=objective.to(device))
     optimizer = build_optimizer(job.objective, job.config.optim)

@@ -24,6 +24,7 @@ EQUAL = (
     *(("object-mask-multi-fill", "global", *cut) for cut in CUTS),
     ("random-mask-single-fill", "global", 3, 1),
     ("linear-probe", "local", 2, 1),
+    ("l2-sp", "local", 2, 2),
 )
 # with local donors a fill depends on the cut: only recipes without one can be equal
 DIFFERENT = ("object-mask-multi-fill", "local", 2, 1)

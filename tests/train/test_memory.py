@@ -11,12 +11,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from rft import cli, recipes
-from rft.config import Config
 from rft.device import to_device
-from rft.dist import World
 from rft.loading.dataset import Batch
-from rft.train import build
 from rft.train.estimate import estimate
 from rft.train.job import Job
 from rft.train.memory import (
@@ -31,22 +27,6 @@ from rft.train.memory import (
 from rft.train.objective import Objective
 from rft.train.optim import build_optimizer
 from rft.train.step import accumulate_gradients
-
-ALONE = World(rank=0, size=1, local_rank=0)
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def prepare(tiny_data, tiny_clip, tmp_path):
-    def job(*options: str, recipe: str = "object-mask-single-fill") -> Job:
-        default = replace(recipes.build(recipe, scale="miniature"), precision="fp32")
-        words = ["--data", str(tiny_data), "--run-dir", str(tmp_path / "run")]
-        words += ["--model.clip", tiny_clip, "--loader.batch-size", "24"]
-        words += ["--loader.held-out", "16", *options]
-        return build.prepare(cli.parse(Config, args=words, default=default), ALONE, CPU)
-
-    return job
-
 
 RECIPES = [
     "object-mask-single-fill",
@@ -128,6 +108,16 @@ STEPS = {
     "global donors": (
         *("object-mask-multi-fill", "--method.donors", "global"),
         *("--optim.accumulate", "2"),
+    ),
+    "l2-sp": ("l2-sp",),
+    "spd": ("spd",),
+    "ftp": ("ftp",),
+    "ftp, bf16": ("object-mask-single-fill", "--precision", "bf16", "--optim.optimizer", "ftp"),
+    "frozen layers": (
+        "object-mask-single-fill",
+        "--optim.freeze",
+        "visual.[cp]*",
+        "*.resblocks.0*",
     ),
 }
 
@@ -236,11 +226,25 @@ def test_weights_and_optimizer_state_are_counted_exactly(prepare):
         for state in optimizer.state.values()
         for name in ("exp_avg", "exp_avg_sq")
     ]
-    assert sum(moments) == 2 * memory.trained
+    assert sum(moments) == 2 * memory.trained == memory.states
     assert sum(value.nbytes for value in job.student.state_dict().values()) == memory.weights
     probe = measure(prepare("--method.distill-weight", "0", recipe="linear-probe"))
     assert probe.trained == sum(p.nbytes for p in job.student.head.parameters())
     assert probe.clean.image < memory.clean.image / 10
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_holds_weights_to_the_pre_trained_ones_is_counted(prepare, precision):
+    jobs = {name: prepare("--precision", precision, recipe=name) for name in ("vanilla", "ftp")}
+    plain, held = (measure(job) for job in jobs.values())
+    # a step of FTP is as large as the weights, its radii are a few numbers
+    assert held.states - plain.states == held.trained
+    # a lowered teacher is no theta_0
+    copy_bytes = module_bytes(jobs["ftp"].student) if precision == "bf16" else 0
+    assert held.teachers - plain.teachers == copy_bytes
+    table = estimate(jobs["ftp"], [])
+    assert "AdamW and FTP " in table
+    assert ("pre-trained weights in fp32" in table) == (precision == "bf16")
 
 
 @pytest.mark.slow

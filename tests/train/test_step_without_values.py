@@ -208,6 +208,18 @@ def test_no_recipe_makes_the_host_wait(meta, recipe, model):
     assert [maps.donor_BP.shape for maps in shown] == config.method.masks * [(BATCH, patches)]
 
 
+@pytest.mark.parametrize("recipe", ["spd", "ftp"])
+def test_nor_does_the_optimizers_second_step(meta, recipe):
+    """FTP learns its radii from the second step on."""
+    job = build_job(build_config(recipe), "ViT-B-32", meta)
+    optimizer = build_optimizer(job.objective, job.config.optim)
+    for parameter in job.student.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    with NoWaiting():
+        for _ in range(2):
+            optimizer.step()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_no_option_makes_the_host_wait(meta, option):
