@@ -87,8 +87,7 @@ def clean_and_counterfactual(objective: Objective, images, labels):
     objective.zero_grad()
     clean = objective(images, labels, draws)
     clean.loss.backward()
-    mse = objective(images, labels, draws, clean.donor_BP)
-    (objective.method.distill_weight * mse).backward()
+    objective(images, labels, draws, clean.donor_BP).loss.backward()
     gradients = {n: p.grad for n, p in objective.student.named_parameters() if p.grad is not None}
     return clean.donor_BP, gradients
 
