@@ -355,7 +355,7 @@ def meanings(rows: Sequence[Row]) -> list[tuple[str, str]]:
     for row in rows:
         wise = tables.wise_model(row.recipe)
         name = row.recipe if wise is None else wise.family
-        known = recipes.MERGED.get(name) or recipes.TRAINED.get(name)
+        known = recipes.MERGED.get(name) or recipes.TRAINED.get(name) or recipes.ENSEMBLES.get(name)
         if known is not None:
             found.append((row.name, known.about))
     return found

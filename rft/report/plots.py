@@ -172,12 +172,13 @@ def wise_paths(recipes: Collection[str]) -> dict[str, list[str]]:
     """Return WiSE family -> the recipes on its path, from alpha 0 to alpha 1.
 
     Its ends are the zero-shot and the fine-tuned model where they are among the recipes: the same
-    weights as the merged models of alpha 0 and 1, which they replace.
+    weights as the merged models of alpha 0 and 1, which they replace. A path of the image tower
+    alone ends at the fine-tuned model, and begins beside the zero-shot one.
     """
     paths: dict[str, dict[float, str]] = {}
     for recipe in sorted(recipes, key=order):
         if (wise := wise_model(recipe)) is not None:
-            ends = {0.0: "zero-shot", 1.0: wise.end}
+            ends = {1.0: wise.end} if wise.tower else {0.0: "zero-shot", 1.0: wise.end}
             present = {alpha: end for alpha, end in ends.items() if end in recipes}
             # the ends are there first, so a merged model of alpha 0 or 1 does not replace them
             paths.setdefault(wise.family, present).setdefault(wise.alpha, recipe)

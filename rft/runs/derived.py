@@ -17,6 +17,8 @@ from rft.runs.records import ORIGINS, RunConfig
 from rft.storage import files
 
 SHOWN = 3  # differences in an error
+# how a soup or a Model Stock came about, and what an ensemble fitted, are known only afterwards
+LATER_KNOWN = ("data", "soup", "stock", "fitted")
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,8 @@ def _merge_command(folder: Path, config: RunConfig) -> str:
         words = ["wise", *models, "--alpha", str(config.alpha)]
         if config.whole.get("end_weights") == "last":
             words += ["--end-weights", "last"]
+        if config.whole.get("parts") == "tower":
+            words += ["--parts", "tower"]
     else:
         # a soup's recipe is the merge's name
         words = [config.recipe, *models]
@@ -99,8 +103,7 @@ def _merge_command(folder: Path, config: RunConfig) -> str:
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of a config.json that decide the result, without paths."""
-    # how a soup came about is known only afterwards
-    known = {name: value for name, value in config.items() if name not in ("data", "soup")}
+    known = {name: value for name, value in config.items() if name not in LATER_KNOWN}
     if "merged_from" in config:
         # numbered, so that a difference names the model; cut, because it is printed
         sha256 = [record["sha256"] for record in config["merged_from"]]
