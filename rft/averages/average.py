@@ -83,7 +83,7 @@ def wise(
     _check_alphas(alphas, option)
     start, end = read_ingredient(start_path), read_end(end_path, end_weights)
     check_alike([start, end])
-    _check_ends(start, end)
+    check_ends(start, end)
     family = _family(end.recipe, parts)
     return [
         Average(
@@ -125,8 +125,8 @@ def _check_alphas(alphas: Sequence[float], option: str) -> None:
         raise ValueError(f"{option} has {twice[0]} twice (six digits count); name each value once")
 
 
-def _check_ends(start: Ingredient, end: Ingredient) -> None:
-    """Check that WiSE does not go from a model after its training to one before."""
+def check_ends(start: Ingredient, end: Ingredient) -> None:
+    """Check that a merge or ensemble does not go from a model after its training to one before."""
     if start.steps > 0 and _is_untrained(end):
         raise ValueError(
             f"{start.path} was trained for {start.steps} steps and {end.path} for none: START is "
@@ -184,7 +184,7 @@ def model_stock(start_path: Path, paths: Sequence[Path]) -> Average:
             raise ValueError(
                 f"{start.path} and {model.path} are the same weights; START is the zero-shot model"
             )
-        _check_ends(start, model)
+        check_ends(start, model)
     check_alike([start, *models])
     config = {
         "recipe": "model-stock",

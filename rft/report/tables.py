@@ -24,7 +24,7 @@ from rich.text import Text
 
 from rft import recipes
 from rft.report.measures import AveragePair, Measures, SetPair, significant
-from rft.report.read import Run
+from rft.report.read import TRANSDUCTIVE, Run
 from rft.runs import filenames
 from rft.runs.records import SetCount
 from rft.sets import BENCHMARKS, ID_SET, OOD_SETS, TEST_SETS, Score
@@ -352,6 +352,7 @@ def ensemble_kind(recipe: str) -> str | None:
     """Return which ensemble a recipe is: vrf and vrf-RECIPE are vrf; None for other recipes."""
     # those of longer names first, should one begin with the name of another
     names = sorted(recipes.ENSEMBLES, key=len, reverse=True)
+    recipe = recipe.removesuffix(TRANSDUCTIVE)
     return next((name for name in names if recipe == name or recipe.startswith(f"{name}-")), None)
 
 
@@ -673,6 +674,11 @@ def caption(rows: Sequence[Row], hidden: int = 0) -> str:
     if hidden:
         text += (
             f" Of each WiSE family only the alpha nearest 0.5; table.csv has the other {hidden}."
+        )
+    if any(row.recipe.endswith(TRANSDUCTIVE) for row in rows):
+        text += (
+            " Transductive: the answer to a test image depends on the other test images; no other "
+            "row has seen them."
         )
     return text + precisions(rows)
 
