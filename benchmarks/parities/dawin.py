@@ -11,7 +11,7 @@ k-means at quantiles.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -127,7 +127,8 @@ class _Batches:
     """A loader of the images in their order."""
 
     def __init__(self, images_BP: Tensor) -> None:
-        self.parts = list(zip(images_BP.split(BATCH), torch.arange(IMAGES).split(BATCH)))
+        numbers = torch.arange(IMAGES).split(BATCH)
+        self.parts = list(zip(images_BP.split(BATCH), numbers, strict=True))
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -135,6 +136,10 @@ class _Batches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for images, numbers in self.parts:
             yield {"images": images, "labels": numbers, "image_paths": None}
+
+
+def _stay(tensor: Tensor, *_: object, **__: object) -> Tensor:
+    return tensor
 
 
 @contextmanager
@@ -153,8 +158,7 @@ def _imported(checkout: Path) -> Iterator[ModuleType]:
             del sys.modules[name]
         sys.path.insert(0, str(checkout / "dawin_rft"))
         sys.stdout = sys.stderr
-        stay: Callable[..., Tensor] = lambda self, *_, **__: self
-        torch.Tensor.cuda = stay  # pyrefly: ignore[bad-assignment]
+        torch.Tensor.cuda = _stay  # pyrefly: ignore[bad-assignment]
         torch.cuda.LongTensor = torch.int64  # pyrefly: ignore[bad-assignment]
         try:
             yield import_module("main_dawin")

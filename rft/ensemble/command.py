@@ -40,6 +40,7 @@ from rft.method import ensembling
 from rft.progress import progress
 from rft.recipes import EnsembleKind
 from rft.runs import filenames, predictions, records
+from rft.runs.folder import current_results
 from rft.runs.records import Bank, Cluster, Clusters, Fitted, Temperature
 from rft.sets import TEST_SETS
 from rft.shards.manifest import Manifest
@@ -281,33 +282,41 @@ def _temperatures(
     """
     if arguments.temperatures is not None:
         return found, arguments.temperatures
-    known = found.fitted.temperatures if found.fitted else None
-    if known is None:
-        fitted = fit_on(
-            pair.held_out(found),
-            loaded,
-            work.models,
-            arguments.data,
-            max_pixels=arguments.max_pixels,
-            world=work.world,
-            device=work.device,
-            batch_size=work.batch_size,
-            workers=work.workers,
-        )
-        for one, name in zip(fitted, work.names, strict=True):
-            if not isinstance(one, Temperature):
-                raise ValueError(
-                    f"{name}: {one}; give both temperatures with --temperatures, such as 1 1"
-                )
-        first, second = (one for one in fitted if isinstance(one, Temperature))
-        known = first, second
-        found = replace(found, fitted=replace(found.fitted or Fitted(), temperatures=known))
+    fitted = found.fitted or Fitted()
+    first, second = fitted.zero_shot, fitted.fine_tuned
+    if first is None or second is None:
+        first, second = _fit(found, arguments, work, loaded)
+        found = replace(found, fitted=replace(fitted, zero_shot=first, fine_tuned=second))
     if work.world.is_main:
         log.info(
-            f"temperatures on {known[0].images:,} held-out images: {work.names[0]} "
-            f"{known[0].value:.4g}, {work.names[1]} {known[1].value:.4g}"
+            f"temperatures on {first.images:,} held-out images: {work.names[0]} "
+            f"{first.value:.4g}, {work.names[1]} {second.value:.4g}"
         )
-    return found, (known[0].value, known[1].value)
+    return found, (first.value, second.value)
+
+
+def _fit(
+    found: Pair, arguments: Vrf | Dawin, work: Work, loaded: list[Loaded]
+) -> tuple[Temperature, Temperature]:
+    """Fit both models' temperatures on the images that neither was trained on."""
+    fitted = fit_on(
+        pair.held_out(found),
+        loaded,
+        work.models,
+        arguments.data,
+        max_pixels=arguments.max_pixels,
+        world=work.world,
+        device=work.device,
+        batch_size=work.batch_size,
+        workers=work.workers,
+    )
+    for one, name in zip(fitted, work.names, strict=True):
+        if not isinstance(one, Temperature):
+            raise ValueError(
+                f"{name}: {one}; give both temperatures with --temperatures, such as 1 1"
+            )
+    first, second = (one for one in fitted if isinstance(one, Temperature))
+    return first, second
 
 
 def _bank(found: Pair, arguments: Vrf, work: Work) -> tuple[torch.Tensor, Bank]:
@@ -336,8 +345,9 @@ def _bank(found: Pair, arguments: Vrf, work: Work) -> tuple[torch.Tensor, Bank]:
 
 def _write_clusters(found: Pair, sets: Mapping[str, tuple[Cluster, ...]]) -> None:
     """Add the clusters of some sets to those of earlier calls."""
+    found.write_config()  # first: without it the folder is no run folder
     path = found.path / filenames.CLUSTERS
-    earlier = records.find(path, Clusters) if is_current(found.path, {}) else None
+    earlier = records.find(path, Clusters) if current_results(found.path) else None
     document = Clusters(sets={**(earlier.sets if earlier else {}), **sets})
     files.write_json(str(path), asdict(document))
     for name, clusters in sets.items():

@@ -61,6 +61,12 @@ class Pair:
             return None
         return records.read_config(self.path).fitted
 
+    def write_config(self) -> None:
+        """Write config.json, unless results belong to the one that exists."""
+        if current_results(self.path) is None:
+            fitted = {} if self.fitted is None else {"fitted": asdict(self.fitted)}
+            files.write_json(str(self.path / filenames.CONFIG), {**self.config, **fitted})
+
     def record(self) -> dict[str, Any]:
         """Identify the ensemble in a document of results; its config.json is written first.
 
@@ -73,15 +79,12 @@ class Pair:
                     f"{model.weights} was replaced while the ensemble was evaluated, so its counts "
                     "are not recorded; wait until its run has finished, then evaluate it again"
                 )
-        config = self.path / filenames.CONFIG
-        if current_results(self.path) is None:
-            fitted = {} if self.fitted is None else {"fitted": asdict(self.fitted)}
-            files.write_json(str(config), {**self.config, **fitted})
+        self.write_config()
         return {
             "checkpoint": "",
             "checkpoint_sha256": self.sha256,
             "step": self.fine_tuned.steps,
-            "config_sha256": files.sha256_file(config),
+            "config_sha256": files.sha256_file(self.path / filenames.CONFIG),
             "without_weights": True,
             "provenance": files.provenance(),
         }

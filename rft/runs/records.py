@@ -244,8 +244,10 @@ class Bank:
 class Fitted:
     """What an ensemble was fitted to, without any test image."""
 
-    temperatures: tuple[Temperature, Temperature] | None = None
-    """Of the zero-shot and the fine-tuned model, on held-out images."""
+    zero_shot: Temperature | None = None
+    """Of the zero-shot model, on held-out images."""
+    fine_tuned: Temperature | None = None
+    """Likewise of the fine-tuned one."""
     bank: Bank | None = None
 
 

@@ -24,6 +24,7 @@ from rft.runs import predictions
 from rft.runs.filenames import CLUSTERS, CONFIG, RESULTS, SELECTED
 from rft.runs.trained_on import TrainedOn, entries
 from rft.shards.manifest import Manifest
+from rft.storage import files
 from tests.conftest import build_model
 from tests.reference import ensembles as reference
 from tests.tiny import call, torchrun
@@ -231,7 +232,8 @@ def test_temperatures_are_fitted_on_held_out_images_and_read_again(
     ensemble, runs, tiny_data, tmp_path, monkeypatch
 ):
     ensemble("vrf", sets=SETS[:1])
-    fitted = json.loads((tmp_path / "out" / CONFIG).read_text())["fitted"]["temperatures"]
+    fitted = json.loads((tmp_path / "out" / CONFIG).read_text())["fitted"]
+    fitted = fitted["zero_shot"], fitted["fine_tuned"]
     train = PackedDataset(str(tiny_data / "imagenet-train"))
     _, held_out = held_out_split(train.index.key, train.index.label, HELD_OUT, 3)
     for one, (logits, _) in zip(fitted, answers(runs, train, held_out), strict=True):
@@ -312,6 +314,32 @@ def test_the_same_command_again_skips_and_a_damaged_file_is_made_anew(ensemble, 
     path.write_bytes(path.read_bytes()[:-7])
     assert DONE not in ensemble(kind)
     assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ose", "dawin"])
+def test_a_full_disk_leaves_nothing_wrong(
+    ensemble, wrong, runs, tiny_data, tmp_path, monkeypatch, refused, kind
+):
+    ensemble(kind, out="clean")
+    clean = contents(tmp_path / "clean")
+    publish = files.publish
+    # config.json, clusters.json of DaWin, predictions of each set, results.json
+    for allowed in range(2 + (kind == "dawin") + len(SETS)):
+        out, left = tmp_path / str(allowed), iter(range(allowed))
+
+        def fill(url, *rest, left=left):
+            if next(left, None) is None:
+                raise OSError(28, "No space left on device", url)
+            return publish(url, *rest)
+
+        words = kind, *line(runs, tiny_data, out)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "publish", fill)
+            assert "No space left" in refused(ensemble_command, *words)
+        assert not (out / RESULTS).exists()
+        call(ensemble_command, *words)
+        assert contents(out) == clean
 
 
 def test_other_options_and_other_weights_need_another_folder(ensemble, wrong, runs, tmp_path):
