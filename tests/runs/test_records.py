@@ -202,7 +202,8 @@ def fits(name: str, where: str, value: Any, good: Any) -> bool:
     if value == [] and isinstance(good, list):
         return True
     if isinstance(value, str):
-        return isinstance(good, str) and good != SHA and where != "recipe"
+        names = where == "recipe" or where.startswith("fitted.")
+        return isinstance(good, str) and good != SHA and not names
     if isinstance(value, bool):
         return isinstance(good, bool)
     if where.endswith("value"):  # of a temperature
