@@ -1,7 +1,8 @@
 """Every system by name: what trains, and what is merged from trained models.
 
 The paper's systems (PAPER, PAPER_MERGED) come first, then the methods that were published after it
-(LATER, LATER_MERGED) and recipes of our own (RESEARCH). docs/methods.md compares them.
+(LATER, LATER_MERGED), recipes of our own (RESEARCH), and ensembles of two models (ENSEMBLES), which
+`rft.ensemble` evaluates. docs/methods.md compares them.
 
 What the paper prints for each is in rft/paper.py, under the same names.
 

@@ -1,5 +1,6 @@
 """Ensembles on real run folders: what they answer, record, skip and refuse."""
 
+import csv
 import json
 import shutil
 from functools import partial
@@ -441,7 +442,8 @@ def test_the_report_shows_ensembles_and_marks_the_transductive_one(
     call(evaluate_command, *ends, "--data", tiny_data, "--workers", 0, "--sets", *SETS)
     for kind in ("ose", "vrf", "dawin"):
         ensemble(kind, out=kind)
-    outs = [tmp_path / kind for kind in ("ose", "vrf", "dawin")]
+    ensemble("ose", "--alpha", 0.3, out="less")
+    outs = [tmp_path / kind for kind in ("ose", "vrf", "dawin", "less")]
     capsys.readouterr()
     call(report_command, *ends, *outs, "--out", tmp_path / "report")
     printed = capsys.readouterr().out
@@ -455,9 +457,12 @@ def test_the_report_shows_ensembles_and_marks_the_transductive_one(
     assert "depend on the other test images" in page
     assert "Average the probabilities of zero-shot and vanilla" in page
     # accuracies with intervals, and the order of the tables
-    rows = (tmp_path / "report" / "table.csv").read_text().splitlines()[1:]
-    names = [row.split(",")[0] for row in rows]
-    assert names == ["zero-shot", "vanilla", "dawin (transductive)", "ose", "vrf"]
+    with (tmp_path / "report" / "table.csv").open(newline="") as stream:
+        names = [row["recipe"] for row in csv.DictReader(stream)]
+    assert names == [
+        *("zero-shot", "vanilla", "dawin (transductive)", "ose, alpha 0.3", "ose, alpha 0.5"),
+        "vrf",
+    ]
     # one that was tampered with is found out
     config = tmp_path / "ose" / CONFIG
     config.write_text(config.read_text().replace("0.5", "0.6"))
