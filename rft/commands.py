@@ -65,6 +65,9 @@ GROUPS: Mapping[str, Mapping[str, Command | Mapping[str, Command]]] = {
         "merge": Command("rft.merge.command", "average weights: WiSE-FT, soups", ranks=True),
         "choose": Command("rft.merge.choose", "choose one of several models by held-out images"),
         "evaluate": Command("rft.evaluate.command", "predict all images of test sets", ranks=True),
+        "ensemble": Command(
+            "rft.ensemble.command", "evaluate two models together: OSE, VRF, DaWin", ranks=True
+        ),
         "report": Command("rft.report.command", "put evaluated runs side by side"),
         "convert": Command("rft.convert.command", "import and export weights"),
     },

@@ -515,7 +515,10 @@ NEUTRAL: dict[str, set[str]] = {
     "loader": {"workers", "cache_dir", "cache_gb", "features_dir", "features_gb", "max_pixels"},
 }
 # fields that seeds of one recipe may differ in besides; each seed builds on runs of its own
-OF_SEED = {"seed", "split_seed", "order_seed", "merged_from", "soup", "imported_from"}
+OF_SEED = {
+    *("seed", "split_seed", "order_seed", "merged_from", "imported_from", "ensemble_of"),
+    *("soup", "stock", "fitted"),
+}
 
 
 def _deciding(document: dict[str, Any], others: set[str]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def usage() -> str:
     )
     lines += ["", "To try it without photos: rft photos --example"]
     lines += ["rft COMMAND --help prints its options, rft --version the version."]
-    lines += [f"{shared} start a process for each visible GPU; {RANKS} N: others."]
+    lines += [f"{shared}: a process for each visible GPU, or {RANKS} N."]
     return "\n".join(lines)
 
 

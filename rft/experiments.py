@@ -253,7 +253,7 @@ def merge(study: Study, name: str, seed: int) -> Experiment:
             start, end = merged.inputs
             # zero-shot exists once, as seed 0
             after = (with_seed(start, 0), with_seed(end, seed))
-            options = ("--alpha", *(f"{alpha:g}" for alpha in study.alphas))
+            options = (*merged.options, "--alpha", *(f"{alpha:g}" for alpha in study.alphas))
             if study.preset == "official-parity":
                 options += ("--end-weights", "last")
             models = tuple(study.wise_model(name, alpha, seed) for alpha in study.alphas)
@@ -265,6 +265,10 @@ def merge(study: Study, name: str, seed: int) -> Experiment:
             if merged.kind == "greedy-soup":
                 # it counts held-out images, which ranks share; an average alone is one process
                 launcher, options = "torchrun", ("--data", study.data, *study.workers)
+        case "model-stock":
+            rates = recipes.SOUP_RATES
+            mine = tuple(ingredient(study, rate, seed).name for rate in rates)
+            after = (with_seed(merged.inputs[0], 0), *mine)
         case kind:
             assert_never(kind)
     command = (launcher, "-m", "rft.merge", merged.kind, *map(study.at, after), *options)

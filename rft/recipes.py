@@ -1,7 +1,8 @@
 """Every system by name: what trains, and what is merged from trained models.
 
 The paper's systems (PAPER, PAPER_MERGED) come first, then the methods that were published after it
-(LATER, LATER_MERGED) and recipes of our own (RESEARCH). docs/methods.md compares them.
+(LATER, LATER_MERGED), recipes of our own (RESEARCH), and ensembles of two models (ENSEMBLES), which
+`rft.ensemble` evaluates. docs/methods.md compares them.
 
 What the paper prints for each is in rft/paper.py, under the same names.
 
@@ -193,7 +194,8 @@ ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SOUP_RATES = (1 / 3, 1.0, 3.0)
 
 
-MergeKind = Literal["wise", "uniform-soup", "greedy-soup"]
+MergeKind = Literal["wise", "uniform-soup", "greedy-soup", "model-stock"]
+EnsembleKind = Literal["ose", "vrf", "dawin"]
 
 
 class Merge(NamedTuple):
@@ -202,7 +204,9 @@ class Merge(NamedTuple):
     about: str
     kind: MergeKind
     inputs: tuple[str, ...]
-    """Recipes of the models merged; a soup's are several runs of them."""
+    """Recipes of the models merged; those of a soup or a Model Stock are several runs."""
+    options: tuple[str, ...] = ()
+    """What `rft.merge` is given besides."""
 
 
 PAPER_MERGED = {
@@ -228,11 +232,55 @@ PAPER_MERGED = {
     ),
 }
 
-LATER_MERGED: dict[str, Merge] = {}
+LATER_MERGED: dict[str, Merge] = {
+    # all fine-tuned models are of one seed, with the learning rates of the soups (SOUP_RATES)
+    "model-stock": Merge(
+        "Average fine-tuned models, each tensor as far as they agree (Jang et al. 2024).",
+        "model-stock",
+        ("zero-shot", "vanilla"),
+    ),
+    "wise-tower": Merge(
+        "Mix the image towers of zero-shot and vanilla alone; the head is vanilla's.",
+        "wise",
+        ("zero-shot", "vanilla"),
+        ("--parts", "tower"),
+    ),
+}
 
 SUITE_MERGED = ("wise-ft", f"wise-{DEFAULT}", *LATER_MERGED)
 
 MERGED = {**PAPER_MERGED, **LATER_MERGED}
+
+
+class Ensemble(NamedTuple):
+    """Two models that answer together, as `rft.ensemble` evaluates them."""
+
+    about: str
+    kind: EnsembleKind
+    inputs: tuple[str, str]
+    """Recipes of the zero-shot and the fine-tuned model."""
+    transductive: bool = False
+    """Whether the answer to a test image depends on the other test images."""
+
+
+ENSEMBLES = {
+    "ose": Ensemble(
+        "Average the probabilities of zero-shot and vanilla (output-space ensemble).",
+        "ose",
+        ("zero-shot", "vanilla"),
+    ),
+    "vrf": Ensemble(
+        "Weigh both by the distance to training images that only vanilla gets (Zhu et al. 2024).",
+        "vrf",
+        ("zero-shot", "vanilla"),
+    ),
+    "dawin": Ensemble(
+        "Mix their weights by entropy, in clusters of the test set: transductive (Oh et al. 2025).",
+        "dawin",
+        ("zero-shot", "vanilla"),
+        transductive=True,
+    ),
+}
 
 
 def build(
@@ -247,6 +295,8 @@ def build(
     """
     if name in MERGED:
         raise ValueError(f"{name} is not trained but merged: python -m rft.merge --help")
+    if name in ENSEMBLES:
+        raise ValueError(f"{name} is not trained but an ensemble: python -m rft.ensemble --help")
     if name not in TRAINED:
         raise unknown("recipe", name, sorted(TRAINED))
     # these come from Python too, where no parser has checked them
@@ -336,6 +386,8 @@ def list_in_words() -> str:
     lines += [f"  {name:32s} {recipe.about}" for name, recipe in LATER.items()]
     lines += ["", "Merged from trained models by python -m rft.merge:"]
     lines += [f"  {name:32s} {merge.about}" for name, merge in MERGED.items()]
+    lines += ["", "Ensembles that are evaluated by python -m rft.ensemble:"]
+    lines += [f"  {name:32s} {one.about}" for name, one in ENSEMBLES.items()]
     lines += ["", "Settings that the paper tries (Figure 6):"]
     for mask, (option, values) in SETTINGS.items():
         lines.append(f"  {mask + ' mask':14s} {option} {' '.join(map(str, values))}")

@@ -1,4 +1,4 @@
-"""WiSE-FT models and soups as data: what they are made of and what their run folder says.
+"""WiSE-FT models, soups and Model Stock as data: ingredients, and what their run folder says.
 
 `rft.merge` writes their weights, `rft.evaluate` counts with them and writes none. Both take names,
 configuration and header from here, so that their folders are of one kind. Nothing here reads a
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -29,12 +29,14 @@ from rft.clip.classifier import Saved
 from rft.method import averaging
 from rft.runs import trained_on
 
+Parts = Literal["all", "tower"]
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Average:
-    """A model that is an average of others, over every weight, head included."""
+    """A model that is an average of others."""
 
     models: Sequence[Ingredient]
     config: dict[str, Any]
@@ -62,11 +64,17 @@ class Average:
 
 
 def wise(
-    start_path: Path, end_path: Path, alphas: Sequence[float], end_weights: EndWeights, option: str
+    start_path: Path,
+    end_path: Path,
+    alphas: Sequence[float],
+    end_weights: EndWeights,
+    option: str,
+    parts: Parts = "all",
 ) -> list[Average]:
     """Return the WiSE-FT models between two ends: (1 - alpha) x START + alpha x END.
 
-    `option` is the one that named the alphas, for messages.
+    `option` is the one that named the alphas, for messages. Of `parts` "tower", the image tower
+    alone is interpolated and the head is END's, so that alpha 1 is END itself.
 
     Raises:
         ValueError: if an alpha is not in [0, 1] or named twice, or the ends cannot be averaged or
@@ -75,15 +83,17 @@ def wise(
     _check_alphas(alphas, option)
     start, end = read_ingredient(start_path), read_end(end_path, end_weights)
     check_alike([start, end])
-    _check_ends(start, end)
-    family = "ft" if end.recipe in ("", "vanilla") else end.recipe  # WiSE-FT is vanilla's name
+    check_ends(start, end)
+    family = _family(end.recipe, parts)
     return [
         Average(
             models=(start, end),
             config={
-                "recipe": f"wise-{family}-{alpha:g}",
+                "recipe": f"{family}-{alpha:g}",
                 "seed": end.seed,
                 "alpha": alpha,
+                # averages of all parts were recorded before there was a choice
+                **({} if parts == "all" else {"parts": parts}),
                 # recorded, because best and last weights of one run make different models
                 "end_weights": end_weights if end_path.is_dir() else "file",
                 "merged_from": [start.record(), end.record()],
@@ -92,6 +102,14 @@ def wise(
         )
         for alpha in alphas
     ]
+
+
+def _family(end: str, parts: Parts) -> str:
+    """Return the name of a WiSE family: wise-ft, wise-RECIPE, wise-tower, wise-tower-RECIPE."""
+    known = end in ("", "vanilla")  # WiSE-FT is vanilla's name
+    if parts == "all":
+        return "wise-ft" if known else f"wise-{end}"
+    return "wise-tower" if known else f"wise-tower-{end}"
 
 
 def _check_alphas(alphas: Sequence[float], option: str) -> None:
@@ -107,8 +125,8 @@ def _check_alphas(alphas: Sequence[float], option: str) -> None:
         raise ValueError(f"{option} has {twice[0]} twice (six digits count); name each value once")
 
 
-def _check_ends(start: Ingredient, end: Ingredient) -> None:
-    """Check that WiSE does not go from a model after its training to one before."""
+def check_ends(start: Ingredient, end: Ingredient) -> None:
+    """Check that a merge or ensemble does not go from a model after its training to one before."""
     if start.steps > 0 and _is_untrained(end):
         raise ValueError(
             f"{start.path} was trained for {start.steps} steps and {end.path} for none: START is "
@@ -116,13 +134,13 @@ def _check_ends(start: Ingredient, end: Ingredient) -> None:
         )
 
 
-def warn_of_ends(start: Ingredient, end: Ingredient) -> None:
-    """Warn if it is open whether WiSE goes from a model before its training to one after."""
+def warn_of_ends(start: Ingredient, *ends: Ingredient) -> None:
+    """Warn if it is open whether a merge goes from a model before its training to those after."""
     if start.steps > 0:
         log.warning(
             f"START {start.path} is not a zero-shot model: it was trained ({start.steps} steps)"
         )
-    if _is_untrained(end):
+    for end in filter(_is_untrained, ends):
         log.warning(f"END {end.path} is not a fine-tuned model: it was not trained (0 steps)")
 
 
@@ -147,15 +165,45 @@ def uniform_soup(paths: Sequence[Path]) -> Average:
     return Average(models, config, soup_metadata(models))
 
 
+def model_stock(start_path: Path, paths: Sequence[Path]) -> Average:
+    """Return the Model Stock of fine-tuned models around the one that they started from.
+
+    Raises:
+        ValueError: if there are fewer than two fine-tuned models, one is named twice, or they and
+            the start are not alike.
+    """
+    if len(paths) < 2:
+        raise ValueError(
+            f"a Model Stock needs START and at least two fine-tuned models, {len(paths)} named "
+            "after START"
+        )
+    start = read_ingredient(start_path)
+    models = read_soup(paths)
+    for model in models:
+        if model.sha256 == start.sha256:
+            raise ValueError(
+                f"{start.path} and {model.path} are the same weights; START is the zero-shot model"
+            )
+        check_ends(start, model)
+    check_alike([start, *models])
+    config = {
+        "recipe": "model-stock",
+        "seed": shared_seed(models),
+        "merged_from": [start.record(), *(model.record() for model in models)],
+    }
+    return Average([start, *models], config, soup_metadata(models))
+
+
 def soup_metadata(models: Sequence[Ingredient]) -> dict[str, str]:
     """Return the metadata of a soup's weights: as many steps as the longest run took."""
     return {"step": str(max(model.steps for model in models))}
 
 
 def states(averages: Iterable[Average]) -> Iterator[dict[str, Tensor]]:
-    """Yield the weights of WiSE models and uniform soups, one average after the other.
+    """Yield the weights of WiSE models, uniform soups and Model Stock, one after the other.
 
     Ends are read once for all of their WiSE models that stand together, a soup's models one by one.
+    A Model Stock's configuration gets the ratio of each tensor before its weights are yielded.
 
     Raises:
         ValueError: if a weight of an ingredient is not finite.
@@ -164,8 +212,18 @@ def states(averages: Iterable[Average]) -> Iterator[dict[str, Tensor]]:
         ends: list[dict[str, Tensor]] = []
         for one in group:
             alpha = one.config.get("alpha")
+            if one.name == "model-stock":
+                start, *models = one.models
+                state, ratios = averaging.model_stock(
+                    start.load(), (model.load() for model in models)
+                )
+                one.config["stock"] = {"ratios": ratios}
+                yield state
+                continue
             if alpha is None:
                 yield averaging.uniform_soup(model.load() for model in one.models)
                 continue
             ends = ends or [model.load() for model in one.models]
-            yield averaging.interpolate(ends[0], ends[1], alpha)
+            tower = one.config.get("parts") == "tower"
+            mix = averaging.interpolate_tower if tower else averaging.interpolate
+            yield mix(ends[0], ends[1], alpha)

@@ -140,7 +140,7 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
     Raises:
         ValueError: naming two models and what differs.
     """
-    warnings = _check_classes(ingredients)
+    warnings = check_classes(ingredients)
     first = ingredients[0]
     for other in ingredients[1:]:
         both = f"{first.path} and {other.path}"
@@ -158,7 +158,7 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
         log.warning(warning)
 
 
-def _check_classes(ingredients: Sequence[Ingredient]) -> list[str]:
+def check_classes(ingredients: Sequence[Ingredient]) -> list[str]:
     """Check that the heads of models have the same classes; return what the user must know."""
     known = best_known(ingredients)
     warnings = []

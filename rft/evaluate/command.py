@@ -15,6 +15,7 @@ import tyro
 
 from rft import cli, dist
 from rft import next_steps as commands
+from rft.averages.average import Parts
 from rft.averages.ingredients import EndWeights
 from rft.config import MAX_PIXELS, Device
 from rft.dist import World
@@ -80,6 +81,8 @@ class Arguments:
     """Folder for results of --wise and --soup: a run folder without weights for each, by recipe."""
     end_weights: EndWeights = "best"
     """Weights of each END of --wise: selected, or of the last step, as in `rft.merge wise`."""
+    parts: Parts = "all"
+    """What each --wise interpolates: every weight or the image tower, as in `rft.merge wise`."""
     sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = TEST_SETS
     """Packed sets to evaluate on: these, or any other below the data root (of own photos: test)."""
     batch_size: BatchSize = 256
@@ -171,7 +174,9 @@ def find_systems(arguments: Arguments) -> list[System]:
     Raises:
         ValueError: if it names nothing, or an average that cannot be made.
     """
-    averages = read_averages(arguments.wise, arguments.soup, arguments.out, arguments.end_weights)
+    averages = read_averages(
+        arguments.wise, arguments.soup, arguments.out, arguments.end_weights, arguments.parts
+    )
     # by name: an average that was merged before may be named as a run folder, too
     found = {path_of(one): one for one in (*arguments.checkpoints, *averages)}
     if not found:

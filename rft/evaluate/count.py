@@ -69,6 +69,27 @@ class Scored(NamedTuple):
     scaled_log_likelihood_B: Tensor
 
 
+def group_logits(logits_BK: Tensor, class_to_group_K: Tensor) -> Tensor:
+    """Return the logit of each group that a set scores, the highest of its classes, fp64 (B, G)."""
+    scored_K = torch.nonzero(class_to_group_K != EXCLUDED).squeeze(1)
+    group_K = class_to_group_K[scored_K]
+    scored_BK = logits_BK[:, scored_K].double()
+    groups = int(class_to_group_K.max()) + 1
+    if torch.equal(group_K, torch.arange(groups, device=group_K.device)):
+        # each class is its own group, as in most sets: the same numbers in half the time
+        return scored_BK
+    high_BG = scored_BK.new_full((len(logits_BK), groups), -torch.inf)
+    return high_BG.scatter_reduce(1, group_K.expand_as(scored_BK), scored_BK, "amax")
+
+
+def class_logits(group_BG: Tensor, class_to_group_K: Tensor) -> Tensor:
+    """Return logits (B, K) whose groups have the given ones: each class has that of its group.
+
+    A class outside every group is never scored and has the first group's.
+    """
+    return group_BG[:, class_to_group_K.clamp(min=0)]
+
+
 def score(
     logits_BK: Tensor,
     labels_B: Tensor,
@@ -84,17 +105,14 @@ def score(
     scaled ones of logits divided by the temperature, one for all or (B, 1). A row depends on no
     other one.
     """
-    groups = int(class_to_group_K.max()) + 1
     scored_K = torch.nonzero(class_to_group_K != EXCLUDED).squeeze(1)
     group_K = class_to_group_K[scored_K]
-    scored_BK = logits_BK[:, scored_K].double()
-    if torch.equal(group_K, torch.arange(groups, device=group_K.device)):
-        # each class is its own group, as in most sets: the same numbers in half the time
-        high_BG, first_BG = scored_BK, scored_K.expand_as(scored_BK)
+    high_BG = group_logits(logits_BK, class_to_group_K)
+    if torch.equal(group_K, torch.arange(high_BG.shape[1], device=group_K.device)):
+        scored_BK, first_BG = high_BG, scored_K.expand_as(high_BG)
     else:
+        scored_BK = logits_BK[:, scored_K].double()
         group_BK = group_K.expand_as(scored_BK)
-        high_BG = scored_BK.new_full((len(logits_BK), groups), -torch.inf)
-        high_BG = high_BG.scatter_reduce(1, group_BK, scored_BK, "amax")
         # which class of a group has its highest logit: of groups with equal ones the first leads
         leads_BK = torch.where(
             scored_BK == high_BG.gather(1, group_BK), scored_K, len(class_to_group_K)

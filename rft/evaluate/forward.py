@@ -10,7 +10,7 @@ whatever the batch size and the number of ranks.
 Shapes: B batch, E embedding, K classes.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +29,18 @@ from rft.storage import files
 
 TOGETHER = 64  # images in one forward; more would be little faster on a GPU
 Files = dict[nn.Module, FeatureFile]
+
+
+class Ensemble(nn.Module):
+    """Classifiers that answer together: each member's tower runs once, whoever shares it."""
+
+    def __init__(
+        self, members: Sequence[Classifier], answer: Callable[[Sequence[Tensor]], Tensor]
+    ) -> None:
+        """`answer` makes logits (B, K), or any rows, of each member's features (B, E)."""
+        super().__init__()
+        self.members = tuple(members)
+        self.answer = answer
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ def forward(
     Batches are whole multiples of TOGETHER. `first` is the row of the first sample in the `opened`
     files, which are closed in the end. Raises what `read_batches` does.
     """
-    towers = {_tower(model): model for model in models}
+    towers = {_tower(member): member for model in models for member in _members(model)}
     reads = towers.keys() <= opened.keys()
     size = batches.batch_size
     assert first % TOGETHER == size % TOGETHER == 0, "forwards would be cut in other places"
@@ -116,8 +128,12 @@ def forward(
                     for tower in towers
                 }
             for part, part_labels_B in enumerate(labels_B.split(TOGETHER)):
-                logits = [_logits(model, features[_tower(model)][part]) for model in models]
-                yield part_labels_B, logits
+                of_part = {tower: parts[part] for tower, parts in features.items()}
+                yield part_labels_B, [_logits(model, of_part) for model in models]
+
+
+def _members(model: nn.Module) -> Sequence[nn.Module]:
+    return model.members if isinstance(model, Ensemble) else [model]
 
 
 def _tower(model: nn.Module) -> nn.Module:
@@ -131,8 +147,12 @@ def _features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     return model(images_BCHW)
 
 
-def _logits(model: nn.Module, features_BE: Tensor) -> Tensor:
-    return model.logits(features_BE) if isinstance(model, Classifier) else features_BE
+def _logits(model: nn.Module, features: Mapping[nn.Module, Tensor]) -> Tensor:
+    """Return a model's logits from the features of each tower."""
+    found = [features[_tower(member)] for member in _members(model)]
+    if isinstance(model, Ensemble):
+        return model.answer(found)
+    return model.logits(*found) if isinstance(model, Classifier) else found[0]
 
 
 def _batch(batches: EvaluationBatches, number: int, device: torch.device) -> Any:

@@ -8,12 +8,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from rft import cli
-from rft.evaluate.checkpoints import Loaded
 from rft.evaluate.count import Predicted
 from rft.evaluate.scores import in_words, score_of
 from rft.runs import predictions
@@ -24,6 +23,29 @@ from rft.shards.manifest import Manifest
 from rft.storage import files
 
 log = logging.getLogger(__name__)
+
+
+class Counted(Protocol):
+    """A model whose results are recorded: a checkpoint, or an ensemble of two."""
+
+    @property
+    def path(self) -> Path:
+        """The run folder or weights file whose results they are."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """What identifies its weights."""
+        ...
+
+    @property
+    def state_of_run(self) -> str:
+        """How far its run is, for a line of output; empty if it has ended."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """Identify the weights in a document of results."""
+        ...
 
 
 class Evaluated(NamedTuple):
@@ -66,7 +88,7 @@ def _is(path: Path, sha256: str | None) -> bool:
     return path.is_file() and files.sha256_file(path) == sha256
 
 
-def write_results(one: Loaded, sets: Mapping[str, Evaluated]) -> None:
+def write_results(one: Counted, sets: Mapping[str, Evaluated]) -> None:
     """Record what one checkpoint predicts, and print its accuracies.
 
     results.json comes last: a file of predictions counts only once that names its hash.

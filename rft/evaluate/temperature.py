@@ -5,7 +5,7 @@ training held out to select the checkpoint. Weights carry which images these are
 (`rft.runs.trained_on`), through merges too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +27,16 @@ from rft.statistics import calibration
 from rft.storage import files
 
 
-def held_out_of(one: Loaded) -> TrainedOn:
-    """Return which images may set the temperature of a checkpoint.
+def held_out_of(path: Path, metadata: Mapping[str, str]) -> TrainedOn:
+    """Return which images may set the temperature of a model with weights of such metadata.
 
     Raises:
         ValueError: if there are none.
     """
     # whatever was trained on, what was held out is new to the model
-    seen = {found._replace(shots=0) for found in of_model(one.path, one.saved.metadata)}
+    seen = {found._replace(shots=0) for found in of_model(path, metadata)}
     if not seen:
-        return _of_untrained(one.path)
+        return _of_untrained(path)
     if len(seen) > 1:
         raise ValueError(
             "its trainings held different images out, so none of them is new to it; train its "
@@ -88,40 +88,67 @@ def fit_temperatures(
     found: list[Temperature | str] = [""] * len(models)
     for number, one in enumerate(loaded):
         try:
-            splits.setdefault(held_out_of(one), []).append(number)
+            splits.setdefault(held_out_of(one.path, one.saved.metadata), []).append(number)
         except ValueError as error:
             found[number] = str(error)
     for split, numbers in splits.items():
-        url = files.join(data, split.name)
-        packed = PackedDataset(url, max_pixels=max_pixels)
-        if packed.manifest.sha256 != split.manifest_sha256:
-            raise ValueError(
-                f"{loaded[numbers[0]].path} held images of a different {split.name} out (manifest "
-                f"{split.manifest_sha256[:12]}) than {url} has ({packed.manifest.sha256[:12]}); "
-                "name its --data, or leave --temperature out"
-            )
-        index = packed.index
-        require_no_test_images(data, split.name, packed.manifest, index.key)
-        _, samples = held_out_split(index.key, index.label, split.held_out, split.split_seed)
-        predicted = predict(
+        fitted = fit_on(
+            split,
+            [loaded[number] for number in numbers],
             [models[number] for number in numbers],
-            packed,
-            image_size=models[numbers[0]].architecture.image_size,
+            data,
+            max_pixels=max_pixels,
             world=world,
             device=device,
-            samples=samples,
             batch_size=batch_size,
             workers=workers,
-            names=[str(loaded[number].path) for number in numbers],
-            logits=np.float32,
         )
-        label_N = index.label[samples]
-        for number, one in zip(numbers, predicted, strict=True):
-            value = dist.from_main(world, _fit(one.logits_NK, label_N))
-            if isinstance(value, str):
-                found[number] = value
-                continue
-            found[number] = Temperature(
+        for number, one in zip(numbers, fitted, strict=True):
+            found[number] = one
+    return found
+
+
+def fit_on(
+    split: TrainedOn,
+    loaded: Sequence[Loaded],
+    models: Sequence[Classifier],
+    data: str,
+    *,
+    max_pixels: float,
+    world: World,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+) -> list[Temperature | str]:
+    """Fit the temperature of each model on the held-out images of one split, in one pass.
+
+    As `fit_temperatures`, but the images need not be those that a model's own training held out.
+
+    Raises:
+        ValueError: if the training set is absent below `data`, has other images than the split's,
+            or holds an image of an OOD test set.
+    """
+    packed = training_set(split, loaded[0].path, data, max_pixels, "leave --temperature out")
+    index = packed.index
+    _, samples = held_out_split(index.key, index.label, split.held_out, split.split_seed)
+    predicted = predict(
+        models,
+        packed,
+        image_size=models[0].architecture.image_size,
+        world=world,
+        device=device,
+        samples=samples,
+        batch_size=batch_size,
+        workers=workers,
+        names=[str(one.path) for one in loaded],
+        logits=np.float32,
+    )
+    label_N = index.label[samples]
+    found: list[Temperature | str] = []
+    for one in predicted:
+        value = dist.from_main(world, _fit(one.logits_NK, label_N))
+        if not isinstance(value, str):
+            value = Temperature(
                 value=value,
                 images=len(samples),
                 train_set=split.name,
@@ -129,7 +156,36 @@ def fit_temperatures(
                 held_out=split.held_out,
                 split_seed=split.split_seed,
             )
+        found.append(value)
     return found
+
+
+def training_set(
+    split: TrainedOn, path: Path, data: str, max_pixels: float, otherwise: str
+) -> PackedDataset:
+    """Open the packed set that a model was trained on.
+
+    Args:
+        split: what the model has seen.
+        path: the model, for messages.
+        data: the data root.
+        max_pixels: millions of pixels that an image may have.
+        otherwise: what else the user may do, for messages.
+
+    Raises:
+        ValueError: if the set is absent below `data`, has other images than the split's, or holds
+            an image of an OOD test set.
+    """
+    url = files.join(data, split.name)
+    packed = PackedDataset(url, max_pixels=max_pixels)
+    if packed.manifest.sha256 != split.manifest_sha256:
+        raise ValueError(
+            f"{path} held images of a different {split.name} out (manifest "
+            f"{split.manifest_sha256[:12]}) than {url} has ({packed.manifest.sha256[:12]}); "
+            f"name its --data, or {otherwise}"
+        )
+    require_no_test_images(data, split.name, packed.manifest, packed.index.key)
+    return packed
 
 
 def _fit(logits_NK: np.ndarray | None, label_N: np.ndarray) -> float | str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rft.averages import average
-from rft.averages.average import Average
+from rft.averages.average import Average, Parts
 from rft.averages.ingredients import EndWeights
 from rft.clip.classifier import Saved, map_state
 from rft.runs import derived
@@ -48,6 +48,7 @@ def read_averages(
     soups: Sequence[Sequence[Path]],
     out: Path | None,
     end_weights: EndWeights,
+    parts: Parts = "all",
 ) -> list[System]:
     """Return the averages that options name; one that is merged already is its run folder.
 
@@ -56,18 +57,21 @@ def read_averages(
         soups: the models of each --soup.
         out: the folder of their run folders.
         end_weights: of each END.
+        parts: of each WiSE model, what is interpolated.
 
     Raises:
         ValueError: if an option is malformed, models cannot be averaged, two averages have one
             name, or a folder holds another model.
     """
+    if parts != "all" and not wise:
+        raise ValueError(f"--parts {parts} is what --wise interpolates; name one")
     if not wise and not soups:
         if out is not None:
             raise ValueError("--out is the folder for results of --wise and --soup; name one")
         return []
     if out is None:
         raise ValueError("--wise and --soup need --out DIR, the folder for their results")
-    paths = [_wise(words, end_weights) for words in wise]
+    paths = [_wise(words, end_weights, parts) for words in wise]
     found = [one for path in paths for one in path]
     found += [average.uniform_soup(models) for models in soups]
     first: dict[str, Average] = {}
@@ -88,7 +92,7 @@ def _models(one: Average) -> str:
     return ", ".join(str(model.path) for model in one.models)
 
 
-def _wise(words: Sequence[str], end_weights: EndWeights) -> list[Average]:
+def _wise(words: Sequence[str], end_weights: EndWeights, parts: Parts) -> list[Average]:
     """Return the averages of one --wise."""
     if len(words) < 3 or "" in words:
         raise ValueError("--wise takes START END and one or more alphas, such as 0.25 0.5 0.75")
@@ -104,7 +108,8 @@ def _wise(words: Sequence[str], end_weights: EndWeights) -> list[Average]:
             ) from None
     for path in (start, end):
         files.require_local(path, "--wise")
-    return average.wise(Path(start), Path(end), alphas, end_weights, "an alpha of --wise")
+    ends = Path(start), Path(end)
+    return average.wise(*ends, alphas, end_weights, "an alpha of --wise", parts)
 
 
 def _system(path: Path, one: Average) -> System:

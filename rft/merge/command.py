@@ -1,5 +1,6 @@
 """Average fine-tuned weights: `python -m rft.merge {wise,uniform-soup,greedy-soup} ...`."""
 
+import statistics
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from rft import cli, dist
 from rft import next_steps as commands
 from rft.averages import average
-from rft.averages.average import Average
+from rft.averages.average import Average, Parts
 from rft.averages.ingredients import EndWeights, Ingredient, read_soup
 from rft.clip.model_folder import write_run
 from rft.config import MAX_PIXELS, Device
@@ -30,11 +31,12 @@ KINDS: tuple[MergeKind, ...] = get_args(MergeKind)
 
 @dataclass(frozen=True)
 class Wise:
-    """WiSE-FT: (1 - alpha) x zero-shot + alpha x fine-tuned, over every weight, head included.
+    """WiSE-FT: (1 - alpha) x zero-shot + alpha x fine-tuned, over every weight, or the tower alone.
 
     With one alpha, --out becomes the merged model's run folder; with several, it holds one run
     folder for each, named after its recipe: wise-ft-A, or wise-RECIPE-A where the fine-tuned model
-    is another recipe than vanilla (the paper's WiSE-Ours is wise-object-mask-single-fill-A).
+    is a different recipe than vanilla (the paper's WiSE-Ours is wise-object-mask-single-fill-A);
+    with --parts tower, wise-tower-A and wise-tower-RECIPE-A.
     """
 
     start: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="START")]
@@ -48,6 +50,27 @@ class Wise:
     end_weights: EndWeights = "best"
     """Weights of the fine-tuned run: selected by held-out accuracy (the last without held-out
     images), or after the last step, as the paper's released code takes them."""
+    parts: Parts = "all"
+    """What is interpolated: every weight, or the image tower, with the head of the fine-tuned
+    model. Alpha 1 is the fine-tuned model either way; alpha 0 of the tower is not the zero-shot
+    model."""
+
+
+@dataclass(frozen=True)
+class ModelStock:
+    """Model Stock: the mean of fine-tuned models, pulled to the zero-shot one where they disagree.
+
+    For each tensor the ratio t = N c / (1 + (N - 1) c) is made of the N models' mean pairwise
+    cosine c, of their differences to START; the result is t x mean + (1 - t) x START. No images are
+    needed. config.json keeps the ratios. Where c is negative, the tensor stays START's.
+    """
+
+    start: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="START")]
+    """The zero-shot model that all others started from: a run folder or a .safetensors file."""
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")]
+    """Two or more fine-tuned models: run folders or .safetensors files."""
+    out: Path
+    """Run folder to make."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +114,8 @@ class Arguments:
     merge: Annotated[
         Annotated[Wise, tyro.conf.subcommand(KINDS[0])]
         | Annotated[UniformSoup, tyro.conf.subcommand(KINDS[1])]
-        | Annotated[GreedySoup, tyro.conf.subcommand(KINDS[2])],
+        | Annotated[GreedySoup, tyro.conf.subcommand(KINDS[2])]
+        | Annotated[ModelStock, tyro.conf.subcommand(KINDS[3])],
         tyro.conf.arg(name=""),
     ]
 
@@ -108,6 +132,8 @@ def main() -> None:
             _uniform_soup(arguments)
         case GreedySoup() as arguments:
             _make_greedy_soup(arguments)
+        case ModelStock() as arguments:
+            _model_stock(arguments)
         case arguments:
             assert_never(arguments)
 
@@ -115,7 +141,7 @@ def main() -> None:
 def _wise(arguments: Wise) -> None:
     """Write the run folder of each interpolated model that does not exist yet."""
     ends = (arguments.start, arguments.end)
-    found = average.wise(*ends, arguments.alpha, arguments.end_weights, "--alpha")
+    found = average.wise(*ends, arguments.alpha, arguments.end_weights, "--alpha", arguments.parts)
     several = len(found) > 1
     if several and (arguments.out / filenames.CONFIG).exists():
         raise ValueError(
@@ -134,6 +160,23 @@ def _uniform_soup(arguments: UniformSoup) -> None:
     soup = average.uniform_soup(arguments.models)
     jobs = {arguments.out: soup}
     _make(jobs, _done(jobs), soup.models[0])
+
+
+def _model_stock(arguments: ModelStock) -> None:
+    """Write the run folder of a Model Stock unless it exists."""
+    stock = average.model_stock(arguments.start, arguments.models)
+    jobs = {arguments.out: stock}
+    done = _done(jobs)
+    if not done:
+        average.warn_of_ends(*stock.models)
+    _make(jobs, done, stock.models[1])
+    if not done:
+        ratios = list(stock.config["stock"]["ratios"].values())
+        kept = sum(ratio == 0 for ratio in ratios)
+        cli.say(
+            f"share of the fine-tuned mean: {min(ratios):.3f} to {max(ratios):.3f}, median "
+            f"{statistics.median(ratios):.3f}, over {len(ratios)} tensors; {kept} stay START's"
+        )
 
 
 def _done(jobs: Mapping[Path, Average]) -> set[Path]:

@@ -1,4 +1,4 @@
-"""Averages of weights: WiSE-FT and soups. Pure.
+"""Averages of weights: WiSE-FT, soups and Model Stock. Pure.
 
 A state dict maps names to tensors; models are averaged over every entry, the head's included.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 State = Mapping[str, Tensor]
+TOWER = "visual."  # begins the name of each entry of a classifier's image tower
 
 
 def interpolate(start: State, end: State, alpha: float) -> dict[str, Tensor]:
@@ -23,6 +24,65 @@ def interpolate(start: State, end: State, alpha: float) -> dict[str, Tensor]:
     if alpha in (0, 1):
         return {name: value.clone() for name, value in (end if alpha else start).items()}
     return {name: (1 - alpha) * start[name] + alpha * end[name] for name in start}
+
+
+def interpolate_tower(start: State, end: State, alpha: float) -> dict[str, Tensor]:
+    """Interpolate the image towers alone, as `interpolate` does; every other entry is END's.
+
+    Raises:
+        ValueError: if the two do not have the same entries, shapes and types.
+    """
+    mixed = interpolate(start, end, alpha)
+    return {
+        name: value if name.startswith(TOWER) else end[name].clone()
+        for name, value in mixed.items()
+    }
+
+
+def model_stock(
+    start: State, states: Iterable[State]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the Model Stock of fine-tuned models, and the ratio t of each tensor.
+
+    Jang et al. 2024 (ECCV), section 4. For each tensor the deltas are theta_i - theta_0, and c is
+    the mean cosine over pairs of them: t = N c / (1 + (N - 1) c), and the result is
+    t mean(theta_i) + (1 - t) theta_0. The less the models agree, the nearer it stays to the start.
+
+    The derivation assumes c >= 0. Below that t would be negative and the result would lie on the
+    far side of theta_0, so t is at least 0. A delta of zero is orthogonal to every other one: a
+    tensor that no model changed stays as it is.
+
+    The models are taken one after the other; two sums are kept, in fp64.
+
+    Raises:
+        ValueError: if there are fewer than two models, or not all have the same entries, shapes and
+            types as the start.
+    """
+    total, count = Sum(), 0
+    units: dict[str, Tensor] = {}
+    moved = dict.fromkeys(start, 0)
+    for state in states:
+        require_alike(start, state)
+        total.add(state)
+        count += 1
+        for name, value in state.items():
+            delta = value.double() - start[name].double()
+            norm = delta.norm()
+            if norm > 0:
+                units[name] = units.get(name, 0) + delta / norm
+                moved[name] += 1
+    if count < 2:
+        raise ValueError(f"a Model Stock needs at least two fine-tuned models, {count} named")
+    found, ratios = {}, {}
+    for name, mean in total.mean(dtype=torch.float64).items():
+        # the squared norm of a sum of m unit vectors is m + 2 x the sum over pairs of cosines
+        pairs = float(units[name].square().sum()) - moved[name] if name in units else 0.0
+        cosine = max(pairs / (count * (count - 1)), 0.0)
+        ratio = min(count * cosine / (1 + (count - 1) * cosine), 1.0)
+        base = start[name].double()
+        found[name] = (ratio * mean + (1 - ratio) * base).to(start[name].dtype)
+        ratios[name] = ratio
+    return found, ratios
 
 
 def uniform_soup(states: Iterable[State]) -> dict[str, Tensor]:
@@ -111,8 +171,10 @@ class Sum:
                 self._total[name] += value
         self.count += 1
 
-    def mean(self, new: State | None = None) -> dict[str, Tensor]:
-        """Return the mean of the models that were added, in their own type.
+    def mean(
+        self, new: State | None = None, *, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Return the mean of the models that were added, in their own type, or in `dtype`.
 
         With `new`, what it would be with one more model, which is not added.
 
@@ -125,7 +187,9 @@ class Sum:
             require_alike(self._like, new)
         count = self.count + (new is not None)
         return {
-            name: ((total if new is None else total + new[name]) / count).to(self._like[name].dtype)
+            name: ((total if new is None else total + new[name]) / count).to(
+                dtype or self._like[name].dtype
+            )
             for name, total in self._total.items()
         }
 

@@ -34,7 +34,7 @@ from rft.report.comparison import Beside
 from rft.report.flips import Flips, find_flips
 from rft.report.measures import Measures
 from rft.report.mistakes import Pictures, RowMistakes
-from rft.report.read import Run, load_runs, shown_settings
+from rft.report.read import TRANSDUCTIVE, Run, load_runs, shown_settings
 from rft.report.summary import Summary, summarise
 from rft.report.tables import OOD_COLUMN, Row, TextTable, heading, is_average
 from rft.report.templates import data_url, environment
@@ -354,8 +354,8 @@ def meanings(rows: Sequence[Row]) -> list[tuple[str, str]]:
     found = []
     for row in rows:
         wise = tables.wise_model(row.recipe)
-        name = row.recipe if wise is None else wise.family
-        known = recipes.MERGED.get(name) or recipes.TRAINED.get(name)
+        name = row.recipe.removesuffix(TRANSDUCTIVE) if wise is None else wise.family
+        known = recipes.MERGED.get(name) or recipes.TRAINED.get(name) or recipes.ENSEMBLES.get(name)
         if known is not None:
             found.append((row.name, known.about))
     return found
@@ -381,7 +381,7 @@ def class_changes(report: Report, targets: Sequence[str]) -> list[tuple[Row, lis
     return found
 
 
-MODULES = {"merge": "rft.merge", "import": "rft.convert"}
+MODULES = {"merge": "rft.merge", "import": "rft.convert", "ensemble": "rft.ensemble"}
 
 
 def command(run: Run) -> str:

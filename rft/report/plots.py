@@ -37,6 +37,7 @@ from rft.report.tables import (
     Row,
     Spread,
     by_row,
+    ensemble_kind,
     order,
     shown_recipes,
     wise_model,
@@ -88,13 +89,21 @@ def style(recipe: str) -> Style:
         "lp-ft": Style("#56b4e9", ">"),
         "uniform-soup": Style("#8c6d46", "P", size=8),
         "greedy-soup": Style("#8c6d46", "P", size=8, hollow=True),
+        "model-stock": Style("#8c6d46", "p", size=8),
         "no-mask": Style("#aa4a8c", "s", size=6.5),
     }
     if recipe in fixed:
         return fixed[recipe]
+    ensembles = {
+        "ose": Style("#3b6ea5", "d", size=7.5),
+        "vrf": Style("#3b6ea5", "d", size=7.5, hollow=True),
+        "dawin": Style("#3b6ea5", "H", size=7.5),
+    }
+    if (kind := ensemble_kind(recipe)) is not None:
+        return ensembles[kind]
     if (wise := wise_model(recipe)) is not None:
         if wise.end == "vanilla":
-            return Style("#b8860b", "^")
+            return Style("#b8860b", "^", hollow=wise.tower)
         return replace(style(wise.end), marker="v", size=7.5)
     if recipe.startswith("wise-kd-"):
         student = style(recipe.removeprefix("wise-kd-"))
@@ -172,12 +181,13 @@ def wise_paths(recipes: Collection[str]) -> dict[str, list[str]]:
     """Return WiSE family -> the recipes on its path, from alpha 0 to alpha 1.
 
     Its ends are the zero-shot and the fine-tuned model where they are among the recipes: the same
-    weights as the merged models of alpha 0 and 1, which they replace.
+    weights as the merged models of alpha 0 and 1, which they replace. A path of the image tower
+    alone ends at the fine-tuned model, and begins beside the zero-shot one.
     """
     paths: dict[str, dict[float, str]] = {}
     for recipe in sorted(recipes, key=order):
         if (wise := wise_model(recipe)) is not None:
-            ends = {0.0: "zero-shot", 1.0: wise.end}
+            ends = {1.0: wise.end} if wise.tower else {0.0: "zero-shot", 1.0: wise.end}
             present = {alpha: end for alpha, end in ends.items() if end in recipes}
             # the ends are there first, so a merged model of alpha 0 or 1 does not replace them
             paths.setdefault(wise.family, present).setdefault(wise.alpha, recipe)

@@ -31,6 +31,8 @@ RUNS = 2000  # of one report; the paper's experiments with three seeds make 106
 DEPTH = 32  # folders between a path that is named and its runs
 MAX_LINES = 2**19  # of all metrics of a report; 60 trainings as in the paper have 150,000
 DOCUMENT_BYTES = 2**25  # of all other documents of a report; a run has some ten thousand
+TRANSDUCTIVE = " (transductive)"
+"""Ends the name of a system whose answer to an image depends on the other test images."""
 SETTINGS_LETTERS = 2**16  # of a run's settings on the page; a training has some thousand
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class Run:
 
     path: Path
     recipe: str
-    """Its recipe; of a run that has not ended, a name that says so."""
+    """Its recipe; of a run that has not ended, or is transductive, a name that says so."""
     variant: str = ""
     """Settings in which it differs from other runs of its recipe, if there are any."""
     seed: int
@@ -216,6 +218,9 @@ def load_run(path: Path, lines: int = MAX_LINES) -> Run:
     if reached:
         # a name of its own: it joins no mean, no pair and no row of the paper
         recipe = f"{recipe} (unfinished, {reached})"
+    if config.transductive:
+        # in its name, so that no table or picture compares it in silence
+        recipe = f"{recipe}{TRANSDUCTIVE}"
     provenance = records.find(path / filenames.PROVENANCE, records.Provenance)
     if provenance is None and results.without_weights:
         # no merge left one: the evaluation made the average

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rft.report import alarms, details, tables
 from rft.report.measures import IMAGES, Measures, significant
-from rft.report.read import Run
+from rft.report.read import TRANSDUCTIVE, Run
 from rft.report.tables import (
     OOD_COLUMN,
     Row,
@@ -152,6 +152,11 @@ def _warnings(runs: Sequence[Run], rows: Sequence[Row], measures: Measures) -> I
         which = f"{_listed(single)}:" if len(single) <= NAMED else f"{len(single)} systems have"
         which = "All systems have" if len(single) == len(rows) else which
         yield f"{which} one seed: how much another training would differ is not known."
+    if marked := [row.name for row in rows if row.recipe.endswith(TRANSDUCTIVE)]:
+        yield (
+            f"{_listed(marked)}: the answers depend on the other test images, so a comparison with "
+            "systems that see one image at a time must say so."
+        )
     for note in dict.fromkeys(note for run in runs for note in run.notes):
         of = [f"{run.row} (seed {run.seed})" for run in runs if note in run.notes]
         yield f"{_listed(of)}: {note}."

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from rft import recipes
 from rft.report.measures import AveragePair, Measures, SetPair, significant
-from rft.report.read import Run
+from rft.report.read import TRANSDUCTIVE, Run
 from rft.runs import filenames
 from rft.runs.records import SetCount
 from rft.sets import BENCHMARKS, ID_SET, OOD_SETS, TEST_SETS, Score
@@ -91,6 +91,8 @@ class Wise:
     """Recipe of the fine-tuned model."""
     alpha: float
     """Share of the fine-tuned model."""
+    tower: bool = False
+    """Whether the image tower alone is interpolated."""
 
 
 @dataclass(frozen=True)
@@ -331,8 +333,9 @@ def order(recipe: str) -> tuple[int, str, float]:
     if recipe in first:
         return 0, "", first.index(recipe)
     if (wise := wise_model(recipe)) is not None:
-        return (1, "", wise.alpha) if wise.end == "vanilla" else (5, wise.family, wise.alpha)
-    if recipe.endswith("-soup"):
+        block = 1 if wise.end == "vanilla" else 5
+        return block, "" if wise.family == "wise-ft" else wise.family, wise.alpha
+    if recipe.endswith("-soup") or recipe == "model-stock":
         return 2, recipe, 0
     if recipe == "no-mask":
         return 3, "", 0
@@ -340,7 +343,17 @@ def order(recipe: str) -> tuple[int, str, float]:
         return 4, "", GRID.index(recipe)
     if recipe.startswith("wise-kd-"):
         return 6, "" if recipe == "wise-kd-vanilla" else recipe, 0
+    if ensemble_kind(recipe) is not None:
+        return 8, recipe, 0
     return 7, recipe, 0
+
+
+def ensemble_kind(recipe: str) -> str | None:
+    """Return which ensemble a recipe is: vrf and vrf-RECIPE are vrf; None for other recipes."""
+    # those of longer names first, should one begin with the name of another
+    names = sorted(recipes.ENSEMBLES, key=len, reverse=True)
+    recipe = recipe.removesuffix(TRANSDUCTIVE)
+    return next((name for name in names if recipe == name or recipe.startswith(f"{name}-")), None)
 
 
 def wise_model(recipe: str) -> Wise | None:
@@ -350,7 +363,9 @@ def wise_model(recipe: str) -> Wise | None:
     match = re.fullmatch(r"(wise-(.+?))-(\d+(?:\.\d+)?(?:e-\d+)?)", recipe, re.ASCII)
     if match is None or float(match[3]) > 1:
         return None
-    return Wise(match[1], "vanilla" if match[2] == "ft" else match[2], float(match[3]))
+    tower = match[2] == "tower" or match[2].startswith("tower-")
+    end = match[2].removeprefix("tower").removeprefix("-") if tower else match[2]
+    return Wise(match[1], "vanilla" if end in ("", "ft") else end, float(match[3]), tower)
 
 
 def shown_recipes(recipes: Iterable[str]) -> set[str]:
@@ -659,6 +674,11 @@ def caption(rows: Sequence[Row], hidden: int = 0) -> str:
     if hidden:
         text += (
             f" Of each WiSE family only the alpha nearest 0.5; table.csv has the other {hidden}."
+        )
+    if any(row.recipe.endswith(TRANSDUCTIVE) for row in rows):
+        text += (
+            " Transductive: the answer to a test image depends on the other test images; no other "
+            "row has seen them."
         )
     return text + precisions(rows)
 

@@ -1,6 +1,7 @@
-"""Run folders that no training made: `rft.merge` and `rft.convert import` leave them.
+"""Run folders that no training made: of `rft.merge`, `rft.convert import` and `rft.ensemble`.
 
-A merge is known by `merged_from` in its config.json, an import by `imported_from`. The weights that
+A merge is known by `merged_from` in its config.json, an import by `imported_from`, an ensemble,
+whose folder never has weights, by `ensemble_of`. The weights that
 they came from are known by their hash, so that a run or a file may move between two calls.
 `rft.clip.model_folder` writes them.
 """
@@ -17,12 +18,14 @@ from rft.runs.records import ORIGINS, RunConfig
 from rft.storage import files
 
 SHOWN = 3  # differences in an error
+# how a soup or a Model Stock came about, and what an ensemble fitted, are known only afterwards
+LATER_KNOWN = ("data", "soup", "stock", "fitted")
 
 log = logging.getLogger(__name__)
 
 
 def is_complete(out: Path, config: dict[str, Any]) -> bool:
-    """Whether the run folder already holds this merge or import, complete.
+    """Whether the run folder already holds this merge, import or ensemble, complete with weights.
 
     Raises:
         ValueError: if it holds anything else.
@@ -36,7 +39,7 @@ def is_complete(out: Path, config: dict[str, Any]) -> bool:
         if out.is_dir() and any(not found.name.startswith(".") for found in out.iterdir()):
             raise ValueError(f"{out} has files in it but is no run folder; choose another --out")
         return False
-    # every merge and import names one: merged_from or imported_from
+    # each names one: merged_from, imported_from or ensemble_of
     origin = next(name for name in ORIGINS if name in config)
     kind = ORIGINS[origin]
     if getattr(old, origin) is None:
@@ -74,6 +77,11 @@ def require_weights(weights: Path) -> None:
     folder = weights.parent.parent
     if folder / SELECTED == weights and not weights.exists():
         config = records.find_config(folder)
+        if config is not None and config.ensemble_of is not None:
+            raise ValueError(
+                f"{folder} is an ensemble of two models and has no weights of its own; "
+                "python -m rft.ensemble evaluates it"
+            )
         if config is not None and config.merged_from is not None:
             raise ValueError(
                 f"{folder} is an average without weights, as rft.evaluate --wise and --soup leave "
@@ -89,6 +97,8 @@ def _merge_command(folder: Path, config: RunConfig) -> str:
         words = ["wise", *models, "--alpha", str(config.alpha)]
         if config.whole.get("end_weights") == "last":
             words += ["--end-weights", "last"]
+        if config.whole.get("parts") == "tower":
+            words += ["--parts", "tower"]
     else:
         # a soup's recipe is the merge's name
         words = [config.recipe, *models]
@@ -99,11 +109,11 @@ def _merge_command(folder: Path, config: RunConfig) -> str:
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of a config.json that decide the result, without paths."""
-    # how a soup came about is known only afterwards
-    known = {name: value for name, value in config.items() if name not in ("data", "soup")}
-    if "merged_from" in config:
-        # numbered, so that a difference names the model; cut, because it is printed
-        sha256 = [record["sha256"] for record in config["merged_from"]]
-        return {**known, "merged_from": {str(n): digest[:12] for n, digest in enumerate(sha256)}}
+    known = {name: value for name, value in config.items() if name not in LATER_KNOWN}
+    for origin in ("merged_from", "ensemble_of"):
+        if origin in config:
+            # numbered, so that a difference names the model; cut, because it is printed
+            sha256 = [record["sha256"] for record in config[origin]]
+            return {**known, origin: {str(n): digest[:12] for n, digest in enumerate(sha256)}}
     source = {name: value for name, value in config["imported_from"].items() if name != "path"}
     return {**known, "imported_from": source}

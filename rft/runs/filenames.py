@@ -20,6 +20,7 @@ GALLERY = "gallery.npz"  # by a training that masks, before training.json
 FRAMES = "frames.npz"  # what gallery.npz will show of the steps, while the run trains
 RESULTS = "results.json"  # by rft.evaluate
 PREDICTIONS = "predictions"  # by rft.evaluate before results.json: a file for each set
+CLUSTERS = "clusters.json"  # by rft.ensemble dawin before results.json
 LOCALISATION = "localisation.json"  # by rft.evaluate.localisation
 
 # the weights, and what a run resumes from unless --log.checkpoints names another folder

@@ -24,7 +24,7 @@ from rft.storage.documents import FOREIGN, Count, Name, Schema, Sha256, Share, T
 T = TypeVar("T")
 
 # field of a config.json -> what left the folder; that of a training has neither, but `optim`
-ORIGINS = {"merged_from": "merge", "imported_from": "import"}
+ORIGINS = {"merged_from": "merge", "imported_from": "import", "ensemble_of": "ensemble"}
 
 RECORD_BYTES = 2**24  # of each; a training's has some thousand
 LARGEST_LOSS = 1e100  # above float32's largest, 3e38, and no axis that is drawn overflows
@@ -202,7 +202,7 @@ class Provenance:
 
 @document(name="merged_from")
 class Ancestor:
-    """A model that a merge averaged."""
+    """A model that a merge averaged, or that an ensemble asks."""
 
     path: Text
     sha256: Sha256
@@ -226,6 +226,46 @@ class Soup:
     correct: Count
     total: Count
     steps: tuple[Tried, ...]
+
+
+@document(name="fitted.bank")
+class Bank:
+    """The training images that VRF measures distances to."""
+
+    images: Annotated[int, Field(gt=0, le=2**53)]
+    """That the zero-shot model gets wrong and the fine-tuned one right."""
+    of: Annotated[int, Field(gt=0, le=2**53)]
+    """Training images that were looked at."""
+    k: Annotated[int, Field(gt=0, le=2**53)]
+    """Distances are to the k-th nearest."""
+
+
+@document(name="fitted")
+class Fitted:
+    """What an ensemble was fitted to, without any test image."""
+
+    zero_shot: Temperature | None = None
+    """Of the zero-shot model, on held-out images."""
+    fine_tuned: Temperature | None = None
+    """Likewise of the fine-tuned one."""
+    bank: Bank | None = None
+
+
+@document(name="cluster")
+class Cluster:
+    """Test images that DaWin gives one merged model."""
+
+    share: Share
+    """Of the fine-tuned weights."""
+    images: Annotated[int, Field(gt=0, le=2**53)]
+
+
+@document(name="clusters")
+class Clusters:
+    """A clusters.json: what DaWin made of each test set."""
+
+    schema: Schema = 1
+    sets: dict[SetName, tuple[Cluster, ...]]
 
 
 @document(name="imported_from")
@@ -259,7 +299,7 @@ class Optim:
 
 @document(name="config", config=FOREIGN)
 class RunConfig:
-    """A config.json of any kind: of a training, also an older version's, a merge or an import.
+    """A config.json of any kind: a training's, also an older version's, or a derived model's.
 
     The fields are those that commands read of folders that are not theirs; `rft.config.Config` is
     a training's own.
@@ -281,6 +321,12 @@ class RunConfig:
     """Of a greedy soup."""
     imported_from: Source | None = None
     """Of an import."""
+    ensemble_of: tuple[Ancestor, ...] | None = None
+    """Of an ensemble: the zero-shot and the fine-tuned model."""
+    fitted: Fitted | None = None
+    """Of an ensemble that was fitted to training images."""
+    transductive: bool = False
+    """Whether its answer to a test image depends on the other test images."""
     whole: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The document as it is, with everything else in it."""
 
@@ -291,7 +337,7 @@ class RunConfig:
 
     @property
     def is_derived(self) -> bool:
-        """Whether it is a merge's or an import's."""
+        """Whether it is a merge's, an import's or an ensemble's."""
         return any(getattr(self, origin) is not None for origin in ORIGINS)
 
 

@@ -19,6 +19,7 @@ from rft.evaluate.unwritten import Unwritten
 from rft.loading.dataset import PackedDataset
 from rft.merge import command as merge_command
 from rft.report import command as report_command
+from rft.runs import derived
 from rft.runs.filenames import CONFIG, PROVENANCE, RESULTS, SELECTED
 from rft.storage import files
 from tests.conftest import build_model
@@ -239,6 +240,21 @@ def test_a_full_disk_leaves_nothing_that_is_half_written(
         assert {name: contents(out / name) for name in names} == clean
 
 
+@pytest.mark.slow
+def test_a_tower_that_is_evaluated_is_the_one_that_rft_merge_writes(runs, tmp_path, evaluate):
+    ends, out, merged = (runs / "zero", runs / "end"), tmp_path / "out", tmp_path / "merged"
+    evaluate("--wise", *ends, 0.3, "--parts", "tower", "--out", out)
+    call(merge_command, "wise", *ends, "--alpha", 0.3, "--parts", "tower", "--out", merged)
+    evaluate(merged)
+    assert contents(out / "wise-tower-0.3") == {
+        name: data.replace(b"merged/", b"wise-tower-0.3/")
+        for name, data in contents(merged).items()
+    }
+    # what needs weights names the merge that writes them
+    with pytest.raises(ValueError, match=r"--alpha 0.3 --parts tower --out"):
+        derived.require_weights(out / "wise-tower-0.3" / SELECTED)
+
+
 # what is no system
 
 
@@ -246,6 +262,7 @@ def test_a_full_disk_leaves_nothing_that_is_half_written(
     ("words", "message"),
     [
         (["--wise", "zero", "end", "0.5"], "--wise and --soup need --out DIR"),
+        (["end", "--parts", "tower"], "--parts tower is what --wise interpolates; name one"),
         (["end", "--out", "out"], "--out is the folder for results of --wise and --soup"),
         (["--wise", "zero", "end", "--out", "out"], "--wise takes START END and one or more"),
         (["--wise", "zero", "end", "0.5", "more", "--out", "out"], "'more' is no number"),

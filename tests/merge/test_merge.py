@@ -18,7 +18,7 @@ from rft.evaluate import command as evaluate_command
 from rft.loading.batches import plan_training
 from rft.loading.dataset import PackedDataset
 from rft.merge import command as merge_command
-from rft.method.averaging import interpolate, uniform_soup
+from rft.method.averaging import interpolate, model_stock, uniform_soup
 from rft.runs.filenames import LAST, SELECTED
 from rft.storage import documents, files
 from tests import tiny
@@ -232,6 +232,64 @@ def test_uniform_soup(runs, tmp_path, merge):
         "step": str(max(int(end["step"]) for end in ends)),
         "trained_on": ends[0]["trained_on"],  # the same for both
     }
+
+
+def test_model_stock(runs, tmp_path, merge, capsys):
+    start, end, out = runs / "zero-shot", runs / "vanilla", tmp_path / "stock"
+    other = runs / "object-mask-single-fill"
+    printed = merge("model-stock", start, end, other, "--out", out)
+    expected, ratios = model_stock(state_of(start), [state_of(end), state_of(other)])
+    assert same(state_of(out), expected)
+    # neither the start nor the soup
+    assert not same(state_of(out), state_of(start))
+    assert not same(state_of(out), uniform_soup([state_of(end), state_of(other)]))
+    config = config_of(out)
+    assert (config["recipe"], config["seed"]) == ("model-stock", 0)
+    assert config["stock"] == {"ratios": ratios}
+    assert [one["path"] for one in config["merged_from"]] == [str(start), str(end), str(other)]
+    assert "share of the fine-tuned mean: " in printed
+    assert f"over {len(ratios)} tensors" in printed
+    before = everything(out)
+    printed = merge("model-stock", start, end, other, "--out", out)
+    assert printed.startswith(f"already merged: {out}\n")
+    assert everything(out) == before
+    # a header of its own, and images that any of them has seen
+    assert (
+        load_state(out / SELECTED)[2]["trained_on"] == load_state(end / SELECTED)[2]["trained_on"]
+    )
+
+
+def test_what_a_model_stock_cannot_take(runs, tmp_path, merge, refused):
+    start, end, out = runs / "zero-shot", runs / "vanilla", ("--out", tmp_path / "stock")
+    other = runs / "object-mask-single-fill"
+    line = refused("model-stock", start, end, *out)
+    assert "needs START and at least two fine-tuned models, 1 named" in line
+    assert "same weights; name one" in refused("model-stock", start, end, end, *out)
+    line = refused("model-stock", start, end, start, *out)
+    assert "are the same weights; START is the zero-shot model" in line
+    assert "swap the two" in refused("model-stock", end, other, start, *out)
+    merge("model-stock", start, end, other, *out)
+    assert "holds another merge: merged_from.1: " in refused("model-stock", start, other, end, *out)
+
+
+def test_the_tower_alone(runs, tmp_path, merge, refused):
+    start, end, out = runs / "zero-shot", runs / "vanilla", tmp_path / "tower"
+    merge("wise", start, end, "--alpha", 0.3, "--parts", "tower", "--out", out)
+    found, first, last = state_of(out), state_of(start), state_of(end)
+    for name, value in found.items():
+        if name.startswith("visual."):
+            assert torch.equal(value, 0.7 * first[name] + 0.3 * last[name]), name
+        else:
+            assert torch.equal(value, last[name]), name
+    assert any(not torch.equal(first[name], last[name]) for name in found if "head" in name)
+    config = config_of(out)
+    assert (config["recipe"], config["parts"]) == ("wise-tower-0.3", "tower")
+    assert "parts" in refused("wise", start, end, "--alpha", 0.3, "--out", out)
+    own = runs / "object-mask-single-fill"
+    merge("wise", start, own, "--alpha", 1, 0.5, "--parts", "tower", "--out", tmp_path / "own")
+    names = [f"wise-tower-object-mask-single-fill-{alpha}" for alpha in ("0.5", "1")]
+    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == names
+    assert same(state_of(tmp_path / "own" / names[1]), state_of(own))
 
 
 def test_a_seed_that_all_share_is_the_soups(runs, tmp_path, merge):

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from rft.method.averaging import greedy_soup, interpolate, uniform_soup
+from rft.method.averaging import (
+    greedy_soup,
+    interpolate,
+    interpolate_tower,
+    model_stock,
+    uniform_soup,
+)
+from tests.reference import ensembles as reference
 
 NUMBERS = st.floats(-1e6, 1e6, width=32)
 SHAPES = {"w": (2, 3), "b": (2,)}
@@ -253,3 +260,69 @@ def test_no_model_is_refused():
         uniform_soup([])
     with pytest.raises(ValueError, match="at least one model"):
         greedy_soup([], [].__getitem__, lambda _: 0)
+
+
+# Model Stock
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_model_stock_equals_its_definition(count):
+    generator = torch.Generator().manual_seed(count)
+    shapes = {"visual.w": (7, 5), "visual.b": (5,), "head.scale": ()}
+    start = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    common = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    models = [
+        {
+            name: start[name] + common[name] + torch.randn(shape, generator=generator)
+            for name, shape in shapes.items()
+        }
+        for _ in range(count)
+    ]
+    found, ratios = model_stock(start, iter(models))
+    for name, shape in shapes.items():
+        expected, ratio = reference.model_stock(
+            start[name].flatten().tolist(), [one[name].flatten().tolist() for one in models]
+        )
+        assert ratios[name] == pytest.approx(ratio, abs=1e-12)
+        assert found[name].shape == shape
+        assert found[name].dtype == torch.float32
+        assert found[name].flatten().tolist() == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    # both kinds occur: tensors that are moved, and less than all the way
+    assert 0 < ratios["visual.w"] < 1
+
+
+def test_model_stock_of_equal_models_is_their_mean_and_of_opposite_ones_the_start():
+    start = {"same": torch.zeros(2), "against": torch.ones(2), "still": torch.full((2,), 3.0)}
+    one = {"same": torch.tensor([1.0, 2.0]), "against": torch.tensor([3.0, 1.0])}
+    other = {"same": torch.tensor([2.0, 4.0]), "against": torch.tensor([-1.0, 1.0])}
+    models = [{**model, "still": start["still"]} for model in (one, other)]
+    found, ratios = model_stock(start, models)
+    assert ratios == {"same": pytest.approx(1), "against": 0, "still": 0}
+    assert found["same"].tolist() == pytest.approx([1.5, 3])
+    # a negative cosine would lead to the far side of the start
+    assert found["against"].tolist() == [1, 1]
+    assert torch.equal(found["still"], start["still"])
+
+
+def test_a_model_that_did_not_move_a_tensor_is_orthogonal_to_the_others():
+    start = {"w": torch.zeros(2)}
+    models = [{"w": torch.tensor(values)} for values in ([1.0, 0.0], [1.0, 0.0], [0.0, 0.0])]
+    # one pair of three has cosine 1, so c = 1/3
+    assert model_stock(start, models)[1]["w"] == pytest.approx(3 / 3 / (1 + 2 / 3))
+
+
+def test_model_stock_refuses_fewer_than_two_models_and_others_than_the_start():
+    start = {"w": torch.zeros(2)}
+    with pytest.raises(ValueError, match="at least two fine-tuned models, 1 named"):
+        model_stock(start, [{"w": torch.ones(2)}])
+    with pytest.raises(ValueError, match="only one of them has 'b'"):
+        model_stock(start, [{"w": torch.ones(2)}, {"b": torch.ones(2)}])
+
+
+def test_of_the_tower_alone_every_other_entry_is_the_end():
+    start = {"visual.w": torch.zeros(2), "head.w": torch.zeros(2)}
+    end = {"visual.w": torch.ones(2), "head.w": torch.ones(2)}
+    found = interpolate_tower(start, end, 0.25)
+    assert found["visual.w"].tolist() == [0.25, 0.25]
+    assert found["head.w"].tolist() == [1, 1]
+    assert found["head.w"] is not end["head.w"]

@@ -142,9 +142,11 @@ def test_effective_robustness_is_what_lies_above_the_line():
 def test_rows_stand_in_the_papers_order():
     expected = [
         "zero-shot", "linear-probe", "vanilla", "lp-ft", "wise-ft-0.2", "wise-ft-0.5", "wise-ft-1",
-        "greedy-soup", "uniform-soup", "no-mask", *tables.GRID, "wise-no-mask-0.9",
+        "wise-tower-0.5", "greedy-soup", "model-stock", "uniform-soup", "no-mask", *tables.GRID,
+        "wise-no-mask-0.9",
         "wise-object-mask-single-fill-0.5", "wise-object-mask-single-fill-1", "wise-kd-vanilla",
         "wise-kd-object-mask-single-fill", "another", "zebra",
+        "dawin (transductive)", "ose", "vrf", "vrf-no-mask",
     ]  # fmt: skip
     rows = tables.result_rows([run_of(name, percent=ALL) for name in sorted(expected)])
     assert [row.recipe for row in rows] == expected
@@ -161,6 +163,8 @@ def test_rows_stand_in_the_papers_order():
     [
         ("wise-ft-0.5", Wise("wise-ft", "vanilla", 0.5)),
         ("wise-ft-0", Wise("wise-ft", "vanilla", 0)),
+        ("wise-tower-0.5", Wise("wise-tower", "vanilla", 0.5, tower=True)),
+        ("wise-tower-no-mask-1", Wise("wise-tower-no-mask", "no-mask", 1, tower=True)),
         (f"wise-no-mask-{1e-5:g}", Wise("wise-no-mask", "no-mask", 1e-5)),
         ("wise-wise-kd-vanilla-0.1", Wise("wise-wise-kd-vanilla", "wise-kd-vanilla", 0.1)),
     ],

@@ -11,7 +11,7 @@ import pytest
 
 from rft.runs import folder as runs
 from rft.runs import records, trained_on
-from rft.runs.records import Metrics, Provenance, Reached, Results, Training
+from rft.runs.records import Clusters, Metrics, Provenance, Reached, Results, Training
 from rft.storage import documents
 from rft.text import plain
 
@@ -25,6 +25,14 @@ CONFIG: dict[str, Any] = {
     "precision": "bf16",
     "model": {"clip": "ViT-B-16", "pretrained": "openai", "start": ""},
     "optim": {"epochs": 10, "lr": 3e-5},
+}
+TEMPERATURE = {
+    "value": 1.5,
+    "images": 8,
+    "train_set": "train",
+    "manifest_sha256": SHA,
+    "held_out": 8,
+    "split_seed": 0,
 }
 GOOD: dict[str, Any] = {
     "results.json": {
@@ -81,12 +89,27 @@ GOOD: dict[str, Any] = {
             "manifest_sha256": SHA,
         },
     },
+    "ensemble.json": {
+        "recipe": "vrf",
+        "seed": 0,
+        "transductive": False,
+        "ensemble_of": [{"path": "runs/a", "sha256": SHA}, {"path": "runs/b", "sha256": SHA}],
+        "fitted": {
+            "zero_shot": TEMPERATURE,
+            "fine_tuned": TEMPERATURE,
+            "bank": {"images": 3, "of": 4, "k": 1},
+        },
+    },
+    "clusters.json": {
+        "schema": 1,
+        "sets": {"imagenet-val": [{"share": 0.5, "images": 2}]},
+    },
     "metrics.jsonl": {
         "step": 5, "loss": 0.5, "ce": 0.5, "mse": 0.1, "kd": 0.0,
         "held_out_correct": 3, "held_out_total": 4,
     },
 }  # fmt: skip
-STRICT = {"results.json", "training.json", "progress.json"}
+STRICT = {"results.json", "training.json", "progress.json", "clusters.json"}
 # what may be null, and texts that may say anything
 NULL = {
     "results.json": {"config_sha256"},
@@ -96,6 +119,10 @@ NULL = {
     "config.json": {"optim", "optim.epochs"},
     "merge.json": {"merged_from", "soup"},
     "import.json": {"alpha", "imported_from", "imported_from.manifest_sha256"},
+    "ensemble.json": {
+        *("ensemble_of", "fitted", "fitted.zero_shot", "fitted.fine_tuned", "fitted.bank"),
+    },
+    "clusters.json": set(),
     "metrics.jsonl": set(),
 }
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -106,6 +133,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "config.json": lambda path: records.read_config(path.parent),
     "merge.json": lambda path: records.read_config(path.parent),
     "import.json": lambda path: records.read_config(path.parent),
+    "ensemble.json": lambda path: records.read_config(path.parent),
+    "clusters.json": lambda path: records.find(path, Clusters),
     "metrics.jsonl": lambda path: list(records.read_metrics(path)),
 }
 NO_JSON = {
@@ -126,9 +155,12 @@ NO_JSON = {
 VALUES = (None, True, -7, 1.5, 2**70, "x\x1b]0;title\x07", [], [3], {}, {"a": 3})
 
 
+CONFIGS = ("merge.json", "import.json", "ensemble.json")
+
+
 def place(tmp_path: Path, name: str, data: bytes) -> Path:
     """Write a document under the name that its reader looks for."""
-    path = tmp_path / ("config.json" if name in ("merge.json", "import.json") else name)
+    path = tmp_path / ("config.json" if name in CONFIGS else name)
     path.write_bytes(data + (b"\n" if name.endswith("l") else b""))
     return path
 
@@ -165,16 +197,20 @@ def fits(name: str, where: str, value: Any, good: Any) -> bool:
     if isinstance(value, dict) and where in ("model", "optim", "provenance"):
         return True
     if value == {} and isinstance(good, dict):
-        return where not in ("sets.imagenet-val", "soup", "imported_from")
+        needed = ("sets.imagenet-val", "soup", "imported_from", "fitted.zero_shot")
+        return where not in (*needed, "fitted.fine_tuned", "fitted.bank")
     if value == [] and isinstance(good, list):
         return True
     if isinstance(value, str):
-        return isinstance(good, str) and good != SHA and where != "recipe"
+        names = where == "recipe" or where.startswith("fitted.")
+        return isinstance(good, str) and good != SHA and not names
     if isinstance(value, bool):
         return isinstance(good, bool)
+    if where.endswith("value"):  # of a temperature
+        return isinstance(value, int | float) and value > 0
     if isinstance(good, float):
         return isinstance(value, int | float) and (name == "metrics.jsonl" or 0 <= value <= 1)
-    return where == "seed" and value == -7
+    return where.endswith("seed") and value == -7
 
 
 @pytest.mark.parametrize("name", GOOD)

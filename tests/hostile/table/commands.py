@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tests.hostile.rows import Answer, Row
 from tests.hostile.world import (
+    COUNT,
     DRY,
     EVALUATE,
     EXPORT,
@@ -32,7 +33,9 @@ CHOICE = ("--data", "shards", "--save", "choice.json", "--workers", "0", "--devi
 SET = ("tools/shard_set.py", "--name", "own", "--source", "photos", "--out", "packed")
 DEMO = ("rft.demo", "--out", "world")
 PUSHED = ("rft.convert", "export", "run", "--out", "x")
-NAMED = ("rft.merge", "rft.convert")  # whose first word is a command of its own
+ENSEMBLE = ("rft.ensemble", "ose", "zero", "run", *COUNT, "--out", "m")
+VRF = ("rft.ensemble", "vrf", *ENSEMBLE[2:])
+NAMED = ("rft.merge", "rft.ensemble", "rft.convert")  # whose first word is a command of its own
 OPTIONS: tuple[tuple[Sequence[str], str, str, str], ...] = (
     # command, option, value, what the line says
     (DRY, "--optim.lr", "nan", "lr"),
@@ -166,7 +169,17 @@ OPTIONS: tuple[tuple[Sequence[str], str, str, str], ...] = (
     (SET, "--score", "best", "score"),
     (SET, "--allow-count", "0", "allow-count"),
     (DEMO, "--seeds", "0", "seeds"),
+    (ENSEMBLE, "--alpha", "nan", "alpha"),
+    (ENSEMBLE, "--alpha", "1.1", "alpha"),
+    (VRF, "--scale", "0", "scale"),
+    (VRF, "--centre", "nan", "centre"),
+    (VRF, "--temperatures", "1", "temperatures"),
     (DEMO, "--processes", "0", "processes"),
+    (ENSEMBLE, "--alpha", "nan", "alpha"),
+    (ENSEMBLE, "--alpha", "1.1", "alpha"),
+    (VRF, "--scale", "0", "scale"),
+    (VRF, "--centre", "nan", "centre"),
+    (VRF, "--temperatures", "1", "temperatures"),
     (DEMO, "--processes", "-3", "processes"),
     (DEMO, "--epochs", "-1", "epochs"),
     (DEMO, "--out", "s3://bucket/x", "--out|--runs"),
@@ -180,6 +193,12 @@ ALONE: tuple[tuple[Sequence[str], str], ...] = (
     (("rft.merge", "wise", "zero"), "END|out|argument"),
     (("rft.merge", "uniform-soup", "run", "--out", "m"), "two|models"),
     (("rft.merge", "uniform-soup", "run", "run", "--out", "m"), "run"),
+    (("rft.merge", "model-stock", "zero", "run", "--out", "m"), "at least two"),
+    (("rft.ensemble", "average"), "average"),
+    (("rft.ensemble", "ose", "zero"), "FINE|out|data|argument"),
+    (("rft.ensemble", "ose", "zero", "zero", *COUNT, "--out", "m"), "same weights"),
+    (("rft.ensemble", "vrf", "gone", "run", *COUNT, "--out", "m"), "gone"),
+    (("rft.ensemble", "dawin", "zero", "run", *COUNT, "--out", "run"), "run"),
     (("rft.report",), "out|run"),
     (("rft.report", "--out", "report"), "run"),
     (("rft.predict",), "RUN"),

@@ -1,0 +1,1 @@
+"""Two models that answer together, evaluated like one: OSE, VRF, DaWin."""
