@@ -29,7 +29,7 @@ Suite = Literal["paper", "post-2023"]
 # what --only may name, by suite
 NAMES: dict[Suite, tuple[str, ...]] = {
     "paper": (*recipes.PAPER, *recipes.PAPER_MERGED),
-    "post-2023": (*recipes.SUITE, *recipes.SUITE_MERGED),
+    "post-2023": (*recipes.SUITE, *recipes.SUITE_MERGED, *recipes.ENSEMBLES),
 }
 # which learn from a second teacher, a WiSE-FT model of the same seed
 STUDENTS = tuple(name for name, one in recipes.PAPER.items() if one.method.kd_weight > 0)
@@ -52,6 +52,8 @@ class Experiment:
     """Names of the experiments that it needs the results of."""
     makes: tuple[str, ...] = ()
     """Run folders that the report shows."""
+    evaluates: bool = False
+    """Whether it counts the test images of what it makes; other models are evaluated together."""
 
 
 @document(name="--")
@@ -137,7 +139,8 @@ def experiments(study: Study) -> list[Experiment]:
     evaluations = [evaluate(study, found, seed) for seed in range(study.seeds)]
     # without what is trained for each seed, the later seeds have nothing
     evaluations = [evaluation for evaluation in evaluations if evaluation.after]
-    return [*found, *evaluations, report(study, found, evaluations)]
+    counted = [*evaluations, *(one for one in found if one.evaluates)]
+    return [*found, *evaluations, report(study, found, counted)]
 
 
 def of_paper(study: Study) -> list[Experiment]:
@@ -170,6 +173,7 @@ def on_equal_terms(study: Study) -> list[Experiment]:
         if any(recipes.MERGED[name].kind == "model-stock" for name in recipes.SUITE_MERGED):
             found += [ingredient(study, rate, seed) for rate in recipes.SOUP_RATES if rate != 1]
         found += [merge(study, name, seed) for name in recipes.SUITE_MERGED]
+        found += [ensemble(study, name, seed) for name in recipes.ENSEMBLES]
     return found
 
 
@@ -275,6 +279,16 @@ def merge(study: Study, name: str, seed: int) -> Experiment:
     return Experiment(with_seed(name, seed), (*command, "--out", out), after, models)
 
 
+def ensemble(study: Study, name: str, seed: int) -> Experiment:
+    """Return the evaluation of two models that answer together, at the settings of its paper."""
+    kind, out = recipes.ENSEMBLES[name], study.at(with_seed(name, seed))
+    start, end = kind.inputs
+    after = (with_seed(start, 0), with_seed(end, seed))
+    command = ("torchrun", "-m", "rft.ensemble", kind.kind, *map(study.at, after))
+    command += ("--data", study.data, *study.workers, "--out", out)
+    return Experiment(with_seed(name, seed), command, after, (out,), evaluates=True)
+
+
 def with_needed(found: Sequence[Experiment], only: Collection[str]) -> list[Experiment]:
     """Return the experiments of some recipes and those they need, in the order they had."""
     # a soup's ingredients, vanilla-lr..., are no recipes: they come with their soups
@@ -289,7 +303,8 @@ def with_needed(found: Sequence[Experiment], only: Collection[str]) -> list[Expe
 def evaluate(study: Study, found: Sequence[Experiment], seed: int) -> Experiment:
     """Return the evaluation of a seed's models: those are all in memory at once."""
     # with its hyphen: -seed1 does not end what ends in -seed11
-    mine = [one for one in found if one.makes and one.name.endswith(with_seed("", seed))]
+    models = [one for one in found if one.makes and not one.evaluates]
+    mine = [one for one in models if one.name.endswith(with_seed("", seed))]
     models = [path for one in mine for path in one.makes]
     command = ("torchrun", "-m", "rft.evaluate", *models, "--data", study.data, *study.workers)
     return Experiment(with_seed("evaluate", seed), command, tuple(one.name for one in mine))

@@ -17,6 +17,7 @@ from rft import experiments as experiments_command
 from rft.demo import command as demo_command
 from rft.demo.render import IMAGE_SIZE
 from rft.demo.world import write_world
+from rft.ensemble import command as ensemble_command
 from rft.evaluate import command as evaluate_command
 from rft.experiments import Experiment, Study, experiments
 from rft.merge import choose as choose_command
@@ -37,6 +38,7 @@ COMMANDS = {
     "rft.train": train_command,
     "rft.merge": merge_command,
     "rft.merge.choose": choose_command,
+    "rft.ensemble": ensemble_command,
     "rft.evaluate": evaluate_command,
     "rft.report": report_command,
 }
@@ -175,7 +177,7 @@ def test_every_method_that_came_later_is_compared_on_equal_terms():
     rows = {recipe_of(run) for one in found.values() for run in one.makes}
     # WiSE at its authors' own alpha
     merged = {f"{name}-0.5" if "wise" in name else name for name in recipes.SUITE_MERGED}
-    assert rows == {*recipes.SUITE, *merged}
+    assert rows == {*recipes.SUITE, *merged, *recipes.ENSEMBLES}
     for name in recipes.SUITE:
         declared = recipes.TRAINED[name].grid
         tried = [one for one in found if one.startswith(f"{name}-at")]

@@ -114,10 +114,12 @@ def is_done(stage: Experiment, data: str) -> bool:
     if module == "rft.merge.choose":
         saved = Path(options[options.index("--save") + 1])
         return saved.exists() and choice.is_current(choice.read(saved))
+    manifests = {name: PackedDataset(f"{data}/{name}").manifest for name in TEST_SETS}
+    if module == "rft.ensemble":
+        return is_current(Path(options[options.index("--out") + 1]), manifests)
     assert module == "rft.evaluate"
     # the models stand first (rft.experiments.evaluate)
     models = [Path(path) for path in options[: options.index("--data")]]
-    manifests = {name: PackedDataset(f"{data}/{name}").manifest for name in TEST_SETS}
     return all(is_current(path, manifests) for path in models)
 
 

@@ -91,6 +91,13 @@ def style(recipe: str) -> Style:
         "greedy-soup": Style("#8c6d46", "P", size=8, hollow=True),
         "model-stock": Style("#8c6d46", "p", size=8),
         "no-mask": Style("#aa4a8c", "s", size=6.5),
+        # held in weight space, and by texts
+        "l2-sp": Style("#1b7a5a", "D", size=6.5),
+        "spd": Style("#1b7a5a", "D", size=6.5, hollow=True),
+        "ftp": Style("#1b7a5a", "8", size=7),
+        "car-ft": Style("#5e4fa2", "h", size=7.5),
+        "lipsum-ft": Style("#5e4fa2", "h", size=7.5, hollow=True),
+        "flyp": Style("#5e4fa2", "p", size=7.5),
     }
     if recipe in fixed:
         return fixed[recipe]

@@ -51,6 +51,7 @@ SETS = 200  # columns of a report
 BASELINES = ("vanilla", "no-mask")  # what paired differences are taken against
 # first on sets of one's own, where nothing is known of what fine-tuning brings
 UNTRAINED = "zero-shot"
+OTHERS = (*recipes.LATER, *recipes.RESEARCH)  # those that came later, and rft's own
 GRID = tuple(recipes.MASKED)  # as in Table 1
 
 NUMBER = r"[+-]?[0-9]+(\.[0-9]+)?"
@@ -345,6 +346,8 @@ def order(recipe: str) -> tuple[int, str, float]:
         return 6, "" if recipe == "wise-kd-vanilla" else recipe, 0
     if ensemble_kind(recipe) is not None:
         return 8, recipe, 0
+    if recipe in OTHERS:
+        return 7, "", OTHERS.index(recipe)
     return 7, recipe, 0
 
 
