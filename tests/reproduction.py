@@ -10,7 +10,7 @@ from pathlib import Path
 from rft.demo.command import REPORTS
 from rft.paper import FIGURE_7, VIT_B_16, VIT_B_32
 from rft.recipes import ALPHAS, ENSEMBLES, SUITE, SUITE_MERGED
-from rft.report.tables import TRANSDUCTIVE
+from rft.report.read import TRANSDUCTIVE
 
 NUMBERS = 7  # ImageNet, five OOD sets, their average
 PNG = b"\x89PNG\r\n\x1a\n"
