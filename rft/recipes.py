@@ -132,7 +132,24 @@ PAPER = {
 }
 
 # methods that were published after the paper, or that it does not compare with
-LATER: dict[str, Recipe] = {}
+LATER: dict[str, Recipe] = {
+    "car-ft": Recipe(
+        "Keep what the image's context is, by the prompt templates (Mao et al. 2024).",
+        replace(PLAIN, context_weight=1),
+    ),
+    # rate, weight decay and lambda are those of its released code's command for ImageNet
+    "lipsum-ft": Recipe(
+        "Keep the logits of random texts (Nam et al. 2024).",
+        replace(PLAIN, lipsum_weight=1),
+        {"lr": 1e-5, "weight_decay": 0.0},
+    ),
+    # its batch of 512 and weight decay of 0.1 are the paper's too
+    "flyp": Recipe(
+        "Train both towers by CLIP's own contrastive loss (Goyal et al. 2023).",
+        replace(PLAIN, loss="contrastive"),
+        {"lr": 1e-5},
+    ),
+}
 
 # of our own, for limits that the paper names (docs/decisions.md)
 RESEARCH: dict[str, Recipe] = {}
@@ -281,7 +298,9 @@ def _official_parity(config: Config) -> Config:
 
 def list_in_words() -> str:
     """Return all systems, one line each, and what Figure 6 tries, for `--help`."""
-    lines = [f"  {name:32s} {recipe.about}" for name, recipe in TRAINED.items()]
+    lines = [f"  {name:32s} {recipe.about}" for name, recipe in PAPER.items()]
+    lines += ["", "Methods published after the paper:"]
+    lines += [f"  {name:32s} {recipe.about}" for name, recipe in (LATER | RESEARCH).items()]
     lines += ["", "Merged from trained models by python -m rft.merge:"]
     lines += [f"  {name:32s} {merge.about}" for name, merge in MERGED.items()]
     lines += ["", "Settings that the paper tries (Figure 6):"]

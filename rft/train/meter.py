@@ -12,9 +12,19 @@ from rft.config import Config
 from rft.dist import World
 from rft.loading.dataset import Batch, Reading
 from rft.method import losses
-from rft.train.step import TERMS
+from rft.train.step import terms_of
 
 COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
+# the terms of an error message, in its order
+WORDS = {
+    "ce": "cross-entropy",
+    "contrastive": "contrastive loss",
+    "mse": "MSE",
+    "kd": "logit distillation",
+    "context": "KL of the contexts",
+    "lipsum": "distance of random texts",
+    "grad_norm": "gradient norm",
+}
 READING = ("wait", "ready", *Reading._fields)
 
 
@@ -26,6 +36,7 @@ class Meter:
     ) -> None:
         self._config, self._world, self._device = config, world, device
         self._steps_per_epoch = steps_per_epoch
+        self._names = (*terms_of(config.method), "grad_norm")
         self.restart()
 
     def restart(self) -> None:
@@ -68,8 +79,10 @@ class Meter:
                 dist.step_aside(world)
             # the first False
             first = int(finite_S.long().argmin())
-            raise ValueError(not_finite(step - self.steps + first + 1, _named(terms_ST[first])))
-        means = _named(terms_ST.mean(dim=0))
+            raise ValueError(
+                not_finite(step - self.steps + first + 1, self._named(terms_ST[first]))
+            )
+        means = self._named(terms_ST.mean(dim=0))
         # after the wait for the device: the time that the steps took, not that of launching them
         seconds = time.perf_counter() - self._started
         # NCCL sums tensors on the GPU alone
@@ -79,7 +92,7 @@ class Meter:
         values = {
             "epoch": round(step / self._steps_per_epoch, 4),
             # linear in the terms, so the loss of the means is the mean of the losses
-            "loss": losses.total(self._config.method, means["ce"], means["kd"], means["mse"]),
+            "loss": losses.total(self._config.method, means),
             **means,
             "images_per_s": self.steps * self._config.loader.batch_size / seconds,
             # means over batches and ranks, in milliseconds; then sums over both
@@ -94,16 +107,15 @@ class Meter:
         self.restart()
         return values
 
-
-def _named(terms_T: Tensor) -> dict[str, float]:
-    return dict(zip((*TERMS, "grad_norm"), terms_T.tolist(), strict=True))
+    def _named(self, terms_T: Tensor) -> dict[str, float]:
+        return dict(zip(self._names, terms_T.tolist(), strict=True))
 
 
 def not_finite(step: int, terms: Mapping[str, float]) -> str:
     """Make the error message of a training that diverged at `step`."""
+    found = ", ".join(f"{words} {terms[name]:g}" for name, words in WORDS.items() if name in terms)
     return (
-        f"the loss or its gradient is not finite at step {step} (cross-entropy {terms['ce']:g}, "
-        f"MSE {terms['mse']:g}, logit distillation {terms['kd']:g}, gradient norm "
-        f"{terms['grad_norm']:g}). Checkpoints from before that stay, but the same command would "
-        "meet the same step again: lower --optim.lr in a new --run-dir"
+        f"the loss or its gradient is not finite at step {step} ({found}). Checkpoints from before "
+        "that stay, but the same command would meet the same step again: lower --optim.lr in a new "
+        "--run-dir"
     )

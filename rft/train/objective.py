@@ -9,6 +9,10 @@ x_cf = x, the first is enough:
   clean: one forward of x serves the cross-entropy and the CAM that decides the donors;
   counterfactual: student and teacher see the same refilled patches.
 What chance decides is drawn before the first call, on the CPU, so that nothing waits for a GPU.
+
+Methods published later add terms to the clean call, or put another loss in place of the
+cross-entropy (rft/train/texts.py, rft/train/contrastive.py). With a moving teacher f_0 is a running
+average of the student.
 """
 
 from collections.abc import Mapping
@@ -25,7 +29,9 @@ from rft.clip.vit import AttentionTap
 from rft.config import MethodConfig
 from rft.method import counterfactual, losses, refill
 from rft.method.counterfactual import Draws
+from rft.train.contrastive import Pairs
 from rft.train.kernels import Kernels
+from rft.train.texts import Texts
 
 NONE: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -35,13 +41,20 @@ class Clean(NamedTuple):
 
     loss: Tensor
     """All of the step's loss but the counterfactual part, weighted; to be sent backward."""
-    cross_entropy: Tensor
-    logit_distillation: Tensor
-    """0 without a second teacher."""
-    mse: Tensor
-    """Of the features on the clean images; 0 if they are not what is distilled on."""
+    terms: Mapping[str, Tensor]
+    """What it is the weighted sum of, by the names of `losses.total`. `kd` is 0 without a second
+    teacher, `mse` if the clean images' features are not what is distilled on."""
     donor_BP: Tensor | None
     """The counterfactuals' index map; None if there is no counterfactual part."""
+
+
+class TextDraws(NamedTuple):
+    """What the texts of a step are, for methods that need some."""
+
+    random_ME: Tensor | None = None
+    """Features of Lipsum-FT's random texts, times the logit scale."""
+    pairs: Pairs | None = None
+    """FLYP's prompts."""
 
 
 class Objective(nn.Module):
@@ -54,14 +67,22 @@ class Objective(nn.Module):
         method: MethodConfig,
         *,
         ensemble: Classifier | None = None,
+        texts: Texts = Texts(),  # noqa: B008 (a constant)
         recompute: bool = False,
         kernels: Kernels = Kernels(),  # noqa: B008 (a constant)
     ) -> None:
         super().__init__()
         assert (ensemble is not None) == (method.kd_weight > 0), "kd_weight and a second teacher"
+        needed = (method.context_weight > 0, method.lipsum_weight > 0, method.loss == "contrastive")
+        assert tuple(one is not None for one in texts[:3]) == needed, "the method's texts"
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
         self.ensemble = None if ensemble is None else ensemble.eval().requires_grad_(False)
+        self.contexts_ME: Tensor | None
+        self.register_buffer("contexts_ME", texts.contexts_ME, persistent=False)
+        self.random_texts = texts.random
+        # after the student, so that its parameters keep their numbers in the optimizer
+        self.contrast = texts.contrast
         self.method = method
         self.recompute = recompute
         self.kernels = kernels
@@ -72,7 +93,7 @@ class Objective(nn.Module):
         towers = {}
         if not any(parameter.requires_grad for parameter in self.student.visual.parameters()):
             towers["student"] = self.student
-        if self.method.distill_weight > 0 and not self.method.masks:
+        if self.method.compares:
             towers["teacher"] = self.teacher
         if self.ensemble is not None:
             towers["ensemble"] = self.ensemble
@@ -93,6 +114,7 @@ class Objective(nn.Module):
         draws: Draws | None,
         donor_BP: Tensor | None = None,
         known: Mapping[str, Tensor] = NONE,
+        texts: TextDraws = TextDraws(),  # noqa: B008 (a constant)
     ) -> Clean | Tensor:
         """Return the clean losses and the donors, or the MSE on the counterfactuals.
 
@@ -104,9 +126,10 @@ class Objective(nn.Module):
             donor_BP: None for the clean call; its answer for the counterfactual call.
             known: for the clean call, the features of all frozen towers or of none. With the
                 student's among them the images are not looked at.
+            texts: for the clean call, the step's texts.
         """
         if donor_BP is None:
-            return self._clean(images_BCHW, labels_B, draws, known)
+            return self._clean(images_BCHW, labels_B, draws, known, texts)
         assert draws is not None, "a counterfactual was decided without draws"
         return self._counterfactual(images_BCHW, draws, donor_BP)
 
@@ -116,10 +139,11 @@ class Objective(nn.Module):
         labels_B: Tensor,
         draws: Draws | None,
         known: Mapping[str, Tensor],
+        texts: TextDraws,
     ) -> Clean:
         # a list collects each layer's attention; without a CAM none is kept
         taps: list[AttentionTap] | None = [] if self.method.needs_cam else None
-        pieces = self.kernels.pieces
+        pieces, terms = self.kernels.pieces, {}
         with record_function("clean forward"):
             if "student" in known:
                 patches_BPV, features_BE = images_BCHW, known["student"]
@@ -128,32 +152,59 @@ class Objective(nn.Module):
                 features_BE = self.student.features(
                     patches_BPV, taps=taps, recompute=self.recompute, pieces=pieces
                 )
-            logits_BK = self.student.logits(features_BE)
-            cross_entropy = losses.classification(logits_BK, labels_B)
+            logits_BK = None
+            if self.contrast is None:
+                logits_BK = self.student.logits(features_BE)
+                terms["ce"] = losses.classification(logits_BK, labels_B)
+            else:
+                assert texts.pairs is not None, "no prompts were drawn"
+                terms["contrastive"] = self.contrast(features_BE, labels_B, texts.pairs)
         # tensors, so that an absent term adds and is summed over ranks as any other
-        logit_distillation = mse = torch.zeros_like(cross_entropy)
+        terms["kd"] = terms["mse"] = features_BE.new_zeros((), dtype=torch.float32)
         if self.ensemble is not None:
+            assert logits_BK is not None, "logits are distilled that are not trained"
             with record_function("second teacher"), torch.no_grad():
                 taught_BK = self.ensemble.logits(self._known(known, "ensemble", patches_BPV))
-            logit_distillation = losses.knowledge_distillation(
+            terms["kd"] = losses.knowledge_distillation(
                 logits_BK, taught_BK, self.method.kd_temperature
             )
-        if self.method.distill_weight > 0 and not self.method.masks:
-            with record_function("teacher forward"), torch.no_grad():
-                teacher_BE = self._known(known, "teacher", patches_BPV)
-            mse = losses.feature_mse(features_BE, teacher_BE)
-        loss = losses.total(self.method, cross_entropy, logit_distillation, mse)
+        terms |= self._comparisons(features_BE, patches_BPV, known, texts)
+        loss = losses.total(self.method, terms)
         donor_BP = None
         if draws is not None:
             relevance_BP = None
             if taps is not None:
+                assert logits_BK is not None, "a CAM looks through a head that is not trained"
                 with record_function("cam"):
                     # before any backward: it looks into the graph that the loss goes back through
                     relevance_BP = counterfactual.cam(
                         self.method.cam, logits_BK, labels_B, taps, self.kernels.through
                     )
             donor_BP = counterfactual.donors(self.method, draws, relevance_BP)
-        return Clean(loss, cross_entropy, logit_distillation, mse, donor_BP)
+        return Clean(loss, terms, donor_BP)
+
+    def _comparisons(
+        self,
+        features_BE: Tensor,
+        patches_BPV: Tensor,
+        known: Mapping[str, Tensor],
+        texts: TextDraws,
+    ) -> dict[str, Tensor]:
+        """Return the terms that hold the clean images' features against the teacher's."""
+        method, found = self.method, {}
+        distils = method.distill_weight > 0 and not method.masks
+        if not (distils or method.compares):
+            return found
+        with record_function("teacher forward"), torch.no_grad():
+            teacher_BE = self._known(known, "teacher", patches_BPV)
+        if distils:
+            found["mse"] = losses.feature_mse(features_BE, teacher_BE)
+        if self.contexts_ME is not None:
+            found["context"] = losses.context_divergence(features_BE, teacher_BE, self.contexts_ME)
+        if self.random_texts is not None:
+            assert texts.random_ME is not None, "no random texts were drawn"
+            found["lipsum"] = losses.random_text_distance(features_BE, teacher_BE, texts.random_ME)
+        return found
 
     def _known(self, known: Mapping[str, Tensor], name: str, patches_BPV: Tensor) -> Tensor:
         if name in known:
@@ -179,8 +230,9 @@ class Objective(nn.Module):
         with record_function("counterfactual forward"):
             student_BE = self.student.features(patches_BPV, recompute=self.recompute, **options)
             mse = losses.feature_mse(student_BE, teacher_BE)
-        # data parallelism waits for every parameter: give the unused head its zero gradient
-        unused = sum(parameter.sum() for parameter in self.student.head.parameters())
+        # data parallelism waits for every parameter: give the unused ones their zero gradient
+        idle = [self.student.head, *filter(None, [self.contrast])]
+        unused = sum(one.sum() for module in idle for one in module.parameters())
         return mse + 0.0 * unused
 
     def _most_kept(self, draws: Draws, keep_BP: Tensor) -> int | None:
