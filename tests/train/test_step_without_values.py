@@ -111,7 +111,7 @@ def devices_of(tree: Any) -> set[str]:
 def meta(monkeypatch) -> torch.device:
     """The device; it passes where torch knows a GPU and not `meta`, in autocast and fused AdamW."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
     # only the check refuses: the kernel has a meta version
     monkeypatch.setattr(
