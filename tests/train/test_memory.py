@@ -56,6 +56,9 @@ RECIPES = [
     "no-mask",
     "vanilla",
     "linear-probe",
+    "car-ft",
+    "lipsum-ft",
+    "flyp",
 ]
 
 
@@ -129,6 +132,9 @@ STEPS = {
         *("object-mask-multi-fill", "--method.donors", "global"),
         *("--optim.accumulate", "2"),
     ),
+    "random texts": ("lipsum-ft",),
+    "two towers": ("flyp",),
+    "two towers, counterfactuals": ("random-mask-single-fill", "--method.loss", "contrastive"),
 }
 
 
