@@ -117,9 +117,15 @@ def gradient(parameter: nn.Parameter) -> Tensor:
 
 def random_clip(draw: torch.Generator) -> PretrainedClip:
     """Return a CLIP of random weights, with logits of a trained one's scale."""
-    text: Any = {"context_length": CONTEXT, "vocab_size": TOKENS, "width": 64, "heads": 2}
+    text: Any = {
+        "context_length": CONTEXT,
+        "vocab_size": TOKENS,
+        "width": 64,
+        "heads": 2,
+        "layers": 2,
+    }
     vision: Any = VISION
-    model = CLIP(32, vision, {**text, "layers": 2}, quick_gelu=True)
+    model = CLIP(32, vision, text, quick_gelu=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
@@ -142,14 +148,17 @@ def random_prompts(draw: torch.Generator) -> Tensor:
 
 def our_objective(clip: PretrainedClip, prompts_KMT: Tensor) -> Objective:
     """Return FLYP's objective of that CLIP."""
-    students = []
-    for _ in range(2):
-        visual = ARCHITECTURE.build_visual()
-        visual.load_state_dict(clip.model.visual.state_dict())
-        students.append(Classifier(visual, nn.Linear(32, CLASSES), ARCHITECTURE))
-    students[0].head.requires_grad_(False)
+    student, teacher = classifier(clip), classifier(clip)
+    student.head.requires_grad_(False)
     texts = Texts(contrast=Contrast(TextTower(clip, "a parity"), prompts_KMT))
-    return Objective(*students, build("flyp").method, texts=texts)
+    return Objective(student, teacher, build("flyp").method, texts=texts)
+
+
+def classifier(clip: PretrainedClip) -> Classifier:
+    """Return the image tower of that CLIP with a head."""
+    visual = ARCHITECTURE.build_visual()
+    visual.load_state_dict(clip.model.visual.state_dict())
+    return Classifier(visual, nn.Linear(32, CLASSES), ARCHITECTURE)
 
 
 def peer_clip(checkout: Path, clip: PretrainedClip) -> nn.Module:

@@ -89,6 +89,9 @@ def style(recipe: str) -> Style:
         "uniform-soup": Style("#8c6d46", "P", size=8),
         "greedy-soup": Style("#8c6d46", "P", size=8, hollow=True),
         "no-mask": Style("#aa4a8c", "s", size=6.5),
+        "car-ft": Style("#4b6a8a", "d", size=8, line=(0.0, (3, 1.5))),
+        "lipsum-ft": Style("#4b6a8a", "H", size=8, hollow=True, line=(0.0, (3, 1.5, 1, 1.5))),
+        "flyp": Style("#4b6a8a", "8", size=8),
     }
     if recipe in fixed:
         return fixed[recipe]
@@ -360,8 +363,11 @@ def held_out_percent(line: Metrics) -> float | None:
 
 PANELS = (
     Panel("cross-entropy (training)", lambda line: line.ce),
-    Panel("feature MSE to the frozen model (training)", lambda line: line.mse),
+    Panel("feature MSE to the teacher (training)", lambda line: line.mse),
     Panel("KL to the WiSE-FT model (training)", lambda line: line.kd),
+    Panel("contrastive loss (training)", lambda line: line.contrastive),
+    Panel("KL of the contexts (training)", lambda line: line.context),
+    Panel("distance of random texts (training)", lambda line: line.lipsum),
     Panel("held-out accuracy (%)", held_out_percent, is_loss=False),
 )
 
