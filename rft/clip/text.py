@@ -71,7 +71,7 @@ def _require_causal(clip: PretrainedClip, needed_for: str) -> None:
     model: Any = clip.model
     reasons = []
     if not isinstance(model, CLIP | CustomTextCLIP):
-        reasons.append(f"a {type(model).__name__}'s")
+        reasons.append(f"that of a {type(model).__name__}")
     elif isinstance(model, CustomTextCLIP) and not isinstance(model.text, TextTransformer):
         reasons.append(f"a {type(model.text).__name__}")
     else:
@@ -88,7 +88,7 @@ def _require_causal(clip: PretrainedClip, needed_for: str) -> None:
     if reasons:
         raise ValueError(
             f"{needed_for} needs a text tower like OpenAI's, which is causal and read at its end "
-            f"token; that of {clip.architecture.clip} has {', '.join(reasons)}"
+            f"token; {clip.architecture.clip} has {', '.join(reasons)}"
         )
 
 

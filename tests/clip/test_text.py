@@ -84,7 +84,7 @@ OTHERS = {
     "bidirectional": (lambda: custom(no_causal_mask=True), "attention to later tokens"),
     "read at its last token": (lambda: custom(pool_type="last"), "'last' pooling"),
     "with a class token": (lambda: custom(embed_cls=True), "a class token"),
-    "not open_clip's": (lambda: types.SimpleNamespace(), "a SimpleNamespace's"),
+    "not open_clip's": (lambda: types.SimpleNamespace(), "that of a SimpleNamespace"),
 }
 
 

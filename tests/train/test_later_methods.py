@@ -14,7 +14,9 @@ from rft.clip.load import load_clip
 from rft.clip.text import TextTower, head_weight, tokenize_prompts
 from rft.config import Config, LoaderConfig, MethodConfig, ModelConfig, OptimConfig
 from rft.dist import World
+from rft.evaluate import command as evaluate_command
 from rft.loading.dataset import Batch
+from rft.merge import command as merge_command
 from rft.method.contrastive import draw_templates
 from rft.runs.filenames import LAST, SELECTED
 from rft.shards.manifest import Manifest
@@ -302,6 +304,7 @@ def leaves(value) -> list:
     return [value.numpy().tobytes() if isinstance(value, torch.Tensor) else value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RUNS)
 def test_a_killed_run_ends_as_an_undisturbed_one(train, monkeypatch, case):
     recipe, *options = RUNS[case]
@@ -427,6 +430,7 @@ def texts_batch(labels: torch.Tensor, samples: torch.Tensor) -> Batch:
     return Batch(torch.empty(0), labels, samples)
 
 
+@pytest.mark.slow
 def test_features_of_the_pretrained_tower_are_kept(train):
     options = ("--optim.epochs", 3, "--loader.held-out", 16, "--loader.batch-size", 7)
     for recipe in ("car-ft", "lipsum-ft"):
@@ -440,3 +444,33 @@ def test_masks_of_random_fills_go_with_flyp():
     method = replace(RANDOM_FILL, loss="contrastive")
     assert method.masks
     assert not method.needs_cam
+
+
+def test_a_flyp_run_is_evaluated_and_averaged_as_any_other(train, tiny_data, tmp_path):
+    zero, run = train("zero-shot", "--optim.epochs", 0), train("flyp", *LENGTH)
+    assert load_state(run / SELECTED).state.keys() == load_state(zero / SELECTED).state.keys()
+    mixed = tmp_path / "mixed"
+    tiny.call(merge_command, "wise", zero, run, "--alpha", 0.5, "--out", mixed)
+    options = ("--data", tiny_data, "--sets", "imagenet-val", "--workers", 0)
+    tiny.call(evaluate_command, run, mixed, *options)
+    for folder in (run, mixed):
+        found = json.loads((folder / "results.json").read_text())["sets"]["imagenet-val"]
+        assert found["total"] == 28
+
+
+@pytest.mark.parametrize("recipe", recipes.LATER)
+def test_a_set_of_some_photos_is_enough(train, recipe):
+    run = train(recipe, "--scale", "small", "--loader.held-out", 8, "--optim.epochs", 1)
+    assert (run / "training.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["flyp", "ema", "contexts and random texts"])
+def test_bf16_learns_about_the_same(train, case):
+    recipe, *options = RUNS[case]
+    ends = {}
+    for precision in ("fp32", "bf16"):
+        run = train(recipe, *LENGTH, *options, "--precision", precision, name=precision)
+        ends[precision] = lines(run)[-1]["loss"]
+        assert all(value.dtype == torch.float32 for value in newest(run).get("text", {}).values())
+    assert ends["bf16"] == pytest.approx(ends["fp32"], rel=0.05)
