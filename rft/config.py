@@ -49,6 +49,8 @@ Compile = Literal["auto", "on", "off"]
 Cam = Literal["relevance", "grad-cam"]
 Optimizer = Literal["adamw", "spd", "ftp"]
 Augment = Literal["none", "crop-flip"]
+Loss = Literal["cross-entropy", "contrastive"]
+Teacher = Literal["frozen", "ema", "wma"]
 
 Seconds = Annotated[float, Field(ge=0, lt=1e7)]
 
@@ -99,7 +101,8 @@ class LoaderConfig:
     """Largest size of that folder, in GB; the ranks of a node share it."""
     features_dir: str = ""
     """Folder that several runs share for the features of frozen image towers (linear probe,
-    no-mask's teacher, WiSE-KD's second teacher): filled in the first epoch, read in later ones.
+    the teacher of no-mask, CAR-FT and Lipsum-FT, WiSE-KD's second teacher): filled in the first
+    epoch, read in later ones.
     Empty keeps them in the run folder while the run trains."""
     features_gb: From0 = 10
     """Largest size of that folder, in GB; 0 keeps no features."""
@@ -157,6 +160,28 @@ class MethodConfig:
     """Temperature that softens both models' logits in that distillation."""
     kd_teacher: str = ""
     """Run folder or .safetensors file of the second teacher: a WiSE-FT model."""
+    loss: Loss = "cross-entropy"
+    """What the clean images are learnt by: the head's cross-entropy, or CLIP's own contrastive loss
+    between them and their prompts, which trains the text tower too (FLYP)."""
+    context_weight: From0 = 0.0
+    """Weight (alpha) of the KL divergence from the pre-trained model's distribution over contexts,
+    which are the set's prompt templates (CAR-FT)."""
+    lipsum_weight: From0 = 0.0
+    """Weight (lambda) of the squared distance from the pre-trained model's logits of 80 random
+    texts, new ones in each step (Lipsum-FT)."""
+    teacher: Teacher = "frozen"
+    """The model whose features are distilled: the pre-trained one, or a running average of the
+    student, exponential (ema) or weighted over the whole run by Beta(0.5, 0.5) (wma)."""
+    teacher_decay: Beta = 0.999
+    """Share of itself that an exponential average keeps in each step (ema); Mean Teacher's."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether the pre-trained model's features of the clean images are wanted."""
+        distils = self.distill_weight > 0 and not self.masks and self.teacher == "frozen"
+        # a CAM of the teacher has a forward of its own, whose features serve the choice as well
+        chooses = self.donor_choice == "unlike" and self.cam_model == "student"
+        return distils or chooses or self.context_weight > 0 or self.lipsum_weight > 0
 
     @property
     def masks(self) -> bool:
@@ -199,6 +224,8 @@ class MethodConfig:
         wanted = "0 where distill-weight is 0, because it is beside the features"
         _require(distils, "method.head_weight", self.head_weight, wanted)
         self._check_donors()
+        self._check_loss()
+        self._check_teacher()
 
     def _check_donors(self) -> None:
         if self.donor_choice == "any":
@@ -211,6 +238,35 @@ class MethodConfig:
         )
         fills = fills and self.donors == "local"
         _require(fills, "method.donor_choice", self.donor_choice, wanted)
+
+    def _check_loss(self) -> None:
+        cross = self.loss == "cross-entropy"
+        wanted = (
+            "none or random where the loss is contrastive: a CAM looks through the head, which is "
+            "rebuilt from the text tower after each epoch alone; --method.cam-model teacher looks "
+            "through the pre-trained one"
+        )
+        looks = self.needs_cam and self.cam_model == "student"
+        _require(cross or not looks, "method.mask", self.mask, wanted)
+        for name in ("kd_weight", "head_weight"):
+            weight = getattr(self, name)
+            wanted = "0 where the loss is contrastive, because the head's logits are not trained"
+            _require(cross or weight == 0, f"method.{name}", weight, wanted)
+
+    def _check_teacher(self) -> None:
+        frozen = self.teacher == "frozen"
+        wanted = "frozen where distill-weight is 0"
+        _require(frozen or self.distill_weight > 0, "method.teacher", self.teacher, wanted)
+        weights = (self.context_weight, self.lipsum_weight, self.head_weight)
+        apart = not any(weights) and self.donor_choice == "any" and self.cam_model == "student"
+        wanted = (
+            "frozen where context-weight, lipsum-weight, head-weight, donor-choice or cam-model "
+            "look at the pre-trained model"
+        )
+        _require(frozen or apart, "method.teacher", self.teacher, wanted)
+        decays = self.teacher == "ema" or self.teacher_decay == type(self).teacher_decay
+        wanted = f"{type(self).teacher_decay:g} where the teacher is not ema"
+        _require(decays, "method.teacher_decay", self.teacher_decay, wanted)
 
 
 @document(name="optim")
@@ -357,6 +413,12 @@ class Config:
         learns = weight == 0 or self.optim.trains == "all"
         wanted = "0 where only the head is trained, because no feature changes"
         _require(learns, "method.distill_weight", weight, wanted)
+        for name in ("context_weight", "lipsum_weight"):
+            weight = getattr(self.method, name)
+            learns = weight == 0 or self.optim.trains == "all"
+            _require(learns, f"method.{name}", weight, wanted)
+        if self.method.loss == "contrastive":
+            self._check_contrastive()
         sees = self.model.head == "zero-shot" or not (self.method.needs_cam or self.model.start)
         wanted = "zero-shot where a CAM looks through it, or another run's head replaces it"
         _require(sees, "model.head", self.model.head, wanted)
@@ -366,6 +428,24 @@ class Config:
         kept = not self.model.start or self.optim.optimizer != "ftp"
         wanted = "empty for the optimizer ftp, whose first step returns to the pre-trained weights"
         _require(kept, "model.start", self.model.start, wanted)
+
+    def _check_contrastive(self) -> None:
+        """Check what trains the text tower and makes the head of it."""
+        optim, model, batch = self.optim, self.model, self.loader.batch_size
+        where = "where the loss is contrastive"
+        wanted = f"all {where}: the head is made of the text tower"
+        _require(optim.trains == "all", "optim.trains", optim.trains, wanted)
+        _require(model.head == "zero-shot", "model.head", model.head, f"zero-shot {where}")
+        wanted = f"empty {where}: a run's weights have no text tower to start from"
+        _require(not model.start, "model.start", model.start, wanted)
+        wanted = f"0 {where}: the text tower has no part in it"
+        _require(optim.l2_sp == 0, "optim.l2_sp", optim.l2_sp, wanted)
+        wanted = f"adamw {where}: spd and ftp hold image tower and head alone"
+        _require(optim.optimizer == "adamw", "optim.optimizer", optim.optimizer, wanted)
+        wanted = f"1 {where}, because the negatives are those of the whole batch"
+        _require(optim.accumulate == 1, "optim.accumulate", optim.accumulate, wanted)
+        wanted = f"2 or more {where}, which needs another image's prompt"
+        _require(batch > 1, "loader.batch_size", batch, wanted)
 
     @property
     def held_out_seed(self) -> int:

@@ -337,6 +337,25 @@ def gather_rows(world: World, tensor: torch.Tensor) -> torch.Tensor:
     return rows
 
 
+class _GatherRows(torch.autograd.Function):
+    """`gather_rows`, whose gradient is the sum of what all ranks did with this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, world: World) -> torch.Tensor:
+        ctx.world = world
+        return gather_rows(world, tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        summed = sum_over_ranks(ctx.world, gradients[0].contiguous())
+        return summed.chunk(ctx.world.size)[ctx.world.rank], None
+
+
+def gather_rows_with_gradient(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """Return what `gather_rows` does; a backward through it must be run by all ranks alike."""
+    return tensor if world.alone else _GatherRows.apply(tensor, world)
+
+
 def require_agreement(
     world: World, what: str, value: Any, advice: str = "do all nodes see the same files?"
 ) -> None:
@@ -367,6 +386,11 @@ def data_parallel(world: World, module: nn.Module, device: torch.device) -> nn.M
     device_ids = [device.index] if device.type == "cuda" else None
     # gradients share the memory of the exchanged buckets: no second copy
     return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def is_parallel(module: nn.Module) -> bool:
+    """Whether ranks compute with `module` together: what `data_parallel` wrapped."""
+    return isinstance(module, DistributedDataParallel)
 
 
 def skip_sync(module: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:

@@ -146,18 +146,39 @@ LATER: dict[str, Recipe] = {
         "Hold weights to the pre-trained ones by a squared distance (L2-SP, 2018).",
         PLAIN,
         {"l2_sp": 0.1, "weight_decay": 0.0},
+        ("--optim.l2-sp", (0.01, 0.1, 1.0)),
     ),
     # the released code names no value for CLIP; 1 is a whole projection
     "spd": Recipe(
         "Draw tensors back whose step leads too far (selective projection decay, 2024).",
         PLAIN,
         {"optimizer": "spd", "weight_decay": 0.0},
+        ("--optim.spd", (0.5, 1.0, 2.0)),
     ),
     # k = 1 and no weight decay, as the released code's script
     "ftp": Recipe(
         "Project rows onto learnt balls around the pre-trained ones (FTP, 2023).",
         PLAIN,
         {"optimizer": "ftp", "weight_decay": 0.0},
+        ("--optim.ftp-k", (0.5, 1.0)),
+    ),
+    "car-ft": Recipe(
+        "Keep what the image's context is, by the prompt templates (Mao et al. 2024).",
+        replace(PLAIN, context_weight=1),
+        grid=("--method.context-weight", (0.1, 1.0, 10.0)),
+    ),
+    # rate, weight decay and lambda are those of its released code's command for ImageNet
+    "lipsum-ft": Recipe(
+        "Keep the logits of random texts (Nam et al. 2024).",
+        replace(PLAIN, lipsum_weight=1),
+        {"lr": 1e-5, "weight_decay": 0.0},
+        ("--method.lipsum-weight", (0.1, 1.0, 10.0)),
+    ),
+    # its batch of 512 and weight decay of 0.1 are the paper's too
+    "flyp": Recipe(
+        "Train both towers by CLIP's own contrastive loss (Goyal et al. 2023).",
+        replace(PLAIN, loss="contrastive"),
+        {"lr": 1e-5},
     ),
 }
 
@@ -381,9 +402,11 @@ def _official_parity(config: Config) -> Config:
 
 def list_in_words() -> str:
     """Return all systems, one line each, and what Figure 6 tries, for `--help`."""
-    lines = [f"  {name:32s} {recipe.about}" for name, recipe in (PAPER | RESEARCH).items()]
+    lines = [f"  {name:32s} {recipe.about}" for name, recipe in PAPER.items()]
     lines += ["", "Methods published after the paper:"]
     lines += [f"  {name:32s} {recipe.about}" for name, recipe in LATER.items()]
+    lines += ["", "rft's own, for limits that the paper names:"]
+    lines += [f"  {name:32s} {recipe.about}" for name, recipe in RESEARCH.items()]
     lines += ["", "Merged from trained models by python -m rft.merge:"]
     lines += [f"  {name:32s} {merge.about}" for name, merge in MERGED.items()]
     lines += ["", "Ensembles that are evaluated by python -m rft.ensemble:"]

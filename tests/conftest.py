@@ -9,10 +9,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from open_clip.model import CLIP
 from torch import nn
 
 from benchmarks import tiny_world
@@ -20,7 +22,11 @@ from benchmarks.servers.loopback import NotHereError
 from rft import dist, log
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import Classifier
+from rft.clip.load import PretrainedClip, WordTokenizer
+from rft.config import MethodConfig
 from rft.storage import urls
+from rft.train import texts
+from rft.train.texts import Texts
 from tests import tiny
 from tests.servers import bucket, store  # noqa: F401
 from tests.slowness import (  # noqa: F401
@@ -101,6 +107,28 @@ def build_model(seed: int = 0, classes: int = 5) -> Classifier:
         nn.init.normal_(head.weight, std=30 / ARCHITECTURE.embed_dim**0.5)
         nn.init.zeros_(head.bias)
     return Classifier(visual, head, ARCHITECTURE)
+
+
+TEMPLATES = ("a {c}", "the {c}", "{c}")
+NAMES = ("red", "green", "blue", "grey", "a blue grey")  # the last makes the longest prompts
+VOCABULARY = ("", "<start>", "a", "the", "red", "green", "blue", "grey", "<end>")
+
+
+def build_clip(seed: int = 0) -> PretrainedClip:
+    """A tiny random CLIP whose text tower has features as wide as `build_model`'s."""
+    text: Any = {"context_length": 12, "vocab_size": len(VOCABULARY), "width": 16, "heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIP(ARCHITECTURE.embed_dim, ARCHITECTURE.vision_cfg, {**text, "layers": 2})
+        for name, parameter in model.named_parameters():
+            if name != "logit_scale" and parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.3)
+    return PretrainedClip(model.eval(), WordTokenizer(VOCABULARY, 12), ARCHITECTURE)
+
+
+def build_texts(method: MethodConfig) -> Texts:
+    """What a method needs beside the models of `build_model`, of the tiny CLIP."""
+    return texts.build(build_clip(), NAMES, TEMPLATES, method)
 
 
 def sharpen(model: Classifier) -> Classifier:

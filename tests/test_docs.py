@@ -68,7 +68,12 @@ def test_the_readme_names_every_recipe():
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"`([a-z0-9-]+)`", text))
     named |= {f"{m}-mask-{f}-fill" for m in ("random", "context", "object") for f in FILLS}
-    assert set(recipes.TRAINED) <= named
+    assert set(recipes.PAPER) <= named
+
+
+def test_the_page_of_methods_names_every_system():
+    named = set(re.findall(r"`([a-z0-9-]+)`", (ROOT / "docs" / "methods.md").read_text()))
+    assert {*recipes.TRAINED, *recipes.MERGED, *recipes.ENSEMBLES} <= named
 
 
 FILLS = ("no", "single", "multi")

@@ -232,12 +232,17 @@ def tower_sha256(model: Classifier) -> str:
 
     The head is left out: text embeddings may differ in their last bits from device to device.
     """
+    return module_sha256(model.visual)
+
+
+def module_sha256(module: nn.Module) -> str:
+    """Hash the weights of a module, by their names."""
     digest = hashlib.sha256()
     # sorted by name: the hash is the same whatever order a tower registers its weights in
-    for name, value in sorted(model.visual.state_dict().items()):
+    for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         # as bytes: NumPy has no bf16
-        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -377,8 +377,11 @@ def held_out_percent(line: Metrics) -> float | None:
 
 PANELS = (
     Panel("cross-entropy (training)", lambda line: line.ce),
-    Panel("feature MSE to the frozen model (training)", lambda line: line.mse),
+    Panel("feature MSE to the teacher (training)", lambda line: line.mse),
     Panel("KL to the WiSE-FT model (training)", lambda line: line.kd),
+    Panel("contrastive loss (training)", lambda line: line.contrastive),
+    Panel("KL of the contexts (training)", lambda line: line.context),
+    Panel("distance of random texts (training)", lambda line: line.lipsum),
     Panel("held-out accuracy (%)", held_out_percent, is_loss=False),
 )
 

@@ -351,6 +351,10 @@ class Metrics:
     ce: Loss | None = None
     mse: Loss | None = None
     kd: Loss | None = None
+    # in place of ce, or beside it, for methods that have them
+    contrastive: Loss | None = None
+    context: Loss | None = None
+    lipsum: Loss | None = None
     held_out_correct: Count | None = None
     held_out_total: Annotated[int, Field(gt=0, le=2**53)] | None = None
 

@@ -28,6 +28,7 @@ from rft.shards.cache import Cache
 from rft.shards.guard import require_no_test_images
 from rft.shards.manifest import warn_of_one_class
 from rft.storage import files
+from rft.train import texts
 from rft.train.job import Job
 from rft.train.objective import Objective
 
@@ -54,18 +55,25 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     packed.image(int(samples[0]), pretrained.architecture.image_size)
     # before the head is made: embedding ImageNet's prompts takes an hour on one CPU thread
     pretrained.model.to(device)
-    head = zero_shot_head(pretrained, packed.manifest.classes, packed.manifest.templates)
+    prompts = (packed.manifest.classes, packed.manifest.templates)
+    head = zero_shot_head(pretrained, *prompts)
+    own_texts = texts.build(pretrained, *prompts, config.method)
     teacher = Classifier(pretrained.model.visual, head, pretrained.architecture)
     classes = packed.manifest.label_space
     # the frozen teacher is the model as pre-trained; the student begins as a copy of it
     student = starting_student(config, teacher, classes)
     ensemble = second_teacher(config, teacher, classes)
     pretrained_sha256 = tower_sha256(teacher)
-    anchor = None
-    if config.precision == "bf16":
-        if config.optim.anchored:
-            anchor = copy.deepcopy(teacher)
-        for frozen in filter(None, (teacher, ensemble)):
+    moves = config.method.teacher != "frozen"
+    lowered = config.precision == "bf16"
+    # theta_0, where the teacher will not be it
+    anchor = copy.deepcopy(teacher) if config.optim.anchored and (moves or lowered) else None
+    if moves:
+        # an average of all that the student was, of its start too
+        teacher.visual.load_state_dict(student.visual.state_dict())
+    if lowered:
+        # not a moving one, whose steps are smaller than bf16's
+        for frozen in filter(None, (None if moves else teacher, ensemble)):
             vit.lower(frozen.visual, torch.bfloat16)
     objective = Objective(
         student,
@@ -73,6 +81,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
         config.method,
         ensemble=ensemble,
         pretrained=anchor,
+        texts=own_texts,
         recompute=config.recompute,
     )
     batches = TrainingBatches(
@@ -97,6 +106,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
             **({} if loader.augment == "none" else {"augmentation": augment.ALGORITHM}),
             **inputs_fingerprint(config),
             "pretrained_sha256": pretrained_sha256,
+            **own_texts.fingerprint(),
         },
         start_seen=start_seen(config),
     )
@@ -127,6 +137,9 @@ def starting_student(config: Config, pretrained: Classifier, classes: Classes) -
         load_alike(student, config.model.start, "--model.start", classes)
     if config.optim.trains == "head":
         student.visual.requires_grad_(False)
+    if config.method.loss == "contrastive":
+        # it is made of the text tower
+        student.head.requires_grad_(False)
     freeze(student, config.optim.freeze)
     return student
 

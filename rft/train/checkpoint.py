@@ -1,7 +1,8 @@
 """Checkpoints to resume from: atomic, only the newest few kept, read as a stranger's file.
 
 A checkpoint holds weights, optimizer state, the step, the best held-out count so far, and what it
-must agree with: the run's identity and the data fingerprint. There is no random state in it:
+must agree with: the run's identity and the data fingerprint. Weights are the student's, and those
+of a text tower that learns and of a teacher that moves. There is no random state in it:
 randomness is addressed by step (rft/rng.py). Beside each file lies a record with its hash, written
 before the file gets its name: a file whose record does not fit is damaged, and the one before it is
 used. A record vouches for bytes that were damaged by chance. It has the same writer as the
@@ -13,14 +14,15 @@ They are written by a thread of their own from a copy in memory: training contin
 import errno
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rft import dist
 from rft.clip import unpickle
@@ -37,6 +39,7 @@ from rft.train.kernels import Choice
 
 # [0-9], because \d takes digits of every script; 16 of them hold the largest step, 2**53
 FILE_NAME = re.compile(r"step-([0-9]{8,16})\.pt")
+NONE: Mapping[str, nn.Module] = MappingProxyType({})
 MOST_CHANGED = 5  # differences from another run that an error names
 
 log = logging.getLogger(__name__)
@@ -304,6 +307,7 @@ def content(
     must_agree: dict[str, Any],
     donor_pool: int,
     kernels: Choice,
+    others: Mapping[str, nn.Module] = NONE,
 ) -> dict[str, Any]:
     """Collect what a checkpoint holds; its tensors are those in use, to be copied.
 
@@ -314,6 +318,7 @@ def content(
         must_agree: what the job that resumes here must have the same of.
         donor_pool: images that a fill chose from; a different number of ranks may change it.
         kernels: what its steps are computed with.
+        others: what else changes with the steps (`Job.others`).
     """
     return {
         "model": student.state_dict(),
@@ -322,6 +327,7 @@ def content(
         "must_agree": must_agree,
         "donor_pool": donor_pool,
         "kernels": asdict(kernels),
+        **{name: module.state_dict() for name, module in others.items()},
     }
 
 
@@ -336,6 +342,14 @@ class Content:
     donor_pool: Count
     # by default what every version before this field computed with
     kernels: dict[str, Any] = field(default_factory=dict)
+    # of runs that have one
+    text: dict[str, Any] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, dict[str, Any]]:
+        """State dicts by the name of their module."""
+        return {"model": self.model, "text": self.text, "teacher": self.teacher}
 
 
 @document(name="optimizer")
@@ -356,10 +370,17 @@ class Own:
     total_steps: int
     most_correct: int
     """The largest count that can select a model."""
+    others: Mapping[str, nn.Module] = field(default_factory=dict)
+    """What else changes with the steps (`Job.others`)."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Name all tensors of a checkpoint of this run, each with one of its shape and type."""
-        own = {f"model.{name}": value for name, value in self.student.state_dict().items()}
+        modules = {"model": self.student, **self.others}
+        own = {
+            f"{module}.{name}": value
+            for module, found in modules.items()
+            for name, value in found.state_dict().items()
+        }
         groups = self.optimizer.param_groups
         parameters = (parameter for group in groups for parameter in group["params"])
         for number, parameter in enumerate(parameters):
@@ -378,6 +399,7 @@ class Saved:
     """The content of a checkpoint that fits the run: tensors on the CPU."""
 
     model: dict[str, Tensor]
+    others: dict[str, dict[str, Tensor]]
     optimizer: dict[str, Any]
     progress: Progress
     donor_pool: int
@@ -443,9 +465,14 @@ def _fitting(content: Content, size: int, record: Record, own: Own) -> Saved:
     groups = own.optimizer.state_dict()["param_groups"]
     if [group.get("params") for group in optimizer.param_groups] != [g["params"] for g in groups]:
         raise ValueError("optimizer.param_groups are of other parameters")
-    tensors = _tensors(content.model, optimizer.state, size, own, progress.step)
+    tensors = _tensors(content.weights, optimizer.state, size, own, progress.step)
+    weights = {
+        module: {name: tensors[f"{module}.{name}"] for name in found}
+        for module, found in content.weights.items()
+    }
     return Saved(
-        model={name: tensors[f"model.{name}"] for name in content.model},
+        model=weights["model"],
+        others={module: weights[module] for module in own.others},
         optimizer={
             "state": {
                 number: {name: tensors[f"optimizer.{number}.{name}"] for name in entry}
@@ -460,10 +487,18 @@ def _fitting(content: Content, size: int, record: Record, own: Own) -> Saved:
 
 
 def _tensors(
-    model: dict[str, Any], state: dict[int, dict[str, Any]], size: int, own: Own, step: int
+    weights: dict[str, dict[str, Any]],
+    state: dict[int, dict[str, Any]],
+    size: int,
+    own: Own,
+    step: int,
 ) -> dict[str, Tensor]:
-    """Read the tensors of model and optimizer, checked against those of `Own.tensors`."""
-    found = {f"model.{name}": value for name, value in model.items()}
+    """Read the tensors of models and optimizer, checked against those of `Own.tensors`."""
+    found = {
+        f"{module}.{name}": value
+        for module, values in weights.items()
+        for name, value in values.items()
+    }
     for number, entry in state.items():
         found |= {f"optimizer.{number}.{name}": value for name, value in entry.items()}
     wanted = own.tensors()
@@ -487,7 +522,7 @@ def _in_range(name: str, tensor: Tensor, step: int) -> bool:
     if name.endswith(f".{anchored.RADIUS}"):
         return bool(tensor.isfinite()) and float(tensor) > 0
     signed = (".exp_avg", f".{anchored.STEP}", f".{anchored.RADIUS_AVG}")
-    if name.startswith("model.") or name.endswith(signed):
+    if not name.startswith("optimizer.") or name.endswith(signed):
         return bool(tensor.isfinite().all())
     if name.endswith(".step"):
         # not 0: AdamW makes its state in the first step that it takes
@@ -516,6 +551,8 @@ def resume(store: Store, world: World, own: Own, donor_pool: int) -> tuple[Progr
         return Progress(), None
     saved = load(store, record, own)
     own.student.load_state_dict(saved.model)
+    for name, module in own.others.items():
+        module.load_state_dict(saved.others[name])
     own.optimizer.load_state_dict(saved.optimizer)
     if world.is_main:
         log.info(f"resuming after step {record.step}")

@@ -123,10 +123,12 @@ def memory_table(job: Job) -> list[str]:
     """Tabulate the memory of a rank, for this run's number of ranks and other possible ones."""
     config, ranks = job.config, possible_ranks(job.config, job.world.size)
     objective = job.objective
-    trained = module_bytes(objective.student, trained=True)
+    trained = module_bytes(objective, trained=True)
+    texts = [*filter(None, (objective.contrast, objective.random_texts))]
     parts = {
         "student": module_bytes(objective.student),
         "teachers": sum(map(module_bytes, filter(None, (objective.teacher, objective.ensemble)))),
+        **({"text towers": sum(map(module_bytes, texts))} if texts else {}),
         "gradient": trained,
         OPTIMIZERS[config.optim.optimizer]: state_bytes(job),
     }
@@ -193,7 +195,8 @@ def traffic(job: Job) -> list[str]:
     results = config.optim.epochs * bool(len(job.held_out))
     count = len(saved)
     weights = module_bytes(job.student)
-    each = weights + 2 * module_bytes(job.student, trained=True)
+    each = weights + 2 * module_bytes(job.objective, trained=True)
+    each += sum(module_bytes(module) for module in job.others.values())
     kept = (
         "those of the models that these selected, and the selected and the last weights"
         if job.selects

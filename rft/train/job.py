@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from torch import nn
 
 from rft.classes import Classes
 from rft.clip.classifier import Classifier
@@ -69,6 +70,17 @@ class Job:
     def classes(self) -> Classes:
         """Classes of the training set, which are the head's."""
         return self.batches.packed.manifest.label_space
+
+    @property
+    def others(self) -> dict[str, nn.Module]:
+        """What changes with the steps beside the student, by its name in a checkpoint."""
+        objective, found = self.objective, {}
+        if objective.contrast is not None:
+            found["text"] = objective.contrast.tower
+        if self.config.method.teacher != "frozen":
+            # its head is never looked at
+            found["teacher"] = objective.teacher.visual
+        return found
 
     @property
     def student(self) -> Classifier:

@@ -300,11 +300,16 @@ class Display:
 def status(config: Config, values: Mapping[str, float]) -> list[str]:
     """Format the means of some steps: epoch, loss and its parts, speed, wait for data."""
     method = config.method
-    parts = [f"ce {values['ce']:.3f}"]
+    fits = "contrastive" if method.loss == "contrastive" else "ce"
+    parts = [f"{fits} {values[fits]:.3f}"]
     if method.distill_weight:
         parts.append(f"{method.distill_weight:g} x mse {values['mse']:.4f}")
     if method.kd_weight:
         parts.append(f"{method.kd_weight:g} x kd {values['kd']:.4f}")
+    if method.context_weight:
+        parts.append(f"{method.context_weight:g} x context {values['context']:.4f}")
+    if method.lipsum_weight:
+        parts.append(f"{method.lipsum_weight:g} x lipsum {values['lipsum']:.4f}")
     images_per_s = values["images_per_s"]
     seconds_per_step = config.loader.batch_size / images_per_s
     waiting = values["data_wait_ms"] / 1000 / seconds_per_step

@@ -13,6 +13,7 @@ from torch.profiler import record_function
 from rft import dist
 from rft.clip.classifier import save_classifier
 from rft.dist import World
+from rft.method import moving_average
 from rft.runs.filenames import LAST, SELECTED
 from rft.train import checkpoint, features
 from rft.train.checkpoint import Progress
@@ -54,6 +55,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
         total_steps=job.total_steps,
         # without held-out images the count that selects is the step (rft/train/select.py)
         most_correct=len(job.held_out) or job.total_steps,
+        others=job.others,
     )
     progress, began_with = checkpoint.resume(store, world, own, config.donor_pool(world.size))
     module = settled(job, progress.step, began_with)
@@ -65,6 +67,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
     # batches, draws and learning rate follow from the step's number, so only it is resumed from
     steps = range(progress.step, job.total_steps)
     kept = features.held_out(job)
+    shares = moving_average.shares(config.method, job.total_steps)
     meter = Meter(config, world, job.device, steps_per_epoch)
     with (
         contextlib.closing(features.read_batches(job, steps)) as stream,
@@ -82,11 +85,7 @@ def train(job: Job, request: StopRequest, traces: Path | None = None) -> Progres
             lr = set_schedule(optimizer, step, job.total_steps, config.optim)
             shown = journal.collects(step + 1)
             terms, grad_norm = accumulate_gradients(job, module, batch, step, shown)
-            with record_function("optimizer"):
-                optimizer.step()
-                # zeros keep the gradients in the memory that ranks exchange: new ones would lie
-                # beside it until the backward that exchanges them
-                optimizer.zero_grad(set_to_none=world.alone)
+            update(job, optimizer, shares[step] if shares else 0.0)
             meter.add(terms, grad_norm, lr)
             journal.pictures(step + 1, shown, job.student.patch_side)
 
@@ -131,6 +130,19 @@ def settled(job: Job, done: int, began_with: Choice | None) -> nn.Module:
     module = dist.data_parallel(job.world, job.objective, job.device)
     settle_buckets(job, module)
     return module
+
+
+def update(job: Job, optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Take the optimizer's step, and move a moving teacher by `share` of the way to the student."""
+    with record_function("optimizer"):
+        optimizer.step()
+        # zeros keep the gradients in the memory that ranks exchange: new ones would lie beside it
+        # until the backward that exchanges them
+        optimizer.zero_grad(set_to_none=job.world.alone)
+    if share:
+        with record_function("teacher"):
+            teacher, student = job.objective.teacher.visual, job.student.visual
+            moving_average.follow(teacher.parameters(), student.parameters(), share)
 
 
 def end(job: Job, progress: Progress, reason: str) -> None:
@@ -193,5 +205,6 @@ def save(
         job.must_agree,
         donor_pool=job.config.donor_pool(job.world.size),
         kernels=job.objective.kernels.choice,
+        others=job.others,
     )
     writer.write(content, finish)

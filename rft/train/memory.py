@@ -27,9 +27,10 @@ from rft.loading.dataset import Batch
 from rft.method.counterfactual import StepAddress, draw
 from rft.method.relevance import MAP_BYTES
 from rft.train.job import Job
+from rft.train.kernels import Kernels
 from rft.train.objective import Objective
 from rft.train.optim import build_optimizer
-from rft.train.step import accumulate_gradients
+from rft.train.step import accumulate_gradients, draw_texts
 
 MAPS = 3  # of one layer that the CAM has at once: attention, its gradient, their product
 ALONE = World(rank=0, size=1, local_rank=0)
@@ -181,15 +182,14 @@ def counts_all_tokens(method: MethodConfig) -> bool:
 
 
 def plain_objective(job: Job) -> Objective:
-    """Return the job's objective, never compiled: that takes minutes and keeps about the same."""
-    return Objective(
-        job.student,
-        job.objective.teacher,
-        job.config.method,
-        ensemble=job.objective.ensemble,
-        pretrained=job.objective.pretrained,
-        recompute=job.config.recompute,
-    )
+    """Return the job's objective, never compiled: that takes minutes and keeps about the same.
+
+    It has the same modules, and the options of the job's configuration.
+    """
+    objective = copy.copy(job.objective)
+    objective.method, objective.kernels = job.config.method, Kernels()
+    objective.recompute = job.config.recompute
+    return objective
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,9 @@ class Memory:
     """What one rank needs, in bytes."""
 
     weights: int
+    """Of the student, and of a text tower that learns."""
     teachers: int
+    """Of all that is frozen or follows the student."""
     trained: int
     """Of the weights that learn; their gradient is as large."""
     states: int
@@ -231,7 +233,10 @@ class Memory:
 def measure(job: Job) -> Memory:
     """Measure the memory of a rank: weights by size, activations by running both graphs."""
     objective, method = job.objective, job.config.method
-    teachers = (objective.teacher, objective.ensemble, objective.pretrained)
+    followers = (
+        *(objective.teacher, objective.ensemble, objective.pretrained),
+        objective.random_texts,
+    )
     one, two = (graph_bytes(job, images) for images in (1, 2))
     # a line through both; less than nothing fixed can only be the rounding of small tensors
     clean, counterfactual = (
@@ -241,9 +246,9 @@ def measure(job: Job) -> Memory:
     tokens = 1 + (job.batches.image_size // job.student.patch_side) ** 2
     heads = vit.blocks(job.student.visual)[0].attn.num_heads
     return Memory(
-        weights=module_bytes(objective.student),
-        teachers=sum(module_bytes(teacher) for teacher in teachers if teacher is not None),
-        trained=module_bytes(objective.student, trained=True),
+        weights=sum(map(module_bytes, filter(None, (objective.student, objective.contrast)))),
+        teachers=sum(map(module_bytes, filter(None, followers))),
+        trained=module_bytes(objective, trained=True),
         states=state_bytes(job),
         clean=clean,
         counterfactual=counterfactual,
@@ -270,7 +275,10 @@ def graph_bytes(job: Job, images: int) -> tuple[int, int]:
         draws = draw(method, range(images), patches, len(pool_ZCHW), address)
         draws = draws.copied(partial(to_device, device=job.device))
     with autocast(job.device, job.config.precision):
-        clean, first = kept_bytes(objective, lambda: objective(images_BCHW, labels_B, draws))
+        texts = draw_texts(job, objective, batch._replace(samples_B=batch.samples_B[:images]), 0)
+        clean, first = kept_bytes(
+            objective, lambda: objective(images_BCHW, labels_B, draws, texts=texts)
+        )
     donor_BP = clean.donor_BP
     if donor_BP is None:
         return first, 0
@@ -305,7 +313,7 @@ def kept_bytes(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:
 def state_bytes(job: Job) -> int:
     """Return the size of the optimizer's state: both moments of AdamW, and FTP's last step."""
     copies = 3 if job.config.optim.optimizer == "ftp" else 2
-    return copies * module_bytes(job.student, trained=True)
+    return copies * module_bytes(job.objective, trained=True)
 
 
 def module_bytes(module: nn.Module, *, trained: bool = False) -> int:

@@ -12,9 +12,20 @@ from rft.config import Config
 from rft.dist import World
 from rft.loading.dataset import Batch, Reading
 from rft.method import losses
-from rft.train.step import reported
+from rft.train.step import terms_of
 
 COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
+# the terms of an error message, in its order
+WORDS = {
+    "ce": "cross-entropy",
+    "contrastive": "contrastive loss",
+    "mse": "MSE",
+    "kd": "logit distillation",
+    "context": "KL of the contexts",
+    "lipsum": "distance of random texts",
+    "head": "distillation of the head",
+    "grad_norm": "gradient norm",
+}
 READING = ("wait", "ready", *Reading._fields)
 
 
@@ -26,7 +37,7 @@ class Meter:
     ) -> None:
         self._config, self._world, self._device = config, world, device
         self._steps_per_epoch = steps_per_epoch
-        self._names = (*reported(config.method), "grad_norm")
+        self._names = (*terms_of(config.method), "grad_norm")
         self.restart()
 
     def restart(self) -> None:
@@ -82,9 +93,7 @@ class Meter:
         values = {
             "epoch": round(step / self._steps_per_epoch, 4),
             # linear in the terms, so the loss of the means is the mean of the losses
-            "loss": losses.total(
-                self._config.method, means["ce"], means["kd"], means["mse"], means.get("head", 0.0)
-            ),
+            "loss": losses.total(self._config.method, means),
             **means,
             "images_per_s": self.steps * self._config.loader.batch_size / seconds,
             # means over batches and ranks, in milliseconds; then sums over both
@@ -105,9 +114,9 @@ class Meter:
 
 def not_finite(step: int, terms: Mapping[str, float]) -> str:
     """Make the error message of a training that diverged at `step`."""
+    found = ", ".join(f"{words} {terms[name]:g}" for name, words in WORDS.items() if name in terms)
     return (
-        f"the loss or its gradient is not finite at step {step} (cross-entropy {terms['ce']:g}, "
-        f"MSE {terms['mse']:g}, logit distillation {terms['kd']:g}, gradient norm "
-        f"{terms['grad_norm']:g}). Checkpoints from before that stay, but the same command would "
-        "meet the same step again: lower --optim.lr in a new --run-dir"
+        f"the loss or its gradient is not finite at step {step} ({found}). Checkpoints from before "
+        "that stay, but the same command would meet the same step again: lower --optim.lr in a new "
+        "--run-dir"
     )

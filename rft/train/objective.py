@@ -11,6 +11,10 @@ x_cf = x, the first is enough:
   clean: one forward of x serves the cross-entropy and the CAM that decides the donors;
   counterfactual: student and teacher see the same refilled patches.
 What chance decides is drawn before the first call, on the CPU, so that nothing waits for a GPU.
+
+Methods published later add terms to the clean call, or put another loss in place of the
+cross-entropy (rft/train/texts.py, rft/train/contrastive.py). With a moving teacher f_0 is a running
+average of the student.
 """
 
 from collections.abc import Mapping
@@ -27,7 +31,9 @@ from rft.clip.vit import AttentionTap
 from rft.config import MethodConfig
 from rft.method import counterfactual, losses, refill
 from rft.method.counterfactual import Draws
+from rft.train.contrastive import Pairs
 from rft.train.kernels import Kernels
+from rft.train.texts import Texts
 
 NONE: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -37,13 +43,9 @@ class Clean(NamedTuple):
 
     loss: Tensor
     """All of the step's loss but the counterfactual part, weighted; to be sent backward."""
-    cross_entropy: Tensor
-    logit_distillation: Tensor
-    """0 without a second teacher."""
-    mse: Tensor
-    """Of the features on the clean images; 0 if they are not what is distilled on."""
-    head: Tensor
-    """The head's distillation on the clean images, as `mse`."""
+    terms: Mapping[str, Tensor]
+    """What it is the weighted sum of, by the names of `losses.total`. `kd` is 0 without a second
+    teacher, `mse` if the clean images' features are not what is distilled on."""
     donor_BP: Tensor | None
     """The counterfactuals' index map; None if there is no counterfactual part."""
 
@@ -53,10 +55,17 @@ class Counterfactual(NamedTuple):
 
     loss: Tensor
     """Weighted; to be sent backward."""
-    mse: Tensor
-    """Of the features."""
-    head: Tensor
-    """The head's distillation; 0 where it has no weight."""
+    terms: Mapping[str, Tensor]
+    """What it is the weighted sum of, by the names of `losses.distillation`."""
+
+
+class TextDraws(NamedTuple):
+    """What the texts of a step are, for methods that need some."""
+
+    random_ME: Tensor | None = None
+    """Features of Lipsum-FT's random texts, times the logit scale."""
+    pairs: Pairs | None = None
+    """FLYP's prompts."""
 
 
 class Objective(nn.Module):
@@ -70,6 +79,7 @@ class Objective(nn.Module):
         *,
         ensemble: Classifier | None = None,
         pretrained: Classifier | None = None,
+        texts: Texts = Texts(),  # noqa: B008 (a constant)
         recompute: bool = False,
         kernels: Kernels = Kernels(),  # noqa: B008 (a constant)
     ) -> None:
@@ -79,10 +89,17 @@ class Objective(nn.Module):
         """
         super().__init__()
         assert (ensemble is not None) == (method.kd_weight > 0), "kd_weight and a second teacher"
+        needed = (method.context_weight > 0, method.lipsum_weight > 0, method.loss == "contrastive")
+        assert tuple(one is not None for one in texts[:3]) == needed, "the method's texts"
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
         self.ensemble = None if ensemble is None else ensemble.eval().requires_grad_(False)
         self.pretrained = None if pretrained is None else pretrained.eval().requires_grad_(False)
+        self.contexts_ME: Tensor | None
+        self.register_buffer("contexts_ME", texts.contexts_ME, persistent=False)
+        self.random_texts = texts.random
+        # after the student, so that its parameters keep their numbers in the optimizer
+        self.contrast = texts.contrast
         self.method = method
         self.recompute = recompute
         self.kernels = kernels
@@ -97,20 +114,12 @@ class Objective(nn.Module):
         return [own for own, _ in learning], [anchor for _, anchor in learning]
 
     @property
-    def sees_clean(self) -> bool:
-        """Whether the clean images' features of the teacher are wanted."""
-        method = self.method
-        plain = method.distill_weight > 0 and not method.masks
-        # a CAM of the teacher has a forward of its own, whose features serve the choice as well
-        return plain or (method.donor_choice == "unlike" and method.cam_model == "student")
-
-    @property
     def frozen(self) -> dict[str, Classifier]:
         """The towers that do not learn and see clean images, by the name of their model here."""
         towers = {}
         if not any(parameter.requires_grad for parameter in self.student.visual.parameters()):
             towers["student"] = self.student
-        if self.sees_clean:
+        if self.method.compares:
             towers["teacher"] = self.teacher
         if self.ensemble is not None:
             towers["ensemble"] = self.ensemble
@@ -131,6 +140,7 @@ class Objective(nn.Module):
         draws: Draws | None,
         donor_BP: Tensor | None = None,
         known: Mapping[str, Tensor] = NONE,
+        texts: TextDraws = TextDraws(),  # noqa: B008 (a constant)
     ) -> Clean | Counterfactual:
         """Return the clean losses and the donors, or the losses on the counterfactuals.
 
@@ -142,9 +152,10 @@ class Objective(nn.Module):
             donor_BP: None for the clean call; its answer for the counterfactual call.
             known: for the clean call, the features of all frozen towers or of none. With the
                 student's among them the images are not looked at.
+            texts: for the clean call, the step's texts.
         """
         if donor_BP is None:
-            return self._clean(images_BCHW, labels_B, draws, known)
+            return self._clean(images_BCHW, labels_B, draws, known, texts)
         assert draws is not None, "a counterfactual was decided without draws"
         return self._counterfactual(images_BCHW, draws, donor_BP)
 
@@ -154,12 +165,13 @@ class Objective(nn.Module):
         labels_B: Tensor,
         draws: Draws | None,
         known: Mapping[str, Tensor],
+        texts: TextDraws,
     ) -> Clean:
         # a list collects each layer's attention; without a CAM none is kept
         method = self.method
         looks = method.needs_cam and method.cam_model == "student"
         taps: list[AttentionTap] | None = [] if looks else None
-        pieces = self.kernels.pieces
+        pieces, terms = self.kernels.pieces, {}
         with record_function("clean forward"):
             if "student" in known:
                 patches_BPV, features_BE = images_BCHW, known["student"]
@@ -168,23 +180,28 @@ class Objective(nn.Module):
                 features_BE = self.student.features(
                     patches_BPV, taps=taps, recompute=self.recompute, pieces=pieces
                 )
-            logits_BK = self.student.logits(features_BE)
-            cross_entropy = losses.classification(logits_BK, labels_B)
+            logits_BK = None
+            if self.contrast is None:
+                logits_BK = self.student.logits(features_BE)
+                terms["ce"] = losses.classification(logits_BK, labels_B)
+            else:
+                assert texts.pairs is not None, "no prompts were drawn"
+                terms["contrastive"] = self.contrast(features_BE, labels_B, texts.pairs)
         # tensors, so that an absent term adds and is summed over ranks as any other
-        logit_distillation = mse = head = torch.zeros_like(cross_entropy)
+        terms["kd"] = terms["mse"] = features_BE.new_zeros((), dtype=torch.float32)
+        if method.head_weight > 0:
+            terms["head"] = terms["mse"]
         if self.ensemble is not None:
+            assert logits_BK is not None, "logits are distilled that are not trained"
             with record_function("second teacher"), torch.no_grad():
                 taught_BK = self.ensemble.logits(self._known(known, "ensemble", patches_BPV))
-            logit_distillation = losses.knowledge_distillation(
-                logits_BK, taught_BK, method.kd_temperature
-            )
+            terms["kd"] = losses.knowledge_distillation(logits_BK, taught_BK, method.kd_temperature)
         teacher_BE = None
-        if self.sees_clean:
+        if method.compares or (method.distill_weight > 0 and not method.masks):
             with record_function("teacher forward"), torch.no_grad():
                 teacher_BE = self._known(known, "teacher", patches_BPV)
-            if not method.masks:
-                mse, head = self._distillation(features_BE, logits_BK, teacher_BE)
-        loss = losses.total(method, cross_entropy, logit_distillation, mse, head)
+            terms |= self._comparisons(features_BE, logits_BK, teacher_BE, texts)
+        loss = losses.total(method, terms)
         donor_BP = None
         if draws is not None:
             if method.needs_cam and method.cam_model == "teacher":
@@ -192,6 +209,7 @@ class Objective(nn.Module):
                 logits_BK, teacher_BE = self._teacher_graph(patches_BPV, taps)
             relevance_BP = None
             if taps is not None:
+                assert logits_BK is not None, "a CAM looks through a head that is not trained"
                 with record_function("cam"):
                     # before any backward: it looks into the graph that the loss goes back through
                     relevance_BP = counterfactual.cam(
@@ -199,7 +217,7 @@ class Objective(nn.Module):
                     )
             likeness_BZ = self._likeness(teacher_BE, labels_B)
             donor_BP = counterfactual.donors(method, draws, relevance_BP, likeness_BZ)
-        return Clean(loss, cross_entropy, logit_distillation, mse, head, donor_BP)
+        return Clean(loss, terms, donor_BP)
 
     def _teacher_graph(
         self, patches_BPV: Tensor, taps: list[AttentionTap]
@@ -221,18 +239,36 @@ class Objective(nn.Module):
         with torch.no_grad():
             return refill.likeness(self.teacher.logits(teacher_BE), labels_B)
 
+    def _comparisons(
+        self,
+        features_BE: Tensor,
+        logits_BK: Tensor | None,
+        teacher_BE: Tensor,
+        texts: TextDraws,
+    ) -> dict[str, Tensor]:
+        """Return the terms that hold the clean images' features against the teacher's."""
+        method, found = self.method, {}
+        if method.distill_weight > 0 and not method.masks:
+            found |= self._distillation(features_BE, logits_BK, teacher_BE)
+        if self.contexts_ME is not None:
+            found["context"] = losses.context_divergence(features_BE, teacher_BE, self.contexts_ME)
+        if self.random_texts is not None:
+            assert texts.random_ME is not None, "no random texts were drawn"
+            found["lipsum"] = losses.random_text_distance(features_BE, teacher_BE, texts.random_ME)
+        return found
+
     def _distillation(
         self, student_BE: Tensor, student_BK: Tensor | None, teacher_BE: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
         """Return the features' MSE and the head's KL; without logits the student makes them."""
-        mse = losses.feature_mse(student_BE, teacher_BE)
-        if self.method.head_weight == 0:
-            return mse, torch.zeros_like(mse)
-        with torch.no_grad():
-            teacher_BK = self.teacher.logits(teacher_BE)
-        if student_BK is None:
-            student_BK = self.student.logits(student_BE)
-        return mse, losses.knowledge_distillation(student_BK, teacher_BK, temperature=1)
+        found = {"mse": losses.feature_mse(student_BE, teacher_BE)}
+        if self.method.head_weight > 0:
+            with torch.no_grad():
+                teacher_BK = self.teacher.logits(teacher_BE)
+            if student_BK is None:
+                student_BK = self.student.logits(student_BE)
+            found["head"] = losses.knowledge_distillation(student_BK, teacher_BK, temperature=1)
+        return found
 
     def _known(self, known: Mapping[str, Tensor], name: str, patches_BPV: Tensor) -> Tensor:
         if name in known:
@@ -257,11 +293,11 @@ class Objective(nn.Module):
             teacher_BE = self.teacher.features(patches_BPV, **options)
         with record_function("counterfactual forward"):
             student_BE = self.student.features(patches_BPV, recompute=self.recompute, **options)
-            mse, head = self._distillation(student_BE, None, teacher_BE)
-        if self.method.head_weight == 0:
-            # data parallelism waits for every parameter: give the unused head its zero gradient
-            mse = mse + 0.0 * sum(parameter.sum() for parameter in self.student.head.parameters())
-        return Counterfactual(losses.distillation(self.method, mse, head), mse, head)
+            terms = self._distillation(student_BE, None, teacher_BE)
+        # data parallelism waits for every parameter: give the unused ones their zero gradient
+        idle = [*([] if "head" in terms else [self.student.head]), *filter(None, [self.contrast])]
+        unused = sum(one.sum() for module in idle for one in module.parameters())
+        return Counterfactual(losses.distillation(self.method, terms) + 0.0 * unused, terms)
 
     def _most_kept(self, draws: Draws, keep_BP: Tensor) -> int | None:
         match self.method.no_fill:

@@ -21,10 +21,13 @@ from rft.train.run import RunFolder
 def select(job: Job, progress: Progress, journal: Journal, kept: Kept | None = None) -> Progress:
     """Count held-out accuracy, keep a frame; select the model if it is strictly the best so far.
 
-    `kept` has the features of a tower that does not learn.
+    `kept` has the features of a tower that does not learn. A head that is made of a text tower
+    which learns is made anew first.
 
     Without held-out images the latest model counts as the best: it is the run's model in the end.
     """
+    if job.objective.contrast is not None and progress.step:
+        job.objective.contrast.rebuild(job.student.head, job.world)
     if not len(job.held_out):
         return progress.selecting(progress.step)  # it rises, so the latest is the best
     (count,) = count_correct(

@@ -6,23 +6,32 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from rft import dist
+from rft import dist, rng
 from rft.config import Config, MethodConfig
 from rft.device import autocast, to_device
 from rft.dist import World
 from rft.loading.dataset import Batch
-from rft.method import counterfactual, weight_space
+from rft.method import contrastive, counterfactual, weight_space
 from rft.method.counterfactual import Draws, StepAddress
+from rft.train.contrastive import Pairs
 from rft.train.job import Job
+from rft.train.objective import TextDraws
 from rft.train.pictures import Counterfactuals
 
-# what a step reports, in this order; metrics.jsonl has a field of each name
+ALONE = World(rank=0, size=1, local_rank=0)
+# what a step of the paper's methods reports, in this order
 TERMS = ("ce", "mse", "kd", "replaced")
 
 
-def reported(method: MethodConfig) -> tuple[str, ...]:
-    """Name the terms that a method's step reports, in their order; fields of metrics.jsonl."""
-    return (*TERMS, *(("head",) if method.head_weight > 0 else ()))
+def terms_of(method: MethodConfig) -> tuple[str, ...]:
+    """Name what a step reports, in its order; metrics.jsonl has a field of each name."""
+    fits = ("contrastive", *TERMS[1:]) if method.loss == "contrastive" else TERMS
+    later = {
+        "context": method.context_weight,
+        "lipsum": method.lipsum_weight,
+        "head": method.head_weight,
+    }
+    return (*fits, *(name for name, weight in later.items() if weight > 0))
 
 
 def accumulate_gradients(
@@ -40,16 +49,17 @@ def accumulate_gradients(
     are appended to `shown` if it is given.
 
     Returns:
-        The terms that are `reported` (cross-entropy, MSE, logit distillation, share of patches
-        replaced, ...), and the gradient's norm before it was clipped (for the last time).
+        The terms (cross-entropy, MSE, logit distillation, share of patches replaced and more: see
+        `terms_of`), and the gradient's norm before it was clipped (for the last time).
     """
-    optim, names = job.config.optim, reported(job.config.method)
+    optim, names = job.config.optim, terms_of(job.config.method)
     # every loss is divided by it, so that the micro-batches add up to the batch's mean
     parts = optim.accumulate
     # summed on the device: to read one here would make the host wait for the whole step
     terms = {name: torch.zeros((), device=job.device) for name in names}
     grad_norm = torch.zeros((), device=job.device)
     pool_ZCHW = donor_pool(job.config.method, job.world, batch.images_BCHW)
+    texts = draw_texts(job, module, batch, step)
     patches = (job.student.architecture.image_size // job.student.patch_side) ** 2
     # equal parts: `Config.micro_batch` refuses a batch that cannot be cut so
     micros = zip(batch.images_BCHW.chunk(parts), batch.labels_B.chunk(parts), strict=True)
@@ -68,15 +78,10 @@ def accumulate_gradients(
             # not around backward, which has its forward's precision by itself
             with autocast(job.device, job.config.precision):
                 rows = {name: chunks[micro] for name, chunks in known.items()}
-                clean = module(images_BCHW, labels_B, draws, known=rows)
+                clean = module(images_BCHW, labels_B, draws, known=rows, texts=texts)
             with record_function("clean backward"):
                 (clean.loss / parts).backward()
-        found = {
-            "ce": clean.cross_entropy,
-            "mse": clean.mse,
-            "kd": clean.logit_distillation,
-            "head": clean.head,
-        }
+        found = dict(clean.terms)
         if draws is not None:
             pool = images_BCHW if pool_ZCHW is None else pool_ZCHW
             with dist.skip_sync(module, not ends):
@@ -85,7 +90,7 @@ def accumulate_gradients(
                 with record_function("counterfactual backward"):
                     (distilled.loss / parts).backward()
             # the clean ones are 0 here: features are distilled on the counterfactuals instead
-            found |= {"mse": distilled.mse, "head": distilled.head}
+            found |= distilled.terms
             found["replaced"] = (clean.donor_BP != draws.own_B1).float().mean()
             if shown is not None:
                 shown.append(Counterfactuals(pool, clean.donor_BP, draws.own_B1))
@@ -108,7 +113,8 @@ def finish_gradient(job: Job, share: float) -> Tensor:
             parameters, anchors = job.objective.anchored()
             weight_space.add_l2_sp(parameters, anchors, optim.l2_sp * share)
     with record_function("clip"):
-        return nn.utils.clip_grad_norm_(job.student.parameters(), optim.clip_norm)
+        # those of the objective that learn: the student's, and a text tower's
+        return nn.utils.clip_grad_norm_(job.objective.parameters(), optim.clip_norm)
 
 
 def donor_pool(method: MethodConfig, world: World, images_BCHW: Tensor) -> Tensor | None:
@@ -117,6 +123,31 @@ def donor_pool(method: MethodConfig, world: World, images_BCHW: Tensor) -> Tenso
         return None
     with record_function("gather donors"):
         return dist.gather_rows(world, images_BCHW)
+
+
+def draw_texts(job: Job, module: nn.Module, batch: Batch, step: int) -> TextDraws:
+    """Draw the texts of a step; nothing for most methods.
+
+    Random texts are the same on all ranks, and an image's prompt is the same on whichever rank it
+    is: neither depends on how many there are.
+    """
+    objective, seed = job.objective, job.config.seed
+    random_ME = pairs = None
+    if objective.random_texts is not None:
+        tokens_MT = to_device(objective.random_texts.draw(seed, step), job.device)
+        with record_function("random texts"), autocast(job.device, job.config.precision):
+            random_ME = objective.random_texts(tokens_MT)
+    if objective.contrast is not None:
+        key = rng.derive(seed, "template", step)
+        template_B = contrastive.draw_templates(batch.samples_B, objective.contrast.templates, key)
+        # a blank batch has its sample numbers on the device
+        if template_B.device.type == "cpu":
+            template_B = to_device(template_B, job.device)
+        # a rank that tries kernels by itself must not wait for the others
+        world = job.world if dist.is_parallel(module) else ALONE
+        gather = partial(dist.gather_rows_with_gradient, world)
+        pairs = Pairs(template_B, gather, world.rank * len(template_B))
+    return TextDraws(random_ME, pairs)
 
 
 def draw_micro_batch(

@@ -14,7 +14,7 @@ from rft.train.meter import Meter
 from rft.train.objective import Objective
 from rft.train.optim import build_optimizer, set_schedule
 from rft.train.step import accumulate_gradients
-from tests.conftest import build_model
+from tests.conftest import build_model, build_texts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -30,10 +30,13 @@ def test_no_step_waits_for_the_gpu(name, precision, images_BCHW, labels_B):
     student.visual.requires_grad_(recipe.optim.trains == "all")
     job = benchmark.build_job(arguments, device, precision, student)
     ensemble = build_model(2) if recipe.method.kd_weight else None
+    student.head.requires_grad_(recipe.method.loss == "cross-entropy")
     # the teacher may be bf16, and then is no theta_0
     pretrained = copy.deepcopy(student) if recipe.optim.anchored else None
-    models = (student, job.objective.teacher)
-    objective = Objective(*models, recipe.method, ensemble=ensemble, pretrained=pretrained)
+    models, texts = (student, job.objective.teacher), build_texts(recipe.method)
+    objective = Objective(
+        *models, recipe.method, ensemble=ensemble, pretrained=pretrained, texts=texts
+    )
     config = replace(job.config, method=recipe.method, optim=recipe.optim)
     job = replace(job, config=config, objective=objective.to(device))
     optimizer = build_optimizer(job.objective, job.config.optim)

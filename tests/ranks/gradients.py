@@ -13,10 +13,17 @@ from rft.loading.dataset import Batch
 from rft.train.job import Job
 from rft.train.objective import Objective
 from rft.train.step import accumulate_gradients, settle_buckets
-from tests.conftest import build_model
+from tests.conftest import build_model, build_texts
 
 BATCH = 12
 CPU = torch.device("cpu")
+
+
+# a recipe with an option of its own
+VARIANTS = {
+    "flyp-on-counterfactuals": ("random-mask-single-fill", {"loss": "contrastive"}),
+    "every-text": ("flyp", {"context_weight": 2.0, "lipsum_weight": 0.1}),
+}
 
 
 class FixedBatches:
@@ -27,22 +34,25 @@ class FixedBatches:
 
 
 def build_job(world: World, recipe: str, donors: str, accumulate: int) -> Job:
+    recipe, changes = VARIANTS.get(recipe, (recipe, {}))
     config = recipes.build(recipe, data="-", run="-")
     config = dataclasses.replace(
         config,
         precision="fp32",
         loader=dataclasses.replace(config.loader, batch_size=BATCH),
-        method=dataclasses.replace(config.method, donors=donors),
+        method=dataclasses.replace(config.method, donors=donors, **changes),
         # unclipped: clipping would hide a wrong scale
         optim=dataclasses.replace(config.optim, accumulate=accumulate, clip_norm=1e9),
     )
     student = build_model(0)
     student.visual.requires_grad_(config.optim.trains == "all")
+    student.head.requires_grad_(config.method.loss == "cross-entropy")
+    texts = build_texts(config.method)
     return Job(
         config=config,
         world=world,
         device=CPU,
-        objective=Objective(student, build_model(1), config.method),
+        objective=Objective(student, build_model(1), config.method, texts=texts),
         batches=FixedBatches(),
         held_out=[],
         fingerprint={},
@@ -58,8 +68,11 @@ def gradients(job: Job) -> dict[str, torch.Tensor]:
     mine = slice(job.world.rank * share, (job.world.rank + 1) * share)
     module = dist.data_parallel(job.world, job.objective, CPU)
     settle_buckets(job, module)
-    accumulate_gradients(job, module, Batch(images[mine], labels[mine], labels[mine]), step=0)
-    return {n: p.grad for n, p in job.student.named_parameters() if p.requires_grad}
+    batch = Batch(images[mine], labels[mine], torch.arange(BATCH)[mine])
+    accumulate_gradients(job, module, batch, step=0)
+    # names as the student's own, and those of a text tower that learns
+    learns = ((n, p) for n, p in job.objective.named_parameters() if p.requires_grad)
+    return {n.removeprefix("student."): p.grad for n, p in learns}
 
 
 def main(out: str, *cases: str) -> None:

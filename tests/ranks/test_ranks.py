@@ -25,6 +25,13 @@ EQUAL = (
     ("random-mask-single-fill", "global", 3, 1),
     ("linear-probe", "local", 2, 1),
     ("l2-sp", "local", 2, 2),
+    # the negatives of FLYP's loss are those of the whole batch, wherever they are
+    ("flyp", "local", 2, 1),
+    ("flyp", "local", 3, 1),
+    ("flyp-on-counterfactuals", "global", 3, 1),
+    ("every-text", "local", 2, 1),
+    ("car-ft", "local", 2, 2),
+    ("lipsum-ft", "local", 3, 1),
 )
 # with local donors a fill depends on the cut: only recipes without one can be equal
 DIFFERENT = ("object-mask-multi-fill", "local", 2, 1)

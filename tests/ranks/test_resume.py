@@ -24,15 +24,22 @@ OPTIONS = (
 )
 
 
+# a text tower that learns, with negatives on all ranks, and a teacher that moves
+TWO_TOWERS = (
+    *("random-mask-single-fill", *OPTIONS[2:]),
+    *("--method.loss", "contrastive", "--method.teacher", "wma"),
+)
+
+
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory, tiny_data, tiny_clip) -> Callable[..., Path]:
     """The undisturbed run on so many ranks, with all of its checkpoints."""
 
     @functools.cache
-    def run(ranks: int, *optimizer: str) -> Path:
+    def run(ranks: int, recipe: str = RECIPE, *options: str) -> Path:
         folder = tmp_path_factory.mktemp("calm") / "run"
-        options = (*OPTIONS, *optimizer, "--log.keep", "100")
-        tiny.train(RECIPE, tiny_data, tiny_clip, folder, *options, ranks=ranks)
+        options = (*(options or OPTIONS), "--log.keep", "100")
+        tiny.train(recipe, tiny_data, tiny_clip, folder, *options, ranks=ranks)
         assert (folder / "training.json").exists()
         return folder
 
@@ -65,24 +72,28 @@ def outcome(run: Path) -> tuple[list[str], list, list[dict]]:
 
 # the state of FTP is the same on all ranks, and only the main one writes it
 @pytest.mark.parametrize(
-    ("ranks", "optimizer"), [(1, ()), (3, ()), (2, ("--optim.optimizer", "ftp"))]
+    ("ranks", "run"),
+    [
+        (1, (RECIPE, *OPTIONS)),
+        (3, (RECIPE, *OPTIONS)),
+        (2, (RECIPE, *OPTIONS, "--optim.optimizer", "ftp")),
+        (3, TWO_TOWERS),
+    ],
 )
-def test_kill_and_resume_is_bit_identical(
-    tmp_path, tiny_data, tiny_clip, calm, capsys, ranks, optimizer
-):
-    killed, options = tmp_path / "killed", (*OPTIONS, *optimizer)
-    words = tiny.training(RECIPE, tiny_data, tiny_clip, killed, *options)
+def test_kill_and_resume_is_bit_identical(tmp_path, tiny_data, tiny_clip, calm, capsys, ranks, run):
+    killed, (recipe, *options) = tmp_path / "killed", run
+    words = tiny.training(recipe, tiny_data, tiny_clip, killed, *options)
     command = torchrun_command(ranks, "rft.train", *words, "--loader.workers", "1")
     reached = killed / "checkpoints" / "step-00000012.pt"
     kill_when(command, lambda: reached.exists())
     assert not (killed / "training.json").exists()
     # who reads the batches changes nothing
-    tiny.train(RECIPE, tiny_data, tiny_clip, killed, *options, ranks=ranks)
+    tiny.train(recipe, tiny_data, tiny_clip, killed, *options, ranks=ranks)
     assert (killed / "training.json").exists()
-    assert outcome(killed) == outcome(calm(ranks, *optimizer))
+    assert outcome(killed) == outcome(calm(ranks, *run))
 
     capsys.readouterr()
-    tiny.train(RECIPE, tiny_data, tiny_clip, killed, *options)
+    tiny.train(recipe, tiny_data, tiny_clip, killed, *options)
     assert "already finished" in capsys.readouterr().out
 
 

@@ -137,7 +137,7 @@ def test_curves_are_values_over_steps(tmp_path):
     figure = plots.curves(runs, result_rows(runs))
     assert [ax.get_title(loc="left") for ax in figure.axes] == [
         "cross-entropy (training)",
-        "feature MSE to the frozen model (training)",
+        "feature MSE to the teacher (training)",
         "held-out accuracy (%)",
     ]
     assert all(ax.get_xlabel() == "step" for ax in figure.axes)

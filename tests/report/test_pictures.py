@@ -202,7 +202,7 @@ def test_curves(tmp_path, drawn):
     assert [75.0, 75.0] in levels  # a single point
     # vanilla logs an MSE of zero: it has no such term
     assert plots.curve(runs[0], plots.PANELS[1]) == {}
-    assert plots.curve(runs[4], plots.PANELS[3]) == {0: 75.0}
+    assert plots.curve(runs[4], plots.PANELS[-1]) == {0: 75.0}
 
 
 @pytest.mark.slow
@@ -270,7 +270,7 @@ def test_steps_are_drawn_in_their_order():
 def test_a_run_that_is_never_right_is_drawn():
     lines = tuple(Metrics(step=n, held_out_correct=0, held_out_total=8) for n in (1, 2))
     run = replace(run_of("vanilla"), metrics=lines)
-    assert plots.curve(run, plots.PANELS[3]) == {1: 0.0, 2: 0.0}
+    assert plots.curve(run, plots.PANELS[-1]) == {1: 0.0, 2: 0.0}
 
 
 def test_letters_without_a_glyph_are_one_line_that_a_terminal_can_show(capsys):

@@ -579,6 +579,65 @@ def test_the_bytes_of_a_checkpoint_are_no_more_trusted_than_its_record(tmp_path,
     cannot_resume(store, path, says)
 
 
+def with_others(seed: int = 0) -> checkpoint.Own:
+    """A run with a text tower that learns and a teacher that moves."""
+    others = {"text": torch.nn.Linear(3, 2), "teacher": build_model(seed + 1).visual}
+    return dataclasses.replace(own(seed), others=others)
+
+
+def written_with_others(folder: Path, change: Change = lambda _: None) -> tuple[Store, Any]:
+    store, run = Store(str(folder), keep=2), with_others()
+    progress = Progress(step=8, best_step=4, best_correct=7)
+    made = content(run.student, run.optimizer, progress, run.must_agree, 1, KERNELS, run.others)
+    made = checkpoint.to_cpu(made)
+    change(made)
+    store.write(made)
+    return store, made
+
+
+def test_what_changes_beside_the_student_comes_back(tmp_path):
+    store, made = written_with_others(tmp_path)
+    run = with_others(seed=5)
+    progress, _ = checkpoint.resume(store, ALONE, run, 1)
+    assert progress.step == 8
+    for name, module in run.others.items():
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, made[name][key]), (name, key)
+
+
+OTHERS_CHANGED: dict[str, tuple[Change, str]] = {
+    "no text tower": (lambda made: made.pop("text") and None, "text.bias is no tensor"),
+    "a teacher of another shape": (
+        lambda made: made["teacher"].update({"proj": torch.zeros(2, 2)}), "teacher.proj is "
+    ),
+    "a teacher of NaN": (
+        lambda made: made["teacher"]["proj"].fill_(torch.nan) is None, "teacher.proj holds NaN"
+    ),
+    "a text tower of another type": (
+        lambda made: made["text"].update(bias=torch.zeros(2).half()), "text.bias is torch.float16"
+    ),
+    "a text tower that is a number": (lambda made: made.update(text=3), "text is 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHERS_CHANGED)
+def test_weights_beside_the_students_are_no_more_trusted(tmp_path, what):
+    change, says = OTHERS_CHANGED[what]
+    store, _ = written_with_others(tmp_path, change)
+    run = with_others(seed=5)
+    before = {name: value.clone() for name, value in run.others["teacher"].state_dict().items()}
+    with pytest.raises(ValueError, match=says):
+        checkpoint.resume(store, ALONE, run, 1)
+    for name, value in run.others["teacher"].state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_run_without_them_does_not_take_them(tmp_path):
+    store, _ = written_with_others(tmp_path)
+    with pytest.raises(ValueError, match=r"teacher\.\w+ is not of this model"):
+        checkpoint.resume(store, ALONE, own(seed=5), 1)
+
+
 def test_a_step_after_the_last_is_refused(tmp_path):
     store, _ = written(tmp_path)
     with pytest.raises(ValueError, match=r"progress.step is 8 of 7"):

@@ -36,6 +36,9 @@ RECIPES = [
     "no-mask",
     "vanilla",
     "linear-probe",
+    "car-ft",
+    "lipsum-ft",
+    "flyp",
 ]
 
 
@@ -119,6 +122,9 @@ STEPS = {
         "visual.[cp]*",
         "*.resblocks.0*",
     ),
+    "random texts": ("lipsum-ft",),
+    "two towers": ("flyp",),
+    "two towers, counterfactuals": ("random-mask-single-fill", "--method.loss", "contrastive"),
 }
 
 

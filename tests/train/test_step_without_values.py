@@ -17,6 +17,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -30,16 +31,20 @@ from torch.utils._pytree import tree_leaves
 from rft import dist, recipes
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import Classifier
-from rft.config import Config
+from rft.clip.load import PretrainedClip
+from rft.clip.text import TextTower
+from rft.config import Config, MethodConfig
 from rft.loading.dataset import Batch
 from rft.method import counterfactual, losses, masking, relevance
 from rft.method.counterfactual import Draws
 from rft.train import step as step_module
+from rft.train.contrastive import Contrast
 from rft.train.job import Job
 from rft.train.meter import Meter
 from rft.train.objective import Objective
 from rft.train.optim import build_optimizer, set_schedule
 from rft.train.step import accumulate_gradients
+from rft.train.texts import RandomTexts, Texts
 
 BATCH = 512
 LAYERS = 3  # a first, a last and one between: all others are like the second
@@ -106,7 +111,7 @@ def devices_of(tree: Any) -> set[str]:
 def meta(monkeypatch) -> torch.device:
     """The device; it passes where torch knows a GPU and not `meta`, in autocast and fused AdamW."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
     # only the check refuses: the kernel has a meta version
     monkeypatch.setattr(
@@ -148,9 +153,27 @@ def build_model(name: str, device: torch.device) -> Classifier:
         return Classifier(architecture.build_visual(), head, architecture)
 
 
+def build_texts(method: MethodConfig, model: str, device: torch.device) -> Texts:
+    """What a method needs beside the images, of an open_clip model without a byte of weights."""
+    config = open_clip.get_model_config(model)
+    with device:
+        clip = CLIP(config["embed_dim"], config["vision_cfg"], {**config["text_cfg"], "layers": 2})
+        contexts_ME = torch.empty(80, config["embed_dim"])
+        prompts_KMT = torch.empty(CLASSES, 80, 20, dtype=torch.int64)
+    architecture = types.SimpleNamespace(clip=model)
+    pretrained = PretrainedClip(clip, open_clip.tokenize, architecture)
+    tower = TextTower(pretrained, "a test")
+    return Texts(
+        contexts_ME if method.context_weight else None,
+        RandomTexts(pretrained, tower) if method.lipsum_weight else None,
+        Contrast(tower, prompts_KMT) if method.loss == "contrastive" else None,
+    )
+
+
 def build_job(config: Config, model: str, device: torch.device) -> Job:
     student = build_model(model, device)
     student.visual.requires_grad_(config.optim.trains == "all")
+    student.head.requires_grad_(config.method.loss == "cross-entropy")
     return Job(
         config=config,
         world=dist.World(rank=0, size=1, local_rank=0),
@@ -160,6 +183,7 @@ def build_job(config: Config, model: str, device: torch.device) -> Job:
             build_model(model, device),
             config.method,
             ensemble=build_model(model, device) if config.method.kd_weight else None,
+            texts=build_texts(config.method, model, device),
             recompute=config.recompute,
         ),
         batches=types.SimpleNamespace(image_size=student.architecture.image_size),
@@ -194,7 +218,7 @@ def train_one_step(job: Job, watch: TorchDispatchMode) -> list:
         meter.add(*accumulate_gradients(job, job.objective, batch, 0, shown), 0.1)
         optimizer.step()
         optimizer.zero_grad()
-    trainable = [parameter for parameter in job.student.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in job.objective.parameters() if parameter.requires_grad]
     assert set(optimizer.state) == set(trainable), "a parameter got no gradient"
     return shown
 

@@ -1,0 +1,110 @@
+"""What methods that need texts while they train have beside the images: made once, by `build`.
+
+CAR-FT's contexts are constants. Lipsum-FT's random texts are embedded anew in each step by the
+frozen text tower. FLYP trains that tower (rft/train/contrastive.py).
+
+Shapes: M texts, T tokens, E embedding, K classes.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rft import rng
+from rft.clip.classifier import module_sha256
+from rft.clip.load import PretrainedClip
+from rft.clip.text import TextTower, context_features, tokenize_prompts
+from rft.config import MethodConfig
+from rft.train.contrastive import Contrast
+
+TEXTS = 80  # of Lipsum-FT's paper, in each step
+LENGTH = 8  # their tokens, between start and end
+
+
+class RandomTexts(nn.Module):
+    """Lipsum-FT's random texts and the frozen text tower that embeds them."""
+
+    def __init__(self, clip: PretrainedClip, tower: TextTower) -> None:
+        """Freeze `tower`, which is a copy of that of `clip`."""
+        super().__init__()
+        self.tower = tower.eval().requires_grad_(False)
+        empty_T = clip.tokenize([""])[0]
+        # of an empty text: then comes padding; the end has the largest id
+        self.start, self.end = int(empty_T[0]), int(empty_T[1])
+        # a tiny tower reads fewer tokens than that
+        self.length = min(LENGTH, len(empty_T) - 2)
+
+    def draw(self, seed: int, step: int) -> Tensor:
+        """Draw the tokens (M, T) of a step's texts, on the CPU; the same on every rank.
+
+        Any token but start and end, as in the released code, and each as probable as another.
+        """
+        generator = rng.torch_generator(seed, "random texts", step)
+        shape = (TEXTS, self.length)
+        words_MT = torch.randint(self.end - 1, shape, generator=generator)
+        words_MT = words_MT + (words_MT >= self.start)
+        start_M1, end_M1 = torch.full((TEXTS, 1), self.start), torch.full((TEXTS, 1), self.end)
+        return torch.cat([start_M1, words_MT, end_M1], dim=1)
+
+    @torch.no_grad()
+    def forward(self, tokens_MT: Tensor) -> Tensor:
+        """Return their features (M, E), times the logit scale."""
+        return self.tower(tokens_MT) * self.tower.scale
+
+
+class Texts(NamedTuple):
+    """What a method has of them; None where it needs none."""
+
+    contexts_ME: Tensor | None = None
+    """Features of CAR-FT's contexts, times the logit scale."""
+    random: RandomTexts | None = None
+    contrast: Contrast | None = None
+    tower_sha256: str = ""
+    """Of the text tower as pre-trained, where one of them is there."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hash the text tower that a run with texts begins with; nothing for one without."""
+        return {"text_sha256": self.tower_sha256} if self.tower_sha256 else {}
+
+
+def build(
+    clip: PretrainedClip, classes: Sequence[str], templates: Sequence[str], method: MethodConfig
+) -> Texts:
+    """Make what a method needs; `clip` is on the device that does the work.
+
+    Raises:
+        ValueError: if the text tower is of another kind than OpenAI's, or the prompt templates are
+            too few for contexts.
+    """
+    options = {
+        "--method.context-weight": method.context_weight > 0,
+        "--method.lipsum-weight": method.lipsum_weight > 0,
+        "--method.loss contrastive": method.loss == "contrastive",
+    }
+    needed_for = next((option for option, needs in options.items() if needs), None)
+    if needed_for is None:
+        return Texts()
+    tower = TextTower(clip, needed_for)
+    contexts_ME = random = contrast = None
+    if method.context_weight > 0:
+        contexts_ME = _contexts(clip, tower, classes, templates)
+    if method.lipsum_weight > 0:
+        random = RandomTexts(clip, copy.deepcopy(tower))
+    if method.loss == "contrastive":
+        contrast = Contrast(copy.deepcopy(tower), tokenize_prompts(clip, classes, templates))
+    return Texts(contexts_ME, random, contrast, module_sha256(tower))
+
+
+@torch.no_grad()
+def _contexts(
+    clip: PretrainedClip, tower: TextTower, classes: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    if len(templates) < 2:
+        raise ValueError(
+            "--method.context-weight needs two prompt templates or more, which are the contexts; "
+            "the data set's manifest has one: pack it with others (--classes)"
+        )
+    return context_features(tower, tokenize_prompts(clip, classes, templates)) * tower.scale
