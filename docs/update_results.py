@@ -2,7 +2,7 @@
 
 `make results` runs the demo on three seeds and then this; `make bench`, `make gpu` and `make peers`
 end with this too, without a demo. After `make reproduce SEEDS=3`, --reproduction takes its report
-in. A page takes a table between the lines `<!-- table: FILE -->` and `<!-- end of table -->`, where
+in, and after `make post-2023 SEEDS=3` --later does. A page takes a table between the lines `<!-- table: FILE -->` and `<!-- end of table -->`, where
 FILE may be a pattern that no file matches yet; tests/test_docs.py holds the two equal.
 """
 
@@ -20,9 +20,11 @@ PAGES = (
     "docs/data.md",
     "docs/cluster.md",
     "docs/evaluation.md",
+    "docs/methods.md",
     "docs/security.md",
 )
 RESULTS = "docs/results"
+LATER = "post-2023"
 COPIED = (
     "table.md", "table.csv", "table.tex", "statistics.csv", "paper.md", "paper.csv",
     "scatter.png", "wise.png", "curves.png", "calibration.png", "gallery.png",
@@ -39,6 +41,8 @@ class Arguments:
     """Folder that `make demo SEEDS=3` wrote; None leaves its results as they are."""
     reproduction: Path | None = None
     """Folder that `make reproduce SEEDS=3` wrote; None leaves its results as they are."""
+    later: Path | None = None
+    """Folder that `make post-2023 SEEDS=3` wrote; None leaves its results as they are."""
 
 
 def with_tables(page: str) -> str:
@@ -56,8 +60,10 @@ def copy_report(folder: Path, report: str, name: str) -> None:
     """Copy a report below `folder` and what made its runs to docs/results/`name`."""
     results = ROOT / RESULTS / name
     for file in COPIED:
-        files.write_bytes(str(results / file), (folder / report / file).read_bytes())
-    provenance = files.read_json(str(folder / "runs/zero-shot-seed0/provenance.json"))
+        if (folder / report / file).exists():  # paper.* are of the paper's own rows alone
+            files.write_bytes(str(results / file), (folder / report / file).read_bytes())
+    runs = folder / "runs" / (report if report == LATER else "")
+    provenance = files.read_json(str(runs / "zero-shot-seed0/provenance.json"))
     files.write_json(str(results / "provenance.json"), provenance)
     print(f"copied {folder / report} to {RESULTS}/{name}")
 
@@ -69,6 +75,8 @@ def main() -> None:
         copy_report(arguments.demo, "report", "miniature")
     if arguments.reproduction is not None:
         copy_report(arguments.reproduction, "reproduction", "reproduction")
+    if arguments.later is not None:
+        copy_report(arguments.later, LATER, LATER)
     # all of them before the first is written: a table may be missing
     pages = {name: with_tables((ROOT / name).read_text()) for name in PAGES}
     for name, text in pages.items():

@@ -67,3 +67,23 @@ def test_parts_of_a_pool_draw_what_the_whole_draws(name):
     parts = [draw(method, range(n, n + 4), 16, 12, ADDRESS) for n in (0, 4, 8)]
     for field in ("mask_BP", "source_BP", "own_B1"):
         assert torch.equal(getattr(whole, field), torch.cat([getattr(p, field) for p in parts]))
+
+
+@pytest.mark.parametrize("fill", ["single", "multi"])
+def test_donors_with_replacement_and_unlike_ones_are_drawn_for_each_image(fill):
+    method = replace(method_of("random-mask-multi-fill"), fill=fill)
+    pool, columns = 40, 1 if fill == "single" else 16
+    if fill == "single":
+        again = replace(method, single_fill="replacement")
+        source = draw(again, range(pool), 16, pool, ADDRESS).source_BP
+        assert source.shape == (pool, 1)
+        # never the image itself, and some image for two of the forty: no permutation
+        assert (source != torch.arange(pool)[:, None]).all()
+        assert len(source.unique()) < pool
+    unlike = replace(method, donor_choice="unlike")
+    rank = draw(unlike, range(pool), 16, pool, ADDRESS).source_BP
+    assert rank.shape == (pool, columns)
+    # of the half of 39 others; a part of the pool has its own part of the draws
+    assert 0 <= rank.min() <= rank.max() < 19
+    part = draw(unlike, range(10, 20), 16, pool, ADDRESS)
+    assert torch.equal(part.source_BP, rank[10:20])

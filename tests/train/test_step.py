@@ -63,7 +63,9 @@ def test_clipping_after_every_micro_batch(job, images_BCHW, labels_B, norm):
         alone.student.zero_grad()
         clean = alone.objective(images_BCHW[rows], labels_B[rows], address)
         (clean.loss / 3).backward()
-        mse = alone.objective(images_BCHW[rows], labels_B[rows], address, clean.donor_BP).terms["mse"]
+        mse = alone.objective(images_BCHW[rows], labels_B[rows], address, clean.donor_BP).terms[
+            "mse"
+        ]
         (alone.config.method.distill_weight * mse / 3).backward()
         parts.append(torch.cat([p.grad.flatten() for p in alone.student.parameters()]))
     torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-5)
