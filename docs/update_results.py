@@ -2,8 +2,9 @@
 
 `make results` runs the demo on three seeds and then this; `make bench`, `make gpu` and `make peers`
 end with this too, without a demo. After `make reproduce SEEDS=3`, --reproduction takes its report
-in, and after `make post-2023 SEEDS=3` --later does. A page takes a table between the lines `<!-- table: FILE -->` and `<!-- end of table -->`, where
-FILE may be a pattern that no file matches yet; tests/test_docs.py holds the two equal.
+in, and after `make post-2023 SEEDS=3` --later does. A page takes a table between the lines
+`<!-- table: FILE -->` and `<!-- end of table -->`, where FILE may be a pattern that no file matches
+yet; tests/test_docs.py holds the two equal.
 """
 
 import re
