@@ -101,7 +101,10 @@ def test_the_same_choice_again_counts_nothing(train, tiny_data, tmp_path, capsys
     weights = runs[0] / filenames.SELECTED
     weights.rename(tmp_path / "moved")
     assert not choice.is_current(known)
-    (tmp_path / "moved").rename(weights)
+    shutil.copy(runs[1] / filenames.SELECTED, weights)
+    assert not choice.is_current(known)
+    (tmp_path / "moved").replace(weights)
+    assert choice.is_current(known)
 
 
 @pytest.mark.slow
@@ -123,6 +126,7 @@ def test_a_training_takes_the_chosen_settings(train, tiny_data, tmp_path):
     # a seed, and what changes no result, are this command line's
     assert (found.seed, found.loader.workers) == (3, 0)
     assert found.run == str(tmp_path / "again")
+    assert parse([*line, "--like", str(saved)]).seed == 0
     # what is named is changed
     assert parse([*line, f"--like={saved}", "--optim.lr", "0.5"]).optim.lr == 0.5
     with pytest.raises(ValueError, match="recipe is vanilla, and this run's is no-mask"):
