@@ -115,9 +115,12 @@ def test_a_step_trains_what_the_recipe_trains(shared, name):
     assert all(parameter.grad is None for parameter in objective.parameters())
 
 
-def test_the_student_is_shared_and_so_is_the_optimizer_of_equal_options(shared):
+def test_what_recipes_share_is_what_none_of_them_changes_for_the_others(shared):
     jobs = {name: shared.job(case.config) for name, case in costs.cases().items()}
     assert len({id(job.student.visual) for job in jobs.values()}) == 1
+    for name, job in jobs.items():
+        assert job.student.head.weight.requires_grad == (name != "flyp"), name
+        assert (job.objective.teacher is shared.teacher) == (name != "moving-teacher"), name
     optimizers = {name: shared.optimizer(job) for name, job in jobs.items()}
     alone = {"l2-sp", "spd", "ftp", "lipsum-ft", "flyp"}
     others = [optimizer for name, optimizer in optimizers.items() if name not in alone]
@@ -199,7 +202,10 @@ def test_the_command_measures_some_and_saves_all(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "costs.md").read_text() == costs.page(costs.saved())
 
 
-def test_wrong_options_are_one_line(refused):
+def test_wrong_options_are_one_line(refused, monkeypatch, tmp_path):
+    # should a mistake pass, what it saves is no result
+    monkeypatch.setattr(costs, "RESULTS", tmp_path)
+    monkeypatch.setattr(costs, "PAGE", tmp_path / "costs.md")
     assert "l2sp" in refused(costs, "--recipes", "l2sp")
     assert "leave --recipes out" in refused(costs, "--recipes", "l2-sp", "--save")
     for option in ("batch-size", "memory-images"):
