@@ -115,6 +115,7 @@ bench: $(VENV)/.installed  ## the step, the loader and the packer against their 
 	$(BIN)/python -m benchmarks.pack --save
 	$(BIN)/python -m benchmarks.simd_difference --save
 	$(BIN)/python -m benchmarks.small_sets --save
+	$(BIN)/python -m benchmarks.costs --save
 	$(BIN)/python -m benchmarks.summary
 	$(BIN)/python docs/update_results.py
 

@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,6 @@ from rft.storage import files
 from rft.train import memory
 from rft.train.estimate import possible_ranks
 from rft.train.job import Job
-from rft.train.objective import Objective
 from rft.train.optim import build_optimizer
 from rft.train.step import accumulate_gradients
 
@@ -66,12 +65,9 @@ class Case(NamedTuple):
         """Build the job of so many images per step."""
         recompute = CASES[self.name]
         arguments = step.Arguments(model=self.model, batch_size=images, recompute=recompute)
-        job = step.build_job(arguments, CPU, self.precision, student)
-        if recompute or self.name == recipes.DEFAULT:
-            return job
-        method = recipes.build(self.name).method
-        objective = Objective(student, job.objective.teacher, method)
-        return replace(job, config=replace(job.config, method=method), objective=objective)
+        name = recipes.DEFAULT if recompute else self.name
+        recipe = recipes.build(name, data="-", run="-")
+        return step.build_job(arguments, CPU, self.precision, student, recipe)
 
 
 def real_bytes(case: Case, images: int) -> int:

@@ -37,21 +37,22 @@ import rft.train.objective
 import rft.train.step
 from benchmarks import machine, ratios
 from rft import cli, dist, recipes
-from rft.clip import vit
 from rft.clip.architecture import Architecture
 from rft.clip.classifier import Classifier
+from rft.clip.load import PretrainedClip
 from rft.clip.vit import blocks, check_supported, cut_patches
-from rft.config import Precision
+from rft.config import Config, Precision
 from rft.loading.dataset import Batch
 from rft.method import losses, masking, refill, relevance
 from rft.method.counterfactual import StepAddress
 from rft.storage import files
-from rft.train import kernels
+from rft.train import build, kernels
 from rft.train.job import Job
 from rft.train.kernels import Choice
 from rft.train.objective import Objective
 from rft.train.optim import build_optimizer
 from rft.train.step import accumulate_gradients
+from rft.train.texts import Texts
 
 ADDRESS = StepAddress(seed=0, step=0, rank=0, micro=0)
 RESULTS = Path(__file__).parent / "results"
@@ -87,17 +88,12 @@ class Arguments:
     """Write the result to benchmarks/results/ as well."""
 
 
-def build_classifier(name: str, classes: int) -> Classifier:
-    """Return a classifier with random weights and a head of CLIP's logit scale."""
+def build_clip(name: str) -> PretrainedClip:
+    """Return an open_clip model with random weights, both towers, and its tokenizer."""
     config = open_clip.get_model_config(name)
     if config is None:
         raise cli.unknown("model", name, open_clip.list_models())
     model: Any = open_clip.create_model(name, pretrained=None)
-    visual = check_supported(model.visual)
-    head = nn.Linear(config["embed_dim"], classes)
-    with torch.no_grad():
-        head.weight.mul_(100 / head.weight.norm(dim=1, keepdim=True))
-        head.bias.zero_()
     architecture = Architecture(
         clip=name,
         embed_dim=config["embed_dim"],
@@ -106,27 +102,55 @@ def build_classifier(name: str, classes: int) -> Classifier:
         mean=open_clip.OPENAI_DATASET_MEAN,
         std=open_clip.OPENAI_DATASET_STD,
     )
-    return Classifier(visual, head, architecture)
+    # made for the first text: it takes a while, and most benchmarks have none
+    tokenizer = functools.cache(lambda: open_clip.get_tokenizer(name))
+    return PretrainedClip(model, lambda texts: tokenizer()(texts), architecture)
+
+
+def with_head(clip: PretrainedClip, classes: int) -> Classifier:
+    """Return a classifier of a model's image tower itself and a head of CLIP's logit scale."""
+    visual = check_supported(clip.model.visual)
+    head = nn.Linear(clip.architecture.embed_dim, classes)
+    with torch.no_grad():
+        head.weight.mul_(100 / head.weight.norm(dim=1, keepdim=True))
+        head.bias.zero_()
+    return Classifier(visual, head, clip.architecture)
+
+
+def build_classifier(name: str, classes: int) -> Classifier:
+    """Return a classifier with random weights and a head of CLIP's logit scale."""
+    return with_head(build_clip(name), classes)
 
 
 def build_job(
-    arguments: Arguments, device: torch.device, precision: Precision, student: Classifier
+    arguments: Arguments,
+    device: torch.device,
+    precision: Precision,
+    student: Classifier,
+    recipe: Config | None = None,
+    *,
+    teacher: Classifier | None = None,
+    texts: Texts = Texts(),  # noqa: B008 (a constant)
 ) -> Job:
-    """Return what the training loop needs for one step of the main recipe."""
-    config = recipes.build(recipes.DEFAULT, data="-", run="-")
-    loader = replace(config.loader, batch_size=arguments.batch_size)
+    """Return what the training loop needs for one step: of a recipe, of the main one if not given.
+
+    Without a `teacher`, a copy of the student is.
+    """
+    recipe = recipe or recipes.build(recipes.DEFAULT, data="-", run="-")
+    config = replace(
+        recipe,
+        loader=replace(recipe.loader, batch_size=arguments.batch_size),
+        precision=precision,
+        recompute=arguments.recompute,
+    )
     plan = types.SimpleNamespace(steps_per_epoch=1)
     batches: Any = types.SimpleNamespace(image_size=student.architecture.image_size, plan=plan)
-    teacher = copy.deepcopy(student)
-    if precision == "bf16":  # as rft/train/build.py does
-        vit.lower(teacher.visual, torch.bfloat16)
+    teacher = teacher or copy.deepcopy(student)
     return Job(
-        config=replace(config, loader=loader, precision=precision, recompute=arguments.recompute),
+        config=config,
         world=WORLD,
         device=device,
-        objective=Objective(student, teacher, config.method, recompute=arguments.recompute).to(
-            device
-        ),
+        objective=build.join(config, student, teacher, own_texts=texts).to(device),
         batches=batches,
         held_out=np.arange(0),
         fingerprint={},

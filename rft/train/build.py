@@ -31,6 +31,7 @@ from rft.storage import files
 from rft.train import texts
 from rft.train.job import Job
 from rft.train.objective import Objective
+from rft.train.texts import Texts
 
 log = logging.getLogger(__name__)
 
@@ -64,26 +65,7 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     student = starting_student(config, teacher, classes)
     ensemble = second_teacher(config, teacher, classes)
     pretrained_sha256 = tower_sha256(teacher)
-    moves = config.method.teacher != "frozen"
-    lowered = config.precision == "bf16"
-    # theta_0, where the teacher will not be it
-    anchor = copy.deepcopy(teacher) if config.optim.anchored and (moves or lowered) else None
-    if moves:
-        # an average of all that the student was, of its start too
-        teacher.visual.load_state_dict(student.visual.state_dict())
-    if lowered:
-        # not a moving one, whose steps are smaller than bf16's
-        for frozen in filter(None, (None if moves else teacher, ensemble)):
-            vit.lower(frozen.visual, torch.bfloat16)
-    objective = Objective(
-        student,
-        teacher,
-        config.method,
-        ensemble=ensemble,
-        pretrained=anchor,
-        texts=own_texts,
-        recompute=config.recompute,
-    )
+    objective = join(config, student, teacher, ensemble=ensemble, own_texts=own_texts)
     batches = TrainingBatches(
         packed,
         samples,
@@ -109,6 +91,41 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
             **own_texts.fingerprint(),
         },
         start_seen=start_seen(config),
+    )
+
+
+def join(
+    config: Config,
+    student: Classifier,
+    teacher: Classifier,
+    *,
+    ensemble: Classifier | None = None,
+    own_texts: Texts = Texts(),  # noqa: B008 (a constant)
+) -> Objective:
+    """Join the models of a run into its objective, on the device where they are.
+
+    A frozen `teacher`, and the `ensemble`, are lowered to the run's precision; a moving one starts
+    with the student's weights.
+    """
+    moves = config.method.teacher != "frozen"
+    lowered = config.precision == "bf16"
+    # theta_0, where the teacher will not be it
+    anchor = copy.deepcopy(teacher) if config.optim.anchored and (moves or lowered) else None
+    if moves:
+        # an average of all that the student was, of its start too
+        teacher.visual.load_state_dict(student.visual.state_dict())
+    if lowered:
+        # not a moving one, whose steps are smaller than bf16's
+        for frozen in filter(None, (None if moves else teacher, ensemble)):
+            vit.lower(frozen.visual, torch.bfloat16)
+    return Objective(
+        student,
+        teacher,
+        config.method,
+        ensemble=ensemble,
+        pretrained=anchor,
+        texts=own_texts,
+        recompute=config.recompute,
     )
 
 

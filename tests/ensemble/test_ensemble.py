@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import costs
 from rft.clip.classifier import Classifier, Saved, build_classifier, load_state
 from rft.clip.model_folder import write_run
 from rft.dist import World
@@ -284,6 +285,29 @@ def test_dawin_forwards_each_cluster_with_its_own_weights(ensemble, runs, tiny_d
                 for n, z in zip(own, model(images).tolist(), strict=True):
                     probabilities[n] = reference.softmax(grouped(z, table))
         require_answers(out, packed, probabilities)
+
+
+@pytest.mark.parametrize("kind", ["ose", "vrf", "dawin"])
+def test_the_forwards_of_a_test_image_are_those_of_the_table_of_costs(
+    ensemble, tiny_data, monkeypatch, kind
+):
+    """What is done once, for VRF's bank, does not grow with the test sets."""
+    seen, features = [], Classifier.features
+
+    def counting(self, patches_BPV, **options):
+        seen.append(len(patches_BPV))
+        return features(self, patches_BPV, **options)
+
+    monkeypatch.setattr(Classifier, "features", counting)
+    words = [] if kind == "ose" else ["--temperatures", 0.8, 1.7]
+    packed, forwards = opened(tiny_data), []
+    for out, sets in (("one", SETS[:1]), ("all", SETS)):
+        seen.clear()
+        ensemble(kind, *words, out=out, sets=sets)
+        forwards.append(sum(seen))
+    more = sum(len(one) for one in packed[1:])
+    assert forwards[1] - forwards[0] == costs.besides(kind).forwards * more
+    assert (forwards[0] > costs.besides(kind).forwards * len(packed[0])) == (kind == "vrf")
 
 
 def contents(out: Path) -> dict[str, bytes]:
