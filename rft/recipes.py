@@ -182,7 +182,7 @@ LATER: dict[str, Recipe] = {
     ),
 }
 
-# to be chosen on development seeds (docs/decisions.md, "Research recipes")
+# chosen on development seeds from 0.1 and 1 (docs/decisions.md, "Research recipes")
 HEAD_WEIGHT = 0.1
 # Of our own, for limits that the paper names: object-mask-single-fill with one change each.
 RESEARCH = {
