@@ -182,12 +182,13 @@ def grid(study: Study, recipe: str) -> list[Experiment]:
     declared = recipes.TRAINED[recipe].grid
     assert declared is not None, f"{recipe} declares no values"
     option, values = declared
-    found = []
-    for value in values:
-        setting = f"{value:g}"
-        one = train(study, recipe, 0, part=f"-at{setting}", options=(option, setting))
-        found.append(one)
-    return found
+    config = recipes.build(recipe, scale=study.scale, preset=study.preset)
+    unit = config.optim.lr if option == recipes.RATE else 1
+    settings = [f"{value * unit:g}" for value in values]
+    return [
+        train(study, recipe, 0, part=f"-at{setting}", options=(option, setting))
+        for setting in settings
+    ]
 
 
 def choose(study: Study, recipe: str, tried: Sequence[Experiment]) -> Experiment:
@@ -244,7 +245,7 @@ def ingredient(study: Study, rate: float, seed: int) -> Experiment:
     config = recipes.build(recipe, scale=study.scale, preset=study.preset)
     # the ingredient at rate 1 is vanilla itself, which is trained and reported anyway
     lr = f"{config.optim.lr * rate:g}"
-    own: dict[str, Any] = {} if rate == 1 else {"part": f"-lr{lr}", "options": ("--optim.lr", lr)}
+    own: dict[str, Any] = {} if rate == 1 else {"part": f"-lr{lr}", "options": (recipes.RATE, lr)}
     return train(study, recipe, seed, **own)
 
 

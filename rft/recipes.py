@@ -40,7 +40,9 @@ SETTINGS: dict[str, tuple[str, tuple[float, ...]]] = {
 }
 
 
-# an option, and the values of it from which held-out accuracy chooses
+RATE = "--optim.lr"
+# An option, and the values of it from which held-out accuracy chooses. Those of the learning rate
+# are factors of the recipe's own, which the scale multiplies.
 Grid = tuple[str, tuple[float, ...]]
 
 
@@ -179,6 +181,7 @@ LATER: dict[str, Recipe] = {
         "Train both towers by CLIP's own contrastive loss (Goyal et al. 2023).",
         replace(PLAIN, loss="contrastive"),
         {"lr": 1e-5},
+        (RATE, (1 / 3, 1.0, 3.0)),
     ),
 }
 

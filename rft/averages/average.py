@@ -125,23 +125,30 @@ def _check_alphas(alphas: Sequence[float], option: str) -> None:
         raise ValueError(f"{option} has {twice[0]} twice (six digits count); name each value once")
 
 
-def check_ends(start: Ingredient, end: Ingredient) -> None:
+# what a merge's command line calls its two ends; an ensemble's has other names
+ENDS = ("START", "END")
+
+
+def check_ends(start: Ingredient, end: Ingredient, names: tuple[str, str] = ENDS) -> None:
     """Check that a merge or ensemble does not go from a model after its training to one before."""
     if start.steps > 0 and _is_untrained(end):
         raise ValueError(
-            f"{start.path} was trained for {start.steps} steps and {end.path} for none: START is "
-            "the zero-shot model, END the fine-tuned one; swap the two"
+            f"{start.path} was trained for {start.steps} steps and {end.path} for none: {names[0]} "
+            f"is the zero-shot model, {names[1]} the fine-tuned one; swap the two"
         )
 
 
-def warn_of_ends(start: Ingredient, *ends: Ingredient) -> None:
+def warn_of_ends(start: Ingredient, *ends: Ingredient, names: tuple[str, str] = ENDS) -> None:
     """Warn if it is open whether a merge goes from a model before its training to those after."""
     if start.steps > 0:
         log.warning(
-            f"START {start.path} is not a zero-shot model: it was trained ({start.steps} steps)"
+            f"{names[0]} {start.path} is not a zero-shot model: it was trained "
+            f"({start.steps} steps)"
         )
     for end in filter(_is_untrained, ends):
-        log.warning(f"END {end.path} is not a fine-tuned model: it was not trained (0 steps)")
+        log.warning(
+            f"{names[1]} {end.path} is not a fine-tuned model: it was not trained (0 steps)"
+        )
 
 
 def _is_untrained(end: Ingredient) -> bool:

@@ -165,6 +165,7 @@ def _text_tower(
         load.require_openai_tower(architecture, f"the format {arguments.to}")
     if arguments.to not in ("open-clip", "model-soups"):
         return None
+    text_tower.require_untrained(config)
     clip = text_tower.find(arguments.text, architecture, config)
     if changed := architecture.difference(clip.architecture):
         raise ValueError(

@@ -29,8 +29,11 @@ LICENCES = {"laion/": "MIT", ".openai": "MIT"}
 IMAGENET = "ILSVRC/imagenet-1k"  # on the hub
 SETTINGS = (
     *("method.mask", "method.fill", "method.rate", "method.threshold", "method.distill_weight"),
+    *("method.loss", "method.context_weight", "method.lipsum_weight", "method.head_weight"),
+    *("method.cam_model", "method.donor_choice", "method.teacher", "method.teacher_decay"),
     *("optim.epochs", "optim.lr", "optim.weight_decay", "optim.trains", "optim.freeze"),
-    *("optim.optimizer", "optim.l2_sp", "loader.batch_size"),
+    *("optim.optimizer", "optim.l2_sp", "optim.spd", "optim.ftp_k"),
+    *("loader.batch_size", "loader.shots", "loader.augment"),
     *("alpha", "scale", "preset", "precision"),
 )
 

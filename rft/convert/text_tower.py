@@ -72,6 +72,34 @@ def base_model(text: str, architecture: Architecture, config: RunConfig | None) 
     return None
 
 
+def require_untrained(config: RunConfig | None) -> None:
+    """Check that no training which a model is made of has trained its text tower too.
+
+    Raises:
+        ValueError: if one has (FLYP): the pre-trained tower does not belong to such an image tower.
+    """
+    for one in _with_ancestors(config, set()):
+        method = one.whole.get("method")
+        if isinstance(method, dict) and method.get("loss") == "contrastive":
+            raise ValueError(
+                f"{one.recipe} trained its text tower as well (--method.loss contrastive), which "
+                "only the checkpoints of that run have: this format needs it. --to safetensors and "
+                "--to onnx export image tower and head"
+            )
+
+
+def _with_ancestors(config: RunConfig | None, seen: set[Path]) -> Iterator[RunConfig]:
+    """Yield a run's configuration and those of the runs that it is merged from."""
+    if config is None:
+        return
+    yield config
+    for ancestor in config.merged_from or ():
+        path = Path(ancestor.path).resolve()
+        if path not in seen and len(seen) < ANCESTORS:
+            seen.add(path)
+            yield from _with_ancestors(records.find_config(path), seen)
+
+
 def require_named(clip: str, option: str, *named: str) -> None:
     """Check that only models which the command line names are requested from the model hub.
 
@@ -100,16 +128,10 @@ def _origins(
     `seen` are the run folders that were looked at: a merge may name itself, or one folder in
     several ways.
     """
-    if config is None:
-        return
-    # a training run; an import by tag has it, too
-    if config.model.pretrained:
-        yield ModelConfig(clip=architecture.clip, pretrained=config.model.pretrained)
-    source = config.imported_from
-    if source and source.text and source.path:
-        yield of_import(Path(source.path), architecture)
-    for ancestor in config.merged_from or ():
-        path = Path(ancestor.path).resolve()
-        if path not in seen and len(seen) < ANCESTORS:
-            seen.add(path)
-            yield from _origins(records.find_config(path), architecture, seen)
+    for one in _with_ancestors(config, seen):
+        # a training run; an import by tag has it, too
+        if one.model.pretrained:
+            yield ModelConfig(clip=architecture.clip, pretrained=one.model.pretrained)
+        source = one.imported_from
+        if source and source.text and source.path:
+            yield of_import(Path(source.path), architecture)

@@ -34,7 +34,7 @@ from rft.evaluate.results import Evaluated, is_current, record_seen, write_resul
 from rft.evaluate.temperature import fit_on, training_set
 from rft.loading.dataset import PackedDataset
 from rft.loading.features import FeatureFolder
-from rft.loading.split import held_out_split
+from rft.loading.split import split_set
 from rft.log import ASIDE
 from rft.method import ensembling
 from rft.progress import progress
@@ -329,9 +329,9 @@ def _bank(found: Pair, arguments: Vrf, work: Work) -> tuple[torch.Tensor, Bank]:
         arguments.max_pixels,
         "evaluate another ensemble: VRF needs the training images",
     )
-    samples: np.ndarray = held_out_split(
-        packed.index.key, packed.index.label, split.held_out, split.split_seed
-    )[0]
+    # of a few-shot model, the images that it was shown
+    options = (split.held_out, split.shots, split.split_seed)
+    samples: np.ndarray = split_set(packed.index, packed.manifest, *options)[0]
     with progress(split.name, "images", len(samples) // work.world.size, ASIDE) as advance:
         bank_ME = answers.gather_bank(work, packed, samples, advance)
     k = ensembling.nearest_rank(len(bank_ME))

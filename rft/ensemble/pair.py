@@ -25,6 +25,8 @@ from rft.storage import files
 
 log = logging.getLogger(__name__)
 
+NAMES = ("ZERO_SHOT", "FINE_TUNED")  # of the command line
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -103,7 +105,7 @@ def read_pair(
     first, second = models
     if first.sha256 == second.sha256:
         raise ValueError(f"{zero_shot} and {fine_tuned} are the same weights; name two models")
-    check_ends(*models)
+    check_ends(*models, names=NAMES)
     if kind == "dawin":  # it mixes their weights
         check_alike(models)
     else:
@@ -118,7 +120,7 @@ def read_pair(
         "ensemble_of": [model.record() for model in models],
     }
     derived.is_complete(out, config)
-    warn_of_ends(*models)
+    warn_of_ends(*models, names=NAMES)
     return Pair(out, first, second, config)
 
 

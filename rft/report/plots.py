@@ -382,6 +382,7 @@ PANELS = (
     Panel("contrastive loss (training)", lambda line: line.contrastive),
     Panel("KL of the contexts (training)", lambda line: line.context),
     Panel("distance of random texts (training)", lambda line: line.lipsum),
+    Panel("distillation of the head (training)", lambda line: line.head),
     Panel("held-out accuracy (%)", held_out_percent, is_loss=False),
 )
 

@@ -355,6 +355,7 @@ class Metrics:
     contrastive: Loss | None = None
     context: Loss | None = None
     lipsum: Loss | None = None
+    head: Loss | None = None
     held_out_correct: Count | None = None
     held_out_total: Annotated[int, Field(gt=0, le=2**53)] | None = None
 

@@ -186,7 +186,9 @@ def freeze(student: Classifier, patterns: Sequence[str]) -> None:
         for name in matched:
             weights[name].requires_grad_(False)
     if not any(weight.requires_grad for weight in weights.values()):
-        raise ValueError("--optim.freeze leaves no weight that learns; name fewer of them")
+        raise ValueError(
+            "--optim.freeze leaves no weight of image tower and head that learns; name fewer"
+        )
     if tower_learns and not any(weights[name].requires_grad for name in tower):
         raise ValueError(
             "--optim.freeze names every weight of the image tower; --optim.trains head does that, "

@@ -16,7 +16,7 @@ import tyro
 from rft import cli, dist, recipes, small
 from rft.config import NEUTRAL, Config, load_config, resolve_precision
 from rft.dist import World
-from rft.runs import choice
+from rft.runs import choice, records
 from rft.shards.index import Index
 from rft.shards.manifest import Manifest
 from rft.storage import files
@@ -141,7 +141,18 @@ def _chosen(path: Path, recipe: Config) -> Config:
     Raises:
         ValueError: if the choice or the run cannot be read, or the run is of a different recipe.
     """
-    run = Path(choice.read(path).chosen)
+    chosen = choice.read(path)
+    run = Path(chosen.chosen)
+    if records.read_config(run).is_derived:
+        raise ValueError(
+            f"{LIKE} {path} chose {run}, a merged or imported model, which has no options of a "
+            "training; choose among trainings"
+        )
+    if not choice.is_current(chosen):
+        raise ValueError(
+            f"{LIKE} {path}: a model that was counted has other weights now, or none; choose again "
+            "with rft.merge.choose"
+        )
     found = load_config(run)
     for name in ("recipe", "scale", "preset"):
         own, other = getattr(recipe, name), getattr(found, name)

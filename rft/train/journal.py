@@ -310,6 +310,8 @@ def status(config: Config, values: Mapping[str, float]) -> list[str]:
         parts.append(f"{method.context_weight:g} x context {values['context']:.4f}")
     if method.lipsum_weight:
         parts.append(f"{method.lipsum_weight:g} x lipsum {values['lipsum']:.4f}")
+    if method.head_weight:
+        parts.append(f"{method.head_weight:g} x head {values['head']:.4f}")
     images_per_s = values["images_per_s"]
     seconds_per_step = config.loader.batch_size / images_per_s
     waiting = values["data_wait_ms"] / 1000 / seconds_per_step

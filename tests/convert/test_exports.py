@@ -27,7 +27,7 @@ from rft.train import command as train_command
 from tests import formats
 from tests.convert.compare import document, same, state_of
 from tests.predicted import evaluated
-from tests.tiny import call, forget_weights
+from tests.tiny import call, forget_weights, training
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("known_models")]
 
@@ -233,6 +233,22 @@ def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     line = refused("export", run, *hub, "--text", f"local-dir:{tmp_path / 'other'}")
     assert "the text tower belongs to another model: mean: " in line
     assert not (tmp_path / "hub").exists()
+
+
+def test_a_text_tower_that_was_trained_too_is_not_replaced(
+    convert, refused, tmp_path, tiny_clip, tiny_data
+):
+    zero = training("zero-shot", tiny_data, tiny_clip, tmp_path / "zero-shot")
+    call(train_command, *zero, "--optim.epochs", 0)
+    call(train_command, *training("flyp", tiny_data, tiny_clip, tmp_path / "flyp"))
+    ends = (tmp_path / "zero-shot", tmp_path / "flyp")
+    call(merge_command, "wise", *ends, "--out", tmp_path / "wise")
+    for name in ("flyp", "wise"):
+        line = refused("export", tmp_path / name, "--to", "open-clip", "--out", tmp_path / "hub")
+        assert "flyp trained its text tower as well (--method.loss contrastive)" in line
+        assert not (tmp_path / "hub").exists()
+        out = tmp_path / f"{name}.safetensors"
+        convert("export", tmp_path / name, "--to", "safetensors", "--out", out)
 
 
 @pytest.mark.parametrize("named", [(), ("--clip", formats.NAME)])

@@ -148,6 +148,13 @@ def test_what_held_or_froze_weights_is_among_the_settings():
     text = described(settings={"optim": optim})
     assert "| optim.freeze | visual.conv1\\* head\\.\\* |" in text
     assert "| optim.optimizer | ftp |" in text
+    method = {"teacher": "wma", "head_weight": 0.1, "donor_choice": "unlike", "loss": "contrastive"}
+    text = described(settings={"method": method, "loader": {"shots": 4, "augment": "crop-flip"}})
+    plain = text.replace("\\", "")
+    for row in ("method.teacher | wma", "method.head_weight | 0.1", "loader.shots | 4"):
+        assert f"| {row} |" in plain
+    for name in ("donor_choice", "loss", "augment"):
+        assert f".{name} |" in plain
     # of a run that froze nothing, and of a document that others wrote
     for value in ([], [1], ["a", {}], {}):
         assert "optim.freeze" not in described(settings={"optim": {"freeze": value}})

@@ -19,7 +19,7 @@ from rft.evaluate import command as evaluate_command
 from rft.evaluate.count import count_correct
 from rft.evaluate.temperature import held_out_of
 from rft.loading.dataset import PackedDataset
-from rft.loading.split import held_out_split
+from rft.loading.split import held_out_split, split_set
 from rft.method import ensembling
 from rft.report import command as report_command
 from rft.runs import predictions
@@ -215,6 +215,26 @@ def bank_of(runs: Path, data: Path) -> list[list[float]]:
     return [f for a, b, f, y in rows if np.argmax(a) != y and np.argmax(b) == y]
 
 
+def test_the_bank_of_a_few_shot_model_has_the_images_that_it_was_shown(
+    ensemble, runs, tiny_data, tmp_path
+):
+    train = PackedDataset(str(tiny_data / "imagenet-train"))
+    saved = load_state(runs / "end" / SELECTED)
+    seen = TrainedOn("imagenet-train", train.manifest.sha256, HELD_OUT, 3, 2)
+    few = saved._replace(metadata={**saved.metadata, **entries([seen])})
+    config = json.loads((runs / "end" / CONFIG).read_text())
+    shutil.rmtree(runs / "end")
+    write_run(runs / "end", few, config)
+    ensemble("vrf", "--temperatures", 0.8, 1.7)
+    bank = json.loads((tmp_path / "out" / CONFIG).read_text())["fitted"]["bank"]
+    samples, _ = split_set(train.index, train.manifest, HELD_OUT, 2, 3)
+    assert bank["of"] == len(samples) == 2 * len(train.manifest.classes)
+    (zero, _), (end, _) = answers(runs, train, samples)
+    labels = train.index.label[samples]
+    rows = zip(zero, end, labels, strict=True)
+    assert bank["images"] == sum(np.argmax(a) != y and np.argmax(b) == y for a, b, y in rows)
+
+
 def test_vrf_weighs_by_the_distance_to_what_fine_tuning_gained(ensemble, runs, tiny_data, tmp_path):
     ensemble("vrf", "--temperatures", 0.8, 1.7, "--centre", 0.5)
     bank = bank_of(runs, tiny_data)
@@ -385,7 +405,9 @@ def test_what_cannot_be_an_ensemble_is_refused(wrong, runs, tiny_data, tmp_path,
     assert "same weights; name two models" in other("ose", same[0], *same[:1], *same[2:])
     # a file of its own is known to be untrained by its header
     swapped = [same[1], runs / "zero" / SELECTED, *same[2:]]
-    assert "swap the two" in other("ose", *swapped)
+    assert "ZERO_SHOT is the zero-shot model, FINE_TUNED the fine-tuned one; swap the two" in other(
+        "ose", *swapped
+    )
     assert "--alpha" in wrong("ose", "--alpha", 1.5)
     assert "--scale" in wrong("vrf", "--scale", 0)
     assert "--temperatures" in wrong("vrf", "--temperatures", 0, 1)

@@ -2,6 +2,7 @@
 
 import shutil
 import types
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rft.merge import choose
 from rft.merge import command as merge
 from rft.merge.choose import Standing
 from rft.runs import choice, filenames
+from rft.storage import files
 from rft.train.command import parse
 from tests import tiny
 from tests.merge.test_merge import HELD_OUT, count_by_hand, state_of
@@ -133,5 +135,18 @@ def test_a_training_takes_the_chosen_settings(train, tiny_data, tmp_path):
         parse(["no-mask", *line[1:], "--like", str(saved)])
     with pytest.raises(ValueError, match="scale is miniature, and this run's is paper"):
         parse([*line, "--like", str(saved), "--scale", "paper"])
+    merged = tmp_path / "merged.json"
+    tiny.call(merge, "uniform-soup", *runs, "--out", tmp_path / "soup")
+    found = choice.read(saved)
+    candidates = (*found.candidates, replace(found.candidates[0], path=str(tmp_path / "soup")))
+    document = asdict(replace(found, candidates=candidates, chosen=str(tmp_path / "soup")))
+    files.write_json(str(merged), document)
+    with pytest.raises(ValueError, match=r"soup, a merged or imported model, which has no options"):
+        parse([*line, "--like", str(merged)])
+    weights = runs[0] / filenames.SELECTED
+    weights.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"has other weights now, or none; choose again"):
+        parse([*line, "--like", str(saved)])
+    (tmp_path / "moved").rename(weights)
     with pytest.raises(ValueError, match=r"absent\.json"):
         parse([*line, "--like", str(tmp_path / "absent.json")])

@@ -185,7 +185,7 @@ def test_metrics_end_at_the_last_whole_line(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["1e308", "-1e308", "1.7e200"])
-@pytest.mark.parametrize("term", ["ce", "mse", "kd", "contrastive", "context", "lipsum"])
+@pytest.mark.parametrize("term", ["ce", "mse", "kd", "contrastive", "context", "lipsum", "head"])
 def test_a_loss_that_no_axis_shows_is_refused(tmp_path, term, value):
     path = make_run(tmp_path)
     (path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{{"step": 2, "{term}": {value}}}\n')

@@ -48,8 +48,11 @@ REFUSED = {
     "a part of a name": (("conv1",), "'conv1' matches no weight; the nearest: "),
     "nothing": (("",), "'' matches no weight; the nearest: "),
     "twice": (("visual.conv1*", "*conv1.weight"), "'*conv1.weight' changes nothing: visual.conv1"),
-    "everything": (("*",), "leaves no weight that learns"),
-    "everything in parts": (("visual.*", "head.*"), "leaves no weight that learns"),
+    "everything": (("*",), "leaves no weight of image tower and head that learns"),
+    "everything in parts": (
+        ("visual.*", "head.*"),
+        "leaves no weight of image tower and head that learns",
+    ),
     "the tower": (("visual.*",), "the image tower; --optim.trains head does that"),
 }
 

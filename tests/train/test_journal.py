@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import re
 import time
 from pathlib import Path
@@ -14,9 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rft import recipes
 from rft.config import Config
 from rft.evaluate.count import Count
+from rft.method import losses
 from rft.train import journal
 from rft.train.journal import Display, Journal, require_packages, status
 from rft.train.pictures import Counterfactuals, grid
+from rft.train.step import terms_of
 from tests.tiny import unstamped
 
 VALUES = {
@@ -55,6 +58,18 @@ def test_the_loss_and_its_parts_and_what_the_loader_costs(tmp_path):
         "loss 1.500 = ce 0.900 + 30 x mse 0.0200 + 1 x kd 0.5000",
         *both,
     ]
+
+
+@pytest.mark.parametrize("recipe", recipes.TRAINED)
+def test_the_parts_that_are_shown_add_up_to_the_loss(tmp_path, recipe):
+    config = configuration(tmp_path, recipe)
+    terms = {name: 0.5 + 0.25 * n for n, name in enumerate(terms_of(config.method))}
+    loss = losses.total(config.method, terms)
+    shown = status(config, {**VALUES, **terms, "loss": loss})[1]
+    total, parts = shown.removeprefix("loss ").split(" = ")
+    products = [re.findall(r"[0-9.]+", part) for part in parts.split(" + ")]
+    assert sum(math.prod(map(float, numbers)) for numbers in products) == pytest.approx(loss)
+    assert float(total) == pytest.approx(loss, abs=1e-3)
 
 
 def test_a_line_at_once_then_one_a_minute_and_each_held_out_result(tmp_path, capsys, monkeypatch):
