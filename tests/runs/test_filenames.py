@@ -30,7 +30,7 @@ def texts(source: bytes) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_no_other_module_names_a_file_of_a_run_folder():
-    assert len(NAMES) == 11
+    assert len(NAMES) == 12
     found = [
         (path, text)
         for folder in ("rft", "tools", "benchmarks")
