@@ -35,7 +35,7 @@ reproduce: $(VENV)/.installed  ## every row of the paper's tables and of Fig. 7 
 
 post-2023: $(VENV)/.installed  ## the method beside those that came later, on equal terms, in miniature
 	launch/reproduce.sh --miniature --suite post-2023 --out $(DEMO) --seeds $(SEEDS) \
-		$(if $(EPOCHS),--epochs $(EPOCHS))
+		$(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(PROCESSES),--processes $(PROCESSES))
 
 results: $(VENV)/.installed  ## the demo on three seeds, into docs/results and the pages that quote it
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds 3

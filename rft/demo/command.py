@@ -26,6 +26,11 @@ from rft.train.command import parse
 from rft.train.run import finished
 
 SHOWN = ("zero-shot", "vanilla", "wise-ft", "no-mask", "object-mask-single-fill")
+# what the stages import; the modules of their commands come by name
+MODULES = (
+    *("rft.train.command", "rft.train.finish", "rft.merge.command", "rft.merge.choose"),
+    *("rft.evaluate.command", "rft.ensemble.command"),
+)
 # folders of the suites' reports
 REPORTS: dict[Suite, str] = {"paper": "reproduction", "post-2023": "post-2023"}
 
@@ -43,7 +48,7 @@ class Demo:
     seeds: Annotated[Positive, Field(le=1000)] = 1
     """Fine-tuning seeds; with several the table shows mean and spread."""
     processes: Annotated[Positive, Field(le=1000)] = 2
-    """Ranks that torchrun starts."""
+    """Ranks that torchrun starts; 1 needs no torchrun, and is the fastest for a few epochs."""
     epochs: Epochs | None = None
     """Fine-tune for fewer epochs than the recipes do, to try the path."""
 
@@ -93,8 +98,15 @@ def make(
     # without the last, the report, which this process makes itself
     *plan, _ = experiments(study)
     prepare_data(out)
+    if arguments.processes == 1:
+        stages.load(MODULES)
     for stage in plan:
-        if not is_done(stage, study.data):
+        if is_done(stage, study.data):
+            continue
+        if arguments.processes == 1:
+            # forked from this process: starting and importing takes longer than a short training
+            stages.run_here(stage.name, stage.command[1:])
+        else:
             stages.run(stage.name, stages.local(stage.command, arguments.processes))
     runs = [Path(path) for one in plan for path in one.makes]
     made = write_report(runs, out / report, data=study.data)
