@@ -131,7 +131,7 @@ class Dawin(Shared):
 
 @document(name="--")
 class Arguments:
-    """Evaluate two models that answer together. The same command again skips what is done."""
+    """Evaluate two models that answer together. A rerun skips what is done."""
 
     ensemble: Annotated[
         Annotated[Ose, tyro.conf.subcommand(KINDS[0])]

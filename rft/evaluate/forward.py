@@ -32,7 +32,7 @@ Files = dict[nn.Module, FeatureFile]
 
 
 class Ensemble(nn.Module):
-    """Classifiers that answer together: each member's tower runs once, whoever shares it."""
+    """Classifiers that answer together: a tower that several share runs once."""
 
     def __init__(
         self, members: Sequence[Classifier], answer: Callable[[Sequence[Tensor]], Tensor]

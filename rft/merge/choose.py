@@ -33,7 +33,7 @@ from rft.storage.documents import BatchSize, Megapixels, Whole, document
 class Arguments:
     """Choose the model that is right on most held-out images; no test set is looked at.
 
-    The same command again counts nothing if --save holds the choice among the same runs.
+    A rerun counts nothing if --save holds the choice among the same runs.
     Of equal ones an untrained model comes first, then averages, then fine-tuned models, each in the
     order in which they are named.
     """

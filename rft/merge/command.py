@@ -109,7 +109,7 @@ class GreedySoup:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Average the weights of fine-tuned models. The same command again skips what is done."""
+    """Average the weights of fine-tuned models. A rerun skips what is done."""
 
     merge: Annotated[
         Annotated[Wise, tyro.conf.subcommand(KINDS[0])]

@@ -45,9 +45,10 @@ def info_nce(
 def draw_templates(samples_B: Tensor, templates: int, key: int) -> Tensor:
     """Draw the template (B,) of each image's prompt, int64 from 0 to `templates` - 1.
 
-    A function of the sample's number and the key alone: whoever reads a sample in a step draws the
-    same template for it. The bits of both are mixed by SplitMix64's finaliser, in tensors of int64,
-    because a generator for each sample would cost more than the step's other draws together.
+    A function of the sample's number and the key alone: every rank that reads a sample in a step
+    draws the same template for it. The bits of both are mixed by SplitMix64's finaliser, in tensors
+    of int64, because a generator for each sample would cost more than the step's other draws
+    together.
 
     Args:
         samples_B: sample numbers, int64.

@@ -1,6 +1,6 @@
 """Optimizers that draw AdamW's steps back towards the pre-trained weights (`--optim.optimizer`).
 
-Their mathematics is rft/method/weight_space.py's. theta_0 is no part of their state: it is the
+Their mathematics is rft/method/weight_space.py's. theta_0 is not in their state: it is the
 pre-trained model's, which every run loads again.
 """
 

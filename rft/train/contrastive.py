@@ -1,8 +1,8 @@
 """FLYP: image and text tower are fine-tuned by the loss that CLIP was pre-trained by.
 
 Each image has a prompt of its class, of a template that is drawn anew in each step. The negatives
-are those of the global batch on any number of ranks. The head is no part of the loss: it is made of
-the text tower at the end of each epoch, so that a run's weights are those of any other recipe.
+are those of the global batch on any number of ranks. The loss does not use the head, which is made
+of the text tower at the end of each epoch, so that a run's weights are those of any other recipe.
 
 Shapes: B images of this rank, K classes, M templates, T tokens, E embedding.
 """

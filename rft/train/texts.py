@@ -76,7 +76,7 @@ def build(
     """Make what a method needs; `clip` is on the device that does the work.
 
     Raises:
-        ValueError: if the text tower is of another kind than OpenAI's, or the prompt templates are
+        ValueError: if the text tower differs in kind from OpenAI's, or the prompt templates are
             too few for contexts.
     """
     options = {

@@ -40,7 +40,7 @@ def test_a_model_has_no_distance_from_itself():
     own, texts = features(0), features(2, rows=80)
     assert losses.context_divergence(own, own, texts).abs() < 1e-6
     assert losses.random_text_distance(own, own, texts) == 0
-    # the length of a feature is no part of a similarity
+    # a similarity does not depend on the length of a feature
     assert losses.context_divergence(2 * own, own, texts).abs() < 1e-5
     assert losses.random_text_distance(2 * own, own, texts) < 1e-10
 
