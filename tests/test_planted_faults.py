@@ -89,7 +89,7 @@ def test_faults_are_noticed_or_survive(tree):
         ({"new": "a + b"}, "not once"),
         ({"file": "gone.py"}, "gone.py"),
         ({"tests": ()}, "names no test"),
-        ({"tests": ("test_other.py",)}, "there is no test_other.py"),
+        ({"tests": ("test_other.py",)}, "test_other.py does not exist"),
         ({"tests": ("test_sums.py::test_minus",)}, "test_sums.py has no test test_minus"),
     ],
 )

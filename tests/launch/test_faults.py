@@ -117,7 +117,7 @@ def kill_rank(cluster: Cluster, run: Path) -> None:
 
 
 def submit_broken(cluster: Cluster, project: Project) -> str:
-    """Submit a training that can never write a checkpoint, with plain sbatch; return the job number.
+    """Submit, by plain sbatch, a training that can never write a checkpoint; return its number.
 
     It inherits none of this environment, as on sites where jobs set up their own.
     """

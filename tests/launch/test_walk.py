@@ -97,8 +97,6 @@ def test_every_command_of_the_page(cluster: Cluster, project: Project):
         150,
     )
     assert (project.folder / "report" / "index.html").exists()
-    assert (
-        outputs["launch/submit.sh"].count("sbatch --chdir=") > 60
-    )  # most of them the paper's
+    assert outputs["launch/submit.sh"].count("sbatch --chdir=") > 60  # most of them the paper's
     # with this umask the runs are private
     assert not [path for path in project.runs.rglob("*") if path.stat().st_mode & 0o077]
