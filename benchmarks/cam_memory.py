@@ -43,7 +43,7 @@ class Arguments:
     limit_gb: float = 20.0
     """Memory that a process may use beyond the model."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 def run_case(case: str, model: str, images: int, limit_bytes: int) -> int:

@@ -46,7 +46,7 @@ class Arguments:
     """open_clip model names."""
     batch_sizes: tuple[int, ...] = (512, 128)
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 class Costs(TorchDispatchMode):

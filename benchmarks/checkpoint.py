@@ -43,7 +43,7 @@ class Arguments:
     folder: Path | None = None
     """Folder for checkpoints; a temporary folder by default."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 def a_minute(

@@ -357,7 +357,7 @@ def cpu_seconds() -> float:
     """Sum the CPU time so far of all processes of this session."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it ended between listing and reading
+        with suppress(OSError):  # ended between listing and reading
             fields = stat.read_text().rsplit(") ", 1)[1].split()
             if int(fields[3]) == os.getsid(0):
                 ticks += int(fields[11]) + int(fields[12])

@@ -98,7 +98,7 @@ class Arguments:
     """These, beside vanilla; all if not given. moving-teacher is object-mask-single-fill with
     --method.teacher ema."""
     save: bool = False
-    """Write the result and the page to benchmarks/results/ as well."""
+    """Also write the result and the page to benchmarks/results/."""
 
     def __post_init__(self) -> None:
         known = cases()

@@ -47,7 +47,7 @@ class Arguments:
     """Replicates of each bootstrap."""
     seed: int = 0
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 def of_accuracies(arguments: Arguments) -> list[dict[str, Any]]:

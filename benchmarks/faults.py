@@ -166,7 +166,7 @@ class Run:
         assert self.process is not None
         found = {}
         for pid in tiny_world.children(self.process.pid):
-            with suppress(OSError):  # it ended between listing and reading
+            with suppress(OSError):  # ended between listing and reading
                 words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
                 if b"rft.train" in command and b"forkserver" not in command:

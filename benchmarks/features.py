@@ -55,7 +55,7 @@ class Arguments:
     work: Path = Path("build/features")
     """Folder for images, weights and runs."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,7 @@ class Arguments:
     work: Path = Path("build/feeding")
     """Folder for the photographs and their packed sets."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.seconds <= 0:

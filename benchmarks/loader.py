@@ -57,7 +57,7 @@ class Arguments:
     quick: bool = False
     """Smoke test: 200 images, one round of a second."""
     save: bool = False
-    """Write the result to benchmarks/results/ as well."""
+    """Also write the result to benchmarks/results/."""
 
     def __post_init__(self) -> None:
         available = len(os.sched_getaffinity(0))

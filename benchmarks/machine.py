@@ -103,7 +103,7 @@ def session_processes(session: int) -> list[int]:
     """Return the ids of a session's living processes."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it ended between listing and reading
+        with suppress(OSError):  # ended between listing and reading
             state, _, _, owner = stat.read_text().rsplit(") ", 1)[1].split()[:4]
             if int(owner) == session and state != "Z":
                 found.append(int(stat.parent.name))

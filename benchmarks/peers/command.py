@@ -1,8 +1,8 @@
-"""Put the thirteen questions to the peers and to rft: `python -m benchmarks.peers --save`.
+"""Test the peers and rft on the thirteen questions: `python -m benchmarks.peers --save`.
 
-The peers need what `python -m benchmarks.environments` installs. rft is asked as they are; its own
-tests of the same questions, which go further, are counted beside (`test_t1_*` to `test_t13_*`). The
-last line is one JSON object.
+The peers need `python -m benchmarks.environments`. rft is tested like the peers. Its own tests of
+the same questions, which are stricter, are counted too (`test_t1_*` to `test_t13_*`). The last line
+is one JSON object.
 """
 
 import json
@@ -34,27 +34,27 @@ PEERS = {
     "mosaicml-streaming": ("on_streaming", "mosaicml-streaming"),
     "litdata": ("on_litdata", "litdata"),
 }
-PATIENCE = 1800.0  # seconds for all questions to one peer
+PATIENCE = 1800.0  # seconds per peer for all questions
 Answers = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Ask all peers, each in the environment that it needs."""
+    """Test all peers, each in the environment that it needs."""
 
     peers: tuple[str, ...] = tuple(PEERS)
-    """Which of them."""
+    """Peers to test."""
     tests: tuple[str, ...] = TESTS
-    """Which of T1 to T13."""
+    """Questions of T1 to T13."""
     at_once: int = 2
-    """Peers that are asked at the same time."""
+    """Peers that are tested in parallel."""
     save: bool = False
-    """Write benchmarks/results/peers.json and docs/results/peers.md as well; of what was not asked
-    now, the saved answers stay, each with its commit."""
+    """Also write benchmarks/results/peers.json and docs/results/peers.md; untested
+    questions keep their saved answers, each with its commit."""
 
 
 def ask(peer: str, tests: tuple[str, ...], work: Path) -> tuple[dict[str, str], Answers]:
-    """Return a peer's versions and its answers; what did not come is `not run`, with the reason."""
+    """Return a peer's versions and answers; a missing answer is `not run`, with the reason."""
     module, environment = PEERS[peer]
     absent = environment and environments.absence(environment)
     if absent:
@@ -85,7 +85,7 @@ def ask(peer: str, tests: tuple[str, ...], work: Path) -> tuple[dict[str, str], 
 
 
 def own_tests(tests: tuple[str, ...], work: Path) -> dict[str, dict[str, int]]:
-    """Count how rft's own tests of the same questions end, by question and outcome."""
+    """Count the outcomes of rft's own tests of the same questions, by question."""
     report = work / "rft.xml"
     names = " or ".join(f"test_{test.lower()}_" for test in tests)
     command = [sys.executable, "-m", "pytest", "-q", "tests", "-k", names]
@@ -107,7 +107,7 @@ def own_tests(tests: tuple[str, ...], work: Path) -> dict[str, dict[str, int]]:
 
 
 def with_earlier(document: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """Return the result with the earlier answers of what was not asked now."""
+    """Add earlier answers to questions that were not tested now."""
     answers = {
         peer: {**earlier["answers"].get(peer, {}), **document["answers"].get(peer, {})}
         for peer in earlier["answers"] | document["answers"]
@@ -121,8 +121,8 @@ def with_earlier(document: dict[str, Any], earlier: dict[str, Any]) -> dict[str,
 
 
 def page(document: dict[str, Any]) -> str:
-    """Return the result as Markdown: a table, then what was seen where a peer did not pass."""
-    # a file that was read has its keys sorted
+    """Format the result as Markdown: a table, then the observations if a peer did not pass."""
+    # a loaded file has its keys sorted
     answers: dict[str, Answers] = {
         n: document["answers"][n] for n in PEERS if n in document["answers"]
     }
@@ -149,7 +149,7 @@ def page(document: dict[str, Any]) -> str:
 
 
 def heading(document: dict[str, Any]) -> str:
-    """Return what the answers are of, with the tests that rft has besides."""
+    """Describe what was tested, including rft's own tests."""
     own = document["own_tests"]
     passed = ", ".join(f"{test} {own[test].get('passed', 0)}" for test in TESTS if test in own)
     others = sum(number for found in own.values() for name, number in found.items())
@@ -163,18 +163,18 @@ def heading(document: dict[str, Any]) -> str:
 
 
 def older(answer: dict[str, Any], document: dict[str, Any]) -> str:
-    """Return the commit of an answer that is not of the last call."""
+    """Return the commit of an answer from an earlier call."""
     commit = answer["commit"]
     return "" if commit == document["commit"] else f" (commit {commit})"
 
 
 def escaped(text: str) -> str:
-    """Return text that Markdown shows as it is."""
+    """Escape text for Markdown."""
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text)
 
 
 def main() -> None:
-    """Ask, print, save."""
+    """Test, print, save."""
     arguments = cli.parse(Arguments, prog="benchmarks.peers")
     for peer in arguments.peers:
         if peer not in PEERS:
@@ -182,7 +182,7 @@ def main() -> None:
     for test in arguments.tests:
         if test not in TESTS:
             raise cli.unknown("test", test, list(TESTS))
-    # before the questions: what a tree becomes meanwhile was not asked
+    # before the tests: later changes of the tree were not tested
     about = machine.describe(machine.DATA_PLANE)
     work = Path(tempfile.mkdtemp(prefix="peers-"))
     try:
