@@ -64,7 +64,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The result of a command; `ended` is the reason for killing it, empty if it ended by itself."""
+    """The result of a command; `ended` is why it was killed, empty if it ended by itself."""
 
     code: int
     ended: str
