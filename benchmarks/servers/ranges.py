@@ -28,11 +28,11 @@ def range_server(folder: Path, user: str = "") -> Iterator[str]:
 class Oddity:
     """Behaviour of a server for requests whose path ends in `name`, and counts.
 
-    `mode` is a status to answer (of which "503 x2" does it to a path's first two requests), silent
-    (never an answer), html (a login page), norange (always the whole file), gzip (that, though
-    nobody asked for it), chunked or unsized (whole, of untold length), nohead (GET alone), shifted
-    (other bytes than were requested), endless (a size of 5,000 digits), longer (more bytes than the
-    size that it tells), redirect (all paths), or plain.
+    `mode` is a status to answer ("503 x2" only for a path's first two requests), silent (never an
+    answer), html (a login page), norange (always the complete file), gzip (although not requested),
+    chunked or unsized (complete, without a length), nohead (only GET), shifted (other bytes than
+    were requested), endless (a size of 5,000 digits), longer (more bytes than the announced size),
+    redirect (all paths), or plain.
     """
 
     mode: str
