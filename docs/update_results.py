@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
     "docs/decisions.md",
+    "docs/results.md",
     "docs/data.md",
     "docs/cluster.md",
     "docs/evaluation.md",
