@@ -16,7 +16,6 @@ from rft.storage import files
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
-    "README.md",
     "docs/decisions.md",
     "docs/results.md",
     "docs/data.md",
@@ -24,6 +23,7 @@ PAGES = (
     "docs/evaluation.md",
     "docs/methods.md",
     "docs/security.md",
+    "docs/speed.md",
 )
 RESULTS = "docs/results"
 LATER = "post-2023"
