@@ -1,8 +1,9 @@
 """Pictures of pages as readers see them: `python docs/screenshots.py PAGE... --out DIR`.
 
-Chromium opens a page of a report, or of the site that `make docs` builds, from disk at the width of a desk and of a phone, on a light and on a dark
-ground. Playwright drives the one that the system has; both come with the development environment
-(the Debian package chromium, and `playwright` of pyproject.toml).
+Chromium opens each page, of a report or of the site that `make docs` builds, from disk: at the
+width of a desk and of a phone, in light and dark. Playwright drives the Chromium of the system;
+both come with the development environment (the Debian package chromium, and `playwright` of
+pyproject.toml).
 """
 
 import contextlib
