@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from rft import cli, entry
-from rft.commands import GROUPS, Command
+from rft.commands import GROUPS, RANKS, Command
 
 COLUMNS = "100"
 
@@ -27,7 +27,8 @@ def page() -> str:
                 # commands with many options print the most used ones first
                 text = printed([*words, "--help"])
                 if cli.HELP_ALL in text:
-                    text = printed([*words, cli.HELP_ALL])
+                    # one process, also where `rft` would start one for each GPU
+                    text = printed([*words, cli.HELP_ALL, *([RANKS, "1"] if one.ranks else [])])
                 parts += [
                     f"### rft {' '.join(words)}",
                     f"{one.about[0].upper()}{one.about[1:]}.",

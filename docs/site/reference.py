@@ -60,14 +60,18 @@ def _module(module: griffe.Object) -> list[str]:
     """Document a module and its members, then its modules, each under a heading."""
     parts = [_text(module)]
     own = [one for one in module.members.values() if not (one.is_alias or one.name.startswith("_"))]
-    # its modules come last, sorted
-    for member in sorted(own, key=lambda one: one.name if one.is_module else ""):
+    for member in sorted(own, key=_order):
         if member.is_module:
             inner = _module(member) if member.name not in STARTERS else []
             parts += [f"## {member.path}", *inner] if len(inner) > 1 else []
         else:
             parts += list(_member(member, module.path))
     return parts
+
+
+def _order(member: griffe.Object | griffe.Alias) -> tuple[bool, bool, str]:
+    """Order members as in the source, but constants behind them and then modules by name."""
+    return member.is_module, member.is_attribute, member.name if member.is_module else ""
 
 
 def _member(member: griffe.Object | griffe.Alias, module: str) -> Iterator[str]:
