@@ -20,7 +20,8 @@ PAGES = {
     "evaluate": ("Evaluation", "rft.evaluate"),
     "statistics": ("Statistics", "rft.statistics"),
 }
-STARTERS = ("__main__", "command")  # modules that parse a command line
+# modules and members that read a command line
+COMMAND_LINE = ("__main__", "command", "main", "Arguments")
 HEADINGS = {"parameters": "Arguments", "raises": "Raises", "returns": "Returns", "yields": "Yields"}
 
 
@@ -59,10 +60,15 @@ def _exports(package: griffe.Object) -> list[str]:
 def _module(module: griffe.Object) -> list[str]:
     """Document a module and its members, then its modules, each under a heading."""
     parts = [_text(module)]
-    own = [one for one in module.members.values() if not (one.is_alias or one.name.startswith("_"))]
+    own = [
+        one
+        for one in module.members.values()
+        if not (one.is_alias or one.name.startswith("_") or one.name in COMMAND_LINE)
+    ]
     for member in sorted(own, key=_order):
         if member.is_module:
-            inner = _module(member) if member.name not in STARTERS else []
+            inner = _module(member)
+            # a docstring alone, where nothing is public, is left out
             parts += [f"## {member.path}", *inner] if len(inner) > 1 else []
         else:
             parts += list(_member(member, module.path))
