@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 LOCK   ?= dev
 UPGRADE ?=
 
-.PHONY: demo reproduce post-2023 results test programs quick marks pythons lowest faults fuzz lint lock licenses \
+.PHONY: demo reproduce post-2023 results docs test programs quick marks pythons lowest faults fuzz lint lock licenses \
 	bench dist gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
 # keep compiled files regardless of the environment: pytest rewrites every assert, in each process
@@ -40,6 +40,9 @@ post-2023: $(VENV)/.installed  ## the method and later methods on equal terms, i
 results: $(VENV)/.installed  ## run the demo on three seeds; update docs/results and the pages that quote it
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds 3
 	$(BIN)/python docs/update_results.py --demo $(DEMO)
+
+docs: $(VENV)/.installed  ## build the pages, commands and Python API as an offline site in build/site/html
+	$(BIN)/python -m docs.site.build --out build/site
 
 # three processes, because many tests wait for child processes or servers; tests of one file are
 # distributed, so that the slowest file does not run alone at the end
@@ -77,11 +80,12 @@ lint: $(VENV)/.installed  ## style, types, module contracts, spelling, shell scr
 	$(BIN)/codespell
 	$(BIN)/shellcheck -x .ci/run launch/*.sbatch launch/*.sh requirements/*.sh tests/*.sh tests/launch/*.sh
 
-# One resolution: extras.txt has everything that users install, and constrains the other files.
+# One resolution, with one release per package for all Pythons if possible: extras.txt has everything
+# that users install, and constrains the other files.
 # Locked releases stay; `make lock UPGRADE=--upgrade` takes newer ones. A new or reduced lower bound
 # needs UPGRADE='--upgrade-package NAME' once.
-COMPILE = $(BIN)/uv pip compile -q --no-config --universal --python-version 3.11 --generate-hashes \
-	--no-annotate --custom-compile-command "make lock" $(UPGRADE) pyproject.toml --group build
+COMPILE = $(BIN)/uv pip compile -q --no-config --universal --python-version 3.11 --fork-strategy fewest \
+	--generate-hashes --no-annotate --custom-compile-command "make lock" $(UPGRADE) pyproject.toml --group build
 lock: $(VENV)/.installed  ## write requirements/*.txt for pyproject.toml, with hashes
 	$(COMPILE) --extra s3 --extra gcs --extra azure --extra wandb --extra onnx -o requirements/extras.txt
 	$(COMPILE) -c requirements/extras.txt -o requirements/run.txt

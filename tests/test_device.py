@@ -1,4 +1,4 @@
-"""Copies to a GPU, checked by a recorder: pinned, non-blocking, and never reused too early."""
+"""Copies to a GPU, checked by a recorder: pinned, non-blocking, sources reusable at once."""
 
 import types
 from functools import partial
