@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
     "docs/decisions.md",
-    "docs/data.md",
+    "docs/peers.md",
+    "docs/storage.md",
     "docs/cluster.md",
     "docs/evaluation.md",
     "docs/methods.md",
