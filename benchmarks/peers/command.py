@@ -1,8 +1,8 @@
 """Put the thirteen questions to the peers and to rft: `python -m benchmarks.peers --save`.
 
-The peers need what `python -m benchmarks.environments` installs. rft is asked as they are; its own
-tests of the same questions, which go further, are counted beside (`test_t1_*` to `test_t13_*`). The
-last line is one JSON object.
+The peers need the packages that `python -m benchmarks.environments` installs. rft runs through the
+same probes. Its own, stricter tests of the same questions (`test_t1_*` to `test_t13_*`) are counted
+separately. The last line is one JSON object.
 """
 
 import json
@@ -50,8 +50,8 @@ class Arguments:
     at_once: int = 2
     """Peers that are asked at the same time."""
     save: bool = False
-    """Also write peers.json and peers.md in benchmarks/results, and docs/results/peers.md. Answers of
-    peers and tests that this call leaves out stay, each with its commit."""
+    """Also write peers.json and peers.md in benchmarks/results, and docs/results/peers.md. Saved
+    answers of peers and tests that this call leaves out stay, each with its commit."""
 
 
 def ask(peer: str, tests: tuple[str, ...], work: Path) -> tuple[dict[str, str], Answers]:
@@ -108,7 +108,7 @@ def own_tests(tests: tuple[str, ...], work: Path) -> dict[str, dict[str, int]]:
 
 
 def with_earlier(document: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """Return the result with the earlier answers of what was not asked now."""
+    """Add the earlier answers of peers and tests that this call leaves out."""
     answers = {
         peer: {**earlier["answers"].get(peer, {}), **document["answers"].get(peer, {})}
         for peer in earlier["answers"] | document["answers"]
@@ -122,7 +122,7 @@ def with_earlier(document: dict[str, Any], earlier: dict[str, Any]) -> dict[str,
 
 
 def answered(document: dict[str, Any]) -> tuple[dict[str, Answers], list[str]]:
-    """The answers by peer, in the order of PEERS, and the tests that all of them have answered."""
+    """Sort the answers in the order of PEERS, and list the tests that all peers have answered."""
     # a file that was read has its keys sorted
     answers: dict[str, Answers] = {
         n: document["answers"][n] for n in PEERS if n in document["answers"]
@@ -131,7 +131,7 @@ def answered(document: dict[str, Any]) -> tuple[dict[str, Answers], list[str]]:
 
 
 def table(document: dict[str, Any]) -> str:
-    """Every peer's result for every question, as Markdown."""
+    """Write every peer's result for every question, as Markdown."""
     answers, tests = answered(document)
     lines = [
         f"| | {' | '.join(answers)} |",
@@ -145,7 +145,7 @@ def table(document: dict[str, Any]) -> str:
 
 
 def page(document: dict[str, Any]) -> str:
-    """What was observed for every answer, as a page of its own."""
+    """Write the page of observations, one for every answer."""
     answers, tests = answered(document)
     lines = [
         "# Thirteen questions: observations",
@@ -169,7 +169,7 @@ def page(document: dict[str, Any]) -> str:
 
 
 def made(document: dict[str, Any]) -> str:
-    """Commit, day and machine of the answers."""
+    """Name commit, day and machine of the answers."""
     return (
         f"The same program asked all libraries: {machine.made(document)}, except where an "
         "observation names another commit."
@@ -177,25 +177,25 @@ def made(document: dict[str, Any]) -> str:
 
 
 def provenance(document: dict[str, Any]) -> str:
-    """Where the answers come from, and the counts of rft's own tests."""
+    """Name the origin of the answers, and count rft's own tests."""
     own = document["own_tests"]
     passed = ", ".join(f"{test} {own[test].get('passed', 0)}" for test in TESTS if test in own)
     others = sum(number for found in own.values() for name, number in found.items())
     others -= sum(found.get("passed", 0) for found in own.values())
     return (
-        f"{made(document)} rft's own tests of the same questions are counted separately. Passed, by "
-        f"question: {passed}. Failed or skipped: {others}."
+        f"{made(document)} rft's own tests of the same questions are counted separately. Passed, "
+        f"by question: {passed}. Failed or skipped: {others}."
     )
 
 
 def older(answer: dict[str, Any], document: dict[str, Any]) -> str:
-    """Return the commit of an answer that is not of the last call."""
+    """Name the commit of an answer from an earlier call; empty for the last call."""
     commit = answer["commit"]
     return "" if commit == document["commit"] else f" (commit {commit})"
 
 
 def escaped(text: str) -> str:
-    """Return text that Markdown shows as it is."""
+    """Escape text, so that Markdown shows it unchanged."""
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text)
 
 
@@ -208,7 +208,7 @@ def main() -> None:
     for test in arguments.tests:
         if test not in TESTS:
             raise cli.unknown("test", test, list(TESTS))
-    # before the questions: what a tree becomes meanwhile was not asked
+    # before the questions: the tree may change meanwhile
     about = machine.describe(machine.DATA_PLANE)
     work = Path(tempfile.mkdtemp(prefix="peers-"))
     try:
