@@ -131,7 +131,7 @@ gpu: $(VENV)/.installed  ## benchmark the step, the trainer and more on this mac
 wheels: $(VENV)/.installed  ## the other requirements of benchmarks.gpu, as wheels in build/wheels
 	$(BIN)/python -m benchmarks.wheels --python $(WHEELS_PYTHON) --machine $(WHEELS_MACHINE)
 
-peers: $(VENV)/.installed  ## run other loaders on the thirteen tests of docs/data.md
+peers: $(VENV)/.installed  ## run other loaders on the thirteen questions of docs/peers.md
 	$(BIN)/python -m benchmarks.environments
 	$(BIN)/python -m benchmarks.peers --save
 	$(BIN)/python docs/update_results.py

@@ -76,7 +76,7 @@ refuse_credentials() {
 
 refuse_credential() {
     echo "error: a URL here or in launch/cluster.env contains $1 and would be printed and recorded;" \
-        "remove it and export the variables that its client reads (docs/data.md, Credentials)" >&2
+        "remove it and export the variables that its client reads (docs/storage.md#credentials)" >&2
     exit 2
 }
 

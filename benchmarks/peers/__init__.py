@@ -1,4 +1,4 @@
-"""The thirteen questions of docs/data.md, tested on libraries for the same work.
+"""The thirteen questions of docs/peers.md, tested on libraries for the same work.
 
 Each peer runs in the environment that it requires, on a few hundred small photographs, in the way
 that its documentation shows. The tests count what the peer does and ignore what it reports.
