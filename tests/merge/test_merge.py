@@ -196,7 +196,7 @@ def test_an_imported_model_has_not_been_trained(runs, tmp_path, merge, refused):
     assert printed.endswith(
         "--data DATA\n  (DATA: folder or URL below which the packed sets lie)\n"
     )
-    assert "holds another model" in refused("wise", runs / "zero-shot", end, "--out", end)
+    assert "holds a different model" in refused("wise", runs / "zero-shot", end, "--out", end)
 
 
 def test_a_set_of_ones_own_is_evaluated_on_its_test_set(runs, tmp_path, merge):
@@ -442,7 +442,7 @@ def test_a_merge_whose_weights_nothing_vouches_for_is_warned_of(runs, tmp_path, 
     call(merge_command, *command)
     printed = capsys.readouterr()
     assert f"already merged: {out}" in printed.out
-    assert f"WARNING: {out}/provenance.json has no weights_sha256: whether" in printed.err
+    assert f"WARNING: {out}/provenance.json has no weights_sha256, so" in printed.err
 
 
 def test_a_merge_that_stopped_is_done_again(runs, tmp_path, merge, refused, monkeypatch):
@@ -481,7 +481,7 @@ def test_out_is_never_anothers(runs, tmp_path, merge, refused):
     for path in (start, end):
         assert "holds a training run" in refused("wise", start, end, "--out", path)
         assert "holds a training run" in refused("uniform-soup", start, end, "--out", path)
-    assert "is no run folder" in refused("wise", start, end, "--out", runs)
+    assert "not a run folder" in refused("wise", start, end, "--out", runs)
     assert "is a file" in refused("wise", start, end, "--out", end / "config.json")
     assert "must be a local folder" in refused("uniform-soup", start, end, "--out", "s3://b/x")
     assert everything(tmp_path) == before

@@ -203,7 +203,7 @@ def test_metrics_are_counted_over_all_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     # a mean curve of two of three seeds would be wrong
     assert [run.metrics for run in load_runs(paths)] == [(), (), ()]
-    assert "no curves are drawn, because the metrics of all runs have more than 179" in (
+    assert "no training curves: the metrics of all runs together have more than 179" in (
         capsys.readouterr().err
     )
 
@@ -214,7 +214,7 @@ def test_documents_are_counted_over_all_runs(tmp_path, monkeypatch):
     load_runs(paths)
     monkeypatch.setattr(runs, "DOCUMENT_BYTES", 2_500)
     with pytest.raises(
-        ValueError, match=r"config.json, .* have 3,\d+ bytes; one report reads 2,500"
+        ValueError, match=r"config.json, .* have 3,\d+ bytes; the limit of a report is 2,500"
     ):
         load_runs(paths)
 
@@ -222,7 +222,7 @@ def test_documents_are_counted_over_all_runs(tmp_path, monkeypatch):
 def test_settings_without_end_are_cut_between_values():
     found = runs.shown_settings(configured(run_of("vanilla"), a=1, z=["x" * 1000] * 100).config)
     assert found.startswith('{\n  "a": 1,\n')
-    assert found.endswith(f'"{"x" * 1000}"\n... (too long to be shown)')
+    assert found.endswith(f'"{"x" * 1000}"\n... (too long to show)')
     assert len(found) < runs.SETTINGS_LETTERS + 100
 
 
