@@ -134,7 +134,7 @@ def _against(best: Row, other: Row, role: str, column: str, measures: Measures) 
     _, (low, high), p = pair.difference
     judged = "significant" if significant(pair) else "not significant"
     if low > 0 and judged != "significant":
-        judged += ", because not every seed's difference has this sign"
+        judged += ", because not every seed's own difference has this sign"
     return (
         f"{points:+z.1f} points over {other.name}{role} (95% interval {100 * low:+z.1f} to "
         f"{100 * high:+z.1f}, p {'<' if p < 0.001 else '='} {max(p, 0.001):.2g}): {judged}."

@@ -381,7 +381,9 @@ def test_versions_of_an_image_are_drawn_together(tmp_path, seeds):
     assert (pair.gained, pair.lost) == ((gain_N > 0).sum(), (gain_N < 0).sum())
     assert pair.mcnemar == ()
     report = compose(runs, draw=False)
-    assert any("c: images of one name in several domains" in one for one in report.summary.warnings)
+    assert any(
+        "c: for intervals, images with the same name" in one for one in report.summary.warnings
+    )
     assert details.differences_csv(report.rows, report.measures).splitlines()[1].endswith(",")
 
 

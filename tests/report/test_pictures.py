@@ -504,7 +504,7 @@ def letter(code: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"patch": np.array(7)}, "cannot be cut"),
+        ({"patch": np.array(7)}, "does not divide"),
         ({"relevance_BP": np.zeros((6, 35))}, "relevance_BP has shape"),
         ({"relevance_BP": np.full((6, 36), "x")}, "relevance_BP is of type <U1"),
         ({"relevance_BP": np.full((6, 36), np.nan)}, "relevance_BP must be finite"),

@@ -100,7 +100,7 @@ def test_the_same_weights_are_not_two_seeds(tmp_path, recipe, step, config, refu
     if not refused:
         assert len(load_runs(paths)) == 2
         return
-    message = f"{paths[0]} and {paths[1]} are seeds 0 and 1 of {recipe}, but the same weights"
+    message = f"{paths[0]} and {paths[1]} are seeds 0 and 1 of {recipe}, but have the same weights"
     with pytest.raises(ValueError, match=re.escape(message)):
         load_runs(paths)
     # another recipe may start from, or end at, the same
@@ -119,7 +119,9 @@ def test_weights_without_classes_are_warned_of_once(tmp_path, capsys):
         edit(path / "results.json", checkpoint_sha256=files.sha256_file(path / SELECTED))
     load_runs(paths)
     (line,) = unstamped(capsys.readouterr().err).splitlines()
-    assert line.startswith(f"WARNING: {paths[1]} (and 1 more runs): the weights do not say which")
+    assert line.startswith(
+        f"WARNING: {paths[1]} (and 1 more runs): the weights do not name the classes"
+    )
 
 
 def test_all_runs_must_have_seen_the_same_data(tmp_path):
