@@ -154,9 +154,8 @@ def _from_file(path: Path, clip: str) -> Found:
     read = weights.read(path)
     architecture = _architecture(path, read, clip)
     load.require_fit(read, architecture)
-    if (
-        read.config and read.head
-    ):  # without a head the whole CLIP is loaded later, with this warning
+    # without a head the complete CLIP is loaded later, which also warns
+    if read.config and read.head:
         load.warn_of_resize(str(path), read.config.preprocess_cfg)
     source = {
         "format": read.format,

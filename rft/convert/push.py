@@ -60,7 +60,8 @@ def require_login(repo: str) -> None:
     """
     if get_token() is None:
         raise ValueError(
-            f"cannot push to {repo}: no login; `hf auth login`, or HF_TOKEN in the environment"
+            f"cannot push to {repo}: no login; `hf auth login`, or HF_TOKEN in the environment "
+            "(docs/export.md)"
         )
     with _errors(repo):
         get_session().timeout = hub.SECONDS  # the default is to wait for ever

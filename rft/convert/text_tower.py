@@ -47,7 +47,7 @@ def find(text: str, architecture: Architecture, config: RunConfig | None) -> Pre
     if origin is None:
         raise ValueError(
             f"the text tower of this {architecture.clip} is not recorded; add --text "
-            "TAG_OR_FILE (--text openai for a model that was made from OpenAI's)"
+            "TAG_OR_FILE, such as --text openai for a model from OpenAI's weights (docs/export.md)"
         )
     require_named(origin.clip, "--text")
     return load.load_clip(origin)

@@ -170,7 +170,8 @@ def warn_of_other_split(systems: Sequence[System], data: str) -> None:
             if found != trained_on:
                 log.warning(
                     f"{path} was trained on a different {name} (manifest {trained_on[:12]}) than "
-                    f"{url} ({found[:12]}): it may have seen images of these test sets"
+                    f"{url} ({found[:12]}): it may have seen images of these test sets "
+                    "(docs/data.md)"
                 )
                 # one warning per model, however many sets it has seen
                 break

@@ -84,7 +84,7 @@ def read_mask(
         raise ValueError(
             f"{path} is {image.width} x {image.height} pixels, its image {width} x {height}"
             f"{turned}; segment the image as rft shows it (own photos upright by their EXIF "
-            f"orientation, all others as stored), or the {size} x {size} centre crop"
+            f"orientation, all others as stored), or its {size} x {size} centre crop"
         )
     return ObjectMask(np.asarray(image) > 0, hashlib.sha256(data).digest())
 

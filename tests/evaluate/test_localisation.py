@@ -102,7 +102,7 @@ def test_the_command_equals_the_textbook(tiny_case, tiny_data, tmp_path, monkeyp
     )
     assert document["provenance"]["packages"]["torch"]
     lines = capsys.readouterr().out.splitlines()
-    assert "mean over 69 images (2 more have an empty mask, 5 have none)" in lines[0]
+    assert "mean over 69 images (2 more have an empty mask, 5 no mask)" in lines[0]
     first = document["thresholds"][0]["mean"]
     names = ("image_masking_rate", "object_masking_rate", "iou")
     assert [line.split()[-3] for line in lines[2:]] == [f"{first[name]:.3f}" for name in names]
@@ -246,7 +246,7 @@ def test_the_paper_stands_beside_its_own_model_alone():
     }
     text = localisation.format_table("runs/a", document, beside_paper=True)
     lines = [line.split() for line in text.splitlines()]
-    assert lines[0][-1] == "none)"
+    assert lines[0][-1] == "mask)"
     assert "1,234" in lines[0]
     assert lines[4:6] == [
         ["object", "masking", "rate", "0.170", "0.170"],
