@@ -131,7 +131,7 @@ gpu: $(VENV)/.installed  ## the step, the trainer and more on this machine's GPU
 wheels: $(VENV)/.installed  ## what else benchmarks.gpu needs, as wheels in build/wheels
 	$(BIN)/python -m benchmarks.wheels --python $(WHEELS_PYTHON) --machine $(WHEELS_MACHINE)
 
-peers: $(VENV)/.installed  ## what other loaders do on the thirteen tests of docs/data.md
+peers: $(VENV)/.installed  ## what other loaders do on the thirteen questions of docs/peers.md
 	$(BIN)/python -m benchmarks.environments
 	$(BIN)/python -m benchmarks.peers --save
 	$(BIN)/python docs/update_results.py
