@@ -117,7 +117,8 @@ def require_named(clip: str, option: str, *named: str) -> None:
     if clip.startswith(load.HUB) and clip not in named:
         raise ValueError(
             f"the weights name the model {clip}, and only models on the command line are "
-            f"requested from the hub: add {option} {clip} if you trust it (docs/security.md)"
+            f"requested from the hub: add {option} {clip} if you trust it "
+            "(docs/security.md#what-weights-and-run-folders-can-request)"
         )
 
 

@@ -171,7 +171,7 @@ def warn_of_other_split(systems: Sequence[System], data: str) -> None:
                 log.warning(
                     f"{path} was trained on a different {name} (manifest {trained_on[:12]}) than "
                     f"{url} ({found[:12]}): it may have seen images of these test sets "
-                    "(docs/data.md)"
+                    "(docs/data.md#no-training-on-test-images)"
                 )
                 # one warning per model, however many sets it has seen
                 break

@@ -248,7 +248,7 @@ def _require_publishable(path: Path, text: str) -> None:
     if urls.redact(text) != text:
         raise ValueError(
             f"{path} has a URL with a credential, which a report would publish; remove it "
-            "(docs/security.md)"
+            "(docs/storage.md#credentials)"
         )
 
 
