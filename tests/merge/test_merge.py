@@ -474,7 +474,7 @@ def test_out_is_never_anothers(runs, tmp_path, merge, refused):
     before = everything(tmp_path)
     line = refused("wise", start, end, "--alpha", 0.7, "--out", out)
     assert "holds a different merge: alpha: 0.5 -> 0.7" in line
-    assert "another merge" in refused("uniform-soup", start, end, "--out", out)
+    assert "a different merge" in refused("uniform-soup", start, end, "--out", out)
     line = refused("wise", start, runs / "object-mask-single-fill", "--out", out)
     assert "merged_from.1: " in line
     assert "is a run folder; with several" in refused(
