@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     "docs/decisions.md",
     "docs/results.md",
-    "docs/data.md",
+    "docs/peers.md",
+    "docs/storage.md",
     "docs/cluster.md",
     "docs/evaluation.md",
     "docs/methods.md",
