@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from rft import cli, entry
+from rft import entry
 from rft.commands import GROUPS, HELP_ALL, RANKS, Command
 
 COLUMNS = "100"
