@@ -86,7 +86,7 @@ def test_no_data_there(refused, tmp_path):
     assert not run.exists()
 
 
-@pytest.mark.parametrize(("ranks", "message"), [("4", "6 cannot be cut into 4 ranks"), ("6", "")])
+@pytest.mark.parametrize(("ranks", "message"), [("4", "6 cannot be split into 4 ranks"), ("6", "")])
 def test_impossible_batch_and_world(refused, options, tmp_path, ranks, message):
     recipe = ["object-mask-single-fill", *options[1:]]
     line = refused(train_command, *recipe, WORLD_SIZE=ranks, RANK="0")

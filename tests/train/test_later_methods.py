@@ -255,7 +255,7 @@ def test_what_cannot_be_combined_is_refused(case):
 def test_a_refusal_is_one_line(refused, tmp_path):
     options = ("--data", tmp_path, "--run-dir", tmp_path / "run", "--optim.accumulate", 2)
     line = refused(command, "flyp", *options)
-    assert "because the negatives are those of the whole batch" in line
+    assert "because the negatives come from the full batch" in line
 
 
 RUNS = {
