@@ -295,7 +295,7 @@ ENSEMBLES = {
         ("zero-shot", "vanilla"),
     ),
     "vrf": Ensemble(
-        "Weight both by distance to training images that only vanilla gets right (Zhu et al. 2024).",
+        "Weight both by distance to training images only vanilla gets right (Zhu et al. 2024).",
         "vrf",
         ("zero-shot", "vanilla"),
     ),
