@@ -89,7 +89,7 @@ def test_a_probe_with_features_reads_no_image(own_data, tiny_clip, tmp_path, cap
     blank(own_data)
     second = tiny.train("linear-probe", own_data, tiny_clip, tmp_path / "second", *runs[1])
     assert weights(second) == weights(plain)
-    assert f"features are read from {tmp_path / 'shared'}" in capsys.readouterr().out
+    assert f"reading features from {tmp_path / 'shared'}" in capsys.readouterr().out
     with pytest.raises(SystemExit):  # which images are there is noticed by who reads them
         tiny.train("linear-probe", own_data, tiny_clip, tmp_path / "third", *runs[1], *OFF)
 
@@ -142,10 +142,10 @@ def test_dry_run_says_what_is_kept(tiny_data, tiny_clip, tmp_path, capsys):
         return capsys.readouterr().out
 
     # 76 training and 16 held-out images of 16 numbers and a checksum
-    kept = "keeps the features of the frozen student, 6.3 kB in"
+    kept = "stores the features of the frozen student, 6.3 kB in"
     assert kept in words("linear-probe", *EPOCHS)
-    assert "keeps the features of the frozen teacher, 5.2 kB in" in words("no-mask", *EPOCHS)
-    assert "are more than --loader.features-gb" in words(
+    assert "stores the features of the frozen teacher, 5.2 kB in" in words("no-mask", *EPOCHS)
+    assert "exceed --loader.features-gb" in words(
         "no-mask", *EPOCHS, "--loader.features-gb", 1e-6
     )
     for one in (("vanilla", *EPOCHS), ("no-mask", *EPOCHS, *OFF), ("no-mask",)):

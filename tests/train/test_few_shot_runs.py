@@ -132,12 +132,12 @@ def test_the_dry_run_prints_them(original, tiny_clip, tmp_path, capsys):
     assert "* loader.shots             4  (the recipe's is 0)" in printed
     assert "* loader.augment           crop-flip  (the recipe's is none)" in printed
     assert "16 to train on (4 of each class), 16 held out" in printed
-    assert "keeps no features of training images, which are augmented anew in each epoch" in printed
-    assert "2 an epoch, 6 in 3 epochs of global batch 7" in printed
+    assert "stores no features of training images, because each epoch augments them anew" in printed
+    assert "2 per epoch, 6 in 3 epochs of global batch 7" in printed
     call(command, *words, "--dry-run")
     printed = capsys.readouterr().out
     assert "60 to train on, 16 held out" in printed
-    assert "augmented" not in printed
+    assert "augments" not in printed
 
 
 def test_help_has_shots_and_all_help_both(capsys):
