@@ -336,7 +336,7 @@ def test_checkpoints_elsewhere_are_of_one_configuration(three_epochs, tmp_path, 
     before = (folder / "config.json").read_bytes()
     with pytest.raises(SystemExit):
         three_epochs("run", *elsewhere, "--optim.lr", "0.5")
-    assert "holds a run with another configuration: optim.lr" in capsys.readouterr().err
+    assert "holds a run with a different configuration: optim.lr" in capsys.readouterr().err
     assert (folder / "config.json").read_bytes() == before
     three_epochs("run", *elsewhere)
     assert (folder / "training.json").exists()

@@ -115,7 +115,7 @@ def test_another_choice_is_another_run(train_files, original, tiny_clip, refused
     run = train_files("vanilla", *options)
     words = tiny.training("vanilla", original, tiny_clip, run, *options, *changed)
     name = changed[0].removeprefix("--")
-    assert f"another configuration: {name}: " in refused(command, *words)
+    assert f"a different configuration: {name}: " in refused(command, *words)
     # its checkpoints say so too, should the rest of the folder be lost
     for file in ("training.json", "progress.json"):
         (run / file).unlink()
