@@ -86,7 +86,7 @@ OWN = {
     "ids": (entry(lambda e: e["classes"]["ids"].pop()), "4 class ids but 5 class names"),
     "prompts": (entry(lambda e: e["classes"].update(prompts_sha256="../x")), "prompts_sha256 is"),
     "no step": (entry(lambda e: e.pop("step")), "step is missing"),
-    "no tower": (entry(lambda e: e.pop("architecture")), "header names no architecture"),
+    "no tower": (entry(lambda e: e.pop("architecture")), "header has no architecture"),
     "trained on": (entry(lambda e: e.update(trained_on=[])), r"trained_on is \[\]; it must be a t"),
     "layers": (tower(vision={"layers": 10**9}), "layers is 1000000000; it must be less than or eq"),
     "no layers": (
@@ -102,7 +102,7 @@ OWN = {
     "ratio": (tower(vision={"mlp_ratio": 1e9}), "mlp_ratio is 1000000000.0; it must be less"),
     "norm": (tower(vision={"norm_kwargs": {"device": "cuda"}}), "norm_kwargs.device is an unknown"),
     "embedding": (tower(embed_dim=2**40), "embed_dim is 1099511627776; it must be less"),
-    "no layer's width": (tower(vision={"mlp_ratio": 1e-9}), "mlp_ratio is 1e-09; of a width of 32"),
+    "no layer's width": (tower(vision={"mlp_ratio": 1e-9}), "mlp_ratio is 1e-09; times the width 32"),
     "odd positions": (
         tower(vision={"pos_embed_type": "sin_cos_2d", "width": 26, "head_width": 13}),
         "width is 26; with pos_embed_type sin_cos_2d it must be a multiple of 4",
@@ -251,10 +251,10 @@ def vision(**fields: object) -> Change:
 FOLDERS = {
     "layers": (vision(layers=10**9), "vision_cfg.layers is 1000000000; it must be less"),
     "a ResNet": (vision(layers=[1, 2, 3, 4]), "ResNet; rft needs open_clip's VisionTransformer"),
-    "a deep tower": (vision(layers=128, width=4096), "has another image tower"),
+    "a deep tower": (vision(layers=128, width=4096), "has a different image tower"),
     "vocabulary": (text(vocab_size=10**12), "text_cfg.vocab_size is 10+; it must be less"),
     "a large text tower": (text(vocab_size=2**21, width=4096), "it has .*of shape"),
-    "no layer's width": (text(mlp_ratio=1e-9), "text_cfg: mlp_ratio is 1e-09; of a width of 64"),
+    "no layer's width": (text(mlp_ratio=1e-9), "text_cfg: mlp_ratio is 1e-09; times the width 64"),
     "an attention pool": (
         vision(attentional_pool=True, attn_pooler_heads=7),
         "cannot build the image tower of local-dir:.*: embed_dim must be divisible by num_heads",
@@ -286,7 +286,7 @@ def test_a_folder_that_describes_too_much_is_one_line(tmp_path, change, message)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (b"\xff\xfe", "vocab.txt is no text in UTF-8"),
+        (b"\xff\xfe", "vocab.txt is not UTF-8 text"),
         (b"\n<s>\n" + b"x\n" * 60_000, "vocab.txt has 60,002 words; the text tower has 49,408"),
         (b"", "vocab.txt has 1 words"),
     ],
@@ -423,7 +423,7 @@ def test_a_card_is_of_a_head_of_this_many_classes(tmp_path):
     described = card_of(tmp_path / "m.safetensors")
     described |= {"classes": None, "head": {**described["head"], "classes": 5}}
     (tmp_path / "m.safetensors.json").write_text(json.dumps(described))
-    with pytest.raises(ValueError, match=r"json is of a head of 5 classes, that of .* has 4"):
+    with pytest.raises(ValueError, match=r"json describes a head of 5 classes, but .* has 4"):
         weights.read(tmp_path / "m.safetensors")
 
 
@@ -546,7 +546,7 @@ def test_two_members_of_one_name(tmp_path):
     with zipfile.ZipFile(tmp_path / "m.pt", "w") as made:
         for data in (b"\x80\x02}.", b"\x80\x02N."):
             made.writestr("a/data.pkl", data)
-    with pytest.raises(ValueError, match=r"m\.pt.*two members of one name"):
+    with pytest.raises(ValueError, match=r"m\.pt.*two members with the same name"):
         weights.read(tmp_path / "m.pt")
 
 
@@ -594,7 +594,7 @@ def test_an_ordered_dict_hides_nothing(tmp_path, methods):
     path.write_bytes(b"\x80\x02" + ordered(b"K\1", DOUBLED, **methods) + b".")
     content, _ = unpickle.read(path)
     assert type(content) is dict
-    with pytest.raises(ValueError, match="more than 1,000,000 things, or more than 20 deep"):
+    with pytest.raises(ValueError, match="more than 1,000,000 entries, or more than 20 levels"):
         unpickle.require_data(content)
 
 
@@ -603,7 +603,7 @@ def test_a_state_dict_keeps_its_methods(tmp_path, name):
     path = tmp_path / "m.pt"
     own = ordered(b"X\1\0\0\0x", b"N", **{name: "ctorch._utils\n_rebuild_tensor_v2\n"})
     path.write_bytes(b"\x80\x02" + own + b".")
-    with pytest.raises(ValueError, match=r"m\.pt holds no CLIP image tower"):
+    with pytest.raises(ValueError, match=r"m\.pt has no CLIP image tower"):
         weights.read(path)
 
 

@@ -147,7 +147,7 @@ def test_import_needs_the_models_name(refused, released, tmp_path):
 def test_import_refuses_what_does_not_fit(refused, released, openai, tmp_path, tiny_data):
     out = ("--out", tmp_path / "run")
     line = refused("import", released, *out, "--clip", formats.OTHER_NAME)
-    assert "has another image tower" in line
+    assert "has a different image tower" in line
     line = refused("import", released, *out, "--clip", formats.GELU_NAME)
     assert f"were trained as {formats.NAME}; use that model" in line
     line = refused("import", released, *out, "--clip", "ViT-Z")

@@ -517,8 +517,8 @@ BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda _: b"", "damaged or truncated"),
     "a text": (lambda _: b"hello", "damaged or truncated"),
     "half": (lambda data: data[: len(data) // 2], "damaged or truncated"),
-    "deflated": (deflated, "is compressed, which torch does not do"),
-    "two of one name": (members, "two members of one name"),
+    "deflated": (deflated, "is compressed, which torch never does"),
+    "two of one name": (members, "two members with the same name"),
 }
 
 

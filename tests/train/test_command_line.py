@@ -195,7 +195,7 @@ def test_unknown_model_and_weights(refused, options):
     line = refused(train_command, *options, "--model.clip", "ViT-Z-99")
     assert "open_clip has no model 'ViT-Z-99'" in line
     names = ("--model.clip", "ViT-B-32", "--model.pretrained")
-    assert "no weights tag of ViT-B-32" in refused(train_command, *options, *names, "nope")
+    assert "neither a weights tag of ViT-B-32" in refused(train_command, *options, *names, "nope")
     line = refused(train_command, *options, *names, "openai")
     assert "were trained as ViT-B-32-quickgelu; use that model" in line
 
