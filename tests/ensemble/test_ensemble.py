@@ -32,7 +32,7 @@ from tests.reference import ensembles as reference
 from tests.tiny import call, torchrun
 
 SETS = ("imagenet-val", "imagenet-a", "imagenet-r")
-DONE = "all counts are already there, nothing to do"
+DONE = "all results are current, nothing to do"
 HELD_OUT = 30
 
 
@@ -430,7 +430,7 @@ def test_without_held_out_images_temperatures_must_be_given(wrong, ensemble, run
     write_run(runs / "end", saved._replace(metadata=metadata), config)
     for kind in ("vrf", "dawin"):
         message = wrong(kind)
-        assert "has no images that its temperature may be fitted on" in message
+        assert "has no images to fit its temperature on" in message
         assert "--temperatures, such as 1 1" in message
         ensemble(kind, "--temperatures", 1, 1, out=kind)
 
@@ -448,7 +448,7 @@ def test_a_zero_shot_model_that_saw_the_held_out_images_sets_no_temperature(wron
 
 def test_vrf_needs_the_training_set_and_something_gained(wrong, ensemble, runs, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "argmax", lambda self, dim: torch.zeros(len(self)).long())
-    assert "VRF has nothing to measure distances to" in wrong("vrf", "--temperatures", 1, 1)
+    assert "VRF has no images to measure distances to" in wrong("vrf", "--temperatures", 1, 1)
     monkeypatch.undo()
     saved = load_state(runs / "end" / SELECTED)
     metadata = {**saved.metadata, "trained_on": "[]"}

@@ -106,7 +106,7 @@ def test_value_out_of_range(refused, options):
 
 def test_model_that_does_not_fit_the_shards(refused, options, tmp_path):
     line = refused(train_command, *options, "--model.clip", "rft-miniature")
-    assert "was packed at 16 px, the model wants 48 px" in line
+    assert "was packed at 16 px, but the model needs 48 px" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -129,7 +129,7 @@ def test_a_resumed_run_ends_with_the_same_weights(train, tmp_path, step, happens
 @pytest.mark.slow
 def test_without_space_it_trains_without(train, capsys):
     run = train("no-mask", *EPOCHS, "--loader.features-gb", 1e-6)
-    assert capsys.readouterr().out.count("are not kept") == 1
+    assert capsys.readouterr().out.count("are not stored") == 1
     assert not list((run / FEATURES).glob("*"))
     assert weights(run) == weights(train("no-mask", *EPOCHS, *OFF, name="plain"))
 
