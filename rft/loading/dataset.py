@@ -94,7 +94,7 @@ class PackedDataset(PackedSet):
         if self._payload.is_array:
             raise ValueError(
                 f"{option} crops each image anew in each epoch, but {self.url} was packed with "
-                "--encoding pixels, which are never decoded; pack the set with --encoding "
+                "--encoding pixels, which is never decoded; pack the set with --encoding "
                 "original, or omit the option (docs/data.md#encodings)"
             )
 

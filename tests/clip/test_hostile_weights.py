@@ -102,7 +102,10 @@ OWN = {
     "ratio": (tower(vision={"mlp_ratio": 1e9}), "mlp_ratio is 1000000000.0; it must be less"),
     "norm": (tower(vision={"norm_kwargs": {"device": "cuda"}}), "norm_kwargs.device is an unknown"),
     "embedding": (tower(embed_dim=2**40), "embed_dim is 1099511627776; it must be less"),
-    "no layer's width": (tower(vision={"mlp_ratio": 1e-9}), "mlp_ratio is 1e-09; times the width 32"),
+    "no layer's width": (
+        tower(vision={"mlp_ratio": 1e-9}),
+        "mlp_ratio is 1e-09; times the width 32",
+    ),
     "odd positions": (
         tower(vision={"pos_embed_type": "sin_cos_2d", "width": 26, "head_width": 13}),
         "width is 26; with pos_embed_type sin_cos_2d it must be a multiple of 4",

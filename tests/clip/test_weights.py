@@ -609,7 +609,9 @@ def test_no_header_and_no_folder_makes_timm_download(tmp_path, state, monkeypatc
         with pytest.raises(ValueError, match=r"m\.safetensors.*its image tower is built by timm"):
             read(path)
     folder = hub_folder(tmp_path / "hub", vision_cfg=vision)
-    with pytest.raises(ValueError, match="its image tower is built by timm; rft needs open_clip's own"):
+    with pytest.raises(
+        ValueError, match="its image tower is built by timm; rft needs open_clip's own"
+    ):
         load.load_clip(ModelConfig(clip=f"local-dir:{folder}", pretrained=""))
     assert asked == []
 

@@ -205,11 +205,11 @@ def test_only_training_images_are_augmented(packed):
 
 
 def test_pixels_are_refused_with_the_reason(packed):
-    with pytest.raises(ValueError, match="--encoding pixels, which are never decoded") as caught:
+    with pytest.raises(ValueError, match="--encoding pixels, which is never decoded") as caught:
         packed["pixels"].require_decoded("--loader.augment crop-flip")
     assert str(caught.value) == (
         "--loader.augment crop-flip crops each image anew in each epoch, but "
-        f"{packed['pixels'].url} was packed with --encoding pixels, which are never decoded; pack "
+        f"{packed['pixels'].url} was packed with --encoding pixels, which is never decoded; pack "
         "the set with --encoding original, or omit the option (docs/data.md#encodings)"
     )
     packed["original"].require_decoded("")

@@ -141,11 +141,15 @@ def test_a_training_takes_the_chosen_settings(train, tiny_data, tmp_path):
     candidates = (*found.candidates, replace(found.candidates[0], path=str(tmp_path / "soup")))
     document = asdict(replace(found, candidates=candidates, chosen=str(tmp_path / "soup")))
     files.write_json(str(merged), document)
-    with pytest.raises(ValueError, match=r"soup, a merged or imported model without training options"):
+    with pytest.raises(
+        ValueError, match=r"soup, a merged or imported model without training options"
+    ):
         parse([*line, "--like", str(merged)])
     weights = runs[0] / filenames.SELECTED
     weights.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"weights of a compared model have changed or are missing"):
+    with pytest.raises(
+        ValueError, match=r"weights of a compared model have changed or are missing"
+    ):
         parse([*line, "--like", str(saved)])
     (tmp_path / "moved").rename(weights)
     with pytest.raises(ValueError, match=r"absent\.json"):

@@ -580,7 +580,9 @@ def test_runs_that_were_not_selected_by_the_same_images(runs, tmp_path, tiny_dat
     document = config_of(two)
     change_config(two, split_seed=None)  # then it is the seed, which is 4
     line = refused(*command)
-    assert f"{one} and {two} were selected by different held-out images: split_seed: 0 -> 4;" in line
+    assert (
+        f"{one} and {two} were selected by different held-out images: split_seed: 0 -> 4;" in line
+    )
     assert "--split-seed" in line
     change_config(two, train_set="mine", split_seed=0)
     assert "train_set: 'imagenet-train' -> 'mine'" in refused(*command)

@@ -403,7 +403,8 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     store = Store(str(tmp_path / "store"), keep=2)
     store.write({"progress": {"step": 1, "best_step": -1}, "model": Evil()})
     with pytest.raises(
-        ValueError, match=r"step-00000001.pt is not a checkpoint of this run: refused: it wants to use"
+        ValueError,
+        match=r"step-00000001.pt is not a checkpoint of this run: refused: it wants to use",
     ):
         checkpoint.resume(store, ALONE, own(), 1)
     assert not (tmp_path / "ran").exists()

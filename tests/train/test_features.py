@@ -145,9 +145,7 @@ def test_dry_run_says_what_is_kept(tiny_data, tiny_clip, tmp_path, capsys):
     kept = "stores the features of the frozen student, 6.3 kB in"
     assert kept in words("linear-probe", *EPOCHS)
     assert "stores the features of the frozen teacher, 5.2 kB in" in words("no-mask", *EPOCHS)
-    assert "exceed --loader.features-gb" in words(
-        "no-mask", *EPOCHS, "--loader.features-gb", 1e-6
-    )
+    assert "exceed --loader.features-gb" in words("no-mask", *EPOCHS, "--loader.features-gb", 1e-6)
     for one in (("vanilla", *EPOCHS), ("no-mask", *EPOCHS, *OFF), ("no-mask",)):
         assert "features of the frozen" not in words(*one)
     assert not (tmp_path / "run").exists()

@@ -170,7 +170,9 @@ def build_objective(recipe: str) -> Objective:
 
 def test_contexts_need_two_templates():
     method = recipes.build("car-ft").method
-    with pytest.raises(ValueError, match=r"--method.context-weight needs two or more prompt templates"):
+    with pytest.raises(
+        ValueError, match=r"--method.context-weight needs two or more prompt templates"
+    ):
         texts.build(build_clip(), NAMES, TEMPLATES[:1], method)
 
 

@@ -73,5 +73,8 @@ def test_a_run_that_stops_meanwhile(take_steps, tmp_path, capsys):
     take_steps(tmp_path / "none", 5, first=100, total=1000)
     take_steps(tmp_path / "none", 0)
     said = unstamped(capsys.readouterr().out).splitlines()
-    assert said == [f"--profile: no step was done after step {step}, so no trace was written" for step in (105, 0)]
+    assert said == [
+        f"--profile: no step was done after step {step}, so no trace was written"
+        for step in (105, 0)
+    ]
     assert not (tmp_path / "none").exists()
