@@ -68,7 +68,7 @@ GROUPS: Mapping[str, Mapping[str, Command | Mapping[str, Command]]] = {
         "ensemble": Command(
             "rft.ensemble.command", "evaluate two models together: OSE, VRF, DaWin", ranks=True
         ),
-        "report": Command("rft.report.command", "put evaluated runs side by side"),
+        "report": Command("rft.report.command", "compare evaluated runs on one page"),
         "convert": Command("rft.convert.command", "import and export weights"),
     },
     "Packed sets": {

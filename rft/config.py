@@ -121,7 +121,7 @@ class MethodConfig:
     """The counterfactual image and the feature distillation on it (section 3.2)."""
 
     mask: Mask = "none"
-    """Which patches are masked: those of the object, of the context, random ones, or none."""
+    """Masked patches: those of the object, those of the context, random ones, or none."""
     fill: Fill = "none"
     """Replacement of masked patches: nothing (dropped), one other image, or several."""
     threshold: Share = 0.3
@@ -290,7 +290,7 @@ class OptimConfig:
     warmup_steps: Whole = 500
     """Optimizer steps of linear warm-up (cosine)."""
     clip_norm: Above0 = 1.0
-    """Largest L2 norm of the whole gradient."""
+    """Largest L2 norm of the full gradient."""
     clip: Literal["step", "micro-step"] = "step"
     """Clip once per step, the averaged gradient, or after every micro-batch, the sum so far, as the
     released code does."""
@@ -552,7 +552,7 @@ def _writer(folder: Path) -> str:
     with contextlib.suppress(ValueError):
         found = records.find(folder / filenames.PROVENANCE, records.Provenance)
     if found is None or not found.rft:
-        return f"a different version of rft (its {filenames.PROVENANCE} does not say which)"
+        return f"a different version of rft (its {filenames.PROVENANCE} does not record which)"
     version, commit = found.rft, found.git
     # as lists of numbers: as strings, 0.10 would sort before 0.9
     numbers, own = ([int(n) for n in re.findall(r"\d+", v)] for v in (version, __version__))

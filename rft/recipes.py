@@ -77,13 +77,13 @@ GRID: dict[tuple[Mask, Fill], tuple[float, str]] = {
     ),
     ("random", "multi"): (
         0.5,
-        "Refill {:.0%} of the patches, at random, each from an image of its own.",
+        "Refill {:.0%} of the patches, at random, each from its own donor image.",
     ),
     ("context", "multi"): (
         0.3,
-        "Refill the context, at most {}, each patch from an image of its own.",
+        "Refill the context, at most {}, each patch from its own donor image.",
     ),
-    ("object", "multi"): (0.6, "Refill the object, above {}, each patch from an image of its own."),
+    ("object", "multi"): (0.6, "Refill the object, above {}, each patch from its own donor image."),
 }
 
 
@@ -111,13 +111,13 @@ PAPER = {
     "zero-shot": Recipe(
         "Keep the pre-trained model, with a head of text embeddings.", PLAIN, {"epochs": 0}
     ),
-    "vanilla": Recipe("Train all weights by cross-entropy alone.", PLAIN),
+    "vanilla": Recipe("Train all weights by cross-entropy only.", PLAIN),
     # Not a row of the paper. It trains the zero-shot head by AdamW; LP-FT's own probe trains a
     # random head (--model.head random) by SGD. The rate was chosen by reasoning: it can move every
     # weight by about its own size in the given epochs. --preset official-parity takes the released
     # code's: 10 epochs at 3e-5.
     "linear-probe": Recipe(
-        "Train the head alone, on the frozen image tower: LP-FT's first half.",
+        "Train only the head, on the frozen image tower: LP-FT's first stage.",
         PLAIN,
         {"trains": "head", "epochs": 5, "lr": 1e-3, "weight_decay": 0.0},
     ),

@@ -88,7 +88,7 @@ class Classifier(nn.Module):
         """
         tokens_BLD = vit.embed_tokens(self.visual, patches_BPV)
         if most is not None:
-            assert keep_BP is not None, "nothing says which tokens to keep"
+            assert keep_BP is not None, "most needs keep_BP"
             tokens_BLD, keep_BP = vit.drop_tokens(tokens_BLD, keep_BP, most)
             # without a mask, attention can use its fastest kernel
             keep_BP = keep_BP if ragged else None

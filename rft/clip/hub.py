@@ -65,7 +65,7 @@ def _unreachable(repo: str, name: str, reason: str) -> ValueError:
         "and set HF_HOME to the copy",
         f"or a weights file: --model.pretrained FILE, with both towers, from {where}/{repo}",
         f"or a folder: --model.clip {weights.LOCAL}FOLDER, made on another machine by `{download} "
-        "--local-dir FOLDER`",
+        "--local-dir FOLDER` (docs/export.md#without-a-network)",
     ):
         error.add_note(way)
     return error

@@ -281,9 +281,9 @@ class Unpickler(pickle._Unpickler):
             return DTYPES[name]
         stood_in = full in STOOD_IN_NAMES or f"{module}.".startswith(_PREFIXES)
         if not stood_in and full not in _FUNCTIONS:
-            raise RefusedError(f"it wants to use {printable(full, SHOWN)}")
+            raise RefusedError(f"it names {printable(full, SHOWN)}")
         if self._nested_left is None:
-            raise RefusedError(f"it wants to use {printable(full, SHOWN)} for a storage")
+            raise RefusedError(f"it names {printable(full, SHOWN)} for a storage")
         if not stood_in:
             return _FUNCTIONS[full] or self._nested_storage
         if full not in self._stand_ins:
@@ -298,7 +298,7 @@ class Unpickler(pickle._Unpickler):
         kind, dtype, key, _, length, *view = pid  # the old format can have views of storages
         known = isinstance(dtype, torch.dtype) and isinstance(key, str) and _is_size(length)
         if kind != "storage" or view not in ([], [None]) or not known or not self._read_storage:
-            raise RefusedError("it wants to use an entry of the archive that is not a storage")
+            raise RefusedError("it names an entry of the archive that is not a storage")
         # one object for all of its tensors, so that `load_tensors` reads it once
         if (key, dtype) in self._storages:
             return self._storages[key, dtype]

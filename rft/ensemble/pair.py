@@ -132,8 +132,8 @@ def training_of(pair: Pair) -> TrainedOn:
     """
     seen = trained_on.of_model(pair.fine_tuned.path, pair.fine_tuned.saved.metadata)
     if len(seen) != 1:
-        why = "it is not known what it was" if not seen else f"it was trained on {len(seen)} sets:"
-        names = " " + ", ".join(sorted(one.name for one in seen)) if seen else " trained on"
+        why = "its training set is" if not seen else f"it was trained on {len(seen)} sets:"
+        names = " " + ", ".join(sorted(one.name for one in seen)) if seen else " unknown"
         raise ValueError(
             f"{pair.fine_tuned.path}: {why}{names}; name a run of rft.train, whose training images "
             "the ensemble is made with"

@@ -36,8 +36,8 @@ def split_set(
         others = f", and {len(short) - 1:,} more classes have too few" if len(short) > 1 else ""
         raise ValueError(
             f"--loader.shots is {shots}, but class {name!r} has {count} training "
-            f"image{'s' if count != 1 else ''} besides those of the {held_out:,} held out{others}; "
-            "choose fewer shots or a smaller --loader.held-out, or add images"
+            f"image{'s' if count != 1 else ''} besides the {held_out:,} held out{others}; choose "
+            "fewer shots or a smaller --loader.held-out, or add images"
         )
     return few_shot(index.key, index.label, samples, shots, seed), held
 

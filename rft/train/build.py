@@ -217,7 +217,7 @@ def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> N
     if reached := unfinished(Path(path)):
         log.warning(f"{where} has not finished training ({reached})")
     if changed := model.architecture.difference(architecture):
-        raise ValueError(f"{where} is a different architecture: {changed[0]}")
+        raise ValueError(f"{where} has a different architecture: {changed[0]}")
     pair = (known, where, classes, "the training set")
     rows = len(state["head.weight"])
     for warning in (

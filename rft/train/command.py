@@ -198,9 +198,9 @@ def use_embedded_world(config: Config, world: World) -> Config:
     run = config.run or f"runs/miniature-{config.recipe}-seed{config.seed}"
     if world.is_main:
         log.info(
-            f"No --data given: training {config.recipe} on the embedded miniature world. For "
-            f"ImageNet: torchrun --nproc_per_node 8 -m rft.train {config.recipe} "
-            "--data URL --run-dir DIR"
+            f"Without --data: training {config.recipe} on the embedded miniature world. For "
+            f"ImageNet: torchrun --nproc_per_node 8 -m rft.train {config.recipe} --data URL "
+            "--run-dir DIR"
         )
     # the first rank makes it while the others wait for its lock
     miniature.prepare_data(miniature.FOLDER)

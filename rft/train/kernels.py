@@ -91,5 +91,5 @@ def require_own_cache() -> None:
     if found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
         raise PermissionError(
             f"other users can write to {folder}, from which torch.compile runs code: set "
-            "TORCHINDUCTOR_CACHE_DIR to a private folder (docs/security.md)"
+            "TORCHINDUCTOR_CACHE_DIR to a private folder (docs/security.md#shared-folders)"
         )

@@ -225,7 +225,7 @@ def test_an_attack_is_one_line(refused, tmp_path):
     data = b"\x80\x02cposix\nsystem\nX\x05\x00\x00\x00touch\x85R."
     (tmp_path / "evil.pt").write_bytes(data)
     line = refused("import", tmp_path / "evil.pt", "--out", tmp_path / "run", "--clip", "ViT-B-32")
-    assert "evil.pt is refused: it wants to use posix.system" in line
+    assert "evil.pt is refused: it names posix.system" in line
     formats.write_hub_folder(tmp_path / "hub")
     path = tmp_path / "hub" / "open_clip_config.json"
     config = document(path)

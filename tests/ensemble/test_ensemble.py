@@ -455,7 +455,7 @@ def test_vrf_needs_the_training_set_and_something_gained(wrong, ensemble, runs, 
     shutil.rmtree(runs / "end")
     config = {"recipe": "vanilla", "seed": 1, "imported_from": {"format": "test"}}
     write_run(runs / "end", saved._replace(metadata=metadata), config)
-    assert "it is not known what it was trained on" in wrong("vrf", "--temperatures", 1, 1)
+    assert "its training set is unknown" in wrong("vrf", "--temperatures", 1, 1)
     # the others need no training images
     ensemble("ose", out="ose")
     ensemble("dawin", "--temperatures", 1, 1, out="dawin")

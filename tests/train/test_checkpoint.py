@@ -404,7 +404,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     store.write({"progress": {"step": 1, "best_step": -1}, "model": Evil()})
     with pytest.raises(
         ValueError,
-        match=r"step-00000001.pt is not a checkpoint of this run: refused: it wants to use",
+        match=r"step-00000001.pt is not a checkpoint of this run: refused: it names",
     ):
         checkpoint.resume(store, ALONE, own(), 1)
     assert not (tmp_path / "ran").exists()
@@ -448,7 +448,7 @@ HEAD, EMBEDDING = "head.bias", "visual.class_embedding"
 CONTENT: dict[str, tuple[Change, str]] = {
     "a list": (lambda _: [1], "it holds a list"),
     "a tensor": (lambda _: torch.zeros(3), "it holds a StoredTensor"),
-    "code": (lambda saved: saved.update(model=Evil()), "refused: it wants to use pathlib"),
+    "code": (lambda saved: saved.update(model=Evil()), "refused: it names pathlib"),
     "no must_agree": (lambda saved: saved.pop("must_agree") and None, "must_agree is missing"),
     "must_agree a text": (lambda saved: saved.update(must_agree="x"), "must_agree is 'x'"),
     "a config of nothing": (put("must_agree", "config", None), "must_agree.config is None"),

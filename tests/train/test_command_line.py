@@ -158,8 +158,8 @@ def edited(path, **changes) -> None:
     [
         ('{"rft": "97.0.1", "git": "abcdef123456"}', "a newer rft (97.0.1, commit abcdef123456)"),
         ('{"rft": "0.0.1", "git": null}', "a different rft (0.0.1)"),
-        ("{", "a different version of rft (its provenance.json does not say which)"),
-        ("[]", "a different version of rft (its provenance.json does not say which)"),
+        ("{", "a different version of rft (its provenance.json does not record which)"),
+        ("[]", "a different version of rft (its provenance.json does not record which)"),
     ],
 )
 def test_a_run_of_a_newer_version(refused, options, tmp_path, provenance, writer):
