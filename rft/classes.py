@@ -109,6 +109,7 @@ def compare(one: Classes | None, where: str, other: Classes | None, other_where:
             f"{where} and {other_where} have different classes: class {number} is "
             f"{one.text_of(number)} in the first, {other.text_of(number)} in the second{order}"
         )
+    # classes that were only renamed are accepted, with a warning
     renamed = _differing(one.names, other.names) | _differing(one.ids, other.ids)
     if not renamed:
         return []
@@ -185,5 +186,6 @@ def _moved(one: Sequence[str], other: Sequence[str], differing: set[int]) -> set
     """
     left = {number: composed(one[number]) for number in differing}
     right = {number: composed(other[number]) for number in differing}
+    # a value that only one list has was renamed, not moved
     both = set(left.values()) & set(right.values())
     return {number for number in differing if left[number] in both or right[number] in both}

@@ -119,6 +119,7 @@ def by_name(text: str, *, bare: bool = False) -> str:
         return text
     launcher = r"(?:python|torchrun(?: --nproc_per_node \w+)?) -m "
     for words, one in _every():
+        # not followed by a longer name, as rft.merge is in rft.merge.choose
         module = rf"(?:{launcher}){'?' if bare else ''}\b{re.escape(one.package)}(?!\w|\.\w)"
         script = rf"python tools/{re.escape(one.script)}" if one.script else ""
         text = re.sub("|".join(filter(None, (module, script))), " ".join(("rft", *words)), text)

@@ -109,10 +109,12 @@ class Transfer:
         if not self._locked:
             return to_device(images_BCHW, self.device)
         target_BCHW = self._buffers[number % 2][: len(images_BCHW)]
+        # the copy waits for the work on batch `number` - 2, which used the same buffer
         self._stream.wait_event(self._used[number % 2])
         with torch.cuda.stream(self._stream):
             target_BCHW.copy_(images_BCHW, non_blocking=True)
         self._copied[number % 2].record(self._stream)
+        # and the work on this batch waits for its copy
         torch.cuda.current_stream(self.device).wait_event(self._copied[number % 2])
         return target_BCHW
 

@@ -85,6 +85,7 @@ def run(words: Sequence[str]) -> None:
     elif found is None:
         found = _refuse("command", name, list(COMMANDS))
     os.environ[STARTED] = f"rft {name}"
+    # `rft reproduce` is the demo's command with a fixed first word
     rest[:0] = found.first
     ranks = _take_ranks(rest) if found.ranks else 1
     sys.argv = [sys.argv[0], *rest]
@@ -97,6 +98,7 @@ def run(words: Sequence[str]) -> None:
     else:
         from rft import dist
 
+        # this process only starts the ranks, which parse the options themselves
         cli.run(lambda: sys.exit(dist.start_ranks(found.package, rest, ranks)))
 
 

@@ -104,6 +104,7 @@ def tokenize_prompts(
         clip.tokenize([template.replace("{c}", name) for template in templates]) for name in classes
     ]
     tokens_KMT = torch.stack(rows)
+    # the end token has the largest id, so argmax finds where a prompt ends
     longest = int(tokens_KMT.argmax(dim=-1).max()) + 1
     return tokens_KMT[..., :longest].contiguous()
 

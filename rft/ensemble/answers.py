@@ -140,7 +140,9 @@ def gather_bank(
     )
     files = work.kept.open(packed, samples, work.device) if work.kept else {}
     unit = Ensemble(work.models[1:], lambda features: ensembling.unit(features[0]))
+    # an empty start, because a rank may find no such image
     rows = [torch.empty(0, work.models[1].architecture.embed_dim)]
+    # counted on the device, which is then read only once
     bad_S = torch.zeros(2, dtype=torch.int64, device=work.device)
     stream = forward(
         [*work.models, unit], mine, part.start, files, workers=work.workers, device=work.device
@@ -213,6 +215,7 @@ def predict_dawin(
     start, end = (model.state_dict() for model in work.models)
     for number, mean in enumerate(means):
         own = np.flatnonzero(label_N == number)
+        # a component may be the most probable one of no image
         if len(own) == 0:
             continue
         merged = interpolate(start, end, mean)

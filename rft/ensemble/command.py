@@ -195,6 +195,7 @@ def _read(arguments: Ose | Vrf | Dawin) -> Pair:
         options["temperatures"] = None if given is None else list(given)
     found = pair.read_pair(kind, arguments.zero_shot, arguments.fine_tuned, arguments.out, options)
     if not isinstance(arguments, Ose) and arguments.temperatures is None:
+        # called for its error, before any work
         pair.held_out(found)
     if isinstance(arguments, Vrf):
         pair.training_of(found)

@@ -48,6 +48,7 @@ class Pair:
     @property
     def sha256(self) -> str:
         """Hash of everything that decides the predictions: both models' weights, and options."""
+        # without the models' paths, which may change; their hashes are added instead
         named = {name: value for name, value in self.config.items() if name != "ensemble_of"}
         weights = [model.sha256 for model in self.models]
         return files.sha256_bytes(json.dumps([weights, named], sort_keys=True).encode())
@@ -119,6 +120,7 @@ def read_pair(
         **({"transductive": True} if recipes.ENSEMBLES[kind].transductive else {}),
         "ensemble_of": [model.record() for model in models],
     }
+    # called for its error, if `out` holds anything else
     derived.is_complete(out, config)
     warn_of_ends(*models, names=NAMES)
     return Pair(out, first, second, config)

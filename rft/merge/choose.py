@@ -139,6 +139,7 @@ def main() -> None:
         files.join(arguments.data, split.train_set), max_pixels=arguments.max_pixels
     )
     require_no_test_images(arguments.data, split.train_set, packed.manifest, packed.index.key)
+    # with --wise the candidates include averages, which `_known` does not compare
     if not arguments.wise and (known := _known(arguments, packed.manifest.sha256)):
         cli.say(f"already chosen by held-out images: {known.chosen}")
         return

@@ -60,6 +60,7 @@ def step_seconds(job: Job) -> float:
     job = replace(job, objective=copy.deepcopy(job.objective))
     optimizer = build_optimizer(job.objective, job.config.optim)
     whole = job.config.loader.batch_size
+    # the smallest batch in which every fill has a donor
     few = min(DONORS * job.config.optim.accumulate, whole)
     try:
         gradient = seconds_of(lambda: _gradient(job, few), job.device) * whole / few
