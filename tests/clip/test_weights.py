@@ -191,7 +191,7 @@ def test_other_things_that_are_no_weights(tmp_path, state):
     with pytest.raises(ValueError, match=r"a tensor 'extra\.weight' that its format does not have"):
         weights.read(tmp_path / "m.pt")
     torch.save({**state, "head.weight": torch.ones(4, 7)}, tmp_path / "m.pt")
-    with pytest.raises(ValueError, match=r"head of shape \(4, 7\), its tower 16 features"):
+    with pytest.raises(ValueError, match=r"head of shape \(4, 7\), but its tower has 16 features"):
         weights.read(tmp_path / "m.pt")
 
 
