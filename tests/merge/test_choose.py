@@ -76,7 +76,7 @@ def test_every_candidate_is_counted_on_the_held_out_images(train, tiny_data, tmp
 def test_runs_without_held_out_images_are_refused(train, tiny_data, tmp_path, refused):
     runs = [train("vanilla", "--loader.held-out", 0, "--seed", n, name=f"v{n}") for n in (0, 1)]
     line = refused(choose, *runs, "--data", tiny_data, "--save", tmp_path / "choice.json")
-    assert "held no images out" in line
+    assert "held out no images" in line
     assert not (tmp_path / "choice.json").exists()
     assert "two models" in refused(choose, runs[0], "--data", tiny_data, "--save", tmp_path / "c")
 

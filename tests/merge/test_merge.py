@@ -590,9 +590,9 @@ def test_runs_that_were_not_selected_by_the_same_images(runs, tmp_path, tiny_dat
     assert f"loader.held_out: {HELD_OUT} -> 20" in refused(*command)
     change_config(two, loader={**document["loader"], "held_out": 0})
     line = refused(*command)
-    assert f"{two} held no images out" in line
+    assert f"{two} held out no images" in line
     change_config(one, loader={**document["loader"], "held_out": 0})
-    assert f"{one} held no images out" in refused(*command)
+    assert f"{one} held out no images" in refused(*command)
     change_config(one, strange=1)
     line = refused(*command)
     assert f"{one}/config.json: strange is an unknown field; it was written by a different" in line
