@@ -350,7 +350,7 @@ class LogConfig:
 
 @document(name="cluster")
 class ClusterConfig:
-    """Behaviour beside other jobs and on faults; never changes a result."""
+    """Coexistence with other jobs, and handling of faults; never changes the result."""
 
     stop_file: str = ""
     """When this file appears, the run writes a checkpoint and stops. A job script creates it when

@@ -39,14 +39,16 @@ USAGE = f"""Fine-tune CLIP so that it stays robust.
 usage: torchrun --nproc_per_node N -m rft.train RECIPE --data URL --run-dir DIR
        [--any.option VALUE]
 
-The default recipe is {recipes.DEFAULT}. Without --data it trains on the embedded miniature world.
-The defaults below are the paper's. --scale miniature starts from those for that world, --preset
-official-parity from the paper's released code where it differs from the paper's text. With --scale
-small, for your own photos, held-out images, batch, warm-up and checkpoint interval follow from the
-size of the set; --dry-run prints the rule and its values. To resume a stopped run, repeat its
-command.
+The default recipe is {recipes.DEFAULT}. Without --data it
+trains on the embedded miniature world. The defaults below are the paper's.
+--scale miniature starts from those for that world, --preset official-parity
+from the paper's released code where it differs from the paper's text. With
+--scale small, for your own photos, held-out images, batch, warm-up and
+checkpoint interval follow from the size of the set; --dry-run prints the rule
+and its values. To resume a stopped run, repeat its command.
 
-Recipes (the paper's numbers for each are in rft/paper.py): {recipes.list_in_words()}
+Recipes (the paper's numbers for each are in rft/paper.py):
+{recipes.list_in_words()}
 """
 
 # the options that --help prints; --help-all prints all
