@@ -1,11 +1,11 @@
 """Fine-tuning held to the pre-trained weights theta_0: L2-SP, SPD and FTP.
 
-- L2-SP (Li et al. 2018): lambda / 2 |theta - theta_0|^2 is added to the loss. - Selective
-projection decay (Tian et al., NeurIPS 2024): after an optimizer step, each tensor that had moved
-too far according to its gradient, <g, theta - theta_0> > 0, is drawn back by the share of its
-distance that the step added. - Fast trainable projection (Tian et al., NeurIPS 2023): after an
-optimizer step, each row of a tensor is projected into an L1 ball around theta_0, whose radius gamma
-is learnt per tensor.
+- L2-SP (Li et al. 2018): lambda / 2 |theta - theta_0|^2 is added to the loss.
+- Selective projection decay (Tian et al., NeurIPS 2024): after an optimizer step, each tensor that
+  had moved too far according to its gradient, <g, theta - theta_0> > 0, is drawn back by the share
+  of its distance that the step added.
+- Fast trainable projection (Tian et al., NeurIPS 2023): after an optimizer step, each row of a
+  tensor is projected into an L1 ball around theta_0, whose radius gamma is learnt per tensor.
 
 All functions take the trained weights and theta_0 as lists of tensors in the same order, and work
 in place. Nothing waits for the device. If theta_0 is subtracted, both are fp32, because the changes
