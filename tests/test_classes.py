@@ -154,7 +154,7 @@ def test_a_header_of_another_number_of_classes_is_damaged(tmp_path):
     header["__metadata__"]["rft"] = json.dumps(entries)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    with pytest.raises(ValueError, match="its header names 1 classes, its head has 5"):
+    with pytest.raises(ValueError, match="its header names 1 classes, but its head has 5"):
         load_state(path)
 
 

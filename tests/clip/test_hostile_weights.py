@@ -127,7 +127,7 @@ OWN = {
     ),
     "a longer list": (
         entry(lambda e: e["classes"].update(names=[*"ABCDEF"], ids=[*"abcdef"])),
-        "header names 6 classes, its head has 5",
+        "header names 6 classes, but its head has 5",
     ),
     "metadata": (lambda d: d.update(__metadata__=[]), r"is \[\]; it must be an object"),
     "other metadata": (lambda d: d.update(__metadata__={"rft": 3}), "rft is 3; it must be a text"),
@@ -484,7 +484,7 @@ BOMBS = {
         + b"}("
         + b"".join(b"X\5\0\0\0m%04dh\x02)\x81h\x03b" % n for n in range(9999))
         + b"u.",
-        "holds more than 1,000,000 things",
+        "has more than 1,000,000 entries",
     ),
     "nested": (nested(NESTED, 60_000), "EOFError|larger than the file"),
     "small nested": (nested(OLD + b"N.", 60_000), "EOFError|larger than the file"),
