@@ -16,13 +16,15 @@ from rft.storage import files
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
-    "README.md",
     "docs/decisions.md",
-    "docs/data.md",
+    "docs/results.md",
+    "docs/peers.md",
+    "docs/storage.md",
     "docs/cluster.md",
     "docs/evaluation.md",
     "docs/methods.md",
     "docs/security.md",
+    "docs/speed.md",
 )
 RESULTS = "docs/results"
 LATER = "post-2023"
@@ -70,7 +72,7 @@ def copy_report(folder: Path, report: str, name: str) -> None:
 
 
 def main() -> None:
-    """Copy the reports' files, then write the pages."""
+    """Copy the reports' files, then write the pages and the README's pictures."""
     arguments = cli.parse(Arguments, prog="update_results")
     if arguments.demo is not None:
         copy_report(arguments.demo, "report", "miniature")
@@ -83,6 +85,10 @@ def main() -> None:
     for name, text in pages.items():
         files.write_bytes(str(ROOT / name), text.encode())
         print(f"updated {name}")
+    # here, because it imports torch, which the pages do not need
+    from docs import pictures
+
+    pictures.main(steps=arguments.demo is not None)
 
 
 if __name__ == "__main__":

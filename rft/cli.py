@@ -35,10 +35,16 @@ from rft.storage import files, urls
 from rft.text import plain
 
 T = TypeVar("T")
+<<<<<<< HEAD
 ERROR_LETTERS = 1800  # per error line; tests/hostile allows at most 2,000
 HELP_ALL = "--help-all"
 OPTION = re.compile(r"│ (?:-\w, )?--\S.*?(?=  |$)")  # an option's line in tyro's help
 # tyro's complaints about text in place of a number; {None} marks an option that may be omitted
+=======
+ERROR_LETTERS = 1800  # of its line; tests/hostile takes at most 2,000
+OPTION = re.compile(r"│ (?:-\w, )?--\S.*?(?=  |$)")  # the line of an option in tyro's help
+# what tyro complains of a text in place of a number, which may be left out where it has None
+>>>>>>> main
 NO_NUMBER = re.compile(
     r"^Error parsing (?P<name>--[\w.-]+): "
     r"(?:(?P<whole>invalid literal for int\(\) with base 10: )|could not convert string to float: "
@@ -234,9 +240,9 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
         options["prog"] = f"{os.environ[commands.STARTED]} {kind_of}".rstrip()
     words = list(options.pop("args", sys.argv[1:]))
     given = [word for word in words if word.startswith("--")]
-    if shown and HELP_ALL in words:
+    if shown and commands.HELP_ALL in words:
         words, shown = [*words, "--help"], ()
-        words.remove(HELP_ALL)
+        words.remove(commands.HELP_ALL)
     complaint, help_text = io.StringIO(), _boxes()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(help_text):
@@ -382,7 +388,7 @@ def only_shown(help_text: str, shown: Sequence[str]) -> str:
         if keep:
             boxes[-1].append(line)
     texts = ["\n".join(box) for box in boxes if box == boxes[0] or any(map(OPTION.match, box))]
-    return "\n".join([*texts, f"{hidden} more options: {HELP_ALL}"])
+    return "\n".join([*texts, f"{hidden} more options: {commands.HELP_ALL}"])
 
 
 def print_help(text: str) -> None:

@@ -2,7 +2,7 @@
 
 Four of the paper's numbers assume a million images: held-out images, batch, warm-up and checkpoint
 interval. The rule was chosen by reasoning (see its constants) before any accuracy was known;
-`python -m benchmarks.small_sets` measured it afterwards (docs/decisions.md).
+`python -m benchmarks.small_sets` measured it afterwards (docs/results.md).
 """
 
 from collections.abc import Collection

@@ -31,7 +31,7 @@ NO_PERMISSION = (
 )
 LATER = "run the same command again later"
 HINTS = {
-    401: "it needs a login, see docs/data.md, Credentials",
+    401: "it needs a login, see docs/storage.md#credentials",
     403: NO_PERMISSION,
     416: "the file is shorter than it should be",
     429: LATER,

@@ -69,7 +69,7 @@ def check(url: str) -> str:
         plain = re.sub(rf"(?<=//){re.escape(HIDDEN)}@", "", url)
         raise ValueError(
             f"{shown(plain)} was recorded without its credentials; name it again, without them, "
-            "and give them to the client (docs/data.md, Credentials)"
+            "and give them to the client (docs/storage.md#credentials)"
         )
     if "::" in url and "::" not in IN_BRACKETS.sub("", url):
         raise ValueError(
@@ -212,7 +212,7 @@ def refuse_credentials(word: str) -> None:
             instead = INSTEAD.get(OWNER.get(protocol, protocol), "give it to the client")
             raise ValueError(
                 f"{shown(url)} was given with {what}, which would be printed and recorded; leave "
-                f"it out: {instead} (docs/data.md, Credentials)"
+                f"it out: {instead} (docs/storage.md#credentials)"
             )
 
 

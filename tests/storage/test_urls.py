@@ -247,7 +247,7 @@ WITH_SECRET = [
 def test_a_credential_is_refused_with_what_to_do_instead(url: str) -> None:
     for refused in (urls.check, urls.refuse_credentials, files.read_bytes, files.exists):
         with pytest.raises(
-            ValueError, match=r"leave it out: .*docs/data\.md, Credentials"
+            ValueError, match=r"leave it out: .*docs/storage\.md#credentials"
         ) as error:
             refused(url)
         assert SECRET not in str(error.value)
