@@ -35,16 +35,9 @@ from rft.storage import files, urls
 from rft.text import plain
 
 T = TypeVar("T")
-<<<<<<< HEAD
 ERROR_LETTERS = 1800  # per error line; tests/hostile allows at most 2,000
-HELP_ALL = "--help-all"
 OPTION = re.compile(r"│ (?:-\w, )?--\S.*?(?=  |$)")  # an option's line in tyro's help
 # tyro's complaints about text in place of a number; {None} marks an option that may be omitted
-=======
-ERROR_LETTERS = 1800  # of its line; tests/hostile takes at most 2,000
-OPTION = re.compile(r"│ (?:-\w, )?--\S.*?(?=  |$)")  # the line of an option in tyro's help
-# what tyro complains of a text in place of a number, which may be left out where it has None
->>>>>>> main
 NO_NUMBER = re.compile(
     r"^Error parsing (?P<name>--[\w.-]+): "
     r"(?:(?P<whole>invalid literal for int\(\) with base 10: )|could not convert string to float: "

@@ -6,15 +6,9 @@ LATER_MERGED), our own recipes (RESEARCH), and ensembles of two models (ENSEMBLE
 
 The paper's printed results are in rft/paper.py, under the same names.
 
-<<<<<<< HEAD
 The setting of each mask x fill is taken from the released code's example script; the paper prints
 the values that it tried (SETTINGS) but not its choices. Everything that a recipe does not set is
-the same for all (appendix A.1). Any recipe can be scaled to the embedded world (docs/decisions.md).
-=======
-The setting of each mask x fill is the one that the released code's example script names; the paper
-prints the values it tried (SETTINGS) but not its choices. Everything a recipe does not mention is
 the same for all (appendix A.1). Any recipe can be scaled to the embedded world (docs/results.md).
->>>>>>> main
 """
 
 from collections.abc import Iterator, Mapping
@@ -191,11 +185,7 @@ LATER: dict[str, Recipe] = {
     ),
 }
 
-<<<<<<< HEAD
-# chosen from 0.1 and 1 on development seeds (docs/decisions.md, "Research recipes")
-=======
-# chosen on development seeds from 0.1 and 1 (docs/results.md, "Research recipes")
->>>>>>> main
+# chosen from 0.1 and 1 on development seeds (docs/results.md, "Research recipes")
 HEAD_WEIGHT = 0.1
 # Our own recipes for limits that the paper names: object-mask-single-fill with changes.
 RESEARCH = {

@@ -430,14 +430,15 @@ def load(store: Store, record: Record, own: Own) -> Saved:
             why = printable(lines[0], unpickle.SHOWN)
             raise ValueError(
                 f"{url} is not a checkpoint of this run: {why}. Delete it to resume from the one "
-                "before, or use a new run folder (docs/training.md)"
+                "before, or use a new run folder (docs/training.md#stop-and-resume)"
             ) from error
     more = f"; and {len(changed) - MOST_CHANGED} more" if len(changed) > MOST_CHANGED else ""
     shown = "; ".join(printable(one, unpickle.SHOWN) for one in changed[:MOST_CHANGED])
     option = repeat_precision(content.must_agree.get("config", {}), own.must_agree["config"])
     raise ValueError(
         f"{url} was made on other data or by a different run and cannot be resumed: {shown}{more}. "
-        f"Restore the data, repeat its options{option} or use a new run folder (docs/training.md)"
+        f"Restore the data, repeat its options{option} or use a new run folder "
+        "(docs/training.md#stop-and-resume)"
     )
 
 

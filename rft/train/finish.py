@@ -94,7 +94,7 @@ def tell_finished(config: Config, done: Finished, world: World) -> None:
         raise ValueError(
             f"{config.run} is a finished run that was built on other weights: "
             f"{'; '.join(changed)}. Name those weights, or choose another --run-dir "
-            "(docs/training.md)"
+            "(docs/training.md#stop-and-resume)"
         )
     if world.is_main:
         notes = [f"in {load_config(Path(config.run)).precision}"]

@@ -159,7 +159,7 @@ def check_identity(config: Config) -> None:
         raise ValueError(
             f"{config.run} holds a run with a different configuration: {'; '.join(changed)}. "
             f"Repeat its options to resume it{option}, or choose another --run-dir "
-            "(docs/training.md)"
+            "(docs/training.md#stop-and-resume)"
         )
 
 
@@ -221,6 +221,6 @@ def finished(config: Config) -> Finished | None:
         raise ValueError(
             f"{config.run} is a finished run that was trained on other data than {url} holds now: "
             f"the manifest's hash was {trained_on[:12]} and is now {now[:12]}. Restore the data, "
-            "or choose another --run-dir (docs/training.md)"
+            "or choose another --run-dir (docs/training.md#stop-and-resume)"
         )
     return Finished(record, "")
