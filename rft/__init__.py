@@ -1,6 +1,6 @@
 """rft: robust fine-tuning of CLIP on counterfactual images (Xiao et al., CVPR 2023).
 
-`rft.load` gives a model to use from Python; `rft/__init__.pyi` has the types.
+`rft.load` loads a model for use from Python; its types are in `rft/__init__.pyi`.
 """
 
 import importlib
@@ -16,9 +16,10 @@ if start.is_command():
 
 
 def __getattr__(name: str) -> Any:
-    """Import what Python's users need when it is first named: torch takes seconds.
+    """Import the public API on first access, because importing torch takes seconds.
 
-    By its name, because rooms at the bottom import this module, and would import the top with it.
+    The module is imported by name: low-level packages import this one, and a plain import would
+    pull in the top-level code with it.
     """
     if name in _API:
         return getattr(importlib.import_module("rft.predict.model"), name)

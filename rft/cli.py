@@ -1,9 +1,10 @@
-"""How every command line of rft starts and how it fails.
+"""Start and failure of every rft command.
 
-A user's mistake is a `ValueError` (or an `OSError` from a file they named): it becomes one line on
+A user's mistake is a `ValueError`, or an `OSError` from a file they named. It becomes one line on
 stderr and exit code 2. Everything else is a bug and keeps its traceback; RFT_TRACEBACK=1 in the
-environment shows one for a mistake too. No command starts with the credentials of a URL on its
-command line, which many of them record; those in texts of other libraries are cut.
+environment shows a traceback for mistakes too. URLs with credentials on the command line are
+refused, because many commands record their arguments. Credentials in the messages of other
+libraries are redacted.
 """
 
 import contextlib
@@ -34,18 +35,18 @@ from rft.storage import files, urls
 from rft.text import plain
 
 T = TypeVar("T")
-ERROR_LETTERS = 1800  # of its line; tests/hostile takes at most 2,000
-OPTION = re.compile(r"│ (?:-\w, )?--\S.*?(?=  |$)")  # the line of an option in tyro's help
-# what tyro complains of a text in place of a number, which may be left out where it has None
+ERROR_LETTERS = 1800  # per error line; tests/hostile allows at most 2,000
+OPTION = re.compile(r"│ (?:-\w, )?--\S.*?(?=  |$)")  # an option's line in tyro's help
+# tyro's complaints about text in place of a number; {None} marks an option that may be omitted
 NO_NUMBER = re.compile(
     r"^Error parsing (?P<name>--[\w.-]+): "
     r"(?:(?P<whole>invalid literal for int\(\) with base 10: )|could not convert string to float: "
     r"|no type matching (?:\{None\}\|)?(?P<kind>INT|FLOAT) could be instantiated from \[)"
     r"'(?P<value>.*)'\]?\.?$"
 )
-STYLE = re.compile(r"\x1b\[[0-9;]*m")  # how a terminal is asked for a colour
-LEAST_COLUMNS = 40  # of a terminal: in less than 5 tyro's --help has no end
-SIZE = r"[1-9][0-9]{0,3}"  # of a terminal, columns or lines; rich would fill more with spaces
+STYLE = re.compile(r"\x1b\[[0-9;]*m")  # escape sequences for terminal colours
+LEAST_COLUMNS = 40  # of a terminal: below 5 columns, tyro's --help never ends
+SIZE = r"[1-9][0-9]{0,3}"  # columns or lines of a terminal; rich would pad a larger one with spaces
 
 # the variables that torchrun sets for each rank
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -56,12 +57,12 @@ SEVERAL_GPUS = "  (with several GPUs: torchrun --nproc_per_node NUMBER in place 
 def run(main: Callable[[], None], *, ranks: bool = False, again: str = "") -> None:
     """Run `main`; turn a user's mistake into one clear line and exit code 2.
 
-    Under torchrun the ranks of a node meet the same mistake, so one of each node prints it, and
-    torchrun repeats it at the end of its summary. Without `ranks` a command is one process,
-    whatever a launcher has left in the environment. `again` is the command line of a plan, which
-    resumes what Ctrl-C stopped.
+    Under torchrun all ranks of a node meet the same mistake, so only one per node prints it, and
+    torchrun repeats it at the end of its summary. Without `ranks` the command runs as one process,
+    and a launcher's variables in the environment are ignored. `again` is the command line of a
+    plan, printed after Ctrl-C because it resumes the plan.
     """
-    sys.excepthook = _tell_bug  # for what no clause below catches
+    sys.excepthook = _tell_bug  # for exceptions that no clause below catches
     log.setup(urls.redact)
     if not ranks:
         for name in LAUNCHED:
@@ -74,14 +75,14 @@ def run(main: Callable[[], None], *, ranks: bool = False, again: str = "") -> No
             urls.refuse_credentials(word)
         try:
             main()
-        except SystemExit as stopped:  # of --help, or a code of the command's own
-            _finish_output()  # its output counts too
-            # a stage of the plan was
+        except SystemExit as stopped:  # from --help, or the command's own exit code
+            _finish_output()  # a failed write counts here too
+            # a stage of the plan was interrupted or stopped
             if again and stopped.code in (start.INTERRUPTED, start.STOPPED):
                 start.say_interrupted(again, "stopped")
             raise
         _finish_output()
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         _drop_output()
         sys.exit(1)
     except KeyboardInterrupt:
@@ -98,58 +99,58 @@ def run(main: Callable[[], None], *, ranks: bool = False, again: str = "") -> No
 
 
 def _say_error(error: Exception) -> None:
-    """Print a user's mistake, and leave it to torchrun, which may repeat it."""
+    """Print a user's mistake, and hand it to torchrun, which may repeat it."""
     message = commands.by_name(urls.redact(" ".join(str(error).split())))
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" on rank {rank}"
     line = _shortened(plain(f"error{where}: {message}"))
-    # what can be done about it, where that takes more than the line
+    # longer advice, printed below the error
     advice = map(commands.by_name, getattr(error, "__notes__", ()))
     notes = [_shortened(plain(f"  {urls.redact(note)}")) for note in advice]
-    with contextlib.suppress(OSError):  # one file may hold both streams: in their order
+    with contextlib.suppress(OSError):  # keep the order if both streams go to one file
         if sys.stdout is not None:
             sys.stdout.flush()
     if not is_quiet_rank():
-        with contextlib.suppress(OSError):  # stderr is full or closed: the exit code is left
+        with contextlib.suppress(OSError):  # stderr is full or closed
             print(line, *notes, sep="\n", file=sys.stderr, flush=True)
     _hand_to_torchrun(line)
 
 
 def _shortened(line: str) -> str:
-    """Return a line short enough to read: of a long one, its beginning and its end."""
+    """Shorten a long line to its beginning and its end."""
     half = ERROR_LETTERS // 2
     return line if len(line) <= ERROR_LETTERS else f"{line[:half]} ... {line[-half:]}"
 
 
 def _require_streams() -> None:
-    # a file that is opened later would take the number of a closed stream, and be written to
+    # a file opened later would get the descriptor of a closed stream, and receive its output
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            raise ValueError(f"{name} is closed; redirect it to /dev/null to see nothing of it")
+            raise ValueError(f"{name} is closed; redirect it to /dev/null to discard it")
 
 
 def _bound_terminal() -> None:
-    """Keep the size of a terminal within what help, tables and bars can be drawn in."""
+    """Bound the terminal's size to values in which help, tables and bars can be drawn."""
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch(SIZE, os.environ.get(name, ""), re.ASCII):
             os.environ.pop(name, None)
     widths = [int(os.environ.get("COLUMNS", "0"))]
-    for stream in range(3):  # rich looks at each of them
+    for stream in range(3):  # rich checks each of them
         with contextlib.suppress(OSError):
             widths.append(os.get_terminal_size(stream).columns)
-    # COLUMNS first, as rich has it; a terminal without a size reports 0
+    # COLUMNS wins, as in rich; a terminal without a size reports 0
     width = widths[0] or min(filter(None, widths), default=LEAST_COLUMNS)
     if width < LEAST_COLUMNS:
         os.environ["COLUMNS"] = str(LEAST_COLUMNS)
 
 
 def _require_client_settings() -> None:
-    """Check the settings of store clients, of which fsspec ignores what it cannot read."""
+    """Check fsspec's settings in the environment, because fsspec ignores those it cannot parse."""
     for name, value in os.environ.items():
         if name.startswith("FSSPEC"):
             with warnings.catch_warnings(record=True) as ignored:
                 warnings.simplefilter("always")
-                # into a dictionary that is dropped: fsspec itself read it when it was imported
+                # into a throw-away dictionary: fsspec itself read the variables on import
                 set_conf_env({}, {name: value})
             if ignored:
                 raise ValueError(
@@ -159,7 +160,7 @@ def _require_client_settings() -> None:
 
 
 def _finish_output() -> None:
-    """Write what was printed, while an error still has a line and an exit code."""
+    """Flush stdout while a failure can still be reported as an error line and an exit code."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -169,35 +170,36 @@ def _finish_output() -> None:
 
 
 def _drop_output() -> None:
-    """Leave nothing to Python's own flush at the end where nothing can be written."""
+    """Point unwritable streams at /dev/null, so that Python's flush at exit cannot fail."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
         except OSError:
             with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
-                # or the flush at Python's exit fails too, with a message and code 120
+                # otherwise the flush at exit fails too, with a message and code 120
                 os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _hand_to_torchrun(line: str) -> None:
-    """Leave a line where torchrun, if there is one, looks for the cause that it prints last."""
+    """Write the error to the file from which torchrun, if present, prints the cause last."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
-            # the form of torch.distributed.elastic's ErrorHandler; its summary prints py_callstack
+            # same format as torch.distributed.elastic's ErrorHandler; its summary prints
+            # py_callstack
             cause = {"py_callstack": line, "timestamp": str(int(time.time()))}
             Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": cause}}))
 
 
 def is_quiet_rank() -> bool:
-    """Whether torchrun started this rank and another of its node prints what all of them meet.
+    """Whether torchrun started this rank and another rank of its node prints shared errors.
 
-    Without a torchrun, as where its variables are left in a shell, no process would print it.
+    If only torchrun's variables are left in a shell, no other process would print them.
     """
-    # a launcher of another kind may set none: then the variables below decide
+    # another launcher may not set it: then the variables below decide
     if (text := os.environ.get("TORCHELASTIC_ERROR_FILE")) is not None:
         error_file = Path(text)
-        # the folder is gone when torchrun has ended
+        # torchrun deletes this folder when it ends
         if not (error_file.is_absolute() and error_file.parent.is_dir()):
             return False
     texts = [os.environ.get(name, "") for name in LAUNCHED]
@@ -210,23 +212,23 @@ def is_quiet_rank() -> bool:
 
 
 def _tell_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback as Python does, without the credentials of URLs in its messages."""
+    """Print a traceback as Python does, with the credentials of URLs redacted."""
     text = "".join(traceback.format_exception(kind, error, trace))
     print(urls.redact(text), end="", file=sys.stderr, flush=True)
 
 
 def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) -> T:
-    """Parse the command line with `tyro.cli`, which gets the options.
+    """Parse the command line with `tyro.cli`, to which `options` are passed.
 
-    Where a command has many options, `shown` are the names of those that --help prints; --help-all
-    prints all.
+    For a command with many options, `shown` names those that --help prints; --help-all prints all.
 
     Raises:
-        ValueError: with the first lines of tyro's complaint, which it would print as a box. For an
-            option that is a path and was given a URL: pathlib makes a folder `s3:` of it.
+        ValueError: with the first lines of tyro's complaint, which tyro would print as a box; or
+            for a URL given to an option that takes a path, of which pathlib would make a folder
+            `s3:`.
     """
     if commands.STARTED in os.environ:
-        # "rft.convert export" has a kind behind the command
+        # "rft.convert export" has a kind after the command
         kind_of = options.get("prog", "").partition(" ")[2]
         options["prog"] = f"{os.environ[commands.STARTED]} {kind_of}".rstrip()
     words = list(options.pop("args", sys.argv[1:]))
@@ -246,10 +248,10 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
             print_help(only_shown(text, shown) if shown else text)
             raise
         sections = _sections(complaint.getvalue())
-        # an option's own line says which it is
+        # the option is named in its own line already
         text = re.sub(r"^Error parsing [\w.]+: (?=--)", "", " ".join(next(sections, [])))
         if text.startswith("Missing"):
-            # tyro counts arguments first, and an unknown option is the likelier mistake
+            # tyro reports missing arguments first, but an unknown option is the likelier mistake
             kinds = [*takewhile(lambda word: not word.startswith("-"), words)]
             _require_known_options(given, kinds, kind, options)
         text = NO_NUMBER.sub(_number, text)
@@ -261,11 +263,11 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
             if line.startswith("--")
         ]
         hint = f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
-        raise ValueError(f"{text}{hint} (--help tells more)") from None
+        raise ValueError(f"{text}{hint} (see --help)") from None
 
 
 def _boxes() -> io.TextIOWrapper:
-    """Return a stream for tyro's help, which has boxes where the encoding does."""
+    """Make a UTF-8 stream for tyro's help: tyro draws boxes only if the encoding has them."""
     return io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
 
 
@@ -280,9 +282,9 @@ def _require_known_options(
     kind: Callable[..., object],
     options: Mapping[str, Any],
 ) -> None:
-    """Refuse the first of the `given` options that the command does not have, by its --help.
+    """Refuse the first of the `given` options that is not in the command's --help.
 
-    `before` are the words before the options: the first may be a kind that has options of its own.
+    `before` are the words before the options; the first may be a kind with its own options.
     """
     help_text = _boxes()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(help_text):
@@ -303,7 +305,7 @@ def _number(found: re.Match[str]) -> str:
 def _require_local_paths(value: object, name: str) -> None:
     """Check every path of a parsed command line; `name` is the option or argument it came from."""
     if isinstance(value, Path):
-        # pathlib makes the current folder of an empty text
+        # pathlib turns an empty string into the current folder
         if value == Path() and "" in sys.argv[1:]:
             raise ValueError(f"{name or 'a path'} is empty; name a file or folder")
         files.require_local(value, name)
@@ -316,12 +318,12 @@ def _require_local_paths(value: object, name: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print a result that names files, which any terminal can show; it is no log line."""
+    """Print a result, not a log line, with file names escaped for any terminal."""
     print(plain(text, kept="\n"), flush=True)
 
 
 def say_next(text: str) -> None:
-    """Print the command that comes next (`next_step`), unless a plan runs it."""
+    """Print the next command (`next_step`), unless a plan runs it."""
     if commands.STAGE not in os.environ:
         say(text)
 
@@ -334,15 +336,15 @@ def next_step(
     label: str = "next",
     on_gpus: bool = False,
 ) -> str:
-    """Format the command that comes next, so that its line can be pasted into a shell.
+    """Format the next command, so that its line can be pasted into a shell.
 
-    `words` come after `python`, or after torchrun where it starts several `ranks`. `unknown` are
-    words that the user fills in, each with its meaning, which gets a line of its own. `on_gpus`
-    adds how several GPUs share it.
+    `words` follow `python`, or torchrun if it starts several `ranks`. `unknown` are words for the
+    user to fill in, each explained on its own line. `on_gpus` adds how to share the work between
+    several GPUs.
     """
     texts = [str(word) for word in words]
     if commands.STARTED in os.environ:
-        # the same command by the name that this one was started by; it starts ranks by itself
+        # by the same name as the running command; `rft` starts ranks by itself
         launcher, texts = ["rft"], [*commands.named(texts)]
     else:
         launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc_per_node", str(ranks)]
@@ -354,18 +356,18 @@ def next_step(
 
 
 def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
-    """Return the error for a `name` that is none of the `known`, with the nearest suggestion."""
+    """Make the error for a `name` that is not among the `known`, with the closest match."""
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose one of: {', '.join(known)}"
     return ValueError(f"unknown {kind} {name!r}; {hint}")
 
 
 def only_shown(help_text: str, shown: Sequence[str]) -> str:
-    """Return what tyro printed for --help with some of its options, and how many more there are.
+    """Reduce tyro's --help to some of its options, and add how many more there are.
 
-    A box of which no option is left goes too.
+    Boxes without remaining options are removed.
     """
-    boxes: list[list[str]] = [[]]  # the first is what stands before the boxes
+    boxes: list[list[str]] = [[]]  # the first holds the text before the boxes
     hidden, keep = 0, True
     for line in help_text.splitlines():
         if line.startswith("╭"):
@@ -383,16 +385,16 @@ def only_shown(help_text: str, shown: Sequence[str]) -> str:
 
 
 def print_help(text: str) -> None:
-    """Print a help text, perhaps with boxes, no wider than the terminal; commands by name."""
+    """Print a help text no wider than the terminal, with commands by name; it may hold boxes."""
     columns = shutil.get_terminal_size().columns
     lines = [part for line in text.splitlines() for part in _help_lines(line, columns)]
     _print_drawn("\n".join(lines))
 
 
 def _help_lines(line: str, columns: int) -> list[str]:
-    """Wrap a line of a help text; what is to the right of a gap stays a column."""
+    """Wrap a line of a help text; text to the right of a gap stays a column."""
     if line.startswith("│"):
-        # an option that may be left out is of its type to the user; columns stay where they are
+        # hide {None} of an optional value, and keep the columns aligned
         line = re.sub(r"\{None\}\|(\S+)", r"\1       ", line)
         named = commands.by_name(line, bare=True)
         return [f"{named[:-1].rstrip():{len(line) - 1}}{line[-1]}"]
@@ -408,7 +410,7 @@ def _help_lines(line: str, columns: int) -> list[str]:
 
 
 def _print_drawn(text: str) -> None:
-    """Print a text with boxes, which not every encoding has."""
+    """Print a text with boxes, in ASCII if the encoding has none."""
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -417,8 +419,8 @@ def _print_drawn(text: str) -> None:
 
 
 def _sections(box: str) -> Iterator[list[str]]:
-    """Return the lines between the rules of a box that tyro drew, below its title."""
-    # on a terminal tyro colours what it writes, whatever it is written to
+    """Split the body of a box that tyro drew at its rules."""
+    # on a terminal tyro colours its output even if it is redirected here
     lines = [line.strip("│| ") for line in STYLE.sub("", box).splitlines()[1:]]
     sections = groupby(lines, key=lambda line: bool(line.strip("─-╰╯+")))
     return (list(section) for is_text, section in sections if is_text)

@@ -1,6 +1,6 @@
-"""The commands of `rft COMMAND ...`, which `rft.entry` starts. Facts alone.
+"""The table of `rft COMMAND ...`; `rft.entry` starts them.
 
-The same commands start as `python -m rft.train` and `python tools/shard_imagenet.py`.
+The same commands can be started as `python -m rft.train` or `python tools/shard_imagenet.py`.
 """
 
 import os
@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# what `rft COMMAND` was started as, for the commands that are printed to come next
+# the `rft COMMAND` that was started, so that printed next commands use the same form
 STARTED = "RFT_COMMAND"
-# set for a stage of a plan, which knows what comes next
+# set for a stage of a plan, which prints no next command
 STAGE = "RFT_STAGE"
 RANKS = "--ranks"
 HELP_ALL = "--help-all"  # of commands whose --help leaves options out
 
 
 class Command(NamedTuple):
-    """A command: the module whose `main` it is, and what it does."""
+    """A command: its module, whose `main` runs, and its line of help."""
 
     module: str
     about: str
@@ -27,13 +27,13 @@ class Command(NamedTuple):
     script: str = ""
     """Its file in tools/, if it has one."""
     first: tuple[str, ...] = ()
-    """Options that it always has."""
+    """Arguments that are always passed."""
     plan: bool = False
-    """Whether it runs stages, and resumes after the last one."""
+    """Whether it runs stages and resumes after the last finished one."""
 
     @property
     def package(self) -> str:
-        """What `python -m` starts it by."""
+        """Module name for `python -m`."""
         return self.module.removesuffix(".command")
 
 
@@ -42,7 +42,7 @@ PACK: Mapping[str, Command] = {
     "imagenet": Command(f"{PACKING}.imagenet", "ImageNet's images", script="shard_imagenet.py"),
     "ood": Command(f"{PACKING}.ood", "V2, R, Sketch, ObjectNet, A", script="shard_ood.py"),
     "folder": Command(
-        f"{PACKING}.folder", "your own images, a folder for each class", script="shard_folder.py"
+        f"{PACKING}.folder", "your own images, one folder per class", script="shard_folder.py"
     ),
     "set": Command(
         f"{PACKING}.other_set", "any other test set: ImageNet-C, WILDS, ...", script="shard_set.py"
@@ -69,7 +69,7 @@ GROUPS: Mapping[str, Mapping[str, Command | Mapping[str, Command]]] = {
         "ensemble": Command(
             "rft.ensemble.command", "evaluate two models together: OSE, VRF, DaWin", ranks=True
         ),
-        "report": Command("rft.report.command", "put evaluated runs side by side"),
+        "report": Command("rft.report.command", "compare evaluated runs on one page"),
         "convert": Command("rft.convert.command", "import and export weights"),
     },
     "Packed sets": {
@@ -77,7 +77,9 @@ GROUPS: Mapping[str, Mapping[str, Command | Mapping[str, Command]]] = {
             f"{PACKING}.index", "make existing tar shards readable", script="index_shards.py"
         ),
         "verify": Command(
-            f"{PACKING}.verify", "check packed sets, every byte if asked", script="verify_shards.py"
+            f"{PACKING}.verify",
+            "check packed sets, optionally every byte",
+            script="verify_shards.py",
         ),
         "show": Command("rft.loading.show", "list the samples of a training step"),
     },
@@ -93,7 +95,7 @@ GROUPS: Mapping[str, Mapping[str, Command | Mapping[str, Command]]] = {
             first=("paper",),
             plan=True,
         ),
-        "env": Command("rft.env", "which libraries are in use here"),
+        "env": Command("rft.env", "which libraries are in use"),
     },
 }
 COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
@@ -102,21 +104,23 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
 
 
 def named(words: Sequence[str]) -> list[str]:
-    """Return `-m rft.train OPTION...`, or a file of tools/, as the words after `rft`."""
+    """Translate `-m rft.train OPTION...`, or a file of tools/, to the words after `rft`."""
     started = words[1] if words[0] == "-m" else Path(words[0]).name
     found = next(name for name, one in _every() if started in (one.package, one.script))
     return [*found, *words[2 if words[0] == "-m" else 1 :]]
 
 
 def by_name(text: str, *, bare: bool = False) -> str:
-    """Return a text with its commands as `rft COMMAND`, where that is how this one was started.
+    """Rewrite the commands in a text as `rft COMMAND`, if the process was started that way.
 
-    `bare` are names without `python -m` too (rft.train), which in a message may be a file's.
+    With `bare`, names without `python -m` (rft.train) are rewritten too; in a message they may be
+    file names.
     """
     if STARTED not in os.environ:
         return text
     launcher = r"(?:python|torchrun(?: --nproc_per_node \w+)?) -m "
     for words, one in _every():
+        # not followed by a longer name, as rft.merge is in rft.merge.choose
         module = rf"(?:{launcher}){'?' if bare else ''}\b{re.escape(one.package)}(?!\w|\.\w)"
         script = rf"python tools/{re.escape(one.script)}" if one.script else ""
         text = re.sub("|".join(filter(None, (module, script))), " ".join(("rft", *words)), text)

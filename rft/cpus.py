@@ -1,11 +1,11 @@
-"""How many processors this process may use."""
+"""The number of processors that this process may use."""
 
 import os
 
 
 def available() -> int:
-    """Return the number of cores: a job of a cluster rarely owns the whole machine."""
-    # macOS has none, and no job there is bound to some of the cores
+    """Count the cores available to this process: a cluster job rarely owns all of them."""
+    # macOS lacks it, and does not bind processes to cores
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

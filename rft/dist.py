@@ -1,6 +1,6 @@
-"""The only user of torch.distributed (but for its memory tracker): who am I, sum this, wrap that.
+"""The only user of torch.distributed, except for its memory tracker.
 
-Works the same in one process without torchrun; then nothing is initialised.
+Everything works the same in one process without torchrun, where nothing is initialised.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from rft.text import short
 
 T = TypeVar("T")
 
-# variables for ranks on one machine: torchrun would choose one thread for each with a long warning,
-# and its usual store listens on every address
+# Environment for ranks on one machine. Without it torchrun sets one thread per rank with a long
+# warning, and its usual store listens on every address.
 RANKS_HERE = {
     "OMP_NUM_THREADS": "1",
     "PET_RDZV_BACKEND": "c10d",
@@ -40,7 +40,7 @@ RANKS_HERE = {
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes of a run and this one's place among them."""
+    """The processes of a run, and the position of this one among them."""
 
     rank: int
     size: int
@@ -49,7 +49,7 @@ class World:
     grouped: bool = field(default=False, compare=False, repr=False)
     """Whether `process_group` is open, so that ranks can exchange tensors."""
     control: Any = field(default=None, compare=False, repr=False)
-    """Group of all ranks for numbers that live on the CPU; None where the tensors' own serves."""
+    """Group of all ranks for values on the CPU; None if the default group handles those."""
 
     @property
     def ranks_on_node(self) -> range:
@@ -69,13 +69,13 @@ class World:
 
 
 def world_from_env() -> World:
-    """Return the world that torchrun describes in the environment; alone without torchrun.
+    """Read the world that torchrun describes in the environment; without torchrun, one process.
 
     Raises:
-        ValueError: naming the variable that is no number, or not one of such a world.
+        ValueError: naming a variable that is not a number or does not fit such a world.
     """
     size = _number("WORLD_SIZE", 1, range(1, 2**31))
-    # only checked: torch reads it where the ranks meet
+    # only checked here: torch reads it when the ranks meet
     _number("MASTER_PORT", 0, range(2**16))
     return World(
         rank=_number("RANK", 0, range(size)),
@@ -90,13 +90,14 @@ def _number(variable: str, default: int, allowed: range) -> int:
     if not re.fullmatch("[0-9]{1,10}", text, re.ASCII) or int(text) not in allowed:
         raise ValueError(
             f"{variable} is {short(text)} in the environment; torchrun sets it to a whole number "
-            f"from {allowed[0]} to {allowed[-1]}: start with torchrun, or unset it"
+            f"from {allowed[0]} to {allowed[-1]}: start with torchrun, or unset it "
+            "(docs/cluster.md)"
         )
     return int(text)
 
 
 def pick_device(choice: str, world: World) -> torch.device:
-    """Return this rank's device for `auto`, `cpu` or `cuda`.
+    """Choose this rank's device for `auto`, `cpu` or `cuda`.
 
     Raises:
         ValueError: if `cuda` is requested and absent, or there are more ranks than GPUs.
@@ -118,8 +119,8 @@ def pick_device(choice: str, world: World) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether `device`, as `pick_device` returned it, has native bf16; no CPU counts."""
-    # by default torch says yes for emulation too
+    """Whether `device`, as `pick_device` returned it, is a GPU with native bf16."""
+    # by default torch counts emulation too
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -129,21 +130,22 @@ def process_group(
 ) -> Iterator[World]:
     """Join the other ranks (NCCL on GPU, gloo on CPU) for the length of the body.
 
-    A mistake that only this rank meets, such as a damaged shard, is printed here: `cli.run` prints
-    those of the first rank of each node alone. The group is left as it is then, because taking it
-    down waits for the others, who wait in a collective; torchrun ends them all.
+    A mistake that only this rank meets, such as a damaged shard, is printed here, because `cli.run`
+    prints only those of the first rank per node. The group is then not destroyed: that would wait
+    for the other ranks, which wait in a collective. torchrun ends them all.
 
-    Yields the world with its control group. Ranks wait `timeout` seconds for one of them. A single
-    rank gets a group if it is opened `even_alone`: on one GPU nothing else runs what several run.
+    Yields the world with its control group. Ranks wait `timeout` seconds for a missing one. A
+    single rank gets a group with `even_alone`: on a machine with one GPU, only this exercises the
+    code of several.
 
     Raises:
-        TimeoutError: naming the ranks that the others waited for in vain.
+        TimeoutError: naming the ranks that did not answer.
     """
     if world.size == 1 and not even_alone:
         yield world
         return
     if world.size == world.local_size:
-        # nothing leaves the machine, and its name need not resolve
+        # nothing leaves the machine, and its host name need not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     patience = datetime.timedelta(seconds=timeout)
     backend, control_backend = _backends(device)
@@ -151,27 +153,27 @@ def process_group(
     try:
         torch.distributed.init_process_group(
             backend,
-            # apart from torchrun's own keys and from those of `_who_is_missing`
+            # separate from torchrun's own keys and from those of `_who_is_missing`
             store=torch.distributed.PrefixStore("rft", store),
             rank=world.rank,
             world_size=world.size,
-            # NCCL ends the process without a message of ours, so the control group times out first
+            # NCCL would end the process without our message, so the control group times out first
             timeout=2 * patience if control_backend else patience,
         )
         control: Any = None
         if control_backend:
             control = torch.distributed.new_group(backend=control_backend, timeout=patience)
         yield dataclasses.replace(world, grouped=True, control=control)
-        # gloo can abort when a peer is gone before everyone has finished
+        # gloo can abort if a peer leaves before all have finished
         torch.distributed.barrier(group=control)
-    except (ValueError, OSError) as error:  # a user's mistake, as `cli.run` has it
+    except (ValueError, OSError) as error:  # a user's mistake, as defined in `cli.run`
         _tell(world, error)
         raise
     except RuntimeError as error:
-        # another rank is gone or silent; gloo has no error class of its own
+        # another rank is gone or silent; gloo has no error class, so its path in the text decides
         if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):
             raise
-        # ranks that lose one that died notice at once, those that wait for one began one by one
+        # a rank that died is noticed by all at once; timeouts expire rank by rank
         seconds = 10 if "Timed out" in str(error) else 3
         told = TimeoutError(_who_is_missing(world, store, min(timeout, seconds)))
         _tell(world, told)
@@ -180,24 +182,25 @@ def process_group(
 
 
 def _backends(device: torch.device) -> tuple[str, str | None]:
-    """Choose the backend for tensors of `device`, and one for the control group if it needs one."""
+    """Choose the backend for tensors of `device`, and the control group's if it needs its own."""
     return ("nccl", "gloo") if device.type == "cuda" else ("gloo", None)
 
 
 def _meeting_place(world: World, wait: datetime.timedelta) -> Any:
-    """Return the store in which the ranks meet: torchrun's, or a file where it keeps none.
+    """Open the store in which the ranks meet: torchrun's, or a file if torchrun keeps none.
 
-    A TCP store listens on every address of the machine. Where torchrun is told to keep none
-    (docs/cluster.md), ranks on one machine meet in a file beside its own, new for each start.
+    A TCP store listens on every address of the machine. If torchrun is configured to keep none
+    (docs/cluster.md), ranks on one machine meet in a file beside torchrun's own, new for each
+    start.
     """
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    # torchrun's file is .../attempt_N/RANK/error.json; [1] is the folder of all ranks of a start
+    # torchrun's file is .../attempt_N/RANK/error.json; [1] is attempt_N, shared by all ranks
     folders = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents
     if agents or len(folders) < 2 or world.size > world.local_size:
         if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise ValueError(
-                f"WORLD_SIZE is {world.size}, but MASTER_ADDR and MASTER_PORT in the environment "
-                "do not say where ranks meet: start with torchrun, or unset WORLD_SIZE and RANK"
+                f"WORLD_SIZE is {world.size}, but MASTER_ADDR and MASTER_PORT are not set in the "
+                "environment: start with torchrun, or unset WORLD_SIZE and RANK (docs/cluster.md)"
             )
         try:
             store, _, _ = next(torch.distributed.rendezvous("env://", timeout=wait))
@@ -216,9 +219,9 @@ def _tell(world: World, error: Exception) -> None:
 
 
 def _who_is_missing(world: World, store: Any, seconds: float) -> str:
-    """Name the ranks which do not answer within `seconds`, in a line for the error.
+    """Write the error line that names the ranks which do not answer within `seconds`.
 
-    Ranks that wait record it in the store they met in, which none of them holds.
+    Each waiting rank notes that in the store they met in, which no rank hosts.
     """
     names = [f"rft/waits/{rank}" for rank in range(world.size)]
     missing = [rank for rank in range(world.size) if rank != world.rank]
@@ -228,43 +231,43 @@ def _who_is_missing(world: World, store: Any, seconds: float) -> str:
         while missing and time.monotonic() < deadline:
             missing = [rank for rank in missing if not store.check([names[rank]])]
             time.sleep(0.1)
-    except torch.distributed.DistError:  # the store ended with the torchrun that held it
+    except torch.distributed.DistError:  # the store ended with the torchrun that hosted it
         return "lost contact with the other ranks, and with torchrun, which started them"
     if not missing:
-        return "a message between ranks was lost, but all of them answer: look at the network"
+        return "a message between ranks was lost, but all of them answer: check the network"
     return (
-        f"no answer from {'rank' if len(missing) == 1 else 'ranks'} "
-        f"{', '.join(map(str, missing))} of {world.size}: hung or gone. See what was last said "
-        "there; the same command goes on from the newest checkpoint"
+        f"no answer from {'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing))} "
+        f"of {world.size}: hung or gone. Check their last output; the same command resumes from "
+        "the newest checkpoint (docs/cluster.md)"
     )
 
 
 def step_aside(world: World) -> NoReturn:
-    """End this rank silently, where the main rank reports why all of them end.
+    """End this rank silently, because the main rank reports why all of them end.
 
-    The main rank must not take part in anything after that: its end is waited for, because torchrun
-    ends all ranks when the first one is gone, and it may still have a checkpoint to write.
+    The main rank must not join any collective afterwards. This rank waits for its end, because
+    torchrun ends all ranks when the first one exits, and the main rank may still have a checkpoint
+    to write.
 
     Raises:
-        SystemExit: always; code 2, as after an error.
+        SystemExit: always, with code 2 as after an error.
     """
-    with contextlib.suppress(RuntimeError):  # the main rank ends: its barrier never comes
+    with contextlib.suppress(RuntimeError):  # the main rank exits without reaching this barrier
         torch.distributed.barrier(group=world.control)
     raise SystemExit(2)
 
 
 def on_main(world: World, work: Callable[[], T]) -> T | None:
-    """Return what `work` returns on the main rank, None elsewhere; all ranks wait for its end.
+    """Run `work` on the main rank and return its result, None elsewhere; all ranks wait for it.
 
-    However long it takes, it is not mistaken for a rank that hangs. If it raises, the others step
-    aside.
+    Long work is not mistaken for a hanging rank. If it raises, the other ranks step aside.
     """
     if world.alone:
         return work()
-    # in a thread of its own, so that this one can keep the others waiting meanwhile
+    # in a separate thread, so that this one can answer the waiting ranks meanwhile
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work) if world.is_main else None
-        # a broadcast each second, so that no collective waits longer than its timeout
+        # one broadcast per second, so that no collective waits longer than its timeout
         while not from_main(world, future and bool(wait([future], timeout=1).done)):
             continue
     # where `work` raised, the main rank raises it below
@@ -275,17 +278,17 @@ def on_main(world: World, work: Callable[[], T]) -> T | None:
 
 
 def largest(world: World, value: int) -> int:
-    """Return the largest of all ranks' `value`, on every rank; nothing waits for a GPU."""
+    """Compute the largest `value` of all ranks, on every rank, without waiting for a GPU."""
     if world.alone:
         return value
-    # on the CPU, where the control group is; without one, gloo serves all tensors
+    # on the CPU, for the control group; without one, the default group is gloo
     number = torch.tensor(value)
     torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=world.control)
     return int(number)
 
 
 def from_main(world: World, value: Any) -> Any:
-    """Return the main rank's `value` on every rank."""
+    """Broadcast the main rank's `value` to every rank."""
     if world.alone:
         return value
     values = [value]
@@ -294,7 +297,7 @@ def from_main(world: World, value: Any) -> Any:
 
 
 def gather_objects(world: World, value: Any) -> list[Any]:
-    """Return every rank's `value`, in rank order, on every rank."""
+    """Gather every rank's `value`, in rank order, on every rank."""
     if world.alone:
         return [value]
     values: list[Any] = [None] * world.size
@@ -303,7 +306,7 @@ def gather_objects(world: World, value: Any) -> list[Any]:
 
 
 def gather_on_main(world: World, value: Any) -> list[Any]:
-    """Return every rank's `value`, in rank order, on the main rank; nothing elsewhere."""
+    """Gather every rank's `value`, in rank order, on the main rank; an empty list elsewhere."""
     if world.alone:
         return [value]
     values: list[Any] = [None] * world.size if world.is_main else []
@@ -312,13 +315,13 @@ def gather_on_main(world: World, value: Any) -> list[Any]:
 
 
 def meet(world: World) -> None:
-    """Wait for all ranks before they wait in NCCL, which cannot name a missing one."""
+    """Wait for all ranks before a call to NCCL, which cannot name a missing rank."""
     if world.control is not None:
         torch.distributed.barrier(group=world.control)
 
 
 def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sum of `tensor` over all ranks; exact for int64 counts."""
+    """Sum `tensor` over all ranks; exact for int64 counts."""
     if not world.alone:
         meet(world)
         tensor = tensor.clone()  # all_reduce works in place
@@ -327,18 +330,18 @@ def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_rows(world: World, tensor: torch.Tensor) -> torch.Tensor:
-    """Return all ranks' `tensor`, equally shaped, one after the other in rank order."""
+    """Concatenate the equally shaped `tensor` of all ranks, in rank order."""
     if world.alone:
         return tensor
     meet(world)
-    # one tensor for all ranks: the call fills it, first dimension by rank
+    # one tensor for all ranks, which the call fills along the first dimension
     rows = tensor.new_empty((world.size * len(tensor), *tensor.shape[1:]))
     torch.distributed.all_gather_into_tensor(rows, tensor.contiguous())
     return rows
 
 
 class _GatherRows(torch.autograd.Function):
-    """`gather_rows`, whose gradient is the sum of what all ranks did with this rank's rows."""
+    """`gather_rows` with a gradient: the sum of all ranks' gradients for this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, world: World) -> torch.Tensor:
@@ -352,7 +355,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows_with_gradient(world: World, tensor: torch.Tensor) -> torch.Tensor:
-    """Return what `gather_rows` does; a backward through it must be run by all ranks alike."""
+    """`gather_rows` with a gradient; all ranks must run the backward through it together."""
     return tensor if world.alone else _GatherRows.apply(tensor, world)
 
 
@@ -375,12 +378,12 @@ def require_agreement(
 
 
 def data_parallel(world: World, module: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap `module` so that backward averages its gradients over the ranks."""
+    """Wrap `module` so that its backward averages gradients over the ranks."""
     if world.alone:
         return module
-    # constants, the same everywhere: broadcast in each step they make all ranks wait for the first
+    # buffers are constants, equal on all ranks: broadcasting them per step would only cost a wait
     constants = [name for name, _ in module.named_buffers()]
-    # private: torch has no public call for it yet (pytorch issue 43690)
+    # private: torch has no public call for this yet (pytorch issue 43690)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
     meet(world)  # DistributedDataParallel compares shapes and sends weights through NCCL at once
     device_ids = [device.index] if device.type == "cuda" else None
@@ -389,32 +392,32 @@ def data_parallel(world: World, module: nn.Module, device: torch.device) -> nn.M
 
 
 def is_parallel(module: nn.Module) -> bool:
-    """Whether ranks compute with `module` together: what `data_parallel` wrapped."""
+    """Whether `data_parallel` wrapped `module`, so that ranks compute with it together."""
     return isinstance(module, DistributedDataParallel)
 
 
 def skip_sync(module: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which backward keeps gradients local if `skip` is true."""
+    """Context in which backward keeps gradients local if `skip` is true."""
     if skip and isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()
 
 
 def start_ranks(module: str, options: Sequence[str], ranks: int) -> int:
-    """Start `python -m MODULE OPTION...` as so many ranks on this machine, as torchrun does.
+    """Start `python -m MODULE OPTION...` as `ranks` processes on this machine, like torchrun.
 
     Returns:
-        The exit code: 0, that of the rank that failed first, which printed why, or 128 + the number
-        of the signal that this process got.
+        The exit code: 0, or that of the rank that failed first and printed why, or 128 + the number
+        of the signal received.
 
     Raises:
-        ChildProcessError: if a rank was ended by a signal.
+        ChildProcessError: if a signal ended a rank.
     """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # its own account of a failure is a page, below the one line that says all
+    # torchrun's own report of a failure fills a page below our one line
     logging.disable(logging.CRITICAL)
     for name, value in RANKS_HERE.items():
         os.environ.setdefault(name, value)
@@ -425,7 +428,7 @@ def start_ranks(module: str, options: Sequence[str], ranks: int) -> int:
         rank, first = error.get_first_failure()
         if first.exitcode > 0:
             return first.exitcode
-        # it had no time for a line of its own
+        # a killed rank could not print its own line
         raise ChildProcessError(
             f"rank {rank} was ended by {signal.Signals(-first.exitcode).name}; SIGKILL often means "
             "that the machine's memory was used up"

@@ -1,7 +1,7 @@
-"""`rft COMMAND ...`: every command by one name. Standard library only, until one is chosen.
+"""`rft COMMAND ...`, the entry point. Standard library only, until a command is chosen.
 
-A command that several GPUs share starts a process for each GPU that is visible, unless a launcher
-(torchrun, SLURM) has started this process as one of them.
+A command that can share its work starts one process per visible GPU, unless a launcher (torchrun,
+SLURM) has started this process as one of several.
 """
 
 import importlib
@@ -20,11 +20,11 @@ HELP, VERSION = ("-h", "--help"), ("-V", "--version")
 
 
 def main() -> None:
-    """Run the command that the first words name; Ctrl-C is a line at any time."""
+    """Run the command named by the first words; Ctrl-C prints one line at any time."""
     words = sys.argv[1:]
     try:
         _main(words)
-    except KeyboardInterrupt:  # while libraries are imported; later `cli.run` catches it
+    except KeyboardInterrupt:  # during imports; later `cli.run` catches it
         start.say_interrupted(_again(words))
         sys.exit(start.INTERRUPTED)
 
@@ -39,7 +39,7 @@ def _main(words: Sequence[str]) -> None:
 
 
 def usage() -> str:
-    """Return what `rft --help` prints."""
+    """Format the text of `rft --help`."""
     lines = ["usage: rft COMMAND [OPTION...]", "", "Robust fine-tuning of CLIP."]
     for title, group in GROUPS.items():
         lines += ["", f"{title}:"]
@@ -49,9 +49,9 @@ def usage() -> str:
     shared = ", ".join(
         name for name, one in COMMANDS.items() if isinstance(one, Command) and one.ranks
     )
-    lines += ["", "To try it without photos: rft photos --example"]
+    lines += ["", "Try it without photos: rft photos --example"]
     lines += ["rft COMMAND --help prints its options, rft --version the version."]
-    lines += [f"{shared}: a process for each visible GPU, or {RANKS} N."]
+    lines += [f"{shared}: one process per visible GPU, or {RANKS} N."]
     return "\n".join(lines)
 
 
@@ -60,7 +60,7 @@ def _of(name: str, kinds: Mapping[str, Command]) -> dict[str, Command]:
 
 
 def _again(words: Sequence[str]) -> str:
-    """Return the command line of a plan, which resumes it; empty for other commands."""
+    """Format the command line that resumes a plan; empty for other commands."""
     found = COMMANDS.get(words[0]) if words else None
     is_plan = isinstance(found, Command) and found.plan
     return plain(shlex.join(["rft", *words])) if is_plan else ""
@@ -85,10 +85,11 @@ def run(words: Sequence[str]) -> None:
     elif found is None:
         found = _refuse("command", name, list(COMMANDS))
     os.environ[STARTED] = f"rft {name}"
+    # `rft reproduce` is the demo's command with a fixed first word
     rest[:0] = found.first
     ranks = _take_ranks(rest) if found.ranks else 1
     sys.argv = [sys.argv[0], *rest]
-    # late: they take seconds, and which is needed is known only now
+    # imported late: imports take seconds, and `--help` alone needs none of them
     from rft import cli
 
     if ranks == 1:
@@ -97,11 +98,12 @@ def run(words: Sequence[str]) -> None:
     else:
         from rft import dist
 
+        # this process only starts the ranks, which parse the options themselves
         cli.run(lambda: sys.exit(dist.start_ranks(found.package, rest, ranks)))
 
 
 def _refuse(what: str, name: str, known: Sequence[str]) -> Command:
-    """End with the line of a name that is not known."""
+    """Exit with the error line for an unknown name."""
     from rft import cli
 
     def refuse() -> None:
@@ -112,13 +114,13 @@ def _refuse(what: str, name: str, known: Sequence[str]) -> Command:
 
 
 def _take_ranks(options: list[str]) -> int:
-    """Take `--ranks N` out of a command's options; without it, one for each visible GPU."""
+    """Take `--ranks N` out of a command's options; without it, one rank per visible GPU."""
     for place, option in enumerate(options):
         if option == RANKS or option.startswith(f"{RANKS}="):
             value = option.partition("=")[2] or "".join(options[place + 1 : place + 2])
             del options[place : place + (1 if "=" in option else 2)]
             return int(value) if value.isdigit() and int(value) else _bad_ranks(value)
-    # started by a launcher, or a machine without a GPU of NVIDIA's, which is seen without torch
+    # started by a launcher, or no NVIDIA GPU here, which can be seen without importing torch
     if "WORLD_SIZE" in os.environ or not any(Path("/dev").glob("nvidia[0-9]*")):
         return 1
     if any(option in (*HELP, HELP_ALL) for option in options):

@@ -1,8 +1,8 @@
-"""Which libraries are really in use here: `python -m rft.env`.
+"""Report the libraries that are really in use: `python -m rft.env`.
 
-Pillow and Pillow-SIMD are installed to the same folder, so each overwrites parts of the other: the
-package list may name both, or one whose files are the other's. That is an error of one line,
-with exit code 1.
+Pillow and Pillow-SIMD install into the same folder and overwrite each other: the package list may
+name both, or one while the files belong to the other. That is reported as one error line, with exit
+code 1.
 """
 
 import importlib.metadata
@@ -27,7 +27,7 @@ from rft.storage import files
 from rft.storage.documents import document
 
 IMAGE_PACKAGES = ("pillow", "pillow-simd")
-# the lower bound of Pillow in pyproject.toml, which pip never compares with Pillow-SIMD
+# lower bound of Pillow in pyproject.toml, which pip does not apply to Pillow-SIMD
 FIXED = "13.0.0"
 # vpmaddwd: VEX prefix of two bytes, whose second ends in 101 (256 bits, prefix 66), then the opcode
 MULTIPLY_256_BITS = re.compile(rb"\xc5[" + re.escape(bytes(range(5, 256, 8))) + rb"]\xf5")
@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 
 @document(name="--")
 class Arguments:
-    """Print which libraries are in use here; exit code 1 if the image library is a mixture."""
+    """Print the libraries in use; exit code 1 if Pillow and Pillow-SIMD are mixed."""
 
 
 def image_core() -> str:
-    """Return the image library that is imported, its version and the JPEG library behind it."""
-    # Pillow-SIMD calls itself PIL too; only its version tells, by its suffix
+    """Describe the imported image library: its version and the JPEG library behind it."""
+    # Pillow-SIMD is imported as PIL too; only its version's suffix differs
     name = "Pillow-SIMD" if ".post" in PIL.__version__ else "Pillow"
     compiled = Path(Image.core.__file__).read_bytes()
     avx2 = "with AVX2" if uses_avx2(compiled) else "without AVX2"
@@ -53,16 +53,16 @@ def image_core() -> str:
 
 
 def uses_avx2(code: bytes) -> bool:
-    """Return whether a library was compiled to resize with AVX2.
+    """Whether a library was compiled to resize with AVX2.
 
     Neither package records it. Pillow-SIMD's resizing multiplies 16-bit numbers pairwise in 256-bit
-    registers; that instruction is there dozens of times or, but for chance, not at all.
+    registers; that instruction occurs dozens of times or, except by chance, never.
     """
     return len(MULTIPLY_256_BITS.findall(code)) > 16
 
 
 def installed_image_packages() -> dict[str, str]:
-    """Return the version of each of Pillow and Pillow-SIMD that the package list names."""
+    """Look up the versions of Pillow and Pillow-SIMD in the package list."""
     found = {}
     for name in IMAGE_PACKAGES:
         for distribution in importlib.metadata.distributions(name=name):
@@ -71,7 +71,7 @@ def installed_image_packages() -> dict[str, str]:
 
 
 def image_core_problem(imported: str, installed: dict[str, str]) -> str | None:
-    """Return what is wrong with the image library, or None.
+    """Describe a broken installation of the image library; None if it is sound.
 
     Args:
         imported: version that `import PIL` gives.
@@ -81,37 +81,37 @@ def image_core_problem(imported: str, installed: dict[str, str]) -> str | None:
         both = " and ".join(f"{name} {version}" for name, version in installed.items())
         return (
             f"{both} are installed over each other, PIL is {imported}; uninstall both, then "
-            f"install one (make simd does that)"
+            "install one (as make simd does)"
         )
     if imported not in installed.values():
         named = ", ".join(f"{name} {version}" for name, version in installed.items()) or "none"
-        return f"PIL is {imported}, the package list says {named}; uninstall and install it again"
+        return f"PIL is {imported}, but the package list has {named}; uninstall and reinstall it"
     return None
 
 
 def lacks_fixes(imported: str) -> str | None:
-    """Return a warning if the image library is older than the last holes that were closed.
+    """Warn if the image library lacks the latest security fixes; None if it has them.
 
     Args:
         imported: version that `import PIL` gives.
     """
-    # the first three: Pillow-SIMD adds a number (12.1.1.post0) to the release that it follows
+    # first three numbers: Pillow-SIMD appends one (12.1.1.post0) to the release that it follows
     release, fixed = ([int(n) for n in re.findall(r"\d+", v)[:3]] for v in (imported, FIXED))
     if release >= fixed:
         return None
     return (
-        f"PIL {imported} lacks the security fixes of Pillow {FIXED}; use it for images that you "
-        "trust (docs/security.md)"
+        f"PIL {imported} lacks the security fixes of Pillow {FIXED}; use it only for images that "
+        "you trust (docs/security.md)"
     )
 
 
 def has_avx2() -> str:
-    """Return whether the processor has AVX2, which `make simd` builds for."""
+    """Whether the processor has AVX2, for which `make simd` builds: yes or no."""
     return "yes" if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else "no"
 
 
 def rows() -> list[tuple[str, str]]:
-    """Return name and value of everything worth knowing."""
+    """List the name and value of each library, and of the hardware."""
     cuda = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else []
     revision = files.git_revision()
@@ -140,11 +140,11 @@ def main() -> None:
 
 
 def show() -> None:
-    """Print the table and what is wrong; end with 1 if the image library is a mixture."""
+    """Print the table and any problem; exit with 1 if Pillow and Pillow-SIMD are mixed."""
     table = Table(show_header=False, box=None)
     for name, value in rows():
         table.add_row(name, value)
-    # a file has no width, and rich would wrap lines at 80 columns
+    # a file has no width, and rich would wrap its lines at 80 columns
     width = None if sys.stdout.isatty() else 200
     Console(width=width, markup=False, emoji=False).print(table)
     if warning := lacks_fixes(PIL.__version__):

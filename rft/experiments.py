@@ -1,13 +1,13 @@
-"""The experiments as data: every command, and which others must have ended before it.
+"""The experiments as data: every command, and those that must finish before it.
 
-Those of the paper, or with `--suite post-2023` its method beside those that came later.
+They are those of the paper or, with `--suite post-2023`, a comparison with later methods.
 
-`python -m rft.experiments --runs DIR --data URL` prints them, `--lines` for a shell script. Every
-command skips what is done, so that all of them can be run twice. One that starts with `torchrun`
-can be given more ranks, one that starts with `python` is a single process.
+`python -m rft.experiments --runs DIR --data URL` prints them, with `--lines` for a shell script.
+Every command skips finished work, so all are safe to rerun. Commands that start with `torchrun` can
+be given more ranks; those that start with `python` are single processes.
 
-A run's folder is RUNS/<recipe>-seed<N>; of a WiSE family of several alphas, each model's is
-RUNS/<family>-seed<N>/<family>-<alpha>. Those of the later suite are in RUNS/post-2023.
+A run's folder is RUNS/<recipe>-seed<N>. In a WiSE family of several alphas, each model's folder is
+RUNS/<family>-seed<N>/<family>-<alpha>. Runs of the later suite are in RUNS/post-2023.
 """
 
 import shlex
@@ -26,16 +26,16 @@ from rft.storage.documents import Epochs, Positive, document
 from rft.text import short
 
 Suite = Literal["paper", "post-2023"]
-# what --only may name, by suite
+# names that --only accepts, by suite
 NAMES: dict[Suite, tuple[str, ...]] = {
     "paper": (*recipes.PAPER, *recipes.PAPER_MERGED),
     "post-2023": (*recipes.SUITE, *recipes.SUITE_MERGED, *recipes.ENSEMBLES),
 }
-# which learn from a second teacher, a WiSE-FT model of the same seed
+# recipes that learn from a second teacher, a WiSE-FT model of the same seed
 STUDENTS = tuple(name for name, one in recipes.PAPER.items() if one.method.kd_weight > 0)
-# of a WiSE-FT model where nothing chooses it, as its authors advise; WiSE-KD learns from that one
+# alpha of a WiSE-FT model if nothing chooses it, as its authors advise; WiSE-KD's teacher has it
 ALPHA = 0.5
-# options of a training that the plan decides
+# training options that the plan sets
 PLANNED = (
     "--data", "--run-dir", "--run", "--seed", "--scale", "--preset", "--optim.epochs", "--optim.lr",
     "--model.start", "--method.kd-teacher", "--like",
@@ -49,40 +49,40 @@ class Experiment:
     name: str
     command: tuple[str, ...]
     after: tuple[str, ...] = ()
-    """Names of the experiments that it needs the results of."""
+    """Names of the experiments whose results it needs."""
     makes: tuple[str, ...] = ()
-    """Run folders that the report shows."""
+    """Run folders that it makes for the report."""
     evaluates: bool = False
-    """Whether it counts the test images of what it makes; other models are evaluated together."""
+    """Whether it evaluates its own models; all others are evaluated together."""
 
 
 @document(name="--")
 class Study:
-    """What is to be run where."""
+    """The requested experiments and their folders."""
 
     runs: str
     """Folder of the run folders."""
     data: str
-    """Data root: the URL under which the tools wrote the packed sets."""
+    """Data root: folder or URL with the packed sets."""
     report: str = ""
-    """Folder of the report; --runs with -report behind it, or -post-2023-report, if not given."""
+    """Folder of the report; if not given, --runs with -report or -post-2023-report appended."""
     suite: Suite = "paper"
-    """The paper's own experiments; or its method beside those that came later, on equal terms: the
-    held-out accuracy of seed 0 chooses from the values that each recipe declares, for all seeds."""
+    """The paper's own experiments, or its method compared with later ones on equal terms: for each
+    recipe, the held-out accuracy of seed 0 chooses among its declared values, for all seeds."""
     scale: Literal["paper", "miniature"] = "paper"
-    """Which numbers the recipes start from."""
+    """Defaults of the recipes."""
     preset: Preset = "paper"
-    """official-parity also takes the last weights of a fine-tuned model for WiSE."""
+    """official-parity also uses the last weights of a fine-tuned model for WiSE."""
     seeds: Annotated[Positive, Field(le=1000)] = 3
-    """Fine-tuning seeds, from 0 on; the paper has three."""
+    """Number of fine-tuning seeds, starting at 0; the paper has three."""
     epochs: Epochs | None = None
-    """Epochs of everything that trains instead of each recipe's own, to try the path."""
+    """Epochs of every training, instead of each recipe's own, for a short trial."""
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RECIPE...")] = ()
-    """These recipes, trained or merged, and what they build on; all if not given."""
+    """Run only these recipes, trained or merged, and those they build on; all if not given."""
     alphas: tyro.conf.Suppress[tuple[float, ...]] = recipes.ALPHAS
     """Shares of the fine-tuned model in each WiSE family."""
     options: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """More options, for every training."""
+    """Further options for every training."""
 
     def __post_init__(self) -> None:
         for name in self.only:
@@ -93,38 +93,39 @@ class Study:
         for option in self.options:
             # tyro takes hyphens and underscores
             if option.partition("=")[0].replace("_", "-") in PLANNED:
-                raise ValueError(f"{option} cannot be the same in every training: the plan sets it")
+                raise ValueError(f"{option} is set by the plan for each training; leave it out")
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """Option of what counts: the miniature's images need no loader processes."""
+        """Options of commands that evaluate: the miniature's images need no loader processes."""
         return ("--workers", "0") if self.scale == "miniature" else ()
 
     def at(self, name: str) -> str:
-        """Return the path of a run, or of a choice among some."""
+        """Path of a run, or of a choice among several."""
         return f"{self.root}/{name}"
 
     @property
     def root(self) -> str:
-        """Folder of this suite's runs: a chosen setting may not be that of the paper's suite."""
+        """Folder of this suite's runs, apart from the paper's: a chosen setting may differ."""
         runs = self.runs.rstrip("/")
         return runs if self.suite == "paper" else f"{runs}/{self.suite}"
 
     def choice(self, recipe: str) -> str:
-        """Return the path of the document that names a recipe's chosen run."""
+        """Path of the document that names a recipe's chosen run."""
         return self.at(f"{recipe}-choice.json")
 
     def wise_model(self, family: str, alpha: float, seed: int) -> str:
-        """Return the path of one model of a WiSE family."""
+        """Path of one model of a WiSE family."""
         model = f"{family}-{alpha:g}"
-        # where `rft.merge wise` writes: one alpha makes --out the model, several a folder of models
+        # as `rft.merge wise` writes: with one alpha --out is the model, with several a folder of
+        # models
         if len(self.alphas) == 1:
             return self.at(with_seed(model, seed))
         return self.at(f"{with_seed(family, seed)}/{model}")
 
 
 def experiments(study: Study) -> list[Experiment]:
-    """Return the plan's experiments, each behind those it needs; the last one is the report."""
+    """List the plan's experiments, each after those it needs; the last one is the report."""
     if study.suite == "post-2023":
         study = replace(study, alphas=(ALPHA,))
     match study.suite:
@@ -137,18 +138,18 @@ def experiments(study: Study) -> list[Experiment]:
     if study.only:
         found = with_needed(found, study.only)
     evaluations = [evaluate(study, found, seed) for seed in range(study.seeds)]
-    # without what is trained for each seed, the later seeds have nothing
+    # with --only zero-shot, which has no seeds, the later evaluations are empty
     evaluations = [evaluation for evaluation in evaluations if evaluation.after]
     counted = [*evaluations, *(one for one in found if one.evaluates)]
     return [*found, *evaluations, report(study, found, counted)]
 
 
 def of_paper(study: Study) -> list[Experiment]:
-    """Return the trainings and merges of the paper's tables and figures."""
+    """List the trainings and merges of the paper's tables and figures."""
     others = [name for name in recipes.PAPER if name not in ("zero-shot", *STUDENTS)]
-    found = [train(study, "zero-shot", 0)]  # which no seed changes
+    found = [train(study, "zero-shot", 0)]  # no seed changes it
     for seed in range(study.seeds):
-        # each after what it needs: a probe before lp-ft, trainings before merges before students
+        # each after those it needs: a probe before lp-ft, trainings before merges before students
         found += [train(study, name, seed) for name in others]
         found += [ingredient(study, rate, seed) for rate in recipes.SOUP_RATES if rate != 1]
         found += [merge(study, name, seed) for name in recipes.PAPER_MERGED]
@@ -157,10 +158,10 @@ def of_paper(study: Study) -> list[Experiment]:
 
 
 def on_equal_terms(study: Study) -> list[Experiment]:
-    """Return the trainings, choices and merges that compare the later methods with the paper's.
+    """List the trainings, choices and merges that compare later methods with the paper's.
 
-    A recipe's values are tried on seed 0 and chosen from by its held-out images; every seed, that
-    one too, is then trained with the chosen one.
+    The values of a recipe are tried on seed 0, and its held-out images choose one. Every seed,
+    including 0, is then trained with the chosen value.
     """
     found = [train(study, "zero-shot", 0)]
     trained = [name for name in recipes.SUITE if name != "zero-shot"]
@@ -178,7 +179,7 @@ def on_equal_terms(study: Study) -> list[Experiment]:
 
 
 def grid(study: Study, recipe: str) -> list[Experiment]:
-    """Return the trainings of seed 0 that a recipe's setting is chosen from."""
+    """List the trainings of seed 0 among which a recipe's setting is chosen."""
     declared = recipes.TRAINED[recipe].grid
     assert declared is not None, f"{recipe} declares no values"
     option, values = declared
@@ -192,7 +193,7 @@ def grid(study: Study, recipe: str) -> list[Experiment]:
 
 
 def choose(study: Study, recipe: str, tried: Sequence[Experiment]) -> Experiment:
-    """Return the choice among trainings by their held-out images."""
+    """Make the choice among trainings by their held-out images."""
     runs = [study.at(one.name) for one in tried]
     command = ("python", "-m", "rft.merge.choose", *runs, "--data", study.data, *study.workers)
     command += ("--save", study.choice(recipe))
@@ -200,7 +201,7 @@ def choose(study: Study, recipe: str, tried: Sequence[Experiment]) -> Experiment
 
 
 def with_seed(name: str, seed: int) -> str:
-    """Return the name of an experiment, which is that of its run folder too."""
+    """Name of an experiment, and of its run folder."""
     return f"{name}-seed{seed}"
 
 
@@ -213,10 +214,10 @@ def train(
     options: tuple[str, ...] = (),
     like: bool = False,
 ) -> Experiment:
-    """Return the training of a recipe.
+    """Make the training of a recipe.
 
-    With a part of a name and options of its own it is for a soup or a choice alone, and no row of
-    the report. With `like` it takes the setting that was chosen.
+    With `part` and `options` it serves only a soup or a choice, and is not a row of the report.
+    With `like` it uses the chosen setting.
     """
     name, after = with_seed(f"{recipe}{part}", seed), ()
     if like:
@@ -240,7 +241,7 @@ def train(
 
 
 def ingredient(study: Study, rate: float, seed: int) -> Experiment:
-    """Return the training of a soup's model: vanilla at `rate` times its learning rate."""
+    """Make the training of a soup's model: vanilla at `rate` times its learning rate."""
     (recipe,) = recipes.MERGED["uniform-soup"].inputs
     config = recipes.build(recipe, scale=study.scale, preset=study.preset)
     # the ingredient at rate 1 is vanilla itself, which is trained and reported anyway
@@ -250,7 +251,7 @@ def ingredient(study: Study, rate: float, seed: int) -> Experiment:
 
 
 def merge(study: Study, name: str, seed: int) -> Experiment:
-    """Return the merge of all models of a WiSE family, or of a seed's ingredients of a soup."""
+    """Make the merge of a WiSE family, or of one seed's ingredients of a soup."""
     merged, out = recipes.MERGED[name], study.at(with_seed(name, seed))
     launcher, options, models = "python", (), (out,)
     match merged.kind:
@@ -265,10 +266,11 @@ def merge(study: Study, name: str, seed: int) -> Experiment:
             if len(models) == 1:
                 (out,) = models
         case "uniform-soup" | "greedy-soup":
-            # of one seed, because those share their held-out images
+            # of one seed, because runs of one seed share their held-out images
             after = tuple(ingredient(study, rate, seed).name for rate in recipes.SOUP_RATES)
             if merged.kind == "greedy-soup":
-                # it counts held-out images, which ranks share; an average alone is one process
+                # it evaluates held-out images, which ranks can share; a plain average is one
+                # process
                 launcher, options = "torchrun", ("--data", study.data, *study.workers)
         case "model-stock":
             rates = recipes.SOUP_RATES
@@ -281,7 +283,7 @@ def merge(study: Study, name: str, seed: int) -> Experiment:
 
 
 def ensemble(study: Study, name: str, seed: int) -> Experiment:
-    """Return the evaluation of two models that answer together, at the settings of its paper."""
+    """Make the evaluation of an ensemble of two models, with the settings of its paper."""
     kind, out = recipes.ENSEMBLES[name], study.at(with_seed(name, seed))
     start, end = kind.inputs
     after = (with_seed(start, 0), with_seed(end, seed))
@@ -291,10 +293,10 @@ def ensemble(study: Study, name: str, seed: int) -> Experiment:
 
 
 def with_needed(found: Sequence[Experiment], only: Collection[str]) -> list[Experiment]:
-    """Return the experiments of some recipes and those they need, in the order they had."""
-    # a soup's ingredients, vanilla-lr..., are no recipes: they come with their soups
+    """Select the experiments of some recipes and those they need, in the same order."""
+    # a soup's ingredients, vanilla-lr..., are not recipes: they are selected with their soups
     wanted = {one.name for one in found if one.name.rpartition("-seed")[0] in only}
-    # each stands behind those it needs, so one pass from the end finds all
+    # each comes after those it needs, so one pass from the end finds all
     for one in reversed(found):
         if one.name in wanted:
             wanted.update(one.after)
@@ -302,8 +304,8 @@ def with_needed(found: Sequence[Experiment], only: Collection[str]) -> list[Expe
 
 
 def evaluate(study: Study, found: Sequence[Experiment], seed: int) -> Experiment:
-    """Return the evaluation of a seed's models: those are all in memory at once."""
-    # with its hyphen: -seed1 does not end what ends in -seed11
+    """Make the evaluation of one seed's models, which are all in memory at once."""
+    # the hyphen keeps seed 1 and seed 11 apart: -seed1 is not a suffix of -seed11
     models = [one for one in found if one.makes and not one.evaluates]
     mine = [one for one in models if one.name.endswith(with_seed("", seed))]
     models = [path for one in mine for path in one.makes]
@@ -314,7 +316,7 @@ def evaluate(study: Study, found: Sequence[Experiment], seed: int) -> Experiment
 def report(
     study: Study, found: Sequence[Experiment], evaluations: Sequence[Experiment]
 ) -> Experiment:
-    """Return the report on all models."""
+    """Make the report on all models."""
     models = [path for one in found for path in one.makes]
     suite = "" if study.suite == "paper" else f"-{study.suite}"
     out = study.report or f"{study.runs.rstrip('/')}{suite}-report"
@@ -324,21 +326,21 @@ def report(
 
 @dataclass(frozen=True)
 class Arguments:
-    """Print the commands of a comparison, each behind those it needs.
+    """Print the commands of a comparison, each after those it needs.
 
-    By default those of the paper's Tables 1 and 3 and Fig. 7.
+    The default is the paper's Tables 1 and 3 and Fig. 7.
 
-    What follows `--` goes to every training: -- --model.clip ViT-B-16 --precision bf16
+    Options after `--` are passed to every training: -- --model.clip ViT-B-16 --precision bf16
     """
 
     study: Annotated[Study, tyro.conf.arg(name="")]
     lines: bool = False
-    """One line an experiment: its name, those it needs (commas between), its command; tabs between
-    the three."""
+    """Print one line per experiment: its name, those it needs (separated by commas) and its
+    command, separated by tabs."""
 
 
 def text(found: Sequence[Experiment]) -> str:
-    """Return a plan for people."""
+    """Format a plan for reading."""
     lines = []
     for one in found:
         needs = f"  (after {', '.join(one.after)})" if one.after else ""
@@ -347,7 +349,7 @@ def text(found: Sequence[Experiment]) -> str:
 
 
 def lines(found: Sequence[Experiment]) -> str:
-    """Return a plan for shell scripts.
+    """Format a plan for shell scripts.
 
     Raises:
         ValueError: if a command has a line break or tab, which would end its line or column.
@@ -355,8 +357,7 @@ def lines(found: Sequence[Experiment]) -> str:
     for word in (word for one in found for word in one.command):
         if set("\n\r\t") & set(word):
             raise ValueError(
-                f"{short(word)} has a line break or tab, which a plan of one line for "
-                "each experiment cannot hold"
+                f"{short(word)} has a line break or tab, which --lines cannot represent"
             )
     return "\n".join(
         "\t".join((one.name, ",".join(one.after), shlex.join(one.command))) for one in found
@@ -366,7 +367,7 @@ def lines(found: Sequence[Experiment]) -> str:
 def main() -> None:
     """Parse and print."""
     words = sys.argv[1:]
-    # cut off before tyro sees them: they are rft.train's options, and checked by it
+    # split off before tyro sees them: they are rft.train's options, and rft.train checks them
     own = words[: words.index("--")] if "--" in words else words
     arguments = cli.parse(Arguments, args=own, prog="rft.experiments")
     study = replace(arguments.study, options=tuple(words[len(own) + 1 :]))

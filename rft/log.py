@@ -1,9 +1,9 @@
-"""How the lines of a command are logged: time, rank, level and text, from one setup.
+"""Logging of a command: one setup, one format of lines with time, rank, level and text.
 
-A module logs to `logging.getLogger(__name__)`, a child of the logger `rft`. What other libraries
-log, and Python's own warnings, get the same lines. A command's result is no log line: it is
-printed. Used as a library, nothing is set up, and Python's own rule holds: warnings appear on
-stderr, the rest where the program's logging sends it.
+A module logs to `logging.getLogger(__name__)`, a child of the logger `rft`. Records of other
+libraries and Python's warnings get the same format. The result of a command is printed, not logged.
+If rft is used as a library, nothing is set up and Python's default applies: warnings appear on
+stderr, everything else goes where the program's logging sends it.
 """
 
 import contextlib
@@ -25,28 +25,28 @@ TIME = "%Y-%m-%d %H:%M:%S"
 SHORT_TIME = "%H:%M:%S"
 STYLES = {"INFO": "green", "WARNING": "yellow"}
 
-# `extra` of a record: INFO beside a result that goes to stdout, or that a pipeline never read there
+# `extra` of a record: INFO that must stay out of stdout, because the result is printed there
 ASIDE = {"aside": True}
-# and of a rank's own matter; all others are those of every rank, and rank 0 alone shows them
+# and of a record that concerns one rank; all others occur on every rank, and only rank 0 shows them
 EVERY_RANK = {"every_rank": True}
 
 
 def setup(redact: Callable[[str], str] = str) -> None:
-    """Show the records of rft and of others, once, however often this is called.
+    """Show each record of rft and of other libraries once, however often this is called.
 
     Args:
-        redact: takes credentials out of what other libraries log; rft's own lines hold none.
+        redact: removes credentials from records of other libraries; rft's own records hold none.
     """
     own, others = logging.getLogger(NAME), logging.getLogger()
     own.setLevel(logging.INFO)
-    own.propagate = False  # a library that sets up the root logger would show every line twice
+    own.propagate = False  # or a library that sets up the root logger would print every line twice
     for logger in (own, others):
-        # by its name: where rft was imported anew, its class is a different one
+        # by name, because a reimported rft has a different class
         for handler in [handler for handler in logger.handlers if handler.name == NAME]:
             logger.removeHandler(handler)
         logger.addHandler(Handler(redact))
     warnings.formatwarning = _one_line
-    # they become records of the logger py.warnings, which the root's handler shows
+    # warnings become records of the logger py.warnings, which the root handler shows
     logging.captureWarnings(True)
 
 
@@ -57,37 +57,37 @@ def _one_line(
     lineno: int,
     line: str | None = None,
 ) -> str:
-    """Format a Python warning without the line of source below it, which does not help a user."""
+    """Format a Python warning without its source line, which does not help a user."""
     return f"{category.__name__}: {' '.join(str(message).split())} ({filename}:{lineno})"
 
 
 def is_first_rank() -> bool:
-    """Whether this process shows what all ranks meet."""
+    """Whether this process shows the records that occur on all ranks."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a stream is a terminal on which lines can be coloured and drawn over."""
+    """Whether a stream is a terminal with colours on which lines can be redrawn."""
     return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
 class Formatter(logging.Formatter):
-    """Escapes third-party text in records; `extra={"lines": ...}` are lines below the first."""
+    """Escapes third-party text in records; `extra={"lines": ...}` adds lines below the first."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
-        """Return the lines of a record, without a traceback."""
+        """Format the lines of a record, without a traceback."""
         return "\n".join([plain(super().formatMessage(record)), *_lines_below(record)])
 
 
 class Handler(logging.Handler):
-    """Writes to what stdout or stderr is at that time, and lets its errors out as print does.
+    """Writes to the current stdout or stderr, and raises write errors as print does.
 
-    INFO goes to stdout, all else to stderr, at once. A full disk or a closed pipe ends the command
-    (`rft.cli.run`), where logging's own handlers would print a traceback for each line.
+    INFO goes to stdout and everything else to stderr, unbuffered. A full disk or a closed pipe ends
+    the command (`rft.cli.run`); logging's own handlers would print a traceback for each line.
     """
 
     above: "Console | None" = None
-    """Where something is drawn on the terminal that lines must stay above."""
+    """Console with a live drawing, such as a bar, above which lines must be printed."""
 
     def __init__(self, redact: Callable[[str], str]) -> None:
         super().__init__()
@@ -96,9 +96,9 @@ class Handler(logging.Handler):
         self.setFormatter(Formatter(FORMAT, TIME))
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Keep one of the lines that all ranks log; what others log may be of this rank alone."""
+        """Drop rft's records on ranks other than 0, unless they concern that rank alone."""
         record.rank = os.environ.get("RANK", "0")
-        # a child of the logger `rft` is named rft.something; `rftools` is none
+        # children of the logger `rft` are named rft.something; `rftools` is not one
         if record.name.partition(".")[0] != NAME:
             try:
                 text = record.getMessage()
@@ -118,7 +118,7 @@ class Handler(logging.Handler):
             print(self.format(record), file=stream, flush=True)
 
     def _draw(self, record: logging.LogRecord, stream: TextIO) -> None:
-        # not before there is a terminal: most commands need no rich, which is slow to import
+        # imported only for a terminal, because rich is slow to import
         from rich.console import Console
         from rich.text import Text
 
@@ -130,7 +130,7 @@ class Handler(logging.Handler):
             (f"{record.levelname} ", STYLES.get(record.levelname, "bold red")),
             "\n".join([plain(record.getMessage()), *_lines_below(record)]),
         )
-        # wrapped by the terminal, so that a path can be copied from it
+        # soft_wrap leaves wrapping to the terminal, so that paths can be copied
         (self.above or Console(file=stream)).print(line, soft_wrap=True)
 
 
@@ -140,8 +140,8 @@ def _lines_below(record: logging.LogRecord) -> list[str]:
 
 @contextlib.contextmanager
 def above(console: "Console") -> Iterator[None]:
-    """Log above what `console` draws, which a line must not be written into."""
-    # of the class, because a second `setup` makes new handlers
+    """Print log lines above the live drawing of `console`."""
+    # an attribute of the class, because a second `setup` makes new handlers
     Handler.above = console
     try:
         yield

@@ -19,9 +19,9 @@ def evaluation(
 
     Args:
         models: run folders or weights files.
-        data: their data root; empty if it is not known.
+        data: their data root; empty if unknown.
         train_set: the packed set they were trained on.
-        ranks: processes that share the work.
+        ranks: number of processes that share the work.
     """
     words: list[object] = ["-m", "rft.evaluate", *models, "--data", data or "DATA"]
     unknown = {} if data else {"DATA": "folder or URL below which the packed sets lie"}
@@ -35,29 +35,29 @@ def evaluation(
 
 
 def test_sets(data: str, train_set: str) -> tuple[str, ...]:
-    """Return the test sets of a data root that go with a training set.
+    """Find the test sets in a data root that belong to a training set.
 
-    ImageNet has its benchmarks, a set of the user's own has one test set (tools/shard_folder.py).
-    All of them are returned where the data root is not known or cannot be read.
+    ImageNet has its benchmarks; your own set has one test set (tools/shard_folder.py). If the data
+    root is unknown or cannot be read, all of them are returned.
     """
     known = TEST_SETS if train_set in BENCHMARKS else ("test",)
     if not data:
         return known
     try:
-        # some of the benchmarks may not be packed yet, and evaluation refuses absent ones
+        # some benchmarks may not be packed yet, and evaluation refuses missing ones
         return tuple(name for name in known if files.exists(files.join(data, name, MANIFEST)))
-    except (OSError, ValueError):  # a URL without its credentials, a network that is down
+    except (OSError, ValueError):  # e.g. missing credentials, or the network is down
         return known
 
 
 def report(runs: Sequence[Path], data: str) -> str:
-    """Format the `next:` line that reports evaluated runs, with the other seeds of each."""
+    """Format the `next:` line that reports evaluated runs together with their other seeds."""
     words = ["-m", "rft.report", *with_seeds(runs, filenames.RESULTS), "--out", "report"]
     return cli.next_step([*words, "--data", data])
 
 
 def use(run: str) -> str:
-    """Format the lines that use a model: on new images, and outside rft."""
+    """Format the next commands for a model: predict new images, and export it."""
     unknown = {"IMAGE...": "images, or folders of them"}
     words = ["-m", "rft.predict", run, "IMAGE...", "--html", "predictions.html"]
     export = ["-m", "rft.convert", "export", run, "--to", "open-clip", "--out", "model"]
@@ -66,21 +66,21 @@ def use(run: str) -> str:
 
 
 def with_seeds(runs: Sequence[Path], done: str) -> list[Path]:
-    """Return run folders, and those beside them that are another seed of one of them.
+    """Add to run folders the sibling folders with other seeds of the same runs.
 
     Args:
         runs: run folders.
-        done: name of the JSON file of a run that is ready: training.json or results.json. The
-            data that it names must be the same for all seeds of a run.
+        done: JSON file that a finished run has: training.json or results.json. The data that it
+            names must be the same for all seeds of a run.
     """
     found = {run.resolve(): run for run in runs}
     seeds = {_seed(run, done) for run in runs}
     for run in runs:
         for beside in sorted(run.parent.iterdir()):
             seed = _seed(beside, done)
-            # equal but for the seed; None stands for a run that is not ready
+            # equal except for the seed; None stands for an unfinished run
             same = seed is not None and any(seed[1:] == known[1:] for known in seeds if known)
-            # one folder per seed: a report refuses two of one
+            # one folder per seed: a report refuses two folders of one seed
             if same and seed not in seeds and beside.resolve() not in found:
                 found[beside.resolve()] = beside
                 seeds.add(seed)
@@ -88,7 +88,7 @@ def with_seeds(runs: Sequence[Path], done: str) -> list[Path]:
 
 
 def _seed(run: Path, done: str) -> tuple[int, str] | None:
-    """Return a run's seed and what its other seeds have in common with it; None if it is no run."""
+    """Read a run's seed and the key that all its seeds share; None if it is not a finished run."""
     try:
         config = records.read_config(run)
         if done == filenames.RESULTS:
@@ -97,7 +97,7 @@ def _seed(run: Path, done: str) -> tuple[int, str] | None:
         else:
             ready = records.find(run / filenames.TRAINING, records.Training)
             data = ready and ready.manifest_sha256
-    except (OSError, ValueError):  # most folders beside a run are something else, or damaged
+    except (OSError, ValueError):  # a sibling folder may be anything, or damaged
         return None
-    # as text, because dicts cannot be in a set
+    # as text, because dicts are not hashable
     return (config.seed, repr((settings(config.whole), data))) if ready else None

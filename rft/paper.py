@@ -1,10 +1,10 @@
-"""What the paper prints: its Tables 1, 2 and 3, and which systems its Fig. 7 draws. Data only.
+"""The paper's printed results: Tables 1, 2 and 3, and the systems of Fig. 7. Data only.
 
 Tables 1 and 3 have top-1 accuracy in percent, the mean over three seeds; the paper prints no
-spread. Systems carry this repository's recipe names: "Ours (single-fill)" is
+spread. Systems have this repository's recipe names: "Ours (single-fill)" is
 object-mask-single-fill, "Ours (multi-fill)" object-mask-multi-fill, "Ours, no masking" no-mask,
-"WiSE-FT" wise-ft-0.5. Both tables print the same numbers for the systems that they share. The
-threshold or rate of each row is the one with the highest validation accuracy and is not printed.
+"WiSE-FT" wise-ft-0.5. Both tables print the same numbers for shared systems. The threshold or rate
+of each row is the one with the highest validation accuracy; it is not printed.
 """
 
 from dataclasses import dataclass, replace
@@ -15,15 +15,15 @@ OURS = "object-mask-single-fill"
 
 @dataclass(frozen=True)
 class Published:
-    """One system as printed."""
+    """One printed row of a system."""
 
     recipe: str
     tables: tuple[int, ...]
-    """Where it stands: 1, 3 or both."""
+    """Tables that have it: 1, 3 or both."""
     percent: tuple[float | None, ...]
     """IN, V2, R, Sketch, ObjectNet, A, OOD avg; None where the paper prints "/"."""
     note: str = ""
-    """What it is in the paper, where that is not a training of its own or has to be said."""
+    """Origin of the row, where it is not the paper's own training."""
 
 
 VIT_B_32 = (
@@ -39,7 +39,7 @@ VIT_B_32 = (
         "uniform-soup",
         (3,),
         (80.0, 68.6, 66.6, 47.7, 46.1, 29.2, 51.6),
-        "the official model, which it evaluated",
+        "the official model, evaluated by the paper",
     ),
     Published("no-mask", (1,), (76.9, 66.5, 69.2, 45.6, 45.3, 29.8, 51.3)),
     Published("random-mask-no-fill", (1,), (77.5, 66.9, 66.4, 45.7, 46.5, 30.8, 51.2)),
@@ -62,7 +62,7 @@ VIT_B_16 = (
         (81.7, 71.6, 72.9, 48.4, None, 49.1, None),
         "copied from the LP-FT paper",
     ),
-    # no dagger here, and the numbers are those of the WiSE-FT paper
+    # not marked by a dagger, and the numbers equal those of the WiSE-FT paper
     Published(
         "wise-ft-0.5",
         (3,),
@@ -75,14 +75,14 @@ VIT_B_16 = (
 
 
 class Covered(NamedTuple):
-    """A column of Table 2: what the masks of one threshold cover, each a share of pixels."""
+    """A column of Table 2: coverage of the masks of one threshold, as shares of pixels."""
 
     image_masking_rate: float
     object_masking_rate: float
     iou: float
 
 
-# of CLIP ViT-B/32, by CAM threshold
+# for CLIP ViT-B/32, by CAM threshold
 TABLE_2 = {
     0.7: Covered(0.06, 0.17, 0.15),
     0.6: Covered(0.10, 0.23, 0.21),
@@ -92,8 +92,8 @@ TABLE_2 = {
     0.2: Covered(0.55, 0.80, 0.48),
 }
 
-# Fig. 7 prints no numbers. Its systems, where a WiSE family stands for its path over alpha, and
-# what the paper calls them. That "ours" is single-fill there is our reading.
+# Fig. 7 prints no numbers. These are its systems and their names in the paper; a WiSE family stands
+# for its path over alpha. That "ours" means single-fill there is our reading.
 FIGURE_7 = {
     "zero-shot": "Zero-shot",
     "vanilla": "Vanilla FT",
@@ -106,17 +106,17 @@ FIGURE_7 = {
 
 
 def model_name(clip: str) -> str:
-    """Return which of the paper's two models stands beside a CLIP of some name."""
+    """Choose which of the paper's two models a CLIP is compared with, by its name."""
     return "ViT-B/16" if clip.startswith("ViT-B-16") else "ViT-B/32"
 
 
 def published(model: str) -> tuple[Published, ...]:
-    """Return the rows of Tables 1 and 3 for one of the paper's models."""
+    """Rows of Tables 1 and 3 for one of the paper's models."""
     return {"ViT-B/32": VIT_B_32, "ViT-B/16": VIT_B_16}[model]
 
 
 def all_published() -> tuple[Published, ...]:
-    """Return the rows for ViT-B/32 and those that only ViT-B/16 has, whose notes name it."""
+    """Rows for ViT-B/32, then those that only ViT-B/16 has, with a note."""
     names = {row.recipe for row in VIT_B_32}
     others = [row for row in VIT_B_16 if row.recipe not in names]
     return (*VIT_B_32, *(replace(row, note=f"{row.note}, for ViT-B/16") for row in others))

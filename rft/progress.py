@@ -1,4 +1,4 @@
-"""The progress of long commands: a bar on a terminal, a log line now and then elsewhere."""
+"""Progress of long commands: a bar on a terminal, otherwise a log line at intervals."""
 
 import contextlib
 import logging
@@ -20,45 +20,45 @@ from rich.text import Text
 from rft import log as logs
 from rft.text import plain
 
-SECONDS_PER_LINE = 10.0  # without a terminal; a log file of a night stays readable
-# enough to look like motion; a unit may take less than a millisecond
+SECONDS_PER_LINE = 10.0  # without a terminal; the log of a long job stays readable
+# fast enough to look smooth; a unit may take less than a millisecond
 SECONDS_PER_DRAWING = 0.1
-UNKNOWN = "-:--:--"  # the time that is left, before anything is done
+UNKNOWN = "-:--:--"  # remaining time before the first update
 
 
 class Advance(Protocol):
-    """Counts what was done."""
+    """Callback that counts finished units."""
 
     def __call__(self, units: int, size: int = 0, /) -> None:
-        """Count so many units, and bytes of them."""
+        """Add finished units, and their size in bytes."""
 
 
 log = logging.getLogger(__name__)
 
 
 class Bar(Progress):
-    """One task of a known length: its clock, and its picture where both streams are a terminal.
+    """One task of known length: its clock, and a drawn bar if both streams are terminals.
 
-    Speed and time left follow from all that was done since the bar was made: what an earlier job
-    did, perhaps on other machines, does not count. Drawn when there is something new, so that no
-    thread takes turns with the work.
+    Speed and remaining time are computed from the work since the bar was made; the work of an
+    earlier job, perhaps on other machines, does not count. The bar is redrawn on updates only, so
+    that no thread competes with the work.
 
     Args:
-        title: what is done.
-        total: how much of it there is.
-        done: what was done before.
+        title: name of the task.
+        total: number of units.
+        done: units finished by an earlier job.
     """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
         self._status, self._before = "", done
         super().__init__(
-            # a title may hold brackets, which are rich's markup
+            # a title may contain brackets, which are rich's markup
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            # rich's own column keeps 1,000 updates, and thousands of images are done in a second
+            # rich's own column averages 1,000 updates, but thousands of images are done per second
             TextColumn("{task.fields[left]}", style="progress.remaining"),
-            # stdout is for results, which another command may read
+            # stdout is for results, which other commands may read
             console=Console(file=sys.stderr),
             auto_refresh=False,
         )
@@ -76,7 +76,7 @@ class Bar(Progress):
 
     @property
     def left(self) -> str:
-        """The time that is left, as hours, minutes and seconds."""
+        """Remaining time, as hours, minutes and seconds."""
         if not self.speed:
             return UNKNOWN
         minutes, seconds = divmod(math.ceil((self.tasks[0].remaining or 0) / self.speed), 60)
@@ -84,16 +84,16 @@ class Bar(Progress):
 
     @property
     def speed(self) -> float:
-        """How much is done per second, 0 before the first update."""
+        """Units per second, 0 before the first update."""
         return (self.tasks[0].completed - self._before) / max(self.seconds, 1e-9)
 
     @property
     def seconds(self) -> float:
-        """The time since the bar was made."""
+        """Seconds since the bar was made."""
         return self.tasks[0].elapsed or 0.0
 
     def show(self, done: int, status: str = "") -> None:
-        """Count up to `done`; what is drawn has a line for `status` below it."""
+        """Set the number of finished units to `done`; a drawn bar shows `status` below it."""
         self._status = status
         self.update(self._row, completed=done)
         if self.is_drawn:
@@ -106,7 +106,7 @@ class Bar(Progress):
             yield Text(self._status)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         self._open.close()
 
 
@@ -119,14 +119,15 @@ def progress(
     *,
     ends: bool = True,
 ) -> Iterator[Advance]:
-    """Yield a function to call with how many units, and how many bytes of them, were done.
+    """Yield a function to call with the number of finished units, and their bytes.
 
     Args:
-        title: what is done.
-        unit: of what is counted, in the plural.
-        total: how many there are.
-        extra: of the log lines, such as `rft.log.ASIDE` where the result goes to stdout.
-        ends: whether the end has a log line too, as where no result follows at once.
+        title: name of the task.
+        unit: name of the unit, in the plural.
+        total: number of units.
+        extra: of the log lines, such as `rft.log.ASIDE` if the result goes to stdout.
+        ends: whether the end gets a log line too, for commands whose result does not follow at
+            once.
     """
     done = size = 0
     bar = Bar(title, total)
@@ -135,7 +136,9 @@ def progress(
     def rate() -> str:
         speed = f"{bar.speed:,.{0 if bar.speed >= 10 else 1}f} {unit}/s"
         mib = size / 2**20
-        per_s = mib / max(bar.seconds, 1e-9)  # a first unit may take less than the clock shows
+        per_s = mib / max(
+            bar.seconds, 1e-9
+        )  # the first unit may take less than the clock's resolution
         return f"{mib:,.1f} MiB, {speed}, {per_s:,.1f} MiB/s" if size else speed
 
     def advance(more: int, more_bytes: int = 0, /) -> None:

@@ -1,13 +1,13 @@
-"""Every system by name: what trains, and what is merged from trained models.
+"""All systems by name: trained recipes, merges of trained models, and ensembles.
 
-The paper's systems (PAPER, PAPER_MERGED) come first, then the methods that were published after it
-(LATER, LATER_MERGED), recipes of our own (RESEARCH), and ensembles of two models (ENSEMBLES), which
+The paper's systems (PAPER, PAPER_MERGED) come first, then methods published later (LATER,
+LATER_MERGED), our own recipes (RESEARCH), and ensembles of two models (ENSEMBLES), which
 `rft.ensemble` evaluates. docs/methods.md compares them.
 
-What the paper prints for each is in rft/paper.py, under the same names.
+The paper's printed results are in rft/paper.py, under the same names.
 
-The setting of each mask x fill is the one that the released code's example script names; the paper
-prints the values it tried (SETTINGS) but not its choices. Everything a recipe does not mention is
+The setting of each mask x fill is taken from the released code's example script; the paper prints
+the values that it tried (SETTINGS) but not its choices. Everything that a recipe does not set is
 the same for all (appendix A.1). Any recipe can be scaled to the embedded world (docs/results.md).
 """
 
@@ -32,7 +32,7 @@ from rft.config import (
 
 DEFAULT = "object-mask-single-fill"
 
-# what Figure 6 tries for each mask, and Table 1 chooses from by held-out accuracy
+# values that Figure 6 tries for each mask; held-out accuracy chooses among them for Table 1
 SETTINGS: dict[str, tuple[str, tuple[float, ...]]] = {
     "random": ("--method.rate", (0.25, 0.5, 0.75)),
     "context": ("--method.threshold", (0.3, 0.4, 0.5, 0.6)),
@@ -41,27 +41,27 @@ SETTINGS: dict[str, tuple[str, tuple[float, ...]]] = {
 
 
 RATE = "--optim.lr"
-# An option, and the values of it from which held-out accuracy chooses. Those of the learning rate
-# are factors of the recipe's own, which the scale multiplies.
+# An option and its values, among which held-out accuracy chooses. Values of the learning rate are
+# factors on the recipe's own rate, which the scale multiplies too.
 Grid = tuple[str, tuple[float, ...]]
 
 
 class Recipe(NamedTuple):
-    """What a system differs in from the defaults; `about` is its line of `--help`."""
+    """A system's differences from the defaults; `about` is its line of `--help`."""
 
     about: str
     method: MethodConfig
     # read-only: all recipes without options of their own share it
     optim: Mapping[str, Any] = MappingProxyType({})
     grid: Grid | None = None
-    """What is chosen from where methods are compared on equal terms (rft/experiments.py); None for
+    """Values to choose from when methods are compared on equal terms (rft/experiments.py); None for
     a method without a setting of its own."""
 
 
 PLAIN = MethodConfig(distill_weight=0)  # cross-entropy alone
 
-# Table 1: mask and fill -> the setting, which is a rate where patches are random and a threshold
-# elsewhere, and the line of `--help`, which names it
+# Table 1: mask and fill -> the setting (a rate for random masks, otherwise a threshold), and the
+# line of `--help`, which is formatted with it
 GRID: dict[tuple[Mask, Fill], tuple[float, str]] = {
     ("random", "none"): (0.75, "Drop {:.0%} of the patches at random."),
     ("context", "none"): (0.6, "Drop the context: at most {} of the largest relevance."),
@@ -77,19 +77,19 @@ GRID: dict[tuple[Mask, Fill], tuple[float, str]] = {
     ),
     ("random", "multi"): (
         0.5,
-        "Refill {:.0%} of the patches, at random, each from an image of its own.",
+        "Refill {:.0%} of the patches, at random, each from its own donor image.",
     ),
     ("context", "multi"): (
         0.3,
-        "Refill the context, at most {}, each patch from an image of its own.",
+        "Refill the context, at most {}, each patch from its own donor image.",
     ),
-    ("object", "multi"): (0.6, "Refill the object, above {}, each patch from an image of its own."),
+    ("object", "multi"): (0.6, "Refill the object, above {}, each patch from its own donor image."),
 }
 
 
 def _masked() -> Iterator[tuple[str, Recipe]]:
     for (mask, fill), (setting, about) in GRID.items():
-        # the paper writes no-fill; the option's word is none
+        # the paper writes no-fill, the option is called none
         name = f"{mask}-mask-{'no' if fill == 'none' else fill}-fill"
         match mask:
             case "random":
@@ -111,18 +111,18 @@ PAPER = {
     "zero-shot": Recipe(
         "Keep the pre-trained model, with a head of text embeddings.", PLAIN, {"epochs": 0}
     ),
-    "vanilla": Recipe("Train all weights by cross-entropy alone.", PLAIN),
-    # Not a row of the paper. From the zero-shot head by AdamW, with a rate for the head; LP-FT's
-    # own probe starts from a random head (--model.head random) by SGD. The rate was chosen by
-    # reasoning: it can move every weight by about its own size in the epochs given. --preset
-    # official-parity takes the released code's: 10 epochs at 3e-5.
+    "vanilla": Recipe("Train all weights by cross-entropy only.", PLAIN),
+    # Not a row of the paper. It trains the zero-shot head by AdamW; LP-FT's own probe trains a
+    # random head (--model.head random) by SGD. The rate was chosen by reasoning: it can move every
+    # weight by about its own size in the given epochs. --preset official-parity takes the released
+    # code's: 10 epochs at 3e-5.
     "linear-probe": Recipe(
-        "Train the head alone, on the frozen image tower: LP-FT's first half.",
+        "Train only the head, on the frozen image tower: LP-FT's first stage.",
         PLAIN,
         {"trains": "head", "epochs": 5, "lr": 1e-3, "weight_decay": 0.0},
     ),
     # The paper's row is copied from LP-FT's own paper. Half of vanilla's epochs, so that both
-    # halves together cost what vanilla does.
+    # stages together cost as much as vanilla.
     "lp-ft": Recipe(
         "Fine-tune from a linear probe (Kumar et al. 2022): --model.start RUN.",
         PLAIN,
@@ -132,7 +132,7 @@ PAPER = {
     **MASKED_RECIPES,
     # gamma = 1 and T = 10 (appendix A.3)
     "wise-kd-vanilla": Recipe(
-        "Learn from a WiSE-FT model (alpha 0.5) too (Fig. 7): --method.kd-teacher RUN.",
+        "Also learn from a WiSE-FT model (alpha 0.5, Fig. 7): --method.kd-teacher RUN.",
         replace(PLAIN, kd_weight=1, kd_temperature=10),
     ),
     "wise-kd-object-mask-single-fill": Recipe(
@@ -141,7 +141,7 @@ PAPER = {
     ),
 }
 
-# methods that were published after the paper, or that it does not compare with
+# methods published after the paper, or not compared in it
 LATER: dict[str, Recipe] = {
     # lambda 0.1 is the best of Li et al. 2018, who had no CLIP
     "l2-sp": Recipe(
@@ -150,14 +150,14 @@ LATER: dict[str, Recipe] = {
         {"l2_sp": 0.1, "weight_decay": 0.0},
         ("--optim.l2-sp", (0.01, 0.1, 1.0)),
     ),
-    # the released code names no value for CLIP; 1 is a whole projection
+    # the released code has no value for CLIP; 1 is a full projection
     "spd": Recipe(
-        "Draw tensors back whose step leads too far (selective projection decay, 2024).",
+        "Draw back tensors that step too far (selective projection decay, 2024).",
         PLAIN,
         {"optimizer": "spd", "weight_decay": 0.0},
         ("--optim.spd", (0.5, 1.0, 2.0)),
     ),
-    # k = 1 and no weight decay, as the released code's script
+    # k = 1 and no weight decay, as in the released code's script
     "ftp": Recipe(
         "Project rows onto learnt balls around the pre-trained ones (FTP, 2023).",
         PLAIN,
@@ -165,56 +165,57 @@ LATER: dict[str, Recipe] = {
         ("--optim.ftp-k", (0.5, 1.0)),
     ),
     "car-ft": Recipe(
-        "Keep what the image's context is, by the prompt templates (Mao et al. 2024).",
+        "Keep the distribution over contexts, the prompt templates (CAR-FT, Mao et al. 2024).",
         replace(PLAIN, context_weight=1),
         grid=("--method.context-weight", (0.1, 1.0, 10.0)),
     ),
     # rate, weight decay and lambda are those of its released code's command for ImageNet
     "lipsum-ft": Recipe(
-        "Keep the logits of random texts (Nam et al. 2024).",
+        "Keep the logits of random texts (Lipsum-FT, Nam et al. 2024).",
         replace(PLAIN, lipsum_weight=1),
         {"lr": 1e-5, "weight_decay": 0.0},
         ("--method.lipsum-weight", (0.1, 1.0, 10.0)),
     ),
-    # its batch of 512 and weight decay of 0.1 are the paper's too
+    # its batch of 512 and weight decay of 0.1 equal the paper's
     "flyp": Recipe(
-        "Train both towers by CLIP's own contrastive loss (Goyal et al. 2023).",
+        "Train both towers by CLIP's contrastive loss (FLYP, Goyal et al. 2023).",
         replace(PLAIN, loss="contrastive"),
         {"lr": 1e-5},
         (RATE, (1 / 3, 1.0, 3.0)),
     ),
 }
 
-# chosen on development seeds from 0.1 and 1 (docs/results.md, "Research recipes")
+# chosen from 0.1 and 1 on development seeds (docs/results.md, "Research recipes")
 HEAD_WEIGHT = 0.1
-# Of our own, for limits that the paper names: object-mask-single-fill with one change each.
+# Our own recipes for limits that the paper names: object-mask-single-fill with changes.
 RESEARCH = {
     "unlike-donors": Recipe(
-        "Take each donor from the half of the pool that is least like the label.",
+        "Take donors from the half of the pool that looks least like the image's label.",
         replace(OURS, donor_choice="unlike"),
     ),
     "teacher-cam": Recipe(
-        "Mask by the relevance of the frozen pre-trained model.",
+        "Mask by the relevance map of the frozen pre-trained model.",
         replace(OURS, cam_model="teacher"),
     ),
     "head-distillation": Recipe(
-        "Distil the class probabilities on the counterfactuals too.",
+        "Also distil the class probabilities on the counterfactuals.",
         replace(OURS, head_weight=HEAD_WEIGHT),
     ),
     "counterfactual-plus": Recipe(
-        "All three: unlike donors, the teacher's CAM, the head distilled.",
+        "All three: unlike donors, the teacher's CAM, head distillation.",
         replace(OURS, donor_choice="unlike", cam_model="teacher", head_weight=HEAD_WEIGHT),
     ),
 }
 
 TRAINED = {**PAPER, **LATER, **RESEARCH}
 
-# compared on equal terms with the methods that came later (docs/methods.md)
+# compared on equal terms (docs/methods.md)
 SUITE = ("zero-shot", "vanilla", DEFAULT, *LATER)
 
-# the sweep of WiSE-FT's own paper and of Figure 7; its ends are the two models themselves
+# the sweep of WiSE-FT's own paper and of Figure 7; 0 and 1 would be the two models themselves
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# the paper's uniform soup is Wortsman et al.'s own 72 models; here vanilla at these times its rate
+# the paper's uniform soup has Wortsman et al.'s 72 models; here it is vanilla at its learning rate
+# times each of these
 SOUP_RATES = (1 / 3, 1.0, 3.0)
 
 
@@ -223,14 +224,14 @@ EnsembleKind = Literal["ose", "vrf", "dawin"]
 
 
 class Merge(NamedTuple):
-    """A model that `rft.merge` makes of trained ones."""
+    """A model that `rft.merge` makes from trained ones."""
 
     about: str
     kind: MergeKind
     inputs: tuple[str, ...]
-    """Recipes of the models merged; those of a soup or a Model Stock are several runs."""
+    """Recipes of the merged models; a soup or a Model Stock takes several runs of one."""
     options: tuple[str, ...] = ()
-    """What `rft.merge` is given besides."""
+    """Further arguments of `rft.merge`."""
 
 
 PAPER_MERGED = {
@@ -250,21 +251,21 @@ PAPER_MERGED = {
         ("vanilla",),
     ),
     "greedy-soup": Merge(
-        "Add only those models that raise held-out accuracy (not a row of the paper).",
+        "Add only models that raise held-out accuracy (not a row of the paper).",
         "greedy-soup",
         ("vanilla",),
     ),
 }
 
 LATER_MERGED: dict[str, Merge] = {
-    # all fine-tuned models are of one seed, with the learning rates of the soups (SOUP_RATES)
+    # all fine-tuned models have one seed, and the learning rates of the soups (SOUP_RATES)
     "model-stock": Merge(
         "Average fine-tuned models, each tensor as far as they agree (Jang et al. 2024).",
         "model-stock",
         ("zero-shot", "vanilla"),
     ),
     "wise-tower": Merge(
-        "Mix the image towers of zero-shot and vanilla alone; the head is vanilla's.",
+        "Mix only the image towers of zero-shot and vanilla; the head is vanilla's.",
         "wise",
         ("zero-shot", "vanilla"),
         ("--parts", "tower"),
@@ -277,14 +278,14 @@ MERGED = {**PAPER_MERGED, **LATER_MERGED}
 
 
 class Ensemble(NamedTuple):
-    """Two models that answer together, as `rft.ensemble` evaluates them."""
+    """Two models whose outputs are combined, evaluated by `rft.ensemble`."""
 
     about: str
     kind: EnsembleKind
     inputs: tuple[str, str]
     """Recipes of the zero-shot and the fine-tuned model."""
     transductive: bool = False
-    """Whether the answer to a test image depends on the other test images."""
+    """Whether the prediction for a test image depends on the other test images."""
 
 
 ENSEMBLES = {
@@ -294,7 +295,7 @@ ENSEMBLES = {
         ("zero-shot", "vanilla"),
     ),
     "vrf": Ensemble(
-        "Weigh both by the distance to training images that only vanilla gets (Zhu et al. 2024).",
+        "Weight both by distance to training images only vanilla gets right (Zhu et al. 2024).",
         "vrf",
         ("zero-shot", "vanilla"),
     ),
@@ -310,12 +311,12 @@ ENSEMBLES = {
 def build(
     name: str, *, scale: str = "paper", preset: str = "paper", data: str = "", run: str = ""
 ) -> Config:
-    """Return the configuration of a recipe that trains.
+    """Build the configuration of a recipe that trains.
 
-    For the scale "small" it is not complete before `rft.small.fit` has seen the size of the set.
+    For the scale "small" it is incomplete until `rft.small.fit` has applied the size of the set.
 
     Raises:
-        ValueError: if there is no such recipe, scale or preset.
+        ValueError: for an unknown recipe, scale or preset.
     """
     if name in MERGED:
         raise ValueError(f"{name} is not trained but merged: python -m rft.merge --help")
@@ -323,7 +324,7 @@ def build(
         raise ValueError(f"{name} is not trained but an ensemble: python -m rft.ensemble --help")
     if name not in TRAINED:
         raise unknown("recipe", name, sorted(TRAINED))
-    # these come from Python too, where no parser has checked them
+    # callers from Python pass these unchecked by any parser
     if scale not in get_args(Scale):
         raise unknown("scale", scale, get_args(Scale))
     if preset not in get_args(Preset):
@@ -331,37 +332,37 @@ def build(
     recipe = TRAINED[name]
     optim = OptimConfig(**recipe.optim)
     config = Config(recipe=name, data=data, run=run, method=recipe.method, optim=optim)
-    # before the scale, which multiplies the rate
+    # before the scale, which multiplies the learning rate
     if preset == "official-parity":
         config = _official_parity(config)
     if scale == "miniature":
         config = _miniature(config)
     if scale == "small":
-        # Model, loss and peak learning rate stay the paper's. What follows from the size of the set
-        # (rft/small.py) is still the paper's here, which no small set can be trained with.
+        # Model, loss and peak learning rate stay the paper's. The numbers that follow from the size
+        # of the set (rft/small.py) are still the paper's here, which do not fit a small set.
         config = replace(config, scale="small", log=LogConfig(every_steps=10, image_steps=100))
     return config
 
 
 def require_inputs(config: Config) -> None:
-    """Check that a recipe which builds on another run was told which, and that no other was.
+    """Check that a recipe which builds on another run names that run, and that no other does.
 
     Raises:
         ValueError: naming the option.
     """
     if config.recipe == "zero-shot" and (config.model.start or config.optim.epochs):
         raise ValueError(
-            "zero-shot is the pre-trained model as it is: without --model.start or epochs; vanilla "
-            "trains"
+            "zero-shot is the unchanged pre-trained model and takes no --model.start or epochs; "
+            "to train, use vanilla"
         )
     if config.recipe == "lp-ft" and not config.model.start:
         raise ValueError(
-            "lp-ft starts from a linear probe; train linear-probe and give its run with "
+            "lp-ft starts from a linear probe; train linear-probe and name its run with "
             "--model.start RUN"
         )
     if config.method.kd_weight > 0 and not config.method.kd_teacher:
         raise ValueError(
-            f"{config.recipe} learns from a second teacher; give it with --method.kd-teacher RUN "
+            f"{config.recipe} learns from a second teacher; name it with --method.kd-teacher RUN "
             "(a WiSE-FT model: python -m rft.merge wise)"
         )
 
@@ -369,10 +370,10 @@ def require_inputs(config: Config) -> None:
 def _miniature(config: Config) -> Config:
     """Scale a recipe to the miniature world and its tiny CLIP.
 
-    2000 images instead of 1.28 M and a model 180 times smaller want a smaller batch and a learning
-    rate ten times larger. beta goes from 30 to 3 because it weighs a mean square of features, and
-    the tiny CLIP's features are about ten times larger in mean square than CLIP ViT-B/32's. All of
-    it was set before any method ran on this world.
+    With 2000 images instead of 1.28 M and a model 180 times smaller, the batch is smaller and the
+    learning rate ten times larger. beta is 3 instead of 30, because it weights a mean square of
+    features, and the tiny CLIP's features are about ten times larger in mean square than CLIP
+    ViT-B/32's. All of this was set before any method ran on this world.
     """
     return replace(
         config,
@@ -386,17 +387,17 @@ def _miniature(config: Config) -> Config:
 
 
 def _official_parity(config: Config) -> Config:
-    """Do what the released code does where it differs from the paper's text (docs/paper.md)."""
+    """Follow the released code where it differs from the paper's text (docs/paper.md)."""
     optim = replace(config.optim, schedule="one-cycle", clip="micro-step")
     if config.recipe == "linear-probe":
-        # its probe has fine-tuning's epochs and rate, and no weight decay
+        # its probe has fine-tuning's epochs and rate, but no weight decay
         optim = replace(optim, epochs=OptimConfig.epochs, lr=OptimConfig.lr)
     return replace(
         config,
         preset="official-parity",
-        # its distributed sampler is never given the seed
+        # its distributed sampler never receives the seed
         order_seed=0,
-        # the default of the torch it ran on, on the cards it names
+        # the default of its torch version on the GPUs that it names
         precision="tf32",
         method=replace(config.method, same_draws=True),
         optim=optim,
@@ -404,7 +405,7 @@ def _official_parity(config: Config) -> Config:
 
 
 def list_in_words() -> str:
-    """Return all systems, one line each, and what Figure 6 tries, for `--help`."""
+    """Format all systems, one line each, and the values of Figure 6, for `--help`."""
     lines = [f"  {name:32s} {recipe.about}" for name, recipe in PAPER.items()]
     lines += ["", "Methods published after the paper:"]
     lines += [f"  {name:32s} {recipe.about}" for name, recipe in LATER.items()]
@@ -412,9 +413,9 @@ def list_in_words() -> str:
     lines += [f"  {name:32s} {recipe.about}" for name, recipe in RESEARCH.items()]
     lines += ["", "Merged from trained models by python -m rft.merge:"]
     lines += [f"  {name:32s} {merge.about}" for name, merge in MERGED.items()]
-    lines += ["", "Ensembles that are evaluated by python -m rft.ensemble:"]
+    lines += ["", "Ensembles, evaluated by python -m rft.ensemble:"]
     lines += [f"  {name:32s} {one.about}" for name, one in ENSEMBLES.items()]
-    lines += ["", "Settings that the paper tries (Figure 6):"]
+    lines += ["", "Values that the paper tries (Figure 6):"]
     for mask, (option, values) in SETTINGS.items():
         lines.append(f"  {mask + ' mask':14s} {option} {' '.join(map(str, values))}")
     return "\n".join(lines)

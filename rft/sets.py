@@ -1,33 +1,33 @@
-"""The benchmarks, each described once: training and test set of ImageNet, and five that differ.
+"""The benchmarks: training and test set of ImageNet, and five out-of-distribution test sets.
 
-To add one, add an entry here, its layout to `rft/packing/layouts.py: read_source` if none of those
-fits, and its images to the miniature world (`rft/demo/world.py`). Reports take their columns from
-here. A set of another name is the user's own, of which nothing is known.
+To add one, add an entry here, its layout to `rft/packing/layouts.py: read_source` if none fits, and
+its images to the miniature world (`rft/demo/world.py`). Reports take their columns from here. Sets
+with other names are the user's own, about which nothing is assumed.
 """
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-# above the class folders, as the ways of downloading ImageNet leave them
+# folders above the class folders, which depend on where ImageNet was downloaded
 PARENTS = ("", "imagenet/", "ILSVRC2012/", "ILSVRC/Data/CLS-LOC/")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """What is known of a benchmark before any copy of it is looked at."""
+    """Facts about a benchmark that hold for any copy of it."""
 
     name: str
     """Its folder below a data root, and its name in options, manifests and results."""
     title: str
-    """Its column in a table."""
+    """Its column title in tables."""
     images: int
-    """How many the authors published. A copy that lost some on the way still gives a number."""
+    """Number of published images. A copy that lacks some still gives a score."""
     folders: tuple[str, ...]
-    """Where it may lie below --source; "." is the folder given itself."""
+    """Possible folders below --source; "." is the source folder itself."""
     archive: str | None = None
-    """The tar that it is downloaded as, where that is read without being extracted."""
+    """Name of the downloaded tar, if it can be read without extracting it."""
     class_list: str | None = None
-    """timm's list of the classes of a set that has only some of ImageNet's."""
+    """timm's class list, for a set with only some of ImageNet's classes."""
     border: int = 0
     """Pixels to cut from each side before any resize."""
 
@@ -39,19 +39,19 @@ OOD_SETS: tuple[Ood, ...] = get_args(Ood)
 """Out-of-distribution, in the order of the paper's tables."""
 TEST_SETS = (ID_SET, *OOD_SETS)
 ClassScore = Literal["top1", "mean-per-class"]
-"""Scores of any set: the share of images that are right, and the mean of that of each class."""
+"""Scores of any set: the share of correct images, and the mean of the classes' accuracies."""
 DomainScore = Literal["worst-domain", "mean-over-domains"]
-"""Scores of a set whose images lie in domains: the lowest accuracy of one, and their mean."""
+"""Scores of a set with domains: the lowest accuracy of a domain, and the mean over domains."""
 Score = Literal[ClassScore, DomainScore]
-"""The one number that a set is known by; a benchmark's is top1."""
+"""The score reported for a set; benchmarks use top1."""
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur"),
     *("motion_blur", "zoom_blur", "snow", "frost", "fog", "brightness", "contrast"),
     *("elastic_transform", "pixelate", "jpeg_compression"),
-    # held out by its authors to choose hyperparameters with, and no part of its average
+    # its authors keep these for choosing hyperparameters, outside its average
     *("speckle_noise", "gaussian_blur", "spatter", "saturate"),
 )
-"""Of ImageNet-C: the folders above those of the severities."""
+"""Corruption folders of ImageNet-C, which contain the severity folders."""
 SEVERITIES = ("1", "2", "3", "4", "5")
 
 BENCHMARKS = {
@@ -68,8 +68,8 @@ BENCHMARKS = {
             name=ID_SET,
             title="ImageNet",
             images=50_000,
-            # A foldered copy has the name its maker gave it, so it goes before `val`, which in the
-            # official archive is flat.
+            # A copy with class folders has various names, all tried before `val`, which is flat in
+            # the official archive.
             folders=tuple(
                 f"{parent}{name}"
                 for parent in PARENTS
@@ -106,7 +106,7 @@ BENCHMARKS = {
             title="ObjectNet",
             images=18_574,  # in the 113 of its 313 folders that overlap ImageNet
             folders=("objectnet-1.0", "objectnet", "."),
-            border=2,  # of red frame, which marks its images as test images
+            border=2,  # red frame, which marks its images as test images
         ),
         ImageSet(
             name="imagenet-a",

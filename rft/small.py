@@ -1,8 +1,8 @@
-"""`--scale small`: training numbers that follow from the size of one's own set, by a fixed rule.
+"""`--scale small`: a fixed rule that sets four numbers by the size of your own set.
 
-Four numbers of the paper assume a million images: how many are held out, the batch, the warm-up and
-how often a checkpoint is written. The rule was chosen by reasoning (see its constants) before any
-accuracy was known; `python -m benchmarks.small_sets` measured it afterwards (docs/results.md).
+Four of the paper's numbers assume a million images: held-out images, batch, warm-up and checkpoint
+interval. The rule was chosen by reasoning (see its constants) before any accuracy was known;
+`python -m benchmarks.small_sets` measured it afterwards (docs/results.md).
 """
 
 from collections.abc import Collection
@@ -13,46 +13,46 @@ import numpy as np
 
 from rft.config import Config
 
-# A tenth selects the epoch. Below 20 images one of them is more than 5 points, and the best epoch
-# is the luckiest; beyond a fifth of the set (many classes, few images each) training lacks more
-# than the selection can bring. In both cases nothing is held out.
+# A tenth of the images selects the epoch. Below 20 images, one image is more than 5 points and the
+# best epoch is mostly luck. Above a fifth of the set (many classes with few images each), training
+# loses more than the selection can gain. In both cases nothing is held out.
 HELD_OUT_PART, HELD_OUT_LARGEST_PART, HELD_OUT_FEWEST, HELD_OUT_MOST = 10, 5, 20, 10_240
-# The paper's schedule has 25,000 steps. 16 per epoch, 160 in ten epochs, leave the peak rate enough
-# of them. Below 8 images the gradient is mostly noise and a fill has few donors; with 64 (the
-# miniature's batch, too) memory is small on any GPU. Powers of two can be shared by 2, 4, 8 ranks.
+# The paper's schedule has 25,000 steps. 16 steps per epoch, 160 in ten epochs, are enough near the
+# peak rate. Below 8 images the gradient is mostly noise and a fill has few donors; 64, also the
+# miniature's batch, fits any GPU. Powers of two can be shared by 2, 4 or 8 ranks.
 STEPS_PER_EPOCH, SMALLEST_BATCH, LARGEST_BATCH = 16, 8, 64
 DONORS = 2  # images of a micro-batch that a fill needs
-# A tenth of the steps is the usual share for few steps; 500 are the paper's.
+# A tenth of the steps is usual for short schedules; 500 is the paper's number.
 WARMUP_PART, WARMUP_MOST = 10, 500
 # One checkpoint per epoch, which is written anyway; more in long epochs, as in the paper.
 CHECKPOINT_MOST = 500
 
 
 class Size(NamedTuple):
-    """A training set as the rule sees it."""
+    """Size of a training set, as input of the rule."""
 
     images: int
     classes: int
     """Classes that have images."""
     fewest: int
-    """Images of the smallest of them."""
+    """Number of images of the smallest of them."""
 
     def chosen(self, shots: int) -> "Size":
-        """Return the size of what is trained on with so many shots; 0 are none."""
+        """Size of the training images with this number of shots; 0 means all images."""
         return Size(shots * self.classes, self.classes, shots) if shots else self
 
     @staticmethod
     def of(labels: np.ndarray) -> "Size":
-        """Count the class ids of all images of a set, (N,); a set has at least one."""
+        """Count images and classes by the class ids of all images, (N,) with N > 0."""
         counts = np.unique(labels, return_counts=True)[1]
         return Size(int(counts.sum()), len(counts), int(counts.min()))
 
 
 def _held_out(size: Size, shots: int) -> tuple[int, str]:
-    """Return how many training images should select the checkpoint, and what decided it.
+    """Choose how many images are held out to select the checkpoint; with the reason.
 
-    A stratified split needs one of each class, and two of it in the set. With shots it is a tenth
-    of the shots, and taken from the other images.
+    A stratified split needs one image per class, and two of each class in the set. With shots, it
+    is a tenth of their number, taken from the other images.
     """
     if 0 < size.fewest <= shots:
         return 0, "a class has no image besides its shots: last model used"
@@ -60,12 +60,12 @@ def _held_out(size: Size, shots: int) -> tuple[int, str]:
     tenth = size.images // HELD_OUT_PART
     share = max(min(tenth, HELD_OUT_MOST), size.classes)
     if share < HELD_OUT_FEWEST:
-        return 0, "too few to select by: the last model is used"
+        return 0, "too few images to select: last model used"
     if size.fewest < 2:
         return 0, "a class has only one image: last model used"
     if share * HELD_OUT_LARGEST_PART > size.images:
         return 0, f"one per class exceeds 1/{HELD_OUT_LARGEST_PART}: last model used"
-    # more classes than a tenth has images
+    # more classes than a tenth of the images
     if size.classes > min(tenth, HELD_OUT_MOST):
         return share, "one per class"
     most = f", at most {HELD_OUT_MOST:,}" if tenth > HELD_OUT_MOST else ""
@@ -73,34 +73,34 @@ def _held_out(size: Size, shots: int) -> tuple[int, str]:
 
 
 def batch_size(images: int, parts: int) -> int:
-    """Return the global batch for so many images to train on, in so many ranks x micro-batches."""
+    """Choose the global batch for `images` training images in `parts` ranks x micro-batches."""
     batch = SMALLEST_BATCH
     while batch < LARGEST_BATCH and images >= 2 * batch * STEPS_PER_EPOCH:
         batch *= 2
     # fewer images than the smallest batch
     while batch > max(images, 1):
         batch //= 2
-    # as it is for 1, 2, 4 ranks, so that a run may resume on any of these
+    # the same for 1, 2 or 4 ranks, so that a run may resume on any of these
     if batch % parts or batch < DONORS * parts:
         batch = parts * max(DONORS, batch // parts) if parts > 1 else batch
     return batch
 
 
 def _fewest_images(config: Config, parts: int) -> int:
-    """Return the smallest batch that so many ranks x micro-batches can share."""
+    """Find the smallest batch that `parts` ranks x micro-batches can share."""
     if not config.method.masks or config.method.fill == "none":
         return parts
     return max(parts, DONORS) if config.method.donors == "global" else DONORS * parts
 
 
 def _shared_batch(config: Config, images: int, ranks: int) -> tuple[int, str]:
-    """Return the batch for so many images, and what decided it.
+    """Choose the batch for `images` training images; with the reason.
 
-    It is larger than they are if they are too few.
+    If there are too few images for the ranks, the batch is larger than their number.
     """
     parts = ranks * config.optim.accumulate
     alone, batch = batch_size(images, 1), batch_size(images, parts)
-    if batch > images:  # an image each is enough where no fill needs a second one
+    if batch > images:  # one image per rank is enough if no fill needs a second one
         batch = _fewest_images(config, parts)
     steps = images // alone
     if batch != alone:
@@ -115,39 +115,39 @@ def _shared_batch(config: Config, images: int, ranks: int) -> tuple[int, str]:
 
 
 def _require_enough(config: Config, images: int, ranks: int) -> None:
-    """Check that so many images to train on can be shared by the ranks."""
+    """Check that the ranks can share `images` training images."""
     accumulate = config.optim.accumulate
     fewest = _fewest_images(config, ranks * accumulate)
-    if not 0 < images < fewest:  # none is refused where the set is split
+    if not 0 < images < fewest:  # 0 is refused when the set is split
         return
     what = f"{images} image{'s' if images > 1 else ''} to train on"
     who = f"{ranks} rank{'s' if ranks > 1 else ''}"
     who += f" x {accumulate} micro-batches" if accumulate > 1 else ""
     why = f", of which each needs {DONORS} for its fills" if fewest > ranks * accumulate else ""
-    # with the same number of micro-batches, which is an option of its own
+    # fewer ranks, with the same number of micro-batches, which is a separate option
     fitting = [n for n in range(1, ranks) if _fewest_images(config, n * accumulate) <= images]
     hint = f"start at most {fitting[-1]}" if fitting else "add images"
     raise ValueError(f"{what} cannot be shared by {who}{why}; {hint}")
 
 
 def _to_train(config: Config, size: Size) -> int:
-    """Return how many images are trained on; 0 for nonsense, refused where the set is split."""
+    """Count the training images; 0 for impossible options, which the split refuses."""
     if config.loader.shots:
         return size.chosen(config.loader.shots).images
     return max(0, size.images - config.loader.held_out)
 
 
 def rule(config: Config, size: Size, ranks: int) -> dict[str, int]:
-    """Return the rule's four numbers by option name; other scales have none.
+    """Apply the rule: four numbers by option name, none for other scales.
 
-    Each is computed from those before it as `config` has them, so that an option on the command
-    line (a different batch) carries over to the numbers that depend on it (steps, warm-up).
+    Each number is computed from the values of the earlier ones in `config`, so that an option on
+    the command line (a different batch) affects the numbers that depend on it (steps, warm-up).
     """
     return {option: number for option, (number, _) in _rule(config, size, ranks).items()}
 
 
 def _rule(config: Config, size: Size, ranks: int) -> dict[str, tuple[int, str]]:
-    """Return the numbers of `rule`, each with what decided it."""
+    """Apply the rule; each number with its reason."""
     if config.scale != "small":
         return {}
     loader, optim = config.loader, config.optim
@@ -172,16 +172,17 @@ OPTIONS = ("loader.held_out", "loader.batch_size", "optim.warmup_steps", "log.ch
 
 
 def fit(config: Config, size: Size, ranks: int, named: Collection[str] = ()) -> Config:
-    """Return a configuration with the rule's numbers, except for options named on the command line.
+    """Fill in the rule's numbers, except for options named on the command line.
 
     Args:
-        config: of `--scale small`; its numbers of the rule count only where they are named.
+        config: of `--scale small`; its values of the rule's options are used only for those in
+            `named`.
         size: of the training set.
         ranks: processes that share a batch.
-        named: options among `OPTIONS` that keep the value they have.
+        named: options among `OPTIONS` that keep their value.
 
     Raises:
-        ValueError: if the ranks are too many for the images.
+        ValueError: if there are too many ranks for the images.
     """
     for option in OPTIONS:  # in order: each is computed from those before it
         if option not in named:
@@ -194,9 +195,9 @@ def fit(config: Config, size: Size, ranks: int, named: Collection[str] = ()) -> 
 
 
 def rule_in_words(config: Config, size: Size, ranks: int) -> list[str]:
-    """Return the rule with its values for this set, for the dry run and the start, one line each.
+    """Describe the rule's values for this set, one line each, for the dry run and the start.
 
-    Other scales have no line.
+    Other scales have no lines.
     """
     numbers = _rule(config, size, ranks)
     if not numbers:
@@ -215,11 +216,11 @@ def rule_in_words(config: Config, size: Size, ranks: int) -> list[str]:
 
 
 def repeat_numbers(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Name the options that resume a run with its recorded numbers, for an error message.
+    """Format the options that resume a run with its recorded numbers, for an error message.
 
     Args:
         old: the recorded identity.
-        new: the identity that differs from it, in these numbers or in something else.
+        new: the identity that differs from it, in these numbers or elsewhere.
     """
     if new["scale"] != "small" or old["scale"] != "small":
         return ""

@@ -1,9 +1,9 @@
-"""Stages of a plan: documented commands, each printed so that it can be repeated by hand, then run.
+"""Stages of a plan: documented commands, each printed for repetition by hand, then run.
 
-A stage is a process of its own. On Linux it is forked from this one, which has imported what the
-stages need: importing torch and open_clip takes seconds, and a plan of own photos has ten stages.
-This process must not compute with torch before, because its pool of threads does not survive a
-fork. On other systems, and with several ranks, a stage is a new process.
+Each stage is a separate process. On Linux it is forked from this one, which has already imported
+the libraries: importing torch and open_clip takes seconds, and the plan of `rft photos` has ten
+stages. This process must not compute with torch before a fork, because torch's thread pool does not
+survive it. On other systems, and with several ranks, a stage is a new process.
 """
 
 import ctypes
@@ -22,16 +22,16 @@ from rft import cli, commands, dist, start
 from rft.commands import Command
 
 FORKS = sys.platform == "linux"
-CONTINUED = "   "  # before the words of a line that continues one
-COLUMNS = 80  # of a command's line, which is continued below
-MISTAKE = 2  # exit code: `rft.cli.run` printed the user's mistake
+CONTINUED = "   "  # indentation of continuation lines
+COLUMNS = 80  # longer command lines are continued below
+MISTAKE = 2  # exit code after `rft.cli.run` printed a user's mistake
 PR_SET_PDEATHSIG = 1
 
 
 def local(command: tuple[str, ...], processes: int) -> tuple[str, ...]:
-    """Return a command of the plan for this interpreter and so many ranks on this machine."""
+    """Convert a command of the plan to this interpreter and `processes` ranks on this machine."""
     launcher, *rest = command
-    # what `torchrun` starts, which need not be on the path
+    # the module behind `torchrun`, which may not be on the path
     ranks = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes))
     return sys.executable, *{"python": (), "torchrun": ranks}[launcher], *rest
 
@@ -42,9 +42,9 @@ def run(name: str, command: tuple[str, ...]) -> None:
     Raises:
         ValueError: if it fails.
     """
-    # to be pasted: not the path of this interpreter
+    # shown for pasting, without the path of this interpreter
     show(("python", *command[1:]))
-    # the user's own variables come last and win
+    # the user's own variables come last and take precedence
     environment = {**dist.RANKS_HERE, **os.environ, commands.STAGE: "1"}
     _require_done(name, subprocess.run(command, env=environment).returncode)
 
@@ -54,7 +54,7 @@ def run_here(name: str, words: Sequence[str]) -> None:
 
     Raises:
         ValueError: if it fails.
-        SystemExit: if it was stopped, with its exit code.
+        SystemExit: with its exit code, if it was stopped or printed a user's mistake.
     """
     names = commands.named(words)
     found = command_of(names)
@@ -76,31 +76,31 @@ def run_here(name: str, words: Sequence[str]) -> None:
     else:
         code = subprocess.run([sys.executable, *words], env=environment).returncode
     if code in (MISTAKE, start.STOPPED, start.INTERRUPTED):
-        # the stage has printed what was wrong; how the plan resumes is the plan's line
+        # the stage has printed the error; the plan prints how to resume
         sys.exit(code)
     _require_done(name, code)
 
 
 def command_of(names: Sequence[str]) -> Command:
-    """Return the command that the words after `rft` name."""
+    """Look up the command named by the words after `rft`."""
     found = commands.COMMANDS[names[0]]
     return found if isinstance(found, Command) else found[names[1]]
 
 
 def load(modules: Sequence[str]) -> None:
-    """Import what stages will need, once for all of them."""
+    """Import the modules of the stages once, before any fork."""
     for name in modules if FORKS else ():
         importlib.import_module(name)
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Call `work` in a fork of this process, which ends with it; return its exit code.
+    """Run `work` in a fork of this process and return its exit code.
 
-    A signal that ends this process ends the fork too.
+    Signals that end this process end the fork too.
     """
     process = multiprocessing.get_context("fork").Process(target=_begin, args=(work, os.getpid()))
     process.start()
-    # both get the terminal's Ctrl-C, and the stage decides what it means
+    # both processes get the terminal's Ctrl-C; the stage decides how to handle it
     kept: Mapping[int, Any] = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
         signal.SIGTERM: signal.signal(signal.SIGTERM, _hand_on(process)),
@@ -111,18 +111,18 @@ def fork(work: Callable[[], None]) -> int:
         for number, handler in kept.items():
             signal.signal(number, handler)
     assert process.exitcode is not None
-    # of a signal's number, as shells report it
+    # 128 + the number of a signal, as shells report it
     return process.exitcode if process.exitcode >= 0 else 128 - process.exitcode
 
 
 def _begin(work: Callable[[], None], parent: int) -> None:
-    # a parent that is killed hands nothing on
+    # a killed parent cannot forward a signal
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         sys.exit(128 + signal.SIGTERM)
     import torch
 
-    # makes the pool of threads of this process before several threads would at once
+    # creates this process's thread pool now, before several threads could do so at once
     torch.set_num_threads(torch.get_num_threads())
     work()
 
@@ -132,7 +132,7 @@ def _hand_on(process: Any) -> Callable[[int, FrameType | None], None]:
 
 
 def show(words: Sequence[str]) -> None:
-    """Print a command line that is about to run, on several lines that can be pasted as one."""
+    """Print a command line before it runs, split into lines that can be pasted as one command."""
     lines = ["$"]
     options: list[list[str]] = [[]]
     for word in map(shlex.quote, words):
@@ -141,7 +141,7 @@ def show(words: Sequence[str]) -> None:
         options[-1].append(word)
     room = COLUMNS - len(" \\")
     for option in options:
-        # an option stays with its values where a line holds them
+        # an option and its values stay together if they fit on a line
         whole = " ".join(option)
         for text in [whole] if len(CONTINUED) + 1 + len(whole) <= room else option:
             if len(lines[-1]) + 1 + len(text) > room and lines[-1] not in ("$", CONTINUED):
@@ -154,6 +154,6 @@ def show(words: Sequence[str]) -> None:
 def _require_done(name: str, code: int) -> None:
     if code:
         raise ValueError(
-            f"{name} ended with exit code {code}, what it said is above; started again, "
-            "this resumes there"
+            f"{name} ended with exit code {code}, its output is above; run the same command again "
+            "to resume there"
         )

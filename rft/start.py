@@ -1,8 +1,7 @@
-"""What a command does before its libraries are imported: standard library only.
+"""Steps before a command's libraries are imported: standard library only.
 
-Some libraries read variables of the environment when they are imported, and fail there: torch with
-TORCH_LOGS, and others. That is a mistake of the user like any other,
-but it is met before `rft.cli` can run anything.
+Some libraries read environment variables on import and fail on wrong values, such as torch on
+TORCH_LOGS. That is a user's mistake like any other, but it occurs before `rft.cli` can handle it.
 """
 
 import os
@@ -17,32 +16,32 @@ from rft import commands
 from rft.text import printable
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
-MESSAGE_LETTERS = 300  # of a library's message
-# exit codes: 128 + SIGINT, as shells report it; of a run that can be resumed (EX_TEMPFAIL)
+MESSAGE_LETTERS = 300  # kept of a library's message
+# exit codes: 128 + SIGINT, as shells report it; EX_TEMPFAIL for a run that can be resumed
 INTERRUPTED, STOPPED = 130, 75
 
 
 def is_command() -> bool:
-    """Whether this process was started as a command of rft; others import it as a library."""
-    # "-m" stands there until the module is found, and rft is imported to find it
+    """Whether this process was started as a command of rft, not as a user of the library."""
+    # argv[0] is "-m" until the module is found, and finding it imports rft
     started = sys.argv[0] if sys.argv else ""
     path = Path(started)
     return started == "-m" or path.stem == "rft" or path.resolve().parent == TOOLS
 
 
 def watch_imports() -> None:
-    """Make one line of what libraries raise because of the environment, until `cli.run` begins."""
-    # Jupyter's shells set it to a package of Jupyter's own; rft's pictures need no backend
+    """Report import errors caused by the environment in one line, until `cli.run` begins."""
+    # shells inside Jupyter set it to a package of Jupyter; rft's pictures need no backend
     os.environ.pop("MPLBACKEND", None)
-    # `cli.run` raises an error for it
+    # `cli.run` raises an error for these variables
     warnings.filterwarnings("ignore", "Ignoring environment variable FSSPEC", UserWarning)
     sys.excepthook = _tell
 
 
 def say_interrupted(again: str = "", what: str = "interrupted") -> None:
-    """Print the line of Ctrl-C, with the command that resumes.
+    """Print the line after Ctrl-C, with the command that resumes.
 
-    A stage leaves it to its plan, and a rank to the first one: all of them get the signal.
+    A stage leaves it to its plan, and other ranks to rank 0, because all of them get the signal.
     """
     if commands.STAGE not in os.environ and os.environ.get("RANK", "0") == "0":
         print(f"{what}; to resume: {again}" if again else what, file=sys.stderr, flush=True)
@@ -56,13 +55,13 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
         sys.__excepthook__(kind, error, trace)
         return
     frames = list(traceback.walk_tb(trace))
-    # of the modules whose bodies run, the innermost is the one whose import fails
+    # among the modules being imported, the innermost is the one that failed
     modules = [f.f_globals["__name__"] for f, _ in frames if f.f_code.co_name == "<module>"]
     names = _variables(error, "".join(traceback.format_tb(trace)))
     advice = (
         f"correct or unset {' or '.join(names)} in the environment"
         if names
-        else ("look at its settings, in files and in the environment")
+        else ("check its settings, in files and in the environment")
     )
     message = printable(" ".join(str(error).split()), MESSAGE_LETTERS)
     line = f"error: {modules[-1]} cannot be imported: {message}; {advice}"
@@ -71,9 +70,9 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 def _variables(error: BaseException, frames: str) -> list[str]:
-    """Name the variables that an error shows: by their name or, in its message, their value."""
+    """Find the variables named in an error or its traceback, else those whose value it quotes."""
     text = f"{frames}{error}"
-    # short names, such as _ and TZ, are in source lines and paths by chance
+    # short names, such as _ and TZ, occur in source lines and paths by chance
     named = [
         name for name in os.environ if len(name) > 3 and re.search(rf"\b{re.escape(name)}\b", text)
     ]

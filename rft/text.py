@@ -1,24 +1,24 @@
-"""Third-party text in one line of a message, a table or a log: what a terminal may be shown of it.
+"""Escaping of third-party text for one line of a message, a table or a log.
 
-File names, settings and error messages can hold line breaks, control sequences that a terminal
-obeys, and letters that rearrange or hide their neighbours. Standard library only: `rft.start` needs
-it before any other import.
+File names, settings and error messages can contain line breaks, control sequences that a terminal
+executes, and characters that rearrange or hide their neighbours. Standard library only: `rft.start`
+needs this before any other import.
 """
 
 import unicodedata
 
-VALUE_LETTERS = 80  # of a wrong value that an error repeats
+VALUE_LETTERS = 80  # kept of a wrong value quoted in an error
 
-# they rearrange what a terminal shows; the other format characters belong to words and emoji
+# these rearrange displayed text; the other format characters belong to words and emoji
 BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-# format characters that show nothing anywhere; a joiner within an emoji or a Persian word does
+# format characters that never show; unlike joiners, which matter in emoji and Persian words
 INVISIBLE = frozenset("\u200b\u2060\ufeff")
 
 
 def is_hidden(letter: str) -> bool:
-    """Whether a terminal obeys a letter, breaks its line there, or shows nothing of it."""
+    """Whether a character controls the terminal, breaks the line or is invisible."""
     return (
-        # controls, lone surrogates (names that are no UTF-8), separators of lines and paragraphs
+        # controls, lone surrogates (names that are not UTF-8), line and paragraph separators
         unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")
         or letter in BIDIRECTIONAL
         or letter in INVISIBLE
@@ -26,11 +26,11 @@ def is_hidden(letter: str) -> bool:
 
 
 def plain(text: str, kept: str = "") -> str:
-    """Escape hidden letters alone, but those kept: for the lines that a command prints.
+    """Escape only hidden characters, except those in `kept`: for printed lines.
 
     Every script and emoji stays readable, so that a path can be copied from the line.
     """
-    # most lines, which spares a look at each letter
+    # the common case, which avoids checking each character
     if text.isascii() and text.isprintable():
         return text
     letters = (
@@ -41,27 +41,27 @@ def plain(text: str, kept: str = "") -> str:
 
 
 def printable(text: str, limit: int | None = None) -> str:
-    """Escape a text that has anything unusual, and cut it: for names and reasons in a message.
+    """Escape a text with any unusual character, and cut it: for names and reasons in a message.
 
-    Stricter than `plain`: one letter that Python does not call printable, such as an unusual space,
-    makes all of the text ASCII.
+    Stricter than `plain`: one character that Python does not call printable, such as an unusual
+    space, turns the full text into ASCII.
     """
     text = text if text.isprintable() else to_ascii(text)
     return text if limit is None else _cut(text, limit)
 
 
 def shown(text: str) -> str:
-    """Return a name for a message as `printable` does, in quotes, which show where it ends."""
+    """Quote a name for a message, escaped as by `printable`; the quotes show where it ends."""
     return repr(text) if text.isprintable() else ascii(text)
 
 
 def short(value: object) -> str:
-    """Return any value as ASCII and cut: for what a document holds in place of what it must."""
+    """Format any value as short ASCII: for wrong values that an error quotes."""
     return _cut(ascii(value), VALUE_LETTERS)
 
 
 def to_ascii(text: str) -> str:
-    """Escape all but ASCII: for tables that any encoding must be able to write."""
+    """Escape everything but ASCII: for tables that must be writable in any encoding."""
     return ascii(text)[1:-1]
 
 

@@ -85,7 +85,7 @@ def test_a_mismatch_names_the_class_and_both_values():
 def test_what_cannot_be_compared_is_said():
     assert compare(ANIMALS, "a", ANIMALS, "b") == []
     (line,) = compare(None, "old.safetensors", ANIMALS, "data/test")
-    assert line.startswith("old.safetensors: the file does not say which classes its head has")
+    assert line.startswith("old.safetensors: the file does not list the classes of its head")
     assert "those of data/test" in line
     (line,) = compare(ANIMALS, "a", None, "b")
     assert "those of a" in line
@@ -109,7 +109,7 @@ def test_different_prompts_are_said():
     assert compare_prompts(ANIMALS, "a", unknown, "b") == []
     assert compare_prompts(None, "a", ANIMALS, "b") == []
     (line,) = compare_prompts(ANIMALS, "a", other, "b")
-    assert line == "the heads of a and b were made of different prompts"
+    assert line == "the heads of a and b were built from different prompts"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_header_of_another_number_of_classes_is_damaged(tmp_path):
     header["__metadata__"]["rft"] = json.dumps(entries)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    with pytest.raises(ValueError, match="its header names 1 classes, its head has 5"):
+    with pytest.raises(ValueError, match="its header names 1 classes, but its head has 5"):
         load_state(path)
 
 

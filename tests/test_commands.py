@@ -68,7 +68,7 @@ def test_the_list_begins_with_what_most_people_want(rft):
     lines = rft("--help")[1].splitlines()
     start = lines.index("Start here:")
     assert [line.split()[0] for line in lines[start + 1 : start + 3]] == ["photos", "predict"]
-    assert "To try it without photos: rft photos --example" in lines
+    assert "Try it without photos: rft photos --example" in lines
     assert sum(map(len, commands.GROUPS.values())) == len(commands.COMMANDS)
 
 

@@ -173,7 +173,7 @@ def held(model: ModelConfig, **optim) -> Config:
             lambda: recipes.require_inputs(
                 dataclasses.replace(recipes.build("zero-shot"), model=ModelConfig(start="x"))
             ),
-            "zero-shot is the pre-trained model as it is",
+            "zero-shot is the unchanged pre-trained model",
         ),
         (lambda: recipes.build("wise-ft"), "not trained but merged: python -m rft.merge"),
         (lambda: recipes.build("vanilla", preset="official"), "unknown preset 'official'"),
@@ -195,7 +195,7 @@ def test_mistakes_are_named(make, message):
 def test_a_batch_must_fit_the_ranks():
     config = recipes.build("object-mask-single-fill")
     assert config.micro_batch(8) == 64
-    with pytest.raises(ValueError, match="cannot be cut into 3 ranks x 1 accumulation"):
+    with pytest.raises(ValueError, match="cannot be split into 3 ranks x 1 accumulation"):
         config.micro_batch(3)
     with pytest.raises(ValueError, match="needs another image in the micro-batch"):
         config.micro_batch(512)
@@ -219,7 +219,7 @@ def test_a_record_of_before_an_option_has_its_default():
     ("changes", "message"),
     [
         ({"mask": "random", "fill": "single", "cam_model": "teacher"}, "no CAM decides the masks"),
-        ({"distill_weight": 0, "head_weight": 1.0}, "beside the features"),
+        ({"distill_weight": 0, "head_weight": 1.0}, "added to feature distillation"),
         ({"mask": "object", "fill": "none", "donor_choice": "unlike"}, "are refilled"),
         (
             {"mask": "object", "fill": "single", "donor_choice": "unlike", "donors": "global"},

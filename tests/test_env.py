@@ -26,8 +26,8 @@ def test_it_prints_what_is_in_use():
         ("13.0.0", {"pillow": "13.0.0"}, None),
         ("12.1.1.post0", {"pillow-simd": "12.1.1.post0"}, None),
         ("13.0.0", {"pillow": "13.0.0", "pillow-simd": "12.1.1.post0"}, "over each other"),
-        ("12.1.1.post0", {"pillow": "13.0.0"}, "the package list says pillow 13.0.0"),
-        ("13.0.0", {}, "the package list says none"),
+        ("12.1.1.post0", {"pillow": "13.0.0"}, "the package list has pillow 13.0.0"),
+        ("13.0.0", {}, "the package list has none"),
     ],
 )
 def test_a_mixture_is_seen(imported, installed, problem):

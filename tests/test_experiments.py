@@ -263,7 +263,7 @@ def test_the_plan_for_people_has_every_command(capsys, monkeypatch):
     [
         (("--seeds", "0"), "--seeds is 0"),
         (("--only", "lpft"), "unknown recipe 'lpft'; did you mean 'lp-ft'?"),
-        (("--", "--optim.lr=1"), "--optim.lr=1 cannot be the same in every training"),
+        (("--", "--optim.lr=1"), "--optim.lr=1 is set by the plan"),
         (("--scale", "tiny"), "tiny"),
         (("--lines", "--", "--model.clip", "x\nrm -r y"), r"'x\nrm -r y' has a line break or tab"),
     ],
@@ -285,7 +285,7 @@ def test_the_script_hands_its_options_on(tmp_path):
     result = script("--miniature", "--seeds", "0", "--out", str(tmp_path / "out"))
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
-        "error: --seeds is 0; it must be greater than 0 (--help tells more)"
+        "error: --seeds is 0; it must be greater than 0 (see --help)"
     ]
     assert not (tmp_path / "out").exists()
     assert "launch/reproduce.sh --miniature" in script("--help").stdout

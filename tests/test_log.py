@@ -250,7 +250,7 @@ def test_a_training_on_a_terminal_of_80_columns(tiny_data, tiny_clip, tmp_path):
 @pytest.mark.slow
 def test_a_mistake_on_a_terminal_is_a_line_without_colours():
     code, text = on_a_terminal("rft.train", "vanilla", "--nope", "1")
-    assert (code, text) == (2, "error: Unrecognized options: --nope, 1 (--help tells more)\r\n")
+    assert (code, text) == (2, "error: Unrecognized options: --nope, 1 (see --help)\r\n")
 
 
 def on_a_terminal(*module_and_options: str) -> tuple[int, str]:

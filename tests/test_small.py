@@ -181,7 +181,7 @@ def test_every_line_of_the_rule_fits_a_terminal_and_has_its_value():
 
 
 HELD_OUT_REASONS = {
-    Size(60, 16, 3): "too few to select by: the last model is used",
+    Size(60, 16, 3): "too few images to select: last model used",
     Size(209, 12, 1): "a class has only one image: last model used",
     Size(300, 100, 3): "one per class exceeds 1/5: last model used",
     Size(300, 50, 6): "one per class",

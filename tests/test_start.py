@@ -78,7 +78,7 @@ def test_settings_in_a_file_are_named_by_the_library_that_reads_them(tmp_path):
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: fsspec.config cannot be imported: Expecting property name")
-    assert line.endswith("look at its settings, in files and in the environment")
+    assert line.endswith("check its settings, in files and in the environment")
 
 
 @pytest.mark.slow

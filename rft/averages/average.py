@@ -1,8 +1,8 @@
-"""WiSE-FT models, soups and Model Stock as data: ingredients, and what their run folder says.
+"""WiSE-FT models, soups and Model Stock as data: ingredients, and content of their run folders.
 
-`rft.merge` writes their weights, `rft.evaluate` counts with them and writes none. Both take names,
-configuration and header from here, so that their folders are of one kind. Nothing here reads a
-weight before `states` does.
+`rft.merge` writes their weights; `rft.evaluate` evaluates them without writing weights. Both take
+names, configuration and header from here, so that their folders are alike. Only `states` reads
+weights.
 """
 
 import logging
@@ -42,21 +42,21 @@ class Average:
     config: dict[str, Any]
     """Its config.json."""
     origin: Mapping[str, str]
-    """Metadata that its weights take over: step, and whatever else is kept."""
+    """Metadata that its weights inherit, such as the step."""
 
     @property
     def name(self) -> str:
-        """Name of its recipe, and of its run folder where several have one parent."""
+        """Name of its recipe, and of its run folder if several share a parent."""
         return self.config["recipe"]
 
     @property
     def classes_of(self) -> Ingredient:
-        """The model whose header names its classes."""
+        """The model from which it takes the classes."""
         return best_known(self.models)
 
     def saved(self, state: dict[str, Tensor]) -> Saved:
-        """Return the content of its weights file, whose tensors are `state`."""
-        # an image that any of them has seen is no test image for their average
+        """Make the content of its weights file with the tensors `state`."""
+        # an image seen by any of the models must not test their average
         seen = trained_on.entries(set().union(*(model.seen for model in self.models)))
         metadata = {**self.origin, **seen, "recipe": self.name}
         architecture = self.models[0].saved.architecture
@@ -71,10 +71,10 @@ def wise(
     option: str,
     parts: Parts = "all",
 ) -> list[Average]:
-    """Return the WiSE-FT models between two ends: (1 - alpha) x START + alpha x END.
+    """Describe the WiSE-FT models between two ends: (1 - alpha) x START + alpha x END.
 
-    `option` is the one that named the alphas, for messages. Of `parts` "tower", the image tower
-    alone is interpolated and the head is END's, so that alpha 1 is END itself.
+    `option` is the name of the option with the alphas, for messages. With `parts` "tower", only the
+    image tower is interpolated and the head is END's, so that alpha 1 is END itself.
 
     Raises:
         ValueError: if an alpha is not in [0, 1] or named twice, or the ends cannot be averaged or
@@ -92,9 +92,9 @@ def wise(
                 "recipe": f"{family}-{alpha:g}",
                 "seed": end.seed,
                 "alpha": alpha,
-                # averages of all parts were recorded before there was a choice
+                # not recorded for all parts, as before this option existed
                 **({} if parts == "all" else {"parts": parts}),
-                # recorded, because best and last weights of one run make different models
+                # recorded, because a run's best and last weights make different models
                 "end_weights": end_weights if end_path.is_dir() else "file",
                 "merged_from": [start.record(), end.record()],
             },
@@ -105,32 +105,34 @@ def wise(
 
 
 def _family(end: str, parts: Parts) -> str:
-    """Return the name of a WiSE family: wise-ft, wise-RECIPE, wise-tower, wise-tower-RECIPE."""
-    known = end in ("", "vanilla")  # WiSE-FT is vanilla's name
+    """Name a WiSE family: wise-ft, wise-RECIPE, wise-tower, wise-tower-RECIPE."""
+    known = end in ("", "vanilla")  # the name WiSE-FT is used for vanilla
     if parts == "all":
         return "wise-ft" if known else f"wise-{end}"
     return "wise-tower" if known else f"wise-tower-{end}"
 
 
 def _check_alphas(alphas: Sequence[float], option: str) -> None:
-    """Check that each alpha is a share and names a model of its own."""
+    """Check that each alpha is in [0, 1] and gives a distinct model name."""
     if not alphas:
         raise ValueError(f"{option} needs at least one value in [0, 1]")
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise ValueError(f"{option} is {alpha}; it must be in [0, 1]")
-    # as in the recipe, after which the folder of each is named
+    # formatted as in the recipe's name, which is also the folder's
     names = [f"{alpha:g}" for alpha in alphas]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{option} has {twice[0]} twice (six digits count); name each value once")
+        raise ValueError(
+            f"{option} has {twice[0]} twice (rounded to six digits); name each value once"
+        )
 
 
-# what a merge's command line calls its two ends; an ensemble's has other names
+# names of the two ends on a merge's command line; an ensemble's has other names
 ENDS = ("START", "END")
 
 
 def check_ends(start: Ingredient, end: Ingredient, names: tuple[str, str] = ENDS) -> None:
-    """Check that a merge or ensemble does not go from a model after its training to one before."""
+    """Check that the ends of a merge or ensemble are not swapped: trained first, untrained last."""
     if start.steps > 0 and _is_untrained(end):
         raise ValueError(
             f"{start.path} was trained for {start.steps} steps and {end.path} for none: {names[0]} "
@@ -139,7 +141,7 @@ def check_ends(start: Ingredient, end: Ingredient, names: tuple[str, str] = ENDS
 
 
 def warn_of_ends(start: Ingredient, *ends: Ingredient, names: tuple[str, str] = ENDS) -> None:
-    """Warn if it is open whether a merge goes from a model before its training to those after."""
+    """Warn if START is trained, or an END is not."""
     if start.steps > 0:
         log.warning(
             f"{names[0]} {start.path} is not a zero-shot model: it was trained "
@@ -152,16 +154,16 @@ def warn_of_ends(start: Ingredient, *ends: Ingredient, names: tuple[str, str] = 
 
 
 def _is_untrained(end: Ingredient) -> bool:
-    # an imported model may have been trained by other code: its step 0 says nothing
+    # step 0 of an imported model means nothing, because other code may have trained it
     training_file = end.config is None and end.recipe in recipes.TRAINED
     return end.steps == 0 and (end.is_training_run or training_file)
 
 
 def uniform_soup(paths: Sequence[Path]) -> Average:
-    """Return the mean of models.
+    """Describe the mean of models.
 
     Raises:
-        ValueError: if there are fewer than two, one is named twice, or they are not alike.
+        ValueError: if there are fewer than two, one is named twice, or they do not match.
     """
     models = read_soup(paths)
     config = {
@@ -173,11 +175,11 @@ def uniform_soup(paths: Sequence[Path]) -> Average:
 
 
 def model_stock(start_path: Path, paths: Sequence[Path]) -> Average:
-    """Return the Model Stock of fine-tuned models around the one that they started from.
+    """Describe the Model Stock of fine-tuned models around their common start.
 
     Raises:
         ValueError: if there are fewer than two fine-tuned models, one is named twice, or they and
-            the start are not alike.
+            the start do not match.
     """
     if len(paths) < 2:
         raise ValueError(
@@ -202,15 +204,16 @@ def model_stock(start_path: Path, paths: Sequence[Path]) -> Average:
 
 
 def soup_metadata(models: Sequence[Ingredient]) -> dict[str, str]:
-    """Return the metadata of a soup's weights: as many steps as the longest run took."""
+    """Make the metadata of a soup's weights, with the steps of the longest run."""
     return {"step": str(max(model.steps for model in models))}
 
 
 def states(averages: Iterable[Average]) -> Iterator[dict[str, Tensor]]:
-    """Yield the weights of WiSE models, uniform soups and Model Stock, one after the other.
+    """Yield the weights of WiSE models, uniform soups and Model Stock, one by one.
 
-    Ends are read once for all of their WiSE models that stand together, a soup's models one by one.
-    A Model Stock's configuration gets the ratio of each tensor before its weights are yielded.
+    Ends are read once for consecutive WiSE models of the same ends, a soup's models one by one. A
+    Model Stock's configuration is completed with the ratio of each tensor before its weights are
+    yielded.
 
     Raises:
         ValueError: if a weight of an ingredient is not finite.

@@ -1,4 +1,4 @@
-"""What an average is made of: ingredients, each a run folder or a weights file."""
+"""Ingredients of averages, each a run folder or a weights file."""
 
 import logging
 from collections.abc import Sequence
@@ -27,20 +27,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ingredient:
-    """One model to average: where it is and what made it."""
+    """One model to average: its location and origin."""
 
     path: Path
-    """The run folder or weights file that the user named."""
+    """The run folder or weights file named by the user."""
     weights: Path
     sha256: str
     config: RunConfig | None
     """The run folder's config.json; None for a weights file."""
     saved: Saved
-    """What the weights file holds: its header, and its tensors mapped, of which no byte is read."""
+    """Content of the weights file: its header, and its tensors mapped without reading them."""
 
     @property
     def recipe(self) -> str:
-        """Name of the recipe, empty if it is unknown."""
+        """Name of the recipe, empty if unknown."""
         return self.config.recipe if self.config else self.saved.metadata.get("recipe", "")
 
     @property
@@ -50,11 +50,11 @@ class Ingredient:
 
     @property
     def is_training_run(self) -> bool:
-        """Whether rft.train made it; a merged or imported model and a weights file are not."""
+        """Whether it is a run folder of rft.train: not merged, imported or only a weights file."""
         return self.config is not None and self.config.is_training
 
     def load(self) -> dict[str, Tensor]:
-        """Return the weights.
+        """Read the weights.
 
         Raises:
             ValueError: if one is not finite.
@@ -63,37 +63,37 @@ class Ingredient:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that the weights are away from where their run started."""
+        """Optimizer steps between the start of the run and these weights."""
         return int(self.saved.metadata["step"])
 
     @property
     def seen(self) -> frozenset[TrainedOn]:
-        """What it is known to have been trained on."""
+        """Sets that it is known to have been trained on."""
         return trained_on.of_model(self.path, self.saved.metadata)
 
     def record(self) -> dict[str, Any]:
-        """Return what a merged model's config.json keeps of it."""
+        """Identify the model in a merged model's config.json."""
         return {"path": str(self.path), "sha256": self.sha256}
 
 
 def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
-    """Return the ingredient at `path`; `weights` is which file of a run folder is meant.
+    """Read the ingredient at `path`; `weights` selects a file in a run folder.
 
     Raises:
-        ValueError: if there is none, it is a run that is still training, or the weights in a run
-            folder are not the run's.
+        ValueError: if it does not exist, is an unfinished run, or the weights in a run folder
+            belong to a different run.
     """
     config = records.find_config(path)
     if config and (reached := unfinished(path)):
         raise ValueError(
             f"{path} has not finished training ({reached}); resume it first, or name one of its "
-            f"{filenames.CHECKPOINTS}/*.safetensors itself"
+            f"{filenames.CHECKPOINTS}/*.safetensors"
         )
     file = path / weights if path.is_dir() else path
-    # a file that is named itself is meant, whatever became of its run
+    # a weights file named directly is accepted with a warning
     if reached := unfinished(file):
-        log.warning(f"{file} is of a run that has not finished training ({reached})")
-    # first: it refuses a damaged file before all of it is hashed
+        log.warning(f"{file} belongs to a run that has not finished training ({reached})")
+    # first, because it refuses a damaged file before the full file is hashed
     saved = map_state(file)
     sha256 = files.sha256_file(file)
     require_own_weights(path, file, sha256)
@@ -101,25 +101,26 @@ def read_ingredient(path: Path, weights: Path = SELECTED) -> Ingredient:
 
 
 def read_end(path: Path, weights: EndWeights) -> Ingredient:
-    """Return the fine-tuned end of WiSE: with its selected weights, or those of the last step.
+    """Read the fine-tuned end of WiSE, with its selected weights or those of the last step.
 
     Raises:
-        ValueError: as `read_ingredient`, or if the last weights are of no run folder, or not kept.
+        ValueError: as for `read_ingredient`, or if the last weights of anything but a run folder
+            are requested, or they were not kept.
     """
     if weights == "best":
         return read_ingredient(path)
     if not path.is_dir():
-        raise ValueError(f"--end-weights last means a run folder's, but {path} is not a folder")
+        raise ValueError(f"--end-weights last needs a run folder, but {path} is not a folder")
     if not (path / LAST).is_file():
         raise ValueError(f"{path} did not keep its last weights ({LAST}); use --end-weights best")
     return read_ingredient(path, LAST)
 
 
 def read_soup(paths: Sequence[Path]) -> list[Ingredient]:
-    """Return the ingredients of a soup.
+    """Read the ingredients of a soup.
 
     Raises:
-        ValueError: if there are fewer than two, one is named twice, or they are not alike.
+        ValueError: if there are fewer than two, one is named twice, or they do not match.
     """
     if len(paths) < 2:
         raise ValueError(f"a soup needs at least two models, {len(paths)} named")
@@ -127,7 +128,7 @@ def read_soup(paths: Sequence[Path]) -> list[Ingredient]:
     seen: dict[str, Path] = {}
     for ingredient in ingredients:
         other = seen.setdefault(ingredient.sha256, ingredient.path)
-        # by identity: one folder that is named twice has two equal paths
+        # by identity, because one folder named twice has two equal paths
         if other is not ingredient.path:
             raise ValueError(f"{other} and {ingredient.path} are the same weights; name one")
     check_alike(ingredients)
@@ -135,10 +136,10 @@ def read_soup(paths: Sequence[Path]) -> list[Ingredient]:
 
 
 def check_alike(ingredients: Sequence[Ingredient]) -> None:
-    """Check that models can be averaged with the first, before any work is done.
+    """Check that models can be averaged with the first, before any work.
 
     Raises:
-        ValueError: naming two models and what differs.
+        ValueError: naming two models and their difference.
     """
     warnings = check_classes(ingredients)
     first = ingredients[0]
@@ -150,7 +151,7 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
             require_alike(first.saved.state, other.saved.state)
         except ValueError as error:
             raise ValueError(f"{both}: {error}") from error
-    # none of ImageNet's sets holds images of a different one, however it was packed
+    # ImageNet's sets do not share images, however they were packed
     own = {str(one.path): [s for s in one.seen if s.name not in BENCHMARKS] for one in ingredients}
     if warning := trained_on.different_splits(own):
         warnings.append(warning)
@@ -159,7 +160,7 @@ def check_alike(ingredients: Sequence[Ingredient]) -> None:
 
 
 def check_classes(ingredients: Sequence[Ingredient]) -> list[str]:
-    """Check that the heads of models have the same classes; return what the user must know."""
+    """Check that the heads of models have the same classes; return warnings for the user."""
     known = best_known(ingredients)
     warnings = []
     for other in ingredients:
@@ -170,9 +171,9 @@ def check_classes(ingredients: Sequence[Ingredient]) -> list[str]:
 
 
 def best_known(ingredients: Sequence[Ingredient]) -> Ingredient:
-    """Return the first model whose file has most of its classes: all others are compared with it.
+    """Choose the model with the most complete class list, with which all others are compared.
 
-    A list with ids says more than one without, and both more than nothing.
+    A list with ids is more complete than one without, and any list than none.
     """
     # max returns the first of equals
     return max(
@@ -182,6 +183,6 @@ def best_known(ingredients: Sequence[Ingredient]) -> Ingredient:
 
 
 def shared_seed(ingredients: Sequence[Ingredient]) -> int:
-    """Return the seed of all ingredients, 0 if they have several."""
+    """Find the common seed of all ingredients; 0 if they differ."""
     seeds = {ingredient.seed for ingredient in ingredients}
     return seeds.pop() if len(seeds) == 1 else 0

@@ -1,1 +1,1 @@
-"""CLIP as rft uses it: load it by name, run its image tower, classify with its text."""
+"""CLIP as used by rft: loading by name, the image tower, and classification with its text."""

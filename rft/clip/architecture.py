@@ -1,4 +1,4 @@
-"""What rebuilds an image tower without its weights: it travels in the header of our checkpoints."""
+"""Description of an image tower without its weights, stored in the header of rft's files."""
 
 import dataclasses
 import functools
@@ -33,11 +33,11 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if self.quick_gelu and self.vision_cfg.get("act_kwargs"):
-            raise ValueError("vision_cfg.act_kwargs is there; a QuickGELU has no options")
+            raise ValueError("vision_cfg.act_kwargs is given, but a QuickGELU has no options")
 
     @classmethod
     def of(cls, clip: str, hub: HubConfig) -> Self:
-        """Return the image tower of a configuration of open_clip's, which `clip` names."""
+        """Extract the image tower of an open_clip configuration, which is named `clip`."""
         default = PreprocessCfg()
         return cls(
             clip=clip,
@@ -54,32 +54,32 @@ class Architecture:
         return self.vision_cfg["image_size"]
 
     def to_json(self) -> str:
-        """Return the architecture as one line of JSON."""
+        """Format as one line of JSON."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     def difference(self, other: "Architecture") -> list[str]:
-        """Return one line for each field in which two differ.
+        """List the fields in which two architectures differ, one line each.
 
-        The name does not count: it may be a folder of another machine.
+        The name is ignored, because it may be a folder on another machine.
         """
         mine, theirs = (dataclasses.asdict(a) | {"clip": ""} for a in (self, other))
         return files.difference(mine, theirs)
 
     def build_visual(self) -> VisionTransformer:
-        """Return the image tower with weights still to be loaded.
+        """Build the image tower, without loading weights.
 
         Raises:
             ValueError: if the tower is not one the method can work with.
         """
         vision = open_clips(self.vision_cfg)
-        # open_clip's CLIP cannot be built without a text tower: this is a small one, and is dropped
+        # open_clip's CLIP cannot be built without a text tower: use a tiny one, which is dropped
         text = CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
         what = f"the image tower of {self.clip}"
         model = build(what, CLIP, self.embed_dim, vision, text, quick_gelu=self.quick_gelu)
         return vit.check_supported(model.visual, what)
 
     def expected(self) -> dict[str, Tensor]:
-        """Return the weights of the tower as `visual.*`, without memory for any of them.
+        """List the weights of the tower as `visual.*`, on the meta device without memory.
 
         Raises:
             ValueError: if the tower is not one the method can work with.
@@ -88,12 +88,12 @@ class Architecture:
 
 
 def three(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the values of three channels."""
+    """Convert the values of three channels."""
     red, green, blue = map(float, values)
     return red, green, blue
 
 
-# by its JSON, because an architecture holds a dict and has no hash
+# cached by its JSON, because an architecture holds a dict and is not hashable
 @functools.lru_cache(maxsize=4)  # a soup compares dozens of files with one tower
 def _expected(document: str) -> dict[str, Tensor]:
     architecture = documents.decode(document.encode(), Architecture, "architecture")
@@ -103,13 +103,13 @@ def _expected(document: str) -> dict[str, Tensor]:
 
 
 def read_header(path: Path, entries: Entries) -> Architecture:
-    """Rebuild the architecture that the header of one of rft's files names.
+    """Read the architecture in the header of a file written by rft.
 
     Raises:
-        ValueError: naming the file, if there is none, or rft cannot work with it.
+        ValueError: naming the file, if the architecture is missing or unsupported.
     """
     if entries.architecture is None:
-        raise ValueError(f"{path} was not written by rft: its header names no architecture")
+        raise ValueError(f"{path} was not written by rft: its header has no architecture")
     where = f"architecture in the header of {path}"
     architecture = documents.decode(entries.architecture.encode(), Architecture, where)
     try:

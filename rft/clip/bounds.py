@@ -1,9 +1,9 @@
-"""How large a CLIP may be that a header or a folder describes: open_clip's largest, with room.
+"""Limits on the size of a CLIP described by a header or a folder.
 
-Such documents are untrusted. Each number is bounded before a tower is built, because a
-tower's memory follows from its configuration; what its weights really take is compared afterwards.
-A configuration stays the dict that open_clip takes: only fields that were given are in it.
-tests/clip/test_bounds.py compares the limits with the largest of the installed open_clip's models.
+Such documents are untrusted. Each number is bounded before a tower is built, because its
+configuration decides how much memory it takes; its real weights are compared afterwards. A
+configuration stays the dict that open_clip takes, with only the given fields.
+tests/clip/test_bounds.py compares the limits with the largest models of the installed open_clip.
 """
 
 import warnings
@@ -21,46 +21,50 @@ from rft.storage.documents import FOREIGN, STRICT, Name, Whole, document
 T = TypeVar("T")
 
 
-# every `limit` is about twice the largest of open_clip's models, or more
+# each `limit` is at least about twice the largest value among open_clip's models
 def _up_to(limit: int) -> Any:
     return Field(ge=1, le=limit)
 
 
 def _no_timm(value: Any) -> Any:
-    # timm would download a model of any name before anything could be checked
+    # timm would download a model of any name before any check
     if value:
-        raise ValueError("timm builds its image tower; rft needs open_clip's own")
+        raise ValueError(
+            "its image tower is built by timm; rft needs open_clip's own (docs/paper.md#models)"
+        )
     return value
 
 
 def _no_resnet(layers: Any) -> Any:
     if isinstance(layers, list | tuple):
-        raise ValueError("it is of a ResNet; rft needs open_clip's VisionTransformer")
+        raise ValueError(
+            "it describes a ResNet; rft needs open_clip's VisionTransformer (docs/paper.md#models)"
+        )
     return layers
 
 
 def _no_coca(_: object) -> object:
-    raise ValueError("it is of a CoCa; rft needs a CLIP")
+    raise ValueError("it describes a CoCa; rft needs a CLIP (docs/paper.md#models)")
 
 
 def _harmless(options: dict[str, Any]) -> dict[str, Any]:
-    # the rest goes to libraries that open any file, or run code of the folder (trust_remote_code)
+    # other options reach libraries that open any file, or run the folder's code (trust_remote_code)
     if options.keys() - {"clean", "strip_sep_token"}:
         raise ValueError(
-            "of a tokenizer's options, rft passes on clean and strip_sep_token only, because "
-            "others may run code; remove them"
+            "of a tokenizer's options, rft accepts only clean and strip_sep_token, because others "
+            "may run code; remove them"
         )
     return options
 
 
 Dropped = Annotated[float, Field(ge=0, lt=1)]
-"""Share that dropout leaves out."""
+"""Share dropped by dropout."""
 Scale = Annotated[float, Field(ge=0, le=10)]
 Model = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$", max_length=200)]
-"""A name on the model hub; no path."""
+"""A name on the model hub, not a path."""
 EmbedDim = Annotated[int, _up_to(4096)]
 Ratio = Annotated[float, Field(gt=0, le=16)]
-# of pixels in [0, 1], which are divided by the deviation
+# mean and deviation of pixels in [0, 1]
 Mean = Annotated[float, Field(ge=-10, le=10)]
 Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
 
@@ -80,7 +84,7 @@ class Activation(TypedDict, total=False):
 
 
 class Attention(TypedDict, total=False):
-    """Options of the layers, which both towers have."""
+    """Options of the layers, shared by both towers."""
 
     ls_init_value: Scale | None
     output_tokens: bool
@@ -106,7 +110,7 @@ class VisionFields(Attention, total=False):
     head_width: Annotated[int, _up_to(256)]
     mlp_ratio: Ratio
     patch_size: Annotated[int, _up_to(64)]
-    # required: `Architecture.image_size` reads the dict, which has no defaults
+    # required, because `Architecture.image_size` reads the dict, which has no defaults
     image_size: Required[Annotated[int, _up_to(2048)]]
     patch_dropout: Dropped
     attentional_pool: bool
@@ -124,14 +128,14 @@ class VisionFields(Attention, total=False):
 
 
 def build(what: str, kind: Callable[..., T], *arguments: Any, **fields: Any) -> T:
-    """Return an object of open_clip's, which has demands of its own on bounded fields.
+    """Build an open_clip object, which may refuse even bounded fields.
 
     Raises:
-        ValueError: naming `what` it was to be, whatever open_clip or torch raise.
+        ValueError: naming `what` it is, for any error of open_clip or torch.
     """
     try:
         with warnings.catch_warnings():
-            # an odd tower that can be built is compared with its weights
+            # a strange tower that can be built is compared with its weights later
             warnings.simplefilter("ignore")
             return kind(*arguments, **fields)
     except Exception as error:
@@ -141,27 +145,27 @@ def build(what: str, kind: Callable[..., T], *arguments: Any, **fields: Any) -> 
 
 
 def open_clips(fields: VisionFields) -> CLIPVisionCfg:
-    """Return open_clip's own class of these fields, which has a value for every one.
+    """Convert the fields to open_clip's class, which has defaults for all others.
 
     Raises:
-        ValueError: for a field that the installed open_clip does not have.
+        ValueError: for a field that the installed open_clip lacks.
     """
     return build("it", CLIPVisionCfg, **cast(dict[str, Any], fields))
 
 
 def _require_mlp(width: int, ratio: float) -> None:
     if int(width * ratio) < 1:
-        raise ValueError(f"mlp_ratio is {ratio}; of a width of {width} it must leave 1 or more")
+        raise ValueError(f"mlp_ratio is {ratio}; times the width {width} it must be at least 1")
 
 
 def _divides(fields: VisionFields) -> VisionFields:
-    # with open_clip's defaults for fields that are not given
+    # with open_clip's defaults for missing fields
     vision = open_clips(fields)
     for name, part in (("width", "head_width"), ("image_size", "patch_size")):
         value, side = getattr(vision, name), getattr(vision, part)
         if value % side:
             raise ValueError(f"{name} is {value}; it must be a multiple of {part}, {side}")
-    # sine and cosine of row and column have a quarter of the width each
+    # sine and cosine of row and column take a quarter of the width each
     if vision.pos_embed_type == "sin_cos_2d" and vision.width % 4:
         raise ValueError(
             f"width is {vision.width}; with pos_embed_type sin_cos_2d it must be a multiple of 4"
@@ -227,7 +231,7 @@ class ModelFields(TypedDict, total=False):
 
 @with_config(FOREIGN)
 class Preprocess(TypedDict, total=False):
-    """What rft reads of open_clip's PreprocessCfg."""
+    """The fields of open_clip's PreprocessCfg that rft reads."""
 
     mean: tuple[Mean, Mean, Mean]
     std: tuple[Deviation, Deviation, Deviation]

@@ -1,4 +1,4 @@
-"""The card (JSON) that an export writes beside its weights: one document, written and read here."""
+"""The card (JSON) that an export writes next to its weights; defined here for both directions."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,12 +24,12 @@ class Source:
     path: Text
     sha256: Sha256
     text: Text = ""
-    """Where the text tower comes from, as --text named it."""
+    """Source of the text tower, as given by --text."""
 
 
 @document(name="preprocessing", config=FOREIGN)
 class Preprocessing:
-    """What the image tower expects."""
+    """Input expected by the image tower."""
 
     size: Count
     resize: Name = "bicubic, shorter side to size"
@@ -50,7 +50,7 @@ class Head:
 
 @document(name="card", config=FOREIGN)
 class Card:
-    """What exported weights are and how to compute with them."""
+    """Description of exported weights, sufficient to compute with them."""
 
     schema: Schema = 1
     format: Format
@@ -68,12 +68,12 @@ class Card:
     recipe: Name | None = None
     seed: RecordedSeed | None = None
     unfinished: Text = ""
-    """How far the training is, if it has not ended."""
+    """Progress of the training, if it has not finished."""
     base_model: Name | None = None
-    """The model of the hub that it started from, where that is known."""
+    """The model of the hub that it started from, if known."""
     temperature: Annotated[float, Field(gt=0)] | None = None
-    """What the logits are divided by for probabilities, where one was fitted."""
-    # for readers: nothing here uses them
+    """Divisor of the logits for probabilities, if a temperature was fitted."""
+    # for readers of the card; rft does not use them
     settings: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
@@ -84,7 +84,7 @@ class Card:
                 f"head.classes is {self.head.classes}; classes names {len(self.label_space)}"
             )
         tower, pixels = self.architecture, self.preprocessing
-        # said twice in a card, for readers: one of two that differ would win unnoticed
+        # these are stored twice for readers: if they differed, one would win unnoticed
         for name, said, own in (
             ("activation", self.activation, "QuickGELU" if tower.quick_gelu else "GELU"),
             ("preprocessing.size", pixels.size, tower.image_size),
@@ -93,11 +93,11 @@ class Card:
             ("head.features", self.head.features, tower.embed_dim),
         ):
             if said != own:
-                raise ValueError(f"{name} is {said}, by architecture it is {own}")
+                raise ValueError(f"{name} is {said}, but by architecture it is {own}")
 
     @property
     def label_space(self) -> Classes | None:
-        """Classes of the head, where the card names them."""
+        """Classes of the head, if the card names them."""
         if self.classes is None:
             return None
         prompts = self.prompts_sha256 or ""
@@ -105,10 +105,10 @@ class Card:
 
 
 def read(path: Path) -> Card | None:
-    """Return the card at a path; None if it does not exist or is a document of a different kind.
+    """Read the card at a path; None if it does not exist or is a document of a different kind.
 
     Raises:
-        ValueError: naming file and place, if it is no JSON, or a malformed card.
+        ValueError: naming file and field, if it is not JSON, or is a malformed card.
     """
     if not path.is_file():
         return None
@@ -116,7 +116,7 @@ def read(path: Path) -> Card | None:
     found = documents.parse(data, str(path))
     if not isinstance(found, dict):
         raise ValueError(f"{path} is {short(found)}; it must be an object")
-    # other code may have a document of this name; an export's card has both fields
+    # other programs may use this file name; an export's card has both fields
     if not {"format", "architecture"} <= found.keys():
         return None
     return documents.decode(data, Card, str(path))

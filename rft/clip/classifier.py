@@ -1,7 +1,7 @@
-"""The model that is fine-tuned: CLIP's image tower and a linear head on normalised features.
+"""The fine-tuned model: CLIP's image tower and a linear head on normalised features.
 
 State-dict keys are `visual.*` (open_clip's own) and `head.{weight,bias}`. A saved classifier is one
-safetensors file whose metadata rebuilds the tower, so evaluation needs nothing else.
+safetensors file whose metadata describes the tower, so evaluation needs no other file.
 """
 
 import dataclasses
@@ -37,10 +37,11 @@ class Classifier(nn.Module):
         self.visual = visual
         self.head = head
         self.architecture = architecture
-        # images stay uint8 until they are on the device; these fold the division by 255
+        # images stay uint8 until they are on the device; these constants include the division by
+        # 255
         for name in ("mean", "std"):
             values_C11 = torch.tensor(getattr(architecture, name)).mul(255)[:, None, None]
-            # not in the state dict: the header's architecture holds them
+            # not in the state dict, because the header's architecture has them
             self.register_buffer(f"_{name}_C11", values_C11, persistent=False)
 
     @property
@@ -49,14 +50,14 @@ class Classifier(nn.Module):
         return self.visual.conv1.kernel_size[0]
 
     def patches(self, images_BCHW: Tensor, pieces: vit.Pieces = vit.EAGER) -> Tensor:
-        """Return the normalised pixels of every patch (B, P, V) of uint8 images."""
-        # cut first, because that is a copy, of one byte for each pixel and not of four
+        """Cut uint8 images into patches of normalised pixels (B, P, V)."""
+        # cut first, because cutting copies, and uint8 takes one byte per value instead of four
         return self.normalise(vit.cut_patches(images_BCHW, self.patch_side), pieces)
 
     def normalise(self, patches_BPV: Tensor, pieces: vit.Pieces = vit.EAGER) -> Tensor:
-        """Return uint8 patches as the tower wants them, in the type of its products."""
+        """Normalise uint8 patches for the tower, in the type of its matrix products."""
         device = patches_BPV.device.type
-        # what autocast would make of them in each tower, made once
+        # convert once to the type to which autocast would convert in each tower
         lowered = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if lowered else torch.float32
         mean_C1, std_C1 = self._mean_C11.flatten(1), self._std_C11.flatten(1)
@@ -73,23 +74,23 @@ class Classifier(nn.Module):
         recompute: bool = False,
         pieces: vit.Pieces = vit.EAGER,
     ) -> Tensor:
-        """Return projected, un-normalised features (B, E).
+        """Compute projected, un-normalised features (B, E).
 
         Args:
             patches_BPV: normalised pixels from `patches`.
-            keep_BP: bool; patches that are False take no part, as if they were not there.
-            most: with it, tokens are dropped and not only masked: the number of patches that an
-                image keeps, or the largest one where images keep different numbers.
-            ragged: whether they do.
+            keep_BP: bool; False patches are excluded from attention.
+            most: if given, tokens are dropped instead of masked; it is the number of patches that
+                an image keeps, or the largest one if images keep different numbers.
+            ragged: whether images keep different numbers.
             taps: if given, one tap on each layer's attention is appended.
-            recompute: compute the layers again in the backward pass to save memory.
-            pieces: what lies between the products of a layer.
+            recompute: recompute the layers in the backward pass to save memory.
+            pieces: operations between the matrix products of a layer.
         """
         tokens_BLD = vit.embed_tokens(self.visual, patches_BPV)
         if most is not None:
-            assert keep_BP is not None, "nothing says which tokens to keep"
+            assert keep_BP is not None, "most needs keep_BP"
             tokens_BLD, keep_BP = vit.drop_tokens(tokens_BLD, keep_BP, most)
-            # no mask at all leaves attention its fastest kernel
+            # without a mask, attention can use its fastest kernel
             keep_BP = keep_BP if ragged else None
         return vit.encode(
             self.visual,
@@ -101,13 +102,13 @@ class Classifier(nn.Module):
         )
 
     def logits(self, features_BE: Tensor) -> Tensor:
-        """Return fp32 logits (B, K); they carry CLIP's scale of about 100."""
-        # neighbouring numbers of bf16 are 0.5 apart at 100
+        """Compute fp32 logits (B, K), with CLIP's scale of about 100."""
+        # fp32, because neighbouring bf16 numbers are 0.5 apart at 100
         with torch.autocast(features_BE.device.type, enabled=False):
             return self.head(F.normalize(features_BE.float(), dim=-1))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Return the logits (B, K) of uint8 images."""
+        """Compute the logits (B, K) of uint8 images."""
         return self.logits(self.features(self.patches(images_BCHW)))
 
 
@@ -119,7 +120,7 @@ class Saved(NamedTuple):
     metadata: dict[str, str]
     """Recipe and step."""
     classes: Classes | None
-    """Classes of the head; None in a file that does not say."""
+    """Classes of the head; None if the file does not list them."""
 
 
 def save_classifier(
@@ -137,28 +138,28 @@ def save_state(
     metadata: dict[str, str],
     classes: Classes | None,
 ) -> None:
-    """Write a state dict as safetensors, intact or not at all.
+    """Write a state dict as safetensors, atomically.
 
     Args:
         url: the file.
         state: weights of tower and head.
-        architecture: of the tower; with `metadata` and `classes` it makes up the header.
+        architecture: of the tower; stored in the header with `metadata` and `classes`.
         metadata: recipe and step.
-        classes: of the head; None only where nothing says which they are.
+        classes: of the head; None only if they are unknown.
     """
-    # to bytes first: safetensors' own writer ignores the umask
+    # serialise first, because safetensors' own writer ignores the umask
     files.write_bytes(url, to_bytes(Saved(state, architecture, metadata, classes)))
 
 
 def to_bytes(saved: Saved) -> bytes:
-    """Return the weights file of a model: the same bytes for the same weights and header."""
+    """Serialise a model: the same bytes for the same weights and header."""
     entries: dict[str, Any] = {**saved.metadata, "architecture": saved.architecture.to_json()}
     if saved.classes is not None:
         assert len(saved.classes) == len(saved.state["head.weight"]), "the classes of another head"
         entries["classes"] = dataclasses.asdict(saved.classes)
-    # weights of others may lie in memory in another order (channels last)
+    # third-party weights may have another memory layout (channels last)
     state = {name: value.contiguous() for name, value in saved.state.items()}
-    # one JSON string: safetensors writes several metadata entries in no fixed order
+    # one JSON string, because safetensors writes several metadata entries in no fixed order
     return save(state, metadata={"rft": json.dumps(entries)})
 
 
@@ -166,7 +167,7 @@ def load_state(path: Path) -> Saved:
     """Read a file of `save_classifier`.
 
     Raises:
-        ValueError: if it is absent, damaged, was not written by rft, or has a weight that is not
+        ValueError: if it is missing, damaged, was not written by rft, or has a weight that is not
             finite.
     """
     saved = map_state(path)
@@ -175,19 +176,19 @@ def load_state(path: Path) -> Saved:
 
 
 def map_state(path: Path) -> Saved:
-    """Read the header of a file of `save_classifier` and map its tensors, of which none is read.
+    """Read the header of a file of `save_classifier` and map its tensors without reading them.
 
-    For shapes and types; `load_state` is for computing with the weights.
+    Use it for shapes and types, and `load_state` to compute with the weights.
 
     Raises:
-        ValueError: if it is absent, damaged, or was not written by rft.
+        ValueError: if it is missing, damaged, or was not written by rft.
     """
     require_weights(path)
     state, metadata = read_safetensors(path)
     entries = header.entries(metadata, path)
     architecture, classes = read_header(path, entries), entries.classes
     features = architecture.embed_dim
-    # by its size: a head of any other shape is then an error of `difference`
+    # from the number of elements: any other shape of the head is then reported by `difference`
     rows = state["head.weight"].numel() // features if "head.weight" in state else 0
     expected = {
         **architecture.expected(),
@@ -198,13 +199,13 @@ def map_state(path: Path) -> Saved:
         raise ValueError(f"{path} is damaged: it has {changed}")
     if classes is not None and len(classes) != rows:
         raise ValueError(
-            f"{path} is damaged: its header names {len(classes)} classes, its head has {rows}"
+            f"{path} is damaged: its header names {len(classes)} classes, but its head has {rows}"
         )
     return Saved(state, architecture, entries.metadata, classes)
 
 
 def require_finite(path: Path | str, state: Mapping[str, Tensor]) -> None:
-    """Check that no weight is NaN or infinite: such a model predicts class 0 for every image.
+    """Check that all weights are finite: a model with NaN predicts class 0 for every image.
 
     Raises:
         ValueError: naming the file, or the model that `path` names, and the tensor.
@@ -214,12 +215,12 @@ def require_finite(path: Path | str, state: Mapping[str, Tensor]) -> None:
             bad = int((~value.isfinite()).sum())
             raise ValueError(
                 f"{path}: {bad:,} of {value.numel():,} weights of {name} are not finite (NaN or "
-                "infinite); use an earlier checkpoint of that run, or get the file again"
+                "infinite); use an earlier checkpoint of that run, or obtain the file again"
             )
 
 
 def build_classifier(state: dict[str, Tensor], architecture: Architecture) -> Classifier:
-    """Return the classifier of a state dict, in evaluation mode."""
+    """Build the classifier of a state dict, in evaluation mode."""
     classes, embed_dim = state["head.weight"].shape
     head = nn.Linear(embed_dim, classes)
     model = Classifier(architecture.build_visual(), head, architecture)
@@ -228,26 +229,26 @@ def build_classifier(state: dict[str, Tensor], architecture: Architecture) -> Cl
 
 
 def tower_sha256(model: Classifier) -> str:
-    """Hash the weights of the image tower; they do not depend on the file that they came from.
+    """Hash the weights of the image tower, independent of the file format.
 
-    The head is left out: text embeddings may differ in their last bits from device to device.
+    The head is excluded, because text embeddings may differ in their last bits between devices.
     """
     return module_sha256(model.visual)
 
 
 def module_sha256(module: nn.Module) -> str:
-    """Hash the weights of a module, by their names."""
+    """Hash the named weights of a module."""
     digest = hashlib.sha256()
-    # sorted by name: the hash is the same whatever order a tower registers its weights in
+    # sorted by name, so that the hash does not depend on the order of registration
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        # as bytes: NumPy has no bf16
+        # as bytes, because NumPy has no bf16
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def tower_identity(model: Classifier) -> dict[str, Any]:
-    """Return what decides the features of an image, in the same precision on the same device."""
-    # the name may be a folder of another machine
+    """Identify the tower by all that decides an image's features, for one precision and device."""
+    # without the name, which may be a folder on another machine
     architecture = dataclasses.asdict(model.architecture) | {"clip": ""}
     return {"sha256": tower_sha256(model), "architecture": architecture}

@@ -1,7 +1,7 @@
-"""Files of the model hub: out of its cache without a request, or fetched once the hub answers.
+"""Files of the model hub: from its cache without a request, or downloaded if the hub answers.
 
-open_clip and huggingface_hub repeat a request for minutes before they report that there is no
-network. Here one request with a deadline comes first.
+open_clip and huggingface_hub retry for minutes before they report a missing network. Here a request
+with a deadline comes first.
 """
 
 import time
@@ -19,31 +19,31 @@ from open_clip.pretrained import download_pretrained, download_pretrained_from_h
 from rft.clip import weights
 from rft.storage import files
 
-SECONDS = 5.0  # that the hub has for its first answer, all tries together
+SECONDS = 5.0  # deadline of the hub's first answer, for all tries together
 TRIES = 3
-PAUSE = 1.0  # between them
-SERVER_ERRORS = 500  # HTTP: these and above may pass, those below are the hub's decision
+PAUSE = 1.0  # between tries
+SERVER_ERRORS = 500  # HTTP: from here on errors may be temporary, below they are final
 
 
 def fetch_tag(tag: Mapping[str, Any]) -> Path:
-    """Return the weights file of one of open_clip's tags, by its entry in open_clip's list.
+    """Fetch the weights file of an open_clip tag, by its entry in open_clip's list.
 
     Raises:
-        ValueError: as `fetch`.
+        ValueError: as for `fetch`.
     """
     repo, _, name = str(tag.get("hf_hub", "")).rpartition("/")
     return fetch(repo, name) if repo else Path(download_pretrained(dict(tag)))
 
 
 def fetch(repo: str, name: str = "") -> Path:
-    """Return a file of a model of the hub, by default its weights.
+    """Fetch a file of a model on the hub, by default its weights.
 
     Raises:
-        ValueError: if it is neither in the cache nor to be had from the hub; the error's notes name
-            what works without a network.
+        ValueError: if it is neither in the cache nor available from the hub; the error's notes list
+            ways that work without a network.
     """
     name = name or HF_WEIGHTS_NAME
-    # what open_clip prefers to a pickle
+    # open_clip prefers safetensors to a pickle
     safe = weights.HUB_WEIGHTS if name == HF_WEIGHTS_NAME else f"{Path(name).stem}.safetensors"
     for one in (safe, name) if name.endswith((".bin", ".pth")) else (name,):
         if isinstance(cached := try_to_load_from_cache(repo, one), str):
@@ -65,16 +65,16 @@ def _unreachable(repo: str, name: str, reason: str) -> ValueError:
         "and set HF_HOME to the copy",
         f"or a weights file: --model.pretrained FILE, with both towers, from {where}/{repo}",
         f"or a folder: --model.clip {weights.LOCAL}FOLDER, made on another machine by `{download} "
-        "--local-dir FOLDER`",
+        "--local-dir FOLDER` (docs/export.md#without-a-network)",
     ):
         error.add_note(way)
     return error
 
 
 def _refusal(url: str) -> str:
-    """Return why the hub does not give a file; empty if it would."""
+    """Ask the hub for a file: the reason why it cannot be downloaded, empty if it can."""
     answer: Queue[str] = Queue()
-    # a thread that is left behind: looking up a host's name has no deadline
+    # an abandoned daemon thread, because looking up a host name has no deadline
     Thread(target=lambda: answer.put(_ask(url)), daemon=True).start()
     try:
         return answer.get(timeout=SECONDS)
@@ -89,18 +89,19 @@ def _ask(url: str) -> str:
         try:
             found = get_hf_file_metadata(url, timeout=SECONDS)
         except RemoteEntryNotFoundError:
-            return ""  # the hub answers; open_clip looks for other names
-        except Exception as error:  # the HTTP client that the hub's library uses has its own
+            return ""  # the hub answers, and open_clip will look for other file names
+        except Exception as error:  # the hub library's HTTP client has its own errors
             status = status_of(error)
             reason = f"it answers {status}" if status else files.reason(error)
             if 0 < status < SERVER_ERRORS or isinstance(error, OfflineModeIsEnabled):
                 break
         else:
-            # a proxy's or a hotel's page, which answers for any address
-            return "" if found.commit_hash else "what answers is no model hub"
+            # without a commit it is the page of a proxy or a login portal, which answers any
+            # address
+            return "" if found.commit_hash else "the server is not a model hub"
     return reason
 
 
 def status_of(error: Exception) -> int:
-    """Return the HTTP status that an error of huggingface_hub carries, or 0."""
+    """Extract the HTTP status of an error of huggingface_hub; 0 if it has none."""
     return int(getattr(getattr(error, "response", None), "status_code", 0))

@@ -1,10 +1,10 @@
-"""A pre-trained CLIP by name: its weights, tokenizer and preprocessing, through open_clip.
+"""Loading of a pre-trained CLIP by name: weights, tokenizer and preprocessing, by open_clip.
 
 `clip` is an open_clip model name with a weights tag or a file (any format of rft/clip/weights.py
-that has both towers), or names a folder in open_clip's hub layout: `local-dir:PATH`, or
-`hf-hub:ORGANISATION/NAME` on the model hub. A local folder may hold `vocab.txt` (one word a line)
-instead of using open_clip's BPE tokenizer; that of `rft-miniature`, the tiny CLIP that comes with
-rft, does.
+with both towers), or a folder in open_clip's hub layout: `local-dir:PATH`, or
+`hf-hub:ORGANISATION/NAME` on the model hub. A local folder may contain `vocab.txt` (one word per
+line), which replaces open_clip's BPE tokenizer. `rft-miniature`, the tiny CLIP included in rft,
+does.
 """
 
 import dataclasses
@@ -43,7 +43,10 @@ from rft.storage import files
 HUB = "hf-hub:"
 VOCABULARY = "vocab.txt"
 MINIATURE = "rft-miniature"
-RESIZE = {"resize_mode": "shortest", "interpolation": "bicubic"}  # of `rft.shards.images`, always
+RESIZE = {
+    "resize_mode": "shortest",
+    "interpolation": "bicubic",
+}  # as `rft.shards.images` always resizes
 WEIGHTS_HINT = "name its model with --model.clip and the file with --model.pretrained"
 
 log = logging.getLogger(__name__)
@@ -51,9 +54,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PretrainedClip:
-    """A CLIP, both towers, with what is needed to feed it.
+    """A CLIP with both towers, its tokenizer and its architecture.
 
-    `tokenize` raises `TextTooLongError` for a text that the text tower does not read to its end.
+    `tokenize` raises `TextTooLongError` for a text that is too long for the text tower.
     """
 
     model: Any  # open_clip's CLIP, CustomTextCLIP or CoCa, which share no base class
@@ -62,7 +65,7 @@ class PretrainedClip:
 
 
 class TextTooLongError(ValueError):
-    """A text of more tokens than the text tower reads; open_clip would cut it off in silence."""
+    """A text with more tokens than the text tower reads; open_clip would silently truncate it."""
 
     def __init__(self, text: str, limit: int) -> None:
         super().__init__(f"{text!r} is longer than {limit} tokens")
@@ -73,15 +76,15 @@ def load_clip(config: ModelConfig) -> PretrainedClip:
     """Load a pre-trained CLIP in fp32 on the CPU.
 
     Raises:
-        ValueError: for an unknown name or tag, an activation or a shape that is not the weights'
-            own, a weights file without both towers, an unsupported image tower, or a weight that
-            is not finite.
+        ValueError: for an unknown name or tag, an activation or a shape that does not match the
+            weights, a weights file without both towers, an unsupported image tower, or a weight
+            that is not finite.
     """
     clip, tag = config.clip, config.pretrained
-    described = hub_config(clip)  # first: it refuses what open_clip would do for a folder
+    described = hub_config(clip)  # first, because it refuses unsafe options of a folder
     if names_folder(clip):
         folder = _local_folder(clip)
-        # the hub's cache has the configuration in the same folder, since hub_config asked for it
+        # hub_config has already cached the configuration in the same folder
         if folder is None:
             folder = hub.fetch(clip.removeprefix(HUB)).parent
         loaded, what = _from_weights(weights.read(folder), clip), clip
@@ -93,10 +96,10 @@ def load_clip(config: ModelConfig) -> PretrainedClip:
 
 
 def load_file(path: Path, clip: str) -> PretrainedClip:
-    """Load a weights file with both towers into the model that `clip` names.
+    """Load a weights file with both towers into the model named `clip`.
 
     Raises:
-        ValueError: if there is none, it does not fit, or a weight is not finite.
+        ValueError: if it does not exist or does not fit, or a weight is not finite.
     """
     loaded = _from_weights(weights.read(path), clip)
     require_finite(path, loaded.model.state_dict())
@@ -110,7 +113,7 @@ def _of_tag_or_file(clip: str, name: str) -> PretrainedClip:
         if name and path.exists():
             return _from_weights(weights.read(path), clip)
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip)) or "none"
-        raise ValueError(f"{name!r} is no weights tag of {clip} and no file; tags: {tags}")
+        raise ValueError(f"{name!r} is neither a weights tag of {clip} nor a file; tags: {tags}")
     architecture, quick = architecture_of(clip), bool(tag.get("quick_gelu", False))
     _require_activation(f"weights {name!r}", quick, architecture)
     path = hub.fetch_tag(tag)
@@ -120,34 +123,36 @@ def _of_tag_or_file(clip: str, name: str) -> PretrainedClip:
         raise ValueError(f"cannot load {clip} {name}: {unpickle.first_line(error)}") from error
     vit.check_supported(model.visual)
     warn_of_resize(f"{clip} {name}", tag)
-    # those of the tag; a named model's configuration has none
+    # taken from the tag, because a named model's configuration has none
     mean, std = three(tag["mean"]), three(tag["std"])
     architecture = dataclasses.replace(architecture, mean=mean, std=std)
     return PretrainedClip(model.eval(), _tokenizer(clip, model.context_length), architecture)
 
 
 def _from_weights(found: Weights, clip: str) -> PretrainedClip:
-    """Return the CLIP that `clip` names with the weights of a file that has both towers."""
+    """Build the CLIP named `clip` with the weights of a file that has both towers."""
     if not found.text:
         raise ValueError(
-            f"{found.files[0]} ({found.format}) has no text tower to make a head with; start from "
-            "the pre-trained weights it was made from"
+            f"{found.files[0]} ({found.format}) has no text tower for a zero-shot head; start from "
+            "the pre-trained weights that it was fine-tuned from"
         )
     architecture = architecture_of(clip)
     require_fit(found, architecture)
     if remote := hub_config(clip).model_cfg["text_cfg"].get("hf_model_name"):
         log.info(
-            f"the text tower of {clip} is described by the model hub's {remote}, which is asked",
+            f"the text tower of {clip} is described by {remote} on the model hub, which is queried",
             extra=ASIDE,
         )
-    with torch.device("meta"):  # a tower takes memory only after its weights are known to be there
+    with torch.device(
+        "meta"
+    ):  # on the meta device: memory is allocated only after the weights were checked
         expected = _build(clip).state_dict()
     state = {**found.visual, **found.text}
-    # CustomTextCLIP has its text tower below `text.`, where most files have plain names
+    # CustomTextCLIP prefixes its text tower with `text.`, but most files have plain names
     if "text.token_embedding.weight" in expected and "positional_embedding" in state:
         state = convert_to_custom_text_state_dict(state)
     scale = state.get("logit_scale")
-    if scale is not None and scale.numel() == 1:  # open_clip has it with or without a dimension
+    if scale is not None and scale.numel() == 1:  # open_clip stores it with or without a dimension
         state["logit_scale"] = scale.reshape(expected["logit_scale"].shape)
     if changed := weights.difference(expected, state):
         raise ValueError(f"{found.files[0]} does not fit {clip}: it has {changed}")
@@ -157,22 +162,22 @@ def _from_weights(found: Weights, clip: str) -> PretrainedClip:
 
 
 def _build(clip: str) -> Any:
-    """Return both towers of a model with weights still to be loaded."""
+    """Build both towers of a model, without loading weights."""
     fields: dict[str, Any] = {**hub_config(clip).model_cfg}
     text = fields["text_cfg"]
     custom = fields.pop("custom_text", False) or "hf_model_name" in text
-    if custom:  # its own weights would be downloaded and then overwritten
+    if custom:  # otherwise its own weights would be downloaded and then overwritten
         fields["text_cfg"] = {**text, "hf_model_pretrained": False}
     return build(clip, CustomTextCLIP if custom else CLIP, **fields)
 
 
 def names_folder(clip: str) -> bool:
-    """Whether a name is of a folder, or a model of the hub, with configuration and weights."""
+    """Whether a name is a folder or a hub model that has both configuration and weights."""
     return clip == MINIATURE or clip.startswith((LOCAL, HUB))
 
 
 def architecture_of(clip: str) -> Architecture:
-    """Return the architecture of a model without loading weights.
+    """Look up the architecture of a model without loading weights.
 
     Raises:
         ValueError: if there is no such model, or rft cannot work with it.
@@ -181,19 +186,19 @@ def architecture_of(clip: str) -> Architecture:
 
 
 def require_fit(found: Weights, architecture: Architecture) -> None:
-    """Check that an image tower read from a file is the one that is named.
+    """Check that an image tower read from a file matches the named model.
 
     Raises:
-        ValueError: with both geometries, and the models that the file would fit, or what else
-            differs.
+        ValueError: with both geometries and the models that the file would fit, or with another
+            difference.
     """
     expected = architecture.expected()
     # first, because this error can name the models that would fit
     if found.geometry != (wanted := Geometry.of(expected, architecture.clip)):
         names = ", ".join(names_of(found)) or "none"
         raise ValueError(
-            f"{found.files[0]} has another image tower ({found.geometry}) than {architecture.clip} "
-            f"({wanted}); open_clip's models of this shape: {names}"
+            f"{found.files[0]} has a different image tower ({found.geometry}) than "
+            f"{architecture.clip} ({wanted}); open_clip's models of this shape: {names}"
         )
     if changed := weights.difference(expected, found.visual):
         raise ValueError(f"{found.files[0]} does not fit {architecture.clip}: it has {changed}")
@@ -205,13 +210,14 @@ def require_fit(found: Weights, architecture: Architecture) -> None:
 
 
 def require_openai_tower(architecture: Architecture, what: str) -> None:
-    """Check that an image tower computes what OpenAI's code does with its weights.
+    """Check that an image tower computes the same as OpenAI's code.
 
     Raises:
-        ValueError: naming `what` is for those towers, and the difference.
+        ValueError: naming `what` requires such towers, and the difference.
     """
     ours = dataclasses.asdict(open_clips(architecture.vision_cfg))
-    # open_clip's defaults are OpenAI's tower: heads 64 wide, an MLP of four widths, no extras
+    # open_clip's defaults are OpenAI's tower: heads 64 wide, an MLP of four times the width, no
+    # extras
     free = ("layers", "width", "patch_size", "image_size")
     theirs = dataclasses.asdict(CLIPVisionCfg(**{name: ours[name] for name in free}))
     ours, theirs = {"quick_gelu": architecture.quick_gelu} | ours, {"quick_gelu": True} | theirs
@@ -224,7 +230,7 @@ def require_openai_tower(architecture: Architecture, what: str) -> None:
 
 
 def _require_activation(what: str, quick: bool, architecture: Architecture) -> None:
-    # open_clip only warns here and computes something else than the weights were trained for
+    # open_clip only warns here, and would use an activation that the weights were not trained with
     if architecture.quick_gelu == quick:
         return
     clip = architecture.clip
@@ -235,11 +241,11 @@ def _require_activation(what: str, quick: bool, architecture: Architecture) -> N
 
 
 def names_of(found: Weights) -> list[str]:
-    """Return open_clip's models whose image tower has the geometry of the weights."""
+    """List open_clip's models whose image tower has the geometry of the weights."""
     names = []
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
-        assert config is not None, f"open_clip lists {name} and has no configuration of it"
+        assert config is not None, f"open_clip lists {name} but has no configuration for it"
         vision: Any = CLIPVisionCfg(**config["vision_cfg"])
         # a ResNet has a list of layers
         plain = isinstance(vision.layers, int) and isinstance(vision.image_size, int)
@@ -254,19 +260,19 @@ def names_of(found: Weights) -> list[str]:
 
 
 def warn_of_resize(what: str, preprocess: Mapping[str, Any]) -> None:
-    """Warn of weights that were trained on images resized otherwise than rft does it.
+    """Warn if weights were trained with another resizing than rft's.
 
     Args:
-        what: names the weights.
-        preprocess: open_clip's `preprocess_cfg` that comes with them.
+        what: name of the weights.
+        preprocess: open_clip's `preprocess_cfg` of these weights.
     """
     theirs = {name: preprocess.get(name, ours) for name, ours in RESIZE.items()}
     if theirs != RESIZE:
         mode, interpolation = theirs.values()
         log.warning(
-            f"{what} was trained on images that were resized by open_clip's {mode!r}, "
-            f"{interpolation}; rft always brings the shorter side to size, bicubic, and crops. "
-            "Accuracies may be lower than its authors'"
+            f"{what} was trained on images resized by open_clip's {mode!r}, {interpolation}; rft "
+            "always resizes the shorter side, bicubic, and crops. Accuracies may be lower than "
+            "its authors'"
         )
 
 
@@ -285,11 +291,11 @@ def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
 
     def tokenize(texts: list[str]) -> Tensor:
         tokens = tokenize_all(tokenizer, texts)
-        # a tower of transformers has a size of its own, which the configuration does not hold
+        # the configuration lacks the vocabulary size of towers from transformers
         if "hf_model_name" not in text and int(tokens.max()) >= known:
             raise ValueError(
-                f"{clip}: its text tower knows {known:,} tokens, the tokenizer more; a folder with "
-                "words of its own needs them in vocab.txt"
+                f"{clip}: its text tower has {known:,} tokens, but the tokenizer more; a folder "
+                "with its own words needs them in vocab.txt"
             )
         return tokens
 
@@ -297,33 +303,33 @@ def _tokenizer(clip: str, context_length: int) -> Callable[[list[str]], Tensor]:
 
 
 def _words(vocabulary: Path, tokens: int) -> list[str]:
-    """Return the words of a vocabulary, by their token ids."""
+    """Read the words of a vocabulary, in the order of their token ids."""
     data = files.read_bytes(str(vocabulary), header.BYTES)
     try:
-        # editors leave Windows' line ends, and a line break after the last word
+        # editors may write Windows line ends, and a line break after the last word
         words = data.decode().replace("\r\n", "\n").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{vocabulary} is no text in UTF-8: {error}") from error
-    # padding, start and end at the least
+        raise ValueError(f"{vocabulary} is not UTF-8 text: {error}") from error
+    # at least padding, start and end
     if not 2 < len(words) <= tokens:
-        raise ValueError(f"{vocabulary} has {len(words):,} words; the text tower has {tokens:,}")
+        raise ValueError(f"{vocabulary} has {len(words):,} words, but the text tower {tokens:,}")
     return words
 
 
 def tokenize_all(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> Tensor:
-    """Return the token ids of texts, int64 (len(texts), context length), by open_clip's tokenizer.
+    """Tokenize texts with open_clip's tokenizer, int64 (len(texts), context length).
 
     Raises:
-        TextTooLongError: for a text that the tokenizer cuts off.
+        TextTooLongError: for a text that the tokenizer truncates.
     """
     tokens = tokenizer(list(texts))
     limit = tokens.shape[1]
-    # an empty text is start and end: the middle of its row is padding on whichever side that is
+    # an empty text is only start and end, so the middle of its row is padding on either side
     padding = tokenizer([""])[0, limit // 2]
-    # padding is at the end, with some tokenizers at the start
+    # padding is at the end, or at the start with some tokenizers
     full = (tokens[:, 0] != padding) & (tokens[:, -1] != padding)
     for row in full.nonzero()[:, 0].tolist():
-        # a full row may be a text that just fits: with more space it has no more tokens
+        # a full row may be a text that just fits: then a longer context gives no more tokens
         longer = tokenizer([texts[row]], context_length=2 * limit)[0]
         if (longer != padding).sum() > (tokens[row] != padding).sum():
             raise TextTooLongError(texts[row], limit)
@@ -331,14 +337,14 @@ def tokenize_all(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> Tens
 
 
 def vocabulary_of(clip: str) -> Path | None:
-    """Return the word list of a local folder that has its own tokenizer."""
+    """Find the word list of a local folder that has its own tokenizer."""
     folder = _local_folder(clip)
-    # whatever has this name and is no file is refused when it is read
+    # anything of this name that is not a file is refused when it is read
     return folder / VOCABULARY if folder and os.path.lexists(folder / VOCABULARY) else None
 
 
 def hub_config(clip: str) -> HubConfig:
-    """Return `model_cfg` and, where it is kept with the weights, `preprocess_cfg` of a model.
+    """Read `model_cfg` of a model and, if it is stored with the weights, `preprocess_cfg`.
 
     Raises:
         ValueError: if there is no such model, or rft cannot work with it.
@@ -356,12 +362,12 @@ def hub_config(clip: str) -> HubConfig:
         try:
             return HubConfig(model_cfg=cast(ModelFields, model_cfg))
         except ValueError as error:
-            raise ValueError(f"{clip} is no CLIP that rft can work with: {error}") from error
+            raise ValueError(f"rft does not support {clip}: {error}") from error
     return files.read_document(str(path), HubConfig, header.BYTES)
 
 
 def _why_no_clip(config: Path) -> str:
-    """Return why a folder that was named as a CLIP is none, from its configuration's path."""
+    """Explain why a folder is not a CLIP, by the path of its configuration."""
     folder = config.parent
     if not folder.exists():
         return "no such folder"
@@ -373,7 +379,7 @@ def _why_no_clip(config: Path) -> str:
 
 
 def _instead_of(clip: str) -> str:
-    """Return what a name that is no open_clip model was probably meant to be."""
+    """Suggest the probable meaning of a name that is not an open_clip model."""
     path = Path(clip).expanduser()
     if path.is_dir():
         if (path / weights.HUB_CONFIG).is_file():
@@ -382,7 +388,7 @@ def _instead_of(clip: str) -> str:
     if path.is_file():
         return f"it is a file; {WEIGHTS_HINT}"
     known = {name.lower(): name for name in (MINIATURE, *open_clip.list_models())}
-    # OpenAI's own spelling is ViT-B/32
+    # OpenAI's spelling is ViT-B/32
     if close := get_close_matches(clip.replace("/", "-").lower(), known, n=3):
         return f"did you mean {' or '.join(known[name] for name in close)}?"
     if "/" in clip:
@@ -391,9 +397,9 @@ def _instead_of(clip: str) -> str:
 
 
 class WordTokenizer:
-    """One token a word, for a tiny text tower: pad 0, start 1, end = the last id.
+    """One token per word, for a tiny text tower: pad 0, start 1, end = the last id.
 
-    open_clip reads the text feature at the largest token id, so the end token must have it.
+    open_clip reads the text feature at the largest token id, so that must be the end token.
     """
 
     def __init__(self, words: Sequence[str], context_length: int) -> None:
@@ -401,7 +407,7 @@ class WordTokenizer:
         self._context_length = context_length
 
     def __call__(self, texts: Sequence[str] | str) -> Tensor:
-        """Return token ids of the texts, int64 (len(texts), context length).
+        """Tokenize texts, int64 (len(texts), context length).
 
         Raises:
             ValueError: for a word outside the vocabulary or a text that is too long.
@@ -409,14 +415,14 @@ class WordTokenizer:
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.zeros(len(texts), self._context_length, dtype=torch.int64)
         for row, text in zip(tokens, texts, strict=True):
-            # the punctuation of a prompt is no word
+            # drop punctuation
             words = text.lower().replace(".", " ").replace(",", " ").split()
             if unknown := [word for word in words if word not in self._ids]:
                 raise ValueError(
-                    f"this tiny CLIP reads {len(self._ids)} words, of which {unknown[0]!r} of "
-                    f"{text!r} is none; it is for rft's own examples: name a different "
-                    "--model.clip, or give classes and templates of its words with --classes (its "
-                    f"{VOCABULARY} has them, such as {', '.join(sorted(self._ids)[-6:-1])})"
+                    f"this tiny CLIP knows only {len(self._ids)} words, and {unknown[0]!r} of "
+                    f"{text!r} is not one; it is for rft's own examples: name a different "
+                    "--model.clip, or give classes and templates of its words with --classes "
+                    f"({VOCABULARY} lists them, such as {', '.join(sorted(self._ids)[-6:-1])})"
                 )
             ids = [1, *(self._ids[word] for word in words), max(self._ids.values())]
             if len(ids) > self._context_length:

@@ -1,4 +1,4 @@
-"""Writes the run folder of a model that no training made; `rft.runs.derived` recognises it."""
+"""Run folder of a merged or imported model; `rft.runs.derived` recognises it."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rft.storage import files
 
 
 def write_run(out: Path, saved: Saved, config: dict[str, Any]) -> None:
-    """Write the run folder; provenance.json comes last and marks it as complete.
+    """Write the run folder; provenance.json is written last and marks it as complete.
 
     Raises:
         ValueError: if a weight is not finite.

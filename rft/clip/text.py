@@ -1,8 +1,8 @@
-"""The text tower by itself, for methods that need texts while they train.
+"""The text tower on its own, for methods that need texts in training.
 
-open_clip's own forward reads every text up to the tower's context length. Here a batch of texts may
-be as short as its longest one: the tower is causal, so what comes after a text's end changes
-nothing (tests/clip/test_text.py), and prompts of 15 tokens cost a fifth of 77.
+open_clip's own forward pads every text to the tower's context length. Here a batch of texts may be
+as short as its longest one: the tower is causal, so tokens after a text's end have no effect
+(tests/clip/test_text.py), and prompts of 15 tokens cost a fifth of 77.
 
 Shapes: B texts, T tokens, K classes, M templates, E embedding.
 """
@@ -21,7 +21,7 @@ from rft.clip.load import PretrainedClip
 
 
 class TextTower(nn.Module):
-    """A CLIP's text tower and logit scale: copies of the model's, over open_clip's modules."""
+    """Copies of a CLIP's text tower and logit scale, using open_clip's modules."""
 
     attn_mask: Tensor
     positional_embedding: nn.Parameter
@@ -30,7 +30,7 @@ class TextTower(nn.Module):
         """Copy the tower of `clip`.
 
         Raises:
-            ValueError: if it does not read texts as OpenAI's does, naming the option it is
+            ValueError: if it does not read texts like OpenAI's; the message names the option
                 `needed_for`.
         """
         super().__init__()
@@ -48,11 +48,11 @@ class TextTower(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The factor of the logits, about 100, without a dimension."""
+        """The logit scale, about 100, as a zero-dimensional tensor."""
         return self.logit_scale.float().exp().reshape(())
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Return the normalised features (B, E), fp32, of texts of at most the context length."""
+        """Compute normalised features (B, E), fp32, of texts of at most the context length."""
         length = tokens_BT.shape[1]
         x_BTD = self.token_embedding(tokens_BT) + self.positional_embedding[:length]
         x_BTD = self.transformer(x_BTD, attn_mask=self.attn_mask[:length, :length])
@@ -95,24 +95,25 @@ def _require_causal(clip: PretrainedClip, needed_for: str) -> None:
 def tokenize_prompts(
     clip: PretrainedClip, classes: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """Return the tokens of each class in each template, int64 (K, M, T), T as the longest needs.
+    """Tokenize each class in each template, int64 (K, M, T), with T of the longest prompt.
 
     Raises:
-        TextTooLongError: for a prompt that the tower does not read to its end.
+        TextTooLongError: for a prompt that is too long for the tower.
     """
     rows = [
         clip.tokenize([template.replace("{c}", name) for template in templates]) for name in classes
     ]
     tokens_KMT = torch.stack(rows)
+    # the end token has the largest id, so argmax finds where a prompt ends
     longest = int(tokens_KMT.argmax(dim=-1).max()) + 1
     return tokens_KMT[..., :longest].contiguous()
 
 
 @torch.no_grad()
 def prompt_features(tower: TextTower, prompts_KMT: Tensor) -> Iterator[Tensor]:
-    """Yield the features (M, E) of each class's prompts, fp32 whatever the run's precision.
+    """Yield the features (M, E) of each class's prompts, always in fp32.
 
-    A class is a forward of its own, so that its numbers do not depend on which others there are.
+    Each class is a separate forward, so that its features do not depend on the other classes.
     """
     device = tower.logit_scale.device
     for prompts_MT in prompts_KMT:
@@ -121,7 +122,7 @@ def prompt_features(tower: TextTower, prompts_KMT: Tensor) -> Iterator[Tensor]:
 
 
 def context_features(tower: TextTower, prompts_KMT: Tensor) -> Tensor:
-    """Return one normalised vector (M, E) for each template: the mean over its classes (CAR-FT)."""
+    """Compute one normalised vector per template, (M, E): the mean over the classes (CAR-FT)."""
     total_ME: Tensor | float = 0.0
     for features_ME in prompt_features(tower, prompts_KMT):
         total_ME = total_ME + features_ME
@@ -130,9 +131,9 @@ def context_features(tower: TextTower, prompts_KMT: Tensor) -> Tensor:
 
 
 def head_weight(tower: TextTower, prompts_KMT: Tensor) -> Tensor:
-    """Return the weight (K, E) of these classes' zero-shot head, the logit scale folded in.
+    """Compute the weight (K, E) of these classes' zero-shot head, including the logit scale.
 
-    What `rft.clip.head.zero_shot_head` makes of the pre-trained tower, for one that has learnt.
+    It corresponds to `rft.clip.head.zero_shot_head`, but for a trained text tower.
     """
     rows = [
         F.normalize(features_ME.mean(dim=0), dim=-1)

@@ -1,11 +1,11 @@
-"""Reads what a pickle or a torch archive holds without running anything that it names.
+"""Reading of pickles and torch archives without running anything that they name.
 
-A pickle is a program that calls what it names. Here a name is one of three things: a function of
-this file that notes where a tensor's bytes lie; a class of a model, an optimizer or a transform,
-for which an empty stand-in is made that only keeps attributes (nothing is imported); or refused.
-Attributes are kept by stand-ins alone. All else that comes out is a plain value, of which no pickle
-can change how it is looked through: an OrderedDict is read as a dict.
-TorchScript archives are read the same way: their tensors are taken, their code is not looked at.
+A pickle is a program that calls functions by name. Here a name is handled in one of three ways. A
+few names map to functions of this file, which record where a tensor's bytes are. Classes of models,
+optimizers and transforms become empty stand-ins that only keep attributes; nothing is imported. All
+other names are refused. Only stand-ins keep attributes. Everything else is a plain value whose
+traversal no pickle can change: an OrderedDict is read as a dict. TorchScript archives are read the
+same way: their tensors are used, their code is ignored.
 """
 
 import io
@@ -38,7 +38,7 @@ DTYPES = {
     "ShortStorage": torch.int16,
 }
 
-# packages whose classes get a stand-in: what CLIP, wise-ft and torch put into checkpoints
+# packages whose classes get a stand-in, as found in checkpoints of CLIP, wise-ft and torch
 STOOD_IN_PACKAGES = (
     "PIL.Image",
     "__torch__",  # of a TorchScript archive
@@ -52,30 +52,30 @@ STOOD_IN_PACKAGES = (
     "torchvision.transforms",
 )
 STOOD_IN_NAMES = {
-    "_codecs.encode",  # protocol 2 has no bytes: a text is encoded
+    "_codecs.encode",  # protocol 2 has no bytes: it encodes a string
     "argparse.Namespace",
     "collections.defaultdict",  # the state of a pickled optimizer
     "torch.Size",
     "torch.device",
     *map(str, DTYPES.values()),  # torch.float32, ...
-    # old schedulers kept a function of theirs, written as getattr(class, name)
+    # old schedulers stored one of their methods, as getattr(class, name)
     "builtins.getattr",
 }
 
 LONGEST_NAME = 1000  # of a tensor, in characters
-# of an archive: a checkpoint with its optimizer has four for each of 2,000 tensors
+# of an archive: a checkpoint with its optimizer has four per tensor, of 2,000 tensors
 MEMBERS = 30_000
 DIRECTORY_BYTES = 2**23  # of an archive: its members' names and offsets
-OPERATIONS = 2**21  # of a pickle; a whole ViT-bigG-14 with its modules takes less than 2**19
+OPERATIONS = 2**21  # of a pickle; a full ViT-bigG-14 with its modules takes less than 2**19
 ARGUMENTS = 20  # of a call; torch's longest has seven
-STAND_INS = 1000  # classes that are stood in for; a model with its transforms has fewer than 50
-ENTRIES = 1_000_000  # looked through for tensors: modules may share what they hold
-DEPTH = 20  # of lists and dicts in each other, in a checkpoint to resume from
+STAND_INS = 1000  # different stand-in classes; a model with its transforms has fewer than 50
+ENTRIES = 1_000_000  # visited in the search for tensors: modules may share their content
+DEPTH = 20  # of nested lists and dicts, in a checkpoint to resume from
 DIMENSIONS = 8  # of a tensor; a convolution's weight, a CLIP's largest, has four
-PICKLE_BYTES = 2**26  # inside an archive, where the tensors' bytes are members of their own
-SHOWN = 200  # characters of a name or a reason that an error repeats
+PICKLE_BYTES = 2**26  # inside an archive, where the tensors' bytes are separate members
+SHOWN = 200  # characters of a name or a reason quoted in an error
 
-# what damage, or a pickle made to confuse, raises inside the unpickler
+# errors that damaged or malicious pickles raise inside the unpickler
 DAMAGE = (
     AttributeError,
     EOFError,
@@ -92,11 +92,11 @@ DAMAGE = (
 
 
 class RefusedError(ValueError):
-    """A pickle names something that is not on the list."""
+    """A pickle names something outside the list of allowed names."""
 
 
 class StandIn:
-    """Takes the place of any class a pickle names: keeps attributes, does nothing."""
+    """Replaces any class that a pickle names: keeps attributes and does nothing."""
 
     attributes: Mapping[str, Any] = MappingProxyType({})
 
@@ -107,22 +107,22 @@ class StandIn:
     def _forget(self, *_: object) -> None:
         pass
 
-    # of stand-ins of lists and dicts, whose content is never wanted
+    # for stand-ins of lists and dicts, whose content is never needed
     append = extend = __setitem__ = _forget
 
 
-# tuples, so that what was checked stays as it is
+# immutable, so that checked values cannot change
 class Storage(NamedTuple):
-    """The flat memory that tensors are views of, not read yet."""
+    """The flat memory behind tensors, which is not read yet."""
 
     read: Callable[[], Tensor]
     nbytes: int
-    """As the pickle gives it; the bytes that are read must be as many."""
+    """Size given by the pickle, which the read bytes must match."""
     itemsize: int
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies in a file."""
+    """Location of a tensor in a file."""
 
     storage: Storage
     offset: int
@@ -135,17 +135,16 @@ def load_tensors(named: Mapping[str, StoredTensor], limit: int) -> dict[str, Ten
 
     Args:
         named: the tensors.
-        limit: bytes that all storages, and all tensors, may have; compared before any is read.
+        limit: maximal bytes of all storages, and of all tensors; checked before any is read.
 
     Raises:
-        ValueError: if they have more, bytes are damaged, or a tensor reaches outside of its
-            storage.
+        ValueError: if they exceed the limit, bytes are damaged, or a tensor exceeds its storage.
     """
-    names: dict[int, list[str]] = {}  # by storage, of which one at a time is in memory
+    names: dict[int, list[str]] = {}  # by storage, because only one storage at a time is in memory
     stored_bytes = tensor_bytes = 0
     for name, (storage, _, size, _) in named.items():
         nbytes = math.prod(size) * storage.itemsize
-        if nbytes > storage.nbytes:  # strides of 0 make any size of one number
+        if nbytes > storage.nbytes:  # strides of 0 can expand one number to any size
             raise ValueError("damaged tensor: it is larger than its storage")
         tensor_bytes += nbytes
         if id(storage) not in names:
@@ -159,7 +158,7 @@ def load_tensors(named: Mapping[str, StoredTensor], limit: int) -> dict[str, Ten
             flat = named[group[0]].storage.read()
             for name in group:
                 _, offset, size, stride = named[name]
-                # a view beyond its storage raises; a copy does not keep the rest of it in memory
+                # a view beyond its storage raises; clone, so that the rest of the storage is freed
                 loaded[name] = flat.as_strided(size, stride, offset).clone()
         except DAMAGE as error:
             raise ValueError(f"damaged tensor: {first_line(error)}") from error
@@ -167,16 +166,17 @@ def load_tensors(named: Mapping[str, StoredTensor], limit: int) -> dict[str, Ten
 
 
 def _require_keys(keys: Iterable[Any]) -> None:
-    # of other types, thousands of unequal keys can have one hash; that of a tuple of the tuple
-    # before, twice, sixty times over, takes for ever
+    # Keys of other types can be made to share one hash by the thousands. Hashing a tuple that
+    # contains the previous tuple twice, nested sixty times, would take forever.
     for key in keys:
-        # the hash of a text has a secret; an int this small is its own hash (-1 has that of -2)
+        # string hashes are salted; an int this small is its own hash (except -1, which has that of
+        # -2)
         if type(key) is not str and not (isinstance(key, int) and abs(key) < 2**32):
             raise TypeError(f"a key of type {type(key).__name__}")
 
 
 def _require_few(*parts: Any) -> None:
-    # each is copied, and a pickle can name a large one again in two bytes
+    # arguments are copied, and a pickle can repeat a large one in two bytes
     if any(len(part) > ARGUMENTS for part in parts if part is not None):
         raise ValueError(f"more than {ARGUMENTS} arguments")
 
@@ -192,14 +192,14 @@ def _load_build(reader: Any) -> None:
 
 
 def _load_put(reader: Any) -> None:
-    # PUT is the one that gives a number in digits, of any length
+    # PUT is the only opcode with a number in decimal digits, of any length
     number = int(reader.readline()[:-1])
     _require_keys([number])
     reader.memo[number] = reader.stack[-1]
 
 
 def _before(code: bytes, check: Callable[[list[Any]], None]) -> Callable[[Any], None]:
-    """Return the action of an opcode that looks at the stack first."""
+    """Wrap the action of an opcode in a check of the stack."""
     act = pickle._Unpickler.dispatch[code[0]]
 
     def load(reader: Any) -> None:
@@ -219,10 +219,10 @@ _CHECKS: dict[bytes, Callable[[list[Any]], None]] = {
     pickle.NEWOBJ: lambda stack: _require_few(stack[-1]),
     pickle.NEWOBJ_EX: lambda stack: _require_few(*stack[-2:]),
 }
-# these make as many zero bytes as they say, or use what is registered in the process
+# these allocate any number of zero bytes, or use extensions registered in the process
 _REFUSED = [code[0] for code in (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)]
 
-# the pickle module has no public way to look at an opcode before it runs
+# the pickle module has no public hook before an opcode runs
 _ACTIONS: dict[int, Callable[[Any], None]] = {
     **{code: act for code, act in pickle._Unpickler.dispatch.items() if code not in _REFUSED},
     **{code[0]: _before(code, check) for code, check in _CHECKS.items()},
@@ -232,7 +232,7 @@ _ACTIONS: dict[int, Callable[[Any], None]] = {
 
 
 class _Counted(dict[int, Callable[[Any], None]]):
-    """The actions of the opcodes; each that is looked up is one that runs."""
+    """The actions of the opcodes, with a count of lookups: each lookup is one operation."""
 
     left = OPERATIONS
 
@@ -243,15 +243,15 @@ class _Counted(dict[int, Callable[[Any], None]]):
         return super().__getitem__(code)
 
 
-# the one in C makes a table as large as the largest number that a pickle gives to an object
+# in Python, because the C version allocates a table up to the largest memo number in a pickle
 class Unpickler(pickle._Unpickler):
-    """A pickle module's Unpickler that can make nothing but data.
+    """The pickle module's Unpickler, restricted to data.
 
     Args:
         stream: the pickle.
-        read_storage: returns the bytes of an archive's storage; None outside of an archive.
-        nested: bytes that storages which are pickled inside of the pickle may have, all together;
-            None where nothing but types of storages may be named.
+        read_storage: reads the bytes of an archive's storage; None outside an archive.
+        nested: maximal total bytes of storages pickled inside the pickle; None if only storage
+            types may be named.
     """
 
     def __init__(
@@ -269,21 +269,21 @@ class Unpickler(pickle._Unpickler):
         self.itemsizes: dict[str, int] = {}  # of the storages that were named
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what the pickle means by a name; see the top of this file.
+        """Resolve a name in the pickle; see the top of this file.
 
         Raises:
-            RefusedError: for every other name.
+            RefusedError: for all names that are not allowed.
         """
-        # Python 2's name, which protocol 2 writes still
+        # protocol 2 still writes Python 2's name
         module = "builtins" if module == "__builtin__" else module
         full = f"{module}.{name}"
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         stood_in = full in STOOD_IN_NAMES or f"{module}.".startswith(_PREFIXES)
         if not stood_in and full not in _FUNCTIONS:
-            raise RefusedError(f"it wants to use {printable(full, SHOWN)}")
+            raise RefusedError(f"it names {printable(full, SHOWN)}")
         if self._nested_left is None:
-            raise RefusedError(f"it wants to use {printable(full, SHOWN)} for a storage")
+            raise RefusedError(f"it names {printable(full, SHOWN)} for a storage")
         if not stood_in:
             return _FUNCTIONS[full] or self._nested_storage
         if full not in self._stand_ins:
@@ -293,13 +293,13 @@ class Unpickler(pickle._Unpickler):
         return self._stand_ins[full]
 
     def persistent_load(self, pid: Any) -> Storage:
-        """Return a storage of the archive; the pickle names it by key, type and length."""
+        """Resolve a storage of the archive, which the pickle names by key, type and length."""
         _require_few(pid)
-        kind, dtype, key, _, length, *view = pid  # the old format has views of storages
+        kind, dtype, key, _, length, *view = pid  # the old format can have views of storages
         known = isinstance(dtype, torch.dtype) and isinstance(key, str) and _is_size(length)
         if kind != "storage" or view not in ([], [None]) or not known or not self._read_storage:
-            raise RefusedError("it wants to use something of the archive that is no storage")
-        # one for all of its tensors: `load_tensors` reads each once
+            raise RefusedError("it names an entry of the archive that is not a storage")
+        # one object for all of its tensors, so that `load_tensors` reads it once
         if (key, dtype) in self._storages:
             return self._storages[key, dtype]
         read, nbytes = self._read_storage, length * dtype.itemsize
@@ -309,19 +309,21 @@ class Unpickler(pickle._Unpickler):
             data = read(key)
             if len(data) != nbytes:
                 raise ValueError(f"storage {printable(key, SHOWN)} has {len(data)} bytes")
-            if not data:  # frombuffer refuses it
+            if not data:  # frombuffer refuses an empty buffer
                 return torch.empty(0, dtype=dtype)
-            return torch.frombuffer(bytearray(data), dtype=dtype)  # bytes: it warns of read-only
+            return torch.frombuffer(
+                bytearray(data), dtype=dtype
+            )  # writable, because torch warns of read-only bytes
 
         return self._storages.setdefault((key, dtype), Storage(flat, nbytes, dtype.itemsize))
 
     def _nested_storage(self, data: bytes) -> Storage:
-        """Read a storage that was pickled as a file of its own, in torch's old format."""
+        """Read a storage that was pickled as a separate file, in torch's old format."""
         assert self._nested_left is not None
         self._nested_left -= len(data)
         if self._nested_left < 0:
             raise ValueError("its storages are larger than the file")
-        # None: what is nested in a storage may not nest another one
+        # None: a nested storage must not contain another one
         storage = _read_old(lambda: io.BytesIO(data), None)
         if not isinstance(storage, Storage):
             raise TypeError(f"a storage of {type(storage).__name__}")
@@ -329,7 +331,7 @@ class Unpickler(pickle._Unpickler):
 
 
 def _is_size(value: object) -> bool:
-    # no bool; no file has as many numbers, and torch's own arithmetic checks for overflow
+    # not a bool; no file has more numbers, and torch's own arithmetic checks for overflow
     return type(value) is int and 0 <= value < 2**48
 
 
@@ -349,7 +351,7 @@ _FUNCTIONS: dict[str, Callable[..., Any] | None] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "collections.OrderedDict": lambda: {},
-    # a set would be a copy, as large as a list that the pickle names again in two bytes
+    # returned as it is, because a set would copy a list that the pickle can repeat in two bytes
     "builtins.set": lambda items=(): items,
     "builtins.frozenset": lambda items=(): items,
 }
@@ -357,23 +359,23 @@ _PREFIXES = tuple(f"{package}." for package in STOOD_IN_PACKAGES)
 
 
 def read(path: Path) -> tuple[Any, bool]:
-    """Return what a pickle, a torch archive or a TorchScript archive holds, and whether the last.
+    """Read a pickle, a torch archive or a TorchScript archive; and whether it is TorchScript.
 
-    Its tensors are `StoredTensor`s, its objects `StandIn`s.
+    Tensors are returned as `StoredTensor`s, objects as `StandIn`s.
 
     Raises:
-        ValueError: if the file is damaged, or names anything that is not on the list.
+        ValueError: if the file is damaged, or names anything outside the list of allowed names.
     """
     files.require_file(path, "weights")
     try:
         return _read(path)
     except RefusedError as error:
         raise ValueError(
-            f"{path} is refused: {error}, which is not on the list of harmless names in "
-            "rft/clip/unpickle.py; nothing of it was run"
+            f"{path} is refused: {error}, which is not an allowed name; nothing in the file was "
+            "run (docs/security.md)"
         ) from error
     except (*DAMAGE, OSError) as error:
-        # without a name it is of an offset before the file's start
+        # an error without a file name comes from a seek before the file's start
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ValueError(f"{path} is damaged or truncated: {first_line(error)}") from error
@@ -387,16 +389,16 @@ def _read(path: Path) -> tuple[Any, bool]:
         return _read_old(lambda: local.reader(path), size), False
     if not start.startswith(b"PK"):
         with local.reader(path) as stream:
-            # a plain pickle of tensors, such as wise-ft's, holds a file of torch for each storage
+            # a plain pickle of tensors, such as wise-ft's, contains a torch file per storage
             return Unpickler(stream, nested=size).load(), False
-    # stays open for as long as a storage may be read from it
+    # stays open as long as storages may be read from it
     archive = Archive(local.reader(path))
     names = archive.namelist()
     if len(names) > MEMBERS:
-        raise ValueError(f"it has {len(names):,} members; a checkpoint has {MEMBERS:,} at most")
+        raise ValueError(f"it has {len(names):,} members; a checkpoint has at most {MEMBERS:,}")
     if len(set(names)) != len(names):
-        raise ValueError("it has two members of one name")
-    # torch names the folder inside after the file that it once wrote
+        raise ValueError("it has two members with the same name")
+    # the folder inside has the name of the file that torch wrote, which may have been renamed since
     pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise ValueError("a zip file, but not one that torch wrote")
@@ -410,12 +412,12 @@ def _read(path: Path) -> tuple[Any, bool]:
 
     program = _read_entry(archive, pickles[0], min(size, PICKLE_BYTES))
     content = Unpickler(io.BytesIO(program), read_storage, size).load()
-    # torch.save writes no constants, torch.jit.save always does
+    # only torch.jit.save writes constants, and always does
     return content, f"{folder}constants.pkl" in names
 
 
 class Archive(zipfile.ZipFile):
-    """A zip archive whose directory is small; it closes the stream that it was given."""
+    """A zip archive with a bounded directory, which closes its stream."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -423,13 +425,13 @@ class Archive(zipfile.ZipFile):
         super().__init__(stream)
 
     def close(self) -> None:
-        """Let go of the file, as is done when the archive is not referred to any more."""
+        """Close the archive and its stream; also called on garbage collection."""
         super().close()
         self._stream.close()
 
 
 def _read_old(source: Callable[[], BinaryIO], nested: int | None) -> Any:
-    """Read torch's format of before 1.6: pickles one after the other, then the storages' bytes."""
+    """Read torch's format before 1.6: consecutive pickles, then the bytes of the storages."""
     places: dict[str, tuple[int, int]] = {}
 
     def read_storage(key: str) -> bytes:
@@ -444,11 +446,11 @@ def _read_old(source: Callable[[], BinaryIO], nested: int | None) -> Any:
         reader = Unpickler(stream, read_storage, nested)
         content = reader.load()
         for key in Unpickler(stream, nested=None).load():
-            # the file gives the length in items
+            # the file stores the length in items
             size = int.from_bytes(stream.read(8), "little") * reader.itemsizes[key]
             places[key] = stream.tell(), size
             stream.seek(size, io.SEEK_CUR)
-        # seek goes beyond the end of a file without an error
+        # seeking beyond the end of a file is not an error
         if stream.tell() != stream.seek(0, io.SEEK_END):
             raise EOFError("storages are missing")
     return content
@@ -456,25 +458,25 @@ def _read_old(source: Callable[[], BinaryIO], nested: int | None) -> Any:
 
 def _read_entry(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
     info, shown = archive.getinfo(name), printable(name, SHOWN)
-    # torch compresses none of these; a few compressed bytes can become any number
+    # torch does not compress; a few compressed bytes could expand to any size
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{shown} is compressed, which torch does not do")
+        raise ValueError(f"{shown} is compressed, which torch never does")
     if not info.file_size == info.compress_size <= limit:
-        raise ValueError(f"{shown} has {info.file_size:,} bytes, more than it can have")
+        raise ValueError(f"{shown} has {info.file_size:,} bytes, more than allowed")
     return archive.read(info)
 
 
-# torch before 1.6 began its files with a pickled number
+# files of torch before 1.6 begin with this pickled number
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def require_data(content: Any) -> None:
-    """Check that a pickle holds numbers, texts, lists, dicts and tensors, and few enough to print.
+    """Check that a pickle has only numbers, strings, lists, dicts and tensors, and not too many.
 
-    A list that holds the one before it twice, thirty times over, is small in the file only.
+    Lists that each contain the previous one twice, nested thirty times, are small only in the file.
 
     Raises:
-        ValueError: if there are too many, letters counted, or it holds anything else.
+        ValueError: if there are too many, counting characters, or it has anything else.
     """
     left = ENTRIES
     rows = [(content, 0)]
@@ -491,18 +493,18 @@ def require_data(content: Any) -> None:
             raise ValueError(f"it holds a {printable(type(value).__name__, SHOWN)}")
         left -= len(value) if isinstance(value, str) else max(1, len(parts))
         if left < 0 or depth > DEPTH:
-            raise ValueError(f"it holds more than {ENTRIES:,} things, or more than {DEPTH} deep")
+            raise ValueError(f"it has more than {ENTRIES:,} entries, or more than {DEPTH} levels")
         rows += [(part, depth + 1) for part in parts]
 
 
 def named_tensors(content: Any) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield the tensors of a state dict or of a module's stand-in, by dotted name.
+    """Yield the tensors of a state dict or of a module's stand-in, with dotted names.
 
-    A module that is held twice is named once: of modules that hold the next one twice, each would
-    double the number of names.
+    A shared module is visited once: otherwise each level of modules that contain the next one twice
+    would double the number of names.
 
     Raises:
-        ValueError: for a name that no module has, or more entries than any model has.
+        ValueError: for an impossible name, or more entries than any model has.
     """
     seen: set[int] = set()
     left = ENTRIES
@@ -516,25 +518,25 @@ def named_tensors(content: Any) -> Iterator[tuple[str, StoredTensor]]:
         for group, hidden in _groups(holder):
             left -= len(group) + len(hidden)
             if left < 0:
-                raise ValueError(f"damaged: it holds more than {ENTRIES:,} things")
+                raise ValueError(f"damaged: it has more than {ENTRIES:,} entries")
             skipped = {name for name in hidden if isinstance(name, str)}
             for key, value in group.items():
                 if not isinstance(value, (StandIn, StoredTensor)) or key in skipped:
                     continue
                 if not isinstance(key, str) or len(prefix) + len(key) > LONGEST_NAME:
-                    raise ValueError("damaged: a tensor or module has a name that none has")
+                    raise ValueError("damaged: a tensor or module has an impossible name")
                 if isinstance(value, StandIn):
                     inner.append((f"{prefix}{key}.", value))
                 else:
                     yield f"{prefix}{key}", value
-        # a stack: the first submodule comes next, which is the order of a state dict
+        # a stack, reversed so that the first submodule comes next, as in a state dict
         rows += reversed(inner)
 
 
 def _groups(holder: Any) -> Iterator[tuple[Mapping[Any, Any], Collection[Any]]]:
-    """Yield what a state dict or module may hold tensors in, and which names are not saved.
+    """Yield the mappings of a state dict or module that may have tensors, with unsaved names.
 
-    That is parameters, buffers and submodules of an nn.Module; a scripted one has them flat.
+    For an nn.Module these are parameters, buffers and submodules; a scripted one has them flat.
     """
     own = holder.attributes if isinstance(holder, StandIn) else holder
     found: list[tuple[Any, Any]] = [(own, ())]
@@ -545,9 +547,9 @@ def _groups(holder: Any) -> Iterator[tuple[Mapping[Any, Any], Collection[Any]]]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind."""
+    """Shorten an error to the first line of its message, or its type."""
     if isinstance(error, KeyError):
-        # a KeyError's text is its key alone
-        return f"it refers to {printable(str(error), SHOWN)}, which is not there"
+        # a KeyError's message is only its key
+        return f"it refers to {printable(str(error), SHOWN)}, which does not exist"
     lines = str(error).strip().splitlines()
     return printable(lines[0], SHOWN) if lines else type(error).__name__

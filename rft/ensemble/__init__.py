@@ -1,1 +1,1 @@
-"""Two models that answer together, evaluated like one: OSE, VRF, DaWin."""
+"""Ensembles of two models, evaluated like one model: OSE, VRF, DaWin."""

@@ -1,9 +1,9 @@
-"""How two models answer together: one pass over a set for OSE and VRF, two for DaWin.
+"""Predictions of ensembles: one pass over a set for OSE and VRF, two for DaWin.
 
-Every image is forwarded in the same group of images whatever the ranks and batches are
-(`rft.evaluate.forward`), so results do not depend on them. DaWin's second pass takes each of its
-clusters for a set of its own: every image is forwarded with the weights of its cluster alone, as in
-the released code.
+Every image is forwarded in the same group of images for any ranks and batches
+(`rft.evaluate.forward`), so results do not depend on them. DaWin's second pass treats each cluster
+as a separate set: every image is forwarded only with the weights of its cluster, as in the released
+code.
 
 Shapes: B batch, K classes, G groups, E embedding, M images of the bank, N images of the set.
 """
@@ -38,18 +38,18 @@ from rft.runs.predictions import Predictions
 from rft.runs.records import Cluster
 
 Both = tuple[Tensor, Tensor]  # of the zero-shot and the fine-tuned model
-# log-probabilities (B, G) of both models' logits (B, G) and features (B, E)
+# maps both models' logits (B, G) and features (B, E) to log-probabilities (B, G)
 Mix = Callable[[Both, Both], Tensor]
 
 
 @dataclass(frozen=True)
 class Work:
-    """The two models on the device, and how they are run."""
+    """The two models on the device, and settings for running them."""
 
     models: tuple[Classifier, Classifier]
-    """The zero-shot one first."""
+    """The zero-shot model first."""
     names: Sequence[str]
-    """What to call them in messages."""
+    """Their names in messages."""
     world: World
     device: torch.device
     batch_size: int
@@ -58,21 +58,21 @@ class Work:
 
     @property
     def image_size(self) -> int:
-        """Pixels a side of the images that both take."""
+        """Side of both models' input images, in pixels."""
         return self.models[0].architecture.image_size
 
 
 def ose(alpha: float) -> Mix:
-    """Return the output-space ensemble: (1 - alpha) p_zero-shot + alpha p_fine-tuned."""
+    """Make the output-space ensemble: (1 - alpha) p_zero-shot + alpha p_fine-tuned."""
     return lambda logits, _: ensembling.mixed_log_probabilities(*logits, alpha)
 
 
 def vrf(bank_ME: Tensor, k: int, centre: float, scale: float, at: tuple[float, float]) -> Mix:
-    """Return VRF: weights by the distance of an image's fine-tuned feature to the bank.
+    """Make VRF: weights by the distance of an image's fine-tuned feature to the bank.
 
     Args:
         bank_ME: unit features of the fine-tuned model (`gather_bank`).
-        k: distances are to the k-th nearest.
+        k: distances are to the k-th nearest row.
         centre: distance at which both models have equal weight.
         scale: how fast the weight falls with the distance.
         at: temperatures of the zero-shot and the fine-tuned model.
@@ -89,7 +89,7 @@ def vrf(bank_ME: Tensor, k: int, centre: float, scale: float, at: tuple[float, f
 def predict_mixed(
     work: Work, mix: Mix, packed: PackedDataset, progress: Callable[[int], None]
 ) -> Predicted:
-    """Return what an ensemble predicts for each image of a set, in one pass, on every rank.
+    """Predict each image of a set by an ensemble, in one pass, on every rank.
 
     Raises:
         ValueError: if a logit is not finite.
@@ -123,12 +123,13 @@ def predict_mixed(
 def gather_bank(
     work: Work, packed: PackedDataset, samples: np.ndarray, progress: Callable[[int], None]
 ) -> Tensor:
-    """Return VRF's bank (M, E) on every rank: training images that only the fine-tuned model gets.
+    """Compute VRF's bank (M, E) on every rank, of images that only the fine-tuned model gets right.
 
-    Rows are the fine-tuned model's features, of length 1, in the order of the set.
+    Rows are the fine-tuned model's features of training images, normalised to length 1, in the
+    order of the set.
 
     Raises:
-        ValueError: if a logit is not finite, or no image is such.
+        ValueError: if a logit is not finite, or there is no such image.
     """
     part = rank_part(len(samples), work.world.rank, work.world.size, TOGETHER)
     mine = EvaluationBatches(
@@ -139,7 +140,9 @@ def gather_bank(
     )
     files = work.kept.open(packed, samples, work.device) if work.kept else {}
     unit = Ensemble(work.models[1:], lambda features: ensembling.unit(features[0]))
+    # an empty start, because a rank may find no such image
     rows = [torch.empty(0, work.models[1].architecture.embed_dim)]
+    # counted on the device, which is then read only once
     bad_S = torch.zeros(2, dtype=torch.int64, device=work.device)
     stream = forward(
         [*work.models, unit], mine, part.start, files, workers=work.workers, device=work.device
@@ -157,8 +160,8 @@ def gather_bank(
     bank_ME = torch.from_numpy(np.concatenate(found))
     if len(bank_ME) == 0:
         raise ValueError(
-            f"of {len(samples):,} training images of {packed.url}, {work.names[1]} gets none right "
-            f"that {work.names[0]} gets wrong, so VRF has nothing to measure distances to"
+            f"VRF has no images to measure distances to: of {len(samples):,} training images of "
+            f"{packed.url}, {work.names[1]} gets none right that {work.names[0]} gets wrong"
         )
     return to_device(bank_ME, work.device)
 
@@ -171,13 +174,13 @@ def predict_dawin(
     components: int,
     progress: Callable[[int], None],
 ) -> tuple[Predicted, tuple[Cluster, ...]]:
-    """Return what DaWin predicts for each image of a set, in two passes, and its clusters.
+    """Predict each image of a set by DaWin, in two passes; with its clusters.
 
-    The first pass makes both models' entropies, from which the main rank makes the clusters; in
-    the second, each cluster is forwarded with its own merged weights.
+    The first pass computes both models' entropies, from which the main rank computes the clusters;
+    in the second pass, each cluster is forwarded with its own merged weights.
 
     Raises:
-        ValueError: if a logit is not finite, or the set has a single image.
+        ValueError: if a logit is not finite, or the set has only one image.
     """
     options: dict[str, Any] = {
         "image_size": work.image_size,
@@ -196,7 +199,7 @@ def predict_dawin(
         entropies = []
         for one, temperature in zip(first, temperatures, strict=True):
             assert one.logits_NK is not None, "the main rank has the logits"
-            # a part at a time: all of them in fp64 would be twice as large
+            # in parts, because all logits in fp64 would take twice the memory
             parts = torch.from_numpy(one.logits_NK).split(2**12)
             entropies.append(
                 torch.cat(
@@ -212,6 +215,7 @@ def predict_dawin(
     start, end = (model.state_dict() for model in work.models)
     for number, mean in enumerate(means):
         own = np.flatnonzero(label_N == number)
+        # a component may be the most probable one of no image
         if len(own) == 0:
             continue
         merged = interpolate(start, end, mean)
@@ -224,12 +228,12 @@ def predict_dawin(
 
 
 def _joined(parts: Sequence[Predicted], samples: Sequence[np.ndarray]) -> Predictions:
-    """Return the rows of all parts in the order of the set."""
+    """Join the rows of all parts in the order of the set."""
     order_N = np.argsort(np.concatenate(samples))
     found = {
         name: [getattr(part.predictions, name) for part in parts]
         for name in (field.name for field in fields(Predictions))
     }
-    # the scaled columns are absent, and the domain of a set without any
+    # skip absent columns: the scaled ones, and domains of a set without domains
     there = {name: columns for name, columns in found.items() if columns[0] is not None}
     return Predictions(**{n: np.concatenate(columns)[order_N] for n, columns in there.items()})

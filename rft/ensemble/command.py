@@ -1,6 +1,6 @@
-"""Evaluate two models that answer together: `torchrun ... -m rft.ensemble KIND ZERO_SHOT ...`.
+"""Evaluate an ensemble of two models: `torchrun ... -m rft.ensemble KIND ZERO_SHOT ...`.
 
-The results are a run folder without weights, which `rft.report` reads as any evaluated model.
+The results are a run folder without weights, which `rft.report` reads like any evaluated model.
 """
 
 import logging
@@ -55,28 +55,28 @@ KINDS: tuple[EnsembleKind, ...] = get_args(EnsembleKind)
 
 @document(name="--")
 class Shared:
-    """What every ensemble has."""
+    """Options of every ensemble."""
 
     zero_shot: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ZERO_SHOT")]
     """The zero-shot model: a run folder or a .safetensors file."""
     fine_tuned: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FINE_TUNED")]
     """The fine-tuned model: a run folder or a .safetensors file."""
     data: str
-    """Data root: the URL under which the tools wrote the packed sets."""
+    """Data root: folder or URL with the packed sets."""
     out: Path
     """Run folder for the results; it gets no weights."""
     sets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SET...")] = TEST_SETS
-    """Packed sets to evaluate on: these, or any other below the data root (of own photos: test)."""
+    """Packed sets to evaluate on: these, or others in the data root (for your own photos: test)."""
     batch_size: BatchSize = 256
-    """Images that are read together. It changes no result."""
+    """Images read together; it never changes a result."""
     workers: Whole = 4
-    """Loader processes of each rank; 0 reads in the evaluating process."""
+    """Loader processes per rank; 0 reads in the main process."""
     max_pixels: Megapixels = MAX_PIXELS
-    """Millions of pixels that an image may have; raise it if a set was packed so."""
+    """Limit on an image's size, in millions of pixels; raise it if a set was packed with more."""
     device: Device = "auto"
     features_dir: Path | None = None
-    """Folder in which the features of image towers are kept, for later evaluations of the same
-    towers and sets; safe to delete."""
+    """Folder for the features of image towers, reused in later evaluations of the same towers and
+    sets; safe to delete."""
     features_gb: Above0 = 10
     """Largest size of that folder, in GB."""
 
@@ -94,19 +94,19 @@ class Ose(Shared):
 
 @document(name="--")
 class Vrf(Shared):
-    """VRF: probabilities, weighted for each image by its distance to the fine-tuned model's gains.
+    """VRF: probabilities weighted per image by its distance to the fine-tuned model's gains.
 
-    The gains are the training images that the zero-shot model gets wrong and the fine-tuned one
-    right. The squared distance d is that of the fine-tuned model's features, of length 1, to the
-    k-th nearest of them, with k a thousandth of their number; the fine-tuned model's weight is
-    sigmoid(-(d - CENTRE) / SCALE). Temperatures are fitted on held-out images, and no test image
-    sets anything.
+    The gains are the training images that the zero-shot model gets wrong and the fine-tuned model
+    right. The squared distance d is that of the fine-tuned model's features, normalised to length
+    1, to the k-th nearest gain, with k a thousandth of their number; the fine-tuned model's weight
+    is sigmoid(-(d - CENTRE) / SCALE). Temperatures are fitted on held-out images; no test image is
+    used for fitting.
     """
 
     centre: Annotated[float, Field(ge=0, le=4)] = ensembling.CENTRE
     """Squared distance at which both models have equal weight."""
     scale: Above0 = ensembling.SCALE
-    """How slowly the weight falls with the distance."""
+    """Scale of the distance over which the weight falls; larger is slower."""
     temperatures: Annotated[
         tuple[Above0, Above0] | None, tyro.conf.arg(metavar="ZERO_SHOT FINE_TUNED")
     ] = None
@@ -115,14 +115,14 @@ class Vrf(Shared):
 
 @document(name="--")
 class Dawin(Shared):
-    """DaWin: weights interpolated for each cluster of test images by both models' entropies.
+    """DaWin: weights interpolated per cluster of test images by both models' entropies.
 
-    Transductive: the clusters, and so the answer to each image, depend on the other images of the
-    test set. Reports mark it. Temperatures are fitted on held-out images.
+    DaWin is transductive: the clusters, and therefore the prediction of each image, depend on the
+    other images of the test set. Reports mark this. Temperatures are fitted on held-out images.
     """
 
     components: Positive = ensembling.COMPONENTS
-    """Clusters, each with merged weights of its own."""
+    """Number of clusters, each with its own merged weights."""
     temperatures: Annotated[
         tuple[Above0, Above0] | None, tyro.conf.arg(metavar="ZERO_SHOT FINE_TUNED")
     ] = None
@@ -131,7 +131,7 @@ class Dawin(Shared):
 
 @document(name="--")
 class Arguments:
-    """Evaluate two models that answer together. A rerun skips what is done."""
+    """Evaluate an ensemble of two models. A rerun skips finished work."""
 
     ensemble: Annotated[
         Annotated[Ose, tyro.conf.subcommand(KINDS[0])]
@@ -142,7 +142,7 @@ class Arguments:
 
 
 def main() -> None:
-    """Parse, skip what is done, evaluate the rest."""
+    """Parse, skip finished work, evaluate the rest."""
     words = sys.argv[1:] or ["--help"]
     if not words[0].startswith("-") and words[0] not in KINDS:
         raise cli.unknown("ensemble", words[0], KINDS)
@@ -163,7 +163,7 @@ def main() -> None:
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device) as world:
-        # ranks of several machines may see different files under one path
+        # ranks on several machines may see different files under one path
         hashes = {name: manifest.sha256 for name, manifest in manifests.items()}
         dist.require_agreement(world, "set of models and data", (found.sha256, hashes))
         done, seen, earlier = _look(found, manifests, arguments, world)
@@ -176,7 +176,7 @@ def main() -> None:
 
 
 def _read(arguments: Ose | Vrf | Dawin) -> Pair:
-    """Return the two models, with what is wrong with them found before any work."""
+    """Read the two models, and raise any of their errors before the work starts."""
     options: dict[str, Any] = {}
     kind: EnsembleKind
     match arguments:
@@ -195,6 +195,7 @@ def _read(arguments: Ose | Vrf | Dawin) -> Pair:
         options["temperatures"] = None if given is None else list(given)
     found = pair.read_pair(kind, arguments.zero_shot, arguments.fine_tuned, arguments.out, options)
     if not isinstance(arguments, Ose) and arguments.temperatures is None:
+        # called for its error, before any work
         pair.held_out(found)
     if isinstance(arguments, Vrf):
         pair.training_of(found)
@@ -204,14 +205,14 @@ def _read(arguments: Ose | Vrf | Dawin) -> Pair:
 def _look(
     found: Pair, manifests: Mapping[str, Manifest], arguments: Shared, world: World
 ) -> tuple[bool, dict[str, int], Fitted | None]:
-    """Return whether the results are there, the test images trained on, and what was fitted.
+    """Check for existing results, test images that were trained on, and earlier fits.
 
-    Rank 0 decides, because files may change while the others look at them.
+    Rank 0 decides, because files may change while others check them.
     """
 
     def look() -> tuple[bool, dict[str, int], Fitted | None]:
         of_each = images_seen([one.path for one in found.models], arguments.data, manifests)
-        # an image that either has seen is no test image for both together
+        # an image that either model has seen must not test the ensemble
         seen = {name: max(one.get(name, 0) for one in of_each) for name in manifests}
         done = is_current(found.path, manifests)
         if done:
@@ -229,7 +230,7 @@ def _evaluate(
     world: World,
     device: torch.device,
 ) -> None:
-    """Evaluate the ensemble on every set; write its results from the main rank."""
+    """Evaluate the ensemble on every set; the main rank writes the results."""
     loaded, models = load_checkpoints([one.path for one in found.models], world, device)
     kept = None
     if arguments.features_dir is not None:
@@ -252,7 +253,7 @@ def _evaluate(
     evaluated: dict[str, Evaluated] = {}
     clusters: dict[str, tuple[Cluster, ...]] = {}
     for name, dataset in packed.items():
-        # DaWin has two passes; the main rank's part: only it shows a bar
+        # DaWin has two passes; the total is the main rank's part, because only it shows a bar
         passes = 2 if isinstance(arguments, Dawin) else 1
         with progress(name, "images", passes * len(dataset) // world.size, ASIDE) as advance:
             if isinstance(arguments, Dawin):
@@ -275,10 +276,10 @@ def _evaluate(
 def _temperatures(
     found: Pair, arguments: Vrf | Dawin, work: Work, loaded: list[Loaded]
 ) -> tuple[Pair, tuple[float, float]]:
-    """Return the pair with its temperatures fitted, and the two; never on a test image.
+    """Fit the temperatures, or take them from options or an earlier fit; never on test images.
 
     Raises:
-        ValueError: if no temperature fits a model best.
+        ValueError: if a model has no best temperature.
     """
     if arguments.temperatures is not None:
         return found, arguments.temperatures
@@ -313,23 +314,23 @@ def _fit(
     for one, name in zip(fitted, work.names, strict=True):
         if not isinstance(one, Temperature):
             raise ValueError(
-                f"{name}: {one}; give both temperatures with --temperatures, such as 1 1"
+                f"{name}: {one}; set both temperatures with --temperatures, such as 1 1"
             )
     first, second = (one for one in fitted if isinstance(one, Temperature))
     return first, second
 
 
 def _bank(found: Pair, arguments: Vrf, work: Work) -> tuple[torch.Tensor, Bank]:
-    """Return VRF's bank, made of the images that the fine-tuned model was trained on."""
+    """Compute VRF's bank from the images that the fine-tuned model was trained on."""
     split = pair.training_of(found)
     packed = training_set(
         split,
         found.fine_tuned.path,
         arguments.data,
         arguments.max_pixels,
-        "evaluate another ensemble: VRF needs the training images",
+        "evaluate a different ensemble: VRF needs the training images",
     )
-    # of a few-shot model, the images that it was shown
+    # for a few-shot model, the images that it was trained on
     options = (split.held_out, split.shots, split.split_seed)
     samples: np.ndarray = split_set(packed.index, packed.manifest, *options)[0]
     with progress(split.name, "images", len(samples) // work.world.size, ASIDE) as advance:
@@ -345,7 +346,7 @@ def _bank(found: Pair, arguments: Vrf, work: Work) -> tuple[torch.Tensor, Bank]:
 
 def _write_clusters(found: Pair, sets: Mapping[str, tuple[Cluster, ...]]) -> None:
     """Add the clusters of some sets to those of earlier calls."""
-    found.write_config()  # first: without it the folder is no run folder
+    found.write_config()  # first, because it makes the folder a run folder
     path = found.path / filenames.CLUSTERS
     earlier = records.find(path, Clusters) if current_results(found.path) else None
     document = Clusters(sets={**(earlier.sets if earlier else {}), **sets})

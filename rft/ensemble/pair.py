@@ -1,8 +1,8 @@
-"""An ensemble as data: its two models, its options, and what its run folder says of them.
+"""An ensemble as data: its two models, its options, and its run folder.
 
-The folder never has weights. Its config.json names both models by their hashes, and results.json
-names the hash of that: results of other models or options are found out as those of other weights
-are.
+The folder never has weights. Its config.json identifies both models by their hashes, and
+results.json has the hash of config.json. Results of other models or options are therefore detected
+in the same way as those of other weights.
 """
 
 import json
@@ -25,52 +25,53 @@ from rft.storage import files
 
 log = logging.getLogger(__name__)
 
-NAMES = ("ZERO_SHOT", "FINE_TUNED")  # of the command line
+NAMES = ("ZERO_SHOT", "FINE_TUNED")  # as on the command line
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A zero-shot and a fine-tuned model, and how they answer together."""
+    """A zero-shot and a fine-tuned model, and how they are combined."""
 
     path: Path
     """The ensemble's run folder."""
     zero_shot: Ingredient
     fine_tuned: Ingredient
     config: dict[str, Any]
-    """Its config.json, without what is fitted."""
+    """Its config.json, without fitted values."""
     fitted: Fitted | None = None
 
     @property
     def models(self) -> tuple[Ingredient, Ingredient]:
-        """Return both models, the zero-shot one first."""
+        """Both models, the zero-shot one first."""
         return self.zero_shot, self.fine_tuned
 
     @property
     def sha256(self) -> str:
-        """Hash of everything that decides the answers: both models' weights, and the options."""
+        """Hash of everything that decides the predictions: both models' weights, and options."""
+        # without the models' paths, which may change; their hashes are added instead
         named = {name: value for name, value in self.config.items() if name != "ensemble_of"}
         weights = [model.sha256 for model in self.models]
         return files.sha256_bytes(json.dumps([weights, named], sort_keys=True).encode())
 
     @property
     def state_of_run(self) -> str:
-        """Nothing: both models have ended their training."""
+        """Always empty, because both models have finished training."""
         return ""
 
     def earlier(self) -> Fitted | None:
-        """Return what an earlier call fitted, in results that are current; None if nothing was."""
+        """Read the fits of an earlier call with current results; None if there are none."""
         if current_results(self.path) is None:
             return None
         return records.read_config(self.path).fitted
 
     def write_config(self) -> None:
-        """Write config.json, unless results belong to the one that exists."""
+        """Write config.json, unless existing results belong to the current one."""
         if current_results(self.path) is None:
             fitted = {} if self.fitted is None else {"fitted": asdict(self.fitted)}
             files.write_json(str(self.path / filenames.CONFIG), {**self.config, **fitted})
 
     def record(self) -> dict[str, Any]:
-        """Identify the ensemble in a document of results; its config.json is written first.
+        """Write config.json, then identify the ensemble for a document of results.
 
         Raises:
             ValueError: if a training or merge replaced weights since they were read.
@@ -78,8 +79,8 @@ class Pair:
         for model in self.models:
             if files.sha256_file(model.weights) != model.sha256:
                 raise ValueError(
-                    f"{model.weights} was replaced while the ensemble was evaluated, so its counts "
-                    "are not recorded; wait until its run has finished, then evaluate it again"
+                    f"{model.weights} was replaced during the evaluation, so the counts are not "
+                    "recorded; wait until its run has finished, then evaluate it again"
                 )
         self.write_config()
         return {
@@ -95,18 +96,18 @@ class Pair:
 def read_pair(
     kind: EnsembleKind, zero_shot: Path, fine_tuned: Path, out: Path, options: Mapping[str, Any]
 ) -> Pair:
-    """Read the headers of both models; no weight is read.
+    """Read the headers of both models, but no weights.
 
     Raises:
-        ValueError: if one is damaged, they have different classes or are swapped, or `out` holds
-            anything else than results of this ensemble.
+        ValueError: if one is damaged, they have different classes or are swapped, or `out` contains
+            anything except results of this ensemble.
     """
     models = read_ingredient(zero_shot), read_ingredient(fine_tuned)
     first, second = models
     if first.sha256 == second.sha256:
         raise ValueError(f"{zero_shot} and {fine_tuned} are the same weights; name two models")
     check_ends(*models, names=NAMES)
-    if kind == "dawin":  # it mixes their weights
+    if kind == "dawin":  # DaWin mixes their weights
         check_alike(models)
     else:
         for warning in check_classes(models):
@@ -119,21 +120,22 @@ def read_pair(
         **({"transductive": True} if recipes.ENSEMBLES[kind].transductive else {}),
         "ensemble_of": [model.record() for model in models],
     }
+    # called for its error, if `out` holds anything else
     derived.is_complete(out, config)
     warn_of_ends(*models, names=NAMES)
     return Pair(out, first, second, config)
 
 
 def training_of(pair: Pair) -> TrainedOn:
-    """Return the one set that the fine-tuned model was trained on.
+    """Find the one set that the fine-tuned model was trained on.
 
     Raises:
-        ValueError: if that is not known, or there are several.
+        ValueError: if it is unknown, or there are several.
     """
     seen = trained_on.of_model(pair.fine_tuned.path, pair.fine_tuned.saved.metadata)
     if len(seen) != 1:
-        why = "it is not known what it was" if not seen else f"it was trained on {len(seen)} sets:"
-        names = " " + ", ".join(sorted(one.name for one in seen)) if seen else " trained on"
+        why = "its training set is" if not seen else f"it was trained on {len(seen)} sets:"
+        names = " " + ", ".join(sorted(one.name for one in seen)) if seen else " unknown"
         raise ValueError(
             f"{pair.fine_tuned.path}: {why}{names}; name a run of rft.train, whose training images "
             "the ensemble is made with"
@@ -143,24 +145,23 @@ def training_of(pair: Pair) -> TrainedOn:
 
 
 def held_out(pair: Pair) -> TrainedOn:
-    """Return the split whose held-out images neither model was trained on.
+    """Find the split whose held-out images neither model was trained on.
 
     Raises:
         ValueError: if there is none.
     """
     fine_tuned, zero_shot = pair.fine_tuned, pair.zero_shot
-    otherwise = "give both temperatures with --temperatures, such as 1 1"
+    otherwise = "set both temperatures with --temperatures, such as 1 1"
     try:
         found = held_out_of(fine_tuned.path, fine_tuned.saved.metadata)
     except ValueError as error:
         raise ValueError(
-            f"{fine_tuned.path} has no images that its temperature may be fitted on: {error}; "
-            f"{otherwise}"
+            f"{fine_tuned.path} has no images to fit its temperature on: {error}; {otherwise}"
         ) from error
     seen = trained_on.of_model(zero_shot.path, zero_shot.saved.metadata)
     if seen - {found}:
         raise ValueError(
-            f"{zero_shot.path} was trained on images that {fine_tuned.path} held out, so they may "
-            f"not set its temperature; {otherwise}"
+            f"{zero_shot.path} was trained on images that {fine_tuned.path} held out, so its "
+            f"temperature must not be fitted on them; {otherwise}"
         )
     return found

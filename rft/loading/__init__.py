@@ -1,1 +1,1 @@
-"""From packed sets to batches: which samples a step reads, and their images in memory."""
+"""From packed sets to batches: the samples of each step, and their images in memory."""

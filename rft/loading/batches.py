@@ -1,8 +1,8 @@
-"""Which samples each batch holds, for training and for evaluation.
+"""The samples of each batch, for training and for evaluation.
 
-Batch t is a function of the plan, the step and the rank alone. So any process can read any batch,
-and a resumed run continues with the batch that would have come next. `fingerprint` is what a
-checkpoint keeps of it: a run that would read other batches is refused.
+Batch t depends only on the plan, the step and the rank. Any process can therefore read any batch,
+and a resumed run continues with the next batch. Checkpoints store a `fingerprint` of it, and a run
+that would read other batches is refused.
 """
 
 import math
@@ -23,7 +23,7 @@ from rft.loading.split import split_set
 
 @dataclass(eq=False)
 class TrainingBatches:
-    """Batch t is one rank's part of global batch t, counted from the start of training."""
+    """One rank's training batches: batch t is its part of global batch t of the run."""
 
     packed: PackedDataset
     samples: np.ndarray
@@ -33,13 +33,13 @@ class TrainingBatches:
     rank: int
     world_size: int
     ranks_on_node: Sequence[int] = ()
-    """Ranks that share this one's cache."""
+    """Ranks that share this rank's cache."""
     augment_seed: int | None = None
-    """Seed of the augmentation; None reads the images as they are."""
+    """Seed of the augmentation; None for no augmentation."""
     _order: EpochOrder | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        # a plan counts positions in `samples`, so the two must be of one split
+        # a plan counts positions in `samples`, so both must belong to the same split
         assert len(self.samples) == self.plan.samples
         assert self.plan.batch_size % self.world_size == 0
         self.ranks_on_node = self.ranks_on_node or (self.rank,)
@@ -50,19 +50,19 @@ class TrainingBatches:
         return self.plan.batch_size // self.world_size
 
     def global_samples(self, step: int) -> np.ndarray:
-        """Return the sample numbers of the whole global batch `step`, (B,)."""
+        """Look up the sample numbers of global batch `step`, (B,)."""
         epoch, step_of_epoch = divmod(step, self.plan.steps_per_epoch)
-        # the plan orders positions among the training samples; these are the numbers in the set
+        # the plan orders positions among the training samples; convert to numbers in the set
         return self.samples[self._order_of(epoch).batch(step_of_epoch)]
 
     def samples_of(self, number: int) -> np.ndarray:
-        """Return this rank's sample numbers of step `number`, and let the cache look ahead."""
+        """Look up this rank's sample numbers of step `number`, and let the cache look ahead."""
         if self.packed.shards.cache is not None:
             epoch, step_of_epoch = divmod(number, self.plan.steps_per_epoch)
             ahead = self._order_of(epoch).shards_ahead(
                 step_of_epoch, self.ranks_on_node, self.world_size
             )
-            # few shots leave shards without a sample
+            # with few shots, some shards have no sample
             sizes = self.plan.shard_sizes
             self.packed.shards.look_ahead([shard for shard in ahead if sizes[shard]])
         return rank_slice(self.global_samples(number), self.rank, self.world_size)
@@ -76,7 +76,7 @@ class TrainingBatches:
         return self.packed.batch(samples, self.image_size, out_BCHW, drawn)
 
     def _order_of(self, epoch: int) -> EpochOrder:
-        # one epoch is kept, because steps are read in rising order
+        # only one epoch is kept, because steps are read in ascending order
         if self._order is None or self._order.epoch != epoch:
             self._order = EpochOrder(self.plan, epoch)
         return self._order
@@ -84,7 +84,7 @@ class TrainingBatches:
 
 @dataclass(eq=False)
 class EvaluationBatches:
-    """The given samples in their order, cut into batches; the last one may be short."""
+    """The given samples in their order, split into batches; the last one may be short."""
 
     packed: PackedDataset
     samples: np.ndarray
@@ -101,7 +101,7 @@ class EvaluationBatches:
         return math.ceil(len(self.samples) / self.largest)
 
     def samples_of(self, number: int) -> np.ndarray:
-        """Return the sample numbers of batch `number`."""
+        """Look up the sample numbers of batch `number`."""
         return self.samples[number * self.largest : (number + 1) * self.largest]
 
     def read(self, number: int, out_BCHW: Tensor | None = None) -> Batch:
@@ -110,22 +110,22 @@ class EvaluationBatches:
 
 
 def rank_part(samples: int, rank: int, world_size: int, whole: int = 1) -> slice:
-    """Return a rank's part of so many samples of an evaluation: every sample is in exactly one.
+    """Compute a rank's part of an evaluation's samples: every sample is in exactly one part.
 
     Parts begin at multiples of `whole` samples.
     """
-    # next to each other, so that a rank reads few shards
+    # consecutive samples, so that a rank reads few shards
     wholes = -(-samples // whole)
     first, last = (wholes * number // world_size * whole for number in (rank, rank + 1))
     return slice(first, min(last, samples))
 
 
-# what `rft.loading.read` reads, in any order
+# `rft.loading.read` reads these, in any order
 Batches = TrainingBatches | EvaluationBatches
 
 
 def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarray, np.ndarray]:
-    """Split a set for a run: its plan, the sample numbers that it orders, and those held out.
+    """Split a set for a run: its plan, the sample numbers in it, and the held-out ones.
 
     Raises:
         ValueError: if the set is too small for the batch, the held-out part or the shots.
@@ -153,7 +153,7 @@ def plan_training(packed: PackedDataset, config: Config) -> tuple[Plan, np.ndarr
 def fingerprint(
     packed: PackedDataset, plan: Plan, held_out: int, held_out_seed: int, shots: int = 0
 ) -> dict[str, Any]:
-    """Collect all that decides which samples step t holds, for a checkpoint to be compared with."""
+    """Collect everything that decides the samples of step t, to be compared with checkpoints."""
     return {
         "algorithm": order.ALGORITHM,
         "manifest_sha256": packed.manifest.sha256,
@@ -164,6 +164,6 @@ def fingerprint(
         "seed": plan.seed,
         "held_out": held_out,
         "held_out_seed": held_out_seed,
-        # checkpoints of runs without shots stay as they were
+        # omitted without shots, so that older checkpoints still match
         **({"shots": shots} if shots else {}),
     }

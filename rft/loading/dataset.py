@@ -1,4 +1,4 @@
-"""One packed set as batches: decoded images and labels of any samples, as tensors."""
+"""Batches of a packed set: decoded images and labels of any samples, as tensors."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ from rft.shards.ranges import cut
 
 
 class Reading(NamedTuple):
-    """What one batch cost to read, in its own process; see `rft.shards.ranges.Counters`."""
+    """Cost of reading one batch, in its process; see `rft.shards.ranges.Counters`."""
 
     seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -33,20 +33,20 @@ class Reading(NamedTuple):
 class Batch(NamedTuple):
     """Images as stored, with labels and sample numbers."""
 
-    images_BCHW: Tensor  # uint8; (B, 0) where `features` are all that is wanted of them
+    images_BCHW: Tensor  # uint8; (B, 0) if only `features` are needed
     labels_B: Tensor  # int64
     samples_B: Tensor  # int64
     reading: Reading = Reading()
-    ready: int = 0  # batches after this one that were waiting to be taken
+    ready: int = 0  # later batches that were ready when this one was taken
     features: Mapping[str, Tensor] = MappingProxyType({})  # (B, E), see rft/train/features.py
-    computing: float = 0.0  # seconds that the process which takes the batch spent on those
+    computing: float = 0.0  # seconds that the consuming process spent on the features
 
 
 class PackedDataset(PackedSet):
-    """One packed set whose samples are read as batches."""
+    """A packed set whose samples are read as batches."""
 
     def image(self, sample: int, size: int) -> np.ndarray:
-        """Return a sample as CLIP sees it, uint8 (3, size, size); raises what `batch` does."""
+        """Read a sample as CLIP's input, uint8 (3, size, size); raises the errors of `batch`."""
         return self.batch(np.array([sample]), size).images_BCHW[0].numpy()
 
     def batch(
@@ -56,10 +56,10 @@ class PackedDataset(PackedSet):
         out_BCHW: Tensor | None = None,
         augmentation: Augmentation | None = None,
     ) -> Batch:
-        """Return the named samples as one batch of uint8 images.
+        """Read samples as one batch of uint8 images.
 
-        The images are written to the first rows of `out_BCHW` where it is given. `augmentation` is
-        for sets whose images are decoded (`require_decoded`).
+        The images are written to the first rows of `out_BCHW`, if given. `augmentation` requires a
+        set whose images are decoded (`require_decoded`).
 
         Raises:
             ValueError: if the set was packed at another size, or a sample's bytes are damaged.
@@ -74,7 +74,7 @@ class PackedDataset(PackedSet):
         reading = Reading(
             seconds=time.perf_counter() - began,
             decode_seconds=decoding,
-            # all fields but the two times are counters of the same name
+            # all fields except the two times are counters of the same name
             **{name: getattr(spent, name) - getattr(before, name) for name in Reading._fields[2:]},
         )
         labels_B = self.index.label[samples].astype(np.int64)
@@ -86,34 +86,34 @@ class PackedDataset(PackedSet):
         )
 
     def require_decoded(self, option: str) -> None:
-        """Check that the set's images can be augmented, as `option` wants it.
+        """Check that the set's images can be augmented, as `option` requires.
 
         Raises:
             ValueError: if they are stored as pixels.
         """
         if self._payload.is_array:
             raise ValueError(
-                f"{option} crops each image anew in each epoch, but {self.url} holds the model's "
-                "input itself (--encoding pixels), which is copied into the batch and never "
-                "decoded; pack the set with --encoding original, or leave the option out"
+                f"{option} crops each image anew in each epoch, but {self.url} was packed with "
+                "--encoding pixels, which is never decoded; pack the set with --encoding "
+                "original, or omit the option (docs/data.md#encodings)"
             )
 
     def _fill(
         self, samples: np.ndarray, images_BCHW: np.ndarray, augmentation: Augmentation | None
     ) -> float:
-        """Write the samples' images; return the seconds spent in decoding."""
+        """Write the samples' images; return the seconds spent on decoding."""
         if self._payload.is_array:
             assert augmentation is None, "require_decoded comes before it"
             self._copy_pixels(samples, images_BCHW)
             return 0.0
-        # at once, unless the files are huge: then some at a time
+        # all at once, or in parts if the files are huge
         parts = cut(self.index.length[samples].tolist(), PAYLOAD_BYTES)
         return sum(self._decode(samples[a:b], images_BCHW[a:b], augmentation) for a, b in parts)
 
     def _decode(
         self, samples: np.ndarray, images_BCHW: np.ndarray, augmentation: Augmentation | None
     ) -> float:
-        """Write the images of samples whose payloads are files; return the seconds of decoding."""
+        """Write the images of samples stored as files; return the seconds spent on decoding."""
         size = images_BCHW.shape[-1]
         payloads = self.payloads(samples)
         began = time.perf_counter()
@@ -129,17 +129,17 @@ class PackedDataset(PackedSet):
         return time.perf_counter() - began
 
     def _copy_pixels(self, samples: np.ndarray, images_BCHW: np.ndarray) -> None:
-        """Write the images of samples whose payloads are arrays.
+        """Write the images of samples stored as arrays.
 
-        A `.npy` payload is a header, the same in every sample, and then the pixels. A sample on
-        this machine is read to where it belongs, without a copy between: this loop is all that
-        stands between the page cache and a batch, so it does little more than it must.
+        A `.npy` payload is a header, equal in all samples, followed by the pixels. Local samples
+        are read directly into the batch without an intermediate copy. This loop is the only work
+        between the page cache and a batch, so it is kept minimal.
         """
         rows = self._rows(samples)
         header = bytearray(len(self._npy_header))
         elsewhere = []
         shard, descriptor = -1, None
-        # by shard, so that each descriptor is looked up once
+        # sorted by shard, so that each descriptor is looked up once
         for place in sorted(range(len(rows)), key=lambda place: rows[place].shard):
             row = rows[place]
             if row.shard != shard:
@@ -149,11 +149,11 @@ class PackedDataset(PackedSet):
                 continue
             image_CHW = images_BCHW[place]
             if row.length != len(header) + image_CHW.nbytes:
-                # raises; preadv would fill the buffers, whatever the length of the payload
+                # raises; preadv would fill the buffers even if the payload has another length
                 self._require_pixels(row, b"")
             buffers: list[Any] = [header, image_CHW]
             read = os.preadv(descriptor, buffers, row.offset)
-            # the index has one crc32 over both parts
+            # the index has one crc32 over header and pixels
             if self._is_good(row, read, crc32(image_CHW, crc32(header))):
                 self._require_pixels(row, header)
                 self.shards.counters.bytes += read
@@ -171,6 +171,6 @@ class PackedDataset(PackedSet):
         packed = self.manifest.encoding.get("size", size)
         if packed != size:
             raise ValueError(
-                f"{self.url} was packed at {packed} px, the model wants {size} px; "
-                f"pack it again with --size {size} or --encoding original"
+                f"{self.url} was packed at {packed} px, but the model needs {size} px; pack it "
+                f"again with --size {size} or --encoding original (docs/data.md#encodings)"
             )

@@ -1,9 +1,9 @@
-"""Features of a frozen image tower in a file: computed once, then read by number.
+"""Stored features of a frozen image tower: computed once, then read by row number.
 
-Each row stands behind a crc32 that covers the file's key and the row's number. A row that is
-absent, torn, damaged or from a different file counts as missing, and its reader computes it anew.
-So the file has no other state: it may be written row by row, by several processes that compute the
-same rows, and be interrupted or deleted at any time.
+Each row follows a crc32 that covers the file's key and the row's number. A row that is absent,
+torn, damaged or from a different file counts as missing, and its reader recomputes it. The file
+needs no other state: several processes that compute the same rows may write it row by row, and it
+is safe to interrupt them or delete the file at any time.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ from isal.isal_zlib import crc32
 from rft.log import EVERY_RANK
 from rft.storage import files, local
 
-ALGORITHM = 1  # part of every key: raise it when the same tower and images give other features
+ALGORITHM = 1  # part of every key: raise it if the same tower and images give other features
 CHECK_BYTES = 4
 NAME = re.compile(r"[0-9a-f]{64}\.features")
 
@@ -41,7 +41,7 @@ class FeatureFile:
         """Whether a row could not be written."""
 
     def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return rows (B, E) and which of them are there, bool (B,); the others are arbitrary."""
+        """Read rows (B, E), and which of them are valid, bool (B,); the others are arbitrary."""
         records = np.zeros((len(numbers), record_bytes(self.width)), dtype=np.uint8)
         try:
             for part, offset in self._runs(numbers):
@@ -54,12 +54,12 @@ class FeatureFile:
             records[:] = 0
         found_B, expected_B = self._stored(records), self._checks(numbers, records)
         whole_B = found_B == expected_B
-        # 0 is what a hole in the file reads as: never written
+        # a checksum of 0 is a hole in the file: never written
         if (damaged := int((~whole_B & (found_B != 0)).sum())) and not self._warned:
             self._warned = True
             log.warning(
-                f"{self.path}: {damaged} of {len(numbers)} rows that were read are damaged or from "
-                "a different file; they are computed again",
+                f"{self.path}: {damaged} of {len(numbers)} rows are damaged or from a different "
+                "file; they are recomputed",
                 extra=EVERY_RANK,
             )
         return records[:, CHECK_BYTES:].copy().view(np.float32), whole_B
@@ -74,21 +74,21 @@ class FeatureFile:
             self._fail(error)
 
     def sync(self) -> None:
-        """Bring what was written to the disk, where processes of other machines see it."""
+        """Flush written rows to disk, so that processes on other machines see them."""
         try:
             os.fsync(self._descriptor)
         except OSError as error:
             self._fail(error)
 
     def close(self) -> None:
-        """Close the file, which may then be deleted to make room."""
+        """Close the file, which may then be deleted to free space."""
         os.close(self._descriptor)
 
     def _fail(self, error: OSError, what: str = "written to") -> None:
         self.failed = True
         log.warning(
-            f"features cannot be {what} {self.path}: {files.reason(error)}. Results do not "
-            "change; what is not kept is computed again",
+            f"features cannot be {what} {self.path}: {files.reason(error)}. Results do not change; "
+            "missing features are recomputed",
             extra=EVERY_RANK,
         )
 
@@ -98,12 +98,12 @@ class FeatureFile:
         self._stored(records)[:] = self._checks(numbers, records)
         for part, offset in self._runs(numbers):
             left = memoryview(records[part].tobytes())
-            while left:  # a nearly full disk takes a part, and refuses the rest
+            while left:  # a nearly full disk accepts a part and refuses the rest
                 done = os.pwrite(self._descriptor, left, offset)
                 left, offset = left[done:], offset + done
 
     def _runs(self, numbers: np.ndarray) -> Iterator[tuple[slice, int]]:
-        """Yield runs of consecutive numbers: their places, and the offset in the file."""
+        """Yield runs of consecutive numbers: their slice, and their offset in the file."""
         starts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1).tolist()
         for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True):
             yield slice(start, stop), int(numbers[start]) * record_bytes(self.width)
@@ -114,7 +114,8 @@ class FeatureFile:
 
     def _checks(self, numbers: np.ndarray, records: np.ndarray) -> np.ndarray:
         pairs = zip(numbers.tolist(), records[:, CHECK_BYTES:], strict=True)
-        # a row must not pass under a different number; 0 is kept for rows that were never written
+        # salted with the number, so that a row is invalid under a different one; 0 means never
+        # written
         found = (crc32(row, (self._salt + number) & 0xFFFFFFFF) or 1 for number, row in pairs)
         return np.fromiter(found, np.uint32, len(numbers))
 
@@ -127,14 +128,14 @@ class FeatureFolder:
         self._refused = False
 
     def open(self, key: Mapping[str, Any], rows: int, width: int) -> FeatureFile | None:
-        """Open the file of `key`, a new one if there is none.
+        """Open the file of `key`, or create it.
 
-        `key` names all that decides the rows. Files that no process has open are deleted for it,
-        least recently opened first. None, with one line that says why, where it does not fit or
-        the file system refuses.
+        `key` contains everything that decides the rows. To free space, files that no process has
+        open are deleted, least recently opened first. If the file does not fit or the file system
+        refuses it, the reason is logged and None is returned.
 
         Raises:
-            ValueError: if the folder is none that can be used.
+            ValueError: if the folder cannot be used.
         """
         name = f"{files.sha256_json({'algorithm': ALGORITHM, **key})}.features"
         size = rows * record_bytes(width)
@@ -144,24 +145,24 @@ class FeatureFolder:
             if not self._make_room(size, name):
                 if not self._refused:
                     log.info(
-                        f"features of {rows:,} images are not kept: their {size / 1e9:,.2f} GB do "
-                        f"not fit in the {self.limit / 1e9:g} GB that {self.path} may have; raise "
-                        "--loader.features-gb (of rft.evaluate --features-gb) to keep them"
+                        f"features of {rows:,} images are not stored: their {size / 1e9:,.2f} GB "
+                        f"exceed the {self.limit / 1e9:g} GB allowed in {self.path}; raise "
+                        "--loader.features-gb (for rft.evaluate: --features-gb) to store them"
                     )
                 self._refused = True
                 return None
             return FeatureFile(self.path / name, self._open(self.path / name, size), width)
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(
-                f"features cannot be kept in {self.path}: it or a folder above is a file; name a "
+                f"features cannot be stored in {self.path}: it or a parent is a file; name a "
                 "different folder"
             ) from error
         except (OSError, ValueError) as error:
             if not self._refused:
                 log.warning(
-                    f"features are not kept in {self.path}: {files.reason(error)}. Results do not "
-                    "change; another folder (--loader.features-dir, of rft.evaluate "
-                    "--features-dir) saves the time"
+                    f"features are not stored in {self.path}: {files.reason(error)}. Results do "
+                    "not change; another folder (--loader.features-dir, for rft.evaluate: "
+                    "--features-dir) saves time"
                 )
             self._refused = True
             return None
@@ -170,19 +171,19 @@ class FeatureFolder:
         descriptor = local.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             status = os.fstat(descriptor)
-            # the owner of a file can put other rows with fitting checksums into it
+            # another owner could write wrong rows with valid checksums
             if status.st_uid not in (os.geteuid(), 0):
                 raise ValueError(f"{path} belongs to a different user; remove it")
             if status.st_size not in (0, size):
                 log.warning(
                     f"{path} has {status.st_size:,} bytes instead of {size:,}: it is cleared and "
-                    "filled again",
+                    "refilled",
                     extra=EVERY_RANK,
                 )
                 os.ftruncate(descriptor, 0)
-            os.ftruncate(descriptor, size)  # holes take no space, but count for the limit
+            os.ftruncate(descriptor, size)  # holes take no space, but count towards the limit
             os.utime(descriptor)
-            # not every network file system has locks; then the file counts as unused
+            # some network file systems lack locks; the file then counts as unused
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BaseException:
@@ -191,7 +192,7 @@ class FeatureFolder:
         return descriptor
 
     def _make_room(self, size: int, own: str) -> bool:
-        """Delete what may go until `size` bytes fit; False if they do not."""
+        """Delete unused files until `size` bytes fit; False if they do not."""
         others = []
         for path in self.path.iterdir():
             if NAME.fullmatch(path.name) and path.name != own:
@@ -206,7 +207,7 @@ class FeatureFolder:
         return used + size <= self.limit
 
     def clear(self) -> None:
-        """Delete every feature file and, if nothing else is in it, the folder."""
+        """Delete all feature files, and the folder if it is then empty."""
         with suppress(OSError):
             for path in self.path.iterdir():
                 if NAME.fullmatch(path.name):
@@ -215,12 +216,12 @@ class FeatureFolder:
 
 
 def record_bytes(width: int) -> int:
-    """Return the bytes that a row of so many numbers takes in a file."""
+    """Compute the bytes of a row of `width` numbers in a file."""
     return CHECK_BYTES + 4 * width
 
 
 def computed_by(device: torch.device) -> str:
-    """Name what a feature's last bits depend on beside tower, image and precision."""
+    """Identify the software and hardware that a feature's last bits depend on."""
     if device.type == "cuda":
         return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"

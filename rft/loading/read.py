@@ -1,7 +1,7 @@
-"""Batches read ahead by loader processes, into memory that they share with the training process.
+"""Read-ahead of batches by loader processes, into memory shared with the training process.
 
 Loader processes keep no state: item t is this rank's part of global batch t. They write its images
-to their slot in shared memory, so that no batch is copied from process to process.
+to a slot in shared memory, so that no batch is copied between processes.
 """
 
 import math
@@ -26,8 +26,8 @@ from rft.device import Transfer, to_device, transferring
 from rft.loading.batches import Batches
 from rft.loading.dataset import Batch, Reading
 
-SECONDS_ALONE = 2  # that a loader process outlives a trainer that was killed, at most
-BATCHES_AHEAD = 2  # batches that each loader process may have ready or under way
+SECONDS_ALONE = 2  # a loader process outlives a killed trainer by at most this time
+BATCHES_AHEAD = 2  # batches that each loader process may have ready or in progress
 
 
 def read_batches(
@@ -35,22 +35,22 @@ def read_batches(
 ) -> Generator[Batch, None, None]:
     """Yield the numbered batches in order, on `device`, images uint8.
 
-    A batch's images are valid until the next batch is taken: their memory is reused.
+    A batch's images are valid until the next batch is taken, because their memory is reused.
 
     Raises:
         ValueError: if a sample is damaged; the message names shard, key and offset.
         ChildProcessError: if a loader process was killed.
     """
-    # more than there are cores or batches would wait for each other; and to start a process takes
-    # longer than to read the single batch of a small held-out set
+    # More processes than cores or batches would wait for each other, and starting a process takes
+    # longer than reading the single batch of a small held-out set.
     workers = min(workers, cpus.available(), len(numbers))
     alone = workers == 0 or len(numbers) == 1
-    # at least two, so that a batch is never written over the one before it
+    # at least two, so that a batch never overwrites the one before it
     slots = Slots(batches, (0 if alone else workers) * BATCHES_AHEAD + 2)
     if alone:
         found: Iterator[_Item | ValueError] = map(slots.__getitem__, numbers)
     else:
-        # a forked copy of a process that already runs CUDA, gloo or fsspec threads can hang
+        # forkserver, because a fork of a process with CUDA, gloo or fsspec threads can hang
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["rft.loading.forkserver", "rft.loading.read"])
         found = iter(
@@ -67,23 +67,23 @@ def read_batches(
         )
     with transferring(slots.memory, slots.largest, device) as transfer:
         for number in numbers:
-            # taking a batch has the slot of the one two before it written: `next` reads that batch
-            # itself, or sends its number to a loader process
+            # `next` may overwrite the slot of the batch two before: it reads a batch into it, or
+            # sends a number to a loader process
             transfer.free(number)
             try:
                 item = next(found)
             except RuntimeError as error:
-                # ends the loader processes at once; torch has no class for this error
+                # del ends the loader processes at once; torch has no class for this error
                 del found
                 if "DataLoader worker" not in str(error):
                     raise
                 raise ChildProcessError(
-                    f"a loader process was killed before batch {number} ({error}), by a person or "
-                    "because memory ran out: fewer --loader.workers need less; then run the same "
+                    f"a loader process was killed before batch {number} ({error}), manually or "
+                    "because memory ran out: use fewer --loader.workers, then run the same "
                     "command again"
                 ) from error
             if isinstance(item, ValueError):
-                # the error will keep this frame alive, and the frame the loader processes
+                # otherwise the error keeps this frame alive, and the frame the loader processes
                 del found
                 raise item
             yield slots.batch(number, item, transfer)
@@ -93,17 +93,17 @@ def _start_loader(_: int) -> None:
     info = get_worker_info()
     assert info is not None, "this is a loader process"
     slots: Any = info.dataset
-    # the process ends without collecting what it has: this ends the cache's filling thread, which
-    # removes its part
+    # the process exits without garbage collection: this ends the cache's filling thread, which
+    # removes its partial file
     Finalize(None, slots.batches.packed.shards.close, exitpriority=0)
     _follow_trainer()
 
 
 def _follow_trainer() -> None:
-    """End this loader process at a SIGTERM from the training process, or when that has ended.
+    """End this loader process on SIGTERM from the training process, or when that has ended.
 
-    Signals from other processes are ignored (rft/loading/forkserver.py). torch alone would have it
-    watch the process that forked it, which lives as long as it does.
+    Signals from other processes are ignored (rft/loading/forkserver.py). torch itself only watches
+    the process that forked this one, which lives just as long.
     """
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "a loader process has a training process"
@@ -113,18 +113,18 @@ def _follow_trainer() -> None:
             if not hasattr(signal, "sigtimedwait"):  # macOS
                 trainer.join(SECONDS_ALONE)
                 continue
-            # only a thread that waits for a signal learns who sent it
+            # only waiting for a signal reveals its sender
             signalled = signal.sigtimedwait({signal.SIGTERM}, SECONDS_ALONE)
             if signalled is not None and signalled.si_pid == trainer.pid:
                 break
-        # from a thread, sys.exit would end the thread alone
+        # in a thread, sys.exit would only end the thread
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 class _Item(NamedTuple):
-    """A batch whose images are in their slot."""
+    """A batch whose images are in a slot."""
 
     labels_B: np.ndarray
     samples_B: np.ndarray
@@ -132,11 +132,11 @@ class _Item(NamedTuple):
 
 
 class Slots(Dataset[_Item | ValueError]):
-    """Space for some batches of images, in memory that loader processes share; item t fills a slot.
+    """Shared memory for several batches of images; reading item t fills a slot.
 
-    Batch t goes to slot t modulo their number. Reused memory is many times faster than fresh: the
-    system has to clear every page that it gives out. The memory has no name and is no part of
-    /dev/shm, so nothing is left behind and a container's small limit does not matter.
+    Batch t goes to slot t modulo their number. Reused memory is many times faster than fresh
+    memory, because the system must clear every new page. The memory has no name and is not in
+    /dev/shm, so nothing is left behind and a container's small limit does not apply.
     """
 
     def __init__(self, batches: Batches, count: int) -> None:
@@ -147,13 +147,13 @@ class Slots(Dataset[_Item | ValueError]):
         else:
             with tempfile.TemporaryFile() as file:
                 self._descriptor = os.dup(file.fileno())
-        # 8 bytes for the mark of each slot
+        # 8 bytes per slot for its mark
         os.ftruncate(self._descriptor, 8 * count + math.prod(self._shape))
         self._attach()
         self._marks_S.fill_(-1)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        # a started process gets the memory by its descriptor
+        # pass the memory to a started process by its descriptor
         return self.batches, self._shape, DupFd(self._descriptor)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -162,24 +162,24 @@ class Slots(Dataset[_Item | ValueError]):
         self._attach()
 
     def _attach(self) -> None:
-        # shared by default, so that all processes see the same pages
+        # mmap is shared by default, so all processes see the same pages
         self.memory = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.uint8)
         marks = 8 * self._shape[0]
-        # marks first: torch views bytes as int64 only at a multiple of 8
-        self._marks_S = self.memory[:marks].view(torch.int64)  # the number of each slot's batch
+        # marks first, because torch views bytes as int64 only at a multiple of 8
+        self._marks_S = self.memory[:marks].view(torch.int64)  # number of the batch in each slot
         self._images_SBCHW = self.memory[marks:].view(self._shape)
 
     def __del__(self) -> None:
-        # the mapping stays valid: mmap keeps a descriptor of its own
+        # the mapping stays valid, because mmap duplicated the descriptor
         os.close(self._descriptor)
 
     def __getitem__(self, index: int) -> _Item | ValueError:
         try:
             batch = self.batches.read(index, self.images(index))
         except ValueError as error:
-            # as a value: a loader process would raise it again as a whole traceback in one string
+            # returned, because DataLoader would re-raise it with a full traceback as its message
             return error
-        # after the images: the trainer counts marks to see how many batches are ready
+        # set after the images are written, because the trainer counts marks as ready batches
         self._marks_S[index % self._shape[0]] = index
         return _Item(batch.labels_B.numpy(), batch.samples_B.numpy(), batch.reading)
 
@@ -193,13 +193,13 @@ class Slots(Dataset[_Item | ValueError]):
         return self._images_SBCHW[number % self._shape[0]]
 
     def batch(self, number: int, item: _Item, transfer: Transfer) -> Batch:
-        """Bring batch `number` from its slot to the device."""
+        """Copy batch `number` from its slot to the device."""
         images_BCHW = transfer.copy(number, self.images(number)[: len(item.labels_B)])
         labels_B = to_device(torch.from_numpy(item.labels_B), transfer.device)
-        # slots of batches that were taken keep their smaller numbers
+        # slots of taken batches keep their smaller numbers
         ready = int((self._marks_S > number).sum())
         return Batch(images_BCHW, labels_B, torch.from_numpy(item.samples_B), item.reading, ready)
 
 
 def _as_it_is(item: Any) -> Any:
-    return item  # what DataLoader may not do to an item: a batch is complete and lies in its slot
+    return item  # no collation: a batch is complete and already in its slot

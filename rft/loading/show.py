@@ -1,7 +1,7 @@
-"""Show what a training step reads: `python -m rft.data.show RUN --epoch E --step T`.
+"""Show the samples of a training step: `python -m rft.data.show RUN --epoch E --step T`.
 
-A batch is a function of the run's configuration and the data, so this needs no log of the run and
-no checkpoint, and works for steps that are still to come.
+A batch depends only on the run's configuration and the data. This therefore needs neither logs nor
+checkpoints of the run, and works for future steps too.
 """
 
 import sys
@@ -33,9 +33,9 @@ class Arguments:
     step: Whole
     """Step within the epoch, counted from 0."""
     world_size: Positive = 1
-    """Ranks among which the batch is shared."""
+    """Number of ranks that share the batch."""
     data: str | None = None
-    """Data root, if it is not where it was when the run started."""
+    """Data root, if it has moved since the run started."""
 
 
 def main() -> None:
@@ -50,12 +50,12 @@ def main() -> None:
     plan, samples, _ = plan_training(packed, config)
     if not arguments.step < plan.steps_per_epoch:
         raise ValueError(
-            f"there is no step {arguments.step} in epoch {arguments.epoch}: epochs count from 0, "
-            f"and their steps from 0 to {plan.steps_per_epoch - 1}"
+            f"epoch {arguments.epoch} has no step {arguments.step}: epochs count from 0, and their "
+            f"steps from 0 to {plan.steps_per_epoch - 1}"
         )
     if plan.batch_size % arguments.world_size:
         raise ValueError(f"--world-size must divide the batch of {plan.batch_size}")
-    # the order counts positions among the training samples, without those held out
+    # the order counts positions among the training samples, without held-out ones
     batch = samples[EpochOrder(plan, arguments.epoch).batch(arguments.step)]
     number = arguments.epoch * plan.steps_per_epoch + arguments.step
     table = Table("slot", "rank", "id", "class", "shard", "offset", box=None)
@@ -71,9 +71,9 @@ def main() -> None:
             str(packed.index.offset[sample]),
         )
     print(f"epoch {arguments.epoch}, step {arguments.step} (step {number} of the run):")
-    # a file or a pipe has no width to fit into
+    # a file or a pipe has no width
     width = None if sys.stdout.isatty() else 200
-    # names of others are no markup: "[b]" would vanish, and "[/b]" is an error
+    # third-party names are not markup: "[b]" would vanish, and "[/b]" would be an error
     Console(width=width, markup=False, emoji=False).print(table)
 
 

@@ -1,9 +1,9 @@
-"""Which training images select the checkpoint, and which of the others are trained on.
+"""Choice of the training images that select the checkpoint, and of few-shot training images.
 
 Both are chosen by image id, so they never depend on how the images were packed. The held-out split
-is the released code's own: sklearn's stratified split over the images in class and name order (its
-data/imagenet.py). The few-shot choice is made from what that leaves, so that the held-out images
-are the same for every number of shots.
+is that of the released code: sklearn's stratified split over the images in class and name order
+(its data/imagenet.py). The few-shot images are drawn from the rest, so that the held-out images are
+the same for every number of shots.
 """
 
 import numpy as np
@@ -16,9 +16,9 @@ from rft.shards.manifest import Manifest
 def split_set(
     index: Index, manifest: Manifest, held_out: int, shots: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Split a set into the samples that are trained on and those held out: sorted numbers of both.
+    """Split a set into training and held-out samples: sorted numbers of both.
 
-    With `shots` above 0, training has that many samples of each class, and the rest is in neither.
+    With `shots` above 0, training has that many samples per class, and all others are unused.
 
     Raises:
         ValueError: if the set, or one of its classes, is too small.
@@ -27,7 +27,7 @@ def split_set(
     if not shots:
         return samples, held
     classes = len(manifest.classes)
-    # a class without any image in the set is trained without images, as it is without shots
+    # a class without images in the set is allowed, as it is without shots
     present_K = np.bincount(index.label, minlength=classes) > 0
     count_K = np.bincount(index.label[samples], minlength=classes)
     short = np.flatnonzero(present_K & (count_K < shots))
@@ -36,8 +36,8 @@ def split_set(
         others = f", and {len(short) - 1:,} more classes have too few" if len(short) > 1 else ""
         raise ValueError(
             f"--loader.shots is {shots}, but class {name!r} has {count} training "
-            f"image{'s' if count != 1 else ''} besides those of the {held_out:,} held out{others}; "
-            "choose fewer shots or a smaller --loader.held-out, or add images"
+            f"image{'s' if count != 1 else ''} besides the {held_out:,} held out{others}; choose "
+            "fewer shots or a smaller --loader.held-out, or add images"
         )
     return few_shot(index.key, index.label, samples, shots, seed), held
 
@@ -47,7 +47,7 @@ def held_out_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split a set into training and held-out samples: the sorted numbers of both.
 
-    Keys and labels are (N,); the classes share the images that are held out by their sizes.
+    Keys and labels are (N,); held-out images are distributed over the classes by class size.
 
     Raises:
         ValueError: if the set is too small for the split.
@@ -60,12 +60,12 @@ def held_out_split(
         raise ValueError(
             f"--loader.held-out is {held_out}, but {samples} training images of {classes} classes "
             f"allow {classes} to {samples - classes} (one of each class on both sides); choose "
-            "another, or take all numbers from the size of the set with --scale small"
+            "another value, or --scale small, which derives all numbers from the size of the set"
         )
-    # here, because importing sklearn takes a second that no other command needs to spend
+    # here, because importing sklearn takes a second, and other commands do not need it
     from sklearn.model_selection import train_test_split
 
-    # the last key counts first: by class, then by name
+    # lexsort's last key is the primary one: by class, then by name
     canonical = np.lexsort((keys, labels))
     train, held = train_test_split(
         np.arange(samples),
@@ -73,29 +73,29 @@ def held_out_split(
         random_state=seed,
         stratify=labels[canonical],
     )
-    # sorted as the set is stored: `PackedDataset.shard_sizes` requires it
+    # in the order of the set, as `PackedDataset.shard_sizes` requires
     return np.sort(canonical[train]), np.sort(canonical[held])
 
 
 def few_shot(
     keys: np.ndarray, labels: np.ndarray, samples: np.ndarray, shots: int, seed: int
 ) -> np.ndarray:
-    """Choose `shots` of the given samples of each class: their sorted numbers.
+    """Choose `shots` of the given samples per class: their sorted numbers.
 
-    Each id has a number of its own, a hash of seed and id, and a class gives its smallest ones. So
-    a choice is part of every larger one, and depends neither on the packing nor on other classes.
+    Each id is hashed with the seed, and the smallest hashes of each class are chosen. A choice is
+    therefore part of every larger one, and depends neither on the packing nor on other classes.
 
     Args:
-        keys: ids of the whole set, (N,).
+        keys: ids of the full set, (N,).
         labels: their classes, (N,).
-        samples: numbers of those to choose from, each class with at least `shots` of them.
-        shots: images of each class.
+        samples: numbers of the samples to choose from, at least `shots` per class.
+        shots: images per class.
         seed: of the choice.
     """
     key_N, label_N = keys[samples], labels[samples]
     hashed = (rng.derive(seed, "shots", key.decode()) for key in key_N.tolist())
     hash_N = np.fromiter(hashed, np.int64, len(key_N))
-    # the last one counts first: by class, then by hash; ids only separate equal hashes
+    # lexsort's last key is the primary one: by class, then by hash; ids only break ties
     order = np.lexsort((key_N, hash_N, label_N))
     firsts = np.flatnonzero(np.diff(label_N[order], prepend=-1))
     rank = np.arange(len(order)) - np.repeat(firsts, np.diff(firsts, append=len(order)))

@@ -1,1 +1,1 @@
-"""Weight-space merging: checkpoints in, checkpoint out."""
+"""Weight-space merging: checkpoints in, one checkpoint out."""

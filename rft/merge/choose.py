@@ -1,8 +1,8 @@
-"""Choose one of several models by held-out images: `python -m rft.merge.choose RUN... --data URL`.
+"""Choose a model by held-out images: `python -m rft.merge.choose RUN... --data URL`.
 
-All are counted on the images that the runs' own trainings held out, the averages without writing
-their weights. No test image is looked at. Those images selected the epoch of each fine-tuned model,
-so its count is a little too good; a tie therefore goes to the model nearest to the pre-trained one.
+All models are evaluated on the images that the runs held out in training, averages without writing
+their weights. No test image is used. These images also selected the epoch of each fine-tuned model,
+so its count is slightly too high; a tie therefore goes to the model closest to the pre-trained one.
 """
 
 from dataclasses import asdict
@@ -31,22 +31,21 @@ from rft.storage.documents import BatchSize, Megapixels, Whole, document
 
 @document(name="--")
 class Arguments:
-    """Choose the model that is right on most held-out images; no test set is looked at.
+    """Choose the model that is right on most held-out images; no test set is used.
 
-    A rerun counts nothing if --save holds the choice among the same runs.
-    Of equal ones an untrained model comes first, then averages, then fine-tuned models, each in the
-    order in which they are named.
+    A rerun evaluates nothing if --save holds the choice among the same runs. Of equally good models
+    an untrained one comes first, then averages, then fine-tuned models, each in the order given.
     """
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
-    """Training runs that held the same images out."""
+    """Training runs that held out the same images."""
     data: str
-    """Data root: the URL under which the tools wrote the set that the runs were trained on."""
+    """Data root: folder or URL with the packed set that the runs were trained on."""
     wise: Annotated[
         tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]],
         tyro.conf.arg(metavar="START END A..."),
     ] = ()
-    """WiSE-FT models of these ends and alphas too, averaged in memory."""
+    """Also WiSE-FT models of these ends and alphas, averaged in memory."""
     out: Path | None = None
     """Folder of the averages' run folders, as for `rft.evaluate --wise`."""
     save: Path
@@ -54,16 +53,16 @@ class Arguments:
     end_weights: EndWeights = "best"
     """Weights of each END of --wise: selected, or of the last step."""
     batch_size: BatchSize = 256
-    """Images in one forward."""
+    """Images per forward."""
     workers: Whole = 4
-    """Loader processes; 0 reads in the counting process."""
+    """Loader processes; 0 reads in the main process."""
     max_pixels: Megapixels = MAX_PIXELS
-    """Millions of pixels that an image may have."""
+    """Limit on an image's size, in millions of pixels."""
     device: Device = "auto"
 
 
 class Standing(NamedTuple):
-    """Where a candidate stands; the smallest is chosen."""
+    """Sort key of a candidate; the smallest is chosen."""
 
     wrong: int
     kind: int
@@ -72,9 +71,9 @@ class Standing(NamedTuple):
 
     @staticmethod
     def of(place: int, one: Loaded, count: Count) -> "Standing":
-        """Return the standing of the candidate that was named at some place."""
+        """Compute the standing of the candidate named at position `place`."""
         config = records.find_config(one.path)
-        # an average that was written since is a run folder like any other
+        # an average may also be given as a written run folder
         merged = one.average is not None or (config is not None and config.merged_from is not None)
         trained = 0 if int(one.saved.metadata["step"]) == 0 else 2
         return Standing(count.total - count.correct, 1 if merged else trained, place)
@@ -88,7 +87,7 @@ def choose(
     world: World,
     device: torch.device,
 ) -> Choice:
-    """Count every candidate and return the choice."""
+    """Evaluate every candidate and choose."""
     loaded, models = load_checkpoints(systems, world, device)
     counts = count_correct(
         models,
@@ -115,10 +114,10 @@ def choose(
 
 
 def _known(arguments: Arguments, manifest_sha256: str) -> Choice | None:
-    """Return the choice that --save holds, if it is the one among these runs on this data."""
+    """Read the choice in --save; None unless it was made among these runs on this data."""
     try:
         found = choice.read(arguments.save)
-    except ValueError:  # absent, or not of a choice: it is written anew
+    except ValueError:  # missing, or not a choice: rewritten
         return None
     same = [one.path for one in found.candidates] == list(map(str, arguments.runs))
     same = same and found.manifest_sha256 == manifest_sha256
@@ -126,7 +125,7 @@ def _known(arguments: Arguments, manifest_sha256: str) -> Choice | None:
 
 
 def main() -> None:
-    """Parse, count, write the choice."""
+    """Parse, evaluate, write the choice."""
     arguments = cli.parse(Arguments, prog="rft.merge.choose")
     systems = [
         *arguments.runs,
@@ -140,6 +139,7 @@ def main() -> None:
         files.join(arguments.data, split.train_set), max_pixels=arguments.max_pixels
     )
     require_no_test_images(arguments.data, split.train_set, packed.manifest, packed.index.key)
+    # with --wise the candidates include averages, which `_known` does not compare
     if not arguments.wise and (known := _known(arguments, packed.manifest.sha256)):
         cli.say(f"already chosen by held-out images: {known.chosen}")
         return

@@ -31,12 +31,12 @@ KINDS: tuple[MergeKind, ...] = get_args(MergeKind)
 
 @dataclass(frozen=True)
 class Wise:
-    """WiSE-FT: (1 - alpha) x zero-shot + alpha x fine-tuned, over every weight, or the tower alone.
+    """WiSE-FT: (1 - alpha) x zero-shot + alpha x fine-tuned, over all weights or the tower only.
 
-    With one alpha, --out becomes the merged model's run folder; with several, it holds one run
-    folder for each, named after its recipe: wise-ft-A, or wise-RECIPE-A where the fine-tuned model
-    is a different recipe than vanilla (the paper's WiSE-Ours is wise-object-mask-single-fill-A);
-    with --parts tower, wise-tower-A and wise-tower-RECIPE-A.
+    With one alpha, --out becomes the merged model's run folder. With several, it contains one run
+    folder for each, named after its recipe: wise-ft-A, or wise-RECIPE-A if the fine-tuned model's
+    recipe is not vanilla (the paper's WiSE-Ours is wise-object-mask-single-fill-A); with --parts
+    tower, wise-tower-A and wise-tower-RECIPE-A.
     """
 
     start: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="START")]
@@ -44,25 +44,24 @@ class Wise:
     end: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="END")]
     """The fine-tuned model: a run folder or a .safetensors file."""
     out: Path
-    """Run folder to make, or folder of run folders."""
+    """Run folder to create, or folder of run folders."""
     alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A...")] = (0.5,)
     """Shares of the fine-tuned model, in [0, 1]: 0.5, or 0 0.1 0.2 ... 1."""
     end_weights: EndWeights = "best"
     """Weights of the fine-tuned run: selected by held-out accuracy (the last without held-out
-    images), or after the last step, as the paper's released code takes them."""
+    images), or after the last step, as in the paper's released code."""
     parts: Parts = "all"
-    """What is interpolated: every weight, or the image tower, with the head of the fine-tuned
-    model. Alpha 1 is the fine-tuned model either way; alpha 0 of the tower is not the zero-shot
-    model."""
+    """Interpolated weights: all, or only the image tower, with the head of the fine-tuned model.
+    Alpha 1 is always the fine-tuned model; alpha 0 of the tower is not the zero-shot model."""
 
 
 @dataclass(frozen=True)
 class ModelStock:
     """Model Stock: the mean of fine-tuned models, pulled to the zero-shot one where they disagree.
 
-    For each tensor the ratio t = N c / (1 + (N - 1) c) is made of the N models' mean pairwise
-    cosine c, of their differences to START; the result is t x mean + (1 - t) x START. No images are
-    needed. config.json keeps the ratios. Where c is negative, the tensor stays START's.
+    For each tensor the ratio is t = N c / (1 + (N - 1) c), with the mean pairwise cosine c of the N
+    models' differences to START; the result is t x mean + (1 - t) x START. No images are needed.
+    config.json records the ratios. If c is negative, the tensor is START's.
     """
 
     start: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="START")]
@@ -75,7 +74,7 @@ class ModelStock:
 
 @dataclass(frozen=True)
 class UniformSoup:
-    """Uniform soup: the mean of all models, over every weight, head included."""
+    """Uniform soup: the mean of all models, over all weights including the head."""
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")]
     """Two or more run folders or .safetensors files."""
@@ -85,31 +84,31 @@ class UniformSoup:
 
 @document(name="--")
 class GreedySoup:
-    """Greedy soup: from the best run on, each next one is added if held-out accuracy rises.
+    """Greedy soup: starting with the best run, add each next one if held-out accuracy rises.
 
     The held-out images are those that selected the runs' own checkpoints, so all runs must have the
-    same: train them with one --split-seed. Several GPUs share the counting:
-    `torchrun --nproc_per_node N -m rft.merge greedy-soup ...`
+    same ones: train them with one --split-seed. Several GPUs share the evaluation: `torchrun
+    --nproc_per_node N -m rft.merge greedy-soup ...`
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
-    """Two or more run folders; of two equally good ones the last named is tried first."""
+    """Two or more run folders; of equally good ones the last named is tried first."""
     data: str
-    """Data root: the URL under which the tools wrote the set that the runs were trained on."""
+    """Data root: folder or URL with the packed set that the runs were trained on."""
     out: Path
     """Run folder to make."""
     batch_size: BatchSize = 256
-    """Images in one forward."""
+    """Images per forward."""
     workers: Whole = 4
-    """Loader processes of each rank; 0 reads in the counting process."""
+    """Loader processes per rank; 0 reads in the main process."""
     max_pixels: Megapixels = MAX_PIXELS
-    """Millions of pixels that an image may have; raise it if a set was packed so."""
+    """Limit on an image's size, in millions of pixels; raise it if a set was packed with more."""
     device: Device = "auto"
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Average the weights of fine-tuned models. A rerun skips what is done."""
+    """Average the weights of fine-tuned models. A rerun skips finished work."""
 
     merge: Annotated[
         Annotated[Wise, tyro.conf.subcommand(KINDS[0])]
@@ -145,7 +144,7 @@ def _wise(arguments: Wise) -> None:
     several = len(found) > 1
     if several and (arguments.out / filenames.CONFIG).exists():
         raise ValueError(
-            f"{arguments.out} is a run folder; with several --alpha it would hold one for each, "
+            f"{arguments.out} is a run folder, but several --alpha need a folder of run folders; "
             "choose another --out"
         )
     jobs = {arguments.out / one.name if several else arguments.out: one for one in found}
@@ -180,14 +179,14 @@ def _model_stock(arguments: ModelStock) -> None:
 
 
 def _done(jobs: Mapping[Path, Average]) -> set[Path]:
-    """Return the run folders that are complete; one that holds another model is an error."""
-    # all of them are checked before the first is written
+    """Find the complete run folders; a folder with another model is an error."""
+    # all folders are checked before the first is written
     return {out for out, one in jobs.items() if derived.is_complete(out, one.config)}
 
 
 def _make(jobs: Mapping[Path, Average], done: set[Path], trained: Ingredient) -> None:
-    """Write the run folders that are not done; `trained` names the data to evaluate on."""
-    # lazy: a rerun reads no weights
+    """Write the missing run folders; `trained` names the data to evaluate on."""
+    # lazy, so that a rerun reads no weights
     made = average.states(one for out, one in jobs.items() if out not in done)
     for out, one in jobs.items():
         if out not in done:
@@ -202,7 +201,7 @@ def _make_greedy_soup(arguments: GreedySoup) -> None:
     split = greedy.shared_split(runs)
     url = files.join(arguments.data, split.train_set)
     packed = PackedDataset(url, max_pixels=arguments.max_pixels)
-    # what can be refused is checked before the ranks meet, so that none waits for another
+    # everything that may be refused is checked before the ranks meet, so that none waits in vain
     require_no_test_images(arguments.data, split.train_set, packed.manifest, packed.index.key)
     held_out = greedy.held_out_images(packed, split, runs)
     config = greedy.soup_config(runs, split, packed)
@@ -211,9 +210,9 @@ def _make_greedy_soup(arguments: GreedySoup) -> None:
     world = dist.world_from_env()
     device = dist.pick_device(arguments.device, world)
     with dist.process_group(world, device) as world:
-        # ranks of several machines may see different files under one path
+        # ranks on several machines may see different files under one path
         dist.require_agreement(world, "set of models and data", config)
-        # rank 0 decides, because files may change while the others look at them
+        # rank 0 decides, because files may change while others check them
         done = dist.gather_objects(world, done)[0]
         if not done:
             state, config["soup"] = greedy.make_soup(
@@ -242,6 +241,6 @@ def _report(out: Path, done: bool) -> None:
 
 
 def _next_step(outs: Iterable[Path], model: Ingredient) -> str:
-    """Return the line with the next command, for the data that `model` was trained on."""
+    """Format the next command, for the data that `model` was trained on."""
     data, train_set = (model.config.data, model.config.train_set) if model.config else ("", "")
     return commands.evaluation(list(outs), data, train_set or TRAIN_SET)

@@ -24,20 +24,18 @@ log = logging.getLogger(__name__)
 
 
 def shared_split(ingredients: Sequence[Ingredient]) -> Config:
-    """Return a configuration whose held-out images are those of all runs.
+    """Find the configuration of the held-out images that all runs share.
 
     Raises:
-        ValueError: if one is not a training run, held nothing out, or has another split.
+        ValueError: if one is not a training run, held out nothing, or has a different split.
     """
     configs = [_training_config(ingredient) for ingredient in ingredients]
     for ingredient, config in zip(ingredients, configs, strict=True):
         if config.loader.held_out == 0:
-            raise ValueError(
-                f"{ingredient.path} held no images out to choose by (--loader.held-out 0)"
-            )
+            raise ValueError(f"{ingredient.path} held out no images (--loader.held-out 0)")
         if changed := files.difference(_split_of(configs[0]), _split_of(config)):
             raise ValueError(
-                f"{ingredients[0].path} and {ingredient.path} were selected by other held-out "
+                f"{ingredients[0].path} and {ingredient.path} were selected by different held-out "
                 f"images: {'; '.join(changed)}; train them with the same --train-set, "
                 "--loader.held-out and --split-seed (which is --seed if not given)"
             )
@@ -48,18 +46,18 @@ def _training_config(ingredient: Ingredient) -> Config:
     path = ingredient.path
     if ingredient.config is None:
         raise ValueError(
-            f"{path} is not a run folder; only the {filenames.CONFIG} of a training run says which "
-            "images it held out"
+            f"{path} is not a run folder; only the {filenames.CONFIG} of a training run records "
+            "the held-out images"
         )
     if not ingredient.is_training_run:
         raise ValueError(
-            f"{path} is a merged or imported model; only training runs held images out"
+            f"{path} is a merged or imported model; only training runs hold out images"
         )
     return load_config(path)
 
 
 def _split_of(config: Config) -> dict[str, Any]:
-    """Return what decides a run's held-out images, by the names of its configuration."""
+    """Extract the options that decide a run's held-out images, as named in its configuration."""
     return {
         "train_set": config.train_set,
         "split_seed": config.held_out_seed,
@@ -70,32 +68,32 @@ def _split_of(config: Config) -> dict[str, Any]:
 def held_out_images(
     packed: PackedDataset, config: Config, ingredients: Sequence[Ingredient]
 ) -> np.ndarray:
-    """Return the sample numbers that all runs were selected by.
+    """Find the sample numbers that selected all runs.
 
     Raises:
         ValueError: if a run was trained on other data, or has a head for other classes.
     """
     for ingredient in ingredients:
         training = records.find(ingredient.path / filenames.TRAINING, records.Training)
-        trained_on = training.manifest_sha256 if training else None  # older runs did not keep it
+        trained_on = training.manifest_sha256 if training else None  # not recorded by older runs
         if trained_on and trained_on != packed.manifest.sha256:
             raise ValueError(
                 f"{ingredient.path} was trained on other data than {packed.url}: manifest "
-                f"{trained_on[:12]}, not {packed.manifest.sha256[:12]}; give its --data"
+                f"{trained_on[:12]}, not {packed.manifest.sha256[:12]}; name its data with --data"
             )
     for ingredient in ingredients:
         rows = len(ingredient.saved.state["head.weight"])
         where, known = str(ingredient.path), packed.manifest.label_space
         for warning in check_head(ingredient.saved.classes, rows, where, known, packed.url):
             log.warning(warning)
-    # by the trainer's own function, so that it is the split that selected the runs
+    # by the trainer's own function, to get the same split that selected the runs
     return plan_training(packed, config)[2]
 
 
 def soup_config(
     ingredients: Sequence[Ingredient], config: Config, packed: PackedDataset
 ) -> dict[str, Any]:
-    """Return config.json as far as it is known before the soup is made."""
+    """Make config.json as far as it is known before the soup."""
     return {
         "recipe": "greedy-soup",
         "seed": shared_seed(ingredients),
@@ -115,14 +113,14 @@ def make_soup(
     batch_size: int,
     workers: int,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the soup and its part of config.json; the main rank prints each model and step.
+    """Make the soup, and its part of config.json; the main rank prints each model and step.
 
-    The runs are counted again and not looked up in their metrics.jsonl: the same code on the same
-    device then counts the soups, and a strict comparison is fair. All ranks share the work, and
-    each gets the counts. Only one model is on the device at a time.
+    The runs are evaluated again instead of read from their metrics.jsonl, so that the same code on
+    the same device counts runs and soups and a strict comparison is fair. All ranks share the work,
+    and each gets the counts. Only one model is on the device at a time.
     """
     architecture = runs[0].saved.architecture
-    # its weights are replaced for each count
+    # its weights are replaced for each evaluation
     model = build_classifier(runs[0].load(), architecture).to(device)
 
     def count(state: dict[str, Tensor], name: str) -> int:

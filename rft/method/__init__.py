@@ -1,1 +1,1 @@
-"""The paper's mathematics: pure functions on tensors, of options and addressed random numbers."""
+"""The paper's mathematics: pure functions of tensors, options and addressed random numbers."""

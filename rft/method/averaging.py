@@ -1,6 +1,6 @@
 """Averages of weights: WiSE-FT, soups and Model Stock. Pure.
 
-A state dict maps names to tensors; models are averaged over every entry, the head's included.
+A state dict maps names to tensors; models are averaged over every entry, including the head.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,24 +10,25 @@ import torch
 from torch import Tensor
 
 State = Mapping[str, Tensor]
-TOWER = "visual."  # begins the name of each entry of a classifier's image tower
+TOWER = "visual."  # prefix of a classifier's image-tower entries
 
 
 def interpolate(start: State, end: State, alpha: float) -> dict[str, Tensor]:
-    """Return (1 - alpha) start + alpha end (WiSE-FT, Wortsman et al. 2022, eq. 1).
+    """Compute (1 - alpha) start + alpha end (WiSE-FT, Wortsman et al. 2022, eq. 1).
 
     Raises:
         ValueError: if the two do not have the same entries, shapes and types.
     """
     require_alike(start, end)
-    # the ends must be the inputs bit for bit, which lerp does not promise, nor 0 x infinity
+    # alpha 0 and 1 must return the inputs bit for bit, which lerp does not guarantee, nor 0 x
+    # infinity
     if alpha in (0, 1):
         return {name: value.clone() for name, value in (end if alpha else start).items()}
     return {name: (1 - alpha) * start[name] + alpha * end[name] for name in start}
 
 
 def interpolate_tower(start: State, end: State, alpha: float) -> dict[str, Tensor]:
-    """Interpolate the image towers alone, as `interpolate` does; every other entry is END's.
+    """Interpolate only the image towers, as `interpolate` does; other entries are those of `end`.
 
     Raises:
         ValueError: if the two do not have the same entries, shapes and types.
@@ -42,17 +43,17 @@ def interpolate_tower(start: State, end: State, alpha: float) -> dict[str, Tenso
 def model_stock(
     start: State, states: Iterable[State]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return the Model Stock of fine-tuned models, and the ratio t of each tensor.
+    """Compute the Model Stock of fine-tuned models, and the ratio t of each tensor.
 
-    Jang et al. 2024 (ECCV), section 4. For each tensor the deltas are theta_i - theta_0, and c is
-    the mean cosine over pairs of them: t = N c / (1 + (N - 1) c), and the result is
-    t mean(theta_i) + (1 - t) theta_0. The less the models agree, the nearer it stays to the start.
+    Jang et al. 2024 (ECCV), section 4. For each tensor, the deltas are theta_i - theta_0 and c is
+    the mean cosine over pairs of them. With t = N c / (1 + (N - 1) c), the result is t
+    mean(theta_i) + (1 - t) theta_0. The less the models agree, the closer it stays to the start.
 
-    The derivation assumes c >= 0. Below that t would be negative and the result would lie on the
-    far side of theta_0, so t is at least 0. A delta of zero is orthogonal to every other one: a
-    tensor that no model changed stays as it is.
+    The derivation assumes c >= 0. A negative c would give a negative t and a result beyond theta_0,
+    so t is at least 0. A zero delta counts as orthogonal to all others: a tensor that no model
+    changed keeps its value.
 
-    The models are taken one after the other; two sums are kept, in fp64.
+    The models are consumed one by one; only two sums are kept, in fp64.
 
     Raises:
         ValueError: if there are fewer than two models, or not all have the same entries, shapes and
@@ -86,10 +87,10 @@ def model_stock(
 
 
 def uniform_soup(states: Iterable[State]) -> dict[str, Tensor]:
-    """Return the arithmetic mean of models (model soups, Wortsman et al. 2022).
+    """Average models arithmetically (model soups, Wortsman et al. 2022).
 
-    The models are taken one after the other and only their sum is kept, in fp64: it is rounded
-    once, at the end, so that neither their number nor their order costs precision.
+    The models are consumed one by one and only their fp64 sum is kept. It is rounded once at the
+    end, so neither their number nor their order costs precision.
 
     Raises:
         ValueError: if there is no model, or not all have the same entries, shapes and types.
@@ -105,9 +106,9 @@ class Trial:
     """One step of the greedy recipe."""
 
     model: int
-    """Number of the model that was considered."""
+    """Index of the tried model."""
     score: float
-    """Of the soup with this model in it."""
+    """Score of the soup including this model."""
     kept: bool
 
 
@@ -117,14 +118,14 @@ def greedy_soup(
     score_of: Callable[[dict[str, Tensor]], float],
     tell: Callable[[Trial], None] = lambda _: None,
 ) -> tuple[dict[str, Tensor], list[Trial]]:
-    """Return the greedy soup (recipe 1 of Wortsman et al. 2022) and the steps to it.
+    """Make the greedy soup (recipe 1 of Wortsman et al. 2022), and list its steps.
 
-    The best model is the first soup; each other one, from the second best on, stays in if the mean
-    of all that are in scores strictly higher with it. Of equal models the later one comes first, as
-    in the authors' code, which sorts upwards and reverses.
+    The best model is the first soup. Each other model, from the second best on, is kept if the mean
+    including it scores strictly higher. Of equal models the later one comes first, as in the
+    authors' code, which sorts in ascending order and reverses.
 
-    `scores` are each model's own on the held-out images, `score_of` those of any weights; `load` is
-    called once for each model's number, `tell` with each step when it is done.
+    `scores` are the models' own scores on the held-out images, `score_of` scores any weights;
+    `load` is called once per model with its index, and `tell` after each step.
 
     Raises:
         ValueError: if there is no model, or not all have the same entries, shapes and types.
@@ -135,7 +136,7 @@ def greedy_soup(
     best = -torch.inf
     for model in best_first:
         state = load(model)
-        # the best one is its own soup, and its score is known
+        # the best model alone is the first soup, and its score is known
         score = score_of(soup.mean(state)) if steps else scores[model]
         # the first model beats -infinity, so a soup has at least one
         steps.append(Trial(model, score, kept=score > best))
@@ -158,12 +159,13 @@ class Sum:
         """Add a model.
 
         Raises:
-            ValueError: if it is not like those before it.
+            ValueError: if it does not match the models before it.
         """
         if self.count == 0:
-            # shapes and types without the bytes
+            # shapes and types without data
             self._like = {name: torch.empty_like(v, device="meta") for name, v in state.items()}
-            # copy: of an fp64 model, `to` alone returns its own tensors, which are added to below
+            # copy=True: for an fp64 model `to` would return its own tensors, which are changed
+            # below
             self._total = {name: v.to(torch.float64, copy=True) for name, v in state.items()}
         else:
             require_alike(self._like, state)
@@ -174,12 +176,12 @@ class Sum:
     def mean(
         self, new: State | None = None, *, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """Return the mean of the models that were added, in their own type, or in `dtype`.
+        """Compute the mean of the added models, in their own type or in `dtype`.
 
-        With `new`, what it would be with one more model, which is not added.
+        With `new`, the mean includes that model without adding it.
 
         Raises:
-            ValueError: if there is no model, or the new one is not like those before it.
+            ValueError: if there is no model, or the new one does not match those before it.
         """
         if self.count == 0:
             raise ValueError("a soup needs at least one model")
@@ -207,7 +209,7 @@ def require_alike(first: State, second: State) -> None:
         if value.shape != other.shape:
             shapes = f"{tuple(value.shape)} and {tuple(other.shape)}"
             raise ValueError(f"the models are not alike: {name!r} has shapes {shapes}")
-        # a sum takes the first model's types, so a mean would depend on the order
+        # a sum has the first model's types, so a mean would depend on the order
         if value.dtype != other.dtype:
             types = f"{value.dtype} and {other.dtype}"
             raise ValueError(f"the models are not alike: {name!r} has types {types}")

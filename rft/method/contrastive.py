@@ -1,4 +1,4 @@
-"""FLYP's loss (Goyal et al. 2023): fine-tune as CLIP was pre-trained, by images and their prompts.
+"""FLYP's loss (Goyal et al. 2023): CLIP's pre-training loss on images and their prompts.
 
 Shapes: B images of this rank, G of all ranks (the global batch), E embedding.
 """
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WORD = 0x7FFF_FFFF_FFFF_FFFF  # the bits of a number that is not negative
+WORD = 0x7FFF_FFFF_FFFF_FFFF  # mask of all bits but the sign
 
 
 def info_nce(
@@ -18,20 +18,20 @@ def info_nce(
     scale: Tensor,
     first: int,
 ) -> Tensor:
-    """Return this rank's part of the symmetric InfoNCE of a global batch, the mean over its rows.
+    """Compute this rank's part of a global batch's symmetric InfoNCE, as the mean over its rows.
 
-    Each image is to find its own prompt among those of all images, and each prompt its own image.
-    As in the released code, the other images of a class count as negatives, and their prompts too,
-    even where the very same prompt was drawn for two of them.
+    Each image is matched to its own prompt among all prompts, and each prompt to its own image. As
+    in the released code, other images of the same class count as negatives, and so do their
+    prompts, even if the identical prompt was drawn.
 
-    The mean over ranks of this and of its gradient is the loss and the gradient of one rank that
-    has the whole batch, if the gradient of `all_...` goes back to the ranks that they came from.
+    The mean over ranks of this loss, and of its gradient, equals that of a single rank with the
+    full batch, if the gradients of `all_...` flow back to the ranks that own the rows.
 
     Args:
         images_BE: this rank's normalised features.
-        texts_BE: those of its prompts, one for each image.
-        all_images_GE: all ranks' features, in rank order.
-        all_texts_GE: those of all prompts.
+        texts_BE: normalised features of its prompts, one per image.
+        all_images_GE: image features of all ranks, in rank order.
+        all_texts_GE: features of all prompts.
         scale: factor of the cosines.
         first: row of this rank's first image among all.
     """
@@ -45,14 +45,13 @@ def info_nce(
 def draw_templates(samples_B: Tensor, templates: int, key: int) -> Tensor:
     """Draw the template (B,) of each image's prompt, int64 from 0 to `templates` - 1.
 
-    A function of the sample's number and the key alone: every rank that reads a sample in a step
-    draws the same template for it. The bits of both are mixed by SplitMix64's finaliser, in tensors
-    of int64, because a generator for each sample would cost more than the step's other draws
-    together.
+    The draw depends only on the sample's number and the key, so that every rank draws the same
+    template for a sample. Both are mixed by SplitMix64's finaliser, in int64 tensors, because one
+    generator per sample would cost more than all other draws of the step.
 
     Args:
         samples_B: sample numbers, int64.
-        templates: how many there are.
+        templates: number of templates.
         key: seed of the step (`rft.rng.derive`), 63 bits.
     """
     mixed_B = samples_B * _signed(0x9E3779B97F4A7C15) + key
@@ -63,10 +62,10 @@ def draw_templates(samples_B: Tensor, templates: int, key: int) -> Tensor:
 
 
 def _signed(number: int) -> int:
-    """Return the int64 that has the bits of an unsigned one."""
+    """Reinterpret the bits of an unsigned 64-bit number as int64."""
     return number - 2**64 if number >= 2**63 else number
 
 
 def _shifted(numbers_B: Tensor, bits: int) -> Tensor:
-    """Shift to the right with zeros from the left; torch's own shift repeats the sign."""
+    """Shift right and fill with zeros, unlike torch's own shift, which repeats the sign."""
     return (numbers_B >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,12 +1,12 @@
-"""A batch's counterfactual images (section 3.2): what chance decides, and what the CAM decides.
+"""A batch's counterfactual images (section 3.2), from random draws and the CAM.
 
 In the order of a step:
-  draw: random masks and the sources of the fills, before any model has seen the images;
+  draw: random masks and the sources of the fills, before any model runs;
   cam: the relevance of each patch for its image's label;
-  donors: both together as one index map, which `refill.apply_donors` applies to the patches.
+  donors: both combined into one index map, which `refill.apply_donors` applies to the patches.
 
-Random numbers are addressed by step (rft/rng.py), so a resumed run draws what an uninterrupted one
-would have, and the gallery and the dry run draw as a step does.
+Random numbers are addressed by step (rft/rng.py), so a resumed run draws the same numbers as an
+uninterrupted one, and the gallery and the dry run draw like a step.
 
 Shapes: B images, P patches, K classes, Z images in the donor pool.
 """
@@ -26,7 +26,7 @@ from rft.method.relevance import Tap, Through
 
 @dataclass(frozen=True)
 class StepAddress:
-    """Names the random draws of one micro-batch (see rft/rng.py)."""
+    """Address of the random draws of one micro-batch (see rft/rng.py)."""
 
     seed: int
     step: int
@@ -34,22 +34,22 @@ class StepAddress:
     micro: int
 
     def generator(self, purpose: str) -> torch.Generator:
-        """Return the generator of this micro-batch for one purpose."""
+        """Make this micro-batch's generator for one purpose."""
         return rng.torch_generator(self.seed, purpose, self.step, self.rank, self.micro)
 
 
 class Draws(NamedTuple):
-    """What is known of a micro-batch's counterfactuals before any model has seen it."""
+    """The part of a micro-batch's counterfactuals that is fixed before any model runs."""
 
     mask_BP: Tensor | None
     """Random masks; None if the CAM decides."""
     source_BP: Tensor
-    """Where a masked patch comes from (rft/method/refill.py); its sizes may be 1. With unlike
-    donors, the donor's rank among the others of the pool, the least like the label first."""
+    """Source of each masked patch (rft/method/refill.py); its sizes may be 1. With unlike donors,
+    the donor's rank among the other images of the pool, least like the label first."""
     own_B1: Tensor
     """Each image's own number in the donor pool."""
     kept: int | None
-    """Patches that every image keeps, where that is the same number and the others are dropped."""
+    """Patches that every image keeps, if the number is the same and the others are dropped."""
 
     def copied(self, copy: Callable[[Tensor], Tensor]) -> "Draws":
         """Copy every tensor, for example to a GPU."""
@@ -58,19 +58,19 @@ class Draws(NamedTuple):
 
 
 def draw(method: MethodConfig, own: range, patches: int, pool: int, address: StepAddress) -> Draws:
-    """Draw what chance decides for images `own` of a donor pool, on the CPU.
+    """Make the random draws for images `own` of a donor pool, on the CPU.
 
-    The numbers are drawn for the whole pool and each rank takes its images' part, so that they do
-    not depend on who draws them if the address does not.
+    The numbers are drawn for the full pool and each rank takes the part of its images, so that
+    ranks with the same address draw consistent numbers.
     """
     rows = slice(own.start, own.stop)
     mask_BP, kept = None, None
     match method.mask:
         case "random":
-            # an address of its own, so that masks do not depend on the numbers that a fill draws
+            # a separate address, so that masks do not depend on the numbers drawn for a fill
             make = masking.fixed_count_mask if method.fixed_count else masking.bernoulli_mask
             mask_BP = make((pool, patches), method.rate, address.generator("mask"))[rows]
-            # known without the masks: the length of token lists is not read from the device
+            # known in advance, so that the length of token lists is not read from the device
             if method.drops and method.fixed_count:
                 kept = masking.kept_patches(patches, method.rate)
         case "object" | "context":
@@ -80,7 +80,7 @@ def draw(method: MethodConfig, own: range, patches: int, pool: int, address: Ste
         case _:
             assert_never(method.mask)
     if method.fill == "none":
-        # one number for all images and patches; `torch.where` expands it
+        # one value for all images and patches, which `torch.where` broadcasts
         source_BP = torch.tensor([[refill.DROP]])
     else:
         source_BP = _sources(method, patches, pool, address.generator("fill"))[rows]
@@ -89,7 +89,7 @@ def draw(method: MethodConfig, own: range, patches: int, pool: int, address: Ste
 
 
 def _sources(method: MethodConfig, patches: int, pool: int, generator: torch.Generator) -> Tensor:
-    """Draw `Draws.source_BP` for the whole pool; its second size is 1 for a single fill."""
+    """Draw `Draws.source_BP` for the full pool; its second size is 1 for a single fill."""
     columns = patches if method.fill == "multi" else 1
     if method.donor_choice == "unlike":
         return torch.randint(refill.unlike_others(pool), (pool, columns), generator=generator)
@@ -106,9 +106,9 @@ def cam(
     taps: Sequence[Tap],
     through: Through = relevance.through_maps,
 ) -> Tensor:
-    """Return the class activation map of that kind, each image's maximum 1, (B, P).
+    """Compute a class activation map, (B, P), scaled so that each image's maximum is 1.
 
-    `through` is how relevance goes through a layer.
+    `through` propagates relevance through a layer.
     """
     match kind:
         case "relevance":
@@ -121,14 +121,14 @@ def cam(
 
 
 def cam_mask(kind: Mask, relevance_BP: Tensor, threshold: float) -> Tensor:
-    """Return the object or the context mask of a normalised map, bool (B, P)."""
+    """Threshold a normalised map into the object or the context mask, bool (B, P)."""
     match kind:
         case "object":
             return masking.object_mask(relevance_BP, threshold)
         case "context":
             return masking.context_mask(relevance_BP, threshold)
         case "random" | "none":
-            raise ValueError(f"no CAM decides what mask {kind} is")
+            raise ValueError(f"mask {kind} is not decided by a CAM")
         case _:
             assert_never(kind)
 
@@ -139,14 +139,14 @@ def donors(
     relevance_BP: Tensor | None,
     likeness_BZ: Tensor | None = None,
 ) -> Tensor:
-    """Return the counterfactuals' index map (rft/method/refill.py), int64 (B, P).
+    """Combine masks and fills into the index map (rft/method/refill.py), int64 (B, P).
 
     Args:
         method: the masks and fills.
-        draws: what chance has decided.
-        relevance_BP: the images' normalised CAM; None where masks are random.
-        likeness_BZ: how much each image of the pool looks like each one's label to the teacher;
-            None unless donors are chosen by it.
+        draws: the random draws.
+        relevance_BP: the images' normalised CAM; None for random masks.
+        likeness_BZ: likeness of each image of the pool to each image's label, by the teacher; None
+            unless donors are chosen by it.
     """
     mask_BP = draws.mask_BP
     if method.needs_cam:

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# of VRF: where both models have equal weight, and how fast that changes with the distance
+# VRF: distance at which both models have equal weight, and scale of the transition
 CENTRE, SCALE = 1.5, 0.6
-NEAREST_SHARE = 0.001  # of VRF's bank: its k-th nearest image with k = this share of the bank
+NEAREST_SHARE = 0.001  # VRF: k of the k-th nearest image, as a share of the bank
 
 COMPONENTS = 3  # of DaWin's mixture
-TOLERANCE = 1e-4  # change of the mean log-likelihood at which the mixture counts as fitted
+TOLERANCE = 1e-4  # change of the mean log-likelihood at which the fit has converged
 MOST_STEPS = 1000
-STARVED = 1e-9  # images; a component of fewer is dropped
+STARVED = 1e-9  # components with fewer (weighted) images are dropped
 TINY = 10 * torch.finfo(torch.float64).eps
-SIMILARITIES = 2**24  # that are made together; 64 MB in fp32
+SIMILARITIES = 2**24  # computed at a time; 64 MB in fp32
 
 
 def mixed_log_probabilities(
@@ -31,8 +31,8 @@ def mixed_log_probabilities(
     """Average the probabilities of two models; return their logarithms, fp64 (B, G).
 
     p = (1 - w) softmax(z_zs / T_zs) + w softmax(z_ft / T_ft): the output-space ensemble with a
-    constant weight, VRF (Zhu et al. 2024, eq. 5) with one for each image. Logits are those of the
-    scored groups alone. The sum is made of logarithms, so that no probability becomes 0.
+    constant weight, VRF (Zhu et al. 2024, eq. 5) with one weight per image. Logits are those of the
+    scored groups only. The sum is computed from logarithms, so that no probability underflows to 0.
     """
     pairs = zip((zero_shot_BG, fine_tuned_BG), temperatures, strict=True)
     zero_shot, fine_tuned = ((z_BG.double() / t).log_softmax(dim=1) for z_BG, t in pairs)
@@ -41,11 +41,11 @@ def mixed_log_probabilities(
 
 
 def kth_distance(query_BE: Tensor, bank_ME: Tensor, k: int) -> Tensor:
-    """Return the squared distance (B,) of each unit query to its k-th nearest row of a unit bank.
+    """Compute the squared distance (B,) of each unit query to its k-th nearest row of a unit bank.
 
-    Between unit vectors it is 2 - 2 cos, in [0, 4]; squared, because VRF's constants belong to the
-    squared distances that its released code takes (an exact index of faiss). Exact: every
-    similarity is made, a block of the bank at a time.
+    Between unit vectors it is 2 - 2 cos, in [0, 4]. It is squared because VRF's constants belong to
+    the squared distances of its released code (an exact faiss index). The search is exact: all
+    similarities are computed, one block of the bank at a time.
     """
     assert 1 <= k <= len(bank_ME), f"no {k}-th nearest of {len(bank_ME)}"
     best_BK = query_BE.new_empty((len(query_BE), 0))
@@ -56,50 +56,53 @@ def kth_distance(query_BE: Tensor, bank_ME: Tensor, k: int) -> Tensor:
 
 
 def unit(feature_BE: Tensor) -> Tensor:
-    """Return features of length 1, in fp32 at least."""
+    """Normalise features to length 1, in fp32 or fp64."""
     return F.normalize(feature_BE if feature_BE.dtype == torch.float64 else feature_BE.float())
 
 
 def nearest_rank(bank: int, share: float = NEAREST_SHARE) -> int:
-    """Return VRF's k for a bank of so many images: floor(share x images), at least 1.
+    """Compute VRF's k for a bank of `bank` images: floor(share x images), at least 1.
 
-    This is the paper's. Its code has round(1000 x the bank's share of the training images), which
-    for ImageNet is 0.08% of the bank.
+    This is the paper's rule. Its code uses round(1000 x the bank's share of the training images),
+    which is 0.08% of the bank for ImageNet.
     """
     return max(1, int(share * bank))
 
 
 def vrf_weight(distance_B: Tensor, centre: float = CENTRE, scale: float = SCALE) -> Tensor:
-    """Return the fine-tuned model's weight (B,): sigmoid(-(d - centre) / scale), fp64."""
+    """Compute the fine-tuned model's weight (B,): sigmoid(-(d - centre) / scale), fp64."""
     return torch.sigmoid((centre - distance_B.double()) / scale)
 
 
 def entropy(logits_NG: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the entropy of each image's probabilities, in nats, fp64 (N,)."""
+    """Compute the entropy of each image's probabilities, in nats, fp64 (N,)."""
     log_NG = (logits_NG.double() / temperature).log_softmax(dim=1)
     return -(log_NG.exp() * log_NG).sum(dim=1)
 
 
 def dawin_coefficients(zero_shot_N: Tensor, fine_tuned_N: Tensor) -> Tensor:
-    """Return the share of the fine-tuned weights for each image of a set, fp64 (N,).
+    """Compute the share of the fine-tuned weights for each image of a set, fp64 (N,).
 
-    Oh et al. 2025: exp(-H) says how sure a model is, and the fine-tuned one's part of the two is
-    the share. An offset for the set, the mean of both models' coefficients of variation, pulls all
-    shares towards the part that the zero-shot model has of the mean entropies. So the share of an
-    image depends on the other images of the set.
+    Oh et al. 2025: exp(-H) measures the confidence of a model, and the share is the fine-tuned
+    model's part of both confidences. An offset for the set, the mean of both models' coefficients
+    of variation, pulls all shares towards the zero-shot model's part of the mean entropies. An
+    image's share therefore depends on the other images of the set.
 
     Args:
         zero_shot_N: entropies of the zero-shot model, in nats.
-        fine_tuned_N: likewise of the fine-tuned one.
+        fine_tuned_N: entropies of the fine-tuned model, in nats.
 
     Raises:
         ValueError: if there are fewer than two images.
     """
     if len(zero_shot_N) < 2:
-        raise ValueError("DaWin needs at least two images in a set: its offset is of their spread")
+        raise ValueError(
+            "DaWin needs at least two images in a set, because its offset is computed from their "
+            "spread"
+        )
     zero_shot_N, fine_tuned_N = zero_shot_N.double(), fine_tuned_N.double()
     means = zero_shot_N.mean(), fine_tuned_N.mean()
-    # a model that is certain of every image has no spread either
+    # a model that is certain of every image has no spread
     spreads = [
         one_N.std() / mean if mean > 0 else mean
         for one_N, mean in zip((zero_shot_N, fine_tuned_N), means, strict=True)
@@ -113,7 +116,7 @@ def dawin_coefficients(zero_shot_N: Tensor, fine_tuned_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BetaMixture:
-    """A mixture of Beta distributions on (0, 1); all are fp64 (J,)."""
+    """A mixture of Beta distributions on (0, 1); all fields are fp64 (J,)."""
 
     weight_J: Tensor
     a_J: Tensor
@@ -121,11 +124,11 @@ class BetaMixture:
 
     @property
     def means(self) -> Tensor:
-        """Return the mean of each component, fp64 (J,)."""
+        """Mean of each component, fp64 (J,)."""
         return self.a_J / (self.a_J + self.b_J)
 
     def log_parts(self, value_N: Tensor) -> Tensor:
-        """Return log(weight x density) of each component, (N, J)."""
+        """Compute log(weight x density) of each component, (N, J)."""
         a_J, b_J = self.a_J, self.b_J
         log_beta_J = torch.lgamma(a_J) + torch.lgamma(b_J) - torch.lgamma(a_J + b_J)
         rising_NJ = (a_J - 1) * value_N.log()[:, None]
@@ -133,15 +136,15 @@ class BetaMixture:
         return rising_NJ + falling_NJ - log_beta_J + self.weight_J.log()
 
     def assign(self, value_N: Tensor) -> Tensor:
-        """Return the most probable component of each value, the first of equal ones, int64 (N,)."""
+        """Find the most probable component of each value, the first of equal ones, int64 (N,)."""
         return self.log_parts(value_N).argmax(dim=1)
 
     @classmethod
     def of_moments(cls, value_N: Tensor, share_NJ: Tensor) -> "BetaMixture":
-        """Return the mixture whose components have the means and variances of weighted values.
+        """Fit components to the means and variances of weighted values.
 
-        Variances are at most a quarter of the largest one that a Beta distribution of that mean can
-        have. A component that no image has a share in is left out.
+        Variances are limited to a quarter of the largest variance that a Beta distribution with
+        that mean can have. Components in which no image has a share are dropped.
         """
         count_J = share_NJ.sum(dim=0)
         share_NJ, count_J = share_NJ[:, count_J > STARVED], count_J[count_J > STARVED] + TINY
@@ -156,10 +159,10 @@ class BetaMixture:
 def fit_beta_mixture(value_N: Tensor, components: int = COMPONENTS) -> BetaMixture:
     """Fit a mixture of Beta distributions to values in (0, 1) by expectation maximisation.
 
-    The moments of the weighted values take the place of a maximisation, as in DaWin's released
-    code, which starts from k-means with three random seeds and keeps the most likely result. This
-    starts from k-means at quantiles: the same values give the same mixture. Fewer different values
-    than components make fewer components.
+    Moments of the weighted values replace the maximisation, as in DaWin's released code, which
+    starts from k-means with three random seeds and keeps the most likely result. Here k-means
+    starts at quantiles, so that the same values give the same mixture. If there are fewer distinct
+    values than components, there are fewer components.
 
     Raises:
         ValueError: if a value is not in (0, 1).
@@ -173,7 +176,7 @@ def fit_beta_mixture(value_N: Tensor, components: int = COMPONENTS) -> BetaMixtu
 
 
 def improve(value_N: Tensor, mixture: BetaMixture) -> BetaMixture:
-    """Repeat expectation and moments until the mean log-likelihood stands still."""
+    """Repeat expectation and moments until the mean log-likelihood converges."""
     before = -torch.inf
     for _ in range(MOST_STEPS):
         part_NJ = mixture.log_parts(value_N)
@@ -187,9 +190,9 @@ def improve(value_N: Tensor, mixture: BetaMixture) -> BetaMixture:
 
 
 def kmeans(value_N: Tensor, clusters: int) -> Tensor:
-    """Return the cluster of each number by Lloyd's algorithm from quantiles, int64 (N,).
+    """Assign each value to a cluster by Lloyd's algorithm from quantiles, int64 (N,).
 
-    The values must have at least so many different ones.
+    There must be at least `clusters` distinct values.
     """
     different = value_N.unique()
     at_J = (torch.arange(clusters, device=value_N.device) + 0.5) / clusters * len(different)
@@ -198,7 +201,7 @@ def kmeans(value_N: Tensor, clusters: int) -> Tensor:
         edges = (centre_J[1:] + centre_J[:-1]) / 2
         label_N = torch.bucketize(value_N, edges)
         count_J = torch.bincount(label_N, minlength=clusters)
-        # at first each cluster holds its own centre, which is one of the values
+        # at first no cluster is empty, because each centre is one of the values
         sum_J = torch.zeros_like(centre_J).index_add_(0, label_N, value_N)
         moved_J = torch.where(count_J > 0, sum_J / count_J.clamp(min=1), centre_J)
         if torch.equal(moved_J, centre_J):

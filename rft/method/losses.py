@@ -1,4 +1,4 @@
-"""The loss terms (eq. 2 and 3) and those of later methods, fp32 whatever comes in.
+"""The loss terms (eq. 2 and 3) and those of later methods, always computed in fp32.
 
 Shapes: B images, K classes, E embedding, M texts.
 """
@@ -16,9 +16,10 @@ Term = TypeVar("Term", Tensor, float)
 
 
 def total(method: MethodConfig, terms: Mapping[str, Term]) -> Term:
-    """Return the loss of its terms, tensors or numbers (eq. 2 and 3), by their names.
+    """Combine named terms, tensors or numbers, into the loss (eq. 2 and 3).
 
-    `kd` and `mse` are there always, zero where the method has none; the others where it has them.
+    `kd` and `mse` are always present, zero if the method does not use them; other terms only if it
+    does.
     """
     fits = terms["contrastive" if method.loss == "contrastive" else "ce"]
     loss = fits + method.kd_weight * terms["kd"] + distillation(method, terms)
@@ -30,44 +31,44 @@ def total(method: MethodConfig, terms: Mapping[str, Term]) -> Term:
 
 
 def distillation(method: MethodConfig, terms: Mapping[str, Term]) -> Term:
-    """Add up the distillation on the same images: of the features, and of the probabilities."""
+    """Add the distillation terms on the same images: features, and probabilities."""
     features = method.distill_weight * terms["mse"]
     return features + method.head_weight * terms["head"] if method.head_weight > 0 else features
 
 
 def classification(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-    """Return the mean cross-entropy, without label smoothing."""
+    """Mean cross-entropy without label smoothing."""
     return F.cross_entropy(logits_BK.float(), labels_B)
 
 
 def feature_mse(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
-    """Return the mean over images and feature dimensions of the squared difference.
+    """Mean squared difference over images and feature dimensions.
 
-    Features are projected and not normalised; the paper's beta = 30 belongs to this mean.
+    Features are projected but not normalised; the paper's beta = 30 belongs to this mean.
     """
     return F.mse_loss(student_BE.float(), teacher_BE.float())
 
 
 def knowledge_distillation(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
-    """Return T^2 KL(teacher || student) of the logits softened by T, mean over the images.
+    """T^2 KL(teacher || student) of logits softened by T, mean over images.
 
-    Hinton et al. 2015, as the released code has it; the paper's eq. 3 writes the arguments the
-    other way round.
+    Hinton et al. 2015, as in the released code; the paper's eq. 3 has the arguments in the opposite
+    order.
     """
-    # T^2 undoes the 1 / T^2 of a softened gradient, so that the weight fits any T
-    # batchmean, because "mean" divides by the number of classes too
+    # T^2 cancels the 1 / T^2 of softened gradients, so that the weight fits any T. batchmean,
+    # because "mean" would also divide by the number of classes.
     student_BK = (student_BK.float() / temperature).log_softmax(dim=1)
     teacher_BK = (teacher_BK.float() / temperature).log_softmax(dim=1)
     return temperature**2 * F.kl_div(student_BK, teacher_BK, reduction="batchmean", log_target=True)
 
 
 def context_divergence(student_BE: Tensor, teacher_BE: Tensor, contexts_ME: Tensor) -> Tensor:
-    """Return CAR-FT's term: KL(pre-trained || student) of the contexts of an image, their mean.
+    """CAR-FT's term: KL(pre-trained || student) over the contexts of an image, mean over images.
 
-    Mao et al. 2024: p = softmax(s f^ C^T), where a context is a prompt template, whatever the
-    class. The abstract names a KL divergence and no direction, and no code of the authors was
-    found. Direction and weight 1 are those of the one re-implementation that we found, a baseline
-    in domain-generalisation code; it leaves s out of the softmax, which the formula has.
+    Mao et al. 2024: p = softmax(s f^ C^T), where a context is a prompt template, independent of the
+    class. The abstract names a KL divergence without its direction, and no code of the authors was
+    found. Direction and weight 1 are taken from the only re-implementation that we found, a
+    baseline in domain-generalisation code; it omits s in the softmax, which the formula has.
 
     Args:
         student_BE: features on the clean images.
@@ -83,10 +84,10 @@ def context_divergence(student_BE: Tensor, teacher_BE: Tensor, contexts_ME: Tens
 
 
 def random_text_distance(student_BE: Tensor, teacher_BE: Tensor, texts_ME: Tensor) -> Tensor:
-    """Return Lipsum-FT's term: |s (f^ - f0^) Z^T|^2 / 2M, the mean over the images.
+    """Lipsum-FT's term: |s (f^ - f0^) Z^T|^2 / 2M, mean over images.
 
-    Nam et al. 2024, as its released code has it: half the mean square over random texts by which an
-    image's logits differ from the pre-trained model's.
+    Nam et al. 2024, as in its released code: half the mean square, over random texts, of the
+    difference between an image's logits and the pre-trained model's.
 
     Args:
         student_BE: features on the clean images.

@@ -11,12 +11,12 @@ from rft.config import MethodConfig
 
 
 def shares(method: MethodConfig, steps: int) -> list[float]:
-    """Return how far the teacher moves to the student after each step; none for a frozen one.
+    """Compute how far the teacher moves to the student after each step; empty for a frozen one.
 
     After step t (from 1) the teacher is T + share (theta - T). The exponential average's share is
     always 1 - decay. The weighted one's is w_t / (w_0 + ... + w_t), so that T is the mean of all
-    weights since the start, theta_0 among them, each weighted by Beta(0.5, 0.5)'s density at
-    (t + 0.5) / (steps + 1): those of the first and the last steps count most (TRACER, 2026).
+    weights since the start, including theta_0, each weighted by the density of Beta(0.5, 0.5) at (t
+    + 0.5) / (steps + 1): the first and the last steps count most (TRACER, 2026).
     """
     match method.teacher:
         case "frozen":
@@ -35,11 +35,11 @@ def shares(method: MethodConfig, steps: int) -> list[float]:
 
 
 def _arcsine(x: float) -> float:
-    """Return Beta(0.5, 0.5)'s density, the arcsine distribution's."""
+    """Density of Beta(0.5, 0.5), the arcsine distribution."""
     return 1 / (math.pi * math.sqrt(x * (1 - x)))
 
 
 @torch.no_grad()
 def follow(teacher: Iterable[Tensor], student: Iterable[Tensor], share: float) -> None:
-    """Move the teacher's weights, fp32, towards the student's by a share of the difference."""
+    """Move the teacher's fp32 weights towards the student's by a share of the difference."""
     torch._foreach_lerp_(list(teacher), list(student), share)

@@ -2,12 +2,12 @@
 
 R_0 = I, R_l = R_{l-1} + A_l R_{l-1} with A_l = mean_heads relu(G_l * P_l), G_l = ds/dP_l (Chefer et
 al. 2021, eq. 5 and 6; section 3.2 of the paper). Only the class token's row of R is needed, and it
-obeys r <- r + r A_l from the last layer to the first: the order in which a backward pass meets the
-layers. So each A_l is made from its layer's queries, keys and values when the gradient arrives
-there, and let go; neither all maps nor the L x L product ever exist.
+follows r <- r + r A_l from the last layer to the first, which is the order of a backward pass. Each
+A_l is therefore computed from its layer's queries, keys and values when the gradient arrives there,
+and then freed; neither all maps nor the L x L product are ever in memory.
 
-Shapes: B batch, N heads, L = 1 + P tokens, P patches, Q queries (L, or 1 where only the class
-token attends), S head width, K classes.
+Shapes: B batch, N heads, L = 1 + P tokens, P patches, Q queries (L, or 1 if only the class token
+attends), S head width, K classes.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,24 +18,24 @@ from torch import Tensor
 
 # query, key and value, each (B, N, L, S)
 Heads = tuple[Tensor, Tensor, Tensor]
-# One layer: what returns its heads, and their outputs in the logits' graph, (B, N, L, S); or what
-# returns None, and the layer's attention map in that graph, (B, N, Q, L).
+# One layer: a function that returns its heads, and their outputs in the logits' graph, (B, N, L,
+# S); or a function that returns None, and the layer's attention map in that graph, (B, N, Q, L).
 Tap = tuple[Callable[[], Heads | None], Tensor]
 
 # From a row r of R (B, L), a layer's heads and the gradient of their outputs to r A, fp32 (B, L)
 Through = Callable[[Tensor, Heads, Tensor], Tensor]
 
-# bytes of one fp32 attention map that may exist at once; more images are worked off in parts
+# largest bytes of one fp32 attention map; more images are processed in parts
 MAP_BYTES = 2**28
 
 
 def through_maps(row_BL: Tensor, heads: Heads, gradient: Tensor) -> Tensor:
-    """Return r A with the layer's map and its gradient written out, some images at a time."""
+    """Compute r A with explicit attention maps and gradients, some images at a time."""
     return in_parts(_through_map, row_BL, heads, gradient)
 
 
 def in_parts(through: Through, row_BL: Tensor, heads: Heads, gradient: Tensor) -> Tensor:
-    """Return r A of a layer, of so many images at a time that a map takes MAP_BYTES at most."""
+    """Compute r A of a layer in parts, so that a map takes at most MAP_BYTES."""
     num_heads, tokens = gradient.shape[1], row_BL.shape[1]
     images = max(1, MAP_BYTES // (4 * num_heads * tokens**2))
     columns = (tensor.split(images) for tensor in (row_BL, *heads, gradient))
@@ -45,9 +45,9 @@ def in_parts(through: Through, row_BL: Tensor, heads: Heads, gradient: Tensor) -
 
 @cache
 def compiled_maps() -> Through:
-    """Return `through_maps` with all that lies between its products compiled into few kernels.
+    """Compile the operations of `through_maps` between its matrix products into few kernels.
 
-    The maps are still written, but passed over four times in place of eleven.
+    The maps are still written, but read or written four times instead of eleven.
     """
     between = torch.compile(_between, dynamic=False)
 
@@ -64,25 +64,25 @@ def _through_map(row_BL: Tensor, heads: Heads, gradient: Tensor) -> Tensor:
 
 def _between(row_BL: Tensor, scores_BNLL: Tensor, gradient_BNLL: Tensor) -> Tensor:
     attention_BLL = (gradient_BNLL * scores_BNLL.softmax(dim=-1)).relu().mean(dim=1)
-    # no product of matrices, which a compiler would leave to a library as a pass of its own
+    # not a matrix product, which a compiler would leave to a library as a separate pass
     return (row_BL[:, :, None] * attention_BLL).sum(dim=1)
 
 
 def layer_relevance(probabilities_BNQL: Tensor, gradient_BNQL: Tensor) -> Tensor:
-    """Return A = mean_heads relu(G * P) of one layer, fp32 (B, Q, L)."""
+    """Compute A = mean_heads relu(G * P) of one layer, fp32 (B, Q, L)."""
     return (gradient_BNQL * probabilities_BNQL).relu_().mean(dim=1)
 
 
 def map_and_gradient(heads: Heads, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return P and G = ds/dP of one layer, fp32, both (B, N, L, L)."""
+    """Compute P and G = ds/dP of one layer, fp32, both (B, N, L, L)."""
     scores_BNLL, gradient_BNLL = scores_and_gradient(heads, gradient)
     return scores_BNLL.softmax(dim=-1), gradient_BNLL
 
 
 def scores_and_gradient(heads: Heads, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what P is the softmax of, and G = ds/dP, fp32, both (B, N, L, L).
+    """Compute the scores, of which P is the softmax, and G = ds/dP, fp32, both (B, N, L, L).
 
-    With O = P V, G = dO V^T, so fused attention that never exposes P serves as well.
+    With O = P V, G = dO V^T, so this also works for fused attention, which never exposes P.
     """
     query, key, value = (part.float() for part in heads)
     # in place: each copy of a map may take MAP_BYTES
@@ -93,10 +93,10 @@ def scores_and_gradient(heads: Heads, gradient: Tensor) -> tuple[Tensor, Tensor]
 def label_relevance(
     logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap], through: Through = through_maps
 ) -> Tensor:
-    """Return the un-normalised relevance of every patch for its image's label, fp32 (B, P).
+    """Compute the un-normalised relevance of every patch for its image's label, fp32 (B, P).
 
-    The graph of `logits_BK` is kept, so the same forward can serve the loss. The logits must carry
-    CLIP's scale and no other: the rule is a product of (I + A), which is not invariant to it.
+    The graph of `logits_BK` is kept, so the same forward can serve the loss. The logits must have
+    exactly CLIP's scale, because the rule is a product of (I + A), which is not invariant to it.
 
     Args:
         logits_BK: the student's logits.
@@ -116,20 +116,20 @@ def label_relevance(
 
     hooks = [watched.register_hook(partial(consume, heads, watched)) for heads, watched in taps]
     try:
-        # on its way to the first layer the gradient meets every layer's hook, from last to first
+        # on its way to the first layer, the gradient passes every layer's hook from last to first
         _gradient(logits_BK, labels_B, taps[0][1])
     finally:
-        # the loss goes backward through the same layers
+        # because the loss runs backward through the same layers
         for hook in hooks:
             hook.remove()
     return row_BL[:, 1:]
 
 
 def propagate(row_BL: Tensor, tap: Tap, gradient: Tensor, through: Through) -> None:
-    """Take the class token's row of R through one layer, in place: r <- r + r A.
+    """Propagate the class token's row of R through one layer, in place: r <- r + r A.
 
     Args:
-        row_BL: the row, as the layers above left it.
+        row_BL: the row after the later layers.
         tap: the layer.
         gradient: of the score with respect to the tap's tensor.
         through: how a row goes through a layer that is tapped at its heads.
@@ -137,7 +137,8 @@ def propagate(row_BL: Tensor, tap: Tap, gradient: Tensor, through: Through) -> N
     with torch.no_grad(), torch.autocast(row_BL.device.type, enabled=False):
         heads = tap[0]()
         if heads is None:
-            # the last layer's map, of the class token alone: the row is 0 but for it so far
+            # the last layer's map has only the class token's query: the row is still 0 for all
+            # others
             row_BL += (row_BL[:, None, :1] @ layer_relevance(tap[1].float(), gradient.float()))[
                 :, 0
             ]
@@ -146,27 +147,27 @@ def propagate(row_BL: Tensor, tap: Tap, gradient: Tensor, through: Through) -> N
 
 
 def grad_cam(logits_BK: Tensor, labels_B: Tensor, taps: Sequence[Tap]) -> Tensor:
-    """Return GradCAM over the last layer's attention of the class token, fp32 (B, P).
+    """Compute GradCAM over the last layer's attention of the class token, fp32 (B, P).
 
-    Each head's map is weighted by the mean of its gradient over the patches, and what the heads'
-    mean leaves above zero is the map (after Selvaraju et al. 2017). Chefer et al. 2021 compare with
-    one whose gradient is averaged over the whole map, and the paper's released code has one over
-    the last block's ln_1 (docs/paper.md). Cheaper than `label_relevance` and blind to all layers
-    but the last.
+    Each head's map is weighted by its mean gradient over the patches; the map is the positive part
+    of the mean over heads (after Selvaraju et al. 2017). Chefer et al. 2021 compare with a variant
+    that averages the gradient over the full map, and the paper's released code has a variant on the
+    last block's ln_1 (docs/paper.md). It is cheaper than `label_relevance`, but ignores all layers
+    except the last.
     """
     heads, watched = taps[-1]
     gradient = _gradient(logits_BK, labels_B, watched)
     with torch.no_grad(), torch.autocast(logits_BK.device.type, enabled=False):
         found = heads()
         maps = (watched, gradient) if found is None else map_and_gradient(found, gradient)
-        # query 0 is the class token's in every case; its attention to itself, key 0, is no patch
+        # query 0 is always the class token; key 0, its attention to itself, is not a patch
         probabilities_BNP, gradient_BNP = (each[:, :, 0, 1:].float() for each in maps)
         weight_BN1 = gradient_BNP.mean(dim=-1, keepdim=True)
         return (weight_BN1 * probabilities_BNP).mean(dim=1).relu()
 
 
 def normalise(relevance_BP: Tensor) -> Tensor:
-    """Return relevance divided by each image's maximum (no minimum is subtracted), (B, P).
+    """Divide relevance (B, P) by each image's maximum, without subtracting the minimum.
 
     An image without any relevance stays zero.
     """
@@ -174,9 +175,9 @@ def normalise(relevance_BP: Tensor) -> Tensor:
 
 
 def _gradient(logits_BK: Tensor, labels_B: Tensor, tensor: Tensor) -> Tensor:
-    """Return the gradient of the labels' logits; their graph stays."""
-    # images do not see each other, so one backward pass of the sum gives each its own gradient
+    """Compute the gradient of the labels' logits, and keep their graph."""
+    # images are independent, so one backward pass of the sum gives each its own gradient
     score = logits_BK.gather(1, labels_B[:, None]).sum()
-    # a backward pass has its forward's precision by itself; autocast would lower the head's
+    # a backward pass uses its forward's precision by itself; autocast would lower the head's
     with torch.autocast(logits_BK.device.type, enabled=False):
         return torch.autograd.grad(score, tensor, retain_graph=True)[0]

@@ -1,15 +1,15 @@
-"""A layer of the class activation map as one GPU kernel that never writes a map (Triton).
+"""A layer of the class activation map as one Triton kernel that never writes a map.
 
-What `relevance.through_maps` computes, r A with A = mean_heads relu(G * P), needs no map as a
-whole: with P = exp(q k / sqrt(S) - lse) and G = dO v, a tile of both at a time is made from tiles
-of the heads and summed over the queries at once, as fused attention does. Numbers are fp32, and
-products of bf16 heads are exact before they are summed in fp32.
+It computes the same r A as `relevance.through_maps`, with A = mean_heads relu(G * P), but without a
+full map: with P = exp(q k / sqrt(S) - lse) and G = dO v, one tile of both at a time is computed
+from tiles of the heads and summed over the queries immediately, as in fused attention. Numbers are
+fp32, and products of bf16 heads are exact before they are summed in fp32.
 
-The sums over queries are written for each tile of queries and head, and added up afterwards: two
-runs give the same bits, which additions by atomics would not.
+The sums over queries are written per tile of queries and head, and added up afterwards: unlike with
+atomic additions, two runs give the same bits.
 
-Importing this module needs Triton, which torch brings for GPUs. It also runs in Triton's
-interpreter on a CPU, which is how tests/method compares it.
+Importing this module requires Triton, which torch's GPU builds include. tests/method runs it in
+Triton's interpreter on a CPU.
 
 Shapes: B batch, N heads, L tokens, S head width, T tiles of queries.
 """
@@ -32,10 +32,10 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 def through_tiles(
     row_BL: Tensor, heads: Heads, gradient: Tensor, *, widened: bool = False
 ) -> Tensor:
-    """Return r A, fp32 (B, L); see `relevance.Through`.
+    """Compute r A, fp32 (B, L); see `relevance.Through`.
 
-    `widened` has bf16 heads multiplied as fp32, which changes no digit of a product: Triton's
-    interpreter knows no product of bf16.
+    With `widened`, bf16 heads are multiplied as fp32, which changes no digit of a product. Triton's
+    interpreter needs it, because it cannot multiply bf16.
     """
     query, key, value = heads
     batch, num_heads, tokens, width = query.shape
@@ -46,7 +46,7 @@ def through_tiles(
         query, key, value, gradient, row_BL, part_BXL,
         *query.stride(), *key.stride(), *value.stride(), *gradient.stride(), *row_BL.stride(),
         num_heads, tokens, width, width**-0.5,
-        # a product wants sides of at least 16, and powers of two
+        # tl.dot needs sides that are powers of two and at least 16
         WIDTH=max(16, triton.next_power_of_2(width)),
         TILE=TILE,
         TYPE=tl.float32 if widened else TYPES[query.dtype],
@@ -80,7 +80,7 @@ def _tile(
     """Write the sums over one tile of queries, of one head of one image, for every key."""
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first = tl.program_id(1) * TILE
-    # 64 bits: a batch of heads has more numbers than 32 bits count
+    # int64, because offsets in a batch of heads exceed 32 bits
     image = image.to(tl.int64)
     query += image * query_b + head * query_n
     key += image * key_b + head * key_n
@@ -91,10 +91,10 @@ def _tile(
     q = _load(query, first, query_l, query_s, tokens, width, TILE, WIDTH, TYPE)
     d = _load(gradient, first, gradient_l, gradient_s, tokens, width, TILE, WIDTH, TYPE)
     i = first + tl.arange(0, TILE)
-    # 0 beyond the last token: those queries add nothing
+    # 0 beyond the last token, so that those queries add nothing
     r = tl.load(row + image * row_b + i * row_l, mask=i < tokens, other=0.0)
 
-    # the softmax's sum over all keys, kept finite by the largest score so far
+    # online softmax: the sum over all keys, kept finite by the largest score so far
     largest = tl.full((TILE,), -float("inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     for start in range(0, tokens, TILE):
@@ -112,7 +112,7 @@ def _tile(
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         probability = tl.exp(score - largest[:, None]) / total[:, None]
         of_map = tl.dot(d, tl.trans(v), input_precision="ieee")
-        # a NaN stays one, as in the CAM that is written out: it must stop the run
+        # a NaN propagates, as in the eager CAM, because it must stop the run
         kept = tl.maximum(probability * of_map, 0.0, propagate_nan=tl.PropagateNan.ALL)
         weighed = kept * r[:, None]
         j = start + tl.arange(0, TILE)

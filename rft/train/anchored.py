@@ -1,7 +1,7 @@
 """Optimizers that draw AdamW's steps back towards the pre-trained weights (`--optim.optimizer`).
 
-Their mathematics is rft/method/weight_space.py's. theta_0 is not in their state: it is the
-pre-trained model's, which every run loads again.
+The mathematics is in rft/method/weight_space.py. theta_0 is not part of their state: it belongs to
+the pre-trained model, which every run loads anew.
 """
 
 from collections.abc import Sequence
@@ -13,32 +13,32 @@ from torch import Tensor
 from rft.method import weight_space
 from rft.method.weight_space import Radii
 
-# FTP's state beside AdamW's: the step before it was projected, and the radius with its two moments
+# FTP's state besides AdamW's: the unprojected step, and the radius with its two moments
 STEP = "free_step"
 RADII = (RADIUS, RADIUS_AVG, RADIUS_AVG_SQ) = ("radius", "radius_avg", "radius_avg_sq")
 
 
 class Anchored(torch.optim.AdamW):
-    """AdamW over weights that each have their theta_0."""
+    """AdamW in which each weight is paired with its theta_0."""
 
     def __init__(self, parameters: list[Tensor], anchors: list[Tensor], **options: Any) -> None:
         super().__init__(parameters, **options)
-        # not in the group, which a checkpoint would then hold
+        # kept out of the parameter group, which checkpoints store
         self._pairs = list(zip(parameters, anchors, strict=True))
 
     def _learning(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return the weights that have a gradient, their theta_0, and the gradients."""
+        """Collect the weights that have a gradient, their theta_0, and the gradients."""
         found = [(p, anchor, p.grad) for p, anchor in self._pairs if p.grad is not None]
         parameters, anchors, gradients = map(list, zip(*found, strict=True))
         return parameters, anchors, gradients
 
     def extra_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return what a weight's state has beside AdamW's: by name, a tensor of shape and type."""
+        """Describe a weight's state besides AdamW's: by name, a tensor of that shape and type."""
         return {}
 
 
 class SelectiveProjectionDecay(Anchored):
-    """AdamW with selective projection decay; raises what AdamW does."""
+    """AdamW with selective projection decay; raises the errors of AdamW."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class SelectiveProjectionDecay(Anchored):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Take a step of AdamW, then draw back those tensors whose gradient points outwards."""
+        """Take a step of AdamW, then draw back the tensors whose gradient points outwards."""
         parameters, anchors, gradients = self._learning()
         before = weight_space.moved(parameters, anchors, gradients)
         super().step(closure)
@@ -60,7 +60,7 @@ class SelectiveProjectionDecay(Anchored):
 
 
 class FastTrainableProjection(Anchored):
-    """AdamW with fast trainable projection; raises what AdamW does."""
+    """AdamW with fast trainable projection; raises the errors of AdamW."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class FastTrainableProjection(Anchored):
         self._k = k
 
     def extra_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return the names, shapes and types of a step, a radius and its moments."""
+        """Describe the unprojected step, the radius and its moments."""
         scalar = torch.zeros((), device=parameter.device)
         return {STEP: torch.empty_like(parameter), **dict.fromkeys(RADII, scalar)}
 
@@ -84,14 +84,14 @@ class FastTrainableProjection(Anchored):
         states = [self.state[parameter] for parameter in parameters]
         slopes_T = None
         if states[0]:
-            # of the gradient at the weights as they are, before the step moves them
+            # uses the gradient at the current weights, before the step moves them
             slopes_T = weight_space.slopes(gradients, [state[STEP] for state in states])
         super().step(closure)
         if slopes_T is None:
             for parameter, state in zip(parameters, states, strict=True):
                 state[STEP] = torch.empty_like(parameter)
         steps = [state[STEP] for state in states]
-        # in the memory of the step before, which nothing needs any more
+        # reuse the memory of the previous step, which is no longer needed
         torch._foreach_copy_(steps, parameters)
         torch._foreach_sub_(steps, anchors)
         norms = [weight_space.row_norms(step) for step in steps]
@@ -99,7 +99,7 @@ class FastTrainableProjection(Anchored):
         weight_space.project(parameters, anchors, steps, norms, radii.gamma_T)
         for name, values_T in zip(RADII, radii, strict=True):
             for state, value in zip(states, values_T.unbind(), strict=True):
-                # a copy: a view would keep, and save, the values of all tensors
+                # clone: a view would keep, and a checkpoint would save, the values of all tensors
                 state[name] = value.clone()
 
     def _learnt(

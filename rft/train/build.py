@@ -1,4 +1,4 @@
-"""What a run needs before its first step: data, models, plan, and the hashes that identify them."""
+"""Preparation of a run: data, models, plan, and the hashes that identify them."""
 
 import copy
 import logging
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(config: Config, world: World, device: torch.device) -> Job:
-    """Load data and model and decide the plan; the same on every rank.
+    """Load data and models and make the plan; the same on every rank.
 
     Raises:
         ValueError: if the data, the model or the configuration do not fit together.
@@ -52,16 +52,16 @@ def prepare(config: Config, world: World, device: torch.device) -> Job:
     if loader.augment != "none":
         packed.require_decoded(f"--loader.augment {loader.augment}")
     pretrained = load_clip(config.model)
-    # one image now, so that shards of the wrong size stop the run here and not inside it
+    # decode one image now, so that shards of the wrong size stop the run here and not in training
     packed.image(int(samples[0]), pretrained.architecture.image_size)
-    # before the head is made: embedding ImageNet's prompts takes an hour on one CPU thread
+    # before the head is built: embedding ImageNet's prompts takes an hour on one CPU thread
     pretrained.model.to(device)
     prompts = (packed.manifest.classes, packed.manifest.templates)
     head = zero_shot_head(pretrained, *prompts)
     own_texts = texts.build(pretrained, *prompts, config.method)
     teacher = Classifier(pretrained.model.visual, head, pretrained.architecture)
     classes = packed.manifest.label_space
-    # the frozen teacher is the model as pre-trained; the student begins as a copy of it
+    # the frozen teacher is the pre-trained model; the student starts as a copy of it
     student = starting_student(config, teacher, classes)
     ensemble = second_teacher(config, teacher, classes)
     pretrained_sha256 = tower_sha256(teacher)
@@ -102,20 +102,20 @@ def join(
     ensemble: Classifier | None = None,
     own_texts: Texts = Texts(),  # noqa: B008 (a constant)
 ) -> Objective:
-    """Join the models of a run into its objective, on the device where they are.
+    """Join the models of a run into its objective, on their device.
 
-    A frozen `teacher`, and the `ensemble`, are lowered to the run's precision; a moving one starts
-    with the student's weights.
+    A frozen `teacher` and the `ensemble` are converted to the run's precision; a moving teacher
+    starts with the student's weights.
     """
     moves = config.method.teacher != "frozen"
     lowered = config.precision == "bf16"
-    # theta_0, where the teacher will not be it
+    # theta_0 in fp32, if the teacher below is moved or converted
     anchor = copy.deepcopy(teacher) if config.optim.anchored and (moves or lowered) else None
     if moves:
-        # an average of all that the student was, of its start too
+        # the average includes the student's start
         teacher.visual.load_state_dict(student.visual.state_dict())
     if lowered:
-        # not a moving one, whose steps are smaller than bf16's
+        # a moving teacher stays fp32: its steps are below the resolution of bf16
         for frozen in filter(None, (None if moves else teacher, ensemble)):
             vit.lower(frozen.visual, torch.bfloat16)
     return Objective(
@@ -130,7 +130,7 @@ def join(
 
 
 def start_seen(config: Config) -> frozenset[TrainedOn]:
-    """Name the sets that --model.start was trained on: the new weights have seen them as well."""
+    """List the sets that --model.start was trained on; the new weights have seen them too."""
     if not config.model.start:
         return frozenset()
     path = Path(config.model.start)
@@ -138,14 +138,14 @@ def start_seen(config: Config) -> frozenset[TrainedOn]:
 
 
 def starting_student(config: Config, pretrained: Classifier, classes: Classes) -> Classifier:
-    """Make the model that learns, as it starts; raises what `load_alike` does.
+    """Make the student with its first weights; raises the errors of `load_alike`.
 
     `classes` are those of the training set.
     """
     student = copy.deepcopy(pretrained)
     if config.model.head == "random":
-        bound = student.head.in_features**-0.5  # torch's own for a linear layer
-        # by address, so that every rank begins with the same head
+        bound = student.head.in_features**-0.5  # torch's default for a linear layer
+        # drawn by address, so that every rank starts with the same head
         draw = rng.torch_generator(config.seed, "head")
         weight_KE = torch.rand(student.head.weight.shape, generator=draw) * 2 * bound - bound
         with torch.no_grad():
@@ -155,18 +155,18 @@ def starting_student(config: Config, pretrained: Classifier, classes: Classes) -
     if config.optim.trains == "head":
         student.visual.requires_grad_(False)
     if config.method.loss == "contrastive":
-        # it is made of the text tower
+        # the head is built from the text tower
         student.head.requires_grad_(False)
     freeze(student, config.optim.freeze)
     return student
 
 
 def freeze(student: Classifier, patterns: Sequence[str]) -> None:
-    """Let the weights whose names match a pattern not learn.
+    """Freeze the weights whose names match a pattern.
 
     Raises:
-        ValueError: if a pattern matches no weight, or none that would learn without it, or if no
-            weight is left in the image tower or at all.
+        ValueError: if a pattern matches no weight, or only frozen ones, or if no trainable weight
+            is left in the image tower or at all.
     """
     weights = dict(student.named_parameters())
     tower = [name for name in weights if name.startswith("visual.")]
@@ -180,24 +180,24 @@ def freeze(student: Classifier, patterns: Sequence[str]) -> None:
             )
         if not any(weights[name].requires_grad for name in matched):
             raise ValueError(
-                f"--optim.freeze {pattern!r} changes nothing: {matched[0]} and all others that it "
-                "matches are frozen already; leave it out"
+                f"--optim.freeze {pattern!r} has no effect: {matched[0]} and all other matches are "
+                "frozen already; leave it out"
             )
         for name in matched:
             weights[name].requires_grad_(False)
     if not any(weight.requires_grad for weight in weights.values()):
         raise ValueError(
-            "--optim.freeze leaves no weight of image tower and head that learns; name fewer"
+            "--optim.freeze leaves no trainable weight in image tower and head; name fewer"
         )
     if tower_learns and not any(weights[name].requires_grad for name in tower):
         raise ValueError(
-            "--optim.freeze names every weight of the image tower; --optim.trains head does that, "
-            "and computes the tower's features only once"
+            "--optim.freeze names every weight of the image tower; use --optim.trains head, which "
+            "computes the tower's features only once"
         )
 
 
 def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> Classifier | None:
-    """Load WiSE-KD's teacher, None for a method without one; raises what `load_alike` does."""
+    """Load WiSE-KD's teacher; None if the method has none. Raises the errors of `load_alike`."""
     if config.method.kd_weight == 0:
         return None
     teacher = copy.deepcopy(pretrained)
@@ -206,10 +206,10 @@ def second_teacher(config: Config, pretrained: Classifier, classes: Classes) -> 
 
 
 def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> None:
-    """Load the weights of a run folder, or a file, into a model whose head is for `classes`.
+    """Load the weights of a run folder or a file into a model with a head for `classes`.
 
     Raises:
-        ValueError: naming the option, if the two differ, and the first class that does.
+        ValueError: naming the option, if architectures or classes differ, with the first that does.
     """
     state, architecture, _, known = load_state(checkpoint_path(Path(path)))
     require_own_weights(Path(path))
@@ -217,7 +217,7 @@ def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> N
     if reached := unfinished(Path(path)):
         log.warning(f"{where} has not finished training ({reached})")
     if changed := model.architecture.difference(architecture):
-        raise ValueError(f"{where} is a different architecture: {changed[0]}")
+        raise ValueError(f"{where} has a different architecture: {changed[0]}")
     pair = (known, where, classes, "the training set")
     rows = len(state["head.weight"])
     for warning in (
@@ -226,7 +226,7 @@ def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> N
     ):
         log.warning(warning)
     try:
-        # not left to load_state_dict, whose RuntimeError would read as a bug of rft
+        # checked here, because load_state_dict's RuntimeError would look like a bug of rft
         require_alike(model.state_dict(), state)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -234,7 +234,7 @@ def load_alike(model: Classifier, path: str, option: str, classes: Classes) -> N
 
 
 def inputs_fingerprint(config: Config) -> dict[str, str]:
-    """Hash the weights of the runs that a run builds on: replaced ones make it a different run."""
+    """Hash the weights of the runs that this run builds on: other weights make it another run."""
     paths = {"start": config.model.start, "kd_teacher": config.method.kd_teacher}
     return {
         f"{name}_sha256": files.sha256_file(checkpoint_path(Path(path)))

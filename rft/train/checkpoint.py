@@ -1,14 +1,14 @@
-"""Checkpoints to resume from: atomic, only the newest few kept, read as a stranger's file.
+"""Checkpoints to resume from: written atomically, only the newest few kept, read as untrusted.
 
-A checkpoint holds weights, optimizer state, the step, the best held-out count so far, and what it
-must agree with: the run's identity and the data fingerprint. Weights are the student's, and those
-of a text tower that learns and of a teacher that moves. There is no random state in it:
-randomness is addressed by step (rft/rng.py). Beside each file lies a record with its hash, written
-before the file gets its name: a file whose record does not fit is damaged, and the one before it is
-used. A record vouches for bytes that were damaged by chance. It has the same writer as the
-file, so the content is compared with the run that resumes before anything of it is used.
+A checkpoint holds weights, optimizer state, the step, the best held-out count so far, and the
+values that must agree on resume: the run's identity and the data fingerprint. Weights are those of
+the student, of a trained text tower and of a moving teacher. No random state is stored: randomness
+is addressed by step (rft/rng.py). Next to each file is a record with its hash, written before the
+file gets its final name. A file that does not match its record is damaged, and the checkpoint
+before it is used. The record only detects accidental damage: whoever can write the file can write
+the record too. The content is therefore checked against the resuming run before any of it is used.
 
-They are written by a thread of their own from a copy in memory: training continues meanwhile.
+A separate thread writes them from a copy in memory, while training continues.
 """
 
 import errno
@@ -37,17 +37,17 @@ from rft.train import anchored
 from rft.train.anchored import Anchored
 from rft.train.kernels import Choice
 
-# [0-9], because \d takes digits of every script; 16 of them hold the largest step, 2**53
+# [0-9], because \d matches digits of every script; 16 digits hold the largest step, 2**53
 FILE_NAME = re.compile(r"step-([0-9]{8,16})\.pt")
 NONE: Mapping[str, nn.Module] = MappingProxyType({})
-MOST_CHANGED = 5  # differences from another run that an error names
+MOST_CHANGED = 5  # differences that an error lists
 
 log = logging.getLogger(__name__)
 
 
 @document(name="progress")
 class Progress:
-    """How far a run is and which of its models is the best so far."""
+    """The step that a run has reached, and its best model so far."""
 
     step: Count = 0
     # both -1 until a model is selected
@@ -58,10 +58,10 @@ class Progress:
         if self.best_step > self.step:
             raise ValueError(f"best_step is {self.best_step}, after step {self.step}")
         if (self.best_step < 0) != (self.best_correct < 0):
-            raise ValueError("best_step and best_correct must be there together")
+            raise ValueError("best_step and best_correct must both be set or both be -1")
 
     def selecting(self, correct: int) -> "Progress":
-        """Note a held-out count: the model is selected if the count is strictly the best so far."""
+        """Add a held-out count: the model is selected if the count is strictly the best so far."""
         if correct <= self.best_correct:
             return self
         return replace(self, best_step=self.step, best_correct=correct)
@@ -69,7 +69,7 @@ class Progress:
 
 @document(name="record")
 class Record:
-    """What is known of a checkpoint file without reading it."""
+    """Facts about a checkpoint file, known without reading it."""
 
     step: Count
     best_step: Step
@@ -83,19 +83,19 @@ class Record:
 
 
 def file_name(step: int) -> str:
-    """Name the checkpoint after `step`; padded, so that a listing is in the order of the steps."""
+    """File name of the checkpoint after `step`, zero-padded so that listings are in order."""
     return f"step-{step:08d}.pt"
 
 
 def record_name(step: int) -> str:
-    """Name the record of that checkpoint, which lies beside it."""
+    """File name of that checkpoint's record, in the same folder."""
     return f"step-{step:08d}.json"
 
 
 class Store:
-    """A folder of checkpoints, on any store that `rft.storage.urls` lets be opened.
+    """A folder of checkpoints, on any store that `rft.storage.urls` allows.
 
-    What goes to a remote one is written to the folder `scratch` first.
+    Files for a remote store are first written to the folder `scratch`.
     """
 
     def __init__(self, url: str, keep: int, scratch: Path | None = None) -> None:
@@ -103,10 +103,10 @@ class Store:
         self._keep, self._scratch = keep, scratch
 
     def write(self, content: dict[str, Any]) -> Record:
-        """Write the checkpoint of `content`, then delete those that are not needed any more.
+        """Write the checkpoint of `content`, then delete those no longer needed.
 
         Raises:
-            OSError: if it cannot be written; those before it are intact.
+            OSError: if it cannot be written; earlier checkpoints stay intact.
         """
         progress = content["progress"]
         step, url = progress["step"], files.join(self.url, file_name(progress["step"]))
@@ -119,60 +119,60 @@ class Store:
                     bytes=path.stat().st_size,
                     sha256=files.sha256_file(path),
                 )
-                # a file without its record would be taken for a damaged one
+                # the record first: a file without its record would count as damaged
                 files.write_json(files.join(self.url, record_name(step)), asdict(record))
         except OSError as error:
             raise OSError(
-                f"cannot write checkpoint {url}: {files.reason(error)}. Those before it are whole: "
-                "when there is room or the store answers, run the same command again"
+                f"cannot write checkpoint {url}: {files.reason(error)}. Earlier checkpoints are "
+                "intact: free space or wait for the store, then run the same command to resume"
             ) from error
         try:
             self._delete_old()
         except OSError as error:
-            log.warning(f"old checkpoints stay: {files.reason(error)}")
+            log.warning(f"old checkpoints were not deleted: {files.reason(error)}")
         return record
 
     def steps(self) -> list[int]:
         """List the steps whose checkpoint files exist, intact or not, ascending."""
         found = map(FILE_NAME.fullmatch, files.names(self.url))
         steps = {match[0]: int(match[1]) for match in found if match}
-        # with more zeros than ours it would be a second name of one step
+        # a name with more zeros than ours would be a second name of one step
         return sorted(step for name, step in steps.items() if name == file_name(step))
 
     def newest_whole(self) -> Record | None:
-        """Find the checkpoint to resume from, the newest that is as it was written, if any.
+        """Find the checkpoint to resume from: the newest intact one, None if there are none.
 
-        Newer ones, which are damaged, are renamed with a warning.
+        Newer, damaged ones are renamed with a warning.
 
         Raises:
-            ValueError: if there are checkpoints and all of them are damaged, or if one cannot be
-                read now, which does not make it a damaged one.
-            OSError: if the store does not answer, or the new name of a damaged one is a folder's.
+            ValueError: if there are checkpoints but all are damaged, or if one cannot be read now,
+                which does not mean that it is damaged.
+            OSError: if the store does not answer, or the new name of a damaged one is a folder.
         """
-        # safe, because the caller holds the lock of the run folder: nothing else writes here
+        # safe, because the caller holds the run folder's lock, so nothing else writes here
         files.sweep(self.url)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             damage = self.damage(step)
             if not damage:
-                # not before a good one is found: if all are damaged, none may lose its name
+                # only after an intact one is found: if all are damaged, all keep their names
                 for later, what in damaged.items():
                     url = files.join(self.url, file_name(later))
                     files.rename(url, f"{file_name(later)}.damaged")
                     log.warning(
-                        f"{url} is damaged ({what}): renamed to .damaged, one before it is used"
+                        f"{url} is damaged ({what}): renamed to .damaged, using an earlier one"
                     )
                 return self.record(step)
             damaged[step] = damage
         if damaged:
             raise ValueError(
-                f"none of the checkpoints in {self.url} is whole (step {max(damaged)}: "
-                f"{damaged[max(damaged)]}); restore one, or use a new run folder to start again"
+                f"none of the checkpoints in {self.url} is intact (step {max(damaged)}: "
+                f"{damaged[max(damaged)]}); restore one, or start anew in a new run folder"
             )
         return None
 
     def damage(self, step: int) -> str:
-        """Compare a checkpoint with its record: what is wrong, empty if it is as it was written.
+        """Compare a checkpoint with its record and describe the damage; empty if it is intact.
 
         Raises:
             ValueError: if it cannot be read.
@@ -180,7 +180,7 @@ class Store:
         if record_name(step) not in files.names(self.url):
             return "its record is missing"
         url = files.join(self.url, record_name(step))
-        # outside the try: a record that cannot be read now is not a damaged one
+        # outside the try: a record that cannot be read now is not necessarily damaged
         data = files.read_bytes(url, RECORD_BYTES)
         try:
             record = documents.decode(data, Record, url)
@@ -192,7 +192,7 @@ class Store:
             with files.local_copy(files.join(self.url, file_name(step))) as path:
                 size, digest = path.stat().st_size, files.sha256_file(path)
         except OSError as error:
-            # the disk lost the bytes; other errors, as of a missing permission, say nothing of them
+            # EIO means that the disk lost the bytes; other errors, such as permissions, do not
             if error.errno != errno.EIO:
                 raise
             return files.reason(error)
@@ -209,13 +209,13 @@ class Store:
         return files.read_document(files.join(self.url, record_name(step)), Record, RECORD_BYTES)
 
     def _delete_old(self) -> None:
-        """Keep the newest few, and the selected model's of each of them."""
+        """Delete all but the newest few and the checkpoints of the models that these selected."""
         steps = self.steps()
         kept = set(steps[-self._keep :])
         try:
             kept |= {self.record(step).best_step for step in kept}
         except ValueError:
-            return  # it is not known what they need
+            return  # without the records it is unknown which ones are needed
         for step in set(steps) - kept:
             # the file first: without its record it would count as damaged
             files.remove(files.join(self.url, file_name(step)))
@@ -232,13 +232,13 @@ def save(content: dict[str, Any], path: Path) -> None:
         with local.writer(path) as stream:
             torch.save(content, stream)
     except RuntimeError as error:
-        # torch's writer names positions in the file; the system's error is the context of its own
+        # torch's error only names file positions; the system's error is its context
         cause = error.__context__
         raise (cause if isinstance(cause, OSError) else OSError(str(error))) from error
 
 
 class Writer:
-    """Writes checkpoints while training goes on, one at a time."""
+    """Writes checkpoints in the background, one at a time."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -248,12 +248,12 @@ class Writer:
     def write(
         self, content: dict[str, Any], then: Callable[[Record, dict[str, Any]], None]
     ) -> None:
-        """Copy `content` to memory and write it in the background; `then` comes after it.
+        """Copy `content` to memory, write it in the background, then call `then`.
 
-        Waits for the checkpoint before this one.
+        Waits for the previous checkpoint first.
 
         Raises:
-            OSError: if that one could not be written.
+            OSError: if the previous one could not be written.
         """
         self.wait()
         copy = to_cpu(content)
@@ -265,18 +265,18 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint that was written last could not be; `wait` raises why."""
+        """Whether the last checkpoint could not be written; `wait` raises the reason."""
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
     def wait(self) -> None:
-        """Wait until the checkpoint under way is written.
+        """Wait until the checkpoint in progress is written.
 
         Raises:
             OSError: if it could not be.
         """
         if self._pending is not None:
-            # forgotten first, so that one failure is raised once
+            # cleared first, so that a failure is raised only once
             pending, self._pending = self._pending, None
             pending.result()
 
@@ -284,14 +284,14 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # waits: a checkpoint that is under way is finished, even if training failed meanwhile
+        # waits, so that a checkpoint in progress is finished even if training failed
         self._thread.shutdown()
 
 
 def to_cpu(value: Any) -> Any:
-    """Copy nested dicts, lists and tensors to the CPU, where the next step does not change them."""
+    """Copy nested dicts, lists and tensors to the CPU, so that later steps do not change them."""
     if isinstance(value, Tensor):
-        # copy: on a CPU, `to` alone returns the tensor itself, which the next step changes
+        # copy=True: on a CPU, `to` would return the same tensor, which the next step changes
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: to_cpu(part) for key, part in value.items()}
@@ -309,16 +309,16 @@ def content(
     kernels: Choice,
     others: Mapping[str, nn.Module] = NONE,
 ) -> dict[str, Any]:
-    """Collect what a checkpoint holds; its tensors are those in use, to be copied.
+    """Collect the content of a checkpoint; its tensors are in use and must be copied.
 
     Args:
         student: the model that learns.
         optimizer: its optimizer.
-        progress: how far it is.
-        must_agree: what the job that resumes here must have the same of.
+        progress: the step reached, and the best model.
+        must_agree: values that must be equal in the job that resumes here.
         donor_pool: images that a fill chose from; a different number of ranks may change it.
-        kernels: what its steps are computed with.
-        others: what else changes with the steps (`Job.others`).
+        kernels: kernels of its steps.
+        others: further modules that change with the steps (`Job.others`).
     """
     return {
         "model": student.state_dict(),
@@ -333,16 +333,16 @@ def content(
 
 @document
 class Content:
-    """What the file of a checkpoint holds."""
+    """The content of a checkpoint file."""
 
     model: dict[str, Any]
     optimizer: dict[str, Any]
     progress: dict[str, Any]
     must_agree: dict[str, dict[str, Any]]
     donor_pool: Count
-    # by default what every version before this field computed with
+    # the default is what all versions before this field computed with
     kernels: dict[str, Any] = field(default_factory=dict)
-    # of runs that have one
+    # only in runs that have them
     text: dict[str, Any] = field(default_factory=dict)
     teacher: dict[str, Any] = field(default_factory=dict)
 
@@ -354,7 +354,7 @@ class Content:
 
 @document(name="optimizer")
 class OptimizerState:
-    """What torch's optimizers return as their state."""
+    """The state dict of torch's optimizers."""
 
     state: dict[int, dict[str, Any]]
     param_groups: list[dict[str, Any]]
@@ -362,7 +362,7 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class Own:
-    """The run that resumes: what a checkpoint must fit."""
+    """The resuming run, which a checkpoint must match."""
 
     student: Classifier
     optimizer: torch.optim.AdamW
@@ -371,10 +371,10 @@ class Own:
     most_correct: int
     """The largest count that can select a model."""
     others: Mapping[str, nn.Module] = field(default_factory=dict)
-    """What else changes with the steps (`Job.others`)."""
+    """Further modules that change with the steps (`Job.others`)."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name all tensors of a checkpoint of this run, each with one of its shape and type."""
+        """List the tensors of this run's checkpoints, each as one of the same shape and type."""
         modules = {"model": self.student, **self.others}
         own = {
             f"{module}.{name}": value
@@ -385,7 +385,7 @@ class Own:
         parameters = (parameter for group in groups for parameter in group["params"])
         for number, parameter in enumerate(parameters):
             place = f"optimizer.{number}"
-            # fused AdamW counts steps in fp32 tensors without dimensions, one for each parameter
+            # fused AdamW counts steps in zero-dimensional fp32 tensors, one per parameter
             own[f"{place}.step"] = torch.zeros(())
             own[f"{place}.exp_avg"] = own[f"{place}.exp_avg_sq"] = parameter
             if isinstance(self.optimizer, Anchored):
@@ -396,7 +396,7 @@ class Own:
 
 @dataclass(frozen=True)
 class Saved:
-    """The content of a checkpoint that fits the run: tensors on the CPU."""
+    """The verified content of a checkpoint, with tensors on the CPU."""
 
     model: dict[str, Tensor]
     others: dict[str, dict[str, Tensor]]
@@ -410,8 +410,8 @@ def load(store: Store, record: Record, own: Own) -> Saved:
     """Read a checkpoint.
 
     Raises:
-        ValueError: if it cannot be read, was made by another run, on other data or in another
-            sample order, or holds anything that this run would not have written.
+        ValueError: if it cannot be read, was made by a different run, on other data or in a
+            different sample order, or holds anything that this run would not have written.
     """
     url = files.join(store.url, record.name)
     with files.local_copy(url) as path:
@@ -429,16 +429,16 @@ def load(store: Store, record: Record, own: Own) -> Saved:
             lines = str(error).removeprefix(f"{path} is ").splitlines() or [type(error).__name__]
             why = printable(lines[0], unpickle.SHOWN)
             raise ValueError(
-                f"{url} is no checkpoint of this run: {why}. Delete it to "
-                "resume from the one before, or use a new run folder"
+                f"{url} is not a checkpoint of this run: {why}. Delete it to resume from the one "
+                "before, or use a new run folder (docs/training.md#stop-and-resume)"
             ) from error
     more = f"; and {len(changed) - MOST_CHANGED} more" if len(changed) > MOST_CHANGED else ""
     shown = "; ".join(printable(one, unpickle.SHOWN) for one in changed[:MOST_CHANGED])
     option = repeat_precision(content.must_agree.get("config", {}), own.must_agree["config"])
     raise ValueError(
-        f"{url} was made on other data or by another run, this one would not go on where that "
-        f"stopped: {shown}{more}. Restore the data, repeat its options{option} or use a new run "
-        "folder"
+        f"{url} was made on other data or by a different run and cannot be resumed: {shown}{more}. "
+        f"Restore the data, repeat its options{option} or use a new run folder "
+        "(docs/training.md#stop-and-resume)"
     )
 
 
@@ -451,17 +451,17 @@ def _read(path: Path) -> Content:
 
 
 def _fitting(content: Content, size: int, record: Record, own: Own) -> Saved:
-    """Accept the content of a file of `size` bytes only if this run could have written it."""
+    """Verify that this run could have written the content of a file of `size` bytes."""
     progress = Progress(**content.progress)
     if (progress.step, progress.best_step) != (record.step, record.best_step):
-        raise ValueError("its record names another step or best_step")
+        raise ValueError("its record has a different step or best_step")
     if progress.step > own.total_steps or progress.best_correct > own.most_correct:
         raise ValueError(
             f"progress.step is {progress.step} of {own.total_steps} and progress.best_correct "
             f"{progress.best_correct} of {own.most_correct}"
         )
     optimizer = OptimizerState(**content.optimizer)
-    # schedule and options decide what else is in them
+    # everything else in the groups follows from schedule and options
     groups = own.optimizer.state_dict()["param_groups"]
     if [group.get("params") for group in optimizer.param_groups] != [g["params"] for g in groups]:
         raise ValueError("optimizer.param_groups are of other parameters")
@@ -493,7 +493,7 @@ def _tensors(
     own: Own,
     step: int,
 ) -> dict[str, Tensor]:
-    """Read the tensors of models and optimizer, checked against those of `Own.tensors`."""
+    """Read the tensors of models and optimizer, checked against `Own.tensors`."""
     found = {
         f"{module}.{name}": value
         for module, values in weights.items()
@@ -525,27 +525,27 @@ def _in_range(name: str, tensor: Tensor, step: int) -> bool:
     if not name.startswith("optimizer.") or name.endswith(signed):
         return bool(tensor.isfinite().all())
     if name.endswith(".step"):
-        # not 0: AdamW makes its state in the first step that it takes
+        # never 0, because AdamW creates its state in its first step
         return 1 <= float(tensor) <= step
-    return bool((tensor >= 0).all())  # squares may be too large for a float, and then are infinite
+    return bool((tensor >= 0).all())  # squares may overflow to infinity
 
 
 def resume(store: Store, world: World, own: Own, donor_pool: int) -> tuple[Progress, Choice | None]:
-    """Load the newest whole checkpoint into student and optimizer; without one, start at 0.
+    """Load the newest intact checkpoint into student and optimizer; without one, start at step 0.
 
-    Returns how far the run is, and the kernels that it was computed with; None at the start.
+    Returns the progress, and the kernels used so far; None at the start.
 
     Args:
-        store: where checkpoints are.
+        store: the checkpoints.
         world: the ranks.
-        own: the run.
+        own: the resuming run.
         donor_pool: images that a fill chooses from now.
 
     Raises:
-        ValueError: if it was made by another run, on other data or in another sample order, or
-            is not what a run writes; student and optimizer are as they were.
+        ValueError: if it was made by a different run, on other data or in a different sample order,
+            or is not a valid checkpoint; student and optimizer are then unchanged.
     """
-    # one rank looks, because looking hashes each file and renames damaged ones
+    # only one rank searches, because that hashes each file and renames damaged ones
     record = dist.from_main(world, dist.on_main(world, store.newest_whole))
     if record is None:
         return Progress(), None
@@ -558,8 +558,8 @@ def resume(store: Store, world: World, own: Own, donor_pool: int) -> tuple[Progr
         log.info(f"resuming after step {record.step}")
         if saved.donor_pool != donor_pool:
             log.info(
-                f"fills choose from {donor_pool} images now, from {saved.donor_pool} before: "
-                "the batches stay the same, the counterfactuals do not (a run that begins "
-                "with --method.donors global keeps them)"
+                f"fills now choose from {donor_pool} images, before from {saved.donor_pool}: the "
+                "batches stay the same, the counterfactuals do not (with --method.donors global "
+                "from the start they would)"
             )
     return saved.progress, saved.kernels

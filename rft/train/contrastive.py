@@ -1,8 +1,9 @@
-"""FLYP: image and text tower are fine-tuned by the loss that CLIP was pre-trained by.
+"""FLYP: fine-tuning of image and text tower by CLIP's pre-training loss.
 
-Each image has a prompt of its class, of a template that is drawn anew in each step. The negatives
-are those of the global batch on any number of ranks. The loss does not use the head, which is made
-of the text tower at the end of each epoch, so that a run's weights are those of any other recipe.
+Each image is paired with a prompt of its class, from a template drawn anew in each step. The
+negatives come from the global batch on any number of ranks. The loss does not use the head; the
+head is built from the text tower at the end of each epoch, so that a run's weights have the same
+form as those of other recipes.
 
 Shapes: B images of this rank, K classes, M templates, T tokens, E embedding.
 """
@@ -21,37 +22,37 @@ from rft.method.contrastive import info_nce
 
 
 class Pairs(NamedTuple):
-    """What a step's prompts are, and how their ranks exchange features."""
+    """The prompts of a step, and the exchange of features between ranks."""
 
     template_B: Tensor
     """Template of each image's prompt, int64."""
     gather: Callable[[Tensor], Tensor]
-    """Joins all ranks' rows, in rank order; gradients go back to where they came from."""
+    """Concatenates the rows of all ranks in rank order; gradients flow back to their rank."""
     first: int
     """This rank's first row among them."""
 
 
 class Contrast(nn.Module):
-    """The text tower that learns, and the prompts of every class."""
+    """The trained text tower, and the prompts of every class."""
 
     prompts_KMT: Tensor
 
     def __init__(self, tower: TextTower, prompts_KMT: Tensor) -> None:
         super().__init__()
         self.tower = tower
-        # on the device: a step's prompts are looked up there by the labels, without a wait
+        # on the device, so that looking up prompts by labels needs no synchronisation
         self.register_buffer("prompts_KMT", prompts_KMT, persistent=False)
 
     @property
     def templates(self) -> int:
-        """How many prompts a class has."""
+        """Number of prompts per class."""
         return self.prompts_KMT.shape[1]
 
     def forward(self, features_BE: Tensor, labels_B: Tensor, pairs: Pairs) -> Tensor:
-        """Return this rank's part of the loss; `features_BE` are the image tower's."""
+        """Compute this rank's part of the loss; `features_BE` are the image tower's."""
         texts_BE = self.tower(self.prompts_KMT[labels_B, pairs.template_B])
         images_BE = F.normalize(features_BE.float(), dim=-1)
-        # in one exchange
+        # images and texts in one exchange
         all_GE = pairs.gather(torch.cat([images_BE, texts_BE], dim=1))
         all_images_GE, all_texts_GE = all_GE.chunk(2, dim=1)
         return info_nce(
@@ -60,7 +61,7 @@ class Contrast(nn.Module):
 
     @torch.no_grad()
     def rebuild(self, head: nn.Linear, world: World) -> None:
-        """Make the zero-shot head of the text tower as it is; each rank embeds some classes."""
+        """Build the zero-shot head from the current text tower; each rank embeds some classes."""
         classes = len(self.prompts_KMT)
         each = -(-classes // world.size)
         # the last ranks repeat the last class, because ranks exchange equal shapes

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would be, before anything is written or started.
+"""`--dry-run`: description of a run before anything is written or started.
 
 Sizes of weights, data and checkpoints are exact; rft/train/memory.py counts the memory of a step.
 """
@@ -24,18 +24,22 @@ from rft.train.memory import counts_all_tokens, module_bytes, needs, state_bytes
 from rft.train.optim import schedule_warning
 from rft.train.rate import about, step_seconds
 
-RANKS = [2**power for power in range(8)]  # rows of the table, as far as the batch can be shared
-LINE_BYTES = 450  # of metrics.jsonl, about
-OPTIMIZERS = {"adamw": "AdamW", "spd": "AdamW", "ftp": "AdamW and FTP"}  # what has a state
+RANKS = [2**power for power in range(8)]  # rows of the table, if they can share the batch
+LINE_BYTES = 450  # approximate size of a line of metrics.jsonl
+OPTIMIZERS = {
+    "adamw": "AdamW",
+    "spd": "AdamW",
+    "ftp": "AdamW and FTP",
+}  # name of the state in the table
 
 log = logging.getLogger(__name__)
 
 
 def estimate(job: Job, arguments: Sequence[str], why: str = "") -> str:
-    """Describe what a job would be: configuration, data, steps, memory, I/O, next command.
+    """Describe a job: configuration, data, steps, memory, I/O, next command.
 
-    `arguments` are those of the command line without `--dry-run`; `why` is the reason for the
-    precision, where `auto` chose it.
+    `arguments` are the command line without `--dry-run`; `why` is the reason for the precision, if
+    `auto` chose it.
     """
     config, ranks, packed = job.config, job.world.size, job.batches.packed
     set_size = small.Size.of(packed.index.label)
@@ -65,17 +69,17 @@ def estimate(job: Job, arguments: Sequence[str], why: str = "") -> str:
 
 
 def shots(config: Config) -> str:
-    """Describe the few-shot choice behind the number of images; empty without one."""
+    """Format the few-shot setting, to append to the number of images; empty without one."""
     return f" ({config.loader.shots} of each class)" if config.loader.shots else ""
 
 
 def configuration(
     config: Config, why: str = "", by_size: Mapping[str, int] | None = None
 ) -> list[str]:
-    """List the configuration by field, with a mark where it differs from the recipe's default.
+    """List the configuration by field, marking differences from the recipe's defaults.
 
-    A precision that `auto` chose is none of them; `why` stands behind it. `by_size` are the
-    defaults that follow from the size of the set.
+    A precision chosen by `auto` is not marked; `why` is appended to it. `by_size` are the defaults
+    that follow from the size of the set.
     """
     default = recipes.build(config.recipe, scale=config.scale, preset=config.preset)
     usual = {**_leaves(default.to_dict()), **(by_size or {})}
@@ -84,7 +88,7 @@ def configuration(
         if name == "precision" and why:
             lines.append(f"  {name:24s} {value}  ({why})")
             continue
-        # where data and run lie has no default
+        # data and run folder have no defaults
         changed = value != usual[name] and name not in ("data", "run")
         was = f"  (the recipe's is {_shown(usual[name])})" if changed else ""
         lines.append(f"{'*' if changed else ' '} {name:24s} {_shown(value)}{was}")
@@ -106,10 +110,10 @@ def _shown(value: Any) -> str:
 
 
 def steps(config: Config, plan: Plan, total: int) -> list[str]:
-    """Count the optimizer steps of the run, and those that are done; warn of a bad schedule."""
+    """Count the run's optimizer steps and the finished ones; warn of an unsuitable schedule."""
     lines = [
-        f"{plan.steps_per_epoch:,} an epoch, {total:,} in {config.optim.epochs} epochs of "
-        f"global batch {plan.batch_size:,}"
+        f"{plan.steps_per_epoch:,} per epoch, {total:,} in {config.optim.epochs} epochs of global "
+        f"batch {plan.batch_size:,}"
     ]
     if warning := schedule_warning(total, config.optim):
         log.warning(warning)
@@ -120,7 +124,7 @@ def steps(config: Config, plan: Plan, total: int) -> list[str]:
 
 
 def memory_table(job: Job) -> list[str]:
-    """Tabulate the memory of a rank, for this run's number of ranks and other possible ones."""
+    """Tabulate the memory per rank, for this run's number of ranks and other possible ones."""
     config, ranks = job.config, possible_ranks(job.config, job.world.size)
     objective = job.objective
     trained = module_bytes(objective, trained=True)
@@ -136,7 +140,7 @@ def memory_table(job: Job) -> list[str]:
         parts["pre-trained weights in fp32"] = module_bytes(objective.pretrained)
     need = needs(job, ranks)
     how = (
-        f"ESTIMATE ({need.estimated}): activations alone, temporary tensors come on top"
+        f"ESTIMATE ({need.estimated}): activations only, temporary tensors come on top"
         if need.estimated
         else "the peak of one step, counted by torch's tracker"
     )
@@ -144,8 +148,8 @@ def memory_table(job: Job) -> list[str]:
         how += ", as if no token were dropped"
     lines = [
         ", ".join(f"{name} {size(value)}" for name, value in parts.items()),
-        f"in all: {how}; a GPU's context and the gaps of its allocator too",
-        "ranks  images at once  fills choose from   in all",
+        f"total: {how}; GPU context and allocator fragmentation come on top",
+        "ranks  images at once  fills choose from    total",
     ]
     for count, total in zip(ranks, need.totals, strict=True):
         pool = config.donor_pool(count) if config.method.masks and not config.method.drops else "-"
@@ -154,7 +158,7 @@ def memory_table(job: Job) -> list[str]:
 
 
 def expected_time(job: Job) -> list[str]:
-    """Estimate the time of the run from steps that are timed here, in a few seconds."""
+    """Estimate the time of the run by timing steps for a few seconds."""
     if not job.total_steps:
         return ["nothing is trained"]
     try:
@@ -163,15 +167,15 @@ def expected_time(job: Job) -> list[str]:
         return [f"not measured: {error}"]
     return [
         f"{about(seconds * job.total_steps)} for {job.total_steps:,} steps, at {seconds:.3g} s per "
-        "step as measured on this machine just now;",
+        "step, measured on this machine just now;",
         "reading images, held-out images and checkpoints come on top",
     ]
 
 
 def possible_ranks(config: Config, own: int) -> list[int]:
-    """List the numbers of ranks that can share the batch, this run's among them, rising."""
+    """List the numbers of ranks that can share the batch, including this run's, ascending."""
     found = {own}
-    # where one power of two cannot share the batch, no larger one can
+    # if one power of two cannot share the batch, no larger one can
     with contextlib.suppress(ValueError):
         for ranks in RANKS:
             config.micro_batch(ranks)
@@ -180,17 +184,17 @@ def possible_ranks(config: Config, own: int) -> list[int]:
 
 
 def traffic(job: Job) -> list[str]:
-    """Estimate what the run reads per epoch and second, and what it writes."""
+    """Estimate the run's reads per epoch and per second, and its writes."""
     config, plan, packed = job.config, job.batches.plan, job.batches.packed
     image = float(np.mean(packed.index.length[job.batches.samples]))
     epoch = plan.steps_per_epoch * plan.batch_size
     lines = [
-        f"reads {size(epoch * image)} an epoch: {size(1000 * image)}/s for every 1,000 images/s",
+        f"reads {size(epoch * image)} per epoch: {size(1000 * image)}/s for every 1,000 images/s",
         *features.in_words(job),
     ]
     if len(job.held_out):
         held_out = float(np.sum(packed.index.length[job.held_out]))
-        lines.append(f"reads {size(held_out)} more after each epoch (held out)")
+        lines.append(f"reads another {size(held_out)} after each epoch (held-out images)")
     saved = checkpoint_steps(job.total_steps, plan.steps_per_epoch, config.log.checkpoint_steps)
     results = config.optim.epochs * bool(len(job.held_out))
     count = len(saved)
@@ -198,7 +202,7 @@ def traffic(job: Job) -> list[str]:
     each = weights + 2 * module_bytes(job.objective, trained=True)
     each += sum(module_bytes(module) for module in job.others.values())
     kept = (
-        "those of the models that these selected, and the selected and the last weights"
+        "the checkpoints of the models that these selected, and the selected and the last weights"
         if job.selects
         else "and the last weights under both names"
     )
@@ -213,7 +217,7 @@ def traffic(job: Job) -> list[str]:
 
 
 def checkpoint_steps(total: int, epoch: int, between: int) -> set[int]:
-    """List the steps after which a checkpoint is written if nothing stops the run."""
+    """List the steps after which an uninterrupted run writes a checkpoint."""
     return {*range(epoch, total + 1, epoch), *range(between, total + 1, between)}
 
 

@@ -1,7 +1,7 @@
-"""`--compile`: which kernels a run computes with, by measurement on the GPU that it trains on.
+"""`--compile`: choice of a run's kernels, by timing them on its GPU.
 
-The choice is part of a checkpoint, because other kernels round otherwise: a resumed run computes as
-it began, whatever would be faster where it resumes.
+The choice is stored in checkpoints, because different kernels round differently: a resumed run
+keeps its kernels, even if others would be faster on the new machine.
 """
 
 import logging
@@ -19,27 +19,27 @@ from rft.train.job import Job
 from rft.train.kernels import Choice, Kernels, load
 from rft.train.step import accumulate_gradients, blank_batch
 
-ROUNDS = 3  # timed steps of each choice
-WORTH = 120.0  # seconds of training as written, below which the compiling would not pay
-# of the largest number of a row: sums in another order, and for tf32 products of fewer digits
+ROUNDS = 3  # timed steps per choice
+WORTH = 120.0  # seconds of eager training, below which compiling would not pay off
+# relative to the largest value: sums in a different order, and tf32 products with fewer digits
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 1e-4}
 
 log = logging.getLogger(__name__)
 
 
 def choose(job: Job, done: int, recorded: Choice | None) -> Kernels:
-    """Return the kernels for a run of which `done` steps are done; the same on every rank.
+    """Choose the kernels for a run after `done` steps; the same on every rank.
 
-    `recorded` is what those steps were computed with, if it was resumed.
+    `recorded` is the choice used for those steps, if the run is resumed.
 
     Raises:
-        ValueError: if they were asked for and cannot be compiled here.
+        ValueError: if compiled kernels are requested but cannot be compiled here.
     """
     wanted = job.config.compile
     on_gpu = job.device.type == "cuda"
     if wanted == "off" or (recorded is None and wanted == "auto" and not on_gpu):
         return Kernels()
-    # nothing is left to compute, or it began as written
+    # nothing is left to compute, or the run began with eager kernels
     if done >= job.total_steps or (wanted == "auto" and recorded == Choice()):
         return Kernels()
     if wanted == "on":
@@ -47,20 +47,20 @@ def choose(job: Job, done: int, recorded: Choice | None) -> Kernels:
     elif recorded is not None:
         choice = recorded
     elif job.config.method.masks and job.config.micro_batch(job.world.size) < 2:
-        # each image needs another as its donor, and a rank that tries alone has none
+        # each image needs another as its donor, and a rank that tries kernels on its own has none
         return Kernels()
     else:
         return load(fastest(job, done))
     if problem := first_problem(job, choice):
         if wanted == "on":
             raise ValueError(f"--compile on: {problem}; use --compile off")
-        log.warning(f"{problem}; this run began with {choice} and is computed as written from here")
+        log.warning(f"{problem}; this run began with {choice} and continues with eager kernels")
         return Kernels()
     return load(choice)
 
 
 def fastest(job: Job, done: int) -> Choice:
-    """Time the ways to compute a step that there are, on blank images; return the fastest."""
+    """Time all ways to compute a step on blank images, and choose the fastest."""
     world, times = job.world, {Choice(): seconds(job, Choice())}
 
     def time(choice: Choice) -> None:
@@ -71,12 +71,12 @@ def fastest(job: Job, done: int) -> Choice:
             times[choice] = seconds(job, choice)
 
     def best() -> Choice:
-        # one rank decides, because their clocks differ
+        # one rank decides, because timings differ between ranks
         return dist.from_main(world, min(times, key=lambda choice: times[choice]))
 
     steps = job.total_steps - done
     if features.keeps(job) and "student" in job.objective.frozen:
-        # the steps after the first epoch's read what the tower gave
+        # later epochs read stored features instead of running the tower
         steps = min(steps, job.batches.plan.steps_per_epoch)
     if dist.from_main(world, steps * times[Choice()] < WORTH):
         return Choice()
@@ -87,10 +87,10 @@ def fastest(job: Job, done: int) -> Choice:
         time(Choice(layers=layers, cam="triton"))
     choice = best()
     if job.device.type == "cuda":
-        torch.cuda.empty_cache()  # of what was tried
+        torch.cuda.empty_cache()  # memory of the trials
     if world.is_main:
         share = times[choice] / times[Choice()]
-        log.info(f"{choice}: a step takes {share:.2f} of its time as written, measured here")
+        log.info(f"{choice}: a step takes {share:.2f} of its eager time, measured here")
     return choice
 
 
@@ -99,13 +99,13 @@ def _has_maps(job: Job) -> bool:
 
 
 def first_problem(job: Job, choice: Choice) -> str:
-    """Compute a step with these kernels on every rank; return why one cannot, empty if all can."""
+    """Try a step with these kernels on every rank; return the first problem, empty if all can."""
     problem = ""
     try:
         kernels = load(choice)
         check(job, kernels.through)
         run(job, kernels)
-    # a compiler has no one class for what it cannot do, and a driver none for what it refuses
+    # neither compilers nor drivers have one class for their errors
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         problem = f"{choice} cannot be used here ({type(error).__name__}: {reason})"
@@ -113,7 +113,7 @@ def first_problem(job: Job, choice: Choice) -> str:
 
 
 def seconds(job: Job, choice: Choice) -> float:
-    """Return the seconds of a step's gradients, the fastest of some; after one that compiles."""
+    """Time a step's gradients: the fastest of several, after a first one that compiles."""
     kernels, found = load(choice), []
     for _ in range(1 + ROUNDS):
         began = time.perf_counter()
@@ -123,13 +123,13 @@ def seconds(job: Job, choice: Choice) -> float:
 
 
 def run(job: Job, kernels: Kernels) -> None:
-    """Compute the gradients of a step on blank images on this rank alone, and throw them away."""
+    """Compute a step's gradients on blank images on this rank alone, and discard them."""
     method = replace(job.config.method, donors="local")
     alone = replace(job, config=replace(job.config, method=method))
     own = job.objective.kernels
     try:
         job.objective.kernels = kernels
-        # the objective itself, not what exchanges its gradients: ranks may fail one by one
+        # without the data-parallel wrapper, because a single rank may fail
         accumulate_gradients(alone, job.objective, blank_batch(job), step=-1)
         if job.device.type == "cuda":
             torch.cuda.synchronize(job.device)
@@ -139,7 +139,7 @@ def run(job: Job, kernels: Kernels) -> None:
 
 
 def check(job: Job, through: Through) -> None:
-    """Compare a CAM's kernel with the one that is written out, on random heads.
+    """Compare a CAM kernel with the eager one, on random inputs.
 
     Raises:
         ArithmeticError: if they differ by more than the rounding of sums.
@@ -160,4 +160,4 @@ def check(job: Job, through: Through) -> None:
     )
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     if not difference < TOLERANCE[job.config.precision]:
-        raise ArithmeticError(f"a CAM that differs by {difference:.1e} of its largest number")
+        raise ArithmeticError(f"a CAM that differs by {difference:.1e} of its largest value")

@@ -1,14 +1,14 @@
 """Features of frozen towers: computed in the first epoch, read from files in later ones.
 
-Without augmentation a frozen tower gives a clean image the same features in every epoch: the
-student's in a linear probe, no-mask's teacher, WiSE-KD's second teacher. With it, only those of the
-held-out images are kept. In the epoch that
-fills the files each rank computes its part of every batch as it always does, and the main rank,
-which gets all parts, writes them. What that epoch did not see is computed at its end. From then on
-a batch comes with its rows, and without images where no tower looks at them.
+Without augmentation, a frozen tower gives a clean image the same features in every epoch: the
+student's tower in a linear probe, no-mask's teacher, WiSE-KD's second teacher. With augmentation,
+only the features of held-out images are stored. In the first epoch each rank computes its part of
+every batch as usual, and the main rank gathers and writes all parts. Samples that this epoch did
+not visit are computed at its end. Later batches come with their stored rows, and without images if
+no tower needs them.
 
-A row is only used where its forward had the same number of images in the same precision on the same
-kind of device; on a CPU it is then equal bit by bit to what its own batch would give.
+A row is only used if its forward had the same number of images, the same precision and the same
+kind of device; on a CPU it then equals its own batch's result bit for bit.
 
 Shapes: B batch, E embedding.
 """
@@ -37,14 +37,14 @@ from rft.loading.order import rank_slice
 from rft.runs import filenames
 from rft.train.job import Job
 
-PROBED = 64  # rows that a rank reads to see whether the main rank's file is its own too
-SCANNED = 4096  # rows that are looked at together
+PROBED = 64  # rows that a rank reads to check that it sees the main rank's file
+SCANNED = 4096  # rows checked at a time
 
 log = logging.getLogger(__name__)
 
 
 def folder(config: Config) -> FeatureFolder:
-    """Return where a run keeps features."""
+    """Open the folder in which a run stores features."""
     loader = config.loader
     path = (
         Path(loader.features_dir) if loader.features_dir else Path(config.run, filenames.FEATURES)
@@ -55,20 +55,20 @@ def folder(config: Config) -> FeatureFolder:
 def keeps(job: Job) -> bool:
     """Whether the run reads training images' features from files.
 
-    It does with frozen towers and several epochs that show the same pixels.
+    True with frozen towers and several epochs of identical pixels.
     """
     return _lasts(job) and job.config.loader.augment == "none" and bool(job.objective.frozen)
 
 
 def _lasts(job: Job) -> bool:
-    """Whether features that are kept would be read in a later epoch."""
+    """Whether stored features would be read in a later epoch."""
     return job.config.optim.epochs > 1 and job.config.loader.features_gb > 0
 
 
 def in_words(job: Job) -> list[str]:
-    """Describe what a run keeps, for `--dry-run`."""
+    """Describe the features that a run stores, for `--dry-run`."""
     if job.config.loader.augment != "none" and _lasts(job) and job.objective.frozen:
-        return ["keeps no features of training images, which are augmented anew in each epoch"]
+        return ["stores no features of training images, because each epoch augments them anew"]
     if not keeps(job):
         return []
     towers, where = job.objective.frozen, folder(job.config)
@@ -76,27 +76,27 @@ def in_words(job: Job) -> list[str]:
     count = len(job.batches.packed) * len(towers) + len(job.held_out) * ("student" in towers)
     if count * each > where.limit:
         return [
-            f"keeps no features of the frozen image tower: {decimal(count * each)} are more than "
+            f"stores no features of the frozen image tower: {decimal(count * each)} exceed "
             "--loader.features-gb"
         ]
     after = "reads no images" if "student" in towers else "its forward is not repeated"
     return [
-        f"keeps the features of the frozen {' and '.join(towers)}, {decimal(count * each)} in "
+        f"stores the features of the frozen {' and '.join(towers)}, {decimal(count * each)} in "
         f"{where.path}: after the first epoch {after}"
     ]
 
 
 def held_out(job: Job) -> Kept | None:
-    """Return where the held-out images' features are kept; None if their tower learns."""
+    """Open the stored features of the held-out images; None if their tower is trained."""
     if not (_lasts(job) and "student" in job.objective.frozen and len(job.held_out)):
         return None
     return Kept.of(folder(job.config), [job.student])
 
 
 def read_batches(job: Job, steps: range) -> Generator[Batch]:
-    """Yield this rank's batches of `steps`, with the features of frozen towers where they are kept.
+    """Yield this rank's batches of `steps`, with features of frozen towers if they are stored.
 
-    Ranks must take each batch together. Raises what `rft.loading.read.read_batches` does.
+    Ranks must take each batch together. Raises the errors of `rft.loading.read.read_batches`.
     """
     with ExitStack() as stack:
         rows = Rows.open(job, stack) if keeps(job) and steps else None
@@ -121,17 +121,17 @@ def _stream(job: Job, steps: range, stack: ExitStack) -> Generator[Batch]:
 
 
 class Rows:
-    """The files of a job's frozen towers; row n is sample n of the set. All ranks act alike."""
+    """The files of a job's frozen towers; row n is sample n of the set. All ranks call it alike."""
 
     def __init__(self, job: Job, opened: Mapping[str, FeatureFile], have: np.ndarray) -> None:
         self._job, self._opened, self._have = job, opened, have
         self.per_epoch = job.batches.plan.steps_per_epoch
-        # of the batch before, on their way from the device while it computes on
+        # features of the previous batch, being copied from the device while it computes on
         self._pending: tuple[np.ndarray, dict[str, Callable[[], Tensor]]] | None = None
 
     @classmethod
     def open(cls, job: Job, stack: ExitStack) -> "Rows | None":
-        """Open the files and find which rows they have; None if a rank cannot keep any."""
+        """Open the files and find the rows they have; None if a rank cannot store any."""
         config, world, packed = job.config, job.world, job.batches.packed
         keys = {
             name: {
@@ -145,7 +145,7 @@ class Rows:
             for name, model in job.objective.frozen.items()
         }
         opened = {}
-        # the main rank's, should the GPUs of the ranks have different names
+        # the main rank's keys, in case the ranks' GPUs have different names
         for name, key in dist.from_main(world, keys).items():
             width = job.student.architecture.embed_dim
             file = folder(config).open(key, len(packed), width)
@@ -166,7 +166,7 @@ class Rows:
         have = np.unpackbits(packed_bits, count=len(packed)).astype(bool)
         rows = cls(job, opened, have)
         if rows.complete:
-            log.info(f"features are read from {folder(config).path}")
+            log.info(f"reading features from {folder(config).path}")
         return rows
 
     @property
@@ -175,14 +175,14 @@ class Rows:
         return bool(self._have[self._job.batches.samples].all())
 
     def computed(self, step: int, batch: Batch) -> Batch:
-        """Compute a batch's features, which are written too."""
+        """Compute and store a batch's features."""
         began = time.perf_counter()
         features = self._forward(batch.images_BCHW)
         self._keep(self._job.batches.global_samples(step), features)
         return batch._replace(features=features, computing=time.perf_counter() - began)
 
     def finish(self) -> bool:
-        """Compute the rows that are still missing; whether every rank can read them all."""
+        """Compute the missing rows; False if a rank cannot read all of them."""
         job, world, files = self._job, self._job.world, self._opened.values()
         # the warning was logged when it failed
         if dist.largest(world, int(any(file.failed for file in files))):
@@ -190,7 +190,7 @@ class Rows:
         missing = job.batches.samples[~self._have[job.batches.samples]]
         images = job.config.micro_batch(world.size)
         together = images * world.size
-        # repeated to whole batches: a forward of fewer images may give different last bits
+        # padded to full batches by repetition: a smaller forward may give different last bits
         missing = np.resize(missing, -(-len(missing) // together) * together)
         mine = missing.reshape(-1, world.size, images)[:, world.rank].reshape(-1)
         batches = EvaluationBatches(
@@ -210,14 +210,14 @@ class Rows:
         seen = all(not file.failed and file.read(probed)[1].all() for file in files)
         if dist.largest(world, int(not seen)):
             log.warning(
-                f"not every rank can read what was written to {folder(job.config).path}, so "
-                "features are computed in each epoch; do all nodes see that folder?"
+                f"not every rank can read the features in {folder(job.config).path}, so they are "
+                "recomputed in each epoch; do all nodes see that folder?"
             )
             return False
         return True
 
     def read(self, steps: range, stack: ExitStack) -> Generator[Batch]:
-        """Yield the batches of `steps` with their rows; without images where none are wanted."""
+        """Yield the batches of `steps` with their rows; without images if no tower needs them."""
         job = self._job
         if "student" not in self._opened:
             for batch in _stream(job, steps, stack):
@@ -237,7 +237,7 @@ class Rows:
             )
 
     def _read(self, samples: np.ndarray, images_BCHW: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the rows of this rank's samples; computed anew if one of them is damaged."""
+        """Read the rows of this rank's samples; recompute them if one is damaged."""
         features = {}
         for name, file in self._opened.items():
             rows_BE, whole_B = file.read(samples)
@@ -256,23 +256,23 @@ class Rows:
         return features
 
     def _forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """Return the features of each tower, fp32, in forwards of a micro-batch each."""
+        """Compute the features of each tower in fp32, with one forward per micro-batch."""
         job, size = self._job, self._job.config.micro_batch(self._job.world.size)
         with autocast(job.device, job.config.precision):
             parts = [job.objective.frozen_features(part) for part in images_BCHW.split(size)]
-        # fp32 holds bf16 exactly, and every loss computes in it
+        # fp32 represents bf16 exactly, and every loss is computed in fp32
         return {name: torch.cat([part[name].float() for part in parts]) for name in self._opened}
 
     def _keep(self, samples: np.ndarray, features: Mapping[str, Tensor]) -> None:
-        """Have the main rank write what all ranks computed for a global batch."""
+        """Have the main rank write the features that all ranks computed for a global batch."""
         world = self._job.world
-        # on every rank: gathering needs all of them
+        # on every rank, because gathering needs all of them
         rows = {name: dist.gather_rows(world, rows_BE) for name, rows_BE in features.items()}
         self._have[samples] = True
         if not world.is_main:
             return
         self._write()
-        # copied while the step computes: to wait here would keep the GPU waiting for its work
+        # copied while the step computes: waiting here would leave the GPU idle
         self._pending = samples, {name: to_cpu(rows_BE) for name, rows_BE in rows.items()}
 
     def _write(self) -> None:

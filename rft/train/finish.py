@@ -1,4 +1,4 @@
-"""A run from its lock to its last file: train, finish the run folder, print the next command."""
+"""A run from lock to last file: train, complete the run folder, print the next command."""
 
 import logging
 from dataclasses import asdict
@@ -26,19 +26,19 @@ log = logging.getLogger(__name__)
 
 
 def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
-    """Train one run to its end and leave a finished run folder.
+    """Train one run to its end and complete its run folder.
 
     Returns:
-        The exit code: 0, or `STOPPED` if something asked to stop before the end.
+        The exit code: 0, or `STOPPED` after a stop request before the end.
     """
     config, world = job.config, job.world
-    # one node's GPUs may have what another's lack
+    # nodes may have different GPUs, on which auto chooses differently
     advice = "name one for all of them, e.g. --precision fp32"
     dist.require_agreement(world, "precision", config.precision, advice)
     dist.require_agreement(world, "data fingerprint", job.fingerprint)
     run = RunFolder(config)
     with run.taken(world, request):
-        # the job that was in the folder until now may have finished it
+        # the job that held the folder until now may have finished the run
         if done := dist.from_main(world, dist.on_main(world, lambda: finished(config))):
             tell_finished(config, done, world)
             return 0
@@ -57,12 +57,12 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
                 inputs=inputs_fingerprint(config),
                 weights_sha256=weights_record(run.path),
             )
-            # a second look, because a gallery takes a while
+            # checked again, because a gallery takes a while
             run.require_there()
-            # last: with this file the run counts as complete
+            # last, because this file marks the run as complete
             files.write_json(str(run.path / filenames.TRAINING), asdict(record))
             log.info(f"run finished: {config.run} ({job.chosen(progress.best_step)})")
-            # with the finished other seeds beside it
+            # include other finished seeds next to it
             runs = commands.with_seeds([run.path], filenames.TRAINING)
             ranks = world.local_size
             cli.say_next(commands.evaluation(runs, config.data, config.train_set, ranks=ranks))
@@ -70,7 +70,7 @@ def run_job(job: Job, request: StopRequest, *, profile: bool = False) -> int:
 
 
 def write_run_gallery(job: Job) -> None:
-    """Write the gallery of what the selected model's masks and fills make of held-out images."""
+    """Write the gallery: the selected model's masks and fills of held-out images."""
     packed, folder = job.batches.packed, RunFolder(job.config).path
     shown = pictures.gallery_samples(job)
     if len(shown):
@@ -87,13 +87,14 @@ def tell_finished(config: Config, done: Finished, world: World) -> None:
     """Report that a run is finished.
 
     Raises:
-        ValueError: if it was built on other weights than those that are named now.
+        ValueError: if it was built on other weights than those named now.
     """
-    # not part of the identity, which leaves out the paths of these weights
+    # checked here, because the identity leaves out the paths of these weights
     if changed := files.difference(done.record.inputs, inputs_fingerprint(config)):
         raise ValueError(
             f"{config.run} is a finished run that was built on other weights: "
-            f"{'; '.join(changed)}. Name those again, or choose another --run-dir"
+            f"{'; '.join(changed)}. Name those weights, or choose another --run-dir "
+            "(docs/training.md#stop-and-resume)"
         )
     if world.is_main:
         notes = [f"in {load_config(Path(config.run)).precision}"]

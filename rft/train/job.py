@@ -18,11 +18,11 @@ from rft.train.objective import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a run trains, on what, and where.
+    """Models, data and device of a run.
 
-    Everything that is settled before the first step and the same until the last: rft/train/build.py
-    makes it, `--dry-run` describes it, the loop trains it. It is one value because a step, the
-    selection and the checkpoints each need most of it; what needs less takes only that.
+    It holds everything that is fixed from the first step to the last: rft/train/build.py makes it,
+    `--dry-run` describes it, the loop trains it. It is one value because a step, the selection and
+    the checkpoints each need most of it; other functions take only the parts that they need.
     """
 
     config: Config
@@ -33,23 +33,23 @@ class Job:
     held_out: np.ndarray
     fingerprint: dict[str, Any]
     start_seen: frozenset[TrainedOn] = frozenset()
-    """What the weights that the student starts with were trained on."""
+    """Sets that the student's first weights were trained on."""
 
     def __post_init__(self) -> None:
-        # anything else would be computed, and recorded, as if it were fp32
+        # an unresolved `auto` would be computed, and recorded, as if it were fp32
         if self.config.precision not in get_args(Precision):
             raise RuntimeError(
-                f"a job's precision is {self.config.precision!r}; resolve_precision comes before it"
+                f"a job's precision is {self.config.precision!r}; call resolve_precision first"
             )
 
     @property
     def must_agree(self) -> dict[str, Any]:
-        """What two jobs must have the same of, for the second to go on where the first stopped."""
+        """Values that must be equal in two jobs, for the second to resume the first."""
         return {"config": self.config.identity(), "data": self.fingerprint}
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the full run."""
         return self.config.optim.epochs * self.batches.plan.steps_per_epoch
 
     @property
@@ -58,7 +58,7 @@ class Job:
         return len(self.held_out) > 0 and self.config.optim.epochs > 1
 
     def chosen(self, step: int) -> str:
-        """Describe in a few words which model the run is left with, and how it was selected."""
+        """Describe briefly which model the run keeps, and how it was selected."""
         if self.total_steps == 0:
             return "the model it started with"
         if self.selects:
@@ -68,17 +68,17 @@ class Job:
 
     @property
     def classes(self) -> Classes:
-        """Classes of the training set, which are the head's."""
+        """Classes of the training set and of the head."""
         return self.batches.packed.manifest.label_space
 
     @property
     def others(self) -> dict[str, nn.Module]:
-        """What changes with the steps beside the student, by its name in a checkpoint."""
+        """Other modules than the student that change with the steps, by name in a checkpoint."""
         objective, found = self.objective, {}
         if objective.contrast is not None:
             found["text"] = objective.contrast.tower
         if self.config.method.teacher != "frozen":
-            # its head is never looked at
+            # its head is never used
             found["teacher"] = objective.teacher.visual
         return found
 

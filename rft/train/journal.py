@@ -1,4 +1,4 @@
-"""What a run records while it trains: metrics.jsonl, TensorBoard, wandb, log lines or a bar."""
+"""Records of a training run: metrics.jsonl, TensorBoard, wandb, log lines or a bar."""
 
 import contextlib
 import importlib.metadata
@@ -23,15 +23,15 @@ from rft.storage import files, local
 from rft.train.pictures import Counterfactuals, grid
 from rft.train.run import vanished
 
-SECONDS_PER_LINE = 60.0  # without a terminal; each held-out result is a line too
-SECONDS_TO_UPLOAD = 30.0  # at the end; a job that is asked to stop has little time
+SECONDS_PER_LINE = 60.0  # without a terminal; held-out results get lines of their own
+SECONDS_TO_UPLOAD = 30.0  # at the end; a job that must stop has little time
 PICTURES = "counterfactuals"
 
 log = logging.getLogger(__name__)
 
 
 def require_packages(config: Config) -> None:
-    """Check that what the run is to log to is installed.
+    """Check that the packages for the requested logs are installed.
 
     Raises:
         ValueError: with the command that installs it.
@@ -39,16 +39,16 @@ def require_packages(config: Config) -> None:
     if not config.log.wandb:
         return
     try:
-        # not find_spec: the folder ./wandb that wandb itself leaves behind looks like a module
+        # not find_spec: the folder ./wandb that wandb leaves behind looks like a module
         importlib.metadata.version("wandb")
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(
-            "--log.wandb needs a package that is not installed: pip install -e '.[wandb]'"
+            "--log.wandb needs the package wandb: pip install -e '.[wandb]'"
         ) from error
 
 
 class Journal:
-    """All of it on the main rank; on the others nothing is written or shown."""
+    """All records of a run, on the main rank only; other ranks write and show nothing."""
 
     def __init__(self, config: Config, done: int, total: int, *, writes: bool) -> None:
         self._writes, self._image_steps = writes, config.log.image_steps
@@ -57,33 +57,34 @@ class Journal:
         self._folder = Path(config.run)
         path, last = self._folder / filenames.METRICS, None
         self._time = 0.0
-        # a killed run may have logged beyond its last checkpoint, and half a line at the end
+        # a killed run may have logged beyond its last checkpoint, and left half a line
         with files.publish(str(path)) as kept, local.writer(kept) as stream:
             for text, line in records.read_metrics(path):
-                # the text as it stands: fields of a different version of rft stay
+                # the original text, so that fields of other versions of rft are kept
                 if line.step <= done:
                     stream.write(text)
                     self._time = line.time or 0.0
                     if line.held_out_correct is not None and line.held_out_total is not None:
                         last = Count(line.held_out_correct, line.held_out_total)
         if done == 0:
-            # curves of a run that never reached a checkpoint
+            # remove the curves of a run that never reached a checkpoint
             shutil.rmtree(self._folder / filenames.TENSORBOARD, ignore_errors=True)
         self._wandb = Wandb(config, done) if config.log.wandb else None
-        # appended to in place, so a link that took its place since would be written through
+        # O_NOFOLLOW: appending would write through a link that replaced the file meanwhile
         descriptor = local.open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         self._stream = os.fdopen(descriptor, "a")
-        # hides what a killed run wrote there beyond its last checkpoint: those steps are repeated
+        # purge_step hides records of a killed run after its last checkpoint: those steps are
+        # repeated
         self._writer = SummaryWriter(str(self._folder / filenames.TENSORBOARD), purge_step=done + 1)
-        # held open, so that a folder that takes its place cannot get its number
+        # held open, so that a replacing folder cannot get the same inode number
         self._held = os.open(self._folder, os.O_RDONLY)
-        # a benchmark trains without one
+        # benchmarks train without a config.json
         sign = self._folder / filenames.CONFIG
         self._sign = sign if sign.exists() else self._folder
         self._display = Display(config, done, total, last)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the means of the steps since the last call."""
+        """Record the means over the steps since the last call."""
         if self._writes:
             self._write(step, values)
             self._display.update(step, values)
@@ -95,8 +96,8 @@ class Journal:
             self._display.held_out(step, count)
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line, with its time, and its scalars."""
-        # the clock of a machine may be set back, and the lines are read as a sequence
+        """Append one line with its time to metrics.jsonl, and the scalars to the other logs."""
+        # never decreasing, even if the machine's clock is set back: readers expect a sequence
         self._time = max(self._time, round(time.time(), 3))
         with self._writing():
             self._stream.write(json.dumps({"step": step, "time": self._time, **values}) + "\n")
@@ -107,12 +108,12 @@ class Journal:
                 self._wandb.write(step, values)
 
     def collects(self, step: int) -> list[Counterfactuals] | None:
-        """Give the step a list to leave its counterfactuals in, None if they will not be shown."""
+        """Return a list for the step's counterfactuals; None if they will not be shown."""
         wanted = self._writes and self._image_steps and step % self._image_steps == 0
         return [] if wanted else None
 
     def pictures(self, step: int, shown: list[Counterfactuals] | None, side: int) -> None:
-        """Record what `collects` got of a step, if anything, as a picture; `side` is a patch's."""
+        """Record a step's collected counterfactuals as a picture; a patch has `side` pixels."""
         if not shown:
             return
         with self._writing():
@@ -122,7 +123,7 @@ class Journal:
                 self._wandb.pictures(step, grid_CHW)
 
     def require_folder(self) -> None:
-        """Check that the run folder is the one that it was, before anything is written into it.
+        """Check that the run folder is still the same folder, before writing into it.
 
         Raises:
             ValueError: if it was deleted, emptied or replaced.
@@ -144,8 +145,8 @@ class Journal:
             yield
         except OSError as error:
             raise OSError(
-                f"cannot write the logs in {self._folder}: {files.reason(error)}. Make room, then "
-                "run the same command again"
+                f"cannot write the logs in {self._folder}: {files.reason(error)}. Free space, then "
+                "run the same command to resume"
             ) from error
 
     def __enter__(self) -> Self:
@@ -155,27 +156,27 @@ class Journal:
         if not self._writes:
             return
         self._display.close()
-        # the error that ended the run is raised, not that its logs could not be closed then
+        # if an error ended the run, that error is raised, not one of closing the logs
         with contextlib.suppress(OSError) if kind else self._writing():
             self._stream.close()
             self._writer.close()
             os.close(self._held)
             if self._wandb:
-                # wandb shows a run that failed as such
+                # wandb marks failed runs
                 self._wandb.close(failed=kind is not None)
 
 
 class Wandb:
-    """One Weights & Biases run for one run folder, however often it is resumed.
+    """One Weights & Biases run per run folder, however often it is resumed.
 
-    Of this machine it gets nothing but what wandb cannot do without: no source, no console, no
-    git remote, host, user, package list or hardware, and URLs without their credentials. Without a
-    network, WANDB_MODE=offline keeps everything in the run folder for `wandb sync`. A run outlives
-    wandb's process, which takes a scheduler's signal, meant for every process, for its own end.
+    wandb receives only the data about this machine that it requires: no source, console, git
+    remote, host, user, package list or hardware, and URLs without credentials. Without a network,
+    WANDB_MODE=offline keeps everything in the run folder for `wandb sync`. The run continues if
+    wandb's process ends: a scheduler signals every process, and wandb's process exits on it.
     """
 
     def __init__(self, config: Config, done: int) -> None:
-        # an extra, and slow to import
+        # an optional dependency, and slow to import
         import wandb  # pyrefly: ignore[missing-import]
 
         self._image, self._answers = wandb.Image, True
@@ -215,18 +216,18 @@ class Wandb:
         """Add the values of a step."""
 
         def send() -> None:
-            # wandb keeps what a killed run logged beyond its last checkpoint, takes nothing twice
+            # wandb refuses a step twice, and already has those after a killed run's last checkpoint
             if step >= self._run.step:
                 self._run.log(dict(values), step=step)
 
         self._ask(send)
 
     def pictures(self, step: int, grid_CHW: Tensor) -> None:
-        """Add a picture, uint8."""
+        """Add a uint8 picture."""
         self.write(step, {PICTURES: self._image(grid_CHW.permute(1, 2, 0).numpy())})
 
     def close(self, *, failed: bool) -> None:
-        """Send what is left, for as long as a job that is asked to stop can wait."""
+        """Send the remaining data, within the time that a stopping job can wait."""
         self._ask(lambda: self._run.finish(exit_code=int(failed)))
 
     def _ask(self, work: Callable[[], None]) -> None:
@@ -234,16 +235,16 @@ class Wandb:
             return
         try:
             work()
-        except Exception as error:  # its process, its service and the network have their own errors
+        except Exception as error:  # its process, its service and the network raise various errors
             self._answers = False
-            log.warning(f"nothing more goes to wandb: {files.reason(error)}")
+            log.warning(f"logging to wandb stopped: {files.reason(error)}")
 
 
 def wandb_id(folder: Path, done: int) -> str:
-    """Identify the wandb run of a run folder: a new one if nothing of it is done yet.
+    """Read the id of a run folder's wandb run; a new id if no step is done yet.
 
-    It lies in the folder: made of the configuration and the path alone it would be the same after
-    the folder was deleted, and wandb would take nothing of the new run for its first steps.
+    The id is stored in the folder. If it were derived from configuration and path, it would be the
+    same after the folder was deleted, and wandb would refuse the first steps of the new run.
     """
     path = folder / filenames.WANDB_ID
     if done == 0 or not path.exists():
@@ -252,7 +253,7 @@ def wandb_id(folder: Path, done: int) -> str:
 
 
 class Display:
-    """Shows a user how far the run is: a bar and a line on a terminal, log lines elsewhere."""
+    """Progress for the user: a bar and a status line on a terminal, otherwise log lines."""
 
     def __init__(self, config: Config, done: int, total: int, held_out: Count | None) -> None:
         self._config, self._total, self._held_out = config, total, held_out
@@ -268,15 +269,15 @@ class Display:
         self._status = "  ".join([*self._parts, f"ETA {self._bar.left}"])
         if self._bar.is_drawn:
             return
-        # the first means at once: they show that the run works; the last, where no held-out count
-        # follows with a line of its own
+        # log the first means at once, to show that the run works, and the last if no held-out
+        # result follows with a line of its own
         is_last = step == self._total and self._held_out is None
         due = self._spoke is None or time.monotonic() - self._spoke > SECONDS_PER_LINE
         if due or is_last:
             self._log(self._shown([f"step {step}/{self._total}", self._status]))
 
     def held_out(self, step: int, count: Count) -> None:
-        """Show a held-out result, which stays on the line until the next one."""
+        """Show a held-out result, and keep it in the status line until the next one."""
         self._held_out = count
         result = f"held-out {100 * count.share:.2f}% ({count.correct}/{count.total})"
         line = f"step {step}/{self._total}  {result}"
@@ -284,11 +285,11 @@ class Display:
         self._bar.show(step, self._shown(self._parts))
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         self._bar.close()
 
     def _shown(self, parts: list[str]) -> str:
-        """Make one line, with the last held-out share at its end."""
+        """Format one line that ends with the last held-out accuracy."""
         last = [] if self._held_out is None else [f"held-out {100 * self._held_out.share:.2f}%"]
         return "  ".join([*parts, *last])
 
@@ -298,7 +299,7 @@ class Display:
 
 
 def status(config: Config, values: Mapping[str, float]) -> list[str]:
-    """Format the means of some steps: epoch, loss and its parts, speed, wait for data."""
+    """Format the means over some steps: epoch, loss and its parts, speed, wait for data."""
     method = config.method
     fits = "contrastive" if method.loss == "contrastive" else "ce"
     parts = [f"{fits} {values[fits]:.3f}"]

@@ -1,6 +1,6 @@
-"""How a step's work between its products is done: as written, or compiled for the device.
+"""Kernels of a step's operations between the matrix products: eager, or compiled.
 
-Every way gives the same gradients and masks up to rounding; rft/train/fastest.py chooses one.
+All give the same gradients and masks up to rounding; rft/train/fastest.py chooses one.
 """
 
 import os
@@ -18,7 +18,7 @@ from rft.storage.documents import document
 
 @document(name="kernels")
 class Choice:
-    """The names of a run's kernels."""
+    """Names of a run's kernels."""
 
     layers: Literal["eager", "compiled"] = "eager"
     cam: Literal["eager", "compiled", "triton"] = "eager"
@@ -28,21 +28,21 @@ class Choice:
 
 
 class Kernels(NamedTuple):
-    """The two parts of a step that can be computed in more than one way."""
+    """The two exchangeable parts of a step."""
 
     choice: Choice = Choice()
     pieces: vit.Pieces = vit.EAGER
-    """What lies between the products of a layer."""
+    """Operations between the matrix products of a layer."""
     through: Through = relevance.through_maps
-    """How the CAM goes through a layer."""
+    """Propagation of the CAM through a layer."""
 
 
 def load(choice: Choice) -> Kernels:
-    """Return the kernels of these names; compiled ones compile at their first call.
+    """Load kernels by name; compiled ones compile on their first call.
 
     Raises:
-        ImportError: if Triton is asked for and not installed.
-        PermissionError: if other users can write what the compiler runs.
+        ImportError: if Triton is requested but not installed.
+        PermissionError: if other users can write to the compiler's cache.
     """
     if "compiled" in (choice.layers, choice.cam):
         require_own_cache()
@@ -54,7 +54,7 @@ def load(choice: Choice) -> Kernels:
         case "compiled":
             through = relevance.compiled_maps()
         case "triton":
-            # here, because it cannot be imported where there is no Triton
+            # here, because importing it requires Triton
             from rft.method.relevance_kernel import through_tiles as through
         case _:
             assert_never(choice.cam)
@@ -62,27 +62,28 @@ def load(choice: Choice) -> Kernels:
 
 
 def _set_up_compiler() -> None:
-    # the CAM goes backward through a graph that the loss needs again, and torch refuses that for a
-    # graph whose buffers a backward may overwrite
+    # the CAM runs backward through a graph that the loss needs again, which torch refuses if a
+    # backward may overwrite the graph's buffers
     torch._functorch.config.donated_buffer = False  # pyrefly: ignore[missing-attribute]
-    # kernels by rule instead of by trial: the same on each node, as a resumed run's must be
+    # choose kernels by rule instead of by timing, so that all nodes and resumed runs get the same
     torch._inductor.config.deterministic = True  # pyrefly: ignore[missing-attribute]
-    # Two token counts, gradients or none, two types: a second teacher with dropped tokens needs the
-    # eight variants that are allowed by default, and a ninth would silently run uncompiled.
+    # Two token counts, with or without gradients, in two types: a second teacher with dropped
+    # tokens needs all eight variants that are allowed by default, and a ninth would silently run
+    # uncompiled.
     torch._dynamo.config.recompile_limit = 32  # pyrefly: ignore[missing-attribute]
 
 
 def require_own_cache() -> None:
     """Check that no other user can write compiled code to torch.compile's cache.
 
-    By default that is a folder of a known name below the system's temporary one, which torch takes
-    as it finds it.
+    By default the cache has a predictable name in the system's temporary folder, and torch does not
+    check its owner.
 
     Raises:
-        PermissionError: if it belongs to another user, or all users may write to it. Its group may:
-            a umask that allows that trusts the group.
+        PermissionError: if it belongs to another user, or is writable by all users. Write access
+            for its group is accepted, because it comes from a umask that trusts the group.
     """
-    # an import of a second, which only a run that compiles needs
+    # this import takes a second, and only compiling runs need it
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folder = Path(cache_dir())
@@ -90,5 +91,5 @@ def require_own_cache() -> None:
     if found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
         raise PermissionError(
             f"other users can write to {folder}, from which torch.compile runs code: set "
-            "TORCHINDUCTOR_CACHE_DIR to a folder of your own"
+            "TORCHINDUCTOR_CACHE_DIR to a private folder (docs/security.md#shared-folders)"
         )

@@ -1,10 +1,10 @@
-"""Memory that one rank's optimizer step takes of its device.
+"""Device memory of one rank's optimizer step.
 
 torch's own tracker counts it over a step of the training loop (rft/train/step.py) on fake tensors,
-which have shapes and no bytes: weights, gradients, the optimizer's state, activations and temporary
-tensors. A GPU's context and the gaps of its allocator come on top. The tracker is not public in
-torch. Where a release lacks it, what autograd keeps for one image and for two is measured on the
-real model and extrapolated (`measure`).
+which have shapes but no data: weights, gradients, the optimizer's state, activations and temporary
+tensors. GPU context and allocator fragmentation come on top. The tracker is not public in torch. If
+a release lacks it, the memory that autograd keeps for one image and for two is measured on the real
+model and extrapolated (`measure`).
 """
 
 import copy
@@ -32,27 +32,27 @@ from rft.train.objective import Objective
 from rft.train.optim import build_optimizer
 from rft.train.step import accumulate_gradients, draw_texts
 
-MAPS = 3  # of one layer that the CAM has at once: attention, its gradient, their product
+MAPS = 3  # maps of one layer that the CAM holds at once: attention, its gradient, their product
 ALONE = World(rank=0, size=1, local_rank=0)
 
 
 class Needs(NamedTuple):
-    """The memory of a rank for each of several numbers of ranks."""
+    """The memory per rank, for several numbers of ranks."""
 
     totals: list[float]
     """Bytes at the peak of a step."""
     estimated: str
-    """Why torch's tracker did not count them; empty where it did."""
+    """Why torch's tracker could not count them; empty if it did."""
 
 
 def needs(job: Job, ranks: Sequence[int]) -> Needs:
-    """Return the bytes that a rank needs where one of `ranks`, rising, shares the batch.
+    """Compute the bytes per rank for each number of ranks in `ranks`, which is ascending.
 
-    Nothing of the job is changed.
+    The job is not changed.
     """
     try:
         return Needs(track(job, ranks), "")
-    # a private part of torch: what other releases raise cannot be listed
+    # the tracker is private to torch, and other releases may raise anything
     except Exception as error:
         reason = f"torch {torch.__version__}'s tracker failed: {type(error).__name__}"
         memory = measure(job)
@@ -60,7 +60,7 @@ def needs(job: Job, ranks: Sequence[int]) -> Needs:
 
 
 class Unpinned(TorchFunctionMode):
-    """Leaves out the copy to pinned memory, which fake tensors refuse (rft/device.py)."""
+    """Skips the copy to pinned memory, which fake tensors refuse (rft/device.py)."""
 
     def __torch_function__(
         self,
@@ -69,14 +69,14 @@ class Unpinned(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call `func`; a tensor is its own pinned copy."""
+        """Call `func`, with a tensor as its own pinned copy."""
         return args[0] if func is Tensor.pin_memory else func(*args, **(kwargs or {}))
 
 
 def norms_as_on_a_gpu(module: nn.Module) -> None:
-    """Have every norm compute in fp32, as bf16's autocast does on a GPU and not on a CPU.
+    """Compute every norm in fp32, as bf16 autocast does on a GPU but not on a CPU.
 
-    That keeps more for the backward pass.
+    That keeps more memory for the backward pass.
     """
     for norm in module.modules():
         if isinstance(norm, nn.LayerNorm):
@@ -89,7 +89,7 @@ def _to_bf16(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Ten
 
 
 def without_values(job: Job) -> tuple[FakeTensorMode, Job]:
-    """Return a job of one rank on fake tensors, and the mode under which they compute."""
+    """Copy a job to one rank with fake tensors, and return it with their mode."""
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         objective = copy.deepcopy(plain_objective(job))
@@ -101,12 +101,12 @@ def without_values(job: Job) -> tuple[FakeTensorMode, Job]:
 def track(job: Job, ranks: Sequence[int]) -> list[float]:
     """Count the peak of a step on fake tensors, for each number of ranks.
 
-    Four of them at most are counted; the others lie on a line, because a count takes a second or
-    more and peaks are nearly linear in the images.
+    At most four numbers are counted and the others interpolated, because a count takes a second or
+    more and peaks are nearly linear in the number of images.
     """
     mode, fake = without_values(job)
     images = {count: job.config.micro_batch(count) for count in ranks}
-    # one rank keeps no gradient between its steps, so it is on no line with the others
+    # a single rank keeps no gradients between steps, so it does not fit the line of the others
     ends = sorted({*ranks[:2], ranks[-1], job.world.size} & {*ranks}, reverse=True)
     with mode:
         counted = [peak(fake, count) for count in ends]
@@ -115,16 +115,16 @@ def track(job: Job, ranks: Sequence[int]) -> list[float]:
 
 
 def peak(job: Job, ranks: int) -> int:
-    """Count the most bytes that a rank of so many has at once, in a step after the first.
+    """Count the peak bytes of one of `ranks` ranks, in a step after the first.
 
-    Call it under the mode of the job's fake tensors: the values of real ones would change.
+    Call it under the mode of the job's fake tensors, because it would change real weights.
     """
-    # imported here: it takes a while, and not every torch has it
+    # imported here, because it is slow and not in every torch
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.distributed._tools.mod_tracker import ModTracker
 
     class NoModules(ModTracker):
-        """Watches no modules: those that are frozen, or run twice in a step, are refused."""
+        """Tracks no modules: the tracker refuses frozen ones, and those run twice per step."""
 
         def __enter__(self) -> "NoModules":
             return self
@@ -147,7 +147,7 @@ def peak(job: Job, ranks: int) -> int:
     optimizer.step()
     if ranks == 1:
         optimizer.zero_grad()
-    # otherwise gradients stay: they are the memory through which ranks exchange them
+    # otherwise gradients stay, because they are the buffers that ranks exchange
     tracker = MemTracker()
     tracker._mod_tracker = NoModules()
     tracker.track_external(job.objective, optimizer, batch.images_BCHW, batch.labels_B)
@@ -156,17 +156,17 @@ def peak(job: Job, ranks: int) -> int:
         optimizer.step()
     pool = 0
     if config.method.masks and config.method.donors == "global":
-        # the other ranks' images, and their copy cut into patches
+        # the other ranks' images, and their copy in patches
         pool = 2 * (ranks - 1) * batch.images_BCHW.nbytes
     found = tracker.get_tracker_snapshot("peak")
     return pool + sum(found[on]["Total"] for on in found if on.type == device.type)
 
 
 def countable(config: Config, ranks: int) -> Config:
-    """Return what one rank of so many trains, without what would read a tensor's value.
+    """Adapt the configuration to one of `ranks` ranks, without operations that read tensor values.
 
-    No derangement is drawn, which changes no shape. Where a CAM decides how many tokens are
-    dropped, all of them are kept, the most that a step can need.
+    No derangement is drawn, which changes no shape. If a CAM decides how many tokens are dropped,
+    all are kept, which is the most that a step can need.
     """
     method, loader = replace(config.method, single_fill="permutation"), config.loader
     if counts_all_tokens(method):
@@ -176,15 +176,15 @@ def countable(config: Config, ranks: int) -> Config:
 
 
 def counts_all_tokens(method: MethodConfig) -> bool:
-    """Whether images drop different numbers of tokens, which only a step can know."""
+    """Whether images drop different numbers of tokens, which are known only within a step."""
     fixed = method.mask == "random" and method.fixed_count
     return method.drops and method.no_fill == "token-drop" and not fixed
 
 
 def plain_objective(job: Job) -> Objective:
-    """Return the job's objective, never compiled: that takes minutes and keeps about the same.
+    """Copy the job's objective, uncompiled: compiling takes minutes, for about the same memory.
 
-    It has the same modules, and the options of the job's configuration.
+    The copy has the same modules, and the options of the job's configuration.
     """
     objective = copy.copy(job.objective)
     objective.method, objective.kernels = job.config.method, Kernels()
@@ -197,35 +197,35 @@ class Kept:
     """Bytes that one graph keeps until its backward."""
 
     fixed: float
-    """For any number of images: weights in another precision."""
+    """Independent of the number of images: weights in another precision."""
     image: float
 
     def bytes(self, images: int) -> float:
-        """Extrapolate to so many images."""
+        """Extrapolate to a number of images."""
         return self.fixed + images * self.image
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What one rank needs, in bytes."""
+    """Memory needs of one rank, in bytes."""
 
     weights: int
-    """Of the student, and of a text tower that learns."""
+    """Of the student, and of a trained text tower."""
     teachers: int
-    """Of all that is frozen or follows the student."""
+    """Of all models that are frozen or follow the student."""
     trained: int
-    """Of the weights that learn; their gradient is as large."""
+    """Of the trained weights; their gradient is as large."""
     states: int
     """Of the optimizer."""
     clean: Kept
     counterfactual: Kept
     map_image: int
-    """One layer's attention maps of an image, fp32; 0 without a CAM."""
+    """One layer's attention maps per image, fp32; 0 without a CAM."""
 
     def total(self, images: int) -> float:
-        """Add it all up, for so many images forwarded at once."""
+        """Sum for a number of images forwarded at once."""
         cam = MAPS * min(images * self.map_image, MAP_BYTES)
-        # the larger of the two, because a step never has both graphs alive
+        # the maximum, because the two graphs are never alive at the same time
         graph = max(self.clean.bytes(images) + cam, self.counterfactual.bytes(images))
         return self.weights + self.teachers + self.trained + self.states + graph
 
@@ -238,7 +238,7 @@ def measure(job: Job) -> Memory:
         objective.random_texts,
     )
     one, two = (graph_bytes(job, images) for images in (1, 2))
-    # a line through both; less than nothing fixed can only be the rounding of small tensors
+    # a line through both; a negative fixed part can only come from rounding of small tensors
     clean, counterfactual = (
         Kept(fixed=max(0.0, 2 * low - high), image=high - low)
         for low, high in zip(one, two, strict=True)
@@ -257,12 +257,12 @@ def measure(job: Job) -> Memory:
 
 
 def graph_bytes(job: Job, images: int) -> tuple[int, int]:
-    """Measure what the clean and the counterfactual graph of a step keep for so many images.
+    """Measure the memory that a step's clean and counterfactual graphs keep for `images` images.
 
-    The student's gradients and weights stay as they are.
+    The student's gradients and weights are not changed.
     """
     batches, method = job.batches, job.config.method
-    # one more is the other image that a fill needs
+    # one more image, because a fill needs another
     batch = batches.packed.batch(batches.samples[: images + 1], batches.image_size)
     pool_ZCHW = batch.images_BCHW.to(job.device)
     images_BCHW, labels_B = pool_ZCHW[:images], batch.labels_B[:images].to(job.device)
@@ -282,7 +282,7 @@ def graph_bytes(job: Job, images: int) -> tuple[int, int]:
     donor_BP = clean.donor_BP
     if donor_BP is None:
         return first, 0
-    # the first graph goes before the second comes, as in a step
+    # free the first graph before the second is built, as in a step
     del clean
     with autocast(job.device, job.config.precision):
         _, second = kept_bytes(objective, lambda: objective(pool_ZCHW, labels_B, draws, donor_BP))
@@ -290,9 +290,9 @@ def graph_bytes(job: Job, images: int) -> tuple[int, int]:
 
 
 def kept_bytes(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:
-    """Return what `call` returns, and the bytes that autograd keeps for its backward.
+    """Run `call`; return its result and the bytes that autograd keeps for its backward.
 
-    Tensors that share a storage count once, the module's own parameters not at all.
+    Tensors that share a storage count once; the module's own parameters do not count.
     """
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, int] = {}
@@ -300,9 +300,9 @@ def kept_bytes(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            # what is returned keeps the storage alive, so that no other tensor gets its address
+            # the returned tensor keeps the storage alive, so that its address is not reused
             kept[storage.data_ptr()] = storage.nbytes()
-        # the tensor itself would hold its own graph for ever
+        # detached, because the tensor itself would keep its own graph alive forever
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -311,13 +311,13 @@ def kept_bytes(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:
 
 
 def state_bytes(job: Job) -> int:
-    """Return the size of the optimizer's state: both moments of AdamW, and FTP's last step."""
+    """Compute the bytes of the optimizer's state: both moments of AdamW, and FTP's last step."""
     copies = 3 if job.config.optim.optimizer == "ftp" else 2
     return copies * module_bytes(job.objective, trained=True)
 
 
 def module_bytes(module: nn.Module, *, trained: bool = False) -> int:
-    """Return the size of a module's parameters, or of those among them that learn."""
+    """Compute the bytes of a module's parameters, or only of the trained ones."""
     return sum(
         parameter.nbytes
         for parameter in module.parameters()

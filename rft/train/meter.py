@@ -1,4 +1,4 @@
-"""The numbers in a run's log lines: means over the steps since the last line, where time went."""
+"""The numbers in a run's log lines: means over the steps since the last line, and timings."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from rft.method import losses
 from rft.train.step import terms_of
 
 COUNTED = ("range_retries", "cache_hits", "cache_misses", "cache_repairs")
-# the terms of an error message, in its order
+# names of the terms in an error message, in this order
 WORDS = {
     "ce": "cross-entropy",
     "contrastive": "contrastive loss",
@@ -30,7 +30,7 @@ READING = ("wait", "ready", *Reading._fields)
 
 
 class Meter:
-    """Means of the loss terms between two log lines; touches the device only when read."""
+    """Means of the loss terms between two log lines; waits for the device only when read."""
 
     def __init__(
         self, config: Config, world: World, device: torch.device, steps_per_epoch: int
@@ -41,13 +41,13 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was added: the clock starts now, evaluation and checkpoint not counted."""
+        """Reset the sums and the clock, so that evaluation and checkpoints do not count."""
         self._terms: list[Tensor] = []
         self._reading = np.zeros(len(READING))
         self._started = time.perf_counter()
 
     def wait_for(self, stream: Iterator[Batch]) -> Batch:
-        """Take the stream's next batch and remember how long that took."""
+        """Take the stream's next batch and record the waiting time."""
         before = time.perf_counter()
         batch = next(stream)
         waited = time.perf_counter() - before - batch.computing
@@ -55,7 +55,7 @@ class Meter:
         return batch
 
     def add(self, terms: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Add one step's terms; of the learning rates, the last one is logged."""
+        """Add one step's terms; the learning rate of the last step is logged."""
         self._lr = lr
         self._terms.append(torch.cat([terms, grad_norm.reshape(1)]))
 
@@ -65,16 +65,16 @@ class Meter:
         return len(self._terms)
 
     def read(self, step: int) -> dict[str, float]:
-        """Take the means since the last read, over all ranks, and start anew.
+        """Compute the means since the last read, over all ranks, and reset.
 
         Raises:
             ValueError: if a loss or gradient since then was not finite.
         """
         world = self._world
-        # the first read of the device: until here the host ran ahead of it
+        # the first wait for the device: until here the host ran ahead of it
         terms_ST = dist.sum_over_ranks(world, torch.stack(self._terms)).cpu() / world.size
         finite_S = terms_ST.isfinite().all(dim=1)
-        # the sums are the same on every rank, so all come to the same verdict
+        # the sums are the same on every rank, so all ranks decide alike
         if not finite_S.all():
             if not world.is_main:
                 dist.step_aside(world)
@@ -84,19 +84,19 @@ class Meter:
                 not_finite(step - self.steps + first + 1, self._named(terms_ST[first]))
             )
         means = self._named(terms_ST.mean(dim=0))
-        # after the wait for the device: the time that the steps took, not that of launching them
+        # after the wait for the device, so that this is the time of the steps, not of their launch
         seconds = time.perf_counter() - self._started
-        # NCCL sums tensors on the GPU alone
+        # on the device, because NCCL only sums GPU tensors
         reading_R = torch.from_numpy(self._reading).to(self._device)
         summed = dict(zip(READING, dist.sum_over_ranks(world, reading_R).tolist(), strict=True))
         batches = self.steps * world.size
         values = {
             "epoch": round(step / self._steps_per_epoch, 4),
-            # linear in the terms, so the loss of the means is the mean of the losses
+            # the loss is linear in its terms, so the loss of the means is the mean of the losses
             "loss": losses.total(self._config.method, means),
             **means,
             "images_per_s": self.steps * self._config.loader.batch_size / seconds,
-            # means over batches and ranks, in milliseconds; then sums over both
+            # means over batches and ranks, in milliseconds; the counts further down are sums
             "data_wait_ms": 1000 * summed["wait"] / batches,
             "read_ms": 1000 * summed["seconds"] / batches,
             "decode_ms": 1000 * summed["decode_seconds"] / batches,
@@ -113,10 +113,10 @@ class Meter:
 
 
 def not_finite(step: int, terms: Mapping[str, float]) -> str:
-    """Make the error message of a training that diverged at `step`."""
+    """Format the error message of a training that diverged at `step`."""
     found = ", ".join(f"{words} {terms[name]:g}" for name, words in WORDS.items() if name in terms)
     return (
-        f"the loss or its gradient is not finite at step {step} ({found}). Checkpoints from before "
-        "that stay, but the same command would meet the same step again: lower --optim.lr in a new "
+        f"the loss or its gradient is not finite at step {step} ({found}). Earlier checkpoints are "
+        "kept, but the same command would fail at the same step: lower --optim.lr in a new "
         "--run-dir"
     )

@@ -2,19 +2,19 @@
 
 L = CE(g(f(x)), y) + gamma KD(g(f(x)), g_e(f_e(x))) + beta MSE(f(x_cf), f_0(x_cf))   (eq. 2 and 3)
 
-`head_weight`, of rft's own, adds KL(g_0(f_0(x_cf)) || g(f(x_cf))) of the class probabilities.
+`head_weight`, rft's own, adds KL(g_0(f_0(x_cf)) || g(f(x_cf))) of the class probabilities.
 
-f_0 is the frozen pre-trained tower; the ensemble (f_e, g_e) is WiSE-KD's second teacher, if there
-is one. One module holds all models so that data parallelism wraps it as a whole. A step is two
-calls with a backward after each, and only one of the two graphs is ever alive; without masks, where
-x_cf = x, the first is enough:
+f_0 is the frozen pre-trained tower; the ensemble (f_e, g_e) is WiSE-KD's second teacher, if used.
+One module holds all models, so that data parallelism can wrap it. A step is two calls with a
+backward after each, and only one of the two graphs is alive at a time; without masks, where x_cf =
+x, the first call is enough:
   clean: one forward of x serves the cross-entropy and the CAM that decides the donors;
   counterfactual: student and teacher see the same refilled patches.
-What chance decides is drawn before the first call, on the CPU, so that nothing waits for a GPU.
+All random numbers are drawn before the first call, on the CPU, so that nothing waits for a GPU.
 
-Methods published later add terms to the clean call, or put another loss in place of the
-cross-entropy (rft/train/texts.py, rft/train/contrastive.py). With a moving teacher f_0 is a running
-average of the student.
+Methods published later add terms to the clean call, or replace the cross-entropy
+(rft/train/texts.py, rft/train/contrastive.py). With a moving teacher f_0 is a running average of
+the student.
 """
 
 from collections.abc import Mapping
@@ -39,28 +39,28 @@ NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Clean(NamedTuple):
-    """What the clean call returns."""
+    """Result of the clean call."""
 
     loss: Tensor
-    """All of the step's loss but the counterfactual part, weighted; to be sent backward."""
+    """The step's weighted loss without the counterfactual part; run backward on it."""
     terms: Mapping[str, Tensor]
-    """What it is the weighted sum of, by the names of `losses.total`. `kd` is 0 without a second
-    teacher, `mse` if the clean images' features are not what is distilled on."""
+    """Its unweighted terms, by the names of `losses.total`. `kd` is 0 without a second teacher,
+    `mse` if features are not distilled on the clean images."""
     donor_BP: Tensor | None
     """The counterfactuals' index map; None if there is no counterfactual part."""
 
 
 class Counterfactual(NamedTuple):
-    """What the counterfactual call returns."""
+    """Result of the counterfactual call."""
 
     loss: Tensor
-    """Weighted; to be sent backward."""
+    """Weighted; run backward on it."""
     terms: Mapping[str, Tensor]
-    """What it is the weighted sum of, by the names of `losses.distillation`."""
+    """Its unweighted terms, by the names of `losses.distillation`."""
 
 
 class TextDraws(NamedTuple):
-    """What the texts of a step are, for methods that need some."""
+    """The texts of a step, for methods that need them."""
 
     random_ME: Tensor | None = None
     """Features of Lipsum-FT's random texts, times the logit scale."""
@@ -83,7 +83,7 @@ class Objective(nn.Module):
         recompute: bool = False,
         kernels: Kernels = Kernels(),  # noqa: B008 (a constant)
     ) -> None:
-        """Join the models; `pretrained` is the teacher in fp32 where the teacher itself is lower.
+        """Join the models; `pretrained` is the teacher in fp32, if the teacher itself is in bf16.
 
         Only methods that hold weights to the pre-trained ones need it.
         """
@@ -105,17 +105,17 @@ class Objective(nn.Module):
         self.kernels = kernels
 
     def anchored(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the weights that learn and, in the same order, the pre-trained ones (theta_0)."""
+        """Pair the trained weights with the pre-trained ones (theta_0), in the same order."""
         pretrained = self.pretrained or self.teacher
         pairs = zip(self.student.parameters(), pretrained.parameters(), strict=True)
         learning = [(own, anchor.detach()) for own, anchor in pairs if own.requires_grad]
-        # a difference to rounded weights would be that of their rounding
+        # the difference to rounded weights would be mostly their rounding error
         assert all(own.dtype == anchor.dtype for own, anchor in learning), "theta_0 was lowered"
         return [own for own, _ in learning], [anchor for _, anchor in learning]
 
     @property
     def frozen(self) -> dict[str, Classifier]:
-        """The towers that do not learn and see clean images, by the name of their model here."""
+        """The frozen towers that see clean images, by the name of their model here."""
         towers = {}
         if not any(parameter.requires_grad for parameter in self.student.visual.parameters()):
             towers["student"] = self.student
@@ -127,7 +127,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def frozen_features(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """Return the features (B, E) of the frozen towers, for `forward` to be called with."""
+        """Compute the features (B, E) of the frozen towers, for `known` of `forward`."""
         pieces = self.kernels.pieces
         patches_BPV = self.student.patches(images_BCHW, pieces)
         towers = self.frozen.items()
@@ -142,16 +142,16 @@ class Objective(nn.Module):
         known: Mapping[str, Tensor] = NONE,
         texts: TextDraws = TextDraws(),  # noqa: B008 (a constant)
     ) -> Clean | Counterfactual:
-        """Return the clean losses and the donors, or the losses on the counterfactuals.
+        """Compute the clean losses and the donors, or the losses on the counterfactuals.
 
         Args:
-            images_BCHW: uint8; this micro-batch for the clean call, and for the counterfactual call
-                the donor pool that it belongs to.
+            images_BCHW: uint8; this micro-batch for the clean call, its donor pool for the
+                counterfactual call.
             labels_B: class ids.
-            draws: this micro-batch's; None if there is no counterfactual part.
-            donor_BP: None for the clean call; its answer for the counterfactual call.
-            known: for the clean call, the features of all frozen towers or of none. With the
-                student's among them the images are not looked at.
+            draws: this micro-batch's random draws; None without a counterfactual part.
+            donor_BP: None for the clean call, whose result has it for the counterfactual call.
+            known: for the clean call, the features of all frozen towers or of none. If the
+                student's are among them, the images are not used.
             texts: for the clean call, the step's texts.
         """
         if donor_BP is None:
@@ -187,7 +187,7 @@ class Objective(nn.Module):
             else:
                 assert texts.pairs is not None, "no prompts were drawn"
                 terms["contrastive"] = self.contrast(features_BE, labels_B, texts.pairs)
-        # tensors, so that an absent term adds and is summed over ranks as any other
+        # tensors, so that an absent term is added and summed over ranks like any other
         terms["kd"] = terms["mse"] = features_BE.new_zeros((), dtype=torch.float32)
         if method.head_weight > 0:
             terms["head"] = terms["mse"]
@@ -211,7 +211,7 @@ class Objective(nn.Module):
             if taps is not None:
                 assert logits_BK is not None, "a CAM looks through a head that is not trained"
                 with record_function("cam"):
-                    # before any backward: it looks into the graph that the loss goes back through
+                    # before any backward, because it uses the graph that the loss needs
                     relevance_BP = counterfactual.cam(
                         method.cam, logits_BK, labels_B, taps, self.kernels.through
                     )
@@ -222,9 +222,9 @@ class Objective(nn.Module):
     def _teacher_graph(
         self, patches_BPV: Tensor, taps: list[AttentionTap]
     ) -> tuple[Tensor, Tensor]:
-        """Make the teacher's logits (B, K), in a graph with a tap on each layer, and features."""
+        """Compute the teacher's logits (B, K), in a graph with taps on its layers, and features."""
         with record_function("teacher forward"):
-            # its weights are frozen, so the graph starts at the pixels
+            # its weights are frozen, so the graph must start at the pixels
             patches_BPV = patches_BPV.detach().requires_grad_()
             features_BE = self.teacher.features(
                 patches_BPV, taps=taps, recompute=self.recompute, pieces=self.kernels.pieces
@@ -232,7 +232,7 @@ class Objective(nn.Module):
             return self.teacher.logits(features_BE), features_BE.detach()
 
     def _likeness(self, teacher_BE: Tensor | None, labels_B: Tensor) -> Tensor | None:
-        """How much the images look like each one's label (B, B); None where no donor needs it."""
+        """Likeness of each image to the label of each other (B, B); None if no donor needs it."""
         if self.method.donor_choice == "any":
             return None
         assert teacher_BE is not None, "donors are chosen by the teacher, which saw no clean image"
@@ -246,7 +246,7 @@ class Objective(nn.Module):
         teacher_BE: Tensor,
         texts: TextDraws,
     ) -> dict[str, Tensor]:
-        """Return the terms that hold the clean images' features against the teacher's."""
+        """Compute the terms that compare the clean images' features with the teacher's."""
         method, found = self.method, {}
         if method.distill_weight > 0 and not method.masks:
             found |= self._distillation(features_BE, logits_BK, teacher_BE)
@@ -260,7 +260,7 @@ class Objective(nn.Module):
     def _distillation(
         self, student_BE: Tensor, student_BK: Tensor | None, teacher_BE: Tensor
     ) -> dict[str, Tensor]:
-        """Return the features' MSE and the head's KL; without logits the student makes them."""
+        """Compute the features' MSE and the head's KL; missing student logits are computed."""
         found = {"mse": losses.feature_mse(student_BE, teacher_BE)}
         if self.method.head_weight > 0:
             with torch.no_grad():
@@ -277,7 +277,7 @@ class Objective(nn.Module):
 
     def _counterfactual(self, pool_ZCHW: Tensor, draws: Draws, donor_BP: Tensor) -> Counterfactual:
         pool_ZPV = vit.cut_patches(pool_ZCHW, self.student.patch_side)
-        # both towers want the same numbers
+        # both towers take the same normalised pixels
         filled_BPV = refill.apply_donors(pool_ZPV, donor_BP, draws.own_B1)
         patches_BPV = self.student.normalise(filled_BPV, self.kernels.pieces)
         options: dict[str, Any] = {"pieces": self.kernels.pieces}
@@ -287,14 +287,14 @@ class Objective(nn.Module):
             most = self._most_kept(draws, keep_BP)
             options |= {"keep_BP": keep_BP, "most": most, "ragged": ragged}
             if ragged and most is not None:
-                # a length for each batch, and a compiler would compile for each of them
+                # eager, because the length changes per batch and each would be compiled
                 options["pieces"] = vit.EAGER
         with record_function("teacher forward"), torch.no_grad():
             teacher_BE = self.teacher.features(patches_BPV, **options)
         with record_function("counterfactual forward"):
             student_BE = self.student.features(patches_BPV, recompute=self.recompute, **options)
             terms = self._distillation(student_BE, None, teacher_BE)
-        # data parallelism waits for every parameter: give the unused ones their zero gradient
+        # data parallelism waits for every parameter: give the unused ones a zero gradient
         idle = [*([] if "head" in terms else [self.student.head]), *filter(None, [self.contrast])]
         unused = sum(one.sum() for module in idle for one in module.parameters())
         return Counterfactual(losses.distillation(self.method, terms) + 0.0 * unused, terms)
@@ -304,7 +304,7 @@ class Objective(nn.Module):
             case "key-mask":
                 return None
             case "token-drop" if draws.kept is None:
-                # the length of a tensor must be known here: this one waits for the GPU
+                # a tensor's length must be known to the host, so this waits for the GPU
                 return int(keep_BP.sum(dim=1).amax())
             case "auto" | "token-drop":
                 return draws.kept

@@ -1,4 +1,4 @@
-"""The optimizers and their schedules, functions of the step (appendix A.1)."""
+"""Optimizers, and their schedules as functions of the step (appendix A.1)."""
 
 import math
 from typing import Any, assert_never
@@ -10,13 +10,13 @@ from rft.config import OptimConfig
 from rft.train.anchored import FastTrainableProjection, SelectiveProjectionDecay
 from rft.train.objective import Objective
 
-REACHED = 0.99  # of the peak rate: OneCycle's lies between two steps of a short run
+REACHED = 0.99  # of the peak rate: in a short run, OneCycle's peak lies between two steps
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return the optimizer of every trainable parameter, weight decay on all of them.
+    """Build the optimizer of all trainable parameters, with weight decay on all of them.
 
-    Optimizers other than AdamW need an `Objective`, which has the pre-trained weights.
+    Optimizers other than AdamW need an `Objective`, which holds the pre-trained weights.
     """
     options: dict[str, Any] = {
         "lr": config.lr,
@@ -50,7 +50,7 @@ def set_schedule(
 
 
 def _rates(step: int, total_steps: int, config: OptimConfig) -> tuple[float, float]:
-    """Return learning rate and beta1."""
+    """Compute learning rate and beta1."""
     if config.schedule == "one-cycle":
         return one_cycle(step, total_steps, config)
     return learning_rate(step, total_steps, config), config.beta1
@@ -81,7 +81,7 @@ def schedule_warning(total_steps: int, config: OptimConfig) -> str:
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Return the learning rate of optimizer step `step` (0-based).
+    """Compute the learning rate of optimizer step `step` (0-based).
 
     Linear warm-up to the peak over `warmup_steps`, then a half cosine to zero: WiSE-FT's formula.
     """
@@ -92,7 +92,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def one_cycle(step: int, total_steps: int, config: OptimConfig) -> tuple[float, float]:
-    """Return learning rate and beta1 of torch's OneCycleLR as the released code uses it.
+    """Compute learning rate and beta1 of torch's OneCycleLR as the released code uses it.
 
     Along a cosine the rate rises from lr / 25 to lr over 2% of the steps and falls to lr / 250,000,
     while beta1 does the opposite between 0.95 and 0.85 (the scheduler's default, which overrides

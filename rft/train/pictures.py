@@ -1,8 +1,8 @@
-"""Pictures of what the method makes of images: live ones while training, and the report's gallery.
+"""Pictures of counterfactual images: live ones during training, and the report's gallery.
 
-`grid` shows what a step has just distilled on, from that step's own tensors. `write_gallery` keeps
-what the selected model's masks and fills make of a few fixed images, as numbers for the report to
-draw (Fig. 5), and `keep_frame` how the masks of these images change with the steps before.
+`grid` shows the images that a step has just distilled on, from that step's own tensors.
+`write_gallery` stores the selected model's masks and fills of a few fixed images, as numbers that
+the report draws (Fig. 5). `keep_frame` stores how the masks of these images change during training.
 
 Shapes: B images, P patches, V = C times the pixels of a patch, Z images in the donor pool, S steps.
 """
@@ -35,15 +35,15 @@ from rft.train.job import Job
 
 COLUMNS = 8
 IMAGES = 8  # of a gallery
-FRAMES = 9  # steps of a run that its gallery shows
-TILE = 112  # pixels that a small image is enlarged to, about; a large one keeps its size
-GREY, LIGHT, DARK = 128, 232, 56  # a dropped patch; in a mask what stays, and what is masked
+FRAMES = 9  # steps of a run shown in its gallery
+TILE = 112  # small images are enlarged to about this many pixels; large ones keep their size
+GREY, LIGHT, DARK = 128, 232, 56  # a dropped patch; in a mask, kept and masked patches
 
 log = logging.getLogger(__name__)
 
 
 class Counterfactuals(NamedTuple):
-    """A micro-batch's counterfactuals as the step knew them; nothing is copied."""
+    """References to a micro-batch's counterfactuals in a step; nothing is copied."""
 
     pool_ZCHW: Tensor  # uint8
     donor_BP: Tensor
@@ -53,9 +53,9 @@ class Counterfactuals(NamedTuple):
 def grid(shown: Counterfactuals, side: int) -> Tensor:
     """Draw a column for each of the first images, uint8 (3, height, width) on the CPU.
 
-    From the top: the image, its mask (dark), and what the models saw instead, with dropped patches
-    in grey. A masked patch that an image's fill takes from the image itself counts as kept. A patch
-    has `side` pixels a side.
+    From the top: the image, its mask (dark), and the counterfactual that the models saw, with
+    dropped patches in grey. A masked patch that is refilled from the image itself counts as kept.
+    `side` is the side of a patch in pixels.
     """
     donor_BP, own_B1 = shown.donor_BP[:COLUMNS], shown.own_B1[:COLUMNS]
     images_BCHW = shown.pool_ZCHW[own_B1[:, 0]]
@@ -72,7 +72,7 @@ def grid(shown: Counterfactuals, side: int) -> Tensor:
 
 
 def join_patches(patches_BPV: Tensor, side: int) -> Tensor:
-    """Return the images made of patches, (B, C, H, W); the inverse of `vit.cut_patches`."""
+    """Assemble images (B, C, H, W) from patches; the inverse of `vit.cut_patches`."""
     across = round(patches_BPV.shape[1] ** 0.5)
     # pixel_shuffle takes channels in the order of `cut_patches`: C, row, column of the patch
     return F.pixel_shuffle(patches_BPV.mT.unflatten(2, (across, across)), side)
@@ -86,12 +86,12 @@ def write_gallery(
     methods: dict[str, MethodConfig],
     frames: Mapping[str, np.ndarray],
 ) -> None:
-    """Write `url` (npz): images of some samples, relevance and the donor map of each recipe.
+    """Write images of some samples, their relevance and each recipe's donor map to `url` (npz).
 
-    Every mask x fill is built from the student's one relevance map, by the same functions as in a
-    training step, on the CPU; the samples are each other's donor pool. The arrays of `frames` are
-    added. What no report would draw is not written, with a warning: the model diverged, or its
-    images are too large.
+    Every mask x fill is computed on the CPU from the same relevance map of the student, by the
+    functions of a training step; the samples are each other's donor pool. The arrays of `frames`
+    are added. If the report could not draw the arrays, because the model diverged or its images are
+    too large, nothing is written and a warning is logged.
     """
     batch = packed.batch(samples, model.architecture.image_size)
     relevance_BP = label_map(model, batch.images_BCHW, batch.labels_B, "relevance")
@@ -104,7 +104,7 @@ def write_gallery(
     }
     count, patches = relevance_BP.shape
     for name, method in methods.items():
-        # one address for all runs, so that their pictures show the same random draws
+        # one address for all runs, so that their galleries show the same random draws
         draws = draw(method, range(count), patches, count, StepAddress(0, 0, 0, 0))
         columns[f"{gallery.DONOR}{name}"] = donors(method, draws, relevance_BP).numpy()
     columns |= frames
@@ -117,19 +117,20 @@ def write_gallery(
 
 
 def write_npz(url: str, columns: dict[str, Any]) -> None:
-    """Write arrays, intact or not at all; the same arrays give the same bytes."""
+    """Write arrays atomically; the same arrays give the same bytes."""
     stream = io.BytesIO()
-    # zipfile dates members that are written so 1980-01-01
+    # zipfile dates these members 1980-01-01, so the bytes do not depend on the time
     np.savez_compressed(stream, **columns)
     files.write_bytes(url, stream.getvalue())
 
 
 def keep_frame(job: Job, step: int) -> None:
-    """Add how the model whose CAM decides sees the gallery's images to the main rank's frames.npz.
+    """Add the relevance maps and masks of the gallery's images to the main rank's frames.npz.
 
-    Of the start and of the ends of epochs, FRAMES at most are kept, evenly spread. To be called
-    before the checkpoint of the step, so that a resumed run finds every frame that it will not
-    compute. No random number is drawn and no weight is touched.
+    They are those of the model whose CAM decides the masks. At most FRAMES are kept, evenly spread
+    over the start and the ends of epochs. Call it before the checkpoint of the step, so that a
+    resumed run finds every frame that it will not compute. No random number is drawn and no weight
+    is changed.
     """
     method, samples = job.config.method, gallery_samples(job)
     steps = frame_steps(job.config.optim.epochs, job.batches.plan.steps_per_epoch)
@@ -137,14 +138,14 @@ def keep_frame(job: Job, step: int) -> None:
         return
     batch = job.batches.packed.batch(samples, job.batches.image_size)
     images_BCHW, labels_B = (to_device(one, job.device) for one in batch[:2])
-    # no more together than a step has memory for: fp32 takes twice the bytes of bf16
+    # half a micro-batch at a time, because fp32 takes twice the memory of a step in bf16
     together = max(1, job.config.micro_batch(job.world.size) // 2)
     parts = zip(images_BCHW.split(together), labels_B.split(together), strict=True)
     recompute = job.objective.recompute
     if method.cam_model == "student":
         maps = [label_map(job.student, *part, method.cam, recompute=recompute) for part in parts]
     else:
-        # its matrices may be kept in bf16, which only the step's own precision can compute with
+        # the teacher's weights may be bf16, which need the step's own precision
         with autocast(job.device, job.config.precision):
             maps = [label_map(job.objective.teacher, *part, method.cam) for part in parts]
     relevance_BP = torch.cat(maps).cpu()
@@ -152,7 +153,7 @@ def keep_frame(job: Job, step: int) -> None:
     if method.needs_cam:
         mask_BP = cam_mask(method.mask, relevance_BP, method.threshold)
         columns["masked_SBP"] = mask_BP[None].numpy()
-    # at the start, frames are those of a run that came no further
+    # at step 0, any frames were left by a run without a checkpoint
     kept = kept_frames(job, step) if step else {}
     if kept.keys() == columns.keys():
         columns = {name: np.concatenate([kept[name], columns[name]]) for name in columns}
@@ -160,9 +161,9 @@ def keep_frame(job: Job, step: int) -> None:
 
 
 def kept_frames(job: Job, before: int) -> dict[str, np.ndarray]:
-    """Return the frames of the run that are of earlier steps than that; see `Frames.columns`."""
+    """Read the run's frames of steps before `before`; see `Frames.columns`."""
     folder, side = Path(job.config.run), job.student.patch_side
-    # a run whose last steps are repeated after its end has them in its gallery
+    # a finished run whose last steps are repeated has its frames in the gallery
     paths = (folder / name for name in (filenames.FRAMES, filenames.GALLERY))
     found: Frames | None = None
     if path := next(filter(Path.exists, paths), None):
@@ -177,21 +178,21 @@ def kept_frames(job: Job, before: int) -> dict[str, np.ndarray]:
 
 
 def frame_steps(epochs: int, steps_per_epoch: int) -> list[int]:
-    """Return the steps after which `keep_frame` keeps something, ascending."""
+    """List the steps after which `keep_frame` stores a frame, ascending."""
     ends = np.linspace(0, epochs, min(FRAMES, epochs + 1)).astype(int)
     return (ends * steps_per_epoch).tolist()
 
 
 def gallery_samples(job: Job) -> np.ndarray:
-    """Choose the images of a run's gallery; none if it has no gallery."""
+    """Choose the images of a run's gallery; empty if it has no gallery."""
     labels_N = job.batches.packed.index.label
     shown = one_of_each_class(labels_N, job.held_out, IMAGES)
-    # a picture of a fill needs another image
+    # a fill needs another image
     return shown if job.config.method.masks and len(shown) > 1 else shown[:0]
 
 
 def one_of_each_class(labels_B: np.ndarray, samples: np.ndarray, count: int) -> np.ndarray:
-    """Choose the images of a gallery: the first of `count` classes each, spread over the labels."""
+    """Choose the first image of each of `count` classes, spread over the labels."""
     _, first = np.unique(labels_B[samples], return_index=True)
     chosen = np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)
     return samples[first[chosen]]

@@ -1,4 +1,4 @@
-"""`--profile`: what ten steps of the main rank did, operation by operation; no result changes."""
+"""`--profile`: a trace of the operations in ten steps of the main rank; no result changes."""
 
 import gzip
 import logging
@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from rft.storage import files, local
 
 STEPS = 10
-SKIPPED = 5  # the first ones allocate, compile and fill the loader's queue
+SKIPPED = 5  # the first steps allocate, compile and fill the loader's queue
 OPERATORS = 25  # rows of the table
 HOST = '"host_name":'  # a line of its own in a trace
 
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def profiling(folder: Path | None, first_step: int, total: int) -> Iterator[Callable[[], object]]:
-    """Profile some steps of the body, which calls what it is given after each of its own.
+    """Profile some steps of the body, which calls the yielded function after each step.
 
-    Where fewer of the run's `total` steps are left than are wanted, those that there are. Writes to
-    `folder` (None: profiles nothing) a trace for chrome://tracing or Perfetto, and the operators
-    that took the most time as text, and prints where they are as soon as the last profiled step is
-    done. A run that stops or fails meanwhile leaves the steps that it did.
+    If fewer of the run's `total` steps are left, all of them are profiled. A trace for
+    chrome://tracing or Perfetto and a text table of the slowest operators are written to `folder`
+    (None: no profile), and their path is logged when the last profiled step is done. If the run
+    stops or fails earlier, the finished steps are written.
     """
     if folder is None:
         yield lambda: None
@@ -35,7 +35,7 @@ def profiling(folder: Path | None, first_step: int, total: int) -> Iterator[Call
     left = total - first_step
     wanted = min(STEPS, left)
     skipped = min(SKIPPED, left - wanted)
-    # the step before the first one starts the tools, which takes them long
+    # one warm-up step before the first profiled one, because starting the profiler is slow
     warmup = min(1, skipped)
     first = first_step + skipped
 
@@ -45,12 +45,12 @@ def profiling(folder: Path | None, first_step: int, total: int) -> Iterator[Call
             return
         name = f"steps-{first + 1}-{first + steps}"
         write_profile(profiler, folder, name)
-        fewer = "" if steps == STEPS else f" (not {STEPS}: there were no more)"
+        fewer = "" if steps == STEPS else f" (not {STEPS}: the run had no more)"
         log.info(f"profile of {steps} steps{fewer}: {folder / name}.json.gz")
 
     profiler = profile(
         activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available(),
-        # torch refuses a schedule without an active step, as for a run that has none left
+        # torch refuses a schedule without an active step, as in a run without remaining steps
         schedule=schedule(wait=skipped - warmup, warmup=warmup, active=max(wanted, 1), repeat=1),
         on_trace_ready=write,
     )
@@ -59,7 +59,7 @@ def profiling(folder: Path | None, first_step: int, total: int) -> Iterator[Call
             yield profiler.step
     finally:
         if profiler.step_num <= skipped:
-            log.info(f"--profile: no step was done after step {first}, no trace")
+            log.info(f"--profile: no step was done after step {first}, so no trace was written")
 
 
 def write_profile(profiler: profile, folder: Path, name: str) -> None:
@@ -69,7 +69,7 @@ def write_profile(profiler: profile, folder: Path, name: str) -> None:
         sort_by=f"self_{where}_time_total", row_limit=OPERATORS, max_name_column_width=40
     )
     files.write_bytes(str(folder / f"{name}.txt"), table.encode())
-    # torch writes in pieces, and with the name of the machine: not into the run folder
+    # not directly into the run folder: torch writes in pieces, and includes the host name
     with tempfile.TemporaryDirectory() as temporary:
         trace = Path(temporary) / "trace.json"
         profiler.export_chrome_trace(str(trace))
@@ -79,5 +79,5 @@ def write_profile(profiler: profile, folder: Path, name: str) -> None:
             local.writer(path) as packed,
             gzip.open(packed, "wt", compresslevel=5) as target,
         ):
-            # what is shared of a run does not name the machine
+            # remove the host name, because run folders are shared
             target.writelines(line for line in source if not line.strip().startswith(HOST))

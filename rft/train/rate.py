@@ -1,7 +1,7 @@
-"""How long a step and a forward take on this machine: measured in a few seconds, on blank images.
+"""Time of a step and of a forward on this machine, measured in a few seconds on blank images.
 
-Their time does not depend on what the images show. Reading and decoding, checkpoints and the
-exchange between ranks are not part of it.
+Both times do not depend on the images' content. Reading, decoding, checkpoints and the exchange
+between ranks are not included.
 """
 
 import copy
@@ -24,16 +24,16 @@ from rft.train.optim import build_optimizer
 from rft.train.step import accumulate_gradients, blank_batch
 
 ALONE = World(rank=0, size=1, local_rank=0)
-SECONDS = 2.0  # after which no further round is begun
+SECONDS = 2.0  # no further round is started after this time
 ROUNDS = 5
-IMAGES = 8  # in a forward that is measured
+IMAGES = 8  # per measured forward
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Return the median time of a few calls, without the first if there are others.
+    """Measure the median time of a few calls, without the first if there are others.
 
-    The first one allocates memory and chooses kernels; where it alone takes longer than `SECONDS`
-    it is the only one.
+    The first call allocates memory and chooses kernels; if it takes longer than `SECONDS`, it is
+    the only one.
     """
     times: list[float] = []
     began = time.perf_counter()
@@ -47,19 +47,20 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def step_seconds(job: Job) -> float:
-    """Return about how long an optimizer step of a job takes. Nothing of the job is changed.
+    """Estimate the time of an optimizer step of a job, without changing the job.
 
-    A batch of few images is timed first. Where the whole batch would take too long, its gradient is
-    extrapolated from that one; the optimizer's part does not depend on the images.
+    A small batch is timed first. If the full batch would take too long, its gradient is
+    extrapolated from the small one; the optimizer's part does not depend on the number of images.
 
     Raises:
-        ValueError: if it cannot be measured, with the reason.
+        ValueError: with the reason, if it cannot be measured.
     """
     if job.world.size > 1:
-        raise ValueError("one rank alone cannot measure a step that several share")
+        raise ValueError("one rank cannot measure a step that several share")
     job = replace(job, objective=copy.deepcopy(job.objective))
     optimizer = build_optimizer(job.objective, job.config.optim)
     whole = job.config.loader.batch_size
+    # the smallest batch in which every fill has a donor
     few = min(DONORS * job.config.optim.accumulate, whole)
     try:
         gradient = seconds_of(lambda: _gradient(job, few), job.device) * whole / few
@@ -71,11 +72,11 @@ def step_seconds(job: Job) -> float:
 
 
 def _gradient(job: Job, images: int) -> None:
-    """Compute the gradient of a batch of so many blank images."""
+    """Compute the gradient of a batch of blank images."""
     loader = replace(job.config.loader, batch_size=images)
     job = replace(job, config=replace(job.config, loader=loader))
     accumulate_gradients(job, job.objective, blank_batch(job), step=0)
-    # what remains is what the optimizer reads
+    # keep zero gradients, because the optimizer reads them
     for parameter in job.objective.parameters():
         if parameter.grad is not None:
             parameter.grad.zero_()
@@ -84,9 +85,9 @@ def _gradient(job: Job, images: int) -> None:
 def step_seconds_of(
     config: Config, student: Classifier, teacher: Classifier, device: torch.device
 ) -> float:
-    """Return about how long a step of a configuration takes, before its data are packed."""
+    """Estimate the time of a configuration's step before its data are packed."""
     objective = Objective(student, teacher, config.method, recompute=config.recompute).to(device)
-    # a step looks at no data but its batch
+    # a step needs no data except its batch
     batches: Any = None
     job = Job(
         config=config,
@@ -102,16 +103,16 @@ def step_seconds_of(
 
 @torch.no_grad()
 def forward_seconds(model: nn.Module, image_size: int, device: torch.device) -> float:
-    """Return how long the forward of one image takes, in a batch of `IMAGES`."""
+    """Measure the forward time per image, in a batch of `IMAGES`."""
     shape = (IMAGES, 3, image_size, image_size)
     images_BCHW = torch.zeros(shape, dtype=torch.uint8, device=device)
     return seconds_of(lambda: model(images_BCHW), device) / IMAGES
 
 
 def about(seconds: float) -> str:
-    """Return a time as one says it: to ten seconds, minutes, or a tenth of an hour.
+    """Format a time roughly: to ten seconds, minutes, or a tenth of an hour.
 
-    A measured rate is not better than that.
+    Measured rates are no more precise than that.
     """
     if seconds < 8:
         return "a few seconds"

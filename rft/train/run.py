@@ -1,7 +1,7 @@
-"""The run folder while a training uses it: its identity, its lock, and the record of its end.
+"""The run folder during training: its identity, its lock, and the record of its end.
 
-config.json holds the identity; whether a folder's run may be resumed by another command is decided
-by it. The names of all files: rft/runs/filenames.py.
+config.json holds the identity, which decides whether a command may resume the folder's run. File
+names are in rft/runs/filenames.py.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """One run on disk; the main rank alone writes it, for as long as it holds the lock."""
+    """One run on disk; only the main rank writes it, while it holds the lock."""
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.run)
         elsewhere = config.log.checkpoints
-        # runs that share their options, as those of a sweep, must not share their checkpoints
+        # a subfolder per run: runs with the same option, as in a sweep, must not share checkpoints
         self.checkpoints = (
             files.join(elsewhere, self.path.resolve().name)
             if elsewhere
@@ -45,14 +45,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def taken(self, world: World, request: StopRequest) -> Iterator[None]:
-        """Hold the folder for the length of the body, on all ranks together.
+        """Lock the folder for the length of the body, for all ranks together.
 
-        A job whose node was lost may still write it for a while: wait for that.
+        A job that lost its node may still write for a while, so this waits for the lock.
 
         Raises:
-            ValueError: if it belongs to a different configuration, or a different job is in it.
+            ValueError: if it belongs to a different configuration, or another job holds it.
         """
-        # not thread_local: it is taken in a thread, while this rank speaks to the others
+        # not thread_local, because it is acquired in a thread while this rank answers the others
         lock = filelock.FileLock(self.path / filenames.LOCK, thread_local=False)
 
         def take() -> None:
@@ -63,9 +63,9 @@ class RunFolder:
                 if isinstance(fs, LocalFileSystem):
                     local.require_no_links(Path(folder), [self.path.resolve().name])
             self._acquire(lock, request)
-            # not before: what was in the folder until now may be another run
+            # under the lock, because the job before may have changed the folder
             check_identity(self._config)
-            # only under the lock: it would delete what a job that is still here is writing
+            # under the lock, because it would delete files that another job is still writing
             files.sweep(str(self.path))
             files.write_json(str(self.path / filenames.CONFIG), self._config.to_dict())
             files.write_json(str(self.path / filenames.PROVENANCE), files.provenance())
@@ -74,41 +74,41 @@ class RunFolder:
             dist.on_main(world, take)
             yield
         finally:
-            # does nothing where it was not taken: on the other ranks, and after an error
+            # does nothing if the lock is not held: on other ranks, and after an error
             lock.release()
 
     def _acquire(self, lock: filelock.FileLock, request: StopRequest) -> None:
         patience = self._config.cluster.lock_wait
-        # at once first: only a real wait is worth a line
+        # try at once first, so that only a real wait is logged
         with contextlib.suppress(filelock.Timeout):
             lock.acquire(timeout=0)
             return
         if patience and not request.reason:
-            log.info(f"waiting up to {patience:g} s for another job to leave {self.path}")
+            log.info(f"waiting up to {patience:g} s for another job to release {self.path}")
         try:
             # filelock raises its Timeout for a cancelled wait too
             lock.acquire(patience, poll_interval=0.5, cancel_check=lambda: bool(request.reason))
         except filelock.Timeout as error:
             if request.reason:
                 raise ValueError(
-                    f"stopped ({request.reason}) while another job was writing {self.path}; run "
-                    "the same command again"
+                    f"stopped ({request.reason}) while another job was writing {self.path}; rerun "
+                    "the same command"
                 ) from error
             raise ValueError(
-                f"another job is writing {self.path} and did not leave within {patience:g} s; wait "
-                "for it or stop it. If there is none, a lost machine left its lock: delete "
-                f"{self.path / filenames.LOCK}"
+                f"another job is writing {self.path} and did not release it within {patience:g} s; "
+                "wait for it or stop it. If there is none, a lost machine left the lock: delete "
+                f"{self.path / filenames.LOCK} (docs/cluster.md#troubleshooting)"
             ) from error
 
     def note_progress(self, record: Record, total: int) -> None:
-        """Record how far the run is, after a checkpoint is safe."""
+        """Record the progress of the run, after a checkpoint is safely written."""
         reached = Reached(step=record.step, of=total, checkpoint=record.name, sha256=record.sha256)
         files.write_json(str(self.path / filenames.PROGRESS), asdict(reached))
 
     def require_there(self) -> None:
-        """Check that the folder was not deleted or emptied while its run trains.
+        """Check that the folder was not deleted or emptied during training.
 
-        Writing into it would make a new one with half of a run.
+        Writing into it would create a new folder with half of a run.
 
         Raises:
             ValueError: if it was.
@@ -118,17 +118,17 @@ class RunFolder:
 
 
 def vanished(path: Path, how: str = "was deleted, emptied or moved") -> str:
-    """Make the error message for a run folder, or a file of it, that vanished in training."""
+    """Format the error for a run folder, or a file in it, that vanished during training."""
     return (
         f"{path} {how} while the run was training; nothing more is written. Restore it to resume "
-        "from the newest checkpoint, or delete what is left and run the same command to start anew"
+        "from the newest checkpoint, or delete the rest and run the same command to start anew"
     )
 
 
 def check_identity(config: Config) -> None:
-    """Check that the run folder is new or was made by the same configuration.
+    """Check that the run folder is new or has the same configuration.
 
-    A precision that is still `auto` agrees with any.
+    An unresolved precision `auto` agrees with any.
 
     Raises:
         ValueError: with the differences.
@@ -146,8 +146,8 @@ def check_identity(config: Config) -> None:
         return
     if records.read_config(folder).is_derived:
         raise ValueError(f"{folder} holds a merged or imported model; choose another --run-dir")
-    # a run that stopped before its first checkpoint left nothing that another could spoil;
-    # checkpoints that lie elsewhere, of a folder that was lost, are checked when they are loaded
+    # A run that stopped before its first checkpoint has nothing to lose. If the folder was lost but
+    # its checkpoints are stored elsewhere, they are checked when loaded.
     signs = (filenames.TRAINING, filenames.PROGRESS, f"{filenames.CHECKPOINTS}/*.pt")
     if not any(any(folder.glob(sign)) for sign in signs):
         return
@@ -157,45 +157,46 @@ def check_identity(config: Config) -> None:
     if changed := files.difference(old, new):
         option = repeat_precision(old, new) + small.repeat_numbers(old, new)
         raise ValueError(
-            f"{config.run} holds a run with another configuration: {'; '.join(changed)}. "
-            f"Repeat its options to resume it{option}, or choose another --run-dir"
+            f"{config.run} holds a run with a different configuration: {'; '.join(changed)}. "
+            f"Repeat its options to resume it{option}, or choose another --run-dir "
+            "(docs/training.md#stop-and-resume)"
         )
 
 
 def require_no_data(folder: Path) -> None:
-    """Check that a folder without a run is no data root and no packed set.
+    """Check that a folder without a run is neither a data root nor a packed set.
 
     Raises:
         ValueError: naming a set in it.
     """
     for manifest in sorted((*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}"))):
-        # a manifest.json alone may be that of any program
+        # a manifest.json alone may belong to any program
         if manifest.with_name(INDEX).exists():
             raise ValueError(
-                f"--run-dir {folder} holds packed data ({manifest.parent}); name a folder of the "
-                "run's own"
+                f"--run-dir {folder} holds packed data ({manifest.parent}); name a separate folder "
+                "for the run"
             )
 
 
 class Finished(NamedTuple):
-    """A run that is complete."""
+    """A complete run."""
 
     record: Training
     """Its training.json."""
     uncompared: str
-    """Why its training set could not be compared with the one that is named now, if so."""
+    """Why its training set could not be compared with the one named now; empty if it was."""
 
 
 def finished(config: Config) -> Finished | None:
-    """Look whether this very run is complete in its folder; None if it is not.
+    """Check whether this run is complete in its folder; None if it is not.
 
-    Where the precision is still `auto`, a complete run in any precision is this one: nothing is
-    left to compute. Of the data, only the manifest is read; a set that is gone leaves the run as
-    finished as it was.
+    With an unresolved precision `auto`, a complete run in any precision counts as this one, because
+    nothing is left to compute. Only the manifest of the data is read; if the set is gone, the run
+    still counts as finished.
 
     Raises:
-        ValueError: if it holds another run, complete or not, one that was trained on another set,
-            weights that are not the run's, or a damaged training.json.
+        ValueError: if the folder holds a different run, complete or not, a run trained on a
+            different set, weights of a different run, or a damaged training.json.
     """
     check_identity(config)
     path = Path(config.run) / filenames.TRAINING
@@ -210,7 +211,7 @@ def finished(config: Config) -> Finished | None:
         return None
     require_own_weights(path.parent)
     trained_on, url = record.manifest_sha256, files.join(config.data, config.train_set)
-    if trained_on is None:  # an older rft's
+    if trained_on is None:  # written by an older rft
         return Finished(record, "")
     try:
         now = Manifest.load(url).sha256
@@ -219,7 +220,7 @@ def finished(config: Config) -> Finished | None:
     if now != trained_on:
         raise ValueError(
             f"{config.run} is a finished run that was trained on other data than {url} holds now: "
-            f"the manifest's hash was {trained_on[:12]}, it is {now[:12]}. Restore the data, "
-            "or choose another --run-dir"
+            f"the manifest's hash was {trained_on[:12]} and is now {now[:12]}. Restore the data, "
+            "or choose another --run-dir (docs/training.md#stop-and-resume)"
         )
     return Finished(record, "")

@@ -1,4 +1,4 @@
-"""Which epoch's model the run is left with: held-out accuracy, and the weights file of the best."""
+"""Selection of an epoch's model by held-out accuracy, and its weights file."""
 
 import contextlib
 
@@ -19,17 +19,17 @@ from rft.train.run import RunFolder
 
 
 def select(job: Job, progress: Progress, journal: Journal, kept: Kept | None = None) -> Progress:
-    """Count held-out accuracy, keep a frame; select the model if it is strictly the best so far.
+    """Count held-out accuracy and keep a frame; select the model if it is strictly the best so far.
 
-    `kept` has the features of a tower that does not learn. A head that is made of a text tower
-    which learns is made anew first.
+    `kept` has the stored features of a frozen tower. A head built from a trained text tower is
+    rebuilt first.
 
-    Without held-out images the latest model counts as the best: it is the run's model in the end.
+    Without held-out images the latest model counts as the best, so the run keeps its last model.
     """
     if job.objective.contrast is not None and progress.step:
         job.objective.contrast.rebuild(job.student.head, job.world)
     if not len(job.held_out):
-        return progress.selecting(progress.step)  # it rises, so the latest is the best
+        return progress.selecting(progress.step)  # steps ascend, so the latest is the best
     (count,) = count_correct(
         [job.student],
         job.batches.packed,
@@ -56,33 +56,33 @@ def write_selected(job: Job, best_step: int, state: dict[str, Tensor]) -> None:
 def restore_selected(
     job: Job, store: checkpoint.Store, own: checkpoint.Own, best_step: int
 ) -> None:
-    """Write the selected model again where the run folder has none, or a later one.
+    """Rewrite the selected model if it is missing in the run folder, or there is a later one.
 
-    A later one stays behind by a checkpoint that was damaged afterwards; none, by a kill right
-    after the checkpoint, or where only the checkpoints outlived the machine.
+    A later one remains if its checkpoint was damaged afterwards. It is missing after a kill right
+    after the checkpoint, or if only the checkpoints outlived the machine.
 
     Raises:
-        ValueError: if no checkpoint of `best_step` is left to write it from.
+        ValueError: if no checkpoint of `best_step` is left to restore it from.
     """
     if best_step < 0:
         return
-    # raised for weights that are absent or damaged: both are written anew
+    # suppressed for missing or damaged weights, which are rewritten
     with contextlib.suppress(ValueError):
         found = load_state(RunFolder(job.config).path / SELECTED)
         if found.metadata["step"] == str(best_step):
             return
     if best_step not in store.steps() or store.damage(best_step):
         raise ValueError(
-            f"the run's model, of step {best_step}, is neither in {RunFolder(job.config).path} "
-            f"nor, whole, in {store.url}; restore one, or use a new run folder to start again"
+            f"the run's model, of step {best_step}, is neither in {RunFolder(job.config).path} nor "
+            f"intact in {store.url}; restore one, or start anew in a new run folder"
         )
     write_selected(job, best_step, checkpoint.load(store, store.record(best_step), own).model)
 
 
 def metadata(job: Job, step: int) -> dict[str, str]:
-    """Make the header of a weights file of that step: recipe, step and training sets."""
+    """Make the header of that step's weights file: recipe, step and training sets."""
     seen = set(job.start_seen)
-    # a model that was never trained has not seen the set
+    # an untrained model has not seen the set
     if step > 0:
         known = job.fingerprint
         split = known["held_out"], known["held_out_seed"], known.get("shots", 0)

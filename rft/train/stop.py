@@ -1,4 +1,4 @@
-"""What asks a run to stop before its end: a signal, a file, the loss of the process above it."""
+"""Requests to stop a run early: a signal, a file, or the loss of the parent process."""
 
 import os
 import signal
@@ -7,16 +7,16 @@ from types import FrameType
 from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-# within it, a second SIGINT is a copy of the first, from SLURM or torchrun
+# within this time, a second SIGINT is a copy of the first, from SLURM or torchrun
 SECONDS_TO_WONDER = 2
 
 
 class StopRequest:
-    """Listens as long as it is open; a stop request is sticky.
+    """Listens while it is open; a stop request is sticky.
 
-    Signals only leave a note: the step under way is finished. They come more than once (SLURM sends
-    them to every process, torchrun again to its ranks). Only a second Ctrl-C, from a user who
-    sees that nothing happens, ends the process in the middle of one.
+    Signals are only recorded, and the current step is finished. They arrive several times, because
+    SLURM sends them to every process and torchrun forwards them to its ranks. Only a second Ctrl-C,
+    from a user who does not want to wait, ends the process in the middle of a step.
     """
 
     def __init__(self, stop_file: str) -> None:
@@ -28,7 +28,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
-            # nohup, and a shell for what it runs in the background, ignore some on purpose
+            # nohup, and shells for background jobs, ignore some signals on purpose
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._old[number] = signal.signal(number, self._note)
         return self
@@ -49,12 +49,12 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """What asks to stop; empty if nothing does."""
-        # not Path.exists, which raises when a network file system has a bad moment
+        """The reason to stop; empty without a request."""
+        # not Path.exists, which raises on temporary errors of a network file system
         if not self._reason and self._file and os.path.exists(self._file):  # noqa: PTH110
             self._reason = self._file
-        # a launcher that was killed sends its ranks no signal: they would train on unseen
-        # RANK: without torchrun a parent may end on purpose, as a shell does after nohup
+        # A killed launcher sends its ranks no signal, and they would keep training unnoticed. Only
+        # with RANK: without torchrun a parent may end on purpose, as a shell does after nohup.
         if not self._reason and "RANK" in os.environ and os.getppid() != self._parent:
             self._reason = "the process that started this one is gone"
         return self._reason

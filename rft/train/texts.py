@@ -1,4 +1,4 @@
-"""What methods that need texts while they train have beside the images: made once, by `build`.
+"""Texts for the methods that train with them; `build` prepares them once.
 
 CAR-FT's contexts are constants. Lipsum-FT's random texts are embedded anew in each step by the
 frozen text tower. FLYP trains that tower (rft/train/contrastive.py).
@@ -28,19 +28,19 @@ class RandomTexts(nn.Module):
     """Lipsum-FT's random texts and the frozen text tower that embeds them."""
 
     def __init__(self, clip: PretrainedClip, tower: TextTower) -> None:
-        """Freeze `tower`, which is a copy of that of `clip`."""
+        """Freeze `tower`, a copy of the text tower of `clip`."""
         super().__init__()
         self.tower = tower.eval().requires_grad_(False)
         empty_T = clip.tokenize([""])[0]
-        # of an empty text: then comes padding; the end has the largest id
+        # start and end of an empty text, before the padding; the end token has the largest id
         self.start, self.end = int(empty_T[0]), int(empty_T[1])
-        # a tiny tower reads fewer tokens than that
+        # a tiny tower may read fewer tokens
         self.length = min(LENGTH, len(empty_T) - 2)
 
     def draw(self, seed: int, step: int) -> Tensor:
         """Draw the tokens (M, T) of a step's texts, on the CPU; the same on every rank.
 
-        Any token but start and end, as in the released code, and each as probable as another.
+        Uniform over all tokens except start and end, as in the released code.
         """
         generator = rng.torch_generator(seed, "random texts", step)
         shape = (TEXTS, self.length)
@@ -51,33 +51,33 @@ class RandomTexts(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens_MT: Tensor) -> Tensor:
-        """Return their features (M, E), times the logit scale."""
+        """Compute their features (M, E), times the logit scale."""
         return self.tower(tokens_MT) * self.tower.scale
 
 
 class Texts(NamedTuple):
-    """What a method has of them; None where it needs none."""
+    """The texts of a method; None for those that it does not need."""
 
     contexts_ME: Tensor | None = None
     """Features of CAR-FT's contexts, times the logit scale."""
     random: RandomTexts | None = None
     contrast: Contrast | None = None
     tower_sha256: str = ""
-    """Of the text tower as pre-trained, where one of them is there."""
+    """Hash of the pre-trained text tower, if the method needs texts."""
 
     def fingerprint(self) -> dict[str, str]:
-        """Hash the text tower that a run with texts begins with; nothing for one without."""
+        """Hash of the text tower, for the run's fingerprint; empty without texts."""
         return {"text_sha256": self.tower_sha256} if self.tower_sha256 else {}
 
 
 def build(
     clip: PretrainedClip, classes: Sequence[str], templates: Sequence[str], method: MethodConfig
 ) -> Texts:
-    """Make what a method needs; `clip` is on the device that does the work.
+    """Prepare the texts of a method; `clip` is on the compute device.
 
     Raises:
-        ValueError: if the text tower differs in kind from OpenAI's, or the prompt templates are
-            too few for contexts.
+        ValueError: if the text tower is not of OpenAI's kind, or there are too few prompt templates
+            for contexts.
     """
     options = {
         "--method.context-weight": method.context_weight > 0,
@@ -104,7 +104,7 @@ def _contexts(
 ) -> Tensor:
     if len(templates) < 2:
         raise ValueError(
-            "--method.context-weight needs two prompt templates or more, which are the contexts; "
-            "the data set's manifest has one: pack it with others (--classes)"
+            "--method.context-weight needs two or more prompt templates as contexts, but the "
+            "set's manifest has one: pack it with others (--classes)"
         )
     return context_features(tower, tokenize_prompts(clip, classes, templates)) * tower.scale

@@ -65,7 +65,7 @@ def test_the_head_equals_the_textbook(tiny_clip):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pool_type": "none"}, r"makes a head of \(128, 3\) features and classes.* \(16, 3\)"),
+        ({"pool_type": "none"}, r"gives a head of \(128, 3\) features and classes.* \(16, 3\)"),
         ({"embed_cls": True}, "cannot be computed: The size of tensor a"),
         ({"output_tokens": True, "custom_text": True}, "cannot be computed: 'tuple' object"),
         ({"scaled_cosine_attn": True, "block_type": "custom"}, "cannot be computed: batch1 must"),
@@ -116,5 +116,5 @@ def test_pixels_are_normalised_by_the_architectures_numbers():
 
 def test_a_word_that_a_tiny_clip_does_not_read_comes_with_what_to_do():
     tokenize = WordTokenizer(["", "<start>", "a", "photo", "of", "star", "<end>"], 8)
-    with pytest.raises(ValueError, match=r"6 words, of which 'bad' of 'a bad photo' is none; .*--"):
+    with pytest.raises(ValueError, match=r"6 words, and 'bad' of 'a bad photo' is not one; .*--"):
         tokenize(["a photo of a star", "a bad photo"])

@@ -103,7 +103,7 @@ def test_openais_weights_and_a_model_by_its_name_have_the_same_ways(hub: Hub, ca
 
 def test_a_page_that_answers_everything_is_no_hub(monkeypatch, hub: Hub, capsys):  # noqa: F811
     hub.status = 200
-    require_ways(complaint(capsys), "what answers is no model hub")
+    require_ways(complaint(capsys), "the server is not a model hub")
 
 
 def test_offline_mode_is_not_repeated(monkeypatch, hub: Hub, capsys):  # noqa: F811

@@ -70,5 +70,5 @@ def test_a_head_names_the_class_whose_prompt_is_too_long(
 
 def test_a_word_tokenizer_refuses_too(tiny_clip) -> None:
     clip = load_clip(ModelConfig(clip=tiny_clip))
-    with pytest.raises(ValueError, match="class 'red' makes a prompt of more than 8 tokens"):
+    with pytest.raises(ValueError, match="class 'red' gives a prompt of more than 8 tokens"):
         zero_shot_head(clip, ["red", "grey"], ["{c}" + " square" * 6])

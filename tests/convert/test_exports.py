@@ -152,7 +152,7 @@ def test_another_way_to_resize_is_warned_of(tmp_path, tiny_clip, tiny_data, caps
     config = document(folder / weights.HUB_CONFIG)
     config["preprocess_cfg"] |= theirs
     (folder / weights.HUB_CONFIG).write_text(json.dumps(config))
-    said = f"{folder} was trained on images that were resized by open_clip's"
+    said = f"{folder} was trained on images resized by open_clip's"
     line = ("import", folder, "--out", tmp_path / "run", "--data", tiny_data)
     assert warning(*line).count(said) == 1
     # the exported model was trained on images resized by rft
@@ -215,7 +215,7 @@ def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     assert "no checkpoint at" in refused("export", tmp_path / "none.safetensors", *hub)
     line = refused("export", run, *hub)
     assert f"the text tower of this {formats.NAME} is not recorded; add --text" in line
-    assert "no file; tags: none" in refused("export", run, *hub, "--text", "nope")
+    assert "nor a file; tags: none" in refused("export", run, *hub, "--text", "nope")
     line = refused("export", run, *hub, "--text", tmp_path / "ckpt-best.pt")
     assert "has no text tower" in line
     line = refused("export", run, "--to", "released", "--out", tmp_path / "m.bin")

@@ -147,7 +147,7 @@ def test_import_needs_the_models_name(refused, released, tmp_path):
 def test_import_refuses_what_does_not_fit(refused, released, openai, tmp_path, tiny_data):
     out = ("--out", tmp_path / "run")
     line = refused("import", released, *out, "--clip", formats.OTHER_NAME)
-    assert "has another image tower" in line
+    assert "has a different image tower" in line
     line = refused("import", released, *out, "--clip", formats.GELU_NAME)
     assert f"were trained as {formats.NAME}; use that model" in line
     line = refused("import", released, *out, "--clip", "ViT-Z")
@@ -225,7 +225,7 @@ def test_an_attack_is_one_line(refused, tmp_path):
     data = b"\x80\x02cposix\nsystem\nX\x05\x00\x00\x00touch\x85R."
     (tmp_path / "evil.pt").write_bytes(data)
     line = refused("import", tmp_path / "evil.pt", "--out", tmp_path / "run", "--clip", "ViT-B-32")
-    assert "evil.pt is refused: it wants to use posix.system" in line
+    assert "evil.pt is refused: it names posix.system" in line
     formats.write_hub_folder(tmp_path / "hub")
     path = tmp_path / "hub" / "open_clip_config.json"
     config = document(path)

@@ -331,7 +331,7 @@ def test_checkpoints_that_do_not_fit(tiny_case, tiny_data, tmp_path, refused):
     save_classifier(str(path), model, {"step": "0"}, tiny_world.LABELS.classes)
     both = refused(localisation, str(tiny_case["folder"] / "run"), *options)
     assert "the checkpoints need images of [16, 32] px; evaluate them apart" in both
-    assert "was packed at 16 px, the model wants 32 px" in refused(localisation, *options)
+    assert "was packed at 16 px, but the model needs 32 px" in refused(localisation, *options)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -205,13 +205,12 @@ def test_only_training_images_are_augmented(packed):
 
 
 def test_pixels_are_refused_with_the_reason(packed):
-    with pytest.raises(ValueError, match="is copied into the batch and never decoded") as caught:
+    with pytest.raises(ValueError, match="--encoding pixels, which is never decoded") as caught:
         packed["pixels"].require_decoded("--loader.augment crop-flip")
     assert str(caught.value) == (
         "--loader.augment crop-flip crops each image anew in each epoch, but "
-        f"{packed['pixels'].url} holds the model's input itself (--encoding pixels), which is "
-        "copied into the batch and never decoded; pack the set with --encoding original, or leave "
-        "the option out"
+        f"{packed['pixels'].url} was packed with --encoding pixels, which is never decoded; pack "
+        "the set with --encoding original, or omit the option (docs/data.md#encodings)"
     )
     packed["original"].require_decoded("")
     packed["jpeg"].require_decoded("")

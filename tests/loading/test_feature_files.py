@@ -126,7 +126,7 @@ def test_a_file_of_a_different_size_is_cleared(file, tmp_path, capsys, size):
 
 def test_the_limit_holds(tmp_path, capsys):
     assert FeatureFolder(tmp_path, SIZE - 1).open(KEY, ROWS, WIDTH) is None
-    assert "are not kept" in " ".join(lines(capsys))
+    assert "are not stored" in " ".join(lines(capsys))
     first, second = (opened(tmp_path, {"tower": n}, 2 * SIZE) for n in (1, 2))
     # both are open, so neither may be removed
     assert FeatureFolder(tmp_path, 2 * SIZE).open(KEY, ROWS, WIDTH) is None

@@ -139,7 +139,7 @@ def test_a_class_with_too_few_is_named(sets):
     with pytest.raises(ValueError, match="class 'red' has 17 training images") as caught:
         plan_training(sets["pixels"], config(per_class - 1))
     assert str(caught.value) == (
-        "--loader.shots is 18, but class 'red' has 17 training images besides those of the 8 held "
+        "--loader.shots is 18, but class 'red' has 17 training images besides the 8 held "
         "out, and 3 more classes have too few; choose fewer shots or a smaller --loader.held-out, "
         "or add images"
     )

@@ -54,7 +54,7 @@ def test_it_names_what_each_rank_reads(run, tiny_data, monkeypatch, capsys):
 
 def test_mistakes_are_one_line(run, monkeypatch, capsys):
     for arguments, message in (
-        ([run, "--step", "99"], "there is no step 99 in epoch 0"),
+        ([run, "--step", "99"], "epoch 0 has no step 99"),
         ([run, "--step", "0", "--world-size", "5"], "--world-size must divide the batch of 12"),
         ([f"{run}/none", "--step", "0"], "is not a run folder"),
     ):

@@ -162,7 +162,7 @@ def test_the_last_weights_of_the_end(runs, tmp_path, merge, refused):
     assert "did not keep its last weights" in line
     assert "--end-weights best" in line
     line = refused("wise", start, end / SELECTED, *last)
-    assert "means a run folder's" in line
+    assert "needs a run folder" in line
 
 
 def test_weights_files_without_a_run_folder(runs, tmp_path, merge):
@@ -477,7 +477,7 @@ def test_out_is_never_anothers(runs, tmp_path, merge, refused):
     assert "a different merge" in refused("uniform-soup", start, end, "--out", out)
     line = refused("wise", start, runs / "object-mask-single-fill", "--out", out)
     assert "merged_from.1: " in line
-    assert "is a run folder; with several" in refused(
+    assert "is a run folder, but several" in refused(
         *("wise", start, end, "--alpha", 0.1, 0.2, "--out", out)
     )
     for path in (start, end):
@@ -582,7 +582,9 @@ def test_runs_that_were_not_selected_by_the_same_images(runs, tmp_path, tiny_dat
     document = config_of(two)
     change_config(two, split_seed=None)  # then it is the seed, which is 4
     line = refused(*command)
-    assert f"{one} and {two} were selected by other held-out images: split_seed: 0 -> 4;" in line
+    assert (
+        f"{one} and {two} were selected by different held-out images: split_seed: 0 -> 4;" in line
+    )
     assert "--split-seed" in line
     change_config(two, train_set="mine", split_seed=0)
     assert "train_set: 'imagenet-train' -> 'mine'" in refused(*command)
@@ -590,9 +592,9 @@ def test_runs_that_were_not_selected_by_the_same_images(runs, tmp_path, tiny_dat
     assert f"loader.held_out: {HELD_OUT} -> 20" in refused(*command)
     change_config(two, loader={**document["loader"], "held_out": 0})
     line = refused(*command)
-    assert f"{two} held no images out" in line
+    assert f"{two} held out no images" in line
     change_config(one, loader={**document["loader"], "held_out": 0})
-    assert f"{one} held no images out" in refused(*command)
+    assert f"{one} held out no images" in refused(*command)
     change_config(one, strange=1)
     line = refused(*command)
     assert f"{one}/config.json: strange is an unknown field; it was written by a different" in line

@@ -231,7 +231,7 @@ def test_what_is_no_model_is_refused(tmp_path, tiny_clip):
         (tmp_path / "none", "no weights at .*none"),
         (tmp_path, "no checkpoint at .*best.safetensors"),
         (clip, "has no classification head; make a run folder"),
-        (tmp_path / "text.safetensors", "in no format that is known"),
+        (tmp_path / "text.safetensors", "has an unknown format"),
         (tmp_path / "nan.safetensors", "head.weight are not finite"),
         ("s3://bucket/run", "it must be a local folder or file"),
         (tmp_path / "a.PNG", r"a\.PNG is an image; name the model first: a run folder"),

@@ -123,7 +123,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(
     assert "stopped after step 5 of " in stopped.stdout
     resumed = disturbed(3, tiny_data, tiny_clip, run, *more)
     assert "resuming after step 5" in resumed.stdout
-    told = "fills choose from 2 images now, from 3 before" in resumed.stdout
+    told = "fills now choose from 2 images, before from 3" in resumed.stdout
     equal = losses(run) == pytest.approx(losses(calm), rel=1e-4)
     # if fills choose from the whole batch, ranks only affect the order of sums
     assert (told, equal) == ((False, True) if donors == "global" else (True, False))

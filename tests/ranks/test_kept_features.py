@@ -20,7 +20,7 @@ def test_the_weights_are_those_without(tmp_path, tiny_data, tiny_clip, ranks, re
     # a folder that not all ranks see is not used, with one message
     warnings = [line for line in complaints(result.stderr) if "features" in line]
     assert len(warnings) == 1, warnings
-    assert "not every rank can read what was written to" in warnings[0]
+    assert "not every rank can read the features in" in warnings[0]
     # images that were read, in lines of the training
     lines = {
         name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]

@@ -116,7 +116,7 @@ def test_without_any_argument_it_trains_on_the_miniature(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = torchrun(2, "rft.train", "--optim.epochs", "1")
     said = unstamped(result.stdout)
-    assert said.startswith("No --data given: training object-mask-single-fill on the ")
+    assert said.startswith("Without --data: training object-mask-single-fill on the ")
     assert "--data URL --run-dir DIR" in result.stdout.splitlines()[0]
     run = tmp_path / "runs" / "miniature-object-mask-single-fill-seed0"
     assert (run / "training.json").exists()

@@ -147,7 +147,7 @@ def test_nothing_starts_again_in_silence_if_all_are_damaged(
         capsys.readouterr()
         with pytest.raises(SystemExit):
             three_epochs()
-        assert "is whole (step 24: 0 bytes instead of" in capsys.readouterr().err
+        assert "is intact (step 24: 0 bytes instead of" in capsys.readouterr().err
         assert sorted(tmp_path.glob("run/checkpoints/*")) == before
 
 
@@ -252,7 +252,7 @@ def test_checkpoints_of_another_run_are_refused(three_epochs, monkeypatch, tmp_p
     with pytest.raises(SystemExit):
         three_epochs("run", "--log.checkpoints", url, "--seed", "5")
     line = capsys.readouterr().err
-    assert "step-00000004.pt was made on other data or by another run" in line
+    assert "step-00000004.pt was made on other data or by a different run" in line
     assert "config.seed: 0 -> 5" in line
 
 
@@ -262,7 +262,7 @@ def test_another_donor_pool_is_told(tmp_path, capsys):
     checkpoint.resume(store, ALONE, run, 256)
     assert unstamped(capsys.readouterr().out) == "resuming after step 4\n"
     checkpoint.resume(store, ALONE, run, 128)
-    assert "fills choose from 128 images now, from 256 before" in capsys.readouterr().out
+    assert "fills now choose from 128 images, before from 256" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -336,7 +336,7 @@ def test_checkpoints_elsewhere_are_of_one_configuration(three_epochs, tmp_path, 
     before = (folder / "config.json").read_bytes()
     with pytest.raises(SystemExit):
         three_epochs("run", *elsewhere, "--optim.lr", "0.5")
-    assert "holds a run with another configuration: optim.lr" in capsys.readouterr().err
+    assert "holds a run with a different configuration: optim.lr" in capsys.readouterr().err
     assert (folder / "config.json").read_bytes() == before
     three_epochs("run", *elsewhere)
     assert (folder / "training.json").exists()
@@ -403,7 +403,8 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     store = Store(str(tmp_path / "store"), keep=2)
     store.write({"progress": {"step": 1, "best_step": -1}, "model": Evil()})
     with pytest.raises(
-        ValueError, match=r"step-00000001.pt is no checkpoint of this run: refused: it wants to use"
+        ValueError,
+        match=r"step-00000001.pt is not a checkpoint of this run: refused: it names",
     ):
         checkpoint.resume(store, ALONE, own(), 1)
     assert not (tmp_path / "ran").exists()
@@ -447,7 +448,7 @@ HEAD, EMBEDDING = "head.bias", "visual.class_embedding"
 CONTENT: dict[str, tuple[Change, str]] = {
     "a list": (lambda _: [1], "it holds a list"),
     "a tensor": (lambda _: torch.zeros(3), "it holds a StoredTensor"),
-    "code": (lambda saved: saved.update(model=Evil()), "refused: it wants to use pathlib"),
+    "code": (lambda saved: saved.update(model=Evil()), "refused: it names pathlib"),
     "no must_agree": (lambda saved: saved.pop("must_agree") and None, "must_agree is missing"),
     "must_agree a text": (lambda saved: saved.update(must_agree="x"), "must_agree is 'x'"),
     "a config of nothing": (put("must_agree", "config", None), "must_agree.config is None"),
@@ -460,7 +461,7 @@ CONTENT: dict[str, tuple[Change, str]] = {
     "step a text": (put("progress", "step", "x"), "progress.step is 'x'"),
     "step a truth": (put("progress", "step", True), "progress.step is True"),
     "step negative": (put("progress", "step", -5), "progress.step is -5"),
-    "step of another": (put("progress", "step", 9), "its record names another step"),
+    "step of another": (put("progress", "step", 9), "its record has a different step"),
     "a later best step": (put("progress", "best_step", 12), "best_step"),
     "a best step of no count": (put("progress", "best_correct", -1), "best_correct"),
     "more correct than images": (put("progress", "best_correct", 51), "51 of 50"),
@@ -517,8 +518,8 @@ BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda _: b"", "damaged or truncated"),
     "a text": (lambda _: b"hello", "damaged or truncated"),
     "half": (lambda data: data[: len(data) // 2], "damaged or truncated"),
-    "deflated": (deflated, "is compressed, which torch does not do"),
-    "two of one name": (members, "two members of one name"),
+    "deflated": (deflated, "is compressed, which torch never does"),
+    "two of one name": (members, "two members with the same name"),
 }
 
 

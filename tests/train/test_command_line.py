@@ -86,7 +86,7 @@ def test_no_data_there(refused, tmp_path):
     assert not run.exists()
 
 
-@pytest.mark.parametrize(("ranks", "message"), [("4", "6 cannot be cut into 4 ranks"), ("6", "")])
+@pytest.mark.parametrize(("ranks", "message"), [("4", "6 cannot be split into 4 ranks"), ("6", "")])
 def test_impossible_batch_and_world(refused, options, tmp_path, ranks, message):
     recipe = ["object-mask-single-fill", *options[1:]]
     line = refused(train_command, *recipe, WORLD_SIZE=ranks, RANK="0")
@@ -106,7 +106,7 @@ def test_value_out_of_range(refused, options):
 
 def test_model_that_does_not_fit_the_shards(refused, options, tmp_path):
     line = refused(train_command, *options, "--model.clip", "rft-miniature")
-    assert "was packed at 16 px, the model wants 48 px" in line
+    assert "was packed at 16 px, but the model needs 48 px" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -158,8 +158,8 @@ def edited(path, **changes) -> None:
     [
         ('{"rft": "97.0.1", "git": "abcdef123456"}', "a newer rft (97.0.1, commit abcdef123456)"),
         ('{"rft": "0.0.1", "git": null}', "a different rft (0.0.1)"),
-        ("{", "a different version of rft (its provenance.json does not say which)"),
-        ("[]", "a different version of rft (its provenance.json does not say which)"),
+        ("{", "a different version of rft (its provenance.json does not record which)"),
+        ("[]", "a different version of rft (its provenance.json does not record which)"),
     ],
 )
 def test_a_run_of_a_newer_version(refused, options, tmp_path, provenance, writer):
@@ -195,7 +195,7 @@ def test_unknown_model_and_weights(refused, options):
     line = refused(train_command, *options, "--model.clip", "ViT-Z-99")
     assert "open_clip has no model 'ViT-Z-99'" in line
     names = ("--model.clip", "ViT-B-32", "--model.pretrained")
-    assert "no weights tag of ViT-B-32" in refused(train_command, *options, *names, "nope")
+    assert "neither a weights tag of ViT-B-32" in refused(train_command, *options, *names, "nope")
     line = refused(train_command, *options, *names, "openai")
     assert "were trained as ViT-B-32-quickgelu; use that model" in line
 

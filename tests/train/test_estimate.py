@@ -65,8 +65,8 @@ def test_what_it_says(prepare, arguments, tmp_path):
     assert f"    run                      {tmp_path / 'run'}\n" in text
     assert "76 samples of 4 classes in 4 shards" in text
     assert "60 to train on, 16 held out" in text
-    assert "5 an epoch, 15 in 3 epochs of global batch 12" in text
-    assert "counted by torch's tracker; a GPU's context" in text
+    assert "5 per epoch, 15 in 3 epochs of global batch 12" in text
+    assert "counted by torch's tracker; GPU context" in text
     assert re.search(r"\n  ranks  images.*\n +1 +12 +12 +[\d.]+ kB\n +2 +6 +6 ", text)
     assert "writes 6 checkpoints of " in text
     assert text.splitlines()[-1].startswith(

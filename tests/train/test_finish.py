@@ -75,7 +75,7 @@ def test_a_run_never_goes_into_the_data(untrained, moved_data, capsys, name):
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --run-dir {moved_data / name} holds packed data (")
-    assert line.endswith("name a folder of the run's own")
+    assert line.endswith("name a separate folder for the run")
     assert sorted(moved_data.rglob("*")) == before
     # its subfolders are the user's choice, and none of the sets
     untrained("vanilla", "--data", str(moved_data), name="data/runs/first")
@@ -100,7 +100,7 @@ def test_a_finished_run_refuses_other_data(untrained, moved_data, capsys):
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {run} is a finished run")
-    hashes = f"hash was {before[:12]}, it is {Manifest.load(str(url)).sha256[:12]}"
+    hashes = f"hash was {before[:12]} and is now {Manifest.load(str(url)).sha256[:12]}"
     for part in (str(url), hashes, "Restore the data", "choose another --run-dir"):
         assert part in line
     # a run of an older rft recorded no hash

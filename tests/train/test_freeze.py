@@ -47,13 +47,13 @@ REFUSED = {
     ),
     "a part of a name": (("conv1",), "'conv1' matches no weight; the nearest: "),
     "nothing": (("",), "'' matches no weight; the nearest: "),
-    "twice": (("visual.conv1*", "*conv1.weight"), "'*conv1.weight' changes nothing: visual.conv1"),
-    "everything": (("*",), "leaves no weight of image tower and head that learns"),
+    "twice": (("visual.conv1*", "*conv1.weight"), "'*conv1.weight' has no effect: visual.conv1"),
+    "everything": (("*",), "leaves no trainable weight in image tower and head"),
     "everything in parts": (
         ("visual.*", "head.*"),
-        "leaves no weight of image tower and head that learns",
+        "leaves no trainable weight in image tower and head",
     ),
-    "the tower": (("visual.*",), "the image tower; --optim.trains head does that"),
+    "the tower": (("visual.*",), "the image tower; use --optim.trains head"),
 }
 
 
@@ -68,7 +68,7 @@ def test_patterns_without_sense_are_refused(case):
 def test_a_linear_probe_has_its_tower_frozen_already():
     model = build_model()
     model.visual.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"changes nothing: visual\.conv1\.weight and all others"):
+    with pytest.raises(ValueError, match=r"has no effect: visual\.conv1\.weight and all other"):
         freeze(model, ("visual.conv1*",))
     freeze(model, ("head.bias",))
     assert learning(model) == ["head.weight"]
@@ -81,7 +81,7 @@ def test_the_command_refuses_them_in_one_line(refused, tiny_data, tiny_clip, tmp
     line = refused(command, *words, "--optim.freeze", "visual.conv1*", "visual.nothing")
     assert "--optim.freeze 'visual.nothing' matches no weight; the nearest: visual." in line
     words = tiny.training("linear-probe", tiny_data, tiny_clip, tmp_path / "probe")
-    assert "changes nothing" in refused(command, *words, "--optim.freeze", "visual.ln_post.*")
+    assert "has no effect" in refused(command, *words, "--optim.freeze", "visual.ln_post.*")
 
 
 def clean_and_counterfactual(objective: Objective, images, labels):

@@ -170,7 +170,9 @@ def build_objective(recipe: str) -> Objective:
 
 def test_contexts_need_two_templates():
     method = recipes.build("car-ft").method
-    with pytest.raises(ValueError, match=r"--method.context-weight needs two prompt templates"):
+    with pytest.raises(
+        ValueError, match=r"--method.context-weight needs two or more prompt templates"
+    ):
         texts.build(build_clip(), NAMES, TEMPLATES[:1], method)
 
 
@@ -255,7 +257,7 @@ def test_what_cannot_be_combined_is_refused(case):
 def test_a_refusal_is_one_line(refused, tmp_path):
     options = ("--data", tmp_path, "--run-dir", tmp_path / "run", "--optim.accumulate", 2)
     line = refused(command, "flyp", *options)
-    assert "because the negatives are those of the whole batch" in line
+    assert "because the negatives come from the full batch" in line
 
 
 RUNS = {

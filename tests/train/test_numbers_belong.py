@@ -232,7 +232,7 @@ def test_weights_that_do_not_say_are_accepted_with_a_warning(folder, tiny_data, 
     capsys.readouterr()
     evaluate(run, data=tiny_data)
     warning = capsys.readouterr().err
-    assert f"WARNING: {run}: the file does not say which classes its head has" in warning
+    assert f"WARNING: {run}: the file does not list the classes of its head" in warning
     assert warning.count("WARNING") == 1
     after = runs.read_results(run)
     assert before
@@ -381,7 +381,7 @@ def test_a_merge_of_different_prompts_is_said(folder, tmp_path, capsys):
     save_state(str(path), saved.state, saved.architecture, saved.metadata, other)
     capsys.readouterr()
     call(merge_command, "wise", folder / "zero-shot", path, "--out", tmp_path / "out")
-    assert "were made of different prompts" in capsys.readouterr().err
+    assert "were built from different prompts" in capsys.readouterr().err
 
 
 def test_a_configuration_of_another_run(folder, tiny_data, tmp_path, refused, capsys):

@@ -80,7 +80,7 @@ def small(tiny_data, tiny_clip, tmp_path, capsys):
 
 
 RULE = """--scale small for 76 images of 4 classes on 1 rank:
-  loader.held_out           0  (too few to select by: the last model is used)
+  loader.held_out           0  (too few images to select: last model used)
   loader.batch_size         8  (the smallest; 9 of 16 steps per epoch)
   optim.warmup_steps        9  (1/10 of 90 steps, at most 500)
   log.checkpoint_steps      9  (an epoch, at most 500 steps)

@@ -61,7 +61,7 @@ def test_ten_steps_after_the_first_few_and_the_same_weights(take_steps, tmp_path
 @pytest.mark.slow
 def test_fewer_steps_are_told(take_steps, tmp_path, capsys):
     take_steps(tmp_path, 3, first=7, total=10)
-    assert "profile of 3 steps (not 10: there were no more)" in capsys.readouterr().out
+    assert "profile of 3 steps (not 10: the run had no more)" in capsys.readouterr().out
     assert counts(tmp_path / "steps-8-10.json.gz")["clean forward"] == 3
 
 
@@ -73,5 +73,8 @@ def test_a_run_that_stops_meanwhile(take_steps, tmp_path, capsys):
     take_steps(tmp_path / "none", 5, first=100, total=1000)
     take_steps(tmp_path / "none", 0)
     said = unstamped(capsys.readouterr().out).splitlines()
-    assert said == [f"--profile: no step was done after step {step}, no trace" for step in (105, 0)]
+    assert said == [
+        f"--profile: no step was done after step {step}, so no trace was written"
+        for step in (105, 0)
+    ]
     assert not (tmp_path / "none").exists()

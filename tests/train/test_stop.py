@@ -156,7 +156,7 @@ def test_a_second_job_is_refused(three_epochs, other_job, capsys):
         three_epochs("run", "--cluster.lock-wait", "0.5")
     assert stopped.value.code == 2
     output = capsys.readouterr()
-    assert "waiting up to 0.5 s for another job to leave" in output.out
+    assert "waiting up to 0.5 s for another job to release" in output.out
     assert "another job is writing" in output.err
     assert len(output.err.splitlines()) == 1
 
@@ -219,5 +219,5 @@ def test_a_run_that_the_other_job_began_keeps_its_configuration(
     monkeypatch.setattr(run.log, "info", leave)
     with pytest.raises(SystemExit):
         three_epochs("run", "--optim.lr", "0.5")
-    assert "holds a run with another configuration: optim.lr" in capsys.readouterr().err
+    assert "holds a run with a different configuration: optim.lr" in capsys.readouterr().err
     assert (folder / "config.json").read_bytes() == before

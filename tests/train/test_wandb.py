@@ -162,7 +162,7 @@ def test_a_run_outlives_its_wandb(tmp_path, offline, capsys, number):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [10, 20, 30, 40, 50]
     said = capsys.readouterr().err
-    assert said.count("WARNING: nothing more goes to wandb: ") == 1, said
+    assert said.count("WARNING: logging to wandb stopped: ") == 1, said
 
 
 def test_a_run_that_is_signalled_with_its_wandb_keeps_its_last_step(tmp_path, tiny_data, tiny_clip):
@@ -187,6 +187,6 @@ def test_a_run_that_is_signalled_with_its_wandb_keeps_its_last_step(tmp_path, ti
     assert code == STOPPED, log.read_text()
     (step,) = re.findall(r"stopped after step (\d+) of 200 \(SIGTERM\)", log.read_text())
     assert files.read_json(str(run / "progress.json"))["step"] == int(step)
-    assert "WARNING: nothing more goes to wandb" in log.read_text()
+    assert "WARNING: logging to wandb stopped" in log.read_text()
     subprocess.run(command, env=variables, check=True)
     assert (run / "training.json").exists()
