@@ -251,13 +251,13 @@ def test_a_folder_without_bottom(tmp_path):
 def test_runs_below_a_folder_have_an_end(tmp_path, monkeypatch):
     deep = tmp_path / "/".join(40 * "x")
     deep.mkdir(parents=True)
-    with pytest.raises(ValueError, match="lies too deep for a run folder"):
+    with pytest.raises(ValueError, match="is nested too deep for a run folder"):
         runs.find_runs([tmp_path])
     for name in "abc":
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.json").touch()
     monkeypatch.setattr(runs, "RUNS", 2)
-    with pytest.raises(ValueError, match="3 run folders were found; report on 2 at a time"):
+    with pytest.raises(ValueError, match="found 3 run folders; the limit of a report is 2"):
         runs.find_runs([tmp_path / "runs"])
 
 

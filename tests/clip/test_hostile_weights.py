@@ -160,7 +160,7 @@ OWN = {
     "a name of a terminal": (lambda d: d.update({"\x1b[2J": d.pop(BIAS)}), "must have no control"),
     "many tensors": (
         lambda d: d.update({str(n): {"dtype": "F32", "shape": [0]} for n in range(10_001)}),
-        "has 10,[0-9]{3} tensors; a CLIP has 10,000 at most",
+        "has 10,[0-9]{3} tensors; the limit is 10,000",
     ),
 }
 
@@ -193,7 +193,7 @@ def test_a_long_header_is_not_read(tmp_path):
         stream.write((header.BYTES + 1).to_bytes(8, "little") + b"{")
         stream.truncate(header.BYTES + 9)
     for read in (header.read, weights.read, load_state):
-        with pytest.raises(ValueError, match=r"a header of 16,777,217 bytes; that of weights has"):
+        with pytest.raises(ValueError, match=r"a header of 16,777,217 bytes; the limit is"):
             read(path)
 
 

@@ -214,12 +214,12 @@ def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     hub = ("--to", "open-clip", "--out", tmp_path / "hub")
     assert "no checkpoint at" in refused("export", tmp_path / "none.safetensors", *hub)
     line = refused("export", run, *hub)
-    assert f"no text tower is known for this {formats.NAME}; add --text" in line
+    assert f"the text tower of this {formats.NAME} is not recorded; add --text" in line
     assert "no file; tags: none" in refused("export", run, *hub, "--text", "nope")
     line = refused("export", run, *hub, "--text", tmp_path / "ckpt-best.pt")
     assert "has no text tower" in line
     line = refused("export", run, "--to", "released", "--out", tmp_path / "m.bin")
-    assert "a file of this format ends in .pt" in line
+    assert "its name must end in .pt" in line
     saved = load_state(run / SELECTED)
     gelu = load.architecture_of(formats.GELU_NAME)
     path = str(tmp_path / "gelu.safetensors")
@@ -231,7 +231,7 @@ def test_export_refuses(convert, refused, run, tmp_path, openai, monkeypatch):
     assert f"{formats.GELU_NAME} has False" in line
     formats.write_hub_folder(tmp_path / "other")
     line = refused("export", run, *hub, "--text", f"local-dir:{tmp_path / 'other'}")
-    assert "the text tower belongs to another model: mean: " in line
+    assert "the text tower belongs to a different model: mean: " in line
     assert not (tmp_path / "hub").exists()
 
 
@@ -273,7 +273,7 @@ def test_the_hub_is_not_asked_for_what_weights_name(refused, run, openai, monkey
     save_state(str(path), state, named, metadata, classes)
     option = ("--text", openai.parent / text) if text else ()
     line = refused("export", path, "--to", "open-clip", "--out", openai.parent / "hub", *option)
-    assert "add --text hf-hub:evil/model if you know it" in line
+    assert "add --text hf-hub:evil/model if you trust it" in line
     assert asked == []
 
 
@@ -288,15 +288,15 @@ def test_export_never_overwrites(convert, refused, run, tmp_path, openai):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "card.json").write_text("{}")
     line = refused("export", run, "--to", "open-clip", "--out", tmp_path / "mine", "--text", openai)
-    assert "is there already; choose another --out" in line
+    assert "already exists; choose another --out" in line
     (tmp_path / "m.pt").write_bytes(b"mine")
     line = refused("export", run, "--to", "released", "--out", tmp_path / "m.pt")
-    assert "is there already" in line
+    assert "already exists" in line
     assert (tmp_path / "m.pt").read_bytes() == b"mine"
     formats.write_released(tmp_path / "other.pt", formats.build_state(1))
     convert("import", tmp_path / "other.pt", "--out", tmp_path / "run2", "--clip", formats.NAME)
     line = refused("export", tmp_path / "run2", *hub)
-    assert "holds another export: source.path" in line
+    assert "holds a different export: source.path" in line
 
 
 def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
@@ -319,7 +319,7 @@ def test_a_card_is_of_these_very_weights(convert, refused, run, tmp_path):
     save_state(str(run / SELECTED), other, architecture, metadata, classes)
     forget_weights(run)
     line = refused(*command)
-    assert "holds another export: source.sha256: " in line
+    assert "holds a different export: source.sha256: " in line
     assert document(tmp_path / "m.safetensors.json") == card
     (tmp_path / "m.safetensors").unlink()
     (tmp_path / "m.safetensors.json").unlink()

@@ -140,7 +140,7 @@ def test_import_needs_the_models_name(refused, released, tmp_path):
     line = refused("import", released, "--out", tmp_path / "run")
     assert "does not name its model (width 64, 2 layers, 4 x 4 patches of 4 px, 16 f" in line
     # the released code knows QuickGELU only
-    assert line.endswith(f"add --clip NAME, by its shape one of: {formats.NAME}")
+    assert line.endswith(f"add --clip NAME; models of this shape: {formats.NAME}")
     assert not (tmp_path / "run").exists()
 
 
@@ -199,11 +199,11 @@ def test_import_never_overwrites(convert, refused, run, released, tmp_path):
     (tmp_path / "trained").mkdir()
     (tmp_path / "trained" / "config.json").write_text('{"recipe": "vanilla", "seed": 0}')
     line = refused("import", released, "--out", tmp_path / "trained", "--clip", formats.NAME)
-    assert "holds another model; choose another --out" in line
+    assert "holds a different model; choose another --out" in line
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     line = refused("import", released, "--out", tmp_path / "other", "--clip", formats.NAME)
-    assert "has files in it but is no run folder" in line
+    assert "is not empty and not a run folder" in line
     line = refused("import", released, "--out", released, "--clip", formats.NAME)
     assert "is a file; choose another" in line
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
@@ -245,7 +245,7 @@ def test_an_import_does_not_ask_the_hub_for_what_a_header_names(
     save_file(formats.build_clip().state_dict(), tmp_path / "m.safetensors", metadata=own)
     out = ("--out", tmp_path / "run", "--data", tiny_data)
     line = refused("import", tmp_path / "m.safetensors", *out)
-    assert "add --clip hf-hub:evil/model if you know it" in line
+    assert "add --clip hf-hub:evil/model if you trust it" in line
     assert asked == []
 
 

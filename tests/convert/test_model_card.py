@@ -245,8 +245,8 @@ def test_a_thousand_classes_are_in_the_card():
 @pytest.mark.parametrize(
     ("clip", "settings", "weights"),
     [
-        ("rft-miniature", {}, "those that come with rft"),
-        ("local-dir:/home/me/clip", {"model": {"pretrained": "openai"}}, "those of a folder"),
+        ("rft-miniature", {}, "included in rft"),
+        ("local-dir:/home/me/clip", {"model": {"pretrained": "openai"}}, "from a local folder"),
         ("ViT-B-32", {"model": {"pretrained": "/home/me/own.pt"}}, "own.pt"),
         ("ViT-B-32", {"model": 3}, "not recorded"),
     ],
@@ -255,7 +255,7 @@ def test_pre_trained_weights_have_a_name(clip, settings, weights):
     tower = dataclasses.replace(ARCHITECTURE, clip=clip)
     text = described(architecture=tower, settings=settings)
     assert f"| pre-trained weights | {model_card._text(weights)} |" in text
-    assert ("seen images and texts of the web" in text) == (clip != "rft-miniature")
+    assert ("trained on images and texts from the web" in text) == (clip != "rft-miniature")
     assert "/home/me" not in text
 
 

@@ -103,7 +103,7 @@ def test_no_login(refused, hub: Hub, words, tmp_path):  # noqa: F811
 def test_a_token_that_the_hub_does_not_take(monkeypatch, refused, login, words, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secret-of-someone")
     line = refused(*words)
-    assert f"{login.url} answers 401: its token is not valid" in line
+    assert f"{login.url} answers 401: the token is not valid" in line
     assert "secret" not in line
     assert not (tmp_path / "export").exists()
 
@@ -112,7 +112,7 @@ def test_a_token_that_the_hub_does_not_take(monkeypatch, refused, login, words, 
 def test_a_name_of_someone_else(refused, login, words):
     line = refused(*words[:-1], "hf://other/photos")
     assert "cannot push to other/photos: " in line
-    assert "answers 403: its token may not write there" in line
+    assert "answers 403: the token may not write there" in line
     assert login.repositories == {}
 
 
@@ -184,6 +184,6 @@ def test_names_that_the_hub_does_not_have(url):
 @pytest.mark.slow
 def test_options_that_do_not_belong_together(refused, run, tmp_path):
     words = ("export", run, "--to", "safetensors", "--out", tmp_path / "m.safetensors")
-    assert "--push takes the folder of --to open-clip" in refused(*words, "--push", "hf://a/b")
-    assert "add --push hf://USER/NAME" in refused(*words, "--private")
+    assert "--push uploads the folder of --to open-clip" in refused(*words, "--push", "hf://a/b")
+    assert "needs --push hf://USER/NAME" in refused(*words, "--private")
     assert "docs/storage.md#credentials" in refused(*words, "--push", "hf://user:secret@a/b")

@@ -32,7 +32,7 @@ from tests.reference import ensembles as reference
 from tests.tiny import call, torchrun
 
 SETS = ("imagenet-val", "imagenet-a", "imagenet-r")
-DONE = "all counts are already there, nothing to do"
+DONE = "all results are current, nothing to do"
 HELD_OUT = 30
 
 
@@ -389,14 +389,14 @@ def test_a_full_disk_leaves_nothing_wrong(
 
 def test_other_options_and_other_weights_need_another_folder(ensemble, wrong, runs, tmp_path):
     ensemble("ose")
-    assert "holds another ensemble: ensemble.alpha: 0.5 -> 0.7" in wrong("ose", "--alpha", 0.7)
-    assert "holds another ensemble: " in wrong("dawin", "--temperatures", 1, 1)
+    assert "holds a different ensemble: ensemble.alpha: 0.5 -> 0.7" in wrong("ose", "--alpha", 0.7)
+    assert "holds a different ensemble: " in wrong("dawin", "--temperatures", 1, 1)
     saved = load_state(runs / "end" / SELECTED)
     state = {name: value + 1 for name, value in saved.state.items()}
     shutil.rmtree(runs / "end")
     config = {"recipe": "vanilla", "seed": 1, "imported_from": {"format": "test"}}
     write_run(runs / "end", saved._replace(state=state), config)
-    assert "holds another ensemble: ensemble_of.1: " in wrong("ose")
+    assert "holds a different ensemble: ensemble_of.1: " in wrong("ose")
 
 
 def test_what_cannot_be_an_ensemble_is_refused(wrong, runs, tiny_data, tmp_path, refused):
@@ -414,11 +414,11 @@ def test_what_cannot_be_an_ensemble_is_refused(wrong, runs, tiny_data, tmp_path,
     assert "--components" in wrong("dawin", "--components", 0)
     assert "unknown ensemble 'osse'" in other("osse", *same)
     run = [*same[:5], runs / "end", *same[6:]]
-    assert "holds another model" in other("ose", *run)
+    assert "holds a different model" in other("ose", *run)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     full = [*same[:5], tmp_path / "full", *same[6:]]
-    assert "has files in it but is no run folder" in other("ose", *full)
+    assert "is not empty and not a run folder" in other("ose", *full)
 
 
 def test_without_held_out_images_temperatures_must_be_given(wrong, ensemble, runs):
@@ -514,7 +514,7 @@ def test_the_report_shows_ensembles_and_marks_the_transductive_one(
     config.write_text(config.read_text().replace("0.5", "0.6"))
     with pytest.raises(SystemExit):
         call(report_command, *ends, *outs, "--out", tmp_path / "report")
-    assert "was changed since" in capsys.readouterr().err
+    assert "was changed after" in capsys.readouterr().err
 
 
 def test_counts_are_those_of_the_members_on_any_world(made, tiny_data):

@@ -90,7 +90,9 @@ def test_masks_that_are_none(tmp_path):
         image = Image.fromarray(np.eye(16, dtype=np.uint8), mode="P")
         image.putpalette(palette)
         image.save(path)
-        with pytest.raises(ValueError, match=r"mask.png has a palette that is not black where"):
+        with pytest.raises(
+            ValueError, match=r"mask.png has a palette whose black is not index 0 alone"
+        ):
             read_mask(path, (16, 16), 16)
     # Pillow gives it a palette of one colour
     Image.fromarray(np.eye(16, dtype=np.uint8), mode="P").save(path)

@@ -96,15 +96,15 @@ def test_models_of_several_splits_in_one_call(train, tiny_data, capsys, tmp_path
         line for line in unstamped(capsys.readouterr().err).splitlines() if "gets no" in line
     ]
     assert warnings == [
-        f"WARNING: {none} gets no temperature: its run holds no images out (--loader.held-out 0)",
-        f"WARNING: {soup} gets no temperature: its trainings held different images out, so none of "
-        "them is new to it; train its models with one --split-seed",
+        f"WARNING: {none} gets no temperature: its run holds out no images (--loader.held-out 0)",
+        f"WARNING: {soup} gets no temperature: its trainings held out different images, so none is "
+        "new to the model; train all of them with the same --split-seed",
     ]
     # a rerun has nothing to do, and says so again
     before = (soup / "results.json").stat().st_mtime_ns
     evaluate(tiny_data, *runs, none, soup, wise)
     again = capsys.readouterr()
-    assert "all counts are already there, nothing to do" in again.out
+    assert "all results are current, nothing to do" in again.out
     assert [line for line in unstamped(again.err).splitlines() if "gets no" in line] == warnings
     assert (soup / "results.json").stat().st_mtime_ns == before
     seeds = [recorded(run)["temperature"] for run in (*runs, none, soup, wise)]
@@ -131,7 +131,7 @@ def test_another_training_set_below_the_root_is_refused(train, tiny_data, tmp_pa
     (tmp_path / "data" / SET).symlink_to(tiny_data / SET)
     words = ("--sets", SET, "--workers", 0, "--device", "cpu", "--temperature")
     line = refused(evaluation, run, "--data", tmp_path / "data", *words)
-    assert f"{run} held images of a different imagenet-train out (manifest" in line
+    assert f"{run} held out images of a different imagenet-train (manifest" in line
     assert not (run / "results.json").exists()
 
 
@@ -192,6 +192,6 @@ def test_one_reason_of_several_models_is_one_warning(train, tiny_data, capsys):
     capsys.readouterr()
     evaluate(tiny_data, *runs)
     assert complaints(capsys.readouterr().err) == [
-        "WARNING: 2 models get no temperature: its run holds no images out (--loader.held-out 0)",
+        "WARNING: 2 models get no temperature: its run holds out no images (--loader.held-out 0)",
         *(f"  {run}" for run in runs),
     ]

@@ -26,7 +26,7 @@ from tests.conftest import build_model
 from tests.tiny import call
 
 SETS = ("imagenet-val", "imagenet-a")
-DONE = "all counts are already there, nothing to do"
+DONE = "all results are current, nothing to do"
 
 
 @pytest.fixture(scope="module")
@@ -262,10 +262,10 @@ def test_a_tower_that_is_evaluated_is_the_one_that_rft_merge_writes(runs, tmp_pa
     ("words", "message"),
     [
         (["--wise", "zero", "end", "0.5"], "--wise and --soup need --out DIR"),
-        (["end", "--parts", "tower"], "--parts tower is what --wise interpolates; name one"),
-        (["end", "--out", "out"], "--out is the folder for results of --wise and --soup"),
+        (["end", "--parts", "tower"], "--parts tower needs --wise"),
+        (["end", "--out", "out"], "--out needs --wise or --soup"),
         (["--wise", "zero", "end", "--out", "out"], "--wise takes START END and one or more"),
-        (["--wise", "zero", "end", "0.5", "more", "--out", "out"], "'more' is no number"),
+        (["--wise", "zero", "end", "0.5", "more", "--out", "out"], "'more' is not a number"),
         (["--wise", "zero", "end", "1.5", "--out", "out"], "an alpha of --wise is 1.5; it must"),
         (["--wise", "zero", "end", "nan", "--out", "out"], "an alpha of --wise is nan; it must"),
         (["--wise", "zero", "end", "0.5", "0.5", "--out", "out"], "has 0.5 twice"),
@@ -274,9 +274,9 @@ def test_a_tower_that_is_evaluated_is_the_one_that_rft_merge_writes(runs, tmp_pa
         (["--soup", "end", "--out", "out"], "a soup needs at least two models, 1 named"),
         (["--soup", "end", "end", "--out", "out"], "end and end are the same weights"),
         (["--soup", "zero", "end", "--soup", "zero", "more", "--out", "out"],
-         "two systems are called uniform-soup: of zero, end and of zero, more; evaluate them by"),
+         "two averages are called uniform-soup: of zero, end and of zero, more; evaluate them"),
         (["--wise", "zero", "end", "0.5", "--wise", "zero", "more", "0.5", "--out", "out"],
-         "two systems are called wise-ft-0.5"),
+         "two averages are called wise-ft-0.5"),
         (["--wise", "zero", "end", "0.5", "--end-weights", "last", "--out", "out"],
          "end did not keep its last weights"),
         ([], "name at least one run folder"),
@@ -295,9 +295,9 @@ def test_a_folder_that_holds_another_model(runs, tmp_path, evaluate, wrong, refu
     before = contents(out / "wise-ft-0.5")
     other = (runs / "zero", runs / "more")
     line = wrong("--wise", *other, 0.5, "--out", out)
-    assert f"{out}/wise-ft-0.5 holds another merge: merged_from.1: " in line
+    assert f"{out}/wise-ft-0.5 holds a different merge: merged_from.1: " in line
     merge = partial(refused, merge_command, "wise")
-    assert "holds another merge" in merge(*other, "--out", out / "wise-ft-0.5")
+    assert "holds a different merge" in merge(*other, "--out", out / "wise-ft-0.5")
     assert "alpha: 0.5 -> 0.7" in merge(*ends, "--alpha", 0.7, "--out", out / "wise-ft-0.5")
     assert contents(out / "wise-ft-0.5") == before
 
@@ -308,7 +308,7 @@ def test_without_weights_it_is_no_checkpoint(runs, tmp_path, evaluate, wrong, re
     evaluate("--wise", *ends, 0.5, "--soup", *ends, "--out", out)
     wise, soup = out / "wise-ft-0.5", out / "uniform-soup"
     command = f"python -m rft.merge wise {ends[0]} {ends[1]} --alpha 0.5 --out {wise}"
-    said = f"{wise} is an average without weights, as rft.evaluate --wise and --soup leave it; "
+    said = f"{wise} is an average without weights, made by rft.evaluate --wise or --soup; "
     lines = [
         wrong(wise),
         refused(merge_command, "wise", ends[0], wise, "--out", tmp_path / "more"),
@@ -330,7 +330,7 @@ def test_results_without_weights_belong_to_their_configuration(runs, tmp_path, e
     config = out / "wise-ft-0.5" / CONFIG
     files.write_json(str(config), {**json.loads(config.read_text()), "alpha": 0.6})
     line = refused(report_command, out, "--out", tmp_path / "report")
-    assert f"{config} was changed since {out}/wise-ft-0.5/results.json was written" in line
+    assert f"{config} was changed after {out}/wise-ft-0.5/results.json was written" in line
 
 
 def test_weights_that_are_gone_are_warned_of(runs, tmp_path, evaluate, capsys):
@@ -340,4 +340,4 @@ def test_weights_that_are_gone_are_warned_of(runs, tmp_path, evaluate, capsys):
     evaluate(out)
     (out / SELECTED).unlink()
     call(report_command, out, "--out", tmp_path / "report")
-    assert f"{out / SELECTED} is missing: whether the results" in capsys.readouterr().err
+    assert f"{out / SELECTED} is missing, so its results" in capsys.readouterr().err

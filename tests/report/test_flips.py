@@ -273,7 +273,7 @@ def test_a_page_is_bounded(pair, data, monkeypatch):
     text = page_of(pair, data)
     # the first of both classes, before the second of one
     assert Shown(text).keys() == [*keys(0, 5), *keys(1, 2)]
-    assert "The page has no room for 1 more of them." in text
+    assert "The page has no space for 1 more images." in text
     monkeypatch.undo()
     sizes = {text.split(",")[0]: len(base64.b64decode(everything.sheet[name]))
              for text, name in everything.pictures}  # fmt: skip
@@ -281,7 +281,7 @@ def test_a_page_is_bounded(pair, data, monkeypatch):
     monkeypatch.setattr(flips, "BYTES", sizes[first] + sizes[second])
     text = page_of(pair, data)
     assert Shown(text).keys() == [first, second]
-    assert "The page has no room for 2 more of them." in text
+    assert "The page has no space for 2 more images." in text
 
 
 def test_large_thumbnails_stay_small():
@@ -322,7 +322,7 @@ def test_a_set_that_is_missing_is_named(data, tmp_path, capsys):
     assert "Images of zoo are not shown" in text
     (warning,) = tiny.complaints(capsys.readouterr().err)
     assert warning == (
-        f"WARNING: {tmp_path}/root has no packed set zoo, so none of its images is shown"
+        f"WARNING: {tmp_path}/root has no packed set zoo, so its images are not shown"
     )
 
 
@@ -337,7 +337,7 @@ def test_a_broken_image_is_named_and_left_out(pair, data, tmp_path, capsys):
     tar.write_bytes(content)
     assert shown(pair, root).keys() == [*keys(0, 5, 3), *keys(1, 2)]
     (warning,) = tiny.complaints(capsys.readouterr().err)
-    assert "an image is not shown: damaged bytes (crc32 mismatch)" in warning
+    assert "image not shown: damaged bytes (crc32 mismatch)" in warning
     assert "'n00000000_1'" in warning
     tar.unlink()
     with pytest.raises(ValueError, match="missing shard"):

@@ -236,8 +236,8 @@ def test_runs_of_different_keys_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"correct": 1}, "images right, results.json says 1; evaluate the run again"),
-        ({"predictions_sha256": "0" * 64}, "is not the file that results.json was written with"),
+        ({"correct": 1}, "right predictions, results.json has 1; evaluate the run again"),
+        ({"predictions_sha256": "0" * 64}, "was changed after results.json was written"),
     ],
 )
 def test_predictions_that_do_not_belong_are_refused(tmp_path, changes, message):
@@ -293,7 +293,7 @@ def test_declared_sets_count_into_an_average_of_their_own(tmp_path):
     assert "OOD avg (6 sets) is the unweighted mean of V2, R, Sketch, ObjectNet, A, zoo." in (
         report.tables[0].caption
     )
-    assert "No OOD avg (6 sets), for lack of a set: zero-shot." in report.summary.warnings
+    assert "No OOD avg (6 sets) because a set is missing: zero-shot." in report.summary.warnings
 
 
 def test_own_sets_have_an_average_where_several_are_declared(tmp_path):
@@ -381,7 +381,9 @@ def test_versions_of_an_image_are_drawn_together(tmp_path, seeds):
     assert (pair.gained, pair.lost) == ((gain_N > 0).sum(), (gain_N < 0).sum())
     assert pair.mcnemar == ()
     report = compose(runs, draw=False)
-    assert any("c: images of one name in several domains" in one for one in report.summary.warnings)
+    assert any(
+        "c: for intervals, images with the same name" in one for one in report.summary.warnings
+    )
     assert details.differences_csv(report.rows, report.measures).splitlines()[1].endswith(",")
 
 
@@ -473,7 +475,7 @@ def test_a_sets_declared_score_is_a_column_and_what_averages_take(tmp_path):
     grid = details.statistics_grid(report.shown, report.measures, average)
     assert grid.header[0] == "score"
     assert details.matrix(report.shown, report.measures, average) == []
-    assert "a declared score has no interval" in report.summary.conclusions[1]
+    assert "declared scores have no intervals" in report.summary.conclusions[1]
     render(report)
     # of one set alone, too, its score is what it is known by
     for path in paths:
@@ -483,7 +485,7 @@ def test_a_sets_declared_score_is_a_column_and_what_averages_take(tmp_path):
     assert tables.target(report.rows) == column
     best, against = report.summary.conclusions
     assert best.startswith("Highest wilds, worst-domain: no-mask, 37.5%")
-    assert "a declared score has no interval" in against
+    assert "declared scores have no intervals" in against
 
 
 def test_a_mean_over_domains_of_one_size_is_top1(tmp_path):

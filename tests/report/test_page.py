@@ -157,7 +157,7 @@ def test_what_cannot_be_drawn_is_said_and_does_not_stay(paths, tmp_path):
     other = make_run(tmp_path / "other", "mine", percent=(70, 60), metrics=False)
     write_report([other], out)
     assert {path.name for path in out.iterdir()} == DOCUMENTS - {"paper.md", "paper.csv"}
-    assert "Beside the paper" not in (out / "index.html").read_text()
+    assert "Comparison with the paper" not in (out / "index.html").read_text()
 
 
 def test_a_report_of_own_sets_has_their_columns_and_no_paper(tmp_path):
@@ -169,7 +169,7 @@ def test_a_report_of_own_sets_has_their_columns_and_no_paper(tmp_path):
     text = write_report(paths, out).text()
     assert "recipe  n garden  zoo" in text
     page = Page((out / "index.html").read_text())
-    assert "Beside the paper" not in page.text
+    assert "Comparison with the paper" not in page.text
     assert "Highest garden: no-mask" in page.text
     assert "OOD avg" not in page.text
     assert {path.name for path in out.iterdir()} >= {"differences.csv", "per_class.csv"}
@@ -196,10 +196,10 @@ def test_the_chosen_model_comes_first_and_photos_have_their_names(tmp_path):
     assert wrong == ["no-mask", "zero-shot", "vanilla"]
     assert "bär/größe 1.jpg" in page.text
     # own sets: nothing of the paper's experiment, and against the untrained model first
-    assert "In distribution against out of distribution" not in page.text
+    assert "Out-of-distribution over in-distribution accuracy" not in page.text
     assert "Counterfactual images" not in page.text
     assert "no-mask: classes against zero-shot" in page.text
-    with pytest.raises(ValueError, match="is none of the runs"):
+    with pytest.raises(ValueError, match="is not among the runs"):
         compose(load_runs(paths), draw=False, chosen=tmp_path / "data")
 
 

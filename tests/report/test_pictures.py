@@ -278,7 +278,7 @@ def test_letters_without_a_glyph_are_one_line_that_a_terminal_can_show(capsys):
         rows = result_rows([run_of("\u4e00\u4e01\U0001f3f4\U000e0067", percent=ALL)])
         assert plots.scatter(rows)
     (line,) = unstamped(capsys.readouterr().err).splitlines()
-    assert re.fullmatch(r"of the pictures, matplotlib says: Glyph \d+ .* more warnings\)", line)
+    assert re.fullmatch(r"matplotlib warned while drawing: Glyph \d+ .* more warnings\)", line)
     assert line.isprintable()
 
 
@@ -504,13 +504,13 @@ def letter(code: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"patch": np.array(7)}, "cannot be cut"),
+        ({"patch": np.array(7)}, "does not divide"),
         ({"relevance_BP": np.zeros((6, 35))}, "relevance_BP has shape"),
         ({"relevance_BP": np.full((6, 36), "x")}, "relevance_BP is of type <U1"),
         ({"relevance_BP": np.full((6, 36), np.nan)}, "relevance_BP must be finite"),
         ({"relevance_BP": np.full((6, 36), 1e300)}, "relevance_BP must be finite"),
-        ({"donor/x": np.full((6, 36), 6)}, "donor/x must have numbers from -1 to 5"),
-        ({"donor/x": np.full((6, 36), -2)}, "donor/x must have numbers from -1 to 5"),
+        ({"donor/x": np.full((6, 36), 6)}, "donor/x must be from -1 to 5"),
+        ({"donor/x": np.full((6, 36), -2)}, "donor/x must be from -1 to 5"),
         ({"donor/x": np.zeros((6, 36))}, "donor/x is of type float64"),
         ({"donor/x": np.zeros((6, 36), bool)}, "donor/x is of type bool"),
         ({"donor/\x1b[31m": np.zeros((6, 36), int)}, "name of a donor map: it is '.x1b"),
@@ -525,8 +525,8 @@ def letter(code: int) -> np.ndarray:
         ({"labels_B": np.zeros(6)}, "labels_B is of type float64"),
         ({"labels_B": np.full(6, np.nan)}, "labels_B is of type float64"),
         ({"class_names": np.full((6, 1), "x")}, "class_names has shape"),
-        ({"class_names": letter(0xD800)}, "class_names has letters that are not of Unicode"),
-        ({"class_names": letter(0x7FFFFFFF)}, "class_names has letters that are not of Unicode"),
+        ({"class_names": letter(0xD800)}, "class_names has characters that are not Unicode"),
+        ({"class_names": letter(0x7FFFFFFF)}, "class_names has characters that are not Unicode"),
         ({"class_names": np.full(6, "x" * 100_001)}, "class_names: it is 'x.* at most 100000"),
         ({"images_BCHW": np.zeros((3, 48, 48), dtype=np.uint8)}, "not a gallery"),
         ({"labels_B": np.arange(1, 7)}, "labels_B"),
@@ -534,8 +534,8 @@ def letter(code: int) -> np.ndarray:
         ({"steps_S": np.array([0, 100, 100])}, "steps_S must be 1 to 12 ascending steps"),
         ({"steps_S": np.arange(13)}, "steps_S must be 1 to 12 ascending steps"),
         ({"steps_S": np.array([], int)}, "steps_S must be 1 to 12 ascending steps"),
-        ({"steps_S": np.array([-1, 0, 1])}, "steps_S must have numbers from 0"),
-        ({"steps_S": np.array([0, 1, 2**63], np.uint64)}, "steps_S must have numbers from 0"),
+        ({"steps_S": np.array([-1, 0, 1])}, "steps_S must be from 0"),
+        ({"steps_S": np.array([0, 1, 2**63], np.uint64)}, "steps_S must be from 0"),
         ({"steps_S": np.zeros(3)}, "steps_S is of type float64"),
         ({"relevance_SBP": np.zeros((2, 6, 36))}, "relevance_SBP has shape"),
         ({"relevance_SBP": np.full((3, 6, 36), np.nan)}, "relevance_SBP must be finite"),

@@ -116,7 +116,7 @@ def test_own_sets_alone_are_compared_by_the_first():
 def test_more_sets_than_a_page_shows_are_refused():
     run = run_of("vanilla", percent=ALL)
     run.counts.update({f"s{n}": counted(1, 2) for n in range(tables.SETS)})
-    with pytest.raises(ValueError, match="on 206 sets; a report shows 200"):
+    with pytest.raises(ValueError, match="on 206 sets; the limit of a report is 200"):
         tables.columns(tables.result_rows([run]))
 
 

@@ -191,7 +191,7 @@ def test_an_exported_folder_names_the_classes_of_the_weights(
     forget_classes(run / SELECTED)
     call(convert, "export", run, "--to", "safetensors", "--out", tmp_path / "a.safetensors")
     assert document(tmp_path / "a.safetensors.json")["classes"] is None
-    assert "imagenet-train was packed again since the run was trained" in capsys.readouterr().err
+    assert "imagenet-train was repacked after the run was trained" in capsys.readouterr().err
     files.write_json(
         str(run / "config.json"), {**document(run / "config.json"), "data": str(tiny_data)}
     )
@@ -296,7 +296,7 @@ def test_weights_that_change_while_they_are_evaluated(folder, tiny_data, refused
 
     monkeypatch.setattr(evaluate_command, "predict", predicted_while_training)
     line = refused(evaluate_command, *evaluation(run, data=tiny_data))
-    assert f"{run / SELECTED} was replaced while it was evaluated" in line
+    assert f"{run / SELECTED} was replaced during its evaluation" in line
     assert not (run / "results.json").exists()
 
 
@@ -390,7 +390,7 @@ def test_a_configuration_of_another_run(folder, tiny_data, tmp_path, refused, ca
     config, results = document(run / "config.json"), document(run / "results.json")
     files.write_json(str(run / "config.json"), {**config, "recipe": "no-mask"})
     line = refused(report_command, run, *out)
-    assert "names recipe 'no-mask', its weights were made by 'vanilla'" in line
+    assert "names recipe 'no-mask', but its weights were made by 'vanilla'" in line
     files.write_json(str(run / "config.json"), {**config, "seed": 7})
     capsys.readouterr()
     call(report_command, run, *out)

@@ -53,8 +53,8 @@ def swap(folder: Path, kind: str) -> tuple[Path, str]:
     assert before != now
     shutil.copy(other / SELECTED, run / SELECTED)
     return run, (
-        f"error: {run / SELECTED} are not the weights that {run} was completed with: recorded is "
-        f"{before}, the file is {now}; restore them, or import the file into a folder of its own: "
+        f"error: {run / SELECTED} was replaced after {run} was completed: recorded is {before}, "
+        f"the file is {now}; restore it, or import the file into a folder of its own: "
         "python -m rft.convert import FILE --out DIR"
     )
 
@@ -135,7 +135,7 @@ def test_the_last_weights_are_known_too(folder, tmp_path, refused):
     shutil.copy(folder / "vanilla-2" / LAST, run / LAST)
     command = ("wise", folder / "zero-shot-0", run, "--out", tmp_path / "out")
     line = refused(merge_command, *command, "--end-weights", "last")
-    assert f"{run / LAST} are not the weights that {run} was completed with" in line
+    assert f"{run / LAST} was replaced after {run} was completed" in line
     call(merge_command, *command)
 
 
@@ -146,7 +146,7 @@ def test_weights_of_another_recipe_are_refused(folder, tiny_data, tmp_path, refu
     shutil.copy(folder / "zero-shot-0" / SELECTED, run / SELECTED)
     tiny.forget_weights(run)
     said = re.escape(
-        f"error: {run}/config.json names recipe 'vanilla', its weights were made by 'zero-shot'"
+        f"error: {run}/config.json names recipe 'vanilla', but its weights were made by 'zero-shot'"
     )
     assert re.match(said, refused(evaluate_command, *evaluation(run, tiny_data)))
     out = ("--out", tmp_path / "out")

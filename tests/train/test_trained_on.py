@@ -72,7 +72,7 @@ def test_a_run_and_its_weights_alone(runs, roots, said):
     for model in (runs / "a", runs / "a" / SELECTED, runs / "a" / LAST):
         assert "WARNING" not in said(evaluate_command, *evaluation(model, a))
         warning = said(evaluate_command, *evaluation(model, b))
-        assert f"{model} was trained on another train (manifest " in warning
+        assert f"{model} was trained on a different train (manifest " in warning
         assert SEEN in warning
         assert SEEN in said(evaluate_command, *evaluation(model, b))  # although nothing is to do
     assert SEEN not in said(evaluate_command, *evaluation(runs / "zero", b))

@@ -239,7 +239,7 @@ ALONE: tuple[tuple[Sequence[str], str], ...] = (
     (("rft.convert", "export", "gone", "--to", "released", "--out", "x.pt"), "gone"),
     (
         ("rft.convert", "export", "run", "--out", "x.pt", "--to", "released", "--push", "hf://a/b"),
-        "--push takes the folder",
+        "--push uploads the folder",
     ),
     ((*PUSHED, "--to", "open-clip", "--push", "hf://datasets/a"), "hf://USER/NAME"),
     ((*PUSHED, "--to", "open-clip", "--push", "hf://a/../b"), "hf://USER/NAME"),

@@ -386,7 +386,7 @@ def rows() -> Iterator[Row]:
         "metrics of four runs, each as long as one may be",
         ("rft.report", "runs", "--out", "report"),
         many_runs(4, lines=2**19),
-        "no curves are drawn, because the metrics",
+        "no training curves: the metrics",
         answer="accepted",
         thorough=True,
     )
