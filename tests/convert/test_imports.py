@@ -1,4 +1,4 @@
-"""Weights of other code become run folders that every command takes."""
+"""Third-party weights become run folders that every command accepts."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ def test_a_weights_tag(convert, openai, tmp_path, tiny_data, monkeypatch):
     convert("import", "tiny", *options)
     architecture = load_state(tmp_path / "run" / SELECTED).architecture
     assert architecture.mean == (0.5,) * 3
-    # the run tells where its text tower is
+    # the run records the location of its text tower
     convert("export", tmp_path / "run", "--to", "open-clip", "--out", tmp_path / "hub")
     exported = load_file(tmp_path / "hub" / "open_clip_model.safetensors")
     assert same(exported, formats.build_clip().state_dict())
@@ -133,13 +133,13 @@ def test_seeds_of_one_imported_recipe_share_a_row(convert, tmp_path, tiny_data):
     assert "| imported | 2 |" in (tmp_path / "report" / "table.md").read_text()
 
 
-# what import refuses
+# configurations that import refuses
 
 
 def test_import_needs_the_models_name(refused, released, tmp_path):
     line = refused("import", released, "--out", tmp_path / "run")
     assert "does not name its model (width 64, 2 layers, 4 x 4 patches of 4 px, 16 f" in line
-    # the released code knows QuickGELU only
+    # the released code only has QuickGELU
     assert line.endswith(f"add --clip NAME; models of this shape: {formats.NAME}")
     assert not (tmp_path / "run").exists()
 
@@ -214,7 +214,7 @@ def test_an_import_that_was_stopped_goes_on(convert, run, released, state):
     (run / SELECTED).unlink()
     convert("import", released, "--out", run, "--clip", formats.NAME)
     assert same(state_of(run), state)
-    # nothing is in the way of another import
+    # nothing prevents a later import
     (run / "provenance.json").unlink()
     (run / SELECTED).unlink()
     convert("import", released, "--out", run, "--clip", formats.NAME, "--seed", 1)

@@ -1,4 +1,4 @@
-"""A classifier as ONNX computes what rft does, for any number of images."""
+"""A classifier exported to ONNX computes rft's logits, for any number of images."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_onnxruntime_gives_rfts_logits(exported, batch):
     (found_BK,) = session.run(["logits"], {"images": images_BCHW.numpy()})
     with torch.no_grad():
         expected_BK = build_model()(images_BCHW)
-    assert expected_BK.abs().max() > 5  # logits of CLIP's scale, which 1e-4 says something of
+    assert expected_BK.abs().max() > 5  # logits of CLIP's scale, so that 1e-4 is a meaningful bound
     torch.testing.assert_close(torch.from_numpy(found_BK), expected_BK, rtol=0, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Exports go to a stand-in for the model hub, byte by byte."""
+"""Exports are pushed to a stand-in for the model hub and compared byte by byte."""
 
 import socket
 import threading
@@ -48,7 +48,7 @@ def test_a_folder_arrives_byte_by_byte_and_once(convert, refused, login, words, 
     assert set(login.objects.values()) == {
         data for name, data in pushed.items() if name.endswith(".safetensors")
     }
-    # a second push sends no weights, leaves an edited page alone, and takes no other file along
+    # a second push sends no weights, keeps an edited page, and uploads no other file
     (tmp_path / "export" / "private.txt").write_text("secret")
     login.repositories[REPO]["README.md"] = b"edited on the hub"
     login.repositories[REPO]["picture.png"] = b"the owner's"
@@ -124,7 +124,7 @@ def test_a_hub_that_fails(refused, login, words, status):
 
 
 def unreached(capsys, words) -> str:
-    """Run a push that does not reach the hub; return the error's line, without its advice."""
+    """Run a push that cannot reach the hub; return the error's line, without its advice."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         tiny.call(command, *words)
@@ -155,7 +155,7 @@ def test_a_hub_that_never_answers(monkeypatch, capsys, login, words, tmp_path):
 
         def accept() -> None:
             with silent.accept()[0] as connection:
-                while connection.recv(100_000):  # until the client gives up
+                while connection.recv(100_000):  # until the client stops retrying
                     asked.set()
 
         thread = threading.Thread(target=accept)

@@ -1,4 +1,4 @@
-"""Table 2: the images that are chosen, the map, and the command on one and more ranks."""
+"""Table 2: the chosen images, the map, and the command on one and more ranks."""
 
 import dataclasses
 import itertools
@@ -359,11 +359,11 @@ def test_the_miniatures_clip_finds_its_objects(tmp_path, monkeypatch):
     train = run("pixels", "imagenet-train")
     assert train["images"] == {"measured": 100, "empty_mask": 0, "without_mask": 0}
     for entry in train["thresholds"]:
-        # for masks that know nothing of the object the two would be equal
+        # for masks unrelated to the object the two would be equal
         assert entry["mean"]["object_masking_rate"] > 1.5 * entry["mean"]["image_masking_rate"]
     masks = list((tmp_path / "world/masks/objectnet-1.0").rglob("*.png"))
     object_pixels = sum(int((np.asarray(Image.open(path)) > 0).sum()) for path in masks)
-    # without its frame an image of ObjectNet has the model's size: no pixel is lost
+    # without its frame an image of ObjectNet has the model's size: no resizing
     assert run("pixels", "objectnet")["pixels"]["object"] == object_pixels
     # the same when images are decoded while reading; in R, keys have their folders
     for dataset in ("imagenet-train", "imagenet-r", "objectnet"):

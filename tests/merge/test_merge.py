@@ -1,4 +1,4 @@
-"""The merge commands on real run folders: what they write, what they skip, what they refuse."""
+"""The merge commands on real run folders: output, skips and refusals."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ HELD_OUT = 40
 
 @pytest.fixture
 def merge(capsys):
-    """Run a merge in this process; return what it printed."""
+    """Run a merge in this process; return its output."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -44,7 +44,7 @@ def merge(capsys):
 
 @pytest.fixture
 def refused(refused):
-    """Run a merge that is a mistake; return its one line of complaint."""
+    """Run an invalid merge; return its one-line error."""
     return partial(refused, merge_command)
 
 
@@ -77,13 +77,13 @@ def trained(tmp_path_factory, tiny_data, tiny_clip) -> Path:
 
 @pytest.fixture
 def runs(trained, tmp_path) -> Path:
-    """A copy of them that a test may spoil."""
+    """A copy of them that a test may modify."""
     shutil.copytree(trained, tmp_path / "runs")
     return tmp_path / "runs"
 
 
 def shake(run: Path, copy: Path, seed: int, strength: float) -> Path:
-    """A run folder like another, with noise on its selected weights: one more soup ingredient."""
+    """A copy of a run folder with noise on its selected weights: one more soup ingredient."""
     shutil.copytree(run, copy)
     state, architecture, metadata, classes = load_state(run / SELECTED)
     generator = torch.Generator().manual_seed(seed)
@@ -146,7 +146,7 @@ def test_the_default_is_the_middle(runs, tmp_path, merge):
 
 def test_the_last_weights_of_the_end(runs, tmp_path, merge, refused):
     start, end, out = runs / "zero-shot", runs / "vanilla", tmp_path / "merged"
-    # the last model is rarely the selected one; here it surely is another
+    # the last model is rarely the selected one; here they surely differ
     shutil.copy(shake(end, tmp_path / "other", 1, 0.1) / SELECTED, end / LAST)
     forget_weights(end)
     merge("wise", start, end, "--alpha", 1, "--end-weights", "last", "--out", out)
@@ -170,7 +170,7 @@ def test_weights_files_without_a_run_folder(runs, tmp_path, merge):
     shutil.copy(runs / "zero-shot" / SELECTED, start)
     shutil.copy(runs / "object-mask-single-fill" / SELECTED, own)
     printed = merge("wise", start, own, "--out", tmp_path / "merged")
-    # what the file itself says is not unknown
+    # the file's own metadata counts
     assert config_of(tmp_path / "merged")["recipe"] == "wise-object-mask-single-fill-0.5"
     assert config_of(tmp_path / "merged")["end_weights"] == "file"
     assert printed.endswith(
@@ -183,7 +183,7 @@ def test_weights_files_without_a_run_folder(runs, tmp_path, merge):
 
 
 def test_an_imported_model_has_not_been_trained(runs, tmp_path, merge, refused):
-    # what rft.convert leaves: a run folder without training.json
+    # as left by rft.convert: a run folder without training.json
     end, out = runs / "vanilla", tmp_path / "merged"
     (end / "training.json").unlink()
     document = {"recipe": "theirs", "seed": 1, "imported_from": {"format": "theirs"}}
@@ -253,7 +253,7 @@ def test_model_stock(runs, tmp_path, merge, capsys):
     printed = merge("model-stock", start, end, other, "--out", out)
     assert printed.startswith(f"already merged: {out}\n")
     assert everything(out) == before
-    # a header of its own, and images that any of them has seen
+    # with its own header, and the images seen by any ingredient
     assert (
         load_state(out / SELECTED)[2]["trained_on"] == load_state(end / SELECTED)[2]["trained_on"]
     )
@@ -422,7 +422,7 @@ def test_the_same_command_again_does_nothing(kind, runs, tmp_path, tiny_data, me
     merge(*command, "--out", tmp_path / "merged")
     before = everything(tmp_path / "merged")
     times = {path: Path(path).stat().st_mtime_ns for path in before}
-    # runs may move: weights are known by their hash
+    # runs may move: weights are identified by their hash
     runs.rename(tmp_path / "moved")
     command[1:3] = [tmp_path / "moved" / path.name for path in command[1:3]]
     monkeypatch.setattr(ingredients, "load_state", None)  # no weights are read either
@@ -458,7 +458,7 @@ def test_a_merge_that_stopped_is_done_again(runs, tmp_path, merge, refused, monk
         assert "No space left" in refused("wise", start, end, "--out", out)
     assert not (out / SELECTED).exists()
     assert not (out / "provenance.json").exists()
-    # nothing is in the way of another merge
+    # nothing prevents a later merge
     merge("wise", start, end, "--alpha", 0.7, "--out", out)
     (out / "provenance.json").unlink()
     assert "merged: " in merge("wise", start, end, "--alpha", 0.7, "--out", out)
@@ -623,7 +623,7 @@ def test_other_data_than_the_runs_were_trained_on(runs, tmp_path, tiny_data, ref
     assert f"{one} was trained on other data than" in refused("greedy-soup", one, two, *rest)
     for run in (one, two):
         record = {"steps": 3, "best_step": 3, "world_size": 1}
-        (run / "training.json").write_text(json.dumps(record))  # as before the hash was kept
+        (run / "training.json").write_text(json.dumps(record))  # as before the hash was recorded
     more = {"classes": [*manifest["classes"], "fifth"], "class_ids": [*manifest["class_ids"], "5"]}
     path.write_text(json.dumps({**manifest, **more}))
     line = refused("greedy-soup", one, two, *rest)

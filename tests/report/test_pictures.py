@@ -1,4 +1,4 @@
-"""Pictures: what they draw, where and how; the donor map on pixels; label places."""
+"""Figures: contents, positions and sizes; the donor map in pixels; positions of labels."""
 
 import io
 import math
@@ -119,7 +119,7 @@ def test_models_made_of_others_have_their_colour():
 
 
 def marks_of(monkeypatch, draw, rows):
-    """The marks and lines that a function would draw."""
+    """The marks and lines that a function draws."""
     monkeypatch.setattr(plots, "_picture", lambda marks, lines: (marks, lines))
     return draw(rows)
 
@@ -139,7 +139,7 @@ def test_a_path_goes_from_zero_shot_to_the_fine_tuned_end():
     paths = plots.wise_paths({*SWEEP, *ours, "zero-shot", "vanilla", "no-mask"})
     assert paths == {
         "wise-ft": ["zero-shot", *SWEEP[1:10], "vanilla"],
-        # its fine-tuned end is not there
+        # its fine-tuned end is missing
         "wise-object-mask-single-fill": ["zero-shot", *ours[::-1]],
     }
     assert plots.wise_paths(set(SWEEP)) == {"wise-ft": SWEEP}
@@ -155,7 +155,7 @@ def test_what_the_wise_picture_draws(monkeypatch):
     }  # fmt: skip
     alphas = [mark.label for mark in marks if mark.minor]
     assert alphas == ["0.1", "0.2", "0.3", "0.4", "0.6", "0.7", "0.8", "0.9"]
-    path, student = lines  # wise-kd-lost has no fine-tuned end to come from
+    path, student = lines  # wise-kd-lost has no fine-tuned end
     assert [x for x, _ in path.through] == [70, *range(71, 80), 70]
     assert student.through == ((70, 40), (70, 40))
     assert (path.dashes, student.dashes) == (plots.SOLID, plots.DOTTED)
@@ -302,7 +302,7 @@ def test_labels_keep_clear_of_each_other(anchors):
 
 
 def crowded(shape: str, count: int) -> list[labels.Point]:
-    """Points of a plot of 1300 x 900 pixels that are hard to tell apart."""
+    """Points of a plot of 1300 x 900 pixels that are hard to distinguish."""
     rng = np.random.default_rng(count)
     steps = np.arange(count) / count
     places = {
@@ -337,7 +337,7 @@ def test_crowds_get_clear_labels_in_a_bounded_number_of_tries(monkeypatch, shape
     for index, box in enumerate(boxes):
         assert labels.overlap(box, bounds) == pytest.approx(110 * 18)
         assert not labels.overlap(box, np.array(boxes[:index]).reshape(-1, 4)).any()
-        # its own point is the nearest, or a line leads there
+        # its own point is the nearest, or a line leads to it
         away = [math.dist(labels.nearest(box, other), other) for other in anchors]
         assert away[index] == min(away) or away[index] > plots.LED
 
@@ -357,7 +357,7 @@ def test_geometry():
 @pytest.mark.slow
 @given(st.lists(st.tuples(*[st.integers(-5, 5)] * 4), min_size=1, max_size=20))
 def test_a_segment_enters_a_box_if_one_of_its_points_is_inside(segments):
-    # no line through two whole points meets a corner, so that nothing only touches the box
+    # no line through two integer points meets a corner, so none only touches the box
     box = np.array([-2.239, -1.541, 2.713, 1.277])
     start, end = np.array(segments, dtype=float).reshape(-1, 2, 2).swapaxes(0, 1)
     share = np.linspace(0, 1, 4001)[:, None, None]
@@ -492,12 +492,12 @@ def test_frames_are_small(tmp_path, what, steps):
     assert len(found) == steps
     assert max(map(len, found.values())) <= 60_000
     sizes = {decode(webp).shape for webp in found.values()}
-    # no quality of noise is small enough
+    # noise is not small enough at any quality
     assert all(width < 8 * 224 for _, width, _ in sizes) == (what == "noise"), sizes
 
 
 def letter(code: int) -> np.ndarray:
-    """Six class names, of which numpy makes no text."""
+    """Six class names that numpy does not read as text."""
     return np.full(6, code, np.uint32).view("<U1")
 
 

@@ -1,4 +1,4 @@
-"""What is refused, and how it is said."""
+"""Refusals, and their messages."""
 
 import json
 import re
@@ -103,7 +103,7 @@ def test_the_same_weights_are_not_two_seeds(tmp_path, recipe, step, config, refu
     message = f"{paths[0]} and {paths[1]} are seeds 0 and 1 of {recipe}, but have the same weights"
     with pytest.raises(ValueError, match=re.escape(message)):
         load_runs(paths)
-    # another recipe may start from, or end at, the same
+    # a different recipe may start from, or end at, the same weights
     other = make_run(tmp_path, "other")
     weights = make_weights(other, "other", step=str(step))
     edit(other / "results.json", checkpoint_sha256=files.sha256_file(weights), step=step)
@@ -229,7 +229,7 @@ def test_settings_without_end_are_cut_between_values():
 
 
 def test_seeds_with_other_settings_are_not_averaged(tmp_path):
-    """They are rows of their own, named by what differs."""
+    """They are separate rows, named by their differences."""
     paths = [
         make_run(tmp_path / str(rate), seed=seed, optim={"lr": rate, "epochs": 10})
         for rate in (3e-5, 1e-3)

@@ -80,7 +80,7 @@ def test_predictions_give_intervals_and_a_verdict(tmp_path):
     assert "% (95% interval " in best
     for line in (one, two):
         assert "p < 0.001): significant." in line
-    # the two baselines cannot be told apart
+    # the two baselines cannot be distinguished
     best, one = summary(runs[:4]).conclusions
     assert one.endswith("not significant.")
 

@@ -1,4 +1,4 @@
-"""A file of predictions is read as it was written, and anything else is refused in one line."""
+"""A file of predictions reads back unchanged, and anything else is refused in one line."""
 
 import dataclasses
 import io

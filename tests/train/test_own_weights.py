@@ -1,4 +1,4 @@
-"""A complete run folder knows its weights: those of another run in their place are refused."""
+"""A complete run folder knows its weights: those of a different run in their place are refused."""
 
 import json
 import re
@@ -42,12 +42,12 @@ def made(tmp_path_factory, tiny_data, tiny_clip) -> Path:
 
 @pytest.fixture
 def folder(made, tmp_path) -> Path:
-    """A copy of them that a test may spoil."""
+    """A copy of them that a test may modify."""
     return Path(shutil.copytree(made, tmp_path / "runs"))
 
 
 def swap(folder: Path, kind: str) -> tuple[Path, str]:
-    """Put the weights of seed 2 in the place of seed 1's; return the run and what is said."""
+    """Replace seed 1's weights by seed 2's; return the run and the messages."""
     run, other = folder / f"{kind}-1", folder / f"{kind}-2"
     before, now = (files.sha256_file(path / SELECTED)[:12] for path in (run, other))
     assert before != now
@@ -88,7 +88,7 @@ def test_weights_of_another_run_are_refused(folder, kind, tiny_data, tmp_path, r
     assert refused(merge_command, "uniform-soup", folder / "zero-shot-0", run, *out) == said
     file = ("--out", tmp_path / "m.safetensors")
     assert refused(convert, "export", run, "--to", "safetensors", *file) == said
-    # what the message advises
+    # the advice of the message
     call(convert, "import", run / SELECTED, "--out", tmp_path / "own")
     call(evaluate_command, *evaluation(tmp_path / "own", tiny_data))
     # a folder of an older rft did not record them
@@ -120,7 +120,7 @@ def test_the_same_command_again_notices(folder, tiny_data, tiny_clip, tmp_path, 
         run, said = swap(folder, kind)
         assert refused(*command()) == said
         assert run.is_dir()
-    # as what a run builds on
+    # as a run that others build on
     line = refused(
         train_command,
         *training("lp-ft", tiny_data, tiny_clip, tmp_path / "more"),
@@ -141,7 +141,7 @@ def test_the_last_weights_are_known_too(folder, tmp_path, refused):
 
 @pytest.mark.slow
 def test_weights_of_another_recipe_are_refused(folder, tiny_data, tmp_path, refused):
-    """Also in a folder whose weights nothing recorded."""
+    """Also in a folder without a record of its weights."""
     run = folder / "vanilla-1"
     shutil.copy(folder / "zero-shot-0" / SELECTED, run / SELECTED)
     tiny.forget_weights(run)
