@@ -202,8 +202,8 @@ BOXES = (
 def first_step() -> Gallery:
     """Compute relevance, mask and counterfactual of a few images by the paper's recipe.
 
-    The images are the first training image of a few classes, spread over the labels; their random
-    numbers are those of rft/demo/world.py. The model is the pre-trained one, as the student is at
+    The images are training images of rft/demo/world.py, chosen among the first of each class by the
+    size of their masks, not by their looks. The model is the pre-trained one, as the student is at
     its first step.
     """
     image_set, bank = world.SETS[TRAIN_SET], world.SETS[TRAIN_SET].setting.bank
