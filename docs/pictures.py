@@ -35,7 +35,6 @@ from rft.rng import numpy_generator
 from rft.runs.gallery_file import Gallery
 from rft.sets import BENCHMARKS, ID_SET, OOD_SETS, TRAIN_SET
 from rft.storage import files
-from rft.train.pictures import one_of_each_class
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs/pictures"
@@ -203,26 +202,30 @@ BOXES = (
 def first_step() -> Gallery:
     """Compute relevance, mask and counterfactual of a few images by the paper's recipe.
 
-    The images are the first training image of a few classes, spread over the labels; their random
-    numbers are those of rft/demo/world.py. The model is the pre-trained one, as the student is at
+    The images are training images of rft/demo/world.py, chosen among the first of each class by the
+    size of their masks, not by their looks. The model is the pre-trained one, as the student is at
     its first step.
     """
     image_set, bank = world.SETS[TRAIN_SET], world.SETS[TRAIN_SET].setting.bank
     silhouettes, labels = objects.load_silhouettes(bank), np.array(image_set.classes)
-    chosen = one_of_each_class(labels, np.arange(len(labels)), IMAGES)
     drawn = []
-    for number in chosen.tolist():
+    for number in range(len(labels)):  # the first of each class
         rng = numpy_generator(0, TRAIN_SET, number)
         scene = scenes.draw_scene(image_set.setting, int(labels[number]), silhouettes, rng)
         drawn.append(render.render(scene, rng)[0])
-    images, names = np.stack(drawn), tuple(objects.CLASSES[label] for label in labels[chosen])
+    images = np.stack(drawn)
     clip = load_clip(ModelConfig(clip=MINIATURE))
     head = zero_shot_head(clip, objects.CLASSES, captions.TEMPLATES)
     model = Classifier(clip.model.visual, head, clip.architecture)
     # the first permutation of the seed in which no image is its own donor
     method = replace(MASKED[OURS], single_fill="derangement")
     batch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    relevance = label_map(model, batch, torch.from_numpy(labels[chosen]), method.cam)
+    relevance = label_map(model, batch, torch.from_numpy(labels), method.cam)
+    # typical masks: those that cover nearest to what all of them do on average
+    covered = cam_mask(method.mask, relevance, method.threshold).float().mean(dim=1)
+    chosen = (covered - covered.mean()).abs().argsort(stable=True)[:IMAGES].sort().values
+    relevance, images = relevance[chosen], images[chosen.numpy()]
+    names = tuple(objects.CLASSES[label] for label in labels[chosen.numpy()])
     draws = draw(method, range(IMAGES), relevance.shape[1], IMAGES, StepAddress(0, 0, 0, 0))
     mask = cam_mask(method.mask, relevance, method.threshold)
     made = {

@@ -13,7 +13,7 @@ import numpy as np
 
 from rft.demo.objects import CLASSES, Bank, Silhouettes
 
-VERSION = 1  # of the world; a new one whenever any image changes, with newly trained weights
+VERSION = 2  # of the world; a new one whenever any image changes, with newly trained weights
 
 PLAIN = -1  # the context that is none
 NUM_CONTEXTS = 24  # each pattern in two of the four palettes (rft/demo/render.py)
@@ -42,7 +42,7 @@ class Setting:
     rho: float = RHO
     angle: float = 12
     wide_rotation: float = 0
-    size: tuple[float, float] = (26, 36)
+    size: tuple[float, float] = (35, 49)
     brightness: tuple[float, float] = (0.85, 1.15)
     noise: float = 0.04
 

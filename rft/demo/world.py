@@ -46,7 +46,7 @@ SETS = {
     "imagenet-val": WorldSet(setting=TEST),
     # collected again, a little differently
     "imagenet-v2": WorldSet(
-        setting=replace(TEST, rho=0.8, size=(24, 34), brightness=(0.75, 1.2), noise=0.06)
+        setting=replace(TEST, rho=0.8, size=(32, 46), brightness=(0.75, 1.2), noise=0.06)
     ),
     "imagenet-r": WorldSet(
         setting=replace(TEST, styles=RENDITIONS, contexts="any"),
@@ -55,12 +55,12 @@ SETS = {
     "imagenet-sketch": WorldSet(setting=replace(TEST, styles={"sketch": 1.0}, contexts="any")),
     # all but 1, 12, 13 and 15, for which there is no folder
     "objectnet": WorldSet(
-        setting=replace(TEST, contexts="novel", angle=50, size=(22, 34)),
+        setting=replace(TEST, contexts="novel", angle=50, size=(30, 46)),
         classes=(0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14),
     ),
     # unlike the original it is not filtered by a classifier's mistakes
     "imagenet-a": WorldSet(
-        setting=replace(TEST, contexts="wrong", size=(22, 32)),
+        setting=replace(TEST, contexts="wrong", size=(30, 43)),
         classes=(1, 2, 4, 6, 8, 9, 10, 12, 13, 15),
     ),
 }

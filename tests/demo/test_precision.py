@@ -11,6 +11,7 @@ from rft.demo.captions import TEMPLATES
 from rft.demo.objects import CLASSES
 from rft.demo.pretrain import draw_captioned
 from rft.demo.scenes import Setting
+from rft.demo.world import WorldSet
 from rft.method import losses, masking, relevance
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,7 @@ def model() -> Classifier:
 @pytest.fixture(scope="module")
 def scenes():
     setting = Setting(bank="dev", styles={"photo": 1.0}, contexts="usual")
-    return draw_captioned("precision", setting, 192, 0)
+    return draw_captioned("precision", WorldSet(setting=setting, images=192), 0)
 
 
 def look(model, scenes, *, bf16: bool, recompute: bool = False):

@@ -10,6 +10,7 @@ from rft.clip.load import load_clip
 from rft.config import ModelConfig
 from rft.demo import pretrain
 from rft.demo.objects import CLASSES
+from rft.demo.world import WorldSet
 
 
 @pytest.mark.slow
@@ -25,7 +26,7 @@ def test_it_writes_a_clip_that_loads_and_the_same_one_again(tmp_path, monkeypatc
         assert torch.equal(value, again.state_dict()[name]), name
     card = json.loads((tmp_path / "first" / "card.json").read_text())
     assert card["steps"] == 3
-    assert card["measured"]["dev-usual-total"] == 32
+    assert card["measured"]["imagenet-val-total"] == 32
 
 
 def test_initialisation_leaves_the_global_generator_alone():
@@ -46,7 +47,9 @@ def test_an_epoch_is_a_permutation_in_whole_batches():
 
 @pytest.mark.slow
 def test_classes_are_balanced_and_contexts_are_independent_of_them():
-    data = pretrain.draw_captioned("pretrain", pretrain.DIVERSE, 320, seed=0)
+    data = pretrain.draw_captioned(
+        "pretrain", WorldSet(setting=pretrain.DIVERSE, images=320), seed=0
+    )
     counts = torch.bincount(data.labels_B, minlength=len(CLASSES))
     assert (counts == 320 // len(CLASSES)).all()
     assert data.images_BCHW.dtype == torch.uint8
