@@ -199,7 +199,7 @@ def traffic(job: Job) -> list[str]:
     results = config.optim.epochs * bool(len(job.held_out))
     count = len(saved)
     weights = module_bytes(job.student)
-    each = weights + 2 * module_bytes(job.objective, trained=True)
+    each = weights + state_bytes(job)
     each += sum(module_bytes(module) for module in job.others.values())
     kept = (
         "the checkpoints of the models that these selected, and the selected and the last weights"

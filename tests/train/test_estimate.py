@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from rft import cli, recipes
 from rft.config import Config
@@ -98,6 +99,21 @@ def test_what_is_written_is_what_was_told(prepare):
     told = "\n".join(traffic(job))
     assert f"writes {len(names)} checkpoints of " in told
     assert f"writes {len(lines)} lines of metrics, " in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["vanilla", "ftp"])
+def test_a_checkpoint_has_the_size_of_the_estimate(prepare, recipe):
+    """FTP keeps one tensor more for each weight than AdamW does."""
+    job = prepare("--optim.epochs", "1", recipe=recipe)
+    run_job(job, StopRequest(""))
+    (path, *_) = Path(job.config.run).glob("checkpoints/step-*.pt")
+    (amount, unit) = re.search(r"checkpoints of ([\d.]+) (\w+) ", "\n".join(traffic(job))).groups()
+    assert unit == "kB"
+    kept = pytree.tree_leaves(torch.load(path, weights_only=True))
+    tensors = sum(leaf.nbytes for leaf in kept if isinstance(leaf, torch.Tensor))
+    # the random state and the counts of steps are not estimated
+    assert 1000 * float(amount) == pytest.approx(tensors, rel=0.04)
 
 
 def test_sizes():
