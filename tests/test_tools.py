@@ -204,7 +204,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing class": (lambda world: shutil.rmtree(world / "imagenet" / "val" / "n02"), "n02"),
     "empty class": (empty_a_class, "n02 is empty"),
     "unknown class": (add_a_class, "unknown class: 'n03'"),
-    "unreadable image": (damage_an_image, "ILSVRC2012_val_00000002.JPEG is no readable"),
+    "unreadable image": (damage_an_image, "ILSVRC2012_val_00000002.JPEG is not a readable"),
     "no label space": (lambda world: (world / "classes.json").unlink(), "no such file"),
 }
 
@@ -268,7 +268,7 @@ def test_bad_images(world: Path, tmp_path: Path, run: Callable[..., Result]) -> 
     arguments = ["--benchmark", "imagenet-r", "--source", str(world), "--out", str(tmp_path)]
     code, _, err = run("shard_ood", *arguments)
     assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith(f"error: {bad} is no readable JPEG, PNG or WebP image; --max-bad N")
+    assert err.startswith(f"error: {bad} is not a readable JPEG, PNG or WebP image; --max-bad N")
     code, out, err = run("shard_ood", *arguments, "--max-bad", "1")
     assert (code, err) == (0, "")
     listed = tmp_path / "imagenet-r" / "quarantine.jsonl"
@@ -276,7 +276,7 @@ def test_bad_images(world: Path, tmp_path: Path, run: Callable[..., Result]) -> 
     (line,) = listed.read_text().splitlines()
     assert json.loads(line) == {
         "path": "n02/art_1.jpg",
-        "reason": "is no readable JPEG, PNG or WebP image",
+        "reason": "is not a readable JPEG, PNG or WebP image",
         "shard": "000000.tar",
     }
     code, out, _ = run("shard_ood", *arguments, "--max-bad", "1")
@@ -313,7 +313,7 @@ SET = ("--name", "mine", "--source", "x", "--out", "y")
         (
             "index_shards",
             ["x.tar", "--out", "imagenet-r", "--ood"],
-            "imagenet-r is a benchmark: its score",
+            "imagenet-r is a benchmark: its name determines its score",
         ),
     ],
 )

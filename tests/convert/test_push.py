@@ -186,4 +186,4 @@ def test_options_that_do_not_belong_together(refused, run, tmp_path):
     words = ("export", run, "--to", "safetensors", "--out", tmp_path / "m.safetensors")
     assert "--push takes the folder of --to open-clip" in refused(*words, "--push", "hf://a/b")
     assert "add --push hf://USER/NAME" in refused(*words, "--private")
-    assert "docs/data.md, Credentials" in refused(*words, "--push", "hf://user:secret@a/b")
+    assert "docs/storage.md#credentials" in refused(*words, "--push", "hf://user:secret@a/b")

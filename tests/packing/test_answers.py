@@ -23,30 +23,33 @@ from tests.servers.s3 import ObjectStore, use_environment
 pytestmark = pytest.mark.slow  # together
 
 LATER = "run the same command again later"
-NO_RANGES = "the server does not serve ranges of it"
+NO_RANGES = "the server does not support range requests"
 NO_PERMISSION = "no permission, or no such file in a store that may not be listed"
-HTML = "the server sends a web page in its place"
+HTML = "the server sent a web page instead of the file"
 FAILS = {
-    "401": r"401 Unauthorized: it needs a login",
+    "401": r"401 Unauthorized: login required",
     "403": rf"403 Forbidden: {NO_PERMISSION}",
     "410": r"410 Gone",
     "429": rf"429 Too Many Requests: {LATER} \(3 tries\)",
     "500": rf"500 Internal Server Error: {LATER} \(3 tries\)",
     "503": rf"503 Service Unavailable: {LATER} \(3 tries\)",
     "html": HTML,
-    "203": "the server sends 203 Non-Authoritative Information, which is no file",
-    "300": "the server sends 300 Multiple Choices, which is no file",
-    "302": "the server sends 302 Found, which is no file",
-    "silent": rf"no answer in time; {LATER} \(3 tries\)",
+    "203": "the server answered 203 Non-Authoritative Information without a file",
+    "300": "the server answered 300 Multiple Choices without a file",
+    "302": "the server answered 302 Found without a file",
+    "silent": rf"request timed out; {LATER} \(3 tries\)",
     **dict.fromkeys(
-        ("shifted", "endless", "longer"), "the server sends other bytes than were requested"
+        ("shifted", "endless", "longer"), "the server sent different bytes than requested"
     ),
 }
 SHARD_FAILS = {
     **FAILS,
     **dict.fromkeys(("norange", "gzip", "chunked", "unsized"), NO_RANGES),
 }
-FILE_FAILS = {**FAILS, "unsized": "the server does not tell its size, so it may be cut off"}
+FILE_FAILS = {
+    **FAILS,
+    "unsized": "the server does not report the file's size, so it may be truncated",
+}
 WORKS = ("plain", "redirect", "nohead", "503 x1", "503 x2", "429 x2")
 WHOLE_WORKS = (*WORKS, "norange", "gzip", "chunked")
 

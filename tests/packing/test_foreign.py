@@ -630,7 +630,7 @@ BAD_SAMPLES: dict[str, tuple[Members, str]] = {
     "no text": ([("a.jpg", picture(0)), ("a.cls", b"\xff")], r"its \.cls is not readable"),
     "no image data": (
         [("a.jpg", b"GIF89a"), ("a.cls", b"0")],
-        "key 'a': the image is no readable JPEG",
+        "key 'a': the image is not a readable JPEG",
     ),
     "sliver": (
         [("a.png", empty_png(6000, 1)), ("a.cls", b"0")],
@@ -739,13 +739,19 @@ def test_damaged_tar_is_named_with_the_byte(tmp_path: Path, position: int) -> No
 
 
 NO_TAR: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "is no whole tar"),
-    "junk": (b"junk" * 300, "is no whole tar"),
-    "gzip": (gzip.compress(bytes(10240)), "no plain tar but compressed by gzip; unpack .* gunzip"),
-    "bzip2": (bz2.compress(bytes(10240)), "no plain tar but compressed by bzip2; .* bunzip2"),
-    "xz": (lzma.compress(bytes(10240)), "no plain tar but compressed by xz; unpack it with unxz"),
-    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(99), "no plain tar but compressed by zstd; .* unzstd"),
-    "zip": (b"PK\x03\x04" + bytes(99), "no plain tar but a zip archive; unpack it and pack"),
+    "empty": (b"", "is not a complete tar"),
+    "junk": (b"junk" * 300, "is not a complete tar"),
+    "gzip": (
+        gzip.compress(bytes(10240)),
+        "not a plain tar but compressed by gzip; unpack .* gunzip",
+    ),
+    "bzip2": (bz2.compress(bytes(10240)), "not a plain tar but compressed by bzip2; .* bunzip2"),
+    "xz": (
+        lzma.compress(bytes(10240)),
+        "not a plain tar but compressed by xz; unpack it with unxz",
+    ),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(99), "not a plain tar but compressed by zstd; .* unzstd"),
+    "zip": (b"PK\x03\x04" + bytes(99), "not a plain tar but a zip archive; unpack it and pack"),
 }
 
 
@@ -772,8 +778,8 @@ def test_what_is_no_tar(tmp_path: Path, kind: str) -> None:
         (["{0..1}.tar", "1.tar"], "1.tar is named twice"),
         (["gone-{0..1}.tar"], "no such shard: .*gone-0.tar"),
         (["https://user:secret@host/0.tar"], r"https://\*{3} was given with a user, password"),
-        (["pipe:cat 0.tar"], "is no URL of pipe, and no local path"),
-        (["nonsense://0.tar"], "is not opened; rft opens local paths and URLs of file, http"),
+        (["pipe:cat 0.tar"], "is neither a URL of pipe nor a local path"),
+        (["nonsense://0.tar"], "cannot be opened; rft opens local paths and URLs of file, http"),
     ],
 )
 def test_bad_patterns(tmp_path: Path, monkeypatch, patterns: list[str], message: str) -> None:

@@ -835,8 +835,8 @@ def test_a_plan_that_came_to_nothing_gives_way(
 
 BAD = {
     "n01/4.jpg": "cannot be decoded: image file is truncated (N bytes not processed)",
-    "n01/7.jpg": "is no readable JPEG, PNG or WebP image",
-    "n02/2.jpg": "is no readable JPEG, PNG or WebP image",
+    "n01/7.jpg": "is not a readable JPEG, PNG or WebP image",
+    "n02/2.jpg": "is not a readable JPEG, PNG or WebP image",
 }
 
 

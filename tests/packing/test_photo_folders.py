@@ -616,7 +616,9 @@ def test_two_folders_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_two_ids_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"class ids 'caf\\xe9' and 'cafe\\u0301' are one name"):
+    with pytest.raises(
+        ValueError, match=r"class ids 'caf\\xe9' and 'cafe\\u0301' are the same name"
+    ):
         space(COMPOSED, APART)
 
 

@@ -468,7 +468,7 @@ def test_an_image_that_was_packed_damaged(packed: Path) -> None:
     rewrite(packed, accept)
     (line,) = lines(packed)
     assert f"key {key!r}" in line
-    assert "the payload is no readable JPEG" in line
+    assert "the payload is not a readable JPEG" in line
 
 
 def test_pixels_of_another_size(healthy: Path, tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ def test_a_bad_manifest(packed: Path, text: str | None, message: str) -> None:
 
 def test_labels_that_never_score(packed: Path) -> None:
     replace(Manifest.load(str(packed)), groups=((0,),)).save(str(packed))
-    assert sum("its label lies in no group" in line for line in lines(packed, deep=False)) == 5
+    assert sum("its label is in no group" in line for line in lines(packed, deep=False)) == 5
 
 
 def test_another_plan(packed: Path) -> None:

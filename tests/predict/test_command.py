@@ -174,11 +174,11 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_predicted(predict, folder,
     code, printed, errors = predict(folder, "--out", out, "--html", html)
     assert code == 1
     assert errors[0].endswith("2 files not read:")
-    assert f"  {folder}/broken.jpg is no readable JPEG, PNG or WebP image" in errors
+    assert f"  {folder}/broken.jpg is not a readable JPEG, PNG or WebP image" in errors
     assert any("phone.heic is no image by its name" in line for line in errors)
     assert printed[0].startswith("3 images, ")
     assert len(out.read_text().splitlines()) == 1 + 3
-    assert "broken.jpg is no readable" in Page(html).text
+    assert "broken.jpg is not a readable" in Page(html).text
     # passed over, it is no mistake
     (folder / "broken.jpg").unlink()
     assert predict(folder, "--ignore", "*.heic")[0] == 0
@@ -253,7 +253,7 @@ def test_what_exists_as_something_else_is_not_replaced(home, folder, tmp_path, r
 
     for option in ("--out", "--html"):
         assert "exists and was not written by rft predict" in line(option, photo)
-        assert "is a folder, which is not replaced" in line(option, tmp_path / "folder")
+        assert "is a folder and cannot be replaced" in line(option, tmp_path / "folder")
         assert "it must be a local folder or file" in line(option, "s3://bucket/x")
     both = tmp_path / "both"
     assert "name two files" in line("--out", both, "--html", both)

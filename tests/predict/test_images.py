@@ -67,7 +67,7 @@ def test_images_come_in_their_order_without_those_that_cannot_be_read(tmp_path):
         assert part.images_BCHW[:, 0, 0, 0].tolist() == part.numbers
     assert sorted(refused) == [3, 9]
     assert "none.jpg cannot be read: No such file" in str(refused[3])
-    assert "image 9 cannot be read: its pixels are of mode LAB" in str(refused[9])
+    assert "image 9 cannot be read: unsupported pixel mode LAB" in str(refused[9])
 
 
 def test_one_opened_image_may_be_given_many_times(tmp_path):

@@ -167,7 +167,7 @@ def test_a_name_of_several_classes_is_refused_and_its_id_is_not(tmp_path):
 def test_an_image_that_cannot_be_read_is_named(home, model, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     for images, message in (
-        ([*images_of(home)[:3], tmp_path / "broken.jpg"], "broken.jpg is no readable JPEG"),
+        ([*images_of(home)[:3], tmp_path / "broken.jpg"], "broken.jpg is not a readable JPEG"),
         ([tmp_path / "none.png"], "none.png cannot be read: No such file or directory"),
         ([tmp_path], "cannot be read: .* is a folder"),
         ([Image.new("RGB", (8, 8)), Image.new("F", (8, 8))], "image 1 cannot be read: .* mode F"),
