@@ -1,4 +1,4 @@
-"""Photos of the miniature world's classes, a folder for each, to try `rft photos` with."""
+"""Draws photos of the miniature world, one folder per class, to try `rft photos`."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ PER_CLASS = 19  # of 16 classes
 def write_example(source: Path, seed: int = 0) -> None:
     """Draw the photos into folders below `source`, and `source`.json, which names the classes.
 
-    Files of an earlier call are written again with the same bytes.
+    Photos of an earlier call are kept.
     """
     setting = SETS["imagenet-train"].setting
     silhouettes = load_silhouettes(setting.bank)

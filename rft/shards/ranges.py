@@ -288,7 +288,7 @@ class _Filler:
         return not self._shards.is_local(number) and not self._cache.has(shard)
 
     def _fill(self, number: int, wanted: Sequence[int]) -> bool:
-        """Fetch a shard into the cache; False if it does not fit, or a different process fills it."""
+        """Fetch a shard into the cache; False if it does not fit, or another process fills it."""
         shards = self._shards.shards
         keep = {shards[n].sha256 for n in wanted}
         try:

@@ -156,7 +156,7 @@ BESIDE = {"classnames.txt": "n03\nn02\n", "test/nshards.txt": "2\n"}
     ("name", "content", "what"),
     [
         ("classnames.txt", "sloth bear\nred fox\ntoad\n", "'sloth bear' in place 0"),
-        ("test/nshards.txt", "3\n", "says 3 shards, 2 of that folder are given"),
+        ("test/nshards.txt", "3\n", "says 3 shards, but 2 of that folder are named"),
     ],
 )
 @pytest.mark.parametrize("mode", WHOLE_WORKS)
@@ -174,7 +174,7 @@ def test_only_not_found_means_absent(served: Path, tmp_path: Path, mode: str, na
     """No other answer is taken for "there is no such file"; an option passes over the file."""
     (served / name).write_text(BESIDE[name])
     with odd_server(served, mode, name) as server:
-        reason = FILE_FAILS[mode] + ".*; if there is none, pass --skip-beside"
+        reason = FILE_FAILS[mode] + ".*; if no such file exists, pass --skip-beside"
         rejects(
             server.url, f"{Path(name).name}: {reason}", lambda: index(server.url, tmp_path / "out")
         )

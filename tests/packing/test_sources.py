@@ -134,15 +134,15 @@ def test_real_objectnet_mappings() -> None:
 
 
 def test_objectnet_mappings_of_another_label_space() -> None:
-    with pytest.raises(ValueError, match="maps 1000 classes, the label space has 3"):
+    with pytest.raises(ValueError, match="maps 1000 classes, but the label space has 3"):
         objectnet_groups(MAPPINGS, 3)
 
 
 @pytest.mark.parametrize(
     ("labels", "classes", "message"),
     [
-        ({"clock": "dial"}, ["one", "two", "three"], "maps to 'dial', not one class"),
-        ({"clock": "one"}, ["one", "one", "three"], "maps to 'one', not one class"),
+        ({"clock": "dial"}, ["one", "two", "three"], "maps to 'dial', which is not a single class"),
+        ({"clock": "one"}, ["one", "one", "three"], "maps to 'one', which is not a single class"),
         ({"a": "one; two", "b": "two"}, ["one", "two", "three"], "'b' and 'a' share class 1"),
         ({}, ["one", "two", "three"], "maps no folder"),
     ],
@@ -273,7 +273,7 @@ def test_objectnet_groups_and_unmapped_folders(tmp_path: Path) -> None:
         ("imagenet-r", ["n01/a.jpg", "n09/b.jpg"], "unknown class: 'n09'"),
         ("imagenet-r", ["n01/a.jpg", "n01/notes.txt"], "not an image: .*notes.txt"),
         ("imagenet-r", ["n01/deep/a.jpg"], "not an image: .*deep"),
-        ("imagenet-r", ["n01/a.jpg", "b.jpg"], "lies in no class folder"),
+        ("imagenet-r", ["n01/a.jpg", "b.jpg"], "is not in a class folder"),
         ("imagenet-r", ["README.txt"], "holds no class folders"),
         ("imagenet-v2", ["0/a.jpeg", "01/b.jpeg", "2/c.jpeg"], "unknown class: '01'"),
         ("objectnet", ["images/clock/a.png"], "no such file: .*folder_to_objectnet_label"),
@@ -507,7 +507,7 @@ def test_a_link_that_leads_out_of_the_source_is_counted(
     path = linked_in(tmp_path, place)
     source = read_source(dataset, tmp_path / "in", LABELS)
     assert source.items == expected.items
-    named = f"a link leads out of {tmp_path}/in, and what lies there is packed: {path}"
+    named = f"a link leads out of {tmp_path}/in, and the targets are packed: {path}"
     assert source.links.startswith(named)
 
 
@@ -522,8 +522,8 @@ def test_links_out_of_a_benchmark_are_noted(tmp_path: Path, capsys) -> None:
     assert pack("imagenet-sketch", str(tmp_path / "in"), str(tmp_path / "out"), LABELS, options)
     said = unstamped(capsys.readouterr().err)
     (note,) = (line for line in said.splitlines() if "link" in line)
-    assert note.startswith(f"imagenet-sketch: 2 links lead out of {tmp_path}/in, and what")
-    assert note.endswith(f"is packed: {tmp_path}/in/sketch/n01/x.png, ...")
+    assert note.startswith(f"imagenet-sketch: 2 links lead out of {tmp_path}/in, and the")
+    assert note.endswith(f"are packed: {tmp_path}/in/sketch/n01/x.png, ...")
 
 
 def test_flat_files_may_be_the_source_itself(tmp_path: Path) -> None:
@@ -605,7 +605,7 @@ DEVKIT = "ILSVRC2012_devkit_t12"
             False,
             f"{DEVKIT}/data/ILSVRC2012_validation_ground_truth.txt",
             lambda data: data.replace(b"3", b"4", 1),  # the id of an inner node
-            r"devkit_t12: image 2 has class '4', none of meta\.mat",
+            r"devkit_t12: image 2 has class '4', not in meta\.mat",
         ),
         (
             False,
@@ -736,7 +736,7 @@ def test_a_devkit_that_may_not_be_read_is_not_damaged(tmp_path: Path, monkeypatc
 
 def test_a_source_that_is_no_folder(tmp_path: Path) -> None:
     train_archive(tmp_path)
-    with pytest.raises(ValueError, match="is a file; give the folder that holds it"):
+    with pytest.raises(ValueError, match="is a file; name the folder that holds it"):
         read_source("imagenet-train", tmp_path / "ILSVRC2012_img_train.tar", LABELS)
 
 

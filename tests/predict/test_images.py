@@ -43,8 +43,8 @@ def test_other_files_in_a_folder_are_refused_and_named_ones_are_tried(tmp_path):
     found = find_images([tmp_path])
     assert listed(tmp_path, found) == ["a.jpg"]
     assert sorted(found.refused) == [tmp_path / "b.HEIC", tmp_path / "sub" / "README"]
-    assert "pass it over with --ignore '*.heic'" in found.refused[tmp_path / "b.HEIC"]
-    assert "pass it over with --ignore 'README'" in found.refused[tmp_path / "sub" / "README"]
+    assert "skip it with --ignore '*.heic'" in found.refused[tmp_path / "b.HEIC"]
+    assert "skip it with --ignore 'README'" in found.refused[tmp_path / "sub" / "README"]
     named = find_images([tmp_path / "b.HEIC", tmp_path / "none.jpg"])
     assert listed(tmp_path, named) == ["b.HEIC", "none.jpg"]
 

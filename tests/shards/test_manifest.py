@@ -215,7 +215,7 @@ def test_every_label_is_scored(packed: Path) -> None:
     check(packed, "index.npz", "its label is in no group, so it never scores")
     report = verify(str(packed), deep=False, workers=1)
     edited, *labels = [problem.what for problem in report.problems]
-    assert "groups are not those of plan.json" in edited
+    assert "groups differ from plan.json" in edited
     assert labels == 2 * ["its label is in no group, so it never scores"]
 
 

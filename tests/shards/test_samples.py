@@ -108,7 +108,7 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "samples.npz").write_bytes(right + b"x" * (HEADERS_BYTES + 3 * 12))
     with pytest.raises(ValueError, match=r"larger|more than"):
         Samples.load(str(tmp_path), vouching)
-    with pytest.raises(ValueError, match=r"no samples\.npz, it is from an older version"):
+    with pytest.raises(ValueError, match=r"no samples\.npz: it is from an older version"):
         Samples.load(str(tmp_path), replace(vouching, samples_sha256=None))
     with pytest.raises(ValueError, match="is not an archive of columns"):
         load(tmp_path, b"noise", 3)
