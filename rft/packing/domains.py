@@ -60,9 +60,11 @@ def read_domains(
         for domain, root in domains.items()
         for folder in class_folders(root)
     }
+    # all folders of all domains at once: listing is latency-bound on network file systems
     listed = in_threads(lambda place: list_images(places[place], links), list(places))
     classes: dict[str, list[Found]] = defaultdict(list)
     for (domain, folder), images in listed.items():
+        # folders of one name in several domains are the same class
         above = f"{domain}/" if domain else ""
         classes[composed(folder)] += [
             image._replace(path=above + image.path, domain=domain) for image in images
@@ -138,6 +140,7 @@ def check_corrupted(source: Source, labels: LabelSpace, allowed_count: int | Non
     Raises:
         ValueError: naming the first domain with a different number, or the allowed number.
     """
+    # the user's total replaces the check of each domain
     if allowed_count is not None:
         if len(source.items) != allowed_count:
             raise ValueError(

@@ -43,6 +43,7 @@ def check_count(dataset: str, found: int, labels: LabelSpace, allowed: int | Non
             f"{dataset} has {found:,} images here, --allow-count says {allowed:,}; it must be the "
             f"exact number of images"
         )
+    # only for ImageNet's label space: a subset of classes has fewer images
     if allowed is not None or dataset not in BENCHMARKS or not is_imagenet(labels):
         return
     if found != (count := BENCHMARKS[dataset].images):

@@ -113,7 +113,7 @@ def folders_read(dataset: str, source: Path) -> list[Path]:
     """List the folders below `source` in which `read_source` would look for class folders.
 
     Raises:
-        ValueError: if there is no such set.
+        ValueError: if no such set is known.
     """
     known = _described(dataset)
     found = _places(known, source)
@@ -177,6 +177,8 @@ def _class_tars_in(
 ) -> Listing | None:
     with os.scandir(root) as entries:
         found = [e for e in entries if e.name.endswith(".tar") and not e.is_dir()]
+    # tars with unknown names count as classes, so that a misspelt class is refused; only system
+    # files and downloaded archives do not
     present = {
         name: entry
         for entry in sorted(found, key=lambda entry: entry.name)
@@ -253,6 +255,7 @@ def _by_truth(
     wnids = validation_classes(devkit)
     by_class: dict[str, list[Found]] = {}
     for image in images:
+        # the number in a file's name is its line in the devkit's ground truth
         match = VALIDATION_NAME.fullmatch(image.path)
         if match is None or not 1 <= int(match[1]) <= len(wnids):
             raise ValueError(

@@ -238,6 +238,7 @@ def name_classes(folders: Iterable[str]) -> LabelSpace:
 def _require_classes(tree: Tree, labels: LabelSpace) -> None:
     """Check the class folders against the label space."""
     present = {composed(name): name for name in tree.classes}
+    # unknown before missing: a misspelt folder is both, and its name is the better hint
     unknown = sorted(present.keys() - set(labels.ids))
     if unknown:
         raise ValueError(

@@ -109,8 +109,8 @@ def find_splits(source: Path, shapes: Sequence[Level], ids: Collection[str]) -> 
     """Find the folders in `source` that are splits; `ids` are the classes of `--classes`, if any.
 
     Returns:
-        Folder names by the name of the set they become: train, test and, if there are both a test
-        and a validation split, val. Empty if the folders are classes.
+        Folder names by the name of the set they become: train, test and, if the source has both a
+        test and a validation split, val. Empty if the folders are classes.
 
     Raises:
         ValueError: if folders look like splits, but are ambiguous.
@@ -167,6 +167,7 @@ def require_classes_here(
         raise ValueError(_one_class(source, shapes[0], ignore, is_split))
     ends = [_end(_without_thumbnails(shape), ignore) for shape in shapes]
     for end in ends:
+        # splits below a class: the two levels are probably swapped
         roles = {role(name): name for name in end.folders}
         other = roles.get("test") or roles.get("val")
         if "train" in roles and other:

@@ -383,6 +383,7 @@ def _require_readable(plan: PackPlan) -> None:
             f"{plan.source.dataset} has {count:,} domains, more than the limit of {DOMAINS:,}; "
             "make them coarser"
         )
+    # a manifest with a dummy shard, because only the label space is checked here
     some_hash = "0" * 64
     shards = [Shard(name="0.tar", bytes=0, sha256=some_hash, samples=1)]
     try:
@@ -399,6 +400,7 @@ def _require_readable(plan: PackPlan) -> None:
             f"{where(plan.source.root, longest)} would have a key of {letters:,} letters, more "
             f"than the limit of {KEY_BYTES:,}; shorten the names of the file and its folders"
         )
+    # every key takes as much space as the longest
     if len(items) * (ROW_BYTES + letters) > INDEX_BYTES:
         raise ValueError(
             f"the index of {len(items):,} images with keys of up to {letters:,} letters would have "

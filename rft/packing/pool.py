@@ -117,7 +117,7 @@ def _attempt(work: Callable[[Task], Result], job: Task) -> Result:
             signal.signal(signal.SIGTERM, end)
             return work(job)
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `end` may still be called here
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `end` may still run here
     except _Ended:
         # an exception would become the job's result, and this worker would accept more jobs
         os._exit(1)

@@ -160,7 +160,8 @@ def _lines(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
 def _require_columns(path: Path, header: list[str], table: Table) -> None:
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
-        raise ValueError(f"{path} has two columns called {shown(twice)}")
+        raise ValueError(f"{path} has two columns named {shown(twice)}")
+    # ROW counts rows, and needs no column
     wanted = {
         "--label": [table.label],
         "--split-column": [table.split_column] if table.split_column else [],
@@ -174,6 +175,8 @@ def _require_columns(path: Path, header: list[str], table: Table) -> None:
                 raise ValueError(
                     f"{path} has no column {shown(column)}, which {option} names; it has {some}"
                 )
+    # a pattern without a column would be the same for every image: most likely the braces are
+    # missing
     for option, pattern in (("--file", table.file), ("--domain", table.domain)):
         if pattern and not COLUMN.search(pattern):
             raise ValueError(

@@ -279,7 +279,7 @@ def _walk(
         for member in tar.walk(stream, "the tar"):
             end = member.offset + member.size
             if (split := split_name(member.name)) is None:
-                continue
+                continue  # readers of the tar skip it too
             key, suffix = split
             if suffix in members.setdefault(key, {}):
                 what = f"a second member is named {member.name!r}"
@@ -302,6 +302,7 @@ def _check_members(
             continue
         if suffix in suffixes and (member.offset, member.size) == (row.offset, row.length):
             is_payload = True
+        # a second image of the key, or the payload at a position that the index does not have
         elif suffix in suffixes:
             yield f"{member.name} is at byte {member.offset:,} and has {member.size:,} bytes"
         elif suffix not in OTHER_SUFFIXES:

@@ -196,6 +196,7 @@ def _read(arguments: Arguments, source: Path) -> Photos:
             arguments.max_bad,
         )
     except UnusableError as error:
+        # files that are not images are skipped by name, damaged ones by number
         more = ["--ignore", *error.ignore] if error.ignore else []
         more += ["--max-bad", str(error.damaged)] if error.damaged else []
         error.add_note(_same_command(*more, label="without them"))
@@ -232,6 +233,7 @@ def without_held_out(config: Config, size: small.Size) -> list[str]:
         "too few photos to hold some out of training:",
         f"  {plan.FAMILIES[plan.WITHOUT_HELD_OUT]}-{plan.ALPHA:g} is exported, without a choice",
     ]
+    # with a single photo of a class, no number of photos would suffice
     pairs = size._replace(fewest=max(size.fewest, 2))
     enough = next(
         images

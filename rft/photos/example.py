@@ -29,6 +29,7 @@ def write_example(source: Path, seed: int = 0) -> None:
             path = source / folder / f"{number:02d}.png"
             if path.exists():
                 continue
+            # one generator per photo, so that it does not depend on which others exist
             rng = numpy_generator(seed, "photos", label * PER_CLASS + number)
             image, _ = render(draw_scene(setting, label, silhouettes, rng), rng)
             with files.publish(str(path)) as kept:

@@ -197,6 +197,7 @@ class Sizes:
 
 def seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
     """Estimate the time of each stage, in seconds."""
+    # every training loads the CLIP, embeds the prompts and, per epoch, predicts the held-out images
     start = rates.load + sizes.classes * sizes.prompts * rates.prompt
     selection = sizes.epochs * sizes.held_out * rates.forward
     found = {
@@ -207,7 +208,7 @@ def seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
         found[f"train {recipe}"] = start + sizes.steps * rates.step[recipe] + selection
     found["evaluate"] = CANDIDATES * (sizes.test + sizes.held_out) * rates.forward
     found["choose"] = CANDIDATES * sizes.held_out * rates.forward if sizes.held_out else 0.0
-    found["report"] = found["export"] = 0.0
+    found["report"] = found["export"] = 0.0  # negligible
     return found
 
 

@@ -108,6 +108,7 @@ def measure_here(sample: Sample) -> Rates:
         config.precision, gpu=device.type == "cuda", bf16=dist.has_bf16(device)
     )
     clip.model.to(device)
+    # one class with few prompts: the plan multiplies by all classes and prompts
     templates = list(sample.templates[:PROMPTS])
     began = time.perf_counter()
     zero_shot_head(clip, sample.names[:1], templates)
@@ -118,7 +119,9 @@ def measure_here(sample: Sample) -> Rates:
     forward = forward_seconds(student, architecture.image_size, device)
     steps = {}
     for recipe, one in sample.configs.items():
+        # copies: optimizer steps change the weights, and the next recipe starts from the same ones
         teacher = copy.deepcopy(student)
+        # as in training (rft/train/build.py)
         if precision == "bf16":
             vit.lower(teacher.visual, torch.bfloat16)
         learner = copy.deepcopy(student)

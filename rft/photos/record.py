@@ -62,10 +62,12 @@ def agree(out: Path, now: MadeFrom) -> None:
         ValueError: naming the changed options, or the changed photos and the folders to delete.
     """
     record = out / NAME
+    # a shard, rather than a manifest: interrupted packing counts too
     packed = {name for name in now.sets if any((out / "shards" / name).glob("*.tar"))}
     if not record.exists() or not (packed or (out / "runs").exists()):
         return
     before = files.read_document(str(record), MadeFrom)
+    # only options in the record: one that a newer version adds does not refuse an older OUT
     options = {
         name: value for name, value in before.options.items() if now.options.get(name) != value
     }

@@ -160,6 +160,7 @@ class Model:
         maps, count = [np.empty((0, side, side), np.float32)], 0
         for squares in self._squares(images):
             count += len(squares.numbers)
+            # checked per batch, because `images` may be an iterator of unknown length
             if labels is None:
                 labels_B = self.forward(squares.images_BCHW)[1].argmax(dim=1)
             else:
@@ -177,6 +178,7 @@ class Model:
             ValueError: if no class matches, or several have the name.
         """
         if isinstance(name, str):
+            # ids first: they are distinct, names may repeat
             for known in (self.class_ids, self.class_names):
                 if known.count(name) == 1:
                     return known.index(name)

@@ -174,7 +174,7 @@ class Cache:
     ) -> bool:
         """Evict files until `size` bytes fit; False if they still do not."""
         used, droppable = 0, []
-        for name in os.listdir(folder.descriptor):  # noqa: PTH208 - a descriptor is no path
+        for name in os.listdir(folder.descriptor):  # noqa: PTH208 - a descriptor, not a path
             whole, part = WHOLE.fullmatch(name), PART.fullmatch(name)
             # `size` counts our own part already
             if name == own or not (whole or part):

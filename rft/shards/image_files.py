@@ -160,7 +160,7 @@ def pillow_errors(name: str, verb: str = "decoded") -> Iterator[None]:
 
     Raises:
         ValueError: if the file is damaged.
-        OSError: if there is not enough memory.
+        OSError: if memory runs out.
     """
     try:
         with warnings.catch_warnings():

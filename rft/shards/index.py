@@ -116,7 +116,7 @@ class Index:
         yield self._odd_keys(), "its key is not printable ASCII text"
         classes = len(manifest.classes)
         known = (self.label >= 0) & (self.label < classes)
-        yield np.flatnonzero(~known), f"its label is none of the {classes} classes"
+        yield np.flatnonzero(~known), f"its label is not one of the {classes} classes"
         # 0 replaces labels out of range, which were reported above
         scored = manifest.class_to_group()[np.where(known, self.label, 0)] >= 0
         yield np.flatnonzero(known & ~scored), "its label is in no group, so it never scores"

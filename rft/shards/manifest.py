@@ -270,6 +270,7 @@ def group_faults(groups: Sequence[Sequence[int]], classes: int) -> Iterator[str]
             here = f"groups[{number}][{place}]"
             if not 0 <= class_id < classes:
                 yield f"{here} must be a class id from 0 to {classes - 1}, not {class_id!r}"
+            # a class in two groups would make a prediction correct for both
             elif class_id in group_of:
                 yield f"{here}: class {class_id} is already in groups[{group_of[class_id]}]"
             else:

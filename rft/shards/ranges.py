@@ -204,6 +204,7 @@ class Shards:
         self, store: Store, number: int, start: int, stop: int, place: int = 0
     ) -> bytes:
         """Read one range; retries request only its missing part."""
+        # never beyond the shard: a store may refuse a range past its end
         stop = min(stop, self.shards[number].bytes)
         try:
             return await remote.read_range(*store, start, stop, self._count_retry)

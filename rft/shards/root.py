@@ -48,14 +48,17 @@ def why_missing(url: str) -> str:
 
 def _hint(url: str) -> str:
     root, _, name = url.rstrip("/").rpartition("/")
+    # the plan is written first and the manifest last
     if PLAN in files.names(url):
         return "packing has not finished; rerun the same command of tools/"
     if found := packed_sets(root):
         close = get_close_matches(name, found, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "name one of them or check --data"
         return f"{root} has the sets {_listed(found)}; {hint}"
+    # --data is one level too deep
     if files.exists(files.join(root, MANIFEST)):
         return f"{root} is a packed set itself; --data is the folder above it"
+    # --data is one level too high
     below = files.folders(root)[:LOOKED_AT]
     for folder in below:
         if found := packed_sets(files.join(root, folder)):

@@ -77,5 +77,7 @@ def _fault(columns: dict[str, np.ndarray], manifest: Manifest) -> str:
         wrong = np.flatnonzero((domain_N < 0) | (domain_N >= len(manifest.domains)))
         if len(wrong):
             count = len(manifest.domains)
-            return f"row {wrong[0]}: domain {domain_N[wrong[0]]} is none of the {count:,} domains"
+            return (
+                f"row {wrong[0]}: domain {domain_N[wrong[0]]} is not one of the {count:,} domains"
+            )
     return ""

@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
-BLOCK = 512  # bytes; headers and payloads are padded to whole blocks
+BLOCK = 512  # bytes; headers and payloads are padded to full blocks
 END = 2 * BLOCK  # zeros that end an archive
 ZEROS = 2**26  # at the end of an archive; most writers pad to 10 KiB, few to more
 DESCRIPTION_BYTES = 2**20  # of names and attributes before a member

@@ -65,12 +65,14 @@ def check(url: str) -> str:
         ValueError: on one line, with possible secrets removed.
     """
     protocol, mark, rest = url.partition("://")
+    # refused here: `credential` below does not count the placeholder as a secret
     if f"//{HIDDEN}@" in url or f"={HIDDEN}" in url:
         plain = re.sub(rf"(?<=//){re.escape(HIDDEN)}@", "", url)
         raise ValueError(
             f"{shown(plain)} was recorded without its credentials; pass the URL without them, and "
             "give them to the client (docs/storage.md#credentials)"
         )
+    # valid in a URL, but fsspec splits at '::' even inside the brackets of an IPv6 address
     if "::" in url and "::" not in IN_BRACKETS.sub("", url):
         raise ValueError(
             f"{shown(url)} has '::', which makes a chain of URLs; write its IPv6 address in full "

@@ -155,7 +155,7 @@ BESIDE = {"classnames.txt": "n03\nn02\n", "test/nshards.txt": "2\n"}
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("classnames.txt", "sloth bear\nred fox\ntoad\n", "'sloth bear' in place 0"),
+        ("classnames.txt", "sloth bear\nred fox\ntoad\n", "'sloth bear' at index 0"),
         ("test/nshards.txt", "3\n", "says 3 shards, but 2 of that folder are named"),
     ],
 )

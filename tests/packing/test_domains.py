@@ -308,7 +308,7 @@ def test_rows_that_cannot_be_an_images(wilds, row, message):
     ("data", "message"),
     [
         (b"", "has no column 'y'"),
-        (b"split,split,y,filename\n", "has two columns called 'split'"),
+        (b"split,split,y,filename\n", "has two columns named 'split'"),
         (
             b"split,filename,y,location_remapped\n\xff\xfe,a,b,c\n",
             "is not UTF-8 .invalid start byte",

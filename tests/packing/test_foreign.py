@@ -233,8 +233,8 @@ def test_objectnet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda names: names[:-1], "names 112 of ObjectNet's 113 classes"),
-        (lambda names: [*names[:-1], "spaceship"], "'spaceship' is none of ObjectNet's 113"),
+        (lambda names: names[:-1], "lists 112 of ObjectNet's 113 classes"),
+        (lambda names: [*names[:-1], "spaceship"], "'spaceship' is not one of ObjectNet's 113"),
         (lambda names: [*names[:-1], names[0]], "second name of one of ObjectNet's 113"),
     ],
 )
@@ -301,7 +301,13 @@ NUMBERS: dict[str, tuple[LabelSpace, list, bool, str | None, list[int] | str]] =
         "names",
         "label '12' is not a class of the label space",
     ),
-    "no such position": (NUMBERED, [12], False, "positions", "label 12 is none of the 12 classes"),
+    "no such position": (
+        NUMBERED,
+        [12],
+        False,
+        "positions",
+        "label 12 is not one of the 12 classes",
+    ),
     "names that are numbers": (WORDS, ["1"], True, None, AMBIGUOUS.format(1)),
     "such names as names": (WORDS, ["1", "b"], True, "names", [2, 1]),
     "ids in order": (IN_ORDER, [2, "1", 0], True, None, [2, 1, 0]),
@@ -391,7 +397,7 @@ def test_verify_reads_labels_as_the_index_did(tmp_path: Path) -> None:
     (tmp_path / "out" / "index.npz").write_bytes(content)
     replace(manifest, index_sha256=files.sha256_bytes(content)).save(out)
     (problem,) = verify(out, deep=True, workers=1).problems
-    assert problem.what == "its .json says '10', the index has class 10"
+    assert problem.what == "its .json has '10', the index has class 10"
 
 
 FRUIT = LabelSpace(ids=("n1", "n2", "n3"), names=("apple", "pear", "plum"), templates=("a {c}.",))
@@ -481,8 +487,8 @@ def test_folders_capitals_and_members_without_a_key(tmp_path: Path, capsys) -> N
     assert data.index.label.tolist() == [0, 1]
     assert data.payload(1) == picture(2, "PNG")
     said = capsys.readouterr().out
-    assert "passed over: 3 members without a key" in said
-    assert "passed over: 1 members with the ignored suffix .v1.jpeg" in said
+    assert "skipped: 3 members without a key" in said
+    assert "skipped: 1 members with the ignored suffix .v1.jpeg" in said
 
 
 @given(st.lists(st.sampled_from(["a", "B1", "_", "-", ".", "/", "x/", ".J"]), max_size=6))
@@ -628,7 +634,7 @@ BAD_SAMPLES: dict[str, tuple[Members, str]] = {
         [*plain("a", 0), *plain("b", 0), *plain("a", 1)],
         "key 'a' recurs at byte",
     ),
-    "number too large": (plain("a", 3), "key 'a': label 3 is none of the 3 classes"),
+    "number too large": (plain("a", 3), "key 'a': label 3 is not one of the 3 classes"),
     "number below zero": (
         plain("a", -1),
         "label '-1' is not a class of the label space; positions count",
@@ -809,7 +815,8 @@ def test_a_folder_is_no_shard(tmp_path: Path, remote: bool) -> None:
         folder = "memory://folder/set"
     message = (
         "/set is a folder, not a shard; its 12 .tar files range from 0000.tar to "
-        f"0011.tar; name its shards, such as '{folder}/{{000000..000123}}.tar' (docs/data.md#third-party-shards)"
+        f"0011.tar; name its shards, such as '{folder}/{{000000..000123}}.tar' "
+        "(docs/data.md#third-party-shards)"
     )
     try:
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -939,7 +946,7 @@ def test_a_list_beside_some_shards_says_nothing_of_others(
     other = re.escape(next((f"{top}/{f}" for f in order if f and f[0] == "b"), "the top of"))
     options = f"--local-classes {re.escape(names)} .* or --skip-beside"
     try:
-        with pytest.raises(ValueError, match=f"{re.escape(names)} .*, and {other}.* {options}"):
+        with pytest.raises(ValueError, match=f"{re.escape(names)} .*, but {other}.* {options}"):
             index_shards(urls, str(tmp_path / "out"), labels, Options())
         assert not (tmp_path / "out").exists()
         for given, expected in ((Options(local_classes=names), 2), (Options(skip_beside=True), 0)):
@@ -1040,7 +1047,7 @@ def test_a_loose_match_must_be_the_only_one(tmp_path: Path) -> None:
         local_labels(["Polar Bear", "toad"], "names.txt", labels, None)
     listed = ["Polar Bear", "polar-bear", "toad"]
     pattern = write_clip_benchmark(tmp_path / "wds", [0, 1], listed)
-    with pytest.raises(ValueError, match="in place 0, which may be class polar bear or polar-bear"):
+    with pytest.raises(ValueError, match="at index 0, which may be class polar bear or polar-bear"):
         index_shards([pattern], str(tmp_path / "out"), labels, Options())
     swapped = LabelSpace(ids=("a", "b", "c"), names=("b", "a", "toad"), templates=("a {c}.",))
     with pytest.raises(ValueError, match=r"'a' is the name of several .* the folder name of one"):
@@ -1089,7 +1096,7 @@ def test_as_many_names_are_not_the_same_classes(tmp_path: Path, capsys) -> None:
     """Equal length proves nothing: most names must be those of the label space."""
     pattern = write_clip_benchmark(tmp_path / "wds", [0, 1, 2], ["car", "bus", LABELS.names[2]])
     with pytest.raises(
-        ValueError, match=r"2 of the 3 names .* \(first: 'car' in place 0"
+        ValueError, match=r"2 of the 3 names .* \(first: 'car' at index 0"
     ) as caught:
         index_shards([pattern], str(tmp_path / "out"), LABELS, Options())
     assert "--classes" in str(caught.value)
@@ -1100,7 +1107,7 @@ def test_as_many_names_are_not_the_same_classes(tmp_path: Path, capsys) -> None:
     index_shards([pattern], str(tmp_path / "out"), LABELS, Options())
     warning = capsys.readouterr().err
     assert "WARNING: 1 of the 3 names" in warning
-    assert f"'badger' in place 1, which is {LABELS.names[1]!r} there" in warning
+    assert f"'badger' at index 1, which is {LABELS.names[1]!r} there" in warning
     assert PackedDataset(str(tmp_path / "out")).index.label.tolist() == [0, 1, 2]
 
 

@@ -782,7 +782,7 @@ def test_workers_end_with_their_parent(source: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 1}, r"another plan \(seed: 0 -> 1\)"),
+        ({"seed": 1}, r"different plan \(seed: 0 -> 1\)"),
         ({"encoding": "original"}, "encoding.kind: 'pixels' -> 'original'"),
         ({"shard_mb": 1}, "shard_bytes: 4194 -> 1048576"),
     ],

@@ -128,7 +128,9 @@ def test_what_looks_like_splits_and_is_unclear_is_refused(tmp_path: Path, case: 
 def test_a_test_split_without_labels_is_refused(tmp_path: Path) -> None:
     classes(tmp_path / "train", "cat", "dog")
     fill(tmp_path, "test/1.jpg", "test/2.jpg")
-    with pytest.raises(ValueError, match=r"test looks like a split .* no class folders.*--ignore"):
+    with pytest.raises(
+        ValueError, match=r"test is named like a split .* no class folders.*--ignore"
+    ):
         read(tmp_path)
     classes(tmp_path / "val", "cat", "dog")
     assert found(read(tmp_path, None, "test")) == {"train": "train", "test": "val"}
@@ -318,11 +320,11 @@ def test_splits_deep_in_a_class_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("folders", "named"),
     [
-        (["cat/train", "dog"], "'train' in {}/cat is called"),
-        (["cat", "cat/test", "dog"], "'test' in {}/cat is called"),
-        (["cat", "cat/test", "dog", "dog/val"], "'test' in {}/cat .and in 1 more. is called"),
-        (["cat/x/dev", "cat/y", "dog"], "'dev' in {}/cat is called"),
-        (["cat/val", "cat/test", "dog"], "'test', 'val' in {}/cat is called"),
+        (["cat/train", "dog"], "'train' in {}/cat is named"),
+        (["cat", "cat/test", "dog"], "'test' in {}/cat is named"),
+        (["cat", "cat/test", "dog", "dog/val"], "'test' in {}/cat .and in 1 more. is named"),
+        (["cat/x/dev", "cat/y", "dog"], "'dev' in {}/cat is named"),
+        (["cat/val", "cat/test", "dog"], "'test', 'val' in {}/cat is named"),
     ],
 )
 def test_a_split_in_one_class_is_warned_of(tmp_path: Path, folders: list[str], named: str) -> None:
@@ -481,7 +483,7 @@ def test_system_folders_beside_official_classes(tmp_path: Path) -> None:
     fill(tmp_path, "train/@eaDir/1.jpg", "train/#recycle/1.jpg", "train/README.txt")
     after = read_source("imagenet-train", tmp_path, labels)
     assert after.items == before.items
-    assert after.layout.endswith("(2 system folders passed over: #recycle, @eaDir)")
+    assert after.layout.endswith("(2 system folders skipped: #recycle, @eaDir)")
     fill(tmp_path, "train/n01/Thumbs.db")
     with pytest.raises(ValueError, match=r"not an image: .*Thumbs\.db"):
         read_source("imagenet-train", tmp_path, labels)

@@ -366,8 +366,8 @@ def test_a_wrong_label(packed: Path) -> None:
 
 
 COLUMNS: dict[str, tuple[str, int, str]] = {
-    "label beyond the classes": ("label", 7, "its label is none of the 2 classes"),
-    "label below zero": ("label", -1, "its label is none of the 2 classes"),
+    "label beyond the classes": ("label", 7, "its label is not one of the 2 classes"),
+    "label below zero": ("label", -1, "its label is not one of the 2 classes"),
     "offset beyond the shard": ("offset", 2**40, "reaches beyond the shard"),
     "offset that would wrap": ("offset", 2**64 - 512, "reaches beyond the shard"),
     "offset between blocks": ("offset", 1537, "a payload of a tar cannot start here"),

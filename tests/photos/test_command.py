@@ -132,7 +132,8 @@ def test_other_options_and_photos_are_refused_in_words_of_this_command(two, refu
     before = made(out)
     line = refused(command, *words(root, out, "--epochs", 3, "--seed", 1))
     assert line == (
-        f"error: {out} was made with --epochs 1 --seed 0: pass the same options, or choose another --out"
+        f"error: {out} was made with --epochs 1 --seed 0: pass the same options, or choose another "
+        "--out"
     )
     more = shutil.copytree(root, tmp_path / "more")
     write(more, [6, 0], first=130)
@@ -253,7 +254,7 @@ def test_a_photo_that_is_left_out_may_leave_too_few_to_hold_some_out(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     result = photos(root, out, "--epochs", 0, "--max-bad", 1)
     assert result.returncode == 0, result.stderr
-    assert "200 to train on would be enough; there are 199" in result.stdout
+    assert "200 to train on would be enough; you have 199" in result.stdout
     assert not (out / "choice.json").exists()
     assert result.stdout.splitlines()[-5] == "chosen: wise-object-mask-single-fill-0.5"
 

@@ -164,7 +164,7 @@ def test_a_page_has_a_bounded_number_of_images(predict, folder, tmp_path, monkey
     code, _, _ = predict(folder, "--html", tmp_path / "p.html")
     page = Page(tmp_path / "p.html")
     assert (code, len(page.of("img"))) == (0, 2)
-    assert "The first 2 images are shown." in page.text
+    assert "Only the first 2 images are shown." in page.text
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_predicted(predict, folder, tmp_path):

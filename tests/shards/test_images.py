@@ -468,7 +468,7 @@ def test_unreadable_images_are_named(kind: Kind, format_name: str) -> None:
 
 
 def test_other_formats_are_refused() -> None:
-    with pytest.raises(ValueError, match="no readable JPEG, PNG or WebP"):
+    with pytest.raises(ValueError, match="not a readable JPEG, PNG or WebP"):
         load_image(to_bytes(random_image(20, 20), "BMP"))
 
 

@@ -163,9 +163,9 @@ ROW = r"index.npz, row 2, key '.*': "
 INDEXES: dict[str, tuple[Callable[[Index], dict[str, np.ndarray | None]], str]] = {
     "label above": (
         lambda i: {"label": put(i.label, 3)},
-        ROW + "its label is none of the 3 classes",
+        ROW + "its label is not one of the 3 classes",
     ),
-    "label below": (lambda i: {"label": put(i.label, -1)}, ROW + "its label is none of the 3"),
+    "label below": (lambda i: {"label": put(i.label, -1)}, ROW + "its label is not one of the 3"),
     "beyond": (lambda i: {"offset": put(i.offset, 2**20)}, ROW + "its payload reaches beyond"),
     "wraps": (lambda i: {"offset": put(i.offset, 2**64 - 512)}, ROW + "its payload reaches beyond"),
     "too long": (

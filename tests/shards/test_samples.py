@@ -83,7 +83,7 @@ SOURCE = np.arange(3, dtype=np.uint64)
         (
             {"source": SOURCE, "domain": np.array([0, 3, 1], np.int32)},
             NAMES,
-            "row 1: domain 3 is none of the 3 domains",
+            "row 1: domain 3 is not one of the 3 domains",
         ),
         (
             {"source": SOURCE, "domain": np.array([0, 0, -1], np.int32)},

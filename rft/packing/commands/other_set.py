@@ -71,6 +71,7 @@ def main() -> None:
     """Pack the set that the command line names."""
     command = cli.parse(ShardSet, config=(tyro.conf.FlagCreatePairsOff,))
     name, source = set_name(command.name, "--name"), Path(command.source)
+    # under a benchmark's name, its own tool checks classes and number of images
     if name in BENCHMARKS:
         tool = "shard_imagenet.py" if name in ("imagenet-train", "imagenet-val") else "shard_ood.py"
         raise ValueError(f"{name} is a benchmark with a known number of images: use tools/{tool}")

@@ -90,6 +90,7 @@ def index_shards(
     allowed = parse_allowed_counts(options.allow_count, [dataset]).get(dataset)
     names = shard_names(urls, out)
     rule = make_rule(dataset, urls, labels, options)
+    # all sizes first, so that an absent shard is an error before hours of reading
     with ThreadPoolExecutor(SIZE_THREADS) as pool:
         sizes = list(pool.map(shard_size, urls))
     jobs = list(zip(urls, sizes, strict=True))
@@ -154,6 +155,7 @@ def _pick_image(
     """Find the single image of a sample; ignored suffixes are counted in `passed_over`."""
     images = []
     for suffix, member in sample.members.items():
+        # before images: --ignore may also choose between two images of a sample
         if suffix in ignore:
             passed_over[f"members with the ignored suffix .{suffix}"] += 1
         elif suffix in IMAGE_SUFFIXES:

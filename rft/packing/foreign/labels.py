@@ -122,6 +122,7 @@ def resolve_label(label: int | str, where: str, rule: Rule) -> int:
 
 def _class_of(label: int | str, where: str, rule: Rule) -> int:
     text = str(label)
+    # a string in JSON that is an id means that class, even if it is all digits
     if rule.labels_are is None and isinstance(label, str) and label in rule.class_of_id:
         return rule.class_of_id[label]
     if rule.labels_are == "names" or not POSITION.fullmatch(text):

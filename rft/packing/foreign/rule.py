@@ -195,6 +195,7 @@ def local_labels(
                 f"pass the right label space with --classes"
             )
         example = labels.ids[candidates[0]]
+        # the subset only resolves ambiguous names: a clear name outside it is reported by `_groups`
         if subset is not None and len(candidates) > 1:
             candidates = [class_id for class_id in candidates if class_id in subset]
         if len(candidates) != 1:

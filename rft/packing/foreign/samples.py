@@ -58,6 +58,7 @@ def shard_size(url: str) -> int:
     except FileNotFoundError as error:
         raise ValueError(f"no such shard: {url}") from error
     except IsADirectoryError as error:
+        # a common mistake: suggest the pattern of the shards in the folder
         found, tars = "", [name for name in files.names(url) if name.endswith(".tar")]
         if tars:
             found = f"its {len(tars)} .tar files range from {tars[0]} to {tars[-1]}; "
@@ -121,6 +122,7 @@ def read_samples(stream: IO[bytes], where: str, passed_over: Counter[str]) -> li
             passed_over["members without a key"] += 1
             continue
         key, suffix = split
+        # webdataset ends a sample at the first member with a different key
         if key in samples and key != current:
             raise ValueError(
                 f"{where}: key {key!r} recurs at byte {member.offset:,} ({member.name}) after "
