@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 LOCK   ?= dev
 UPGRADE ?=
 
-.PHONY: demo reproduce post-2023 results test programs quick marks pythons lowest faults fuzz lint lock licenses \
+.PHONY: demo reproduce post-2023 results docs test programs quick marks pythons lowest faults fuzz lint lock licenses \
 	bench dist gpu wheels peers simd clean
 .DEFAULT_GOAL := demo
 # compiled files are kept, whatever the environment says: pytest rewrites every assert, in each process
@@ -40,6 +40,9 @@ post-2023: $(VENV)/.installed  ## the method beside those that came later, on eq
 results: $(VENV)/.installed  ## the demo on three seeds, into docs/results and the pages that quote it
 	$(BIN)/python -m rft.demo --out $(DEMO) --seeds 3
 	$(BIN)/python docs/update_results.py --demo $(DEMO)
+
+docs: $(VENV)/.installed  ## the pages, commands and Python API as a site that needs no network, in build/site/html
+	$(BIN)/python -m docs.site.build --out build/site
 
 # three at a time, because many tests wait for processes or servers that they started; files are not
 # kept together, so that the slowest one does not end alone
@@ -77,11 +80,12 @@ lint: $(VENV)/.installed  ## style, types, module contracts, spelling, shell scr
 	$(BIN)/codespell
 	$(BIN)/shellcheck -x .ci/run launch/*.sbatch launch/*.sh requirements/*.sh tests/*.sh tests/launch/*.sh
 
-# One resolution: extras.txt holds all that users install, the others constrain themselves to it.
+# One resolution, with one release of a package for all Pythons where that exists: extras.txt holds
+# all that users install, the others constrain themselves to it.
 # Releases stay where they are; `make lock UPGRADE=--upgrade` takes newer ones, and a lower bound that is
 # new or falls needs UPGRADE='--upgrade-package NAME' once.
-COMPILE = $(BIN)/uv pip compile -q --no-config --universal --python-version 3.11 --generate-hashes \
-	--no-annotate --custom-compile-command "make lock" $(UPGRADE) pyproject.toml --group build
+COMPILE = $(BIN)/uv pip compile -q --no-config --universal --python-version 3.11 --fork-strategy fewest \
+	--generate-hashes --no-annotate --custom-compile-command "make lock" $(UPGRADE) pyproject.toml --group build
 lock: $(VENV)/.installed  ## requirements/*.txt for pyproject.toml, with hashes
 	$(COMPILE) --extra s3 --extra gcs --extra azure --extra wandb --extra onnx -o requirements/extras.txt
 	$(COMPILE) -c requirements/extras.txt -o requirements/run.txt
@@ -127,7 +131,7 @@ gpu: $(VENV)/.installed  ## the step, the trainer and more on this machine's GPU
 wheels: $(VENV)/.installed  ## what else benchmarks.gpu needs, as wheels in build/wheels
 	$(BIN)/python -m benchmarks.wheels --python $(WHEELS_PYTHON) --machine $(WHEELS_MACHINE)
 
-peers: $(VENV)/.installed  ## what other loaders do on the thirteen tests of docs/data.md
+peers: $(VENV)/.installed  ## what other loaders do on the thirteen questions of docs/peers.md
 	$(BIN)/python -m benchmarks.environments
 	$(BIN)/python -m benchmarks.peers --save
 	$(BIN)/python docs/update_results.py

@@ -1,6 +1,6 @@
 """The research recipes on the miniature world: `python -m benchmarks.research`.
 
-What is trained, chosen and compared was written down before any of it ran (docs/decisions.md,
+What is trained, chosen and compared was written down before any of it ran (docs/results.md,
 "Research recipes"): the head's weight by held-out accuracy on two development seeds, then every
 recipe once on five fresh seeds, and the paired differences in OOD average to the paper's method.
 

@@ -1,8 +1,9 @@
-"""Pictures of a page as readers see it: `python docs/screenshots.py PAGE --out DIR`.
+"""Pictures of pages as readers see them: `python docs/screenshots.py PAGE... --out DIR`.
 
-Chromium opens the page from disk at the width of a desk and of a phone, on a light and on a dark
-ground. Playwright drives the one that the system has; both come with the development environment
-(the Debian package chromium, and `playwright` of pyproject.toml).
+Chromium opens each page, of a report or of the site that `make docs` builds, from disk: at the
+width of a desk and of a phone, in light and dark. Playwright drives the Chromium of the system;
+both come with the development environment (the Debian package chromium, and `playwright` of
+pyproject.toml).
 """
 
 import contextlib
@@ -27,10 +28,13 @@ GROUNDS: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 
 @dataclass(frozen=True)
 class Arguments:
-    """Take pictures of a page: DIR/page-desk-light.png, and of other widths and grounds."""
+    """Take pictures of a page: DIR/page-desk-light.png, and of other widths and grounds.
 
-    page: tyro.conf.Positional[Path]
-    """HTML file."""
+    Those of several pages are named by page: DIR/index-desk-light.png.
+    """
+
+    pages: tyro.conf.Positional[tuple[Path, ...]]
+    """HTML files."""
     out: Path
     """Folder for the pictures."""
     height: int = 2400
@@ -65,7 +69,7 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-def take(path: Path, out: Path, height: int) -> Iterator[Path]:
+def take(path: Path, out: Path, height: int, called: str) -> Iterator[Path]:
     """Take the pictures of a page; yield each one's path."""
     with browser() as started:
         for name, width in WIDTHS.items():
@@ -73,7 +77,7 @@ def take(path: Path, out: Path, height: int) -> Iterator[Path]:
                 size = {"width": width, "height": height}
                 page = started.new_page(viewport=size, color_scheme=ground)
                 page.goto(path.resolve().as_uri())
-                picture = out / f"page-{name}-{ground}.png"
+                picture = out / f"{called}-{name}-{ground}.png"
                 files.write_bytes(str(picture), page.screenshot())
                 page.close()
                 yield picture
@@ -82,10 +86,14 @@ def take(path: Path, out: Path, height: int) -> Iterator[Path]:
 def main() -> None:
     """Parse and take them."""
     arguments = cli.parse(Arguments, prog="screenshots")
-    if not arguments.page.is_file():
-        raise ValueError(f"{arguments.page} is not there; name the HTML file of a report")
-    for picture in take(arguments.page, arguments.out, arguments.height):
-        cli.say(str(picture))
+    pages = arguments.pages
+    for page in pages:
+        if not page.is_file():
+            raise ValueError(f"{page} does not exist; name HTML files of a report or the site")
+    for page in pages:
+        called = "page" if len(pages) == 1 else page.stem
+        for picture in take(page, arguments.out, arguments.height, called):
+            cli.say(str(picture))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ from rft.storage import files
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
-    "README.md",
     "docs/decisions.md",
-    "docs/data.md",
+    "docs/results.md",
+    "docs/peers.md",
+    "docs/storage.md",
     "docs/cluster.md",
     "docs/evaluation.md",
     "docs/methods.md",
     "docs/security.md",
+    "docs/speed.md",
 )
 RESULTS = "docs/results"
 LATER = "post-2023"

@@ -76,7 +76,7 @@ refuse_credentials() {
 
 refuse_credential() {
     echo "error: a URL here or in launch/cluster.env holds $1 and would be printed and recorded; leave it" \
-        "out and export what its client reads (docs/data.md, Credentials)" >&2
+        "out and export what its client reads (docs/storage.md#credentials)" >&2
     exit 2
 }
 

@@ -35,7 +35,6 @@ from rft.text import plain
 
 T = TypeVar("T")
 ERROR_LETTERS = 1800  # of its line; tests/hostile takes at most 2,000
-HELP_ALL = "--help-all"
 OPTION = re.compile(r"│ (?:-\w, )?--\S.*?(?=  |$)")  # the line of an option in tyro's help
 # what tyro complains of a text in place of a number, which may be left out where it has None
 NO_NUMBER = re.compile(
@@ -232,9 +231,9 @@ def parse(kind: Callable[..., T], *, shown: Sequence[str] = (), **options: Any) 
         options["prog"] = f"{os.environ[commands.STARTED]} {kind_of}".rstrip()
     words = list(options.pop("args", sys.argv[1:]))
     given = [word for word in words if word.startswith("--")]
-    if shown and HELP_ALL in words:
+    if shown and commands.HELP_ALL in words:
         words, shown = [*words, "--help"], ()
-        words.remove(HELP_ALL)
+        words.remove(commands.HELP_ALL)
     complaint, help_text = io.StringIO(), _boxes()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(help_text):
@@ -380,7 +379,7 @@ def only_shown(help_text: str, shown: Sequence[str]) -> str:
         if keep:
             boxes[-1].append(line)
     texts = ["\n".join(box) for box in boxes if box == boxes[0] or any(map(OPTION.match, box))]
-    return "\n".join([*texts, f"{hidden} more options: {HELP_ALL}"])
+    return "\n".join([*texts, f"{hidden} more options: {commands.HELP_ALL}"])
 
 
 def print_help(text: str) -> None:

@@ -14,6 +14,7 @@ STARTED = "RFT_COMMAND"
 # set for a stage of a plan, which knows what comes next
 STAGE = "RFT_STAGE"
 RANKS = "--ranks"
+HELP_ALL = "--help-all"  # of commands whose --help leaves options out
 
 
 class Command(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import rft
 from rft import start
-from rft.commands import COMMANDS, GROUPS, RANKS, STARTED, Command
+from rft.commands import COMMANDS, GROUPS, HELP_ALL, RANKS, STARTED, Command
 from rft.text import plain
 
 HELP, VERSION = ("-h", "--help"), ("-V", "--version")
@@ -121,7 +121,7 @@ def _take_ranks(options: list[str]) -> int:
     # started by a launcher, or a machine without a GPU of NVIDIA's, which is seen without torch
     if "WORLD_SIZE" in os.environ or not any(Path("/dev").glob("nvidia[0-9]*")):
         return 1
-    if any(option in HELP for option in options):
+    if any(option in (*HELP, HELP_ALL) for option in options):
         return 1
     import torch
 

@@ -8,7 +8,7 @@ What the paper prints for each is in rft/paper.py, under the same names.
 
 The setting of each mask x fill is the one that the released code's example script names; the paper
 prints the values it tried (SETTINGS) but not its choices. Everything a recipe does not mention is
-the same for all (appendix A.1). Any recipe can be scaled to the embedded world (docs/decisions.md).
+the same for all (appendix A.1). Any recipe can be scaled to the embedded world (docs/results.md).
 """
 
 from collections.abc import Iterator, Mapping
@@ -185,7 +185,7 @@ LATER: dict[str, Recipe] = {
     ),
 }
 
-# chosen on development seeds from 0.1 and 1 (docs/decisions.md, "Research recipes")
+# chosen on development seeds from 0.1 and 1 (docs/results.md, "Research recipes")
 HEAD_WEIGHT = 0.1
 # Of our own, for limits that the paper names: object-mask-single-fill with one change each.
 RESEARCH = {

@@ -2,7 +2,7 @@
 
 Four numbers of the paper assume a million images: how many are held out, the batch, the warm-up and
 how often a checkpoint is written. The rule was chosen by reasoning (see its constants) before any
-accuracy was known; `python -m benchmarks.small_sets` measured it afterwards (docs/decisions.md).
+accuracy was known; `python -m benchmarks.small_sets` measured it afterwards (docs/results.md).
 """
 
 from collections.abc import Collection

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from rft import cli, commands
+from rft import cli, commands, entry
 from rft.entry import main
 from tests import tiny
 
@@ -310,3 +311,12 @@ def test_a_mistake_of_ranks_is_one_line(tmp_path, tiny_data, tiny_clip):
     assert process.returncode == 2
     assert len(errors.splitlines()) == 1
     assert errors.startswith("error: ")
+
+
+@pytest.mark.parametrize("option", ["-h", "--help", "--help-all"])
+def test_help_starts_no_ranks_on_a_machine_with_several_gpus(monkeypatch, option):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter([folder / "nvidia0"]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert entry._take_ranks(["object-mask-single-fill"]) == 8
+    assert entry._take_ranks(["object-mask-single-fill", option]) == 1

@@ -1,5 +1,6 @@
-"""What the pages say is what the files hold."""
+"""The pages agree with the files: tables, links, names of code, and the form of the README."""
 
+import csv
 import importlib.util
 import re
 from pathlib import Path
@@ -38,19 +39,62 @@ def test_a_pattern_takes_all_its_files_and_says_if_there_is_none(tmp_path, monke
     assert "\nA100 table\n\nH100 table\n\n<!--" in update.with_tables(page)
 
 
-PAGES = (
-    *PAGES_WITH_TABLES,
-    *(f"docs/{name}.md" for name in ("architecture", "paper", "gpu", "predict", "export")),
-    "SECURITY.md",
+DOCS = sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "SECURITY.md", *DOCS])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\(([^)#]+)", text)
+    pictures = re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    for target in links + pictures:
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+# in the order in which a new reader needs them
+SECTIONS = (
+    "Install",
+    "Your own photos",
+    "Five lines of Python",
+    "The demo",
+    "ImageNet",
+    "Paper and citation",
+    "Pages",
 )
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    text = (ROOT / page).read_text()
-    for target in re.findall(r"\]\(([^)#]+)", text):
-        if not target.startswith("http"):
-            assert ((ROOT / page).parent / target).exists(), target
+def test_the_readme_is_short_and_in_order():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) < 1200
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert tuple(re.findall(r"^## (.+)", prose, re.MULTILINE)) == SECTIONS
+    # before the first section: purpose, result, method
+    opening, *_ = text.split("\n## ")
+    pictures = re.findall(r'<img src="docs/pictures/(\w+)-light\.\w+" alt="[^"]{20,}"', opening)
+    assert pictures == ["result", "method"]
+    assert len(re.findall(r"prefers-color-scheme: dark", opening)) == 2
+    # commands to try and to test it, a citation to copy, no generated table
+    assert {"make test", "make quick", "make demo"} <= set(re.findall(r"make \w+", text))
+    assert "@inproceedings{" in text
+    assert "<!-- table:" not in text
+
+
+def test_the_readme_links_to_every_page():
+    linked = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())
+    assert {*DOCS, "CHANGELOG.md", "CITATION.cff", "LICENSE"} <= set(linked)
+
+
+def test_accuracies_of_the_readme_are_the_results():
+    opening, *_ = (ROOT / "README.md").read_text().split("\n## ")
+    with (ROOT / "docs/results/miniature/table.csv").open() as file:
+        rows = {row["recipe"]: row for row in csv.DictReader(file)}
+    shown = {
+        f"{float(rows[name][column]):.1f}%"
+        for name in ("zero-shot", "vanilla", "no-mask", recipes.DEFAULT)
+        for column in ("ImageNet", "OOD avg")
+    }
+    assert set(re.findall(r"\d+\.\d%", opening)) == shown
 
 
 def test_limits_that_the_page_on_security_names_exist():
@@ -64,11 +108,11 @@ def test_limits_that_the_page_on_security_names_exist():
             assert re.search(rf"^(class )?{name}\b", code, re.MULTILINE), row
 
 
-def test_the_readme_names_every_recipe():
-    text = (ROOT / "README.md").read_text()
+def test_the_page_on_training_names_every_recipe():
+    text = (ROOT / "docs/training.md").read_text()
     named = set(re.findall(r"`([a-z0-9-]+)`", text))
     named |= {f"{m}-mask-{f}-fill" for m in ("random", "context", "object") for f in FILLS}
-    assert set(recipes.PAPER) <= named
+    assert set(recipes.TRAINED) <= named
 
 
 def test_the_page_of_methods_names_every_system():
@@ -93,20 +137,21 @@ def test_the_page_of_methods_has_the_settings_that_are_tried():
 FILLS = ("no", "single", "multi")
 
 
-def test_files_the_readme_lists_exist():
-    text = (ROOT / "README.md").read_text()
-    for line in re.findall(r"\| `?(rft/[a-z_/]+\.py)", text):
-        assert (ROOT / line).exists(), line
-
-
-def test_the_page_on_architecture_has_every_room_and_no_other():
-    section = (ROOT / "docs/architecture.md").read_text().split("## Rooms")[1].split("\n## ")[0]
+def test_the_page_on_architecture_has_every_module_and_no_other():
+    section = (ROOT / "docs/architecture.md").read_text().split("## Modules")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`rft/([a-z_]+(?:\.py)?)`", row)]
-    rooms = [path.parent.name for path in ROOT.glob("rft/*/__init__.py")]
+    packages = [path.parent.name for path in ROOT.glob("rft/*/__init__.py")]
     modules = [path.name for path in ROOT.glob("rft/*.py")]
     # one command under its public name, see rft/data/__init__.py
-    assert sorted(named) == sorted({*rooms, *modules} - {"data", "__init__.py"})
+    assert sorted(named) == sorted({*packages, *modules} - {"data", "__init__.py"})
+
+
+def test_the_page_on_architecture_has_every_make_target():
+    section = (ROOT / "docs/architecture.md").read_text().partition("## Development")[2]
+    targets = re.findall(r"^([a-z][\w-]*):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(targets) > 20
+    assert set(targets) == set(re.findall(r"`make ([\w-]+)`", section))
 
 
 def named_functions(page: str) -> list[tuple[Path, str]]:
@@ -119,7 +164,7 @@ def named_functions(page: str) -> list[tuple[Path, str]]:
     return found
 
 
-@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/paper.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/paper.md"])
 def test_functions_that_pages_name_exist(page):
     named = named_functions(page)
     assert len(named) > 10

@@ -1,4 +1,4 @@
-"""rft is asked as the peers are, and the page shows what the probes saw."""
+"""rft runs through the peers' probes, and the pages show the recorded observations."""
 
 import itertools
 import json
@@ -52,15 +52,14 @@ def test_two_packings_differ_in_the_times_of_their_records_alone(tmp_path, monke
 
 def test_the_page_is_made_of_the_saved_answers():
     document = files.read_json(str(peers.RESULTS))
-    text = peers.page(document)
-    assert peers.PAGE.read_text() == text
+    assert peers.TABLE.read_text() == peers.table(document)
+    assert peers.PAGE.read_text() == peers.page(document)
     document["answers"]["rft"]["T1"] |= {"result": "fail", "seen": "a batch that *differs*"}
-    changed = peers.page(document)
-    assert "| T1 | fail |" in changed
-    assert r"- T1 fail: a batch that \*differs\*" in changed
+    assert "| T1 | fail |" in peers.table(document)
+    assert r"- T1 fail: a batch that \*differs\*" in peers.page(document)
 
 
-def test_what_was_not_asked_again_keeps_its_answer_and_its_commit():
+def test_answers_of_earlier_calls_keep_their_commit():
     document = files.read_json(str(peers.RESULTS))
     again = {"result": "fail", "seen": "asked again", "commit": "0" * 12}
     part = {**document, "commit": "0" * 12, "answers": {"litdata": {"T9": again}}, "own_tests": {}}

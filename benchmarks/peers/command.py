@@ -1,8 +1,8 @@
 """Put the thirteen questions to the peers and to rft: `python -m benchmarks.peers --save`.
 
-The peers need what `python -m benchmarks.environments` installs. rft is asked as they are; its own
-tests of the same questions, which go further, are counted beside (`test_t1_*` to `test_t13_*`). The
-last line is one JSON object.
+The peers need the packages that `python -m benchmarks.environments` installs. rft runs through the
+same probes. Its own, stricter tests of the same questions (`test_t1_*` to `test_t13_*`) are counted
+separately. The last line is one JSON object.
 """
 
 import json
@@ -24,6 +24,7 @@ from rft import cli
 from rft.storage import files
 
 RESULTS = environments.ROOT / "benchmarks" / "results" / "peers.json"
+TABLE = environments.ROOT / "benchmarks" / "results" / "peers.md"  # docs/peers.md shows it
 PAGE = environments.ROOT / "docs" / "results" / "peers.md"
 # peer -> its program and environment
 PEERS = {
@@ -49,8 +50,8 @@ class Arguments:
     at_once: int = 2
     """Peers that are asked at the same time."""
     save: bool = False
-    """Write benchmarks/results/peers.json and docs/results/peers.md as well; of what was not asked
-    now, the saved answers stay, each with its commit."""
+    """Also write peers.json and peers.md in benchmarks/results, and docs/results/peers.md. Saved
+    answers of peers and tests that this call leaves out stay, each with its commit."""
 
 
 def ask(peer: str, tests: tuple[str, ...], work: Path) -> tuple[dict[str, str], Answers]:
@@ -107,7 +108,7 @@ def own_tests(tests: tuple[str, ...], work: Path) -> dict[str, dict[str, int]]:
 
 
 def with_earlier(document: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """Return the result with the earlier answers of what was not asked now."""
+    """Add the earlier answers of peers and tests that this call leaves out."""
     answers = {
         peer: {**earlier["answers"].get(peer, {}), **document["answers"].get(peer, {})}
         for peer in earlier["answers"] | document["answers"]
@@ -120,13 +121,18 @@ def with_earlier(document: dict[str, Any], earlier: dict[str, Any]) -> dict[str,
     }
 
 
-def page(document: dict[str, Any]) -> str:
-    """Return the result as Markdown: a table, then what was seen where a peer did not pass."""
+def answered(document: dict[str, Any]) -> tuple[dict[str, Answers], list[str]]:
+    """Sort the answers in the order of PEERS, and list the tests that all peers have answered."""
     # a file that was read has its keys sorted
     answers: dict[str, Answers] = {
         n: document["answers"][n] for n in PEERS if n in document["answers"]
     }
-    tests = [test for test in TESTS if all(test in found for found in answers.values())]
+    return answers, [test for test in TESTS if all(test in found for found in answers.values())]
+
+
+def table(document: dict[str, Any]) -> str:
+    """Write every peer's result for every question, as Markdown."""
+    answers, tests = answered(document)
     lines = [
         f"| | {' | '.join(answers)} |",
         f"|---|{'---|' * len(answers)}",
@@ -135,7 +141,21 @@ def page(document: dict[str, Any]) -> str:
             for test in tests
         ),
     ]
-    lines += ["", heading(document)]
+    return "\n".join([*lines, "", provenance(document)]) + "\n"
+
+
+def page(document: dict[str, Any]) -> str:
+    """Write the page of observations, one for every answer."""
+    answers, tests = answered(document)
+    lines = [
+        "# Thirteen questions: observations",
+        "",
+        "`make peers` writes this page. The questions and the table of results are in "
+        "[peers.md](../peers.md#thirteen-questions). An exception is one that reaches the training "
+        "loop; some libraries log theirs instead.",
+        "",
+        made(document),
+    ]
     for peer, found in answers.items():
         versions = document["packages"][peer]
         named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
@@ -148,28 +168,34 @@ def page(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def heading(document: dict[str, Any]) -> str:
-    """Return what the answers are of, with the tests that rft has besides."""
+def made(document: dict[str, Any]) -> str:
+    """Name commit, day and machine of the answers."""
+    return (
+        f"The same program asked all libraries: {machine.made(document)}, except where an "
+        "observation names another commit."
+    )
+
+
+def provenance(document: dict[str, Any]) -> str:
+    """Name the origin of the answers, and count rft's own tests."""
     own = document["own_tests"]
     passed = ", ".join(f"{test} {own[test].get('passed', 0)}" for test in TESTS if test in own)
     others = sum(number for found in own.values() for name, number in found.items())
     others -= sum(found.get("passed", 0) for found in own.values())
     return (
-        f"All were asked by the same program, {machine.made(document)}, but for answers that name "
-        "another commit. Times that JSON records hold are not compared in T9. rft has tests of the "
-        f"same questions besides; passed, by question: {passed}; failed or skipped: {others}. What "
-        "was seen (an exception is one that reaches the loop; some log theirs):"
+        f"{made(document)} rft's own tests of the same questions are counted separately. Passed, "
+        f"by question: {passed}. Failed or skipped: {others}."
     )
 
 
 def older(answer: dict[str, Any], document: dict[str, Any]) -> str:
-    """Return the commit of an answer that is not of the last call."""
+    """Name the commit of an answer from an earlier call; empty for the last call."""
     commit = answer["commit"]
     return "" if commit == document["commit"] else f" (commit {commit})"
 
 
 def escaped(text: str) -> str:
-    """Return text that Markdown shows as it is."""
+    """Escape text, so that Markdown shows it unchanged."""
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text)
 
 
@@ -182,7 +208,7 @@ def main() -> None:
     for test in arguments.tests:
         if test not in TESTS:
             raise cli.unknown("test", test, list(TESTS))
-    # before the questions: what a tree becomes meanwhile was not asked
+    # before the questions: the tree may change meanwhile
     about = machine.describe(machine.DATA_PLANE)
     work = Path(tempfile.mkdtemp(prefix="peers-"))
     try:
@@ -205,8 +231,10 @@ def main() -> None:
     }
     if arguments.save and RESULTS.exists():
         document = with_earlier(document, files.read_json(str(RESULTS)))
+    print(table(document))
     print(page(document))
     if arguments.save:
         files.write_json(str(RESULTS), document)
+        files.write_bytes(str(TABLE), table(document).encode())
         files.write_bytes(str(PAGE), page(document).encode())
     print(json.dumps(document))

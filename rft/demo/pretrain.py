@@ -2,7 +2,7 @@
 
 Classes, contexts and styles are independent here, so what fine-tuning ties together this model has
 seen apart. It is followed on the development bank only; no fine-tuning method and no test image had
-a part in any choice (docs/decisions.md).
+a part in any choice (docs/results.md).
 
 Shape suffixes: B batch, C channel, H W pixels, T tokens of a caption, E embedding.
 """

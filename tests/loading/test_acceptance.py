@@ -1,4 +1,4 @@
-"""What a data plane must hold: T1 to T6 and T11 to T13 of the list in docs/data.md.
+"""What a data plane must hold: T1 to T6 and T11 to T13 of the list in docs/peers.md.
 
 T7 and T8 need servers and are in test_remote.py; T9 and T10 are about packing, in
 tests/packing/test_pack_processes.py and tests/packing/test_pack.py.

@@ -303,8 +303,8 @@ def test_importing_rft_imports_nothing_that_is_slow():
 def test_the_lines_of_the_readme_run(home, tmp_path, monkeypatch, capsys):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(import rft\n.*?)```", readme, re.S)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "first").symlink_to(home.run)
+    (tmp_path / "OUT").mkdir()
+    (tmp_path / "OUT" / "model").symlink_to(home.run)
     shutil.copy(images_of(home)[0], tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
     names: dict = {}

@@ -88,7 +88,7 @@ SOURCE = np.arange(3, dtype=np.uint64)
         (
             {"source": SOURCE, "domain": np.array([0, 0, -1], np.int32)},
             NAMES,
-            "row 2: domain -1 is none",
+            "row 2: domain -1 is not one",
         ),
     ],
 )
