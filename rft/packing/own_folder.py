@@ -207,7 +207,7 @@ def _read_tree(
         above = f", or, if {root.name} is a class itself, name the folder above it"
         raise ValueError(
             f"{root / level.images[0]} is not in a class folder; move the images into one per class"
-            f"{'' if is_split else above} (docs/photos.md)"
+            f"{'' if is_split else above} (docs/photos.md#the-folder)"
         )
     if not level.folders:
         raise ValueError(f"{root} holds no class folders")

@@ -310,7 +310,7 @@ def _require_no_hints(source: Path, shapes: Sequence[Level], ids: Collection[str
         raise ValueError(
             f"{shown(train[0].name)} and {shown(other[0].name)} in {source} look like splits; "
             f"rename them to train and test, or list them in --classes if they are classes "
-            f"(docs/photos.md)"
+            f"(docs/photos.md#the-folder)"
         )
 
 
