@@ -129,7 +129,7 @@ def test_a_test_split_without_labels_is_refused(tmp_path: Path) -> None:
     classes(tmp_path / "train", "cat", "dog")
     fill(tmp_path, "test/1.jpg", "test/2.jpg")
     with pytest.raises(
-        ValueError, match=r"test is named like a split .* no class folders.*--ignore"
+        ValueError, match=r"test is named like a split, .* no class folders.*--ignore"
     ):
         read(tmp_path)
     classes(tmp_path / "val", "cat", "dog")
