@@ -72,7 +72,7 @@ def copy_report(folder: Path, report: str, name: str) -> None:
 
 
 def main() -> None:
-    """Copy the reports' files, then write the pages."""
+    """Copy the reports' files, then write the pages and the README's pictures."""
     arguments = cli.parse(Arguments, prog="update_results")
     if arguments.demo is not None:
         copy_report(arguments.demo, "report", "miniature")
@@ -85,6 +85,10 @@ def main() -> None:
     for name, text in pages.items():
         files.write_bytes(str(ROOT / name), text.encode())
         print(f"updated {name}")
+    # here, because it imports torch, which the pages do not need
+    from docs import pictures
+
+    pictures.main(steps=arguments.demo is not None)
 
 
 if __name__ == "__main__":
