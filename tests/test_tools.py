@@ -128,7 +128,7 @@ def test_a_set_of_domains(world: Path, tmp_path: Path, run: Callable[..., Result
     arguments = ["--name", "imagenet-c", "--source", str(tmp_path / "c"), "--domains", "2"]
     code, out, err = run("shard_set", *arguments, "--out", str(tmp_path / "out"))
     assert (code, err) == (0, "")
-    assert "domains: 3, each of 2 to 2 images" in out
+    assert "domains: 3, with 2 to 2 images each" in out
     assert "missing severities: snow/1, snow/3, snow/4, snow/5, fog/3, fog/4" in out
     manifest = Manifest.load(str(tmp_path / "out/imagenet-c"))
     assert manifest.domains == ("fog/1", "fog/2", "snow/2")
